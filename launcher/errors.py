@@ -1,0 +1,72 @@
+"""Every error this package raises on purpose.
+
+    LauncherError
+    ├── UsageError          the user's mistake; exit code 2, no traceback
+    │   ├── RecipeError     a recipe cannot be found, imported or built, or a value in it is wrong
+    │   ├── OverrideError   a name=value, a YAML file or a command-line value is wrong
+    │   ├── PlanError       the numbers do not go together, or ask for more than there is
+    │   ├── WorldError      the processes found are not the processes planned
+    │   └── RunDirError     the run folder exists, is missing or cannot be written
+    └── TrainingError       the run itself failed; exit code 1
+        └── SampleError     the data set raised while a sample was read
+
+Each message says what was asked, what was found and what to do, in words that can be pasted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+EXIT_FAILED = 1
+"""Exit code of a run that started and failed."""
+
+EXIT_USAGE = 2
+"""Exit code of a mistake that was found before or instead of training."""
+
+
+class LauncherError(Exception):
+    """Base of all errors raised on purpose; `exit_code` is what the process ends with."""
+
+    exit_code: int = EXIT_FAILED
+
+
+class UsageError(LauncherError):
+    """The user's mistake: shown as one message, without a traceback."""
+
+    exit_code = EXIT_USAGE
+
+
+class RecipeError(UsageError):
+    """A recipe cannot be found, imported or built, or a value in it is wrong."""
+
+
+class OverrideError(UsageError):
+    """A `name=value`, a YAML file or a value in one of them is wrong."""
+
+
+class PlanError(UsageError):
+    """The numbers do not go together, or ask for more than the machine has."""
+
+
+class WorldError(UsageError):
+    """The processes that were found are not the processes that were planned."""
+
+
+class RunDirError(UsageError):
+    """The run folder exists already, is missing, or cannot be written."""
+
+
+class TrainingError(LauncherError):
+    """The run itself failed."""
+
+
+class SampleError(TrainingError):
+    """The data set raised while a sample was read; the message names the sample."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return `" Did you mean ...?"` for the known names nearest to `name`, or an empty string."""
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, list(known), n=3, cutoff=0.6)
+    return f" Did you mean {' or '.join(near)}?" if near else ""

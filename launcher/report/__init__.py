@@ -1,0 +1,1 @@
+"""Text for people: the plan, progress and results. No torch."""

@@ -1,0 +1,79 @@
+"""A plan in words, with the arithmetic of every derived number."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+
+from launcher.plan import Plan
+
+_WIDTH = 96
+_LABEL = 14
+
+
+def explain(plan: Plan, *, recipe: str = "") -> str:
+    """Return the plan as text of a few lines, none wider than a terminal.
+
+    Args:
+        plan: The plan.
+        recipe: Where the recipe is, if that should be shown.
+    """
+    lines = [f"{plan.recipe}{'  ' + recipe if recipe else ''}"]
+    for label, text in _rows(plan):
+        lines += textwrap.wrap(
+            text,
+            width=_WIDTH,
+            initial_indent=f"  {label:<{_LABEL - 2}}",
+            subsequent_indent=" " * _LABEL,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    return "\n".join(lines)
+
+
+def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
+    settings, reasons = plan.settings, plan.reasons
+    yield "ranks", _ranks(plan)
+    yield "batch", reasons["batch_size"]
+    yield "lr", reasons["lr"]
+    yield (
+        "",
+        f"starts at {plan.lr_start:.3g}, peaks at step {plan.lr_peak_step:,}, "
+        f"ends at {plan.lr_end:.3g}: {settings['schedule']}",
+    )
+    yield "steps", reasons["total_steps"]
+    if plan.evaluate_every:
+        yield "evaluation", f"every {plan.evaluate_every:,} steps, and after the last"
+    else:
+        yield "evaluation", "after the last step"
+    yield "workers", f"{plan.workers_per_rank} per rank ({reasons['workers_per_rank']})"
+    pinned = "pinned" if plan.pin_memory else "not pinned"
+    yield "memory", f"{pinned} ({reasons['pin_memory']})"
+    yield "precision", plan.precision
+    yield "optimizer", str(settings.get("optimizer", "made by the recipe"))
+    for name, group in _by_source(plan):
+        yield "set by", f"{name}: {group}"
+    for note in plan.notes:
+        yield "note", note
+
+
+def _ranks(plan: Plan) -> str:
+    unit = "GPU" if plan.device == "cuda" else "CPU rank"
+    per_node = f"{plan.nproc_per_node} {unit}{'' if plan.nproc_per_node == 1 else 's'}"
+    nodes = f"{plan.nodes:,} node{'' if plan.nodes == 1 else 's'}"
+    how = "one process, no process group"
+    if plan.backend == "ddp":
+        how = f"DDP over {'NCCL' if plan.device == 'cuda' else 'gloo'}"
+    return f"{plan.world_size:,} = {nodes} x {per_node}, {how}"
+
+
+def _by_source(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Group the settings that are not at their default by where they came from."""
+    groups: dict[str, list[str]] = {}
+    for name, source in plan.sources.items():
+        if source == "default" or source.startswith("replaced by") or name == "name":
+            continue
+        shown = f"{name}={plan.settings[name]}" if name in plan.settings else name
+        groups.setdefault(source, []).append(shown)
+    for source, shown_settings in groups.items():
+        yield source, ", ".join(shown_settings)

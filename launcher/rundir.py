@@ -1,0 +1,156 @@
+"""The run folder: the names in it, and how they are written.
+
+    run.yaml            the recipe, its overrides, the plan, versions, git state
+    metrics.jsonl       one line per optimizer step, and one per evaluation
+    result.json         the final evaluation and totals; written last
+    model.safetensors   the final weights
+    failure.json        the first failure, if the run failed
+    logs/rank<N>.log    what each rank printed
+    samples/            sample ids per step and rank, with record_samples=true
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import RunDirError
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The files of one run, below `path`."""
+
+    path: Path
+
+    @property
+    def run_yaml(self) -> Path:
+        return self.path / "run.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def result(self) -> Path:
+        return self.path / "result.json"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model.safetensors"
+
+    @property
+    def failure(self) -> Path:
+        return self.path / "failure.json"
+
+    def log(self, rank: int) -> Path:
+        """Return what `rank` printed."""
+        return self.path / "logs" / f"rank{rank}.log"
+
+    def samples(self, rank: int) -> Path:
+        """Return the sample ids of `rank`, a line per step."""
+        return self.path / "samples" / f"rank{rank}.jsonl"
+
+    @property
+    def shown(self) -> str:
+        """The path, relative to this folder where it lies below it."""
+        try:
+            return str(self.path.relative_to(Path.cwd()))
+        except ValueError:
+            return str(self.path)
+
+
+def create_run_dir(out: Path | None, name: str) -> RunDir:
+    """Make a new run folder, readable by this user alone.
+
+    Args:
+        out: The folder to make; None makes runs/<name>-<time> below this folder.
+        name: The recipe's name, for that default.
+
+    Raises:
+        RunDirError: `out` exists already, or cannot be made.
+    """
+    stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    tries = [out] if out is not None else _numbered(Path("runs") / stem)
+    for path in tries:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir(mode=0o700)
+            (path / "logs").mkdir()
+        except FileExistsError:
+            if out is None and path.parent.is_dir():
+                continue
+            what = path if path.exists() else path.parent
+            raise RunDirError(
+                f"The run folder {what} exists already, and a run never writes into another's. "
+                "Give another --out, or move it away."
+            ) from None
+        except OSError as error:
+            raise RunDirError(
+                f"Cannot make the run folder {path}: {error.strerror}. "
+                "Give an --out below a folder that you can write to."
+            ) from None
+        return RunDir(path.resolve())
+    raise RunDirError(f"There are too many run folders called {stem}. Give an --out.")
+
+
+def _numbered(path: Path) -> list[Path]:
+    return [path, *(path.with_name(f"{path.name}-{number}") for number in range(2, 1000))]
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write `text` so that `path` holds all of it or is untouched, also after a power failure."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write `values` as readable JSON, whole or not at all."""
+    write_atomic(path, json.dumps(values, indent=2) + "\n")
+
+
+def write_yaml(path: Path, values: Mapping[str, Any]) -> None:
+    """Write `values` as readable YAML, whole or not at all."""
+    import yaml
+
+    write_atomic(path, yaml.safe_dump(dict(values), sort_keys=False, width=100))
+
+
+def record_failure(run_dir: RunDir, failure: Mapping[str, Any]) -> bool:
+    """Write failure.json unless an earlier failure is there; return whether this one is the first.
+
+    The file is complete from the moment it exists, and among ranks that fail together exactly one
+    is the first: it is linked into place, which fails where the name is taken.
+    """
+    beside = run_dir.failure.with_name(f".failure.{os.uname().nodename}.{os.getpid()}.tmp")
+    try:
+        beside.write_text(json.dumps(failure, indent=2) + "\n", encoding="utf-8")
+        os.link(beside, run_dir.failure)
+    except FileExistsError:
+        return False
+    except OSError:
+        return True  # no folder to agree in: better to speak twice than not at all
+    finally:
+        beside.unlink(missing_ok=True)
+    return True
+
+
+def read_failure(run_dir: RunDir) -> dict[str, Any] | None:
+    """Return the run's first failure, or None where it recorded none."""
+    try:
+        failure = json.loads(run_dir.failure.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return failure if isinstance(failure, dict) else None

@@ -1,0 +1,201 @@
+"""Learning-rate schedules: pure functions of (step, total_steps), independent of any optimizer.
+
+A rule returns a `Setting`: a factor of the peak learning rate and, for rules that cycle it, the
+momentum. Steps count optimizer updates from 0. The training loop writes the setting of step t into
+the optimizer before the backward pass of step t; nothing is ever stepped, so nothing can be
+stepped twice.
+
+    one_cycle     one triangle, then annihilation (super-convergence)
+    cosine        down along half a cosine
+    linear        down along a line
+    constant      no change
+    multi_step    times gamma at each milestone
+    warmup        up along a line, then any of the above
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Concatenate, Literal, NamedTuple, ParamSpec
+
+from launcher.errors import UsageError
+from launcher.spec import Spec, bind
+from launcher.typed import Fraction, NonNegativeInt, PositiveFloat
+
+P = ParamSpec("P")
+
+
+class Setting(NamedTuple):
+    """What a schedule says of one step."""
+
+    factor: float
+    """Learning rate as a fraction of the peak."""
+
+    momentum: float | None = None
+    """Momentum (SGD) or beta1 (Adam); None leaves the optimizer's own."""
+
+
+@dataclass(frozen=True, repr=False)
+class Schedule(Spec):
+    """A rule with its arguments; made by calling a rule, such as `one_cycle()`."""
+
+    def at(self, step: int, total_steps: int) -> Setting:
+        """Return the setting of `step`, counted from 0, in a run of `total_steps`."""
+        setting: Setting = self.function(step, total_steps, **dict(self.arguments))
+        return setting
+
+
+SCHEDULES: dict[str, Callable[..., Schedule]] = {}
+"""The rules by name, as the command line and YAML files know them."""
+
+
+def schedule(rule: Callable[Concatenate[int, int, P], Setting]) -> Callable[P, Schedule]:
+    """Make a rule `(step, total_steps, **arguments) -> Setting` into a maker of `Schedule`s.
+
+    The rule becomes known by its name to `schedule=...` on the command line and in YAML files.
+    """
+
+    @functools.wraps(rule)
+    def make(*args: P.args, **kwargs: P.kwargs) -> Schedule:
+        made = Schedule(rule.__name__, bind(rule, args, kwargs, skip=2), rule)
+        made.at(0, 1000)  # a rule refuses bad arguments when it is called
+        return made
+
+    signature = inspect.signature(rule)
+    make.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=list(signature.parameters.values())[2:]
+    )
+    SCHEDULES[rule.__name__] = make
+    return make
+
+
+@schedule
+def one_cycle(
+    step: int,
+    total_steps: int,
+    *,
+    pct_start: PositiveFloat = 0.45,
+    div_factor: PositiveFloat = 10.0,
+    final_div_factor: PositiveFloat = 1000.0,
+    three_phase: bool = True,
+    anneal_strategy: Literal["linear", "cos"] = "linear",
+    cycle_momentum: bool = True,
+    base_momentum: Fraction = 0.85,
+    max_momentum: Fraction = 0.95,
+) -> Setting:
+    """Up to the peak and back down in equal steps, then down by orders of magnitude.
+
+    The policy of Smith and Topin, "Super-Convergence" (arXiv:1708.07120): with the defaults the
+    learning rate rises from peak / 10 over 45 % of the run, falls back over as many steps, and is
+    annihilated to peak / 10,000 in the rest, while momentum does the opposite. The arguments are
+    those of `torch.optim.lr_scheduler.OneCycleLR`, whose values this returns exactly.
+    """
+    if pct_start >= (0.5 if three_phase else 1.0):
+        raise UsageError(
+            f"one_cycle(pct_start={pct_start:g}): the way up takes this part of the run"
+            + (" and the way down as much; give less than 0.5" if three_phase else "; give less than 1")
+        )
+    initial, final = 1 / div_factor, 1 / div_factor / final_div_factor
+    turn = pct_start * total_steps - 1
+    end = total_steps - 1
+    high, low = max_momentum, base_momentum
+    if three_phase:
+        phases = (
+            (turn, initial, 1.0, high, low),
+            (2 * turn, 1.0, initial, low, high),
+            (end, initial, final, high, high),
+        )
+    else:
+        phases = ((turn, initial, 1.0, high, low), (end, 1.0, final, low, high))
+    curve = _cosine if anneal_strategy == "cos" else _line
+    start = 0.0
+    for until, lr_from, lr_to, momentum_from, momentum_to in phases:
+        if step <= until or until == end:
+            passed = (step - start) / (until - start) if until > start else 1.0
+            momentum = curve(momentum_from, momentum_to, passed) if cycle_momentum else None
+            return Setting(curve(lr_from, lr_to, passed), momentum)
+        start = until
+    raise AssertionError("the last phase ends the run")
+
+
+@schedule
+def cosine(step: int, total_steps: int, *, final_factor: Fraction = 0.0) -> Setting:
+    """Down from the peak to `final_factor` of it along half a cosine.
+
+    Loshchilov and Hutter, "SGDR" (arXiv:1608.03983), one cycle; CosineAnnealingLR with
+    T_max = total_steps, so that the last step still moves.
+    """
+    return Setting(_cosine(1.0, final_factor, step / total_steps))
+
+
+@schedule
+def linear(step: int, total_steps: int, *, final_factor: Fraction = 0.0) -> Setting:
+    """Down from the peak to `final_factor` of it along a line, reached after the last step."""
+    return Setting(_line(1.0, final_factor, step / total_steps))
+
+
+@schedule
+def constant(step: int, total_steps: int) -> Setting:
+    """The peak learning rate at every step."""
+    return Setting(1.0)
+
+
+@schedule
+def multi_step(
+    step: int,
+    total_steps: int,
+    *,
+    milestones: tuple[float, ...] = (0.5, 0.75),
+    gamma: PositiveFloat = 0.1,
+) -> Setting:
+    """Times `gamma` at each milestone; milestones are fractions of the run (MultiStepLR)."""
+    if not all(0 <= milestone <= 1 for milestone in milestones):
+        raise UsageError(
+            f"multi_step(milestones={milestones}): give fractions of the run, between 0 and 1"
+        )
+    passed = sum(step >= milestone * total_steps for milestone in milestones)
+    return Setting(gamma**passed)
+
+
+@schedule
+def warmup(
+    step: int,
+    total_steps: int,
+    then: Schedule,
+    *,
+    fraction: Fraction = 0.05,
+    steps: NonNegativeInt | None = None,
+    start_factor: Fraction = 0.01,
+) -> Setting:
+    """Up along a line to where `then` begins, which has the rest of the run.
+
+    Goyal et al., "Accurate, Large Minibatch SGD" (arXiv:1706.02677), warm up over 5 epochs from
+    the unscaled learning rate: `start_factor` is then lr_batch_size / batch_size.
+
+    Args:
+        step: The step, from 0.
+        total_steps: Steps of the run, the warm-up included.
+        then: The schedule that follows.
+        fraction: Part of the run that the warm-up takes.
+        steps: Steps that the warm-up takes, instead of `fraction`.
+        start_factor: Factor of step 0.
+    """
+    if not isinstance(then, Schedule):
+        raise UsageError(f"warmup(then={then!r}): give a schedule, such as warmup(cosine())")
+    rising = min(steps if steps is not None else round(fraction * total_steps), total_steps - 1)
+    peak = then.at(max(step - rising, 0), max(total_steps - rising, 1))
+    if step >= rising:
+        return peak
+    return Setting(_line(start_factor, peak.factor, step / rising), peak.momentum)
+
+
+def _line(start: float, end: float, passed: float) -> float:
+    return (end - start) * passed + start
+
+
+def _cosine(start: float, end: float, passed: float) -> float:
+    return end + (start - end) / 2.0 * (1 + math.cos(math.pi * passed))

@@ -1,0 +1,92 @@
+"""Checks plain values against type hints, and says what is wrong in a user's words.
+
+msgspec does the conversion; this module turns what it refuses into `expected ..., found ...`.
+Range limits are part of the type: `Annotated[int, Meta(ge=1)]`.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import msgspec
+from msgspec import Meta
+
+PositiveInt = Annotated[int, Meta(ge=1)]
+NonNegativeInt = Annotated[int, Meta(ge=0)]
+PositiveFloat = Annotated[float, Meta(gt=0)]
+NonNegativeFloat = Annotated[float, Meta(ge=0)]
+Fraction = Annotated[float, Meta(ge=0, le=1)]
+
+_NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_LIMITS = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "less than"}
+
+
+class MismatchError(Exception):
+    """A value does not fit its type; the text reads `expected ..., found ...`."""
+
+
+def convert(value: Any, hint: Any, *, from_text: bool = False) -> Any:
+    """Return `value` as an instance of the type `hint`.
+
+    Args:
+        value: A plain Python value.
+        hint: int, float, bool, str, a Literal, a list or tuple of those, or a union with None.
+        from_text: Whether a str may stand for a number, a bool or none, as on a command line.
+
+    Raises:
+        MismatchError: The value does not fit.
+    """
+    if from_text and isinstance(value, str):
+        value = _from_text(value, hint)
+    try:
+        converted = msgspec.convert(value, hint, strict=not from_text)
+    except msgspec.ValidationError:
+        raise MismatchError(f"expected {describe(hint)}, found {show(value)}") from None
+    if isinstance(converted, float) and not math.isfinite(converted):
+        raise MismatchError(f"expected {describe(hint)}, found {show(value)}")
+    return converted
+
+
+def describe(hint: Any) -> str:
+    """Return the type `hint` in words, such as `a whole number of at least 1, or none`."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        limits = [
+            f"{words} {limit:g}"
+            for meta in arguments[1:]
+            for name, words in _LIMITS.items()
+            if (limit := getattr(meta, name, None)) is not None
+        ]
+        return describe(arguments[0]) + (f" {' and '.join(limits)}" if limits else "")
+    if origin is Literal:
+        return " or ".join(str(choice) for choice in arguments)
+    if origin in (Union, types.UnionType):
+        return ", or ".join(describe(argument) for argument in arguments)
+    if origin in (list, tuple):
+        return f"a list of {describe(arguments[0])}" if arguments else "a list"
+    return "none" if hint is types.NoneType else _NOUNS.get(hint, getattr(hint, "__name__", "?"))
+
+
+def show(value: Any) -> str:
+    """Return a found value with its kind where that would be in doubt: `the text 'abc'`."""
+    if isinstance(value, str):
+        return f"the text {value!r}"
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    if isinstance(value, (int, float)):
+        return str(value)
+    return f"{type(value).__name__} {value!r}"
+
+
+def _from_text(text: str, hint: Any) -> Any:
+    """Read a command-line value: `none`, yes/no words, and comma-separated lists."""
+    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if types.NoneType in members and text.lower() in ("none", "null"):
+        return None
+    if bool in members and text.lower() in ("yes", "on", "no", "off"):
+        return text.lower() in ("yes", "on")
+    if any(get_origin(member) in (list, tuple) or member in (list, tuple) for member in members):
+        return [piece for piece in text.strip("[]()").replace(" ", "").split(",") if piece]
+    return text
