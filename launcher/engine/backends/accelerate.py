@@ -1,0 +1,116 @@
+"""DistributedDataParallel through Accelerate: gloo between CPU ranks, NCCL between GPUs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+)
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from launcher.engine.backends.base import Backend
+from launcher.engine.placement import planned_device
+from launcher.errors import WorldError
+from launcher.plan import Plan
+from launcher.world import World
+
+_TIMEOUT = timedelta(minutes=30)
+
+
+class AccelerateBackend(Backend):
+    """Accelerate forms the process group, places the model and wraps it in DDP.
+
+    Its optimizer, scheduler and DataLoader wrappers are left out: the loop does what they would,
+    exactly for any split of the batch.
+    """
+
+    def __init__(self, plan: Plan, world: World) -> None:
+        super().__init__(plan, planned_device(plan, world.local_rank))
+        _explain_settings_of_the_launcher(plan)
+        _reset()
+        cpu = plan.device == "cpu"
+        self._accelerator = Accelerator(
+            cpu=cpu,
+            mixed_precision="no",  # the loop's own autocast, the same under every backend
+            gradient_accumulation_steps=1,  # the loop's own, exact for ragged micro-batches
+            kwargs_handlers=[
+                InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=_TIMEOUT),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            ],
+        )
+        self.rank = self._accelerator.process_index
+        self.world_size = self._accelerator.num_processes
+        wanted = DistributedType.MULTI_CPU if cpu else DistributedType.MULTI_GPU
+        found = self._accelerator.distributed_type
+        if (found, self.world_size, self.rank) != (wanted, plan.world_size, world.rank):
+            raise WorldError(
+                f"Planned for rank {world.rank} of {plan.world_size} under {wanted.value}; "
+                f"Accelerate formed rank {self.rank} of {self.world_size} under {found.value}. "
+                "Unset the ACCELERATE_* variables of this environment, or use `launcher run`."
+            )
+
+    def prepare(self, model: nn.Module, optimizer: Optimizer) -> nn.Module:
+        prepared = self._accelerator.prepare(model)
+        assert isinstance(prepared, DistributedDataParallel), type(prepared)
+        self._wrapped = prepared
+        return prepared
+
+    def micro_step(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if last else self._wrapped.no_sync()
+
+    def sum(self, values: Tensor) -> Tensor:
+        dist.all_reduce(values)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def close(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self._accelerator.end_training()
+        _reset()
+
+
+def _explain_settings_of_the_launcher(plan: Plan) -> None:
+    """Say which settings of `accelerate launch` the recipe decides instead; refuse other engines."""
+    for name, engine in (
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("ACCELERATE_USE_FSDP", "FSDP"),
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+    ):
+        if os.environ.get(name, "false").lower() in ("true", "1"):
+            raise WorldError(
+                f"accelerate launch was configured for {engine} ({name} is set); this recipe trains "
+                "under DDP. Leave that out of the accelerate configuration, or use `launcher run`."
+            )
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    meant = {"no": "fp32", "bf16": "bf16"}.get(asked)
+    if asked != "no" and meant != plan.precision:
+        warnings.warn(
+            f"accelerate launch says mixed_precision={asked}; the recipe's "
+            f"precision={plan.precision} decides. Give precision={asked} to the recipe instead.",
+            stacklevel=2,
+        )
+
+
+def _reset() -> None:
+    """Forget Accelerate's process-wide state, which would outlive this backend."""
+    AcceleratorState._reset_state(True)
+    PartialState._reset_state()
+    GradientState._reset_state()

@@ -1,0 +1,40 @@
+"""One process, no process group: `python recipes/x.py`, tests, and runs on one GPU."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from launcher.engine.backends.base import Backend
+from launcher.engine.placement import planned_device
+from launcher.plan import Plan
+
+
+class LocalBackend(Backend):
+    """Trains in this process alone, on the first GPU or the CPU."""
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan, planned_device(plan, local_rank=0))
+
+    def prepare(self, model: nn.Module, optimizer: Optimizer) -> nn.Module:
+        return model
+
+    def micro_step(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+    def sum(self, values: Tensor) -> Tensor:
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+    def close(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)

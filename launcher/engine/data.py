@@ -1,0 +1,185 @@
+"""Reading samples: from requests to micro-batches, in DataLoader workers or in the rank itself."""
+
+from __future__ import annotations
+
+import random
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+
+from launcher.engine.processes import die_with_parent
+from launcher.engine.sampler import Request
+from launcher.errors import LauncherError, RecipeError, SampleError
+from launcher.plan import Plan
+from launcher.recipe import Data, Recipe
+from launcher.seeds import derive
+
+
+class MicroBatch(NamedTuple):
+    """What a request is answered with."""
+
+    batch: Any
+    """The collated samples."""
+
+    samples: int
+    """How many samples of it count; 0 where it has weight 0."""
+
+    items: int
+    """How many items the loss counts in it: samples, or what the recipe's `count` says."""
+
+
+def sample_count(data: Any, split: str) -> int:
+    """Return the number of samples of a data set.
+
+    Raises:
+        RecipeError: It has no length, cannot be indexed, or is empty.
+    """
+    if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+        raise RecipeError(
+            f"The {split} data is a {type(data).__name__}, which has no "
+            f"{'length' if hasattr(data, '__getitem__') else '__getitem__'}: samples could not be "
+            "shared exactly over ranks. Give a map-style data set, with __len__ and __getitem__."
+        )
+    if len(data) == 0:
+        raise RecipeError(
+            f"The {split} data is empty: len() of the {type(data).__name__} is 0. "
+            "Look at what the recipe's data function reads."
+        )
+    return len(data)
+
+
+class Reader(Dataset[MicroBatch]):
+    """Answers requests; the data set that the DataLoader and its workers see.
+
+    Before each `__getitem__` of a data set, the global generators of `random`, `numpy.random` and
+    torch are seeded by (seed, epoch, sample), and afterwards put back, so that augmentation depends
+    on nothing else. A data set's batched `__getitems__` is used where it draws no random numbers.
+    """
+
+    def __init__(self, recipe: Recipe, data: Data) -> None:
+        self._data = data
+        self._seed = recipe.seed
+        self._count = recipe.count
+        self._collate: Callable[[list[Any]], Any] = data.collate or default_collate
+        self._batched = {
+            "train": callable(getattr(data.train, "__getitems__", None)),
+            "evaluation": callable(getattr(data.evaluation, "__getitems__", None)),
+        }
+
+    def __getitem__(self, request: Request) -> MicroBatch:
+        dataset = getattr(self._data, request.split)
+        if type(dataset) is TensorDataset and self._data.collate is None:
+            # What collating the samples one by one would give, in one indexing operation.
+            batch = [tensor[request.indices] for tensor in dataset.tensors]
+        else:
+            batch = self._collate(self._read(dataset, request))
+        samples = len(request.indices) if request.counts else 0
+        items = samples
+        if self._count is not None:
+            items = int(self._count(batch)) if request.counts else 0
+        return MicroBatch(batch, samples, items)
+
+    def _read(self, dataset: Any, request: Request) -> list[Any]:
+        before = _GlobalRandomness()
+        try:
+            if self._batched[request.split]:
+                samples = _reading(request, request.indices, dataset.__getitems__, request.indices)
+                if before.is_untouched():
+                    return list(samples)
+                # It drew random numbers for the batch as a whole, which would depend on the split.
+                self._batched[request.split] = False
+            samples = []
+            for index in request.indices:
+                _seed_all(derive(self._seed, request.epoch, index))
+                samples.append(_reading(request, [index], dataset.__getitem__, index))
+            return samples
+        finally:
+            before.restore()
+
+
+def micro_batches(
+    reader: Reader, requests: Iterable[Request], plan: Plan
+) -> Iterator[MicroBatch]:
+    """Return the micro-batches of `requests`, read ahead by the plan's workers."""
+    workers = plan.workers_per_rank
+    with warnings.catch_warnings():
+        # The plan has weighed workers against cores, and has told the user.
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        loader = DataLoader(
+            reader,
+            sampler=requests,  # type: ignore[arg-type]
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            prefetch_factor=plan.prefetch_factor,
+            pin_memory=plan.pin_memory,
+            worker_init_fn=_start_worker if workers else None,
+            multiprocessing_context="fork" if workers else None,
+        )
+        return iter(loader)
+
+
+class _GlobalRandomness:
+    """The state of the generators that library code draws from, so that it can be put back."""
+
+    def __init__(self) -> None:
+        self._python = random.getstate()
+        self._torch = torch.get_rng_state()
+        self._numpy = _numpy_random().get_state(legacy=False) if _numpy_random() else None
+
+    def is_untouched(self) -> bool:
+        if random.getstate() != self._python or not torch.equal(
+            torch.get_rng_state(), self._torch
+        ):
+            return False
+        if self._numpy is None:
+            return True
+        now, then = _numpy_random().get_state(legacy=False)["state"], self._numpy["state"]
+        return bool(now["pos"] == then["pos"] and (now["key"] == then["key"]).all())
+
+    def restore(self) -> None:
+        random.setstate(self._python)
+        torch.set_rng_state(self._torch)
+        if self._numpy is not None:
+            _numpy_random().set_state(self._numpy)
+
+
+def _seed_all(seed: int) -> None:
+    random.seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed each GPU as well
+    if (numpy_random := _numpy_random()) is not None:
+        numpy_random.seed(seed & 0xFFFFFFFF)
+
+
+def _numpy_random() -> Any:
+    """Return numpy.random if anything has imported it: code that has not cannot draw from it."""
+    return sys.modules.get("numpy.random")
+
+
+def _reading(
+    request: Request, indices: list[int], read: Callable[[Any], Any], argument: Any
+) -> Any:
+    try:
+        return read(argument)
+    except LauncherError:
+        raise
+    except Exception as error:
+        shown = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
+        # Exceptions cross from a worker to its rank as text, so the traceback goes into the text.
+        raise SampleError(
+            f"The {request.split} data raised {type(error).__name__} for sample {shown} "
+            f"(epoch {request.epoch}): {error}\n\n{traceback.format_exc()}"
+        ) from None
+
+
+def _as_it_is(micro_batch: MicroBatch) -> MicroBatch:
+    return micro_batch
+
+
+def _start_worker(_: int) -> None:
+    die_with_parent()

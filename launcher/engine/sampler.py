@@ -1,0 +1,137 @@
+"""Which samples this rank takes, micro-batch by micro-batch, for the whole run.
+
+One stream of requests covers training and evaluation in the order in which the loop will ask for
+them. The DataLoader's workers read ahead along it, so they never stop at the end of an epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from launcher.batch import ceil_div, micro_batch, num_micro_steps
+from launcher.engine.order import elements_at
+from launcher.plan import Plan
+
+_POSITIONS_AT_ONCE = 4096
+"""Positions of the order that are looked up together, to share the cost of a tensor operation."""
+
+_GHOST_SAMPLES = 2
+"""Samples of an empty micro-batch: two, because BatchNorm refuses to train on one."""
+
+
+class Request(NamedTuple):
+    """One micro-batch that a rank asks its DataLoader for."""
+
+    split: Literal["train", "evaluation"]
+    epoch: int
+    indices: list[int]
+    """Samples to read, in order."""
+
+    counts: bool
+    """False for a micro-batch with weight 0, read only to take part in collectives."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """The requests of one rank.
+
+    Step t of epoch e takes positions [t * batch_size, (t + 1) * batch_size) of the permutation
+    seeded by (seed, e), the same for every number of ranks. The last batch of an epoch is shorter
+    where the samples do not divide. An evaluation visits each sample once, in order.
+    """
+
+    plan: Plan
+    rank: int
+    train_samples: int
+    evaluation_samples: int = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return ceil_div(self.train_samples, self.plan.batch_size)
+
+    def epoch_of(self, step: int) -> int:
+        """Return the epoch that `step` belongs to."""
+        return step // self.steps_per_epoch
+
+    def batch_samples(self, step: int) -> int:
+        """Return the samples that `step` takes over all ranks."""
+        start = step % self.steps_per_epoch * self.plan.batch_size
+        return min(self.plan.batch_size, self.train_samples - start)
+
+    def samples_before(self, step: int) -> int:
+        """Return the samples that all steps before `step` have taken."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        return epoch * self.train_samples + within * self.plan.batch_size
+
+    def micro_steps(self, step: int) -> int:
+        """Return the micro-batches that each rank takes in `step`."""
+        return num_micro_steps(
+            self.batch_samples(step), self.plan.world_size, self.plan.micro_batch_size
+        )
+
+    def evaluation_steps(self) -> int:
+        """Return the micro-batches that each rank takes in an evaluation."""
+        return ceil_div(self.evaluation_samples, self._evaluation_batch)
+
+    def requests(self, first_step: int = 0) -> Iterator[Request]:
+        """Yield this rank's requests from `first_step` to the end of the run."""
+        last = self.plan.total_steps
+        step = first_step
+        while step < last:
+            together = max(_POSITIONS_AT_ONCE // max(self.plan.samples_per_rank), 1)
+            epoch_end = (self.epoch_of(step) + 1) * self.steps_per_epoch
+            until = min(step + together, epoch_end, last)
+            for taken in self._training(range(step, until)):
+                yield from taken
+                if self.plan.evaluates_after(step):
+                    yield from self.evaluation()
+                step += 1
+
+    def training(self, step: int) -> list[Request]:
+        """Return the requests of one step."""
+        return next(self._training(range(step, step + 1)))
+
+    def evaluation(self) -> Iterator[Request]:
+        """Yield the requests of one evaluation, as many on every rank."""
+        for start in range(0, self.evaluation_samples, self._evaluation_batch):
+            size = min(self._evaluation_batch, self.evaluation_samples - start)
+            own = micro_batch(
+                size, world_size=self.plan.world_size, rank=self.rank, micro_steps=1, micro_step=0
+            )
+            indices = list(range(start + own.start, start + own.stop))
+            yield Request("evaluation", 0, indices or [start], bool(indices))
+
+    @property
+    def _evaluation_batch(self) -> int:
+        return self.plan.micro_batch_size * self.plan.world_size
+
+    def _training(self, steps: range) -> Iterator[list[Request]]:
+        """Yield the requests of each of `steps`, which lie in one epoch."""
+        ranges: list[range] = []
+        for step in steps:
+            start = step % self.steps_per_epoch * self.plan.batch_size
+            ghost = range(start, start + min(_GHOST_SAMPLES, self.batch_samples(step)))
+            for own in self._positions(step):
+                ranges.append(range(start + own.start, start + own.stop) if own else ghost)
+        epoch = self.epoch_of(steps.start)
+        found = iter(elements_at(self.train_samples, self.plan.seed, epoch, ranges))
+        for step in steps:
+            yield [
+                Request("train", epoch, next(found), bool(own)) for own in self._positions(step)
+            ]
+
+    def _positions(self, step: int) -> list[range]:
+        """Return the positions, within the batch of `step`, of each of this rank's micro-batches."""
+        size, micro_steps = self.batch_samples(step), self.micro_steps(step)
+        return [
+            micro_batch(
+                size,
+                world_size=self.plan.world_size,
+                rank=self.rank,
+                micro_steps=micro_steps,
+                micro_step=micro_step,
+            )
+            for micro_step in range(micro_steps)
+        ]
