@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -62,11 +63,20 @@ class AccelerateBackend(Backend):
                 "Unset the ACCELERATE_* variables of this environment, or use `launcher run`."
             )
 
-    def prepare(self, model: nn.Module, optimizer: Optimizer) -> nn.Module:
-        prepared = self._accelerator.prepare(model)
-        assert isinstance(prepared, DistributedDataParallel), type(prepared)
-        self._wrapped = prepared
-        return prepared
+    def prepare(
+        self, model: nn.Module, make_optimizer: Callable[[nn.Module], Optimizer]
+    ) -> tuple[nn.Module, Optimizer]:
+        wrapped = self._accelerator.prepare(model)
+        if not isinstance(wrapped, DistributedDataParallel):
+            raise WorldError(
+                f"Accelerate prepared a {type(wrapped).__name__} instead of DDP, so the ranks would "
+                "train copies of their own."
+            )
+        self._wrapped = wrapped
+        return wrapped, make_optimizer(wrapped.module)
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        return self._accelerator.unwrap_model(model)
 
     def micro_step(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if last else self._wrapped.no_sync()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,8 +38,10 @@ class Backend(ABC):
         return contextlib.nullcontext()
 
     @abstractmethod
-    def prepare(self, model: nn.Module, optimizer: Optimizer) -> nn.Module:
-        """Return the module to call in training; its parameters are those of `optimizer`."""
+    def prepare(
+        self, model: nn.Module, make_optimizer: Callable[[nn.Module], Optimizer]
+    ) -> tuple[nn.Module, Optimizer]:
+        """Place `model` on the device; return the module to call, and the optimizer of its weights."""
 
     @abstractmethod
     def micro_step(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
@@ -55,6 +58,10 @@ class Backend(ABC):
     @abstractmethod
     def close(self) -> None:
         """Leave the process group."""
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        """Return the recipe's own module inside what `prepare` returned."""
+        return model
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`; over the ranks it is averaged."""

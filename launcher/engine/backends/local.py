@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,8 +24,11 @@ class LocalBackend(Backend):
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan, planned_device(plan, local_rank=0))
 
-    def prepare(self, model: nn.Module, optimizer: Optimizer) -> nn.Module:
-        return model
+    def prepare(
+        self, model: nn.Module, make_optimizer: Callable[[nn.Module], Optimizer]
+    ) -> tuple[nn.Module, Optimizer]:
+        model = model.to(self.device)
+        return model, make_optimizer(model)
 
     def micro_step(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()

@@ -1,0 +1,70 @@
+"""The command line: `launcher COMMAND`. One file per command, imported when it is used."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+import click
+
+from launcher.errors import LauncherError
+
+_COMMANDS = {
+    "plan": "launcher.cli.plan",
+    "recipes": "launcher.cli.recipes",
+    "run": "launcher.cli.run",
+}
+"""Command names and the module of each, which holds a click command called `command`."""
+
+
+class _LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        command = importlib.import_module(_COMMANDS[cmd_name]).command
+        assert isinstance(command, click.Command)
+        return command
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="gpu-launcher", prog_name="launcher")
+def group() -> None:
+    """Train a recipe on any number of GPUs, with the same optimizer steps on each number.
+
+    \b
+    launcher plan digits              what would run, with the arithmetic
+    launcher run digits               train it, on all GPUs of this machine
+    launcher run digits -n 2 lr=0.2   ... on two, with another learning rate
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and end the process with its exit code."""
+    sys.exit(run_command(group, arguments, "launcher"))
+
+
+def run_command(
+    command: click.Command, arguments: Sequence[str] | None = None, name: str | None = None
+) -> int:
+    """Run a click command; show a user's mistake as one message; return the exit code."""
+    try:
+        code = command.main(
+            None if arguments is None else list(arguments), prog_name=name, standalone_mode=False
+        )
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except LauncherError as error:
+        print(f"launcher: {error}", file=sys.stderr)
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        print("\nlauncher: stopped by Ctrl-C", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read our output has had enough
+        return 0
+    return code if isinstance(code, int) else 0

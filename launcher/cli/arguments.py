@@ -1,0 +1,67 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from launcher.overrides import Override, read_arguments, read_yaml
+
+Function = Callable[..., Any]
+
+
+def overrides_argument(function: Function) -> Function:
+    """Take `name=value` arguments."""
+    return click.argument("overrides", nargs=-1, metavar="[NAME=VALUE]...")(function)
+
+
+def config_option(function: Function) -> Function:
+    """Take a YAML file of values."""
+    return click.option(
+        "--config",
+        type=click.Path(path_type=Path),
+        metavar="FILE.yaml",
+        help="Take values from a YAML file; NAME=VALUE arguments are stronger.",
+    )(function)
+
+
+def nproc_option(function: Function) -> Function:
+    """Take the number of ranks per node."""
+    return click.option(
+        "-n",
+        "--nproc-per-node",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Ranks on each node. Default: one per GPU, or 2 CPU ranks where there is no GPU.",
+    )(function)
+
+
+def out_option(function: Function) -> Function:
+    """Take the run folder to make."""
+    return click.option(
+        "--out",
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        help="The run folder to make. Default: runs/<recipe>-<time>.",
+    )(function)
+
+
+def read_overrides(config: Path | None, arguments: tuple[str, ...]) -> tuple[Override, ...]:
+    """Return the overrides of a YAML file and of the command line, the weaker ones first."""
+    return (*(read_yaml(config) if config else ()), *read_arguments(arguments))
+
+
+class SettingsCommand(click.Command):
+    """A command whose help ends with the settings that NAME=VALUE can name."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from launcher.recipe import field_sentences, setting_types
+
+        names = (*setting_types(), "schedule", "optimizer")
+        sentences = field_sentences()
+        with formatter.section("Settings (NAME=VALUE)"):
+            formatter.write_dl([(name, sentences[name]) for name in names if name != "name"])
+        super().format_epilog(ctx, formatter)

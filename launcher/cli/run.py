@@ -1,0 +1,61 @@
+"""`launcher run`: plan, start the ranks, train."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from launcher.cli.arguments import (
+    SettingsCommand,
+    config_option,
+    nproc_option,
+    out_option,
+    overrides_argument,
+    read_overrides,
+)
+
+
+@click.command(cls=SettingsCommand)
+@click.argument("recipe")
+@overrides_argument
+@nproc_option
+@config_option
+@out_option
+def command(
+    recipe: str,
+    overrides: tuple[str, ...],
+    nproc_per_node: int | None,
+    config: Path | None,
+    out: Path | None,
+) -> int:
+    """Train RECIPE on the GPUs of this machine, or on CPU ranks where there are none.
+
+    \b
+    launcher run digits
+    launcher run recipes/digits.py -n 4 lr=0.2 epochs=3
+    launcher run digits --config mine.yaml --out runs/mine
+    """
+    from launcher.job import Job, describe_run, plan_recipe, write_run_yaml
+    from launcher.launch import launch
+    from launcher.machine import read_machine
+    from launcher.report.explain import explain
+    from launcher.resolve import resolve
+    from launcher.rundir import create_run_dir
+
+    reference = resolve(recipe)
+    given = read_overrides(config, overrides)
+    built, plan = plan_recipe(reference, given, read_machine(), nproc_per_node=nproc_per_node)
+    run_dir = create_run_dir(out, plan.recipe)
+    write_run_yaml(run_dir, describe_run(reference, given, built, plan))
+    click.echo(explain(plan, recipe=reference.shown))
+    return launch(
+        Job(
+            recipe=reference.location,
+            overrides=given,
+            plan=plan,
+            run_dir=run_dir,
+            launcher_pid=os.getpid(),
+        )
+    )

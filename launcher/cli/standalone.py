@@ -1,0 +1,80 @@
+"""What a recipe's file does when it is run by `python`, `torchrun` or `accelerate launch`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from launcher.cli import run_command
+from launcher.cli.arguments import (
+    SettingsCommand,
+    config_option,
+    out_option,
+    overrides_argument,
+    read_overrides,
+)
+from launcher.errors import UsageError
+from launcher.recipe import Recipe
+
+
+def run_standalone(function: Callable[..., Recipe]) -> None:
+    """Parse the command line of a recipe's file, train, and end the process on an error."""
+
+    @click.command(cls=SettingsCommand, help=_help(function))
+    @overrides_argument
+    @config_option
+    @out_option
+    def command(overrides: tuple[str, ...], config: Path | None, out: Path | None) -> None:
+        try:
+            _train(function, overrides, config, out)
+        except UsageError:
+            # Every rank of a node finds the same mistake, and one of them says so.
+            if os.environ.get("LOCAL_RANK", "0") != "0":
+                sys.exit(UsageError.exit_code)
+            raise
+
+    code = run_command(command)
+    if code:
+        sys.exit(code)
+
+
+def _train(
+    function: Callable[..., Recipe],
+    arguments: tuple[str, ...],
+    config: Path | None,
+    out: Path | None,
+) -> None:
+    from launcher.job import describe_run, plan_recipe
+    from launcher.machine import read_machine
+    from launcher.report.explain import explain
+    from launcher.resolve import reference_of
+    from launcher.world import find_world
+
+    world = find_world()
+    reference = reference_of(function)
+    overrides = read_overrides(config, arguments)
+    built, plan = plan_recipe(
+        reference,
+        overrides,
+        read_machine(),
+        nodes=world.nodes,
+        nproc_per_node=world.local_world_size,
+    )
+    if world.rank == 0:
+        click.echo(explain(plan, recipe=reference.shown))
+    from launcher.engine.worker import found_rank
+
+    description = describe_run(reference, overrides, built, plan) if world.rank == 0 else {}
+    found_rank(built.recipe, plan, world, out, description)
+
+
+def _help(function: Callable[..., Recipe]) -> str:
+    sentence = (function.__doc__ or f"Train {function.__name__}.").strip()
+    return (
+        f"{sentence}\n\nTrains as the ranks that started it: one process here, as many as torchrun "
+        "or accelerate launch start. `launcher run` uses all GPUs."
+    )

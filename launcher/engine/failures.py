@@ -1,0 +1,66 @@
+"""What a rank does when it fails: one rank's error is kept and shown, once."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+import traceback
+from typing import Any, TextIO
+
+from launcher.errors import EXIT_FAILED, LauncherError
+from launcher.report.failure import failure_text
+from launcher.rundir import RunDir, record_failure
+from launcher.world import World
+
+_PEER_LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Socket closed",
+    "NCCL communicator was aborted",
+    "remote process exited",
+)
+_SECONDS_TO_BE_ENDED = 15
+
+
+def fail(
+    error: BaseException, world: World, run_dir: RunDir, *, log: TextIO, show: TextIO | None
+) -> int:
+    """Record `error` as the run's failure if it is the first; return the exit code.
+
+    A rank whose connection to another broke is a consequence, not the cause. It waits for the
+    agent to end it, so that the rank that caused it is the first to be noticed.
+
+    Args:
+        error: What was raised.
+        world: Which rank raised it.
+        run_dir: Where the ranks agree who was first.
+        log: This rank's log, where its error is kept in any case.
+        show: Where to show it; None leaves that to the process that started the ranks.
+    """
+    failure = describe(error, world)
+    print(failure["traceback"] or failure["message"], file=log, flush=True)
+    if failure["lost_peer"]:
+        time.sleep(_SECONDS_TO_BE_ENDED)
+    first = record_failure(run_dir, failure)
+    if first and show is not None:
+        print(failure_text(failure, run_dir), file=show, flush=True)
+    return int(failure["exit_code"])
+
+
+def describe(error: BaseException, world: World) -> dict[str, Any]:
+    """Return a failure as plain values."""
+    known = isinstance(error, LauncherError)
+    text = "" if known else "".join(traceback.format_exception(error))
+    return {
+        "rank": world.rank,
+        "node": platform.node(),
+        "pid": os.getpid(),
+        "time": time.time(),
+        "error": type(error).__name__,
+        "message": str(error),
+        "traceback": text,
+        "exit_code": error.exit_code if isinstance(error, LauncherError) else EXIT_FAILED,
+        "lost_peer": not known and any(sign in str(error) for sign in _PEER_LOST),
+    }

@@ -1,0 +1,192 @@
+"""One rank of a run, from the world that it finds to the result."""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, TextIO
+
+import safetensors.torch
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from launcher.engine.backends import open_backend
+from launcher.engine.backends.base import Backend
+from launcher.engine.data import Reader, micro_batches, sample_count
+from launcher.engine.loop import Trainee, train
+from launcher.engine.optimizers import make_optimizer
+from launcher.engine.recorder import Recorder
+from launcher.engine.sampler import Sampler
+from launcher.errors import LauncherError, RecipeError, WorldError
+from launcher.plan import Plan
+from launcher.recipe import Data, Recipe
+from launcher.report.progress import Progress, duration, metrics_text
+from launcher.rundir import RunDir, write_json
+from launcher.seeds import derive
+from launcher.world import World
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a finished run came to; result.json holds it."""
+
+    evaluation: dict[str, float]
+    """Loss and metrics over the evaluation data; empty where there is none."""
+
+    train_loss: float
+    """Loss of the last step."""
+
+    steps: int
+    samples: int
+    """Training samples consumed."""
+
+    seconds: float
+    """From the first step to the last, evaluations included."""
+
+
+def join(plan: Plan, world: World, make_run_dir: Callable[[], RunDir]) -> tuple[Backend, RunDir]:
+    """Form the group of ranks, make sure that they agree, and settle the run folder (collective).
+
+    Args:
+        plan: This rank's plan.
+        world: This process's place.
+        make_run_dir: Called on rank 0 alone; every rank gets what it returns.
+
+    Raises:
+        WorldError: The world is not the planned one, or ranks have different plans.
+        LauncherError: What `make_run_dir` raised on rank 0.
+    """
+    plan.check_world(world)
+    if plan.device == "cpu":
+        torch.set_num_threads(plan.threads_per_rank)
+    backend = open_backend(plan, world)
+    told: dict[str, Any] = {}
+    if world.rank == 0:
+        try:
+            told = {"plan": plan.agreement(), "run_dir": make_run_dir()}
+        except LauncherError as error:
+            told = {"error": error}
+    told = backend.broadcast(told)
+    if "error" in told:
+        raise told["error"]
+    different = plan.differences(told["plan"])
+    if different:
+        name, (own, rank_0) = next(iter(different.items()))
+        raise WorldError(
+            f"Rank {world.rank} was started with {name}={own}, and rank 0 with {name}={rank_0}. "
+            "Start every rank with the same recipe and the same overrides."
+        )
+    return backend, told["run_dir"]
+
+
+def train_rank(
+    recipe: Recipe, plan: Plan, backend: Backend, run_dir: RunDir, terminal: TextIO, log: TextIO
+) -> Result:
+    """Build what the recipe describes, train it, and write the result.
+
+    Raises:
+        LauncherError: The recipe or its data is at fault, or the training failed.
+    """
+    data = _data(recipe, plan)
+    sampler = Sampler(
+        plan=plan,
+        rank=backend.rank,
+        train_samples=sample_count(data.train, "train"),
+        evaluation_samples=(
+            0 if data.evaluation is None else sample_count(data.evaluation, "evaluation")
+        ),
+    )
+    # The workers start here, before there is a GPU context or an optimizer for them to inherit.
+    batches = micro_batches(Reader(recipe, data), sampler.requests(), plan)
+    model, optimizer = _model_and_optimizer(recipe, plan, backend)
+    trainee = Trainee(
+        recipe=recipe,
+        plan=plan,
+        backend=backend,
+        model=model,
+        optimizer=optimizer,
+        sampler=sampler,
+        batches=batches,
+    )
+    is_main = backend.rank == 0
+    progress = Progress(plan.total_steps, terminal, log) if is_main else None
+    recorder = Recorder(run_dir, sampler, recipe.record_samples, progress)
+    started = time.perf_counter()
+    try:
+        evaluation = train(trainee, recorder)
+    finally:
+        recorder.close()
+    result = Result(
+        evaluation=evaluation,
+        train_loss=recorder.last_loss,
+        steps=plan.total_steps,
+        samples=sampler.samples_before(plan.total_steps),
+        seconds=time.perf_counter() - started,
+    )
+    if is_main:
+        save_model(backend.unwrap(model), run_dir)
+        write_json(run_dir.result, asdict(result))
+        print(_summary(result, run_dir), flush=True)
+    return result
+
+
+def save_model(model: nn.Module, run_dir: RunDir) -> None:
+    """Write the weights as safetensors, whole or not at all; tied weights once."""
+    beside = run_dir.model.with_suffix(".tmp")
+    try:
+        safetensors.torch.save_model(model, str(beside))
+        beside.replace(run_dir.model)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _data(recipe: Recipe, plan: Plan) -> Data:
+    _seed(recipe.seed)
+    data = recipe.data()
+    if not isinstance(data, Data):
+        raise RecipeError(
+            f"The recipe's data function returned {type(data).__name__}; expected "
+            "launcher.Data(train=..., evaluation=...)."
+        )
+    found = sample_count(data.train, "train")
+    if plan.train_samples is not None and found != plan.train_samples:
+        raise RecipeError(
+            f"The plan counts on {plan.train_samples:,} training samples, and the data has "
+            f"{found:,}. Set train_samples={found} in the recipe, or look at what its data "
+            "function reads."
+        )
+    return data
+
+
+def _model_and_optimizer(
+    recipe: Recipe, plan: Plan, backend: Backend
+) -> tuple[nn.Module, Optimizer]:
+    _seed(recipe.seed)  # the same initial weights on every rank
+    model = recipe.model()
+    if not isinstance(model, nn.Module):
+        raise RecipeError(
+            f"The recipe's model function returned {type(model).__name__}; expected a "
+            "torch.nn.Module."
+        )
+    prepared = backend.prepare(model, lambda placed: make_optimizer(recipe, placed, plan.lr))
+    torch.manual_seed(derive(recipe.seed, backend.rank))  # dropout masks of each rank's own
+    return prepared
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    torch.manual_seed(seed)
+    if (numpy_random := sys.modules.get("numpy.random")) is not None:
+        numpy_random.seed(seed & 0xFFFFFFFF)
+
+
+def _summary(result: Result, run_dir: RunDir) -> str:
+    held_out = f"held-out: {metrics_text(result.evaluation)}\n" if result.evaluation else ""
+    return (
+        f"{held_out}{result.steps:,} steps, {result.samples:,} samples in "
+        f"{duration(result.seconds)}\nrun folder: {run_dir.shown}"
+    )

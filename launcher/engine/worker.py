@@ -1,0 +1,82 @@
+"""The process of one rank: entered from the elastic agent, or by running a recipe's file."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from launcher.engine.failures import fail
+from launcher.engine.logs import open_log
+from launcher.engine.processes import die_with
+from launcher.engine.run import join, train_rank
+from launcher.job import Job, write_run_yaml
+from launcher.overrides import build
+from launcher.plan import Plan
+from launcher.recipe import Recipe
+from launcher.resolve import resolve
+from launcher.rundir import RunDir, create_run_dir
+from launcher.world import World, find_world
+
+
+def launched_rank(job: Job) -> None:
+    """Train as one rank of `job`; what `launcher run` starts in every process.
+
+    Output goes to the rank's log, and rank 0's to the terminal as well. The process that started
+    the ranks shows the first failure.
+    """
+    die_with(job.launcher_pid)
+    # The agent is asked to stop as well, and ends the ranks; a traceback from each helps nobody.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if job.plan.nodes == 1:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    world = find_world()
+    log = open_log(
+        job.run_dir.log(world.rank), own_terminal=True, on_terminal=world.rank == 0
+    )
+    try:
+        recipe = build(resolve(job.recipe), job.overrides).recipe
+        os.environ.setdefault("OMP_NUM_THREADS", str(job.plan.threads_per_rank))
+        backend, _ = join(job.plan, world, lambda: job.run_dir)
+        train_rank(recipe, job.plan, backend, job.run_dir, sys.stdout, log)
+        backend.close()
+    except Exception as error:
+        _leave(fail(error, world, job.run_dir, log=log, show=None))
+
+
+def found_rank(
+    recipe: Recipe, plan: Plan, world: World, out: Path | None, description: dict[str, Any]
+) -> None:
+    """Train as the rank that this process was started as by torchrun, accelerate or by hand.
+
+    Args:
+        recipe: What to train.
+        plan: The plan for the world found.
+        world: This process's place in it.
+        out: The run folder to make; None makes one below runs/.
+        description: What run.yaml says.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(plan.threads_per_rank))
+
+    def make_run_dir() -> RunDir:
+        made = create_run_dir(out, plan.recipe)
+        write_run_yaml(made, description)
+        return made
+
+    backend, run_dir = join(plan, world, make_run_dir)
+    terminal = sys.stderr
+    log = open_log(run_dir.log(world.rank), own_terminal=False, on_terminal=True)
+    try:
+        train_rank(recipe, plan, backend, run_dir, sys.stdout, log)
+        backend.close()
+    except Exception as error:
+        _leave(fail(error, world, run_dir, log=log, show=terminal))
+
+
+def _leave(exit_code: int) -> None:
+    """End this process at once: on a failure nothing is waited for, such as lost peers."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)

@@ -1,0 +1,123 @@
+"""What a process needs to know to be one rank of a run, as one value that can be sent to it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import PlanError
+from launcher.machine import Machine
+from launcher.overrides import Built, Override, build
+from launcher.plan import Plan, make_plan
+from launcher.provenance import command_line, git_state, versions
+from launcher.recipe import Recipe
+from launcher.resolve import Reference
+from launcher.rundir import RunDir, write_yaml
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run as it is handed to its ranks."""
+
+    recipe: str
+    """Location of the recipe function."""
+
+    overrides: tuple[Override, ...]
+    plan: Plan
+    run_dir: RunDir
+    launcher_pid: int
+    """The process that the ranks end with."""
+
+
+def plan_recipe(
+    reference: Reference,
+    overrides: Sequence[Override],
+    machine: Machine,
+    *,
+    nodes: int = 1,
+    nproc_per_node: int | None = None,
+    elsewhere: bool = False,
+) -> tuple[Built, Plan]:
+    """Build a recipe with its overrides, and plan it.
+
+    With `elsewhere`, the plan is for nodes that may have more GPUs than this machine.
+    Where the recipe counts epochs and does not say how many samples it has, its data is read to
+    count them, which imports whatever reading takes.
+    """
+    built = build(reference, overrides)
+    notes = []
+    if elsewhere:
+        machine, notes = _assume(built.recipe, machine, nproc_per_node)
+    samples = None
+    if built.recipe.epochs is not None and built.recipe.train_samples is None:
+        samples = _count_samples(built)
+    plan = make_plan(
+        built.recipe,
+        machine,
+        nodes=nodes,
+        nproc_per_node=nproc_per_node,
+        train_samples=samples,
+        sources=built.sources,
+    )
+    if samples is not None:
+        notes.append(
+            f"The data was read to count its {samples:,} training samples; train_samples={samples} "
+            "in the recipe spares that."
+        )
+    return built, replace(plan, notes=(*plan.notes, *notes))
+
+
+def describe_run(
+    reference: Reference, overrides: Sequence[Override], built: Built, plan: Plan
+) -> dict[str, Any]:
+    """Return what run.yaml says."""
+    file = Path(reference.location.rpartition(":")[0])
+    folder = file.parent if file.is_absolute() else Path.cwd()
+    return {
+        "recipe": reference.location,
+        "overrides": {override.name: override.value for override in overrides},
+        "parameters": {name: _plain(value) for name, value in built.parameters.items()},
+        "plan": plan.to_dict(),
+        "versions": versions(),
+        "git": git_state(folder),
+        "host": platform.node(),
+        "folder": os.getcwd(),
+        "command": command_line(),
+    }
+
+
+def write_run_yaml(run_dir: RunDir, description: dict[str, Any]) -> None:
+    """Write run.yaml, complete or not at all."""
+    write_yaml(run_dir.run_yaml, description)
+
+
+def _assume(recipe: Recipe, machine: Machine, nproc: int | None) -> tuple[Machine, list[str]]:
+    """Return `machine` with as many GPUs as a plan for elsewhere needs, and what to say of it."""
+    if recipe.device == "cpu" or (recipe.device is None and not machine.num_gpus):
+        if recipe.device == "cpu":
+            return machine, []
+        return machine, ["This machine has no GPU; device=cuda plans for machines that have."]
+    if nproc is None or nproc <= machine.num_gpus:
+        return machine, []
+    note = f"Planned for {nproc} GPUs per node; this machine has {machine.num_gpus}."
+    return replace(machine, num_gpus=nproc), [note]
+
+
+def _count_samples(built: Built) -> int:
+    data = built.recipe.data()
+    try:
+        return len(data.train)
+    except (AttributeError, TypeError):
+        raise PlanError(
+            f"{built.recipe.name}: epochs={built.recipe.epochs} needs the number of training "
+            f"samples, and the data function returned {type(data).__name__} without a length in "
+            "`train`. Return launcher.Data(train=...), or give steps instead of epochs."
+        ) from None
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (bool, int, float, str, list, type(None))) else str(value)

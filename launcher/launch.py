@@ -1,0 +1,92 @@
+"""From a plan to processes: PyTorch's elastic agent, over a server that has imported torch once.
+
+Every rank is forked from that server, so N ranks cost one import of torch rather than N.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import sys
+import uuid
+from multiprocessing import forkserver
+from typing import TYPE_CHECKING
+
+from launcher.errors import EXIT_FAILED
+from launcher.job import Job
+from launcher.report.failure import death_text, failure_text
+from launcher.rundir import read_failure
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+EXIT_INTERRUPTED = 130
+"""Exit code of a run that was stopped by Ctrl-C, as of any program."""
+
+
+def launch(job: Job) -> int:
+    """Run every rank of `job` on this machine; return the exit code of the run.
+
+    The first failure is shown once, last, on stderr, and no process is left behind.
+    """
+    start_server(ddp=job.plan.backend == "ddp")
+    # While the server imports torch for the ranks, this process does for the agent.
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    from launcher.engine.agent_logs import NoLogs
+    from launcher.engine.worker import launched_rank
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=job.plan.nproc_per_node,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        start_method="forkserver",
+        logs_specs=NoLogs(),
+    )
+    _quieten_the_agent()
+    try:
+        elastic_launch(config, launched_rank)(job)
+    except ChildFailedError as error:
+        return _show(error, job)
+    except SignalException as error:
+        print(f"\nlauncher: stopped by {error.sigval.name}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def start_server(*, ddp: bool) -> None:
+    """Start the server that ranks are forked from; it begins to import what they need."""
+    modules = ["launcher.engine.worker"]
+    if ddp:
+        modules.append("launcher.engine.backends.accelerate")
+    multiprocessing.set_forkserver_preload(modules)
+    forkserver.ensure_running()
+
+
+def _show(error: ChildFailedError, job: Job) -> int:
+    rank, first = min(error.failures.items(), key=lambda item: item[1].timestamp)
+    failure = read_failure(job.run_dir)
+    if failure is not None and not failure["lost_peer"]:
+        print(failure_text(failure, job.run_dir), file=sys.stderr)
+        return int(failure["exit_code"])
+    print(death_text(rank, first.exitcode, job.run_dir), file=sys.stderr)
+    return EXIT_FAILED
+
+
+def _quieten_the_agent() -> None:
+    """Leave the words to us: the agent's own errors repeat them, with its own traceback."""
+    if "LOGLEVEL" in os.environ:
+        return
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.startswith("torch.distributed.elastic") and isinstance(logger, logging.Logger):
+            logger.setLevel(logging.CRITICAL + 1)
+
+

@@ -1,0 +1,1 @@
+"""Recipes: one file each, to run, to import and to start from."""
