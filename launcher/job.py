@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -49,7 +48,7 @@ def plan_recipe(
     count them, which imports whatever reading takes.
     """
     built = build(reference, overrides)
-    notes = []
+    notes: list[str] = []
     if elsewhere:
         machine, notes = _assume(built.recipe, machine, nproc_per_node)
     samples = None
@@ -85,7 +84,7 @@ def describe_run(
         "versions": versions(),
         "git": git_state(folder),
         "host": platform.node(),
-        "folder": os.getcwd(),
+        "folder": str(Path.cwd()),
         "command": command_line(),
     }
 

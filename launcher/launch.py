@@ -88,5 +88,3 @@ def _quieten_the_agent() -> None:
     for name, logger in logging.root.manager.loggerDict.items():
         if name.startswith("torch.distributed.elastic") and isinstance(logger, logging.Logger):
             logger.setLevel(logging.CRITICAL + 1)
-
-

@@ -29,7 +29,7 @@ class LoaderPolicy:
     """Batches each worker holds ready; None without workers."""
 
     pin_memory: bool
-    """Whether batches are put into page-locked memory, from which copies to a GPU are asynchronous."""
+    """Whether batches go through page-locked memory, whose copies to a GPU are asynchronous."""
 
     pin_reason: str
 

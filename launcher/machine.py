@@ -58,8 +58,7 @@ def _num_gpus(root: Path, env: Mapping[str, str]) -> int:
     if visible is None:
         return present
     usable = 0
-    for entry in visible.split(","):
-        entry = entry.strip()
+    for entry in map(str.strip, visible.split(",")):
         if not entry or entry.startswith("-") or (entry.isdigit() and int(entry) >= present):
             break
         usable += 1

@@ -87,7 +87,9 @@ def read_yaml(path: Path) -> tuple[Override, ...]:
     if node is None:
         return ()
     if not isinstance(node, yaml.MappingNode):
-        raise OverrideError(f"{path}: expected lines of `name: value`, found a {node.id}.")
+        raise OverrideError(
+            f"{path}: expected lines of `name: value`, found a list or a single value."
+        )
     lines: dict[str, int] = {}
     for key, _ in node.value:
         line = key.start_mark.line + 1
@@ -166,8 +168,9 @@ def _field(override: Override, parameters: Mapping[str, Any], reference: Referen
         )
     own = f"{reference.function.__name__}() has the parameters {', '.join(parameters)}; "
     raise OverrideError(
-        f"{override}: there is no such setting.{did_you_mean(override.name, [*types, *tables, *parameters])} "
-        f"{own if parameters else ''}`launcher run --help` lists the settings."
+        f"{override}: there is no such setting."
+        + did_you_mean(override.name, [*types, *tables, *parameters])
+        + f" {own if parameters else ''}`launcher run --help` lists the settings."
     )
 
 

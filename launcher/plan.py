@@ -21,6 +21,15 @@ from launcher.recipe import Recipe
 from launcher.schedule import Schedule
 from launcher.world import World
 
+_INDEPENDENT = (
+    "The samples, the learning rate and the item counts of each step do not depend on the number "
+    "of ranks; losses and weights do to floating-point rounding."
+)
+_DEPENDENT = (
+    "What does depend on it: BatchNorm, where the model has it, whose statistics are over {micro} "
+    "samples, the micro-batch of one rank; and dropout, of which each rank draws masks of its own."
+)
+
 CPU_RANKS = 2
 """Ranks per node where there is no GPU and no number was asked for."""
 
@@ -61,11 +70,11 @@ class Plan:
     lr_start: float
     lr_end: float
     lr_peak_step: int
-    """The first step with the highest learning rate."""
+    """The first step with the highest learning rate, counted from 1."""
 
     total_steps: int
     steps_per_epoch: int | None
-    """Optimizer steps in a pass over the data, the last one possibly shorter; None where unknown."""
+    """Optimizer steps in a pass over the data, the last possibly shorter; None where unknown."""
 
     train_samples: int | None
     evaluate_every: int | None
@@ -223,7 +232,7 @@ def make_plan(
         settings=recipe.settings(),
         sources=dict(sources or {}),
         reasons=reasons,
-        notes=_notes(recipe, machine, device, nproc, world_size, micro, batch_size),
+        notes=_notes(recipe, machine, device, nproc, micro, batch_size),
     )
 
 
@@ -255,8 +264,8 @@ def _batch_size(recipe: Recipe, world_size: int) -> int:
     assert recipe.batch_size is not None
     if recipe.batch_size < world_size:
         raise PlanError(
-            f"batch_size={recipe.batch_size} is shared by {world_size} ranks, so some would have no "
-            f"sample. Use at most {recipe.batch_size} ranks, or batch_size={world_size} or more."
+            f"batch_size={recipe.batch_size} is shared by {world_size} ranks, so some would have "
+            f"no sample. Use at most {recipe.batch_size} ranks, or batch_size={world_size} or more."
         )
     return recipe.batch_size
 
@@ -301,14 +310,14 @@ def _learning_rate(recipe: Recipe, batch_size: int) -> tuple[float, str]:
 
 
 def _lr_path(schedule: Schedule, total_steps: int) -> tuple[float, float, int]:
-    """Return the factor of the first step and of the last, and the step of the highest."""
+    """Return the factors of the first and the last step, and the step of the highest from 1."""
     stride = max(total_steps // 1_000, 1)
     sampled = range(0, total_steps, stride)
     near = max(sampled, key=lambda step: schedule.at(step, total_steps).factor)
     window = range(max(near - stride + 1, 0), min(near + stride, total_steps))
     peak = max(window, key=lambda step: schedule.at(step, total_steps).factor)
     first, last = schedule.at(0, total_steps), schedule.at(total_steps - 1, total_steps)
-    return first.factor, last.factor, peak
+    return first.factor, last.factor, peak + 1
 
 
 def _batch_reason(
@@ -344,16 +353,10 @@ def _notes(
     machine: Machine,
     device: str,
     nproc: int,
-    world_size: int,
     micro: int,
     batch_size: int,
 ) -> tuple[str, ...]:
-    notes = [
-        "The samples, the learning rate and the item counts of each step do not depend on the "
-        "number of ranks; losses and weights do to floating-point rounding.",
-        f"BatchNorm, where the model has it, does: its statistics are over {micro} samples, "
-        "the micro-batch of one rank. Dropout does: each rank draws masks of its own.",
-    ]
+    notes = [_INDEPENDENT, _DEPENDENT.format(micro=micro)]
     if recipe.batch_size_per_gpu is not None:
         notes.append(
             f"batch_size_per_gpu={recipe.batch_size_per_gpu} lets the batch grow with the ranks: "

@@ -87,10 +87,10 @@ class Recipe:
     """Samples per optimizer step, over all GPUs and accumulation steps."""
 
     batch_size_per_gpu: PositiveInt | None = None
-    """Instead of batch_size: samples per optimizer step and GPU, so that the batch grows with them."""
+    """Instead of batch_size: samples per optimizer step and GPU; the batch grows with the GPUs."""
 
     micro_batch_size: PositiveInt | None = None
-    """The most samples that go through the model at once on one GPU; None is a rank's whole share."""
+    """The most samples that go through the model at once on a GPU; None is its whole share."""
 
     lr: PositiveFloat
     """Peak learning rate at a batch of lr_batch_size."""
@@ -111,7 +111,7 @@ class Recipe:
     """Training samples, so that planning need not load them; checked when the run starts."""
 
     evaluate_every: PositiveInt | None = None
-    """Optimizer steps between evaluations; None evaluates after each epoch. The last step always is."""
+    """Optimizer steps between evaluations, besides the last; None evaluates after each epoch."""
 
     seed: NonNegativeInt = 0
     """Where all randomness of the run comes from."""
@@ -201,7 +201,8 @@ def field_sentences() -> dict[str, str]:
     assert isinstance(body, ast.ClassDef)
     for declared, below in zip(body.body, body.body[1:], strict=False):
         if isinstance(declared, ast.AnnAssign) and isinstance(declared.target, ast.Name):
-            assert isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+            assert isinstance(below, ast.Expr)
+            assert isinstance(below.value, ast.Constant)
             sentences[declared.target.id] = str(below.value.value)
     return sentences
 

@@ -45,8 +45,7 @@ class Reference:
     @property
     def shown(self) -> str:
         """`location`, relative to this folder where it lies below it."""
-        here = os.getcwd() + os.sep
-        return self.location[len(here) :] if self.location.startswith(here) else self.location
+        return self.location.removeprefix(f"{Path.cwd()}{os.sep}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +130,8 @@ def _load(path: Path) -> ModuleType:
     if name in sys.modules or len(names) > 1:
         name = f"_recipe_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module, loader = importlib.util.module_from_spec(spec), spec.loader
     sys.modules[name] = module
     try:
@@ -148,14 +148,14 @@ def _import(name: str) -> ModuleType:
             f"{name!r} names no recipe: give a recipe's name, a file or a module, with :function "
             "behind it where it holds several."
         )
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
     module = _guarded(lambda: importlib.import_module(name), name, ours=name)
     if module is None:
         known = sorted({found.path.stem for found in list_recipes(BUNDLED)})
         raise RecipeError(
-            f"There is no recipe {name!r}: no file recipes/{name.replace('.', '/')}.py here, and no "
-            f"module of that name.{did_you_mean(name, known)} `launcher recipes` lists them."
+            f"There is no recipe {name!r}: no file recipes/{name.replace('.', '/')}.py here, and "
+            f"no module of that name.{did_you_mean(name, known)} `launcher recipes` lists them."
         )
     return module
 

@@ -1,12 +1,12 @@
 """The run folder: the names in it, and how they are written.
 
-    run.yaml            the recipe, its overrides, the plan, versions, git state
-    metrics.jsonl       one line per optimizer step, and one per evaluation
-    result.json         the final evaluation and totals; written last
-    model.safetensors   the final weights
-    failure.json        the first failure, if the run failed
-    logs/rank<N>.log    what each rank printed
-    samples/            sample ids per step and rank, with record_samples=true
+run.yaml            the recipe, its overrides, the plan, versions, git state
+metrics.jsonl       one line per optimizer step, and one per evaluation
+result.json         the final evaluation and totals; written last
+model.safetensors   the final weights
+failure.json        the first failure, if the run failed
+logs/rank<N>.log    what each rank printed
+samples/            sample ids per step and rank, with record_samples=true
 """
 
 from __future__ import annotations

@@ -97,20 +97,22 @@ def one_cycle(
     if pct_start >= (0.5 if three_phase else 1.0):
         raise UsageError(
             f"one_cycle(pct_start={pct_start:g}): the way up takes this part of the run"
-            + (" and the way down as much; give less than 0.5" if three_phase else "; give less than 1")
+            + (
+                " and the way down as much; give less than 0.5"
+                if three_phase
+                else "; give less than 1"
+            )
         )
     initial, final = 1 / div_factor, 1 / div_factor / final_div_factor
     turn = pct_start * total_steps - 1
-    end = total_steps - 1
+    end = total_steps - 1.0
     high, low = max_momentum, base_momentum
+    down: tuple[tuple[float, float, float, float, float], ...]
     if three_phase:
-        phases = (
-            (turn, initial, 1.0, high, low),
-            (2 * turn, 1.0, initial, low, high),
-            (end, initial, final, high, high),
-        )
+        down = (2 * turn, 1.0, initial, low, high), (end, initial, final, high, high)
     else:
-        phases = ((turn, initial, 1.0, high, low), (end, 1.0, final, low, high))
+        down = ((end, 1.0, final, low, high),)
+    phases = ((turn, initial, 1.0, high, low), *down)
     curve = _cosine if anneal_strategy == "cos" else _line
     start = 0.0
     for until, lr_from, lr_to, momentum_from, momentum_to in phases:
@@ -139,7 +141,7 @@ def linear(step: int, total_steps: int, *, final_factor: Fraction = 0.0) -> Sett
 
 
 @schedule
-def constant(step: int, total_steps: int) -> Setting:
+def constant(step: int, total_steps: int) -> Setting:  # noqa: ARG001
     """The peak learning rate at every step."""
     return Setting(1.0)
 

@@ -48,7 +48,7 @@ def bind(
         skip: Number of leading parameters that are filled in when the function runs.
 
     Raises:
-        UsageError: A name is unknown, a value has the wrong type, or one without default is missing.
+        UsageError: A name is unknown, a value has the wrong type, or one is missing.
     """
     parameters = dict(list(inspect.signature(function).parameters.items())[skip:])
     given = dict(zip(parameters, args, strict=False)) | dict(kwargs)
@@ -89,9 +89,7 @@ def parse(text: str, table: Mapping[str, Callable[..., Spec]], *, kind: str) -> 
     return _read(tree, text, table, kind)
 
 
-def _read(
-    node: ast.expr, text: str, table: Mapping[str, Callable[..., Spec]], kind: str
-) -> Spec:
+def _read(node: ast.expr, text: str, table: Mapping[str, Callable[..., Spec]], kind: str) -> Spec:
     called = node.func if isinstance(node, ast.Call) else node
     if not isinstance(called, ast.Name):
         raise _unreadable(text, table, kind)

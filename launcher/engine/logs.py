@@ -54,7 +54,7 @@ def open_log(path: Path, *, own_terminal: bool, on_terminal: bool) -> TextIO:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     if on_terminal:
-        sys.stdout, sys.stderr = Tee(stdout, log), Tee(stderr, log)  # type: ignore[assignment]
+        sys.stdout, sys.stderr = Tee(stdout, log), Tee(stderr, log)
     elif own_terminal:
         sys.stdout = sys.stderr = log
     return log

@@ -71,7 +71,9 @@ def train(trainee: Trainee, listener: Listener, first_step: int = 0) -> dict[str
             batch = backend.to_device(micro_batch.batch)
             with backend.micro_step(last=number == len(taken)):
                 with backend.autocast():
-                    loss_sum, count = _sum_and_count(recipe.loss, recipe.forward(model, batch), batch)
+                    loss_sum, count = _sum_and_count(
+                        recipe.loss, recipe.forward(model, batch), batch
+                    )
                 # Gradients are averaged over ranks: world_size in the weight makes that a sum.
                 backend.backward(loss_sum * (weight if micro_batch.samples else 0.0))
             if micro_batch.samples:

@@ -168,8 +168,8 @@ def check_finite(rows: list[StepRow]) -> None:
 def _check_count(step: _Collected, counted: int, items: int) -> None:
     if counted != items:
         raise RecipeError(
-            f"In step {step.step} the recipe's loss counted {counted:,} items, and the global batch "
-            f"holds {items:,}. A loss over samples returns (sum, len(batch[0])); one over anything "
-            "else, such as tokens, needs Recipe(count=...), a function (batch) -> items, to weigh "
-            "every micro-batch exactly."
+            f"In step {step.step} the recipe's loss counted {counted:,} items, and the global "
+            f"batch holds {items:,}. A loss over samples returns (sum, len(batch[0])); one over "
+            "anything else, such as tokens, needs Recipe(count=...), a function (batch) -> items, "
+            "to weigh every micro-batch exactly."
         )

@@ -24,14 +24,14 @@ class Placement:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def copy(self, batch: Any) -> Any:
-        """Return `batch`, any nesting of lists, tuples and dicts, with its tensors on the device."""
+        """Return `batch`, nested lists, tuples and dicts, with its tensors on the device."""
         if self._stream is None:
             return batch
         with torch.cuda.stream(self._stream):
             moved = tree_map_only(Tensor, self._move, batch)
         computing = torch.cuda.current_stream(self._device)
         computing.wait_stream(self._stream)
-        # Their memory belongs to the copying stream; it must not be reused before computing is done.
+        # Their memory belongs to the copying stream, and is not to be reused before computing ends.
         tree_map_only(Tensor, lambda tensor: tensor.record_stream(computing), moved)
         return moved
 

@@ -118,12 +118,10 @@ class Sampler:
         epoch = self.epoch_of(steps.start)
         found = iter(elements_at(self.train_samples, self.plan.seed, epoch, ranges))
         for step in steps:
-            yield [
-                Request("train", epoch, next(found), bool(own)) for own in self._positions(step)
-            ]
+            yield [Request("train", epoch, next(found), bool(own)) for own in self._positions(step)]
 
     def _positions(self, step: int) -> list[range]:
-        """Return the positions, within the batch of `step`, of each of this rank's micro-batches."""
+        """Return the positions within the batch of `step` of each of this rank's micro-batches."""
         size, micro_steps = self.batch_samples(step), self.micro_steps(step)
         return [
             micro_batch(

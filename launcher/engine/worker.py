@@ -33,16 +33,14 @@ def launched_rank(job: Job) -> None:
     if job.plan.nodes == 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     world = find_world()
-    log = open_log(
-        job.run_dir.log(world.rank), own_terminal=True, on_terminal=world.rank == 0
-    )
+    log = open_log(job.run_dir.log(world.rank), own_terminal=True, on_terminal=world.rank == 0)
     try:
         recipe = build(resolve(job.recipe), job.overrides).recipe
         os.environ.setdefault("OMP_NUM_THREADS", str(job.plan.threads_per_rank))
         backend, _ = join(job.plan, world, lambda: job.run_dir)
         train_rank(recipe, job.plan, backend, job.run_dir, sys.stdout, log)
         backend.close()
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  # whatever the recipe's own code raises
         _leave(fail(error, world, job.run_dir, log=log, show=None))
 
 
@@ -71,7 +69,7 @@ def found_rank(
     try:
         train_rank(recipe, plan, backend, run_dir, sys.stdout, log)
         backend.close()
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  # whatever the recipe's own code raises
         _leave(fail(error, world, run_dir, log=log, show=terminal))
 
 

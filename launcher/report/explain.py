@@ -36,11 +36,8 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "ranks", _ranks(plan)
     yield "batch", reasons["batch_size"]
     yield "lr", reasons["lr"]
-    yield (
-        "",
-        f"starts at {plan.lr_start:.3g}, peaks at step {plan.lr_peak_step:,}, "
-        f"ends at {plan.lr_end:.3g}: {settings['schedule']}",
-    )
+    path = f"starts at {plan.lr_start:.3g}, peaks at step {plan.lr_peak_step:,}"
+    yield "", f"{path}, ends at {plan.lr_end:.3g}: {settings['schedule']}"
     yield "steps", reasons["total_steps"]
     if plan.evaluate_every:
         yield "evaluation", f"every {plan.evaluate_every:,} steps, and after the last"

@@ -69,14 +69,15 @@ class AccelerateBackend(Backend):
         wrapped = self._accelerator.prepare(model)
         if not isinstance(wrapped, DistributedDataParallel):
             raise WorldError(
-                f"Accelerate prepared a {type(wrapped).__name__} instead of DDP, so the ranks would "
-                "train copies of their own."
+                f"Accelerate prepared a {type(wrapped).__name__} instead of DDP, so the ranks "
+                "would train copies of their own."
             )
         self._wrapped = wrapped
         return wrapped, make_optimizer(wrapped.module)
 
     def unwrap(self, model: nn.Module) -> nn.Module:
-        return self._accelerator.unwrap_model(model)
+        # Accelerate's own unwrap_model imports DeepSpeed to see whether the model is one of its.
+        return self._wrapped.module
 
     def micro_step(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if last else self._wrapped.no_sync()
@@ -98,7 +99,7 @@ class AccelerateBackend(Backend):
 
 
 def _explain_settings_of_the_launcher(plan: Plan) -> None:
-    """Say which settings of `accelerate launch` the recipe decides instead; refuse other engines."""
+    """Warn of settings of `accelerate launch` that the recipe decides; refuse other engines."""
     for name, engine in (
         ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
         ("ACCELERATE_USE_FSDP", "FSDP"),
@@ -106,7 +107,7 @@ def _explain_settings_of_the_launcher(plan: Plan) -> None:
     ):
         if os.environ.get(name, "false").lower() in ("true", "1"):
             raise WorldError(
-                f"accelerate launch was configured for {engine} ({name} is set); this recipe trains "
+                f"accelerate launch was configured for {engine} ({name} is set); recipes train "
                 "under DDP. Leave that out of the accelerate configuration, or use `launcher run`."
             )
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -121,6 +122,6 @@ def _explain_settings_of_the_launcher(plan: Plan) -> None:
 
 def _reset() -> None:
     """Forget Accelerate's process-wide state, which would outlive this backend."""
-    AcceleratorState._reset_state(True)
-    PartialState._reset_state()
-    GradientState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001
+    PartialState._reset_state()  # noqa: SLF001
+    GradientState._reset_state()  # noqa: SLF001

@@ -41,7 +41,7 @@ class Backend(ABC):
     def prepare(
         self, model: nn.Module, make_optimizer: Callable[[nn.Module], Optimizer]
     ) -> tuple[nn.Module, Optimizer]:
-        """Place `model` on the device; return the module to call, and the optimizer of its weights."""
+        """Place `model`; return the module to call, and the optimizer of its weights."""
 
     @abstractmethod
     def micro_step(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
@@ -85,4 +85,3 @@ class Backend(ABC):
     def any_rank(self, flag: bool) -> bool:
         """Return whether `flag` is true on any rank (collective)."""
         return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
-
