@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import random
-import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from launcher.engine.processes import die_with_parent
+from launcher.engine.randomness import Generators, seed_all
 from launcher.engine.sampler import Request
 from launcher.errors import LauncherError, RecipeError, SampleError
 from launcher.plan import Plan
@@ -85,17 +83,17 @@ class Reader(Dataset[MicroBatch]):
         return MicroBatch(batch, samples, items)
 
     def _read(self, dataset: Any, request: Request) -> list[Any]:
-        before = _GlobalRandomness()
+        before = Generators()
         try:
             if self._batched[request.split]:
                 samples = _reading(request, request.indices, dataset.__getitems__, request.indices)
-                if before.is_untouched():
+                if before.are_untouched():
                     return list(samples)
                 # It drew random numbers for the batch as a whole, which would depend on the split.
                 self._batched[request.split] = False
             samples = []
             for index in request.indices:
-                _seed_all(derive(self._seed, request.epoch, index))
+                seed_all(derive(self._seed, request.epoch, index))
                 samples.append(_reading(request, [index], dataset.__getitem__, index))
             return samples
         finally:
@@ -120,41 +118,6 @@ def micro_batches(reader: Reader, requests: Iterable[Request], plan: Plan) -> It
             multiprocessing_context="fork" if workers else None,
         )
         return iter(loader)
-
-
-class _GlobalRandomness:
-    """The state of the generators that library code draws from, so that it can be put back."""
-
-    def __init__(self) -> None:
-        self._python = random.getstate()
-        self._torch = torch.get_rng_state()
-        self._numpy = _numpy_random().get_state(legacy=False) if _numpy_random() else None
-
-    def is_untouched(self) -> bool:
-        if random.getstate() != self._python or not torch.equal(torch.get_rng_state(), self._torch):
-            return False
-        if self._numpy is None:
-            return True
-        now, then = _numpy_random().get_state(legacy=False)["state"], self._numpy["state"]
-        return bool(now["pos"] == then["pos"] and (now["key"] == then["key"]).all())
-
-    def restore(self) -> None:
-        random.setstate(self._python)
-        torch.set_rng_state(self._torch)
-        if self._numpy is not None:
-            _numpy_random().set_state(self._numpy)
-
-
-def _seed_all(seed: int) -> None:
-    random.seed(seed)
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed each GPU as well
-    if (numpy_random := _numpy_random()) is not None:
-        numpy_random.seed(seed & 0xFFFFFFFF)
-
-
-def _numpy_random() -> Any:
-    """Return numpy.random if anything has imported it: code that has not cannot draw from it."""
-    return sys.modules.get("numpy.random")
 
 
 def _reading(

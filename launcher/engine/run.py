@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,6 +17,7 @@ from launcher.engine.backends.base import Backend
 from launcher.engine.data import Reader, micro_batches, sample_count
 from launcher.engine.loop import Trainee, train
 from launcher.engine.optimizers import make_optimizer
+from launcher.engine.randomness import seed_all
 from launcher.engine.recorder import Recorder
 from launcher.engine.sampler import Sampler
 from launcher.errors import LauncherError, RecipeError, WorldError
@@ -145,7 +144,7 @@ def save_model(model: nn.Module, run_dir: RunDir) -> None:
 
 
 def _data(recipe: Recipe, plan: Plan) -> Data:
-    _seed(recipe.seed)
+    seed_all(recipe.seed)
     data = recipe.data()
     if not isinstance(data, Data):
         raise RecipeError(
@@ -165,7 +164,7 @@ def _data(recipe: Recipe, plan: Plan) -> Data:
 def _model_and_optimizer(
     recipe: Recipe, plan: Plan, backend: Backend
 ) -> tuple[nn.Module, Optimizer]:
-    _seed(recipe.seed)  # the same initial weights on every rank
+    seed_all(recipe.seed)  # the same initial weights on every rank
     model = recipe.model()
     if not isinstance(model, nn.Module):
         raise RecipeError(
@@ -175,13 +174,6 @@ def _model_and_optimizer(
     prepared = backend.prepare(model, lambda placed: make_optimizer(recipe, placed, plan.lr))
     torch.manual_seed(derive(recipe.seed, backend.rank))  # dropout masks of each rank's own
     return prepared
-
-
-def _seed(seed: int) -> None:
-    random.seed(seed)
-    torch.manual_seed(seed)
-    if (numpy_random := sys.modules.get("numpy.random")) is not None:
-        numpy_random.seed(seed & 0xFFFFFFFF)
 
 
 def _summary(result: Result, run_dir: RunDir) -> str:

@@ -1,0 +1,34 @@
+# make run     set up, and train the default recipe on all GPUs, or on 2 CPU ranks without
+# make test    set up, and run lint, types and tests
+# make format  bring the code into shape
+
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+
+.PHONY: run test lint format clean
+
+run: $(READY)
+	$(VENV)/bin/launcher run recipes/digits.py
+
+test: lint
+	$(VENV)/bin/pytest
+
+lint: $(READY)
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+
+format: $(READY)
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+
+# The versions that the tests are run with; torch exactly, so that one wheel serves all.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,40 @@
+"""The generators that library code draws from: `random`, `numpy.random` and torch's on the CPU."""
+
+from __future__ import annotations
+
+import random
+
+import numpy.random
+import torch
+
+
+def seed_all(seed: int) -> None:
+    """Seed all three; torch's generators on GPUs are left as they are."""
+    random.seed(seed)
+    numpy.random.seed(seed & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would queue a call for each GPU
+
+
+class Generators:
+    """The state of all three at some moment, so that they can be put back to it."""
+
+    def __init__(self) -> None:
+        self._python = random.getstate()
+        self._numpy = numpy.random.get_state()
+        self._torch = torch.get_rng_state()
+
+    def are_untouched(self) -> bool:
+        """Return whether nothing has drawn from any of them since."""
+        now = numpy.random.get_state()
+        return (
+            random.getstate() == self._python
+            and torch.equal(torch.get_rng_state(), self._torch)
+            and now[2:] == self._numpy[2:]
+            and bool((now[1] == self._numpy[1]).all())
+        )
+
+    def restore(self) -> None:
+        """Put all three back."""
+        random.setstate(self._python)
+        numpy.random.set_state(self._numpy)
+        torch.set_rng_state(self._torch)

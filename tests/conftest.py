@@ -1,0 +1,42 @@
+"""Fixtures: a folder to run commands in, and a watch for what tests leave behind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import Commands, fail_on_leftovers
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Commands]:
+    """Run commands in an empty folder; fail where they leave a process behind."""
+    mark = f"{os.getpid()}-{tmp_path}"
+    yield Commands(tmp_path, mark)
+    fail_on_leftovers(mark)
+
+
+@pytest.fixture(scope="module")
+def module_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    """Run commands in a folder that the tests of a module share."""
+    folder = tmp_path_factory.mktemp("module")
+    mark = f"{os.getpid()}-{folder}"
+    yield Commands(folder, mark)
+    fail_on_leftovers(mark)
+
+
+@pytest.fixture(autouse=True)
+def _no_leaks() -> Iterator[None]:
+    """Fail a test that changes the environment or the folder of the test process."""
+    before, folder = _environment(), Path.cwd()
+    yield
+    assert _environment() == before, "the test changed the environment"
+    assert Path.cwd() == folder, "the test changed the working folder"
+
+
+def _environment() -> dict[str, str]:
+    """Return the environment less what pytest and the import of torch itself put there."""
+    theirs = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR")
+    return {name: value for name, value in os.environ.items() if name not in theirs}

@@ -1,0 +1,130 @@
+"""A recipe for the tests: augmentation by three generators, a ragged epoch, dropout if asked."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING
+
+from launcher import Data, Recipe, main, one_cycle, sgd
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def worlds() -> Recipe:
+    """Digits with noise from three generators; 250 samples do not divide by 3 or 64."""
+    return Recipe(
+        name="worlds",
+        model=build_model,
+        data=build_data,
+        loss=cross_entropy,
+        metrics={"accuracy": accuracy},
+        optimizer=sgd(momentum=0.9, weight_decay=1e-4),
+        schedule=one_cycle(),
+        batch_size=64,
+        lr=0.1,
+        lr_batch_size=64,
+        epochs=3,
+        train_samples=250,
+        num_workers=0,
+        max_grad_norm=1.0,
+        record_samples=True,
+    )
+
+
+def tokens() -> Recipe:
+    """A loss over a different number of items in each sample, none in some."""
+    from dataclasses import replace
+
+    return replace(
+        worlds(), name="tokens", loss=masked_loss, metrics={}, count=count_kept, data=build_masked
+    )
+
+
+def build_model() -> nn.Module:
+    """Images (N, 1, 8, 8) to logits (N, 10)."""
+    from torch import nn
+
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 64, 10)
+    )
+
+
+class Noisy:
+    """Digits with noise drawn from torch, numpy and random in turn."""
+
+    def __init__(self, start: int, stop: int, noise: float) -> None:
+        from sklearn.datasets import load_digits
+
+        bunch = load_digits()
+        self.images = bunch.images[start:stop].astype("float32") / 16
+        self.labels = bunch.target[start:stop]
+        self.noise = noise
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        import numpy as np
+        import torch
+
+        image = torch.from_numpy(self.images[index]).unsqueeze(0)
+        image = image + self.noise * torch.randn(1, 8, 8)
+        image = image + self.noise * float(np.random.randn())
+        return image + self.noise * random.random(), int(self.labels[index])
+
+
+def build_data() -> Data:
+    """Return 250 training and 70 evaluation digits."""
+    return Data(train=Noisy(0, 250, 0.1), evaluation=Noisy(250, 320, 0.0))
+
+
+class Masked:
+    """Digits of which pixel sums in some columns count: none to eight a sample."""
+
+    def __init__(self, start: int, stop: int) -> None:
+        self.inner = Noisy(start, stop, 0.1)
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, Tensor]:
+        import torch
+
+        image, label = self.inner[index]
+        kept = torch.arange(8) < torch.randint(0, 9, ()) * (index % 3 != 0)
+        return image, label, kept
+
+
+def build_masked() -> Data:
+    """Return digits with a mask of the items that count."""
+    return Data(train=Masked(0, 250), evaluation=Masked(250, 320))
+
+
+def count_kept(batch: tuple[Tensor, Tensor, Tensor]) -> int:
+    """Return the items that count."""
+    return int(batch[2].sum())
+
+
+def masked_loss(logits: Tensor, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Weigh each sample's cross-entropy by its number of items."""
+    from torch.nn.functional import cross_entropy
+
+    kept = batch[2].sum(1)
+    return (cross_entropy(logits, batch[1], reduction="none") * kept).sum(), kept.sum()
+
+
+def cross_entropy(logits: Tensor, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
+    """Return the sum of the cross-entropies, and how many."""
+    from torch.nn.functional import cross_entropy
+
+    return cross_entropy(logits, batch[1], reduction="sum"), len(batch[1])
+
+
+def accuracy(logits: Tensor, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
+    """Return the number recognised, and how many there are."""
+    return (logits.argmax(1) == batch[1]).sum(), len(batch[1])
+
+
+if __name__ == "__main__":
+    main(worlds)

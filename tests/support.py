@@ -1,0 +1,103 @@
+"""What tests share: runs of the real command, and a watch for what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+MARK = "LAUNCHER_TEST_RUN"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A command that has ended."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
+@dataclass(frozen=True)
+class Commands:
+    """Runs commands of this environment in `folder`, as a user would."""
+
+    folder: Path
+    mark: str
+
+    def __call__(
+        self, *arguments: str | Path, env: dict[str, str] | None = None, timeout: float = 240
+    ) -> Finished:
+        """Run a program of the virtual environment and wait for it."""
+        with self.start(*arguments, env=env) as process:
+            try:
+                stdout, stderr = process.communicate(timeout=timeout)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                stdout, stderr = process.communicate()
+                pytest.fail(f"{arguments} did not end:\n{stdout}\n{stderr}")
+        return Finished(process.returncode, stdout, stderr)
+
+    def start(
+        self, *arguments: str | Path, env: dict[str, str] | None = None
+    ) -> subprocess.Popen[str]:
+        """Start a program of the virtual environment, in a process group of its own."""
+        program = BIN / str(arguments[0])
+        command = [str(program), *map(str, arguments[1:])]
+        return subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env=self.environment() | (env or {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def environment(self) -> dict[str, str]:
+        """Return the environment of this process, less what would tell a run where it is."""
+        hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "ACCELERATE_", "SLURM_", "OMP_")
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+        return kept | {MARK: self.mark, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+
+
+def processes_of(mark: str) -> list[str]:
+    """Return the command lines of living processes started by the runs with this mark."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        try:
+            environment = (folder / "environ").read_bytes()
+            state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+        if f"{MARK}={mark}".encode() in environment.split(b"\0") and state not in "ZX":
+            found.append(f"{folder.name} {command}")
+    return found
+
+
+def fail_on_leftovers(mark: str) -> None:
+    """Fail if processes are left; they get a moment, because the kernel ends them, not we."""
+    until = time.monotonic() + 10
+    while (left := processes_of(mark)) and time.monotonic() < until:
+        time.sleep(0.05)
+    for line in left:
+        os.kill(int(line.split()[0]), signal.SIGKILL)
+    assert not left, "processes were left running:\n" + "\n".join(left)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the values of a JSON-lines file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,0 +1,135 @@
+"""The order of samples, and who takes which."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from launcher import Recipe, make_plan, read_machine
+from launcher.engine.order import Permutation, elements_at
+from launcher.engine.sampler import Sampler
+from launcher.seeds import derive
+
+
+def nothing(*_: Any) -> Any:
+    raise AssertionError
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 255, 256, 257, 1437])
+def test_it_is_a_permutation(size: int) -> None:
+    """Every element is at one position, in any epoch."""
+    for epoch in range(3):
+        elements = Permutation(size, 0, epoch)(torch.arange(size))
+        assert sorted(elements.tolist()) == list(range(size))
+
+
+def test_it_is_the_same_on_every_machine() -> None:
+    """The order is a function of (seed, epoch, position) that never changes between versions."""
+    assert Permutation(10, 0, 0)(torch.arange(10)).tolist() == [9, 4, 7, 3, 5, 2, 6, 0, 8, 1]
+    assert Permutation(10**9, 1, 2)(torch.tensor([0, 1, 10**9 - 1])).tolist() == [
+        801125203,
+        494070523,
+        617978553,
+    ]
+
+
+def test_all_orders_are_about_as_likely() -> None:
+    """Over 4,800 seeds each of the 24 orders of four comes up; chi-square is not extreme."""
+    orders = Counter(
+        tuple(Permutation(4, seed, 0)(torch.arange(4)).tolist()) for seed in range(4800)
+    )
+    assert len(orders) == 24
+    chi_square = sum((count - 200) ** 2 / 200 for count in orders.values())
+    assert chi_square < 49.7  # the 0.999 quantile at 23 degrees of freedom
+
+
+def test_neighbours_do_not_stay_together() -> None:
+    """In the order of 10,000, positions and elements are uncorrelated."""
+    elements = Permutation(10_000, 3, 0)(torch.arange(10_000)).double()
+    for lag in (0, 1, 2, 64):
+        pairs = torch.stack([elements[: 10_000 - lag], elements[lag:]])
+        if lag == 0:
+            pairs[1] = torch.arange(10_000)
+        assert abs(torch.corrcoef(pairs)[0, 1]) < 0.04
+
+
+def test_ranges_are_cut_where_they_were() -> None:
+    """Looking up several ranges together is looking up each."""
+    whole = Permutation(100, 5, 1)(torch.arange(100)).tolist()
+    ranges = [range(3, 10), range(1), range(90, 100)]
+    assert elements_at(100, 5, 1, ranges) == [whole[each.start : each.stop] for each in ranges]
+
+
+def test_seeds_differ_along_a_path() -> None:
+    """A derived seed depends on every element of its path and on their order."""
+    seeds = {derive(0, epoch, sample) for epoch in range(50) for sample in range(50)}
+    assert len(seeds) == 2500
+    assert derive(7, 1, 2) == 0x4237A47555758E0F
+    assert all(0 <= seed < 2**64 for seed in seeds)
+
+
+def samplers(world_size: int, **changes: Any) -> list[Sampler]:
+    """Return the sampler of each rank, for 50 samples in batches of 16."""
+    fields: dict[str, Any] = {
+        "name": "some",
+        "model": nothing,
+        "data": nothing,
+        "loss": nothing,
+        "batch_size": 16,
+        "lr": 0.1,
+        "lr_rule": "none",
+        "epochs": 2,
+        "train_samples": 50,
+        "device": "cpu",
+    }
+    plan = make_plan(Recipe(**fields | changes), read_machine(), nproc_per_node=world_size)
+    return [
+        Sampler(plan=plan, rank=rank, train_samples=50, evaluation_samples=11)
+        for rank in range(world_size)
+    ]
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 5, 16])
+@pytest.mark.parametrize("micro_batch_size", [None, 1, 3])
+def test_all_ranks_together_take_each_sample_once(
+    world_size: int, micro_batch_size: int | None
+) -> None:
+    """Per step the ranks take the same samples as one process, and evaluate each once."""
+    alone = samplers(1)[0]
+    ranks = samplers(world_size, micro_batch_size=micro_batch_size)
+    for step in range(8):
+        wanted = alone.training(step)[0].indices
+        requests = [rank.training(step) for rank in ranks]
+        assert len({len(own) for own in requests}) == 1, "as many micro-steps on every rank"
+        taken = [index for own in requests for each in own if each.counts for index in each.indices]
+        assert taken == wanted
+        assert all(each.indices for own in requests for each in own), "nothing is empty"
+    evaluated = [list(rank.evaluation()) for rank in ranks]
+    assert len({len(own) for own in evaluated}) == 1
+    visited = [index for own in evaluated for each in own if each.counts for index in each.indices]
+    assert sorted(visited) == list(range(11))
+
+
+def test_the_stream_is_what_the_steps_ask_for() -> None:
+    """The stream of requests is each step's, with an evaluation after each epoch."""
+    for sampler in samplers(3, micro_batch_size=2):
+        wanted = []
+        for step in range(8):
+            wanted += sampler.training(step)
+            if step in (3, 7):
+                wanted += list(sampler.evaluation())
+        assert list(sampler.requests()) == wanted
+        middle = wanted.index(sampler.training(5)[0])
+        assert list(sampler.requests(first_step=5)) == wanted[middle:]
+
+
+def test_samples_are_counted_over_epochs() -> None:
+    """The last batch of an epoch is shorter, and the count knows."""
+    sampler = samplers(3)[0]
+    assert [sampler.batch_samples(step) for step in range(5)] == [16, 16, 16, 2, 16]
+    assert [sampler.samples_before(step) for step in range(6)] == [0, 16, 32, 48, 50, 66]
+    assert replace(sampler, rank=2).micro_steps(3) == 1

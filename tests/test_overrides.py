@@ -1,0 +1,165 @@
+"""Values from outside: recipe < YAML file < command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from launcher import OverrideError, Recipe, RecipeError, cosine
+from launcher.overrides import Override, build, read_arguments, read_yaml
+from launcher.resolve import Reference
+
+
+def nothing(*_: Any) -> Any:
+    raise AssertionError
+
+
+def some(*, width: int = 32, folder: Path = Path("/data"), mode: Literal["a", "b"] = "a") -> Recipe:
+    """Return a recipe with parameters of its own."""
+    return Recipe(
+        name=f"{width}-{folder}-{mode}",
+        model=nothing,
+        data=nothing,
+        loss=nothing,
+        batch_size=256,
+        lr=0.1,
+        lr_batch_size=256,
+        epochs=10,
+    )
+
+
+HERE = Reference(location="tests:some", function=some)
+
+
+def test_the_command_line_is_stronger_than_a_file(tmp_path: Path) -> None:
+    """Each value comes from the strongest place that has it, and says which."""
+    file = tmp_path / "values.yaml"
+    file.write_text("lr: 1e-3\nepochs: 7\nschedule: cosine(final_factor=0.1)\n")
+    built = build(HERE, [*read_yaml(file), *read_arguments(["epochs=3", "seed=5"])])
+    assert (built.recipe.lr, built.recipe.epochs, built.recipe.seed) == (1e-3, 3, 5)
+    assert built.recipe.schedule == cosine(final_factor=0.1)
+    assert built.sources["lr"] == f"{file}, line 1"
+    assert built.sources["epochs"] == "command line"
+    assert built.sources["batch_size"] == "recipe"
+    assert built.sources["precision"] == "default"
+
+
+def test_parameters_of_the_recipe_function() -> None:
+    """A name that the function takes goes to it, by the type of its annotation."""
+    built = build(HERE, read_arguments(["width=64", "folder=~/x", "mode=b"]))
+    assert built.recipe.name == f"64-{Path('~/x').expanduser()}-b"
+    assert built.parameters["width"] == 64
+
+
+def test_one_of_a_pair_takes_the_others_place() -> None:
+    """Steps replaces epochs, and batch_size_per_gpu replaces batch_size."""
+    built = build(HERE, read_arguments(["steps=100", "batch_size_per_gpu=32"]))
+    assert (built.recipe.steps, built.recipe.epochs) == (100, None)
+    assert (built.recipe.batch_size_per_gpu, built.recipe.batch_size) == (32, None)
+    assert built.sources["epochs"] == "replaced by steps"
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("max_grad_norm=none", None),
+        ("max_grad_norm=1e0", 1.0),
+        ("in_memory=yes", True),
+        ("in_memory=false", False),
+        ("num_workers=0", 0),
+        ("precision=bf16", "bf16"),
+        ("train_samples=1e3", 1000),
+    ],
+)
+def test_text_is_read_by_its_field(argument: str, value: Any) -> None:
+    """Words for none, yes and no, and any notation of a number are understood."""
+    assert (
+        getattr(build(HERE, read_arguments([argument])).recipe, argument.split("=", maxsplit=1)[0])
+        == value
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["batchsize=3"], "no such setting. Did you mean batch_size"),
+        (["witdh=3"], "Did you mean width"),
+        (["lr=fast"], "lr=fast (command line): expected a number greater than 0, found the text"),
+        (["lr=-1"], "expected a number greater than 0"),
+        (["lr=inf"], "expected a number greater than 0"),
+        (["epochs=1.5"], "expected a whole number at least 1"),
+        (["precision=fp8"], "expected fp32 or bf16"),
+        (["schedule=cosin"], "Did you mean cosine?"),
+        (["schedule=cosine(x=1)"], "takes no 'x'"),
+        (["optimizer=adam"], "Did you mean adamw?"),
+        (["model=net"], "cannot be given as text"),
+        (["mode=c"], "expected a or b"),
+        (["lr"], "expected name=value"),
+        (["=3"], "expected name=value"),
+        (["lr=1", "lr=2"], "given twice"),
+        (["steps=1", "epochs=1"], "exclude each other"),
+    ],
+)
+def test_bad_values_are_refused(arguments: list[str], message: str) -> None:
+    """The refusal names the setting, what was expected and what was found."""
+    with pytest.raises(OverrideError) as caught:
+        build(HERE, read_arguments(arguments))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lr: [1\nseed: 2", "line 2: not YAML"),
+        ("lr: 1\nlr: 2", "line 2: lr is given a second time, after line 1"),
+        ("- lr", "expected lines of `name: value`"),
+        ("just text", "expected lines of `name: value`"),
+        ("seed: 1\nlr: fast", "line 2): expected a number"),
+        ("seed: 1\nepochz: 2", "line 2): there is no such setting"),
+        ("a: !!python/object:os.system x", "not YAML"),
+    ],
+)
+def test_bad_yaml_is_refused_with_its_line(tmp_path: Path, text: str, message: str) -> None:
+    """A file that does not parse or does not fit is named with the line."""
+    file = tmp_path / "values.yaml"
+    file.write_text(text)
+    with pytest.raises(OverrideError) as caught:
+        build(HERE, read_yaml(file))
+    assert message in str(caught.value)
+    assert str(file) in str(caught.value)
+
+
+def test_a_missing_or_empty_file(tmp_path: Path) -> None:
+    """A file that is not there is an error; an empty one holds no values."""
+    with pytest.raises(OverrideError, match="No such file"):
+        read_yaml(tmp_path / "none.yaml")
+    (tmp_path / "empty.yaml").write_text("# nothing\n")
+    assert read_yaml(tmp_path / "empty.yaml") == ()
+
+
+def test_a_function_that_fails_or_returns_something_else() -> None:
+    """What the recipe function raises is said with its place; other values are refused."""
+
+    def raises() -> Recipe:
+        raise KeyError("learning rate")
+
+    def returns() -> Recipe:
+        return {"lr": 3}  # type: ignore[return-value]
+
+    def misspelt() -> Recipe:
+        return Recipe(batchsize=3)  # type: ignore[call-arg]
+
+    for function, message in (
+        (raises, r"KeyError: 'learning rate' \(.*test_overrides.py, line \d+\)"),
+        (returns, "returned dict, not a Recipe"),
+        (misspelt, "unexpected keyword argument 'batchsize'"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            build(Reference(location="x:y", function=function))
+
+
+def test_an_override_prints_with_its_source() -> None:
+    """Messages can quote an override as it was given."""
+    assert str(Override(name="lr", value="1", source="command line")) == "lr=1 (command line)"

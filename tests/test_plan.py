@@ -1,0 +1,188 @@
+"""The arithmetic of a plan, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from launcher import Machine, PlanError, Recipe, adamw, make_plan
+from launcher.batch import micro_batch, num_micro_steps, part, shares
+from launcher.report.explain import explain
+from launcher.world import World
+
+LAPTOP = Machine(
+    hostname="laptop",
+    num_gpus=0,
+    usable_cores=8,
+    cores_limited_by="CPU affinity",
+    memory_bytes=2**34,
+    shm_bytes=2**33,
+)
+NODE = replace(LAPTOP, hostname="node1", num_gpus=8, usable_cores=64)
+
+
+PROMISED = (
+    "nodes",
+    "nproc_per_node",
+    "world_size",
+    "batch_size",
+    "samples_per_rank",
+    "micro_batch_size",
+    "accumulation_steps",
+    "lr",
+    "total_steps",
+    "workers_per_rank",
+    "pin_memory",
+)
+
+
+def nothing(*_: Any) -> Any:
+    raise AssertionError("planning calls none of a recipe's functions")
+
+
+def recipe(**changes: Any) -> Recipe:
+    """Return a recipe of 256 samples a step with some fields changed."""
+    fields: dict[str, Any] = {
+        "name": "some",
+        "model": nothing,
+        "data": nothing,
+        "loss": nothing,
+        "batch_size": 256,
+        "lr": 0.1,
+        "lr_batch_size": 256,
+        "epochs": 10,
+        "train_samples": 1437,
+    }
+    return Recipe(**fields | changes)
+
+
+def test_every_number_of_a_plan() -> None:
+    """Two nodes of four GPUs take a batch of 256 in two micro-steps of 16 samples each."""
+    plan = make_plan(recipe(micro_batch_size=16), NODE, nodes=2, nproc_per_node=4)
+    assert plan.world_size == 8
+    assert plan.device == "cuda"
+    assert plan.samples_per_rank == (32,) * 8
+    assert (plan.micro_batch_size, plan.accumulation_steps) == (16, 2)
+    assert plan.reasons["batch_size"] == (
+        "256 = 2 nodes x 4 GPUs x 16 samples x 2 accumulation steps"
+    )
+    assert (plan.steps_per_epoch, plan.total_steps) == (6, 60)
+    assert plan.lr == 0.1
+    assert plan.lr_start == pytest.approx(0.01)
+    assert plan.lr_end == pytest.approx(1e-5)
+    assert plan.lr_peak_step == 27
+    assert (plan.workers_per_rank, plan.pin_memory) == (4, True)
+
+
+@pytest.mark.parametrize(
+    ("rule", "lr", "arithmetic"),
+    [
+        ("linear", 0.4, "0.4 = 0.1 x 1024 / 256, linear"),
+        ("sqrt", 0.2, "0.2 = 0.1 x sqrt(1024 / 256), square root"),
+        ("none", 0.1, "0.1, whatever the batch (lr_rule=none)"),
+    ],
+)
+def test_the_learning_rate_follows_the_batch(rule: str, lr: float, arithmetic: str) -> None:
+    """Each rule scales the reference learning rate and shows how."""
+    plan = make_plan(recipe(batch_size=1024, lr_rule=rule), LAPTOP)
+    assert plan.lr == pytest.approx(lr)
+    assert plan.reasons["lr"] == arithmetic
+
+
+def test_a_batch_per_gpu_grows_with_the_gpus() -> None:
+    """With batch_size_per_gpu the batch and the learning rate are proportional to the ranks."""
+    grows = recipe(batch_size=None, batch_size_per_gpu=64, lr_batch_size=64)
+    one, eight = (make_plan(grows, NODE, nproc_per_node=ranks) for ranks in (1, 8))
+    assert (one.batch_size, eight.batch_size) == (64, 512)
+    assert (one.lr, eight.lr) == pytest.approx((0.1, 0.8))
+    assert any("another training" in note for note in eight.notes)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 29, 256])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("limit", [1, 5, 64])
+def test_micro_batches_cover_a_batch_once(size: int, world_size: int, limit: int) -> None:
+    """Every position is in one micro-batch, none is over the limit, all ranks take as many."""
+    steps = num_micro_steps(size, world_size, limit)
+    taken: list[int] = []
+    for rank in range(world_size):
+        own: list[int] = []
+        for step in range(steps):
+            micro = micro_batch(
+                size, world_size=world_size, rank=rank, micro_steps=steps, micro_step=step
+            )
+            assert len(micro) <= limit
+            own += micro
+        assert len(own) == shares(size, world_size)[rank]
+        assert own == list(part(size, world_size, rank))
+        taken += own
+    assert taken == list(range(size))
+
+
+def test_ten_thousand_ranks_are_planned() -> None:
+    """A plan for 1,250 nodes of eight GPUs gives every rank its share."""
+    plan = make_plan(recipe(batch_size=25_000, train_samples=10**9), NODE, nodes=1250)
+    assert plan.world_size == 10_000
+    assert sum(plan.samples_per_rank) == 25_000
+    assert set(plan.samples_per_rank) == {2, 3}
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks", "message"),
+    [
+        ({"batch_size": 4, "lr_batch_size": 4}, 8, "shared by 8 ranks"),
+        ({"batch_size": 2000}, 1, "there are 1,437 training samples"),
+        ({"lr_batch_size": None}, 1, "Give lr_batch_size"),
+        ({"train_samples": None}, 1, "Give train_samples, or steps"),
+        ({}, 9, "9 GPUs per node were asked for, and node1 has 8"),
+        ({}, 0, "at least 1 rank"),
+    ],
+)
+def test_numbers_that_do_not_go_together_are_refused(
+    changes: dict[str, Any], ranks: int, message: str
+) -> None:
+    """The refusal has the numbers and says what to do."""
+    with pytest.raises(PlanError) as caught:
+        make_plan(recipe(**changes), NODE, nproc_per_node=ranks)
+    assert message in str(caught.value)
+
+
+def test_gpus_that_are_not_there_are_refused() -> None:
+    """device=cuda on a machine without GPUs says where to look."""
+    with pytest.raises(PlanError, match="CUDA_VISIBLE_DEVICES"):
+        make_plan(recipe(device="cuda"), LAPTOP)
+
+
+def test_another_world_is_refused() -> None:
+    """A worker that finds other ranks than planned says both numbers."""
+    plan = make_plan(recipe(), NODE, nproc_per_node=4)
+    plan.check_world(World(rank=3, world_size=4, local_rank=3, local_world_size=4))
+    with pytest.raises(Exception, match=r"Planned for 4 ranks .* found 1"):
+        plan.check_world(World())
+    with pytest.raises(Exception, match=r"found 4 \(2 nodes x 2\)"):
+        plan.check_world(World(rank=3, world_size=4, local_rank=1, local_world_size=2))
+
+
+def test_plans_say_where_they_differ() -> None:
+    """Two plans differ in what would change a step, and in nothing that is a node's own."""
+    one = make_plan(recipe(), NODE)
+    assert one.differences(make_plan(recipe(), replace(NODE, usable_cores=3)).agreement()) == {}
+    other = make_plan(recipe(lr=0.2), NODE).agreement()
+    assert one.differences(other)["lr"] == (0.1, 0.2)
+
+
+def test_a_plan_is_json_and_text() -> None:
+    """The JSON has the promised names; the text fits a terminal and has the arithmetic."""
+    plan = make_plan(recipe(optimizer=adamw(), batch_size=512), LAPTOP, nproc_per_node=3)
+    values = json.loads(json.dumps(plan.to_dict()))
+    for name in PROMISED:
+        assert name in values
+    assert values["samples_per_rank"] == [171, 171, 170]
+    text = explain(plan)
+    assert max(map(len, text.splitlines())) <= 96
+    assert "170 or 171 samples each" in text
+    assert "lr_rule=sqrt suits it better" in text
+    assert "BatchNorm" in text

@@ -1,0 +1,130 @@
+"""Reading samples: randomness, fast paths, errors."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from launcher import Data, Recipe, RecipeError, SampleError
+from launcher.engine.data import Reader, sample_count
+from launcher.engine.sampler import Request
+
+
+def reader(train: Any, **changes: Any) -> Reader:
+    """Return a reader of `train`."""
+    fields: dict[str, Any] = {
+        "name": "some",
+        "model": lambda: None,
+        "data": lambda: None,
+        "loss": lambda *_: None,
+        "batch_size": 4,
+        "lr": 0.1,
+        "steps": 1,
+    }
+    return Reader(Recipe(**fields | changes), Data(train=train, evaluation=train))
+
+
+def request(*indices: int, epoch: int = 0, counts: bool = True) -> Request:
+    """Return a request for training samples."""
+    return Request("train", epoch, list(indices), counts)
+
+
+class Drawn:
+    """Samples that are nothing but random numbers, of three generators."""
+
+    def __len__(self) -> int:
+        return 100
+
+    def __getitem__(self, index: int) -> Tensor:
+        numbers = [index, random.random(), float(np.random.rand()), float(torch.rand(()))]
+        return torch.tensor(numbers)
+
+
+class DrawnTogether(Drawn):
+    """The same, also read in batches, from one stream of numbers."""
+
+    def __getitems__(self, indices: list[int]) -> list[Tensor]:
+        return [self[index] for index in indices]
+
+
+class ReadTogether(Drawn):
+    """Samples without randomness, read in batches."""
+
+    def __getitems__(self, indices: list[int]) -> list[Tensor]:
+        return [torch.tensor(index) for index in indices]
+
+    def __getitem__(self, index: int) -> Tensor:
+        raise AssertionError("read in batches")
+
+
+@pytest.mark.parametrize("train", [Drawn(), DrawnTogether()])
+def test_random_numbers_belong_to_the_sample(train: Drawn) -> None:
+    """A sample is the same in any micro-batch, and another in another epoch."""
+    together = reader(train)[request(3, 4, 5)].batch
+    assert torch.equal(reader(train)[request(5, 3)].batch, together[[2, 0]])
+    assert not torch.equal(reader(train)[request(3, epoch=1)].batch, together[:1])
+    assert len(set(together[:, 1].tolist())) == 3
+
+
+@pytest.mark.parametrize("train", [Drawn(), DrawnTogether(), ReadTogether()])
+def test_reading_leaves_the_generators_alone(train: Drawn) -> None:
+    """The model's own random numbers do not depend on what was read in between."""
+    before = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[index, union-attr]
+    reader(train)[request(1, 2, 3)]
+    assert random.getstate() == before[0]
+    assert torch.equal(torch.get_rng_state(), before[1])
+    assert (np.random.get_state()[1] == before[2]).all()  # type: ignore[index]
+
+
+def test_a_batched_data_set_is_read_in_batches() -> None:
+    """__getitems__ is used where it draws nothing."""
+    assert reader(ReadTogether())[request(7, 8)].batch.tolist() == [7, 8]
+
+
+def test_a_tensor_data_set_collates_as_ever() -> None:
+    """Slicing a TensorDataset gives what collating its samples would, types included."""
+    data = TensorDataset(torch.arange(20).reshape(10, 2), torch.arange(10))
+    sliced = reader(data)[request(3, 1)].batch
+    collated = torch.utils.data.default_collate([data[3], data[1]])
+    assert type(sliced) is type(collated)
+    assert all(torch.equal(own, other) for own, other in zip(sliced, collated, strict=True))
+
+
+def test_items_are_counted() -> None:
+    """Samples count as items unless the recipe counts otherwise; a ghost counts nothing."""
+    data = TensorDataset(torch.arange(10))
+    assert reader(data)[request(1, 2)][1:] == (2, 2)
+    counting = reader(data, count=lambda batch: int(batch[0].sum()))
+    assert counting[request(1, 2)][1:] == (2, 3)
+    assert counting[request(1, 2, counts=False)][1:] == (0, 0)
+
+
+def test_a_failing_sample_is_named() -> None:
+    """The error has the sample's number, what was raised, and where."""
+
+    class Broken(Drawn):
+        def __getitem__(self, index: int) -> Tensor:
+            if index == 4:
+                raise OSError("truncated file")
+            return torch.zeros(1)
+
+    with pytest.raises(SampleError) as caught:
+        reader(Broken())[request(3, 4)]
+    assert "raised OSError for sample 4 (epoch 0): truncated file" in str(caught.value)
+    assert "test_reader.py" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"), [([], "is empty"), (iter([1]), "no __getitem__"), (None, "NoneType")]
+)
+def test_data_that_cannot_be_shared_is_refused(data: Any, message: str) -> None:
+    """Empty data and data without a length or index are refused by name."""
+    with pytest.raises(RecipeError) as caught:
+        sample_count(data, "train")
+    assert message in str(caught.value)

@@ -1,0 +1,153 @@
+"""Schedules against PyTorch's own, as oracles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.optim import SGD
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    LinearLR,
+    LRScheduler,
+    MultiStepLR,
+    OneCycleLR,
+    SequentialLR,
+)
+
+from launcher import cosine, linear, multi_step, one_cycle, schedule, warmup
+from launcher.errors import UsageError
+from launcher.schedule import SCHEDULES, Schedule, Setting
+from launcher.spec import parse
+
+
+def oracle(make: Any, total_steps: int) -> list[tuple[float, float]]:
+    """Return (learning rate, momentum) of each step as PyTorch's scheduler sets them."""
+    optimizer = SGD([torch.zeros(1, requires_grad=True)], lr=1.0, momentum=0.9)
+    scheduler: LRScheduler = make(optimizer)
+    path = []
+    for step in range(total_steps):
+        group = optimizer.param_groups[0]
+        path.append((group["lr"], group["momentum"]))
+        optimizer.step()
+        if step < total_steps - 1:
+            scheduler.step()
+    return path
+
+
+@pytest.mark.parametrize("total_steps", [7, 20, 100, 1001])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"three_phase": False, "pct_start": 0.3, "anneal_strategy": "cos"},
+        {"div_factor": 25.0, "final_div_factor": 1e4, "base_momentum": 0.8, "max_momentum": 0.9},
+    ],
+)
+def test_one_cycle_is_onecyclelr(total_steps: int, arguments: dict[str, Any]) -> None:
+    """Learning rate and momentum of every step are OneCycleLR's."""
+    defaults: dict[str, Any] = {
+        "pct_start": 0.45,
+        "div_factor": 10,
+        "final_div_factor": 1000,
+        "three_phase": True,
+        "anneal_strategy": "linear",
+    }
+    wanted = oracle(
+        lambda optimizer: OneCycleLR(
+            optimizer, 1.0, total_steps=total_steps, **defaults | arguments
+        ),
+        total_steps,
+    )
+    found = [one_cycle(**arguments).at(step, total_steps) for step in range(total_steps)]
+    assert found == [pytest.approx(pair, abs=1e-15) for pair in wanted]
+
+
+def test_one_cycle_is_the_articles() -> None:
+    """Two equal ways, from max / 10 to max and back, then down to max / 10,000."""
+    factors = [one_cycle().at(step, 100).factor for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[44] == 1.0
+    assert factors[88] == pytest.approx(0.1)
+    assert factors[99] == pytest.approx(1e-4)
+    momenta = [one_cycle().at(step, 100).momentum for step in (0, 44, 88, 99)]
+    assert momenta == pytest.approx([0.95, 0.85, 0.95, 0.95])
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (cosine(final_factor=0.1), lambda o: CosineAnnealingLR(o, T_max=50, eta_min=0.1)),
+        (linear(), lambda o: LinearLR(o, 1.0, 0.0, total_iters=50)),
+        (multi_step(milestones=(0.5, 0.8), gamma=0.2), lambda o: MultiStepLR(o, [25, 40], 0.2)),
+        (
+            warmup(cosine(), steps=10, start_factor=0.1),
+            lambda o: SequentialLR(
+                o,
+                [LinearLR(o, 0.1, 1.0, total_iters=10), CosineAnnealingLR(o, T_max=40)],
+                milestones=[10],
+            ),
+        ),
+    ],
+    ids=str,
+)
+def test_the_others_are_pytorchs(ours: Schedule, theirs: Any) -> None:
+    """Each rule returns what PyTorch's scheduler of the same kind sets."""
+    wanted = [lr for lr, _ in oracle(theirs, 50)]
+    assert [ours.at(step, 50).factor for step in range(50)] == pytest.approx(wanted, abs=1e-9)
+
+
+@pytest.mark.parametrize("total_steps", [1, 2, 3])
+@pytest.mark.parametrize("name", ["one_cycle", "cosine", "linear", "constant", "multi_step"])
+def test_runs_of_few_steps_have_a_learning_rate(name: str, total_steps: int) -> None:
+    """No rule divides by zero or leaves (0, 1] in a run of one, two or three steps."""
+    rule = parse(name, SCHEDULES, kind="schedule")
+    assert isinstance(rule, Schedule)
+    for made in (rule, warmup(rule)):
+        for step in range(total_steps):
+            assert 0 < made.at(step, total_steps).factor <= 1
+
+
+def test_a_schedule_reads_back_as_it_prints() -> None:
+    """The text of a schedule, nested ones too, parses to an equal schedule."""
+    for made in (one_cycle(), warmup(one_cycle(div_factor=25), steps=3), multi_step(gamma=0.5)):
+        assert parse(str(made), SCHEDULES, kind="schedule") == made
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("one_cycl", "Did you mean one_cycle?"),
+        ("one_cycle(", "is no schedule"),
+        ("one_cycle(div_factor='a')", "expected a number greater than 0, found the text 'a'"),
+        ("one_cycle(pct_start=0.6)", "less than 0.5"),
+        ("cosine(final=1)", "takes no 'final'; it takes final_factor"),
+        ("warmup(3)", "expected"),
+        ("warmup()", "needs then"),
+        ("__import__('os')", "there is no schedule '__import__'"),
+        ("cosine.__class__", "is no schedule"),
+        ("multi_step(milestones=[3])", "fractions of the run"),
+    ],
+)
+def test_a_bad_schedule_is_refused(text: str, message: str) -> None:
+    """The refusal says what was expected; no text is ever run."""
+    with pytest.raises(UsageError) as caught:
+        parse(text, SCHEDULES, kind="schedule")
+    assert message in str(caught.value)
+
+
+def test_a_recipe_can_bring_its_own_rule() -> None:
+    """A rule made with @schedule takes arguments, prints, and is known by its name."""
+
+    @schedule
+    def plateau(step: int, total_steps: int, *, at: float = 0.5) -> Setting:
+        return Setting(1.0 if step < at * total_steps else 0.1)
+
+    try:
+        made = parse("plateau(at=0.25)", SCHEDULES, kind="schedule")
+        assert made == plateau(at=0.25)
+        assert str(made) == "plateau(at=0.25)"
+        assert [plateau(at=0.25).at(step, 4).factor for step in range(4)] == [1.0, 0.1, 0.1, 0.1]
+    finally:
+        del SCHEDULES["plateau"]

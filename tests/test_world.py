@@ -1,0 +1,40 @@
+"""Finding this process among the others."""
+
+from __future__ import annotations
+
+import pytest
+
+from launcher.errors import WorldError
+from launcher.world import World, find_world
+
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+
+
+def test_torchrun() -> None:
+    """Torchrun's variables give rank, node and size."""
+    world = find_world(TORCHRUN)
+    assert world == World(rank=5, world_size=8, local_rank=1, local_world_size=4)
+    assert world.nodes == 2
+
+
+def test_alone() -> None:
+    """Without variables the process is alone."""
+    assert find_world({}) == World()
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "RANK or LOCAL_RANK is not"),
+        (TORCHRUN | {"RANK": "8"}, "contradict each other"),
+        (TORCHRUN | {"LOCAL_RANK": "4"}, "contradict each other"),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "3"}, "contradict each other"),
+        (TORCHRUN | {"RANK": "x"}, "RANK='x'"),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "29500"}, "started one"),
+    ],
+)
+def test_contradictions_are_refused(env: dict[str, str], message: str) -> None:
+    """Variables that cannot be true together end in an error that names them."""
+    with pytest.raises(WorldError) as caught:
+        find_world(env)
+    assert message in str(caught.value)
