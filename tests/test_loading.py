@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from torch.utils.data import DataLoader
+import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 from launcher import loader_policy
 
@@ -47,5 +48,5 @@ def test_pinned_memory(device: str, asked: bool | None, pinned: bool) -> None:
 def test_a_policy_is_arguments_of_a_dataloader(workers: int) -> None:
     """Any other loop can use the policy as it is."""
     policy = loader_policy(usable_cores=8, device="cpu", num_workers=workers)
-    loader = DataLoader([1, 2, 3, 4], batch_size=2, **policy.dataloader_kwargs())
-    assert [batch.tolist() for batch in loader] == [[1, 2], [3, 4]]
+    loader = DataLoader(TensorDataset(torch.arange(4)), batch_size=2, **policy.dataloader_kwargs())
+    assert [batch.tolist() for (batch,) in loader] == [[0, 1], [2, 3]]

@@ -75,10 +75,8 @@ def test_one_of_a_pair_takes_the_others_place() -> None:
 )
 def test_text_is_read_by_its_field(argument: str, value: Any) -> None:
     """Words for none, yes and no, and any notation of a number are understood."""
-    assert (
-        getattr(build(HERE, read_arguments([argument])).recipe, argument.split("=", maxsplit=1)[0])
-        == value
-    )
+    recipe = build(HERE, read_arguments([argument])).recipe
+    assert getattr(recipe, argument.partition("=")[0]) == value
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 
 from launcher import Data, Recipe, RecipeError, SampleError
 from launcher.engine.data import Reader, sample_count
+from launcher.engine.randomness import Generators
 from launcher.engine.sampler import Request
 
 
@@ -75,11 +76,9 @@ def test_random_numbers_belong_to_the_sample(train: Drawn) -> None:
 @pytest.mark.parametrize("train", [Drawn(), DrawnTogether(), ReadTogether()])
 def test_reading_leaves_the_generators_alone(train: Drawn) -> None:
     """The model's own random numbers do not depend on what was read in between."""
-    before = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[index, union-attr]
+    before = Generators()
     reader(train)[request(1, 2, 3)]
-    assert random.getstate() == before[0]
-    assert torch.equal(torch.get_rng_state(), before[1])
-    assert (np.random.get_state()[1] == before[2]).all()  # type: ignore[index]
+    assert before.are_untouched()
 
 
 def test_a_batched_data_set_is_read_in_batches() -> None:

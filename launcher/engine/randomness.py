@@ -20,17 +20,18 @@ class Generators:
 
     def __init__(self) -> None:
         self._python = random.getstate()
-        self._numpy = numpy.random.get_state()
+        self._numpy = numpy.random.get_state(legacy=False)
         self._torch = torch.get_rng_state()
 
     def are_untouched(self) -> bool:
         """Return whether nothing has drawn from any of them since."""
-        now = numpy.random.get_state()
+        now, then = numpy.random.get_state(legacy=False), self._numpy
         return (
             random.getstate() == self._python
             and torch.equal(torch.get_rng_state(), self._torch)
-            and now[2:] == self._numpy[2:]
-            and bool((now[1] == self._numpy[1]).all())
+            and now["has_gauss"] == then["has_gauss"]
+            and now["state"]["pos"] == then["state"]["pos"]
+            and bool((now["state"]["key"] == then["state"]["key"]).all())
         )
 
     def restore(self) -> None:
