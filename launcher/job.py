@@ -70,16 +70,13 @@ def plan_recipe(
     return built, replace(plan, notes=(*plan.notes, *notes))
 
 
-def describe_run(
-    reference: Reference, overrides: Sequence[Override], built: Built, plan: Plan
-) -> dict[str, Any]:
+def describe_run(reference: Reference, built: Built, plan: Plan) -> dict[str, Any]:
     """Return what run.yaml says."""
     file = Path(reference.location.rpartition(":")[0])
     folder = file.parent if file.is_absolute() else Path.cwd()
     return {
         "recipe": reference.location,
-        "overrides": {override.name: override.value for override in overrides},
-        "parameters": {name: _plain(value) for name, value in built.parameters.items()},
+        "overrides": dict(built.overrides),
         "plan": plan.to_dict(),
         "versions": versions(),
         "git": git_state(folder),
@@ -116,7 +113,3 @@ def _count_samples(built: Built) -> int:
             f"samples, and the data function returned {type(data).__name__} without a length in "
             "`train`. Return launcher.Data(train=...), or give steps instead of epochs."
         ) from None
-
-
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, (bool, int, float, str, list, type(None))) else str(value)

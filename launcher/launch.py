@@ -21,6 +21,8 @@ from launcher.rundir import read_failure
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+_AGENT_LOGGERS = ("torch.distributed.elastic", "torch.multiprocessing")
+
 EXIT_INTERRUPTED = 130
 """Exit code of a run that was stopped by Ctrl-C, as of any program."""
 
@@ -66,7 +68,8 @@ def start_server(*, ddp: bool) -> None:
     """Start the server that ranks are forked from; it begins to import what they need."""
     modules = ["launcher.engine.worker"]
     if ddp:
-        modules.append("launcher.engine.backends.accelerate")
+        # The second is what Accelerate imports when it first prepares a model.
+        modules += ["launcher.engine.backends.accelerate", "torch.distributed.tensor"]
     multiprocessing.set_forkserver_preload(modules)
     forkserver.ensure_running()
 
@@ -86,5 +89,5 @@ def _quieten_the_agent() -> None:
     if "LOGLEVEL" in os.environ:
         return
     for name, logger in logging.root.manager.loggerDict.items():
-        if name.startswith("torch.distributed.elastic") and isinstance(logger, logging.Logger):
+        if name.startswith(_AGENT_LOGGERS) and isinstance(logger, logging.Logger):
             logger.setLevel(logging.CRITICAL + 1)

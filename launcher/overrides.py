@@ -17,7 +17,7 @@ from launcher.optimizer import OPTIMIZERS
 from launcher.recipe import EXCLUSIVE, Recipe, setting_types
 from launcher.resolve import Reference, cannot
 from launcher.schedule import SCHEDULES
-from launcher.spec import parse
+from launcher.spec import Spec, parse
 from launcher.typed import MismatchError, convert
 
 COMMAND_LINE = "command line"
@@ -43,6 +43,9 @@ class Built:
     recipe: Recipe
     parameters: Mapping[str, Any]
     """What the recipe function was called with."""
+
+    overrides: Mapping[str, Any]
+    """Every value from outside, as it was read."""
 
     sources: Mapping[str, str]
     """Where each setting and parameter came from: default, recipe, a YAML file, command line."""
@@ -133,7 +136,12 @@ def build(reference: Reference, overrides: Sequence[Override] = ()) -> Built:
         if name not in given:
             same = getattr(recipe, name) == _default(name)
             sources.setdefault(name, "default" if same else "recipe")
-    return Built(recipe=built, parameters=parameters, sources=sources)
+    values = {
+        name: str(value) if isinstance(value, (Spec, Path)) else value
+        for name, value in (parameters | changes).items()
+        if name in given
+    }
+    return Built(recipe=built, parameters=parameters, overrides=values, sources=sources)
 
 
 def _default(name: str) -> Any:

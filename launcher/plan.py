@@ -137,7 +137,7 @@ class Plan:
         own = self.agreement()
         return {
             name: (own.get(name), other.get(name))
-            for name in own.keys() | other.keys()
+            for name in sorted(own.keys() | other.keys())
             if own.get(name) != other.get(name)
         }
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from launcher import Data, Recipe, RecipeError, SampleError
-from launcher.engine.data import Reader, sample_count
+from launcher.engine.data import MicroBatch, Reader, sample_count
 from launcher.engine.randomness import Generators
 from launcher.engine.sampler import Request
 
@@ -29,6 +29,13 @@ def reader(train: Any, **changes: Any) -> Reader:
         "steps": 1,
     }
     return Reader(Recipe(**fields | changes), Data(train=train, evaluation=train))
+
+
+def read(train: Any, *indices: int, epoch: int = 0, **changes: Any) -> MicroBatch:
+    """Return the answer to a request for training samples."""
+    answer = reader(train, **changes)[request(*indices, epoch=epoch)]
+    assert isinstance(answer, MicroBatch)
+    return answer
 
 
 def request(*indices: int, epoch: int = 0, counts: bool = True) -> Request:
@@ -67,9 +74,9 @@ class ReadTogether(Drawn):
 @pytest.mark.parametrize("train", [Drawn(), DrawnTogether()])
 def test_random_numbers_belong_to_the_sample(train: Drawn) -> None:
     """A sample is the same in any micro-batch, and another in another epoch."""
-    together = reader(train)[request(3, 4, 5)].batch
-    assert torch.equal(reader(train)[request(5, 3)].batch, together[[2, 0]])
-    assert not torch.equal(reader(train)[request(3, epoch=1)].batch, together[:1])
+    together = read(train, 3, 4, 5).batch
+    assert torch.equal(read(train, 5, 3).batch, together[[2, 0]])
+    assert not torch.equal(read(train, 3, epoch=1).batch, together[:1])
     assert len(set(together[:, 1].tolist())) == 3
 
 
@@ -83,13 +90,13 @@ def test_reading_leaves_the_generators_alone(train: Drawn) -> None:
 
 def test_a_batched_data_set_is_read_in_batches() -> None:
     """__getitems__ is used where it draws nothing."""
-    assert reader(ReadTogether())[request(7, 8)].batch.tolist() == [7, 8]
+    assert read(ReadTogether(), 7, 8).batch.tolist() == [7, 8]
 
 
 def test_a_tensor_data_set_collates_as_ever() -> None:
     """Slicing a TensorDataset gives what collating its samples would, types included."""
     data = TensorDataset(torch.arange(20).reshape(10, 2), torch.arange(10))
-    sliced = reader(data)[request(3, 1)].batch
+    sliced = read(data, 3, 1).batch
     collated = torch.utils.data.default_collate([data[3], data[1]])
     assert type(sliced) is type(collated)
     assert all(torch.equal(own, other) for own, other in zip(sliced, collated, strict=True))
@@ -98,10 +105,12 @@ def test_a_tensor_data_set_collates_as_ever() -> None:
 def test_items_are_counted() -> None:
     """Samples count as items unless the recipe counts otherwise; a ghost counts nothing."""
     data = TensorDataset(torch.arange(10))
-    assert reader(data)[request(1, 2)][1:] == (2, 2)
+    assert read(data, 1, 2)[1:] == (2, 2)
     counting = reader(data, count=lambda batch: int(batch[0].sum()))
-    assert counting[request(1, 2)][1:] == (2, 3)
-    assert counting[request(1, 2, counts=False)][1:] == (0, 0)
+    for counts, numbers in ((True, (2, 3)), (False, (0, 0))):
+        answer = counting[request(1, 2, counts=counts)]
+        assert isinstance(answer, MicroBatch)
+        assert answer[1:] == numbers
 
 
 def test_a_failing_sample_is_named() -> None:
@@ -113,10 +122,10 @@ def test_a_failing_sample_is_named() -> None:
                 raise OSError("truncated file")
             return torch.zeros(1)
 
-    with pytest.raises(SampleError) as caught:
-        reader(Broken())[request(3, 4)]
-    assert "raised OSError for sample 4 (epoch 0): truncated file" in str(caught.value)
-    assert "test_reader.py" in str(caught.value)
+    answer = reader(Broken())[request(3, 4)]
+    assert isinstance(answer, SampleError)
+    assert "raised OSError for sample 4 (epoch 0): truncated file" in str(answer)
+    assert "test_reader.py" in str(answer)
 
 
 @pytest.mark.parametrize(

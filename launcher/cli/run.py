@@ -48,7 +48,7 @@ def command(
     given = read_overrides(config, overrides)
     built, plan = plan_recipe(reference, given, read_machine(), nproc_per_node=nproc_per_node)
     run_dir = create_run_dir(out, plan.recipe)
-    write_run_yaml(run_dir, describe_run(reference, given, built, plan))
+    write_run_yaml(run_dir, describe_run(reference, built, plan))
     click.echo(explain(plan, recipe=reference.shown))
     return launch(
         Job(

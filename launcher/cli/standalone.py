@@ -68,7 +68,7 @@ def _train(
         click.echo(explain(plan, recipe=reference.shown))
     from launcher.engine.worker import found_rank
 
-    description = describe_run(reference, overrides, built, plan) if world.rank == 0 else {}
+    description = describe_run(reference, built, plan) if world.rank == 0 else {}
     found_rank(built.recipe, plan, world, out, description)
 
 

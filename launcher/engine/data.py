@@ -51,7 +51,7 @@ def sample_count(data: Any, split: str) -> int:
     return len(data)
 
 
-class Reader(Dataset[MicroBatch]):
+class Reader(Dataset[MicroBatch | SampleError]):
     """Answers requests; the data set that the DataLoader and its workers see.
 
     Before each `__getitem__` of a data set, the global generators of `random`, `numpy.random` and
@@ -69,7 +69,14 @@ class Reader(Dataset[MicroBatch]):
             "evaluation": callable(getattr(data.evaluation, "__getitems__", None)),
         }
 
-    def __getitem__(self, request: Request) -> MicroBatch:
+    def __getitem__(self, request: Request) -> MicroBatch | SampleError:
+        """Return the micro-batch, or what went wrong, as a value that crosses processes whole."""
+        try:
+            return self._answer(request)
+        except SampleError as error:
+            return error
+
+    def _answer(self, request: Request) -> MicroBatch:
         dataset = getattr(self._data, request.split)
         if type(dataset) is TensorDataset and self._data.collate is None:
             # What collating the samples one by one would give, in one indexing operation.
@@ -101,7 +108,10 @@ class Reader(Dataset[MicroBatch]):
 
 
 def micro_batches(reader: Reader, requests: Iterable[Request], plan: Plan) -> Iterator[MicroBatch]:
-    """Return the micro-batches of `requests`, read ahead by the plan's workers."""
+    """Return the micro-batches of `requests`, read ahead by the plan's workers.
+
+    The workers start at once. The iterator raises a SampleError where the data set raised.
+    """
     workers = plan.workers_per_rank
     with warnings.catch_warnings():
         # The plan has weighed workers against cores, and has told the user.
@@ -117,7 +127,8 @@ def micro_batches(reader: Reader, requests: Iterable[Request], plan: Plan) -> It
             worker_init_fn=_start_worker if workers else None,
             multiprocessing_context="fork" if workers else None,
         )
-        return iter(loader)
+        answers = iter(loader)
+    return map(_checked, answers)
 
 
 def _reading(
@@ -129,11 +140,16 @@ def _reading(
         raise
     except Exception as error:  # noqa: BLE001  # whatever the recipe's own code raises
         shown = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
-        # Exceptions cross from a worker to its rank as text, so the traceback goes into the text.
         raise SampleError(
             f"The {request.split} data raised {type(error).__name__} for sample {shown} "
-            f"(epoch {request.epoch}): {error}\n\n{traceback.format_exc()}"
+            f"(epoch {request.epoch}): {error}\n\n{traceback.format_exc().rstrip()}"
         ) from None
+
+
+def _checked(answer: MicroBatch | SampleError) -> MicroBatch:
+    if isinstance(answer, SampleError):
+        raise answer
+    return answer
 
 
 def _as_it_is(micro_batch: Any) -> Any:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import time
 import traceback
 from typing import Any, TextIO
 
-from launcher.errors import EXIT_FAILED, LauncherError
+from launcher.errors import EXIT_FAILED, LauncherError, TrainingError
 from launcher.report.failure import failure_text
 from launcher.rundir import RunDir, record_failure
 from launcher.world import World
@@ -21,6 +22,7 @@ _PEER_LOST = (
     "NCCL communicator was aborted",
     "remote process exited",
 )
+_WORKER_LOST = re.compile(r"DataLoader worker .*(killed by signal|exited unexpectedly)")
 _SECONDS_TO_BE_ENDED = 15
 
 
@@ -51,6 +53,12 @@ def fail(
 
 def describe(error: BaseException, world: World) -> dict[str, Any]:
     """Return a failure as plain values."""
+    if _WORKER_LOST.search(str(error)):
+        error = TrainingError(
+            f"{error}\n\nA DataLoader worker died. The kernel kills one where memory runs out (see "
+            "`dmesg`), and SIGBUS means that /dev/shm is full: use fewer num_workers or a smaller "
+            "prefetch_factor. num_workers=0 reads in the rank itself, to see what it does."
+        )
     known = isinstance(error, LauncherError)
     text = "" if known else "".join(traceback.format_exception(error))
     return {

@@ -73,12 +73,8 @@ def join(plan: Plan, world: World, make_run_dir: Callable[[], RunDir]) -> tuple[
     if "error" in told:
         raise told["error"]
     different = plan.differences(told["plan"])
-    if different:
-        name, (own, rank_0) = next(iter(different.items()))
-        raise WorldError(
-            f"Rank {world.rank} was started with {name}={own}, and rank 0 with {name}={rank_0}. "
-            "Start every rank with the same recipe and the same overrides."
-        )
+    if backend.any_rank(bool(different)):
+        raise WorldError(next(filter(None, backend.gather(_disagreement(world, different)))))
     return backend, told["run_dir"]
 
 
@@ -131,6 +127,16 @@ def train_rank(
         write_json(run_dir.result, asdict(result))
         print(_summary(result, run_dir), flush=True)
     return result
+
+
+def _disagreement(world: World, different: dict[str, tuple[Any, Any]]) -> str:
+    if not different:
+        return ""
+    name, (own, rank_0) = next(iter(different.items()))
+    return (
+        f"Rank {world.rank} was started with {name}={own}, and rank 0 with {name}={rank_0}. "
+        "Start every rank with the same recipe and the same overrides."
+    )
 
 
 def save_model(model: nn.Module, run_dir: RunDir) -> None:

@@ -15,8 +15,8 @@ def failure_text(failure: Mapping[str, Any], run_dir: RunDir) -> str:
     if failure["exit_code"] == EXIT_USAGE:
         return f"launcher: {failure['message']}"
     rank, node = failure["rank"], failure["node"]
-    head = f"launcher: the run failed: rank {rank} on {node} raised {failure['error']}"
-    body = failure["traceback"] or f"{failure['message']}\n"
+    head = f"launcher: the run failed on rank {rank} ({node})"
+    body = failure["traceback"] or failure["message"]
     return f"{head}\n\n{body.rstrip()}\n\nlog: {run_dir.log(rank)}"
 
 

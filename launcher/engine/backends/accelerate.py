@@ -91,6 +91,11 @@ class AccelerateBackend(Backend):
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        gathered = [None] * self.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
     def close(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

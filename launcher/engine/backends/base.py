@@ -56,6 +56,10 @@ class Backend(ABC):
         """Return rank 0's `value`, any object that can be pickled (collective)."""
 
     @abstractmethod
+    def gather(self, value: Any) -> list[Any]:
+        """Return each rank's `value`, in the order of ranks, on every rank (collective)."""
+
+    @abstractmethod
     def close(self) -> None:
         """Leave the process group."""
 

@@ -39,6 +39,9 @@ class LocalBackend(Backend):
     def broadcast(self, value: Any) -> Any:
         return value
 
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
     def close(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

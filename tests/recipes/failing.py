@@ -1,0 +1,91 @@
+"""A recipe that fails in the way asked for."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from worlds import Noisy, cross_entropy, worlds
+
+from launcher import Data, Recipe, main
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+How = Literal[
+    "raise", "kill", "exit", "sample", "worker-killed", "empty", "count", "mean", "nan", "data",
+    "hang"
+]  # fmt: skip
+
+
+def failing(*, how: How, rank: int = 0) -> Recipe:
+    """Fail as `how` says, on `rank` where that makes a difference."""
+    recipe = replace(worlds(), name="failing", num_workers=1)
+    if how in ("raise", "kill", "exit", "hang"):
+        return replace(recipe, loss=lambda *given: _fail_at_second_call(how, rank, *given))
+    if how == "nan":
+        return replace(recipe, loss=_not_a_number)
+    if how == "mean":
+        return replace(recipe, loss=_mean)
+    if how == "count":
+        return replace(recipe, loss=lambda *given: (_sum(*given), 1))
+    return replace(recipe, data=lambda: _data(how))
+
+
+calls = 0
+
+
+def _fail_at_second_call(
+    how: str, rank: int, logits: Tensor, batch: tuple[Tensor, Tensor]
+) -> tuple[Tensor, int]:
+    global calls  # noqa: PLW0603
+    calls += 1
+    if calls == 2 and int(os.environ.get("RANK", "0")) == rank:
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "exit":
+            os._exit(7)
+        if how == "hang":
+            print("hanging", flush=True)
+            signal.pause()
+        raise ValueError("the loss of rank one")
+    return cross_entropy(logits, batch)
+
+
+def _sum(logits: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return cross_entropy(logits, batch)[0]
+
+
+def _mean(logits: Tensor, batch: tuple[Tensor, Tensor]) -> Any:
+    return _sum(logits, batch) / len(batch[1])
+
+
+def _not_a_number(logits: Tensor, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
+    return _sum(logits, batch) * float("nan"), len(batch[1])
+
+
+class _Broken(Noisy):
+    how = ""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if index == 77:
+            if self.how == "worker-killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise OSError("truncated file")
+        return super().__getitem__(index)
+
+
+def _data(how: str) -> Data:
+    if how == "data":
+        raise FileNotFoundError("no folder /data/images")
+    if how == "empty":
+        return Data(train=[])
+    broken = _Broken(0, 250, 0.0)
+    broken.how = how
+    return Data(train=broken)
+
+
+if __name__ == "__main__":
+    main(failing)

@@ -1,0 +1,207 @@
+"""The command line: what it prints, what it refuses, what it imports."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from support import ROOT, Commands, read_lines
+
+DIGITS = str(ROOT / "recipes/digits.py")
+HEAVY = ("torch", "numpy", "accelerate", "deepspeed", "rich", "sklearn")
+
+
+def test_the_help_names_the_commands(run: Commands) -> None:
+    """`launcher --help` lists each command; each command has examples, and its settings."""
+    done = run("launcher", "--help")
+    assert done.exit_code == 0
+    for command in ("plan", "run", "recipes"):
+        assert f"\n  {command} " in done.stdout
+    for command in ("plan", "run"):
+        text = run("launcher", command, "--help").stdout
+        assert f"launcher {command} digits" in text
+        assert "lr_batch_size" in text
+        assert "The batch size that lr was found for." in text
+
+
+def test_a_plan_in_words(run: Commands) -> None:
+    """The plan of the README's question, with its arithmetic."""
+    done = run(
+        "launcher", "plan", "digits", "--nodes", "2", "-n", "4", "device=cuda",
+        "micro_batch_size=16", "batch_size=1024",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    for text in (
+        "1024 = 2 nodes x 4 GPUs x 16 samples x 8 accumulation steps",
+        "1.6 = 0.4 x 1024 / 256, linear",
+        "starts at 0.16, peaks at step",
+        "40 = 20 epochs x 2 steps; 2 = ceil(1,437 samples / 1,024)",
+        "command line: device=cuda, micro_batch_size=16, batch_size=1024",
+        "Planned for 4 GPUs per node; this machine has",
+        "BatchNorm",
+        "pinned (copies to the GPU run beside computation)",
+    ):
+        assert text in done.stdout
+
+
+def test_a_plan_as_json(run: Commands) -> None:
+    """--json prints one JSON value and nothing else."""
+    done = run("launcher", "plan", DIGITS, "-n", "3", "--json", "epochs=2")
+    plan = json.loads(done.stdout)
+    assert plan["samples_per_rank"] == [86, 85, 85]
+    assert plan["total_steps"] == 12
+    assert plan["sources"]["epochs"] == "command line"
+    assert done.stderr == ""
+
+
+def test_options_and_values_in_any_order(run: Commands) -> None:
+    """Options may stand before, between and behind the values."""
+    first = run("launcher", "plan", "--json", "-n", "2", "digits", "lr=0.2", "seed=1").stdout
+    second = run("launcher", "plan", "digits", "lr=0.2", "-n", "2", "seed=1", "--json").stdout
+    assert first == second
+
+
+def test_recipes_are_listed(run: Commands) -> None:
+    """Ours are listed with a line each, and those of the folder before them."""
+    done = run("launcher", "recipes")
+    assert "digits  Handwritten digits" in done.stdout
+    (run.folder / "recipes").mkdir()
+    (run.folder / "recipes/mine.py").write_text(
+        'from launcher import Recipe\n\ndef mine() -> Recipe:\n    """Mine."""\n\n'
+        'def wide() -> Recipe:\n    """Wider."""\n'
+    )
+    lines = run("launcher", "recipes").stdout.splitlines()
+    assert [line.split() for line in lines[:2]] == [["mine", "Mine."], ["mine:wide", "Wider."]]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("digitz", "There is no recipe 'digitz'"),
+        ("digitz", "Did you mean digits?"),
+        ("recipes/none.py", "There is no file 'recipes/none.py'"),
+        ("no such thing!", "names no recipe"),
+        (f"{DIGITS}:wide", "has no function 'wide'"),
+        ("broken.py", "Cannot import"),
+        ("broken.py", "ZeroDivisionError: division by zero"),
+        ("broken.py", "line 2)"),
+        ("needs.py", "Install 'not_installed_anywhere' into this environment."),
+        ("syntax.py", "SyntaxError"),
+        ("empty.py", "has no recipe"),
+        ("several.py", "has several recipes: one, two. Say which"),
+        ("other.py", "returned int, not a Recipe"),
+        ("exits.py", "Cannot import"),
+    ],
+)
+def test_recipes_that_cannot_be_had(run: Commands, recipe: str, message: str) -> None:
+    """Each ends in one message that says what was asked, found, and what to do; exit code 2."""
+    files = {
+        "broken.py": "x = 1\ny = 1 / 0\n",
+        "needs.py": "import not_installed_anywhere\n",
+        "syntax.py": "def f(:\n",
+        "empty.py": "x = 1\n",
+        "several.py": "def one() -> 'Recipe': ...\ndef two() -> 'Recipe': ...\n",
+        "other.py": "def other():\n    return 3\n",
+        "exits.py": "import sys\nsys.exit(3)\n",
+    }  # fmt: skip
+    for name, text in files.items():
+        (run.folder / name).write_text(text)
+    done = run("launcher", "plan", recipe)
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert done.stderr.startswith("launcher: ")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-n", "0"], "0 is not in the range x>=1"),
+        (["-n", "two"], "'two' is not a valid integer"),
+        (["batchsize=3"], "Did you mean batch_size"),
+        (["batch_size=1"], "shared by 2 ranks"),
+        (["batch_size=5000"], "there are 1,437 training samples"),
+        (["device=cuda", "-n", "99"], "has no GPU|99 GPUs per node were asked for"),
+        (["--config", "bad.yaml"], "bad.yaml, line 2: not YAML"),
+        (["--out", "there"], "there exists already"),
+        (["--out", "/proc/no/run"], "Cannot make the run folder /proc/no/run"),
+        (["--out", "bad.yaml/run"], "bad.yaml exists already|Not a directory"),
+        (["--outt", "x"], "Did you mean '--out'?"),
+    ],
+)
+def test_bad_arguments_of_run(run: Commands, arguments: list[str], message: str) -> None:
+    """Nothing starts, nothing is written, and the exit code is 2."""
+    (run.folder / "there").mkdir()
+    (run.folder / "bad.yaml").write_text("lr: [1\nseed: 2\n")
+    done = run("launcher", "run", "digits", *arguments)
+    assert done.exit_code == 2
+    assert any(each in done.stderr for each in message.split("|")), done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in run.folder.iterdir()) == ["bad.yaml", "there"]
+
+
+def test_a_run_leaves_its_folder(run: Commands) -> None:
+    """run.yaml, metrics, result, logs and weights are there, and are this user's alone."""
+    (run.folder / "mine.yaml").write_text("lr: 2e-1\n")
+    done = run("launcher", "run", "digits", "epochs=2", "--config", "mine.yaml", "-n", "1")
+    assert done.exit_code == 0, done.stderr
+    (folder,) = (run.folder / "runs").iterdir()
+    assert f"run folder: runs/{folder.name}" in done.stdout
+    assert "held-out: accuracy" in done.stdout
+    assert folder.stat().st_mode & 0o777 == 0o700
+    said = yaml.safe_load((folder / "run.yaml").read_text())
+    assert said["recipe"] == f"{DIGITS}:digits"
+    assert said["overrides"] == {"lr": 0.2, "epochs": "2"}
+    assert said["plan"]["lr"] == 0.2
+    assert {"python", "torch", "accelerate"} <= said["versions"].keys()
+    assert said["git"] is None or {"commit", "branch", "changed_files"} == said["git"].keys()
+    rows = read_lines(folder / "metrics.jsonl")
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, 13))
+    assert steps[-1]["samples"] == 2 * 1437
+    for key in ("lr", "grad_norm", "samples_per_second", "data_wait_seconds"):
+        assert all(row[key] >= 0 for row in steps)
+    result = json.loads((folder / "result.json").read_text())
+    assert result["evaluation"] == rows[-1]["evaluation"]
+    assert result["steps"] == 12
+    assert "step 12/12" in (folder / "logs/rank0.log").read_text()
+    assert not list(folder.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["recipes"], ["plan", "digits"], ["plan", "digits", "--json"], ["run", "--help"]],
+)
+def test_planning_imports_nothing_heavy(arguments: list[str], tmp_path: Path) -> None:
+    """Looking, listing and planning load no torch, numpy, accelerate, deepspeed or rich."""
+    assert imported(["-m", "launcher", *arguments], tmp_path).isdisjoint(HEAVY)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "from launcher import Recipe, make_plan, one_cycle",
+        "from recipes.digits import digits, build_model; digits()",
+    ],
+)
+def test_importing_imports_nothing_heavy(statement: str, tmp_path: Path) -> None:
+    """A recipe and the package can be imported anywhere at no cost."""
+    assert imported(["-c", statement], tmp_path).isdisjoint(HEAVY)
+
+
+def imported(arguments: list[str], folder: Path) -> set[str]:
+    """Return the top-level packages that a Python process imports."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        check=True,
+    )
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    assert len(lines) > 50
+    return {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}

@@ -1,0 +1,111 @@
+"""The same file under python, torchrun and accelerate launch, with nothing set by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from support import ROOT, Commands, read_lines
+
+RECIPE = str(ROOT / "tests/recipes/worlds.py")
+WAYS = {
+    "python": (("python", RECIPE), 1),
+    "torchrun-1": (("torchrun", RECIPE), 1),
+    "torchrun-2": (("torchrun", "--nproc-per-node", "2", RECIPE), 2),
+    "accelerate-1": (("accelerate", "launch", RECIPE), 1),
+    "accelerate-2": (("accelerate", "launch", "--multi_gpu", "--num_processes", "2", RECIPE), 2),
+}
+
+
+@pytest.fixture(scope="module")
+def alone(module_run: Commands) -> Path:
+    """Return the run folder of one process."""
+    done = module_run("launcher", "run", RECIPE, "-n", "1", "lr=0.05", "--out", "alone")
+    assert done.exit_code == 0, done.stderr
+    return module_run.folder / "alone"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_launcher_trains_the_same(module_run: Commands, alone: Path, way: str) -> None:
+    """It says how many ranks there are, takes overrides, and comes to the same weights."""
+    command, ranks = WAYS[way]
+    done = module_run(*command, "lr=0.05", "--out", way)
+    assert done.exit_code == 0, done.stderr
+    assert f"ranks       {ranks} = 1 node x {ranks} CPU rank" in done.stdout
+    assert done.stdout.count("run folder: ") == 1, "one of the ranks speaks"
+    folder = module_run.folder / way
+    steps, wanted = (
+        [row for row in read_lines(path / "metrics.jsonl") if "loss" in row]
+        for path in (folder, alone)
+    )
+    assert [row["lr"] for row in steps] == [row["lr"] for row in wanted]
+    weights = load_file(folder / "model.safetensors")
+    for name, weight in load_file(alone / "model.safetensors").items():
+        assert torch.allclose(weights[name], weight, rtol=1e-5, atol=1e-7)
+    said = yaml.safe_load((folder / "run.yaml").read_text())
+    assert said["plan"]["world_size"] == ranks
+    assert said["overrides"] == {"lr": "0.05"}
+    assert json.loads((folder / "result.json").read_text())["samples"] == 750
+    assert len(list((folder / "logs").iterdir())) == ranks
+
+
+def test_a_module_is_launched(run: Commands) -> None:
+    """Accelerate launch -m finds a recipe by its module's name, from any folder."""
+    done = run("accelerate", "launch", "-m", "recipes.digits", "epochs=1", "--out", "out")
+    assert done.exit_code == 0, done.stderr
+    assert "recipes/digits.py:digits" in done.stdout
+
+
+def test_a_lonely_copy_is_refused(run: Commands) -> None:
+    """Accelerate launch --cpu starts one process whatever it was asked for; we notice."""
+    done = run("accelerate", "launch", "--cpu", "--num_processes", "2", RECIPE)
+    assert done.exit_code != 0
+    assert "asked for several processes and started one" in done.stderr
+    assert not (run.folder / "runs").exists()
+
+
+def test_ranks_with_other_overrides_are_refused(run: Commands) -> None:
+    """Two ranks that were started with another learning rate do not train."""
+    rank = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    script = (
+        "import os, sys, socket, subprocess\n"
+        "s = socket.socket(); s.bind(('127.0.0.1', 0)); port = str(s.getsockname()[1]); s.close()\n"
+        "ranks = [subprocess.Popen([sys.executable, sys.argv[1], f'lr=0.{1 + rank}'],\n"
+        "    env=os.environ | {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'MASTER_PORT': port})\n"
+        "    for rank in range(2)]\n"
+        "sys.exit(max(rank.wait() for rank in ranks))\n"
+    )
+    done = run("python", "-c", script, RECIPE, env=rank)
+    assert done.exit_code != 0
+    assert "Rank 1 was started with lr=0.2, and rank 0 with lr=0.1" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["lr=fast"], "lr=fast (command line): expected a number"),
+        (["--config", "none.yaml"], "Cannot read none.yaml"),
+        (["batch_size=9999"], "there are 250 training samples"),
+    ],
+)
+def test_a_mistake_is_said_once_by_two_ranks(
+    run: Commands, arguments: list[str], message: str
+) -> None:
+    """A mistake that every rank finds is said by one, without our traceback."""
+    done = run("torchrun", "--nproc-per-node", "2", RECIPE, *arguments)
+    assert done.exit_code != 0
+    assert done.stderr.count(message) == 1
+    assert "launcher/engine" not in done.stderr
+
+
+def test_an_existing_folder_is_refused_by_all_ranks(run: Commands) -> None:
+    """Rank 0 alone can know that the run folder exists; no rank is left waiting."""
+    (run.folder / "out").mkdir()
+    done = run("torchrun", "--nproc-per-node", "2", RECIPE, "--out", "out")
+    assert done.exit_code != 0
+    assert done.stderr.count("exists already") == 1
+    assert list((run.folder / "out").iterdir()) == []
