@@ -24,11 +24,12 @@ def digits() -> Recipe:
         metrics={"accuracy": accuracy},
         optimizer=sgd(momentum=0.9, nesterov=True, weight_decay=5e-4),
         schedule=one_cycle(),
-        batch_size=256,
-        lr=0.4,
-        lr_batch_size=256,
+        batch_size=128,
+        lr=0.1,
+        lr_batch_size=128,
         epochs=20,
         train_samples=1437,
+        max_grad_norm=1.0,
         in_memory=True,
     )
 

@@ -51,9 +51,9 @@ class Commands:
     def start(
         self, *arguments: str | Path, env: dict[str, str] | None = None
     ) -> subprocess.Popen[str]:
-        """Start a program of the virtual environment, in a process group of its own."""
-        program = BIN / str(arguments[0])
-        command = [str(program), *map(str, arguments[1:])]
+        """Start a program, of the virtual environment first, in a process group of its own."""
+        ours = BIN / str(arguments[0])
+        command = [str(ours if ours.exists() else arguments[0]), *map(str, arguments[1:])]
         return subprocess.Popen(
             command,
             cwd=self.folder,

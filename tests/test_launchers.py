@@ -48,7 +48,7 @@ def test_every_launcher_trains_the_same(module_run: Commands, alone: Path, way: 
         assert torch.allclose(weights[name], weight, rtol=1e-5, atol=1e-7)
     said = yaml.safe_load((folder / "run.yaml").read_text())
     assert said["plan"]["world_size"] == ranks
-    assert said["overrides"] == {"lr": "0.05"}
+    assert said["overrides"] == {"lr": 0.05}
     assert json.loads((folder / "result.json").read_text())["samples"] == 750
     assert len(list((folder / "logs").iterdir())) == ranks
 

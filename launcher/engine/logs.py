@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -14,14 +15,19 @@ class Tee(io.TextIOBase):
 
     def __init__(self, terminal: TextIO, log: TextIO) -> None:
         self._terminal, self._log = terminal, log
+        self._shown: TextIO = terminal
+
+    def show_through(self, stream: TextIO | None) -> None:
+        """Write what is for the terminal to `stream`; None is the terminal again."""
+        self._shown = self._terminal if stream is None else stream
 
     def write(self, text: str) -> int:
         self._log.write(text)
-        return self._terminal.write(text)
+        return self._shown.write(text)
 
     def flush(self) -> None:
         self._log.flush()
-        self._terminal.flush()
+        self._shown.flush()
 
     def isatty(self) -> bool:
         return self._terminal.isatty()
@@ -37,8 +43,28 @@ class Tee(io.TextIOBase):
         return self._terminal.encoding
 
 
-def open_log(path: Path, *, own_terminal: bool, on_terminal: bool) -> TextIO:
-    """Send this process's output to the log at `path`; return the log.
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """The places that a rank can write to."""
+
+    terminal: TextIO
+    """Standard output as the process was given it."""
+
+    errors: TextIO
+    """Standard error as the process was given it."""
+
+    log: TextIO
+    """The rank's log."""
+
+    def show_through(self, stream: TextIO | None) -> None:
+        """Have what Python code prints reach the terminal through `stream`, above a live bar."""
+        for tee in (sys.stdout, sys.stderr):
+            if isinstance(tee, Tee):
+                tee.show_through(stream)
+
+
+def open_output(path: Path, *, own_terminal: bool, on_terminal: bool) -> Output:
+    """Send this process's output to the log at `path`, and to the terminal where asked.
 
     Args:
         path: The log, appended to.
@@ -57,4 +83,4 @@ def open_log(path: Path, *, own_terminal: bool, on_terminal: bool) -> TextIO:
         sys.stdout, sys.stderr = Tee(stdout, log), Tee(stderr, log)
     elif own_terminal:
         sys.stdout = sys.stderr = log
-    return log
+    return Output(terminal=stdout, errors=stderr, log=log)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, TextIO
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from launcher.engine.backends import open_backend
 from launcher.engine.backends.base import Backend
 from launcher.engine.data import Reader, micro_batches, sample_count
+from launcher.engine.logs import Output
 from launcher.engine.loop import Trainee, train
 from launcher.engine.optimizers import make_optimizer
 from launcher.engine.randomness import seed_all
@@ -79,7 +80,7 @@ def join(plan: Plan, world: World, make_run_dir: Callable[[], RunDir]) -> tuple[
 
 
 def train_rank(
-    recipe: Recipe, plan: Plan, backend: Backend, run_dir: RunDir, terminal: TextIO, log: TextIO
+    recipe: Recipe, plan: Plan, backend: Backend, run_dir: RunDir, output: Output
 ) -> Result:
     """Build what the recipe describes, train it, and write the result.
 
@@ -108,7 +109,9 @@ def train_rank(
         batches=batches,
     )
     is_main = backend.rank == 0
-    progress = Progress(plan.total_steps, terminal, log) if is_main else None
+    progress = None
+    if is_main:
+        progress = Progress(plan.total_steps, output.terminal, output.log, output.show_through)
     recorder = Recorder(run_dir, sampler, recipe.record_samples, progress)
     started = time.perf_counter()
     try:

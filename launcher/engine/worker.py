@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.engine.failures import fail
-from launcher.engine.logs import open_log
+from launcher.engine.logs import open_output
 from launcher.engine.processes import die_with
 from launcher.engine.run import join, train_rank
 from launcher.job import Job, write_run_yaml
@@ -33,15 +33,17 @@ def launched_rank(job: Job) -> None:
     if job.plan.nodes == 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     world = find_world()
-    log = open_log(job.run_dir.log(world.rank), own_terminal=True, on_terminal=world.rank == 0)
+    output = open_output(
+        job.run_dir.log(world.rank), own_terminal=True, on_terminal=world.rank == 0
+    )
     try:
         recipe = build(resolve(job.recipe), job.overrides).recipe
         os.environ.setdefault("OMP_NUM_THREADS", str(job.plan.threads_per_rank))
         backend, _ = join(job.plan, world, lambda: job.run_dir)
-        train_rank(recipe, job.plan, backend, job.run_dir, sys.stdout, log)
+        train_rank(recipe, job.plan, backend, job.run_dir, output)
         backend.close()
     except Exception as error:  # noqa: BLE001  # whatever the recipe's own code raises
-        _leave(fail(error, world, job.run_dir, log=log, show=None))
+        _leave(fail(error, world, job.run_dir, log=output.log, show=None))
 
 
 def found_rank(
@@ -64,13 +66,12 @@ def found_rank(
         return made
 
     backend, run_dir = join(plan, world, make_run_dir)
-    terminal = sys.stderr
-    log = open_log(run_dir.log(world.rank), own_terminal=False, on_terminal=True)
+    output = open_output(run_dir.log(world.rank), own_terminal=False, on_terminal=True)
     try:
-        train_rank(recipe, plan, backend, run_dir, sys.stdout, log)
+        train_rank(recipe, plan, backend, run_dir, output)
         backend.close()
     except Exception as error:  # noqa: BLE001  # whatever the recipe's own code raises
-        _leave(fail(error, world, run_dir, log=log, show=terminal))
+        _leave(fail(error, world, run_dir, log=output.log, show=output.errors))
 
 
 def _leave(exit_code: int) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import Any, TextIO
+from collections.abc import Callable
+from typing import Any, TextIO, cast
 
 _SECONDS_BETWEEN_LINES = 5.0
 
@@ -14,18 +15,24 @@ class Progress:
     Args:
         total_steps: Optimizer steps of the run.
         terminal: Where people look. A bar if it is a terminal, otherwise lines.
-        log: Where lines are kept in any case; None keeps none.
+        log: Where lines are kept in any case.
+        show_through: Called with the stream through which other output has to go while there is
+            a bar, and with None when there is none any more.
     """
 
-    def __init__(self, total_steps: int, terminal: TextIO, log: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        total_steps: int,
+        terminal: TextIO,
+        log: TextIO,
+        show_through: Callable[[TextIO | None], None],
+    ) -> None:
         self._total_steps = total_steps
         self._started = time.perf_counter()
         self._first_step: int | None = None
         self._line_due = 0.0
-        self._bar = _Bar(total_steps, terminal) if terminal.isatty() else None
-        self._line_files = [log] if log is not None else []
-        if self._bar is None:
-            self._line_files.append(terminal)
+        self._bar = _Bar(total_steps, terminal, show_through) if terminal.isatty() else None
+        self._line_files = [log] if self._bar else [log, terminal]
 
     def stepped(self, step: int, loss: float, lr: float, samples_per_second: float) -> None:
         """Show that `step` steps are done."""
@@ -41,7 +48,9 @@ class Progress:
             self._line(f"step {step:,}/{self._total_steps:,}  {status}  {left} left")
 
     def evaluated(self, step: int, values: dict[str, float]) -> None:
-        """Show an evaluation after `step` steps."""
+        """Show an evaluation after `step` steps; the last one is left to the summary."""
+        if step == self._total_steps:
+            return
         text = f"step {step:,}/{self._total_steps:,}  held-out: {metrics_text(values)}"
         if self._bar is not None:
             self._bar.print(text)
@@ -66,8 +75,14 @@ class Progress:
 class _Bar:
     """A rich progress bar; rich is imported only where there is a terminal."""
 
-    def __init__(self, total_steps: int, terminal: TextIO) -> None:
+    def __init__(
+        self,
+        total_steps: int,
+        terminal: TextIO,
+        show_through: Callable[[TextIO | None], None],
+    ) -> None:
         from rich.console import Console
+        from rich.file_proxy import FileProxy
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         self._progress = Progress(
@@ -75,11 +90,15 @@ class _Bar:
             MofNCompleteColumn(),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[status]}"),
-            console=Console(file=terminal, force_terminal=True),
+            console=Console(file=terminal),
             refresh_per_second=4,
+            redirect_stdout=False,
+            redirect_stderr=False,
         )
+        self._show_through = show_through
         self._task = self._progress.add_task("", total=total_steps, status="starting")
         self._progress.start()
+        show_through(cast("TextIO", FileProxy(self._progress.console, terminal)))
 
     def update(self, step: int, status: str) -> None:
         self._progress.update(self._task, completed=step, status=status)
@@ -88,6 +107,7 @@ class _Bar:
         self._progress.console.print(text, highlight=False, markup=False)
 
     def close(self) -> None:
+        self._show_through(None)
         self._progress.stop()
 
 

@@ -1,0 +1,30 @@
+"""A recipe that prints while it trains."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from worlds import cross_entropy, worlds
+
+from launcher import Recipe, main
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def talking() -> Recipe:
+    """Print from Python and from below it, on every rank."""
+    return replace(worlds(), name="talking", loss=_talking_loss, epochs=1)
+
+
+def _talking_loss(logits: Tensor, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
+    rank = os.environ.get("RANK", "0")
+    print(f"said by rank {rank}")
+    os.write(2, f"written by rank {rank}\n".encode())
+    return cross_entropy(logits, batch)
+
+
+if __name__ == "__main__":
+    main(talking)

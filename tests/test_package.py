@@ -1,0 +1,69 @@
+"""The wheel: what is in it, and that it works from another folder."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from support import ROOT
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the wheel."""
+    folder = tmp_path_factory.mktemp("wheel")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", folder, ROOT],
+        check=True,
+        capture_output=True,
+    )
+    (built,) = folder.glob("gpu_launcher-*.whl")
+    return built
+
+
+def test_the_wheel_holds_the_two_packages(wheel: Path) -> None:
+    """Launcher and recipes are in it, and no tests, and it has the console command."""
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.partition("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"launcher", "recipes"}
+    for name in ("launcher/engine/loop.py", "launcher/py.typed", "recipes/digits.py"):
+        assert name in names
+    entry_points = next(name for name in names if name.endswith("entry_points.txt"))
+    assert b"launcher = launcher.cli:main" in zipfile.ZipFile(wheel).read(entry_points)
+
+
+def test_the_wheel_works_elsewhere(wheel: Path, tmp_path: Path) -> None:
+    """Another project imports a recipe and the package from it, plans, and lists recipes."""
+    site = tmp_path / "site"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel],
+        check=True,
+        capture_output=True,
+    )
+    script = (
+        "import sys\n"
+        "from dataclasses import replace\n"
+        "import launcher, recipes\n"
+        "from launcher import Recipe, make_plan, one_cycle, read_machine\n"
+        "from recipes.digits import digits, build_model\n"
+        "assert 'torch' not in sys.modules\n"
+        "recipe = replace(digits(), schedule=one_cycle(div_factor=25))\n"
+        "plan = make_plan(recipe, read_machine(), nproc_per_node=3)\n"
+        "print(plan.samples_per_rank, launcher.__file__, recipes.__file__)\n"
+        "from launcher.cli import main\n"
+        "main(['recipes'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(site), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"(43, 43, 42) {site}/launcher/__init__.py {site}/recipes" in done.stdout
+    assert "digits  Handwritten digits" in done.stdout

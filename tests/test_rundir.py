@@ -1,0 +1,57 @@
+"""The run folder: made once, written whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launcher.errors import RunDirError
+from launcher.rundir import (
+    RunDir,
+    create_run_dir,
+    read_failure,
+    record_failure,
+    write_atomic,
+    write_json,
+)
+
+
+def test_default_folders_do_not_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs that start in the same second get folders of their own."""
+    monkeypatch.chdir(tmp_path)
+    made = [create_run_dir(None, "digits") for _ in range(3)]
+    assert len({run_dir.path for run_dir in made}) == 3
+    assert all(run_dir.shown.startswith("runs/digits-") for run_dir in made)
+
+
+def test_an_existing_folder_is_not_touched(tmp_path: Path) -> None:
+    """A run folder that is there, even empty, is refused."""
+    with pytest.raises(RunDirError, match="exists already"):
+        create_run_dir(tmp_path, "digits")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    """Text that cannot be written leaves what was there, and no file beside it."""
+    path = tmp_path / "value.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(UnicodeEncodeError):
+        write_atomic(path, "\ud800")
+    assert path.read_text() == '{\n  "a": 1\n}\n'
+    assert [entry.name for entry in tmp_path.iterdir()] == ["value.json"]
+
+
+def test_the_first_failure_stays(tmp_path: Path) -> None:
+    """Of several failures the first is kept, and the others know that they were not."""
+    run_dir = RunDir(tmp_path)
+    assert read_failure(run_dir) is None
+    assert record_failure(run_dir, {"rank": 1})
+    assert not record_failure(run_dir, {"rank": 0})
+    assert read_failure(run_dir) == {"rank": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["failure.json"]
+
+
+def test_a_failure_without_a_folder_is_still_shown(tmp_path: Path) -> None:
+    """If the run folder has vanished, every rank speaks for itself."""
+    assert record_failure(RunDir(tmp_path / "gone"), {"rank": 1})
