@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 _AGENT_LOGGERS = ("torch.distributed.elastic", "torch.multiprocessing")
 
-EXIT_INTERRUPTED = 130
-"""Exit code of a run that was stopped by Ctrl-C, as of any program."""
+EXIT_BY_SIGNAL = 128
+"""A run that is stopped by a signal exits with this and the signal's number, as in any shell."""
 
 
 def launch(job: Job) -> int:
@@ -60,7 +60,7 @@ def launch(job: Job) -> int:
         return _show(error, job)
     except SignalException as error:
         print(f"\nlauncher: stopped by {error.sigval.name}", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return EXIT_BY_SIGNAL + error.sigval
     return 0
 
 

@@ -104,7 +104,11 @@ def _numbered(path: Path) -> list[Path]:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write `text` so that `path` holds all of it or is untouched, also after a power failure."""
+    """Write `text` so that `path` holds all of it or is untouched, also after a power failure.
+
+    Raises:
+        RunDirError: The disk is full, or the folder has gone or cannot be written.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with beside.open("w", encoding="utf-8") as file:
@@ -112,6 +116,8 @@ def write_atomic(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
+    except OSError as error:
+        raise RunDirError(f"Cannot write {path}: {error.strerror}.") from None
     finally:
         beside.unlink(missing_ok=True)
 

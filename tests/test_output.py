@@ -74,6 +74,15 @@ def test_other_output_has_lines_and_logs(run: Commands) -> None:
         assert f"rank {1 - rank}" not in log
 
 
+def test_a_reader_that_has_had_enough_stops_nothing(run: Commands) -> None:
+    """With its output cut off (`| head -1`), a run trains to the end."""
+    command = f"launcher run {RECIPE} -n 2 --out out | head -1"
+    done = run("bash", "-c", f"set -o pipefail; {command}")
+    assert done.exit_code == 0, done.stderr
+    assert (run.folder / "out/result.json").is_file()
+    assert "run folder: out" in (run.folder / "out/logs/rank0.log").read_text()
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(None, "?"), (0.4, "0 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"), (7260, "2 h 1 min")],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -65,6 +66,11 @@ def run_command(
         print("\nlauncher: stopped by Ctrl-C", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        sys.stderr.close()  # whoever read our output has had enough
+        drop_output()
         return 0
     return code if isinstance(code, int) else 0
+
+
+def drop_output() -> None:
+    """Print nothing from here on: whoever read our output (`| head`) has had enough of it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from launcher.cli import drop_output
 from launcher.cli.arguments import (
     SettingsCommand,
     config_option,
@@ -49,7 +50,10 @@ def command(
     built, plan = plan_recipe(reference, given, read_machine(), nproc_per_node=nproc_per_node)
     run_dir = create_run_dir(out, plan.recipe)
     write_run_yaml(run_dir, describe_run(reference, built, plan))
-    click.echo(explain(plan, recipe=reference.shown))
+    try:
+        click.echo(explain(plan, recipe=reference.shown))
+    except BrokenPipeError:  # no reason not to train
+        drop_output()
     return launch(
         Job(
             recipe=reference.location,

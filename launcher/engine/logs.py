@@ -5,42 +5,63 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, cast
 
 
-class Tee(io.TextIOBase):
-    """Writes to a terminal and to a log; to other code it looks like the terminal."""
+class Terminal(io.TextIOBase):
+    """The stream that a process was given, which may go away, and a log that stays.
 
-    def __init__(self, terminal: TextIO, log: TextIO) -> None:
-        self._terminal, self._log = terminal, log
-        self._shown: TextIO = terminal
+    A closed terminal or a reader that has had enough (`| head`) is no reason to stop training:
+    what cannot be shown is dropped, and is in the log.
+
+    Args:
+        stream: What to show text on.
+        log: Where to keep it as well; None keeps nothing.
+    """
+
+    def __init__(self, stream: TextIO, log: TextIO | None = None) -> None:
+        self._stream, self._log = stream, log
+        self._shown: TextIO | None = stream
 
     def show_through(self, stream: TextIO | None) -> None:
-        """Write what is for the terminal to `stream`; None is the terminal again."""
-        self._shown = self._terminal if stream is None else stream
+        """Show what comes on `stream` instead; None is the terminal again."""
+        if self._shown is not None:
+            self._shown = stream or self._stream
 
     def write(self, text: str) -> int:
-        self._log.write(text)
-        return self._shown.write(text)
+        if self._log is not None:
+            self._log.write(text)
+        self._try(lambda shown: shown.write(text))
+        return len(text)
 
     def flush(self) -> None:
-        self._log.flush()
-        self._shown.flush()
+        if self._log is not None:
+            self._log.flush()
+        self._try(lambda shown: shown.flush())
 
     def isatty(self) -> bool:
-        return self._terminal.isatty()
+        return self._stream.isatty()
 
     def fileno(self) -> int:
-        return self._terminal.fileno()
+        return self._stream.fileno()
 
     def writable(self) -> bool:
         return True
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        return self._terminal.encoding
+        return self._stream.encoding
+
+    def _try(self, action: Callable[[TextIO], object]) -> None:
+        if self._shown is None:
+            return
+        try:
+            action(self._shown)
+        except (OSError, ValueError):  # it is gone, or was closed
+            self._shown = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +79,9 @@ class Output:
 
     def show_through(self, stream: TextIO | None) -> None:
         """Have what Python code prints reach the terminal through `stream`, above a live bar."""
-        for tee in (sys.stdout, sys.stderr):
-            if isinstance(tee, Tee):
-                tee.show_through(stream)
+        for printed in (sys.stdout, sys.stderr):
+            if isinstance(printed, Terminal):
+                printed.show_through(stream)
 
 
 def open_output(path: Path, *, own_terminal: bool, on_terminal: bool) -> Output:
@@ -80,7 +101,8 @@ def open_output(path: Path, *, own_terminal: bool, on_terminal: bool) -> Output:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     if on_terminal:
-        sys.stdout, sys.stderr = Tee(stdout, log), Tee(stderr, log)
+        sys.stdout, sys.stderr = Terminal(stdout, log), Terminal(stderr, log)
     elif own_terminal:
         sys.stdout = sys.stderr = log
-    return Output(terminal=stdout, errors=stderr, log=log)
+    terminal, errors = cast("TextIO", Terminal(stdout)), cast("TextIO", Terminal(stderr))
+    return Output(terminal=terminal, errors=errors, log=log)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -99,6 +100,7 @@ class Meter:
             return []
         now = time.perf_counter()
         sums = self._sums(collected, now - self._since).tolist()
+        items = self._tensor([step.items for step in collected]).tolist()
         self._since = now
         seconds = sums.pop()[0]
         grad_norms = torch.stack([step.grad_norm for step in collected]).tolist()
@@ -108,15 +110,15 @@ class Meter:
         )
         rate = sum(step.batch_samples for step in collected) / max(seconds, 1e-9)
         rows = []
-        for step, (loss_sum, counted, wait), norm in zip(collected, sums, grad_norms, strict=True):
-            items = int(step.items)
-            _check_count(step, int(counted), items)
+        measured = zip(collected, sums, items, grad_norms, strict=True)
+        for step, (loss_sum, counted, wait), step_items, norm in measured:
+            _check_count(step.step, int(counted), int(step_items))
             rows.append(
                 StepRow(
                     step=step.step,
                     epoch=step.epoch,
                     samples=step.samples,
-                    loss=loss_sum / max(items, 1),
+                    loss=loss_sum / step_items,
                     lr=step.lr,
                     grad_norm=norm,
                     samples_per_second=rate,
@@ -136,18 +138,18 @@ class Meter:
         losses = torch.stack(
             [functools.reduce(torch.add, step.loss_sums or [nothing]) for step in collected]
         ).double()
-        counted = torch.stack(
-            [torch.as_tensor(sum(step.counts), device=device).double() for step in collected]
-        )
-        waits = torch.tensor(
-            [step.data_wait_seconds for step in collected], dtype=torch.float64, device=device
-        )
-        clock = torch.tensor(
-            [[seconds if self._backend.rank == 0 else 0.0, 0.0, 0.0]],
-            dtype=torch.float64,
-            device=device,
-        )
-        return self._backend.sum(torch.cat([torch.stack([losses, counted, waits], 1), clock]))
+        counted = self._tensor([sum(step.counts) for step in collected])
+        waits = self._tensor([step.data_wait_seconds for step in collected])
+        clock = self._tensor([seconds if self._backend.rank == 0 else 0.0, 0.0, 0.0])
+        steps = torch.stack([losses, counted, waits], dim=1)
+        return self._backend.sum(torch.cat([steps, clock.unsqueeze(0)]))
+
+    def _tensor(self, values: Sequence[float | Tensor]) -> Tensor:
+        """Return `values` as one float64 tensor on the device, without waiting for it."""
+        device = self._backend.device
+        if any(isinstance(value, Tensor) for value in values):
+            return torch.stack([torch.as_tensor(v, device=device).double() for v in values])
+        return torch.tensor(values, dtype=torch.float64, device=device)
 
 
 def check_finite(rows: list[StepRow]) -> None:
@@ -165,10 +167,10 @@ def check_finite(rows: list[StepRow]) -> None:
             )
 
 
-def _check_count(step: _Collected, counted: int, items: int) -> None:
-    if counted != items:
+def _check_count(step: int, counted: int, items: int) -> None:
+    if max(counted, 1) != items:  # nothing counts in a batch of padding; its loss is 0 / 1
         raise RecipeError(
-            f"In step {step.step} the recipe's loss counted {counted:,} items, and the global "
+            f"In step {step} the recipe's loss counted {counted:,} items, and the global "
             f"batch holds {items:,}. A loss over samples returns (sum, len(batch[0])); one over "
             "anything else, such as tokens, needs Recipe(count=...), a function (batch) -> items, "
             "to weigh every micro-batch exactly."

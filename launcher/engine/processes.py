@@ -7,6 +7,8 @@ import os
 import select
 import signal
 import threading
+import time
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 
@@ -22,16 +24,31 @@ def die_with_parent() -> None:
 def die_with(pid: int) -> None:
     """End this process when process `pid`, which is not its parent, has ended.
 
-    Waits on a process file descriptor in a thread, so a process that gets the same id later is
-    not taken for it.
+    Waits in a thread, on a process file descriptor where the kernel has them (Linux 5.3) and
+    otherwise by looking every second. A process that gets the same id later is not taken for it.
     """
+    born = _start_time(pid)
     try:
         descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
-        os._exit(1)
+    except (OSError, AttributeError):
+        descriptor = None
 
     def wait() -> None:
-        select.select([descriptor], [], [])
+        if descriptor is not None:
+            select.select([descriptor], [], [])
+        while descriptor is None and _start_time(pid) == born:
+            time.sleep(1)
         os._exit(1)
 
+    if born is None:
+        os._exit(1)
     threading.Thread(target=wait, name="die-with-launcher", daemon=True).start()
+
+
+def _start_time(pid: int) -> str | None:
+    """Return when process `pid` started, in clock ticks; None where it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]

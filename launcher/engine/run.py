@@ -61,8 +61,7 @@ def join(plan: Plan, world: World, make_run_dir: Callable[[], RunDir]) -> tuple[
         LauncherError: What `make_run_dir` raised on rank 0.
     """
     plan.check_world(world)
-    if plan.device == "cpu":
-        torch.set_num_threads(plan.threads_per_rank)
+    torch.set_num_threads(plan.threads_per_rank)
     backend = open_backend(plan, world)
     told: dict[str, Any] = {}
     if world.rank == 0:
