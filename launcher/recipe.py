@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
+
+from msgspec import Meta
 
 from launcher.errors import RecipeError
 from launcher.optimizer import OptimizerSpec, sgd
@@ -56,8 +58,8 @@ class Recipe:
     whole global batch, whatever the split, so never return a mean.
     """
 
-    name: str
-    """What the run is called."""
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """What the run, and so its folder, is called: letters, digits, dots, dashes, underscores."""
 
     model: Callable[[], Any]
     """Returns a new torch.nn.Module."""

@@ -217,7 +217,8 @@ def _only_recipe(module: ModuleType, place: str) -> str:
             f"{place} has several recipes: {', '.join(names)}. Say which: {place}:{names[0]}"
         )
     raise RecipeError(
-        f"{place} has no recipe: no function is called {stem!r} or annotated `-> Recipe`."
+        f"{place} has no recipe: no function is called {stem!r} or annotated `-> Recipe`. "
+        f"Annotate it, or name it: {place}:FUNCTION"
     )
 
 

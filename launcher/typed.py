@@ -59,6 +59,8 @@ def describe(hint: Any) -> str:
             for name, words in _LIMITS.items()
             if (limit := getattr(meta, name, None)) is not None
         ]
+        if any(getattr(meta, "pattern", None) for meta in arguments[1:]):
+            limits.append("of letters, digits, dots, dashes and underscores")
         return describe(arguments[0]) + (f" {' and '.join(limits)}" if limits else "")
     if origin is Literal:
         return " or ".join(str(choice) for choice in arguments)

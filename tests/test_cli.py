@@ -37,8 +37,8 @@ def test_a_plan_in_words(run: Commands) -> None:
     assert done.exit_code == 0, done.stderr
     for text in (
         "1024 = 2 nodes x 4 GPUs x 16 samples x 8 accumulation steps",
-        "1.6 = 0.4 x 1024 / 256, linear",
-        "starts at 0.16, peaks at step",
+        "0.8 = 0.1 x 1024 / 128, linear",
+        "starts at 0.08, peaks at step",
         "40 = 20 epochs x 2 steps; 2 = ceil(1,437 samples / 1,024)",
         "command line: device=cuda, micro_batch_size=16, batch_size=1024",
         "Planned for 4 GPUs per node; this machine has",
@@ -52,8 +52,8 @@ def test_a_plan_as_json(run: Commands) -> None:
     """--json prints one JSON value and nothing else."""
     done = run("launcher", "plan", DIGITS, "-n", "3", "--json", "epochs=2")
     plan = json.loads(done.stdout)
-    assert plan["samples_per_rank"] == [86, 85, 85]
-    assert plan["total_steps"] == 12
+    assert plan["samples_per_rank"] == [43, 43, 42]
+    assert plan["total_steps"] == 24
     assert plan["sources"]["epochs"] == "command line"
     assert done.stderr == ""
 
@@ -161,14 +161,14 @@ def test_a_run_leaves_its_folder(run: Commands) -> None:
     assert said["git"] is None or {"commit", "branch", "changed_files"} == said["git"].keys()
     rows = read_lines(folder / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
-    assert [row["step"] for row in steps] == list(range(1, 13))
+    assert [row["step"] for row in steps] == list(range(1, 25))
     assert steps[-1]["samples"] == 2 * 1437
     for key in ("lr", "grad_norm", "samples_per_second", "data_wait_seconds"):
         assert all(row[key] >= 0 for row in steps)
     result = json.loads((folder / "result.json").read_text())
     assert result["evaluation"] == rows[-1]["evaluation"]
-    assert result["steps"] == 12
-    assert "step 12/12" in (folder / "logs/rank0.log").read_text()
+    assert result["steps"] == 24
+    assert "step 24/24" in (folder / "logs/rank0.log").read_text()
     assert not list(folder.rglob("*.tmp"))
 
 

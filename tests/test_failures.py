@@ -65,6 +65,19 @@ def test_a_rank_of_torchrun_fails(run: Commands) -> None:
     assert "log: " in done.stderr
 
 
+def test_ctrl_c_ends_a_single_process(run: Commands) -> None:
+    """Ctrl-C ends a recipe that runs by itself, in a line."""
+    process = run.start("python", RECIPE, "how=hang", "--out", "out")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "hanging" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stderr.strip() == "launcher: stopped by Ctrl-C"
+
+
 @pytest.mark.parametrize("whom", ["launcher", "all"])
 def test_ctrl_c_ends_the_run(run: Commands, whom: str) -> None:
     """Ctrl-C, to the launcher alone or as a terminal sends it to all, ends everything in a line."""

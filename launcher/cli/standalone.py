@@ -52,7 +52,7 @@ def _train(
     from launcher.machine import read_machine
     from launcher.report.explain import explain
     from launcher.resolve import reference_of
-    from launcher.world import find_world
+    from launcher.world import check_accelerate_settings, find_world
 
     world = find_world()
     reference = reference_of(function)
@@ -64,7 +64,10 @@ def _train(
         nodes=world.nodes,
         nproc_per_node=world.local_world_size,
     )
+    warning = check_accelerate_settings(plan.precision)
     if world.rank == 0:
+        if warning:
+            click.echo(f"launcher: warning: {warning}", err=True)
         click.echo(explain(plan, recipe=reference.shown))
     from launcher.engine.worker import found_rank
 

@@ -8,6 +8,7 @@ from typing import Any, TextIO
 
 from launcher.engine.metrics import StepRow
 from launcher.engine.sampler import Sampler
+from launcher.errors import TrainingError
 from launcher.report.progress import Progress
 from launcher.rundir import RunDir
 
@@ -75,4 +76,7 @@ class Recorder:
     def _flush(self) -> None:
         for file in (self._metrics, self._samples):
             if file is not None:
-                file.flush()
+                try:
+                    file.flush()
+                except OSError as error:
+                    raise TrainingError(f"Cannot write {file.name}: {error.strerror}.") from None

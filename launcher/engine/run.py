@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ from launcher.engine.optimizers import make_optimizer
 from launcher.engine.randomness import seed_all
 from launcher.engine.recorder import Recorder
 from launcher.engine.sampler import Sampler
-from launcher.errors import LauncherError, RecipeError, WorldError
+from launcher.errors import LauncherError, RecipeError, TrainingError, WorldError
 from launcher.plan import Plan
 from launcher.recipe import Data, Recipe
 from launcher.report.progress import Progress, duration, metrics_text
@@ -142,11 +143,17 @@ def _disagreement(world: World, different: dict[str, tuple[Any, Any]]) -> str:
 
 
 def save_model(model: nn.Module, run_dir: RunDir) -> None:
-    """Write the weights as safetensors, whole or not at all; tied weights once."""
+    """Write the weights as safetensors, whole or not at all; tied weights once.
+
+    Raises:
+        TrainingError: They cannot be written.
+    """
     beside = run_dir.model.with_suffix(".tmp")
     try:
         safetensors.torch.save_model(model, str(beside))
         beside.replace(run_dir.model)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise TrainingError(f"Cannot write the weights to {run_dir.model}: {error}") from None
     finally:
         beside.unlink(missing_ok=True)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -40,7 +38,6 @@ class AccelerateBackend(Backend):
 
     def __init__(self, plan: Plan, world: World) -> None:
         super().__init__(plan, planned_device(plan, world.local_rank))
-        _explain_settings_of_the_launcher(plan)
         _reset()
         cpu = plan.device == "cpu"
         self._accelerator = Accelerator(
@@ -101,28 +98,6 @@ class AccelerateBackend(Backend):
             torch.cuda.synchronize(self.device)
         self._accelerator.end_training()
         _reset()
-
-
-def _explain_settings_of_the_launcher(plan: Plan) -> None:
-    """Warn of settings of `accelerate launch` that the recipe decides; refuse other engines."""
-    for name, engine in (
-        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
-        ("ACCELERATE_USE_FSDP", "FSDP"),
-        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
-    ):
-        if os.environ.get(name, "false").lower() in ("true", "1"):
-            raise WorldError(
-                f"accelerate launch was configured for {engine} ({name} is set); recipes train "
-                "under DDP. Leave that out of the accelerate configuration, or use `launcher run`."
-            )
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    meant = {"no": "fp32", "bf16": "bf16"}.get(asked)
-    if asked != "no" and meant != plan.precision:
-        warnings.warn(
-            f"accelerate launch says mixed_precision={asked}; the recipe's "
-            f"precision={plan.precision} decides. Give precision={asked} to the recipe instead.",
-            stacklevel=2,
-        )
 
 
 def _reset() -> None:
