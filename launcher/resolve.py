@@ -112,23 +112,25 @@ def _file(target: str) -> Path | None:
 
 
 def _load(path: Path) -> ModuleType:
-    """Import the file at `path`, under its dotted name where it lies in a package."""
-    root, names = path.parent, [path.stem]
-    while (root / "__init__.py").is_file():
-        names.insert(0, root.name)
-        root = root.parent
-    for folder in (str(path.parent), str(root)):
-        if folder not in sys.path:
-            sys.path.insert(0, folder)
-    name = ".".join(names)
-    if len(names) > 1:
-        module = _guarded(lambda: importlib.import_module(name), str(path), ours=name)
-        if module is not None and _is_from(module, path):
-            return module
-    if _is_from(sys.modules.get(name), path):
-        return sys.modules[name]
-    if name in sys.modules or len(names) > 1:
-        name = f"_recipe_{path.stem}"
+    """Import the file at `path`, as a module of the package that it lies in, if any."""
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    files, names, folder = [path], [path.stem], path.parent
+    while (folder / "__init__.py").is_file():
+        files.insert(0, folder / "__init__.py")
+        names.insert(0, folder.name)
+        folder = folder.parent
+    for depth, file in enumerate(files, start=1):
+        name = ".".join(names[:depth])
+        if name not in sys.modules:
+            _execute(name, file)
+        elif not _is_from(sys.modules[name], file):  # another package has our package's name
+            return _execute(f"_recipe_{path.stem}", path)
+    return sys.modules[name]
+
+
+def _execute(name: str, path: Path) -> ModuleType:
+    """Run the file at `path` as the module `name`."""
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
@@ -234,7 +236,7 @@ def _recipe_functions(module: ModuleType) -> list[str]:
     ]
 
 
-def _is_from(module: ModuleType | None, path: Path) -> bool:
+def _is_from(module: ModuleType, path: Path) -> bool:
     file = getattr(module, "__file__", None)
     return file is not None and Path(file).resolve() == path
 

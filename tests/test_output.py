@@ -49,14 +49,14 @@ def test_a_terminal_has_a_bar(run: Commands) -> None:
     """There is a bar that is drawn over itself, and what a recipe prints stands above it."""
     shown = on_a_terminal(run, "run", str(RECIPE), "-n", "2", "--out", "out")
     assert "\x1b[2K" in shown
-    assert "4/4" in shown
+    assert "5/5" in shown
     for word in ("loss ", "lr ", "samples/s", "left"):
         assert word in shown
     assert "\r\x1b[2Ksaid by rank 0\r\n" in shown or "\nsaid by rank 0\r\n" in shown
     assert shown.endswith("run folder: out\r\n")
     log = (run.folder / "out/logs/rank0.log").read_text()
     assert "\x1b" not in log, "the log has lines, not a bar"
-    assert "step 4/4  loss" in log
+    assert "step 5/5  loss" in log
 
 
 def test_other_output_has_lines_and_logs(run: Commands) -> None:
@@ -64,13 +64,13 @@ def test_other_output_has_lines_and_logs(run: Commands) -> None:
     done = run("launcher", "run", RECIPE, "-n", "2", "--out", "out")
     assert done.exit_code == 0
     assert "\x1b" not in done.stdout
-    assert "step 4/4  loss" in done.stdout
-    assert done.stdout.count("said by rank 0") == 6, "four steps, and an evaluation of two"
+    assert "step 5/5  loss" in done.stdout
+    assert done.stdout.count("said by rank 0") == 7, "five steps, and an evaluation of two"
     assert "rank 1" not in done.stdout + done.stderr
     for rank in range(2):
         log = (run.folder / f"out/logs/rank{rank}.log").read_text()
-        assert log.count(f"said by rank {rank}") == 6
-        assert log.count(f"written by rank {rank}") == 6
+        assert log.count(f"said by rank {rank}") == 7
+        assert log.count(f"written by rank {rank}") == 7
         assert f"rank {1 - rank}" not in log
 
 

@@ -89,9 +89,9 @@ def test_the_world_changes_nothing(
 
 
 def test_an_epoch_takes_each_sample_once(alone: Run) -> None:
-    """The four steps of an epoch visit all 250 samples, in another order in each epoch."""
-    epochs = [alone.samples[start : start + 4] for start in (0, 4, 8)]
+    """The five steps of an epoch visit all 250 samples, in another order in each epoch."""
+    epochs = [alone.samples[start : start + 5] for start in (0, 5, 10)]
     for epoch in epochs:
         assert sorted(index for step in epoch for index in step) == list(range(250))
     assert epochs[0] != epochs[1]
-    assert len(alone.samples) == 12
+    assert [len(step) for step in alone.samples] == [62, 62, 62, 62, 2] * 3

@@ -1,0 +1,226 @@
+"""The training step, in this process, against a plain PyTorch loop."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import read_lines
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils.data import TensorDataset
+
+from launcher import (
+    Data,
+    Recipe,
+    RecipeError,
+    TrainingError,
+    adamw,
+    constant,
+    make_plan,
+    one_cycle,
+    read_machine,
+    sgd,
+)
+from launcher.engine.backends.local import LocalBackend
+from launcher.engine.logs import Output
+from launcher.engine.order import Permutation
+from launcher.engine.run import Result, train_rank
+from launcher.rundir import RunDir
+from launcher.seeds import derive
+
+INPUTS = torch.randn(50, 4, generator=torch.Generator().manual_seed(1))
+TARGETS = INPUTS @ torch.tensor([[1.0], [-2.0], [0.5], [0.0]]) + 0.3
+
+
+def squared_error(outputs: Tensor, batch: list[Tensor]) -> tuple[Tensor, int]:
+    """Return the sum of squared errors."""
+    return functional.mse_loss(outputs, batch[1], reduction="sum"), len(batch[1])
+
+
+def recipe(**changes: Any) -> Recipe:
+    """Return a small regression with some fields changed."""
+    fields: dict[str, Any] = {
+        "name": "line",
+        "model": lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)),
+        "data": lambda: Data(
+            train=TensorDataset(INPUTS[:40], TARGETS[:40]),
+            evaluation=TensorDataset(INPUTS[40:], TARGETS[40:]),
+        ),
+        "loss": squared_error,
+        "batch_size": 16,
+        "lr": 0.05,
+        "lr_batch_size": 16,
+        "epochs": 4,
+        "train_samples": 40,
+        "in_memory": True,
+        "device": "cpu",
+    }
+    return Recipe(**fields | changes)
+
+
+def train(tmp_path: Path, recipe: Recipe) -> tuple[Result, list[dict[str, Any]], dict[str, Tensor]]:
+    """Train in this process; return the result, the steps' metrics and the weights."""
+    from safetensors.torch import load_file
+
+    folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+    folder.mkdir()
+    run_dir = RunDir(folder)
+    plan = make_plan(recipe, read_machine(), nproc_per_node=1)
+    output = Output(terminal=io.StringIO(), errors=io.StringIO(), log=io.StringIO())
+    result = train_rank(recipe, plan, LocalBackend(plan), run_dir, output)
+    rows = [row for row in read_lines(run_dir.metrics) if "loss" in row]
+    return result, rows, load_file(run_dir.model)
+
+
+def test_it_is_a_plain_pytorch_loop(tmp_path: Path) -> None:
+    """Losses, norms, rates and weights are those of the loop anyone would write."""
+    ours = recipe(optimizer=sgd(momentum=0.9, weight_decay=1e-3), max_grad_norm=0.5)
+    _, rows, weights = train(tmp_path, ours)
+
+    torch.manual_seed(0)
+    model = ours.model()
+    optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
+    scheduler = OneCycleLR(
+        optimizer,
+        0.05,
+        total_steps=12,
+        pct_start=0.45,
+        div_factor=10,
+        final_div_factor=1000,
+        three_phase=True,
+        anneal_strategy="linear",
+    )
+    expected: list[tuple[float, float, float]] = []
+    for epoch in range(4):
+        order = Permutation(40, 0, epoch)(torch.arange(40))
+        for taken in torch.split(order, 16):
+            outputs = model(INPUTS[taken])
+            loss = functional.mse_loss(outputs, TARGETS[taken], reduction="sum") / len(taken)
+            torch.autograd.backward(loss)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            rate = optimizer.param_groups[0]["lr"]
+            optimizer.step()
+            optimizer.zero_grad()
+            if len(expected) < 11:
+                scheduler.step()
+            expected.append((loss.item(), norm.item(), rate))
+    found = [(row["loss"], row["grad_norm"], row["lr"]) for row in rows]
+    assert found == [pytest.approx(step, rel=1e-6) for step in expected]
+    for name, weight in model.state_dict().items():
+        assert torch.allclose(weights[name], weight, rtol=1e-6, atol=1e-8)
+
+
+def test_groups_keep_their_ratio_and_momentum_cycles(tmp_path: Path) -> None:
+    """A recipe's own optimizer has its groups' rates and momenta moved by the schedule."""
+    seen: list[tuple[float, float, float]] = []
+
+    class Watched(AdamW):
+        def step(self, closure: Any = None) -> Any:
+            slow, fast = self.param_groups
+            seen.append((slow["lr"], fast["lr"], slow["betas"][0]))
+            return super().step(closure)
+
+    def make(model: nn.Module, lr: float) -> Optimizer:
+        first, last = list(model.children())[0::2]
+        groups: list[dict[str, Any]] = [
+            {"params": first.parameters(), "lr": lr / 10},
+            {"params": last.parameters()},
+        ]
+        return Watched(groups, lr=lr)
+
+    train(tmp_path, recipe(optimizer=make))
+    wanted = [one_cycle().at(step, 12) for step in range(12)]
+    assert [fast for _, fast, _ in seen] == pytest.approx([0.05 * w.factor for w in wanted])
+    assert [slow * 10 for slow, _, _ in seen] == pytest.approx([fast for _, fast, _ in seen])
+    assert [beta for _, _, beta in seen] == pytest.approx([w.momentum for w in wanted])
+
+
+@pytest.mark.parametrize("optimizer", [sgd(), sgd(nesterov=True), adamw(weight_decay=0.1)])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_it_learns(tmp_path: Path, optimizer: Any, precision: Any) -> None:
+    """Each optimizer fits the line, in each precision, and the weights stay in fp32."""
+    result, rows, weights = train(
+        tmp_path, recipe(optimizer=optimizer, precision=precision, epochs=60, lr=0.02)
+    )
+    assert result.train_loss < rows[0]["loss"] / 10
+    assert all(weight.dtype == torch.float32 for weight in weights.values())
+
+
+def test_evaluations_come_when_they_should(tmp_path: Path) -> None:
+    """Every so many steps and after the last; the values are exact means over all samples."""
+    result, _, weights = train(tmp_path, recipe(evaluate_every=5, micro_batch_size=3))
+    run_dir = RunDir(tmp_path / "run0")
+    at = [row["step"] for row in read_lines(run_dir.metrics) if "evaluation" in row]
+    assert at == [5, 10, 12]
+    model = recipe().model()
+    model.load_state_dict(weights)
+    loss = functional.mse_loss(model(INPUTS[40:]), TARGETS[40:]).item()
+    assert result.evaluation == {"loss": pytest.approx(loss, rel=1e-6)}
+    assert json.loads(run_dir.result.read_text())["evaluation"] == result.evaluation
+
+
+def test_without_evaluation_data_there_is_none(tmp_path: Path) -> None:
+    """A recipe need not hold anything out, nor say how many samples it has."""
+    data = Data(train=TensorDataset(INPUTS, TARGETS))
+    changes = {"data": lambda: data, "epochs": None, "steps": 7, "train_samples": None}
+    result, rows, _ = train(tmp_path, recipe(**changes))
+    assert result.evaluation == {}
+    assert [row["epoch"] for row in rows] == [1, 1, 1, 1, 2, 2, 2]
+    assert result.samples == 50 + 48
+
+
+def test_frozen_parameters_stay(tmp_path: Path) -> None:
+    """What does not require a gradient is left out of the optimizer and unchanged."""
+
+    def model() -> nn.Module:
+        made: nn.Sequential = recipe().model()
+        made[0].requires_grad_(requires_grad=False)
+        return made
+
+    _, _, weights = train(tmp_path, recipe(model=model))
+    torch.manual_seed(0)
+    assert torch.equal(weights["0.weight"], model().state_dict()["0.weight"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"loss": lambda *_: (torch.zeros(2), 2)}, RecipeError, r"\(a tensor of shape \(2,"),
+        ({"loss": lambda *_: 3.0}, RecipeError, "returned a float"),
+        ({"data": list}, RecipeError, "data function returned list"),
+        ({"model": dict}, RecipeError, "model function returned dict"),
+        ({"optimizer": lambda *_: None}, RecipeError, "optimizer function returned NoneType"),
+        ({"train_samples": 41}, RecipeError, "counts on 41 training samples, and .* has 40"),
+        ({"model": nn.Identity}, RecipeError, "no parameter that requires a gradient"),
+        ({"lr": 1e12, "schedule": constant()}, TrainingError, "the run cannot recover"),
+    ],
+)  # fmt: skip
+def test_what_a_recipe_gets_wrong(
+    tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    """Each part that is not what it should be is named."""
+    with pytest.raises(error, match=message):
+        train(tmp_path, recipe(**changes))
+
+
+def test_dropout_repeats_with_its_seed(tmp_path: Path) -> None:
+    """Two runs of one seed are equal bit by bit, dropout included; another seed differs."""
+
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+
+    runs = [train(tmp_path, replace(recipe(model=model), seed=seed)) for seed in (0, 0, 1)]
+    losses = [[row["loss"] for row in rows] for _, rows, _ in runs]
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]
+    assert not any(math.isnan(loss) for loss in losses[0])
+    assert derive(0, 0) != derive(0, 1)

@@ -1,0 +1,65 @@
+"""Finding a recipe by what a user types."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from support import ROOT, Commands
+
+WAYS = [
+    "digits",
+    "recipes.digits",
+    "recipes.digits:digits",
+    "recipes/digits.py",
+    "recipes/digits",
+    str(ROOT / "recipes/digits.py") + ":digits",
+]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_leads_to_the_recipe(run: Commands, way: str) -> None:
+    """A name, a module and a path are the same recipe; paths count from the folder."""
+    (run.folder / "recipes").symlink_to(ROOT / "recipes")
+    done = run("launcher", "plan", way, "--json")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["recipe"] == "digits"
+
+
+def test_another_package_called_recipes_is_no_obstacle(run: Commands) -> None:
+    """An installed package of the same name, which refuses to be imported, is passed by."""
+    other = run.folder / "site/recipes"
+    other.mkdir(parents=True)
+    (other / "__init__.py").write_text("raise ModuleNotFoundError('do not import recipes')\n")
+    done = run("launcher", "plan", "digits", env={"PYTHONPATH": str(other.parent)})
+    assert done.exit_code == 0, done.stderr
+
+
+def test_a_recipe_here_is_nearer_than_ours(run: Commands) -> None:
+    """./recipes/digits.py is taken before the digits that we ship, and imports its neighbours."""
+    folder = run.folder / "recipes"
+    folder.mkdir()
+    (folder / "neighbour.py").write_text("NAME = 'mine'\n")
+    (folder / "digits.py").write_text(
+        "from dataclasses import replace\n"
+        "from neighbour import NAME\n"
+        "from launcher import Data, Recipe\n"
+        "def digits() -> Recipe:\n"
+        "    return Recipe(name=NAME, model=print, data=print, loss=print, batch_size=8, lr=1,\n"
+        "                  lr_batch_size=8, steps=3)\n"
+    )
+    done = run("launcher", "plan", "digits", "--json")
+    assert json.loads(done.stdout)["recipe"] == "mine"
+
+
+def test_a_recipe_below_the_temporary_folder(run: Commands, tmp_path: Path) -> None:
+    """Folders with quotes, blanks and dollars are folders like any other, ranks included."""
+    folder = tmp_path / "a'; touch pwned" / 'b"=0" $(x) ${local_rank}'
+    folder.mkdir(parents=True)
+    source = (ROOT / "recipes/digits.py").read_text()
+    (folder / "digits.py").write_text(source)
+    done = run("launcher", "run", folder / "digits.py", "epochs=1", "--out", folder / "out")
+    assert done.exit_code == 0, done.stderr
+    assert (folder / "out/result.json").is_file()
+    assert not (run.folder / "pwned").exists()
