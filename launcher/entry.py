@@ -11,7 +11,8 @@ def main(recipe: Callable[..., Recipe]) -> None:
     """Train `recipe` in this process, as the rank that the environment says it is.
 
     Put it under `if __name__ == "__main__":` of a recipe's file. The file then works with
-    `python`, `torchrun` and `accelerate launch`, and takes `name=value` arguments.
+    `python`, `torchrun` and `accelerate launch`, and takes `name=value` arguments. It comes last:
+    a rank among several ends its process here.
 
     Args:
         recipe: The recipe function.

@@ -59,7 +59,17 @@ def test_the_failing_rank_keeps_its_traceback(run: Commands) -> None:
 
 def test_a_rank_of_torchrun_fails(run: Commands) -> None:
     """Under torchrun the failing rank shows its traceback, and the other is quiet."""
-    done = run("torchrun", "--nproc-per-node", "2", RECIPE, "how=raise", "rank=1", "--out", "out")
+    done = run(
+        "torchrun",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        RECIPE,
+        "how=raise",
+        "rank=1",
+        "--out",
+        "out",
+    )
     assert done.exit_code != 0
     assert done.stderr.count("ValueError: the loss of rank one") == 1
     assert "log: " in done.stderr

@@ -12,12 +12,16 @@ from safetensors.torch import load_file
 from support import ROOT, Commands, read_lines
 
 RECIPE = str(ROOT / "tests/recipes/worlds.py")
+PORT = ("--main_process_port", "0")  # the fixed one may be taken by another test
 WAYS = {
     "python": (("python", RECIPE), 1),
     "torchrun-1": (("torchrun", RECIPE), 1),
-    "torchrun-2": (("torchrun", "--nproc-per-node", "2", RECIPE), 2),
+    "torchrun-2": (("torchrun", "--standalone", "--nproc-per-node", "2", RECIPE), 2),
     "accelerate-1": (("accelerate", "launch", RECIPE), 1),
-    "accelerate-2": (("accelerate", "launch", "--multi_gpu", "--num_processes", "2", RECIPE), 2),
+    "accelerate-2": (
+        ("accelerate", "launch", "--multi_gpu", "--num_processes", "2", *PORT, RECIPE),
+        2,
+    ),
 }
 
 
@@ -96,7 +100,7 @@ def test_a_mistake_is_said_once_by_two_ranks(
     run: Commands, arguments: list[str], message: str
 ) -> None:
     """A mistake that every rank finds is said by one, without our traceback."""
-    done = run("torchrun", "--nproc-per-node", "2", RECIPE, *arguments)
+    done = run("torchrun", "--standalone", "--nproc-per-node", "2", RECIPE, *arguments)
     assert done.exit_code != 0
     assert done.stderr.count(message) == 1
     assert "launcher/engine" not in done.stderr
@@ -105,7 +109,7 @@ def test_a_mistake_is_said_once_by_two_ranks(
 def test_an_existing_folder_is_refused_by_all_ranks(run: Commands) -> None:
     """Rank 0 alone can know that the run folder exists; no rank is left waiting."""
     (run.folder / "out").mkdir()
-    done = run("torchrun", "--nproc-per-node", "2", RECIPE, "--out", "out")
+    done = run("torchrun", "--standalone", "--nproc-per-node", "2", RECIPE, "--out", "out")
     assert done.exit_code != 0
     assert done.stderr.count("exists already") == 1
     assert list((run.folder / "out").iterdir()) == []

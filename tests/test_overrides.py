@@ -19,7 +19,7 @@ def nothing(*_: Any) -> Any:
 def some(*, width: int = 32, folder: Path = Path("/data"), mode: Literal["a", "b"] = "a") -> Recipe:
     """Return a recipe with parameters of its own."""
     return Recipe(
-        name=f"{width}-{folder}-{mode}",
+        name=f"{width}-{folder.name}-{mode}",
         model=nothing,
         data=nothing,
         loss=nothing,
@@ -49,8 +49,8 @@ def test_the_command_line_is_stronger_than_a_file(tmp_path: Path) -> None:
 def test_parameters_of_the_recipe_function() -> None:
     """A name that the function takes goes to it, by the type of its annotation."""
     built = build(HERE, read_arguments(["width=64", "folder=~/x", "mode=b"]))
-    assert built.recipe.name == f"64-{Path('~/x').expanduser()}-b"
-    assert built.parameters["width"] == 64
+    assert built.recipe.name == "64-x-b"
+    assert built.parameters == {"width": 64, "folder": Path("~/x").expanduser(), "mode": "b"}
 
 
 def test_one_of_a_pair_takes_the_others_place() -> None:

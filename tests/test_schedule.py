@@ -90,7 +90,7 @@ def test_one_cycle_is_the_articles() -> None:
             ),
         ),
     ],
-    ids=str,
+    ids=["cosine", "linear", "multi_step", "warmup"],
 )
 def test_the_others_are_pytorchs(ours: Schedule, theirs: Any) -> None:
     """Each rule returns what PyTorch's scheduler of the same kind sets."""

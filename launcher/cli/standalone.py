@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from launcher.cli.arguments import (
 from launcher.errors import UsageError
 from launcher.recipe import Recipe
 
+_SECONDS_TO_BE_ENDED = 5
+
 
 def run_standalone(function: Callable[..., Recipe]) -> None:
     """Parse the command line of a recipe's file, train, and end the process on an error."""
@@ -32,9 +35,10 @@ def run_standalone(function: Callable[..., Recipe]) -> None:
         try:
             _train(function, overrides, config, out)
         except UsageError:
-            # Every rank of a node finds the same mistake, and one of them says so.
+            # Most mistakes are found by every rank of a node. The first of them says so and ends,
+            # and then the launcher ends the others; one that lives on was alone in finding it.
             if os.environ.get("LOCAL_RANK", "0") != "0":
-                sys.exit(UsageError.exit_code)
+                time.sleep(_SECONDS_TO_BE_ENDED)
             raise
 
     code = run_command(command)

@@ -32,7 +32,8 @@ def fail(
     """Record `error` as the run's failure if it is the first; return the exit code.
 
     A rank whose connection to another broke is a consequence, not the cause. It waits for the
-    agent to end it, so that the rank that caused it is the first to be noticed.
+    agent to end it, so that the rank that caused it is the first to be noticed; so does a rank that
+    fails after another, which could otherwise have that one ended in the middle of its words.
 
     Args:
         error: What was raised.
@@ -45,8 +46,9 @@ def fail(
     print(failure["traceback"] or failure["message"], file=log, flush=True)
     if failure["lost_peer"]:
         time.sleep(_SECONDS_TO_BE_ENDED)
-    first = record_failure(run_dir, failure)
-    if first and show is not None:
+    if not record_failure(run_dir, failure):
+        time.sleep(_SECONDS_TO_BE_ENDED)
+    elif show is not None:
         print(failure_text(failure, run_dir), file=show, flush=True)
     return int(failure["exit_code"])
 

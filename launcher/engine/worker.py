@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -72,10 +73,16 @@ def found_rank(
         backend.close()
     except Exception as error:  # noqa: BLE001  # whatever the recipe's own code raises
         _leave(fail(error, world, run_dir, log=output.log, show=output.errors))
+    if world.world_size > 1:
+        # DDP keeps gloo's threads running after its group is destroyed (torch 2.13; they are still
+        # there after a garbage collection). A thread of C++ that comes to touch Python while the
+        # interpreter is torn down aborts the process: a finished run would exit with SIGABRT.
+        atexit._run_exitfuncs()  # noqa: SLF001
+        _leave(0)
 
 
 def _leave(exit_code: int) -> None:
-    """End this process at once: on a failure nothing is waited for, such as lost peers."""
+    """End this process at once, without waiting for threads or for peers that may be lost."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)
