@@ -16,19 +16,10 @@ from launcher.batch import ceil_div, num_micro_steps, shares
 from launcher.errors import PlanError, WorldError
 from launcher.loading import loader_policy
 from launcher.machine import Machine
-from launcher.optimizer import OptimizerSpec
+from launcher.reasons import batch_arithmetic, notes_for, ranks_text, steps_arithmetic
 from launcher.recipe import Recipe
 from launcher.schedule import Schedule
 from launcher.world import World
-
-_INDEPENDENT = (
-    "The samples, the learning rate and the item counts of each step do not depend on the number "
-    "of ranks; losses and weights do to floating-point rounding."
-)
-_DEPENDENT = (
-    "What does depend on it: BatchNorm, where the model has it, whose statistics are over {micro} "
-    "samples, the micro-batch of one rank; and dropout, of which each rank draws masks of its own."
-)
 
 CPU_RANKS = 2
 """Ranks per node where there is no GPU and no number was asked for."""
@@ -124,12 +115,13 @@ class Plan:
         Raises:
             WorldError: The number of ranks, or of ranks per node, is not as planned.
         """
+        planned = (self.nodes, self.nproc_per_node)
         found = (world.nodes, world.local_world_size)
-        if found != (self.nodes, self.nproc_per_node):
+        if found != planned:
             raise WorldError(
-                f"Planned for {self.world_size} ranks ({_ranks(self.nodes, self.nproc_per_node)}); "
-                f"found {world.world_size} ({_ranks(*found)}). Nothing was trained. Start as many "
-                "ranks as were planned, or plan again for these."
+                f"Planned for {self.world_size} ranks ({ranks_text(*planned)}); "
+                f"found {world.world_size} ({ranks_text(*found)}). Nothing was trained. Start "
+                "as many ranks as were planned, or plan again for these."
             )
 
     def differences(self, other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -197,9 +189,9 @@ def make_plan(
     )
     unit = "GPU" if device == "cuda" else "CPU rank"
     reasons = {
-        "batch_size": _batch_reason(batch_size, nodes, nproc, unit, micro, accumulation),
+        "batch_size": batch_arithmetic(batch_size, nodes, nproc, unit, micro, accumulation),
         "lr": lr_reason,
-        "total_steps": _steps_reason(recipe, batch_size, samples, steps_per_epoch, total_steps),
+        "total_steps": steps_arithmetic(recipe, batch_size, samples, steps_per_epoch, total_steps),
         "workers_per_rank": policy.workers_reason,
         "pin_memory": policy.pin_reason,
     }
@@ -232,7 +224,7 @@ def make_plan(
         settings=recipe.settings(),
         sources=dict(sources or {}),
         reasons=reasons,
-        notes=_notes(recipe, machine, device, nproc, micro, batch_size),
+        notes=notes_for(recipe, machine, device, nproc, micro, batch_size),
     )
 
 
@@ -318,71 +310,3 @@ def _lr_path(schedule: Schedule, total_steps: int) -> tuple[float, float, int]:
     peak = max(window, key=lambda step: schedule.at(step, total_steps).factor)
     first, last = schedule.at(0, total_steps), schedule.at(total_steps - 1, total_steps)
     return first.factor, last.factor, peak + 1
-
-
-def _batch_reason(
-    batch_size: int, nodes: int, nproc: int, unit: str, micro: int, accumulation: int
-) -> str:
-    world_size = nodes * nproc
-    equal = batch_size == world_size * micro * accumulation
-    parts = [_count(nodes, "node"), _count(nproc, unit)]
-    if equal:
-        parts += [_count(micro, "sample"), _count(accumulation, "accumulation step")]
-        return f"{batch_size} = {' x '.join(parts)}"
-    share = ceil_div(batch_size, world_size)
-    each = f"{batch_size // world_size}" + (f" or {share}" if batch_size % world_size else "")
-    return (
-        f"{batch_size} over {' x '.join(parts)}: {each} samples each, in "
-        f"{_count(accumulation, 'accumulation step')} of at most {micro}, weighted exactly"
-    )
-
-
-def _steps_reason(
-    recipe: Recipe, batch_size: int, samples: int | None, per_epoch: int | None, total: int
-) -> str:
-    if per_epoch is None:
-        return f"{total:,}, as asked"
-    derived = f"{per_epoch:,} steps; {per_epoch:,} = ceil({samples:,} samples / {batch_size:,})"
-    if recipe.steps is not None:
-        return f"{total:,}, as asked: {total / per_epoch:.2f} epochs of {derived}"
-    return f"{total:,} = {_count(recipe.epochs or 0, 'epoch')} x {derived}"
-
-
-def _notes(
-    recipe: Recipe,
-    machine: Machine,
-    device: str,
-    nproc: int,
-    micro: int,
-    batch_size: int,
-) -> tuple[str, ...]:
-    notes = [_INDEPENDENT, _DEPENDENT.format(micro=micro)]
-    if recipe.batch_size_per_gpu is not None:
-        notes.append(
-            f"batch_size_per_gpu={recipe.batch_size_per_gpu} lets the batch grow with the ranks: "
-            "another number of ranks is another training."
-        )
-    if (
-        isinstance(recipe.optimizer, OptimizerSpec)
-        and recipe.optimizer.adaptive
-        and recipe.lr_rule == "linear"
-        and recipe.lr_batch_size not in (None, batch_size)
-    ):
-        notes.append(
-            f"{recipe.optimizer.name} divides gradients by their scale; lr_rule=sqrt suits it "
-            "better than linear."
-        )
-    if device == "cpu" and nproc > machine.usable_cores:
-        notes.append(
-            f"{nproc} ranks per node share {machine.usable_cores} usable cores "
-            f"({machine.cores_limited_by}): they will take turns."
-        )
-    return tuple(notes)
-
-
-def _ranks(nodes: int, nproc: int) -> str:
-    return f"{_count(nodes, 'node')} x {nproc}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

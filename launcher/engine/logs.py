@@ -93,6 +93,7 @@ def open_output(path: Path, *, own_terminal: bool, on_terminal: bool) -> Output:
             redirected: what native code prints, crashes included, then goes to the log.
         on_terminal: Whether what Python prints goes to the terminal as well.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)  # on a node that does not share rank 0's folder
     log = path.open("a", encoding="utf-8", buffering=1)
     stdout, stderr = sys.stdout, sys.stderr
     if own_terminal:

@@ -22,7 +22,7 @@ def make_optimizer(recipe: Recipe, model: nn.Module, lr: float) -> Optimizer:
         lr: The peak learning rate; groups made with another keep their ratio to it.
 
     Raises:
-        RecipeError: There is nothing to train, or the function returned no optimizer.
+        RecipeError: The function returned no optimizer.
     """
     if not isinstance(recipe.optimizer, OptimizerSpec):
         made = recipe.optimizer(model, lr)
@@ -33,8 +33,6 @@ def make_optimizer(recipe: Recipe, model: nn.Module, lr: float) -> Optimizer:
             )
         return made
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not trained:
-        raise RecipeError("The recipe's model has no parameter that requires a gradient.")
     arguments: dict[str, Any] = dict(recipe.optimizer.arguments)
     if recipe.optimizer.name == "sgd":
         arguments.setdefault("momentum", 0.9)

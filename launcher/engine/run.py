@@ -96,7 +96,7 @@ def train_rank(
             0 if data.evaluation is None else sample_count(data.evaluation, "evaluation")
         ),
     )
-    # The workers start here, before there is a GPU context or an optimizer for them to inherit.
+    # The workers start here: they read while the model is built, and do not inherit it.
     batches = micro_batches(Reader(recipe, data), sampler.requests(), plan)
     model, optimizer = _model_and_optimizer(recipe, plan, backend)
     trainee = Trainee(
@@ -186,6 +186,8 @@ def _model_and_optimizer(
             f"The recipe's model function returned {type(model).__name__}; expected a "
             "torch.nn.Module."
         )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise RecipeError("The recipe's model has no parameter that requires a gradient.")
     prepared = backend.prepare(model, lambda placed: make_optimizer(recipe, placed, plan.lr))
     torch.manual_seed(derive(recipe.seed, backend.rank))  # dropout masks of each rank's own
     return prepared

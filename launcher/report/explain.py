@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterator
 
 from launcher.plan import Plan
+from launcher.reasons import counted
 
 _WIDTH = 96
 _LABEL = 14
@@ -56,11 +57,10 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
 
 def _ranks(plan: Plan) -> str:
     unit = "GPU" if plan.device == "cuda" else "CPU rank"
-    per_node = f"{plan.nproc_per_node} {unit}{'' if plan.nproc_per_node == 1 else 's'}"
-    nodes = f"{plan.nodes:,} node{'' if plan.nodes == 1 else 's'}"
     how = "one process, no process group"
     if plan.backend == "ddp":
         how = f"DDP over {'NCCL' if plan.device == 'cuda' else 'gloo'}"
+    nodes, per_node = counted(plan.nodes, "node"), counted(plan.nproc_per_node, unit)
     return f"{plan.world_size:,} = {nodes} x {per_node}, {how}"
 
 
