@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -15,6 +16,7 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
     InitProcessGroupKwargs,
+    check_cuda_p2p_ib_support,
 )
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -40,6 +42,10 @@ class AccelerateBackend(Backend):
         super().__init__(plan, planned_device(plan, world.local_rank))
         _reset()
         cpu = plan.device == "cpu"
+        if not cpu and not check_cuda_p2p_ib_support():
+            # Consumer cards that cannot talk to each other directly; Accelerate insists on both.
+            os.environ.setdefault("NCCL_P2P_DISABLE", "1")
+            os.environ.setdefault("NCCL_IB_DISABLE", "1")
         self._accelerator = Accelerator(
             cpu=cpu,
             mixed_precision="no",  # the loop's own autocast, the same under every backend
