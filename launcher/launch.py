@@ -8,10 +8,11 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 import uuid
-from multiprocessing import forkserver
-from typing import TYPE_CHECKING
+from multiprocessing import forkserver, resource_tracker
+from typing import TYPE_CHECKING, NoReturn
 
 from launcher.errors import EXIT_FAILED
 from launcher.job import Job
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 _AGENT_LOGGERS = ("torch.distributed.elastic", "torch.multiprocessing")
 
+_SECONDS_TO_BE_KNOWN = 0.1
+
 EXIT_BY_SIGNAL = 128
 """A run that is stopped by a signal exits with this and the signal's number, as in any shell."""
 
@@ -32,6 +35,8 @@ def launch(job: Job) -> int:
 
     The first failure is shown once, last, on stderr, and no process is left behind.
     """
+    ctrl_c = _CtrlC(job.plan.nproc_per_node)
+    signal.signal(signal.SIGINT, ctrl_c)
     start_server(ddp=job.plan.backend == "ddp")
     # While the server imports torch for the ranks, this process does for the agent.
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -52,6 +57,7 @@ def launch(job: Job) -> int:
         max_restarts=0,
         start_method="forkserver",
         logs_specs=NoLogs(),
+        signals_to_handle="SIGTERM,SIGHUP,SIGQUIT",  # SIGINT is ours
     )
     _quieten_the_agent()
     try:
@@ -59,8 +65,7 @@ def launch(job: Job) -> int:
     except ChildFailedError as error:
         return _show(error, job)
     except SignalException as error:
-        print(f"\nlauncher: stopped by {error.sigval.name}", file=sys.stderr)
-        return EXIT_BY_SIGNAL + error.sigval
+        return _say_stopped(signal.SIGINT if ctrl_c.pressed else error.sigval)
     return 0
 
 
@@ -71,7 +76,48 @@ def start_server(*, ddp: bool) -> None:
         # The second is what Accelerate imports when it first prepares a model.
         modules += ["launcher.engine.backends.accelerate", "torch.distributed.tensor"]
     multiprocessing.set_forkserver_preload(modules)
+    # Stopped early, we leave semaphores to Python's tracker process; its warning would be noise.
+    sys.warnoptions.append("ignore::UserWarning:multiprocessing.resource_tracker")
+    # The server lives and dies with us; Ctrl-C in the middle of its imports is not its business. It
+    # inherits the mask, and starts the tracker first, which would take the mask away.
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     forkserver.ensure_running()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+class _CtrlC:
+    """Handles Ctrl-C at whatever point of a run it comes."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self._num_ranks = num_ranks
+        self.pressed = False
+
+    def __call__(self, number: int, _: object) -> None:
+        """Be pressed, or be called back by the timer."""
+        ranks = multiprocessing.active_children()
+        if not ranks or (number == signal.SIGINT and self.pressed):
+            # Nothing to end yet, where an exception could be swallowed by what is being imported;
+            # or pressed again, by someone who will not wait for the agent.
+            for rank in ranks:
+                rank.kill()
+            os._exit(_say_stopped(signal.SIGINT))
+        self.pressed = True
+        # The agent knows the ranks, and can end them, shortly after the last one is started.
+        all_started = len(ranks) == self._num_ranks
+        signal.signal(signal.SIGALRM, _tell_the_agent if all_started else self)
+        signal.setitimer(signal.ITIMER_REAL, _SECONDS_TO_BE_KNOWN)
+
+
+def _tell_the_agent(*_: object) -> NoReturn:
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    raise SignalException("stopped by Ctrl-C", signal.SIGTERM)
+
+
+def _say_stopped(number: signal.Signals) -> int:
+    os.write(2, f"\nlauncher: stopped by {number.name}\n".encode())
+    return EXIT_BY_SIGNAL + number
 
 
 def _show(error: ChildFailedError, job: Job) -> int:

@@ -102,7 +102,7 @@ def check_accelerate_settings(precision: str, env: Mapping[str, str] | None = No
         env: The environment; None is this process's.
 
     Raises:
-        WorldError: It was configured for another engine than DDP.
+        WorldError: It was configured for another engine than DDP, or to compile the model.
     """
     env = os.environ if env is None else env
     for name, engine in _OTHER_ENGINES.items():
@@ -111,6 +111,13 @@ def check_accelerate_settings(precision: str, env: Mapping[str, str] | None = No
                 f"accelerate launch was configured for {engine} ({name} is set); recipes train "
                 "under DDP. Leave that out of the accelerate configuration, or use `launcher run`."
             )
+    compiler = env.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if compiler.lower() != "no":
+        raise WorldError(
+            f"accelerate launch was configured to compile the model with {compiler} "
+            "(ACCELERATE_DYNAMO_BACKEND is set), which recipes do not support. Use "
+            "--dynamo_backend no."
+        )
     asked = env.get("ACCELERATE_MIXED_PRECISION", "no")
     if asked in ("no", precision):
         return ""

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,19 @@ def test_a_rank_of_torchrun_fails(run: Commands) -> None:
     assert done.exit_code != 0
     assert done.stderr.count("ValueError: the loss of rank one") == 1
     assert "log: " in done.stderr
+
+
+@pytest.mark.parametrize("stage", ["forkserver", "resource_tracker"])
+def test_ctrl_c_before_there_are_ranks(run: Commands, stage: str) -> None:
+    """Ctrl-C while torch is being imported or ranks are being started is a line as well."""
+    process = run.start("launcher", "run", RECIPE, "how=hang", "-n", "2", "--out", "out")
+    until = time.monotonic() + 30
+    while not any(stage in each for each in processes_of(run.mark)):
+        assert time.monotonic() < until, "it was never started"
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stderr.strip() == "launcher: stopped by SIGINT"
 
 
 def test_ctrl_c_ends_a_single_process(run: Commands) -> None:

@@ -28,6 +28,9 @@ def test_what_accelerate_launch_was_told() -> None:
     assert check_accelerate_settings("bf16", {"ACCELERATE_MIXED_PRECISION": "bf16"}) == ""
     warning = check_accelerate_settings("fp32", {"ACCELERATE_MIXED_PRECISION": "bf16"})
     assert "mixed_precision=bf16, and the recipe says precision=fp32" in warning
+    assert check_accelerate_settings("fp32", {"ACCELERATE_DYNAMO_BACKEND": "NO"}) == ""
+    with pytest.raises(WorldError, match="to compile the model with inductor"):
+        check_accelerate_settings("fp32", {"ACCELERATE_DYNAMO_BACKEND": "inductor"})
     with pytest.raises(WorldError, match="configured for DeepSpeed"):
         check_accelerate_settings("fp32", {"ACCELERATE_USE_DEEPSPEED": "true"})
 

@@ -29,8 +29,8 @@ def launched_rank(job: Job) -> None:
     the ranks shows the first failure.
     """
     die_with(job.launcher_pid)
-    # The agent is asked to stop as well, and ends the ranks; a traceback from each helps nobody.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Ctrl-C reaches the process that started the ranks, and the agent there ends them with SIGTERM.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if job.plan.nodes == 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     world = find_world()
