@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import PlanError
+from launcher.errors import LauncherError, PlanError
 from launcher.machine import Machine
 from launcher.overrides import Built, Override, build
 from launcher.plan import Plan, make_plan
 from launcher.provenance import command_line, git_state, versions
 from launcher.recipe import Recipe
-from launcher.resolve import Reference
-from launcher.rundir import RunDir, write_yaml
+from launcher.resolve import Reference, cannot
+from launcher.rundir import RunDir
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,16 +86,11 @@ def describe_run(reference: Reference, built: Built, plan: Plan) -> dict[str, An
     }
 
 
-def write_run_yaml(run_dir: RunDir, description: dict[str, Any]) -> None:
-    """Write run.yaml, complete or not at all."""
-    write_yaml(run_dir.run_yaml, description)
-
-
 def _assume(recipe: Recipe, machine: Machine, nproc: int | None) -> tuple[Machine, list[str]]:
     """Return `machine` with as many GPUs as a plan for elsewhere needs, and what to say of it."""
-    if recipe.device == "cpu" or (recipe.device is None and not machine.num_gpus):
-        if recipe.device == "cpu":
-            return machine, []
+    if recipe.device == "cpu":
+        return machine, []
+    if recipe.device is None and not machine.num_gpus:
         return machine, ["This machine has no GPU; device=cuda plans for machines that have."]
     if nproc is None or nproc <= machine.num_gpus:
         return machine, []
@@ -104,7 +99,12 @@ def _assume(recipe: Recipe, machine: Machine, nproc: int | None) -> tuple[Machin
 
 
 def _count_samples(built: Built) -> int:
-    data = built.recipe.data()
+    try:
+        data = built.recipe.data()
+    except LauncherError:
+        raise
+    except Exception as error:
+        raise cannot("read the data of", built.recipe.name, error) from error
     try:
         return len(data.train)
     except (AttributeError, TypeError):

@@ -109,7 +109,7 @@ def read_yaml(path: Path) -> tuple[Override, ...]:
 
 
 def build(reference: Reference, overrides: Sequence[Override] = ()) -> Built:
-    """Call the recipe function and apply `overrides` to it, later ones first in rank.
+    """Call the recipe function and apply `overrides` to it, the later the stronger.
 
     Raises:
         OverrideError: A name is unknown, or a value does not fit it.

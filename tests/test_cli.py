@@ -95,6 +95,7 @@ def test_recipes_are_listed(run: Commands) -> None:
         ("several.py", "has several recipes: one, two. Say which"),
         ("other.py", "returned int, not a Recipe"),
         ("exits.py", "Cannot import"),
+        ("nodata.py", "Cannot read the data of nodata: FileNotFoundError: no folder here (/"),
     ],
 )
 def test_recipes_that_cannot_be_had(run: Commands, recipe: str, message: str) -> None:
@@ -106,6 +107,13 @@ def test_recipes_that_cannot_be_had(run: Commands, recipe: str, message: str) ->
         "empty.py": "x = 1\n",
         "several.py": "def one() -> 'Recipe': ...\ndef two() -> 'Recipe': ...\n",
         "other.py": "def other():\n    return 3\n",
+        "nodata.py": (
+            "from launcher import Recipe\n"
+            "def data(): raise FileNotFoundError('no folder here')\n"
+            "def nodata() -> Recipe:\n"
+            "    return Recipe(name='nodata', model=print, data=data, loss=print, batch_size=8,\n"
+            "                  lr=1, lr_batch_size=8, epochs=3)\n"
+        ),
         "exits.py": "import sys\nsys.exit(3)\n",
     }  # fmt: skip
     for name, text in files.items():

@@ -38,18 +38,18 @@ def command(
     launcher run recipes/digits.py -n 4 lr=0.2 epochs=3
     launcher run digits --config mine.yaml --out runs/mine
     """
-    from launcher.job import Job, describe_run, plan_recipe, write_run_yaml
+    from launcher.job import Job, describe_run, plan_recipe
     from launcher.launch import launch
     from launcher.machine import read_machine
     from launcher.report.explain import explain
     from launcher.resolve import resolve
-    from launcher.rundir import create_run_dir
+    from launcher.rundir import create_run_dir, write_yaml
 
     reference = resolve(recipe)
     given = read_overrides(config, overrides)
     built, plan = plan_recipe(reference, given, read_machine(), nproc_per_node=nproc_per_node)
     run_dir = create_run_dir(out, plan.recipe)
-    write_run_yaml(run_dir, describe_run(reference, built, plan))
+    write_yaml(run_dir.run_yaml, describe_run(reference, built, plan))
     try:
         click.echo(explain(plan, recipe=reference.shown))
     except BrokenPipeError:  # no reason not to train

@@ -93,7 +93,6 @@ class Meter:
 
         Raises:
             RecipeError: The loss counted other items than the batch holds.
-            TrainingError: A loss is not finite.
         """
         collected, self._collected = self._collected, []
         if not collected:

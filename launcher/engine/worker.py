@@ -13,12 +13,12 @@ from launcher.engine.failures import fail
 from launcher.engine.logs import open_output
 from launcher.engine.processes import die_with
 from launcher.engine.run import join, train_rank
-from launcher.job import Job, write_run_yaml
+from launcher.job import Job
 from launcher.overrides import build
 from launcher.plan import Plan
 from launcher.recipe import Recipe
 from launcher.resolve import resolve
-from launcher.rundir import RunDir, create_run_dir
+from launcher.rundir import RunDir, create_run_dir, write_yaml
 from launcher.world import World, find_world
 
 
@@ -63,7 +63,7 @@ def found_rank(
 
     def make_run_dir() -> RunDir:
         made = create_run_dir(out, plan.recipe)
-        write_run_yaml(made, description)
+        write_yaml(made.run_yaml, description)
         return made
 
     backend, run_dir = join(plan, world, make_run_dir)
