@@ -11,11 +11,14 @@ import os
 import signal
 import sys
 import uuid
+from collections.abc import Sequence
 from multiprocessing import forkserver, resource_tracker
 from typing import TYPE_CHECKING, NoReturn
 
+from launcher.configs import process_environment
 from launcher.errors import EXIT_FAILED
 from launcher.job import Job
+from launcher.plan import Plan
 from launcher.report.failure import death_text, failure_text
 from launcher.rundir import read_failure
 
@@ -37,7 +40,7 @@ def launch(job: Job) -> int:
     """
     ctrl_c = _CtrlC(job.plan.nproc_per_node)
     signal.signal(signal.SIGINT, ctrl_c)
-    start_server(ddp=job.plan.backend == "ddp")
+    start_server([job.plan])
     # While the server imports torch for the ranks, this process does for the agent.
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -69,12 +72,19 @@ def launch(job: Job) -> int:
     return 0
 
 
-def start_server(*, ddp: bool) -> None:
-    """Start the server that ranks are forked from; it begins to import what they need."""
+def start_server(plans: Sequence[Plan]) -> None:
+    """Start the server that ranks are forked from; it begins to import what `plans` need."""
+    backends = {plan.backend for plan in plans}
+    for plan in plans:
+        os.environ.update(process_environment(plan))
     modules = ["launcher.engine.worker"]
-    if ddp:
-        # The second is what Accelerate imports when it first prepares a model.
-        modules += ["launcher.engine.backends.accelerate", "torch.distributed.tensor"]
+    if backends - {"local"}:
+        modules.append("launcher.engine.backends.accelerate")
+    if "fsdp" in backends:
+        modules.append("torch.distributed.fsdp")
+    if "deepspeed" in backends and all(plan.device == "cpu" for plan in plans):
+        # It asks CUDA for its devices while it is imported, and no rank could be forked after that.
+        modules.append("launcher.engine.backends.deepspeed")
     multiprocessing.set_forkserver_preload(modules)
     # Stopped early, we leave semaphores to Python's tracker process; its warning would be noise.
     sys.warnoptions.append("ignore::UserWarning:multiprocessing.resource_tracker")

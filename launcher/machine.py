@@ -6,8 +6,10 @@ batch system often sets one far below what the hardware has.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,12 @@ class Machine:
     shm_bytes: int
     """Size of /dev/shm, through which DataLoader workers hand over batches; 0 where unknown."""
 
+    has_deepspeed: bool = True
+    """Whether DeepSpeed is installed."""
+
+    has_compiler: bool = True
+    """Whether there is a C++ compiler, which torch.compile needs on CPUs."""
+
 
 def read_machine(root: Path = Path("/"), env: Mapping[str, str] | None = None) -> Machine:
     """Read this machine from the file system below `root` and the environment `env`."""
@@ -45,6 +53,8 @@ def read_machine(root: Path = Path("/"), env: Mapping[str, str] | None = None) -
         cores_limited_by=limited_by,
         memory_bytes=_memory_bytes(root),
         shm_bytes=_shm_bytes(root),
+        has_deepspeed=importlib.util.find_spec("deepspeed") is not None,
+        has_compiler=any(map(shutil.which, (env.get("CXX") or "g++", "g++", "clang++"))),
     )
 
 

@@ -41,9 +41,17 @@ def _known(signature: Callable[P, None]) -> Callable[P, OptimizerSpec]:
 
 @_known
 def sgd(
-    *, momentum: Fraction = 0.9, weight_decay: NonNegativeFloat = 0.0, nesterov: bool = False
+    *,
+    momentum: Fraction = 0.9,
+    weight_decay: NonNegativeFloat = 0.0,
+    nesterov: bool = False,
+    decay_1d: bool = True,
 ) -> None:
-    """Stochastic gradient descent with momentum (`torch.optim.SGD`)."""
+    """Stochastic gradient descent with momentum (`torch.optim.SGD`).
+
+    With `decay_1d=False` parameters of one dimension - biases and the scales of norms - are left
+    out of the weight decay.
+    """
 
 
 @_known
@@ -53,5 +61,10 @@ def adamw(
     beta2: Fraction = 0.999,
     eps: PositiveFloat = 1e-8,
     weight_decay: NonNegativeFloat = 0.01,
+    decay_1d: bool = True,
 ) -> None:
-    """Adam with decoupled weight decay (`torch.optim.AdamW`; arXiv:1711.05101)."""
+    """Adam with decoupled weight decay (`torch.optim.AdamW`; arXiv:1711.05101).
+
+    With `decay_1d=False` parameters of one dimension - biases and the scales of norms - are left
+    out of the weight decay.
+    """

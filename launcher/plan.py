@@ -19,10 +19,20 @@ from launcher.machine import Machine
 from launcher.reasons import batch_arithmetic, notes_for, ranks_text, steps_arithmetic
 from launcher.recipe import Recipe
 from launcher.schedule import Schedule
+from launcher.strategy import Backend, backend_for, check_strategy, speed_ups
 from launcher.world import World
 
 CPU_RANKS = 2
 """Ranks per node where there is no GPU and no number was asked for."""
+
+_OF_THE_NODE = (
+    "num_workers",
+    "workers_per_rank",
+    "prefetch_factor",
+    "pin_memory",
+    "threads_per_rank",
+)
+"""What may differ between ranks that take the same steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +50,11 @@ class Plan:
     """Ranks in all."""
 
     device: Literal["cuda", "cpu"]
-    backend: Literal["local", "ddp"]
-    """How the ranks work together: one process alone, or DistributedDataParallel."""
+    strategy: str
+    """What is sharded over the ranks, one of `launcher.strategy.STRATEGIES`."""
+
+    backend: Backend
+    """What carries the strategy out; one process under ddp is `local`, without a process group."""
 
     batch_size: int
     """Samples per optimizer step, over all ranks and accumulation steps."""
@@ -73,6 +86,9 @@ class Plan:
 
     seed: int
     precision: str
+    speed_ups: tuple[str, ...]
+    """The settings for speed or memory that are on."""
+
     workers_per_rank: int
     prefetch_factor: int | None
     pin_memory: bool
@@ -99,6 +115,7 @@ class Plan:
         values = asdict(self)
         return values | {
             "samples_per_rank": list(self.samples_per_rank),
+            "speed_ups": list(self.speed_ups),
             "notes": list(self.notes),
         }
 
@@ -135,14 +152,14 @@ class Plan:
 
     def agreement(self) -> dict[str, Any]:
         """Return the values that must be the same on every rank."""
-        of_the_node = ("machine", "sources", "reasons", "notes", "settings", "samples_per_rank")
-        local = ("workers_per_rank", "prefetch_factor", "pin_memory", "threads_per_rank")
+        derived = ("machine", "sources", "reasons", "notes", "settings", "samples_per_rank")
         values = {
             item.name: getattr(self, item.name)
             for item in fields(self)
-            if item.name not in of_the_node + local
+            if item.name not in (*derived, *_OF_THE_NODE)
         }
-        return values | {name: self.settings[name] for name in ("optimizer", "schedule")}
+        kept = {name: value for name, value in self.settings.items() if name not in _OF_THE_NODE}
+        return values | kept
 
 
 def make_plan(
@@ -169,6 +186,7 @@ def make_plan(
     """
     device, nproc = _ranks_per_node(recipe, machine, nproc_per_node)
     world_size = nodes * nproc
+    check_strategy(recipe, machine, device, world_size)
     batch_size = _batch_size(recipe, world_size)
     samples = recipe.train_samples or train_samples
     steps_per_epoch, total_steps = _steps(recipe, batch_size, samples)
@@ -201,7 +219,8 @@ def make_plan(
         nproc_per_node=nproc,
         world_size=world_size,
         device=device,
-        backend="local" if world_size == 1 else "ddp",
+        strategy=recipe.strategy,
+        backend=backend_for(recipe, world_size),
         batch_size=batch_size,
         samples_per_rank=shares(batch_size, world_size),
         micro_batch_size=micro,
@@ -216,6 +235,7 @@ def make_plan(
         evaluate_every=recipe.evaluate_every or steps_per_epoch,
         seed=recipe.seed,
         precision=recipe.precision,
+        speed_ups=speed_ups(recipe, device),
         workers_per_rank=policy.workers_per_rank,
         prefetch_factor=policy.prefetch_factor,
         pin_memory=policy.pin_memory,
@@ -224,7 +244,15 @@ def make_plan(
         settings=recipe.settings(),
         sources=dict(sources or {}),
         reasons=reasons,
-        notes=notes_for(recipe, machine, device, nproc, micro, batch_size),
+        notes=notes_for(
+            recipe,
+            machine,
+            device=device,
+            nproc=nproc,
+            world_size=world_size,
+            micro=micro,
+            batch_size=batch_size,
+        ),
     )
 
 

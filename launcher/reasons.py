@@ -11,10 +11,7 @@ _INDEPENDENT = (
     "The samples, the learning rate and the item counts of each step do not depend on the number "
     "of ranks; losses and weights do to floating-point rounding."
 )
-_DEPENDENT = (
-    "What does depend on it: BatchNorm, where the model has it, whose statistics are over {micro} "
-    "samples, the micro-batch of one rank; and dropout, of which each rank draws masks of its own."
-)
+_DROPOUT = "dropout, of which each rank draws masks of its own, by (seed, step, rank)"
 
 
 def batch_arithmetic(
@@ -59,13 +56,15 @@ def steps_arithmetic(
 def notes_for(
     recipe: Recipe,
     machine: Machine,
+    *,
     device: str,
     nproc: int,
+    world_size: int,
     micro: int,
     batch_size: int,
 ) -> tuple[str, ...]:
     """Return what depends on the number of ranks, and what is unusual in a plan."""
-    notes = [_INDEPENDENT, _DEPENDENT.format(micro=micro)]
+    notes = [_INDEPENDENT, _dependent(recipe, world_size, micro, batch_size)]
     if recipe.batch_size_per_gpu is not None:
         notes.append(
             f"batch_size_per_gpu={recipe.batch_size_per_gpu} lets the batch grow with the ranks: "
@@ -87,6 +86,27 @@ def notes_for(
             f"({machine.cores_limited_by}): they will take turns."
         )
     return tuple(notes)
+
+
+def _dependent(recipe: Recipe, world_size: int, micro: int, batch_size: int) -> str:
+    """Return what another number of ranks, or of accumulation steps, would change."""
+    if not recipe.sync_batchnorm:
+        return (
+            "What does depend on it: BatchNorm, where the model has it, whose statistics are over "
+            f"{micro} samples, the micro-batch of one rank (sync_batchnorm=true takes them over "
+            f"all ranks); and {_DROPOUT}."
+        )
+    together = min(world_size * micro, batch_size)
+    if together == batch_size:
+        return (
+            "sync_batchnorm: BatchNorm's statistics are over the global batch, as on one rank. "
+            f"What does depend on the ranks: {_DROPOUT}."
+        )
+    return (
+        f"sync_batchnorm: BatchNorm's statistics are over {together} samples, one micro-batch of "
+        f"every rank; without accumulation they would be over all {batch_size}. What else depends "
+        f"on the ranks: {_DROPOUT}."
+    )
 
 
 def ranks_text(nodes: int, nproc: int) -> str:

@@ -118,11 +118,38 @@ class Recipe:
     seed: NonNegativeInt = 0
     """Where all randomness of the run comes from."""
 
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """fp32, or bf16: forward and loss under autocast, weights in fp32."""
+    strategy: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = "ddp"
+    """What is sharded over ranks: nothing (ddp), all (fsdp, zero3) or a part (zero1, zero2)."""
+
+    offload: Literal["cpu"] | None = None
+    """Keep what the strategy shards in host memory, cpu; None keeps it on the GPU."""
+
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """fp32; bf16 or fp16: forward and loss under autocast, weights in fp32, fp16's loss scaled."""
 
     max_grad_norm: PositiveFloat | None = None
     """The gradient of the global batch is scaled down to this norm where it is longer."""
+
+    sync_batchnorm: bool = False
+    """BatchNorm takes its statistics over the micro-batches of all ranks, not of each."""
+
+    compile: bool = False
+    """Compile the model's blocks, or all of it where none repeat, with torch.compile."""
+
+    activation_checkpointing: bool = False
+    """Compute the activations inside blocks again in backward instead of keeping them."""
+
+    blocks: str | None = None
+    """Class names, comma-separated, of the layers that repeat; None finds them."""
+
+    channels_last: bool = False
+    """Images (N, C, H, W) lie in memory as (N, H, W, C), which fast convolutions want."""
+
+    tf32: bool = False
+    """On CUDA: fp32 products with 10 bits of mantissa, several times as fast."""
+
+    cudnn_benchmark: bool = False
+    """On CUDA: cuDNN tries its algorithms once for each shape and keeps the fastest."""
 
     device: Literal["cuda", "cpu"] | None = None
     """What the ranks compute on; None takes the GPUs where there are any."""

@@ -76,7 +76,7 @@ def train(tmp_path: Path, recipe: Recipe) -> tuple[Result, list[dict[str, Any]],
     run_dir = RunDir(folder)
     plan = make_plan(recipe, read_machine(), nproc_per_node=1)
     output = Output(terminal=io.StringIO(), errors=io.StringIO(), log=io.StringIO())
-    result = train_rank(recipe, plan, LocalBackend(plan), run_dir, output)
+    result = train_rank(recipe, plan, LocalBackend(recipe, plan), run_dir, output)
     rows = [row for row in read_lines(run_dir.metrics) if "loss" in row]
     return result, rows, load_file(run_dir.model)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from launcher.engine.backends.base import Backend
+from launcher.engine.batch_norm import BatchNorms
 from launcher.engine.data import MicroBatch
 from launcher.engine.metrics import Meter, StepRow, check_finite
 from launcher.engine.optimizers import Hyperparameters
+from launcher.engine.randomness import seed_step
 from launcher.engine.sampler import Sampler
 from launcher.errors import RecipeError
 from launcher.plan import Plan
@@ -44,9 +47,20 @@ class Trainee:
     batches: Iterator[MicroBatch]
     """This rank's micro-batches, training and evaluation, in the order of `sampler.requests`."""
 
+    norms: BatchNorms
+    """Those of the model."""
 
-def train(trainee: Trainee, listener: Listener, first_step: int = 0) -> dict[str, float]:
-    """Take the steps from `first_step` to the end; return the last evaluation.
+
+def train(
+    trainee: Trainee, listener: Listener, first_step: int = 0, last_step: int | None = None
+) -> dict[str, float]:
+    """Take the steps from `first_step` to before `last_step`; return the last evaluation.
+
+    Args:
+        trainee: What to train.
+        listener: Hears of the steps.
+        first_step: Steps that were taken before.
+        last_step: Steps to have been taken when this returns; None is all that were planned.
 
     Raises:
         RecipeError: The recipe's loss does not return (sum, count).
@@ -54,12 +68,15 @@ def train(trainee: Trainee, listener: Listener, first_step: int = 0) -> dict[str
     """
     recipe, plan, backend = trainee.recipe, trainee.plan, trainee.backend
     model, optimizer, sampler = trainee.model, trainee.optimizer, trainee.sampler
+    norms = trainee.norms
     hyperparameters = Hyperparameters(optimizer, plan.lr)
     meter = Meter(backend)
     values: dict[str, float] = {}
     model.train()
-    for step in range(first_step, plan.total_steps):
+    last_step = plan.total_steps if last_step is None else last_step
+    for step in range(first_step, last_step):
         # ------------------------------------------------------------------------------------
+        seed_step(plan.seed, step, backend)
         lr = hyperparameters.write(recipe.schedule.at(step, plan.total_steps))
         asked = time.perf_counter()
         taken = [next(trainee.batches) for _ in range(sampler.micro_steps(step))]
@@ -69,7 +86,10 @@ def train(trainee: Trainee, listener: Listener, first_step: int = 0) -> dict[str
         sums, counts = [], []
         for number, micro_batch in enumerate(taken, start=1):
             batch = backend.to_device(micro_batch.batch)
-            with backend.micro_step(last=number == len(taken)):
+            with (
+                backend.micro_step(last=number == len(taken)),
+                contextlib.nullcontext() if micro_batch.samples else norms.ignoring_samples(),
+            ):
                 with backend.autocast():
                     loss_sum, count = _sum_and_count(
                         recipe.loss, recipe.forward(model, batch), batch
@@ -94,7 +114,7 @@ def train(trainee: Trainee, listener: Listener, first_step: int = 0) -> dict[str
             data_wait_seconds=waited,
         )
         evaluates = plan.evaluates_after(step)
-        if meter.is_due() or evaluates:
+        if meter.is_due() or evaluates or step + 1 == last_step:
             rows = meter.read()
             listener.stepped(rows)
             check_finite(rows)
@@ -111,6 +131,7 @@ def evaluate(trainee: Trainee) -> dict[str, float]:
     recipe, backend, model = trainee.recipe, trainee.backend, trainee.model
     functions = {"loss": recipe.loss, **recipe.metrics}
     totals = torch.zeros(len(functions), 2, dtype=torch.float64, device=backend.device)
+    trainee.norms.average(backend)
     model.eval()
     for _ in range(trainee.sampler.evaluation_steps()):
         micro_batch = next(trainee.batches)

@@ -40,8 +40,12 @@ class StepRow:
     """Mean over the items of the global batch."""
 
     lr: float
-    grad_norm: float
-    """Norm of the gradient of the global batch, before clipping."""
+    items: int
+    """Items of the global batch that the loss counts: samples, or what `Recipe.count` says."""
+
+    grad_norm: float | None
+    """Norm of the gradient of the global batch, before clipping; None where it overflowed in fp16,
+    and the step was left out."""
 
     samples_per_second: float
     """Over all ranks, averaged over the steps read together with this one."""
@@ -93,6 +97,7 @@ class Meter:
 
         Raises:
             RecipeError: The loss counted other items than the batch holds.
+            TrainingError: In fp16 no scale of the loss keeps the gradient finite.
         """
         collected, self._collected = self._collected, []
         if not collected:
@@ -108,6 +113,12 @@ class Meter:
             _MOST_STEPS_BETWEEN_READS,
         )
         rate = sum(step.batch_samples for step in collected) / max(seconds, 1e-9)
+        scaler = self._backend.scaler
+        if scaler is not None and scaler.is_exhausted:
+            raise TrainingError(
+                f"In fp16 the gradient overflows even when the loss is scaled by {scaler.scale:g}: "
+                "the run cannot recover. Use precision=bf16 where the device has it, or fp32."
+            )
         rows = []
         measured = zip(collected, sums, items, grad_norms, strict=True)
         for step, (loss_sum, counted, wait), step_items, norm in measured:
@@ -119,7 +130,8 @@ class Meter:
                     samples=step.samples,
                     loss=loss_sum / step_items,
                     lr=step.lr,
-                    grad_norm=norm,
+                    items=int(step_items),
+                    grad_norm=norm if scaler is None or math.isfinite(norm) else None,
                     samples_per_second=rate,
                     data_wait_seconds=wait / self._backend.world_size,
                 )
@@ -158,7 +170,8 @@ def check_finite(rows: list[StepRow]) -> None:
         TrainingError: It names the first such step.
     """
     for row in rows:
-        if not math.isfinite(row.loss) or not math.isfinite(row.grad_norm):
+        norm = 0.0 if row.grad_norm is None else row.grad_norm
+        if not math.isfinite(row.loss) or not math.isfinite(norm):
             raise TrainingError(
                 f"At step {row.step} the loss is {row.loss} and the gradient's norm "
                 f"{row.grad_norm}, with learning rate {row.lr:.4g}: the run cannot recover. Lower "

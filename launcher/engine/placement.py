@@ -10,6 +10,11 @@ from torch.utils._pytree import tree_map_only
 
 from launcher.errors import WorldError
 from launcher.plan import Plan
+from launcher.recipe import Recipe
+
+_BF16_FROM = (8, 0)
+_COMPILE_FROM = (7, 0)
+"""The least compute capabilities."""
 
 
 class Placement:
@@ -17,16 +22,21 @@ class Placement:
 
     On CUDA the copies are issued on a stream of their own: from pinned memory they run while the
     previous micro-batch still computes, and the computing stream waits for them, not the host.
+
+    Args:
+        device: Where to.
+        channels_last: Whether images, floating tensors (N, C, H, W), lie there as (N, H, W, C).
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, channels_last: bool = False) -> None:
         self._device = device
+        self._channels_last = channels_last
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def copy(self, batch: Any) -> Any:
         """Return `batch`, nested lists, tuples and dicts, with its tensors on the device."""
         if self._stream is None:
-            return batch
+            return tree_map_only(Tensor, self._format, batch) if self._channels_last else batch
         with torch.cuda.stream(self._stream):
             moved = tree_map_only(Tensor, self._move, batch)
         computing = torch.cuda.current_stream(self._device)
@@ -36,14 +46,19 @@ class Placement:
         return moved
 
     def _move(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._device, non_blocking=True)
+        return self._format(tensor.to(self._device, non_blocking=True))
+
+    def _format(self, tensor: Tensor) -> Tensor:
+        if self._channels_last and tensor.ndim == 4 and tensor.is_floating_point():
+            return tensor.contiguous(memory_format=torch.channels_last)
+        return tensor
 
 
-def planned_device(plan: Plan, local_rank: int) -> torch.device:
-    """Return this rank's device and make it the current one.
+def planned_device(recipe: Recipe, plan: Plan, local_rank: int) -> torch.device:
+    """Return this rank's device, made the current one and set up as the recipe says.
 
     Raises:
-        WorldError: The plan counts on GPUs that torch cannot use.
+        WorldError: The plan counts on GPUs that torch cannot use, or that cannot do what is asked.
     """
     if plan.device == "cpu":
         return torch.device("cpu")
@@ -60,4 +75,18 @@ def planned_device(plan: Plan, local_rank: int) -> torch.device:
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
+    torch.backends.cuda.matmul.allow_tf32 = recipe.tf32
+    torch.backends.cudnn.allow_tf32 = recipe.tf32
+    torch.backends.cudnn.benchmark = recipe.cudnn_benchmark
+    name, generation = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    if plan.precision == "bf16" and generation < _BF16_FROM:
+        raise WorldError(
+            f"precision=bf16 needs a GPU of the Ampere generation or newer, and this is a {name}. "
+            "Use precision=fp16, or fp32."
+        )
+    if recipe.compile and generation < _COMPILE_FROM:
+        raise WorldError(
+            f"compile=true needs a GPU of the Volta generation or newer, and this is a {name}. "
+            "Leave compile out."
+        )
     return device

@@ -7,12 +7,26 @@ import random
 import numpy.random
 import torch
 
+from launcher.engine.backends.base import Backend
+from launcher.seeds import derive
+
 
 def seed_all(seed: int) -> None:
     """Seed all three; torch's generators on GPUs are left as they are."""
     random.seed(seed)
     numpy.random.seed(seed & 0xFFFFFFFF)
     torch.default_generator.manual_seed(seed)  # torch.manual_seed would queue a call for each GPU
+
+
+def seed_step(seed: int, step: int, backend: Backend) -> None:
+    """Seed what a model draws from in `step`, dropout masks above all, on this rank.
+
+    By (seed, step, rank), so that a run that is resumed on as many ranks draws what it would have.
+    """
+    drawn = derive(seed, step, backend.rank)
+    torch.default_generator.manual_seed(drawn)
+    if backend.device.type == "cuda":
+        torch.cuda.manual_seed(drawn)
 
 
 class Generators:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,11 +11,13 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from launcher.engine.backends import open_backend
 from launcher.engine.backends.base import Backend
+from launcher.engine.batch_norm import BatchNorms, synchronize
+from launcher.engine.blocks import checkpoint_activations, compile_blocks, find_blocks
 from launcher.engine.data import Reader, micro_batches, sample_count
 from launcher.engine.logs import Output
 from launcher.engine.loop import Trainee, train
@@ -27,8 +30,9 @@ from launcher.plan import Plan
 from launcher.recipe import Data, Recipe
 from launcher.report.progress import Progress, duration, metrics_text
 from launcher.rundir import RunDir, write_json
-from launcher.seeds import derive
 from launcher.world import World
+
+_SAMPLED_WEIGHTS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +53,13 @@ class Result:
     """From the first step to the last, evaluations included."""
 
 
-def join(plan: Plan, world: World, make_run_dir: Callable[[], RunDir]) -> tuple[Backend, RunDir]:
+def join(
+    recipe: Recipe, plan: Plan, world: World, make_run_dir: Callable[[], RunDir]
+) -> tuple[Backend, RunDir]:
     """Form the group of ranks, make sure that they agree, and settle the run folder (collective).
 
     Args:
+        recipe: What is trained.
         plan: This rank's plan.
         world: This process's place.
         make_run_dir: Called on rank 0 alone; every rank gets what it returns.
@@ -63,7 +70,7 @@ def join(plan: Plan, world: World, make_run_dir: Callable[[], RunDir]) -> tuple[
     """
     plan.check_world(world)
     torch.set_num_threads(plan.threads_per_rank)
-    backend = open_backend(plan, world)
+    backend = open_backend(recipe, plan, world)
     told: dict[str, Any] = {}
     if world.rank == 0:
         try:
@@ -99,6 +106,7 @@ def train_rank(
     # The workers start here: they read while the model is built, and do not inherit it.
     batches = micro_batches(Reader(recipe, data), sampler.requests(), plan)
     model, optimizer = _model_and_optimizer(recipe, plan, backend)
+    norms = BatchNorms(model)
     trainee = Trainee(
         recipe=recipe,
         plan=plan,
@@ -107,6 +115,7 @@ def train_rank(
         optimizer=optimizer,
         sampler=sampler,
         batches=batches,
+        norms=norms,
     )
     is_main = backend.rank == 0
     progress = None
@@ -118,6 +127,8 @@ def train_rank(
         evaluation = train(trainee, recorder)
     finally:
         recorder.close()
+    norms.average(backend)
+    weights = backend.weights(model)
     result = Result(
         evaluation=evaluation,
         train_loss=recorder.last_loss,
@@ -126,7 +137,7 @@ def train_rank(
         seconds=time.perf_counter() - started,
     )
     if is_main:
-        save_model(backend.unwrap(model), run_dir)
+        save_weights(weights, run_dir)
         write_json(run_dir.result, asdict(result))
         print(_summary(result, run_dir), flush=True)
     return result
@@ -142,15 +153,16 @@ def _disagreement(world: World, different: dict[str, tuple[Any, Any]]) -> str:
     )
 
 
-def save_model(model: nn.Module, run_dir: RunDir) -> None:
-    """Write the weights as safetensors, whole or not at all; tied weights once.
+def save_weights(weights: dict[str, Tensor], run_dir: RunDir) -> None:
+    """Write the weights as safetensors, whole or not at all.
 
     Raises:
         TrainingError: They cannot be written.
     """
     beside = run_dir.model.with_suffix(".tmp")
     try:
-        safetensors.torch.save_model(model, str(beside))
+        kept = {name: tensor.contiguous() for name, tensor in weights.items()}
+        safetensors.torch.save_file(kept, str(beside), metadata={"format": "pt"})
         beside.replace(run_dir.model)
     except (OSError, safetensors.SafetensorError) as error:
         raise TrainingError(f"Cannot write the weights to {run_dir.model}: {error}") from None
@@ -188,9 +200,40 @@ def _model_and_optimizer(
         )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise RecipeError("The recipe's model has no parameter that requires a gradient.")
-    prepared = backend.prepare(model, lambda placed: make_optimizer(recipe, placed, plan.lr))
-    torch.manual_seed(derive(recipe.seed, backend.rank))  # dropout masks of each rank's own
-    return prepared
+    _check_same_weights(model, backend)
+    if recipe.sync_batchnorm and backend.world_size > 1:
+        model = synchronize(model)
+    blocks = find_blocks(model, recipe.blocks)
+    if recipe.activation_checkpointing:
+        if not blocks:
+            raise RecipeError(
+                "activation_checkpointing=true computes the activations inside blocks again, and "
+                "the model has no blocks: no layers that repeat in a ModuleList or Sequential and "
+                "are made of several. Name their class with blocks=..., or leave it out."
+            )
+        checkpoint_activations(blocks)
+    if recipe.compile:
+        compile_blocks(model, blocks)
+    return backend.prepare(model, blocks, lambda own: make_optimizer(recipe, own, plan.lr))
+
+
+def _check_same_weights(model: nn.Module, backend: Backend) -> None:
+    """Refuse to start from weights that differ between ranks (collective).
+
+    A sample of every parameter stands for it: what is drawn without a seed differs everywhere.
+    """
+    own = 0
+    for parameter in model.parameters():
+        sample = parameter.detach().flatten()[:_SAMPLED_WEIGHTS].double().contiguous()
+        own = zlib.crc32(sample.numpy().tobytes(), own)
+    # Below 2**32 each, so that the sum over a million ranks is exact in float64.
+    total = backend.sum(torch.tensor(float(own), dtype=torch.float64, device=backend.device))
+    if backend.any_rank(int(total.item()) != own * backend.world_size):
+        raise RecipeError(
+            "The recipe's model function returned other initial weights on some ranks: they come "
+            "from something else than the global generators of torch, numpy and random, which are "
+            "seeded, such as a generator of its own, or the time. Seed that as well."
+        )
 
 
 def _summary(result: Result, run_dir: RunDir) -> str:

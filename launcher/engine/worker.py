@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from launcher.engine.backends.base import Backend
 from launcher.engine.failures import fail
 from launcher.engine.logs import open_output
 from launcher.engine.processes import die_with
@@ -20,6 +21,10 @@ from launcher.recipe import Recipe
 from launcher.resolve import resolve
 from launcher.rundir import RunDir, create_run_dir, write_yaml
 from launcher.world import World, find_world
+
+_until_exit: list[Backend] = []
+"""Kept from being taken apart: a gloo thread that still holds Python objects waits for the
+interpreter, which would wait for that thread to end (torch 2.13: a deadlock, or SIGABRT)."""
 
 
 def launched_rank(job: Job) -> None:
@@ -40,7 +45,8 @@ def launched_rank(job: Job) -> None:
     try:
         recipe = build(resolve(job.recipe), job.overrides).recipe
         os.environ.setdefault("OMP_NUM_THREADS", str(job.plan.threads_per_rank))
-        backend, _ = join(job.plan, world, lambda: job.run_dir)
+        backend, _ = join(recipe, job.plan, world, lambda: job.run_dir)
+        _until_exit.append(backend)
         train_rank(recipe, job.plan, backend, job.run_dir, output)
         backend.close()
     except Exception as error:  # noqa: BLE001  # whatever the recipe's own code raises
@@ -66,7 +72,8 @@ def found_rank(
         write_yaml(made.run_yaml, description)
         return made
 
-    backend, run_dir = join(plan, world, make_run_dir)
+    backend, run_dir = join(recipe, plan, world, make_run_dir)
+    _until_exit.append(backend)
     output = open_output(run_dir.log(world.rank), own_terminal=False, on_terminal=True)
     try:
         train_rank(recipe, plan, backend, run_dir, output)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from launcher.plan import Plan
 from launcher.reasons import counted
+from launcher.strategy import STRATEGIES
 
 _WIDTH = 96
 _LABEL = 14
@@ -47,7 +48,7 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "workers", f"{plan.workers_per_rank} per rank ({reasons['workers_per_rank']})"
     pinned = "pinned" if plan.pin_memory else "not pinned"
     yield "memory", f"{pinned} ({reasons['pin_memory']})"
-    yield "precision", plan.precision
+    yield "speed-ups", ", ".join(plan.speed_ups) or "none is on: fp32 throughout"
     yield "optimizer", str(settings.get("optimizer", "made by the recipe"))
     for name, group in _by_source(plan):
         yield "set by", f"{name}: {group}"
@@ -58,8 +59,11 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
 def _ranks(plan: Plan) -> str:
     unit = "GPU" if plan.device == "cuda" else "CPU rank"
     how = "one process, no process group"
-    if plan.backend == "ddp":
-        how = f"DDP over {'NCCL' if plan.device == 'cuda' else 'gloo'}"
+    strategy = STRATEGIES[plan.strategy]
+    if plan.backend != "local":
+        how = f"{strategy.title} over {'NCCL' if plan.device == 'cuda' else 'gloo'}"
+    if strategy.sharded:
+        how += f": {strategy.sharded} in {counted(plan.world_size, 'shard')}"
     nodes, per_node = counted(plan.nodes, "node"), counted(plan.nproc_per_node, unit)
     return f"{plan.world_size:,} = {nodes} x {per_node}, {how}"
 

@@ -1,17 +1,21 @@
-"""How ranks work together: one file per way, behind the seam in base.py."""
+"""How ranks work together: one file per engine, behind the seam in base.py."""
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
+
+from launcher.configs import process_environment
 
 if TYPE_CHECKING:
     from launcher.engine.backends.base import Backend
     from launcher.plan import Plan
+    from launcher.recipe import Recipe
     from launcher.world import World
 
 
-def open_backend(plan: Plan, world: World) -> Backend:
-    """Return the backend that the plan names; Accelerate is imported only for its own.
+def open_backend(recipe: Recipe, plan: Plan, world: World) -> Backend:
+    """Return the backend that the plan names; Accelerate and DeepSpeed only for their own.
 
     Raises:
         WorldError: The processes or the device found are not those planned.
@@ -19,7 +23,12 @@ def open_backend(plan: Plan, world: World) -> Backend:
     if plan.backend == "local":
         from launcher.engine.backends.local import LocalBackend
 
-        return LocalBackend(plan)
-    from launcher.engine.backends.accelerate import AccelerateBackend
+        return LocalBackend(recipe, plan)
+    if plan.backend == "deepspeed":
+        os.environ.update(process_environment(plan))
+        from launcher.engine.backends.deepspeed import DeepSpeedBackend
 
-    return AccelerateBackend(plan, world)
+        return DeepSpeedBackend(recipe, plan, world)
+    from launcher.engine.backends.accelerate import DDPBackend, FSDPBackend
+
+    return (FSDPBackend if plan.backend == "fsdp" else DDPBackend)(recipe, plan, world)

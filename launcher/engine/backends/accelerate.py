@@ -1,9 +1,14 @@
-"""DistributedDataParallel through Accelerate: gloo between CPU ranks, NCCL between GPUs."""
+"""Ranks in a process group, through Accelerate: gloo between CPU ranks, NCCL between GPUs.
+
+DistributedDataParallel and FSDP are here; DeepSpeed, which Accelerate starts too, is in
+deepspeed.py.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -15,75 +20,76 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
+    FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
+    ParallelismConfig,
     check_cuda_p2p_ib_support,
+    fsdp2_prepare_model,
 )
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from launcher.engine.backends.base import Backend
+from launcher.engine.backends.base import Backend, whole_names
 from launcher.engine.placement import planned_device
 from launcher.errors import WorldError
 from launcher.plan import Plan
+from launcher.recipe import Recipe
 from launcher.world import World
 
 _TIMEOUT = timedelta(minutes=30)
 
 
-class AccelerateBackend(Backend):
-    """Accelerate forms the process group, places the model and wraps it in DDP.
+class GroupBackend(Backend):
+    """Accelerate forms the process group; what it is told comes from the plan alone.
 
     Its optimizer, scheduler and DataLoader wrappers are left out: the loop does what they would,
     exactly for any split of the batch.
+
+    Args:
+        recipe: What is trained.
+        plan: Where.
+        world: This process's place.
+        kind: What Accelerate has to call it; anything else is refused.
+        plugins: Further arguments of `accelerate.Accelerator`.
     """
 
-    def __init__(self, plan: Plan, world: World) -> None:
-        super().__init__(plan, planned_device(plan, world.local_rank))
-        _reset()
+    def __init__(
+        self, recipe: Recipe, plan: Plan, world: World, *, kind: DistributedType, **plugins: Any
+    ) -> None:
+        super().__init__(recipe, plan, planned_device(recipe, plan, world.local_rank))
+        forget_settings()
         cpu = plan.device == "cpu"
+        if cpu:
+            os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # also where there are GPUs
+        if recipe.offload and plan.backend == "fsdp":
+            # What lies on the CPU is summed there: Accelerate then adds gloo to NCCL.
+            os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_OFFLOAD_PARAMS="true")
         if not cpu and not check_cuda_p2p_ib_support():
             # Consumer cards that cannot talk to each other directly; Accelerate insists on both.
             os.environ.setdefault("NCCL_P2P_DISABLE", "1")
             os.environ.setdefault("NCCL_IB_DISABLE", "1")
+        handlers = plugins.pop("kwargs_handlers", [])
         self._accelerator = Accelerator(
-            cpu=cpu,
+            cpu=plugins.pop("cpu", cpu),
             mixed_precision="no",  # the loop's own autocast, the same under every backend
             gradient_accumulation_steps=1,  # the loop's own, exact for ragged micro-batches
             kwargs_handlers=[
                 InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=_TIMEOUT),
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                *handlers,
             ],
+            **plugins,
         )
         self.rank = self._accelerator.process_index
         self.world_size = self._accelerator.num_processes
-        wanted = DistributedType.MULTI_CPU if cpu else DistributedType.MULTI_GPU
         found = self._accelerator.distributed_type
-        if (found, self.world_size, self.rank) != (wanted, plan.world_size, world.rank):
+        if (found, self.world_size, self.rank) != (kind, plan.world_size, world.rank):
             raise WorldError(
-                f"Planned for rank {world.rank} of {plan.world_size} under {wanted.value}; "
+                f"Planned for rank {world.rank} of {plan.world_size} under {kind.value}; "
                 f"Accelerate formed rank {self.rank} of {self.world_size} under {found.value}. "
-                "Unset the ACCELERATE_* variables of this environment, or use `launcher run`."
+                "Use `launcher run`, or look at the versions of accelerate and torch."
             )
-
-    def prepare(
-        self, model: nn.Module, make_optimizer: Callable[[nn.Module], Optimizer]
-    ) -> tuple[nn.Module, Optimizer]:
-        wrapped = self._accelerator.prepare(model)
-        if not isinstance(wrapped, DistributedDataParallel):
-            raise WorldError(
-                f"Accelerate prepared a {type(wrapped).__name__} instead of DDP, so the ranks "
-                "would train copies of their own."
-            )
-        self._wrapped = wrapped
-        return wrapped, make_optimizer(wrapped.module)
-
-    def unwrap(self, model: nn.Module) -> nn.Module:
-        # Accelerate's own unwrap_model imports DeepSpeed to see whether the model is one of its.
-        return self._wrapped.module
-
-    def micro_step(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext() if last else self._wrapped.no_sync()
 
     def sum(self, values: Tensor) -> Tensor:
         dist.all_reduce(values)
@@ -103,11 +109,141 @@ class AccelerateBackend(Backend):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self._accelerator.end_training()
-        _reset()
+        forget_settings()
 
 
-def _reset() -> None:
-    """Forget Accelerate's process-wide state, which would outlive this backend."""
+class DDPBackend(GroupBackend):
+    """Every rank holds the whole model; gradients are averaged while backward goes on.
+
+    Buffers are not sent in every step: `BatchNorms.average` does better, when it matters.
+    """
+
+    def __init__(self, recipe: Recipe, plan: Plan, world: World) -> None:
+        super().__init__(
+            recipe,
+            plan,
+            world,
+            kind=DistributedType.MULTI_CPU if plan.device == "cpu" else DistributedType.MULTI_GPU,
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+            ],
+        )
+
+    def prepare(
+        self,
+        model: nn.Module,
+        blocks: list[nn.Module],
+        make_optimizer: Callable[[nn.Module], Optimizer],
+    ) -> tuple[nn.Module, Optimizer]:
+        with warnings.catch_warnings():
+            # torch 2.13 renames broadcast_buffers, which Accelerate has no other name for yet.
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+            wrapped = self._accelerator.prepare(self.place(model))
+        if not isinstance(wrapped, DistributedDataParallel):
+            raise WorldError(
+                f"Accelerate prepared a {type(wrapped).__name__} instead of DDP, so the ranks "
+                "would train copies of their own."
+            )
+        self._wrapped = wrapped
+        return wrapped, make_optimizer(wrapped.module)
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        # Accelerate's own unwrap_model imports DeepSpeed to see whether the model is one of its.
+        return self._wrapped.module
+
+    def micro_step(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if last else self._wrapped.no_sync()
+
+
+class FSDPBackend(GroupBackend):
+    """Each rank holds a shard of every weight; a block is gathered while it is used (FSDP2).
+
+    Weights are gathered in the plan's precision; gradients are summed in fp32. They are summed in
+    every micro-step, because to keep them whole until the last would take the memory that sharding
+    saves.
+    """
+
+    def __init__(self, recipe: Recipe, plan: Plan, world: World) -> None:
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
+
+        cpu = plan.device == "cpu"
+        offload = CPUOffloadPolicy(pin_memory=not cpu) if recipe.offload else OffloadPolicy()
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            reshard_after_forward=True,
+            auto_wrap_policy="no_wrap",
+            cpu_offload=offload,
+            cpu_ram_efficient_loading=False,
+            state_dict_type="sharded_state_dict",
+        )
+        super().__init__(
+            recipe,
+            plan,
+            world,
+            kind=DistributedType.MULTI_CPU if cpu else DistributedType.FSDP,
+            fsdp_plugin=plugin,
+        )
+        if self._dtype is not None:
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=self._dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
+        # Accelerate knows FSDP between GPUs alone, and would prepare DDP between CPU ranks; and
+        # torch would take a mesh of GPUs where there are any.
+        parallelism = ParallelismConfig(dp_shard_size=plan.world_size)
+        state = self._accelerator.state
+        state.fsdp_plugin = self._plugin = plugin
+        state.distributed_type = DistributedType.FSDP
+        state.parallelism_config = parallelism
+        state.device_mesh = parallelism.get_device_mesh(plan.device)
+
+    def prepare(
+        self,
+        model: nn.Module,
+        blocks: list[nn.Module],
+        make_optimizer: Callable[[nn.Module], Optimizer],
+    ) -> tuple[nn.Module, Optimizer]:
+        from torch.distributed.fsdp import FSDPModule
+        from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+
+        if blocks:
+            self._plugin.auto_wrap_policy = transformer_auto_wrap_policy
+            self._plugin.transformer_cls_names_to_wrap = sorted({type(b).__name__ for b in blocks})
+        # Not Accelerator.prepare: it wants the optimizer before the weights are what it updates.
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Slicing a flattened dim")  # Accelerate does
+            sharded = fsdp2_prepare_model(self._accelerator, model.to(self.device))
+        if not isinstance(sharded, FSDPModule):
+            raise WorldError(
+                f"Accelerate prepared a {type(sharded).__name__} instead of FSDP, so the ranks "
+                "would train copies of their own."
+            )
+        return model, make_optimizer(model)  # sharded in place
+
+    def micro_step(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+    def norm(self, grads: list[Tensor]) -> Tensor:
+        norm = super().norm(grads)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def weights(self, model: nn.Module) -> dict[str, Tensor]:
+        whole = {}
+        tensors = model.state_dict()
+        for name in whole_names(model):
+            tensor = tensors[name]
+            gathered = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if self.rank == 0:
+                whole[name] = gathered.cpu()
+        return whole
+
+
+def forget_settings() -> None:
+    """Forget Accelerate's process-wide state and settings, which come from elsewhere than the plan.
+
+    What `accelerate launch` says in the environment was read into the plan, or refused.
+    """
     AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001
     PartialState._reset_state()  # noqa: SLF001
     GradientState._reset_state()  # noqa: SLF001
+    for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
+        del os.environ[name]

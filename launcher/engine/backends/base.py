@@ -11,8 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from launcher.configs import AUTOCAST
+from launcher.engine.optimizers import take_step
 from launcher.engine.placement import Placement
+from launcher.engine.scaling import LossScaler
 from launcher.plan import Plan
+from launcher.recipe import Recipe
 
 
 class Backend(ABC):
@@ -22,10 +26,16 @@ class Backend(ABC):
     world_size: int
     device: torch.device
 
-    def __init__(self, plan: Plan, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, plan: Plan, device: torch.device) -> None:
+        self.recipe = recipe
+        self.plan = plan
         self.device = device
-        self._placement = Placement(device)
-        self._precision = plan.precision
+        self.scaler = LossScaler() if plan.precision == "fp16" else None
+        """Of fp16 alone."""
+        self._dtype = (
+            getattr(torch, AUTOCAST[plan.precision]) if plan.precision in AUTOCAST else None
+        )
+        self._placement = Placement(device, channels_last=recipe.channels_last)
 
     def to_device(self, batch: Any) -> Any:
         """Return `batch` with its tensors on this rank's device, copied beside computation."""
@@ -33,15 +43,31 @@ class Backend(ABC):
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context that forward and loss run in, by the plan's precision."""
-        if self._precision == "bf16":
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
-        return contextlib.nullcontext()
+        if self._dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self._dtype)
 
     @abstractmethod
     def prepare(
-        self, model: nn.Module, make_optimizer: Callable[[nn.Module], Optimizer]
+        self,
+        model: nn.Module,
+        blocks: list[nn.Module],
+        make_optimizer: Callable[[nn.Module], Optimizer],
     ) -> tuple[nn.Module, Optimizer]:
-        """Place `model`; return the module to call, and the optimizer of its weights."""
+        """Place `model`; return the module to call, and the optimizer of its weights.
+
+        Args:
+            model: The recipe's, on the CPU.
+            blocks: Its modules that may be sharded each on their own.
+            make_optimizer: Makes the optimizer of a model.
+        """
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """Return `model` on this rank's device, in the memory format that the recipe asks for."""
+        if self.recipe.channels_last:
+            # In two steps: the format alone would be applied to what lies on the CPU.
+            return model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return model.to(self.device)
 
     @abstractmethod
     def micro_step(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
@@ -63,29 +89,65 @@ class Backend(ABC):
     def close(self) -> None:
         """Leave the process group."""
 
+    def weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the state dict of the recipe's own module, whole, on rank 0 (collective).
+
+        Weights that several names share come under the first of them; other ranks may get nothing.
+        """
+        tensors = self.unwrap(model).state_dict()
+        return {name: tensors[name] for name in whole_names(self.unwrap(model))}
+
     def unwrap(self, model: nn.Module) -> nn.Module:
         """Return the recipe's own module inside what `prepare` returned."""
         return model
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`; over the ranks it is averaged."""
+        if self.scaler is not None:
+            loss = loss * self.scaler.scale
         loss.backward()
 
     def apply(self, optimizer: Optimizer, max_grad_norm: float | None) -> Tensor:
-        """Clip, step and clear the gradients; return their norm before clipping."""
+        """Clip, step and clear the gradients; return the norm of the global gradient before.
+
+        In fp16 a step whose gradient overflows is left out; its norm is not finite.
+        """
         parameters = [
             parameter
             for group in optimizer.param_groups
             for parameter in group["params"]
             if parameter.grad is not None
         ]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if max_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        grads: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
+        norm = self.norm(grads)
+        fits = True
+        if self.scaler is not None:
+            torch._foreach_mul_(grads, 1 / self.scaler.scale)
+            norm = norm / self.scaler.scale
+            fits = bool(norm.isfinite())
+            self.scaler.update(finite=fits)
+        if fits:
+            if max_grad_norm is not None:
+                # As torch.nn.utils.clip_grads_with_norm_, without sorting by device and dtype.
+                torch._foreach_mul_(grads, torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0))
+            take_step(optimizer, self.recipe)
+        for parameter in parameters:
+            parameter.grad = None
         return norm
+
+    def norm(self, grads: list[Tensor]) -> Tensor:
+        """Return the 2-norm of the global gradient, as one number on the device."""
+        if not grads:
+            return torch.zeros((), device=self.device)
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))  # noqa: SLF001
 
     def any_rank(self, flag: bool) -> bool:
         """Return whether `flag` is true on any rank (collective)."""
         return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
+
+
+def whole_names(model: nn.Module) -> list[str]:
+    """Return the names of what a state dict holds: each shared weight once, saved buffers."""
+    saved = model.state_dict().keys()
+    names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+    return [name for name in names if name in saved]

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from launcher.engine.backends.base import Backend
 from launcher.engine.placement import planned_device
 from launcher.plan import Plan
+from launcher.recipe import Recipe
 
 
 class LocalBackend(Backend):
@@ -21,13 +22,16 @@ class LocalBackend(Backend):
     rank = 0
     world_size = 1
 
-    def __init__(self, plan: Plan) -> None:
-        super().__init__(plan, planned_device(plan, local_rank=0))
+    def __init__(self, recipe: Recipe, plan: Plan) -> None:
+        super().__init__(recipe, plan, planned_device(recipe, plan, local_rank=0))
 
     def prepare(
-        self, model: nn.Module, make_optimizer: Callable[[nn.Module], Optimizer]
+        self,
+        model: nn.Module,
+        blocks: list[nn.Module],
+        make_optimizer: Callable[[nn.Module], Optimizer],
     ) -> tuple[nn.Module, Optimizer]:
-        model = model.to(self.device)
+        model = self.place(model)
         return model, make_optimizer(model)
 
     def micro_step(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
