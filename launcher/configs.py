@@ -85,7 +85,6 @@ def accelerate_config(
         "machine_rank": 0,
         "main_training_function": "main",
         "mixed_precision": "no" if plan.precision == "fp32" else plan.precision,
-        "num_cpu_threads_per_process": plan.threads_per_rank,
         "num_machines": plan.nodes,
         "num_processes": plan.world_size,
         "rdzv_backend": "static",

@@ -31,6 +31,12 @@ class Job:
     launcher_pid: int
     """The process that the ranks end with."""
 
+    last_step: int | None = None
+    """Steps to take; None takes all that are planned."""
+
+    quiet: bool = False
+    """Whether the ranks write to their logs alone."""
+
 
 def plan_recipe(
     reference: Reference,

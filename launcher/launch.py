@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing import forkserver, resource_tracker
 from typing import TYPE_CHECKING, NoReturn
 
@@ -33,10 +33,14 @@ EXIT_BY_SIGNAL = 128
 """A run that is stopped by a signal exits with this and the signal's number, as in any shell."""
 
 
-def launch(job: Job) -> int:
+def launch(job: Job, function: Callable[[Job], None] | None = None) -> int:
     """Run every rank of `job` on this machine; return the exit code of the run.
 
     The first failure is shown once, last, on stderr, and no process is left behind.
+
+    Args:
+        job: What to run.
+        function: What each rank calls with it, of `launcher.engine.worker`; None trains.
     """
     ctrl_c = _CtrlC(job.plan.nproc_per_node)
     signal.signal(signal.SIGINT, ctrl_c)
@@ -47,7 +51,9 @@ def launch(job: Job) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     from launcher.engine.agent_logs import NoLogs
-    from launcher.engine.worker import launched_rank
+
+    if function is None:
+        from launcher.engine.worker import launched_rank as function
 
     config = LaunchConfig(
         min_nodes=1,
@@ -64,7 +70,7 @@ def launch(job: Job) -> int:
     )
     _quieten_the_agent()
     try:
-        elastic_launch(config, launched_rank)(job)
+        elastic_launch(config, function)(job)
     except ChildFailedError as error:
         return _show(error, job)
     except SignalException as error:
@@ -85,6 +91,8 @@ def start_server(plans: Sequence[Plan]) -> None:
     if "deepspeed" in backends and all(plan.device == "cpu" for plan in plans):
         # It asks CUDA for its devices while it is imported, and no rank could be forked after that.
         modules.append("launcher.engine.backends.deepspeed")
+    if len(plans) > 1:
+        modules.append("torch._dynamo")  # the first optimizer imports it: for one run, no gain
     multiprocessing.set_forkserver_preload(modules)
     # Stopped early, we leave semaphores to Python's tracker process; its warning would be noise.
     sys.warnoptions.append("ignore::UserWarning:multiprocessing.resource_tracker")

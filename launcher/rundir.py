@@ -5,6 +5,7 @@ metrics.jsonl       one line per optimizer step, and one per evaluation
 result.json         the final evaluation and totals; written last
 model.safetensors   the final weights
 failure.json        the first failure, if the run failed
+inspection.json     what of the recipe depends on the split, where `launcher prove` looked for it
 logs/rank<N>.log    what each rank printed
 samples/            sample ids per step and rank, with record_samples=true
 """
@@ -47,6 +48,10 @@ class RunDir:
     @property
     def failure(self) -> Path:
         return self.path / "failure.json"
+
+    @property
+    def inspection(self) -> Path:
+        return self.path / "inspection.json"
 
     def log(self, rank: int) -> Path:
         """Return what `rank` printed."""

@@ -18,12 +18,6 @@ _VARIABLES = {
     "local_world_size": ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"),
 }
 
-_OTHER_ENGINES = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class World:
@@ -41,7 +35,7 @@ class World:
 
 
 def find_world(env: Mapping[str, str] | None = None) -> World:
-    """Read the world from the environment of torchrun, accelerate launch or `launcher run`.
+    """Read the world from the environment of `launcher run`, torchrun, accelerate or deepspeed.
 
     A process that was started by none of these is alone.
 
@@ -92,36 +86,3 @@ def _refuse_a_lonely_copy(env: Mapping[str, str]) -> None:
             "too) or `launcher run RECIPE -n N`. If one process is what you want, "
             "unset MASTER_ADDR and MASTER_PORT."
         )
-
-
-def check_accelerate_settings(precision: str, env: Mapping[str, str] | None = None) -> str:
-    """Return a warning where `accelerate launch` was told what the recipe decides, or nothing.
-
-    Args:
-        precision: The recipe's.
-        env: The environment; None is this process's.
-
-    Raises:
-        WorldError: It was configured for another engine than DDP, or to compile the model.
-    """
-    env = os.environ if env is None else env
-    for name, engine in _OTHER_ENGINES.items():
-        if env.get(name, "false").lower() in ("true", "1"):
-            raise WorldError(
-                f"accelerate launch was configured for {engine} ({name} is set); recipes train "
-                "under DDP. Leave that out of the accelerate configuration, or use `launcher run`."
-            )
-    compiler = env.get("ACCELERATE_DYNAMO_BACKEND", "no")
-    if compiler.lower() != "no":
-        raise WorldError(
-            f"accelerate launch was configured to compile the model with {compiler} "
-            "(ACCELERATE_DYNAMO_BACKEND is set), which recipes do not support. Use "
-            "--dynamo_backend no."
-        )
-    asked = env.get("ACCELERATE_MIXED_PRECISION", "no")
-    if asked in ("no", precision):
-        return ""
-    return (
-        f"accelerate launch says mixed_precision={asked}, and the recipe says "
-        f"precision={precision}, which decides. Give precision=... to the recipe instead."
-    )

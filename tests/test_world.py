@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from launcher.errors import WorldError
-from launcher.world import World, check_accelerate_settings, find_world
+from launcher.world import World, find_world
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 
@@ -20,19 +20,6 @@ def test_torchrun() -> None:
 def test_alone() -> None:
     """Without variables the process is alone."""
     assert find_world({}) == World()
-
-
-def test_what_accelerate_launch_was_told() -> None:
-    """Another precision is warned of; another engine is refused."""
-    assert check_accelerate_settings("fp32", {"ACCELERATE_MIXED_PRECISION": "no"}) == ""
-    assert check_accelerate_settings("bf16", {"ACCELERATE_MIXED_PRECISION": "bf16"}) == ""
-    warning = check_accelerate_settings("fp32", {"ACCELERATE_MIXED_PRECISION": "bf16"})
-    assert "mixed_precision=bf16, and the recipe says precision=fp32" in warning
-    assert check_accelerate_settings("fp32", {"ACCELERATE_DYNAMO_BACKEND": "NO"}) == ""
-    with pytest.raises(WorldError, match="to compile the model with inductor"):
-        check_accelerate_settings("fp32", {"ACCELERATE_DYNAMO_BACKEND": "inductor"})
-    with pytest.raises(WorldError, match="configured for DeepSpeed"):
-        check_accelerate_settings("fp32", {"ACCELERATE_USE_DEEPSPEED": "true"})
 
 
 @pytest.mark.parametrize(

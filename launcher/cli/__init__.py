@@ -12,7 +12,9 @@ import click
 from launcher.errors import LauncherError
 
 _COMMANDS = {
+    "export": "launcher.cli.export",
     "plan": "launcher.cli.plan",
+    "prove": "launcher.cli.prove",
     "recipes": "launcher.cli.recipes",
     "run": "launcher.cli.run",
 }

@@ -1,4 +1,4 @@
-"""What a recipe's file does when it is run by `python`, `torchrun` or `accelerate launch`."""
+"""What a recipe's file does when it is run by Python, torchrun, accelerate or deepspeed."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ def run_standalone(function: Callable[..., Recipe]) -> None:
     @overrides_argument
     @config_option
     @out_option
+    @click.option("--local_rank", "--local-rank", hidden=True, expose_value=False)  # deepspeed's
     def command(overrides: tuple[str, ...], config: Path | None, out: Path | None) -> None:
         try:
             _train(function, overrides, config, out)
@@ -52,15 +53,16 @@ def _train(
     config: Path | None,
     out: Path | None,
 ) -> None:
+    from launcher.accelerate_settings import accelerate_settings
     from launcher.job import describe_run, plan_recipe
     from launcher.machine import read_machine
     from launcher.report.explain import explain
     from launcher.resolve import reference_of
-    from launcher.world import check_accelerate_settings, find_world
+    from launcher.world import find_world
 
     world = find_world()
     reference = reference_of(function)
-    overrides = read_overrides(config, arguments)
+    overrides = (*accelerate_settings(), *read_overrides(config, arguments))
     built, plan = plan_recipe(
         reference,
         overrides,
@@ -68,10 +70,7 @@ def _train(
         nodes=world.nodes,
         nproc_per_node=world.local_world_size,
     )
-    warning = check_accelerate_settings(plan.precision)
     if world.rank == 0:
-        if warning:
-            click.echo(f"launcher: warning: {warning}", err=True)
         click.echo(explain(plan, recipe=reference.shown))
     from launcher.engine.worker import found_rank
 
@@ -82,6 +81,6 @@ def _train(
 def _help(function: Callable[..., Recipe]) -> str:
     sentence = (function.__doc__ or f"Train {function.__name__}.").strip()
     return (
-        f"{sentence}\n\nTrains as the ranks that started it: one process here, as many as torchrun "
-        "or accelerate launch start. `launcher run` uses all GPUs."
+        f"{sentence}\n\nTrains as the ranks that it is started as: one process here, as many as "
+        "torchrun, accelerate launch or deepspeed start. `launcher run` uses all GPUs."
     )

@@ -1,23 +1,26 @@
 """BatchNorm when a batch is split over ranks.
 
-torch's own `SyncBatchNorm` runs on GPUs alone, and counts a micro-batch of weight 0 like any other.
+torch's own `SyncBatchNorm` module runs on GPUs alone, and counts a micro-batch of weight 0 like any
+other; its kernels are used.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional
+from torch.nn.modules._functions import SyncBatchNorm as TorchSyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from launcher.engine.backends.base import Backend
 
 
-class SyncBatchNorm(nn.SyncBatchNorm):
+class SyncBatchNorm(_BatchNorm):
     """BatchNorm whose statistics are over the micro-batches of all ranks together.
 
     Input and output are of shape (N, C, ...), with another N on each rank if need be.
@@ -29,9 +32,9 @@ class SyncBatchNorm(nn.SyncBatchNorm):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # torch's name
         if not self.training:
             return super().forward(input)
-        own = input if self.counts else input[:0]
-        together = super().forward if input.is_cuda else self._over_all_ranks
-        normalised = together(own)
+        own = input if self.counts else input[:0].float()
+        together = self._on_gpus if input.is_cuda else self._on_cpus
+        normalised = together(own, self._share())
         if self.counts:
             return normalised
         scale = None if self.weight is None else self.weight.detach()
@@ -40,34 +43,70 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         # The sum over nothing is 0: it has this rank take part in the others' backward.
         return alone + normalised.sum()
 
-    def _over_all_ranks(self, own: Tensor) -> Tensor:
-        """Normalise `own` in two passes, each with one all-reduce forward and one backward."""
+    def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002  # torch's name
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+
+    def _share(self) -> float:
+        """Return how far the running statistics move, and count this batch among them."""
+        if self.num_batches_tracked is None:
+            return 0.0
+        self.num_batches_tracked.add_(1)
+        return 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+
+    def _on_gpus(self, own: Tensor, share: float) -> Tensor:
+        normalised: Tensor = TorchSyncBatchNorm.apply(
+            own,
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            self.eps,
+            share,
+            dist.group.WORLD,
+            dist.get_world_size(),
+        )
+        return normalised
+
+    def _on_cpus(self, own: Tensor, share: float) -> Tensor:
+        """Normalise in two passes, each with one all-reduce forward and one backward."""
         x = own if own.dtype == torch.float64 else own.float()
         over = [0, *range(2, x.dim())]
         shape = [1, -1] + [1] * (x.dim() - 2)
         count = x.new_full((1,), float(x.numel() // x.size(1)))
-        sums = all_reduce(torch.cat([x.sum(over), count]))
+        sums = _over_ranks(torch.cat([x.sum(over), count]))
         mean, total = sums[:-1] / sums[-1], sums[-1].detach()
         centred = x - mean.view(shape)
-        variance = all_reduce(centred.square().sum(over)) / total
-        self._follow(mean.detach(), variance.detach() * total / (total - 1).clamp(min=1.0))
+        variance = _over_ranks(centred.square().sum(over)) / total
+        if self.running_mean is not None and self.running_var is not None:
+            unbiased = variance.detach() * total / (total - 1).clamp(min=1.0)
+            self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), share)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), share)
         normalised = centred * torch.rsqrt(variance + self.eps).view(shape)
         if self.weight is not None:
             normalised = normalised * self.weight.view(shape) + self.bias.view(shape)
         return normalised.to(own.dtype)
 
-    @torch.no_grad()
-    def _follow(self, mean: Tensor, variance: Tensor) -> None:
-        """Move the running statistics towards those of this batch."""
-        if self.running_mean is None or self.running_var is None:
-            return
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        share = self.momentum
-        if share is None:
-            share = 1.0 / float(self.num_batches_tracked)
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
-        self.running_var.lerp_(variance.to(self.running_var.dtype), share)
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum over ranks, whose gradient is the sum over ranks of the gradients."""
+
+    @staticmethod
+    def forward(_: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total
+
+
+def _over_ranks(values: Tensor) -> Tensor:
+    total: Tensor = _SumOverRanks.apply(values)
+    return total
 
 
 def synchronize(model: nn.Module) -> nn.Module:

@@ -87,9 +87,23 @@ def join(
 
 
 def train_rank(
-    recipe: Recipe, plan: Plan, backend: Backend, run_dir: RunDir, output: Output
+    recipe: Recipe,
+    plan: Plan,
+    backend: Backend,
+    run_dir: RunDir,
+    output: Output,
+    *,
+    last_step: int | None = None,
 ) -> Result:
     """Build what the recipe describes, train it, and write the result.
+
+    Args:
+        recipe: What to train.
+        plan: How; its numbers are those of the recipe.
+        backend: This rank among the others.
+        run_dir: Where to write.
+        output: Where to print.
+        last_step: Steps to take; None is all that are planned.
 
     Raises:
         LauncherError: The recipe or its data is at fault, or the training failed.
@@ -117,14 +131,15 @@ def train_rank(
         batches=batches,
         norms=norms,
     )
+    steps = plan.total_steps if last_step is None else last_step
     is_main = backend.rank == 0
     progress = None
     if is_main:
-        progress = Progress(plan.total_steps, output.terminal, output.log, output.show_through)
+        progress = Progress(steps, output.terminal, output.log, output.show_through)
     recorder = Recorder(run_dir, sampler, recipe.record_samples, progress)
     started = time.perf_counter()
     try:
-        evaluation = train(trainee, recorder)
+        evaluation = train(trainee, recorder, last_step=steps)
     finally:
         recorder.close()
     norms.average(backend)
@@ -132,8 +147,8 @@ def train_rank(
     result = Result(
         evaluation=evaluation,
         train_loss=recorder.last_loss,
-        steps=plan.total_steps,
-        samples=sampler.samples_before(plan.total_steps),
+        steps=steps,
+        samples=sampler.samples_before(steps),
         seconds=time.perf_counter() - started,
     )
     if is_main:

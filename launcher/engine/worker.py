@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import atexit
+import io
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from launcher.engine.backends.base import Backend
 from launcher.engine.failures import fail
+from launcher.engine.inspection import inspect_recipe, write_inspection
 from launcher.engine.logs import open_output
 from launcher.engine.processes import die_with
 from launcher.engine.run import join, train_rank
@@ -40,17 +43,33 @@ def launched_rank(job: Job) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     world = find_world()
     output = open_output(
-        job.run_dir.log(world.rank), own_terminal=True, on_terminal=world.rank == 0
+        job.run_dir.log(world.rank),
+        own_terminal=True,
+        on_terminal=world.rank == 0 and not job.quiet,
     )
+    if job.quiet:
+        output = replace(output, terminal=io.StringIO())
     try:
         recipe = build(resolve(job.recipe), job.overrides).recipe
         os.environ.setdefault("OMP_NUM_THREADS", str(job.plan.threads_per_rank))
         backend, _ = join(recipe, job.plan, world, lambda: job.run_dir)
         _until_exit.append(backend)
-        train_rank(recipe, job.plan, backend, job.run_dir, output)
+        train_rank(recipe, job.plan, backend, job.run_dir, output, last_step=job.last_step)
         backend.close()
     except Exception as error:  # noqa: BLE001  # whatever the recipe's own code raises
         _leave(fail(error, world, job.run_dir, log=output.log, show=None))
+
+
+def launched_inspection(job: Job) -> None:
+    """Inspect the recipe of `job` in this process, and write what is found to its run folder."""
+    die_with(job.launcher_pid)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    output = open_output(job.run_dir.log(0), own_terminal=True, on_terminal=False)
+    try:
+        recipe = build(resolve(job.recipe), job.overrides).recipe
+        write_inspection(inspect_recipe(recipe), job.run_dir)
+    except Exception as error:  # noqa: BLE001  # whatever the recipe's own code raises
+        _leave(fail(error, World(), job.run_dir, log=output.log, show=None))
 
 
 def found_rank(

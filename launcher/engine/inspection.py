@@ -1,0 +1,123 @@
+"""Why a recipe's steps would depend on the split: it is tried out on a few samples, in one process.
+
+Four properties are what the promise rests on, and each is tested for what it is rather than looked
+up: a sample is the same whenever it is read; the loss of two batches together is the sum of theirs;
+in training a sample's outputs do not depend on the others; and they draw no random numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._pytree import tree_leaves
+
+from launcher.engine.data import Reader, sample_count
+from launcher.engine.randomness import seed_all
+from launcher.engine.sampler import Request
+from launcher.recipe import Recipe
+from launcher.rundir import RunDir, write_json
+
+_SAMPLES = 8
+_TOLERANCE = 1e-3
+"""Relative; far above rounding, far below the effects looked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What was found; each is a reason for steps that depend on the split."""
+
+    changing_samples: list[int]
+    """Samples that were another when they were read again."""
+
+    loss_is_mean: bool
+    """Whether the loss over two halves has the mean of theirs rather than the sum."""
+
+    loss_is_no_sum: bool
+    """Whether it is neither."""
+
+    batch_norms: list[str]
+    """Names of BatchNorm modules."""
+
+    coupled: bool
+    """Whether in training a sample's loss depends on the others in its micro-batch."""
+
+    dropouts: list[str]
+    """Names of modules that drop out."""
+
+    random: bool
+    """Whether in training the loss of a batch changes with the seed."""
+
+
+def inspect_recipe(recipe: Recipe) -> Inspection:
+    """Try out the recipe's data, model and loss on a few training samples, on the CPU."""
+    seed_all(recipe.seed)
+    data = recipe.data()
+    taken = list(range(min(_SAMPLES, sample_count(data.train, "train"))))
+    half = max(len(taken) // 2, 1)
+    reader, again = Reader(recipe, data), Reader(recipe, recipe.data())
+    changing = [
+        index
+        for index in reversed(taken)  # another order, as on other ranks
+        if not _same(_read(reader, [index]), _read(again, [index]))
+    ]
+    whole, *parts = (_read(reader, part) for part in (taken, taken[:half], taken[half:]))
+    seed_all(recipe.seed)
+    model = recipe.model()
+
+    def loss(batch: Any, seed: int = 0) -> float:
+        torch.manual_seed(seed)
+        return float(recipe.loss(recipe.forward(model, batch), batch)[0])
+
+    with torch.no_grad():
+        model.eval()
+        together, added = loss(whole), sum(map(loss, parts))
+        is_sum = _close(together, added) or bool(changing)
+        is_mean = not is_sum and _close(together, added / 2)
+        model.train()
+        coupled = is_sum and not _close(loss(whole), sum(map(loss, parts)))
+        random = not _close(loss(whole, seed=1), loss(whole, seed=2))
+    return Inspection(
+        changing_samples=sorted(changing),
+        loss_is_mean=is_mean,
+        loss_is_no_sum=not is_sum and not is_mean,
+        batch_norms=_names(model, _BatchNorm),
+        coupled=coupled and not random and not changing,
+        dropouts=[name for name in _names(model, _DropoutNd) if model.get_submodule(name).p],
+        random=random,
+    )
+
+
+def write_inspection(inspection: Inspection, run_dir: RunDir) -> None:
+    """Leave what was found in the run folder."""
+    write_json(run_dir.inspection, asdict(inspection))
+
+
+def read_inspection(run_dir: RunDir) -> Inspection:
+    """Return what an inspection left in the run folder."""
+    return Inspection(**json.loads(run_dir.inspection.read_text(encoding="utf-8")))
+
+
+def _read(reader: Reader, indices: list[int]) -> Any:
+    answer = reader[Request("train", 0, indices, counts=True)]
+    if isinstance(answer, Exception):
+        raise answer
+    return answer.batch
+
+
+def _same(one: Any, other: Any) -> bool:
+    pairs = zip(tree_leaves(one), tree_leaves(other), strict=True)
+    return all(torch.equal(a, b) if isinstance(a, Tensor) else bool(a == b) for a, b in pairs)
+
+
+def _close(one: float, other: float) -> bool:
+    return abs(one - other) <= _TOLERANCE * max(abs(one), abs(other), 1e-12)
+
+
+def _names(model: nn.Module, kind: type[nn.Module]) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, kind)]

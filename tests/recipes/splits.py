@@ -1,0 +1,76 @@
+"""Recipes for the tests whose steps do depend on the split, each for one reason."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from worlds import Noisy, build_model, cross_entropy, worlds
+
+from launcher import Data, Recipe, constant
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def batch_norm() -> Recipe:
+    """BatchNorm in blocks, all batches of 50."""
+    return replace(
+        worlds(), name="batch_norm", model=build_batch_norm, batch_size=50, schedule=constant()
+    )
+
+
+def dropout() -> Recipe:
+    """A layer that drops out."""
+    return replace(worlds(), name="dropout", model=build_dropout)
+
+
+def mean() -> Recipe:
+    """A loss that returns a mean."""
+    return replace(worlds(), name="mean", loss=mean_loss)
+
+
+def unseeded() -> Recipe:
+    """Augmentation from the operating system's randomness."""
+    return replace(worlds(), name="unseeded", data=lambda: Data(train=Unseeded(0, 250, 0.0)))
+
+
+class Unseeded(Noisy):
+    """Digits with noise that no seed decides."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = super().__getitem__(index)
+        return image + random.SystemRandom().gauss(0, 0.5), label
+
+
+def mean_loss(logits: Tensor, batch: Any) -> tuple[Tensor, int]:
+    """Return the mean, and the number of samples it is not the sum over."""
+    total, count = cross_entropy(logits, batch)
+    return total / count, count
+
+
+def build_dropout() -> nn.Module:
+    """Return the plain net with half of its logits dropped."""
+    from torch import nn
+
+    return nn.Sequential(build_model(), nn.Dropout(0.5))
+
+
+def build_batch_norm() -> nn.Module:
+    """Images (N, 1, 8, 8) to logits (N, 10), through two blocks with BatchNorm."""
+    from torch import nn
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(8, 8, 3, padding=1)
+            self.norm = nn.BatchNorm2d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + nn.functional.relu(self.norm(self.conv(x)))
+
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.Sequential(Block(), Block()), nn.Flatten(),
+        nn.Linear(8 * 64, 10),
+    )  # fmt: skip
