@@ -1,7 +1,7 @@
-"""Every configuration of the matrix, one after the other, on the ranks that this is started as.
+"""Many configurations, one after the other, on the ranks that this is started as.
 
-A program for test_matrix.py: it forms one process group and trains them all in it, so that ranks
-and imports are paid once.
+A program for test_matrix.py and test_features.py: it forms one process group and trains them all in
+it, so that ranks and imports are paid once.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent / "recipes"))
 
+from splits import batch_norm
 from worlds import tokens, worlds
 
 from launcher import Recipe, adamw, make_plan, read_machine, sgd
@@ -22,46 +24,50 @@ from launcher.rundir import RunDir, create_run_dir
 from launcher.strategy import STRATEGIES
 from launcher.world import find_world
 
-WORLDS = (1, 2, 3, 4)
-OPTIMIZERS = {
-    "sgd": sgd(momentum=0.9, weight_decay=1e-4, decay_1d=False),
-    "adamw": adamw(weight_decay=0.1),
+RECIPES = {"worlds": worlds, "tokens": tokens, "batch_norm": batch_norm}
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "sgd": {
+        "optimizer": sgd(momentum=0.9, weight_decay=1e-4, decay_1d=False),
+        "lr": 0.1,
+        "max_grad_norm": None,
+    },
+    "adamw": {"optimizer": adamw(weight_decay=0.1), "lr": 0.003, "max_grad_norm": 0.5},
 }
-RATES = {"sgd": 0.1, "adamw": 0.003}
-CLIPPED = {"sgd": None, "adamw": 0.5}
 
 
 @dataclass(frozen=True)
 class Case:
     """One configuration on a number of ranks."""
 
-    name: str
-    strategy: str
-    accumulation: int
-    optimizer: str
+    recipe: str
+    strategy: str = "ddp"
+    accumulation: int = 1
+    optimizer: str = "sgd"
+    options: tuple[tuple[str, Any], ...] = ()
 
     @property
     def key(self) -> str:
-        return f"{self.name}-{self.strategy}-x{self.accumulation}-{self.optimizer}"
+        options = "".join(f"-{name}={value}" for name, value in self.options)
+        return f"{self.recipe}-{self.strategy}-x{self.accumulation}-{self.optimizer}{options}"
 
-    def recipe(self, ranks: int) -> Recipe:
+    def make(self, ranks: int) -> Recipe:
         """Return the recipe, with as many micro-batches as asked for in a whole batch."""
-        base = {"worlds": worlds, "tokens": tokens}[self.name]()
-        return replace(
-            base,
-            strategy=self.strategy,  # type: ignore[arg-type]
-            micro_batch_size=-(-62 // (ranks * self.accumulation)),
-            optimizer=OPTIMIZERS[self.optimizer],
-            lr=RATES[self.optimizer],
-            max_grad_norm=CLIPPED[self.optimizer],
-            epochs=2,
-        )
+        base = RECIPES[self.recipe]()
+        assert base.batch_size is not None
+        changes: dict[str, Any] = {
+            "strategy": self.strategy,
+            "micro_batch_size": -(-base.batch_size // (ranks * self.accumulation)),
+            "epochs": 2,
+            **OPTIMIZERS[self.optimizer],
+            **dict(self.options),
+        }
+        return replace(base, **changes)
 
 
-def cases(ranks: int) -> Iterator[Case]:
-    """Yield the cases that a number of ranks can run."""
+def matrix(ranks: int) -> Iterator[Case]:
+    """Yield every strategy with and without accumulation under both optimizers."""
     if ranks == 1:
-        yield Case("tokens", "ddp", 1, "adamw")  # what the others with tokens are compared with
+        yield Case("tokens", optimizer="adamw")  # what the others with tokens are compared with
     for strategy in STRATEGIES:
         if strategy == "fsdp" and ranks == 1:
             continue
@@ -71,16 +77,41 @@ def cases(ranks: int) -> Iterator[Case]:
         yield Case("tokens", strategy, 3, "adamw")
 
 
-def train_all(folder: Path) -> None:
-    """Train each case into a folder of its own."""
+SYNCED = ("sync_batchnorm", True)
+RECOMPUTED = ("activation_checkpointing", True)
+
+
+def features(ranks: int) -> Iterator[Case]:
+    """Yield the settings for speed and memory under the strategies they go with."""
+    for strategy in ("ddp",) if ranks == 1 else ("ddp", "fsdp", "zero2", "zero3"):
+        for precision in ("bf16", "fp16"):
+            yield Case("worlds", strategy, options=(("precision", precision),))
+        yield Case("worlds", strategy, options=(("channels_last", True),))
+        yield Case("batch_norm", strategy, options=(SYNCED,))
+        yield Case("batch_norm", strategy, options=(SYNCED, RECOMPUTED))
+        if strategy != "ddp":
+            yield Case("worlds", strategy, 3, "adamw", options=(("offload", "cpu"),))
+    if ranks == 1:
+        yield Case("worlds")
+        yield Case("worlds", optimizer="adamw")
+        yield Case("batch_norm")
+    else:
+        yield Case("batch_norm", "fsdp", options=(SYNCED, ("compile", True)))
+
+
+SUITES = {"matrix": matrix, "features": features}
+
+
+def train_all(suite: str, folder: Path) -> None:
+    """Train each case of a suite into a folder of its own."""
     from launcher.engine.logs import Output
     from launcher.engine.run import join, train_rank
 
     world = find_world()
     output = Output(terminal=io.StringIO(), errors=io.StringIO(), log=io.StringIO())
     kept = []  # backends hold the process group, which is the same for all
-    for case in cases(world.world_size):
-        recipe = case.recipe(world.world_size)
+    for case in SUITES[suite](world.world_size):
+        recipe = case.make(world.world_size)
         plan = make_plan(recipe, read_machine(), nproc_per_node=world.world_size)
 
         def make_run_dir(key: str = case.key) -> RunDir:
@@ -94,4 +125,4 @@ def train_all(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    train_all(Path(sys.argv[1]))
+    train_all(sys.argv[1], Path(sys.argv[2]))

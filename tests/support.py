@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,18 @@ class Commands:
         hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "ACCELERATE_", "SLURM_", "OMP_")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
         return kept | {MARK: self.mark, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+
+
+def train_suite(run: Commands, suite: str, worlds: Sequence[int]) -> Path:
+    """Train a suite of matrix.py on numbers of ranks; return where folders on1, on2, ... are."""
+    for ranks in worlds:
+        done = run(
+            *("torchrun", "--standalone", "--nproc-per-node", str(ranks)),
+            *(ROOT / "tests/matrix.py", suite, f"on{ranks}"),
+            timeout=400,
+        )
+        assert done.exit_code == 0, done.stdout + done.stderr
+    return run.folder
 
 
 def processes_of(mark: str) -> list[str]:

@@ -16,9 +16,20 @@ class LossScaler:
     every strategy, which `GradScaler` does not promise where gradients are sharded.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, world_size: int) -> None:
         self.scale = _FIRST_SCALE
+        self._world_size = world_size
         self._good_steps = 0
+
+    @property
+    def factor(self) -> float:
+        """What every loss is multiplied by, and the averaged gradient divided by.
+
+        The loop's weights hold the world size, which averaging over ranks takes out again. Taken
+        out here, the gradients of a sample are the same numbers on any number of ranks, and
+        overflow on all of them or none.
+        """
+        return self.scale / self._world_size
 
     @property
     def is_exhausted(self) -> bool:

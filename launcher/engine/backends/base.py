@@ -30,7 +30,7 @@ class Backend(ABC):
         self.recipe = recipe
         self.plan = plan
         self.device = device
-        self.scaler = LossScaler() if plan.precision == "fp16" else None
+        self.scaler = LossScaler(plan.world_size) if plan.precision == "fp16" else None
         """Of fp16 alone."""
         self._dtype = (
             getattr(torch, AUTOCAST[plan.precision]) if plan.precision in AUTOCAST else None
@@ -104,7 +104,7 @@ class Backend(ABC):
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`; over the ranks it is averaged."""
         if self.scaler is not None:
-            loss = loss * self.scaler.scale
+            loss = loss * self.scaler.factor
         loss.backward()
 
     def apply(self, optimizer: Optimizer, max_grad_norm: float | None) -> Tensor:
@@ -122,8 +122,8 @@ class Backend(ABC):
         norm = self.norm(grads)
         fits = True
         if self.scaler is not None:
-            torch._foreach_mul_(grads, 1 / self.scaler.scale)
-            norm = norm / self.scaler.scale
+            torch._foreach_mul_(grads, 1 / self.scaler.factor)
+            norm = norm / self.scaler.factor
             fits = bool(norm.isfinite())
             self.scaler.update(finite=fits)
         if fits:

@@ -13,6 +13,7 @@ import deepspeed.ops
 import torch
 import torch.distributed as dist
 from accelerate.utils import DeepSpeedPlugin, DistributedType
+from deepspeed.runtime import torch_autocast
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import GatheredParameters
 from torch import Tensor, nn
@@ -64,6 +65,8 @@ class DeepSpeedBackend(GroupBackend):
                 f"and {type(optimizer).__name__} needs them in their shape. Use strategy=fsdp or "
                 "ddp, or an optimizer that works element by element, such as adamw() or sgd()."
             )
+        # Of the process rather than of the engine: an earlier one may have trained in fp16.
+        torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
         engine, _ = self._accelerator.prepare(model, optimizer)
         if not isinstance(engine, DeepSpeedEngine):
             raise WorldError(
@@ -85,7 +88,7 @@ class DeepSpeedBackend(GroupBackend):
 
     def backward(self, loss: Tensor) -> None:
         if self.scaler is not None:
-            self._engine.optimizer.override_loss_scale(self.scaler.scale)
+            self._engine.optimizer.override_loss_scale(self.scaler.factor)
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def apply(self, optimizer: Optimizer, max_grad_norm: float | None) -> Tensor:

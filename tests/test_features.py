@@ -1,0 +1,49 @@
+"""The settings for speed and memory: under every strategy they change speed and memory alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from matrix import Case, features
+from support import Commands, read_lines, train_suite
+
+from launcher.engine.compare import compare, read_trace
+from launcher.prove import TOLERANCES
+from launcher.rundir import RunDir
+
+WORLDS = (1, 2, 3)
+CASES = [(ranks, case) for ranks in WORLDS for case in features(ranks)]
+
+
+@pytest.fixture(scope="module")
+def trained(module_run: Commands) -> Path:
+    """Train every case, one number of ranks after the other."""
+    return train_suite(module_run, "features", WORLDS)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "case"), CASES, ids=[f"{ranks}-{case.key}" for ranks, case in CASES]
+)
+def test_a_setting_changes_no_step(trained: Path, ranks: int, case: Case) -> None:
+    """The steps are those of one process without it, to the rounding of the precision."""
+    plain = replace(case, strategy="ddp", accumulation=1, options=())
+    wanted = read_trace(RunDir(trained / "on1" / plain.key))
+    found = read_trace(RunDir(trained / f"on{ranks}" / case.key))
+    precision = str(dict(case.options).get("precision", "fp32"))
+    difference = compare(wanted, found, TOLERANCES[precision])
+    assert difference.agrees, difference
+    if precision != "fp32":
+        assert difference.loss > 1e-6, "it did not compute in that precision"
+
+
+def test_every_strategy_evaluates_alike(trained: Path) -> None:
+    """BatchNorm's running statistics are the same on all ranks, so that evaluations are."""
+    values = {
+        case.key: read_lines(trained / f"on{ranks}" / case.key / "metrics.jsonl")[-1]["evaluation"]
+        for ranks, case in CASES
+        if case.recipe == "batch_norm"
+    }
+    losses = [value["loss"] for value in values.values()]
+    assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-4), values
