@@ -111,16 +111,22 @@ def _numbered(path: Path) -> list[Path]:
 def write_atomic(path: Path, text: str) -> None:
     """Write `text` so that `path` holds all of it or is untouched, also after a power failure.
 
+    What is no file, such as /dev/stdout, is written to as it is.
+
     Raises:
         RunDirError: The disk is full, or the folder has gone or cannot be written.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    target = path.resolve()
+    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
+        if path.exists() and not path.is_file():
+            path.write_text(text, encoding="utf-8")
+            return
         with beside.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
+        beside.replace(target)
     except OSError as error:
         raise RunDirError(f"Cannot write {path}: {error.strerror}.") from None
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,14 @@ def module_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
     mark = f"{os.getpid()}-{folder}"
     yield Commands(folder, mark)
     fail_on_leftovers(mark)
+
+
+@pytest.fixture
+def free_port() -> int:
+    """Return a port that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 @pytest.fixture(autouse=True)

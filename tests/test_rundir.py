@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,22 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
         write_atomic(path, "\ud800")
     assert path.read_text() == '{\n  "a": 1\n}\n'
     assert [entry.name for entry in tmp_path.iterdir()] == ["value.json"]
+
+
+def test_links_and_devices_stay_what_they_are(tmp_path: Path) -> None:
+    """A link still leads to its file, and a pipe is written to rather than replaced."""
+    (tmp_path / "file").touch()
+    link, pipe = tmp_path / "link", tmp_path / "pipe"
+    link.symlink_to("file")
+    write_atomic(link, "text")
+    assert link.is_symlink()
+    assert (tmp_path / "file").read_text() == "text"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_atomic(pipe, "text")
+    assert os.read(reader, 9) == b"text"
+    os.close(reader)
+    assert pipe.is_fifo()
 
 
 def test_the_first_failure_stays(tmp_path: Path) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -17,8 +18,13 @@ from launcher.cli.arguments import (
 )
 from launcher.errors import PlanError, UsageError
 
+if TYPE_CHECKING:
+    from launcher.plan import Plan
 
-@click.command(cls=SettingsCommand)
+
+@click.command(
+    cls=SettingsCommand, short_help="Write a plan as Accelerate's and DeepSpeed's files."
+)
 @click.argument("recipe")
 @overrides_argument
 @nproc_option
@@ -47,6 +53,9 @@ def command(
 ) -> None:
     """Write the plan of RECIPE as configuration files in which every value is resolved.
 
+    The files say how ranks are started and what is sharded. What else the recipe sets stays with
+    it, so the command that is printed at the end repeats the settings given here.
+
     \b
     launcher export digits -n 4 --accelerate accelerate.yaml
     launcher export digits strategy=zero2 --accelerate zero2.yaml --deepspeed zero2.json
@@ -64,9 +73,10 @@ def command(
             "Say what to write: --accelerate FILE.yaml, --deepspeed FILE.json or both."
         )
     reference = resolve(recipe)
+    given = read_overrides(config, overrides)
     built, plan = plan_recipe(
         reference,
-        read_overrides(config, overrides),
+        given,
         read_machine(),
         nodes=nodes,
         nproc_per_node=nproc_per_node,
@@ -84,12 +94,32 @@ def command(
         values = accelerate_config(built.recipe, plan, deepspeed_file=file)
         head = f"# launcher export: {plan.recipe}, {_ranks(plan)}, strategy={plan.strategy}\n"
         _write(accelerate, head + yaml.safe_dump(values, sort_keys=False))
+        how = ["--config_file", str(accelerate)]
+    else:
+        how = ["--use_deepspeed", "--deepspeed_config_file", str(deepspeed)]
+        how += ["--num_processes", str(plan.world_size)]
+    settings = [*(["--config", str(config)] if config else []), *overrides]
+    click.echo(f"launch: {_command(plan, how, _program(reference.shown), settings)}")
 
 
-def _ranks(plan: Any) -> str:
+def _program(recipe: str) -> list[str]:
+    place = recipe.rpartition(":")[0]
+    return [place] if place.endswith(".py") else ["-m", place]
+
+
+def _command(plan: Plan, how: list[str], program: list[str], settings: list[str]) -> str:
+    """Return the command that starts the ranks of one node."""
+    words = ["accelerate", "launch", *how]
+    if plan.nodes == 1:
+        return shlex.join([*words, *program, *settings])
+    several = "--machine_rank RANK_OF_NODE --main_process_ip FIRST_NODE --main_process_port PORT"
+    return f"{shlex.join(words)} {several} {shlex.join([*program, *settings])}"
+
+
+def _ranks(plan: Plan) -> str:
     from launcher.reasons import ranks_text
 
-    return ranks_text(plan.nodes, plan.nproc_per_node)
+    return f"{ranks_text(plan.nodes, plan.nproc_per_node)} ranks"
 
 
 def _write(path: Path, text: str) -> None:

@@ -16,7 +16,7 @@ from launcher.cli.arguments import (
 )
 
 
-@click.command(cls=SettingsCommand)
+@click.command(cls=SettingsCommand, short_help="Print what a run would be, with the arithmetic.")
 @click.argument("recipe")
 @overrides_argument
 @nproc_option

@@ -17,6 +17,7 @@ from launcher.cli.arguments import (
 )
 from launcher.errors import EXIT_FAILED, UsageError
 from launcher.launch import EXIT_BY_SIGNAL
+from launcher.overrides import Override
 
 _STEPS = 10
 
@@ -30,10 +31,12 @@ class _List(click.ParamType[tuple[str, ...]]):
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[str, ...]:
         pieces = (piece.strip() for piece in str(value).split(","))
-        return tuple(dict.fromkeys(piece for piece in pieces if piece))
+        return tuple(dict.fromkeys(piece for piece in pieces if piece)) or self.fail(
+            "expected values with commas between them, found none."
+        )
 
 
-@click.command(cls=SettingsCommand)
+@click.command(cls=SettingsCommand, short_help="Compare the steps of many ranks and strategies.")
 @click.argument("recipe")
 @overrides_argument
 @click.option(
@@ -97,6 +100,7 @@ def command(
 
     reference, machine = resolve(recipe), read_machine()
     given = read_overrides(config, overrides)
+    _refuse_strategy(given)
     numbers = _numbers(worlds) or [n for n in (1, 2, 4, 8) if n <= (machine.num_gpus or 4)]
     folder = create_run_dir(out, f"prove-{reference.function.__name__}").path
     try:
@@ -133,6 +137,14 @@ def command(
     elif not as_json:
         click.echo(f"run folders: {folder}")
     return 0 if agree else EXIT_FAILED
+
+
+def _refuse_strategy(given: tuple[Override, ...]) -> None:
+    if named := [override for override in given if override.name == "strategy"]:
+        raise UsageError(
+            f"{named[-1]}: what is compared is said by --strategies {named[-1].value}, or with "
+            "several that are separated by commas."
+        )
 
 
 def _numbers(worlds: tuple[str, ...] | None) -> list[int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 
-@click.command()
+@click.command(short_help="List what there is to train.")
 def command() -> None:
     """List the recipes in ./recipes and those that launcher ships, a line each."""
     from launcher.resolve import BUNDLED, list_recipes

@@ -18,7 +18,7 @@ from launcher.cli.arguments import (
 )
 
 
-@click.command(cls=SettingsCommand)
+@click.command(cls=SettingsCommand, short_help="Train a recipe.")
 @click.argument("recipe")
 @overrides_argument
 @nproc_option
