@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from launcher import Recipe, make_plan, read_machine
 from launcher.engine.order import Permutation, elements_at
-from launcher.engine.sampler import Sampler
+from launcher.engine.sampler import Request, Sampler
 from launcher.seeds import derive
 
 
@@ -93,6 +94,11 @@ def samplers(world_size: int, **changes: Any) -> list[Sampler]:
     ]
 
 
+def requests_of(sampler: Sampler, step: int) -> list[Request]:
+    """Return the requests of one step."""
+    return list(itertools.islice(sampler.requests(step), sampler.micro_steps(step)))
+
+
 @pytest.mark.parametrize("world_size", [1, 3, 5, 16])
 @pytest.mark.parametrize("micro_batch_size", [None, 1, 3])
 def test_all_ranks_together_take_each_sample_once(
@@ -102,8 +108,8 @@ def test_all_ranks_together_take_each_sample_once(
     alone = samplers(1)[0]
     ranks = samplers(world_size, micro_batch_size=micro_batch_size)
     for step in range(8):
-        wanted = alone.training(step)[0].indices
-        requests = [rank.training(step) for rank in ranks]
+        wanted = requests_of(alone, step)[0].indices
+        requests = [requests_of(rank, step) for rank in ranks]
         assert len({len(own) for own in requests}) == 1, "as many micro-steps on every rank"
         taken = [index for own in requests for each in own if each.counts for index in each.indices]
         assert taken == wanted
@@ -119,11 +125,11 @@ def test_the_stream_is_what_the_steps_ask_for() -> None:
     for sampler in samplers(3, micro_batch_size=2):
         wanted = []
         for step in range(8):
-            wanted += sampler.training(step)
+            wanted += requests_of(sampler, step)
             if step in (3, 7):
                 wanted += list(sampler.evaluation())
         assert list(sampler.requests()) == wanted
-        middle = wanted.index(sampler.training(5)[0])
+        middle = wanted.index(requests_of(sampler, 5)[0])
         assert list(sampler.requests(first_step=5)) == wanted[middle:]
 
 

@@ -105,12 +105,13 @@ def test_a_tensor_data_set_collates_as_ever() -> None:
 def test_items_are_counted() -> None:
     """Samples count as items unless the recipe counts otherwise; a ghost counts nothing."""
     data = TensorDataset(torch.arange(10))
-    assert read(data, 1, 2)[1:] == (2, 2)
+    assert read(data, 1, 2).items == 2
     counting = reader(data, count=lambda batch: int(batch[0].sum()))
-    for counts, numbers in ((True, (2, 3)), (False, (0, 0))):
-        answer = counting[request(1, 2, counts=counts)]
+    for counts, items in ((True, 3), (False, 0)):
+        asked = request(1, 2, counts=counts)
+        answer = counting[asked]
         assert isinstance(answer, MicroBatch)
-        assert answer[1:] == numbers
+        assert (answer.request, answer.counts, answer.items) == (asked, counts, items)
 
 
 def test_a_failing_sample_is_named() -> None:

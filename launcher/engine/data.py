@@ -24,11 +24,15 @@ class MicroBatch(NamedTuple):
     batch: Any
     """The collated samples."""
 
-    samples: int
-    """How many samples of it count; 0 where it has weight 0."""
+    request: Request
 
     items: int
     """How many items the loss counts in it: samples, or what the recipe's `count` says."""
+
+    @property
+    def counts(self) -> bool:
+        """Whether it has a weight in its step."""
+        return self.request.counts
 
 
 def sample_count(data: Any, split: str) -> int:
@@ -83,11 +87,10 @@ class Reader(Dataset[MicroBatch | SampleError]):
             batch = [tensor[request.indices] for tensor in dataset.tensors]
         else:
             batch = self._collate(self._read(dataset, request))
-        samples = len(request.indices) if request.counts else 0
-        items = samples
-        if self._count is not None:
-            items = int(self._count(batch)) if request.counts else 0
-        return MicroBatch(batch, samples, items)
+        items = 0
+        if request.counts:
+            items = len(request.indices) if self._count is None else int(self._count(batch))
+        return MicroBatch(batch, request, items)
 
     def _read(self, dataset: Any, request: Request) -> list[Any]:
         before = Generators()

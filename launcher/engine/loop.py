@@ -27,6 +27,9 @@ from launcher.recipe import Recipe
 class Listener(Protocol):
     """Hears what the loop measured, on every rank, in the order of the steps."""
 
+    def took(self, step: int, micro_batches: list[MicroBatch]) -> None:
+        """This rank has taken these in step number `step`."""
+
     def stepped(self, rows: list[StepRow]) -> None:
         """Some steps were taken."""
 
@@ -88,19 +91,20 @@ def train(
             batch = backend.to_device(micro_batch.batch)
             with (
                 backend.micro_step(last=number == len(taken)),
-                contextlib.nullcontext() if micro_batch.samples else norms.ignoring_samples(),
+                contextlib.nullcontext() if micro_batch.counts else norms.ignoring_samples(),
             ):
                 with backend.autocast():
                     loss_sum, count = _sum_and_count(
                         recipe.loss, recipe.forward(model, batch), batch
                     )
                 # Gradients are averaged over ranks: world_size in the weight makes that a sum.
-                backend.backward(loss_sum * (weight if micro_batch.samples else 0.0))
-            if micro_batch.samples:
+                backend.backward(loss_sum * (weight if micro_batch.counts else 0.0))
+            if micro_batch.counts:
                 sums.append(loss_sum.detach())
                 counts.append(count)
         grad_norm = backend.apply(optimizer, recipe.max_grad_norm)
         # ------------------------------------------------------------------------------------
+        listener.took(step + 1, taken)
         meter.add(
             step=step + 1,
             epoch=sampler.epoch_of(step) + 1,
@@ -139,7 +143,7 @@ def evaluate(trainee: Trainee) -> dict[str, float]:
         with backend.autocast():
             outputs = recipe.forward(model, batch)
             found = [_sum_and_count(each, outputs, batch) for each in functions.values()]
-        if micro_batch.samples:
+        if micro_batch.counts:
             totals += torch.stack([_pair(pair, backend.device) for pair in found])
     model.train()
     sums = backend.sum(totals).tolist()

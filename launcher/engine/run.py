@@ -136,7 +136,7 @@ def train_rank(
     progress = None
     if is_main:
         progress = Progress(steps, output.terminal, output.log, output.show_through)
-    recorder = Recorder(run_dir, sampler, recipe.record_samples, progress)
+    recorder = Recorder(run_dir, backend.rank, recipe.record_samples, progress)
     started = time.perf_counter()
     try:
         evaluation = train(trainee, recorder, last_step=steps)

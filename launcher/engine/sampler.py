@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from launcher.batch import ceil_div, micro_batch, num_micro_steps
 from launcher.engine.order import elements_at
@@ -21,7 +21,8 @@ _GHOST_SAMPLES = 2
 """Samples of an empty micro-batch: two, because BatchNorm refuses to train on one."""
 
 
-class Request(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Request:
     """One micro-batch that a rank asks its DataLoader for."""
 
     split: Literal["train", "evaluation"]
@@ -88,10 +89,6 @@ class Sampler:
                 if self.plan.evaluates_after(step):
                     yield from self.evaluation()
                 step += 1
-
-    def training(self, step: int) -> list[Request]:
-        """Return the requests of one step."""
-        return next(self._training(range(step, step + 1)))
 
     def evaluation(self) -> Iterator[Request]:
         """Yield the requests of one evaluation, as many on every rank."""

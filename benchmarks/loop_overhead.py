@@ -1,0 +1,94 @@
+"""What a training loop costs beyond the step itself, against a plain PyTorch loop.
+
+    python benchmarks/loop_overhead.py
+
+Every contestant trains the recipe in tiny.py, whose net is so small that the loop is most of a
+step: the same samples in the same order, read a batch at once, the same fused optimizer and
+schedule. The clock is in the net. Losses are compared before times are. Contestants take turns,
+and the median over the turns counts.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from statistics import median
+
+import click
+from contest import CONTESTANTS, HERE, Names, Numbers, installed, print_table, train
+from tiny import BATCH_SIZE
+
+from launcher.engine.compare import read_trace
+
+TOLERANCE = 1e-4
+"""Of a loss, relative to the first: rounding has thousands of steps to grow."""
+
+
+@click.command()
+@click.option("--ranks", type=Numbers(), default="1,2", show_default=True)
+@click.option("--turns", type=click.IntRange(min=1), default=7, show_default=True)
+@click.option("--epochs", type=click.IntRange(min=20), default=30, show_default=True)
+@click.option("--only", type=Names(CONTESTANTS), default=",".join(CONTESTANTS))
+def main(ranks: list[int], turns: int, epochs: int, only: list[str]) -> None:
+    """Print microseconds per step of each framework, and their ratio to a plain loop's."""
+    names = installed(list(dict.fromkeys(["torch", *only])))
+    folder = Path(tempfile.mkdtemp(prefix="loop_overhead-"))
+    try:
+        for number in ranks:
+            print(f"\n{number} process{'es' if number > 1 else ''}, medians of {turns}\n")
+            times, gaps = measure(names, number, turns, epochs, folder)
+            rows = []
+            for name in names:
+                own = sorted(times[name])
+                rows.append(
+                    [
+                        CONTESTANTS[name].title,
+                        f"{median(own):,.0f}",
+                        f"{own[0]:,.0f} - {own[-1]:,.0f}",
+                        f"{median(own) / median(times['torch']):.2f}",
+                        f"{gaps[name]:.1e}" if name != "torch" else "",
+                    ]
+                )
+            print_table(["loop", "us per step", "range", "ratio", "loss differs by"], rows)
+    finally:
+        shutil.rmtree(folder)
+
+
+def measure(
+    names: list[str], ranks: int, turns: int, epochs: int, folder: Path
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Return the microseconds per step of each contestant's turns, and how far losses differ.
+
+    Raises:
+        click.ClickException: A contestant failed, or trained something else.
+    """
+    times: dict[str, list[float]] = {name: [] for name in names}
+    gaps: dict[str, float] = {}
+    wanted: list[float] = []
+    for turn in range(turns):
+        for name in names:
+            out = folder / f"{name}-{ranks}-{turn}"
+            clock = folder / "seconds"
+            run_dir = train(
+                name,
+                str(HERE / "tiny.py"),
+                out,
+                ranks=ranks,
+                settings=[f"seconds={clock}", f"epochs={epochs}"],
+                options=["--same-order", "--batch-size", str(BATCH_SIZE // ranks)],
+            )
+            times[name].append(float(clock.read_text()) * 1e6)
+            losses = read_trace(run_dir).loss
+            wanted = wanted or losses
+            gap = max(abs(a - b) for a, b in zip(losses, wanted, strict=True)) / wanted[0]
+            if gap > TOLERANCE:
+                raise click.ClickException(f"{name} on {ranks}: a loss differs by {gap:.1e}.")
+            gaps[name] = max(gaps.get(name, 0.0), gap)
+            clock.unlink()
+            shutil.rmtree(out)
+    return times, gaps
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""A recipe whose step is almost only the loop around it: digits as vectors, a tiny net."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from launcher import Data, Recipe, one_cycle, sgd
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+TRAIN_SAMPLES = 1408
+BATCH_SIZE = 32
+WARM_UP = 400
+
+
+def tiny(*, seconds: str, epochs: int = 60) -> Recipe:
+    """Digits as vectors, one hidden layer; `seconds` names the file for the time of a step."""
+    last = epochs * TRAIN_SAMPLES // BATCH_SIZE
+    return Recipe(
+        name="tiny",
+        model=lambda: build_model(Path(seconds), last),
+        data=build_data,
+        loss=cross_entropy,
+        optimizer=sgd(momentum=0.9),
+        schedule=one_cycle(),
+        batch_size=BATCH_SIZE,
+        lr=0.05,
+        lr_batch_size=BATCH_SIZE,
+        epochs=epochs,
+        train_samples=TRAIN_SAMPLES,
+        in_memory=True,
+    )
+
+
+def build_model(seconds: Path, last: int) -> nn.Module:
+    """Return the net: (N, 64) to logits (N, 10), with a clock in it.
+
+    In call `last` it writes to `seconds`, on every rank, the mean time from call to call since
+    `WARM_UP`.
+    """
+    from torch import nn
+
+    class Timed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
+            self.calls = 0
+            self.since = 0.0
+
+        def forward(self, vectors: Tensor) -> Tensor:
+            self.calls += 1
+            if self.calls == WARM_UP:
+                self.since = perf_counter()
+            elif self.calls == last:
+                seconds.write_text(str((perf_counter() - self.since) / (last - WARM_UP)))
+            logits: Tensor = self.layers(vectors)
+            return logits
+
+    return Timed()
+
+
+def build_data() -> Data:
+    """Return digits as (vector, label), so many that every batch of an epoch is full."""
+    import torch
+    from sklearn.datasets import load_digits
+    from torch.utils.data import TensorDataset
+
+    bunch = load_digits()
+    vectors = torch.from_numpy(bunch.data[:TRAIN_SAMPLES]).float() / 16
+    return Data(train=TensorDataset(vectors, torch.from_numpy(bunch.target[:TRAIN_SAMPLES]).long()))
+
+
+def cross_entropy(logits: Tensor, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
+    """Return the sum of the cross-entropies, and how many."""
+    from torch.nn.functional import cross_entropy
+
+    return cross_entropy(logits, batch[1], reduction="sum"), len(batch[1])
