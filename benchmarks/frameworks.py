@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import safetensors.torch
 import torch
 import torch.distributed as dist
@@ -62,17 +63,15 @@ class InOrder(Numbered):
     def __init__(self, tensors: tuple[Tensor, ...], recipe: Recipe) -> None:
         super().__init__(tensors)
         samples = len(tensors[0])
-        positions = torch.arange(samples)
-        order = torch.cat(
-            [
-                Permutation(samples, recipe.seed, epoch)(positions)
-                for epoch in range(recipe.epochs or 0)
-            ]
-        )
-        self.tensors = tuple(tensor[order] for tensor in self.tensors)
+        order = [
+            Permutation(samples, recipe.seed, epoch)(np.arange(samples))
+            for epoch in range(recipe.epochs or 0)
+        ]
+        self.tensors = tuple(tensor[np.concatenate(order)] for tensor in self.tensors)
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        return [tensor[indices] for tensor in self.tensors]
+        chosen = torch.tensor(indices)
+        return [tensor[chosen] for tensor in self.tensors]
 
 
 @dataclass

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support import read_lines
@@ -101,7 +102,7 @@ def test_it_is_a_plain_pytorch_loop(tmp_path: Path) -> None:
     )
     expected: list[tuple[float, float, float]] = []
     for epoch in range(4):
-        order = Permutation(40, 0, epoch)(torch.arange(40))
+        order = torch.from_numpy(Permutation(40, 0, epoch)(np.arange(40)))
         for taken in torch.split(order, 16):
             outputs = model(INPUTS[taken])
             loss = functional.mse_loss(outputs, TARGETS[taken], reduction="sum") / len(taken)

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from launcher.engine.processes import die_with_parent
@@ -84,7 +85,8 @@ class Reader(Dataset[MicroBatch | SampleError]):
         dataset = getattr(self._data, request.split)
         if type(dataset) is TensorDataset and self._data.collate is None:
             # What collating the samples one by one would give, in one indexing operation.
-            batch = [tensor[request.indices] for tensor in dataset.tensors]
+            chosen = torch.tensor(request.indices)
+            batch = [tensor[chosen] for tensor in dataset.tensors]
         else:
             batch = self._collate(self._read(dataset, request))
         items = 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,9 +76,14 @@ def take_step(optimizer: Optimizer, recipe: Recipe) -> None:
     """
     if isinstance(recipe.optimizer, OptimizerSpec):
         with torch.no_grad():
-            inspect.unwrap(type(optimizer).step)(optimizer)
+            _bare_step(type(optimizer).step)(optimizer)
     else:
         optimizer.step()
+
+
+@functools.cache
+def _bare_step(step: Callable[..., Any]) -> Callable[[Optimizer], None]:
+    return inspect.unwrap(step)
 
 
 class Hyperparameters:

@@ -6,8 +6,8 @@ rank computes the few it needs, in memory of the order of a batch, whatever the 
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from launcher.seeds import derive
 
@@ -36,34 +36,38 @@ class Permutation:
         self.size = size
         bits = max((size - 1).bit_length(), 2)
         self._low, self._high = bits // 2, bits - bits // 2
-        self._keys = [derive(seed, epoch, turn) & _MASK32 for turn in range(_ROUNDS)]
+        self._keys = [np.uint32(derive(seed, epoch, turn) & _MASK32) for turn in range(_ROUNDS)]
 
-    def __call__(self, positions: Tensor) -> Tensor:
-        """Return the elements at `positions` (int64, any shape, each in range(size))."""
+    def __call__(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the elements at `positions` (of shape (N,), each in range(size))."""
         elements = self._pass(positions)
-        outside = elements >= self.size
-        while bool(outside.any()):
-            elements[outside] = self._pass(elements[outside])
-            outside = elements >= self.size
+        outside = np.flatnonzero(elements >= self.size)
+        while len(outside):
+            again = self._pass(elements[outside])
+            elements[outside] = again
+            outside = outside[again >= self.size]
         return elements
 
-    def _pass(self, values: Tensor) -> Tensor:
-        """Send int64 `values` through the network once; a bijection of range(2**bits)."""
+    def _pass(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Send `values` through the network once; a bijection of range(2**bits)."""
         low_bits, high_bits = self._low, self._high
-        low, high = values & ((1 << low_bits) - 1), values >> low_bits
+        low = (values & ((1 << low_bits) - 1)).astype(np.uint32)
+        high = (values >> low_bits).astype(np.uint32)
         for key in self._keys:
             # (high | low) -> (low | high ^ mix(low)): the halves change places, and so their widths
-            low, high = high ^ (_mix(low ^ key) & ((1 << high_bits) - 1)), low
+            low, high = high ^ (_mix(low ^ key) & np.uint32((1 << high_bits) - 1)), low
             low_bits, high_bits = high_bits, low_bits
-        return (high << low_bits) | low
+        return (high.astype(np.int64) << low_bits) | low
 
 
-def _mix(values: Tensor) -> Tensor:
-    """Return the 32-bit finalizer of MurmurHash3 of each value; int64 products may wrap."""
-    values = values & _MASK32
-    values = ((values ^ (values >> 16)) * 0x85EBCA6B) & _MASK32
-    values = ((values ^ (values >> 13)) * 0xC2B2AE35) & _MASK32
-    return values ^ (values >> 16)
+def _mix(values: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """Return the finalizer of MurmurHash3 of each value; products wrap. Overwrites `values`."""
+    values ^= values >> 16
+    values *= 0x85EBCA6B
+    values ^= values >> 13
+    values *= 0xC2B2AE35
+    values ^= values >> 16
+    return values
 
 
 def elements_at(size: int, seed: int, epoch: int, ranges: list[range]) -> list[list[int]]:
@@ -75,7 +79,7 @@ def elements_at(size: int, seed: int, epoch: int, ranges: list[range]) -> list[l
         epoch: The epoch, from 0.
         ranges: Positions, contiguous within each range.
     """
-    positions = torch.cat([torch.arange(each.start, each.stop) for each in ranges])
+    positions = np.concatenate([np.arange(each.start, each.stop) for each in ranges])
     flat = Permutation(size, seed, epoch)(positions).tolist()
     cut, start = [], 0
     for each in ranges:

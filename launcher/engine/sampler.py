@@ -107,15 +107,16 @@ class Sampler:
     def _training(self, steps: range) -> Iterator[list[Request]]:
         """Yield the requests of each of `steps`, which lie in one epoch."""
         ranges: list[range] = []
-        for step in steps:
+        positions = [self._positions(step) for step in steps]
+        for step, of_step in zip(steps, positions, strict=True):
             start = step % self.steps_per_epoch * self.plan.batch_size
             ghost = range(start, start + min(_GHOST_SAMPLES, self.batch_samples(step)))
-            for own in self._positions(step):
+            for own in of_step:
                 ranges.append(range(start + own.start, start + own.stop) if own else ghost)
         epoch = self.epoch_of(steps.start)
         found = iter(elements_at(self.train_samples, self.plan.seed, epoch, ranges))
-        for step in steps:
-            yield [Request("train", epoch, next(found), bool(own)) for own in self._positions(step)]
+        for of_step in positions:
+            yield [Request("train", epoch, next(found), bool(own)) for own in of_step]
 
     def _positions(self, step: int) -> list[range]:
         """Return the positions within the batch of `step` of each of this rank's micro-batches."""
