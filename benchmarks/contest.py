@@ -109,7 +109,7 @@ def train(
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     if name == "launcher":
-        command = ["launcher", "run", recipe, "-n", str(ranks), "record_samples=true", "device=cpu"]
+        command = ["launcher", "run", recipe, "-n", str(ranks), "device=cpu"]
         command += [*settings, "--out", str(folder)]
     else:
         command = ["torchrun", "--standalone", "--nproc-per-node", str(ranks)]

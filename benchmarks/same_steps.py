@@ -3,13 +3,15 @@
     python benchmarks/same_steps.py
 
 Each program is compared with itself on one process. launcher runs the recipe as it is, under
-several strategies. The others run it in the loop that their documentation shows, with the recipe's
-batch size as that of the loader - so that the batch grows with the processes - and once more with
-that divided by the processes by hand.
+several strategies; in fp64 as well, where rounding has next to nothing to grow from, and what is
+left would be a difference. The others run it in the loop that their documentation shows, with the
+recipe's batch size as that of the loader - so that the batch grows with the processes - and once
+more with that divided by the processes by hand.
 """
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -63,34 +65,37 @@ def rows(
     recipe = digits()
     batch = recipe.batch_size
     assert batch is not None
+
+    def trained(name: str, ranks: int, *settings: str, size: int = batch) -> Trace:
+        run_dir = train(
+            name,
+            "digits",
+            folder / "-".join([name, str(ranks), str(size), *settings]),
+            ranks=ranks,
+            settings=[f"epochs={epochs}", *settings],
+            options=[f"--batch-size={size}"],
+        )
+        return read_trace(run_dir)
+
     for name in names:
         title = CONTESTANTS[name].title
-
-        def trained(
-            ranks: int, *, settings: tuple[str, ...] = (), size: int = batch, name: str = name
-        ) -> Trace:
-            run_dir = train(
-                name,
-                "digits",
-                folder / f"{name}-{ranks}-{size}-{'-'.join(settings)}",
-                ranks=ranks,
-                settings=[f"epochs={epochs}", *settings],
-                options=[f"--batch-size={size}"],
-            )
-            return read_trace(run_dir)
-
-        alone = trained(1)
+        if name == "launcher":
+            for precision in ("fp32", "fp64"):
+                settings = ("record_samples=true", f"precision={precision}")
+                alone = trained(name, 1, *settings)
+                yield row(f"{title}, {precision}", 1, alone, alone, recipe)
+                for ranks, strategy in itertools.product(worlds, strategies):
+                    if precision == "fp64" and STRATEGIES[strategy].backend == "deepspeed":
+                        continue  # which has fp32 weights
+                    found = trained(name, ranks, *settings, f"strategy={strategy}")
+                    yield row(f"{title}, {precision}, {strategy}", ranks, alone, found, recipe)
+            continue
+        alone = trained(name, 1)
         yield row(title, 1, alone, alone, recipe)
-        for ranks in worlds:
-            if name == "launcher":
-                for strategy in strategies:
-                    found = trained(ranks, settings=(f"strategy={strategy}",))
-                    yield row(f"{title}, {strategy}", ranks, alone, found, recipe)
-                continue
-            found = trained(ranks)
-            yield row(f"{title}, {batch} per process", ranks, alone, found, recipe)
-            found = trained(ranks, size=batch // ranks)
-            yield row(f"{title}, {batch // ranks} per process", ranks, alone, found, recipe)
+        for ranks, size in itertools.product(worlds, (batch, 0)):
+            own = size or batch // ranks
+            found = trained(name, ranks, size=own)
+            yield row(f"{title}, {own} per process", ranks, alone, found, recipe)
 
 
 def row(title: str, ranks: int, alone: Trace, found: Trace, recipe: Recipe) -> list[str]:

@@ -45,7 +45,7 @@ def deepspeed_config(recipe: Recipe, plan: Plan) -> dict[str, Any]:
         "fp16": {"enabled": False},
         "bf16": {"enabled": False},
         "torch_autocast": {
-            "enabled": plan.precision != "fp32",
+            "enabled": plan.precision in AUTOCAST,
             "dtype": AUTOCAST.get(plan.precision, "bfloat16"),
             "lower_precision_safe_modules": [],
         },
@@ -84,7 +84,7 @@ def accelerate_config(
         "gpu_ids": "all",
         "machine_rank": 0,
         "main_training_function": "main",
-        "mixed_precision": "no" if plan.precision == "fp32" else plan.precision,
+        "mixed_precision": plan.precision if plan.precision in AUTOCAST else "no",
         "num_machines": plan.nodes,
         "num_processes": plan.world_size,
         "rdzv_backend": "static",

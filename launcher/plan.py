@@ -256,10 +256,15 @@ def make_plan(
     )
 
 
+def device_of(recipe: Recipe, machine: Machine) -> Literal["cuda", "cpu"]:
+    """Return what the ranks compute on: what the recipe says, or GPUs where there are any."""
+    return recipe.device or ("cuda" if machine.num_gpus else "cpu")
+
+
 def _ranks_per_node(
     recipe: Recipe, machine: Machine, asked: int | None
 ) -> tuple[Literal["cuda", "cpu"], int]:
-    device = recipe.device or ("cuda" if machine.num_gpus else "cpu")
+    device = device_of(recipe, machine)
     if asked is not None and asked < 1:
         raise PlanError(f"-n {asked}: expected at least 1 rank per node.")
     if device == "cpu":

@@ -16,18 +16,21 @@ from launcher.errors import PlanError
 from launcher.job import Job, describe_run, plan_recipe
 from launcher.launch import launch, start_server
 from launcher.machine import Machine
-from launcher.overrides import Override
-from launcher.plan import Plan
+from launcher.overrides import Override, build
+from launcher.plan import Plan, device_of
+from launcher.recipe import Recipe, StrategyName
 from launcher.resolve import Reference
 from launcher.rundir import RunDir, create_run_dir, write_yaml
+from launcher.strategy import check_strategy
 
 if TYPE_CHECKING:
     from launcher.engine.compare import Difference
     from launcher.engine.inspection import Inspection
 
-TOLERANCES = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2}
+TOLERANCES = {"fp64": 1e-10, "fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2}
 """The relative difference that counts as rounding, by precision."""
 
+_DEFAULT_STRATEGIES: tuple[StrategyName, ...] = ("ddp", "fsdp", "zero2")
 _OVER_SEVERAL_RANKS = "fsdp"
 
 
@@ -63,17 +66,20 @@ def plan_trials(
     machine: Machine,
     *,
     worlds: Sequence[int],
-    strategies: Sequence[str],
+    strategies: Sequence[str] | None,
     folder: Path,
 ) -> list[Trial]:
     """Plan every strategy on every number of ranks, and make the folders.
 
     Strategies that are the same on one process come once there; one that needs several is left out.
+    Without `strategies` they are a common few, as far as they go with the recipe's settings.
 
     Raises:
         PlanError: The recipe is another training on another number of ranks, or a configuration
             cannot run.
     """
+    if strategies is None:
+        strategies = _defaults(build(reference, overrides).recipe, machine, max(worlds))
     plans: dict[tuple[str, int], tuple[Plan, dict[str, object]]] = {}
     for ranks in worlds:
         for strategy in strategies:
@@ -150,6 +156,20 @@ def inspect_trial(
     alone = replace(trial.plan, nproc_per_node=1)
     job = replace(_job(reference, overrides, trial, 0), plan=alone)
     return read_inspection(trial.run_dir) if launch(job, launched_inspection) == 0 else None
+
+
+def _defaults(recipe: Recipe, machine: Machine, world_size: int) -> list[str]:
+    """Return the strategies to compare where none were named: ddp alone, if none can run."""
+    found: list[str] = []
+    for name in _DEFAULT_STRATEGIES:
+        try:
+            check_strategy(
+                replace(recipe, strategy=name), machine, device_of(recipe, machine), world_size
+            )
+        except PlanError:
+            continue
+        found.append(name)
+    return found or ["ddp"]
 
 
 def _job(reference: Reference, overrides: Sequence[Override], trial: Trial, steps: int) -> Job:

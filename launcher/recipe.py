@@ -24,6 +24,9 @@ from launcher.typed import (
     show,
 )
 
+StrategyName = Literal["ddp", "fsdp", "zero1", "zero2", "zero3"]
+"""Each is described in `launcher.strategy.STRATEGIES`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
@@ -118,14 +121,14 @@ class Recipe:
     seed: NonNegativeInt = 0
     """Where all randomness of the run comes from."""
 
-    strategy: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = "ddp"
+    strategy: StrategyName = "ddp"
     """What is sharded over ranks: nothing (ddp), all (fsdp, zero3) or a part (zero1, zero2)."""
 
     offload: Literal["cpu"] | None = None
     """Keep what the strategy shards in host memory, cpu; None keeps it on the GPU."""
 
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """fp32; bf16 or fp16: forward and loss under autocast, weights in fp32, fp16's loss scaled."""
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
+    """bf16, fp16: forward and loss under autocast, weights in fp32; fp64: weights and batches."""
 
     max_grad_norm: PositiveFloat | None = None
     """The gradient of the global batch is scaled down to this norm where it is longer."""

@@ -81,6 +81,11 @@ def check_strategy(recipe: Recipe, machine: Machine, device: str, world_size: in
             f"strategy={recipe.strategy} is DeepSpeed's, and DeepSpeed is not installed. "
             "`python -m pip install deepspeed`, or use strategy=fsdp, which needs nothing more."
         )
+    if recipe.precision == "fp64" and strategy.backend == "deepspeed":
+        raise PlanError(
+            f"strategy={recipe.strategy} is DeepSpeed's, which keeps weights in fp32, and "
+            "precision=fp64 was asked for. Use strategy=ddp or strategy=fsdp."
+        )
     if recipe.offload is not None and not strategy.sharded:
         raise PlanError(
             f"offload={recipe.offload} moves what a strategy shards out of the GPU, and "
@@ -100,6 +105,6 @@ def speed_ups(recipe: Recipe, device: str) -> tuple[str, ...]:
     flags = ["compile", "activation_checkpointing", "channels_last"]
     if device == "cuda":
         flags += ["tf32", "cudnn_benchmark"]
-    on = [f"precision={recipe.precision}"] if recipe.precision != "fp32" else []
+    on = [f"precision={recipe.precision}"] if recipe.precision in ("bf16", "fp16") else []
     on += [f"offload={recipe.offload}"] if recipe.offload else []
     return (*on, *(name for name in flags if getattr(recipe, name)))

@@ -77,6 +77,7 @@ def matrix(ranks: int) -> Iterator[Case]:
         yield Case("tokens", strategy, 3, "adamw")
 
 
+DOUBLE = (("precision", "fp64"),)
 SYNCED = ("sync_batchnorm", True)
 RECOMPUTED = ("activation_checkpointing", True)
 
@@ -89,12 +90,17 @@ def features(ranks: int) -> Iterator[Case]:
         yield Case("worlds", strategy, options=(("channels_last", True),))
         yield Case("batch_norm", strategy, options=(SYNCED,))
         yield Case("batch_norm", strategy, options=(SYNCED, RECOMPUTED))
+        if strategy in ("ddp", "fsdp"):
+            yield Case("worlds", strategy, 3, options=DOUBLE)
+            yield Case("batch_norm", strategy, options=(*DOUBLE, SYNCED))
         if strategy != "ddp":
             yield Case("worlds", strategy, 3, "adamw", options=(("offload", "cpu"),))
     if ranks == 1:
         yield Case("worlds")
         yield Case("worlds", optimizer="adamw")
         yield Case("batch_norm")
+        yield Case("worlds", options=DOUBLE)
+        yield Case("batch_norm", options=DOUBLE)
     else:
         yield Case("batch_norm", "fsdp", options=(SYNCED, ("compile", True)))
 

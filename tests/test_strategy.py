@@ -63,6 +63,7 @@ def test_a_plan_says_what_batch_norm_sees() -> None:
         ({"strategy": "fsdp"}, {}, 1, "there is 1 rank. Use strategy=ddp"),
         ({"strategy": "zero2"}, {"has_deepspeed": False}, 2, "DeepSpeed is not installed"),
         ({"offload": "cpu"}, {}, 2, "strategy=ddp shards nothing"),
+        ({"strategy": "zero1", "precision": "fp64"}, {}, 2, "DeepSpeed's, which keeps weights in"),
         ({"compile": True}, {"has_compiler": False}, 2, "needs a C++ compiler"),
     ],
 )

@@ -48,10 +48,9 @@ class _List(click.ParamType[tuple[str, ...]]):
 @click.option(
     "--strategies",
     type=_List(),
-    default="ddp,fsdp,zero2",
-    show_default=True,
     metavar="ddp,...",
-    help="Out of ddp, fsdp, zero1, zero2 and zero3.",
+    help="Out of ddp, fsdp, zero1, zero2 and zero3. Default: those of ddp, fsdp and zero2 that go "
+    "with the settings.",
 )
 @click.option(
     "--steps",
@@ -65,7 +64,7 @@ class _List(click.ParamType[tuple[str, ...]]):
     "--tolerance",
     type=click.FloatRange(min=0),
     metavar="X",
-    help="Relative difference that counts as rounding. Default: 1e-5 in fp32.",
+    help="Relative difference that counts as rounding. Default: 1e-5 in fp32, 1e-10 in fp64.",
 )
 @config_option
 @out_option
@@ -74,7 +73,7 @@ def command(
     recipe: str,
     overrides: tuple[str, ...],
     worlds: tuple[str, ...] | None,
-    strategies: tuple[str, ...],
+    strategies: tuple[str, ...] | None,
     steps: int,
     tolerance: float | None,
     config: Path | None,
@@ -91,6 +90,7 @@ def command(
     launcher prove digits
     launcher prove recipes/digits.py --worlds 1,2,3 --strategies ddp,zero3 --steps 20
     launcher prove digits micro_batch_size=16 optimizer=adamw
+    launcher prove digits precision=fp64 --steps 60
     """
     from launcher.machine import read_machine
     from launcher.prove import inspect_trial, plan_trials, run_trials
@@ -163,5 +163,6 @@ def _explain(said: str, causes: list[str], *, agree: bool, known: bool) -> None:
     if not agree and not causes and not known:
         click.echo(
             "\nNo cause was found in the data, the loss or the model. Rounding grows with every "
-            "step, fastest where the learning rate is high: fewer --steps tell whether it is that."
+            "step, fastest where the learning rate is high: fewer --steps, or the same ones with "
+            "precision=fp64, tell whether it is that."
         )

@@ -32,7 +32,8 @@ class SyncBatchNorm(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # torch's name
         if not self.training:
             return super().forward(input)
-        own = input if self.counts else input[:0].float()
+        at_least_single = torch.promote_types(input.dtype, torch.float32)
+        own = input if self.counts else input[:0].to(at_least_single)
         together = self._on_gpus if input.is_cuda else self._on_cpus
         normalised = together(own, self._share())
         if self.counts:

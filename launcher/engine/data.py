@@ -115,9 +115,12 @@ class Reader(Dataset[MicroBatch | SampleError]):
 def micro_batches(reader: Reader, requests: Iterable[Request], plan: Plan) -> Iterator[MicroBatch]:
     """Return the micro-batches of `requests`, read ahead by the plan's workers.
 
-    The workers start at once. The iterator raises a SampleError where the data set raised.
+    The workers start at once; without any, samples are read when they are asked for. The iterator
+    raises a SampleError where the data set raised.
     """
     workers = plan.workers_per_rank
+    if not workers and not plan.pin_memory:
+        return map(_checked, map(reader.__getitem__, requests))
     with warnings.catch_warnings():
         # The plan has weighed workers against cores, and has told the user.
         warnings.filterwarnings("ignore", message="This DataLoader will create")

@@ -98,7 +98,7 @@ def train(
                         recipe.loss, recipe.forward(model, batch), batch
                     )
                 # Gradients are averaged over ranks: world_size in the weight makes that a sum.
-                backend.backward(loss_sum * (weight if micro_batch.counts else 0.0))
+                backend.backward(loss_sum, weight if micro_batch.counts else 0.0)
             if micro_batch.counts:
                 sums.append(loss_sum.detach())
                 counts.append(count)

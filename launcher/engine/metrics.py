@@ -53,9 +53,6 @@ class StepRow:
     data_wait_seconds: float
     """What the ranks waited for data, on average."""
 
-    def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
-
 
 @dataclass(kw_only=True, slots=True)
 class _Collected:

@@ -26,17 +26,22 @@ class Placement:
     Args:
         device: Where to.
         channels_last: Whether images, floating tensors (N, C, H, W), lie there as (N, H, W, C).
+        double: Whether floating tensors are float64 there.
     """
 
-    def __init__(self, device: torch.device, *, channels_last: bool = False) -> None:
+    def __init__(
+        self, device: torch.device, *, channels_last: bool = False, double: bool = False
+    ) -> None:
         self._device = device
         self._channels_last = channels_last
+        self._double = double
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def copy(self, batch: Any) -> Any:
         """Return `batch`, nested lists, tuples and dicts, with its tensors on the device."""
         if self._stream is None:
-            return tree_map_only(Tensor, self._format, batch) if self._channels_last else batch
+            as_it_is = not (self._channels_last or self._double)
+            return batch if as_it_is else tree_map_only(Tensor, self._format, batch)
         with torch.cuda.stream(self._stream):
             moved = tree_map_only(Tensor, self._move, batch)
         computing = torch.cuda.current_stream(self._device)
@@ -49,7 +54,11 @@ class Placement:
         return self._format(tensor.to(self._device, non_blocking=True))
 
     def _format(self, tensor: Tensor) -> Tensor:
-        if self._channels_last and tensor.ndim == 4 and tensor.is_floating_point():
+        if not tensor.is_floating_point():
+            return tensor
+        if self._double:
+            tensor = tensor.double()
+        if self._channels_last and tensor.ndim == 4:
             return tensor.contiguous(memory_format=torch.channels_last)
         return tensor
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import Any, BinaryIO
+
+import msgspec
 
 from launcher.engine.data import MicroBatch
 from launcher.engine.metrics import StepRow
 from launcher.errors import TrainingError
 from launcher.report.progress import Progress
 from launcher.rundir import RunDir
+
+_ENCODER = msgspec.json.Encoder()
+"""Ten times as fast as json.dumps, in every step; what is not finite becomes null."""
 
 
 class Recorder:
@@ -29,12 +33,12 @@ class Recorder:
         self, run_dir: RunDir, rank: int, record_samples: bool, progress: Progress | None
     ) -> None:
         self._progress = progress
-        self._metrics = run_dir.metrics.open("a", encoding="utf-8") if progress else None
-        self._samples: TextIO | None = None
+        self._metrics = run_dir.metrics.open("ab") if progress else None
+        self._samples: BinaryIO | None = None
         if record_samples:
             path = run_dir.samples(rank)
             path.parent.mkdir(exist_ok=True)
-            self._samples = path.open("a", encoding="utf-8")
+            self._samples = path.open("ab")
         self.last_loss = math.nan
 
     def took(self, step: int, micro_batches: list[MicroBatch]) -> None:
@@ -44,7 +48,7 @@ class Recorder:
 
     def stepped(self, rows: list[StepRow]) -> None:
         for row in rows:
-            self._write(self._metrics, row.to_dict())
+            self._write(self._metrics, row)
         if rows:
             last = rows[-1]
             self.last_loss = last.loss
@@ -66,10 +70,10 @@ class Recorder:
         if self._progress is not None:
             self._progress.close()
 
-    def _write(self, file: TextIO | None, values: dict[str, Any]) -> None:
+    def _write(self, file: BinaryIO | None, values: Any) -> None:
         if file is not None:
             with _writing(file):
-                file.write(json.dumps(values) + "\n")
+                file.write(_ENCODER.encode(values) + b"\n")
 
     def _flush(self) -> None:
         for file in (self._metrics, self._samples):
@@ -79,7 +83,7 @@ class Recorder:
 
 
 @contextlib.contextmanager
-def _writing(file: TextIO) -> Iterator[None]:
+def _writing(file: BinaryIO) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -216,6 +216,8 @@ def _model_and_optimizer(
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise RecipeError("The recipe's model has no parameter that requires a gradient.")
     _check_same_weights(model, backend)
+    if plan.precision == "fp64":
+        model = model.double()
     if recipe.sync_batchnorm and backend.world_size > 1:
         model = synchronize(model)
     blocks = find_blocks(model, recipe.blocks)

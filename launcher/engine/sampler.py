@@ -6,6 +6,7 @@ them. The DataLoader's workers read ahead along it, so they never stop at the en
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -48,7 +49,7 @@ class Sampler:
     train_samples: int
     evaluation_samples: int = 0
 
-    @property
+    @functools.cached_property
     def steps_per_epoch(self) -> int:
         return ceil_div(self.train_samples, self.plan.batch_size)
 

@@ -48,7 +48,7 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "workers", f"{plan.workers_per_rank} per rank ({reasons['workers_per_rank']})"
     pinned = "pinned" if plan.pin_memory else "not pinned"
     yield "memory", f"{pinned} ({reasons['pin_memory']})"
-    yield "speed-ups", ", ".join(plan.speed_ups) or "none is on: fp32 throughout"
+    yield "speed-ups", ", ".join(plan.speed_ups) or f"none is on: {plan.precision} throughout"
     yield "optimizer", str(settings.get("optimizer", "made by the recipe"))
     for name, group in _by_source(plan):
         yield "set by", f"{name}: {group}"

@@ -35,7 +35,9 @@ class Backend(ABC):
         self._dtype = (
             getattr(torch, AUTOCAST[plan.precision]) if plan.precision in AUTOCAST else None
         )
-        self._placement = Placement(device, channels_last=recipe.channels_last)
+        self._placement = Placement(
+            device, channels_last=recipe.channels_last, double=plan.precision == "fp64"
+        )
 
     def to_device(self, batch: Any) -> Any:
         """Return `batch` with its tensors on this rank's device, copied beside computation."""
@@ -101,11 +103,15 @@ class Backend(ABC):
         """Return the recipe's own module inside what `prepare` returned."""
         return model
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of `loss`; over the ranks it is averaged."""
+    def backward(self, loss: Tensor, weight: float | Tensor) -> None:
+        """Add the gradient of `loss` times `weight`; over the ranks it is averaged."""
         if self.scaler is not None:
-            loss = loss * self.scaler.factor
-        loss.backward()
+            weight = weight * self.scaler.factor
+        # The weight is where the chain rule starts: a multiplication less, forward and backward.
+        if isinstance(weight, Tensor):
+            loss.backward(weight.to(loss.dtype))
+        else:
+            loss.backward(torch.full_like(loss, weight))
 
     def apply(self, optimizer: Optimizer, max_grad_norm: float | None) -> Tensor:
         """Clip, step and clear the gradients; return the norm of the global gradient before.

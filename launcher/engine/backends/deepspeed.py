@@ -58,6 +58,11 @@ class DeepSpeedBackend(GroupBackend):
         blocks: list[nn.Module],
         make_optimizer: Callable[[nn.Module], Optimizer],
     ) -> tuple[nn.Module, Optimizer]:
+        if any(parameter.dtype == torch.float64 for parameter in model.parameters()):
+            raise RecipeError(
+                f"The recipe's model has float64 weights, and under strategy={self.plan.strategy} "
+                "DeepSpeed would make them float32. Use strategy=ddp or fsdp, or a float32 model."
+            )
         optimizer = make_optimizer(model.to(self.device))
         if type(optimizer).__name__ in _WHOLE_TENSORS:
             raise RecipeError(
@@ -86,10 +91,10 @@ class DeepSpeedBackend(GroupBackend):
         self._engine.set_gradient_accumulation_boundary(last)
         yield
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, weight: float | Tensor) -> None:
         if self.scaler is not None:
             self._engine.optimizer.override_loss_scale(self.scaler.factor)
-        self._engine.backward(loss, scale_wrt_gas=False)
+        self._engine.backward(loss * weight, scale_wrt_gas=False)
 
     def apply(self, optimizer: Optimizer, max_grad_norm: float | None) -> Tensor:
         self._engine.step()  # clips as configured, steps and clears
