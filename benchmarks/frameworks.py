@@ -111,7 +111,9 @@ class Task:
         """Return this rank's share, for the frameworks that leave sharing to the user."""
         if RANKS == 1:
             return self.loader()
-        return self.loader(DistributedSampler(self.samples, shuffle=not self.same_order))
+        return self.loader(
+            DistributedSampler(self.samples, RANKS, RANK, shuffle=not self.same_order)
+        )
 
     def optimizer(self, model: nn.Module) -> Optimizer:
         return make_optimizer(self.recipe, model, self.recipe.lr)
@@ -294,9 +296,10 @@ def with_lightning(task: Task) -> None:
         strategy="ddp" if RANKS > 1 else "auto",
         max_epochs=task.epochs,
         gradient_clip_val=task.recipe.max_grad_norm,
+        use_distributed_sampler=not task.same_order,  # it would shuffle, whatever the loader says
         default_root_dir=task.folder.parent / f"{task.folder.name}.lightning",
     )
-    trainer.fit(Module(), task.loader())
+    trainer.fit(Module(), task.shared_loader() if task.same_order else task.loader())
 
 
 def with_hf(task: Task) -> None:

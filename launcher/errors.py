@@ -6,7 +6,8 @@
     │   ├── OverrideError   a name=value, a YAML file or a command-line value is wrong
     │   ├── PlanError       the numbers do not go together, or ask for more than there is
     │   ├── WorldError      the processes found are not the processes planned
-    │   └── RunDirError     the run folder exists, is missing or cannot be written
+    │   ├── RunDirError     the run folder exists, is missing or cannot be written
+    │   └── CheckpointError a checkpoint is missing, damaged or of another training
     └── TrainingError       the run itself failed; exit code 1
         └── SampleError     the data set raised while a sample was read
 
@@ -22,6 +23,10 @@ EXIT_FAILED = 1
 
 EXIT_USAGE = 2
 """Exit code of a mistake that was found before or instead of training."""
+
+EXIT_RESUMABLE = 75
+"""Exit code of a run that was asked to stop, saved a checkpoint and waits to be resumed (the
+EX_TEMPFAIL of sysexits.h: try again)."""
 
 
 class LauncherError(Exception):
@@ -54,6 +59,10 @@ class WorldError(UsageError):
 
 class RunDirError(UsageError):
     """The run folder exists already, is missing, or cannot be written."""
+
+
+class CheckpointError(UsageError):
+    """A checkpoint is missing, damaged, or of another training."""
 
 
 class TrainingError(LauncherError):

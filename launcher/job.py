@@ -19,6 +19,17 @@ from launcher.rundir import RunDir
 
 
 @dataclass(frozen=True, kw_only=True)
+class Start:
+    """From which checkpoint a run goes on."""
+
+    checkpoint: str | None = None
+    """Its name; None takes the newest."""
+
+    fall_back: bool = False
+    """Whether an earlier one is taken where it is damaged."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """A run as it is handed to its ranks."""
 
@@ -36,6 +47,12 @@ class Job:
 
     quiet: bool = False
     """Whether the ranks write to their logs alone."""
+
+    start: Start | None = None
+    """Where to begin; None begins at the beginning."""
+
+    restarts: int = 0
+    """How often a failed run begins again from its newest checkpoint."""
 
 
 def plan_recipe(

@@ -5,6 +5,8 @@ Every rank is forked from that server, so N ranks cost one import of torch rathe
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import multiprocessing
 import os
@@ -13,7 +15,7 @@ import sys
 import uuid
 from collections.abc import Callable, Sequence
 from multiprocessing import forkserver, resource_tracker
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from launcher.configs import process_environment
 from launcher.errors import EXIT_FAILED
@@ -21,19 +23,19 @@ from launcher.job import Job
 from launcher.plan import Plan
 from launcher.report.failure import death_text, failure_text
 from launcher.rundir import read_failure
+from launcher.signals import EXIT_BY_SIGNAL, STOP_SIGNALS
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 _AGENT_LOGGERS = ("torch.distributed.elastic", "torch.multiprocessing")
 
-_SECONDS_TO_BE_KNOWN = 0.1
-
-EXIT_BY_SIGNAL = 128
-"""A run that is stopped by a signal exits with this and the signal's number, as in any shell."""
+_SECONDS_BETWEEN_LOOKS = 0.1
 
 
-def launch(job: Job, function: Callable[[Job], None] | None = None) -> int:
+def launch(
+    job: Job, function: Callable[[Job], int | None] | None = None, *, stops: Stops | None = None
+) -> int:
     """Run every rank of `job` on this machine; return the exit code of the run.
 
     The first failure is shown once, last, on stderr, and no process is left behind.
@@ -41,9 +43,11 @@ def launch(job: Job, function: Callable[[Job], None] | None = None) -> int:
     Args:
         job: What to run.
         function: What each rank calls with it, of `launcher.engine.worker`; None trains.
+        stops: What has been listening for signals; None begins to now.
     """
-    ctrl_c = _CtrlC(job.plan.nproc_per_node)
-    signal.signal(signal.SIGINT, ctrl_c)
+    for left in job.run_dir.health(0).parent.glob("*.json"):
+        left.unlink()  # of the run that is resumed
+    (stops or Stops()).attend(job)
     start_server([job.plan])
     # While the server imports torch for the ranks, this process does for the agent.
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -63,19 +67,23 @@ def launch(job: Job, function: Callable[[Job], None] | None = None) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
-        max_restarts=0,
+        max_restarts=job.restarts,
         start_method="forkserver",
         logs_specs=NoLogs(),
-        signals_to_handle="SIGTERM,SIGHUP,SIGQUIT",  # SIGINT is ours
+        signals_to_handle="SIGQUIT",  # the others are ours
     )
+    if job.restarts:
+        # Ranks that are started again would find the addresses of those before them in a store that
+        # the agent keeps (torch 2.13), and wait for processes that are gone.
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     _quieten_the_agent()
     try:
-        elastic_launch(config, function)(job)
+        codes = elastic_launch(config, function)(job)
     except ChildFailedError as error:
         return _show(error, job)
     except SignalException as error:
-        return _say_stopped(signal.SIGINT if ctrl_c.pressed else error.sigval)
-    return 0
+        return _say_stopped(error.sigval)
+    return max((code or 0 for code in codes.values()), default=0)
 
 
 def start_server(plans: Sequence[Plan]) -> None:
@@ -96,41 +104,78 @@ def start_server(plans: Sequence[Plan]) -> None:
     multiprocessing.set_forkserver_preload(modules)
     # Stopped early, we leave semaphores to Python's tracker process; its warning would be noise.
     sys.warnoptions.append("ignore::UserWarning:multiprocessing.resource_tracker")
-    # The server lives and dies with us; Ctrl-C in the middle of its imports is not its business. It
-    # inherits the mask, and starts the tracker first, which would take the mask away.
+    # The server lives and dies with us; signals in the middle of its imports are not its business,
+    # and its ranks take them when they can. It inherits the mask, and starts the tracker first,
+    # which would take the mask away.
     resource_tracker.ensure_running()
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    mask = {signal.SIGINT, *STOP_SIGNALS}
+    signal.pthread_sigmask(signal.SIG_BLOCK, mask)
     forkserver.ensure_running()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, mask)
 
 
-class _CtrlC:
-    """Handles Ctrl-C at whatever point of a run it comes."""
+class Stops:
+    """Handles what asks a run to stop, at whatever point of it that comes.
 
-    def __init__(self, num_ranks: int) -> None:
-        self._num_ranks = num_ranks
-        self.pressed = False
+    The ranks are told, and stop at a step with a checkpoint. Ctrl-C ends what has taken no step
+    yet, and the second time everything, at once.
+    """
 
-    def __call__(self, number: int, _: object) -> None:
-        """Be pressed, or be called back by the timer."""
+    def __init__(self) -> None:
+        self._job: Job | None = None
+        self._interrupted = False
+        self._told = False
+        signal.signal(signal.SIGINT, self._interrupt)
+        signal.signal(signal.SIGALRM, self._tell_the_ranks)
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._stop)
+
+    def attend(self, job: Job) -> None:
+        """Handle them for this run, those included that came before."""
+        self._job = job
+        if self._told:
+            self._tell_the_ranks()
+
+    def _interrupt(self, *_: object) -> None:
         ranks = multiprocessing.active_children()
-        if not ranks or (number == signal.SIGINT and self.pressed):
-            # Nothing to end yet, where an exception could be swallowed by what is being imported;
-            # or pressed again, by someone who will not wait for the agent.
+        if self._interrupted or not ranks or not self._has_begun():
+            # Where this comes while something is imported, an exception could be swallowed.
             for rank in ranks:
                 rank.kill()
             os._exit(_say_stopped(signal.SIGINT))
-        self.pressed = True
-        # The agent knows the ranks, and can end them, shortly after the last one is started.
-        all_started = len(ranks) == self._num_ranks
-        signal.signal(signal.SIGALRM, _tell_the_agent if all_started else self)
-        signal.setitimer(signal.ITIMER_REAL, _SECONDS_TO_BE_KNOWN)
+        self._interrupted = True
+        self._stop(signal.SIGINT)
 
+    def _stop(self, number: int, *_: object) -> None:
+        if not self._told:
+            self._told = True
+            again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
+            name = signal.Signals(number).name
+            os.write(2, f"\nlauncher: {name}: stopping after this step{again}\n".encode())
+        self._tell_the_ranks()
 
-def _tell_the_agent(*_: object) -> NoReturn:
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    def _has_begun(self) -> bool:
+        """Return whether there may be steps to lose."""
+        if self._job is None:
+            return False
+        try:
+            health = json.loads(self._job.run_dir.health(0).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return bool(health["phase"] != "starting")
 
-    raise SignalException("stopped by Ctrl-C", signal.SIGTERM)
+    def _tell_the_ranks(self, *_: object) -> None:
+        if self._job is None:
+            return
+        ranks = multiprocessing.active_children()
+        if len(ranks) < self._job.plan.nproc_per_node:  # once all are there
+            signal.setitimer(signal.ITIMER_REAL, _SECONDS_BETWEEN_LOOKS)
+            return
+        for rank in ranks:
+            if rank.pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(rank.pid, signal.SIGUSR1)
 
 
 def _say_stopped(number: signal.Signals) -> int:

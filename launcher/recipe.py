@@ -24,6 +24,9 @@ from launcher.typed import (
     show,
 )
 
+Minutes = Annotated[str, Meta(pattern=r"^\d+(\.\d+)?min$", description="minutes such as 10min")]
+"""A time, so that it cannot be taken for steps."""
+
 StrategyName = Literal["ddp", "fsdp", "zero1", "zero2", "zero3"]
 """Each is described in `launcher.strategy.STRATEGIES`."""
 
@@ -168,6 +171,18 @@ class Recipe:
 
     pin_memory: bool | None = None
     """Whether batches go through page-locked memory; None does so on CUDA."""
+
+    checkpoint_every: PositiveInt | Minutes = "10min"
+    """Optimizer steps between checkpoints, such as 500, or minutes, such as 10min."""
+
+    keep_checkpoints: PositiveInt = 2
+    """Checkpoints that are kept, the newest ones."""
+
+    max_bad_steps: PositiveInt = 3
+    """Steps in a row with a loss or gradient that is not finite, left out, that end the run."""
+
+    hang_timeout: PositiveFloat | None = 600.0
+    """Seconds without progress after which a run is ended as hanging; none waits for ever."""
 
     record_samples: bool = False
     """Write the sample ids of every step to samples/rank<N>.jsonl in the run folder."""

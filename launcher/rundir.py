@@ -4,9 +4,11 @@ run.yaml            the recipe, its overrides, the plan, versions, git state
 metrics.jsonl       one line per optimizer step, and one per evaluation
 result.json         the final evaluation and totals; written last
 model.safetensors   the final weights
+checkpoints/        what a run is resumed from, a folder each
 failure.json        the first failure, if the run failed
 inspection.json     what of the recipe depends on the split, where `launcher prove` looked for it
 logs/rank<N>.log    what each rank printed
+health/             where each rank is, written about once a second
 samples/            sample ids per step and rank, with record_samples=true
 """
 
@@ -46,12 +48,20 @@ class RunDir:
         return self.path / "model.safetensors"
 
     @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
     def failure(self) -> Path:
         return self.path / "failure.json"
 
     @property
     def inspection(self) -> Path:
         return self.path / "inspection.json"
+
+    def health(self, rank: int) -> Path:
+        """Return what `rank` last said of itself."""
+        return self.path / "health" / f"rank{rank}.json"
 
     def log(self, rank: int) -> Path:
         """Return what `rank` printed."""
@@ -93,7 +103,7 @@ def create_run_dir(out: Path | None, name: str) -> RunDir:
             what = path if path.exists() else path.parent
             raise RunDirError(
                 f"The run folder {what} exists already, and a run never writes into another's. "
-                "Give another --out, or move it away."
+                f"Give another --out, or move it away{_or_resume(path)}."
             ) from None
         except OSError as error:
             raise RunDirError(
@@ -102,6 +112,12 @@ def create_run_dir(out: Path | None, name: str) -> RunDir:
             ) from None
         return RunDir(path.resolve())
     raise RunDirError(f"There are too many run folders called {stem}. Give an --out.")
+
+
+def _or_resume(path: Path) -> str:
+    if not (path / "run.yaml").is_file():
+        return ""
+    return f"; `launcher resume {path}` goes on with it"
 
 
 def _numbered(path: Path) -> list[Path]:
@@ -143,6 +159,68 @@ def write_yaml(path: Path, values: Mapping[str, Any]) -> None:
     import yaml
 
     write_atomic(path, yaml.safe_dump(dict(values), sort_keys=False, width=100))
+
+
+def open_run_dir(path: Path) -> RunDir:
+    """Return the run folder at `path`.
+
+    Raises:
+        RunDirError: There is none.
+    """
+    if not (path / "run.yaml").is_file():
+        what = "has no run.yaml" if path.is_dir() else "does not exist"
+        raise RunDirError(
+            f"{path} is no run folder: it {what}. Give the folder that `launcher run` printed."
+        )
+    return RunDir(path.resolve())
+
+
+def read_run(run_dir: RunDir) -> dict[str, Any]:
+    """Return what run.yaml says.
+
+    Raises:
+        RunDirError: It cannot be read.
+    """
+    import yaml
+
+    try:
+        said = yaml.safe_load(run_dir.run_yaml.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RunDirError(f"Cannot read {run_dir.run_yaml}: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise RunDirError(f"{run_dir.run_yaml} is damaged: it is not YAML.") from None
+    if not isinstance(said, dict) or "recipe" not in said:
+        raise RunDirError(f"{run_dir.run_yaml} is damaged: it does not name a recipe.")
+    return said
+
+
+def write_resumption(run_dir: RunDir, description: Mapping[str, Any]) -> None:
+    """Write run.yaml anew, with what it said before among what came earlier."""
+    before = read_run(run_dir)
+    earlier = [*before.pop("earlier", []), before]
+    write_yaml(run_dir.run_yaml, {**description, "earlier": earlier})
+
+
+def keep_until(run_dir: RunDir, step: int) -> None:
+    """Take back what a run wrote of steps after `step`, which it will take again.
+
+    Raises:
+        RunDirError: A file cannot be written.
+    """
+    for path in (run_dir.metrics, *run_dir.samples(0).parent.glob("rank*.jsonl")):
+        kept = []
+        try:
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        except FileNotFoundError:
+            continue
+        for line in lines:
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                continue  # cut off when the run ended
+        if len(kept) < len(lines):
+            write_atomic(path, "".join(kept))
 
 
 def record_failure(run_dir: RunDir, failure: Mapping[str, Any]) -> bool:

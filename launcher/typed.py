@@ -53,6 +53,9 @@ def describe(hint: Any) -> str:
     """Return the type `hint` in words, such as `a whole number of at least 1, or none`."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
+        for meta in arguments[1:]:
+            if getattr(meta, "description", None):
+                return str(meta.description)
         limits = [
             f"{words} {limit:g}"
             for meta in arguments[1:]
@@ -82,6 +85,11 @@ def show(value: Any) -> str:
     return f"{type(value).__name__} {value!r}"
 
 
+def _bare(hint: Any) -> Any:
+    """Return a type without its limits."""
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
+
+
 def _from_text(text: str, hint: Any) -> Any:
     """Read a command-line value: `none`, yes/no words, and comma-separated lists."""
     members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
@@ -89,6 +97,8 @@ def _from_text(text: str, hint: Any) -> Any:
         return None
     if bool in members and text.lower() in ("yes", "on", "no", "off"):
         return text.lower() in ("yes", "on")
+    if str in map(_bare, members) and int in map(_bare, members) and text.isdigit():
+        return int(text)
     if any(get_origin(member) in (list, tuple) or member in (list, tuple) for member in members):
         return [piece for piece in text.strip("[]()").replace(" ", "").split(",") if piece]
     return text

@@ -1,13 +1,14 @@
 """Many configurations, one after the other, on the ranks that this is started as.
 
-A program for test_matrix.py and test_features.py: it forms one process group and trains them all in
-it, so that ranks and imports are paid once.
+A program for test_matrix.py, test_features.py and test_resume.py: it forms one process group and
+trains them all in it, so that ranks and imports are paid once.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,7 +21,11 @@ from splits import batch_norm
 from worlds import tokens, worlds
 
 from launcher import Recipe, adamw, make_plan, read_machine, sgd
+from launcher.engine.logs import Output
+from launcher.engine.run import join, train_rank
+from launcher.job import Start
 from launcher.rundir import RunDir, create_run_dir
+from launcher.signals import StopRequest
 from launcher.strategy import STRATEGIES
 from launcher.world import find_world
 
@@ -105,27 +110,82 @@ def features(ranks: int) -> Iterator[Case]:
         yield Case("batch_norm", "fsdp", options=(SYNCED, ("compile", True)))
 
 
+SOURCES = (
+    Case("batch_norm", "ddp", 1, "adamw"),
+    Case("worlds", "ddp", 3, "adamw"),
+    Case("worlds", "fsdp", 1, "sgd"),
+    Case("worlds", "zero1", 1, "adamw"),
+    Case("worlds", "zero2", 3, "sgd"),
+    Case("worlds", "zero3", 1, "adamw"),
+    Case("worlds", "zero2", 1, "adamw", options=(("offload", "cpu"),)),
+    Case("worlds", "ddp", 1, "sgd", options=(("precision", "fp16"),)),
+)
+"""What is resumed: trained on `SOURCE_RANKS`, a checkpoint in the middle of its second epoch."""
+
+SOURCE_RANKS = 2
+RESUMED_FROM = 7
+
+
+def resumed(ranks: int) -> Iterator[tuple[Case, Case]]:
+    """Yield each source with how it is resumed: as it was, and everything under everything."""
+    if ranks == SOURCE_RANKS:
+        yield from ((source, source) for source in SOURCES)
+    plain = SOURCES[1]
+    for strategy in STRATEGIES:
+        if (strategy, ranks) != ("fsdp", 1):
+            yield plain, replace(plain, strategy=strategy, accumulation=1)
+    for source in SOURCES[2:6]:
+        if ranks != SOURCE_RANKS:
+            yield source, replace(source, strategy="ddp")
+
+
 SUITES = {"matrix": matrix, "features": features}
+
+
+class Trainer:
+    """Trains cases one after the other in this process's group."""
+
+    def __init__(self, folder: Path) -> None:
+        self.world = find_world()
+        self._folder = folder
+        self._output = Output(terminal=io.StringIO(), errors=io.StringIO(), log=io.StringIO())
+        self._backends: list[Any] = []  # which hold the process group, the same for all
+
+    def __call__(
+        self, case: Case, name: str, *, source: Path | None = None, saves: bool = False
+    ) -> None:
+        """Train a case into a folder of that name; from the checkpoint of a copied run, if any."""
+        recipe = replace(
+            case.make(self.world.world_size), checkpoint_every=RESUMED_FROM, keep_checkpoints=2
+        )
+        plan = make_plan(recipe, read_machine(), nproc_per_node=self.world.world_size)
+
+        def make_run_dir() -> RunDir:
+            if source is None:
+                return create_run_dir(self._folder / name, "case")
+            shutil.copytree(source, self._folder / name)
+            return RunDir(self._folder / name)
+
+        backend, run_dir = join(recipe, plan, self.world, make_run_dir)
+        start = Start(checkpoint=f"step-{RESUMED_FROM:08}") if source is not None else None
+        stop = StopRequest() if saves else None
+        train_rank(recipe, plan, backend, run_dir, self._output, start=start, stop=stop)
+        self._backends.append(backend)
 
 
 def train_all(suite: str, folder: Path) -> None:
     """Train each case of a suite into a folder of its own."""
-    from launcher.engine.logs import Output
-    from launcher.engine.run import join, train_rank
-
-    world = find_world()
-    output = Output(terminal=io.StringIO(), errors=io.StringIO(), log=io.StringIO())
-    kept = []  # backends hold the process group, which is the same for all
-    for case in SUITES[suite](world.world_size):
-        recipe = case.make(world.world_size)
-        plan = make_plan(recipe, read_machine(), nproc_per_node=world.world_size)
-
-        def make_run_dir(key: str = case.key) -> RunDir:
-            return create_run_dir(folder / key, "case")
-
-        backend, run_dir = join(recipe, plan, world, make_run_dir)
-        train_rank(recipe, plan, backend, run_dir, output)
-        kept.append(backend)
+    train = Trainer(folder)
+    if suite == "resume":
+        source_folder = folder.parent / f"on{SOURCE_RANKS}"
+        if train.world.world_size == SOURCE_RANKS:
+            for source in SOURCES:
+                train(source, source.key, saves=True)
+        for source, case in resumed(train.world.world_size):
+            train(case, f"{source.key}-as-{case.key}", source=source_folder / source.key)
+    else:
+        for case in SUITES[suite](train.world.world_size):
+            train(case, case.key)
     sys.stdout.flush()
     os._exit(0)
 

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from support import ROOT, Commands, Finished, processes_of
+from safetensors.torch import load_file
+from support import ROOT, Commands, Finished, processes_of, read_lines
+
+from launcher.checkpoints import list_checkpoints
+from launcher.rundir import RunDir
 
 RECIPE = ROOT / "tests/recipes/failing.py"
 
@@ -28,7 +34,7 @@ def fail(run: Commands, how: str, *arguments: str) -> Finished:
         ("exit", 1, "rank 1 ended with exit code 7"),
         ("sample", 1, "raised OSError for sample 77 (epoch 0): truncated file"),
         ("worker-killed", 1, "A DataLoader worker died"),
-        ("nan", 1, "At step 1 the loss is nan"),
+        ("nan", 1, "At step 3 the loss is nan and the gradient's norm nan"),
         ("data", 1, "FileNotFoundError: no folder /data/images"),
         ("empty", 2, "The train data is empty"),
         ("count", 2, "counted 2 items, and the global batch holds 62"),
@@ -89,34 +95,39 @@ def test_ctrl_c_before_there_are_ranks(run: Commands, stage: str) -> None:
     assert stderr.strip() == "launcher: stopped by SIGINT"
 
 
-def test_ctrl_c_ends_a_single_process(run: Commands) -> None:
-    """Ctrl-C ends a recipe that runs by itself, in a line."""
+def test_ctrl_c_twice_ends_a_single_process(run: Commands) -> None:
+    """Where a step does not end, Ctrl-C again ends a recipe that runs by itself, in a line."""
     process = run.start("python", RECIPE, "how=hang", "--out", "out")
     assert process.stdout is not None
     for line in process.stdout:
         if "hanging" in line:
             break
     process.send_signal(signal.SIGINT)
+    time.sleep(0.2)  # two that come together are one
+    process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert stderr.strip() == "launcher: stopped by Ctrl-C"
+    assert stderr.strip() == "launcher: stopped by SIGINT"
 
 
 @pytest.mark.parametrize("whom", ["launcher", "all"])
-def test_ctrl_c_ends_the_run(run: Commands, whom: str) -> None:
-    """Ctrl-C, to the launcher alone or as a terminal sends it to all, ends everything in a line."""
+def test_a_second_ctrl_c_ends_the_run(run: Commands, whom: str) -> None:
+    """Where a step does not end, Ctrl-C again, to the launcher alone or to all, ends everything."""
     process = run.start("launcher", "run", RECIPE, "how=hang", "rank=0", "-n", "2", "--out", "out")
     assert process.stdout is not None
     for line in process.stdout:
         if "hanging" in line:
             break
-    if whom == "launcher":
-        process.send_signal(signal.SIGINT)
-    else:
-        os.killpg(process.pid, signal.SIGINT)
+    assert process.stderr is not None
+    for _ in range(2):
+        if whom == "launcher":
+            process.send_signal(signal.SIGINT)
+        else:
+            os.killpg(process.pid, signal.SIGINT)
+        said = next(line for line in process.stderr if line.strip())
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert stderr.strip() == "launcher: stopped by SIGINT"
+    assert (said + stderr).strip() == "launcher: stopped by SIGINT"
     assert stdout.strip() == ""
 
 
@@ -133,3 +144,84 @@ def test_ranks_end_with_a_launcher_that_is_killed(run: Commands) -> None:
     process.kill()
     drain.join(30)
     assert not drain.is_alive(), "somebody still holds the output"
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("sleep", "rank 1 .* is computing in step 2, at .*failing.py, line .* the other one waits"),
+        ("sleeping-worker", "is reading data in step .* It waits for its data: num_workers=0"),
+        ("stopped", "rank 1 .* does not answer: it was last heard of .* the other one waits"),
+    ],
+)
+def test_a_hang_is_named(run: Commands, how: str, message: str) -> None:
+    """The rank that the others wait for is said, the stacks are in the logs, and all is ended."""
+    done = fail(run, how, "rank=1")
+    assert done.exit_code == 1, done.stderr
+    assert re.search(message, done.stderr), done.stderr
+    assert "No rank has made progress for 2 s (hang_timeout)" in done.stderr
+    logs = [path.read_text() for path in (run.folder / "out/logs").iterdir()]
+    assert any("most recent call first" in log for log in logs)
+    if how == "sleep":
+        assert "in _fail_at_second_call" in (run.folder / "out/logs/rank1.log").read_text()
+
+
+def test_a_bad_step_is_left_out(run: Commands) -> None:
+    """One loss that is not finite is told with its samples, and the run goes on without it."""
+    done = fail(run, "nan-once", "rank=1")
+    assert done.exit_code == 0, done.stderr
+    said = next(line for line in done.stdout.splitlines() if "it was left out" in line)
+    ids = [int(text) for text in said.partition("Its samples: ")[2].rstrip(".").split(", ")]
+    assert len(set(ids)) == 62, "the samples of the global batch, of both ranks"
+    rows = read_lines(run.folder / "out/metrics.jsonl")
+    bad = [row["step"] for row in rows if "loss" in row and row["loss"] is None]
+    assert len(bad) == 1
+    weights = load_file(run.folder / "out/model.safetensors")
+    assert all(weight.isfinite().all() for weight in weights.values())
+
+
+def test_too_many_bad_steps_end_the_run(run: Commands) -> None:
+    """As many in a row as max_bad_steps says; the message names the samples of the last."""
+    done = fail(run, "nan", "checkpoint_every=1", "max_bad_steps=2")
+    assert done.exit_code == 1
+    assert "(max_bad_steps=2). The steps were not taken" in done.stderr
+    assert "look at the samples of the step: " in done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk")
+def test_a_full_disk_stops_no_run(run: Commands) -> None:
+    """Checkpoints that do not fit are told; the one before stays; the run takes all its steps."""
+    disk = run.folder / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", disk], check=False
+    )
+    if mounted.returncode:
+        pytest.skip("no disk can be mounted here")
+    try:
+        recipe = f"{ROOT / 'tests/recipes/worlds.py'}:worlds"
+        done = run(
+            *("launcher", "run", recipe, "record_samples=false", "-n", "2", "checkpoint_every=2"),
+            *("--out", disk / "out"),
+        )
+        assert "could not be saved (" in done.stdout
+        assert "No space left on device" in done.stdout
+        assert "step 15/15" in done.stdout
+        assert "Traceback" not in done.stdout + done.stderr
+        (whole, *_) = list_checkpoints(RunDir(disk / "out"))
+        assert not list(whole.damages(whole.read_manifest().files, whole.read_manifest()))
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_files_that_may_not_grow_stop_no_run(run: Commands) -> None:
+    """A limit on file sizes, such as a quota's, costs checkpoints; the weights are told as lost."""
+    recipe = f"{ROOT / 'tests/recipes/worlds.py'}:worlds"
+    command = f"ulimit -f 20; launcher run {recipe} -n 2 checkpoint_every=5 --out out"
+    done = run("bash", "-c", command)
+    assert done.exit_code == 1
+    assert "could not be saved (rank 0: File too large)" in done.stdout
+    assert "step 15/15" in done.stdout
+    assert "Cannot write the weights to" in done.stderr
+    assert list_checkpoints(RunDir(run.folder / "out")) == []
+    assert list((run.folder / "out/checkpoints").iterdir()) == [], "nothing half-written"

@@ -16,6 +16,7 @@ _COMMANDS = {
     "plan": "launcher.cli.plan",
     "prove": "launcher.cli.prove",
     "recipes": "launcher.cli.recipes",
+    "resume": "launcher.cli.resume",
     "run": "launcher.cli.run",
 }
 """Command names and the module of each, which holds a click command called `command`."""

@@ -49,6 +49,17 @@ def out_option(function: Function) -> Function:
     )(function)
 
 
+def max_restarts_option(function: Function) -> Function:
+    """Take how often a run that fails begins again."""
+    return click.option(
+        "--max-restarts",
+        type=click.IntRange(min=0),
+        default=0,
+        metavar="N",
+        help="Start again from the newest checkpoint up to N times if a rank fails.",
+    )(function)
+
+
 def read_overrides(config: Path | None, arguments: tuple[str, ...]) -> tuple[Override, ...]:
     """Return the overrides of a YAML file and of the command line, the weaker ones first."""
     return (*(read_yaml(config) if config else ()), *read_arguments(arguments))

@@ -16,8 +16,8 @@ from launcher.cli.arguments import (
     read_overrides,
 )
 from launcher.errors import EXIT_FAILED, UsageError
-from launcher.launch import EXIT_BY_SIGNAL
 from launcher.overrides import Override
+from launcher.signals import EXIT_BY_SIGNAL
 
 _STEPS = 10
 

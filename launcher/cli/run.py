@@ -11,6 +11,7 @@ from launcher.cli import drop_output
 from launcher.cli.arguments import (
     SettingsCommand,
     config_option,
+    max_restarts_option,
     nproc_option,
     out_option,
     overrides_argument,
@@ -24,12 +25,14 @@ from launcher.cli.arguments import (
 @nproc_option
 @config_option
 @out_option
+@max_restarts_option
 def command(
     recipe: str,
     overrides: tuple[str, ...],
     nproc_per_node: int | None,
     config: Path | None,
     out: Path | None,
+    max_restarts: int,
 ) -> int:
     """Train RECIPE on the GPUs of this machine, or on CPU ranks where there are none.
 
@@ -39,12 +42,13 @@ def command(
     launcher run digits --config mine.yaml --out runs/mine
     """
     from launcher.job import Job, describe_run, plan_recipe
-    from launcher.launch import launch
+    from launcher.launch import Stops, launch
     from launcher.machine import read_machine
     from launcher.report.explain import explain
     from launcher.resolve import resolve
     from launcher.rundir import create_run_dir, write_yaml
 
+    stops = Stops()  # before anything slow
     reference = resolve(recipe)
     given = read_overrides(config, overrides)
     built, plan = plan_recipe(reference, given, read_machine(), nproc_per_node=nproc_per_node)
@@ -61,5 +65,7 @@ def command(
             plan=plan,
             run_dir=run_dir,
             launcher_pid=os.getpid(),
-        )
+            restarts=max_restarts,
+        ),
+        stops=stops,
     )

@@ -20,21 +20,36 @@ from launcher.cli.arguments import (
 )
 from launcher.errors import UsageError
 from launcher.recipe import Recipe
+from launcher.signals import StopRequest
 
 _SECONDS_TO_BE_ENDED = 5
 
 
 def run_standalone(function: Callable[..., Recipe]) -> None:
     """Parse the command line of a recipe's file, train, and end the process on an error."""
+    stop = StopRequest()
+    stop.listen()  # before torch is imported, which takes seconds
 
     @click.command(cls=SettingsCommand, help=_help(function))
     @overrides_argument
     @config_option
     @out_option
     @click.option("--local_rank", "--local-rank", hidden=True, expose_value=False)  # deepspeed's
-    def command(overrides: tuple[str, ...], config: Path | None, out: Path | None) -> None:
+    @click.option(
+        "--resume",
+        type=click.Path(path_type=Path),
+        metavar="RUN_DIR",
+        help="Go on with a run from its newest undamaged checkpoint.",
+    )
+    def command(
+        overrides: tuple[str, ...], config: Path | None, out: Path | None, resume: Path | None
+    ) -> int:
+        if out is not None and resume is not None:
+            raise UsageError(
+                f"--out {out} makes a run folder and --resume {resume} goes on in one: keep one."
+            )
         try:
-            _train(function, overrides, config, out)
+            return _train(function, overrides, config, out, resume, stop)
         except UsageError:
             # Most mistakes are found by every rank of a node. The first of them says so and ends,
             # and then the launcher ends the others; one that lives on was alone in finding it.
@@ -52,12 +67,21 @@ def _train(
     arguments: tuple[str, ...],
     config: Path | None,
     out: Path | None,
-) -> None:
+    resume: Path | None,
+    stop: StopRequest,
+) -> int:
     from launcher.accelerate_settings import accelerate_settings
-    from launcher.job import describe_run, plan_recipe
+    from launcher.job import Start, describe_run, plan_recipe
     from launcher.machine import read_machine
     from launcher.report.explain import explain
     from launcher.resolve import reference_of
+    from launcher.rundir import (
+        RunDir,
+        create_run_dir,
+        open_run_dir,
+        write_resumption,
+        write_yaml,
+    )
     from launcher.world import find_world
 
     world = find_world()
@@ -74,8 +98,18 @@ def _train(
         click.echo(explain(plan, recipe=reference.shown))
     from launcher.engine.worker import found_rank
 
-    description = describe_run(reference, built, plan) if world.rank == 0 else {}
-    found_rank(built.recipe, plan, world, out, description)
+    def make_run_dir() -> RunDir:
+        description = describe_run(reference, built, plan)
+        if resume is not None:
+            taken = open_run_dir(resume)
+            write_resumption(taken, description)
+            return taken
+        made = create_run_dir(out, plan.recipe)
+        write_yaml(made.run_yaml, description)
+        return made
+
+    start = Start(fall_back=True) if resume is not None else None
+    return found_rank(built.recipe, plan, world, make_run_dir, stop=stop, start=start)
 
 
 def _help(function: Callable[..., Recipe]) -> str:

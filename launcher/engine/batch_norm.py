@@ -136,6 +136,25 @@ class BatchNorms:
     def __init__(self, model: nn.Module) -> None:
         self._modules = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         self._tracking = [module for module in self._modules if module.running_mean is not None]
+        self._kept: list[Tensor] = []
+
+    def keep(self) -> None:
+        """Keep the running statistics as they are, to go back to."""
+        self._kept = [buffer.clone() for buffer in self._statistics()]
+
+    @torch.no_grad()
+    def mend(self) -> None:
+        """Put back those of the kept statistics that a batch has made infinite or NaN."""
+        for buffer, kept in zip(self._statistics(), self._kept, strict=False):
+            buffer.copy_(torch.where(buffer.isfinite().all(), buffer, kept))
+
+    def _statistics(self) -> list[Tensor]:
+        return [
+            buffer
+            for module in self._tracking
+            for buffer in (module.running_mean, module.running_var)
+            if buffer is not None
+        ]
 
     @contextlib.contextmanager
     def ignoring_samples(self) -> Iterator[None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import faulthandler
+import signal
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +19,7 @@ from launcher.errors import LauncherError, RecipeError, SampleError
 from launcher.plan import Plan
 from launcher.recipe import Data, Recipe
 from launcher.seeds import derive
+from launcher.signals import STOP_SIGNALS
 
 
 class MicroBatch(NamedTuple):
@@ -166,3 +169,8 @@ def _as_it_is(micro_batch: Any) -> Any:
 
 def _start_worker(_: int) -> None:
     die_with_parent()
+    # A job that is told to stop tells all its processes; the rank decides when, and it needs data
+    # until then. SIGUSR2 is for the rank to ask where a worker hangs.
+    for number in (signal.SIGINT, *STOP_SIGNALS):
+        signal.signal(number, signal.SIG_IGN)
+    faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import signal
 import time
 import traceback
 from typing import Any, TextIO
@@ -12,6 +13,7 @@ from typing import Any, TextIO
 from launcher.errors import EXIT_FAILED, LauncherError, TrainingError
 from launcher.report.failure import failure_text
 from launcher.rundir import RunDir, record_failure
+from launcher.signals import StopRequest
 from launcher.world import World
 
 _PEER_LOST = (
@@ -27,7 +29,13 @@ _SECONDS_TO_BE_ENDED = 15
 
 
 def fail(
-    error: BaseException, world: World, run_dir: RunDir, *, log: TextIO, show: TextIO | None
+    error: BaseException,
+    world: World,
+    run_dir: RunDir,
+    *,
+    log: TextIO,
+    show: TextIO | None,
+    stop: StopRequest | None = None,
 ) -> int:
     """Record `error` as the run's failure if it is the first; return the exit code.
 
@@ -41,16 +49,24 @@ def fail(
         run_dir: Where the ranks agree who was first.
         log: This rank's log, where its error is kept in any case.
         show: Where to show it; None leaves that to the process that started the ranks.
+        stop: Notes whether this rank has been told to end.
     """
     failure = describe(error, world)
     print(failure["traceback"] or failure["message"], file=log, flush=True)
     if failure["lost_peer"]:
-        time.sleep(_SECONDS_TO_BE_ENDED)
+        _wait_to_be_ended(stop)
     if not record_failure(run_dir, failure):
-        time.sleep(_SECONDS_TO_BE_ENDED)
+        _wait_to_be_ended(stop)
     elif show is not None:
         print(failure_text(failure, run_dir), file=show, flush=True)
     return int(failure["exit_code"])
+
+
+def _wait_to_be_ended(stop: StopRequest | None) -> None:
+    """Wait for the agent's SIGTERM, which ends this process, or may have come already."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if stop is None or stop.number is not signal.SIGTERM:
+        time.sleep(_SECONDS_TO_BE_ENDED)
 
 
 def describe(error: BaseException, world: World) -> dict[str, Any]:

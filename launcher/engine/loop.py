@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from launcher.engine.backends.base import Backend
 from launcher.engine.batch_norm import BatchNorms
 from launcher.engine.data import MicroBatch
-from launcher.engine.metrics import Meter, StepRow, check_finite
+from launcher.engine.metrics import BadSteps, Meter, StepRow, Votes
 from launcher.engine.optimizers import Hyperparameters
 from launcher.engine.randomness import seed_step
 from launcher.engine.sampler import Sampler
@@ -32,6 +32,12 @@ class Listener(Protocol):
 
     def stepped(self, rows: list[StepRow]) -> None:
         """Some steps were taken."""
+
+    def warned(self, text: str) -> None:
+        """Something is to be told, the same on every rank."""
+
+    def noted(self, step: int, values: dict[str, float]) -> None:
+        """Something else is known of what happened after `step` steps."""
 
     def evaluated(self, step: int, values: dict[str, float]) -> None:
         """The evaluation data was visited after `step` steps."""
@@ -53,34 +59,70 @@ class Trainee:
     norms: BatchNorms
     """Those of the model."""
 
+    at: Callable[[int, str], None] = lambda *_: None
+    """Is told how far this rank is: steps taken, and what comes next."""
+
+
+class Attendant(Protocol):
+    """Tends to the run between steps, where all ranks agree on what to do."""
+
+    def is_due(self, step: int) -> bool:
+        """Return whether it has something to do after `step` steps; the same on every rank."""
+
+    def votes(self) -> Votes:
+        """Return what this rank has to tell the others."""
+
+    def attend(self, step: int, votes: Votes) -> bool:
+        """Do after `step` steps what the ranks' votes say; return whether to stop (collective)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """How far `train` got."""
+
+    step: int
+    """Steps taken since the start of the run."""
+
+    evaluation: dict[str, float]
+    """Of the last step; empty where the run stopped before."""
+
 
 def train(
-    trainee: Trainee, listener: Listener, first_step: int = 0, last_step: int | None = None
-) -> dict[str, float]:
-    """Take the steps from `first_step` to before `last_step`; return the last evaluation.
+    trainee: Trainee,
+    listener: Listener,
+    attendant: Attendant | None = None,
+    *,
+    first_step: int = 0,
+    last_step: int | None = None,
+) -> Trained:
+    """Take the steps from `first_step` to before `last_step`, or until asked to stop.
 
     Args:
         trainee: What to train.
         listener: Hears of the steps.
+        attendant: Tends to the run between steps; None lets it go.
         first_step: Steps that were taken before.
         last_step: Steps to have been taken when this returns; None is all that were planned.
 
     Raises:
         RecipeError: The recipe's loss does not return (sum, count).
-        TrainingError: A loss is not finite.
+        TrainingError: The losses of too many steps are not finite.
     """
     recipe, plan, backend = trainee.recipe, trainee.plan, trainee.backend
     model, optimizer, sampler = trainee.model, trainee.optimizer, trainee.sampler
-    norms = trainee.norms
+    norms, at = trainee.norms, trainee.at
     hyperparameters = Hyperparameters(optimizer, plan.lr)
     meter = Meter(backend)
+    bad_steps = BadSteps(recipe.max_bad_steps, lambda step: sampler.batch_ids(step - 1))
     values: dict[str, float] = {}
     model.train()
+    norms.keep()
     last_step = plan.total_steps if last_step is None else last_step
     for step in range(first_step, last_step):
         # ------------------------------------------------------------------------------------
         seed_step(plan.seed, step, backend)
         lr = hyperparameters.write(recipe.schedule.at(step, plan.total_steps))
+        at(step, "reading data")
         asked = time.perf_counter()
         taken = [next(trainee.batches) for _ in range(sampler.micro_steps(step))]
         waited = time.perf_counter() - asked
@@ -88,6 +130,7 @@ def train(
         weight = backend.world_size / items
         sums, counts = [], []
         for number, micro_batch in enumerate(taken, start=1):
+            at(step, "computing")
             batch = backend.to_device(micro_batch.batch)
             with (
                 backend.micro_step(last=number == len(taken)),
@@ -117,27 +160,44 @@ def train(
             grad_norm=grad_norm,
             data_wait_seconds=waited,
         )
-        evaluates = plan.evaluates_after(step)
-        if meter.is_due() or evaluates or step + 1 == last_step:
-            rows = meter.read()
-            listener.stepped(rows)
-            check_finite(rows)
-        if evaluates and sampler.evaluation_samples:
-            values = evaluate(trainee)
-            listener.evaluated(step + 1, values)
-            meter.restart_clock()
-    return values
+        done = step + 1
+        evaluates = sampler.evaluation_samples > 0 and plan.evaluates_after(step)
+        is_due = attendant is not None and attendant.is_due(done)
+        if not (meter.is_due() or evaluates or is_due or done == last_step):
+            continue
+        reading = meter.read(Votes() if attendant is None else attendant.votes())
+        listener.stepped(reading.rows)
+        (norms.keep if all(row.is_finite for row in reading.rows) else norms.mend)()
+        for said in bad_steps.check(reading.rows):
+            listener.warned(said)
+        if evaluates:
+            values = evaluate(trainee, done)
+            listener.evaluated(done, values)
+        at(done, "saving")
+        if attendant is not None and attendant.attend(done, reading.votes):
+            return Trained(step=done, evaluation=values)
+        meter.restart_clock()
+    if first_step >= last_step and sampler.evaluation_samples:
+        values = evaluate(trainee, last_step)  # it ended between the last step and the result
+    at(last_step, "finishing")
+    return Trained(step=last_step, evaluation=values)
 
 
 @torch.no_grad()
-def evaluate(trainee: Trainee) -> dict[str, float]:
-    """Return loss and metrics over the evaluation data, each sample once (collective)."""
+def evaluate(trainee: Trainee, step: int) -> dict[str, float]:
+    """Return loss and metrics over the evaluation data, each sample once (collective).
+
+    Args:
+        trainee: Its next micro-batches are those of an evaluation.
+        step: Steps taken.
+    """
     recipe, backend, model = trainee.recipe, trainee.backend, trainee.model
     functions = {"loss": recipe.loss, **recipe.metrics}
     totals = torch.zeros(len(functions), 2, dtype=torch.float64, device=backend.device)
     trainee.norms.average(backend)
     model.eval()
     for _ in range(trainee.sampler.evaluation_steps()):
+        trainee.at(step, "evaluating")
         micro_batch = next(trainee.batches)
         batch = backend.to_device(micro_batch.batch)
         with backend.autocast():

@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from launcher.errors import RecipeError, TrainingError
 
 _SECONDS_BETWEEN_READS = 0.5
 _MOST_STEPS_BETWEEN_READS = 1000
+_MOST_IDS_SHOWN = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,33 @@ class StepRow:
 
     data_wait_seconds: float
     """What the ranks waited for data, on average."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the step was taken, or left out for no worse reason than fp16's range."""
+        norm = 0.0 if self.grad_norm is None else self.grad_norm
+        return math.isfinite(self.loss) and math.isfinite(norm)
+
+
+class Votes(NamedTuple):
+    """What ranks tell each other whenever they read: of each, how many say so."""
+
+    stop: float = 0.0
+    """Was asked to stop."""
+
+    save: float = 0.0
+    """Finds a checkpoint due; rank 0 alone is asked."""
+
+    written: float = 0.0
+    """Has written its part of the checkpoint under way."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What the ranks know of the steps since the last reading, the same on each."""
+
+    rows: list[StepRow]
+    votes: Votes
 
 
 @dataclass(kw_only=True, slots=True)
@@ -89,21 +117,19 @@ class Meter:
         """Leave the time since the last read out of the throughput: it was not training."""
         self._since = time.perf_counter()
 
-    def read(self) -> list[StepRow]:
-        """Return a row for each collected step, the same on every rank (collective).
+    def read(self, votes: Votes) -> Reading:
+        """Return a row for each collected step, and the votes of all ranks (collective).
 
         Raises:
             RecipeError: The loss counted other items than the batch holds.
             TrainingError: In fp16 no scale of the loss keeps the gradient finite.
         """
         collected, self._collected = self._collected, []
-        if not collected:
-            return []
         now = time.perf_counter()
-        sums = self._sums(collected, now - self._since).tolist()
+        sums = self._sums(collected, now - self._since, votes).tolist()
         items = self._tensor([step.items for step in collected]).tolist()
         self._since = now
-        seconds = sums.pop()[0]
+        votes, (seconds, *_) = Votes(*sums.pop()), sums.pop()
         grad_norms = torch.stack([step.grad_norm for step in collected]).tolist()
         self._reads_at = min(
             max(int(_SECONDS_BETWEEN_READS * len(collected) / max(seconds, 1e-9)), 1),
@@ -133,13 +159,13 @@ class Meter:
                     data_wait_seconds=wait / self._backend.world_size,
                 )
             )
-        return rows
+        return Reading(rows=rows, votes=votes)
 
-    def _sums(self, collected: list[_Collected], seconds: float) -> Tensor:
+    def _sums(self, collected: list[_Collected], seconds: float, votes: Votes) -> Tensor:
         """Return, summed over ranks, (loss sum, counted items, data wait) of each step.
 
-        The last row holds rank 0's seconds, so that all ranks work with one clock. Float64, of
-        shape (steps + 1, 3).
+        Two rows follow: rank 0's seconds, so that all ranks work with one clock, and the votes.
+        Float64, of shape (steps + 2, 3).
         """
         device = self._backend.device
         nothing = torch.zeros((), device=device)
@@ -148,9 +174,12 @@ class Meter:
         ).double()
         counted = self._tensor([sum(step.counts) for step in collected])
         waits = self._tensor([step.data_wait_seconds for step in collected])
-        clock = self._tensor([seconds if self._backend.rank == 0 else 0.0, 0.0, 0.0])
+        first = self._backend.rank == 0
+        clock = [seconds if first else 0.0, 0.0, 0.0]
+        own = [votes.stop, votes.save if first else 0.0, votes.written]
+        last = self._tensor([*clock, *own])
         steps = torch.stack([losses, counted, waits], dim=1)
-        return self._backend.sum(torch.cat([steps, clock.unsqueeze(0)]))
+        return self._backend.sum(torch.cat([steps, last.view(2, 3)]))
 
     def _tensor(self, values: Sequence[float | Tensor]) -> Tensor:
         """Return `values` as one float64 tensor on the device, without waiting for it."""
@@ -160,20 +189,46 @@ class Meter:
         return torch.tensor(values, dtype=torch.float64, device=device)
 
 
-def check_finite(rows: list[StepRow]) -> None:
-    """Refuse to go on from a loss or gradient that is not a number.
+class BadSteps:
+    """Keeps count of steps that were left out because their loss or gradient was not finite.
 
-    Raises:
-        TrainingError: It names the first such step.
+    Args:
+        most: As many in a row end the run.
+        ids_of: Returns the sample ids of a step, counted from 1.
     """
-    for row in rows:
-        norm = 0.0 if row.grad_norm is None else row.grad_norm
-        if not math.isfinite(row.loss) or not math.isfinite(norm):
-            raise TrainingError(
-                f"At step {row.step} the loss is {row.loss} and the gradient's norm "
-                f"{row.grad_norm}, with learning rate {row.lr:.4g}: the run cannot recover. Lower "
-                "lr, set max_grad_norm, or look at the batch with record_samples=true."
+
+    def __init__(self, most: int, ids_of: Callable[[int], list[int]]) -> None:
+        self._most, self._ids_of = most, ids_of
+        self._in_a_row = 0
+
+    def check(self, rows: list[StepRow]) -> list[str]:
+        """Return what to say of each bad step among `rows`.
+
+        Raises:
+            TrainingError: There were too many in a row; it names the last one and its samples.
+        """
+        said = []
+        for row in rows:
+            if row.is_finite:
+                self._in_a_row = 0
+                continue
+            self._in_a_row += 1
+            ids = self._ids_of(row.step)
+            shown = ", ".join(map(str, ids[:_MOST_IDS_SHOWN]))
+            shown += f" and {len(ids) - _MOST_IDS_SHOWN:,} more" if ids[_MOST_IDS_SHOWN:] else ""
+            what = (
+                f"At step {row.step:,} the loss is {row.loss} and the gradient's norm "
+                f"{row.grad_norm}, with learning rate {row.lr:.4g}"
             )
+            if self._in_a_row >= self._most:
+                before = f", as at the {self._in_a_row - 1} before it" if self._in_a_row > 1 else ""
+                raise TrainingError(
+                    f"{what}{before} (max_bad_steps={self._most}). The steps were not taken: the "
+                    "weights are as they were before. Lower lr, set max_grad_norm, or look at the "
+                    f"samples of the step: {shown}."
+                )
+            said.append(f"{what}: it was left out. Its samples: {shown}.")
+        return said
 
 
 def _check_count(step: int, counted: int, items: int) -> None:

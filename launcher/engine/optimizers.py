@@ -8,13 +8,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, AdamW, Optimizer
 
 from launcher.errors import RecipeError
 from launcher.optimizer import OptimizerSpec
 from launcher.recipe import Recipe
 from launcher.schedule import Setting
+
+SCHEDULED = ("lr", "momentum", "betas")
+"""What `Hyperparameters` writes into parameter groups."""
 
 
 def make_optimizer(recipe: Recipe, model: nn.Module, lr: float) -> Optimizer:
@@ -68,17 +71,25 @@ def _groups(model: nn.Module, *, decay_1d: bool) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def take_step(optimizer: Optimizer, recipe: Recipe) -> None:
-    """Update the parameters.
+def take_step(optimizer: Optimizer, recipe: Recipe, finite: Tensor) -> None:
+    """Update the parameters if the gradient is `finite`, a bool on the device.
+
+    Fused kernels look at it there; for all others the host waits until it is known. They do not
+    look where they have no state yet: SGD would keep momentum that nobody has written (torch 2.13).
 
     torch wraps `step` in a range for its profiler, hooks and a graph break, 50 us together, more
     than the step of a small net. An optimizer that we made has no hooks, and is called below them.
     """
-    if isinstance(recipe.optimizer, OptimizerSpec):
-        with torch.no_grad():
-            _bare_step(type(optimizer).step)(optimizer)
-    else:
-        optimizer.step()
+    if not isinstance(recipe.optimizer, OptimizerSpec):
+        if bool(finite):
+            optimizer.step()
+        return
+    if optimizer.param_groups[0]["fused"] and optimizer.state:
+        optimizer.found_inf = finite.logical_not().float()  # type: ignore[attr-defined]
+    elif not bool(finite):
+        return
+    with torch.no_grad():
+        _bare_step(type(optimizer).step)(optimizer)
 
 
 @functools.cache

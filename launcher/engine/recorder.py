@@ -11,7 +11,6 @@ import msgspec
 
 from launcher.engine.data import MicroBatch
 from launcher.engine.metrics import StepRow
-from launcher.errors import TrainingError
 from launcher.report.progress import Progress
 from launcher.rundir import RunDir
 
@@ -39,6 +38,7 @@ class Recorder:
             path = run_dir.samples(rank)
             path.parent.mkdir(exist_ok=True)
             self._samples = path.open("ab")
+        self._lost: list[BinaryIO] = []
         self.last_loss = math.nan
 
     def took(self, step: int, micro_batches: list[MicroBatch]) -> None:
@@ -56,6 +56,14 @@ class Recorder:
                 self._progress.stepped(last.step, last.loss, last.lr, last.samples_per_second)
         self._flush()
 
+    def warned(self, text: str) -> None:
+        if self._progress is not None:
+            self._progress.tell(f"launcher: {text}")
+
+    def noted(self, step: int, values: dict[str, float]) -> None:
+        """Write what else happened after `step` steps."""
+        self._write(self._metrics, {"step": step, **values})
+
     def evaluated(self, step: int, values: dict[str, float]) -> None:
         self._write(self._metrics, {"step": step, "evaluation": values})
         if self._progress is not None:
@@ -66,25 +74,27 @@ class Recorder:
         """Close the files and leave the terminal as it was."""
         for file in (self._metrics, self._samples):
             if file is not None:
-                file.close()
+                with self._writing(file):
+                    file.close()
         if self._progress is not None:
             self._progress.close()
 
     def _write(self, file: BinaryIO | None, values: Any) -> None:
-        if file is not None:
-            with _writing(file):
+        if file is not None and file not in self._lost:
+            with self._writing(file):
                 file.write(_ENCODER.encode(values) + b"\n")
 
     def _flush(self) -> None:
         for file in (self._metrics, self._samples):
-            if file is not None:
-                with _writing(file):
+            if file is not None and file not in self._lost:
+                with self._writing(file):
                     file.flush()
 
-
-@contextlib.contextmanager
-def _writing(file: BinaryIO) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise TrainingError(f"Cannot write {file.name}: {error.strerror}.") from None
+    @contextlib.contextmanager
+    def _writing(self, file: BinaryIO) -> Iterator[None]:
+        """Go on without a file that cannot be written any more, and say so."""
+        try:
+            yield
+        except OSError as error:
+            self._lost.append(file)
+            self.warned(f"cannot write {file.name}: {error.strerror}. The run goes on without it.")

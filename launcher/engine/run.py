@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 import zlib
 from collections.abc import Callable
@@ -14,10 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from launcher.checkpoints import (
+    Checkpoint,
+    Manifest,
+    check_resumable,
+    list_checkpoints,
+    set_aside,
+)
 from launcher.engine.backends import open_backend
 from launcher.engine.backends.base import Backend
 from launcher.engine.batch_norm import BatchNorms, synchronize
 from launcher.engine.blocks import checkpoint_activations, compile_blocks, find_blocks
+from launcher.engine.checkpoint import Keeper, StoredState, load_newest
 from launcher.engine.data import Reader, micro_batches, sample_count
 from launcher.engine.logs import Output
 from launcher.engine.loop import Trainee, train
@@ -25,11 +34,14 @@ from launcher.engine.optimizers import make_optimizer
 from launcher.engine.randomness import seed_all
 from launcher.engine.recorder import Recorder
 from launcher.engine.sampler import Sampler
+from launcher.engine.state import group_values, write_groups
 from launcher.errors import LauncherError, RecipeError, TrainingError, WorldError
+from launcher.job import Start
 from launcher.plan import Plan
 from launcher.recipe import Data, Recipe
 from launcher.report.progress import Progress, duration, metrics_text
-from launcher.rundir import RunDir, write_json
+from launcher.rundir import RunDir, keep_until, write_json
+from launcher.signals import StopRequest
 from launcher.world import World
 
 _SAMPLED_WEIGHTS = 1024
@@ -93,8 +105,11 @@ def train_rank(
     run_dir: RunDir,
     output: Output,
     *,
+    stop: StopRequest | None = None,
+    start: Start | None = None,
     last_step: int | None = None,
-) -> Result:
+    at: Callable[[int, str], None] = lambda *_: None,
+) -> Result | None:
     """Build what the recipe describes, train it, and write the result.
 
     Args:
@@ -103,11 +118,20 @@ def train_rank(
         backend: This rank among the others.
         run_dir: Where to write.
         output: Where to print.
+        stop: Notes what asks this rank to stop; None saves no checkpoints and cannot be stopped.
+        start: From which checkpoint to go on; None begins at the beginning.
         last_step: Steps to take; None is all that are planned.
+        at: Is told how far this rank is: steps taken, and what comes next.
+
+    Returns:
+        The result; None where the run was asked to stop before its end.
 
     Raises:
         LauncherError: The recipe or its data is at fault, or the training failed.
     """
+    found = _find(start, backend, run_dir, plan)
+    first_step = 0 if found is None else found[1].step
+    steps = plan.total_steps if last_step is None else last_step
     data = _data(recipe, plan)
     sampler = Sampler(
         plan=plan,
@@ -118,9 +142,9 @@ def train_rank(
         ),
     )
     # The workers start here: they read while the model is built, and do not inherit it.
-    batches = micro_batches(Reader(recipe, data), sampler.requests(), plan)
+    requests = sampler.requests(first_step) if first_step < steps else sampler.evaluation()
+    batches = micro_batches(Reader(recipe, data), requests, plan)
     model, optimizer = _model_and_optimizer(recipe, plan, backend)
-    norms = BatchNorms(model)
     trainee = Trainee(
         recipe=recipe,
         plan=plan,
@@ -129,33 +153,103 @@ def train_rank(
         optimizer=optimizer,
         sampler=sampler,
         batches=batches,
-        norms=norms,
+        norms=BatchNorms(model),
+        at=at,
     )
-    steps = plan.total_steps if last_step is None else last_step
-    is_main = backend.rank == 0
+    fresh = group_values(optimizer)
+    if found is not None:
+        _restore(trainee, *found)
     progress = None
-    if is_main:
+    if backend.rank == 0:
         progress = Progress(steps, output.terminal, output.log, output.show_through)
     recorder = Recorder(run_dir, backend.rank, recipe.record_samples, progress)
+    keeper = None
+    if stop is not None:
+        stop.defer()
+        keeper = Keeper(trainee, stop, run_dir, groups=fresh, listener=recorder)
     started = time.perf_counter()
     try:
-        evaluation = train(trainee, recorder, last_step=steps)
+        trained = train(trainee, recorder, keeper, first_step=first_step, last_step=steps)
+        if trained.step < steps:
+            if backend.rank == 0:
+                print(_resumable(trained.step, run_dir), flush=True)
+            return None
+        trainee.norms.average(backend)
+        if keeper is not None and first_step < steps:
+            keeper.save(steps)
+        weights = backend.weights(model)
+        result = Result(
+            evaluation=trained.evaluation,
+            train_loss=recorder.last_loss,
+            steps=steps,
+            samples=sampler.samples_before(steps),
+            seconds=time.perf_counter() - started,
+        )
+        if keeper is not None:
+            keeper.finish()
+        if backend.rank == 0:
+            save_weights(weights, run_dir)
     finally:
         recorder.close()
-    norms.average(backend)
-    weights = backend.weights(model)
-    result = Result(
-        evaluation=evaluation,
-        train_loss=recorder.last_loss,
-        steps=steps,
-        samples=sampler.samples_before(steps),
-        seconds=time.perf_counter() - started,
-    )
-    if is_main:
-        save_weights(weights, run_dir)
+    if backend.rank == 0:
         write_json(run_dir.result, asdict(result))
         print(_summary(result, run_dir), flush=True)
     return result
+
+
+def _find(
+    start: Start | None, backend: Backend, run_dir: RunDir, plan: Plan
+) -> tuple[Checkpoint, Manifest] | None:
+    """Return the undamaged checkpoint to go on from; what came after it is put away (collective).
+
+    None begins at the beginning, in a folder where a run may have failed before its first one.
+
+    Raises:
+        CheckpointError: There is none, it is damaged, or it is of another training.
+    """
+    if start is None:
+        if backend.rank == 0:
+            keep_until(run_dir, 0)
+            run_dir.failure.unlink(missing_ok=True)
+        return None
+    candidates = backend.broadcast(
+        list_checkpoints(run_dir)
+        if start.checkpoint is None
+        else [each for each in list_checkpoints(run_dir) if each.name == start.checkpoint]
+        + [each for each in list_checkpoints(run_dir) if each.name < start.checkpoint]
+    )
+
+    def tell(text: str) -> None:
+        if backend.rank == 0:
+            print(text, flush=True)
+
+    checkpoint, manifest = load_newest(candidates, backend, fall_back=start.fall_back, tell=tell)
+    check_resumable(manifest, plan, checkpoint.name)
+    if backend.rank == 0:
+        for later in list_checkpoints(run_dir):
+            if later.step > checkpoint.step:
+                set_aside(later)
+        keep_until(run_dir, checkpoint.step)
+        run_dir.result.unlink(missing_ok=True)
+        run_dir.failure.unlink(missing_ok=True)
+    backend.broadcast(None)
+    tell(f"resumed from {checkpoint.name}")
+    return checkpoint, manifest
+
+
+def _restore(trainee: Trainee, checkpoint: Checkpoint, manifest: Manifest) -> None:
+    backend, values = trainee.backend, manifest.values
+    backend.restore(trainee.model, trainee.optimizer, StoredState(checkpoint, manifest))
+    write_groups(trainee.optimizer, values["groups"])
+    if backend.scaler is not None and values["scaler"] is not None:
+        backend.scaler.restore(values["scaler"])
+
+
+def _resumable(step: int, run_dir: RunDir) -> str:
+    return (
+        f"launcher: stopped after step {step:,}, with a checkpoint. Go on with:\n"
+        f"launcher resume {shlex.quote(run_dir.shown)}"
+    )
 
 
 def _disagreement(world: World, different: dict[str, tuple[Any, Any]]) -> str:

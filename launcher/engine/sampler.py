@@ -62,6 +62,12 @@ class Sampler:
         start = step % self.steps_per_epoch * self.plan.batch_size
         return min(self.plan.batch_size, self.train_samples - start)
 
+    def batch_ids(self, step: int) -> list[int]:
+        """Return the samples of the whole batch of `step`, in its order."""
+        start = step % self.steps_per_epoch * self.plan.batch_size
+        whole = range(start, start + self.batch_samples(step))
+        return elements_at(self.train_samples, self.plan.seed, self.epoch_of(step), [whole])[0]
+
     def samples_before(self, step: int) -> int:
         """Return the samples that all steps before `step` have taken."""
         epoch, within = divmod(step, self.steps_per_epoch)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 _FIRST_SCALE = 2.0**16
 _STEPS_BETWEEN_RISES = 2000
 _LEAST_SCALE = 2.0**-14
@@ -35,6 +37,14 @@ class LossScaler:
     def is_exhausted(self) -> bool:
         """Whether gradients overflow whatever the scale."""
         return self.scale < _LEAST_SCALE
+
+    def state(self) -> dict[str, float]:
+        """Return what `restore` takes."""
+        return {"scale": self.scale, "good_steps": self._good_steps}
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        """Go on as the scaler that returned this state."""
+        self.scale, self._good_steps = state["scale"], int(state["good_steps"])
 
     def update(self, *, finite: bool) -> None:
         """Take note of a step whose gradient was finite, or not."""

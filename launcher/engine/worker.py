@@ -7,22 +7,25 @@ import io
 import os
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
+from launcher.checkpoints import list_checkpoints
 from launcher.engine.backends.base import Backend
 from launcher.engine.failures import fail
 from launcher.engine.inspection import inspect_recipe, write_inspection
-from launcher.engine.logs import open_output
+from launcher.engine.logs import Output, open_output
 from launcher.engine.processes import die_with
 from launcher.engine.run import join, train_rank
-from launcher.job import Job
+from launcher.engine.watch import Watch
+from launcher.errors import EXIT_RESUMABLE
+from launcher.job import Job, Start
 from launcher.overrides import build
 from launcher.plan import Plan
 from launcher.recipe import Recipe
 from launcher.resolve import resolve
-from launcher.rundir import RunDir, create_run_dir, write_yaml
+from launcher.rundir import RunDir
+from launcher.signals import STOP_SIGNALS, StopRequest
 from launcher.world import World, find_world
 
 _until_exit: list[Backend] = []
@@ -30,15 +33,21 @@ _until_exit: list[Backend] = []
 interpreter, which would wait for that thread to end (torch 2.13: a deadlock, or SIGABRT)."""
 
 
-def launched_rank(job: Job) -> None:
+def launched_rank(job: Job) -> int:
     """Train as one rank of `job`; what `launcher run` starts in every process.
 
     Output goes to the rank's log, and rank 0's to the terminal as well. The process that started
     the ranks shows the first failure.
+
+    Returns:
+        The exit code of the run.
     """
+    stop = None
+    if job.last_step is None:
+        stop = _listen()
+    else:
+        _do_not_listen()
     die_with(job.launcher_pid)
-    # Ctrl-C reaches the process that started the ranks, and the agent there ends them with SIGTERM.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if job.plan.nodes == 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     world = find_world()
@@ -52,18 +61,64 @@ def launched_rank(job: Job) -> None:
     try:
         recipe = build(resolve(job.recipe), job.overrides).recipe
         os.environ.setdefault("OMP_NUM_THREADS", str(job.plan.threads_per_rank))
+        watch = None if stop is None else _watch(recipe, world, job.run_dir, stop, output)
         backend, _ = join(recipe, job.plan, world, lambda: job.run_dir)
         _until_exit.append(backend)
-        train_rank(recipe, job.plan, backend, job.run_dir, output, last_step=job.last_step)
+        result = train_rank(
+            recipe,
+            job.plan,
+            backend,
+            job.run_dir,
+            output,
+            stop=stop,
+            start=_start(job),
+            last_step=job.last_step,
+            **({} if watch is None else {"at": watch.at}),
+        )
         backend.close()
+        if watch is not None:
+            watch.close()
     except Exception as error:  # noqa: BLE001  # whatever the recipe's own code raises
-        _leave(fail(error, world, job.run_dir, log=output.log, show=None))
+        _leave(fail(error, world, job.run_dir, log=output.log, show=None, stop=stop))
+    return EXIT_RESUMABLE if result is None else 0
+
+
+def _listen() -> StopRequest:
+    stop = StopRequest()
+    stop.listen(interrupts=False)  # Ctrl-C is for the process that started the ranks to handle
+    return stop
+
+
+def _do_not_listen() -> None:
+    """Be ended by signals at once, as a process that has nothing to save."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+def _watch(
+    recipe: Recipe, world: World, run_dir: RunDir, stop: StopRequest, output: Output
+) -> Watch:
+    return Watch(
+        run_dir,
+        world.rank,
+        world.world_size,
+        hang_timeout=recipe.hang_timeout,
+        stop=stop,
+        log=output.log,
+    )
+
+
+def _start(job: Job) -> Start | None:
+    """Return where to begin: a run that failed and was started again goes on from what it saved."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and list_checkpoints(job.run_dir):
+        return Start(fall_back=True)
+    return job.start
 
 
 def launched_inspection(job: Job) -> None:
     """Inspect the recipe of `job` in this process, and write what is found to its run folder."""
+    _do_not_listen()
     die_with(job.launcher_pid)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     output = open_output(job.run_dir.log(0), own_terminal=True, on_terminal=False)
     try:
         recipe = build(resolve(job.recipe), job.overrides).recipe
@@ -73,38 +128,48 @@ def launched_inspection(job: Job) -> None:
 
 
 def found_rank(
-    recipe: Recipe, plan: Plan, world: World, out: Path | None, description: dict[str, Any]
-) -> None:
+    recipe: Recipe,
+    plan: Plan,
+    world: World,
+    make_run_dir: Callable[[], RunDir],
+    *,
+    stop: StopRequest,
+    start: Start | None,
+) -> int:
     """Train as the rank that this process was started as by torchrun, accelerate or by hand.
 
     Args:
         recipe: What to train.
         plan: The plan for the world found.
         world: This process's place in it.
-        out: The run folder to make; None makes one below runs/.
-        description: What run.yaml says.
+        make_run_dir: Makes the run folder or takes the one to resume; called on rank 0.
+        stop: Notes what asks this process to stop.
+        start: From which checkpoint to go on, if from any.
+
+    Returns:
+        The exit code of this process; of several ranks each ends here instead.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(plan.threads_per_rank))
-
-    def make_run_dir() -> RunDir:
-        made = create_run_dir(out, plan.recipe)
-        write_yaml(made.run_yaml, description)
-        return made
-
     backend, run_dir = join(recipe, plan, world, make_run_dir)
     _until_exit.append(backend)
     output = open_output(run_dir.log(world.rank), own_terminal=False, on_terminal=True)
     try:
-        train_rank(recipe, plan, backend, run_dir, output)
+        watch = _watch(recipe, world, run_dir, stop, output)
+        result = train_rank(
+            recipe, plan, backend, run_dir, output, stop=stop, start=start, at=watch.at
+        )
         backend.close()
+        watch.close()
     except Exception as error:  # noqa: BLE001  # whatever the recipe's own code raises
-        _leave(fail(error, world, run_dir, log=output.log, show=output.errors))
+        _leave(fail(error, world, run_dir, log=output.log, show=output.errors, stop=stop))
+    code = EXIT_RESUMABLE if result is None else 0
     if world.world_size > 1:
         # DDP keeps gloo's threads running after its group is destroyed (torch 2.13; they are still
         # there after a garbage collection). A thread of C++ that comes to touch Python while the
         # interpreter is torn down aborts the process: a finished run would exit with SIGABRT.
         atexit._run_exitfuncs()  # noqa: SLF001
-        _leave(0)
+        _leave(code)
+    return code
 
 
 def _leave(exit_code: int) -> None:

@@ -51,7 +51,10 @@ class Progress:
         """Show an evaluation after `step` steps; the last one is left to the summary."""
         if step == self._total_steps:
             return
-        text = f"step {step:,}/{self._total_steps:,}  held-out: {metrics_text(values)}"
+        self.tell(f"step {step:,}/{self._total_steps:,}  held-out: {metrics_text(values)}")
+
+    def tell(self, text: str) -> None:
+        """Show a line."""
         if self._bar is not None:
             self._bar.print(text)
         self._line(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,15 +16,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 How = Literal[
-    "raise", "kill", "exit", "sample", "worker-killed", "empty", "count", "mean", "nan", "data",
-    "hang"
+    "raise", "kill", "exit", "sample", "worker-killed", "empty", "count", "mean", "nan", "nan-once",
+    "data", "hang", "sleep", "sleeping-worker", "stopped", "raise-once"
 ]  # fmt: skip
 
 
 def failing(*, how: How, rank: int = 0) -> Recipe:
     """Fail as `how` says, on `rank` where that makes a difference."""
     recipe = replace(worlds(), name="failing", num_workers=1)
-    if how in ("raise", "kill", "exit", "hang"):
+    if how in ("sleep", "sleeping-worker", "stopped"):
+        recipe = replace(recipe, hang_timeout=2.0)
+    if how in ("raise", "kill", "exit", "hang", "sleep", "stopped", "nan-once", "raise-once"):
         return replace(recipe, loss=lambda *given: _fail_at_second_call(how, rank, *given))
     if how == "nan":
         return replace(recipe, loss=_not_a_number)
@@ -42,15 +45,24 @@ def _fail_at_second_call(
 ) -> tuple[Tensor, int]:
     global calls  # noqa: PLW0603
     calls += 1
-    if calls == 2 and int(os.environ.get("RANK", "0")) == rank:
+    if calls == (5 if how == "raise-once" else 2) and int(os.environ.get("RANK", "0")) == rank:
         if how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if how == "exit":
             os._exit(7)
         if how == "hang":
             print("hanging", flush=True)
-            signal.pause()
-        raise ValueError("the loss of rank one")
+            while True:
+                signal.pause()
+        if how == "sleep":
+            time.sleep(1000)
+        if how == "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if how == "nan-once":
+            total, count = cross_entropy(logits, batch)
+            return total * float("nan"), count
+        if how == "raise" or os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            raise ValueError("the loss of rank one")
     return cross_entropy(logits, batch)
 
 
@@ -73,6 +85,8 @@ class _Broken(Noisy):
         if index == 77:
             if self.how == "worker-killed":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if self.how == "sleeping-worker":
+                time.sleep(1000)
             raise OSError("truncated file")
         return super().__getitem__(index)
 

@@ -15,6 +15,16 @@ from launcher.configs import AUTOCAST
 from launcher.engine.optimizers import take_step
 from launcher.engine.placement import Placement
 from launcher.engine.scaling import LossScaler
+from launcher.engine.state import (
+    Source,
+    State,
+    keep,
+    live_tensors,
+    own_buffers,
+    plain_values,
+    read_buffers,
+    read_into,
+)
 from launcher.plan import Plan
 from launcher.recipe import Recipe
 
@@ -99,6 +109,23 @@ class Backend(ABC):
         tensors = self.unwrap(model).state_dict()
         return {name: tensors[name] for name in whole_names(self.unwrap(model))}
 
+    def snapshot(self, model: nn.Module, optimizer: Optimizer) -> State:
+        """Return this rank's part of what there is to save, copied to the host (collective)."""
+        module = self.unwrap(model)
+        tensors = keep(live_tensors(module, optimizer), self.rank, self.world_size)
+        buffers = own_buffers(module, self.rank, self.gather)
+        return State(tensors=tensors | buffers, values=plain_values(module, optimizer))
+
+    def restore(self, model: nn.Module, optimizer: Optimizer, source: Source) -> None:
+        """Fill model and optimizer with what was saved, on any number of ranks.
+
+        Raises:
+            CheckpointError: It is of another model.
+        """
+        module = self.unwrap(model)
+        read_into(module, optimizer, source)
+        read_buffers(module, source, self.rank, self.world_size)
+
     def unwrap(self, model: nn.Module) -> nn.Module:
         """Return the recipe's own module inside what `prepare` returned."""
         return model
@@ -108,15 +135,12 @@ class Backend(ABC):
         if self.scaler is not None:
             weight = weight * self.scaler.factor
         # The weight is where the chain rule starts: a multiplication less, forward and backward.
-        if isinstance(weight, Tensor):
-            loss.backward(weight.to(loss.dtype))
-        else:
-            loss.backward(torch.full_like(loss, weight))
+        loss.backward(infect(loss, weight).to(loss.dtype))
 
     def apply(self, optimizer: Optimizer, max_grad_norm: float | None) -> Tensor:
         """Clip, step and clear the gradients; return the norm of the global gradient before.
 
-        In fp16 a step whose gradient overflows is left out; its norm is not finite.
+        A step whose norm is not finite is left out. The norm is that of all ranks, and so on all.
         """
         parameters = [
             parameter
@@ -126,17 +150,14 @@ class Backend(ABC):
         ]
         grads: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
         norm = self.norm(grads)
-        fits = True
         if self.scaler is not None:
             torch._foreach_mul_(grads, 1 / self.scaler.factor)
             norm = norm / self.scaler.factor
-            fits = bool(norm.isfinite())
-            self.scaler.update(finite=fits)
-        if fits:
-            if max_grad_norm is not None:
-                # As torch.nn.utils.clip_grads_with_norm_, without sorting by device and dtype.
-                torch._foreach_mul_(grads, torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0))
-            take_step(optimizer, self.recipe)
+            self.scaler.update(finite=bool(norm.isfinite()))
+        if max_grad_norm is not None:
+            # As torch.nn.utils.clip_grads_with_norm_, without sorting by device and dtype.
+            torch._foreach_mul_(grads, torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0))
+        take_step(optimizer, self.recipe, norm.isfinite())
         for parameter in parameters:
             parameter.grad = None
         return norm
@@ -150,6 +171,15 @@ class Backend(ABC):
     def any_rank(self, flag: bool) -> bool:
         """Return whether `flag` is true on any rank (collective)."""
         return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
+
+
+def infect(loss: Tensor, weight: float | Tensor) -> Tensor:
+    """Return `weight`, or NaN where the loss is not finite.
+
+    Gradients then are not finite either, whatever the model makes of it: every rank sees it in the
+    norm of the global gradient, and none has to ask.
+    """
+    return loss.detach() * 0.0 + weight
 
 
 def whole_names(model: nn.Module) -> list[str]:

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import deepspeed.ops
@@ -16,13 +16,32 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType
 from deepspeed.runtime import torch_autocast
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import GatheredParameters
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 from torch.optim import Optimizer
 
 from launcher.configs import deepspeed_config
 from launcher.engine.backends.accelerate import GroupBackend, forget_settings
-from launcher.engine.backends.base import whole_names
+from launcher.engine.backends.base import infect, whole_names
+from launcher.engine.state import (
+    Source,
+    State,
+    check_names,
+    check_size,
+    empty_state,
+    keep,
+    own_buffers,
+    parameters,
+    read_buffers,
+    state_names,
+    state_values,
+)
 from launcher.errors import RecipeError, WorldError
 from launcher.plan import Plan
 from launcher.recipe import Recipe
@@ -94,7 +113,7 @@ class DeepSpeedBackend(GroupBackend):
     def backward(self, loss: Tensor, weight: float | Tensor) -> None:
         if self.scaler is not None:
             self._engine.optimizer.override_loss_scale(self.scaler.factor)
-        self._engine.backward(loss * weight, scale_wrt_gas=False)
+        self._engine.backward(loss * infect(loss, weight), scale_wrt_gas=False)
 
     def apply(self, optimizer: Optimizer, max_grad_norm: float | None) -> Tensor:
         self._engine.step()  # clips as configured, steps and clears
@@ -102,6 +121,112 @@ class DeepSpeedBackend(GroupBackend):
         if self.scaler is not None:
             self.scaler.update(finite=bool(norm.isfinite()))
         return norm.to(self.device)
+
+    def snapshot(self, model: nn.Module, optimizer: Optimizer) -> State:
+        self._link_state()
+        tensors = keep(self._whole_tensors(optimizer), self.rank, self.world_size)
+        buffers = own_buffers(self._engine.module, self.rank, self.gather)
+        values = {
+            f"optimizer/{name}/{key}": value
+            for _, names, flat in self._flat_groups()
+            for key, value in optimizer.state[flat].items()
+            if not isinstance(value, Tensor)
+            for name in names
+        }
+        return State(tensors=tensors | buffers, values=values)
+
+    def restore(self, model: nn.Module, optimizer: Optimizer, source: Source) -> None:
+        module = self._engine.module
+        own = parameters(module)
+        check_names(source, own)
+        for name, parameter in own.items():
+            check_size(source, f"model/{name}", _whole_size(parameter))
+        for number, names, flat in self._flat_groups():
+            first, group = names[0], optimizer.param_groups[number]
+            size = _whole_size(own[first])
+            state = empty_state(source, first, flat.detach(), group, size)
+            counts = {k: v for k, v in state.items() if v.shape != flat.shape}
+            source.read({f"optimizer/{first}/{key}": value for key, value in counts.items()})
+            optimizer.state[flat] = state | state_values(source, first)
+        self._link_state()
+        for name, parameter in own.items():
+            self._fill(name, parameter, source)
+        read_buffers(module, source, self.rank, self.world_size)
+
+    def _link_state(self) -> None:
+        """Have DeepSpeed look again for what the optimizer keeps; it does so before it is there."""
+        if self._stage < 3:
+            zero = self._engine.optimizer
+            zero._hp_optimizer_states_linked = False  # noqa: SLF001
+            zero._lazy_init_hp_params_optimizer_state()  # noqa: SLF001
+
+    @property
+    def _stage(self) -> int:
+        return int(self._engine.zero_optimization_stage())
+
+    def _flat_groups(self) -> Iterator[tuple[int, list[str], Tensor]]:
+        """Yield what lies in one flat row: its group, its parameters, this rank's piece of it."""
+        zero = self._engine.optimizer
+        names = {parameter: name for name, parameter in parameters(self._engine.module).items()}
+        if self._stage == 3:
+            groups, flats = zero.fp16_groups, zero.fp32_partitioned_groups_flat
+            numbers = [zero.sub_group_to_group_id[number] for number in range(len(groups))]
+        else:
+            groups, flats = zero.bit16_groups, zero.single_partition_of_fp32_groups
+            numbers = list(range(len(groups)))
+        for number, group, flat in zip(numbers, groups, flats, strict=True):
+            yield number, [names[parameter] for parameter in group], flat
+
+    def _whole_tensors(self, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+        """Yield weights and optimizer state, each put together for the moment (collective)."""
+        own = parameters(self._engine.module)
+        for name, parameter in own.items():
+            if not parameter.requires_grad:
+                with GatheredParameters([parameter]):
+                    yield f"model/{name}", parameter.detach()
+        for _, names, flat in self._flat_groups():
+            for name in names:
+                yield f"model/{name}", safe_get_full_fp32_param(own[name])
+                for key, value in optimizer.state[flat].items():
+                    if isinstance(value, Tensor):
+                        whole = value.shape == flat.shape
+                        yield (
+                            f"optimizer/{name}/{key}",
+                            safe_get_full_optimizer_state(own[name], key) if whole else value,
+                        )
+
+    def _fill(self, name: str, parameter: nn.Parameter, source: Source) -> None:
+        """Fill one parameter and what the optimizer keeps of it (collective)."""
+        size = _whole_size(parameter)
+        full = f"model/{name}"
+        keys = {k: f for k, f in state_names(source, name).items() if source.size(f) == size}
+        wanted = [full, *(keys.values() if parameter.requires_grad else ())]
+        read = {each: torch.empty(size, dtype=source.dtype(each)) for each in wanted}
+        source.read(read)
+        with torch.no_grad(), GatheredParameters([parameter], modifier_rank=0):
+            if self.rank == 0 or self._stage < 3:
+                parameter.data.copy_(read[full])
+        if parameter.requires_grad:
+            self._set_whole(parameter, read[full])
+            for key, each in keys.items():
+                self._set_whole(parameter, read[each], key)
+
+    def _set_whole(self, parameter: nn.Parameter, whole: Tensor, key: str | None = None) -> None:
+        """Give every rank its piece of a weight, or of what the optimizer keeps of it."""
+        whole = whole.to(self.device)
+        if self._stage == 3:
+            # DeepSpeed's own function for the whole forgets that the last piece may be padded.
+            length = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+            padded = nn.functional.pad(
+                whole.flatten(), (0, length * self.world_size - whole.numel())
+            )
+            piece = padded.narrow(0, length * self.rank, length)
+            zero = self._engine.optimizer
+            zero.set_local_hp_param(piece, parameter, key)
+        elif key is None:
+            safe_set_full_fp32_param(parameter, whole)
+        else:
+            safe_set_full_optimizer_state(parameter, whole, key)
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
         module = self._engine.module
@@ -113,6 +238,11 @@ class DeepSpeedBackend(GroupBackend):
                 if self.rank == 0 and tensor is not None:
                     whole[name] = tensor.detach().cpu().clone()
         return whole
+
+
+def _whole_size(parameter: nn.Parameter) -> torch.Size:
+    """Return the shape of a parameter, also where ZeRO-3 shows it as empty."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 class _Plugin(DeepSpeedPlugin):

@@ -1,0 +1,108 @@
+"""`launcher resume`: go on with a run, from its newest checkpoint, on any number of ranks."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from launcher.cli import drop_output
+from launcher.cli.arguments import (
+    SettingsCommand,
+    max_restarts_option,
+    nproc_option,
+    overrides_argument,
+)
+
+
+@click.command(cls=SettingsCommand, short_help="Go on with a run from a checkpoint.")
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@overrides_argument
+@nproc_option
+@click.option(
+    "--from", "name", metavar="STEP", help="The checkpoint, such as 120; default: newest."
+)
+@click.option(
+    "--auto", is_flag=True, help="Where it is damaged, take the newest before it that is not."
+)
+@max_restarts_option
+def command(
+    run_dir: Path,
+    overrides: tuple[str, ...],
+    nproc_per_node: int | None,
+    name: str | None,
+    auto: bool,
+    max_restarts: int,
+) -> int:
+    """Go on with the run in RUN_DIR where its newest checkpoint is, to the sample.
+
+    The recipe and its settings are those of the run, less what NAME=VALUE gives anew. The number of
+    ranks and the strategy may be others.
+
+    \b
+    launcher resume runs/digits-20260101-120000
+    launcher resume runs/digits-20260101-120000 -n 4 strategy=fsdp
+    launcher resume runs/digits-20260101-120000 --from 120 epochs=40
+    """
+    from launcher.checkpoints import changes, check_resumable, find_checkpoint, list_checkpoints
+    from launcher.errors import CheckpointError
+    from launcher.job import Job, Start, describe_run, plan_recipe
+    from launcher.launch import Stops, launch
+    from launcher.machine import read_machine
+    from launcher.overrides import Override, read_arguments
+    from launcher.report.explain import explain
+    from launcher.resolve import resolve
+    from launcher.rundir import open_run_dir, read_run, write_resumption
+
+    stops = Stops()  # before anything slow
+    folder = open_run_dir(run_dir)
+    said = read_run(folder)
+    found = list_checkpoints(folder)
+    if not found:
+        raise CheckpointError(
+            f"{folder.shown} has no checkpoint: the run ended before its first. Start it anew with "
+            f"`launcher run {said['recipe']}`."
+        )
+    chosen = found[0] if name is None else find_checkpoint(folder, name)
+    if Path.cwd() != Path(said["folder"]) and Path(said["folder"]).is_dir():
+        os.chdir(said["folder"])  # what the recipe reads may be named from there
+    reference = resolve(said["recipe"])
+    before = [
+        Override(name=each, value=value, source="run.yaml")
+        for each, value in said["overrides"].items()
+    ]
+    given = (*before, *read_arguments(overrides))
+    nproc = nproc_per_node or int(said["plan"]["nproc_per_node"])
+    built, plan = plan_recipe(reference, given, read_machine(), nproc_per_node=nproc)
+    try:
+        manifest = chosen.read_manifest()
+    except CheckpointError:
+        manifest = None  # told where the ranks look for another
+    if manifest is not None:
+        check_resumable(manifest, plan, chosen.name)
+        if manifest.step >= plan.total_steps and folder.result.exists():
+            click.echo(
+                f"{folder.shown} is finished: {manifest.step:,} of {plan.total_steps:,} steps are "
+                "taken. More epochs=... or steps=... would go on with it."
+            )
+            return 0
+    write_resumption(folder, describe_run(reference, built, plan))
+    try:
+        click.echo(explain(plan, recipe=reference.shown))
+        for change in changes(manifest, plan) if manifest is not None else ():
+            click.echo(f"  changed     {change}")
+    except BrokenPipeError:  # no reason not to train
+        drop_output()
+    return launch(
+        Job(
+            recipe=reference.location,
+            overrides=given,
+            plan=plan,
+            run_dir=folder,
+            launcher_pid=os.getpid(),
+            start=Start(checkpoint=chosen.name, fall_back=auto),
+            restarts=max_restarts,
+        ),
+        stops=stops,
+    )

@@ -1,0 +1,42 @@
+"""The benchmarks behind the README's figures: each runs, in a short form, and prints its table."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from support import ROOT, Commands
+
+
+def rows(printed: str) -> list[list[str]]:
+    """Return the cells of a table in Markdown, without its head."""
+    lines = [line for line in printed.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[1:]]
+
+
+def test_same_steps(run: Commands) -> None:
+    """On two processes launcher takes the steps of one; the loop that people copy does not."""
+    done = run(
+        *("python", ROOT / "benchmarks/same_steps.py", "--worlds", "1,2", "--epochs", "1"),
+        *("--strategies", "ddp", "--only", "launcher,torch"),
+    )
+    assert done.exit_code == 0, done.stdout + done.stderr
+    found = {(cells[0], cells[1]): cells[2:] for cells in rows(done.stdout)}
+    assert found["launcher, fp32, ddp", "2"][:4] == ["12", "128", "=", "="]
+    steps, samples, ids, lrs, losses, *_ = found["launcher, fp64, ddp", "2"]
+    assert (steps, samples, ids, lrs) == ("12", "128", "=", "=")
+    assert float(losses) < 1e-12
+    assert found["plain PyTorch loop, 128 per process", "2"][:3] == ["6", "256", "from step 1"]
+    assert found["plain PyTorch loop, 64 per process", "2"][:3] == ["12", "128", "from step 1"]
+
+
+def test_loop_overhead(run: Commands) -> None:
+    """The loops take the same steps, and what is not installed is skipped with the reason."""
+    done = run(
+        *("python", ROOT / "benchmarks/loop_overhead.py", "--ranks", "1", "--turns", "1"),
+        *("--epochs", "20", "--only", "launcher,ignite"),
+    )
+    assert done.exit_code == 0, done.stdout + done.stderr
+    assert [cells[0] for cells in rows(done.stdout)][:2] == ["plain PyTorch loop", "launcher"]
+    assert {cells[-1] for cells in rows(done.stdout)[1:]} == {"0.0e+00"}
+    if importlib.util.find_spec("ignite") is None:
+        assert "skipped: ignite, because pytorch-ignite is not installed" in done.stdout

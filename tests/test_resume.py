@@ -1,0 +1,273 @@
+"""A run that is resumed goes on to the sample: on any number of ranks, under any strategy."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from matrix import SOURCE_RANKS, Case, resumed
+from support import ROOT, Commands, read_lines, train_suite
+
+from launcher.checkpoints import list_checkpoints
+from launcher.engine.compare import Trace, compare, read_trace
+from launcher.prove import TOLERANCES
+from launcher.rundir import RunDir
+
+WORLDS = (SOURCE_RANKS, 1, 3, 4)
+CASES = [(ranks, source, case) for ranks in WORLDS for source, case in resumed(ranks)]
+WORLDS_PY = str(ROOT / "tests/recipes/worlds.py")
+STEADY = str(ROOT / "benchmarks/steady.py")
+
+
+@pytest.fixture(scope="module")
+def trained(module_run: Commands) -> Path:
+    """Train every source, and resume it in every way."""
+    return train_suite(module_run, "resume", WORLDS)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "source", "case"),
+    CASES,
+    ids=[f"{ranks}-{source.key}-as-{case.key}" for ranks, source, case in CASES],
+)
+def test_it_goes_on_to_the_sample(trained: Path, ranks: int, source: Case, case: Case) -> None:
+    """It is the run that was never stopped: to the bit as it was, else to rounding."""
+    never_stopped = read_trace(RunDir(trained / f"on{SOURCE_RANKS}" / source.key))
+    run_dir = RunDir(trained / f"on{ranks}" / f"{source.key}-as-{case.key}")
+    found = read_trace(run_dir)
+    assert len(found.loss) == 10
+    precision = str(dict(case.options).get("precision", "fp32"))
+    difference = compare(never_stopped, found, TOLERANCES[precision])
+    assert difference.agrees, difference
+    if case == source and ranks == SOURCE_RANKS:
+        assert is_equal(never_stopped, found)
+    steps = [row["step"] for row in read_lines(run_dir.metrics) if "loss" in row]
+    assert steps == list(range(1, 11)), "each step once"
+
+
+def is_equal(one: Trace, other: Trace) -> bool:
+    """Return whether two runs are the same to the bit."""
+    return (one.loss, one.grad_norm) == (other.loss, other.grad_norm) and all(
+        torch.equal(weight, other.weights[name]) for name, weight in one.weights.items()
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(module_run: Commands) -> Path:
+    """Return a finished run with checkpoints after 12 of its 15 steps, and at its end."""
+    done = module_run(
+        *("launcher", "run", f"{WORLDS_PY}:worlds", "-n", "2", "num_workers=4"),
+        *("checkpoint_every=4", "--out", "whole"),
+    )
+    assert done.exit_code == 0, done.stderr
+    return module_run.folder / "whole"
+
+
+@pytest.fixture
+def copy(module_run: Commands, whole: Path, request: pytest.FixtureRequest) -> Path:
+    """Return a copy of the finished run to do things to."""
+    target = module_run.folder / "".join(c if c.isalnum() else "-" for c in request.node.name)
+    shutil.copytree(whole, target)
+    return target
+
+
+def test_the_command_goes_on(module_run: Commands, whole: Path, copy: Path) -> None:
+    """`launcher resume` takes the run's settings, says what it does, and keeps what was said."""
+    done = module_run("launcher", "resume", copy, "--from", "12", "-n", "1", "strategy=zero1")
+    assert done.exit_code == 0, done.stderr
+    assert "resumed from step-00000012" in done.stdout
+    assert "run.yaml: num_workers=4, checkpoint_every=4" in done.stdout
+    wanted, found = read_trace(RunDir(whole)), read_trace(RunDir(copy))
+    assert compare(wanted, found, 1e-5).agrees
+    assert (copy / "checkpoints/step-00000015.set-aside").is_dir(), "nothing is lost"
+    said = yaml.safe_load((copy / "run.yaml").read_text())
+    assert said["plan"]["world_size"] == 1
+    assert [each["plan"]["world_size"] for each in said["earlier"]] == [2]
+    assert (copy / "result.json").is_file()
+
+
+def test_a_finished_run_can_go_on(module_run: Commands, copy: Path) -> None:
+    """More epochs continue from the end; without them there is nothing to do."""
+    done = module_run("launcher", "resume", copy)
+    assert done.exit_code == 0
+    assert "is finished: 15 of 15 steps are taken" in done.stdout
+    done = module_run("launcher", "resume", copy, "epochs=4", "-n", "1")
+    assert done.exit_code == 0, done.stderr
+    assert "changed     epochs 3 -> 4" in done.stdout
+    steps = [row["step"] for row in read_lines(copy / "metrics.jsonl") if "loss" in row]
+    assert steps == list(range(1, 21))
+
+
+def flip(path: Path) -> None:
+    """Change one bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("flip", "shard-00002-model-00001-of-00001.safetensors: not the bytes that were written"),
+        ("cut", "shard-00002-model-00001-of-00001.safetensors: 100 bytes instead of"),
+        ("gone", "shard-00002-model-00001-of-00001.safetensors: No such file or directory"),
+        ("manifest", "cannot read checkpoint.json: it is damaged"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused(
+    module_run: Commands, whole: Path, copy: Path, damage: str, said: str
+) -> None:
+    """It is named with what is wrong; the one before is offered, and taken with --auto."""
+    newest = copy / "checkpoints/step-00000015"
+    shard = newest / "shard-00002-model-00001-of-00001.safetensors"
+    if damage == "flip":
+        flip(shard)
+    elif damage == "cut":
+        os.truncate(shard, 100)
+    elif damage == "gone":
+        shard.unlink()
+    else:
+        (newest / "checkpoint.json").write_text('{"format": 1, "step"')
+    (copy / "result.json").unlink()
+    done = module_run("launcher", "resume", copy)
+    assert done.exit_code == 2, done.stdout
+    assert done.stderr.startswith(f"launcher: {newest}")
+    assert said in done.stderr
+    assert "add `--from step-00000012`, or --auto" in done.stderr
+    assert "Traceback" not in done.stderr
+    done = module_run("launcher", "resume", copy, "--auto")
+    assert done.exit_code == 0, done.stderr
+    assert "step-00000012 is taken instead" in done.stdout
+    assert is_equal(read_trace(RunDir(whole)), read_trace(RunDir(copy)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["batch_size=31"], "was written with batch_size 62, and the plan has 31"),
+        (["seed=1"], "was written with seed 0, and the plan has 1"),
+        (["--from", "13"], "no checkpoint '13': it has step-00000015, step-00000012"),
+        (["nothing=1"], "there is no such setting"),
+    ],
+)
+def test_what_cannot_be_resumed_is_refused(
+    module_run: Commands, copy: Path, arguments: list[str], message: str
+) -> None:
+    """One sentence, and the run folder as it was."""
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    done = module_run("launcher", "resume", copy, *arguments)
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+
+
+def test_another_model_is_refused(module_run: Commands, copy: Path) -> None:
+    """A recipe whose model has changed since is told by the names and shapes of its weights."""
+    changed = module_run.folder / "changed.py"
+    changed.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(ROOT / 'tests/recipes')!r})\n"
+        "from dataclasses import replace\n"
+        "from worlds import worlds\n"
+        "from launcher import Recipe\n"
+        "def build():\n"
+        "    from torch import nn\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
+        "def changed() -> Recipe:\n"
+        "    return replace(worlds(), model=build)\n"
+    )
+    said = yaml.safe_load((copy / "run.yaml").read_text())
+    (copy / "run.yaml").write_text(yaml.safe_dump(said | {"recipe": f"{changed}:changed"}))
+    done = module_run("launcher", "resume", copy, "--from", "12")
+    assert done.exit_code == 2
+    assert "is of another model: " in done.stderr
+    assert "Resume with the recipe that wrote it." in done.stderr
+
+
+def test_no_run_folder_is_refused(run: Commands) -> None:
+    """What is no run folder, or has no checkpoint, is told so."""
+    assert "does not exist" in run("launcher", "resume", "nowhere").stderr
+    (run.folder / "empty").mkdir()
+    assert "it has no run.yaml" in run("launcher", "resume", "empty").stderr
+    done = run("python", WORLDS_PY, "--resume", "empty")
+    assert done.exit_code == 2
+    assert "it has no run.yaml" in done.stderr
+
+
+@pytest.mark.usefixtures("whole")
+def test_a_taken_folder_offers_to_resume(module_run: Commands) -> None:
+    """`launcher run` with the --out of another run says how to go on with that."""
+    done = module_run("launcher", "run", f"{WORLDS_PY}:worlds", "--out", "whole")
+    assert done.exit_code == 2
+    assert "`launcher resume whole` goes on with it" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
+def test_a_signal_stops_at_a_step(run: Commands, number: signal.Signals) -> None:
+    """The run ends with a checkpoint and exit code 75, and goes on from there."""
+    process = run.start("launcher", "run", STEADY, "-n", "2", "device=cpu", "--out", "out")
+    step = stop_when_under_way(process, run.folder / "out", number)
+    assert process.returncode == 75
+    assert (run.folder / f"out/checkpoints/step-{step:08}").is_dir()
+    assert not (run.folder / "out/result.json").exists()
+    done = run("launcher", "resume", "out", "seconds_per_step=0")
+    assert done.exit_code == 0, done.stderr
+    assert f"resumed from step-{step:08}" in done.stdout
+
+
+def stop_when_under_way(
+    process: subprocess.Popen[str], folder: Path, number: signal.Signals
+) -> int:
+    """Send a signal to a run that has saved a checkpoint; return the step it stopped at."""
+    while not list_checkpoints(RunDir(folder)):
+        assert process.poll() is None
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=60)
+    line = next(line for line in stdout.splitlines() if "stopped after step" in line)
+    assert "Go on with:" in line, stderr
+    return int(line.partition("stopped after step ")[2].partition(",")[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_during_imports_is_not_fatal(run: Commands, number: signal.Signals) -> None:
+    """One that comes while torch is being imported stops the run after its first step."""
+    process = run.start("launcher", "run", STEADY, "-n", "2", "device=cpu", "--out", "out")
+    assert process.stdout is not None
+    assert process.stdout.readline()  # the plan: from here on it imports
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 75, stderr
+    assert "stopped after step 1, with a checkpoint" in stdout
+
+
+def test_a_recipe_by_itself_stops_and_goes_on(run: Commands) -> None:
+    """`python recipe.py` takes signals as well, and --resume."""
+    process = run.start("python", STEADY, "device=cpu", "--out", "out")
+    step = stop_when_under_way(process, run.folder / "out", signal.SIGUSR2)
+    assert process.returncode == 75
+    done = run("python", STEADY, "device=cpu", "seconds_per_step=0", "--resume", "out")
+    assert done.exit_code == 0, done.stderr
+    assert f"resumed from step-{step:08}" in done.stdout
+    assert json.loads((run.folder / "out/result.json").read_text())["samples"] == 2000
+
+
+def test_a_failed_rank_is_restarted(run: Commands) -> None:
+    """With --max-restarts a run that fails goes on from its newest checkpoint by itself."""
+    recipe = str(ROOT / "tests/recipes/failing.py")
+    done = run(
+        *("launcher", "run", recipe, "how=raise-once", "rank=1", "-n", "2", "--max-restarts", "1"),
+        *("checkpoint_every=1", "--out", "out"),
+    )
+    assert done.exit_code == 0, done.stderr
+    assert "resumed from step-00000003" in done.stdout
+    assert not (run.folder / "out/failure.json").exists()
+    rows = read_lines(run.folder / "out/metrics.jsonl")
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 16))
