@@ -29,7 +29,7 @@ from contest import BIN, HERE
 from launcher.engine.compare import Trace, read_trace
 from launcher.rundir import RunDir
 
-KILLS_PER_RUN = 5
+KILLS_PER_RUN = 10
 LAST_STEP = 40
 LONGEST_WAIT = 0.15
 """Seconds after a step was seen, in which the kill comes."""

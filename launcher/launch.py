@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from launcher.configs import process_environment
 from launcher.errors import EXIT_FAILED
 from launcher.job import Job
+from launcher.machine import oom_kills
 from launcher.plan import Plan
 from launcher.report.failure import death_text, failure_text
 from launcher.rundir import read_failure
@@ -48,6 +49,7 @@ def launch(
     for left in job.run_dir.health(0).parent.glob("*.json"):
         left.unlink()  # of the run that is resumed
     (stops or Stops()).attend(job)
+    before = oom_kills()
     start_server([job.plan])
     # While the server imports torch for the ranks, this process does for the agent.
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -80,7 +82,9 @@ def launch(
     try:
         codes = elastic_launch(config, function)(job)
     except ChildFailedError as error:
-        return _show(error, job)
+        after = oom_kills()
+        killed = None if before is None or after is None else after - before
+        return _show(error, job, killed)
     except SignalException as error:
         return _say_stopped(error.sigval)
     return max((code or 0 for code in codes.values()), default=0)
@@ -183,13 +187,14 @@ def _say_stopped(number: signal.Signals) -> int:
     return EXIT_BY_SIGNAL + number
 
 
-def _show(error: ChildFailedError, job: Job) -> int:
+def _show(error: ChildFailedError, job: Job, killed_for_memory: int | None) -> int:
     rank, first = min(error.failures.items(), key=lambda item: item[1].timestamp)
     failure = read_failure(job.run_dir)
     if failure is not None and not failure["lost_peer"]:
         print(failure_text(failure, job.run_dir), file=sys.stderr)
         return int(failure["exit_code"])
-    print(death_text(rank, first.exitcode, job.run_dir), file=sys.stderr)
+    text = death_text(rank, first.exitcode, job.run_dir, oom_kills=killed_for_memory)
+    print(text, file=sys.stderr)
     return EXIT_FAILED
 
 

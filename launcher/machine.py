@@ -58,6 +58,20 @@ def read_machine(root: Path = Path("/"), env: Mapping[str, str] | None = None) -
     )
 
 
+def oom_kills(root: Path = Path("/")) -> int | None:
+    """Return how many processes of this cgroup the kernel has killed for memory, where it counts.
+
+    Of cgroup version 2, or of version 1 since Linux 4.13.
+    """
+    for folder in _cgroup_folders(root, "memory"):
+        for name in ("memory.events", "memory.oom_control"):
+            for line in (_read(folder / name) or "").splitlines():
+                key, _, count = line.partition(" ")
+                if key == "oom_kill" and count.isdigit():
+                    return int(count)
+    return None
+
+
 def _num_gpus(root: Path, env: Mapping[str, str]) -> int:
     """Count NVIDIA device files, less what CUDA_VISIBLE_DEVICES hides.
 

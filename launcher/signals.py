@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
@@ -43,6 +44,13 @@ class StopRequest:
     def defer(self) -> None:
         """From now on note the first SIGINT as well."""
         self._defers = True
+
+    def wait_to_be_ended(self, seconds: float) -> None:
+        """Let SIGTERM end this process, which has nothing more to say: now, or within `seconds`."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if self.number is signal.SIGTERM:
+            os._exit(EXIT_BY_SIGNAL + signal.SIGTERM)
+        time.sleep(seconds)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.number = self.number or signal.Signals(number)

@@ -160,6 +160,7 @@ def test_a_hang_is_named(run: Commands, how: str, message: str) -> None:
     assert done.exit_code == 1, done.stderr
     assert re.search(message, done.stderr), done.stderr
     assert "No rank has made progress for 2 s (hang_timeout)" in done.stderr
+    assert re.search(r"last seen: rank 0: step \d, \w+.*; rank 1: step \d", done.stderr)
     logs = [path.read_text() for path in (run.folder / "out/logs").iterdir()]
     assert any("most recent call first" in log for log in logs)
     if how == "sleep":

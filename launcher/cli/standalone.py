@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,7 +53,7 @@ def run_standalone(function: Callable[..., Recipe]) -> None:
             # Most mistakes are found by every rank of a node. The first of them says so and ends,
             # and then the launcher ends the others; one that lives on was alone in finding it.
             if os.environ.get("LOCAL_RANK", "0") != "0":
-                time.sleep(_SECONDS_TO_BE_ENDED)
+                stop.wait_to_be_ended(_SECONDS_TO_BE_ENDED)
             raise
 
     code = run_command(command)

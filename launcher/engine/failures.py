@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import platform
 import re
-import signal
 import time
 import traceback
 from typing import Any, TextIO
+
+import torch
 
 from launcher.errors import EXIT_FAILED, LauncherError, TrainingError
 from launcher.report.failure import failure_text
@@ -53,20 +54,14 @@ def fail(
     """
     failure = describe(error, world)
     print(failure["traceback"] or failure["message"], file=log, flush=True)
+    stop = stop or StopRequest()
     if failure["lost_peer"]:
-        _wait_to_be_ended(stop)
+        stop.wait_to_be_ended(_SECONDS_TO_BE_ENDED)
     if not record_failure(run_dir, failure):
-        _wait_to_be_ended(stop)
+        stop.wait_to_be_ended(_SECONDS_TO_BE_ENDED)
     elif show is not None:
         print(failure_text(failure, run_dir), file=show, flush=True)
     return int(failure["exit_code"])
-
-
-def _wait_to_be_ended(stop: StopRequest | None) -> None:
-    """Wait for the agent's SIGTERM, which ends this process, or may have come already."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if stop is None or stop.number is not signal.SIGTERM:
-        time.sleep(_SECONDS_TO_BE_ENDED)
 
 
 def describe(error: BaseException, world: World) -> dict[str, Any]:
@@ -76,6 +71,12 @@ def describe(error: BaseException, world: World) -> dict[str, Any]:
             f"{error}\n\nA DataLoader worker died. The kernel kills one where memory runs out (see "
             "`dmesg`), and SIGBUS means that /dev/shm is full: use fewer num_workers or a smaller "
             "prefetch_factor. num_workers=0 reads in the rank itself, to see what it does."
+        )
+    if isinstance(error, torch.OutOfMemoryError):
+        error = TrainingError(
+            f"{error}\n\nThe GPU's memory ran out. A smaller micro_batch_size takes less of it and "
+            "changes no step: accumulation makes up the batch. activation_checkpointing=true, "
+            "precision=bf16, strategy=fsdp and offload=cpu take less as well."
         )
     known = isinstance(error, LauncherError)
     text = "" if known else "".join(traceback.format_exception(error))

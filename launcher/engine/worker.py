@@ -78,6 +78,7 @@ def launched_rank(job: Job) -> int:
         backend.close()
         if watch is not None:
             watch.close()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the agent's, should another rank still fail
     except Exception as error:  # noqa: BLE001  # whatever the recipe's own code raises
         _leave(fail(error, world, job.run_dir, log=output.log, show=None, stop=stop))
     return EXIT_RESUMABLE if result is None else 0

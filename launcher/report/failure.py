@@ -1,13 +1,20 @@
-"""A failed run in words: the first failure, once, and where to read on."""
+"""A failed run in words, in one block: who failed first and how, where all were, what now."""
 
 from __future__ import annotations
 
+import json
+import shlex
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+from launcher.checkpoints import list_checkpoints
 from launcher.errors import EXIT_USAGE
 from launcher.rundir import RunDir
+
+_MOST_RANKS = 16
+"""More are summed up."""
 
 
 def failure_text(failure: Mapping[str, Any], run_dir: RunDir) -> str:
@@ -17,18 +24,66 @@ def failure_text(failure: Mapping[str, Any], run_dir: RunDir) -> str:
     rank, node = failure["rank"], failure["node"]
     head = f"launcher: the run failed on rank {rank} ({node})"
     body = failure["traceback"] or failure["message"]
-    return f"{head}\n\n{body.rstrip()}\n\nlog: {run_dir.log(rank)}"
+    return "\n\n".join([head, body.rstrip(), *_circumstances(rank, run_dir)])
 
 
-def death_text(rank: int, exit_code: int, run_dir: RunDir) -> str:
-    """Return what to show of a rank that ended without a word."""
+def death_text(rank: int, exit_code: int, run_dir: RunDir, *, oom_kills: int | None = None) -> str:
+    """Return what to show of a rank that ended without a word.
+
+    Args:
+        rank: The first that ended.
+        exit_code: Negative for a signal.
+        run_dir: The run's.
+        oom_kills: Processes that the kernel has killed for memory since the run began; None where
+            that is not known.
+    """
     if exit_code < 0:
         name = signal.Signals(-exit_code).name
         how = f"was killed by {name}"
         if name == "SIGKILL":
-            how += " (the kernel does that when memory runs out: see `dmesg`)"
+            how += _why_killed(oom_kills)
         if name == "SIGBUS":
             how += " (a full /dev/shm has this effect: fewer num_workers, or a larger /dev/shm)"
     else:
         how = f"ended with exit code {exit_code}"
-    return f"launcher: the run failed: rank {rank} {how}\n\nlog: {run_dir.log(rank)}"
+    head = f"launcher: the run failed: rank {rank} {how}"
+    return "\n\n".join([head, *_circumstances(rank, run_dir)])
+
+
+def _why_killed(oom_kills: int | None) -> str:
+    if oom_kills is None:
+        return " (the kernel does that when memory runs out: see `dmesg`)"
+    if oom_kills:
+        return (
+            f": host memory ran out (the cgroup counts {oom_kills} such since the run began). Use "
+            "fewer num_workers or a smaller prefetch_factor, or ask for more memory"
+        )
+    return " (not for want of memory: the cgroup's count of such has not risen)"
+
+
+def _circumstances(rank: int, run_dir: RunDir) -> Iterator[str]:
+    """Yield where the ranks were, what to do next, and what to read."""
+    places = list(_places(run_dir))
+    shown = [f"rank {number}: {place}" for number, place in places[:_MOST_RANKS]]
+    if places[_MOST_RANKS:]:
+        shown.append(f"and {len(places) - _MOST_RANKS} more, see {run_dir.health(0).parent}")
+    if shown:
+        yield "last seen: " + "; ".join(shown)
+    if found := list_checkpoints(run_dir):
+        command = f"launcher resume {shlex.quote(run_dir.shown)}"
+        yield f"next: `{command}` goes on from step {found[0].step:,}"
+    yield f"log: {run_dir.log(rank)}"
+
+
+def _places(run_dir: RunDir) -> Iterator[tuple[int, str]]:
+    """Yield each rank with what it last said of itself, in their order."""
+
+    def number(path: Path) -> int:
+        return int(path.stem.removeprefix("rank"))
+
+    for path in sorted(run_dir.health(0).parent.glob("rank*.json"), key=number):
+        try:
+            health = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        yield number(path), f"step {health['step']:,}, {health['phase']}"
