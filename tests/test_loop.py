@@ -33,6 +33,7 @@ from launcher import (
 )
 from launcher.engine.backends.local import LocalBackend
 from launcher.engine.logs import Output
+from launcher.engine.optimizers import make_optimizer, take_step
 from launcher.engine.order import Permutation
 from launcher.engine.run import Result, train_rank
 from launcher.rundir import RunDir
@@ -226,3 +227,19 @@ def test_dropout_repeats_with_its_seed(tmp_path: Path) -> None:
     assert losses[0] != losses[2]
     assert not any(math.isnan(loss) for loss in losses[0])
     assert derive(0, 0) != derive(0, 1)
+
+
+@pytest.mark.parametrize("made", [sgd(momentum=0.9), adamw()])
+def test_a_fused_kernel_leaves_a_bad_step_out(made: Any) -> None:
+    """Told on the device that the gradient is not finite, it changes no weight and no state."""
+    ours = recipe(optimizer=made)
+    model = nn.Linear(4, 1)
+    optimizer = make_optimizer(ours, model, 0.1)
+    for finite, moves in ((False, False), (True, True), (False, False), (True, True)):
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 1.0 if finite else math.nan)
+        take_step(optimizer, ours, torch.tensor(finite))
+        after = list(model.parameters())
+        assert any(map(torch.equal, before, after)) is not moves
+        assert all(parameter.isfinite().all() for parameter in after)

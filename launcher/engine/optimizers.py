@@ -71,8 +71,8 @@ def _groups(model: nn.Module, *, decay_1d: bool) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def take_step(optimizer: Optimizer, recipe: Recipe, finite: Tensor) -> None:
-    """Update the parameters if the gradient is `finite`, a bool on the device.
+def take_step(optimizer: Optimizer, recipe: Recipe, finite: bool | Tensor) -> None:
+    """Update the parameters if the gradient is `finite`, which may be known on the device alone.
 
     Fused kernels look at it there; for all others the host waits until it is known. They do not
     look where they have no state yet: SGD would keep momentum that nobody has written (torch 2.13).
@@ -84,7 +84,7 @@ def take_step(optimizer: Optimizer, recipe: Recipe, finite: Tensor) -> None:
         if bool(finite):
             optimizer.step()
         return
-    if optimizer.param_groups[0]["fused"] and optimizer.state:
+    if isinstance(finite, Tensor) and optimizer.param_groups[0]["fused"] and optimizer.state:
         optimizer.found_inf = finite.logical_not().float()  # type: ignore[attr-defined]
     elif not bool(finite):
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -135,7 +136,7 @@ class Backend(ABC):
         if self.scaler is not None:
             weight = weight * self.scaler.factor
         # The weight is where the chain rule starts: a multiplication less, forward and backward.
-        loss.backward(infect(loss, weight).to(loss.dtype))
+        loss.backward(infect(loss, weight))
 
     def apply(self, optimizer: Optimizer, max_grad_norm: float | None) -> Tensor:
         """Clip, step and clear the gradients; return the norm of the global gradient before.
@@ -157,7 +158,8 @@ class Backend(ABC):
         if max_grad_norm is not None:
             # As torch.nn.utils.clip_grads_with_norm_, without sorting by device and dtype.
             torch._foreach_mul_(grads, torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0))
-        take_step(optimizer, self.recipe, norm.isfinite())
+        on_cpu = norm.device.type == "cpu"  # where there is nothing to wait for
+        take_step(optimizer, self.recipe, math.isfinite(norm.item()) if on_cpu else norm.isfinite())
         for parameter in parameters:
             parameter.grad = None
         return norm
@@ -179,7 +181,9 @@ def infect(loss: Tensor, weight: float | Tensor) -> Tensor:
     Gradients then are not finite either, whatever the model makes of it: every rank sees it in the
     norm of the global gradient, and none has to ask.
     """
-    return loss.detach() * 0.0 + weight
+    if loss.device.type == "cpu":  # nothing to wait for
+        return torch.full_like(loss, float(weight) if math.isfinite(loss.item()) else math.nan)
+    return (loss.detach() * 0.0 + weight).to(loss.dtype)
 
 
 def whole_names(model: nn.Module) -> list[str]:
