@@ -29,7 +29,7 @@ from contest import BIN, HERE
 from launcher.engine.compare import Trace, read_trace
 from launcher.rundir import RunDir
 
-KILLS_PER_RUN = 10
+KILLS_PER_RUN = 7
 LAST_STEP = 40
 LONGEST_WAIT = 0.15
 """Seconds after a step was seen, in which the kill comes."""
@@ -75,10 +75,10 @@ def torment(
             time.sleep(drawn.random() * LONGEST_WAIT)
             seen.append(steps_taken(run_dir))
             victim = drawn.randrange(-1, ranks)
-            if victim < 0:
-                os.killpg(process.pid, signal.SIGKILL)
-            else:
-                with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError):
+                if victim < 0:
+                    os.killpg(process.pid, signal.SIGKILL)
+                else:
                     os.kill(pid_of(run_dir, victim), signal.SIGKILL)
             process.wait()
         if (out / "checkpoints").exists():
