@@ -26,6 +26,7 @@ import click
 import torch
 from contest import BIN, HERE
 
+from launcher.checkpoints import list_checkpoints
 from launcher.engine.compare import Trace, read_trace
 from launcher.rundir import RunDir
 
@@ -81,10 +82,10 @@ def torment(
                 else:
                     os.kill(pid_of(run_dir, victim), signal.SIGKILL)
             process.wait()
-        if (out / "checkpoints").exists():
+        if list_checkpoints(run_dir):
             command = ["resume", str(out), "--auto"]
-        else:
-            shutil.rmtree(out)
+        else:  # killed before the first was whole: it begins anew
+            shutil.rmtree(out, ignore_errors=True)
     with started(command) as process:
         if process.wait() != 0:
             raise click.ClickException(f"{out} could not be resumed, see above.")
