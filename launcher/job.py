@@ -54,6 +54,9 @@ class Job:
     restarts: int = 0
     """How often a failed run begins again from its newest checkpoint."""
 
+    meeting_place: Path | None = None
+    """A folder of this machine in which its ranks find each other, while they run."""
+
 
 def plan_recipe(
     reference: Reference,

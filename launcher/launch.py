@@ -1,6 +1,7 @@
 """From a plan to processes: PyTorch's elastic agent, over a server that has imported torch once.
 
-Every rank is forked from that server, so N ranks cost one import of torch rather than N.
+Every rank is forked from that server, so N ranks cost one import of torch rather than N. They find
+each other in a file of a private folder, and the agent listens on no port.
 """
 
 from __future__ import annotations
@@ -10,15 +11,19 @@ import json
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from multiprocessing import forkserver, resource_tracker
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.configs import process_environment
-from launcher.errors import EXIT_FAILED
+from launcher.errors import EXIT_FAILED, TrainingError
 from launcher.job import Job
 from launcher.machine import oom_kills
 from launcher.plan import Plan
@@ -48,7 +53,33 @@ def launch(
     """
     for left in job.run_dir.health(0).parent.glob("*.json"):
         left.unlink()  # of the run that is resumed
-    (stops or Stops()).attend(job)
+    with _meeting_place() as folder:
+        return _start_ranks(replace(job, meeting_place=folder), function, stops or Stops())
+
+
+@contextlib.contextmanager
+def _meeting_place() -> Iterator[Path]:
+    """Make a folder on a local disk that nobody else may look into, for as long as the run takes.
+
+    Raises:
+        TrainingError: It cannot be made.
+    """
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="launcher-"))
+    except OSError as error:
+        raise TrainingError(
+            f"The ranks find each other in a temporary folder, and none can be made: {error}. Set "
+            "TMPDIR to a folder on a disk of this machine that can be written."
+        ) from None
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start_ranks(job: Job, function: Callable[[Job], int | None] | None, stops: Stops) -> int:
+    assert job.meeting_place is not None
+    stops.attend(job)
     before = oom_kills()
     start_server([job.plan])
     # While the server imports torch for the ranks, this process does for the agent.
@@ -56,28 +87,23 @@ def launch(
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    from launcher.engine.agent_logs import NoLogs
+    from launcher.engine.agent import ONE_MACHINE, NoLogs, register_one_machine
 
     if function is None:
         from launcher.engine.worker import launched_rank as function
 
+    register_one_machine()
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=job.plan.nproc_per_node,
         run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="localhost",
+        rdzv_backend=ONE_MACHINE,
         max_restarts=job.restarts,
         start_method="forkserver",
-        logs_specs=NoLogs(),
+        logs_specs=NoLogs(job.meeting_place),
         signals_to_handle="SIGQUIT",  # the others are ours
     )
-    if job.restarts:
-        # Ranks that are started again would find the addresses of those before them in a store that
-        # the agent keeps (torch 2.13), and wait for processes that are gone.
-        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     _quieten_the_agent()
     try:
         codes = elastic_launch(config, function)(job)
@@ -147,6 +173,8 @@ class Stops:
             # Where this comes while something is imported, an exception could be swallowed.
             for rank in ranks:
                 rank.kill()
+            if self._job is not None and self._job.meeting_place is not None:
+                shutil.rmtree(self._job.meeting_place, ignore_errors=True)
             os._exit(_say_stopped(signal.SIGINT))
         self._interrupted = True
         self._stop(signal.SIGINT)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from launcher.errors import WorldError
 
@@ -27,6 +28,8 @@ class World:
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
+    store: Path | None = None
+    """The file in which ranks of one machine find each other; None is at MASTER_ADDR."""
 
     @property
     def nodes(self) -> int:
@@ -62,8 +65,12 @@ def find_world(env: Mapping[str, str] | None = None) -> World:
             "Start the ranks with `launcher run`, torchrun or accelerate launch, "
             "or unset WORLD_SIZE to run one process."
         )
-    found.setdefault("local_world_size", world_size)
-    world = World(**found)
+    world = World(
+        rank=found.get("rank", 0),
+        world_size=world_size,
+        local_rank=found.get("local_rank", 0),
+        local_world_size=found.get("local_world_size", world_size),
+    )
     if (
         not 0 <= world.rank < world_size
         or not 0 <= world.local_rank < world.local_world_size

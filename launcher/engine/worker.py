@@ -48,9 +48,7 @@ def launched_rank(job: Job) -> int:
     else:
         _do_not_listen()
     die_with(job.launcher_pid)
-    if job.plan.nodes == 1:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    world = find_world()
+    world = _world(job)
     output = open_output(
         job.run_dir.log(world.rank),
         own_terminal=True,
@@ -82,6 +80,15 @@ def launched_rank(job: Job) -> int:
     except Exception as error:  # noqa: BLE001  # whatever the recipe's own code raises
         _leave(fail(error, world, job.run_dir, log=output.log, show=None, stop=stop))
     return EXIT_RESUMABLE if result is None else 0
+
+
+def _world(job: Job) -> World:
+    """Return this rank's place. Those of a run that begins again meet anew, in a file of theirs."""
+    world = find_world()
+    if job.meeting_place is None:
+        return world
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return replace(world, store=job.meeting_place / f"ranks{again}")
 
 
 def _listen() -> StopRequest:

@@ -27,6 +27,7 @@ from accelerate.utils import (
     fsdp2_prepare_model,
 )
 from torch import Tensor, nn
+from torch._C._distributed_c10d import FileStore
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -38,7 +39,8 @@ from launcher.plan import Plan
 from launcher.recipe import Recipe
 from launcher.world import World
 
-_TIMEOUT = timedelta(minutes=30)
+TIMEOUT = timedelta(minutes=30)
+"""Of a collective call; a rank that is stuck is named before, see `hang_timeout`."""
 
 
 class GroupBackend(Backend):
@@ -63,20 +65,23 @@ class GroupBackend(Backend):
         cpu = plan.device == "cpu"
         if cpu:
             os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # also where there are GPUs
-        if recipe.offload and plan.backend == "fsdp":
-            # What lies on the CPU is summed there: Accelerate then adds gloo to NCCL.
+        channels = "gloo" if cpu else "nccl"
+        if recipe.offload and plan.backend == "fsdp" and not cpu:
+            # What lies on the CPU is summed there: Accelerate then adds gloo to NCCL, as here.
             os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_OFFLOAD_PARAMS="true")
+            channels = "cuda:nccl,cpu:gloo"
         if not cpu and not check_cuda_p2p_ib_support():
             # Consumer cards that cannot talk to each other directly; Accelerate insists on both.
             os.environ.setdefault("NCCL_P2P_DISABLE", "1")
             os.environ.setdefault("NCCL_IB_DISABLE", "1")
+        meet(world, channels)
         handlers = plugins.pop("kwargs_handlers", [])
         self._accelerator = Accelerator(
             cpu=plugins.pop("cpu", cpu),
             mixed_precision="no",  # the loop's own autocast, the same under every backend
             gradient_accumulation_steps=1,  # the loop's own, exact for ragged micro-batches
             kwargs_handlers=[
-                InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=_TIMEOUT),
+                InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=TIMEOUT),
                 *handlers,
             ],
             **plugins,
@@ -235,6 +240,24 @@ class FSDPBackend(GroupBackend):
             if self.rank == 0:
                 whole[name] = gathered.cpu()
         return whole
+
+
+def meet(world: World, backend: str) -> None:
+    """Have the ranks of one machine talk inside of it; form their group if they meet in a file.
+
+    Otherwise Accelerate forms it, at the address in the environment.
+    """
+    if world.nodes == 1:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    if world.store is not None:
+        dist.init_process_group(
+            backend,
+            store=FileStore(str(world.store), world.world_size),
+            rank=world.rank,
+            world_size=world.world_size,
+            timeout=TIMEOUT,
+        )
 
 
 def forget_settings() -> None:
