@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -70,6 +71,48 @@ def oom_kills(root: Path = Path("/")) -> int | None:
                 if key == "oom_kill" and count.isdigit():
                     return int(count)
     return None
+
+
+def free_memory_bytes(root: Path = Path("/")) -> int | None:
+    """Return the host memory that is free or can be freed, or what the cgroup has left of its."""
+    free = []
+    for line in (_read(root / "proc/meminfo") or "").splitlines():
+        if line.startswith("MemAvailable:"):
+            free.append(int(line.split()[1]) * 1024)
+    for folder in _cgroup_folders(root, "memory"):
+        for limit, used in (
+            ("memory.max", "memory.current"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ):
+            most, now = _read(folder / limit) or "", _read(folder / used) or ""
+            if most.isdigit() and now.isdigit():
+                free.append(int(most) - int(now) + _reclaimable(folder))
+    return max(min(free), 0) if free else None
+
+
+def _reclaimable(cgroup: Path) -> int:
+    """Return the bytes of a cgroup that hold files and would be given up."""
+    for line in (_read(cgroup / "memory.stat") or "").splitlines():
+        key, _, count = line.partition(" ")
+        if key in ("inactive_file", "total_inactive_file"):
+            return int(count)
+    return 0
+
+
+def free_shm_bytes(root: Path = Path("/")) -> int | None:
+    """Return what is free of /dev/shm; None where there is none."""
+    try:
+        status = os.statvfs(root / "dev/shm")
+    except OSError:
+        return None
+    return status.f_frsize * status.f_bavail
+
+
+def gpu_driver(root: Path = Path("/")) -> str | None:
+    """Return the version of the NVIDIA driver that the kernel has loaded."""
+    text = _read(root / "proc/driver/nvidia/version") or ""
+    found = re.search(r"Kernel Module.*?(\d+(\.\d+)+)", text)
+    return found[1] if found else None
 
 
 def _num_gpus(root: Path, env: Mapping[str, str]) -> int:

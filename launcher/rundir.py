@@ -6,6 +6,7 @@ result.json         the final evaluation and totals; written last
 model.safetensors   the final weights
 checkpoints/        what a run is resumed from, a folder each
 failure.json        the first failure, if the run failed
+examination.json    what ranks found out about themselves, for `launcher doctor`
 inspection.json     what of the recipe depends on the split, where `launcher prove` looked for it
 logs/rank<N>.log    what each rank printed
 health/             where each rank is, written about once a second
@@ -58,6 +59,10 @@ class RunDir:
     @property
     def inspection(self) -> Path:
         return self.path / "inspection.json"
+
+    @property
+    def examination(self) -> Path:
+        return self.path / "examination.json"
 
     def health(self, rank: int) -> Path:
         """Return what `rank` last said of itself."""

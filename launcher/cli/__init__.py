@@ -12,6 +12,7 @@ import click
 from launcher.errors import LauncherError
 
 _COMMANDS = {
+    "doctor": "launcher.cli.doctor",
     "export": "launcher.cli.export",
     "plan": "launcher.cli.plan",
     "prove": "launcher.cli.prove",

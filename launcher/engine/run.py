@@ -39,7 +39,8 @@ from launcher.errors import LauncherError, RecipeError, TrainingError, WorldErro
 from launcher.job import Start
 from launcher.plan import Plan
 from launcher.recipe import Data, Recipe
-from launcher.report.progress import Progress, duration, metrics_text
+from launcher.report.progress import Progress, metrics_text
+from launcher.report.quantities import duration
 from launcher.rundir import RunDir, keep_until, write_json
 from launcher.signals import StopRequest
 from launcher.world import World

@@ -3,30 +3,42 @@
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import io
 import os
+import platform
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+
+import msgspec
 
 from launcher.checkpoints import list_checkpoints
+from launcher.doctor.examine import examination
+from launcher.doctor.findings import Finding, Report
 from launcher.engine.backends.base import Backend
+from launcher.engine.examination import examine_rank
 from launcher.engine.failures import fail
 from launcher.engine.inspection import inspect_recipe, write_inspection
 from launcher.engine.logs import Output, open_output
 from launcher.engine.processes import die_with
 from launcher.engine.run import join, train_rank
 from launcher.engine.watch import Watch
-from launcher.errors import EXIT_RESUMABLE
+from launcher.errors import EXIT_RESUMABLE, LauncherError, TrainingError
 from launcher.job import Job, Start
 from launcher.overrides import build
 from launcher.plan import Plan
 from launcher.recipe import Recipe
 from launcher.resolve import resolve
-from launcher.rundir import RunDir
+from launcher.rundir import RunDir, write_atomic
 from launcher.signals import STOP_SIGNALS, StopRequest
 from launcher.world import World, find_world
+
+_EXAMINATION_TIMEOUT = 30.0
+"""Seconds without a word from another rank."""
 
 _until_exit: list[Backend] = []
 """Kept from being taken apart: a gloo thread that still holds Python objects waits for the
@@ -133,6 +145,56 @@ def launched_inspection(job: Job) -> None:
         write_inspection(inspect_recipe(recipe), job.run_dir)
     except Exception as error:  # noqa: BLE001  # whatever the recipe's own code raises
         _leave(fail(error, World(), job.run_dir, log=output.log, show=None))
+
+
+def launched_examination(job: Job) -> None:
+    """Examine this rank and its group; rank 0 leaves all reports in the run folder of `job`."""
+    stop = StopRequest()
+    _do_not_listen()
+    die_with(job.launcher_pid)
+    world = _world(job)
+    output = open_output(job.run_dir.log(world.rank), own_terminal=True, on_terminal=False)
+    try:
+        recipe = replace(examination(), hang_timeout=_EXAMINATION_TIMEOUT)
+        watch = _watch(recipe, world, job.run_dir, stop, output)
+        watch.at(0, "computing")
+        reports = _examine(recipe, job.plan, world, ())
+        watch.close()
+        if world.rank == 0:
+            write_atomic(job.run_dir.examination, msgspec.json.encode(reports).decode())
+    except Exception as error:  # noqa: BLE001  # whatever torch raises
+        _leave(fail(error, world, job.run_dir, log=output.log, show=None, stop=stop))
+
+
+def found_examination(
+    recipe: Recipe, plan: Plan, world: World, node: tuple[Finding, ...]
+) -> list[Report] | None:
+    """Examine the rank that this process was started as; return all reports on rank 0.
+
+    Raises:
+        LauncherError: The ranks do not form the group that was planned, or fail.
+    """
+    faulthandler.dump_traceback_later(_EXAMINATION_TIMEOUT, exit=True)
+    try:
+        reports = _examine(recipe, plan, world, node)
+    except LauncherError:
+        raise
+    except Exception as error:
+        name = f"rank {world.rank} ({platform.node()})"
+        raise TrainingError(f"{name} failed: {type(error).__name__}: {error}") from error
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    return reports if world.rank == 0 else None
+
+
+def _examine(recipe: Recipe, plan: Plan, world: World, node: tuple[Finding, ...]) -> list[Report]:
+    started = time.perf_counter()
+    # No run folder: nothing is trained.
+    backend, _ = join(recipe, plan, world, lambda: RunDir(Path()))
+    _until_exit.append(backend)
+    reports = backend.gather(examine_rank(backend, time.perf_counter() - started, node))
+    backend.close()
+    return reports
 
 
 def found_rank(

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Any, TextIO, cast
 
+from launcher.report.quantities import duration
+
 _SECONDS_BETWEEN_LINES = 5.0
 
 
@@ -118,15 +120,3 @@ def metrics_text(values: dict[str, Any]) -> str:
     """Return metric values in one line: `accuracy 0.9806  loss 0.0712`."""
     ordered = sorted(values, key=lambda name: (name == "loss", name))
     return "  ".join(f"{name} {values[name]:.4f}" for name in ordered)
-
-
-def duration(seconds: float | None) -> str:
-    """Return a span of time in two units at most: `3 min 20 s`; `?` where unknown."""
-    if seconds is None:
-        return "?"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -1,0 +1,94 @@
+"""`launcher doctor`: what could slow down or stop a run, before it starts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+import click
+
+from launcher.cli.arguments import nproc_option
+from launcher.errors import EXIT_FAILED
+
+
+@click.command(short_help="Look for what could slow down or stop a run.")
+@nproc_option
+@click.option(
+    "--device",
+    type=click.Choice(["cuda", "cpu"]),
+    help="What the ranks compute on. Default: GPUs where there are any.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("runs"),
+    show_default=True,
+    metavar="DIR",
+    help="Where run folders would be made.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print findings and measurements as JSON.")
+def command(
+    nproc_per_node: int | None, device: Literal["cuda", "cpu"] | None, out: Path, *, as_json: bool
+) -> int:
+    """Look for what could slow down or stop a run, on this machine and between its ranks.
+
+    Cores, memory, /dev/shm, disk and driver; versions, devices, arithmetic, and what it takes to
+    talk to each other. The exit code is 1 where a run would fail. Started as ranks, it looks at all
+    nodes.
+
+    \b
+    launcher doctor
+    launcher doctor -n 4 --out /scratch/runs
+    torchrun --nproc-per-node 2 -m launcher doctor
+    """
+    from launcher.doctor.examine import examine, examine_here, plan_examination
+    from launcher.doctor.findings import Finding, worst
+    from launcher.doctor.node import check_node
+    from launcher.doctor.ranks import judge
+    from launcher.machine import read_machine
+    from launcher.report.findings import finding_lines, summary
+    from launcher.world import find_world
+
+    world = find_world()
+    alone = world.world_size == 1
+    plan = plan_examination(
+        read_machine(),
+        device=device,
+        nodes=world.nodes,
+        nproc_per_node=nproc_per_node if alone else world.local_world_size,
+    )
+    findings: list[Finding] = []
+
+    def tell(finding: Finding) -> None:
+        findings.append(finding)
+        if not as_json:
+            for line in finding_lines(finding):
+                click.echo(line)
+
+    if alone:
+        for finding in check_node(plan, out):
+            tell(finding)
+        reports = examine(plan)
+        if reports is None:
+            tell(
+                Finding(
+                    check="ranks",
+                    level="failure",
+                    found="they could not be started, or failed while they looked: see above",
+                    remedy="a run would do the same",
+                )
+            )
+    else:
+        reports = examine_here(plan, world, out)
+        if reports is None:
+            return 0  # rank 0 tells
+    for finding in judge(reports, plan) if reports else ():
+        tell(finding)
+    if as_json:
+        measured = [asdict(report) for report in reports or ()]
+        click.echo(json.dumps({"findings": list(map(asdict, findings)), "ranks": measured}))
+    else:
+        click.echo(summary(findings))
+    return EXIT_FAILED if worst(findings) == "failure" else 0

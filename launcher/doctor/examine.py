@@ -1,0 +1,89 @@
+"""Ranks that train nothing and look at themselves and at each other."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from launcher.doctor.findings import Report
+from launcher.doctor.node import check_node
+from launcher.job import Job
+from launcher.launch import launch
+from launcher.machine import Machine
+from launcher.plan import Plan, make_plan
+from launcher.recipe import Data, Recipe
+from launcher.rundir import create_run_dir
+from launcher.world import World
+
+
+def plan_examination(
+    machine: Machine,
+    *,
+    device: Literal["cuda", "cpu"] | None = None,
+    nodes: int = 1,
+    nproc_per_node: int | None = None,
+) -> Plan:
+    """Return the plan of ranks that examine themselves.
+
+    Raises:
+        PlanError: There are not so many GPUs.
+    """
+    ranks = nodes * (nproc_per_node or machine.num_gpus or 2)
+    recipe = replace(examination(), batch_size=ranks, device=device)
+    return make_plan(recipe, machine, nodes=nodes, nproc_per_node=nproc_per_node)
+
+
+def examination() -> Recipe:
+    """Return a recipe of nothing, to plan an examination with."""
+
+    def nothing(*_: object) -> Any:
+        raise NotImplementedError
+
+    return Recipe(
+        name="doctor",
+        model=nothing,
+        data=lambda: Data(train=()),
+        loss=nothing,
+        batch_size=1,
+        lr=1.0,
+        lr_rule="none",
+        steps=1,
+    )
+
+
+def examine(plan: Plan) -> list[Report] | None:
+    """Start the ranks of this machine; return what each found, None where they failed.
+
+    That failure has been shown then, and the logs that it names are kept.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="launcher-doctor-"))
+    run_dir = create_run_dir(folder / "run", plan.recipe)
+    from launcher.engine.worker import launched_examination
+
+    job = Job(
+        recipe="",
+        overrides=(),
+        plan=plan,
+        run_dir=run_dir,
+        launcher_pid=os.getpid(),
+        quiet=True,
+    )
+    if launch(job, launched_examination) != 0:
+        return None
+    reports = msgspec.json.decode(run_dir.examination.read_bytes(), type=list[Report])
+    shutil.rmtree(folder)
+    return reports
+
+
+def examine_here(plan: Plan, world: World, out: Path) -> list[Report] | None:
+    """Take part as the rank that this process was started as; return all reports on rank 0."""
+    node = tuple(check_node(plan, out)) if world.local_rank == 0 else ()
+    from launcher.engine.worker import found_examination
+
+    return found_examination(examination(), plan, world, node)
