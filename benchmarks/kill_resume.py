@@ -11,7 +11,6 @@ samples, its losses and its weights have to be those of the run that was left al
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import shutil
@@ -28,6 +27,7 @@ from contest import BIN, HERE
 
 from launcher.checkpoints import list_checkpoints
 from launcher.engine.compare import Trace, read_trace
+from launcher.health import read_health
 from launcher.rundir import RunDir
 
 KILLS_PER_RUN = 7
@@ -120,7 +120,9 @@ def steps_taken(run_dir: RunDir) -> int:
 
 def pid_of(run_dir: RunDir, rank: int) -> int:
     """Return the process of a rank."""
-    return int(json.loads(run_dir.health(rank).read_text())["pid"])
+    health = read_health(run_dir, rank)
+    assert health is not None
+    return health.pid
 
 
 def check(wanted: Trace, found: Trace, out: Path) -> None:

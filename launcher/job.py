@@ -22,8 +22,8 @@ from launcher.rundir import RunDir
 class Start:
     """From which checkpoint a run goes on."""
 
-    checkpoint: str | None = None
-    """Its name; None takes the newest."""
+    step: int | None = None
+    """The step it was saved after; None takes the newest."""
 
     fall_back: bool = False
     """Whether an earlier one is taken where it is damaged."""

@@ -7,7 +7,6 @@ each other in a file of a private folder, and the agent listens on no port.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import multiprocessing
 import os
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from launcher.configs import process_environment
 from launcher.errors import EXIT_FAILED, TrainingError
+from launcher.health import PHASES, read_health
 from launcher.job import Job
 from launcher.machine import oom_kills
 from launcher.plan import Plan
@@ -191,11 +191,8 @@ class Stops:
         """Return whether there may be steps to lose."""
         if self._job is None:
             return False
-        try:
-            health = json.loads(self._job.run_dir.health(0).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return False
-        return bool(health["phase"] != "starting")
+        health = read_health(self._job.run_dir, 0)
+        return health is not None and health.phase != PHASES[0]
 
     def _tell_the_ranks(self, *_: object) -> None:
         if self._job is None:

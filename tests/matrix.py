@@ -167,7 +167,7 @@ class Trainer:
             return RunDir(self._folder / name)
 
         backend, run_dir = join(recipe, plan, self.world, make_run_dir)
-        start = Start(checkpoint=f"step-{RESUMED_FROM:08}") if source is not None else None
+        start = Start(step=RESUMED_FROM) if source is not None else None
         stop = StopRequest() if saves else None
         train_rank(recipe, plan, backend, run_dir, self._output, start=start, stop=stop)
         self._backends.append(backend)

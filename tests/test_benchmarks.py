@@ -40,3 +40,10 @@ def test_loop_overhead(run: Commands) -> None:
     assert {cells[-1] for cells in rows(done.stdout)[1:]} == {"0.0e+00"}
     if importlib.util.find_spec("ignite") is None:
         assert "skipped: ignite, because pytorch-ignite is not installed" in done.stdout
+
+
+def test_teardown(run: Commands) -> None:
+    """Runs that have finished exit with 0, started by launcher and by torchrun."""
+    done = run("python", ROOT / "benchmarks/teardown.py", "--runs", "3", "--ranks", "2")
+    assert done.exit_code == 0, done.stdout + done.stderr
+    assert [cells[3:] for cells in rows(done.stdout)] == [["0", "0 x 1"]] * 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -34,6 +35,7 @@ def fail(run: Commands, how: str, *arguments: str) -> Finished:
         ("exit", 1, "rank 1 ended with exit code 7"),
         ("sample", 1, "raised OSError for sample 77 (epoch 0): truncated file"),
         ("worker-killed", 1, "A DataLoader worker died"),
+        ("leave", 1, "Rank 1 (HOST) ended with exit code 0 before the run did"),
         ("nan", 1, "At step 3 the loss is nan and the gradient's norm nan"),
         ("data", 1, "FileNotFoundError: no folder /data/images"),
         ("empty", 2, "The train data is empty"),
@@ -44,6 +46,7 @@ def fail(run: Commands, how: str, *arguments: str) -> Finished:
 def test_a_failure_is_shown_once(run: Commands, how: str, exit_code: int, message: str) -> None:
     """The first failure is said once, last, with the exit code of its kind."""
     done = fail(run, how, "rank=1")
+    message = message.replace("HOST", platform.node())
     assert done.exit_code == exit_code, done.stderr
     assert (done.stdout + done.stderr).count(message) == 1
     assert message in done.stderr
@@ -151,6 +154,10 @@ def test_ranks_end_with_a_launcher_that_is_killed(run: Commands) -> None:
     [
         ("sleep", "rank 1 .* is computing in step 2, at .*failing.py, line .* the other one waits"),
         ("sleeping-worker", "is reading data in step .* It waits for its data: num_workers=0"),
+        (
+            "extra",
+            r"wait for each other in different calls, .*rank 1 at .*failing.py, .*in _extra: ",
+        ),
         ("stopped", "rank 1 .* does not answer: it was last heard of .* the other one waits"),
     ],
 )
@@ -226,3 +233,19 @@ def test_files_that_may_not_grow_stop_no_run(run: Commands) -> None:
     assert "Cannot write the weights to" in done.stderr
     assert list_checkpoints(RunDir(run.folder / "out")) == []
     assert list((run.folder / "out/checkpoints").iterdir()) == [], "nothing half-written"
+
+
+def test_stopped_with_nothing_saved(run: Commands) -> None:
+    """A run that is asked to stop and cannot save does not say that it can be resumed."""
+    recipe = f"{ROOT / 'tests/recipes/worlds.py'}:worlds"
+    command = f"ulimit -f 20; exec launcher run {recipe} epochs=2000 -n 2 --out out"
+    process = run.start("bash", "-c", command)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "samples/s" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1, stdout + stderr
+    assert "and no checkpoint could be saved: there is nothing to go on from" in stderr
+    assert "launcher resume" not in stdout + stderr

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import click
 
-from launcher.cli import drop_output
 from launcher.cli.arguments import (
     SettingsCommand,
     max_restarts_option,
     nproc_option,
     overrides_argument,
 )
+from launcher.cli.start import start
 
 
 @click.command(cls=SettingsCommand, short_help="Go on with a run from a checkpoint.")
@@ -47,11 +47,10 @@ def command(
     """
     from launcher.checkpoints import changes, check_resumable, find_checkpoint, list_checkpoints
     from launcher.errors import CheckpointError
-    from launcher.job import Job, Start, describe_run, plan_recipe
-    from launcher.launch import Stops, launch
+    from launcher.job import Start, describe_run, plan_recipe
+    from launcher.launch import Stops
     from launcher.machine import read_machine
     from launcher.overrides import Override, read_arguments
-    from launcher.report.explain import explain
     from launcher.resolve import resolve
     from launcher.rundir import open_run_dir, read_run, write_resumption
 
@@ -88,21 +87,13 @@ def command(
             )
             return 0
     write_resumption(folder, describe_run(reference, built, plan))
-    try:
-        click.echo(explain(plan, recipe=reference.shown))
-        for change in changes(manifest, plan) if manifest is not None else ():
-            click.echo(f"  changed     {change}")
-    except BrokenPipeError:  # no reason not to train
-        drop_output()
-    return launch(
-        Job(
-            recipe=reference.location,
-            overrides=given,
-            plan=plan,
-            run_dir=folder,
-            launcher_pid=os.getpid(),
-            start=Start(checkpoint=chosen.name, fall_back=auto),
-            restarts=max_restarts,
-        ),
+    return start(
+        reference,
+        given,
+        plan,
+        folder,
         stops=stops,
+        restarts=max_restarts,
+        begin=Start(step=chosen.step, fall_back=auto),
+        changes=changes(manifest, plan) if manifest is not None else (),
     )

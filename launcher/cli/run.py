@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import click
 
-from launcher.cli import drop_output
 from launcher.cli.arguments import (
     SettingsCommand,
     config_option,
@@ -17,6 +15,7 @@ from launcher.cli.arguments import (
     overrides_argument,
     read_overrides,
 )
+from launcher.cli.start import start
 
 
 @click.command(cls=SettingsCommand, short_help="Train a recipe.")
@@ -41,10 +40,9 @@ def command(
     launcher run recipes/digits.py -n 4 lr=0.2 epochs=3
     launcher run digits --config mine.yaml --out runs/mine
     """
-    from launcher.job import Job, describe_run, plan_recipe
-    from launcher.launch import Stops, launch
+    from launcher.job import describe_run, plan_recipe
+    from launcher.launch import Stops
     from launcher.machine import read_machine
-    from launcher.report.explain import explain
     from launcher.resolve import resolve
     from launcher.rundir import create_run_dir, write_yaml
 
@@ -54,18 +52,4 @@ def command(
     built, plan = plan_recipe(reference, given, read_machine(), nproc_per_node=nproc_per_node)
     run_dir = create_run_dir(out, plan.recipe)
     write_yaml(run_dir.run_yaml, describe_run(reference, built, plan))
-    try:
-        click.echo(explain(plan, recipe=reference.shown))
-    except BrokenPipeError:  # no reason not to train
-        drop_output()
-    return launch(
-        Job(
-            recipe=reference.location,
-            overrides=given,
-            plan=plan,
-            run_dir=run_dir,
-            launcher_pid=os.getpid(),
-            restarts=max_restarts,
-        ),
-        stops=stops,
-    )
+    return start(reference, given, plan, run_dir, stops=stops, restarts=max_restarts)

@@ -7,11 +7,14 @@ import platform
 import re
 import time
 import traceback
+from dataclasses import replace
 from typing import Any, TextIO
 
 import torch
 
+from launcher.engine.processes import is_running
 from launcher.errors import EXIT_FAILED, LauncherError, TrainingError
+from launcher.health import all_health
 from launcher.report.failure import failure_text
 from launcher.rundir import RunDir, record_failure
 from launcher.signals import StopRequest
@@ -26,7 +29,9 @@ _PEER_LOST = (
     "remote process exited",
 )
 _WORKER_LOST = re.compile(r"DataLoader worker .*(killed by signal|exited unexpectedly)")
-_SECONDS_TO_BE_ENDED = 15
+_SECONDS_TO_BE_ENDED = 10
+_SECONDS_FOR_THE_PEER = 5
+"""In which whoever started a rank that failed has ended the others."""
 
 
 def fail(
@@ -56,12 +61,28 @@ def fail(
     print(failure["traceback"] or failure["message"], file=log, flush=True)
     stop = stop or StopRequest()
     if failure["lost_peer"]:
+        stop.wait_to_be_ended(_SECONDS_FOR_THE_PEER)
+        failure = _departure(run_dir, world) or failure
+    if failure["lost_peer"]:
         stop.wait_to_be_ended(_SECONDS_TO_BE_ENDED)
     if not record_failure(run_dir, failure):
         stop.wait_to_be_ended(_SECONDS_TO_BE_ENDED)
     elif show is not None:
         print(failure_text(failure, run_dir), file=show, flush=True)
     return int(failure["exit_code"])
+
+
+def _departure(run_dir: RunDir, world: World) -> dict[str, Any] | None:
+    """Return the failure of a rank of this node that has ended as if all were well, if one has."""
+    for peer in all_health(run_dir):
+        here = peer.rank != world.rank and peer.node == platform.node()
+        if here and not is_running(peer.pid):
+            error = TrainingError(
+                f"Rank {peer.rank} ({peer.node}) ended with exit code 0 before the run did, last "
+                f"seen at step {peer.step:,}, {peer.phase}: something called exit() there."
+            )
+            return describe(error, replace(world, rank=peer.rank)) | {"pid": peer.pid}
+    return None
 
 
 def describe(error: BaseException, world: World) -> dict[str, Any]:

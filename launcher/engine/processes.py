@@ -45,6 +45,11 @@ def die_with(pid: int) -> None:
     threading.Thread(target=wait, name="die-with-launcher", daemon=True).start()
 
 
+def is_running(pid: int) -> bool:
+    """Return whether there is a process `pid` on this machine that has not ended."""
+    return _start_time(pid) is not None
+
+
 def _start_time(pid: int) -> str | None:
     """Return when process `pid` started, in clock ticks; None where it has ended."""
     try:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 import time
-import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,8 +12,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from launcher.checkpoints import (
     Checkpoint,
@@ -24,28 +23,25 @@ from launcher.checkpoints import (
 )
 from launcher.engine.backends import open_backend
 from launcher.engine.backends.base import Backend
-from launcher.engine.batch_norm import BatchNorms, synchronize
-from launcher.engine.blocks import checkpoint_activations, compile_blocks, find_blocks
-from launcher.engine.checkpoint import Keeper, StoredState, load_newest
+from launcher.engine.batch_norm import BatchNorms
+from launcher.engine.build import build_data, build_model_and_optimizer
+from launcher.engine.checkpoint import StoredState, load_newest
 from launcher.engine.data import Reader, micro_batches, sample_count
+from launcher.engine.keeper import Keeper
 from launcher.engine.logs import Output
 from launcher.engine.loop import Trainee, train
-from launcher.engine.optimizers import make_optimizer
-from launcher.engine.randomness import seed_all
 from launcher.engine.recorder import Recorder
 from launcher.engine.sampler import Sampler
 from launcher.engine.state import group_values, write_groups
-from launcher.errors import LauncherError, RecipeError, TrainingError, WorldError
+from launcher.errors import LauncherError, TrainingError, WorldError
 from launcher.job import Start
 from launcher.plan import Plan
-from launcher.recipe import Data, Recipe
+from launcher.recipe import Recipe
 from launcher.report.progress import Progress, metrics_text
 from launcher.report.quantities import duration
 from launcher.rundir import RunDir, keep_until, write_json
 from launcher.signals import StopRequest
 from launcher.world import World
-
-_SAMPLED_WEIGHTS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +129,7 @@ def train_rank(
     found = _find(start, backend, run_dir, plan)
     first_step = 0 if found is None else found[1].step
     steps = plan.total_steps if last_step is None else last_step
-    data = _data(recipe, plan)
+    data = build_data(recipe, plan)
     sampler = Sampler(
         plan=plan,
         rank=backend.rank,
@@ -145,7 +141,7 @@ def train_rank(
     # The workers start here: they read while the model is built, and do not inherit it.
     requests = sampler.requests(first_step) if first_step < steps else sampler.evaluation()
     batches = micro_batches(Reader(recipe, data), requests, plan)
-    model, optimizer = _model_and_optimizer(recipe, plan, backend)
+    model, optimizer = build_model_and_optimizer(recipe, plan, backend)
     trainee = Trainee(
         recipe=recipe,
         plan=plan,
@@ -172,8 +168,8 @@ def train_rank(
     try:
         trained = train(trainee, recorder, keeper, first_step=first_step, last_step=steps)
         if trained.step < steps:
-            if backend.rank == 0:
-                print(_resumable(trained.step, run_dir), flush=True)
+            left = backend.broadcast(list_checkpoints(run_dir))
+            _tell(backend, _resumable(trained.step, left, run_dir))
             return None
         trainee.norms.average(backend)
         if keeper is not None and first_step < steps:
@@ -194,7 +190,7 @@ def train_rank(
         recorder.close()
     if backend.rank == 0:
         write_json(run_dir.result, asdict(result))
-        print(_summary(result, run_dir), flush=True)
+    _tell(backend, _summary(result, run_dir))
     return result
 
 
@@ -213,21 +209,14 @@ def _find(
             keep_until(run_dir, 0)
             run_dir.failure.unlink(missing_ok=True)
         return None
-    candidates = backend.broadcast(
-        list_checkpoints(run_dir)
-        if start.checkpoint is None
-        else [each for each in list_checkpoints(run_dir) if each.name == start.checkpoint]
-        + [each for each in list_checkpoints(run_dir) if each.name < start.checkpoint]
-    )
+    there = backend.broadcast(list_checkpoints(run_dir))
+    candidates = [each for each in there if start.step is None or each.step <= start.step]
 
-    def tell(text: str) -> None:
-        if backend.rank == 0:
-            print(text, flush=True)
-
+    tell = functools.partial(_tell, backend)
     checkpoint, manifest = load_newest(candidates, backend, fall_back=start.fall_back, tell=tell)
     check_resumable(manifest, plan, checkpoint.name)
     if backend.rank == 0:
-        for later in list_checkpoints(run_dir):
+        for later in there:
             if later.step > checkpoint.step:
                 set_aside(later)
         keep_until(run_dir, checkpoint.step)
@@ -238,6 +227,12 @@ def _find(
     return checkpoint, manifest
 
 
+def _tell(backend: Backend, text: str) -> None:
+    """Show the user a text, once."""
+    if backend.rank == 0:
+        print(text, flush=True)
+
+
 def _restore(trainee: Trainee, checkpoint: Checkpoint, manifest: Manifest) -> None:
     backend, values = trainee.backend, manifest.values
     backend.restore(trainee.model, trainee.optimizer, StoredState(checkpoint, manifest))
@@ -246,9 +241,21 @@ def _restore(trainee: Trainee, checkpoint: Checkpoint, manifest: Manifest) -> No
         backend.scaler.restore(values["scaler"])
 
 
-def _resumable(step: int, run_dir: RunDir) -> str:
+def _resumable(step: int, found: list[Checkpoint], run_dir: RunDir) -> str:
+    """Return how to go on with a run that was asked to stop.
+
+    Raises:
+        TrainingError: There is no checkpoint to go on from.
+    """
+    if not found:
+        raise TrainingError(
+            f"Stopped after step {step:,}, and no checkpoint could be saved: there is nothing to "
+            "go on from."
+        )
+    saved = found[0].step
+    how = "with a checkpoint" if saved == step else f"with a checkpoint of step {saved:,}"
     return (
-        f"launcher: stopped after step {step:,}, with a checkpoint. Go on with:\n"
+        f"launcher: stopped after step {step:,}, {how}. Go on with:\n"
         f"launcher resume {shlex.quote(run_dir.shown)}"
     )
 
@@ -278,74 +285,6 @@ def save_weights(weights: dict[str, Tensor], run_dir: RunDir) -> None:
         raise TrainingError(f"Cannot write the weights to {run_dir.model}: {error}") from None
     finally:
         beside.unlink(missing_ok=True)
-
-
-def _data(recipe: Recipe, plan: Plan) -> Data:
-    seed_all(recipe.seed)
-    data = recipe.data()
-    if not isinstance(data, Data):
-        raise RecipeError(
-            f"The recipe's data function returned {type(data).__name__}; expected "
-            "launcher.Data(train=..., evaluation=...)."
-        )
-    found = sample_count(data.train, "train")
-    if plan.train_samples is not None and found != plan.train_samples:
-        raise RecipeError(
-            f"The plan counts on {plan.train_samples:,} training samples, and the data has "
-            f"{found:,}. Set train_samples={found} in the recipe, or look at what its data "
-            "function reads."
-        )
-    return data
-
-
-def _model_and_optimizer(
-    recipe: Recipe, plan: Plan, backend: Backend
-) -> tuple[nn.Module, Optimizer]:
-    seed_all(recipe.seed)  # the same initial weights on every rank
-    model = recipe.model()
-    if not isinstance(model, nn.Module):
-        raise RecipeError(
-            f"The recipe's model function returned {type(model).__name__}; expected a "
-            "torch.nn.Module."
-        )
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise RecipeError("The recipe's model has no parameter that requires a gradient.")
-    _check_same_weights(model, backend)
-    if plan.precision == "fp64":
-        model = model.double()
-    if recipe.sync_batchnorm and backend.world_size > 1:
-        model = synchronize(model)
-    blocks = find_blocks(model, recipe.blocks)
-    if recipe.activation_checkpointing:
-        if not blocks:
-            raise RecipeError(
-                "activation_checkpointing=true computes the activations inside blocks again, and "
-                "the model has no blocks: no layers that repeat in a ModuleList or Sequential and "
-                "are made of several. Name their class with blocks=..., or leave it out."
-            )
-        checkpoint_activations(blocks)
-    if recipe.compile:
-        compile_blocks(model, blocks)
-    return backend.prepare(model, blocks, lambda own: make_optimizer(recipe, own, plan.lr))
-
-
-def _check_same_weights(model: nn.Module, backend: Backend) -> None:
-    """Refuse to start from weights that differ between ranks (collective).
-
-    A sample of every parameter stands for it: what is drawn without a seed differs everywhere.
-    """
-    own = 0
-    for parameter in model.parameters():
-        sample = parameter.detach().flatten()[:_SAMPLED_WEIGHTS].double().contiguous()
-        own = zlib.crc32(sample.numpy().tobytes(), own)
-    # Below 2**32 each, so that the sum over a million ranks is exact in float64.
-    total = backend.sum(torch.tensor(float(own), dtype=torch.float64, device=backend.device))
-    if backend.any_rank(int(total.item()) != own * backend.world_size):
-        raise RecipeError(
-            "The recipe's model function returned other initial weights on some ranks: they come "
-            "from something else than the global generators of torch, numpy and random, which are "
-            "seeded, such as a generator of its own, or the time. Seed that as well."
-        )
 
 
 def _summary(result: Result, run_dir: RunDir) -> str:

@@ -16,11 +16,12 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
 from launcher.errors import EXIT_FAILED
+from launcher.health import PHASES, Health, read_health
 from launcher.rundir import RunDir, record_failure
 from launcher.signals import EXIT_BY_SIGNAL, StopRequest
 
@@ -33,33 +34,6 @@ _SECONDS_TO_END = 5.0
 
 _SECONDS_TO_SPEAK = 3.0
 _OURS = ("torch", "launcher", "accelerate", "deepspeed")
-PHASES = ("starting", "reading data", "computing", "evaluating", "saving", "finishing")
-"""What a rank can be doing, in the order of a step."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Health:
-    """What a rank says of itself."""
-
-    rank: int
-    node: str
-    pid: int
-    step: int
-    """Steps taken."""
-
-    phase: str
-    since: float
-    """When it began that, in seconds since 1970."""
-
-    time: float
-    """When it said so."""
-
-    stalled: bool = False
-    where: str = ""
-    """Where its main thread is, if it is stalled."""
-
-    waits: bool = False
-    """Whether that is a place where ranks wait for each other."""
 
 
 class Watch:
@@ -151,25 +125,63 @@ class Watch:
             with contextlib.suppress(OSError):
                 os.kill(child, signal.SIGUSR2)  # a DataLoader worker: it leaves its stack as well
         time.sleep(_SECONDS_TO_SPEAK)
-        found = [self._read(rank) for rank in range(self._world_size)]
+        found = [read_health(self._run_dir, rank) for rank in range(self._world_size)]
         failure = _hang_failure(found, self._hang_timeout or 0.0)
         if record_failure(self._run_dir, failure) and failure["node"] == platform.node():
             os.kill(failure["pid"], signal.SIGKILL)  # one that is stopped takes no other signal
         os._exit(EXIT_FAILED)
 
     def _where(self) -> tuple[str, bool]:
+        """Return where the main thread is, and whether it is in a call that waits for ranks.
+
+        Such a call is torch's own; said is then who made it.
+        """
         frame = sys._current_frames().get(self._main or 0)  # noqa: SLF001
         if frame is None:
             return "", False
-        path = Path(frame.f_code.co_filename)
-        waits = any(part in _OURS for part in path.parts) and "utils" not in path.parts
+        parts = Path(frame.f_code.co_filename).parts
+        waits = any(part in _OURS for part in parts) and "utils" not in parts
+        while frame.f_back is not None and "torch" in Path(frame.f_code.co_filename).parts:
+            frame = frame.f_back
+        path = frame.f_code.co_filename
         return f"{path}, line {frame.f_lineno}, in {frame.f_code.co_name}", waits
 
-    def _read(self, rank: int) -> Health | None:
-        try:
-            return Health(**json.loads(self._run_dir.health(rank).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+
+def _behind(rank: int, health: Health | None, others: int) -> str:
+    """Return what the rank that is behind does, and that others wait for it."""
+    if health is None:
+        what = f"rank {rank} has never been heard of"
+    elif not health.stalled:
+        what = (
+            f"rank {rank} ({health.node}) does not answer: it was last heard of "
+            f"{time.time() - health.time:.0f} s ago, after {health.step:,} steps, {health.phase}"
+        )
+    else:
+        what = (
+            f"rank {rank} ({health.node}) is {health.phase} in step {health.step + 1:,}, "
+            f"at {health.where}"
+        )
+        if health.phase == "reading data":
+            what += ". It waits for its data: num_workers=0 shows whether it is the data set"
+    if not others:
+        return what
+    return f"{what}; the other {'one waits' if others == 1 else f'{others} wait'} for it"
+
+
+def _waiting_apart(found: list[Health | None]) -> str | None:
+    """Return that ranks wait for each other in different calls, where they do."""
+    places: dict[str, int] = {}
+    for health in found:
+        if health is None or not (health.stalled and health.waits):
             return None
+        places.setdefault(health.where, health.rank)
+    if len(places) < 2:
+        return None
+    named = (f"rank {rank} at {where}" for where, rank in list(places.items())[:2])
+    return (
+        f"the ranks wait for each other in different calls, {' and '.join(named)}: a collective "
+        "call that not all of them make, or not in the same order"
+    )
 
 
 def _hang_failure(found: list[Health | None], timeout: float) -> dict[str, Any]:
@@ -184,27 +196,7 @@ def _hang_failure(found: list[Health | None], timeout: float) -> dict[str, Any]:
 
     last = min(range(len(found)), key=progress)
     health = found[last]
-    if health is None:
-        what = f"rank {last} has never been heard of"
-    elif not health.stalled:
-        silent = time.time() - health.time
-        what = (
-            f"rank {last} ({health.node}) does not answer: it was last heard of {silent:.0f} s "
-            f"ago, after {health.step:,} steps, {health.phase}"
-        )
-    else:
-        what = f"rank {last} ({health.node}) is {health.phase} in step {health.step + 1:,}"
-        what += f", at {health.where}"
-        if health.phase == "reading data":
-            what += ". It waits for its data: num_workers=0 shows whether it is the data set"
-    others = len(found) - 1
-    waiting = (
-        ""
-        if not others
-        else f"; the other {others} wait for it"
-        if others > 1
-        else ("; the other one waits for it")
-    )
+    what = _waiting_apart(found) or _behind(last, health, len(found) - 1)
     return {
         "rank": last,
         "node": "" if health is None else health.node,
@@ -212,7 +204,7 @@ def _hang_failure(found: list[Health | None], timeout: float) -> dict[str, Any]:
         "time": time.time(),
         "error": "Hang",
         "message": (
-            f"No rank has made progress for {timeout:g} s (hang_timeout): {what}{waiting}. "
+            f"No rank has made progress for {timeout:g} s (hang_timeout): {what}. "
             "The stacks of all threads are in the logs."
         ),
         "traceback": "",

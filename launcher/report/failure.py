@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import signal
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from launcher.checkpoints import list_checkpoints
 from launcher.errors import EXIT_USAGE
+from launcher.health import all_health
 from launcher.rundir import RunDir
 
 _MOST_RANKS = 16
@@ -63,27 +62,13 @@ def _why_killed(oom_kills: int | None) -> str:
 
 def _circumstances(rank: int, run_dir: RunDir) -> Iterator[str]:
     """Yield where the ranks were, what to do next, and what to read."""
-    places = list(_places(run_dir))
-    shown = [f"rank {number}: {place}" for number, place in places[:_MOST_RANKS]]
-    if places[_MOST_RANKS:]:
-        shown.append(f"and {len(places) - _MOST_RANKS} more, see {run_dir.health(0).parent}")
+    ranks = list(all_health(run_dir))
+    shown = [f"rank {each.rank}: step {each.step:,}, {each.phase}" for each in ranks[:_MOST_RANKS]]
+    if ranks[_MOST_RANKS:]:
+        shown.append(f"and {len(ranks) - _MOST_RANKS} more, see {run_dir.health(0).parent}")
     if shown:
         yield "last seen: " + "; ".join(shown)
     if found := list_checkpoints(run_dir):
         command = f"launcher resume {shlex.quote(run_dir.shown)}"
         yield f"next: `{command}` goes on from step {found[0].step:,}"
     yield f"log: {run_dir.log(rank)}"
-
-
-def _places(run_dir: RunDir) -> Iterator[tuple[int, str]]:
-    """Yield each rank with what it last said of itself, in their order."""
-
-    def number(path: Path) -> int:
-        return int(path.stem.removeprefix("rank"))
-
-    for path in sorted(run_dir.health(0).parent.glob("rank*.json"), key=number):
-        try:
-            health = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        yield number(path), f"step {health['step']:,}, {health['phase']}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,16 +18,16 @@ if TYPE_CHECKING:
 
 How = Literal[
     "raise", "kill", "exit", "sample", "worker-killed", "empty", "count", "mean", "nan", "nan-once",
-    "data", "hang", "sleep", "sleeping-worker", "stopped", "raise-once"
+    "data", "hang", "sleep", "sleeping-worker", "stopped", "raise-once", "leave", "extra"
 ]  # fmt: skip
 
 
 def failing(*, how: How, rank: int = 0) -> Recipe:
     """Fail as `how` says, on `rank` where that makes a difference."""
     recipe = replace(worlds(), name="failing", num_workers=1)
-    if how in ("sleep", "sleeping-worker", "stopped"):
+    if how in ("sleep", "sleeping-worker", "stopped", "extra"):
         recipe = replace(recipe, hang_timeout=2.0)
-    if how in ("raise", "kill", "exit", "hang", "sleep", "stopped", "nan-once", "raise-once"):
+    if how in _ENDS or how == "nan-once":
         return replace(recipe, loss=lambda *given: _fail_at_second_call(how, rank, *given))
     if how == "nan":
         return replace(recipe, loss=_not_a_number)
@@ -46,24 +47,46 @@ def _fail_at_second_call(
     global calls  # noqa: PLW0603
     calls += 1
     if calls == (5 if how == "raise-once" else 2) and int(os.environ.get("RANK", "0")) == rank:
-        if how == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if how == "exit":
-            os._exit(7)
-        if how == "hang":
-            print("hanging", flush=True)
-            while True:
-                signal.pause()
-        if how == "sleep":
-            time.sleep(1000)
-        if how == "stopped":
-            os.kill(os.getpid(), signal.SIGSTOP)
         if how == "nan-once":
             total, count = cross_entropy(logits, batch)
             return total * float("nan"), count
-        if how == "raise" or os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-            raise ValueError("the loss of rank one")
+        _ENDS[how]()
     return cross_entropy(logits, batch)
+
+
+def _raise() -> None:
+    raise ValueError("the loss of rank one")
+
+
+def _raise_once() -> None:
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        _raise()
+
+
+def _hang() -> None:
+    print("hanging", flush=True)
+    while True:
+        signal.pause()
+
+
+def _extra() -> None:
+    import torch.distributed
+
+    torch.distributed.barrier()
+
+
+_ENDS: dict[str, Callable[[], object]] = {
+    "raise": _raise,
+    "raise-once": _raise_once,
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "exit": lambda: os._exit(7),
+    "leave": lambda: os._exit(0),
+    "extra": _extra,
+    "hang": _hang,
+    "sleep": lambda: time.sleep(1000),
+    "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+}
+"""What a rank does in its second call of the loss."""
 
 
 def _sum(logits: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:

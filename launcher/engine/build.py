@@ -1,0 +1,99 @@
+"""What a recipe describes, built: its data, its model, its optimizer."""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from launcher.engine.backends.base import Backend
+from launcher.engine.batch_norm import synchronize
+from launcher.engine.blocks import checkpoint_activations, compile_blocks, find_blocks
+from launcher.engine.data import sample_count
+from launcher.engine.optimizers import make_optimizer
+from launcher.engine.randomness import seed_all
+from launcher.errors import RecipeError
+from launcher.plan import Plan
+from launcher.recipe import Data, Recipe
+
+_SAMPLED_WEIGHTS = 1024
+
+
+def build_data(recipe: Recipe, plan: Plan) -> Data:
+    """Return the recipe's data.
+
+    Raises:
+        RecipeError: It is none, or not as long as planned.
+    """
+    seed_all(recipe.seed)
+    data = recipe.data()
+    if not isinstance(data, Data):
+        raise RecipeError(
+            f"The recipe's data function returned {type(data).__name__}; expected "
+            "launcher.Data(train=..., evaluation=...)."
+        )
+    found = sample_count(data.train, "train")
+    if plan.train_samples is not None and found != plan.train_samples:
+        raise RecipeError(
+            f"The plan counts on {plan.train_samples:,} training samples, and the data has "
+            f"{found:,}. Set train_samples={found} in the recipe, or look at what its data "
+            "function reads."
+        )
+    return data
+
+
+def build_model_and_optimizer(
+    recipe: Recipe, plan: Plan, backend: Backend
+) -> tuple[nn.Module, Optimizer]:
+    """Return the recipe's model, ready to be called on this rank, and its optimizer (collective).
+
+    Raises:
+        RecipeError: It is no model, or another one on some ranks, or cannot do what is asked.
+    """
+    seed_all(recipe.seed)  # the same initial weights on every rank
+    model = recipe.model()
+    if not isinstance(model, nn.Module):
+        raise RecipeError(
+            f"The recipe's model function returned {type(model).__name__}; expected a "
+            "torch.nn.Module."
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise RecipeError("The recipe's model has no parameter that requires a gradient.")
+    _check_same_weights(model, backend)
+    if plan.precision == "fp64":
+        model = model.double()
+    if recipe.sync_batchnorm and backend.world_size > 1:
+        model = synchronize(model)
+    blocks = find_blocks(model, recipe.blocks)
+    if recipe.activation_checkpointing:
+        if not blocks:
+            raise RecipeError(
+                "activation_checkpointing=true computes the activations inside blocks again, and "
+                "the model has no blocks: no layers that repeat in a ModuleList or Sequential and "
+                "are made of several. Name their class with blocks=..., or leave it out."
+            )
+        checkpoint_activations(blocks)
+    if recipe.compile:
+        compile_blocks(model, blocks)
+    return backend.prepare(model, blocks, lambda own: make_optimizer(recipe, own, plan.lr))
+
+
+def _check_same_weights(model: nn.Module, backend: Backend) -> None:
+    """Refuse to start from weights that differ between ranks (collective).
+
+    A sample of every parameter stands for it: what is drawn without a seed differs everywhere.
+    """
+    own = 0
+    for parameter in model.parameters():
+        sample = parameter.detach().flatten()[:_SAMPLED_WEIGHTS].double().contiguous()
+        own = zlib.crc32(sample.numpy().tobytes(), own)
+    # Below 2**32 each, so that the sum over a million ranks is exact in float64.
+    total = backend.sum(torch.tensor(float(own), dtype=torch.float64, device=backend.device))
+    if backend.any_rank(int(total.item()) != own * backend.world_size):
+        raise RecipeError(
+            "The recipe's model function returned other initial weights on some ranks: they come "
+            "from something else than the global generators of torch, numpy and random, which are "
+            "seeded, such as a generator of its own, or the time. Seed that as well."
+        )
