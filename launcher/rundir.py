@@ -228,6 +228,15 @@ def keep_until(run_dir: RunDir, step: int) -> None:
             write_atomic(path, "".join(kept))
 
 
+def line_count(path: Path) -> int:
+    """Return how many lines a file has, 0 where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return sum(1 for _ in file)
+    except OSError:
+        return 0
+
+
 def record_failure(run_dir: RunDir, failure: Mapping[str, Any]) -> bool:
     """Write failure.json unless an earlier failure is there; return whether this one is the first.
 

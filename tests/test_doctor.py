@@ -97,7 +97,7 @@ def test_a_group_that_cannot_be_formed(run: Commands) -> None:
     assert done.exit_code == 1
     assert "failure  ranks" in done.stdout
     assert "Unable to find address for: nosuch0" in done.stderr
-    log = Path(done.stderr.rpartition("log: ")[2].strip())
+    log = Path(done.stderr.rpartition("log: ")[2].partition(", line")[0])
     assert "nosuch0" in log.read_text()
 
 

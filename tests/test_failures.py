@@ -27,6 +27,10 @@ def fail(run: Commands, how: str, *arguments: str) -> Finished:
     return run("launcher", "run", RECIPE, f"how={how}", "--out", "out", "-n", "2", *arguments)
 
 
+_WITHOUT_A_WORD = ("kill", "exit", "leave")
+"""A rank that ends like this has written nothing in its log."""
+
+
 @pytest.mark.parametrize(
     ("how", "exit_code", "message"),
     [
@@ -54,8 +58,11 @@ def test_a_failure_is_shown_once(run: Commands, how: str, exit_code: int, messag
     assert done.stderr.startswith("launcher: "), "nothing but our own words"
     assert not (run.folder / "out/result.json").exists()
     if exit_code == 1:
-        log = Path(done.stderr.rpartition("log: ")[2].strip())
-        assert log.is_file()
+        log, _, line = done.stderr.rpartition("log: ")[2].partition(", line ")
+        lines = Path(log.strip()).read_text().splitlines()
+        if line:
+            said = "\n".join(lines[int(line) - 1 :])
+            assert how in _WITHOUT_A_WORD or message in said
 
 
 def test_the_failing_rank_keeps_its_traceback(run: Commands) -> None:

@@ -16,7 +16,7 @@ from launcher.engine.processes import is_running
 from launcher.errors import EXIT_FAILED, LauncherError, TrainingError
 from launcher.health import all_health
 from launcher.report.failure import failure_text
-from launcher.rundir import RunDir, record_failure
+from launcher.rundir import RunDir, line_count, record_failure
 from launcher.signals import StopRequest
 from launcher.world import World
 
@@ -58,6 +58,7 @@ def fail(
         stop: Notes whether this rank has been told to end.
     """
     failure = describe(error, world)
+    failure["log_line"] = 1 + line_count(run_dir.log(world.rank))
     print(failure["traceback"] or failure["message"], file=log, flush=True)
     stop = stop or StopRequest()
     if failure["lost_peer"]:

@@ -10,7 +10,8 @@ from typing import Any
 from launcher.checkpoints import list_checkpoints
 from launcher.errors import EXIT_USAGE
 from launcher.health import all_health
-from launcher.rundir import RunDir
+from launcher.rundir import RunDir, line_count
+from launcher.signals import EXIT_BY_SIGNAL
 
 _MOST_RANKS = 16
 """More are summed up."""
@@ -23,7 +24,8 @@ def failure_text(failure: Mapping[str, Any], run_dir: RunDir) -> str:
     rank, node = failure["rank"], failure["node"]
     head = f"launcher: the run failed on rank {rank} ({node})"
     body = failure["traceback"] or failure["message"]
-    return "\n\n".join([head, body.rstrip(), *_circumstances(rank, run_dir)])
+    line = failure.get("log_line")
+    return "\n\n".join([head, body.rstrip(), *_circumstances(rank, run_dir, line)])
 
 
 def death_text(rank: int, exit_code: int, run_dir: RunDir, *, oom_kills: int | None = None) -> str:
@@ -44,9 +46,18 @@ def death_text(rank: int, exit_code: int, run_dir: RunDir, *, oom_kills: int | N
         if name == "SIGBUS":
             how += " (a full /dev/shm has this effect: fewer num_workers, or a larger /dev/shm)"
     else:
-        how = f"ended with exit code {exit_code}"
+        how = f"ended with exit code {exit_code}{_in_words(exit_code)}"
     head = f"launcher: the run failed: rank {rank} {how}"
-    return "\n\n".join([head, *_circumstances(rank, run_dir)])
+    last = line_count(run_dir.log(rank))
+    return "\n\n".join([head, *_circumstances(rank, run_dir, last)])
+
+
+def _in_words(exit_code: int) -> str:
+    """Return which signal an exit code stands for, as shells and batch systems have it."""
+    try:
+        return f" ({signal.Signals(exit_code - EXIT_BY_SIGNAL).name})"
+    except ValueError:
+        return ""
 
 
 def _why_killed(oom_kills: int | None) -> str:
@@ -60,7 +71,7 @@ def _why_killed(oom_kills: int | None) -> str:
     return " (not for want of memory: the cgroup's count of such has not risen)"
 
 
-def _circumstances(rank: int, run_dir: RunDir) -> Iterator[str]:
+def _circumstances(rank: int, run_dir: RunDir, line: int | None) -> Iterator[str]:
     """Yield where the ranks were, what to do next, and what to read."""
     ranks = list(all_health(run_dir))
     shown = [f"rank {each.rank}: step {each.step:,}, {each.phase}" for each in ranks[:_MOST_RANKS]]
@@ -71,4 +82,4 @@ def _circumstances(rank: int, run_dir: RunDir) -> Iterator[str]:
     if found := list_checkpoints(run_dir):
         command = f"launcher resume {shlex.quote(run_dir.shown)}"
         yield f"next: `{command}` goes on from step {found[0].step:,}"
-    yield f"log: {run_dir.log(rank)}"
+    yield f"log: {run_dir.log(rank)}" + (f", line {line}" if line else "")
