@@ -25,11 +25,13 @@ from launcher.schedule import (
     Setting,
     constant,
     cosine,
+    cyclical,
     linear,
     multi_step,
     one_cycle,
     schedule,
     warmup,
+    wsd,
 )
 
 __all__ = [
@@ -53,6 +55,7 @@ __all__ = [
     "adamw",
     "constant",
     "cosine",
+    "cyclical",
     "linear",
     "loader_policy",
     "main",
@@ -63,4 +66,5 @@ __all__ = [
     "schedule",
     "sgd",
     "warmup",
+    "wsd",
 ]

@@ -6,10 +6,12 @@ the optimizer before the backward pass of step t; nothing is ever stepped, so no
 stepped twice.
 
     one_cycle     one triangle, then annihilation (super-convergence)
+    cyclical      triangles, as many as asked for
     cosine        down along half a cosine
     linear        down along a line
     constant      no change
     multi_step    times gamma at each milestone
+    wsd           up, level for most of the run, down at its end
     warmup        up along a line, then any of the above
 """
 
@@ -125,6 +127,50 @@ def one_cycle(
 
 
 @schedule
+def cyclical(
+    step: int,
+    total_steps: int,
+    *,
+    cycles: PositiveFloat = 4.0,
+    base_factor: Fraction = 0.1,
+    rising: PositiveFloat = 0.5,
+    mode: Literal["triangular", "triangular2", "exp_range"] = "triangular",
+    gamma: PositiveFloat = 1.0,
+    cycle_momentum: bool = True,
+    base_momentum: Fraction = 0.8,
+    max_momentum: Fraction = 0.9,
+) -> Setting:
+    """Up to the peak and back down, `cycles` times over the run.
+
+    Smith, "Cyclical Learning Rates" (arXiv:1506.01186): `triangular` keeps the peak, `triangular2`
+    halves its height with every cycle, `exp_range` shrinks it by `gamma` with every step; momentum
+    does the opposite. Smith's step size, half a cycle, is 2 to 10 epochs. The values are those of
+    `torch.optim.lr_scheduler.CyclicLR`.
+
+    Args:
+        step: The step, from 0.
+        total_steps: Steps of the run.
+        cycles: How many there are.
+        base_factor: Where a cycle begins and ends.
+        rising: The part of a cycle that goes up, less than 1.
+        mode: What becomes of the peak.
+        gamma: Of `exp_range`, 1 at most.
+        cycle_momentum: Whether momentum is set.
+        base_momentum: At the peak.
+        max_momentum: At the base.
+    """
+    if rising >= 1:
+        raise UsageError(f"cyclical(rising={rising:g}): a part of the cycle; give less than 1")
+    if gamma > 1:
+        raise UsageError(f"cyclical(gamma={gamma:g}): it shrinks the cycles; give 1 at most")
+    cycle, passed = divmod(step * cycles / total_steps, 1.0)
+    height = passed / rising if passed <= rising else (passed - 1) / (rising - 1)
+    shrunk = {"triangular": 1.0, "triangular2": 0.5**cycle, "exp_range": gamma**step}[mode]
+    momentum = _line(max_momentum, base_momentum, height * shrunk) if cycle_momentum else None
+    return Setting(_line(base_factor, 1.0, height * shrunk), momentum)
+
+
+@schedule
 def cosine(step: int, total_steps: int, *, final_factor: Fraction = 0.0) -> Setting:
     """Down from the peak to `final_factor` of it along half a cosine.
 
@@ -161,6 +207,40 @@ def multi_step(
         )
     passed = sum(step >= milestone * total_steps for milestone in milestones)
     return Setting(gamma**passed)
+
+
+@schedule
+def wsd(
+    step: int,
+    total_steps: int,
+    *,
+    warmup_fraction: Fraction = 0.05,
+    decay_fraction: Fraction = 0.2,
+    decay: Literal["linear", "sqrt", "cos"] = "linear",
+    final_factor: Fraction = 0.0,
+) -> Setting:
+    """Warm-up, stable, decay: up along a line, level, and down in the last part of the run.
+
+    Hu et al., "MiniCPM" (arXiv:2404.06395); `decay="sqrt"` is 1 - sqrt(passed), which Hägele et
+    al. (arXiv:2405.18392) found the best for language models. What was trained on the level can be
+    trained on, and decayed later.
+    """
+    if warmup_fraction + decay_fraction > 1:
+        raise UsageError(
+            f"wsd(warmup_fraction={warmup_fraction:g}, decay_fraction={decay_fraction:g}): the way "
+            "up and the way down are parts of the run; together they are 1 at most"
+        )
+    rising = round(warmup_fraction * total_steps)
+    falling = round(decay_fraction * total_steps)
+    if step < rising:
+        return Setting((step + 1) / (rising + 1))
+    begins = total_steps - falling
+    if step <= begins:
+        return Setting(1.0)
+    passed = (step - begins) / falling
+    if decay == "cos":
+        return Setting(_cosine(1.0, final_factor, passed))
+    return Setting(_line(1.0, final_factor, math.sqrt(passed) if decay == "sqrt" else passed))
 
 
 @schedule

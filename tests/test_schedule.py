@@ -9,6 +9,7 @@ import torch
 from torch.optim import SGD
 from torch.optim.lr_scheduler import (
     CosineAnnealingLR,
+    CyclicLR,
     LinearLR,
     LRScheduler,
     MultiStepLR,
@@ -16,7 +17,7 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
-from launcher import cosine, linear, multi_step, one_cycle, schedule, warmup
+from launcher import cosine, cyclical, linear, multi_step, one_cycle, schedule, warmup, wsd
 from launcher.errors import UsageError
 from launcher.schedule import SCHEDULES, Schedule, Setting
 from launcher.spec import parse
@@ -64,6 +65,40 @@ def test_one_cycle_is_onecyclelr(total_steps: int, arguments: dict[str, Any]) ->
     assert found == [pytest.approx(pair, abs=1e-15) for pair in wanted]
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ({}, {"step_size_up": 10}),
+        ({"mode": "triangular2"}, {"step_size_up": 10, "mode": "triangular2"}),
+        (
+            {"mode": "exp_range", "gamma": 0.99, "rising": 0.25},
+            {"step_size_up": 5, "step_size_down": 15, "mode": "exp_range", "gamma": 0.99},
+        ),
+    ],
+    ids=["triangular", "triangular2", "exp_range"],
+)
+def test_cyclical_is_cycliclr(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Learning rate and momentum of every step are CyclicLR's, whose cycles have 20 steps here."""
+    wanted = oracle(lambda o: CyclicLR(o, base_lr=0.1, max_lr=1.0, **theirs), 100)
+    made = cyclical(cycles=5, **ours)
+    assert [made.at(step, 100) for step in range(100)] == [pytest.approx(pair) for pair in wanted]
+
+
+@pytest.mark.parametrize(
+    ("decay", "at_half"), [("linear", 0.55), ("cos", 0.55), ("sqrt", 1 - 0.9 * 0.5**0.5)]
+)
+def test_wsd_has_three_parts(decay: Any, at_half: float) -> None:
+    """Up over the first tenth, level, and down over the last two to where it was told."""
+    made = wsd(warmup_fraction=0.1, decay_fraction=0.2, decay=decay, final_factor=0.1)
+    factors = [made.at(step, 1000).factor for step in range(1001)]
+    assert factors[0] == pytest.approx(1 / 101)
+    assert factors[:101] == sorted(factors[:101])
+    assert set(factors[100:801]) == {1.0}
+    assert factors[900] == pytest.approx(at_half)
+    assert factors[800:] == sorted(factors[800:], reverse=True)
+    assert factors[1000] == pytest.approx(0.1)
+
+
 def test_one_cycle_is_the_articles() -> None:
     """Two equal ways, from max / 10 to max and back, then down to max / 10,000."""
     factors = [one_cycle().at(step, 100).factor for step in range(100)]
@@ -99,7 +134,7 @@ def test_the_others_are_pytorchs(ours: Schedule, theirs: Any) -> None:
 
 
 @pytest.mark.parametrize("total_steps", [1, 2, 3])
-@pytest.mark.parametrize("name", ["one_cycle", "cosine", "linear", "constant", "multi_step"])
+@pytest.mark.parametrize("name", sorted(SCHEDULES.keys() - {"warmup"}))
 def test_runs_of_few_steps_have_a_learning_rate(name: str, total_steps: int) -> None:
     """No rule divides by zero or leaves (0, 1] in a run of one, two or three steps."""
     rule = parse(name, SCHEDULES, kind="schedule")
@@ -127,6 +162,9 @@ def test_a_schedule_reads_back_as_it_prints() -> None:
         ("warmup()", "needs then"),
         ("__import__('os')", "there is no schedule '__import__'"),
         ("cosine.__class__", "is no schedule"),
+        ("cyclical(rising=1.0)", "give less than 1"),
+        ("cyclical(gamma=1.1)", "give 1 at most"),
+        ("wsd(warmup_fraction=0.6, decay_fraction=0.5)", "together they are 1 at most"),
         ("multi_step(milestones=[3])", "fractions of the run"),
     ],
 )
