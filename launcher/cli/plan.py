@@ -14,6 +14,7 @@ from launcher.cli.arguments import (
     overrides_argument,
     read_overrides,
 )
+from launcher.errors import UsageError
 
 
 @click.command(cls=SettingsCommand, short_help="Print what a run would be, with the arithmetic.")
@@ -23,6 +24,7 @@ from launcher.cli.arguments import (
 @click.option("--nodes", type=click.IntRange(min=1), default=1, metavar="M", help="Nodes.")
 @config_option
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+@click.option("--plot", is_flag=True, help="Draw the learning rate, and momentum if it is cycled.")
 def command(
     recipe: str,
     overrides: tuple[str, ...],
@@ -30,11 +32,13 @@ def command(
     nodes: int,
     config: Path | None,
     as_json: bool,
+    plot: bool,
 ) -> None:
     """Print what a run of RECIPE would be, with the arithmetic of every number.
 
     \b
     launcher plan digits
+    launcher plan digits "schedule=cyclical(cycles=3)" --plot
     launcher plan digits -n 8 --nodes 2 device=cuda
     launcher plan recipes/digits.py:digits lr=0.2 batch_size=512 --json
     """
@@ -43,8 +47,10 @@ def command(
     from launcher.report.explain import explain
     from launcher.resolve import resolve
 
+    if plot and as_json:
+        raise UsageError("--plot draws for people and --json prints for programs: give one.")
     reference = resolve(recipe)
-    _, plan = plan_recipe(
+    built, plan = plan_recipe(
         reference,
         read_overrides(config, overrides),
         read_machine(),
@@ -56,3 +62,8 @@ def command(
         click.echo(json.dumps(plan.to_dict()))
     else:
         click.echo(explain(plan, recipe=reference.shown))
+    if plot:
+        from launcher.report.plots import draw, schedule_plots
+
+        for each in schedule_plots(built.recipe.schedule, plan):
+            click.echo(f"\n{draw(each)}")

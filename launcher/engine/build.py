@@ -3,22 +3,74 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from launcher.engine.backends.base import Backend
-from launcher.engine.batch_norm import synchronize
+from launcher.engine.batch_norm import BatchNorms, synchronize
 from launcher.engine.blocks import checkpoint_activations, compile_blocks, find_blocks
-from launcher.engine.data import sample_count
+from launcher.engine.data import Reader, micro_batches, sample_count
+from launcher.engine.loop import Trainee
 from launcher.engine.optimizers import make_optimizer
 from launcher.engine.randomness import seed_all
+from launcher.engine.sampler import Sampler
 from launcher.errors import RecipeError
 from launcher.plan import Plan
 from launcher.recipe import Data, Recipe
 
 _SAMPLED_WEIGHTS = 1024
+
+
+def build_trainee(
+    recipe: Recipe,
+    plan: Plan,
+    backend: Backend,
+    *,
+    first_step: int = 0,
+    last_step: int,
+    evaluates: bool = True,
+    at: Callable[[int, str], None] = lambda *_: None,
+) -> Trainee:
+    """Build what the recipe describes, for the steps from `first_step` on (collective).
+
+    Args:
+        recipe: What to train.
+        plan: How; its numbers are those of the recipe.
+        backend: This rank among the others.
+        first_step: Steps that were taken before.
+        last_step: Steps to have been taken in the end.
+        evaluates: Whether the evaluation data will be visited, where there is any.
+        at: Is told how far this rank is.
+
+    Raises:
+        RecipeError: The recipe or its data is at fault.
+    """
+    data = build_data(recipe, plan)
+    visited = data.evaluation if evaluates else None
+    sampler = Sampler(
+        plan=plan,
+        rank=backend.rank,
+        train_samples=sample_count(data.train, "train"),
+        evaluation_samples=0 if visited is None else sample_count(visited, "evaluation"),
+    )
+    # The workers start here: they read while the model is built, and do not inherit it.
+    requests = sampler.requests(first_step) if first_step < last_step else sampler.evaluation()
+    batches = micro_batches(Reader(recipe, data), requests, plan)
+    model, optimizer = build_model_and_optimizer(recipe, plan, backend)
+    return Trainee(
+        recipe=recipe,
+        plan=plan,
+        backend=backend,
+        model=model,
+        optimizer=optimizer,
+        sampler=sampler,
+        batches=batches,
+        norms=BatchNorms(model),
+        at=at,
+    )
 
 
 def build_data(recipe: Recipe, plan: Plan) -> Data:

@@ -23,15 +23,12 @@ from launcher.checkpoints import (
 )
 from launcher.engine.backends import open_backend
 from launcher.engine.backends.base import Backend
-from launcher.engine.batch_norm import BatchNorms
-from launcher.engine.build import build_data, build_model_and_optimizer
+from launcher.engine.build import build_trainee
 from launcher.engine.checkpoint import StoredState, load_newest
-from launcher.engine.data import Reader, micro_batches, sample_count
 from launcher.engine.keeper import Keeper
 from launcher.engine.logs import Output
 from launcher.engine.loop import Trainee, train
 from launcher.engine.recorder import Recorder
-from launcher.engine.sampler import Sampler
 from launcher.engine.state import group_values, write_groups
 from launcher.errors import LauncherError, TrainingError, WorldError
 from launcher.job import Start
@@ -129,31 +126,8 @@ def train_rank(
     found = _find(start, backend, run_dir, plan)
     first_step = 0 if found is None else found[1].step
     steps = plan.total_steps if last_step is None else last_step
-    data = build_data(recipe, plan)
-    sampler = Sampler(
-        plan=plan,
-        rank=backend.rank,
-        train_samples=sample_count(data.train, "train"),
-        evaluation_samples=(
-            0 if data.evaluation is None else sample_count(data.evaluation, "evaluation")
-        ),
-    )
-    # The workers start here: they read while the model is built, and do not inherit it.
-    requests = sampler.requests(first_step) if first_step < steps else sampler.evaluation()
-    batches = micro_batches(Reader(recipe, data), requests, plan)
-    model, optimizer = build_model_and_optimizer(recipe, plan, backend)
-    trainee = Trainee(
-        recipe=recipe,
-        plan=plan,
-        backend=backend,
-        model=model,
-        optimizer=optimizer,
-        sampler=sampler,
-        batches=batches,
-        norms=BatchNorms(model),
-        at=at,
-    )
-    fresh = group_values(optimizer)
+    trainee = build_trainee(recipe, plan, backend, first_step=first_step, last_step=steps, at=at)
+    fresh = group_values(trainee.optimizer)
     if found is not None:
         _restore(trainee, *found)
     progress = None
@@ -174,12 +148,12 @@ def train_rank(
         trainee.norms.average(backend)
         if keeper is not None and first_step < steps:
             keeper.save(steps)
-        weights = backend.weights(model)
+        weights = backend.weights(trainee.model)
         result = Result(
             evaluation=trained.evaluation,
             train_loss=recorder.last_loss,
             steps=steps,
-            samples=sampler.samples_before(steps),
+            samples=trainee.sampler.samples_before(steps),
             seconds=time.perf_counter() - started,
         )
         if keeper is not None:
