@@ -5,6 +5,7 @@ metrics.jsonl       one line per optimizer step, and one per evaluation
 result.json         the final evaluation and totals; written last
 model.safetensors   the final weights
 checkpoints/        what a run is resumed from, a folder each
+curve.json          learning rates and losses, where `launcher find lr` measured them
 failure.json        the first failure, if the run failed
 examination.json    what ranks found out about themselves, for `launcher doctor`
 inspection.json     what of the recipe depends on the split, where `launcher prove` looked for it
@@ -59,6 +60,10 @@ class RunDir:
     @property
     def inspection(self) -> Path:
         return self.path / "inspection.json"
+
+    @property
+    def curve(self) -> Path:
+        return self.path / "curve.json"
 
     @property
     def examination(self) -> Path:

@@ -10,6 +10,7 @@ stepped twice.
     cosine        down along half a cosine
     linear        down along a line
     constant      no change
+    exponential   up by the same ratio from step to step
     multi_step    times gamma at each milestone
     wsd           up, level for most of the run, down at its end
     warmup        up along a line, then any of the above
@@ -190,6 +191,16 @@ def linear(step: int, total_steps: int, *, final_factor: Fraction = 0.0) -> Sett
 def constant(step: int, total_steps: int) -> Setting:  # noqa: ARG001
     """The peak learning rate at every step."""
     return Setting(1.0)
+
+
+@schedule
+def exponential(step: int, total_steps: int, *, initial_factor: PositiveFloat = 1e-7) -> Setting:
+    """From `initial_factor` up to the peak, by the same ratio from step to step.
+
+    What a learning-rate range test takes (Smith, arXiv:1506.01186).
+    """
+    last = max(total_steps - 1, 1)
+    return Setting(float(initial_factor ** (1 - step / last)) if total_steps > 1 else 1.0)
 
 
 @schedule

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from collections.abc import Sequence
 
 import click
 
+from launcher.cli.group import LazyGroup
 from launcher.errors import LauncherError
 
 _COMMANDS = {
     "doctor": "launcher.cli.doctor",
     "export": "launcher.cli.export",
+    "find": "launcher.cli.find",
     "plan": "launcher.cli.plan",
     "prove": "launcher.cli.prove",
     "recipes": "launcher.cli.recipes",
@@ -23,19 +24,9 @@ _COMMANDS = {
 """Command names and the module of each, which holds a click command called `command`."""
 
 
-class _LazyGroup(click.Group):
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted(_COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _COMMANDS:
-            return None
-        command = importlib.import_module(_COMMANDS[cmd_name]).command
-        assert isinstance(command, click.Command)
-        return command
-
-
-@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=LazyGroup, modules=_COMMANDS, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.version_option(package_name="gpu-launcher", prog_name="launcher")
 def group() -> None:
     """Train a recipe on any number of GPUs, with the same optimizer steps on each number.

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -24,6 +24,7 @@ from launcher.engine.examination import examine_rank
 from launcher.engine.failures import fail
 from launcher.engine.inspection import inspect_recipe, write_inspection
 from launcher.engine.logs import Output, open_output
+from launcher.engine.probes import test_range
 from launcher.engine.processes import die_with
 from launcher.engine.run import join, train_rank
 from launcher.engine.watch import Watch
@@ -45,19 +46,69 @@ _until_exit: list[Backend] = []
 interpreter, which would wait for that thread to end (torch 2.13: a deadlock, or SIGABRT)."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Rank:
+    """What a rank that was launched has to work with."""
+
+    job: Job
+    recipe: Recipe
+    backend: Backend
+    output: Output
+    stop: StopRequest | None
+    """Notes what asks the rank to stop; None where it has nothing to save."""
+
+    at: Callable[[int, str], None]
+    """Is told how far the rank is."""
+
+
 def launched_rank(job: Job) -> int:
     """Train as one rank of `job`; what `launcher run` starts in every process.
-
-    Output goes to the rank's log, and rank 0's to the terminal as well. The process that started
-    the ranks shows the first failure.
 
     Returns:
         The exit code of the run.
     """
-    stop = None
-    if job.last_step is None:
-        stop = _listen()
-    else:
+    return _launched(job, _train, saves=job.last_step is None)
+
+
+def _train(rank: _Rank) -> int:
+    result = train_rank(
+        rank.recipe,
+        rank.job.plan,
+        rank.backend,
+        rank.job.run_dir,
+        rank.output,
+        stop=rank.stop,
+        start=_start(rank.job),
+        last_step=rank.job.last_step,
+        at=rank.at,
+    )
+    return EXIT_RESUMABLE if result is None else 0
+
+
+def launched_range_test(job: Job) -> int:
+    """Take part in a learning-rate range test, whose curve rank 0 leaves in the run folder."""
+    return _launched(job, _test_range, saves=False)
+
+
+def _test_range(rank: _Rank) -> int:
+    test_range(rank.recipe, rank.job.plan, rank.backend, rank.job.run_dir, rank.output, at=rank.at)
+    return 0
+
+
+def _launched(job: Job, work: Callable[[_Rank], int], *, saves: bool) -> int:
+    """Do `work` as one rank of `job`, in a process that the elastic agent has started.
+
+    Output goes to the rank's log, and rank 0's to the terminal as well. The process that started
+    the ranks shows the first failure.
+
+    Args:
+        job: What is run.
+        work: What the rank does once the group is formed; it returns the exit code.
+        saves: Whether there is something to save when the rank is asked to stop; otherwise it
+            ends at once.
+    """
+    stop = _listen() if saves else None
+    if stop is None:
         _do_not_listen()
     die_with(job.launcher_pid)
     world = _world(job)
@@ -71,27 +122,17 @@ def launched_rank(job: Job) -> int:
     try:
         recipe = build(resolve(job.recipe), job.overrides).recipe
         os.environ.setdefault("OMP_NUM_THREADS", str(job.plan.threads_per_rank))
-        watch = None if stop is None else _watch(recipe, world, job.run_dir, stop, output)
+        watch = _watch(recipe, world, job.run_dir, stop or StopRequest(), output)
         backend, _ = join(recipe, job.plan, world, lambda: job.run_dir)
         _until_exit.append(backend)
-        result = train_rank(
-            recipe,
-            job.plan,
-            backend,
-            job.run_dir,
-            output,
-            stop=stop,
-            start=_start(job),
-            last_step=job.last_step,
-            **({} if watch is None else {"at": watch.at}),
-        )
+        rank = _Rank(job=job, recipe=recipe, backend=backend, output=output, stop=stop, at=watch.at)
+        code = work(rank)
         backend.close()
-        if watch is not None:
-            watch.close()
+        watch.close()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the agent's, should another rank still fail
     except Exception as error:  # noqa: BLE001  # whatever the recipe's own code raises
         _leave(fail(error, world, job.run_dir, log=output.log, show=None, stop=stop))
-    return EXIT_RESUMABLE if result is None else 0
+    return code
 
 
 def _world(job: Job) -> World:

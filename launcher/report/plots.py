@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import math
 from collections.abc import Sequence
@@ -37,6 +38,9 @@ class Mark:
     """A point that matters."""
 
     name: str
+    symbol: str
+    """One character that stands for it in a terminal."""
+
     x: float
     y: float
 
@@ -79,7 +83,7 @@ def draw(plot: Plot) -> str:
     for curve, points in zip(plot.curves, drawn, strict=True):
         figure.plot(*points, label=curve.name)
     for mark in plot.marks:
-        figure.scatter(*place([mark.x], [mark.y]), marker=mark.name[0], label=mark.name)
+        figure.scatter(*place([mark.x], [mark.y]), marker=mark.symbol, label=mark.name)
     _fit(figure, drawn)
     legend = len(plot.curves) + len(plot.marks) > 1
     text: str = figure.show(legend=legend)
@@ -99,6 +103,11 @@ def _tick(value: float, *, log: bool) -> str:
     if log:
         return f"{10**value:.2g}"
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def has_images() -> bool:
+    """Return whether matplotlib is installed, for images."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def write_png(plot: Plot, path: Path) -> None:

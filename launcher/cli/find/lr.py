@@ -1,0 +1,125 @@
+"""`launcher find lr`: the learning rate, by a range test."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal, get_args
+
+import click
+
+from launcher.cli.arguments import (
+    SettingsCommand,
+    config_option,
+    nproc_option,
+    out_option,
+    overrides_argument,
+    read_overrides,
+)
+from launcher.errors import EXIT_FAILED, UsageError
+
+Rule = Literal["valley", "steep", "minimum", "slide"]
+
+
+@click.command(cls=SettingsCommand, short_help="The learning rate, by a range test.")
+@click.argument("recipe")
+@overrides_argument
+@nproc_option
+@click.option(
+    "--from",
+    "lowest",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1e-6,
+    show_default=True,
+    metavar="LR",
+    help="The learning rate of the first step.",
+)
+@click.option(
+    "--to",
+    "highest",
+    type=click.FloatRange(min=0, min_open=True),
+    default=10.0,
+    show_default=True,
+    metavar="LR",
+    help="The learning rate of the last step, unless the loss diverges before.",
+)
+@click.option(
+    "--steps",
+    type=click.IntRange(min=20),
+    default=200,
+    show_default=True,
+    metavar="K",
+    help="Optimizer steps, each at a higher learning rate.",
+)
+@click.option(
+    "--rule",
+    type=click.Choice(get_args(Rule)),
+    default="valley",
+    show_default=True,
+    help="Which suggestion to take.",
+)
+@config_option
+@out_option
+@click.option("--json", "as_json", is_flag=True, help="Print curve and suggestions as JSON.")
+def command(
+    recipe: str,
+    overrides: tuple[str, ...],
+    nproc_per_node: int | None,
+    lowest: float,
+    highest: float,
+    steps: int,
+    rule: Rule,
+    config: Path | None,
+    out: Path | None,
+    *,
+    as_json: bool,
+) -> int:
+    """Train RECIPE at its global batch with a learning rate that rises until the loss diverges.
+
+    On the planned ranks, under the planned strategy. The suggestions are those of four rules, for
+    the learning rate at the batch of the test; what to write into the recipe is stated at its
+    lr_batch_size.
+
+    \b
+    launcher find lr digits
+    launcher find lr digits -n 2 strategy=fsdp --rule steep
+    launcher find lr digits optimizer=adamw --to 1
+    """
+    from launcher.find import find_lr, plan_range_test, stated
+    from launcher.launch import Stops
+    from launcher.machine import read_machine
+    from launcher.report.found import lr_plot, lr_text
+    from launcher.report.plots import has_images, write_png
+    from launcher.resolve import resolve
+    from launcher.rundir import create_run_dir
+
+    if lowest >= highest:
+        raise UsageError(f"--from {lowest:g} --to {highest:g}: the learning rate has to rise.")
+    stops = Stops()
+    reference = resolve(recipe)
+    test = plan_range_test(
+        reference,
+        read_overrides(config, overrides),
+        read_machine(),
+        nproc_per_node=nproc_per_node,
+        lowest=lowest,
+        highest=highest,
+        steps=steps,
+    )
+    run_dir = create_run_dir(out, f"find-lr-{test.plan.recipe}")
+    found = find_lr(test, run_dir, stops, quiet=as_json)
+    if isinstance(found, int):
+        return found
+    chosen = getattr(found.suggestions, rule)
+    settings = {} if chosen is None else stated(chosen, test)
+    if as_json:
+        said = {"batch_size": test.plan.batch_size, "settings": settings, **asdict(found)}
+        click.echo(json.dumps(said))
+    else:
+        click.echo(lr_text(found, rule, settings, test.plan))
+    plot = lr_plot(found, test.plan)
+    if has_images():
+        write_png(plot, run_dir.path / "lr.png")
+        click.echo(f"plot: {run_dir.shown}/lr.png", err=as_json)
+    return EXIT_FAILED if chosen is None else 0

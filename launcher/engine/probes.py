@@ -1,0 +1,109 @@
+"""Measuring with the loop's own step: trainings whose weights are thrown away.
+
+Each is a run of its own in fresh processes, so that nothing has to be put back.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+
+from launcher.engine.backends.base import Backend
+from launcher.engine.build import build_trainee
+from launcher.engine.data import MicroBatch
+from launcher.engine.logs import Output
+from launcher.engine.loop import train
+from launcher.engine.metrics import StepRow, Votes
+from launcher.finders.lr import Curve, Divergence
+from launcher.plan import Plan
+from launcher.recipe import Recipe
+from launcher.report.progress import Progress
+from launcher.rundir import RunDir, write_json
+
+
+class _Gauge:
+    """A listener that keeps the rows of all steps, and shows how far it is.
+
+    Args:
+        progress: Where to show it; None on all ranks but 0.
+    """
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+        self.rows: list[StepRow] = []
+
+    def took(self, step: int, micro_batches: list[MicroBatch]) -> None:
+        """Sample ids are of no interest here."""
+
+    def stepped(self, rows: list[StepRow]) -> None:
+        self.rows += rows
+        if rows and self._progress is not None:
+            last = rows[-1]
+            self._progress.stepped(last.step, last.loss, last.lr, last.samples_per_second)
+
+    def warned(self, text: str) -> None:
+        """A loss that is not finite is what some of these are looking for."""
+
+    def noted(self, step: int, values: dict[str, float]) -> None:
+        """Nothing is saved."""
+
+    def evaluated(self, step: int, values: dict[str, float]) -> None:
+        """Nothing is evaluated."""
+
+
+class _UntilDivergence:
+    """An attendant that stops where the losses that `gauge` has kept diverge.
+
+    The losses are those of the global batch, the same on every rank, so all stop alike.
+    """
+
+    def __init__(self, gauge: _Gauge) -> None:
+        self._gauge = gauge
+        self._divergence = Divergence()
+        self.seen = 0
+        """Losses up to the one at which it stopped."""
+
+    def is_due(self, step: int) -> bool:
+        return False
+
+    def votes(self) -> Votes:
+        return Votes()
+
+    def attend(self, step: int, votes: Votes) -> bool:
+        for row in self._gauge.rows[self.seen :]:
+            self.seen += 1
+            if self._divergence.add(row.loss):
+                return True
+        return False
+
+
+def test_range(
+    recipe: Recipe,
+    plan: Plan,
+    backend: Backend,
+    run_dir: RunDir,
+    output: Output,
+    *,
+    at: Callable[[int, str], None],
+) -> None:
+    """Train along the plan's schedule until the loss diverges; rank 0 writes the curve."""
+    progress = None
+    if backend.rank == 0:
+        progress = Progress(plan.total_steps, output.terminal, output.log, output.show_through)
+    gauge = _Gauge(progress)
+    until = _UntilDivergence(gauge)
+    try:
+        trainee = build_trainee(
+            recipe, plan, backend, last_step=plan.total_steps, evaluates=False, at=at
+        )
+        train(trainee, gauge, until)
+    finally:
+        if progress is not None:
+            progress.close()
+    if backend.rank == 0:
+        seen = gauge.rows[: until.seen]
+        rows = list(itertools.takewhile(lambda row: math.isfinite(row.loss), seen))
+        curve = Curve(lrs=tuple(row.lr for row in rows), losses=tuple(row.loss for row in rows))
+        write_json(run_dir.curve, asdict(curve))
