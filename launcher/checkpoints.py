@@ -39,6 +39,7 @@ _FREE = (
     "checkpoint_every",
     "keep_checkpoints",
     "hang_timeout",
+    "noise_scale",
     "record_samples",
 )
 """Settings that change no step."""

@@ -193,6 +193,8 @@ def make_plan(
     micro_limit = recipe.micro_batch_size or ceil_div(batch_size, world_size)
     accumulation = num_micro_steps(batch_size, world_size, micro_limit)
     micro = ceil_div(ceil_div(batch_size, world_size), accumulation)
+    if recipe.noise_scale:
+        _check_parts(recipe, world_size, accumulation)
     lr, lr_reason = _learning_rate(recipe, batch_size)
     start, end, peak_step = _lr_path(recipe.schedule, total_steps)
     policy = loader_policy(
@@ -311,6 +313,19 @@ def _steps(recipe: Recipe, batch_size: int, samples: int | None) -> tuple[int | 
         )
     assert recipe.epochs is not None
     return steps_per_epoch, recipe.epochs * steps_per_epoch
+
+
+def _check_parts(recipe: Recipe, world_size: int, accumulation: int) -> None:
+    """Refuse to measure the gradient noise where a batch has only one part."""
+    summed = recipe.strategy == "fsdp"
+    if accumulation > 1 or (world_size > 1 and not summed):
+        return
+    where = "under strategy=fsdp" if summed else "on 1 rank"
+    raise PlanError(
+        f"noise_scale=true compares the gradients of parts of a batch, and {where} without "
+        "accumulation there is one part. A smaller micro_batch_size, half of the rank's share or "
+        "less, makes several and changes no step."
+    )
 
 
 def _learning_rate(recipe: Recipe, batch_size: int) -> tuple[float, str]:

@@ -184,6 +184,9 @@ class Recipe:
     hang_timeout: PositiveFloat | None = 600.0
     """Seconds without progress after which a run is ended as hanging; none waits for ever."""
 
+    noise_scale: bool = False
+    """Estimate the gradient noise scale along the way, from one step in twenty."""
+
     record_samples: bool = False
     """Write the sample ids of every step to samples/rank<N>.jsonl in the run folder."""
 

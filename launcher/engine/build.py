@@ -14,6 +14,7 @@ from launcher.engine.batch_norm import BatchNorms, synchronize
 from launcher.engine.blocks import checkpoint_activations, compile_blocks, find_blocks
 from launcher.engine.data import Reader, micro_batches, sample_count
 from launcher.engine.loop import Trainee
+from launcher.engine.noise import STRIDE, noise_of
 from launcher.engine.optimizers import make_optimizer
 from launcher.engine.randomness import seed_all
 from launcher.engine.sampler import Sampler
@@ -32,6 +33,7 @@ def build_trainee(
     first_step: int = 0,
     last_step: int,
     evaluates: bool = True,
+    noise_stride: int = STRIDE,
     at: Callable[[int, str], None] = lambda *_: None,
 ) -> Trainee:
     """Build what the recipe describes, for the steps from `first_step` on (collective).
@@ -43,6 +45,7 @@ def build_trainee(
         first_step: Steps that were taken before.
         last_step: Steps to have been taken in the end.
         evaluates: Whether the evaluation data will be visited, where there is any.
+        noise_stride: One step in so many is measured, if the recipe asks for the noise scale.
         at: Is told how far this rank is.
 
     Raises:
@@ -70,6 +73,7 @@ def build_trainee(
         batches=batches,
         norms=BatchNorms(model),
         at=at,
+        noise=noise_of(recipe, backend, model, noise_stride),
     )
 
 

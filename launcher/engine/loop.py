@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -16,10 +16,12 @@ from launcher.engine.backends.base import Backend
 from launcher.engine.batch_norm import BatchNorms
 from launcher.engine.data import MicroBatch
 from launcher.engine.metrics import BadSteps, Meter, StepRow, Votes
+from launcher.engine.noise import Noise, Unmeasured
 from launcher.engine.optimizers import Hyperparameters
 from launcher.engine.randomness import seed_step
 from launcher.engine.sampler import Sampler
 from launcher.errors import RecipeError
+from launcher.finders.noise import Measurement
 from launcher.plan import Plan
 from launcher.recipe import Recipe
 
@@ -32,6 +34,9 @@ class Listener(Protocol):
 
     def stepped(self, rows: list[StepRow]) -> None:
         """Some steps were taken."""
+
+    def measured(self, measurements: list[Measurement]) -> None:
+        """The gradient noise was measured in some steps."""
 
     def warned(self, text: str) -> None:
         """Something is to be told, the same on every rank."""
@@ -61,6 +66,9 @@ class Trainee:
 
     at: Callable[[int, str], None] = lambda *_: None
     """Is told how far this rank is: steps taken, and what comes next."""
+
+    noise: Noise = field(default_factory=Unmeasured)
+    """Measures the gradient noise beside the steps."""
 
 
 class Attendant(Protocol):
@@ -110,7 +118,7 @@ def train(
     """
     recipe, plan, backend = trainee.recipe, trainee.plan, trainee.backend
     model, optimizer, sampler = trainee.model, trainee.optimizer, trainee.sampler
-    norms, at = trainee.norms, trainee.at
+    norms, at, noise = trainee.norms, trainee.at, trainee.noise
     hyperparameters = Hyperparameters(optimizer, plan.lr)
     meter = Meter(backend)
     bad_steps = BadSteps(recipe.max_bad_steps, lambda step: sampler.batch_ids(step - 1))
@@ -123,12 +131,11 @@ def train(
         seed_step(plan.seed, step, backend)
         lr = hyperparameters.write(recipe.schedule.at(step, plan.total_steps))
         at(step, "reading data")
-        asked = time.perf_counter()
-        taken = [next(trainee.batches) for _ in range(sampler.micro_steps(step))]
-        waited = time.perf_counter() - asked
+        taken, waited = _read(trainee, step)
         items = _items(trainee, step, taken)
         weight = backend.world_size / items
         sums, counts = [], []
+        noise.begin(step)
         for number, micro_batch in enumerate(taken, start=1):
             at(step, "computing")
             batch = backend.to_device(micro_batch.batch)
@@ -142,11 +149,13 @@ def train(
                     )
                 # Gradients are averaged over ranks: world_size in the weight makes that a sum.
                 backend.backward(loss_sum, weight if micro_batch.counts else 0.0)
+            noise.took(weight, count if micro_batch.counts else 0)
             if micro_batch.counts:
                 sums.append(loss_sum.detach())
                 counts.append(count)
         grad_norm = backend.apply(optimizer, recipe.max_grad_norm)
         # ------------------------------------------------------------------------------------
+        noise.end(step, items, grad_norm)
         listener.took(step + 1, taken)
         meter.add(
             step=step + 1,
@@ -166,10 +175,8 @@ def train(
         if not (meter.is_due() or evaluates or is_due or done == last_step):
             continue
         reading = meter.read(Votes() if attendant is None else attendant.votes())
-        listener.stepped(reading.rows)
+        _tell(listener, reading.rows, noise.read(), bad_steps)
         (norms.keep if all(row.is_finite for row in reading.rows) else norms.mend)()
-        for said in bad_steps.check(reading.rows):
-            listener.warned(said)
         if evaluates:
             values = evaluate(trainee, done)
             listener.evaluated(done, values)
@@ -181,6 +188,27 @@ def train(
         values = evaluate(trainee, last_step)  # it ended between the last step and the result
     at(last_step, "finishing")
     return Trained(step=last_step, evaluation=values)
+
+
+def _read(trainee: Trainee, step: int) -> tuple[list[MicroBatch], float]:
+    """Return this rank's micro-batches of a step, and the seconds that it waited for them."""
+    asked = time.perf_counter()
+    taken = [next(trainee.batches) for _ in range(trainee.sampler.micro_steps(step))]
+    return taken, time.perf_counter() - asked
+
+
+def _tell(
+    listener: Listener, rows: list[StepRow], noise: list[Measurement], bad_steps: BadSteps
+) -> None:
+    """Have the listener hear of steps that were taken, and of those that were left out.
+
+    Raises:
+        TrainingError: These were too many in a row.
+    """
+    listener.stepped(rows)
+    listener.measured(noise)
+    for said in bad_steps.check(rows):
+        listener.warned(said)
 
 
 @torch.no_grad()

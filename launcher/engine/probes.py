@@ -17,6 +17,7 @@ from launcher.engine.logs import Output
 from launcher.engine.loop import train
 from launcher.engine.metrics import StepRow, Votes
 from launcher.finders.lr import Curve, Divergence
+from launcher.finders.noise import Measurement
 from launcher.plan import Plan
 from launcher.recipe import Recipe
 from launcher.report.progress import Progress
@@ -33,6 +34,7 @@ class _Gauge:
     def __init__(self, progress: Progress | None) -> None:
         self._progress = progress
         self.rows: list[StepRow] = []
+        self.noise: list[Measurement] = []
 
     def took(self, step: int, micro_batches: list[MicroBatch]) -> None:
         """Sample ids are of no interest here."""
@@ -42,6 +44,9 @@ class _Gauge:
         if rows and self._progress is not None:
             last = rows[-1]
             self._progress.stepped(last.step, last.loss, last.lr, last.samples_per_second)
+
+    def measured(self, measurements: list[Measurement]) -> None:
+        self.noise += measurements
 
     def warned(self, text: str) -> None:
         """A loss that is not finite is what some of these are looking for."""

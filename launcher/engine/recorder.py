@@ -11,6 +11,7 @@ import msgspec
 
 from launcher.engine.data import MicroBatch
 from launcher.engine.metrics import StepRow
+from launcher.finders.noise import Measurement, RunningNoise
 from launcher.report.progress import Progress
 from launcher.rundir import RunDir
 
@@ -40,6 +41,7 @@ class Recorder:
             self._samples = path.open("ab")
         self._lost: list[BinaryIO] = []
         self.last_loss = math.nan
+        self._noise = RunningNoise()
 
     def took(self, step: int, micro_batches: list[MicroBatch]) -> None:
         if self._samples is not None:
@@ -55,6 +57,11 @@ class Recorder:
             if self._progress is not None:
                 self._progress.stepped(last.step, last.loss, last.lr, last.samples_per_second)
         self._flush()
+
+    def measured(self, measurements: list[Measurement]) -> None:
+        for measurement in measurements:
+            scale = self._noise.add(measurement)
+            self._write(self._metrics, {"step": measurement.step, "noise_scale": scale})
 
     def warned(self, text: str) -> None:
         if self._progress is not None:
