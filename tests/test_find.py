@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
-from support import Commands
+from support import ROOT, Commands, read_lines
 
 LR = ("launcher", "find", "lr", "digits", "--from", "1e-4", "--steps", "60")
 
@@ -88,3 +89,102 @@ def test_a_range_has_to_rise(run: Commands) -> None:
     assert done.exit_code == 2
     assert "the learning rate has to rise" in done.stderr
     assert not list(run.folder.iterdir())
+
+
+NOISE = ("launcher", "find", "noise")
+KNOWN = ROOT / "tests/recipes/known_noise.py"
+B_SIMPLE = (2.0 / 0.16) ** 2
+"""Of that recipe."""
+
+
+@pytest.mark.parametrize(
+    ("ranks", "strategy", "settings"),
+    [
+        (1, "ddp", ()),
+        (2, "ddp", ()),
+        (3, "ddp", ()),
+        (2, "fsdp", ()),
+        (2, "zero2", ("precision=bf16",)),
+        (2, "zero3", ()),
+    ],
+)
+def test_a_known_noise_scale_is_recovered(
+    run: Commands, ranks: int, strategy: str, settings: tuple[str, ...]
+) -> None:
+    """Where tr(S) / |G|^2 is known it is found within 10 %, wherever the gradients lie."""
+    done = run(
+        *NOISE,
+        KNOWN,
+        *("-n", str(ranks), f"strategy={strategy}", *settings, "--json", "--out", "out"),
+    )
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["whole"]["measurements"] >= 312, "all but the last of an epoch, at least"
+    assert found["whole"]["b_simple"] == pytest.approx(B_SIMPLE, rel=0.1)
+    # The data are a sample, whose own noise scale is off by a few percent.
+    assert 0.95 * found["whole"]["low"] < B_SIMPLE < 1.05 * found["whole"]["high"]
+
+
+def test_the_same_parts_have_the_same_norms(run: Commands) -> None:
+    """On one process and on two ranks the parts of a batch are the same, and so are their norms."""
+    measured = {}
+    for ranks in (1, 2):
+        done = run(
+            *NOISE,
+            *("digits", "-n", str(ranks), "--steps", "40", "--json", "--out", f"on{ranks}"),
+        )
+        whole = [
+            each for each in json.loads(done.stdout)["measurements"] if each["big_items"] == 128
+        ]
+        measured[ranks] = whole
+    for one, other in zip(measured[1][:20], measured[2][:20], strict=True):
+        assert other == pytest.approx(one, rel=1e-3)
+
+
+def test_the_noise_says_what_a_batch_is_worth(run: Commands) -> None:
+    """The table compares batches, marks those that cost more than they save, and counts ranks."""
+    done = run(*NOISE, KNOWN, "-n", "2", "--out", "out")
+    assert done.exit_code == 0, done.stderr
+    rows = {
+        int(line.split()[0].replace(",", "")): line
+        for line in done.stdout.splitlines()
+        if re.match(r" +[\d,]+ +x", line)
+    }
+    assert "x1.00   x1.00" in rows[256]
+    assert [size for size, line in rows.items() if "more than it is worth" in line] == [
+        512,
+        1024,
+        2048,
+        4096,
+    ]
+    assert "Worth it: batches up to 2 x B_simple = 3" in done.stdout
+    assert "which is 2 ranks at the 128 that each takes now." in done.stdout
+    assert (run.folder / "out/noise.png").is_file()
+
+
+def test_the_noise_scale_as_a_metric(run: Commands) -> None:
+    """With noise_scale=true a run writes it every twentieth step, and takes the same steps."""
+    for name, settings in (("plain", ()), ("measured", ("noise_scale=true",))):
+        done = run("launcher", "run", KNOWN, "-n", "2", "epochs=8", *settings, "--out", name)
+        assert done.exit_code == 0, done.stderr
+    rows = read_lines(run.folder / "measured/metrics.jsonl")
+    scales = [(row["step"], row["noise_scale"]) for row in rows if "noise_scale" in row]
+    assert [step for step, _ in scales] == list(range(1, 632, 20))
+    assert scales[-1][1] == pytest.approx(B_SIMPLE, rel=0.4)
+    losses = [
+        [row["loss"] for row in read_lines(run.folder / name / "metrics.jsonl") if "loss" in row]
+        for name in ("plain", "measured")
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "where"),
+    [(("-n", "1"), "on 1 rank"), (("-n", "2", "strategy=fsdp"), "under strategy=fsdp")],
+)
+def test_one_part_has_no_noise(run: Commands, settings: tuple[str, ...], where: str) -> None:
+    """A run whose batches have one part refuses to measure it, and says what makes several."""
+    done = run("launcher", "run", KNOWN, "noise_scale=true", *settings)
+    assert done.exit_code == 2
+    assert f"{where} without accumulation there is one part" in done.stderr
+    assert not (run.folder / "runs").exists()

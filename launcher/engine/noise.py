@@ -23,6 +23,9 @@ STRIDE = 20
 """In a run one step in so many is measured, so that it costs next to nothing."""
 
 
+_ROUNDING = 1e-6
+
+
 class Noise(Protocol):
     """Is called by the loop as it goes, on every rank alike."""
 
@@ -97,16 +100,19 @@ class _NoiseMeter(ABC):
             return []
         steps, self._steps = self._steps, []
         sums = self._backend.sum(torch.stack([parts for _, parts, _, _ in steps])).tolist()
-        return [
-            Measurement(
-                step=step + 1,
-                small=squares / parts,
-                small_inverse=inverses / parts,
-                big=float(norm) ** 2,
-                big_items=float(items),
-            )
-            for (step, _, items, norm), (squares, inverses, parts) in zip(steps, sums, strict=True)
-        ]
+        found = []
+        for (step, _, items, norm), (squares, inverses, parts) in zip(steps, sums, strict=True):
+            # The last batch of an epoch may be so short that it is one part.
+            if parts and inverses / parts * float(items) > 1 + _ROUNDING:
+                measurement = Measurement(
+                    step=step + 1,
+                    small=squares / parts,
+                    small_inverse=inverses / parts,
+                    big=float(norm) ** 2,
+                    big_items=float(items),
+                )
+                found.append(measurement)
+        return found
 
     def _row(self, squares: float | Tensor, inverses: float | Tensor, parts: float) -> Tensor:
         values = (squares, inverses, parts)

@@ -5,9 +5,10 @@ Each is a run of its own in fresh processes, so that nothing has to be put back.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
 from launcher.engine.backends.base import Backend
@@ -94,21 +95,47 @@ def test_range(
     at: Callable[[int, str], None],
 ) -> None:
     """Train along the plan's schedule until the loss diverges; rank 0 writes the curve."""
-    progress = None
-    if backend.rank == 0:
-        progress = Progress(plan.total_steps, output.terminal, output.log, output.show_through)
-    gauge = _Gauge(progress)
-    until = _UntilDivergence(gauge)
-    try:
-        trainee = build_trainee(
-            recipe, plan, backend, last_step=plan.total_steps, evaluates=False, at=at
-        )
+    with _gauge(backend, plan.total_steps, output) as gauge:
+        until = _UntilDivergence(gauge)
+        steps = plan.total_steps
+        trainee = build_trainee(recipe, plan, backend, last_step=steps, evaluates=False, at=at)
         train(trainee, gauge, until)
-    finally:
-        if progress is not None:
-            progress.close()
     if backend.rank == 0:
         seen = gauge.rows[: until.seen]
         rows = list(itertools.takewhile(lambda row: math.isfinite(row.loss), seen))
         curve = Curve(lrs=tuple(row.lr for row in rows), losses=tuple(row.loss for row in rows))
         write_json(run_dir.curve, asdict(curve))
+
+
+def measure_noise(
+    recipe: Recipe,
+    plan: Plan,
+    backend: Backend,
+    run_dir: RunDir,
+    output: Output,
+    *,
+    last_step: int,
+    at: Callable[[int, str], None],
+) -> None:
+    """Train to `last_step`, measuring the gradient noise in every step; rank 0 writes it."""
+    with _gauge(backend, last_step, output) as gauge:
+        trainee = build_trainee(
+            recipe, plan, backend, last_step=last_step, evaluates=False, noise_stride=1, at=at
+        )
+        train(trainee, gauge, last_step=last_step)
+    if backend.rank == 0:
+        finite = [each for each in gauge.noise if math.isfinite(each.small + each.big)]
+        write_json(run_dir.noise, {"measurements": [asdict(each) for each in finite]})
+
+
+@contextlib.contextmanager
+def _gauge(backend: Backend, steps: int, output: Output) -> Iterator[_Gauge]:
+    """Return a gauge that shows on rank 0 how far it is."""
+    if backend.rank != 0:
+        yield _Gauge(None)
+        return
+    progress = Progress(steps, output.terminal, output.log, output.show_through)
+    try:
+        yield _Gauge(progress)
+    finally:
+        progress.close()

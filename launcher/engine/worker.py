@@ -24,7 +24,7 @@ from launcher.engine.examination import examine_rank
 from launcher.engine.failures import fail
 from launcher.engine.inspection import inspect_recipe, write_inspection
 from launcher.engine.logs import Output, open_output
-from launcher.engine.probes import test_range
+from launcher.engine.probes import measure_noise, test_range
 from launcher.engine.processes import die_with
 from launcher.engine.run import join, train_rank
 from launcher.engine.watch import Watch
@@ -92,6 +92,25 @@ def launched_range_test(job: Job) -> int:
 
 def _test_range(rank: _Rank) -> int:
     test_range(rank.recipe, rank.job.plan, rank.backend, rank.job.run_dir, rank.output, at=rank.at)
+    return 0
+
+
+def launched_noise_probe(job: Job) -> int:
+    """Take part in measuring the gradient noise, which rank 0 leaves in the run folder."""
+    return _launched(job, _measure_noise, saves=False)
+
+
+def _measure_noise(rank: _Rank) -> int:
+    assert rank.job.last_step is not None
+    measure_noise(
+        rank.recipe,
+        rank.job.plan,
+        rank.backend,
+        rank.job.run_dir,
+        rank.output,
+        last_step=rank.job.last_step,
+        at=rank.at,
+    )
     return 0
 
 

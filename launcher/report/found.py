@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from launcher.finders.lr import usable
+from launcher.finders.noise import (
+    LARGEST,
+    RunningNoise,
+    items_ratio,
+    steps_ratio,
+)
 from launcher.plan import Plan
 from launcher.report.plots import Curve, Mark, Plot, draw
 
 if TYPE_CHECKING:
-    from launcher.find import FoundLR
+    from launcher.find import FoundLR, FoundNoise, NoiseProbe
 
 RULES = {
     "valley": "two thirds along the longest descent",
@@ -64,3 +71,81 @@ def lr_text(found: FoundLR, rule: str, settings: Mapping[str, float], plan: Plan
         lines.append(f"{name}: {value:.3g}  {evidence}")
         evidence = ""
     return "\n".join(line.rstrip() for line in lines)
+
+
+def noise_plot(found: FoundNoise, probe: NoiseProbe) -> Plot:
+    """Return how the noise scale went over the steps."""
+    running = RunningNoise(memory=max(len(found.measurements) / 10, 10))
+    points = [(each.step, running.add(each)) for each in found.measurements]
+    told = [(step, scale) for step, scale in points[len(points) // 10 :] if scale is not None]
+    return Plot(
+        title=f"{probe.plan.recipe}: gradient noise scale, in {_items(probe)}",
+        x_label="step",
+        y_label="B_simple",
+        curves=[
+            Curve(
+                name="B_simple, running",
+                xs=[step for step, _ in told],
+                ys=[scale for _, scale in told],
+            )
+        ],
+        log_y=True,
+    )
+
+
+def noise_text(found: FoundNoise, probe: NoiseProbe) -> str:
+    """Return the noise scale, what it says of batches, and how many GPUs are worth using."""
+    plan, whole = probe.plan, found.whole
+    items = _items(probe)
+    if whole is None:
+        return (
+            f"The noise scale cannot be told: {len(found.measurements)} steps say too little, or "
+            "the gradient is too small beside its noise. More --steps may help."
+        )
+    lines = [draw(noise_plot(found, probe)), ""]
+    lines.append(
+        f"B_simple = {_number(whole.b_simple)} {items}, 95 %: {_number(whole.low)} to "
+        f"{_number(whole.high)}, from {whole.measurements:,} steps of training"
+    )
+    first, second = found.halves
+    if first and second:
+        lines.append(
+            f"           {_number(first.b_simple)} in the first half of them, "
+            f"{_number(second.b_simple)} in the second, which counts from here on"
+        )
+    batch = found.measurements[0].big_items
+    scale = (second or whole).b_simple  # where most of the training is
+    lines += ["", f"  {'batch':>10}  steps   {items}    (to the same loss, against {batch:,.0f})"]
+    for factor in (0.25, 0.5, 1, 2, 4, 8, 16):
+        other = batch * factor
+        steps = steps_ratio(batch, other, scale)
+        cost = items_ratio(batch, other, scale)
+        remark = "   more than it is worth" if other > LARGEST * scale else ""
+        lines.append(f"  {other:>10,.0f}  x{steps:<5.2f}  x{cost:<5.2f}{remark}")
+    return "\n".join([*lines, "", _advice(scale, plan, batch)])
+
+
+def _advice(scale: float, plan: Plan, batch: float) -> str:
+    """Return how large a batch, and how many ranks, are worth it."""
+    largest = LARGEST * scale
+    share = batch / plan.world_size
+    unit = "GPU" if plan.device == "cuda" else "rank"
+    if largest < batch:
+        return (
+            f"The batch of {batch:,.0f} is beyond 2 x B_simple = {_number(largest)}: a smaller one "
+            "takes hardly more steps and far fewer samples."
+        )
+    worth = max(int(largest / share), 1)
+    return (
+        f"Worth it: batches up to 2 x B_simple = {_number(largest)}, which is {worth:,} "
+        f"{unit}{'' if worth == 1 else 's'} at the {share:,.0f} that each takes now."
+    )
+
+
+def _items(probe: NoiseProbe) -> str:
+    return "samples" if probe.counts_samples else "items"
+
+
+def _number(value: float) -> str:
+    """Return a number in three digits."""
+    return f"{value:.3g}" if not 1000 <= value < math.inf else f"{float(f'{value:.3g}'):,.0f}"

@@ -9,7 +9,7 @@ from launcher.cli.group import LazyGroup
 
 @click.group(
     cls=LazyGroup,
-    modules={"lr": "launcher.cli.find.lr"},
+    modules={"lr": "launcher.cli.find.lr", "noise": "launcher.cli.find.noise"},
     short_help="Measure what a recipe should be set to.",
 )
 def command() -> None:
@@ -17,4 +17,5 @@ def command() -> None:
 
     \b
     launcher find lr digits           the learning rate, by a range test
+    launcher find noise digits        how large a batch is worth its samples
     """

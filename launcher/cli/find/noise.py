@@ -1,0 +1,97 @@
+"""`launcher find noise`: how large a batch is worth its samples."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from launcher.cli.arguments import (
+    SettingsCommand,
+    config_option,
+    nproc_option,
+    out_option,
+    overrides_argument,
+    read_overrides,
+)
+from launcher.errors import EXIT_FAILED
+
+
+@click.command(cls=SettingsCommand, short_help="How large a batch is worth its samples.")
+@click.argument("recipe")
+@overrides_argument
+@nproc_option
+@click.option(
+    "--steps",
+    type=click.IntRange(min=40),
+    default=500,
+    show_default=True,
+    metavar="K",
+    help="Optimizer steps to train and measure in, of those planned.",
+)
+@config_option
+@out_option
+@click.option("--json", "as_json", is_flag=True, help="Print measurements and estimates as JSON.")
+def command(
+    recipe: str,
+    overrides: tuple[str, ...],
+    nproc_per_node: int | None,
+    steps: int,
+    config: Path | None,
+    out: Path | None,
+    *,
+    as_json: bool,
+) -> int:
+    """Measure the gradient noise scale of RECIPE while it trains for a while.
+
+    B_simple is the batch at which doubling it begins to cost as much in samples as it saves in
+    steps (McCandlish et al., arXiv:1812.06162). The global batch stays as it is; it may be taken in
+    smaller parts, whose gradients are compared.
+
+    \b
+    launcher find noise digits
+    launcher find noise digits -n 2 --steps 200 batch_size=64
+    """
+    from launcher.find import find_noise, plan_noise
+    from launcher.launch import Stops
+    from launcher.machine import read_machine
+    from launcher.report.found import noise_plot, noise_text
+    from launcher.report.plots import has_images, write_png
+    from launcher.resolve import resolve
+    from launcher.rundir import create_run_dir
+
+    stops = Stops()
+    probe = plan_noise(
+        resolve(recipe),
+        read_overrides(config, overrides),
+        read_machine(),
+        nproc_per_node=nproc_per_node,
+        steps=steps,
+    )
+    run_dir = create_run_dir(out, f"find-noise-{probe.plan.recipe}")
+    found = find_noise(probe, run_dir, stops, quiet=as_json)
+    if isinstance(found, int):
+        return found
+    if as_json:
+        click.echo(json.dumps(_finite(asdict(found))))
+    else:
+        click.echo(noise_text(found, probe))
+    if found.whole is None:
+        return EXIT_FAILED
+    if has_images():
+        write_png(noise_plot(found, probe), run_dir.path / "noise.png")
+        click.echo(f"plot: {run_dir.shown}/noise.png", err=as_json)
+    return 0
+
+
+def _finite(value: Any) -> Any:
+    """Return a value with None for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
