@@ -42,6 +42,17 @@ def test_loop_overhead(run: Commands) -> None:
         assert "skipped: ignite, because pytorch-ignite is not installed" in done.stdout
 
 
+def test_noise_cost(run: Commands) -> None:
+    """Steps with and without the noise scale are compared."""
+    done = run(
+        *("python", ROOT / "benchmarks/noise_cost.py", "--ranks", "1", "--turns", "1"),
+        *("--epochs", "20"),
+    )
+    assert done.exit_code == 0, done.stdout + done.stderr
+    assert [cells[0] for cells in rows(done.stdout)] == ["without", "with"]
+    assert rows(done.stdout)[0][2] == "1.000"
+
+
 def test_teardown(run: Commands) -> None:
     """Runs that have finished exit with 0, started by launcher and by torchrun."""
     done = run("python", ROOT / "benchmarks/teardown.py", "--runs", "3", "--ranks", "2")

@@ -1,0 +1,68 @@
+"""What noise_scale=true costs: steps with it over steps without, in turns.
+
+    python benchmarks/noise_cost.py
+
+On the net in tiny.py, whose step is a fraction of a millisecond, this is the most that it can cost:
+one step in twenty is measured, and on any larger net that step has more to do anyway.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from operator import truediv
+from pathlib import Path
+from statistics import median
+
+import click
+from contest import HERE, print_table, train
+from tiny import BATCH_SIZE
+
+_CALLS = 2
+"""Of the net, in a step: its clock measures calls."""
+
+SETTINGS = {"without": "noise_scale=false", "with": "noise_scale=true"}
+
+
+@click.command()
+@click.option("--ranks", type=click.IntRange(min=1), default=2, show_default=True)
+@click.option("--turns", type=click.IntRange(min=1), default=7, show_default=True)
+@click.option("--epochs", type=click.IntRange(min=20), default=60, show_default=True)
+def main(ranks: int, turns: int, epochs: int) -> None:
+    """Print CPU and wall microseconds of a step with and without, and their ratios."""
+    folder = Path(tempfile.mkdtemp(prefix="noise_cost-"))
+    walls: dict[str, list[float]] = {name: [] for name in SETTINGS}
+    cpus: dict[str, list[float]] = {name: [] for name in SETTINGS}
+    try:
+        for turn in range(turns):
+            for name in list(SETTINGS) if turn % 2 else list(SETTINGS)[::-1]:
+                out, clock = folder / f"{name}-{turn}", folder / "seconds"
+                half = f"micro_batch_size={BATCH_SIZE // ranks // 2}"  # parts on one rank, too
+                settings = [f"seconds={clock}", f"epochs={2 * epochs}", half, SETTINGS[name]]
+                train(
+                    "launcher",
+                    str(HERE / "tiny.py"),
+                    out,
+                    ranks=ranks,
+                    settings=settings,
+                    options=[],
+                )
+                wall, cpu = map(float, clock.read_text().split())
+                walls[name].append(2 * wall * 1e6)
+                cpus[name].append(2 * cpu * 1e6)
+                clock.unlink()
+    finally:
+        shutil.rmtree(folder)
+    print(f"{ranks} process{'es' if ranks > 1 else ''}, medians of {turns}\n")
+    rows = []
+    for name in SETTINGS:
+        row = [name]
+        for times in (walls, cpus):
+            row.append(f"{median(times[name]):,.0f}")
+            row.append(f"{median(map(truediv, times[name], times['without'])):.3f}")
+        rows.append(row)
+    print_table(("noise scale", "us a step", "ratio", "CPU us a step", "ratio"), rows)
+
+
+if __name__ == "__main__":
+    main()
