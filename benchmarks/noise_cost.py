@@ -38,7 +38,7 @@ def main(ranks: int, turns: int, epochs: int) -> None:
             for name in list(SETTINGS) if turn % 2 else list(SETTINGS)[::-1]:
                 out, clock = folder / f"{name}-{turn}", folder / "seconds"
                 half = f"micro_batch_size={BATCH_SIZE // ranks // 2}"  # parts on one rank, too
-                settings = [f"seconds={clock}", f"epochs={2 * epochs}", half, SETTINGS[name]]
+                settings = [f"seconds={clock}", f"epochs={epochs}", half, SETTINGS[name]]
                 train(
                     "launcher",
                     str(HERE / "tiny.py"),
@@ -48,8 +48,8 @@ def main(ranks: int, turns: int, epochs: int) -> None:
                     options=[],
                 )
                 wall, cpu = map(float, clock.read_text().split())
-                walls[name].append(2 * wall * 1e6)
-                cpus[name].append(2 * cpu * 1e6)
+                walls[name].append(_CALLS * wall * 1e6)
+                cpus[name].append(_CALLS * cpu * 1e6)
                 clock.unlink()
     finally:
         shutil.rmtree(folder)
