@@ -127,7 +127,7 @@ class Meter:
         collected, self._collected = self._collected, []
         now = time.perf_counter()
         sums = self._sums(collected, now - self._since, votes).tolist()
-        items = self._tensor([step.items for step in collected]).tolist()
+        items = as_tensor([step.items for step in collected], self._backend.device).tolist()
         self._since = now
         votes, (seconds, *_) = Votes(*sums.pop()), sums.pop()
         grad_norms = torch.stack([step.grad_norm for step in collected]).tolist()
@@ -172,21 +172,21 @@ class Meter:
         losses = torch.stack(
             [functools.reduce(torch.add, step.loss_sums or [nothing]) for step in collected]
         ).double()
-        counted = self._tensor([sum(step.counts) for step in collected])
-        waits = self._tensor([step.data_wait_seconds for step in collected])
+        counted = as_tensor([sum(step.counts) for step in collected], device)
+        waits = as_tensor([step.data_wait_seconds for step in collected], device)
         first = self._backend.rank == 0
         clock = [seconds if first else 0.0, 0.0, 0.0]
         own = [votes.stop, votes.save if first else 0.0, votes.written]
-        last = self._tensor([*clock, *own])
+        last = as_tensor([*clock, *own], device)
         steps = torch.stack([losses, counted, waits], dim=1)
         return self._backend.sum(torch.cat([steps, last.view(2, 3)]))
 
-    def _tensor(self, values: Sequence[float | Tensor]) -> Tensor:
-        """Return `values` as one float64 tensor on the device, without waiting for it."""
-        device = self._backend.device
-        if any(isinstance(value, Tensor) for value in values):
-            return torch.stack([torch.as_tensor(v, device=device).double() for v in values])
-        return torch.tensor(values, dtype=torch.float64, device=device)
+
+def as_tensor(values: Sequence[float | Tensor], device: torch.device) -> Tensor:
+    """Return `values` as one float64 tensor on the device, without waiting for it."""
+    if any(isinstance(value, Tensor) for value in values):
+        return torch.stack([torch.as_tensor(v, device=device).double() for v in values])
+    return torch.tensor(values, dtype=torch.float64, device=device)
 
 
 class BadSteps:

@@ -9,6 +9,7 @@ which there have to be two or more.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from launcher.engine.backends.base import Backend
+from launcher.engine.metrics import as_tensor
 from launcher.finders.noise import Measurement
 from launcher.recipe import Recipe
 
@@ -58,8 +60,25 @@ class Unmeasured:
         return []
 
 
+@dataclass(frozen=True)
+class _Part:
+    """The gradient of a part of a batch, as it was found."""
+
+    measured: int
+    """The place of its step among those measured."""
+
+    norms: list[Tensor]
+    """Of its pieces, each of one weight or of all."""
+
+    weight: float | Tensor
+    """What the sum over its items was multiplied with."""
+
+    count: int | Tensor
+    """Its items."""
+
+
 class _NoiseMeter(ABC):
-    """Measures, part by part.
+    """Measures, part by part; numbers stay on their device until they are read.
 
     Args:
         backend: This rank among the others.
@@ -71,10 +90,9 @@ class _NoiseMeter(ABC):
         self._backend, self._stride = backend, stride
         self._trained = [each for each in model.parameters() if each.requires_grad]
         self._measures = False
-        self._parts: list[Tensor] = []
-        """(sum of |g|^2 over parts, sum of 1 / items, number of parts) of this step."""
-
-        self._steps: list[tuple[int, Tensor, Tensor, Tensor]] = []
+        self._parts: list[_Part] = []
+        self._steps: list[tuple[int, int | Tensor, Tensor]] = []
+        """Step, items and norm of the gradient of the whole batch."""
 
     def begin(self, step: int) -> None:
         self._measures = step % self._stride == 0
@@ -87,21 +105,17 @@ class _NoiseMeter(ABC):
             self._took(weight if scaler is None else weight * scaler.factor, count)
 
     def end(self, step: int, items: int | Tensor, grad_norm: Tensor) -> None:
-        if not self._measures:
-            return
-        self._end()
-        device = self._backend.device
-        parts = torch.stack(self._parts).sum(0) if self._parts else self._row(0.0, 0.0, 0.0)
-        self._parts = []
-        self._steps.append((step, parts, torch.as_tensor(items, device=device), grad_norm))
+        if self._measures:
+            self._end()
+            self._steps.append((step, items, grad_norm))
 
     def read(self) -> list[Measurement]:
         if not self._steps:
             return []
         steps, self._steps = self._steps, []
-        sums = self._backend.sum(torch.stack([parts for _, parts, _, _ in steps])).tolist()
+        sums = self._backend.sum(self._sums(len(steps))).tolist()
         found = []
-        for (step, _, items, norm), (squares, inverses, parts) in zip(steps, sums, strict=True):
+        for (step, items, norm), (squares, inverses, parts) in zip(steps, sums, strict=True):
             # The last batch of an epoch may be so short that it is one part.
             if parts and inverses / parts * float(items) > 1 + _ROUNDING:
                 measurement = Measurement(
@@ -114,12 +128,27 @@ class _NoiseMeter(ABC):
                 found.append(measurement)
         return found
 
-    def _row(self, squares: float | Tensor, inverses: float | Tensor, parts: float) -> Tensor:
-        values = (squares, inverses, parts)
+    def _sums(self, num_steps: int) -> Tensor:
+        """Return (sum of |g|^2 over parts, sum of 1 / items, parts) of each step, (steps, 3)."""
+        parts, self._parts = self._parts, []
         device = self._backend.device
-        return torch.stack(
-            [torch.as_tensor(value, dtype=torch.float64, device=device) for value in values]
+        sums = torch.zeros(num_steps, 3, dtype=torch.float64, device=device)
+        if not parts:
+            return sums
+        norms = torch.stack([norm for part in parts for norm in part.norms]).double()
+        owner = [number for number, part in enumerate(parts) for _ in part.norms]
+        squares = torch.zeros(len(parts), dtype=torch.float64, device=device)
+        squares.index_add_(0, torch.tensor(owner, device=device), norms.square())
+        counts = as_tensor([part.count for part in parts], device)
+        weights = as_tensor([part.weight for part in parts], device)
+        rows = torch.stack(
+            [squares / (weights * counts).square(), 1 / counts, torch.ones_like(counts)], dim=1
         )
+        measured = torch.tensor([part.measured for part in parts], device=device)
+        return sums.index_add_(0, measured, rows)
+
+    def _keep(self, norms: list[Tensor], weight: float | Tensor, count: int | Tensor) -> None:
+        self._parts.append(_Part(len(self._steps), norms, weight, count))
 
     @abstractmethod
     def _begin(self) -> None:
@@ -150,10 +179,8 @@ class OwnNoise(_NoiseMeter):
 
     def _took(self, weight: float | Tensor, count: int | Tensor) -> None:
         norms, self._norms = self._norms, []
-        if not norms or (isinstance(count, int) and count == 0):
-            return
-        squares = torch.stack(norms).double().square().sum() / (weight * count) ** 2
-        self._parts.append(self._row(squares, 1 / count, 1.0))
+        if norms and not (isinstance(count, int) and count == 0):
+            self._keep(norms, weight, count)
 
     def _end(self) -> None:
         for hook in self._hooks:
@@ -171,13 +198,11 @@ class SummedNoise(_NoiseMeter):
         if self._micro_batches > 1:
             return
         backend = self._backend
-        counted = torch.as_tensor(count, dtype=torch.float64, device=backend.device)
-        counted = backend.sum(counted.clone())
+        counted = backend.sum(as_tensor([count], backend.device))[0]
         norm = backend.norm([each.grad for each in self._trained if each.grad is not None])
-        # It is a mean over ranks of sums with this weight.
-        squares = (norm.double() * backend.world_size / (weight * counted)).square()
         if backend.rank == 0:
-            self._parts.append(self._row(squares, 1 / counted, 1.0))
+            # It is a mean over ranks of sums with this weight.
+            self._keep([norm], weight / backend.world_size, counted)
 
     def _end(self) -> None:
         """Nothing was put in the way."""
