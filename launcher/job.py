@@ -54,6 +54,9 @@ class Job:
     restarts: int = 0
     """How often a failed run begins again from its newest checkpoint."""
 
+    memory_bytes: int | None = None
+    """The most that each rank may use, of its GPU's memory or of the host's; None is all."""
+
     meeting_place: Path | None = None
     """A folder of this machine in which its ranks find each other, while they run."""
 

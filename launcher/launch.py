@@ -10,6 +10,7 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import platform
 import shutil
 import signal
 import sys
@@ -22,13 +23,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.configs import process_environment
-from launcher.errors import EXIT_FAILED, TrainingError
+from launcher.errors import EXIT_FAILED, RunDirError, TrainingError
 from launcher.health import PHASES, read_health
 from launcher.job import Job
 from launcher.machine import oom_kills
 from launcher.plan import Plan
 from launcher.report.failure import death_text, failure_text
-from launcher.rundir import read_failure
+from launcher.rundir import read_failure, write_json
 from launcher.signals import EXIT_BY_SIGNAL, STOP_SIGNALS
 
 if TYPE_CHECKING:
@@ -40,21 +41,26 @@ _SECONDS_BETWEEN_LOOKS = 0.1
 
 
 def launch(
-    job: Job, function: Callable[[Job], int | None] | None = None, *, stops: Stops | None = None
+    job: Job,
+    function: Callable[[Job], int | None] | None = None,
+    *,
+    stops: Stops | None = None,
+    show: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
 ) -> int:
     """Run every rank of `job` on this machine; return the exit code of the run.
 
-    The first failure is shown once, last, on stderr, and no process is left behind.
+    The first failure is shown once, last, and no process is left behind.
 
     Args:
         job: What to run.
         function: What each rank calls with it, of `launcher.engine.worker`; None trains.
         stops: What has been listening for signals; None begins to now.
+        show: Is given the text of the failure; by default it prints to stderr.
     """
     for left in job.run_dir.health(0).parent.glob("*.json"):
         left.unlink()  # of the run that is resumed
     with _meeting_place() as folder:
-        return _start_ranks(replace(job, meeting_place=folder), function, stops or Stops())
+        return _start_ranks(replace(job, meeting_place=folder), function, stops or Stops(), show)
 
 
 @contextlib.contextmanager
@@ -77,7 +83,12 @@ def _meeting_place() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start_ranks(job: Job, function: Callable[[Job], int | None] | None, stops: Stops) -> int:
+def _start_ranks(
+    job: Job,
+    function: Callable[[Job], int | None] | None,
+    stops: Stops,
+    show: Callable[[str], None],
+) -> int:
     assert job.meeting_place is not None
     stops.attend(job)
     before = oom_kills()
@@ -110,7 +121,7 @@ def _start_ranks(job: Job, function: Callable[[Job], int | None] | None, stops: 
     except ChildFailedError as error:
         after = oom_kills()
         killed = None if before is None or after is None else after - before
-        return _show(error, job, killed)
+        return _tell(error, job, killed, show)
     except SignalException as error:
         return _say_stopped(error.sigval)
     return max((code or 0 for code in codes.values()), default=0)
@@ -212,14 +223,31 @@ def _say_stopped(number: signal.Signals) -> int:
     return EXIT_BY_SIGNAL + number
 
 
-def _show(error: ChildFailedError, job: Job, killed_for_memory: int | None) -> int:
+def _tell(
+    error: ChildFailedError, job: Job, killed_for_memory: int | None, show: Callable[[str], None]
+) -> int:
+    """Show the failure of a rank, or record and show the end of one that had no time to."""
     rank, first = min(error.failures.items(), key=lambda item: item[1].timestamp)
     failure = read_failure(job.run_dir)
     if failure is not None and not failure["lost_peer"]:
-        print(failure_text(failure, job.run_dir), file=sys.stderr)
+        show(failure_text(failure, job.run_dir))
         return int(failure["exit_code"])
     text = death_text(rank, first.exitcode, job.run_dir, oom_kills=killed_for_memory)
-    print(text, file=sys.stderr)
+    death = {
+        "rank": rank,
+        "node": platform.node(),
+        "pid": first.pid,
+        "time": first.timestamp,
+        "error": "Death",
+        "message": text.partition("\n")[0].removeprefix("launcher: "),
+        "traceback": "",
+        "exit_code": EXIT_FAILED,
+        "lost_peer": False,
+        "out_of_memory": bool(killed_for_memory),
+    }
+    with contextlib.suppress(RunDirError):  # on a full disk it is shown at least
+        write_json(job.run_dir.failure, death)
+    show(text)
     return EXIT_FAILED
 
 

@@ -28,6 +28,7 @@ _PEER_LOST = (
     "NCCL communicator was aborted",
     "remote process exited",
 )
+_NO_MEMORY = ("can't allocate memory", "bad_alloc", "out of memory")
 _WORKER_LOST = re.compile(r"DataLoader worker .*(killed by signal|exited unexpectedly)")
 _SECONDS_TO_BE_ENDED = 10
 _SECONDS_FOR_THE_PEER = 5
@@ -86,6 +87,13 @@ def _departure(run_dir: RunDir, world: World) -> dict[str, Any] | None:
     return None
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether there was no memory left, on a GPU or on the host."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)
+
+
 def describe(error: BaseException, world: World) -> dict[str, Any]:
     """Return a failure as plain values."""
     if _WORKER_LOST.search(str(error)):
@@ -94,6 +102,7 @@ def describe(error: BaseException, world: World) -> dict[str, Any]:
             "`dmesg`), and SIGBUS means that /dev/shm is full: use fewer num_workers or a smaller "
             "prefetch_factor. num_workers=0 reads in the rank itself, to see what it does."
         )
+    out_of_memory = is_out_of_memory(error)
     if isinstance(error, torch.OutOfMemoryError):
         error = TrainingError(
             f"{error}\n\nThe GPU's memory ran out. A smaller micro_batch_size takes less of it and "
@@ -111,5 +120,6 @@ def describe(error: BaseException, world: World) -> dict[str, Any]:
         "message": str(error),
         "traceback": text,
         "exit_code": error.exit_code if isinstance(error, LauncherError) else EXIT_FAILED,
+        "out_of_memory": out_of_memory,
         "lost_peer": not known and any(sign in str(error) for sign in _PEER_LOST),
     }

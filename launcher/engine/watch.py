@@ -210,6 +210,7 @@ def _hang_failure(found: list[Health | None], timeout: float) -> dict[str, Any]:
         "traceback": "",
         "exit_code": EXIT_FAILED,
         "lost_peer": False,
+        "out_of_memory": False,
     }
 
 

@@ -19,7 +19,9 @@ from launcher.plan import Plan
 from launcher.report.plots import Curve, Mark, Plot, draw
 
 if TYPE_CHECKING:
-    from launcher.find import FoundLR, FoundNoise, NoiseProbe
+    from launcher.find.lr import FoundLR
+    from launcher.find.noise import FoundNoise
+    from launcher.find.probe import Probe
 
 RULES = {
     "valley": "two thirds along the longest descent",
@@ -73,7 +75,7 @@ def lr_text(found: FoundLR, rule: str, settings: Mapping[str, float], plan: Plan
     return "\n".join(line.rstrip() for line in lines)
 
 
-def noise_plot(found: FoundNoise, probe: NoiseProbe) -> Plot:
+def noise_plot(found: FoundNoise, probe: Probe) -> Plot:
     """Return how the noise scale went over the steps."""
     running = RunningNoise(memory=max(len(found.measurements) / 10, 10))
     points = [(each.step, running.add(each)) for each in found.measurements]
@@ -93,7 +95,7 @@ def noise_plot(found: FoundNoise, probe: NoiseProbe) -> Plot:
     )
 
 
-def noise_text(found: FoundNoise, probe: NoiseProbe) -> str:
+def noise_text(found: FoundNoise, probe: Probe) -> str:
     """Return the noise scale, what it says of batches, and how many GPUs are worth using."""
     plan, whole = probe.plan, found.whole
     items = _items(probe)
@@ -142,8 +144,8 @@ def _advice(scale: float, plan: Plan, batch: float) -> str:
     )
 
 
-def _items(probe: NoiseProbe) -> str:
-    return "samples" if probe.counts_samples else "items"
+def _items(probe: Probe) -> str:
+    return "samples" if probe.recipe.count is None else "items"
 
 
 def _number(value: float) -> str:

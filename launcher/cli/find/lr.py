@@ -86,7 +86,7 @@ def command(
     launcher find lr digits -n 2 strategy=fsdp --rule steep
     launcher find lr digits optimizer=adamw --to 1
     """
-    from launcher.find import find_lr, plan_range_test, stated
+    from launcher.find.lr import find_lr, plan_range_test, stated
     from launcher.launch import Stops
     from launcher.machine import read_machine
     from launcher.report.found import lr_plot, lr_text
@@ -97,10 +97,10 @@ def command(
     if lowest >= highest:
         raise UsageError(f"--from {lowest:g} --to {highest:g}: the learning rate has to rise.")
     stops = Stops()
-    reference = resolve(recipe)
+    reference, given = resolve(recipe), read_overrides(config, overrides)
     test = plan_range_test(
         reference,
-        read_overrides(config, overrides),
+        given,
         read_machine(),
         nproc_per_node=nproc_per_node,
         lowest=lowest,
@@ -112,7 +112,7 @@ def command(
     if isinstance(found, int):
         return found
     chosen = getattr(found.suggestions, rule)
-    settings = {} if chosen is None else stated(chosen, test)
+    settings = {} if chosen is None else stated(chosen, test.plan.batch_size, reference, given)
     if as_json:
         said = {"batch_size": test.plan.batch_size, "settings": settings, **asdict(found)}
         click.echo(json.dumps(said))

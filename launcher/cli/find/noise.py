@@ -56,7 +56,7 @@ def command(
     launcher find noise digits
     launcher find noise digits -n 2 --steps 200 batch_size=64
     """
-    from launcher.find import find_noise, plan_noise
+    from launcher.find.noise import find_noise, plan_noise
     from launcher.launch import Stops
     from launcher.machine import read_machine
     from launcher.report.found import noise_plot, noise_text
@@ -70,10 +70,9 @@ def command(
         read_overrides(config, overrides),
         read_machine(),
         nproc_per_node=nproc_per_node,
-        steps=steps,
     )
     run_dir = create_run_dir(out, f"find-noise-{probe.plan.recipe}")
-    found = find_noise(probe, run_dir, stops, quiet=as_json)
+    found = find_noise(probe, run_dir, stops, steps=steps, quiet=as_json)
     if isinstance(found, int):
         return found
     if as_json:
