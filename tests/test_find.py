@@ -188,3 +188,50 @@ def test_one_part_has_no_noise(run: Commands, settings: tuple[str, ...], where: 
     assert done.exit_code == 2
     assert f"{where} without accumulation there is one part" in done.stderr
     assert not (run.folder / "runs").exists()
+
+
+BATCH = ("launcher", "find", "batch")
+HEAVY = ROOT / "tests/recipes/heavy.py"
+
+
+def test_the_batch_that_fits_is_found(run: Commands) -> None:
+    """Under a limit that is enforced sizes fit until they do not; the answer is kept."""
+    env = {"XDG_CACHE_HOME": str(run.folder / "cache")}
+    command = (*BATCH, HEAVY, "-n", "2", "--memory", "800MiB", "--json")
+    done = run(*command, "--out", "out", env=env)
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    fits = {trial["size"]: trial["fits"] for trial in found["trials"]}
+    assert fits[1]
+    assert not fits[max(fits)], "a sample takes 50 MiB"
+    assert sorted(fits.values(), reverse=True) == [fits[size] for size in sorted(fits)]
+    for trial in found["trials"]:
+        if trial["fits"]:
+            assert trial["peak_bytes"] > trial["size"] * 25 * 2**20
+    size = found["settings"]["micro_batch_size"]
+    plan = run("launcher", "plan", HEAVY, f"micro_batch_size={size}", "-n", "2", "--json")
+    values = json.loads(plan.stdout)
+    assert (values["micro_batch_size"], values["batch_size"]) == (size, 128)
+    again = run(*command, env=env)
+    assert "measured before" in again.stderr
+    assert json.loads(again.stdout) == found
+
+
+def test_a_recipe_that_fails_is_not_taken_for_a_large_one(run: Commands) -> None:
+    """An error of another kind ends the search, and is shown."""
+    env = {"XDG_CACHE_HOME": str(run.folder / "cache")}
+    recipe = ROOT / "tests/recipes/failing.py"
+    done = run(*BATCH, recipe, "how=raise", "rank=0", "-n", "2", "--out", "out", env=env)
+    assert done.exit_code == 1
+    assert "the recipe failed, and not for want of memory" in done.stderr
+    assert "ValueError: the loss of rank one" in done.stderr
+    assert not (run.folder / "cache/launcher").exists()
+
+
+def test_not_one_sample_fits(run: Commands) -> None:
+    """Too little memory for anything is said; what is no size is refused."""
+    env = {"XDG_CACHE_HOME": str(run.folder / "cache")}
+    done = run(*BATCH, HEAVY, "-n", "1", "--memory", "200MiB", "--out", "out", env=env)
+    assert done.exit_code == 1
+    assert "Not one sample fits into the memory of a rank (180 MiB)." in done.stdout
+    assert run(*BATCH, "digits", "--memory", "much", env=env).exit_code == 2

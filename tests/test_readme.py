@@ -45,7 +45,7 @@ def test_commands_run(copy: Commands, command: str) -> None:
     if command.startswith("make "):
         # The environment is the one that runs this test.
         command += f" VENV={sys.prefix} -o {sys.prefix}/.ready"
-    done = copy("bash", "-c", command)
+    done = copy("bash", "-c", command, env={"XDG_CACHE_HOME": str(copy.folder / "cache")})
     assert done.exit_code == 0, done.stdout + done.stderr
     if any(word in command for word in ("run", "recipes/digits.py", "-m recipes")):
         found = re.search(r"run folder: (\S+)", done.stdout)

@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 
 from launcher.overrides import Override, read_arguments, read_yaml
 
 Function = Callable[..., Any]
+
+
+class Bytes(click.ParamType[int]):
+    """A number of bytes with its unit: 2GiB, 512M, 1500MB."""
+
+    name = "size"
+    _units: ClassVar[dict[str, int]] = {
+        "": 1,
+        **{unit: 1 << 10 * power for power, unit in enumerate("KMGT", start=1)},
+        **{f"{unit}IB": 1 << 10 * power for power, unit in enumerate("KMGT", start=1)},
+        **{f"{unit}B": 1000**power for power, unit in enumerate("KMGT", start=1)},
+    }
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", str(value).strip().upper())
+        if found is None or found[2] not in self._units or float(found[1]) == 0:
+            self.fail(f"{value!r}: expected a size such as 2GiB or 512MiB.", param, ctx)
+        return int(float(found[1]) * self._units[found[2]])
 
 
 def overrides_argument(function: Function) -> Function:

@@ -8,8 +8,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import resource
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+
+import torch
 
 from launcher.engine.backends.base import Backend
 from launcher.engine.build import build_trainee
@@ -17,6 +21,7 @@ from launcher.engine.data import MicroBatch
 from launcher.engine.logs import Output
 from launcher.engine.loop import train
 from launcher.engine.metrics import StepRow, Votes
+from launcher.finders.batch import MARGIN
 from launcher.finders.lr import Curve, Divergence
 from launcher.finders.noise import Measurement
 from launcher.plan import Plan
@@ -126,6 +131,53 @@ def measure_noise(
     if backend.rank == 0:
         finite = [each for each in gauge.noise if math.isfinite(each.small + each.big)]
         write_json(run_dir.noise, {"measurements": [asdict(each) for each in finite]})
+
+
+def time_size(
+    recipe: Recipe,
+    plan: Plan,
+    backend: Backend,
+    run_dir: RunDir,
+    output: Output,
+    *,
+    at: Callable[[int, str], None],
+) -> None:
+    """Take the plan's steps, of which the first is not timed; rank 0 writes speed and memory."""
+    steps = plan.total_steps
+    with _gauge(backend, steps, output) as gauge:
+        trainee = build_trainee(recipe, plan, backend, last_step=steps, evaluates=False, at=at)
+        train(trainee, gauge, last_step=1)
+        started = time.perf_counter()
+        train(trainee, gauge, first_step=1, last_step=steps)  # its numbers are read at the end
+        seconds = time.perf_counter() - started
+    samples = trainee.sampler.samples_before(steps) - trainee.sampler.samples_before(1)
+    peak = max(backend.gather(_peak_bytes(backend.device)))
+    if backend.rank == 0:
+        values = {"samples_per_second": samples / seconds, "peak_bytes": peak}
+        write_json(run_dir.size, values)
+
+
+def limit_memory(device: torch.device, num_bytes: int | None) -> None:
+    """Have an allocation fail that goes beyond so many bytes of this rank.
+
+    On CPUs of its private memory, which is what torch allocates (Linux 4.7); on a GPU of what
+    torch's allocator takes. None is the GPU's memory less a margin; without a GPU it is no limit.
+    """
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        fraction = 1 - MARGIN if num_bytes is None else min(num_bytes / total, 1.0)
+        torch.cuda.set_per_process_memory_fraction(fraction, device)
+    elif num_bytes is not None:
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        if hard != resource.RLIM_INFINITY:
+            num_bytes = min(num_bytes, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (num_bytes, hard))
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @contextlib.contextmanager

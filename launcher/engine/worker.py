@@ -24,7 +24,7 @@ from launcher.engine.examination import examine_rank
 from launcher.engine.failures import fail
 from launcher.engine.inspection import inspect_recipe, write_inspection
 from launcher.engine.logs import Output, open_output
-from launcher.engine.probes import measure_noise, test_range
+from launcher.engine.probes import limit_memory, measure_noise, test_range, time_size
 from launcher.engine.processes import die_with
 from launcher.engine.run import join, train_rank
 from launcher.engine.watch import Watch
@@ -111,6 +111,17 @@ def _measure_noise(rank: _Rank) -> int:
         last_step=rank.job.last_step,
         at=rank.at,
     )
+    return 0
+
+
+def launched_size_probe(job: Job) -> int:
+    """Take part in timing a size of micro-batch, within the memory that `job` allows."""
+    return _launched(job, _time_size, saves=False)
+
+
+def _time_size(rank: _Rank) -> int:
+    limit_memory(rank.backend.device, rank.job.memory_bytes)
+    time_size(rank.recipe, rank.job.plan, rank.backend, rank.job.run_dir, rank.output, at=rank.at)
     return 0
 
 

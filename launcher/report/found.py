@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from launcher.finders.batch import Trial
 from launcher.finders.lr import usable
 from launcher.finders.noise import (
     LARGEST,
@@ -17,8 +18,10 @@ from launcher.finders.noise import (
 )
 from launcher.plan import Plan
 from launcher.report.plots import Curve, Mark, Plot, draw
+from launcher.report.quantities import size
 
 if TYPE_CHECKING:
+    from launcher.find.batch import FoundBatch
     from launcher.find.lr import FoundLR
     from launcher.find.noise import FoundNoise
     from launcher.find.probe import Probe
@@ -73,6 +76,31 @@ def lr_text(found: FoundLR, rule: str, settings: Mapping[str, float], plan: Plan
         lines.append(f"{name}: {value:.3g}  {evidence}")
         evidence = ""
     return "\n".join(line.rstrip() for line in lines)
+
+
+def trial_text(trial: Trial) -> str:
+    """Return what came of one size, in a line."""
+    if trial.samples_per_second is None or trial.peak_bytes is None:
+        return f"  {trial.size:>7,} samples  out of memory"
+    speed = f"{trial.samples_per_second:>10,.0f} samples/s"
+    return f"  {trial.size:>7,} samples  {speed}  {size(trial.peak_bytes)} at most"
+
+
+def batch_text(found: FoundBatch, chosen: Trial | None) -> str:
+    """Return which size fits, which is the fastest, and the line to paste."""
+    limit = "the GPU, less a tenth" if found.memory_bytes is None else size(found.memory_bytes)
+    if chosen is None:
+        return f"Not one sample fits into the memory of a rank ({limit})."
+    largest = max(trial.size for trial in found.trials if trial.fits)
+    lines = [f"largest that fits: {largest:,} of the {found.share:,} samples of a rank's share"]
+    lines.append(f"memory of a rank:  {limit}")
+    if chosen.size < largest:
+        lines.append(f"take {chosen.size:,}: it is as fast as the fastest, in less memory")
+    else:
+        lines.append(f"take {chosen.size:,}: it is the fastest")
+    evidence = f"# launcher find batch: {chosen.samples_per_second:,.0f} samples/s"
+    lines += ["", "for --config, or as name=value:", f"micro_batch_size: {chosen.size}  {evidence}"]
+    return "\n".join(lines)
 
 
 def noise_plot(found: FoundNoise, probe: Probe) -> Plot:

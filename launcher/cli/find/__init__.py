@@ -9,7 +9,7 @@ from launcher.cli.group import LazyGroup
 
 @click.group(
     cls=LazyGroup,
-    modules={"lr": "launcher.cli.find.lr", "noise": "launcher.cli.find.noise"},
+    modules={name: f"launcher.cli.find.{name}" for name in ("batch", "lr", "noise")},
     short_help="Measure what a recipe should be set to.",
 )
 def command() -> None:
@@ -17,5 +17,6 @@ def command() -> None:
 
     \b
     launcher find lr digits           the learning rate, by a range test
+    launcher find batch digits        the micro-batch that fits, and the fastest
     launcher find noise digits        how large a batch is worth its samples
     """

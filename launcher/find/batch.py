@@ -1,0 +1,182 @@
+"""The largest micro-batch that fits into memory, and the fastest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import LauncherError, TrainingError
+from launcher.find.probe import Probe, plan_probe, run_probe
+from launcher.finders.batch import MARGIN, Trial, next_size
+from launcher.job import plan_recipe
+from launcher.launch import Stops
+from launcher.machine import Machine, free_memory_bytes
+from launcher.overrides import Override
+from launcher.provenance import versions
+from launcher.resolve import Reference
+from launcher.rundir import RunDir, create_run_dir, read_failure, write_json
+
+STEPS = 4
+"""Steps that are timed, after a first that allocates and connects."""
+
+_ENDS_FOR_MEMORY = ("was killed by SIGKILL", "was killed by SIGABRT")
+"""By the kernel, or by C++ where an allocation fails in a thread that nobody catches it in."""
+
+_MICRO_STEPS = 2
+"""Of a step of a trial: gradients are there while the second is computed, as in accumulation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundBatch:
+    """What the sizes came to."""
+
+    trials: tuple[Trial, ...]
+    share: int
+    """A rank's samples of a global batch: no micro-batch is larger."""
+
+    memory_bytes: int | None
+    """What each rank was allowed, the margin taken off; None is the GPU less the margin."""
+
+
+class BatchSearch:
+    """Tries one size after the other, each in fresh processes; what is known is not tried again.
+
+    The global batch of the recipe is not touched: a trial takes a few short steps of its own.
+
+    Args:
+        reference: The recipe.
+        overrides: The user's.
+        machine: Where.
+        nproc_per_node: Ranks.
+        memory: Bytes for each rank; None is the memory of its GPU, or its part of what is free.
+
+    Raises:
+        PlanError: The recipe cannot be trained like that.
+    """
+
+    def __init__(
+        self,
+        reference: Reference,
+        overrides: Sequence[Override],
+        machine: Machine,
+        *,
+        nproc_per_node: int | None,
+        memory: int | None,
+    ) -> None:
+        self._reference, self._overrides, self._machine = reference, tuple(overrides), machine
+        _, self.plan = plan_recipe(reference, overrides, machine, nproc_per_node=nproc_per_node)
+        self.share = max(self.plan.samples_per_rank)
+        self.asked_memory = memory
+        if memory is None and self.plan.device == "cpu":
+            free = free_memory_bytes() or machine.memory_bytes
+            memory = free // self.plan.nproc_per_node
+        self.memory = None if memory is None else int(memory * (1 - MARGIN))
+        self._trials: list[Trial] = []
+
+    def run(self, run_dir: RunDir, stops: Stops, tell: Callable[[Trial], None]) -> FoundBatch:
+        """Search to the end, with a folder in `run_dir` for each trial; `tell` hears of each.
+
+        Raises:
+            TrainingError: A trial failed for another reason than memory.
+        """
+        while (size := next_size(self._trials, self.share)) is not None:
+            trial = self._try(size, run_dir, stops)
+            self._trials.append(trial)
+            tell(trial)
+        return FoundBatch(trials=tuple(self._trials), share=self.share, memory_bytes=self.memory)
+
+    def _try(self, size: int, folder: RunDir, stops: Stops) -> Trial:
+        from launcher.engine.worker import launched_size_probe
+
+        probe = self._plan(size)
+        run_dir = create_run_dir(folder.path / f"size-{size}", probe.plan.recipe)
+        said: list[str] = []
+        code = run_probe(
+            probe,
+            run_dir,
+            launched_size_probe,
+            stops,
+            memory_bytes=self.memory,
+            quiet=True,
+            show=said.append,
+        )
+        if code == 0:
+            values = json.loads(run_dir.size.read_text(encoding="utf-8"))
+            return Trial(size=size, fits=True, **values)
+        failure = read_failure(run_dir) or {}
+        if failure.get("out_of_memory") or any(
+            name in failure.get("message", "") for name in _ENDS_FOR_MEMORY
+        ):
+            return Trial(size=size, fits=False)
+        raise TrainingError(
+            f"With micro_batch_size={size} the recipe failed, and not for want of memory:\n\n"
+            + "\n".join(said).removeprefix("launcher: ")
+        )
+
+    def _plan(self, size: int) -> Probe:
+        ranks, samples = self.plan.world_size, self.plan.train_samples
+        whole = ranks * size * _MICRO_STEPS
+        if samples is not None:
+            whole = min(whole, samples)
+        settings = {
+            "batch_size": whole,
+            "micro_batch_size": size,
+            "steps": 1 + STEPS,
+            "schedule": "constant()",
+            "record_samples": False,
+            "noise_scale": False,
+        }
+        return plan_probe(
+            self._reference,
+            self._overrides,
+            self._machine,
+            nproc_per_node=self.plan.nproc_per_node,
+            settings=settings,
+            source="find batch",
+        )
+
+
+def cache_path(reference: Reference, overrides: Sequence[Override], search: BatchSearch) -> Path:
+    """Return where the answer to this search is kept for the next time.
+
+    It is another file for another recipe or another text of its file, other settings, another
+    machine, device, precision, strategy, number of ranks or memory, and other versions.
+    """
+    plan = search.plan
+    file = Path(reference.location.rpartition(":")[0])
+    key: dict[str, Any] = {
+        "recipe": reference.location,
+        "text": hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "",
+        "overrides": [[each.name, repr(each.value)] for each in overrides],
+        "machine": asdict(replace(plan.machine, hostname="")),
+        "plan": [plan.device, plan.precision, plan.strategy, plan.world_size, search.share],
+        "memory": search.asked_memory,
+        "versions": versions(),
+    }
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "launcher" / "batch" / f"{digest[:32]}.json"
+
+
+def read_cache(path: Path) -> FoundBatch | None:
+    """Return what was found before, if anything was."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        trials = tuple(Trial(**each) for each in values.pop("trials"))
+        return FoundBatch(trials=trials, **values)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def write_cache(path: Path, found: FoundBatch) -> None:
+    """Keep what was found; that it cannot be kept is no reason to fail."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, asdict(found))
+    except (OSError, LauncherError):
+        return

@@ -1,0 +1,68 @@
+"""Which micro-batch fits into memory, and which is the fastest: a search over sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from launcher.batch import ceil_div
+
+MARGIN = 0.1
+"""Part of the memory that is left free: fragments, and batches that are larger than others."""
+
+_AS_FAST = 0.97
+"""A size at this part of the best throughput is as fast: the smaller leaves memory free."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What came of one size."""
+
+    size: int
+    """Samples that went through the model at once on each rank."""
+
+    fits: bool
+    samples_per_second: float | None = None
+    """Of all ranks together; None where it does not fit."""
+
+    peak_bytes: int | None = None
+    """The most memory that a rank has used."""
+
+
+def next_size(trials: Sequence[Trial], share: int, *, resolution: float = 0.125) -> int | None:
+    """Return the size to try next; None when it is known which is the largest that fits.
+
+    Sizes double from 1 until one does not fit; then the gap is halved until it is smaller than
+    `resolution` of the size that fits. Only those are tried that a plan takes: a rank's share in
+    equal micro-batches, ceil(share / number of them).
+
+    Args:
+        trials: Those so far.
+        share: A rank's samples of a global batch: no micro-batch is larger.
+        resolution: How exactly the largest is looked for, relative to it.
+    """
+    fitting = max((trial.size for trial in trials if trial.fits), default=0)
+    failing = min((trial.size for trial in trials if not trial.fits), default=None)
+    if failing is None:
+        if fitting >= share:
+            return None
+        wanted = min(max(2 * fitting, 1), share)
+        even = ceil_div(share, ceil_div(share, wanted))
+        return even if even > fitting else ceil_div(share, ceil_div(share, fitting) - 1)
+    if not fitting or failing - fitting <= max(1, int(fitting * resolution)):
+        return None
+    few, many = ceil_div(share, failing), ceil_div(share, fitting)
+    return ceil_div(share, (few + many) // 2) if many - few > 1 else None
+
+
+def choose(trials: Sequence[Trial]) -> Trial | None:
+    """Return the trial to take: the smallest of those that are as fast as the fastest.
+
+    None where nothing fits.
+    """
+    fitting = [trial for trial in trials if trial.samples_per_second is not None]
+    if not fitting:
+        return None
+    best = max(trial.samples_per_second or 0.0 for trial in fitting)
+    fast = [trial for trial in fitting if (trial.samples_per_second or 0.0) >= _AS_FAST * best]
+    return min(fast, key=lambda trial: trial.size)
