@@ -45,6 +45,9 @@ class Job:
     last_step: int | None = None
     """Steps to take; None takes all that are planned."""
 
+    saves: bool = True
+    """Whether its ranks save when they are asked to stop; otherwise they are ended at once."""
+
     quiet: bool = False
     """Whether the ranks write to their logs alone."""
 

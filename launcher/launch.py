@@ -159,7 +159,7 @@ class Stops:
     """Handles what asks a run to stop, at whatever point of it that comes.
 
     The ranks are told, and stop at a step with a checkpoint. Ctrl-C ends what has taken no step
-    yet, and the second time everything, at once.
+    yet, and the second time everything, at once; any of them ends a job that saves nothing.
     """
 
     def __init__(self) -> None:
@@ -179,18 +179,22 @@ class Stops:
             self._tell_the_ranks()
 
     def _interrupt(self, *_: object) -> None:
-        ranks = multiprocessing.active_children()
-        if self._interrupted or not ranks or not self._has_begun():
-            # Where this comes while something is imported, an exception could be swallowed.
-            for rank in ranks:
-                rank.kill()
-            if self._job is not None and self._job.meeting_place is not None:
-                shutil.rmtree(self._job.meeting_place, ignore_errors=True)
-            os._exit(_say_stopped(signal.SIGINT))
+        if self._interrupted or not self._has_begun():
+            self._end(signal.SIGINT)
         self._interrupted = True
         self._stop(signal.SIGINT)
 
+    def _end(self, number: signal.Signals) -> None:
+        """End everything at once, without an exception, which an import could swallow."""
+        for rank in multiprocessing.active_children():
+            rank.kill()
+        if self._job is not None and self._job.meeting_place is not None:
+            shutil.rmtree(self._job.meeting_place, ignore_errors=True)
+        os._exit(_say_stopped(number))
+
     def _stop(self, number: int, *_: object) -> None:
+        if self._job is not None and not self._job.saves:
+            self._end(signal.Signals(number))
         if not self._told:
             self._told = True
             again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
@@ -200,7 +204,7 @@ class Stops:
 
     def _has_begun(self) -> bool:
         """Return whether there may be steps to lose."""
-        if self._job is None:
+        if self._job is None or not self._job.saves or not multiprocessing.active_children():
             return False
         health = read_health(self._job.run_dir, 0)
         return health is not None and health.phase != PHASES[0]

@@ -184,5 +184,6 @@ def _job(reference: Reference, overrides: Sequence[Override], trial: Trial, step
         run_dir=trial.run_dir,
         launcher_pid=os.getpid(),
         last_step=min(steps, trial.plan.total_steps),
+        saves=False,
         quiet=True,
     )

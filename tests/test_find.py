@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import signal
 
 import pytest
 from support import ROOT, Commands, read_lines
@@ -235,3 +236,19 @@ def test_not_one_sample_fits(run: Commands) -> None:
     assert done.exit_code == 1
     assert "Not one sample fits into the memory of a rank (180 MiB)." in done.stdout
     assert run(*BATCH, "digits", "--memory", "much", env=env).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)]
+)
+def test_a_finder_is_ended_at_once(run: Commands, number: signal.Signals, exit_code: int) -> None:
+    """It has nothing to save: a signal ends all of it, in a line, and nothing is left."""
+    process = run.start(*LR[:4], "-n", "2", "--steps", "20000", "--out", "out")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "samples/s" in line:
+            break
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == exit_code
+    assert stderr.strip() == f"launcher: stopped by {number.name}"

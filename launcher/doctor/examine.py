@@ -72,6 +72,7 @@ def examine(plan: Plan) -> list[Report] | None:
         plan=plan,
         run_dir=run_dir,
         launcher_pid=os.getpid(),
+        saves=False,
         quiet=True,
     )
     if launch(job, launched_examination) != 0:

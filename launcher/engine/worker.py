@@ -67,7 +67,7 @@ def launched_rank(job: Job) -> int:
     Returns:
         The exit code of the run.
     """
-    return _launched(job, _train, saves=job.last_step is None)
+    return _launched(job, _train)
 
 
 def _train(rank: _Rank) -> int:
@@ -87,7 +87,7 @@ def _train(rank: _Rank) -> int:
 
 def launched_range_test(job: Job) -> int:
     """Take part in a learning-rate range test, whose curve rank 0 leaves in the run folder."""
-    return _launched(job, _test_range, saves=False)
+    return _launched(job, _test_range)
 
 
 def _test_range(rank: _Rank) -> int:
@@ -97,7 +97,7 @@ def _test_range(rank: _Rank) -> int:
 
 def launched_noise_probe(job: Job) -> int:
     """Take part in measuring the gradient noise, which rank 0 leaves in the run folder."""
-    return _launched(job, _measure_noise, saves=False)
+    return _launched(job, _measure_noise)
 
 
 def _measure_noise(rank: _Rank) -> int:
@@ -116,7 +116,7 @@ def _measure_noise(rank: _Rank) -> int:
 
 def launched_size_probe(job: Job) -> int:
     """Take part in timing a size of micro-batch, within the memory that `job` allows."""
-    return _launched(job, _time_size, saves=False)
+    return _launched(job, _time_size)
 
 
 def _time_size(rank: _Rank) -> int:
@@ -125,7 +125,7 @@ def _time_size(rank: _Rank) -> int:
     return 0
 
 
-def _launched(job: Job, work: Callable[[_Rank], int], *, saves: bool) -> int:
+def _launched(job: Job, work: Callable[[_Rank], int]) -> int:
     """Do `work` as one rank of `job`, in a process that the elastic agent has started.
 
     Output goes to the rank's log, and rank 0's to the terminal as well. The process that started
@@ -134,10 +134,8 @@ def _launched(job: Job, work: Callable[[_Rank], int], *, saves: bool) -> int:
     Args:
         job: What is run.
         work: What the rank does once the group is formed; it returns the exit code.
-        saves: Whether there is something to save when the rank is asked to stop; otherwise it
-            ends at once.
     """
-    stop = _listen() if saves else None
+    stop = _listen() if job.saves else None
     if stop is None:
         _do_not_listen()
     die_with(job.launcher_pid)

@@ -92,6 +92,7 @@ def run_probe(
         launcher_pid=os.getpid(),
         last_step=last_step,
         memory_bytes=memory_bytes,
+        saves=False,
         quiet=quiet,
     )
     return launch(job, function, stops=stops, show=show)

@@ -140,8 +140,8 @@ def suggest(curve: Curve) -> Suggestions:
     fall = max(before) - lowest
     if not fall > _LEAST_FALL * abs(max(before)):
         return Suggestions(
-            reason="the loss does not fall at any learning rate: it diverges at once, or the range "
-            "is too low"
+            reason="the loss does not fall at any learning rate: it diverges at once, the range is "
+            "too low, or the steps are too few"
         )
     logs = [math.log(lr) for lr in lrs]
     slopes = _slopes(logs, losses)
