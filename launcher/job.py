@@ -60,6 +60,9 @@ class Job:
     memory_bytes: int | None = None
     """The most that each rank may use, of its GPU's memory or of the host's; None is all."""
 
+    seconds: float | None = None
+    """For how long a probe measures; None where it counts steps."""
+
     meeting_place: Path | None = None
     """A folder of this machine in which its ranks find each other, while they run."""
 

@@ -6,6 +6,7 @@ result.json         the final evaluation and totals; written last
 model.safetensors   the final weights
 checkpoints/        what a run is resumed from, a folder each
 curve.json          learning rates and losses, where `launcher find lr` measured them
+reading.json        what it takes to read, where `launcher find loader` measured it
 size.json           speed and memory, where `launcher find batch` measured them
 noise.json          norms of gradients, where `launcher find noise` measured them
 failure.json        the first failure, if the run failed
@@ -66,6 +67,10 @@ class RunDir:
     @property
     def curve(self) -> Path:
         return self.path / "curve.json"
+
+    @property
+    def reading(self) -> Path:
+        return self.path / "reading.json"
 
     @property
     def size(self) -> Path:

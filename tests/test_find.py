@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import signal
 
@@ -236,6 +237,40 @@ def test_not_one_sample_fits(run: Commands) -> None:
     assert done.exit_code == 1
     assert "Not one sample fits into the memory of a rank (180 MiB)." in done.stdout
     assert run(*BATCH, "digits", "--memory", "much", env=env).exit_code == 2
+
+
+LOADER = ("launcher", "find", "loader", ROOT / "tests/recipes/slow.py", "--seconds", "1")
+
+
+def test_the_workers_hide_latency(run: Commands) -> None:
+    """A store that is slow to answer is worth more workers than there are cores."""
+    done = run(*LOADER, "how=waits", "milliseconds=5", "-n", "2", "--json", "--out", "out")
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["cost"]["reading"] == pytest.approx(0.005, rel=0.5)
+    assert found["cost"]["reading_cpu"] < 0.5 * found["cost"]["reading"]
+    assert found["predicted"] >= 8
+    assert found["settings"]["num_workers"] == found["chosen"] >= 8
+    rates = {each["workers"]: each["samples_per_second"] for each in found["readings"]}
+    assert rates[found["chosen"]] > 4 * rates[0], "what does not work can wait together"
+    waits = {each["workers"]: each["wait_seconds_per_step"] for each in found["readings"]}
+    assert waits[found["chosen"]] < waits[0] / 4
+    assert all(each["worker_bytes"] > 0 for each in found["readings"] if each["workers"])
+
+
+def test_the_workers_do_not_oversubscribe_cores(run: Commands) -> None:
+    """A data set that is work is worth no more workers than there are cores."""
+    done = run(*LOADER, "how=works", "milliseconds=2", "-n", "2", "--out", "out")
+    assert done.exit_code == 0, done.stderr
+    cores = len(os.sched_getaffinity(0))
+    predicted = re.search(r"predicted: (\d+) workers per rank", done.stdout)
+    assert predicted is not None
+    assert int(predicted[1]) <= max(cores // 2, 1)
+    assert "most of it work, which takes cores" in done.stdout
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("num_workers: "))
+    (run.folder / "found.yaml").write_text(line)
+    plan = run("launcher", "plan", LOADER[3], "--config", "found.yaml")
+    assert f"workers     {int(line.split()[1])} per rank (as asked)" in plan.stdout
 
 
 @pytest.mark.parametrize(

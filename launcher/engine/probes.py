@@ -8,19 +8,25 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import os
 import resource
+import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from launcher.batch import ceil_div
 from launcher.engine.backends.base import Backend
 from launcher.engine.build import build_trainee
 from launcher.engine.data import MicroBatch
 from launcher.engine.logs import Output
 from launcher.engine.loop import train
 from launcher.engine.metrics import StepRow, Votes
+from launcher.engine.processes import children, private_bytes
 from launcher.finders.batch import MARGIN
 from launcher.finders.lr import Curve, Divergence
 from launcher.finders.noise import Measurement
@@ -155,6 +161,103 @@ def time_size(
     if backend.rank == 0:
         values = {"samples_per_second": samples / seconds, "peak_bytes": peak}
         write_json(run_dir.size, values)
+
+
+def time_reading(
+    recipe: Recipe,
+    plan: Plan,
+    backend: Backend,
+    run_dir: RunDir,
+    output: Output,
+    *,
+    seconds: float,
+    at: Callable[[int, str], None],
+) -> None:
+    """Train for some seconds once the workers' queues have been used up; rank 0 writes the times.
+
+    All ranks read and compute at once, as they will. What is written is the mean over ranks.
+    """
+    held = plan.workers_per_rank * (plan.prefetch_factor or 0)
+    first = 2 + ceil_div(held, plan.accumulation_steps)
+    with _gauge(backend, plan.total_steps, output) as gauge:
+        trainee = build_trainee(
+            recipe, plan, backend, last_step=plan.total_steps, evaluates=False, at=at
+        )
+        watched = _Watched(trainee.batches)
+        trainee = replace(trainee, batches=watched)
+        train(trainee, gauge, last_step=first)
+        workers = [private_bytes(pid) for pid in children()]
+        watched.restart()
+        started, used = time.perf_counter(), time.process_time()
+        trained = train(
+            trainee, gauge, _ForAWhile(seconds), first_step=first, last_step=plan.total_steps
+        )
+        passed, used = time.perf_counter() - started, time.process_time() - used
+    counted = trainee.sampler.samples_before
+    samples = counted(trained.step) - counted(first)
+    steps = trained.step - first
+    own = {
+        "samples_per_second": samples / passed,
+        "wait_seconds_per_step": watched.seconds / steps,
+        "step_seconds": passed / steps,
+        "reading_seconds": watched.seconds / watched.samples,
+        "reading_cpu_seconds": watched.cpu_seconds / watched.samples,
+        "computing_seconds": (passed - watched.seconds) / watched.samples,
+        "computing_cpu_seconds": (used - watched.cpu_seconds) / watched.samples,
+        "batch_bytes": float(watched.batch_bytes),
+        "worker_bytes": statistics.fmean(workers) if workers else 0.0,
+        "rank_bytes": float(private_bytes(os.getpid())),
+    }
+    every = backend.gather(own)
+    if backend.rank == 0:
+        means = {name: statistics.fmean(each[name] for each in every) for name in own}
+        write_json(run_dir.reading, means)
+
+
+class _Watched:
+    """Micro-batches, with what it took to get them: on the clock, and of this thread's work."""
+
+    def __init__(self, batches: Iterator[MicroBatch]) -> None:
+        self._batches = batches
+        self.batch_bytes = 0
+        """Of the largest."""
+
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin to count anew."""
+        self.seconds = self.cpu_seconds = 0.0
+        self.samples = 0
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return self
+
+    def __next__(self) -> MicroBatch:
+        asked, used = time.perf_counter(), time.thread_time()
+        micro_batch = next(self._batches)
+        self.seconds += time.perf_counter() - asked
+        self.cpu_seconds += time.thread_time() - used
+        self.samples += len(micro_batch.request.indices)
+        tensors = (each for each in tree_leaves(micro_batch.batch) if isinstance(each, Tensor))
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        self.batch_bytes = max(self.batch_bytes, size)
+        return micro_batch
+
+
+class _ForAWhile:
+    """An attendant that stops after some seconds, when any rank has had them."""
+
+    def __init__(self, seconds: float) -> None:
+        self._until = time.perf_counter() + seconds
+
+    def is_due(self, step: int) -> bool:
+        return False
+
+    def votes(self) -> Votes:
+        return Votes(stop=float(time.perf_counter() > self._until))
+
+    def attend(self, step: int, votes: Votes) -> bool:
+        return votes.stop > 0
 
 
 def limit_memory(device: torch.device, num_bytes: int | None) -> None:

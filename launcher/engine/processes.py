@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import select
@@ -48,6 +49,25 @@ def die_with(pid: int) -> None:
 def is_running(pid: int) -> bool:
     """Return whether there is a process `pid` on this machine that has not ended."""
     return _start_time(pid) is not None
+
+
+def children() -> list[int]:
+    """Return the processes that this one has started."""
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for task in Path("/proc/self/task").iterdir():
+            found += map(int, (task / "children").read_text().split())
+    return found
+
+
+def private_bytes(pid: int) -> int:
+    """Return the memory that a process shares with no other; 0 where that cannot be read."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    private = (line.split() for line in lines if line.startswith("Private_"))
+    return sum(int(fields[1]) * 1024 for fields in private)
 
 
 def _start_time(pid: int) -> str | None:

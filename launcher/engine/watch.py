@@ -20,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+from launcher.engine.processes import children
 from launcher.errors import EXIT_FAILED
 from launcher.health import PHASES, Health, read_health
 from launcher.rundir import RunDir, record_failure
@@ -121,7 +122,7 @@ class Watch:
         self._write(stalled=True, where=where, waits=waits)
         print(f"No progress for {self._hang_timeout:g} s. All threads:", file=self._log, flush=True)
         faulthandler.dump_traceback(file=self._log, all_threads=True)
-        for child in _children():
+        for child in children():
             with contextlib.suppress(OSError):
                 os.kill(child, signal.SIGUSR2)  # a DataLoader worker: it leaves its stack as well
         time.sleep(_SECONDS_TO_SPEAK)
@@ -212,12 +213,3 @@ def _hang_failure(found: list[Health | None], timeout: float) -> dict[str, Any]:
         "lost_peer": False,
         "out_of_memory": False,
     }
-
-
-def _children() -> list[int]:
-    """Return the processes that this one has started."""
-    found: list[int] = []
-    with contextlib.suppress(OSError):
-        for task in Path("/proc/self/task").iterdir():
-            found += map(int, (task / "children").read_text().split())
-    return found

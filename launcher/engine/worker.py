@@ -24,7 +24,7 @@ from launcher.engine.examination import examine_rank
 from launcher.engine.failures import fail
 from launcher.engine.inspection import inspect_recipe, write_inspection
 from launcher.engine.logs import Output, open_output
-from launcher.engine.probes import limit_memory, measure_noise, test_range, time_size
+from launcher.engine.probes import limit_memory, measure_noise, test_range, time_reading, time_size
 from launcher.engine.processes import die_with
 from launcher.engine.run import join, train_rank
 from launcher.engine.watch import Watch
@@ -122,6 +122,25 @@ def launched_size_probe(job: Job) -> int:
 def _time_size(rank: _Rank) -> int:
     limit_memory(rank.backend.device, rank.job.memory_bytes)
     time_size(rank.recipe, rank.job.plan, rank.backend, rank.job.run_dir, rank.output, at=rank.at)
+    return 0
+
+
+def launched_reading_probe(job: Job) -> int:
+    """Take part in timing how samples are read while the model is trained."""
+    return _launched(job, _time_reading)
+
+
+def _time_reading(rank: _Rank) -> int:
+    assert rank.job.seconds is not None
+    time_reading(
+        rank.recipe,
+        rank.job.plan,
+        rank.backend,
+        rank.job.run_dir,
+        rank.output,
+        seconds=rank.job.seconds,
+        at=rank.at,
+    )
     return 0
 
 

@@ -68,6 +68,7 @@ def run_probe(
     *,
     last_step: int | None = None,
     memory_bytes: int | None = None,
+    seconds: float | None = None,
     quiet: bool = False,
     show: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
 ) -> int:
@@ -80,6 +81,7 @@ def run_probe(
         stops: What has been listening for signals.
         last_step: Steps to take; None takes all.
         memory_bytes: The most that each rank may use; None is all there is.
+        seconds: For how long to measure, where that is not told by steps.
         quiet: Whether the ranks write to their logs alone.
         show: Is given what to show of a failure.
     """
@@ -92,6 +94,7 @@ def run_probe(
         launcher_pid=os.getpid(),
         last_step=last_step,
         memory_bytes=memory_bytes,
+        seconds=seconds,
         saves=False,
         quiet=quiet,
     )

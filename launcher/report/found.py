@@ -22,6 +22,7 @@ from launcher.report.quantities import size
 
 if TYPE_CHECKING:
     from launcher.find.batch import FoundBatch
+    from launcher.find.loader import FoundLoader, Reading
     from launcher.find.lr import FoundLR
     from launcher.find.noise import FoundNoise
     from launcher.find.probe import Probe
@@ -101,6 +102,50 @@ def batch_text(found: FoundBatch, chosen: Trial | None) -> str:
     evidence = f"# launcher find batch: {chosen.samples_per_second:,.0f} samples/s"
     lines += ["", "for --config, or as name=value:", f"micro_batch_size: {chosen.size}  {evidence}"]
     return "\n".join(lines)
+
+
+def reading_text(reading: Reading) -> str:
+    """Return what was measured with a number of workers, in a line."""
+    line = (
+        f"  {reading.workers:>3} workers  {reading.samples_per_second:>10,.0f} samples/s  a step "
+        f"waits {_milliseconds(reading.wait_seconds_per_step)} of "
+        f"{_milliseconds(reading.step_seconds)}"
+    )
+    return line + (f"  {size(reading.worker_bytes)} each" if reading.worker_bytes else "")
+
+
+def loader_text(found: FoundLoader, plan: Plan) -> str:
+    """Return what reading costs, what was predicted and measured, and the line to paste."""
+    cost = found.cost
+    readings = {reading.workers: reading for reading in found.readings}
+    chosen, planned = readings[found.chosen], readings[found.planned]
+    kind = "waiting, which workers do together" if cost.waits else "work, which takes cores"
+    ratio = chosen.samples_per_second / planned.samples_per_second
+    lines = []
+    lines.append(
+        f"a sample takes {_milliseconds(cost.reading)} to read, most of it {kind}; "
+        f"{_milliseconds(cost.computing)} to compute on"
+    )
+    lines.append(
+        f"predicted: {found.predicted} workers per rank, "
+        f"{found.predicted_samples_per_second:,.0f} samples/s; room for {found.most} "
+        f"({found.limited_by})"
+    )
+    lines.append(
+        f"take {found.chosen}: x{ratio:.2f} the samples/s of the planned {found.planned}, a step "
+        f"waits {_milliseconds(chosen.wait_seconds_per_step)} instead of "
+        f"{_milliseconds(planned.wait_seconds_per_step)}"
+    )
+    if found.chosen:
+        total = chosen.worker_bytes * found.chosen * plan.nproc_per_node
+        lines.append(f"they cost {size(total)} of a node's memory")
+    evidence = f"# launcher find loader: {chosen.samples_per_second:,.0f} samples/s"
+    line = f"num_workers: {found.chosen}  {evidence}"
+    return "\n".join([*lines, "", "for --config, or as name=value:", line])
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms"
 
 
 def noise_plot(found: FoundNoise, probe: Probe) -> Plot:

@@ -1,0 +1,82 @@
+"""`launcher find loader`: how many DataLoader workers a data set is worth."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from launcher.cli.arguments import (
+    SettingsCommand,
+    config_option,
+    nproc_option,
+    out_option,
+    overrides_argument,
+    read_overrides,
+)
+
+
+@click.command(cls=SettingsCommand, short_help="The DataLoader workers that are worth it.")
+@click.argument("recipe")
+@overrides_argument
+@nproc_option
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0.5),
+    default=4.0,
+    show_default=True,
+    metavar="S",
+    help="For how long each number of workers is measured.",
+)
+@config_option
+@out_option
+@click.option("--json", "as_json", is_flag=True, help="Print the measurements as JSON.")
+def command(
+    recipe: str,
+    overrides: tuple[str, ...],
+    nproc_per_node: int | None,
+    seconds: float,
+    config: Path | None,
+    out: Path | None,
+    *,
+    as_json: bool,
+) -> int:
+    """Find how many DataLoader workers each rank of RECIPE is worth.
+
+    First without any: what reading a sample takes, and how much of that is work rather than
+    waiting, beside what computing on it takes. That predicts a number, which is measured together
+    with the planned one, half and twice of it, within the cores, the memory and the /dev/shm there
+    are. Each is measured for some seconds while the model is trained.
+
+    \b
+    launcher find loader digits
+    launcher find loader digits -n 2 in_memory=false
+    """
+    from launcher.find.loader import LoaderSearch
+    from launcher.launch import Stops
+    from launcher.machine import read_machine
+    from launcher.report.found import loader_text, reading_text
+    from launcher.resolve import resolve
+    from launcher.rundir import create_run_dir
+
+    stops = Stops()
+    search = LoaderSearch(
+        resolve(recipe),
+        read_overrides(config, overrides),
+        read_machine(),
+        nproc_per_node=nproc_per_node,
+        seconds=seconds,
+    )
+    run_dir = create_run_dir(out, f"find-loader-{search.plan.recipe}")
+    found = search.run(
+        run_dir, stops, lambda reading: click.echo(reading_text(reading), err=as_json)
+    )
+    if isinstance(found, int):
+        return found
+    if as_json:
+        click.echo(json.dumps({**asdict(found), "settings": {"num_workers": found.chosen}}))
+    else:
+        click.echo(loader_text(found, search.plan))
+    return 0

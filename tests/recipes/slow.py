@@ -1,0 +1,61 @@
+"""A recipe whose samples take a while to read: by waiting, or by work."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Literal
+
+from launcher import Data, Recipe, constant, main, sgd
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def slow(*, how: Literal["waits", "works"] = "waits", milliseconds: float = 10.0) -> Recipe:
+    """Return a small model of samples that are slow."""
+    return Recipe(
+        name="slow",
+        model=build_model,
+        data=lambda: Data(train=Slow(how, milliseconds / 1000)),
+        loss=lambda outputs, batch: (outputs.sum(), len(batch)),
+        forward=lambda model, batch: model(batch),
+        optimizer=sgd(momentum=0.0),
+        schedule=constant(),
+        batch_size=32,
+        lr=1e-6,
+        lr_rule="none",
+        epochs=1,
+        train_samples=4096,
+    )
+
+
+def build_model() -> nn.Module:
+    """Return (N, 8) -> (N, 1)."""
+    from torch import nn
+
+    return nn.Linear(8, 1)
+
+
+class Slow:
+    """Vectors that take `seconds` each."""
+
+    def __init__(self, how: str, seconds: float) -> None:
+        self._how, self._seconds = how, seconds
+
+    def __len__(self) -> int:
+        return 4096
+
+    def __getitem__(self, index: int) -> Tensor:
+        import torch
+
+        if self._how == "waits":
+            time.sleep(self._seconds)
+        else:
+            until = time.thread_time() + self._seconds
+            while time.thread_time() < until:
+                pass
+        return torch.full((8,), float(index))
+
+
+if __name__ == "__main__":
+    main(slow)
