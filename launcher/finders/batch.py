@@ -32,9 +32,10 @@ class Trial:
 def next_size(trials: Sequence[Trial], share: int, *, resolution: float = 0.125) -> int | None:
     """Return the size to try next; None when it is known which is the largest that fits.
 
-    Sizes double from 1 until one does not fit; then the gap is halved until it is smaller than
-    `resolution` of the size that fits. Only those are tried that a plan takes: a rank's share in
-    equal micro-batches, ceil(share / number of them).
+    The first is an eighth of the share. Sizes double until one does not fit, or are quartered
+    until one does; then the gap is halved until it is smaller than `resolution` of the size that
+    fits. Only those are tried that a plan takes: a rank's share in equal micro-batches,
+    ceil(share / number of them).
 
     Args:
         trials: Those so far.
@@ -46,10 +47,14 @@ def next_size(trials: Sequence[Trial], share: int, *, resolution: float = 0.125)
     if failing is None:
         if fitting >= share:
             return None
-        wanted = min(max(2 * fitting, 1), share)
+        if not fitting:
+            return ceil_div(share, 8)
+        wanted = min(2 * fitting, share)
         even = ceil_div(share, ceil_div(share, wanted))
         return even if even > fitting else ceil_div(share, ceil_div(share, fitting) - 1)
-    if not fitting or failing - fitting <= max(1, int(fitting * resolution)):
+    if not fitting:
+        return None if failing == 1 else ceil_div(share, ceil_div(share, max(failing // 4, 1)))
+    if failing - fitting <= max(1, int(fitting * resolution)):
         return None
     few, many = ceil_div(share, failing), ceil_div(share, fitting)
     return ceil_div(share, (few + many) // 2) if many - few > 1 else None
