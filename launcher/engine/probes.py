@@ -26,7 +26,7 @@ from launcher.engine.data import MicroBatch
 from launcher.engine.logs import Output
 from launcher.engine.loop import train
 from launcher.engine.metrics import StepRow, Votes
-from launcher.engine.processes import children, private_bytes
+from launcher.engine.processes import children, private_bytes, run_delay
 from launcher.finders.batch import MARGIN
 from launcher.finders.lr import Curve, Divergence
 from launcher.finders.noise import Measurement
@@ -200,7 +200,8 @@ def time_reading(
         "samples_per_second": samples / passed,
         "wait_seconds_per_step": watched.seconds / steps,
         "step_seconds": passed / steps,
-        "reading_seconds": watched.seconds / watched.samples,
+        # Less what other processes took of the core: that is not the data set's.
+        "reading_seconds": max(watched.seconds - watched.delay, 0.0) / watched.samples,
         "reading_cpu_seconds": watched.cpu_seconds / watched.samples,
         "computing_seconds": (passed - watched.seconds) / watched.samples,
         "computing_cpu_seconds": (used - watched.cpu_seconds) / watched.samples,
@@ -226,15 +227,17 @@ class _Watched:
 
     def restart(self) -> None:
         """Begin to count anew."""
-        self.seconds = self.cpu_seconds = 0.0
+        self.seconds = self.cpu_seconds = self.delay = 0.0
         self.samples = 0
 
     def __iter__(self) -> Iterator[MicroBatch]:
         return self
 
     def __next__(self) -> MicroBatch:
+        delayed = run_delay()
         asked, used = time.perf_counter(), time.thread_time()
         micro_batch = next(self._batches)
+        self.delay += run_delay() - delayed
         self.seconds += time.perf_counter() - asked
         self.cpu_seconds += time.thread_time() - used
         self.samples += len(micro_batch.request.indices)

@@ -60,6 +60,14 @@ def children() -> list[int]:
     return found
 
 
+def run_delay() -> float:
+    """Return the seconds that this thread has waited for a core; 0 where nobody counts."""
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, ValueError, IndexError):
+        return 0.0
+
+
 def private_bytes(pid: int) -> int:
     """Return the memory that a process shares with no other; 0 where that cannot be read."""
     try:
