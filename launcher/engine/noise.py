@@ -24,8 +24,8 @@ from launcher.recipe import Recipe
 STRIDE = 20
 """In a run one step in so many is measured, so that it costs next to nothing."""
 
-
 _ROUNDING = 1e-6
+"""Of 1 / items, summed over ranks: what is beyond it has more than one part."""
 
 
 class Noise(Protocol):

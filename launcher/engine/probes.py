@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import os
 import resource
 import statistics
 import time
@@ -207,7 +206,6 @@ def time_reading(
         "computing_cpu_seconds": (used - watched.cpu_seconds) / watched.samples,
         "batch_bytes": float(watched.batch_bytes),
         "worker_bytes": statistics.fmean(workers) if workers else 0.0,
-        "rank_bytes": float(private_bytes(os.getpid())),
     }
     every = backend.gather(own)
     if backend.rank == 0:
