@@ -18,7 +18,8 @@ from launcher.errors import (
 from launcher.loading import LoaderPolicy, loader_policy
 from launcher.machine import Machine, read_machine
 from launcher.optimizer import OptimizerSpec, adamw, sgd
-from launcher.plan import Plan, make_plan
+from launcher.plan import Plan
+from launcher.planning import make_plan
 from launcher.recipe import Data, Recipe
 from launcher.schedule import (
     Schedule,

@@ -27,7 +27,7 @@ from launcher.rundir import RunDir, write_json
 FORMAT = 1
 """Of checkpoint.json and of the names of tensors."""
 
-_SAME = ("recipe", "batch_size", "seed", "train_samples")
+_SAME = ("recipe", "batch_size", "stages", "seed", "train_samples")
 """What a resumed run has in common with the one that was, so that its samples go on."""
 
 _FREE = (

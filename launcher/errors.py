@@ -8,8 +8,9 @@
     │   ├── WorldError      the processes found are not the processes planned
     │   ├── RunDirError     the run folder exists, is missing or cannot be written
     │   └── CheckpointError a checkpoint is missing, damaged or of another training
-    └── TrainingError       the run itself failed; exit code 1
-        └── SampleError     the data set raised while a sample was read
+    ├── TrainingError       the run itself failed; exit code 1
+    │   └── SampleError     the data set raised while a sample was read
+    └── EndedError          ranks have ended early and said why; their exit code
 
 Each message says what was asked, what was found and what to do, in words that can be pasted.
 """
@@ -71,6 +72,18 @@ class TrainingError(LauncherError):
 
 class SampleError(TrainingError):
     """The data set raised while a sample was read; the message names the sample."""
+
+
+class EndedError(LauncherError):
+    """Ranks have ended early, and what there is to say of it was shown.
+
+    Args:
+        exit_code: Of the run.
+    """
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"the run ended with exit code {exit_code}")
+        self.exit_code = exit_code
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

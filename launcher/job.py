@@ -11,7 +11,8 @@ from typing import Any
 from launcher.errors import LauncherError, PlanError
 from launcher.machine import Machine
 from launcher.overrides import Built, Override, build
-from launcher.plan import Plan, make_plan
+from launcher.plan import Plan
+from launcher.planning import make_plan
 from launcher.provenance import command_line, git_state, versions
 from launcher.recipe import Recipe
 from launcher.resolve import Reference, cannot

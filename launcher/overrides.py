@@ -32,6 +32,11 @@ class Override:
     source: str
     """`command line`, or the name and line of a YAML file."""
 
+    @property
+    def origin(self) -> str:
+        """The source, of a file without the line."""
+        return self.source.rpartition(", line ")[0] or self.source
+
     def __str__(self) -> str:
         return f"{self.name}={self.value} ({self.source})"
 
@@ -207,7 +212,7 @@ def _take_the_place(
     given = [override for override in overrides if override.name in pair]
     if not given:
         return
-    if len(given) == 2 and len({override.source == COMMAND_LINE for override in given}) == 1:
+    if len(given) == 2 and len({override.origin for override in given}) == 1:
         raise OverrideError(f"{given[0]} and {given[1]} exclude each other: keep one.")
     winner = given[-1].name
     other = pair[0] if winner == pair[1] else pair[1]

@@ -17,7 +17,8 @@ from launcher.job import Job, describe_run, plan_recipe
 from launcher.launch import launch, start_server
 from launcher.machine import Machine
 from launcher.overrides import Override, build
-from launcher.plan import Plan, device_of
+from launcher.plan import Plan
+from launcher.planning import device_of
 from launcher.recipe import Recipe, StrategyName
 from launcher.resolve import Reference
 from launcher.rundir import RunDir, create_run_dir, write_yaml

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from launcher.batch import ceil_div
 from launcher.machine import Machine
 from launcher.optimizer import OptimizerSpec
 from launcher.recipe import Recipe
+from launcher.stages import Stage, growth_at
 
 _INDEPENDENT = (
     "The samples, the learning rate and the item counts of each step do not depend on the number "
@@ -41,11 +44,25 @@ def batch_arithmetic(
     )
 
 
+def stages_text(stages: Sequence[Stage], lr: float, rule: str) -> str:
+    """Return how the batch grows: `grows to 512 at step 40 (lr 0.4)`; nothing if it does not."""
+    grown = [
+        f"{stage.batch_size} from step {stage.first_step + 1:,} (peak lr "
+        f"{lr * growth_at(stages, stage.first_step, rule):.3g})"
+        for stage in stages[1:]
+    ]
+    return f"then {', '.join(grown)}" if grown else ""
+
+
 def steps_arithmetic(
     recipe: Recipe, batch_size: int, samples: int | None, per_epoch: int | None, total: int
 ) -> str:
     """Return where the number of steps comes from: `72 = 12 epochs x 6 steps; 6 = ceil(...)`."""
-    if per_epoch is None:
+    if per_epoch is None or samples is None:
+        return f"{total:,}, as asked"
+    if recipe.batch_milestones and recipe.epochs is not None:
+        return f"{total:,} in {counted(recipe.epochs, 'epoch')} of {samples:,} samples"
+    if recipe.batch_milestones:
         return f"{total:,}, as asked"
     derived = f"{per_epoch:,} steps; {per_epoch:,} = ceil({samples:,} samples / {batch_size:,})"
     if recipe.steps is not None:

@@ -16,6 +16,7 @@ from launcher.errors import RecipeError
 from launcher.optimizer import OptimizerSpec, sgd
 from launcher.schedule import Schedule, one_cycle
 from launcher.typed import (
+    Fraction,
     MismatchError,
     NonNegativeInt,
     PositiveFloat,
@@ -96,6 +97,12 @@ class Recipe:
 
     batch_size_per_gpu: PositiveInt | None = None
     """Instead of batch_size: samples per optimizer step and GPU; the batch grows with the GPUs."""
+
+    batch_milestones: tuple[Fraction, ...] = ()
+    """Fractions of the run at each of which the batch grows, and lr with it by lr_rule."""
+
+    batch_gamma: PositiveFloat = 2.0
+    """What the batch is multiplied by at each of batch_milestones."""
 
     micro_batch_size: PositiveInt | None = None
     """The most samples that go through the model at once on a GPU; None is its whole share."""
@@ -221,7 +228,11 @@ class Recipe:
         texts = {"schedule": str(self.schedule)}
         if isinstance(self.optimizer, OptimizerSpec):
             texts["optimizer"] = str(self.optimizer)
-        return {name: getattr(self, name) for name in setting_types()} | texts
+        values = {name: getattr(self, name) for name in setting_types()}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+        } | texts
 
 
 EXCLUSIVE = (("batch_size", "batch_size_per_gpu"), ("epochs", "steps"))

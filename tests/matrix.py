@@ -55,6 +55,11 @@ class Case:
         options = "".join(f"-{name}={value}" for name, value in self.options)
         return f"{self.recipe}-{self.strategy}-x{self.accumulation}-{self.optimizer}{options}"
 
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return 13 if "batch_milestones" in dict(self.options) else 10
+
     def make(self, ranks: int) -> Recipe:
         """Return the recipe, with as many micro-batches as asked for in a whole batch."""
         base = RECIPES[self.recipe]()
@@ -69,10 +74,15 @@ class Case:
         return replace(base, **changes)
 
 
+GROWING = (("epochs", 4), ("batch_milestones", (0.3, 0.7)), ("batch_gamma", 1.7))
+"""Batches of 62, 105 and 179; the second stage begins and ends inside of epochs."""
+
+
 def matrix(ranks: int) -> Iterator[Case]:
     """Yield every strategy with and without accumulation under both optimizers."""
-    if ranks == 1:
-        yield Case("tokens", optimizer="adamw")  # what the others with tokens are compared with
+    if ranks == 1:  # what others are compared with
+        yield Case("tokens", optimizer="adamw")
+        yield Case("worlds", options=GROWING)
     for strategy in STRATEGIES:
         if strategy == "fsdp" and ranks == 1:
             continue
@@ -80,6 +90,7 @@ def matrix(ranks: int) -> Iterator[Case]:
             for optimizer in OPTIMIZERS:
                 yield Case("worlds", strategy, accumulation, optimizer)
         yield Case("tokens", strategy, 3, "adamw")
+        yield Case("worlds", strategy, 3, options=GROWING)
 
 
 DOUBLE = (("precision", "fp64"),)
@@ -119,6 +130,7 @@ SOURCES = (
     Case("worlds", "zero3", 1, "adamw"),
     Case("worlds", "zero2", 1, "adamw", options=(("offload", "cpu"),)),
     Case("worlds", "ddp", 1, "sgd", options=(("precision", "fp16"),)),
+    Case("worlds", "ddp", 1, "sgd", options=GROWING),
 )
 """What is resumed: trained on `SOURCE_RANKS`, a checkpoint in the middle of its second epoch."""
 
@@ -134,7 +146,7 @@ def resumed(ranks: int) -> Iterator[tuple[Case, Case]]:
     for strategy in STRATEGIES:
         if (strategy, ranks) != ("fsdp", 1):
             yield plain, replace(plain, strategy=strategy, accumulation=1)
-    for source in SOURCES[2:6]:
+    for source in (*SOURCES[2:6], SOURCES[-1]):
         if ranks != SOURCE_RANKS:
             yield source, replace(source, strategy="ddp")
 

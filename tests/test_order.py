@@ -97,13 +97,15 @@ def requests_of(sampler: Sampler, step: int) -> list[Request]:
 
 @pytest.mark.parametrize("world_size", [1, 3, 5, 16])
 @pytest.mark.parametrize("micro_batch_size", [None, 1, 3])
+@pytest.mark.parametrize("milestones", [(), (0.3, 0.7)])
 def test_all_ranks_together_take_each_sample_once(
-    world_size: int, micro_batch_size: int | None
+    world_size: int, micro_batch_size: int | None, milestones: tuple[float, ...]
 ) -> None:
     """Per step the ranks take the same samples as one process, and evaluate each once."""
-    alone = samplers(1)[0]
-    ranks = samplers(world_size, micro_batch_size=micro_batch_size)
-    for step in range(8):
+    growth = {"batch_milestones": milestones, "batch_gamma": 1.5}
+    alone = samplers(1, **growth)[0]
+    ranks = samplers(world_size, micro_batch_size=micro_batch_size, **growth)
+    for step in range(alone.plan.total_steps):
         wanted = requests_of(alone, step)[0].indices
         requests = [requests_of(rank, step) for rank in ranks]
         assert len({len(own) for own in requests}) == 1, "as many micro-steps on every rank"
@@ -132,6 +134,6 @@ def test_the_stream_is_what_the_steps_ask_for() -> None:
 def test_samples_are_counted_over_epochs() -> None:
     """The last batch of an epoch is shorter, and the count knows."""
     sampler = samplers(3)[0]
-    assert [sampler.batch_samples(step) for step in range(5)] == [16, 16, 16, 2, 16]
+    assert [sampler.window(step).size for step in range(5)] == [16, 16, 16, 2, 16]
     assert [sampler.samples_before(step) for step in range(6)] == [0, 16, 32, 48, 50, 66]
     assert replace(sampler, rank=2).micro_steps(3) == 1

@@ -98,6 +98,7 @@ def test_text_is_read_by_its_field(argument: str, value: Any) -> None:
         (["=3"], "expected name=value"),
         (["lr=1", "lr=2"], "given twice"),
         (["steps=1", "epochs=1"], "exclude each other"),
+        (["batch_milestones=1.5"], "expected a list of a number at least 0 and at most 1"),
     ],
 )
 def test_bad_values_are_refused(arguments: list[str], message: str) -> None:
@@ -116,6 +117,7 @@ def test_bad_values_are_refused(arguments: list[str], message: str) -> None:
         ("just text", "expected lines of `name: value`"),
         ("seed: 1\nlr: fast", "line 2): expected a number"),
         ("seed: 1\nepochz: 2", "line 2): there is no such setting"),
+        ("epochs: 1\nsteps: 2", "exclude each other"),
         ("a: !!python/object:os.system x", "not YAML"),
     ],
 )
@@ -127,6 +129,14 @@ def test_bad_yaml_is_refused_with_its_line(tmp_path: Path, text: str, message: s
         build(HERE, read_yaml(file))
     assert message in str(caught.value)
     assert str(file) in str(caught.value)
+
+
+def test_a_stronger_source_replaces_what_excludes_it(tmp_path: Path) -> None:
+    """Steps from anywhere else take the place of a file's epochs."""
+    file = tmp_path / "values.yaml"
+    file.write_text("epochs: 3")
+    built = build(HERE, [*read_yaml(file), Override(name="steps", value=9, source="find lr")])
+    assert (built.recipe.epochs, built.recipe.steps) == (None, 9)
 
 
 def test_a_missing_or_empty_file(tmp_path: Path) -> None:

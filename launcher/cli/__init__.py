@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import click
 
 from launcher.cli.group import LazyGroup
-from launcher.errors import LauncherError
+from launcher.errors import EndedError, LauncherError
 
 _COMMANDS = {
     "doctor": "launcher.cli.doctor",
@@ -20,6 +20,7 @@ _COMMANDS = {
     "recipes": "launcher.cli.recipes",
     "resume": "launcher.cli.resume",
     "run": "launcher.cli.run",
+    "tune": "launcher.cli.tune",
 }
 """Command names and the module of each, which holds a click command called `command`."""
 
@@ -53,6 +54,8 @@ def run_command(
         )
     except click.ClickException as error:
         error.show()
+        return error.exit_code
+    except EndedError as error:
         return error.exit_code
     except LauncherError as error:
         print(f"launcher: {error}", file=sys.stderr)

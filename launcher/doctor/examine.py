@@ -16,7 +16,8 @@ from launcher.doctor.node import check_node
 from launcher.job import Job
 from launcher.launch import launch
 from launcher.machine import Machine
-from launcher.plan import Plan, make_plan
+from launcher.plan import Plan
+from launcher.planning import make_plan
 from launcher.recipe import Data, Recipe
 from launcher.rundir import create_run_dir
 from launcher.world import World

@@ -24,6 +24,7 @@ from launcher.errors import RecipeError
 from launcher.finders.noise import Measurement
 from launcher.plan import Plan
 from launcher.recipe import Recipe
+from launcher.stages import Window
 
 
 class Listener(Protocol):
@@ -129,10 +130,10 @@ def train(
     for step in range(first_step, last_step):
         # ------------------------------------------------------------------------------------
         seed_step(plan.seed, step, backend)
-        lr = hyperparameters.write(recipe.schedule.at(step, plan.total_steps))
+        lr = hyperparameters.write(plan.setting_at(recipe.schedule, step))
         at(step, "reading data")
-        taken, waited = _read(trainee, step)
-        items = _items(trainee, step, taken)
+        window, taken, waited = _read(trainee, step)
+        items = _items(trainee, window.size, taken)
         weight = backend.world_size / items
         sums, counts = [], []
         noise.begin(step)
@@ -159,9 +160,9 @@ def train(
         listener.took(step + 1, taken)
         meter.add(
             step=step + 1,
-            epoch=sampler.epoch_of(step) + 1,
+            epoch=window.epoch + 1,
             samples=sampler.samples_before(step + 1),
-            batch_samples=sampler.batch_samples(step),
+            batch_samples=window.size,
             items=items,
             loss_sums=sums,
             counts=counts,
@@ -170,7 +171,7 @@ def train(
             data_wait_seconds=waited,
         )
         done = step + 1
-        evaluates = sampler.evaluation_samples > 0 and plan.evaluates_after(step)
+        evaluates = sampler.evaluates_after(step)
         is_due = attendant is not None and attendant.is_due(done)
         if not (meter.is_due() or evaluates or is_due or done == last_step):
             continue
@@ -190,11 +191,11 @@ def train(
     return Trained(step=last_step, evaluation=values)
 
 
-def _read(trainee: Trainee, step: int) -> tuple[list[MicroBatch], float]:
-    """Return this rank's micro-batches of a step, and the seconds that it waited for them."""
+def _read(trainee: Trainee, step: int) -> tuple[Window, list[MicroBatch], float]:
+    """Return what a step takes, this rank's micro-batches of it, and the seconds of waiting."""
     asked = time.perf_counter()
     taken = [next(trainee.batches) for _ in range(trainee.sampler.micro_steps(step))]
-    return taken, time.perf_counter() - asked
+    return trainee.sampler.window(step), taken, time.perf_counter() - asked
 
 
 def _tell(
@@ -270,10 +271,10 @@ def _describe(returned: Any) -> str:
     return f"a {type(returned).__name__}"
 
 
-def _items(trainee: Trainee, step: int, taken: list[MicroBatch]) -> int | Tensor:
-    """Return the items that the loss counts in the global batch of `step`."""
+def _items(trainee: Trainee, samples: int, taken: list[MicroBatch]) -> int | Tensor:
+    """Return the items that the loss counts in a global batch of so many samples."""
     if trainee.recipe.count is None:
-        return trainee.sampler.batch_samples(step)
+        return samples
     own = sum(micro_batch.items for micro_batch in taken)
     total = torch.tensor(float(own), dtype=torch.float64, device=trainee.backend.device)
     return trainee.backend.sum(total).clamp(min=1.0)

@@ -7,6 +7,7 @@ them. The DataLoader's workers read ahead along it, so they never stop at the en
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -14,6 +15,7 @@ from typing import Literal
 from launcher.batch import ceil_div, micro_batch, num_micro_steps
 from launcher.engine.order import elements_at
 from launcher.plan import Plan
+from launcher.stages import Course, Window
 
 _POSITIONS_AT_ONCE = 4096
 """Positions of the order that are looked up together, to share the cost of a tensor operation."""
@@ -39,9 +41,9 @@ class Request:
 class Sampler:
     """The requests of one rank.
 
-    Step t of epoch e takes positions [t * batch_size, (t + 1) * batch_size) of the permutation
-    seeded by (seed, e), the same for every number of ranks. The last batch of an epoch is shorter
-    where the samples do not divide. An evaluation visits each sample once, in order.
+    Each step takes the next positions of the permutation seeded by (seed, epoch), as many as the
+    batch of its stage has, the same for every number of ranks. The last batch of an epoch is
+    shorter where the samples do not divide. An evaluation visits each sample once, in order.
     """
 
     plan: Plan
@@ -50,34 +52,38 @@ class Sampler:
     evaluation_samples: int = 0
 
     @functools.cached_property
-    def steps_per_epoch(self) -> int:
-        return ceil_div(self.train_samples, self.plan.batch_size)
+    def _course(self) -> Course:
+        return Course(self.plan.stages, self.train_samples)
 
-    def epoch_of(self, step: int) -> int:
-        """Return the epoch that `step` belongs to."""
-        return step // self.steps_per_epoch
-
-    def batch_samples(self, step: int) -> int:
+    def window(self, step: int) -> Window:
         """Return the samples that `step` takes over all ranks."""
-        start = step % self.steps_per_epoch * self.plan.batch_size
-        return min(self.plan.batch_size, self.train_samples - start)
+        return self._course.window(step)
 
     def batch_ids(self, step: int) -> list[int]:
         """Return the samples of the whole batch of `step`, in its order."""
-        start = step % self.steps_per_epoch * self.plan.batch_size
-        whole = range(start, start + self.batch_samples(step))
-        return elements_at(self.train_samples, self.plan.seed, self.epoch_of(step), [whole])[0]
+        epoch, start, size = self.window(step)
+        whole = range(start, start + size)
+        return elements_at(self.train_samples, self.plan.seed, epoch, [whole])[0]
 
     def samples_before(self, step: int) -> int:
         """Return the samples that all steps before `step` have taken."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        return epoch * self.train_samples + within * self.plan.batch_size
+        return self._course.position(step)
+
+    def evaluates_after(self, step: int) -> bool:
+        """Return whether the evaluation data, if there is any, is visited after `step`."""
+        if not self.evaluation_samples:
+            return False
+        done, every = step + 1, self.plan.evaluate_every
+        if done == self.plan.total_steps:
+            return True
+        if every is not None:
+            return done % every == 0
+        return self._course.position(done) % self.train_samples == 0
 
     def micro_steps(self, step: int) -> int:
         """Return the micro-batches that each rank takes in `step`."""
-        return num_micro_steps(
-            self.batch_samples(step), self.plan.world_size, self.plan.micro_batch_size
-        )
+        size = self.window(step).size
+        return num_micro_steps(size, self.plan.world_size, self.plan.micro_batch_size)
 
     def evaluation_steps(self) -> int:
         """Return the micro-batches that each rank takes in an evaluation."""
@@ -85,17 +91,14 @@ class Sampler:
 
     def requests(self, first_step: int = 0) -> Iterator[Request]:
         """Yield this rank's requests from `first_step` to the end of the run."""
-        last = self.plan.total_steps
-        step = first_step
-        while step < last:
-            together = max(_POSITIONS_AT_ONCE // max(self.plan.samples_per_rank), 1)
-            epoch_end = (self.epoch_of(step) + 1) * self.steps_per_epoch
-            until = min(step + together, epoch_end, last)
-            for taken in self._training(range(step, until)):
-                yield from taken
-                if self.plan.evaluates_after(step):
-                    yield from self.evaluation()
-                step += 1
+        steps = range(first_step, self.plan.total_steps)
+        together = max(_POSITIONS_AT_ONCE // max(self.plan.samples_per_rank), 1)
+        for epoch, of_epoch in itertools.groupby(steps, lambda step: self.window(step).epoch):
+            while some := list(itertools.islice(of_epoch, together)):
+                for step, taken in zip(some, self._training(epoch, some), strict=True):
+                    yield from taken
+                    if self.evaluates_after(step):
+                        yield from self.evaluation()
 
     def evaluation(self) -> Iterator[Request]:
         """Yield the requests of one evaluation, as many on every rank."""
@@ -111,23 +114,22 @@ class Sampler:
     def _evaluation_batch(self) -> int:
         return self.plan.micro_batch_size * self.plan.world_size
 
-    def _training(self, steps: range) -> Iterator[list[Request]]:
+    def _training(self, epoch: int, steps: list[int]) -> Iterator[list[Request]]:
         """Yield the requests of each of `steps`, which lie in one epoch."""
         ranges: list[range] = []
         positions = [self._positions(step) for step in steps]
         for step, of_step in zip(steps, positions, strict=True):
-            start = step % self.steps_per_epoch * self.plan.batch_size
-            ghost = range(start, start + min(_GHOST_SAMPLES, self.batch_samples(step)))
+            _, start, size = self.window(step)
+            ghost = range(start, start + min(_GHOST_SAMPLES, size))
             for own in of_step:
                 ranges.append(range(start + own.start, start + own.stop) if own else ghost)
-        epoch = self.epoch_of(steps.start)
         found = iter(elements_at(self.train_samples, self.plan.seed, epoch, ranges))
         for of_step in positions:
             yield [Request("train", epoch, next(found), bool(own)) for own in of_step]
 
     def _positions(self, step: int) -> list[range]:
         """Return the positions within the batch of `step` of each of this rank's micro-batches."""
-        size, micro_steps = self.batch_samples(step), self.micro_steps(step)
+        size, micro_steps = self.window(step).size, self.micro_steps(step)
         return [
             micro_batch(
                 size,

@@ -5,20 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import LauncherError, TrainingError
-from launcher.find.probe import Probe, plan_probe, run_probe
+from launcher.errors import EXIT_FAILED, EndedError, LauncherError, TrainingError
+from launcher.find.probe import Probe, Target, run_probe
 from launcher.finders.batch import MARGIN, Trial, next_size
-from launcher.job import plan_recipe
 from launcher.launch import Stops
-from launcher.machine import Machine, free_memory_bytes
-from launcher.overrides import Override
+from launcher.machine import free_memory_bytes
 from launcher.provenance import versions
-from launcher.resolve import Reference
 from launcher.rundir import RunDir, create_run_dir, read_failure, write_json
 
 STEPS = 4
@@ -49,31 +46,21 @@ class BatchSearch:
     The global batch of the recipe is not touched: a trial takes a few short steps of its own.
 
     Args:
-        reference: The recipe.
-        overrides: The user's.
-        machine: Where.
-        nproc_per_node: Ranks.
+        target: The recipe.
         memory: Bytes for each rank; None is the memory of its GPU, or its part of what is free.
+        first: The size to begin with; None is an eighth of a rank's share.
 
     Raises:
         PlanError: The recipe cannot be trained like that.
     """
 
-    def __init__(
-        self,
-        reference: Reference,
-        overrides: Sequence[Override],
-        machine: Machine,
-        *,
-        nproc_per_node: int | None,
-        memory: int | None,
-    ) -> None:
-        self._reference, self._overrides, self._machine = reference, tuple(overrides), machine
-        _, self.plan = plan_recipe(reference, overrides, machine, nproc_per_node=nproc_per_node)
+    def __init__(self, target: Target, *, memory: int | None, first: int | None = None) -> None:
+        self._target, self._first = target, first
+        _, self.plan = target.plan()
         self.share = max(self.plan.samples_per_rank)
         self.asked_memory = memory
         if memory is None and self.plan.device == "cpu":
-            free = free_memory_bytes() or machine.memory_bytes
+            free = free_memory_bytes() or target.machine.memory_bytes
             memory = free // self.plan.nproc_per_node
         self.memory = None if memory is None else int(memory * (1 - MARGIN))
         self._trials: list[Trial] = []
@@ -83,8 +70,9 @@ class BatchSearch:
 
         Raises:
             TrainingError: A trial failed for another reason than memory.
+            EndedError: It was stopped.
         """
-        while (size := next_size(self._trials, self.share)) is not None:
+        while (size := next_size(self._trials, self.share, first=self._first)) is not None:
             trial = self._try(size, run_dir, stops)
             self._trials.append(trial)
             tell(trial)
@@ -96,16 +84,20 @@ class BatchSearch:
         probe = self._plan(size)
         run_dir = create_run_dir(folder.path / f"size-{size}", probe.plan.recipe)
         said: list[str] = []
-        code = run_probe(
-            probe,
-            run_dir,
-            launched_size_probe,
-            stops,
-            memory_bytes=self.memory,
-            quiet=True,
-            show=said.append,
-        )
-        if code == 0:
+        try:
+            run_probe(
+                probe,
+                run_dir,
+                launched_size_probe,
+                stops,
+                memory_bytes=self.memory,
+                quiet=True,
+                show=said.append,
+            )
+        except EndedError as ended:
+            if ended.exit_code != EXIT_FAILED:
+                raise
+        else:
             values = json.loads(run_dir.size.read_text(encoding="utf-8"))
             return Trial(size=size, fits=True, **values)
         failure = read_failure(run_dir) or {}
@@ -123,36 +115,30 @@ class BatchSearch:
         whole = ranks * size * _MICRO_STEPS
         if samples is not None:
             whole = min(whole, samples)
-        settings = {
-            "batch_size": whole,
-            "micro_batch_size": size,
-            "steps": 1 + STEPS,
-            "schedule": "constant()",
-            "record_samples": False,
-            "noise_scale": False,
-        }
-        return plan_probe(
-            self._reference,
-            self._overrides,
-            self._machine,
-            nproc_per_node=self.plan.nproc_per_node,
-            settings=settings,
-            source="find batch",
-        )
+        return self._target.having(
+            "find batch",
+            batch_size=whole,
+            micro_batch_size=size,
+            steps=1 + STEPS,
+            schedule="constant()",
+            batch_milestones=(),
+            record_samples=False,
+            noise_scale=False,
+        ).probe()
 
 
-def cache_path(reference: Reference, overrides: Sequence[Override], search: BatchSearch) -> Path:
-    """Return where the answer to this search is kept for the next time.
+def cache_path(target: Target, search: BatchSearch) -> Path:
+    """Return where the answer to a search is kept for the next time.
 
     It is another file for another recipe or another text of its file, other settings, another
     machine, device, precision, strategy, number of ranks or memory, and other versions.
     """
     plan = search.plan
-    file = Path(reference.location.rpartition(":")[0])
+    file = Path(target.reference.location.rpartition(":")[0])
     key: dict[str, Any] = {
-        "recipe": reference.location,
+        "recipe": target.reference.location,
         "text": hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "",
-        "overrides": [[each.name, repr(each.value)] for each in overrides],
+        "overrides": [[each.name, repr(each.value)] for each in target.overrides],
         "machine": asdict(replace(plan.machine, hostname="")),
         "plan": [plan.device, plan.precision, plan.strategy, plan.world_size, search.share],
         "memory": search.asked_memory,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from launcher.find.probe import plan_probe, run_probe
+from launcher.find.probe import Target, run_probe
 from launcher.finders.loader import (
     Room,
     SampleCost,
@@ -17,12 +17,9 @@ from launcher.finders.loader import (
     predict,
     throughput,
 )
-from launcher.job import plan_recipe
 from launcher.launch import Stops
 from launcher.loading import PREFETCH_FACTOR
-from launcher.machine import Machine, free_memory_bytes, free_shm_bytes
-from launcher.overrides import Override
-from launcher.resolve import Reference
+from launcher.machine import free_memory_bytes, free_shm_bytes
 from launcher.rundir import RunDir, create_run_dir
 
 _WORKER_BYTES = 60e6
@@ -70,48 +67,35 @@ class LoaderSearch:
     """Profiles the reading, predicts how many workers it is worth, and measures that.
 
     Args:
-        reference: The recipe.
-        overrides: The user's.
-        machine: Where.
-        nproc_per_node: Ranks.
+        target: The recipe.
         seconds: For how long each number of workers is measured.
 
     Raises:
         PlanError: The recipe cannot be trained like that.
     """
 
-    def __init__(
-        self,
-        reference: Reference,
-        overrides: Sequence[Override],
-        machine: Machine,
-        *,
-        nproc_per_node: int | None,
-        seconds: float,
-    ) -> None:
-        self._reference, self._overrides, self._machine = reference, tuple(overrides), machine
-        built, self.plan = plan_recipe(reference, overrides, machine, nproc_per_node=nproc_per_node)
+    def __init__(self, target: Target, *, seconds: float) -> None:
+        self._target = target
+        recipe, self.plan = target.plan()
         self._seconds = seconds
-        self._prefetch_factor = built.recipe.prefetch_factor or PREFETCH_FACTOR
+        self._prefetch_factor = recipe.prefetch_factor or PREFETCH_FACTOR
 
-    def run(
-        self, run_dir: RunDir, stops: Stops, tell: Callable[[Reading], None]
-    ) -> FoundLoader | int:
-        """Return what was found, or the exit code of a run that failed; `tell` hears of each."""
+    def run(self, run_dir: RunDir, stops: Stops, tell: Callable[[Reading], None]) -> FoundLoader:
+        """Return what was found; `tell` hears of each number of workers.
+
+        Raises:
+            EndedError: A run failed or was stopped, which was shown.
+        """
         readings: dict[int, Reading] = {}
 
-        def measure(workers: int) -> dict[str, float] | int:
+        def measure(workers: int) -> dict[str, float]:
             values = self._measure(workers, run_dir, stops)
-            if isinstance(values, int):
-                return values
             names = ("samples_per_second", "wait_seconds_per_step", "step_seconds", "worker_bytes")
             readings[workers] = Reading(workers=workers, **{name: values[name] for name in names})
             tell(readings[workers])
             return values
 
         profile = measure(0)
-        if isinstance(profile, int):
-            return profile
         cost = SampleCost(
             reading=profile["reading_seconds"],
             reading_cpu=profile["reading_cpu_seconds"],
@@ -128,9 +112,7 @@ class LoaderSearch:
         predicted = predict(cost, room, worker)
         for workers in candidates(predicted, self.plan.workers_per_rank, most):
             if workers not in readings:
-                values = measure(workers)
-                if isinstance(values, int):
-                    return values
+                measure(workers)
         return FoundLoader(
             cost=cost,
             planned=self.plan.workers_per_rank,
@@ -146,36 +128,26 @@ class LoaderSearch:
     def _room(self) -> Room:
         ranks = self.plan.nproc_per_node
         return Room(
-            cores=self._machine.usable_cores / ranks,
-            memory_bytes=(free_memory_bytes() or self._machine.memory_bytes) / ranks,
+            cores=self._target.machine.usable_cores / ranks,
+            memory_bytes=(free_memory_bytes() or self._target.machine.memory_bytes) / ranks,
             shm_bytes=(free_shm_bytes() or 0) / ranks,
         )
 
-    def _measure(self, workers: int, folder: RunDir, stops: Stops) -> dict[str, float] | int:
+    def _measure(self, workers: int, folder: RunDir, stops: Stops) -> dict[str, float]:
         from launcher.engine.worker import launched_reading_probe
 
-        settings = {
-            "num_workers": workers,
-            "steps": 1_000_000,
-            "schedule": "constant()",
-            "lr": 1e-9,  # the weights are to stay where they compute at their usual speed
-            "lr_rule": "none",
-            "record_samples": False,
-            "noise_scale": False,
-        }
-        probe = plan_probe(
-            self._reference,
-            self._overrides,
-            self._machine,
-            nproc_per_node=self.plan.nproc_per_node,
-            settings=settings,
-            source="find loader",
-        )
+        probe = self._target.having(
+            "find loader",
+            num_workers=workers,
+            steps=1_000_000,
+            schedule="constant()",
+            lr=1e-9,  # the weights are to stay where they compute at their usual speed
+            lr_rule="none",
+            batch_milestones=(),
+            record_samples=False,
+            noise_scale=False,
+        ).probe()
         run_dir = create_run_dir(folder.path / f"workers-{workers}", probe.plan.recipe)
-        code = run_probe(
-            probe, run_dir, launched_reading_probe, stops, seconds=self._seconds, quiet=True
-        )
-        if code:
-            return code
+        run_probe(probe, run_dir, launched_reading_probe, stops, seconds=self._seconds, quiet=True)
         found: dict[str, float] = json.loads(run_dir.reading.read_text(encoding="utf-8"))
         return found

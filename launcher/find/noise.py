@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launcher.batch import ceil_div
-from launcher.find.probe import Probe, plan_probe, run_probe
+from launcher.find.probe import Probe, Target, run_probe
 from launcher.finders.noise import Measurement, NoiseScale, estimate
-from launcher.job import plan_recipe
 from launcher.launch import Stops
-from launcher.machine import Machine
-from launcher.overrides import Override
-from launcher.resolve import Reference
 from launcher.rundir import RunDir
 
 _PARTS = 4
@@ -29,45 +24,37 @@ class FoundNoise:
     halves: tuple[NoiseScale | None, NoiseScale | None]
     """Of the first and of the second half of the steps: it grows as the loss falls."""
 
+    @property
+    def latest(self) -> NoiseScale | None:
+        """Of the second half if that can be told, where most of a training is nearer to."""
+        return self.halves[1] or self.whole
 
-def plan_noise(
-    reference: Reference,
-    overrides: Sequence[Override],
-    machine: Machine,
-    *,
-    nproc_per_node: int | None,
-) -> Probe:
+
+def plan_noise(target: Target) -> Probe:
     """Plan a recipe with batches in so many parts that their gradients can be compared.
 
     Raises:
         PlanError: The recipe cannot be trained like that.
     """
-    _, plan = plan_recipe(reference, overrides, machine, nproc_per_node=nproc_per_node)
+    _, plan = target.plan()
     ranks = 1 if plan.backend == "fsdp" else plan.world_size  # it sums over them in every part
     micro_steps = max(ceil_div(_PARTS, ranks), plan.accumulation_steps)
-    return plan_probe(
-        reference,
-        overrides,
-        machine,
-        nproc_per_node=nproc_per_node,
-        settings={
-            "noise_scale": True,
-            "micro_batch_size": ceil_div(max(plan.samples_per_rank), micro_steps),
-        },
-        source="find noise",
-    )
+    micro_batch_size = ceil_div(max(plan.samples_per_rank), micro_steps)
+    return target.having("find noise", noise_scale=True, micro_batch_size=micro_batch_size).probe()
 
 
 def find_noise(
     probe: Probe, run_dir: RunDir, stops: Stops, *, steps: int, quiet: bool = False
-) -> FoundNoise | int:
-    """Take the first `steps` and measure; return what it came to, or the exit code if it failed."""
+) -> FoundNoise:
+    """Take the first `steps` and measure; return what it came to.
+
+    Raises:
+        EndedError: It failed or was stopped, which was shown.
+    """
     from launcher.engine.worker import launched_noise_probe
 
     last_step = min(steps, probe.plan.total_steps)
-    code = run_probe(probe, run_dir, launched_noise_probe, stops, last_step=last_step, quiet=quiet)
-    if code:
-        return code
+    run_probe(probe, run_dir, launched_noise_probe, stops, last_step=last_step, quiet=quiet)
     values = json.loads(run_dir.noise.read_text(encoding="utf-8"))["measurements"]
     measured = tuple(Measurement(**each) for each in values)
     half = len(measured) // 2

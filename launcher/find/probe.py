@@ -4,18 +4,72 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
+from launcher.errors import EndedError
 from launcher.job import Job, describe_run, plan_recipe
 from launcher.launch import Stops, launch
 from launcher.machine import Machine
-from launcher.overrides import Override
+from launcher.overrides import Built, Override, build
 from launcher.plan import Plan
 from launcher.recipe import Recipe
 from launcher.resolve import Reference
 from launcher.rundir import RunDir, write_yaml
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A recipe with the user's overrides, on the ranks that it would be trained on."""
+
+    reference: Reference
+    overrides: tuple[Override, ...]
+    machine: Machine
+    nproc_per_node: int | None
+    """Ranks; None is one per GPU, or a few on CPUs."""
+
+    def having(self, source: str, **settings: Any) -> Target:
+        """Return it with settings that are stronger than the user's."""
+        own = (Override(name=name, value=value, source=source) for name, value in settings.items())
+        return replace(self, overrides=(*self.overrides, *own))
+
+    def given(self) -> Mapping[str, Any]:
+        """Return what the overrides set, as plain values.
+
+        Raises:
+            OverrideError: One of them does not fit.
+        """
+        return build(self.reference, self.overrides).overrides
+
+    def plan(self) -> tuple[Recipe, Plan]:
+        """Return the recipe with all overrides, and its plan.
+
+        Raises:
+            PlanError: It cannot be trained like that.
+        """
+        built, plan = self._plan()
+        return built.recipe, plan
+
+    def probe(self) -> Probe:
+        """Return it as a stretch of training.
+
+        Raises:
+            PlanError: It cannot be trained like that.
+        """
+        built, plan = self._plan()
+        return Probe(
+            reference=self.reference,
+            overrides=self.overrides,
+            recipe=built.recipe,
+            plan=plan,
+            description=describe_run(self.reference, built, plan),
+        )
+
+    def _plan(self) -> tuple[Built, Plan]:
+        return plan_recipe(
+            self.reference, self.overrides, self.machine, nproc_per_node=self.nproc_per_node
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,32 +88,6 @@ class Probe:
     """For run.yaml."""
 
 
-def plan_probe(
-    reference: Reference,
-    overrides: Sequence[Override],
-    machine: Machine,
-    *,
-    nproc_per_node: int | None,
-    settings: Mapping[str, Any],
-    source: str,
-) -> Probe:
-    """Plan a recipe with the user's overrides and then those of `settings`.
-
-    Raises:
-        PlanError: It cannot be trained like that.
-    """
-    own = [Override(name=name, value=value, source=source) for name, value in settings.items()]
-    given = (*overrides, *own)
-    built, plan = plan_recipe(reference, given, machine, nproc_per_node=nproc_per_node)
-    return Probe(
-        reference=reference,
-        overrides=given,
-        recipe=built.recipe,
-        plan=plan,
-        description=describe_run(reference, built, plan),
-    )
-
-
 def run_probe(
     probe: Probe,
     run_dir: RunDir,
@@ -71,8 +99,8 @@ def run_probe(
     seconds: float | None = None,
     quiet: bool = False,
     show: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
-) -> int:
-    """Run `function` on the ranks of a probe; return the exit code.
+) -> None:
+    """Run `function` on the ranks of a probe.
 
     Args:
         probe: What to train.
@@ -84,6 +112,9 @@ def run_probe(
         seconds: For how long to measure, where that is not told by steps.
         quiet: Whether the ranks write to their logs alone.
         show: Is given what to show of a failure.
+
+    Raises:
+        EndedError: It failed or was stopped, which was shown.
     """
     write_yaml(run_dir.run_yaml, probe.description)
     job = Job(
@@ -98,4 +129,5 @@ def run_probe(
         saves=False,
         quiet=quiet,
     )
-    return launch(job, function, stops=stops, show=show)
+    if code := launch(job, function, stops=stops, show=show):
+        raise EndedError(code)

@@ -13,6 +13,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from launcher.stages import lr_factor
+
 DIVERGED = 4.0
 """The loss, smoothed, has diverged at so many times its lowest value."""
 
@@ -214,5 +216,4 @@ def at_reference(lr: float, batch_size: int, lr_batch_size: int | None, rule: st
     """
     if rule == "none" or lr_batch_size is None:
         return lr
-    ratio = lr_batch_size / batch_size
-    return lr * (math.sqrt(ratio) if rule == "sqrt" else ratio)
+    return lr * lr_factor(lr_batch_size / batch_size, rule)

@@ -37,6 +37,8 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     settings, reasons = plan.settings, plan.reasons
     yield "ranks", _ranks(plan)
     yield "batch", reasons["batch_size"]
+    if len(plan.stages) > 1:
+        yield "", reasons["stages"]
     yield "lr", reasons["lr"]
     path = f"starts at {plan.lr_start:.3g}, peaks at step {plan.lr_peak_step:,}"
     yield "", f"{path}, ends at {plan.lr_end:.3g}: {settings['schedule']}"
@@ -44,7 +46,7 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     if plan.evaluate_every:
         yield "evaluation", f"every {plan.evaluate_every:,} steps, and after the last"
     else:
-        yield "evaluation", "after the last step"
+        yield "evaluation", "after each epoch, and after the last step"
     yield "workers", f"{plan.workers_per_rank} per rank ({reasons['workers_per_rank']})"
     pinned = "pinned" if plan.pin_memory else "not pinned"
     yield "memory", f"{pinned} ({reasons['pin_memory']})"

@@ -62,21 +62,28 @@ def lr_plot(found: FoundLR, plan: Plan) -> Plot:
 
 def lr_text(found: FoundLR, rule: str, settings: Mapping[str, float], plan: Plan) -> str:
     """Return curve, suggestions, and the lines to paste."""
-    curve, suggestions = found.curve, found.suggestions
-    if suggestions.reason:
-        return f"No learning rate is suggested: {suggestions.reason}."
-    lines = [draw(lr_plot(found, plan)), "", f"at a batch of {plan.batch_size:,}:"]
-    for name, what in RULES.items():
-        lr = getattr(suggestions, name)
-        lines.append(f"  {name:<8} {'-' if lr is None else f'{lr:.3g}':<9} {what}")
+    if found.suggestions.reason:
+        return f"No learning rate is suggested: {found.suggestions.reason}."
+    lines = [draw(lr_plot(found, plan)), "", lr_rules(found, plan)]
     if not settings:
         return "\n".join([*lines, "", f"The rule {rule} suggests nothing here: take another."])
-    evidence = f"# launcher find lr, {rule}: {len(curve.lrs)} steps of {plan.batch_size:,} samples"
+    evidence = (
+        f"# launcher find lr, {rule}: {len(found.curve.lrs)} steps of {plan.batch_size:,} samples"
+    )
     lines += ["", "for --config, or as name=value:"]
     for name, value in settings.items():
         lines.append(f"{name}: {value:.3g}  {evidence}")
         evidence = ""
     return "\n".join(line.rstrip() for line in lines)
+
+
+def lr_rules(found: FoundLR, plan: Plan) -> str:
+    """Return what each rule suggests."""
+    lines = [f"at a batch of {plan.batch_size:,}:"]
+    for name, what in RULES.items():
+        lr = getattr(found.suggestions, name)
+        lines.append(f"  {name:<8} {'-' if lr is None else f'{lr:.3g}':<9} {what}")
+    return "\n".join(lines)
 
 
 def trial_text(trial: Trial) -> str:
@@ -85,6 +92,25 @@ def trial_text(trial: Trial) -> str:
         return f"  {trial.size:>7,} samples  out of memory"
     speed = f"{trial.samples_per_second:>10,.0f} samples/s"
     return f"  {trial.size:>7,} samples  {speed}  {size(trial.peak_bytes)} at most"
+
+
+def batch_plot(found: FoundBatch, plan: Plan) -> Plot:
+    """Return the speed over the size that goes through the model at once."""
+    fitting = [trial for trial in found.trials if trial.samples_per_second is not None]
+    fitting.sort(key=lambda trial: trial.size)
+    return Plot(
+        title=f"{plan.recipe}: speed over the micro-batch",
+        x_label="micro-batch",
+        y_label="samples/s",
+        curves=[
+            Curve(
+                name="samples/s",
+                xs=[float(trial.size) for trial in fitting],
+                ys=[trial.samples_per_second or 0.0 for trial in fitting],
+            )
+        ],
+        log_x=True,
+    )
 
 
 def batch_text(found: FoundBatch, chosen: Trial | None) -> str:
@@ -112,6 +138,22 @@ def reading_text(reading: Reading) -> str:
         f"{_milliseconds(reading.step_seconds)}"
     )
     return line + (f"  {size(reading.worker_bytes)} each" if reading.worker_bytes else "")
+
+
+def loader_plot(found: FoundLoader, plan: Plan) -> Plot:
+    """Return the speed over the number of workers."""
+    return Plot(
+        title=f"{plan.recipe}: speed over the workers of a rank",
+        x_label="workers",
+        y_label="samples/s",
+        curves=[
+            Curve(
+                name="samples/s",
+                xs=[float(reading.workers) for reading in found.readings],
+                ys=[reading.samples_per_second for reading in found.readings],
+            )
+        ],
+    )
 
 
 def loader_text(found: FoundLoader, plan: Plan) -> str:
@@ -170,6 +212,13 @@ def noise_plot(found: FoundNoise, probe: Probe) -> Plot:
 
 def noise_text(found: FoundNoise, probe: Probe) -> str:
     """Return the noise scale, what it says of batches, and how many GPUs are worth using."""
+    if found.whole is None:
+        return noise_account(found, probe)
+    return f"{draw(noise_plot(found, probe))}\n\n{noise_account(found, probe)}"
+
+
+def noise_account(found: FoundNoise, probe: Probe) -> str:
+    """Return what `noise_text` does, without the curve."""
     plan, whole = probe.plan, found.whole
     items = _items(probe)
     if whole is None:
@@ -177,7 +226,7 @@ def noise_text(found: FoundNoise, probe: Probe) -> str:
             f"The noise scale cannot be told: {len(found.measurements)} steps say too little, or "
             "the gradient is too small beside its noise. More --steps may help."
         )
-    lines = [draw(noise_plot(found, probe)), ""]
+    lines = []
     lines.append(
         f"B_simple = {_number(whole.b_simple)} {items}, 95 %: {_number(whole.low)} to "
         f"{_number(whole.high)}, from {whole.measurements:,} steps of training"
@@ -189,7 +238,7 @@ def noise_text(found: FoundNoise, probe: Probe) -> str:
             f"{_number(second.b_simple)} in the second, which counts from here on"
         )
     batch = found.measurements[0].big_items
-    scale = (second or whole).b_simple  # where most of the training is
+    scale = (found.latest or whole).b_simple
     lines += ["", f"  {'batch':>10}  steps   {items}    (to the same loss, against {batch:,.0f})"]
     for factor in (0.25, 0.5, 1, 2, 4, 8, 16):
         other = batch * factor

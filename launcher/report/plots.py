@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.errors import RunDirError, UsageError
 from launcher.plan import Plan
 from launcher.schedule import Schedule
+from launcher.stages import stage_at
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -162,19 +163,28 @@ def _figure(plot: Plot) -> Figure:
 
 
 def schedule_plots(schedule: Schedule, plan: Plan) -> list[Plot]:
-    """Return the plots of a plan's schedule: the learning rate, and momentum where it is set."""
+    """Return plots of the learning rate, of momentum if it is set, of the batch if it grows."""
     stride = max(plan.total_steps // _MOST_POINTS, 1)
+    begins = [stage.first_step for stage in plan.stages[1:]]
     steps = sorted(
         {*range(0, plan.total_steps, stride), plan.lr_peak_step - 1, plan.total_steps - 1}
+        | {step + side for step in begins for side in (-1, 0)}
     )
-    settings = [schedule.at(step, plan.total_steps) for step in steps]
+    settings = [plan.setting_at(schedule, step) for step in steps]
     numbers = [step + 1 for step in steps]
     rates = [plan.lr * setting.factor for setting in settings]
     momenta = [setting.momentum for setting in settings if setting.momentum is not None]
-    curves = [Curve(name="lr", xs=numbers, ys=rates)]
+    curves = {"lr": rates}
     if len(momenta) == len(settings):
-        curves.append(Curve(name="momentum", xs=numbers, ys=momenta))
+        curves["momentum"] = momenta
+    if begins:
+        curves["batch"] = [float(stage_at(plan.stages, step).batch_size) for step in steps]
     return [
-        Plot(title=str(schedule), x_label="step", y_label=curve.name, curves=[curve])
-        for curve in curves
+        Plot(
+            title=f"{name} over the steps: {schedule}" if name != "batch" else "global batch size",
+            x_label="step",
+            y_label=name,
+            curves=[Curve(name=name, xs=numbers, ys=values)],
+        )
+        for name, values in curves.items()
     ]

@@ -14,7 +14,7 @@ B_SIMPLE = SPREAD**2 / MEAN**2
 """tr(S) / |G|^2: both are sums of as many equal terms."""
 
 
-def known_noise() -> Recipe:
+def known_noise(*, batch: int = 256) -> Recipe:
     """Return a linear function of weights that hardly move."""
     return Recipe(
         name="known_noise",
@@ -23,7 +23,7 @@ def known_noise() -> Recipe:
         loss=lambda outputs, batch: (outputs.sum(), len(batch[0])),
         optimizer=sgd(momentum=0.0),
         schedule=constant(),
-        batch_size=256,
+        batch_size=batch,
         lr=1e-6,
         lr_rule="none",
         epochs=4,

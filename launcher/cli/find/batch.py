@@ -5,25 +5,21 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from launcher.cli.arguments import (
-    Bytes,
-    SettingsCommand,
-    config_option,
-    nproc_option,
-    out_option,
-    overrides_argument,
-    read_overrides,
-)
+from launcher.cli.arguments import Bytes, SettingsCommand, out_option
+from launcher.cli.target import target_arguments
 from launcher.errors import EXIT_FAILED
+
+if TYPE_CHECKING:
+    from launcher.find.probe import Target
+    from launcher.launch import Stops
 
 
 @click.command(cls=SettingsCommand, short_help="The micro-batch that fits, and the fastest.")
-@click.argument("recipe")
-@overrides_argument
-@nproc_option
+@target_arguments
 @click.option(
     "--memory",
     type=Bytes(),
@@ -31,16 +27,13 @@ from launcher.errors import EXIT_FAILED
     help="What each rank may use, such as 2GiB. Default: its GPU, or its part of what is free.",
 )
 @click.option("--fresh", is_flag=True, help="Measure again what was measured before.")
-@config_option
 @out_option
 @click.option("--json", "as_json", is_flag=True, help="Print the trials as JSON.")
 def command(
-    recipe: str,
-    overrides: tuple[str, ...],
-    nproc_per_node: int | None,
+    target: Target,
+    stops: Stops,
     memory: int | None,
     fresh: bool,
-    config: Path | None,
     out: Path | None,
     as_json: bool,
 ) -> int:
@@ -56,18 +49,11 @@ def command(
     """
     from launcher.find.batch import BatchSearch, cache_path, read_cache, write_cache
     from launcher.finders.batch import choose
-    from launcher.launch import Stops
-    from launcher.machine import read_machine
     from launcher.report.found import batch_text, trial_text
-    from launcher.resolve import resolve
     from launcher.rundir import create_run_dir
 
-    stops = Stops()
-    reference, given = resolve(recipe), read_overrides(config, overrides)
-    search = BatchSearch(
-        reference, given, read_machine(), nproc_per_node=nproc_per_node, memory=memory
-    )
-    kept = cache_path(reference, given, search)
+    search = BatchSearch(target, memory=memory)
+    kept = cache_path(target, search)
     found = None if fresh else read_cache(kept)
     if found is not None:
         click.echo("measured before; --fresh measures again", err=True)

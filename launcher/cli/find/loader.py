@@ -5,23 +5,20 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from launcher.cli.arguments import (
-    SettingsCommand,
-    config_option,
-    nproc_option,
-    out_option,
-    overrides_argument,
-    read_overrides,
-)
+from launcher.cli.arguments import SettingsCommand, out_option
+from launcher.cli.target import target_arguments
+
+if TYPE_CHECKING:
+    from launcher.find.probe import Target
+    from launcher.launch import Stops
 
 
 @click.command(cls=SettingsCommand, short_help="The DataLoader workers that are worth it.")
-@click.argument("recipe")
-@overrides_argument
-@nproc_option
+@target_arguments
 @click.option(
     "--seconds",
     type=click.FloatRange(min=0.5),
@@ -30,15 +27,12 @@ from launcher.cli.arguments import (
     metavar="S",
     help="For how long each number of workers is measured.",
 )
-@config_option
 @out_option
 @click.option("--json", "as_json", is_flag=True, help="Print the measurements as JSON.")
 def command(
-    recipe: str,
-    overrides: tuple[str, ...],
-    nproc_per_node: int | None,
+    target: Target,
+    stops: Stops,
     seconds: float,
-    config: Path | None,
     out: Path | None,
     *,
     as_json: bool,
@@ -55,26 +49,14 @@ def command(
     launcher find loader digits -n 2 in_memory=false
     """
     from launcher.find.loader import LoaderSearch
-    from launcher.launch import Stops
-    from launcher.machine import read_machine
     from launcher.report.found import loader_text, reading_text
-    from launcher.resolve import resolve
     from launcher.rundir import create_run_dir
 
-    stops = Stops()
-    search = LoaderSearch(
-        resolve(recipe),
-        read_overrides(config, overrides),
-        read_machine(),
-        nproc_per_node=nproc_per_node,
-        seconds=seconds,
-    )
+    search = LoaderSearch(target, seconds=seconds)
     run_dir = create_run_dir(out, f"find-loader-{search.plan.recipe}")
     found = search.run(
         run_dir, stops, lambda reading: click.echo(reading_text(reading), err=as_json)
     )
-    if isinstance(found, int):
-        return found
     if as_json:
         click.echo(json.dumps({**asdict(found), "settings": {"num_workers": found.chosen}}))
     else:

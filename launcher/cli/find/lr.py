@@ -5,27 +5,23 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import click
 
-from launcher.cli.arguments import (
-    SettingsCommand,
-    config_option,
-    nproc_option,
-    out_option,
-    overrides_argument,
-    read_overrides,
-)
+from launcher.cli.arguments import SettingsCommand, out_option
+from launcher.cli.target import target_arguments
 from launcher.errors import EXIT_FAILED, UsageError
 
 Rule = Literal["valley", "steep", "minimum", "slide"]
 
+if TYPE_CHECKING:
+    from launcher.find.probe import Target
+    from launcher.launch import Stops
+
 
 @click.command(cls=SettingsCommand, short_help="The learning rate, by a range test.")
-@click.argument("recipe")
-@overrides_argument
-@nproc_option
+@target_arguments
 @click.option(
     "--from",
     "lowest",
@@ -59,18 +55,15 @@ Rule = Literal["valley", "steep", "minimum", "slide"]
     show_default=True,
     help="Which suggestion to take.",
 )
-@config_option
 @out_option
 @click.option("--json", "as_json", is_flag=True, help="Print curve and suggestions as JSON.")
 def command(
-    recipe: str,
-    overrides: tuple[str, ...],
-    nproc_per_node: int | None,
+    target: Target,
+    stops: Stops,
     lowest: float,
     highest: float,
     steps: int,
     rule: Rule,
-    config: Path | None,
     out: Path | None,
     *,
     as_json: bool,
@@ -87,32 +80,18 @@ def command(
     launcher find lr digits optimizer=adamw --to 1
     """
     from launcher.find.lr import find_lr, plan_range_test, stated
-    from launcher.launch import Stops
-    from launcher.machine import read_machine
     from launcher.report.found import lr_plot, lr_text
     from launcher.report.plots import has_images, write_png
-    from launcher.resolve import resolve
     from launcher.rundir import create_run_dir
 
     if lowest >= highest:
         raise UsageError(f"--from {lowest:g} --to {highest:g}: the learning rate has to rise.")
-    stops = Stops()
-    reference, given = resolve(recipe), read_overrides(config, overrides)
-    test = plan_range_test(
-        reference,
-        given,
-        read_machine(),
-        nproc_per_node=nproc_per_node,
-        lowest=lowest,
-        highest=highest,
-        steps=steps,
-    )
+    planned, _ = target.plan()
+    test = plan_range_test(target, lowest=lowest, highest=highest, steps=steps)
     run_dir = create_run_dir(out, f"find-lr-{test.plan.recipe}")
     found = find_lr(test, run_dir, stops, quiet=as_json)
-    if isinstance(found, int):
-        return found
     chosen = getattr(found.suggestions, rule)
-    settings = {} if chosen is None else stated(chosen, test.plan.batch_size, reference, given)
+    settings = {} if chosen is None else stated(chosen, test.plan.batch_size, planned)
     if as_json:
         said = {"batch_size": test.plan.batch_size, "settings": settings, **asdict(found)}
         click.echo(json.dumps(said))

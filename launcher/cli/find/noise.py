@@ -6,25 +6,21 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from launcher.cli.arguments import (
-    SettingsCommand,
-    config_option,
-    nproc_option,
-    out_option,
-    overrides_argument,
-    read_overrides,
-)
+from launcher.cli.arguments import SettingsCommand, out_option
+from launcher.cli.target import target_arguments
 from launcher.errors import EXIT_FAILED
+
+if TYPE_CHECKING:
+    from launcher.find.probe import Target
+    from launcher.launch import Stops
 
 
 @click.command(cls=SettingsCommand, short_help="How large a batch is worth its samples.")
-@click.argument("recipe")
-@overrides_argument
-@nproc_option
+@target_arguments
 @click.option(
     "--steps",
     type=click.IntRange(min=40),
@@ -33,15 +29,12 @@ from launcher.errors import EXIT_FAILED
     metavar="K",
     help="Optimizer steps to train and measure in, of those planned.",
 )
-@config_option
 @out_option
 @click.option("--json", "as_json", is_flag=True, help="Print measurements and estimates as JSON.")
 def command(
-    recipe: str,
-    overrides: tuple[str, ...],
-    nproc_per_node: int | None,
+    target: Target,
+    stops: Stops,
     steps: int,
-    config: Path | None,
     out: Path | None,
     *,
     as_json: bool,
@@ -57,24 +50,13 @@ def command(
     launcher find noise digits -n 2 --steps 200 batch_size=64
     """
     from launcher.find.noise import find_noise, plan_noise
-    from launcher.launch import Stops
-    from launcher.machine import read_machine
     from launcher.report.found import noise_plot, noise_text
     from launcher.report.plots import has_images, write_png
-    from launcher.resolve import resolve
     from launcher.rundir import create_run_dir
 
-    stops = Stops()
-    probe = plan_noise(
-        resolve(recipe),
-        read_overrides(config, overrides),
-        read_machine(),
-        nproc_per_node=nproc_per_node,
-    )
+    probe = plan_noise(target)
     run_dir = create_run_dir(out, f"find-noise-{probe.plan.recipe}")
     found = find_noise(probe, run_dir, stops, steps=steps, quiet=as_json)
-    if isinstance(found, int):
-        return found
     if as_json:
         click.echo(json.dumps(_finite(asdict(found))))
     else:

@@ -1,0 +1,45 @@
+"""The arguments of commands that measure a recipe on the ranks it would be trained on."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from launcher.cli.arguments import (
+    config_option,
+    nproc_option,
+    overrides_argument,
+    read_overrides,
+)
+
+
+def target_arguments(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Take a recipe with overrides and its ranks, and call with `target` and `stops`."""
+
+    @functools.wraps(function)
+    def command(
+        recipe: str,
+        overrides: tuple[str, ...],
+        nproc_per_node: int | None,
+        config: Path | None,
+        **options: Any,
+    ) -> Any:
+        from launcher.find.probe import Target
+        from launcher.launch import Stops
+        from launcher.machine import read_machine
+        from launcher.resolve import resolve
+
+        stops = Stops()  # before anything slow
+        target = Target(
+            reference=resolve(recipe),
+            overrides=read_overrides(config, overrides),
+            machine=read_machine(),
+            nproc_per_node=nproc_per_node,
+        )
+        return function(target=target, stops=stops, **options)
+
+    return click.argument("recipe")(overrides_argument(nproc_option(config_option(command))))
