@@ -6,12 +6,15 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: run test lint format clean
+# What tests need of Debian: data sets that it packages.
+PACKAGES := dataset-fashion-mnist
+
+.PHONY: run test lint format packages clean
 
 run: $(READY)
 	$(VENV)/bin/launcher run recipes/digits.py
 
-test: lint
+test: packages lint
 	$(VENV)/bin/pytest
 
 lint: $(READY)
@@ -29,6 +32,13 @@ $(READY): pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt torch
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(READY)
+
+# Where they cannot be installed, the tests that need them are skipped and say so.
+APT := $(if $(filter-out 0,$(shell id -u)),sudo -n )apt-get -qq
+packages:
+	@dpkg -s $(PACKAGES) > /dev/null 2>&1 \
+		|| { $(APT) update && $(APT) install --no-install-recommends $(PACKAGES) > /dev/null; } \
+		|| echo "apt-get cannot install $(PACKAGES): tests that need it are skipped"
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

@@ -19,6 +19,11 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 MARK = "LAUNCHER_TEST_RUN"
 
+needs_fashion_mnist = pytest.mark.skipif(
+    not Path("/usr/share/datasets/fashion-mnist").is_dir(),
+    reason="needs Debian's package dataset-fashion-mnist, which apt-get could not install",
+)
+
 
 @dataclass(frozen=True)
 class Finished:

@@ -1,0 +1,142 @@
+"""DataLoader workers: every fixed number against the one that `launcher find loader` finds.
+
+    python benchmarks/loader.py
+
+Two stores: one that answers after 10 ms, on this machine's loopback, and one whose objects take
+work to decode. Each number of workers is a training of its own, in turns; its speed is that of its
+steps after the workers' queues have been used up.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+from contest import BIN, HERE, print_table, train
+from stores import BATCH_SIZE
+
+from launcher.finders.loader import SampleCost, throughput
+from launcher.loading import PREFETCH_FACTOR
+from launcher.machine import read_machine
+
+
+class Workers(click.ParamType[list[int]]):
+    """Comma-separated numbers of workers."""
+
+    name = "list"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> list[int]:
+        try:
+            return sorted({0, *(int(text) for text in str(value).split(","))})
+        except ValueError:
+            self.fail(f"expected whole numbers, found {value!r}.", param, ctx)
+
+
+@click.command()
+@click.option("--workers", type=Workers(), default="0,1,2,4,8,16", show_default=True)
+@click.option("--ranks", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--turns", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option("--seconds", type=click.FloatRange(min=0.5), default=6.0, show_default=True)
+@click.option("--delay", type=click.FloatRange(min=0), default=0.01, show_default=True)
+def main(workers: list[int], ranks: int, turns: int, seconds: float, delay: float) -> None:
+    """Print samples/s with each number of workers, and with the one that was found."""
+    folder = Path(tempfile.mkdtemp(prefix="loader-"))
+    head = ("store", "workers per rank", "samples/s", "to 0 workers", "to the best fixed")
+    try:
+        with object_store(delay) as port:
+            stores = {f"answers after {delay * 1e3:g} ms": ("far", [f"port={port}"])}
+            stores["takes work to decode"] = ("packed", [])
+            print(f"{ranks} process{'es' if ranks > 1 else ''}, medians of {turns}\n")
+            rows = []
+            for title, (recipe, settings) in stores.items():
+                store = Store(recipe, settings, ranks, seconds, folder / recipe)
+                rows += [[title, *cells] for cells in store.rows(workers, turns)]
+            print_table(head, rows)
+    finally:
+        shutil.rmtree(folder)
+
+
+class Store:
+    """A recipe, measured with numbers of workers."""
+
+    def __init__(
+        self, recipe: str, settings: list[str], ranks: int, seconds: float, folder: Path
+    ) -> None:
+        self._recipe, self._settings = f"{HERE / 'stores.py'}:{recipe}", settings
+        self._ranks, self._seconds, self._folder = ranks, seconds, folder
+
+    def rows(self, workers: list[int], turns: int) -> Iterator[list[str]]:
+        """Find, measure, and yield the cells of each number of workers."""
+        found = self._find()
+        cost, chosen = SampleCost(**found["cost"]), found["chosen"]
+        rates: dict[str, list[float]] = {}
+        for turn in range(turns):
+            order = [*((str(each), each) for each in workers), ("found", chosen)]
+            for name, number in order if turn % 2 else order[::-1]:
+                rate = self._rate(number, cost, self._folder / f"{name}-{turn}")
+                rates.setdefault(name, []).append(rate)
+        speeds = {name: median(values) for name, values in rates.items()}
+        best = max(speeds[str(each)] for each in workers)
+        for name in [*map(str, workers), "found"]:
+            speed = speeds[name]
+            title = f"{chosen}, by find loader" if name == "found" else name
+            yield [title, f"{speed:,.0f}", f"x{speed / speeds['0']:.2f}", f"{speed / best:.2f}"]
+
+    def _find(self) -> dict[str, Any]:
+        command = ["find", "loader", self._recipe, "-n", str(self._ranks), "device=cpu", "--json"]
+        done = subprocess.run(
+            [str(BIN / "launcher"), *command, *self._settings, "--out", str(self._folder)],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    def _rate(self, workers: int, cost: SampleCost, out: Path) -> float:
+        """Train for about as long as asked with so many workers; return samples/s."""
+        cores = read_machine().usable_cores / self._ranks
+        expected = throughput(workers, cost, cores) * self._ranks
+        held = 2 + workers * PREFETCH_FACTOR  # steps that were read before
+        steps = held + max(int(self._seconds * expected / BATCH_SIZE), 2)
+        run_dir = train(
+            "launcher",
+            self._recipe,
+            out,
+            ranks=self._ranks,
+            settings=[*self._settings, f"num_workers={workers}", f"steps={steps}"],
+            options=[],
+        )
+        rows = [json.loads(line) for line in run_dir.metrics.read_text().splitlines()]
+        steady = [row for row in rows if row["step"] > held and "loss" in row]
+        seconds = [BATCH_SIZE / float(row["samples_per_second"]) for row in steady]
+        return BATCH_SIZE * len(steady) / sum(seconds)
+
+
+@contextmanager
+def object_store(delay: float) -> Iterator[int]:
+    """Run the store's server, and yield its port."""
+    command = [sys.executable, str(HERE / "stores.py"), "--delay", str(delay)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdout is not None
+        try:
+            yield int(server.stdout.readline())
+        finally:
+            server.kill()
+
+
+if __name__ == "__main__":
+    main()
