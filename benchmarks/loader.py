@@ -21,12 +21,15 @@ from statistics import median
 from typing import Any
 
 import click
-from contest import BIN, HERE, print_table, train
+from contest import BIN, HERE, Names, print_table, train
 from stores import BATCH_SIZE
 
 from launcher.finders.loader import SampleCost, throughput
 from launcher.loading import PREFETCH_FACTOR
 from launcher.machine import read_machine
+
+STORES = ("far", "packed")
+"""The recipes of stores.py."""
 
 
 class Workers(click.ParamType[list[int]]):
@@ -49,20 +52,26 @@ class Workers(click.ParamType[list[int]]):
 @click.option("--turns", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option("--seconds", type=click.FloatRange(min=0.5), default=6.0, show_default=True)
 @click.option("--delay", type=click.FloatRange(min=0), default=0.01, show_default=True)
-def main(workers: list[int], ranks: int, turns: int, seconds: float, delay: float) -> None:
+@click.option("--stores", type=Names(STORES), default=",".join(STORES), show_default=True)
+def main(
+    workers: list[int], ranks: int, turns: int, seconds: float, delay: float, stores: list[str]
+) -> None:
     """Print samples/s with each number of workers, and with the one that was found."""
     folder = Path(tempfile.mkdtemp(prefix="loader-"))
     head = ("store", "workers per rank", "samples/s", "to 0 workers", "to the best fixed")
     try:
         with object_store(delay) as port:
-            stores = {f"answers after {delay * 1e3:g} ms": ("far", [f"port={port}"])}
-            stores["takes work to decode"] = ("packed", [])
+            titles = {"far": f"answers after {delay * 1e3:g} ms", "packed": "takes work to decode"}
+            settings = {"far": [f"port={port}"], "packed": []}
             print(f"{ranks} process{'es' if ranks > 1 else ''}, medians of {turns}\n")
-            rows = []
-            for title, (recipe, settings) in stores.items():
-                store = Store(recipe, settings, ranks, seconds, folder / recipe)
-                rows += [[title, *cells] for cells in store.rows(workers, turns)]
-            print_table(head, rows)
+            measured = (
+                [titles[name], *cells]
+                for name in stores
+                for cells in Store(name, settings[name], ranks, seconds, folder / name).rows(
+                    workers, turns
+                )
+            )
+            print_table(head, measured)
     finally:
         shutil.rmtree(folder)
 

@@ -15,6 +15,9 @@ from typing import Any, get_type_hints
 from launcher.errors import UsageError, did_you_mean
 from launcher.typed import MismatchError, convert
 
+_WORDS = {"true": True, "false": False, "none": None}
+"""As they are written in YAML and on the command line; Python's own are read as well."""
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -108,6 +111,9 @@ def _read(node: ast.expr, text: str, table: Mapping[str, Callable[..., Spec]], k
     given += [(keyword.arg, keyword.value) for keyword in node.keywords if keyword.arg]
     arguments: dict[str, Any] = {}
     for name, value in given:
+        if isinstance(value, ast.Name) and value.id in _WORDS:
+            arguments[name] = _WORDS[value.id]
+            continue
         try:
             arguments[name] = ast.literal_eval(value)
         except ValueError:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pytest
 
-from launcher import OverrideError, Recipe, RecipeError, cosine
+from launcher import OverrideError, Recipe, RecipeError, adamw, cosine
 from launcher.overrides import Override, build, read_arguments, read_yaml
 from launcher.resolve import Reference
 
@@ -71,6 +71,8 @@ def test_one_of_a_pair_takes_the_others_place() -> None:
         ("num_workers=0", 0),
         ("precision=bf16", "bf16"),
         ("train_samples=1e3", 1000),
+        ("batch_milestones=0.3,0.6", (0.3, 0.6)),
+        ("optimizer=adamw(decay_1d=false)", adamw(decay_1d=False)),
     ],
 )
 def test_text_is_read_by_its_field(argument: str, value: Any) -> None:
