@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,7 +69,7 @@ def test_options_and_values_in_any_order(run: Commands) -> None:
 def test_recipes_are_listed(run: Commands) -> None:
     """Ours are listed with a line each, and those of the folder before them."""
     done = run("launcher", "recipes")
-    assert "digits  Handwritten digits" in done.stdout
+    assert re.search(r"^digits +Handwritten digits", done.stdout, re.MULTILINE)
     (run.folder / "recipes").mkdir()
     (run.folder / "recipes/mine.py").write_text(
         'from launcher import Recipe\n\ndef mine() -> Recipe:\n    """Mine."""\n\n'

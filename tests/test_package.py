@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -66,4 +67,4 @@ def test_the_wheel_works_elsewhere(wheel: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert f"(43, 43, 42) {site}/launcher/__init__.py {site}/recipes" in done.stdout
-    assert "digits  Handwritten digits" in done.stdout
+    assert re.search(r"^digits +Handwritten digits", done.stdout, re.MULTILINE)

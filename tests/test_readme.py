@@ -47,7 +47,8 @@ def test_commands_run(copy: Commands, command: str) -> None:
         command += f" VENV={sys.prefix} -o {sys.prefix}/.ready"
     done = copy("bash", "-c", command, env={"XDG_CACHE_HOME": str(copy.folder / "cache")})
     assert done.exit_code == 0, done.stdout + done.stderr
-    if any(word in command for word in ("run", "recipes/digits.py", "-m recipes")):
+    trains = r"(launcher|make) run|^launcher resume|recipes/digits.py epochs|-m recipes"
+    if re.search(trains, command):
         found = re.search(r"run folder: (\S+)", done.stdout)
         assert found is not None
         assert (copy.folder / found[1] / "result.json").is_file()
