@@ -39,6 +39,18 @@ def test_the_lr_is_found(run: Commands) -> None:
     assert f"lr={float(line.split()[1])}" in taken.stdout
 
 
+def test_what_a_rule_suggests_is_tried(run: Commands) -> None:
+    """Whole trainings in few steps go up or down from the valley until the best is between two."""
+    done = run(*LR, "-n", "1", "--try", "--json", "--out", "out")
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    trials = sorted(found["trials"], key=lambda trial: trial["lr"])
+    best = min(trials, key=lambda trial: trial["loss"] or math.inf)
+    assert found["settings"]["lr"] == pytest.approx(best["lr"])
+    assert 0 < trials.index(best) < len(trials) - 1
+    assert best["loss"] < 1.0
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2"])
 def test_the_curve_is_that_of_one_process(
     run: Commands, alone: dict[str, object], strategy: str

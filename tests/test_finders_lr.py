@@ -8,7 +8,18 @@ from collections.abc import Callable
 
 import pytest
 
-from launcher.finders.lr import Curve, Divergence, at_reference, smooth, suggest, usable
+from launcher.finders.lr import (
+    Curve,
+    Divergence,
+    Trial,
+    at_reference,
+    best_trial,
+    final_loss,
+    next_lr,
+    smooth,
+    suggest,
+    usable,
+)
 
 LRS = tuple(10 ** (-6 + 7 * step / 199) for step in range(200))
 
@@ -109,3 +120,35 @@ def test_divergence_is_seen_as_it_comes() -> None:
 def test_the_suggestion_is_stated_at_the_recipes_batch(rule: str, stated: float) -> None:
     """What was found at a batch of 512 is what a plan makes of the stated value at 128."""
     assert at_reference(0.4, 512, 128, rule) == pytest.approx(stated)
+
+
+@pytest.mark.parametrize("best", [1e-5, 0.003, 0.01, 0.5, 30.0])
+def test_the_search_ends_beside_the_best(best: float) -> None:
+    """From anywhere it walks to the lowest loss, tries both neighbours, and nothing twice."""
+    trials: list[Trial] = []
+    while (lr := next_lr(trials, 0.01)) is not None:
+        assert all(abs(lr / trial.lr - 1) > 0.1 for trial in trials)
+        loss = abs(math.log(lr / best))
+        trials.append(Trial(lr=lr, loss=loss if lr < 100 * best else None))
+    found = best_trial(trials)
+    assert found is not None
+    assert abs(math.log(found.lr / best)) <= math.log(3) / 2 + 1e-9
+    lrs = sorted(trial.lr for trial in trials)
+    assert lrs[0] < found.lr < lrs[-1]
+
+
+def test_the_search_gives_up_where_all_diverges() -> None:
+    """It goes down from what diverged, a few times."""
+    trials: list[Trial] = []
+    while (lr := next_lr(trials, 1.0)) is not None:
+        trials.append(Trial(lr=lr, loss=None))
+    assert [trial.lr for trial in trials] == pytest.approx([1, 1 / 3, 1 / 9, 1 / 27])
+    assert best_trial(trials) is None
+
+
+def test_the_loss_at_the_end_is_that_of_the_last_tenth() -> None:
+    """A training that ended early, or whose loss is not finite, has none."""
+    losses = [float(20 - step) for step in range(20)]
+    assert final_loss(losses, 20) == pytest.approx(1.5)
+    assert final_loss(losses[:-1], 20) is None
+    assert final_loss([*losses[:-1], math.nan], 20) is None

@@ -56,7 +56,8 @@ def command(
 ) -> None:
     """Find what RECIPE should be set to: learning rate, batch, micro-batch, workers.
 
-    One after the other: a learning-rate range test; the gradient noise scale; the batch that gets
+    One after the other: a learning-rate range test, and short trainings around what it suggests;
+    the gradient noise scale; the batch that gets
     to a loss the soonest, by the noise scale and by how fast each size was measured to be, and the
     learning rate at that batch; DataLoader workers. What is given as NAME=VALUE stays as it is.
     Writes tuned.yaml, with why behind each line, and a page with the curves. Where it is stopped,

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from launcher.find.probe import Probe, Target, run_probe
-from launcher.finders.lr import Curve, Suggestions, at_reference, suggest
+from launcher.finders.lr import (
+    Curve,
+    Suggestions,
+    Trial,
+    at_reference,
+    final_loss,
+    next_lr,
+    suggest,
+)
 from launcher.launch import Stops
 from launcher.recipe import Recipe
-from launcher.rundir import RunDir
+from launcher.rundir import RunDir, create_run_dir
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +28,9 @@ class FoundLR:
     curve: Curve
     suggestions: Suggestions
     """At the batch of the test."""
+
+    trials: tuple[Trial, ...] = ()
+    """Short trainings at the valley and around it, if there were any."""
 
 
 def plan_range_test(target: Target, *, lowest: float, highest: float, steps: int) -> Probe:
@@ -46,12 +58,61 @@ def find_lr(test: Probe, run_dir: RunDir, stops: Stops, *, quiet: bool = False) 
     Raises:
         EndedError: It failed or was stopped, which was shown.
     """
+    curve = _curve(test, run_dir, stops, quiet=quiet)
+    return FoundLR(curve=curve, suggestions=suggest(curve))
+
+
+def try_lrs(
+    found: FoundLR,
+    target: Target,
+    run_dir: RunDir,
+    stops: Stops,
+    tell: Callable[[Trial], None],
+    *,
+    steps: int,
+) -> FoundLR:
+    """Return what was found with short trainings at the valley and around it.
+
+    Each is a whole training in so many steps: the recipe's own schedule, from one end to the other.
+
+    Args:
+        found: By a range test.
+        target: The recipe.
+        run_dir: A folder for each training is made in it.
+        stops: What has been listening for signals.
+        tell: Hears of each training.
+        steps: Of each training.
+
+    Raises:
+        EndedError: One failed or was stopped, which was shown.
+    """
+    trials: list[Trial] = []
+    first = found.suggestions.valley
+    while first is not None and (lr := next_lr(trials, first)) is not None:
+        probe = target.having(
+            "find lr",
+            lr=lr,
+            lr_rule="none",
+            steps=steps,
+            max_bad_steps=steps,
+            batch_milestones=(),
+            record_samples=False,
+            noise_scale=False,
+        ).probe()
+        folder = create_run_dir(run_dir.path / f"lr-{lr:.3g}", probe.plan.recipe)
+        losses = _curve(probe, folder, stops, quiet=True).losses
+        trials.append(Trial(lr=lr, loss=final_loss(losses, steps)))
+        tell(trials[-1])
+    return replace(found, trials=tuple(trials))
+
+
+def _curve(probe: Probe, run_dir: RunDir, stops: Stops, *, quiet: bool) -> Curve:
+    """Train along the schedule of a probe until the loss diverges."""
     from launcher.engine.worker import launched_range_test
 
-    run_probe(test, run_dir, launched_range_test, stops, quiet=quiet)
+    run_probe(probe, run_dir, launched_range_test, stops, quiet=quiet)
     values = json.loads(run_dir.curve.read_text(encoding="utf-8"))
-    curve = Curve(lrs=tuple(values["lrs"]), losses=tuple(values["losses"]))
-    return FoundLR(curve=curve, suggestions=suggest(curve))
+    return Curve(lrs=tuple(values["lrs"]), losses=tuple(values["losses"]))
 
 
 def stated(lr: float, batch_size: int, recipe: Recipe) -> dict[str, float]:

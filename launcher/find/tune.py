@@ -14,10 +14,12 @@ import msgspec
 from launcher.errors import PlanError, RunDirError
 from launcher.find.batch import BatchSearch, FoundBatch
 from launcher.find.loader import FoundLoader, LoaderSearch, Reading
-from launcher.find.lr import FoundLR, find_lr, plan_range_test
+from launcher.find.lr import FoundLR, find_lr, plan_range_test, try_lrs
 from launcher.find.noise import FoundNoise, find_noise, plan_noise
 from launcher.find.probe import Probe, Target
 from launcher.finders.batch import Trial, choose, fastest_to_the_loss
+from launcher.finders.lr import Trial as LRTrial
+from launcher.finders.lr import best_trial
 from launcher.finders.noise import LARGEST, items_ratio, steps_ratio
 from launcher.launch import Stops
 from launcher.plan import Plan
@@ -54,6 +56,9 @@ class Listener(Protocol):
 
     def says(self, text: str) -> None:
         """This came of it, or is to be known."""
+
+    def tried_lr(self, trial: LRTrial) -> None:
+        """A learning rate was tried."""
 
     def tried(self, trial: Trial) -> None:
         """A size was tried."""
@@ -149,29 +154,34 @@ class Tuner:
             return
         recipe, plan = self._now().plan()
         self._listener.begins(f"learning rate, at a batch of {plan.batch_size:,}")
-        test = plan_range_test(self._now(), lowest=LOWEST_LR, highest=HIGHEST_LR, steps=self._steps)
-        found = self._once(name, FoundLR, lambda run_dir: find_lr(test, run_dir, self._stops))
+        if str(recipe.schedule) == "constant()" and "schedule" not in self._given:
+            why = "the lr is a peak to come down from, which constant() never does"
+            self._add("schedule", "one_cycle()", why)
+        now = self._now()
+        test = plan_range_test(now, lowest=LOWEST_LR, highest=HIGHEST_LR, steps=self._steps)
+
+        def find(run_dir: RunDir) -> FoundLR:
+            found = find_lr(test, run_dir, self._stops)
+            tell = self._listener.tried_lr
+            return try_lrs(found, now, run_dir, self._stops, tell, steps=self._steps)
+
+        found = self._once(name, FoundLR, find)
         self._listener.found_lr(found, test)
-        suggested = found.suggestions.valley
-        if suggested is None:
-            why = found.suggestions.reason or "the rule valley finds none"
+        best = best_trial(found.trials)
+        if best is None:
+            why = found.suggestions.reason or "all trainings diverged"
             self._listener.says(f"none is suggested: {why}")
             return
-        lr = float(f"{suggested:.3g}")
+        lr = float(f"{best.lr:.3g}")
         self._listener.says(f"{lr:g}")
         self._add(
             "lr",
             lr,
-            f"valley of a range test, {len(found.curve.lrs)} steps of {plan.batch_size:,} samples",
+            f"best of {len(found.trials)} whole trainings in {self._steps} steps of "
+            f"{plan.batch_size:,} samples",
         )
         if recipe.lr_rule != "none":
-            self._add("lr_batch_size", plan.batch_size, "the batch of that test")
-        if str(recipe.schedule) == "constant()" and "schedule" not in self._given:
-            self._add(
-                "schedule",
-                "one_cycle()",
-                "the lr found is a peak, which constant() never leaves",
-            )
+            self._add("lr_batch_size", plan.batch_size, "the batch of those")
 
     def _find_noise(self) -> float | None:
         """Return the noise scale in samples, whatever items the loss counts, if it can be told."""

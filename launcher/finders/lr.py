@@ -18,6 +18,9 @@ from launcher.stages import lr_factor
 DIVERGED = 4.0
 """The loss, smoothed, has diverged at so many times its lowest value."""
 
+_MOST_DIVERGED = 4
+"""After so many trials that diverged, each at a lower learning rate, something else is wrong."""
+
 _ONLINE = 0.98
 """Weight of the past in the average that looks for divergence while the losses come."""
 
@@ -68,6 +71,56 @@ class Suggestions:
 
     reason: str = ""
     """Why there are none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What came of a short training."""
+
+    lr: float
+    """Its peak learning rate."""
+
+    loss: float | None
+    """At its end; None where it diverged."""
+
+
+def next_lr(trials: Sequence[Trial], first: float, *, factor: float = 3.0) -> float | None:
+    """Return the learning rate to try next, or None when no neighbour of the best is untried.
+
+    From the first it goes up by the factor as long as that is better, or else down. A range test
+    sees each learning rate for a step or two, and where the loss falls fastest in it is often far
+    below what a whole training stands: the first is a place to begin at.
+
+    Args:
+        trials: Those so far.
+        first: The learning rate to begin with.
+        factor: Between neighbours.
+    """
+    if not trials:
+        return first
+    tried = {round(math.log(trial.lr / first, factor)) for trial in trials}
+    best = best_trial(trials)
+    if best is None:
+        return None if len(trials) == _MOST_DIVERGED else first * factor ** (min(tried) - 1)
+    place = round(math.log(best.lr / first, factor))
+    for neighbour in (place + 1, place - 1):
+        if neighbour not in tried:
+            return float(first * factor**neighbour)
+    return None
+
+
+def best_trial(trials: Sequence[Trial]) -> Trial | None:
+    """Return the trial with the lowest loss, of those that did not diverge."""
+    ended = [trial for trial in trials if trial.loss is not None]
+    return min(ended, key=lambda trial: trial.loss or 0.0, default=None)
+
+
+def final_loss(losses: Sequence[float], steps: int) -> float | None:
+    """Return the mean of the last tenth of a training's losses; None where they end before it."""
+    if len(losses) < steps or not all(map(math.isfinite, losses)):
+        return None
+    last = losses[-max(steps // 10, 1) :]
+    return sum(last) / len(last)
 
 
 class Divergence:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from launcher.finders.batch import Trial
+from launcher.finders.lr import Trial as LRTrial
 from launcher.finders.lr import usable
 from launcher.finders.noise import (
     LARGEST,
@@ -66,15 +67,24 @@ def lr_text(found: FoundLR, rule: str, settings: Mapping[str, float], plan: Plan
         return f"No learning rate is suggested: {found.suggestions.reason}."
     lines = [draw(lr_plot(found, plan)), "", lr_rules(found, plan)]
     if not settings:
-        return "\n".join([*lines, "", f"The rule {rule} suggests nothing here: take another."])
+        nothing = "Every training diverged" if found.trials else f"The rule {rule} suggests nothing"
+        return "\n".join([*lines, "", f"{nothing}: take another rule."])
     evidence = (
         f"# launcher find lr, {rule}: {len(found.curve.lrs)} steps of {plan.batch_size:,} samples"
     )
+    if found.trials:
+        evidence = f"# launcher find lr: the best of {len(found.trials)} whole, short trainings"
     lines += ["", "for --config, or as name=value:"]
     for name, value in settings.items():
         lines.append(f"{name}: {value:.3g}  {evidence}")
         evidence = ""
     return "\n".join(line.rstrip() for line in lines)
+
+
+def lr_trial_text(trial: LRTrial) -> str:
+    """Return what came of one short training, in a line."""
+    ended = "diverged" if trial.loss is None else f"loss {trial.loss:.4g} at its end"
+    return f"  lr {trial.lr:<9.3g} {ended}"
 
 
 def lr_rules(found: FoundLR, plan: Plan) -> str:
@@ -83,6 +93,8 @@ def lr_rules(found: FoundLR, plan: Plan) -> str:
     for name, what in RULES.items():
         lr = getattr(found.suggestions, name)
         lines.append(f"  {name:<8} {'-' if lr is None else f'{lr:.3g}':<9} {what}")
+    if found.trials:
+        lines += ["whole trainings in few steps:", *map(lr_trial_text, found.trials)]
     return "\n".join(lines)
 
 

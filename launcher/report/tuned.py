@@ -7,6 +7,7 @@ from datetime import date
 from typing import TYPE_CHECKING, Any
 
 from launcher.finders.batch import Trial
+from launcher.finders.lr import Trial as LRTrial
 from launcher.plan import Plan
 from launcher.reasons import counted
 from launcher.report.found import (
@@ -14,6 +15,7 @@ from launcher.report.found import (
     loader_plot,
     lr_plot,
     lr_rules,
+    lr_trial_text,
     noise_account,
     noise_plot,
     reading_text,
@@ -47,6 +49,9 @@ class Teller:
 
     def says(self, text: str) -> None:
         self._echo(f"  {text}")
+
+    def tried_lr(self, trial: LRTrial) -> None:
+        self._echo(lr_trial_text(trial))
 
     def tried(self, trial: Trial) -> None:
         self._echo(trial_text(trial))

@@ -55,6 +55,12 @@ if TYPE_CHECKING:
     show_default=True,
     help="Which suggestion to take.",
 )
+@click.option(
+    "--try",
+    "tries",
+    is_flag=True,
+    help="Train shortly at the valley and around it, and take the best of those.",
+)
 @out_option
 @click.option("--json", "as_json", is_flag=True, help="Print curve and suggestions as JSON.")
 def command(
@@ -64,6 +70,7 @@ def command(
     highest: float,
     steps: int,
     rule: Rule,
+    tries: bool,
     out: Path | None,
     *,
     as_json: bool,
@@ -72,15 +79,17 @@ def command(
 
     On the planned ranks, under the planned strategy. The suggestions are those of four rules, for
     the learning rate at the batch of the test; what to write into the recipe is stated at its
-    lr_batch_size.
+    lr_batch_size. The rules are of thumb, and tend to be low: --try measures, in whole trainings
+    of --steps each.
 
     \b
-    launcher find lr digits
+    launcher find lr digits --try
     launcher find lr digits -n 2 strategy=fsdp --rule steep
     launcher find lr digits optimizer=adamw --to 1
     """
-    from launcher.find.lr import find_lr, plan_range_test, stated
-    from launcher.report.found import lr_plot, lr_text
+    from launcher.find.lr import find_lr, plan_range_test, stated, try_lrs
+    from launcher.finders.lr import Trial, best_trial
+    from launcher.report.found import lr_plot, lr_text, lr_trial_text
     from launcher.report.plots import has_images, write_png
     from launcher.rundir import create_run_dir
 
@@ -91,6 +100,14 @@ def command(
     run_dir = create_run_dir(out, f"find-lr-{test.plan.recipe}")
     found = find_lr(test, run_dir, stops, quiet=as_json)
     chosen = getattr(found.suggestions, rule)
+    if tries:
+
+        def tell(trial: Trial) -> None:
+            click.echo(lr_trial_text(trial), err=True)
+
+        found = try_lrs(found, target, run_dir, stops, tell, steps=steps)
+        best = best_trial(found.trials)
+        chosen = None if best is None else best.lr
     settings = {} if chosen is None else stated(chosen, test.plan.batch_size, planned)
     if as_json:
         said = {"batch_size": test.plan.batch_size, "settings": settings, **asdict(found)}
