@@ -11,64 +11,18 @@ number of steps it is given, so each number is a training of its own.
 
 from __future__ import annotations
 
-import json
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
 import click
-from contest import BIN, Numbers, print_table, train
-
-from launcher.rundir import write_json
+from contest import Numbers, print_table
+from trainings import Trainings, measure
 
 PLAIN = ("label_smoothing=0", "optimizer=sgd(momentum=0.9)")
 """What the baselines train with; the recipe's own settings are those of the last row."""
 
 CONSTANT_LRS = (0.001, 0.003, 0.01)
 PEAK_LRS = (0.03, 0.1, 0.3)
-_NEVER = 10**9
-
-
-class Trainings:
-    """Trains, and remembers what came of it, so that what was stopped goes on.
-
-    Args:
-        kept: A file to remember in.
-        folder: Where to train.
-    """
-
-    def __init__(self, kept: Path, folder: Path) -> None:
-        self._kept, self._folder = kept, folder
-        self._known: dict[str, list[list[float]]] = (
-            json.loads(kept.read_text()) if kept.is_file() else {}
-        )
-
-    def accuracies(self, *settings: str) -> list[list[float]]:
-        """Return (step, accuracy) of each evaluation of a training."""
-        key = " ".join(settings)
-        if key not in self._known:
-            out = self._folder / str(len(self._known))
-            run_dir = train(
-                "launcher", "fashion_mnist", out, ranks=1, settings=settings, options=[]
-            )
-            rows = [json.loads(line) for line in run_dir.metrics.read_text().splitlines()]
-            self._known[key] = [
-                [row["step"], row["evaluation"]["accuracy"]] for row in rows if "evaluation" in row
-            ]
-            write_json(self._kept, self._known)
-            shutil.rmtree(out)
-        return self._known[key]
-
-    def final(self, steps: int, seeds: Sequence[int], *settings: str) -> list[float]:
-        """Return the accuracy at the end of a training of so many steps, for each seed."""
-        only_last = f"evaluate_every={_NEVER}"
-        return [
-            self.accuracies(f"steps={steps}", f"seed={seed}", only_last, *settings)[-1][1]
-            for seed in seeds
-        ]
 
 
 @click.command()
@@ -78,11 +32,8 @@ class Trainings:
 @click.option("--out", type=click.Path(path_type=Path), help="Remember trainings in this file.")
 def main(epochs: int, seeds: int, budgets: list[int], out: Path | None) -> None:
     """Print the steps that each schedule needs, and the accuracies on the way."""
-    folder = Path(tempfile.mkdtemp(prefix="super_convergence-"))
-    try:
-        compare(Trainings(out or folder / "kept.json", folder), epochs, range(seeds), budgets)
-    finally:
-        shutil.rmtree(folder)
+    with Trainings("fashion_mnist", out) as trainings:
+        compare(trainings, epochs, range(seeds), budgets)
 
 
 def compare(trainings: Trainings, epochs: int, seeds: range, budgets: list[int]) -> None:
@@ -139,15 +90,8 @@ def compare(trainings: Trainings, epochs: int, seeds: range, budgets: list[int])
 
 def find_lr(*settings: str) -> float:
     """Return what `launcher find lr --try` finds for a batch of 64."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = ["find", "lr", "fashion_mnist", "-n", "1", "device=cpu", "--try", "--json"]
-        done = subprocess.run(
-            [str(BIN / "launcher"), *command, *settings, "--out", f"{folder}/out"],
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
-    return float(f"{json.loads(done.stdout)['settings']['lr']:.3g}")
+    found = measure("find", "lr", "fashion_mnist", "--try", *settings)
+    return float(f"{found['settings']['lr']:.3g}")
 
 
 if __name__ == "__main__":

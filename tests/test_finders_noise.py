@@ -11,6 +11,7 @@ from launcher.finders.noise import (
     Measurement,
     RunningNoise,
     estimate,
+    fit_steps,
     items_ratio,
     scaled_lr,
     steps_ratio,
@@ -106,3 +107,16 @@ def test_the_learning_rate_that_the_noise_allows() -> None:
     """Linear far below the noise scale, level far above it."""
     assert scaled_lr(0.1, 1, 2, 1e9) == pytest.approx(0.2)
     assert scaled_lr(0.1, 1e9, 2e9, 1.0) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("critical", [20.0, 400.0, 30_000.0])
+def test_the_hyperbola_is_fitted(critical: float) -> None:
+    """Steps that lie on it give back what they were made of; scattered ones come near."""
+    batches = [64.0, 128.0, 256.0, 512.0, 1024.0]
+    exact = [300 * (1 + critical / batch) for batch in batches]
+    assert fit_steps(batches, exact) == pytest.approx((300, critical), rel=1e-3)
+    scattered = [
+        steps * wrong for steps, wrong in zip(exact, (1.02, 0.98, 1, 1.02, 0.98), strict=True)
+    ]
+    _, found = fit_steps(batches, scattered)
+    assert 0.4 < found / critical < 2.5

@@ -164,3 +164,37 @@ def scaled_lr(lr: float, batch_size: float, other: float, noise_scale: float) ->
     level far above it.
     """
     return lr * (1 + noise_scale / batch_size) / (1 + noise_scale / other)
+
+
+def fit_steps(batch_sizes: Sequence[float], steps: Sequence[float]) -> tuple[float, float]:
+    """Return (S_min, B_crit) of the hyperbola S = S_min (1 + B_crit / B) through what was measured.
+
+    Least squares of the logarithm of the steps, so that each batch counts the same; found by
+    ternary search over the logarithm of B_crit (S is their equation 2.12).
+
+    Args:
+        batch_sizes: Global batches, two different ones at least.
+        steps: That each took to one and the same loss.
+    """
+
+    def smallest(critical: float) -> float:
+        ratios = [math.log(s / (1 + critical / b)) for b, s in zip(batch_sizes, steps, strict=True)]
+        return math.exp(sum(ratios) / len(ratios))
+
+    def error(log_critical: float) -> float:
+        critical = math.exp(log_critical)
+        least = smallest(critical)
+        return sum(
+            math.log(s / least / (1 + critical / b)) ** 2
+            for b, s in zip(batch_sizes, steps, strict=True)
+        )
+
+    low, high = math.log(min(batch_sizes) / 1e3), math.log(max(batch_sizes) * 1e3)
+    while high - low > 1e-6:
+        third = (high - low) / 3
+        if error(low + third) < error(high - third):
+            high -= third
+        else:
+            low += third
+    critical = math.exp(low)
+    return smallest(critical), critical

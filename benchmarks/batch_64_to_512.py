@@ -1,0 +1,117 @@
+"""Steps and examples to one accuracy at each batch size, and what the noise scale said of them.
+
+    python benchmarks/batch_64_to_512.py --out batch.json
+
+Fashion-MNIST on one process, a constant learning rate, for each batch the one that gets there in
+the fewest steps. What was measured is fitted by S = S_min (1 + B_crit / B), and set beside the
+steps that follow from B_simple, which `launcher find noise` measures before (McCandlish et al.,
+arXiv:1812.06162).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+
+import click
+from contest import Numbers, print_table
+from trainings import Trainings, measure
+
+from launcher.finders.noise import fit_steps, steps_ratio
+
+PLAIN = ("label_smoothing=0", "optimizer=sgd(momentum=0.9)", "schedule=constant()", "lr_rule=none")
+LRS = (0.003, 0.01, 0.03, 0.1)
+_LOOKS = 30
+"""Evaluations of a training, which tell when it got there."""
+
+
+@click.command()
+@click.option("--batches", type=Numbers(), default="64,128,256,512,1024", show_default=True)
+@click.option("--target", type=click.FloatRange(0, 1), default=0.87, show_default=True)
+@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True)
+@click.option("--samples", type=click.IntRange(min=1), default=120_000, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="Remember trainings in this file.")
+def main(batches: list[int], target: float, seeds: int, samples: int, out: Path | None) -> None:
+    """Print steps and examples at each batch, measured, fitted and foretold.
+
+    --samples is the most that a training at the smallest batch takes.
+    """
+    with Trainings("fashion_mnist", out) as trainings:
+        compare(trainings, batches, target, seeds, samples)
+
+
+def compare(
+    trainings: Trainings, batches: list[int], target: float, seeds: int, samples: int
+) -> None:
+    """Train all of it and print the table."""
+
+    def steps_to_target(batch: int, lr: float, seeds: Sequence[int]) -> float | None:
+        """Return the mean of the steps over the seeds; None where one does not get there."""
+        # A batch beyond the critical one takes up to as many times the samples as it is larger.
+        most = int(samples / batches[0] * (batches[0] / batch) ** 0.5)
+        every = max(most // _LOOKS, 1)
+        found = []
+        for seed in seeds:
+            settings = (f"batch_size={batch}", f"lr={lr}", f"seed={seed}", f"steps={most}")
+            path = trainings.accuracies(*settings, f"evaluate_every={every}", *PLAIN)
+            reached = _crossing(path, target)
+            if reached is None:
+                return None
+            found.append(reached)
+        return fmean(found)
+
+    noise = measure("find", "noise", "fashion_mnist", "steps=500", *PLAIN, "lr=0.01")
+    halves = noise["halves"]
+    measured: dict[int, float] = {}
+    lrs: dict[int, float] = {}
+    for batch in batches:
+        tried = {lr: steps_to_target(batch, lr, [0]) for lr in LRS}
+        reached = {lr: steps for lr, steps in tried.items() if steps is not None}
+        if not reached:
+            raise click.ClickException(f"no lr reaches {target:.1%} at a batch of {batch}")
+        lrs[batch] = min(reached, key=reached.__getitem__)
+        steps = steps_to_target(batch, lrs[batch], range(seeds))
+        measured[batch] = reached[lrs[batch]] if steps is None else steps
+    least, critical = fit_steps(list(measured), list(measured.values()))
+    print(
+        f"to {target:.1%}: S_min {least:,.0f} steps, B_crit {critical:,.0f} (fitted); B_simple "
+        f"{_scale(halves[0])} in the first 250 steps at a batch of 64, {_scale(halves[1])} in the "
+        "next 250 (launcher find noise)\n"
+    )
+    foretold = (halves[1] or noise["whole"])["b_simple"]
+    head = ("batch", "best lr", "steps", "fewer", "as fitted", "as foretold", "examples", "more")
+    first = batches[0]
+    rows = [
+        [
+            f"{batch:,}",
+            f"{lrs[batch]:g}",
+            f"{steps:,.0f}",
+            f"{measured[first] / steps:.2f}",
+            f"{1 / steps_ratio(first, batch, critical):.2f}",
+            f"{1 / steps_ratio(first, batch, foretold):.2f}",
+            f"{steps * batch:,.0f}",
+            f"{steps * batch / (measured[first] * first):.2f}",
+        ]
+        for batch, steps in measured.items()
+    ]
+    print_table(head, rows)
+
+
+def _crossing(path: Sequence[Sequence[float]], target: float) -> float | None:
+    """Return the step at which the accuracy crosses the target, between two evaluations."""
+    before = (0.0, 0.0)
+    for step, accuracy in path:
+        if accuracy >= target:
+            passed = (target - before[1]) / (accuracy - before[1])
+            return before[0] + passed * (step - before[0])
+        before = (step, accuracy)
+    return None
+
+
+def _scale(found: dict[str, float] | None) -> str:
+    return "unknown" if found is None else f"{found['b_simple']:,.0f}"
+
+
+if __name__ == "__main__":
+    main()
