@@ -88,7 +88,7 @@ class Store:
     def rows(self, workers: list[int], turns: int) -> Iterator[list[str]]:
         """Find, measure, and yield the cells of each number of workers."""
         found = self._find()
-        cost, chosen = SampleCost(**found["cost"]), found["chosen"]
+        cost, chosen = SampleCost(**found["cost"]), found["settings"]["num_workers"]
         rates: dict[str, list[float]] = {}
         for turn in range(turns):
             order = [*((str(each), each) for each in workers), ("found", chosen)]

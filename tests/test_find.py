@@ -261,12 +261,25 @@ def test_the_workers_hide_latency(run: Commands) -> None:
     assert found["cost"]["reading"] == pytest.approx(0.005, rel=0.5)
     assert found["cost"]["reading_cpu"] < 0.5 * found["cost"]["reading"]
     assert found["predicted"] >= 8
-    assert found["settings"]["num_workers"] == found["chosen"] >= 8
+    chosen = found["settings"]["num_workers"]
+    assert found["best"]["workers"] == chosen >= 8
     rates = {each["workers"]: each["samples_per_second"] for each in found["readings"]}
-    assert rates[found["chosen"]] > 4 * rates[0], "what does not work can wait together"
+    assert rates[chosen] > 4 * rates[0], "what does not work can wait together"
     waits = {each["workers"]: each["wait_seconds_per_step"] for each in found["readings"]}
-    assert waits[found["chosen"]] < waits[0] / 4
+    assert waits[chosen] < waits[0] / 4
     assert all(each["worker_bytes"] > 0 for each in found["readings"] if each["workers"])
+
+
+def test_a_longer_queue_bridges_stalls(run: Commands) -> None:
+    """Where some samples take very long, more batches ready are predicted and measured."""
+    done = run(*LOADER, "how=stalls", "milliseconds=4", "-n", "1", "--json", "--out", "out")
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["slowest_batch_seconds"] > 0.4, "100 times 4 ms"
+    longer = found["readings"][-1]
+    assert longer["prefetch_factor"] > 2
+    taken = found["settings"].get("prefetch_factor", 2)
+    assert found["best"]["prefetch_factor"] == taken
 
 
 def test_the_workers_do_not_oversubscribe_cores(run: Commands) -> None:

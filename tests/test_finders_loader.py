@@ -10,8 +10,11 @@ from launcher.finders.loader import (
     WorkerCost,
     candidates,
     fewest,
+    is_faster,
+    longest_queue,
     most_workers,
     predict,
+    queue_to_bridge,
     throughput,
 )
 
@@ -69,3 +72,18 @@ def test_measured_numbers_decide() -> None:
     assert fewest({0: 100.0, 2: 590.0, 4: 600.0, 8: 605.0}) == 2
     assert candidates(8, planned=1, most=32) == [1, 4, 8, 16]
     assert candidates(0, planned=4, most=2) == [0, 1, 4]
+
+
+def test_a_queue_bridges_what_is_slow() -> None:
+    """A worker begins early enough for its slowest batch, within the room in /dev/shm."""
+    assert queue_to_bridge(0.01, workers=4, seconds_per_batch=0.01) == 1
+    assert queue_to_bridge(0.4, workers=4, seconds_per_batch=0.01) == 10
+    assert queue_to_bridge(0.41, workers=4, seconds_per_batch=0.01) == 11
+    assert longest_queue(4, ROOM, WORKER) == 16
+    assert longest_queue(4, Room(cores=2.0, memory_bytes=16e9, shm_bytes=64e6), WORKER) == 8
+
+
+def test_what_scatters_is_no_faster() -> None:
+    """Another setting is taken for more than that alone."""
+    assert not is_faster(101.0, 100.0)
+    assert is_faster(104.0, 100.0)

@@ -204,6 +204,7 @@ def time_reading(
         "reading_cpu_seconds": watched.cpu_seconds / watched.samples,
         "computing_seconds": (passed - watched.seconds) / watched.samples,
         "computing_cpu_seconds": (used - watched.cpu_seconds) / watched.samples,
+        "slowest_batch_seconds": watched.slowest,
         "batch_bytes": float(watched.batch_bytes),
         "worker_bytes": statistics.fmean(workers) if workers else 0.0,
     }
@@ -225,7 +226,7 @@ class _Watched:
 
     def restart(self) -> None:
         """Begin to count anew."""
-        self.seconds = self.cpu_seconds = self.delay = 0.0
+        self.seconds = self.cpu_seconds = self.delay = self.slowest = 0.0
         self.samples = 0
 
     def __iter__(self) -> Iterator[MicroBatch]:
@@ -235,8 +236,11 @@ class _Watched:
         delayed = run_delay()
         asked, used = time.perf_counter(), time.thread_time()
         micro_batch = next(self._batches)
-        self.delay += run_delay() - delayed
-        self.seconds += time.perf_counter() - asked
+        delayed = run_delay() - delayed
+        passed = time.perf_counter() - asked
+        self.delay += delayed
+        self.seconds += passed
+        self.slowest = max(self.slowest, passed - delayed)
         self.cpu_seconds += time.thread_time() - used
         self.samples += len(micro_batch.request.indices)
         tensors = (each for each in tree_leaves(micro_batch.batch) if isinstance(each, Tensor))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from launcher.find.probe import Target, run_probe
 from launcher.finders.loader import (
@@ -13,8 +14,11 @@ from launcher.finders.loader import (
     WorkerCost,
     candidates,
     fewest,
+    is_faster,
+    longest_queue,
     most_workers,
     predict,
+    queue_to_bridge,
     throughput,
 )
 from launcher.launch import Stops
@@ -39,6 +43,11 @@ class Reading:
     worker_bytes: float
     """Private memory of a worker; 0 without any."""
 
+    prefetch_factor: int
+    """Batches that each worker held ready."""
+
+    pin_memory: bool
+
 
 @dataclass(frozen=True, kw_only=True)
 class FoundLoader:
@@ -56,11 +65,20 @@ class FoundLoader:
 
     limited_by: str
     readings: tuple[Reading, ...]
-    chosen: int
-    """The fewest of those measured that are as fast as the fastest."""
+    """With numbers of workers; then, with the fewest that are as fast as any of those, a longer
+    queue where it may bridge what is slow, and on GPUs the other way of pinning."""
 
     predicted_samples_per_second: float
     """Of all ranks together, with the predicted workers."""
+
+    slowest_batch_seconds: float
+    """To read, in one process."""
+
+    best: Reading
+    """Of those, what the settings say."""
+
+    settings: Mapping[str, Any]
+    """For the recipe."""
 
 
 class LoaderSearch:
@@ -86,16 +104,9 @@ class LoaderSearch:
         Raises:
             EndedError: A run failed or was stopped, which was shown.
         """
-        readings: dict[int, Reading] = {}
-
-        def measure(workers: int) -> dict[str, float]:
-            values = self._measure(workers, run_dir, stops)
-            names = ("samples_per_second", "wait_seconds_per_step", "step_seconds", "worker_bytes")
-            readings[workers] = Reading(workers=workers, **{name: values[name] for name in names})
-            tell(readings[workers])
-            return values
-
-        profile = measure(0)
+        profile = self._measure(run_dir, stops, num_workers=0)
+        readings = [self._reading(profile, num_workers=0)]
+        tell(readings[0])
         cost = SampleCost(
             reading=profile["reading_seconds"],
             reading_cpu=profile["reading_cpu_seconds"],
@@ -110,20 +121,48 @@ class LoaderSearch:
         )
         most, limited_by = most_workers(room, worker)
         predicted = predict(cost, room, worker)
+
+        def measure(**settings: Any) -> Reading:
+            readings.append(self._reading(self._measure(run_dir, stops, **settings), **settings))
+            tell(readings[-1])
+            return readings[-1]
+
         for workers in candidates(predicted, self.plan.workers_per_rank, most):
-            if workers not in readings:
-                measure(workers)
+            if workers:
+                measure(num_workers=workers)
+        readings.sort(key=lambda reading: reading.workers)
+        chosen = fewest({each.workers: each.samples_per_second for each in readings})
+        best = next(each for each in readings if each.workers == chosen)
+        settings: dict[str, Any] = {"num_workers": chosen}
+        for other in self._alternatives(best, profile["slowest_batch_seconds"], room, worker):
+            if is_faster(measure(**settings, **other).samples_per_second, best.samples_per_second):
+                best, settings = readings[-1], settings | other
         return FoundLoader(
             cost=cost,
             planned=self.plan.workers_per_rank,
             predicted=predicted,
             most=most,
             limited_by=limited_by,
-            readings=tuple(readings[workers] for workers in sorted(readings)),
-            chosen=fewest({each.workers: each.samples_per_second for each in readings.values()}),
+            readings=tuple(readings),
             predicted_samples_per_second=self.plan.world_size
             * throughput(predicted, cost, room.cores),
+            slowest_batch_seconds=profile["slowest_batch_seconds"],
+            best=best,
+            settings=settings,
         )
+
+    def _alternatives(
+        self, best: Reading, slowest: float, room: Room, worker: WorkerCost
+    ) -> Iterator[dict[str, Any]]:
+        """Yield what else is worth measuring with the best number of workers."""
+        if best.workers:
+            per_batch = best.step_seconds / self.plan.accumulation_steps
+            queue = queue_to_bridge(slowest, best.workers, per_batch)
+            queue = min(queue, longest_queue(best.workers, room, worker))
+            if queue > self._prefetch_factor:
+                yield {"prefetch_factor": queue}
+        if self.plan.device == "cuda":
+            yield {"pin_memory": not self.plan.pin_memory}
 
     def _room(self) -> Room:
         ranks = self.plan.nproc_per_node
@@ -133,12 +172,12 @@ class LoaderSearch:
             shm_bytes=(free_shm_bytes() or 0) / ranks,
         )
 
-    def _measure(self, workers: int, folder: RunDir, stops: Stops) -> dict[str, float]:
+    def _measure(self, folder: RunDir, stops: Stops, **settings: Any) -> dict[str, float]:
         from launcher.engine.worker import launched_reading_probe
 
         probe = self._target.having(
             "find loader",
-            num_workers=workers,
+            **settings,
             steps=1_000_000,
             schedule="constant()",
             lr=1e-9,  # the weights are to stay where they compute at their usual speed
@@ -147,7 +186,17 @@ class LoaderSearch:
             record_samples=False,
             noise_scale=False,
         ).probe()
-        run_dir = create_run_dir(folder.path / f"workers-{workers}", probe.plan.recipe)
+        name = "-".join(f"{name}-{value}" for name, value in settings.items())
+        run_dir = create_run_dir(folder.path / name, probe.plan.recipe)
         run_probe(probe, run_dir, launched_reading_probe, stops, seconds=self._seconds, quiet=True)
         found: dict[str, float] = json.loads(run_dir.reading.read_text(encoding="utf-8"))
         return found
+
+    def _reading(self, values: Mapping[str, float], **settings: Any) -> Reading:
+        names = ("samples_per_second", "wait_seconds_per_step", "step_seconds", "worker_bytes")
+        return Reading(
+            workers=settings["num_workers"],
+            prefetch_factor=settings.get("prefetch_factor", self._prefetch_factor),
+            pin_memory=settings.get("pin_memory", self.plan.pin_memory),
+            **{name: values[name] for name in names},
+        )

@@ -292,13 +292,11 @@ class Tuner:
             lambda run_dir: search.run(run_dir, self._stops, self._listener.read),
         )
         self._listener.found_loader(found, search.plan)
-        rates = {reading.workers: reading.samples_per_second for reading in found.readings}
-        self._add(
-            "num_workers",
-            found.chosen,
-            f"{rates[found.chosen]:,.0f} samples/s; {rates[found.planned]:,.0f} with the planned "
-            f"{found.planned}",
-        )
+        planned = next(each for each in found.readings if each.workers == found.planned)
+        rates = (found.best.samples_per_second, planned.samples_per_second)
+        evidence = f"{rates[0]:,.0f} samples/s; {rates[1]:,.0f} with the planned {found.planned}"
+        for name, value in found.settings.items():
+            self._add(name, value, evidence)
 
     def _keeps_batch(self, recipe: Recipe) -> bool:
         """Return whether the global batch was decided by the user, or by stages."""

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 MOST_WORKERS = 32
 """Of a rank; a store that needs more wants larger reads, not more of them."""
 
+MOST_PREFETCH = 16
+"""Batches that a worker holds ready; what takes longer is no stall but a store that is too slow."""
+
 _AS_FAST = 0.97
 """A number of workers at this part of the best throughput is as fast: the smaller costs less."""
 
@@ -102,10 +105,37 @@ def predict(cost: SampleCost, room: Room, worker: WorkerCost) -> int:
     return fewest(rates)
 
 
+def longest_queue(workers: int, room: Room, worker: WorkerCost) -> int:
+    """Return the batches that each worker may hold ready, by the room in /dev/shm."""
+    if not worker.batch_bytes:
+        return MOST_PREFETCH
+    most = _SHARE * room.shm_bytes / (workers * worker.batch_bytes)
+    return min(max(int(most), 1), MOST_PREFETCH)
+
+
+def queue_to_bridge(slowest: float, workers: int, seconds_per_batch: float) -> int:
+    """Return the batches that each worker has to hold ready, so that the slowest stalls nothing.
+
+    Batches are taken in order. A worker begins with one when it is as many batches away as all
+    workers hold together, and has until then to read it.
+
+    Args:
+        slowest: Seconds that reading a batch has taken at most.
+        workers: Of a rank.
+        seconds_per_batch: Between two batches that are taken.
+    """
+    return max(math.ceil(slowest / (workers * seconds_per_batch)), 1)
+
+
 def fewest(rates: Mapping[int, float]) -> int:
     """Return the fewest workers whose throughput is as good as the best of those given."""
     best = max(rates.values())
     return min(number for number, rate in rates.items() if rate >= _AS_FAST * best)
+
+
+def is_faster(rate: float, than: float) -> bool:
+    """Return whether a throughput is better by more than what measuring scatters."""
+    return rate * _AS_FAST > than
 
 
 def candidates(predicted: int, planned: int, most: int) -> list[int]:

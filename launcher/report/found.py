@@ -17,6 +17,7 @@ from launcher.finders.noise import (
     items_ratio,
     steps_ratio,
 )
+from launcher.loading import PREFETCH_FACTOR
 from launcher.plan import Plan
 from launcher.report.plots import Curve, Mark, Plot, draw
 from launcher.report.quantities import size
@@ -149,32 +150,31 @@ def reading_text(reading: Reading) -> str:
         f"waits {_milliseconds(reading.wait_seconds_per_step)} of "
         f"{_milliseconds(reading.step_seconds)}"
     )
-    return line + (f"  {size(reading.worker_bytes)} each" if reading.worker_bytes else "")
+    if reading.worker_bytes:
+        line += f"  {size(reading.worker_bytes)} each"
+    if reading.workers and reading.prefetch_factor != PREFETCH_FACTOR:
+        line += f"  {reading.prefetch_factor} batches ready"
+    return line + ("  pinned" if reading.pin_memory else "")
 
 
 def loader_plot(found: FoundLoader, plan: Plan) -> Plot:
     """Return the speed over the number of workers."""
+    rates = {each.workers: each.samples_per_second for each in reversed(found.readings)}
+    xs = sorted(rates)
     return Plot(
         title=f"{plan.recipe}: speed over the workers of a rank",
         x_label="workers",
         y_label="samples/s",
-        curves=[
-            Curve(
-                name="samples/s",
-                xs=[float(reading.workers) for reading in found.readings],
-                ys=[reading.samples_per_second for reading in found.readings],
-            )
-        ],
+        curves=[Curve(name="samples/s", xs=xs, ys=[rates[x] for x in xs])],
     )
 
 
 def loader_text(found: FoundLoader, plan: Plan) -> str:
-    """Return what reading costs, what was predicted and measured, and the line to paste."""
-    cost = found.cost
-    readings = {reading.workers: reading for reading in found.readings}
-    chosen, planned = readings[found.chosen], readings[found.planned]
+    """Return what reading costs, what was predicted and measured, and the lines to paste."""
+    cost, best = found.cost, found.best
+    planned = next(each for each in found.readings if each.workers == found.planned)
     kind = "waiting, which workers do together" if cost.waits else "work, which takes cores"
-    ratio = chosen.samples_per_second / planned.samples_per_second
+    ratio = best.samples_per_second / planned.samples_per_second
     lines = []
     lines.append(
         f"a sample takes {_milliseconds(cost.reading)} to read, most of it {kind}; "
@@ -185,17 +185,21 @@ def loader_text(found: FoundLoader, plan: Plan) -> str:
         f"{found.predicted_samples_per_second:,.0f} samples/s; room for {found.most} "
         f"({found.limited_by})"
     )
+    taken = ", ".join(f"{name}={value}" for name, value in found.settings.items())
     lines.append(
-        f"take {found.chosen}: x{ratio:.2f} the samples/s of the planned {found.planned}, a step "
-        f"waits {_milliseconds(chosen.wait_seconds_per_step)} instead of "
+        f"take {taken}: x{ratio:.2f} the samples/s of the planned {found.planned} workers, a step "
+        f"waits {_milliseconds(best.wait_seconds_per_step)} instead of "
         f"{_milliseconds(planned.wait_seconds_per_step)}"
     )
-    if found.chosen:
-        total = chosen.worker_bytes * found.chosen * plan.nproc_per_node
-        lines.append(f"they cost {size(total)} of a node's memory")
-    evidence = f"# launcher find loader: {chosen.samples_per_second:,.0f} samples/s"
-    line = f"num_workers: {found.chosen}  {evidence}"
-    return "\n".join([*lines, "", "for --config, or as name=value:", line])
+    if best.workers:
+        total = best.worker_bytes * best.workers * plan.nproc_per_node
+        lines.append(f"the workers cost {size(total)} of a node's memory")
+    lines += ["", "for --config, or as name=value:"]
+    evidence = f"# launcher find loader: {best.samples_per_second:,.0f} samples/s"
+    for name, value in found.settings.items():
+        lines.append(f"{name}: {str(value).lower()}  {evidence}".rstrip())
+        evidence = ""
+    return "\n".join(lines)
 
 
 def _milliseconds(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""A recipe whose samples take a while to read: by waiting, or by work."""
+"""A recipe whose samples take a while to read: by waiting, by work, or some of them very long."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-def slow(*, how: Literal["waits", "works"] = "waits", milliseconds: float = 10.0) -> Recipe:
+How = Literal["waits", "works", "stalls"]
+
+
+def slow(*, how: How = "waits", milliseconds: float = 10.0) -> Recipe:
     """Return a small model of samples that are slow."""
     return Recipe(
         name="slow",
@@ -48,7 +51,9 @@ class Slow:
     def __getitem__(self, index: int) -> Tensor:
         import torch
 
-        if self._how == "waits":
+        if self._how == "stalls":
+            time.sleep(100 * self._seconds if index % 512 == 0 else self._seconds / 10)
+        elif self._how == "waits":
             time.sleep(self._seconds)
         else:
             until = time.thread_time() + self._seconds

@@ -42,7 +42,8 @@ def command(
     First without any: what reading a sample takes, and how much of that is work rather than
     waiting, beside what computing on it takes. That predicts a number, which is measured together
     with the planned one, half and twice of it, within the cores, the memory and the /dev/shm there
-    are. Each is measured for some seconds while the model is trained.
+    are; then a longer queue of batches where one that is slow to read would stall a step, and on
+    GPUs whether pinned memory pays. Each is measured for some seconds while the model is trained.
 
     \b
     launcher find loader digits
@@ -58,7 +59,7 @@ def command(
         run_dir, stops, lambda reading: click.echo(reading_text(reading), err=as_json)
     )
     if as_json:
-        click.echo(json.dumps({**asdict(found), "settings": {"num_workers": found.chosen}}))
+        click.echo(json.dumps(asdict(found)))
     else:
         click.echo(loader_text(found, search.plan))
     return 0
