@@ -54,7 +54,7 @@ def compare(
         found = []
         for seed in seeds:
             settings = (f"batch_size={batch}", f"lr={lr}", f"seed={seed}", f"steps={most}")
-            path = trainings.accuracies(*settings, f"evaluate_every={every}", *PLAIN)
+            path = trainings.take(*settings, f"evaluate_every={every}", *PLAIN).evaluations
             reached = _crossing(path, target)
             if reached is None:
                 return None

@@ -41,16 +41,18 @@ def compare(trainings: Trainings, epochs: int, seeds: range, budgets: list[int])
 
     def constant(lr: float, seed: int) -> list[list[float]]:
         settings = (f"epochs={epochs}", f"seed={seed}", f"lr={lr}", "schedule=constant()", *PLAIN)
-        return trainings.accuracies(*settings)
+        return trainings.take(*settings).evaluations
 
     best = max(CONSTANT_LRS, key=lambda lr: constant(lr, 0)[-1][1])
     paths = [constant(best, seed) for seed in seeds]
     target, steps = fmean(path[-1][1] for path in paths), int(paths[0][-1][0])
-    touched = [next(int(step) for step, value in path if value >= target) for path in paths]
+    touched = [
+        next((f"{int(step):,}" for step, value in path if value >= target), "never")
+        for path in paths
+    ]
     print(
         f"target: {target:.2%}, the mean over {len(seeds)} seeds of constant lr {best:g} after "
-        f"{steps:,} steps; single evaluations first touch it at "
-        f"{', '.join(f'{step:,}' for step in touched)}\n"
+        f"{steps:,} steps; single evaluations first touch it at {', '.join(touched)}\n"
     )
 
     def tuned(schedule: str) -> float:
