@@ -22,7 +22,7 @@ PLAIN = ("label_smoothing=0", "optimizer=sgd(momentum=0.9)")
 """What the baselines train with; the recipe's own settings are those of the last row."""
 
 CONSTANT_LRS = (0.001, 0.003, 0.01)
-PEAK_LRS = (0.03, 0.1, 0.3)
+PEAK_LRS = (0.01, 0.03, 0.1, 0.3)
 
 
 @click.command()
