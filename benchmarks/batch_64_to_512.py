@@ -21,28 +21,40 @@ from trainings import Trainings, measure
 from launcher.finders.noise import fit_steps, steps_ratio
 
 PLAIN = ("label_smoothing=0", "optimizer=sgd(momentum=0.9)", "schedule=constant()", "lr_rule=none")
-LRS = (0.003, 0.01, 0.03, 0.1)
 _LOOKS = 30
 """Evaluations of a training, which tell when it got there."""
 
 
 @click.command()
-@click.option("--batches", type=Numbers(), default="64,128,256,512,1024", show_default=True)
+@click.option("--batches", type=Numbers(int, 1), default="64,128,256,512,1024", show_default=True)
 @click.option("--target", type=click.FloatRange(0, 1), default=0.87, show_default=True)
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("--samples", type=click.IntRange(min=1), default=120_000, show_default=True)
+@click.option("--lrs", type=Numbers(float, 0), default="0.003,0.01,0.03,0.1", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Remember trainings in this file.")
-def main(batches: list[int], target: float, seeds: int, samples: int, out: Path | None) -> None:
+def main(
+    batches: list[int],
+    target: float,
+    seeds: int,
+    samples: int,
+    lrs: list[float],
+    out: Path | None,
+) -> None:
     """Print steps and examples at each batch, measured, fitted and foretold.
 
     --samples is the most that a training at the smallest batch takes.
     """
     with Trainings("fashion_mnist", out) as trainings:
-        compare(trainings, batches, target, seeds, samples)
+        compare(trainings, batches, target, seeds, samples, lrs)
 
 
 def compare(
-    trainings: Trainings, batches: list[int], target: float, seeds: int, samples: int
+    trainings: Trainings,
+    batches: list[int],
+    target: float,
+    seeds: int,
+    samples: int,
+    lrs: list[float],
 ) -> None:
     """Train all of it and print the table."""
 
@@ -64,15 +76,15 @@ def compare(
     noise = measure("find", "noise", "fashion_mnist", "steps=500", *PLAIN, "lr=0.01")
     halves = noise["halves"]
     measured: dict[int, float] = {}
-    lrs: dict[int, float] = {}
+    best: dict[int, float] = {}
     for batch in batches:
-        tried = {lr: steps_to_target(batch, lr, [0]) for lr in LRS}
+        tried = {lr: steps_to_target(batch, lr, [0]) for lr in lrs}
         reached = {lr: steps for lr, steps in tried.items() if steps is not None}
         if not reached:
             raise click.ClickException(f"no lr reaches {target:.1%} at a batch of {batch}")
-        lrs[batch] = min(reached, key=reached.__getitem__)
-        steps = steps_to_target(batch, lrs[batch], range(seeds))
-        measured[batch] = reached[lrs[batch]] if steps is None else steps
+        best[batch] = min(reached, key=reached.__getitem__)
+        steps = steps_to_target(batch, best[batch], range(seeds))
+        measured[batch] = reached[best[batch]] if steps is None else steps
     least, critical = fit_steps(list(measured), list(measured.values()))
     print(
         f"to {target:.1%}: S_min {least:,.0f} steps, B_crit {critical:,.0f} (fitted); B_simple "
@@ -85,7 +97,7 @@ def compare(
     rows = [
         [
             f"{batch:,}",
-            f"{lrs[batch]:g}",
+            f"{best[batch]:g}",
             f"{steps:,.0f}",
             f"{measured[first] / steps:.2f}",
             f"{1 / steps_ratio(first, batch, critical):.2f}",

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import click
 
@@ -56,20 +57,28 @@ class Names(click.ParamType[list[str]]):
         return names
 
 
-class Numbers(click.ParamType[list[int]]):
-    """Comma-separated whole numbers of at least 1."""
+Number = TypeVar("Number", int, float)
+
+
+class Numbers(click.ParamType[list[Number]]):
+    """Comma-separated numbers of a kind, none of them below `least`."""
 
     name = "list"
 
+    def __init__(self, kind: type[Number], least: float) -> None:
+        self._kind: type[Number] = kind
+        self._least = least
+
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> list[int]:
+    ) -> list[Number]:
         try:
-            numbers = [int(text) for text in str(value).split(",")]
+            numbers = [self._kind(text) for text in str(value).split(",")]
         except ValueError:
             numbers = []
-        if not numbers or min(numbers) < 1:
-            self.fail(f"expected whole numbers of at least 1, found {value!r}.", param, ctx)
+        if not numbers or min(numbers) < self._least:
+            wanted = f"numbers ({self._kind.__name__}) of at least {self._least:g}"
+            self.fail(f"expected {wanted}, separated by commas; found {value!r}.", param, ctx)
         return numbers
 
 

@@ -21,7 +21,7 @@ from statistics import median
 from typing import Any
 
 import click
-from contest import BIN, HERE, Names, print_table, train
+from contest import BIN, HERE, Names, Numbers, print_table, train
 from stores import BATCH_SIZE
 
 from launcher.finders.loader import SampleCost, throughput
@@ -32,22 +32,8 @@ STORES = ("far", "packed")
 """The recipes of stores.py."""
 
 
-class Workers(click.ParamType[list[int]]):
-    """Comma-separated numbers of workers."""
-
-    name = "list"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> list[int]:
-        try:
-            return sorted({0, *(int(text) for text in str(value).split(","))})
-        except ValueError:
-            self.fail(f"expected whole numbers, found {value!r}.", param, ctx)
-
-
 @click.command()
-@click.option("--workers", type=Workers(), default="0,1,2,4,8,16", show_default=True)
+@click.option("--workers", type=Numbers(int, 0), default="0,1,2,4,8,16", show_default=True)
 @click.option("--ranks", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--turns", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option("--seconds", type=click.FloatRange(min=0.5), default=6.0, show_default=True)
@@ -61,6 +47,7 @@ def main(
     head = ("store", "workers per rank", "samples/s", "to 0 workers", "to the best fixed")
     try:
         with object_store(delay) as port:
+            numbers = sorted({0, *workers})
             titles = {"far": f"answers after {delay * 1e3:g} ms", "packed": "takes work to decode"}
             settings = {"far": [f"port={port}"], "packed": []}
             print(f"{ranks} process{'es' if ranks > 1 else ''}, medians of {turns}\n")
@@ -68,7 +55,7 @@ def main(
                 [titles[name], *cells]
                 for name in stores
                 for cells in Store(name, settings[name], ranks, seconds, folder / name).rows(
-                    workers, turns
+                    numbers, turns
                 )
             )
             print_table(head, measured)

@@ -32,7 +32,7 @@ schedule once for each process, takes it to 2e-4 on 2: the peak of one_cycle fal
 
 
 @click.command()
-@click.option("--ranks", type=Numbers(), default="1,2", show_default=True)
+@click.option("--ranks", type=Numbers(int, 1), default="1,2", show_default=True)
 @click.option("--turns", type=click.IntRange(min=1), default=7, show_default=True)
 @click.option("--epochs", type=click.IntRange(min=20), default=30, show_default=True)
 @click.option("--only", type=Names(CONTESTANTS), default=",".join(CONTESTANTS))

@@ -42,7 +42,7 @@ HEAD = (
 
 
 @click.command()
-@click.option("--worlds", type=Numbers(), default="1,2,4", show_default=True)
+@click.option("--worlds", type=Numbers(int, 1), default="1,2,4", show_default=True)
 @click.option("--strategies", type=Names(STRATEGIES), default="ddp,fsdp,zero2", show_default=True)
 @click.option("--epochs", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option("--only", type=Names(["launcher", *OTHERS]), default=",".join(["launcher", *OTHERS]))

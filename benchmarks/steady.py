@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from launcher import Data, Recipe, adamw, main
-from recipes.digits import cross_entropy, digits
+from recipes.digits import cross_entropy, digits, read_digits
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -56,11 +56,8 @@ class Noisy:
     """Digits with noise, other noise in each epoch."""
 
     def __init__(self) -> None:
-        from sklearn.datasets import load_digits
-
-        bunch = load_digits()
-        self.images = bunch.images[:SAMPLES].astype("float32") / 16
-        self.labels = bunch.target[:SAMPLES]
+        images, labels = read_digits()
+        self.images, self.labels = images[:SAMPLES], labels[:SAMPLES]
 
     def __len__(self) -> int:
         return SAMPLES
@@ -68,7 +65,7 @@ class Noisy:
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         import torch
 
-        image = torch.from_numpy(self.images[index]).unsqueeze(0)
+        image = self.images[index]
         return image + 0.1 * torch.randn(1, 8, 8), int(self.labels[index])
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from launcher import Data, Recipe, constant, sgd
+from recipes.digits import read_digits
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,12 +67,10 @@ def cross_entropy(logits: Tensor, batch: Sequence[Tensor]) -> tuple[Tensor, int]
     return cross_entropy(logits, batch[1], reduction="sum"), len(batch[1])
 
 
-def read_digits() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def read_bytes() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Return images (1797, 8, 8) of bytes, and labels."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    return (bunch.images * 15.9).astype("uint8"), bunch.target
+    images, labels = read_digits()
+    return (images[:, 0] * 255).byte().numpy(), labels.numpy()
 
 
 class Remote:
@@ -103,7 +102,7 @@ class Packed:
     def __init__(self) -> None:
         from PIL import Image
 
-        images, self._labels = read_digits()
+        images, self._labels = read_bytes()
         self._files = []
         for image in images:
             file = io.BytesIO()
@@ -132,7 +131,7 @@ def serve(delay: float) -> None:
 
 
 async def _serve(delay: float) -> None:
-    images, labels = read_digits()
+    images, labels = read_bytes()
     objects = [
         image.tobytes() + bytes([label]) for image, label in zip(images, labels, strict=True)
     ]

@@ -21,29 +21,45 @@ from trainings import Trainings, measure
 PLAIN = ("label_smoothing=0", "optimizer=sgd(momentum=0.9)")
 """What the baselines train with; the recipe's own settings are those of the last row."""
 
-CONSTANT_LRS = (0.001, 0.003, 0.01)
-PEAK_LRS = (0.01, 0.03, 0.1, 0.3)
-
 
 @click.command()
 @click.option("--epochs", type=click.IntRange(min=1), default=16, help="Of a constant lr.")
 @click.option("--seeds", type=click.IntRange(min=1), default=3)
-@click.option("--budgets", type=Numbers(), default="938,1250,1500,1875,2500,3750,7500")
+@click.option("--budgets", type=Numbers(int, 1), default="938,1250,1500,1875,2500,3750,7500")
+@click.option("--constant-lrs", type=Numbers(float, 0), default="0.001,0.003,0.01")
+@click.option("--peak-lrs", type=Numbers(float, 0), default="0.01,0.03,0.1,0.3")
 @click.option("--out", type=click.Path(path_type=Path), help="Remember trainings in this file.")
-def main(epochs: int, seeds: int, budgets: list[int], out: Path | None) -> None:
-    """Print the steps that each schedule needs, and the accuracies on the way."""
+def main(
+    epochs: int,
+    seeds: int,
+    budgets: list[int],
+    constant_lrs: list[float],
+    peak_lrs: list[float],
+    out: Path | None,
+) -> None:
+    """Print the steps that each schedule needs, and the accuracies on the way.
+
+    The baselines take the best of --constant-lrs and --peak-lrs.
+    """
     with Trainings("fashion_mnist", out) as trainings:
-        compare(trainings, epochs, range(seeds), budgets)
+        compare(trainings, epochs, range(seeds), budgets, constant_lrs, peak_lrs)
 
 
-def compare(trainings: Trainings, epochs: int, seeds: range, budgets: list[int]) -> None:
+def compare(
+    trainings: Trainings,
+    epochs: int,
+    seeds: range,
+    budgets: list[int],
+    constant_lrs: list[float],
+    peak_lrs: list[float],
+) -> None:
     """Train all of it and print the table."""
 
     def constant(lr: float, seed: int) -> list[list[float]]:
         settings = (f"epochs={epochs}", f"seed={seed}", f"lr={lr}", "schedule=constant()", *PLAIN)
         return trainings.take(*settings).evaluations
 
-    best = max(CONSTANT_LRS, key=lambda lr: constant(lr, 0)[-1][1])
+    best = max(constant_lrs, key=lambda lr: constant(lr, 0)[-1][1])
     paths = [constant(best, seed) for seed in seeds]
     target, steps = fmean(path[-1][1] for path in paths), int(paths[0][-1][0])
     touched = [
@@ -58,7 +74,7 @@ def compare(trainings: Trainings, epochs: int, seeds: range, budgets: list[int])
     def tuned(schedule: str) -> float:
         middle = budgets[len(budgets) // 2]
         return max(
-            PEAK_LRS,
+            peak_lrs,
             key=lambda lr: fmean(trainings.final(middle, [0], f"lr={lr}", schedule, *PLAIN)),
         )
 

@@ -7,6 +7,7 @@ from time import perf_counter, thread_time
 from typing import TYPE_CHECKING
 
 from launcher import Data, Recipe, one_cycle, sgd
+from recipes.digits import read_digits
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -69,13 +70,11 @@ def build_model(seconds: Path, last: int) -> nn.Module:
 
 def build_data() -> Data:
     """Return digits as (vector, label), so many that every batch of an epoch is full."""
-    import torch
-    from sklearn.datasets import load_digits
     from torch.utils.data import TensorDataset
 
-    bunch = load_digits()
-    vectors = torch.from_numpy(bunch.data[:TRAIN_SAMPLES]).float() / 16
-    return Data(train=TensorDataset(vectors, torch.from_numpy(bunch.target[:TRAIN_SAMPLES]).long()))
+    images, labels = read_digits()
+    vectors = images[:TRAIN_SAMPLES].flatten(1)
+    return Data(train=TensorDataset(vectors, labels[:TRAIN_SAMPLES]))
 
 
 def cross_entropy(logits: Tensor, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:

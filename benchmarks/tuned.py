@@ -24,7 +24,7 @@ RECIPE = f"{HERE / 'untuned.py'}:untuned"
 
 @click.command()
 @click.option("--epochs", type=click.IntRange(min=1), default=16, help="Of the untuned recipe.")
-@click.option("--tuned-epochs", type=Numbers(), default="1,2,3,4,6", show_default=True)
+@click.option("--tuned-epochs", type=Numbers(int, 1), default="1,2,3,4,6", show_default=True)
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("--ranks", type=click.IntRange(min=1), default=2, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Remember trainings in this file.")

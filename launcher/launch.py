@@ -1,12 +1,15 @@
-"""From a plan to processes: PyTorch's elastic agent, over a server that has imported torch once.
+"""From a plan to processes: PyTorch's elastic agent, and ranks that are forked from its process.
 
-Every rank is forked from that server, so N ranks cost one import of torch rather than N. They find
+That process has imported what the ranks need, so a node pays for one import of torch whatever the
+number of its ranks. It computes nothing and starts no threads, and so can be forked. The ranks find
 each other in a file of a private folder, and the agent listens on no port.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import logging
 import multiprocessing
 import os
@@ -18,7 +21,6 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,8 +94,7 @@ def _start_ranks(
     assert job.meeting_place is not None
     stops.attend(job)
     before = oom_kills()
-    start_server([job.plan])
-    # While the server imports torch for the ranks, this process does for the agent.
+    import_for([job.plan])
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -111,7 +112,7 @@ def _start_ranks(
         run_id=uuid.uuid4().hex,
         rdzv_backend=ONE_MACHINE,
         max_restarts=job.restarts,
-        start_method="forkserver",
+        start_method="fork",
         logs_specs=NoLogs(job.meeting_place),
         signals_to_handle="SIGQUIT",  # the others are ours
     )
@@ -127,32 +128,47 @@ def _start_ranks(
     return max((code or 0 for code in codes.values()), default=0)
 
 
-def start_server(plans: Sequence[Plan]) -> None:
-    """Start the server that ranks are forked from; it begins to import what `plans` need."""
+def import_for(plans: Sequence[Plan]) -> None:
+    """Import what the ranks of `plans` need, so that each finds it there."""
     backends = {plan.backend for plan in plans}
     for plan in plans:
         os.environ.update(process_environment(plan))
     modules = ["launcher.engine.worker"]
     if backends - {"local"}:
-        modules.append("launcher.engine.backends.accelerate")
+        modules += ["launcher.engine.backends.accelerate", "torch._dynamo"]  # by DDP, FSDP
     if "fsdp" in backends:
         modules.append("torch.distributed.fsdp")
     if "deepspeed" in backends and all(plan.device == "cpu" for plan in plans):
         # It asks CUDA for its devices while it is imported, and no rank could be forked after that.
         modules.append("launcher.engine.backends.deepspeed")
-    if len(plans) > 1:
-        modules.append("torch._dynamo")  # the first optimizer imports it: for one run, no gain
-    multiprocessing.set_forkserver_preload(modules)
-    # Stopped early, we leave semaphores to Python's tracker process; its warning would be noise.
-    sys.warnoptions.append("ignore::UserWarning:multiprocessing.resource_tracker")
-    # The server lives and dies with us; signals in the middle of its imports are not its business,
-    # and its ranks take them when they can. It inherits the mask, and starts the tracker first,
-    # which would take the mask away.
-    resource_tracker.ensure_running()
+    for module in modules:
+        importlib.import_module(module)
+    _forget_signals_in_ranks()
+
+
+@functools.cache
+def _forget_signals_in_ranks() -> None:
+    """Have ranks begin without the handlers of this process, and deaf until they have their own."""
+    launcher = os.getpid()
     mask = {signal.SIGINT, *STOP_SIGNALS}
-    signal.pthread_sigmask(signal.SIG_BLOCK, mask)
-    forkserver.ensure_running()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, mask)
+
+    def forking() -> None:
+        if os.getpid() == launcher:
+            signal.pthread_sigmask(signal.SIG_BLOCK, mask)
+
+    def forked() -> None:
+        if os.getpid() == launcher:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, mask)
+
+    def born() -> None:
+        if os.getppid() != launcher:  # a rank's own child
+            return
+        for number in (*STOP_SIGNALS, signal.SIGALRM, signal.SIGQUIT):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` has it
+                signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    os.register_at_fork(before=forking, after_in_parent=forked, after_in_child=born)
 
 
 class Stops:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from launcher.errors import PlanError
 from launcher.job import Job, describe_run, plan_recipe
-from launcher.launch import launch, start_server
+from launcher.launch import import_for, launch
 from launcher.machine import Machine
 from launcher.overrides import Override, build
 from launcher.plan import Plan
@@ -126,7 +126,7 @@ def run_trials(
         steps: Steps to take of those planned.
         tolerance: The relative difference that counts as rounding; None goes by the precision.
     """
-    start_server([trial.plan for trial in trials])
+    import_for([trial.plan for trial in trials])
     wanted = None
     for trial in trials:
         exit_code = launch(_job(reference, overrides, trial, steps))

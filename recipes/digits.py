@@ -54,17 +54,29 @@ def build_model() -> nn.Module:
 def build_data() -> Data:
     """Return the digits as (image, label), every fifth held out."""
     import torch
-    from sklearn.datasets import load_digits
     from torch.utils.data import TensorDataset
 
-    bunch = load_digits()
-    images = torch.from_numpy(bunch.images).float().unsqueeze(1) / 16
-    labels = torch.from_numpy(bunch.target).long()
+    images, labels = read_digits()
     held_out = torch.arange(len(labels)) % 5 == 0
     return Data(
         train=TensorDataset(images[~held_out], labels[~held_out]),
         evaluation=TensorDataset(images[held_out], labels[held_out]),
     )
+
+
+def read_digits() -> tuple[Tensor, Tensor]:
+    """Return images (1797, 1, 8, 8) in [0, 1] and labels (1797,), from scikit-learn's file.
+
+    The file alone: importing scikit-learn on each rank would take longer than training does.
+    """
+    from importlib.metadata import distribution
+
+    import numpy as np
+    import torch
+
+    file = distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
+    rows = torch.from_numpy(np.loadtxt(str(file), delimiter=",", dtype=np.float32))
+    return rows[:, :64].view(-1, 1, 8, 8) / 16, rows[:, 64].long()
 
 
 def cross_entropy(logits: Tensor, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:

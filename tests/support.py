@@ -71,10 +71,17 @@ class Commands:
         )
 
     def environment(self) -> dict[str, str]:
-        """Return the environment of this process, less what would tell a run where it is."""
+        """Return the environment of this process, less what would tell a run where it is.
+
+        Threads sleep while they wait: tests that run side by side have no core for each.
+        """
         hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "ACCELERATE_", "SLURM_", "OMP_")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
-        return kept | {MARK: self.mark, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+        return kept | {
+            MARK: self.mark,
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        }
 
 
 def train_suite(run: Commands, suite: str, worlds: Sequence[int]) -> Path:

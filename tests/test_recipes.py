@@ -43,6 +43,7 @@ def test_an_idx_file_is_read(tmp_path: Path) -> None:
         (gzip.compress(IDX + bytes(5)), "is no whole IDX file of bytes in 2 dimensions"),
         (gzip.compress(b"something else"), "is no whole IDX file of bytes in 2 dimensions"),
     ],
+    ids=["missing", "other", "cut", "short", "text"],
 )
 def test_a_file_that_is_none_is_refused(
     tmp_path: Path, content: bytes | None, message: str

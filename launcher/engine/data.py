@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import faulthandler
+import os
 import signal
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -135,7 +137,7 @@ def micro_batches(reader: Reader, requests: Iterable[Request], plan: Plan) -> It
             num_workers=workers,
             prefetch_factor=plan.prefetch_factor,
             pin_memory=plan.pin_memory,
-            worker_init_fn=_start_worker if workers else None,
+            worker_init_fn=partial(_start_worker, os.getpid()) if workers else None,
             multiprocessing_context="fork" if workers else None,
         )
         answers = iter(loader)
@@ -167,8 +169,8 @@ def _as_it_is(micro_batch: Any) -> Any:
     return micro_batch
 
 
-def _start_worker(_: int) -> None:
-    die_with_parent()
+def _start_worker(rank: int, _: int) -> None:
+    die_with_parent(rank)
     # A job that is told to stop tells all its processes; the rank decides when, and it needs data
     # until then. SIGUSR2 is for the rank to ask where a worker hangs.
     for number in (signal.SIGINT, *STOP_SIGNALS):

@@ -5,45 +5,20 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import select
 import signal
-import threading
-import time
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends, however that ends (Linux)."""
-    parent = os.getppid()
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent, `parent`, ends, however that ends (Linux).
+
+    The parent's thread that started it counts as the parent.
+    """
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before the kernel was told
         os.kill(os.getpid(), signal.SIGKILL)
-
-
-def die_with(pid: int) -> None:
-    """End this process when process `pid`, which is not its parent, has ended.
-
-    Waits in a thread, on a process file descriptor where the kernel has them (Linux 5.3) and
-    otherwise by looking every second. A process that gets the same id later is not taken for it.
-    """
-    born = _start_time(pid)
-    try:
-        descriptor = os.pidfd_open(pid)
-    except (OSError, AttributeError):
-        descriptor = None
-
-    def wait() -> None:
-        if descriptor is not None:
-            select.select([descriptor], [], [])
-        while descriptor is None and _start_time(pid) == born:
-            time.sleep(1)
-        os._exit(1)
-
-    if born is None:
-        os._exit(1)
-    threading.Thread(target=wait, name="die-with-launcher", daemon=True).start()
 
 
 def is_running(pid: int) -> bool:

@@ -25,7 +25,7 @@ from launcher.engine.failures import fail
 from launcher.engine.inspection import inspect_recipe, write_inspection
 from launcher.engine.logs import Output, open_output
 from launcher.engine.probes import limit_memory, measure_noise, test_range, time_reading, time_size
-from launcher.engine.processes import die_with
+from launcher.engine.processes import die_with_parent
 from launcher.engine.run import join, train_rank
 from launcher.engine.watch import Watch
 from launcher.errors import EXIT_RESUMABLE, LauncherError, TrainingError
@@ -157,7 +157,7 @@ def _launched(job: Job, work: Callable[[_Rank], int]) -> int:
     stop = _listen() if job.saves else None
     if stop is None:
         _do_not_listen()
-    die_with(job.launcher_pid)
+    die_with_parent(job.launcher_pid)
     world = _world(job)
     output = open_output(
         job.run_dir.log(world.rank),
@@ -226,7 +226,7 @@ def _start(job: Job) -> Start | None:
 def launched_inspection(job: Job) -> None:
     """Inspect the recipe of `job` in this process, and write what is found to its run folder."""
     _do_not_listen()
-    die_with(job.launcher_pid)
+    die_with_parent(job.launcher_pid)
     output = open_output(job.run_dir.log(0), own_terminal=True, on_terminal=False)
     try:
         recipe = build(resolve(job.recipe), job.overrides).recipe
@@ -239,7 +239,7 @@ def launched_examination(job: Job) -> None:
     """Examine this rank and its group; rank 0 leaves all reports in the run folder of `job`."""
     stop = StopRequest()
     _do_not_listen()
-    die_with(job.launcher_pid)
+    die_with_parent(job.launcher_pid)
     world = _world(job)
     output = open_output(job.run_dir.log(world.rank), own_terminal=True, on_terminal=False)
     try:

@@ -6,6 +6,7 @@ import random
 from typing import TYPE_CHECKING
 
 from launcher import Data, Recipe, main, one_cycle, sgd
+from recipes.digits import read_digits
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -54,11 +55,8 @@ class Noisy:
     """Digits with noise drawn from torch, numpy and random in turn."""
 
     def __init__(self, start: int, stop: int, noise: float) -> None:
-        from sklearn.datasets import load_digits
-
-        bunch = load_digits()
-        self.images = bunch.images[start:stop].astype("float32") / 16
-        self.labels = bunch.target[start:stop]
+        images, labels = read_digits()
+        self.images, self.labels = images[start:stop], labels[start:stop]
         self.noise = noise
 
     def __len__(self) -> int:
@@ -68,7 +66,7 @@ class Noisy:
         import numpy as np
         import torch
 
-        image = torch.from_numpy(self.images[index]).unsqueeze(0)
+        image = self.images[index]
         image = image + self.noise * torch.randn(1, 8, 8)
         image = image + self.noise * float(np.random.randn())
         return image + self.noise * random.random(), int(self.labels[index])
