@@ -6,8 +6,8 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-# What tests need of Debian: data sets that it packages.
-PACKAGES := dataset-fashion-mnist
+# What tests need of Debian: a data set, and Slurm for a cluster of virtual nodes.
+PACKAGES := dataset-fashion-mnist slurmctld slurmd slurm-client munge
 
 .PHONY: run test lint format packages clean
 

@@ -6,10 +6,12 @@
     │   ├── OverrideError   a name=value, a YAML file or a command-line value is wrong
     │   ├── PlanError       the numbers do not go together, or ask for more than there is
     │   ├── WorldError      the processes found are not the processes planned
+    │   ├── SlurmError      Slurm refuses, is not there, or a site profile is wrong
     │   ├── RunDirError     the run folder exists, is missing or cannot be written
     │   └── CheckpointError a checkpoint is missing, damaged or of another training
     ├── TrainingError       the run itself failed; exit code 1
     │   └── SampleError     the data set raised while a sample was read
+    ├── PeerError           another node of the run has failed or gone; its exit code
     └── EndedError          ranks have ended early and said why; their exit code
 
 Each message says what was asked, what was found and what to do, in words that can be pasted.
@@ -58,6 +60,10 @@ class WorldError(UsageError):
     """The processes that were found are not the processes that were planned."""
 
 
+class SlurmError(UsageError):
+    """Slurm refuses what is asked of it, or is not there, or a site profile is wrong."""
+
+
 class RunDirError(UsageError):
     """The run folder exists already, is missing, or cannot be written."""
 
@@ -72,6 +78,20 @@ class TrainingError(LauncherError):
 
 class SampleError(TrainingError):
     """The data set raised while a sample was read; the message names the sample."""
+
+
+class PeerError(LauncherError):
+    """Another node of the run has failed, and says why itself, or has gone.
+
+    Args:
+        node: Its name.
+        exit_code: What it ends with; None where it has gone.
+    """
+
+    def __init__(self, node: str, exit_code: int | None) -> None:
+        how = "has gone without a word" if exit_code is None else "has failed, and says why"
+        super().__init__(f"the run ended on this node because {node} {how}")
+        self.exit_code = exit_code or EXIT_FAILED
 
 
 class EndedError(LauncherError):

@@ -18,24 +18,26 @@ import shutil
 import signal
 import sys
 import tempfile
-import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.configs import process_environment
-from launcher.errors import EXIT_FAILED, RunDirError, TrainingError
+from launcher.errors import EXIT_FAILED, PeerError, RunDirError, TrainingError
 from launcher.health import PHASES, read_health
 from launcher.job import Job
 from launcher.machine import oom_kills
+from launcher.nodes import Nodes
 from launcher.plan import Plan
 from launcher.report.failure import death_text, failure_text
 from launcher.rundir import read_failure, write_json
 from launcher.signals import EXIT_BY_SIGNAL, STOP_SIGNALS
 
 if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    from launcher.engine.meeting import Meeting
 
 _AGENT_LOGGERS = ("torch.distributed.elastic", "torch.multiprocessing")
 
@@ -47,26 +49,46 @@ def launch(
     function: Callable[[Job], int | None] | None = None,
     *,
     stops: Stops | None = None,
+    meeting: Meeting | None = None,
     show: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
 ) -> int:
     """Run every rank of `job` on this machine; return the exit code of the run.
 
-    The first failure is shown once, last, and no process is left behind.
+    The first failure is shown once, last, on the node where it happened, and no process is left
+    behind.
 
     Args:
         job: What to run.
         function: What each rank calls with it, of `launcher.engine.worker`; None trains.
         stops: What has been listening for signals; None begins to now.
+        meeting: With the other machines of the run; None is alone.
         show: Is given the text of the failure; by default it prints to stderr.
+
+    Raises:
+        PeerError: The run has failed on another machine.
     """
-    for left in job.run_dir.health(0).parent.glob("*.json"):
-        left.unlink()  # of the run that is resumed
-    with _meeting_place() as folder:
-        return _start_ranks(replace(job, meeting_place=folder), function, stops or Stops(), show)
+    with _private_folder() as folder:
+        if meeting is None:
+            job = replace(job, meeting_place=folder)
+        return _start_ranks(job, function, stops or Stops(), meeting, folder, show)
+
+
+def meet(nodes: Nodes | None, plan: Plan) -> Meeting | None:
+    """Meet the launchers on the other machines of a run; None for one machine.
+
+    Raises:
+        WorldError: They do not come, or are about to run something else.
+    """
+    if nodes is None:
+        return None
+    from launcher.engine.meeting import Meeting
+
+    said = {"recipe": plan.recipe, "device": plan.device, "ranks": plan.nproc_per_node}
+    return Meeting(nodes, said, lambda text: print(text, file=sys.stderr, flush=True))
 
 
 @contextlib.contextmanager
-def _meeting_place() -> Iterator[Path]:
+def _private_folder() -> Iterator[Path]:
     """Make a folder on a local disk that nobody else may look into, for as long as the run takes.
 
     Raises:
@@ -89,43 +111,29 @@ def _start_ranks(
     job: Job,
     function: Callable[[Job], int | None] | None,
     stops: Stops,
+    meeting: Meeting | None,
+    folder: Path,
     show: Callable[[str], None],
 ) -> int:
-    assert job.meeting_place is not None
-    stops.attend(job)
+    stops.attend(job, folder)
     before = oom_kills()
     import_for([job.plan])
     from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    from launcher.engine.agent import ONE_MACHINE, NoLogs, register_one_machine
+    from launcher.engine.agent import run_agent
+    from launcher.engine.worker import launched_rank
 
-    if function is None:
-        from launcher.engine.worker import launched_rank as function
-
-    register_one_machine()
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=job.plan.nproc_per_node,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend=ONE_MACHINE,
-        max_restarts=job.restarts,
-        start_method="fork",
-        logs_specs=NoLogs(job.meeting_place),
-        signals_to_handle="SIGQUIT",  # the others are ours
-    )
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the others are ours
     _quieten_the_agent()
     try:
-        codes = elastic_launch(config, function)(job)
-    except ChildFailedError as error:
-        after = oom_kills()
-        killed = None if before is None or after is None else after - before
-        return _tell(error, job, killed, show)
+        result = run_agent(function or launched_rank, job, folder, meeting)
     except SignalException as error:
         return _say_stopped(error.sigval)
-    return max((code or 0 for code in codes.values()), default=0)
+    if not result.failures:
+        return max((code or 0 for code in result.return_values.values()), default=0)
+    after = oom_kills()
+    killed = None if before is None or after is None else after - before
+    return _tell(result.failures, job, meeting, killed, show)
 
 
 def import_for(plans: Sequence[Plan]) -> None:
@@ -180,6 +188,7 @@ class Stops:
 
     def __init__(self) -> None:
         self._job: Job | None = None
+        self._folder: Path | None = None
         self._interrupted = False
         self._told = False
         signal.signal(signal.SIGINT, self._interrupt)
@@ -188,9 +197,9 @@ class Stops:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._stop)
 
-    def attend(self, job: Job) -> None:
-        """Handle them for this run, those included that came before."""
-        self._job = job
+    def attend(self, job: Job, folder: Path) -> None:
+        """Handle them for this run, which has a folder of its own, those included that came."""
+        self._job, self._folder = job, folder
         if self._told:
             self._tell_the_ranks()
 
@@ -204,8 +213,8 @@ class Stops:
         """End everything at once, without an exception, which an import could swallow."""
         for rank in multiprocessing.active_children():
             rank.kill()
-        if self._job is not None and self._job.meeting_place is not None:
-            shutil.rmtree(self._job.meeting_place, ignore_errors=True)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
         os._exit(_say_stopped(number))
 
     def _stop(self, number: int, *_: object) -> None:
@@ -244,31 +253,46 @@ def _say_stopped(number: signal.Signals) -> int:
 
 
 def _tell(
-    error: ChildFailedError, job: Job, killed_for_memory: int | None, show: Callable[[str], None]
+    failures: Mapping[int, ProcessFailure],
+    job: Job,
+    meeting: Meeting | None,
+    killed_for_memory: int | None,
+    show: Callable[[str], None],
 ) -> int:
-    """Show the failure of a rank, or record and show the end of one that had no time to."""
-    rank, first = min(error.failures.items(), key=lambda item: item[1].timestamp)
+    """Show the failure of a rank, or record and show the end of one that had no time to.
+
+    Raises:
+        PeerError: That is for another node to do.
+    """
+    rank, first = min(failures.items(), key=lambda item: item[1].timestamp)
     failure = read_failure(job.run_dir)
-    if failure is not None and not failure["lost_peer"]:
-        show(failure_text(failure, job.run_dir))
-        return int(failure["exit_code"])
-    text = death_text(rank, first.exitcode, job.run_dir, oom_kills=killed_for_memory)
-    death = {
-        "rank": rank,
-        "node": platform.node(),
-        "pid": first.pid,
-        "time": first.timestamp,
-        "error": "Death",
-        "message": text.partition("\n")[0].removeprefix("launcher: "),
-        "traceback": "",
-        "exit_code": EXIT_FAILED,
-        "lost_peer": False,
-        "out_of_memory": bool(killed_for_memory),
-    }
-    with contextlib.suppress(RunDirError):  # on a full disk it is shown at least
-        write_json(job.run_dir.failure, death)
+    if meeting is not None and failure is not None:
+        if failure["lost_peer"] and failure["rank"] == rank:
+            meeting.look(patiently=True)
+        elif failure["rank"] // job.plan.nproc_per_node != meeting.index:
+            raise PeerError(failure["node"], failure["exit_code"])
+    if failure is None or failure["lost_peer"]:
+        text = death_text(rank, first.exitcode, job.run_dir, oom_kills=killed_for_memory)
+        failure = {
+            "rank": rank,
+            "node": platform.node(),
+            "pid": first.pid,
+            "time": first.timestamp,
+            "error": "Death",
+            "message": text.partition("\n")[0].removeprefix("launcher: "),
+            "traceback": "",
+            "exit_code": EXIT_FAILED,
+            "lost_peer": False,
+            "out_of_memory": bool(killed_for_memory),
+        }
+        with contextlib.suppress(RunDirError):  # on a full disk it is shown at least
+            write_json(job.run_dir.failure, failure)
+    else:
+        text = failure_text(failure, job.run_dir)
+    if meeting is not None:
+        meeting.report(failure["exit_code"])
     show(text)
-    return EXIT_FAILED
+    return int(failure["exit_code"])
 
 
 def _quieten_the_agent() -> None:

@@ -73,8 +73,12 @@ def read_arguments(arguments: Iterable[str]) -> tuple[Override, ...]:
     return tuple(read.values())
 
 
-def read_yaml(path: Path) -> tuple[Override, ...]:
+def read_yaml(path: Path, *, as_text: bool = False) -> tuple[Override, ...]:
     """Read a YAML file that holds one mapping of names to values.
+
+    Args:
+        path: The file.
+        as_text: Whether values are left as they are written: YAML takes 12:00:00 for 43200.
 
     Raises:
         OverrideError: The file cannot be read, does not parse, or holds something else.
@@ -84,7 +88,8 @@ def read_yaml(path: Path) -> tuple[Override, ...]:
     try:
         text = path.read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
+        loader = yaml.BaseLoader if as_text else yaml.SafeLoader
+        values = yaml.load(text, Loader=loader)  # noqa: S506  # neither makes objects
     except OSError as error:
         raise OverrideError(f"Cannot read {path}: {error.strerror}.") from None
     except yaml.MarkedYAMLError as error:

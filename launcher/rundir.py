@@ -10,6 +10,7 @@ reading.json        what it takes to read, where `launcher find loader` measured
 size.json           speed and memory, where `launcher find batch` measured them
 noise.json          norms of gradients, where `launcher find noise` measured them
 failure.json        the first failure, if the run failed
+submission.json     the job that `launcher submit` asked Slurm for, and job.sbatch its script
 examination.json    what ranks found out about themselves, for `launcher doctor`
 inspection.json     what of the recipe depends on the split, where `launcher prove` looked for it
 logs/rank<N>.log    what each rank printed
@@ -59,6 +60,10 @@ class RunDir:
     @property
     def failure(self) -> Path:
         return self.path / "failure.json"
+
+    @property
+    def submission(self) -> Path:
+        return self.path / "submission.json"
 
     @property
     def inspection(self) -> Path:
@@ -115,9 +120,7 @@ def create_run_dir(out: Path | None, name: str) -> RunDir:
     Raises:
         RunDirError: `out` exists already, or cannot be made.
     """
-    stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    tries = [out] if out is not None else _numbered(Path("runs") / stem)
-    for path in tries:
+    for path in [out] if out is not None else _numbered(planned_path(None, name)):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.mkdir(mode=0o700)
@@ -136,7 +139,15 @@ def create_run_dir(out: Path | None, name: str) -> RunDir:
                 "Give an --out below a folder that you can write to."
             ) from None
         return RunDir(path.resolve())
-    raise RunDirError(f"There are too many run folders called {stem}. Give an --out.")
+    raise RunDirError(f"There are too many run folders for {name} at once. Give an --out.")
+
+
+def planned_path(out: Path | None, name: str) -> Path:
+    """Return the folder that `create_run_dir` would make now."""
+    if out is not None:
+        return out
+    stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return next(path for path in _numbered(Path("runs") / stem) if not path.exists())
 
 
 def _or_resume(path: Path) -> str:
@@ -220,7 +231,12 @@ def read_run(run_dir: RunDir) -> dict[str, Any]:
 
 
 def write_resumption(run_dir: RunDir, description: Mapping[str, Any]) -> None:
-    """Write run.yaml anew, with what it said before among what came earlier."""
+    """Write run.yaml anew, with what it said before among what came earlier.
+
+    Where its ranks were is forgotten.
+    """
+    for left in run_dir.health(0).parent.glob("*.json"):
+        left.unlink()
     before = read_run(run_dir)
     earlier = [*before.pop("earlier", []), before]
     write_yaml(run_dir.run_yaml, {**description, "earlier": earlier})

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.errors import WorldError
+from launcher.slurm.environment import Step, find_step
 
 _VARIABLES = {
     "rank": ("RANK",),
@@ -29,7 +30,10 @@ class World:
     local_rank: int = 0
     local_world_size: int = 1
     store: Path | None = None
-    """The file in which ranks of one machine find each other; None is at MASTER_ADDR."""
+    """The file in which ranks of one machine find each other; None is at an address."""
+
+    address: tuple[str, int] | None = None
+    """Host and port where they find each other; None is at MASTER_ADDR and MASTER_PORT."""
 
     @property
     def nodes(self) -> int:
@@ -40,7 +44,7 @@ class World:
 def find_world(env: Mapping[str, str] | None = None) -> World:
     """Read the world from the environment of `launcher run`, torchrun, accelerate or deepspeed.
 
-    A process that was started by none of these is alone.
+    Or of srun, where none of these has started the process. What was started by nobody is alone.
 
     Raises:
         WorldError: The variables contradict each other, or a launcher started fewer processes
@@ -49,7 +53,8 @@ def find_world(env: Mapping[str, str] | None = None) -> World:
     env = os.environ if env is None else env
     if not any(env.get(name) for name in _VARIABLES["world_size"]):
         _refuse_a_lonely_copy(env)
-        return World()
+        step = find_step(env)
+        return World() if step is None else _of_step(step)
     found: dict[str, int] = {}
     for field, names in _VARIABLES.items():
         value = next((env[name] for name in names if env.get(name)), None)
@@ -82,6 +87,22 @@ def find_world(env: Mapping[str, str] | None = None) -> World:
             "node must start the same number of ranks; unset variables left from another run."
         )
     return world
+
+
+def _of_step(step: Step) -> World:
+    if len(set(step.tasks_per_node)) > 1:
+        raise WorldError(
+            f"srun has started {', '.join(map(str, step.tasks_per_node))} tasks on the nodes "
+            f"{', '.join(step.hosts)}: every node must start the same number of ranks. Give "
+            "--ntasks-per-node."
+        )
+    return World(
+        rank=step.task,
+        world_size=step.num_tasks,
+        local_rank=step.local_task,
+        local_world_size=step.tasks_per_node[0],
+        address=(step.hosts[0], step.port),
+    )
 
 
 def _refuse_a_lonely_copy(env: Mapping[str, str]) -> None:

@@ -11,6 +11,11 @@ import pytest
 from support import Commands, fail_on_leftovers
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let golden files be written anew, when they are meant to change."""
+    parser.addoption("--update-golden", action="store_true", help="Write tests/golden anew.")
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Commands]:
     """Run commands in an empty folder; fail where they leave a process behind."""

@@ -1,16 +1,17 @@
-"""Many configurations, one after the other, on the ranks that this is started as.
+"""Many configurations, one after the other, on one number of ranks and then on the next.
 
-A program for test_matrix.py, test_features.py and test_resume.py: it forms one process group and
-trains them all in it, so that ranks and imports are paid once.
+A program for test_matrix.py, test_features.py and test_resume.py. Ranks are forked from it, and
+train all of theirs in one process group, so that imports and groups are paid once.
 """
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent / "recipes"))
 
 from splits import batch_norm
+from torch.multiprocessing.spawn import start_processes
 from worlds import tokens, worlds
 
 from launcher import Recipe, adamw, make_plan, read_machine, sgd
@@ -27,7 +29,7 @@ from launcher.job import Start
 from launcher.rundir import RunDir, create_run_dir
 from launcher.signals import StopRequest
 from launcher.strategy import STRATEGIES
-from launcher.world import find_world
+from launcher.world import World, find_world
 
 RECIPES = {"worlds": worlds, "tokens": tokens, "batch_norm": batch_norm}
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -157,8 +159,8 @@ SUITES = {"matrix": matrix, "features": features}
 class Trainer:
     """Trains cases one after the other in this process's group."""
 
-    def __init__(self, folder: Path) -> None:
-        self.world = find_world()
+    def __init__(self, folder: Path, world: World) -> None:
+        self.world = world
         self._folder = folder
         self._output = Output(terminal=io.StringIO(), errors=io.StringIO(), log=io.StringIO())
         self._backends: list[Any] = []  # which hold the process group, the same for all
@@ -185,22 +187,33 @@ class Trainer:
         self._backends.append(backend)
 
 
-def train_all(suite: str, folder: Path) -> None:
-    """Train each case of a suite into a folder of its own."""
-    train = Trainer(folder)
+def train_suite(suite: str, folder: Path, worlds: Sequence[int]) -> None:
+    """Train each case of a suite into a folder of its own: on2/..., with two ranks."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    for module in ("accelerate", "deepspeed"):
+        importlib.import_module(f"launcher.engine.backends.{module}")
+    for ranks in worlds:
+        start_processes(train_cases, (suite, folder, ranks), ranks, start_method="fork")  # type: ignore[no-untyped-call]
+
+
+def train_cases(rank: int, suite: str, folder: Path, ranks: int) -> None:
+    """Train the cases of a suite that are for so many ranks, as one of them."""
+    for name, value in (("RANK", rank), ("WORLD_SIZE", ranks)):
+        os.environ |= {name: str(value), f"LOCAL_{name}": str(value)}
+    train = Trainer(folder / f"on{ranks}", replace(find_world(), store=folder / f"store{ranks}"))
     if suite == "resume":
-        source_folder = folder.parent / f"on{SOURCE_RANKS}"
-        if train.world.world_size == SOURCE_RANKS:
+        source_folder = folder / f"on{SOURCE_RANKS}"
+        if ranks == SOURCE_RANKS:
             for source in SOURCES:
                 train(source, source.key, saves=True)
-        for source, case in resumed(train.world.world_size):
+        for source, case in resumed(ranks):
             train(case, f"{source.key}-as-{case.key}", source=source_folder / source.key)
     else:
-        for case in SUITES[suite](train.world.world_size):
+        for case in SUITES[suite](ranks):
             train(case, case.key)
     sys.stdout.flush()
     os._exit(0)
 
 
 if __name__ == "__main__":
-    train_all(sys.argv[1], Path(sys.argv[2]))
+    train_suite(sys.argv[1], Path.cwd(), [int(text) for text in sys.argv[2:]])

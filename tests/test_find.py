@@ -272,10 +272,10 @@ def test_the_workers_hide_latency(run: Commands) -> None:
 
 def test_a_longer_queue_bridges_stalls(run: Commands) -> None:
     """Where some samples take very long, more batches ready are predicted and measured."""
-    done = run(*LOADER, "how=stalls", "milliseconds=1500", "-n", "1", "--json", "--out", "out")
+    done = run(*LOADER, "how=stalls", "milliseconds=600", "-n", "1", "--json", "--out", "out")
     assert done.exit_code == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["slowest_batch_seconds"] > 1.5
+    assert found["slowest_batch_seconds"] > 0.6
     longer = found["readings"][-1]
     assert longer["prefetch_factor"] > 2
     taken = found["settings"].get("prefetch_factor", 2)

@@ -12,14 +12,18 @@ from launcher.cli.group import LazyGroup
 from launcher.errors import EndedError, LauncherError
 
 _COMMANDS = {
+    "cancel": "launcher.cli.cancel",
     "doctor": "launcher.cli.doctor",
     "export": "launcher.cli.export",
     "find": "launcher.cli.find",
+    "logs": "launcher.cli.logs",
     "plan": "launcher.cli.plan",
     "prove": "launcher.cli.prove",
     "recipes": "launcher.cli.recipes",
     "resume": "launcher.cli.resume",
     "run": "launcher.cli.run",
+    "status": "launcher.cli.status",
+    "submit": "launcher.cli.submit",
     "tune": "launcher.cli.tune",
 }
 """Command names and the module of each, which holds a click command called `command`."""

@@ -62,6 +62,28 @@ def nproc_option(function: Function) -> Function:
     )(function)
 
 
+def nodes_options(function: Function) -> Function:
+    """Take the number of machines, and where they meet."""
+    count = click.option(
+        "--nodes",
+        type=click.IntRange(min=1),
+        metavar="M",
+        help="Machines, on each of which this command is started. Default: as many as srun has.",
+    )
+    patience = click.option(
+        "--join-timeout",
+        type=click.FloatRange(min=0, min_open=True),
+        metavar="SECONDS",
+        help="How long they wait for each other. Default: 300, in Slurm's jobs 120.",
+    )
+    place = click.option(
+        "--rendezvous",
+        metavar="HOST[:PORT]",
+        help="Where they meet: a name of the first of them. Slurm's jobs know.",
+    )
+    return count(place(patience(function)))
+
+
 def out_option(function: Function) -> Function:
     """Take the run folder to make."""
     return click.option(

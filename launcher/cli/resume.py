@@ -10,16 +10,18 @@ import click
 from launcher.cli.arguments import (
     SettingsCommand,
     max_restarts_option,
+    nodes_options,
     nproc_option,
     overrides_argument,
 )
-from launcher.cli.start import start
+from launcher.cli.start import check_restarts, make_once, met, start
 
 
 @click.command(cls=SettingsCommand, short_help="Go on with a run from a checkpoint.")
 @click.argument("run_dir", type=click.Path(path_type=Path))
 @overrides_argument
 @nproc_option
+@nodes_options
 @click.option(
     "--from", "name", metavar="STEP", help="The checkpoint, such as 120; default: newest."
 )
@@ -31,6 +33,9 @@ def command(
     run_dir: Path,
     overrides: tuple[str, ...],
     nproc_per_node: int | None,
+    nodes: int | None,
+    rendezvous: str | None,
+    join_timeout: float | None,
     name: str | None,
     auto: bool,
     max_restarts: int,
@@ -50,11 +55,14 @@ def command(
     from launcher.job import Start, describe_run, plan_recipe
     from launcher.launch import Stops
     from launcher.machine import read_machine
+    from launcher.nodes import find_nodes
     from launcher.overrides import Override, read_arguments
     from launcher.resolve import resolve
-    from launcher.rundir import open_run_dir, read_run, write_resumption
+    from launcher.rundir import RunDir, open_run_dir, read_run, write_resumption
 
     stops = Stops()  # before anything slow
+    machines = find_nodes(nodes, rendezvous, join_timeout)
+    check_restarts(machines, max_restarts)
     folder = open_run_dir(run_dir)
     said = read_run(folder)
     found = list_checkpoints(folder)
@@ -73,7 +81,13 @@ def command(
     ]
     given = (*before, *read_arguments(overrides))
     nproc = nproc_per_node or int(said["plan"]["nproc_per_node"])
-    built, plan = plan_recipe(reference, given, read_machine(), nproc_per_node=nproc)
+    built, plan = plan_recipe(
+        reference,
+        given,
+        read_machine(),
+        nodes=machines.count if machines else 1,
+        nproc_per_node=nproc,
+    )
     try:
         manifest = chosen.read_manifest()
     except CheckpointError:
@@ -86,14 +100,21 @@ def command(
                 "taken. More epochs=... or steps=... would go on with it."
             )
             return 0
-    write_resumption(folder, describe_run(reference, built, plan))
-    return start(
-        reference,
-        given,
-        plan,
-        folder,
-        stops=stops,
-        restarts=max_restarts,
-        begin=Start(step=chosen.step, fall_back=auto),
-        changes=changes(manifest, plan) if manifest is not None else (),
-    )
+    description = describe_run(reference, built, plan)
+
+    def make() -> RunDir:
+        write_resumption(folder, description)
+        return folder
+
+    with met(machines, plan) as meeting:
+        return start(
+            reference,
+            given,
+            plan,
+            make_once(meeting, make),
+            stops=stops,
+            restarts=max_restarts,
+            meeting=meeting,
+            begin=Start(step=chosen.step, fall_back=auto),
+            changes=changes(manifest, plan) if manifest is not None else (),
+        )

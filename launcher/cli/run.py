@@ -10,46 +10,105 @@ from launcher.cli.arguments import (
     SettingsCommand,
     config_option,
     max_restarts_option,
+    nodes_options,
     nproc_option,
     out_option,
     overrides_argument,
     read_overrides,
 )
-from launcher.cli.start import start
+from launcher.cli.start import check_restarts, make_once, met, start
+from launcher.errors import UsageError
 
 
 @click.command(cls=SettingsCommand, short_help="Train a recipe.")
 @click.argument("recipe")
 @overrides_argument
 @nproc_option
+@nodes_options
 @config_option
 @out_option
+@click.option(
+    "--continue",
+    "goes_on",
+    is_flag=True,
+    help="Where --out has been begun, go on from its newest undamaged checkpoint.",
+)
 @max_restarts_option
 def command(
     recipe: str,
     overrides: tuple[str, ...],
     nproc_per_node: int | None,
+    nodes: int | None,
+    rendezvous: str | None,
+    join_timeout: float | None,
     config: Path | None,
     out: Path | None,
     max_restarts: int,
+    *,
+    goes_on: bool,
 ) -> int:
     """Train RECIPE on the GPUs of this machine, or on CPU ranks where there are none.
+
+    On several machines the command is typed on each, or started by srun as one task on each.
 
     \b
     launcher run digits
     launcher run recipes/digits.py -n 4 lr=0.2 epochs=3
     launcher run digits --config mine.yaml --out runs/mine
+    launcher run digits --nodes 2 --rendezvous node1 --out /shared/mine
     """
-    from launcher.job import describe_run, plan_recipe
+    from launcher.checkpoints import list_checkpoints
+    from launcher.job import Start, describe_run, plan_recipe
     from launcher.launch import Stops
     from launcher.machine import read_machine
+    from launcher.nodes import find_nodes
     from launcher.resolve import resolve
-    from launcher.rundir import create_run_dir, write_yaml
+    from launcher.rundir import (
+        RunDir,
+        create_run_dir,
+        open_run_dir,
+        write_resumption,
+        write_yaml,
+    )
 
     stops = Stops()  # before anything slow
+    if goes_on and out is None:
+        raise UsageError("--continue goes on with the run in --out: give that folder as well.")
+    machines = find_nodes(nodes, rendezvous, join_timeout)
+    check_restarts(machines, max_restarts)
     reference = resolve(recipe)
     given = read_overrides(config, overrides)
-    built, plan = plan_recipe(reference, given, read_machine(), nproc_per_node=nproc_per_node)
-    run_dir = create_run_dir(out, plan.recipe)
-    write_yaml(run_dir.run_yaml, describe_run(reference, built, plan))
-    return start(reference, given, plan, run_dir, stops=stops, restarts=max_restarts)
+    built, plan = plan_recipe(
+        reference,
+        given,
+        read_machine(),
+        nodes=machines.count if machines else 1,
+        nproc_per_node=nproc_per_node,
+    )
+    description = describe_run(reference, built, plan)
+
+    def make() -> RunDir:
+        if goes_on and out is not None and (out / "run.yaml").is_file():
+            begun = open_run_dir(out)
+            write_resumption(begun, description)
+            return begun
+        if goes_on and out is not None and (out / "submission.json").is_file():
+            made = RunDir(out.resolve())  # made by `launcher submit`
+        else:
+            made = create_run_dir(out, plan.recipe)
+        write_yaml(made.run_yaml, description)
+        return made
+
+    with met(machines, plan) as meeting:
+        run_dir = make_once(meeting, make)
+        begun = goes_on and list_checkpoints(run_dir)
+        return start(
+            reference,
+            given,
+            plan,
+            run_dir,
+            stops=stops,
+            restarts=max_restarts,
+            meeting=meeting,
+            begin=Start(fall_back=True) if begun else None,
+        )

@@ -1,59 +1,95 @@
-"""What the elastic agent of a run on one machine has in place of its own: no port, and no logs."""
+"""PyTorch's elastic agent over nodes that know each other already: no rendezvous, and no logs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
 from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
     RendezvousInfo,
-    RendezvousParameters,
     RendezvousStoreInfo,
-    rendezvous_handler_registry,
 )
 
-ONE_MACHINE = "launcher-one-machine"
-"""The name of this rendezvous, for `LaunchConfig(rdzv_backend=...)`."""
+from launcher.engine.meeting import Meeting
+from launcher.job import Job
 
 
-class OneMachine(RendezvousHandler):
-    """The rendezvous of an agent that is alone: there is nobody to wait for or to listen to.
+def run_agent(
+    function: Callable[[Job], int | None],
+    job: Job,
+    folder: Path,
+    meeting: Meeting | None,
+) -> RunResult:
+    """Call `function` in each of this node's ranks, forked from this process, and watch them.
 
-    The agent's store is in its own memory. The ranks find each other in a file of theirs.
+    Args:
+        function: What each rank calls.
+        job: With what.
+        folder: For the agent's own files.
+        meeting: With the other nodes; None is alone, and listens on no port.
+
+    Raises:
+        PeerError: Another node has failed or gone; the ranks of this one have been ended.
     """
+    spec = WorkerSpec(
+        role="default",
+        local_world_size=job.plan.nproc_per_node,
+        entrypoint=function,
+        args=(job,),
+        rdzv_handler=Settled(meeting),
+        max_restarts=job.restarts,
+    )
+    agent = LocalElasticAgent(spec, logs_specs=NoLogs(folder), start_method="fork")
+    return agent.run()
 
-    def __init__(self, parameters: RendezvousParameters) -> None:
-        self._run_id = parameters.run_id
-        self._closed = False
+
+class Settled(RendezvousHandler):
+    """The rendezvous of nodes that have met, or of one that is alone."""
+
+    def __init__(self, meeting: Meeting | None) -> None:
+        self._meeting = meeting
 
     def get_backend(self) -> str:
-        return ONE_MACHINE
+        return "settled"
 
     def get_run_id(self) -> str:
-        return self._run_id
+        return "run"
+
+    @property
+    def use_agent_store(self) -> bool:
+        """Whether the ranks of several nodes meet at our store, rather than on a port of theirs."""
+        return self._meeting is not None
 
     def next_rendezvous(self) -> RendezvousInfo:
-        nowhere = RendezvousStoreInfo("localhost", 0)
-        return RendezvousInfo(HashStore(), rank=0, world_size=1, bootstrap_store_info=nowhere)
+        store: Store
+        if self._meeting is None:
+            # In this process's own memory; the ranks find each other in a file of theirs.
+            store, rank, nodes, address = HashStore(), 0, 1, ("localhost", 0)
+        else:
+            store = PrefixStore("agents", self._meeting.store)
+            rank, nodes, address = self._meeting.index, self._meeting.count, self._meeting.address
+        where = RendezvousStoreInfo(*address)
+        return RendezvousInfo(store, rank=rank, world_size=nodes, bootstrap_store_info=where)
 
     def num_nodes_waiting(self) -> int:
+        """Return 0: nobody joins. The agent asks each time that it has looked after its ranks."""
+        if self._meeting is not None:
+            self._meeting.look()
         return 0
 
     def is_closed(self) -> bool:
-        return self._closed
+        return False
 
     def set_closed(self) -> None:
-        self._closed = True
+        pass
 
     def shutdown(self) -> bool:
         return True
-
-
-def register_one_machine() -> None:
-    """Have the agent know the name."""
-    rendezvous_handler_registry.register(ONE_MACHINE, OneMachine)
 
 
 class NoLogs(LogsSpecs):

@@ -130,8 +130,13 @@ class LoaderSearch:
         for workers in candidates(predicted, self.plan.workers_per_rank, most):
             if workers:
                 measure(num_workers=workers)
+        while True:
+            rates = {each.workers: each.samples_per_second for each in readings}
+            chosen = fewest(rates)
+            if chosen < max(rates) or not 0 < 2 * chosen <= most:
+                break
+            measure(num_workers=2 * chosen)  # as long as that is faster, whatever was predicted
         readings.sort(key=lambda reading: reading.workers)
-        chosen = fewest({each.workers: each.samples_per_second for each in readings})
         best = next(each for each in readings if each.workers == chosen)
         settings: dict[str, Any] = {"num_workers": chosen}
         for other in self._alternatives(best, profile["slowest_batch_seconds"], room, worker):

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -243,13 +245,16 @@ class FSDPBackend(GroupBackend):
 
 
 def meet(world: World, backend: str) -> None:
-    """Have the ranks of one machine talk inside of it; form their group if they meet in a file.
+    """Have the ranks talk over the interface that leads to the first; form their group in a file.
 
-    Otherwise Accelerate forms it, at the address in the environment.
+    Where they do not meet in one Accelerate forms it, at the address in the environment.
     """
-    if world.nodes == 1:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    if world.address is not None:
+        os.environ.update(_variables(world, *world.address))
+    interface = "lo" if world.nodes == 1 else _interface_towards(os.environ["MASTER_ADDR"])
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
     if world.store is not None:
         dist.init_process_group(
             backend,
@@ -258,6 +263,38 @@ def meet(world: World, backend: str) -> None:
             world_size=world.world_size,
             timeout=TIMEOUT,
         )
+
+
+def _variables(world: World, host: str, port: int) -> dict[str, str]:
+    """Return what Accelerate and torch read of a world, where its launcher has not set it."""
+    values = {
+        "RANK": world.rank,
+        "WORLD_SIZE": world.world_size,
+        "LOCAL_RANK": world.local_rank,
+        "LOCAL_WORLD_SIZE": world.local_world_size,
+        "MASTER_ADDR": host,
+        "MASTER_PORT": port,
+    }
+    return {name: str(value) for name, value in values.items()}
+
+
+def _interface_towards(host: str) -> str | None:
+    """Return the network interface through which this machine reaches `host`, if that is known.
+
+    Left to themselves, gloo takes the one that this machine's own name is on, which Debian puts on
+    loopback, and NCCL the first, which may be a bridge for containers.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)  # sends nothing
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address == own for each in addresses):
+            return name
+    return None
 
 
 def forget_settings() -> None:

@@ -1,0 +1,30 @@
+"""`launcher cancel`: take submitted runs out of the queue, or end them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command(short_help="End a run that was submitted.")
+@click.argument("what", metavar="RUN|JOB")
+def command(what: str) -> None:
+    """End the run RUN, or that of JOB; what runs saves a checkpoint first, if it is given the time.
+
+    RUN may be the folder of an array.
+    """
+    from launcher.errors import RunDirError
+    from launcher.slurm.queue import cancel
+    from launcher.slurm.submission import find_submission, read_submission, submissions
+
+    path = Path(what)
+    if path.is_dir() and not (path / "submission.json").exists():
+        found = list(submissions(path))
+        if not found:
+            raise RunDirError(f"No run below {what} was submitted.")
+    else:
+        found = [find_submission(what, Path())]
+    cancel([read_submission(run_dir).job for run_dir in found])
+    for run_dir in found:
+        click.echo(f"{run_dir.shown}: job {read_submission(run_dir).job} is cancelled")

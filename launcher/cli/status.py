@@ -1,0 +1,78 @@
+"""`launcher status`: how runs that were submitted fare."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from launcher.slurm.submission import Standing
+
+_ORDER = ("running", "waiting", "failed", "lost", "stopped", "cancelled", "unknown", "finished")
+
+
+@click.command(short_help="How runs that were submitted fare.")
+@click.argument("what", required=False, metavar="[RUN|JOB]")
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+def command(what: str | None, *, as_json: bool) -> None:
+    """Say how the run RUN, or that of JOB, fares; or all below this folder, those at work first.
+
+    RUN may be the folder of an array: its runs are sorted by what they came to.
+
+    \b
+    launcher status
+    launcher status runs/digits-20260101-120000
+    launcher status 1234
+    """
+    from launcher.report.failure import failure_text
+    from launcher.rundir import read_failure
+    from launcher.slurm.submission import find_submission, standing, submissions
+
+    if what is None or (Path(what).is_dir() and not (Path(what) / "submission.json").exists()):
+        rows = [standing(run_dir) for run_dir in submissions(Path(what or "."))]
+        rows.sort(key=_rank)
+        if as_json:
+            click.echo(json.dumps([_values(row) for row in rows]))
+        elif rows:
+            click.echo(_table(rows))
+        else:
+            click.echo("No run below this folder was submitted.")
+        return
+    found = standing(find_submission(what, Path()))
+    if as_json:
+        click.echo(json.dumps(_values(found)))
+        return
+    click.echo(f"{found.run_dir.shown}  job {found.submission.job}: {found.words}")
+    failure = read_failure(found.run_dir)
+    if found.state == "failed" and failure is not None:
+        click.echo(f"\n{failure_text(failure, found.run_dir)}")
+
+
+def _values(row: Standing) -> dict[str, object]:
+    values = {"run": str(row.run_dir.path), "state": row.state, "words": row.words}
+    return values | {"evaluation": row.evaluation} | asdict(row.submission)
+
+
+def _rank(row: Standing) -> tuple[float, ...]:
+    """Return what to sort by: those at work first, and of the finished the best."""
+    accuracy = max((v for name, v in row.evaluation.items() if name != "loss"), default=None)
+    loss = row.evaluation.get("loss", 0.0)
+    return (_ORDER.index(row.state), loss if accuracy is None else -accuracy, loss)
+
+
+def _table(rows: list[Standing]) -> str:
+    cells = [
+        (row.run_dir.shown, row.submission.job, " ".join(row.submission.settings), row.words)
+        for row in rows
+    ]
+    widths = [max(len(each[column]) for each in cells) for column in range(3)]
+    return "\n".join(
+        "  ".join(
+            [*(f"{text:{width}}" for text, width in zip(each, widths, strict=False)), each[3]]
+        )
+        for each in cells
+    )

@@ -1,0 +1,1 @@
+"""Slurm: what it says of a process, what is asked of it, what it says of jobs. Without torch."""

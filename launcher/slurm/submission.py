@@ -1,0 +1,184 @@
+"""What was submitted, kept in the run folder, and how it fares."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import RunDirError, SlurmError
+from launcher.report.quantities import duration
+from launcher.rundir import RunDir, read_failure, write_json
+from launcher.slurm.queue import GOING, WAITING, JobState, job_state
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """A run that Slurm was asked for; submission.json holds it."""
+
+    job: str
+    """Its id; in an array with the index, 1234_5."""
+
+    log: str
+    """The file that the job prints to."""
+
+    batch_size: int
+    total_steps: int
+    settings: tuple[str, ...] = ()
+    """What sets it apart in its array."""
+
+    def save(self, run_dir: RunDir) -> None:
+        """Write it into the run folder."""
+        write_json(run_dir.submission, asdict(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """How a submitted run fares, in words."""
+
+    run_dir: RunDir
+    submission: Submission
+    state: str
+    """waiting, running, finished, stopped, failed, cancelled, lost or unknown."""
+
+    words: str
+    evaluation: dict[str, float]
+    """Of a run that has finished."""
+
+
+def read_submission(run_dir: RunDir) -> Submission:
+    """Return what was submitted.
+
+    Raises:
+        RunDirError: The run was not.
+    """
+    try:
+        values = json.loads(run_dir.submission.read_text(encoding="utf-8"))
+        return Submission(**values | {"settings": tuple(values["settings"])})
+    except OSError:
+        raise RunDirError(
+            f"{run_dir.path} is no run that was submitted: it has no submission.json. Give a "
+            "folder or a job that `launcher submit` printed."
+        ) from None
+    except (ValueError, TypeError, KeyError):
+        raise RunDirError(f"{run_dir.submission} is damaged.") from None
+
+
+def find_submission(what: str, below: Path) -> RunDir:
+    """Return the run folder that a path or a job id names.
+
+    Raises:
+        RunDirError: There is none.
+    """
+    if (Path(what) / "submission.json").is_file():
+        return RunDir(Path(what).resolve())
+    for run_dir in submissions(below):
+        if read_submission(run_dir).job == what:
+            return run_dir
+    raise RunDirError(
+        f"{what} is no run folder with a submission.json, and no job of a run below {below}. "
+        "`launcher status` lists those that are."
+    )
+
+
+def submissions(below: Path) -> Iterator[RunDir]:
+    """Yield the submitted runs below a folder, in the order of their names."""
+    for path in sorted(below.glob("**/submission.json")):
+        yield RunDir(path.parent.resolve())
+
+
+def standing(run_dir: RunDir) -> Standing:
+    """Return how a run fares, by Slurm and by what it has written."""
+    submission = read_submission(run_dir)
+    try:
+        job = job_state(submission.job)
+    except SlurmError as error:
+        job = None
+        note = f"; Slurm does not say: {error}"
+    else:
+        note = ""
+    state, words = _in_words(run_dir, submission, job)
+    return Standing(
+        run_dir=run_dir,
+        submission=submission,
+        state=state,
+        words=words + note,
+        evaluation=(_read(run_dir.result) or {}).get("evaluation", {}),
+    )
+
+
+def _in_words(run_dir: RunDir, submission: Submission, job: JobState | None) -> tuple[str, str]:
+    again = _again(job)
+    if job is not None and job.state in WAITING:
+        waits = f"waiting {job.waits}" if job.state == "PENDING" else job.state.lower()
+        return "waiting", waits + again
+    if job is not None and job.state in GOING:
+        return "running", f"running on {job.nodes}: {_progress(run_dir, submission)}{again}"
+    if (result := _read(run_dir.result)) is not None:
+        values = result["evaluation"] or {"loss": result["train_loss"]}
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        return "finished", f"finished after {result['steps']:,} steps: {shown}{again}"
+    if (failure := read_failure(run_dir)) is not None:
+        head = failure["message"].splitlines()[0] if failure["message"] else failure["error"]
+        where = f"rank {failure['rank']} ({failure['node']})"
+        return "failed", f"failed on {where}: {failure['error']}: {head}{again}"
+    if job is None:
+        return "unknown", "not known to Slurm any more, and left no result"
+    names = {
+        "CANCELLED": ("cancelled", "cancelled"),
+        "TIMEOUT": ("stopped", "reached its time limit before it could save"),
+        "NODE_FAIL": ("lost", f"lost with {job.nodes}"),
+        "OUT_OF_MEMORY": ("failed", "was killed for memory: ask for more, or use fewer workers"),
+        "PREEMPTED": ("stopped", "made room for another job"),
+    }
+    ended = ("failed", f"{job.state.lower()} with exit code {job.exit_code}, see {submission.log}")
+    state, words = names.get(job.state, ended)
+    return state, words + again
+
+
+def _again(job: JobState | None) -> str:
+    if job is None or not job.restarts:
+        return ""
+    return f" (requeued {job.restarts} time{'s' if job.restarts > 1 else ''})"
+
+
+def _progress(run_dir: RunDir, submission: Submission) -> str:
+    """Return the last step that was written, and when the run will have ended."""
+    row = _last_step(run_dir.metrics)
+    if row is None:
+        return "starting"
+    step, speed = row["step"], row["samples_per_second"]
+    left = (submission.total_steps - step) * submission.batch_size / speed if speed else None
+    loss = "nan" if row["loss"] is None else f"{row['loss']:.4g}"
+    return (
+        f"step {step:,} of {submission.total_steps:,}, loss {loss}, {speed or 0:,.0f} samples/s, "
+        f"{duration(left)} left"
+    )
+
+
+def _last_step(path: Path) -> dict[str, Any] | None:
+    """Return the last whole line of metrics.jsonl that is of a step."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(path.stat().st_size - 8192, 0))
+            lines = file.read().splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        try:
+            row: dict[str, Any] = json.loads(line)
+        except ValueError:
+            continue
+        if "loss" in row and "samples_per_second" in row:
+            return row
+    return None
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return values

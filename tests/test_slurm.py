@@ -1,0 +1,287 @@
+"""Jobs on a real Slurm cluster of three virtual nodes: submitted, stopped, killed, and whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from local import Cluster, ClusterError, make_cluster
+from support import ROOT, Commands, fail_on_leftovers, read_lines
+
+from launcher.checkpoints import list_checkpoints
+from launcher.engine.compare import compare, read_trace
+from launcher.rundir import RunDir
+from launcher.slurm.queue import JobState, job_state
+from launcher.slurm.submission import read_submission, standing
+
+WORLDS_PY = str(ROOT / "tests/recipes/worlds.py")
+FAILING = str(ROOT / "tests/recipes/failing.py")
+STEADY = str(ROOT / "benchmarks/steady.py")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """Start a cluster, and have Slurm's commands find it."""
+    try:
+        made = make_cluster(3, cpus=16)
+    except ClusterError as error:
+        pytest.skip(error.message)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in made.env.items():
+            patch.setenv(name, value)
+        yield made
+        made.bring_down()
+
+
+@pytest.fixture
+def slurm(cluster: Cluster, tmp_path: Path) -> Iterator[Commands]:
+    """Run commands where the cluster is; end what jobs are left, and fail on processes."""
+    mark = f"{os.getpid()}-{tmp_path}"
+    yield Commands(tmp_path, mark)
+    subprocess.run(["scancel", "--me"], check=True)
+    wait_for(lambda: not subprocess.check_output(["squeue", "-h"]), "the queue to be empty")
+    cluster.start(cluster.nodes)
+    fail_on_leftovers(mark)
+
+
+def wait_for(is_so: Callable[[], bool], what: str, seconds: float = 90) -> None:
+    """Wait until something is so, and fail where it does not come to that."""
+    until = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < until, f"waited in vain for {what}"
+        time.sleep(0.1)
+
+
+def submit(slurm: Commands, *arguments: str, out: str = "out") -> RunDir:
+    """Submit a run; return its folder."""
+    done = slurm("launcher", "submit", *arguments, "device=cpu", "--out", out)
+    assert done.exit_code == 0, done.stderr
+    assert re.match(r"job \d+", done.stdout)
+    assert done.stdout.endswith(f"run folder: {out}\n")
+    return RunDir(slurm.folder / out)
+
+
+def state_of(run_dir: RunDir) -> JobState:
+    """Return what Slurm says of a run's job."""
+    state = job_state(read_submission(run_dir).job)
+    assert state is not None
+    return state
+
+
+def finish(run_dir: RunDir, seconds: float = 120) -> None:
+    """Wait until a run is over, and fail where it has not finished."""
+    over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+    wait_for(lambda: state_of(run_dir).state in over, "the job to end", seconds)
+    log = Path(read_submission(run_dir).log).read_text()
+    assert state_of(run_dir).state == "COMPLETED", log
+    assert standing(run_dir).state == "finished", log
+
+
+def steps_of(run_dir: RunDir) -> int:
+    """Return the steps that were written down."""
+    return len(read_lines(run_dir.metrics)) if run_dir.metrics.exists() else 0
+
+
+def check_same(run: Commands, run_dir: RunDir, recipe: str, *settings: str) -> None:
+    """Compare a run with one process that was never stopped."""
+    done = run("launcher", "run", recipe, *settings, "-n", "1", "--out", "alone")
+    assert done.exit_code == 0, done.stderr
+    wanted, found = read_trace(RunDir(run.folder / "alone")), read_trace(run_dir)
+    difference = compare(wanted, found, tolerance=1e-5)
+    assert difference.agrees, difference
+
+
+SETTINGS = ("epochs=2", "record_samples=true", "num_workers=1")
+
+
+def test_two_nodes_take_the_steps_of_one_process(slurm: Commands) -> None:
+    """Submitted, watched, and the same; what was printed is there to be read."""
+    run_dir = submit(slurm, WORLDS_PY, *SETTINGS, "--nodes", "2", "-n", "2")
+    finish(run_dir)
+    log = slurm("launcher", "logs", "out")
+    assert "4 = 2 nodes x 2 CPU ranks" in log.stdout
+    assert log.stdout.count("run folder: ") == 1
+    assert slurm("launcher", "logs", "out", "--rank", "3").exit_code == 0
+    job = read_submission(run_dir).job
+    for what in ("out", job):
+        assert "finished after" in slurm("launcher", "status", what).stdout
+    assert slurm("launcher", "logs", job, "-f").stdout == log.stdout
+    check_same(slurm, run_dir, WORLDS_PY, *SETTINGS)
+
+
+def test_an_array_trains_each_combination(slurm: Commands) -> None:
+    """One run folder each, sorted by what they came to."""
+    done = slurm(
+        *(
+            "launcher",
+            "submit",
+            WORLDS_PY,
+            "-n",
+            "1",
+            "device=cpu",
+            "num_workers=0",
+            "--out",
+            "grid",
+        ),
+        *("--array", "lr=0.0001,0.1", "seed=1,2"),
+    )
+    assert done.exit_code == 0, done.stderr
+    assert "an array of 4" in done.stdout
+    runs = [RunDir(slurm.folder / "grid" / str(index)) for index in range(4)]
+    for run_dir in runs:
+        finish(run_dir)
+    lines = slurm("launcher", "status", "grid").stdout.splitlines()
+    assert [line.split()[2] for line in lines[:2]] == ["lr=0.1"] * 2, lines
+    assert [line.split()[2] for line in lines[2:]] == ["lr=0.0001"] * 2, lines
+    rows = json.loads(slurm("launcher", "status", "grid", "--json").stdout)
+    assert {tuple(row["settings"]) for row in rows} == {
+        (f"lr={lr}", f"seed={seed}") for lr in ("0.0001", "0.1") for seed in (1, 2)
+    }
+
+
+def test_a_warning_saves_and_the_job_goes_on(slurm: Commands) -> None:
+    """Queued again by its own script; the weights are those of a run that was never stopped."""
+    settings = "steps=60"
+    run_dir = submit(slurm, STEADY, *settings, "--nodes", "2", "-n", "1")
+    wait_for(lambda: steps_of(run_dir) > 5, "some steps")
+    running = slurm("launcher", "status", "out").stdout
+    assert re.search(r"running on node\[1-2\]: step \d+ of 60, loss \d", running), running
+    subprocess.run(["scancel", "-s", "USR1", read_submission(run_dir).job], check=True)
+    wait_for(lambda: state_of(run_dir).restarts == 1, "the job to be queued again")
+    stopped_at = list_checkpoints(run_dir)[0].step
+    assert stopped_at < 60
+    finish(run_dir)
+    assert "(requeued 1 time)" in slurm("launcher", "status", "out").stdout
+    log = slurm("launcher", "logs", "out").stdout
+    assert f"resumed from step-{stopped_at:08}" in log
+    check_same(slurm, run_dir, STEADY, *settings)
+
+
+def test_a_node_is_lost(slurm: Commands, cluster: Cluster) -> None:
+    """The job is queued again by Slurm, and goes on on the nodes that are left."""
+    settings = ("steps=60", "checkpoint_every=1")
+    run_dir = submit(slurm, STEADY, *settings, "--nodes", "2:3", "-n", "1")
+    wait_for(lambda: steps_of(run_dir) > 5, "some steps")
+    cluster.kill(["node3"])
+    wait_for(lambda: state_of(run_dir).restarts == 1, "the job to be queued again")
+    finish(run_dir)
+    assert "2 = 2 nodes x 1 CPU rank" in slurm("launcher", "logs", "out").stdout
+    check_same(slurm, run_dir, STEADY, *settings)
+
+
+def test_a_rank_that_raises_ends_the_job(slurm: Commands) -> None:
+    """All nodes end, the job has failed, and `status` shows why, once."""
+    run_dir = submit(slurm, FAILING, "how=raise", "rank=1", "--nodes", "2", "-n", "1")
+    wait_for(lambda: state_of(run_dir).state == "FAILED", "the job to fail", seconds=40)
+    said = slurm("launcher", "status", "out").stdout
+    assert re.search(r"failed on rank 1 \(node\d\): ValueError: the loss of rank one", said)
+    assert "_fail_at_second_call" in said
+    log = slurm("launcher", "logs", "out").stdout
+    assert log.count("ValueError: the loss of rank one") == 1
+
+
+def test_a_run_is_cancelled(slurm: Commands) -> None:
+    """It saves before it ends, is not queued again, and says so."""
+    run_dir = submit(slurm, STEADY, "steps=5000", "--nodes", "2", "-n", "1")
+    wait_for(lambda: steps_of(run_dir) > 5, "some steps")
+    assert "is cancelled" in slurm("launcher", "cancel", "out").stdout
+    wait_for(lambda: state_of(run_dir).state == "CANCELLED", "the job to end")
+    wait_for(lambda: bool(list_checkpoints(run_dir)), "a checkpoint", seconds=10)
+    said = slurm("launcher", "status").stdout
+    assert re.search(r"out +\d+ +cancelled", said), said
+
+
+def test_jobs_do_not_meet(slurm: Commands) -> None:
+    """Two at once on the same nodes each take their own steps."""
+    runs = [
+        submit(slurm, WORLDS_PY, *SETTINGS, f"lr={lr}", "--nodes", "2", "-n", "1", out=f"out{lr}")
+        for lr in ("0.1", "0.2")
+    ]
+    for run_dir in runs:
+        finish(run_dir)
+    traces = [read_trace(run_dir) for run_dir in runs]
+    assert traces[0].samples == traces[1].samples
+    assert traces[0].lr != traces[1].lr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--nodes", "9"), r"sbatch refuses: .*[Nn]ode"),
+        (("--cluster", "site.yaml"), "sbatch refuses: invalid partition"),
+        (("--time", "soon"), "--time: expected a time such as 90"),
+        (("--time", "1"), "is no more than the 120 s before its end"),
+        (("num_workers=200",), "sbatch refuses: .*CPU"),
+        (("-n", "2", "--gpus-per-node", "4"), "each GPU has one rank"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    slurm: Commands, arguments: tuple[str, ...], message: str
+) -> None:
+    """In words, before or by Slurm; nothing is left behind."""
+    (slurm.folder / "site.yaml").write_text("partition: nowhere\n")
+    done = slurm("launcher", "submit", WORLDS_PY, *arguments, "--out", "out")
+    assert done.exit_code == 2, done.stdout
+    assert re.search(message, done.stderr), done.stderr
+    assert not (slurm.folder / "out").exists()
+
+
+def test_a_dry_run_leaves_nothing(slurm: Commands) -> None:
+    """The script is printed, Slurm has looked at it, and there is no folder."""
+    done = slurm("launcher", "submit", WORLDS_PY, "-n", "1", "device=cpu", "--dry-run")
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout.startswith("#!/bin/bash\n#SBATCH --job-name=worlds\n")
+    assert re.search(r"Job \d+ to start", done.stderr)
+    assert not list(slurm.folder.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a'; touch pwned; '", 'a"=0" $(touch pwned)', "a,b %j \\ c"])
+def test_odd_folders_are_only_odd(slurm: Commands, name: str) -> None:
+    """What a folder is called is no shell, no option of sbatch and no pattern of Slurm's."""
+    (slurm.folder / name).mkdir()
+    odd = Commands(slurm.folder / name, slurm.mark)
+    run_dir = submit(odd, WORLDS_PY, "steps=2", "-n", "1", out="o u t")
+    finish(run_dir)
+    assert Path(read_submission(run_dir).log).is_file()
+    assert not list(slurm.folder.rglob("pwned"))
+
+
+def test_the_script_is_submitted_by_hand(slurm: Commands) -> None:
+    """slurm/train.sbatch trains a recipe on two nodes without the command."""
+    done = slurm(
+        *("sbatch", "--parsable", "--nodes=2", ROOT / "slurm/train.sbatch", WORLDS_PY),
+        *("-n", "1", *SETTINGS, "device=cpu"),
+    )
+    assert done.exit_code == 0, done.stderr
+    job = done.stdout.strip()
+
+    def state() -> str:
+        found = job_state(job)
+        assert found is not None
+        return found.state
+
+    wait_for(lambda: state() in ("COMPLETED", "FAILED"), "the job to end")
+    log = (slurm.folder / f"slurm-{job}.out").read_text()
+    assert state() == "COMPLETED", log
+    check_same(slurm, RunDir(slurm.folder / "runs" / job), WORLDS_PY, *SETTINGS)
+
+
+def test_srun_starts_ranks_itself(slurm: Commands) -> None:
+    """A recipe's file under plain srun finds its rank; launcher refuses to be one."""
+    done = slurm(
+        *("srun", "-N2", "--ntasks-per-node=2", sys.executable, WORLDS_PY, *SETTINGS),
+        *("device=cpu", "--out", "out"),
+    )
+    assert done.exit_code == 0, done.stderr
+    assert "4 = 2 nodes x 2 CPU ranks" in done.stdout
+    check_same(slurm, RunDir(slurm.folder / "out"), WORLDS_PY, *SETTINGS)
+    done = slurm("srun", "-n2", "-N1", "launcher", "run", WORLDS_PY, "device=cpu")
+    assert done.exit_code != 0
+    assert "srun --ntasks-per-node=1 launcher run" in done.stderr

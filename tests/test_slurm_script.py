@@ -1,0 +1,237 @@
+"""What is asked of Slurm: profiles, arithmetic, and scripts as text. No Slurm is needed.
+
+`pytest --update-golden tests/test_slurm_script.py` writes the scripts in tests/golden anew.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from support import ROOT
+
+from launcher.errors import SlurmError, UsageError
+from launcher.slurm.prepare import combinations
+from launcher.slurm.queue import in_words
+from launcher.slurm.script import Batch, render
+from launcher.slurm.site import Site, find_site, read_memory, read_site, read_time, time_text
+
+GOLDEN = ROOT / "tests/golden"
+
+PLAIN = Batch(
+    name="digits",
+    folder="/home/me/project",
+    log="/home/me/project/runs/digits/logs/slurm.log",
+    nodes=(2, 2),
+    gpus_per_node=4,
+    cpus_per_node=20,
+    memory_per_node=None,
+    seconds=7200,
+    commands=[["python", "-m", "launcher", "run", "recipes/digits.py:digits", "lr=0.2"]],
+    site=Site(),
+)
+
+SITE = read_site(ROOT / "slurm/example.yaml")
+
+
+def changed(**values: object) -> Batch:
+    """Return the plain job with other values."""
+    return Batch(**{**vars(PLAIN), **values})
+
+
+SCRIPTS = {
+    "plain": PLAIN,
+    "site": changed(site=SITE, memory_per_node=245_760),
+    "array": changed(
+        nodes=(1, 4),
+        gpus_per_node=0,
+        seconds=None,
+        commands=[["launcher", "run", "digits", f"lr={lr}"] for lr in (0.1, 0.2)],
+    ),
+    "container": changed(
+        site=Site(container="/images/a b.sqsh", container_mounts=("/data:/data",), python="python")
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_script_is_the_one_that_was_looked_at(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    """Scripts change on purpose alone."""
+    path = GOLDEN / f"{name}.sbatch"
+    script = render(SCRIPTS[name])
+    if request.config.getoption("--update-golden"):
+        path.write_text(script)
+    assert script == path.read_text()
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+
+
+EVIL = [
+    "a'; touch pwned; '",
+    'a"=0"; touch pwned #',
+    "$(touch pwned)",
+    "`touch pwned`",
+    "a\ntouch pwned\n",
+]
+"""What would do something if a shell came to see it."""
+
+EVIL_IN_A_LINE = [each for each in EVIL if "\n" not in each]
+
+
+@pytest.mark.parametrize("evil", EVIL)
+def test_nothing_is_run_that_is_not_meant(evil: str, tmp_path: Path) -> None:
+    """Words of the command, folders and variables come out of the shell as they went in."""
+    folder = tmp_path / evil.replace("/", "")
+    folder.mkdir()
+    batch = changed(
+        folder=str(folder),
+        commands=[["printf", "%s\\0", evil, f"name={evil}"]],
+        site=Site(env={"SOME": evil} if "\n" not in evil else {}, scratch=str(tmp_path)),
+    )
+    (tmp_path / "bin").mkdir()
+    srun = tmp_path / "bin/srun"
+    srun.write_text('#!/bin/bash\nshift 2\n"$@"\nprintf "%s\\0%s\\0" "$PWD" "$SOME"\n')
+    srun.chmod(0o755)
+    done = subprocess.run(
+        ["bash"],
+        input=render(batch),
+        text=True,
+        capture_output=True,
+        env={"PATH": f"{tmp_path}/bin:/usr/bin:/bin"},
+        cwd=tmp_path,
+        check=False,
+    )
+    said = done.stdout.split("\0")
+    assert said[:3] == [evil, f"name={evil}", str(folder)], done.stderr
+    assert "\n" in evil or said[3] == evil
+    assert not list(tmp_path.rglob("pwned"))
+
+
+@pytest.mark.parametrize("evil", EVIL_IN_A_LINE)
+def test_sbatch_reads_one_option(evil: str) -> None:
+    """What goes into a line for sbatch is one word of it."""
+    script = render(changed(log=f"/runs/{evil}/slurm.log"))
+    (line,) = [each for each in script.splitlines() if "--output" in each]
+    assert shlex.split(line.removeprefix("#SBATCH "), comments=False) == [
+        f"--output=/runs/{evil}/slurm.log"
+    ]
+
+
+def test_a_line_break_is_refused_where_there_is_one_line() -> None:
+    """It would be the next line of the script."""
+    with pytest.raises(SlurmError, match="line break"):
+        render(changed(log="/runs/a\n#SBATCH --wrap=id/slurm.log"))
+    with pytest.raises(SlurmError, match="line break"):
+        render(changed(name="a\ntouch pwned"))
+
+
+def test_secrets_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment of the one who submits is not written down."""
+    monkeypatch.setenv("WANDB_API_KEY", "hunter2")
+    assert all("hunter2" not in render(each) for each in SCRIPTS.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90", 5400),
+        ("90:30", 5430),
+        ("12:00:00", 43_200),
+        ("2-0", 172_800),
+        ("2-12:30", 217_800),
+        ("1-00:00:01", 86_401),
+    ],
+)
+def test_times_are_read_as_slurm_reads_them(text: str, seconds: int) -> None:
+    """And written so that they are read again."""
+    assert read_time(text, "--time") == seconds
+    assert read_time(time_text(seconds), "--time") == seconds
+
+
+def test_sizes_are_read_as_slurm_reads_them() -> None:
+    """In MiB, or with a unit."""
+    assert [read_memory(text, "x") for text in ("512", "480G", "1T", "2048K")] == [
+        512,
+        491_520,
+        1_048_576,
+        2,
+    ]
+    with pytest.raises(SlurmError, match="expected a size such as 480G; found '3 GB'"):
+        read_memory("3 GB", "memory_per_node")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("partiton: gpu", "line 1: partiton is nothing of a site profile. Did you mean partition?"),
+        ("gpus_per_node: many", "gpus_per_node: expected a whole number at least 0, or none"),
+        ("time: soon", "time: expected a time such as 90"),
+        ("memory_per_node: lots", "expected a size such as 480G"),
+        ("env: {a-b: c}", "'a-b' is no name of an environment variable"),
+        ('account: "a\\nb"', "account: expected text of one line, or none"),
+        ("- a", "expected lines of `name: value`"),
+    ],
+)
+def test_a_profile_that_is_wrong_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    """With the file, the line, and what was expected."""
+    path = tmp_path / "site.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        read_site(path)
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_a_profile_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In slurm/ here, in the user's folder, or as a file; none is fine."""
+    monkeypatch.chdir(tmp_path)
+    env = {"HOME": str(tmp_path)}
+    assert find_site(None, env) == Site()
+    home = tmp_path / ".config/launcher"
+    home.mkdir(parents=True)
+    (home / "lab.yaml").write_text("partition: theirs")
+    assert find_site("lab", env).partition == "theirs"
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm/lab.yaml").write_text("partition: ours")
+    assert find_site("lab", env).partition == "ours"
+    assert find_site(None, env | {"LAUNCHER_CLUSTER": "lab"}).partition == "ours"
+    assert find_site(str(home / "lab.yaml"), env).partition == "theirs"
+    with pytest.raises(SlurmError, match=r"--cluster lub: no such profile\. Did you mean lab"):
+        find_site("lub", env)
+
+
+def test_an_array_is_all_combinations() -> None:
+    """In order, the last axis the fastest; commas in brackets belong to a value."""
+    grid = combinations(["lr=0.1,0.2", "schedule=wsd(a=1,b=2),cosine()"])
+    assert grid == tuple(
+        itertools.product(["lr=0.1", "lr=0.2"], ["schedule=wsd(a=1,b=2)", "schedule=cosine()"])
+    )
+    with pytest.raises(UsageError, match="expected name=value,value"):
+        combinations(["lr"])
+
+
+def test_refusals_lose_the_names_of_programs() -> None:
+    """What Slurm says is left; the rest is ours."""
+    said = "Requested node configuration is not available\n"
+    assert (
+        in_words(f"sbatch: error: Batch job submission failed: {said}")
+        == "Requested node configuration is not available."
+    )
+    assert in_words("allocation failure: Invalid account\n") == "Invalid account."
+
+
+def test_train_sbatch_does_what_submit_does() -> None:
+    """The script that is submitted by hand asks for the same, and ends the same."""
+    by_hand = (ROOT / "slurm/train.sbatch").read_text()
+    ours = render(PLAIN)
+    for option in ("--ntasks-per-node=1", "--signal=USR1@120", "--requeue", "--open-mode=append"):
+        assert f"#SBATCH {option}\n" in by_hand
+        assert f"#SBATCH {option}\n" in ours
+    ending = re.search(r"^# 75: .*", ours, re.MULTILINE | re.DOTALL)
+    assert ending is not None
+    assert by_hand.endswith(ending[0])
