@@ -91,7 +91,8 @@ class PeerError(LauncherError):
     def __init__(self, node: str, exit_code: int | None) -> None:
         how = "has gone without a word" if exit_code is None else "has failed, and says why"
         super().__init__(f"the run ended on this node because {node} {how}")
-        self.exit_code = exit_code or EXIT_FAILED
+        self.gone = exit_code is None
+        self.exit_code = EXIT_FAILED if exit_code is None else exit_code
 
 
 class EndedError(LauncherError):

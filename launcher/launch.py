@@ -23,8 +23,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launcher.checkpoints import list_checkpoints
 from launcher.configs import process_environment
-from launcher.errors import EXIT_FAILED, PeerError, RunDirError, TrainingError
+from launcher.errors import EXIT_FAILED, EXIT_RESUMABLE, PeerError, RunDirError, TrainingError
 from launcher.health import PHASES, read_health
 from launcher.job import Job
 from launcher.machine import oom_kills
@@ -65,12 +66,18 @@ def launch(
         show: Is given the text of the failure; by default it prints to stderr.
 
     Raises:
-        PeerError: The run has failed on another machine.
+        PeerError: The run has failed on another machine. Where that has gone, and there is a
+            checkpoint to go on from, its exit code says so.
     """
     with _private_folder() as folder:
         if meeting is None:
             job = replace(job, meeting_place=folder)
-        return _start_ranks(job, function, stops or Stops(), meeting, folder, show)
+        try:
+            return _start_ranks(job, function, stops or Stops(), meeting, folder, show)
+        except PeerError as error:
+            if error.gone and list_checkpoints(job.run_dir):
+                error.exit_code = EXIT_RESUMABLE
+            raise
 
 
 def meet(nodes: Nodes | None, plan: Plan) -> Meeting | None:
@@ -115,7 +122,7 @@ def _start_ranks(
     folder: Path,
     show: Callable[[str], None],
 ) -> int:
-    stops.attend(job, folder)
+    stops.attend(job, folder, aloud=meeting is None or not meeting.is_echo)
     before = oom_kills()
     import_for([job.plan])
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -189,6 +196,7 @@ class Stops:
     def __init__(self) -> None:
         self._job: Job | None = None
         self._folder: Path | None = None
+        self._aloud = True
         self._interrupted = False
         self._told = False
         signal.signal(signal.SIGINT, self._interrupt)
@@ -197,9 +205,9 @@ class Stops:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._stop)
 
-    def attend(self, job: Job, folder: Path) -> None:
+    def attend(self, job: Job, folder: Path, *, aloud: bool) -> None:
         """Handle them for this run, which has a folder of its own, those included that came."""
-        self._job, self._folder = job, folder
+        self._job, self._folder, self._aloud = job, folder, aloud
         if self._told:
             self._tell_the_ranks()
 
@@ -224,7 +232,8 @@ class Stops:
             self._told = True
             again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
             name = signal.Signals(number).name
-            os.write(2, f"\nlauncher: {name}: stopping after this step{again}\n".encode())
+            if self._aloud:
+                os.write(2, f"\nlauncher: {name}: stopping after this step{again}\n".encode())
         self._tell_the_ranks()
 
     def _has_begun(self) -> bool:
@@ -267,10 +276,9 @@ def _tell(
     rank, first = min(failures.items(), key=lambda item: item[1].timestamp)
     failure = read_failure(job.run_dir)
     if meeting is not None and failure is not None:
-        if failure["lost_peer"] and failure["rank"] == rank:
+        here = failure["rank"] // job.plan.nproc_per_node == meeting.index
+        if not here or (failure["lost_peer"] and failure["rank"] == rank):
             meeting.look(patiently=True)
-        elif failure["rank"] // job.plan.nproc_per_node != meeting.index:
-            raise PeerError(failure["node"], failure["exit_code"])
     if failure is None or failure["lost_peer"]:
         text = death_text(rank, first.exitcode, job.run_dir, oom_kills=killed_for_memory)
         failure = {

@@ -95,7 +95,7 @@ def test_nothing_is_run_that_is_not_meant(evil: str, tmp_path: Path) -> None:
     )
     (tmp_path / "bin").mkdir()
     srun = tmp_path / "bin/srun"
-    srun.write_text('#!/bin/bash\nshift 2\n"$@"\nprintf "%s\\0%s\\0" "$PWD" "$SOME"\n')
+    srun.write_text('#!/bin/bash\nshift 3\n"$@"\nprintf "%s\\0%s\\0" "$PWD" "$SOME"\n')
     srun.chmod(0o755)
     done = subprocess.run(
         ["bash"],

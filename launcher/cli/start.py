@@ -32,19 +32,20 @@ def met(nodes: Nodes | None, plan: Plan) -> Iterator[Meeting | None]:
     """
     from launcher.launch import meet
 
+    meeting = None
     try:
         meeting = meet(nodes, plan)
-        try:
-            yield meeting
-        except PeerError:
-            raise
-        except LauncherError as error:
-            if meeting is not None:
-                meeting.report(error.exit_code)
-            raise
+        yield meeting
     except PeerError as error:
+        if meeting is not None:
+            error.exit_code = meeting.part(error.exit_code)
         if nodes is not None and nodes.index:
             raise EndedError(error.exit_code) from None
+        raise
+    except LauncherError as error:
+        if meeting is not None:
+            meeting.report(error.exit_code)
+            meeting.part(error.exit_code)
         raise
 
 
@@ -113,4 +114,5 @@ def start(
         start=begin,
         restarts=restarts,
     )
-    return launch(job, stops=stops, meeting=meeting)
+    code = launch(job, stops=stops, meeting=meeting)
+    return code if meeting is None else meeting.part(code)

@@ -122,6 +122,9 @@ def command(
     script = render(prepared.batch)
     if dry_run:
         click.echo(script, nl=False)
+        if shutil.which("sbatch") is None:
+            click.echo("launcher: not looked at by sbatch, which is not installed here", err=True)
+            return
         with tempfile.TemporaryDirectory() as place:
             path = Path(place) / "job.sbatch"
             write_atomic(path, script)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch._C._distributed_c10d import TCPStore
 
-from launcher.errors import PeerError, WorldError
+from launcher.errors import EXIT_RESUMABLE, PeerError, WorldError
 from launcher.nodes import Nodes
 
 _SECONDS_BETWEEN_TRIES = 0.1
@@ -21,8 +21,11 @@ _SECONDS_BETWEEN_WORDS = 15.0
 """While somebody is waited for."""
 
 _SECONDS_BETWEEN_BEATS = 1.0
-_SECONDS_OF_SILENCE = 30.0
+_SECONDS_OF_SILENCE = 20.0
 """After which a node is taken for lost."""
+
+_SECONDS_TO_PART = 3.0
+_SECONDS_TO_EXIT = 1.0
 
 _FAILURE = "failure"
 
@@ -71,11 +74,35 @@ class Meeting:
         self.look()
         return self.store.get("shared").decode()
 
-    def report(self, exit_code: int) -> None:
-        """Have the other nodes know that ranks of this one have failed, and that it says why."""
-        failure = {"node": self.names[self.index], "exit_code": exit_code}
+    def report(self, exit_code: int | None, index: int | None = None) -> None:
+        """Have the other nodes know that one has failed, by default this, or gone."""
+        failure = {"index": self.index if index is None else index, "exit_code": exit_code}
         with contextlib.suppress(RuntimeError):  # the first node has gone, with all its ranks
             self.store.compare_set(_FAILURE, "", json.dumps(failure))
+
+    @property
+    def is_echo(self) -> bool:
+        """Whether the first node, whose output is next to this one's, says all there is to say."""
+        return self.index > 0 and bool(self._nodes.names)
+
+    def part(self, exit_code: int) -> int:
+        """Leave; return the exit code of this node. The first leaves last.
+
+        The others can hear from it until then. And srun takes a task that ends with another code
+        than 0 for a reason to end all: of a run that has stopped to go on later, the first node
+        alone says so, when the others have ended.
+        """
+        with contextlib.suppress(RuntimeError):
+            if self.index > 0:
+                self.store.set(f"left{self.index}", "")
+                return 0 if self.is_echo and exit_code == EXIT_RESUMABLE else exit_code
+            others = [f"left{index}" for index in range(1, self.count)]
+            until = time.monotonic() + _SECONDS_TO_PART
+            while time.monotonic() < until and not self.store.check(others):
+                time.sleep(_SECONDS_BETWEEN_TRIES)
+        if self._nodes.names and exit_code:
+            time.sleep(_SECONDS_TO_EXIT)
+        return exit_code
 
     def look(self, *, patiently: bool = False) -> None:
         """Raise an error if another node has failed or gone; say that this one has not.
@@ -101,8 +128,8 @@ class Meeting:
     def _look(self) -> None:
         if self._has(_FAILURE):
             failure = json.loads(self.store.get(_FAILURE))
-            if failure["node"] != self.names[self.index]:
-                raise PeerError(failure["node"], failure["exit_code"])
+            if failure["index"] != self.index:
+                raise PeerError(self.names[failure["index"]], failure["exit_code"])
         self.store.set(f"beat{self.index}", str(time.time()))
         for other in range(1, self.count) if self.index == 0 else [0]:
             name = f"beat{other}"
@@ -111,6 +138,7 @@ class Meeting:
             if beat != before:
                 self._beats[other] = (beat, time.monotonic())
             elif time.monotonic() - since > _SECONDS_OF_SILENCE:
+                self.report(None, other)
                 raise PeerError(self.names[other], None)
 
     def _open(self) -> tuple[TCPStore, bool]:

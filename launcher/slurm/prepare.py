@@ -5,16 +5,17 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launcher.errors import UsageError
+from launcher.errors import SlurmError, UsageError
 from launcher.job import plan_recipe
 from launcher.overrides import read_arguments, read_yaml
 from launcher.plan import Plan
 from launcher.planning import CPU_RANKS
 from launcher.resolve import Reference
 from launcher.rundir import RunDir, planned_path
+from launcher.slurm.queue import partition
 from launcher.slurm.request import cpus_of, machine_of, memory_of, seconds_of
 from launcher.slurm.script import Batch
 from launcher.slurm.site import Site
@@ -78,12 +79,18 @@ def prepare(wish: Wish, site: Site, out: Path | None) -> Prepared:
         SlurmError: The site does not have what is asked for.
         UsageError: The numbers do not go together.
     """
+    site = complete(site)
     plans = tuple(_plan(wish, site, arguments) for arguments in wish.runs)
     widest = max(plans, key=lambda plan: plan.workers_per_rank)
     if len({(plan.device, plan.nproc_per_node) for plan in plans}) > 1:
         raise UsageError("The runs of an array have the same number of ranks, on the same devices.")
     cpus = cpus_of(widest, site)
     folder = planned_path(out, widest.recipe).absolute()
+    if "\\" in str(folder):
+        raise SlurmError(
+            f"The run folder {folder} has a backslash in it, with which Slurm's names of files "
+            "mean something else. Give an --out without."
+        )
     if wish.grid:
         paths = [folder / str(index) for index in range(len(plans))]
         log = "slurm-%a.log"
@@ -109,6 +116,22 @@ def prepare(wish: Wish, site: Site, out: Path | None) -> Prepared:
         plans=plans,
         folders=tuple(RunDir(path) for path in paths),
         logs=tuple(f"{folder}/logs/{log.replace('%a', path.name)}" for path in paths),
+    )
+
+
+def complete(site: Site) -> Site:
+    """Return a site with what Slurm knows and the profile does not say."""
+    try:
+        found = partition(site.partition)
+    except SlurmError:  # not here, as when somebody looks at a script: sbatch has the last word
+        found = None
+    if found is None:
+        return site
+    return replace(
+        site,
+        cpus_per_node=site.cpus_per_node or found.cpus,
+        gpus_per_node=found.gpus if site.gpus_per_node is None else site.gpus_per_node,
+        max_time=site.max_time or found.max_time,
     )
 
 

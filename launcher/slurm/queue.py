@@ -50,6 +50,43 @@ class JobState:
         return _REASONS.get(self.reason, self.reason) or "in the queue"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Partition:
+    """What the nodes of a partition have, at most."""
+
+    cpus: int
+    gpus: int
+    max_time: str | None
+
+
+def partition(name: str | None) -> Partition | None:
+    """Return what Slurm says of a partition; None is its default one. None where nobody says.
+
+    Raises:
+        SlurmError: Slurm does not answer.
+    """
+    rows = [line.split("|") for line in call("sinfo", "-h", "-o", "%P|%l|%c|%G").splitlines()]
+    found = [
+        row
+        for row in rows
+        if (row[0].endswith("*") if name is None else row[0].rstrip("*") == name)
+    ]
+    if not found:
+        return None
+    times = {row[1] for row in found} - {"infinite", "n/a"}
+    return Partition(
+        cpus=max(int(row[2].rstrip("+")) for row in found),
+        gpus=max(_gpus(row[3]) for row in found),
+        max_time=times.pop() if len(times) == 1 else None,
+    )
+
+
+def _gpus(gres: str) -> int:
+    """Return the GPUs in what Slurm writes as gpu:a100:4(S:0-1),gpu:t4:2,shard:8."""
+    counts = re.findall(r"(?:^|,)gpu:(?:[^:(,]+:)?(\d+)", gres)
+    return sum(map(int, counts))
+
+
 def call(*command: str) -> str:
     """Run one of Slurm's commands; return what it printed.
 

@@ -24,11 +24,11 @@ def machine_of(site: Site, gpus: int, nproc: int) -> Machine:
     """
     if site.gpus_per_node is not None and gpus > site.gpus_per_node:
         raise SlurmError(
-            f"--gpus-per-node {gpus} was asked for, and a node has {site.gpus_per_node} by the "
-            "profile. Ask for fewer, on more --nodes."
+            f"--gpus-per-node {gpus} was asked for, and a node has {site.gpus_per_node}. "
+            "Ask for fewer, on more --nodes."
         )
     cores = site.cpus_per_node or nproc * (1 + WORKERS_PER_RANK)
-    limit = "cores of a node, by the profile" if site.cpus_per_node else "cores to be asked for"
+    limit = "cores of a node" if site.cpus_per_node else "cores to be asked for"
     memory = read_memory(site.memory_per_node, "memory_per_node") if site.memory_per_node else 0
     return Machine(
         hostname="node",
@@ -50,7 +50,7 @@ def cpus_of(plan: Plan, site: Site) -> int:
     if site.cpus_per_node is not None and cpus > site.cpus_per_node:
         raise SlurmError(
             f"{plan.nproc_per_node} ranks with {plan.workers_per_rank} workers each need {cpus} "
-            f"cores, and a node has {site.cpus_per_node} by the profile. Set num_workers lower."
+            f"cores, and a node has {site.cpus_per_node}. Set num_workers lower."
         )
     return cpus
 
@@ -77,8 +77,8 @@ def seconds_of(time: str | None, site: Site) -> int | None:
     seconds = read_time(asked, "--time" if time else "time")
     if site.max_time is not None and seconds > read_time(site.max_time, "max_time"):
         raise SlurmError(
-            f"--time {asked} was asked for, and a job may take {site.max_time} by the profile. Ask "
-            "for less: a job that reaches its time saves, is queued again and goes on."
+            f"--time {asked} was asked for, and a job may take {site.max_time}. Ask for "
+            "less: a job that reaches its time saves, is queued again and goes on."
         )
     if seconds <= site.warning_seconds:
         raise SlurmError(

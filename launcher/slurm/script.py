@@ -68,7 +68,8 @@ def options(batch: Batch) -> Iterator[str]:
         if (value := getattr(site, name)) is not None:
             yield f"--{name}={value}"
     yield f"--nodes={low}" if low == high else f"--nodes={low}-{high}"
-    yield "--ntasks-per-node=1"
+    if low == high:
+        yield "--ntasks-per-node=1"  # of a range it would take the fewest (Slurm 22.05)
     yield f"--cpus-per-task={batch.cpus_per_node}"
     if batch.gpus_per_node:
         kind = f"{site.gpu_type}:" if site.gpu_type else ""
@@ -107,7 +108,8 @@ def _commands(commands: Sequence[Sequence[str]]) -> Iterator[str]:
 
 def _steps(batch: Batch) -> Iterator[str]:
     site = batch.site
-    step = ["srun", "--kill-on-bad-exit=1", f"--cpus-per-task={batch.cpus_per_node}"]
+    step = ["srun", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+    step.append(f"--cpus-per-task={batch.cpus_per_node}")
     if site.container is not None:
         step.append(f"--container-image={site.container}")
     if site.container_mounts:
