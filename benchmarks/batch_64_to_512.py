@@ -31,6 +31,7 @@ _LOOKS = 30
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("--samples", type=click.IntRange(min=1), default=120_000, show_default=True)
 @click.option("--lrs", type=Numbers(float, 0), default="0.003,0.01,0.03,0.1", show_default=True)
+@click.option("--noise-steps", type=click.IntRange(min=2), default=500, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Remember trainings in this file.")
 def main(
     batches: list[int],
@@ -38,6 +39,7 @@ def main(
     seeds: int,
     samples: int,
     lrs: list[float],
+    noise_steps: int,
     out: Path | None,
 ) -> None:
     """Print steps and examples at each batch, measured, fitted and foretold.
@@ -45,7 +47,7 @@ def main(
     --samples is the most that a training at the smallest batch takes.
     """
     with Trainings("fashion_mnist", out) as trainings:
-        compare(trainings, batches, target, seeds, samples, lrs)
+        compare(trainings, batches, target, seeds, samples, lrs, noise_steps)
 
 
 def compare(
@@ -55,6 +57,7 @@ def compare(
     seeds: int,
     samples: int,
     lrs: list[float],
+    noise_steps: int,
 ) -> None:
     """Train all of it and print the table."""
 
@@ -73,7 +76,7 @@ def compare(
             found.append(reached)
         return fmean(found)
 
-    noise = measure("find", "noise", "fashion_mnist", "steps=500", *PLAIN, "lr=0.01")
+    noise = measure("find", "noise", "fashion_mnist", f"steps={noise_steps}", *PLAIN, "lr=0.01")
     halves = noise["halves"]
     measured: dict[int, float] = {}
     best: dict[int, float] = {}
@@ -86,10 +89,11 @@ def compare(
         steps = steps_to_target(batch, best[batch], range(seeds))
         measured[batch] = reached[best[batch]] if steps is None else steps
     least, critical = fit_steps(list(measured), list(measured.values()))
+    half = noise_steps // 2
     print(
         f"to {target:.1%}: S_min {least:,.0f} steps, B_crit {critical:,.0f} (fitted); B_simple "
-        f"{_scale(halves[0])} in the first 250 steps at a batch of 64, {_scale(halves[1])} in the "
-        "next 250 (launcher find noise)\n"
+        f"{_scale(halves[0])} in the first {half} steps at a batch of 64, {_scale(halves[1])} in "
+        f"the next {half} (launcher find noise)\n"
     )
     foretold = (halves[1] or noise["whole"])["b_simple"]
     head = ("batch", "best lr", "steps", "fewer", "as fitted", "as foretold", "examples", "more")

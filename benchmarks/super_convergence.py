@@ -28,6 +28,7 @@ PLAIN = ("label_smoothing=0", "optimizer=sgd(momentum=0.9)")
 @click.option("--budgets", type=Numbers(int, 1), default="938,1250,1500,1875,2500,3750,7500")
 @click.option("--constant-lrs", type=Numbers(float, 0), default="0.001,0.003,0.01")
 @click.option("--peak-lrs", type=Numbers(float, 0), default="0.01,0.03,0.1,0.3")
+@click.option("--find-steps", type=click.IntRange(min=20), default=200, help="Of each trial.")
 @click.option("--out", type=click.Path(path_type=Path), help="Remember trainings in this file.")
 def main(
     epochs: int,
@@ -35,6 +36,7 @@ def main(
     budgets: list[int],
     constant_lrs: list[float],
     peak_lrs: list[float],
+    find_steps: int,
     out: Path | None,
 ) -> None:
     """Print the steps that each schedule needs, and the accuracies on the way.
@@ -42,7 +44,7 @@ def main(
     The baselines take the best of --constant-lrs and --peak-lrs.
     """
     with Trainings("fashion_mnist", out) as trainings:
-        compare(trainings, epochs, range(seeds), budgets, constant_lrs, peak_lrs)
+        compare(trainings, epochs, range(seeds), budgets, constant_lrs, peak_lrs, find_steps)
 
 
 def compare(
@@ -52,6 +54,7 @@ def compare(
     budgets: list[int],
     constant_lrs: list[float],
     peak_lrs: list[float],
+    find_steps: int,
 ) -> None:
     """Train all of it and print the table."""
 
@@ -78,7 +81,7 @@ def compare(
             key=lambda lr: fmean(trainings.final(middle, [0], f"lr={lr}", schedule, *PLAIN)),
         )
 
-    found, found_smoothed = find_lr(*PLAIN), find_lr()
+    found, found_smoothed = find_lr(find_steps, *PLAIN), find_lr(find_steps)
     rescaled, cycle = "schedule=multi_step()", "schedule=one_cycle()"
     step_lr, cycle_lr = tuned(rescaled), tuned(cycle)
     ways = {
@@ -106,9 +109,9 @@ def compare(
     print_table(head, rows)
 
 
-def find_lr(*settings: str) -> float:
+def find_lr(steps: int, *settings: str) -> float:
     """Return what `launcher find lr --try` finds for a batch of 64."""
-    found = measure("find", "lr", "fashion_mnist", "--try", *settings)
+    found = measure("find", "lr", "fashion_mnist", "--try", "--steps", str(steps), *settings)
     return float(f"{found['settings']['lr']:.3g}")
 
 

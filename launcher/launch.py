@@ -29,7 +29,6 @@ from launcher.errors import EXIT_FAILED, EXIT_RESUMABLE, PeerError, RunDirError,
 from launcher.health import PHASES, read_health
 from launcher.job import Job
 from launcher.machine import oom_kills
-from launcher.nodes import Nodes
 from launcher.plan import Plan
 from launcher.report.failure import death_text, failure_text
 from launcher.rundir import read_failure, write_json
@@ -78,20 +77,6 @@ def launch(
             if error.gone and list_checkpoints(job.run_dir):
                 error.exit_code = EXIT_RESUMABLE
             raise
-
-
-def meet(nodes: Nodes | None, plan: Plan) -> Meeting | None:
-    """Meet the launchers on the other machines of a run; None for one machine.
-
-    Raises:
-        WorldError: They do not come, or are about to run something else.
-    """
-    if nodes is None:
-        return None
-    from launcher.engine.meeting import Meeting
-
-    said = {"recipe": plan.recipe, "device": plan.device, "ranks": plan.nproc_per_node}
-    return Meeting(nodes, said, lambda text: print(text, file=sys.stderr, flush=True))
 
 
 @contextlib.contextmanager

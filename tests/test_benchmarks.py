@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
-from support import ROOT, Commands
+from support import ROOT, Commands, needs_fashion_mnist
 
 
 def rows(printed: str) -> list[list[str]]:
@@ -58,3 +58,33 @@ def test_teardown(run: Commands) -> None:
     done = run("python", ROOT / "benchmarks/teardown.py", "--runs", "2", "--ranks", "2")
     assert done.exit_code == 0, done.stdout + done.stderr
     assert [cells[3:] for cells in rows(done.stdout)] == [["0", "0 x 1"]] * 2
+
+
+@needs_fashion_mnist
+def test_super_convergence(run: Commands) -> None:
+    """Schedules are compared by the steps that they need to one accuracy."""
+    done = run(
+        *("python", ROOT / "benchmarks/super_convergence.py", "--epochs", "1", "--seeds", "1"),
+        *("--budgets", "100", "--constant-lrs", "0.01", "--peak-lrs", "0.1"),
+        *("--find-steps", "20"),
+    )
+    assert done.exit_code == 0, done.stdout + done.stderr
+    constant, *others = rows(done.stdout)
+    assert constant[:3] == ["constant, best lr 0.01", "938", "1.0"]
+    assert len(others) == 4
+    assert all(float(cells[3].partition("%")[0]) > 10 for cells in others)
+
+
+@needs_fashion_mnist
+def test_batch_64_to_512(run: Commands) -> None:
+    """Larger batches take fewer steps and more samples to one accuracy."""
+    done = run(
+        *("python", ROOT / "benchmarks/batch_64_to_512.py", "--batches", "64,256"),
+        *("--target", "0.6", "--seeds", "1", "--samples", "12000", "--lrs", "0.03"),
+        *("--noise-steps", "60"),
+    )
+    assert done.exit_code == 0, done.stdout + done.stderr
+    small, large = rows(done.stdout)
+    assert (small[0], large[0]) == ("64", "256")
+    assert float(large[3]) > 1
+    assert "B_simple" in done.stdout

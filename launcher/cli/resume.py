@@ -14,7 +14,7 @@ from launcher.cli.arguments import (
     nproc_option,
     overrides_argument,
 )
-from launcher.cli.start import check_restarts, make_once, met, start
+from launcher.cli.start import start
 
 
 @click.command(cls=SettingsCommand, short_help="Go on with a run from a checkpoint.")
@@ -59,6 +59,7 @@ def command(
     from launcher.overrides import Override, read_arguments
     from launcher.resolve import resolve
     from launcher.rundir import RunDir, open_run_dir, read_run, write_resumption
+    from launcher.together import check_restarts, make_once, met
 
     stops = Stops()  # before anything slow
     machines = find_nodes(nodes, rendezvous, join_timeout)

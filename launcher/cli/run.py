@@ -16,7 +16,7 @@ from launcher.cli.arguments import (
     overrides_argument,
     read_overrides,
 )
-from launcher.cli.start import check_restarts, make_once, met, start
+from launcher.cli.start import start
 from launcher.errors import UsageError
 
 
@@ -70,6 +70,7 @@ def command(
         write_resumption,
         write_yaml,
     )
+    from launcher.together import check_restarts, make_once, met
 
     stops = Stops()  # before anything slow
     if goes_on and out is None:
