@@ -183,7 +183,14 @@ def test_a_run_leaves_its_folder(run: Commands) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["recipes"], ["plan", "digits"], ["plan", "digits", "--json"], ["run", "--help"]],
+    [
+        ["--help"],
+        ["recipes"],
+        ["plan", "digits"],
+        ["plan", "digits", "--json"],
+        ["run", "--help"],
+        ["status"],
+    ],
 )
 def test_planning_imports_nothing_heavy(arguments: list[str], tmp_path: Path) -> None:
     """Looking, listing and planning load no torch, numpy, accelerate, deepspeed or rich."""

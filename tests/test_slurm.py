@@ -166,6 +166,18 @@ def test_a_warning_saves_and_the_job_goes_on(slurm: Commands) -> None:
     check_same(slurm, run_dir, WORLDS_PY, *LONG)
 
 
+def test_a_job_makes_room(slurm: Commands) -> None:
+    """Preempted, it saves, waits and goes on: to the weights of a run that was left alone."""
+    run_dir = submit(slurm, WORLDS_PY, *LONG, "--nodes", "3", "-n", "1")
+    wait_for(lambda: steps_of(run_dir) > 5, "some steps")
+    done = slurm("srun", "--partition=urgent", "--nodes=3", "--exclusive", "sleep", "1")
+    assert done.exit_code == 0, done.stderr
+    finish(run_dir)
+    assert state_of(run_dir).restarts == 1
+    assert "resumed from step-" in slurm("launcher", "logs", "out").stdout
+    check_same(slurm, run_dir, WORLDS_PY, *LONG)
+
+
 def test_a_node_is_lost(slurm: Commands, cluster: Cluster) -> None:
     """The job is queued again by Slurm, and goes on on the nodes that are left."""
     run_dir = submit(slurm, WORLDS_PY, *LONG, "--nodes", "2:3", "-n", "1")
@@ -237,11 +249,15 @@ def test_what_cannot_be_is_refused(
 
 
 def test_a_dry_run_leaves_nothing(slurm: Commands) -> None:
-    """The script is printed, Slurm has looked at it, and there is no folder."""
-    done = slurm("launcher", "submit", WORLDS_PY, "-n", "1", "device=cpu", "--dry-run")
+    """The script is printed, Slurm has looked at it, there is no folder, and it took no torch."""
+    done = slurm(
+        *("python", "-X", "importtime", "-m", "launcher"),
+        *("submit", WORLDS_PY, "-n", "1", "device=cpu", "--dry-run"),
+    )
     assert done.exit_code == 0, done.stderr
     assert done.stdout.startswith("#!/bin/bash\n#SBATCH --job-name=worlds\n")
     assert re.search(r"Job \d+ to start", done.stderr)
+    assert not re.search(r"\| +(torch|numpy|accelerate)$", done.stderr, re.MULTILINE)
     assert not list(slurm.folder.iterdir())
 
 

@@ -9,13 +9,15 @@ import itertools
 import re
 import shlex
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support import ROOT
 
 from launcher.errors import SlurmError, UsageError
-from launcher.slurm.prepare import combinations
+from launcher.resolve import resolve
+from launcher.slurm.prepare import Wish, combinations, prepare
 from launcher.slurm.queue import in_words
 from launcher.slurm.script import Batch, render
 from launcher.slurm.site import Site, find_site, read_memory, read_site, read_time, time_text
@@ -223,6 +225,40 @@ def test_refusals_lose_the_names_of_programs() -> None:
         == "Requested node configuration is not available."
     )
     assert in_words("allocation failure: Invalid account\n") == "Invalid account."
+
+
+def test_what_is_asked_for_follows_from_plan_and_site(tmp_path: Path) -> None:
+    """Cores for each rank and its workers, memory by the part of the node, time by the site."""
+    wish = Wish(
+        reference=resolve(str(ROOT / "tests/recipes/worlds.py")),
+        arguments=("num_workers=6",),
+        grid=(),
+        config=None,
+        nodes=(2, 2),
+        gpus_per_node=4,
+        nproc_per_node=None,
+        time=None,
+    )
+    batch = prepare(wish, SITE, tmp_path / "out").batch
+    assert (batch.gpus_per_node, batch.cpus_per_node) == (4, 28)
+    assert (batch.memory_per_node, batch.seconds) == (480 * 1024 // 2, 43_200)
+    (command,) = batch.commands
+    assert command[2:4] == ["launcher", "run"]
+    assert command[5:] == [
+        *("-n", "4", "--nodes", "2", "--out", str(tmp_path / "out"), "--continue"),
+        *("device=cuda", "num_workers=6"),
+    ]
+    for changes, message in (
+        ({"gpus_per_node": 9}, "--gpus-per-node 9 was asked for, and a node has 8"),
+        ({"time": "3-0"}, "--time 3-0 was asked for, and a job may take 2-00:00:00"),
+        ({"arguments": ("num_workers=20",)}, "need 84 cores, and a node has 64"),
+        ({"nproc_per_node": 2}, "each GPU has one rank"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            prepare(replace(wish, **changes), SITE, tmp_path / "out")
+        assert message in str(caught.value)
+    with pytest.raises(SlurmError, match="has a backslash in it"):
+        prepare(wish, SITE, tmp_path / "a\\b")
 
 
 def test_train_sbatch_does_what_submit_does() -> None:

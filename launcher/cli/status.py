@@ -33,7 +33,7 @@ def command(what: str | None, *, as_json: bool) -> None:
     from launcher.slurm.submission import find_submission, standing, submissions
 
     if what is None or (Path(what).is_dir() and not (Path(what) / "submission.json").exists()):
-        rows = [standing(run_dir) for run_dir in submissions(Path(what or "."))]
+        rows = [standing(run_dir, ask=False) for run_dir in submissions(Path(what or "."))]
         rows.sort(key=_rank)
         if as_json:
             click.echo(json.dumps([_values(row) for row in rows]))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +14,9 @@ from launcher.errors import RunDirError, SlurmError
 from launcher.report.quantities import duration
 from launcher.rundir import RunDir, read_failure, write_json
 from launcher.slurm.queue import GOING, WAITING, JobState, job_state
+
+_DEPTH = 3
+"""runs/<array>/<index> below a folder: what lies deeper is somebody else's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,21 +89,37 @@ def find_submission(what: str, below: Path) -> RunDir:
 
 
 def submissions(below: Path) -> Iterator[RunDir]:
-    """Yield the submitted runs below a folder, in the order of their names."""
-    for path in sorted(below.glob("**/submission.json")):
-        yield RunDir(path.parent.resolve())
+    """Yield the submitted runs below a folder, not too deep, in the order of their names."""
+    for path in _folders(below, _DEPTH):
+        if (path / "submission.json").is_file():
+            yield RunDir(path.resolve())
 
 
-def standing(run_dir: RunDir) -> Standing:
-    """Return how a run fares, by Slurm and by what it has written."""
+def _folders(folder: Path, depth: int) -> Iterator[Path]:
+    """Yield a folder and those in it, but none in a run."""
+    yield folder
+    if depth == 0 or (folder / "submission.json").is_file():
+        return
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        inner = [each.name for each in entries if each.is_dir() and not each.name.startswith(".")]
+        for name in sorted(inner):
+            yield from _folders(folder / name, depth - 1)
+
+
+def standing(run_dir: RunDir, *, ask: bool = True) -> Standing:
+    """Return how a run fares, by Slurm and by what it has written.
+
+    Args:
+        run_dir: The run's.
+        ask: Whether Slurm is asked of one that has left its result as well.
+    """
     submission = read_submission(run_dir)
-    try:
-        job = job_state(submission.job)
-    except SlurmError as error:
-        job = None
-        note = f"; Slurm does not say: {error}"
-    else:
-        note = ""
+    job, note = None, ""
+    if ask or not run_dir.result.exists():
+        try:
+            job = job_state(submission.job)
+        except SlurmError as error:
+            note = f"; Slurm does not say: {error}"
     state, words = _in_words(run_dir, submission, job)
     return Standing(
         run_dir=run_dir,
