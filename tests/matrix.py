@@ -181,6 +181,7 @@ class Trainer:
             return RunDir(self._folder / name)
 
         backend, run_dir = join(recipe, plan, self.world, make_run_dir)
+        self.world = replace(self.world, store=None)  # the group is formed, for all cases
         start = Start(step=RESUMED_FROM) if source is not None else None
         stop = StopRequest() if saves else None
         train_rank(recipe, plan, backend, run_dir, self._output, start=start, stop=stop)

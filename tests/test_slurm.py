@@ -200,6 +200,18 @@ def test_a_rank_that_raises_ends_the_job(slurm: Commands) -> None:
     assert log.count("ValueError: the loss of rank one") == 1
 
 
+def test_a_node_that_does_not_come_is_named(slurm: Commands) -> None:
+    """The run fails instead of waiting for it, and nothing is written."""
+    launch = f"launcher run {WORLDS_PY} -n 1 device=cpu --out out --join-timeout 3"
+    done = slurm(
+        *("srun", "-N2", "--ntasks-per-node=1", "bash", "-c"),
+        f"test $SLURM_NODEID = 1 || exec {launch}",
+    )
+    assert done.exit_code == 2, done.stderr
+    assert "after 3 s nothing has been heard of node2" in done.stderr
+    assert not (slurm.folder / "out").exists()
+
+
 def test_a_run_is_cancelled(slurm: Commands) -> None:
     """It saves before it ends, is not queued again, and says so."""
     run_dir = submit(slurm, STEADY, "steps=5000", "--nodes", "2", "-n", "1")
