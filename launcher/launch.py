@@ -133,6 +133,10 @@ def import_for(plans: Sequence[Plan]) -> None:
     backends = {plan.backend for plan in plans}
     for plan in plans:
         os.environ.update(process_environment(plan))
+    if any(plan.device == "cuda" for plan in plans):
+        # Whoever asks for GPUs while being imported asks the driver, and does not start CUDA: ranks
+        # that are forked from a process in which it runs could not use it.
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     modules = ["launcher.engine.worker"]
     if backends - {"local"}:
         modules += ["launcher.engine.backends.accelerate", "torch._dynamo"]  # by DDP, FSDP

@@ -239,7 +239,8 @@ def test_jobs_do_not_meet(slurm: Commands) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--nodes", "9"), r"sbatch refuses: .*[Nn]ode"),
+        (("--nodes", "9"), "9 nodes were asked for, and the default partition has 3"),
+        (("--array",), "--array: give what is to vary after it"),
         (("--cluster", "site.yaml"), "sbatch refuses: invalid partition"),
         (("--time", "soon"), "--time: expected a time such as 90"),
         (("--time", "1"), "is no more than the 120 s before its end"),

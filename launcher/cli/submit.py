@@ -15,6 +15,7 @@ from launcher.cli.arguments import (
     out_option,
     overrides_argument,
 )
+from launcher.errors import UsageError
 
 
 class NodeRange(click.ParamType[tuple[int, int]]):
@@ -44,6 +45,8 @@ class SubmitCommand(SettingsCommand):
             within = each == "--array" or (within and not each.startswith("-"))
             if each != "--array":
                 read += ["--array", each] if within else [each]
+        if "--array" in args and "--array" not in read:
+            raise UsageError("--array: give what is to vary after it, such as lr=0.1,0.2 seed=1,2.")
         return super().parse_args(ctx, read)
 
 

@@ -79,7 +79,7 @@ def prepare(wish: Wish, site: Site, out: Path | None) -> Prepared:
         SlurmError: The site does not have what is asked for.
         UsageError: The numbers do not go together.
     """
-    site = complete(site)
+    site = complete(site, wish.nodes[0])
     plans = tuple(_plan(wish, site, arguments) for arguments in wish.runs)
     widest = max(plans, key=lambda plan: plan.workers_per_rank)
     if len({(plan.device, plan.nproc_per_node) for plan in plans}) > 1:
@@ -119,14 +119,21 @@ def prepare(wish: Wish, site: Site, out: Path | None) -> Prepared:
     )
 
 
-def complete(site: Site) -> Site:
-    """Return a site with what Slurm knows and the profile does not say."""
+def complete(site: Site, nodes: int) -> Site:
+    """Return a site with what Slurm knows and the profile does not say.
+
+    Raises:
+        SlurmError: So many nodes are more than there are.
+    """
     try:
         found = partition(site.partition)
     except SlurmError:  # not here, as when somebody looks at a script: sbatch has the last word
         found = None
     if found is None:
         return site
+    if nodes > found.nodes:
+        where = f"the partition {site.partition}" if site.partition else "the default partition"
+        raise SlurmError(f"{nodes} nodes were asked for, and {where} has {found.nodes}.")
     return replace(
         site,
         cpus_per_node=site.cpus_per_node or found.cpus,

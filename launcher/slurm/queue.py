@@ -54,6 +54,7 @@ class JobState:
 class Partition:
     """What the nodes of a partition have, at most."""
 
+    nodes: int
     cpus: int
     gpus: int
     max_time: str | None
@@ -65,7 +66,7 @@ def partition(name: str | None) -> Partition | None:
     Raises:
         SlurmError: Slurm does not answer.
     """
-    rows = [line.split("|") for line in call("sinfo", "-h", "-o", "%P|%l|%c|%G").splitlines()]
+    rows = [line.split("|") for line in call("sinfo", "-h", "-o", "%P|%l|%c|%G|%D").splitlines()]
     found = [
         row
         for row in rows
@@ -75,6 +76,7 @@ def partition(name: str | None) -> Partition | None:
         return None
     times = {row[1] for row in found} - {"infinite", "n/a"}
     return Partition(
+        nodes=sum(int(row[4]) for row in found),
         cpus=max(int(row[2].rstrip("+")) for row in found),
         gpus=max(_gpus(row[3]) for row in found),
         max_time=times.pop() if len(times) == 1 else None,
@@ -107,6 +109,8 @@ def call(*command: str) -> str:
 
 def in_words(text: str) -> str:
     """Return what Slurm says of an error, without the names of its programs."""
+    if "Could not establish a configuration source" in text:
+        return "it is installed here, and knows of no cluster: there is no slurm.conf."
     lines = [re.sub(r"^\w+: (?:error: |fatal: )?", "", line.strip()) for line in text.splitlines()]
     said = [
         re.sub(r"^(?:allocation failure|Batch job submission failed): ", "", each) for each in lines

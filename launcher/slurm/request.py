@@ -31,7 +31,7 @@ def machine_of(site: Site, gpus: int, nproc: int) -> Machine:
     limit = "cores of a node" if site.cpus_per_node else "cores to be asked for"
     memory = read_memory(site.memory_per_node, "memory_per_node") if site.memory_per_node else 0
     return Machine(
-        hostname="node",
+        hostname="a node",
         num_gpus=gpus,
         usable_cores=cores,
         cores_limited_by=limit,

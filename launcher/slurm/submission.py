@@ -83,8 +83,8 @@ def find_submission(what: str, below: Path) -> RunDir:
         if read_submission(run_dir).job == what:
             return run_dir
     raise RunDirError(
-        f"{what} is no run folder with a submission.json, and no job of a run below {below}. "
-        "`launcher status` lists those that are."
+        f"{what} is neither the folder nor the job of a run that was submitted, below "
+        f"{below.absolute()}. `launcher status` lists those that are."
     )
 
 
@@ -114,23 +114,25 @@ def standing(run_dir: RunDir, *, ask: bool = True) -> Standing:
         ask: Whether Slurm is asked of one that has left its result as well.
     """
     submission = read_submission(run_dir)
-    job, note = None, ""
+    job, silence = None, "not known to Slurm any more, and left no result"
     if ask or not run_dir.result.exists():
         try:
             job = job_state(submission.job)
         except SlurmError as error:
-            note = f"; Slurm does not say: {error}"
-    state, words = _in_words(run_dir, submission, job)
+            silence = str(error)
+    state, words = _in_words(run_dir, submission, job, silence)
     return Standing(
         run_dir=run_dir,
         submission=submission,
         state=state,
-        words=words + note,
+        words=words,
         evaluation=(_read(run_dir.result) or {}).get("evaluation", {}),
     )
 
 
-def _in_words(run_dir: RunDir, submission: Submission, job: JobState | None) -> tuple[str, str]:
+def _in_words(
+    run_dir: RunDir, submission: Submission, job: JobState | None, silence: str
+) -> tuple[str, str]:
     again = _again(job)
     if job is not None and job.state in WAITING:
         waits = f"waiting {job.waits}" if job.state == "PENDING" else job.state.lower()
@@ -146,7 +148,7 @@ def _in_words(run_dir: RunDir, submission: Submission, job: JobState | None) -> 
         where = f"rank {failure['rank']} ({failure['node']})"
         return "failed", f"failed on {where}: {failure['error']}: {head}{again}"
     if job is None:
-        return "unknown", "not known to Slurm any more, and left no result"
+        return "unknown", silence
     names = {
         "CANCELLED": ("cancelled", "cancelled"),
         "TIMEOUT": ("stopped", "reached its time limit before it could save"),
