@@ -137,9 +137,9 @@ def import_for(plans: Sequence[Plan]) -> None:
         # Whoever asks for GPUs while being imported asks the driver, and does not start CUDA: ranks
         # that are forked from a process in which it runs could not use it.
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    modules = ["launcher.engine.worker"]
+    modules = ["launcher.engine.worker", "torch._dynamo"]  # which every optimizer imports
     if backends - {"local"}:
-        modules += ["launcher.engine.backends.accelerate", "torch._dynamo"]  # by DDP, FSDP
+        modules.append("launcher.engine.backends.accelerate")
     if "fsdp" in backends:
         modules.append("torch.distributed.fsdp")
     if "deepspeed" in backends and all(plan.device == "cpu" for plan in plans):

@@ -18,6 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent / "recipes"))
 
+import torch
 from splits import batch_norm
 from torch.multiprocessing.spawn import start_processes
 from worlds import tokens, worlds
@@ -181,7 +182,8 @@ class Trainer:
             return RunDir(self._folder / name)
 
         backend, run_dir = join(recipe, plan, self.world, make_run_dir)
-        self.world = replace(self.world, store=None)  # the group is formed, for all cases
+        if torch.distributed.is_initialized():
+            self.world = replace(self.world, store=None)  # the group is formed, for all cases
         start = Start(step=RESUMED_FROM) if source is not None else None
         stop = StopRequest() if saves else None
         train_rank(recipe, plan, backend, run_dir, self._output, start=start, stop=stop)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from warm import Warm
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -23,6 +25,16 @@ needs_fashion_mnist = pytest.mark.skipif(
     not Path("/usr/share/datasets/fashion-mnist").is_dir(),
     reason="needs Debian's package dataset-fashion-mnist, which apt-get could not install",
 )
+
+
+_SESSIONS: dict[str, set[int]] = {}
+"""Those that were started under each mark."""
+
+
+@functools.cache
+def _warm() -> Warm:
+    """Return this process's server, which starts with the first test that wants it."""
+    return Warm(Commands(Path(), "warm").environment())
 
 
 @dataclass(frozen=True)
@@ -55,20 +67,31 @@ class Commands:
         return Finished(process.returncode, stdout, stderr)
 
     def start(
-        self, *arguments: str | Path, env: dict[str, str] | None = None
+        self, *arguments: str | Path, env: dict[str, str] | None = None, cold: bool = False
     ) -> subprocess.Popen[str]:
-        """Start a program, of the virtual environment first, in a process group of its own."""
+        """Start a program, of the virtual environment first, in a session of its own.
+
+        Those of `launcher` start warm (see warm.py), unless `cold` or LAUNCHER_TESTS_COLD says
+        otherwise, or `env` has what is read before the first line of Python.
+        """
         ours = BIN / str(arguments[0])
         command = [str(ours if ours.exists() else arguments[0]), *map(str, arguments[1:])]
-        return subprocess.Popen(
-            command,
-            cwd=self.folder,
-            env=self.environment() | (env or {}),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        whole = self.environment() | (env or {})
+        early = any(name.startswith(("PYTHON", "OMP_", "MKL_", "TORCH")) for name in env or {})
+        if arguments[0] == "launcher" and not (cold or early or "LAUNCHER_TESTS_COLD" in whole):
+            process = _warm().start(command, self.folder, whole)
+        else:
+            process = subprocess.Popen(
+                command,
+                cwd=self.folder,
+                env=whole,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+        _SESSIONS.setdefault(self.mark, set()).add(process.pid)
+        return process
 
     def environment(self) -> dict[str, str]:
         """Return the environment of this process, less what would tell a run where it is.
@@ -98,16 +121,18 @@ def train_suite(run: Commands, suite: str, worlds: Sequence[int]) -> Path:
 def processes_of(mark: str) -> list[str]:
     """Return the command lines of living processes started by the runs with this mark."""
     found = []
+    sessions = _SESSIONS.get(mark, set())
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():
             continue
         try:
             environment = (folder / "environ").read_bytes()
-            state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+            state, _, _, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
             command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
         except OSError:
             continue
-        if f"{MARK}={mark}".encode() in environment.split(b"\0") and state not in "ZX":
+        ours = int(session) in sessions or f"{MARK}={mark}".encode() in environment.split(b"\0")
+        if ours and state not in "ZX":
             found.append(f"{folder.name} {command}")
     return found
 

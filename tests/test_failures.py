@@ -106,7 +106,7 @@ def test_ctrl_c_before_there_are_steps(
     run: Commands, stage: Callable[[subprocess.Popen[str]], bool]
 ) -> None:
     """Ctrl-C while torch is being imported or ranks are being started is a line as well."""
-    process = run.start("launcher", "run", RECIPE, "how=hang", "-n", "2", "--out", "out")
+    process = run.start("launcher", "run", RECIPE, "how=hang", "-n", "2", "--out", "out", cold=True)
     until = time.monotonic() + 30
     while not stage(process):
         assert time.monotonic() < until, "it never came to that"
