@@ -11,6 +11,8 @@ import signal
 import pytest
 from support import ROOT, Commands, read_lines
 
+from launcher.finders.loader import MOST_PREFETCH, queue_to_bridge
+
 LR = ("launcher", "find", "lr", "digits", "--from", "1e-4", "--steps", "60")
 
 
@@ -276,8 +278,12 @@ def test_a_longer_queue_bridges_stalls(run: Commands) -> None:
     assert done.exit_code == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["slowest_batch_seconds"] > 0.6
-    longer = found["readings"][-1]
-    assert longer["prefetch_factor"] > 2
+    workers = found["settings"]["num_workers"]
+    first = next(each for each in found["readings"] if each["workers"] == workers > 0)
+    needed = queue_to_bridge(found["slowest_batch_seconds"], workers, first["step_seconds"])
+    # On a busy machine steps can be so slow that the queue there is bridges them.
+    measured = [each["prefetch_factor"] for each in found["readings"] if each["workers"] == workers]
+    assert measured == [2, min(needed, MOST_PREFETCH)] if needed > 2 else measured == [2]
     taken = found["settings"].get("prefetch_factor", 2)
     assert found["best"]["prefetch_factor"] == taken
 
