@@ -1,8 +1,8 @@
 """From a plan to processes: PyTorch's elastic agent, and ranks that are forked from its process.
 
 That process has imported what the ranks need, so a node pays for one import of torch whatever the
-number of its ranks. It computes nothing and starts no threads, and so can be forked. The ranks find
-each other in a file of a private folder, and the agent listens on no port.
+number of its ranks. It computes nothing and starts no threads of its own, and so can be forked. The
+ranks find each other in a file of a private folder, and the agent listens on no port.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ def create_run_dir(out: Path | None, name: str) -> RunDir:
     Raises:
         RunDirError: `out` exists already, or cannot be made.
     """
-    for path in [out] if out is not None else _numbered(planned_path(None, name)):
+    for path in [out] if out is not None else _default_paths(name):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.mkdir(mode=0o700)
@@ -144,10 +144,7 @@ def create_run_dir(out: Path | None, name: str) -> RunDir:
 
 def planned_path(out: Path | None, name: str) -> Path:
     """Return the folder that `create_run_dir` would make now."""
-    if out is not None:
-        return out
-    stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return next(path for path in _numbered(Path("runs") / stem) if not path.exists())
+    return out or next(path for path in _default_paths(name) if not path.exists())
 
 
 def _or_resume(path: Path) -> str:
@@ -156,7 +153,8 @@ def _or_resume(path: Path) -> str:
     return f"; `launcher resume {path}` goes on with it"
 
 
-def _numbered(path: Path) -> list[Path]:
+def _default_paths(name: str) -> list[Path]:
+    path = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     return [path, *(path.with_name(f"{path.name}-{number}") for number in range(2, 1000))]
 
 

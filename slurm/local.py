@@ -271,9 +271,8 @@ def _can_isolate() -> bool:
 
 def _write_files(cluster: Cluster, cpus: int, gpus: int) -> None:
     folder = cluster.folder
-    for name, secret in (("munge.key", secrets.token_bytes(128)),):
-        (folder / name).touch(mode=0o600)
-        (folder / name).write_bytes(secret)
+    (folder / "munge.key").touch(mode=0o600)
+    (folder / "munge.key").write_bytes(secrets.token_bytes(128))
     hosts = Path("/etc/hosts").read_text(encoding="utf-8")
     names = " ".join([*cluster.nodes, socket.gethostname()])
     for name in cluster.nodes:

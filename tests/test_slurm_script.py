@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support import ROOT
+from support import BIN, ROOT, Commands
 
 from launcher.errors import SlurmError, UsageError
 from launcher.resolve import resolve
@@ -22,6 +22,7 @@ from launcher.slurm.queue import in_words
 from launcher.slurm.script import Batch, render
 from launcher.slurm.site import Site, find_site, read_memory, read_site, read_time, time_text
 
+DIGITS = ROOT / "recipes/digits.py"
 GOLDEN = ROOT / "tests/golden"
 
 PLAIN = Batch(
@@ -53,6 +54,7 @@ SCRIPTS = {
         gpus_per_node=0,
         seconds=None,
         commands=[["launcher", "run", "digits", f"lr={lr}"] for lr in (0.1, 0.2)],
+        is_array=True,
     ),
     "container": changed(
         site=Site(container="/images/a b.sqsh", container_mounts=("/data:/data",), python="python")
@@ -248,6 +250,8 @@ def test_what_is_asked_for_follows_from_plan_and_site(tmp_path: Path) -> None:
         *("-n", "4", "--nodes", "2", "--out", str(tmp_path / "out"), "--continue"),
         *("device=cuda", "num_workers=6"),
     ]
+    one = prepare(replace(wish, grid=(("lr=0.1",),)), SITE, tmp_path / "out").batch
+    assert "#SBATCH --array=0-0\n" in render(one), "an array of one run is an array"
     for changes, message in (
         ({"gpus_per_node": 9}, "--gpus-per-node 9 was asked for, and a node has 8"),
         ({"time": "3-0"}, "--time 3-0 was asked for, and a job may take 2-00:00:00"),
@@ -259,6 +263,28 @@ def test_what_is_asked_for_follows_from_plan_and_site(tmp_path: Path) -> None:
         assert message in str(caught.value)
     with pytest.raises(SlurmError, match="has a backslash in it"):
         prepare(wish, SITE, tmp_path / "a\\b")
+
+
+def test_without_slurm_that_is_said(run: Commands) -> None:
+    """A script can be looked at anywhere; to submit it is one error, and leaves nothing."""
+    (run.folder / "bin").mkdir()
+    for name in ("python", "launcher"):
+        (run.folder / "bin" / name).symlink_to(BIN / name)
+    command = (
+        "bash",
+        "-c",
+        f"PATH={run.folder}/bin exec launcher submit {DIGITS} -n 1 $0 --out out",
+    )
+    done = run(*command, "device=cpu")
+    assert done.exit_code == 2
+    assert done.stderr == (
+        "launcher: sbatch is not installed here. Jobs are submitted where Slurm's commands are: on "
+        "a login node of the cluster.\n"
+    )
+    assert not (run.folder / "out").exists()
+    done = run(*command, "--dry-run")
+    assert done.exit_code == 0, done.stderr
+    assert "not looked at by sbatch, which is not installed here" in done.stderr
 
 
 def test_train_sbatch_does_what_submit_does() -> None:

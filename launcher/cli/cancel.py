@@ -14,17 +14,10 @@ def command(what: str) -> None:
 
     RUN may be the folder of an array.
     """
-    from launcher.errors import RunDirError
     from launcher.slurm.queue import cancel
-    from launcher.slurm.submission import find_submission, read_submission, submissions
+    from launcher.slurm.submission import find_submissions, read_submission
 
-    path = Path(what)
-    if path.is_dir() and not (path / "submission.json").exists():
-        found = list(submissions(path))
-        if not found:
-            raise RunDirError(f"No run below {what} was submitted.")
-    else:
-        found = [find_submission(what, Path())]
+    found = find_submissions(what, Path())
     cancel([read_submission(run_dir).job for run_dir in found])
     for run_dir in found:
         click.echo(f"{run_dir.shown}: job {read_submission(run_dir).job} is cancelled")

@@ -106,7 +106,7 @@ def command(
     from launcher.resolve import resolve
     from launcher.rundir import create_run_dir, write_atomic
     from launcher.slurm.prepare import Wish, combinations, prepare
-    from launcher.slurm.queue import submit
+    from launcher.slurm.queue import check, submit
     from launcher.slurm.script import render
     from launcher.slurm.site import find_site
 
@@ -131,14 +131,14 @@ def command(
         with tempfile.TemporaryDirectory() as place:
             path = Path(place) / "job.sbatch"
             write_atomic(path, script)
-            click.echo(submit(str(path), try_only=True), err=True)
+            click.echo(check(str(path)), err=True)
         return
     made = create_run_dir(prepared.folder, prepared.plans[0].recipe)
     try:
         path = made.path / "job.sbatch"
         write_atomic(path, script)
         prepared.save("", wish.grid)  # the job may start before it has told us its id
-        submit(str(path), try_only=True)
+        check(str(path))
         job = submit(str(path))
     except BaseException:
         shutil.rmtree(made.path)

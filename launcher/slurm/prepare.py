@@ -110,6 +110,7 @@ def prepare(wish: Wish, site: Site, out: Path | None) -> Prepared:
                 _command(wish, site, plan, path, arguments)
                 for plan, path, arguments in zip(plans, paths, wish.runs, strict=True)
             ],
+            is_array=bool(wish.grid),
             site=site,
         ),
         folder=folder,

@@ -95,6 +95,10 @@ def call(*command: str) -> str:
     Raises:
         SlurmError: It is not there, or refuses.
     """
+    return _run(*command).stdout
+
+
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
     try:
         done = subprocess.run(command, text=True, capture_output=True, check=False)
     except FileNotFoundError:
@@ -104,7 +108,7 @@ def call(*command: str) -> str:
         ) from None
     if done.returncode:
         raise SlurmError(f"{command[0]} refuses: {in_words(done.stderr or done.stdout)}")
-    return done.stdout
+    return done
 
 
 def in_words(text: str) -> str:
@@ -118,19 +122,22 @@ def in_words(text: str) -> str:
     return "; ".join(dict.fromkeys(each.rstrip(".") for each in said if each)) + "."
 
 
-def submit(script: str, *, try_only: bool = False) -> str:
-    """Hand a script to sbatch; return the job's id, or what it says of one that it would take.
+def check(script: str) -> str:
+    """Return what sbatch says of a script that it would take.
 
     Raises:
         SlurmError: It refuses.
     """
-    if try_only:
-        done = subprocess.run(
-            ("sbatch", "--test-only", script), text=True, capture_output=True, check=False
-        )
-        if done.returncode:
-            raise SlurmError(f"sbatch refuses: {in_words(done.stderr or done.stdout)}")
-        return in_words(done.stderr or done.stdout)
+    done = _run("sbatch", "--test-only", script)
+    return in_words(done.stderr or done.stdout)
+
+
+def submit(script: str) -> str:
+    """Hand a script to sbatch; return the job's id.
+
+    Raises:
+        SlurmError: It refuses.
+    """
     return call("sbatch", "--parsable", script).strip().partition(";")[0]
 
 

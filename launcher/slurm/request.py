@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from launcher.errors import SlurmError
+from launcher.loading import WORKERS_PER_RANK
 from launcher.machine import Machine
 from launcher.plan import Plan
 from launcher.slurm.site import Site, read_memory, read_time
-
-WORKERS_PER_RANK = 4
-"""Cores asked for beside each rank's own, where a node's number is not known."""
 
 
 def machine_of(site: Site, gpus: int, nproc: int) -> Machine:

@@ -37,7 +37,9 @@ class Batch:
     """The time limit; None is the partition's."""
 
     commands: Sequence[Sequence[str]]
-    """What each task runs; of several each is a job of an array."""
+    """What each task runs; of an array, in each of its jobs."""
+
+    is_array: bool = False
 
     site: Site
 
@@ -55,7 +57,7 @@ def render(batch: Batch) -> str:
         lines.append(f"module load {shlex.join(site.modules)} || exit")
     lines += site.setup
     lines += [f"export {name}={shlex.quote(value)}" for name, value in _variables(site).items()]
-    lines += ["", *_commands(batch.commands), "", *_steps(batch), ""]
+    lines += ["", *_commands(batch), "", *_steps(batch), ""]
     return "\n".join(lines)
 
 
@@ -78,7 +80,7 @@ def options(batch: Batch) -> Iterator[str]:
         yield f"--mem={batch.memory_per_node}M"
     if batch.seconds is not None:
         yield f"--time={time_text(batch.seconds)}"
-    if len(batch.commands) > 1:
+    if batch.is_array:
         yield f"--array=0-{len(batch.commands) - 1}"
     yield f"--signal=USR1@{site.warning_seconds}"
     yield "--requeue"
@@ -96,12 +98,12 @@ def _variables(site: Site) -> dict[str, str]:
     return variables
 
 
-def _commands(commands: Sequence[Sequence[str]]) -> Iterator[str]:
-    if len(commands) == 1:
-        yield f"command=({shlex.join(commands[0])})"
+def _commands(batch: Batch) -> Iterator[str]:
+    if not batch.is_array:
+        yield f"command=({shlex.join(batch.commands[0])})"
         return
     yield 'case "$SLURM_ARRAY_TASK_ID" in'
-    for index, command in enumerate(commands):
+    for index, command in enumerate(batch.commands):
         yield f"{index}) command=({shlex.join(command)}) ;;"
     yield "esac"
 

@@ -88,6 +88,21 @@ def find_submission(what: str, below: Path) -> RunDir:
     )
 
 
+def find_submissions(what: str, below: Path) -> list[RunDir]:
+    """Return the runs that a run folder, a job id or the folder of an array names.
+
+    Raises:
+        RunDirError: There is none.
+    """
+    path = Path(what)
+    if not path.is_dir() or (path / "submission.json").exists():
+        return [find_submission(what, below)]
+    found = list(submissions(path))
+    if not found:
+        raise RunDirError(f"No run in {what} was submitted.")
+    return found
+
+
 def submissions(below: Path) -> Iterator[RunDir]:
     """Yield the submitted runs below a folder, not too deep, in the order of their names."""
     for path in _folders(below, _DEPTH):
