@@ -19,7 +19,7 @@ from launcher.checkpoints import list_checkpoints
 from launcher.engine.compare import compare, read_trace
 from launcher.rundir import RunDir
 from launcher.slurm.queue import JobState, job_state
-from launcher.slurm.submission import read_submission, standing
+from launcher.slurm.submission import read_submission, status_of
 
 WORLDS_PY = str(ROOT / "tests/recipes/worlds.py")
 FAILING = str(ROOT / "tests/recipes/failing.py")
@@ -81,7 +81,7 @@ def finish(run_dir: RunDir, seconds: float = 120) -> None:
     wait_for(lambda: state_of(run_dir).state in over, "the job to end", seconds)
     log = Path(read_submission(run_dir).log).read_text()
     assert state_of(run_dir).state == "COMPLETED", log
-    assert standing(run_dir).state == "finished", log
+    assert status_of(run_dir).state == "finished", log
 
 
 def steps_of(run_dir: RunDir) -> int:

@@ -17,7 +17,7 @@ from support import BIN, ROOT, Commands
 
 from launcher.errors import SlurmError, UsageError
 from launcher.resolve import resolve
-from launcher.slurm.prepare import Wish, combinations, prepare
+from launcher.slurm.prepare import Request, combinations, prepare
 from launcher.slurm.queue import in_words
 from launcher.slurm.script import Batch, render
 from launcher.slurm.site import Site, find_site, read_memory, read_site, read_time, time_text
@@ -231,7 +231,7 @@ def test_refusals_lose_the_names_of_programs() -> None:
 
 def test_what_is_asked_for_follows_from_plan_and_site(tmp_path: Path) -> None:
     """Cores for each rank and its workers, memory by the part of the node, time by the site."""
-    wish = Wish(
+    request = Request(
         reference=resolve(str(ROOT / "tests/recipes/worlds.py")),
         arguments=("num_workers=6",),
         grid=(),
@@ -241,7 +241,7 @@ def test_what_is_asked_for_follows_from_plan_and_site(tmp_path: Path) -> None:
         nproc_per_node=None,
         time=None,
     )
-    batch = prepare(wish, SITE, tmp_path / "out").batch
+    batch = prepare(request, SITE, tmp_path / "out").batch
     assert (batch.gpus_per_node, batch.cpus_per_node) == (4, 28)
     assert (batch.memory_per_node, batch.seconds) == (480 * 1024 // 2, 43_200)
     (command,) = batch.commands
@@ -250,7 +250,7 @@ def test_what_is_asked_for_follows_from_plan_and_site(tmp_path: Path) -> None:
         *("-n", "4", "--nodes", "2", "--out", str(tmp_path / "out"), "--continue"),
         *("device=cuda", "num_workers=6"),
     ]
-    one = prepare(replace(wish, grid=(("lr=0.1",),)), SITE, tmp_path / "out").batch
+    one = prepare(replace(request, grid=(("lr=0.1",),)), SITE, tmp_path / "out").batch
     assert "#SBATCH --array=0-0\n" in render(one), "an array of one run is an array"
     for changes, message in (
         ({"gpus_per_node": 9}, "--gpus-per-node 9 was asked for, and a node has 8"),
@@ -259,10 +259,10 @@ def test_what_is_asked_for_follows_from_plan_and_site(tmp_path: Path) -> None:
         ({"nproc_per_node": 2}, "each GPU has one rank"),
     ):
         with pytest.raises(UsageError) as caught:
-            prepare(replace(wish, **changes), SITE, tmp_path / "out")
+            prepare(replace(request, **changes), SITE, tmp_path / "out")
         assert message in str(caught.value)
     with pytest.raises(SlurmError, match="has a backslash in it"):
-        prepare(wish, SITE, tmp_path / "a\\b")
+        prepare(request, SITE, tmp_path / "a\\b")
 
 
 def test_without_slurm_that_is_said(run: Commands) -> None:

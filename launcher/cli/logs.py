@@ -42,7 +42,7 @@ def command(what: str, rank: int | None, *, follow: bool) -> None:
 
 def _print(path: Path, run_dir: RunDir | None) -> None:
     """Print a file; of a run that is followed, what is added to it until the run has ended."""
-    from launcher.slurm.submission import standing
+    from launcher.slurm.submission import status_of
 
     position, asked = 0, 0.0
     ends = run_dir is None
@@ -57,6 +57,6 @@ def _print(path: Path, run_dir: RunDir | None) -> None:
             return
         if run_dir is not None and time.monotonic() - asked > _SECONDS_BETWEEN_QUESTIONS:
             asked = time.monotonic()
-            ends = standing(run_dir).state not in ("waiting", "running")
+            ends = status_of(run_dir).state not in ("waiting", "running")
         if not ends:
             time.sleep(_SECONDS_BETWEEN_LOOKS)

@@ -55,11 +55,11 @@ def command(
     from launcher.job import Start, describe_run, plan_recipe
     from launcher.launch import Stops
     from launcher.machine import read_machine
+    from launcher.multinode import check_restarts, make_once, met
     from launcher.nodes import find_nodes
     from launcher.overrides import Override, read_arguments
     from launcher.resolve import resolve
     from launcher.rundir import RunDir, open_run_dir, read_run, write_resumption
-    from launcher.together import check_restarts, make_once, met
 
     stops = Stops()  # before anything slow
     machines = find_nodes(nodes, rendezvous, join_timeout)

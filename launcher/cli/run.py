@@ -61,6 +61,7 @@ def command(
     from launcher.job import Start, describe_run, plan_recipe
     from launcher.launch import Stops
     from launcher.machine import read_machine
+    from launcher.multinode import check_restarts, make_once, met
     from launcher.nodes import find_nodes
     from launcher.resolve import resolve
     from launcher.rundir import (
@@ -70,7 +71,6 @@ def command(
         write_resumption,
         write_yaml,
     )
-    from launcher.together import check_restarts, make_once, met
 
     stops = Stops()  # before anything slow
     if goes_on and out is None:

@@ -13,11 +13,11 @@ from launcher.cli import drop_output
 if TYPE_CHECKING:
     from launcher.job import Start
     from launcher.launch import Stops
+    from launcher.multinode import Meeting
     from launcher.overrides import Override
     from launcher.plan import Plan
     from launcher.resolve import Reference
     from launcher.rundir import RunDir
-    from launcher.together import Meeting
 
 
 def start(

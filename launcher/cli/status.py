@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from launcher.slurm.submission import Standing
+    from launcher.slurm.submission import Status
 
 _ORDER = ("running", "waiting", "failed", "lost", "stopped", "cancelled", "unknown", "finished")
 
@@ -30,10 +30,10 @@ def command(what: str | None, *, as_json: bool) -> None:
     """
     from launcher.report.failure import failure_text
     from launcher.rundir import read_failure
-    from launcher.slurm.submission import find_submission, standing, submissions
+    from launcher.slurm.submission import find_submission, status_of, submissions
 
     if what is None or (Path(what).is_dir() and not (Path(what) / "submission.json").exists()):
-        rows = [standing(run_dir, ask=False) for run_dir in submissions(Path(what or "."))]
+        rows = [status_of(run_dir, ask=False) for run_dir in submissions(Path(what or "."))]
         rows.sort(key=_rank)
         if as_json:
             click.echo(json.dumps([_values(row) for row in rows]))
@@ -42,7 +42,7 @@ def command(what: str | None, *, as_json: bool) -> None:
         else:
             click.echo("No run below this folder was submitted.")
         return
-    found = standing(find_submission(what, Path()))
+    found = status_of(find_submission(what, Path()))
     if as_json:
         click.echo(json.dumps(_values(found)))
         return
@@ -52,19 +52,19 @@ def command(what: str | None, *, as_json: bool) -> None:
         click.echo(f"\n{failure_text(failure, found.run_dir)}")
 
 
-def _values(row: Standing) -> dict[str, object]:
+def _values(row: Status) -> dict[str, object]:
     values = {"run": str(row.run_dir.path), "state": row.state, "words": row.words}
     return values | {"evaluation": row.evaluation} | asdict(row.submission)
 
 
-def _rank(row: Standing) -> tuple[float, ...]:
+def _rank(row: Status) -> tuple[float, ...]:
     """Return what to sort by: those at work first, and of the finished the best."""
     accuracy = max((v for name, v in row.evaluation.items() if name != "loss"), default=None)
     loss = row.evaluation.get("loss", 0.0)
     return (_ORDER.index(row.state), loss if accuracy is None else -accuracy, loss)
 
 
-def _table(rows: list[Standing]) -> str:
+def _table(rows: list[Status]) -> str:
     cells = [
         (row.run_dir.shown, row.submission.job, " ".join(row.submission.settings), row.words)
         for row in rows

@@ -105,13 +105,13 @@ def command(
     """
     from launcher.resolve import resolve
     from launcher.rundir import create_run_dir, write_atomic
-    from launcher.slurm.prepare import Wish, combinations, prepare
+    from launcher.slurm.prepare import Request, combinations, prepare
     from launcher.slurm.queue import check, submit
     from launcher.slurm.script import render
     from launcher.slurm.site import find_site
 
     site = find_site(cluster)
-    wish = Wish(
+    request = Request(
         reference=resolve(recipe),
         arguments=overrides,
         grid=combinations(axes) if axes else (),
@@ -121,7 +121,7 @@ def command(
         nproc_per_node=nproc_per_node,
         time=time,
     )
-    prepared = prepare(wish, site, out)
+    prepared = prepare(request, site, out)
     script = render(prepared.batch)
     if dry_run:
         click.echo(script, nl=False)
@@ -137,12 +137,12 @@ def command(
     try:
         path = made.path / "job.sbatch"
         write_atomic(path, script)
-        prepared.save("", wish.grid)  # the job may start before it has told us its id
+        prepared.save("", request.grid)  # the job may start before it has told us its id
         check(str(path))
         job = submit(str(path))
     except BaseException:
         shutil.rmtree(made.path)
         raise
-    prepared.save(job, wish.grid)
-    click.echo(f"job {job}" + (f", an array of {len(wish.grid)}" if wish.grid else ""))
+    prepared.save(job, request.grid)
+    click.echo(f"job {job}" + (f", an array of {len(request.grid)}" if request.grid else ""))
     click.echo(f"run folder: {made.shown}")

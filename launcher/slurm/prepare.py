@@ -16,14 +16,14 @@ from launcher.planning import CPU_RANKS
 from launcher.resolve import Reference
 from launcher.rundir import RunDir, planned_path
 from launcher.slurm.queue import partition
-from launcher.slurm.request import cpus_of, machine_of, memory_of, seconds_of
+from launcher.slurm.resources import cpus_of, machine_of, memory_of, seconds_of
 from launcher.slurm.script import Batch
 from launcher.slurm.site import Site
 from launcher.slurm.submission import Submission
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
+class Request:
     """What a user asks for."""
 
     reference: Reference
@@ -72,15 +72,15 @@ class Prepared:
             ).save(run_dir)
 
 
-def prepare(wish: Wish, site: Site, out: Path | None) -> Prepared:
+def prepare(request: Request, site: Site, out: Path | None) -> Prepared:
     """Plan each run, and put together the job that trains them in `out`, or a folder in runs/.
 
     Raises:
         SlurmError: The site does not have what is asked for.
         UsageError: The numbers do not go together.
     """
-    site = complete(site, wish.nodes[0])
-    plans = tuple(_plan(wish, site, arguments) for arguments in wish.runs)
+    site = complete(site, request.nodes[0])
+    plans = tuple(_plan(request, site, arguments) for arguments in request.runs)
     widest = max(plans, key=lambda plan: plan.workers_per_rank)
     if len({(plan.device, plan.nproc_per_node) for plan in plans}) > 1:
         raise UsageError("The runs of an array have the same number of ranks, on the same devices.")
@@ -91,7 +91,7 @@ def prepare(wish: Wish, site: Site, out: Path | None) -> Prepared:
             f"The run folder {folder} has a backslash in it, with which Slurm's names of files "
             "mean something else. Give an --out without."
         )
-    if wish.grid:
+    if request.grid:
         paths = [folder / str(index) for index in range(len(plans))]
         log = "slurm-%a.log"
     else:
@@ -101,16 +101,16 @@ def prepare(wish: Wish, site: Site, out: Path | None) -> Prepared:
             name=widest.recipe,
             folder=str(Path.cwd()),
             log=f"{str(folder).replace('%', '%%')}/logs/{log}",
-            nodes=wish.nodes,
+            nodes=request.nodes,
             gpus_per_node=widest.nproc_per_node if widest.device == "cuda" else 0,
             cpus_per_node=cpus,
             memory_per_node=memory_of(widest, site, cpus),
-            seconds=seconds_of(wish.time, site),
+            seconds=seconds_of(request.time, site),
             commands=[
-                _command(wish, site, plan, path, arguments)
-                for plan, path, arguments in zip(plans, paths, wish.runs, strict=True)
+                _command(request, site, plan, path, arguments)
+                for plan, path, arguments in zip(plans, paths, request.runs, strict=True)
             ],
-            is_array=bool(wish.grid),
+            is_array=bool(request.grid),
             site=site,
         ),
         folder=folder,
@@ -143,33 +143,37 @@ def complete(site: Site, nodes: int) -> Site:
     )
 
 
-def _plan(wish: Wish, site: Site, arguments: tuple[str, ...]) -> Plan:
-    gpus = (site.gpus_per_node or 0) if wish.gpus_per_node is None else wish.gpus_per_node
-    if wish.gpus_per_node and wish.nproc_per_node not in (None, gpus):
+def _plan(request: Request, site: Site, arguments: tuple[str, ...]) -> Plan:
+    gpus = (site.gpus_per_node or 0) if request.gpus_per_node is None else request.gpus_per_node
+    if request.gpus_per_node and request.nproc_per_node not in (None, gpus):
         raise UsageError(
-            f"-n {wish.nproc_per_node} and --gpus-per-node {gpus}: each GPU has one rank. Give one "
-            "of them."
+            f"-n {request.nproc_per_node} and --gpus-per-node {gpus}: each GPU has one rank. "
+            "Give one of them."
         )
-    given = (*(read_yaml(wish.config) if wish.config else ()), *read_arguments(arguments))
-    ranks = wish.nproc_per_node or gpus or CPU_RANKS
+    given = (*(read_yaml(request.config) if request.config else ()), *read_arguments(arguments))
+    ranks = request.nproc_per_node or gpus or CPU_RANKS
     machine = machine_of(site, min(ranks, gpus) if gpus else 0, ranks)
     _, plan = plan_recipe(
-        wish.reference, given, machine, nodes=wish.nodes[1], nproc_per_node=wish.nproc_per_node
+        request.reference,
+        given,
+        machine,
+        nodes=request.nodes[1],
+        nproc_per_node=request.nproc_per_node,
     )
     return plan
 
 
 def _command(
-    wish: Wish, site: Site, plan: Plan, path: Path, arguments: tuple[str, ...]
+    request: Request, site: Site, plan: Plan, path: Path, arguments: tuple[str, ...]
 ) -> list[str]:
     """Return what each node runs."""
-    command = [site.python or sys.executable, "-m", "launcher", "run", wish.reference.location]
+    command = [site.python or sys.executable, "-m", "launcher", "run", request.reference.location]
     command += ["-n", str(plan.nproc_per_node)]
-    if wish.nodes[0] == wish.nodes[1]:
-        command += ["--nodes", str(wish.nodes[0])]
+    if request.nodes[0] == request.nodes[1]:
+        command += ["--nodes", str(request.nodes[0])]
     command += ["--out", str(path), "--continue"]
-    if wish.config is not None:
-        command += ["--config", str(wish.config.resolve())]
+    if request.config is not None:
+        command += ["--config", str(request.config.resolve())]
     others = (each for each in arguments if not each.startswith("device="))
     return [*command, f"device={plan.device}", *others]
 

@@ -40,7 +40,7 @@ class Submission:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Standing:
+class Status:
     """How a submitted run fares, in words."""
 
     run_dir: RunDir
@@ -121,7 +121,7 @@ def _folders(folder: Path, depth: int) -> Iterator[Path]:
             yield from _folders(folder / name, depth - 1)
 
 
-def standing(run_dir: RunDir, *, ask: bool = True) -> Standing:
+def status_of(run_dir: RunDir, *, ask: bool = True) -> Status:
     """Return how a run fares, by Slurm and by what it has written.
 
     Args:
@@ -136,7 +136,7 @@ def standing(run_dir: RunDir, *, ask: bool = True) -> Standing:
         except SlurmError as error:
             silence = str(error)
     state, words = _in_words(run_dir, submission, job, silence)
-    return Standing(
+    return Status(
         run_dir=run_dir,
         submission=submission,
         state=state,
