@@ -1,40 +1,45 @@
 """A distributed training launcher for PyTorch: the GPU count is not a hyper-parameter.
 
-Importing this package imports no torch; that happens when something trains.
+Importing this package imports nothing; each name is fetched from its module when it is first used,
+and torch when something trains.
 """
 
-from launcher.entry import main
-from launcher.errors import (
-    LauncherError,
-    OverrideError,
-    PlanError,
-    RecipeError,
-    RunDirError,
-    SampleError,
-    TrainingError,
-    UsageError,
-    WorldError,
-)
-from launcher.loading import LoaderPolicy, loader_policy
-from launcher.machine import Machine, read_machine
-from launcher.optimizer import OptimizerSpec, adamw, sgd
-from launcher.plan import Plan
-from launcher.planning import make_plan
-from launcher.recipe import Data, Recipe
-from launcher.schedule import (
-    Schedule,
-    Setting,
-    constant,
-    cosine,
-    cyclical,
-    exponential,
-    linear,
-    multi_step,
-    one_cycle,
-    schedule,
-    warmup,
-    wsd,
-)
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from launcher.entry import main
+    from launcher.errors import (
+        LauncherError,
+        OverrideError,
+        PlanError,
+        RecipeError,
+        RunDirError,
+        SampleError,
+        TrainingError,
+        UsageError,
+        WorldError,
+    )
+    from launcher.loading import LoaderPolicy, loader_policy
+    from launcher.machine import Machine, read_machine
+    from launcher.optimizer import OptimizerSpec, adamw, sgd
+    from launcher.plan import Plan
+    from launcher.planning import make_plan
+    from launcher.recipe import Data, Recipe
+    from launcher.schedules import (
+        Schedule,
+        Setting,
+        constant,
+        cosine,
+        cyclical,
+        exponential,
+        linear,
+        multi_step,
+        one_cycle,
+        schedule,
+        warmup,
+        wsd,
+    )
 
 __all__ = [
     "Data",
@@ -71,3 +76,32 @@ __all__ = [
     "warmup",
     "wsd",
 ]
+
+_MODULES = {
+    "Data": "recipe",
+    "LoaderPolicy": "loading",
+    "Machine": "machine",
+    "OptimizerSpec": "optimizer",
+    "Plan": "plan",
+    "Recipe": "recipe",
+    "adamw": "optimizer",
+    "loader_policy": "loading",
+    "main": "entry",
+    "make_plan": "planning",
+    "read_machine": "machine",
+    "sgd": "optimizer",
+}
+"""Where public names are; the errors are in `errors`, the others in `schedules`."""
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'launcher' has no attribute {name!r}")
+    home = _MODULES.get(name) or ("errors" if name.endswith("Error") else "schedules")
+    value = getattr(importlib.import_module(f"launcher.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

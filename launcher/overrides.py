@@ -16,7 +16,7 @@ from launcher.errors import LauncherError, OverrideError, RecipeError, UsageErro
 from launcher.optimizer import OPTIMIZERS
 from launcher.recipe import EXCLUSIVE, Recipe, setting_types
 from launcher.resolve import Reference, cannot
-from launcher.schedule import SCHEDULES
+from launcher.schedules import SCHEDULES
 from launcher.spec import Spec, parse
 from launcher.typed import MismatchError, convert
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from launcher.errors import WorldError
 from launcher.machine import Machine
 from launcher.reasons import ranks_text
-from launcher.schedule import Schedule, Setting
+from launcher.schedules import Schedule, Setting
 from launcher.stages import Stage, growth_at
 from launcher.strategy import Backend
 from launcher.world import World

@@ -17,7 +17,7 @@ from launcher.machine import Machine
 from launcher.plan import Plan
 from launcher.reasons import batch_arithmetic, notes_for, stages_text, steps_arithmetic
 from launcher.recipe import Recipe
-from launcher.schedule import Schedule
+from launcher.schedules import Schedule
 from launcher.stages import Stage, growth_at, lr_factor, make_stages
 from launcher.strategy import backend_for, check_strategy, speed_ups
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ _PACKAGES = ("gpu-launcher", "torch", "accelerate", "deepspeed", "numpy", "safet
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that a run depends on."""
+    from importlib import metadata
+
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:

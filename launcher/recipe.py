@@ -14,7 +14,7 @@ from msgspec import Meta
 
 from launcher.errors import RecipeError
 from launcher.optimizer import OptimizerSpec, sgd
-from launcher.schedule import Schedule, one_cycle
+from launcher.schedules import Schedule, one_cycle
 from launcher.typed import (
     Fraction,
     MismatchError,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
-from launcher.overrides import Override, read_arguments, read_yaml
+if TYPE_CHECKING:
+    from launcher.overrides import Override
 
 Function = Callable[..., Any]
 
@@ -107,6 +108,8 @@ def max_restarts_option(function: Function) -> Function:
 
 def read_overrides(config: Path | None, arguments: tuple[str, ...]) -> tuple[Override, ...]:
     """Return the overrides of a YAML file and of the command line, the weaker ones first."""
+    from launcher.overrides import read_arguments, read_yaml
+
     return (*(read_yaml(config) if config else ()), *read_arguments(arguments))
 
 

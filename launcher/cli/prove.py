@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,8 +17,10 @@ from launcher.cli.arguments import (
     read_overrides,
 )
 from launcher.errors import EXIT_FAILED, UsageError
-from launcher.overrides import Override
 from launcher.signals import EXIT_BY_SIGNAL
+
+if TYPE_CHECKING:
+    from launcher.overrides import Override
 
 _STEPS = 10
 

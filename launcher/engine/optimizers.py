@@ -14,7 +14,7 @@ from torch.optim import LBFGS, SGD, AdamW, Optimizer
 from launcher.errors import RecipeError
 from launcher.optimizer import OptimizerSpec
 from launcher.recipe import Recipe
-from launcher.schedule import Setting
+from launcher.schedules import Setting
 
 SCHEDULED = ("lr", "momentum", "betas")
 """What `Hyperparameters` writes into parameter groups."""

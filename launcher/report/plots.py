@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.errors import RunDirError, UsageError
 from launcher.plan import Plan
-from launcher.schedule import Schedule
+from launcher.schedules import Schedule
 from launcher.stages import stage_at
 
 if TYPE_CHECKING:

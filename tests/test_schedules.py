@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import (
 
 from launcher import cosine, cyclical, linear, multi_step, one_cycle, schedule, warmup, wsd
 from launcher.errors import UsageError
-from launcher.schedule import SCHEDULES, Schedule, Setting
+from launcher.schedules import SCHEDULES, Schedule, Setting
 from launcher.spec import parse
 
 
