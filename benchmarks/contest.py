@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import click
 
-from launcher.rundir import RunDir
+from launcher.machine import read_machine
+from launcher.provenance import versions
+from launcher.rundir import RunDir, write_json
 
 HERE = Path(__file__).parent
 BIN = Path(sys.executable).parent
+
+Cell = str | tuple[float, str]
+"""Of a table: a text, or a number and how to print it."""
 
 
 @dataclass(frozen=True)
@@ -141,9 +147,64 @@ def train(
     return RunDir(folder)
 
 
-def print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table in Markdown."""
+def benchmark(function: Callable[..., None]) -> click.Command:
+    """Make a benchmark of a function: a command that keeps its tables in a file as well."""
+
+    @click.pass_context
+    @functools.wraps(function)
+    def run(context: click.Context, /, *args: Any, as_json: Path | None, **kwargs: Any) -> None:
+        context.obj = Tables(as_json)
+        function(*args, **kwargs)
+
+    option = click.option(
+        "--json",
+        "as_json",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Write the tables to this file as well, with what they were measured on.",
+    )
+    return click.command()(option(run))
+
+
+class Tables:
+    """The tables of a benchmark, written to a file after each, so that none is lost."""
+
+    def __init__(self, file: Path | None) -> None:
+        self._file = file
+        self._tables: list[dict[str, Any]] = []
+
+    def add(self, title: str, head: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
+        """Keep a table."""
+        values = [[cell if isinstance(cell, str) else cell[0] for cell in row] for row in rows]
+        self._tables.append({"title": title, "head": list(head), "rows": values})
+        if self._file is None:
+            return
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        said = {
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "machine": asdict(read_machine()),
+            "versions": versions(),
+            "tables": self._tables,
+        }
+        write_json(self._file, said)
+
+
+def print_table(head: Sequence[str], rows: Iterable[Sequence[Cell]], *, title: str = "") -> None:
+    """Print a table in Markdown, and keep it where the benchmark was asked to.
+
+    Args:
+        head: Of its columns.
+        rows: Cells: a text, or a number and how to print it.
+        title: What was measured.
+    """
+    rows = list(rows)
+    if title:
+        print(f"\n{title}\n")
     print(f"| {' | '.join(head)} |")
     print("|---" * len(head) + "|")
     for row in rows:
-        print(f"| {' | '.join(row)} |")
+        shown = (cell if isinstance(cell, str) else format(*cell) for cell in row)
+        print(f"| {' | '.join(shown)} |", flush=True)
+    tables = click.get_current_context().find_object(Tables)
+    assert tables is not None
+    tables.add(title, head, rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -45,7 +46,9 @@ def group() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and end the process with its exit code."""
-    sys.exit(run_command(group, arguments, "launcher"))
+    code = run_command(group, arguments, "launcher")
+    gc.freeze()  # a last look for garbage through all of torch takes most of a second
+    sys.exit(code)
 
 
 def run_command(

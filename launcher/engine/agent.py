@@ -18,6 +18,9 @@ from torch.distributed.elastic.rendezvous import (
 from launcher.engine.meeting import Meeting
 from launcher.job import Job
 
+_SECONDS_BETWEEN_LOOKS = 0.02
+"""At the ranks; a run ends two looks after they do."""
+
 
 def run_agent(
     function: Callable[[Job], int | None],
@@ -43,6 +46,7 @@ def run_agent(
         args=(job,),
         rdzv_handler=Settled(meeting),
         max_restarts=job.restarts,
+        monitor_interval=_SECONDS_BETWEEN_LOOKS,
     )
     agent = LocalElasticAgent(spec, logs_specs=NoLogs(folder), start_method="fork")
     return agent.run()
