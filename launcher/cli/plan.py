@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,6 +19,11 @@ from launcher.cli.arguments import (
 )
 from launcher.errors import UsageError
 
+if TYPE_CHECKING:
+    from launcher.estimate import Estimate
+    from launcher.overrides import Built
+    from launcher.plan import Plan
+
 
 @click.command(cls=SettingsCommand, short_help="Print what a run would be, with the arithmetic.")
 @click.argument("recipe")
@@ -24,6 +32,18 @@ from launcher.errors import UsageError
 @click.option("--nodes", type=click.IntRange(min=1), default=1, metavar="M", help="Nodes.")
 @config_option
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+@click.option(
+    "--estimate",
+    "folders",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Say what the run would take on more and more ranks, from what was measured on one: a "
+    "folder of `run -n 1`, `find batch -n 1` or `find noise`; may be given several times.",
+)
+@click.option(
+    "--cluster", metavar="NAME", help="Site profile with the links and prices for --estimate."
+)
 @click.option("--plot", is_flag=True, help="Draw the learning rate, and momentum if it is cycled.")
 def command(
     recipe: str,
@@ -31,6 +51,8 @@ def command(
     nproc_per_node: int | None,
     nodes: int,
     config: Path | None,
+    folders: tuple[Path, ...],
+    cluster: str | None,
     as_json: bool,
     plot: bool,
 ) -> None:
@@ -40,6 +62,7 @@ def command(
     launcher plan digits
     launcher plan digits "schedule=cyclical(cycles=3)" --plot
     launcher plan digits -n 8 --nodes 2 device=cuda
+    launcher plan digits -n 8 --nodes 64 device=cuda --estimate runs/one-gpu
     launcher plan recipes/digits.py:digits lr=0.2 batch_size=512 --json
     """
     from launcher.job import plan_recipe
@@ -49,21 +72,45 @@ def command(
 
     if plot and as_json:
         raise UsageError("--plot draws for people and --json prints for programs: give one.")
-    reference = resolve(recipe)
-    built, plan = plan_recipe(
-        reference,
-        read_overrides(config, overrides),
-        read_machine(),
-        nodes=nodes,
-        nproc_per_node=nproc_per_node,
-        elsewhere=True,
-    )
+    if cluster is not None and not folders:
+        raise UsageError("--cluster is what --estimate reckons with: give that as well.")
+    reference, given, machine = resolve(recipe), read_overrides(config, overrides), read_machine()
+
+    def plan_for(nodes: int, nproc: int | None) -> tuple[Built, Plan]:
+        return plan_recipe(
+            reference, given, machine, nodes=nodes, nproc_per_node=nproc, elsewhere=True
+        )
+
+    built, plan = plan_for(nodes, nproc_per_node)
+    estimate = None
+    if folders:
+        estimate = _estimate(folders, cluster, plan, lambda *world: plan_for(*world)[1])
     if as_json:
-        click.echo(json.dumps(plan.to_dict()))
-    else:
-        click.echo(explain(plan, recipe=reference.shown))
+        said = {} if estimate is None else {"estimate": asdict(estimate)}
+        click.echo(json.dumps(plan.to_dict() | said))
+        return
+    click.echo(explain(plan, recipe=reference.shown))
+    if estimate is not None:
+        from launcher.report.estimated import estimate_text
+
+        click.echo(f"\n{estimate_text(estimate, plan.device)}")
     if plot:
         from launcher.report.plots import draw, schedule_plots
 
         for each in schedule_plots(built.recipe.schedule, plan):
             click.echo(f"\n{draw(each)}")
+
+
+def _estimate(
+    folders: tuple[Path, ...],
+    cluster: str | None,
+    plan: Plan,
+    plan_for: Callable[[int, int], Plan],
+) -> Estimate:
+    from launcher.estimate import estimate_scaling, facts_of
+    from launcher.measured import read_measured
+    from launcher.slurm.site import find_site
+
+    measured = read_measured(folders, plan)
+    facts = facts_of(find_site(cluster), plan.device)
+    return estimate_scaling(plan_for, plan.nodes, plan.nproc_per_node, measured, facts)

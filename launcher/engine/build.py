@@ -62,13 +62,14 @@ def build_trainee(
     # The workers start here: they read while the model is built, and do not inherit it.
     requests = sampler.requests(first_step) if first_step < last_step else sampler.evaluation()
     batches = micro_batches(Reader(recipe, data), requests, plan)
-    model, optimizer = build_model_and_optimizer(recipe, plan, backend)
+    model, optimizer, num_trained = build_model_and_optimizer(recipe, plan, backend)
     return Trainee(
         recipe=recipe,
         plan=plan,
         backend=backend,
         model=model,
         optimizer=optimizer,
+        num_trained=num_trained,
         sampler=sampler,
         batches=batches,
         norms=BatchNorms(model),
@@ -102,8 +103,10 @@ def build_data(recipe: Recipe, plan: Plan) -> Data:
 
 def build_model_and_optimizer(
     recipe: Recipe, plan: Plan, backend: Backend
-) -> tuple[nn.Module, Optimizer]:
+) -> tuple[nn.Module, Optimizer, int]:
     """Return the recipe's model, ready to be called on this rank, and its optimizer (collective).
+
+    And how many weights are trained, over all ranks.
 
     Raises:
         RecipeError: It is no model, or another one on some ranks, or cannot do what is asked.
@@ -115,7 +118,8 @@ def build_model_and_optimizer(
             f"The recipe's model function returned {type(model).__name__}; expected a "
             "torch.nn.Module."
         )
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    num_trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    if not num_trained:
         raise RecipeError("The recipe's model has no parameter that requires a gradient.")
     _check_same_weights(model, backend)
     if plan.precision == "fp64":
@@ -133,7 +137,8 @@ def build_model_and_optimizer(
         checkpoint_activations(blocks)
     if recipe.compile:
         compile_blocks(model, blocks)
-    return backend.prepare(model, blocks, lambda own: make_optimizer(recipe, own, plan.lr))
+    prepared = backend.prepare(model, blocks, lambda own: make_optimizer(recipe, own, plan.lr))
+    return *prepared, num_trained
 
 
 def _check_same_weights(model: nn.Module, backend: Backend) -> None:

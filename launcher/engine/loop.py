@@ -58,6 +58,9 @@ class Trainee:
     backend: Backend
     model: nn.Module
     optimizer: Optimizer
+    num_trained: int
+    """Weights that are trained, over all ranks."""
+
     sampler: Sampler
     batches: Iterator[MicroBatch]
     """This rank's micro-batches, training and evaluation, in the order of `sampler.requests`."""

@@ -158,7 +158,11 @@ def time_size(
     samples = trainee.sampler.samples_before(steps) - trainee.sampler.samples_before(1)
     peak = max(backend.gather(_peak_bytes(backend.device)))
     if backend.rank == 0:
-        values = {"samples_per_second": samples / seconds, "peak_bytes": peak}
+        values = {
+            "samples_per_second": samples / seconds,
+            "peak_bytes": peak,
+            "num_trained": trainee.num_trained,
+        }
         write_json(run_dir.size, values)
 
 

@@ -58,6 +58,9 @@ class Result:
     seconds: float
     """From the first step to the last, evaluations included."""
 
+    num_trained: int
+    """Weights of the model that are trained."""
+
 
 def join(
     recipe: Recipe, plan: Plan, world: World, make_run_dir: Callable[[], RunDir]
@@ -155,6 +158,7 @@ def train_rank(
             steps=steps,
             samples=trainee.sampler.samples_before(steps),
             seconds=time.perf_counter() - started,
+            num_trained=trainee.num_trained,
         )
         if keeper is not None:
             keeper.finish()

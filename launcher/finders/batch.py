@@ -32,6 +32,9 @@ class Trial:
     peak_bytes: int | None = None
     """The most memory that a rank has used."""
 
+    num_trained: int | None = None
+    """Weights of the model that are trained."""
+
 
 def next_size(
     trials: Sequence[Trial], share: int, *, first: int | None = None, resolution: float = 0.125

@@ -13,7 +13,7 @@ from msgspec import Meta
 
 from launcher.errors import SlurmError, did_you_mean
 from launcher.overrides import read_yaml
-from launcher.typed import MismatchError, NonNegativeInt, PositiveInt, convert
+from launcher.typed import MismatchError, NonNegativeInt, PositiveFloat, PositiveInt, convert
 
 Line = Annotated[str, Meta(pattern=r"^[^\n\r\0]*$", description="text of one line")]
 """Text that can be written into a batch script."""
@@ -73,6 +73,27 @@ class Site:
 
     scratch: Line | None = None
     """A folder on a local disk of each node, for temporary files."""
+
+    link_gigabytes: PositiveFloat | None = None
+    """GB/s that a GPU sends to the others of its node, for `launcher plan --estimate`."""
+
+    link_microseconds: PositiveFloat | None = None
+    """Latency of a message between them."""
+
+    network_gigabits: PositiveFloat | None = None
+    """Gbit/s that a node sends to others."""
+
+    network_microseconds: PositiveFloat | None = None
+    """Latency of a message between nodes."""
+
+    mtbf_hours: PositiveFloat | None = None
+    """Mean time between failures that end a run, for each GPU; on CPUs, for each node."""
+
+    restart_seconds: PositiveFloat | None = None
+    """From a failure to the first step again."""
+
+    price_per_hour: PositiveFloat | None = None
+    """Of a GPU; on CPUs, of a node."""
 
     warning_seconds: PositiveInt = 120
     """How long before its end a job is told, to save a checkpoint."""
