@@ -107,11 +107,19 @@ class Plan:
     notes: tuple[str, ...] = ()
     """What a reader should know: what depends on the number of ranks, what is unusual."""
 
+    @property
+    def samples_per_node(self) -> tuple[int, ...]:
+        """Samples of a full batch of the first stage that the ranks of each node take together."""
+        own = self.nproc_per_node
+        starts = range(0, self.world_size, own)
+        return tuple(sum(self.samples_per_rank[start : start + own]) for start in starts)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain values that JSON and YAML can hold."""
         values = asdict(self)
         return values | {
             "samples_per_rank": list(self.samples_per_rank),
+            "samples_per_node": list(self.samples_per_node),
             "stages": [asdict(stage) for stage in self.stages],
             "speed_ups": list(self.speed_ups),
             "notes": list(self.notes),

@@ -161,7 +161,7 @@ def measured(module_run: Commands) -> Commands:
         ("run", "digits", *device, "epochs=2", "checkpoint_every=10", "--out", "one"),
         ("find", "noise", "digits", *device, "epochs=4", "--steps", "48", "--out", "noise"),
         ("run", "digits", "-n", "2", "device=cpu", "steps=3", "--out", "two"),
-        ("find", "batch", "digits", *device, "batch_size=64", "--memory", "1GiB", "--out", "batch"),
+        ("find", "batch", "digits", *device, "batch_size=64", "--fresh", "--out", "batch"),
     ):
         done = module_run("launcher", *command)
         assert done.exit_code == 0, done.stderr

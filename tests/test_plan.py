@@ -30,6 +30,7 @@ PROMISED = (
     "world_size",
     "batch_size",
     "samples_per_rank",
+    "samples_per_node",
     "micro_batch_size",
     "accumulation_steps",
     "lr",
