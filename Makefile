@@ -1,5 +1,6 @@
 # make run     set up, and train the default recipe on all GPUs, or on 2 CPU ranks without
 # make test    set up, and run lint, types and tests
+# make bench   set up, and run all benchmarks in a short form
 # make format  bring the code into shape
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ READY := $(VENV)/.ready
 # What tests need of Debian: a data set, and Slurm for a cluster of virtual nodes.
 PACKAGES := dataset-fashion-mnist slurmctld slurmd slurm-client munge
 
-.PHONY: run test lint format packages clean
+.PHONY: run test lint bench format packages clean
 
 run: $(READY)
 	$(VENV)/bin/launcher run recipes/digits.py
@@ -21,6 +22,9 @@ lint: $(READY)
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
+
+bench: packages $(READY)
+	$(VENV)/bin/python benchmarks/quick.py
 
 format: $(READY)
 	$(VENV)/bin/ruff check --fix

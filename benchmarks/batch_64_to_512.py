@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 
 import click
-from contest import Numbers, print_table
+from contest import Cell, Numbers, benchmark, print_table
 from trainings import Trainings, measure
 
 from launcher.finders.noise import fit_steps, steps_ratio
@@ -25,7 +25,7 @@ _LOOKS = 30
 """Evaluations of a training, which tell when it got there."""
 
 
-@click.command()
+@benchmark
 @click.option("--batches", type=Numbers(int, 1), default="64,128,256,512,1024", show_default=True)
 @click.option("--target", type=click.FloatRange(0, 1), default=0.87, show_default=True)
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True)
@@ -98,16 +98,16 @@ def compare(
     foretold = (halves[1] or noise["whole"])["b_simple"]
     head = ("batch", "best lr", "steps", "fewer", "as fitted", "as foretold", "examples", "more")
     first = batches[0]
-    rows = [
+    rows: list[list[Cell]] = [
         [
             f"{batch:,}",
             f"{best[batch]:g}",
-            f"{steps:,.0f}",
-            f"{measured[first] / steps:.2f}",
-            f"{1 / steps_ratio(first, batch, critical):.2f}",
-            f"{1 / steps_ratio(first, batch, foretold):.2f}",
-            f"{steps * batch:,.0f}",
-            f"{steps * batch / (measured[first] * first):.2f}",
+            (steps, ",.0f"),
+            (measured[first] / steps, ".2f"),
+            (1 / steps_ratio(first, batch, critical), ".2f"),
+            (1 / steps_ratio(first, batch, foretold), ".2f"),
+            (steps * batch, ",.0f"),
+            (steps * batch / (measured[first] * first), ".2f"),
         ]
         for batch, steps in measured.items()
     ]

@@ -7,7 +7,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -111,6 +111,7 @@ def train(
     ranks: int,
     settings: Sequence[str],
     options: Sequence[str],
+    cores: Collection[int] | None = None,
 ) -> RunDir:
     """Train `recipe` with a contestant, into `folder`.
 
@@ -121,6 +122,7 @@ def train(
         ranks: Processes, on CPU.
         settings: name=value.
         options: Of frameworks.py, for those that are not launcher.
+        cores: That the processes may use; None is all.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     if name == "launcher":
@@ -131,7 +133,8 @@ def train(
         command += [str(HERE / "frameworks.py"), name, recipe, *options]
         command += [*settings, "--out", str(folder)]
     # As many threads as launcher plans for a rank; torchrun would take 1, and alone all cores.
-    threads = max(len(os.sched_getaffinity(0)) // ranks, 1)
+    cores = cores or os.sched_getaffinity(0)
+    threads = max(len(cores) // ranks, 1)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [str(BIN / command[0]), *command[1:]],
@@ -140,6 +143,7 @@ def train(
         stderr=subprocess.STDOUT,
         text=True,
         check=False,
+        preexec_fn=functools.partial(os.sched_setaffinity, 0, cores),
     )
     if done.returncode:
         lines = done.stdout.splitlines()[-40:]
@@ -197,7 +201,7 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[Cell]], *, title: s
         rows: Cells: a text, or a number and how to print it.
         title: What was measured.
     """
-    rows = list(rows)
+    seen = []
     if title:
         print(f"\n{title}\n")
     print(f"| {' | '.join(head)} |")
@@ -205,6 +209,7 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[Cell]], *, title: s
     for row in rows:
         shown = (cell if isinstance(cell, str) else format(*cell) for cell in row)
         print(f"| {' | '.join(shown)} |", flush=True)
+        seen.append(row)
     tables = click.get_current_context().find_object(Tables)
     assert tables is not None
-    tables.add(title, head, rows)
+    tables.add(title, head, seen)

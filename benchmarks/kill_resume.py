@@ -23,7 +23,7 @@ from pathlib import Path
 
 import click
 import torch
-from contest import BIN, HERE
+from contest import BIN, HERE, benchmark, print_table
 
 from launcher.checkpoints import list_checkpoints
 from launcher.engine.compare import Trace, read_trace
@@ -36,7 +36,7 @@ LONGEST_WAIT = 0.15
 """Seconds after a step was seen, in which the kill comes."""
 
 
-@click.command()
+@benchmark
 @click.option("--trials", type=click.IntRange(min=1), default=20, show_default=True)
 @click.option("--ranks", type=click.IntRange(min=1), default=2, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -60,6 +60,8 @@ def main(trials: int, ranks: int, seed: int, strategy: str) -> None:
             check(wanted, read_trace(RunDir(out)), out)
             done += kills
             print(f"{done} of {trials}: killed at steps {steps}, the same to the bit", flush=True)
+        head = ("kills", "ranks", "strategy", "not the same to the bit")
+        print_table(head, [[str(done), str(ranks), strategy, "0"]], title="killed and resumed")
     finally:
         shutil.rmtree(folder)
 

@@ -21,7 +21,7 @@ from statistics import median
 from typing import Any
 
 import click
-from contest import BIN, HERE, Names, Numbers, print_table, train
+from contest import BIN, HERE, Cell, Names, Numbers, benchmark, print_table, train
 from stores import BATCH_SIZE
 
 from launcher.finders.loader import SampleCost, throughput
@@ -32,7 +32,7 @@ STORES = ("far", "packed")
 """The recipes of stores.py."""
 
 
-@click.command()
+@benchmark
 @click.option("--workers", type=Numbers(int, 0), default="0,1,2,4,8,16", show_default=True)
 @click.option("--ranks", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--turns", type=click.IntRange(min=1), default=5, show_default=True)
@@ -50,15 +50,15 @@ def main(
             numbers = sorted({0, *workers})
             titles = {"far": f"answers after {delay * 1e3:g} ms", "packed": "takes work to decode"}
             settings = {"far": [f"port={port}"], "packed": []}
-            print(f"{ranks} process{'es' if ranks > 1 else ''}, medians of {turns}\n")
-            measured = (
+            measured: Iterator[list[Cell]] = (
                 [titles[name], *cells]
                 for name in stores
                 for cells in Store(name, settings[name], ranks, seconds, folder / name).rows(
                     numbers, turns
                 )
             )
-            print_table(head, measured)
+            title = f"{ranks} process{'es' if ranks > 1 else ''}, medians of {turns}"
+            print_table(head, measured, title=title)
     finally:
         shutil.rmtree(folder)
 
@@ -72,7 +72,7 @@ class Store:
         self._recipe, self._settings = f"{HERE / 'stores.py'}:{recipe}", settings
         self._ranks, self._seconds, self._folder = ranks, seconds, folder
 
-    def rows(self, workers: list[int], turns: int) -> Iterator[list[str]]:
+    def rows(self, workers: list[int], turns: int) -> Iterator[list[Cell]]:
         """Find, measure, and yield the cells of each number of workers."""
         found = self._find()
         cost, chosen = SampleCost(**found["cost"]), found["settings"]["num_workers"]
@@ -87,7 +87,7 @@ class Store:
         for name in [*map(str, workers), "found"]:
             speed = speeds[name]
             title = f"{chosen}, by find loader" if name == "found" else name
-            yield [title, f"{speed:,.0f}", f"x{speed / speeds['0']:.2f}", f"{speed / best:.2f}"]
+            yield [title, (speed, ",.0f"), (speed / speeds["0"], ".2f"), (speed / best, ".2f")]
 
     def _find(self) -> dict[str, Any]:
         command = ["find", "loader", self._recipe, "-n", str(self._ranks), "device=cpu", "--json"]

@@ -21,7 +21,17 @@ from pathlib import Path
 from statistics import median
 
 import click
-from contest import CONTESTANTS, HERE, Names, Numbers, installed, print_table, train
+from contest import (
+    CONTESTANTS,
+    HERE,
+    Cell,
+    Names,
+    Numbers,
+    benchmark,
+    installed,
+    print_table,
+    train,
+)
 from tiny import BATCH_SIZE
 
 from launcher.rundir import RunDir
@@ -31,7 +41,7 @@ TOLERANCE = 1e-3
 schedule once for each process, takes it to 2e-4 on 2: the peak of one_cycle falls between steps."""
 
 
-@click.command()
+@benchmark
 @click.option("--ranks", type=Numbers(int, 1), default="1,2", show_default=True)
 @click.option("--turns", type=click.IntRange(min=1), default=7, show_default=True)
 @click.option("--epochs", type=click.IntRange(min=20), default=30, show_default=True)
@@ -42,18 +52,18 @@ def main(ranks: list[int], turns: int, epochs: int, only: list[str]) -> None:
     folder = Path(tempfile.mkdtemp(prefix="loop_overhead-"))
     try:
         for number in ranks:
-            print(f"\n{number} process{'es' if number > 1 else ''}, medians of {turns}\n")
             walls, cpus, gaps = measure(names, number, turns, epochs, folder)
-            rows = []
+            rows: list[list[Cell]] = []
             for name in names:
-                row = [CONTESTANTS[name].title]
+                row: list[Cell] = [CONTESTANTS[name].title]
                 for times in (walls, cpus):
                     own = sorted(times[name])
                     row.append(f"{median(own):,.0f} ({own[0]:,.0f} - {own[-1]:,.0f})")
-                    row.append(f"{median(map(truediv, times[name], times['torch'])):.2f}")
-                rows.append([*row, f"{gaps[name]:.1e}" if name != "torch" else ""])
+                    row.append((median(map(truediv, times[name], times["torch"])), ".2f"))
+                rows.append([*row, (gaps[name], ".1e") if name != "torch" else ""])
             head = ("loop", "us a step", "ratio", "CPU us a step", "ratio", "loss differs by")
-            print_table(head, rows)
+            title = f"{number} process{'es' if number > 1 else ''}, medians of {turns}"
+            print_table(head, rows, title=title)
     finally:
         shutil.rmtree(folder)
 

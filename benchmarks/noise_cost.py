@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 
 import click
-from contest import HERE, print_table, train
+from contest import HERE, Cell, benchmark, print_table, train
 from tiny import BATCH_SIZE
 
 _CALLS = 2
@@ -24,7 +24,7 @@ _CALLS = 2
 SETTINGS = {"without": "noise_scale=false", "with": "noise_scale=true"}
 
 
-@click.command()
+@benchmark
 @click.option("--ranks", type=click.IntRange(min=1), default=2, show_default=True)
 @click.option("--turns", type=click.IntRange(min=1), default=7, show_default=True)
 @click.option("--epochs", type=click.IntRange(min=20), default=60, show_default=True)
@@ -53,15 +53,16 @@ def main(ranks: int, turns: int, epochs: int) -> None:
                 clock.unlink()
     finally:
         shutil.rmtree(folder)
-    print(f"{ranks} process{'es' if ranks > 1 else ''}, medians of {turns}\n")
-    rows = []
+    rows: list[list[Cell]] = []
     for name in SETTINGS:
-        row = [name]
+        row: list[Cell] = [name]
         for times in (walls, cpus):
-            row.append(f"{median(times[name]):,.0f}")
-            row.append(f"{median(map(truediv, times[name], times['without'])):.3f}")
+            row.append((median(times[name]), ",.0f"))
+            row.append((median(map(truediv, times[name], times["without"])), ".3f"))
         rows.append(row)
-    print_table(("noise scale", "us a step", "ratio", "CPU us a step", "ratio"), rows)
+    head = ("noise scale", "us a step", "ratio", "CPU us a step", "ratio")
+    title = f"{ranks} process{'es' if ranks > 1 else ''}, medians of {turns}"
+    print_table(head, rows, title=title)
 
 
 if __name__ == "__main__":

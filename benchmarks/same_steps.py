@@ -19,7 +19,7 @@ from pathlib import Path
 
 import click
 import torch
-from contest import CONTESTANTS, Names, Numbers, installed, print_table, train
+from contest import CONTESTANTS, Names, Numbers, benchmark, installed, print_table, train
 
 from launcher import Recipe
 from launcher.engine.compare import Trace, compare, read_trace
@@ -41,7 +41,7 @@ HEAD = (
 )
 
 
-@click.command()
+@benchmark
 @click.option("--worlds", type=Numbers(int, 1), default="1,2,4", show_default=True)
 @click.option("--strategies", type=Names(STRATEGIES), default="ddp,fsdp,zero2", show_default=True)
 @click.option("--epochs", type=click.IntRange(min=1), default=5, show_default=True)
@@ -49,11 +49,14 @@ HEAD = (
 def main(worlds: list[int], strategies: list[str], epochs: int, only: list[str]) -> None:
     """Print, for each framework and number of processes, how a run differs from one process's."""
     names = installed(only)
-    print(f"\nrecipes/digits.py, {epochs} epochs, compared with 1 process of the same:\n")
     worlds = [world for world in worlds if world > 1]
     folder = Path(tempfile.mkdtemp(prefix="same_steps-"))
     try:
-        print_table(HEAD, rows(names, worlds, strategies, epochs, folder))
+        print_table(
+            HEAD,
+            rows(names, worlds, strategies, epochs, folder),
+            title=f"recipes/digits.py, {epochs} epochs, compared with 1 process of the same",
+        )
     finally:
         shutil.rmtree(folder)
 

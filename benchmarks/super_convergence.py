@@ -15,14 +15,14 @@ from pathlib import Path
 from statistics import fmean
 
 import click
-from contest import Numbers, print_table
+from contest import Numbers, benchmark, print_table
 from trainings import Trainings, measure
 
 PLAIN = ("label_smoothing=0", "optimizer=sgd(momentum=0.9)")
 """What the baselines train with; the recipe's own settings are those of the last row."""
 
 
-@click.command()
+@benchmark
 @click.option("--epochs", type=click.IntRange(min=1), default=16, help="Of a constant lr.")
 @click.option("--seeds", type=click.IntRange(min=1), default=3)
 @click.option("--budgets", type=Numbers(int, 1), default="938,1250,1500,1875,2500,3750,7500")

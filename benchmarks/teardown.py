@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 import click
-from contest import BIN, HERE, print_table
+from contest import BIN, HERE, benchmark, print_table
 
 DIGITS = HERE.parent / "recipes/digits.py"
 STARTED_BY = {
@@ -25,7 +25,7 @@ STARTED_BY = {
 STRATEGIES = ("ddp", "fsdp")
 
 
-@click.command()
+@benchmark
 @click.option("--runs", type=click.IntRange(min=1), default=200, show_default=True)
 @click.option("--ranks", type=click.IntRange(min=2), default=4, show_default=True)
 def main(runs: int, ranks: int) -> None:

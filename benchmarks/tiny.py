@@ -1,7 +1,8 @@
-"""A recipe whose step is almost only the loop around it: digits as vectors, a tiny net."""
+"""Digits as vectors and a net with a clock in it: so tiny that a step is almost only the loop."""
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from time import perf_counter, thread_time
 from typing import TYPE_CHECKING
@@ -17,46 +18,62 @@ BATCH_SIZE = 32
 WARM_UP = 400
 
 
-def tiny(*, seconds: str, epochs: int = 60) -> Recipe:
-    """Digits as vectors, one hidden layer; `seconds` names the file for the time of a step."""
-    last = epochs * TRAIN_SAMPLES // BATCH_SIZE
+def tiny(
+    *,
+    seconds: str,
+    epochs: int = 60,
+    batch: int = BATCH_SIZE,
+    width: int = 32,
+    hidden_layers: int = 1,
+    warm_up: int = WARM_UP,
+) -> Recipe:
+    """Digits as vectors, hidden layers; `seconds` names the file for the time of a step."""
+    last = epochs * TRAIN_SAMPLES // batch
     return Recipe(
         name="tiny",
-        model=lambda: build_model(Path(seconds), last),
+        model=lambda: build_model(Path(seconds), warm_up, last, width, hidden_layers),
         data=build_data,
         loss=cross_entropy,
         optimizer=sgd(momentum=0.9),
         schedule=one_cycle(),
-        batch_size=BATCH_SIZE,
+        batch_size=batch,
         lr=0.05,
-        lr_batch_size=BATCH_SIZE,
+        lr_batch_size=batch,
         epochs=epochs,
         train_samples=TRAIN_SAMPLES,
         in_memory=True,
     )
 
 
-def build_model(seconds: Path, last: int) -> nn.Module:
+def build_model(
+    seconds: Path, warm_up: int, last: int, width: int, hidden_layers: int
+) -> nn.Module:
     """Return the net: (N, 64) to logits (N, 10), with a clock in it.
 
     In call `last` it writes to `seconds`, on every rank, the mean time from call to call since
-    `WARM_UP`, and how much of it the calling thread has computed.
+    `warm_up`, and how much of it the calling thread has computed.
     """
     from torch import nn
 
     class Timed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layers = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
+            sizes = [64, *[width] * hidden_layers]
+            hidden = [
+                layer
+                for inputs, outputs in itertools.pairwise(sizes)
+                for layer in (nn.Linear(inputs, outputs), nn.Tanh())
+            ]
+            self.layers = nn.Sequential(*hidden, nn.Linear(width, 10))
             self.calls = 0
             self.since = 0.0, 0.0
 
         def forward(self, vectors: Tensor) -> Tensor:
             self.calls += 1
-            if self.calls in (WARM_UP, last):
+            if self.calls in (warm_up, last):
                 now = perf_counter(), thread_time()
                 passed = [
-                    (end - start) / (last - WARM_UP)
+                    (end - start) / (last - warm_up)
                     for end, start in zip(now, self.since, strict=True)
                 ]
                 self.since = now

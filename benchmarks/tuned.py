@@ -16,13 +16,13 @@ from pathlib import Path
 from statistics import fmean, median
 
 import click
-from contest import BIN, HERE, Numbers, print_table
+from contest import BIN, HERE, Cell, Numbers, benchmark, print_table
 from trainings import AT_THE_END, Trainings
 
 RECIPE = f"{HERE / 'untuned.py'}:untuned"
 
 
-@click.command()
+@benchmark
 @click.option("--epochs", type=click.IntRange(min=1), default=16, help="Of the untuned recipe.")
 @click.option("--tuned-epochs", type=Numbers(int, 1), default="1,2,3,4,6", show_default=True)
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True)
@@ -41,12 +41,13 @@ def main(epochs: int, tuned_epochs: list[int], seeds: int, ranks: int, out: Path
                 took = trainings.take(*settings, f"seed={seed}", AT_THE_END)
                 found[name].append((took.seconds, took.evaluations[-1][1]))
     seconds = {name: median(each for each, _ in pairs) for name, pairs in found.items()}
-    rows = []
+    rows: list[list[Cell]] = []
     for name, pairs in found.items():
         accuracies = [accuracy for _, accuracy in pairs]
         spread = f"{min(accuracies):.2%} to {max(accuracies):.2%}"
-        ratio = f"{seconds['untuned'] / seconds[name]:.1f}"
-        rows.append([name, f"{fmean(accuracies):.2%}", spread, f"{seconds[name]:,.1f}", ratio])
+        ratio = seconds["untuned"] / seconds[name], ".1f"
+        lasted = seconds[name], ",.1f"
+        rows.append([name, (fmean(accuracies), ".2%"), spread, lasted, ratio])
     print_table(("recipe, epochs", "accuracy", "seeds", "seconds", "faster"), rows)
 
 
