@@ -35,12 +35,7 @@ OTHERS = ("torchrun --help", "accelerate launch --help", "deepspeed --help")
 def main(turns: int) -> None:
     """Print milliseconds of each command."""
     commands = [*OURS, *OTHERS]
-    if (
-        shutil.which("sinfo")
-        and not subprocess.run(
-            ["sinfo"], check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        ).returncode
-    ):
+    if has_cluster():
         commands.insert(len(OURS), SUBMIT)
     found: dict[str, list[float]] = {command: [] for command in commands}
     for turn in range(-1, turns):
@@ -53,6 +48,13 @@ def main(turns: int) -> None:
         [command, (median(times), ".0f"), (min(times), ".0f")] for command, times in found.items()
     ]
     print_table(("command", "ms", "least"), rows, title=f"medians of {turns}")
+
+
+def has_cluster() -> bool:
+    """Return whether Slurm is here and answers."""
+    if shutil.which("sinfo") is None:
+        return False
+    return subprocess.run(["sinfo"], check=False, capture_output=True).returncode == 0
 
 
 def take(command: str) -> float:

@@ -171,9 +171,21 @@ def benchmark(function: Callable[..., None]) -> click.Command:
 
 
 class Tables:
-    """The tables of a benchmark, written to a file after each, so that none is lost."""
+    """The tables of a benchmark, written to a file after each, so that none is lost.
+
+    Args:
+        file: Where; its folder is made. None keeps none.
+
+    Raises:
+        click.ClickException: It cannot be.
+    """
 
     def __init__(self, file: Path | None) -> None:
+        if file is not None:
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise click.ClickException(f"--json {file}: {error.strerror}.") from None
         self._file = file
         self._tables: list[dict[str, Any]] = []
 
@@ -183,7 +195,6 @@ class Tables:
         self._tables.append({"title": title, "head": list(head), "rows": values})
         if self._file is None:
             return
-        self._file.parent.mkdir(parents=True, exist_ok=True)
         said = {
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "machine": asdict(read_machine()),

@@ -20,7 +20,7 @@ from contest import HERE, Names
 SHORT = {
     "commands": "--turns 1",
     "launch": "--ranks 2 --turns 1 --only torchrun,launcher",
-    "ranks": "--ranks 1,2 --turns 1 --steps 24 --width 256",
+    "ranks": "--ranks 2 --turns 1 --steps 24 --width 256",
     "loop_overhead": "--ranks 1 --turns 1 --epochs 20 --only launcher,ignite",
     "noise_cost": "--ranks 1 --turns 1 --epochs 20",
     "same_steps": "--worlds 1,2 --epochs 1 --strategies ddp --only launcher,torch",
@@ -31,7 +31,7 @@ SHORT = {
     "--find-steps 20",
     "batch_64_to_512": "--batches 64,256 --target 0.6 --seeds 1 --samples 12000 --lrs 0.03 "
     "--noise-steps 60",
-    "tuned": "--epochs 1 --tuned-epochs 1 --seeds 1",
+    "tuned": "--epochs 1 --tuned-epochs 1 --seeds 1 --find-steps 40",
 }
 """The arguments of each benchmark's short form."""
 

@@ -27,11 +27,19 @@ RECIPE = f"{HERE / 'untuned.py'}:untuned"
 @click.option("--tuned-epochs", type=Numbers(int, 1), default="1,2,3,4,6", show_default=True)
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("--ranks", type=click.IntRange(min=1), default=2, show_default=True)
+@click.option("--find-steps", type=click.IntRange(min=40), default=200, help="Of each search.")
 @click.option("--out", type=click.Path(path_type=Path), help="Remember trainings in this file.")
-def main(epochs: int, tuned_epochs: list[int], seeds: int, ranks: int, out: Path | None) -> None:
+def main(
+    epochs: int,
+    tuned_epochs: list[int],
+    seeds: int,
+    ranks: int,
+    find_steps: int,
+    out: Path | None,
+) -> None:
     """Print seconds and accuracy of each training, and the ratio of the times."""
     with tempfile.TemporaryDirectory() as folder, Trainings(RECIPE, out, ranks=ranks) as trainings:
-        file, lines = tune(Path(folder) / "tuned", ranks)
+        file, lines = tune(Path(folder) / "tuned", ranks, find_steps)
         print("\n".join(lines), "\n")
         ways = {"untuned": [f"epochs={epochs}"]}
         ways |= {f"tuned, {each}": [*read(file), f"epochs={each}"] for each in tuned_epochs}
@@ -51,9 +59,10 @@ def main(epochs: int, tuned_epochs: list[int], seeds: int, ranks: int, out: Path
     print_table(("recipe, epochs", "accuracy", "seeds", "seconds", "faster"), rows)
 
 
-def tune(folder: Path, ranks: int) -> tuple[Path, list[str]]:
+def tune(folder: Path, ranks: int, steps: int) -> tuple[Path, list[str]]:
     """Tune the recipe; return the file and its lines."""
     command = ["tune", RECIPE, "-n", str(ranks), "device=cpu", "--out", str(folder)]
+    command += ["--steps", str(steps)]
     subprocess.run([str(BIN / "launcher"), *command], stdout=subprocess.DEVNULL, check=True)
     file = folder / "tuned.yaml"
     return file, file.read_text().splitlines()
