@@ -7,8 +7,10 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-# What tests need of Debian: a data set, and Slurm for a cluster of virtual nodes.
-PACKAGES := dataset-fashion-mnist slurmctld slurmd slurm-client munge
+# What tests need of Debian: a data set, Slurm for a cluster of virtual nodes, ssh servers and networks
+# for machines in namespaces, and strace to count what is opened.
+PACKAGES := dataset-fashion-mnist slurmctld slurmd slurm-client munge \
+	dropbear-bin iproute2 openssh-client strace
 
 .PHONY: run test lint bench format packages clean
 

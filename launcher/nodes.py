@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from launcher.errors import UsageError, WorldError
@@ -12,6 +12,9 @@ from launcher.slurm.environment import Step, find_step
 
 DEFAULT_PORT = 29_400
 """As torchrun's."""
+
+_HOSTS, _RENDEZVOUS, _INDEX = "LAUNCHER_HOSTS", "LAUNCHER_RENDEZVOUS", "LAUNCHER_HOST_INDEX"
+"""What a launcher that was started over ssh finds in its environment."""
 
 _PATIENCE_IN_JOBS = 120.0
 """Seconds; srun starts all tasks at once, but an image may have to be loaded on each node."""
@@ -54,8 +57,11 @@ def find_nodes(
         UsageError: More than one is asked for, and not where they meet.
         WorldError: Slurm has started something else than one launcher on each node.
     """
-    step = find_step(os.environ if env is None else env)
-    if rendezvous is not None:
+    env = os.environ if env is None else env
+    step = find_step(env)
+    if _HOSTS in env:
+        nodes: Nodes | None = _of_hosts(env)
+    elif rendezvous is not None:
         nodes = _met_at(rendezvous, count)
     elif step is not None and step.num_tasks > 1:
         nodes = _of_step(step, count)
@@ -64,10 +70,48 @@ def find_nodes(
     else:
         raise UsageError(
             f"--nodes {count} needs a place to meet: start `launcher run ... --nodes {count} "
-            "--rendezvous HOST` on each machine, where HOST is a name of the first of them; or "
-            "start it with srun, one task on each node."
+            "--rendezvous HOST` on each machine, where HOST is a name of the first of them; name "
+            "them all with --hosts; or start it with srun, one task on each node."
         )
     return replace(nodes, patience=patience or nodes.patience) if nodes is not None else None
+
+
+def nodes_of_hosts(hosts: Sequence[str], rendezvous: str | None) -> Nodes:
+    """Return the machines that one launcher reaches through ssh.
+
+    Args:
+        hosts: As ssh takes them: [USER@]HOST, or an alias.
+        rendezvous: HOST[:PORT] of the first, where the others know it by another name.
+
+    Raises:
+        UsageError: One is named twice, or the first has no name that others know.
+    """
+    if len(set(hosts)) < len(hosts):
+        raise UsageError(f"--hosts {','.join(hosts)}: each machine is named once.")
+    if rendezvous is None:
+        rendezvous = hosts[0].rpartition("@")[2]
+        if len(hosts) > 1 and rendezvous in ("localhost", "127.0.0.1", "::1"):
+            raise UsageError(
+                f"--hosts {','.join(hosts)}: the machines meet on the first, and {rendezvous} is "
+                "another one on each. Name it as the others know it, there or with --rendezvous."
+            )
+        rendezvous = f"[{rendezvous}]" if ":" in rendezvous else rendezvous
+    host, port = _place(rendezvous)
+    return Nodes(count=len(hosts), host=host, port=port, index=None, names=tuple(hosts))
+
+
+def nodes_environment(nodes: Nodes, index: int) -> dict[str, str]:
+    """Return the variables by which `find_nodes` knows these machines, on one of them."""
+    return {
+        _HOSTS: ",".join(nodes.names),
+        _RENDEZVOUS: f"[{nodes.host}]:{nodes.port}",
+        _INDEX: str(index),
+    }
+
+
+def _of_hosts(env: Mapping[str, str]) -> Nodes | None:
+    nodes = nodes_of_hosts(env[_HOSTS].split(","), env[_RENDEZVOUS])
+    return replace(nodes, index=int(env[_INDEX])) if nodes.count > 1 else None
 
 
 def _met_at(rendezvous: str, count: int | None) -> Nodes | None:
@@ -76,19 +120,18 @@ def _met_at(rendezvous: str, count: int | None) -> Nodes | None:
             f"--rendezvous {rendezvous} is where several machines meet: give their number as well, "
             "--nodes M."
         )
+    host, port = _place(rendezvous)
+    return Nodes(count=count, host=host, port=port, index=None) if count > 1 else None
+
+
+def _place(rendezvous: str) -> tuple[str, int]:
+    """Return host and port of HOST[:PORT]."""
     found = re.fullmatch(r"(\[[^\]]+\]|[^:]+)(?::(\d{1,5}))?", rendezvous)
     if found is None or not 0 < int(found[2] or DEFAULT_PORT) < 1 << 16:
         raise UsageError(
             f"--rendezvous {rendezvous}: expected HOST or HOST:PORT, such as node1:29400."
         )
-    if count == 1:
-        return None
-    return Nodes(
-        count=count,
-        host=found[1].strip("[]"),
-        port=int(found[2] or DEFAULT_PORT),
-        index=None,
-    )
+    return found[1].strip("[]"), int(found[2] or DEFAULT_PORT)
 
 
 def _of_step(step: Step, count: int | None) -> Nodes:

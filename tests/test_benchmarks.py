@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 
+import pytest
 from quick import SHORT
 from support import ROOT, Commands, Finished, needs_fashion_mnist
 
@@ -128,3 +130,12 @@ def test_every_benchmark_has_a_short_form(run: Commands) -> None:
     )
     assert done.exit_code == 1
     assert "failed, see above: teardown" in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="needs Debian's package strace")
+def test_opens(run: Commands) -> None:
+    """A rank of launcher's costs the file system little, one of torchrun's an import."""
+    own, torchrun = rows(short(run, "opens").stdout)
+    assert (own[0], torchrun[0]) == ("launcher run", "torchrun")
+    own_each, torchrun_each = (int(cells[3].replace(",", "")) for cells in (own, torchrun))
+    assert own_each * 5 < torchrun_each

@@ -37,6 +37,22 @@ class Bytes(click.ParamType[int]):
         return int(float(found[1]) * self._units[found[2]])
 
 
+class Names(click.ParamType[tuple[str, ...]]):
+    """Names with commas between them."""
+
+    name = "names"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        names = tuple(piece.strip() for piece in str(value).split(","))
+        if not all(names) or any(name.startswith("-") for name in names):
+            self.fail(f"{value!r}: expected names with commas between them.", param, ctx)
+        return names
+
+
 def overrides_argument(function: Function) -> Function:
     """Take `name=value` arguments."""
     return click.argument("overrides", nargs=-1, metavar="[NAME=VALUE]...")(function)
@@ -82,7 +98,16 @@ def nodes_options(function: Function) -> Function:
         metavar="HOST[:PORT]",
         help="Where they meet: a name of the first of them. Slurm's jobs know.",
     )
-    return count(place(patience(function)))
+    hosts = click.option(
+        "--hosts",
+        type=Names(),
+        metavar="A,B...",
+        help="Start it on these machines from here, through ssh; they meet on the first.",
+    )
+    ssh = click.option(
+        "--ssh", metavar="COMMAND", help="How they are reached. Default: ssh, without questions."
+    )
+    return count(place(hosts(ssh(patience(function)))))
 
 
 def out_option(function: Function) -> Function:

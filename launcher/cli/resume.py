@@ -14,7 +14,7 @@ from launcher.cli.arguments import (
     nproc_option,
     overrides_argument,
 )
-from launcher.cli.start import start
+from launcher.cli.start import find_machines, start, start_on_hosts
 
 
 @click.command(cls=SettingsCommand, short_help="Go on with a run from a checkpoint.")
@@ -35,6 +35,8 @@ def command(
     nproc_per_node: int | None,
     nodes: int | None,
     rendezvous: str | None,
+    hosts: tuple[str, ...] | None,
+    ssh: str | None,
     join_timeout: float | None,
     name: str | None,
     auto: bool,
@@ -56,13 +58,13 @@ def command(
     from launcher.launch import Stops
     from launcher.machine import read_machine
     from launcher.multinode import check_restarts, make_once, met
-    from launcher.nodes import find_nodes
     from launcher.overrides import Override, read_arguments
     from launcher.resolve import resolve
     from launcher.rundir import RunDir, open_run_dir, read_run, write_resumption
 
     stops = Stops()  # before anything slow
-    machines = find_nodes(nodes, rendezvous, join_timeout)
+    here = Path.cwd()
+    machines = find_machines(hosts, nodes, rendezvous, join_timeout)
     check_restarts(machines, max_restarts)
     folder = open_run_dir(run_dir)
     said = read_run(folder)
@@ -88,6 +90,7 @@ def command(
         read_machine(),
         nodes=machines.count if machines else 1,
         nproc_per_node=nproc,
+        elsewhere=hosts is not None,
     )
     try:
         manifest = chosen.read_manifest()
@@ -101,6 +104,8 @@ def command(
                 "taken. More epochs=... or steps=... would go on with it."
             )
             return 0
+    if hosts is not None:
+        return start_on_hosts(hosts, here, rendezvous, ssh)
     description = describe_run(reference, built, plan)
 
     def make() -> RunDir:

@@ -16,7 +16,7 @@ from launcher.cli.arguments import (
     overrides_argument,
     read_overrides,
 )
-from launcher.cli.start import start
+from launcher.cli.start import find_machines, start, start_on_hosts
 from launcher.errors import UsageError
 
 
@@ -40,6 +40,8 @@ def command(
     nproc_per_node: int | None,
     nodes: int | None,
     rendezvous: str | None,
+    hosts: tuple[str, ...] | None,
+    ssh: str | None,
     join_timeout: float | None,
     config: Path | None,
     out: Path | None,
@@ -49,20 +51,21 @@ def command(
 ) -> int:
     """Train RECIPE on the GPUs of this machine, or on CPU ranks where there are none.
 
-    On several machines the command is typed on each, or started by srun as one task on each.
+    On several machines the command is typed on each; or once, with --hosts, and ssh starts it; or
+    srun does, as one task on each.
 
     \b
     launcher run digits
     launcher run recipes/digits.py -n 4 lr=0.2 epochs=3
     launcher run digits --config mine.yaml --out runs/mine
     launcher run digits --nodes 2 --rendezvous node1 --out /shared/mine
+    launcher run digits --hosts node1,node2 --out /shared/mine
     """
     from launcher.checkpoints import list_checkpoints
     from launcher.job import Start, describe_run, plan_recipe
     from launcher.launch import Stops
     from launcher.machine import read_machine
     from launcher.multinode import check_restarts, make_once, met
-    from launcher.nodes import find_nodes
     from launcher.resolve import resolve
     from launcher.rundir import (
         RunDir,
@@ -75,7 +78,7 @@ def command(
     stops = Stops()  # before anything slow
     if goes_on and out is None:
         raise UsageError("--continue goes on with the run in --out: give that folder as well.")
-    machines = find_nodes(nodes, rendezvous, join_timeout)
+    machines = find_machines(hosts, nodes, rendezvous, join_timeout)
     check_restarts(machines, max_restarts)
     reference = resolve(recipe)
     given = read_overrides(config, overrides)
@@ -85,7 +88,10 @@ def command(
         read_machine(),
         nodes=machines.count if machines else 1,
         nproc_per_node=nproc_per_node,
+        elsewhere=hosts is not None,
     )
+    if hosts is not None:
+        return start_on_hosts(hosts, Path.cwd(), rendezvous, ssh)
     description = describe_run(reference, built, plan)
 
     def make() -> RunDir:

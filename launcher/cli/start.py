@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -14,10 +16,55 @@ if TYPE_CHECKING:
     from launcher.job import Start
     from launcher.launch import Stops
     from launcher.multinode import Meeting
+    from launcher.nodes import Nodes
     from launcher.overrides import Override
     from launcher.plan import Plan
     from launcher.resolve import Reference
     from launcher.rundir import RunDir
+
+
+def find_machines(
+    hosts: tuple[str, ...] | None,
+    count: int | None,
+    rendezvous: str | None,
+    patience: float | None,
+) -> Nodes | None:
+    """Return the machines of the run, reached from here or not; None for this one alone.
+
+    Raises:
+        UsageError: What is asked for does not go together.
+        WorldError: Slurm has started something else than one launcher on each node.
+    """
+    from launcher.errors import UsageError
+    from launcher.nodes import find_nodes, nodes_of_hosts
+
+    if hosts is None:
+        return find_nodes(count, rendezvous, patience)
+    if count not in (None, len(hosts)):
+        raise UsageError(f"--nodes {count} was asked for, and --hosts names {len(hosts)}.")
+    return nodes_of_hosts(hosts, rendezvous)
+
+
+def start_on_hosts(
+    hosts: tuple[str, ...], folder: Path, rendezvous: str | None, ssh: str | None
+) -> int:
+    """Have the command that was typed in `folder` run on each of `hosts`; return the exit code."""
+    from launcher.hosts import run_on_hosts
+
+    arguments = without(sys.argv[1:], ("--hosts", "--ssh", "--nodes", "--rendezvous"))
+    return run_on_hosts(hosts, arguments, folder, rendezvous=rendezvous, ssh=ssh)
+
+
+def without(arguments: Sequence[str], options: Sequence[str]) -> list[str]:
+    """Return command-line arguments without some options and their values."""
+    kept = []
+    rest = iter(arguments)
+    for each in rest:
+        if each in options:
+            next(rest, None)
+        elif each.partition("=")[0] not in options:
+            kept.append(each)
+    return kept
 
 
 def start(
