@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from launcher.engine.shards import Shards
     from launcher.entry import main
     from launcher.errors import (
         LauncherError,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from launcher.loading import LoaderPolicy, loader_policy
     from launcher.machine import Machine, read_machine
     from launcher.optimizer import OptimizerSpec, adamw, sgd
+    from launcher.packaged import packaged_file
     from launcher.plan import Plan
     from launcher.planning import make_plan
     from launcher.recipe import Data, Recipe
@@ -56,6 +58,7 @@ __all__ = [
     "SampleError",
     "Schedule",
     "Setting",
+    "Shards",
     "TrainingError",
     "UsageError",
     "WorldError",
@@ -70,6 +73,7 @@ __all__ = [
     "make_plan",
     "multi_step",
     "one_cycle",
+    "packaged_file",
     "read_machine",
     "schedule",
     "sgd",
@@ -84,10 +88,12 @@ _MODULES = {
     "OptimizerSpec": "optimizer",
     "Plan": "plan",
     "Recipe": "recipe",
+    "Shards": "engine.shards",
     "adamw": "optimizer",
     "loader_policy": "loading",
     "main": "entry",
     "make_plan": "planning",
+    "packaged_file": "packaged",
     "read_machine": "machine",
     "sgd": "optimizer",
 }

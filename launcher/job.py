@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import platform
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from launcher.errors import LauncherError, PlanError
+from launcher.errors import LauncherError, PlanError, RecipeError
 from launcher.machine import Machine
 from launcher.overrides import Built, Override, build
 from launcher.plan import Plan
@@ -17,6 +18,9 @@ from launcher.provenance import command_line, git_state, versions
 from launcher.recipe import Recipe
 from launcher.resolve import Reference, cannot
 from launcher.rundir import RunDir
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +139,44 @@ def _assume(recipe: Recipe, machine: Machine, nproc: int | None) -> tuple[Machin
 
 
 def _count_samples(built: Built) -> int:
+    """Return the training samples of a recipe, counted in a process of its own.
+
+    Reading data may start threads, of OpenMP for one, and no rank could be forked from a process
+    that has had them.
+
+    Raises:
+        LauncherError: The data cannot be read, or has no length.
+    """
+    import multiprocessing
+
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    counting = context.Process(target=_count_for, args=(built, sender))
+    counting.start()
+    sender.close()
+    try:
+        found: int | LauncherError = receiver.recv()
+    except EOFError:
+        counting.join()
+        found = RecipeError(
+            f"{built.recipe.name}: reading the data to count its samples ended the process (exit "
+            f"code {counting.exitcode}). train_samples=... in the recipe spares that."
+        )
+    counting.join()
+    if isinstance(found, LauncherError):
+        raise found
+    return found
+
+
+def _count_for(built: Built, sender: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the one who asks has words for it
+    try:
+        sender.send(_length_of(built))
+    except LauncherError as error:
+        sender.send(error)
+
+
+def _length_of(built: Built) -> int:
     try:
         data = built.recipe.data()
     except LauncherError:

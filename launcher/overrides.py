@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from launcher.errors import LauncherError, OverrideError, RecipeError, UsageError, did_you_mean
 from launcher.optimizer import OPTIMIZERS
@@ -161,8 +161,9 @@ def _default(name: str) -> Any:
 
 def _parameter(function: Callable[..., Recipe], override: Override) -> Any:
     hint = get_type_hints(function, include_extras=True).get(override.name, Any)
-    if hint is Path:
-        return Path(str(override.value)).expanduser()
+    text = str(override.value)
+    if hint is Path or (Path in get_args(hint) and text.lower() not in ("none", "null")):
+        return Path(text).expanduser()
     try:
         return convert(override.value, hint, from_text=True)
     except MismatchError as error:

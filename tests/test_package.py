@@ -36,14 +36,41 @@ def test_the_wheel_holds_the_two_packages(wheel: Path) -> None:
     assert b"launcher = launcher.cli:main" in zipfile.ZipFile(wheel).read(entry_points)
 
 
-def test_the_wheel_works_elsewhere(wheel: Path, tmp_path: Path) -> None:
-    """Another project imports a recipe and the package from it, plans, and lists recipes."""
-    site = tmp_path / "site"
+@pytest.fixture(scope="module")
+def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Install the wheel into a folder of its own."""
+    made = tmp_path_factory.mktemp("site")
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel],
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", made, wheel],
         check=True,
         capture_output=True,
     )
+    return made
+
+
+@pytest.mark.parametrize("name", ["own_loop.py", "with_accelerate.py"])
+def test_a_recipes_parts_work_in_another_loop(site: Path, tmp_path: Path, name: str) -> None:
+    """The loops in the README, in a project that has the wheel: they learn."""
+    text = (ROOT / "README.md").read_text()
+    (loop,) = re.findall(rf"```python\n# {name}\n(.*?)```", text, re.DOTALL)
+    assert len(loop.splitlines()) <= 34
+    (tmp_path / name).write_text(loop)
+    done = subprocess.run(
+        [sys.executable, name],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(site), "PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"loss (\d+\.\d+)", done.stdout)
+    assert found is not None
+    assert float(found[1]) < 2.25
+
+
+def test_the_wheel_works_elsewhere(site: Path, tmp_path: Path) -> None:
+    """Another project imports a recipe and the package from it, plans, and lists recipes."""
     script = (
         "import sys\n"
         "from dataclasses import replace\n"

@@ -14,10 +14,12 @@ from launcher.errors import EndedError, LauncherError
 
 _COMMANDS = {
     "cancel": "launcher.cli.cancel",
+    "check": "launcher.cli.check",
     "doctor": "launcher.cli.doctor",
     "export": "launcher.cli.export",
     "find": "launcher.cli.find",
     "logs": "launcher.cli.logs",
+    "new": "launcher.cli.new",
     "plan": "launcher.cli.plan",
     "prove": "launcher.cli.prove",
     "recipes": "launcher.cli.recipes",

@@ -18,7 +18,7 @@ from torch.distributed.elastic.rendezvous import (
 from launcher.engine.meeting import Meeting
 from launcher.job import Job
 
-_SECONDS_BETWEEN_LOOKS = 0.02
+_SECONDS_BETWEEN_LOOKS = 0.05
 """At the ranks; a run ends two looks after they do."""
 
 

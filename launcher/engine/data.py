@@ -12,7 +12,13 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    TensorDataset,
+    default_collate,
+)
 
 from launcher.engine.processes import die_with_parent
 from launcher.engine.randomness import Generators, seed_all
@@ -47,6 +53,13 @@ def sample_count(data: Any, split: str) -> int:
     Raises:
         RecipeError: It has no length, cannot be indexed, or is empty.
     """
+    if isinstance(data, IterableDataset):
+        raise RecipeError(
+            f"The {split} data is a {type(data).__name__}, an iterable data set: its samples have "
+            "no numbers, so that neither what each rank takes nor where a run goes on could be "
+            "exact. Give a data set with __len__ and __getitem__; launcher.Shards reads samples "
+            "out of tar files in any order."
+        )
     if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
         raise RecipeError(
             f"The {split} data is a {type(data).__name__}, which has no "

@@ -18,6 +18,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves
 
 from launcher.engine.data import Reader, sample_count
+from launcher.engine.loop import sum_and_count
 from launcher.engine.randomness import seed_all
 from launcher.engine.sampler import Request
 from launcher.recipe import Recipe
@@ -53,6 +54,29 @@ class Inspection:
     random: bool
     """Whether in training the loss of a batch changes with the seed."""
 
+    num_samples: int
+    num_evaluation: int | None
+    """Held-out samples; None where there are none."""
+
+    num_trained: int
+    """Weights that are trained."""
+
+    without_gradient: list[str]
+    """Those that get no gradient from the loss."""
+
+    batch: str
+    """What a batch looks like."""
+
+    outputs_finite: bool
+    """Whether the outputs of the untrained model and its loss are."""
+
+    loss_per_item: float
+    count: float
+    """Items that the loss counted in a batch."""
+
+    items: int
+    """And those that the batch has, by the recipe's `count`."""
+
 
 def inspect_recipe(recipe: Recipe) -> Inspection:
     """Try out the recipe's data, model and loss on a few training samples, on the CPU."""
@@ -60,6 +84,7 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
     data = recipe.data()
     taken = list(range(min(_SAMPLES, sample_count(data.train, "train"))))
     half = max(len(taken) // 2, 1)
+    seed_all(recipe.seed)  # as every rank does
     reader, again = Reader(recipe, data), Reader(recipe, recipe.data())
     changing = [
         index
@@ -72,7 +97,7 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
 
     def loss(batch: Any, seed: int = 0) -> float:
         torch.manual_seed(seed)
-        return float(recipe.loss(recipe.forward(model, batch), batch)[0])
+        return float(sum_and_count(recipe.loss, recipe.forward(model, batch), batch)[0])
 
     with torch.no_grad():
         model.eval()
@@ -82,6 +107,12 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
         model.train()
         coupled = is_sum and not _close(loss(whole), sum(map(loss, parts)))
         random = not _close(loss(whole, seed=1), loss(whole, seed=2))
+    outputs = recipe.forward(model, whole)
+    total, count = sum_and_count(recipe.loss, outputs, whole)
+    total.backward()
+    trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    leaves = [each for each in (*tree_leaves(outputs), total) if isinstance(each, Tensor)]
+    evaluation = data.evaluation
     return Inspection(
         changing_samples=sorted(changing),
         loss_is_mean=is_mean,
@@ -90,6 +121,15 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
         coupled=coupled and not random and not changing,
         dropouts=[name for name in _names(model, _DropoutNd) if model.get_submodule(name).p],
         random=random,
+        num_samples=sample_count(data.train, "train"),
+        num_evaluation=None if evaluation is None else sample_count(evaluation, "evaluation"),
+        num_trained=sum(each.numel() for each in trained.values()),
+        without_gradient=[name for name, each in trained.items() if each.grad is None],
+        batch=f"a batch is {_describe(whole)}",
+        outputs_finite=all(bool(torch.isfinite(each).all()) for each in leaves),
+        loss_per_item=float(total) / max(float(count), 1.0),
+        count=float(count),
+        items=len(taken) if recipe.count is None else int(recipe.count(whole)),
     )
 
 
@@ -101,6 +141,16 @@ def write_inspection(inspection: Inspection, run_dir: RunDir) -> None:
 def read_inspection(run_dir: RunDir) -> Inspection:
     """Return what an inspection left in the run folder."""
     return Inspection(**json.loads(run_dir.inspection.read_text(encoding="utf-8")))
+
+
+def _describe(batch: Any) -> str:
+    shapes = [
+        f"{str(each.dtype).removeprefix('torch.')} {tuple(each.shape)}"
+        if isinstance(each, Tensor)
+        else type(each).__name__
+        for each in tree_leaves(batch)
+    ]
+    return ", ".join(shapes)
 
 
 def _read(reader: Reader, indices: list[int]) -> Any:

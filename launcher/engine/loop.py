@@ -148,7 +148,7 @@ def train(
                 contextlib.nullcontext() if micro_batch.counts else norms.ignoring_samples(),
             ):
                 with backend.autocast():
-                    loss_sum, count = _sum_and_count(
+                    loss_sum, count = sum_and_count(
                         recipe.loss, recipe.forward(model, batch), batch
                     )
                 # Gradients are averaged over ranks: world_size in the weight makes that a sum.
@@ -234,7 +234,7 @@ def evaluate(trainee: Trainee, step: int) -> dict[str, float]:
         batch = backend.to_device(micro_batch.batch)
         with backend.autocast():
             outputs = recipe.forward(model, batch)
-            found = [_sum_and_count(each, outputs, batch) for each in functions.values()]
+            found = [sum_and_count(each, outputs, batch) for each in functions.values()]
         if micro_batch.counts:
             totals += torch.stack([_pair(pair, backend.device) for pair in found])
     model.train()
@@ -245,7 +245,7 @@ def evaluate(trainee: Trainee, step: int) -> dict[str, float]:
     }
 
 
-def _sum_and_count(
+def sum_and_count(
     function: Callable[[Any, Any], Any], outputs: Any, batch: Any
 ) -> tuple[Any, int | Tensor]:
     """Call a loss or metric.

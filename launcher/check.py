@@ -1,0 +1,148 @@
+"""A recipe tried out before it is trained: what would go wrong, or be wrong, in words."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launcher.doctor.findings import Finding, failure, ok, warning
+from launcher.errors import EndedError
+from launcher.job import Job, describe_run, plan_recipe
+from launcher.launch import Stops, launch
+from launcher.machine import Machine
+from launcher.overrides import Override
+from launcher.resolve import Reference
+from launcher.rundir import RunDir, write_yaml
+
+if TYPE_CHECKING:
+    from launcher.engine.inspection import Inspection
+
+_HEAVY = ("torch", "numpy", "pandas", "sklearn", "transformers", "accelerate", "deepspeed")
+_SOME = 4
+
+
+def heavy_imports(before: Collection[str]) -> list[str]:
+    """Return which heavy packages have been imported since `before`, a copy of sys.modules."""
+    return [name for name in _HEAVY if name in sys.modules and name not in before]
+
+
+def check_recipe(
+    reference: Reference, overrides: Sequence[Override], machine: Machine, stops: Stops
+) -> Iterator[Finding]:
+    """Plan a recipe, build what it describes, take a batch through it; yield what was found.
+
+    Raises:
+        LauncherError: It cannot be planned.
+        EndedError: It raised something, which was shown.
+    """
+    from launcher.engine.inspection import read_inspection
+    from launcher.engine.worker import launched_inspection
+
+    built, plan = plan_recipe(reference, overrides, machine, nproc_per_node=1)
+    yield ok("plan", f"batch {plan.batch_size:,}, lr {plan.lr:g}, {plan.total_steps:,} steps")
+    with tempfile.TemporaryDirectory(prefix="launcher-check-") as folder:
+        run_dir = RunDir(Path(folder) / "check")
+        (run_dir.path / "logs").mkdir(parents=True)
+        (run_dir.path / "health").mkdir()
+        write_yaml(run_dir.run_yaml, describe_run(reference, built, plan))
+        job = Job(
+            recipe=reference.location,
+            overrides=tuple(overrides),
+            plan=plan,
+            run_dir=run_dir,
+            launcher_pid=os.getpid(),
+            saves=False,
+        )
+        if code := launch(job, launched_inspection, stops=stops):
+            raise EndedError(code)
+        yield from judge(read_inspection(run_dir))
+
+
+def judge(found: Inspection) -> Iterator[Finding]:
+    """Yield what an inspection says of a recipe."""
+    yield _data(found)
+    model = f"{found.num_trained:,} weights are trained"
+    if found.without_gradient:
+        yield failure(
+            "model",
+            f"{model}, and {_some(found.without_gradient)} get no gradient from the loss",
+            "use them in forward, or freeze them with requires_grad_(False): DDP waits for each",
+        )
+    else:
+        yield ok("model", model)
+    if found.outputs_finite:
+        yield ok("outputs", f"finite; the loss is {found.loss_per_item:.4g} for each item")
+    else:
+        yield failure(
+            "outputs",
+            "the outputs or the loss of the untrained model are not finite",
+            "look at the scale of the inputs and of the initial weights",
+        )
+    yield _loss(found)
+    yield from _split(found)
+
+
+def _data(found: Inspection) -> Finding:
+    evaluation = "none" if found.num_evaluation is None else f"{found.num_evaluation:,}"
+    counts = f"{found.num_samples:,} training samples, {evaluation} held out; {found.batch}"
+    if found.changing_samples:
+        return failure(
+            "data",
+            f"{counts}; samples {_some(map(str, found.changing_samples))} were others when they "
+            "were read again",
+            "draw random numbers from random, numpy.random or torch, which are seeded for each "
+            "sample, and not from a generator of your own",
+        )
+    return ok("data", counts)
+
+
+def _loss(found: Inspection) -> Finding:
+    if found.loss_is_mean:
+        return failure(
+            "loss", "it returned a mean", "return (sum, count): reduction='sum' and how many"
+        )
+    if found.loss_is_no_sum:
+        return failure(
+            "loss",
+            "of two halves of a batch it is not the sum of theirs",
+            "return the sum over items that do not depend on each other, and how many",
+        )
+    if found.count != found.items:
+        return failure(
+            "loss",
+            f"it counted {found.count:g} items in a batch of {found.items}",
+            "return len(batch[0]) as the count, or give Recipe(count=...), (batch) -> items",
+        )
+    return ok("loss", f"(sum, count), {found.count:g} items in a batch")
+
+
+def _split(found: Inspection) -> Iterator[Finding]:
+    if found.batch_norms:
+        yield warning(
+            "BatchNorm",
+            f"{_some(found.batch_norms)}: statistics over the micro-batch of one rank, so that the "
+            "steps depend on how the batch is split",
+            "sync_batchnorm=true takes them over all ranks; GroupNorm or LayerNorm has none",
+        )
+    elif found.coupled:
+        yield warning(
+            "samples",
+            "in training the outputs of one depend on the others of its micro-batch",
+            "the steps depend on how the batch is split",
+        )
+    if found.random:
+        yield warning(
+            "randomness",
+            f"the model draws random numbers in training ({_some(found.dropouts) or 'no dropout'})",
+            "each rank draws its own, by (seed, step, rank): other ranks, other masks",
+        )
+
+
+def _some(names: Iterable[str]) -> str:
+    shown = list(names)
+    more = f" and {len(shown) - _SOME} more" if len(shown) > _SOME else ""
+    return ", ".join(shown[:_SOME]) + more

@@ -1,0 +1,152 @@
+"""A recipe of one's own: copied from another, and tried out before it is trained."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from support import Commands
+
+from launcher.new import renamed
+
+HEAD = """
+import {imports}
+
+from launcher import Data, Recipe, sgd
+
+
+def odd() -> Recipe:
+    return Recipe(
+        name="odd", model=build_model, data=build_data, loss=loss, batch_size=4, lr=0.1,
+        lr_batch_size=4, steps=3, optimizer=sgd(), train_samples=16,
+    )
+
+
+def build_model():
+    from torch import nn
+
+    {model}
+
+
+def build_data():
+    import torch
+    from torch.utils.data import TensorDataset
+
+    return Data(train=TensorDataset(torch.randn(16, 3), torch.randn(16)))
+
+
+def loss(outputs, batch):
+    errors = (outputs.squeeze(1) - batch[1]).square()
+    return {loss}
+"""
+RIGHT = {
+    "imports": "json",
+    "model": "return nn.Linear(3, 1)",
+    "loss": "errors.sum(), len(errors)",
+}
+UNUSED = """class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = nn.Linear(3, 1), nn.Linear(3, 1)
+
+        def forward(self, x):
+            return self.one(x)
+
+    return Net()"""
+
+
+@pytest.mark.parametrize(
+    ("changes", "level", "check", "words"),
+    [
+        ({}, "ok", "loss", "(sum, count)"),
+        ({"imports": "torch"}, "warning", "import", "loads torch"),
+        ({"loss": "errors.mean(), len(errors)"}, "failure", "loss", "it returned a mean"),
+        ({"loss": "errors.sum(), 2 * len(errors)"}, "failure", "loss", "counted 16 items"),
+        ({"model": UNUSED}, "failure", "model", "other.weight, other.bias get no gradient"),
+        (
+            {"loss": "errors.sum() / 0, len(errors)"},
+            "failure",
+            "outputs",
+            "not finite",
+        ),
+        (
+            {"model": "return nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1))"},
+            "warning",
+            "BatchNorm",
+            "statistics over the micro-batch",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said(
+    run: Commands, changes: dict[str, str], level: str, check: str, words: str
+) -> None:
+    """In words, with what to do; the exit code is 1 where a run would fail or be wrong."""
+    text = HEAD
+    for name, value in (RIGHT | changes).items():
+        text = text.replace(f"{{{name}}}", value)
+    (run.folder / "odd.py").write_text(text)
+    done = run("python", "-m", "launcher", "check", "odd.py", "--json")
+    assert done.exit_code == (1 if level == "failure" else 0), done.stdout + done.stderr
+    findings = json.loads(done.stdout)["findings"]
+    (found,) = (each for each in findings if each["check"] == check)
+    assert found["level"] == level, findings
+    assert words in found["found"]
+    assert bool(found["remedy"]) == (level != "ok")
+
+
+def test_our_recipe_is_right(run: Commands) -> None:
+    """Nothing to warn of, and what was found is a line each."""
+    done = run("launcher", "check", "digits", "lr=0.2")
+    assert done.exit_code == 0, done.stderr
+    assert "lr 0.2" in done.stdout
+    assert "1,437 training samples, 360 held out" in done.stdout
+    assert done.stdout.endswith("6 ok, 0 warnings, 0 failures\n") or "1 warning" in done.stdout
+
+
+def test_a_recipe_that_raises_is_shown(run: Commands) -> None:
+    """With its traceback, once."""
+    text = HEAD.replace("{imports}", "json").replace("{model}", "raise OSError('no such thing')")
+    (run.folder / "odd.py").write_text(text.replace("{loss}", "1, 1"))
+    done = run("launcher", "check", "odd.py")
+    assert done.exit_code == 1
+    assert done.stderr.count("OSError: no such thing") == 1
+
+
+@pytest.mark.parametrize("source", ["digits", "fashion_mnist", "gpt", "resnet", "tabular"])
+def test_a_copy_plans_at_once(run: Commands, source: str) -> None:
+    """Under its own name, in a folder of one's own."""
+    done = run("launcher", "new", "work/mine", "--from", source)
+    assert done.exit_code == 0, done.stderr
+    assert "launcher run work/mine.py" in done.stdout
+    text = (run.folder / "work/mine.py").read_text()
+    assert "def mine(" in text
+    assert 'name="mine"' in text
+    if source == "digits":
+        trained = run("launcher", "run", "work/mine.py", "-n", "1", "steps=2", "--out", "out")
+        assert trained.exit_code == 0, trained.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("my-recipe", "cannot be the name of a recipe"),
+        ("class", "cannot be the name of a recipe"),
+        ("there", "is there already"),
+        ("there.py/mine", "Cannot write"),
+    ],
+)
+def test_a_name_that_will_not_do_is_refused(run: Commands, name: str, words: str) -> None:
+    """And what is there stays as it is."""
+    (run.folder / "there.py").write_text("kept")
+    done = run("launcher", "new", name)
+    assert done.exit_code == 2
+    assert words in done.stderr
+    assert (run.folder / "there.py").read_text() == "kept"
+
+
+def test_only_the_name_is_renamed() -> None:
+    """Not what contains it, what stands behind a dot, or words in text."""
+    text = 'def old(x):\n    """An old one."""\n    return m.old(x, old, "old", "an old", older)\n'
+    assert renamed(text, "old", "new") == (
+        'def new(x):\n    """An old one."""\n    return m.old(x, new, "new", "an old", older)\n'
+    )
