@@ -67,25 +67,25 @@ def gpt(
     )
 
 
-def gpt_ddp() -> Recipe:
+def gpt_ddp(*, data: Path | None = None) -> Recipe:
     """Gpt with a copy of the model on each GPU, in bf16, and two micro-batches a step."""
-    return replace(gpt(), name="gpt_ddp", precision="bf16", micro_batch_size=8)
+    return replace(gpt(data=data), name="gpt_ddp", precision="bf16", micro_batch_size=8)
 
 
-def gpt_fsdp() -> Recipe:
+def gpt_fsdp(*, data: Path | None = None) -> Recipe:
     """Gpt sharded over the GPUs by FSDP, in bf16, activations computed again in backward."""
-    sharded = replace(gpt_ddp(), name="gpt_fsdp", strategy="fsdp")
+    sharded = replace(gpt_ddp(data=data), name="gpt_fsdp", strategy="fsdp")
     return replace(sharded, activation_checkpointing=True)
 
 
-def gpt_zero2() -> Recipe:
+def gpt_zero2(*, data: Path | None = None) -> Recipe:
     """Gpt with gradients and optimizer state sharded by DeepSpeed, in bf16."""
-    return replace(gpt_ddp(), name="gpt_zero2", strategy="zero2")
+    return replace(gpt_ddp(data=data), name="gpt_zero2", strategy="zero2")
 
 
-def gpt_zero3_offload() -> Recipe:
+def gpt_zero3_offload(*, data: Path | None = None) -> Recipe:
     """Gpt sharded by DeepSpeed, with weights and optimizer state in host memory, in bf16."""
-    return replace(gpt_ddp(), name="gpt_zero3_offload", strategy="zero3", offload="cpu")
+    return replace(gpt_ddp(data=data), name="gpt_zero3_offload", strategy="zero3", offload="cpu")
 
 
 def build_model(layers: int = 4, width: int = 128, heads: int = 4) -> nn.Module:

@@ -47,6 +47,7 @@ def tabular(*, data: Path | None = None, width: int = 128) -> Recipe:
         lr_batch_size=512,
         lr_rule="sqrt",
         epochs=3,
+        train_samples=294_611 if data is None else None,
         in_memory=True,
     )
 

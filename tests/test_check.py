@@ -85,7 +85,8 @@ def test_what_is_wrong_is_said(
     for name, value in (RIGHT | changes).items():
         text = text.replace(f"{{{name}}}", value)
     (run.folder / "odd.py").write_text(text)
-    done = run("python", "-m", "launcher", "check", "odd.py", "--json")
+    launcher = ("launcher",) if check != "import" else ("python", "-m", "launcher")  # from cold
+    done = run(*launcher, "check", "odd.py", "--json")
     assert done.exit_code == (1 if level == "failure" else 0), done.stdout + done.stderr
     findings = json.loads(done.stdout)["findings"]
     (found,) = (each for each in findings if each["check"] == check)

@@ -139,7 +139,7 @@ def test_recipes_that_cannot_be_had(run: Commands, recipe: str, message: str) ->
         (["--out", "there"], "there exists already"),
         (["--out", "/proc/no/run"], "Cannot make the run folder /proc/no/run"),
         (["--out", "bad.yaml/run"], "bad.yaml exists already|Not a directory"),
-        (["--outt", "x"], "Did you mean '--out'?"),
+        (["--outt", "x"], "Did you mean one of: '--hosts', '--out'?"),
     ],
 )
 def test_bad_arguments_of_run(run: Commands, arguments: list[str], message: str) -> None:
@@ -221,3 +221,22 @@ def imported(arguments: list[str], folder: Path) -> set[str]:
     lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
     assert len(lines) > 50
     return {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
+
+
+def test_data_that_start_threads_are_counted(run: Commands) -> None:
+    """Reading them in parallel leaves nothing behind that ranks would wait for."""
+    (run.folder / "parallel.py").write_text(
+        "from dataclasses import replace\n"
+        "from launcher import Data, Recipe\n"
+        "from recipes.digits import digits\n\n"
+        "def parallel() -> Recipe:\n"
+        "    return replace(digits(), name='parallel', data=data, train_samples=None, epochs=1)\n\n"
+        "def data():\n"
+        "    import torch\n"
+        "    torch.set_num_threads(2)\n"
+        "    assert torch.rand(3_000_000).mul(2).exp().sum() > 0\n"
+        "    return digits().data()\n"
+    )
+    done = run("launcher", "run", "parallel.py", "-n", "1", "device=cpu", "--out", "out")
+    assert done.exit_code == 0, done.stderr
+    assert "read to count its 1,437 training samples" in " ".join(done.stdout.split())

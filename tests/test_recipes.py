@@ -126,7 +126,7 @@ def test_hourly_readings_are_folded_to_days() -> None:
 
 @needs_flights
 def test_tabular_knows_how_long_flights_take(run: Commands) -> None:
-    """Within eight minutes, of two and a half hours; on one rank that counts the rows as well."""
+    """Within eight minutes, of two and a half hours."""
     assert trained(run, "tabular", "epochs=1", ranks=1)["error"] < 8
 
 
@@ -183,7 +183,8 @@ def test_ragged_documents_are_averaged_over_tokens(run: Commands) -> None:
 @pytest.mark.parametrize("variant", ["gpt_ddp", "gpt_fsdp", "gpt_zero2", "gpt_zero3_offload"])
 def test_gpt_trains_under_each_strategy(run: Commands, variant: str) -> None:
     """In bf16, sharded or not, on two ranks."""
-    found = trained(run, f"gpt:{variant}", "steps=3", "batch_size=16", "evaluate_every=3")
+    settings = ("steps=3", "batch_size=16", f"data={ROOT}/launcher")
+    found = trained(run, f"gpt:{variant}", *settings)
     assert 4 < found["bits_per_byte"] < 9
 
 

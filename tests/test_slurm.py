@@ -317,3 +317,16 @@ def test_srun_starts_ranks_itself(slurm: Commands) -> None:
     done = slurm("srun", "-n2", "-N1", "launcher", "run", WORLDS_PY, "device=cpu")
     assert done.exit_code != 0
     assert "srun --ntasks-per-node=1 launcher run" in done.stderr
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_dry_run_loads_nothing_heavy(run: Commands) -> None:
+    """Asking Slurm and writing a script take no torch."""
+    command = ("-X", "importtime", "-m", "launcher", "submit", "digits", "--dry-run")
+    done = run(sys.executable, *command)
+    assert done.exit_code == 0, done.stderr
+    assert "#SBATCH" in done.stdout
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    loaded = {line.rpartition("|")[2].strip() for line in lines}
+    assert "launcher.slurm.script" in loaded
+    assert loaded.isdisjoint({"torch", "numpy", "accelerate", "deepspeed", "rich"})
