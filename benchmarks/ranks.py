@@ -54,7 +54,9 @@ def main(ranks: list[int], turns: int, steps: int, width: int) -> None:
                 rates = measure(number, turns, batch, settings, Path(folder) / kind)
                 for name in NAMES:
                     rate = median(rates[name])
-                    ideal = alone.setdefault(name, rate / min(number, len(cores)))
+                    if number == 1:
+                        alone[name] = rate
+                    ideal = alone.get(name, 0.0) * min(number, len(cores))
                     rows.append(
                         [
                             str(number),
@@ -62,7 +64,7 @@ def main(ranks: list[int], turns: int, steps: int, width: int) -> None:
                             str(batch),
                             (rate, ",.0f"),
                             (median(map(truediv, rates[name], rates["torch"])), ".3f"),
-                            (rate / ideal / min(number, len(cores)), ".2f"),
+                            (rate / ideal, ".2f") if ideal else "",
                         ]
                     )
             head = ("ranks", "loop", "batch", "samples/s", "to plain DDP", "efficiency")

@@ -6,6 +6,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from launcher.launch import Stops, launch
 from launcher.machine import Machine
 from launcher.overrides import Override
 from launcher.resolve import Reference
-from launcher.rundir import RunDir, write_yaml
+from launcher.rundir import create_run_dir, write_yaml
 
 if TYPE_CHECKING:
     from launcher.engine.inspection import Inspection
@@ -42,17 +43,15 @@ def check_recipe(
     from launcher.engine.inspection import read_inspection
     from launcher.engine.worker import launched_inspection
 
-    built, plan = plan_recipe(reference, overrides, machine, nproc_per_node=1)
+    built, plan = plan_recipe(reference, overrides, machine)
     yield ok("plan", f"batch {plan.batch_size:,}, lr {plan.lr:g}, {plan.total_steps:,} steps")
     with tempfile.TemporaryDirectory(prefix="launcher-check-") as folder:
-        run_dir = RunDir(Path(folder) / "check")
-        (run_dir.path / "logs").mkdir(parents=True)
-        (run_dir.path / "health").mkdir()
+        run_dir = create_run_dir(Path(folder) / "check", plan.recipe)
         write_yaml(run_dir.run_yaml, describe_run(reference, built, plan))
         job = Job(
             recipe=reference.location,
             overrides=tuple(overrides),
-            plan=plan,
+            plan=replace(plan, nproc_per_node=1),
             run_dir=run_dir,
             launcher_pid=os.getpid(),
             saves=False,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from launcher.errors import PlanError
 from launcher.finders.scaling import (
@@ -51,14 +51,12 @@ ON_GPUS = Facts(
 """Where nothing is said: NVLink as NCCL uses it, 200 Gbit/s between nodes, and a failure for each
 50,000 hours of a GPU: 419 in 54 days of 16,384 ("The Llama 3 Herd of Models", arXiv:2407.21783)."""
 
-ON_CPUS = Facts(
+ON_CPUS = replace(
+    ON_GPUS,
     network=Network(
         inside=Link(seconds=100e-6, bytes_per_second=1e9),
         between=Link(seconds=100e-6, bytes_per_second=10e9 / 8),
     ),
-    mtbf_seconds=50_000 * 3600.0,
-    restart_seconds=300.0,
-    price_per_hour=None,
 )
 """Where nothing is said: gloo over loopback, and 10 Gbit/s between nodes."""
 

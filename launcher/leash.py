@@ -8,7 +8,6 @@ run; its end, as when the connection is lost, is a terminal that was closed. ssh
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -42,8 +41,7 @@ def main(folder: str, *arguments: str) -> int:
 def _pass_on(run: subprocess.Popen[bytes]) -> None:
     for line in sys.stdin:
         run.send_signal(signal.Signals[line.strip()])
-    with contextlib.suppress(ProcessLookupError):
-        run.send_signal(signal.SIGHUP)
+    run.send_signal(signal.SIGHUP)
 
 
 if __name__ == "__main__":

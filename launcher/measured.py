@@ -100,7 +100,7 @@ class _Found:
     def read_size(self, run_dir: RunDir, said: dict[str, Any]) -> None:
         """Take the speed of a size that fits."""
         values = _read(run_dir.size)
-        self.num_trained = values["num_trained"]
+        self.num_trained = _num_trained(values, run_dir)
         size = said["micro_batch_size"]
         self.micro_steps[size] = size / values["samples_per_second"]
 
@@ -108,7 +108,7 @@ class _Found:
         """Take the speed of a run's steps, and what its checkpoints took."""
         if not run_dir.result.is_file():
             raise RunDirError(f"{run_dir.shown} has no result yet: the run has not finished.")
-        self.num_trained = _read(run_dir.result)["num_trained"]
+        self.num_trained = _num_trained(_read(run_dir.result), run_dir)
         lines = run_dir.metrics.read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines]
         stalls = [row[_STALL] for row in rows if _STALL in row]
@@ -136,6 +136,15 @@ def _plan_of(run_dir: RunDir, plan: Plan) -> dict[str, Any]:
                 f"{name}={getattr(plan, name)}. Measure what is planned, or plan what was measured."
             )
     return said
+
+
+def _num_trained(values: dict[str, Any], run_dir: RunDir) -> int:
+    if "num_trained" not in values:
+        raise RunDirError(
+            f"{run_dir.shown} does not say how many weights were trained: an earlier version of "
+            "launcher measured it. Measure again."
+        )
+    return int(values["num_trained"])
 
 
 def _read(path: Path) -> dict[str, Any]:

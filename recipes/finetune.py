@@ -39,6 +39,9 @@ FIRST, OTHERS = (0, 1, 2, 3, 4), (5, 6, 7, 8, 9)
 HEAD = "10."
 """What the names of the head's weights begin with, in `recipes.fashion_mnist.build_model`."""
 
+_IGNORED = -100
+"""The target of a token that the loss leaves out."""
+
 
 def pretrain(*, data: Path = DATA) -> Recipe:
     """Five kinds of Fashion-MNIST, for `finetune` to begin with."""
@@ -162,9 +165,6 @@ def causal_lm(
         max_grad_norm=1.0,
         in_memory=True,
     )
-
-
-_IGNORED = -100
 
 
 def load_causal_lm(folder: Path, lora: int, layers: str) -> nn.Module:

@@ -38,6 +38,9 @@ DAYS = 7
 HELD_OUT = 365
 """Days at the end that are held out."""
 
+SCALE = 10.0
+"""Degrees that the net takes for one."""
+
 Bounds = list[tuple[float, float]]
 
 
@@ -144,9 +147,6 @@ def build_data(bounds: Bounds, held_out: int = HELD_OUT) -> Data:
         train=TensorDataset(windows[:cut], targets[:cut]),
         evaluation=TensorDataset(windows[cut:], targets[cut:]),
     )
-
-
-SCALE = 10.0
 
 
 def read_seattle(data: Path | None) -> Bounds:

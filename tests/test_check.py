@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from support import Commands
+from support import ROOT, Commands
 
 from launcher.new import renamed
 
@@ -102,6 +102,13 @@ def test_our_recipe_is_right(run: Commands) -> None:
     assert "lr 0.2" in done.stdout
     assert "1,437 training samples, 360 held out" in done.stdout
     assert done.stdout.endswith("6 ok, 0 warnings, 0 failures\n") or "1 warning" in done.stdout
+
+
+def test_a_recipe_for_several_ranks_is_tried_out(run: Commands) -> None:
+    """What shards over ranks is planned for them, and looked at in one process."""
+    done = run("launcher", "check", "gpt:gpt_fsdp", f"data={ROOT}/recipes")
+    assert done.exit_code == 0, done.stderr
+    assert "0 failures" in done.stdout
 
 
 def test_a_recipe_that_raises_is_shown(run: Commands) -> None:

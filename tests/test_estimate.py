@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -245,6 +246,18 @@ def test_what_says_nothing_is_refused(
     assert said in " ".join(done.stderr.split())
     assert done.stderr.startswith("launcher: ")
     assert "Traceback" not in done.stderr
+
+
+def test_what_an_earlier_version_measured_is_refused(measured: Commands) -> None:
+    """It has no number of weights, and says so."""
+    old = measured.folder / "old"
+    shutil.copytree(measured.folder / "one", old)
+    result = json.loads((old / "result.json").read_text())
+    del result["num_trained"]
+    (old / "result.json").write_text(json.dumps(result))
+    done = measured("launcher", "plan", "digits", "device=cpu", "--estimate", "old")
+    assert done.exit_code == 2
+    assert "an earlier version of launcher measured it. Measure again" in done.stderr
 
 
 def test_a_site_says_what_its_links_are() -> None:

@@ -93,6 +93,17 @@ def test_a_shard_that_was_written_anew_is_looked_up_anew(folder: Path) -> None:
     assert len(Shards([folder / "1.tar"])) == 5
 
 
+def test_a_damaged_index_is_made_anew(folder: Path, tmp_path: Path) -> None:
+    """What was kept is no reason to fail, whatever has become of it."""
+    assert len(Shards([folder / "0.tar"])) == 5
+    (kept,) = (tmp_path / "cache/launcher/shards").iterdir()
+    whole = kept.read_bytes()
+    for damaged in (whole[:-30], whole[: len(whole) // 2], b"", b"else"):
+        kept.write_bytes(damaged)
+        assert len(Shards([folder / "0.tar"])) == 5
+        assert kept.read_bytes() != damaged
+
+
 def test_what_cannot_be_read_from_anywhere_is_refused(folder: Path) -> None:
     """With the file, and what to do."""
     with pytest.raises(RecipeError, match="Shards of no files"):

@@ -11,12 +11,14 @@ from __future__ import annotations
 import hashlib
 import os
 import tarfile
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from launcher.cache import cache_folder
 from launcher.errors import RecipeError
 
 _Index = dict[str, np.ndarray[Any, Any]]
@@ -84,12 +86,11 @@ def _read_index(path: Path) -> _Index:
     except OSError as error:
         raise RecipeError(f"Cannot read the shard {path}: {error.strerror}.") from None
     known = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    kept = home / "launcher" / "shards" / f"{hashlib.sha256(known.encode()).hexdigest()[:32]}.npz"
+    kept = cache_folder("shards") / f"{hashlib.sha256(known.encode()).hexdigest()[:32]}.npz"
     try:
-        with np.load(kept, allow_pickle=False) as found:
+        with kept.open("rb") as file, np.load(file, allow_pickle=False) as found:
             return dict(found)
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):  # none, or a damaged one
         index = _make_index(path)
     _keep_index(kept, index)
     return index

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from launcher.cache import cache_folder
 from launcher.errors import EXIT_FAILED, EndedError, LauncherError, TrainingError
 from launcher.find.probe import Probe, Target, run_probe
 from launcher.finders.batch import MARGIN, Trial, next_size
@@ -145,8 +145,7 @@ def cache_path(target: Target, search: BatchSearch) -> Path:
         "versions": versions(),
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "launcher" / "batch" / f"{digest[:32]}.json"
+    return cache_folder("batch") / f"{digest[:32]}.json"
 
 
 def read_cache(path: Path) -> FoundBatch | None:
