@@ -2,6 +2,7 @@
 
 run.yaml            the recipe, its overrides, the plan, versions, git state
 metrics.jsonl       one line per optimizer step, and one per evaluation
+events.jsonl        what happened, with the time: begun, stopped, failed, finished
 result.json         the final evaluation and totals; written last
 model.safetensors   the final weights
 checkpoints/        what a run is resumed from, a folder each
@@ -20,6 +21,7 @@ samples/            sample ids per step and rank, with record_samples=true
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -27,6 +29,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from launcher.errors import RunDirError
 
@@ -44,6 +48,10 @@ class RunDir:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
 
     @property
     def result(self) -> Path:
@@ -260,6 +268,24 @@ def keep_until(run_dir: RunDir, step: int) -> None:
                 continue  # cut off when the run ended
         if len(kept) < len(lines):
             write_atomic(path, "".join(kept))
+
+
+def read_rows(path: Path, start: int = 0) -> list[dict[str, Any]]:
+    """Return the whole lines of a JSON-lines file from byte `start`, less those that are damaged.
+
+    A file that is not there has none.
+    """
+    rows = []
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        file.seek(start)
+        for line in file:
+            try:
+                row = msgspec.json.decode(line)
+            except msgspec.DecodeError:
+                continue  # cut off when the run ended, or still being written
+            if isinstance(row, dict):
+                rows.append(row)
+    return rows
 
 
 def line_count(path: Path) -> int:

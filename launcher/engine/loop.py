@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from launcher.engine.backends.base import Backend
 from launcher.engine.batch_norm import BatchNorms
 from launcher.engine.data import MicroBatch
-from launcher.engine.metrics import BadSteps, Meter, StepRow, Votes
+from launcher.engine.metrics import BadSteps, Meter, Reading, StepRow, Votes
 from launcher.engine.noise import Noise, Unmeasured
 from launcher.engine.optimizers import Hyperparameters
 from launcher.engine.randomness import seed_step
@@ -42,7 +42,7 @@ class Listener(Protocol):
     def warned(self, text: str) -> None:
         """Something is to be told, the same on every rank."""
 
-    def noted(self, step: int, values: dict[str, float]) -> None:
+    def noted(self, step: int, values: Mapping[str, Any]) -> None:
         """Something else is known of what happened after `step` steps."""
 
     def evaluated(self, step: int, values: dict[str, float]) -> None:
@@ -133,7 +133,7 @@ def train(
     for step in range(first_step, last_step):
         # ------------------------------------------------------------------------------------
         seed_step(plan.seed, step, backend)
-        lr = hyperparameters.write(plan.setting_at(recipe.schedule, step))
+        written = hyperparameters.write(plan.setting_at(recipe.schedule, step))
         at(step, "reading data")
         window, taken, waited = _read(trainee, step)
         items = _items(trainee, window.size, taken)
@@ -169,7 +169,8 @@ def train(
             items=items,
             loss_sums=sums,
             counts=counts,
-            lr=lr,
+            lr=written.lr,
+            momentum=written.momentum,
             grad_norm=grad_norm,
             data_wait_seconds=waited,
         )
@@ -178,8 +179,8 @@ def train(
         is_due = attendant is not None and attendant.is_due(done)
         if not (meter.is_due() or evaluates or is_due or done == last_step):
             continue
-        reading = meter.read(Votes() if attendant is None else attendant.votes())
-        _tell(listener, reading.rows, noise.read(), bad_steps)
+        reading = meter.read(_votes(attendant), ends=done == last_step)
+        _tell(listener, reading, noise.read(), bad_steps)
         (norms.keep if all(row.is_finite for row in reading.rows) else norms.mend)()
         if evaluates:
             values = evaluate(trainee, done)
@@ -201,17 +202,23 @@ def _read(trainee: Trainee, step: int) -> tuple[Window, list[MicroBatch], float]
     return trainee.sampler.window(step), taken, time.perf_counter() - asked
 
 
+def _votes(attendant: Attendant | None) -> Votes:
+    return Votes() if attendant is None else attendant.votes()
+
+
 def _tell(
-    listener: Listener, rows: list[StepRow], noise: list[Measurement], bad_steps: BadSteps
+    listener: Listener, reading: Reading, noise: list[Measurement], bad_steps: BadSteps
 ) -> None:
     """Have the listener hear of steps that were taken, and of those that were left out.
 
     Raises:
         TrainingError: These were too many in a row.
     """
-    listener.stepped(rows)
+    listener.stepped(reading.rows)
     listener.measured(noise)
-    for said in bad_steps.check(rows):
+    if reading.ranks is not None and reading.rows:
+        listener.noted(reading.rows[-1].step, {"ranks": reading.ranks})
+    for said in bad_steps.check(reading.rows):
         listener.warned(said)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from launcher.engine.backends.base import Backend
+from launcher.engine.ranks import CommunicationClock, OwnShare, RankRow, by_rank
 from launcher.errors import RecipeError, TrainingError
 
 _SECONDS_BETWEEN_READS = 0.5
@@ -40,7 +41,13 @@ class StepRow:
     loss: float
     """Mean over the items of the global batch."""
 
+    time: float
+    """When the step ended, in seconds since 1970, by rank 0's clock."""
+
     lr: float
+    momentum: float | None
+    """As the optimizer has it; of Adam its first beta. None where it has none."""
+
     items: int
     """Items of the global batch that the loss counts: samples, or what `Recipe.count` says."""
 
@@ -53,6 +60,10 @@ class StepRow:
 
     data_wait_seconds: float
     """What the ranks waited for data, on average."""
+
+    communication_seconds: float | None
+    """What the ranks waited for communication with nothing left to compute, on average over ranks
+    and the steps read together with this one; None where that cannot be told (FSDP, ZeRO)."""
 
     @property
     def is_finite(self) -> bool:
@@ -80,6 +91,8 @@ class Reading:
 
     rows: list[StepRow]
     votes: Votes
+    ranks: RankRow | None
+    """Now and then: every second at first, and less often the more ranks and hours there are."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -92,6 +105,7 @@ class _Collected:
     loss_sums: list[Tensor]
     counts: list[int | Tensor]
     lr: float
+    momentum: float | None
     grad_norm: Tensor
     data_wait_seconds: float
 
@@ -104,6 +118,8 @@ class Meter:
         self._collected: list[_Collected] = []
         self._reads_at = 1
         self._since = time.perf_counter()
+        self._waits = CommunicationClock(backend.communication)
+        self._share = OwnShare(backend.world_size)
 
     def add(self, **measured: Any) -> None:
         """Keep what a step measured; tensors stay on their device."""
@@ -117,19 +133,31 @@ class Meter:
         """Leave the time since the last read out of the throughput: it was not training."""
         self._since = time.perf_counter()
 
-    def read(self, votes: Votes) -> Reading:
+    def read(self, votes: Votes, *, ends: bool) -> Reading:
         """Return a row for each collected step, and the votes of all ranks (collective).
+
+        Args:
+            votes: This rank's.
+            ends: Whether the training ends here.
 
         Raises:
             RecipeError: The loss counted other items than the batch holds.
             TrainingError: In fp16 no scale of the loss keeps the gradient finite.
         """
         collected, self._collected = self._collected, []
+        world_size = self._backend.world_size
         now = time.perf_counter()
-        sums = self._sums(collected, now - self._since, votes).tolist()
+        waited = self._waits.per_step()
+        waits = sum(step.data_wait_seconds for step in collected)
+        self._share.add(len(collected), now - self._since, waits, waited)
+        own = self._share.row(self._backend) if self._share.is_due or ends else None
+        sums = self._sums(collected, now - self._since, waited, votes, own).tolist()
         items = as_tensor([step.items for step in collected], self._backend.device).tolist()
         self._since = now
-        votes, (seconds, *_) = Votes(*sums.pop()), sums.pop()
+        ranks = None if own is None else by_rank(sums[-world_size:], tells=waited is not None)
+        sums = sums if own is None else sums[:-world_size]
+        votes, (seconds, ended, communication) = Votes(*sums.pop()), sums.pop()
+        self._share.pass_by(seconds)
         grad_norms = torch.stack([step.grad_norm for step in collected]).tolist()
         self._reads_at = min(
             max(int(_SECONDS_BETWEEN_READS * len(collected) / max(seconds, 1e-9)), 1),
@@ -142,7 +170,8 @@ class Meter:
                 f"In fp16 the gradient overflows even when the loss is scaled by {scaler.scale:g}: "
                 "the run cannot recover. Use precision=bf16 where the device has it, or fp32."
             )
-        rows = []
+        rows: list[StepRow] = []
+        each = seconds / max(len(collected), 1)
         measured = zip(collected, sums, items, grad_norms, strict=True)
         for step, (loss_sum, counted, wait), step_items, norm in measured:
             _check_count(step.step, int(counted), int(step_items))
@@ -152,20 +181,31 @@ class Meter:
                     epoch=step.epoch,
                     samples=step.samples,
                     loss=loss_sum / step_items,
+                    time=ended - each * (len(collected) - len(rows) - 1),
                     lr=step.lr,
+                    momentum=step.momentum,
                     items=int(step_items),
                     grad_norm=norm if scaler is None or math.isfinite(norm) else None,
                     samples_per_second=rate,
-                    data_wait_seconds=wait / self._backend.world_size,
+                    data_wait_seconds=wait / world_size,
+                    communication_seconds=None if waited is None else communication / world_size,
                 )
             )
-        return Reading(rows=rows, votes=votes)
+        return Reading(rows=rows, votes=votes, ranks=ranks)
 
-    def _sums(self, collected: list[_Collected], seconds: float, votes: Votes) -> Tensor:
+    def _sums(
+        self,
+        collected: list[_Collected],
+        seconds: float,
+        waited: float | None,
+        votes: Votes,
+        own: list[float] | None,
+    ) -> Tensor:
         """Return, summed over ranks, (loss sum, counted items, data wait) of each step.
 
-        Two rows follow: rank 0's seconds, so that all ranks work with one clock, and the votes.
-        Float64, of shape (steps + 2, 3).
+        Two rows follow: rank 0's seconds and time, so that all ranks work with one clock, beside
+        what they waited for communication; and the votes. Then, where `own` is given, one of each
+        rank. Float64, of shape (steps + 2, 3) or (steps + 2 + ranks, 3).
         """
         device = self._backend.device
         nothing = torch.zeros((), device=device)
@@ -175,11 +215,15 @@ class Meter:
         counted = as_tensor([sum(step.counts) for step in collected], device)
         waits = as_tensor([step.data_wait_seconds for step in collected], device)
         first = self._backend.rank == 0
-        clock = [seconds if first else 0.0, 0.0, 0.0]
-        own = [votes.stop, votes.save if first else 0.0, votes.written]
-        last = as_tensor([*clock, *own], device)
-        steps = torch.stack([losses, counted, waits], dim=1)
-        return self._backend.sum(torch.cat([steps, last.view(2, 3)]))
+        clock = [seconds if first else 0.0, time.time() if first else 0.0, waited or 0.0]
+        said = [votes.stop, votes.save if first else 0.0, votes.written]
+        parts = [torch.stack([losses, counted, waits], dim=1)]
+        parts.append(as_tensor([*clock, *said], device).view(2, 3))
+        if own is not None:
+            ranks = torch.zeros(self._backend.world_size, 3, dtype=torch.float64, device=device)
+            ranks[self._backend.rank] = as_tensor(own, device)
+            parts.append(ranks)
+        return self._backend.sum(torch.cat(parts))
 
 
 def as_tensor(values: Sequence[float | Tensor], device: torch.device) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +97,14 @@ def _bare_step(step: Callable[..., Any]) -> Callable[[Optimizer], None]:
     return inspect.unwrap(step)
 
 
+class Written(NamedTuple):
+    """What an optimizer takes a step with."""
+
+    lr: float
+    momentum: float | None
+    """Of its first group, or that group's first beta; None where it has none."""
+
+
 class Hyperparameters:
     """Writes the schedule's numbers into an optimizer's parameter groups.
 
@@ -109,8 +117,8 @@ class Hyperparameters:
         self._peak_lr = peak_lr
         self._groups = [(group, group["lr"] / peak_lr) for group in optimizer.param_groups]
 
-    def write(self, setting: Setting) -> float:
-        """Set learning rate and momentum of the coming step; return the learning rate."""
+    def write(self, setting: Setting) -> Written:
+        """Set learning rate and momentum of the coming step; return what they are."""
         lr = self._peak_lr * setting.factor
         for group, ratio in self._groups:
             group["lr"] = lr * ratio
@@ -119,4 +127,5 @@ class Hyperparameters:
                     group["momentum"] = setting.momentum
                 elif "betas" in group:
                     group["betas"] = (setting.momentum, *group["betas"][1:])
-        return lr
+        first = self._groups[0][0]
+        return Written(lr, first["betas"][0] if "betas" in first else first.get("momentum"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -99,3 +101,14 @@ def planned_device(recipe: Recipe, plan: Plan, local_rank: int) -> torch.device:
             "Leave compile out."
         )
     return device
+
+
+def device_name(device: torch.device) -> str:
+    """Return what the device is called, the CPU by its model."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return "CPU"

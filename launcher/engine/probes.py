@@ -11,8 +11,9 @@ import math
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from launcher.engine.data import MicroBatch
 from launcher.engine.logs import Output
 from launcher.engine.loop import train
 from launcher.engine.metrics import StepRow, Votes
-from launcher.engine.processes import children, private_bytes, run_delay
+from launcher.engine.processes import children, peak_bytes, private_bytes, run_delay
 from launcher.finders.batch import MARGIN
 from launcher.finders.lr import Curve, Divergence
 from launcher.finders.noise import Measurement
@@ -62,7 +63,7 @@ class _Gauge:
     def warned(self, text: str) -> None:
         """A loss that is not finite is what some of these are looking for."""
 
-    def noted(self, step: int, values: dict[str, float]) -> None:
+    def noted(self, step: int, values: Mapping[str, Any]) -> None:
         """Nothing is saved."""
 
     def evaluated(self, step: int, values: dict[str, float]) -> None:
@@ -156,7 +157,7 @@ def time_size(
         train(trainee, gauge, first_step=1, last_step=steps)  # its numbers are read at the end
         seconds = time.perf_counter() - started
     samples = trainee.sampler.samples_before(steps) - trainee.sampler.samples_before(1)
-    peak = max(backend.gather(_peak_bytes(backend.device)))
+    peak = max(backend.gather(peak_bytes(backend.device)))
     if backend.rank == 0:
         values = {
             "samples_per_second": samples / seconds,
@@ -284,12 +285,6 @@ def limit_memory(device: torch.device, num_bytes: int | None) -> None:
         if hard != resource.RLIM_INFINITY:
             num_bytes = min(num_bytes, hard)
         resource.setrlimit(resource.RLIMIT_DATA, (num_bytes, hard))
-
-
-def _peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @contextlib.contextmanager

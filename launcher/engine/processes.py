@@ -1,12 +1,15 @@
-"""Ties between processes, so that none outlives the one that it works for."""
+"""Ties between processes, so that none outlives the one that it works for; what they use."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import os
+import resource
 import signal
 from pathlib import Path
+
+import torch
 
 _PR_SET_PDEATHSIG = 1
 
@@ -51,6 +54,13 @@ def private_bytes(pid: int) -> int:
         return 0
     private = (line.split() for line in lines if line.startswith("Private_"))
     return sum(int(fields[1]) * 1024 for fields in private)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the most memory that this process has held so far: of a GPU, or of the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _start_time(pid: int) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
 import msgspec
@@ -67,7 +67,7 @@ class Recorder:
         if self._progress is not None:
             self._progress.tell(f"launcher: {text}")
 
-    def noted(self, step: int, values: dict[str, float]) -> None:
+    def noted(self, step: int, values: Mapping[str, Any]) -> None:
         """Write what else happened after `step` steps."""
         self._write(self._metrics, {"step": step, **values})
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import os
 import shlex
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import safetensors
@@ -25,12 +26,15 @@ from launcher.engine.backends import open_backend
 from launcher.engine.backends.base import Backend
 from launcher.engine.build import build_trainee
 from launcher.engine.checkpoint import StoredState, load_newest
+from launcher.engine.flops import CountedForward
 from launcher.engine.keeper import Keeper
 from launcher.engine.logs import Output
 from launcher.engine.loop import Trainee, train
+from launcher.engine.placement import device_name
 from launcher.engine.recorder import Recorder
 from launcher.engine.state import group_values, write_groups
 from launcher.errors import LauncherError, TrainingError, WorldError
+from launcher.events import record_event, record_past_failure
 from launcher.job import Start
 from launcher.plan import Plan
 from launcher.recipe import Recipe
@@ -130,6 +134,7 @@ def train_rank(
     first_step = 0 if found is None else found[1].step
     steps = plan.total_steps if last_step is None else last_step
     trainee = build_trainee(recipe, plan, backend, first_step=first_step, last_step=steps, at=at)
+    trainee = _recorded(trainee, run_dir, first_step)
     fresh = group_values(trainee.optimizer)
     if found is not None:
         _restore(trainee, *found)
@@ -145,8 +150,7 @@ def train_rank(
     try:
         trained = train(trainee, recorder, keeper, first_step=first_step, last_step=steps)
         if trained.step < steps:
-            left = backend.broadcast(list_checkpoints(run_dir))
-            _tell(backend, _resumable(trained.step, left, run_dir))
+            _stop(backend, run_dir, trained.step)
             return None
         trainee.norms.average(backend)
         if keeper is not None and first_step < steps:
@@ -168,6 +172,7 @@ def train_rank(
         recorder.close()
     if backend.rank == 0:
         write_json(run_dir.result, asdict(result))
+        record_event(run_dir, "finished", step=steps)
     _tell(backend, _summary(result, run_dir))
     return result
 
@@ -185,7 +190,7 @@ def _find(
     if start is None:
         if backend.rank == 0:
             keep_until(run_dir, 0)
-            run_dir.failure.unlink(missing_ok=True)
+            record_past_failure(run_dir)
         return None
     there = backend.broadcast(list_checkpoints(run_dir))
     candidates = [each for each in there if start.step is None or each.step <= start.step]
@@ -199,10 +204,35 @@ def _find(
                 set_aside(later)
         keep_until(run_dir, checkpoint.step)
         run_dir.result.unlink(missing_ok=True)
-        run_dir.failure.unlink(missing_ok=True)
+        record_past_failure(run_dir)
     backend.broadcast(None)
     tell(f"resumed from {checkpoint.name}")
     return checkpoint, manifest
+
+
+def _recorded(trainee: Trainee, run_dir: RunDir, step: int) -> Trainee:
+    """Record that the run begins after `step` steps; return what is trained, forward counted."""
+    plan, backend, recipe = trainee.plan, trainee.backend, trainee.recipe
+    if backend.rank != 0:
+        return trainee
+    job = os.environ.get("SLURM_JOB_ID")
+    record_event(
+        run_dir,
+        "began",
+        step=step,
+        ranks=plan.world_size,
+        nodes=plan.nodes,
+        strategy=plan.strategy,
+        device_name=device_name(backend.device),
+        **({} if job is None else {"job": job}),
+    )
+    if recipe.compile:  # what compiled code does is not seen
+        return trainee
+
+    def tell(flops: float) -> None:
+        record_event(run_dir, "counted", flops_per_sample=flops)
+
+    return replace(trainee, recipe=replace(recipe, forward=CountedForward(recipe.forward, tell)))
 
 
 def _tell(backend: Backend, text: str) -> None:
@@ -217,6 +247,19 @@ def _restore(trainee: Trainee, checkpoint: Checkpoint, manifest: Manifest) -> No
     write_groups(trainee.optimizer, values["groups"])
     if backend.scaler is not None and values["scaler"] is not None:
         backend.scaler.restore(values["scaler"])
+
+
+def _stop(backend: Backend, run_dir: RunDir, step: int) -> None:
+    """Record that the run was stopped, and say how to go on with it (collective).
+
+    Raises:
+        TrainingError: There is no checkpoint to go on from.
+    """
+    left = backend.broadcast(list_checkpoints(run_dir))
+    text = _resumable(step, left, run_dir)
+    if backend.rank == 0:
+        record_event(run_dir, "stopped", step=step)
+    _tell(backend, text)
 
 
 def _resumable(step: int, found: list[Checkpoint], run_dir: RunDir) -> str:

@@ -60,6 +60,13 @@ class Backend(ABC):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self._dtype)
 
+    def communication(self) -> tuple[float, int] | None:
+        """Return what this rank has waited for others, with nothing to compute beside it.
+
+        That is (seconds, optimizer steps that were timed), in all; None where it cannot be told.
+        """
+        return None
+
     @abstractmethod
     def prepare(
         self,

@@ -34,6 +34,9 @@ class LocalBackend(Backend):
         model = self.place(model)
         return model, make_optimizer(model)
 
+    def communication(self) -> tuple[float, int]:
+        return 0.0, 0
+
     def micro_step(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
