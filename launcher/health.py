@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from launcher.rundir import RunDir
 
@@ -46,6 +47,15 @@ def read_health(run_dir: RunDir, rank: int) -> Health | None:
         return Health(**json.loads(run_dir.health(rank).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
+
+
+def is_running(pid: int) -> bool:
+    """Return whether there is a process `pid` on this machine that has not ended."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
 
 
 def all_health(run_dir: RunDir) -> Iterator[Health]:

@@ -25,7 +25,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -217,6 +217,22 @@ def open_run_dir(path: Path) -> RunDir:
     return RunDir(path.resolve())
 
 
+def folders_of_runs(below: Path, depth: int = 3) -> Iterator[RunDir]:
+    """Yield the run folders below a folder, or itself, in the order of their names.
+
+    runs/<array>/<index> is three deep: what lies deeper, or in a run, is somebody else's.
+    """
+    if (below / "run.yaml").is_file() or (below / "submission.json").is_file():
+        yield RunDir(below.resolve())
+        return
+    if depth == 0:
+        return
+    with contextlib.suppress(OSError), os.scandir(below) as entries:
+        inner = [each.name for each in entries if each.is_dir() and not each.name.startswith(".")]
+        for name in sorted(inner):
+            yield from folders_of_runs(below / name, depth - 1)
+
+
 def read_run(run_dir: RunDir) -> dict[str, Any]:
     """Return what run.yaml says.
 
@@ -225,8 +241,9 @@ def read_run(run_dir: RunDir) -> dict[str, Any]:
     """
     import yaml
 
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same in C, ten times as fast
     try:
-        said = yaml.safe_load(run_dir.run_yaml.read_text(encoding="utf-8"))
+        said = yaml.load(run_dir.run_yaml.read_text(encoding="utf-8"), loader)  # noqa: S506
     except OSError as error:
         raise RunDirError(f"Cannot read {run_dir.run_yaml}: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError):

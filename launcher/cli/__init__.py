@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import click
 
+from launcher.cli.colours import allowed
 from launcher.cli.group import LazyGroup
 from launcher.errors import EndedError, LauncherError
 
@@ -25,6 +26,7 @@ _COMMANDS = {
     "recipes": "launcher.cli.recipes",
     "resume": "launcher.cli.resume",
     "run": "launcher.cli.run",
+    "runs": "launcher.cli.runs",
     "status": "launcher.cli.status",
     "submit": "launcher.cli.submit",
     "tune": "launcher.cli.tune",
@@ -59,7 +61,10 @@ def run_command(
     """Run a click command; show a user's mistake as one message; return the exit code."""
     try:
         code = command.main(
-            None if arguments is None else list(arguments), prog_name=name, standalone_mode=False
+            None if arguments is None else list(arguments),
+            prog_name=name,
+            standalone_mode=False,
+            color=allowed(),
         )
     except click.ClickException as error:
         error.show()
@@ -67,7 +72,8 @@ def run_command(
     except EndedError as error:
         return error.exit_code
     except LauncherError as error:
-        print(f"launcher: {error}", file=sys.stderr)
+        head = click.style("launcher:", fg="red", bold=True)
+        click.echo(f"{head} {error}", err=True, color=allowed())
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         print("\nlauncher: stopped by Ctrl-C", file=sys.stderr)

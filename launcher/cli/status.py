@@ -12,8 +12,6 @@ import click
 if TYPE_CHECKING:
     from launcher.slurm.submission import Status
 
-_ORDER = ("running", "waiting", "failed", "lost", "stopped", "cancelled", "unknown", "finished")
-
 
 @click.command(short_help="How runs that were submitted fare.")
 @click.argument("what", required=False, metavar="[RUN|JOB]")
@@ -61,18 +59,16 @@ def _rank(row: Status) -> tuple[float, ...]:
     """Return what to sort by: those at work first, and of the finished the best."""
     accuracy = max((v for name, v in row.evaluation.items() if name != "loss"), default=None)
     loss = row.evaluation.get("loss", 0.0)
-    return (_ORDER.index(row.state), loss if accuracy is None else -accuracy, loss)
+    from launcher.states import STATES
+
+    return (STATES.index(row.state), loss if accuracy is None else -accuracy, loss)
 
 
 def _table(rows: list[Status]) -> str:
+    from launcher.report.tables import table
+
     cells = [
         (row.run_dir.shown, row.submission.job, " ".join(row.submission.settings), row.words)
         for row in rows
     ]
-    widths = [max(len(each[column]) for each in cells) for column in range(3)]
-    return "\n".join(
-        "  ".join(
-            [*(f"{text:{width}}" for text, width in zip(each, widths, strict=False)), each[3]]
-        )
-        for each in cells
-    )
+    return "\n".join(table(cells))

@@ -12,9 +12,8 @@ from typing import Any, TextIO
 
 import torch
 
-from launcher.engine.processes import is_running
 from launcher.errors import EXIT_FAILED, LauncherError, TrainingError
-from launcher.health import all_health
+from launcher.health import all_health, is_running
 from launcher.report.failure import failure_text
 from launcher.rundir import RunDir, line_count, record_failure
 from launcher.signals import StopRequest

@@ -24,11 +24,6 @@ def die_with_parent(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def is_running(pid: int) -> bool:
-    """Return whether there is a process `pid` on this machine that has not ended."""
-    return _start_time(pid) is not None
-
-
 def children() -> list[int]:
     """Return the processes that this one has started."""
     found: list[int] = []
@@ -61,12 +56,3 @@ def peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _start_time(pid: int) -> str | None:
-    """Return when process `pid` started, in clock ticks; None where it has ended."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else fields[19]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from launcher.estimate import GRADIENT_BYTES, Estimate, Row
 from launcher.finders.scaling import Link, Span
 from launcher.report.quantities import duration, size
+from launcher.report.tables import table
 
 _WIDTH = 96
 _MUCH = 0.05
@@ -40,9 +41,10 @@ def estimate_text(estimate: Estimate, device: str) -> str:
     if not measured.save_seconds:
         lines.append("no checkpoint was saved in what was measured, so failures are left out")
     wrapped = [piece for line in lines for piece in _wrap(line)]
-    table = _table([_head(unit, estimate), *(_cells(row) for row in estimate.rows)])
+    cells = [_head(unit, estimate), *(_cells(row) for row in estimate.rows)]
+    shown = table(cells, ">" * len(cells[0]))
     ends = [] if estimate.refusal is None else _wrap(f"no more: {estimate.refusal}")
-    return "\n".join([*wrapped, "", *table, *ends, "", *_wrap(_LEFT_OUT)])
+    return "\n".join([*wrapped, "", *shown, *ends, "", *_wrap(_LEFT_OUT)])
 
 
 def _facts_text(estimate: Estimate, unit: str) -> str:
@@ -94,14 +96,6 @@ def _cells(row: Row) -> list[str]:
 def _span(span: Span, text: Callable[[float], str]) -> str:
     best, worst = text(span.best), text(span.worst)
     return best if best == worst else f"{best} - {worst}"
-
-
-def _table(rows: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    ]
 
 
 def _wrap(text: str) -> list[str]:

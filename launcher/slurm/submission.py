@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from launcher.errors import RunDirError, SlurmError
-from launcher.report.quantities import duration
-from launcher.rundir import RunDir, read_failure, write_json
+from launcher.rundir import RunDir, folders_of_runs, write_json
 from launcher.slurm.queue import GOING, WAITING, JobState, job_state
-
-_DEPTH = 3
-"""runs/<array>/<index> below a folder: what lies deeper is somebody else's."""
+from launcher.states import outcome, progress_words, read_result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +40,7 @@ class Status:
     run_dir: RunDir
     submission: Submission
     state: str
-    """waiting, running, finished, stopped, failed, cancelled, lost or unknown."""
+    """One of `launcher.states.STATES`."""
 
     words: str
     evaluation: dict[str, float]
@@ -105,20 +99,9 @@ def find_submissions(what: str, below: Path) -> list[RunDir]:
 
 def submissions(below: Path) -> Iterator[RunDir]:
     """Yield the submitted runs below a folder, not too deep, in the order of their names."""
-    for path in _folders(below, _DEPTH):
-        if (path / "submission.json").is_file():
-            yield RunDir(path.resolve())
-
-
-def _folders(folder: Path, depth: int) -> Iterator[Path]:
-    """Yield a folder and those in it, but none in a run."""
-    yield folder
-    if depth == 0 or (folder / "submission.json").is_file():
-        return
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        inner = [each.name for each in entries if each.is_dir() and not each.name.startswith(".")]
-        for name in sorted(inner):
-            yield from _folders(folder / name, depth - 1)
+    for run_dir in folders_of_runs(below):
+        if run_dir.submission.is_file():
+            yield run_dir
 
 
 def status_of(run_dir: RunDir, *, ask: bool = True) -> Status:
@@ -141,7 +124,7 @@ def status_of(run_dir: RunDir, *, ask: bool = True) -> Status:
         submission=submission,
         state=state,
         words=words,
-        evaluation=(_read(run_dir.result) or {}).get("evaluation", {}),
+        evaluation=(read_result(run_dir) or {}).get("evaluation", {}),
     )
 
 
@@ -153,15 +136,10 @@ def _in_words(
         waits = f"waiting {job.waits}" if job.state == "PENDING" else job.state.lower()
         return "waiting", waits + again
     if job is not None and job.state in GOING:
-        return "running", f"running on {job.nodes}: {_progress(run_dir, submission)}{again}"
-    if (result := _read(run_dir.result)) is not None:
-        values = result["evaluation"] or {"loss": result["train_loss"]}
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-        return "finished", f"finished after {result['steps']:,} steps: {shown}{again}"
-    if (failure := read_failure(run_dir)) is not None:
-        head = failure["message"].splitlines()[0] if failure["message"] else failure["error"]
-        where = f"rank {failure['rank']} ({failure['node']})"
-        return "failed", f"failed on {where}: {failure['error']}: {head}{again}"
+        progress = progress_words(run_dir, submission.total_steps)
+        return "running", f"running on {job.nodes}: {progress}{again}"
+    if (come_to := outcome(run_dir)) is not None:
+        return come_to.name, come_to.words + again
     if job is None:
         return "unknown", silence
     names = {
@@ -180,43 +158,3 @@ def _again(job: JobState | None) -> str:
     if job is None or not job.restarts:
         return ""
     return f" (requeued {job.restarts} time{'s' if job.restarts > 1 else ''})"
-
-
-def _progress(run_dir: RunDir, submission: Submission) -> str:
-    """Return the last step that was written, and when the run will have ended."""
-    row = _last_step(run_dir.metrics)
-    if row is None:
-        return "starting"
-    step, speed = row["step"], row["samples_per_second"]
-    left = (submission.total_steps - step) * submission.batch_size / speed if speed else None
-    loss = "nan" if row["loss"] is None else f"{row['loss']:.4g}"
-    return (
-        f"step {step:,} of {submission.total_steps:,}, loss {loss}, {speed or 0:,.0f} samples/s, "
-        f"{duration(left)} left"
-    )
-
-
-def _last_step(path: Path) -> dict[str, Any] | None:
-    """Return the last whole line of metrics.jsonl that is of a step."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(path.stat().st_size - 8192, 0))
-            lines = file.read().splitlines()
-    except OSError:
-        return None
-    for line in reversed(lines):
-        try:
-            row: dict[str, Any] = json.loads(line)
-        except ValueError:
-            continue
-        if "loss" in row and "samples_per_second" in row:
-            return row
-    return None
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return values

@@ -1,0 +1,28 @@
+"""Colours, on terminals alone, and not where NO_COLOR is set (https://no-color.org)."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+_OF_STATES = {
+    "running": "cyan",
+    "waiting": "blue",
+    "finished": "green",
+    "failed": "red",
+    "lost": "red",
+    "stopped": "yellow",
+    "cancelled": "yellow",
+}
+
+
+def allowed() -> bool | None:
+    """Return False where colours are not wanted; None leaves it to whether there is a terminal."""
+    return False if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" else None
+
+
+def painted(line: str, state: str) -> str:
+    """Return a line of a table with the state in it in its colour."""
+    colour = _OF_STATES.get(state)
+    return line if colour is None else line.replace(state, click.style(state, fg=colour), 1)
