@@ -11,6 +11,7 @@ import msgspec
 
 from launcher.events import read_events
 from launcher.health import Health, all_health
+from launcher.plan import Plan
 from launcher.rundir import RunDir, read_failure, read_run
 from launcher.states import State, read_result, state_of
 
@@ -77,7 +78,7 @@ class History:
         run_dir: The folder.
 
     Raises:
-        RunDirError: run.yaml is not there, or damaged.
+        RunDirError: run.yaml is not there, damaged, or of another version.
     """
 
     def __init__(self, run_dir: RunDir) -> None:
@@ -98,6 +99,7 @@ class History:
             self._identity, self._position = identity, 0
         if self._position == 0:
             self.said: dict[str, Any] = read_run(self.run_dir)
+            self.plan = Plan.from_dict(self.said["plan"])
             self._lines = _Lines()
         if found is not None and found.st_size > self._position:
             self._read_on()
@@ -118,18 +120,6 @@ class History:
                     self._lines.add(msgspec.json.decode(line))
                 except (msgspec.DecodeError, TypeError, KeyError, AttributeError):
                     continue  # cut off when the run ended
-
-    @property
-    def plan(self) -> dict[str, Any]:
-        """The plan, as run.yaml has it."""
-        plan: dict[str, Any] = self.said["plan"]
-        return plan
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The recipe's settings."""
-        settings: dict[str, Any] = self.plan["settings"]
-        return settings
 
     @property
     def steps(self) -> dict[str, array[float]]:
@@ -170,7 +160,7 @@ class History:
     @property
     def total_steps(self) -> int:
         """Steps planned."""
-        return int(self.plan["total_steps"])
+        return self.plan.total_steps
 
     def attempts(self) -> list[Attempt]:
         """Return the stretches of time in which its ranks were at work, in their order."""
@@ -197,7 +187,7 @@ class History:
         attempts = self.attempts()
         if not attempts:
             return None
-        return sum(max(each.until - each.began["time"], 0.0) for each in attempts)
+        return float(sum(max(each.until - each.began["time"], 0.0) for each in attempts))
 
     def flops_per_second(self) -> float | None:
         """Return the operations a second of each rank, forward and backward; None if not counted.
@@ -210,8 +200,7 @@ class History:
         speed = self.typical("samples_per_second")
         if not counted or speed is None:
             return None
-        world_size: int = self.plan["world_size"]
-        return 3 * float(counted[-1]) * speed / world_size
+        return 3 * float(counted[-1]) * speed / self.plan.world_size
 
     def typical(self, name: str) -> float | None:
         """Return the median of a column over its second half; None where there is no number."""

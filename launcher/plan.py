@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from launcher.errors import WorldError
+from launcher.errors import RunDirError, WorldError
 from launcher.machine import Machine
 from launcher.reasons import ranks_text
 from launcher.schedules import Schedule, Setting
@@ -124,6 +124,22 @@ class Plan:
             "speed_ups": list(self.speed_ups),
             "notes": list(self.notes),
         }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Plan:
+        """Return the plan of which `values` are what `to_dict` returned.
+
+        Raises:
+            RunDirError: They are of another version of this package.
+        """
+        import msgspec
+
+        try:
+            return msgspec.convert(values, cls)
+        except msgspec.ValidationError as error:
+            raise RunDirError(
+                f"The plan in the run folder is not one of this version of launcher: {error}."
+            ) from None
 
     def setting_at(self, schedule: Schedule, step: int) -> Setting:
         """Return what `schedule` says of a step, with the factor of its larger batch."""

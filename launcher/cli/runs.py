@@ -45,8 +45,9 @@ def command(where: tuple[str, ...], by: str, *, reverse: bool, as_json: bool) ->
             raise UsageError(f"{each} is neither a folder nor NAME=VALUE.")
         else:
             folders.append(Path(each))
-    found = [each for folder in folders or [Path()] for each in folders_of_runs(folder)]
-    rows = ordered(chosen(map(listed, found), filters), by, reverse=reverse)
+    below = (each for folder in folders or [Path()] for each in folders_of_runs(folder))
+    found = [row for row in map(listed, below) if row is not None]
+    rows = ordered(chosen(found, filters), by, reverse=reverse)
     if as_json:
         click.echo(json.dumps([to_dict(row) for row in rows]))
     elif not found:

@@ -116,7 +116,7 @@ def run_probe(
     Raises:
         EndedError: It failed or was stopped, which was shown.
     """
-    write_yaml(run_dir.run_yaml, probe.description)
+    write_yaml(run_dir.run_yaml, {**probe.description, "probe": True})
     job = Job(
         recipe=probe.reference.location,
         overrides=probe.overrides,

@@ -10,6 +10,7 @@ from typing import Any
 
 from launcher.errors import RunDirError, UsageError, did_you_mean
 from launcher.history import History
+from launcher.report.progress import metrics_text
 from launcher.report.quantities import duration
 from launcher.report.tables import table
 from launcher.rundir import RunDir
@@ -46,8 +47,11 @@ class Listed:
     settings: dict[str, Any]
 
 
-def listed(run_dir: RunDir) -> Listed:
-    """Return a run as a row; one that has only been submitted, or is damaged, says so."""
+def listed(run_dir: RunDir) -> Listed | None:
+    """Return a run as a row; one that has only been submitted, or is damaged, says so.
+
+    What a finder has measured is no run.
+    """
     try:
         history = History(run_dir)
     except RunDirError as error:
@@ -67,6 +71,8 @@ def listed(run_dir: RunDir) -> Listed:
             began=None,
             settings={},
         )
+    if history.said.get("probe"):
+        return None
     plan = history.plan
     if history.result is not None:
         result = history.result["evaluation"] or {"loss": history.result["train_loss"]}
@@ -78,15 +84,15 @@ def listed(run_dir: RunDir) -> Listed:
         run=run_dir.shown,
         state=history.state.name,
         words=history.state.words,
-        recipe=plan["recipe"],
-        ranks=plan["world_size"],
-        strategy=plan["strategy"],
+        recipe=plan.recipe,
+        ranks=plan.world_size,
+        strategy=plan.strategy,
         step=history.last_step,
         total_steps=history.total_steps,
         result={name: math.nan if value is None else value for name, value in result.items()},
         seconds=history.seconds_at_work(),
         began=next((each["time"] for each in history.events), None),
-        settings=history.settings,
+        settings=dict(plan.settings),
     )
 
 
@@ -146,7 +152,7 @@ def to_dict(row: Listed) -> dict[str, Any]:
 
 
 def _cells(row: Listed) -> tuple[str, ...]:
-    result = "  ".join(f"{name} {value:.4g}" for name, value in row.result.items())
+    result = metrics_text(row.result)
     began = "" if row.began is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(row.began))
     words = row.words if row.state in ("unknown", "failed") and not row.result else result
     return (
