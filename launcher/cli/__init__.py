@@ -24,6 +24,7 @@ _COMMANDS = {
     "plan": "launcher.cli.plan",
     "prove": "launcher.cli.prove",
     "recipes": "launcher.cli.recipes",
+    "report": "launcher.cli.report",
     "resume": "launcher.cli.resume",
     "run": "launcher.cli.run",
     "runs": "launcher.cli.runs",

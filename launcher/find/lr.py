@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from launcher.find.probe import Probe, Target, run_probe
 from launcher.finders.lr import (
     Curve,
-    Suggestions,
+    FoundLR,
     Trial,
     at_reference,
     final_loss,
@@ -19,18 +19,6 @@ from launcher.finders.lr import (
 from launcher.launch import Stops
 from launcher.recipe import Recipe
 from launcher.rundir import RunDir, create_run_dir
-
-
-@dataclass(frozen=True, kw_only=True)
-class FoundLR:
-    """What a range test came to."""
-
-    curve: Curve
-    suggestions: Suggestions
-    """At the batch of the test."""
-
-    trials: tuple[Trial, ...] = ()
-    """Short trainings at the valley and around it, if there were any."""
 
 
 def plan_range_test(target: Target, *, lowest: float, highest: float, steps: int) -> Probe:

@@ -14,12 +14,12 @@ import msgspec
 from launcher.errors import PlanError, RunDirError
 from launcher.find.batch import BatchSearch, FoundBatch
 from launcher.find.loader import FoundLoader, LoaderSearch, Reading
-from launcher.find.lr import FoundLR, find_lr, plan_range_test, try_lrs
+from launcher.find.lr import find_lr, plan_range_test, try_lrs
 from launcher.find.noise import FoundNoise, find_noise, plan_noise
 from launcher.find.probe import Probe, Target
 from launcher.finders.batch import Trial, choose, fastest_to_the_loss
+from launcher.finders.lr import FoundLR, best_trial
 from launcher.finders.lr import Trial as LRTrial
-from launcher.finders.lr import best_trial
 from launcher.finders.noise import LARGEST, items_ratio, steps_ratio
 from launcher.launch import Stops
 from launcher.plan import Plan

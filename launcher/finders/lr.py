@@ -84,6 +84,18 @@ class Trial:
     """At its end; None where it diverged."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class FoundLR:
+    """What a range test came to."""
+
+    curve: Curve
+    suggestions: Suggestions
+    """At the batch of the test."""
+
+    trials: tuple[Trial, ...] = ()
+    """Short trainings at the valley and around it, if there were any."""
+
+
 def next_lr(trials: Sequence[Trial], first: float, *, factor: float = 3.0) -> float | None:
     """Return the learning rate to try next, or None when no neighbour of the best is untried.
 

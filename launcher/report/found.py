@@ -9,8 +9,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from launcher.finders.batch import Trial
+from launcher.finders.lr import FoundLR, usable
 from launcher.finders.lr import Trial as LRTrial
-from launcher.finders.lr import usable
 from launcher.finders.noise import (
     LARGEST,
     RunningNoise,
@@ -25,7 +25,6 @@ from launcher.report.quantities import size
 if TYPE_CHECKING:
     from launcher.find.batch import FoundBatch
     from launcher.find.loader import FoundLoader, Reading
-    from launcher.find.lr import FoundLR
     from launcher.find.noise import FoundNoise
     from launcher.find.probe import Probe
 

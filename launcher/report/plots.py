@@ -1,14 +1,13 @@
-"""Curves, drawn in the terminal by plotille and as images by matplotlib."""
+"""Curves, drawn in the terminal by plotille and as images by matplotlib; figures.py has pages."""
 
 from __future__ import annotations
 
 import importlib.util
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from launcher.errors import RunDirError, UsageError
 from launcher.plan import Plan
@@ -32,6 +31,8 @@ class Curve:
     name: str
     xs: Sequence[float]
     ys: Sequence[float]
+    style: Literal["solid", "dashed", "faint", "points", "stacked"] = "solid"
+    """On a page; stacked ones stand on each other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,18 +124,6 @@ def write_png(plot: Plot, path: Path) -> None:
         figure.savefig(path, dpi=150, format="png")
     except OSError as error:
         raise RunDirError(f"Cannot write {path}: {error.strerror}.") from None
-
-
-def svg(plot: Plot) -> str:
-    """Return the plot as an SVG element.
-
-    Raises:
-        UsageError: matplotlib is not installed.
-    """
-    file = io.StringIO()
-    _figure(plot).savefig(file, format="svg")
-    text = file.getvalue()
-    return text[text.index("<svg") :]
 
 
 def _figure(plot: Plot) -> Figure:

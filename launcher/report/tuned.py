@@ -7,6 +7,7 @@ from datetime import date
 from typing import TYPE_CHECKING, Any
 
 from launcher.finders.batch import Trial
+from launcher.finders.lr import FoundLR
 from launcher.finders.lr import Trial as LRTrial
 from launcher.plan import Plan
 from launcher.reasons import counted
@@ -21,13 +22,12 @@ from launcher.report.found import (
     reading_text,
     trial_text,
 )
-from launcher.report.page import Page, Section
+from launcher.report.page import Page, Section, Table
 from launcher.strategy import STRATEGIES
 
 if TYPE_CHECKING:
     from launcher.find.batch import FoundBatch
     from launcher.find.loader import FoundLoader, Reading
-    from launcher.find.lr import FoundLR
     from launcher.find.noise import FoundNoise
     from launcher.find.probe import Probe, Target
     from launcher.find.tune import Finding
@@ -76,7 +76,7 @@ class Teller:
         self._add("DataLoader workers", lines, loader_plot(found, plan))
 
     def _add(self, title: str, text: str, plot: Any) -> None:
-        self.sections.append(Section(title=title, text=text, plot=plot))
+        self.sections.append(Section(title=title, text=text, figures=[plot]))
 
 
 def setting_lines(target: Target, findings: Sequence[Finding]) -> list[tuple[str, Any, str]]:
@@ -107,13 +107,15 @@ def page(
     command: str,
 ) -> Page:
     """Return the page of a recipe that was tuned."""
+    lines = setting_lines(target, findings)
+    settings = Table(
+        head=("setting", "value", "because"),
+        rows=[(name, str(value), why) for name, value, why in lines],
+    )
     return Page(
         title=f"{plan.recipe}, tuned",
         facts=f"{target.reference.shown}, {_facts(plan)}",
-        head=("setting", "value", "because"),
-        rows=[(name, str(value), why) for name, value, why in setting_lines(target, findings)],
-        commands=command,
-        sections=sections,
+        sections=[Section(title="Settings", table=settings, text=command), *sections],
     )
 
 

@@ -1,0 +1,49 @@
+"""What devices can compute at most, where their makers say so.
+
+Dense products with fp32 accumulation, without sparsity, in 10^12 operations a second, from NVIDIA's
+and AMD's data sheets: V100 (2020), T4 (2019), A100 (2021), A10 (2021), A40 (2022), L4 and L40S
+(2023), H100 and H200 (2024), B200 (2025), GeForce RTX 3090 (GA102, 2021) and 4090 (Ada, 2023),
+MI250X (2022), MI300X (2023).
+"""
+
+from __future__ import annotations
+
+_TERA = {
+    # name: (fp32, tf32, bf16, fp16); None is what the device has no units for
+    "H100 PCIe": (51, 378, 756, 756),
+    "H100 NVL": (60, 418, 835, 835),
+    "H100": (67, 494, 989, 989),
+    "H200": (67, 494, 989, 989),
+    "GH200": (67, 494, 989, 989),
+    "B200": (75, 1100, 2250, 2250),
+    "A100": (19.5, 156, 312, 312),
+    "A10G": (31.2, 35, 70, 70),
+    "A10": (31.2, 62.5, 125, 125),
+    "A40": (37.4, 74.8, 149.7, 149.7),
+    "L40S": (91.6, 183, 362, 362),
+    "L4": (30.3, 60, 121, 121),
+    "V100": (15.7, None, None, 125),
+    "T4": (8.1, None, None, 65),
+    "RTX 3090": (35.6, 35.6, 71, 71),
+    "RTX 4090": (82.6, 82.6, 165.2, 165.2),
+    "MI300X": (163.4, 653.7, 1307.4, 1307.4),
+    "MI250X": (47.9, None, 191.5, 191.5),
+}
+"""By what is in the name that the driver gives; of those that are, the longest counts."""
+
+
+def peak_flops(device_name: str, precision: str, *, tf32: bool) -> float | None:
+    """Return the most operations a second of a device in a precision; None where it is not known.
+
+    Args:
+        device_name: As the driver has it, such as `NVIDIA H100 80GB HBM3`.
+        precision: fp32, bf16 or fp16.
+        tf32: Whether products in fp32 are taken in TF32.
+    """
+    words = device_name.replace("-", " ")
+    names = [name for name in _TERA if f" {name} " in f" {words} "]
+    columns = {"fp32": 1 if tf32 else 0, "bf16": 2, "fp16": 3}
+    if not names or precision not in columns:
+        return None
+    tera = _TERA[max(names, key=len)][columns[precision]]
+    return None if tera is None else tera * 1e12
