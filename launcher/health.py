@@ -40,6 +40,15 @@ class Health:
     waits: bool = False
     """Whether that is a place where ranks wait for each other."""
 
+    memory_bytes: int = 0
+    """Of the GPU, whoever uses it; on CPUs what this process holds."""
+
+    memory_total_bytes: int = 0
+    """Of the GPU; 0 on CPUs."""
+
+    utilisation: float | None = None
+    """Of the GPU, or of a core; None where that is not known."""
+
 
 def read_health(run_dir: RunDir, rank: int) -> Health | None:
     """Return what `rank` last said of itself; None where it has not."""

@@ -24,6 +24,7 @@ COLUMNS = (
     "momentum",
     "grad_norm",
     "samples_per_second",
+    "step_seconds",
     "data_wait_seconds",
     "communication_seconds",
 )

@@ -16,6 +16,7 @@ from launcher.plan import Plan
 from launcher.planning import make_plan
 from launcher.provenance import command_line, git_state, versions
 from launcher.recipe import Recipe
+from launcher.report.progress import Shows
 from launcher.resolve import Reference, cannot
 from launcher.rundir import RunDir
 
@@ -53,8 +54,8 @@ class Job:
     saves: bool = True
     """Whether its ranks save when they are asked to stop; otherwise they are ended at once."""
 
-    quiet: bool = False
-    """Whether the ranks write to their logs alone."""
+    shows: Shows = "progress"
+    """What the ranks print besides their logs."""
 
     start: Start | None = None
     """Where to begin; None begins at the beginning."""

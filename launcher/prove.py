@@ -186,5 +186,5 @@ def _job(reference: Reference, overrides: Sequence[Override], trial: Trial, step
         launcher_pid=os.getpid(),
         last_step=min(steps, trial.plan.total_steps),
         saves=False,
-        quiet=True,
+        shows="nothing",
     )

@@ -14,17 +14,19 @@ from launcher.health import Health, all_health, is_running
 from launcher.report.quantities import duration
 from launcher.rundir import RunDir, read_failure
 
-STATES = (
-    "running",
-    "waiting",
-    "failed",
-    "lost",
-    "stopped",
-    "cancelled",
-    "unknown",
-    "finished",
-)
-"""What a run can be, in the order in which one wants to know of them."""
+COLOURS = {
+    "running": "cyan",
+    "waiting": "blue",
+    "failed": "red",
+    "lost": "red",
+    "stopped": "yellow",
+    "cancelled": "yellow",
+    "unknown": "white",
+    "finished": "green",
+}
+"""Of what a run can be, in the order in which one wants to know of them."""
+
+STATES = tuple(COLOURS)
 
 AT_WORK = "running", "waiting"
 """Those that are not over."""

@@ -31,6 +31,7 @@ _COMMANDS = {
     "status": "launcher.cli.status",
     "submit": "launcher.cli.submit",
     "tune": "launcher.cli.tune",
+    "watch": "launcher.cli.watch",
 }
 """Command names and the module of each, which holds a click command called `command`."""
 

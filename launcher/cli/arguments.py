@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
+from launcher.errors import UsageError
+
 if TYPE_CHECKING:
     from launcher.overrides import Override
+    from launcher.report.progress import Shows
 
 Function = Callable[..., Any]
 
@@ -129,6 +132,28 @@ def max_restarts_option(function: Function) -> Function:
         metavar="N",
         help="Start again from the newest checkpoint up to N times if a rank fails.",
     )(function)
+
+
+def shows_options(function: Function) -> Function:
+    """Take what is printed of a run."""
+    quiet = click.option(
+        "-q", "--quiet", is_flag=True, help="Print nothing but errors; the logs have the rest."
+    )
+    as_json = click.option(
+        "--json", "as_json", is_flag=True, help="Print JSON for programs, a line for each event."
+    )
+    return quiet(as_json(function))
+
+
+def shows(*, quiet: bool, as_json: bool) -> Shows:
+    """Return what is printed of a run.
+
+    Raises:
+        UsageError: Nothing and JSON at once.
+    """
+    if quiet and as_json:
+        raise UsageError("--quiet prints nothing and --json prints lines: keep one.")
+    return "nothing" if quiet else "json" if as_json else "progress"
 
 
 def read_overrides(config: Path | None, arguments: tuple[str, ...]) -> tuple[Override, ...]:

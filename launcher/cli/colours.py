@@ -6,16 +6,6 @@ import os
 
 import click
 
-_OF_STATES = {
-    "running": "cyan",
-    "waiting": "blue",
-    "finished": "green",
-    "failed": "red",
-    "lost": "red",
-    "stopped": "yellow",
-    "cancelled": "yellow",
-}
-
 
 def allowed() -> bool | None:
     """Return False where colours are not wanted; None leaves it to whether there is a terminal."""
@@ -24,5 +14,6 @@ def allowed() -> bool | None:
 
 def painted(line: str, state: str) -> str:
     """Return a line of a table with the state in it in its colour."""
-    colour = _OF_STATES.get(state)
-    return line if colour is None else line.replace(state, click.style(state, fg=colour), 1)
+    from launcher.states import COLOURS
+
+    return line.replace(state, click.style(state, fg=COLOURS.get(state)), 1)

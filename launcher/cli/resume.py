@@ -13,6 +13,8 @@ from launcher.cli.arguments import (
     nodes_options,
     nproc_option,
     overrides_argument,
+    shows,
+    shows_options,
 )
 from launcher.cli.start import find_machines, start, start_on_hosts
 
@@ -29,6 +31,7 @@ from launcher.cli.start import find_machines, start, start_on_hosts
     "--auto", is_flag=True, help="Where it is damaged, take the newest before it that is not."
 )
 @max_restarts_option
+@shows_options
 def command(
     run_dir: Path,
     overrides: tuple[str, ...],
@@ -39,8 +42,11 @@ def command(
     ssh: str | None,
     join_timeout: float | None,
     name: str | None,
-    auto: bool,
     max_restarts: int,
+    *,
+    auto: bool,
+    quiet: bool,
+    as_json: bool,
 ) -> int:
     """Go on with the run in RUN_DIR where its newest checkpoint is, to the sample.
 
@@ -63,6 +69,7 @@ def command(
     from launcher.rundir import RunDir, open_run_dir, read_run, write_resumption
 
     stops = Stops()  # before anything slow
+    showing = shows(quiet=quiet, as_json=as_json)
     here = Path.cwd()
     machines = find_machines(hosts, nodes, rendezvous, join_timeout)
     check_restarts(machines, max_restarts)
@@ -119,6 +126,7 @@ def command(
             plan,
             make_once(meeting, make),
             stops=stops,
+            shows=showing,
             restarts=max_restarts,
             meeting=meeting,
             begin=Start(step=chosen.step, fall_back=auto),

@@ -15,6 +15,8 @@ from launcher.cli.arguments import (
     out_option,
     overrides_argument,
     read_overrides,
+    shows,
+    shows_options,
 )
 from launcher.cli.start import find_machines, start, start_on_hosts
 from launcher.errors import UsageError
@@ -34,6 +36,7 @@ from launcher.errors import UsageError
     help="Where --out has been begun, go on from its newest undamaged checkpoint.",
 )
 @max_restarts_option
+@shows_options
 def command(
     recipe: str,
     overrides: tuple[str, ...],
@@ -48,6 +51,8 @@ def command(
     max_restarts: int,
     *,
     goes_on: bool,
+    quiet: bool,
+    as_json: bool,
 ) -> int:
     """Train RECIPE on the GPUs of this machine, or on CPU ranks where there are none.
 
@@ -76,6 +81,7 @@ def command(
     )
 
     stops = Stops()  # before anything slow
+    showing = shows(quiet=quiet, as_json=as_json)
     if goes_on and out is None:
         raise UsageError("--continue goes on with the run in --out: give that folder as well.")
     machines = find_machines(hosts, nodes, rendezvous, join_timeout)
@@ -115,6 +121,7 @@ def command(
             plan,
             run_dir,
             stops=stops,
+            shows=showing,
             restarts=max_restarts,
             meeting=meeting,
             begin=Start(fall_back=True) if begun else None,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from launcher.nodes import Nodes
     from launcher.overrides import Override
     from launcher.plan import Plan
+    from launcher.report.progress import Shows
     from launcher.resolve import Reference
     from launcher.rundir import RunDir
 
@@ -74,6 +75,7 @@ def start(
     run_dir: RunDir,
     *,
     stops: Stops,
+    shows: Shows,
     restarts: int,
     meeting: Meeting | None = None,
     begin: Start | None = None,
@@ -83,12 +85,17 @@ def start(
     from launcher.job import Job
     from launcher.launch import launch
     from launcher.report.explain import explain
+    from launcher.report.progress import json_line
 
     if meeting is None or meeting.index == 0:
         try:
-            click.echo(explain(plan, recipe=reference.shown))
-            for change in changes:
-                click.echo(f"  changed     {change}")
+            if shows == "progress":
+                click.echo(explain(plan, recipe=reference.shown))
+                for change in changes:
+                    click.echo(f"  changed     {change}")
+            elif shows == "json":
+                planned = {"event": "planned", "run_dir": str(run_dir.path)}
+                click.echo(json_line(planned | {"plan": plan.to_dict()}))
         except BrokenPipeError:  # no reason not to train
             drop_output()
     job = Job(
@@ -98,6 +105,7 @@ def start(
         run_dir=run_dir,
         launcher_pid=os.getpid(),
         start=begin,
+        shows=shows,
         restarts=restarts,
     )
     code = launch(job, stops=stops, meeting=meeting)

@@ -74,7 +74,7 @@ def examine(plan: Plan) -> list[Report] | None:
         run_dir=run_dir,
         launcher_pid=os.getpid(),
         saves=False,
-        quiet=True,
+        shows="nothing",
     )
     if launch(job, launched_examination) != 0:
         return None

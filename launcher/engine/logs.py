@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO, cast
 
+from launcher.report.progress import JSONLines, Progress, Shown, Shows
+
 
 class Terminal(io.TextIOBase):
     """The stream that a process was given, which may go away, and a log that stays.
@@ -77,6 +79,15 @@ class Output:
     log: TextIO
     """The rank's log."""
 
+    shows: Shows = "progress"
+    """What is to be seen on the terminal of how far the run is."""
+
+    def progress(self, total_steps: int) -> Progress:
+        """Return what shows how far a run of so many steps is."""
+        if self.shows == "json":
+            return JSONLines(total_steps, self.terminal)
+        return Shown(total_steps, self.terminal, self.log, self.show_through)
+
     def show_through(self, stream: TextIO | None) -> None:
         """Have what Python code prints reach the terminal through `stream`, above a live bar."""
         for printed in (sys.stdout, sys.stderr):
@@ -84,7 +95,9 @@ class Output:
                 printed.show_through(stream)
 
 
-def open_output(path: Path, *, own_terminal: bool, on_terminal: bool) -> Output:
+def open_output(
+    path: Path, *, own_terminal: bool, on_terminal: bool, shows: Shows = "progress"
+) -> Output:
     """Send this process's output to the log at `path`, and to the terminal where asked.
 
     Args:
@@ -92,6 +105,7 @@ def open_output(path: Path, *, own_terminal: bool, on_terminal: bool) -> Output:
         own_terminal: Whether this process was started by us, so that its file descriptors may be
             redirected: what native code prints, crashes included, then goes to the log.
         on_terminal: Whether what Python prints goes to the terminal as well.
+        shows: What is to be seen there; only with `progress` what Python prints goes there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)  # on a node that does not share rank 0's folder
     log = path.open("a", encoding="utf-8", buffering=1)
@@ -101,9 +115,11 @@ def open_output(path: Path, *, own_terminal: bool, on_terminal: bool) -> Output:
         stderr = os.fdopen(os.dup(2), "w", encoding="utf-8", buffering=1)
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    if on_terminal:
+    if on_terminal and shows == "progress":
         sys.stdout, sys.stderr = Terminal(stdout, log), Terminal(stderr, log)
     elif own_terminal:
         sys.stdout = sys.stderr = log
     terminal, errors = cast("TextIO", Terminal(stdout)), cast("TextIO", Terminal(stderr))
-    return Output(terminal=terminal, errors=errors, log=log)
+    if shows == "nothing":
+        terminal = io.StringIO()
+    return Output(terminal=terminal, errors=errors, log=log, shows=shows)

@@ -58,6 +58,9 @@ class StepRow:
     samples_per_second: float
     """Over all ranks, averaged over the steps read together with this one."""
 
+    step_seconds: float
+    """What it took, averaged in the same way."""
+
     data_wait_seconds: float
     """What the ranks waited for data, on average."""
 
@@ -187,6 +190,7 @@ class Meter:
                     items=int(step_items),
                     grad_norm=norm if scaler is None or math.isfinite(norm) else None,
                     samples_per_second=rate,
+                    step_seconds=each,
                     data_wait_seconds=wait / world_size,
                     communication_seconds=None if waited is None else communication / world_size,
                 )

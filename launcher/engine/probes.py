@@ -293,7 +293,7 @@ def _gauge(backend: Backend, steps: int, output: Output) -> Iterator[_Gauge]:
     if backend.rank != 0:
         yield _Gauge(None)
         return
-    progress = Progress(steps, output.terminal, output.log, output.show_through)
+    progress = output.progress(steps)
     try:
         yield _Gauge(progress)
     finally:

@@ -138,9 +138,9 @@ def train_rank(
     fresh = group_values(trainee.optimizer)
     if found is not None:
         _restore(trainee, *found)
-    progress = None
+    progress: Progress | None = None
     if backend.rank == 0:
-        progress = Progress(steps, output.terminal, output.log, output.show_through)
+        progress = output.progress(steps)
     recorder = Recorder(run_dir, backend.rank, recipe.record_samples, progress)
     keeper = None
     if stop is not None:
@@ -150,7 +150,10 @@ def train_rank(
     try:
         trained = train(trainee, recorder, keeper, first_step=first_step, last_step=steps)
         if trained.step < steps:
-            _stop(backend, run_dir, trained.step)
+            text = _stop(backend, run_dir, trained.step)
+            if progress is not None:
+                stopped = {"event": "stopped", "step": trained.step}
+                progress.ended(text, stopped | {"run_dir": str(run_dir.path)})
             return None
         trainee.norms.average(backend)
         if keeper is not None and first_step < steps:
@@ -170,10 +173,12 @@ def train_rank(
             save_weights(weights, run_dir)
     finally:
         recorder.close()
-    if backend.rank == 0:
-        write_json(run_dir.result, asdict(result))
+    if progress is not None:
+        values = asdict(result)
+        write_json(run_dir.result, values)
         record_event(run_dir, "finished", step=steps)
-    _tell(backend, _summary(result, run_dir))
+        finished = {"event": "finished"} | values
+        progress.ended(_summary(result, run_dir), finished | {"run_dir": str(run_dir.path)})
     return result
 
 
@@ -249,8 +254,8 @@ def _restore(trainee: Trainee, checkpoint: Checkpoint, manifest: Manifest) -> No
         backend.scaler.restore(values["scaler"])
 
 
-def _stop(backend: Backend, run_dir: RunDir, step: int) -> None:
-    """Record that the run was stopped, and say how to go on with it (collective).
+def _stop(backend: Backend, run_dir: RunDir, step: int) -> str:
+    """Record that the run was stopped, and return how to go on with it (collective).
 
     Raises:
         TrainingError: There is no checkpoint to go on from.
@@ -259,7 +264,7 @@ def _stop(backend: Backend, run_dir: RunDir, step: int) -> None:
     text = _resumable(step, left, run_dir)
     if backend.rank == 0:
         record_event(run_dir, "stopped", step=step)
-    _tell(backend, text)
+    return text
 
 
 def _resumable(step: int, found: list[Checkpoint], run_dir: RunDir) -> str:

@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -65,6 +66,9 @@ class Watch:
         self._every = max(1.0, world_size / _RANKS_PER_SECOND)
         self._closed = threading.Event()
         self._place = 0, PHASES[0], time.monotonic()
+        self.gauge: Callable[[], dict[str, Any]] = dict
+        """Returns what the rank uses, once that is known."""
+
         run_dir.health(rank).parent.mkdir(exist_ok=True)
         self._write()
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
@@ -108,6 +112,7 @@ class Watch:
             phase=phase,
             since=now - (time.monotonic() - moved),
             time=now,
+            **self.gauge(),
             **more,
         )
         with contextlib.suppress(OSError):  # a full disk stops no run

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import faulthandler
-import io
 import os
 import platform
 import signal
@@ -22,6 +21,7 @@ from launcher.doctor.findings import Finding, Report
 from launcher.engine.backends.base import Backend
 from launcher.engine.examination import examine_rank
 from launcher.engine.failures import fail
+from launcher.engine.gauges import gauge_of
 from launcher.engine.inspection import inspect_recipe, write_inspection
 from launcher.engine.logs import Output, open_output
 from launcher.engine.probes import limit_memory, measure_noise, test_range, time_reading, time_size
@@ -162,16 +162,16 @@ def _launched(job: Job, work: Callable[[_Rank], int]) -> int:
     output = open_output(
         job.run_dir.log(world.rank),
         own_terminal=True,
-        on_terminal=world.rank == 0 and not job.quiet,
+        on_terminal=world.rank == 0,
+        shows=job.shows,
     )
-    if job.quiet:
-        output = replace(output, terminal=io.StringIO())
     try:
         recipe = build(resolve(job.recipe), job.overrides).recipe
         os.environ.setdefault("OMP_NUM_THREADS", str(job.plan.threads_per_rank))
         watch = _watch(recipe, world, job.run_dir, stop or StopRequest(), output)
         backend, _ = join(recipe, job.plan, world, lambda: job.run_dir)
         _until_exit.append(backend)
+        watch.gauge = gauge_of(backend.device)
         rank = _Rank(job=job, recipe=recipe, backend=backend, output=output, stop=stop, at=watch.at)
         code = work(rank)
         backend.close()
@@ -313,6 +313,7 @@ def found_rank(
     output = open_output(run_dir.log(world.rank), own_terminal=False, on_terminal=True)
     try:
         watch = _watch(recipe, world, run_dir, stop, output)
+        watch.gauge = gauge_of(backend.device)
         result = train_rank(
             recipe, plan, backend, run_dir, output, stop=stop, start=start, at=watch.at
         )

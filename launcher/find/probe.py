@@ -127,7 +127,7 @@ def run_probe(
         memory_bytes=memory_bytes,
         seconds=seconds,
         saves=False,
-        quiet=quiet,
+        shows="nothing" if quiet else "progress",
     )
     if code := launch(job, function, stops=stops, show=show):
         raise EndedError(code)

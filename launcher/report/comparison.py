@@ -82,7 +82,7 @@ def differences(histories: Sequence[History]) -> list[list[str]]:
     """Return (name, value in each run) of all that was set or planned differently."""
     values = [_compared(history) for history in histories]
     names = dict.fromkeys(itertools.chain.from_iterable(values))
-    rows = []
+    rows: list[list[str]] = []
     for name in names:
         shown = [_plain(each.get(name, "")) for each in values]
         repeats = name.startswith(_PLANNED) and any(row[1:] == shown for row in rows)

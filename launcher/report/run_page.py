@@ -24,7 +24,7 @@ from launcher.schedules import SCHEDULES, Schedule
 from launcher.spec import parse
 
 _STRAGGLES = 1.15
-"""A rank that takes so many times the median of all is named."""
+"""A rank that takes so many times the median of the others is named."""
 
 _MOST_NAMED = 8
 _MOST_LINES = 16
@@ -178,16 +178,7 @@ def _speed(history: History) -> Iterator[Section]:
 def step_parts(history: History) -> dict[str, list[float]]:
     """Return the seconds of each step by what they went to, means over ranks."""
     steps = history.steps
-    before = [0.0, *steps["samples"][:-1]]
-    whole = [
-        (after - first) / rate if rate else math.nan
-        for after, first, rate in zip(
-            steps["samples"], before, steps["samples_per_second"], strict=True
-        )
-    ]
-    if steps["step"] and steps["step"][0] > 1 and len(whole) > 1:
-        whole[0] = whole[1]  # what came before was not written
-    waits = [min(w, t) if math.isfinite(t) else w for w, t in _pairs(steps, whole)]
+    whole, waits = steps["step_seconds"], list(steps["data_wait_seconds"])
     told = any(map(math.isfinite, steps["communication_seconds"]))
     talks = [c if math.isfinite(c) else 0.0 for c in steps["communication_seconds"]]
     rest = [max(t - w - c, 0.0) for t, w, c in zip(whole, waits, talks, strict=True)]
@@ -196,10 +187,6 @@ def step_parts(history: History) -> dict[str, list[float]]:
     if told and history.plan.world_size > 1:
         parts["waiting for communication"] = talks
     return parts | {name: rest}
-
-
-def _pairs(steps: Any, whole: list[float]) -> Iterator[tuple[float, float]]:
-    return zip(steps["data_wait_seconds"], whole, strict=True)
 
 
 def shares_in_words(history: History, parts: dict[str, list[float]]) -> str:
@@ -277,16 +264,24 @@ def _own_seconds(history: History) -> list[tuple[int, list[float]]]:
 
 def stragglers_in_words(own: Sequence[float]) -> str:
     """Return which ranks the others wait for, if for any."""
-    middle = statistics.median(own)
-    slow = sorted(
-        (rank for rank, value in enumerate(own) if value > _STRAGGLES * middle),
-        key=lambda rank: -own[rank],
-    )
-    if not slow or not middle:
+    slow = stragglers(own)
+    if not slow:
         return "No rank is much slower than the others."
-    named = ", ".join(f"rank {rank} ({own[rank] / middle:.2f}x)" for rank in slow[:_MOST_NAMED])
+    named = ", ".join(f"rank {rank} ({times:.3g}x)" for rank, times in slow[:_MOST_NAMED])
     more = f" and {len(slow) - _MOST_NAMED} more" if slow[_MOST_NAMED:] else ""
-    return f"The others wait for {named}{more}: times the median of all ranks' own part of a step."
+    return f"The others wait for {named}{more}: times what the median of them takes of a step."
+
+
+def stragglers(own: Sequence[float]) -> list[tuple[int, float]]:
+    """Return (rank, times the median of the others) of the ranks that others wait for."""
+    middle = statistics.median(own) if len(own) > 1 else 0.0
+    found = []
+    for rank, value in enumerate(own):
+        if value > middle > 0:
+            others = statistics.median([*own[:rank], *own[rank + 1 :]])
+            if value > _STRAGGLES * others > 0:
+                found.append((rank, value / others))
+    return sorted(found, key=lambda each: -each[1])
 
 
 def _clock(history: History) -> Iterator[Section]:
