@@ -90,6 +90,7 @@ def plan_trials(
                 *overrides,
                 Override(name="strategy", value=strategy, source="launcher prove"),
                 Override(name="record_samples", value=True, source="launcher prove"),
+                Override(name="trackers", value=(), source="launcher prove"),
             ]
             built, plan = plan_recipe(reference, given, machine, nproc_per_node=ranks)
             if built.recipe.batch_size_per_gpu is not None:

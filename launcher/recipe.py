@@ -28,6 +28,19 @@ from launcher.typed import (
 Minutes = Annotated[str, Meta(pattern=r"^\d+(\.\d+)?min$", description="minutes such as 10min")]
 """A time, so that it cannot be taken for steps."""
 
+TrackerName = Literal[
+    "aim",
+    "clearml",
+    "comet_ml",
+    "dvclive",
+    "mlflow",
+    "swanlab",
+    "tensorboard",
+    "trackio",
+    "wandb",
+]
+"""Those that Accelerate has an interface to."""
+
 StrategyName = Literal["ddp", "fsdp", "zero1", "zero2", "zero3"]
 """Each is described in `launcher.strategy.STRATEGIES`."""
 
@@ -193,6 +206,9 @@ class Recipe:
 
     noise_scale: bool = False
     """Estimate the gradient noise scale along the way, from one step in twenty."""
+
+    trackers: tuple[TrackerName, ...] = ()
+    """Where rank 0 sends what it measures as well, such as tensorboard,wandb (see README)."""
 
     record_samples: bool = False
     """Write the sample ids of every step to samples/rank<N>.jsonl in the run folder."""

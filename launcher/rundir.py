@@ -9,7 +9,9 @@ checkpoints/        what a run is resumed from, a folder each
 curve.json          learning rates and losses, where `launcher find lr` measured them
 reading.json        what it takes to read, where `launcher find loader` measured it
 size.json           speed and memory, where `launcher find batch` measured them
+profile.json        where the time of steps went, where `launcher profile` looked, and traces/
 noise.json          norms of gradients, where `launcher find noise` measured them
+trackers.json       what trackers call the run, so that it goes on there
 failure.json        the first failure, if the run failed
 submission.json     the job that `launcher submit` asked Slurm for, and job.sbatch its script
 examination.json    what ranks found out about themselves, for `launcher doctor`
@@ -70,6 +72,10 @@ class RunDir:
         return self.path / "failure.json"
 
     @property
+    def trackers(self) -> Path:
+        return self.path / "trackers.json"
+
+    @property
     def submission(self) -> Path:
         return self.path / "submission.json"
 
@@ -88,6 +94,14 @@ class RunDir:
     @property
     def size(self) -> Path:
         return self.path / "size.json"
+
+    @property
+    def profile(self) -> Path:
+        return self.path / "profile.json"
+
+    def trace(self, rank: int) -> Path:
+        """Return the trace of `rank`, for Perfetto and chrome://tracing."""
+        return self.path / "traces" / f"rank{rank}.json.gz"
 
     @property
     def noise(self) -> Path:

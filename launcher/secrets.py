@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from typing import Any
 
 _NAMES = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|AUTH)S?(_|$)", re.IGNORECASE)
 _LEAST = 8
@@ -14,6 +15,11 @@ _IN_ADDRESSES = re.compile(r"(?<=://)[^/\s@:]*:[^/\s@]+(?=@)")
 """user:password of scheme://user:password@host."""
 
 _HIDDEN = "[hidden]"
+
+
+def hidden_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values without those whose name is that of a key."""
+    return {name: _HIDDEN if _NAMES.search(name) else value for name, value in values.items()}
 
 
 def redacted(text: str, env: Mapping[str, str] | None = None) -> str:

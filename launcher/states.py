@@ -54,7 +54,7 @@ class State:
 def state_of(run_dir: RunDir) -> State:
     """Return how the run fares."""
     health = list(all_health(run_dir))
-    if any(map(is_alive, health)):
+    if any(map(is_alive, health)) and not _has_result(run_dir):
         return State(name="running", words=progress_words(run_dir))
     if (ended := outcome(run_dir)) is not None:
         return ended
@@ -63,6 +63,14 @@ def state_of(run_dir: RunDir) -> State:
     if run_dir.submission.is_file():
         return State(name="waiting", words="submitted")
     return State(name="unknown", words="left nothing")
+
+
+def _has_result(run_dir: RunDir) -> bool:
+    """Return whether there is a result, of this attempt rather than of one that is gone on with."""
+    try:
+        return run_dir.result.stat().st_mtime >= run_dir.run_yaml.stat().st_mtime
+    except OSError:
+        return False
 
 
 def _unfinished(run_dir: RunDir, *, is_new: bool) -> State:

@@ -139,7 +139,7 @@ def test_recipes_that_cannot_be_had(run: Commands, recipe: str, message: str) ->
         (["--out", "there"], "there exists already"),
         (["--out", "/proc/no/run"], "Cannot make the run folder /proc/no/run"),
         (["--out", "bad.yaml/run"], "bad.yaml exists already|Not a directory"),
-        (["--outt", "x"], "Did you mean one of: '--hosts', '--out'?"),
+        (["--outt", "x"], "Did you mean one of: '--hosts', '--out', '--quiet'?"),
     ],
 )
 def test_bad_arguments_of_run(run: Commands, arguments: list[str], message: str) -> None:

@@ -58,10 +58,11 @@ def test_torch_is_in_the_engine_alone(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_backends_keep_to_themselves(path: Path) -> None:
-    """Accelerate is imported in the backends it starts alone, DeepSpeed in its own alone."""
+    """Accelerate is imported where it starts ranks or trackers, DeepSpeed in its own alone."""
     allowed = {
         "launcher.engine.backends.accelerate": {"accelerate"},
         "launcher.engine.backends.deepspeed": {"accelerate", "deepspeed"},
+        "launcher.engine.trackers": {"accelerate"},
     }.get(name_of(path), set())
     roots = {name.partition(".")[0] for name in imports_of(path, at_import=False)}
     assert roots & {"accelerate", "deepspeed"} <= allowed

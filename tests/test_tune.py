@@ -53,7 +53,7 @@ def test_the_page_shows_all_of_it(module_run: Commands) -> None:
     """Every setting with why, and a curve for each finder, in one file that loads nothing."""
     page = (module_run.folder / "tuned/tuned.html").read_text()
     for name in values_of(module_run.folder / "tuned/tuned.yaml"):
-        assert f'<td class="value">{name}</td>' in page
+        assert f"<td>{name}</td>" in page
     assert page.count("<svg") == page.count("<h2>") >= 4
     assert "src=" not in page
     assert "<link" not in page

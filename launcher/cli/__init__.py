@@ -22,6 +22,7 @@ _COMMANDS = {
     "logs": "launcher.cli.logs",
     "new": "launcher.cli.new",
     "plan": "launcher.cli.plan",
+    "profile": "launcher.cli.profile",
     "prove": "launcher.cli.prove",
     "recipes": "launcher.cli.recipes",
     "report": "launcher.cli.report",

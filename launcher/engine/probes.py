@@ -36,7 +36,7 @@ from launcher.report.progress import Progress
 from launcher.rundir import RunDir, write_json
 
 
-class _Gauge:
+class Gauge:
     """A listener that keeps the rows of all steps, and shows how far it is.
 
     Args:
@@ -76,7 +76,7 @@ class _UntilDivergence:
     The losses are those of the global batch, the same on every rank, so all stop alike.
     """
 
-    def __init__(self, gauge: _Gauge) -> None:
+    def __init__(self, gauge: Gauge) -> None:
         self._gauge = gauge
         self._divergence = Divergence()
         self.seen = 0
@@ -106,13 +106,13 @@ def test_range(
     at: Callable[[int, str], None],
 ) -> None:
     """Train along the plan's schedule until the loss diverges; rank 0 writes the curve."""
-    with _gauge(backend, plan.total_steps, output) as gauge:
-        until = _UntilDivergence(gauge)
+    with gauge(backend, plan.total_steps, output) as listener:
+        until = _UntilDivergence(listener)
         steps = plan.total_steps
         trainee = build_trainee(recipe, plan, backend, last_step=steps, evaluates=False, at=at)
-        train(trainee, gauge, until)
+        train(trainee, listener, until)
     if backend.rank == 0:
-        seen = gauge.rows[: until.seen]
+        seen = listener.rows[: until.seen]
         rows = list(itertools.takewhile(lambda row: math.isfinite(row.loss), seen))
         curve = Curve(lrs=tuple(row.lr for row in rows), losses=tuple(row.loss for row in rows))
         write_json(run_dir.curve, asdict(curve))
@@ -129,13 +129,13 @@ def measure_noise(
     at: Callable[[int, str], None],
 ) -> None:
     """Train to `last_step`, measuring the gradient noise in every step; rank 0 writes it."""
-    with _gauge(backend, last_step, output) as gauge:
+    with gauge(backend, last_step, output) as listener:
         trainee = build_trainee(
             recipe, plan, backend, last_step=last_step, evaluates=False, noise_stride=1, at=at
         )
-        train(trainee, gauge, last_step=last_step)
+        train(trainee, listener, last_step=last_step)
     if backend.rank == 0:
-        finite = [each for each in gauge.noise if math.isfinite(each.small + each.big)]
+        finite = [each for each in listener.noise if math.isfinite(each.small + each.big)]
         write_json(run_dir.noise, {"measurements": [asdict(each) for each in finite]})
 
 
@@ -150,11 +150,11 @@ def time_size(
 ) -> None:
     """Take the plan's steps, of which the first is not timed; rank 0 writes speed and memory."""
     steps = plan.total_steps
-    with _gauge(backend, steps, output) as gauge:
+    with gauge(backend, steps, output) as listener:
         trainee = build_trainee(recipe, plan, backend, last_step=steps, evaluates=False, at=at)
-        train(trainee, gauge, last_step=1)
+        train(trainee, listener, last_step=1)
         started = time.perf_counter()
-        train(trainee, gauge, first_step=1, last_step=steps)  # its numbers are read at the end
+        train(trainee, listener, first_step=1, last_step=steps)  # its numbers are read at the end
         seconds = time.perf_counter() - started
     samples = trainee.sampler.samples_before(steps) - trainee.sampler.samples_before(1)
     peak = max(backend.gather(peak_bytes(backend.device)))
@@ -183,18 +183,18 @@ def time_reading(
     """
     held = plan.workers_per_rank * (plan.prefetch_factor or 0)
     first = 2 + ceil_div(held, plan.accumulation_steps)
-    with _gauge(backend, plan.total_steps, output) as gauge:
+    with gauge(backend, plan.total_steps, output) as listener:
         trainee = build_trainee(
             recipe, plan, backend, last_step=plan.total_steps, evaluates=False, at=at
         )
         watched = _Watched(trainee.batches)
         trainee = replace(trainee, batches=watched)
-        train(trainee, gauge, last_step=first)
+        train(trainee, listener, last_step=first)
         workers = [private_bytes(pid) for pid in children()]
         watched.restart()
         started, used = time.perf_counter(), time.process_time()
         trained = train(
-            trainee, gauge, _ForAWhile(seconds), first_step=first, last_step=plan.total_steps
+            trainee, listener, _ForAWhile(seconds), first_step=first, last_step=plan.total_steps
         )
         passed, used = time.perf_counter() - started, time.process_time() - used
     counted = trainee.sampler.samples_before
@@ -288,13 +288,13 @@ def limit_memory(device: torch.device, num_bytes: int | None) -> None:
 
 
 @contextlib.contextmanager
-def _gauge(backend: Backend, steps: int, output: Output) -> Iterator[_Gauge]:
+def gauge(backend: Backend, steps: int, output: Output) -> Iterator[Gauge]:
     """Return a gauge that shows on rank 0 how far it is."""
     if backend.rank != 0:
-        yield _Gauge(None)
+        yield Gauge(None)
         return
     progress = output.progress(steps)
     try:
-        yield _Gauge(progress)
+        yield Gauge(progress)
     finally:
         progress.close()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shlex
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors
 import safetensors.torch
@@ -40,9 +41,12 @@ from launcher.plan import Plan
 from launcher.recipe import Recipe
 from launcher.report.progress import Progress, metrics_text
 from launcher.report.quantities import duration
-from launcher.rundir import RunDir, keep_until, write_json
+from launcher.rundir import RunDir, keep_until, read_run, write_json
 from launcher.signals import StopRequest
 from launcher.world import World
+
+if TYPE_CHECKING:
+    from launcher.engine.trackers import Trackers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,47 +142,39 @@ def train_rank(
     fresh = group_values(trainee.optimizer)
     if found is not None:
         _restore(trainee, *found)
-    progress: Progress | None = None
-    if backend.rank == 0:
-        progress = output.progress(steps)
-    recorder = Recorder(run_dir, backend.rank, recipe.record_samples, progress)
-    keeper = None
-    if stop is not None:
-        stop.defer()
-        keeper = Keeper(trainee, stop, run_dir, groups=fresh, listener=recorder)
-    started = time.perf_counter()
-    try:
-        trained = train(trainee, recorder, keeper, first_step=first_step, last_step=steps)
-        if trained.step < steps:
-            text = _stop(backend, run_dir, trained.step)
-            if progress is not None:
-                stopped = {"event": "stopped", "step": trained.step}
-                progress.ended(text, stopped | {"run_dir": str(run_dir.path)})
-            return None
-        trainee.norms.average(backend)
-        if keeper is not None and first_step < steps:
-            keeper.save(steps)
-        weights = backend.weights(trainee.model)
-        result = Result(
-            evaluation=trained.evaluation,
-            train_loss=recorder.last_loss,
-            steps=steps,
-            samples=trainee.sampler.samples_before(steps),
-            seconds=time.perf_counter() - started,
-            num_trained=trainee.num_trained,
-        )
-        if keeper is not None:
-            keeper.finish()
-        if backend.rank == 0:
-            save_weights(weights, run_dir)
-    finally:
-        recorder.close()
-    if progress is not None:
-        values = asdict(result)
-        write_json(run_dir.result, values)
-        record_event(run_dir, "finished", step=steps)
-        finished = {"event": "finished"} | values
-        progress.ended(_summary(result, run_dir), finished | {"run_dir": str(run_dir.path)})
+    progress = output.progress(steps) if backend.rank == 0 else None
+    with _tracking(recipe, plan, backend, run_dir) as trackers:
+        recorder = Recorder(run_dir, backend.rank, recipe.record_samples, progress, trackers)
+        keeper = None
+        if stop is not None:
+            stop.defer()
+            keeper = Keeper(trainee, stop, run_dir, groups=fresh, listener=recorder)
+        started = time.perf_counter()
+        try:
+            trained = train(trainee, recorder, keeper, first_step=first_step, last_step=steps)
+            if trained.step < steps:
+                _stop(backend, run_dir, trained.step, progress)
+                return None
+            trainee.norms.average(backend)
+            if keeper is not None and first_step < steps:
+                keeper.save(steps)
+            weights = backend.weights(trainee.model)
+            result = Result(
+                evaluation=trained.evaluation,
+                train_loss=recorder.last_loss,
+                steps=steps,
+                samples=trainee.sampler.samples_before(steps),
+                seconds=time.perf_counter() - started,
+                num_trained=trainee.num_trained,
+            )
+            if keeper is not None:
+                keeper.finish()
+            if backend.rank == 0:
+                save_weights(weights, run_dir)
+        finally:
+            recorder.close()
+        if progress is not None:
+            _finish(result, run_dir, progress, trackers)
     return result
 
 
@@ -240,6 +236,40 @@ def _recorded(trainee: Trainee, run_dir: RunDir, step: int) -> Trainee:
     return replace(trainee, recipe=replace(recipe, forward=CountedForward(recipe.forward, tell)))
 
 
+def _tracking(
+    recipe: Recipe, plan: Plan, backend: Backend, run_dir: RunDir
+) -> contextlib.AbstractContextManager[Trackers | None]:
+    """Start the trackers that the recipe asks for, if it does, on rank 0."""
+    if not recipe.trackers or backend.rank != 0:
+        return contextlib.nullcontext()
+    from launcher.engine.trackers import Trackers
+
+    said = read_run(run_dir)
+    facts = {name: getattr(plan, name) for name in ("world_size", "nodes", "total_steps", "lr")}
+    parameters = {k: v for k, v in said["overrides"].items() if k not in plan.settings}
+    git = (said.get("git") or {}).get("commit", "")
+    config = {**plan.settings, **facts, **parameters, **said["versions"], "git": git}
+    return Trackers(recipe.trackers, run_dir, plan.recipe, config)
+
+
+def _finish(result: Result, run_dir: RunDir, progress: Progress, trackers: Trackers | None) -> None:
+    """Write the result, show it, and send a page to the trackers."""
+    values = asdict(result)
+    write_json(run_dir.result, values)
+    record_event(run_dir, "finished", step=result.steps)
+    summary = _summary(result, run_dir)
+    if trackers is not None:
+        from launcher.report.run_page import write_report
+
+        try:
+            trackers.attach(write_report(run_dir), summary)
+        except LauncherError as error:
+            progress.tell(f"launcher: {error}")
+        for text in trackers.close():
+            progress.tell(f"launcher: {text}")
+    progress.ended(summary, {"event": "finished"} | values | {"run_dir": str(run_dir.path)})
+
+
 def _tell(backend: Backend, text: str) -> None:
     """Show the user a text, once."""
     if backend.rank == 0:
@@ -254,17 +284,18 @@ def _restore(trainee: Trainee, checkpoint: Checkpoint, manifest: Manifest) -> No
         backend.scaler.restore(values["scaler"])
 
 
-def _stop(backend: Backend, run_dir: RunDir, step: int) -> str:
-    """Record that the run was stopped, and return how to go on with it (collective).
+def _stop(backend: Backend, run_dir: RunDir, step: int, progress: Progress | None) -> None:
+    """Record that the run was stopped, and say how to go on with it (collective).
 
     Raises:
         TrainingError: There is no checkpoint to go on from.
     """
     left = backend.broadcast(list_checkpoints(run_dir))
     text = _resumable(step, left, run_dir)
-    if backend.rank == 0:
+    if progress is not None:
         record_event(run_dir, "stopped", step=step)
-    return text
+        values = {"event": "stopped", "step": step, "run_dir": str(run_dir.path)}
+        progress.ended(text, values)
 
 
 def _resumable(step: int, found: list[Checkpoint], run_dir: RunDir) -> str:

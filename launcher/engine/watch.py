@@ -66,7 +66,7 @@ class Watch:
         self._every = max(1.0, world_size / _RANKS_PER_SECOND)
         self._closed = threading.Event()
         self._place = 0, PHASES[0], time.monotonic()
-        self.gauge: Callable[[], dict[str, Any]] = dict
+        self.usage: Callable[[], dict[str, Any]] = dict
         """Returns what the rank uses, once that is known."""
 
         run_dir.health(rank).parent.mkdir(exist_ok=True)
@@ -112,7 +112,7 @@ class Watch:
             phase=phase,
             since=now - (time.monotonic() - moved),
             time=now,
-            **self.gauge(),
+            **self.usage(),
             **more,
         )
         with contextlib.suppress(OSError):  # a full disk stops no run

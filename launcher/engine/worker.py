@@ -21,12 +21,13 @@ from launcher.doctor.findings import Finding, Report
 from launcher.engine.backends.base import Backend
 from launcher.engine.examination import examine_rank
 from launcher.engine.failures import fail
-from launcher.engine.gauges import gauge_of
 from launcher.engine.inspection import inspect_recipe, write_inspection
 from launcher.engine.logs import Output, open_output
 from launcher.engine.probes import limit_memory, measure_noise, test_range, time_reading, time_size
 from launcher.engine.processes import die_with_parent
+from launcher.engine.profiling import profile_steps
 from launcher.engine.run import join, train_rank
+from launcher.engine.usage import usage_of
 from launcher.engine.watch import Watch
 from launcher.errors import EXIT_RESUMABLE, LauncherError, TrainingError
 from launcher.job import Job, Start
@@ -144,6 +145,25 @@ def _time_reading(rank: _Rank) -> int:
     return 0
 
 
+def launched_profile(job: Job) -> int:
+    """Take part in looking at where the time of steps goes; `last_step` of the job warms up."""
+    return _launched(job, _profile)
+
+
+def _profile(rank: _Rank) -> int:
+    assert rank.job.last_step is not None
+    profile_steps(
+        rank.recipe,
+        rank.job.plan,
+        rank.backend,
+        rank.job.run_dir,
+        rank.output,
+        warm_up=rank.job.last_step,
+        at=rank.at,
+    )
+    return 0
+
+
 def _launched(job: Job, work: Callable[[_Rank], int]) -> int:
     """Do `work` as one rank of `job`, in a process that the elastic agent has started.
 
@@ -171,7 +191,7 @@ def _launched(job: Job, work: Callable[[_Rank], int]) -> int:
         watch = _watch(recipe, world, job.run_dir, stop or StopRequest(), output)
         backend, _ = join(recipe, job.plan, world, lambda: job.run_dir)
         _until_exit.append(backend)
-        watch.gauge = gauge_of(backend.device)
+        watch.usage = usage_of(backend.device)
         rank = _Rank(job=job, recipe=recipe, backend=backend, output=output, stop=stop, at=watch.at)
         code = work(rank)
         backend.close()
@@ -313,7 +333,7 @@ def found_rank(
     output = open_output(run_dir.log(world.rank), own_terminal=False, on_terminal=True)
     try:
         watch = _watch(recipe, world, run_dir, stop, output)
-        watch.gauge = gauge_of(backend.device)
+        watch.usage = usage_of(backend.device)
         result = train_rank(
             recipe, plan, backend, run_dir, output, stop=stop, start=start, at=watch.at
         )

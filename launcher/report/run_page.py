@@ -7,6 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from launcher.errors import UsageError
@@ -16,10 +17,11 @@ from launcher.reasons import counted
 from launcher.report.explain import explain
 from launcher.report.failure import failure_text
 from launcher.report.figures import Bars, Figure, Moment, Span, Timeline
-from launcher.report.page import Page, Section, Table
+from launcher.report.page import Page, Section, Table, render
 from launcher.report.plots import Curve, Plot, schedule_plots
 from launcher.report.progress import metrics_text
 from launcher.report.quantities import duration, size
+from launcher.rundir import RunDir, write_atomic
 from launcher.schedules import SCHEDULES, Schedule
 from launcher.spec import parse
 
@@ -61,6 +63,17 @@ def run_page(history: History, more: Sequence[Section] = ()) -> Page:
         cards=_cards(history),
         sections=[each for each in sections if each.figures or each.table or each.text],
     )
+
+
+def write_report(run_dir: RunDir) -> Path:
+    """Write the page of a run into its folder; return where it is.
+
+    Raises:
+        RunDirError: The folder is damaged, or cannot be written.
+    """
+    path = run_dir.path / "report.html"
+    write_atomic(path, render(run_page(History(run_dir))))
+    return path
 
 
 def _cards(history: History) -> list[tuple[str, str]]:

@@ -10,7 +10,7 @@ import psutil
 import torch
 
 
-def gauge_of(device: torch.device) -> Callable[[], dict[str, Any]]:
+def usage_of(device: torch.device) -> Callable[[], dict[str, Any]]:
     """Return a function that returns what `Health` says of memory and utilisation.
 
     On a GPU they are the device's, whoever uses it; the utilisation takes NVIDIA's library, and is

@@ -1,0 +1,53 @@
+"""`launcher profile`: where the time of a step goes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from launcher.cli.arguments import SettingsCommand, out_option
+from launcher.cli.target import target_arguments
+
+if TYPE_CHECKING:
+    from launcher.find.probe import Target
+    from launcher.launch import Stops
+
+
+@click.command(cls=SettingsCommand, short_help="Where the time of a step goes.")
+@target_arguments
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    default=20,
+    show_default=True,
+    metavar="K",
+    help="Optimizer steps to look at, after five that warm up.",
+)
+@out_option
+@click.option("--json", "as_json", is_flag=True, help="Print the times of each rank as JSON.")
+def command(target: Target, stops: Stops, steps: int, out: Path | None, *, as_json: bool) -> None:
+    """Train RECIPE for some steps under torch.profiler, on the ranks that it would be trained on.
+
+    Prints where their time went - reading data, forward, backward, communication that nothing
+    hides, the optimizer - and what to try; leaves a trace of each rank. The profiler itself takes
+    time, most where operations are small.
+
+    \b
+    launcher profile digits
+    launcher profile recipes/gpt.py -n 2 strategy=fsdp --steps 10
+    """
+    from launcher.find.profile import plan_profile, profile_recipe
+    from launcher.report.profiled import profile_text
+    from launcher.rundir import create_run_dir
+
+    probe = plan_profile(target, steps=steps)
+    run_dir = create_run_dir(out, f"profile-{probe.plan.recipe}")
+    profiles = profile_recipe(probe, run_dir, stops, quiet=as_json)
+    if as_json:
+        click.echo(json.dumps([asdict(each) for each in profiles]))
+    else:
+        click.echo(profile_text(profiles, probe.plan, run_dir))
