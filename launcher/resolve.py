@@ -84,6 +84,19 @@ def reference_of(function: Callable[..., Recipe]) -> Reference:
     return Reference(location=f"{place}:{function.__name__}", function=function)
 
 
+def known_recipes() -> dict[str, str]:
+    """Return the sentence of each recipe in ./recipes and of those that come along, by name."""
+    here = Path("recipes").resolve()
+    folders = [here, BUNDLED] if here != BUNDLED and here.is_dir() else [BUNDLED]
+    names: dict[str, str] = {}
+    for folder in folders:
+        for found in list_recipes(folder):
+            stem = found.path.stem
+            name = stem if found.function == stem else f"{stem}:{found.function}"
+            names.setdefault(name, found.sentence)
+    return names
+
+
 def list_recipes(folder: Path) -> Iterator[Listed]:
     """Find the functions annotated `-> Recipe` in the files of `folder`, importing nothing."""
     for path in sorted(folder.glob("*.py")):

@@ -16,6 +16,7 @@ from launcher.errors import EndedError, LauncherError
 _COMMANDS = {
     "cancel": "launcher.cli.cancel",
     "check": "launcher.cli.check",
+    "completion": "launcher.cli.completion",
     "doctor": "launcher.cli.doctor",
     "export": "launcher.cli.export",
     "find": "launcher.cli.find",

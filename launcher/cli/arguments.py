@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
+from launcher.cli.completing import complete_recipes, complete_settings
 from launcher.errors import UsageError
 
 if TYPE_CHECKING:
@@ -56,9 +57,16 @@ class Names(click.ParamType[tuple[str, ...]]):
         return names
 
 
+def recipe_argument(function: Function) -> Function:
+    """Take a recipe, by its name or its file."""
+    return click.argument("recipe", shell_complete=complete_recipes)(function)
+
+
 def overrides_argument(function: Function) -> Function:
     """Take `name=value` arguments."""
-    return click.argument("overrides", nargs=-1, metavar="[NAME=VALUE]...")(function)
+    return click.argument(
+        "overrides", nargs=-1, metavar="[NAME=VALUE]...", shell_complete=complete_settings
+    )(function)
 
 
 def config_option(function: Function) -> Function:

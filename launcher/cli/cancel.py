@@ -6,9 +6,11 @@ from pathlib import Path
 
 import click
 
+from launcher.cli.completing import complete_runs
+
 
 @click.command(short_help="End a run that was submitted.")
-@click.argument("what", metavar="RUN|JOB")
+@click.argument("what", metavar="RUN|JOB", shell_complete=complete_runs)
 def command(what: str) -> None:
     """End the run RUN, or that of JOB; what runs saves a checkpoint first, if it is given the time.
 

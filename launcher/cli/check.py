@@ -15,6 +15,7 @@ from launcher.cli.arguments import (
     config_option,
     overrides_argument,
     read_overrides,
+    recipe_argument,
 )
 from launcher.errors import EXIT_FAILED
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=SettingsCommand, short_help="Try a recipe out on a batch.")
-@click.argument("recipe")
+@recipe_argument
 @overrides_argument
 @config_option
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")

@@ -15,6 +15,7 @@ from launcher.cli.arguments import (
     nproc_option,
     overrides_argument,
     read_overrides,
+    recipe_argument,
 )
 from launcher.errors import PlanError, UsageError
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 @click.command(
     cls=SettingsCommand, short_help="Write a plan as Accelerate's and DeepSpeed's files."
 )
-@click.argument("recipe")
+@recipe_argument
 @overrides_argument
 @nproc_option
 @click.option("--nodes", type=click.IntRange(min=1), default=1, metavar="M", help="Nodes.")

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from launcher.cli.completing import complete_runs
+
 if TYPE_CHECKING:
     from launcher.rundir import RunDir
 
@@ -18,7 +20,7 @@ _SECONDS_BETWEEN_QUESTIONS = 5.0
 
 
 @click.command(short_help="What a run printed.")
-@click.argument("what", metavar="RUN|JOB")
+@click.argument("what", metavar="RUN|JOB", shell_complete=complete_runs)
 @click.option("-f", "--follow", is_flag=True, help="Go on until the run has ended.")
 @click.option("--rank", type=click.IntRange(min=0), metavar="R", help="Of one rank alone.")
 def command(what: str, rank: int | None, *, follow: bool) -> None:

@@ -16,6 +16,7 @@ from launcher.cli.arguments import (
     nproc_option,
     overrides_argument,
     read_overrides,
+    recipe_argument,
 )
 from launcher.errors import UsageError
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=SettingsCommand, short_help="Print what a run would be, with the arithmetic.")
-@click.argument("recipe")
+@recipe_argument
 @overrides_argument
 @nproc_option
 @click.option("--nodes", type=click.IntRange(min=1), default=1, metavar="M", help="Nodes.")

@@ -15,6 +15,7 @@ from launcher.cli.arguments import (
     out_option,
     overrides_argument,
     read_overrides,
+    recipe_argument,
 )
 from launcher.errors import EXIT_FAILED, UsageError
 from launcher.signals import EXIT_BY_SIGNAL
@@ -40,7 +41,7 @@ class _List(click.ParamType[tuple[str, ...]]):
 
 
 @click.command(cls=SettingsCommand, short_help="Compare the steps of many ranks and strategies.")
-@click.argument("recipe")
+@recipe_argument
 @overrides_argument
 @click.option(
     "--worlds",

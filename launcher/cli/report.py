@@ -6,11 +6,19 @@ from pathlib import Path
 
 import click
 
+from launcher.cli.completing import complete_runs
 from launcher.errors import RunDirError
 
 
 @click.command(short_help="A page with the curves of a run, or of several.")
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
+@click.argument(
+    "runs",
+    nargs=-1,
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="RUN...",
+    shell_complete=complete_runs,
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),

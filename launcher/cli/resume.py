@@ -16,11 +16,12 @@ from launcher.cli.arguments import (
     shows,
     shows_options,
 )
+from launcher.cli.completing import complete_runs
 from launcher.cli.start import find_machines, start, start_on_hosts
 
 
 @click.command(cls=SettingsCommand, short_help="Go on with a run from a checkpoint.")
-@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.argument("run_dir", type=click.Path(path_type=Path), shell_complete=complete_runs)
 @overrides_argument
 @nproc_option
 @nodes_options

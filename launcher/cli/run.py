@@ -15,6 +15,7 @@ from launcher.cli.arguments import (
     out_option,
     overrides_argument,
     read_overrides,
+    recipe_argument,
     shows,
     shows_options,
 )
@@ -23,7 +24,7 @@ from launcher.errors import UsageError
 
 
 @click.command(cls=SettingsCommand, short_help="Train a recipe.")
-@click.argument("recipe")
+@recipe_argument
 @overrides_argument
 @nproc_option
 @nodes_options

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from launcher.cli.completing import complete_runs
+
 if TYPE_CHECKING:
     from launcher.slurm.submission import Status
 
 
 @click.command(short_help="How runs that were submitted fare.")
-@click.argument("what", required=False, metavar="[RUN|JOB]")
+@click.argument("what", required=False, metavar="[RUN|JOB]", shell_complete=complete_runs)
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
 def command(what: str | None, *, as_json: bool) -> None:
     """Say how the run RUN, or that of JOB, fares; or all below this folder, those at work first.

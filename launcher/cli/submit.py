@@ -14,6 +14,7 @@ from launcher.cli.arguments import (
     nproc_option,
     out_option,
     overrides_argument,
+    recipe_argument,
 )
 from launcher.errors import UsageError
 
@@ -51,7 +52,7 @@ class SubmitCommand(SettingsCommand):
 
 
 @click.command(cls=SubmitCommand, short_help="Hand a run, or an array of runs, to Slurm.")
-@click.argument("recipe")
+@recipe_argument
 @overrides_argument
 @click.option(
     "--nodes",

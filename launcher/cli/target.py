@@ -7,13 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import click
-
 from launcher.cli.arguments import (
     config_option,
     nproc_option,
     overrides_argument,
     read_overrides,
+    recipe_argument,
 )
 
 
@@ -42,4 +41,4 @@ def target_arguments(function: Callable[..., Any]) -> Callable[..., Any]:
         )
         return function(target=target, stops=stops, **options)
 
-    return click.argument("recipe")(overrides_argument(nproc_option(config_option(command))))
+    return recipe_argument(overrides_argument(nproc_option(config_option(command))))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import click
 
+from launcher.cli.completing import complete_runs
 from launcher.errors import EXIT_FAILED, EXIT_RESUMABLE
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ _STOPPED_WATCHING = 130
 
 
 @click.command(short_help="A run that is at work, as it goes on.")
-@click.argument("what", metavar="RUN|JOB")
+@click.argument("what", metavar="RUN|JOB", shell_complete=complete_runs)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for programs, a line per look.")
 def command(what: str, *, as_json: bool) -> int:
     """Show how far the run RUN is, or that of JOB, until it ends.
