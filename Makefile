@@ -8,9 +8,9 @@ VENV := .venv
 READY := $(VENV)/.ready
 
 # What tests need of Debian: a data set, Slurm for a cluster of virtual nodes, ssh servers and networks
-# for machines in namespaces, and strace to count what is opened.
+# for machines in namespaces, strace to count what is opened, and a browser to look at pages.
 PACKAGES := dataset-fashion-mnist slurmctld slurmd slurm-client munge \
-	dropbear-bin iproute2 openssh-client strace
+	dropbear-bin iproute2 openssh-client strace chromium chromium-driver
 
 .PHONY: run test lint bench format packages clean
 

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from launcher.secrets import redacted
+
 _PACKAGES = ("gpu-launcher", "torch", "accelerate", "deepspeed", "numpy", "safetensors")
 
 
@@ -50,5 +52,5 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
 
 def command_line() -> list[str]:
-    """Return the arguments that this process was started with."""
-    return [*sys.orig_argv]
+    """Return the arguments that this process was started with, less what is secret."""
+    return [redacted(each) for each in sys.orig_argv]

@@ -18,8 +18,12 @@ _HIDDEN = "[hidden]"
 
 
 def hidden_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values without those whose name is that of a key."""
-    return {name: _HIDDEN if _NAMES.search(name) else value for name, value in values.items()}
+    """Return values without texts whose name is that of a key; `max_tokens=4096` is none."""
+
+    def is_key(name: str, value: Any) -> bool:
+        return bool(_NAMES.search(name)) and isinstance(value, str) and len(value) >= _LEAST
+
+    return {name: _HIDDEN if is_key(name, value) else value for name, value in values.items()}
 
 
 def redacted(text: str, env: Mapping[str, str] | None = None) -> str:

@@ -16,4 +16,4 @@ def painted(line: str, state: str) -> str:
     """Return a line of a table with the state in it in its colour."""
     from launcher.states import COLOURS
 
-    return line.replace(state, click.style(state, fg=COLOURS.get(state)), 1)
+    return line.replace(f"  {state}", f"  {click.style(state, fg=COLOURS[state])}", 1)

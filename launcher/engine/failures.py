@@ -16,6 +16,7 @@ from launcher.errors import EXIT_FAILED, LauncherError, TrainingError
 from launcher.health import all_health, is_running
 from launcher.report.failure import failure_text
 from launcher.rundir import RunDir, line_count, record_failure
+from launcher.secrets import redacted
 from launcher.signals import StopRequest
 from launcher.world import World
 
@@ -116,8 +117,8 @@ def describe(error: BaseException, world: World) -> dict[str, Any]:
         "pid": os.getpid(),
         "time": time.time(),
         "error": type(error).__name__,
-        "message": str(error),
-        "traceback": text,
+        "message": redacted(str(error)),
+        "traceback": redacted(text),
         "exit_code": error.exit_code if isinstance(error, LauncherError) else EXIT_FAILED,
         "out_of_memory": out_of_memory,
         "lost_peer": not known and any(sign in str(error) for sign in _PEER_LOST),

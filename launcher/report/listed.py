@@ -154,7 +154,7 @@ def to_dict(row: Listed) -> dict[str, Any]:
 def _cells(row: Listed) -> tuple[str, ...]:
     result = metrics_text(row.result)
     began = "" if row.began is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(row.began))
-    words = row.words if row.state in ("unknown", "failed") and not row.result else result
+    words = row.words.removeprefix("failed on ") if row.state in ("unknown", "failed") else result
     return (
         row.run,
         row.state,

@@ -26,8 +26,9 @@ def tuned_folder(history: History) -> Path | None:
     """
     base = Path(str(history.said.get("folder", ".")))
     for source in history.plan.sources.values():
-        if source.endswith("tuned.yaml") and (base / source).is_file():
-            return (base / source).parent
+        name, _, _ = source.rpartition(", line ")
+        if name.endswith("tuned.yaml") and (base / name).is_file():
+            return (base / name).parent
     return None
 
 

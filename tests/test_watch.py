@@ -1,0 +1,338 @@
+"""Runs as they are seen from another shell: live, in lists, and by programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import BIN, ROOT, Commands, read_lines
+
+from launcher.cli.colours import painted
+from launcher.health import Health
+from launcher.report.listed import Listed, ordered
+from launcher.report.progress import sparkline
+from launcher.rundir import RunDir
+from launcher.states import is_alive, state_of
+
+STRAGGLING = ROOT / "tests/recipes/straggling.py"
+FAILING = ROOT / "tests/recipes/failing.py"
+LONG = ("-n", "2", "epochs=2000", "pause=0.005", "checkpoint_every=50")
+
+
+@pytest.fixture(scope="module")
+def runs(module_run: Commands) -> Commands:
+    """Return a folder in which a run has finished, one has failed and one was stopped."""
+    for arguments, code in (
+        (("digits", "-n", "2", "epochs=2", "--out", "runs/good"), 0),
+        (("digits", "-n", "1", "epochs=1", "lr=0.2", "--out", "runs/sweep/0"), 0),
+        ((FAILING, "-n", "2", "how=raise", "rank=1", "--out", "runs/bad"), 1),
+    ):
+        done = module_run("launcher", "run", *arguments)
+        assert done.exit_code == code, done.stderr
+    return module_run
+
+
+@pytest.fixture
+def at_work(run: Commands) -> Iterator[subprocess.Popen[str]]:
+    """Start a run that would take minutes, and wait for its steps; stop it in the end."""
+    process = run.start("launcher", "run", STRAGGLING, *LONG, "--out", "out")
+    metrics = run.folder / "out/metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.stat().st_size > 0, "steps")
+    yield process
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+
+
+def wait_for(is_so: Callable[[], bool], what: str, seconds: float = 60) -> None:
+    """Wait until something is so; fail where it takes too long."""
+    until = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < until, f"waited in vain for {what}"
+        time.sleep(0.05)
+
+
+class OnTerminal:
+    """A command on a terminal of 110 columns and 40 lines."""
+
+    def __init__(self, run: Commands, *arguments: str, **env: str) -> None:
+        ours, theirs = pty.openpty()
+        self.shown = bytearray()
+        self.process = subprocess.Popen(
+            [BIN / "launcher", *arguments],
+            cwd=run.folder,
+            env=run.environment() | {"TERM": "xterm", "COLUMNS": "110", "LINES": "40"} | env,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+        )
+        os.close(theirs)
+        self._ours = ours
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        while True:
+            try:
+                self.shown.extend(os.read(self._ours, 65536))
+            except OSError:
+                return
+
+    @property
+    def text(self) -> str:
+        """What was shown so far, without colours and movements of the cursor."""
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.shown.decode(errors="replace"))
+
+    def end(self, code: int) -> str:
+        """Wait for its end; return what it has shown."""
+        assert self.process.wait(timeout=90) == code, self.text
+        self._reader.join(timeout=30)
+        os.close(self._ours)
+        return self.text
+
+
+@pytest.mark.usefixtures("at_work")
+def test_a_run_is_watched_on_a_terminal(run: Commands, at_work: subprocess.Popen[str]) -> None:
+    """Progress, curves, a bar for each rank, the straggler; it ends with the run."""
+    terminal = OnTerminal(run, "watch", "out")
+    wait_for(lambda: "The others wait for rank 1" in terminal.text, "the straggler")
+    at_work.send_signal(signal.SIGINT)
+    shown = terminal.end(75)
+    assert re.search(r"step [\d,]+/24,000 ", shown)
+    for what in ("loss ", "samples/s ", "lr ", "a step ", "rank 0 ", "left", "2 CPU ranks, ddp"):
+        assert what in shown, what
+    bars = {rank: re.findall(rf"rank {rank} +(█+)░* ", shown)[-1] for rank in "01"}
+    assert len(bars["1"]) > len(bars["0"])
+    assert re.search(r"rank 1 .* ms +(computing|reading data|saving) +[\d.]+ MiB +\d+%", shown)
+    assert "stopped after step" in shown
+
+
+def test_a_run_is_watched_without_a_terminal(run: Commands, at_work: subprocess.Popen[str]) -> None:
+    """Plain lines, and JSON lines for programs; the watching ends without the run."""
+    plain = run.start("launcher", "watch", "out")
+    lines = run.start("launcher", "watch", "out", "--json")
+    assert plain.stdout is not None
+    assert lines.stdout is not None
+    first = plain.stdout.readline()
+    assert re.match(r"step [\d,]+/24,000  loss \d.*samples/s  .* left$", first), first
+    said: dict[str, Any] = json.loads(lines.stdout.readline())
+    assert said["state"] == "running"
+    assert said["total_steps"] == 24_000
+    assert said["latest"]["loss"] > 0
+    plain.send_signal(signal.SIGINT)
+    _, error = plain.communicate(timeout=60)
+    assert plain.returncode == 130
+    assert "The run goes on" in error
+    assert at_work.poll() is None
+    at_work.send_signal(signal.SIGTERM)
+    rest, _ = lines.communicate(timeout=60)
+    assert lines.returncode == 75
+    assert json.loads(rest.splitlines()[-1])["state"] == "stopped"
+
+
+def test_a_run_that_is_over_is_shown_once(runs: Commands) -> None:
+    """With the exit code of the run, and what came of it."""
+    done = runs("launcher", "watch", "runs/good")
+    assert (done.exit_code, done.stdout.count("\n")) == (0, 1)
+    assert re.match(r"finished after 24 steps: loss \d\.\d+, accuracy 0\.\d+\n", done.stdout)
+    done = runs("launcher", "watch", "runs/bad")
+    assert done.exit_code == 1
+    assert "failed on rank 1" in done.stdout
+    done = runs("launcher", "watch", "runs/none")
+    assert done.exit_code == 2
+    assert "neither a run folder nor the job" in done.stderr
+
+
+def test_runs_are_listed(runs: Commands) -> None:
+    """A line each, in the order in which they began, or by what is asked."""
+    done = runs("launcher", "runs")
+    head, *lines = done.stdout.splitlines()
+    assert head.split() == ["run", "state", "recipe", "ranks", "step", "result", "took", "began"]
+    assert [line.split()[0] for line in lines] == ["runs/good", "runs/sweep/0", "runs/bad"]
+    assert [line.split()[1] for line in lines] == ["finished", "finished", "failed"]
+    assert "ValueError: the loss of rank one" in lines[2]
+    by_lr = runs("launcher", "runs", "state=finished", "--sort", "lr", "--reverse").stdout
+    assert [line.split()[0] for line in by_lr.splitlines()[1:]] == ["runs/sweep/0", "runs/good"]
+    rows = json.loads(runs("launcher", "runs", "runs/sweep", "lr=0.2", "--json").stdout)
+    assert [row["run"] for row in rows] == ["runs/sweep/0"]
+    assert rows[0]["settings"]["epochs"] == 1
+    assert rows[0]["step"] == rows[0]["total_steps"] == 12
+    assert runs("launcher", "runs", "lr=7").stdout == "None of the 3 runs is like that.\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["stat=finished"], "No run has a stat. Did you mean state"),
+        (["--sort", "accurac"], "No run has a accurac to sort by. Did you mean accuracy"),
+        (["nowhere"], "nowhere is neither a folder nor NAME=VALUE"),
+    ],
+)
+def test_what_runs_do_not_have_is_refused(
+    runs: Commands, arguments: list[str], message: str
+) -> None:
+    """With what was probably meant."""
+    done = runs("launcher", "runs", *arguments)
+    assert done.exit_code == 2
+    assert message in done.stderr
+
+
+def test_an_empty_folder_has_no_runs(run: Commands) -> None:
+    """It says so; as JSON it is an empty list."""
+    assert run("launcher", "runs").stdout == "There is no run below this folder.\n"
+    assert run("launcher", "runs", "--json").stdout == "[]\n"
+
+
+def test_a_killed_run_is_lost(run: Commands) -> None:
+    """A run whose processes were all killed is no longer at work, and says how far it was."""
+    process = run.start("launcher", "run", STRAGGLING, *LONG, "--out", "out", cold=True)
+    metrics = run.folder / "out/metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.stat().st_size > 0, "steps")
+    assert state_of(RunDir(run.folder / "out")).name == "running"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    wait_for(lambda: state_of(RunDir(run.folder / "out")).name != "running", "its end")
+    state = state_of(RunDir(run.folder / "out"))
+    assert state.name == "lost"
+    assert re.match(r"ended without a word after step \d+", state.words)
+    done = run("launcher", "watch", "out")
+    assert done.exit_code == 1
+
+
+def test_what_finders_measure_is_no_run(run: Commands) -> None:
+    """Their folders have a run.yaml, and are not listed."""
+    done = run("launcher", "profile", "digits", "-n", "1", "--steps", "2", "--out", "looked")
+    assert done.exit_code == 0, done.stderr
+    assert (run.folder / "looked/run.yaml").is_file()
+    assert run("launcher", "runs").stdout == "There is no run below this folder.\n"
+
+
+def test_a_quiet_run_prints_nothing(run: Commands) -> None:
+    """Its log has what it would have said; its errors are shown."""
+    done = run("launcher", "run", "digits", "-n", "2", "epochs=1", "-q", "--out", "out")
+    assert (done.exit_code, done.stdout, done.stderr) == (0, "", "")
+    assert "step 12/12  loss" in (run.folder / "out/logs/rank0.log").read_text()
+    done = run("launcher", "run", FAILING, "-n", "2", "how=raise", "--quiet")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "ValueError: the loss of rank one" in done.stderr
+
+
+def test_a_run_speaks_json(run: Commands) -> None:
+    """Every line is JSON: the plan, steps, evaluations, the result; and where it was stopped."""
+    done = run("launcher", "run", "digits", "-n", "2", "epochs=2", "--json", "--out", "out")
+    assert done.exit_code == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert lines[0]["event"] == "planned"
+    assert lines[0]["plan"]["total_steps"] == 24
+    assert lines[0]["run_dir"] == str(run.folder / "out")
+    stepped = [line for line in lines if line["event"] == "stepped"]
+    assert stepped[-1]["step"] == stepped[-1]["total_steps"] == 24
+    evaluated = [line for line in lines if line["event"] == "evaluated"]
+    assert [line["step"] for line in evaluated] == [12, 24]
+    assert lines[-1]["event"] == "finished"
+    assert lines[-1]["evaluation"] == evaluated[-1]["evaluation"]
+    done = run("launcher", "run", "digits", "--json", "--quiet")
+    assert done.exit_code == 2
+
+
+def test_colours_are_for_terminals(runs: Commands) -> None:
+    """Not in a file, not with NO_COLOR, and on a terminal."""
+    assert "\x1b" not in runs("launcher", "runs").stdout
+    assert b"\x1b[32mfinished" in _shown(runs, "runs")
+    assert b"\x1b[" not in _shown(runs, "runs", NO_COLOR="1")
+    assert b"\x1b[31m\x1b[1mlauncher:" in _shown(runs, "report", "none", code=2)
+    assert b"\x1b[" not in _shown(runs, "report", "none", code=2, NO_COLOR="1")
+
+
+def _shown(run: Commands, *arguments: str, code: int = 0, **env: str) -> bytes:
+    terminal = OnTerminal(run, *arguments, **env)
+    terminal.end(code)
+    return bytes(terminal.shown)
+
+
+def test_the_state_alone_is_painted() -> None:
+    """A folder that is named like a state is not."""
+    assert painted("failed/1  failed  x", "failed") == "failed/1  \x1b[31mfailed\x1b[0m  x"
+
+
+def test_a_rank_elsewhere_is_alive_while_it_speaks() -> None:
+    """A rank on another machine has gone when it is silent; here its process is looked for."""
+    values = {"rank": 0, "step": 1, "phase": "computing", "since": 0.0}
+    now = time.time()
+    assert is_alive(Health(node="elsewhere", pid=1, time=now, **values))  # type: ignore[arg-type]
+    assert not is_alive(Health(node="elsewhere", pid=1, time=now - 60, **values))  # type: ignore[arg-type]
+    here = os.uname().nodename
+    assert is_alive(Health(node=here, pid=os.getpid(), time=now - 60, **values))  # type: ignore[arg-type]
+    assert not is_alive(Health(node=here, pid=2**22 + 1, time=now, **values))  # type: ignore[arg-type]
+
+
+def test_runs_without_a_number_come_last() -> None:
+    """Whichever way the others are sorted."""
+
+    def row(name: str, **result: float) -> Listed:
+        return Listed(
+            run=name,
+            state="finished",
+            words="",
+            recipe="x",
+            ranks=1,
+            strategy="ddp",
+            step=1,
+            total_steps=1,
+            result=result,
+            seconds=None,
+            began=None,
+            settings={},
+        )
+
+    rows = [row("none"), row("low", accuracy=0.1), row("high", accuracy=0.9)]
+    for reverse, names in ((False, ["low", "high", "none"]), (True, ["high", "low", "none"])):
+        assert [each.run for each in ordered(rows, "accuracy", reverse=reverse)] == names
+
+
+@pytest.mark.parametrize(
+    ("values", "width", "shown"),
+    [
+        ([], 5, ""),
+        ([1.0, float("nan")], 5, "▁"),
+        ([0.0, 1.0, 2.0, 3.0], 4, "▁▃▆█"),
+        (list(range(80)), 8, "▁▂▃▄▅▆▇█"),
+    ],
+)
+def test_sparklines(values: list[float], width: int, shown: str) -> None:
+    """The lowest mean of a stretch is the lowest bar, the highest the highest."""
+    assert sparkline(values, width) == shown
+
+
+def test_events_tell_what_happened(runs: Commands) -> None:
+    """A run begins, its forward pass is counted, and it finishes or fails."""
+    events = read_lines(runs.folder / "runs/good/events.jsonl")
+    assert [event["event"] for event in events] == ["began", "counted", "finished"]
+    assert events[0]["ranks"] == 2
+    assert events[0]["step"] == 0
+    assert events[2]["step"] == 24
+    times = [event["time"] for event in events]
+    assert times == sorted(times)
+
+
+def test_a_failure_stays_among_the_events(run: Commands, tmp_path: Path) -> None:
+    """Where a run that failed is gone on with, failure.json goes and what it said stays."""
+    arguments = ("launcher", "run", FAILING, "-n", "2", "how=raise-once", "--max-restarts", "1")
+    done = run(*arguments, "checkpoint_every=2", "--out", "out")
+    assert done.exit_code == 0, done.stderr
+    events = read_lines(tmp_path / "out/events.jsonl")
+    names = [event["event"] for event in events if event["event"] != "counted"]
+    assert names == ["began", "failed", "began", "finished"]
+    failed = next(event for event in events if event["event"] == "failed")
+    assert failed["error"] == "ValueError"
+    assert not (tmp_path / "out/failure.json").exists()
