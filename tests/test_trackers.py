@@ -85,9 +85,9 @@ def test_a_tracker_that_fails_stops_nothing(run: Commands) -> None:
         env={"WANDB_API_KEY": KEY},
     )
     assert done.exit_code == 0, done.stderr
-    assert done.stdout.count("trackers=tensorboard: ") == 1
+    assert done.stdout.count("trackers: tensorboard: ") == 1
     assert "FileExistsError" in done.stdout or "NotADirectoryError" in done.stdout
-    assert done.stdout.count("trackers=aim: the package aim is not installed") == 1
+    assert done.stdout.count("trackers: aim: the package aim is not installed") == 1
     for folder in ("out", "plain"):
         assert (run.folder / folder / "model.safetensors").is_file()
     assert (run.folder / "out/model.safetensors").read_bytes() == (

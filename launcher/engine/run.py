@@ -261,10 +261,7 @@ def _finish(result: Result, run_dir: RunDir, progress: Progress, trackers: Track
     if trackers is not None:
         from launcher.report.run_page import write_report
 
-        try:
-            trackers.attach(write_report(run_dir), summary)
-        except LauncherError as error:
-            progress.tell(f"launcher: {error}")
+        trackers.attach(functools.partial(write_report, run_dir), summary)
         for text in trackers.close():
             progress.tell(f"launcher: {text}")
     progress.ended(summary, {"event": "finished"} | values | {"run_dir": str(run_dir.path)})

@@ -7,13 +7,14 @@ is a warning. A run that is resumed goes on in the same place where the tracker 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import queue
 import threading
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from accelerate.state import PartialState
@@ -22,11 +23,12 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from launcher.rundir import RunDir
 from launcher.secrets import hidden_values, redacted
 
-_SECONDS_TO_FINISH = 60.0
+_SECONDS_TO_FINISH = 30.0
 _SECONDS_TO_LEAVE = 5.0
 """Where the run has been stopped or has failed, and others wait."""
 
 _MOST_WAITING = 10_000
+_WIDTH = 200
 _MOST_FAILURES = 3
 """In a row, after which a tracker is left alone."""
 
@@ -44,6 +46,7 @@ class Trackers:
     def __init__(
         self, names: Sequence[str], run_dir: RunDir, project: str, config: Mapping[str, Any]
     ) -> None:
+        self._names = tuple(dict.fromkeys(names))
         self._run_dir, self._project = run_dir, project
         self._config = {name: _plain(value) for name, value in hidden_values(config).items()}
         self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(_MOST_WAITING)
@@ -56,7 +59,7 @@ class Trackers:
             PartialState(cpu=True)
         self._thread = threading.Thread(target=self._work, name="trackers", daemon=True)
         self._thread.start()
-        for name in dict.fromkeys(names):
+        for name in self._names:
             self._queue.put(lambda name=name: self._start(name))  # type: ignore[misc]
 
     def log(self, step: int, values: Mapping[str, float | None]) -> None:
@@ -64,9 +67,18 @@ class Trackers:
         known = {k: v for k, v in values.items() if v is not None and math.isfinite(v)}
         self._put(lambda: self._each(lambda tracker: tracker.log(dict(known), step=step)))
 
-    def attach(self, page: Path, summary: str) -> None:
-        """Send a page where a tracker keeps files, and a line of text to the others."""
-        self._put(lambda: self._each(lambda tracker: _attach(tracker, page, summary)))
+    def attach(self, make_page: Callable[[], Path], summary: str) -> None:
+        """Make a page, send it where a tracker keeps files, and text that names it to the others.
+
+        It is made in their thread: what it imports may be what a tracker is importing.
+        """
+
+        def send() -> None:
+            with self._warning("the report"):
+                page = make_page()
+                self._each(lambda tracker: _attach(tracker, page, summary))
+
+        self._put(send)
 
     def warnings(self) -> list[str]:
         """Return what has gone wrong since the last call."""
@@ -85,9 +97,9 @@ class Trackers:
                 self._queue.put_nowait(None)
             self._thread.join(seconds)
             if self._thread.is_alive():
-                shown = ",".join(self._running)
+                shown = ",".join(self._running) or ",".join(self._names)  # not even started
                 self._warnings.put(
-                    f"trackers={shown}: not all was sent within {seconds:g} s, and the rest is "
+                    f"trackers: {shown}: not all was sent within {seconds:g} s, and the rest is "
                     "lost there. metrics.jsonl has it."
                 )
         return self.warnings()
@@ -115,13 +127,14 @@ class Trackers:
 
     def _start(self, name: str) -> None:
         with self._warning(name):
-            kwargs, remember = _arguments(name, self._run_dir, self._project)
-            tracker = LOGGER_TYPE_TO_CLASS[name](**kwargs)
+            tracker = LOGGER_TYPE_TO_CLASS[name](**_arguments(name, self._run_dir, self._project))
             tracker.main_process_only = False  # this is the main process; nobody need be asked
             tracker.start()
-            tracker.store_init_configuration(self._config)
+            if not (name == "mlflow" and name in _remembered(self._run_dir)):
+                tracker.store_init_configuration(self._config)  # there a setting never changes
             self._running[name] = tracker
-            remember(tracker)
+            if name == "mlflow":
+                _remember(self._run_dir, name, tracker.tracker.info.run_id)
 
     def _each(self, action: Callable[[GeneralTracker], Any]) -> None:
         for name, tracker in list(self._running.items()):
@@ -143,44 +156,33 @@ class Trackers:
 
 
 def _what_failed(name: str, error: BaseException) -> str:
+    """Return a warning."""
     if isinstance(error, ModuleNotFoundError):
         what = f"the package {error.name} is not installed"
     else:
-        first = redacted(str(error)).strip().partition("\n")[0]
+        first = shorten(redacted(str(error)), _WIDTH, placeholder=" ...").rstrip(".")
         what = f"{type(error).__name__}: {first}" if first else type(error).__name__
-    return f"trackers={name}: {what}. The run goes on without it; metrics.jsonl has all numbers."
+    return f"trackers: {name}: {what}. The run goes on without it; metrics.jsonl has all numbers."
 
 
-def _arguments(
-    name: str, run_dir: RunDir, project: str
-) -> tuple[dict[str, Any], Callable[[GeneralTracker], None]]:
-    """Return what a tracker is made with, and what to do when it has started."""
+def _arguments(name: str, run_dir: RunDir, project: str) -> dict[str, Any]:
+    """Return what a tracker is made with. What it called the run before it calls it again."""
     path = run_dir.path
-
-    def nothing(tracker: GeneralTracker) -> None:
-        pass
-
     if name == "tensorboard":
-        return {"run_name": name, "logging_dir": str(path)}, nothing
+        return {"run_name": name, "logging_dir": str(path)}
     if name == "wandb":
-        # The same folder is the same run, also after it was resumed.
-        own = hashlib.sha256(f"{path}{run_dir.run_yaml.stat().st_ino}".encode()).hexdigest()[:16]
-        own = _remembered(run_dir).setdefault(name, own)
+        own = _remembered(run_dir).get(name) or uuid.uuid4().hex[:16]
         _remember(run_dir, name, own)
         settings = {"name": path.name, "dir": str(path), "id": own, "resume": "allow"}
-        return {"run_name": project, **settings}, nothing
+        return {"run_name": project, **settings}
     if name == "mlflow":
-
-        def remember(tracker: GeneralTracker) -> None:
-            _remember(run_dir, name, tracker.tracker.info.run_id)
-
         before = _remembered(run_dir).get(name)
         settings = {"experiment_name": project, "run_name": path.name}
-        return settings | ({} if before is None else {"run_id": before}), remember
+        return settings | ({} if before is None else {"run_id": before})
     kwargs: dict[str, Any] = {"run_name": project}
     if LOGGER_TYPE_TO_CLASS[name].requires_logging_directory:
         kwargs["logging_dir"] = str(path)
-    return kwargs, nothing
+    return kwargs
 
 
 def _remembered(run_dir: RunDir) -> dict[str, str]:
