@@ -150,8 +150,12 @@ def test_an_array_trains_each_combination(slurm: Commands) -> None:
 
 
 def test_a_warning_saves_and_the_job_goes_on(slurm: Commands) -> None:
-    """Queued again by its own script; the weights are those of a run that was never stopped."""
+    """Queued again by its own script; the weights are those of a run that was never stopped.
+
+    Who watches it sees it to its end; its page has both attempts.
+    """
     run_dir = submit(slurm, WORLDS_PY, *LONG, "--nodes", "2", "-n", "1")
+    watching = slurm.start("launcher", "watch", "out")
     wait_for(lambda: steps_of(run_dir) > 5, "some steps")
     running = slurm("launcher", "status", "out").stdout
     assert re.search(r"running on node\[1-2\]: step \d+ of 700, loss \d", running), running
@@ -163,6 +167,16 @@ def test_a_warning_saves_and_the_job_goes_on(slurm: Commands) -> None:
     assert "(requeued 1 time)" in slurm("launcher", "status", "out").stdout
     log = slurm("launcher", "logs", "out").stdout
     assert f"resumed from step-{stopped_at:08}" in log
+    watched, error = watching.communicate(timeout=60)
+    assert watching.returncode == 0, error
+    assert "finished after 700 steps" in watched.splitlines()[-1]
+    assert slurm("launcher", "report", "out").exit_code == 0
+    page = (run_dir.path / "report.html").read_text()
+    job = read_submission(run_dir).job
+    for words in (f"1, job {job}", f"2, job {job}", f"stopped after step {stopped_at:,}"):
+        assert words in page
+    [row] = json.loads(slurm("launcher", "runs", "--json").stdout)
+    assert (row["state"], row["step"]) == ("finished", 700)
     check_same(slurm, run_dir, WORLDS_PY, *LONG)
 
 
