@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -119,7 +120,8 @@ def _results(histories: Sequence[History], names: Sequence[str]) -> Table:
     add("training loss", lambda h: f"{smoothed(h.steps['loss'])[-1]:.4g}" if h.last_step else "")
     add("at work", lambda h: _or_nothing(h.seconds_at_work(), duration))
     add("samples/s", lambda h: _or_nothing(h.typical("samples_per_second"), "{:,.0f}".format))
-    add("of its device", _utilised)
+    for what in ("model operations of a rank", "model FLOPs utilisation"):
+        add(what, functools.partial(_utilised, what))
     add("memory of a rank", lambda h: size(max(h.ranks[-1].memory_bytes)) if h.ranks else "")
     add("attempts", lambda h: str(len(h.attempts())) if h.events else "")
     return Table(head=("", *names), rows=rows)
@@ -223,9 +225,10 @@ def _speed(histories: Sequence[History], names: Sequence[str]) -> list[Figure]:
     return figures
 
 
-def _utilised(history: History) -> str:
+def _utilised(what: str, history: History) -> str:
     flops = history.flops_per_second()
-    return "" if flops is None else utilisation(history, flops)[1]
+    name, value = ("", "") if flops is None else utilisation(history, flops)
+    return value if name == what else ""
 
 
 def _or_nothing(value: float | None, text: Callable[[float], str]) -> str:

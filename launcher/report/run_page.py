@@ -19,7 +19,6 @@ from launcher.report.failure import failure_text
 from launcher.report.figures import Bars, Figure, Moment, Span, Timeline
 from launcher.report.page import Page, Section, Table, render
 from launcher.report.plots import Curve, Plot, schedule_plots
-from launcher.report.progress import metrics_text
 from launcher.report.quantities import duration, size
 from launcher.rundir import RunDir, write_atomic
 from launcher.schedules import SCHEDULES, Schedule
@@ -29,6 +28,7 @@ _STRAGGLES = 1.15
 """A rank that takes so many times the median of the others is named."""
 
 _MOST_NAMED = 8
+_MOST_CARDS = 4
 _MOST_LINES = 16
 """Ranks whose own lines are drawn over the steps."""
 
@@ -80,7 +80,9 @@ def _cards(history: History) -> list[tuple[str, str]]:
     plan = history.plan
     cards = [("steps", f"{history.last_step:,} of {history.total_steps:,}")]
     if history.evaluations:
-        cards.append(("held-out", metrics_text(history.evaluations[-1][1])))
+        values = history.evaluations[-1][1]
+        ordered = sorted(values, key=lambda name: (name == "loss", name))[:_MOST_CARDS]
+        cards += [(f"held-out {name}", f"{values[name]:.4f}") for name in ordered]
     elif history.steps["loss"]:
         cards.append(("loss", f"{history.steps['loss'][-1]:.4f}"))
     if (seconds := history.seconds_at_work()) is not None:
@@ -104,7 +106,7 @@ def utilisation(history: History, flops: float) -> tuple[str, str]:
     tf32 = bool(history.plan.settings.get("tf32"))
     peak = peak_flops(name, history.plan.precision, tf32=tf32)
     if peak is None:
-        return "model operations", f"{_metric(flops)}FLOP/s a rank"
+        return "model operations of a rank", f"{_metric(flops)}FLOP/s"
     return "model FLOPs utilisation", f"{flops / peak:.1%} of {_metric(peak)}FLOP/s"
 
 
