@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from array import array
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,13 +78,15 @@ class History:
 
     Args:
         run_dir: The folder.
+        newest: Bytes of metrics.jsonl to read, from its end; None reads all.
 
     Raises:
         RunDirError: run.yaml is not there, damaged, or of another version.
     """
 
-    def __init__(self, run_dir: RunDir) -> None:
+    def __init__(self, run_dir: RunDir, *, newest: int | None = None) -> None:
         self.run_dir = run_dir
+        self._newest = newest
         self._position = 0
         self._identity: tuple[int, ...] = ()
         self.refresh()
@@ -112,6 +115,8 @@ class History:
 
     def _read_on(self) -> None:
         with self.run_dir.metrics.open("rb") as file:
+            if self._position == 0 and self._newest is not None:
+                self._position = max(file.seek(0, os.SEEK_END) - self._newest, 0)
             file.seek(self._position)
             for line in file:
                 if not line.endswith(b"\n"):

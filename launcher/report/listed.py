@@ -16,6 +16,9 @@ from launcher.report.tables import table
 from launcher.rundir import RunDir
 from launcher.states import STATES, state_of
 
+_BYTES = 1 << 16
+"""Of metrics.jsonl, where the last step and the last evaluation are."""
+
 _HEAD = ("run", "state", "recipe", "ranks", "step", "result", "took", "began")
 
 
@@ -53,7 +56,7 @@ def listed(run_dir: RunDir) -> Listed | None:
     What a finder has measured is no run.
     """
     try:
-        history = History(run_dir)
+        history = History(run_dir, newest=_BYTES)
     except RunDirError as error:
         waits = run_dir.submission.is_file() and not run_dir.run_yaml.exists()
         state = state_of(run_dir)
