@@ -15,7 +15,7 @@ from support import ROOT, Commands, read_lines
 
 from launcher.history import History
 from launcher.report.figures import MOST_POINTS, thinned
-from launcher.report.run_page import smoothed, stragglers
+from launcher.report.shares import smoothed, stragglers
 from launcher.rundir import RunDir
 
 STRAGGLING = ROOT / "tests/recipes/straggling.py"

@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 _SECONDS_BETWEEN_LINES = 5.0
+_REST = 4.0
+"""At least so many times as long as a look takes: a run may share this machine."""
+
+_BYTES = 1 << 25
+"""Of metrics.jsonl that are looked at: the last hundred thousand steps."""
+
 _SECONDS_BETWEEN_QUESTIONS = 5.0
 """To Slurm."""
 
@@ -87,9 +93,10 @@ def _follow(run_dir: RunDir, show: Callable[[History, State], None], *, every: f
     history: History | None = None
     asked: tuple[float, State | None] = (0.0, None)
     while True:
+        began = time.monotonic()
         if run_dir.run_yaml.is_file():
             if history is None:
-                history = History(run_dir)
+                history = History(run_dir, newest=_BYTES)
             else:
                 history.refresh()
         if time.monotonic() - asked[0] > _SECONDS_BETWEEN_QUESTIONS:
@@ -102,7 +109,8 @@ def _follow(run_dir: RunDir, show: Callable[[History, State], None], *, every: f
             last = _by_slurm(run_dir)
             if last is None or last.name not in AT_WORK:
                 return state
-        time.sleep(every if history is not None else _SECONDS_BETWEEN_LOOKS)
+        pause = every if history is not None else _SECONDS_BETWEEN_LOOKS
+        time.sleep(max(pause, _REST * (time.monotonic() - began)))
 
 
 def _now(run_dir: RunDir, history: History | None, by_slurm: State | None) -> State:

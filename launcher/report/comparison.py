@@ -14,15 +14,8 @@ from launcher.report.page import Page, Section, Table
 from launcher.report.plots import Curve, Plot
 from launcher.report.progress import metrics_text
 from launcher.report.quantities import duration, size
-from launcher.report.run_page import (
-    evaluation_curves,
-    mean_own_seconds,
-    metric_names,
-    over_steps,
-    smoothed,
-    step_parts,
-    utilisation,
-)
+from launcher.report.run_page import evaluation_curves, metric_names, over_steps
+from launcher.report.shares import mean_own_seconds, smoothed, step_parts, utilisation
 
 _DERIVED = (
     "nodes",

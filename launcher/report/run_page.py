@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import math
-import statistics
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 
 from launcher.errors import UsageError
 from launcher.history import Attempt, History
-from launcher.peaks import peak_flops
 from launcher.reasons import counted
 from launcher.report.explain import explain
 from launcher.report.failure import failure_text
@@ -20,20 +18,22 @@ from launcher.report.figures import Bars, Figure, Moment, Span, Timeline
 from launcher.report.page import Page, Section, Table, render
 from launcher.report.plots import Curve, Plot, schedule_plots
 from launcher.report.quantities import duration, size
+from launcher.report.shares import (
+    mean_own_seconds,
+    own_seconds,
+    shares_in_words,
+    smoothed,
+    step_parts,
+    stragglers_in_words,
+    utilisation,
+)
 from launcher.rundir import RunDir, write_atomic
 from launcher.schedules import SCHEDULES, Schedule
 from launcher.spec import parse
 
-_STRAGGLES = 1.15
-"""A rank that takes so many times the median of the others is named."""
-
-_MOST_NAMED = 8
 _MOST_CARDS = 4
 _MOST_LINES = 16
 """Ranks whose own lines are drawn over the steps."""
-
-_SMOOTH = 0.02
-"""The part of the steps over which the smooth line forgets."""
 
 
 def run_page(history: History, more: Sequence[Section] = ()) -> Page:
@@ -98,16 +98,6 @@ def _cards(history: History) -> list[tuple[str, str]]:
     if history.ranks:
         cards.append(("memory of a rank", size(max(history.ranks[-1].memory_bytes))))
     return cards
-
-
-def utilisation(history: History, flops: float) -> tuple[str, str]:
-    """Return (what, value) of how much of its device a rank uses, as far as that is known."""
-    name = next((e["device_name"] for e in reversed(history.events) if "device_name" in e), "")
-    tf32 = bool(history.plan.settings.get("tf32"))
-    peak = peak_flops(name, history.plan.precision, tf32=tf32)
-    if peak is None:
-        return "model operations of a rank", f"{_metric(flops)}FLOP/s"
-    return "model FLOPs utilisation", f"{flops / peak:.1%} of {_metric(peak)}FLOP/s"
 
 
 def learning(history: History) -> Section:
@@ -190,41 +180,6 @@ def _speed(history: History) -> Iterator[Section]:
     yield Section(title="Speed", words=shares_in_words(history, parts), figures=figures)
 
 
-def step_parts(history: History) -> dict[str, list[float]]:
-    """Return the seconds of each step by what they went to, means over ranks."""
-    steps = history.steps
-    whole, waits = steps["step_seconds"], list(steps["data_wait_seconds"])
-    told = any(map(math.isfinite, steps["communication_seconds"]))
-    talks = [c if math.isfinite(c) else 0.0 for c in steps["communication_seconds"]]
-    rest = [max(t - w - c, 0.0) for t, w, c in zip(whole, waits, talks, strict=True)]
-    name = "computing and the rest" if told else "computing, communication and the rest"
-    parts = {"waiting for data": waits}
-    if told and history.plan.world_size > 1:
-        parts["waiting for communication"] = talks
-    return parts | {name: rest}
-
-
-def shares_in_words(history: History, parts: dict[str, list[float]]) -> str:
-    """Return where the time of a typical step went, and how to learn more."""
-    medians = {}
-    for name, values in parts.items():
-        late = [value for value in values[len(values) // 10 :] if math.isfinite(value)]
-        medians[name] = statistics.fmean(late) if late else 0.0
-    whole = sum(medians.values())
-    if not whole:
-        return ""
-    said = ", ".join(f"{value / whole:.0%} {name}" for name, value in medians.items())
-    words = f"A step took {1e3 * whole:.3g} ms on average: {said}."
-    if "waiting for communication" not in parts and history.plan.world_size > 1:
-        words += (
-            f" What ranks wait for communication under {history.plan.strategy} is told by "
-            "`launcher profile`."
-        )
-    if medians["waiting for data"] > 0.1 * whole:
-        words += " `launcher find loader` says how many workers would be enough."
-    return words
-
-
 def _ranks(history: History) -> Iterator[Section]:
     """Yield what each rank took of a step, and held of memory."""
     if not history.ranks:
@@ -241,7 +196,7 @@ def _ranks(history: History) -> Iterator[Section]:
         figures.append(
             Bars(title=title, x_label="rank", y_label="ms", names=names, values=milliseconds)
         )
-        rows = _own_seconds(history)
+        rows = own_seconds(history)
         if len(own) <= _MOST_LINES and len(rows) > 1:
             steps = [step for step, _ in rows]
             curves = [
@@ -258,45 +213,6 @@ def _ranks(history: History) -> Iterator[Section]:
     held = [value / 2**20 for value in last.memory_bytes]
     figures.append(Bars(title=title, x_label="rank", y_label="MiB", names=names, values=held))
     yield Section(title="Ranks", words=words, figures=figures)
-
-
-def mean_own_seconds(history: History) -> list[float] | None:
-    """Return each rank's own part of a step, on average; None where that is not known."""
-    rows = [own for _, own in _own_seconds(history)]
-    rows = rows[1:] or rows  # the first steps are slow for reasons of their own
-    return [statistics.fmean(column) for column in zip(*rows, strict=True)] if rows else None
-
-
-def _own_seconds(history: History) -> list[tuple[int, list[float]]]:
-    """Return (step, own part by rank) since the run has had the ranks that it has now."""
-    rows: list[tuple[int, list[float]]] = []
-    for row in history.ranks:
-        if row.own_seconds is not None:
-            same = not rows or len(rows[0][1]) == len(row.own_seconds)
-            rows = [*(rows if same else []), (row.step, row.own_seconds)]
-    return rows
-
-
-def stragglers_in_words(own: Sequence[float]) -> str:
-    """Return which ranks the others wait for, if for any."""
-    slow = stragglers(own)
-    if not slow:
-        return "No rank is much slower than the others."
-    named = ", ".join(f"rank {rank} ({times:.3g}x)" for rank, times in slow[:_MOST_NAMED])
-    more = f" and {len(slow) - _MOST_NAMED} more" if slow[_MOST_NAMED:] else ""
-    return f"The others wait for {named}{more}: times what the median of them takes of a step."
-
-
-def stragglers(own: Sequence[float]) -> list[tuple[int, float]]:
-    """Return (rank, times the median of the others) of the ranks that others wait for."""
-    middle = statistics.median(own) if len(own) > 1 else 0.0
-    found = []
-    for rank, value in enumerate(own):
-        if value > middle > 0:
-            others = statistics.median([*own[:rank], *own[rank + 1 :]])
-            if value > _STRAGGLES * others > 0:
-                found.append((rank, value / others))
-    return sorted(found, key=lambda each: -each[1])
 
 
 def _clock(history: History) -> Iterator[Section]:
@@ -410,31 +326,9 @@ def metric_names(histories: Sequence[History]) -> list[str]:
     return list(found)
 
 
-def smoothed(values: Sequence[float]) -> list[float]:
-    """Return a running mean that forgets over a fiftieth of the values, and starts unbiased."""
-    memory = max(len(values) * _SMOOTH, 1.0)
-    weight = 1 - 1 / memory
-    total = norm = 0.0
-    out = []
-    for value in values:
-        if math.isfinite(value):
-            total, norm = weight * total + value, weight * norm + 1
-        out.append(total / norm if norm else math.nan)
-    return out
-
-
 def _second(pairs: Sequence[tuple[int, float]]) -> list[float]:
     return [value for _, value in pairs]
 
 
 def _plain(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) or value is None else str(value)
-
-
-def _metric(value: float) -> str:
-    """Return a number with its prefix: `1.23 G`."""
-    for prefix in ("", "k", "M", "G", "T"):
-        if value < 1000:
-            return f"{value:.3g} {prefix}"
-        value /= 1000
-    return f"{value:.3g} P"

@@ -12,7 +12,7 @@ from launcher.history import History
 from launcher.reasons import counted
 from launcher.report.progress import metrics_text, sparkline, step_line
 from launcher.report.quantities import duration, size
-from launcher.report.run_page import mean_own_seconds, step_parts, stragglers, stragglers_in_words
+from launcher.report.shares import mean_own_seconds, step_parts, stragglers, stragglers_in_words
 from launcher.states import COLOURS, State
 
 if TYPE_CHECKING:
