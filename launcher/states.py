@@ -54,33 +54,39 @@ class State:
 def state_of(run_dir: RunDir) -> State:
     """Return how the run fares."""
     health = list(all_health(run_dir))
-    if any(map(is_alive, health)) and not _has_result(run_dir):
+    if not health and _begins(run_dir):
+        return State(name="running", words="starting")
+    if any(map(is_alive, health)) and _changed(run_dir.result) < _changed(run_dir.run_yaml):
         return State(name="running", words=progress_words(run_dir))
     if (ended := outcome(run_dir)) is not None:
         return ended
     if run_dir.run_yaml.is_file():
-        return _unfinished(run_dir, is_new=not health)
+        return _unfinished(run_dir)
     if run_dir.submission.is_file():
         return State(name="waiting", words="submitted")
     return State(name="unknown", words="left nothing")
 
 
-def _has_result(run_dir: RunDir) -> bool:
-    """Return whether there is a result, of this attempt rather than of one that is gone on with."""
+def _begins(run_dir: RunDir) -> bool:
+    """Return whether it has just been begun, or gone on with, and its ranks are still to come."""
+    begun = _changed(run_dir.run_yaml)
+    ended = max(_changed(run_dir.result), _changed(run_dir.failure))
+    return begun > ended and time.time() - begun < _SECONDS_TO_START
+
+
+def _changed(path: Path) -> float:
+    """Return when a file was last written; long ago where it is not there."""
     try:
-        return run_dir.result.stat().st_mtime >= run_dir.run_yaml.stat().st_mtime
+        return path.stat().st_mtime
     except OSError:
-        return False
+        return 0.0
 
 
-def _unfinished(run_dir: RunDir, *, is_new: bool) -> State:
-    """Return the state of a run that is over or has just begun, and has not said how it ended."""
+def _unfinished(run_dir: RunDir) -> State:
+    """Return the state of a run that is over and has left neither result nor failure."""
     events = read_events(run_dir)
     if events and events[-1]["event"] == "stopped":
         return State(name="stopped", words=f"stopped after step {events[-1]['step']:,}")
-    begun = run_dir.run_yaml.stat().st_mtime
-    if is_new and time.time() - begun < _SECONDS_TO_START:
-        return State(name="running", words="starting")
     row = last_step(run_dir.metrics)
     where = f"after step {row['step']:,}" if row else "before its first step"
     return State(name="lost", words=f"ended without a word {where}")

@@ -59,3 +59,39 @@ def test_two_gpus_train_as_one_does(run: Commands) -> None:
     one, two = (load_file(run.folder / ranks / "model.safetensors") for ranks in ("1", "2"))
     for name, weight in one.items():
         assert (two[name] - weight).norm() <= 1e-4 * weight.norm()
+
+
+@needs_gpu
+def test_a_gpu_is_profiled(run: Commands) -> None:
+    """Kernels are of the part of a step that asked for them, and nothing is lost."""
+    done = run("launcher", "profile", "digits", "-n", "1", "--steps", "5", "--json")
+    assert done.exit_code == 0, done.stderr
+    [profile] = json.loads(done.stdout)
+    parts = profile["parts"]
+    assert parts["forward"] > 0
+    assert parts["backward"] > 0
+    assert sum(parts.values()) == pytest.approx(profile["step_seconds"])
+    assert profile["operations"]
+
+
+@needs_gpu
+def test_what_a_gpu_holds_is_told(run: Commands) -> None:
+    """Its memory stands in the rank's health, its name in the events, its peak on the page."""
+    done = run("launcher", "run", "digits", "-n", "1", "--out", "out")
+    assert done.exit_code == 0, done.stderr
+    health = json.loads((run.folder / "out/health/rank0.json").read_text())
+    assert 0 < health["memory_bytes"] <= health["memory_total_bytes"]
+    began = json.loads((run.folder / "out/events.jsonl").read_text().splitlines()[0])
+    assert began["device_name"] == torch.cuda.get_device_name(0)
+    assert run("launcher", "report", "out").exit_code == 0
+
+
+@needs_gpus
+def test_gpus_know_what_they_wait_for(run: Commands) -> None:
+    """DDP's own clocks, on some of the steps."""
+    done = run("launcher", "run", "digits", "-n", "2", "--out", "out")
+    assert done.exit_code == 0, done.stderr
+    lines = (run.folder / "out/metrics.jsonl").read_text().splitlines()
+    waits = [row["communication_seconds"] for row in map(json.loads, lines) if "grad_norm" in row]
+    assert all(wait is not None and wait >= 0 for wait in waits)
+    assert waits[-1] > 0

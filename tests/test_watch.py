@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import threading
@@ -21,7 +22,7 @@ from launcher.cli.colours import painted
 from launcher.health import Health
 from launcher.report.listed import Listed, ordered
 from launcher.report.progress import sparkline
-from launcher.rundir import RunDir
+from launcher.rundir import RunDir, read_run, write_resumption
 from launcher.states import is_alive, state_of
 
 STRAGGLING = ROOT / "tests/recipes/straggling.py"
@@ -274,6 +275,17 @@ def test_a_rank_elsewhere_is_alive_while_it_speaks() -> None:
     here = os.uname().nodename
     assert is_alive(Health(node=here, pid=os.getpid(), time=now - 60, **values))  # type: ignore[arg-type]
     assert not is_alive(Health(node=here, pid=2**22 + 1, time=now, **values))  # type: ignore[arg-type]
+
+
+def test_a_run_that_is_gone_on_with_is_starting(runs: Commands, tmp_path: Path) -> None:
+    """Between the command and its first rank, whatever it had come to before."""
+    for name in ("runs/good", "runs/bad"):
+        copy = tmp_path / name
+        shutil.copytree(runs.folder / name, copy)
+        ended = state_of(RunDir(copy))
+        write_resumption(RunDir(copy), read_run(RunDir(copy)))
+        assert ended.name in ("finished", "failed")
+        assert state_of(RunDir(copy)).words == "starting"
 
 
 def test_runs_without_a_number_come_last() -> None:

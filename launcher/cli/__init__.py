@@ -49,6 +49,7 @@ def group() -> None:
     launcher plan digits              what would run, with the arithmetic
     launcher run digits               train it, on all GPUs of this machine
     launcher run digits -n 2 lr=0.2   ... on two, with another learning rate
+    launcher report runs/digits-...   what it did, as a page
     """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -90,6 +91,7 @@ def _follow(run_dir: RunDir, show: Callable[[History, State], None], *, every: f
     from launcher.history import History
     from launcher.states import AT_WORK
 
+    waiting = _changing(functools.partial(click.echo, err=True))
     history: History | None = None
     asked: tuple[float, State | None] = (0.0, None)
     while True:
@@ -104,6 +106,8 @@ def _follow(run_dir: RunDir, show: Callable[[History, State], None], *, every: f
         state = _now(run_dir, history, asked[1])
         if history is not None:
             show(history, state)
+        else:
+            waiting(f"{run_dir.shown}: {state.words}")
         if state.name not in AT_WORK:
             # A job that was asked about a moment ago may have been queued again since.
             last = _by_slurm(run_dir)

@@ -112,7 +112,7 @@ class Watch:
             phase=phase,
             since=now - (time.monotonic() - moved),
             time=now,
-            **self.usage(),
+            **self._used(),
             **more,
         )
         with contextlib.suppress(OSError):  # a full disk stops no run
@@ -120,6 +120,13 @@ class Watch:
             beside = path.with_suffix(".tmp")
             beside.write_text(json.dumps(asdict(health)), encoding="utf-8")
             beside.replace(path)
+
+    def _used(self) -> dict[str, Any]:
+        """Return what the rank uses; nothing where a device cannot say so any more."""
+        try:
+            return self.usage()
+        except Exception:  # noqa: BLE001  # a driver's own errors, which are not to end the watch
+            return {}
 
     def _end(self) -> None:
         """End the run: say where this rank is, then who it is that the others wait for."""
