@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from click.testing import CliRunner
 from support import ROOT, Commands, read_lines
 
+from launcher.cli import _COMMANDS, group
+
 DIGITS = str(ROOT / "recipes/digits.py")
-HEAVY = ("torch", "numpy", "accelerate", "deepspeed", "rich", "sklearn")
+HEAVY = ("torch", "numpy", "accelerate", "deepspeed", "plotly", "rich", "sklearn")
 
 
 def test_the_help_names_the_commands(run: Commands) -> None:
@@ -240,3 +243,12 @@ def test_data_that_start_threads_are_counted(run: Commands) -> None:
     done = run("launcher", "run", "parallel.py", "-n", "1", "device=cpu", "--out", "out")
     assert done.exit_code == 0, done.stderr
     assert "read to count its 1,437 training samples" in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize("name", [*_COMMANDS, "find lr", "find batch"])
+def test_help_has_examples(name: str) -> None:
+    """Each command shows how it is typed, in lines no wider than a terminal."""
+    done = CliRunner().invoke(group, [*name.split(), "--help"], prog_name="launcher")
+    assert done.exit_code == 0
+    assert f"\n  launcher {name}" in done.output.partition("Options:")[0]
+    assert max(map(len, done.output.splitlines())) <= 100

@@ -15,6 +15,10 @@ def command(what: str) -> None:
     """End the run RUN, or that of JOB; what runs saves a checkpoint first, if it is given the time.
 
     RUN may be the folder of an array.
+
+    \b
+    launcher cancel runs/digits-20260101-120000
+    launcher cancel 1234
     """
     from launcher.slurm.queue import cancel
     from launcher.slurm.submission import find_submissions, read_submission

@@ -7,7 +7,11 @@ import click
 
 @click.command(short_help="List what there is to train.")
 def command() -> None:
-    """List the recipes in ./recipes and those that launcher ships, a line each."""
+    """List the recipes in ./recipes and those that launcher ships, a line each.
+
+    \b
+    launcher recipes
+    """
     from launcher.resolve import known_recipes
 
     names = known_recipes()
