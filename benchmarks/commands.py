@@ -38,7 +38,7 @@ def main(turns: int) -> None:
     if has_cluster():
         commands.insert(len(OURS), SUBMIT)
     found: dict[str, list[float]] = {command: [] for command in commands}
-    for turn in range(-1, turns):
+    for turn in range(-1 if turns > 1 else 0, turns):
         first = turn % len(commands)
         for command in commands[first:] + commands[:first]:
             seconds = take(command)

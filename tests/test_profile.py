@@ -79,7 +79,7 @@ def test_strategies_are_looked_at(run: Commands, strategy: str) -> None:
         parts = rank["parts"]
         assert parts["communication"] > 0
         assert parts["optimizer"] > 0
-        assert parts["forward"] + parts["backward"] > 0.3 * rank["step_seconds"]
+        assert min(parts["forward"], parts["backward"]) > 0
 
 
 def write(path: Path, events: list[dict[str, Any]]) -> Path:
