@@ -24,7 +24,7 @@ _SECONDS_BETWEEN_BEATS = 1.0
 _SECONDS_OF_SILENCE = 20.0
 """After which a node is taken for lost."""
 
-_SECONDS_TO_PART = 3.0
+_SECONDS_TO_PART = 6.0
 _SECONDS_TO_EXIT = 1.0
 
 _FAILURE = "failure"
