@@ -12,7 +12,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from launcher.engine.backends.base import Backend
 from launcher.engine.build import build_trainee
 from launcher.engine.data import MicroBatch
 from launcher.engine.logs import Output
-from launcher.engine.loop import train
+from launcher.engine.loop import Trainee, train
 from launcher.engine.metrics import StepRow, Votes
 from launcher.engine.processes import children, peak_bytes, private_bytes, run_delay
 from launcher.finders.batch import MARGIN
@@ -70,6 +70,42 @@ class Gauge:
         """Nothing is evaluated."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Probed:
+    """What is measured, on one rank."""
+
+    recipe: Recipe
+    plan: Plan
+    backend: Backend
+    run_dir: RunDir
+    output: Output
+    at: Callable[[int, str], None]
+    """Is told how far the rank is."""
+
+    def trainee(self, last_step: int | None = None, **options: Any) -> Trainee:
+        """Build what is trained for so many steps, all that are planned by default.
+
+        Args:
+            last_step: Steps.
+            options: Further ones of `build_trainee`.
+        """
+        steps = self.plan.total_steps if last_step is None else last_step
+        given: dict[str, Any] = {"evaluates": False, "at": self.at} | options
+        return build_trainee(self.recipe, self.plan, self.backend, last_step=steps, **given)
+
+    @contextlib.contextmanager
+    def gauge(self, steps: int | None = None) -> Iterator[Gauge]:
+        """Return a listener that shows on rank 0 how far it is."""
+        if self.backend.rank != 0:
+            yield Gauge(None)
+            return
+        progress = self.output.progress(self.plan.total_steps if steps is None else steps)
+        try:
+            yield Gauge(progress)
+        finally:
+            progress.close()
+
+
 class _UntilDivergence:
     """An attendant that stops where the losses that `gauge` has kept diverge.
 
@@ -96,62 +132,33 @@ class _UntilDivergence:
         return False
 
 
-def test_range(
-    recipe: Recipe,
-    plan: Plan,
-    backend: Backend,
-    run_dir: RunDir,
-    output: Output,
-    *,
-    at: Callable[[int, str], None],
-) -> None:
+def test_range(probed: Probed) -> None:
     """Train along the plan's schedule until the loss diverges; rank 0 writes the curve."""
-    with gauge(backend, plan.total_steps, output) as listener:
+    with probed.gauge() as listener:
         until = _UntilDivergence(listener)
-        steps = plan.total_steps
-        trainee = build_trainee(recipe, plan, backend, last_step=steps, evaluates=False, at=at)
-        train(trainee, listener, until)
-    if backend.rank == 0:
+        train(probed.trainee(), listener, until)
+    if probed.backend.rank == 0:
         seen = listener.rows[: until.seen]
         rows = list(itertools.takewhile(lambda row: math.isfinite(row.loss), seen))
         curve = Curve(lrs=tuple(row.lr for row in rows), losses=tuple(row.loss for row in rows))
-        write_json(run_dir.curve, asdict(curve))
+        write_json(probed.run_dir.curve, asdict(curve))
 
 
-def measure_noise(
-    recipe: Recipe,
-    plan: Plan,
-    backend: Backend,
-    run_dir: RunDir,
-    output: Output,
-    *,
-    last_step: int,
-    at: Callable[[int, str], None],
-) -> None:
+def measure_noise(probed: Probed, *, last_step: int) -> None:
     """Train to `last_step`, measuring the gradient noise in every step; rank 0 writes it."""
-    with gauge(backend, last_step, output) as listener:
-        trainee = build_trainee(
-            recipe, plan, backend, last_step=last_step, evaluates=False, noise_stride=1, at=at
-        )
+    with probed.gauge(last_step) as listener:
+        trainee = probed.trainee(last_step, noise_stride=1)
         train(trainee, listener, last_step=last_step)
-    if backend.rank == 0:
+    if probed.backend.rank == 0:
         finite = [each for each in listener.noise if math.isfinite(each.small + each.big)]
-        write_json(run_dir.noise, {"measurements": [asdict(each) for each in finite]})
+        write_json(probed.run_dir.noise, {"measurements": [asdict(each) for each in finite]})
 
 
-def time_size(
-    recipe: Recipe,
-    plan: Plan,
-    backend: Backend,
-    run_dir: RunDir,
-    output: Output,
-    *,
-    at: Callable[[int, str], None],
-) -> None:
+def time_size(probed: Probed) -> None:
     """Take the plan's steps, of which the first is not timed; rank 0 writes speed and memory."""
-    steps = plan.total_steps
-    with gauge(backend, steps, output) as listener:
-        trainee = build_trainee(recipe, plan, backend, last_step=steps, evaluates=False, at=at)
+    backend, steps = probed.backend, probed.plan.total_steps
+    with probed.gauge() as listener:
+        trainee = probed.trainee()
         train(trainee, listener, last_step=1)
         started = time.perf_counter()
         train(trainee, listener, first_step=1, last_step=steps)  # its numbers are read at the end
@@ -164,29 +171,19 @@ def time_size(
             "peak_bytes": peak,
             "num_trained": trainee.num_trained,
         }
-        write_json(run_dir.size, values)
+        write_json(probed.run_dir.size, values)
 
 
-def time_reading(
-    recipe: Recipe,
-    plan: Plan,
-    backend: Backend,
-    run_dir: RunDir,
-    output: Output,
-    *,
-    seconds: float,
-    at: Callable[[int, str], None],
-) -> None:
+def time_reading(probed: Probed, *, seconds: float) -> None:
     """Train for some seconds once the workers' queues have been used up; rank 0 writes the times.
 
     All ranks read and compute at once, as they will. What is written is the mean over ranks.
     """
+    plan, backend = probed.plan, probed.backend
     held = plan.workers_per_rank * (plan.prefetch_factor or 0)
     first = 2 + ceil_div(held, plan.accumulation_steps)
-    with gauge(backend, plan.total_steps, output) as listener:
-        trainee = build_trainee(
-            recipe, plan, backend, last_step=plan.total_steps, evaluates=False, at=at
-        )
+    with probed.gauge() as listener:
+        trainee = probed.trainee()
         watched = _Watched(trainee.batches)
         trainee = replace(trainee, batches=watched)
         train(trainee, listener, last_step=first)
@@ -216,7 +213,7 @@ def time_reading(
     every = backend.gather(own)
     if backend.rank == 0:
         means = {name: statistics.fmean(each[name] for each in every) for name in own}
-        write_json(run_dir.reading, means)
+        write_json(probed.run_dir.reading, means)
 
 
 class _Watched:
@@ -285,16 +282,3 @@ def limit_memory(device: torch.device, num_bytes: int | None) -> None:
         if hard != resource.RLIM_INFINITY:
             num_bytes = min(num_bytes, hard)
         resource.setrlimit(resource.RLIMIT_DATA, (num_bytes, hard))
-
-
-@contextlib.contextmanager
-def gauge(backend: Backend, steps: int, output: Output) -> Iterator[Gauge]:
-    """Return a gauge that shows on rank 0 how far it is."""
-    if backend.rank != 0:
-        yield Gauge(None)
-        return
-    progress = output.progress(steps)
-    try:
-        yield Gauge(progress)
-    finally:
-        progress.close()

@@ -10,30 +10,18 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from launcher.engine.backends.base import Backend
-from launcher.engine.build import build_trainee
 from launcher.engine.data import MicroBatch
-from launcher.engine.logs import Output
 from launcher.engine.loop import Trainee, train
-from launcher.engine.probes import gauge
+from launcher.engine.probes import Probed
 from launcher.finders.profile import PREFIX, read_profile
 from launcher.health import PHASES
-from launcher.plan import Plan
-from launcher.recipe import Recipe
-from launcher.rundir import RunDir, write_json
+from launcher.rundir import write_json
 
 
-def profile_steps(
-    recipe: Recipe,
-    plan: Plan,
-    backend: Backend,
-    run_dir: RunDir,
-    output: Output,
-    *,
-    warm_up: int,
-    at: Callable[[int, str], None],
-) -> None:
+def profile_steps(probed: Probed, *, warm_up: int) -> None:
     """Take the plan's steps, the first to warm up; leave each rank's trace, and what all say."""
-    steps = plan.total_steps
+    backend, run_dir = probed.backend, probed.run_dir
+    steps = probed.plan.total_steps
     activities = [ProfilerActivity.CPU]
     if backend.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
@@ -48,12 +36,10 @@ def profile_steps(
     def at_and_step(step: int, phase: str) -> None:
         if step and phase == PHASES[1]:
             profiler.step()  # the one before has ended
-        at(step, phase)
+        probed.at(step, phase)
 
-    with gauge(backend, steps, output) as listener:
-        trainee = build_trainee(
-            recipe, plan, backend, last_step=steps, evaluates=False, at=at_and_step
-        )
+    with probed.gauge() as listener:
+        trainee = probed.trainee(at=at_and_step)
         with profiler:
             train(_named(trainee), listener, last_step=steps)
             if backend.device.type == "cuda":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import faulthandler
+import functools
 import os
 import platform
 import signal
@@ -23,7 +24,14 @@ from launcher.engine.examination import examine_rank
 from launcher.engine.failures import fail
 from launcher.engine.inspection import inspect_recipe, write_inspection
 from launcher.engine.logs import Output, open_output
-from launcher.engine.probes import limit_memory, measure_noise, test_range, time_reading, time_size
+from launcher.engine.probes import (
+    Probed,
+    limit_memory,
+    measure_noise,
+    test_range,
+    time_reading,
+    time_size,
+)
 from launcher.engine.processes import die_with_parent
 from launcher.engine.profiling import profile_steps
 from launcher.engine.run import join, train_rank
@@ -88,80 +96,53 @@ def _train(rank: _Rank) -> int:
 
 def launched_range_test(job: Job) -> int:
     """Take part in a learning-rate range test, whose curve rank 0 leaves in the run folder."""
-    return _launched(job, _test_range)
-
-
-def _test_range(rank: _Rank) -> int:
-    test_range(rank.recipe, rank.job.plan, rank.backend, rank.job.run_dir, rank.output, at=rank.at)
-    return 0
+    return _probe(job, test_range)
 
 
 def launched_noise_probe(job: Job) -> int:
     """Take part in measuring the gradient noise, which rank 0 leaves in the run folder."""
-    return _launched(job, _measure_noise)
-
-
-def _measure_noise(rank: _Rank) -> int:
-    assert rank.job.last_step is not None
-    measure_noise(
-        rank.recipe,
-        rank.job.plan,
-        rank.backend,
-        rank.job.run_dir,
-        rank.output,
-        last_step=rank.job.last_step,
-        at=rank.at,
-    )
-    return 0
+    assert job.last_step is not None
+    return _probe(job, functools.partial(measure_noise, last_step=job.last_step))
 
 
 def launched_size_probe(job: Job) -> int:
     """Take part in timing a size of micro-batch, within the memory that `job` allows."""
-    return _launched(job, _time_size)
 
+    def within_memory(probed: Probed) -> None:
+        limit_memory(probed.backend.device, job.memory_bytes)
+        time_size(probed)
 
-def _time_size(rank: _Rank) -> int:
-    limit_memory(rank.backend.device, rank.job.memory_bytes)
-    time_size(rank.recipe, rank.job.plan, rank.backend, rank.job.run_dir, rank.output, at=rank.at)
-    return 0
+    return _probe(job, within_memory)
 
 
 def launched_reading_probe(job: Job) -> int:
     """Take part in timing how samples are read while the model is trained."""
-    return _launched(job, _time_reading)
-
-
-def _time_reading(rank: _Rank) -> int:
-    assert rank.job.seconds is not None
-    time_reading(
-        rank.recipe,
-        rank.job.plan,
-        rank.backend,
-        rank.job.run_dir,
-        rank.output,
-        seconds=rank.job.seconds,
-        at=rank.at,
-    )
-    return 0
+    assert job.seconds is not None
+    return _probe(job, functools.partial(time_reading, seconds=job.seconds))
 
 
 def launched_profile(job: Job) -> int:
     """Take part in looking at where the time of steps goes; `last_step` of the job warms up."""
-    return _launched(job, _profile)
+    assert job.last_step is not None
+    return _probe(job, functools.partial(profile_steps, warm_up=job.last_step))
 
 
-def _profile(rank: _Rank) -> int:
-    assert rank.job.last_step is not None
-    profile_steps(
-        rank.recipe,
-        rank.job.plan,
-        rank.backend,
-        rank.job.run_dir,
-        rank.output,
-        warm_up=rank.job.last_step,
-        at=rank.at,
-    )
-    return 0
+def _probe(job: Job, measure: Callable[[Probed], None]) -> int:
+    """Measure something as one rank of `job`; return the exit code."""
+
+    def work(rank: _Rank) -> int:
+        probed = Probed(
+            recipe=rank.recipe,
+            plan=job.plan,
+            backend=rank.backend,
+            run_dir=job.run_dir,
+            output=rank.output,
+            at=rank.at,
+        )
+        measure(probed)
+        return 0
+
+    return _launched(job, work)
 
 
 def _launched(job: Job, work: Callable[[_Rank], int]) -> int:
