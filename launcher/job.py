@@ -7,7 +7,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from launcher.errors import LauncherError, PlanError, RecipeError
 from launcher.machine import Machine
@@ -16,12 +16,15 @@ from launcher.plan import Plan
 from launcher.planning import make_plan
 from launcher.provenance import command_line, git_state, versions
 from launcher.recipe import Recipe
-from launcher.report.progress import Shows
 from launcher.resolve import Reference, cannot
 from launcher.rundir import RunDir
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
+
+
+Shows = Literal["progress", "json", "nothing"]
+"""What a run prints as it goes on."""
 
 
 @dataclass(frozen=True, kw_only=True)

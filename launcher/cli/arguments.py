@@ -13,8 +13,8 @@ from launcher.cli.completing import complete_recipes, complete_settings
 from launcher.errors import UsageError
 
 if TYPE_CHECKING:
+    from launcher.job import Shows
     from launcher.overrides import Override
-    from launcher.report.progress import Shows
 
 Function = Callable[..., Any]
 

@@ -13,13 +13,12 @@ import click
 from launcher.cli import drop_output
 
 if TYPE_CHECKING:
-    from launcher.job import Start
+    from launcher.job import Shows, Start
     from launcher.launch import Stops
     from launcher.multinode import Meeting
     from launcher.nodes import Nodes
     from launcher.overrides import Override
     from launcher.plan import Plan
-    from launcher.report.progress import Shows
     from launcher.resolve import Reference
     from launcher.rundir import RunDir
 

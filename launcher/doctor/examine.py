@@ -7,18 +7,18 @@ import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
 from launcher.doctor.findings import Report
 from launcher.doctor.node import check_node
+from launcher.doctor.nothing import examination
 from launcher.job import Job
 from launcher.launch import launch
 from launcher.machine import Machine
 from launcher.plan import Plan
 from launcher.planning import make_plan
-from launcher.recipe import Data, Recipe
 from launcher.rundir import create_run_dir
 from launcher.world import World
 
@@ -38,24 +38,6 @@ def plan_examination(
     ranks = nodes * (nproc_per_node or machine.num_gpus or 2)
     recipe = replace(examination(), batch_size=ranks, device=device)
     return make_plan(recipe, machine, nodes=nodes, nproc_per_node=nproc_per_node)
-
-
-def examination() -> Recipe:
-    """Return a recipe of nothing, to plan an examination with."""
-
-    def nothing(*_: object) -> Any:
-        raise NotImplementedError
-
-    return Recipe(
-        name="doctor",
-        model=nothing,
-        data=lambda: Data(train=()),
-        loss=nothing,
-        batch_size=1,
-        lr=1.0,
-        lr_rule="none",
-        steps=1,
-    )
 
 
 def examine(plan: Plan) -> list[Report] | None:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO, cast
 
-from launcher.report.progress import JSONLines, Progress, Shown, Shows
+from launcher.job import Shows
+from launcher.report.progress import JSONLines, Progress, Shown
 
 
 class Terminal(io.TextIOBase):

@@ -17,8 +17,8 @@ from pathlib import Path
 import msgspec
 
 from launcher.checkpoints import list_checkpoints
-from launcher.doctor.examine import examination
 from launcher.doctor.findings import Finding, Report
+from launcher.doctor.nothing import examination
 from launcher.engine.backends.base import Backend
 from launcher.engine.examination import examine_rank
 from launcher.engine.failures import fail

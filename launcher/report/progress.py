@@ -8,12 +8,9 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TextIO, cast
+from typing import Any, TextIO, cast
 
 from launcher.report.quantities import duration
-
-Shows = Literal["progress", "json", "nothing"]
-"""What a run prints as it goes on."""
 
 _SECONDS_BETWEEN_LINES = 5.0
 _SPARKS = "▁▂▃▄▅▆▇█"
