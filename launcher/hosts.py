@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -16,6 +17,10 @@ from launcher.errors import EXIT_FAILED, UsageError
 from launcher.nodes import Nodes, nodes_environment, nodes_of_hosts
 from launcher.signals import STOP_SIGNALS
 
+_SECONDS_TO_HEAR = 5.0
+"""In which the others have heard of a failure from the one that failed, and have ended."""
+
+_SECONDS_BETWEEN_LOOKS = 0.05
 _EXIT_OF_SSH = 255
 """Where ssh itself failed: it has said why."""
 
@@ -102,10 +107,14 @@ def _send(process: subprocess.Popen[str], name: str) -> None:
 def _wait(started: Mapping[int, tuple[str, subprocess.Popen[str]]], signals: _Signals) -> int:
     """Wait for all of them; return the exit code of the run: of the first that ended badly."""
     waiting = set(started)
-    code = 0
+    code, until = 0, 0.0
     while waiting:
-        pid, status = os.wait()
+        pid, status = os.waitpid(-1, os.WNOHANG if until else 0)
+        if until and time.monotonic() > until:
+            until = 0.0
+            signals.send("SIGINT")  # ends at once what has taken no step, and saves what has
         if pid not in waiting:
+            time.sleep(_SECONDS_BETWEEN_LOOKS if until else 0)
             continue
         waiting.remove(pid)
         host, process = started[pid]
@@ -121,7 +130,7 @@ def _wait(started: Mapping[int, tuple[str, subprocess.Popen[str]]], signals: _Si
             process.returncode = EXIT_FAILED
         if not code:
             code = process.returncode
-            signals.send("SIGINT")  # ends at once what has taken no step, and saves what has
+            until = time.monotonic() + _SECONDS_TO_HEAR
     return code
 
 
