@@ -16,6 +16,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="Write tests/golden anew.")
 
 
+_LONGEST = ("readme", "benchmarks", "slurm", "find", "kill_resume", "recipes", "features", "matrix")
+"""Files that take minutes: they come first, so that no worker has one of them left at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have long files first."""
+    order = {f"test_{name}": number for number, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Commands]:
     """Run commands in an empty folder; fail where they leave a process behind."""
