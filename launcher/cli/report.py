@@ -56,12 +56,13 @@ def command(runs: tuple[Path, ...], out: Path | None, *, opens: bool) -> None:
     more = [section for folder in folders for section in measured_sections(folder)]
     if len(histories) == 1:
         page = run_page(histories[0], more)
-        target = out or histories[0].run_dir.path / "report.html"
+        target = out or Path(histories[0].run_dir.shown) / "report.html"
     else:
         page = comparison_page(histories, more)
         target = out or Path("comparison.html")
     write_atomic(target, render(page))
-    click.echo(f"page: {target}")
+    if target.is_file():  # rather than /dev/stdout
+        click.echo(f"page: {target}")
     if opens:
         import webbrowser
 

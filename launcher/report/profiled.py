@@ -31,7 +31,7 @@ def profile_text(profiles: Sequence[Profile], plan: Plan, run_dir: RunDir) -> st
     longest = [[f"{1e3 * value:.3g} ms", name[:_NAME]] for name, value in first.operations]
     lines += [f"  {line}" for line in table(longest, "><")] if longest else ["  nothing"]
     lines += ["", *advice(profiles, plan)]
-    lines += ["", f"traces: {run_dir.trace(0).parent} (for https://ui.perfetto.dev)"]
+    lines += ["", f"traces: {run_dir.shown}/traces (for https://ui.perfetto.dev)"]
     return "\n".join(lines)
 
 
