@@ -7,6 +7,7 @@ import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from launcher.events import read_events
@@ -30,6 +31,9 @@ STATES = tuple(COLOURS)
 
 AT_WORK = "running", "waiting"
 """Those that are not over."""
+
+_WIDTH = 160
+"""Of what is said of a failure here; failure.json has all of it."""
 
 _SECONDS_OF_SILENCE = 30.0
 """After which a rank on another machine has gone; on this one its process is looked for."""
@@ -110,9 +114,11 @@ def outcome(run_dir: RunDir) -> State | None:
         shown = ", ".join(f"{name} {number_text(value)}" for name, value in values.items())
         return State(name="finished", words=f"finished after {result['steps']:,} steps: {shown}")
     if (failure := read_failure(run_dir)) is not None:
-        head = failure["message"].splitlines()[0] if failure["message"] else failure["error"]
+        head = shorten(failure["message"].partition("\n")[0], _WIDTH, placeholder=" ...")
         where = f"rank {failure['rank']} ({failure['node']})"
-        return State(name="failed", words=f"failed on {where}: {failure['error']}: {head}")
+        return State(
+            name="failed", words=f"failed on {where}: {failure['error']}: {head}".rstrip(": ")
+        )
     return None
 
 

@@ -311,6 +311,13 @@ def test_many_points_are_thinned_to_their_extremes() -> None:
     assert math.isnan(gap[1])
 
 
+def test_a_smooth_line_has_the_gaps_of_what_it_smooths() -> None:
+    """A loss that is not finite is not drawn as the mean of those before it."""
+    assert smoothed([2.0, 2.0, math.nan, 2.0])[:2] == [2.0, 2.0]
+    assert math.isnan(smoothed([2.0, math.nan])[1])
+    assert smoothed([math.nan, 3.0])[1] == 3.0
+
+
 def test_stragglers_are_measured_by_the_others() -> None:
     """With two ranks the slow one by the fast one; none where all are alike."""
     assert stragglers([1.0, 3.0]) == [(1, 3.0)]

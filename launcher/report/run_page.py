@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from launcher.errors import UsageError
@@ -263,7 +264,7 @@ def ending_in_words(attempt: Attempt, *, goes_on: bool) -> str:
     if ended is None:
         return "goes on" if goes_on else "ended without a word"
     if ended["event"] == "failed":
-        head = str(ended.get("message") or "").partition("\n")[0]
+        head = shorten(str(ended.get("message") or "").partition("\n")[0], 160, placeholder=" ...")
         return f"failed on rank {ended['rank']} ({ended['node']}): {ended['error']}: {head}"
     return f"{ended['event']} after step {ended['step']:,}"
 
@@ -278,7 +279,7 @@ def _post_mortem(history: History) -> Iterator[Section]:
     if history.failure is None:
         return
     text = failure_text(history.failure, history.run_dir)
-    yield Section(title="Post-mortem", words=history.state.words, text=text)
+    yield Section(title="Post-mortem", text=text)
 
 
 def _what_ran(history: History) -> Iterator[Section]:

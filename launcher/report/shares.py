@@ -102,7 +102,10 @@ def stragglers(own: Sequence[float]) -> list[tuple[int, float]]:
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Return a running mean that forgets over a fiftieth of the values, and starts unbiased."""
+    """Return a running mean that forgets over a fiftieth of the values, and starts unbiased.
+
+    Where a value is not finite there is a gap.
+    """
     memory = max(len(values) * _SMOOTH, 1.0)
     weight = 1 - 1 / memory
     total = norm = 0.0
@@ -110,7 +113,7 @@ def smoothed(values: Sequence[float]) -> list[float]:
     for value in values:
         if math.isfinite(value):
             total, norm = weight * total + value, weight * norm + 1
-        out.append(total / norm if norm else math.nan)
+        out.append(total / norm if math.isfinite(value) else math.nan)
     return out
 
 
