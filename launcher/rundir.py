@@ -301,14 +301,13 @@ def keep_until(run_dir: RunDir, step: int) -> None:
             write_atomic(path, "".join(kept))
 
 
-def read_rows(path: Path, start: int = 0) -> list[dict[str, Any]]:
-    """Return the whole lines of a JSON-lines file from byte `start`, less those that are damaged.
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the whole lines of a JSON-lines file, less those that are damaged.
 
     A file that is not there has none.
     """
     rows = []
     with contextlib.suppress(OSError), path.open("rb") as file:
-        file.seek(start)
         for line in file:
             try:
                 row = msgspec.json.decode(line)

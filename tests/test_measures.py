@@ -9,10 +9,15 @@ from typing import Any
 import pytest
 from support import ROOT, Commands, read_lines
 
+from launcher.engine.backends.local import LocalBackend
 from launcher.engine.ranks import CommunicationClock, OwnShare, by_rank
 from launcher.history import History
+from launcher.job import plan_recipe
+from launcher.machine import read_machine
 from launcher.peaks import peak_flops
+from launcher.resolve import resolve
 from launcher.rundir import RunDir, read_rows
+from recipes.digits import digits
 
 STRAGGLING = ROOT / "tests/recipes/straggling.py"
 
@@ -126,6 +131,8 @@ def test_the_clock_takes_differences() -> None:
 
 def test_ranks_tell_each_other_less_often_with_time() -> None:
     """After a second, then after a hundredth of the time; with many ranks less often than that."""
+    _, plan = plan_recipe(resolve("digits"), (), read_machine(), nproc_per_node=1)
+    backend = LocalBackend(digits(), plan)
 
     def written(world_size: int, seconds: int) -> int:
         share = OwnShare(world_size)
@@ -134,7 +141,7 @@ def test_ranks_tell_each_other_less_often_with_time() -> None:
             share.add(5, 0.5, 0.1, 0.01)
             if share.is_due:
                 count += 1
-                share._due = share._passed + max(share._shortest, 0.01 * share._passed)
+                assert share.row(backend)[:2] == pytest.approx([0.09, 0.02])
             share.pass_by(0.5)
         return count
 

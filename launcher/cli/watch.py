@@ -42,9 +42,8 @@ def command(what: str, *, as_json: bool) -> int:
     """Show how far the run RUN is, or that of JOB, until it ends.
 
     It reads the run's folder: from any shell that sees it, whoever started the run. Where there is
-    no terminal it prints lines. The exit code
-    is that of the run: 0 finished, 75 stopped with a checkpoint, 1 otherwise. Ctrl-C ends the
-    watching, and not the run.
+    no terminal it prints lines. The exit code is that of the run: 0 finished, 75 stopped with a
+    checkpoint, 1 otherwise. Ctrl-C ends the watching, and not the run.
 
     \b
     launcher watch runs/digits-20260101-120000

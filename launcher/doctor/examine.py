@@ -13,7 +13,7 @@ import msgspec
 
 from launcher.doctor.findings import Report
 from launcher.doctor.node import check_node
-from launcher.doctor.nothing import examination
+from launcher.doctor.recipe import examination
 from launcher.job import Job
 from launcher.launch import launch
 from launcher.machine import Machine

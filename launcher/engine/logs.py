@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TextIO, cast
 
 from launcher.job import Shows
-from launcher.report.progress import JSONLines, Progress, Shown
+from launcher.report.progress import JSONProgress, Progress, TerminalProgress
 
 
 class Terminal(io.TextIOBase):
@@ -86,8 +86,8 @@ class Output:
     def progress(self, total_steps: int) -> Progress:
         """Return what shows how far a run of so many steps is."""
         if self.shows == "json":
-            return JSONLines(total_steps, self.terminal)
-        return Shown(total_steps, self.terminal, self.log, self.show_through)
+            return JSONProgress(total_steps, self.terminal)
+        return TerminalProgress(total_steps, self.terminal, self.log, self.show_through)
 
     def show_through(self, stream: TextIO | None) -> None:
         """Have what Python code prints reach the terminal through `stream`, above a live bar."""

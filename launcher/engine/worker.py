@@ -18,7 +18,7 @@ import msgspec
 
 from launcher.checkpoints import list_checkpoints
 from launcher.doctor.findings import Finding, Report
-from launcher.doctor.nothing import examination
+from launcher.doctor.recipe import examination
 from launcher.engine.backends.base import Backend
 from launcher.engine.examination import examine_rank
 from launcher.engine.failures import fail

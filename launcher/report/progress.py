@@ -65,7 +65,7 @@ class Progress(ABC):
         return (now - self._started) / done * (self._total_steps - step)
 
 
-class Shown(Progress):
+class TerminalProgress(Progress):
     """For people: a bar if there is a terminal, otherwise lines.
 
     Args:
@@ -125,7 +125,7 @@ class Shown(Progress):
             print(text, file=file, flush=True)
 
 
-class JSONLines(Progress):
+class JSONProgress(Progress):
     """For programs: a line of JSON for each thing that happens.
 
     Args:
