@@ -118,7 +118,9 @@ def flip(path: Path) -> None:
         ("flip", "shard-00002-model-00001-of-00001.safetensors: not the bytes that were written"),
         ("cut", "shard-00002-model-00001-of-00001.safetensors: 100 bytes instead of"),
         ("gone", "shard-00002-model-00001-of-00001.safetensors: No such file or directory"),
-        ("manifest", "cannot read checkpoint.json: it is damaged"),
+        ("manifest", "checkpoint.json: not JSON"),
+        ("step", "checkpoint.json: its content does not match its own SHA-256"),
+        ("fifo", "shard-00002-model-00001-of-00001.safetensors: Not a regular file"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused(
@@ -133,6 +135,12 @@ def test_a_damaged_checkpoint_is_refused(
         os.truncate(shard, 100)
     elif damage == "gone":
         shard.unlink()
+    elif damage == "fifo":
+        shard.unlink()
+        os.mkfifo(shard)
+    elif damage == "step":
+        manifest = newest / "checkpoint.json"
+        manifest.write_text(manifest.read_text().replace('"step": 15,', '"step": 8,'))
     else:
         (newest / "checkpoint.json").write_text('{"format": 1, "step"')
     (copy / "result.json").unlink()

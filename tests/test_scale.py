@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from launcher import Plan, make_plan, read_machine
-from launcher.checkpoints import Checkpoint, Manifest
+from launcher.checkpoints import FORMAT, Checkpoint, Manifest
 from launcher.engine.checkpoint import StoredState, write_shard
 from launcher.engine.sampler import Sampler
 from launcher.engine.state import keep, live_tensors
@@ -138,7 +138,13 @@ def test_a_checkpoint_of_a_thousand_ranks(tmp_path: Path, caplog: pytest.LogCapt
             own = keep([*live_tensors(sharded, optimizer), *extra.items()], rank, RANKS)
             write_shard(tmp_path, rank, own)
     manifest = Manifest(
-        format=1, step=1, samples=1, world_size=RANKS, agreement={}, values={}, versions={}
+        format=FORMAT,
+        step=1,
+        samples=1,
+        world_size=RANKS,
+        agreement={},
+        values={"optimizer": {}, "groups": [], "scaler": None},
+        versions={},
     )
     stored = StoredState(Checkpoint(step=1, path=tmp_path), manifest)
     wanted = {f"model/{name}": value for name, value in whole.state_dict().items()} | extra

@@ -59,7 +59,13 @@ def command(
     launcher resume runs/digits-20260101-120000 -n 4 strategy=fsdp
     launcher resume runs/digits-20260101-120000 --from 120 epochs=40
     """
-    from launcher.checkpoints import changes, check_resumable, find_checkpoint, list_checkpoints
+    from launcher.checkpoints import (
+        changes,
+        check_resumable,
+        damage_error,
+        find_checkpoint,
+        list_checkpoints,
+    )
     from launcher.errors import CheckpointError
     from launcher.job import Start, describe_run, plan_recipe
     from launcher.launch import Stops
@@ -102,8 +108,11 @@ def command(
     )
     try:
         manifest = chosen.read_manifest()
-    except CheckpointError:
-        manifest = None  # told where the ranks look for another
+    except CheckpointError as error:
+        earlier = [each for each in found if each.step < chosen.step]
+        if not (auto and earlier):
+            raise damage_error(chosen, str(error), earlier) from None
+        manifest = None  # the ranks take an earlier one, and say so
     if manifest is not None:
         check_resumable(manifest, plan, chosen.name)
         if manifest.step >= plan.total_steps and folder.result.exists():

@@ -12,6 +12,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from launcher.checkpoints import (
     Checkpoint,
     FileSum,
     Manifest,
+    damage_error,
     sum_file,
 )
 from launcher.engine.backends.base import Backend
@@ -125,24 +127,20 @@ def load_newest(
         try:
             manifest = checkpoint.read_manifest()
             files = sorted(manifest.files)[backend.rank :: backend.world_size]
-            damage = next(checkpoint.damages(files, manifest), "")
+            wrong = chain(checkpoint.unlisted(manifest), checkpoint.damages(files, manifest))
+            damage = next(wrong, "")
         except CheckpointError as error:
             damage = str(error)
         found = next(filter(None, backend.gather(damage)), None)
         if found is None and manifest is not None:
             return checkpoint, manifest
         following = candidates[number + 1 :]
-        said = f"{checkpoint.path} is damaged: {found}"
-        if following and fall_back:
-            tell(f"launcher: {said}; {following[0].name} is taken instead.")
-            continue
-        other = "There is no earlier one."
-        if following:
-            other = (
-                f"The one before it is {following[0].name}: add `--from {following[0].name}`, or "
-                "--auto to take the newest that is not damaged."
-            )
-        raise CheckpointError(f"{said}. {other}")
+        if not (following and fall_back):
+            raise damage_error(checkpoint, found or "", following)
+        tell(
+            f"launcher: {checkpoint.path} is damaged: {found}; {following[0].name} is taken "
+            "instead."
+        )
     raise CheckpointError("There is no checkpoint to resume from.")
 
 

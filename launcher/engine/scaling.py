@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from launcher.checkpoints import ScalerState
 
 _FIRST_SCALE = 2.0**16
 _STEPS_BETWEEN_RISES = 2000
@@ -38,13 +38,13 @@ class LossScaler:
         """Whether gradients overflow whatever the scale."""
         return self.scale < _LEAST_SCALE
 
-    def state(self) -> dict[str, float]:
+    def state(self) -> ScalerState:
         """Return what `restore` takes."""
         return {"scale": self.scale, "good_steps": self._good_steps}
 
-    def restore(self, state: Mapping[str, float]) -> None:
+    def restore(self, state: ScalerState) -> None:
         """Go on as the scaler that returned this state."""
-        self.scale, self._good_steps = state["scale"], int(state["good_steps"])
+        self.scale, self._good_steps = state["scale"], state["good_steps"]
 
     def update(self, *, finite: bool) -> None:
         """Take note of a step whose gradient was finite, or not."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from launcher.checkpoints import Values
 from launcher.engine.optimizers import SCHEDULED
 from launcher.errors import CheckpointError, RecipeError
 
@@ -49,7 +50,7 @@ class Source(Protocol):
     world_size: int
     """Ranks that wrote it."""
 
-    values: Mapping[str, Any]
+    values: Values
     """What is no tensor."""
 
     def size(self, name: str) -> torch.Size | None:
@@ -268,7 +269,7 @@ def state_names(source: Source, parameter: str) -> dict[str, str]:
 def state_values(source: Source, parameter: str) -> dict[str, Any]:
     """Return the plain values that the optimizer kept of a parameter."""
     prefix = f"optimizer/{parameter}/"
-    kept: Mapping[str, Any] = source.values.get("optimizer", {})
+    kept = source.values["optimizer"]
     return {
         name.removeprefix(prefix): value for name, value in kept.items() if name.startswith(prefix)
     }

@@ -1,0 +1,149 @@
+"""A checkpoint on the disk is believed only where all of it is as it was written."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.checkpoints import (
+    FORMAT,
+    Checkpoint,
+    Manifest,
+    begin,
+    commit,
+    list_checkpoints,
+    sum_file,
+)
+from launcher.errors import CheckpointError
+from launcher.rundir import RunDir
+
+MANIFEST = Manifest(
+    format=FORMAT,
+    step=12,
+    samples=744,
+    world_size=2,
+    agreement={"recipe": "digits", "batch_size": 62},
+    values={"optimizer": {}, "groups": [{}], "scaler": None},
+    versions={"gpu-launcher": "0.1.0"},
+)
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Checkpoint:
+    """Return a checkpoint with one shard."""
+    run_dir = RunDir(tmp_path)
+    folder = begin(run_dir, MANIFEST.step)
+    shard = folder / "shard-00001-model-00001-of-00001.safetensors"
+    shard.write_bytes(bytes(1000))
+    return commit(folder, replace(MANIFEST, files={shard.name: sum_file(shard)}))
+
+
+def edit(checkpoint: Checkpoint, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the content of checkpoint.json."""
+    path = checkpoint.path / "checkpoint.json"
+    said = json.loads(path.read_text())
+    change(said)
+    path.write_text(json.dumps(said, indent=2))
+
+
+def test_it_is_read_as_it_was_written(written: Checkpoint) -> None:
+    """What a run wrote is returned, whatever the layout of the file as text."""
+    path = written.path / "checkpoint.json"
+    path.write_text(json.dumps(json.loads(path.read_text())))
+    manifest = written.read_manifest()
+    assert replace(manifest, files={}) == MANIFEST
+    assert not list(written.damages(manifest.files, manifest))
+    assert not list(written.unlisted(manifest))
+
+
+EDITS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "another step": lambda said: said.update(step=8),
+    "another number of samples": lambda said: said.update(samples=1),
+    "no digest": lambda said: said.pop("digest"),
+    "no values": lambda said: said.update(values={}),
+    "no files": lambda said: said.update(files={}),
+    "another setting": lambda said: said["agreement"].update(batch_size=31),
+    "an unknown format": lambda said: said.update(format=99),
+    "no format": lambda said: said.pop("format"),
+}
+
+
+@pytest.mark.parametrize("change", EDITS.values(), ids=EDITS)
+def test_an_edited_manifest_is_refused(
+    written: Checkpoint, change: Callable[[dict[str, Any]], object]
+) -> None:
+    """Every edit of checkpoint.json shows, because the file carries its own digest."""
+    edit(written, change)
+    with pytest.raises(CheckpointError, match=r"checkpoint\.json"):
+        written.read_manifest()
+
+
+BROKEN: dict[str, Callable[[dict[str, Any]], object]] = {
+    "step is a text": lambda said: said.update(step="x"),
+    "step is not that of the folder": lambda said: said.update(step=8),
+    "agreement is a list": lambda said: said.update(agreement=[]),
+    "values lack the groups": lambda said: said["values"].pop("groups"),
+    "values are a list": lambda said: said.update(values=[]),
+    "a size is a text": lambda said: next(iter(said["files"].values())).update(num_bytes="x"),
+    "versions are missing": lambda said: said.pop("versions"),
+}
+
+
+@pytest.mark.parametrize("change", BROKEN.values(), ids=BROKEN)
+def test_an_older_manifest_is_checked_by_type(
+    written: Checkpoint, change: Callable[[dict[str, Any]], object]
+) -> None:
+    """Format 1 has no digest; its fields are checked by type, and against the folder's name."""
+
+    def age(said: dict[str, Any]) -> None:
+        said.pop("digest")
+        said.update(format=1)
+
+    edit(written, age)
+    assert written.read_manifest().step == 12
+    edit(written, change)
+    with pytest.raises(CheckpointError, match=r"checkpoint\.json"):
+        written.read_manifest()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", '{"format": 1, "step"', "[" * 100_000])
+def test_what_is_no_json_object_is_refused(written: Checkpoint, content: str) -> None:
+    """A file that was cut off or overwritten ends in a checkpoint error, not in a traceback."""
+    (written.path / "checkpoint.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"checkpoint\.json"):
+        written.read_manifest()
+
+
+@pytest.mark.parametrize(
+    "name", ["checkpoint.json", "shard-00001-model-00001-of-00001.safetensors"]
+)
+def test_a_fifo_is_refused(written: Checkpoint, name: str) -> None:
+    """What is not a regular file is damage; it is never waited for."""
+    manifest = written.read_manifest()
+    (written.path / name).unlink()
+    os.mkfifo(written.path / name)
+    if name == "checkpoint.json":
+        with pytest.raises(CheckpointError, match="Not a regular file"):
+            written.read_manifest()
+    else:
+        assert list(written.damages(manifest.files, manifest)) == [f"{name}: Not a regular file"]
+
+
+def test_a_shard_that_is_not_listed_is_damage(written: Checkpoint) -> None:
+    """A shard that nothing vouches for would be read with the others."""
+    (written.path / "shard-00002-model-00001-of-00001.safetensors").write_bytes(b"")
+    (said,) = written.unlisted(written.read_manifest())
+    assert said.startswith("shard-00002")
+
+
+def test_names_that_are_not_ours_are_left_alone(written: Checkpoint) -> None:
+    """Only folders that a run named itself are checkpoints."""
+    for name in (".step-00000013", "step-00000014.set-aside", "step-1", "notes"):
+        (written.path.parent / name).mkdir()
+    assert list_checkpoints(RunDir(written.path.parent.parent)) == [written]
