@@ -27,6 +27,10 @@ Shows = Literal["progress", "json", "nothing"]
 """What a run prints as it goes on."""
 
 
+MISSING_STATE = "missing-state"
+"""What is accepted of a checkpoint that lacks state of the optimizer or of modules."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Start:
     """From which checkpoint a run goes on."""
@@ -36,6 +40,9 @@ class Start:
 
     fall_back: bool = False
     """Whether an earlier one is taken where it is damaged."""
+
+    accept: tuple[str, ...] = ()
+    """What the user accepts of the checkpoint on purpose, such as `missing-state`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -131,6 +131,16 @@ def out_option(function: Function) -> Function:
     )(function)
 
 
+def accept_option(function: Function) -> Function:
+    """Take what is accepted of a checkpoint on purpose."""
+    return click.option(
+        "--accept",
+        multiple=True,
+        type=click.Choice(["missing-state"]),
+        help="missing-state: resume although the checkpoint lacks state; it begins anew.",
+    )(function)
+
+
 def max_restarts_option(function: Function) -> Function:
     """Take how often a run that fails begins again."""
     return click.option(

@@ -18,6 +18,7 @@ from launcher.engine.noise import STRIDE, noise_of
 from launcher.engine.optimizers import make_optimizer
 from launcher.engine.randomness import seed_all
 from launcher.engine.sampler import Sampler
+from launcher.engine.weights import check_savable
 from launcher.errors import RecipeError
 from launcher.plan import Plan
 from launcher.recipe import Data, Recipe
@@ -121,6 +122,7 @@ def build_model_and_optimizer(
     num_trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
     if not num_trained:
         raise RecipeError("The recipe's model has no parameter that requires a gradient.")
+    check_savable(model)
     _check_same_weights(model, backend)
     if plan.precision == "fp64":
         model = model.double()

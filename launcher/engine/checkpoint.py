@@ -36,6 +36,7 @@ from launcher.checkpoints import (
     sum_file,
 )
 from launcher.engine.backends.base import Backend
+from launcher.engine.state import plain_name
 from launcher.errors import CheckpointError
 from launcher.rundir import write_json
 
@@ -77,23 +78,27 @@ class StoredState:
         self.name = str(checkpoint.path)
         self.world_size = manifest.world_size
         self.values = manifest.values
+        self.steps = manifest.step
+        self.lists_state = manifest.format > 1 or manifest.agreement.get("strategy") != "fsdp"
         self._reader = _Reader(str(checkpoint.path))
         self._tensors: Mapping[str, Any] = self._reader.read_metadata().state_dict_metadata
+        self._stored = {plain_name(name): name for name in self._tensors}
 
     def names(self) -> Iterable[str]:
-        return self._tensors.keys()
+        return self._stored.keys()
 
     def size(self, name: str) -> torch.Size | None:
-        found = self._tensors.get(name)
+        found = self._tensors.get(self._stored.get(name, name))
         return None if found is None else found.size
 
     def dtype(self, name: str) -> torch.dtype:
-        dtype: torch.dtype = self._tensors[name].properties.dtype
+        dtype: torch.dtype = self._tensors[self._stored[name]].properties.dtype
         return dtype
 
     def read(self, targets: dict[str, Tensor]) -> None:
         _accept_no_dist()
-        load(targets, storage_reader=self._reader, no_dist=True)
+        stored = {self._stored[name]: tensor for name, tensor in targets.items()}
+        load(stored, storage_reader=self._reader, no_dist=True)
 
 
 def write_shard(folder: Path, rank: int, tensors: dict[str, Tensor]) -> None:

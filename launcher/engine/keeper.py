@@ -19,7 +19,7 @@ from launcher.checkpoints import FORMAT, Manifest, begin, commit, list_checkpoin
 from launcher.engine.checkpoint import reason_of, with_files, write_shard
 from launcher.engine.loop import Listener, Trainee
 from launcher.engine.metrics import Votes
-from launcher.engine.state import changed_groups
+from launcher.engine.state import State, changed_groups
 from launcher.errors import LauncherError
 from launcher.provenance import versions
 from launcher.rundir import RunDir
@@ -80,6 +80,7 @@ class Keeper:
         self._writing: _Writing | None = None
         self._manifest: Manifest | None = None
         self._since = time.perf_counter()
+        self._checked = False
 
     def is_due(self, step: int) -> bool:
         """Return whether one is due after `step` steps; the same on every rank."""
@@ -96,7 +97,14 @@ class Keeper:
         )
 
     def attend(self, step: int, votes: Votes) -> bool:
-        """Save where it is time to, name what is whole, return whether to stop (collective)."""
+        """Save where it is time to, name what is whole, return whether to stop (collective).
+
+        Raises:
+            TrainingError: The first time, there is state that a checkpoint could not hold.
+        """
+        if not self._checked:
+            self._backend.check_state(self._trainee.model, self._trainee.optimizer)
+            self._checked = True
         if votes.written == self._backend.world_size:
             self.finish()
         if votes.stop or votes.save or self.is_due(step):
@@ -113,7 +121,7 @@ class Keeper:
         started = time.perf_counter()
         backend, trainee = self._backend, self._trainee
         state = backend.snapshot(trainee.model, trainee.optimizer)
-        self._manifest = self._describe(step, state.values)
+        self._manifest = self._describe(step, state)
         folder: Path | None = None
         error: str | None = None
         if backend.rank == 0:
@@ -155,7 +163,7 @@ class Keeper:
             manifest.step, {"checkpoint_seconds": time.perf_counter() - writing.started}
         )
 
-    def _describe(self, step: int, values: dict[str, Any]) -> Manifest:
+    def _describe(self, step: int, state: State) -> Manifest:
         scaler = self._backend.scaler
         groups = changed_groups(self._trainee.optimizer, self._groups)
         return Manifest(
@@ -165,9 +173,10 @@ class Keeper:
             world_size=self._backend.world_size,
             agreement=self._trainee.plan.agreement(),
             values={
-                "optimizer": values,
+                "optimizer": state.values,
                 "groups": groups,
                 "scaler": None if scaler is None else scaler.state(),
+                "extra": state.extra,
             },
             versions=versions(),
         )

@@ -11,10 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import safetensors
-import safetensors.torch
 import torch
-from torch import Tensor
 
 from launcher.checkpoints import (
     Checkpoint,
@@ -31,12 +28,14 @@ from launcher.engine.flops import CountedForward
 from launcher.engine.keeper import Keeper
 from launcher.engine.logs import Output
 from launcher.engine.loop import Trainee, train
+from launcher.engine.module_state import lacks_extra_state
 from launcher.engine.placement import device_name
 from launcher.engine.recorder import Recorder
-from launcher.engine.state import group_values, write_groups
-from launcher.errors import LauncherError, TrainingError, WorldError
+from launcher.engine.state import group_values, lost_state, write_groups
+from launcher.engine.weights import save_weights
+from launcher.errors import CheckpointError, LauncherError, TrainingError, WorldError
 from launcher.events import record_event, record_past_failure
-from launcher.job import Start
+from launcher.job import MISSING_STATE, Start
 from launcher.plan import Plan
 from launcher.recipe import Recipe
 from launcher.report.progress import Progress, metrics_text
@@ -141,7 +140,7 @@ def train_rank(
     trainee = _recorded(trainee, run_dir, first_step)
     fresh = group_values(trainee.optimizer)
     if found is not None:
-        _restore(trainee, *found)
+        _restore(trainee, *found, accept=() if start is None else start.accept)
     progress = output.progress(steps) if backend.rank == 0 else None
     with _tracking(recipe, plan, backend, run_dir) as trackers:
         recorder = Recorder(run_dir, backend.rank, recipe.record_samples, progress, trackers)
@@ -273,12 +272,49 @@ def _tell(backend: Backend, text: str) -> None:
         print(text, flush=True)
 
 
-def _restore(trainee: Trainee, checkpoint: Checkpoint, manifest: Manifest) -> None:
+def _restore(
+    trainee: Trainee, checkpoint: Checkpoint, manifest: Manifest, *, accept: tuple[str, ...]
+) -> None:
+    """Fill the trainee with what was saved (collective).
+
+    Raises:
+        CheckpointError: The checkpoint is of another model, or lacks state that it should hold.
+    """
     backend, values = trainee.backend, manifest.values
-    backend.restore(trainee.model, trainee.optimizer, StoredState(checkpoint, manifest))
+    source = StoredState(checkpoint, manifest)
+    module = backend.unwrap(trainee.model)
+    lacking = [
+        *(
+            f"the optimizer state of {name}"
+            for name in lost_state(source, module, trainee.optimizer)
+        ),
+        *(f"the extra state of {name}" for name in lacks_extra_state(module, source)),
+    ]
+    if lacking:
+        _tell_lacking(backend, checkpoint, lacking, accepted=MISSING_STATE in accept)
+    backend.restore(trainee.model, trainee.optimizer, source)
     write_groups(trainee.optimizer, values["groups"])
     if backend.scaler is not None and values["scaler"] is not None:
         backend.scaler.restore(values["scaler"])
+
+
+def _tell_lacking(
+    backend: Backend, checkpoint: Checkpoint, lacking: list[str], *, accepted: bool
+) -> None:
+    """Say what a checkpoint does not hold.
+
+    Raises:
+        CheckpointError: That is not accepted.
+    """
+    more = f" and {len(lacking) - 1} more" if lacking[1:] else ""
+    what = f"{checkpoint.name} lacks {lacking[0]}{more}, which the version that wrote it lost"
+    if not accepted:
+        raise CheckpointError(
+            f"{what}. Resumed from here, momentum and running averages begin anew, and the steps "
+            "are not those of a run that never stopped. Take an earlier checkpoint with --from, or "
+            f"accept that with --accept {MISSING_STATE}."
+        )
+    _tell(backend, f"launcher: {what}: it begins anew")
 
 
 def _stop(backend: Backend, run_dir: RunDir, step: int, progress: Progress | None) -> None:
@@ -322,23 +358,6 @@ def _disagreement(world: World, different: dict[str, tuple[Any, Any]]) -> str:
         f"Rank {world.rank} was started with {name}={own}, and rank 0 with {name}={rank_0}. "
         "Start every rank with the same recipe and the same overrides."
     )
-
-
-def save_weights(weights: dict[str, Tensor], run_dir: RunDir) -> None:
-    """Write the weights as safetensors, whole or not at all.
-
-    Raises:
-        TrainingError: They cannot be written.
-    """
-    beside = run_dir.model.with_suffix(".tmp")
-    try:
-        kept = {name: tensor.contiguous() for name, tensor in weights.items()}
-        safetensors.torch.save_file(kept, str(beside), metadata={"format": "pt"})
-        beside.replace(run_dir.model)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise TrainingError(f"Cannot write the weights to {run_dir.model}: {error}") from None
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _summary(result: Result, run_dir: RunDir) -> str:

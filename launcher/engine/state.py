@@ -5,6 +5,9 @@
     buffer/<name>                  a buffer that is the same on all ranks
     buffer/<name>@<rank>           a rank's own, such as BatchNorm's statistics of what it has seen
 
+Values that are not tensors lie beside them in checkpoint.json: `optimizer/<parameter>/<key>`, and
+`extra/<module>` for the extra state of modules.
+
 Tensors are whole, or shards that know of which whole they are a part (DTensor). The schedule's
 numbers are no state: they follow from the step.
 """
@@ -12,22 +15,24 @@ numbers are no state: they follow from the step.
 from __future__ import annotations
 
 import heapq
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
+from torch.utils._pytree import tree_leaves
 
 from launcher.checkpoints import Values
 from launcher.engine.optimizers import SCHEDULED
-from launcher.errors import CheckpointError, RecipeError
+from launcher.errors import CheckpointError, TrainingError
 
-Gather = Callable[[Any], list[Any]]
-"""Gathers a value of every rank, as `Backend.gather` does."""
+_KEPT = "Use an optimizer that keeps tensors, numbers and texts in `state[parameter]`."
+
+_COMPILED = "_orig_mod."
+"""What torch.compile puts in front of the names inside a module that it wraps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +44,9 @@ class State:
 
     values: dict[str, Any]
     """What the optimizer keeps besides; the same on every rank."""
+
+    extra: dict[str, Any]
+    """The extra state of modules, of all ranks."""
 
 
 class Source(Protocol):
@@ -52,6 +60,12 @@ class Source(Protocol):
 
     values: Values
     """What is no tensor."""
+
+    steps: int
+    """Optimizer steps that had been taken."""
+
+    lists_state: bool
+    """Whether the state of the optimizer is known to be complete."""
 
     def size(self, name: str) -> torch.Size | None:
         """Return the whole size of a tensor, or None where there is no such tensor."""
@@ -94,13 +108,24 @@ def _to_host(tensor: Tensor) -> Tensor:
     return host.copy_(tensor.detach(), non_blocking=True)
 
 
+def plain_name(name: str) -> str:
+    """Return the name that a parameter or buffer has where its module is not compiled."""
+    return name.replace(_COMPILED, "")
+
+
 def parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters by name, those that several names share under the first."""
-    return dict(module.named_parameters())
+    """Return the parameters by name, those that several names share under the first.
+
+    The names are those of the module before it was compiled.
+    """
+    return {plain_name(name): parameter for name, parameter in module.named_parameters()}
 
 
 def live_tensors(module: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
-    """Yield weights and optimizer state as they are, without the buffers."""
+    """Yield weights and optimizer state as they are, without the buffers.
+
+    `check_optimizer` finds state that would be left out.
+    """
     for name, parameter in parameters(module).items():
         yield f"model/{name}", parameter
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -109,83 +134,63 @@ def live_tensors(module: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str,
 
 
 def plain_values(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """Return what the optimizer keeps of each parameter besides tensors.
+    """Return what the optimizer keeps of each parameter besides tensors."""
+    return {
+        f"optimizer/{name}/{key}": value
+        for name, parameter in parameters(module).items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if not isinstance(value, Tensor)
+    }
+
+
+def check_optimizer(own: Iterable[Tensor], optimizer: Optimizer) -> None:
+    """Refuse an optimizer that keeps state which a checkpoint would not hold.
+
+    Args:
+        own: The tensors whose state is saved: the parameters, or what stands for them.
+        optimizer: An optimizer that has taken a step.
 
     Raises:
-        RecipeError: It keeps objects that a readable file cannot hold.
+        TrainingError: It keeps state of something else, or of a kind that cannot be written.
     """
-    values: dict[str, Any] = {}
-    for name, parameter in parameters(module).items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
-                continue
-            if not _is_plain(value):
-                raise RecipeError(
-                    f"{type(optimizer).__name__} keeps a {type(value).__name__} called {key!r} in "
-                    "its state; checkpoints hold tensors, numbers and texts. Use an optimizer "
-                    "whose state is made of those."
+    kind, known = type(optimizer).__name__, set(own)
+    for key, kept in optimizer.state.items():
+        if key not in known:
+            whose = "a tensor that is no parameter of the model"
+            raise TrainingError(
+                f"{kind} keeps state of {whose if isinstance(key, Tensor) else repr(key)}, which a "
+                f"checkpoint would lose: it holds the state of each parameter. {_KEPT}"
+            )
+        for name, value in kept.items():
+            if not (isinstance(value, Tensor) or is_plain(value)):
+                raise TrainingError(
+                    f"{kind} keeps a {type(value).__name__} called {name!r} in its state, which a "
+                    f"checkpoint cannot hold. {_KEPT}"
                 )
-            values[f"optimizer/{name}/{key}"] = value
-    return values
+    for group in optimizer.param_groups:
+        for name, value in group.items():
+            if name not in ("params", *SCHEDULED) and _holds_tensor(value):
+                raise TrainingError(
+                    f"{kind} keeps tensors called {name!r} in a parameter group, which a "
+                    f"checkpoint would lose. {_KEPT}"
+                )
+    if more := sorted(optimizer.state_dict().keys() - {"state", "param_groups"}):
+        raise TrainingError(
+            f"The state_dict of {kind} holds {', '.join(map(repr, more))} besides 'state' and "
+            f"'param_groups', which a checkpoint would lose. {_KEPT}"
+        )
+
+
+def _holds_tensor(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
 
 
 def group_values(optimizer: Optimizer) -> list[dict[str, Any]]:
     """Return the plain values of each parameter group, which some optimizers count in."""
     return [
-        {key: value for key, value in group.items() if key != "params" and _is_plain(value)}
+        {key: value for key, value in group.items() if key != "params" and is_plain(value)}
         for group in optimizer.param_groups
     ]
-
-
-def own_buffers(module: nn.Module, rank: int, gather: Gather) -> dict[str, Tensor]:
-    """Return copies of the buffers that this rank keeps (collective).
-
-    Rank 0 keeps all of its own; others those of theirs that differ from it.
-    """
-    saved = module.state_dict().keys()
-    buffers = {
-        name: buffer.detach().cpu().clone().contiguous()
-        for name, buffer in module.named_buffers()
-        if name in saved
-    }
-    own = {
-        name: zlib.crc32(buffer.reshape(-1).view(torch.uint8).numpy().tobytes())
-        for name, buffer in buffers.items()
-    }
-    of_ranks = gather(own)
-    differing = {name for sums in of_ranks for name in sums if sums[name] != of_ranks[0].get(name)}
-    return {
-        f"buffer/{name}@{rank}" if name in differing else f"buffer/{name}": buffer
-        for name, buffer in buffers.items()
-        if name in differing or rank == 0
-    }
-
-
-def read_buffers(module: nn.Module, source: Source, rank: int, world_size: int) -> None:
-    """Fill the module's buffers: with this rank's own, or else with the mean of all ranks'."""
-    targets: dict[str, Tensor] = {}
-    saved = module.state_dict().keys()
-    for name, buffer in module.named_buffers():
-        if name not in saved:
-            continue
-        if source.size(f"buffer/{name}") is not None:
-            found = [f"buffer/{name}"]
-        elif world_size == source.world_size:
-            found = [f"buffer/{name}@{rank}"]
-        else:
-            found = [f"buffer/{name}@{each}" for each in range(source.world_size)]
-        for each in found:
-            check_size(source, each, buffer.shape)
-            targets[each] = torch.empty(buffer.shape, dtype=source.dtype(each))
-    if not targets:
-        return
-    source.read(targets)
-    for name, buffer in module.named_buffers():
-        read = [targets[each] for each in targets if each.partition("@")[0] == f"buffer/{name}"]
-        if read:
-            together = torch.stack([each.double() for each in read]).mean(0)
-            exact = read[0] if len(read) == 1 or not buffer.is_floating_point() else together
-            buffer.copy_(exact)
 
 
 def read_into(module: nn.Module, optimizer: Optimizer, source: Source) -> None:
@@ -232,10 +237,29 @@ def empty_state(
         if source.size(full) == (parameter.shape if size is None else size):
             state[key] = torch.zeros_like(parameter, dtype=source.dtype(full))
             continue
-        # Such as Adam's count of steps, which is on the device for kernels that read it there.
-        device = parameter.device if group.get("fused") or group.get("capturable") else "cpu"
+        # Where torch's own load_state_dict puts it: a count of steps stays on the host unless the
+        # kernels read it on the device; what has another shape, such as Adafactor's rows and
+        # columns, lies beside the parameter.
+        counts = key == "step" and not (group.get("fused") or group.get("capturable"))
+        device = torch.device("cpu") if counts else parameter.device
         state[key] = torch.zeros(source.size(full) or (), dtype=source.dtype(full), device=device)
     return state
+
+
+def lost_state(source: Source, module: nn.Module, optimizer: Optimizer) -> list[str]:
+    """Return the parameters whose optimizer state a checkpoint should hold and does not.
+
+    Launcher 0.1 lost it under strategy=fsdp: a checkpoint that was saved after an evaluation holds
+    none, or none of the parameters outside of blocks. Checkpoints of format 1 are looked at for it.
+    """
+    if source.lists_state or not source.steps:
+        return []
+    trained = [name for name, each in parameters(module).items() if each.requires_grad]
+    lost = [name for name in trained if not state_names(source, name)]
+    keeps_none = isinstance(optimizer, SGD) and not any(
+        group["momentum"] for group in optimizer.param_groups
+    )
+    return [] if len(lost) == len(trained) and keeps_none else lost
 
 
 def changed_groups(optimizer: Optimizer, before: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -305,7 +329,10 @@ def check_size(source: Source, name: str, size: torch.Size) -> None:
         )
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
+    """Return whether JSON can hold a value: numbers, texts, None, lists and dicts of those."""
     if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
+        return all(map(is_plain, value))
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and is_plain(each) for key, each in value.items())
     return value is None or isinstance(value, (bool, int, float, str))

@@ -36,6 +36,7 @@ from torch.optim import Optimizer
 
 from launcher.engine.backends.base import Backend, whole_names
 from launcher.engine.placement import planned_device
+from launcher.engine.state import plain_name
 from launcher.errors import WorldError
 from launcher.plan import Plan
 from launcher.recipe import Recipe
@@ -251,14 +252,24 @@ class FSDPBackend(GroupBackend):
         norm = super().norm(grads)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        # After a forward without a backward, an evaluation, the outermost group stays gathered, and
+        # its parameters are other objects than those that the optimizer knows.
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        return model
+
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
         whole = {}
-        tensors = model.state_dict()
+        tensors = self.unwrap(model).state_dict()
         for name in whole_names(model):
             tensor = tensors[name]
             gathered = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if self.rank == 0:
-                whole[name] = gathered.cpu()
+                whole[plain_name(name)] = gathered.cpu()
         return whole
 
 

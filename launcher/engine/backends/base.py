@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,19 +13,28 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from launcher.configs import AUTOCAST
+from launcher.engine.module_state import (
+    extra_state,
+    own_buffers,
+    own_extra_state,
+    read_buffers,
+    read_extra_state,
+)
 from launcher.engine.optimizers import take_step
 from launcher.engine.placement import Placement
 from launcher.engine.scaling import LossScaler
 from launcher.engine.state import (
     Source,
     State,
+    check_optimizer,
     keep,
     live_tensors,
-    own_buffers,
+    parameters,
+    plain_name,
     plain_values,
-    read_buffers,
     read_into,
 )
+from launcher.errors import RecipeError, TrainingError
 from launcher.plan import Plan
 from launcher.recipe import Recipe
 
@@ -114,15 +123,37 @@ class Backend(ABC):
 
         Weights that several names share come under the first of them; other ranks may get nothing.
         """
-        tensors = self.unwrap(model).state_dict()
-        return {name: tensors[name] for name in whole_names(self.unwrap(model))}
+        module = self.unwrap(model)
+        tensors = module.state_dict()
+        return {plain_name(name): tensors[name] for name in whole_names(module)}
+
+    def check_state(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Refuse, after a step, what `snapshot` would leave out.
+
+        Raises:
+            TrainingError: The optimizer or a module keeps state that a checkpoint cannot hold.
+        """
+        module = self.unwrap(model)
+        check_optimizer(self.saved_tensors(module), optimizer)
+        try:
+            extra_state(module)
+        except RecipeError as error:
+            raise TrainingError(str(error)) from None
+
+    def saved_tensors(self, module: nn.Module) -> Iterable[Tensor]:
+        """Return the tensors whose optimizer state a snapshot holds."""
+        return parameters(module).values()
 
     def snapshot(self, model: nn.Module, optimizer: Optimizer) -> State:
         """Return this rank's part of what there is to save, copied to the host (collective)."""
         module = self.unwrap(model)
+        check_optimizer(self.saved_tensors(module), optimizer)
         tensors = keep(live_tensors(module, optimizer), self.rank, self.world_size)
-        buffers = own_buffers(module, self.rank, self.gather)
-        return State(tensors=tensors | buffers, values=plain_values(module, optimizer))
+        return State(
+            tensors=tensors | own_buffers(module, self.rank, self.gather),
+            values=plain_values(module, optimizer),
+            extra=own_extra_state(module, self.gather),
+        )
 
     def restore(self, model: nn.Module, optimizer: Optimizer, source: Source) -> None:
         """Fill model and optimizer with what was saved, on any number of ranks.
@@ -132,10 +163,23 @@ class Backend(ABC):
         """
         module = self.unwrap(model)
         read_into(module, optimizer, source)
-        read_buffers(module, source, self.rank, self.world_size)
+        self.restore_module(module, source)
+
+    def restore_module(self, module: nn.Module, source: Source) -> None:
+        """Fill buffers and extra state with what was saved.
+
+        Raises:
+            CheckpointError: It is of another model.
+        """
+        read_buffers(module, source, self.rank, self.world_size, self.device)
+        read_extra_state(module, source, self.rank, self.world_size)
 
     def unwrap(self, model: nn.Module) -> nn.Module:
-        """Return the recipe's own module inside what `prepare` returned."""
+        """Return the recipe's own module, its parameters being those that the optimizer knows.
+
+        Args:
+            model: What `prepare` returned.
+        """
         return model
 
     def backward(self, loss: Tensor, weight: float | Tensor) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import deepspeed.ops
@@ -29,16 +29,17 @@ from torch.optim import Optimizer
 from launcher.configs import deepspeed_config
 from launcher.engine.backends.accelerate import GroupBackend, forget_settings
 from launcher.engine.backends.base import infect, whole_names
+from launcher.engine.module_state import own_buffers, own_extra_state
 from launcher.engine.state import (
     Source,
     State,
     check_names,
+    check_optimizer,
     check_size,
     empty_state,
     keep,
-    own_buffers,
     parameters,
-    read_buffers,
+    plain_name,
     state_names,
     state_values,
 )
@@ -124,8 +125,9 @@ class DeepSpeedBackend(GroupBackend):
 
     def snapshot(self, model: nn.Module, optimizer: Optimizer) -> State:
         self._link_state()
+        module = self._engine.module
+        check_optimizer(self.saved_tensors(module), optimizer)
         tensors = keep(self._whole_tensors(optimizer), self.rank, self.world_size)
-        buffers = own_buffers(self._engine.module, self.rank, self.gather)
         values = {
             f"optimizer/{name}/{key}": value
             for _, names, flat in self._flat_groups()
@@ -133,7 +135,14 @@ class DeepSpeedBackend(GroupBackend):
             if not isinstance(value, Tensor)
             for name in names
         }
-        return State(tensors=tensors | buffers, values=values)
+        return State(
+            tensors=tensors | own_buffers(module, self.rank, self.gather),
+            values=values,
+            extra=own_extra_state(module, self.gather),
+        )
+
+    def saved_tensors(self, module: nn.Module) -> Iterable[Tensor]:
+        return [flat for _, _, flat in self._flat_groups()]
 
     def restore(self, model: nn.Module, optimizer: Optimizer, source: Source) -> None:
         module = self._engine.module
@@ -151,7 +160,7 @@ class DeepSpeedBackend(GroupBackend):
         self._link_state()
         for name, parameter in own.items():
             self._fill(name, parameter, source)
-        read_buffers(module, source, self.rank, self.world_size)
+        self.restore_module(module, source)
 
     def _link_state(self) -> None:
         """Have DeepSpeed look again for what the optimizer keeps; it does so before it is there."""
@@ -236,7 +245,7 @@ class DeepSpeedBackend(GroupBackend):
             tensor = parameters.get(name, buffers.get(name))
             with GatheredParameters([tensor] if name in parameters else []):
                 if self.rank == 0 and tensor is not None:
-                    whole[name] = tensor.detach().cpu().clone()
+                    whole[plain_name(name)] = tensor.detach().cpu().clone()
         return whole
 
 

@@ -1,0 +1,275 @@
+"""What a checkpoint keeps of a model besides its parameters: buffers, and extra state.
+
+Extra state is what a module returns from `get_extra_state` (torch.nn.Module). Buffers and extra
+state may differ between ranks, because each rank's forward sees other samples; then each rank keeps
+its own.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from launcher.engine.state import Source, is_plain, plain_name
+from launcher.errors import CheckpointError, RecipeError
+
+Gather = Callable[[Any], list[Any]]
+"""Gathers a value of every rank, as `Backend.gather` does."""
+
+_TENSOR = "__tensor__"
+"""The key under which a tensor in extra state is kept in JSON."""
+
+
+class Slot(NamedTuple):
+    """A place in a module that holds a buffer, or None until one is made."""
+
+    module: nn.Module
+    key: str
+
+    @property
+    def buffer(self) -> Tensor | None:
+        """The buffer that is there now."""
+        return self.module._buffers[self.key]  # noqa: SLF001
+
+
+def saved_slots(model: nn.Module) -> dict[str, Slot]:
+    """Return the places of the persistent buffers by name, a buffer with two names under the first.
+
+    Places that hold None are included.
+    """
+    slots, seen = {}, set()
+    for prefix, module in model.named_modules():
+        for key, buffer in module._buffers.items():  # noqa: SLF001
+            if key in module._non_persistent_buffers_set or id(buffer) in seen:  # noqa: SLF001
+                continue
+            if buffer is not None:
+                seen.add(id(buffer))
+            slots[plain_name(f"{prefix}.{key}" if prefix else key)] = Slot(module, key)
+    return slots
+
+
+def checksum(tensor: Tensor) -> int:
+    """Return the CRC-32 of a tensor's bytes and shape."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return zlib.crc32(flat.numpy().tobytes(), zlib.crc32(repr(tuple(tensor.shape)).encode()))
+
+
+def own_buffers(model: nn.Module, rank: int, gather: Gather) -> dict[str, Tensor]:
+    """Return copies on the host of the buffers that this rank keeps (collective).
+
+    Rank 0 keeps all of its own. A buffer that differs between ranks is kept by each of them.
+    """
+    buffers = {
+        name: slot.buffer.detach().cpu().clone().contiguous()
+        for name, slot in saved_slots(model).items()
+        if slot.buffer is not None
+    }
+    differing = _differing(gather({name: checksum(each) for name, each in buffers.items()}))
+    return {
+        f"buffer/{name}@{rank}" if name in differing else f"buffer/{name}": buffer
+        for name, buffer in buffers.items()
+        if name in differing or rank == 0
+    }
+
+
+def _differing(sums: list[dict[str, int]]) -> set[str]:
+    """Return the names whose checksum is not the same on all ranks."""
+    names = {name for of_rank in sums for name in of_rank}
+    return {name for name in names if len({of_rank.get(name) for of_rank in sums}) > 1}
+
+
+@torch.no_grad()
+def read_buffers(
+    model: nn.Module, source: Source, rank: int, world_size: int, device: torch.device
+) -> None:
+    """Fill the model's buffers: with this rank's own, or else with the mean of all ranks'.
+
+    A buffer takes the shape that was saved, which a forward may have changed since the model was
+    built.
+
+    Args:
+        model: The model.
+        source: What was saved.
+        rank: This rank.
+        world_size: The number of ranks now.
+        device: Where a buffer is put whose place is empty yet.
+
+    Raises:
+        CheckpointError: The checkpoint is of a model with other buffers, or the ranks that wrote it
+            had buffers of their own that cannot be averaged over another number of ranks.
+    """
+    slots = saved_slots(model)
+    found = _found_buffers(source)
+    _check_buffer_names(source, slots, set(found))
+    chosen = {name: _chosen(name, found[name], rank, world_size, source) for name in found}
+    targets = {
+        full: torch.empty(source.size(full) or (), dtype=source.dtype(full))
+        for names in chosen.values()
+        for full in names
+    }
+    if targets:
+        source.read(targets)
+    for name, names in chosen.items():
+        _put(slots[name], _mean(source, name, [targets[full] for full in names]), device)
+
+
+def _found_buffers(source: Source) -> dict[str, list[str]]:
+    """Return the names in the source that hold each buffer: one for all ranks, or one each."""
+    found: dict[str, list[str]] = {}
+    for full in source.names():
+        if full.startswith("buffer/"):
+            found.setdefault(full.removeprefix("buffer/").partition("@")[0], []).append(full)
+    return found
+
+
+def _check_buffer_names(source: Source, slots: dict[str, Slot], found: set[str]) -> None:
+    missing = sorted(name for name, slot in slots.items() if slot.buffer is not None)
+    only_here = [name for name in missing if name not in found]
+    only_there = sorted(found - slots.keys())
+    if only_here or only_there:
+        name, where = (
+            (only_there[0], "the checkpoint") if only_there else (only_here[0], "the recipe")
+        )
+        raise CheckpointError(
+            f"{source.name} is of another model: only {where} has a buffer {name}. Resume with the "
+            "recipe that wrote it."
+        )
+
+
+def _chosen(name: str, names: list[str], rank: int, world_size: int, source: Source) -> list[str]:
+    """Return which of the saved buffers of one name this rank reads."""
+    if names == [f"buffer/{name}"]:
+        return names
+    if world_size == source.world_size:
+        own = f"buffer/{name}@{rank}"
+        return [own] if own in names else []
+    return [f"buffer/{name}@{each}" for each in range(source.world_size)]
+
+
+def _mean(source: Source, name: str, tensors: list[Tensor]) -> Tensor | None:
+    """Return the mean of the ranks' buffers; None where this rank had none.
+
+    Raises:
+        CheckpointError: They cannot be averaged.
+    """
+    if not tensors:
+        return None
+    first = tensors[0]
+    if all(torch.equal(each, first) for each in tensors[1:]):
+        return first
+    if not first.is_floating_point() or any(each.shape != first.shape for each in tensors):
+        raise CheckpointError(
+            f"{source.name}: the buffer {name} differs between the {source.world_size} ranks that "
+            "wrote it, and is of whole numbers or of several shapes, which have no mean. Resume on "
+            f"{source.world_size} ranks."
+        )
+    return torch.stack([each.double() for each in tensors]).mean(0).to(first.dtype)
+
+
+def _put(slot: Slot, value: Tensor | None, device: torch.device) -> None:
+    buffer = slot.buffer
+    if value is None or buffer is None or buffer.shape != value.shape or _overlaps(buffer):
+        where = device if buffer is None else buffer.device
+        slot.module._buffers[slot.key] = None if value is None else value.to(where)  # noqa: SLF001
+    else:
+        buffer.copy_(value)
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Return whether several elements lie in one place, as in an expanded tensor."""
+    pairs = zip(tensor.stride(), tensor.shape, strict=True)
+    return any(stride == 0 and size > 1 for stride, size in pairs)
+
+
+def _stateful(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules that have extra state, by name."""
+    for name, module in model.named_modules():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            yield plain_name(f"{name}.").removesuffix("."), module
+
+
+def extra_state(model: nn.Module) -> dict[str, Any]:
+    """Return what the modules of a model return from `get_extra_state`, as values for JSON.
+
+    Raises:
+        RecipeError: A module returns something that a readable file cannot hold.
+    """
+    return {name: _encoded(name, module.get_extra_state()) for name, module in _stateful(model)}
+
+
+def own_extra_state(model: nn.Module, gather: Gather) -> dict[str, Any]:
+    """Return the extra state of all ranks, the same on every rank (collective)."""
+    if not any(True for _ in _stateful(model)):
+        return {}
+    texts = gather({name: json.dumps(each) for name, each in extra_state(model).items()})
+    kept: dict[str, Any] = {}
+    for name, text in texts[0].items():
+        if all(of_rank.get(name) == text for of_rank in texts):
+            kept[f"extra/{name}"] = json.loads(text)
+        else:
+            of_ranks = ((f"extra/{name}@{rank}", each[name]) for rank, each in enumerate(texts))
+            kept |= {full: json.loads(each) for full, each in of_ranks}
+    return kept
+
+
+def read_extra_state(model: nn.Module, source: Source, rank: int, world_size: int) -> None:
+    """Give each module its extra state.
+
+    Modules whose state the checkpoint lacks are left as they are; `lacks_extra_state` names them.
+
+    Raises:
+        CheckpointError: The ranks that wrote it had other states each, and were of another number.
+    """
+    kept = source.values.get("extra", {})
+    for name, module in _stateful(model):
+        common, own = f"extra/{name}", f"extra/{name}@{rank}"
+        if common in kept:
+            module.set_extra_state(_decoded(kept[common]))
+        elif own in kept and world_size == source.world_size:
+            module.set_extra_state(_decoded(kept[own]))
+        elif f"extra/{name}@0" in kept:
+            raise CheckpointError(
+                f"{source.name}: get_extra_state of {name or 'the model'} returned something else "
+                f"on each of the {source.world_size} ranks that wrote it. Resume on "
+                f"{source.world_size} ranks."
+            )
+
+
+def lacks_extra_state(model: nn.Module, source: Source) -> list[str]:
+    """Return the modules whose extra state the checkpoint does not hold."""
+    kept = {full.partition("@")[0] for full in source.values.get("extra", {})}
+    return [name or "the model" for name, _ in _stateful(model) if f"extra/{name}" not in kept]
+
+
+def _encoded(name: str, value: Any) -> Any:
+    if isinstance(value, Tensor):
+        data = safetensors.torch.save({"value": value.detach().cpu().contiguous()})
+        return {_TENSOR: base64.b64encode(data).decode()}
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: _encoded(name, each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_encoded(name, each) for each in value]
+    if not is_plain(value):
+        raise RecipeError(
+            f"get_extra_state of {name or 'the model'} returns a {type(value).__name__}. "
+            "Checkpoints hold tensors, numbers, texts, lists, and dicts with texts as keys: return "
+            "these."
+        )
+    return value
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {_TENSOR}:
+            return safetensors.torch.load(base64.b64decode(value[_TENSOR]))["value"]
+        return {key: _decoded(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_decoded(each) for each in value]
+    return value
