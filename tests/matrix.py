@@ -146,6 +146,17 @@ SOURCES = (
 )
 """What is resumed: trained on `SOURCE_RANKS`, a checkpoint in the middle of its second epoch."""
 
+EVALUATED = tuple(
+    Case("worlds", strategy, 1, optimizer, options=(*options, ("evaluate_every", 1)))
+    for strategy in STRATEGIES
+    for optimizer, options in (
+        ("sgd", ()),
+        ("adamw", () if strategy == "ddp" else (("offload", "cpu"),)),
+    )
+)
+"""Resumed likewise, from a checkpoint that follows several evaluations: after a forward without a
+backward weights may lie elsewhere, and the optimizer's state with them."""
+
 SOURCE_RANKS = 2
 RESUMED_FROM = 7
 
@@ -153,7 +164,7 @@ RESUMED_FROM = 7
 def resumed(ranks: int) -> Iterator[tuple[Case, Case]]:
     """Yield each source with how it is resumed: as it was, and everything under everything."""
     if ranks == SOURCE_RANKS:
-        yield from ((source, source) for source in SOURCES)
+        yield from ((source, source) for source in (*SOURCES, *EVALUATED))
     plain = SOURCES[1]
     for strategy in STRATEGIES:
         if (strategy, ranks) != ("fsdp", 1):
@@ -161,6 +172,11 @@ def resumed(ranks: int) -> Iterator[tuple[Case, Case]]:
     for source in (*SOURCES[2:6], SOURCES[-1]):
         if ranks in (1, 3):
             yield source, replace(source, strategy="ddp")
+    for source in EVALUATED:
+        if ranks == 1:
+            yield source, replace(source, strategy="ddp", options=source.options[-1:])
+        elif ranks == 3:
+            yield source, source
 
 
 SUITES = {"matrix": matrix, "features": features}
@@ -216,7 +232,7 @@ def train_cases(rank: int, suite: str, folder: Path, ranks: int) -> None:
     if suite == "resume":
         source_folder = folder / f"on{SOURCE_RANKS}"
         if ranks == SOURCE_RANKS:
-            for source in SOURCES:
+            for source in (*SOURCES, *EVALUATED):
                 train(source, source.key, saves=True)
         for source, case in resumed(ranks):
             train(case, f"{source.key}-as-{case.key}", source=source_folder / source.key)

@@ -174,6 +174,8 @@ def check_optimizer(own: Iterable[Tensor], optimizer: Optimizer) -> None:
                     f"{kind} keeps tensors called {name!r} in a parameter group, which a "
                     f"checkpoint would lose. {_KEPT}"
                 )
+    if type(optimizer).state_dict is Optimizer.state_dict:
+        return
     if more := sorted(optimizer.state_dict().keys() - {"state", "param_groups"}):
         raise TrainingError(
             f"The state_dict of {kind} holds {', '.join(map(repr, more))} besides 'state' and "
