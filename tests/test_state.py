@@ -1,0 +1,181 @@
+"""A checkpoint holds all that later steps depend on, or the run is refused after one step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from safetensors import safe_open
+from support import ROOT, Commands, read_lines
+from torch import Tensor, nn
+
+from launcher.checkpoints import Values, sum_file
+from launcher.engine.state import check_optimizer, empty_state
+from launcher.errors import TrainingError
+
+STATEFUL = f"{ROOT / 'tests/recipes/stateful.py'}:stateful"
+WORLDS = f"{ROOT / 'tests/recipes/worlds.py'}:worlds"
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    """Return the final weights of a run."""
+    return safetensors.torch.load_file(folder / "model.safetensors")
+
+
+def test_every_kind_of_state_goes_on(run: Commands) -> None:
+    """A run stopped after 4 of 6 steps ends with the bits of one that never stopped."""
+    for folder, steps in (("whole", 6), ("halves", 4)):
+        done = run("launcher", "run", STATEFUL, "-n", "2", "-q", f"steps={steps}", "--out", folder)
+        assert done.exit_code == 0, done.stderr
+    done = run("launcher", "resume", "halves", "-q", "steps=6")
+    assert done.exit_code == 0, done.stderr
+    whole, halves = weights(run.folder / "whole"), weights(run.folder / "halves")
+    assert whole.keys() == halves.keys()
+    assert {"scale", "seen", "near", "far", "wide", "weight"} <= whole.keys()
+    for name, value in whole.items():
+        assert torch.equal(value, halves[name]), name
+    losses = [
+        [row["loss"] for row in read_lines(run.folder / folder / "metrics.jsonl") if "loss" in row]
+        for folder in ("whole", "halves")
+    ]
+    assert losses[0][:6] == losses[1][:6]
+
+
+@pytest.mark.parametrize(
+    ("settings", "exit_code", "named"),
+    [
+        (["optimizer=text"], 1, "'ema'"),
+        (["model=unwritable", "optimizer=sgd"], 1, "get_extra_state"),
+        (["model=sparse", "optimizer=sgd"], 2, "mask"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused_at_once(
+    run: Commands, settings: list[str], exit_code: int, named: str
+) -> None:
+    """It is named after the first step at the latest; exit code 2 means that none was taken."""
+    done = run("launcher", "run", STATEFUL, "-n", "1", "-q", "--out", "out", *settings)
+    assert done.exit_code == exit_code, done.stderr
+    assert named in done.stderr
+    assert "Traceback" not in done.stderr
+    metrics = run.folder / "out/metrics.jsonl"
+    assert len(read_lines(metrics) if metrics.exists() else []) <= 1
+
+
+def adam_after(change: Callable[[torch.optim.Optimizer, nn.Module], object]) -> Any:
+    """Return a model and its optimizer, which has taken a step and was changed."""
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    change(optimizer, model)
+    return model, optimizer
+
+
+def test_ordinary_optimizers_are_kept() -> None:
+    """What torch's own optimizers keep is all saved."""
+    model, optimizer = adam_after(lambda *_: None)
+    check_optimizer(model.parameters(), optimizer)
+
+
+CHANGES: dict[str, Callable[[Any, Any], object]] = {
+    "state of a tensor that is no parameter": lambda optimizer, _: optimizer.state.update(
+        {torch.zeros(1): {"mean": torch.zeros(1)}}
+    ),
+    "a parameter that was replaced": lambda _, model: setattr(
+        model, "weight", nn.Parameter(model.weight.detach().clone())
+    ),
+    "an object in the state": lambda optimizer, model: optimizer.state[model.weight].update(
+        queue=object()
+    ),
+    "tensors in a list in the state": lambda optimizer, model: optimizer.state[model.weight].update(
+        factors=[torch.zeros(1)]
+    ),
+    "tensors in a group": lambda optimizer, _: optimizer.param_groups[0].update(
+        shadow=[torch.zeros(1)]
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_an_optimizer_with_other_state_is_refused(change: Callable[[Any, Any], object]) -> None:
+    """State that no checkpoint holds is an error rather than a fresh start after a resume."""
+    model, optimizer = adam_after(change)
+    with pytest.raises(TrainingError):
+        check_optimizer(model.parameters(), optimizer)
+
+
+class OneTensor:
+    """A source with one tensor of an optimizer's state, of another shape than its weight."""
+
+    name, world_size, steps, lists_state = "test", 1, 1, True
+
+    def __init__(self, key: str) -> None:
+        self.values: Values = {"optimizer": {}, "groups": [], "scaler": None}
+        self.full = f"optimizer/weight/{key}"
+
+    def names(self) -> list[str]:
+        return [self.full]
+
+    def size(self, name: str) -> torch.Size | None:
+        return torch.Size([8, 1]) if name == self.full else None
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32
+
+    def read(self, targets: dict[str, Tensor]) -> None:
+        """Nothing is read."""
+
+
+@pytest.mark.parametrize(
+    ("key", "group", "device"),
+    [
+        ("row_var", {}, "meta"),
+        ("step", {}, "cpu"),
+        ("step", {"fused": True}, "meta"),
+        ("step", {"capturable": True}, "meta"),
+    ],
+)
+def test_restored_state_lies_beside_its_weight(
+    key: str, group: dict[str, Any], device: str
+) -> None:
+    """The optimizer's state is put where torch's own load_state_dict puts it."""
+    weight = torch.empty(8, 4, device="meta")  # stands for a GPU
+    assert empty_state(OneTensor(key), "weight", weight, group)[key].device.type == device
+
+
+def strip_optimizer(checkpoint: Path) -> None:
+    """Make a checkpoint one of format 1 that has lost its optimizer state under FSDP."""
+    for shard in checkpoint.glob("*.safetensors"):
+        with safe_open(shard, "pt") as file:
+            metadata = file.metadata()
+            names = [name for name in file.keys() if not name.startswith("optimizer/")]  # noqa: SIM118
+            kept = {name: file.get_tensor(name) for name in names}
+        safetensors.torch.save_file(kept, shard, metadata)
+    path = checkpoint / "checkpoint.json"
+    said = json.loads(path.read_text())
+    del said["digest"]
+    for name, known in said["files"].items():
+        found = sum_file(checkpoint / name)
+        known.update(num_bytes=found.num_bytes, sha256=found.sha256)
+    path.write_text(json.dumps(said | {"format": 1}))
+
+
+def test_lost_state_of_an_earlier_version_is_recognised(run: Commands) -> None:
+    """A checkpoint of FSDP without optimizer state is refused by what it lacks, or accepted."""
+    arguments = ("-n", "2", "-q", "strategy=fsdp", "epochs=1", "num_workers=0", "--out", "out")
+    done = run("launcher", "run", WORLDS, *arguments)
+    assert done.exit_code == 0, done.stderr
+    (checkpoint,) = (run.folder / "out/checkpoints").glob("step-*")
+    strip_optimizer(checkpoint)
+    done = run("launcher", "resume", "out", "epochs=2")
+    assert done.exit_code == 2, done.stdout
+    assert "lacks the optimizer state of" in done.stderr
+    assert "--accept missing-state" in done.stderr
+    done = run("launcher", "resume", "out", "epochs=2", "--accept", "missing-state")
+    assert done.exit_code == 0, done.stderr
+    assert "lacks the optimizer state of" in done.stdout
