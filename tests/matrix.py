@@ -19,6 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent / "recipes"))
 
 import torch
+from branches import branches
 from splits import batch_norm
 from torch.multiprocessing.spawn import start_processes
 from worlds import tokens, worlds
@@ -32,7 +33,7 @@ from launcher.signals import StopRequest
 from launcher.strategy import STRATEGIES
 from launcher.world import World, find_world
 
-RECIPES = {"worlds": worlds, "tokens": tokens, "batch_norm": batch_norm}
+RECIPES = {"worlds": worlds, "tokens": tokens, "batch_norm": batch_norm, "branches": branches}
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {
         "optimizer": sgd(momentum=0.9, weight_decay=1e-4, decay_1d=False),
@@ -133,6 +134,21 @@ def features(ranks: int) -> Iterator[Case]:
         yield Case("batch_norm", "fsdp", options=(SYNCED, ("compile", True)))
 
 
+def unused(ranks: int) -> Iterator[Case]:
+    """Yield a model of which each rank uses other parts, where whole models are gathered."""
+    once = (("epochs", 1),)
+    if ranks == 1:
+        for optimizer in OPTIMIZERS:
+            yield Case("branches", optimizer=optimizer, options=once)
+            yield Case("branches", "zero1", 3, optimizer, options=once)
+        return
+    for strategy in ("ddp", "fsdp", "zero1", "zero2"):
+        yield Case("branches", strategy, 3, "adamw", options=once)
+        if ranks == 2:
+            yield Case("branches", strategy, 1, "adamw", options=once)
+            yield Case("branches", strategy, 1, "sgd", options=once)
+
+
 SOURCES = (
     Case("batch_norm", "ddp", 1, "adamw"),
     Case("worlds", "ddp", 3, "adamw"),
@@ -179,7 +195,7 @@ def resumed(ranks: int) -> Iterator[tuple[Case, Case]]:
             yield source, source
 
 
-SUITES = {"matrix": matrix, "features": features}
+SUITES = {"matrix": matrix, "features": features, "unused": unused}
 
 
 class Trainer:

@@ -145,7 +145,8 @@ class Meter:
 
         Raises:
             RecipeError: The loss counted other items than the batch holds.
-            TrainingError: In fp16 no scale of the loss keeps the gradient finite.
+            TrainingError: In fp16 no scale of the loss keeps the gradient finite; or the ranks have
+                called different modules, so that the gathered weights were wrong.
         """
         collected, self._collected = self._collected, []
         world_size = self._backend.world_size
@@ -159,6 +160,7 @@ class Meter:
         self._since = now
         ranks = None if own is None else by_rank(sums[-world_size:], tells=waited is not None)
         sums = sums if own is None else sums[:-world_size]
+        self._check_lockstep(*sums.pop()[:2])
         votes, (seconds, ended, communication) = Votes(*sums.pop()), sums.pop()
         self._share.pass_by(seconds)
         grad_norms = torch.stack([step.grad_norm for step in collected]).tolist()
@@ -197,6 +199,19 @@ class Meter:
             )
         return Reading(rows=rows, votes=votes, ranks=ranks)
 
+    def _check_lockstep(self, total: float, squares: float) -> None:
+        """Refuse steps in which ranks have called different modules (collective).
+
+        The checksums are equal if and only if the square of their sum is that of their squares,
+        times the number of ranks (Cauchy-Schwarz).
+
+        Raises:
+            TrainingError: They have.
+        """
+        backend = self._backend
+        if backend.lockstep is not None and int(squares) * backend.world_size != int(total) ** 2:
+            raise backend.lockstep.difference(backend.gather)
+
     def _sums(
         self,
         collected: list[_Collected],
@@ -207,9 +222,10 @@ class Meter:
     ) -> Tensor:
         """Return, summed over ranks, (loss sum, counted items, data wait) of each step.
 
-        Two rows follow: rank 0's seconds and time, so that all ranks work with one clock, beside
-        what they waited for communication; and the votes. Then, where `own` is given, one of each
-        rank. Float64, of shape (steps + 2, 3) or (steps + 2 + ranks, 3).
+        Three rows follow: rank 0's seconds and time, so that all ranks work with one clock, beside
+        what they waited for communication; the votes; and the sum and the sum of squares of the
+        checksums of what each rank has called. Then, where `own` is given, one of each rank.
+        Float64, of shape (steps + 3, 3) or (steps + 3 + ranks, 3).
         """
         device = self._backend.device
         nothing = torch.zeros((), device=device)
@@ -222,7 +238,9 @@ class Meter:
         clock = [seconds if first else 0.0, time.time() if first else 0.0, waited or 0.0]
         said = [votes.stop, votes.save if first else 0.0, votes.written]
         parts = [torch.stack([losses, counted, waits], dim=1)]
-        parts.append(as_tensor([*clock, *said], device).view(2, 3))
+        lockstep = self._backend.lockstep
+        called = 0 if lockstep is None else lockstep.take_checksum()
+        parts.append(as_tensor([*clock, *said, called, called**2, 0.0], device).view(3, 3))
         if own is not None:
             ranks = torch.zeros(self._backend.world_size, 3, dtype=torch.float64, device=device)
             ranks[self._backend.rank] = as_tensor(own, device)

@@ -35,8 +35,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from launcher.engine.backends.base import Backend, whole_names
+from launcher.engine.lockstep import lockstep_of
 from launcher.engine.placement import planned_device
 from launcher.engine.state import plain_name
+from launcher.engine.unused import UsedParameters
 from launcher.errors import WorldError
 from launcher.plan import Plan
 from launcher.recipe import Recipe
@@ -156,6 +158,7 @@ class DDPBackend(GroupBackend):
                 "would train copies of their own."
             )
         self._wrapped = wrapped
+        self._used = UsedParameters(wrapped.module)
         if self.device.type == "cpu":
             # Reading a clock is nothing. On a GPU it waits for what has been asked of it.
             wrapped._set_ddp_runtime_logging_sample_rate(1)  # noqa: SLF001
@@ -166,7 +169,14 @@ class DDPBackend(GroupBackend):
         return self._wrapped.module
 
     def micro_step(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
+        self._averages = last
         return contextlib.nullcontext() if last else self._wrapped.no_sync()
+
+    def backward(self, loss: Tensor, weight: float | Tensor) -> None:
+        self._used.begin()
+        super().backward(loss, weight)
+        if self._averages:
+            self._used.complete()
 
     def communication(self) -> tuple[float, int]:
         """Return what DDP has timed: by its averages, in nanoseconds, over the timed backwards.
@@ -243,6 +253,10 @@ class FSDPBackend(GroupBackend):
                 f"Accelerate prepared a {type(sharded).__name__} instead of FSDP, so the ranks "
                 "would train copies of their own."
             )
+        # Reduce zeros for what this rank has not used, as the others may have.
+        sharded.set_reduce_scatter_unused_params(True)
+        units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self.lockstep = lockstep_of(model, units, strategy="fsdp", device=self.device)
         return model, make_optimizer(model)  # sharded in place
 
     def micro_step(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:

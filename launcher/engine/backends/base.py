@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from launcher.configs import AUTOCAST
+from launcher.engine.lockstep import Lockstep
 from launcher.engine.module_state import (
     extra_state,
     own_buffers,
@@ -51,7 +52,10 @@ class Backend(ABC):
         self.plan = plan
         self.device = device
         self.scaler = LossScaler(plan.world_size) if plan.precision == "fp16" else None
-        """Of fp16 alone."""
+        """The scaling of the loss in fp16; None in other precisions."""
+        self.lockstep: Lockstep | None = None
+        """Watches what ranks call where they gather weights together; None where they do not."""
+        self._trained: list[nn.Parameter] | None = None
         self._dtype = (
             getattr(torch, AUTOCAST[plan.precision]) if plan.precision in AUTOCAST else None
         )
@@ -194,12 +198,7 @@ class Backend(ABC):
 
         A step whose norm is not finite is left out. The norm is that of all ranks, and so on all.
         """
-        parameters = [
-            parameter
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-            if parameter.grad is not None
-        ]
+        parameters = self._with_gradients(optimizer)
         grads: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
         norm = self.norm(grads)
         if self.scaler is not None:
@@ -214,6 +213,20 @@ class Backend(ABC):
         for parameter in parameters:
             parameter.grad = None
         return norm
+
+    def _with_gradients(self, optimizer: Optimizer) -> list[nn.Parameter]:
+        """Return the parameters to update: all that are trained, used in this step or not.
+
+        One that no sample of the batch has used gets a gradient of zeros. Sharded optimizers, whose
+        parameters lie in one flat row, cannot leave it out, and every strategy takes the same step.
+        """
+        every = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if self._trained is None:
+            self._trained = [parameter for parameter in every if parameter.requires_grad]
+        for parameter in self._trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [parameter for parameter in every if parameter.grad is not None]
 
     def norm(self, grads: list[Tensor]) -> Tensor:
         """Return the 2-norm of the global gradient, as one number on the device."""

@@ -29,6 +29,8 @@ from torch.optim import Optimizer
 from launcher.configs import deepspeed_config
 from launcher.engine.backends.accelerate import GroupBackend, forget_settings
 from launcher.engine.backends.base import infect, whole_names
+from launcher.engine.backends.reduction import OrderedReduction
+from launcher.engine.lockstep import lockstep_of
 from launcher.engine.module_state import own_buffers, own_extra_state
 from launcher.engine.state import (
     Source,
@@ -99,6 +101,17 @@ class DeepSpeedBackend(GroupBackend):
                 "the ranks would train copies of their own."
             )
         self._engine = engine
+        if self._stage < 3:
+            OrderedReduction(engine.optimizer, self.broadcast)
+        else:
+            gathered = [
+                each
+                for each in model.modules()
+                if any(True for _ in each.parameters(recurse=False))
+            ]
+            self.lockstep = lockstep_of(
+                model, gathered, strategy=self.plan.strategy, device=self.device
+            )
         if self.scaler is not None:
             engine.optimizer.torch_autocast_gradscaler = None  # decides on each rank by itself
         return engine, engine.optimizer.optimizer
