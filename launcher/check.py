@@ -66,10 +66,11 @@ def judge(found: Inspection) -> Iterator[Finding]:
     yield _data(found)
     model = f"{found.num_trained:,} weights are trained"
     if found.without_gradient:
-        yield failure(
+        yield warning(
             "model",
             f"{model}, and {_some(found.without_gradient)} get no gradient from the loss",
-            "use them in forward, or freeze them with requires_grad_(False): DDP waits for each",
+            "use them in forward, or freeze them with requires_grad_(False): their gradients are "
+            "zeros, and the weight decay shrinks them",
         )
     else:
         yield ok("model", model)
@@ -82,7 +83,27 @@ def judge(found: Inspection) -> Iterator[Finding]:
             "look at the scale of the inputs and of the initial weights",
         )
     yield _loss(found)
+    yield from _written(found)
     yield from _split(found)
+
+
+def _written(found: Inspection) -> Iterator[Finding]:
+    """Yield what forward writes to, which is another on each rank."""
+    if found.changed_weights:
+        yield warning(
+            "weights",
+            f"forward writes to {_some(found.changed_weights)}: a run on several ranks is refused",
+            "compute what forward uses from the weight without changing it; max_norm of an "
+            "Embedding changes it",
+        )
+    if found.changed_buffers:
+        yield warning(
+            "buffers",
+            f"forward changes {_some(found.changed_buffers)}: where the samples decide how, each "
+            "rank has another value, and the run is refused",
+            "rank_buffers=average gives every rank their mean after each step, "
+            "rank_buffers=broadcast rank 0's",
+        )
 
 
 def _data(found: Inspection) -> Finding:

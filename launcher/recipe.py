@@ -159,6 +159,10 @@ class Recipe:
     sync_batchnorm: bool = False
     """BatchNorm takes its statistics over the micro-batches of all ranks, not of each."""
 
+    rank_buffers: Literal["refuse", "average", "broadcast"] = "refuse"
+    """What becomes of buffers, other than BatchNorm's, that forward changes in another way on each
+    rank: the run is refused, or after each step every rank gets their average, or rank 0's."""
+
     compile: bool = False
     """Compile the model's blocks, or all of it where none repeat, with torch.compile."""
 

@@ -13,6 +13,7 @@ from launcher.engine.backends.base import Backend
 from launcher.engine.batch_norm import BatchNorms, synchronize
 from launcher.engine.blocks import checkpoint_activations, compile_blocks, find_blocks
 from launcher.engine.data import Reader, micro_batches, sample_count
+from launcher.engine.forward_writes import ForwardWrites
 from launcher.engine.loop import Trainee
 from launcher.engine.noise import STRIDE, noise_of
 from launcher.engine.optimizers import make_optimizer
@@ -74,6 +75,7 @@ def build_trainee(
         sampler=sampler,
         batches=batches,
         norms=BatchNorms(model),
+        writes=ForwardWrites(model, backend, recipe.rank_buffers),
         at=at,
         noise=noise_of(recipe, backend, model, noise_stride),
     )

@@ -1,12 +1,14 @@
 """Why a recipe's steps would depend on the split: it is tried out on a few samples, in one process.
 
-Four properties are what the promise rests on, and each is tested for what it is rather than looked
+Five properties are what the promise rests on, and each is tested for what it is rather than looked
 up: a sample is the same whenever it is read; the loss of two batches together is the sum of theirs;
-in training a sample's outputs do not depend on the others; and they draw no random numbers.
+in training a sample's outputs do not depend on the others; they draw no random numbers; and forward
+changes neither weights nor buffers.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,6 +20,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves
 
 from launcher.engine.data import Reader, sample_count
+from launcher.engine.forward_writes import Writes
 from launcher.engine.loop import sum_and_count
 from launcher.engine.randomness import seed_all
 from launcher.engine.sampler import Request
@@ -64,6 +67,12 @@ class Inspection:
     without_gradient: list[str]
     """Those that get no gradient from the loss."""
 
+    changed_buffers: list[str]
+    """Names of saved buffers that forward changes in training, other than BatchNorm's."""
+
+    changed_weights: list[str]
+    """Names of weights that forward writes to in training."""
+
     batch: str
     """What a batch looks like."""
 
@@ -95,9 +104,14 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
     seed_all(recipe.seed)
     model = recipe.model()
 
+    writes = _writes(recipe, model, whole)
+    remembers = bool(writes.weights() or writes.buffers())
+
     def loss(batch: Any, seed: int = 0) -> float:
         torch.manual_seed(seed)
-        return float(sum_and_count(recipe.loss, recipe.forward(model, batch), batch)[0])
+        # What one forward writes is not to be taken for randomness in the next.
+        subject = copy.deepcopy(model) if remembers else model
+        return float(sum_and_count(recipe.loss, recipe.forward(subject, batch), batch)[0])
 
     with torch.no_grad():
         model.eval()
@@ -125,12 +139,24 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
         num_evaluation=None if evaluation is None else sample_count(evaluation, "evaluation"),
         num_trained=sum(each.numel() for each in trained.values()),
         without_gradient=[name for name, each in trained.items() if each.grad is None],
+        changed_buffers=sorted(writes.buffers()),
+        changed_weights=sorted(writes.weights()),
         batch=f"a batch is {_describe(whole)}",
         outputs_finite=all(bool(torch.isfinite(each).all()) for each in leaves),
         loss_per_item=float(total) / max(float(count), 1.0),
         count=float(count),
         items=len(taken) if recipe.count is None else int(recipe.count(whole)),
     )
+
+
+@torch.no_grad()
+def _writes(recipe: Recipe, model: nn.Module, batch: Any) -> Writes:
+    """Return what a forward pass in training writes to, of a copy of the model."""
+    subject = copy.deepcopy(model)
+    subject.train()
+    writes = Writes(subject)
+    recipe.forward(subject, batch)
+    return writes
 
 
 def write_inspection(inspection: Inspection, run_dir: RunDir) -> None:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from launcher.engine.backends.base import Backend
 from launcher.engine.batch_norm import BatchNorms
 from launcher.engine.data import MicroBatch
+from launcher.engine.forward_writes import ForwardWrites
 from launcher.engine.metrics import BadSteps, Meter, Reading, StepRow, Votes
 from launcher.engine.noise import Noise, Unmeasured
 from launcher.engine.optimizers import Hyperparameters
@@ -67,6 +68,9 @@ class Trainee:
 
     norms: BatchNorms
     """Those of the model."""
+
+    writes: ForwardWrites
+    """Sees what forward passes write, and brings it together over the ranks."""
 
     at: Callable[[int, str], None] = lambda *_: None
     """Is told how far this rank is: steps taken, and what comes next."""
@@ -122,7 +126,7 @@ def train(
     """
     recipe, plan, backend = trainee.recipe, trainee.plan, trainee.backend
     model, optimizer, sampler = trainee.model, trainee.optimizer, trainee.sampler
-    norms, at, noise = trainee.norms, trainee.at, trainee.noise
+    norms, writes, at, noise = trainee.norms, trainee.writes, trainee.at, trainee.noise
     hyperparameters = Hyperparameters(optimizer, plan.lr)
     meter = Meter(backend)
     bad_steps = BadSteps(recipe.max_bad_steps, lambda step: sampler.batch_ids(step - 1))
@@ -134,18 +138,18 @@ def train(
         # ------------------------------------------------------------------------------------
         seed_step(plan.seed, step, backend)
         written = hyperparameters.write(plan.setting_at(recipe.schedule, step))
-        at(step, "reading data")
         window, taken, waited = _read(trainee, step)
         items = _items(trainee, window.size, taken)
         weight = backend.world_size / items
         sums, counts = [], []
         noise.begin(step)
+        writes.begin()
         for number, micro_batch in enumerate(taken, start=1):
             at(step, "computing")
             batch = backend.to_device(micro_batch.batch)
             with (
                 backend.micro_step(last=number == len(taken)),
-                contextlib.nullcontext() if micro_batch.counts else norms.ignoring_samples(),
+                contextlib.nullcontext() if micro_batch.counts else _ignoring_samples(trainee),
             ):
                 with backend.autocast():
                     loss_sum, count = sum_and_count(
@@ -157,6 +161,7 @@ def train(
             if micro_batch.counts:
                 sums.append(loss_sum.detach())
                 counts.append(count)
+        writes.end()
         grad_norm = backend.apply(optimizer, recipe.max_grad_norm)
         # ------------------------------------------------------------------------------------
         noise.end(step, items, grad_norm)
@@ -180,8 +185,7 @@ def train(
         if not (meter.is_due() or evaluates or is_due or done == last_step):
             continue
         reading = meter.read(_votes(attendant), ends=done == last_step)
-        _tell(listener, reading, noise.read(), bad_steps)
-        (norms.keep if all(row.is_finite for row in reading.rows) else norms.mend)()
+        _take_note(trainee, listener, reading, bad_steps)
         if evaluates:
             values = evaluate(trainee, done)
             listener.evaluated(done, values)
@@ -197,29 +201,37 @@ def train(
 
 def _read(trainee: Trainee, step: int) -> tuple[Window, list[MicroBatch], float]:
     """Return what a step takes, this rank's micro-batches of it, and the seconds of waiting."""
+    trainee.at(step, "reading data")
     asked = time.perf_counter()
     taken = [next(trainee.batches) for _ in range(trainee.sampler.micro_steps(step))]
     return trainee.sampler.window(step), taken, time.perf_counter() - asked
+
+
+@contextlib.contextmanager
+def _ignoring_samples(trainee: Trainee) -> Iterator[None]:
+    """Leave what a model keeps of its samples as if this micro-batch were not there."""
+    with trainee.norms.ignoring_samples(), trainee.writes.ignoring_samples():
+        yield
 
 
 def _votes(attendant: Attendant | None) -> Votes:
     return Votes() if attendant is None else attendant.votes()
 
 
-def _tell(
-    listener: Listener, reading: Reading, noise: list[Measurement], bad_steps: BadSteps
-) -> None:
-    """Have the listener hear of steps that were taken, and of those that were left out.
+def _take_note(trainee: Trainee, listener: Listener, reading: Reading, bad_steps: BadSteps) -> None:
+    """Tell the listener of steps that were taken, and of those that were left out.
 
     Raises:
         TrainingError: These were too many in a row.
     """
     listener.stepped(reading.rows)
-    listener.measured(noise)
+    listener.measured(trainee.noise.read())
     if reading.ranks is not None and reading.rows:
         listener.noted(reading.rows[-1].step, {"ranks": reading.ranks})
     for said in bad_steps.check(reading.rows):
         listener.warned(said)
+    all_finite = all(row.is_finite for row in reading.rows)
+    (trainee.norms.keep if all_finite else trainee.norms.mend)()
 
 
 @torch.no_grad()

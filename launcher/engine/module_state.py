@@ -38,6 +38,10 @@ class Slot(NamedTuple):
         """The buffer that is there now."""
         return self.module._buffers[self.key]  # noqa: SLF001
 
+    def put(self, buffer: Tensor | None) -> None:
+        """Replace the buffer that is there."""
+        self.module._buffers[self.key] = buffer  # noqa: SLF001
+
 
 def saved_slots(model: nn.Module) -> dict[str, Slot]:
     """Return the places of the persistent buffers by name, a buffer with two names under the first.
@@ -177,7 +181,7 @@ def _put(slot: Slot, value: Tensor | None, device: torch.device) -> None:
     buffer = slot.buffer
     if value is None or buffer is None or buffer.shape != value.shape or _overlaps(buffer):
         where = device if buffer is None else buffer.device
-        slot.module._buffers[slot.key] = None if value is None else value.to(where)  # noqa: SLF001
+        slot.put(None if value is None else value.to(where))
     else:
         buffer.copy_(value)
 

@@ -51,9 +51,13 @@ class Recorder:
             self._samples = path.open("ab")
         self._lost: list[BinaryIO] = []
         self.last_loss = math.nan
+        self.steps_taken: int | None = None
+        """Steps after the last one that was taken; None before the first."""
+
         self._noise = RunningNoise()
 
     def took(self, step: int, micro_batches: list[MicroBatch]) -> None:
+        self.steps_taken = step
         if self._samples is not None:
             taken = [each.request.indices for each in micro_batches if each.counts]
             self._write(self._samples, {"step": step, "micro_batches": taken})

@@ -27,13 +27,13 @@ from launcher.engine.checkpoint import StoredState, load_newest
 from launcher.engine.flops import CountedForward
 from launcher.engine.keeper import Keeper
 from launcher.engine.logs import Output
-from launcher.engine.loop import Trainee, train
+from launcher.engine.loop import Trained, Trainee, train
 from launcher.engine.module_state import lacks_extra_state
 from launcher.engine.placement import device_name
 from launcher.engine.recorder import Recorder
 from launcher.engine.state import group_values, lost_state, write_groups
 from launcher.engine.weights import save_weights
-from launcher.errors import CheckpointError, LauncherError, TrainingError, WorldError
+from launcher.errors import CheckpointError, LauncherError, TrainingError, UsageError, WorldError
 from launcher.events import record_event, record_past_failure
 from launcher.job import MISSING_STATE, Start
 from launcher.plan import Plan
@@ -150,7 +150,7 @@ def train_rank(
             keeper = Keeper(trainee, stop, run_dir, groups=fresh, listener=recorder)
         started = time.perf_counter()
         try:
-            trained = train(trainee, recorder, keeper, first_step=first_step, last_step=steps)
+            trained = _take_steps(trainee, recorder, keeper, first_step, steps)
             if trained.step < steps:
                 _stop(backend, run_dir, trained.step, progress)
                 return None
@@ -175,6 +175,23 @@ def train_rank(
         if progress is not None:
             _finish(result, run_dir, progress, trackers)
     return result
+
+
+def _take_steps(
+    trainee: Trainee, recorder: Recorder, keeper: Keeper | None, first_step: int, last_step: int
+) -> Trained:
+    """Train from `first_step` to before `last_step`.
+
+    Raises:
+        UsageError: The recipe is at fault, and no step was taken.
+        TrainingError: The training failed, or the recipe is at fault and steps were taken.
+    """
+    try:
+        return train(trainee, recorder, keeper, first_step=first_step, last_step=last_step)
+    except UsageError as error:
+        if recorder.steps_taken is None:
+            raise
+        raise TrainingError(f"After step {recorder.steps_taken:,}: {error}") from None
 
 
 def _find(

@@ -73,6 +73,15 @@ def causes(inspection: Inspection, trial: Trial) -> list[str]:
             "The loss is no sum over samples: that of a batch is not the sum of that of its "
             "halves, so that accumulating over micro-batches computes something else."
         )
+    for kind, names in (
+        ("weight", inspection.changed_weights),
+        ("buffer", inspection.changed_buffers),
+    ):
+        if names:
+            found.append(
+                f"Forward changes the {kind} {_some(names)}, and each rank sees other samples. "
+                "`launcher check` says what to do."
+            )
     synced = bool(trial.plan.settings["sync_batchnorm"])
     if inspection.batch_norms and not synced:
         found.append(
