@@ -162,13 +162,19 @@ SOURCES = (
 )
 """What is resumed: trained on `SOURCE_RANKS`, a checkpoint in the middle of its second epoch."""
 
-EVALUATED = tuple(
-    Case("worlds", strategy, 1, optimizer, options=(*options, ("evaluate_every", 1)))
-    for strategy in STRATEGIES
-    for optimizer, options in (
-        ("sgd", ()),
-        ("adamw", () if strategy == "ddp" else (("offload", "cpu"),)),
-    )
+EVALUATED = (
+    *(
+        Case("worlds", strategy, 1, optimizer, options=(*options, ("evaluate_every", 1)))
+        for strategy in STRATEGIES
+        for optimizer, options in (
+            ("sgd", ()),
+            ("adamw", () if strategy == "ddp" else (("offload", "cpu"),)),
+        )
+    ),
+    *(
+        Case("worlds", strategy, 1, "sgd", options=(("precision", "fp16"), ("evaluate_every", 1)))
+        for strategy in ("fsdp", "zero2", "zero3")
+    ),
 )
 """Resumed likewise, from a checkpoint that follows several evaluations: after a forward without a
 backward weights may lie elsewhere, and the optimizer's state with them."""
@@ -190,7 +196,8 @@ def resumed(ranks: int) -> Iterator[tuple[Case, Case]]:
             yield source, replace(source, strategy="ddp")
     for source in EVALUATED:
         if ranks == 1:
-            yield source, replace(source, strategy="ddp", options=source.options[-1:])
+            kept = tuple(option for option in source.options if option[0] != "offload")
+            yield source, replace(source, strategy="ddp", options=kept)
         elif ranks == 3:
             yield source, source
 

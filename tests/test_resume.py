@@ -83,6 +83,7 @@ def test_the_command_goes_on(module_run: Commands, whole: Path, copy: Path) -> N
     done = module_run("launcher", "resume", copy, "--from", "12", "-n", "1", "strategy=zero1")
     assert done.exit_code == 0, done.stderr
     assert "resumed from step-00000012" in done.stdout
+    assert "the learning rate of step" not in done.stdout, "nothing becomes of it"
     assert "run.yaml: num_workers=4, checkpoint_every=4" in done.stdout
     wanted, found = read_trace(RunDir(whole)), read_trace(RunDir(copy))
     assert compare(wanted, found, 1e-5).agrees
@@ -101,8 +102,18 @@ def test_a_finished_run_can_go_on(module_run: Commands, copy: Path) -> None:
     done = module_run("launcher", "resume", copy, "epochs=4", "-n", "1")
     assert done.exit_code == 0, done.stderr
     assert "changed     epochs 3 -> 4" in done.stdout
+    assert "the learning rate goes from" in done.stdout, "one_cycle is stretched over more steps"
     steps = [row["step"] for row in read_lines(copy / "metrics.jsonl") if "loss" in row]
     assert steps == list(range(1, 21))
+
+
+def test_another_schedule_is_said_before_it_is_taken(module_run: Commands, copy: Path) -> None:
+    """More epochs given before the end change the learning rate of steps that are left."""
+    done = module_run("launcher", "resume", copy, "--from", "12", "epochs=4", "-n", "1")
+    assert done.exit_code == 0, done.stderr
+    rows = {row["step"]: row["lr"] for row in read_lines(copy / "metrics.jsonl") if "lr" in row}
+    said = " ".join(done.stdout.split())
+    assert f"the learning rate of step 13 is {rows[13]:.3g} instead of" in said
 
 
 def flip(path: Path) -> None:

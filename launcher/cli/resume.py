@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,6 +22,12 @@ from launcher.cli.arguments import (
 )
 from launcher.cli.completing import complete_runs
 from launcher.cli.start import find_machines, start, start_on_hosts
+from launcher.errors import CheckpointError, RunDirError
+
+if TYPE_CHECKING:
+    from launcher.checkpoints import Manifest
+    from launcher.overrides import Built
+    from launcher.plan import Plan
 
 
 @click.command(cls=SettingsCommand, short_help="Go on with a run from a checkpoint.")
@@ -63,18 +72,16 @@ def command(
     launcher resume runs/digits-20260101-120000 --from 120 epochs=40
     """
     from launcher.checkpoints import (
-        changes,
         check_resumable,
         damage_error,
         find_checkpoint,
         list_checkpoints,
     )
-    from launcher.errors import CheckpointError
     from launcher.job import Start, describe_run, plan_recipe
     from launcher.launch import Stops
     from launcher.machine import read_machine
     from launcher.multinode import check_restarts, make_once, met
-    from launcher.overrides import Override, read_arguments
+    from launcher.overrides import Override, build, read_arguments
     from launcher.resolve import resolve
     from launcher.rundir import RunDir, open_run_dir, read_run, write_resumption
 
@@ -143,5 +150,31 @@ def command(
             restarts=max_restarts,
             meeting=meeting,
             begin=Start(step=chosen.step, fall_back=auto, accept=accept),
-            changes=changes(manifest, plan) if manifest is not None else (),
+            changes=_changes(manifest, said["plan"], build(reference, before), (built, plan)),
         )
+
+
+def _changes(
+    manifest: Manifest | None, planned: Mapping[str, Any], was: Built, now: tuple[Built, Plan]
+) -> list[str]:
+    """Return what the run goes on with that is not as it was, in words.
+
+    Args:
+        manifest: Of the checkpoint; None where it cannot be read.
+        planned: The plan of the run that was, as run.yaml has it.
+        was: Its recipe.
+        now: The recipe and the plan that it goes on with.
+    """
+    from launcher.checkpoints import changes
+    from launcher.plan import Plan
+    from launcher.report.explain import schedule_change
+
+    if manifest is None:
+        return []
+    built, plan = now
+    told = changes(manifest, plan)
+    with contextlib.suppress(RunDirError):  # a plan of an earlier version
+        before = Plan.from_dict(planned), was.recipe.schedule
+        if path := schedule_change(manifest.step, before, (plan, built.recipe.schedule)):
+            told.append(path)
+    return told

@@ -83,15 +83,15 @@ def start(
     """Show the plan, and what it changes of the run before; train; return the exit code."""
     from launcher.job import Job
     from launcher.launch import launch
-    from launcher.report.explain import explain
+    from launcher.report.explain import changed_lines, explain
     from launcher.report.progress import json_line
 
     if meeting is None or meeting.index == 0:
         try:
             if shows == "progress":
                 click.echo(explain(plan, recipe=reference.shown))
-                for change in changes:
-                    click.echo(f"  changed     {change}")
+                for line in changed_lines(changes):
+                    click.echo(line)
             elif shows == "json":
                 planned = {"event": "planned", "run_dir": str(run_dir.path)}
                 click.echo(json_line(planned | {"plan": plan.to_dict()}))

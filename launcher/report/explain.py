@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from launcher.plan import Plan
 from launcher.reasons import counted
+from launcher.schedules import Schedule
 from launcher.strategy import STRATEGIES
 
 _WIDTH = 96
@@ -22,15 +23,62 @@ def explain(plan: Plan, *, recipe: str = "") -> str:
     """
     lines = [f"{plan.recipe}{'  ' + recipe if recipe else ''}"]
     for label, text in _rows(plan):
-        lines += textwrap.wrap(
-            text,
-            width=_WIDTH,
-            initial_indent=f"  {label:<{_LABEL - 2}}",
-            subsequent_indent=" " * _LABEL,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
+        lines += _wrapped(label, text)
     return "\n".join(lines)
+
+
+def changed_lines(changes: Iterable[str]) -> list[str]:
+    """Return lines that say, below a plan, what has changed since the run that was."""
+    return [line for change in changes for line in _wrapped("changed", change)]
+
+
+def _wrapped(label: str, text: str) -> list[str]:
+    return textwrap.wrap(
+        text,
+        width=_WIDTH,
+        initial_indent=f"  {label:<{_LABEL - 2}}",
+        subsequent_indent=" " * _LABEL,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def schedule_change(
+    step: int, was: tuple[Plan, Schedule], now: tuple[Plan, Schedule]
+) -> str | None:
+    """Return what becomes of the learning rate of a run that goes on with other settings.
+
+    Args:
+        step: Steps that were taken.
+        was: The plan and the schedule of the run that was.
+        now: Those that it goes on with.
+
+    Returns:
+        A sentence; None where no step that is left has another learning rate than it would have
+        had.
+    """
+    (old, _), (new, _) = was, now
+    common = range(step, min(old.total_steps, new.total_steps))
+    changed = next((each for each in common if _lr(*was, each) != _lr(*now, each)), None)
+    if changed is None:
+        if old.total_steps == new.total_steps or step < old.total_steps:
+            return None
+        before, after = _lr(*was, step - 1), _lr(*now, step)
+        return (
+            f"the learning rate goes from {before:.3g} at step {step:,}, the last of the plan, to "
+            f"{after:.3g} at step {step + 1:,}: {new.settings['schedule']} is taken over "
+            f"{new.total_steps:,} steps instead of {old.total_steps:,}"
+        )
+    return (
+        f"the learning rate of step {changed + 1:,} is {_lr(*now, changed):.3g} instead of "
+        f"{_lr(*was, changed):.3g}: {new.settings['schedule']} is taken over {new.total_steps:,} "
+        f"steps (was {old.settings['schedule']} over {old.total_steps:,}), also for those that are "
+        "left"
+    )
+
+
+def _lr(plan: Plan, schedule: Schedule, step: int) -> float:
+    return plan.lr * plan.setting_at(schedule, step).factor
 
 
 def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
