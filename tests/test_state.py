@@ -90,6 +90,7 @@ CHANGES: dict[str, Callable[[Any, Any], object]] = {
     "a parameter that was replaced": lambda _, model: setattr(
         model, "weight", nn.Parameter(model.weight.detach().clone())
     ),
+    "state that was lost": lambda optimizer, model: optimizer.state.pop(model.bias),
     "an object in the state": lambda optimizer, model: optimizer.state[model.weight].update(
         queue=object()
     ),

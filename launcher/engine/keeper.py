@@ -20,7 +20,7 @@ from launcher.engine.checkpoint import reason_of, with_files, write_shard
 from launcher.engine.loop import Listener, Trainee
 from launcher.engine.metrics import Votes
 from launcher.engine.state import State, changed_groups
-from launcher.errors import LauncherError
+from launcher.errors import LauncherError, TrainingError
 from launcher.provenance import versions
 from launcher.rundir import RunDir
 from launcher.signals import StopRequest
@@ -103,8 +103,9 @@ class Keeper:
             TrainingError: The first time, there is state that a checkpoint could not hold.
         """
         if not self._checked:
-            self._backend.check_state(self._trainee.model, self._trainee.optimizer)
             self._checked = True
+            if refusal := self._refusal():
+                raise TrainingError(refusal)
         if votes.written == self._backend.world_size:
             self.finish()
         if votes.stop or votes.save or self.is_due(step):
@@ -120,6 +121,9 @@ class Keeper:
         self.finish()
         started = time.perf_counter()
         backend, trainee = self._backend, self._trainee
+        if refusal := self._refusal():
+            self._failed(step, refusal)
+            return
         state = backend.snapshot(trainee.model, trainee.optimizer)
         self._manifest = self._describe(step, state)
         folder: Path | None = None
@@ -135,6 +139,15 @@ class Keeper:
             return
         self._writing = _Writing(folder, backend.rank, state.tensors)
         self._listener.noted(step, {"checkpoint_stall_seconds": time.perf_counter() - started})
+
+    def _refusal(self) -> str | None:
+        """Return what of the state on any rank a checkpoint could not hold (collective)."""
+        own = None
+        try:
+            self._backend.check_state(self._trainee.model, self._trainee.optimizer)
+        except TrainingError as error:
+            own = str(error)
+        return next(filter(None, self._backend.gather(own)), None)
 
     def finish(self) -> None:
         """Wait for the one under way, if any, and name it if it is whole (collective)."""

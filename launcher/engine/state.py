@@ -168,6 +168,7 @@ def check_optimizer(own: Iterable[Tensor], optimizer: Optimizer) -> None:
                     f"checkpoint cannot hold. {_KEPT}"
                 )
     for group in optimizer.param_groups:
+        _check_complete(group["params"], known, optimizer)
         for name, value in group.items():
             if name not in ("params", *SCHEDULED) and _holds_tensor(value):
                 raise TrainingError(
@@ -180,6 +181,26 @@ def check_optimizer(own: Iterable[Tensor], optimizer: Optimizer) -> None:
         raise TrainingError(
             f"The state_dict of {kind} holds {', '.join(map(repr, more))} besides 'state' and "
             f"'param_groups', which a checkpoint would lose. {_KEPT}"
+        )
+
+
+def _check_complete(group: list[Tensor], known: set[Tensor], optimizer: Optimizer) -> None:
+    """Refuse a group in which some parameters have state and others have lost theirs.
+
+    torch's own optimizers keep the same of each parameter that they update, and each step updates
+    every trained one.
+
+    Raises:
+        TrainingError: Some have none.
+    """
+    trained = [each for each in group if each.requires_grad and each in known]
+    without = [each for each in trained if not optimizer.state.get(each)]
+    torchs = type(optimizer).__module__.startswith("torch.optim.")
+    if torchs and trained and 0 < len(without) < len(trained):
+        raise TrainingError(
+            f"{type(optimizer).__name__} keeps state of {len(trained) - len(without):,} parameters "
+            f"in a group and none of {len(without):,}: theirs has been lost, or they were added in "
+            "the course of the run. Make the optimizer of all parameters that will be trained."
         )
 
 

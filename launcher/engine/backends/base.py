@@ -132,7 +132,7 @@ class Backend(ABC):
         return {plain_name(name): tensors[name] for name in whole_names(module)}
 
     def check_state(self, model: nn.Module, optimizer: Optimizer) -> None:
-        """Refuse, after a step, what `snapshot` would leave out.
+        """Refuse, once a step was taken, what `snapshot` would leave out.
 
         Raises:
             TrainingError: The optimizer or a module keeps state that a checkpoint cannot hold.
@@ -149,9 +149,11 @@ class Backend(ABC):
         return parameters(module).values()
 
     def snapshot(self, model: nn.Module, optimizer: Optimizer) -> State:
-        """Return this rank's part of what there is to save, copied to the host (collective)."""
+        """Return this rank's part of what there is to save, copied to the host (collective).
+
+        What `check_state` refuses would be left out.
+        """
         module = self.unwrap(model)
-        check_optimizer(self.saved_tensors(module), optimizer)
         tensors = keep(live_tensors(module, optimizer), self.rank, self.world_size)
         return State(
             tensors=tensors | own_buffers(module, self.rank, self.gather),

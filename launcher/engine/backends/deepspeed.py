@@ -36,7 +36,6 @@ from launcher.engine.state import (
     Source,
     State,
     check_names,
-    check_optimizer,
     check_size,
     empty_state,
     keep,
@@ -139,7 +138,6 @@ class DeepSpeedBackend(GroupBackend):
     def snapshot(self, model: nn.Module, optimizer: Optimizer) -> State:
         self._link_state()
         module = self._engine.module
-        check_optimizer(self.saved_tensors(module), optimizer)
         tensors = keep(self._whole_tensors(optimizer), self.rank, self.world_size)
         values = {
             f"optimizer/{name}/{key}": value
