@@ -253,6 +253,12 @@ class FSDPBackend(GroupBackend):
                 f"Accelerate prepared a {type(sharded).__name__} instead of FSDP, so the ranks "
                 "would train copies of their own."
             )
+        if not hasattr(sharded, "set_reduce_scatter_unused_params"):
+            raise WorldError(
+                f"strategy=fsdp needs torch 2.13 or newer, and this is torch {torch.__version__}: "
+                "before, parameters that only some ranks use get wrong gradients. Use strategy=ddp, "
+                "zero1 or zero2."
+            )
         # Reduce zeros for what this rank has not used, as the others may have.
         sharded.set_reduce_scatter_unused_params(True)
         units = [module for module in model.modules() if isinstance(module, FSDPModule)]
