@@ -256,7 +256,7 @@ class FSDPBackend(GroupBackend):
         if not hasattr(sharded, "set_reduce_scatter_unused_params"):
             raise WorldError(
                 f"strategy=fsdp needs torch 2.13 or newer, and this is torch {torch.__version__}: "
-                "before, parameters that only some ranks use get wrong gradients. Use strategy=ddp, "
+                "before, parameters that only some ranks use get wrong gradients. Use ddp, "
                 "zero1 or zero2."
             )
         # Reduce zeros for what this rank has not used, as the others may have.
