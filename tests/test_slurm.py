@@ -314,8 +314,12 @@ def test_a_dry_run_leaves_nothing(slurm: Commands) -> None:
 
 @pytest.mark.parametrize("name", ["a'; touch pwned; '", 'a"=0" $(touch pwned)', "a,b %j c"])
 def test_odd_folders_are_only_odd(slurm: Commands, name: str) -> None:
-    """What a folder is called is no shell, no option of sbatch and no pattern of Slurm's."""
+    """What a folder is called is no shell, no option of sbatch and no pattern of Slurm's.
+
+    Nor is a launcher.py in it started.
+    """
     (slurm.folder / name).mkdir()
+    (slurm.folder / name / "launcher.py").write_text("raise SystemExit(0)\n")
     odd = Commands(slurm.folder / name, slurm.mark)
     run_dir = submit(odd, WORLDS_PY, "steps=2", "-n", "1", out="o u t")
     finish(run_dir)
