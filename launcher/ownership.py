@@ -23,6 +23,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import msgspec
+
 from launcher.errors import RunDirError
 from launcher.health import all_health
 from launcher.locks import locks_are_shared, try_lock
@@ -33,10 +35,15 @@ from launcher.states import SECONDS_TO_START, is_alive
 _SECONDS_TO_END = 10.0
 """Ranks whose launcher was killed are gone after this time; a GPU takes seconds to be released."""
 
+_SECONDS_OF_LEASE = 120.0
+"""An NFS server forgets the locks of a machine that has crashed after 90 seconds."""
+
 _SECONDS_OF_A_LOOK = 1.0
 """`check_unowned` holds the lock for a moment; this is more than enough for it."""
 
 _SECONDS_BETWEEN_TRIES = 0.1
+_LONGEST = 1 << 16
+"""Bytes of owner.lock that are read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +122,7 @@ def check_unowned(path: Path) -> None:
     """
     run_dir = RunDir(path.resolve())
     try:
-        descriptor = os.open(run_dir.owner, os.O_RDONLY | os.O_NOFOLLOW)
+        descriptor = os.open(run_dir.owner, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return
     try:
@@ -173,7 +180,7 @@ os.register_at_fork(after_in_child=_in_forked_process)
 
 
 def _take(run_dir: RunDir, *, with_ranks: bool) -> _Held:
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         descriptor = os.open(run_dir.owner, flags, 0o666)
     except OSError as error:
@@ -191,20 +198,25 @@ def _take(run_dir: RunDir, *, with_ranks: bool) -> _Held:
 
 
 def _wait_for(descriptor: int, run_dir: RunDir) -> None:
-    """Lock the folder. Wait for ranks of an owner that is dead, and for nobody else.
+    """Lock the folder. Wait for what is left of an owner that is dead, and for nobody else.
 
     Raises:
         RunDirError: Another process owns it.
     """
     begun = time.monotonic()
     while (other := _other_owner(descriptor, run_dir, fcntl.LOCK_EX)) is not None:
-        if isinstance(other, _Unknown) or other.is_dead:
-            patience = _SECONDS_TO_END
-        else:
-            patience = 0.0 if other.is_here else _SECONDS_OF_A_LOOK
-        if time.monotonic() - begun >= patience:
+        if time.monotonic() - begun >= _patience(other):
             raise _refusal(run_dir, other)
         time.sleep(_SECONDS_BETWEEN_TRIES)
+
+
+def _patience(other: Owner | _Unknown) -> float:
+    """Return for how many seconds to wait for a lock that somebody holds."""
+    if isinstance(other, _Unknown):
+        return _SECONDS_TO_END
+    if other.is_dead:
+        return _SECONDS_TO_END if other.is_here else _SECONDS_OF_LEASE
+    return 0.0 if other.is_here else _SECONDS_OF_A_LOOK
 
 
 def _other_owner(descriptor: int, run_dir: RunDir, kind: int) -> Owner | _Unknown | None:
@@ -247,12 +259,11 @@ def _refusal(run_dir: RunDir, other: Owner | _Unknown) -> RunDirError:
 
 def _read(descriptor: int) -> Owner | None:
     """Return what owner.lock says; None where it names nobody."""
-    about = os.fstat(descriptor)
     try:
-        owner = Owner(**json.loads(os.pread(descriptor, 1 << 16, 0)))
-    except (ValueError, TypeError):
+        owner = msgspec.json.decode(os.pread(descriptor, _LONGEST, 0), type=Owner)
+    except msgspec.DecodeError:
         return None
-    return owner if owner.inode == about.st_ino else None
+    return owner if owner.inode == os.fstat(descriptor).st_ino else None
 
 
 def _write(descriptor: int) -> None:

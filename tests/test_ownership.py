@@ -284,6 +284,12 @@ class TestWithoutLocks:
         self.rewrite(out, pid=os.getpid())
         assert run(*self.WITHOUT).stdout == "taken\n"
 
+    @pytest.mark.parametrize("text", ["", "{", "[1]", '{"pid": "x"}', "\udcff"])
+    def test_a_damaged_record_owns_nothing(self, run: Commands, out: RunDir, text: str) -> None:
+        """What is no record refuses nobody."""
+        out.owner.write_bytes(text.encode(errors="surrogateescape"))
+        assert run(*self.WITHOUT).stdout == "taken\n"
+
     def test_another_machine_is_known_by_its_heartbeats(self, run: Commands, out: RunDir) -> None:
         """It counts as alive while it starts, and while its ranks write; then it does not."""
         said = self.rewrite(out, host="far", place="far")

@@ -72,7 +72,7 @@ def test_what_is_missing_is_told_from_what_is_hidden(
         (run.folder / folder).mkdir()
     (run.folder / "recipes/__init__.py").write_text("")
     (run.folder / "sub/mine.py").write_text(f"{statement}\n")
-    done = run("launcher", "plan", "sub/mine.py", env={"LAUNCHER_TESTS_COLD": "1"})
+    done = run("launcher", "plan", "sub/mine.py")
     assert done.exit_code == 2
     (run.folder / "mine.py").write_text(f"{statement}\n")
     near = run("launcher", "plan", "mine.py")
