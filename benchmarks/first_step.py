@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher import Recipe, main
-from recipes.digits import digits
+from launcher.recipes.digits import digits
 
 if TYPE_CHECKING:
     from torch import nn

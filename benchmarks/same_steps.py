@@ -24,8 +24,8 @@ from contest import CONTESTANTS, Names, Numbers, benchmark, installed, print_tab
 from launcher import Recipe
 from launcher.engine.compare import Trace, compare, read_trace
 from launcher.prove import TOLERANCES
+from launcher.recipes.digits import digits
 from launcher.strategy import STRATEGIES
-from recipes.digits import digits
 
 OTHERS = [name for name in CONTESTANTS if name not in ("launcher", "ignite", "fabric")]
 HEAD = (

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from launcher import Data, Recipe, adamw, main
-from recipes.digits import cross_entropy, digits, read_digits
+from launcher.recipes.digits import cross_entropy, digits, read_digits
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from launcher import Data, Recipe, constant, sgd
-from recipes.digits import read_digits
+from launcher.recipes.digits import read_digits
 
 if TYPE_CHECKING:
     import numpy as np

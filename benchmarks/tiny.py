@@ -8,7 +8,7 @@ from time import perf_counter, thread_time
 from typing import TYPE_CHECKING
 
 from launcher import Data, Recipe, one_cycle, sgd
-from recipes.digits import read_digits
+from launcher.recipes.digits import read_digits
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

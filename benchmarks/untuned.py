@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from launcher import Recipe, constant, main, sgd
-from recipes.fashion_mnist import fashion_mnist
+from launcher.recipes.fashion_mnist import fashion_mnist
 
 
 def untuned() -> Recipe:

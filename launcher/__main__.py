@@ -1,5 +1,49 @@
-"""`python -m launcher`."""
+"""`python -m launcher`, and what starts this launcher by the path of this file (see `program`).
 
-from launcher.cli import main
+Python puts the folder of a file that it is given first on sys.path, where modules of this package
+would hide modules of Python: `secrets` is one. This file takes its folder off, imports the package
+that it belongs to, and puts the working folder there, as `python -m` does.
+"""
 
-main()
+import os
+import sys
+
+
+def _import_this_package(folder: str) -> None:
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("launcher", f"{folder}/__init__.py")
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules["launcher"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["launcher"])
+
+
+def _prepare() -> None:
+    folder = os.path.realpath(__file__).rpartition("/")[0]
+    is_first = sys.path[:1] == [folder]  # not with Python's -P
+    if is_first:
+        del sys.path[0]
+    if "launcher" not in sys.modules:
+        _import_this_package(folder)
+    if is_first:
+        from pathlib import Path
+
+        sys.path.insert(0, str(Path.cwd()))
+
+
+def _start() -> None:
+    if sys.argv[1:2] == ["--leash"]:
+        from launcher.leash import main as hold
+
+        sys.exit(hold(*sys.argv[2:]))
+    from launcher.cli import main
+
+    main()
+
+
+if not __package__:  # given to Python by its path, also where multiprocessing spawns a process
+    _prepare()
+
+if __name__ == "__main__":
+    _start()

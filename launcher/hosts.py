@@ -15,6 +15,7 @@ from types import FrameType
 
 from launcher.errors import EXIT_FAILED, UsageError
 from launcher.nodes import Nodes, nodes_environment, nodes_of_hosts
+from launcher.program import own_program
 from launcher.signals import STOP_SIGNALS
 
 _SECONDS_TO_HEAR = 5.0
@@ -139,5 +140,5 @@ def _remote(nodes: Nodes, index: int, folder: Path, arguments: Sequence[str]) ->
     variables = [
         f"{name}={shlex.quote(value)}" for name, value in nodes_environment(nodes, index).items()
     ]
-    leash = [sys.executable, "-m", "launcher.leash", str(folder), *arguments]
+    leash = [*own_program(), "--leash", str(folder), *arguments]
     return " ".join(["exec", "env", *variables, shlex.join(leash)])

@@ -1,6 +1,6 @@
 """A `launcher` on another machine, on a leash: what `--hosts` starts there through ssh.
 
-    python -m launcher.leash FOLDER ARGUMENTS...
+    python .../launcher/__main__.py --leash FOLDER ARGUMENTS...
 
 Its standard input is held by whoever started it. Each line there is the name of a signal for the
 run; its end, as when the connection is lost, is a terminal that was closed. ssh passes on neither.
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 
+from launcher.program import own_program
 from launcher.signals import EXIT_BY_SIGNAL
 
 
@@ -29,7 +30,7 @@ def main(folder: str, *arguments: str) -> int:
         )
         return 2
     run = subprocess.Popen(
-        [sys.executable, "-m", "launcher", *arguments],
+        [*own_program(), *arguments],
         stdin=subprocess.DEVNULL,
         start_new_session=True,
     )
@@ -42,7 +43,3 @@ def _pass_on(run: subprocess.Popen[bytes]) -> None:
     for line in sys.stdin:
         run.send_signal(signal.Signals[line.strip()])
     run.send_signal(signal.SIGHUP)
-
-
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))

@@ -4,6 +4,7 @@
     recipes/digits.py           a file; its function `digits`, or the only one that returns a Recipe
     recipes/digits.py:wide      that function
     my_project.recipes:wide     a module, found as `python -m` would from this folder
+    launcher.recipes.digits     a recipe that we ship, under the name that Python imports it by
 
 Files are loaded by their path: another installed package that happens to be called `recipes`
 cannot take their place.
@@ -20,6 +21,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
@@ -29,8 +31,14 @@ from launcher.recipe import Recipe
 
 T = TypeVar("T")
 
-BUNDLED = Path(__file__).resolve().parent.parent / "recipes"
-"""The folder of the recipes that this package ships."""
+BUNDLED = (Path(__file__).parent / "recipes").resolve()
+"""The folder of the recipes that this package ships; in a clone, a link leads there."""
+
+_PACKAGE = "launcher.recipes"
+"""What Python imports them by."""
+
+_ONCE_BUNDLED = Path(__file__).resolve().parent.parent / "recipes"
+"""Where they were installed once, as run.yaml of a run from that time says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,16 +124,25 @@ def _file(target: str) -> Path | None:
     """Return the file that `target` names, as a path or as a recipe's name."""
     if target.endswith(".py") or os.sep in target:
         candidates = [Path(target), Path(f"{target}.py")]
+        if Path(target).parent == _ONCE_BUNDLED:
+            candidates.append(BUNDLED / Path(target).name)
+    elif target.startswith(f"{_PACKAGE}."):
+        candidates = [BUNDLED / f"{target.removeprefix(f'{_PACKAGE}.')}.py"]
     else:
-        name = target.removeprefix("recipes.")
-        if not name.isidentifier():
+        package, dot, name = target.rpartition(".")
+        if package not in ("", "recipes") or not name.isidentifier():
             return None
-        candidates = [folder / f"{name}.py" for folder in (Path("recipes"), BUNDLED)]
+        folders = [Path("recipes")] if dot else [Path("recipes"), BUNDLED]
+        candidates = [folder / f"{name}.py" for folder in folders]
     return next((path.resolve() for path in candidates if path.is_file()), None)
 
 
 def _load(path: Path) -> ModuleType:
     """Import the file at `path`, as a module of the package that it lies in, if any."""
+    if path.parent == BUNDLED:
+        module = _guarded(lambda: importlib.import_module(f"{_PACKAGE}.{path.stem}"), str(path))
+        assert module is not None
+        return module
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))
     files, names, folder = [path], [path.stem], path.parent
@@ -201,9 +218,39 @@ def cannot(action: str, what: str, error: BaseException) -> RecipeError:
         place = f" ({error.filename}, line {error.lineno})"
     hint = ""
     if isinstance(error, ModuleNotFoundError) and error.name:
-        hint = f" Install {error.name.partition('.')[0]!r} into this environment."
+        hint = _remedy(error.name)
     message = error.msg if isinstance(error, SyntaxError) else error
     return RecipeError(f"Cannot {action} {what}: {type(error).__name__}: {message}{place}.{hint}")
+
+
+def _remedy(missing: str) -> str:
+    """Return what to do about a module that Python has not found."""
+    package, _, rest = missing.partition(".")
+    if package == "recipes" and (BUNDLED / f"{rest}.py").is_file():
+        return f" The recipe that launcher ships is imported as {_PACKAGE}.{rest}."
+    if package in sys.modules or _spec(package) is not None:
+        return f" The {package!r} that Python found is {_origin(package)}."
+    if (Path.cwd() / package).is_dir() or (Path.cwd() / f"{package}.py").is_file():
+        return (
+            f" There is a {package!r} in {Path.cwd()}, where Python does not look: set PYTHONPATH "
+            "to that folder."
+        )
+    return f" Install {package!r} into this environment."
+
+
+def _spec(package: str) -> ModuleSpec | None:
+    try:
+        return importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        return None
+
+
+def _origin(package: str) -> str:
+    """Return the file of a package, or the folders of one that has none."""
+    module, spec = sys.modules.get(package), _spec(package)
+    file = getattr(module, "__file__", None) or (spec.origin if spec is not None else None)
+    folders = getattr(module, "__path__", None) or getattr(spec, "submodule_search_locations", None)
+    return file or " and ".join(folders or ["built in"])
 
 
 def _reference(module: ModuleType, place: str, function: str) -> Reference:

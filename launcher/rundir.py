@@ -13,6 +13,7 @@ profile.json        where the time of steps went, where `launcher profile` looke
 noise.json          norms of gradients, where `launcher find noise` measured them
 trackers.json       what trackers call the run, so that it goes on there
 failure.json        the first failure, if the run failed
+owner.lock          who writes into this folder now; see launcher.ownership
 submission.json     the job that `launcher submit` asked Slurm for, and job.sbatch its script
 examination.json    what ranks found out about themselves, for `launcher doctor`
 inspection.json     what of the recipe depends on the split, where `launcher prove` looked for it
@@ -70,6 +71,10 @@ class RunDir:
     @property
     def failure(self) -> Path:
         return self.path / "failure.json"
+
+    @property
+    def owner(self) -> Path:
+        return self.path / "owner.lock"
 
     @property
     def trackers(self) -> Path:
@@ -271,10 +276,13 @@ def write_resumption(run_dir: RunDir, description: Mapping[str, Any]) -> None:
     """Write run.yaml anew, with what it said before among what came earlier.
 
     Where its ranks were is forgotten.
+
+    Raises:
+        RunDirError: What it said cannot be read; nothing was changed. Or it cannot be written.
     """
+    before = read_run(run_dir)
     for left in run_dir.health(0).parent.glob("*.json"):
         left.unlink()
-    before = read_run(run_dir)
     earlier = [*before.pop("earlier", []), before]
     write_yaml(run_dir.run_yaml, {**description, "earlier": earlier})
 

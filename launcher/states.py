@@ -41,7 +41,7 @@ _SECONDS_OF_SILENCE = 30.0
 _SECONDS_FROZEN = 600.0
 """After which a process of this machine is taken for another that has its number."""
 
-_SECONDS_TO_START = 120.0
+SECONDS_TO_START = 120.0
 """Between a run folder and its first rank, where data is downloaded or torch comes from afar."""
 
 
@@ -75,7 +75,7 @@ def _begins(run_dir: RunDir) -> bool:
     """Return whether it has just been begun, or gone on with, and its ranks are still to come."""
     begun = _changed(run_dir.run_yaml)
     ended = max(_changed(run_dir.result), _changed(run_dir.failure))
-    return begun > ended and time.time() - begun < _SECONDS_TO_START
+    return begun > ended and time.time() - begun < SECONDS_TO_START
 
 
 def _changed(path: Path) -> float:

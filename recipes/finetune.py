@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher import Data, Recipe, RecipeError, adamw, cosine, main, warmup
-from recipes.fashion_mnist import DATA, accuracy, build_model, cross_entropy, fashion_mnist
-from recipes.fashion_mnist import build_data as build_fashion
+from launcher.recipes.fashion_mnist import DATA, accuracy, build_model, cross_entropy, fashion_mnist
+from launcher.recipes.fashion_mnist import build_data as build_fashion
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -37,7 +37,7 @@ FIRST, OTHERS = (0, 1, 2, 3, 4), (5, 6, 7, 8, 9)
 """Classes that are trained on first, and that are learned later."""
 
 HEAD = "10."
-"""What the names of the head's weights begin with, in `recipes.fashion_mnist.build_model`."""
+"""The names of the head's weights begin with this, in `build_model` of fashion_mnist."""
 
 _IGNORED = -100
 """The target of a token that the loss leaves out."""
@@ -198,7 +198,7 @@ def build_text(model: Path, folder: Path, block: int) -> Data:
     from torch.utils.data import TensorDataset
     from transformers import AutoTokenizer
 
-    from recipes.gpt import read_documents
+    from launcher.recipes.gpt import read_documents
 
     tokenizer: Any = AutoTokenizer.from_pretrained(model, local_files_only=True)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

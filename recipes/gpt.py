@@ -9,7 +9,7 @@ under DDP, FSDP, ZeRO 2 and ZeRO 3 with offloading. The default
 finishes in 2 min 20 s on 2 cores, at 2.59 bits for each byte held out: it spells Python, and does
 not speak it.
 
-    from recipes.gpt import build_model, sample
+    from launcher.recipes.gpt import build_model, sample
     from safetensors.torch import load_model
 
     load_model(model := build_model(), "runs/gpt/model.safetensors")

@@ -204,7 +204,7 @@ def test_planning_imports_nothing_heavy(arguments: list[str], tmp_path: Path) ->
     "statement",
     [
         "from launcher import Recipe, make_plan, one_cycle",
-        "from recipes.digits import digits, build_model; digits()",
+        "from launcher.recipes.digits import digits, build_model; digits()",
     ],
 )
 def test_importing_imports_nothing_heavy(statement: str, tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_data_that_start_threads_are_counted(run: Commands) -> None:
     (run.folder / "parallel.py").write_text(
         "from dataclasses import replace\n"
         "from launcher import Data, Recipe\n"
-        "from recipes.digits import digits\n\n"
+        "from launcher.recipes.digits import digits\n\n"
         "def parallel() -> Recipe:\n"
         "    return replace(digits(), name='parallel', data=data, train_samples=None, epochs=1)\n\n"
         "def data():\n"

@@ -84,8 +84,8 @@ def test_json_has_the_measurements(run: Commands) -> None:
 
 def test_started_as_ranks(run: Commands) -> None:
     """Under torchrun it examines the ranks that it is, and rank 0 tells."""
-    command = ("torchrun", "--standalone", "--nproc-per-node", "2", "-m", "launcher", "doctor")
-    done = run(*command)
+    command = ("torchrun", "--standalone", "--nproc-per-node", "2", "--no-python")
+    done = run(*command, "launcher", "doctor")
     assert done.exit_code == 0, done.stderr
     assert done.stdout.count("2 ranks met") == 1
     assert done.stdout.count("host memory") == 1, "its node's first rank looked at it"

@@ -27,8 +27,8 @@ from launcher.finders.scaling import (
 )
 from launcher.machine import Machine
 from launcher.measured import Measured
+from launcher.recipes.digits import digits
 from launcher.slurm.site import Site, read_site
-from recipes.digits import digits
 
 FAST, SLOW = Link(seconds=5e-6, bytes_per_second=100e9), Link(seconds=2e-5, bytes_per_second=10e9)
 NETWORK = Network(inside=FAST, between=SLOW)

@@ -101,7 +101,12 @@ def keys() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def network(module_run: Commands, keys: Path) -> Iterator[Network]:
-    """Return a terminal and two machines in a network of their own."""
+    """Return a terminal and two machines in a network of their own, and a project.
+
+    What is called launcher in the project, and where ssh arrives, is not ours.
+    """
+    for folder in (module_run.folder, keys / "home"):
+        (folder / "launcher.py").write_text("raise SystemExit(0)\n")
     with ExitStack() as stack:
 
         def alone(*command: str) -> subprocess.Popen[str]:
@@ -221,6 +226,27 @@ def test_a_signal_reaches_all_machines(network: Network, number: signal.Signals)
     done = network("resume", name, f"steps={checkpoint.step + 3}", *hosts)
     assert done.exit_code == 0, done.stderr
     assert json.loads(run_dir.result.read_text())["steps"] == checkpoint.step + 3
+
+
+def test_a_run_that_is_at_work_is_refused(network: Network) -> None:
+    """The first machine of a second run finds the owner, and one message names it."""
+    settings = ("run", WORLDS_PY, "epochs=400", "-n", "1", "device=cpu", "--out", "owned")
+    hosts = network.hosts(*ADDRESSES)
+    process = network.start(*settings, *hosts)
+    run_dir = out_of(network, "owned")
+    while not run_dir.metrics.exists() or len(read_lines(run_dir.metrics)) < 2:
+        assert process.poll() is None, process.communicate()
+    elsewhere = ("--rendezvous", f"{ADDRESSES[1]}:29600", *network.hosts(*reversed(ADDRESSES)))
+    done = network(*settings, "--continue", *elsewhere)
+    assert done.exit_code == 2, done.stderr
+    assert done.stderr.count("has owned it since") == 1
+    assert "machine1 (pid " in done.stderr
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    events = [row["event"] for row in read_lines(run_dir.events)]
+    assert [each for each in events if each != "counted"] == ["began", "stopped"]
+    assert not run_dir.failure.exists()
 
 
 def test_a_terminal_that_goes_stops_the_run(network: Network) -> None:

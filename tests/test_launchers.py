@@ -59,7 +59,7 @@ def test_every_launcher_trains_the_same(module_run: Commands, alone: Path, way: 
 
 def test_a_module_is_launched(run: Commands) -> None:
     """Accelerate launch -m finds a recipe by its module's name, from any folder."""
-    done = run("accelerate", "launch", "-m", "recipes.digits", "epochs=1", "--out", "out")
+    done = run("accelerate", "launch", "-m", "launcher.recipes.digits", "epochs=1", "--out", "out")
     assert done.exit_code == 0, done.stderr
     assert "recipes/digits.py:digits" in done.stdout
 

@@ -15,9 +15,9 @@ from launcher.history import History
 from launcher.job import plan_recipe
 from launcher.machine import read_machine
 from launcher.peaks import peak_flops
+from launcher.recipes.digits import digits
 from launcher.resolve import resolve
 from launcher.rundir import RunDir, read_rows
-from recipes.digits import digits
 
 STRAGGLING = ROOT / "tests/recipes/straggling.py"
 

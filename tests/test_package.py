@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -25,13 +26,16 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_the_wheel_holds_the_two_packages(wheel: Path) -> None:
-    """Launcher and recipes are in it, and no tests, and it has the console command."""
+def test_the_wheel_holds_one_package(wheel: Path) -> None:
+    """Launcher is in it with the recipes, and nothing else, and it has the console command."""
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.partition("/")[0] for name in names}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {"launcher", "recipes"}
-    for name in ("launcher/engine/loop.py", "launcher/py.typed", "recipes/digits.py"):
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"launcher"}
+    for name in ("launcher/engine/loop.py", "launcher/py.typed"):
         assert name in names
+    shipped = {path.name for path in (ROOT / "recipes").glob("*.py")}
+    folder = "launcher/recipes/"
+    assert shipped == {name[len(folder) :] for name in names if re.match(rf"{folder}.*\.py", name)}
     entry_points = next(name for name in names if name.endswith("entry_points.txt"))
     assert b"launcher = launcher.cli:main" in zipfile.ZipFile(wheel).read(entry_points)
 
@@ -69,29 +73,92 @@ def test_a_recipes_parts_work_in_another_loop(site: Path, tmp_path: Path, name: 
     assert float(found[1]) < 2.25
 
 
-def test_the_wheel_works_elsewhere(site: Path, tmp_path: Path) -> None:
-    """Another project imports a recipe and the package from it, plans, and lists recipes."""
-    script = (
-        "import sys\n"
-        "from dataclasses import replace\n"
-        "import launcher, recipes\n"
-        "from launcher import Recipe, make_plan, one_cycle, read_machine\n"
-        "from recipes.digits import digits, build_model\n"
-        "assert 'torch' not in sys.modules\n"
-        "recipe = replace(digits(), schedule=one_cycle(div_factor=25))\n"
-        "plan = make_plan(recipe, read_machine(), nproc_per_node=3)\n"
-        "print(plan.samples_per_rank, launcher.__file__, recipes.__file__)\n"
-        "from launcher.cli import main\n"
-        "main(['recipes'])\n"
+def test_the_source_distribution_builds_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
+    """In it the link to the recipes is a folder."""
+    subprocess.run(
+        [sys.executable, "-m", "build", "--outdir", tmp_path, ROOT], check=True, capture_output=True
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=tmp_path,
+    (built,) = tmp_path.glob("*.whl")
+    (source,) = tmp_path.glob("*.tar.gz")
+    assert zipfile.ZipFile(built).namelist() == zipfile.ZipFile(wheel).namelist()
+    with tarfile.open(source) as archive:
+        assert not [each.name for each in archive if each.islnk() or each.issym()]
+
+
+def run_python(site: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in a project that has the wheel."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
         env={"PYTHONPATH": str(site), "PATH": "/usr/bin:/bin"},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def test_the_wheel_works_elsewhere(site: Path, tmp_path: Path) -> None:
+    """Another project imports a recipe and the package from it, plans, and lists recipes."""
+    script = (
+        "import sys\n"
+        "from dataclasses import replace\n"
+        "import launcher, launcher.recipes.gpt\n"
+        "from launcher import Recipe, make_plan, one_cycle, read_machine\n"
+        "from launcher.recipes.digits import digits, build_model\n"
+        "assert 'torch' not in sys.modules\n"
+        "recipe = replace(digits(), schedule=one_cycle(div_factor=25))\n"
+        "plan = make_plan(recipe, read_machine(), nproc_per_node=3)\n"
+        "print(plan.samples_per_rank, launcher.__file__, launcher.recipes.gpt.__file__)\n"
+        "from launcher.cli import main\n"
+        "main(['recipes'])\n"
+    )
+    done = run_python(site, tmp_path, "-c", script)
     assert done.returncode == 0, done.stderr
-    assert f"(43, 43, 42) {site}/launcher/__init__.py {site}/recipes" in done.stdout
+    place = f"{site}/launcher/__init__.py {site}/launcher/recipes/gpt.py"
+    assert f"(43, 43, 42) {place}" in done.stdout
     assert re.search(r"^digits +Handwritten digits", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize("files", [["mine.py"], ["mine.py", "__init__.py"]])
+def test_a_project_has_recipes_of_its_own(site: Path, tmp_path: Path, files: list[str]) -> None:
+    """A folder or a package `recipes` is the project's, and those that we ship are beside it."""
+    for name in files:
+        (tmp_path / "recipes").mkdir(exist_ok=True)
+        (tmp_path / "recipes" / name).write_text("from launcher.recipes.digits import digits\n")
+    (tmp_path / "other.py").write_text(
+        "from launcher import Recipe\n"
+        "from recipes.mine import digits\n"
+        "def other() -> Recipe:\n"
+        "    return digits()\n"
+    )
+    for arguments in (
+        ("-m", "launcher", "plan", "other"),
+        ("-m", "launcher", "plan", "recipes.mine:digits"),
+        ("-m", "recipes.mine"),
+    ):
+        done = run_python(site, tmp_path, *arguments)
+        assert done.returncode == 0, done.stderr
+
+
+def test_a_run_of_an_earlier_installation_finds_its_recipe(site: Path, tmp_path: Path) -> None:
+    """run.yaml from before names a file of the package that was called `recipes`."""
+    before = f"{site}/recipes/digits.py:digits"
+    done = run_python(site, tmp_path, "-m", "launcher", "plan", before)
+    assert done.returncode == 0, done.stderr
+    assert f"{site}/launcher/recipes/digits.py:digits" in done.stdout
+
+
+def test_recipes_have_types(wheel: Path, tmp_path: Path) -> None:
+    """A type checker sees what a recipe that is imported from the wheel returns."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", "env"], cwd=tmp_path, check=True)
+    (packages,) = (tmp_path / "env/lib").glob("python*/site-packages")
+    zipfile.ZipFile(wheel).extractall(packages)
+    (tmp_path / "mine.py").write_text(
+        "from launcher.recipes.digits import digits\n\nwrong: int = digits()\n"
+    )
+    command = ("-m", "mypy", "--strict", "--python-executable", "env/bin/python", "mine.py")
+    done = subprocess.run(
+        [sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert 'expression has type "Recipe"' in done.stdout
+    assert "Found 1 error" in done.stdout

@@ -68,7 +68,7 @@ def test_commands_run(copy: Commands, cluster: bool, command: str) -> None:
         command += f" VENV={sys.prefix} -o {sys.prefix}/.ready"
     done = copy("bash", "-c", command, env={"XDG_CACHE_HOME": str(copy.folder / "cache")})
     assert done.exit_code == 0, done.stdout + done.stderr
-    trains = r"(launcher|make) run\b|^launcher resume|recipes/digits.py epochs|-m recipes"
+    trains = r"(launcher|make) run\b|^launcher resume|recipes/digits.py epochs|-m launcher.recipes"
     if re.search(trains, command):
         found = re.search(r"run folder: (\S+)", done.stdout)
         assert found is not None

@@ -280,7 +280,7 @@ def test_keys_are_not_on_a_page(run: Commands) -> None:
     """A key of the environment that an error names is hidden, on the page and in the folder."""
     key = "a1b2c3d4e5f6a7b8"
     (run.folder / "leaky.py").write_text(
-        "import os\nfrom dataclasses import replace\nfrom recipes.digits import digits\n"
+        "import os\nfrom dataclasses import replace\nfrom launcher.recipes.digits import digits\n"
         "from launcher import Recipe\n\n\ndef leaky() -> Recipe:\n"
         "    def forward(model, batch):\n"
         "        key = os.environ['STORE_API_KEY']\n"
@@ -329,7 +329,7 @@ def test_stragglers_are_measured_by_the_others() -> None:
 def test_a_long_name_does_not_end_the_script(run: Commands) -> None:
     """A metric that is named like HTML is text, in the page and in its figures."""
     (run.folder / "odd.py").write_text(
-        "from dataclasses import replace\nfrom recipes.digits import digits\n"
+        "from dataclasses import replace\nfrom launcher.recipes.digits import digits\n"
         "from launcher import Recipe\n\n\ndef odd() -> Recipe:\n"
         "    base = digits()\n"
         "    return replace(base, metrics={'</script><b>x': base.metrics['accuracy']})\n"

@@ -12,6 +12,8 @@ WAYS = [
     "digits",
     "recipes.digits",
     "recipes.digits:digits",
+    "launcher.recipes.digits",
+    "launcher.recipes.digits:digits",
     "recipes/digits.py",
     "recipes/digits",
     str(ROOT / "recipes/digits.py") + ":digits",
@@ -51,6 +53,48 @@ def test_a_recipe_here_is_nearer_than_ours(run: Commands) -> None:
     )
     done = run("launcher", "plan", "digits", "--json")
     assert json.loads(done.stdout)["recipe"] == "mine"
+
+
+@pytest.mark.parametrize(
+    ("statement", "advice"),
+    [
+        ("from recipes.digits import digits", "imported as launcher.recipes.digits."),
+        ("from recipes.nothing import digits", "'recipes' that Python found is {}/recipes/__init"),
+        ("import no_such_package", "Install 'no_such_package' into this environment."),
+        ("import helpers.one", "There is a 'helpers' in {}, where Python does not look"),
+    ],
+)
+def test_what_is_missing_is_told_from_what_is_hidden(
+    run: Commands, statement: str, advice: str
+) -> None:
+    """The advice is to install what is nowhere, and names what was found of what is elsewhere."""
+    for folder in ("recipes", "helpers", "sub"):
+        (run.folder / folder).mkdir()
+    (run.folder / "recipes/__init__.py").write_text("")
+    (run.folder / "sub/mine.py").write_text(f"{statement}\n")
+    done = run("launcher", "plan", "sub/mine.py")
+    assert done.exit_code == 2
+    (run.folder / "mine.py").write_text(f"{statement}\n")
+    near = run("launcher", "plan", "mine.py")
+    assert near.exit_code == 2
+    said = done.stderr if "helpers" in statement else near.stderr
+    assert advice.format(run.folder) in said
+
+
+def test_a_copied_recipe_can_be_imported(run: Commands) -> None:
+    """`launcher new` leaves a file in ./recipes that another file there imports."""
+    assert run("launcher", "new", "recipes/ft.py", "--from", "finetune").exit_code == 0
+    (run.folder / "recipes/two.py").write_text(
+        "from launcher import Recipe\n"
+        "from recipes.ft import from_scratch\n"
+        "def two() -> Recipe:\n"
+        "    return from_scratch()\n"
+    )
+    done = run("python", "-m", "launcher", "plan", "recipes/two.py")
+    assert done.exit_code == 0, done.stderr
+    (run.folder / "recipes/__init__.py").write_text("")
+    done = run("launcher", "plan", "recipes.two")
+    assert done.exit_code == 0, done.stderr
 
 
 def test_a_recipe_below_the_temporary_folder(run: Commands, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from launcher.checkpoints import FORMAT, Checkpoint, Manifest
 from launcher.engine.checkpoint import StoredState, write_shard
 from launcher.engine.sampler import Sampler
 from launcher.engine.state import keep, live_tensors
-from recipes.digits import digits
+from launcher.recipes.digits import digits
 
 RANKS = 1024
 

@@ -192,6 +192,30 @@ def test_a_job_makes_room(slurm: Commands) -> None:
     check_same(slurm, run_dir, WORLDS_PY, *LONG)
 
 
+def test_a_script_that_is_submitted_twice_trains_once(slurm: Commands) -> None:
+    """The second job names the first and fails, and trains nothing."""
+    run_dir = submit(slurm, WORLDS_PY, *LONG, "--nodes", "2", "-n", "1")
+    wait_for(lambda: steps_of(run_dir) > 5, "some steps")
+    first = read_submission(run_dir).job
+    done = slurm("sbatch", "--parsable", run_dir.path / "job.sbatch")
+    assert done.exit_code == 0, done.stderr
+
+    def second() -> str:
+        found = job_state(done.stdout.strip())
+        assert found is not None
+        return found.state
+
+    wait_for(lambda: second() not in ("PENDING", "RUNNING", "COMPLETING"), "the second job to end")
+    assert second() == "FAILED"
+    finish(run_dir)
+    log = slurm("launcher", "logs", "out").stdout
+    assert len(re.findall(rf"job {first} on node\d \(pid \d+\) has owned it since", log)) == 1
+    assert log.count("run folder: ") == 1
+    events = [row["event"] for row in read_lines(run_dir.events)]
+    assert [each for each in events if each != "counted"] == ["began", "finished"]
+    assert not run_dir.failure.exists()
+
+
 def test_a_node_is_lost(slurm: Commands, cluster: Cluster) -> None:
     """The job is queued again by Slurm, and goes on on the nodes that are left."""
     run_dir = submit(slurm, WORLDS_PY, *LONG, "--nodes", "2:3", "-n", "1")
@@ -290,8 +314,12 @@ def test_a_dry_run_leaves_nothing(slurm: Commands) -> None:
 
 @pytest.mark.parametrize("name", ["a'; touch pwned; '", 'a"=0" $(touch pwned)', "a,b %j c"])
 def test_odd_folders_are_only_odd(slurm: Commands, name: str) -> None:
-    """What a folder is called is no shell, no option of sbatch and no pattern of Slurm's."""
+    """What a folder is called is no shell, no option of sbatch and no pattern of Slurm's.
+
+    Nor is a launcher.py in it started.
+    """
     (slurm.folder / name).mkdir()
+    (slurm.folder / name / "launcher.py").write_text("raise SystemExit(0)\n")
     odd = Commands(slurm.folder / name, slurm.mark)
     run_dir = submit(odd, WORLDS_PY, "steps=2", "-n", "1", out="o u t")
     finish(run_dir)

@@ -9,6 +9,7 @@ import itertools
 import re
 import shlex
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 from support import BIN, ROOT, Commands
 
 from launcher.errors import SlurmError, UsageError
+from launcher.program import own_program, program_of
 from launcher.resolve import resolve
 from launcher.slurm.prepare import Request, combinations, prepare
 from launcher.slurm.queue import in_words
@@ -24,6 +26,8 @@ from launcher.slurm.site import Site, find_site, read_memory, read_site, read_ti
 
 DIGITS = ROOT / "recipes/digits.py"
 GOLDEN = ROOT / "tests/golden"
+
+PROGRAM = ("/env/bin/python", "/env/lib/launcher/__main__.py")
 
 PLAIN = Batch(
     name="digits",
@@ -34,7 +38,7 @@ PLAIN = Batch(
     cpus_per_node=20,
     memory_per_node=None,
     seconds=7200,
-    commands=[["python", "-m", "launcher", "run", "recipes/digits.py:digits", "lr=0.2"]],
+    commands=[[*PROGRAM, "run", "recipes/digits.py:digits", "lr=0.2"]],
     site=Site(),
 )
 
@@ -57,7 +61,8 @@ SCRIPTS = {
         is_array=True,
     ),
     "container": changed(
-        site=Site(container="/images/a b.sqsh", container_mounts=("/data:/data",), python="python")
+        commands=[[*program_of("python"), "run", "recipes/digits.py:digits", "lr=0.2"]],
+        site=Site(container="/images/a b.sqsh", container_mounts=("/data:/data",), python="python"),
     ),
 }
 
@@ -245,8 +250,8 @@ def test_what_is_asked_for_follows_from_plan_and_site(tmp_path: Path) -> None:
     assert (batch.gpus_per_node, batch.cpus_per_node) == (4, 28)
     assert (batch.memory_per_node, batch.seconds) == (480 * 1024 // 2, 43_200)
     (command,) = batch.commands
-    assert command[2:4] == ["launcher", "run"]
-    assert command[5:] == [
+    assert command[:3] == [*own_program(), "run"]
+    assert command[4:] == [
         *("-n", "4", "--nodes", "2", "--out", str(tmp_path / "out"), "--continue"),
         *("device=cuda", "num_workers=6"),
     ]
@@ -263,6 +268,43 @@ def test_what_is_asked_for_follows_from_plan_and_site(tmp_path: Path) -> None:
         assert message in str(caught.value)
     with pytest.raises(SlurmError, match="has a backslash in it"):
         prepare(request, SITE, tmp_path / "a\\b")
+
+
+@pytest.mark.parametrize("name", ["launcher.py", "launcher/__init__.py"])
+@pytest.mark.parametrize("profile", ["{}\n", f"python: {sys.executable}\n"])
+def test_a_project_has_a_launcher_of_its_own(run: Commands, name: str, profile: str) -> None:
+    """The job starts this one and trains, and the recipe has the project's modules."""
+    (run.folder / name).parent.mkdir(exist_ok=True)
+    (run.folder / name).write_text("print('another launcher')\n")
+    (run.folder / "sub").mkdir()
+    (run.folder / "sub/helper.py").write_text("EPOCHS = 1\n")
+    (run.folder / "sub/mine.py").write_text(
+        "from dataclasses import replace\n"
+        "from launcher import Recipe\n"
+        "from launcher.recipes.digits import digits\n"
+        "from helper import EPOCHS\n"
+        "def mine() -> Recipe:\n"
+        "    return replace(digits(), epochs=EPOCHS)\n"
+    )
+    (run.folder / "site.yaml").write_text(profile)
+    options = ("--cluster", "site.yaml", "--gpus-per-node", "0", "-n", "1", "--out", "out")
+    done = run("launcher", "submit", "sub/mine.py", *options, "--dry-run")
+    (command,) = (line for line in done.stdout.splitlines() if line.startswith("command="))
+    done = run("bash", "-c", f'{command}; exec "${{command[@]}}"')
+    assert done.exit_code == 0, done.stderr
+    assert "another launcher" not in done.stdout
+    assert (run.folder / "out/result.json").is_file()
+
+
+def test_an_interpreter_without_this_launcher_says_so(run: Commands) -> None:
+    """What was found in its place is named, and the job fails."""
+    other = run.folder / "site/launcher.py"
+    other.parent.mkdir()
+    other.write_text("")
+    done = run(*program_of(sys.executable), "recipes", env={"PYTHONPATH": str(other.parent)})
+    assert done.exit_code == 1
+    assert str(other) in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_without_slurm_that_is_said(run: Commands) -> None:

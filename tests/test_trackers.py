@@ -72,7 +72,7 @@ def test_a_tracker_that_fails_stops_nothing(run: Commands) -> None:
     assert plain.exit_code == 0
     (run.folder / "broken.py").write_text(
         "from pathlib import Path\nfrom dataclasses import replace\n"
-        "from launcher import Recipe\nfrom recipes.digits import build_data, digits\n\n\n"
+        "from launcher import Recipe\nfrom launcher.recipes.digits import build_data, digits\n\n\n"
         "def broken() -> Recipe:\n"
         "    def data():\n"
         "        Path('out/tensorboard').touch()\n"

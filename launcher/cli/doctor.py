@@ -41,7 +41,7 @@ def command(
     \b
     launcher doctor
     launcher doctor -n 4 --out /scratch/runs
-    torchrun --nproc-per-node 2 -m launcher doctor
+    torchrun --nproc-per-node 2 --no-python launcher doctor
     """
     from launcher.doctor.examine import examine, examine_here, plan_examination
     from launcher.doctor.findings import Finding, worst

@@ -82,6 +82,7 @@ def command(
     from launcher.machine import read_machine
     from launcher.multinode import check_restarts, make_once, met
     from launcher.overrides import Override, build, read_arguments
+    from launcher.ownership import check_unowned, own
     from launcher.resolve import resolve
     from launcher.rundir import RunDir, open_run_dir, read_run, write_resumption
 
@@ -91,6 +92,7 @@ def command(
     machines = find_machines(hosts, nodes, rendezvous, join_timeout)
     check_restarts(machines, max_restarts)
     folder = open_run_dir(run_dir)
+    check_unowned(folder.path)
     said = read_run(folder)
     found = list_checkpoints(folder)
     if not found:
@@ -135,11 +137,18 @@ def command(
         return start_on_hosts(hosts, here, rendezvous, ssh)
     description = describe_run(reference, built, plan)
 
-    def make() -> RunDir:
-        write_resumption(folder, description)
-        return folder
+    with contextlib.ExitStack() as held, met(machines, plan) as meeting:
 
-    with met(machines, plan) as meeting:
+        def make() -> RunDir:
+            held.enter_context(own(folder, with_ranks=True))
+            if not chosen.path.is_dir():
+                raise CheckpointError(
+                    f"{chosen.path} is gone: another process went on with the run while this one "
+                    "started. Give the same command again."
+                )
+            write_resumption(folder, description)
+            return folder
+
         return start(
             reference,
             given,

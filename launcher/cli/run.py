@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -19,8 +21,11 @@ from launcher.cli.arguments import (
     shows,
     shows_options,
 )
-from launcher.cli.start import find_machines, start, start_on_hosts
+from launcher.cli.start import find_machines, make_run_dir, start, start_on_hosts
 from launcher.errors import UsageError
+
+if TYPE_CHECKING:
+    from launcher.rundir import RunDir
 
 
 @click.command(cls=SettingsCommand, short_help="Train a recipe.")
@@ -73,13 +78,6 @@ def command(
     from launcher.machine import read_machine
     from launcher.multinode import check_restarts, make_once, met
     from launcher.resolve import resolve
-    from launcher.rundir import (
-        RunDir,
-        create_run_dir,
-        open_run_dir,
-        write_resumption,
-        write_yaml,
-    )
 
     stops = Stops()  # before anything slow
     showing = shows(quiet=quiet, as_json=as_json)
@@ -101,19 +99,13 @@ def command(
         return start_on_hosts(hosts, Path.cwd(), rendezvous, ssh)
     description = describe_run(reference, built, plan)
 
-    def make() -> RunDir:
-        if goes_on and out is not None and (out / "run.yaml").is_file():
-            begun = open_run_dir(out)
-            write_resumption(begun, description)
-            return begun
-        if goes_on and out is not None and (out / "submission.json").is_file():
-            made = RunDir(out.resolve())  # made by `launcher submit`
-        else:
-            made = create_run_dir(out, plan.recipe)
-        write_yaml(made.run_yaml, description)
-        return made
+    with ExitStack() as held, met(machines, plan) as meeting:
 
-    with met(machines, plan) as meeting:
+        def make() -> RunDir:
+            return make_run_dir(
+                out, plan.recipe, description, held, goes_on=goes_on, with_ranks=True
+            )
+
         run_dir = make_once(meeting, make)
         begun = goes_on and list_checkpoints(run_dir)
         return start(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
@@ -17,6 +19,7 @@ from launcher.cli.arguments import (
     overrides_argument,
     read_overrides,
 )
+from launcher.cli.start import make_run_dir
 from launcher.errors import UsageError
 from launcher.recipe import Recipe
 from launcher.signals import StopRequest
@@ -72,15 +75,10 @@ def _train(
     from launcher.accelerate_settings import accelerate_settings
     from launcher.job import Start, describe_run, plan_recipe
     from launcher.machine import read_machine
+    from launcher.ownership import own
     from launcher.report.explain import explain
     from launcher.resolve import reference_of
-    from launcher.rundir import (
-        RunDir,
-        create_run_dir,
-        open_run_dir,
-        write_resumption,
-        write_yaml,
-    )
+    from launcher.rundir import RunDir, open_run_dir, write_resumption
     from launcher.world import find_world
 
     world = find_world()
@@ -97,18 +95,20 @@ def _train(
         click.echo(explain(plan, recipe=reference.shown))
     from launcher.engine.worker import found_rank
 
-    def make_run_dir() -> RunDir:
+    held = ExitStack()
+    atexit.register(held.close)  # a rank among several ends its process in `found_rank`
+
+    def settle() -> RunDir:
         description = describe_run(reference, built, plan)
-        if resume is not None:
-            taken = open_run_dir(resume)
-            write_resumption(taken, description)
-            return taken
-        made = create_run_dir(out, plan.recipe)
-        write_yaml(made.run_yaml, description)
-        return made
+        if resume is None:
+            return make_run_dir(out, plan.recipe, description, held)
+        taken = open_run_dir(resume)
+        held.enter_context(own(taken))
+        write_resumption(taken, description)
+        return taken
 
     start = Start(fall_back=True) if resume is not None else None
-    return found_rank(built.recipe, plan, world, make_run_dir, stop=stop, start=start)
+    return found_rank(built.recipe, plan, world, settle, stop=stop, start=start)
 
 
 def _help(function: Callable[..., Recipe]) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -65,6 +66,47 @@ def without(arguments: Sequence[str], options: Sequence[str]) -> list[str]:
         elif each.partition("=")[0] not in options:
             kept.append(each)
     return kept
+
+
+def make_run_dir(
+    out: Path | None,
+    recipe: str,
+    description: Mapping[str, Any],
+    held: ExitStack,
+    *,
+    goes_on: bool = False,
+    with_ranks: bool = False,
+) -> RunDir:
+    """Make the folder of a run, or take the one to go on in, and own it before it is changed.
+
+    Args:
+        out: The folder; None makes one below runs/.
+        recipe: The recipe's name.
+        description: For run.yaml.
+        held: Ends the ownership.
+        goes_on: Whether `out` may have been begun, or made by `launcher submit`.
+        with_ranks: As of `launcher.ownership.own`.
+
+    Raises:
+        RunDirError: Another process owns the folder, or it is taken or cannot be made.
+    """
+    from launcher.ownership import check_unowned, own
+    from launcher.rundir import RunDir, create_run_dir, write_resumption, write_yaml
+
+    begun = out is not None and RunDir(out.resolve())
+    if begun and goes_on and (begun.run_yaml.is_file() or begun.submission.is_file()):
+        held.enter_context(own(begun, with_ranks=with_ranks))
+        if begun.run_yaml.is_file():
+            write_resumption(begun, description)
+        else:
+            write_yaml(begun.run_yaml, description)
+        return begun
+    if out is not None:
+        check_unowned(out)
+    made = create_run_dir(out, recipe)
+    held.enter_context(own(made, with_ranks=with_ranks))
+    write_yaml(made.run_yaml, description)
+    return made
 
 
 def start(

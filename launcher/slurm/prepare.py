@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from launcher.job import plan_recipe
 from launcher.overrides import read_arguments, read_yaml
 from launcher.plan import Plan
 from launcher.planning import CPU_RANKS
+from launcher.program import own_program, program_of
 from launcher.resolve import Reference
 from launcher.rundir import RunDir, planned_path
 from launcher.slurm.queue import partition
@@ -167,7 +167,8 @@ def _command(
     request: Request, site: Site, plan: Plan, path: Path, arguments: tuple[str, ...]
 ) -> list[str]:
     """Return what each node runs."""
-    command = [site.python or sys.executable, "-m", "launcher", "run", request.reference.location]
+    program = own_program() if site.python is None else program_of(site.python)
+    command = [*program, "run", request.reference.location]
     command += ["-n", str(plan.nproc_per_node)]
     if request.nodes[0] == request.nodes[1]:
         command += ["--nodes", str(request.nodes[0])]

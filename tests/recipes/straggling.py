@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from launcher import Recipe, main
-from recipes.digits import digits
+from launcher.recipes.digits import digits
 
 
 def straggling(*, pause: float = 0.02, rank: int = 1) -> Recipe:

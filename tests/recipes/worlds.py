@@ -6,7 +6,7 @@ import random
 from typing import TYPE_CHECKING
 
 from launcher import Data, Recipe, main, one_cycle, sgd
-from recipes.digits import read_digits
+from launcher.recipes.digits import read_digits
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

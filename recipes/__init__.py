@@ -1,1 +1,0 @@
-"""Recipes: one file each, to run, to import and to start from."""
