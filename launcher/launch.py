@@ -1,7 +1,8 @@
 """From a plan to processes: PyTorch's elastic agent, and ranks that are forked from its process.
 
 That process has imported what the ranks need, so a node pays for one import of torch whatever the
-number of its ranks. It computes nothing and starts no threads of its own, and so can be forked. The
+number of its ranks. It computes nothing and starts no threads of its own, and so can be forked.
+Where the recipe's own code has started threads in it, each rank is a new interpreter instead. The
 ranks find each other in a file of a private folder, and the agent listens on no port.
 """
 
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING
 from launcher.checkpoints import list_checkpoints
 from launcher.configs import process_environment
 from launcher.errors import EXIT_FAILED, EXIT_RESUMABLE, PeerError, RunDirError, TrainingError
+from launcher.forking import reason_not_to_fork
 from launcher.health import PHASES, read_health
 from launcher.job import Job
 from launcher.machine import oom_kills
@@ -108,9 +110,14 @@ def _start_ranks(
     folder: Path,
     show: Callable[[str], None],
 ) -> int:
-    stops.attend(job, folder, aloud=meeting is None or not meeting.is_echo)
+    aloud = meeting is None or not meeting.is_echo
+    stops.attend(job, folder, aloud=aloud)
     before = oom_kills()
-    import_for([job.plan])
+    reason = reason_not_to_fork()
+    if reason is None:
+        import_for([job.plan])
+    else:
+        _prepare_to_spawn(job, reason if aloud else None)
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
     from launcher.engine.agent import run_agent
@@ -119,7 +126,8 @@ def _start_ranks(
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the others are ours
     _quieten_the_agent()
     try:
-        result = run_agent(function or launched_rank, job, folder, meeting)
+        ranks_do = function or launched_rank
+        result = run_agent(ranks_do, job, folder, meeting, afresh=reason is not None)
     except SignalException as error:
         return _say_stopped(error.sigval)
     if not result.failures:
@@ -132,12 +140,7 @@ def _start_ranks(
 def import_for(plans: Sequence[Plan]) -> None:
     """Import what the ranks of `plans` need, so that each finds it there."""
     backends = {plan.backend for plan in plans}
-    for plan in plans:
-        os.environ.update(process_environment(plan))
-    if any(plan.device == "cuda" for plan in plans):
-        # Whoever asks for GPUs while being imported asks the driver, and does not start CUDA: ranks
-        # that are forked from a process in which it runs could not use it.
-        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    _set_environment(plans)
     modules = ["launcher.engine.worker", "torch._dynamo"]  # which every optimizer imports
     if backends - {"local"}:
         modules.append("launcher.engine.backends.accelerate")
@@ -150,6 +153,33 @@ def import_for(plans: Sequence[Plan]) -> None:
         for module in modules:
             importlib.import_module(module)
     _forget_signals_in_ranks()
+
+
+def _set_environment(plans: Sequence[Plan]) -> None:
+    for plan in plans:
+        os.environ.update(process_environment(plan))
+    if any(plan.device == "cuda" for plan in plans):
+        # Whoever asks for GPUs while being imported asks the driver, and does not start CUDA: ranks
+        # that are forked from a process in which it runs could not use it.
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
+
+def _prepare_to_spawn(job: Job, reason: str | None) -> None:
+    """Prepare for ranks that import everything themselves; say why, once, where there is one."""
+    _set_environment([job.plan])
+    if reason is not None:
+        _tell_of_spawning(job.recipe, reason)
+
+
+@functools.cache
+def _tell_of_spawning(recipe: str, reason: str) -> None:
+    print(
+        f"launcher: importing {recipe} has {reason} in this process, and no rank can be forked "
+        "from it: each rank starts afresh and imports everything itself. Import torch and start "
+        "threads inside the recipe's functions: runs then start faster.",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 @contextlib.contextmanager

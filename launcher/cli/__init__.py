@@ -12,6 +12,7 @@ import click
 from launcher.cli.colours import allowed
 from launcher.cli.group import LazyGroup
 from launcher.errors import EndedError, LauncherError
+from launcher.streams import open_closed_streams
 
 _COMMANDS = {
     "cancel": "launcher.cli.cancel",
@@ -55,6 +56,7 @@ def group() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and end the process with its exit code."""
+    open_closed_streams()
     code = run_command(group, arguments, "launcher")
     gc.freeze()  # a last look for garbage through all of torch takes most of a second
     sys.exit(code)

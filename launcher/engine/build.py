@@ -51,7 +51,7 @@ def build_trainee(
     Raises:
         RecipeError: The recipe or its data is at fault.
     """
-    data = build_data(recipe, plan)
+    data = backend.in_turn("read the data", lambda: build_data(recipe, plan))
     visited = data.evaluation if evaluates else None
     sampler = Sampler(
         plan=plan,
@@ -111,13 +111,8 @@ def build_model_and_optimizer(
     Raises:
         RecipeError: It is no model, or another one on some ranks, or cannot do what is asked.
     """
-    seed_all(recipe.seed)  # the same initial weights on every rank
-    model = recipe.model()
-    if not isinstance(model, nn.Module):
-        raise RecipeError(
-            f"The recipe's model function returned {type(model).__name__}; expected a "
-            "torch.nn.Module."
-        )
+    model = backend.in_turn("built the model", lambda: _build_model(recipe))
+    backend.wait_for_all("built the model")
     num_trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
     if not num_trained:
         raise RecipeError("The recipe's model has no parameter that requires a gradient.")
@@ -139,6 +134,17 @@ def build_model_and_optimizer(
         compile_blocks(model, blocks)
     prepared = backend.prepare(model, blocks, lambda own: make_optimizer(recipe, own, plan.lr))
     return *prepared, num_trained
+
+
+def _build_model(recipe: Recipe) -> nn.Module:
+    seed_all(recipe.seed)  # the same initial weights on every rank
+    model = recipe.model()
+    if not isinstance(model, nn.Module):
+        raise RecipeError(
+            f"The recipe's model function returned {type(model).__name__}; expected a "
+            "torch.nn.Module."
+        )
+    return model
 
 
 def _check_same_weights(model: nn.Module, backend: Backend) -> None:
