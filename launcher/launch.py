@@ -34,7 +34,7 @@ from launcher.job import Job
 from launcher.machine import oom_kills
 from launcher.plan import Plan
 from launcher.report.failure import death_text, failure_text
-from launcher.rundir import read_failure, write_json
+from launcher.rundir import failure_of_rank, read_failure, read_failure_file, write_json
 from launcher.signals import EXIT_BY_SIGNAL, STOP_SIGNALS
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def _start_ranks(
         return max((code or 0 for code in result.return_values.values()), default=0)
     after = oom_kills()
     killed = None if before is None or after is None else after - before
-    return _tell(result.failures, job, meeting, killed, show)
+    return _tell(result.failures, job, meeting, folder, killed, show)
 
 
 def import_for(plans: Sequence[Plan]) -> None:
@@ -300,6 +300,7 @@ def _tell(
     failures: Mapping[int, ProcessFailure],
     job: Job,
     meeting: Meeting | None,
+    folder: Path,
     killed_for_memory: int | None,
     show: Callable[[str], None],
 ) -> int:
@@ -309,7 +310,8 @@ def _tell(
         PeerError: That is for another node to do.
     """
     rank, first = min(failures.items(), key=lambda item: item[1].timestamp)
-    failure = read_failure(job.run_dir)
+    left = failure_of_rank(folder, rank % job.plan.nproc_per_node)
+    failure = read_failure(job.run_dir) or read_failure_file(left)
     if meeting is not None and failure is not None:
         here = failure["rank"] // job.plan.nproc_per_node == meeting.index
         if not here or (failure["lost_peer"] and failure["rank"] == rank):

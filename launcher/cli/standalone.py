@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from launcher.cli import run_command
+from launcher.cli import echo_if_possible, run_command
 from launcher.cli.arguments import (
     SettingsCommand,
     config_option,
@@ -115,7 +115,7 @@ def _train(
         count=count,
     )
     if world.rank == 0:
-        click.echo(explain(plan, recipe=reference.shown))
+        echo_if_possible(explain(plan, recipe=reference.shown))
     from launcher.engine.worker import found_rank
 
     def make_run_dir() -> RunDir:

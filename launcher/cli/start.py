@@ -8,9 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
-
-from launcher.cli import drop_output
+from launcher.cli import echo_if_possible
 
 if TYPE_CHECKING:
     from launcher.job import Shows, Start
@@ -87,16 +85,12 @@ def start(
     from launcher.report.progress import json_line
 
     if meeting is None or meeting.index == 0:
-        try:
-            if shows == "progress":
-                click.echo(explain(plan, recipe=reference.shown))
-                for change in changes:
-                    click.echo(f"  changed     {change}")
-            elif shows == "json":
-                planned = {"event": "planned", "run_dir": str(run_dir.path)}
-                click.echo(json_line(planned | {"plan": plan.to_dict()}))
-        except BrokenPipeError:  # no reason not to train
-            drop_output()
+        if shows == "progress":
+            lines = [explain(plan, recipe=reference.shown)]
+            echo_if_possible("\n".join(lines + [f"  changed     {each}" for each in changes]))
+        elif shows == "json":
+            planned = {"event": "planned", "run_dir": str(run_dir.path)}
+            echo_if_possible(json_line(planned | {"plan": plan.to_dict()}))
     job = Job(
         recipe=reference.location,
         overrides=overrides,

@@ -19,6 +19,7 @@ from torch.distributed.elastic.rendezvous import (
 from launcher.engine.meeting import Meeting
 from launcher.forking import without_main_module
 from launcher.job import Job
+from launcher.rundir import FAILURE_FILE, failure_of_rank
 from launcher.signals import deaf
 
 _SECONDS_BETWEEN_LOOKS = 0.05
@@ -123,6 +124,8 @@ class NoLogs(LogsSpecs):
         self._folder = folder
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        for rank, env in envs.items():
+            env[FAILURE_FILE] = str(failure_of_rank(self._folder, rank))
         none = dict.fromkeys(envs, "")
         return LogsDest(
             stdouts=none,
