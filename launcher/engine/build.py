@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from launcher.engine.backends.base import Backend
-from launcher.engine.batch_norm import BatchNorms, synchronize
+from launcher.engine.batch_norm import BatchNorms, refuse_lone_samples, synchronize
 from launcher.engine.blocks import checkpoint_activations, compile_blocks, find_blocks
-from launcher.engine.data import Reader, micro_batches, sample_count
+from launcher.engine.data import MicroBatch, Reader, micro_batches, sample_count
 from launcher.engine.loop import Trainee
 from launcher.engine.noise import STRIDE, noise_of
 from launcher.engine.optimizers import make_optimizer
 from launcher.engine.randomness import seed_all
 from launcher.engine.sampler import Sampler
 from launcher.errors import RecipeError
+from launcher.lone_samples import cuts_to_one
 from launcher.plan import Plan
 from launcher.recipe import Data, Recipe
 
@@ -59,10 +61,22 @@ def build_trainee(
         train_samples=sample_count(data.train, "train"),
         evaluation_samples=0 if visited is None else sample_count(visited, "evaluation"),
     )
+
+    def start_reading(sampler: Sampler) -> Iterator[MicroBatch]:
+        requests = sampler.requests(first_step) if first_step < last_step else sampler.evaluation()
+        return micro_batches(Reader(recipe, data), requests, plan)
+
     # The workers start here: they read while the model is built, and do not inherit it.
-    requests = sampler.requests(first_step) if first_step < last_step else sampler.evaluation()
-    batches = micro_batches(Reader(recipe, data), requests, plan)
+    batches = start_reading(sampler)
     model, optimizer, num_trained = build_model_and_optimizer(recipe, plan, backend)
+    norms = BatchNorms(model)
+    if cuts_to_one(plan, sampler.train_samples, norms.statistics):
+        # Rare, and known only now. What has been read ahead is read once more.
+        sampler = replace(sampler, statistics=norms.statistics)
+        batches = start_reading(sampler)
+        if first_step < last_step and not recipe.compile:  # no hook is seen in compiled code
+            taken = len(next(sampler.requests(first_step)).indices)
+            recipe = refuse_lone_samples(recipe, plan, sampler.train_samples, norms, taken)
     return Trainee(
         recipe=recipe,
         plan=plan,
@@ -72,7 +86,7 @@ def build_trainee(
         num_trained=num_trained,
         sampler=sampler,
         batches=batches,
-        norms=BatchNorms(model),
+        norms=norms,
         at=at,
         noise=noise_of(recipe, backend, model, noise_stride),
     )

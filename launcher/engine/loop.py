@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -145,7 +144,7 @@ def train(
             batch = backend.to_device(micro_batch.batch)
             with (
                 backend.micro_step(last=number == len(taken)),
-                contextlib.nullcontext() if micro_batch.counts else norms.ignoring_samples(),
+                norms.taking(micro_batch.request),
             ):
                 with backend.autocast():
                     loss_sum, count = sum_and_count(
