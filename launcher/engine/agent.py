@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ class _Spawning(LocalElasticAgent):
     """Starts ranks as new interpreters, which are deaf to signals until they have handlers."""
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        resource_tracker.ensure_running()  # which would have this process hear SIGTERM again
         with without_main_module(), deaf():
             return super()._start_workers(worker_group)
 
