@@ -94,7 +94,7 @@ def _computed_data() -> Data:
     from torch.utils.data import TensorDataset
 
     images = (IMAGES * 2).exp().log() / 2
-    return Data(train=TensorDataset(images[:64], torch.randint(3, (4096,))))
+    return Data(train=TensorDataset(images[:64], torch.randint(3, (64,))))
 
 
 def _failing_data() -> Data:
