@@ -51,7 +51,7 @@ def open_store(world: World) -> TCPStore:
                 multi_tenant=True,
             )
         else:
-            first = "its launcher" if by_agent else "rank 0"
+            first = "the launcher of rank 0" if by_agent else "rank 0"
             _wait_until(lambda: answers(host, port), lambda: first, host, port, until)
             store = TCPStore(host, port, world.world_size, is_master=False, timeout=TIMEOUT)
         _wait_for_all(store, world, host, port, until)
