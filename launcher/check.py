@@ -14,8 +14,10 @@ from launcher.doctor.findings import Finding, failure, ok, warning
 from launcher.errors import EndedError
 from launcher.job import Job, describe_run, plan_recipe
 from launcher.launch import Stops, launch
+from launcher.lone_samples import lone_sample_notes
 from launcher.machine import Machine
 from launcher.overrides import Override
+from launcher.plan import Plan
 from launcher.resolve import Reference
 from launcher.rundir import create_run_dir, write_yaml
 
@@ -58,11 +60,11 @@ def check_recipe(
         )
         if code := launch(job, launched_inspection, stops=stops):
             raise EndedError(code)
-        yield from judge(read_inspection(run_dir))
+        yield from judge(read_inspection(run_dir), plan)
 
 
-def judge(found: Inspection) -> Iterator[Finding]:
-    """Yield what an inspection says of a recipe."""
+def judge(found: Inspection, plan: Plan) -> Iterator[Finding]:
+    """Yield what an inspection says of a recipe that is planned so."""
     yield _data(found)
     model = f"{found.num_trained:,} weights are trained"
     if found.without_gradient:
@@ -85,6 +87,12 @@ def judge(found: Inspection) -> Iterator[Finding]:
     yield _loss(found)
     yield from _written(found)
     yield from _split(found)
+    if found.batch_norms and (notes := lone_sample_notes(plan, found.num_samples)):
+        yield warning(
+            "BatchNorm",
+            "; ".join(notes),
+            "a batch_size that divides the training samples has none at the end of an epoch",
+        )
 
 
 def _written(found: Inspection) -> Iterator[Finding]:

@@ -10,7 +10,8 @@
     │   ├── RunDirError     the run folder exists, is missing or cannot be written
     │   └── CheckpointError a checkpoint is missing, damaged or of another training
     ├── TrainingError       the run itself failed; exit code 1
-    │   └── SampleError     the data set raised while a sample was read
+    │   ├── SampleError     the data set raised while a sample was read
+    │   └── LostRankError   another rank, which this one waits for, has failed and says why
     ├── PeerError           another node of the run has failed or gone; its exit code
     └── EndedError          ranks have ended early and said why; their exit code
 
@@ -78,6 +79,10 @@ class TrainingError(LauncherError):
 
 class SampleError(TrainingError):
     """The data set raised while a sample was read; the message names the sample."""
+
+
+class LostRankError(TrainingError):
+    """Another rank, which this one waits for, has failed; it says why itself."""
 
 
 class PeerError(LauncherError):

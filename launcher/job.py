@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import platform
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from launcher.errors import LauncherError, PlanError, RecipeError
+from launcher.forking import reason_not_to_fork, without_main_module
 from launcher.machine import Machine
 from launcher.overrides import Built, Override, build
 from launcher.plan import Plan
 from launcher.planning import make_plan
 from launcher.provenance import command_line, git_state, versions
 from launcher.recipe import Recipe
-from launcher.resolve import Reference, cannot
+from launcher.resolve import Reference, cannot, resolve
 from launcher.rundir import RunDir
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
+    from multiprocessing.context import ForkContext, SpawnContext
 
 
 Shows = Literal["progress", "json", "nothing"]
@@ -91,12 +93,14 @@ def plan_recipe(
     nodes: int = 1,
     nproc_per_node: int | None = None,
     elsewhere: bool = False,
+    count: Callable[[Callable[[], int]], int] = lambda counting: counting(),
 ) -> tuple[Built, Plan]:
     """Build a recipe with its overrides, and plan it.
 
     With `elsewhere`, the plan is for nodes that may have more GPUs than this machine.
     Where the recipe counts epochs and does not say how many samples it has, its data is read to
-    count them, which imports whatever reading takes.
+    count them, which imports whatever reading takes. `count` is given what does that, and returns
+    what it returns: several ranks have one of them do it.
     """
     built = build(reference, overrides)
     notes: list[str] = []
@@ -104,7 +108,7 @@ def plan_recipe(
         machine, notes = _assume(built.recipe, machine, nproc_per_node)
     samples = None
     if built.recipe.epochs is not None and built.recipe.train_samples is None:
-        samples = _count_samples(built)
+        samples = count(lambda: _count_samples(reference, overrides, built))
     plan = make_plan(
         built.recipe,
         machine,
@@ -149,21 +153,28 @@ def _assume(recipe: Recipe, machine: Machine, nproc: int | None) -> tuple[Machin
     return replace(machine, num_gpus=nproc), [note]
 
 
-def _count_samples(built: Built) -> int:
+def _count_samples(reference: Reference, overrides: Sequence[Override], built: Built) -> int:
     """Return the training samples of a recipe, counted in a process of its own.
 
     Reading data may start threads, of OpenMP for one, and no rank could be forked from a process
-    that has had them.
+    that has had them. Where the recipe's import has started some already, that process imports the
+    recipe itself.
 
     Raises:
         LauncherError: The data cannot be read, or has no length.
     """
     import multiprocessing
 
-    context = multiprocessing.get_context("fork")
+    context: SpawnContext | ForkContext = multiprocessing.get_context("fork")
+    target: Callable[..., None] = _count_for
+    arguments: tuple[Any, ...] = (built,)
+    if reason_not_to_fork() is not None:
+        context = multiprocessing.get_context("spawn")
+        target, arguments = _count_afresh, (reference.location, tuple(overrides))
     receiver, sender = context.Pipe(duplex=False)
-    counting = context.Process(target=_count_for, args=(built, sender))
-    counting.start()
+    counting = context.Process(target=target, args=(*arguments, sender))
+    with without_main_module():
+        counting.start()
     sender.close()
     try:
         found: int | LauncherError = receiver.recv()
@@ -177,6 +188,15 @@ def _count_samples(built: Built) -> int:
     if isinstance(found, LauncherError):
         raise found
     return found
+
+
+def _count_afresh(location: str, overrides: tuple[Override, ...], sender: Connection) -> None:
+    try:
+        built = build(resolve(location), overrides)
+    except LauncherError as error:
+        sender.send(error)
+        return
+    _count_for(built, sender)
 
 
 def _count_for(built: Built, sender: Connection) -> None:

@@ -1,7 +1,8 @@
 """From a plan to processes: PyTorch's elastic agent, and ranks that are forked from its process.
 
 That process has imported what the ranks need, so a node pays for one import of torch whatever the
-number of its ranks. It computes nothing and starts no threads of its own, and so can be forked. The
+number of its ranks. It computes nothing and starts no threads of its own, and so can be forked.
+Where the recipe's own code has started threads in it, each rank is a new interpreter instead. The
 ranks find each other in a file of a private folder, and the agent listens on no port.
 """
 
@@ -27,12 +28,13 @@ from typing import TYPE_CHECKING
 from launcher.checkpoints import list_checkpoints
 from launcher.configs import process_environment
 from launcher.errors import EXIT_FAILED, EXIT_RESUMABLE, PeerError, RunDirError, TrainingError
+from launcher.forking import reason_not_to_fork
 from launcher.health import PHASES, read_health
 from launcher.job import Job
 from launcher.machine import oom_kills
 from launcher.plan import Plan
 from launcher.report.failure import death_text, failure_text
-from launcher.rundir import read_failure, write_json
+from launcher.rundir import failure_of_rank, read_failure, read_failure_file, write_json
 from launcher.signals import EXIT_BY_SIGNAL, STOP_SIGNALS
 
 if TYPE_CHECKING:
@@ -108,9 +110,14 @@ def _start_ranks(
     folder: Path,
     show: Callable[[str], None],
 ) -> int:
-    stops.attend(job, folder, aloud=meeting is None or not meeting.is_echo)
+    aloud = meeting is None or not meeting.is_echo
+    stops.attend(job, folder, aloud=aloud)
     before = oom_kills()
-    import_for([job.plan])
+    reason = reason_not_to_fork()
+    if reason is None:
+        import_for([job.plan])
+    else:
+        _prepare_to_spawn(job, reason if aloud else None)
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
     from launcher.engine.agent import run_agent
@@ -119,25 +126,21 @@ def _start_ranks(
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the others are ours
     _quieten_the_agent()
     try:
-        result = run_agent(function or launched_rank, job, folder, meeting)
+        ranks_do = function or launched_rank
+        result = run_agent(ranks_do, job, folder, meeting, afresh=reason is not None)
     except SignalException as error:
         return _say_stopped(error.sigval)
     if not result.failures:
         return max((code or 0 for code in result.return_values.values()), default=0)
     after = oom_kills()
     killed = None if before is None or after is None else after - before
-    return _tell(result.failures, job, meeting, killed, show)
+    return _tell(result.failures, job, meeting, folder, killed, show)
 
 
 def import_for(plans: Sequence[Plan]) -> None:
     """Import what the ranks of `plans` need, so that each finds it there."""
     backends = {plan.backend for plan in plans}
-    for plan in plans:
-        os.environ.update(process_environment(plan))
-    if any(plan.device == "cuda" for plan in plans):
-        # Whoever asks for GPUs while being imported asks the driver, and does not start CUDA: ranks
-        # that are forked from a process in which it runs could not use it.
-        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    _set_environment(plans)
     modules = ["launcher.engine.worker", "torch._dynamo"]  # which every optimizer imports
     if backends - {"local"}:
         modules.append("launcher.engine.backends.accelerate")
@@ -150,6 +153,33 @@ def import_for(plans: Sequence[Plan]) -> None:
         for module in modules:
             importlib.import_module(module)
     _forget_signals_in_ranks()
+
+
+def _set_environment(plans: Sequence[Plan]) -> None:
+    for plan in plans:
+        os.environ.update(process_environment(plan))
+    if any(plan.device == "cuda" for plan in plans):
+        # Whoever asks for GPUs while being imported asks the driver, and does not start CUDA: ranks
+        # that are forked from a process in which it runs could not use it.
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
+
+def _prepare_to_spawn(job: Job, reason: str | None) -> None:
+    """Prepare for ranks that import everything themselves; say why, once, where there is one."""
+    _set_environment([job.plan])
+    if reason is not None:
+        _tell_of_spawning(job.recipe, reason)
+
+
+@functools.cache
+def _tell_of_spawning(recipe: str, reason: str) -> None:
+    print(
+        f"launcher: importing {recipe} has {reason} in this process, and no rank can be forked "
+        "from it: each rank starts afresh and imports everything itself. Import torch and start "
+        "threads inside the recipe's functions: runs then start faster.",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 @contextlib.contextmanager
@@ -270,6 +300,7 @@ def _tell(
     failures: Mapping[int, ProcessFailure],
     job: Job,
     meeting: Meeting | None,
+    folder: Path,
     killed_for_memory: int | None,
     show: Callable[[str], None],
 ) -> int:
@@ -279,7 +310,8 @@ def _tell(
         PeerError: That is for another node to do.
     """
     rank, first = min(failures.items(), key=lambda item: item[1].timestamp)
-    failure = read_failure(job.run_dir)
+    left = failure_of_rank(folder, rank % job.plan.nproc_per_node)
+    failure = read_failure(job.run_dir) or read_failure_file(left)
     if meeting is not None and failure is not None:
         here = failure["rank"] // job.plan.nproc_per_node == meeting.index
         if not here or (failure["lost_peer"] and failure["rank"] == rank):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from launcher.errors import LauncherError, OverrideError, RecipeError, UsageError, did_you_mean
+from launcher.forking import observed_threads
 from launcher.optimizer import OPTIMIZERS
 from launcher.recipe import EXCLUSIVE, Recipe, setting_types
 from launcher.resolve import Reference, cannot
@@ -195,7 +196,8 @@ def _field(override: Override, parameters: Mapping[str, Any], reference: Referen
 
 def _call(reference: Reference, parameters: Mapping[str, Any]) -> Recipe:
     try:
-        recipe = reference.function(**parameters)
+        with observed_threads():
+            recipe = reference.function(**parameters)
     except LauncherError:
         raise
     except Exception as error:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from launcher.batch import Cut, Statistics
 from launcher.errors import RunDirError, WorldError
 from launcher.machine import Machine
 from launcher.reasons import ranks_text
@@ -113,6 +114,14 @@ class Plan:
         own = self.nproc_per_node
         starts = range(0, self.world_size, own)
         return tuple(sum(self.samples_per_rank[start : start + own]) for start in starts)
+
+    def cut(self, statistics: Statistics) -> Cut:
+        """Return how batches are cut for a model whose BatchNorm takes such statistics."""
+        return Cut(
+            world_size=self.world_size,
+            micro_batch_size=self.micro_batch_size,
+            statistics=statistics,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain values that JSON and YAML can hold."""

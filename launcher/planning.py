@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from launcher.batch import ceil_div, num_micro_steps, shares
 from launcher.errors import PlanError
 from launcher.loading import loader_policy
+from launcher.lone_samples import lone_sample_notes
 from launcher.machine import Machine
 from launcher.plan import Plan
 from launcher.reasons import batch_arithmetic, notes_for, stages_text, steps_arithmetic
@@ -88,7 +90,7 @@ def make_plan(
         "workers_per_rank": policy.workers_reason,
         "pin_memory": policy.pin_reason,
     }
-    return Plan(
+    plan = Plan(
         recipe=recipe.name,
         nodes=nodes,
         nproc_per_node=nproc,
@@ -130,6 +132,8 @@ def make_plan(
             batch_size=batch_size,
         ),
     )
+    lone = [f"Where the model has BatchNorm: {text}." for text in lone_sample_notes(plan, samples)]
+    return replace(plan, notes=(*plan.notes, *lone))
 
 
 def device_of(recipe: Recipe, machine: Machine) -> Literal["cuda", "cpu"]:

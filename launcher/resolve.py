@@ -27,6 +27,7 @@ from types import ModuleType
 from typing import TypeVar
 
 from launcher.errors import LauncherError, RecipeError, did_you_mean
+from launcher.forking import observed_threads
 from launcher.recipe import Recipe
 
 T = TypeVar("T")
@@ -195,7 +196,8 @@ def _import(name: str) -> ModuleType:
 def _guarded(action: Callable[[], T], what: str, ours: str | None = None) -> T | None:
     """Run an import; say in one line what went wrong, and return None where `ours` is missing."""
     try:
-        return action()
+        with observed_threads():
+            return action()
     except LauncherError:
         raise
     except ModuleNotFoundError as error:

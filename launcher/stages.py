@@ -134,6 +134,21 @@ class Course:
         return Window(epoch, start, size)
 
 
+def short_batches(stages: Sequence[Stage], samples: int, total_steps: int) -> set[int]:
+    """Return the sizes of the batches that the end of an epoch cuts short in a run."""
+    course = Course(stages, samples)
+    ends = [*(stage.first_step for stage in stages[1:]), total_steps]
+    sizes = set()
+    for stage, end in zip(stages, ends, strict=True):
+        start = course.position(stage.first_step) % samples
+        steps, to_its_end = end - stage.first_step, ceil_div(samples - start, stage.batch_size)
+        if steps >= to_its_end:
+            sizes.add((samples - start) % stage.batch_size)
+        if steps - to_its_end >= ceil_div(samples, stage.batch_size):
+            sizes.add(samples % stage.batch_size)
+    return sizes - {0}
+
+
 def growth_at(stages: Sequence[Stage], step: int, rule: str) -> float:
     """Return the factor by which the learning rate at `step` has grown with the batch."""
     return lr_factor(stage_at(stages, step).batch_size / stages[0].batch_size, rule)

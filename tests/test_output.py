@@ -96,3 +96,39 @@ def test_durations(seconds: float | None, text: str) -> None:
 def test_metrics_end_with_the_loss() -> None:
     """The metric that people look for comes first."""
     assert metrics_text({"loss": 0.5, "accuracy": 0.97}) == "accuracy 0.9700  loss 0.5000"
+
+
+def test_output_that_cannot_be_written_is_said(run: Commands) -> None:
+    """On a full disk a command says so in one message, and a run goes on without its output."""
+    recipe = ROOT / "tests/recipes/starting.py"
+    done = run("bash", "-c", f"launcher plan {recipe} train_samples=64 >/dev/full")
+    assert done.exit_code == 1
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+    done = run("bash", "-c", f"launcher run {recipe} -n 1 train_samples=64 --out out >/dev/full")
+    assert done.exit_code == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert (run.folder / "out/result.json").is_file()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk")
+def test_a_full_log_stops_no_run(run: Commands) -> None:
+    """A recipe may print on a full disk; the reason of a failure is shown if it finds no room."""
+    disk = run.folder / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=120k", "tmpfs", disk], check=False
+    )
+    if mounted.returncode:
+        pytest.skip("no disk can be mounted here")
+    try:
+        recipe = f"{ROOT / 'tests/recipes/talking.py'}:shouting"
+        done = run("launcher", "run", recipe, "-n", "2", "--out", disk / "out")
+        assert done.exit_code == 1
+        for rank in range(2):
+            assert done.stderr.count(f"rank{rank}.log: No space left on device") == 1
+        assert "step 5/5" in done.stdout
+        assert "Cannot write the weights to" in done.stderr
+        assert not (disk / "out/failure.json").exists()
+    finally:
+        subprocess.run(["umount", disk], check=True)

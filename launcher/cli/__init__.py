@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import gc
 import os
 import sys
@@ -11,7 +13,8 @@ import click
 
 from launcher.cli.colours import allowed
 from launcher.cli.group import LazyGroup
-from launcher.errors import EndedError, LauncherError
+from launcher.errors import EXIT_FAILED, EndedError, LauncherError
+from launcher.streams import open_closed_streams
 
 _COMMANDS = {
     "cancel": "launcher.cli.cancel",
@@ -37,6 +40,8 @@ _COMMANDS = {
 }
 """Command names and the module of each, which holds a click command called `command`."""
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 @click.group(
     cls=LazyGroup, modules=_COMMANDS, context_settings={"help_option_names": ["-h", "--help"]}
@@ -55,6 +60,7 @@ def group() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and end the process with its exit code."""
+    open_closed_streams()
     code = run_command(group, arguments, "launcher")
     gc.freeze()  # a last look for garbage through all of torch takes most of a second
     sys.exit(code)
@@ -77,16 +83,43 @@ def run_command(
     except EndedError as error:
         return error.exit_code
     except LauncherError as error:
-        head = click.style("launcher:", fg="red", bold=True)
-        click.echo(f"{head} {error}", err=True, color=allowed())
+        _complain(str(error))
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         print("\nlauncher: stopped by Ctrl-C", file=sys.stderr)
         return 130
-    except BrokenPipeError:
+    except OSError as error:
+        return _end_without_output(error)
+    return code if isinstance(code, int) else 0
+
+
+def _end_without_output(error: OSError) -> int:
+    """Return the exit code of a command whose output cannot be written; raise any other error."""
+    if isinstance(error, BrokenPipeError):
         drop_output()
         return 0
-    return code if isinstance(code, int) else 0
+    if error.filename is not None or error.errno not in _NO_ROOM:
+        raise error
+    _complain(f"standard output cannot be written: {error.strerror}.")
+    drop_output()
+    return EXIT_FAILED
+
+
+def echo_if_possible(text: str) -> None:
+    """Print what is no reason to stop where it cannot be printed; then print nothing more."""
+    try:
+        click.echo(text)
+    except BrokenPipeError:
+        drop_output()
+    except OSError as error:
+        drop_output()
+        _complain(f"standard output cannot be written ({error.strerror}); the run goes on.")
+
+
+def _complain(text: str) -> None:
+    head = click.style("launcher:", fg="red", bold=True)
+    with contextlib.suppress(OSError):  # there is nowhere left to say it
+        click.echo(f"{head} {text}", err=True, color=allowed())
 
 
 def drop_output() -> None:

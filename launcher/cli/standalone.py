@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from launcher.cli import run_command
+from launcher.cli import echo_if_possible, run_command
 from launcher.cli.arguments import (
     SettingsCommand,
     config_option,
@@ -20,15 +20,29 @@ from launcher.cli.arguments import (
     read_overrides,
 )
 from launcher.cli.start import make_run_dir
-from launcher.errors import UsageError
+from launcher.errors import LostRankError, UsageError
+from launcher.forking import suspect_all_threads
 from launcher.recipe import Recipe
-from launcher.signals import StopRequest
+from launcher.signals import StopRequest, handlers_restored
+from launcher.streams import open_closed_streams
 
 _SECONDS_TO_BE_ENDED = 5
 
 
 def run_standalone(function: Callable[..., Recipe]) -> None:
-    """Parse the command line of a recipe's file, train, and end the process on an error."""
+    """Parse the command line of a recipe's file, train, and end the process on an error.
+
+    Where it returns, signals are handled as they were before.
+    """
+    open_closed_streams()
+    suspect_all_threads()
+    with handlers_restored():
+        code = run_command(_command(function))
+    if code:
+        sys.exit(code)
+
+
+def _command(function: Callable[..., Recipe]) -> click.Command:
     stop = StopRequest()
     stop.listen()  # before torch is imported, which takes seconds
 
@@ -52,16 +66,14 @@ def run_standalone(function: Callable[..., Recipe]) -> None:
             )
         try:
             return _train(function, overrides, config, out, resume, stop)
-        except UsageError:
+        except (UsageError, LostRankError):
             # Most mistakes are found by every rank of a node. The first of them says so and ends,
             # and then the launcher ends the others; one that lives on was alone in finding it.
             if os.environ.get("LOCAL_RANK", "0") != "0":
                 stop.wait_to_be_ended(_SECONDS_TO_BE_ENDED)
             raise
 
-    code = run_command(command)
-    if code:
-        sys.exit(code)
+    return command
 
 
 def _train(
@@ -83,6 +95,14 @@ def _train(
 
     world = find_world()
     reference = reference_of(function)
+
+    def count(counting: Callable[[], int]) -> int:
+        if world.world_size == 1:
+            return counting()
+        from launcher.engine.worker import found_count
+
+        return found_count(world, counting, stop=stop)
+
     overrides = (*accelerate_settings(), *read_overrides(config, arguments))
     built, plan = plan_recipe(
         reference,
@@ -90,9 +110,10 @@ def _train(
         read_machine(),
         nodes=world.nodes,
         nproc_per_node=world.local_world_size,
+        count=count,
     )
     if world.rank == 0:
-        click.echo(explain(plan, recipe=reference.shown))
+        echo_if_possible(explain(plan, recipe=reference.shown))
     from launcher.engine.worker import found_rank
 
     held = ExitStack()

@@ -9,9 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
-from launcher.cli import drop_output
+from launcher.cli import echo_if_possible
 
 if TYPE_CHECKING:
     from launcher.job import Shows, Start
@@ -129,16 +127,12 @@ def start(
     from launcher.report.progress import json_line
 
     if meeting is None or meeting.index == 0:
-        try:
-            if shows == "progress":
-                click.echo(explain(plan, recipe=reference.shown))
-                for line in changed_lines(changes):
-                    click.echo(line)
-            elif shows == "json":
-                planned = {"event": "planned", "run_dir": str(run_dir.path)}
-                click.echo(json_line(planned | {"plan": plan.to_dict()}))
-        except BrokenPipeError:  # no reason not to train
-            drop_output()
+        if shows == "progress":
+            lines = [explain(plan, recipe=reference.shown), *changed_lines(changes)]
+            echo_if_possible("\n".join(lines))
+        elif shows == "json":
+            planned = {"event": "planned", "run_dir": str(run_dir.path)}
+            echo_if_possible(json_line(planned | {"plan": plan.to_dict()}))
     job = Job(
         recipe=reference.location,
         overrides=overrides,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from pathlib import Path
+from typing import Any
 
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
 from torch.distributed.elastic.rendezvous import (
@@ -16,7 +18,10 @@ from torch.distributed.elastic.rendezvous import (
 )
 
 from launcher.engine.meeting import Meeting
+from launcher.forking import without_main_module
 from launcher.job import Job
+from launcher.rundir import FAILURE_FILE, failure_of_rank
+from launcher.signals import deaf
 
 _SECONDS_BETWEEN_LOOKS = 0.05
 """At the ranks; a run ends two looks after they do."""
@@ -27,14 +32,17 @@ def run_agent(
     job: Job,
     folder: Path,
     meeting: Meeting | None,
+    *,
+    afresh: bool = False,
 ) -> RunResult:
-    """Call `function` in each of this node's ranks, forked from this process, and watch them.
+    """Call `function` in each of this node's ranks, and watch them.
 
     Args:
         function: What each rank calls.
         job: With what.
         folder: For the agent's own files.
         meeting: With the other nodes; None is alone, and listens on no port.
+        afresh: Whether each rank is a new interpreter instead of a fork of this process.
 
     Raises:
         PeerError: Another node has failed or gone; the ranks of this one have been ended.
@@ -48,8 +56,18 @@ def run_agent(
         max_restarts=job.restarts,
         monitor_interval=_SECONDS_BETWEEN_LOOKS,
     )
-    agent = LocalElasticAgent(spec, logs_specs=NoLogs(folder), start_method="fork")
-    return agent.run()
+    if afresh:
+        return _Spawning(spec, logs_specs=NoLogs(folder), start_method="spawn").run()
+    return LocalElasticAgent(spec, logs_specs=NoLogs(folder), start_method="fork").run()
+
+
+class _Spawning(LocalElasticAgent):
+    """Starts ranks as new interpreters, which are deaf to signals until they have handlers."""
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        resource_tracker.ensure_running()  # which would have this process hear SIGTERM again
+        with without_main_module(), deaf():
+            return super()._start_workers(worker_group)
 
 
 class Settled(RendezvousHandler):
@@ -108,6 +126,8 @@ class NoLogs(LogsSpecs):
         self._folder = folder
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        for rank, env in envs.items():
+            env[FAILURE_FILE] = str(failure_of_rank(self._folder, rank))
         none = dict.fromkeys(envs, "")
         return LogsDest(
             stdouts=none,

@@ -7,7 +7,8 @@ other; its kernels are used.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,8 +17,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules._functions import SyncBatchNorm as TorchSyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
+from launcher.batch import Statistics
 from launcher.engine.backends.base import Backend
+from launcher.engine.sampler import Request
+from launcher.errors import RecipeError
+from launcher.lone_samples import lone_full_batches, lone_short_batches, refusal
+from launcher.plan import Plan
+from launcher.recipe import Recipe
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -156,6 +164,40 @@ class BatchNorms:
             if buffer is not None
         ]
 
+    @property
+    def statistics(self) -> Statistics:
+        """What they take statistics over in training."""
+        if not self._modules:
+            return "none"
+        synced = all(isinstance(module, SyncBatchNorm) for module in self._modules)
+        return "all" if synced else "rank"
+
+    @property
+    def untracked(self) -> bool:
+        """Whether some have no running statistics."""
+        return len(self._tracking) < len(self._modules)
+
+    def taking(self, request: Request) -> contextlib.AbstractContextManager[None]:
+        """Return the context in which a micro-batch of training is taken, forward and backward."""
+        if request.alone:
+            return self._with_running_statistics()
+        return contextlib.nullcontext() if request.counts else self.ignoring_samples()
+
+    @contextlib.contextmanager
+    def _with_running_statistics(self) -> Iterator[None]:
+        """Normalise by the running statistics and leave them as they are.
+
+        One sample has no variance: plain torch refuses to train on it, after a whole epoch.
+        """
+        trained = [module for module in self._modules if module.training]
+        for module in trained:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in trained:
+                module.training = True
+
     @contextlib.contextmanager
     def ignoring_samples(self) -> Iterator[None]:
         """Leave running and synchronised statistics as if this micro-batch were not there."""
@@ -186,6 +228,60 @@ class BatchNorms:
         means = backend.sum(flat) / backend.world_size
         for buffer, mean in zip(buffers, means.split([len(b) for b in buffers]), strict=True):
             buffer.copy_(mean)
+
+
+def refuse_lone_samples(
+    recipe: Recipe, plan: Plan, samples: int, norms: BatchNorms, taken: int
+) -> Recipe:
+    """Return `recipe` with a forward that refuses, the first time, what BatchNorm cannot train on.
+
+    That is a single value per channel in a full batch, or in any where there are no running
+    statistics. Whether a sample has one value or more shows when the model is called.
+
+    Args:
+        recipe: What is trained.
+        plan: How.
+        samples: Training samples.
+        norms: Those of the model.
+        taken: Samples in this rank's first micro-batch.
+    """
+    sizes = lone_full_batches(plan, norms.statistics)
+    if norms.untracked:
+        sizes += lone_short_batches(plan, samples, norms.statistics)
+    if not sizes:
+        return recipe
+    is_first = True
+
+    def forward(model: nn.Module, batch: Any) -> Any:
+        nonlocal is_first
+        if not is_first:
+            return recipe.forward(model, batch)
+        is_first = False
+        with _refusing_single_values(model, taken, lambda name: refusal(plan, sizes, name)):
+            return recipe.forward(model, batch)
+
+    return replace(recipe, forward=forward)
+
+
+@contextlib.contextmanager
+def _refusing_single_values(
+    model: nn.Module, taken: int, text: Callable[[str], str]
+) -> Iterator[None]:
+    """Refuse a BatchNorm that sees one value per channel and sample of `taken` samples."""
+
+    def watch(name: str, module: _BatchNorm) -> RemovableHandle:
+        def look(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if inputs and module.training and inputs[0].numel() <= taken * inputs[0].size(1):
+                raise RecipeError(text(name.removeprefix("module.")))  # which DDP adds
+
+        return module.register_forward_pre_hook(look)
+
+    handles = [watch(n, each) for n, each in model.named_modules() if isinstance(each, _BatchNorm)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from launcher.engine.backends.base import Backend
-from launcher.engine.batch_norm import BatchNorms, synchronize
+from launcher.engine.batch_norm import BatchNorms, refuse_lone_samples, synchronize
 from launcher.engine.blocks import checkpoint_activations, compile_blocks, find_blocks
-from launcher.engine.data import Reader, micro_batches, sample_count
+from launcher.engine.data import MicroBatch, Reader, micro_batches, sample_count
 from launcher.engine.forward_writes import ForwardWrites
 from launcher.engine.loop import Trainee
 from launcher.engine.noise import STRIDE, noise_of
@@ -21,6 +22,7 @@ from launcher.engine.randomness import seed_all
 from launcher.engine.sampler import Sampler
 from launcher.engine.weights import check_savable
 from launcher.errors import RecipeError
+from launcher.lone_samples import cuts_to_one
 from launcher.plan import Plan
 from launcher.recipe import Data, Recipe
 
@@ -53,7 +55,7 @@ def build_trainee(
     Raises:
         RecipeError: The recipe or its data is at fault.
     """
-    data = build_data(recipe, plan)
+    data = backend.in_turn("read the data", lambda: build_data(recipe, plan))
     visited = data.evaluation if evaluates else None
     sampler = Sampler(
         plan=plan,
@@ -61,10 +63,22 @@ def build_trainee(
         train_samples=sample_count(data.train, "train"),
         evaluation_samples=0 if visited is None else sample_count(visited, "evaluation"),
     )
+
+    def start_reading(sampler: Sampler) -> Iterator[MicroBatch]:
+        requests = sampler.requests(first_step) if first_step < last_step else sampler.evaluation()
+        return micro_batches(Reader(recipe, data), requests, plan)
+
     # The workers start here: they read while the model is built, and do not inherit it.
-    requests = sampler.requests(first_step) if first_step < last_step else sampler.evaluation()
-    batches = micro_batches(Reader(recipe, data), requests, plan)
+    batches = start_reading(sampler)
     model, optimizer, num_trained = build_model_and_optimizer(recipe, plan, backend)
+    norms = BatchNorms(model)
+    if cuts_to_one(plan, sampler.train_samples, norms.statistics):
+        # Rare, and known only now. What has been read ahead is read once more.
+        sampler = replace(sampler, statistics=norms.statistics)
+        batches = start_reading(sampler)
+        if first_step < last_step and not recipe.compile:  # no hook is seen in compiled code
+            taken = len(next(sampler.requests(first_step)).indices)
+            recipe = refuse_lone_samples(recipe, plan, sampler.train_samples, norms, taken)
     return Trainee(
         recipe=recipe,
         plan=plan,
@@ -74,7 +88,7 @@ def build_trainee(
         num_trained=num_trained,
         sampler=sampler,
         batches=batches,
-        norms=BatchNorms(model),
+        norms=norms,
         writes=ForwardWrites(model, backend, recipe.rank_buffers),
         at=at,
         noise=noise_of(recipe, backend, model, noise_stride),
@@ -114,13 +128,8 @@ def build_model_and_optimizer(
     Raises:
         RecipeError: It is no model, or another one on some ranks, or cannot do what is asked.
     """
-    seed_all(recipe.seed)  # the same initial weights on every rank
-    model = recipe.model()
-    if not isinstance(model, nn.Module):
-        raise RecipeError(
-            f"The recipe's model function returned {type(model).__name__}; expected a "
-            "torch.nn.Module."
-        )
+    model = backend.in_turn("built the model", lambda: _build_model(recipe))
+    backend.wait_for_all("built the model")
     num_trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
     if not num_trained:
         raise RecipeError("The recipe's model has no parameter that requires a gradient.")
@@ -143,6 +152,17 @@ def build_model_and_optimizer(
         compile_blocks(model, blocks)
     prepared = backend.prepare(model, blocks, lambda own: make_optimizer(recipe, own, plan.lr))
     return *prepared, num_trained
+
+
+def _build_model(recipe: Recipe) -> nn.Module:
+    seed_all(recipe.seed)  # the same initial weights on every rank
+    model = recipe.model()
+    if not isinstance(model, nn.Module):
+        raise RecipeError(
+            f"The recipe's model function returned {type(model).__name__}; expected a "
+            "torch.nn.Module."
+        )
+    return model
 
 
 def _check_same_weights(model: nn.Module, backend: Backend) -> None:

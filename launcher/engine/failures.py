@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 import torch
 
-from launcher.errors import EXIT_FAILED, LauncherError, TrainingError
+from launcher.errors import EXIT_FAILED, LauncherError, LostRankError, TrainingError
 from launcher.health import all_health, is_running
 from launcher.report.failure import failure_text
 from launcher.rundir import RunDir, line_count, record_failure
@@ -121,5 +121,6 @@ def describe(error: BaseException, world: World) -> dict[str, Any]:
         "traceback": redacted(text),
         "exit_code": error.exit_code if isinstance(error, LauncherError) else EXIT_FAILED,
         "out_of_memory": out_of_memory,
-        "lost_peer": not known and any(sign in str(error) for sign in _PEER_LOST),
+        "lost_peer": isinstance(error, LostRankError)
+        or (not known and any(sign in str(error) for sign in _PEER_LOST)),
     }

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from launcher.engine.backends.base import Backend
 from launcher.engine.module_state import Slot, checksum, saved_slots
+from launcher.engine.sampler import Request
 from launcher.engine.state import parameters, plain_name
 from launcher.errors import RecipeError
 
@@ -170,8 +171,12 @@ class ForwardWrites:
         if self._together:
             self._bring_together()
 
+    def taking(self, request: Request) -> contextlib.AbstractContextManager[None]:
+        """Return the context in which a micro-batch of training is taken, forward and backward."""
+        return contextlib.nullcontext() if request.counts else self._ignoring_samples()
+
     @contextlib.contextmanager
-    def ignoring_samples(self) -> Iterator[None]:
+    def _ignoring_samples(self) -> Iterator[None]:
         """Leave the buffers that depend on samples as they are, for a micro-batch of weight 0."""
         buffers = {name: slot.buffer for name, slot in self._together.items()}
         kept = {name: each.clone() for name, each in buffers.items() if each is not None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
@@ -12,6 +13,47 @@ from typing import TextIO, cast
 
 from launcher.job import Shows
 from launcher.report.progress import JSONProgress, Progress, TerminalProgress
+
+
+class Log(io.TextIOWrapper):
+    """A log file that may become impossible to write, on a full disk, which stops no run.
+
+    What cannot be written is lost, and the first time that is told.
+
+    Args:
+        path: The file, appended to.
+        tell: Is given what to say of it.
+    """
+
+    def __init__(self, path: Path, tell: Callable[[str], object]) -> None:
+        super().__init__(path.open("ab"), encoding="utf-8", line_buffering=True)
+        self._path, self._tell, self._is_told = path, tell, False
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            self._lose(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            self._lose(error)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
+
+    def _lose(self, error: OSError) -> None:
+        if self._is_told:
+            return
+        self._is_told = True
+        self._tell(
+            f"launcher: cannot write the log {self._path}: {error.strerror}. The run goes on "
+            "without it.\n"
+        )
 
 
 class Terminal(io.TextIOBase):
@@ -109,8 +151,8 @@ def open_output(
         shows: What is to be seen there; only with `progress` what Python prints goes there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)  # on a node that does not share rank 0's folder
-    log = path.open("a", encoding="utf-8", buffering=1)
     stdout, stderr = sys.stdout, sys.stderr
+    log = Log(path, lambda text: errors.write(text) and errors.flush())
     if own_terminal:
         stdout = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
         stderr = os.fdopen(os.dup(2), "w", encoding="utf-8", buffering=1)

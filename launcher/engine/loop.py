@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -149,7 +148,8 @@ def train(
             batch = backend.to_device(micro_batch.batch)
             with (
                 backend.micro_step(last=number == len(taken)),
-                contextlib.nullcontext() if micro_batch.counts else _ignoring_samples(trainee),
+                norms.taking(micro_batch.request),
+                writes.taking(micro_batch.request),
             ):
                 with backend.autocast():
                     loss_sum, count = sum_and_count(
@@ -205,13 +205,6 @@ def _read(trainee: Trainee, step: int) -> tuple[Window, list[MicroBatch], float]
     asked = time.perf_counter()
     taken = [next(trainee.batches) for _ in range(trainee.sampler.micro_steps(step))]
     return trainee.sampler.window(step), taken, time.perf_counter() - asked
-
-
-@contextlib.contextmanager
-def _ignoring_samples(trainee: Trainee) -> Iterator[None]:
-    """Leave what a model keeps of its samples as if this micro-batch were not there."""
-    with trainee.norms.ignoring_samples(), trainee.writes.ignoring_samples():
-        yield
 
 
 def _votes(attendant: Attendant | None) -> Votes:

@@ -160,7 +160,7 @@ class Meeting:
                 # Another launcher on this machine was first.
             else:
                 return store, True
-        self._wait_until(lambda: _answers(host, port), lambda: f"{host}:{port}")
+        self._wait_until(lambda: answers(host, port), lambda: f"{host}:{port}")
         return TCPStore(host, port, is_master=False, timeout=timeout), False
 
     def _arrive(self, *, first: bool) -> int:
@@ -237,7 +237,8 @@ def _is_here(host: str) -> bool:
     return False
 
 
-def _answers(host: str, port: int) -> bool:
+def answers(host: str, port: int) -> bool:
+    """Return whether something listens at an address."""
     try:
         socket.create_connection((host, port), timeout=5).close()
     except OSError:

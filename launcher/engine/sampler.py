@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from launcher.batch import ceil_div, micro_batch, num_micro_steps
+from launcher.batch import Cut, Statistics, ceil_div, micro_batch
 from launcher.engine.order import elements_at
+from launcher.lone_samples import lone_short_batches
 from launcher.plan import Plan
 from launcher.stages import Course, Window
 
@@ -36,6 +37,9 @@ class Request:
     counts: bool
     """False for a micro-batch with weight 0, read only to take part in collectives."""
 
+    alone: bool = False
+    """Whether BatchNorm would take statistics over one sample in this micro-step."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
@@ -50,10 +54,21 @@ class Sampler:
     rank: int
     train_samples: int
     evaluation_samples: int = 0
+    statistics: Statistics = "none"
+    """What BatchNorm in the model takes statistics over. It has no micro-batch of one sample, where
+    that can be avoided; where the last batch of an epoch cannot, the request says `alone`."""
 
     @functools.cached_property
     def _course(self) -> Course:
         return Course(self.plan.stages, self.train_samples)
+
+    @functools.cached_property
+    def _cut(self) -> Cut:
+        return self.plan.cut(self.statistics)
+
+    @functools.cached_property
+    def _lone_sizes(self) -> list[int]:
+        return lone_short_batches(self.plan, self.train_samples, self.statistics)
 
     def window(self, step: int) -> Window:
         """Return the samples that `step` takes over all ranks."""
@@ -82,8 +97,7 @@ class Sampler:
 
     def micro_steps(self, step: int) -> int:
         """Return the micro-batches that each rank takes in `step`."""
-        size = self.window(step).size
-        return num_micro_steps(size, self.plan.world_size, self.plan.micro_batch_size)
+        return self._cut.micro_steps(self.window(step).size)
 
     def evaluation_steps(self) -> int:
         """Return the micro-batches that each rank takes in an evaluation."""
@@ -120,23 +134,29 @@ class Sampler:
         positions = [self._positions(step) for step in steps]
         for step, of_step in zip(steps, positions, strict=True):
             _, start, size = self.window(step)
-            ghost = range(start, start + min(_GHOST_SAMPLES, size))
+            first = start if size >= _GHOST_SAMPLES else max(start - 1, 0)
+            ghost = range(first, min(first + _GHOST_SAMPLES, self.train_samples))
             for own in of_step:
                 ranges.append(range(start + own.start, start + own.stop) if own else ghost)
         found = iter(elements_at(self.train_samples, self.plan.seed, epoch, ranges))
-        for of_step in positions:
-            yield [Request("train", epoch, next(found), bool(own)) for own in of_step]
+        for step, of_step in zip(steps, positions, strict=True):
+            size = self.window(step).size
+            yield [
+                Request("train", epoch, next(found), bool(own), self._is_alone(size, number))
+                for number, own in enumerate(of_step)
+            ]
+
+    def _is_alone(self, size: int, micro_step: int) -> bool:
+        """Return whether BatchNorm would take statistics over one sample at the end of an epoch."""
+        if size not in self._lone_sizes:
+            return False
+        over = range(self.plan.world_size) if self.statistics == "all" else [self.rank]
+        return sum(len(self._cut.positions(size, rank, micro_step)) for rank in over) == 1
 
     def _positions(self, step: int) -> list[range]:
         """Return the positions within the batch of `step` of each of this rank's micro-batches."""
-        size, micro_steps = self.window(step).size, self.micro_steps(step)
+        size = self.window(step).size
         return [
-            micro_batch(
-                size,
-                world_size=self.plan.world_size,
-                rank=self.rank,
-                micro_steps=micro_steps,
-                micro_step=micro_step,
-            )
-            for micro_step in range(micro_steps)
+            self._cut.positions(size, self.rank, micro_step)
+            for micro_step in range(self._cut.micro_steps(size))
         ]

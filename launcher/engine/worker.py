@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import faulthandler
 import functools
 import os
@@ -34,7 +35,9 @@ from launcher.engine.probes import (
 )
 from launcher.engine.processes import die_with_parent
 from launcher.engine.profiling import profile_steps
+from launcher.engine.rendezvous import open_store
 from launcher.engine.run import join, train_rank
+from launcher.engine.turns import Turns
 from launcher.engine.usage import usage_of
 from launcher.engine.watch import Watch
 from launcher.errors import EXIT_RESUMABLE, LauncherError, TrainingError
@@ -286,6 +289,26 @@ def _examine(recipe: Recipe, plan: Plan, world: World, node: tuple[Finding, ...]
     return reports
 
 
+def found_count(world: World, count: Callable[[], int], *, stop: StopRequest) -> int:
+    """Return what `count` returns on the first rank of this node, where alone it is called.
+
+    Ranks that would all read the data at once would all download it.
+
+    Args:
+        world: This process's place, as it was started by torchrun, accelerate or by hand.
+        count: Reads data and returns a number.
+        stop: Notes what asks this process to stop.
+
+    Raises:
+        WorldError: The ranks do not meet.
+        LostRankError: The first rank has failed.
+    """
+    if world.world_size == 1:
+        return count()
+    with stop.ending_at_once():
+        return Turns(open_store(world), world).once("counted the training samples", count)
+
+
 def found_rank(
     recipe: Recipe,
     plan: Plan,
@@ -309,7 +332,8 @@ def found_rank(
         The exit code of this process; of several ranks each ends here instead.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(plan.threads_per_rank))
-    backend, run_dir = join(recipe, plan, world, make_run_dir)
+    with stop.ending_at_once() if world.world_size > 1 else contextlib.nullcontext():
+        backend, run_dir = join(recipe, plan, world, make_run_dir)
     _until_exit.append(backend)
     output = open_output(run_dir.log(world.rank), own_terminal=False, on_terminal=True)
     try:

@@ -10,7 +10,7 @@ from typing import Any
 from launcher.checkpoints import list_checkpoints
 from launcher.errors import EXIT_USAGE
 from launcher.health import all_health
-from launcher.rundir import RunDir, line_count
+from launcher.rundir import RunDir, line_count, why_not_writable
 from launcher.signals import EXIT_BY_SIGNAL
 
 _MOST_RANKS = 16
@@ -48,6 +48,11 @@ def death_text(rank: int, exit_code: int, run_dir: RunDir, *, oom_kills: int | N
     else:
         how = f"ended with exit code {exit_code}{_in_words(exit_code)}"
     head = f"launcher: the run failed: rank {rank} {how}"
+    if reason := why_not_writable(run_dir):
+        head += (
+            f". Nothing can be written to the run folder, {run_dir.shown}: {reason}, so that the "
+            "rank could not record why"
+        )
     last = line_count(run_dir.log(rank))
     return "\n\n".join([head, *_circumstances(rank, run_dir, last)])
 

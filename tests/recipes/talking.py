@@ -19,6 +19,16 @@ def talking() -> Recipe:
     return replace(worlds(), name="talking", loss=_talking_loss, epochs=1)
 
 
+def shouting() -> Recipe:
+    """Print more than a small disk holds."""
+    return replace(worlds(), name="shouting", loss=_shouting_loss, epochs=1)
+
+
+def _shouting_loss(logits: Tensor, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
+    print(("x" * 99 + "\n") * 300)
+    return cross_entropy(logits, batch)
+
+
 def _talking_loss(logits: Tensor, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
     rank = os.environ.get("RANK", "0")
     print(f"said by rank {rank}")

@@ -11,8 +11,7 @@ import os
 import socket
 import warnings
 from collections.abc import Callable
-from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -29,7 +28,7 @@ from accelerate.utils import (
     fsdp2_prepare_model,
 )
 from torch import Tensor, nn
-from torch._C._distributed_c10d import FileStore
+from torch._C._distributed_c10d import FileStore, Store
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -37,15 +36,16 @@ from torch.optim import Optimizer
 from launcher.engine.backends.base import Backend, whole_names
 from launcher.engine.lockstep import lockstep_of
 from launcher.engine.placement import planned_device
+from launcher.engine.rendezvous import TIMEOUT, open_store
 from launcher.engine.state import plain_name
+from launcher.engine.turns import Turns
 from launcher.engine.unused import UsedParameters
 from launcher.errors import WorldError
 from launcher.plan import Plan
 from launcher.recipe import Recipe
 from launcher.world import World
 
-TIMEOUT = timedelta(minutes=30)
-"""Of a collective call; a rank that is stuck is named before, see `hang_timeout`."""
+T = TypeVar("T")
 
 _TIMED_AT_FIRST, _TIMED_STRIDE = 10, 100
 _PARTS = "comm", "compute_comm_overlap"
@@ -94,6 +94,7 @@ class GroupBackend(Backend):
             ],
             **plugins,
         )
+        self._turns = Turns(dist.distributed_c10d._get_default_store(), world)  # noqa: SLF001
         self.rank = self._accelerator.process_index
         self.world_size = self._accelerator.num_processes
         found = self._accelerator.distributed_type
@@ -117,6 +118,12 @@ class GroupBackend(Backend):
         gathered = [None] * self.world_size
         dist.all_gather_object(gathered, value)
         return gathered
+
+    def in_turn(self, what: str, action: Callable[[], T]) -> T:
+        return self._turns.first(what, action)
+
+    def wait_for_all(self, what: str) -> None:
+        self._turns.all_there(what)
 
     def close(self) -> None:
         if self.device.type == "cuda":
@@ -294,9 +301,12 @@ class FSDPBackend(GroupBackend):
 
 
 def meet(world: World, backend: str) -> None:
-    """Have the ranks talk over the interface that leads to the first; form their group in a file.
+    """Have the ranks talk over the interface that leads to the first, and form their group.
 
-    Where they do not meet in one Accelerate forms it, at the address in the environment.
+    They meet in a file, or at the address of `world` or in the environment.
+
+    Raises:
+        WorldError: Not all ranks come to that address.
     """
     if world.address is not None:
         os.environ.update(_variables(world, *world.address))
@@ -304,14 +314,19 @@ def meet(world: World, backend: str) -> None:
     if interface is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+    if dist.is_initialized():
+        return
     if world.store is not None:
-        dist.init_process_group(
-            backend,
-            store=FileStore(str(world.store), world.world_size),
-            rank=world.rank,
-            world_size=world.world_size,
-            timeout=TIMEOUT,
-        )
+        store: Store = FileStore(str(world.store), world.world_size)
+    else:
+        store = open_store(world)
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=world.rank,
+        world_size=world.world_size,
+        timeout=TIMEOUT,
+    )
 
 
 def _variables(world: World, host: str, port: int) -> dict[str, str]:

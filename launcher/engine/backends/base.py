@@ -6,7 +6,7 @@ import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,8 @@ from launcher.engine.state import (
 from launcher.errors import RecipeError, TrainingError
 from launcher.plan import Plan
 from launcher.recipe import Recipe
+
+T = TypeVar("T")
 
 
 class Backend(ABC):
@@ -117,6 +119,24 @@ class Backend(ABC):
     @abstractmethod
     def gather(self, value: Any) -> list[Any]:
         """Return each rank's `value`, in the order of ranks, on every rank (collective)."""
+
+    def in_turn(self, what: str, action: Callable[[], T]) -> T:
+        """Return what `action` returns, called on the first rank of each node before its others.
+
+        It waits without a timeout: what the first rank prepares may take long (collective).
+
+        Args:
+            what: What `action` does, for those who wait: "read the data".
+            action: What to do.
+
+        Raises:
+            LostRankError: It has failed on the first rank.
+        """
+        return action()
+
+    def wait_for_all(self, what: str) -> None:
+        """Wait until all ranks have done `what`, without a timeout (collective)."""
+        del what  # one rank alone waits for nobody
 
     @abstractmethod
     def close(self) -> None:

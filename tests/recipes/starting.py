@@ -1,0 +1,131 @@
+"""Recipes that do at import, or on every rank, what makes starting hard."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher import Data, Recipe, constant, main
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+LOCK = threading.Lock()
+
+
+def _hold_the_lock(held: threading.Event) -> None:
+    while True:
+        with LOCK:
+            held.set()
+            time.sleep(0.05)
+
+
+if "STARTS_THREAD" in os.environ:
+    _held = threading.Event()
+    threading.Thread(target=_hold_the_lock, args=[_held], name="client", daemon=True).start()
+    _held.wait()
+
+if "COMPUTES" in os.environ:
+    import torch
+
+    IMAGES = torch.randn(4096, 64)
+    IMAGES = (IMAGES - IMAGES.mean()) / IMAGES.std()  # OpenMP's threads start
+
+
+def starting() -> Recipe:
+    """Train a line in memory."""
+    return _recipe(_data, _model)
+
+
+def locked() -> Recipe:
+    """Need for its data a lock that a thread holds most of the time."""
+    return _recipe(_locked_data, _model)
+
+
+def computed() -> Recipe:
+    """Compute again with what was computed at import."""
+    return _recipe(_computed_data, _model)
+
+
+def prepared() -> Recipe:
+    """Make a cache in two steps, in `data` and in `model`, unless it is there."""
+    return _recipe(lambda: _cached("data", _data), lambda: _cached("model", _model))
+
+
+def failing() -> Recipe:
+    """Fail to read the data on the first rank of a node alone."""
+    return _recipe(_failing_data, _model)
+
+
+def _recipe(data: Callable[[], Data], model: Callable[[], nn.Module]) -> Recipe:
+    return Recipe(
+        name="starting",
+        model=model,
+        data=data,
+        loss=_loss,
+        batch_size=16,
+        lr=0.1,
+        lr_batch_size=16,
+        epochs=1,
+        schedule=constant(),
+        in_memory=True,
+        hang_timeout=20.0,
+    )
+
+
+def _data() -> Data:
+    import torch
+    from torch.utils.data import TensorDataset
+
+    return Data(train=TensorDataset(torch.randn(64, 64), torch.randint(3, (64,))))
+
+
+def _locked_data() -> Data:
+    with LOCK:
+        return _data()
+
+
+def _computed_data() -> Data:
+    import torch
+    from torch.utils.data import TensorDataset
+
+    images = (IMAGES * 2).exp().log() / 2
+    return Data(train=TensorDataset(images[:64], torch.randint(3, (64,))))
+
+
+def _failing_data() -> Data:
+    if os.environ.get("LOCAL_RANK") == "0":
+        raise OSError("the archive is damaged")
+    return _data()
+
+
+def _cached(name: str, make: Callable[[], Any]) -> Any:
+    cache = Path(f"{name}.cache")
+    if not cache.exists():
+        with cache.open("wb") as file:
+            time.sleep(0.5)  # a download
+            file.write(bytes(2000))
+    found = cache.stat().st_size
+    if found != 2000:
+        raise ValueError(f"the cache has {found} bytes instead of 2000")
+    return make()
+
+
+def _model() -> nn.Module:
+    from torch import nn
+
+    return nn.Linear(64, 3)
+
+
+def _loss(outputs: Tensor, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
+    from torch.nn.functional import cross_entropy
+
+    return cross_entropy(outputs, batch[1], reduction="sum"), len(batch[1])
+
+
+if __name__ == "__main__":
+    main(globals()[os.environ.get("RECIPE", "starting")])

@@ -1,0 +1,211 @@
+"""How ranks start: after what a recipe does at import, one before the others, with nobody there."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import BIN, ROOT, Commands
+
+from launcher.engine import rendezvous
+from launcher.errors import WorldError
+from launcher.world import World
+
+RECIPE = str(ROOT / "tests/recipes/starting.py")
+
+
+def by_hand(rank: int, port: int, recipe: str) -> dict[str, str]:
+    """Return the environment of one of two ranks that somebody has started."""
+    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "RECIPE": recipe}
+    return place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def test_a_recipe_that_computes_at_import_trains(run: Commands) -> None:
+    """Its ranks, and what counts its samples, do not wait for threads that a fork has lost."""
+    threads = {"OMP_NUM_THREADS": "2", "COMPUTES": "1"}
+    done = run("launcher", "run", f"{RECIPE}:computed", "-n", "1", "--out", "out", env=threads)
+    assert done.exit_code == 0, done.stderr
+    assert (run.folder / "out/result.json").is_file()
+    assert "threads" in done.stderr
+    assert "starts afresh" in done.stderr
+
+
+def test_a_recipe_that_computes_at_import_is_checked(run: Commands) -> None:
+    """`launcher check` of it comes to an end."""
+    threads = {"OMP_NUM_THREADS": "2", "COMPUTES": "1"}
+    done = run("launcher", "check", f"{RECIPE}:computed", "train_samples=64", env=threads)
+    assert "ok       loss" in done.stdout, done.stderr
+
+
+def test_ranks_that_start_afresh_can_be_stopped(run: Commands) -> None:
+    """A thread's lock stops no rank; a signal before they listen stops them after a step."""
+    command = ("launcher", "run", f"{RECIPE}:locked", "-n", "2", "epochs=500", "--out", "out")
+    process = run.start(*command, env={"STARTS_THREAD": "1"}, cold=True)
+    assert process.stderr is not None
+    assert "started 1 thread (client)" in process.stderr.readline()
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 75, stderr
+    assert "with a checkpoint" in stdout
+
+
+@pytest.mark.parametrize(
+    ("statement", "words"),
+    [
+        ("import numpy; numpy.ones((500, 500)) @ numpy.ones((500, 500))", "None"),
+        (
+            "threading.Thread(target=threading.Event().wait, name='logs', daemon=True).start()",
+            "logs",
+        ),
+    ],
+)
+def test_what_cannot_be_forked(run: Commands, statement: str, words: str) -> None:
+    """Threads that libraries end before a fork are no reason against one; others are."""
+    script = (
+        "import threading\n"
+        "from launcher.forking import observed_threads, reason_not_to_fork\n"
+        f"with observed_threads():\n    {statement}\n"
+        "print(reason_not_to_fork())"
+    )
+    done = run("python", "-c", script, env={"OPENBLAS_NUM_THREADS": "2"})
+    assert done.exit_code == 0, done.stderr
+    assert words in done.stdout
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("launcher", "run", f"{RECIPE}:prepared", "-n", "2", "train_samples=64"),
+        ("torchrun", "--standalone", "--nproc-per-node", "2", RECIPE),
+    ],
+    ids=["launched", "found"],
+)
+def test_one_rank_prepares(run: Commands, command: tuple[str, ...]) -> None:
+    """The first rank makes what `data` and `model` keep on disk, and the others find it there."""
+    done = run(*command, "--out", "out", env={"RECIPE": "prepared"})
+    assert done.exit_code == 0, done.stderr
+    assert (run.folder / "out/result.json").is_file()
+
+
+@pytest.mark.parametrize("samples", ["train_samples=64", "train_samples=none"])
+def test_a_first_rank_that_fails_ends_the_others(
+    run: Commands, free_port: int, samples: str
+) -> None:
+    """The others do not wait for it, with nobody there to end them; its error is the run's."""
+    ranks = [
+        run.start(
+            *("python", RECIPE, samples, "--out", "out"), env=by_hand(rank, free_port, "failing")
+        )
+        for rank in range(2)
+    ]
+    (_, first), (_, other) = (rank.communicate(timeout=120) for rank in ranks)
+    assert all(rank.returncode in (1, 2) for rank in ranks), first + other
+    assert first.count("the archive is damaged") >= 1
+    assert "the archive is damaged" not in other
+    if samples == "train_samples=64":
+        failure = json.loads((run.folder / "out/failure.json").read_text())
+        assert failure["rank"] == 0
+        assert failure["error"] == "OSError"
+
+
+@pytest.mark.parametrize(
+    ("rank", "number", "code"), [(0, signal.SIGINT, 130), (1, signal.SIGTERM, 143)]
+)
+def test_a_rank_that_waits_can_be_stopped(
+    run: Commands, free_port: int, rank: int, number: signal.Signals, code: int
+) -> None:
+    """One whose peers nobody starts says for whom it waits, and ends by the first signal."""
+    process = run.start(
+        "python", RECIPE, "train_samples=64", env=by_hand(rank, free_port, "starting")
+    )
+    assert process.stderr is not None
+    said = process.stderr.readline()
+    assert "waiting for" in said
+    assert f"127.0.0.1:{free_port}" in said
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == code
+    assert not (run.folder / "runs").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_does_not_wait_for_ever(
+    monkeypatch: pytest.MonkeyPatch, free_port: int, rank: int
+) -> None:
+    """Where the others do not come it ends with a usage error that names the place."""
+    monkeypatch.setattr(rendezvous, "PATIENCE_SECONDS", 0.2)
+    world = World(
+        rank=rank,
+        world_size=2,
+        local_rank=rank,
+        local_world_size=2,
+        address=("127.0.0.1", free_port),
+    )
+    with pytest.raises(WorldError, match=f"127.0.0.1:{free_port}"):
+        rendezvous.open_store(world)
+
+
+def test_a_port_that_is_taken_is_said(run: Commands) -> None:
+    """The rank that cannot listen says so, without a traceback."""
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        done = run("python", RECIPE, "train_samples=64", env=by_hand(0, port, "starting"))
+    assert done.exit_code == 2
+    assert f"127.0.0.1:{port}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_main_leaves_no_handlers(run: Commands) -> None:
+    """A script that goes on after `main` handles signals as it did before."""
+    script = (
+        "import signal, sys\n"
+        f"sys.path.insert(0, {str(Path(RECIPE).parent)!r})\n"
+        "from starting import starting\n"
+        "from launcher import main\n"
+        "numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)\n"
+        "signal.signal(signal.SIGUSR2, lambda *_: None)\n"
+        "before = [signal.getsignal(number) for number in numbers]\n"
+        "sys.argv[1:] = ['train_samples=64']\n"
+        "main(starting)\n"
+        "assert [signal.getsignal(number) for number in numbers] == before\n"
+        "print('went on')"
+    )
+    done = run("python", "-c", script)
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout.endswith("went on\n")
+
+
+@pytest.mark.parametrize("closed", range(1, 8))
+def test_closed_streams_are_opened(tmp_path: Path, closed: int) -> None:
+    """Whichever of the three are closed, no file or pipe takes their numbers."""
+    script = (
+        "import os, sys\n"
+        "from launcher.streams import open_closed_streams\n"
+        "open_closed_streams()\n"
+        "[os.fstat(number) for number in range(3)]\n"
+        "print('shown'), sys.stderr.write('shown'), sys.stdin.read()\n"
+        "open('out', 'w').write(str(min(os.pipe())))"
+    )
+    numbers = [number for number in range(3) if closed >> number & 1]
+    closing = " ".join(f"{number}{'<' if number == 0 else '>'}&-" for number in numbers)
+    command = ["bash", "-c", f'exec "$0" -c "$1" {closing}', sys.executable, script]
+    ended = subprocess.run(command, cwd=tmp_path, stdin=subprocess.DEVNULL, check=False)
+    assert ended.returncode == 0
+    assert int((tmp_path / "out").read_text()) > 2
+
+
+def test_a_run_with_closed_streams_ends(run: Commands) -> None:
+    """With stdin and stdout closed a run of two ranks trains and ends."""
+    command = f"exec {BIN / 'launcher'} run {RECIPE} -n 2 train_samples=64 --out out <&- >&-"
+    done = run("bash", "-c", command, env=dict(os.environ))
+    assert done.exit_code == 0, done.stderr
+    assert (run.folder / "out/result.json").is_file()
