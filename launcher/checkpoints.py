@@ -15,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ class Manifest:
     """The plan's numbers and settings that make its steps what they are."""
 
     values: Mapping[str, Any]
-    """State that is no tensor: of the optimizer, of the scaling in fp16."""
+    """State that is no tensor: of the optimizer, of the scaling in fp16; what the data is."""
 
     versions: Mapping[str, str]
     files: Mapping[str, FileSum] = field(default_factory=dict)
@@ -160,18 +160,30 @@ def find_checkpoint(run_dir: RunDir, name: str) -> Checkpoint:
     )
 
 
-def check_resumable(manifest: Manifest, plan: Plan, name: str) -> None:
+def check_resumable(
+    manifest: Manifest, plan: Plan, name: str, accept: Collection[str] = ()
+) -> None:
     """Refuse to go on with a plan that takes other samples than the run that was.
+
+    Args:
+        manifest: What the checkpoint says of itself.
+        plan: How the run would go on.
+        name: The checkpoint's, for the message.
+        accept: What may differ: with `data` the number of training samples may.
 
     Raises:
         CheckpointError: It names what differs.
     """
     was, now = manifest.agreement, json.loads(json.dumps(plan.agreement()))
     for key in _SAME:
+        if key == "train_samples" and ("data" in accept or None in (was.get(key), now.get(key))):
+            continue  # where only one of them is known, the data itself is compared
         if was.get(key) != now.get(key):
             hint = ""
             if key == "batch_size" and now.get("batch_size_per_gpu") is not None:
                 hint = " (batch_size_per_gpu lets it follow the ranks)"
+            if key == "train_samples":
+                hint = " (`--accept data` goes on with other data on purpose)"
             raise CheckpointError(
                 f"{name} was written with {key} {was.get(key)}, and the plan has {now.get(key)}"
                 f"{hint}: the samples of its steps would be others. Resume it with {key} "

@@ -37,6 +37,9 @@ class Start:
     fall_back: bool = False
     """Whether an earlier one is taken where it is damaged."""
 
+    accept: tuple[str, ...] = ()
+    """What may be other than in the checkpoint: `data`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -68,6 +71,9 @@ class Job:
 
     memory_bytes: int | None = None
     """The most that each rank may use, of its GPU's memory or of the host's; None is all."""
+
+    trial: bool = True
+    """Whether a few samples are looked at first, and a run that would be wrong is refused."""
 
     seconds: float | None = None
     """For how long a probe measures; None where it counts steps."""

@@ -186,6 +186,9 @@ class Recipe:
     num_workers: NonNegativeInt | None = None
     """DataLoader workers per rank; None is four, capped by the usable cores."""
 
+    worker_start: Literal["fork", "spawn"] = "fork"
+    """fork: workers are copies of the rank; spawn: each imports the recipe and calls data()."""
+
     prefetch_factor: PositiveInt | None = None
     """Batches that each worker holds ready; None is 2."""
 

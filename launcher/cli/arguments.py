@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 Function = Callable[..., Any]
 
+ACCEPTABLE = ("data",)
+"""What the user can accept to be other than in the checkpoint that a run is resumed from."""
+
 
 class Bytes(click.ParamType[int]):
     """A number of bytes with its unit: 2GiB, 512M, 1500MB."""
@@ -128,6 +131,16 @@ def out_option(function: Function) -> Function:
         type=click.Path(path_type=Path),
         metavar="DIR",
         help="The run folder to make. Default: runs/<recipe>-<time>.",
+    )(function)
+
+
+def accept_option(function: Function) -> Function:
+    """Take what a resumed run may have otherwise than its checkpoint."""
+    return click.option(
+        "--accept",
+        type=click.Choice(ACCEPTABLE),
+        multiple=True,
+        help="Go on although this is other than in the checkpoint; may be given several times.",
     )(function)
 
 

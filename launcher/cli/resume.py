@@ -9,6 +9,7 @@ import click
 
 from launcher.cli.arguments import (
     SettingsCommand,
+    accept_option,
     max_restarts_option,
     nodes_options,
     nproc_option,
@@ -31,6 +32,7 @@ from launcher.cli.start import find_machines, start, start_on_hosts
 @click.option(
     "--auto", is_flag=True, help="Where it is damaged, take the newest before it that is not."
 )
+@accept_option
 @max_restarts_option
 @shows_options
 def command(
@@ -43,6 +45,7 @@ def command(
     ssh: str | None,
     join_timeout: float | None,
     name: str | None,
+    accept: tuple[str, ...],
     max_restarts: int,
     *,
     auto: bool,
@@ -105,7 +108,7 @@ def command(
     except CheckpointError:
         manifest = None  # told where the ranks look for another
     if manifest is not None:
-        check_resumable(manifest, plan, chosen.name)
+        check_resumable(manifest, plan, chosen.name, accept)
         if manifest.step >= plan.total_steps and folder.result.exists():
             click.echo(
                 f"{folder.shown} is finished: {manifest.step:,} of {plan.total_steps:,} steps are "
@@ -130,6 +133,6 @@ def command(
             shows=showing,
             restarts=max_restarts,
             meeting=meeting,
-            begin=Start(step=chosen.step, fall_back=auto),
+            begin=Start(step=chosen.step, fall_back=auto, accept=accept),
             changes=changes(manifest, plan) if manifest is not None else (),
         )

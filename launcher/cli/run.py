@@ -8,6 +8,7 @@ import click
 
 from launcher.cli.arguments import (
     SettingsCommand,
+    accept_option,
     config_option,
     max_restarts_option,
     nodes_options,
@@ -36,6 +37,7 @@ from launcher.errors import UsageError
     is_flag=True,
     help="Where --out has been begun, go on from its newest undamaged checkpoint.",
 )
+@accept_option
 @max_restarts_option
 @shows_options
 def command(
@@ -49,6 +51,7 @@ def command(
     join_timeout: float | None,
     config: Path | None,
     out: Path | None,
+    accept: tuple[str, ...],
     max_restarts: int,
     *,
     goes_on: bool,
@@ -85,6 +88,10 @@ def command(
     showing = shows(quiet=quiet, as_json=as_json)
     if goes_on and out is None:
         raise UsageError("--continue goes on with the run in --out: give that folder as well.")
+    if accept and not goes_on:
+        raise UsageError(
+            f"--accept {accept[0]} is about a run that goes on: give --continue as well."
+        )
     machines = find_machines(hosts, nodes, rendezvous, join_timeout)
     check_restarts(machines, max_restarts)
     reference = resolve(recipe)
@@ -125,5 +132,5 @@ def command(
             shows=showing,
             restarts=max_restarts,
             meeting=meeting,
-            begin=Start(fall_back=True) if begun else None,
+            begin=Start(fall_back=True, accept=accept) if begun else None,
         )

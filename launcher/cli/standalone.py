@@ -12,6 +12,7 @@ import click
 from launcher.cli import run_command
 from launcher.cli.arguments import (
     SettingsCommand,
+    accept_option,
     config_option,
     out_option,
     overrides_argument,
@@ -40,15 +41,24 @@ def run_standalone(function: Callable[..., Recipe]) -> None:
         metavar="RUN_DIR",
         help="Go on with a run from its newest undamaged checkpoint.",
     )
+    @accept_option
     def command(
-        overrides: tuple[str, ...], config: Path | None, out: Path | None, resume: Path | None
+        overrides: tuple[str, ...],
+        config: Path | None,
+        out: Path | None,
+        resume: Path | None,
+        accept: tuple[str, ...],
     ) -> int:
+        if accept and resume is None:
+            raise UsageError(
+                f"--accept {accept[0]} is about a run that goes on: give --resume as well."
+            )
         if out is not None and resume is not None:
             raise UsageError(
                 f"--out {out} makes a run folder and --resume {resume} goes on in one: keep one."
             )
         try:
-            return _train(function, overrides, config, out, resume, stop)
+            return _train(function, overrides, config, out, resume, accept, stop)
         except UsageError:
             # Most mistakes are found by every rank of a node. The first of them says so and ends,
             # and then the launcher ends the others; one that lives on was alone in finding it.
@@ -67,6 +77,7 @@ def _train(
     config: Path | None,
     out: Path | None,
     resume: Path | None,
+    accept: tuple[str, ...],
     stop: StopRequest,
 ) -> int:
     from launcher.accelerate_settings import accelerate_settings
@@ -107,7 +118,7 @@ def _train(
         write_yaml(made.run_yaml, description)
         return made
 
-    start = Start(fall_back=True) if resume is not None else None
+    start = Start(fall_back=True, accept=accept) if resume is not None else None
     return found_rank(built.recipe, plan, world, make_run_dir, stop=stop, start=start)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Callable
 
@@ -15,6 +16,7 @@ from launcher.engine.blocks import checkpoint_activations, compile_blocks, find_
 from launcher.engine.data import Reader, micro_batches, sample_count
 from launcher.engine.loop import Trainee
 from launcher.engine.noise import STRIDE, noise_of
+from launcher.engine.open_files import open_files, opened_since
 from launcher.engine.optimizers import make_optimizer
 from launcher.engine.randomness import seed_all
 from launcher.engine.sampler import Sampler
@@ -33,6 +35,7 @@ def build_trainee(
     first_step: int = 0,
     last_step: int,
     evaluates: bool = True,
+    trial: bool = False,
     noise_stride: int = STRIDE,
     at: Callable[[int, str], None] = lambda *_: None,
 ) -> Trainee:
@@ -45,12 +48,14 @@ def build_trainee(
         first_step: Steps that were taken before.
         last_step: Steps to have been taken in the end.
         evaluates: Whether the evaluation data will be visited, where there is any.
+        trial: Whether the first micro-batches are those of `Sampler.trial`.
         noise_stride: One step in so many is measured, if the recipe asks for the noise scale.
         at: Is told how far this rank is.
 
     Raises:
         RecipeError: The recipe or its data is at fault.
     """
+    before = open_files()
     data = build_data(recipe, plan)
     visited = data.evaluation if evaluates else None
     sampler = Sampler(
@@ -61,7 +66,11 @@ def build_trainee(
     )
     # The workers start here: they read while the model is built, and do not inherit it.
     requests = sampler.requests(first_step) if first_step < last_step else sampler.evaluation()
-    batches = micro_batches(Reader(recipe, data), requests, plan)
+    if trial:
+        requests = itertools.chain(sampler.trial(), requests)
+    reader = Reader(recipe, data)
+    reader.held_files = opened_since(before)
+    batches = micro_batches(reader, requests, plan)
     model, optimizer, num_trained = build_model_and_optimizer(recipe, plan, backend)
     return Trainee(
         recipe=recipe,
@@ -71,6 +80,7 @@ def build_trainee(
         optimizer=optimizer,
         num_trained=num_trained,
         sampler=sampler,
+        reader=reader,
         batches=batches,
         norms=BatchNorms(model),
         at=at,

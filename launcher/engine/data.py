@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import faulthandler
 import os
-import signal
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,14 +18,20 @@ from torch.utils.data import (
     default_collate,
 )
 
-from launcher.engine.processes import die_with_parent
+from launcher.engine.fingerprint import describe
+from launcher.engine.open_files import OpenFile, moved_files, open_files
 from launcher.engine.randomness import Generators, seed_all
 from launcher.engine.sampler import Request
+from launcher.engine.workers import (
+    check_sendable,
+    check_temporary_folder,
+    is_worker,
+    start_worker,
+)
 from launcher.errors import LauncherError, RecipeError, SampleError
 from launcher.plan import Plan
 from launcher.recipe import Data, Recipe
 from launcher.seeds import derive
-from launcher.signals import STOP_SIGNALS
 
 
 class MicroBatch(NamedTuple):
@@ -40,6 +44,9 @@ class MicroBatch(NamedTuple):
 
     items: int
     """How many items the loss counts in it: samples, or what the recipe's `count` says."""
+
+    samples: dict[str, Any] | None = None
+    """Descriptions of the samples by their numbers, in a trial."""
 
     @property
     def counts(self) -> bool:
@@ -60,6 +67,13 @@ def sample_count(data: Any, split: str) -> int:
             "exact. Give a data set with __len__ and __getitem__; launcher.Shards reads samples "
             "out of tar files in any order."
         )
+    if isinstance(data, Mapping) and 0 not in data:
+        names = ", ".join(map(repr, list(data)[:4]))
+        raise RecipeError(
+            f"The {split} data is a {type(data).__name__} with the keys {names}; expected one data "
+            "set, whose samples are numbered from 0. Join several with "
+            "torch.utils.data.ConcatDataset."
+        )
     if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
         raise RecipeError(
             f"The {split} data is a {type(data).__name__}, which has no "
@@ -74,7 +88,7 @@ def sample_count(data: Any, split: str) -> int:
     return len(data)
 
 
-class Reader(Dataset[MicroBatch | SampleError]):
+class Reader(Dataset[MicroBatch | LauncherError]):
     """Answers requests; the data set that the DataLoader and its workers see.
 
     Before each `__getitem__` of a data set, the global generators of `random`, `numpy.random` and
@@ -83,7 +97,6 @@ class Reader(Dataset[MicroBatch | SampleError]):
     """
 
     def __init__(self, recipe: Recipe, data: Data) -> None:
-        self._data = data
         self._seed = recipe.seed
         self._count = recipe.count
         self._collate: Callable[[list[Any]], Any] = data.collate or default_collate
@@ -91,32 +104,60 @@ class Reader(Dataset[MicroBatch | SampleError]):
             "train": callable(getattr(data.train, "__getitems__", None)),
             "evaluation": callable(getattr(data.evaluation, "__getitems__", None)),
         }
+        self._sent: set[str] = set()
+        self.data = data
+        self.held_files: dict[int, OpenFile] = {}
+        """Files that the data sets have held open since they were made."""
 
-    def __getitem__(self, request: Request) -> MicroBatch | SampleError:
+    def path_read_through(self, request: Request) -> str | None:
+        """Read in this process; return the file of `held_files` that this moves, if any."""
+        before = open_files()
+        self[request]
+        moved = moved_files({fd: before[fd] for fd in self.held_files if fd in before})
+        return moved[0] if moved else None
+
+    def __getitem__(self, request: Request) -> MicroBatch | LauncherError:
         """Return the micro-batch, or what went wrong, as a value that crosses processes whole."""
         try:
-            return self._answer(request)
-        except SampleError as error:
+            answer = self._answer(request)
+            if is_worker() and request.split not in self._sent:
+                check_sendable(answer.batch, request.split)
+                self._sent.add(request.split)
+        except LauncherError as error:
             return error
+        return answer
 
     def _answer(self, request: Request) -> MicroBatch:
-        dataset = getattr(self._data, request.split)
-        if type(dataset) is TensorDataset and self._data.collate is None:
+        dataset, described = getattr(self.data, request.split), None
+        if type(dataset) is TensorDataset and self.data.collate is None:
             # What collating the samples one by one would give, in one indexing operation.
             chosen = torch.tensor(request.indices)
             batch = [tensor[chosen] for tensor in dataset.tensors]
+            if request.trial:
+                described = _describe(request, [dataset[index] for index in request.indices])
         else:
-            batch = self._collate(self._read(dataset, request))
+            samples = self._read(dataset, request)
+            if request.trial:
+                described = _describe(request, samples)
+            batch = _calling(
+                f"The collate function, of the {request.split} data,",
+                request,
+                self._collate,
+                samples,
+            )
         items = 0
         if request.counts:
-            items = len(request.indices) if self._count is None else int(self._count(batch))
-        return MicroBatch(batch, request, items)
+            items = len(request.indices)
+            if self._count is not None:
+                items = int(_calling("The recipe's count function", request, self._count, batch))
+        return MicroBatch(batch, request, items, described)
 
     def _read(self, dataset: Any, request: Request) -> list[Any]:
+        what = f"The {request.split} data"
         before = Generators()
         try:
             if self._batched[request.split]:
-                samples = _reading(request, request.indices, dataset.__getitems__, request.indices)
+                samples = _calling(what, request, dataset.__getitems__, request.indices)
                 if before.are_untouched():
                     return list(samples)
                 # It drew random numbers for the batch as a whole, which would depend on the split.
@@ -124,7 +165,7 @@ class Reader(Dataset[MicroBatch | SampleError]):
             samples = []
             for index in request.indices:
                 seed_all(derive(self._seed, request.epoch, index))
-                samples.append(_reading(request, [index], dataset.__getitem__, index))
+                samples.append(_calling(what, request, dataset.__getitem__, index, indices=[index]))
             return samples
         finally:
             before.restore()
@@ -135,10 +176,15 @@ def micro_batches(reader: Reader, requests: Iterable[Request], plan: Plan) -> It
 
     The workers start at once; without any, samples are read when they are asked for. The iterator
     raises a SampleError where the data set raised.
+
+    Raises:
+        WorldError: Workers cannot send anything from here.
     """
     workers = plan.workers_per_rank
     if not workers and not plan.pin_memory:
         return map(_checked, map(reader.__getitem__, requests))
+    if workers:
+        check_temporary_folder()
     with warnings.catch_warnings():
         # The plan has weighed workers against cores, and has told the user.
         warnings.filterwarnings("ignore", message="This DataLoader will create")
@@ -150,42 +196,49 @@ def micro_batches(reader: Reader, requests: Iterable[Request], plan: Plan) -> It
             num_workers=workers,
             prefetch_factor=plan.prefetch_factor,
             pin_memory=plan.pin_memory,
-            worker_init_fn=partial(_start_worker, os.getpid()) if workers else None,
+            worker_init_fn=partial(start_worker, os.getpid()) if workers else None,
             multiprocessing_context="fork" if workers else None,
         )
         answers = iter(loader)
     return map(_checked, answers)
 
 
-def _reading(
-    request: Request, indices: list[int], read: Callable[[Any], Any], argument: Any
+def _describe(request: Request, samples: list[Any]) -> dict[str, Any]:
+    pairs = zip(request.indices, samples, strict=True)
+    return {str(index): describe(sample) for index, sample in pairs}
+
+
+def _calling(
+    what: str,
+    request: Request,
+    function: Callable[[Any], Any],
+    argument: Any,
+    *,
+    indices: list[int] | None = None,
 ) -> Any:
+    """Call a function of the recipe's.
+
+    Raises:
+        SampleError: It raised something; the message names the samples.
+    """
     try:
-        return read(argument)
+        return function(argument)
     except LauncherError:
         raise
     except Exception as error:  # noqa: BLE001  # whatever the recipe's own code raises
-        shown = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
+        asked = request.indices if indices is None else indices
+        shown = ", ".join(map(str, asked[:8])) + (", ..." if len(asked) > 8 else "")
         raise SampleError(
-            f"The {request.split} data raised {type(error).__name__} for sample {shown} "
+            f"{what} raised {type(error).__name__} for sample {shown} "
             f"(epoch {request.epoch}): {error}\n\n{traceback.format_exc().rstrip()}"
         ) from None
 
 
-def _checked(answer: MicroBatch | SampleError) -> MicroBatch:
-    if isinstance(answer, SampleError):
+def _checked(answer: MicroBatch | LauncherError) -> MicroBatch:
+    if isinstance(answer, LauncherError):
         raise answer
     return answer
 
 
 def _as_it_is(micro_batch: Any) -> Any:
     return micro_batch
-
-
-def _start_worker(rank: int, _: int) -> None:
-    die_with_parent(rank)
-    # A job that is told to stop tells all its processes; the rank decides when, and it needs data
-    # until then. SIGUSR2 is for the rank to ask where a worker hangs.
-    for number in (signal.SIGINT, *STOP_SIGNALS):
-        signal.signal(number, signal.SIG_IGN)
-    faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)

@@ -18,6 +18,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves
 
 from launcher.engine.data import Reader, sample_count
+from launcher.engine.fingerprint import same
 from launcher.engine.loop import sum_and_count
 from launcher.engine.randomness import seed_all
 from launcher.engine.sampler import Request
@@ -89,7 +90,7 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
     changing = [
         index
         for index in reversed(taken)  # another order, as on other ranks
-        if not _same(_read(reader, [index]), _read(again, [index]))
+        if not same(_read(reader, [index]), _read(again, [index]))
     ]
     whole, *parts = (_read(reader, part) for part in (taken, taken[:half], taken[half:]))
     seed_all(recipe.seed)
@@ -158,11 +159,6 @@ def _read(reader: Reader, indices: list[int]) -> Any:
     if isinstance(answer, Exception):
         raise answer
     return answer.batch
-
-
-def _same(one: Any, other: Any) -> bool:
-    pairs = zip(tree_leaves(one), tree_leaves(other), strict=True)
-    return all(torch.equal(a, b) if isinstance(a, Tensor) else bool(a == b) for a, b in pairs)
 
 
 def _close(one: float, other: float) -> bool:

@@ -34,6 +34,7 @@ from launcher.engine.loop import Trainee, train
 from launcher.engine.placement import device_name
 from launcher.engine.recorder import Recorder
 from launcher.engine.state import group_values, write_groups
+from launcher.engine.trial import Known, try_out
 from launcher.errors import LauncherError, TrainingError, WorldError
 from launcher.events import record_event, record_past_failure
 from launcher.job import Start
@@ -113,6 +114,7 @@ def train_rank(
     stop: StopRequest | None = None,
     start: Start | None = None,
     last_step: int | None = None,
+    trial: bool = True,
     at: Callable[[int, str], None] = lambda *_: None,
 ) -> Result | None:
     """Build what the recipe describes, train it, and write the result.
@@ -126,6 +128,7 @@ def train_rank(
         stop: Notes what asks this rank to stop; None saves no checkpoints and cannot be stopped.
         start: From which checkpoint to go on; None begins at the beginning.
         last_step: Steps to take; None is all that are planned.
+        trial: Whether a few samples are looked at first, and a run that would be wrong is refused.
         at: Is told how far this rank is: steps taken, and what comes next.
 
     Returns:
@@ -137,18 +140,24 @@ def train_rank(
     found = _find(start, backend, run_dir, plan)
     first_step = 0 if found is None else found[1].step
     steps = plan.total_steps if last_step is None else last_step
-    trainee = build_trainee(recipe, plan, backend, first_step=first_step, last_step=steps, at=at)
+    trainee = build_trainee(
+        recipe, plan, backend, first_step=first_step, last_step=steps, trial=trial, at=at
+    )
     trainee = _recorded(trainee, run_dir, first_step)
     fresh = group_values(trainee.optimizer)
     if found is not None:
         _restore(trainee, *found)
+    tried = try_out(trainee, recipe, _known(start, found)) if trial else None
     progress = output.progress(steps) if backend.rank == 0 else None
     with _tracking(recipe, plan, backend, run_dir) as trackers:
         recorder = Recorder(run_dir, backend.rank, recipe.record_samples, progress, trackers)
+        for text in () if tried is None else tried.warnings:
+            recorder.warned(text)
         keeper = None
         if stop is not None:
             stop.defer()
-            keeper = Keeper(trainee, stop, run_dir, groups=fresh, listener=recorder)
+            data = None if tried is None else tried.fingerprint
+            keeper = Keeper(trainee, stop, run_dir, groups=fresh, listener=recorder, data=data)
         started = time.perf_counter()
         try:
             trained = train(trainee, recorder, keeper, first_step=first_step, last_step=steps)
@@ -198,7 +207,7 @@ def _find(
 
     tell = functools.partial(_tell, backend)
     checkpoint, manifest = load_newest(candidates, backend, fall_back=start.fall_back, tell=tell)
-    check_resumable(manifest, plan, checkpoint.name)
+    check_resumable(manifest, plan, checkpoint.name, start.accept)
     if backend.rank == 0:
         for later in there:
             if later.step > checkpoint.step:
@@ -209,6 +218,17 @@ def _find(
     backend.broadcast(None)
     tell(f"resumed from {checkpoint.name}")
     return checkpoint, manifest
+
+
+def _known(start: Start | None, found: tuple[Checkpoint, Manifest] | None) -> Known | None:
+    """Return what the checkpoint to go on from says of the data."""
+    if start is None or found is None:
+        return None
+    checkpoint, manifest = found
+    fingerprint = manifest.values.get("data")
+    return Known(
+        checkpoint=checkpoint.name, fingerprint=fingerprint, accepted="data" in start.accept
+    )
 
 
 def _recorded(trainee: Trainee, run_dir: RunDir, step: int) -> Trainee:

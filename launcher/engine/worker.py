@@ -89,6 +89,7 @@ def _train(rank: _Rank) -> int:
         stop=rank.stop,
         start=_start(rank.job),
         last_step=rank.job.last_step,
+        trial=rank.job.trial,
         at=rank.at,
     )
     return EXIT_RESUMABLE if result is None else 0
@@ -220,7 +221,7 @@ def _watch(
 def _start(job: Job) -> Start | None:
     """Return where to begin: a run that failed and was started again goes on from what it saved."""
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and list_checkpoints(job.run_dir):
-        return Start(fall_back=True)
+        return replace(job.start or Start(), step=None, fall_back=True)
     return job.start
 
 

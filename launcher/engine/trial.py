@@ -1,0 +1,360 @@
+"""A few samples looked at before the first step, so that a run that would be wrong is refused.
+
+The DataLoader workers read them as they read all others, before anything else. They show whether
+every rank has the same data, and the same data as before a resumption; whether the loss is a sum
+over its items; whether the metrics work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from launcher.engine.backends.base import Backend
+from launcher.engine.data import MicroBatch
+from launcher.engine.fingerprint import Difference, classes_of, difference
+from launcher.engine.loop import Trainee, sum_and_count
+from launcher.engine.open_files import moved_files
+from launcher.engine.randomness import Generators
+from launcher.errors import CheckpointError, LauncherError, RecipeError
+from launcher.recipe import Recipe
+
+_TOLERANCES = {"fp64": 1e-2, "fp32": 1e-2, "bf16": 5e-2, "fp16": 5e-2}
+"""Relative; between the mean of the halves and their sum lies a factor of two."""
+
+_QUIET = 1e-4
+"""Relative change of a loss with the seed up to which the model draws no random numbers."""
+
+_FRESH = (
+    "Make data() return the same in every process: sort what comes from a set or from os.listdir, "
+    "seed every generator of your own, and do not number things by hash()."
+)
+_SEEDED = (
+    "Draw random numbers from random, numpy.random or torch, which are seeded for each sample, and "
+    "not from a generator of your own"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """The data that a run was trained on before."""
+
+    checkpoint: str
+    """Name of the checkpoint that it is resumed from."""
+
+    fingerprint: Mapping[str, Any] | None
+    """What that holds; None in a checkpoint of an older version."""
+
+    accepted: bool
+    """Whether the user has accepted other data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tried:
+    """What a trial has shown."""
+
+    fingerprint: dict[str, Any]
+    """Lengths, classes and a few samples of the data, as values that JSON can hold."""
+
+    warnings: tuple[str, ...]
+    """What the user should know, the same on every rank."""
+
+
+def try_out(trainee: Trainee, recipe: Recipe, known: Known | None = None) -> Tried:
+    """Look at the samples that the trainee's next micro-batches hold (collective).
+
+    Args:
+        trainee: Its next micro-batches are those of `Sampler.trial`.
+        recipe: What is trained; its `forward` is called, and not the trainee's, which counts.
+        known: The data of the run that is resumed; None begins anew.
+
+    Raises:
+        RecipeError: Ranks have other data, workers share a file, the loss is a mean, or a metric
+            does not return (sum, count).
+        CheckpointError: The data is not that of the run that is resumed.
+        SampleError: The data set raised.
+    """
+    backend = trainee.backend
+    _compare_ranks(_lengths(trainee), backend)
+    taken = _read(trainee)
+    fingerprint, changing = _fingerprint(trainee, taken)
+    warnings = _check_repeatable(trainee, changing)
+    _compare_ranks(fingerprint, backend)
+    if known is not None:
+        _compare_known(fingerprint, known)
+    with _undisturbed(trainee):
+        train = [each.batch for each in taken if each.request.split == "train"]
+        if len(train) > 1 and not changing:
+            _check_loss(trainee, recipe, train)
+        for each in taken:
+            if each.request.split == "evaluation":
+                _check_metrics(trainee, recipe, each.batch)
+    return Tried(fingerprint=fingerprint, warnings=warnings)
+
+
+def _read(trainee: Trainee) -> list[MicroBatch]:
+    """Return the micro-batches of the trial.
+
+    Raises:
+        RecipeError: The workers share the position of a file.
+        SampleError: The data set raised.
+    """
+    try:
+        taken = [next(trainee.batches) for _ in trainee.sampler.trial()]
+    except LauncherError as error:
+        _check_files(trainee, error)
+        raise
+    _check_files(trainee)
+    return taken
+
+
+def _check_files(trainee: Trainee, consequence: LauncherError | None = None) -> None:
+    """Refuse data sets that read through a file which the workers share.
+
+    Raises:
+        RecipeError: Reading samples moves the position of a file that was open before the workers
+            were forked.
+    """
+    plan, reader = trainee.plan, trainee.reader
+    if plan.workers_per_rank < 2 or not moved_files(reader.held_files):
+        return
+    # The rank itself may have moved it, while it built the model. So it reads a sample: whatever
+    # moves now is what reading moves.
+    path = reader.path_read_through(trainee.sampler.trial()[0])
+    if path is not None:
+        raise RecipeError(shared_file_text(path, plan.workers_per_rank)) from consequence
+
+
+def shared_file_text(path: str, workers: int) -> str:
+    """Return why a file must not be open before workers are forked, and what to do."""
+    return (
+        f"The data set reads through the file {path}, which has been open since data() returned, "
+        f"and {workers} DataLoader workers share its position: each moves it under the others, "
+        "and samples come out wrong. Open the file in __getitem__, when a process first needs it; "
+        "or use worker_start=spawn, where each worker calls data() itself, or num_workers=0."
+    )
+
+
+def _lengths(trainee: Trainee) -> dict[str, Any]:
+    """Return what is known of the data without reading a sample."""
+    sampler, data = trainee.sampler, trainee.reader.data
+    found: dict[str, Any] = {
+        "train": {"length": sampler.train_samples, "classes": classes_of(data.train)},
+        "evaluation": None,
+    }
+    if sampler.evaluation_samples:
+        classes = classes_of(data.evaluation)
+        found["evaluation"] = {"length": sampler.evaluation_samples, "classes": classes}
+    return found
+
+
+def _fingerprint(
+    trainee: Trainee, taken: list[MicroBatch]
+) -> tuple[dict[str, Any], dict[str, Difference]]:
+    """Return the fingerprint of the data, and which samples were others when read again."""
+    found = _lengths(trainee)
+    changing: dict[str, Difference] = {}
+    for each in taken:
+        samples = found[each.request.split].setdefault("samples", {})
+        for number, description in (each.samples or {}).items():
+            differs = difference(samples.get(number, description), description)
+            if differs is not None:
+                changing[number] = differs
+            samples.setdefault(number, description)
+    return found, changing
+
+
+def _compare_ranks(own: dict[str, Any], backend: Backend) -> None:
+    """Refuse data that differ between ranks (collective).
+
+    Raises:
+        RecipeError: It says what differs, and on which rank.
+    """
+    found = differing_data(backend.broadcast(own), own)
+    if not backend.any_rank(found is not None):
+        return
+    every = backend.gather(found)
+    rank, (what, first, other) = next(
+        (rank, each) for rank, each in enumerate(every) if each is not None
+    )
+    raise RecipeError(
+        f"Ranks have other data: {what} is {other} on rank {rank}, and {first} on rank 0. {_FRESH}"
+    )
+
+
+def _compare_known(own: dict[str, Any], known: Known) -> None:
+    """Refuse to go on with other data.
+
+    Raises:
+        CheckpointError: It says what differs.
+    """
+    if known.accepted or known.fingerprint is None:
+        return
+    found = differing_data(known.fingerprint, own)
+    if found is not None:
+        what, before, now = found
+        raise CheckpointError(
+            f"The data is not what {known.checkpoint} was trained on: {what} is {now}, and was "
+            f"{before}. Give the run the data that it had. {_FRESH} To go on with other data on "
+            "purpose, add `--accept data`."
+        )
+
+
+def differing_data(one: Mapping[str, Any], other: Mapping[str, Any]) -> Difference | None:
+    """Return the first difference between two fingerprints: what it is, and both sides of it.
+
+    Samples are compared as far as both have them.
+    """
+    for split, title in (("train", "training"), ("evaluation", "evaluation")):
+        own, against = one.get(split), other.get(split)
+        lengths = [0 if each is None else each["length"] for each in (own, against)]
+        if lengths[0] != lengths[1]:
+            counts = [f"{length:,}" for length in lengths]
+            return Difference(f"the number of {title} samples", *counts)
+        if own is None or against is None:
+            continue
+        found = difference(own.get("classes"), against.get("classes"))
+        if found is not None:
+            return found._replace(place=f"the order of the {title} classes, at {found.place},")
+        samples, others = own.get("samples", {}), against.get("samples", {})
+        for number in samples.keys() & others.keys():
+            found = difference(samples[number], others[number])
+            if found is not None:
+                where = f", at {found.place}," if found.place else ""
+                return found._replace(place=f"{title} sample {number}{where}")
+    return None
+
+
+def _check_repeatable(trainee: Trainee, changing: dict[str, Difference]) -> tuple[str, ...]:
+    """Refuse samples that depend on when they are read, or on which worker reads them (collective).
+
+    On one rank that is a warning: nothing depends on the number of ranks there.
+
+    Raises:
+        RecipeError: There are several ranks, or workers that have called data() each.
+    """
+    backend = trainee.backend
+    every = backend.gather(next(iter(changing.items()), None))
+    found = next((each for each in every if each is not None), None)
+    if found is None:
+        return ()
+    number, (place, before, now) = found
+    where = f", at {place}," if place else ""
+    text = (
+        f"training sample {number}{where} was {before}, and {now} when it was read again. {_SEEDED}"
+        ": the samples of a step must not depend on what was read before them."
+    )
+    if trainee.recipe.worker_start == "spawn":
+        raise RecipeError(f"Samples change: {text} {_FRESH}")
+    if backend.world_size > 1:
+        raise RecipeError(f"Samples change: {text}")
+    return (text,)
+
+
+def _check_loss(trainee: Trainee, recipe: Recipe, batches: list[Any]) -> None:
+    """Refuse a loss that returns the mean over its items as their sum (collective).
+
+    Anything but a clear mean is accepted, for a loss may couple samples or draw random numbers.
+
+    Raises:
+        RecipeError: The loss of a batch is the mean of the losses of its halves.
+    """
+    tolerance = _TOLERANCES[trainee.plan.precision]
+    loss = functools.partial(_loss_of, trainee, recipe)
+    try:
+        found = [loss(batch, 1) for batch in batches]
+        if not _is_mean(found, tolerance):
+            return
+        again = [loss(batch, 2) for batch in batches]
+    except (torch.OutOfMemoryError, MemoryError, torch.distributed.DistError):
+        raise
+    except Exception:  # noqa: BLE001  # some models and losses work in training alone
+        return
+    first, second = found[0][0], again[0][0]
+    if _is_mean(again, tolerance) and abs(first - second) <= _QUIET * abs(first):
+        (whole, _), (one, _), (other, _) = found
+        size = len(trainee.sampler.trial()[0].indices)
+        raise RecipeError(
+            f"The recipe's loss returned a mean instead of a sum: {whole:.4g} for {size} samples, "
+            f"and {one:.4g} and {other:.4g} for their halves. Every gradient would be too small, "
+            "by the number of items in a micro-batch. Return (sum, count), as with "
+            "reduction='sum': launcher divides by the count over the whole global batch."
+        )
+
+
+def _is_mean(found: list[tuple[float, float]], tolerance: float) -> bool:
+    """Return whether the first loss is clearly the mean of the others, and not their sum."""
+    (whole, _), *halves = found
+    total = sum(loss for loss, _ in halves)
+    items = sum(count for _, count in halves)
+    if not math.isfinite(whole + total) or not items or abs(whole) < torch.finfo().tiny:
+        return False
+    mean = sum(loss * count for loss, count in halves) / items
+    near = tolerance * abs(whole)
+    return abs(whole - mean) <= near and abs(whole - total) > 10 * near
+
+
+def _loss_of(trainee: Trainee, recipe: Recipe, batch: Any, seed: int) -> tuple[float, float]:
+    torch.manual_seed(seed)
+    backend = trainee.backend
+    placed = backend.to_device(batch)
+    with backend.autocast():
+        outputs = recipe.forward(trainee.model, placed)
+        total, count = sum_and_count(recipe.loss, outputs, placed, name="The recipe's loss")
+    return float(total), float(count)
+
+
+def _check_metrics(trainee: Trainee, recipe: Recipe, batch: Any) -> None:
+    """Call the loss and each metric on evaluation samples, as an evaluation does (collective).
+
+    Raises:
+        RecipeError: One returned something else than (sum, count).
+    """
+    torch.manual_seed(0)
+    backend = trainee.backend
+    placed = backend.to_device(batch)
+    with backend.autocast():
+        outputs = recipe.forward(trainee.model, placed)
+        sum_and_count(recipe.loss, outputs, placed, name="The recipe's loss")
+        for name, metric in recipe.metrics.items():
+            sum_and_count(metric, outputs, placed, name=f"The metric {name}")
+
+
+@contextlib.contextmanager
+def _undisturbed(trainee: Trainee) -> Iterator[None]:
+    """Have the model evaluate, uncompiled; leave modes, buffers and generators as they were."""
+    model, device = trainee.model, trainee.backend.device
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = list(_buffers(trainee.backend.unwrap(model)))
+    generators = Generators()
+    on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    eager = torch.compiler.set_stance("force_eager") if trainee.recipe.compile else None
+    model.eval()
+    try:
+        with torch.no_grad(), eager or contextlib.nullcontext():
+            yield
+    finally:
+        torch.backends.cudnn.benchmark = benchmark
+        if on_gpu is not None:
+            torch.cuda.set_rng_state(on_gpu, device)
+        generators.restore()
+        for module, name, buffer, content in buffers:
+            module._buffers[name] = buffer  # noqa: SLF001
+            buffer.copy_(content)
+        for module, mode in modes:
+            module.training = mode
+
+
+def _buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor, Tensor]]:
+    for module in model.modules():
+        for name, buffer in module._buffers.items():  # noqa: SLF001
+            if buffer is not None:
+                yield module, name, buffer, buffer.detach().clone()
