@@ -16,7 +16,7 @@ from launcher.plan import Plan
 from launcher.planning import make_plan
 from launcher.provenance import command_line, git_state, versions
 from launcher.recipe import Recipe
-from launcher.resolve import Reference, cannot
+from launcher.resolve import Reference, cannot, resolve
 from launcher.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -39,6 +39,24 @@ class Start:
 
     accept: tuple[str, ...] = ()
     """What may be other than in the checkpoint: `data`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What another process builds a recipe from; it can be sent there."""
+
+    recipe: str
+    """Location of the recipe function."""
+
+    overrides: tuple[Override, ...] = ()
+
+    def build(self) -> Recipe:
+        """Return the recipe with its overrides.
+
+        Raises:
+            LauncherError: It cannot be imported or built.
+        """
+        return build(resolve(self.recipe), self.overrides).recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +98,11 @@ class Job:
 
     meeting_place: Path | None = None
     """A folder of this machine in which its ranks find each other, while they run."""
+
+    @property
+    def source(self) -> Source:
+        """What its recipe is built from."""
+        return Source(recipe=self.recipe, overrides=self.overrides)
 
 
 def plan_recipe(

@@ -81,7 +81,7 @@ def _train(
     stop: StopRequest,
 ) -> int:
     from launcher.accelerate_settings import accelerate_settings
-    from launcher.job import Start, describe_run, plan_recipe
+    from launcher.job import Source, Start, describe_run, plan_recipe
     from launcher.machine import read_machine
     from launcher.report.explain import explain
     from launcher.resolve import reference_of
@@ -119,7 +119,10 @@ def _train(
         return made
 
     start = Start(fall_back=True, accept=accept) if resume is not None else None
-    return found_rank(built.recipe, plan, world, make_run_dir, stop=stop, start=start)
+    source = Source(recipe=reference.location, overrides=overrides)
+    return found_rank(
+        built.recipe, plan, world, make_run_dir, stop=stop, start=start, source=source
+    )
 
 
 def _help(function: Callable[..., Recipe]) -> str:

@@ -21,6 +21,7 @@ from launcher.engine.optimizers import make_optimizer
 from launcher.engine.randomness import seed_all
 from launcher.engine.sampler import Sampler
 from launcher.errors import RecipeError
+from launcher.job import Source
 from launcher.plan import Plan
 from launcher.recipe import Data, Recipe
 
@@ -36,6 +37,7 @@ def build_trainee(
     last_step: int,
     evaluates: bool = True,
     trial: bool = False,
+    source: Source | None = None,
     noise_stride: int = STRIDE,
     at: Callable[[int, str], None] = lambda *_: None,
 ) -> Trainee:
@@ -49,6 +51,7 @@ def build_trainee(
         last_step: Steps to have been taken in the end.
         evaluates: Whether the evaluation data will be visited, where there is any.
         trial: Whether the first micro-batches are those of `Sampler.trial`.
+        source: What the recipe is built from; spawned DataLoader workers need it.
         noise_stride: One step in so many is measured, if the recipe asks for the noise scale.
         at: Is told how far this rank is.
 
@@ -68,7 +71,7 @@ def build_trainee(
     requests = sampler.requests(first_step) if first_step < last_step else sampler.evaluation()
     if trial:
         requests = itertools.chain(sampler.trial(), requests)
-    reader = Reader(recipe, data)
+    reader = Reader(recipe, data, source)
     reader.held_files = opened_since(before)
     batches = micro_batches(reader, requests, plan)
     model, optimizer, num_trained = build_model_and_optimizer(recipe, plan, backend)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import traceback
 import warnings
@@ -26,9 +27,11 @@ from launcher.engine.workers import (
     check_sendable,
     check_temporary_folder,
     is_worker,
+    signals_held,
     start_worker,
 )
 from launcher.errors import LauncherError, RecipeError, SampleError
+from launcher.job import Source
 from launcher.plan import Plan
 from launcher.recipe import Data, Recipe
 from launcher.seeds import derive
@@ -96,7 +99,15 @@ class Reader(Dataset[MicroBatch | LauncherError]):
     on nothing else. A data set's batched `__getitems__` is used where it draws no random numbers.
     """
 
-    def __init__(self, recipe: Recipe, data: Data) -> None:
+    def __init__(self, recipe: Recipe, data: Data, source: Source | None = None) -> None:
+        self._source = source
+        self.held_files: dict[int, OpenFile] = {}
+        """Files that the data sets have held open since they were made."""
+
+        self._fill(recipe, data)
+
+    def _fill(self, recipe: Recipe, data: Data) -> None:
+        self.data = data
         self._seed = recipe.seed
         self._count = recipe.count
         self._collate: Callable[[list[Any]], Any] = data.collate or default_collate
@@ -105,9 +116,46 @@ class Reader(Dataset[MicroBatch | LauncherError]):
             "evaluation": callable(getattr(data.evaluation, "__getitems__", None)),
         }
         self._sent: set[str] = set()
-        self.data = data
-        self.held_files: dict[int, OpenFile] = {}
-        """Files that the data sets have held open since they were made."""
+        self._is_filled = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a spawned worker makes the data anew from; data sets are not sent."""
+        return {"_source": self._source, "_is_filled": False, "held_files": {}}
+
+    def _make_anew(self) -> None:
+        """Call the recipe's data() in this process, a spawned worker, as the rank has done.
+
+        Raises:
+            RecipeError: It cannot be imported, or its data() raised.
+        """
+        assert self._source is not None
+        before = Generators()
+        try:
+            recipe = self._source.build()
+            seed_all(recipe.seed)
+            self._fill(recipe, recipe.data())
+        except Exception as error:  # noqa: BLE001  # whatever the recipe's own code raises
+            own = isinstance(error, LauncherError)
+            place = "" if own else f"\n\n{traceback.format_exc().rstrip()}"
+            raise RecipeError(
+                "worker_start=spawn: a DataLoader worker imports the recipe and calls data(), and "
+                f"{self._source.recipe} failed there: {type(error).__name__}: {error}{place}"
+            ) from None
+        finally:
+            before.restore()
+
+    def check_start(self, method: str) -> None:
+        """Refuse to spawn workers that could not make the data anew.
+
+        Raises:
+            RecipeError: It is not known where the recipe comes from.
+        """
+        if method == "spawn" and self._source is None:
+            raise RecipeError(
+                "worker_start=spawn has each DataLoader worker import the recipe and call data(), "
+                "and where this recipe was imported from is not known. Start it with `launcher "
+                "run` or launcher.main, or use worker_start=fork."
+            )
 
     def path_read_through(self, request: Request) -> str | None:
         """Read in this process; return the file of `held_files` that this moves, if any."""
@@ -119,6 +167,8 @@ class Reader(Dataset[MicroBatch | LauncherError]):
     def __getitem__(self, request: Request) -> MicroBatch | LauncherError:
         """Return the micro-batch, or what went wrong, as a value that crosses processes whole."""
         try:
+            if not self._is_filled:
+                self._make_anew()
             answer = self._answer(request)
             if is_worker() and request.split not in self._sent:
                 check_sendable(answer.batch, request.split)
@@ -179,12 +229,48 @@ def micro_batches(reader: Reader, requests: Iterable[Request], plan: Plan) -> It
 
     Raises:
         WorldError: Workers cannot send anything from here.
+        RecipeError: Workers are to be spawned, and it is not known where the recipe comes from.
     """
     workers = plan.workers_per_rank
     if not workers and not plan.pin_memory:
-        return map(_checked, map(reader.__getitem__, requests))
+        return map(checked, map(reader.__getitem__, requests))
+    answers = read_ahead(
+        reader,
+        requests,
+        workers=workers,
+        method=plan.settings["worker_start"],
+        prefetch_factor=plan.prefetch_factor,
+        pin_memory=plan.pin_memory,
+    )
+    return map(checked, answers)
+
+
+def read_ahead(
+    reader: Reader,
+    requests: Iterable[Request],
+    *,
+    workers: int,
+    method: str,
+    prefetch_factor: int | None = None,
+    pin_memory: bool = False,
+) -> Iterator[MicroBatch | LauncherError]:
+    """Start workers that answer `requests`; return the answers in their order.
+
+    Args:
+        reader: Answers them.
+        requests: What to read.
+        workers: How many processes read; 0 reads in this one.
+        method: How they start, `fork` or `spawn`.
+        prefetch_factor: Answers that each holds ready; None without workers.
+        pin_memory: Whether tensors are in page-locked memory.
+
+    Raises:
+        WorldError: Workers cannot send anything from here.
+        RecipeError: Workers are to be spawned, and it is not known where the recipe comes from.
+    """
     if workers:
         check_temporary_folder()
+        reader.check_start(method)
     with warnings.catch_warnings():
         # The plan has weighed workers against cores, and has told the user.
         warnings.filterwarnings("ignore", message="This DataLoader will create")
@@ -194,13 +280,14 @@ def micro_batches(reader: Reader, requests: Iterable[Request], plan: Plan) -> It
             batch_size=None,
             collate_fn=_as_it_is,
             num_workers=workers,
-            prefetch_factor=plan.prefetch_factor,
-            pin_memory=plan.pin_memory,
+            prefetch_factor=prefetch_factor,
+            pin_memory=pin_memory,
             worker_init_fn=partial(start_worker, os.getpid()) if workers else None,
-            multiprocessing_context="fork" if workers else None,
+            multiprocessing_context=method if workers else None,
         )
-        answers = iter(loader)
-    return map(_checked, answers)
+        # A spawned worker listens to signals from the beginning, and ignores them only later.
+        with signals_held() if method == "spawn" else contextlib.nullcontext():
+            return iter(loader)
 
 
 def _describe(request: Request, samples: list[Any]) -> dict[str, Any]:
@@ -234,7 +321,8 @@ def _calling(
         ) from None
 
 
-def _checked(answer: MicroBatch | LauncherError) -> MicroBatch:
+def checked(answer: MicroBatch | LauncherError) -> MicroBatch:
+    """Return the answer, or raise the error that it is."""
     if isinstance(answer, LauncherError):
         raise answer
     return answer

@@ -37,7 +37,7 @@ from launcher.engine.state import group_values, write_groups
 from launcher.engine.trial import Known, try_out
 from launcher.errors import LauncherError, TrainingError, WorldError
 from launcher.events import record_event, record_past_failure
-from launcher.job import Start
+from launcher.job import Source, Start
 from launcher.plan import Plan
 from launcher.recipe import Recipe
 from launcher.report.progress import Progress, metrics_text
@@ -115,6 +115,7 @@ def train_rank(
     start: Start | None = None,
     last_step: int | None = None,
     trial: bool = True,
+    source: Source | None = None,
     at: Callable[[int, str], None] = lambda *_: None,
 ) -> Result | None:
     """Build what the recipe describes, train it, and write the result.
@@ -129,6 +130,7 @@ def train_rank(
         start: From which checkpoint to go on; None begins at the beginning.
         last_step: Steps to take; None is all that are planned.
         trial: Whether a few samples are looked at first, and a run that would be wrong is refused.
+        source: What the recipe is built from; spawned DataLoader workers need it.
         at: Is told how far this rank is: steps taken, and what comes next.
 
     Returns:
@@ -141,7 +143,14 @@ def train_rank(
     first_step = 0 if found is None else found[1].step
     steps = plan.total_steps if last_step is None else last_step
     trainee = build_trainee(
-        recipe, plan, backend, first_step=first_step, last_step=steps, trial=trial, at=at
+        recipe,
+        plan,
+        backend,
+        first_step=first_step,
+        last_step=steps,
+        trial=trial,
+        source=source,
+        at=at,
     )
     trainee = _recorded(trainee, run_dir, first_step)
     fresh = group_values(trainee.optimizer)

@@ -123,7 +123,8 @@ def _check_files(trainee: Trainee, consequence: LauncherError | None = None) -> 
             were forked.
     """
     plan, reader = trainee.plan, trainee.reader
-    if plan.workers_per_rank < 2 or not moved_files(reader.held_files):
+    forks = plan.settings["worker_start"] == "fork"
+    if plan.workers_per_rank < 2 or not forks or not moved_files(reader.held_files):
         return
     # The rank itself may have moved it, while it built the model. So it reads a sample: whatever
     # moves now is what reading moves.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import io
 import multiprocessing.util
@@ -9,6 +10,8 @@ import os
 import pickle
 import signal
 import tempfile
+from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -34,6 +37,25 @@ def start_worker(rank_pid: int, _: int) -> None:
     for number in (signal.SIGINT, *STOP_SIGNALS):
         signal.signal(number, signal.SIG_IGN)
     faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Hold back what asks a run to stop, in this process and for good in those that it starts."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *STOP_SIGNALS})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def remove_semaphores() -> None:
+    """Remove the semaphores of spawned workers, before this process ends without a clean-up.
+
+    A process of multiprocessing's own watches them, and would warn of those that are left.
+    """
+    if getattr(resource_tracker._resource_tracker, "_fd", None) is not None:  # noqa: SLF001
+        multiprocessing.util._run_finalizers(0)  # type: ignore[attr-defined]  # noqa: SLF001
 
 
 def is_worker() -> bool:
