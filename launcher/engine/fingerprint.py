@@ -209,8 +209,8 @@ def _number(value: float) -> Any:
 
 
 def _unknown(value: Any) -> dict[str, str]:
-    kind = type(value)
-    return {"type": f"{kind.__module__}.{kind.__qualname__}"}
+    # Without its module, which is called __main__ where a recipe's file is run.
+    return {"type": type(value).__qualname__}
 
 
 def _sum(content: bytes) -> str:

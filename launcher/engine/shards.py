@@ -199,11 +199,8 @@ def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
                     raise _damaged(path, member.offset, f"{member.name} is cut off")
                 if not _is_content(path, member):
                     continue
-                place = file.tell()
                 file.seek(member.offset_data - BLOCKSIZE)
-                header = file.read(BLOCKSIZE)
-                file.seek(place)
-                yield member, header
+                yield member, file.read(BLOCKSIZE)
         except (tarfile.TarError, OSError) as error:
             raise _damaged(path, archive.offset, str(error)) from None
         _check_end(path, file, archive.offset)

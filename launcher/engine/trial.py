@@ -169,6 +169,9 @@ def _fingerprint(
             if differs is not None:
                 changing[number] = differs
             samples.setdefault(number, description)
+    if changing:  # these can be compared with nothing
+        for split in (found["train"], found["evaluation"] or {}):
+            split.pop("samples", None)
     return found, changing
 
 
