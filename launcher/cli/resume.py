@@ -63,14 +63,20 @@ def command(
     launcher resume runs/digits-20260101-120000 --from 120 epochs=40
     """
     from launcher.checkpoints import changes, check_resumable, find_checkpoint, list_checkpoints
-    from launcher.errors import CheckpointError
+    from launcher.errors import EXIT_USAGE, CheckpointError
     from launcher.job import Start, describe_run, plan_recipe
     from launcher.launch import Stops
     from launcher.machine import read_machine
     from launcher.multinode import check_restarts, make_once, met
     from launcher.overrides import Override, read_arguments
     from launcher.resolve import resolve
-    from launcher.rundir import RunDir, open_run_dir, read_run, write_resumption
+    from launcher.rundir import (
+        RunDir,
+        open_run_dir,
+        read_run,
+        write_atomic,
+        write_resumption,
+    )
 
     stops = Stops()  # before anything slow
     showing = shows(quiet=quiet, as_json=as_json)
@@ -123,8 +129,9 @@ def command(
         write_resumption(folder, description)
         return folder
 
+    before_it = folder.run_yaml.read_text(encoding="utf-8")
     with met(machines, plan) as meeting:
-        return start(
+        code = start(
             reference,
             given,
             plan,
@@ -136,3 +143,6 @@ def command(
             begin=Start(step=chosen.step, fall_back=auto, accept=accept),
             changes=changes(manifest, plan) if manifest is not None else (),
         )
+    if code == EXIT_USAGE:  # it was refused: the run is what it was
+        write_atomic(folder.run_yaml, before_it)
+    return code

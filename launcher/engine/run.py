@@ -152,11 +152,13 @@ def train_rank(
         source=source,
         at=at,
     )
-    trainee = _recorded(trainee, run_dir, first_step)
     fresh = group_values(trainee.optimizer)
     if found is not None:
         _restore(trainee, *found)
     tried = try_out(trainee, recipe, _known(start, found)) if trial else None
+    if found is not None:  # nothing refuses to go on any more
+        _go_back(backend, run_dir, found[0])
+    trainee = _recorded(trainee, run_dir, first_step)
     progress = output.progress(steps) if backend.rank == 0 else None
     with _tracking(recipe, plan, backend, run_dir) as trackers:
         recorder = Recorder(run_dir, backend.rank, recipe.record_samples, progress, trackers)
@@ -199,7 +201,7 @@ def train_rank(
 def _find(
     start: Start | None, backend: Backend, run_dir: RunDir, plan: Plan
 ) -> tuple[Checkpoint, Manifest] | None:
-    """Return the undamaged checkpoint to go on from; what came after it is put away (collective).
+    """Return the undamaged checkpoint to go on from (collective).
 
     None begins at the beginning, in a folder where a run may have failed before its first one.
 
@@ -218,15 +220,20 @@ def _find(
     checkpoint, manifest = load_newest(candidates, backend, fall_back=start.fall_back, tell=tell)
     check_resumable(manifest, plan, checkpoint.name, start.accept)
     if backend.rank == 0:
-        for later in there:
+        record_past_failure(run_dir)  # or another could not be recorded
+    return checkpoint, manifest
+
+
+def _go_back(backend: Backend, run_dir: RunDir, checkpoint: Checkpoint) -> None:
+    """Put away what the run wrote after the checkpoint that it goes on from (collective)."""
+    if backend.rank == 0:
+        for later in list_checkpoints(run_dir):
             if later.step > checkpoint.step:
                 set_aside(later)
         keep_until(run_dir, checkpoint.step)
         run_dir.result.unlink(missing_ok=True)
-        record_past_failure(run_dir)
     backend.broadcast(None)
-    tell(f"resumed from {checkpoint.name}")
-    return checkpoint, manifest
+    _tell(backend, f"resumed from {checkpoint.name}")
 
 
 def _known(start: Start | None, found: tuple[Checkpoint, Manifest] | None) -> Known | None:
