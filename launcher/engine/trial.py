@@ -274,23 +274,23 @@ def _check_loss(trainee: Trainee, recipe: Recipe, batches: list[Any]) -> None:
     loss = functools.partial(_loss_of, trainee, recipe)
     try:
         found = [loss(batch, 1) for batch in batches]
-        if not _is_mean(found, tolerance):
+        if not trainee.backend.any_rank(_is_mean(found, tolerance)):
             return
         again = [loss(batch, 2) for batch in batches]
     except (torch.OutOfMemoryError, MemoryError, torch.distributed.DistError):
         raise
-    except Exception:  # noqa: BLE001  # some models and losses work in training alone
+    except Exception:  # noqa: BLE001  # some models work in training alone
         return
-    first, second = found[0][0], again[0][0]
-    if _is_mean(again, tolerance) and abs(first - second) <= _QUIET * abs(first):
-        (whole, _), (one, _), (other, _) = found
-        size = len(trainee.sampler.trial()[0].indices)
-        raise RecipeError(
-            f"The recipe's loss returned a mean instead of a sum: {whole:.4g} for {size} samples, "
-            f"and {one:.4g} and {other:.4g} for their halves. Every gradient would be too small, "
-            "by the number of items in a micro-batch. Return (sum, count), as with "
-            "reduction='sum': launcher divides by the count over the whole global batch."
-        )
+    if not _is_mean(again, tolerance) or not _near(found[0][0], again[0][0], _QUIET):
+        return
+    (whole, _), (one, _), (other, _) = found
+    size = len(trainee.sampler.trial()[0].indices)
+    raise RecipeError(
+        f"The recipe's loss returned a mean instead of a sum: {whole:.4g} for {size} samples, and "
+        f"{one:.4g} and {other:.4g} for their halves. Every gradient would be too small, by the "
+        "number of items in a micro-batch. Return (sum, count), as with reduction='sum': launcher "
+        "divides by the count over the whole global batch."
+    )
 
 
 def _is_mean(found: list[tuple[float, float]], tolerance: float) -> bool:
@@ -301,18 +301,28 @@ def _is_mean(found: list[tuple[float, float]], tolerance: float) -> bool:
     if not math.isfinite(whole + total) or not items or abs(whole) < torch.finfo().tiny:
         return False
     mean = sum(loss * count for loss, count in halves) / items
-    near = tolerance * abs(whole)
-    return abs(whole - mean) <= near and abs(whole - total) > 10 * near
+    return _near(whole, mean, tolerance) and not _near(whole, total, 10 * tolerance)
+
+
+def _near(one: float, other: float, tolerance: float) -> bool:
+    return abs(one - other) <= tolerance * abs(one)
 
 
 def _loss_of(trainee: Trainee, recipe: Recipe, batch: Any, seed: int) -> tuple[float, float]:
+    """Return (sum, count) of the loss, or NaN where it fails: some losses work in training alone.
+
+    The ranks go on alike in any case, for the model's next forward may be collective.
+    """
     torch.manual_seed(seed)
     backend = trainee.backend
     placed = backend.to_device(batch)
     with backend.autocast():
         outputs = recipe.forward(trainee.model, placed)
-        total, count = sum_and_count(recipe.loss, outputs, placed, name="The recipe's loss")
-    return float(total), float(count)
+        try:
+            total, count = sum_and_count(recipe.loss, outputs, placed)
+            return float(total), float(count)
+        except Exception:  # noqa: BLE001  # the first step tells what it is
+            return math.nan, 0.0
 
 
 def _check_metrics(trainee: Trainee, recipe: Recipe, batch: Any) -> None:
