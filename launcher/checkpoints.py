@@ -176,7 +176,10 @@ def check_resumable(
     """
     was, now = manifest.agreement, json.loads(json.dumps(plan.agreement()))
     for key in _SAME:
-        if key == "train_samples" and ("data" in accept or None in (was.get(key), now.get(key))):
+        if key == "train_samples" and (
+            "data" in accept
+            or (None in (was.get(key), now.get(key)) and manifest.values.get("data") is not None)
+        ):
             continue  # where only one of them is known, the data itself is compared
         if was.get(key) != now.get(key):
             hint = ""

@@ -115,21 +115,27 @@ class Reader(Dataset[MicroBatch | LauncherError]):
             "train": callable(getattr(data.train, "__getitems__", None)),
             "evaluation": callable(getattr(data.evaluation, "__getitems__", None)),
         }
+        self._lengths = [_length(data.train), _length(data.evaluation)]
         self._sent: set[str] = set()
         self._is_filled = True
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a spawned worker makes the data anew from; data sets are not sent."""
-        return {"_source": self._source, "_is_filled": False, "held_files": {}}
+        return {
+            "_source": self._source,
+            "_lengths": self._lengths,
+            "_is_filled": False,
+            "held_files": {},
+        }
 
     def _make_anew(self) -> None:
         """Call the recipe's data() in this process, a spawned worker, as the rank has done.
 
         Raises:
-            RecipeError: It cannot be imported, or its data() raised.
+            RecipeError: It cannot be imported, its data() raised, or returned another number of samples.
         """
         assert self._source is not None
-        before = Generators()
+        before, expected = Generators(), self._lengths
         try:
             recipe = self._source.build()
             seed_all(recipe.seed)
@@ -143,6 +149,13 @@ class Reader(Dataset[MicroBatch | LauncherError]):
             ) from None
         finally:
             before.restore()
+        if self._lengths != expected:
+            raise RecipeError(
+                f"worker_start=spawn: data() returned {self._lengths[0]:,} training and "
+                f"{self._lengths[1]:,} evaluation samples in a DataLoader worker, and "
+                f"{expected[0]:,} and {expected[1]:,} in the rank. It must return the same in "
+                "every process."
+            )
 
     def check_start(self, method: str) -> None:
         """Refuse to spawn workers that could not make the data anew.
@@ -288,6 +301,10 @@ def read_ahead(
         # A spawned worker listens to signals from the beginning, and ignores them only later.
         with signals_held() if method == "spawn" else contextlib.nullcontext():
             return iter(loader)
+
+
+def _length(dataset: Any) -> int:
+    return len(dataset) if hasattr(dataset, "__len__") else 0
 
 
 def _describe(request: Request, samples: list[Any]) -> dict[str, Any]:

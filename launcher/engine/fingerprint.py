@@ -285,13 +285,16 @@ def classes_of(dataset: Any) -> Any:
     torchvision's data sets call them `classes` or `class_to_idx`; data sets that wrap another have
     it as `dataset`.
     """
-    for each in _wrapped(dataset):
-        for name in ("class_to_idx", "classes"):
-            found = getattr(each, name, None)
-            if isinstance(found, Mapping):
-                return describe([f"{key} {value}" for key, value in found.items()])
-            if isinstance(found, (list, tuple)):
-                return describe(list(found))
+    try:
+        for each in _wrapped(dataset):
+            for name in ("class_to_idx", "classes"):
+                found = getattr(each, name, None)
+                if isinstance(found, Mapping):
+                    return describe([f"{key} {value}" for key, value in found.items()])
+                if isinstance(found, (list, tuple)):
+                    return describe(list(found))
+    except Exception:  # noqa: BLE001  # whatever the user's own attributes raise
+        return None
     return None
 
 

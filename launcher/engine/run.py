@@ -28,13 +28,14 @@ from launcher.engine.backends.base import Backend
 from launcher.engine.build import build_trainee
 from launcher.engine.checkpoint import StoredState, load_newest
 from launcher.engine.flops import CountedForward
+from launcher.engine.identity import Known
 from launcher.engine.keeper import Keeper
 from launcher.engine.logs import Output
 from launcher.engine.loop import Trainee, train
 from launcher.engine.placement import device_name
 from launcher.engine.recorder import Recorder
 from launcher.engine.state import group_values, write_groups
-from launcher.engine.trial import Known, try_out
+from launcher.engine.trial import try_out
 from launcher.errors import LauncherError, TrainingError, WorldError
 from launcher.events import record_event, record_past_failure
 from launcher.job import Source, Start

@@ -108,7 +108,8 @@ class Sampler:
         parts = [whole, whole[:half], whole[half:]] if half else [whole]
         requests = [Request("train", 0, part, counts=False, trial=True) for part in parts]
         if self.evaluation_samples:
-            held_out = self._some(self.evaluation_samples, _TRIAL_EVALUATION_SAMPLES)
+            few = min(_TRIAL_EVALUATION_SAMPLES, self.plan.micro_batch_size)
+            held_out = self._some(self.evaluation_samples, few)
             requests.append(Request("evaluation", 0, held_out, counts=False, trial=True))
         return requests
 
