@@ -132,7 +132,7 @@ class Reader(Dataset[MicroBatch | LauncherError]):
         """Call the recipe's data() in this process, a spawned worker, as the rank has done.
 
         Raises:
-            RecipeError: It cannot be imported, its data() raised, or returned another number of samples.
+            RecipeError: It cannot be imported, or its data() raised or returned other lengths.
         """
         assert self._source is not None
         before, expected = Generators(), self._lengths
