@@ -208,3 +208,20 @@ def test_trying_to_send_leaves_nothing() -> None:
     check_sendable({"x": [tensor, tensor[:3]], "y": ("text", 1, None)}, "train")
     assert (open_files(), threading.active_count()) == before
     assert not tensor.is_shared()  # type: ignore[no-untyped-call]
+
+
+def test_a_hang_in_the_first_samples_is_ended(packed: Commands) -> None:
+    """The ranks are watched from the first sample on, and the workers are named."""
+    recipe = packed.folder / "packed.py"
+    text = RECIPE.replace(
+        "            if self.file is None:",
+        "            import signal\n            signal.pause()\n            if self.file is None:",
+    )
+    recipe.write_text(text)
+    done = packed(
+        *("launcher", "run", "packed.py", "-n", "1", "kind=lazy", "hang_timeout=1"),
+        *("--out", "out"),
+    )
+    assert done.exit_code == 1, done.stdout
+    assert "is reading data" in done.stderr
+    assert "num_workers=0" in done.stderr

@@ -35,7 +35,7 @@ from launcher.engine.loop import Trainee, train
 from launcher.engine.placement import device_name
 from launcher.engine.recorder import Recorder
 from launcher.engine.state import group_values, write_groups
-from launcher.engine.trial import try_out
+from launcher.engine.trial import Tried, try_out
 from launcher.errors import LauncherError, TrainingError, WorldError
 from launcher.events import record_event, record_past_failure
 from launcher.job import Source, Start
@@ -156,19 +156,20 @@ def train_rank(
     fresh = group_values(trainee.optimizer)
     if found is not None:
         _restore(trainee, *found)
-    tried = try_out(trainee, recipe, _known(start, found)) if trial else None
+    known = _known(start, found)
+    tried = try_out(trainee, recipe, step=first_step, known=known) if trial else Tried()
     if found is not None:  # nothing refuses to go on any more
         _go_back(backend, run_dir, found[0])
     trainee = _recorded(trainee, run_dir, first_step)
     progress = output.progress(steps) if backend.rank == 0 else None
     with _tracking(recipe, plan, backend, run_dir) as trackers:
         recorder = Recorder(run_dir, backend.rank, recipe.record_samples, progress, trackers)
-        for text in () if tried is None else tried.warnings:
+        for text in tried.warnings:
             recorder.warned(text)
         keeper = None
         if stop is not None:
             stop.defer()
-            data = None if tried is None else tried.fingerprint
+            data = tried.fingerprint
             keeper = Keeper(trainee, stop, run_dir, groups=fresh, listener=recorder, data=data)
         started = time.perf_counter()
         try:

@@ -43,19 +43,23 @@ _QUIET = 1e-4
 class Tried:
     """What a trial has shown."""
 
-    fingerprint: dict[str, Any]
-    """Lengths, classes and a few samples of the data, as values that JSON can hold."""
+    fingerprint: dict[str, Any] | None = None
+    """Lengths, classes and a few samples of the data, as values that JSON can hold; None where
+    nothing was looked at."""
 
-    warnings: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
     """What the user should know, the same on every rank."""
 
 
-def try_out(trainee: Trainee, recipe: Recipe, known: Known | None = None) -> Tried:
+def try_out(
+    trainee: Trainee, recipe: Recipe, *, step: int = 0, known: Known | None = None
+) -> Tried:
     """Look at the samples that the trainee's next micro-batches hold (collective).
 
     Args:
         trainee: Its next micro-batches are those of `Sampler.trial`.
         recipe: What is trained; its `forward` is called, and not the trainee's, which counts.
+        step: Steps that were taken before.
         known: The data of the run that is resumed; None begins anew.
 
     Raises:
@@ -66,7 +70,9 @@ def try_out(trainee: Trainee, recipe: Recipe, known: Known | None = None) -> Tri
     """
     backend = trainee.backend
     compare_ranks(lengths_of(trainee), backend)
+    trainee.at(step, "reading data")  # from here on the ranks are watched for a hang
     taken = _read(trainee)
+    trainee.at(step, "computing")
     fingerprint, changing = fingerprint_of(trainee, taken)
     warnings = check_repeatable(trainee, changing)
     compare_ranks(fingerprint, backend)
