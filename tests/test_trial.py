@@ -170,6 +170,16 @@ def test_an_older_checkpoint_goes_on(run: Commands, folder: Path) -> None:
     done = run("launcher", "run", "odd.py", "-n", "1", "--out", "out")
     assert done.exit_code == 0, done.stderr
     path = folder / "out/checkpoints/step-00000004/checkpoint.json"
+    for command in (("launcher", "run", "odd.py", "-n", "1"), ("python", "odd.py")):
+        done = run(*command, "--accept", "data")
+        assert done.exit_code == 2, "there is nothing to accept in a run that begins"
+    before = contents(folder / "out")
+    done = run(
+        *("launcher", "run", "odd.py", "-n", "1", "steps=5", "order=cab"),
+        *("--out", "out", "--continue"),
+    )
+    assert done.exit_code == 2
+    assert contents(folder / "out") == before
     manifest = json.loads(path.read_text())
     assert manifest["values"].pop("data")["train"]["length"] == 40
     path.write_text(json.dumps(manifest))

@@ -21,7 +21,7 @@ from launcher.cli.arguments import (
     shows_options,
 )
 from launcher.cli.start import find_machines, start, start_on_hosts
-from launcher.errors import UsageError
+from launcher.errors import EXIT_USAGE, UsageError
 
 
 @click.command(cls=SettingsCommand, short_help="Train a recipe.")
@@ -80,6 +80,7 @@ def command(
         RunDir,
         create_run_dir,
         open_run_dir,
+        write_atomic,
         write_resumption,
         write_yaml,
     )
@@ -107,10 +108,12 @@ def command(
     if hosts is not None:
         return start_on_hosts(hosts, Path.cwd(), rendezvous, ssh)
     description = describe_run(reference, built, plan)
+    said: list[str] = []
 
     def make() -> RunDir:
         if goes_on and out is not None and (out / "run.yaml").is_file():
             begun = open_run_dir(out)
+            said.append(begun.run_yaml.read_text(encoding="utf-8"))
             write_resumption(begun, description)
             return begun
         if goes_on and out is not None and (out / "submission.json").is_file():
@@ -123,7 +126,7 @@ def command(
     with met(machines, plan) as meeting:
         run_dir = make_once(meeting, make)
         begun = goes_on and list_checkpoints(run_dir)
-        return start(
+        code = start(
             reference,
             given,
             plan,
@@ -134,3 +137,6 @@ def command(
             meeting=meeting,
             begin=Start(fall_back=True, accept=accept) if begun else None,
         )
+    if code == EXIT_USAGE and begun and said:  # it was refused: the run is what it was
+        write_atomic(run_dir.run_yaml, said[0])
+    return code
