@@ -134,6 +134,11 @@ def test_what_cannot_be_compared_is_the_same() -> None:
     nested.append(nested)
     assert same(nested, nested)
     assert len(json.dumps(describe(nested))) < 1000
+    wide: Any = 1.5
+    for _ in range(8):
+        wide = [wide] * 100
+    assert len(json.dumps(describe(wide))) < 1e6
+    assert len(json.dumps(describe({str(number): number for number in range(10**5)}))) < 1e4
 
 
 def test_classes_keep_their_order() -> None:

@@ -46,7 +46,7 @@ def build_data(kind):
     class Records:
         def __init__(self):
             self.file = path.open("rb") if kind != "lazy" else None
-            self.log = open("log.txt", "a")
+            self.log = open("log.txt", "a+")
             self.content = path.read_bytes()
             OPEN.append(self.file)
 

@@ -35,7 +35,10 @@ _SMALL_ARRAY = 256
 _SMALL_BYTES = 64
 """Elements up to which an array of uint8 is compared exactly."""
 
-_DEPTH = 6
+_KEYS = 64
+_DEPTH, _WIDE = 5, 2
+"""Levels of nested containers that are looked into, and those of which more is written out."""
+
 _SHOWN_CHARACTERS = 60
 _CLOSE = 1e-4
 _LOOSE_MEAN, _LOOSE_ELEMENT = 0.02, 0.1
@@ -108,13 +111,22 @@ def _describe(value: Any, depth: int) -> Any:
     if children is None or depth >= _DEPTH:
         return _unknown(value)
     if isinstance(children, dict):
-        return {"mapping": {str(k): describe(v, depth + 1) for k, v in children.items()}}
+        return _describe_mapping(children, depth)
     return _describe_list(children, depth)
 
 
+def _describe_mapping(children: dict[Any, Any], depth: int) -> Any:
+    chosen = sorted(children, key=str)[:_KEYS]
+    found = {str(key): describe(children[key], depth + 1) for key in chosen}
+    return (
+        {"mapping": found} if len(chosen) == len(children) else [len(children), {"mapping": found}]
+    )
+
+
 def _describe_list(children: list[Any], depth: int) -> Any:
-    first = [describe(each, depth + 1) for each in children[:_LISTED]]
-    if len(children) <= _LISTED:
+    most = _LISTED if depth < _WIDE else _LISTED // 4
+    first = [describe(each, depth + 1) for each in children[:most]]
+    if len(children) <= most:
         return first
     if all(isinstance(each, (str, int)) for each in children):
         return {"list": first, "length": len(children), "sha256": _sum(repr(children).encode())}

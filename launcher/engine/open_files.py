@@ -28,7 +28,8 @@ def open_files() -> dict[int, OpenFile]:
                 continue
             text = Path(f"/proc/self/fdinfo/{name}").read_text(encoding="ascii")
             values = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-            if int(values["flags"], 8) & os.O_ACCMODE == os.O_WRONLY:
+            flags = int(values["flags"], 8)
+            if flags & os.O_ACCMODE == os.O_WRONLY or flags & os.O_APPEND:  # written, as logs are
                 continue
             path = Path(f"/proc/self/fd/{name}").readlink()
             found[descriptor] = OpenFile(str(path), status.st_ino, int(values["pos"]))
