@@ -73,7 +73,7 @@ def difference(one: Any, other: Any, place: str = "") -> Difference | None:
     elif _equal(one, other):
         return None
     else:
-        return Difference(place, shown(one), shown(other))
+        return Difference(place, *_shown_apart(one, other))
     found = (difference(a, b, f"{place}{key}") for key, a, b in pairs)
     return next((each for each in found if each is not None), None)
 
@@ -99,6 +99,21 @@ def shown(description: Any) -> str:
     else:
         text = json.dumps(description, ensure_ascii=False)
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
+
+
+def _shown_apart(one: Any, other: Any) -> tuple[str, str]:
+    """Return both descriptions in a few words, from where they differ if need be."""
+    texts = shown(one), shown(other)
+    if texts[0] != texts[1]:
+        return texts
+    whole = json.dumps(one), json.dumps(other)
+    pairs = enumerate(zip(*whole, strict=False))
+    start = next((place for place, (a, b) in pairs if a != b), 0)
+    start = max(whole[0].rfind(" ", 0, start), 0)
+    return (
+        f"...{whole[0][start:][:_SHOWN_CHARACTERS]}",
+        f"...{whole[1][start:][:_SHOWN_CHARACTERS]}",
+    )
 
 
 def _describe(value: Any, depth: int) -> Any:

@@ -94,7 +94,13 @@ def compare_known(own: dict[str, Any], known: Known) -> None:
     """
     if known.accepted or known.fingerprint is None:
         return
-    found = differing_data(known.fingerprint, own)
+    try:
+        found = differing_data(known.fingerprint, own)
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise CheckpointError(
+            f"{known.checkpoint}: what checkpoint.json says of the data is damaged. Resume from "
+            "another with --from, or add `--accept data` to go on without it."
+        ) from None
     if found is not None:
         what, before, now = found
         raise CheckpointError(
@@ -119,9 +125,10 @@ def differing_data(one: Mapping[str, Any], other: Mapping[str, Any]) -> Differen
             continue
         found = difference(own.get("classes"), against.get("classes"))
         if found is not None:
-            return found._replace(place=f"the order of the {title} classes, at {found.place},")
+            where = f", at {found.place}," if found.place else ""
+            return found._replace(place=f"the list of {title} classes{where}")
         samples, others = own.get("samples", {}), against.get("samples", {})
-        for number in samples.keys() & others.keys():
+        for number in (number for number in samples if number in others):
             found = difference(samples[number], others[number])
             if found is not None:
                 where = f", at {found.place}," if found.place else ""
