@@ -181,7 +181,14 @@ def test_an_older_checkpoint_goes_on(run: Commands, folder: Path) -> None:
     assert done.exit_code == 2
     assert contents(folder / "out") == before
     manifest = json.loads(path.read_text())
-    assert manifest["values"].pop("data")["train"]["length"] == 40
+    kept = manifest["values"]["data"]
+    assert kept["train"]["length"] == 40
+    manifest["values"]["data"] = {"train": {"length": 40, "samples": 7}}
+    path.write_text(json.dumps(manifest))
+    done = run("launcher", "resume", "out", "steps=5")
+    assert done.exit_code == 2
+    assert "damaged" in done.stderr
+    del manifest["values"]["data"]
     path.write_text(json.dumps(manifest))
     done = run(
         *("launcher", "run", "odd.py", "-n", "1", "steps=5", "order=cab"),

@@ -230,9 +230,10 @@ def _undisturbed(trainee: Trainee) -> Iterator[None]:
         if on_gpu is not None:
             torch.cuda.set_rng_state(on_gpu, device)
         generators.restore()
-        for module, name, buffer, content in buffers:
-            module._buffers[name] = buffer  # noqa: SLF001
-            buffer.copy_(content)
+        with torch.no_grad():
+            for module, name, buffer, content in buffers:
+                module._buffers[name] = buffer  # noqa: SLF001
+                buffer.copy_(content)
         for module, mode in modes:
             module.training = mode
 
