@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 _HEAVY = ("torch", "numpy", "pandas", "sklearn", "transformers", "accelerate", "deepspeed")
 _SOME = 4
+_OPENING = (
+    "open files and connections in __getitem__, when a process first needs them, and not in "
+    "__init__; or use worker_start=spawn, where each worker calls data() itself"
+)
 
 
 def heavy_imports(before: Collection[str]) -> list[str]:
@@ -86,6 +90,7 @@ def judge(found: Inspection, plan: Plan) -> Iterator[Finding]:
         )
     yield _loss(found)
     yield from _written(found)
+    yield from _metrics(found)
     yield from _split(found)
     if found.batch_norms and (notes := lone_sample_notes(plan, found.num_samples)):
         yield warning(
@@ -117,6 +122,20 @@ def _written(found: Inspection) -> Iterator[Finding]:
 def _data(found: Inspection) -> Finding:
     evaluation = "none" if found.num_evaluation is None else f"{found.num_evaluation:,}"
     counts = f"{found.num_samples:,} training samples, {evaluation} held out; {found.batch}"
+    if found.shared_file is not None:
+        return failure(
+            "data",
+            f"{counts}; DataLoader workers share the position of the open file {found.shared_file},"
+            " and each moves it under the others",
+            _OPENING,
+        )
+    if found.differing_in_workers and not found.changing_samples:
+        return failure(
+            "data",
+            f"{counts}; samples {_some(map(str, found.differing_in_workers))} were others when two "
+            "DataLoader workers read at once",
+            _OPENING,
+        )
     if found.changing_samples:
         return failure(
             "data",
@@ -146,6 +165,17 @@ def _loss(found: Inspection) -> Finding:
             "return len(batch[0]) as the count, or give Recipe(count=...), (batch) -> items",
         )
     return ok("loss", f"(sum, count), {found.count:g} items in a batch")
+
+
+def _metrics(found: Inspection) -> Iterator[Finding]:
+    for name, text in found.metrics.items():
+        yield failure("metrics", f"{name}: {text}", "return (sum, count), as the loss does")
+    if found.empty_metrics:
+        yield warning(
+            "metrics",
+            f"{_some(found.empty_metrics)} counted nothing, or the sum was not finite",
+            "look at what they make of evaluation samples",
+        )
 
 
 def _split(found: Inspection) -> Iterator[Finding]:

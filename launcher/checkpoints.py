@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
@@ -85,6 +85,9 @@ class Values(_AllValues, total=False):
 
     Checkpoints of earlier versions lack what is declared here.
     """
+
+    data: dict[str, Any] | None
+    """What the data was: lengths, classes and a few samples, as `engine.identity` compares them."""
 
     extra: dict[str, Any]
     """What `get_extra_state` of modules returned: `extra/<module>`, or `extra/<module>@<rank>`."""
@@ -251,18 +254,33 @@ def damage_error(
     return CheckpointError(f"{checkpoint.path} is damaged: {damage}. {other}")
 
 
-def check_resumable(manifest: Manifest, plan: Plan, name: str) -> None:
+def check_resumable(
+    manifest: Manifest, plan: Plan, name: str, accept: Collection[str] = ()
+) -> None:
     """Refuse to go on with a plan that takes other samples than the run that was.
+
+    Args:
+        manifest: What the checkpoint says of itself.
+        plan: How the run would go on.
+        name: The checkpoint's, for the message.
+        accept: What may differ: with `data` the number of training samples may.
 
     Raises:
         CheckpointError: It names what differs.
     """
     was, now = manifest.agreement, json.loads(json.dumps(plan.agreement()))
     for key in _SAME:
+        if key == "train_samples" and (
+            "data" in accept
+            or (None in (was.get(key), now.get(key)) and manifest.values.get("data") is not None)
+        ):
+            continue  # where only one of them is known, the data itself is compared
         if was.get(key) != now.get(key):
             hint = ""
             if key == "batch_size" and now.get("batch_size_per_gpu") is not None:
                 hint = " (batch_size_per_gpu lets it follow the ranks)"
+            if key == "train_samples":
+                hint = " (`--accept data` goes on with other data on purpose)"
             raise CheckpointError(
                 f"{name} was written with {key} {was.get(key)}, and the plan has {now.get(key)}"
                 f"{hint}: the samples of its steps would be others. Resume it with {key} "

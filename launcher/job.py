@@ -44,7 +44,25 @@ class Start:
     """Whether an earlier one is taken where it is damaged."""
 
     accept: tuple[str, ...] = ()
-    """What the user accepts of the checkpoint on purpose, such as `missing-state`."""
+    """What the user accepts of the checkpoint on purpose: `data`, `missing-state`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What another process builds a recipe from; it can be sent there."""
+
+    recipe: str
+    """Location of the recipe function."""
+
+    overrides: tuple[Override, ...] = ()
+
+    def build(self) -> Recipe:
+        """Return the recipe with its overrides.
+
+        Raises:
+            LauncherError: It cannot be imported or built.
+        """
+        return build(resolve(self.recipe), self.overrides).recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +96,19 @@ class Job:
     memory_bytes: int | None = None
     """The most that each rank may use, of its GPU's memory or of the host's; None is all."""
 
+    trial: bool = True
+    """Whether a few samples are looked at first, and a run that would be wrong is refused."""
+
     seconds: float | None = None
     """For how long a probe measures; None where it counts steps."""
 
     meeting_place: Path | None = None
     """A folder of this machine in which its ranks find each other, while they run."""
+
+    @property
+    def source(self) -> Source:
+        """What its recipe is built from."""
+        return Source(recipe=self.recipe, overrides=self.overrides)
 
 
 def plan_recipe(

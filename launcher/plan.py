@@ -21,6 +21,7 @@ from launcher.world import World
 
 _OF_THE_NODE = (
     "num_workers",
+    "worker_start",
     "workers_per_rank",
     "prefetch_factor",
     "pin_memory",

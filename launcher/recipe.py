@@ -52,6 +52,9 @@ class Data:
     Randomness in `__getitem__` (augmentation) is drawn from `random`, `numpy.random` or `torch` as
     usual: the engine seeds all three by (seed, epoch, sample) before each call, so that neither
     ranks nor workers change it.
+
+    DataLoader workers are forked from a process that holds the data sets, and share the position of
+    every file that is open in it: open files in `__getitem__`, when a process first needs them.
     """
 
     train: Any
@@ -189,6 +192,9 @@ class Recipe:
 
     num_workers: NonNegativeInt | None = None
     """DataLoader workers per rank; None is four, capped by the usable cores."""
+
+    worker_start: Literal["fork", "spawn"] = "fork"
+    """fork: workers are copies of the rank; spawn: each imports the recipe and calls data()."""
 
     prefetch_factor: PositiveInt | None = None
     """Batches that each worker holds ready; None is 2."""

@@ -18,7 +18,8 @@ from launcher import Data, Recipe, sgd
 def odd() -> Recipe:
     return Recipe(
         name="odd", model=build_model, data=build_data, loss=loss, batch_size=4, lr=0.1,
-        lr_batch_size=4, steps=3, optimizer=sgd(), train_samples=16,
+        lr_batch_size=4, steps=3, optimizer=sgd(), train_samples=16, num_workers=2,
+        metrics={"own": lambda outputs, batch: {metric}},
     )
 
 
@@ -29,10 +30,20 @@ def build_model():
 
 
 def build_data():
+    import os
+
     import torch
     from torch.utils.data import TensorDataset
 
-    return Data(train=TensorDataset(torch.randn(16, 3), torch.randn(16)))
+    train = TensorDataset(torch.randn(16, 3), torch.randn(16))
+    built = os.getpid()
+
+    class ByProcess(TensorDataset):
+        def __getitem__(self, index):
+            x, y = super().__getitem__(index)
+            return x + (os.getpid() != built), y
+
+    return Data(train={train}, evaluation=train)
 
 
 def loss(outputs, batch):
@@ -43,6 +54,8 @@ RIGHT = {
     "imports": "json",
     "model": "return nn.Linear(3, 1)",
     "loss": "errors.sum(), len(errors)",
+    "metric": "(outputs.sum(), len(outputs))",
+    "train": "train",
 }
 UNUSED = """class Net(nn.Module):
         def __init__(self):
@@ -63,6 +76,15 @@ UNUSED = """class Net(nn.Module):
         ({"loss": "errors.mean(), len(errors)"}, "failure", "loss", "it returned a mean"),
         ({"loss": "errors.sum(), 2 * len(errors)"}, "failure", "loss", "counted 16 items"),
         ({"model": UNUSED}, "warning", "model", "other.weight, other.bias get no gradient"),
+        ({"metric": "outputs.mean()"}, "failure", "metrics", "own returned a tensor of shape ()"),
+        ({"metric": "batch[7]"}, "failure", "metrics", "IndexError"),
+        ({"metric": "(outputs.sum(), 0)"}, "warning", "metrics", "counted nothing"),
+        (
+            {"train": "ByProcess(*train.tensors)"},
+            "failure",
+            "data",
+            "others when two DataLoader workers read at once",
+        ),
         (
             {"loss": "errors.sum() / 0, len(errors)"},
             "failure",
@@ -113,8 +135,10 @@ def test_a_recipe_for_several_ranks_is_tried_out(run: Commands) -> None:
 
 def test_a_recipe_that_raises_is_shown(run: Commands) -> None:
     """With its traceback, once."""
-    text = HEAD.replace("{imports}", "json").replace("{model}", "raise OSError('no such thing')")
-    (run.folder / "odd.py").write_text(text.replace("{loss}", "1, 1"))
+    text = HEAD
+    for name, value in (RIGHT | {"model": "raise OSError('no such thing')"}).items():
+        text = text.replace(f"{{{name}}}", value)
+    (run.folder / "odd.py").write_text(text)
     done = run("launcher", "check", "odd.py")
     assert done.exit_code == 1
     assert done.stderr.count("OSError: no such thing") == 1
@@ -158,3 +182,49 @@ def test_only_the_name_is_renamed() -> None:
     assert renamed(text, "old", "new") == (
         'def new(x):\n    """An old one."""\n    return m.old(x, new, "new", "an old", older)\n'
     )
+
+
+CONTENTS = {
+    "missing": "torch.tensor([float('nan'), 1.0, 2.0])",
+    "arrays": "torch.ones(3).numpy()",
+    "objects": "Pair(torch.ones(3), object())",
+}
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+def test_what_samples_may_hold(run: Commands, content: str) -> None:
+    """NaN, arrays, and objects of the recipe's own are the same when they are read again."""
+    text = HEAD.replace("return Data(train={train}, evaluation=train)", "return samples()")
+    for name, value in RIGHT.items():
+        text = text.replace(f"{{{name}}}", value)
+    text = text.replace("errors = (outputs.squeeze(1) - batch[1])", "errors = outputs.squeeze(1)")
+    text = text.replace("data=build_data,", "data=build_data, forward=forward,")
+    text += f"""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Pair:
+    x: object
+    y: object
+
+
+def samples():
+    import torch
+
+    def collate(samples):
+        return samples[0], samples
+
+    return Data(train=[{CONTENTS[content]} for _ in range(16)], collate=collate)
+
+
+def forward(model, batch):
+    import torch
+
+    return model(torch.ones(len(batch[1]), 3))
+"""
+    text = text.replace("len(errors)", "len(batch[1])")
+    (run.folder / "odd.py").write_text(text)
+    done = run("launcher", "check", "odd.py")
+    assert done.exit_code == 0, done.stdout + done.stderr

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from support import ROOT
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from launcher import Data, Recipe, RecipeError, SampleError
-from launcher.engine.data import MicroBatch, Reader, sample_count
+from launcher.engine.data import MicroBatch, Reader, checked, sample_count
+from launcher.engine.fingerprint import same
 from launcher.engine.randomness import Generators
 from launcher.engine.sampler import Request
+from launcher.job import Source
+from recipes.digits import digits
 
 
 def reader(train: Any, **changes: Any) -> Reader:
@@ -129,8 +134,64 @@ def test_a_failing_sample_is_named() -> None:
     assert "test_reader.py" in str(answer)
 
 
+def test_a_failing_collate_names_its_samples() -> None:
+    """As a failing sample is named; so does a failing count."""
+
+    def raising(_: Any) -> Any:
+        raise KeyError("mask")
+
+    collating = Reader(digits(), Data(train=Drawn(), collate=raising))
+    for answer in (collating[request(3, 4)], reader(Drawn(), count=raising)[request(3, 4)]):
+        assert isinstance(answer, SampleError)
+        assert "raised KeyError for sample 3, 4 (epoch 0)" in str(answer)
+
+
+def test_a_trial_describes_its_samples() -> None:
+    """By their numbers, before they are collated; other requests describe nothing."""
+    asked = Request("train", 0, [7, 2], counts=False, trial=True)
+    for data in (TensorDataset(torch.arange(10)), ReadTogether(), [(i,) for i in range(10)]):
+        answer = reader(data)[asked]
+        assert isinstance(answer, MicroBatch)
+        assert answer.samples is not None
+        assert list(answer.samples) == ["7", "2"]
+        assert answer.samples["7"] != answer.samples["2"]
+    assert read(ReadTogether(), 7, 2).samples is None
+
+
+def test_a_spawned_worker_makes_the_data_anew() -> None:
+    """What is sent to it is where the recipe comes from; the samples are the same."""
+    source = Source(recipe=f"{ROOT}/recipes/digits.py:digits")
+    recipe = source.build()
+    own = Reader(recipe, recipe.data(), source)
+    sent = pickle.dumps(own)
+    assert len(sent) < 1000
+    answers = own[request(3, 4)], pickle.loads(sent)[request(3, 4)]
+    assert same(*(checked(answer).batch for answer in answers))
+
+
+def test_a_spawned_worker_tells_what_it_lacks() -> None:
+    """As an answer, because an error while it starts would be a hang or a death."""
+    with pytest.raises(RecipeError, match="worker_start=fork"):
+        reader(Drawn()).check_start("spawn")
+    recipe = digits()
+    for location, data, words in (
+        (f"{ROOT}/recipes/missing.py:digits", recipe.data(), "missing.py"),
+        (f"{ROOT}/recipes/digits.py:digits", Data(train=Drawn()), "100 and 0"),
+    ):
+        own = Reader(recipe, data, Source(recipe=location))
+        answer = pickle.loads(pickle.dumps(own))[request(1)]
+        assert isinstance(answer, RecipeError)
+        assert words in str(answer)
+
+
 @pytest.mark.parametrize(
-    ("data", "message"), [([], "is empty"), (iter([1]), "no __getitem__"), (None, "NoneType")]
+    ("data", "message"),
+    [
+        ([], "is empty"),
+        ({"a": [1], "b": [2]}, "keys 'a', 'b'"),
+        (iter([1]), "no __getitem__"),
+        (None, "NoneType"),
+    ],
 )
 def test_data_that_cannot_be_shared_is_refused(data: Any, message: str) -> None:
     """Empty data and data without a length or index are refused by name."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -119,6 +120,90 @@ def test_what_cannot_be_read_from_anywhere_is_refused(folder: Path) -> None:
             archive.addfile(tarfile.TarInfo("a.x"), io.BytesIO())
     with pytest.raises(RecipeError, match=r"a\.x twice in one sample"):
         Shards([folder / "4.tar"])
+
+
+@pytest.mark.parametrize(
+    ("damage", "word"),
+    [
+        ("header", "header"),
+        ("inside a file", "cut off"),
+        ("inside a header", "middle of a header"),
+        ("after a file", "no end mark"),
+        ("joined", "behind its end mark"),
+        ("zeros", "nothing but zeros"),
+    ],
+)
+def test_a_damaged_shard_is_refused(folder: Path, damage: str, word: str) -> None:
+    """With its name and where: no sample is missing without a word."""
+    path = folder / "2.tar"
+    whole = path.read_bytes()  # 28 files of a header and a block each
+    at = {
+        "header": 10 * 1024,
+        "inside a file": 8 * 1024,
+        "inside a header": 10 * 1024,
+        "after a file": 10 * 1024,
+        "joined": len(whole),
+        "zeros": 10 * 1024,
+    }[damage]
+    flipped = bytearray(whole)
+    flipped[at + 3 if at < len(whole) else 0] ^= 1
+    path.write_bytes(
+        {
+            "header": bytes(flipped),
+            "inside a file": whole[: at + 520],
+            "inside a header": whole[: at + 100],
+            "after a file": whole[:at],
+            "joined": whole + (folder / "0.tar").read_bytes(),
+            "zeros": whole[:at] + bytes(2 << 20),
+        }[damage]
+    )
+    with pytest.raises(RecipeError) as caught:
+        Shards([path])
+    assert str(path) in str(caught.value)
+    assert f"byte {at:,}" in str(caught.value)
+    assert word in str(caught.value)
+
+
+def test_a_bit_anywhere_in_a_header_is_seen(folder: Path) -> None:
+    """Each byte that the header's sum covers."""
+    path = folder / "1.tar"
+    whole = path.read_bytes()
+    for place in range(1024, 1024 + 512, 7):
+        damaged = bytearray(whole)
+        damaged[place] ^= 4
+        path.write_bytes(damaged)
+        with pytest.raises(RecipeError):
+            Shards([path])
+
+
+def test_a_link_is_refused(folder: Path) -> None:
+    """Its content stands somewhere else, and the sample would lack it."""
+    with tarfile.open(folder / "3.tar", "w") as archive:
+        archive.addfile(tarfile.TarInfo("a.x"), io.BytesIO())
+        link = tarfile.TarInfo("b.x")
+        link.type, link.linkname = tarfile.LNKTYPE, "a.x"
+        archive.addfile(link)
+    with pytest.raises(RecipeError, match=r"b\.x as a link to a\.x"):
+        Shards([folder / "3.tar"])
+
+
+def test_a_shard_that_was_exchanged_is_noticed(folder: Path) -> None:
+    """When it is read and when it is opened, though size and time are those that were."""
+    path = folder / "0.tar"
+    shards = Shards([path])
+    status = path.stat()
+    names = [f"other/{number:03}.{kind}" for number in range(5) for kind in "xy"]
+    with tarfile.open(path, "w") as archive:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = 3
+            archive.addfile(member, io.BytesIO(b"new"))
+    assert path.stat().st_size == status.st_size
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(RecipeError, match="has changed"):
+        shards[3]
+    anew = Shards([path])
+    assert anew[3] == {"__key__": "other/003", "x": b"new", "y": b"new"}
 
 
 def test_the_same_samples_in_any_world(folder: Path, run: Commands) -> None:

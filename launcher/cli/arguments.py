@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 
 Function = Callable[..., Any]
 
+ACCEPTABLE = {
+    "data": "the data is not that of the checkpoint (data)",
+    "missing-state": "the checkpoint lacks state, which begins anew (missing-state)",
+}
+"""What the user can accept of the checkpoint that a run is resumed from, and what that means."""
+
 
 class Bytes(click.ParamType[int]):
     """A number of bytes with its unit: 2GiB, 512M, 1500MB."""
@@ -132,12 +138,12 @@ def out_option(function: Function) -> Function:
 
 
 def accept_option(function: Function) -> Function:
-    """Take what is accepted of a checkpoint on purpose."""
+    """Take what a resumed run may have otherwise than its checkpoint."""
     return click.option(
         "--accept",
+        type=click.Choice(tuple(ACCEPTABLE)),
         multiple=True,
-        type=click.Choice(["missing-state"]),
-        help="missing-state: resume although the checkpoint lacks state; it begins anew.",
+        help=f"Go on although {'; or although '.join(ACCEPTABLE.values())}.",
     )(function)
 
 

@@ -31,9 +31,10 @@ if TYPE_CHECKING:
 def command(recipe: str, overrides: tuple[str, ...], config: Path | None, *, as_json: bool) -> int:
     """Build what RECIPE describes and take a few samples through it, on the CPU.
 
-    Looks at what importing it loads, whether samples stay the same, the model's outputs are finite
-    and all of its weights are used, whether the loss returns (sum, count), and at what depends on
-    the number of ranks. The exit code is 1 where a run would fail, or be wrong.
+    Looks at what importing it loads, whether samples stay the same, also in DataLoader workers,
+    whether the model's outputs are finite and all of its weights are used, whether the loss and
+    the metrics return (sum, count), and at what depends on the number of ranks. The exit code is 1
+    where a run would fail, or be wrong.
 
     \b
     launcher check digits

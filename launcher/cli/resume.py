@@ -25,9 +25,10 @@ from launcher.cli.start import find_machines, start, start_on_hosts
 from launcher.errors import CheckpointError, RunDirError
 
 if TYPE_CHECKING:
-    from launcher.checkpoints import Manifest
+    from launcher.checkpoints import Checkpoint, Manifest
     from launcher.overrides import Built
     from launcher.plan import Plan
+    from launcher.rundir import RunDir
 
 
 @click.command(cls=SettingsCommand, short_help="Go on with a run from a checkpoint.")
@@ -71,12 +72,7 @@ def command(
     launcher resume runs/digits-20260101-120000 -n 4 strategy=fsdp
     launcher resume runs/digits-20260101-120000 --from 120 epochs=40
     """
-    from launcher.checkpoints import (
-        check_resumable,
-        damage_error,
-        find_checkpoint,
-        list_checkpoints,
-    )
+    from launcher.checkpoints import check_resumable
     from launcher.job import Start, describe_run, plan_recipe
     from launcher.launch import Stops
     from launcher.machine import read_machine
@@ -84,7 +80,7 @@ def command(
     from launcher.overrides import Override, build, read_arguments
     from launcher.ownership import check_unowned, own
     from launcher.resolve import resolve
-    from launcher.rundir import RunDir, open_run_dir, read_run, write_resumption
+    from launcher.rundir import open_run_dir, read_run, write_resumption
 
     stops = Stops()  # before anything slow
     showing = shows(quiet=quiet, as_json=as_json)
@@ -93,14 +89,8 @@ def command(
     check_restarts(machines, max_restarts)
     folder = open_run_dir(run_dir)
     check_unowned(folder.path)
-    said = read_run(folder)
-    found = list_checkpoints(folder)
-    if not found:
-        raise CheckpointError(
-            f"{folder.shown} has no checkpoint: the run ended before its first. Start it anew with "
-            f"`launcher run {said['recipe']}`."
-        )
-    chosen = found[0] if name is None else find_checkpoint(folder, name)
+    said, text = read_run(folder), folder.run_yaml.read_text(encoding="utf-8")
+    chosen = _choose(folder, name, said["recipe"])
     if Path.cwd() != Path(said["folder"]) and Path(said["folder"]).is_dir():
         os.chdir(said["folder"])  # what the recipe reads may be named from there
     reference = resolve(said["recipe"])
@@ -118,15 +108,9 @@ def command(
         nproc_per_node=nproc,
         elsewhere=hosts is not None,
     )
-    try:
-        manifest = chosen.read_manifest()
-    except CheckpointError as error:
-        earlier = [each for each in found if each.step < chosen.step]
-        if not (auto and earlier):
-            raise damage_error(chosen, str(error), earlier) from None
-        manifest = None  # the ranks take an earlier one, and say so
+    manifest = _read_manifest(folder, chosen, auto=auto)
     if manifest is not None:
-        check_resumable(manifest, plan, chosen.name)
+        check_resumable(manifest, plan, chosen.name, accept)
         if manifest.step >= plan.total_steps and folder.result.exists():
             click.echo(
                 f"{folder.shown} is finished: {manifest.step:,} of {plan.total_steps:,} steps are "
@@ -160,7 +144,42 @@ def command(
             meeting=meeting,
             begin=Start(step=chosen.step, fall_back=auto, accept=accept),
             changes=_changes(manifest, said["plan"], build(reference, before), (built, plan)),
+            restores=text,
         )
+
+
+def _choose(folder: RunDir, name: str | None, recipe: str) -> Checkpoint:
+    """Return the checkpoint called `name`, or the newest.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    from launcher.checkpoints import find_checkpoint, list_checkpoints
+
+    found = list_checkpoints(folder)
+    if not found:
+        raise CheckpointError(
+            f"{folder.shown} has no checkpoint: the run ended before its first. Start it anew with "
+            f"`launcher run {recipe}`."
+        )
+    return found[0] if name is None else find_checkpoint(folder, name)
+
+
+def _read_manifest(folder: RunDir, chosen: Checkpoint, *, auto: bool) -> Manifest | None:
+    """Return what the chosen checkpoint says of itself; None where the ranks take an earlier one.
+
+    Raises:
+        CheckpointError: It is damaged, and none is to be taken in its place.
+    """
+    from launcher.checkpoints import damage_error, list_checkpoints
+
+    try:
+        return chosen.read_manifest()
+    except CheckpointError as error:
+        earlier = [each for each in list_checkpoints(folder) if each.step < chosen.step]
+        if not (auto and earlier):
+            raise damage_error(chosen, str(error), earlier) from None
+        return None
 
 
 def _changes(

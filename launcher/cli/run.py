@@ -10,6 +10,7 @@ import click
 
 from launcher.cli.arguments import (
     SettingsCommand,
+    accept_option,
     config_option,
     max_restarts_option,
     nodes_options,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Where --out has been begun, go on from its newest undamaged checkpoint.",
 )
+@accept_option
 @max_restarts_option
 @shows_options
 def command(
@@ -54,6 +56,7 @@ def command(
     join_timeout: float | None,
     config: Path | None,
     out: Path | None,
+    accept: tuple[str, ...],
     max_restarts: int,
     *,
     goes_on: bool,
@@ -83,6 +86,10 @@ def command(
     showing = shows(quiet=quiet, as_json=as_json)
     if goes_on and out is None:
         raise UsageError("--continue goes on with the run in --out: give that folder as well.")
+    if accept and not goes_on:
+        raise UsageError(
+            f"--accept {accept[0]} is about a run that goes on: give --continue as well."
+        )
     machines = find_machines(hosts, nodes, rendezvous, join_timeout)
     check_restarts(machines, max_restarts)
     reference = resolve(recipe)
@@ -98,10 +105,13 @@ def command(
     if hosts is not None:
         return start_on_hosts(hosts, Path.cwd(), rendezvous, ssh)
     description = describe_run(reference, built, plan)
+    said: list[str] = []
 
     with ExitStack() as held, met(machines, plan) as meeting:
 
         def make() -> RunDir:
+            if goes_on and out is not None and (out / "run.yaml").is_file():
+                said.append((out / "run.yaml").read_text(encoding="utf-8"))
             return make_run_dir(
                 out, plan.recipe, description, held, goes_on=goes_on, with_ranks=True
             )
@@ -117,5 +127,6 @@ def command(
             shows=showing,
             restarts=max_restarts,
             meeting=meeting,
-            begin=Start(fall_back=True) if begun else None,
+            begin=Start(fall_back=True, accept=accept) if begun else None,
+            restores=said[0] if begun and said else None,
         )

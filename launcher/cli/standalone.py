@@ -14,6 +14,7 @@ import click
 from launcher.cli import echo_if_possible, run_command
 from launcher.cli.arguments import (
     SettingsCommand,
+    accept_option,
     config_option,
     out_option,
     overrides_argument,
@@ -57,15 +58,24 @@ def _command(function: Callable[..., Recipe]) -> click.Command:
         metavar="RUN_DIR",
         help="Go on with a run from its newest undamaged checkpoint.",
     )
+    @accept_option
     def command(
-        overrides: tuple[str, ...], config: Path | None, out: Path | None, resume: Path | None
+        overrides: tuple[str, ...],
+        config: Path | None,
+        out: Path | None,
+        resume: Path | None,
+        accept: tuple[str, ...],
     ) -> int:
+        if accept and resume is None:
+            raise UsageError(
+                f"--accept {accept[0]} is about a run that goes on: give --resume as well."
+            )
         if out is not None and resume is not None:
             raise UsageError(
                 f"--out {out} makes a run folder and --resume {resume} goes on in one: keep one."
             )
         try:
-            return _train(function, overrides, config, out, resume, stop)
+            return _train(function, overrides, config, out, resume, accept, stop)
         except (UsageError, LostRankError):
             # Most mistakes are found by every rank of a node. The first of them says so and ends,
             # and then the launcher ends the others; one that lives on was alone in finding it.
@@ -82,10 +92,11 @@ def _train(
     config: Path | None,
     out: Path | None,
     resume: Path | None,
+    accept: tuple[str, ...],
     stop: StopRequest,
 ) -> int:
     from launcher.accelerate_settings import accelerate_settings
-    from launcher.job import Start, describe_run, plan_recipe
+    from launcher.job import Source, Start, describe_run, plan_recipe
     from launcher.machine import read_machine
     from launcher.ownership import own
     from launcher.report.explain import explain
@@ -128,8 +139,9 @@ def _train(
         write_resumption(taken, description)
         return taken
 
-    start = Start(fall_back=True) if resume is not None else None
-    return found_rank(built.recipe, plan, world, settle, stop=stop, start=start)
+    start = Start(fall_back=True, accept=accept) if resume is not None else None
+    source = Source(recipe=reference.location, overrides=overrides)
+    return found_rank(built.recipe, plan, world, settle, stop=stop, start=start, source=source)
 
 
 def _help(function: Callable[..., Recipe]) -> str:

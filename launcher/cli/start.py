@@ -119,12 +119,29 @@ def start(
     meeting: Meeting | None = None,
     begin: Start | None = None,
     changes: Iterable[str] = (),
+    restores: str | None = None,
 ) -> int:
-    """Show the plan, and what it changes of the run before; train; return the exit code."""
+    """Show the plan, and what it changes of the run before; train; return the exit code.
+
+    Args:
+        reference: The recipe.
+        overrides: What it was built with.
+        plan: How it is trained.
+        run_dir: Where.
+        stops: Handles signals.
+        shows: What is printed.
+        restores: The run.yaml that the folder gets back where the ranks refuse to go on with a run.
+        restarts: How often a failed run begins again.
+        meeting: With the other machines; None is alone.
+        begin: From which checkpoint to go on.
+        changes: What differs from the run before, in words.
+    """
+    from launcher.errors import EXIT_USAGE
     from launcher.job import Job
     from launcher.launch import launch
     from launcher.report.explain import changed_lines, explain
     from launcher.report.progress import json_line
+    from launcher.rundir import write_atomic
 
     if meeting is None or meeting.index == 0:
         if shows == "progress":
@@ -144,4 +161,6 @@ def start(
         restarts=restarts,
     )
     code = launch(job, stops=stops, meeting=meeting)
+    if code == EXIT_USAGE and restores is not None:
+        write_atomic(run_dir.run_yaml, restores)
     return code if meeting is None else meeting.part(code)

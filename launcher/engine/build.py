@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,11 +18,13 @@ from launcher.engine.data import MicroBatch, Reader, micro_batches, sample_count
 from launcher.engine.forward_writes import ForwardWrites
 from launcher.engine.loop import Trainee
 from launcher.engine.noise import STRIDE, noise_of
+from launcher.engine.open_files import open_files, opened_since
 from launcher.engine.optimizers import make_optimizer
 from launcher.engine.randomness import seed_all
 from launcher.engine.sampler import Sampler
 from launcher.engine.weights import check_savable
 from launcher.errors import RecipeError
+from launcher.job import Source
 from launcher.lone_samples import cuts_to_one
 from launcher.plan import Plan
 from launcher.recipe import Data, Recipe
@@ -37,6 +40,8 @@ def build_trainee(
     first_step: int = 0,
     last_step: int,
     evaluates: bool = True,
+    trial: bool = False,
+    source: Source | None = None,
     noise_stride: int = STRIDE,
     at: Callable[[int, str], None] = lambda *_: None,
 ) -> Trainee:
@@ -49,12 +54,15 @@ def build_trainee(
         first_step: Steps that were taken before.
         last_step: Steps to have been taken in the end.
         evaluates: Whether the evaluation data will be visited, where there is any.
+        trial: Whether the first micro-batches are those of `Sampler.trial`.
+        source: What the recipe is built from; spawned DataLoader workers need it.
         noise_stride: One step in so many is measured, if the recipe asks for the noise scale.
         at: Is told how far this rank is.
 
     Raises:
         RecipeError: The recipe or its data is at fault.
     """
+    before = open_files()
     data = backend.in_turn("read the data", lambda: build_data(recipe, plan))
     visited = data.evaluation if evaluates else None
     sampler = Sampler(
@@ -64,9 +72,14 @@ def build_trainee(
         evaluation_samples=0 if visited is None else sample_count(visited, "evaluation"),
     )
 
+    reader = Reader(recipe, data, source)
+    reader.held_files = opened_since(before)
+
     def start_reading(sampler: Sampler) -> Iterator[MicroBatch]:
         requests = sampler.requests(first_step) if first_step < last_step else sampler.evaluation()
-        return micro_batches(Reader(recipe, data), requests, plan)
+        if trial:
+            requests = itertools.chain(sampler.trial(), requests)
+        return micro_batches(reader, requests, plan)
 
     # The workers start here: they read while the model is built, and do not inherit it.
     batches = start_reading(sampler)
@@ -87,6 +100,7 @@ def build_trainee(
         optimizer=optimizer,
         num_trained=num_trained,
         sampler=sampler,
+        reader=reader,
         batches=batches,
         norms=norms,
         writes=ForwardWrites(model, backend, recipe.rank_buffers),

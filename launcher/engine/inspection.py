@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import asdict, dataclass
-from typing import Any
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +20,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves
 
-from launcher.engine.data import Reader, sample_count
+from launcher.engine.data import Reader, checked, read_ahead, sample_count
+from launcher.engine.fingerprint import same
 from launcher.engine.forward_writes import Writes
 from launcher.engine.loop import sum_and_count
+from launcher.engine.open_files import moved_files, open_files, opened_since
 from launcher.engine.randomness import seed_all
 from launcher.engine.sampler import Request
+from launcher.errors import RecipeError
+from launcher.job import Source
 from launcher.recipe import Recipe
 from launcher.rundir import RunDir, write_json
 
 _SAMPLES = 8
+_ROUNDS = 4
+"""How often two workers read each sample."""
+
 _TOLERANCE = 1e-3
 """Relative; far above rounding, far below the effects looked for."""
 
@@ -86,20 +94,38 @@ class Inspection:
     items: int
     """And those that the batch has, by the recipe's `count`."""
 
+    shared_file: str | None = None
+    """The file whose position all DataLoader workers share, if the data reads through one."""
 
-def inspect_recipe(recipe: Recipe) -> Inspection:
-    """Try out the recipe's data, model and loss on a few training samples, on the CPU."""
+    differing_in_workers: list[int] = field(default_factory=list)
+    """Samples that were others when two workers read at once."""
+
+    metrics: dict[str, str] = field(default_factory=dict)
+    """What is wrong with each metric that raised or did not return (sum, count)."""
+
+    empty_metrics: list[str] = field(default_factory=list)
+    """Metrics that counted nothing, or whose sum is not finite."""
+
+
+def inspect_recipe(recipe: Recipe, source: Source) -> Inspection:
+    """Try out the recipe's data, model, loss and metrics on a few samples, on the CPU."""
     seed_all(recipe.seed)
+    before = open_files()
     data = recipe.data()
     taken = list(range(min(_SAMPLES, sample_count(data.train, "train"))))
     half = max(len(taken) // 2, 1)
+    reader = Reader(recipe, data, source)
+    reader.held_files = opened_since(before)
+    # Before this process reads: what it opens then, workers that are forked would share.
+    in_workers, shared_file = _read_in_workers(recipe, reader, taken)
     seed_all(recipe.seed)  # as every rank does
-    reader, again = Reader(recipe, data), Reader(recipe, recipe.data())
+    again = Reader(recipe, recipe.data())
     changing = [
         index
         for index in reversed(taken)  # another order, as on other ranks
-        if not _same(_read(reader, [index]), _read(again, [index]))
+        if not same(_read(reader, [index]), _read(again, [index]))
     ]
+    alone = {index: _read(reader, [index]) for index in taken}
     whole, *parts = (_read(reader, part) for part in (taken, taken[:half], taken[half:]))
     seed_all(recipe.seed)
     model = recipe.model()
@@ -145,6 +171,11 @@ def inspect_recipe(recipe: Recipe) -> Inspection:
         outputs_finite=all(bool(torch.isfinite(each).all()) for each in leaves),
         loss_per_item=float(total) / max(float(count), 1.0),
         count=float(count),
+        shared_file=shared_file,
+        differing_in_workers=sorted(
+            {index for index, batch in in_workers if not same(batch, alone[index])}
+        ),
+        **_try_metrics(recipe, model, reader),
         items=len(taken) if recipe.count is None else int(recipe.count(whole)),
     )
 
@@ -157,6 +188,48 @@ def _writes(recipe: Recipe, model: nn.Module, batch: Any) -> Writes:
     writes = Writes(subject)
     recipe.forward(subject, batch)
     return writes
+
+
+def _read_in_workers(
+    recipe: Recipe, reader: Reader, indices: list[int]
+) -> tuple[list[tuple[int, Any]], str | None]:
+    """Read each sample several times in two workers at once, if the recipe uses workers.
+
+    Return the samples with their numbers, and the path of a file that the workers share, if any.
+    """
+    if recipe.in_memory or recipe.num_workers in (0, 1):
+        return [], None
+    requests = [
+        Request("train", 0, [index], counts=True) for _ in range(_ROUNDS) for index in indices
+    ]
+    method = recipe.worker_start
+    answers = list(read_ahead(reader, requests, workers=2, method=method, prefetch_factor=4))
+    moved = moved_files(reader.held_files) if method == "fork" else []
+    if moved:
+        return [], moved[0]
+    return [(answer.request.indices[0], answer.batch) for answer in map(checked, answers)], None
+
+
+def _try_metrics(recipe: Recipe, model: nn.Module, reader: Reader) -> dict[str, Any]:
+    """Call each metric on evaluation samples; return what is wrong with those that are wrong."""
+    wrong: dict[str, str] = {}
+    empty: list[str] = []
+    if reader.data.evaluation is not None and recipe.metrics:
+        count = min(_SAMPLES, sample_count(reader.data.evaluation, "evaluation"))
+        batch = _read(reader, list(range(count)), split="evaluation")
+        model.eval()
+        with torch.no_grad():
+            outputs = recipe.forward(model, batch)
+            for name, metric in recipe.metrics.items():
+                try:
+                    total, items = sum_and_count(metric, outputs, batch, name=name)
+                except Exception as error:  # noqa: BLE001  # whatever the recipe's own code raises
+                    own = isinstance(error, RecipeError)
+                    wrong[name] = str(error) if own else f"{type(error).__name__}: {error}"
+                    continue
+                if not float(items) or not math.isfinite(float(total)):
+                    empty.append(name)
+    return {"metrics": wrong, "empty_metrics": empty}
 
 
 def write_inspection(inspection: Inspection, run_dir: RunDir) -> None:
@@ -179,16 +252,10 @@ def _describe(batch: Any) -> str:
     return ", ".join(shapes)
 
 
-def _read(reader: Reader, indices: list[int]) -> Any:
-    answer = reader[Request("train", 0, indices, counts=True)]
-    if isinstance(answer, Exception):
-        raise answer
-    return answer.batch
-
-
-def _same(one: Any, other: Any) -> bool:
-    pairs = zip(tree_leaves(one), tree_leaves(other), strict=True)
-    return all(torch.equal(a, b) if isinstance(a, Tensor) else bool(a == b) for a, b in pairs)
+def _read(
+    reader: Reader, indices: list[int], split: Literal["train", "evaluation"] = "train"
+) -> Any:
+    return checked(reader[Request(split, 0, indices, counts=True)]).batch
 
 
 def _close(one: float, other: float) -> bool:

@@ -62,6 +62,7 @@ class Keeper:
         run_dir: Where checkpoints go.
         groups: What the optimizer's groups held when they were new.
         listener: Hears of what was saved and what could not be.
+        data: The fingerprint of the data; None where it is not known.
     """
 
     def __init__(
@@ -72,11 +73,12 @@ class Keeper:
         *,
         groups: list[dict[str, Any]],
         listener: Listener,
+        data: dict[str, Any] | None = None,
     ) -> None:
         self._trainee, self._backend, self._run_dir = trainee, trainee.backend, run_dir
         self._stop = stop
         self._every_steps, self._every_seconds = _interval(trainee.recipe.checkpoint_every)
-        self._groups, self._listener = groups, listener
+        self._groups, self._listener, self._data = groups, listener, data
         self._writing: _Writing | None = None
         self._manifest: Manifest | None = None
         self._since = time.perf_counter()
@@ -190,6 +192,7 @@ class Keeper:
                 "groups": groups,
                 "scaler": None if scaler is None else scaler.state(),
                 "extra": state.extra,
+                "data": self._data,
             },
             versions=versions(),
         )

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from launcher.engine.backends.base import Backend
 from launcher.engine.batch_norm import BatchNorms
-from launcher.engine.data import MicroBatch
+from launcher.engine.data import MicroBatch, Reader
 from launcher.engine.forward_writes import ForwardWrites
 from launcher.engine.metrics import BadSteps, Meter, Reading, StepRow, Votes
 from launcher.engine.noise import Noise, Unmeasured
@@ -62,8 +62,12 @@ class Trainee:
     """Weights that are trained, over all ranks."""
 
     sampler: Sampler
+    reader: Reader
+    """What has the samples."""
+
     batches: Iterator[MicroBatch]
-    """This rank's micro-batches, training and evaluation, in the order of `sampler.requests`."""
+    """This rank's micro-batches: those of the trial, if there is one, then training and evaluation
+    in the order of `sampler.requests`."""
 
     norms: BatchNorms
     """Those of the model."""
@@ -258,9 +262,9 @@ def evaluate(trainee: Trainee, step: int) -> dict[str, float]:
 
 
 def sum_and_count(
-    function: Callable[[Any, Any], Any], outputs: Any, batch: Any
+    function: Callable[[Any, Any], Any], outputs: Any, batch: Any, *, name: str | None = None
 ) -> tuple[Any, int | Tensor]:
-    """Call a loss or metric.
+    """Call a loss or metric, which a message calls `name`, by default as the function is called.
 
     Raises:
         RecipeError: It returned something else than (sum, count).
@@ -270,7 +274,7 @@ def sum_and_count(
         total, count = returned
         if isinstance(count, (int, Tensor)) and not (isinstance(total, Tensor) and total.ndim):
             return total, count
-    name = getattr(function, "__name__", "a loss or metric")
+    name = name or getattr(function, "__name__", "a loss or metric")
     raise RecipeError(
         f"{name} returned {_describe(returned)}; expected (sum, count): the sum over the items of "
         "the batch as one number, as with reduction='sum', and how many items that were, such as "

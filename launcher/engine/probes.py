@@ -30,6 +30,7 @@ from launcher.engine.processes import children, peak_bytes, private_bytes, run_d
 from launcher.finders.batch import MARGIN
 from launcher.finders.lr import Curve, Divergence
 from launcher.finders.noise import Measurement
+from launcher.job import Source
 from launcher.plan import Plan
 from launcher.recipe import Recipe
 from launcher.report.progress import Progress
@@ -75,6 +76,9 @@ class Probed:
     """What is measured, on one rank."""
 
     recipe: Recipe
+    source: Source
+    """What the recipe is built from."""
+
     plan: Plan
     backend: Backend
     run_dir: RunDir
@@ -90,7 +94,8 @@ class Probed:
             options: Further ones of `build_trainee`.
         """
         steps = self.plan.total_steps if last_step is None else last_step
-        given: dict[str, Any] = {"evaluates": False, "at": self.at} | options
+        given: dict[str, Any] = {"evaluates": False, "source": self.source, "at": self.at}
+        given |= options
         return build_trainee(self.recipe, self.plan, self.backend, last_step=steps, **given)
 
     @contextlib.contextmanager

@@ -25,6 +25,7 @@ from launcher.engine.backends.base import Backend
 from launcher.engine.build import build_trainee
 from launcher.engine.checkpoint import StoredState, load_newest
 from launcher.engine.flops import CountedForward
+from launcher.engine.identity import Known
 from launcher.engine.keeper import Keeper
 from launcher.engine.logs import Output
 from launcher.engine.loop import Trained, Trainee, train
@@ -32,10 +33,11 @@ from launcher.engine.module_state import lacks_extra_state
 from launcher.engine.placement import device_name
 from launcher.engine.recorder import Recorder
 from launcher.engine.state import group_values, lost_state, write_groups
+from launcher.engine.trial import Tried, try_out
 from launcher.engine.weights import save_weights
 from launcher.errors import CheckpointError, LauncherError, TrainingError, UsageError, WorldError
 from launcher.events import record_event, record_past_failure
-from launcher.job import MISSING_STATE, Start
+from launcher.job import MISSING_STATE, Source, Start
 from launcher.plan import Plan
 from launcher.recipe import Recipe
 from launcher.report.progress import Progress, metrics_text
@@ -112,6 +114,8 @@ def train_rank(
     stop: StopRequest | None = None,
     start: Start | None = None,
     last_step: int | None = None,
+    trial: bool = True,
+    source: Source | None = None,
     at: Callable[[int, str], None] = lambda *_: None,
 ) -> Result | None:
     """Build what the recipe describes, train it, and write the result.
@@ -125,6 +129,8 @@ def train_rank(
         stop: Notes what asks this rank to stop; None saves no checkpoints and cannot be stopped.
         start: From which checkpoint to go on; None begins at the beginning.
         last_step: Steps to take; None is all that are planned.
+        trial: Whether a few samples are looked at first, and a run that would be wrong is refused.
+        source: What the recipe is built from; spawned DataLoader workers need it.
         at: Is told how far this rank is: steps taken, and what comes next.
 
     Returns:
@@ -136,18 +142,34 @@ def train_rank(
     found = _find(start, backend, run_dir, plan)
     first_step = 0 if found is None else found[1].step
     steps = plan.total_steps if last_step is None else last_step
-    trainee = build_trainee(recipe, plan, backend, first_step=first_step, last_step=steps, at=at)
-    trainee = _recorded(trainee, run_dir, first_step)
+    trainee = build_trainee(
+        recipe,
+        plan,
+        backend,
+        first_step=first_step,
+        last_step=steps,
+        trial=trial,
+        source=source,
+        at=at,
+    )
     fresh = group_values(trainee.optimizer)
     if found is not None:
         _restore(trainee, *found, accept=() if start is None else start.accept)
+    known = _known(start, found)
+    tried = try_out(trainee, recipe, step=first_step, known=known) if trial else Tried()
+    if found is not None:  # nothing refuses to go on any more
+        _go_back(backend, run_dir, found[0])
+    trainee = _recorded(trainee, run_dir, first_step)
     progress = output.progress(steps) if backend.rank == 0 else None
     with _tracking(recipe, plan, backend, run_dir) as trackers:
         recorder = Recorder(run_dir, backend.rank, recipe.record_samples, progress, trackers)
+        for text in tried.warnings:
+            recorder.warned(text)
         keeper = None
         if stop is not None:
             stop.defer()
-            keeper = Keeper(trainee, stop, run_dir, groups=fresh, listener=recorder)
+            data = tried.fingerprint
+            keeper = Keeper(trainee, stop, run_dir, groups=fresh, listener=recorder, data=data)
         started = time.perf_counter()
         try:
             trained = _take_steps(trainee, recorder, keeper, first_step, steps)
@@ -197,7 +219,7 @@ def _take_steps(
 def _find(
     start: Start | None, backend: Backend, run_dir: RunDir, plan: Plan
 ) -> tuple[Checkpoint, Manifest] | None:
-    """Return the undamaged checkpoint to go on from; what came after it is put away (collective).
+    """Return the undamaged checkpoint to go on from (collective).
 
     None begins at the beginning, in a folder where a run may have failed before its first one.
 
@@ -214,17 +236,33 @@ def _find(
 
     tell = functools.partial(_tell, backend)
     checkpoint, manifest = load_newest(candidates, backend, fall_back=start.fall_back, tell=tell)
-    check_resumable(manifest, plan, checkpoint.name)
+    check_resumable(manifest, plan, checkpoint.name, start.accept)
     if backend.rank == 0:
-        for later in there:
+        record_past_failure(run_dir)  # or another could not be recorded
+    return checkpoint, manifest
+
+
+def _go_back(backend: Backend, run_dir: RunDir, checkpoint: Checkpoint) -> None:
+    """Put away what the run wrote after the checkpoint that it goes on from (collective)."""
+    if backend.rank == 0:
+        for later in list_checkpoints(run_dir):
             if later.step > checkpoint.step:
                 set_aside(later)
         keep_until(run_dir, checkpoint.step)
         run_dir.result.unlink(missing_ok=True)
-        record_past_failure(run_dir)
     backend.broadcast(None)
-    tell(f"resumed from {checkpoint.name}")
-    return checkpoint, manifest
+    _tell(backend, f"resumed from {checkpoint.name}")
+
+
+def _known(start: Start | None, found: tuple[Checkpoint, Manifest] | None) -> Known | None:
+    """Return what the checkpoint to go on from says of the data."""
+    if start is None or found is None:
+        return None
+    checkpoint, manifest = found
+    fingerprint = manifest.values.get("data")
+    return Known(
+        checkpoint=checkpoint.name, fingerprint=fingerprint, accepted="data" in start.accept
+    )
 
 
 def _recorded(trainee: Trainee, run_dir: RunDir, step: int) -> Trainee:

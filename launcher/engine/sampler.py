@@ -25,6 +25,10 @@ _GHOST_SAMPLES = 2
 """Samples of an empty micro-batch: two, because BatchNorm refuses to train on one."""
 
 
+_TRIAL_SAMPLES, _TRIAL_EVALUATION_SAMPLES = 8, 2
+"""Samples that are looked at before the first step, at most."""
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One micro-batch that a rank asks its DataLoader for."""
@@ -39,6 +43,8 @@ class Request:
 
     alone: bool = False
     """Whether BatchNorm would take statistics over one sample in this micro-step."""
+    trial: bool = False
+    """Whether it is read before the first step, to see what the samples hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +108,26 @@ class Sampler:
     def evaluation_steps(self) -> int:
         """Return the micro-batches that each rank takes in an evaluation."""
         return ceil_div(self.evaluation_samples, self._evaluation_batch)
+
+    def trial(self) -> list[Request]:
+        """Return requests for a few samples to look at before the first step, on every rank alike.
+
+        They are a batch of training samples, its two halves if it has any, and some evaluation
+        samples if there are any.
+        """
+        size = min(_TRIAL_SAMPLES, max(self.plan.micro_batch_size, 2), self.train_samples)
+        whole = self._some(self.train_samples, size - size % 2 or 1)
+        half = len(whole) // 2
+        parts = [whole, whole[:half], whole[half:]] if half else [whole]
+        requests = [Request("train", 0, part, counts=False, trial=True) for part in parts]
+        if self.evaluation_samples:
+            few = min(_TRIAL_EVALUATION_SAMPLES, self.plan.micro_batch_size)
+            held_out = self._some(self.evaluation_samples, few)
+            requests.append(Request("evaluation", 0, held_out, counts=False, trial=True))
+        return requests
+
+    def _some(self, samples: int, size: int) -> list[int]:
+        return elements_at(samples, self.plan.seed, 0, [range(min(size, samples))])[0]
 
     def requests(self, first_step: int = 0) -> Iterator[Request]:
         """Yield this rank's requests from `first_step` to the end of the run."""

@@ -40,12 +40,11 @@ from launcher.engine.run import join, train_rank
 from launcher.engine.turns import Turns
 from launcher.engine.usage import usage_of
 from launcher.engine.watch import Watch
+from launcher.engine.workers import remove_semaphores
 from launcher.errors import EXIT_RESUMABLE, LauncherError, TrainingError
-from launcher.job import Job, Start
-from launcher.overrides import build
+from launcher.job import Job, Source, Start
 from launcher.plan import Plan
 from launcher.recipe import Recipe
-from launcher.resolve import resolve
 from launcher.rundir import RunDir, write_atomic
 from launcher.signals import STOP_SIGNALS, StopRequest
 from launcher.world import World, find_world
@@ -92,6 +91,8 @@ def _train(rank: _Rank) -> int:
         stop=rank.stop,
         start=_start(rank.job),
         last_step=rank.job.last_step,
+        trial=rank.job.trial,
+        source=rank.job.source,
         at=rank.at,
     )
     return EXIT_RESUMABLE if result is None else 0
@@ -136,6 +137,7 @@ def _probe(job: Job, measure: Callable[[Probed], None]) -> int:
     def work(rank: _Rank) -> int:
         probed = Probed(
             recipe=rank.recipe,
+            source=job.source,
             plan=job.plan,
             backend=rank.backend,
             run_dir=job.run_dir,
@@ -170,7 +172,7 @@ def _launched(job: Job, work: Callable[[_Rank], int]) -> int:
         shows=job.shows,
     )
     try:
-        recipe = build(resolve(job.recipe), job.overrides).recipe
+        recipe = job.source.build()
         os.environ.setdefault("OMP_NUM_THREADS", str(job.plan.threads_per_rank))
         watch = _watch(recipe, world, job.run_dir, stop or StopRequest(), output)
         backend, _ = join(recipe, job.plan, world, lambda: job.run_dir)
@@ -223,7 +225,7 @@ def _watch(
 def _start(job: Job) -> Start | None:
     """Return where to begin: a run that failed and was started again goes on from what it saved."""
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and list_checkpoints(job.run_dir):
-        return Start(fall_back=True)
+        return replace(job.start or Start(), step=None, fall_back=True)
     return job.start
 
 
@@ -233,8 +235,8 @@ def launched_inspection(job: Job) -> None:
     die_with_parent(job.launcher_pid)
     output = open_output(job.run_dir.log(0), own_terminal=True, on_terminal=False)
     try:
-        recipe = build(resolve(job.recipe), job.overrides).recipe
-        write_inspection(inspect_recipe(recipe), job.run_dir)
+        recipe = job.source.build()
+        write_inspection(inspect_recipe(recipe, job.source), job.run_dir)
     except Exception as error:  # noqa: BLE001  # whatever the recipe's own code raises
         _leave(fail(error, World(), job.run_dir, log=output.log, show=None))
 
@@ -317,6 +319,7 @@ def found_rank(
     *,
     stop: StopRequest,
     start: Start | None,
+    source: Source,
 ) -> int:
     """Train as the rank that this process was started as by torchrun, accelerate or by hand.
 
@@ -327,6 +330,7 @@ def found_rank(
         make_run_dir: Makes the run folder or takes the one to resume; called on rank 0.
         stop: Notes what asks this process to stop.
         start: From which checkpoint to go on, if from any.
+        source: What the recipe is built from.
 
     Returns:
         The exit code of this process; of several ranks each ends here instead.
@@ -340,7 +344,15 @@ def found_rank(
         watch = _watch(recipe, world, run_dir, stop, output)
         watch.usage = usage_of(backend.device)
         result = train_rank(
-            recipe, plan, backend, run_dir, output, stop=stop, start=start, at=watch.at
+            recipe,
+            plan,
+            backend,
+            run_dir,
+            output,
+            stop=stop,
+            start=start,
+            source=source,
+            at=watch.at,
         )
         backend.close()
         watch.close()
@@ -358,6 +370,7 @@ def found_rank(
 
 def _leave(exit_code: int) -> None:
     """End this process at once, without waiting for threads or for peers that may be lost."""
+    remove_semaphores()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)

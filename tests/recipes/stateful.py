@@ -65,9 +65,11 @@ def build_everything() -> nn.Module:
                 self.seen = torch.ones(1) if self.seen is None else self.seen * 0.9
                 self.calls += 1
                 self.sums = self.sums + 0.01
-            assert self.seen is not None
-            strength = 1 + 0.1 * self.calls + self.sums.sum() + self.seen
-            outputs: Tensor = self.out(x * self.scale * self.wide * strength + 0.01 * self.near)
+            strength = 1 + 0.1 * self.calls + self.sums.sum()
+            if self.seen is not None:
+                strength = strength + self.seen
+            scale = self.scale if self.scale.numel() else 1.0
+            outputs: Tensor = self.out(x * scale * self.wide * strength + 0.01 * self.near)
             return outputs
 
     return Model()

@@ -1,0 +1,227 @@
+"""DataLoader workers: files that they share, what they can send, how they start."""
+
+from __future__ import annotations
+
+import threading
+from collections import namedtuple
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import Commands, read_lines
+
+from launcher import SampleError
+from launcher.engine.open_files import open_files
+from launcher.engine.workers import check_sendable
+
+RECIPE = """
+from launcher import Data, Recipe, constant, main
+
+
+def packed(*, kind: str = "held") -> Recipe:
+    return Recipe(
+        name="packed", model=lambda: build_model(kind), data=lambda: build_data(kind), loss=loss,
+        batch_size=16, lr=0.1, lr_batch_size=16, steps=6, schedule=constant(), num_workers=2,
+        forward=lambda model, batch: model(batch[0]), train_samples=512,
+    )
+
+
+OPEN = []
+
+
+def build_data(kind):
+    import struct
+    from pathlib import Path
+    from collections import namedtuple
+
+    import torch
+
+    path = Path("packed.bin")
+    if not path.exists():
+        content = b"".join(struct.pack("<i8f", i, *[i / 512] * 8) for i in range(512))
+        path.write_bytes(content)
+
+    class Records:
+        def __init__(self):
+            self.file = path.open("rb") if kind != "lazy" else None
+            self.log = open("log.txt", "a+")
+            self.content = path.read_bytes()
+            OPEN.append(self.file)
+
+        def __len__(self):
+            return 512
+
+        def __getitem__(self, index):
+            print(index, file=self.log, flush=True)
+            if self.file is None:
+                self.file = path.open("rb")
+            if kind == "model":
+                x = struct.unpack_from("<i8f", self.content, index * 36)[1:]
+            else:
+                self.file.seek(index * 36)
+                found, *x = struct.unpack("<i8f", self.file.read(36))
+            return torch.tensor(x), index % 3
+
+    def collate(samples):
+        if kind == "raises" and any(y == 2 for _, y in samples):
+            raise KeyError("no such class")
+        xs, ys = zip(*samples)
+        batch = torch.stack(xs), torch.tensor(ys)
+        return namedtuple("Pair", "x y")(*batch) if kind == "local" else batch
+
+    return Data(train=Records(), collate=collate)
+
+
+def build_model(kind):
+    from torch import nn
+
+    if kind == "model":
+        OPEN[0].read()
+    return nn.Linear(8, 3)
+
+
+def loss(outputs, batch):
+    from torch.nn.functional import cross_entropy
+
+    return cross_entropy(outputs, batch[1], reduction="sum"), len(batch[1])
+
+
+if __name__ == "__main__":
+    main(packed)
+"""
+
+
+@pytest.fixture
+def packed(run: Commands) -> Commands:
+    """Return what runs commands where the recipe is."""
+    (run.folder / "packed.py").write_text(RECIPE)
+    return run
+
+
+def losses_of(folder: Path) -> list[float]:
+    """Return the losses of the steps in a run folder."""
+    return [row["loss"] for row in read_lines(folder / "metrics.jsonl") if "loss" in row]
+
+
+def test_a_shared_file_is_refused(packed: Commands) -> None:
+    """Workers that are forked share the position of an open file; `check` says so as well."""
+    done = packed("launcher", "run", "packed.py", "-n", "1", "--out", "out")
+    assert done.exit_code == 2, done.stdout
+    assert str(packed.folder / "packed.bin") in done.stderr
+    assert "worker_start=spawn" in done.stderr
+    assert not (packed.folder / "out/metrics.jsonl").exists() or not losses_of(
+        packed.folder / "out"
+    )
+    done = packed("launcher", "check", "packed.py")
+    assert done.exit_code == 1
+    assert "share the position" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [("num_workers=0",), ("num_workers=1",), ("kind=lazy",), ("kind=model",)],
+)
+def test_other_files_are_no_reason_to_refuse(packed: Commands, settings: tuple[str, ...]) -> None:
+    """One reader, a file that each worker opens, one that the model reads, and a log."""
+    done = packed("launcher", "run", "packed.py", "-n", "1", *settings, "--out", "out")
+    assert done.exit_code == 0, done.stderr
+    assert len(losses_of(packed.folder / "out")) == 6
+
+
+def test_spawned_workers_open_their_own(packed: Commands) -> None:
+    """Each worker calls data() itself, so that the samples are those of one process."""
+    done = packed("launcher", "run", "packed.py", "-n", "1", "num_workers=0", "--out", "one")
+    assert done.exit_code == 0, done.stderr
+    done = packed("python", "packed.py", "worker_start=spawn", "--out", "two")
+    assert done.exit_code == 0, done.stderr
+    assert "semaphore" not in done.stderr
+    assert losses_of(packed.folder / "one") == losses_of(packed.folder / "two")
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_batch_that_cannot_be_sent_ends_the_run(packed: Commands, method: str) -> None:
+    """At once, with the type; without workers it trains."""
+    command = ("launcher", "run", "packed.py", "-n", "1", "kind=local", f"worker_start={method}")
+    done = packed(*command, "num_workers=1", "--out", "out")
+    assert done.exit_code == 1, done.stdout
+    assert "Pair" in done.stderr
+    assert "num_workers=0" in done.stderr
+    if method == "fork":
+        assert packed(*command, "num_workers=0", "--out", "alone").exit_code == 0
+
+
+def test_a_long_temporary_folder_is_refused(packed: Commands) -> None:
+    """The sockets of workers have no room for its name; without workers it trains."""
+    folder = packed.folder / ("a" * 60) / ("b" * 60)
+    folder.mkdir(parents=True)
+    command = ("launcher", "run", "packed.py", "-n", "1", "kind=lazy", "--out")
+    done = packed(*command, "out", env={"TMPDIR": str(folder)})
+    assert done.exit_code == 2, done.stdout
+    assert "TMPDIR" in done.stderr
+    done = packed(*command, "alone", "num_workers=0", env={"TMPDIR": str(folder)})
+    assert done.exit_code == 0, done.stderr
+
+
+def test_a_failing_collate_names_the_samples(packed: Commands) -> None:
+    """As the data set does."""
+    done = packed(
+        *("launcher", "run", "packed.py", "-n", "1", "kind=raises", "num_workers=0"),
+        *("--out", "out"),
+    )
+    assert done.exit_code == 1
+    assert "raised KeyError for sample " in done.stderr
+    assert "no such class" in done.stderr
+
+
+def numbers() -> Any:
+    """Yield a number."""
+    yield 1
+
+
+def unsendable() -> list[Any]:
+    """Return batches that cannot be pickled."""
+
+    @dataclass
+    class Local:
+        x: int
+
+    with_gradient = torch.ones(2, requires_grad=True) * 2
+    pair = namedtuple("pair", "x")  # made where pickle does not find it
+    return [Local(1), pair(2), threading.Lock(), numbers(), lambda: 1, {"x": [with_gradient]}]
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_what_cannot_be_sent_is_named(number: int) -> None:
+    """A batch that pickle refuses is refused with its type."""
+    batch = unsendable()[number]
+    with pytest.raises(SampleError) as caught:
+        check_sendable(batch, "train")
+    assert type(batch).__name__ in str(caught.value)
+
+
+def test_trying_to_send_leaves_nothing() -> None:
+    """No tensor is moved to shared memory, and no file is opened."""
+    tensor = torch.ones(1000)
+    before = open_files(), threading.active_count()
+    check_sendable({"x": [tensor, tensor[:3]], "y": ("text", 1, None)}, "train")
+    assert (open_files(), threading.active_count()) == before
+    assert not tensor.is_shared()  # type: ignore[no-untyped-call]
+
+
+def test_a_hang_in_the_first_samples_is_ended(packed: Commands) -> None:
+    """The ranks are watched from the first sample on, and the workers are named."""
+    recipe = packed.folder / "packed.py"
+    text = RECIPE.replace(
+        "            if self.file is None:",
+        "            import signal\n            signal.pause()\n            if self.file is None:",
+    )
+    recipe.write_text(text)
+    done = packed(
+        *("launcher", "run", "packed.py", "-n", "1", "kind=lazy", "hang_timeout=1"),
+        *("--out", "out"),
+    )
+    assert done.exit_code == 1, done.stdout
+    assert "is reading data" in done.stderr
+    assert "num_workers=0" in done.stderr
