@@ -47,7 +47,7 @@ def test_the_suite_is_what_it_says(trained: Path) -> None:
     [
         (["strategy=fsdp"], 2, "blocks.1"),
         (["strategy=zero3"], 2, "blocks.1"),
-        (["strategy=fsdp", "first=20", "swap=true"], 1, "blocks.1"),
+        (["strategy=fsdp", "first=30", "swap=true"], 1, "blocks.1"),
     ],
 )
 def test_blocks_that_a_rank_leaves_out_are_refused(

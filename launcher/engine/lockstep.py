@@ -21,7 +21,7 @@ from torch._dynamo import OptimizedModule
 
 from launcher.errors import RecipeError, TrainingError
 
-_WATCHED_PASSES = 8
+_WATCHED_PASSES = 16
 """Forward passes in which the ranks compare before each module, at about 0.1 ms each."""
 
 _END = -1
