@@ -19,6 +19,7 @@ WRITING = f"{ROOT / 'tests/recipes/writing.py'}:writing"
         (["model=mean", "strategy=fsdp"], "mean"),
         (["model=mean", "strategy=zero3"], "mean"),
         (["model=queue", "rank_buffers=average"], "last"),
+        (["model=codebook"], "codes"),
         (["model=max_norm"], "words.weight"),
         (["model=max_norm", "strategy=fsdp"], "words.weight"),
         (["model=max_norm", "strategy=zero3"], "words.weight"),
@@ -36,6 +37,20 @@ def test_what_differs_between_ranks_is_refused(
     assert not (run.folder / "out/checkpoints").exists()
 
 
+@pytest.mark.parametrize(("strategy", "exit_code"), [("ddp", 1), ("fsdp", 2)])
+def test_writes_to_the_data_of_weights_are_refused(
+    run: Commands, strategy: str, exit_code: int
+) -> None:
+    """What no version counter shows is found when it changes a bit, at the latest in step 2."""
+    done = run(
+        *("launcher", "run", WRITING, "-n", "2", "-q", "--out", "out", "model=clamped"),
+        f"strategy={strategy}",
+    )
+    assert done.exit_code == exit_code, done.stderr
+    assert "0.weight" in done.stderr
+    assert not (run.folder / "out/checkpoints").exists()
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -50,6 +65,19 @@ def test_what_is_the_same_on_all_ranks_is_trained(run: Commands, settings: list[
     """Counters, spectral norms, teachers and what is brought together go their way."""
     done = run("launcher", "run", WRITING, "-n", "2", "-q", "--out", "out", *settings)
     assert done.exit_code == 0, done.stderr
+
+
+def test_broadcast_buffers_are_those_of_the_first_rank(run: Commands) -> None:
+    """Infinities and large whole numbers of rank 0 reach all ranks as they are."""
+    done = run(
+        *("launcher", "run", WRITING, "-n", "2", "-q", "--out", "out", "model=minima"),
+        "rank_buffers=broadcast",
+    )
+    assert done.exit_code == 0, done.stderr
+    found = weights(run.folder / "out")
+    assert found["least"][8] == torch.inf
+    assert not found["least"].isnan().any()
+    assert found["largest"].abs() > 2**53
 
 
 def test_averaged_buffers_are_those_of_one_rank(run: Commands) -> None:

@@ -105,3 +105,11 @@ def test_plan_and_check_foresee_it(run: Commands) -> None:
     assert "no micro-batch has exactly" not in done.stdout
     done = run("launcher", "check", RECIPE, "samples=34", "--json")
     assert "batch of 2 samples" in done.stdout
+
+
+@pytest.mark.parametrize("ranks", ["1", "3"])
+def test_it_goes_on_on_other_ranks(run: Commands, ranks: str) -> None:
+    """Ranks that have had fewer micro-batches than others leave a checkpoint for any number."""
+    losses(run, "out", "-n", "2", "samples=34")
+    done = run("launcher", "resume", "out", "-n", ranks, "epochs=2")
+    assert done.exit_code == 0, done.stderr

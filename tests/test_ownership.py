@@ -317,3 +317,20 @@ def test_locks_of_this_machine_reach_everybody(tmp_path: Path) -> None:
     """A local disk has locks that everybody sees; the kernel's own files are not known to."""
     assert locks_are_shared(tmp_path.resolve())
     assert not locks_are_shared(Path("/proc"))
+
+
+def test_a_program_that_goes_on_owns_nothing(run: Commands) -> None:
+    """When `main` has returned, the run folder is free, although its process lives."""
+    (run.folder / "goes_on.py").write_text(
+        "from pathlib import Path\n"
+        "from launcher import main\n"
+        "from launcher.ownership import own\n"
+        "from launcher.recipes.digits import digits\n"
+        "from launcher.rundir import RunDir\n"
+        "main(digits)\n"
+        'with own(RunDir(Path("out").resolve())):\n'
+        '    print("free")\n'
+    )
+    done = run("python", "goes_on.py", "steps=2", "--out", "out")
+    assert done.exit_code == 0, done.stderr
+    assert "free" in done.stdout

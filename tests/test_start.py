@@ -209,3 +209,26 @@ def test_a_run_with_closed_streams_ends(run: Commands) -> None:
     done = run("bash", "-c", command, env=dict(os.environ))
     assert done.exit_code == 0, done.stderr
     assert (run.folder / "out/result.json").is_file()
+
+
+def test_ranks_that_torchrun_starts_again_meet_anew(run: Commands) -> None:
+    """What an attempt left in the agent's store is not taken for the word of the next."""
+    (run.folder / "again.py").write_text(
+        "from dataclasses import replace\n"
+        "from pathlib import Path\n"
+        "from launcher import Recipe, main\n"
+        "from launcher.recipes.digits import build_data, digits\n"
+        "def data():\n"
+        '    if not Path("tried").exists():\n'
+        '        Path("tried").touch()\n'
+        '        raise ValueError("the first time")\n'
+        "    return build_data()\n"
+        "def again() -> Recipe:\n"
+        '    """Digits whose data cannot be read the first time."""\n'
+        '    return replace(digits(), data=data, epochs=None, steps=2, device="cpu")\n'
+        'if __name__ == "__main__":\n'
+        "    main(again)\n"
+    )
+    done = run("torchrun", "--nproc-per-node", "2", "--max-restarts", "1", "again.py")
+    assert done.exit_code == 0, done.stdout + done.stderr
+    assert "ValueError: the first time" in done.stderr

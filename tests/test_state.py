@@ -116,7 +116,8 @@ class OneTensor:
 
     name, world_size, steps, lists_state = "test", 1, 1, True
 
-    def __init__(self, key: str) -> None:
+    def __init__(self, key: str, shape: torch.Size = torch.Size([8, 1])) -> None:  # noqa: B008
+        self.shape = shape
         self.values: Values = {"optimizer": {}, "groups": [], "scaler": None}
         self.full = f"optimizer/weight/{key}"
 
@@ -124,7 +125,7 @@ class OneTensor:
         return [self.full]
 
     def size(self, name: str) -> torch.Size | None:
-        return torch.Size([8, 1]) if name == self.full else None
+        return self.shape if name == self.full else None
 
     def dtype(self, name: str) -> torch.dtype:
         return torch.float32
@@ -148,6 +149,14 @@ def test_restored_state_lies_beside_its_weight(
     """The optimizer's state is put where torch's own load_state_dict puts it."""
     weight = torch.empty(8, 4, device="meta")  # stands for a GPU
     assert empty_state(OneTensor(key), "weight", weight, group)[key].device.type == device
+
+
+def test_the_steps_of_a_scalar_are_no_weights() -> None:
+    """A count of steps keeps its shape beside a parameter without dimensions, in a flat row too."""
+    source = OneTensor("step", torch.Size([]))
+    for row in (torch.empty(()), torch.empty(10)):
+        state = empty_state(source, "weight", row, {}, torch.Size([]))
+        assert state["step"].shape == ()
 
 
 def strip_optimizer(checkpoint: Path) -> None:

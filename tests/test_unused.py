@@ -47,6 +47,8 @@ def test_the_suite_is_what_it_says(trained: Path) -> None:
     [
         (["strategy=fsdp"], 2, "blocks.1"),
         (["strategy=zero3"], 2, "blocks.1"),
+        (["strategy=fsdp", "discard=true"], 2, "blocks.1"),
+        (["strategy=zero3", "discard=true"], 2, "blocks.1"),
         (["strategy=fsdp", "first=30", "swap=true"], 1, "blocks.1"),
     ],
 )

@@ -141,7 +141,10 @@ def _train(
 
     start = Start(fall_back=True, accept=accept) if resume is not None else None
     source = Source(recipe=reference.location, overrides=overrides)
-    return found_rank(built.recipe, plan, world, settle, stop=stop, start=start, source=source)
+    try:
+        return found_rank(built.recipe, plan, world, settle, stop=stop, start=start, source=source)
+    finally:
+        held.close()  # the program may go on after `main`
 
 
 def _help(function: Callable[..., Recipe]) -> str:

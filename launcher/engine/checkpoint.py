@@ -36,7 +36,7 @@ from launcher.checkpoints import (
     sum_file,
 )
 from launcher.engine.backends.base import Backend
-from launcher.engine.state import plain_name
+from launcher.engine.compiled import plain_name
 from launcher.errors import CheckpointError
 from launcher.rundir import write_json
 

@@ -32,6 +32,9 @@ _SAMPLED = 8
 _SMALL_ARRAY = 256
 """Elements below which an array is no image, and is compared closely."""
 
+_MOST_ELEMENTS = 1 << 20
+"""Elements of which mean and standard deviation are taken, evenly spread over a larger array."""
+
 _SMALL_BYTES = 64
 """Elements up to which an array of uint8 is compared exactly."""
 
@@ -206,7 +209,7 @@ def _describe_array(array: NDArray[Any], dtype: str, depth: int) -> Any:
     if kind == "c":
         array, kind = np.stack([array.real, array.imag]), "f"
     if kind == "f" or (array.dtype == np.uint8 and array.size > _SMALL_BYTES):
-        return {"array": name, **_moments(array.ravel().astype(np.float64))}
+        return {"array": name, **_moments(array.ravel())}
     if array.size <= _LISTED and kind in "biu":
         return {"array": name, "values": array.ravel().tolist()}
     values = array.ravel()[:_SAMPLED].tolist() if kind in "biu" else []
@@ -217,12 +220,15 @@ def _describe_array(array: NDArray[Any], dtype: str, depth: int) -> Any:
     }
 
 
-def _moments(flat: NDArray[np.float64]) -> dict[str, Any]:
+def _moments(flat: NDArray[Any]) -> dict[str, Any]:
+    size = flat.size
+    flat = flat[:: max(size // _MOST_ELEMENTS, 1)]
+    flat = flat.astype(np.float64)
     finite = flat[np.isfinite(flat)]
     # Spread over the whole: the border of an image is often of one colour.
     chosen = flat[np.linspace(0, flat.size - 1, min(_SAMPLED, flat.size)).astype(int)]
     return {
-        "size": int(flat.size),
+        "size": int(size),
         "not_finite": int(flat.size - finite.size),
         "mean": _number(float(finite.mean())) if finite.size else 0.0,
         "std": _number(float(finite.std())) if finite.size else 0.0,

@@ -2,26 +2,31 @@
 
 Each rank's forward sees other samples. What it writes, such as running averages, codebooks, queues,
 or rows of an embedding that are rescaled, is then another on each rank. BatchNorm's statistics are
-averaged (batch_norm.py); the rest is found here, by the version counters of tensors, and refused by
-name or brought together as the recipe says.
+averaged (batch_norm.py); the rest is found here, by the tensors' version counters and by the sum of
+their bits, and refused by name or brought together as the recipe says.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.hooks import RemovableHandle
 
 from launcher.engine.backends.base import Backend
-from launcher.engine.module_state import Slot, checksum, saved_slots
+from launcher.engine.compiled import plain_name
+from launcher.engine.module_state import Slot, saved_slots
 from launcher.engine.sampler import Request
-from launcher.engine.state import parameters, plain_name
+from launcher.engine.state import parameters
 from launcher.errors import RecipeError
+
+_WHOLE_NUMBERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Types as which numbers of so many bytes are added up."""
 
 
 class Seen(NamedTuple):
@@ -29,15 +34,62 @@ class Seen(NamedTuple):
 
     tensor: Tensor | None
     version: int
+    total: Tensor | None
+    """The sum of its bits, on its device; a write to `tensor.data` shows here alone. None where the
+    tensor's content is not there, as of a weight that ZeRO-3 has not gathered."""
 
     def is_written(self, now: Tensor | None) -> bool:
         """Return whether `now`, in the same place, is another tensor or was written to."""
-        return now is not self.tensor or (now is not None and now._version != self.version)  # noqa: SLF001
+        return bool(written([("", self, now)]))
 
 
 def see(tensor: Tensor | None) -> Seen:
     """Return what is to be known of a tensor, to see later whether it was written to."""
-    return Seen(tensor, 0 if tensor is None else tensor._version)  # noqa: SLF001
+    if tensor is None:
+        return Seen(None, 0, None)
+    return Seen(tensor, tensor._version, bit_sum(tensor) if _is_there(tensor) else None)  # noqa: SLF001
+
+
+def _is_there(tensor: Tensor) -> bool:
+    status = getattr(tensor, "ds_status", None)  # of DeepSpeed's, under ZeRO-3
+    return status is None or status.name == "AVAILABLE"
+
+
+@torch.no_grad()
+def bit_sum(tensor: Tensor) -> Tensor:
+    """Return the sum of a tensor's bits as whole numbers, which no order of adding changes.
+
+    Of a shard it is that of the part on this rank.
+    """
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    flat = local.detach().contiguous().reshape(-1)
+    if flat.is_complex():
+        flat = torch.view_as_real(flat).reshape(-1)
+    return flat.view(_WHOLE_NUMBERS[flat.element_size()]).sum(dtype=torch.int64)
+
+
+def written(places: Iterable[tuple[str, Seen, Tensor | None]]) -> set[str]:
+    """Return the names of places where there is another tensor now, or one that was written to."""
+    found, totals = set(), []
+    for name, before, now in places:
+        if now is not before.tensor or (now is not None and now._version != before.version):  # noqa: SLF001
+            found.add(name)
+        elif now is not None and before.total is not None and _is_there(now):
+            totals.append((name, before.total, bit_sum(now)))
+    for (name, _, _), differs in zip(totals, _differ(totals), strict=True):
+        if differs:
+            found.add(name)
+    return found
+
+
+def _differ(totals: list[tuple[str, Tensor, Tensor]]) -> list[bool]:
+    """Return whether the two sums of each entry differ, in one look at the device."""
+    if not totals:
+        return []
+    device = totals[0][1].device
+    pairs = torch.stack([(one != other).to(device) for _, one, other in totals])
+    found: list[bool] = pairs.tolist()
+    return found
 
 
 def own_slots(model: nn.Module) -> dict[str, Slot]:
@@ -62,6 +114,7 @@ class Writes:
         self._weights = {name: (each, see(each)) for name, each in parameters(model).items()}
         self._buffers = {name: (slot, see(slot.buffer)) for name, slot in own_slots(model).items()}
         self._during: set[str] = set()
+        self._sums: list[tuple[str, Tensor, Tensor]] = []
         self._handles = list(self._watch(model)) if around_modules else []
 
     def _watch(self, model: nn.Module) -> Iterator[RemovableHandle]:
@@ -70,7 +123,9 @@ class Writes:
                 before: list[_Weight] = []
                 yield module.register_forward_pre_hook(_Before(before, prefix))
                 # Before what is gathered is given up again.
-                yield module.register_forward_hook(_After(before, self._during), prepend=True)
+                yield module.register_forward_hook(
+                    _After(before, self._during, self._sums), prepend=True
+                )
 
     def stop(self) -> None:
         """Look no longer at modules."""
@@ -79,19 +134,16 @@ class Writes:
 
     def weights(self) -> dict[str, nn.Parameter]:
         """Return the parameters that were written to, by name."""
-        return {
-            name: each
-            for name, (each, before) in self._weights.items()
-            if before.is_written(each) or name in self._during
-        }
+        places = ((name, before, each) for name, (each, before) in self._weights.items())
+        around = zip(self._sums, _differ(self._sums), strict=True)
+        names = written(places) | self._during | {name for (name, *_), differs in around if differs}
+        return {name: each for name, (each, _) in self._weights.items() if name in names}
 
     def buffers(self) -> dict[str, Slot]:
         """Return the places of the buffers that were written to or replaced, by name."""
-        return {
-            name: slot
-            for name, (slot, before) in self._buffers.items()
-            if before.is_written(slot.buffer)
-        }
+        places = ((name, before, slot.buffer) for name, (slot, before) in self._buffers.items())
+        names = written(places)
+        return {name: slot for name, (slot, _) in self._buffers.items() if name in names}
 
 
 class _Weight(NamedTuple):
@@ -118,17 +170,23 @@ class _Before:
 
 
 class _After:
-    """A hook that notes which of them the forward has written to."""
+    """A hook that notes which of them were written to, and sums of bits of the others."""
 
-    def __init__(self, seen: list[_Weight], written: set[str]) -> None:
-        self._seen, self._written = seen, written
+    def __init__(
+        self, seen: list[_Weight], written: set[str], noted: list[tuple[str, Tensor, Tensor]]
+    ) -> None:
+        self._seen, self._written, self._noted = seen, written, noted
 
     def __call__(self, *_: Any) -> None:
         for name, module, key, before in self._seen:
             now = module._parameters.get(key)  # noqa: SLF001
             # Another tensor there is one that was gathered or given up meanwhile.
-            if now is before.tensor and before.is_written(now):
+            if now is None or now is not before.tensor:
+                continue
+            if now._version != before.version:  # noqa: SLF001
                 self._written.add(name)
+            elif before.total is not None and _is_there(now):
+                self._noted.append((name, before.total, bit_sum(now)))
 
 
 class ForwardWrites:
@@ -187,22 +245,28 @@ class ForwardWrites:
                 self._together[name].put(before)
 
     def _judge(self, writes: Writes) -> None:
-        weights, buffers = writes.weights(), writes.buffers()
-        trained = {name for name, each in weights.items() if each.requires_grad or self._sharded}
-        kept = {name: each for name, each in weights.items() if name not in trained}
-        values: dict[str, Tensor | None] = {**kept, **{n: s.buffer for n, s in buffers.items()}}
-        own = trained, {name: _described(each) for name, each in values.items()}
-        everyone = self._backend.gather(own)
-        if refused := sorted(set().union(*(names for names, _ in everyone))):
-            raise RecipeError(_of_weights(refused))
+        module = self._backend.unwrap(self._model)
+        slots, own = own_slots(module), parameters(module)
+        written_weights = writes.weights()
+        # ZeRO keeps its own copy of what it trains, FSDP of all weights: what is written is lost.
+        refused = {
+            name for name, each in written_weights.items() if each.requires_grad or self._sharded
+        }
+        values = {
+            **({} if self._sharded else own),
+            **{name: slot.buffer for name, slot in slots.items()},
+        }
+        everyone = self._backend.gather((refused, _described(values)))
+        if names := sorted(set().union(*(of_rank for of_rank, _ in everyone))):
+            raise RecipeError(_of_weights(names))
         described = [of_rank for _, of_rank in everyone]
-        names = {name for of_rank in described for name in of_rank}
         differing = sorted(
-            name for name in names if len({of_rank.get(name) for of_rank in described}) > 1
+            name
+            for name in set().union(*described)
+            if len({of_rank.get(name) for of_rank in described}) > 1
         )
-        slots = own_slots(self._backend.unwrap(self._model))
-        if refused := [name for name in differing if name not in slots]:
-            raise RecipeError(_of_weights(refused))
+        if names := [name for name in differing if name in own]:
+            raise RecipeError(_of_weights(names))
         if differing:
             self._check(differing, slots, described)
             self._together |= {name: slots[name] for name in differing}
@@ -231,18 +295,39 @@ class ForwardWrites:
 
     @torch.no_grad()
     def _bring_together(self) -> None:
+        """Give every rank the mean of the ranks' buffers, or those of rank 0 (collective)."""
         buffers = [slot.buffer for slot in self._together.values() if slot.buffer is not None]
-        weight = 1.0 / self._backend.world_size
-        if self._policy == "broadcast":
-            weight = float(self._backend.rank == 0)
-        flat = torch.cat([each.detach().reshape(-1).double() * weight for each in buffers])
-        sums = self._backend.sum(flat).split([each.numel() for each in buffers])
-        for buffer, value in zip(buffers, sums, strict=True):
-            buffer.copy_(value.view(buffer.shape))
+        for kind in (torch.float64, torch.int64):
+            of_kind = [each for each in buffers if _wide(each) == kind]
+            if not of_kind:
+                continue
+            flat = torch.cat([each.detach().reshape(-1).to(kind) for each in of_kind])
+            if self._policy == "broadcast" and self._backend.rank != 0:
+                flat.zero_()
+            whole = self._backend.sum(flat)
+            if self._policy == "average":
+                whole = whole / self._backend.world_size
+            parts = whole.split([each.numel() for each in of_kind])
+            for buffer, value in zip(of_kind, parts, strict=True):
+                buffer.copy_(value.view(buffer.shape))
 
 
-def _described(tensor: Tensor | None) -> tuple[int, tuple[int, ...]] | None:
-    return None if tensor is None else (checksum(tensor), tuple(tensor.shape))
+def _wide(tensor: Tensor) -> torch.dtype:
+    """Return the type in which a buffer is added up over ranks."""
+    return torch.float64 if tensor.is_floating_point() else torch.int64
+
+
+def _described(
+    values: Mapping[str, Tensor | None],
+) -> dict[str, tuple[int, tuple[int, ...]] | None]:
+    """Return the sum of the bits and the shape of each tensor, in one look at the device."""
+    there = {name: each for name, each in values.items() if each is not None}
+    sums = [bit_sum(each) for each in there.values()]
+    totals = torch.stack([each.to(sums[0].device) for each in sums]).tolist() if sums else []
+    found: dict[str, tuple[int, tuple[int, ...]] | None] = dict.fromkeys(values)
+    for (name, each), total in zip(there.items(), totals, strict=True):
+        found[name] = total, tuple(each.shape)
+    return found
 
 
 def _of_weights(names: list[str]) -> str:

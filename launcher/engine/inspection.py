@@ -136,7 +136,7 @@ def inspect_recipe(recipe: Recipe, source: Source) -> Inspection:
     def loss(batch: Any, seed: int = 0) -> float:
         torch.manual_seed(seed)
         # What one forward writes is not to be taken for randomness in the next.
-        subject = copy.deepcopy(model) if remembers else model
+        subject = _copy(recipe, model) if remembers else model
         return float(sum_and_count(recipe.loss, recipe.forward(subject, batch), batch)[0])
 
     with torch.no_grad():
@@ -183,11 +183,20 @@ def inspect_recipe(recipe: Recipe, source: Source) -> Inspection:
 @torch.no_grad()
 def _writes(recipe: Recipe, model: nn.Module, batch: Any) -> Writes:
     """Return what a forward pass in training writes to, of a copy of the model."""
-    subject = copy.deepcopy(model)
+    subject = _copy(recipe, model)
     subject.train()
     writes = Writes(subject)
     recipe.forward(subject, batch)
     return writes
+
+
+def _copy(recipe: Recipe, model: nn.Module) -> nn.Module:
+    """Return a model with the same weights, buffers and mode, which nothing has been done to."""
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError:  # weights that are computed from others, as by torch.nn.utils.weight_norm
+        seed_all(recipe.seed)
+        return recipe.model().train(model.training)
 
 
 def _read_in_workers(

@@ -211,6 +211,8 @@ class Meter:
         backend = self._backend
         if backend.lockstep is not None and int(squares) * backend.world_size != int(total) ** 2:
             raise backend.lockstep.difference(backend.gather)
+        if backend.lockstep is not None:
+            backend.lockstep.forget()
 
     def _sums(
         self,

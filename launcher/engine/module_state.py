@@ -10,15 +10,17 @@ from __future__ import annotations
 import base64
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
-from launcher.engine.state import Source, is_plain, plain_name
-from launcher.errors import CheckpointError, RecipeError
+from launcher.engine.compiled import plain_name
+from launcher.engine.state import Source, is_plain
+from launcher.errors import CheckpointError, TrainingError
 
 Gather = Callable[[Any], list[Any]]
 """Gathers a value of every rank, as `Backend.gather` does."""
@@ -111,6 +113,7 @@ def read_buffers(
     """
     slots = saved_slots(model)
     found = _found_buffers(source)
+    slots |= _new_slots(model, found.keys() - slots.keys())
     _check_buffer_names(source, slots, set(found))
     chosen = {name: _chosen(name, found[name], rank, world_size, source) for name in found}
     targets = {
@@ -121,7 +124,24 @@ def read_buffers(
     if targets:
         source.read(targets)
     for name, names in chosen.items():
-        _put(slots[name], _mean(source, name, [targets[full] for full in names]), device)
+        tensors = [targets[full] for full in names]
+        counts = isinstance(slots[name].module, _NormBase)
+        _put(slots[name], _mean(source, name, tensors, counts=counts), device)
+
+
+def _new_slots(model: nn.Module, names: Iterable[str]) -> dict[str, Slot]:
+    """Return places for buffers that a forward has registered in modules that are there."""
+    modules = {
+        plain_name(f"{name}.").removesuffix("."): each for name, each in model.named_modules()
+    }
+    slots = {}
+    for name in names:
+        prefix, _, key = name.rpartition(".")
+        module = modules.get(prefix)
+        if module is not None and not hasattr(module, key):
+            module.register_buffer(key, None)
+            slots[name] = Slot(module, key)
+    return slots
 
 
 def _found_buffers(source: Source) -> dict[str, list[str]]:
@@ -157,8 +177,15 @@ def _chosen(name: str, names: list[str], rank: int, world_size: int, source: Sou
     return [f"buffer/{name}@{each}" for each in range(source.world_size)]
 
 
-def _mean(source: Source, name: str, tensors: list[Tensor]) -> Tensor | None:
+def _mean(source: Source, name: str, tensors: list[Tensor], *, counts: bool) -> Tensor | None:
     """Return the mean of the ranks' buffers; None where this rank had none.
+
+    Args:
+        source: What was saved.
+        name: The buffer's.
+        tensors: It, as the ranks had it.
+        counts: Whether whole numbers count batches, as BatchNorm's do, of which ranks may have had
+            fewer than others. They become the largest.
 
     Raises:
         CheckpointError: They cannot be averaged.
@@ -168,6 +195,8 @@ def _mean(source: Source, name: str, tensors: list[Tensor]) -> Tensor | None:
     first = tensors[0]
     if all(torch.equal(each, first) for each in tensors[1:]):
         return first
+    if counts and not first.is_floating_point():
+        return torch.stack(tensors).amax(0)
     if not first.is_floating_point() or any(each.shape != first.shape for each in tensors):
         raise CheckpointError(
             f"{source.name}: the buffer {name} differs between the {source.world_size} ranks that "
@@ -199,20 +228,36 @@ def _stateful(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield plain_name(f"{name}.").removesuffix("."), module
 
 
-def extra_state(model: nn.Module) -> dict[str, Any]:
-    """Return what the modules of a model return from `get_extra_state`, as values for JSON.
+def check_extra_state(model: nn.Module) -> None:
+    """Refuse extra state that a readable file cannot hold.
 
     Raises:
-        RecipeError: A module returns something that a readable file cannot hold.
+        TrainingError: `get_extra_state` of a module returns something else than tensors, numbers,
+            texts, lists, and dicts with texts as keys.
     """
-    return {name: _encoded(name, module.get_extra_state()) for name, module in _stateful(model)}
+    for name, module in _stateful(model):
+        if refused := _refused_type(module.get_extra_state()):
+            raise TrainingError(
+                f"get_extra_state of {name or 'the model'} returns a {refused}. Checkpoints hold "
+                "tensors, numbers, texts, lists, and dicts with texts as keys: return these."
+            )
+
+
+def _refused_type(value: Any) -> str | None:
+    """Return the name of a type in a value that JSON and tensors cannot hold, if there is any."""
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return next(filter(None, map(_refused_type, value.values())), None)
+    if isinstance(value, (list, tuple)):
+        return next(filter(None, map(_refused_type, value)), None)
+    return None if isinstance(value, Tensor) or is_plain(value) else type(value).__name__
 
 
 def own_extra_state(model: nn.Module, gather: Gather) -> dict[str, Any]:
     """Return the extra state of all ranks, the same on every rank (collective)."""
     if not any(True for _ in _stateful(model)):
         return {}
-    texts = gather({name: json.dumps(each) for name, each in extra_state(model).items()})
+    own = {name: _encoded(module.get_extra_state()) for name, module in _stateful(model)}
+    texts = gather({name: json.dumps(each) for name, each in own.items()})
     kept: dict[str, Any] = {}
     for name, text in texts[0].items():
         if all(of_rank.get(name) == text for of_rank in texts):
@@ -252,21 +297,13 @@ def lacks_extra_state(model: nn.Module, source: Source) -> list[str]:
     return [name or "the model" for name, _ in _stateful(model) if f"extra/{name}" not in kept]
 
 
-def _encoded(name: str, value: Any) -> Any:
+def _encoded(value: Any) -> Any:
     if isinstance(value, Tensor):
         data = safetensors.torch.save({"value": value.detach().cpu().contiguous()})
         return {_TENSOR: base64.b64encode(data).decode()}
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {key: _encoded(name, each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_encoded(name, each) for each in value]
-    if not is_plain(value):
-        raise RecipeError(
-            f"get_extra_state of {name or 'the model'} returns a {type(value).__name__}. "
-            "Checkpoints hold tensors, numbers, texts, lists, and dicts with texts as keys: return "
-            "these."
-        )
-    return value
+    if isinstance(value, dict):
+        return {key: _encoded(each) for key, each in value.items()}
+    return [_encoded(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def _decoded(value: Any) -> Any:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 
-from torch._C._distributed_c10d import PrefixStore, TCPStore
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from launcher.engine.meeting import answers
 from launcher.errors import WorldError
@@ -30,8 +30,10 @@ _SECONDS_BEFORE_A_WORD = 5.0
 
 
 @functools.cache
-def open_store(world: World) -> TCPStore:
+def open_store(world: World) -> Store:
     """Return the store at the address of `world`, or in the environment, when all ranks are there.
+
+    An agent that starts its ranks again keeps its store, so each attempt has keys of its own.
 
     Raises:
         WorldError: They do not come in time, the address is missing, or its port is taken.
@@ -39,6 +41,7 @@ def open_store(world: World) -> TCPStore:
     host, port = world.address or _address()
     until = time.monotonic() + PATIENCE_SECONDS
     by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
         if world.rank == 0 and not by_agent:
             store = TCPStore(
@@ -54,17 +57,18 @@ def open_store(world: World) -> TCPStore:
             first = "the launcher of rank 0" if by_agent else "rank 0"
             _wait_until(lambda: answers(host, port), lambda: first, host, port, until)
             store = TCPStore(host, port, world.world_size, is_master=False, timeout=TIMEOUT)
-        _wait_for_all(store, world, host, port, until)
+        own = PrefixStore(f"launcher/attempt{attempt}", store)
+        _wait_for_all(own, world, host, port, until)
     except RuntimeError as error:  # of the store
         raise WorldError(
             f"The ranks of this run meet at {host}:{port} (MASTER_ADDR and MASTER_PORT), and rank "
             f"{world.rank} cannot: {str(error).splitlines()[0]}. Another program may use that "
             "port, or rank 0 has ended."
         ) from None
-    return store
+    return own
 
 
-def _wait_for_all(store: TCPStore, world: World, host: str, port: int, until: float) -> None:
+def _wait_for_all(store: Store, world: World, host: str, port: int, until: float) -> None:
     arrivals = PrefixStore("launcher/arrivals", store)
     arrivals.add("ranks", 1)
 

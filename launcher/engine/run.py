@@ -24,6 +24,7 @@ from launcher.engine.backends import open_backend
 from launcher.engine.backends.base import Backend
 from launcher.engine.build import build_trainee
 from launcher.engine.checkpoint import StoredState, load_newest
+from launcher.engine.compiled import is_compiled
 from launcher.engine.flops import CountedForward
 from launcher.engine.identity import Known
 from launcher.engine.keeper import Keeper
@@ -281,7 +282,7 @@ def _recorded(trainee: Trainee, run_dir: RunDir, step: int) -> Trainee:
         device_name=device_name(backend.device),
         **({} if job is None else {"job": job}),
     )
-    if recipe.compile:  # what compiled code does is not seen
+    if is_compiled(trainee.model):  # what compiled code does is not seen
         return trainee
 
     def tell(flops: float) -> None:

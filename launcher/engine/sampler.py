@@ -115,7 +115,7 @@ class Sampler:
         They are a batch of training samples, its two halves if it has any, and some evaluation
         samples if there are any.
         """
-        size = min(_TRIAL_SAMPLES, max(self.plan.micro_batch_size, 2), self.train_samples)
+        size = min(_TRIAL_SAMPLES, self.plan.micro_batch_size, self.train_samples)
         whole = self._some(self.train_samples, size - size % 2 or 1)
         half = len(whole) // 2
         parts = [whole, whole[:half], whole[half:]] if half else [whole]

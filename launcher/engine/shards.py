@@ -93,7 +93,7 @@ def _read_member(descriptor: int, shard: _Index, member: int, path: Path) -> byt
     """
     offset, size = int(shard["offsets"][member]), int(shard["sizes"][member])
     # pread: workers that are forked share the file and have no place in it of their own.
-    found = os.pread(descriptor, BLOCKSIZE + size, offset - BLOCKSIZE)
+    found = _pread(descriptor, BLOCKSIZE + size, offset - BLOCKSIZE)
     header, content = found[:BLOCKSIZE], found[BLOCKSIZE:]
     if zlib.crc32(header) != int(shard["headers"][member]) or len(content) != size:
         raise RecipeError(
@@ -101,6 +101,18 @@ def _read_member(descriptor: int, shard: _Index, member: int, path: Path) -> byt
             "the file that was there. Leave shards as they are during a run, and start it again."
         )
     return content
+
+
+def _pread(descriptor: int, length: int, offset: int) -> bytes:
+    """Return `length` bytes at `offset`, or fewer at the end of the file.
+
+    One call may return fewer than are there: Linux gives 2 GiB at most.
+    """
+    pieces = []
+    while length > 0 and (piece := os.pread(descriptor, length, offset)):
+        pieces.append(piece)
+        length, offset = length - len(piece), offset + len(piece)
+    return b"".join(pieces)
 
 
 def _read_index(path: Path) -> _Index:

@@ -26,13 +26,14 @@ from torch.optim import SGD, Optimizer
 from torch.utils._pytree import tree_leaves
 
 from launcher.checkpoints import Values
+from launcher.engine.compiled import plain_name
 from launcher.engine.optimizers import SCHEDULED
 from launcher.errors import CheckpointError, TrainingError
 
 _KEPT = "Use an optimizer that keeps tensors, numbers and texts in `state[parameter]`."
 
-_COMPILED = "_orig_mod."
-"""What torch.compile puts in front of the names inside a module that it wraps."""
+STEP = "step"
+"""The key under which torch's optimizers count steps, whatever the shape of the parameter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,11 +107,6 @@ def _to_host(tensor: Tensor) -> Tensor:
         return DTensor(_to_host(tensor.to_local()), tensor._spec, requires_grad=False)  # noqa: SLF001
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     return host.copy_(tensor.detach(), non_blocking=True)
-
-
-def plain_name(name: str) -> str:
-    """Return the name that a parameter or buffer has where its module is not compiled."""
-    return name.replace(_COMPILED, "")
 
 
 def parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -257,14 +253,14 @@ def empty_state(
     """
     state = {}
     for key, full in state_names(source, name).items():
-        if source.size(full) == (parameter.shape if size is None else size):
+        if key != STEP and source.size(full) == (parameter.shape if size is None else size):
             state[key] = torch.zeros_like(parameter, dtype=source.dtype(full))
             continue
         # Where torch's own load_state_dict puts it: a count of steps stays on the host unless the
         # kernels read it on the device; what has another shape, such as Adafactor's rows and
         # columns, lies beside the parameter.
-        counts = key == "step" and not (group.get("fused") or group.get("capturable"))
-        device = torch.device("cpu") if counts else parameter.device
+        on_host = key == STEP and not (group.get("fused") or group.get("capturable"))
+        device = torch.device("cpu") if on_host else parameter.device
         state[key] = torch.zeros(source.size(full) or (), dtype=source.dtype(full), device=device)
     return state
 

@@ -10,14 +10,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from launcher.engine.compiled import is_compiled
 from launcher.engine.data import MicroBatch
+from launcher.engine.failures import is_out_of_memory
 from launcher.engine.forward_writes import Seen, see
 from launcher.engine.identity import (
     Known,
@@ -32,6 +34,8 @@ from launcher.engine.open_files import moved_files
 from launcher.engine.randomness import Generators
 from launcher.errors import LauncherError, RecipeError
 from launcher.recipe import Recipe
+
+T = TypeVar("T")
 
 _TOLERANCES = {"fp64": 1e-2, "fp32": 1e-2, "bf16": 5e-2, "fp16": 5e-2}
 """Relative; between the mean of the halves and their sum lies a factor of two."""
@@ -85,7 +89,7 @@ def try_out(
             _check_loss(trainee, recipe, train)
         for each in taken:
             if each.request.split == "evaluation":
-                _check_metrics(trainee, recipe, each.batch)
+                warnings += _try_evaluation(trainee, recipe, each.batch)
     return Tried(fingerprint=fingerprint, warnings=warnings)
 
 
@@ -143,16 +147,15 @@ def _check_loss(trainee: Trainee, recipe: Recipe, batches: list[Any]) -> None:
     """
     tolerance = _TOLERANCES[trainee.plan.precision]
     loss = functools.partial(_loss_of, trainee, recipe)
-    try:
-        found = [loss(batch, 1) for batch in batches]
-        if not trainee.backend.any_rank(_is_mean(found, tolerance)):
-            return
-        again = [loss(batch, 2) for batch in batches]
-    except (torch.OutOfMemoryError, MemoryError, torch.distributed.DistError):
-        raise
-    except Exception:  # noqa: BLE001  # some models work in training alone
+    found = _on_all_ranks(trainee, lambda: [loss(batch, 1) for batch in batches])
+    if found is None or not trainee.backend.any_rank(_is_mean(found, tolerance)):
         return
-    if not _is_mean(again, tolerance) or not _near(found[0][0], again[0][0], _QUIET):
+    again = _on_all_ranks(trainee, lambda: [loss(batch, 2) for batch in batches])
+    if (
+        again is None
+        or not _is_mean(again, tolerance)
+        or not _near(found[0][0], again[0][0], _QUIET)
+    ):
         return
     (whole, _), (one, _), (other, _) = found
     size = len(trainee.sampler.trial()[0].indices)
@@ -164,12 +167,30 @@ def _check_loss(trainee: Trainee, recipe: Recipe, batches: list[Any]) -> None:
     )
 
 
+def _on_all_ranks(trainee: Trainee, call: Callable[[], T]) -> T | None:
+    """Return what `call` returns; None where it fails on any rank: some models only train.
+
+    What is no fault of the model's ends the run.
+    """
+    found = None
+    try:
+        found = call()
+    except (LauncherError, torch.distributed.DistError):
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+    return None if trainee.backend.any_rank(found is None) else found
+
+
 def _is_mean(found: list[tuple[float, float]], tolerance: float) -> bool:
     """Return whether the first loss is clearly the mean of the others, and not their sum."""
-    (whole, _), *halves = found
+    (whole, count), *halves = found
     total = sum(loss for loss, _ in halves)
     items = sum(count for _, count in halves)
     if not math.isfinite(whole + total) or not items or abs(whole) < torch.finfo().tiny:
+        return False
+    if not _near(count, items, tolerance):  # it counts micro-batches, not what is in them
         return False
     mean = sum(loss * count for loss, count in halves) / items
     return _near(whole, mean, tolerance) and not _near(whole, total, 10 * tolerance)
@@ -196,8 +217,10 @@ def _loss_of(trainee: Trainee, recipe: Recipe, batch: Any, seed: int) -> tuple[f
             return math.nan, 0.0
 
 
-def _check_metrics(trainee: Trainee, recipe: Recipe, batch: Any) -> None:
-    """Call the loss and each metric on evaluation samples, as an evaluation does (collective).
+def _try_evaluation(trainee: Trainee, recipe: Recipe, batch: Any) -> tuple[str, ...]:
+    """Call the loss and each metric on evaluation samples; return what the user should know.
+
+    What raises is a warning alone: a metric may need more samples than these, or of every class.
 
     Raises:
         RecipeError: One returned something else than (sum, count).
@@ -205,23 +228,48 @@ def _check_metrics(trainee: Trainee, recipe: Recipe, batch: Any) -> None:
     torch.manual_seed(0)
     backend = trainee.backend
     placed = backend.to_device(batch)
+    functions = {"The recipe's loss": recipe.loss}
+    functions |= {f"The metric {name}": metric for name, metric in recipe.metrics.items()}
     with backend.autocast():
         outputs = recipe.forward(trainee.model, placed)
-        sum_and_count(recipe.loss, outputs, placed, name="The recipe's loss")
-        for name, metric in recipe.metrics.items():
-            sum_and_count(metric, outputs, placed, name=f"The metric {name}")
+        return tuple(
+            f"{name} raised {type(error).__name__} when it was tried on a few evaluation samples: "
+            f"{error}. The first evaluation may fail in the same way"
+            for name, function in functions.items()
+            if (error := _error_of(function, outputs, placed, name)) is not None
+        )
+
+
+def _error_of(function: Any, outputs: Any, batch: Any, name: str) -> Exception | None:
+    """Return what a loss or a metric raises.
+
+    Raises:
+        RecipeError: It returned something else than (sum, count).
+    """
+    try:
+        sum_and_count(function, outputs, batch, name=name)
+    except LauncherError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return error
+    return None
 
 
 @contextlib.contextmanager
 def _undisturbed(trainee: Trainee) -> Iterator[None]:
-    """Have the model evaluate, uncompiled; leave modes, buffers and generators as they were."""
+    """Have the model evaluate, uncompiled; put back modes, buffers and generators afterwards.
+
+    What a forward writes to weights, or counts in attributes of its own, stays.
+    """
     model, device = trainee.model, trainee.backend.device
     modes = [(module, module.training) for module in model.modules()]
     buffers = list(_buffers(model))
     generators = Generators()
     on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
-    eager = torch.compiler.set_stance("force_eager") if trainee.recipe.compile else None
+    eager = torch.compiler.set_stance("force_eager") if is_compiled(model) else None
     model.eval()
     try:
         with torch.no_grad(), eager or contextlib.nullcontext():

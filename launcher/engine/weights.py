@@ -7,8 +7,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from launcher.checkpoints import list_checkpoints
 from launcher.engine.backends.base import whole_names
-from launcher.engine.state import plain_name
+from launcher.engine.compiled import plain_name
 from launcher.errors import RecipeError, TrainingError
 from launcher.rundir import RunDir
 
@@ -61,9 +62,12 @@ def save_weights(weights: dict[str, Tensor], run_dir: RunDir) -> None:
         safetensors.torch.save_file(_separate(weights), str(beside), metadata={"format": "pt"})
         beside.replace(run_dir.model)
     except (OSError, RuntimeError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        again = "No checkpoint could be saved either."
+        if list_checkpoints(run_dir):
+            again = f"`launcher resume {run_dir.shown}` writes them from the last checkpoint."
         raise TrainingError(
             f"All steps are taken, and the weights cannot be written to {run_dir.model}: {error}. "
-            f"`launcher resume {run_dir.shown}` writes them from the last checkpoint."
+            f"{again}"
         ) from None
     finally:
         beside.unlink(missing_ok=True)

@@ -37,11 +37,12 @@ def start_worker(rank_pid: int, _: int) -> None:
     for number in (signal.SIGINT, *STOP_SIGNALS):
         signal.signal(number, signal.SIG_IGN)
     faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # a spawned one has them held back
 
 
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
-    """Hold back what asks a run to stop, in this process and for good in those that it starts."""
+    """Hold back what asks a run to stop, in this process and at first in those that it starts."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *STOP_SIGNALS})
     try:
         yield

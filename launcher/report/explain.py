@@ -58,6 +58,8 @@ def schedule_change(
         had.
     """
     (old, _), (new, _) = was, now
+    if _lr_path(old) == _lr_path(new):
+        return None
     common = range(step, min(old.total_steps, new.total_steps))
     changed = next((each for each in common if _lr(*was, each) != _lr(*now, each)), None)
     if changed is None:
@@ -75,6 +77,12 @@ def schedule_change(
         f"steps (was {old.settings['schedule']} over {old.total_steps:,}), also for those that are "
         "left"
     )
+
+
+def _lr_path(plan: Plan) -> tuple[object, ...]:
+    """Return what the learning rates of a plan follow from."""
+    settings = plan.settings["schedule"], plan.settings["lr_rule"]
+    return plan.lr, plan.total_steps, plan.stages, settings
 
 
 def _lr(plan: Plan, schedule: Schedule, step: int) -> float:

@@ -19,12 +19,12 @@ def branches() -> Recipe:
     return replace(worlds(), name="branches", model=build_branches, batch_size=6, lr_batch_size=6)
 
 
-def skipping(*, first: int = 0, swap: bool = False) -> Recipe:
-    """Blocks of which rank 1 leaves one out, or swaps two, from a forward pass on."""
+def skipping(*, first: int = 0, swap: bool = False, discard: bool = False) -> Recipe:
+    """Blocks of which rank 1 leaves one out, swaps two, or does not use an output."""
     return replace(
         worlds(),
         name="skipping",
-        model=lambda: build_skipping(first, swap),
+        model=lambda: build_skipping(first, swap, discard),
         epochs=None,
         steps=40,
     )
@@ -58,7 +58,7 @@ def build_branches() -> nn.Module:
     return Branches()
 
 
-def build_skipping(first: int, swap: bool) -> nn.Module:
+def build_skipping(first: int, swap: bool, discard: bool) -> nn.Module:
     """Images (N, 1, 8, 8) to logits (N, 10), through blocks that FSDP shards on their own."""
     from torch import nn
 
@@ -80,10 +80,12 @@ def build_skipping(first: int, swap: bool) -> nn.Module:
         def forward(self, x: Tensor) -> Tensor:
             x, blocks = x.flatten(1), list(self.blocks)
             self.passes += 1
-            if self.passes > first and os.environ.get("RANK") == "1":
+            differs = self.training and self.passes > first and os.environ.get("RANK") == "1"
+            if differs and not discard:
                 blocks[1:] = [blocks[2], blocks[1]] if swap else [blocks[2]]
-            for block in blocks:
-                x = block(x)
+            for number, block in enumerate(blocks):
+                found = block(x)
+                x = x if differs and discard and number == 1 else found
             out: Tensor = self.head(x)
             return out
 

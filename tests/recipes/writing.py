@@ -48,6 +48,61 @@ def build_mean() -> nn.Module:
     return Model()
 
 
+def build_codebook() -> nn.Module:
+    """Return a model that writes to the data of a buffer, which no version counter shows."""
+    import torch
+    from torch import nn
+
+    class Model(nn.Linear):
+        codes: Tensor
+
+        def __init__(self) -> None:
+            super().__init__(8, 3)
+            self.register_buffer("codes", torch.zeros(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                self.codes.data.mul_(0.9).add_(x.detach().mean(0))
+            return super().forward(x)
+
+    return Model()
+
+
+def build_clamped() -> nn.Module:
+    """Return a model that writes to the data of its weights."""
+    from torch import nn
+
+    class Model(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            self.weight.data.clamp_(-0.1, 0.1)
+            return super().forward(x)
+
+    return nn.Sequential(Model(8, 8), Model(8, 3))
+
+
+def build_minima() -> nn.Module:
+    """Return a model with running minima, which begin at infinity."""
+    import torch
+    from torch import nn
+
+    class Model(nn.Linear):
+        least: Tensor
+        largest: Tensor
+
+        def __init__(self) -> None:
+            super().__init__(8, 3)
+            self.register_buffer("least", torch.full((9,), torch.inf))
+            self.register_buffer("largest", torch.zeros((), dtype=torch.long))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                self.least[:8] = torch.minimum(self.least[:8], x.detach().amin(0))
+                self.largest += (x.detach().amax() * 2**60).long()
+            return super().forward(x)
+
+    return Model()
+
+
 def build_queue() -> nn.Module:
     """Return a model with a queue of inputs, and the place where it goes on."""
     import torch
@@ -152,6 +207,9 @@ def loss(outputs: Tensor, batch: list[Tensor]) -> tuple[Tensor, int]:
 
 MODELS = {
     "mean": build_mean,
+    "codebook": build_codebook,
+    "clamped": build_clamped,
+    "minima": build_minima,
     "queue": build_queue,
     "teacher": build_teacher,
     "max_norm": build_max_norm,

@@ -34,10 +34,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from launcher.engine.backends.base import Backend, whole_names
+from launcher.engine.compiled import plain_name
 from launcher.engine.lockstep import lockstep_of
 from launcher.engine.placement import planned_device
 from launcher.engine.rendezvous import TIMEOUT, open_store
-from launcher.engine.state import plain_name
 from launcher.engine.turns import Turns
 from launcher.engine.unused import UsedParameters
 from launcher.errors import WorldError
@@ -207,8 +207,19 @@ class FSDPBackend(GroupBackend):
     """
 
     def __init__(self, recipe: Recipe, plan: Plan, world: World) -> None:
-        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
+        from torch.distributed.fsdp import (
+            CPUOffloadPolicy,
+            FSDPModule,
+            MixedPrecisionPolicy,
+            OffloadPolicy,
+        )
 
+        if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+            raise WorldError(
+                f"strategy=fsdp needs torch 2.13 or newer, and this is torch {torch.__version__}: "
+                "before, parameters that only some ranks use get wrong gradients. Use ddp, zero1 "
+                "or zero2."
+            )
         cpu = plan.device == "cpu"
         offload = CPUOffloadPolicy(pin_memory=not cpu) if recipe.offload else OffloadPolicy()
         plugin = FullyShardedDataParallelPlugin(
@@ -260,16 +271,10 @@ class FSDPBackend(GroupBackend):
                 f"Accelerate prepared a {type(sharded).__name__} instead of FSDP, so the ranks "
                 "would train copies of their own."
             )
-        if not hasattr(sharded, "set_reduce_scatter_unused_params"):
-            raise WorldError(
-                f"strategy=fsdp needs torch 2.13 or newer, and this is torch {torch.__version__}: "
-                "before, parameters that only some ranks use get wrong gradients. Use ddp, "
-                "zero1 or zero2."
-            )
         # Reduce zeros for what this rank has not used, as the others may have.
         sharded.set_reduce_scatter_unused_params(True)
         units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        self.lockstep = lockstep_of(model, units, strategy="fsdp", device=self.device)
+        self.lockstep = lockstep_of(model, units, strategy="fsdp", device=self.device, first=True)
         return model, make_optimizer(model)  # sharded in place
 
     def micro_step(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:

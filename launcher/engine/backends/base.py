@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from launcher.configs import AUTOCAST
+from launcher.engine.compiled import plain_name
 from launcher.engine.lockstep import Lockstep
 from launcher.engine.module_state import (
-    extra_state,
+    check_extra_state,
     own_buffers,
     own_extra_state,
     read_buffers,
@@ -31,11 +32,9 @@ from launcher.engine.state import (
     keep,
     live_tensors,
     parameters,
-    plain_name,
     plain_values,
     read_into,
 )
-from launcher.errors import RecipeError, TrainingError
 from launcher.plan import Plan
 from launcher.recipe import Recipe
 
@@ -159,10 +158,7 @@ class Backend(ABC):
         """
         module = self.unwrap(model)
         check_optimizer(self.saved_tensors(module), optimizer)
-        try:
-            extra_state(module)
-        except RecipeError as error:
-            raise TrainingError(str(error)) from None
+        check_extra_state(module)
 
     def saved_tensors(self, module: nn.Module) -> Iterable[Tensor]:
         """Return the tensors whose optimizer state a snapshot holds."""
@@ -214,6 +210,8 @@ class Backend(ABC):
             weight = weight * self.scaler.factor
         # The weight is where the chain rule starts: a multiplication less, forward and backward.
         loss.backward(infect(loss, weight))
+        if self.lockstep is not None:
+            self.lockstep.end_pass()
 
     def apply(self, optimizer: Optimizer, max_grad_norm: float | None) -> Tensor:
         """Clip, step and clear the gradients; return the norm of the global gradient before.
@@ -246,7 +244,7 @@ class Backend(ABC):
         if self._trained is None:
             self._trained = [parameter for parameter in every if parameter.requires_grad]
         for parameter in self._trained:
-            if parameter.grad is None:
+            if parameter.grad is None and parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
         return [parameter for parameter in every if parameter.grad is not None]
 

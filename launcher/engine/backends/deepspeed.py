@@ -30,9 +30,11 @@ from launcher.configs import deepspeed_config
 from launcher.engine.backends.accelerate import GroupBackend, forget_settings
 from launcher.engine.backends.base import infect, whole_names
 from launcher.engine.backends.reduction import OrderedReduction
+from launcher.engine.compiled import plain_name
 from launcher.engine.lockstep import lockstep_of
 from launcher.engine.module_state import own_buffers, own_extra_state
 from launcher.engine.state import (
+    STEP,
     Source,
     State,
     check_names,
@@ -40,7 +42,6 @@ from launcher.engine.state import (
     empty_state,
     keep,
     parameters,
-    plain_name,
     state_names,
     state_values,
 )
@@ -109,7 +110,7 @@ class DeepSpeedBackend(GroupBackend):
                 if any(True for _ in each.parameters(recurse=False))
             ]
             self.lockstep = lockstep_of(
-                model, gathered, strategy=self.plan.strategy, device=self.device
+                model, gathered, strategy=self.plan.strategy, device=self.device, first=False
             )
         if self.scaler is not None:
             engine.optimizer.torch_autocast_gradscaler = None  # decides on each rank by itself
@@ -127,6 +128,8 @@ class DeepSpeedBackend(GroupBackend):
         if self.scaler is not None:
             self._engine.optimizer.override_loss_scale(self.scaler.factor)
         self._engine.backward(loss * infect(loss, weight), scale_wrt_gas=False)
+        if self.lockstep is not None:
+            self.lockstep.end_pass()
 
     def apply(self, optimizer: Optimizer, max_grad_norm: float | None) -> Tensor:
         self._engine.step()  # clips as configured, steps and clears
@@ -219,7 +222,8 @@ class DeepSpeedBackend(GroupBackend):
         """Fill one parameter and what the optimizer keeps of it (collective)."""
         size = _whole_size(parameter)
         full = f"model/{name}"
-        keys = {k: f for k, f in state_names(source, name).items() if source.size(f) == size}
+        kept = state_names(source, name)
+        keys = {k: f for k, f in kept.items() if k != STEP and source.size(f) == size}
         wanted = [full, *(keys.values() if parameter.requires_grad else ())]
         read = {each: torch.empty(size, dtype=source.dtype(each)) for each in wanted}
         source.read(read)

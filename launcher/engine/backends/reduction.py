@@ -84,7 +84,9 @@ class OrderedReduction:
         while self._next < len(self._order):
             self._hand_on()
         self._finish()
-        if not self._agreed:
+        zero = self._zero
+        complete = zero.partition_gradients or zero.is_gradient_accumulation_boundary()
+        if complete and not self._agreed:
             rest = [place for place in self._order if place not in set(self._arrived)]
             self._order, self._agreed = self._broadcast([*self._arrived, *rest]), True
         self._next, self._arrived = 0, []
