@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -15,29 +17,44 @@ class UsedParameters:
     same end, is spared, and accumulation needs no exception.
 
     Args:
-        module: The module whose parameters are watched.
+        module: The module whose parameters are watched; none has a gradient when a step begins.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._parameters = [each for each in module.parameters() if each.requires_grad]
-        self._reached: set[int] = set()
-        for number, parameter in enumerate(self._parameters):
-            parameter.register_post_accumulate_grad_hook(self._hook(number))
+        self._reached: set[int] | None = None
+        """What the last backward pass has reached, once steps accumulate: before, a parameter that
+        was not reached has no gradient, which costs nothing to see."""
 
-    def _hook(self, number: int) -> object:
-        return lambda _: self._reached.add(number)
+    def begin(self, *, accumulates: bool) -> None:
+        """Begin a micro-step, before its forward pass.
 
-    def begin(self) -> None:
-        """Forget what was reached before."""
-        self._reached.clear()
+        Args:
+            accumulates: Whether others follow in the same step.
+        """
+        if accumulates and self._reached is None:
+            for number, parameter in enumerate(self._parameters):
+                parameter.register_post_accumulate_grad_hook(self._hook(number))
+            self._reached = set()
+        elif self._reached:
+            self._reached.clear()
+
+    def _hook(self, number: int) -> Callable[[Tensor], None]:
+        def reached(_: Tensor) -> None:
+            assert self._reached is not None
+            self._reached.add(number)
+
+        return reached
 
     def complete(self) -> None:
         """Give each parameter that was not reached a gradient of zeros, through autograd."""
-        if len(self._reached) == len(self._parameters):
+        if self._reached is None:
+            missing = [each for each in self._parameters if each.grad is None]
+        else:
+            every = enumerate(self._parameters)
+            missing = [each for number, each in every if number not in self._reached]
+        if not missing:
             return
-        missing = [
-            each for number, each in enumerate(self._parameters) if number not in self._reached
-        ]
         frozen = [each for each in missing if not each.requires_grad]
         for parameter in frozen:
             parameter.requires_grad_(True)
@@ -45,3 +62,8 @@ class UsedParameters:
         torch.autograd.backward([each.view_as(each) for each in missing], zeros)
         for parameter in frozen:
             parameter.requires_grad_(False)
+
+    def clear(self) -> None:
+        """Clear all gradients, those of parameters that the optimizer leaves alone as well."""
+        for parameter in self._parameters:
+            parameter.grad = None

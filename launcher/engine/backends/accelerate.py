@@ -177,13 +177,18 @@ class DDPBackend(GroupBackend):
 
     def micro_step(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
         self._averages = last
+        self._used.begin(accumulates=not last)
         return contextlib.nullcontext() if last else self._wrapped.no_sync()
 
     def backward(self, loss: Tensor, weight: float | Tensor) -> None:
-        self._used.begin()
         super().backward(loss, weight)
         if self._averages:
             self._used.complete()
+
+    def apply(self, optimizer: Optimizer, max_grad_norm: float | None) -> Tensor:
+        norm = super().apply(optimizer, max_grad_norm)
+        self._used.clear()
+        return norm
 
     def communication(self) -> tuple[float, int]:
         """Return what DDP has timed: by its averages, in nanoseconds, over the timed backwards.
