@@ -300,7 +300,27 @@ def read_ahead(
         )
         # A spawned worker listens to signals from the beginning, and ignores them only later.
         with signals_held() if method == "spawn" else contextlib.nullcontext():
-            return iter(loader)
+            answers: Iterator[MicroBatch | LauncherError] = iter(loader)
+    return _received(answers) if workers else answers
+
+
+def _received(
+    answers: Iterator[MicroBatch | LauncherError],
+) -> Iterator[MicroBatch | LauncherError]:
+    """Yield what workers send.
+
+    Raises:
+        RuntimeError: A worker died while its tensors were fetched from it; torch only says that of
+            one that it waits for.
+    """
+    while True:
+        try:
+            answer = next(answers)
+        except StopIteration:
+            return
+        except (EOFError, ConnectionError, FileNotFoundError) as error:
+            raise RuntimeError(f"DataLoader worker exited unexpectedly ({error!r})") from error
+        yield answer
 
 
 def _length(dataset: Any) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import signal
 import time
 import traceback
 from dataclasses import replace
@@ -29,7 +30,7 @@ _PEER_LOST = (
     "remote process exited",
 )
 _NO_MEMORY = ("can't allocate memory", "bad_alloc", "out of memory")
-_WORKER_LOST = re.compile(r"DataLoader worker .*(killed by signal|exited unexpectedly)")
+_WORKER_LOST = re.compile(r"DataLoader worker.* (killed by signal|exited unexpectedly)")
 _SECONDS_TO_BE_ENDED = 10
 _SECONDS_FOR_THE_PEER = 5
 """In which whoever started a rank that failed has ended the others."""
@@ -58,6 +59,7 @@ def fail(
         show: Where to show it; None leaves that to the process that started the ranks.
         stop: Notes whether this rank has been told to end.
     """
+    _hear_no_more_of_workers()
     failure = describe(error, world)
     failure["log_line"] = 1 + line_count(run_dir.log(world.rank))
     print(failure["traceback"] or failure["message"], file=log, flush=True)
@@ -72,6 +74,20 @@ def fail(
     elif show is not None:
         print(failure_text(failure, run_dir), file=show, flush=True)
     return int(failure["exit_code"])
+
+
+def _hear_no_more_of_workers() -> None:
+    """Keep torch from raising again, in the middle of these words, because a worker has died.
+
+    Its handler of SIGCHLD raises wherever the main thread is, also when the death of the worker is
+    what is being told.
+    """
+    while True:
+        try:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        except RuntimeError:
+            continue
+        return
 
 
 def _departure(run_dir: RunDir, world: World) -> dict[str, Any] | None:
