@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.hooks import RemovableHandle
 
 from launcher.engine.backends.base import Backend
-from launcher.engine.compiled import plain_name
+from launcher.engine.compiled import is_compiled, plain_name
 from launcher.engine.module_state import Slot, saved_slots
 from launcher.engine.sampler import Request
 from launcher.engine.state import parameters
@@ -212,9 +212,10 @@ class ForwardWrites:
         """Begin a step, before its first forward pass."""
         number, self._steps = self._steps, self._steps + 1
         if self._backend.world_size > 1 and number & (number - 1) == 0:
+            module = self._backend.unwrap(self._model)
             # Hooks would have compiled modules compiled again.
-            around = self._sharded and not self._backend.recipe.compile
-            self._writes = Writes(self._backend.unwrap(self._model), around_modules=around)
+            around = self._sharded and not is_compiled(module)
+            self._writes = Writes(module, around_modules=around)
 
     def end(self) -> None:
         """End the passes of a step, before the weights are updated (collective).
@@ -284,7 +285,8 @@ class ForwardWrites:
             )
         for name in names:
             buffer = slots[name].buffer
-            shapes = {of_rank[name][1] for of_rank in described if name in of_rank}
+            found = [of_rank.get(name) for of_rank in described]
+            shapes = {None if each is None else each[1] for each in found}
             whole = buffer is not None and not buffer.is_floating_point()
             if buffer is None or len(shapes) > 1 or (whole and self._policy == "average"):
                 what = "whole numbers, which have no mean" if whole else "several shapes"

@@ -87,6 +87,7 @@ class OrderedReduction:
         zero = self._zero
         complete = zero.partition_gradients or zero.is_gradient_accumulation_boundary()
         if complete and not self._agreed:
-            rest = [place for place in self._order if place not in set(self._arrived)]
+            seen = set(self._arrived)
+            rest = [place for place in self._order if place not in seen]
             self._order, self._agreed = self._broadcast([*self._arrived, *rest]), True
         self._next, self._arrived = 0, []
