@@ -18,7 +18,7 @@ import click
 from contest import Cell, Numbers, benchmark, print_table
 from trainings import Trainings, measure
 
-from launcher.finders.noise import fit_steps, steps_ratio
+from launcher.analysis.gradient_noise import fit_steps, steps_ratio
 
 PLAIN = ("label_smoothing=0", "optimizer=sgd(momentum=0.9)", "schedule=constant()", "lr_rule=none")
 _LOOKS = 30

@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 
 import click
 
-from launcher.machine import read_machine
-from launcher.provenance import versions
-from launcher.rundir import RunDir, write_json
+from launcher.environment.machine import read_machine
+from launcher.runs.provenance import versions
+from launcher.runs.rundir import RunDir, write_json
 
 HERE = Path(__file__).parent
 BIN = Path(sys.executable).parent

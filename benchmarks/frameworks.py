@@ -31,11 +31,11 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
 
 from launcher import Recipe
-from launcher.engine.optimizers import make_optimizer
-from launcher.engine.order import Permutation
-from launcher.engine.randomness import seed_all
-from launcher.overrides import build, read_arguments
-from launcher.resolve import resolve
+from launcher.engine.data.permutation import Permutation
+from launcher.engine.data.randomness import seed_all
+from launcher.engine.state.hyperparameters import make_optimizer
+from launcher.recipe.overrides import build, read_arguments
+from launcher.recipe.resolve import resolve
 
 RANK = int(os.environ.get("RANK", "0"))
 RANKS = int(os.environ.get("WORLD_SIZE", "1"))

@@ -25,10 +25,10 @@ import click
 import torch
 from contest import BIN, HERE, benchmark, print_table
 
-from launcher.checkpoints import list_checkpoints
-from launcher.engine.compare import Trace, read_trace
-from launcher.health import read_health
-from launcher.rundir import RunDir
+from launcher.engine.probes.parity import Trace, read_trace
+from launcher.runs.checkpoints import list_checkpoints
+from launcher.runs.heartbeat import read_health
+from launcher.runs.rundir import RunDir
 
 KILLS_PER_RUN = 7
 LAST_STEP = 40

@@ -24,9 +24,9 @@ import click
 from contest import BIN, HERE, Cell, Names, Numbers, benchmark, print_table, train
 from stores import BATCH_SIZE
 
-from launcher.finders.loader import SampleCost, throughput
-from launcher.loading import PREFETCH_FACTOR
-from launcher.machine import read_machine
+from launcher.analysis.loader_throughput import SampleCost, throughput
+from launcher.environment.machine import read_machine
+from launcher.planning.loading import PREFETCH_FACTOR
 
 STORES = ("far", "packed")
 """The recipes of stores.py."""

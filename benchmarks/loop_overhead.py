@@ -34,7 +34,7 @@ from contest import (
 )
 from tiny import BATCH_SIZE
 
-from launcher.rundir import RunDir
+from launcher.runs.rundir import RunDir
 
 TOLERANCE = 1e-3
 """Of a loss, relative to the first. Rounding takes it to 1e-6; Accelerate, which advances a

@@ -28,7 +28,7 @@ from contest import BIN, CONTESTANTS, HERE, Cell, Numbers, benchmark, print_tabl
 from loop_overhead import TOLERANCE, read_losses
 from tiny import TRAIN_SAMPLES
 
-from launcher.finders.scaling import Link, Traffic, ring, step_seconds
+from launcher.analysis.scaling_model import Link, Traffic, ring, step_seconds
 
 NAMES = ("torch", "launcher")
 BATCH_SIZE = TRAIN_SAMPLES // 2

@@ -22,10 +22,10 @@ import torch
 from contest import CONTESTANTS, Names, Numbers, benchmark, installed, print_table, train
 
 from launcher import Recipe
-from launcher.engine.compare import Trace, compare, read_trace
-from launcher.prove import TOLERANCES
+from launcher.checks.prove import TOLERANCES
+from launcher.engine.probes.parity import Trace, compare, read_trace
+from launcher.planning.strategy import STRATEGIES
 from launcher.recipes.digits import digits
-from launcher.strategy import STRATEGIES
 
 OTHERS = [name for name in CONTESTANTS if name not in ("launcher", "ignite", "fabric")]
 HEAD = (

@@ -8,8 +8,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from launcher.engine.shards import Shards
+    from launcher.engine.data.shards import Shards
     from launcher.entry import main
+    from launcher.environment.machine import Machine, read_machine
     from launcher.errors import (
         LauncherError,
         OverrideError,
@@ -21,14 +22,13 @@ if TYPE_CHECKING:
         UsageError,
         WorldError,
     )
-    from launcher.loading import LoaderPolicy, loader_policy
-    from launcher.machine import Machine, read_machine
-    from launcher.optimizer import OptimizerSpec, adamw, sgd
-    from launcher.packaged import packaged_file
-    from launcher.plan import Plan
-    from launcher.planning import make_plan
-    from launcher.recipe import Data, Recipe
-    from launcher.schedules import (
+    from launcher.planning.loading import LoaderPolicy, loader_policy
+    from launcher.planning.plan import Plan
+    from launcher.planning.planner import make_plan
+    from launcher.recipe.optimizer import OptimizerSpec, adamw, sgd
+    from launcher.recipe.package_data import packaged_file
+    from launcher.recipe.recipe import Data, Recipe
+    from launcher.recipe.schedules import (
         Schedule,
         Setting,
         constant,
@@ -82,29 +82,49 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Data": "recipe",
-    "LoaderPolicy": "loading",
-    "Machine": "machine",
-    "OptimizerSpec": "optimizer",
-    "Plan": "plan",
-    "Recipe": "recipe",
-    "Shards": "engine.shards",
-    "adamw": "optimizer",
-    "loader_policy": "loading",
-    "main": "entry",
-    "make_plan": "planning",
-    "packaged_file": "packaged",
-    "read_machine": "machine",
-    "sgd": "optimizer",
+    "Data": "launcher.recipe.recipe",
+    "LauncherError": "launcher.errors",
+    "LoaderPolicy": "launcher.planning.loading",
+    "Machine": "launcher.environment.machine",
+    "OptimizerSpec": "launcher.recipe.optimizer",
+    "OverrideError": "launcher.errors",
+    "Plan": "launcher.planning.plan",
+    "PlanError": "launcher.errors",
+    "Recipe": "launcher.recipe.recipe",
+    "RecipeError": "launcher.errors",
+    "RunDirError": "launcher.errors",
+    "SampleError": "launcher.errors",
+    "Schedule": "launcher.recipe.schedules",
+    "Setting": "launcher.recipe.schedules",
+    "Shards": "launcher.engine.data.shards",
+    "TrainingError": "launcher.errors",
+    "UsageError": "launcher.errors",
+    "WorldError": "launcher.errors",
+    "adamw": "launcher.recipe.optimizer",
+    "constant": "launcher.recipe.schedules",
+    "cosine": "launcher.recipe.schedules",
+    "cyclical": "launcher.recipe.schedules",
+    "exponential": "launcher.recipe.schedules",
+    "linear": "launcher.recipe.schedules",
+    "loader_policy": "launcher.planning.loading",
+    "main": "launcher.entry",
+    "make_plan": "launcher.planning.planner",
+    "multi_step": "launcher.recipe.schedules",
+    "one_cycle": "launcher.recipe.schedules",
+    "packaged_file": "launcher.recipe.package_data",
+    "read_machine": "launcher.environment.machine",
+    "schedule": "launcher.recipe.schedules",
+    "sgd": "launcher.recipe.optimizer",
+    "warmup": "launcher.recipe.schedules",
+    "wsd": "launcher.recipe.schedules",
 }
-"""Where public names are; the errors are in `errors`, the others in `schedules`."""
+"""The module that defines each public name."""
 
 
 def __getattr__(name: str) -> object:
-    if name not in __all__:
+    if name not in _MODULES:
         raise AttributeError(f"module 'launcher' has no attribute {name!r}")
-    home = _MODULES.get(name) or ("errors" if name.endswith("Error") else "schedules")
-    value = getattr(importlib.import_module(f"launcher.{home}"), name)
+    value = getattr(importlib.import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
 

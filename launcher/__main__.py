@@ -34,7 +34,7 @@ def _prepare() -> None:
 
 def _start() -> None:
     if sys.argv[1:2] == ["--leash"]:
-        from launcher.leash import main as hold
+        from launcher.launch.ssh_remote import main as hold
 
         sys.exit(hold(*sys.argv[2:]))
     from launcher.cli import main

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from launcher.recipe import Recipe
+from launcher.recipe.recipe import Recipe
 
 
 def main(recipe: Callable[..., Recipe]) -> None:

@@ -25,13 +25,13 @@ from torch.multiprocessing.spawn import start_processes
 from worlds import tokens, worlds
 
 from launcher import Recipe, adamw, make_plan, read_machine, sgd
-from launcher.engine.logs import Output
+from launcher.engine.ranks.output import Output
 from launcher.engine.run import join, train_rank
-from launcher.job import Start
-from launcher.rundir import RunDir, create_run_dir
+from launcher.environment.world import World, find_world
+from launcher.planning.strategy import STRATEGIES
+from launcher.runs.job import Start
+from launcher.runs.rundir import RunDir, create_run_dir
 from launcher.signals import StopRequest
-from launcher.strategy import STRATEGIES
-from launcher.world import World, find_world
 
 RECIPES = {"worlds": worlds, "tokens": tokens, "batch_norm": batch_norm, "branches": branches}
 OPTIMIZERS: dict[str, dict[str, Any]] = {

@@ -10,8 +10,8 @@ import pytest
 from test_plan import LAPTOP, recipe
 
 from launcher import Recipe, WorldError, make_plan
-from launcher.accelerate_settings import accelerate_settings
-from launcher.configs import accelerate_config, deepspeed_config
+from launcher.environment.accelerate_launch import accelerate_settings
+from launcher.planning.configs import accelerate_config, deepspeed_config
 
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
 FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"

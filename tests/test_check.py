@@ -7,7 +7,7 @@ import json
 import pytest
 from support import ROOT, Commands
 
-from launcher.new import renamed
+from launcher.recipe.scaffold import renamed
 
 HEAD = """
 import {imports}

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from launcher.checkpoints import (
+from launcher.errors import CheckpointError
+from launcher.runs.checkpoints import (
     FORMAT,
     Checkpoint,
     Manifest,
@@ -20,8 +21,7 @@ from launcher.checkpoints import (
     list_checkpoints,
     sum_file,
 )
-from launcher.errors import CheckpointError
-from launcher.rundir import RunDir
+from launcher.runs.rundir import RunDir
 
 MANIFEST = Manifest(
     format=FORMAT,

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from support import Commands
 
-from launcher.doctor.examine import plan_examination
-from launcher.doctor.findings import Finding, Report, worst
-from launcher.doctor.node import check_node
-from launcher.doctor.ranks import judge
-from launcher.machine import Machine, free_memory_bytes, gpu_driver
-from launcher.report.findings import finding_lines
-from launcher.report.quantities import size
+from launcher.checks.doctor import plan_examination
+from launcher.checks.group_checks import judge
+from launcher.checks.node_checks import check_node
+from launcher.console.findings_table import finding_lines
+from launcher.environment.machine import Machine, free_memory_bytes, gpu_driver
+from launcher.findings import Finding, Report, worst
+from launcher.quantities import size
 
 MACHINE = Machine(
     hostname="node1",

@@ -12,8 +12,7 @@ import pytest
 from support import ROOT, Commands
 
 from launcher import make_plan
-from launcher.estimate import Facts, estimate_scaling, facts_of
-from launcher.finders.scaling import (
+from launcher.analysis.scaling_model import (
     Computation,
     Link,
     Network,
@@ -25,10 +24,11 @@ from launcher.finders.scaling import (
     traffic,
     tree,
 )
-from launcher.machine import Machine
-from launcher.measured import Measured
+from launcher.environment.machine import Machine
 from launcher.recipes.digits import digits
 from launcher.slurm.site import Site, read_site
+from launcher.tuning.estimate import Facts, estimate_scaling, facts_of
+from launcher.tuning.measurements import Measured
 
 FAST, SLOW = Link(seconds=5e-6, bytes_per_second=100e9), Link(seconds=2e-5, bytes_per_second=10e9)
 NETWORK = Network(inside=FAST, between=SLOW)

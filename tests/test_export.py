@@ -14,8 +14,8 @@ import yaml
 from safetensors.torch import load_file
 from support import ROOT, Commands
 
-from launcher.engine.compare import compare, read_trace
-from launcher.rundir import RunDir
+from launcher.engine.probes.parity import compare, read_trace
+from launcher.runs.rundir import RunDir
 
 RECIPE = str(ROOT / "tests/recipes/worlds.py")
 GIVEN = ("micro_batch_size=20", "lr=0.05", "max_grad_norm=0.5", "schedule=cosine(0.1)")

@@ -17,8 +17,8 @@ import pytest
 from safetensors.torch import load_file
 from support import ROOT, Commands, Finished, processes_of, read_lines
 
-from launcher.checkpoints import list_checkpoints
-from launcher.rundir import RunDir
+from launcher.runs.checkpoints import list_checkpoints
+from launcher.runs.rundir import RunDir
 
 RECIPE = ROOT / "tests/recipes/failing.py"
 

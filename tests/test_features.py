@@ -9,9 +9,9 @@ import pytest
 from matrix import DOUBLE, Case, features
 from support import Commands, read_lines, train_suite
 
-from launcher.engine.compare import compare, read_trace
-from launcher.prove import TOLERANCES
-from launcher.rundir import RunDir
+from launcher.checks.prove import TOLERANCES
+from launcher.engine.probes.parity import compare, read_trace
+from launcher.runs.rundir import RunDir
 
 WORLDS = (1, 2, 3)
 CASES = [(ranks, case) for ranks in WORLDS for case in features(ranks)]

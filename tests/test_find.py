@@ -11,7 +11,7 @@ import signal
 import pytest
 from support import ROOT, Commands, read_lines
 
-from launcher.finders.loader import MOST_PREFETCH, queue_to_bridge
+from launcher.analysis.loader_throughput import MOST_PREFETCH, queue_to_bridge
 
 LR = ("launcher", "find", "lr", "digits", "--from", "1e-4", "--steps", "60")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.batch import ceil_div
-from launcher.finders.batch import Trial, choose, next_size
+from launcher.analysis.batch_sizes import Trial, choose, next_size
+from launcher.planning.global_batch import ceil_div
 
 
 def search(share: int, most: int) -> list[Trial]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.finders.loader import (
+from launcher.analysis.loader_throughput import (
     Room,
     SampleCost,
     WorkerCost,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from launcher.finders.lr import (
+from launcher.analysis.lr_curve import (
     Curve,
     Divergence,
     Trial,

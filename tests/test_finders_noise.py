@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from launcher.finders.noise import (
+from launcher.analysis.gradient_noise import (
     Measurement,
     RunningNoise,
     estimate,

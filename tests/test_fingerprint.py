@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils.data import Subset
 
-from launcher.engine.fingerprint import classes_of, describe, difference, same, shown
+from launcher.engine.data.fingerprint import classes_of, describe, difference, same, shown
 
 NAN = float("nan")
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from support import ROOT, Commands
 
-from launcher.engine.placement import Placement
+from launcher.engine.backends.placement import Placement
 
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 needs_gpu = pytest.mark.skipif(GPUS < 1, reason="no GPU that torch can use")

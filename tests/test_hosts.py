@@ -18,12 +18,12 @@ from pathlib import Path
 import pytest
 from support import BIN, ROOT, Commands, Finished, read_lines
 
-from launcher.checkpoints import list_checkpoints
 from launcher.cli.start import without
-from launcher.engine.compare import compare, read_trace
+from launcher.engine.probes.parity import compare, read_trace
+from launcher.environment.nodes import find_nodes, nodes_environment, nodes_of_hosts
 from launcher.errors import UsageError
-from launcher.nodes import find_nodes, nodes_environment, nodes_of_hosts
-from launcher.rundir import RunDir
+from launcher.runs.checkpoints import list_checkpoints
+from launcher.runs.rundir import RunDir
 
 WORLDS_PY = ROOT / "tests/recipes/worlds.py"
 FAILING = ROOT / "tests/recipes/failing.py"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support import ROOT, Commands, read_lines
 
-from launcher.batch import Cut
+from launcher.planning.global_batch import Cut
 
 RECIPE = str(ROOT / "tests/recipes/normed.py")
 

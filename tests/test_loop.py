@@ -32,12 +32,12 @@ from launcher import (
     sgd,
 )
 from launcher.engine.backends.local import LocalBackend
-from launcher.engine.logs import Output
-from launcher.engine.optimizers import make_optimizer, take_step
-from launcher.engine.order import Permutation
+from launcher.engine.data.permutation import Permutation
+from launcher.engine.data.seeds import derive
+from launcher.engine.ranks.output import Output
 from launcher.engine.run import Result, train_rank
-from launcher.rundir import RunDir
-from launcher.seeds import derive
+from launcher.engine.state.hyperparameters import make_optimizer, take_step
+from launcher.runs.rundir import RunDir
 
 INPUTS = torch.randn(50, 4, generator=torch.Generator().manual_seed(1))
 TARGETS = INPUTS @ torch.tensor([[1.0], [-2.0], [0.5], [0.0]]) + 0.3

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.machine import read_machine
+from launcher.environment.machine import read_machine
 
 CORES = len(os.sched_getaffinity(0))
 

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 from support import ROOT, Commands, read_lines
 
+from launcher.analysis.device_peaks import peak_flops
 from launcher.engine.backends.local import LocalBackend
-from launcher.engine.ranks import CommunicationClock, OwnShare, by_rank
-from launcher.history import History
-from launcher.job import plan_recipe
-from launcher.machine import read_machine
-from launcher.peaks import peak_flops
+from launcher.engine.metrics.rank_times import CommunicationClock, OwnShare, by_rank
+from launcher.environment.machine import read_machine
+from launcher.recipe.resolve import resolve
 from launcher.recipes.digits import digits
-from launcher.resolve import resolve
-from launcher.rundir import RunDir, read_rows
+from launcher.runs.history import History
+from launcher.runs.job import plan_recipe
+from launcher.runs.rundir import RunDir, read_rows
 
 STRAGGLING = ROOT / "tests/recipes/straggling.py"
 

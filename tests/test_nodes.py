@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 from support import ROOT, Commands, Finished, read_lines
 
-from launcher.checkpoints import list_checkpoints
-from launcher.engine.compare import compare, read_trace
+from launcher.engine.probes.parity import compare, read_trace
+from launcher.environment.nodes import find_nodes
+from launcher.environment.slurm_step import find_step, read_counts, read_hosts
+from launcher.environment.world import find_world
 from launcher.errors import UsageError, WorldError
-from launcher.nodes import find_nodes
-from launcher.rundir import RunDir
-from launcher.slurm.environment import find_step, read_counts, read_hosts
-from launcher.world import find_world
+from launcher.runs.checkpoints import list_checkpoints
+from launcher.runs.rundir import RunDir
 
 WORLDS_PY = ROOT / "tests/recipes/worlds.py"
 FAILING = ROOT / "tests/recipes/failing.py"

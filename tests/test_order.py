@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from launcher import Recipe, make_plan, read_machine
-from launcher.engine.order import Permutation, elements_at
-from launcher.engine.sampler import Request, Sampler
-from launcher.seeds import derive
+from launcher.engine.data.permutation import Permutation, elements_at
+from launcher.engine.data.sampler import Request, Sampler
+from launcher.engine.data.seeds import derive
 
 
 def nothing(*_: Any) -> Any:

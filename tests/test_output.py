@@ -10,8 +10,8 @@ import threading
 import pytest
 from support import BIN, ROOT, Commands
 
-from launcher.report.progress import metrics_text
-from launcher.report.quantities import duration
+from launcher.console.progress import metrics_text
+from launcher.quantities import duration
 
 RECIPE = ROOT / "tests/recipes/talking.py"
 

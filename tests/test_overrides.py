@@ -8,8 +8,8 @@ from typing import Any, Literal
 import pytest
 
 from launcher import OverrideError, Recipe, RecipeError, adamw, cosine
-from launcher.overrides import Override, build, read_arguments, read_yaml
-from launcher.resolve import Reference
+from launcher.recipe.overrides import Override, build, read_arguments, read_yaml
+from launcher.recipe.resolve import Reference
 
 
 def nothing(*_: Any) -> Any:

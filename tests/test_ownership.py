@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 from support import ROOT, Commands, Finished, read_lines
 
-from launcher.checkpoints import list_checkpoints
-from launcher.locks import locks_are_shared
-from launcher.rundir import RunDir
+from launcher.runs.checkpoints import list_checkpoints
+from launcher.runs.locks import locks_are_shared
+from launcher.runs.rundir import RunDir
 
 STEADY = str(ROOT / "benchmarks/steady.py")
 TORCHRUN = ("torchrun", "--standalone", "--nproc-per-node", "2")
@@ -197,8 +197,8 @@ def test_one_of_two_at_once_is_the_owner(run: Commands, submitted: bool) -> None
 FAMILY = """
 import os, signal, sys
 from pathlib import Path
-from launcher.ownership import own
-from launcher.rundir import RunDir
+from launcher.runs.ownership import own
+from launcher.runs.rundir import RunDir
 
 told, tell = os.pipe()
 with own(RunDir(Path(sys.argv[1])), with_ranks=sys.argv[2] == "ranks"):
@@ -218,7 +218,7 @@ import sys
 from pathlib import Path
 from launcher import ownership
 from launcher.errors import RunDirError
-from launcher.rundir import RunDir
+from launcher.runs.rundir import RunDir
 
 ownership._SECONDS_TO_END = 0.3
 try:
@@ -324,9 +324,9 @@ def test_a_program_that_goes_on_owns_nothing(run: Commands) -> None:
     (run.folder / "goes_on.py").write_text(
         "from pathlib import Path\n"
         "from launcher import main\n"
-        "from launcher.ownership import own\n"
+        "from launcher.runs.ownership import own\n"
         "from launcher.recipes.digits import digits\n"
-        "from launcher.rundir import RunDir\n"
+        "from launcher.runs.rundir import RunDir\n"
         "main(digits)\n"
         'with own(RunDir(Path("out").resolve())):\n'
         '    print("free")\n'

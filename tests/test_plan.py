@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from launcher import Machine, PlanError, Recipe, adamw, make_plan
-from launcher.batch import micro_batch, num_micro_steps, part, shares
-from launcher.report.explain import explain
-from launcher.world import World
+from launcher.console.explain import explain
+from launcher.environment.world import World
+from launcher.planning.global_batch import micro_batch, num_micro_steps, part, shares
 
 LAPTOP = Machine(
     hostname="laptop",

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.health import Health
-from launcher.report.failure import death_text
-from launcher.rundir import RunDir
+from launcher.console.failure import death_text
+from launcher.runs.heartbeat import Health
+from launcher.runs.rundir import RunDir
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from support import ROOT, Commands
 
-from launcher.finders.profile import PARTS, Profile, advice, read_profile
-from launcher.job import plan_recipe
-from launcher.machine import read_machine
-from launcher.overrides import read_arguments
-from launcher.plan import Plan
-from launcher.resolve import resolve
+from launcher.analysis.step_profile import PARTS, Profile, advice, read_profile
+from launcher.environment.machine import read_machine
+from launcher.planning.plan import Plan
+from launcher.recipe.overrides import read_arguments
+from launcher.recipe.resolve import resolve
+from launcher.runs.job import plan_recipe
 
 STRAGGLING = ROOT / "tests/recipes/straggling.py"
 

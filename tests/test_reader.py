@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from launcher import Data, Recipe, RecipeError, SampleError
-from launcher.engine.data import MicroBatch, Reader, checked, sample_count
-from launcher.engine.fingerprint import same
-from launcher.engine.randomness import Generators
-from launcher.engine.sampler import Request
-from launcher.job import Source
+from launcher.engine.data.fingerprint import same
+from launcher.engine.data.randomness import Generators
+from launcher.engine.data.reader import MicroBatch, Reader, checked, sample_count
+from launcher.engine.data.sampler import Request
+from launcher.runs.job import Source
 from recipes.digits import digits
 
 

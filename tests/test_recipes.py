@@ -15,13 +15,13 @@ import torch
 from support import ROOT, Commands, needs_fashion_mnist, read_lines
 
 from launcher import RecipeError, packaged_file
+from launcher.recipe.resolve import list_recipes
 from launcher.recipes.fashion_mnist import DATA, read_idx
 from launcher.recipes.gpt import build_model as build_gpt
 from launcher.recipes.gpt import cut, pack, pad, sample
 from launcher.recipes.resnet import build_resnet, read_batch
 from launcher.recipes.rough_intervals import build_model as build_rough
 from launcher.recipes.rough_intervals import coverage, read_new_york
-from launcher.resolve import list_recipes
 
 IDX = bytes((0, 0, 8, 2)) + (2).to_bytes(4, "big") + (3).to_bytes(4, "big")
 

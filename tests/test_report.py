@@ -13,10 +13,10 @@ from browser import CONTRAST, browser, look, needs_browser
 from selenium import webdriver
 from support import ROOT, Commands, read_lines
 
-from launcher.history import History
+from launcher.analysis.time_shares import smoothed, stragglers
 from launcher.report.figures import MOST_POINTS, thinned
-from launcher.report.shares import smoothed, stragglers
-from launcher.rundir import RunDir
+from launcher.runs.history import History
+from launcher.runs.rundir import RunDir
 
 STRAGGLING = ROOT / "tests/recipes/straggling.py"
 FAILING = ROOT / "tests/recipes/failing.py"

@@ -15,10 +15,10 @@ import yaml
 from matrix import SOURCE_RANKS, Case, resumed
 from support import ROOT, Commands, read_lines, train_suite
 
-from launcher.checkpoints import list_checkpoints
-from launcher.engine.compare import Trace, compare, read_trace
-from launcher.prove import TOLERANCES
-from launcher.rundir import RunDir
+from launcher.checks.prove import TOLERANCES
+from launcher.engine.probes.parity import Trace, compare, read_trace
+from launcher.runs.checkpoints import list_checkpoints
+from launcher.runs.rundir import RunDir
 
 WORLDS = (SOURCE_RANKS, 1, 3, 4)
 CASES = [(ranks, source, case) for ranks in WORLDS for source, case in resumed(ranks)]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import RunDirError
-from launcher.rundir import (
+from launcher.runs.rundir import (
     RunDir,
     create_run_dir,
     read_failure,

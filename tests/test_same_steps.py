@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from support import ROOT, Commands, read_lines
 
-from launcher.engine.compare import Trace, compare, read_trace
-from launcher.rundir import RunDir
+from launcher.engine.probes.parity import Trace, compare, read_trace
+from launcher.runs.rundir import RunDir
 
 RECIPE = ROOT / "tests/recipes/worlds.py"
 

@@ -21,11 +21,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from launcher import Plan, make_plan, read_machine
-from launcher.checkpoints import FORMAT, Checkpoint, Manifest
-from launcher.engine.checkpoint import StoredState, write_shard
-from launcher.engine.sampler import Sampler
-from launcher.engine.state import keep, live_tensors
+from launcher.engine.data.sampler import Sampler
+from launcher.engine.saving.checkpoint_tensors import StoredState, write_shard
+from launcher.engine.state.training_state import keep, live_tensors
 from launcher.recipes.digits import digits
+from launcher.runs.checkpoints import FORMAT, Checkpoint, Manifest
 
 RANKS = 1024
 

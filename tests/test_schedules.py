@@ -19,8 +19,8 @@ from torch.optim.lr_scheduler import (
 
 from launcher import cosine, cyclical, linear, multi_step, one_cycle, schedule, warmup, wsd
 from launcher.errors import UsageError
-from launcher.schedules import SCHEDULES, Schedule, Setting
-from launcher.spec import parse
+from launcher.recipe.callspec import parse
+from launcher.recipe.schedules import SCHEDULES, Schedule, Setting
 
 
 def oracle(make: Any, total_steps: int) -> list[tuple[float, float]]:

@@ -15,9 +15,9 @@ import pytest
 from local import Cluster, ClusterError, make_cluster
 from support import ROOT, Commands, fail_on_leftovers, read_lines
 
-from launcher.checkpoints import list_checkpoints
-from launcher.engine.compare import compare, read_trace
-from launcher.rundir import RunDir
+from launcher.engine.probes.parity import compare, read_trace
+from launcher.runs.checkpoints import list_checkpoints
+from launcher.runs.rundir import RunDir
 from launcher.slurm.queue import JobState, job_state
 from launcher.slurm.submission import read_submission, status_of
 

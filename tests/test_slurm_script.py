@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 from support import BIN, ROOT, Commands
 
+from launcher.environment.program import own_program, program_of
 from launcher.errors import SlurmError, UsageError
-from launcher.program import own_program, program_of
-from launcher.resolve import resolve
-from launcher.slurm.prepare import Request, combinations, prepare
+from launcher.recipe.resolve import resolve
+from launcher.slurm.batch_job import Request, combinations, prepare
 from launcher.slurm.queue import in_words
 from launcher.slurm.script import Batch, render
 from launcher.slurm.site import Site, find_site, read_memory, read_site, read_time, time_text

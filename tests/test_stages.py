@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from launcher import PlanError, Recipe, constant, make_plan, read_machine
-from launcher.plan import Plan
-from launcher.report.explain import explain
-from launcher.report.plots import schedule_plots
-from launcher.stages import Course, Stage, Window, make_stages, stage_at
+from launcher.console.explain import explain
+from launcher.console.plots import schedule_plots
+from launcher.planning.plan import Plan
+from launcher.planning.stages import Course, Stage, Window, make_stages, stage_at
 
 
 def walk(stages: tuple[Stage, ...], samples: int, steps: int) -> list[Window]:

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from support import BIN, ROOT, Commands
 
-from launcher.engine import rendezvous
+from launcher.engine.ranks import external_store
+from launcher.environment.world import World
 from launcher.errors import WorldError
-from launcher.world import World
 
 RECIPE = str(ROOT / "tests/recipes/starting.py")
 
@@ -138,7 +138,7 @@ def test_a_rank_does_not_wait_for_ever(
     monkeypatch: pytest.MonkeyPatch, free_port: int, rank: int
 ) -> None:
     """Where the others do not come it ends with a usage error that names the place."""
-    monkeypatch.setattr(rendezvous, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(external_store, "PATIENCE_SECONDS", 0.2)
     world = World(
         rank=rank,
         world_size=2,
@@ -147,7 +147,7 @@ def test_a_rank_does_not_wait_for_ever(
         address=("127.0.0.1", free_port),
     )
     with pytest.raises(WorldError, match=f"127.0.0.1:{free_port}"):
-        rendezvous.open_store(world)
+        external_store.open_store(world)
 
 
 def test_a_port_that_is_taken_is_said(run: Commands) -> None:
@@ -189,7 +189,7 @@ def test_closed_streams_are_opened(tmp_path: Path, closed: int) -> None:
     """Whichever of the three are closed, no file or pipe takes their numbers."""
     script = (
         "import os, sys\n"
-        "from launcher.streams import open_closed_streams\n"
+        "from launcher.cli.standard_streams import open_closed_streams\n"
         "open_closed_streams()\n"
         "[os.fstat(number) for number in range(3)]\n"
         "print('shown'), sys.stderr.write('shown'), sys.stdin.read()\n"

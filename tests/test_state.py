@@ -14,9 +14,9 @@ from safetensors import safe_open
 from support import ROOT, Commands, read_lines
 from torch import Tensor, nn
 
-from launcher.checkpoints import Values, sum_file
-from launcher.engine.state import check_optimizer, empty_state
+from launcher.engine.state.training_state import check_optimizer, empty_state
 from launcher.errors import TrainingError
+from launcher.runs.checkpoints import Values, sum_file
 
 STATEFUL = f"{ROOT / 'tests/recipes/stateful.py'}:stateful"
 WORLDS = f"{ROOT / 'tests/recipes/worlds.py'}:worlds"

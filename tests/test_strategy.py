@@ -9,8 +9,8 @@ import pytest
 from test_plan import LAPTOP, NODE, recipe
 
 from launcher import PlanError, Recipe, RecipeError, make_plan
-from launcher.report.explain import explain
-from launcher.strategy import STRATEGIES
+from launcher.console.explain import explain
+from launcher.planning.strategy import STRATEGIES
 
 
 def text(machine: Any, ranks: int, **changes: Any) -> str:

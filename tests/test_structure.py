@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import graphlib
 import sys
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -13,14 +14,53 @@ from support import ROOT
 import launcher
 
 PACKAGE = ROOT / "launcher"
-MODULES = sorted(PACKAGE.rglob("*.py"))
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if "recipes" not in path.parts)
 HEAVY = {"torch", "numpy", "accelerate", "deepspeed", "safetensors"}
+
+ROOMS = [
+    ["launcher.errors", "launcher.signals", "launcher.quantities", "launcher.findings"],
+    ["launcher.forking"],
+    ["recipe"],
+    ["environment"],
+    ["planning"],
+    ["runs"],
+    ["analysis"],
+    ["console", "slurm"],
+    ["engine.ranks", "engine.state"],
+    ["engine.backends"],
+    ["engine.data", "engine.saving"],
+    ["engine.model", "engine.metrics"],
+    ["engine.training"],
+    ["engine.probes"],
+    ["engine"],
+    ["launch"],
+    ["tuning", "checks"],
+    ["report"],
+    ["cli.find", "cli"],
+    ["launcher.entry", "launcher.__main__"],
+]
+"""Folders, and modules directly in the package, from the bottom to the top.
+
+A module may import from rooms on lines above its own. Rooms on one line do not import each other,
+except that the group `cli.find` belongs to `cli`.
+"""
+
+LEVELS = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 
 
 def name_of(path: Path) -> str:
     """Return a module's dotted name."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+NAMES = {name_of(path): path for path in MODULES}
+
+
+def room_of(name: str) -> str:
+    """Return the room of a module: its folder, or itself if it is directly in the package."""
+    room = ".".join(NAMES[name].relative_to(PACKAGE).parent.parts)
+    return room or name
 
 
 def imports_of(path: Path, *, at_import: bool) -> set[str]:
@@ -32,25 +72,59 @@ def imports_of(path: Path, *, at_import: bool) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                found.add(submodule if submodule in NAMES else node.module)
     return found
 
 
 def test_no_module_imports_in_a_circle() -> None:
-    """Imports at the top of modules go one way, through the whole package."""
-    names = {name_of(path) for path in MODULES}
+    """Imports at the top of modules go one way through the whole package."""
     graph = {
-        name_of(path): imports_of(path, at_import=True) & names - {name_of(path)}
-        for path in MODULES
+        name: imports_of(path, at_import=True) & NAMES.keys() - {name}
+        for name, path in NAMES.items()
         if path.name != "__init__.py"
     }
     graphlib.TopologicalSorter(graph).prepare()
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "launcher"])
+def test_rooms_import_from_rooms_below_them(name: str) -> None:
+    """A module imports, inside functions too, only from rooms that are listed before its own."""
+    room = room_of(name)
+    upward = {
+        other
+        for other in imports_of(NAMES[name], at_import=False) & NAMES.keys() - {"launcher"}
+        if room_of(other) != room and LEVELS[room_of(other)] >= LEVELS[room]
+    }
+    upward = {other for other in upward if not (room == "cli.find" and room_of(other) == "cli")}
+    assert upward == set()
+
+
+def test_a_basename_stands_for_one_module() -> None:
+    """No two modules share a basename; commands are named as users type them."""
+    names = Counter(
+        path.name
+        for path in MODULES
+        if "cli" not in path.parts and path.name not in ("__init__.py", "__main__.py")
+    )
+    assert {name: count for name, count in names.items() if count > 1} == {}
+
+
+def test_a_public_class_name_stands_for_one_class() -> None:
+    """No two public classes of the package share a name."""
+    places = defaultdict(list)
+    for name, path in NAMES.items():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places[node.name].append(name)
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
+
+
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_torch_is_in_the_engine_alone(path: Path) -> None:
-    """Outside launcher/engine nothing imports torch and its kin, except the agent in launch.py."""
-    if "engine" in path.parts or path.name == "launch.py":
+    """Outside launcher/engine nothing imports torch and its kin, except what starts the agent."""
+    if "engine" in path.parts or name_of(path) == "launcher.launch.launcher":
         return
     roots = {name.partition(".")[0] for name in imports_of(path, at_import=False)}
     assert roots.isdisjoint(HEAVY)
@@ -62,7 +136,7 @@ def test_backends_keep_to_themselves(path: Path) -> None:
     allowed = {
         "launcher.engine.backends.accelerate": {"accelerate"},
         "launcher.engine.backends.deepspeed": {"accelerate", "deepspeed"},
-        "launcher.engine.trackers": {"accelerate"},
+        "launcher.engine.metrics.trackers": {"accelerate"},
     }.get(name_of(path), set())
     roots = {name.partition(".")[0] for name in imports_of(path, at_import=False)}
     assert roots & {"accelerate", "deepspeed"} <= allowed
@@ -70,11 +144,9 @@ def test_backends_keep_to_themselves(path: Path) -> None:
 
 def test_the_command_line_sees_no_engine() -> None:
     """Commands reach the engine through launch, and a recipe's file through its worker."""
-    for path in (PACKAGE / "cli").glob("*.py"):
-        engine = {name for name in imports_of(path, at_import=False) if "engine" in name}
-        names = ("found_count", "found_rank")
-        allowed = {"launcher.engine.worker", *(f"launcher.engine.worker.{n}" for n in names)}
-        assert engine <= (allowed if path.name == "standalone.py" else set())
+    for path in (PACKAGE / "cli").rglob("*.py"):
+        engine = {name for name in imports_of(path, at_import=False) if ".engine" in name}
+        assert engine <= ({"launcher.engine.worker"} if path.name == "standalone.py" else set())
 
 
 def test_the_public_names_are_those_listed() -> None:

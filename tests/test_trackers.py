@@ -10,7 +10,7 @@ import pytest
 from support import Commands, read_lines
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from launcher.secrets import hidden_values, redacted
+from launcher.runs.redaction import hidden_values, redacted
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 

@@ -17,9 +17,9 @@ from torch.utils.data import TensorDataset
 
 from launcher import Data, Recipe, RecipeError, constant, make_plan, read_machine, sgd
 from launcher.engine.backends.local import LocalBackend
-from launcher.engine.logs import Output
+from launcher.engine.ranks.output import Output
 from launcher.engine.run import train_rank
-from launcher.rundir import RunDir
+from launcher.runs.rundir import RunDir
 
 RECIPE = """
 import os

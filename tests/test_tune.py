@@ -11,7 +11,7 @@ import pytest
 import yaml
 from support import ROOT, Commands, Finished
 
-from launcher.finders.batch import Trial, fastest_to_the_loss
+from launcher.analysis.batch_sizes import Trial, fastest_to_the_loss
 
 DIGITS = ("launcher", "tune", "digits", "-n", "2", "--steps", "60", "--seconds", "0.5")
 

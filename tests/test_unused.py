@@ -8,8 +8,8 @@ import pytest
 from matrix import Case, unused
 from support import ROOT, Commands, read_lines, train_suite
 
-from launcher.engine.compare import compare, read_trace
-from launcher.rundir import RunDir
+from launcher.engine.probes.parity import compare, read_trace
+from launcher.runs.rundir import RunDir
 
 WORLDS = (1, 2, 3)
 CASES = [(ranks, case) for ranks in WORLDS for case in unused(ranks)]

@@ -18,12 +18,12 @@ from typing import Any
 import pytest
 from support import BIN, ROOT, Commands, read_lines
 
-from launcher.cli.colours import painted
-from launcher.health import Health
-from launcher.report.listed import Listed, ordered
-from launcher.report.progress import sparkline
-from launcher.rundir import RunDir, read_run, write_resumption
-from launcher.states import is_alive, state_of
+from launcher.console.colours import painted
+from launcher.console.progress import sparkline
+from launcher.console.run_table import Listed, ordered
+from launcher.runs.heartbeat import Health
+from launcher.runs.rundir import RunDir, read_run, write_resumption
+from launcher.runs.status import is_alive, state_of
 
 STRAGGLING = ROOT / "tests/recipes/straggling.py"
 FAILING = ROOT / "tests/recipes/failing.py"

@@ -13,8 +13,8 @@ import torch
 from support import Commands, read_lines
 
 from launcher import SampleError
-from launcher.engine.open_files import open_files
-from launcher.engine.workers import check_sendable
+from launcher.engine.data.loader_workers import check_sendable
+from launcher.engine.data.open_files import open_files
 
 RECIPE = """
 from launcher import Data, Recipe, constant, main

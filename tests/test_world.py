@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from launcher.environment.world import World, find_world
 from launcher.errors import WorldError
-from launcher.world import World, find_world
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 

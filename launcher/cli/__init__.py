@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 import click
 
-from launcher.cli.colours import allowed
 from launcher.cli.group import LazyGroup
+from launcher.cli.standard_streams import open_closed_streams
+from launcher.console.colours import allowed
 from launcher.errors import EXIT_FAILED, EndedError, LauncherError
-from launcher.streams import open_closed_streams
 
 _COMMANDS = {
     "cancel": "launcher.cli.cancel",

@@ -13,8 +13,8 @@ from launcher.cli.completing import complete_recipes, complete_settings
 from launcher.errors import UsageError
 
 if TYPE_CHECKING:
-    from launcher.job import Shows
-    from launcher.overrides import Override
+    from launcher.recipe.overrides import Override
+    from launcher.runs.job import Shows
 
 Function = Callable[..., Any]
 
@@ -182,7 +182,7 @@ def shows(*, quiet: bool, as_json: bool) -> Shows:
 
 def read_overrides(config: Path | None, arguments: tuple[str, ...]) -> tuple[Override, ...]:
     """Return the overrides of a YAML file and of the command line, the weaker ones first."""
-    from launcher.overrides import read_arguments, read_yaml
+    from launcher.recipe.overrides import read_arguments, read_yaml
 
     return (*(read_yaml(config) if config else ()), *read_arguments(arguments))
 
@@ -191,7 +191,7 @@ class SettingsCommand(click.Command):
     """A command whose help ends with the settings that NAME=VALUE can name."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from launcher.recipe import field_sentences, setting_types
+        from launcher.recipe.recipe import field_sentences, setting_types
 
         names = (*setting_types(), "schedule", "optimizer")
         sentences = field_sentences()

@@ -20,7 +20,7 @@ from launcher.cli.arguments import (
 from launcher.errors import EXIT_FAILED
 
 if TYPE_CHECKING:
-    from launcher.doctor.findings import Finding
+    from launcher.findings import Finding
 
 
 @click.command(cls=SettingsCommand, short_help="Try a recipe out on a batch.")
@@ -40,12 +40,12 @@ def command(recipe: str, overrides: tuple[str, ...], config: Path | None, *, as_
     launcher check digits
     launcher check mine.py lr=0.2
     """
-    from launcher.check import check_recipe, heavy_imports
-    from launcher.doctor.findings import ok, warning, worst
-    from launcher.launch import Stops
-    from launcher.machine import read_machine
-    from launcher.report.findings import finding_lines, summary
-    from launcher.resolve import resolve
+    from launcher.checks.check import check_recipe, heavy_imports
+    from launcher.console.findings_table import finding_lines, summary
+    from launcher.environment.machine import read_machine
+    from launcher.findings import ok, warning, worst
+    from launcher.launch.launcher import Stops
+    from launcher.recipe.resolve import resolve
 
     stops = Stops()
     findings: list[Finding] = []

@@ -17,7 +17,7 @@ def complete_recipes(
     """Offer the recipes there are; files, once a path or a name of none has been begun."""
     from click.shell_completion import CompletionItem
 
-    from launcher.resolve import known_recipes
+    from launcher.recipe.resolve import known_recipes
 
     found = [
         CompletionItem(name, help=sentence)
@@ -35,7 +35,7 @@ def complete_runs(
 
     from click.shell_completion import CompletionItem
 
-    from launcher.rundir import folders_of_runs
+    from launcher.runs.rundir import folders_of_runs
 
     names = (run_dir.shown for run_dir in folders_of_runs(Path()))
     found = [CompletionItem(name) for name in names if name.startswith(incomplete)]
@@ -48,7 +48,7 @@ def complete_settings(
     """Offer NAME=, and behind it the values that a setting can have, where they are few."""
     from click.shell_completion import CompletionItem
 
-    from launcher.recipe import field_sentences, setting_types
+    from launcher.recipe.recipe import field_sentences, setting_types
 
     before = [str(each) for each in ctx.params.get(param.name or "") or ()]
     sentences = field_sentences()
@@ -72,9 +72,9 @@ def complete_settings(
 
 def _values(name: str) -> list[str]:
     """Return the values that a setting can have, where they are few."""
-    from launcher.optimizer import OPTIMIZERS
-    from launcher.recipe import setting_types
-    from launcher.schedules import SCHEDULES
+    from launcher.recipe.optimizer import OPTIMIZERS
+    from launcher.recipe.recipe import setting_types
+    from launcher.recipe.schedules import SCHEDULES
 
     tables: dict[str, Any] = {"schedule": SCHEDULES, "optimizer": OPTIMIZERS}
     if name in tables:

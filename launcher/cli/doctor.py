@@ -43,13 +43,13 @@ def command(
     launcher doctor -n 4 --out /scratch/runs
     torchrun --nproc-per-node 2 --no-python launcher doctor
     """
-    from launcher.doctor.examine import examine, examine_here, plan_examination
-    from launcher.doctor.findings import Finding, worst
-    from launcher.doctor.node import check_node
-    from launcher.doctor.ranks import judge
-    from launcher.machine import read_machine
-    from launcher.report.findings import finding_lines, summary
-    from launcher.world import find_world
+    from launcher.checks.doctor import examine, examine_here, plan_examination
+    from launcher.checks.group_checks import judge
+    from launcher.checks.node_checks import check_node
+    from launcher.console.findings_table import finding_lines, summary
+    from launcher.environment.machine import read_machine
+    from launcher.environment.world import find_world
+    from launcher.findings import Finding, worst
 
     world = find_world()
     alone = world.world_size == 1

@@ -20,7 +20,7 @@ from launcher.cli.arguments import (
 from launcher.errors import PlanError, UsageError
 
 if TYPE_CHECKING:
-    from launcher.plan import Plan
+    from launcher.planning.plan import Plan
 
 
 @click.command(
@@ -64,10 +64,10 @@ def command(
     """
     import yaml
 
-    from launcher.configs import accelerate_config, deepspeed_config
-    from launcher.job import plan_recipe
-    from launcher.machine import read_machine
-    from launcher.resolve import resolve
+    from launcher.environment.machine import read_machine
+    from launcher.planning.configs import accelerate_config, deepspeed_config
+    from launcher.recipe.resolve import resolve
+    from launcher.runs.job import plan_recipe
 
     if accelerate is None and deepspeed is None:
         raise UsageError(
@@ -118,13 +118,13 @@ def _command(plan: Plan, how: list[str], program: list[str], settings: list[str]
 
 
 def _ranks(plan: Plan) -> str:
-    from launcher.reasons import ranks_text
+    from launcher.planning.derivations import ranks_text
 
     return f"{ranks_text(plan.nodes, plan.nproc_per_node)} ranks"
 
 
 def _write(path: Path, text: str) -> None:
-    from launcher.rundir import write_atomic
+    from launcher.runs.rundir import write_atomic
 
     write_atomic(path, text)
     click.echo(f"wrote {path}")

@@ -13,7 +13,7 @@ import click
 from launcher.cli.completing import complete_runs
 
 if TYPE_CHECKING:
-    from launcher.rundir import RunDir
+    from launcher.runs.rundir import RunDir
 
 _SECONDS_BETWEEN_LOOKS = 0.2
 _SECONDS_BETWEEN_QUESTIONS = 5.0

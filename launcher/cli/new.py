@@ -17,8 +17,8 @@ def command(name: str, source: str) -> None:
     launcher new mine
     launcher new recipes/mine.py --from gpt
     """
-    from launcher.new import copy_recipe
-    from launcher.resolve import resolve
+    from launcher.recipe.resolve import resolve
+    from launcher.recipe.scaffold import copy_recipe
 
     target = Path(name if name.endswith(".py") else f"{name}.py")
     copy_recipe(resolve(source), target)

@@ -21,9 +21,9 @@ from launcher.cli.arguments import (
 from launcher.errors import UsageError
 
 if TYPE_CHECKING:
-    from launcher.estimate import Estimate
-    from launcher.overrides import Built
-    from launcher.plan import Plan
+    from launcher.planning.plan import Plan
+    from launcher.recipe.overrides import Built
+    from launcher.tuning.estimate import Estimate
 
 
 @click.command(cls=SettingsCommand, short_help="Print what a run would be, with the arithmetic.")
@@ -66,10 +66,10 @@ def command(
     launcher plan digits -n 8 --nodes 64 device=cuda --estimate runs/one-gpu
     launcher plan recipes/digits.py:digits lr=0.2 batch_size=512 --json
     """
-    from launcher.job import plan_recipe
-    from launcher.machine import read_machine
-    from launcher.report.explain import explain
-    from launcher.resolve import resolve
+    from launcher.console.explain import explain
+    from launcher.environment.machine import read_machine
+    from launcher.recipe.resolve import resolve
+    from launcher.runs.job import plan_recipe
 
     if plot and as_json:
         raise UsageError("--plot draws for people and --json prints for programs: give one.")
@@ -92,11 +92,11 @@ def command(
         return
     click.echo(explain(plan, recipe=reference.shown))
     if estimate is not None:
-        from launcher.report.estimated import estimate_text
+        from launcher.tuning.estimate_table import estimate_text
 
         click.echo(f"\n{estimate_text(estimate, plan.device)}")
     if plot:
-        from launcher.report.plots import draw, schedule_plots
+        from launcher.console.plots import draw, schedule_plots
 
         for each in schedule_plots(built.recipe.schedule, plan):
             click.echo(f"\n{draw(each)}")
@@ -108,9 +108,9 @@ def _estimate(
     plan: Plan,
     plan_for: Callable[[int, int], Plan],
 ) -> Estimate:
-    from launcher.estimate import estimate_scaling, facts_of
-    from launcher.measured import read_measured
     from launcher.slurm.site import find_site
+    from launcher.tuning.estimate import estimate_scaling, facts_of
+    from launcher.tuning.measurements import read_measured
 
     measured = read_measured(folders, plan)
     facts = facts_of(find_site(cluster), plan.device)

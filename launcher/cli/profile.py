@@ -13,8 +13,8 @@ from launcher.cli.arguments import SettingsCommand, out_option
 from launcher.cli.target import target_arguments
 
 if TYPE_CHECKING:
-    from launcher.find.probe import Target
-    from launcher.launch import Stops
+    from launcher.launch.launcher import Stops
+    from launcher.tuning.probe_run import Target
 
 
 @click.command(cls=SettingsCommand, short_help="Where the time of a step goes.")
@@ -40,9 +40,9 @@ def command(target: Target, stops: Stops, steps: int, out: Path | None, *, as_js
     launcher profile digits
     launcher profile recipes/gpt.py -n 2 strategy=fsdp --steps 10
     """
-    from launcher.find.profile import plan_profile, profile_recipe
-    from launcher.report.profiled import profile_text
-    from launcher.rundir import create_run_dir
+    from launcher.runs.rundir import create_run_dir
+    from launcher.tuning.profile_run import plan_profile, profile_recipe
+    from launcher.tuning.profile_table import profile_text
 
     probe = plan_profile(target, steps=steps)
     run_dir = create_run_dir(out, f"profile-{probe.plan.recipe}")

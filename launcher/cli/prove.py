@@ -21,7 +21,7 @@ from launcher.errors import EXIT_FAILED, UsageError
 from launcher.signals import EXIT_BY_SIGNAL
 
 if TYPE_CHECKING:
-    from launcher.overrides import Override
+    from launcher.recipe.overrides import Override
 
 _STEPS = 10
 
@@ -96,11 +96,11 @@ def command(
     launcher prove digits micro_batch_size=16 optimizer=adamw
     launcher prove digits precision=fp64 --steps 60
     """
-    from launcher.machine import read_machine
-    from launcher.prove import inspect_trial, plan_trials, run_trials
-    from launcher.report.proof import causes, head, row_line, to_dict, verdict
-    from launcher.resolve import resolve
-    from launcher.rundir import create_run_dir
+    from launcher.checks.proof_summary import causes, head, row_line, to_dict, verdict
+    from launcher.checks.prove import inspect_trial, plan_trials, run_trials
+    from launcher.environment.machine import read_machine
+    from launcher.recipe.resolve import resolve
+    from launcher.runs.rundir import create_run_dir
 
     reference, machine = resolve(recipe), read_machine()
     given = read_overrides(config, overrides)

@@ -12,7 +12,7 @@ def command() -> None:
     \b
     launcher recipes
     """
-    from launcher.resolve import known_recipes
+    from launcher.recipe.resolve import known_recipes
 
     names = known_recipes()
     width = max(map(len, names), default=0)

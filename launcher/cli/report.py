@@ -37,12 +37,12 @@ def command(runs: tuple[Path, ...], out: Path | None, *, opens: bool) -> None:
     launcher report runs/one runs/two --out two.html
     launcher report runs/digits-20260101-120000 runs/find-lr-digits-20260101-110000
     """
-    from launcher.history import History
     from launcher.report.comparison import comparison_page
-    from launcher.report.measured import is_measured, measured_sections, tuned_folder
+    from launcher.report.finder_sections import is_measured, measured_sections, tuned_folder
     from launcher.report.page import render
     from launcher.report.run_page import run_page
-    from launcher.rundir import open_run_dir, write_atomic
+    from launcher.runs.history import History
+    from launcher.runs.rundir import open_run_dir, write_atomic
 
     measured = [each for each in runs if is_measured(each)]
     histories = [History(open_run_dir(each)) for each in runs if each not in measured]

@@ -25,10 +25,10 @@ from launcher.cli.start import find_machines, start, start_on_hosts
 from launcher.errors import CheckpointError, RunDirError
 
 if TYPE_CHECKING:
-    from launcher.checkpoints import Checkpoint, Manifest
-    from launcher.overrides import Built
-    from launcher.plan import Plan
-    from launcher.rundir import RunDir
+    from launcher.planning.plan import Plan
+    from launcher.recipe.overrides import Built
+    from launcher.runs.checkpoints import Checkpoint, Manifest
+    from launcher.runs.rundir import RunDir
 
 
 @click.command(cls=SettingsCommand, short_help="Go on with a run from a checkpoint.")
@@ -72,15 +72,15 @@ def command(
     launcher resume runs/digits-20260101-120000 -n 4 strategy=fsdp
     launcher resume runs/digits-20260101-120000 --from 120 epochs=40
     """
-    from launcher.checkpoints import check_resumable
-    from launcher.job import Start, describe_run, plan_recipe
-    from launcher.launch import Stops
-    from launcher.machine import read_machine
-    from launcher.multinode import check_restarts, make_once, met
-    from launcher.overrides import Override, build, read_arguments
-    from launcher.ownership import check_unowned, own
-    from launcher.resolve import resolve
-    from launcher.rundir import open_run_dir, read_run, write_resumption
+    from launcher.environment.machine import read_machine
+    from launcher.launch.launcher import Stops
+    from launcher.launch.multi_node import check_restarts, make_once, met
+    from launcher.recipe.overrides import Override, build, read_arguments
+    from launcher.recipe.resolve import resolve
+    from launcher.runs.checkpoints import check_resumable
+    from launcher.runs.job import Start, describe_run, plan_recipe
+    from launcher.runs.ownership import check_unowned, own
+    from launcher.runs.rundir import open_run_dir, read_run, write_resumption
 
     stops = Stops()  # before anything slow
     showing = shows(quiet=quiet, as_json=as_json)
@@ -154,7 +154,7 @@ def _choose(folder: RunDir, name: str | None, recipe: str) -> Checkpoint:
     Raises:
         CheckpointError: There is none.
     """
-    from launcher.checkpoints import find_checkpoint, list_checkpoints
+    from launcher.runs.checkpoints import find_checkpoint, list_checkpoints
 
     found = list_checkpoints(folder)
     if not found:
@@ -171,7 +171,7 @@ def _read_manifest(folder: RunDir, chosen: Checkpoint, *, auto: bool) -> Manifes
     Raises:
         CheckpointError: It is damaged, and none is to be taken in its place.
     """
-    from launcher.checkpoints import damage_error, list_checkpoints
+    from launcher.runs.checkpoints import damage_error, list_checkpoints
 
     try:
         return chosen.read_manifest()
@@ -193,9 +193,9 @@ def _changes(
         was: Its recipe.
         now: The recipe and the plan that it goes on with.
     """
-    from launcher.checkpoints import changes
-    from launcher.plan import Plan
-    from launcher.report.explain import schedule_change
+    from launcher.console.explain import schedule_change
+    from launcher.planning.plan import Plan
+    from launcher.runs.checkpoints import changes
 
     if manifest is None:
         return []

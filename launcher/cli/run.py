@@ -26,7 +26,7 @@ from launcher.cli.start import find_machines, make_run_dir, start, start_on_host
 from launcher.errors import UsageError
 
 if TYPE_CHECKING:
-    from launcher.rundir import RunDir
+    from launcher.runs.rundir import RunDir
 
 
 @click.command(cls=SettingsCommand, short_help="Train a recipe.")
@@ -75,12 +75,12 @@ def command(
     launcher run digits --nodes 2 --rendezvous node1 --out /shared/mine
     launcher run digits --hosts node1,node2 --out /shared/mine
     """
-    from launcher.checkpoints import list_checkpoints
-    from launcher.job import Start, describe_run, plan_recipe
-    from launcher.launch import Stops
-    from launcher.machine import read_machine
-    from launcher.multinode import check_restarts, make_once, met
-    from launcher.resolve import resolve
+    from launcher.environment.machine import read_machine
+    from launcher.launch.launcher import Stops
+    from launcher.launch.multi_node import check_restarts, make_once, met
+    from launcher.recipe.resolve import resolve
+    from launcher.runs.checkpoints import list_checkpoints
+    from launcher.runs.job import Start, describe_run, plan_recipe
 
     stops = Stops()  # before anything slow
     showing = shows(quiet=quiet, as_json=as_json)

@@ -32,9 +32,9 @@ def command(where: tuple[str, ...], by: str, *, reverse: bool, as_json: bool) ->
     launcher runs state=finished recipe=digits --sort accuracy --reverse
     launcher runs runs/sweep lr=0.1 --json
     """
-    from launcher.cli.colours import painted
-    from launcher.report.listed import chosen, lines, listed, ordered, to_dict
-    from launcher.rundir import folders_of_runs
+    from launcher.console.colours import painted
+    from launcher.console.run_table import chosen, lines, listed, ordered, to_dict
+    from launcher.runs.rundir import folders_of_runs
 
     filters, folders = [], []
     for each in where:

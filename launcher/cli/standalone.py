@@ -20,12 +20,12 @@ from launcher.cli.arguments import (
     overrides_argument,
     read_overrides,
 )
+from launcher.cli.standard_streams import open_closed_streams
 from launcher.cli.start import make_run_dir
 from launcher.errors import LostRankError, UsageError
 from launcher.forking import suspect_all_threads
-from launcher.recipe import Recipe
+from launcher.recipe.recipe import Recipe
 from launcher.signals import StopRequest, handlers_restored
-from launcher.streams import open_closed_streams
 
 _SECONDS_TO_BE_ENDED = 5
 
@@ -95,14 +95,15 @@ def _train(
     accept: tuple[str, ...],
     stop: StopRequest,
 ) -> int:
-    from launcher.accelerate_settings import accelerate_settings
-    from launcher.job import Source, Start, describe_run, plan_recipe
-    from launcher.machine import read_machine
-    from launcher.ownership import own
-    from launcher.report.explain import explain
-    from launcher.resolve import reference_of
-    from launcher.rundir import RunDir, open_run_dir, write_resumption
-    from launcher.world import find_world
+    from launcher.console.explain import explain
+    from launcher.environment.accelerate_launch import accelerate_settings
+    from launcher.environment.machine import read_machine
+    from launcher.environment.world import find_world
+    from launcher.recipe.resolve import reference_of
+    from launcher.report.write import write_report
+    from launcher.runs.job import Source, Start, describe_run, plan_recipe
+    from launcher.runs.ownership import own
+    from launcher.runs.rundir import RunDir, open_run_dir, write_resumption
 
     world = find_world()
     reference = reference_of(function)
@@ -142,7 +143,16 @@ def _train(
     start = Start(fall_back=True, accept=accept) if resume is not None else None
     source = Source(recipe=reference.location, overrides=overrides)
     try:
-        return found_rank(built.recipe, plan, world, settle, stop=stop, start=start, source=source)
+        return found_rank(
+            built.recipe,
+            plan,
+            world,
+            settle,
+            stop=stop,
+            start=start,
+            source=source,
+            write_report=write_report,
+        )
     finally:
         held.close()  # the program may go on after `main`
 

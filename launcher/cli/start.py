@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 from launcher.cli import echo_if_possible
 
 if TYPE_CHECKING:
-    from launcher.job import Shows, Start
-    from launcher.launch import Stops
-    from launcher.multinode import Meeting
-    from launcher.nodes import Nodes
-    from launcher.overrides import Override
-    from launcher.plan import Plan
-    from launcher.resolve import Reference
-    from launcher.rundir import RunDir
+    from launcher.environment.nodes import Nodes
+    from launcher.launch.launcher import Stops
+    from launcher.launch.multi_node import Meeting
+    from launcher.planning.plan import Plan
+    from launcher.recipe.overrides import Override
+    from launcher.recipe.resolve import Reference
+    from launcher.runs.job import Shows, Start
+    from launcher.runs.rundir import RunDir
 
 
 def find_machines(
@@ -34,8 +34,8 @@ def find_machines(
         UsageError: What is asked for does not go together.
         WorldError: Slurm has started something else than one launcher on each node.
     """
+    from launcher.environment.nodes import find_nodes, nodes_of_hosts
     from launcher.errors import UsageError
-    from launcher.nodes import find_nodes, nodes_of_hosts
 
     if hosts is None:
         return find_nodes(count, rendezvous, patience)
@@ -48,7 +48,7 @@ def start_on_hosts(
     hosts: tuple[str, ...], folder: Path, rendezvous: str | None, ssh: str | None
 ) -> int:
     """Have the command that was typed in `folder` run on each of `hosts`; return the exit code."""
-    from launcher.hosts import run_on_hosts
+    from launcher.launch.ssh import run_on_hosts
 
     arguments = without(sys.argv[1:], ("--hosts", "--ssh", "--nodes", "--rendezvous"))
     return run_on_hosts(hosts, arguments, folder, rendezvous=rendezvous, ssh=ssh)
@@ -83,13 +83,13 @@ def make_run_dir(
         description: For run.yaml.
         held: Ends the ownership.
         goes_on: Whether `out` may have been begun, or made by `launcher submit`.
-        with_ranks: As of `launcher.ownership.own`.
+        with_ranks: As of `launcher.runs.ownership.own`.
 
     Raises:
         RunDirError: Another process owns the folder, or it is taken or cannot be made.
     """
-    from launcher.ownership import check_unowned, own
-    from launcher.rundir import RunDir, create_run_dir, write_resumption, write_yaml
+    from launcher.runs.ownership import check_unowned, own
+    from launcher.runs.rundir import RunDir, create_run_dir, write_resumption, write_yaml
 
     begun = out is not None and RunDir(out.resolve())
     if begun and goes_on and (begun.run_yaml.is_file() or begun.submission.is_file()):
@@ -136,12 +136,13 @@ def start(
         begin: From which checkpoint to go on.
         changes: What differs from the run before, in words.
     """
+    from launcher.console.explain import changed_lines, explain
+    from launcher.console.progress import json_line
     from launcher.errors import EXIT_USAGE
-    from launcher.job import Job
-    from launcher.launch import launch
-    from launcher.report.explain import changed_lines, explain
-    from launcher.report.progress import json_line
-    from launcher.rundir import write_atomic
+    from launcher.launch.launcher import launch
+    from launcher.report.write import write_report
+    from launcher.runs.job import Job
+    from launcher.runs.rundir import write_atomic
 
     if meeting is None or meeting.index == 0:
         if shows == "progress":
@@ -159,6 +160,7 @@ def start(
         start=begin,
         shows=shows,
         restarts=restarts,
+        write_report=write_report,
     )
     code = launch(job, stops=stops, meeting=meeting)
     if code == EXIT_USAGE and restores is not None:

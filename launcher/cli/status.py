@@ -28,8 +28,8 @@ def command(what: str | None, *, as_json: bool) -> None:
     launcher status runs/digits-20260101-120000
     launcher status 1234
     """
-    from launcher.report.failure import failure_text
-    from launcher.rundir import read_failure
+    from launcher.console.failure import failure_text
+    from launcher.runs.rundir import read_failure
     from launcher.slurm.submission import find_submission, status_of, submissions
 
     if what is None or (Path(what).is_dir() and not (Path(what) / "submission.json").exists()):
@@ -61,13 +61,13 @@ def _rank(row: Status) -> tuple[float, ...]:
     """Return what to sort by: those at work first, and of the finished the best."""
     accuracy = max((v for name, v in row.evaluation.items() if name != "loss"), default=None)
     loss = row.evaluation.get("loss", 0.0)
-    from launcher.states import STATES
+    from launcher.runs.status import STATES
 
     return (STATES.index(row.state), loss if accuracy is None else -accuracy, loss)
 
 
 def _table(rows: list[Status]) -> str:
-    from launcher.report.tables import table
+    from launcher.console.tables import table
 
     cells = [
         (row.run_dir.shown, row.submission.job, " ".join(row.submission.settings), row.words)

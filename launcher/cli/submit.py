@@ -104,9 +104,9 @@ def command(
     launcher submit recipes/digits.py --nodes 2 --gpus-per-node 4 --time 2:00:00 --cluster lab
     launcher submit digits -n 2 epochs=5 --array lr=0.1,0.2,0.4 seed=1,2
     """
-    from launcher.resolve import resolve
-    from launcher.rundir import create_run_dir, write_atomic
-    from launcher.slurm.prepare import Request, combinations, prepare
+    from launcher.recipe.resolve import resolve
+    from launcher.runs.rundir import create_run_dir, write_atomic
+    from launcher.slurm.batch_job import Request, combinations, prepare
     from launcher.slurm.queue import check, submit
     from launcher.slurm.script import render
     from launcher.slurm.site import find_site

@@ -27,10 +27,10 @@ def target_arguments(function: Callable[..., Any]) -> Callable[..., Any]:
         config: Path | None,
         **options: Any,
     ) -> Any:
-        from launcher.find.probe import Target
-        from launcher.launch import Stops
-        from launcher.machine import read_machine
-        from launcher.resolve import resolve
+        from launcher.environment.machine import read_machine
+        from launcher.launch.launcher import Stops
+        from launcher.recipe.resolve import resolve
+        from launcher.tuning.probe_run import Target
 
         stops = Stops()  # before anything slow
         target = Target(

@@ -12,8 +12,8 @@ from launcher.cli.arguments import Bytes, SettingsCommand
 from launcher.cli.target import target_arguments
 
 if TYPE_CHECKING:
-    from launcher.find.probe import Target
-    from launcher.launch import Stops
+    from launcher.launch.launcher import Stops
+    from launcher.tuning.probe_run import Target
 
 
 @click.command(cls=SettingsCommand, short_help="Find all of it, and write a file for --config.")
@@ -68,10 +68,10 @@ def command(
     launcher tune digits -n 2 batch_size=128 --out runs/tuned
     launcher run digits --config runs/tuned/tuned.yaml
     """
-    from launcher.find.tune import Tuner, open_tuning
     from launcher.report.page import render
-    from launcher.report.tuned import Teller, page, yaml_text
-    from launcher.rundir import write_atomic
+    from launcher.report.tuning_page import Teller, page, yaml_text
+    from launcher.runs.rundir import write_atomic
+    from launcher.tuning.tune import Tuner, open_tuning
 
     _, plan = target.plan()
     run_dir = open_tuning(out, target, plan, memory=memory, steps=steps, seconds=seconds)

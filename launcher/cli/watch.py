@@ -16,9 +16,9 @@ from launcher.cli.completing import complete_runs
 from launcher.errors import EXIT_FAILED, EXIT_RESUMABLE
 
 if TYPE_CHECKING:
-    from launcher.history import History
-    from launcher.rundir import RunDir
-    from launcher.states import State
+    from launcher.runs.history import History
+    from launcher.runs.rundir import RunDir
+    from launcher.runs.status import State
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 _SECONDS_BETWEEN_LINES = 5.0
@@ -49,8 +49,8 @@ def command(what: str, *, as_json: bool) -> int:
     launcher watch runs/digits-20260101-120000
     launcher watch 1234
     """
-    from launcher.report.progress import json_line
-    from launcher.report.watched import line, to_dict
+    from launcher.console.progress import json_line
+    from launcher.console.watch_screen import line, to_dict
 
     run_dir = _find(what)
     terminal: TextIO = sys.stdout
@@ -71,7 +71,7 @@ def command(what: str, *, as_json: bool) -> int:
 
 def _find(what: str) -> RunDir:
     from launcher.errors import RunDirError
-    from launcher.rundir import open_run_dir
+    from launcher.runs.rundir import open_run_dir
     from launcher.slurm.submission import find_submission
 
     if Path(what, "run.yaml").is_file():
@@ -87,8 +87,8 @@ def _find(what: str) -> RunDir:
 
 def _follow(run_dir: RunDir, show: Callable[[History, State], None], *, every: float) -> State:
     """Show the run until it is over; return how it ended."""
-    from launcher.history import History
-    from launcher.states import AT_WORK
+    from launcher.runs.history import History
+    from launcher.runs.status import AT_WORK
 
     waiting = _changing(functools.partial(click.echo, err=True))
     history: History | None = None
@@ -118,7 +118,7 @@ def _follow(run_dir: RunDir, show: Callable[[History, State], None], *, every: f
 
 def _now(run_dir: RunDir, history: History | None, by_slurm: State | None) -> State:
     """Return how the run fares: by its folder as it is now, by Slurm where the folder is silent."""
-    from launcher.states import state_of
+    from launcher.runs.status import state_of
 
     state = history.state if history is not None else state_of(run_dir)
     if state.name in ("running", "finished", "failed") or by_slurm is None:
@@ -128,8 +128,8 @@ def _now(run_dir: RunDir, history: History | None, by_slurm: State | None) -> St
 
 def _by_slurm(run_dir: RunDir) -> State | None:
     """Return how a run fares that was submitted, where Slurm can be asked."""
+    from launcher.runs.status import State
     from launcher.slurm.submission import status_of
-    from launcher.states import State
 
     if not run_dir.submission.is_file():
         return None
@@ -155,7 +155,7 @@ def _live() -> Iterator[Callable[[History, State], None]]:
     from rich.console import Console
     from rich.live import Live
 
-    from launcher.report.watched import screen
+    from launcher.console.watch_screen import screen
 
     with Live(console=Console(), auto_refresh=False, vertical_overflow="crop") as live:
         yield lambda history, state: live.update(screen(history, state), refresh=True)

@@ -13,42 +13,42 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from launcher.checkpoints import (
+from launcher.console.progress import Progress, metrics_text
+from launcher.engine.backends import open_backend
+from launcher.engine.backends.base import Backend
+from launcher.engine.backends.placement import device_name
+from launcher.engine.metrics.flops import CountedForward
+from launcher.engine.metrics.recorder import Recorder
+from launcher.engine.probes.data_identity import Known
+from launcher.engine.probes.trial import Tried, try_out
+from launcher.engine.ranks.output import Output
+from launcher.engine.saving.checkpoint_tensors import StoredState, load_newest
+from launcher.engine.saving.final_weights import save_weights
+from launcher.engine.state.compiled import is_compiled
+from launcher.engine.state.module_state import lacks_extra_state
+from launcher.engine.state.training_state import group_values, lost_state, write_groups
+from launcher.engine.training.build import build_trainee
+from launcher.engine.training.checkpoint_manager import Keeper
+from launcher.engine.training.loop import Trained, Trainee, train
+from launcher.environment.world import World
+from launcher.errors import CheckpointError, LauncherError, TrainingError, UsageError, WorldError
+from launcher.planning.plan import Plan
+from launcher.quantities import duration
+from launcher.recipe.recipe import Recipe
+from launcher.runs.checkpoints import (
     Checkpoint,
     Manifest,
     check_resumable,
     list_checkpoints,
     set_aside,
 )
-from launcher.engine.backends import open_backend
-from launcher.engine.backends.base import Backend
-from launcher.engine.build import build_trainee
-from launcher.engine.checkpoint import StoredState, load_newest
-from launcher.engine.compiled import is_compiled
-from launcher.engine.flops import CountedForward
-from launcher.engine.identity import Known
-from launcher.engine.keeper import Keeper
-from launcher.engine.logs import Output
-from launcher.engine.loop import Trained, Trainee, train
-from launcher.engine.module_state import lacks_extra_state
-from launcher.engine.placement import device_name
-from launcher.engine.recorder import Recorder
-from launcher.engine.state import group_values, lost_state, write_groups
-from launcher.engine.trial import Tried, try_out
-from launcher.engine.weights import save_weights
-from launcher.errors import CheckpointError, LauncherError, TrainingError, UsageError, WorldError
-from launcher.events import record_event, record_past_failure
-from launcher.job import MISSING_STATE, Source, Start
-from launcher.plan import Plan
-from launcher.recipe import Recipe
-from launcher.report.progress import Progress, metrics_text
-from launcher.report.quantities import duration
-from launcher.rundir import RunDir, keep_until, read_run, write_json
+from launcher.runs.events import record_event, record_past_failure
+from launcher.runs.job import MISSING_STATE, ReportWriter, Source, Start
+from launcher.runs.rundir import RunDir, keep_until, read_run, write_json
 from launcher.signals import StopRequest
-from launcher.world import World
 
 if TYPE_CHECKING:
-    from launcher.engine.trackers import Trackers
+    from launcher.engine.metrics.trackers import Trackers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +118,7 @@ def train_rank(
     trial: bool = True,
     source: Source | None = None,
     at: Callable[[int, str], None] = lambda *_: None,
+    write_report: ReportWriter | None = None,
 ) -> Result | None:
     """Build what the recipe describes, train it, and write the result.
 
@@ -133,6 +134,7 @@ def train_rank(
         trial: Whether a few samples are looked at first, and a run that would be wrong is refused.
         source: What the recipe is built from; spawned DataLoader workers need it.
         at: Is told how far this rank is: steps taken, and what comes next.
+        write_report: Writes the page that experiment trackers get; None sends them none.
 
     Returns:
         The result; None where the run was asked to stop before its end.
@@ -196,7 +198,7 @@ def train_rank(
         finally:
             recorder.close()
         if progress is not None:
-            _finish(result, run_dir, progress, trackers)
+            _finish(result, run_dir, progress, trackers, write_report)
     return result
 
 
@@ -297,7 +299,7 @@ def _tracking(
     """Start the trackers that the recipe asks for, if it does, on rank 0."""
     if not recipe.trackers or backend.rank != 0:
         return contextlib.nullcontext()
-    from launcher.engine.trackers import Trackers
+    from launcher.engine.metrics.trackers import Trackers
 
     said = read_run(run_dir)
     facts = {name: getattr(plan, name) for name in ("world_size", "nodes", "total_steps", "lr")}
@@ -307,16 +309,21 @@ def _tracking(
     return Trackers(recipe.trackers, run_dir, plan.recipe, config)
 
 
-def _finish(result: Result, run_dir: RunDir, progress: Progress, trackers: Trackers | None) -> None:
+def _finish(
+    result: Result,
+    run_dir: RunDir,
+    progress: Progress,
+    trackers: Trackers | None,
+    write_report: ReportWriter | None,
+) -> None:
     """Write the result, show it, and send a page to the trackers."""
     values = asdict(result)
     write_json(run_dir.result, values)
     record_event(run_dir, "finished", step=result.steps)
     summary = _summary(result, run_dir)
     if trackers is not None:
-        from launcher.report.run_page import write_report
-
-        trackers.attach(functools.partial(write_report, run_dir), summary)
+        if write_report is not None:
+            trackers.attach(functools.partial(write_report, run_dir), summary)
         for text in trackers.close():
             progress.tell(f"launcher: {text}")
     progress.ended(summary, {"event": "finished"} | values | {"run_dir": str(run_dir.path)})

@@ -17,15 +17,12 @@ from pathlib import Path
 
 import msgspec
 
-from launcher.checkpoints import list_checkpoints
-from launcher.doctor.findings import Finding, Report
-from launcher.doctor.recipe import examination
 from launcher.engine.backends.base import Backend
-from launcher.engine.examination import examine_rank
-from launcher.engine.failures import fail
-from launcher.engine.inspection import inspect_recipe, write_inspection
-from launcher.engine.logs import Output, open_output
-from launcher.engine.probes import (
+from launcher.engine.data.loader_workers import remove_semaphores
+from launcher.engine.probes.diagnostics import examine_rank
+from launcher.engine.probes.diagnostics_recipe import examination
+from launcher.engine.probes.inspection import inspect_recipe, write_inspection
+from launcher.engine.probes.measuring import (
     Probed,
     limit_memory,
     measure_noise,
@@ -33,21 +30,24 @@ from launcher.engine.probes import (
     time_reading,
     time_size,
 )
-from launcher.engine.processes import die_with_parent
-from launcher.engine.profiling import profile_steps
-from launcher.engine.rendezvous import open_store
+from launcher.engine.probes.profiling import profile_steps
+from launcher.engine.ranks.external_store import open_store
+from launcher.engine.ranks.failures import fail
+from launcher.engine.ranks.output import Output, open_output
+from launcher.engine.ranks.processes import die_with_parent
+from launcher.engine.ranks.turns import Turns
+from launcher.engine.ranks.usage import usage_of
+from launcher.engine.ranks.watchdog import Watch
 from launcher.engine.run import join, train_rank
-from launcher.engine.turns import Turns
-from launcher.engine.usage import usage_of
-from launcher.engine.watch import Watch
-from launcher.engine.workers import remove_semaphores
+from launcher.environment.world import World, find_world
 from launcher.errors import EXIT_RESUMABLE, LauncherError, TrainingError
-from launcher.job import Job, Source, Start
-from launcher.plan import Plan
-from launcher.recipe import Recipe
-from launcher.rundir import RunDir, write_atomic
+from launcher.findings import Finding, Report
+from launcher.planning.plan import Plan
+from launcher.recipe.recipe import Recipe
+from launcher.runs.checkpoints import list_checkpoints
+from launcher.runs.job import Job, ReportWriter, Source, Start
+from launcher.runs.rundir import RunDir, write_atomic
 from launcher.signals import STOP_SIGNALS, StopRequest
-from launcher.world import World, find_world
 
 _EXAMINATION_TIMEOUT = 30.0
 """Seconds without a word from another rank."""
@@ -94,6 +94,7 @@ def _train(rank: _Rank) -> int:
         trial=rank.job.trial,
         source=rank.job.source,
         at=rank.at,
+        write_report=rank.job.write_report,
     )
     return EXIT_RESUMABLE if result is None else 0
 
@@ -320,6 +321,7 @@ def found_rank(
     stop: StopRequest,
     start: Start | None,
     source: Source,
+    write_report: ReportWriter | None = None,
 ) -> int:
     """Train as the rank that this process was started as by torchrun, accelerate or by hand.
 
@@ -331,6 +333,7 @@ def found_rank(
         stop: Notes what asks this process to stop.
         start: From which checkpoint to go on, if from any.
         source: What the recipe is built from.
+        write_report: Writes the page that experiment trackers get; None sends them none.
 
     Returns:
         The exit code of this process; of several ranks each ends here instead.
@@ -353,6 +356,7 @@ def found_rank(
             start=start,
             source=source,
             at=watch.at,
+            write_report=write_report,
         )
         backend.close()
         watch.close()

@@ -1,1 +1,1 @@
-"""Text for people: the plan, progress and results. No torch."""
+"""HTML pages of runs, comparisons and tuning."""

@@ -8,14 +8,14 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from launcher.history import History
+from launcher.analysis.time_shares import mean_own_seconds, smoothed, step_parts, utilisation
+from launcher.console.plots import Curve, Plot
+from launcher.console.progress import metrics_text
+from launcher.quantities import duration, size
 from launcher.report.figures import Bars, Figure
 from launcher.report.page import Page, Section, Table
-from launcher.report.plots import Curve, Plot
-from launcher.report.progress import metrics_text
-from launcher.report.quantities import duration, size
 from launcher.report.run_page import evaluation_curves, metric_names, over_steps
-from launcher.report.shares import mean_own_seconds, smoothed, step_parts, utilisation
+from launcher.runs.history import History
 
 _DERIVED = (
     "nodes",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from launcher.report.plots import Curve, Plot
+from launcher.console.plots import Curve, Plot
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import resources
 
 from launcher.report.figures import Figure, as_rows, in_words, to_json
-from launcher.secrets import redacted
+from launcher.runs.redaction import redacted
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,20 +6,10 @@ import bisect
 import math
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from launcher.errors import UsageError
-from launcher.history import Attempt, History
-from launcher.reasons import counted
-from launcher.report.explain import explain
-from launcher.report.failure import failure_text
-from launcher.report.figures import Bars, Figure, Moment, Span, Timeline
-from launcher.report.page import Page, Section, Table, render
-from launcher.report.plots import Curve, Plot, schedule_plots
-from launcher.report.quantities import duration, size
-from launcher.report.shares import (
+from launcher.analysis.time_shares import (
     mean_own_seconds,
     own_seconds,
     shares_in_words,
@@ -28,9 +18,17 @@ from launcher.report.shares import (
     stragglers_in_words,
     utilisation,
 )
-from launcher.rundir import RunDir, write_atomic
-from launcher.schedules import SCHEDULES, Schedule
-from launcher.spec import parse
+from launcher.console.explain import explain
+from launcher.console.failure import failure_text
+from launcher.console.plots import Curve, Plot, schedule_plots
+from launcher.errors import UsageError
+from launcher.planning.derivations import counted
+from launcher.quantities import duration, size
+from launcher.recipe.callspec import parse
+from launcher.recipe.schedules import SCHEDULES, Schedule
+from launcher.report.figures import Bars, Figure, Moment, Span, Timeline
+from launcher.report.page import Page, Section, Table
+from launcher.runs.history import Attempt, History
 
 _MOST_CARDS = 4
 _MOST_LINES = 16
@@ -64,17 +62,6 @@ def run_page(history: History, more: Sequence[Section] = ()) -> Page:
         cards=_cards(history),
         sections=[each for each in sections if each.figures or each.table or each.text],
     )
-
-
-def write_report(run_dir: RunDir) -> Path:
-    """Write the page of a run into its folder; return where it is.
-
-    Raises:
-        RunDirError: The folder is damaged, or cannot be written.
-    """
-    path = run_dir.path / "report.html"
-    write_atomic(path, render(run_page(History(run_dir))))
-    return path
 
 
 def _cards(history: History) -> list[tuple[str, str]]:

@@ -1,1 +1,1 @@
-"""Slurm: what it says of a process, what is asked of it, what it says of jobs. Without torch."""
+"""Slurm: batch scripts, the queue, and what was submitted. No torch."""

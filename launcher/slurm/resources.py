@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from launcher.environment.machine import Machine
 from launcher.errors import SlurmError
-from launcher.loading import WORKERS_PER_RANK
-from launcher.machine import Machine
-from launcher.plan import Plan
+from launcher.planning.loading import WORKERS_PER_RANK
+from launcher.planning.plan import Plan
 from launcher.slurm.site import Site, read_memory, read_time
 
 

@@ -12,8 +12,14 @@ from typing import Annotated, Any, get_type_hints
 from msgspec import Meta
 
 from launcher.errors import SlurmError, did_you_mean
-from launcher.overrides import read_yaml
-from launcher.typed import MismatchError, NonNegativeInt, PositiveFloat, PositiveInt, convert
+from launcher.recipe.overrides import read_yaml
+from launcher.recipe.validation import (
+    MismatchError,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    convert,
+)
 
 Line = Annotated[str, Meta(pattern=r"^[^\n\r\0]*$", description="text of one line")]
 """Text that can be written into a batch script."""

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from launcher.errors import RunDirError, SlurmError
-from launcher.rundir import RunDir, folders_of_runs, write_json
+from launcher.runs.rundir import RunDir, folders_of_runs, write_json
+from launcher.runs.status import outcome, progress_words, read_result
 from launcher.slurm.queue import GOING, WAITING, JobState, job_state
-from launcher.states import outcome, progress_words, read_result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Status:
     run_dir: RunDir
     submission: Submission
     state: str
-    """One of `launcher.states.STATES`."""
+    """One of `launcher.runs.status.STATES`."""
 
     words: str
     evaluation: dict[str, float]

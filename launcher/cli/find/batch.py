@@ -14,8 +14,8 @@ from launcher.cli.target import target_arguments
 from launcher.errors import EXIT_FAILED
 
 if TYPE_CHECKING:
-    from launcher.find.probe import Target
-    from launcher.launch import Stops
+    from launcher.launch.launcher import Stops
+    from launcher.tuning.probe_run import Target
 
 
 @click.command(cls=SettingsCommand, short_help="The micro-batch that fits, and the fastest.")
@@ -47,10 +47,10 @@ def command(
     launcher find batch digits
     launcher find batch digits -n 2 --memory 2GiB strategy=zero2
     """
-    from launcher.find.batch import BatchSearch, cache_path, read_cache, write_cache
-    from launcher.finders.batch import choose
-    from launcher.report.found import batch_text, trial_text
-    from launcher.rundir import create_run_dir
+    from launcher.analysis.batch_sizes import choose
+    from launcher.runs.rundir import create_run_dir
+    from launcher.tuning.batch_search import BatchSearch, cache_path, read_cache, write_cache
+    from launcher.tuning.summaries import batch_text, trial_text
 
     search = BatchSearch(target, memory=memory)
     kept = cache_path(target, search)

@@ -13,8 +13,8 @@ from launcher.cli.arguments import SettingsCommand, out_option
 from launcher.cli.target import target_arguments
 
 if TYPE_CHECKING:
-    from launcher.find.probe import Target
-    from launcher.launch import Stops
+    from launcher.launch.launcher import Stops
+    from launcher.tuning.probe_run import Target
 
 
 @click.command(cls=SettingsCommand, short_help="The DataLoader workers that are worth it.")
@@ -49,9 +49,9 @@ def command(
     launcher find loader digits
     launcher find loader digits -n 2 in_memory=false
     """
-    from launcher.find.loader import LoaderSearch
-    from launcher.report.found import loader_text, reading_text
-    from launcher.rundir import create_run_dir
+    from launcher.runs.rundir import create_run_dir
+    from launcher.tuning.loader_search import LoaderSearch
+    from launcher.tuning.summaries import loader_text, reading_text
 
     search = LoaderSearch(target, seconds=seconds)
     run_dir = create_run_dir(out, f"find-loader-{search.plan.recipe}")

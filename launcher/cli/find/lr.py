@@ -16,8 +16,8 @@ from launcher.errors import EXIT_FAILED, UsageError
 Rule = Literal["valley", "steep", "minimum", "slide"]
 
 if TYPE_CHECKING:
-    from launcher.find.probe import Target
-    from launcher.launch import Stops
+    from launcher.launch.launcher import Stops
+    from launcher.tuning.probe_run import Target
 
 
 @click.command(cls=SettingsCommand, short_help="The learning rate, by a range test.")
@@ -87,11 +87,11 @@ def command(
     launcher find lr digits -n 2 strategy=fsdp --rule steep
     launcher find lr digits optimizer=adamw --to 1
     """
-    from launcher.find.lr import find_lr, plan_range_test, stated, try_lrs
-    from launcher.finders.lr import Trial, best_trial
-    from launcher.report.found import lr_plot, lr_text, lr_trial_text
-    from launcher.report.plots import has_images, write_png
-    from launcher.rundir import create_run_dir
+    from launcher.analysis.lr_curve import Trial, best_trial
+    from launcher.console.plots import has_images, write_png
+    from launcher.runs.rundir import create_run_dir
+    from launcher.tuning.lr_search import find_lr, plan_range_test, stated, try_lrs
+    from launcher.tuning.summaries import lr_plot, lr_text, lr_trial_text
 
     if lowest >= highest:
         raise UsageError(f"--from {lowest:g} --to {highest:g}: the learning rate has to rise.")

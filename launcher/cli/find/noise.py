@@ -15,8 +15,8 @@ from launcher.cli.target import target_arguments
 from launcher.errors import EXIT_FAILED
 
 if TYPE_CHECKING:
-    from launcher.find.probe import Target
-    from launcher.launch import Stops
+    from launcher.launch.launcher import Stops
+    from launcher.tuning.probe_run import Target
 
 
 @click.command(cls=SettingsCommand, short_help="How large a batch is worth its samples.")
@@ -49,10 +49,10 @@ def command(
     launcher find noise digits
     launcher find noise digits -n 2 --steps 200 batch_size=64
     """
-    from launcher.find.noise import find_noise, plan_noise
-    from launcher.report.found import noise_plot, noise_text
-    from launcher.report.plots import has_images, write_png
-    from launcher.rundir import create_run_dir
+    from launcher.console.plots import has_images, write_png
+    from launcher.runs.rundir import create_run_dir
+    from launcher.tuning.noise_search import find_noise, plan_noise
+    from launcher.tuning.summaries import noise_plot, noise_text
 
     probe = plan_noise(target)
     run_dir = create_run_dir(out, f"find-noise-{probe.plan.recipe}")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from launcher.configs import process_environment
+from launcher.planning.configs import process_environment
 
 if TYPE_CHECKING:
     from launcher.engine.backends.base import Backend
-    from launcher.plan import Plan
-    from launcher.recipe import Recipe
-    from launcher.world import World
+    from launcher.environment.world import World
+    from launcher.planning.plan import Plan
+    from launcher.recipe.recipe import Recipe
 
 
 def open_backend(recipe: Recipe, plan: Plan, world: World) -> Backend:

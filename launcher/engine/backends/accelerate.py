@@ -34,16 +34,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from launcher.engine.backends.base import Backend, whole_names
-from launcher.engine.compiled import plain_name
-from launcher.engine.lockstep import lockstep_of
-from launcher.engine.placement import planned_device
-from launcher.engine.rendezvous import TIMEOUT, open_store
-from launcher.engine.turns import Turns
-from launcher.engine.unused import UsedParameters
+from launcher.engine.backends.call_order import lockstep_of
+from launcher.engine.backends.placement import planned_device
+from launcher.engine.backends.unused_parameters import UsedParameters
+from launcher.engine.ranks.external_store import TIMEOUT, open_store
+from launcher.engine.ranks.turns import Turns
+from launcher.engine.state.compiled import plain_name
+from launcher.environment.world import World
 from launcher.errors import WorldError
-from launcher.plan import Plan
-from launcher.recipe import Recipe
-from launcher.world import World
+from launcher.planning.plan import Plan
+from launcher.recipe.recipe import Recipe
 
 T = TypeVar("T")
 

@@ -12,20 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from launcher.configs import AUTOCAST
-from launcher.engine.compiled import plain_name
-from launcher.engine.lockstep import Lockstep
-from launcher.engine.module_state import (
+from launcher.engine.backends.call_order import Lockstep
+from launcher.engine.backends.placement import Placement
+from launcher.engine.state.compiled import plain_name
+from launcher.engine.state.hyperparameters import take_step
+from launcher.engine.state.loss_scaler import LossScaler
+from launcher.engine.state.module_state import (
     check_extra_state,
     own_buffers,
     own_extra_state,
     read_buffers,
     read_extra_state,
 )
-from launcher.engine.optimizers import take_step
-from launcher.engine.placement import Placement
-from launcher.engine.scaling import LossScaler
-from launcher.engine.state import (
+from launcher.engine.state.training_state import (
     Source,
     State,
     check_optimizer,
@@ -35,8 +34,9 @@ from launcher.engine.state import (
     plain_values,
     read_into,
 )
-from launcher.plan import Plan
-from launcher.recipe import Recipe
+from launcher.planning.configs import AUTOCAST
+from launcher.planning.plan import Plan
+from launcher.recipe.recipe import Recipe
 
 T = TypeVar("T")
 

@@ -26,14 +26,13 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 from torch.optim import Optimizer
 
-from launcher.configs import deepspeed_config
 from launcher.engine.backends.accelerate import GroupBackend, forget_settings
 from launcher.engine.backends.base import infect, whole_names
-from launcher.engine.backends.reduction import OrderedReduction
-from launcher.engine.compiled import plain_name
-from launcher.engine.lockstep import lockstep_of
-from launcher.engine.module_state import own_buffers, own_extra_state
-from launcher.engine.state import (
+from launcher.engine.backends.call_order import lockstep_of
+from launcher.engine.backends.reduction_order import OrderedReduction
+from launcher.engine.state.compiled import plain_name
+from launcher.engine.state.module_state import own_buffers, own_extra_state
+from launcher.engine.state.training_state import (
     STEP,
     Source,
     State,
@@ -45,10 +44,11 @@ from launcher.engine.state import (
     state_names,
     state_values,
 )
+from launcher.environment.world import World
 from launcher.errors import RecipeError, WorldError
-from launcher.plan import Plan
-from launcher.recipe import Recipe
-from launcher.world import World
+from launcher.planning.configs import deepspeed_config
+from launcher.planning.plan import Plan
+from launcher.recipe.recipe import Recipe
 
 _WHOLE_TENSORS = ("Adafactor", "Muon", "SparseAdam")
 """Optimizers of torch that look at the shape of a weight; ZeRO shows them pieces of a flat row."""

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from launcher.engine.backends.base import Backend
-from launcher.engine.placement import planned_device
-from launcher.plan import Plan
-from launcher.recipe import Recipe
+from launcher.engine.backends.placement import planned_device
+from launcher.planning.plan import Plan
+from launcher.recipe.recipe import Recipe
 
 
 class LocalBackend(Backend):

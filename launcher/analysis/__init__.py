@@ -1,0 +1,1 @@
+"""Mathematics of measurements: loss curves, noise scale, loading, scaling. It imports no torch."""

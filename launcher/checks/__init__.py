@@ -1,0 +1,1 @@
+"""Checks that run before training: `launcher check`, `doctor` and `prove`."""

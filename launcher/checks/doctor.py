@@ -1,0 +1,73 @@
+"""Ranks that train nothing and look at themselves and at each other."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from launcher.checks.node_checks import check_node
+from launcher.engine.probes.diagnostics_recipe import examination
+from launcher.environment.machine import Machine
+from launcher.environment.world import World
+from launcher.findings import Report
+from launcher.launch.launcher import launch
+from launcher.planning.plan import Plan
+from launcher.planning.planner import make_plan
+from launcher.runs.job import Job
+from launcher.runs.rundir import create_run_dir
+
+
+def plan_examination(
+    machine: Machine,
+    *,
+    device: Literal["cuda", "cpu"] | None = None,
+    nodes: int = 1,
+    nproc_per_node: int | None = None,
+) -> Plan:
+    """Return the plan of ranks that examine themselves.
+
+    Raises:
+        PlanError: There are not so many GPUs.
+    """
+    ranks = nodes * (nproc_per_node or machine.num_gpus or 2)
+    recipe = replace(examination(), batch_size=ranks, device=device)
+    return make_plan(recipe, machine, nodes=nodes, nproc_per_node=nproc_per_node)
+
+
+def examine(plan: Plan) -> list[Report] | None:
+    """Start the ranks of this machine; return what each found, None where they failed.
+
+    That failure has been shown then, and the logs that it names are kept.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="launcher-doctor-"))
+    run_dir = create_run_dir(folder / "run", plan.recipe)
+    from launcher.engine.worker import launched_examination
+
+    job = Job(
+        recipe="",
+        overrides=(),
+        plan=plan,
+        run_dir=run_dir,
+        launcher_pid=os.getpid(),
+        saves=False,
+        shows="nothing",
+    )
+    if launch(job, launched_examination) != 0:
+        return None
+    reports = msgspec.json.decode(run_dir.examination.read_bytes(), type=list[Report])
+    shutil.rmtree(folder)
+    return reports
+
+
+def examine_here(plan: Plan, world: World, out: Path) -> list[Report] | None:
+    """Take part as the rank that this process was started as; return all reports on rank 0."""
+    node = tuple(check_node(plan, out)) if world.local_rank == 0 else ()
+    from launcher.engine.worker import found_examination
+
+    return found_examination(examination(), plan, world, node)

@@ -1,0 +1,192 @@
+"""The promise put to the test: one recipe under several worlds and strategies, compared.
+
+Each configuration is a run of its own, started as any other. The first is what the rest is
+compared with.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launcher.environment.machine import Machine
+from launcher.errors import PlanError
+from launcher.launch.launcher import import_for, launch
+from launcher.planning.plan import Plan
+from launcher.planning.planner import device_of
+from launcher.planning.strategy import check_strategy
+from launcher.recipe.overrides import Override, build
+from launcher.recipe.recipe import Recipe, StrategyName
+from launcher.recipe.resolve import Reference
+from launcher.runs.job import Job, describe_run, plan_recipe
+from launcher.runs.rundir import RunDir, create_run_dir, write_yaml
+
+if TYPE_CHECKING:
+    from launcher.engine.probes.inspection import Inspection
+    from launcher.engine.probes.parity import Difference
+
+TOLERANCES = {"fp64": 1e-10, "fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2}
+"""The relative difference that counts as rounding, by precision."""
+
+_DEFAULT_STRATEGIES: tuple[StrategyName, ...] = ("ddp", "fsdp", "zero2")
+_OVER_SEVERAL_RANKS = "fsdp"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One configuration of a proof."""
+
+    strategy: str
+    plan: Plan
+    run_dir: RunDir
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What came of one configuration."""
+
+    trial: Trial
+    exit_code: int
+    """Of the run."""
+
+    difference: Difference | None
+    """From the first configuration; None for that itself, and for a run that failed."""
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the run took the same steps as the first."""
+        return self.exit_code == 0 and (self.difference is None or self.difference.agrees)
+
+
+def plan_trials(
+    reference: Reference,
+    overrides: Sequence[Override],
+    machine: Machine,
+    *,
+    worlds: Sequence[int],
+    strategies: Sequence[str] | None,
+    folder: Path,
+) -> list[Trial]:
+    """Plan every strategy on every number of ranks, and make the folders.
+
+    Strategies that are the same on one process come once there; one that needs several is left out.
+    Without `strategies` they are a common few, as far as they go with the recipe's settings.
+
+    Raises:
+        PlanError: The recipe is another training on another number of ranks, or a configuration
+            cannot run.
+    """
+    if strategies is None:
+        strategies = _defaults(build(reference, overrides).recipe, machine, max(worlds))
+    plans: dict[tuple[str, int], tuple[Plan, dict[str, object]]] = {}
+    for ranks in worlds:
+        for strategy in strategies:
+            if ranks == 1 and strategy == _OVER_SEVERAL_RANKS:
+                continue
+            given = [
+                *overrides,
+                Override(name="strategy", value=strategy, source="launcher prove"),
+                Override(name="record_samples", value=True, source="launcher prove"),
+                Override(name="trackers", value=(), source="launcher prove"),
+            ]
+            built, plan = plan_recipe(reference, given, machine, nproc_per_node=ranks)
+            if built.recipe.batch_size_per_gpu is not None:
+                raise PlanError(
+                    f"batch_size_per_gpu={built.recipe.batch_size_per_gpu} lets the batch grow "
+                    "with the ranks, so that each number of them is another training: there is "
+                    f"nothing to prove. Give batch_size={plan.batch_size}."
+                )
+            plans[strategy, ranks] = plan, describe_run(reference, built, plan)
+    if not plans:
+        raise PlanError("strategy=fsdp needs 2 ranks or more: add them to --worlds.")
+    trials = []
+    for (strategy, ranks), (plan, description) in plans.items():
+        run_dir = create_run_dir(folder / f"{strategy}-{ranks}", plan.recipe)
+        write_yaml(run_dir.run_yaml, description)
+        trials.append(Trial(strategy=strategy, plan=plan, run_dir=run_dir))
+    return trials
+
+
+def run_trials(
+    reference: Reference,
+    overrides: Sequence[Override],
+    trials: Sequence[Trial],
+    *,
+    steps: int,
+    tolerance: float | None,
+) -> Iterator[Row]:
+    """Run the trials one after the other, and yield what came of each.
+
+    Args:
+        reference: The recipe.
+        overrides: Those that the trials were planned with.
+        trials: The first is what the others are compared with; the rest is not run if it fails.
+        steps: Steps to take of those planned.
+        tolerance: The relative difference that counts as rounding; None goes by the precision.
+    """
+    import_for([trial.plan for trial in trials])
+    wanted = None
+    for trial in trials:
+        exit_code = launch(_job(reference, overrides, trial, steps))
+        if exit_code != 0:
+            yield Row(trial=trial, exit_code=exit_code, difference=None)
+            if wanted is None:
+                return
+            continue
+        from launcher.engine.probes.parity import compare, read_trace
+
+        found = read_trace(trial.run_dir)
+        trial.run_dir.model.unlink()  # as large as the model, once for every trial
+        if wanted is None:
+            wanted = found
+            yield Row(trial=trial, exit_code=0, difference=None)
+            continue
+        allowed = TOLERANCES[trial.plan.precision] if tolerance is None else tolerance
+        yield Row(trial=trial, exit_code=0, difference=compare(wanted, found, allowed))
+
+
+def inspect_trial(
+    reference: Reference, overrides: Sequence[Override], trial: Trial
+) -> Inspection | None:
+    """Try the recipe's data, model and loss out in a process of its own; None if that fails."""
+    from launcher.engine.probes.inspection import read_inspection
+    from launcher.engine.worker import launched_inspection
+
+    alone = replace(trial.plan, nproc_per_node=1)
+    job = replace(_job(reference, overrides, trial, 0), plan=alone)
+    return read_inspection(trial.run_dir) if launch(job, launched_inspection) == 0 else None
+
+
+def _defaults(recipe: Recipe, machine: Machine, world_size: int) -> list[str]:
+    """Return the strategies to compare where none were named: ddp alone, if none can run."""
+    found: list[str] = []
+    for name in _DEFAULT_STRATEGIES:
+        try:
+            check_strategy(
+                replace(recipe, strategy=name), machine, device_of(recipe, machine), world_size
+            )
+        except PlanError:
+            continue
+        found.append(name)
+    return found or ["ddp"]
+
+
+def _job(reference: Reference, overrides: Sequence[Override], trial: Trial, steps: int) -> Job:
+    return Job(
+        recipe=reference.location,
+        overrides=(
+            *overrides,
+            Override(name="strategy", value=trial.strategy, source="launcher prove"),
+            Override(name="record_samples", value=True, source="launcher prove"),
+        ),
+        plan=trial.plan,
+        run_dir=trial.run_dir,
+        launcher_pid=os.getpid(),
+        last_step=min(steps, trial.plan.total_steps),
+        saves=False,
+        trial=False,  # what is wrong is for the comparison to show
+        shows="nothing",
+    )

@@ -1,0 +1,1 @@
+"""Text for terminals: the plan explained, progress, failures, tables and curves."""

@@ -1,1 +1,0 @@
-"""What could slow down or stop a run, found before one starts: `launcher doctor`."""

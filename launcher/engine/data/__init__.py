@@ -1,0 +1,1 @@
+"""Samples: their order, how DataLoader workers read them, and their random state."""

@@ -1,0 +1,1 @@
+"""The files of checkpoints and of the final weights."""

@@ -1,0 +1,1 @@
+"""What a training consists of besides its data: model state, optimizer state, loss scale."""

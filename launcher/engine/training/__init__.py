@@ -1,0 +1,1 @@
+"""The training loop, what it works on, and when it saves."""

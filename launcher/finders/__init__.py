@@ -1,1 +1,0 @@
-"""What measured numbers say: analysis in plain numbers, without torch."""

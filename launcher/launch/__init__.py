@@ -1,0 +1,1 @@
+"""From a plan to processes: on this machine, and over ssh on several."""

@@ -1,0 +1,195 @@
+"""The plan of a run: every derived number, as one value.
+
+Printing it is what `launcher plan` does; `launcher run` starts ranks that refuse to train if the
+world that they find is another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from launcher.environment.machine import Machine
+from launcher.environment.world import World
+from launcher.errors import RunDirError, WorldError
+from launcher.planning.derivations import ranks_text
+from launcher.planning.global_batch import Cut, Statistics
+from launcher.planning.stages import Stage, growth_at
+from launcher.planning.strategy import Backend
+from launcher.recipe.schedules import Schedule, Setting
+
+_OF_THE_NODE = (
+    "num_workers",
+    "worker_start",
+    "workers_per_rank",
+    "prefetch_factor",
+    "pin_memory",
+    "threads_per_rank",
+)
+"""What may differ between ranks that take the same steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Every number of a run that follows from its recipe and the ranks it has."""
+
+    recipe: str
+    """The recipe's name."""
+
+    nodes: int
+    nproc_per_node: int
+    """Ranks on each node."""
+
+    world_size: int
+    """Ranks in all."""
+
+    device: Literal["cuda", "cpu"]
+    strategy: str
+    """What is sharded over the ranks, one of `launcher.planning.strategy.STRATEGIES`."""
+
+    backend: Backend
+    """What carries the strategy out; one process under ddp is `local`, without a process group."""
+
+    batch_size: int
+    """Samples per optimizer step, over all ranks and accumulation steps, in the first stage."""
+
+    stages: tuple[Stage, ...]
+    """Where the batch grows; one stage where it does not."""
+
+    samples_per_rank: tuple[int, ...]
+    """Samples of a full batch of the first stage that each rank takes."""
+
+    micro_batch_size: int
+    """The most samples that go through the model at once on one rank."""
+
+    accumulation_steps: int
+    """Micro-batches that each rank takes per optimizer step, in the first stage."""
+
+    lr: float
+    """Peak learning rate, scaled to the batch of the first stage."""
+
+    lr_start: float
+    lr_end: float
+    lr_peak_step: int
+    """The first step with the highest learning rate, counted from 1."""
+
+    total_steps: int
+    steps_per_epoch: int | None
+    """Optimizer steps in a pass over the data with batches of the first stage, the last one
+    possibly shorter; None where unknown."""
+
+    train_samples: int | None
+    evaluate_every: int | None
+    """Steps between evaluations; None evaluates after each epoch."""
+
+    seed: int
+    precision: str
+    speed_ups: tuple[str, ...]
+    """The settings for speed or memory that are on."""
+
+    workers_per_rank: int
+    prefetch_factor: int | None
+    pin_memory: bool
+    threads_per_rank: int
+    """CPU threads that each rank computes with."""
+
+    machine: Machine
+    """The machine that each node was taken to be."""
+
+    settings: Mapping[str, Any]
+    """The recipe's settings, overrides applied."""
+
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """Where each setting came from."""
+
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    """The arithmetic or the reason behind derived numbers, by name."""
+
+    notes: tuple[str, ...] = ()
+    """What a reader should know: what depends on the number of ranks, what is unusual."""
+
+    @property
+    def samples_per_node(self) -> tuple[int, ...]:
+        """Samples of a full batch of the first stage that the ranks of each node take together."""
+        own = self.nproc_per_node
+        starts = range(0, self.world_size, own)
+        return tuple(sum(self.samples_per_rank[start : start + own]) for start in starts)
+
+    def cut(self, statistics: Statistics) -> Cut:
+        """Return how batches are cut for a model whose BatchNorm takes such statistics."""
+        return Cut(
+            world_size=self.world_size,
+            micro_batch_size=self.micro_batch_size,
+            statistics=statistics,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain values that JSON and YAML can hold."""
+        values = asdict(self)
+        return values | {
+            "samples_per_rank": list(self.samples_per_rank),
+            "samples_per_node": list(self.samples_per_node),
+            "stages": [asdict(stage) for stage in self.stages],
+            "speed_ups": list(self.speed_ups),
+            "notes": list(self.notes),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Plan:
+        """Return the plan of which `values` are what `to_dict` returned.
+
+        Raises:
+            RunDirError: They are of another version of this package.
+        """
+        import msgspec
+
+        try:
+            return msgspec.convert(values, cls)
+        except msgspec.ValidationError as error:
+            raise RunDirError(
+                f"The plan in the run folder is not one of this version of launcher: {error}."
+            ) from None
+
+    def setting_at(self, schedule: Schedule, step: int) -> Setting:
+        """Return what `schedule` says of a step, with the factor of its larger batch."""
+        setting = schedule.at(step, self.total_steps)
+        if len(self.stages) == 1:
+            return setting
+        growth = growth_at(self.stages, step, self.settings["lr_rule"])
+        return setting._replace(factor=setting.factor * growth)
+
+    def check_world(self, world: World) -> None:
+        """Refuse a world other than the planned one.
+
+        Raises:
+            WorldError: The number of ranks, or of ranks per node, is not as planned.
+        """
+        planned = (self.nodes, self.nproc_per_node)
+        found = (world.nodes, world.local_world_size)
+        if found != planned:
+            raise WorldError(
+                f"Planned for {self.world_size} ranks ({ranks_text(*planned)}); "
+                f"found {world.world_size} ({ranks_text(*found)}). Nothing was trained. Start "
+                "as many ranks as were planned, or plan again for these."
+            )
+
+    def differences(self, other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Return what would make ranks with this plan and `other` take different steps."""
+        own = self.agreement()
+        return {
+            name: (own.get(name), other.get(name))
+            for name in sorted(own.keys() | other.keys())
+            if own.get(name) != other.get(name)
+        }
+
+    def agreement(self) -> dict[str, Any]:
+        """Return the values that must be the same on every rank."""
+        derived = ("machine", "sources", "reasons", "notes", "settings", "samples_per_rank")
+        values = {
+            item.name: getattr(self, item.name)
+            for item in fields(self)
+            if item.name not in (*derived, *_OF_THE_NODE)
+        }
+        kept = {name: value for name, value in self.settings.items() if name not in _OF_THE_NODE}
+        return values | kept | {"stages": [asdict(stage) for stage in self.stages]}

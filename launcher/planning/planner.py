@@ -1,0 +1,258 @@
+"""Planning: from a recipe, a machine and a number of ranks to every number of a run.
+
+From nothing else: no GPU is asked for and no data is read. Every refusal of numbers that do not go
+together is in this module.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+from launcher.environment.machine import Machine
+from launcher.errors import PlanError
+from launcher.planning.derivations import batch_arithmetic, notes_for, stages_text, steps_arithmetic
+from launcher.planning.global_batch import ceil_div, num_micro_steps, shares
+from launcher.planning.loading import loader_policy
+from launcher.planning.plan import Plan
+from launcher.planning.single_sample_batches import lone_sample_notes
+from launcher.planning.stages import Stage, growth_at, lr_factor, make_stages
+from launcher.planning.strategy import backend_for, check_strategy, speed_ups
+from launcher.recipe.recipe import Recipe
+from launcher.recipe.schedules import Schedule
+
+CPU_RANKS = 2
+"""Ranks per node where there is no GPU and no number was asked for."""
+
+
+def make_plan(
+    recipe: Recipe,
+    machine: Machine,
+    *,
+    nodes: int = 1,
+    nproc_per_node: int | None = None,
+    train_samples: int | None = None,
+    sources: Mapping[str, str] | None = None,
+) -> Plan:
+    """Work out a run of `recipe` on `nodes` machines like `machine`.
+
+    Args:
+        recipe: What to train.
+        machine: What each node offers.
+        nodes: Number of nodes.
+        nproc_per_node: Ranks on each; None is one per GPU, or `CPU_RANKS` without GPUs.
+        train_samples: Training samples where the recipe does not say; only `epochs` needs them.
+        sources: Where each setting came from, for the reader.
+
+    Raises:
+        PlanError: The numbers do not go together, or ask for more than there is.
+    """
+    device, nproc = _ranks_per_node(recipe, machine, nproc_per_node)
+    world_size = nodes * nproc
+    check_strategy(recipe, machine, device, world_size)
+    batch_sizes = _batch_sizes(recipe, world_size)
+    batch_size = batch_sizes[0]
+    samples = recipe.train_samples or train_samples
+    stages, total_steps = _stages(recipe, batch_sizes, samples)
+    steps_per_epoch = ceil_div(samples, batch_size) if samples is not None else None
+    micro_limit = recipe.micro_batch_size or ceil_div(max(batch_sizes), world_size)
+    accumulation = num_micro_steps(batch_size, world_size, micro_limit)
+    micro = max(_micro_batch(size, world_size, micro_limit) for size in batch_sizes)
+    if recipe.noise_scale:
+        _check_parts(recipe, world_size, accumulation)
+    lr, lr_reason = _learning_rate(recipe, batch_size)
+    start, end, peak_step = _lr_path(recipe.schedule, total_steps, stages, recipe.lr_rule)
+    policy = loader_policy(
+        usable_cores=machine.usable_cores,
+        cores_limited_by=machine.cores_limited_by,
+        nproc_per_node=nproc,
+        device=device,
+        in_memory=recipe.in_memory,
+        num_workers=recipe.num_workers,
+        prefetch_factor=recipe.prefetch_factor,
+        pin_memory=recipe.pin_memory,
+    )
+    unit = "GPU" if device == "cuda" else "CPU rank"
+    reasons = {
+        "batch_size": batch_arithmetic(
+            batch_size,
+            nodes,
+            nproc,
+            unit,
+            _micro_batch(batch_size, world_size, micro_limit),
+            accumulation,
+        ),
+        "stages": stages_text(stages, lr, recipe.lr_rule),
+        "lr": lr_reason,
+        "total_steps": steps_arithmetic(recipe, batch_size, samples, steps_per_epoch, total_steps),
+        "workers_per_rank": policy.workers_reason,
+        "pin_memory": policy.pin_reason,
+    }
+    plan = Plan(
+        recipe=recipe.name,
+        nodes=nodes,
+        nproc_per_node=nproc,
+        world_size=world_size,
+        device=device,
+        strategy=recipe.strategy,
+        backend=backend_for(recipe, world_size),
+        batch_size=batch_size,
+        stages=stages,
+        samples_per_rank=shares(batch_size, world_size),
+        micro_batch_size=micro,
+        accumulation_steps=accumulation,
+        lr=lr,
+        lr_start=lr * start,
+        lr_end=lr * end,
+        lr_peak_step=peak_step,
+        total_steps=total_steps,
+        steps_per_epoch=steps_per_epoch,
+        train_samples=samples,
+        evaluate_every=recipe.evaluate_every,
+        seed=recipe.seed,
+        precision=recipe.precision,
+        speed_ups=speed_ups(recipe, device),
+        workers_per_rank=policy.workers_per_rank,
+        prefetch_factor=policy.prefetch_factor,
+        pin_memory=policy.pin_memory,
+        threads_per_rank=max(machine.usable_cores // nproc, 1),
+        machine=machine,
+        settings=recipe.settings(),
+        sources=dict(sources or {}),
+        reasons=reasons,
+        notes=notes_for(
+            recipe,
+            machine,
+            device=device,
+            nproc=nproc,
+            world_size=world_size,
+            micro=micro,
+            batch_size=batch_size,
+        ),
+    )
+    lone = [f"Where the model has BatchNorm: {text}." for text in lone_sample_notes(plan, samples)]
+    return replace(plan, notes=(*plan.notes, *lone))
+
+
+def device_of(recipe: Recipe, machine: Machine) -> Literal["cuda", "cpu"]:
+    """Return what the ranks compute on: what the recipe says, or GPUs where there are any."""
+    return recipe.device or ("cuda" if machine.num_gpus else "cpu")
+
+
+def _ranks_per_node(
+    recipe: Recipe, machine: Machine, asked: int | None
+) -> tuple[Literal["cuda", "cpu"], int]:
+    device = device_of(recipe, machine)
+    if asked is not None and asked < 1:
+        raise PlanError(f"-n {asked}: expected at least 1 rank per node.")
+    if device == "cpu":
+        return "cpu", asked or CPU_RANKS
+    if not machine.num_gpus:
+        raise PlanError(
+            f"device=cuda was asked for, and {machine.hostname or 'this machine'} has no GPU that "
+            "this process may use. Leave device out to train on CPU ranks, or look at `nvidia-smi` "
+            "and CUDA_VISIBLE_DEVICES."
+        )
+    if asked and asked > machine.num_gpus:
+        raise PlanError(
+            f"{asked} GPUs per node were asked for, and {machine.hostname or 'this machine'} has "
+            f"{machine.num_gpus}. Use -n {machine.num_gpus} or less, more nodes, or device=cpu."
+        )
+    return "cuda", asked or machine.num_gpus
+
+
+def _batch_sizes(recipe: Recipe, world_size: int) -> list[int]:
+    """Return the global batch of each stage."""
+    first = recipe.batch_size or (recipe.batch_size_per_gpu or 0) * world_size
+    milestones = recipe.batch_milestones
+    if any(later <= earlier for earlier, later in itertools.pairwise((0.0, *milestones, 1.0))):
+        raise PlanError(
+            f"batch_milestones={','.join(f'{each:g}' for each in milestones)}: give rising "
+            "fractions of the run, between 0 and 1, such as 0.3,0.6."
+        )
+    sizes = [round(first * recipe.batch_gamma**number) for number in range(len(milestones) + 1)]
+    if min(sizes) < world_size:
+        raise PlanError(
+            f"batch_size={min(sizes)} is shared by {world_size} ranks, so some would have "
+            f"no sample. Use at most {min(sizes)} ranks, or batch_size={world_size} or more."
+        )
+    return sizes
+
+
+def _stages(
+    recipe: Recipe, batch_sizes: Sequence[int], samples: int | None
+) -> tuple[tuple[Stage, ...], int]:
+    """Return the stages, and the steps of the run."""
+    largest = max(batch_sizes)
+    if samples is not None and largest > samples:
+        smaller = f"batch_size={samples} or less, or fewer ranks with batch_size_per_gpu"
+        if recipe.batch_milestones:
+            smaller = "a smaller batch_gamma, or fewer batch_milestones"
+        raise PlanError(
+            f"A batch of {largest} samples was asked for, and there are {samples:,} training "
+            f"samples. Use {smaller}."
+        )
+    if recipe.steps is None and samples is None:
+        raise PlanError(
+            f"{recipe.name}: epochs={recipe.epochs} is a number of steps only with the number of "
+            "training samples. Give train_samples, or steps instead of epochs."
+        )
+    return make_stages(
+        batch_sizes,
+        recipe.batch_milestones,
+        samples=samples,
+        epochs=recipe.epochs,
+        steps=recipe.steps,
+    )
+
+
+def _micro_batch(batch_size: int, world_size: int, most: int) -> int:
+    """Return the largest micro-batch of any rank, in as few micro-steps as `most` allows."""
+    share = ceil_div(batch_size, world_size)
+    return ceil_div(share, ceil_div(share, most))
+
+
+def _check_parts(recipe: Recipe, world_size: int, accumulation: int) -> None:
+    """Refuse to measure the gradient noise where a batch has only one part."""
+    summed = recipe.strategy == "fsdp"
+    if accumulation > 1 or (world_size > 1 and not summed):
+        return
+    where = "under strategy=fsdp" if summed else "on 1 rank"
+    raise PlanError(
+        f"noise_scale=true compares the gradients of parts of a batch, and {where} without "
+        "accumulation there is one part. A smaller micro_batch_size, half of the rank's share or "
+        "less, makes several and changes no step."
+    )
+
+
+def _learning_rate(recipe: Recipe, batch_size: int) -> tuple[float, str]:
+    """Return the peak learning rate and its arithmetic."""
+    reference = recipe.lr_batch_size
+    if recipe.lr_rule == "none":
+        return recipe.lr, f"{recipe.lr:g}, whatever the batch (lr_rule=none)"
+    if reference is None:
+        raise PlanError(
+            f"lr={recipe.lr:g} was found at some batch size, and the recipe does not say which. "
+            "Give lr_batch_size, or lr_rule=none to use this number whatever the batch."
+        )
+    lr = recipe.lr * lr_factor(batch_size / reference, recipe.lr_rule)
+    if recipe.lr_rule == "sqrt":
+        return lr, f"{lr:.6g} = {recipe.lr:g} x sqrt({batch_size} / {reference}), square root"
+    return lr, f"{lr:.6g} = {recipe.lr:g} x {batch_size} / {reference}, linear"
+
+
+def _lr_path(
+    schedule: Schedule, total_steps: int, stages: Sequence[Stage], rule: str
+) -> tuple[float, float, int]:
+    """Return the factors of the first and the last step, and the step of the highest from 1."""
+
+    def factor(step: int) -> float:
+        return schedule.at(step, total_steps).factor * growth_at(stages, step, rule)
+
+    stride = max(total_steps // 1_000, 1)
+    sampled = {*range(0, total_steps, stride), *(stage.first_step for stage in stages)}
+    near = max(sorted(sampled), key=factor)
+    window = range(max(near - stride + 1, 0), min(near + stride, total_steps))
+    return factor(0), factor(total_steps - 1), max(window, key=factor) + 1

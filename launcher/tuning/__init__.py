@@ -1,0 +1,1 @@
+"""Short measured runs, combined into settings: learning rate, batch, workers, and estimates."""

@@ -1,0 +1,133 @@
+"""A recipe with settings of its own, trained for a while to be measured."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from launcher.environment.machine import Machine
+from launcher.errors import EndedError
+from launcher.launch.launcher import Stops, launch
+from launcher.planning.plan import Plan
+from launcher.recipe.overrides import Built, Override, build
+from launcher.recipe.recipe import Recipe
+from launcher.recipe.resolve import Reference
+from launcher.runs.job import Job, describe_run, plan_recipe
+from launcher.runs.rundir import RunDir, write_yaml
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A recipe with the user's overrides, on the ranks that it would be trained on."""
+
+    reference: Reference
+    overrides: tuple[Override, ...]
+    machine: Machine
+    nproc_per_node: int | None
+    """Ranks; None is one per GPU, or a few on CPUs."""
+
+    def having(self, source: str, **settings: Any) -> Target:
+        """Return it with settings that are stronger than the user's."""
+        own = (Override(name=name, value=value, source=source) for name, value in settings.items())
+        return replace(self, overrides=(*self.overrides, *own))
+
+    def given(self) -> Mapping[str, Any]:
+        """Return what the overrides set, as plain values.
+
+        Raises:
+            OverrideError: One of them does not fit.
+        """
+        return build(self.reference, self.overrides).overrides
+
+    def plan(self) -> tuple[Recipe, Plan]:
+        """Return the recipe with all overrides, and its plan.
+
+        Raises:
+            PlanError: It cannot be trained like that.
+        """
+        built, plan = self._plan()
+        return built.recipe, plan
+
+    def probe(self) -> Probe:
+        """Return it as a stretch of training.
+
+        Raises:
+            PlanError: It cannot be trained like that.
+        """
+        built, plan = self._plan()
+        return Probe(
+            reference=self.reference,
+            overrides=self.overrides,
+            recipe=built.recipe,
+            plan=plan,
+            description=describe_run(self.reference, built, plan),
+        )
+
+    def _plan(self) -> tuple[Built, Plan]:
+        return plan_recipe(
+            self.reference, self.overrides, self.machine, nproc_per_node=self.nproc_per_node
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """A stretch of training, planned."""
+
+    reference: Reference
+    overrides: tuple[Override, ...]
+    """The user's, and those that make it a probe."""
+
+    recipe: Recipe
+    """With all of them."""
+
+    plan: Plan
+    description: Mapping[str, Any]
+    """For run.yaml."""
+
+
+def run_probe(
+    probe: Probe,
+    run_dir: RunDir,
+    function: Callable[[Job], int],
+    stops: Stops,
+    *,
+    last_step: int | None = None,
+    memory_bytes: int | None = None,
+    seconds: float | None = None,
+    quiet: bool = False,
+    show: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+) -> None:
+    """Run `function` on the ranks of a probe.
+
+    Args:
+        probe: What to train.
+        run_dir: Where to write.
+        function: What each rank calls, of `launcher.engine.worker`.
+        stops: What has been listening for signals.
+        last_step: Steps to take; None takes all.
+        memory_bytes: The most that each rank may use; None is all there is.
+        seconds: For how long to measure, where that is not told by steps.
+        quiet: Whether the ranks write to their logs alone.
+        show: Is given what to show of a failure.
+
+    Raises:
+        EndedError: It failed or was stopped, which was shown.
+    """
+    write_yaml(run_dir.run_yaml, {**probe.description, "probe": True})
+    job = Job(
+        recipe=probe.reference.location,
+        overrides=probe.overrides,
+        plan=probe.plan,
+        run_dir=run_dir,
+        launcher_pid=os.getpid(),
+        last_step=last_step,
+        memory_bytes=memory_bytes,
+        seconds=seconds,
+        saves=False,
+        shows="nothing" if quiet else "progress",
+    )
+    if code := launch(job, function, stops=stops, show=show):
+        raise EndedError(code)
