@@ -27,7 +27,7 @@ from contest import BIN, HERE, benchmark, print_table
 
 from launcher.engine.probes.parity import Trace, read_trace
 from launcher.runs.checkpoints import list_checkpoints
-from launcher.runs.heartbeat import read_health
+from launcher.runs.heartbeat import read_heartbeat
 from launcher.runs.rundir import RunDir
 
 KILLS_PER_RUN = 7
@@ -122,7 +122,7 @@ def steps_taken(run_dir: RunDir) -> int:
 
 def pid_of(run_dir: RunDir, rank: int) -> int:
     """Return the process of a rank."""
-    health = read_health(run_dir, rank)
+    health = read_heartbeat(run_dir, rank)
     assert health is not None
     return health.pid
 

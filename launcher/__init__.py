@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from launcher.recipe.recipe import Data, Recipe
     from launcher.recipe.schedules import (
         Schedule,
-        Setting,
+        ScheduleValue,
         constant,
         cosine,
         cyclical,
@@ -57,7 +57,7 @@ __all__ = [
     "RunDirError",
     "SampleError",
     "Schedule",
-    "Setting",
+    "ScheduleValue",
     "Shards",
     "TrainingError",
     "UsageError",
@@ -95,7 +95,7 @@ _MODULES = {
     "RunDirError": "launcher.errors",
     "SampleError": "launcher.errors",
     "Schedule": "launcher.recipe.schedules",
-    "Setting": "launcher.recipe.schedules",
+    "ScheduleValue": "launcher.recipe.schedules",
     "Shards": "launcher.engine.data.shards",
     "TrainingError": "launcher.errors",
     "UsageError": "launcher.errors",

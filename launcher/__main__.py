@@ -1,7 +1,7 @@
 """`python -m launcher`, and what starts this launcher by the path of this file (see `program`).
 
 Python puts the folder of a file that it is given first on sys.path, where modules of this package
-would hide modules of Python: `secrets` is one. This file takes its folder off, imports the package
+could hide modules of Python. This file takes its folder off, imports the package
 that it belongs to, and puts the working folder there, as `python -m` does.
 """
 
@@ -33,10 +33,10 @@ def _prepare() -> None:
 
 
 def _start() -> None:
-    if sys.argv[1:2] == ["--leash"]:
-        from launcher.launch.ssh_remote import main as hold
+    if sys.argv[1:2] == ["--ssh-remote"]:
+        from launcher.launch.ssh_remote import main as run_remote
 
-        sys.exit(hold(*sys.argv[2:]))
+        sys.exit(run_remote(*sys.argv[2:]))
     from launcher.cli import main
 
     main()

@@ -39,7 +39,7 @@ def failure(check: str, found: str, remedy: str) -> Finding:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class RankDiagnostics:
     """What one rank found out about itself and its group."""
 
     rank: int

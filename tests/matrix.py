@@ -29,7 +29,7 @@ from launcher.engine.ranks.output import Output
 from launcher.engine.run import join, train_rank
 from launcher.environment.world import World, find_world
 from launcher.planning.strategy import STRATEGIES
-from launcher.runs.job import Start
+from launcher.runs.job import ResumeFrom
 from launcher.runs.rundir import RunDir, create_run_dir
 from launcher.signals import StopRequest
 
@@ -232,7 +232,7 @@ class Trainer:
         backend, run_dir = join(recipe, plan, self.world, make_run_dir)
         if torch.distributed.is_initialized():
             self.world = replace(self.world, store=None)  # the group is formed, for all cases
-        start = Start(step=RESUMED_FROM) if source is not None else None
+        start = ResumeFrom(step=RESUMED_FROM) if source is not None else None
         stop = StopRequest() if saves else None
         train_rank(recipe, plan, backend, run_dir, self._output, start=start, stop=stop)
         self._backends.append(backend)

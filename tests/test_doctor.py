@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from support import Commands
 
-from launcher.checks.doctor import plan_examination
+from launcher.checks.doctor import plan_diagnostics
 from launcher.checks.group_checks import judge
 from launcher.checks.node_checks import check_node
 from launcher.console.findings_table import finding_lines
 from launcher.environment.machine import Machine, free_memory_bytes, gpu_driver
-from launcher.findings import Finding, Report, worst
+from launcher.findings import Finding, RankDiagnostics, worst
 from launcher.quantities import size
 
 MACHINE = Machine(
@@ -27,8 +27,8 @@ MACHINE = Machine(
     memory_bytes=64 << 30,
     shm_bytes=32 << 30,
 )
-PLAN = plan_examination(MACHINE)
-GOOD = Report(
+PLAN = plan_diagnostics(MACHINE)
+GOOD = RankDiagnostics(
     rank=0,
     node="node1",
     versions={"torch": "2.13.0", "driver": "570.1"},
@@ -55,7 +55,7 @@ def judged(**changes: Any) -> dict[str, Finding]:
 
 def node_findings(root: Path, machine: Machine = MACHINE, **more: Any) -> dict[str, Finding]:
     """Return what is said of a machine with the files below `root`, by check."""
-    plan = plan_examination(machine, **more)
+    plan = plan_diagnostics(machine, **more)
     return {finding.check: finding for finding in check_node(plan, root / "runs", root)}
 
 
@@ -160,7 +160,7 @@ def test_what_is_wrong_with_a_node(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written() -> None:
     """The nearest folder that exists is tried, with real bytes."""
-    plan = plan_examination(MACHINE)
+    plan = plan_diagnostics(MACHINE)
     found = {each.check: each for each in check_node(plan, Path("/proc/none/runs"))}
     assert found["run folder"].level == "failure"
     assert found["run folder"].found.startswith("/proc cannot be written")

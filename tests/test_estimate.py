@@ -27,8 +27,8 @@ from launcher.analysis.scaling_model import (
 from launcher.environment.machine import Machine
 from launcher.recipes.digits import digits
 from launcher.slurm.site import Site, read_site
-from launcher.tuning.estimate import Facts, estimate_scaling, facts_of
-from launcher.tuning.measurements import Measured
+from launcher.tuning.estimate import EstimateInputs, estimate_scaling, facts_of
+from launcher.tuning.measurements import Measurements
 
 FAST, SLOW = Link(seconds=5e-6, bytes_per_second=100e9), Link(seconds=2e-5, bytes_per_second=10e9)
 NETWORK = Network(inside=FAST, between=SLOW)
@@ -123,8 +123,10 @@ def test_imagenet_in_one_hour() -> None:
         lambda nodes, nproc: make_plan(recipe, MACHINE, nodes=nodes, nproc_per_node=nproc),
         32,
         8,
-        Measured(micro_steps=((32, 0.18),), num_trained=25_557_032, data_wait=0.0),
-        Facts(network=network, mtbf_seconds=1e9, restart_seconds=60.0, price_per_hour=None),
+        Measurements(micro_steps=((32, 0.18),), num_trained=25_557_032, data_wait=0.0),
+        EstimateInputs(
+            network=network, mtbf_seconds=1e9, restart_seconds=60.0, price_per_hour=None
+        ),
     )
     one_node, all_nodes = found.rows[3], found.rows[-1]
     assert (one_node.nodes, one_node.nproc_per_node, all_nodes.nodes) == (1, 8, 32)
@@ -219,7 +221,7 @@ def test_the_table_ends_where_the_batch_does(measured: Commands) -> None:
         lambda nodes, nproc: make_plan(recipe, MACHINE, nodes=nodes, nproc_per_node=nproc),
         4,
         2,
-        Measured(micro_steps=((4, 0.1),), num_trained=1000, data_wait=0.0),
+        Measurements(micro_steps=((4, 0.1),), num_trained=1000, data_wait=0.0),
         facts_of(Site(), "cuda"),
     )
     assert [(row.nodes, row.nproc_per_node) for row in found.rows] == [(1, 1), (1, 2), (2, 2)]

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.analysis.batch_sizes import Trial, choose, next_size
+from launcher.analysis.batch_sizes import SizeTrial, choose, next_size
 from launcher.planning.global_batch import ceil_div
 
 
-def search(share: int, most: int) -> list[Trial]:
+def search(share: int, most: int) -> list[SizeTrial]:
     """Return the trials of a search where sizes up to `most` fit."""
-    trials: list[Trial] = []
+    trials: list[SizeTrial] = []
     while (size := next_size(trials, share)) is not None:
         assert size not in [trial.size for trial in trials], "nothing is tried twice"
         assert size == ceil_div(share, ceil_div(share, size)), "only what a plan would take"
-        trials.append(Trial(size=size, fits=size <= most))
+        trials.append(SizeTrial(size=size, fits=size <= most))
     return trials
 
 
@@ -40,7 +40,7 @@ def test_nothing_fits() -> None:
 def test_the_smallest_of_the_fast_ones_is_taken() -> None:
     """A larger size that is no faster only takes memory."""
     speeds = {1: 10.0, 2: 50.0, 4: 99.0, 8: 100.0, 16: 98.0}
-    trials = [Trial(size=size, fits=True, samples_per_second=s) for size, s in speeds.items()]
-    chosen = choose([*trials, Trial(size=32, fits=False)])
+    trials = [SizeTrial(size=size, fits=True, samples_per_second=s) for size, s in speeds.items()]
+    chosen = choose([*trials, SizeTrial(size=32, fits=False)])
     assert chosen is not None
     assert chosen.size == 4

@@ -9,9 +9,9 @@ from collections.abc import Callable
 import pytest
 
 from launcher.analysis.lr_curve import (
-    Curve,
     Divergence,
-    Trial,
+    LossCurve,
+    LRTrial,
     at_reference,
     best_trial,
     final_loss,
@@ -24,11 +24,11 @@ from launcher.analysis.lr_curve import (
 LRS = tuple(10 ** (-6 + 7 * step / 199) for step in range(200))
 
 
-def curve(loss: Callable[[float], float], *, noise: float = 0.0, seed: int = 0) -> Curve:
+def curve(loss: Callable[[float], float], *, noise: float = 0.0, seed: int = 0) -> LossCurve:
     """Return a curve of the function `loss` of the learning rate, with noise."""
     drawn = random.Random(seed)
     losses = tuple(loss(lr) + drawn.gauss(0.0, noise) for lr in LRS)
-    return Curve(lrs=LRS, losses=losses)
+    return LossCurve(lrs=LRS, losses=losses)
 
 
 def textbook(lr: float) -> float:
@@ -69,13 +69,13 @@ def test_smoothing_shifts_nothing() -> None:
         (curve(lambda _: 2.3), "does not fall"),
         (curve(lambda _: 2.3, noise=0.02), "does not fall"),
         (curve(lambda lr: 2.3 + 1000 * lr), "does not fall"),
-        (Curve(lrs=LRS, losses=(math.nan, *(1.0,) * 199)), "not finite after 0 steps"),
-        (Curve(lrs=LRS[:5], losses=(2.0, 1.9, 1.8, math.inf, 1.0)), "not finite after 3 steps"),
-        (Curve(lrs=(), losses=()), "not finite after 0 steps"),
+        (LossCurve(lrs=LRS, losses=(math.nan, *(1.0,) * 199)), "not finite after 0 steps"),
+        (LossCurve(lrs=LRS[:5], losses=(2.0, 1.9, 1.8, math.inf, 1.0)), "not finite after 3 steps"),
+        (LossCurve(lrs=(), losses=()), "not finite after 0 steps"),
     ],
     ids=["flat", "noisy", "diverging", "nan-first", "inf", "empty"],
 )
-def test_nothing_is_suggested_by(made: Curve, reason: str) -> None:
+def test_nothing_is_suggested_by(made: LossCurve, reason: str) -> None:
     """A curve that says nothing suggests nothing, and says why."""
     found = suggest(made)
     assert (found.valley, found.steep, found.minimum, found.slide) == (None,) * 4
@@ -99,10 +99,10 @@ def test_a_loss_that_breaks_and_recovers() -> None:
     spiked = [textbook(lr) if lr < 0.3 else 2.0 for lr in LRS]
     first = next(index for index, lr in enumerate(LRS) if lr >= 0.3)
     spiked[first : first + 3] = [9.0, 20.0, 6.0]
-    found = suggest(Curve(lrs=LRS, losses=tuple(spiked)))
+    found = suggest(LossCurve(lrs=LRS, losses=tuple(spiked)))
     assert found.steep is not None
     assert found.steep < 3e-2
-    assert usable(Curve(lrs=LRS, losses=tuple(spiked)))[0][-1] < 0.3
+    assert usable(LossCurve(lrs=LRS, losses=tuple(spiked)))[0][-1] < 0.3
 
 
 def test_divergence_is_seen_as_it_comes() -> None:
@@ -125,11 +125,11 @@ def test_the_suggestion_is_stated_at_the_recipes_batch(rule: str, stated: float)
 @pytest.mark.parametrize("best", [1e-5, 0.003, 0.01, 0.5, 30.0])
 def test_the_search_ends_beside_the_best(best: float) -> None:
     """From anywhere it walks to the lowest loss, tries both neighbours, and nothing twice."""
-    trials: list[Trial] = []
+    trials: list[LRTrial] = []
     while (lr := next_lr(trials, 0.01)) is not None:
         assert all(abs(lr / trial.lr - 1) > 0.1 for trial in trials)
         loss = abs(math.log(lr / best))
-        trials.append(Trial(lr=lr, loss=loss if lr < 100 * best else None))
+        trials.append(LRTrial(lr=lr, loss=loss if lr < 100 * best else None))
     found = best_trial(trials)
     assert found is not None
     assert abs(math.log(found.lr / best)) <= math.log(3) / 2 + 1e-9
@@ -139,9 +139,9 @@ def test_the_search_ends_beside_the_best(best: float) -> None:
 
 def test_the_search_gives_up_where_all_diverges() -> None:
     """It goes down from what diverged, a few times."""
-    trials: list[Trial] = []
+    trials: list[LRTrial] = []
     while (lr := next_lr(trials, 1.0)) is not None:
-        trials.append(Trial(lr=lr, loss=None))
+        trials.append(LRTrial(lr=lr, loss=None))
     assert [trial.lr for trial in trials] == pytest.approx([1, 1 / 3, 1 / 9, 1 / 27])
     assert best_trial(trials) is None
 

@@ -302,7 +302,7 @@ def test_machines_know_their_place() -> None:
     second = find_nodes(None, None, 7.0, env=nodes_environment(nodes, 1))
     assert second is not None
     assert (second.index, second.host, second.names) == (1, "a", ("me@a", "b"))
-    assert second.patience == 7.0
+    assert second.join_timeout == 7.0
     v6 = nodes_of_hosts(["me@fe80::1", "b"], None)
     assert v6.host == "fe80::1"
     assert find_nodes(None, None, env=nodes_environment(v6, 0)) is not None

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support import ROOT, Commands, read_lines
 
-from launcher.planning.global_batch import Cut
+from launcher.planning.global_batch import BatchSplit
 
 RECIPE = str(ROOT / "tests/recipes/normed.py")
 
@@ -18,7 +18,7 @@ def test_no_micro_batch_of_one_that_can_be_avoided() -> None:
     """Every way to cut a batch takes each sample once, within the limit; pairs have no single."""
     paired = 0
     for size, world_size, most in itertools.product(range(1, 33), range(1, 6), range(1, 6)):
-        cut = Cut(world_size=world_size, micro_batch_size=most, statistics="rank")
+        cut = BatchSplit(world_size=world_size, micro_batch_size=most, statistics="rank")
         parts = [
             [cut.positions(size, rank, step) for step in range(cut.micro_steps(size))]
             for rank in range(world_size)
@@ -38,7 +38,7 @@ def test_no_micro_batch_of_one_that_can_be_avoided() -> None:
 def test_synchronised_statistics_are_over_two_samples() -> None:
     """Over all ranks, a micro-step has a single sample where nothing else is possible alone."""
     for size, world_size, most in itertools.product(range(1, 33), range(1, 6), range(1, 6)):
-        cut = Cut(world_size=world_size, micro_batch_size=most, statistics="all")
+        cut = BatchSplit(world_size=world_size, micro_batch_size=most, statistics="all")
         counts = [
             sum(len(cut.positions(size, rank, step)) for rank in range(world_size))
             for step in range(cut.micro_steps(size))

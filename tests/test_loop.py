@@ -35,7 +35,7 @@ from launcher.engine.backends.local import LocalBackend
 from launcher.engine.data.permutation import Permutation
 from launcher.engine.data.seeds import derive
 from launcher.engine.ranks.output import Output
-from launcher.engine.run import Result, train_rank
+from launcher.engine.run import TrainResult, train_rank
 from launcher.engine.state.hyperparameters import make_optimizer, take_step
 from launcher.runs.rundir import RunDir
 
@@ -69,7 +69,9 @@ def recipe(**changes: Any) -> Recipe:
     return Recipe(**fields | changes)
 
 
-def train(tmp_path: Path, recipe: Recipe) -> tuple[Result, list[dict[str, Any]], dict[str, Tensor]]:
+def train(
+    tmp_path: Path, recipe: Recipe
+) -> tuple[TrainResult, list[dict[str, Any]], dict[str, Tensor]]:
     """Train in this process; return the result, the steps' metrics and the weights."""
     from safetensors.torch import load_file
 

@@ -12,7 +12,7 @@ import pytest
 
 from launcher import Recipe, make_plan, read_machine
 from launcher.engine.data.permutation import Permutation, elements_at
-from launcher.engine.data.sampler import Request, Sampler
+from launcher.engine.data.sampler import MicroBatchRequest, Sampler
 from launcher.engine.data.seeds import derive
 
 
@@ -90,7 +90,7 @@ def samplers(world_size: int, **changes: Any) -> list[Sampler]:
     ]
 
 
-def requests_of(sampler: Sampler, step: int) -> list[Request]:
+def requests_of(sampler: Sampler, step: int) -> list[MicroBatchRequest]:
     """Return the requests of one step."""
     return list(itertools.islice(sampler.requests(step), sampler.micro_steps(step)))
 

@@ -67,7 +67,7 @@ def test_every_number_of_a_plan() -> None:
     assert plan.device == "cuda"
     assert plan.samples_per_rank == (32,) * 8
     assert (plan.micro_batch_size, plan.accumulation_steps) == (16, 2)
-    assert plan.reasons["batch_size"] == (
+    assert plan.derivations["batch_size"] == (
         "256 = 2 nodes x 4 GPUs x 16 samples x 2 accumulation steps"
     )
     assert (plan.steps_per_epoch, plan.total_steps) == (6, 60)
@@ -90,7 +90,7 @@ def test_the_learning_rate_follows_the_batch(rule: str, lr: float, arithmetic: s
     """Each rule scales the reference learning rate and shows how."""
     plan = make_plan(recipe(batch_size=1024, lr_rule=rule), LAPTOP)
     assert plan.lr == pytest.approx(lr)
-    assert plan.reasons["lr"] == arithmetic
+    assert plan.derivations["lr"] == arithmetic
 
 
 def test_a_batch_per_gpu_grows_with_the_gpus() -> None:

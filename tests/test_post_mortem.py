@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launcher.console.failure import death_text
-from launcher.runs.heartbeat import Health
+from launcher.runs.heartbeat import Heartbeat
 from launcher.runs.rundir import RunDir
 
 
@@ -42,7 +42,7 @@ def test_where_the_ranks_were(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path)
     run_dir.health(0).parent.mkdir()
     for rank in range(18):
-        health = Health(
+        health = Heartbeat(
             rank=rank, node="n", pid=1, step=rank, phase="computing", since=0.0, time=0.0
         )
         run_dir.health(rank).write_text(json.dumps(asdict(health)))

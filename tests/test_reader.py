@@ -17,8 +17,8 @@ from launcher import Data, Recipe, RecipeError, SampleError
 from launcher.engine.data.fingerprint import same
 from launcher.engine.data.randomness import Generators
 from launcher.engine.data.reader import MicroBatch, Reader, checked, sample_count
-from launcher.engine.data.sampler import Request
-from launcher.runs.job import Source
+from launcher.engine.data.sampler import MicroBatchRequest
+from launcher.runs.job import RecipeSource
 from recipes.digits import digits
 
 
@@ -43,9 +43,9 @@ def read(train: Any, *indices: int, epoch: int = 0, **changes: Any) -> MicroBatc
     return answer
 
 
-def request(*indices: int, epoch: int = 0, counts: bool = True) -> Request:
+def request(*indices: int, epoch: int = 0, counts: bool = True) -> MicroBatchRequest:
     """Return a request for training samples."""
-    return Request("train", epoch, list(indices), counts)
+    return MicroBatchRequest("train", epoch, list(indices), counts)
 
 
 class Drawn:
@@ -148,7 +148,7 @@ def test_a_failing_collate_names_its_samples() -> None:
 
 def test_a_trial_describes_its_samples() -> None:
     """By their numbers, before they are collated; other requests describe nothing."""
-    asked = Request("train", 0, [7, 2], counts=False, trial=True)
+    asked = MicroBatchRequest("train", 0, [7, 2], counts=False, trial=True)
     for data in (TensorDataset(torch.arange(10)), ReadTogether(), [(i,) for i in range(10)]):
         answer = reader(data)[asked]
         assert isinstance(answer, MicroBatch)
@@ -160,7 +160,7 @@ def test_a_trial_describes_its_samples() -> None:
 
 def test_a_spawned_worker_makes_the_data_anew() -> None:
     """What is sent to it is where the recipe comes from; the samples are the same."""
-    source = Source(recipe=f"{ROOT}/recipes/digits.py:digits")
+    source = RecipeSource(recipe=f"{ROOT}/recipes/digits.py:digits")
     recipe = source.build()
     own = Reader(recipe, recipe.data(), source)
     sent = pickle.dumps(own)
@@ -178,7 +178,7 @@ def test_a_spawned_worker_tells_what_it_lacks() -> None:
         (f"{ROOT}/recipes/missing.py:digits", recipe.data(), "missing.py"),
         (f"{ROOT}/recipes/digits.py:digits", Data(train=Drawn()), "100 and 0"),
     ):
-        own = Reader(recipe, data, Source(recipe=location))
+        own = Reader(recipe, data, RecipeSource(recipe=location))
         answer = pickle.loads(pickle.dumps(own))[request(1)]
         assert isinstance(answer, RecipeError)
         assert words in str(answer)

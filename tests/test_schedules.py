@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import (
 from launcher import cosine, cyclical, linear, multi_step, one_cycle, schedule, warmup, wsd
 from launcher.errors import UsageError
 from launcher.recipe.callspec import parse
-from launcher.recipe.schedules import SCHEDULES, Schedule, Setting
+from launcher.recipe.schedules import SCHEDULES, Schedule, ScheduleValue
 
 
 def oracle(make: Any, total_steps: int) -> list[tuple[float, float]]:
@@ -179,8 +179,8 @@ def test_a_recipe_can_bring_its_own_rule() -> None:
     """A rule made with @schedule takes arguments, prints, and is known by its name."""
 
     @schedule
-    def plateau(step: int, total_steps: int, *, at: float = 0.5) -> Setting:
-        return Setting(1.0 if step < at * total_steps else 0.1)
+    def plateau(step: int, total_steps: int, *, at: float = 0.5) -> ScheduleValue:
+        return ScheduleValue(1.0 if step < at * total_steps else 0.1)
 
     try:
         made = parse("plateau(at=0.25)", SCHEDULES, kind="schedule")

@@ -19,9 +19,9 @@ from support import BIN, ROOT, Commands
 from launcher.environment.program import own_program, program_of
 from launcher.errors import SlurmError, UsageError
 from launcher.recipe.resolve import resolve
-from launcher.slurm.batch_job import Request, combinations, prepare
+from launcher.slurm.batch_job import SubmitRequest, combinations, prepare
 from launcher.slurm.queue import in_words
-from launcher.slurm.script import Batch, render
+from launcher.slurm.script import BatchScript, render
 from launcher.slurm.site import Site, find_site, read_memory, read_site, read_time, time_text
 
 DIGITS = ROOT / "recipes/digits.py"
@@ -29,7 +29,7 @@ GOLDEN = ROOT / "tests/golden"
 
 PROGRAM = ("/env/bin/python", "/env/lib/launcher/__main__.py")
 
-PLAIN = Batch(
+PLAIN = BatchScript(
     name="digits",
     folder="/home/me/project",
     log="/home/me/project/runs/digits/logs/slurm.log",
@@ -45,9 +45,9 @@ PLAIN = Batch(
 SITE = read_site(ROOT / "slurm/example.yaml")
 
 
-def changed(**values: object) -> Batch:
+def changed(**values: object) -> BatchScript:
     """Return the plain job with other values."""
-    return Batch(**{**vars(PLAIN), **values})
+    return BatchScript(**{**vars(PLAIN), **values})
 
 
 SCRIPTS = {
@@ -236,7 +236,7 @@ def test_refusals_lose_the_names_of_programs() -> None:
 
 def test_what_is_asked_for_follows_from_plan_and_site(tmp_path: Path) -> None:
     """Cores for each rank and its workers, memory by the part of the node, time by the site."""
-    request = Request(
+    request = SubmitRequest(
         reference=resolve(str(ROOT / "tests/recipes/worlds.py")),
         arguments=("num_workers=6",),
         grid=(),

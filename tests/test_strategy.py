@@ -80,7 +80,7 @@ def test_offloading_goes_with_what_shards() -> None:
     """Every sharding strategy takes offload=cpu."""
     for strategy in ("fsdp", "zero1", "zero2", "zero3"):
         plan = make_plan(recipe(strategy=strategy, offload="cpu"), LAPTOP, nproc_per_node=2)
-        assert plan.speed_ups == ("offload=cpu",)
+        assert plan.performance_flags == ("offload=cpu",)
 
 
 def test_ranks_agree_on_every_setting_that_moves_a_step() -> None:

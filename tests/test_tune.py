@@ -11,7 +11,7 @@ import pytest
 import yaml
 from support import ROOT, Commands, Finished
 
-from launcher.analysis.batch_sizes import Trial, fastest_to_the_loss
+from launcher.analysis.batch_sizes import SizeTrial, fastest_to_the_loss
 
 DIGITS = ("launcher", "tune", "digits", "-n", "2", "--steps", "60", "--seconds", "0.5")
 
@@ -91,10 +91,10 @@ def test_the_batch_follows_the_noise(run: Commands) -> None:
     assert "DataLoader workers" not in done.stdout
 
 
-def trials(*rates: float) -> list[Trial]:
+def trials(*rates: float) -> list[SizeTrial]:
     """Return trials of sizes 8, 16, 32, ... with these samples per second."""
     return [
-        Trial(size=8 << number, fits=True, samples_per_second=rate)
+        SizeTrial(size=8 << number, fits=True, samples_per_second=rate)
         for number, rate in enumerate(rates)
     ]
 
@@ -115,7 +115,7 @@ def test_the_batch_that_is_there_the_soonest(
 ) -> None:
     """Samples by the noise scale, seconds by what was measured."""
     found = fastest_to_the_loss(
-        [*trials(*rates), Trial(size=128, fits=False)],
+        [*trials(*rates), SizeTrial(size=128, fits=False)],
         world_size=2,
         batch_size=16,
         noise_scale=noise_scale,

@@ -20,10 +20,10 @@ from support import BIN, ROOT, Commands, read_lines
 
 from launcher.console.colours import painted
 from launcher.console.progress import sparkline
-from launcher.console.run_table import Listed, ordered
-from launcher.runs.heartbeat import Health
+from launcher.console.run_table import RunRow, ordered
+from launcher.runs.heartbeat import Heartbeat
 from launcher.runs.rundir import RunDir, read_run, write_resumption
-from launcher.runs.status import is_alive, state_of
+from launcher.runs.status import is_alive, read_run_state
 
 STRAGGLING = ROOT / "tests/recipes/straggling.py"
 FAILING = ROOT / "tests/recipes/failing.py"
@@ -199,11 +199,11 @@ def test_a_killed_run_is_lost(run: Commands) -> None:
     process = run.start("launcher", "run", STRAGGLING, *LONG, "--out", "out", cold=True)
     metrics = run.folder / "out/metrics.jsonl"
     wait_for(lambda: metrics.exists() and metrics.stat().st_size > 0, "steps")
-    assert state_of(RunDir(run.folder / "out")).name == "running"
+    assert read_run_state(RunDir(run.folder / "out")).name == "running"
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)
-    wait_for(lambda: state_of(RunDir(run.folder / "out")).name != "running", "its end")
-    state = state_of(RunDir(run.folder / "out"))
+    wait_for(lambda: read_run_state(RunDir(run.folder / "out")).name != "running", "its end")
+    state = read_run_state(RunDir(run.folder / "out"))
     assert state.name == "lost"
     assert re.match(r"ended without a word after step \d+", state.words)
     done = run("launcher", "watch", "out")
@@ -270,11 +270,11 @@ def test_a_rank_elsewhere_is_alive_while_it_speaks() -> None:
     """A rank on another machine has gone when it is silent; here its process is looked for."""
     values = {"rank": 0, "step": 1, "phase": "computing", "since": 0.0}
     now = time.time()
-    assert is_alive(Health(node="elsewhere", pid=1, time=now, **values))  # type: ignore[arg-type]
-    assert not is_alive(Health(node="elsewhere", pid=1, time=now - 60, **values))  # type: ignore[arg-type]
+    assert is_alive(Heartbeat(node="elsewhere", pid=1, time=now, **values))  # type: ignore[arg-type]
+    assert not is_alive(Heartbeat(node="elsewhere", pid=1, time=now - 60, **values))  # type: ignore[arg-type]
     here = os.uname().nodename
-    assert is_alive(Health(node=here, pid=os.getpid(), time=now - 60, **values))  # type: ignore[arg-type]
-    assert not is_alive(Health(node=here, pid=2**22 + 1, time=now, **values))  # type: ignore[arg-type]
+    assert is_alive(Heartbeat(node=here, pid=os.getpid(), time=now - 60, **values))  # type: ignore[arg-type]
+    assert not is_alive(Heartbeat(node=here, pid=2**22 + 1, time=now, **values))  # type: ignore[arg-type]
 
 
 def test_a_run_that_is_gone_on_with_is_starting(runs: Commands, tmp_path: Path) -> None:
@@ -282,17 +282,17 @@ def test_a_run_that_is_gone_on_with_is_starting(runs: Commands, tmp_path: Path) 
     for name in ("runs/good", "runs/bad"):
         copy = tmp_path / name
         shutil.copytree(runs.folder / name, copy)
-        ended = state_of(RunDir(copy))
+        ended = read_run_state(RunDir(copy))
         write_resumption(RunDir(copy), read_run(RunDir(copy)))
         assert ended.name in ("finished", "failed")
-        assert state_of(RunDir(copy)).words == "starting"
+        assert read_run_state(RunDir(copy)).words == "starting"
 
 
 def test_runs_without_a_number_come_last() -> None:
     """Whichever way the others are sorted."""
 
-    def row(name: str, **result: float) -> Listed:
-        return Listed(
+    def row(name: str, **result: float) -> RunRow:
+        return RunRow(
             run=name,
             state="finished",
             words="",

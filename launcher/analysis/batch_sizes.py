@@ -19,7 +19,7 @@ _WORTH = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial:
+class SizeTrial:
     """What came of one size."""
 
     size: int
@@ -37,7 +37,7 @@ class Trial:
 
 
 def next_size(
-    trials: Sequence[Trial], share: int, *, first: int | None = None, resolution: float = 0.125
+    trials: Sequence[SizeTrial], share: int, *, first: int | None = None, resolution: float = 0.125
 ) -> int | None:
     """Return the size to try next; None when it is known which is the largest that fits.
 
@@ -71,8 +71,8 @@ def next_size(
 
 
 def fastest_to_the_loss(
-    trials: Sequence[Trial], *, world_size: int, batch_size: int, noise_scale: float
-) -> Trial:
+    trials: Sequence[SizeTrial], *, world_size: int, batch_size: int, noise_scale: float
+) -> SizeTrial:
     """Return the trial whose size, on every rank, is the batch that gets to a loss the soonest.
 
     The samples that it takes follow from the noise scale (`items_ratio`), how long they take was
@@ -86,7 +86,7 @@ def fastest_to_the_loss(
         noise_scale: B_simple, in samples.
     """
 
-    def seconds(trial: Trial) -> float:
+    def seconds(trial: SizeTrial) -> float:
         assert trial.samples_per_second is not None
         items = items_ratio(batch_size, trial.size * world_size, noise_scale)
         return items / trial.samples_per_second
@@ -101,7 +101,7 @@ def fastest_to_the_loss(
     return min(fast, key=lambda trial: trial.size)
 
 
-def choose(trials: Sequence[Trial]) -> Trial | None:
+def choose(trials: Sequence[SizeTrial]) -> SizeTrial | None:
     """Return the trial to take: the smallest of those that are as fast as the fastest.
 
     None where nothing fits.

@@ -45,7 +45,7 @@ _LEVEL = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
-class Curve:
+class LossCurve:
     """What a range test has measured, in the order of steps."""
 
     lrs: tuple[float, ...]
@@ -74,7 +74,7 @@ class Suggestions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial:
+class LRTrial:
     """What came of a short training."""
 
     lr: float
@@ -88,15 +88,15 @@ class Trial:
 class FoundLR:
     """What a range test came to."""
 
-    curve: Curve
+    curve: LossCurve
     suggestions: Suggestions
     """At the batch of the test."""
 
-    trials: tuple[Trial, ...] = ()
+    trials: tuple[LRTrial, ...] = ()
     """Short trainings at the valley and around it, if there were any."""
 
 
-def next_lr(trials: Sequence[Trial], first: float, *, factor: float = 3.0) -> float | None:
+def next_lr(trials: Sequence[LRTrial], first: float, *, factor: float = 3.0) -> float | None:
     """Return the learning rate to try next, or None when no neighbour of the best is untried.
 
     From the first it goes up by the factor as long as that is better, or else down. A range test
@@ -121,7 +121,7 @@ def next_lr(trials: Sequence[Trial], first: float, *, factor: float = 3.0) -> fl
     return None
 
 
-def best_trial(trials: Sequence[Trial]) -> Trial | None:
+def best_trial(trials: Sequence[LRTrial]) -> LRTrial | None:
     """Return the trial with the lowest loss, of those that did not diverge."""
     ended = [trial for trial in trials if trial.loss is not None]
     return min(ended, key=lambda trial: trial.loss or 0.0, default=None)
@@ -170,7 +170,7 @@ def _average(values: Sequence[float], beta: float) -> list[float]:
     return averages
 
 
-def usable(curve: Curve) -> tuple[list[float], list[float]]:
+def usable(curve: LossCurve) -> tuple[list[float], list[float]]:
     """Return learning rates and smoothed losses, up to where the loss breaks.
 
     That is before the first loss that is not finite, and before the first that is above what it was
@@ -192,7 +192,7 @@ def usable(curve: Curve) -> tuple[list[float], list[float]]:
     return list(curve.lrs[:end]), smooth(losses[:end])
 
 
-def suggest(curve: Curve) -> Suggestions:
+def suggest(curve: LossCurve) -> Suggestions:
     """Return what each rule makes of a curve.
 
     None of them suggests anything where the loss has not fallen, or there are too few points.

@@ -48,7 +48,7 @@ class Network:
     """Between nodes, for all ranks of one together."""
 
 
-class Span(NamedTuple):
+class Bounds(NamedTuple):
     """Seconds: at best, where all that can be is hidden behind computation, and with nothing."""
 
     best: float
@@ -147,7 +147,7 @@ def traffic(
 
 def step_seconds(
     micro_seconds: float, sent: Traffic, *, accumulation: int, num_bytes: float
-) -> Span:
+) -> Bounds:
     """Return the seconds of a step with its communication hidden as well as can be, and not at all.
 
     Gradients hide behind the backward that makes them, but for their last bucket; what is gathered
@@ -163,7 +163,7 @@ def step_seconds(
     last_bucket = sent.gradients * min(_BUCKET_BYTES / num_bytes, 1.0) / sent.reductions
     behind = compute if sent.ahead else _BACKWARD * micro_seconds * sent.reductions
     shown = max(sent.gradients + sent.ahead - behind, last_bucket)
-    return Span(compute + shown + sent.after, compute + sent.seconds)
+    return Bounds(compute + shown + sent.after, compute + sent.seconds)
 
 
 class Computation:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 from launcher.environment.machine import Machine
 from launcher.errors import EndedError
 from launcher.findings import Finding, failure, ok, warning
-from launcher.launch.launcher import Stops, launch
+from launcher.launch.launcher import SignalHandler, launch
 from launcher.planning.plan import Plan
-from launcher.planning.single_sample_batches import lone_sample_notes
+from launcher.planning.single_sample_batches import single_sample_notes
 from launcher.recipe.overrides import Override
 from launcher.recipe.resolve import Reference
 from launcher.runs.job import Job, describe_run, plan_recipe
@@ -38,7 +38,7 @@ def heavy_imports(before: Collection[str]) -> list[str]:
 
 
 def check_recipe(
-    reference: Reference, overrides: Sequence[Override], machine: Machine, stops: Stops
+    reference: Reference, overrides: Sequence[Override], machine: Machine, signals: SignalHandler
 ) -> Iterator[Finding]:
     """Plan a recipe, build what it describes, take a batch through it; yield what was found.
 
@@ -47,7 +47,7 @@ def check_recipe(
         EndedError: It raised something, which was shown.
     """
     from launcher.engine.probes.inspection import read_inspection
-    from launcher.engine.worker import launched_inspection
+    from launcher.engine.worker import agent_inspection
 
     built, plan = plan_recipe(reference, overrides, machine)
     yield ok("plan", f"batch {plan.batch_size:,}, lr {plan.lr:g}, {plan.total_steps:,} steps")
@@ -62,7 +62,7 @@ def check_recipe(
             launcher_pid=os.getpid(),
             saves=False,
         )
-        if code := launch(job, launched_inspection, stops=stops):
+        if code := launch(job, agent_inspection, signals=signals):
             raise EndedError(code)
         yield from judge(read_inspection(run_dir), plan)
 
@@ -92,7 +92,7 @@ def judge(found: Inspection, plan: Plan) -> Iterator[Finding]:
     yield from _written(found)
     yield from _metrics(found)
     yield from _split(found)
-    if found.batch_norms and (notes := lone_sample_notes(plan, found.num_samples)):
+    if found.batch_norms and (notes := single_sample_notes(plan, found.num_samples)):
         yield warning(
             "BatchNorm",
             "; ".join(notes),

@@ -12,10 +12,10 @@ from typing import Literal
 import msgspec
 
 from launcher.checks.node_checks import check_node
-from launcher.engine.probes.diagnostics_recipe import examination
+from launcher.engine.probes.diagnostics_recipe import diagnostics_recipe
 from launcher.environment.machine import Machine
 from launcher.environment.world import World
-from launcher.findings import Report
+from launcher.findings import RankDiagnostics
 from launcher.launch.launcher import launch
 from launcher.planning.plan import Plan
 from launcher.planning.planner import make_plan
@@ -23,7 +23,7 @@ from launcher.runs.job import Job
 from launcher.runs.rundir import create_run_dir
 
 
-def plan_examination(
+def plan_diagnostics(
     machine: Machine,
     *,
     device: Literal["cuda", "cpu"] | None = None,
@@ -36,18 +36,18 @@ def plan_examination(
         PlanError: There are not so many GPUs.
     """
     ranks = nodes * (nproc_per_node or machine.num_gpus or 2)
-    recipe = replace(examination(), batch_size=ranks, device=device)
+    recipe = replace(diagnostics_recipe(), batch_size=ranks, device=device)
     return make_plan(recipe, machine, nodes=nodes, nproc_per_node=nproc_per_node)
 
 
-def examine(plan: Plan) -> list[Report] | None:
+def diagnose(plan: Plan) -> list[RankDiagnostics] | None:
     """Start the ranks of this machine; return what each found, None where they failed.
 
     That failure has been shown then, and the logs that it names are kept.
     """
     folder = Path(tempfile.mkdtemp(prefix="launcher-doctor-"))
     run_dir = create_run_dir(folder / "run", plan.recipe)
-    from launcher.engine.worker import launched_examination
+    from launcher.engine.worker import agent_diagnostics
 
     job = Job(
         recipe="",
@@ -56,18 +56,18 @@ def examine(plan: Plan) -> list[Report] | None:
         run_dir=run_dir,
         launcher_pid=os.getpid(),
         saves=False,
-        shows="nothing",
+        output_mode="nothing",
     )
-    if launch(job, launched_examination) != 0:
+    if launch(job, agent_diagnostics) != 0:
         return None
-    reports = msgspec.json.decode(run_dir.examination.read_bytes(), type=list[Report])
+    reports = msgspec.json.decode(run_dir.diagnostics.read_bytes(), type=list[RankDiagnostics])
     shutil.rmtree(folder)
     return reports
 
 
-def examine_here(plan: Plan, world: World, out: Path) -> list[Report] | None:
+def diagnose_here(plan: Plan, world: World, out: Path) -> list[RankDiagnostics] | None:
     """Take part as the rank that this process was started as; return all reports on rank 0."""
     node = tuple(check_node(plan, out)) if world.local_rank == 0 else ()
-    from launcher.engine.worker import found_examination
+    from launcher.engine.worker import external_diagnostics
 
-    return found_examination(examination(), plan, world, node)
+    return external_diagnostics(diagnostics_recipe(), plan, world, node)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from launcher.findings import Finding, Report, failure, ok, warning
+from launcher.findings import Finding, RankDiagnostics, failure, ok, warning
 from launcher.planning.derivations import counted
 from launcher.planning.plan import Plan
 from launcher.quantities import size
@@ -20,7 +20,7 @@ _LEAST_BANDWIDTH = 4e9
 """Bytes a second between GPUs; PCIe 3.0 x16 has 13e9 in theory."""
 
 
-def judge(reports: Sequence[Report], plan: Plan) -> Iterator[Finding]:
+def judge(reports: Sequence[RankDiagnostics], plan: Plan) -> Iterator[Finding]:
     """Yield what there is to say of what the ranks found."""
     nodes = list(dict.fromkeys(report.node for report in reports))
     for report in reports:
@@ -36,14 +36,14 @@ def judge(reports: Sequence[Report], plan: Plan) -> Iterator[Finding]:
         yield from _reduces(reports, plan)
 
 
-def _met(reports: Sequence[Report], plan: Plan, nodes: Sequence[str]) -> Finding:
+def _met(reports: Sequence[RankDiagnostics], plan: Plan, nodes: Sequence[str]) -> Finding:
     seconds = max(report.meeting_seconds for report in reports)
     where = f" on {counted(len(nodes), 'node')}" if plan.nodes > 1 else ""
     found = f"{counted(len(reports), 'rank')}{where} met in {seconds:.1f} s"
     return ok("rendezvous", found)
 
 
-def _versions(reports: Sequence[Report]) -> Iterator[Finding]:
+def _versions(reports: Sequence[RankDiagnostics]) -> Iterator[Finding]:
     first = reports[0]
     for report in reports[1:]:
         pairs = {
@@ -65,7 +65,7 @@ def _versions(reports: Sequence[Report]) -> Iterator[Finding]:
     yield ok("versions", found)
 
 
-def _devices(reports: Sequence[Report], plan: Plan) -> Iterator[Finding]:
+def _devices(reports: Sequence[RankDiagnostics], plan: Plan) -> Iterator[Finding]:
     names = [report.device for report in reports]
     kinds = list(dict.fromkeys(names))
     listed = ", ".join(f"{names.count(kind)} x {kind}" for kind in kinds)
@@ -92,7 +92,7 @@ def _devices(reports: Sequence[Report], plan: Plan) -> Iterator[Finding]:
         yield ok("GPU memory", f"{size(min(totals))} at least")
 
 
-def _torchvision(reports: Sequence[Report]) -> Finding:
+def _torchvision(reports: Sequence[RankDiagnostics]) -> Finding:
     for report in reports:
         if report.torchvision:
             return failure(
@@ -104,7 +104,7 @@ def _torchvision(reports: Sequence[Report]) -> Finding:
     return ok("torchvision", "loads, or is not installed")
 
 
-def _products(reports: Sequence[Report], plan: Plan) -> Iterator[Finding]:
+def _products(reports: Sequence[RankDiagnostics], plan: Plan) -> Iterator[Finding]:
     wrong = [
         report
         for report in reports
@@ -134,7 +134,7 @@ def _products(reports: Sequence[Report], plan: Plan) -> Iterator[Finding]:
         yield ok("arithmetic", found)
 
 
-def _reduces(reports: Sequence[Report], plan: Plan) -> Iterator[Finding]:
+def _reduces(reports: Sequence[RankDiagnostics], plan: Plan) -> Iterator[Finding]:
     for report in reports:
         if not report.sums_right:
             yield failure(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from launcher.checks.prove import Row, Trial
+from launcher.checks.prove import ParityRow, ParityRun
 
 if TYPE_CHECKING:
     from launcher.engine.probes.inspection import Inspection
-    from launcher.engine.probes.parity import Difference
+    from launcher.engine.probes.parity import ParityDifference
 
 _COLUMNS = ("strategy", "ranks", "x accum.", "samples", "lr", "items", "loss", "norm", "weights")
 _WIDTHS = (10, 5, 8, 8, 8, 8, 8, 8, 8)
@@ -19,7 +19,7 @@ def head() -> str:
     return _line(_COLUMNS)
 
 
-def row_line(row: Row) -> str:
+def row_line(row: ParityRow) -> str:
     """Return the line of one configuration."""
     plan = row.trial.plan
     start = [row.trial.strategy, str(plan.world_size), str(plan.accumulation_steps)]
@@ -36,7 +36,7 @@ def row_line(row: Row) -> str:
     return _line([*start, *exact, *rounded]) + ("" if found.agrees else "  differs")
 
 
-def verdict(rows: list[Row], steps: int) -> str:
+def verdict(rows: list[ParityRow], steps: int) -> str:
     """Return what the table shows, in a sentence."""
     failed = [row for row in rows if row.exit_code]
     differ = [row for row in rows if not row.agrees and not row.exit_code]
@@ -53,7 +53,7 @@ def verdict(rows: list[Row], steps: int) -> str:
     return "\n".join(parts)
 
 
-def causes(inspection: Inspection, trial: Trial) -> list[str]:
+def causes(inspection: Inspection, trial: ParityRun) -> list[str]:
     """Return what makes the steps of a recipe depend on the ranks, and what to do about each."""
     found = []
     if inspection.changing_samples:
@@ -108,7 +108,7 @@ def causes(inspection: Inspection, trial: Trial) -> list[str]:
     return found
 
 
-def to_dict(row: Row) -> dict[str, object]:
+def to_dict(row: ParityRow) -> dict[str, object]:
     """Return a row as plain values."""
     found = row.difference
     values: dict[str, object] = {
@@ -130,7 +130,7 @@ def to_dict(row: Row) -> dict[str, object]:
     return values
 
 
-def _what_differs(found: Difference) -> str:
+def _what_differs(found: ParityDifference) -> str:
     if found.unequal:
         name, step = min(found.unequal.items(), key=lambda item: item[1])
         return f"{name} differ from step {step}"
@@ -140,7 +140,7 @@ def _what_differs(found: Difference) -> str:
     return f"the final weights differ by more than {found.tolerance:g}"
 
 
-def _name(trial: Trial) -> str:
+def _name(trial: ParityRun) -> str:
     return f"{trial.strategy} on {trial.plan.world_size}"
 
 

@@ -26,7 +26,7 @@ from launcher.runs.rundir import RunDir, create_run_dir, write_yaml
 
 if TYPE_CHECKING:
     from launcher.engine.probes.inspection import Inspection
-    from launcher.engine.probes.parity import Difference
+    from launcher.engine.probes.parity import ParityDifference
 
 TOLERANCES = {"fp64": 1e-10, "fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2}
 """The relative difference that counts as rounding, by precision."""
@@ -36,7 +36,7 @@ _OVER_SEVERAL_RANKS = "fsdp"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial:
+class ParityRun:
     """One configuration of a proof."""
 
     strategy: str
@@ -45,14 +45,14 @@ class Trial:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class ParityRow:
     """What came of one configuration."""
 
-    trial: Trial
+    trial: ParityRun
     exit_code: int
     """Of the run."""
 
-    difference: Difference | None
+    difference: ParityDifference | None
     """From the first configuration; None for that itself, and for a run that failed."""
 
     @property
@@ -69,7 +69,7 @@ def plan_trials(
     worlds: Sequence[int],
     strategies: Sequence[str] | None,
     folder: Path,
-) -> list[Trial]:
+) -> list[ParityRun]:
     """Plan every strategy on every number of ranks, and make the folders.
 
     Strategies that are the same on one process come once there; one that needs several is left out.
@@ -106,18 +106,18 @@ def plan_trials(
     for (strategy, ranks), (plan, description) in plans.items():
         run_dir = create_run_dir(folder / f"{strategy}-{ranks}", plan.recipe)
         write_yaml(run_dir.run_yaml, description)
-        trials.append(Trial(strategy=strategy, plan=plan, run_dir=run_dir))
+        trials.append(ParityRun(strategy=strategy, plan=plan, run_dir=run_dir))
     return trials
 
 
 def run_trials(
     reference: Reference,
     overrides: Sequence[Override],
-    trials: Sequence[Trial],
+    trials: Sequence[ParityRun],
     *,
     steps: int,
     tolerance: float | None,
-) -> Iterator[Row]:
+) -> Iterator[ParityRow]:
     """Run the trials one after the other, and yield what came of each.
 
     Args:
@@ -132,7 +132,7 @@ def run_trials(
     for trial in trials:
         exit_code = launch(_job(reference, overrides, trial, steps))
         if exit_code != 0:
-            yield Row(trial=trial, exit_code=exit_code, difference=None)
+            yield ParityRow(trial=trial, exit_code=exit_code, difference=None)
             if wanted is None:
                 return
             continue
@@ -142,22 +142,22 @@ def run_trials(
         trial.run_dir.model.unlink()  # as large as the model, once for every trial
         if wanted is None:
             wanted = found
-            yield Row(trial=trial, exit_code=0, difference=None)
+            yield ParityRow(trial=trial, exit_code=0, difference=None)
             continue
         allowed = TOLERANCES[trial.plan.precision] if tolerance is None else tolerance
-        yield Row(trial=trial, exit_code=0, difference=compare(wanted, found, allowed))
+        yield ParityRow(trial=trial, exit_code=0, difference=compare(wanted, found, allowed))
 
 
 def inspect_trial(
-    reference: Reference, overrides: Sequence[Override], trial: Trial
+    reference: Reference, overrides: Sequence[Override], trial: ParityRun
 ) -> Inspection | None:
     """Try the recipe's data, model and loss out in a process of its own; None if that fails."""
     from launcher.engine.probes.inspection import read_inspection
-    from launcher.engine.worker import launched_inspection
+    from launcher.engine.worker import agent_inspection
 
     alone = replace(trial.plan, nproc_per_node=1)
     job = replace(_job(reference, overrides, trial, 0), plan=alone)
-    return read_inspection(trial.run_dir) if launch(job, launched_inspection) == 0 else None
+    return read_inspection(trial.run_dir) if launch(job, agent_inspection) == 0 else None
 
 
 def _defaults(recipe: Recipe, machine: Machine, world_size: int) -> list[str]:
@@ -174,7 +174,7 @@ def _defaults(recipe: Recipe, machine: Machine, world_size: int) -> list[str]:
     return found or ["ddp"]
 
 
-def _job(reference: Reference, overrides: Sequence[Override], trial: Trial, steps: int) -> Job:
+def _job(reference: Reference, overrides: Sequence[Override], trial: ParityRun, steps: int) -> Job:
     return Job(
         recipe=reference.location,
         overrides=(
@@ -188,5 +188,5 @@ def _job(reference: Reference, overrides: Sequence[Override], trial: Trial, step
         last_step=min(steps, trial.plan.total_steps),
         saves=False,
         trial=False,  # what is wrong is for the comparison to show
-        shows="nothing",
+        output_mode="nothing",
     )

@@ -14,7 +14,7 @@ from launcher.errors import UsageError
 
 if TYPE_CHECKING:
     from launcher.recipe.overrides import Override
-    from launcher.runs.job import Shows
+    from launcher.runs.job import OutputMode
 
 Function = Callable[..., Any]
 
@@ -104,7 +104,7 @@ def nodes_options(function: Function) -> Function:
         metavar="M",
         help="Machines, on each of which this command is started. Default: as many as srun has.",
     )
-    patience = click.option(
+    join_timeout = click.option(
         "--join-timeout",
         type=click.FloatRange(min=0, min_open=True),
         metavar="SECONDS",
@@ -124,7 +124,7 @@ def nodes_options(function: Function) -> Function:
     ssh = click.option(
         "--ssh", metavar="COMMAND", help="How they are reached. Default: ssh, without questions."
     )
-    return count(place(hosts(ssh(patience(function)))))
+    return count(place(hosts(ssh(join_timeout(function)))))
 
 
 def out_option(function: Function) -> Function:
@@ -158,7 +158,7 @@ def max_restarts_option(function: Function) -> Function:
     )(function)
 
 
-def shows_options(function: Function) -> Function:
+def output_options(function: Function) -> Function:
     """Take what is printed of a run."""
     quiet = click.option(
         "-q", "--quiet", is_flag=True, help="Print nothing but errors; the logs have the rest."
@@ -169,7 +169,7 @@ def shows_options(function: Function) -> Function:
     return quiet(as_json(function))
 
 
-def shows(*, quiet: bool, as_json: bool) -> Shows:
+def output_mode(*, quiet: bool, as_json: bool) -> OutputMode:
     """Return what is printed of a run.
 
     Raises:

@@ -44,10 +44,10 @@ def command(recipe: str, overrides: tuple[str, ...], config: Path | None, *, as_
     from launcher.console.findings_table import finding_lines, summary
     from launcher.environment.machine import read_machine
     from launcher.findings import ok, warning, worst
-    from launcher.launch.launcher import Stops
+    from launcher.launch.launcher import SignalHandler
     from launcher.recipe.resolve import resolve
 
-    stops = Stops()
+    signals = SignalHandler()
     findings: list[Finding] = []
 
     def tell(finding: Finding) -> None:
@@ -69,7 +69,7 @@ def command(recipe: str, overrides: tuple[str, ...], config: Path | None, *, as_
     else:
         tell(ok("import", f"{reference.shown}, nothing heavy"))
     given = read_overrides(config, overrides)
-    for finding in check_recipe(reference, given, read_machine(), stops):
+    for finding in check_recipe(reference, given, read_machine(), signals):
         tell(finding)
     if as_json:
         click.echo(json.dumps({"findings": [asdict(finding) for finding in findings]}))

@@ -43,7 +43,7 @@ def command(
     launcher doctor -n 4 --out /scratch/runs
     torchrun --nproc-per-node 2 --no-python launcher doctor
     """
-    from launcher.checks.doctor import examine, examine_here, plan_examination
+    from launcher.checks.doctor import diagnose, diagnose_here, plan_diagnostics
     from launcher.checks.group_checks import judge
     from launcher.checks.node_checks import check_node
     from launcher.console.findings_table import finding_lines, summary
@@ -53,7 +53,7 @@ def command(
 
     world = find_world()
     alone = world.world_size == 1
-    plan = plan_examination(
+    plan = plan_diagnostics(
         read_machine(),
         device=device,
         nodes=world.nodes,
@@ -70,7 +70,7 @@ def command(
     if alone:
         for finding in check_node(plan, out):
             tell(finding)
-        reports = examine(plan)
+        reports = diagnose(plan)
         if reports is None:
             tell(
                 Finding(
@@ -81,7 +81,7 @@ def command(
                 )
             )
     else:
-        reports = examine_here(plan, world, out)
+        reports = diagnose_here(plan, world, out)
         if reports is None:
             return 0  # rank 0 tells
     for finding in judge(reports, plan) if reports else ():

@@ -22,7 +22,7 @@ from launcher.errors import UsageError
 
 if TYPE_CHECKING:
     from launcher.planning.plan import Plan
-    from launcher.recipe.overrides import Built
+    from launcher.recipe.overrides import BuiltRecipe
     from launcher.tuning.estimate import Estimate
 
 
@@ -77,7 +77,7 @@ def command(
         raise UsageError("--cluster is what --estimate reckons with: give that as well.")
     reference, given, machine = resolve(recipe), read_overrides(config, overrides), read_machine()
 
-    def plan_for(nodes: int, nproc: int | None) -> tuple[Built, Plan]:
+    def plan_for(nodes: int, nproc: int | None) -> tuple[BuiltRecipe, Plan]:
         return plan_recipe(
             reference, given, machine, nodes=nodes, nproc_per_node=nproc, elsewhere=True
         )

@@ -13,7 +13,7 @@ from launcher.cli.arguments import SettingsCommand, out_option
 from launcher.cli.target import target_arguments
 
 if TYPE_CHECKING:
-    from launcher.launch.launcher import Stops
+    from launcher.launch.launcher import SignalHandler
     from launcher.tuning.probe_run import Target
 
 
@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 )
 @out_option
 @click.option("--json", "as_json", is_flag=True, help="Print the times of each rank as JSON.")
-def command(target: Target, stops: Stops, steps: int, out: Path | None, *, as_json: bool) -> None:
+def command(
+    target: Target, signals: SignalHandler, steps: int, out: Path | None, *, as_json: bool
+) -> None:
     """Train RECIPE for some steps under torch.profiler, on the ranks that it would be trained on.
 
     Prints where their time went - reading data, forward, backward, communication that nothing
@@ -46,7 +48,7 @@ def command(target: Target, stops: Stops, steps: int, out: Path | None, *, as_js
 
     probe = plan_profile(target, steps=steps)
     run_dir = create_run_dir(out, f"profile-{probe.plan.recipe}")
-    profiles = profile_recipe(probe, run_dir, stops, quiet=as_json)
+    profiles = profile_recipe(probe, run_dir, signals, quiet=as_json)
     if as_json:
         click.echo(json.dumps([asdict(each) for each in profiles]))
     else:

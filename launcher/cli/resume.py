@@ -16,9 +16,9 @@ from launcher.cli.arguments import (
     max_restarts_option,
     nodes_options,
     nproc_option,
+    output_mode,
+    output_options,
     overrides_argument,
-    shows,
-    shows_options,
 )
 from launcher.cli.completing import complete_runs
 from launcher.cli.start import find_machines, start, start_on_hosts
@@ -26,7 +26,7 @@ from launcher.errors import CheckpointError, RunDirError
 
 if TYPE_CHECKING:
     from launcher.planning.plan import Plan
-    from launcher.recipe.overrides import Built
+    from launcher.recipe.overrides import BuiltRecipe
     from launcher.runs.checkpoints import Checkpoint, Manifest
     from launcher.runs.rundir import RunDir
 
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 )
 @accept_option
 @max_restarts_option
-@shows_options
+@output_options
 def command(
     run_dir: Path,
     overrides: tuple[str, ...],
@@ -73,17 +73,17 @@ def command(
     launcher resume runs/digits-20260101-120000 --from 120 epochs=40
     """
     from launcher.environment.machine import read_machine
-    from launcher.launch.launcher import Stops
-    from launcher.launch.multi_node import check_restarts, make_once, met
+    from launcher.launch.launcher import SignalHandler
+    from launcher.launch.multi_node import check_restarts, joined, make_run_dir_once
     from launcher.recipe.overrides import Override, build, read_arguments
     from launcher.recipe.resolve import resolve
     from launcher.runs.checkpoints import check_resumable
-    from launcher.runs.job import Start, describe_run, plan_recipe
+    from launcher.runs.job import ResumeFrom, describe_run, plan_recipe
     from launcher.runs.ownership import check_unowned, own
     from launcher.runs.rundir import open_run_dir, read_run, write_resumption
 
-    stops = Stops()  # before anything slow
-    showing = shows(quiet=quiet, as_json=as_json)
+    signals = SignalHandler()  # before anything slow
+    showing = output_mode(quiet=quiet, as_json=as_json)
     here = Path.cwd()
     machines = find_machines(hosts, nodes, rendezvous, join_timeout)
     check_restarts(machines, max_restarts)
@@ -121,7 +121,7 @@ def command(
         return start_on_hosts(hosts, here, rendezvous, ssh)
     description = describe_run(reference, built, plan)
 
-    with contextlib.ExitStack() as held, met(machines, plan) as meeting:
+    with contextlib.ExitStack() as held, joined(machines, plan) as joint:
 
         def make() -> RunDir:
             held.enter_context(own(folder, with_ranks=True))
@@ -137,12 +137,12 @@ def command(
             reference,
             given,
             plan,
-            make_once(meeting, make),
-            stops=stops,
-            shows=showing,
+            make_run_dir_once(joint, make),
+            signals=signals,
+            output_mode=showing,
             restarts=max_restarts,
-            meeting=meeting,
-            begin=Start(step=chosen.step, fall_back=auto, accept=accept),
+            rendezvous=joint,
+            begin=ResumeFrom(step=chosen.step, fall_back=auto, accept=accept),
             changes=_changes(manifest, said["plan"], build(reference, before), (built, plan)),
             restores=text,
         )
@@ -183,7 +183,10 @@ def _read_manifest(folder: RunDir, chosen: Checkpoint, *, auto: bool) -> Manifes
 
 
 def _changes(
-    manifest: Manifest | None, planned: Mapping[str, Any], was: Built, now: tuple[Built, Plan]
+    manifest: Manifest | None,
+    planned: Mapping[str, Any],
+    was: BuiltRecipe,
+    now: tuple[BuiltRecipe, Plan],
 ) -> list[str]:
     """Return what the run goes on with that is not as it was, in words.
 

@@ -16,11 +16,11 @@ from launcher.cli.arguments import (
     nodes_options,
     nproc_option,
     out_option,
+    output_mode,
+    output_options,
     overrides_argument,
     read_overrides,
     recipe_argument,
-    shows,
-    shows_options,
 )
 from launcher.cli.start import find_machines, make_run_dir, start, start_on_hosts
 from launcher.errors import UsageError
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 )
 @accept_option
 @max_restarts_option
-@shows_options
+@output_options
 def command(
     recipe: str,
     overrides: tuple[str, ...],
@@ -76,14 +76,14 @@ def command(
     launcher run digits --hosts node1,node2 --out /shared/mine
     """
     from launcher.environment.machine import read_machine
-    from launcher.launch.launcher import Stops
-    from launcher.launch.multi_node import check_restarts, make_once, met
+    from launcher.launch.launcher import SignalHandler
+    from launcher.launch.multi_node import check_restarts, joined, make_run_dir_once
     from launcher.recipe.resolve import resolve
     from launcher.runs.checkpoints import list_checkpoints
-    from launcher.runs.job import Start, describe_run, plan_recipe
+    from launcher.runs.job import ResumeFrom, describe_run, plan_recipe
 
-    stops = Stops()  # before anything slow
-    showing = shows(quiet=quiet, as_json=as_json)
+    signals = SignalHandler()  # before anything slow
+    showing = output_mode(quiet=quiet, as_json=as_json)
     if goes_on and out is None:
         raise UsageError("--continue goes on with the run in --out: give that folder as well.")
     if accept and not goes_on:
@@ -107,7 +107,7 @@ def command(
     description = describe_run(reference, built, plan)
     said: list[str] = []
 
-    with ExitStack() as held, met(machines, plan) as meeting:
+    with ExitStack() as held, joined(machines, plan) as joint:
 
         def make() -> RunDir:
             if goes_on and out is not None and (out / "run.yaml").is_file():
@@ -116,17 +116,17 @@ def command(
                 out, plan.recipe, description, held, goes_on=goes_on, with_ranks=True
             )
 
-        run_dir = make_once(meeting, make)
+        run_dir = make_run_dir_once(joint, make)
         begun = goes_on and list_checkpoints(run_dir)
         return start(
             reference,
             given,
             plan,
             run_dir,
-            stops=stops,
-            shows=showing,
+            signals=signals,
+            output_mode=showing,
             restarts=max_restarts,
-            meeting=meeting,
-            begin=Start(fall_back=True, accept=accept) if begun else None,
+            rendezvous=joint,
+            begin=ResumeFrom(fall_back=True, accept=accept) if begun else None,
             restores=said[0] if begun and said else None,
         )

@@ -101,7 +101,7 @@ def _train(
     from launcher.environment.world import find_world
     from launcher.recipe.resolve import reference_of
     from launcher.report.write import write_report
-    from launcher.runs.job import Source, Start, describe_run, plan_recipe
+    from launcher.runs.job import RecipeSource, ResumeFrom, describe_run, plan_recipe
     from launcher.runs.ownership import own
     from launcher.runs.rundir import RunDir, open_run_dir, write_resumption
 
@@ -111,9 +111,9 @@ def _train(
     def count(counting: Callable[[], int]) -> int:
         if world.world_size == 1:
             return counting()
-        from launcher.engine.worker import found_count
+        from launcher.engine.worker import external_count
 
-        return found_count(world, counting, stop=stop)
+        return external_count(world, counting, stop=stop)
 
     overrides = (*accelerate_settings(), *read_overrides(config, arguments))
     built, plan = plan_recipe(
@@ -126,10 +126,10 @@ def _train(
     )
     if world.rank == 0:
         echo_if_possible(explain(plan, recipe=reference.shown))
-    from launcher.engine.worker import found_rank
+    from launcher.engine.worker import external_rank
 
     held = ExitStack()
-    atexit.register(held.close)  # a rank among several ends its process in `found_rank`
+    atexit.register(held.close)  # a rank among several ends its process in `external_rank`
 
     def settle() -> RunDir:
         description = describe_run(reference, built, plan)
@@ -140,10 +140,10 @@ def _train(
         write_resumption(taken, description)
         return taken
 
-    start = Start(fall_back=True, accept=accept) if resume is not None else None
-    source = Source(recipe=reference.location, overrides=overrides)
+    start = ResumeFrom(fall_back=True, accept=accept) if resume is not None else None
+    source = RecipeSource(recipe=reference.location, overrides=overrides)
     try:
-        return found_rank(
+        return external_rank(
             built.recipe,
             plan,
             world,

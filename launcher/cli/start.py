@@ -13,12 +13,12 @@ from launcher.cli import echo_if_possible
 
 if TYPE_CHECKING:
     from launcher.environment.nodes import Nodes
-    from launcher.launch.launcher import Stops
-    from launcher.launch.multi_node import Meeting
+    from launcher.launch.launcher import SignalHandler
+    from launcher.launch.multi_node import Rendezvous
     from launcher.planning.plan import Plan
     from launcher.recipe.overrides import Override
     from launcher.recipe.resolve import Reference
-    from launcher.runs.job import Shows, Start
+    from launcher.runs.job import OutputMode, ResumeFrom
     from launcher.runs.rundir import RunDir
 
 
@@ -26,7 +26,7 @@ def find_machines(
     hosts: tuple[str, ...] | None,
     count: int | None,
     rendezvous: str | None,
-    patience: float | None,
+    join_timeout: float | None,
 ) -> Nodes | None:
     """Return the machines of the run, reached from here or not; None for this one alone.
 
@@ -38,7 +38,7 @@ def find_machines(
     from launcher.errors import UsageError
 
     if hosts is None:
-        return find_nodes(count, rendezvous, patience)
+        return find_nodes(count, rendezvous, join_timeout)
     if count not in (None, len(hosts)):
         raise UsageError(f"--nodes {count} was asked for, and --hosts names {len(hosts)}.")
     return nodes_of_hosts(hosts, rendezvous)
@@ -113,11 +113,11 @@ def start(
     plan: Plan,
     run_dir: RunDir,
     *,
-    stops: Stops,
-    shows: Shows,
+    signals: SignalHandler,
+    output_mode: OutputMode,
     restarts: int,
-    meeting: Meeting | None = None,
-    begin: Start | None = None,
+    rendezvous: Rendezvous | None = None,
+    begin: ResumeFrom | None = None,
     changes: Iterable[str] = (),
     restores: str | None = None,
 ) -> int:
@@ -128,11 +128,11 @@ def start(
         overrides: What it was built with.
         plan: How it is trained.
         run_dir: Where.
-        stops: Handles signals.
-        shows: What is printed.
+        signals: Handles signals.
+        output_mode: What is printed.
         restores: The run.yaml that the folder gets back where the ranks refuse to go on with a run.
         restarts: How often a failed run begins again.
-        meeting: With the other machines; None is alone.
+        rendezvous: With the other machines; None is alone.
         begin: From which checkpoint to go on.
         changes: What differs from the run before, in words.
     """
@@ -144,11 +144,11 @@ def start(
     from launcher.runs.job import Job
     from launcher.runs.rundir import write_atomic
 
-    if meeting is None or meeting.index == 0:
-        if shows == "progress":
+    if rendezvous is None or rendezvous.index == 0:
+        if output_mode == "progress":
             lines = [explain(plan, recipe=reference.shown), *changed_lines(changes)]
             echo_if_possible("\n".join(lines))
-        elif shows == "json":
+        elif output_mode == "json":
             planned = {"event": "planned", "run_dir": str(run_dir.path)}
             echo_if_possible(json_line(planned | {"plan": plan.to_dict()}))
     job = Job(
@@ -158,11 +158,11 @@ def start(
         run_dir=run_dir,
         launcher_pid=os.getpid(),
         start=begin,
-        shows=shows,
+        output_mode=output_mode,
         restarts=restarts,
         write_report=write_report,
     )
-    code = launch(job, stops=stops, meeting=meeting)
+    code = launch(job, signals=signals, rendezvous=rendezvous)
     if code == EXIT_USAGE and restores is not None:
         write_atomic(run_dir.run_yaml, restores)
-    return code if meeting is None else meeting.part(code)
+    return code if rendezvous is None else rendezvous.leave(code)

@@ -12,7 +12,7 @@ import click
 from launcher.cli.completing import complete_runs
 
 if TYPE_CHECKING:
-    from launcher.slurm.submission import Status
+    from launcher.slurm.submission import SubmissionStatus
 
 
 @click.command(short_help="How runs that were submitted fare.")
@@ -52,12 +52,12 @@ def command(what: str | None, *, as_json: bool) -> None:
         click.echo(f"\n{failure_text(failure, found.run_dir)}")
 
 
-def _values(row: Status) -> dict[str, object]:
+def _values(row: SubmissionStatus) -> dict[str, object]:
     values = {"run": str(row.run_dir.path), "state": row.state, "words": row.words}
     return values | {"evaluation": row.evaluation} | asdict(row.submission)
 
 
-def _rank(row: Status) -> tuple[float, ...]:
+def _rank(row: SubmissionStatus) -> tuple[float, ...]:
     """Return what to sort by: those at work first, and of the finished the best."""
     accuracy = max((v for name, v in row.evaluation.items() if name != "loss"), default=None)
     loss = row.evaluation.get("loss", 0.0)
@@ -66,7 +66,7 @@ def _rank(row: Status) -> tuple[float, ...]:
     return (STATES.index(row.state), loss if accuracy is None else -accuracy, loss)
 
 
-def _table(rows: list[Status]) -> str:
+def _table(rows: list[SubmissionStatus]) -> str:
     from launcher.console.tables import table
 
     cells = [

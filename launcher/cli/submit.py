@@ -106,13 +106,13 @@ def command(
     """
     from launcher.recipe.resolve import resolve
     from launcher.runs.rundir import create_run_dir, write_atomic
-    from launcher.slurm.batch_job import Request, combinations, prepare
+    from launcher.slurm.batch_job import SubmitRequest, combinations, prepare
     from launcher.slurm.queue import check, submit
     from launcher.slurm.script import render
     from launcher.slurm.site import find_site
 
     site = find_site(cluster)
-    request = Request(
+    request = SubmitRequest(
         reference=resolve(recipe),
         arguments=overrides,
         grid=combinations(axes) if axes else (),

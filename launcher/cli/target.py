@@ -17,7 +17,7 @@ from launcher.cli.arguments import (
 
 
 def target_arguments(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Take a recipe with overrides and its ranks, and call with `target` and `stops`."""
+    """Take a recipe with overrides and its ranks, and call with `target` and `signals`."""
 
     @functools.wraps(function)
     def command(
@@ -28,17 +28,17 @@ def target_arguments(function: Callable[..., Any]) -> Callable[..., Any]:
         **options: Any,
     ) -> Any:
         from launcher.environment.machine import read_machine
-        from launcher.launch.launcher import Stops
+        from launcher.launch.launcher import SignalHandler
         from launcher.recipe.resolve import resolve
         from launcher.tuning.probe_run import Target
 
-        stops = Stops()  # before anything slow
+        signals = SignalHandler()  # before anything slow
         target = Target(
             reference=resolve(recipe),
             overrides=read_overrides(config, overrides),
             machine=read_machine(),
             nproc_per_node=nproc_per_node,
         )
-        return function(target=target, stops=stops, **options)
+        return function(target=target, signals=signals, **options)
 
     return recipe_argument(overrides_argument(nproc_option(config_option(command))))

@@ -12,7 +12,7 @@ from launcher.cli.arguments import Bytes, SettingsCommand
 from launcher.cli.target import target_arguments
 
 if TYPE_CHECKING:
-    from launcher.launch.launcher import Stops
+    from launcher.launch.launcher import SignalHandler
     from launcher.tuning.probe_run import Target
 
 
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 )
 def command(
     target: Target,
-    stops: Stops,
+    signals: SignalHandler,
     memory: int | None,
     steps: int,
     seconds: float,
@@ -69,14 +69,14 @@ def command(
     launcher run digits --config runs/tuned/tuned.yaml
     """
     from launcher.report.page import render
-    from launcher.report.tuning_page import Teller, page, yaml_text
+    from launcher.report.tuning_page import TuningReporter, page, yaml_text
     from launcher.runs.rundir import write_atomic
     from launcher.tuning.tune import Tuner, open_tuning
 
     _, plan = target.plan()
     run_dir = open_tuning(out, target, plan, memory=memory, steps=steps, seconds=seconds)
-    teller = Teller(click.echo)
-    tuner = Tuner(target, run_dir, stops, teller, memory=memory, steps=steps, seconds=seconds)
+    teller = TuningReporter(click.echo)
+    tuner = Tuner(target, run_dir, signals, teller, memory=memory, steps=steps, seconds=seconds)
     folder = shlex.quote(run_dir.shown)
     click.echo(f"stopped, it goes on with --out {folder}", err=True)
     findings = tuner.run()

@@ -18,7 +18,7 @@ from launcher.errors import EXIT_FAILED, EXIT_RESUMABLE
 if TYPE_CHECKING:
     from launcher.runs.history import History
     from launcher.runs.rundir import RunDir
-    from launcher.runs.status import State
+    from launcher.runs.status import RunState
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 _SECONDS_BETWEEN_LINES = 5.0
@@ -85,14 +85,16 @@ def _find(what: str) -> RunDir:
         ) from None
 
 
-def _follow(run_dir: RunDir, show: Callable[[History, State], None], *, every: float) -> State:
+def _follow(
+    run_dir: RunDir, show: Callable[[History, RunState], None], *, every: float
+) -> RunState:
     """Show the run until it is over; return how it ended."""
     from launcher.runs.history import History
     from launcher.runs.status import AT_WORK
 
     waiting = _changing(functools.partial(click.echo, err=True))
     history: History | None = None
-    asked: tuple[float, State | None] = (0.0, None)
+    asked: tuple[float, RunState | None] = (0.0, None)
     while True:
         began = time.monotonic()
         if run_dir.run_yaml.is_file():
@@ -116,25 +118,25 @@ def _follow(run_dir: RunDir, show: Callable[[History, State], None], *, every: f
         time.sleep(max(pause, _REST * (time.monotonic() - began)))
 
 
-def _now(run_dir: RunDir, history: History | None, by_slurm: State | None) -> State:
+def _now(run_dir: RunDir, history: History | None, by_slurm: RunState | None) -> RunState:
     """Return how the run fares: by its folder as it is now, by Slurm where the folder is silent."""
-    from launcher.runs.status import state_of
+    from launcher.runs.status import read_run_state
 
-    state = history.state if history is not None else state_of(run_dir)
+    state = history.state if history is not None else read_run_state(run_dir)
     if state.name in ("running", "finished", "failed") or by_slurm is None:
         return state
     return by_slurm
 
 
-def _by_slurm(run_dir: RunDir) -> State | None:
+def _by_slurm(run_dir: RunDir) -> RunState | None:
     """Return how a run fares that was submitted, where Slurm can be asked."""
-    from launcher.runs.status import State
+    from launcher.runs.status import RunState
     from launcher.slurm.submission import status_of
 
     if not run_dir.submission.is_file():
         return None
     status = status_of(run_dir)
-    return None if status.state == "unknown" else State(name=status.state, words=status.words)
+    return None if status.state == "unknown" else RunState(name=status.state, words=status.words)
 
 
 def _changing(echo: Callable[[str], None]) -> Callable[[str], None]:
@@ -150,7 +152,7 @@ def _changing(echo: Callable[[str], None]) -> Callable[[str], None]:
 
 
 @contextlib.contextmanager
-def _live() -> Iterator[Callable[[History, State], None]]:
+def _live() -> Iterator[Callable[[History, RunState], None]]:
     """Return what shows a run on the terminal, over what it has shown before."""
     from rich.console import Console
     from rich.live import Live

@@ -90,23 +90,26 @@ def _lr(plan: Plan, schedule: Schedule, step: int) -> float:
 
 
 def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
-    settings, reasons = plan.settings, plan.reasons
+    settings, derivations = plan.settings, plan.derivations
     yield "ranks", _ranks(plan)
-    yield "batch", reasons["batch_size"]
+    yield "batch", derivations["batch_size"]
     if len(plan.stages) > 1:
-        yield "", reasons["stages"]
-    yield "lr", reasons["lr"]
+        yield "", derivations["stages"]
+    yield "lr", derivations["lr"]
     path = f"starts at {plan.lr_start:.3g}, peaks at step {plan.lr_peak_step:,}"
     yield "", f"{path}, ends at {plan.lr_end:.3g}: {settings['schedule']}"
-    yield "steps", reasons["total_steps"]
+    yield "steps", derivations["total_steps"]
     if plan.evaluate_every:
         yield "evaluation", f"every {plan.evaluate_every:,} steps, and after the last"
     else:
         yield "evaluation", "after each epoch, and after the last step"
-    yield "workers", f"{plan.workers_per_rank} per rank ({reasons['workers_per_rank']})"
+    yield "workers", f"{plan.workers_per_rank} per rank ({derivations['workers_per_rank']})"
     pinned = "pinned" if plan.pin_memory else "not pinned"
-    yield "memory", f"{pinned} ({reasons['pin_memory']})"
-    yield "speed-ups", ", ".join(plan.speed_ups) or f"none is on: {plan.precision} throughout"
+    yield "memory", f"{pinned} ({derivations['pin_memory']})"
+    yield (
+        "speed-ups",
+        ", ".join(plan.performance_flags) or f"none is on: {plan.precision} throughout",
+    )
     yield "optimizer", str(settings.get("optimizer", "made by the recipe"))
     for name, group in _by_source(plan):
         yield "set by", f"{name}: {group}"

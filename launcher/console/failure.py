@@ -9,7 +9,7 @@ from typing import Any
 
 from launcher.errors import EXIT_USAGE
 from launcher.runs.checkpoints import list_checkpoints
-from launcher.runs.heartbeat import all_health
+from launcher.runs.heartbeat import read_heartbeats
 from launcher.runs.rundir import RunDir, line_count, why_not_writable
 from launcher.signals import EXIT_BY_SIGNAL
 
@@ -78,7 +78,7 @@ def _why_killed(oom_kills: int | None) -> str:
 
 def _circumstances(rank: int, run_dir: RunDir, line: int | None) -> Iterator[str]:
     """Yield where the ranks were, what to do next, and what to read."""
-    ranks = list(all_health(run_dir))
+    ranks = list(read_heartbeats(run_dir))
     shown = [f"rank {each.rank}: step {each.step:,}, {each.phase}" for each in ranks[:_MOST_RANKS]]
     if ranks[_MOST_RANKS:]:
         shown.append(f"and {len(ranks) - _MOST_RANKS} more, see {run_dir.health(0).parent}")

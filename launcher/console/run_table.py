@@ -14,7 +14,7 @@ from launcher.errors import RunDirError, UsageError, did_you_mean
 from launcher.quantities import duration
 from launcher.runs.history import History
 from launcher.runs.rundir import RunDir
-from launcher.runs.status import STATES, state_of
+from launcher.runs.status import STATES, read_run_state
 
 _BYTES = 1 << 16
 """Of metrics.jsonl, where the last step and the last evaluation are."""
@@ -23,7 +23,7 @@ _HEAD = ("run", "state", "recipe", "ranks", "step", "result", "took", "began")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Listed:
+class RunRow:
     """A run in a list of runs."""
 
     run: str
@@ -50,7 +50,7 @@ class Listed:
     settings: dict[str, Any]
 
 
-def listed(run_dir: RunDir) -> Listed | None:
+def listed(run_dir: RunDir) -> RunRow | None:
     """Return a run as a row; one that has only been submitted, or is damaged, says so.
 
     What a finder has measured is no run.
@@ -59,8 +59,8 @@ def listed(run_dir: RunDir) -> Listed | None:
         history = History(run_dir, newest=_BYTES)
     except RunDirError as error:
         waits = run_dir.submission.is_file() and not run_dir.run_yaml.exists()
-        state = state_of(run_dir)
-        return Listed(
+        state = read_run_state(run_dir)
+        return RunRow(
             run=run_dir.shown,
             state=state.name if waits else "unknown",
             words=state.words if waits else str(error),
@@ -83,7 +83,7 @@ def listed(run_dir: RunDir) -> Listed | None:
         result = history.evaluations[-1][1]
     else:
         result = {"loss": column[-1]} if (column := history.steps["loss"]) else {}
-    return Listed(
+    return RunRow(
         run=run_dir.shown,
         state=history.state.name,
         words=history.state.words,
@@ -99,7 +99,7 @@ def listed(run_dir: RunDir) -> Listed | None:
     )
 
 
-def chosen(rows: Iterable[Listed], filters: Sequence[tuple[str, str]]) -> list[Listed]:
+def chosen(rows: Iterable[RunRow], filters: Sequence[tuple[str, str]]) -> list[RunRow]:
     """Return the rows of which every filter (name, value) holds.
 
     Raises:
@@ -115,7 +115,7 @@ def chosen(rows: Iterable[Listed], filters: Sequence[tuple[str, str]]) -> list[L
     ]
 
 
-def ordered(rows: Sequence[Listed], by: str, *, reverse: bool) -> list[Listed]:
+def ordered(rows: Sequence[RunRow], by: str, *, reverse: bool) -> list[RunRow]:
     """Return the rows in the order of a value, those that do not have it last.
 
     Raises:
@@ -125,7 +125,7 @@ def ordered(rows: Sequence[Listed], by: str, *, reverse: bool) -> list[Listed]:
     if rows and by not in known:
         raise UsageError(f"No run has a {by} to sort by.{did_you_mean(by, known)}")
 
-    def key(row: Listed) -> tuple[bool, float, str]:
+    def key(row: RunRow) -> tuple[bool, float, str]:
         value = _values(row)[by]
         if by == "state":
             return False, STATES.index(row.state), ""
@@ -133,7 +133,7 @@ def ordered(rows: Sequence[Listed], by: str, *, reverse: bool) -> list[Listed]:
             return False, float(value), ""
         return True, 0.0, str(value)
 
-    def has(row: Listed) -> bool:
+    def has(row: RunRow) -> bool:
         value = _values(row).get(by)
         return value is not None and not (isinstance(value, float) and math.isnan(value))
 
@@ -141,20 +141,20 @@ def ordered(rows: Sequence[Listed], by: str, *, reverse: bool) -> list[Listed]:
     return having + [row for row in rows if not has(row)]
 
 
-def lines(rows: Sequence[Listed]) -> list[str]:
+def lines(rows: Sequence[RunRow]) -> list[str]:
     """Return the rows as a table."""
     cells = [_HEAD, *(_cells(row) for row in rows)]
     return table(cells, "<<<>><><")
 
 
-def to_dict(row: Listed) -> dict[str, Any]:
+def to_dict(row: RunRow) -> dict[str, Any]:
     """Return a row as values that JSON can hold."""
     values = asdict(row)
     finite = {k: v if math.isfinite(v) else None for k, v in row.result.items()}
     return values | {"result": finite}
 
 
-def _cells(row: Listed) -> tuple[str, ...]:
+def _cells(row: RunRow) -> tuple[str, ...]:
     result = metrics_text(row.result)
     began = "" if row.began is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(row.began))
     words = row.words.removeprefix("failed on ") if row.state in ("unknown", "failed") else result
@@ -170,7 +170,7 @@ def _cells(row: Listed) -> tuple[str, ...]:
     )
 
 
-def _values(row: Listed) -> dict[str, Any]:
+def _values(row: RunRow) -> dict[str, Any]:
     """Return all that a row can be chosen and sorted by, the stronger names last."""
     own = {name: value for name, value in asdict(row).items() if name not in ("settings", "result")}
     return row.settings | row.result | own

@@ -16,9 +16,9 @@ from launcher.console.progress import metrics_text, sparkline, step_line
 from launcher.planning.derivations import counted
 from launcher.quantities import duration, size
 from launcher.runs.checkpoints import list_checkpoints
-from launcher.runs.heartbeat import Health
+from launcher.runs.heartbeat import Heartbeat
 from launcher.runs.history import History
-from launcher.runs.status import COLOURS, State
+from launcher.runs.status import COLOURS, RunState
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -33,7 +33,7 @@ _RECENT = 0.2
 """The part of the steps that the speed is taken from."""
 
 
-def screen(history: History, state: State) -> RenderableType:
+def screen(history: History, state: RunState) -> RenderableType:
     """Return what to show of a run now.
 
     Args:
@@ -151,19 +151,19 @@ def _ranks(history: History) -> Table:
     return grid
 
 
-def _doing(health: Health) -> str:
+def _doing(health: Heartbeat) -> str:
     still = time.time() - health.since
     return health.phase if still < 5 else f"{health.phase}, for {duration(still)}"
 
 
-def _memory(health: Health) -> str:
+def _memory(health: Heartbeat) -> str:
     if not health.memory_bytes:
         return ""
     held = size(health.memory_bytes)
     return f"{held} of {size(health.memory_total_bytes)}" if health.memory_total_bytes else held
 
 
-def line(history: History, state: State) -> str:
+def line(history: History, state: RunState) -> str:
     """Return how far a run is, in a line of text."""
     if state.name != "running" or not history.last_step:
         return state.words if state.words.startswith(state.name) else f"{state.name}: {state.words}"
@@ -178,7 +178,7 @@ def line(history: History, state: State) -> str:
     )
 
 
-def to_dict(history: History, state: State) -> dict[str, Any]:
+def to_dict(history: History, state: RunState) -> dict[str, Any]:
     """Return what to show of a run now, for programs."""
     steps = history.steps
     latest = {name: column[-1] for name, column in steps.items() if column}

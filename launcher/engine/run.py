@@ -19,17 +19,17 @@ from launcher.engine.backends.base import Backend
 from launcher.engine.backends.placement import device_name
 from launcher.engine.metrics.flops import CountedForward
 from launcher.engine.metrics.recorder import Recorder
-from launcher.engine.probes.data_identity import Known
-from launcher.engine.probes.trial import Tried, try_out
+from launcher.engine.probes.data_identity import CheckpointData
+from launcher.engine.probes.trial import TrialOutcome, run_trial
 from launcher.engine.ranks.output import Output
 from launcher.engine.saving.checkpoint_tensors import StoredState, load_newest
 from launcher.engine.saving.final_weights import save_weights
 from launcher.engine.state.compiled import is_compiled
 from launcher.engine.state.module_state import lacks_extra_state
 from launcher.engine.state.training_state import group_values, lost_state, write_groups
-from launcher.engine.training.build import build_trainee
-from launcher.engine.training.checkpoint_manager import Keeper
-from launcher.engine.training.loop import Trained, Trainee, train
+from launcher.engine.training.build import build_context
+from launcher.engine.training.checkpoint_manager import CheckpointManager
+from launcher.engine.training.loop import TrainContext, TrainOutcome, train
 from launcher.environment.world import World
 from launcher.errors import CheckpointError, LauncherError, TrainingError, UsageError, WorldError
 from launcher.planning.plan import Plan
@@ -43,7 +43,7 @@ from launcher.runs.checkpoints import (
     set_aside,
 )
 from launcher.runs.events import record_event, record_past_failure
-from launcher.runs.job import MISSING_STATE, ReportWriter, Source, Start
+from launcher.runs.job import MISSING_STATE, RecipeSource, ReportWriter, ResumeFrom
 from launcher.runs.rundir import RunDir, keep_until, read_run, write_json
 from launcher.signals import StopRequest
 
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
+class TrainResult:
     """What a finished run came to; result.json holds it."""
 
     evaluation: dict[str, float]
@@ -113,13 +113,13 @@ def train_rank(
     output: Output,
     *,
     stop: StopRequest | None = None,
-    start: Start | None = None,
+    start: ResumeFrom | None = None,
     last_step: int | None = None,
     trial: bool = True,
-    source: Source | None = None,
-    at: Callable[[int, str], None] = lambda *_: None,
+    source: RecipeSource | None = None,
+    report_phase: Callable[[int, str], None] = lambda *_: None,
     write_report: ReportWriter | None = None,
-) -> Result | None:
+) -> TrainResult | None:
     """Build what the recipe describes, train it, and write the result.
 
     Args:
@@ -133,7 +133,7 @@ def train_rank(
         last_step: Steps to take; None is all that are planned.
         trial: Whether a few samples are looked at first, and a run that would be wrong is refused.
         source: What the recipe is built from; spawned DataLoader workers need it.
-        at: Is told how far this rank is: steps taken, and what comes next.
+        report_phase: Is told how far this rank is: steps taken, and what comes next.
         write_report: Writes the page that experiment trackers get; None sends them none.
 
     Returns:
@@ -145,7 +145,7 @@ def train_rank(
     found = _find(start, backend, run_dir, plan)
     first_step = 0 if found is None else found[1].step
     steps = plan.total_steps if last_step is None else last_step
-    trainee = build_trainee(
+    context = build_context(
         recipe,
         plan,
         backend,
@@ -153,46 +153,48 @@ def train_rank(
         last_step=steps,
         trial=trial,
         source=source,
-        at=at,
+        report_phase=report_phase,
     )
-    fresh = group_values(trainee.optimizer)
+    fresh = group_values(context.optimizer)
     if found is not None:
-        _restore(trainee, *found, accept=() if start is None else start.accept)
+        _restore(context, *found, accept=() if start is None else start.accept)
     known = _known(start, found)
-    tried = try_out(trainee, recipe, step=first_step, known=known) if trial else Tried()
+    tried = run_trial(context, recipe, step=first_step, known=known) if trial else TrialOutcome()
     if found is not None:  # nothing refuses to go on any more
         _go_back(backend, run_dir, found[0])
-    trainee = _recorded(trainee, run_dir, first_step)
+    context = _recorded(context, run_dir, first_step)
     progress = output.progress(steps) if backend.rank == 0 else None
     with _tracking(recipe, plan, backend, run_dir) as trackers:
         recorder = Recorder(run_dir, backend.rank, recipe.record_samples, progress, trackers)
         for text in tried.warnings:
-            recorder.warned(text)
-        keeper = None
+            recorder.on_warning(text)
+        checkpoint_manager = None
         if stop is not None:
             stop.defer()
             data = tried.fingerprint
-            keeper = Keeper(trainee, stop, run_dir, groups=fresh, listener=recorder, data=data)
+            checkpoint_manager = CheckpointManager(
+                context, stop, run_dir, groups=fresh, callback=recorder, data=data
+            )
         started = time.perf_counter()
         try:
-            trained = _take_steps(trainee, recorder, keeper, first_step, steps)
+            trained = _take_steps(context, recorder, checkpoint_manager, first_step, steps)
             if trained.step < steps:
                 _stop(backend, run_dir, trained.step, progress)
                 return None
-            trainee.norms.average(backend)
-            if keeper is not None and first_step < steps:
-                keeper.save(steps)
-            weights = backend.weights(trainee.model)
-            result = Result(
+            context.norms.average(backend)
+            if checkpoint_manager is not None and first_step < steps:
+                checkpoint_manager.save(steps)
+            weights = backend.weights(context.model)
+            result = TrainResult(
                 evaluation=trained.evaluation,
                 train_loss=recorder.last_loss,
                 steps=steps,
-                samples=trainee.sampler.samples_before(steps),
+                samples=context.sampler.samples_before(steps),
                 seconds=time.perf_counter() - started,
-                num_trained=trainee.num_trained,
+                num_trained=context.num_trained,
             )
-            if keeper is not None:
-                keeper.finish()
+            if checkpoint_manager is not None:
+                checkpoint_manager.finish()
             if backend.rank == 0:
                 save_weights(weights, run_dir)
         finally:
@@ -203,8 +205,12 @@ def train_rank(
 
 
 def _take_steps(
-    trainee: Trainee, recorder: Recorder, keeper: Keeper | None, first_step: int, last_step: int
-) -> Trained:
+    context: TrainContext,
+    recorder: Recorder,
+    checkpoint_manager: CheckpointManager | None,
+    first_step: int,
+    last_step: int,
+) -> TrainOutcome:
     """Train from `first_step` to before `last_step`.
 
     Raises:
@@ -212,7 +218,9 @@ def _take_steps(
         TrainingError: The training failed, or the recipe is at fault and steps were taken.
     """
     try:
-        return train(trainee, recorder, keeper, first_step=first_step, last_step=last_step)
+        return train(
+            context, recorder, checkpoint_manager, first_step=first_step, last_step=last_step
+        )
     except UsageError as error:
         if recorder.steps_taken is None:
             raise
@@ -220,7 +228,7 @@ def _take_steps(
 
 
 def _find(
-    start: Start | None, backend: Backend, run_dir: RunDir, plan: Plan
+    start: ResumeFrom | None, backend: Backend, run_dir: RunDir, plan: Plan
 ) -> tuple[Checkpoint, Manifest] | None:
     """Return the undamaged checkpoint to go on from (collective).
 
@@ -257,22 +265,24 @@ def _go_back(backend: Backend, run_dir: RunDir, checkpoint: Checkpoint) -> None:
     _tell(backend, f"resumed from {checkpoint.name}")
 
 
-def _known(start: Start | None, found: tuple[Checkpoint, Manifest] | None) -> Known | None:
+def _known(
+    start: ResumeFrom | None, found: tuple[Checkpoint, Manifest] | None
+) -> CheckpointData | None:
     """Return what the checkpoint to go on from says of the data."""
     if start is None or found is None:
         return None
     checkpoint, manifest = found
     fingerprint = manifest.values.get("data")
-    return Known(
+    return CheckpointData(
         checkpoint=checkpoint.name, fingerprint=fingerprint, accepted="data" in start.accept
     )
 
 
-def _recorded(trainee: Trainee, run_dir: RunDir, step: int) -> Trainee:
+def _recorded(context: TrainContext, run_dir: RunDir, step: int) -> TrainContext:
     """Record that the run begins after `step` steps; return what is trained, forward counted."""
-    plan, backend, recipe = trainee.plan, trainee.backend, trainee.recipe
+    plan, backend, recipe = context.plan, context.backend, context.recipe
     if backend.rank != 0:
-        return trainee
+        return context
     job = os.environ.get("SLURM_JOB_ID")
     record_event(
         run_dir,
@@ -284,13 +294,13 @@ def _recorded(trainee: Trainee, run_dir: RunDir, step: int) -> Trainee:
         device_name=device_name(backend.device),
         **({} if job is None else {"job": job}),
     )
-    if is_compiled(trainee.model):  # what compiled code does is not seen
-        return trainee
+    if is_compiled(context.model):  # what compiled code does is not seen
+        return context
 
     def tell(flops: float) -> None:
         record_event(run_dir, "counted", flops_per_sample=flops)
 
-    return replace(trainee, recipe=replace(recipe, forward=CountedForward(recipe.forward, tell)))
+    return replace(context, recipe=replace(recipe, forward=CountedForward(recipe.forward, tell)))
 
 
 def _tracking(
@@ -310,7 +320,7 @@ def _tracking(
 
 
 def _finish(
-    result: Result,
+    result: TrainResult,
     run_dir: RunDir,
     progress: Progress,
     trackers: Trackers | None,
@@ -336,27 +346,27 @@ def _tell(backend: Backend, text: str) -> None:
 
 
 def _restore(
-    trainee: Trainee, checkpoint: Checkpoint, manifest: Manifest, *, accept: tuple[str, ...]
+    context: TrainContext, checkpoint: Checkpoint, manifest: Manifest, *, accept: tuple[str, ...]
 ) -> None:
     """Fill the trainee with what was saved (collective).
 
     Raises:
         CheckpointError: The checkpoint is of another model, or lacks state that it should hold.
     """
-    backend, values = trainee.backend, manifest.values
+    backend, values = context.backend, manifest.values
     source = StoredState(checkpoint, manifest)
-    module = backend.unwrap(trainee.model)
+    module = backend.unwrap(context.model)
     lacking = [
         *(
             f"the optimizer state of {name}"
-            for name in lost_state(source, module, trainee.optimizer)
+            for name in lost_state(source, module, context.optimizer)
         ),
         *(f"the extra state of {name}" for name in lacks_extra_state(module, source)),
     ]
     if lacking:
         _tell_lacking(backend, checkpoint, lacking, accepted=MISSING_STATE in accept)
-    backend.restore(trainee.model, trainee.optimizer, source)
-    write_groups(trainee.optimizer, values["groups"])
+    backend.restore(context.model, context.optimizer, source)
+    write_groups(context.optimizer, values["groups"])
     if backend.scaler is not None and values["scaler"] is not None:
         backend.scaler.restore(values["scaler"])
 
@@ -423,7 +433,7 @@ def _disagreement(world: World, different: dict[str, tuple[Any, Any]]) -> str:
     )
 
 
-def _summary(result: Result, run_dir: RunDir) -> str:
+def _summary(result: TrainResult, run_dir: RunDir) -> str:
     held_out = f"held-out: {metrics_text(result.evaluation)}\n" if result.evaluation else ""
     return (
         f"{held_out}{result.steps:,} steps, {result.samples:,} samples in "

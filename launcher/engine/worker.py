@@ -19,11 +19,11 @@ import msgspec
 
 from launcher.engine.backends.base import Backend
 from launcher.engine.data.loader_workers import remove_semaphores
-from launcher.engine.probes.diagnostics import examine_rank
-from launcher.engine.probes.diagnostics_recipe import examination
+from launcher.engine.probes.diagnostics import diagnose_rank
+from launcher.engine.probes.diagnostics_recipe import diagnostics_recipe
 from launcher.engine.probes.inspection import inspect_recipe, write_inspection
 from launcher.engine.probes.measuring import (
-    Probed,
+    ProbeContext,
     limit_memory,
     measure_noise,
     test_range,
@@ -37,19 +37,19 @@ from launcher.engine.ranks.output import Output, open_output
 from launcher.engine.ranks.processes import die_with_parent
 from launcher.engine.ranks.turns import Turns
 from launcher.engine.ranks.usage import usage_of
-from launcher.engine.ranks.watchdog import Watch
+from launcher.engine.ranks.watchdog import Watchdog
 from launcher.engine.run import join, train_rank
 from launcher.environment.world import World, find_world
 from launcher.errors import EXIT_RESUMABLE, LauncherError, TrainingError
-from launcher.findings import Finding, Report
+from launcher.findings import Finding, RankDiagnostics
 from launcher.planning.plan import Plan
 from launcher.recipe.recipe import Recipe
 from launcher.runs.checkpoints import list_checkpoints
-from launcher.runs.job import Job, ReportWriter, Source, Start
+from launcher.runs.job import Job, RecipeSource, ReportWriter, ResumeFrom
 from launcher.runs.rundir import RunDir, write_atomic
 from launcher.signals import STOP_SIGNALS, StopRequest
 
-_EXAMINATION_TIMEOUT = 30.0
+_DIAGNOSTICS_TIMEOUT = 30.0
 """Seconds without a word from another rank."""
 
 _until_exit: list[Backend] = []
@@ -68,17 +68,17 @@ class _Rank:
     stop: StopRequest | None
     """Notes what asks the rank to stop; None where it has nothing to save."""
 
-    at: Callable[[int, str], None]
+    report_phase: Callable[[int, str], None]
     """Is told how far the rank is."""
 
 
-def launched_rank(job: Job) -> int:
+def agent_rank(job: Job) -> int:
     """Train as one rank of `job`; what `launcher run` starts in every process.
 
     Returns:
         The exit code of the run.
     """
-    return _launched(job, _train)
+    return _run_agent_rank(job, _train)
 
 
 def _train(rank: _Rank) -> int:
@@ -93,65 +93,65 @@ def _train(rank: _Rank) -> int:
         last_step=rank.job.last_step,
         trial=rank.job.trial,
         source=rank.job.source,
-        at=rank.at,
+        report_phase=rank.report_phase,
         write_report=rank.job.write_report,
     )
     return EXIT_RESUMABLE if result is None else 0
 
 
-def launched_range_test(job: Job) -> int:
+def agent_range_test(job: Job) -> int:
     """Take part in a learning-rate range test, whose curve rank 0 leaves in the run folder."""
     return _probe(job, test_range)
 
 
-def launched_noise_probe(job: Job) -> int:
+def agent_noise_probe(job: Job) -> int:
     """Take part in measuring the gradient noise, which rank 0 leaves in the run folder."""
     assert job.last_step is not None
     return _probe(job, functools.partial(measure_noise, last_step=job.last_step))
 
 
-def launched_size_probe(job: Job) -> int:
+def agent_size_probe(job: Job) -> int:
     """Take part in timing a size of micro-batch, within the memory that `job` allows."""
 
-    def within_memory(probed: Probed) -> None:
-        limit_memory(probed.backend.device, job.memory_bytes)
-        time_size(probed)
+    def within_memory(probe: ProbeContext) -> None:
+        limit_memory(probe.backend.device, job.memory_bytes)
+        time_size(probe)
 
     return _probe(job, within_memory)
 
 
-def launched_reading_probe(job: Job) -> int:
+def agent_loader_probe(job: Job) -> int:
     """Take part in timing how samples are read while the model is trained."""
     assert job.seconds is not None
     return _probe(job, functools.partial(time_reading, seconds=job.seconds))
 
 
-def launched_profile(job: Job) -> int:
+def agent_profile(job: Job) -> int:
     """Take part in looking at where the time of steps goes; `last_step` of the job warms up."""
     assert job.last_step is not None
     return _probe(job, functools.partial(profile_steps, warm_up=job.last_step))
 
 
-def _probe(job: Job, measure: Callable[[Probed], None]) -> int:
+def _probe(job: Job, measure: Callable[[ProbeContext], None]) -> int:
     """Measure something as one rank of `job`; return the exit code."""
 
     def work(rank: _Rank) -> int:
-        probed = Probed(
+        probe = ProbeContext(
             recipe=rank.recipe,
             source=job.source,
             plan=job.plan,
             backend=rank.backend,
             run_dir=job.run_dir,
             output=rank.output,
-            at=rank.at,
+            report_phase=rank.report_phase,
         )
-        measure(probed)
+        measure(probe)
         return 0
 
-    return _launched(job, work)
+    return _run_agent_rank(job, work)
 
 
-def _launched(job: Job, work: Callable[[_Rank], int]) -> int:
+def _run_agent_rank(job: Job, work: Callable[[_Rank], int]) -> int:
     """Do `work` as one rank of `job`, in a process that the elastic agent has started.
 
     Output goes to the rank's log, and rank 0's to the terminal as well. The process that started
@@ -170,7 +170,7 @@ def _launched(job: Job, work: Callable[[_Rank], int]) -> int:
         job.run_dir.log(world.rank),
         own_terminal=True,
         on_terminal=world.rank == 0,
-        shows=job.shows,
+        output_mode=job.output_mode,
     )
     try:
         recipe = job.source.build()
@@ -179,7 +179,14 @@ def _launched(job: Job, work: Callable[[_Rank], int]) -> int:
         backend, _ = join(recipe, job.plan, world, lambda: job.run_dir)
         _until_exit.append(backend)
         watch.usage = usage_of(backend.device)
-        rank = _Rank(job=job, recipe=recipe, backend=backend, output=output, stop=stop, at=watch.at)
+        rank = _Rank(
+            job=job,
+            recipe=recipe,
+            backend=backend,
+            output=output,
+            stop=stop,
+            report_phase=watch.report_phase,
+        )
         code = work(rank)
         backend.close()
         watch.close()
@@ -212,8 +219,8 @@ def _do_not_listen() -> None:
 
 def _watch(
     recipe: Recipe, world: World, run_dir: RunDir, stop: StopRequest, output: Output
-) -> Watch:
-    return Watch(
+) -> Watchdog:
+    return Watchdog(
         run_dir,
         world.rank,
         world.world_size,
@@ -223,14 +230,14 @@ def _watch(
     )
 
 
-def _start(job: Job) -> Start | None:
+def _start(job: Job) -> ResumeFrom | None:
     """Return where to begin: a run that failed and was started again goes on from what it saved."""
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and list_checkpoints(job.run_dir):
-        return replace(job.start or Start(), step=None, fall_back=True)
+        return replace(job.start or ResumeFrom(), step=None, fall_back=True)
     return job.start
 
 
-def launched_inspection(job: Job) -> None:
+def agent_inspection(job: Job) -> None:
     """Inspect the recipe of `job` in this process, and write what is found to its run folder."""
     _do_not_listen()
     die_with_parent(job.launcher_pid)
@@ -242,7 +249,7 @@ def launched_inspection(job: Job) -> None:
         _leave(fail(error, World(), job.run_dir, log=output.log, show=None))
 
 
-def launched_examination(job: Job) -> None:
+def agent_diagnostics(job: Job) -> None:
     """Examine this rank and its group; rank 0 leaves all reports in the run folder of `job`."""
     stop = StopRequest()
     _do_not_listen()
@@ -250,28 +257,28 @@ def launched_examination(job: Job) -> None:
     world = _world(job)
     output = open_output(job.run_dir.log(world.rank), own_terminal=True, on_terminal=False)
     try:
-        recipe = replace(examination(), hang_timeout=_EXAMINATION_TIMEOUT)
+        recipe = replace(diagnostics_recipe(), hang_timeout=_DIAGNOSTICS_TIMEOUT)
         watch = _watch(recipe, world, job.run_dir, stop, output)
-        watch.at(0, "computing")
-        reports = _examine(recipe, job.plan, world, ())
+        watch.report_phase(0, "computing")
+        reports = _diagnose(recipe, job.plan, world, ())
         watch.close()
         if world.rank == 0:
-            write_atomic(job.run_dir.examination, msgspec.json.encode(reports).decode())
+            write_atomic(job.run_dir.diagnostics, msgspec.json.encode(reports).decode())
     except Exception as error:  # noqa: BLE001  # whatever torch raises
         _leave(fail(error, world, job.run_dir, log=output.log, show=None, stop=stop))
 
 
-def found_examination(
+def external_diagnostics(
     recipe: Recipe, plan: Plan, world: World, node: tuple[Finding, ...]
-) -> list[Report] | None:
+) -> list[RankDiagnostics] | None:
     """Examine the rank that this process was started as; return all reports on rank 0.
 
     Raises:
         LauncherError: The ranks do not form the group that was planned, or fail.
     """
-    faulthandler.dump_traceback_later(_EXAMINATION_TIMEOUT, exit=True)
+    faulthandler.dump_traceback_later(_DIAGNOSTICS_TIMEOUT, exit=True)
     try:
-        reports = _examine(recipe, plan, world, node)
+        reports = _diagnose(recipe, plan, world, node)
     except LauncherError:
         raise
     except Exception as error:
@@ -282,17 +289,19 @@ def found_examination(
     return reports if world.rank == 0 else None
 
 
-def _examine(recipe: Recipe, plan: Plan, world: World, node: tuple[Finding, ...]) -> list[Report]:
+def _diagnose(
+    recipe: Recipe, plan: Plan, world: World, node: tuple[Finding, ...]
+) -> list[RankDiagnostics]:
     started = time.perf_counter()
     # No run folder: nothing is trained.
     backend, _ = join(recipe, plan, world, lambda: RunDir(Path()))
     _until_exit.append(backend)
-    reports = backend.gather(examine_rank(backend, time.perf_counter() - started, node))
+    reports = backend.gather(diagnose_rank(backend, time.perf_counter() - started, node))
     backend.close()
     return reports
 
 
-def found_count(world: World, count: Callable[[], int], *, stop: StopRequest) -> int:
+def external_count(world: World, count: Callable[[], int], *, stop: StopRequest) -> int:
     """Return what `count` returns on the first rank of this node, where alone it is called.
 
     Ranks that would all read the data at once would all download it.
@@ -312,15 +321,15 @@ def found_count(world: World, count: Callable[[], int], *, stop: StopRequest) ->
         return Turns(open_store(world), world).once("counted the training samples", count)
 
 
-def found_rank(
+def external_rank(
     recipe: Recipe,
     plan: Plan,
     world: World,
     make_run_dir: Callable[[], RunDir],
     *,
     stop: StopRequest,
-    start: Start | None,
-    source: Source,
+    start: ResumeFrom | None,
+    source: RecipeSource,
     write_report: ReportWriter | None = None,
 ) -> int:
     """Train as the rank that this process was started as by torchrun, accelerate or by hand.
@@ -355,7 +364,7 @@ def found_rank(
             stop=stop,
             start=start,
             source=source,
-            at=watch.at,
+            report_phase=watch.report_phase,
             write_report=write_report,
         )
         backend.close()

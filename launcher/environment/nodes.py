@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from launcher.environment.slurm_step import Step, find_step
+from launcher.environment.slurm_step import SlurmStep, find_step
 from launcher.errors import UsageError, WorldError
 
 DEFAULT_PORT = 29_400
@@ -35,14 +35,14 @@ class Nodes:
     names: tuple[str, ...] = ()
     """Of all of them, where they are known."""
 
-    patience: float = 300.0
+    join_timeout: float = 300.0
     """Seconds until all have to be there."""
 
 
 def find_nodes(
     count: int | None,
     rendezvous: str | None,
-    patience: float | None = None,
+    join_timeout: float | None = None,
     env: Mapping[str, str] | None = None,
 ) -> Nodes | None:
     """Return the machines of the run to start; None for this one alone.
@@ -50,7 +50,7 @@ def find_nodes(
     Args:
         count: As asked for; None goes by what Slurm has started.
         rendezvous: HOST or HOST:PORT, where the machines meet; None is for Slurm to say.
-        patience: Seconds until all have to be there; None is the default.
+        join_timeout: Seconds until all have to be there; None is the default.
         env: The environment of this process.
 
     Raises:
@@ -73,7 +73,11 @@ def find_nodes(
             "--rendezvous HOST` on each machine, where HOST is a name of the first of them; name "
             "them all with --hosts; or start it with srun, one task on each node."
         )
-    return replace(nodes, patience=patience or nodes.patience) if nodes is not None else None
+    return (
+        replace(nodes, join_timeout=join_timeout or nodes.join_timeout)
+        if nodes is not None
+        else None
+    )
 
 
 def nodes_of_hosts(hosts: Sequence[str], rendezvous: str | None) -> Nodes:
@@ -134,7 +138,7 @@ def _place(rendezvous: str) -> tuple[str, int]:
     return found[1].strip("[]"), int(found[2] or DEFAULT_PORT)
 
 
-def _of_step(step: Step, count: int | None) -> Nodes:
+def _of_step(step: SlurmStep, count: int | None) -> Nodes:
     nodes = len(step.tasks_per_node)
     if max(step.tasks_per_node) > 1:
         raise WorldError(
@@ -151,5 +155,5 @@ def _of_step(step: Step, count: int | None) -> Nodes:
         port=step.port,
         index=step.node,
         names=step.hosts,
-        patience=_PATIENCE_IN_JOBS,
+        join_timeout=_PATIENCE_IN_JOBS,
     )

@@ -17,7 +17,7 @@ _FIRST_PORT, _NUM_PORTS = 20_000, 12_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class SlurmStep:
     """A job step that `srun` has started, and which task of it this process is."""
 
     job: int
@@ -45,7 +45,7 @@ class Step:
         return _FIRST_PORT + (self.job + 101 * self.step) % _NUM_PORTS
 
 
-def find_step(env: Mapping[str, str]) -> Step | None:
+def find_step(env: Mapping[str, str]) -> SlurmStep | None:
     """Return the step that `env` is of a task of; None outside of any, as in a batch script.
 
     Raises:
@@ -55,7 +55,7 @@ def find_step(env: Mapping[str, str]) -> Step | None:
     if not number.isdigit() or int(number) >= _FIRST_SPECIAL_STEP:
         return None
     try:
-        step = Step(
+        step = SlurmStep(
             job=int(env["SLURM_JOB_ID"]),
             step=int(number),
             hosts=read_hosts(env["SLURM_STEP_NODELIST"]),

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.environment.slurm_step import Step, find_step
+from launcher.environment.slurm_step import SlurmStep, find_step
 from launcher.errors import WorldError
 
 _VARIABLES = {
@@ -89,7 +89,7 @@ def find_world(env: Mapping[str, str] | None = None) -> World:
     return world
 
 
-def _of_step(step: Step) -> World:
+def _of_step(step: SlurmStep) -> World:
     if len(set(step.tasks_per_node)) > 1:
         raise WorldError(
             f"srun has started {', '.join(map(str, step.tasks_per_node))} tasks on the nodes "

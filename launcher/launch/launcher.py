@@ -32,7 +32,7 @@ from launcher.forking import reason_not_to_fork
 from launcher.planning.configs import process_environment
 from launcher.planning.plan import Plan
 from launcher.runs.checkpoints import list_checkpoints
-from launcher.runs.heartbeat import PHASES, read_health
+from launcher.runs.heartbeat import PHASES, read_heartbeat
 from launcher.runs.job import Job
 from launcher.runs.rundir import failure_of_rank, read_failure, read_failure_file, write_json
 from launcher.signals import EXIT_BY_SIGNAL, STOP_SIGNALS
@@ -40,7 +40,7 @@ from launcher.signals import EXIT_BY_SIGNAL, STOP_SIGNALS
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-    from launcher.engine.ranks.rendezvous import Meeting
+    from launcher.engine.ranks.rendezvous import Rendezvous
 
 _AGENT_LOGGERS = ("torch.distributed.elastic", "torch.multiprocessing")
 
@@ -51,8 +51,8 @@ def launch(
     job: Job,
     function: Callable[[Job], int | None] | None = None,
     *,
-    stops: Stops | None = None,
-    meeting: Meeting | None = None,
+    signals: SignalHandler | None = None,
+    rendezvous: Rendezvous | None = None,
     show: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
 ) -> int:
     """Run every rank of `job` on this machine; return the exit code of the run.
@@ -63,8 +63,8 @@ def launch(
     Args:
         job: What to run.
         function: What each rank calls with it, of `launcher.engine.worker`; None trains.
-        stops: What has been listening for signals; None begins to now.
-        meeting: With the other machines of the run; None is alone.
+        signals: What has been listening for signals; None begins to now.
+        rendezvous: With the other machines of the run; None is alone.
         show: Is given the text of the failure; by default it prints to stderr.
 
     Raises:
@@ -72,10 +72,10 @@ def launch(
             checkpoint to go on from, its exit code says so.
     """
     with _private_folder() as folder:
-        if meeting is None:
+        if rendezvous is None:
             job = replace(job, meeting_place=folder)
         try:
-            return _start_ranks(job, function, stops or Stops(), meeting, folder, show)
+            return _start_ranks(job, function, signals or SignalHandler(), rendezvous, folder, show)
         except PeerError as error:
             if error.gone and list_checkpoints(job.run_dir):
                 error.exit_code = EXIT_RESUMABLE
@@ -105,13 +105,13 @@ def _private_folder() -> Iterator[Path]:
 def _start_ranks(
     job: Job,
     function: Callable[[Job], int | None] | None,
-    stops: Stops,
-    meeting: Meeting | None,
+    signals: SignalHandler,
+    rendezvous: Rendezvous | None,
     folder: Path,
     show: Callable[[str], None],
 ) -> int:
-    aloud = meeting is None or not meeting.is_echo
-    stops.attend(job, folder, aloud=aloud)
+    aloud = rendezvous is None or not rendezvous.is_echo
+    signals.attend(job, folder, aloud=aloud)
     before = oom_kills()
     reason = reason_not_to_fork()
     if reason is None:
@@ -121,20 +121,20 @@ def _start_ranks(
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
     from launcher.engine.ranks.agent import run_agent
-    from launcher.engine.worker import launched_rank
+    from launcher.engine.worker import agent_rank
 
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the others are ours
     _quieten_the_agent()
     try:
-        ranks_do = function or launched_rank
-        result = run_agent(ranks_do, job, folder, meeting, afresh=reason is not None)
+        ranks_do = function or agent_rank
+        result = run_agent(ranks_do, job, folder, rendezvous, afresh=reason is not None)
     except SignalException as error:
         return _say_stopped(error.sigval)
     if not result.failures:
         return max((code or 0 for code in result.return_values.values()), default=0)
     after = oom_kills()
     killed = None if before is None or after is None else after - before
-    return _tell(result.failures, job, meeting, folder, killed, show)
+    return _tell(result.failures, job, rendezvous, folder, killed, show)
 
 
 def import_for(plans: Sequence[Plan]) -> None:
@@ -221,7 +221,7 @@ def _forget_signals_in_ranks() -> None:
     os.register_at_fork(before=forking, after_in_parent=forked, after_in_child=born)
 
 
-class Stops:
+class SignalHandler:
     """Handles what asks a run to stop, at whatever point of it that comes.
 
     The ranks are told, and stop at a step with a checkpoint. Ctrl-C ends what has taken no step
@@ -275,7 +275,7 @@ class Stops:
         """Return whether there may be steps to lose."""
         if self._job is None or not self._job.saves or not multiprocessing.active_children():
             return False
-        health = read_health(self._job.run_dir, 0)
+        health = read_heartbeat(self._job.run_dir, 0)
         return health is not None and health.phase != PHASES[0]
 
     def _tell_the_ranks(self, *_: object) -> None:
@@ -299,7 +299,7 @@ def _say_stopped(number: signal.Signals) -> int:
 def _tell(
     failures: Mapping[int, ProcessFailure],
     job: Job,
-    meeting: Meeting | None,
+    rendezvous: Rendezvous | None,
     folder: Path,
     killed_for_memory: int | None,
     show: Callable[[str], None],
@@ -312,10 +312,10 @@ def _tell(
     rank, first = min(failures.items(), key=lambda item: item[1].timestamp)
     left = failure_of_rank(folder, rank % job.plan.nproc_per_node)
     failure = read_failure(job.run_dir) or read_failure_file(left)
-    if meeting is not None and failure is not None:
-        here = failure["rank"] // job.plan.nproc_per_node == meeting.index
+    if rendezvous is not None and failure is not None:
+        here = failure["rank"] // job.plan.nproc_per_node == rendezvous.index
         if not here or (failure["lost_peer"] and failure["rank"] == rank):
-            meeting.look(patiently=True)
+            rendezvous.check_peers(patiently=True)
     if failure is None or failure["lost_peer"]:
         text = death_text(rank, first.exitcode, job.run_dir, oom_kills=killed_for_memory)
         failure = {
@@ -334,8 +334,8 @@ def _tell(
             write_json(job.run_dir.failure, failure)
     else:
         text = failure_text(failure, job.run_dir)
-    if meeting is not None:
-        meeting.report(failure["exit_code"])
+    if rendezvous is not None:
+        rendezvous.report(failure["exit_code"])
     show(text)
     return int(failure["exit_code"])
 

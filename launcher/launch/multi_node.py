@@ -14,29 +14,29 @@ from launcher.planning.plan import Plan
 from launcher.runs.rundir import RunDir
 
 if TYPE_CHECKING:
-    from launcher.engine.ranks.rendezvous import Meeting as Meeting  # noqa: PLC0414  # exported
+    from launcher.engine.ranks.rendezvous import Rendezvous as Rendezvous  # noqa: PLC0414  # exported
 
 
 @contextlib.contextmanager
-def met(nodes: Nodes | None, plan: Plan) -> Iterator[Meeting | None]:
+def joined(nodes: Nodes | None, plan: Plan) -> Iterator[Rendezvous | None]:
     """Meet the launchers on the other machines of a run; have them know of an error.
 
     One speaks of it: the one that has it, or for all that Slurm has started the first.
     """
-    meeting = None
+    rendezvous = None
     try:
-        meeting = _meet(nodes, plan)
-        yield meeting
+        rendezvous = _meet(nodes, plan)
+        yield rendezvous
     except PeerError as error:
-        if meeting is not None:
-            error.exit_code = meeting.part(error.exit_code)
+        if rendezvous is not None:
+            error.exit_code = rendezvous.leave(error.exit_code)
         if nodes is not None and nodes.index:
             raise EndedError(error.exit_code) from None
         raise
     except LauncherError as error:
-        if meeting is not None:
-            meeting.report(error.exit_code)
-            meeting.part(error.exit_code)
+        if rendezvous is not None:
+            rendezvous.report(error.exit_code)
+            rendezvous.leave(error.exit_code)
         raise
 
 
@@ -53,24 +53,25 @@ def check_restarts(nodes: Nodes | None, restarts: int) -> None:
         )
 
 
-def make_once(meeting: Meeting | None, make: Callable[[], RunDir]) -> RunDir:
+def make_run_dir_once(rendezvous: Rendezvous | None, make: Callable[[], RunDir]) -> RunDir:
     """Make a run folder, on the first machine, or take the one that was made there.
 
     Raises:
         RunDirError: It cannot be made, or is not seen here.
     """
-    if meeting is None:
+    if rendezvous is None:
         return make()
-    run_dir = RunDir(Path(meeting.share(lambda: str(make().path))))
+    run_dir = RunDir(Path(rendezvous.share(lambda: str(make().path))))
     if not run_dir.run_yaml.is_file():
         raise RunDirError(
-            f"The run folder {run_dir.path} of {meeting.names[0]} is not on this machine, "
-            f"{meeting.names[meeting.index]}. Give an --out on a file system that all of them have."
+            f"The run folder {run_dir.path} of {rendezvous.names[0]} is not on this machine, "
+            f"{rendezvous.names[rendezvous.index]}. Give an --out on a file system that all of "
+            "them have."
         )
     return run_dir
 
 
-def _meet(nodes: Nodes | None, plan: Plan) -> Meeting | None:
+def _meet(nodes: Nodes | None, plan: Plan) -> Rendezvous | None:
     """Meet the launchers on the other machines of a run; None for one machine.
 
     Raises:
@@ -78,7 +79,7 @@ def _meet(nodes: Nodes | None, plan: Plan) -> Meeting | None:
     """
     if nodes is None:
         return None
-    from launcher.engine.ranks.rendezvous import Meeting
+    from launcher.engine.ranks.rendezvous import Rendezvous
 
     said = {"recipe": plan.recipe, "device": plan.device, "ranks": plan.nproc_per_node}
-    return Meeting(nodes, said, lambda text: print(text, file=sys.stderr, flush=True))
+    return Rendezvous(nodes, said, lambda text: print(text, file=sys.stderr, flush=True))

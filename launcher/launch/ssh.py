@@ -140,5 +140,5 @@ def _remote(nodes: Nodes, index: int, folder: Path, arguments: Sequence[str]) ->
     variables = [
         f"{name}={shlex.quote(value)}" for name, value in nodes_environment(nodes, index).items()
     ]
-    leash = [*own_program(), "--leash", str(folder), *arguments]
-    return " ".join(["exec", "env", *variables, shlex.join(leash)])
+    remote = [*own_program(), "--ssh-remote", str(folder), *arguments]
+    return " ".join(["exec", "env", *variables, shlex.join(remote)])

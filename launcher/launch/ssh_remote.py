@@ -1,6 +1,6 @@
-"""A `launcher` on another machine, on a leash: what `--hosts` starts there through ssh.
+"""The process that `--hosts` starts on another machine through ssh.
 
-    python .../launcher/__main__.py --leash FOLDER ARGUMENTS...
+    python .../launcher/__main__.py --ssh-remote FOLDER ARGUMENTS...
 
 Its standard input is held by whoever started it. Each line there is the name of a signal for the
 run; its end, as when the connection is lost, is a terminal that was closed. ssh passes on neither.

@@ -56,7 +56,7 @@ def micro_batch(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cut:
+class BatchSplit:
     """How the batches of a run are cut into the micro-batches of its ranks."""
 
     world_size: int

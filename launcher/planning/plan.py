@@ -14,12 +14,15 @@ from launcher.environment.machine import Machine
 from launcher.environment.world import World
 from launcher.errors import RunDirError, WorldError
 from launcher.planning.derivations import ranks_text
-from launcher.planning.global_batch import Cut, Statistics
+from launcher.planning.global_batch import BatchSplit, Statistics
 from launcher.planning.stages import Stage, growth_at
 from launcher.planning.strategy import Backend
-from launcher.recipe.schedules import Schedule, Setting
+from launcher.recipe.schedules import Schedule, ScheduleValue
 
-_OF_THE_NODE = (
+_FORMER_NAMES = {"reasons": "derivations", "speed_ups": "performance_flags"}
+"""Fields of plans in run folders of version 0.1, and what they are called now."""
+
+_NODE_SETTINGS = (
     "num_workers",
     "worker_start",
     "workers_per_rank",
@@ -85,7 +88,7 @@ class Plan:
 
     seed: int
     precision: str
-    speed_ups: tuple[str, ...]
+    performance_flags: tuple[str, ...]
     """The settings for speed or memory that are on."""
 
     workers_per_rank: int
@@ -103,7 +106,7 @@ class Plan:
     sources: Mapping[str, str] = field(default_factory=dict)
     """Where each setting came from."""
 
-    reasons: Mapping[str, str] = field(default_factory=dict)
+    derivations: Mapping[str, str] = field(default_factory=dict)
     """The arithmetic or the reason behind derived numbers, by name."""
 
     notes: tuple[str, ...] = ()
@@ -116,9 +119,9 @@ class Plan:
         starts = range(0, self.world_size, own)
         return tuple(sum(self.samples_per_rank[start : start + own]) for start in starts)
 
-    def cut(self, statistics: Statistics) -> Cut:
+    def cut(self, statistics: Statistics) -> BatchSplit:
         """Return how batches are cut for a model whose BatchNorm takes such statistics."""
-        return Cut(
+        return BatchSplit(
             world_size=self.world_size,
             micro_batch_size=self.micro_batch_size,
             statistics=statistics,
@@ -131,7 +134,7 @@ class Plan:
             "samples_per_rank": list(self.samples_per_rank),
             "samples_per_node": list(self.samples_per_node),
             "stages": [asdict(stage) for stage in self.stages],
-            "speed_ups": list(self.speed_ups),
+            "performance_flags": list(self.performance_flags),
             "notes": list(self.notes),
         }
 
@@ -145,13 +148,13 @@ class Plan:
         import msgspec
 
         try:
-            return msgspec.convert(values, cls)
+            return msgspec.convert(_renamed(values), cls)
         except msgspec.ValidationError as error:
             raise RunDirError(
                 f"The plan in the run folder is not one of this version of launcher: {error}."
             ) from None
 
-    def setting_at(self, schedule: Schedule, step: int) -> Setting:
+    def setting_at(self, schedule: Schedule, step: int) -> ScheduleValue:
         """Return what `schedule` says of a step, with the factor of its larger batch."""
         setting = schedule.at(step, self.total_steps)
         if len(self.stages) == 1:
@@ -185,11 +188,15 @@ class Plan:
 
     def agreement(self) -> dict[str, Any]:
         """Return the values that must be the same on every rank."""
-        derived = ("machine", "sources", "reasons", "notes", "settings", "samples_per_rank")
+        derived = ("machine", "sources", "derivations", "notes", "settings", "samples_per_rank")
         values = {
             item.name: getattr(self, item.name)
             for item in fields(self)
-            if item.name not in (*derived, *_OF_THE_NODE)
+            if item.name not in (*derived, *_NODE_SETTINGS)
         }
-        kept = {name: value for name, value in self.settings.items() if name not in _OF_THE_NODE}
+        kept = {name: value for name, value in self.settings.items() if name not in _NODE_SETTINGS}
         return values | kept | {"stages": [asdict(stage) for stage in self.stages]}
+
+
+def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {_FORMER_NAMES.get(name, name): value for name, value in values.items()}

@@ -17,9 +17,9 @@ from launcher.planning.derivations import batch_arithmetic, notes_for, stages_te
 from launcher.planning.global_batch import ceil_div, num_micro_steps, shares
 from launcher.planning.loading import loader_policy
 from launcher.planning.plan import Plan
-from launcher.planning.single_sample_batches import lone_sample_notes
+from launcher.planning.single_sample_batches import single_sample_notes
 from launcher.planning.stages import Stage, growth_at, lr_factor, make_stages
-from launcher.planning.strategy import backend_for, check_strategy, speed_ups
+from launcher.planning.strategy import backend_for, check_strategy, performance_flags
 from launcher.recipe.recipe import Recipe
 from launcher.recipe.schedules import Schedule
 
@@ -75,7 +75,7 @@ def make_plan(
         pin_memory=recipe.pin_memory,
     )
     unit = "GPU" if device == "cuda" else "CPU rank"
-    reasons = {
+    derivations = {
         "batch_size": batch_arithmetic(
             batch_size,
             nodes,
@@ -113,7 +113,7 @@ def make_plan(
         evaluate_every=recipe.evaluate_every,
         seed=recipe.seed,
         precision=recipe.precision,
-        speed_ups=speed_ups(recipe, device),
+        performance_flags=performance_flags(recipe, device),
         workers_per_rank=policy.workers_per_rank,
         prefetch_factor=policy.prefetch_factor,
         pin_memory=policy.pin_memory,
@@ -121,7 +121,7 @@ def make_plan(
         machine=machine,
         settings=recipe.settings(),
         sources=dict(sources or {}),
-        reasons=reasons,
+        derivations=derivations,
         notes=notes_for(
             recipe,
             machine,
@@ -132,7 +132,9 @@ def make_plan(
             batch_size=batch_size,
         ),
     )
-    lone = [f"Where the model has BatchNorm: {text}." for text in lone_sample_notes(plan, samples)]
+    lone = [
+        f"Where the model has BatchNorm: {text}." for text in single_sample_notes(plan, samples)
+    ]
     return replace(plan, notes=(*plan.notes, *lone))
 
 

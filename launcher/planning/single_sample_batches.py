@@ -22,20 +22,20 @@ def cuts_to_one(plan: Plan, samples: int, statistics: Statistics) -> bool:
     return any(cut.is_paired(size) or cut.is_lone(size) for size in sizes)
 
 
-def lone_full_batches(plan: Plan, statistics: Statistics) -> list[int]:
+def full_batches_of_one(plan: Plan, statistics: Statistics) -> list[int]:
     """Return the sizes of full batches that cannot be cut without a micro-batch of one sample."""
     return sorted(filter(plan.cut(statistics).is_lone, _full(plan)))
 
 
-def lone_short_batches(plan: Plan, samples: int, statistics: Statistics) -> list[int]:
+def short_batches_of_one(plan: Plan, samples: int, statistics: Statistics) -> list[int]:
     """Return the sizes of batches at the end of an epoch that alone cannot be cut without one."""
-    if lone_full_batches(plan, statistics):
+    if full_batches_of_one(plan, statistics):
         return []
     short = short_batches(plan.stages, samples, plan.total_steps)
     return sorted(filter(plan.cut(statistics).is_lone, short))
 
 
-def lone_sample_notes(plan: Plan, samples: int | None) -> list[str]:
+def single_sample_notes(plan: Plan, samples: int | None) -> list[str]:
     """Return what happens to micro-batches of one sample in a model with BatchNorm."""
     statistics = planned_statistics(plan)
     cut, notes = plan.cut(statistics), []
@@ -45,12 +45,12 @@ def lone_sample_notes(plan: Plan, samples: int | None) -> list[str]:
             f"in a batch of {_listed(paired)} samples some ranks take fewer than others, or none, "
             "so that no micro-batch has exactly one sample"
         )
-    if samples and (lone := lone_short_batches(plan, samples, statistics)):
+    if samples and (lone := short_batches_of_one(plan, samples, statistics)):
         notes.append(
             f"the last batch of an epoch, of {_listed(lone)} sample{'s' * (max(lone) > 1)}, has a "
             "micro-batch of one sample, which the running statistics normalise"
         )
-    if lone := lone_full_batches(plan, statistics):
+    if lone := full_batches_of_one(plan, statistics):
         notes.append(
             f"a batch of {_listed(lone)} samples has micro-batches of one sample, and where "
             "BatchNorm sees one value per channel in them the run is refused"

@@ -100,7 +100,7 @@ def check_strategy(recipe: Recipe, machine: Machine, device: str, world_size: in
         )
 
 
-def speed_ups(recipe: Recipe, device: str) -> tuple[str, ...]:
+def performance_flags(recipe: Recipe, device: str) -> tuple[str, ...]:
     """Return the settings for speed or memory that are on, as they are written."""
     flags = ["compile", "activation_checkpointing", "channels_last"]
     if device == "cuda":

@@ -43,7 +43,7 @@ class Override:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Built:
+class BuiltRecipe:
     """A recipe with its overrides applied."""
 
     recipe: Recipe
@@ -119,7 +119,7 @@ def read_yaml(path: Path, *, as_text: bool = False) -> tuple[Override, ...]:
     )
 
 
-def build(reference: Reference, overrides: Sequence[Override] = ()) -> Built:
+def build(reference: Reference, overrides: Sequence[Override] = ()) -> BuiltRecipe:
     """Call the recipe function and apply `overrides` to it, the later the stronger.
 
     Raises:
@@ -152,7 +152,7 @@ def build(reference: Reference, overrides: Sequence[Override] = ()) -> Built:
         for name, value in (parameters | changes).items()
         if name in given
     }
-    return Built(recipe=built, parameters=parameters, overrides=values, sources=sources)
+    return BuiltRecipe(recipe=built, parameters=parameters, overrides=values, sources=sources)
 
 
 def _default(name: str) -> Any:

@@ -58,7 +58,7 @@ class Reference:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Listed:
+class ListedRecipe:
     """A recipe function found in a file without importing it."""
 
     path: Path
@@ -106,7 +106,7 @@ def known_recipes() -> dict[str, str]:
     return names
 
 
-def list_recipes(folder: Path) -> Iterator[Listed]:
+def list_recipes(folder: Path) -> Iterator[ListedRecipe]:
     """Find the functions annotated `-> Recipe` in the files of `folder`, importing nothing."""
     for path in sorted(folder.glob("*.py")):
         try:
@@ -118,7 +118,7 @@ def list_recipes(folder: Path) -> Iterator[Listed]:
                 returns = ast.unparse(node.returns) if node.returns else ""
                 if returns.strip("'\"").split(".")[-1] == "Recipe":
                     sentence = (ast.get_docstring(node) or "").partition("\n")[0]
-                    yield Listed(path=path, function=node.name, sentence=sentence)
+                    yield ListedRecipe(path=path, function=node.name, sentence=sentence)
 
 
 def _file(target: str) -> Path | None:

@@ -1,7 +1,7 @@
 """Learning-rate schedules: pure functions of (step, total_steps), independent of any optimizer.
 
-A rule returns a `Setting`: a factor of the peak learning rate and, for rules that cycle it, the
-momentum. Steps count optimizer updates from 0. The training loop writes the setting of step t into
+A rule returns a `ScheduleValue`: a factor of the peak learning rate and, for rules that cycle it,
+the momentum. Steps count optimizer updates from 0. The training loop writes the setting of step t into
 the optimizer before the backward pass of step t; nothing is ever stepped, so nothing can be
 stepped twice.
 
@@ -32,7 +32,7 @@ from launcher.recipe.validation import Fraction, NonNegativeInt, PositiveFloat
 P = ParamSpec("P")
 
 
-class Setting(NamedTuple):
+class ScheduleValue(NamedTuple):
     """What a schedule says of one step."""
 
     factor: float
@@ -46,9 +46,9 @@ class Setting(NamedTuple):
 class Schedule(Spec):
     """A rule with its arguments; made by calling a rule, such as `one_cycle()`."""
 
-    def at(self, step: int, total_steps: int) -> Setting:
+    def at(self, step: int, total_steps: int) -> ScheduleValue:
         """Return the setting of `step`, counted from 0, in a run of `total_steps`."""
-        setting: Setting = self.function(step, total_steps, **dict(self.arguments))
+        setting: ScheduleValue = self.function(step, total_steps, **dict(self.arguments))
         return setting
 
 
@@ -56,7 +56,7 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {}
 """The rules by name, as the command line and YAML files know them."""
 
 
-def schedule(rule: Callable[Concatenate[int, int, P], Setting]) -> Callable[P, Schedule]:
+def schedule(rule: Callable[Concatenate[int, int, P], ScheduleValue]) -> Callable[P, Schedule]:
     """Make a rule `(step, total_steps, **arguments) -> Setting` into a maker of `Schedule`s.
 
     The rule becomes known by its name to `schedule=...` on the command line and in YAML files.
@@ -89,7 +89,7 @@ def one_cycle(
     cycle_momentum: bool = True,
     base_momentum: Fraction = 0.85,
     max_momentum: Fraction = 0.95,
-) -> Setting:
+) -> ScheduleValue:
     """Up to the peak and back down in equal steps, then down by orders of magnitude.
 
     The policy of Smith and Topin, "Super-Convergence" (arXiv:1708.07120): with the defaults the
@@ -122,7 +122,7 @@ def one_cycle(
         if step <= until or until == end:
             passed = (step - start) / (until - start) if until > start else 1.0
             momentum = curve(momentum_from, momentum_to, passed) if cycle_momentum else None
-            return Setting(curve(lr_from, lr_to, passed), momentum)
+            return ScheduleValue(curve(lr_from, lr_to, passed), momentum)
         start = until
     raise AssertionError("the last phase ends the run")
 
@@ -140,7 +140,7 @@ def cyclical(
     cycle_momentum: bool = True,
     base_momentum: Fraction = 0.8,
     max_momentum: Fraction = 0.9,
-) -> Setting:
+) -> ScheduleValue:
     """Up to the peak and back down, `cycles` times over the run.
 
     Smith, "Cyclical Learning Rates" (arXiv:1506.01186): `triangular` keeps the peak, `triangular2`
@@ -168,39 +168,41 @@ def cyclical(
     height = passed / rising if passed <= rising else (passed - 1) / (rising - 1)
     shrunk = {"triangular": 1.0, "triangular2": 0.5**cycle, "exp_range": gamma**step}[mode]
     momentum = _line(max_momentum, base_momentum, height * shrunk) if cycle_momentum else None
-    return Setting(_line(base_factor, 1.0, height * shrunk), momentum)
+    return ScheduleValue(_line(base_factor, 1.0, height * shrunk), momentum)
 
 
 @schedule
-def cosine(step: int, total_steps: int, *, final_factor: Fraction = 0.0) -> Setting:
+def cosine(step: int, total_steps: int, *, final_factor: Fraction = 0.0) -> ScheduleValue:
     """Down from the peak to `final_factor` of it along half a cosine.
 
     Loshchilov and Hutter, "SGDR" (arXiv:1608.03983), one cycle; CosineAnnealingLR with
     T_max = total_steps, so that the last step still moves.
     """
-    return Setting(_cosine(1.0, final_factor, step / total_steps))
+    return ScheduleValue(_cosine(1.0, final_factor, step / total_steps))
 
 
 @schedule
-def linear(step: int, total_steps: int, *, final_factor: Fraction = 0.0) -> Setting:
+def linear(step: int, total_steps: int, *, final_factor: Fraction = 0.0) -> ScheduleValue:
     """Down from the peak to `final_factor` of it along a line, reached after the last step."""
-    return Setting(_line(1.0, final_factor, step / total_steps))
+    return ScheduleValue(_line(1.0, final_factor, step / total_steps))
 
 
 @schedule
-def constant(step: int, total_steps: int) -> Setting:  # noqa: ARG001
+def constant(step: int, total_steps: int) -> ScheduleValue:  # noqa: ARG001
     """The peak learning rate at every step."""
-    return Setting(1.0)
+    return ScheduleValue(1.0)
 
 
 @schedule
-def exponential(step: int, total_steps: int, *, initial_factor: PositiveFloat = 1e-7) -> Setting:
+def exponential(
+    step: int, total_steps: int, *, initial_factor: PositiveFloat = 1e-7
+) -> ScheduleValue:
     """From `initial_factor` up to the peak, by the same ratio from step to step.
 
     What a learning-rate range test takes (Smith, arXiv:1506.01186).
     """
     last = max(total_steps - 1, 1)
-    return Setting(float(initial_factor ** (1 - step / last)) if total_steps > 1 else 1.0)
+    return ScheduleValue(float(initial_factor ** (1 - step / last)) if total_steps > 1 else 1.0)
 
 
 @schedule
@@ -210,14 +212,14 @@ def multi_step(
     *,
     milestones: tuple[float, ...] = (0.5, 0.75),
     gamma: PositiveFloat = 0.1,
-) -> Setting:
+) -> ScheduleValue:
     """Times `gamma` at each milestone; milestones are fractions of the run (MultiStepLR)."""
     if not all(0 <= milestone <= 1 for milestone in milestones):
         raise UsageError(
             f"multi_step(milestones={milestones}): give fractions of the run, between 0 and 1"
         )
     passed = sum(step >= milestone * total_steps for milestone in milestones)
-    return Setting(gamma**passed)
+    return ScheduleValue(gamma**passed)
 
 
 @schedule
@@ -229,7 +231,7 @@ def wsd(
     decay_fraction: Fraction = 0.2,
     decay: Literal["linear", "sqrt", "cos"] = "linear",
     final_factor: Fraction = 0.0,
-) -> Setting:
+) -> ScheduleValue:
     """Warm-up, stable, decay: up along a line, level, and down in the last part of the run.
 
     Hu et al., "MiniCPM" (arXiv:2404.06395); `decay="sqrt"` is 1 - sqrt(passed), which Hägele et
@@ -244,14 +246,14 @@ def wsd(
     rising = round(warmup_fraction * total_steps)
     falling = round(decay_fraction * total_steps)
     if step < rising:
-        return Setting((step + 1) / (rising + 1))
+        return ScheduleValue((step + 1) / (rising + 1))
     begins = total_steps - falling
     if step <= begins:
-        return Setting(1.0)
+        return ScheduleValue(1.0)
     passed = (step - begins) / falling
     if decay == "cos":
-        return Setting(_cosine(1.0, final_factor, passed))
-    return Setting(_line(1.0, final_factor, math.sqrt(passed) if decay == "sqrt" else passed))
+        return ScheduleValue(_cosine(1.0, final_factor, passed))
+    return ScheduleValue(_line(1.0, final_factor, math.sqrt(passed) if decay == "sqrt" else passed))
 
 
 @schedule
@@ -263,7 +265,7 @@ def warmup(
     fraction: Fraction = 0.05,
     steps: NonNegativeInt | None = None,
     start_factor: Fraction = 0.01,
-) -> Setting:
+) -> ScheduleValue:
     """Up along a line to where `then` begins, which has the rest of the run.
 
     Goyal et al., "Accurate, Large Minibatch SGD" (arXiv:1706.02677), warm up over 5 epochs from
@@ -283,7 +285,7 @@ def warmup(
     peak = then.at(max(step - rising, 0), max(total_steps - rising, 1))
     if step >= rising:
         return peak
-    return Setting(_line(start_factor, peak.factor, step / rising), peak.momentum)
+    return ScheduleValue(_line(start_factor, peak.factor, step / rising), peak.momentum)
 
 
 def _line(start: float, end: float, passed: float) -> float:

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.analysis.gradient_noise import Measurement, RunningNoise
-from launcher.analysis.lr_curve import Curve as LRCurve
-from launcher.analysis.lr_curve import FoundLR, suggest
+from launcher.analysis.lr_curve import FoundLR, LossCurve, suggest
 from launcher.console.plots import Curve, Plot
 from launcher.errors import RunDirError
 from launcher.planning.plan import Plan
@@ -70,7 +69,7 @@ def _parts(folder: Path) -> Iterator[tuple[Any, list[RunDir]]]:
 
 def _range_test(runs: list[RunDir]) -> Section:
     plan, values = _read(runs[0], "curve.json")
-    curve = LRCurve(lrs=tuple(values["lrs"]), losses=tuple(values["losses"]))
+    curve = LossCurve(lrs=tuple(values["lrs"]), losses=tuple(values["losses"]))
     found = FoundLR(curve=curve, suggestions=suggest(curve))
     title = f"Learning rate, at a batch of {plan.batch_size:,}"
     return Section(title=title, text=lr_rules(found, plan), figures=[lr_plot(found, plan)])

@@ -6,9 +6,8 @@ from collections.abc import Callable, Sequence
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
-from launcher.analysis.batch_sizes import Trial
-from launcher.analysis.lr_curve import FoundLR
-from launcher.analysis.lr_curve import Trial as LRTrial
+from launcher.analysis.batch_sizes import SizeTrial
+from launcher.analysis.lr_curve import FoundLR, LRTrial
 from launcher.planning.derivations import counted
 from launcher.planning.plan import Plan
 from launcher.planning.strategy import STRATEGIES
@@ -27,13 +26,13 @@ from launcher.tuning.summaries import (
 
 if TYPE_CHECKING:
     from launcher.tuning.batch_search import FoundBatch
-    from launcher.tuning.loader_search import FoundLoader, Reading
+    from launcher.tuning.loader_search import FoundLoader, LoaderTrial
     from launcher.tuning.noise_search import FoundNoise
     from launcher.tuning.probe_run import Probe, Target
-    from launcher.tuning.tune import Finding
+    from launcher.tuning.tune import TunedSetting
 
 
-class Teller:
+class TuningReporter:
     """A listener that tells what goes on, and keeps it as the sections of a page.
 
     Args:
@@ -53,10 +52,10 @@ class Teller:
     def tried_lr(self, trial: LRTrial) -> None:
         self._echo(lr_trial_text(trial))
 
-    def tried(self, trial: Trial) -> None:
+    def tried(self, trial: SizeTrial) -> None:
         self._echo(trial_text(trial))
 
-    def read(self, reading: Reading) -> None:
+    def read(self, reading: LoaderTrial) -> None:
         self._echo(reading_text(reading))
 
     def found_lr(self, found: FoundLR, test: Probe) -> None:
@@ -79,13 +78,13 @@ class Teller:
         self.sections.append(Section(title=title, text=text, figures=[plot]))
 
 
-def setting_lines(target: Target, findings: Sequence[Finding]) -> list[tuple[str, Any, str]]:
+def setting_lines(target: Target, findings: Sequence[TunedSetting]) -> list[tuple[str, Any, str]]:
     """Return (name, value, why) of each setting: those that were given, then those found."""
     lines = [(name, value, "as given") for name, value in target.given().items()]
     return lines + [(each.name, each.value, each.evidence) for each in findings]
 
 
-def yaml_text(target: Target, plan: Plan, findings: Sequence[Finding]) -> str:
+def yaml_text(target: Target, plan: Plan, findings: Sequence[TunedSetting]) -> str:
     """Return what `--config` takes, with why behind each line."""
     import yaml
 
@@ -102,7 +101,7 @@ def yaml_text(target: Target, plan: Plan, findings: Sequence[Finding]) -> str:
 def page(
     target: Target,
     plan: Plan,
-    findings: Sequence[Finding],
+    findings: Sequence[TunedSetting],
     sections: Sequence[Section],
     command: str,
 ) -> Page:

@@ -17,7 +17,7 @@ PHASES = ("starting", "reading data", "computing", "evaluating", "saving", "fini
 
 
 @dataclass(frozen=True, kw_only=True)
-class Health:
+class Heartbeat:
     """What a rank says of itself."""
 
     rank: int
@@ -50,10 +50,10 @@ class Health:
     """Of the GPU, or of a core; None where that is not known."""
 
 
-def read_health(run_dir: RunDir, rank: int) -> Health | None:
+def read_heartbeat(run_dir: RunDir, rank: int) -> Heartbeat | None:
     """Return what `rank` last said of itself; None where it has not."""
     try:
-        return Health(**json.loads(run_dir.health(rank).read_text(encoding="utf-8")))
+        return Heartbeat(**json.loads(run_dir.health(rank).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 
@@ -67,10 +67,10 @@ def is_running(pid: int) -> bool:
     return state not in "ZX"
 
 
-def all_health(run_dir: RunDir) -> Iterator[Health]:
+def read_heartbeats(run_dir: RunDir) -> Iterator[Heartbeat]:
     """Yield what each rank last said of itself, in the order of ranks."""
     names = (path.stem.removeprefix("rank") for path in run_dir.health(0).parent.glob("rank*.json"))
     for rank in sorted(int(name) for name in names if name.isdigit()):
-        health = read_health(run_dir, rank)
+        health = read_heartbeat(run_dir, rank)
         if health is not None:
             yield health

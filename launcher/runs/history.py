@@ -12,9 +12,9 @@ import msgspec
 
 from launcher.planning.plan import Plan
 from launcher.runs.events import read_events
-from launcher.runs.heartbeat import Health, all_health
+from launcher.runs.heartbeat import Heartbeat, read_heartbeats
 from launcher.runs.rundir import RunDir, read_failure, read_run
-from launcher.runs.status import State, read_result, state_of
+from launcher.runs.status import RunState, read_result, read_run_state
 
 COLUMNS = (
     "step",
@@ -110,8 +110,8 @@ class History:
         self.events = read_events(self.run_dir)
         self.failure = read_failure(self.run_dir)
         self.result = read_result(self.run_dir)
-        self.health: list[Health] = list(all_health(self.run_dir))
-        self.state: State = state_of(self.run_dir)
+        self.health: list[Heartbeat] = list(read_heartbeats(self.run_dir))
+        self.state: RunState = read_run_state(self.run_dir)
 
     def _read_on(self) -> None:
         with self.run_dir.metrics.open("rb") as file:

@@ -14,7 +14,7 @@ from launcher.errors import LauncherError, PlanError, RecipeError
 from launcher.forking import reason_not_to_fork, without_main_module
 from launcher.planning.plan import Plan
 from launcher.planning.planner import make_plan
-from launcher.recipe.overrides import Built, Override, build
+from launcher.recipe.overrides import BuiltRecipe, Override, build
 from launcher.recipe.recipe import Recipe
 from launcher.recipe.resolve import Reference, cannot, resolve
 from launcher.runs.provenance import command_line, git_state, versions
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from multiprocessing.context import ForkContext, SpawnContext
 
 
-Shows = Literal["progress", "json", "nothing"]
+OutputMode = Literal["progress", "json", "nothing"]
 """What a run prints as it goes on."""
 
 
@@ -38,7 +38,7 @@ ReportWriter = Callable[[RunDir], Path]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start:
+class ResumeFrom:
     """From which checkpoint a run goes on."""
 
     step: int | None = None
@@ -52,7 +52,7 @@ class Start:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class RecipeSource:
     """What another process builds a recipe from; it can be sent there."""
 
     recipe: str
@@ -88,10 +88,10 @@ class Job:
     saves: bool = True
     """Whether its ranks save when they are asked to stop; otherwise they are ended at once."""
 
-    shows: Shows = "progress"
+    output_mode: OutputMode = "progress"
     """What the ranks print besides their logs."""
 
-    start: Start | None = None
+    start: ResumeFrom | None = None
     """Where to begin; None begins at the beginning."""
 
     restarts: int = 0
@@ -113,9 +113,9 @@ class Job:
     """Writes the page of the finished run, which rank 0 sends to experiment trackers."""
 
     @property
-    def source(self) -> Source:
+    def source(self) -> RecipeSource:
         """What its recipe is built from."""
-        return Source(recipe=self.recipe, overrides=self.overrides)
+        return RecipeSource(recipe=self.recipe, overrides=self.overrides)
 
 
 def plan_recipe(
@@ -127,7 +127,7 @@ def plan_recipe(
     nproc_per_node: int | None = None,
     elsewhere: bool = False,
     count: Callable[[Callable[[], int]], int] = lambda counting: counting(),
-) -> tuple[Built, Plan]:
+) -> tuple[BuiltRecipe, Plan]:
     """Build a recipe with its overrides, and plan it.
 
     With `elsewhere`, the plan is for nodes that may have more GPUs than this machine.
@@ -158,7 +158,7 @@ def plan_recipe(
     return built, replace(plan, notes=(*plan.notes, *notes))
 
 
-def describe_run(reference: Reference, built: Built, plan: Plan) -> dict[str, Any]:
+def describe_run(reference: Reference, built: BuiltRecipe, plan: Plan) -> dict[str, Any]:
     """Return what run.yaml says."""
     file = Path(reference.location.rpartition(":")[0])
     folder = file.parent if file.is_absolute() else Path.cwd()
@@ -186,7 +186,7 @@ def _assume(recipe: Recipe, machine: Machine, nproc: int | None) -> tuple[Machin
     return replace(machine, num_gpus=nproc), [note]
 
 
-def _count_samples(reference: Reference, overrides: Sequence[Override], built: Built) -> int:
+def _count_samples(reference: Reference, overrides: Sequence[Override], built: BuiltRecipe) -> int:
     """Return the training samples of a recipe, counted in a process of its own.
 
     Reading data may start threads, of OpenMP for one, and no rank could be forked from a process
@@ -232,7 +232,7 @@ def _count_afresh(location: str, overrides: tuple[Override, ...], sender: Connec
     _count_for(built, sender)
 
 
-def _count_for(built: Built, sender: Connection) -> None:
+def _count_for(built: BuiltRecipe, sender: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the one who asks has words for it
     try:
         sender.send(_length_of(built))
@@ -240,7 +240,7 @@ def _count_for(built: Built, sender: Connection) -> None:
         sender.send(error)
 
 
-def _length_of(built: Built) -> int:
+def _length_of(built: BuiltRecipe) -> int:
     try:
         data = built.recipe.data()
     except LauncherError:

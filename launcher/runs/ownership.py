@@ -26,7 +26,7 @@ from pathlib import Path
 import msgspec
 
 from launcher.errors import RunDirError
-from launcher.runs.heartbeat import all_health
+from launcher.runs.heartbeat import read_heartbeats
 from launcher.runs.locks import locks_are_shared, try_lock
 from launcher.runs.provenance import command_line
 from launcher.runs.rundir import RunDir
@@ -235,7 +235,7 @@ def _seems_alive(owner: Owner, run_dir: RunDir) -> bool:
     if owner.is_here or owner.is_dead:
         return not owner.is_dead
     starting = time.time() - owner.since < SECONDS_TO_START
-    return starting or any(map(is_alive, all_health(run_dir)))
+    return starting or any(map(is_alive, read_heartbeats(run_dir)))
 
 
 def _refusal(run_dir: RunDir, other: Owner | _Unknown) -> RunDirError:

@@ -116,7 +116,7 @@ class RunDir:
         return self.path / "noise.json"
 
     @property
-    def examination(self) -> Path:
+    def diagnostics(self) -> Path:
         return self.path / "examination.json"
 
     def health(self, rank: int) -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 
 from launcher.quantities import duration
 from launcher.runs.events import read_events
-from launcher.runs.heartbeat import Health, all_health, is_running
+from launcher.runs.heartbeat import Heartbeat, is_running, read_heartbeats
 from launcher.runs.rundir import RunDir, read_failure
 
 COLOURS = {
@@ -46,7 +46,7 @@ SECONDS_TO_START = 120.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class State:
+class RunState:
     """How a run fares."""
 
     name: str
@@ -55,20 +55,20 @@ class State:
     words: str
 
 
-def state_of(run_dir: RunDir) -> State:
+def read_run_state(run_dir: RunDir) -> RunState:
     """Return how the run fares."""
-    health = list(all_health(run_dir))
+    health = list(read_heartbeats(run_dir))
     if not health and _begins(run_dir):
-        return State(name="running", words="starting")
+        return RunState(name="running", words="starting")
     if any(map(is_alive, health)) and _changed(run_dir.result) < _changed(run_dir.run_yaml):
-        return State(name="running", words=progress_words(run_dir))
+        return RunState(name="running", words=progress_words(run_dir))
     if (ended := outcome(run_dir)) is not None:
         return ended
     if run_dir.run_yaml.is_file():
         return _unfinished(run_dir)
     if run_dir.submission.is_file():
-        return State(name="waiting", words="submitted")
-    return State(name="unknown", words="left nothing")
+        return RunState(name="waiting", words="submitted")
+    return RunState(name="unknown", words="left nothing")
 
 
 def _begins(run_dir: RunDir) -> bool:
@@ -86,17 +86,17 @@ def _changed(path: Path) -> float:
         return 0.0
 
 
-def _unfinished(run_dir: RunDir) -> State:
+def _unfinished(run_dir: RunDir) -> RunState:
     """Return the state of a run that is over and has left neither result nor failure."""
     events = read_events(run_dir)
     if events and events[-1]["event"] == "stopped":
-        return State(name="stopped", words=f"stopped after step {events[-1]['step']:,}")
+        return RunState(name="stopped", words=f"stopped after step {events[-1]['step']:,}")
     row = last_step(run_dir.metrics)
     where = f"after step {row['step']:,}" if row else "before its first step"
-    return State(name="lost", words=f"ended without a word {where}")
+    return RunState(name="lost", words=f"ended without a word {where}")
 
 
-def is_alive(health: Health) -> bool:
+def is_alive(health: Heartbeat) -> bool:
     """Return whether the rank that has said this of itself is still there."""
     silent = time.time() - health.time
     if health.node == platform.node():
@@ -104,7 +104,7 @@ def is_alive(health: Health) -> bool:
     return silent < _SECONDS_OF_SILENCE
 
 
-def outcome(run_dir: RunDir) -> State | None:
+def outcome(run_dir: RunDir) -> RunState | None:
     """Return what a run came to that has ended; None where it has left neither result nor failure.
 
     One that goes on has taken both away.
@@ -112,11 +112,11 @@ def outcome(run_dir: RunDir) -> State | None:
     if (result := read_result(run_dir)) is not None:
         values = result["evaluation"] or {"loss": result["train_loss"]}
         shown = ", ".join(f"{name} {number_text(value)}" for name, value in values.items())
-        return State(name="finished", words=f"finished after {result['steps']:,} steps: {shown}")
+        return RunState(name="finished", words=f"finished after {result['steps']:,} steps: {shown}")
     if (failure := read_failure(run_dir)) is not None:
         head = shorten(failure["message"].partition("\n")[0], _WIDTH, placeholder=" ...")
         where = f"rank {failure['rank']} ({failure['node']})"
-        return State(
+        return RunState(
             name="failed", words=f"failed on {where}: {failure['error']}: {head}".rstrip(": ")
         )
     return None

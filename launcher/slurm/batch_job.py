@@ -17,13 +17,13 @@ from launcher.runs.job import plan_recipe
 from launcher.runs.rundir import RunDir, planned_path
 from launcher.slurm.queue import partition
 from launcher.slurm.resources import cpus_of, machine_of, memory_of, seconds_of
-from launcher.slurm.script import Batch
+from launcher.slurm.script import BatchScript
 from launcher.slurm.site import Site
 from launcher.slurm.submission import Submission
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class SubmitRequest:
     """What a user asks for."""
 
     reference: Reference
@@ -46,10 +46,10 @@ class Request:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared:
+class PreparedJob:
     """What is to be submitted."""
 
-    batch: Batch
+    batch: BatchScript
     folder: Path
     """Of the run, or of all runs of the array."""
 
@@ -72,7 +72,7 @@ class Prepared:
             ).save(run_dir)
 
 
-def prepare(request: Request, site: Site, out: Path | None) -> Prepared:
+def prepare(request: SubmitRequest, site: Site, out: Path | None) -> PreparedJob:
     """Plan each run, and put together the job that trains them in `out`, or a folder in runs/.
 
     Raises:
@@ -96,8 +96,8 @@ def prepare(request: Request, site: Site, out: Path | None) -> Prepared:
         log = "slurm-%a.log"
     else:
         paths, log = [folder], "slurm.log"
-    return Prepared(
-        batch=Batch(
+    return PreparedJob(
+        batch=BatchScript(
             name=widest.recipe,
             folder=str(Path.cwd()),
             log=f"{str(folder).replace('%', '%%')}/logs/{log}",
@@ -143,7 +143,7 @@ def complete(site: Site, nodes: int) -> Site:
     )
 
 
-def _plan(request: Request, site: Site, arguments: tuple[str, ...]) -> Plan:
+def _plan(request: SubmitRequest, site: Site, arguments: tuple[str, ...]) -> Plan:
     gpus = (site.gpus_per_node or 0) if request.gpus_per_node is None else request.gpus_per_node
     if request.gpus_per_node and request.nproc_per_node not in (None, gpus):
         raise UsageError(
@@ -164,7 +164,7 @@ def _plan(request: Request, site: Site, arguments: tuple[str, ...]) -> Plan:
 
 
 def _command(
-    request: Request, site: Site, plan: Plan, path: Path, arguments: tuple[str, ...]
+    request: SubmitRequest, site: Site, plan: Plan, path: Path, arguments: tuple[str, ...]
 ) -> list[str]:
     """Return what each node runs."""
     program = own_program() if site.python is None else program_of(site.python)

@@ -15,7 +15,7 @@ from launcher.slurm.site import Site, time_text
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class BatchScript:
     """What is asked of Slurm, and what it is to run."""
 
     name: str
@@ -44,7 +44,7 @@ class Batch:
     site: Site
 
 
-def render(batch: Batch) -> str:
+def render(batch: BatchScript) -> str:
     """Return the script.
 
     Raises:
@@ -61,7 +61,7 @@ def render(batch: Batch) -> str:
     return "\n".join(lines)
 
 
-def options(batch: Batch) -> Iterator[str]:
+def options(batch: BatchScript) -> Iterator[str]:
     """Yield the options of sbatch."""
     site = batch.site
     low, high = batch.nodes
@@ -98,7 +98,7 @@ def _variables(site: Site) -> dict[str, str]:
     return variables
 
 
-def _commands(batch: Batch) -> Iterator[str]:
+def _commands(batch: BatchScript) -> Iterator[str]:
     if not batch.is_array:
         yield f"command=({shlex.join(batch.commands[0])})"
         return
@@ -108,7 +108,7 @@ def _commands(batch: Batch) -> Iterator[str]:
     yield "esac"
 
 
-def _steps(batch: Batch) -> Iterator[str]:
+def _steps(batch: BatchScript) -> Iterator[str]:
     site = batch.site
     step = ["srun", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
     step.append(f"--cpus-per-task={batch.cpus_per_node}")

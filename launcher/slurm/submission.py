@@ -34,7 +34,7 @@ class Submission:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Status:
+class SubmissionStatus:
     """How a submitted run fares, in words."""
 
     run_dir: RunDir
@@ -104,7 +104,7 @@ def submissions(below: Path) -> Iterator[RunDir]:
             yield run_dir
 
 
-def status_of(run_dir: RunDir, *, ask: bool = True) -> Status:
+def status_of(run_dir: RunDir, *, ask: bool = True) -> SubmissionStatus:
     """Return how a run fares, by Slurm and by what it has written.
 
     Args:
@@ -119,7 +119,7 @@ def status_of(run_dir: RunDir, *, ask: bool = True) -> Status:
         except SlurmError as error:
             silence = str(error)
     state, words = _in_words(run_dir, submission, job, silence)
-    return Status(
+    return SubmissionStatus(
         run_dir=run_dir,
         submission=submission,
         state=state,

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launcher.analysis.batch_sizes import MARGIN, Trial, next_size
+from launcher.analysis.batch_sizes import MARGIN, SizeTrial, next_size
 from launcher.environment.machine import free_memory_bytes
 from launcher.errors import EXIT_FAILED, EndedError, LauncherError, TrainingError
-from launcher.launch.launcher import Stops
+from launcher.launch.launcher import SignalHandler
 from launcher.runs.cache import cache_folder
 from launcher.runs.provenance import versions
 from launcher.runs.rundir import RunDir, create_run_dir, read_failure, write_json
@@ -32,7 +32,7 @@ _MICRO_STEPS = 2
 class FoundBatch:
     """What the sizes came to."""
 
-    trials: tuple[Trial, ...]
+    trials: tuple[SizeTrial, ...]
     share: int
     """A rank's samples of a global batch: no micro-batch is larger."""
 
@@ -63,9 +63,11 @@ class BatchSearch:
             free = free_memory_bytes() or target.machine.memory_bytes
             memory = free // self.plan.nproc_per_node
         self.memory = None if memory is None else int(memory * (1 - MARGIN))
-        self._trials: list[Trial] = []
+        self._trials: list[SizeTrial] = []
 
-    def run(self, run_dir: RunDir, stops: Stops, tell: Callable[[Trial], None]) -> FoundBatch:
+    def run(
+        self, run_dir: RunDir, signals: SignalHandler, tell: Callable[[SizeTrial], None]
+    ) -> FoundBatch:
         """Search to the end, with a folder in `run_dir` for each trial; `tell` hears of each.
 
         Raises:
@@ -73,13 +75,13 @@ class BatchSearch:
             EndedError: It was stopped.
         """
         while (size := next_size(self._trials, self.share, first=self._first)) is not None:
-            trial = self._try(size, run_dir, stops)
+            trial = self._try(size, run_dir, signals)
             self._trials.append(trial)
             tell(trial)
         return FoundBatch(trials=tuple(self._trials), share=self.share, memory_bytes=self.memory)
 
-    def _try(self, size: int, folder: RunDir, stops: Stops) -> Trial:
-        from launcher.engine.worker import launched_size_probe
+    def _try(self, size: int, folder: RunDir, signals: SignalHandler) -> SizeTrial:
+        from launcher.engine.worker import agent_size_probe
 
         probe = self._plan(size)
         run_dir = create_run_dir(folder.path / f"size-{size}", probe.plan.recipe)
@@ -88,8 +90,8 @@ class BatchSearch:
             run_probe(
                 probe,
                 run_dir,
-                launched_size_probe,
-                stops,
+                agent_size_probe,
+                signals,
                 memory_bytes=self.memory,
                 quiet=True,
                 show=said.append,
@@ -99,12 +101,12 @@ class BatchSearch:
                 raise
         else:
             values = json.loads(run_dir.size.read_text(encoding="utf-8"))
-            return Trial(size=size, fits=True, **values)
+            return SizeTrial(size=size, fits=True, **values)
         failure = read_failure(run_dir) or {}
         if failure.get("out_of_memory") or any(
             name in failure.get("message", "") for name in _ENDS_FOR_MEMORY
         ):
-            return Trial(size=size, fits=False)
+            return SizeTrial(size=size, fits=False)
         raise TrainingError(
             f"With micro_batch_size={size} the recipe failed, and not for want of memory:\n\n"
             + "\n".join(said).removeprefix("launcher: ")
@@ -152,7 +154,7 @@ def read_cache(path: Path) -> FoundBatch | None:
     """Return what was found before, if anything was."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        trials = tuple(Trial(**each) for each in values.pop("trials"))
+        trials = tuple(SizeTrial(**each) for each in values.pop("trials"))
         return FoundBatch(trials=trials, **values)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from launcher.analysis.scaling_model import (
+    Bounds,
     Computation,
     Link,
     Network,
-    Span,
     checkpoint_interval,
     goodput,
     step_seconds,
@@ -18,14 +18,14 @@ from launcher.analysis.scaling_model import (
 from launcher.errors import PlanError
 from launcher.planning.plan import Plan
 from launcher.slurm.site import Site
-from launcher.tuning.measurements import Measured
+from launcher.tuning.measurements import Measurements
 
 GRADIENT_BYTES = 4
 """Of a weight: gradients are summed in fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class EstimateInputs:
     """What is true of a cluster, whatever runs on it."""
 
     network: Network
@@ -39,7 +39,7 @@ class Facts:
     """Of a device."""
 
 
-ON_GPUS = Facts(
+ON_GPUS = EstimateInputs(
     network=Network(
         inside=Link(seconds=10e-6, bytes_per_second=200e9),
         between=Link(seconds=20e-6, bytes_per_second=200e9 / 8),
@@ -61,7 +61,7 @@ ON_CPUS = replace(
 """Where nothing is said: gloo over loopback, and 10 Gbit/s between nodes."""
 
 
-def facts_of(site: Site, device: str) -> Facts:
+def facts_of(site: Site, device: str) -> EstimateInputs:
     """Return what a site profile says of its links, failures and prices, or what is assumed."""
     assumed = ON_GPUS if device == "cuda" else ON_CPUS
     inside, between = assumed.network.inside, assumed.network.between
@@ -72,7 +72,7 @@ def facts_of(site: Site, device: str) -> Facts:
             bytes_per_second=num_bytes or known.bytes_per_second,
         )
 
-    return Facts(
+    return EstimateInputs(
         network=Network(
             inside=link(inside, site.link_microseconds, (site.link_gigabytes or 0) * 1e9),
             between=link(
@@ -86,7 +86,7 @@ def facts_of(site: Site, device: str) -> Facts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class EstimateRow:
     """A run on one number of ranks; a span is with all communication hidden that can be, and none.
 
     A device is a GPU; on CPUs it is a node, whose ranks share its cores.
@@ -97,16 +97,16 @@ class Row:
     batch_size: int
     micro_batch_size: int
     accumulation_steps: int
-    seconds_per_step: Span
-    samples_per_second: Span
-    efficiency: Span
+    seconds_per_step: Bounds
+    samples_per_second: Bounds
+    efficiency: Bounds
     """Samples/s of each device, over those of one alone."""
 
-    seconds: Span
+    seconds: Bounds
     """Of the whole run, with what failures cost."""
 
-    device_hours: Span
-    price: Span | None
+    device_hours: Bounds
+    price: Bounds | None
     samples_ratio: float | None
     """Samples to the same loss over those at a tiny batch: 1 + B / B_simple."""
 
@@ -121,9 +121,9 @@ class Row:
 class Estimate:
     """The table, and how it ends."""
 
-    measured: Measured
-    facts: Facts
-    rows: tuple[Row, ...]
+    measured: Measurements
+    facts: EstimateInputs
+    rows: tuple[EstimateRow, ...]
     refusal: str | None
     """Why there is no row for more ranks, if that is so."""
 
@@ -132,8 +132,8 @@ def estimate_scaling(
     plan_for: Callable[[int, int], Plan],
     nodes: int,
     nproc: int,
-    measured: Measured,
-    facts: Facts,
+    measured: Measurements,
+    facts: EstimateInputs,
 ) -> Estimate:
     """Return what the run would take on one rank, on more of one node, and on more nodes.
 
@@ -144,7 +144,7 @@ def estimate_scaling(
         measured: On one device.
         facts: Of the cluster.
     """
-    rows: list[Row] = []
+    rows: list[EstimateRow] = []
     refusal = None
     for some_nodes, some_nproc in _worlds(nodes, nproc):
         try:
@@ -172,7 +172,7 @@ def _doubled(most: int) -> Iterator[int]:
     yield most
 
 
-def _row(plan: Plan, measured: Measured, facts: Facts) -> Row:
+def _row(plan: Plan, measured: Measurements, facts: EstimateInputs) -> EstimateRow:
     nodes, nproc, accumulation = plan.nodes, plan.nproc_per_node, plan.accumulation_steps
     compute = Computation(measured.micro_steps)
     devices = plan.world_size if plan.device == "cuda" else nodes
@@ -191,12 +191,12 @@ def _row(plan: Plan, measured: Measured, facts: Facts) -> Row:
     micro_seconds = compute.seconds(share) * sharing
     step = step_seconds(micro_seconds, sent, accumulation=accumulation, num_bytes=num_bytes)
     alone = compute.largest / compute.seconds(compute.largest)
-    speed = Span(*(plan.batch_size / each for each in step))
+    speed = Bounds(*(plan.batch_size / each for each in step))
     save_every, kept = _failures(measured.save_seconds, facts, devices)
-    seconds = Span(*(plan.total_steps * each / max(kept, 1e-9) for each in step))
-    hours = Span(*(each / 3600 * devices for each in seconds))
+    seconds = Bounds(*(plan.total_steps * each / max(kept, 1e-9) for each in step))
+    hours = Bounds(*(each / 3600 * devices for each in seconds))
     price, noise = facts.price_per_hour, measured.noise_scale
-    return Row(
+    return EstimateRow(
         nodes=nodes,
         nproc_per_node=nproc,
         batch_size=plan.batch_size,
@@ -204,17 +204,19 @@ def _row(plan: Plan, measured: Measured, facts: Facts) -> Row:
         accumulation_steps=accumulation,
         seconds_per_step=step,
         samples_per_second=speed,
-        efficiency=Span(*(each / devices / alone for each in speed)),
+        efficiency=Bounds(*(each / devices / alone for each in speed)),
         seconds=seconds,
         device_hours=hours,
-        price=None if price is None else Span(*(each * price for each in hours)),
+        price=None if price is None else Bounds(*(each * price for each in hours)),
         samples_ratio=None if noise is None else 1 + plan.batch_size / noise,
         save_every=save_every,
         goodput=kept,
     )
 
 
-def _failures(save: float | None, facts: Facts, devices: int) -> tuple[float | None, float]:
+def _failures(
+    save: float | None, facts: EstimateInputs, devices: int
+) -> tuple[float | None, float]:
     """Return the seconds between checkpoints, and the part of the time that lasts."""
     mtbf = facts.mtbf_seconds / devices
     if not save:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable
 
-from launcher.analysis.scaling_model import Link, Span
+from launcher.analysis.scaling_model import Bounds, Link
 from launcher.console.tables import table
 from launcher.quantities import duration, size
-from launcher.tuning.estimate import GRADIENT_BYTES, Estimate, Row
+from launcher.tuning.estimate import GRADIENT_BYTES, Estimate, EstimateRow
 
 _WIDTH = 96
 _MUCH = 0.05
@@ -73,7 +73,7 @@ def _head(unit: str, estimate: Estimate) -> list[str]:
     return head
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: EstimateRow) -> list[str]:
     cells = [
         f"{row.nodes:,} x {row.nproc_per_node}",
         f"{row.batch_size:,}",
@@ -93,7 +93,7 @@ def _cells(row: Row) -> list[str]:
     return cells
 
 
-def _span(span: Span, text: Callable[[float], str]) -> str:
+def _span(span: Bounds, text: Callable[[float], str]) -> str:
     best, worst = text(span.best), text(span.worst)
     return best if best == worst else f"{best} - {worst}"
 

@@ -21,7 +21,7 @@ from launcher.analysis.loader_throughput import (
     throughput,
 )
 from launcher.environment.machine import free_memory_bytes, free_shm_bytes
-from launcher.launch.launcher import Stops
+from launcher.launch.launcher import SignalHandler
 from launcher.planning.loading import PREFETCH_FACTOR
 from launcher.runs.rundir import RunDir, create_run_dir
 from launcher.tuning.probe_run import Target, run_probe
@@ -31,7 +31,7 @@ _WORKER_BYTES = 60e6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class LoaderTrial:
     """What was measured with a number of workers; means over the ranks."""
 
     workers: int
@@ -64,7 +64,7 @@ class FoundLoader:
     """There is room for so many."""
 
     limited_by: str
-    readings: tuple[Reading, ...]
+    readings: tuple[LoaderTrial, ...]
     """With numbers of workers; then, with the fewest that are as fast as any of those, a longer
     queue where it may bridge what is slow, and on GPUs the other way of pinning."""
 
@@ -74,7 +74,7 @@ class FoundLoader:
     slowest_batch_seconds: float
     """To read, in one process."""
 
-    best: Reading
+    best: LoaderTrial
     """Of those, what the settings say."""
 
     settings: Mapping[str, Any]
@@ -98,13 +98,15 @@ class LoaderSearch:
         self._seconds = seconds
         self._prefetch_factor = recipe.prefetch_factor or PREFETCH_FACTOR
 
-    def run(self, run_dir: RunDir, stops: Stops, tell: Callable[[Reading], None]) -> FoundLoader:
+    def run(
+        self, run_dir: RunDir, signals: SignalHandler, tell: Callable[[LoaderTrial], None]
+    ) -> FoundLoader:
         """Return what was found; `tell` hears of each number of workers.
 
         Raises:
             EndedError: A run failed or was stopped, which was shown.
         """
-        profile = self._measure(run_dir, stops, num_workers=0)
+        profile = self._measure(run_dir, signals, num_workers=0)
         readings = [self._reading(profile, num_workers=0)]
         tell(readings[0])
         cost = SampleCost(
@@ -122,8 +124,8 @@ class LoaderSearch:
         most, limited_by = most_workers(room, worker)
         predicted = predict(cost, room, worker)
 
-        def measure(**settings: Any) -> Reading:
-            readings.append(self._reading(self._measure(run_dir, stops, **settings), **settings))
+        def measure(**settings: Any) -> LoaderTrial:
+            readings.append(self._reading(self._measure(run_dir, signals, **settings), **settings))
             tell(readings[-1])
             return readings[-1]
 
@@ -157,7 +159,7 @@ class LoaderSearch:
         )
 
     def _alternatives(
-        self, best: Reading, slowest: float, room: Room, worker: WorkerCost
+        self, best: LoaderTrial, slowest: float, room: Room, worker: WorkerCost
     ) -> Iterator[dict[str, Any]]:
         """Yield what else is worth measuring with the best number of workers."""
         if best.workers:
@@ -177,8 +179,8 @@ class LoaderSearch:
             shm_bytes=(free_shm_bytes() or 0) / ranks,
         )
 
-    def _measure(self, folder: RunDir, stops: Stops, **settings: Any) -> dict[str, float]:
-        from launcher.engine.worker import launched_reading_probe
+    def _measure(self, folder: RunDir, signals: SignalHandler, **settings: Any) -> dict[str, float]:
+        from launcher.engine.worker import agent_loader_probe
 
         probe = self._target.having(
             "find loader",
@@ -193,13 +195,13 @@ class LoaderSearch:
         ).probe()
         name = "-".join(f"{name}-{value}" for name, value in settings.items())
         run_dir = create_run_dir(folder.path / name, probe.plan.recipe)
-        run_probe(probe, run_dir, launched_reading_probe, stops, seconds=self._seconds, quiet=True)
+        run_probe(probe, run_dir, agent_loader_probe, signals, seconds=self._seconds, quiet=True)
         found: dict[str, float] = json.loads(run_dir.reading.read_text(encoding="utf-8"))
         return found
 
-    def _reading(self, values: Mapping[str, float], **settings: Any) -> Reading:
+    def _reading(self, values: Mapping[str, float], **settings: Any) -> LoaderTrial:
         names = ("samples_per_second", "wait_seconds_per_step", "step_seconds", "worker_bytes")
-        return Reading(
+        return LoaderTrial(
             workers=settings["num_workers"],
             prefetch_factor=settings.get("prefetch_factor", self._prefetch_factor),
             pin_memory=settings.get("pin_memory", self.plan.pin_memory),

@@ -7,15 +7,15 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from launcher.analysis.lr_curve import (
-    Curve,
     FoundLR,
-    Trial,
+    LossCurve,
+    LRTrial,
     at_reference,
     final_loss,
     next_lr,
     suggest,
 )
-from launcher.launch.launcher import Stops
+from launcher.launch.launcher import SignalHandler
 from launcher.recipe.recipe import Recipe
 from launcher.runs.rundir import RunDir, create_run_dir
 from launcher.tuning.probe_run import Probe, Target, run_probe
@@ -40,13 +40,15 @@ def plan_range_test(target: Target, *, lowest: float, highest: float, steps: int
     ).probe()
 
 
-def find_lr(test: Probe, run_dir: RunDir, stops: Stops, *, quiet: bool = False) -> FoundLR:
+def find_lr(
+    test: Probe, run_dir: RunDir, signals: SignalHandler, *, quiet: bool = False
+) -> FoundLR:
     """Run a range test; return what it came to.
 
     Raises:
         EndedError: It failed or was stopped, which was shown.
     """
-    curve = _curve(test, run_dir, stops, quiet=quiet)
+    curve = _curve(test, run_dir, signals, quiet=quiet)
     return FoundLR(curve=curve, suggestions=suggest(curve))
 
 
@@ -54,8 +56,8 @@ def try_lrs(
     found: FoundLR,
     target: Target,
     run_dir: RunDir,
-    stops: Stops,
-    tell: Callable[[Trial], None],
+    signals: SignalHandler,
+    tell: Callable[[LRTrial], None],
     *,
     steps: int,
 ) -> FoundLR:
@@ -67,14 +69,14 @@ def try_lrs(
         found: By a range test.
         target: The recipe.
         run_dir: A folder for each training is made in it.
-        stops: What has been listening for signals.
+        signals: What has been listening for signals.
         tell: Hears of each training.
         steps: Of each training.
 
     Raises:
         EndedError: One failed or was stopped, which was shown.
     """
-    trials: list[Trial] = []
+    trials: list[LRTrial] = []
     first = found.suggestions.valley
     while first is not None and (lr := next_lr(trials, first)) is not None:
         probe = target.having(
@@ -88,19 +90,19 @@ def try_lrs(
             noise_scale=False,
         ).probe()
         folder = create_run_dir(run_dir.path / f"lr-{lr:.3g}", probe.plan.recipe)
-        losses = _curve(probe, folder, stops, quiet=True).losses
-        trials.append(Trial(lr=lr, loss=final_loss(losses, steps)))
+        losses = _curve(probe, folder, signals, quiet=True).losses
+        trials.append(LRTrial(lr=lr, loss=final_loss(losses, steps)))
         tell(trials[-1])
     return replace(found, trials=tuple(trials))
 
 
-def _curve(probe: Probe, run_dir: RunDir, stops: Stops, *, quiet: bool) -> Curve:
+def _curve(probe: Probe, run_dir: RunDir, signals: SignalHandler, *, quiet: bool) -> LossCurve:
     """Train along the schedule of a probe until the loss diverges."""
-    from launcher.engine.worker import launched_range_test
+    from launcher.engine.worker import agent_range_test
 
-    run_probe(probe, run_dir, launched_range_test, stops, quiet=quiet)
+    run_probe(probe, run_dir, agent_range_test, signals, quiet=quiet)
     values = json.loads(run_dir.curve.read_text(encoding="utf-8"))
-    return Curve(lrs=tuple(values["lrs"]), losses=tuple(values["losses"]))
+    return LossCurve(lrs=tuple(values["lrs"]), losses=tuple(values["losses"]))
 
 
 def stated(lr: float, batch_size: int, recipe: Recipe) -> dict[str, float]:

@@ -22,7 +22,7 @@ _STALL = "checkpoint_stall_seconds"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class Measurements:
     """A recipe on one device."""
 
     micro_steps: tuple[tuple[int, float], ...]
@@ -41,7 +41,7 @@ class Measured:
     """What a checkpoint holds up the training for, where one was saved."""
 
 
-def read_measured(folders: Sequence[Path], plan: Plan) -> Measured:
+def read_measured(folders: Sequence[Path], plan: Plan) -> Measurements:
     """Read folders of `launcher run`, `find batch` and `find noise`, each for what it has.
 
     Raises:
@@ -69,7 +69,7 @@ def read_measured(folders: Sequence[Path], plan: Plan) -> Measured:
             f"{', '.join(map(str, folders))}: no step was timed there. Give the folder of "
             "`launcher run RECIPE -n 1`, or of `launcher find batch RECIPE -n 1`."
         )
-    return Measured(
+    return Measurements(
         micro_steps=tuple(sorted(found.micro_steps.items())),
         num_trained=found.num_trained,
         data_wait=found.data_wait,

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 
 from launcher.analysis.gradient_noise import Measurement, NoiseScale, estimate
-from launcher.launch.launcher import Stops
+from launcher.launch.launcher import SignalHandler
 from launcher.planning.global_batch import ceil_div
 from launcher.runs.rundir import RunDir
 from launcher.tuning.probe_run import Probe, Target, run_probe
@@ -44,17 +44,17 @@ def plan_noise(target: Target) -> Probe:
 
 
 def find_noise(
-    probe: Probe, run_dir: RunDir, stops: Stops, *, steps: int, quiet: bool = False
+    probe: Probe, run_dir: RunDir, signals: SignalHandler, *, steps: int, quiet: bool = False
 ) -> FoundNoise:
     """Take the first `steps` and measure; return what it came to.
 
     Raises:
         EndedError: It failed or was stopped, which was shown.
     """
-    from launcher.engine.worker import launched_noise_probe
+    from launcher.engine.worker import agent_noise_probe
 
     last_step = min(steps, probe.plan.total_steps)
-    run_probe(probe, run_dir, launched_noise_probe, stops, last_step=last_step, quiet=quiet)
+    run_probe(probe, run_dir, agent_noise_probe, signals, last_step=last_step, quiet=quiet)
     values = json.loads(run_dir.noise.read_text(encoding="utf-8"))["measurements"]
     measured = tuple(Measurement(**each) for each in values)
     half = len(measured) // 2

@@ -10,9 +10,9 @@ from typing import Any
 
 from launcher.environment.machine import Machine
 from launcher.errors import EndedError
-from launcher.launch.launcher import Stops, launch
+from launcher.launch.launcher import SignalHandler, launch
 from launcher.planning.plan import Plan
-from launcher.recipe.overrides import Built, Override, build
+from launcher.recipe.overrides import BuiltRecipe, Override, build
 from launcher.recipe.recipe import Recipe
 from launcher.recipe.resolve import Reference
 from launcher.runs.job import Job, describe_run, plan_recipe
@@ -66,7 +66,7 @@ class Target:
             description=describe_run(self.reference, built, plan),
         )
 
-    def _plan(self) -> tuple[Built, Plan]:
+    def _plan(self) -> tuple[BuiltRecipe, Plan]:
         return plan_recipe(
             self.reference, self.overrides, self.machine, nproc_per_node=self.nproc_per_node
         )
@@ -92,7 +92,7 @@ def run_probe(
     probe: Probe,
     run_dir: RunDir,
     function: Callable[[Job], int],
-    stops: Stops,
+    signals: SignalHandler,
     *,
     last_step: int | None = None,
     memory_bytes: int | None = None,
@@ -106,7 +106,7 @@ def run_probe(
         probe: What to train.
         run_dir: Where to write.
         function: What each rank calls, of `launcher.engine.worker`.
-        stops: What has been listening for signals.
+        signals: What has been listening for signals.
         last_step: Steps to take; None takes all.
         memory_bytes: The most that each rank may use; None is all there is.
         seconds: For how long to measure, where that is not told by steps.
@@ -127,7 +127,7 @@ def run_probe(
         memory_bytes=memory_bytes,
         seconds=seconds,
         saves=False,
-        shows="nothing" if quiet else "progress",
+        output_mode="nothing" if quiet else "progress",
     )
-    if code := launch(job, function, stops=stops, show=show):
+    if code := launch(job, function, signals=signals, show=show):
         raise EndedError(code)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from launcher.analysis.step_profile import Profile
-from launcher.launch.launcher import Stops
+from launcher.launch.launcher import SignalHandler
 from launcher.runs.rundir import RunDir
 from launcher.tuning.probe_run import Probe, Target, run_probe
 
@@ -30,15 +30,15 @@ def plan_profile(target: Target, *, steps: int) -> Probe:
 
 
 def profile_recipe(
-    probe: Probe, run_dir: RunDir, stops: Stops, *, quiet: bool = False
+    probe: Probe, run_dir: RunDir, signals: SignalHandler, *, quiet: bool = False
 ) -> list[Profile]:
     """Take the steps; return where the time went, by rank.
 
     Raises:
         EndedError: It failed or was stopped, which was shown.
     """
-    from launcher.engine.worker import launched_profile
+    from launcher.engine.worker import agent_profile
 
-    run_probe(probe, run_dir, launched_profile, stops, last_step=WARM_UP, quiet=quiet)
+    run_probe(probe, run_dir, agent_profile, signals, last_step=WARM_UP, quiet=quiet)
     ranks = json.loads(run_dir.profile.read_text(encoding="utf-8"))["ranks"]
     return [Profile(**each) for each in ranks]

@@ -8,15 +8,14 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from launcher.analysis.batch_sizes import Trial
+from launcher.analysis.batch_sizes import SizeTrial
 from launcher.analysis.gradient_noise import (
     LARGEST,
     RunningNoise,
     items_ratio,
     steps_ratio,
 )
-from launcher.analysis.lr_curve import FoundLR, usable
-from launcher.analysis.lr_curve import Trial as LRTrial
+from launcher.analysis.lr_curve import FoundLR, LRTrial, usable
 from launcher.console.plots import Curve, Mark, Plot, draw
 from launcher.planning.loading import PREFETCH_FACTOR
 from launcher.planning.plan import Plan
@@ -24,7 +23,7 @@ from launcher.quantities import size
 
 if TYPE_CHECKING:
     from launcher.tuning.batch_search import FoundBatch
-    from launcher.tuning.loader_search import FoundLoader, Reading
+    from launcher.tuning.loader_search import FoundLoader, LoaderTrial
     from launcher.tuning.noise_search import FoundNoise
     from launcher.tuning.probe_run import Probe
 
@@ -98,7 +97,7 @@ def lr_rules(found: FoundLR, plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def trial_text(trial: Trial) -> str:
+def trial_text(trial: SizeTrial) -> str:
     """Return what came of one size, in a line."""
     if trial.samples_per_second is None or trial.peak_bytes is None:
         return f"  {trial.size:>7,} samples  out of memory"
@@ -125,7 +124,7 @@ def batch_plot(found: FoundBatch, plan: Plan) -> Plot:
     )
 
 
-def batch_text(found: FoundBatch, chosen: Trial | None) -> str:
+def batch_text(found: FoundBatch, chosen: SizeTrial | None) -> str:
     """Return which size fits, which is the fastest, and the line to paste."""
     limit = "the GPU, less a tenth" if found.memory_bytes is None else size(found.memory_bytes)
     if chosen is None:
@@ -142,7 +141,7 @@ def batch_text(found: FoundBatch, chosen: Trial | None) -> str:
     return "\n".join(lines)
 
 
-def reading_text(reading: Reading) -> str:
+def reading_text(reading: LoaderTrial) -> str:
     """Return what was measured with a number of workers, in a line."""
     line = (
         f"  {reading.workers:>3} workers  {reading.samples_per_second:>10,.0f} samples/s  a step "

@@ -11,17 +11,16 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 
-from launcher.analysis.batch_sizes import Trial, choose, fastest_to_the_loss
+from launcher.analysis.batch_sizes import SizeTrial, choose, fastest_to_the_loss
 from launcher.analysis.gradient_noise import LARGEST, items_ratio, steps_ratio
-from launcher.analysis.lr_curve import FoundLR, best_trial
-from launcher.analysis.lr_curve import Trial as LRTrial
+from launcher.analysis.lr_curve import FoundLR, LRTrial, best_trial
 from launcher.errors import PlanError, RunDirError
-from launcher.launch.launcher import Stops
+from launcher.launch.launcher import SignalHandler
 from launcher.planning.plan import Plan
 from launcher.recipe.recipe import Recipe
 from launcher.runs.rundir import RunDir, create_run_dir, write_json
 from launcher.tuning.batch_search import BatchSearch, FoundBatch
-from launcher.tuning.loader_search import FoundLoader, LoaderSearch, Reading
+from launcher.tuning.loader_search import FoundLoader, LoaderSearch, LoaderTrial
 from launcher.tuning.lr_search import find_lr, plan_range_test, try_lrs
 from launcher.tuning.noise_search import FoundNoise, find_noise, plan_noise
 from launcher.tuning.probe_run import Probe, Target
@@ -39,7 +38,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
+class TunedSetting:
     """A setting that was found."""
 
     name: str
@@ -48,7 +47,7 @@ class Finding:
     """Why, in a line."""
 
 
-class Listener(Protocol):
+class TuningListener(Protocol):
     """Hears how tuning goes on."""
 
     def begins(self, what: str) -> None:
@@ -60,10 +59,10 @@ class Listener(Protocol):
     def tried_lr(self, trial: LRTrial) -> None:
         """A learning rate was tried."""
 
-    def tried(self, trial: Trial) -> None:
+    def tried(self, trial: SizeTrial) -> None:
         """A size was tried."""
 
-    def read(self, reading: Reading) -> None:
+    def read(self, reading: LoaderTrial) -> None:
         """A number of workers was measured."""
 
     def found_lr(self, found: FoundLR, test: Probe) -> None:
@@ -98,20 +97,20 @@ class Tuner:
         self,
         target: Target,
         run_dir: RunDir,
-        stops: Stops,
-        listener: Listener,
+        signals: SignalHandler,
+        listener: TuningListener,
         *,
         memory: int | None,
         steps: int,
         seconds: float,
     ) -> None:
-        self._target, self._run_dir, self._stops = target, run_dir, stops
+        self._target, self._run_dir, self._stops = target, run_dir, signals
         self._listener = listener
         self._memory, self._steps, self._seconds = memory, steps, seconds
         self._given = {override.name for override in target.overrides}
-        self._findings: dict[str, Finding] = {}
+        self._findings: dict[str, TunedSetting] = {}
 
-    def run(self) -> list[Finding]:
+    def run(self) -> list[TunedSetting]:
         """Return the settings that were found.
 
         Raises:
@@ -135,7 +134,7 @@ class Tuner:
 
     def _add(self, name: str, value: Any, evidence: str) -> None:
         """Take note of a setting, in place of what was found for it before."""
-        self._findings[name] = Finding(name=name, value=value, evidence=evidence)
+        self._findings[name] = TunedSetting(name=name, value=value, evidence=evidence)
 
     def _once(self, name: str, kind: type[T], find: Callable[[RunDir], T]) -> T:
         """Return what was found before under this name, or find it in a folder of that name."""

@@ -14,7 +14,7 @@ from launcher.cli.target import target_arguments
 from launcher.errors import EXIT_FAILED
 
 if TYPE_CHECKING:
-    from launcher.launch.launcher import Stops
+    from launcher.launch.launcher import SignalHandler
     from launcher.tuning.probe_run import Target
 
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print the trials as JSON.")
 def command(
     target: Target,
-    stops: Stops,
+    signals: SignalHandler,
     memory: int | None,
     fresh: bool,
     out: Path | None,
@@ -59,7 +59,9 @@ def command(
         click.echo("measured before; --fresh measures again", err=True)
     else:
         run_dir = create_run_dir(out, f"find-batch-{search.plan.recipe}")
-        found = search.run(run_dir, stops, lambda trial: click.echo(trial_text(trial), err=as_json))
+        found = search.run(
+            run_dir, signals, lambda trial: click.echo(trial_text(trial), err=as_json)
+        )
         write_cache(kept, found)
     chosen = choose(found.trials)
     if as_json:

@@ -13,7 +13,7 @@ from launcher.cli.arguments import SettingsCommand, out_option
 from launcher.cli.target import target_arguments
 
 if TYPE_CHECKING:
-    from launcher.launch.launcher import Stops
+    from launcher.launch.launcher import SignalHandler
     from launcher.tuning.probe_run import Target
 
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print the measurements as JSON.")
 def command(
     target: Target,
-    stops: Stops,
+    signals: SignalHandler,
     seconds: float,
     out: Path | None,
     *,
@@ -56,7 +56,7 @@ def command(
     search = LoaderSearch(target, seconds=seconds)
     run_dir = create_run_dir(out, f"find-loader-{search.plan.recipe}")
     found = search.run(
-        run_dir, stops, lambda reading: click.echo(reading_text(reading), err=as_json)
+        run_dir, signals, lambda reading: click.echo(reading_text(reading), err=as_json)
     )
     if as_json:
         click.echo(json.dumps(asdict(found)))

@@ -16,7 +16,7 @@ from launcher.errors import EXIT_FAILED, UsageError
 Rule = Literal["valley", "steep", "minimum", "slide"]
 
 if TYPE_CHECKING:
-    from launcher.launch.launcher import Stops
+    from launcher.launch.launcher import SignalHandler
     from launcher.tuning.probe_run import Target
 
 
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print curve and suggestions as JSON.")
 def command(
     target: Target,
-    stops: Stops,
+    signals: SignalHandler,
     lowest: float,
     highest: float,
     steps: int,
@@ -87,7 +87,7 @@ def command(
     launcher find lr digits -n 2 strategy=fsdp --rule steep
     launcher find lr digits optimizer=adamw --to 1
     """
-    from launcher.analysis.lr_curve import Trial, best_trial
+    from launcher.analysis.lr_curve import LRTrial, best_trial
     from launcher.console.plots import has_images, write_png
     from launcher.runs.rundir import create_run_dir
     from launcher.tuning.lr_search import find_lr, plan_range_test, stated, try_lrs
@@ -98,14 +98,14 @@ def command(
     planned, _ = target.plan()
     test = plan_range_test(target, lowest=lowest, highest=highest, steps=steps)
     run_dir = create_run_dir(out, f"find-lr-{test.plan.recipe}")
-    found = find_lr(test, run_dir, stops, quiet=as_json)
+    found = find_lr(test, run_dir, signals, quiet=as_json)
     chosen = getattr(found.suggestions, rule)
     if tries:
 
-        def tell(trial: Trial) -> None:
+        def tell(trial: LRTrial) -> None:
             click.echo(lr_trial_text(trial), err=True)
 
-        found = try_lrs(found, target, run_dir, stops, tell, steps=steps)
+        found = try_lrs(found, target, run_dir, signals, tell, steps=steps)
         best = best_trial(found.trials)
         chosen = None if best is None else best.lr
     settings = {} if chosen is None else stated(chosen, test.plan.batch_size, planned)

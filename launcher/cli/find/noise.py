@@ -15,7 +15,7 @@ from launcher.cli.target import target_arguments
 from launcher.errors import EXIT_FAILED
 
 if TYPE_CHECKING:
-    from launcher.launch.launcher import Stops
+    from launcher.launch.launcher import SignalHandler
     from launcher.tuning.probe_run import Target
 
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print measurements and estimates as JSON.")
 def command(
     target: Target,
-    stops: Stops,
+    signals: SignalHandler,
     steps: int,
     out: Path | None,
     *,
@@ -56,7 +56,7 @@ def command(
 
     probe = plan_noise(target)
     run_dir = create_run_dir(out, f"find-noise-{probe.plan.recipe}")
-    found = find_noise(probe, run_dir, stops, steps=steps, quiet=as_json)
+    found = find_noise(probe, run_dir, signals, steps=steps, quiet=as_json)
     if as_json:
         click.echo(json.dumps(_finite(asdict(found))))
     else:

@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from launcher.engine.backends.base import Backend, whole_names
-from launcher.engine.backends.call_order import lockstep_of
+from launcher.engine.backends.call_order import call_order_of
 from launcher.engine.backends.placement import planned_device
 from launcher.engine.backends.unused_parameters import UsedParameters
 from launcher.engine.ranks.external_store import TIMEOUT, open_store
@@ -279,7 +279,9 @@ class FSDPBackend(GroupBackend):
         # Reduce zeros for what this rank has not used, as the others may have.
         sharded.set_reduce_scatter_unused_params(True)
         units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        self.lockstep = lockstep_of(model, units, strategy="fsdp", device=self.device, first=True)
+        self.call_order = call_order_of(
+            model, units, strategy="fsdp", device=self.device, first=True
+        )
         return model, make_optimizer(model)  # sharded in place
 
     def micro_step(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:

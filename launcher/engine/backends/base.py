@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from launcher.engine.backends.call_order import Lockstep
+from launcher.engine.backends.call_order import CallOrder
 from launcher.engine.backends.placement import Placement
 from launcher.engine.state.compiled import plain_name
 from launcher.engine.state.hyperparameters import take_step
@@ -25,8 +25,8 @@ from launcher.engine.state.module_state import (
     read_extra_state,
 )
 from launcher.engine.state.training_state import (
-    Source,
-    State,
+    Snapshot,
+    StateSource,
     check_optimizer,
     keep,
     live_tensors,
@@ -54,7 +54,7 @@ class Backend(ABC):
         self.device = device
         self.scaler = LossScaler(plan.world_size) if plan.precision == "fp16" else None
         """The scaling of the loss in fp16; None in other precisions."""
-        self.lockstep: Lockstep | None = None
+        self.call_order: CallOrder | None = None
         """Watches what ranks call where they gather weights together; None where they do not."""
         self._trained: list[nn.Parameter] | None = None
         self._dtype = (
@@ -164,20 +164,20 @@ class Backend(ABC):
         """Return the tensors whose optimizer state a snapshot holds."""
         return parameters(module).values()
 
-    def snapshot(self, model: nn.Module, optimizer: Optimizer) -> State:
+    def snapshot(self, model: nn.Module, optimizer: Optimizer) -> Snapshot:
         """Return this rank's part of what there is to save, copied to the host (collective).
 
         What `check_state` refuses would be left out.
         """
         module = self.unwrap(model)
         tensors = keep(live_tensors(module, optimizer), self.rank, self.world_size)
-        return State(
+        return Snapshot(
             tensors=tensors | own_buffers(module, self.rank, self.gather),
             values=plain_values(module, optimizer),
             extra=own_extra_state(module, self.gather),
         )
 
-    def restore(self, model: nn.Module, optimizer: Optimizer, source: Source) -> None:
+    def restore(self, model: nn.Module, optimizer: Optimizer, source: StateSource) -> None:
         """Fill model and optimizer with what was saved, on any number of ranks.
 
         Raises:
@@ -187,7 +187,7 @@ class Backend(ABC):
         read_into(module, optimizer, source)
         self.restore_module(module, source)
 
-    def restore_module(self, module: nn.Module, source: Source) -> None:
+    def restore_module(self, module: nn.Module, source: StateSource) -> None:
         """Fill buffers and extra state with what was saved.
 
         Raises:
@@ -209,9 +209,9 @@ class Backend(ABC):
         if self.scaler is not None:
             weight = weight * self.scaler.factor
         # The weight is where the chain rule starts: a multiplication less, forward and backward.
-        loss.backward(infect(loss, weight))
-        if self.lockstep is not None:
-            self.lockstep.end_pass()
+        loss.backward(poison_nonfinite(loss, weight))
+        if self.call_order is not None:
+            self.call_order.end_pass()
 
     def apply(self, optimizer: Optimizer, max_grad_norm: float | None) -> Tensor:
         """Clip, step and clear the gradients; return the norm of the global gradient before.
@@ -259,7 +259,7 @@ class Backend(ABC):
         return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
 
 
-def infect(loss: Tensor, weight: float | Tensor) -> Tensor:
+def poison_nonfinite(loss: Tensor, weight: float | Tensor) -> Tensor:
     """Return `weight`, or NaN where the loss is not finite.
 
     Gradients then are not finite either, whatever the model makes of it: every rank sees it in the

@@ -42,24 +42,24 @@ _REMEDY = (
 )
 
 
-def lockstep_of(
+def call_order_of(
     model: nn.Module,
     units: Sequence[nn.Module],
     *,
     strategy: str,
     device: torch.device,
     first: bool,
-) -> Lockstep | None:
+) -> CallOrder | None:
     """Return what watches `units`; None where a module is compiled, as its hooks would be too.
 
-    The arguments are those of `Lockstep`.
+    The arguments are those of `CallOrder`.
     """
     if is_compiled(model):
         return None
-    return Lockstep(model, units, strategy=strategy, device=device, first=first)
+    return CallOrder(model, units, strategy=strategy, device=device, first=first)
 
 
-class Lockstep:
+class CallOrder:
     """Watches the modules that gather weights, in forward and in backward.
 
     Args:

@@ -27,15 +27,15 @@ from torch._C._distributed_c10d import HashStore
 from torch.optim import Optimizer
 
 from launcher.engine.backends.accelerate import GroupBackend, forget_settings
-from launcher.engine.backends.base import infect, whole_names
-from launcher.engine.backends.call_order import lockstep_of
+from launcher.engine.backends.base import poison_nonfinite, whole_names
+from launcher.engine.backends.call_order import call_order_of
 from launcher.engine.backends.reduction_order import OrderedReduction
 from launcher.engine.state.compiled import plain_name
 from launcher.engine.state.module_state import own_buffers, own_extra_state
 from launcher.engine.state.training_state import (
     STEP,
-    Source,
-    State,
+    Snapshot,
+    StateSource,
     check_names,
     check_size,
     empty_state,
@@ -109,7 +109,7 @@ class DeepSpeedBackend(GroupBackend):
                 for each in model.modules()
                 if any(True for _ in each.parameters(recurse=False))
             ]
-            self.lockstep = lockstep_of(
+            self.call_order = call_order_of(
                 model, gathered, strategy=self.plan.strategy, device=self.device, first=False
             )
         if self.scaler is not None:
@@ -127,9 +127,9 @@ class DeepSpeedBackend(GroupBackend):
     def backward(self, loss: Tensor, weight: float | Tensor) -> None:
         if self.scaler is not None:
             self._engine.optimizer.override_loss_scale(self.scaler.factor)
-        self._engine.backward(loss * infect(loss, weight), scale_wrt_gas=False)
-        if self.lockstep is not None:
-            self.lockstep.end_pass()
+        self._engine.backward(loss * poison_nonfinite(loss, weight), scale_wrt_gas=False)
+        if self.call_order is not None:
+            self.call_order.end_pass()
 
     def apply(self, optimizer: Optimizer, max_grad_norm: float | None) -> Tensor:
         self._engine.step()  # clips as configured, steps and clears
@@ -138,7 +138,7 @@ class DeepSpeedBackend(GroupBackend):
             self.scaler.update(finite=bool(norm.isfinite()))
         return norm.to(self.device)
 
-    def snapshot(self, model: nn.Module, optimizer: Optimizer) -> State:
+    def snapshot(self, model: nn.Module, optimizer: Optimizer) -> Snapshot:
         self._link_state()
         module = self._engine.module
         tensors = keep(self._whole_tensors(optimizer), self.rank, self.world_size)
@@ -149,7 +149,7 @@ class DeepSpeedBackend(GroupBackend):
             if not isinstance(value, Tensor)
             for name in names
         }
-        return State(
+        return Snapshot(
             tensors=tensors | own_buffers(module, self.rank, self.gather),
             values=values,
             extra=own_extra_state(module, self.gather),
@@ -158,7 +158,7 @@ class DeepSpeedBackend(GroupBackend):
     def saved_tensors(self, module: nn.Module) -> Iterable[Tensor]:
         return [flat for _, _, flat in self._flat_groups()]
 
-    def restore(self, model: nn.Module, optimizer: Optimizer, source: Source) -> None:
+    def restore(self, model: nn.Module, optimizer: Optimizer, source: StateSource) -> None:
         module = self._engine.module
         own = parameters(module)
         check_names(source, own)
@@ -218,7 +218,7 @@ class DeepSpeedBackend(GroupBackend):
                             safe_get_full_optimizer_state(own[name], key) if whole else value,
                         )
 
-    def _fill(self, name: str, parameter: nn.Parameter, source: Source) -> None:
+    def _fill(self, name: str, parameter: nn.Parameter, source: StateSource) -> None:
         """Fill one parameter and what the optimizer keeps of it (collective)."""
         size = _whole_size(parameter)
         full = f"model/{name}"

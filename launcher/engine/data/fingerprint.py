@@ -48,7 +48,7 @@ _LOOSE_MEAN, _LOOSE_ELEMENT = 0.02, 0.1
 """Tolerances in standard deviations, for arrays as large as an image."""
 
 
-class Difference(NamedTuple):
+class DataDifference(NamedTuple):
     """The first place at which two descriptions differ."""
 
     place: str
@@ -66,7 +66,7 @@ def describe(value: Any, depth: int = 0) -> Any:
         return _unknown(value)
 
 
-def difference(one: Any, other: Any, place: str = "") -> Difference | None:
+def difference(one: Any, other: Any, place: str = "") -> DataDifference | None:
     """Return the first difference between two descriptions, or None."""
     if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
         pairs = [(f"[{number}]", *pair) for number, pair in enumerate(zip(one, other, strict=True))]
@@ -76,7 +76,7 @@ def difference(one: Any, other: Any, place: str = "") -> Difference | None:
     elif _equal(one, other):
         return None
     else:
-        return Difference(place, *_shown_apart(one, other))
+        return DataDifference(place, *_shown_apart(one, other))
     found = (difference(a, b, f"{place}{key}") for key, a, b in pairs)
     return next((each for each in found if each is not None), None)
 

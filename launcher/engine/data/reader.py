@@ -29,12 +29,12 @@ from launcher.engine.data.loader_workers import (
 )
 from launcher.engine.data.open_files import OpenFile, moved_files, open_files
 from launcher.engine.data.randomness import Generators, seed_all
-from launcher.engine.data.sampler import Request
+from launcher.engine.data.sampler import MicroBatchRequest
 from launcher.engine.data.seeds import derive
 from launcher.errors import LauncherError, RecipeError, SampleError
 from launcher.planning.plan import Plan
 from launcher.recipe.recipe import Data, Recipe
-from launcher.runs.job import Source
+from launcher.runs.job import RecipeSource
 
 
 class MicroBatch(NamedTuple):
@@ -43,7 +43,7 @@ class MicroBatch(NamedTuple):
     batch: Any
     """The collated samples."""
 
-    request: Request
+    request: MicroBatchRequest
 
     items: int
     """How many items the loss counts in it: samples, or what the recipe's `count` says."""
@@ -99,7 +99,7 @@ class Reader(Dataset[MicroBatch | LauncherError]):
     on nothing else. A data set's batched `__getitems__` is used where it draws no random numbers.
     """
 
-    def __init__(self, recipe: Recipe, data: Data, source: Source | None = None) -> None:
+    def __init__(self, recipe: Recipe, data: Data, source: RecipeSource | None = None) -> None:
         self._source = source
         self.held_files: dict[int, OpenFile] = {}
         """Files that the data sets have held open since they were made."""
@@ -170,14 +170,14 @@ class Reader(Dataset[MicroBatch | LauncherError]):
                 "run` or launcher.main, or use worker_start=fork."
             )
 
-    def path_read_through(self, request: Request) -> str | None:
+    def path_read_through(self, request: MicroBatchRequest) -> str | None:
         """Read in this process; return the file of `held_files` that this moves, if any."""
         before = open_files()
         self[request]
         moved = moved_files({fd: before[fd] for fd in self.held_files if fd in before})
         return moved[0] if moved else None
 
-    def __getitem__(self, request: Request) -> MicroBatch | LauncherError:
+    def __getitem__(self, request: MicroBatchRequest) -> MicroBatch | LauncherError:
         """Return the micro-batch, or what went wrong, as a value that crosses processes whole."""
         try:
             if not self._is_filled:
@@ -190,7 +190,7 @@ class Reader(Dataset[MicroBatch | LauncherError]):
             return error
         return answer
 
-    def _answer(self, request: Request) -> MicroBatch:
+    def _answer(self, request: MicroBatchRequest) -> MicroBatch:
         dataset, described = getattr(self.data, request.split), None
         if type(dataset) is TensorDataset and self.data.collate is None:
             # What collating the samples one by one would give, in one indexing operation.
@@ -215,7 +215,7 @@ class Reader(Dataset[MicroBatch | LauncherError]):
                 items = int(_calling("The recipe's count function", request, self._count, batch))
         return MicroBatch(batch, request, items, described)
 
-    def _read(self, dataset: Any, request: Request) -> list[Any]:
+    def _read(self, dataset: Any, request: MicroBatchRequest) -> list[Any]:
         what = f"The {request.split} data"
         before = Generators()
         try:
@@ -234,7 +234,9 @@ class Reader(Dataset[MicroBatch | LauncherError]):
             before.restore()
 
 
-def micro_batches(reader: Reader, requests: Iterable[Request], plan: Plan) -> Iterator[MicroBatch]:
+def micro_batches(
+    reader: Reader, requests: Iterable[MicroBatchRequest], plan: Plan
+) -> Iterator[MicroBatch]:
     """Return the micro-batches of `requests`, read ahead by the plan's workers.
 
     The workers start at once; without any, samples are read when they are asked for. The iterator
@@ -260,7 +262,7 @@ def micro_batches(reader: Reader, requests: Iterable[Request], plan: Plan) -> It
 
 def read_ahead(
     reader: Reader,
-    requests: Iterable[Request],
+    requests: Iterable[MicroBatchRequest],
     *,
     workers: int,
     method: str,
@@ -327,14 +329,14 @@ def _length(dataset: Any) -> int:
     return len(dataset) if hasattr(dataset, "__len__") else 0
 
 
-def _describe(request: Request, samples: list[Any]) -> dict[str, Any]:
+def _describe(request: MicroBatchRequest, samples: list[Any]) -> dict[str, Any]:
     pairs = zip(request.indices, samples, strict=True)
     return {str(index): describe(sample) for index, sample in pairs}
 
 
 def _calling(
     what: str,
-    request: Request,
+    request: MicroBatchRequest,
     function: Callable[[Any], Any],
     argument: Any,
     *,

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from launcher.engine.data.permutation import elements_at
-from launcher.planning.global_batch import Cut, Statistics, ceil_div, micro_batch
+from launcher.planning.global_batch import BatchSplit, Statistics, ceil_div, micro_batch
 from launcher.planning.plan import Plan
-from launcher.planning.single_sample_batches import lone_short_batches
+from launcher.planning.single_sample_batches import short_batches_of_one
 from launcher.planning.stages import Course, Window
 
 _POSITIONS_AT_ONCE = 4096
@@ -30,7 +30,7 @@ _TRIAL_SAMPLES, _TRIAL_EVALUATION_SAMPLES = 8, 2
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class MicroBatchRequest:
     """One micro-batch that a rank asks its DataLoader for."""
 
     split: Literal["train", "evaluation"]
@@ -69,12 +69,12 @@ class Sampler:
         return Course(self.plan.stages, self.train_samples)
 
     @functools.cached_property
-    def _cut(self) -> Cut:
+    def _cut(self) -> BatchSplit:
         return self.plan.cut(self.statistics)
 
     @functools.cached_property
     def _lone_sizes(self) -> list[int]:
-        return lone_short_batches(self.plan, self.train_samples, self.statistics)
+        return short_batches_of_one(self.plan, self.train_samples, self.statistics)
 
     def window(self, step: int) -> Window:
         """Return the samples that `step` takes over all ranks."""
@@ -109,7 +109,7 @@ class Sampler:
         """Return the micro-batches that each rank takes in an evaluation."""
         return ceil_div(self.evaluation_samples, self._evaluation_batch)
 
-    def trial(self) -> list[Request]:
+    def trial(self) -> list[MicroBatchRequest]:
         """Return requests for a few samples to look at before the first step, on every rank alike.
 
         They are a batch of training samples, its two halves if it has any, and some evaluation
@@ -119,17 +119,17 @@ class Sampler:
         whole = self._some(self.train_samples, size - size % 2 or 1)
         half = len(whole) // 2
         parts = [whole, whole[:half], whole[half:]] if half else [whole]
-        requests = [Request("train", 0, part, counts=False, trial=True) for part in parts]
+        requests = [MicroBatchRequest("train", 0, part, counts=False, trial=True) for part in parts]
         if self.evaluation_samples:
             few = min(_TRIAL_EVALUATION_SAMPLES, self.plan.micro_batch_size)
             held_out = self._some(self.evaluation_samples, few)
-            requests.append(Request("evaluation", 0, held_out, counts=False, trial=True))
+            requests.append(MicroBatchRequest("evaluation", 0, held_out, counts=False, trial=True))
         return requests
 
     def _some(self, samples: int, size: int) -> list[int]:
         return elements_at(samples, self.plan.seed, 0, [range(min(size, samples))])[0]
 
-    def requests(self, first_step: int = 0) -> Iterator[Request]:
+    def requests(self, first_step: int = 0) -> Iterator[MicroBatchRequest]:
         """Yield this rank's requests from `first_step` to the end of the run."""
         steps = range(first_step, self.plan.total_steps)
         together = max(_POSITIONS_AT_ONCE // max(self.plan.samples_per_rank), 1)
@@ -140,7 +140,7 @@ class Sampler:
                     if self.evaluates_after(step):
                         yield from self.evaluation()
 
-    def evaluation(self) -> Iterator[Request]:
+    def evaluation(self) -> Iterator[MicroBatchRequest]:
         """Yield the requests of one evaluation, as many on every rank."""
         for start in range(0, self.evaluation_samples, self._evaluation_batch):
             size = min(self._evaluation_batch, self.evaluation_samples - start)
@@ -148,13 +148,13 @@ class Sampler:
                 size, world_size=self.plan.world_size, rank=self.rank, micro_steps=1, micro_step=0
             )
             indices = list(range(start + own.start, start + own.stop))
-            yield Request("evaluation", 0, indices or [start], bool(indices))
+            yield MicroBatchRequest("evaluation", 0, indices or [start], bool(indices))
 
     @property
     def _evaluation_batch(self) -> int:
         return self.plan.micro_batch_size * self.plan.world_size
 
-    def _training(self, epoch: int, steps: list[int]) -> Iterator[list[Request]]:
+    def _training(self, epoch: int, steps: list[int]) -> Iterator[list[MicroBatchRequest]]:
         """Yield the requests of each of `steps`, which lie in one epoch."""
         ranges: list[range] = []
         positions = [self._positions(step) for step in steps]
@@ -168,7 +168,9 @@ class Sampler:
         for step, of_step in zip(steps, positions, strict=True):
             size = self.window(step).size
             yield [
-                Request("train", epoch, next(found), bool(own), self._is_alone(size, number))
+                MicroBatchRequest(
+                    "train", epoch, next(found), bool(own), self._is_alone(size, number)
+                )
                 for number, own in enumerate(of_step)
             ]
 

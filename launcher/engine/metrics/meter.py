@@ -75,7 +75,7 @@ class StepRow:
         return math.isfinite(self.loss) and math.isfinite(norm)
 
 
-class Votes(NamedTuple):
+class RankFlags(NamedTuple):
     """What ranks tell each other whenever they read: of each, how many say so."""
 
     stop: float = 0.0
@@ -89,11 +89,11 @@ class Votes(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class MetricsBatch:
     """What the ranks know of the steps since the last reading, the same on each."""
 
     rows: list[StepRow]
-    votes: Votes
+    flags: RankFlags
     ranks: RankRow | None
     """Now and then: every second at first, and less often the more ranks and hours there are."""
 
@@ -136,11 +136,11 @@ class Meter:
         """Leave the time since the last read out of the throughput: it was not training."""
         self._since = time.perf_counter()
 
-    def read(self, votes: Votes, *, ends: bool) -> Reading:
+    def read(self, flags: RankFlags, *, ends: bool) -> MetricsBatch:
         """Return a row for each collected step, and the votes of all ranks (collective).
 
         Args:
-            votes: This rank's.
+            flags: This rank's.
             ends: Whether the training ends here.
 
         Raises:
@@ -155,13 +155,13 @@ class Meter:
         waits = sum(step.data_wait_seconds for step in collected)
         self._share.add(len(collected), now - self._since, waits, waited)
         own = self._share.row(self._backend) if self._share.is_due or ends else None
-        sums = self._sums(collected, now - self._since, waited, votes, own).tolist()
+        sums = self._sums(collected, now - self._since, waited, flags, own).tolist()
         items = as_tensor([step.items for step in collected], self._backend.device).tolist()
         self._since = now
         ranks = None if own is None else by_rank(sums[-world_size:], tells=waited is not None)
         sums = sums if own is None else sums[:-world_size]
         self._check_lockstep(*sums.pop()[:2])
-        votes, (seconds, ended, communication) = Votes(*sums.pop()), sums.pop()
+        flags, (seconds, ended, communication) = RankFlags(*sums.pop()), sums.pop()
         self._share.pass_by(seconds)
         grad_norms = torch.stack([step.grad_norm for step in collected]).tolist()
         self._reads_at = min(
@@ -197,7 +197,7 @@ class Meter:
                     communication_seconds=None if waited is None else communication / world_size,
                 )
             )
-        return Reading(rows=rows, votes=votes, ranks=ranks)
+        return MetricsBatch(rows=rows, flags=flags, ranks=ranks)
 
     def _check_lockstep(self, total: float, squares: float) -> None:
         """Refuse steps in which ranks have called different modules (collective).
@@ -209,17 +209,17 @@ class Meter:
             TrainingError: They have.
         """
         backend = self._backend
-        if backend.lockstep is not None and int(squares) * backend.world_size != int(total) ** 2:
-            raise backend.lockstep.difference(backend.gather)
-        if backend.lockstep is not None:
-            backend.lockstep.forget()
+        if backend.call_order is not None and int(squares) * backend.world_size != int(total) ** 2:
+            raise backend.call_order.difference(backend.gather)
+        if backend.call_order is not None:
+            backend.call_order.forget()
 
     def _sums(
         self,
         collected: list[_Collected],
         seconds: float,
         waited: float | None,
-        votes: Votes,
+        flags: RankFlags,
         own: list[float] | None,
     ) -> Tensor:
         """Return, summed over ranks, (loss sum, counted items, data wait) of each step.
@@ -238,10 +238,10 @@ class Meter:
         waits = as_tensor([step.data_wait_seconds for step in collected], device)
         first = self._backend.rank == 0
         clock = [seconds if first else 0.0, time.time() if first else 0.0, waited or 0.0]
-        said = [votes.stop, votes.save if first else 0.0, votes.written]
+        said = [flags.stop, flags.save if first else 0.0, flags.written]
         parts = [torch.stack([losses, counted, waits], dim=1)]
-        lockstep = self._backend.lockstep
-        called = 0 if lockstep is None else lockstep.take_checksum()
+        call_order = self._backend.call_order
+        called = 0 if call_order is None else call_order.take_checksum()
         parts.append(as_tensor([*clock, *said, called, called**2, 0.0], device).view(3, 3))
         if own is not None:
             ranks = torch.zeros(self._backend.world_size, 3, dtype=torch.float64, device=device)
@@ -257,7 +257,7 @@ def as_tensor(values: Sequence[float | Tensor], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float64, device=device)
 
 
-class BadSteps:
+class NonFiniteGuard:
     """Keeps count of steps that were left out because their loss or gradient was not finite.
 
     Args:

@@ -28,13 +28,13 @@ _ROUNDING = 1e-6
 """Of 1 / items, summed over ranks: what is beyond it has more than one part."""
 
 
-class Noise(Protocol):
+class NoiseMeter(Protocol):
     """Is called by the loop as it goes, on every rank alike."""
 
     def begin(self, step: int) -> None:
         """Take note that `step`, from 0, begins."""
 
-    def took(self, weight: float | Tensor, count: int | Tensor) -> None:
+    def add_micro_batch(self, weight: float | Tensor, count: int | Tensor) -> None:
         """Take note of a backward pass of `weight` times a loss over `count` items, 0 for none."""
 
     def end(self, step: int, items: int | Tensor, grad_norm: Tensor) -> None:
@@ -44,13 +44,13 @@ class Noise(Protocol):
         """Return what has been measured since the last time (collective)."""
 
 
-class Unmeasured:
+class NullNoiseMeter:
     """Measures nothing."""
 
     def begin(self, step: int) -> None:
         """Nothing begins."""
 
-    def took(self, weight: float | Tensor, count: int | Tensor) -> None:
+    def add_micro_batch(self, weight: float | Tensor, count: int | Tensor) -> None:
         """Nothing is kept."""
 
     def end(self, step: int, items: int | Tensor, grad_norm: Tensor) -> None:
@@ -77,7 +77,7 @@ class _Part:
     """Its items."""
 
 
-class _NoiseMeter(ABC):
+class _PartsNoiseMeter(ABC):
     """Measures, part by part; numbers stay on their device until they are read.
 
     Args:
@@ -99,10 +99,10 @@ class _NoiseMeter(ABC):
         if self._measures:
             self._begin()
 
-    def took(self, weight: float | Tensor, count: int | Tensor) -> None:
+    def add_micro_batch(self, weight: float | Tensor, count: int | Tensor) -> None:
         if self._measures:
             scaler = self._backend.scaler
-            self._took(weight if scaler is None else weight * scaler.factor, count)
+            self._add_micro_batch(weight if scaler is None else weight * scaler.factor, count)
 
     def end(self, step: int, items: int | Tensor, grad_norm: Tensor) -> None:
         if self._measures:
@@ -155,7 +155,7 @@ class _NoiseMeter(ABC):
         """Begin to look at gradients."""
 
     @abstractmethod
-    def _took(self, weight: float | Tensor, count: int | Tensor) -> None:
+    def _add_micro_batch(self, weight: float | Tensor, count: int | Tensor) -> None:
         """Keep the norm of one micro-batch's gradient, if it is a part."""
 
     @abstractmethod
@@ -163,7 +163,7 @@ class _NoiseMeter(ABC):
         """Look no more."""
 
 
-class OwnNoise(_NoiseMeter):
+class LocalNoiseMeter(_PartsNoiseMeter):
     """Looks at the gradient of each micro-batch as autograd hands it to the weights."""
 
     _hooks: list[RemovableHandle]
@@ -172,12 +172,12 @@ class OwnNoise(_NoiseMeter):
     def _begin(self) -> None:
         self._norms = []
         # For this step alone: a hook takes a while even when it does nothing.
-        self._hooks = [each.register_hook(self._look) for each in self._trained]
+        self._hooks = [each.register_hook(self._add_gradient) for each in self._trained]
 
-    def _look(self, grad: Tensor) -> None:
+    def _add_gradient(self, grad: Tensor) -> None:
         self._norms.append(torch.linalg.vector_norm(grad, dtype=torch.float32))
 
-    def _took(self, weight: float | Tensor, count: int | Tensor) -> None:
+    def _add_micro_batch(self, weight: float | Tensor, count: int | Tensor) -> None:
         norms, self._norms = self._norms, []
         if norms and not (isinstance(count, int) and count == 0):
             self._keep(norms, weight, count)
@@ -187,13 +187,13 @@ class OwnNoise(_NoiseMeter):
             hook.remove()
 
 
-class SummedNoise(_NoiseMeter):
+class ReducedNoiseMeter(_PartsNoiseMeter):
     """Looks at what the ranks have summed after the first micro-batch of each (FSDP)."""
 
     def _begin(self) -> None:
         self._micro_batches = 0
 
-    def _took(self, weight: float | Tensor, count: int | Tensor) -> None:
+    def _add_micro_batch(self, weight: float | Tensor, count: int | Tensor) -> None:
         self._micro_batches += 1
         if self._micro_batches > 1:
             return
@@ -208,9 +208,9 @@ class SummedNoise(_NoiseMeter):
         """Nothing was put in the way."""
 
 
-def noise_of(recipe: Recipe, backend: Backend, model: nn.Module, stride: int) -> Noise:
+def make_noise_meter(recipe: Recipe, backend: Backend, model: nn.Module, stride: int) -> NoiseMeter:
     """Return what measures the noise under the plan's strategy, if the recipe asks for it."""
     if not recipe.noise_scale:
-        return Unmeasured()
-    kind = SummedNoise if backend.plan.backend == "fsdp" else OwnNoise
+        return NullNoiseMeter()
+    kind = ReducedNoiseMeter if backend.plan.backend == "fsdp" else LocalNoiseMeter
     return kind(backend, backend.unwrap(model), stride)

@@ -56,13 +56,13 @@ class Recorder:
 
         self._noise = RunningNoise()
 
-    def took(self, step: int, micro_batches: list[MicroBatch]) -> None:
+    def on_micro_batches(self, step: int, micro_batches: list[MicroBatch]) -> None:
         self.steps_taken = step
         if self._samples is not None:
             taken = [each.request.indices for each in micro_batches if each.counts]
             self._write(self._samples, {"step": step, "micro_batches": taken})
 
-    def stepped(self, rows: list[StepRow]) -> None:
+    def on_steps(self, rows: list[StepRow]) -> None:
         for row in rows:
             self._write(self._metrics, row)
         if rows:
@@ -73,24 +73,24 @@ class Recorder:
             self._track(last.step, "train", _tracked(rows))
         self._flush()
 
-    def measured(self, measurements: list[Measurement]) -> None:
+    def on_noise(self, measurements: list[Measurement]) -> None:
         for measurement in measurements:
             scale = self._noise.add(measurement)
             self._write(self._metrics, {"step": measurement.step, "noise_scale": scale})
             self._track(measurement.step, "train", {"noise_scale": scale})
 
-    def warned(self, text: str) -> None:
+    def on_warning(self, text: str) -> None:
         if self._progress is not None:
             self._progress.tell(f"launcher: {text}")
 
-    def noted(self, step: int, values: Mapping[str, Any]) -> None:
+    def on_note(self, step: int, values: Mapping[str, Any]) -> None:
         """Write what else happened after `step` steps."""
         self._write(self._metrics, {"step": step, **values})
         numbers = {name: value for name, value in values.items() if isinstance(value, float)}
         if numbers:
             self._track(step, "train", numbers)
 
-    def evaluated(self, step: int, values: dict[str, float]) -> None:
+    def on_evaluation(self, step: int, values: dict[str, float]) -> None:
         self._write(self._metrics, {"step": step, "evaluation": values})
         self._track(step, "evaluation", values)
         if self._progress is not None:
@@ -111,7 +111,7 @@ class Recorder:
             return
         self._trackers.log(step, {f"{kind}/{name}": value for name, value in values.items()})
         for text in self._trackers.warnings():
-            self.warned(text)
+            self.on_warning(text)
 
     def _write(self, file: BinaryIO | None, values: Any) -> None:
         if file is not None and file not in self._lost:
@@ -131,7 +131,9 @@ class Recorder:
             yield
         except OSError as error:
             self._lost.append(file)
-            self.warned(f"cannot write {file.name}: {error.strerror}. The run goes on without it.")
+            self.on_warning(
+                f"cannot write {file.name}: {error.strerror}. The run goes on without it."
+            )
 
 
 def _tracked(rows: list[StepRow]) -> dict[str, float | None]:

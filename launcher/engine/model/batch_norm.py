@@ -20,11 +20,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from launcher.engine.backends.base import Backend
-from launcher.engine.data.sampler import Request
+from launcher.engine.data.sampler import MicroBatchRequest
 from launcher.errors import RecipeError
 from launcher.planning.global_batch import Statistics
 from launcher.planning.plan import Plan
-from launcher.planning.single_sample_batches import lone_full_batches, lone_short_batches, refusal
+from launcher.planning.single_sample_batches import (
+    full_batches_of_one,
+    refusal,
+    short_batches_of_one,
+)
 from launcher.recipe.recipe import Recipe
 
 
@@ -151,7 +155,7 @@ class BatchNorms:
         self._kept = [buffer.clone() for buffer in self._statistics()]
 
     @torch.no_grad()
-    def mend(self) -> None:
+    def restore_nonfinite(self) -> None:
         """Put back those of the kept statistics that a batch has made infinite or NaN."""
         for buffer, kept in zip(self._statistics(), self._kept, strict=False):
             buffer.copy_(torch.where(buffer.isfinite().all(), buffer, kept))
@@ -177,7 +181,7 @@ class BatchNorms:
         """Whether some have no running statistics."""
         return len(self._tracking) < len(self._modules)
 
-    def taking(self, request: Request) -> contextlib.AbstractContextManager[None]:
+    def taking(self, request: MicroBatchRequest) -> contextlib.AbstractContextManager[None]:
         """Return the context in which a micro-batch of training is taken, forward and backward."""
         if request.alone:
             return self._with_running_statistics()
@@ -230,7 +234,7 @@ class BatchNorms:
             buffer.copy_(mean)
 
 
-def refuse_lone_samples(
+def refuse_single_samples(
     recipe: Recipe, plan: Plan, samples: int, norms: BatchNorms, taken: int
 ) -> Recipe:
     """Return `recipe` with a forward that refuses, the first time, what BatchNorm cannot train on.
@@ -245,9 +249,9 @@ def refuse_lone_samples(
         norms: Those of the model.
         taken: Samples in this rank's first micro-batch.
     """
-    sizes = lone_full_batches(plan, norms.statistics)
+    sizes = full_batches_of_one(plan, norms.statistics)
     if norms.untracked:
-        sizes += lone_short_batches(plan, samples, norms.statistics)
+        sizes += short_batches_of_one(plan, samples, norms.statistics)
     if not sizes:
         return recipe
     is_first = True

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.hooks import RemovableHandle
 
 from launcher.engine.backends.base import Backend
-from launcher.engine.data.sampler import Request
+from launcher.engine.data.sampler import MicroBatchRequest
 from launcher.engine.state.compiled import is_compiled, plain_name
 from launcher.engine.state.module_state import Slot, saved_slots
 from launcher.engine.state.training_state import parameters
@@ -29,7 +29,7 @@ _WHOLE_NUMBERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64
 """Types as which numbers of so many bytes are added up."""
 
 
-class Seen(NamedTuple):
+class TensorVersion(NamedTuple):
     """A tensor as it was at some moment."""
 
     tensor: Tensor | None
@@ -43,11 +43,11 @@ class Seen(NamedTuple):
         return bool(written([("", self, now)]))
 
 
-def see(tensor: Tensor | None) -> Seen:
+def read_version(tensor: Tensor | None) -> TensorVersion:
     """Return what is to be known of a tensor, to see later whether it was written to."""
     if tensor is None:
-        return Seen(None, 0, None)
-    return Seen(tensor, tensor._version, bit_sum(tensor) if _is_there(tensor) else None)  # noqa: SLF001
+        return TensorVersion(None, 0, None)
+    return TensorVersion(tensor, tensor._version, bit_sum(tensor) if _is_there(tensor) else None)  # noqa: SLF001
 
 
 def _is_there(tensor: Tensor) -> bool:
@@ -68,7 +68,7 @@ def bit_sum(tensor: Tensor) -> Tensor:
     return flat.view(_WHOLE_NUMBERS[flat.element_size()]).sum(dtype=torch.int64)
 
 
-def written(places: Iterable[tuple[str, Seen, Tensor | None]]) -> set[str]:
+def written(places: Iterable[tuple[str, TensorVersion, Tensor | None]]) -> set[str]:
     """Return the names of places where there is another tensor now, or one that was written to."""
     found, totals = set(), []
     for name, before, now in places:
@@ -111,8 +111,12 @@ class Writes:
     """
 
     def __init__(self, model: nn.Module, *, around_modules: bool = False) -> None:
-        self._weights = {name: (each, see(each)) for name, each in parameters(model).items()}
-        self._buffers = {name: (slot, see(slot.buffer)) for name, slot in own_slots(model).items()}
+        self._weights = {
+            name: (each, read_version(each)) for name, each in parameters(model).items()
+        }
+        self._buffers = {
+            name: (slot, read_version(slot.buffer)) for name, slot in own_slots(model).items()
+        }
         self._during: set[str] = set()
         self._sums: list[tuple[str, Tensor, Tensor]] = []
         self._handles = list(self._watch(model)) if around_modules else []
@@ -152,7 +156,7 @@ class _Weight(NamedTuple):
     name: str
     module: nn.Module
     key: str
-    seen: Seen
+    seen: TensorVersion
 
 
 class _Before:
@@ -163,7 +167,9 @@ class _Before:
 
     def __call__(self, module: nn.Module, _: Any) -> None:
         self._seen[:] = [
-            _Weight(plain_name(f"{prefix}.{key}" if prefix else key), child, key, see(each))
+            _Weight(
+                plain_name(f"{prefix}.{key}" if prefix else key), child, key, read_version(each)
+            )
             for prefix, child in module.named_modules(prefix=self._prefix)
             for key, each in child._parameters.items()  # noqa: SLF001
         ]
@@ -230,7 +236,7 @@ class ForwardWrites:
         if self._together:
             self._bring_together()
 
-    def taking(self, request: Request) -> contextlib.AbstractContextManager[None]:
+    def taking(self, request: MicroBatchRequest) -> contextlib.AbstractContextManager[None]:
         """Return the context in which a micro-batch of training is taken, forward and backward."""
         return contextlib.nullcontext() if request.counts else self._ignoring_samples()
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.engine.backends.base import Backend
-from launcher.engine.data.fingerprint import Difference, classes_of, difference
+from launcher.engine.data.fingerprint import DataDifference, classes_of, difference
 from launcher.engine.data.reader import MicroBatch
-from launcher.engine.training.loop import Trainee
+from launcher.engine.training.loop import TrainContext
 from launcher.errors import CheckpointError, RecipeError
 
 _FRESH = (
@@ -23,7 +23,7 @@ _SEEDED = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Known:
+class CheckpointData:
     """The data that a run was trained on before."""
 
     checkpoint: str
@@ -36,9 +36,9 @@ class Known:
     """Whether the user has accepted other data."""
 
 
-def lengths_of(trainee: Trainee) -> dict[str, Any]:
+def lengths_of(context: TrainContext) -> dict[str, Any]:
     """Return what is known of the data without reading a sample."""
-    sampler, data = trainee.sampler, trainee.reader.data
+    sampler, data = context.sampler, context.reader.data
     found: dict[str, Any] = {
         "train": {"length": sampler.train_samples, "classes": classes_of(data.train)},
         "evaluation": None,
@@ -50,11 +50,11 @@ def lengths_of(trainee: Trainee) -> dict[str, Any]:
 
 
 def fingerprint_of(
-    trainee: Trainee, taken: Iterable[MicroBatch]
-) -> tuple[dict[str, Any], dict[str, Difference]]:
+    context: TrainContext, taken: Iterable[MicroBatch]
+) -> tuple[dict[str, Any], dict[str, DataDifference]]:
     """Return the fingerprint of the data, and which samples were others when read again."""
-    found = lengths_of(trainee)
-    changing: dict[str, Difference] = {}
+    found = lengths_of(context)
+    changing: dict[str, DataDifference] = {}
     for each in taken:
         samples = found[each.request.split].setdefault("samples", {})
         for number, description in (each.samples or {}).items():
@@ -86,7 +86,7 @@ def compare_ranks(own: dict[str, Any], backend: Backend) -> None:
     )
 
 
-def compare_known(own: dict[str, Any], known: Known) -> None:
+def compare_known(own: dict[str, Any], known: CheckpointData) -> None:
     """Refuse to go on with other data.
 
     Raises:
@@ -110,7 +110,7 @@ def compare_known(own: dict[str, Any], known: Known) -> None:
         )
 
 
-def differing_data(one: Mapping[str, Any], other: Mapping[str, Any]) -> Difference | None:
+def differing_data(one: Mapping[str, Any], other: Mapping[str, Any]) -> DataDifference | None:
     """Return the first difference between two fingerprints: what it is, and both sides of it.
 
     Samples are compared as far as both have them.
@@ -120,7 +120,7 @@ def differing_data(one: Mapping[str, Any], other: Mapping[str, Any]) -> Differen
         lengths = [0 if each is None else each["length"] for each in (own, against)]
         if lengths[0] != lengths[1]:
             counts = [f"{length:,}" for length in lengths]
-            return Difference(f"the number of {title} samples", *counts)
+            return DataDifference(f"the number of {title} samples", *counts)
         if own is None or against is None:
             continue
         found = difference(own.get("classes"), against.get("classes"))
@@ -136,7 +136,7 @@ def differing_data(one: Mapping[str, Any], other: Mapping[str, Any]) -> Differen
     return None
 
 
-def check_repeatable(trainee: Trainee, changing: dict[str, Difference]) -> tuple[str, ...]:
+def check_repeatable(context: TrainContext, changing: dict[str, DataDifference]) -> tuple[str, ...]:
     """Refuse samples that depend on when they are read, or on which worker reads them (collective).
 
     On one rank that is a warning: nothing depends on the number of ranks there.
@@ -144,7 +144,7 @@ def check_repeatable(trainee: Trainee, changing: dict[str, Difference]) -> tuple
     Raises:
         RecipeError: There are several ranks, or workers that have called data() each.
     """
-    backend = trainee.backend
+    backend = context.backend
     every = backend.gather(next(iter(changing.items()), None))
     found = next((each for each in every if each is not None), None)
     if found is None:
@@ -155,7 +155,7 @@ def check_repeatable(trainee: Trainee, changing: dict[str, Difference]) -> tuple
         f"training sample {number}{where} was {before}, and {now} when it was read again. {_SEEDED}"
         ": the samples of a step must not depend on what was read before them."
     )
-    if trainee.recipe.worker_start == "spawn":
+    if context.recipe.worker_start == "spawn":
         raise RecipeError(f"Samples change: {text} {_FRESH}")
     if backend.world_size > 1:
         raise RecipeError(f"Samples change: {text}")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from launcher.engine.backends.base import Backend
 from launcher.environment.machine import gpu_driver
-from launcher.findings import Finding, Report
+from launcher.findings import Finding, RankDiagnostics
 from launcher.runs.provenance import versions
 
 _SIZE = {"cpu": 1024, "cuda": 4096}
@@ -27,9 +27,9 @@ _LARGE_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 _LARGE_REDUCES = 5
 
 
-def examine_rank(
+def diagnose_rank(
     backend: Backend, meeting_seconds: float, node: tuple[Finding, ...] = ()
-) -> Report:
+) -> RankDiagnostics:
     """Return what this rank finds (collective).
 
     Args:
@@ -50,7 +50,7 @@ def examine_rank(
         bandwidth = share * elements * 4 / seconds
         right = right_small and right_large
     cuda = device.type == "cuda"
-    return Report(
+    return RankDiagnostics(
         rank=backend.rank,
         node=platform.node(),
         versions=_versions(cuda=cuda),

@@ -7,7 +7,7 @@ from typing import Any
 from launcher.recipe.recipe import Data, Recipe
 
 
-def examination() -> Recipe:
+def diagnostics_recipe() -> Recipe:
     """Return a recipe of nothing, to plan an examination with."""
 
     def nothing(*_: object) -> Any:

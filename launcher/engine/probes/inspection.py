@@ -24,12 +24,12 @@ from launcher.engine.data.fingerprint import same
 from launcher.engine.data.open_files import moved_files, open_files, opened_since
 from launcher.engine.data.randomness import seed_all
 from launcher.engine.data.reader import Reader, checked, read_ahead, sample_count
-from launcher.engine.data.sampler import Request
+from launcher.engine.data.sampler import MicroBatchRequest
 from launcher.engine.model.forward_writes import Writes
 from launcher.engine.training.loop import sum_and_count
 from launcher.errors import RecipeError
 from launcher.recipe.recipe import Recipe
-from launcher.runs.job import Source
+from launcher.runs.job import RecipeSource
 from launcher.runs.rundir import RunDir, write_json
 
 _SAMPLES = 8
@@ -107,7 +107,7 @@ class Inspection:
     """Metrics that counted nothing, or whose sum is not finite."""
 
 
-def inspect_recipe(recipe: Recipe, source: Source) -> Inspection:
+def inspect_recipe(recipe: Recipe, source: RecipeSource) -> Inspection:
     """Try out the recipe's data, model, loss and metrics on a few samples, on the CPU."""
     seed_all(recipe.seed)
     before = open_files()
@@ -209,7 +209,9 @@ def _read_in_workers(
     if recipe.in_memory or recipe.num_workers in (0, 1):
         return [], None
     requests = [
-        Request("train", 0, [index], counts=True) for _ in range(_ROUNDS) for index in indices
+        MicroBatchRequest("train", 0, [index], counts=True)
+        for _ in range(_ROUNDS)
+        for index in indices
     ]
     method = recipe.worker_start
     answers = list(read_ahead(reader, requests, workers=2, method=method, prefetch_factor=4))
@@ -264,7 +266,7 @@ def _describe(batch: Any) -> str:
 def _read(
     reader: Reader, indices: list[int], split: Literal["train", "evaluation"] = "train"
 ) -> Any:
-    return checked(reader[Request(split, 0, indices, counts=True)]).batch
+    return checked(reader[MicroBatchRequest(split, 0, indices, counts=True)]).batch
 
 
 def _close(one: float, other: float) -> bool:

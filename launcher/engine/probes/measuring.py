@@ -21,23 +21,23 @@ from torch.utils._pytree import tree_leaves
 
 from launcher.analysis.batch_sizes import MARGIN
 from launcher.analysis.gradient_noise import Measurement
-from launcher.analysis.lr_curve import Curve, Divergence
+from launcher.analysis.lr_curve import Divergence, LossCurve
 from launcher.console.progress import Progress
 from launcher.engine.backends.base import Backend
 from launcher.engine.data.reader import MicroBatch
-from launcher.engine.metrics.meter import StepRow, Votes
+from launcher.engine.metrics.meter import RankFlags, StepRow
 from launcher.engine.ranks.output import Output
 from launcher.engine.ranks.processes import children, peak_bytes, private_bytes, run_delay
-from launcher.engine.training.build import build_trainee
-from launcher.engine.training.loop import Trainee, train
+from launcher.engine.training.build import build_context
+from launcher.engine.training.loop import TrainContext, train
 from launcher.planning.global_batch import ceil_div
 from launcher.planning.plan import Plan
 from launcher.recipe.recipe import Recipe
-from launcher.runs.job import Source
+from launcher.runs.job import RecipeSource
 from launcher.runs.rundir import RunDir, write_json
 
 
-class Gauge:
+class MetricsCollector:
     """A listener that keeps the rows of all steps, and shows how far it is.
 
     Args:
@@ -49,76 +49,76 @@ class Gauge:
         self.rows: list[StepRow] = []
         self.noise: list[Measurement] = []
 
-    def took(self, step: int, micro_batches: list[MicroBatch]) -> None:
+    def on_micro_batches(self, step: int, micro_batches: list[MicroBatch]) -> None:
         """Sample ids are of no interest here."""
 
-    def stepped(self, rows: list[StepRow]) -> None:
+    def on_steps(self, rows: list[StepRow]) -> None:
         self.rows += rows
         if rows and self._progress is not None:
             last = rows[-1]
             self._progress.stepped(last.step, last.loss, last.lr, last.samples_per_second)
 
-    def measured(self, measurements: list[Measurement]) -> None:
+    def on_noise(self, measurements: list[Measurement]) -> None:
         self.noise += measurements
 
-    def warned(self, text: str) -> None:
+    def on_warning(self, text: str) -> None:
         """A loss that is not finite is what some of these are looking for."""
 
-    def noted(self, step: int, values: Mapping[str, Any]) -> None:
+    def on_note(self, step: int, values: Mapping[str, Any]) -> None:
         """Nothing is saved."""
 
-    def evaluated(self, step: int, values: dict[str, float]) -> None:
+    def on_evaluation(self, step: int, values: dict[str, float]) -> None:
         """Nothing is evaluated."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Probed:
+class ProbeContext:
     """What is measured, on one rank."""
 
     recipe: Recipe
-    source: Source
+    source: RecipeSource
     """What the recipe is built from."""
 
     plan: Plan
     backend: Backend
     run_dir: RunDir
     output: Output
-    at: Callable[[int, str], None]
+    report_phase: Callable[[int, str], None]
     """Is told how far the rank is."""
 
-    def trainee(self, last_step: int | None = None, **options: Any) -> Trainee:
+    def context(self, last_step: int | None = None, **options: Any) -> TrainContext:
         """Build what is trained for so many steps, all that are planned by default.
 
         Args:
             last_step: Steps.
-            options: Further ones of `build_trainee`.
+            options: Further ones of `build_context`.
         """
         steps = self.plan.total_steps if last_step is None else last_step
-        given: dict[str, Any] = {"evaluates": False, "source": self.source, "at": self.at}
+        given: dict[str, Any] = {"evaluates": False, "source": self.source, "at": self.report_phase}
         given |= options
-        return build_trainee(self.recipe, self.plan, self.backend, last_step=steps, **given)
+        return build_context(self.recipe, self.plan, self.backend, last_step=steps, **given)
 
     @contextlib.contextmanager
-    def gauge(self, steps: int | None = None) -> Iterator[Gauge]:
+    def collector(self, steps: int | None = None) -> Iterator[MetricsCollector]:
         """Return a listener that shows on rank 0 how far it is."""
         if self.backend.rank != 0:
-            yield Gauge(None)
+            yield MetricsCollector(None)
             return
         progress = self.output.progress(self.plan.total_steps if steps is None else steps)
         try:
-            yield Gauge(progress)
+            yield MetricsCollector(progress)
         finally:
             progress.close()
 
 
-class _UntilDivergence:
-    """An attendant that stops where the losses that `gauge` has kept diverge.
+class _StopAtDivergence:
+    """An attendant that stops where the losses that `collector` has kept diverge.
 
     The losses are those of the global batch, the same on every rank, so all stop alike.
     """
 
-    def __init__(self, gauge: Gauge) -> None:
-        self._gauge = gauge
+    def __init__(self, collector: MetricsCollector) -> None:
+        self._gauge = collector
         self._divergence = Divergence()
         self.seen = 0
         """Losses up to the one at which it stopped."""
@@ -126,10 +126,10 @@ class _UntilDivergence:
     def is_due(self, step: int) -> bool:
         return False
 
-    def votes(self) -> Votes:
-        return Votes()
+    def flags(self) -> RankFlags:
+        return RankFlags()
 
-    def attend(self, step: int, votes: Votes) -> bool:
+    def on_step_end(self, step: int, flags: RankFlags) -> bool:
         for row in self._gauge.rows[self.seen :]:
             self.seen += 1
             if self._divergence.add(row.loss):
@@ -137,69 +137,73 @@ class _UntilDivergence:
         return False
 
 
-def test_range(probed: Probed) -> None:
+def test_range(probe: ProbeContext) -> None:
     """Train along the plan's schedule until the loss diverges; rank 0 writes the curve."""
-    with probed.gauge() as listener:
-        until = _UntilDivergence(listener)
-        train(probed.trainee(), listener, until)
-    if probed.backend.rank == 0:
-        seen = listener.rows[: until.seen]
+    with probe.collector() as callback:
+        until = _StopAtDivergence(callback)
+        train(probe.context(), callback, until)
+    if probe.backend.rank == 0:
+        seen = callback.rows[: until.seen]
         rows = list(itertools.takewhile(lambda row: math.isfinite(row.loss), seen))
-        curve = Curve(lrs=tuple(row.lr for row in rows), losses=tuple(row.loss for row in rows))
-        write_json(probed.run_dir.curve, asdict(curve))
+        curve = LossCurve(lrs=tuple(row.lr for row in rows), losses=tuple(row.loss for row in rows))
+        write_json(probe.run_dir.curve, asdict(curve))
 
 
-def measure_noise(probed: Probed, *, last_step: int) -> None:
+def measure_noise(probe: ProbeContext, *, last_step: int) -> None:
     """Train to `last_step`, measuring the gradient noise in every step; rank 0 writes it."""
-    with probed.gauge(last_step) as listener:
-        trainee = probed.trainee(last_step, noise_stride=1)
-        train(trainee, listener, last_step=last_step)
-    if probed.backend.rank == 0:
-        finite = [each for each in listener.noise if math.isfinite(each.small + each.big)]
-        write_json(probed.run_dir.noise, {"measurements": [asdict(each) for each in finite]})
+    with probe.collector(last_step) as callback:
+        context = probe.context(last_step, noise_stride=1)
+        train(context, callback, last_step=last_step)
+    if probe.backend.rank == 0:
+        finite = [each for each in callback.noise if math.isfinite(each.small + each.big)]
+        write_json(probe.run_dir.noise, {"measurements": [asdict(each) for each in finite]})
 
 
-def time_size(probed: Probed) -> None:
+def time_size(probe: ProbeContext) -> None:
     """Take the plan's steps, of which the first is not timed; rank 0 writes speed and memory."""
-    backend, steps = probed.backend, probed.plan.total_steps
-    with probed.gauge() as listener:
-        trainee = probed.trainee()
-        train(trainee, listener, last_step=1)
+    backend, steps = probe.backend, probe.plan.total_steps
+    with probe.collector() as callback:
+        context = probe.context()
+        train(context, callback, last_step=1)
         started = time.perf_counter()
-        train(trainee, listener, first_step=1, last_step=steps)  # its numbers are read at the end
+        train(context, callback, first_step=1, last_step=steps)  # its numbers are read at the end
         seconds = time.perf_counter() - started
-    samples = trainee.sampler.samples_before(steps) - trainee.sampler.samples_before(1)
+    samples = context.sampler.samples_before(steps) - context.sampler.samples_before(1)
     peak = max(backend.gather(peak_bytes(backend.device)))
     if backend.rank == 0:
         values = {
             "samples_per_second": samples / seconds,
             "peak_bytes": peak,
-            "num_trained": trainee.num_trained,
+            "num_trained": context.num_trained,
         }
-        write_json(probed.run_dir.size, values)
+        write_json(probe.run_dir.size, values)
 
 
-def time_reading(probed: Probed, *, seconds: float) -> None:
+def time_reading(probe: ProbeContext, *, seconds: float) -> None:
     """Train for some seconds once the workers' queues have been used up; rank 0 writes the times.
 
     All ranks read and compute at once, as they will. What is written is the mean over ranks.
     """
-    plan, backend = probed.plan, probed.backend
+    plan, backend = probe.plan, probe.backend
     held = plan.workers_per_rank * (plan.prefetch_factor or 0)
     first = 2 + ceil_div(held, plan.accumulation_steps)
-    with probed.gauge() as listener:
-        trainee = probed.trainee()
-        watched = _Watched(trainee.batches)
-        trainee = replace(trainee, batches=watched)
-        train(trainee, listener, last_step=first)
+    with probe.collector() as callback:
+        context = probe.context()
+        watched = _TimedBatches(context.batches)
+        context = replace(context, batches=watched)
+        train(context, callback, last_step=first)
         workers = [private_bytes(pid) for pid in children()]
         watched.restart()
         started, used = time.perf_counter(), time.process_time()
         trained = train(
-            trainee, listener, _ForAWhile(seconds), first_step=first, last_step=plan.total_steps
+            context,
+            callback,
+            _StopAfterSeconds(seconds),
+            first_step=first,
+            last_step=plan.total_steps,
         )
         passed, used = time.perf_counter() - started, time.process_time() - used
-    counted = trainee.sampler.samples_before
+    counted = context.sampler.samples_before
     samples = counted(trained.step) - counted(first)
     steps = trained.step - first
     own = {
@@ -218,10 +222,10 @@ def time_reading(probed: Probed, *, seconds: float) -> None:
     every = backend.gather(own)
     if backend.rank == 0:
         means = {name: statistics.fmean(each[name] for each in every) for name in own}
-        write_json(probed.run_dir.reading, means)
+        write_json(probe.run_dir.reading, means)
 
 
-class _Watched:
+class _TimedBatches:
     """Micro-batches, with what it took to get them: on the clock, and of this thread's work."""
 
     def __init__(self, batches: Iterator[MicroBatch]) -> None:
@@ -256,7 +260,7 @@ class _Watched:
         return micro_batch
 
 
-class _ForAWhile:
+class _StopAfterSeconds:
     """An attendant that stops after some seconds, when any rank has had them."""
 
     def __init__(self, seconds: float) -> None:
@@ -265,11 +269,11 @@ class _ForAWhile:
     def is_due(self, step: int) -> bool:
         return False
 
-    def votes(self) -> Votes:
-        return Votes(stop=float(time.perf_counter() > self._until))
+    def flags(self) -> RankFlags:
+        return RankFlags(stop=float(time.perf_counter() > self._until))
 
-    def attend(self, step: int, votes: Votes) -> bool:
-        return votes.stop > 0
+    def on_step_end(self, step: int, flags: RankFlags) -> bool:
+        return flags.stop > 0
 
 
 def limit_memory(device: torch.device, num_bytes: int | None) -> None:

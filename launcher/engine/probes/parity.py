@@ -30,7 +30,7 @@ class Trace:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Difference:
+class ParityDifference:
     """How far a run is from another."""
 
     unequal: dict[str, int]
@@ -75,7 +75,7 @@ def read_trace(run_dir: RunDir) -> Trace:
     )
 
 
-def compare(wanted: Trace, found: Trace, tolerance: float) -> Difference:
+def compare(wanted: Trace, found: Trace, tolerance: float) -> ParityDifference:
     """Return how far `found` is from `wanted`.
 
     Args:
@@ -97,7 +97,7 @@ def compare(wanted: Trace, found: Trace, tolerance: float) -> Difference:
         for name in ("loss", "grad_norm")
         if (step := _first(getattr(wanted, name), getattr(found, name), is_beyond))
     ]
-    return Difference(
+    return ParityDifference(
         unequal=unequal,
         loss=max(map(_relative, wanted.loss, found.loss)),
         grad_norm=max(map(_relative, wanted.grad_norm, found.grad_norm)),

@@ -12,16 +12,16 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 from launcher.analysis.step_profile import PREFIX, read_profile
 from launcher.engine.backends.base import Backend
 from launcher.engine.data.reader import MicroBatch
-from launcher.engine.probes.measuring import Probed
-from launcher.engine.training.loop import Trainee, train
+from launcher.engine.probes.measuring import ProbeContext
+from launcher.engine.training.loop import TrainContext, train
 from launcher.runs.heartbeat import PHASES
 from launcher.runs.rundir import write_json
 
 
-def profile_steps(probed: Probed, *, warm_up: int) -> None:
+def profile_steps(probe: ProbeContext, *, warm_up: int) -> None:
     """Take the plan's steps, the first to warm up; leave each rank's trace, and what all say."""
-    backend, run_dir = probed.backend, probed.run_dir
-    steps = probed.plan.total_steps
+    backend, run_dir = probe.backend, probe.run_dir
+    steps = probe.plan.total_steps
     activities = [ProfilerActivity.CPU]
     if backend.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
@@ -36,12 +36,12 @@ def profile_steps(probed: Probed, *, warm_up: int) -> None:
     def at_and_step(step: int, phase: str) -> None:
         if step and phase == PHASES[1]:
             profiler.step()  # the one before has ended
-        probed.at(step, phase)
+        probe.report_phase(step, phase)
 
-    with probed.gauge() as listener:
-        trainee = probed.trainee(at=at_and_step)
+    with probe.collector() as callback:
+        context = probe.context(report_phase=at_and_step)
         with profiler:
-            train(_named(trainee), listener, last_step=steps)
+            train(_named(context), callback, last_step=steps)
             if backend.device.type == "cuda":
                 torch.cuda.synchronize(backend.device)
             profiler.step()
@@ -50,16 +50,16 @@ def profile_steps(probed: Probed, *, warm_up: int) -> None:
         write_json(run_dir.profile, {"ranks": every})
 
 
-def _named(trainee: Trainee) -> Trainee:
+def _named(context: TrainContext) -> TrainContext:
     """Return what is trained, with the parts of its steps named in the trace."""
-    recipe = trainee.recipe
+    recipe = context.recipe
     named = replace(
         recipe,
         forward=_within("forward", recipe.forward),
         loss=_within("forward", recipe.loss),
     )
-    backend = cast("Backend", _NamedBackend(trainee.backend))
-    return replace(trainee, recipe=named, backend=backend, batches=_NamedBatches(trainee.batches))
+    backend = cast("Backend", _NamedBackend(context.backend))
+    return replace(context, recipe=named, backend=backend, batches=_NamedBatches(context.batches))
 
 
 def _within(part: str, function: Callable[..., Any]) -> Callable[..., Any]:

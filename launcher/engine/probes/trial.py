@@ -20,9 +20,9 @@ from torch import nn
 from launcher.engine.data.open_files import moved_files
 from launcher.engine.data.randomness import Generators
 from launcher.engine.data.reader import MicroBatch
-from launcher.engine.model.forward_writes import Seen, see
+from launcher.engine.model.forward_writes import TensorVersion, read_version
 from launcher.engine.probes.data_identity import (
-    Known,
+    CheckpointData,
     check_repeatable,
     compare_known,
     compare_ranks,
@@ -31,7 +31,7 @@ from launcher.engine.probes.data_identity import (
 )
 from launcher.engine.ranks.failures import is_out_of_memory
 from launcher.engine.state.compiled import is_compiled
-from launcher.engine.training.loop import Trainee, sum_and_count
+from launcher.engine.training.loop import TrainContext, sum_and_count
 from launcher.errors import LauncherError, RecipeError
 from launcher.recipe.recipe import Recipe
 
@@ -45,7 +45,7 @@ _QUIET = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tried:
+class TrialOutcome:
     """What a trial has shown."""
 
     fingerprint: dict[str, Any] | None = None
@@ -56,13 +56,13 @@ class Tried:
     """What the user should know, the same on every rank."""
 
 
-def try_out(
-    trainee: Trainee, recipe: Recipe, *, step: int = 0, known: Known | None = None
-) -> Tried:
+def run_trial(
+    context: TrainContext, recipe: Recipe, *, step: int = 0, known: CheckpointData | None = None
+) -> TrialOutcome:
     """Look at the samples that the trainee's next micro-batches hold (collective).
 
     Args:
-        trainee: Its next micro-batches are those of `Sampler.trial`.
+        context: Its next micro-batches are those of `Sampler.trial`.
         recipe: What is trained; its `forward` is called, and not the trainee's, which counts.
         step: Steps that were taken before.
         known: The data of the run that is resumed; None begins anew.
@@ -73,27 +73,27 @@ def try_out(
         CheckpointError: The data is not that of the run that is resumed.
         SampleError: The data set raised.
     """
-    backend = trainee.backend
-    compare_ranks(lengths_of(trainee), backend)
-    trainee.at(step, "reading data")  # from here on the ranks are watched for a hang
-    taken = _read(trainee)
-    trainee.at(step, "computing")
-    fingerprint, changing = fingerprint_of(trainee, taken)
-    warnings = check_repeatable(trainee, changing)
+    backend = context.backend
+    compare_ranks(lengths_of(context), backend)
+    context.report_phase(step, "reading data")  # from here on the ranks are watched for a hang
+    taken = _read(context)
+    context.report_phase(step, "computing")
+    fingerprint, changing = fingerprint_of(context, taken)
+    warnings = check_repeatable(context, changing)
     compare_ranks(fingerprint, backend)
     if known is not None:
         compare_known(fingerprint, known)
-    with _undisturbed(trainee):
+    with _undisturbed(context):
         train = [each.batch for each in taken if each.request.split == "train"]
         if len(train) > 1 and not changing:
-            _check_loss(trainee, recipe, train)
+            _check_loss(context, recipe, train)
         for each in taken:
             if each.request.split == "evaluation":
-                warnings += _try_evaluation(trainee, recipe, each.batch)
-    return Tried(fingerprint=fingerprint, warnings=warnings)
+                warnings += _try_evaluation(context, recipe, each.batch)
+    return TrialOutcome(fingerprint=fingerprint, warnings=warnings)
 
 
-def _read(trainee: Trainee) -> list[MicroBatch]:
+def _read(context: TrainContext) -> list[MicroBatch]:
     """Return the micro-batches of the trial.
 
     Raises:
@@ -101,28 +101,28 @@ def _read(trainee: Trainee) -> list[MicroBatch]:
         SampleError: The data set raised.
     """
     try:
-        taken = [next(trainee.batches) for _ in trainee.sampler.trial()]
+        taken = [next(context.batches) for _ in context.sampler.trial()]
     except LauncherError as error:
-        _check_files(trainee, error)
+        _check_files(context, error)
         raise
-    _check_files(trainee)
+    _check_files(context)
     return taken
 
 
-def _check_files(trainee: Trainee, consequence: LauncherError | None = None) -> None:
+def _check_files(context: TrainContext, consequence: LauncherError | None = None) -> None:
     """Refuse data sets that read through a file which the workers share.
 
     Raises:
         RecipeError: Reading samples moves the position of a file that was open before the workers
             were forked.
     """
-    plan, reader = trainee.plan, trainee.reader
+    plan, reader = context.plan, context.reader
     forks = plan.settings["worker_start"] == "fork"
     if plan.workers_per_rank < 2 or not forks or not moved_files(reader.held_files):
         return
     # The rank itself may have moved it, while it built the model. So it reads a sample: whatever
     # moves now is what reading moves.
-    path = reader.path_read_through(trainee.sampler.trial()[0])
+    path = reader.path_read_through(context.sampler.trial()[0])
     if path is not None:
         raise RecipeError(shared_file_text(path, plan.workers_per_rank)) from consequence
 
@@ -137,7 +137,7 @@ def shared_file_text(path: str, workers: int) -> str:
     )
 
 
-def _check_loss(trainee: Trainee, recipe: Recipe, batches: list[Any]) -> None:
+def _check_loss(context: TrainContext, recipe: Recipe, batches: list[Any]) -> None:
     """Refuse a loss that returns the mean over its items as their sum (collective).
 
     Anything but a clear mean is accepted, for a loss may couple samples or draw random numbers.
@@ -145,12 +145,12 @@ def _check_loss(trainee: Trainee, recipe: Recipe, batches: list[Any]) -> None:
     Raises:
         RecipeError: The loss of a batch is the mean of the losses of its halves.
     """
-    tolerance = _TOLERANCES[trainee.plan.precision]
-    loss = functools.partial(_loss_of, trainee, recipe)
-    found = _on_all_ranks(trainee, lambda: [loss(batch, 1) for batch in batches])
-    if found is None or not trainee.backend.any_rank(_is_mean(found, tolerance)):
+    tolerance = _TOLERANCES[context.plan.precision]
+    loss = functools.partial(_loss_of, context, recipe)
+    found = _on_all_ranks(context, lambda: [loss(batch, 1) for batch in batches])
+    if found is None or not context.backend.any_rank(_is_mean(found, tolerance)):
         return
-    again = _on_all_ranks(trainee, lambda: [loss(batch, 2) for batch in batches])
+    again = _on_all_ranks(context, lambda: [loss(batch, 2) for batch in batches])
     if (
         again is None
         or not _is_mean(again, tolerance)
@@ -158,7 +158,7 @@ def _check_loss(trainee: Trainee, recipe: Recipe, batches: list[Any]) -> None:
     ):
         return
     (whole, _), (one, _), (other, _) = found
-    size = len(trainee.sampler.trial()[0].indices)
+    size = len(context.sampler.trial()[0].indices)
     raise RecipeError(
         f"The recipe's loss returned a mean instead of a sum: {whole:.4g} for {size} samples, and "
         f"{one:.4g} and {other:.4g} for their halves. Every gradient would be too small, by the "
@@ -167,7 +167,7 @@ def _check_loss(trainee: Trainee, recipe: Recipe, batches: list[Any]) -> None:
     )
 
 
-def _on_all_ranks(trainee: Trainee, call: Callable[[], T]) -> T | None:
+def _on_all_ranks(context: TrainContext, call: Callable[[], T]) -> T | None:
     """Return what `call` returns; None where it fails on any rank: some models only train.
 
     What is no fault of the model's ends the run.
@@ -180,7 +180,7 @@ def _on_all_ranks(trainee: Trainee, call: Callable[[], T]) -> T | None:
     except Exception as error:
         if is_out_of_memory(error):
             raise
-    return None if trainee.backend.any_rank(found is None) else found
+    return None if context.backend.any_rank(found is None) else found
 
 
 def _is_mean(found: list[tuple[float, float]], tolerance: float) -> bool:
@@ -200,16 +200,16 @@ def _near(one: float, other: float, tolerance: float) -> bool:
     return abs(one - other) <= tolerance * abs(one)
 
 
-def _loss_of(trainee: Trainee, recipe: Recipe, batch: Any, seed: int) -> tuple[float, float]:
+def _loss_of(context: TrainContext, recipe: Recipe, batch: Any, seed: int) -> tuple[float, float]:
     """Return (sum, count) of the loss, or NaN where it fails: some losses work in training alone.
 
     The ranks go on alike in any case, for the model's next forward may be collective.
     """
     torch.manual_seed(seed)
-    backend = trainee.backend
+    backend = context.backend
     placed = backend.to_device(batch)
     with backend.autocast():
-        outputs = recipe.forward(trainee.model, placed)
+        outputs = recipe.forward(context.model, placed)
         try:
             total, count = sum_and_count(recipe.loss, outputs, placed)
             return float(total), float(count)
@@ -217,7 +217,7 @@ def _loss_of(trainee: Trainee, recipe: Recipe, batch: Any, seed: int) -> tuple[f
             return math.nan, 0.0
 
 
-def _try_evaluation(trainee: Trainee, recipe: Recipe, batch: Any) -> tuple[str, ...]:
+def _try_evaluation(context: TrainContext, recipe: Recipe, batch: Any) -> tuple[str, ...]:
     """Call the loss and each metric on evaluation samples; return what the user should know.
 
     What raises is a warning alone: a metric may need more samples than these, or of every class.
@@ -226,12 +226,12 @@ def _try_evaluation(trainee: Trainee, recipe: Recipe, batch: Any) -> tuple[str, 
         RecipeError: One returned something else than (sum, count).
     """
     torch.manual_seed(0)
-    backend = trainee.backend
+    backend = context.backend
     placed = backend.to_device(batch)
     functions = {"The recipe's loss": recipe.loss}
     functions |= {f"The metric {name}": metric for name, metric in recipe.metrics.items()}
     with backend.autocast():
-        outputs = recipe.forward(trainee.model, placed)
+        outputs = recipe.forward(context.model, placed)
         return tuple(
             f"{name} raised {type(error).__name__} when it was tried on a few evaluation samples: "
             f"{error}. The first evaluation may fail in the same way"
@@ -258,12 +258,12 @@ def _error_of(function: Any, outputs: Any, batch: Any, name: str) -> Exception |
 
 
 @contextlib.contextmanager
-def _undisturbed(trainee: Trainee) -> Iterator[None]:
+def _undisturbed(context: TrainContext) -> Iterator[None]:
     """Have the model evaluate, uncompiled; put back modes, buffers and generators afterwards.
 
     What a forward writes to weights, or counts in attributes of its own, stays.
     """
-    model, device = trainee.model, trainee.backend.device
+    model, device = context.model, context.backend.device
     modes = [(module, module.training) for module in model.modules()]
     buffers = list(_buffers(model))
     generators = Generators()
@@ -288,8 +288,13 @@ def _undisturbed(trainee: Trainee) -> Iterator[None]:
             module.training = mode
 
 
-def _buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Seen, Any]]:
+def _buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, TensorVersion, Any]]:
     """Yield each place for a buffer, what is there, and a copy of its content."""
     for module in model.modules():
         for name, buffer in module._buffers.items():  # noqa: SLF001
-            yield module, name, see(buffer), None if buffer is None else buffer.detach().clone()
+            yield (
+                module,
+                name,
+                read_version(buffer),
+                None if buffer is None else buffer.detach().clone(),
+            )

@@ -17,7 +17,7 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousStoreInfo,
 )
 
-from launcher.engine.ranks.rendezvous import Meeting
+from launcher.engine.ranks.rendezvous import Rendezvous
 from launcher.forking import without_main_module
 from launcher.runs.job import Job
 from launcher.runs.rundir import FAILURE_FILE, failure_of_rank
@@ -31,7 +31,7 @@ def run_agent(
     function: Callable[[Job], int | None],
     job: Job,
     folder: Path,
-    meeting: Meeting | None,
+    rendezvous: Rendezvous | None,
     *,
     afresh: bool = False,
 ) -> RunResult:
@@ -41,7 +41,7 @@ def run_agent(
         function: What each rank calls.
         job: With what.
         folder: For the agent's own files.
-        meeting: With the other nodes; None is alone, and listens on no port.
+        rendezvous: With the other nodes; None is alone, and listens on no port.
         afresh: Whether each rank is a new interpreter instead of a fork of this process.
 
     Raises:
@@ -52,16 +52,16 @@ def run_agent(
         local_world_size=job.plan.nproc_per_node,
         entrypoint=function,
         args=(job,),
-        rdzv_handler=Settled(meeting),
+        rdzv_handler=StaticRendezvousHandler(rendezvous),
         max_restarts=job.restarts,
         monitor_interval=_SECONDS_BETWEEN_LOOKS,
     )
     if afresh:
-        return _Spawning(spec, logs_specs=NoLogs(folder), start_method="spawn").run()
-    return LocalElasticAgent(spec, logs_specs=NoLogs(folder), start_method="fork").run()
+        return _ForkingAgent(spec, logs_specs=NoLogsSpecs(folder), start_method="spawn").run()
+    return LocalElasticAgent(spec, logs_specs=NoLogsSpecs(folder), start_method="fork").run()
 
 
-class _Spawning(LocalElasticAgent):
+class _ForkingAgent(LocalElasticAgent):
     """Starts ranks as new interpreters, which are deaf to signals until they have handlers."""
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
@@ -70,11 +70,11 @@ class _Spawning(LocalElasticAgent):
             return super()._start_workers(worker_group)
 
 
-class Settled(RendezvousHandler):
+class StaticRendezvousHandler(RendezvousHandler):
     """The rendezvous of nodes that have met, or of one that is alone."""
 
-    def __init__(self, meeting: Meeting | None) -> None:
-        self._meeting = meeting
+    def __init__(self, rendezvous: Rendezvous | None) -> None:
+        self._rendezvous = rendezvous
 
     def get_backend(self) -> str:
         return "settled"
@@ -85,23 +85,27 @@ class Settled(RendezvousHandler):
     @property
     def use_agent_store(self) -> bool:
         """Whether the ranks of several nodes meet at our store, rather than on a port of theirs."""
-        return self._meeting is not None
+        return self._rendezvous is not None
 
     def next_rendezvous(self) -> RendezvousInfo:
         store: Store
-        if self._meeting is None:
+        if self._rendezvous is None:
             # In this process's own memory; the ranks find each other in a file of theirs.
             store, rank, nodes, address = HashStore(), 0, 1, ("localhost", 0)
         else:
-            store = PrefixStore("agents", self._meeting.store)
-            rank, nodes, address = self._meeting.index, self._meeting.count, self._meeting.address
+            store = PrefixStore("agents", self._rendezvous.store)
+            rank, nodes, address = (
+                self._rendezvous.index,
+                self._rendezvous.count,
+                self._rendezvous.address,
+            )
         where = RendezvousStoreInfo(*address)
         return RendezvousInfo(store, rank=rank, world_size=nodes, bootstrap_store_info=where)
 
     def num_nodes_waiting(self) -> int:
         """Return 0: nobody joins. The agent asks each time that it has looked after its ranks."""
-        if self._meeting is not None:
-            self._meeting.look()
+        if self._rendezvous is not None:
+            self._rendezvous.check_peers()
         return 0
 
     def is_closed(self) -> bool:
@@ -114,7 +118,7 @@ class Settled(RendezvousHandler):
         return True
 
 
-class NoLogs(LogsSpecs):
+class NoLogsSpecs(LogsSpecs):
     """No redirects and no tees: each rank opens its own log. The agent insists on error files.
 
     Args:

@@ -16,7 +16,7 @@ import torch
 from launcher.console.failure import failure_text
 from launcher.environment.world import World
 from launcher.errors import EXIT_FAILED, LauncherError, LostRankError, TrainingError
-from launcher.runs.heartbeat import all_health, is_running
+from launcher.runs.heartbeat import is_running, read_heartbeats
 from launcher.runs.redaction import redacted
 from launcher.runs.rundir import RunDir, line_count, record_failure
 from launcher.signals import StopRequest
@@ -92,7 +92,7 @@ def _hear_no_more_of_workers() -> None:
 
 def _departure(run_dir: RunDir, world: World) -> dict[str, Any] | None:
     """Return the failure of a rank of this node that has ended as if all were well, if one has."""
-    for peer in all_health(run_dir):
+    for peer in read_heartbeats(run_dir):
         here = peer.rank != world.rank and peer.node == platform.node()
         if here and not is_running(peer.pid):
             error = TrainingError(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TextIO, cast
 
 from launcher.console.progress import JSONProgress, Progress, TerminalProgress
-from launcher.runs.job import Shows
+from launcher.runs.job import OutputMode
 
 
 class Log(io.TextIOWrapper):
@@ -122,12 +122,12 @@ class Output:
     log: TextIO
     """The rank's log."""
 
-    shows: Shows = "progress"
+    output_mode: OutputMode = "progress"
     """What is to be seen on the terminal of how far the run is."""
 
     def progress(self, total_steps: int) -> Progress:
         """Return what shows how far a run of so many steps is."""
-        if self.shows == "json":
+        if self.output_mode == "json":
             return JSONProgress(total_steps, self.terminal)
         return TerminalProgress(total_steps, self.terminal, self.log, self.show_through)
 
@@ -139,7 +139,7 @@ class Output:
 
 
 def open_output(
-    path: Path, *, own_terminal: bool, on_terminal: bool, shows: Shows = "progress"
+    path: Path, *, own_terminal: bool, on_terminal: bool, output_mode: OutputMode = "progress"
 ) -> Output:
     """Send this process's output to the log at `path`, and to the terminal where asked.
 
@@ -148,7 +148,7 @@ def open_output(
         own_terminal: Whether this process was started by us, so that its file descriptors may be
             redirected: what native code prints, crashes included, then goes to the log.
         on_terminal: Whether what Python prints goes to the terminal as well.
-        shows: What is to be seen there; only with `progress` what Python prints goes there.
+        output_mode: What is to be seen there; only with `progress` what Python prints goes there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)  # on a node that does not share rank 0's folder
     stdout, stderr = sys.stdout, sys.stderr
@@ -158,11 +158,11 @@ def open_output(
         stderr = os.fdopen(os.dup(2), "w", encoding="utf-8", buffering=1)
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    if on_terminal and shows == "progress":
+    if on_terminal and output_mode == "progress":
         sys.stdout, sys.stderr = Terminal(stdout, log), Terminal(stderr, log)
     elif own_terminal:
         sys.stdout = sys.stderr = log
     terminal, errors = cast("TextIO", Terminal(stdout)), cast("TextIO", Terminal(stderr))
-    if shows == "nothing":
+    if output_mode == "nothing":
         terminal = io.StringIO()
-    return Output(terminal=terminal, errors=errors, log=log, shows=shows)
+    return Output(terminal=terminal, errors=errors, log=log, output_mode=output_mode)

@@ -30,7 +30,7 @@ _SECONDS_TO_EXIT = 1.0
 _FAILURE = "failure"
 
 
-class Meeting:
+class Rendezvous:
     """A store on the first node that the launchers of all nodes share.
 
     It listens on all interfaces of that node; the ranks meet at it as well.
@@ -49,7 +49,7 @@ class Meeting:
         self.count = nodes.count
         self.address = (nodes.host, nodes.port)
         self._nodes, self._tell = nodes, tell
-        self._until = time.monotonic() + nodes.patience
+        self._until = time.monotonic() + nodes.join_timeout
         self.store, first = self._open()
         self.index = self._arrive(first=first)
         self._beats: dict[int, tuple[bytes, float]] = {}
@@ -71,7 +71,7 @@ class Meeting:
             self.store.set("shared", value)
             return value
         self._wait_until(lambda: self._has("shared") or self._has(_FAILURE), lambda: self.names[0])
-        self.look()
+        self.check_peers()
         return self.store.get("shared").decode()
 
     def report(self, exit_code: int | None, index: int | None = None) -> None:
@@ -85,7 +85,7 @@ class Meeting:
         """Whether the first node, whose output is next to this one's, says all there is to say."""
         return self.index > 0 and bool(self._nodes.names)
 
-    def part(self, exit_code: int) -> int:
+    def leave(self, exit_code: int) -> int:
         """Leave; return the exit code of this node. The first leaves last.
 
         The others can hear from it until then. And srun takes a task that ends with another code
@@ -104,7 +104,7 @@ class Meeting:
             time.sleep(_SECONDS_TO_EXIT)
         return exit_code
 
-    def look(self, *, patiently: bool = False) -> None:
+    def check_peers(self, *, patiently: bool = False) -> None:
         """Raise an error if another node has failed or gone; say that this one has not.
 
         Args:
@@ -118,14 +118,14 @@ class Meeting:
             if time.monotonic() >= self._next_beat:
                 self._next_beat = time.monotonic() + _SECONDS_BETWEEN_BEATS
                 try:
-                    self._look()
+                    self._check_peers()
                 except RuntimeError as error:  # of the store
                     raise PeerError(self.names[0], None) from error
             if time.monotonic() >= until:
                 return
             time.sleep(_SECONDS_BETWEEN_TRIES)
 
-    def _look(self) -> None:
+    def _check_peers(self) -> None:
         if self._has(_FAILURE):
             failure = json.loads(self.store.get(_FAILURE))
             if failure["index"] != self.index:
@@ -144,7 +144,7 @@ class Meeting:
     def _open(self) -> tuple[TCPStore, bool]:
         """Return the store, and whether it is on this node."""
         host, port = self.address
-        timeout = timedelta(seconds=self._nodes.patience)
+        timeout = timedelta(seconds=self._nodes.join_timeout)
         here = self._nodes.index == 0 if self._nodes.index is not None else _is_here(host)
         if here:
             try:
@@ -199,9 +199,9 @@ class Meeting:
             now = time.monotonic()
             if now > self._until:
                 raise WorldError(
-                    f"{self.count} nodes are to run together, and after {self._nodes.patience:.0f} "
-                    f"s nothing has been heard of {missing()}. Was it started, and can it be "
-                    f"reached from {platform.node()}?"
+                    f"{self.count} nodes are to run together, and after "
+                    f"{self._nodes.join_timeout:.0f} s nothing has been heard of {missing()}. "
+                    f"Was it started, and can it be reached from {platform.node()}?"
                 )
             if now > word:
                 word = now + _SECONDS_BETWEEN_WORDS

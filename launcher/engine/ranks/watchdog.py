@@ -23,7 +23,7 @@ from typing import Any, TextIO
 
 from launcher.engine.ranks.processes import children
 from launcher.errors import EXIT_FAILED
-from launcher.runs.heartbeat import PHASES, Health, read_health
+from launcher.runs.heartbeat import PHASES, Heartbeat, read_heartbeat
 from launcher.runs.rundir import RunDir, record_failure
 from launcher.signals import EXIT_BY_SIGNAL, StopRequest
 
@@ -38,7 +38,7 @@ _SECONDS_TO_SPEAK = 3.0
 _OURS = ("torch", "launcher", "accelerate", "deepspeed")
 
 
-class Watch:
+class Watchdog:
     """Watches one rank.
 
     Args:
@@ -74,7 +74,7 @@ class Watch:
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
         self._thread.start()
 
-    def at(self, step: int, phase: str) -> None:
+    def report_phase(self, step: int, phase: str) -> None:
         """Say that this rank has moved: `step` steps are taken, and it does `phase` now."""
         begins = self._place[1] == PHASES[0] != phase
         self._place = step, phase, time.monotonic()
@@ -104,7 +104,7 @@ class Watch:
     def _write(self, **more: Any) -> None:
         step, phase, moved = self._place
         now = time.time()
-        health = Health(
+        health = Heartbeat(
             rank=self._rank,
             node=platform.node(),
             pid=os.getpid(),
@@ -138,7 +138,7 @@ class Watch:
             with contextlib.suppress(OSError):
                 os.kill(child, signal.SIGUSR2)  # a DataLoader worker: it leaves its stack as well
         time.sleep(_SECONDS_TO_SPEAK)
-        found = [read_health(self._run_dir, rank) for rank in range(self._world_size)]
+        found = [read_heartbeat(self._run_dir, rank) for rank in range(self._world_size)]
         failure = _hang_failure(found, self._hang_timeout or 0.0)
         if record_failure(self._run_dir, failure) and failure["node"] == platform.node():
             os.kill(failure["pid"], signal.SIGKILL)  # one that is stopped takes no other signal
@@ -160,7 +160,7 @@ class Watch:
         return f"{path}, line {frame.f_lineno}, in {frame.f_code.co_name}", waits
 
 
-def _behind(rank: int, health: Health | None, others: int) -> str:
+def _behind(rank: int, health: Heartbeat | None, others: int) -> str:
     """Return what the rank that is behind does, and that others wait for it."""
     if health is None:
         what = f"rank {rank} has never been heard of"
@@ -181,7 +181,7 @@ def _behind(rank: int, health: Health | None, others: int) -> str:
     return f"{what}; the other {'one waits' if others == 1 else f'{others} wait'} for it"
 
 
-def _waiting_apart(found: list[Health | None]) -> str | None:
+def _waiting_apart(found: list[Heartbeat | None]) -> str | None:
     """Return that ranks wait for each other in different calls, where they do."""
     places: dict[str, int] = {}
     for health in found:
@@ -197,7 +197,7 @@ def _waiting_apart(found: list[Health | None]) -> str | None:
     )
 
 
-def _hang_failure(found: list[Health | None], timeout: float) -> dict[str, Any]:
+def _hang_failure(found: list[Heartbeat | None], timeout: float) -> dict[str, Any]:
     """Return the failure of a run that hangs, which names the rank that is behind."""
 
     def progress(rank: int) -> tuple[bool, int, int, bool]:

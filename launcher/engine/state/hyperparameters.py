@@ -14,7 +14,7 @@ from torch.optim import LBFGS, SGD, AdamW, Optimizer
 from launcher.errors import RecipeError
 from launcher.recipe.optimizer import OptimizerSpec
 from launcher.recipe.recipe import Recipe
-from launcher.recipe.schedules import Setting
+from launcher.recipe.schedules import ScheduleValue
 
 SCHEDULED = ("lr", "momentum", "betas")
 """What `Hyperparameters` writes into parameter groups."""
@@ -97,7 +97,7 @@ def _bare_step(step: Callable[..., Any]) -> Callable[[Optimizer], None]:
     return inspect.unwrap(step)
 
 
-class Written(NamedTuple):
+class WrittenHyperparameters(NamedTuple):
     """What an optimizer takes a step with."""
 
     lr: float
@@ -117,7 +117,7 @@ class Hyperparameters:
         self._peak_lr = peak_lr
         self._groups = [(group, group["lr"] / peak_lr) for group in optimizer.param_groups]
 
-    def write(self, setting: Setting) -> Written:
+    def write(self, setting: ScheduleValue) -> WrittenHyperparameters:
         """Set learning rate and momentum of the coming step; return what they are."""
         lr = self._peak_lr * setting.factor
         for group, ratio in self._groups:
@@ -128,4 +128,6 @@ class Hyperparameters:
                 elif "betas" in group:
                     group["betas"] = (setting.momentum, *group["betas"][1:])
         first = self._groups[0][0]
-        return Written(lr, first["betas"][0] if "betas" in first else first.get("momentum"))
+        return WrittenHyperparameters(
+            lr, first["betas"][0] if "betas" in first else first.get("momentum")
+        )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from launcher.engine.state.compiled import plain_name
-from launcher.engine.state.training_state import Source, is_plain
+from launcher.engine.state.training_state import StateSource, is_plain
 from launcher.errors import CheckpointError, TrainingError
 
 Gather = Callable[[Any], list[Any]]
@@ -93,7 +93,7 @@ def _differing(sums: list[dict[str, int]]) -> set[str]:
 
 @torch.no_grad()
 def read_buffers(
-    model: nn.Module, source: Source, rank: int, world_size: int, device: torch.device
+    model: nn.Module, source: StateSource, rank: int, world_size: int, device: torch.device
 ) -> None:
     """Fill the model's buffers: with this rank's own, or else with the mean of all ranks'.
 
@@ -144,7 +144,7 @@ def _new_slots(model: nn.Module, names: Iterable[str]) -> dict[str, Slot]:
     return slots
 
 
-def _found_buffers(source: Source) -> dict[str, list[str]]:
+def _found_buffers(source: StateSource) -> dict[str, list[str]]:
     """Return the names in the source that hold each buffer: one for all ranks, or one each."""
     found: dict[str, list[str]] = {}
     for full in source.names():
@@ -153,7 +153,7 @@ def _found_buffers(source: Source) -> dict[str, list[str]]:
     return found
 
 
-def _check_buffer_names(source: Source, slots: dict[str, Slot], found: set[str]) -> None:
+def _check_buffer_names(source: StateSource, slots: dict[str, Slot], found: set[str]) -> None:
     missing = sorted(name for name, slot in slots.items() if slot.buffer is not None)
     only_here = [name for name in missing if name not in found]
     only_there = sorted(found - slots.keys())
@@ -167,7 +167,9 @@ def _check_buffer_names(source: Source, slots: dict[str, Slot], found: set[str])
         )
 
 
-def _chosen(name: str, names: list[str], rank: int, world_size: int, source: Source) -> list[str]:
+def _chosen(
+    name: str, names: list[str], rank: int, world_size: int, source: StateSource
+) -> list[str]:
     """Return which of the saved buffers of one name this rank reads."""
     if names == [f"buffer/{name}"]:
         return names
@@ -177,7 +179,7 @@ def _chosen(name: str, names: list[str], rank: int, world_size: int, source: Sou
     return [f"buffer/{name}@{each}" for each in range(source.world_size)]
 
 
-def _mean(source: Source, name: str, tensors: list[Tensor], *, counts: bool) -> Tensor | None:
+def _mean(source: StateSource, name: str, tensors: list[Tensor], *, counts: bool) -> Tensor | None:
     """Return the mean of the ranks' buffers; None where this rank had none.
 
     Args:
@@ -268,7 +270,7 @@ def own_extra_state(model: nn.Module, gather: Gather) -> dict[str, Any]:
     return kept
 
 
-def read_extra_state(model: nn.Module, source: Source, rank: int, world_size: int) -> None:
+def read_extra_state(model: nn.Module, source: StateSource, rank: int, world_size: int) -> None:
     """Give each module its extra state.
 
     Modules whose state the checkpoint lacks are left as they are; `lacks_extra_state` names them.
@@ -291,7 +293,7 @@ def read_extra_state(model: nn.Module, source: Source, rank: int, world_size: in
             )
 
 
-def lacks_extra_state(model: nn.Module, source: Source) -> list[str]:
+def lacks_extra_state(model: nn.Module, source: StateSource) -> list[str]:
     """Return the modules whose extra state the checkpoint does not hold."""
     kept = {full.partition("@")[0] for full in source.values.get("extra", {})}
     return [name or "the model" for name, _ in _stateful(model) if f"extra/{name}" not in kept]

@@ -37,7 +37,7 @@ STEP = "step"
 
 
 @dataclass(frozen=True, kw_only=True)
-class State:
+class Snapshot:
     """What one rank keeps of a training."""
 
     tensors: dict[str, Tensor]
@@ -50,7 +50,7 @@ class State:
     """The extra state of modules, of all ranks."""
 
 
-class Source(Protocol):
+class StateSource(Protocol):
     """Where a state is read from."""
 
     name: str
@@ -212,7 +212,7 @@ def group_values(optimizer: Optimizer) -> list[dict[str, Any]]:
     ]
 
 
-def read_into(module: nn.Module, optimizer: Optimizer, source: Source) -> None:
+def read_into(module: nn.Module, optimizer: Optimizer, source: StateSource) -> None:
     """Fill weights and optimizer state, whole or sharded, from a source.
 
     Raises:
@@ -236,7 +236,7 @@ def read_into(module: nn.Module, optimizer: Optimizer, source: Source) -> None:
 
 
 def empty_state(
-    source: Source,
+    source: StateSource,
     name: str,
     parameter: Tensor,
     group: Mapping[str, Any],
@@ -265,7 +265,7 @@ def empty_state(
     return state
 
 
-def lost_state(source: Source, module: nn.Module, optimizer: Optimizer) -> list[str]:
+def lost_state(source: StateSource, module: nn.Module, optimizer: Optimizer) -> list[str]:
     """Return the parameters whose optimizer state a checkpoint should hold and does not.
 
     Launcher 0.1 lost it under strategy=fsdp: a checkpoint that was saved after an evaluation holds
@@ -303,13 +303,13 @@ def write_groups(optimizer: Optimizer, changed: list[dict[str, Any]]) -> None:
             group[key] = tuple(value) if isinstance(value, list) else value
 
 
-def state_names(source: Source, parameter: str) -> dict[str, str]:
+def state_names(source: StateSource, parameter: str) -> dict[str, str]:
     """Return the tensors that the optimizer kept of a parameter: its key, and its full name."""
     prefix = f"optimizer/{parameter}/"
     return {full.removeprefix(prefix): full for full in source.names() if full.startswith(prefix)}
 
 
-def state_values(source: Source, parameter: str) -> dict[str, Any]:
+def state_values(source: StateSource, parameter: str) -> dict[str, Any]:
     """Return the plain values that the optimizer kept of a parameter."""
     prefix = f"optimizer/{parameter}/"
     kept = source.values["optimizer"]
@@ -318,7 +318,7 @@ def state_values(source: Source, parameter: str) -> dict[str, Any]:
     }
 
 
-def check_names(source: Source, own: Iterable[str]) -> None:
+def check_names(source: StateSource, own: Iterable[str]) -> None:
     """Refuse a source of another model.
 
     Raises:
@@ -333,7 +333,7 @@ def check_names(source: Source, own: Iterable[str]) -> None:
         )
 
 
-def check_size(source: Source, name: str, size: torch.Size) -> None:
+def check_size(source: StateSource, name: str, size: torch.Size) -> None:
     """Refuse a tensor of another size than the recipe's.
 
     Raises:

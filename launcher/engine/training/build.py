@@ -16,23 +16,23 @@ from launcher.engine.data.open_files import open_files, opened_since
 from launcher.engine.data.randomness import seed_all
 from launcher.engine.data.reader import MicroBatch, Reader, micro_batches, sample_count
 from launcher.engine.data.sampler import Sampler
-from launcher.engine.metrics.noise_meter import STRIDE, noise_of
-from launcher.engine.model.batch_norm import BatchNorms, refuse_lone_samples, synchronize
+from launcher.engine.metrics.noise_meter import STRIDE, make_noise_meter
+from launcher.engine.model.batch_norm import BatchNorms, refuse_single_samples, synchronize
 from launcher.engine.model.blocks import checkpoint_activations, compile_blocks, find_blocks
 from launcher.engine.model.forward_writes import ForwardWrites
 from launcher.engine.saving.final_weights import check_savable
 from launcher.engine.state.hyperparameters import make_optimizer
-from launcher.engine.training.loop import Trainee
+from launcher.engine.training.loop import TrainContext
 from launcher.errors import RecipeError
 from launcher.planning.plan import Plan
 from launcher.planning.single_sample_batches import cuts_to_one
 from launcher.recipe.recipe import Data, Recipe
-from launcher.runs.job import Source
+from launcher.runs.job import RecipeSource
 
 _SAMPLED_WEIGHTS = 1024
 
 
-def build_trainee(
+def build_context(
     recipe: Recipe,
     plan: Plan,
     backend: Backend,
@@ -41,10 +41,10 @@ def build_trainee(
     last_step: int,
     evaluates: bool = True,
     trial: bool = False,
-    source: Source | None = None,
+    source: RecipeSource | None = None,
     noise_stride: int = STRIDE,
-    at: Callable[[int, str], None] = lambda *_: None,
-) -> Trainee:
+    report_phase: Callable[[int, str], None] = lambda *_: None,
+) -> TrainContext:
     """Build what the recipe describes, for the steps from `first_step` on (collective).
 
     Args:
@@ -57,7 +57,7 @@ def build_trainee(
         trial: Whether the first micro-batches are those of `Sampler.trial`.
         source: What the recipe is built from; spawned DataLoader workers need it.
         noise_stride: One step in so many is measured, if the recipe asks for the noise scale.
-        at: Is told how far this rank is.
+        report_phase: Is told how far this rank is.
 
     Raises:
         RecipeError: The recipe or its data is at fault.
@@ -91,8 +91,8 @@ def build_trainee(
         batches = start_reading(sampler)
         if first_step < last_step and not recipe.compile:  # no hook is seen in compiled code
             taken = len(next(sampler.requests(first_step)).indices)
-            recipe = refuse_lone_samples(recipe, plan, sampler.train_samples, norms, taken)
-    return Trainee(
+            recipe = refuse_single_samples(recipe, plan, sampler.train_samples, norms, taken)
+    return TrainContext(
         recipe=recipe,
         plan=plan,
         backend=backend,
@@ -104,8 +104,8 @@ def build_trainee(
         batches=batches,
         norms=norms,
         writes=ForwardWrites(model, backend, recipe.rank_buffers),
-        at=at,
-        noise=noise_of(recipe, backend, model, noise_stride),
+        report_phase=report_phase,
+        noise=make_noise_meter(recipe, backend, model, noise_stride),
     )
 
 

@@ -15,10 +15,10 @@ from typing import Any
 
 from torch import Tensor
 
-from launcher.engine.metrics.meter import Votes
+from launcher.engine.metrics.meter import RankFlags
 from launcher.engine.saving.checkpoint_tensors import reason_of, with_files, write_shard
-from launcher.engine.state.training_state import State, changed_groups
-from launcher.engine.training.loop import Listener, Trainee
+from launcher.engine.state.training_state import Snapshot, changed_groups
+from launcher.engine.training.loop import Callback, TrainContext
 from launcher.errors import LauncherError, TrainingError
 from launcher.runs.checkpoints import FORMAT, Manifest, begin, commit, list_checkpoints, prune
 from launcher.runs.provenance import versions
@@ -50,7 +50,7 @@ class _Writing:
         self.done = True
 
 
-class Keeper:
+class CheckpointManager:
     """Keeps the checkpoints of a run, on every rank alike: an attendant of the loop.
 
     A save that fails, on a full disk or in a folder that has gone, is told and does not end the
@@ -67,18 +67,18 @@ class Keeper:
 
     def __init__(
         self,
-        trainee: Trainee,
+        context: TrainContext,
         stop: StopRequest,
         run_dir: RunDir,
         *,
         groups: list[dict[str, Any]],
-        listener: Listener,
+        callback: Callback,
         data: dict[str, Any] | None = None,
     ) -> None:
-        self._trainee, self._backend, self._run_dir = trainee, trainee.backend, run_dir
+        self._context, self._backend, self._run_dir = context, context.backend, run_dir
         self._stop = stop
-        self._every_steps, self._every_seconds = _interval(trainee.recipe.checkpoint_every)
-        self._groups, self._listener, self._data = groups, listener, data
+        self._every_steps, self._every_seconds = _interval(context.recipe.checkpoint_every)
+        self._groups, self._callback, self._data = groups, callback, data
         self._writing: _Writing | None = None
         self._manifest: Manifest | None = None
         self._since = time.perf_counter()
@@ -88,17 +88,17 @@ class Keeper:
         """Return whether one is due after `step` steps; the same on every rank."""
         return self._every_steps is not None and step % self._every_steps == 0
 
-    def votes(self) -> Votes:
+    def flags(self) -> RankFlags:
         """Return what this rank has to tell the others."""
         passed = time.perf_counter() - self._since
         due = self._every_seconds is not None and passed >= self._every_seconds
-        return Votes(
+        return RankFlags(
             stop=float(self._stop.number is not None),
             save=float(due and self._writing is None),
             written=float(self._writing is not None and self._writing.done),
         )
 
-    def attend(self, step: int, votes: Votes) -> bool:
+    def on_step_end(self, step: int, flags: RankFlags) -> bool:
         """Save where it is time to, name what is whole, return whether to stop (collective).
 
         Raises:
@@ -108,13 +108,13 @@ class Keeper:
             self._checked = True
             if refusal := self._refusal():
                 raise TrainingError(refusal)
-        if votes.written == self._backend.world_size:
+        if flags.written == self._backend.world_size:
             self.finish()
-        if votes.stop or votes.save or self.is_due(step):
+        if flags.stop or flags.save or self.is_due(step):
             self.save(step)
-        if votes.stop:
+        if flags.stop:
             self.finish()
-        return votes.stop > 0
+        return flags.stop > 0
 
     def save(self, step: int) -> None:
         """Begin to save what there is after `step` steps, unless that is done (collective)."""
@@ -122,11 +122,11 @@ class Keeper:
             return
         self.finish()
         started = time.perf_counter()
-        backend, trainee = self._backend, self._trainee
+        backend, context = self._backend, self._context
         if refusal := self._refusal():
             self._failed(step, refusal)
             return
-        state = backend.snapshot(trainee.model, trainee.optimizer)
+        state = backend.snapshot(context.model, context.optimizer)
         self._manifest = self._describe(step, state)
         folder: Path | None = None
         error: str | None = None
@@ -140,13 +140,13 @@ class Keeper:
             self._failed(step, f"{self._run_dir.checkpoints}: {error}")
             return
         self._writing = _Writing(folder, backend.rank, state.tensors)
-        self._listener.noted(step, {"checkpoint_stall_seconds": time.perf_counter() - started})
+        self._callback.on_note(step, {"checkpoint_stall_seconds": time.perf_counter() - started})
 
     def _refusal(self) -> str | None:
         """Return what of the state on any rank a checkpoint could not hold (collective)."""
         own = None
         try:
-            self._backend.check_state(self._trainee.model, self._trainee.optimizer)
+            self._backend.check_state(self._context.model, self._context.optimizer)
         except TrainingError as error:
             own = str(error)
         return next(filter(None, self._backend.gather(own)), None)
@@ -165,7 +165,7 @@ class Keeper:
         if self._backend.rank == 0 and error is None:
             try:
                 commit(writing.folder, with_files(manifest, writing.folder))
-                prune(self._run_dir, self._trainee.recipe.keep_checkpoints)
+                prune(self._run_dir, self._context.recipe.keep_checkpoints)
             except (OSError, LauncherError, ValueError, KeyError) as failed:
                 error = reason_of(failed)
         if self._backend.rank == 0 and error is not None:
@@ -174,19 +174,19 @@ class Keeper:
         if error is not None:
             self._failed(manifest.step, error)
             return
-        self._listener.noted(
+        self._callback.on_note(
             manifest.step, {"checkpoint_seconds": time.perf_counter() - writing.started}
         )
 
-    def _describe(self, step: int, state: State) -> Manifest:
+    def _describe(self, step: int, state: Snapshot) -> Manifest:
         scaler = self._backend.scaler
-        groups = changed_groups(self._trainee.optimizer, self._groups)
+        groups = changed_groups(self._context.optimizer, self._groups)
         return Manifest(
             format=FORMAT,
             step=step,
-            samples=self._trainee.sampler.samples_before(step),
+            samples=self._context.sampler.samples_before(step),
             world_size=self._backend.world_size,
-            agreement=self._trainee.plan.agreement(),
+            agreement=self._context.plan.agreement(),
             values={
                 "optimizer": state.values,
                 "groups": groups,
@@ -203,11 +203,11 @@ class Keeper:
             return
         left = list_checkpoints(self._run_dir)
         newest = f"{left[0].name} is the newest" if left else "there is none"
-        self._listener.warned(
+        self._callback.on_warning(
             f"the checkpoint after step {step:,} could not be saved ({error}). "
             f"The run goes on; of those that are whole {newest}."
         )
-        self._listener.noted(step, {"checkpoint_failed": 1.0})
+        self._callback.on_note(step, {"checkpoint_failed": 1.0})
 
 
 def _interval(every: int | str) -> tuple[int | None, float | None]:

@@ -16,8 +16,8 @@ from launcher.engine.backends.base import Backend
 from launcher.engine.data.randomness import seed_step
 from launcher.engine.data.reader import MicroBatch, Reader
 from launcher.engine.data.sampler import Sampler
-from launcher.engine.metrics.meter import BadSteps, Meter, Reading, StepRow, Votes
-from launcher.engine.metrics.noise_meter import Noise, Unmeasured
+from launcher.engine.metrics.meter import Meter, MetricsBatch, NonFiniteGuard, RankFlags, StepRow
+from launcher.engine.metrics.noise_meter import NoiseMeter, NullNoiseMeter
 from launcher.engine.model.batch_norm import BatchNorms
 from launcher.engine.model.forward_writes import ForwardWrites
 from launcher.engine.state.hyperparameters import Hyperparameters
@@ -27,30 +27,30 @@ from launcher.planning.stages import Window
 from launcher.recipe.recipe import Recipe
 
 
-class Listener(Protocol):
+class Callback(Protocol):
     """Hears what the loop measured, on every rank, in the order of the steps."""
 
-    def took(self, step: int, micro_batches: list[MicroBatch]) -> None:
+    def on_micro_batches(self, step: int, micro_batches: list[MicroBatch]) -> None:
         """This rank has taken these in step number `step`."""
 
-    def stepped(self, rows: list[StepRow]) -> None:
+    def on_steps(self, rows: list[StepRow]) -> None:
         """Some steps were taken."""
 
-    def measured(self, measurements: list[Measurement]) -> None:
+    def on_noise(self, measurements: list[Measurement]) -> None:
         """The gradient noise was measured in some steps."""
 
-    def warned(self, text: str) -> None:
+    def on_warning(self, text: str) -> None:
         """Something is to be told, the same on every rank."""
 
-    def noted(self, step: int, values: Mapping[str, Any]) -> None:
+    def on_note(self, step: int, values: Mapping[str, Any]) -> None:
         """Something else is known of what happened after `step` steps."""
 
-    def evaluated(self, step: int, values: dict[str, float]) -> None:
+    def on_evaluation(self, step: int, values: dict[str, float]) -> None:
         """The evaluation data was visited after `step` steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trainee:
+class TrainContext:
     """All that the loop works on."""
 
     recipe: Recipe
@@ -75,28 +75,28 @@ class Trainee:
     writes: ForwardWrites
     """Sees what forward passes write, and brings it together over the ranks."""
 
-    at: Callable[[int, str], None] = lambda *_: None
+    report_phase: Callable[[int, str], None] = lambda *_: None
     """Is told how far this rank is: steps taken, and what comes next."""
 
-    noise: Noise = field(default_factory=Unmeasured)
+    noise: NoiseMeter = field(default_factory=NullNoiseMeter)
     """Measures the gradient noise beside the steps."""
 
 
-class Attendant(Protocol):
+class StepController(Protocol):
     """Tends to the run between steps, where all ranks agree on what to do."""
 
     def is_due(self, step: int) -> bool:
         """Return whether it has something to do after `step` steps; the same on every rank."""
 
-    def votes(self) -> Votes:
+    def flags(self) -> RankFlags:
         """Return what this rank has to tell the others."""
 
-    def attend(self, step: int, votes: Votes) -> bool:
+    def on_step_end(self, step: int, flags: RankFlags) -> bool:
         """Do after `step` steps what the ranks' votes say; return whether to stop (collective)."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trained:
+class TrainOutcome:
     """How far `train` got."""
 
     step: int
@@ -107,19 +107,19 @@ class Trained:
 
 
 def train(
-    trainee: Trainee,
-    listener: Listener,
-    attendant: Attendant | None = None,
+    context: TrainContext,
+    callback: Callback,
+    controller: StepController | None = None,
     *,
     first_step: int = 0,
     last_step: int | None = None,
-) -> Trained:
+) -> TrainOutcome:
     """Take the steps from `first_step` to before `last_step`, or until asked to stop.
 
     Args:
-        trainee: What to train.
-        listener: Hears of the steps.
-        attendant: Tends to the run between steps; None lets it go.
+        context: What to train.
+        callback: Hears of the steps.
+        controller: Tends to the run between steps; None lets it go.
         first_step: Steps that were taken before.
         last_step: Steps to have been taken when this returns; None is all that were planned.
 
@@ -127,12 +127,17 @@ def train(
         RecipeError: The recipe's loss does not return (sum, count).
         TrainingError: The losses of too many steps are not finite.
     """
-    recipe, plan, backend = trainee.recipe, trainee.plan, trainee.backend
-    model, optimizer, sampler = trainee.model, trainee.optimizer, trainee.sampler
-    norms, writes, at, noise = trainee.norms, trainee.writes, trainee.at, trainee.noise
+    recipe, plan, backend = context.recipe, context.plan, context.backend
+    model, optimizer, sampler = context.model, context.optimizer, context.sampler
+    norms, writes, report_phase, noise = (
+        context.norms,
+        context.writes,
+        context.report_phase,
+        context.noise,
+    )
     hyperparameters = Hyperparameters(optimizer, plan.lr)
     meter = Meter(backend)
-    bad_steps = BadSteps(recipe.max_bad_steps, lambda step: sampler.batch_ids(step - 1))
+    nonfinite_guard = NonFiniteGuard(recipe.max_bad_steps, lambda step: sampler.batch_ids(step - 1))
     values: dict[str, float] = {}
     model.train()
     norms.keep()
@@ -141,14 +146,14 @@ def train(
         # ------------------------------------------------------------------------------------
         seed_step(plan.seed, step, backend)
         written = hyperparameters.write(plan.setting_at(recipe.schedule, step))
-        window, taken, waited = _read(trainee, step)
-        items = _items(trainee, window.size, taken)
+        window, taken, waited = _read(context, step)
+        items = _items(context, window.size, taken)
         weight = backend.world_size / items
         sums, counts = [], []
         noise.begin(step)
         writes.begin()
         for number, micro_batch in enumerate(taken, start=1):
-            at(step, "computing")
+            report_phase(step, "computing")
             batch = backend.to_device(micro_batch.batch)
             with (
                 backend.micro_step(last=number == len(taken)),
@@ -161,7 +166,7 @@ def train(
                     )
                 # Gradients are averaged over ranks: world_size in the weight makes that a sum.
                 backend.backward(loss_sum, weight if micro_batch.counts else 0.0)
-            noise.took(weight, count if micro_batch.counts else 0)
+            noise.add_micro_batch(weight, count if micro_batch.counts else 0)
             if micro_batch.counts:
                 sums.append(loss_sum.detach())
                 counts.append(count)
@@ -169,7 +174,7 @@ def train(
         grad_norm = backend.apply(optimizer, recipe.max_grad_norm)
         # ------------------------------------------------------------------------------------
         noise.end(step, items, grad_norm)
-        listener.took(step + 1, taken)
+        callback.on_micro_batches(step + 1, taken)
         meter.add(
             step=step + 1,
             epoch=window.epoch + 1,
@@ -185,68 +190,73 @@ def train(
         )
         done = step + 1
         evaluates = sampler.evaluates_after(step)
-        is_due = attendant is not None and attendant.is_due(done)
+        is_due = controller is not None and controller.is_due(done)
         if not (meter.is_due() or evaluates or is_due or done == last_step):
             continue
-        reading = meter.read(_votes(attendant), ends=done == last_step)
-        _take_note(trainee, listener, reading, bad_steps)
+        batch_of_metrics = meter.read(_flags(controller), ends=done == last_step)
+        _take_note(context, callback, batch_of_metrics, nonfinite_guard)
         if evaluates:
-            values = evaluate(trainee, done)
-            listener.evaluated(done, values)
-        at(done, "saving")
-        if attendant is not None and attendant.attend(done, reading.votes):
-            return Trained(step=done, evaluation=values)
+            values = evaluate(context, done)
+            callback.on_evaluation(done, values)
+        report_phase(done, "saving")
+        if controller is not None and controller.on_step_end(done, batch_of_metrics.flags):
+            return TrainOutcome(step=done, evaluation=values)
         meter.restart_clock()
     if first_step >= last_step and sampler.evaluation_samples:
-        values = evaluate(trainee, last_step)  # it ended between the last step and the result
-    at(last_step, "finishing")
-    return Trained(step=last_step, evaluation=values)
+        values = evaluate(context, last_step)  # it ended between the last step and the result
+    report_phase(last_step, "finishing")
+    return TrainOutcome(step=last_step, evaluation=values)
 
 
-def _read(trainee: Trainee, step: int) -> tuple[Window, list[MicroBatch], float]:
+def _read(context: TrainContext, step: int) -> tuple[Window, list[MicroBatch], float]:
     """Return what a step takes, this rank's micro-batches of it, and the seconds of waiting."""
-    trainee.at(step, "reading data")
+    context.report_phase(step, "reading data")
     asked = time.perf_counter()
-    taken = [next(trainee.batches) for _ in range(trainee.sampler.micro_steps(step))]
-    return trainee.sampler.window(step), taken, time.perf_counter() - asked
+    taken = [next(context.batches) for _ in range(context.sampler.micro_steps(step))]
+    return context.sampler.window(step), taken, time.perf_counter() - asked
 
 
-def _votes(attendant: Attendant | None) -> Votes:
-    return Votes() if attendant is None else attendant.votes()
+def _flags(controller: StepController | None) -> RankFlags:
+    return RankFlags() if controller is None else controller.flags()
 
 
-def _take_note(trainee: Trainee, listener: Listener, reading: Reading, bad_steps: BadSteps) -> None:
+def _take_note(
+    context: TrainContext,
+    callback: Callback,
+    batch_of_metrics: MetricsBatch,
+    nonfinite_guard: NonFiniteGuard,
+) -> None:
     """Tell the listener of steps that were taken, and of those that were left out.
 
     Raises:
         TrainingError: These were too many in a row.
     """
-    listener.stepped(reading.rows)
-    listener.measured(trainee.noise.read())
-    if reading.ranks is not None and reading.rows:
-        listener.noted(reading.rows[-1].step, {"ranks": reading.ranks})
-    for said in bad_steps.check(reading.rows):
-        listener.warned(said)
-    all_finite = all(row.is_finite for row in reading.rows)
-    (trainee.norms.keep if all_finite else trainee.norms.mend)()
+    callback.on_steps(batch_of_metrics.rows)
+    callback.on_noise(context.noise.read())
+    if batch_of_metrics.ranks is not None and batch_of_metrics.rows:
+        callback.on_note(batch_of_metrics.rows[-1].step, {"ranks": batch_of_metrics.ranks})
+    for said in nonfinite_guard.check(batch_of_metrics.rows):
+        callback.on_warning(said)
+    all_finite = all(row.is_finite for row in batch_of_metrics.rows)
+    (context.norms.keep if all_finite else context.norms.restore_nonfinite)()
 
 
 @torch.no_grad()
-def evaluate(trainee: Trainee, step: int) -> dict[str, float]:
+def evaluate(context: TrainContext, step: int) -> dict[str, float]:
     """Return loss and metrics over the evaluation data, each sample once (collective).
 
     Args:
-        trainee: Its next micro-batches are those of an evaluation.
+        context: Its next micro-batches are those of an evaluation.
         step: Steps taken.
     """
-    recipe, backend, model = trainee.recipe, trainee.backend, trainee.model
+    recipe, backend, model = context.recipe, context.backend, context.model
     functions = {"loss": recipe.loss, **recipe.metrics}
     totals = torch.zeros(len(functions), 2, dtype=torch.float64, device=backend.device)
-    trainee.norms.average(backend)
+    context.norms.average(backend)
     model.eval()
-    for _ in range(trainee.sampler.evaluation_steps()):
-        trainee.at(step, "evaluating")
-        micro_batch = next(trainee.batches)
+    for _ in range(context.sampler.evaluation_steps()):
+        context.report_phase(step, "evaluating")
+        micro_batch = next(context.batches)
         batch = backend.to_device(micro_batch.batch)
         with backend.autocast():
             outputs = recipe.forward(model, batch)
@@ -290,13 +300,13 @@ def _describe(returned: Any) -> str:
     return f"a {type(returned).__name__}"
 
 
-def _items(trainee: Trainee, samples: int, taken: list[MicroBatch]) -> int | Tensor:
+def _items(context: TrainContext, samples: int, taken: list[MicroBatch]) -> int | Tensor:
     """Return the items that the loss counts in a global batch of so many samples."""
-    if trainee.recipe.count is None:
+    if context.recipe.count is None:
         return samples
     own = sum(micro_batch.items for micro_batch in taken)
-    total = torch.tensor(float(own), dtype=torch.float64, device=trainee.backend.device)
-    return trainee.backend.sum(total).clamp(min=1.0)
+    total = torch.tensor(float(own), dtype=torch.float64, device=context.backend.device)
+    return context.backend.sum(total).clamp(min=1.0)
 
 
 def _pair(pair: tuple[Any, Any], device: torch.device) -> Tensor:
