@@ -1,9 +1,9 @@
 """Learning-rate schedules: pure functions of (step, total_steps), independent of any optimizer.
 
 A rule returns a `ScheduleValue`: a factor of the peak learning rate and, for rules that cycle it,
-the momentum. Steps count optimizer updates from 0. The training loop writes the setting of step t into
-the optimizer before the backward pass of step t; nothing is ever stepped, so nothing can be
-stepped twice.
+the momentum. Steps count optimizer updates from 0. The training loop writes the value of step t
+into the optimizer before the backward pass of step t. No scheduler object is stepped, so none can
+be stepped twice.
 
     one_cycle     one triangle, then annihilation (super-convergence)
     cyclical      triangles, as many as asked for

@@ -94,7 +94,11 @@ class ProbeContext:
             options: Further ones of `build_context`.
         """
         steps = self.plan.total_steps if last_step is None else last_step
-        given: dict[str, Any] = {"evaluates": False, "source": self.source, "at": self.report_phase}
+        given: dict[str, Any] = {
+            "evaluates": False,
+            "source": self.source,
+            "report_phase": self.report_phase,
+        }
         given |= options
         return build_context(self.recipe, self.plan, self.backend, last_step=steps, **given)
 
