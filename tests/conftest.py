@@ -16,7 +16,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="Write tests/golden anew.")
 
 
-_LONGEST = ("readme", "benchmarks", "slurm", "find", "kill_resume", "recipes", "features", "matrix")
+_LONGEST = (
+    "readme",
+    "benchmarks",
+    "slurm",
+    "searches",
+    "kill_resume",
+    "recipes",
+    "features",
+    "matrix",
+)
+    "readme",
+    "benchmarks",
+    "slurm",
+    "searches",
+    "kill_resume",
+    "recipes",
+    "features",
+    "matrix",
+)
 """Files that take minutes: they come first, so that no worker has one of them left at the end."""
 
 

@@ -150,3 +150,10 @@ def fail_on_leftovers(mark: str) -> None:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Return the values of a JSON-lines file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def read_weights(run_dir: Path) -> dict[str, Any]:
+    """Return the tensors of a finished run's model.safetensors by name."""
+    import safetensors.torch  # torch takes seconds, and few tests need it
+
+    return safetensors.torch.load_file(run_dir / "model.safetensors")

@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 from safetensors import safe_open
-from support import ROOT, Commands, read_lines
+from support import ROOT, Commands, read_lines, read_weights
 from torch import Tensor, nn
 
 from launcher.engine.state.training_state import check_optimizer, empty_state
@@ -22,11 +22,6 @@ STATEFUL = f"{ROOT / 'tests/recipes/stateful.py'}:stateful"
 WORLDS = f"{ROOT / 'tests/recipes/worlds.py'}:worlds"
 
 
-def weights(folder: Path) -> dict[str, Tensor]:
-    """Return the final weights of a run."""
-    return safetensors.torch.load_file(folder / "model.safetensors")
-
-
 def test_every_kind_of_state_goes_on(run: Commands) -> None:
     """A run resumed after 4 and after 5 of 6 steps ends with the bits of one that never stopped."""
     for folder, steps in (("whole", 6), ("halves", 4)):
@@ -35,7 +30,7 @@ def test_every_kind_of_state_goes_on(run: Commands) -> None:
     for steps in (5, 6):
         done = run("launcher", "resume", "halves", "-q", f"steps={steps}")
         assert done.exit_code == 0, done.stderr
-    whole, halves = weights(run.folder / "whole"), weights(run.folder / "halves")
+    whole, halves = read_weights(run.folder / "whole"), read_weights(run.folder / "halves")
     assert whole.keys() == halves.keys()
     assert {"scale", "seen", "near", "far", "wide", "weight"} <= whole.keys()
     for name, value in whole.items():

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from test_plan import LAPTOP, NODE, recipe
+from examples import LAPTOP, NODE, recipe
 
 from launcher import PlanError, Recipe, RecipeError, make_plan
 from launcher.console.explain import explain

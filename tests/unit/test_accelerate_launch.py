@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_plan import LAPTOP, recipe
+from examples import LAPTOP, recipe
 
 from launcher import Recipe, WorldError, make_plan
 from launcher.environment.accelerate_launch import accelerate_settings

@@ -7,22 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from examples import LAPTOP, NODE, recipe
 
-from launcher import Machine, PlanError, Recipe, adamw, make_plan
+from launcher import PlanError, adamw, make_plan
 from launcher.console.explain import explain
 from launcher.environment.world import World
 from launcher.planning.global_batch import micro_batch, num_micro_steps, part, shares
-
-LAPTOP = Machine(
-    hostname="laptop",
-    num_gpus=0,
-    usable_cores=8,
-    cores_limited_by="CPU affinity",
-    memory_bytes=2**34,
-    shm_bytes=2**33,
-)
-NODE = replace(LAPTOP, hostname="node1", num_gpus=8, usable_cores=64)
-
 
 PROMISED = (
     "nodes",
@@ -38,26 +28,6 @@ PROMISED = (
     "workers_per_rank",
     "pin_memory",
 )
-
-
-def nothing(*_: Any) -> Any:
-    raise AssertionError("planning calls none of a recipe's functions")
-
-
-def recipe(**changes: Any) -> Recipe:
-    """Return a recipe of 256 samples a step with some fields changed."""
-    fields: dict[str, Any] = {
-        "name": "some",
-        "model": nothing,
-        "data": nothing,
-        "loss": nothing,
-        "batch_size": 256,
-        "lr": 0.1,
-        "lr_batch_size": 256,
-        "epochs": 10,
-        "train_samples": 1437,
-    }
-    return Recipe(**fields | changes)
 
 
 def test_every_number_of_a_plan() -> None:

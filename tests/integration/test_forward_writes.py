@@ -6,8 +6,7 @@ import json
 
 import pytest
 import torch
-from support import ROOT, Commands
-from test_state import weights
+from support import ROOT, Commands, read_weights
 
 WRITING = f"{ROOT / 'tests/recipes/writing.py'}:writing"
 
@@ -74,7 +73,7 @@ def test_broadcast_buffers_are_those_of_the_first_rank(run: Commands) -> None:
         "rank_buffers=broadcast",
     )
     assert done.exit_code == 0, done.stderr
-    found = weights(run.folder / "out")
+    found = read_weights(run.folder / "out")
     assert found["least"][8] == torch.inf
     assert not found["least"].isnan().any()
     assert found["largest"].abs() > 2**53
@@ -86,7 +85,7 @@ def test_averaged_buffers_are_those_of_one_rank(run: Commands) -> None:
     for ranks in ("1", "2"):
         done = run(*arguments, "-n", ranks, "--out", f"on{ranks}")
         assert done.exit_code == 0, done.stderr
-    one, two = (weights(run.folder / f"on{ranks}") for ranks in (1, 2))
+    one, two = (read_weights(run.folder / f"on{ranks}") for ranks in (1, 2))
     assert one["mean"].abs().max() > 0
     torch.testing.assert_close(one["mean"], two["mean"], rtol=1e-5, atol=1e-7)
 
