@@ -26,15 +26,6 @@ _LONGEST = (
     "features",
     "matrix",
 )
-    "readme",
-    "benchmarks",
-    "slurm",
-    "searches",
-    "kill_resume",
-    "recipes",
-    "features",
-    "matrix",
-)
 """Files that take minutes: they come first, so that no worker has one of them left at the end."""
 
 
