@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from launcher.api import plan, resume, run
     from launcher.engine.data.shards import Shards
     from launcher.entry import main
     from launcher.environment.machine import Machine, read_machine
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
         PlanError,
         RecipeError,
         RunDirError,
+        RunFailedError,
         SampleError,
         TrainingError,
         UsageError,
@@ -42,9 +44,12 @@ if TYPE_CHECKING:
         warmup,
         wsd,
     )
+    from launcher.runs.history import History
+    from launcher.runs.run_result import RunResult
 
 __all__ = [
     "Data",
+    "History",
     "LauncherError",
     "LoaderPolicy",
     "Machine",
@@ -55,6 +60,8 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "RunDirError",
+    "RunFailedError",
+    "RunResult",
     "SampleError",
     "Schedule",
     "ScheduleValue",
@@ -74,7 +81,10 @@ __all__ = [
     "multi_step",
     "one_cycle",
     "packaged_file",
+    "plan",
     "read_machine",
+    "resume",
+    "run",
     "schedule",
     "sgd",
     "warmup",
@@ -83,6 +93,7 @@ __all__ = [
 
 _MODULES = {
     "Data": "launcher.recipe.recipe",
+    "History": "launcher.runs.history",
     "LauncherError": "launcher.errors",
     "LoaderPolicy": "launcher.planning.loading",
     "Machine": "launcher.environment.machine",
@@ -93,6 +104,8 @@ _MODULES = {
     "Recipe": "launcher.recipe.recipe",
     "RecipeError": "launcher.errors",
     "RunDirError": "launcher.errors",
+    "RunFailedError": "launcher.errors",
+    "RunResult": "launcher.runs.run_result",
     "SampleError": "launcher.errors",
     "Schedule": "launcher.recipe.schedules",
     "ScheduleValue": "launcher.recipe.schedules",
@@ -112,7 +125,10 @@ _MODULES = {
     "multi_step": "launcher.recipe.schedules",
     "one_cycle": "launcher.recipe.schedules",
     "packaged_file": "launcher.recipe.package_data",
+    "plan": "launcher.api",
     "read_machine": "launcher.environment.machine",
+    "resume": "launcher.api",
+    "run": "launcher.api",
     "schedule": "launcher.recipe.schedules",
     "sgd": "launcher.recipe.optimizer",
     "warmup": "launcher.recipe.schedules",

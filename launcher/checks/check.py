@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.environment.machine import Machine
-from launcher.errors import EndedError
 from launcher.findings import Finding, failure, ok, warning
-from launcher.launch.launcher import SignalHandler, launch
+from launcher.launch.launcher import launch
+from launcher.launch.signal_handler import SignalHandler
 from launcher.planning.plan import Plan
 from launcher.planning.single_sample_batches import single_sample_notes
 from launcher.recipe.overrides import Override
@@ -44,7 +44,7 @@ def check_recipe(
 
     Raises:
         LauncherError: It cannot be planned.
-        EndedError: It raised something, which was shown.
+        RunFailedError: The recipe raised an exception.
     """
     from launcher.engine.probes.inspection import read_inspection
     from launcher.engine.worker import agent_inspection
@@ -62,8 +62,7 @@ def check_recipe(
             launcher_pid=os.getpid(),
             saves=False,
         )
-        if code := launch(job, agent_inspection, signals=signals):
-            raise EndedError(code)
+        launch(job, agent_inspection, signals=signals)
         yield from judge(read_inspection(run_dir), plan)
 
 

@@ -17,6 +17,7 @@ from launcher.environment.machine import Machine
 from launcher.environment.world import World
 from launcher.findings import RankDiagnostics
 from launcher.launch.launcher import launch
+from launcher.launch.signal_handler import SignalHandler
 from launcher.planning.plan import Plan
 from launcher.planning.planner import make_plan
 from launcher.runs.job import Job
@@ -40,10 +41,11 @@ def plan_diagnostics(
     return make_plan(recipe, machine, nodes=nodes, nproc_per_node=nproc_per_node)
 
 
-def diagnose(plan: Plan) -> list[RankDiagnostics] | None:
-    """Start the ranks of this machine; return what each found, None where they failed.
+def diagnose(plan: Plan, signals: SignalHandler) -> list[RankDiagnostics]:
+    """Start diagnostic ranks on this machine and return the report of each.
 
-    That failure has been shown then, and the logs that it names are kept.
+    Raises:
+        RunFailedError: A rank failed; the logs that the error names are kept.
     """
     folder = Path(tempfile.mkdtemp(prefix="launcher-doctor-"))
     run_dir = create_run_dir(folder / "run", plan.recipe)
@@ -56,10 +58,9 @@ def diagnose(plan: Plan) -> list[RankDiagnostics] | None:
         run_dir=run_dir,
         launcher_pid=os.getpid(),
         saves=False,
-        output_mode="nothing",
+        output_mode="quiet",
     )
-    if launch(job, agent_diagnostics) != 0:
-        return None
+    launch(job, agent_diagnostics, signals=signals)
     reports = msgspec.json.decode(run_dir.diagnostics.read_bytes(), type=list[RankDiagnostics])
     shutil.rmtree(folder)
     return reports

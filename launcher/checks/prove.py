@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.environment.machine import Machine
-from launcher.errors import PlanError
+from launcher.errors import PlanError, RunFailedError
 from launcher.launch.launcher import import_for, launch
+from launcher.launch.signal_handler import SignalHandler
 from launcher.planning.plan import Plan
 from launcher.planning.planner import device_of
 from launcher.planning.strategy import check_strategy
@@ -51,6 +52,9 @@ class ParityRow:
     trial: ParityRun
     exit_code: int
     """Of the run."""
+
+    error: str = ""
+    """The post-mortem of a run that failed."""
 
     difference: ParityDifference | None
     """From the first configuration; None for that itself, and for a run that failed."""
@@ -117,6 +121,7 @@ def run_trials(
     *,
     steps: int,
     tolerance: float | None,
+    signals: SignalHandler,
 ) -> Iterator[ParityRow]:
     """Run the trials one after the other, and yield what came of each.
 
@@ -126,13 +131,17 @@ def run_trials(
         trials: The first is what the others are compared with; the rest is not run if it fails.
         steps: Steps to take of those planned.
         tolerance: The relative difference that counts as rounding; None goes by the precision.
+        signals: Handles signals for the runs.
     """
     import_for([trial.plan for trial in trials])
     wanted = None
     for trial in trials:
-        exit_code = launch(_job(reference, overrides, trial, steps))
-        if exit_code != 0:
-            yield ParityRow(trial=trial, exit_code=exit_code, difference=None)
+        try:
+            launch(_job(reference, overrides, trial, steps), signals=signals)
+        except RunFailedError as error:
+            yield ParityRow(
+                trial=trial, exit_code=error.exit_code, difference=None, error=str(error)
+            )
             if wanted is None:
                 return
             continue
@@ -149,7 +158,10 @@ def run_trials(
 
 
 def inspect_trial(
-    reference: Reference, overrides: Sequence[Override], trial: ParityRun
+    reference: Reference,
+    overrides: Sequence[Override],
+    trial: ParityRun,
+    signals: SignalHandler,
 ) -> Inspection | None:
     """Try the recipe's data, model and loss out in a process of its own; None if that fails."""
     from launcher.engine.probes.inspection import read_inspection
@@ -157,7 +169,11 @@ def inspect_trial(
 
     alone = replace(trial.plan, nproc_per_node=1)
     job = replace(_job(reference, overrides, trial, 0), plan=alone)
-    return read_inspection(trial.run_dir) if launch(job, agent_inspection) == 0 else None
+    try:
+        launch(job, agent_inspection, signals=signals)
+    except RunFailedError:
+        return None
+    return read_inspection(trial.run_dir)
 
 
 def _defaults(recipe: Recipe, machine: Machine, world_size: int) -> list[str]:
@@ -188,5 +204,5 @@ def _job(reference: Reference, overrides: Sequence[Override], trial: ParityRun, 
         last_step=min(steps, trial.plan.total_steps),
         saves=False,
         trial=False,  # what is wrong is for the comparison to show
-        output_mode="nothing",
+        output_mode="quiet",
     )

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import gc
-import os
 import sys
 from collections.abc import Sequence
 
@@ -14,6 +12,7 @@ import click
 from launcher.cli.group import LazyGroup
 from launcher.cli.standard_streams import open_closed_streams
 from launcher.console.colours import allowed
+from launcher.console.echo import complain, discard_output
 from launcher.errors import EXIT_FAILED, EndedError, LauncherError
 
 _COMMANDS = {
@@ -83,7 +82,7 @@ def run_command(
     except EndedError as error:
         return error.exit_code
     except LauncherError as error:
-        _complain(str(error))
+        complain(str(error))
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         print("\nlauncher: stopped by Ctrl-C", file=sys.stderr)
@@ -96,32 +95,10 @@ def run_command(
 def _end_without_output(error: OSError) -> int:
     """Return the exit code of a command whose output cannot be written; raise any other error."""
     if isinstance(error, BrokenPipeError):
-        drop_output()
+        discard_output()
         return 0
     if error.filename is not None or error.errno not in _NO_ROOM:
         raise error
-    _complain(f"standard output cannot be written: {error.strerror}.")
-    drop_output()
+    complain(f"standard output cannot be written: {error.strerror}.")
+    discard_output()
     return EXIT_FAILED
-
-
-def echo_if_possible(text: str) -> None:
-    """Print what is no reason to stop where it cannot be printed; then print nothing more."""
-    try:
-        click.echo(text)
-    except BrokenPipeError:
-        drop_output()
-    except OSError as error:
-        drop_output()
-        _complain(f"standard output cannot be written ({error.strerror}); the run goes on.")
-
-
-def _complain(text: str) -> None:
-    head = click.style("launcher:", fg="red", bold=True)
-    with contextlib.suppress(OSError):  # there is nowhere left to say it
-        click.echo(f"{head} {text}", err=True, color=allowed())
-
-
-def drop_output() -> None:
-    """Print nothing from here on: whoever read our output (`| head`) has had enough of it."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

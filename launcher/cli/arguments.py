@@ -177,7 +177,7 @@ def output_mode(*, quiet: bool, as_json: bool) -> OutputMode:
     """
     if quiet and as_json:
         raise UsageError("--quiet prints nothing and --json prints lines: keep one.")
-    return "nothing" if quiet else "json" if as_json else "progress"
+    return "quiet" if quiet else "json" if as_json else "progress"
 
 
 def read_overrides(config: Path | None, arguments: tuple[str, ...]) -> tuple[Override, ...]:

@@ -44,7 +44,7 @@ def command(recipe: str, overrides: tuple[str, ...], config: Path | None, *, as_
     from launcher.console.findings_table import finding_lines, summary
     from launcher.environment.machine import read_machine
     from launcher.findings import ok, warning, worst
-    from launcher.launch.launcher import SignalHandler
+    from launcher.launch.signal_handler import SignalHandler
     from launcher.recipe.resolve import resolve
 
     signals = SignalHandler()

@@ -10,7 +10,7 @@ from typing import Literal
 import click
 
 from launcher.cli.arguments import nproc_option
-from launcher.errors import EXIT_FAILED
+from launcher.errors import EXIT_FAILED, RunFailedError
 
 
 @click.command(short_help="Look for what could slow down or stop a run.")
@@ -49,7 +49,8 @@ def command(
     from launcher.console.findings_table import finding_lines, summary
     from launcher.environment.machine import read_machine
     from launcher.environment.world import find_world
-    from launcher.findings import Finding, worst
+    from launcher.findings import Finding, RankDiagnostics, worst
+    from launcher.launch.signal_handler import SignalHandler
 
     world = find_world()
     alone = world.world_size == 1
@@ -60,6 +61,7 @@ def command(
         nproc_per_node=nproc_per_node if alone else world.local_world_size,
     )
     findings: list[Finding] = []
+    reports: list[RankDiagnostics] = []
 
     def tell(finding: Finding) -> None:
         findings.append(finding)
@@ -70,24 +72,27 @@ def command(
     if alone:
         for finding in check_node(plan, out):
             tell(finding)
-        reports = diagnose(plan)
-        if reports is None:
+        try:
+            reports = diagnose(plan, SignalHandler())
+        except RunFailedError as error:
+            click.echo(f"launcher: {error}", err=True)
             tell(
                 Finding(
                     check="ranks",
                     level="failure",
-                    found="they could not be started, or failed while they looked: see above",
-                    remedy="a run would do the same",
+                    found="the diagnostic ranks failed: the error is printed above",
+                    remedy="mend that first: a run would fail in the same way",
                 )
             )
     else:
-        reports = diagnose_here(plan, world, out)
-        if reports is None:
-            return 0  # rank 0 tells
+        on_rank_0 = diagnose_here(plan, world, out)
+        if on_rank_0 is None:
+            return 0
+        reports = on_rank_0
     for finding in judge(reports, plan) if reports else ():
         tell(finding)
     if as_json:
-        measured = [asdict(report) for report in reports or ()]
+        measured = [asdict(report) for report in reports]
         click.echo(json.dumps({"findings": list(map(asdict, findings)), "ranks": measured}))
     else:
         click.echo(summary(findings))

@@ -18,7 +18,6 @@ from launcher.cli.arguments import (
     recipe_argument,
 )
 from launcher.errors import EXIT_FAILED, UsageError
-from launcher.signals import EXIT_BY_SIGNAL
 
 if TYPE_CHECKING:
     from launcher.recipe.overrides import Override
@@ -99,9 +98,11 @@ def command(
     from launcher.checks.proof_summary import causes, head, row_line, to_dict, verdict
     from launcher.checks.prove import inspect_trial, plan_trials, run_trials
     from launcher.environment.machine import read_machine
+    from launcher.launch.signal_handler import SignalHandler
     from launcher.recipe.resolve import resolve
     from launcher.runs.rundir import create_run_dir
 
+    signals = SignalHandler()
     reference, machine = resolve(recipe), read_machine()
     given = read_overrides(config, overrides)
     _refuse_strategy(given)
@@ -119,16 +120,18 @@ def command(
         click.echo(f"{trials[0].plan.recipe}: {steps:,} of {trials[0].plan.total_steps:,} steps")
         click.echo(head())
     rows = []
-    for row in run_trials(reference, given, trials, steps=steps, tolerance=tolerance):
+    for row in run_trials(
+        reference, given, trials, steps=steps, tolerance=tolerance, signals=signals
+    ):
         rows.append(row)
+        if row.error:
+            click.echo(f"launcher: {row.error}", err=True)
         if not as_json:
             click.echo(row_line(row))
-        if row.exit_code > EXIT_BY_SIGNAL:
-            return row.exit_code
     differing = [row for row in rows if row.difference is not None and not row.agrees]
     found: list[str] = []
     if differing:
-        inspection = inspect_trial(reference, given, differing[0].trial)
+        inspection = inspect_trial(reference, given, differing[0].trial, signals)
         found = [] if inspection is None else causes(inspection, differing[0].trial)
     agree = all(row.agrees for row in rows)
     if as_json:

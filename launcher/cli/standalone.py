@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from launcher.cli import echo_if_possible, run_command
+from launcher.cli import run_command
 from launcher.cli.arguments import (
     SettingsCommand,
     accept_option,
@@ -21,7 +21,6 @@ from launcher.cli.arguments import (
     read_overrides,
 )
 from launcher.cli.standard_streams import open_closed_streams
-from launcher.cli.start import make_run_dir
 from launcher.errors import LostRankError, UsageError
 from launcher.forking import suspect_all_threads
 from launcher.recipe.recipe import Recipe
@@ -95,10 +94,12 @@ def _train(
     accept: tuple[str, ...],
     stop: StopRequest,
 ) -> int:
+    from launcher.console.echo import echo_if_possible
     from launcher.console.explain import explain
     from launcher.environment.accelerate_launch import accelerate_settings
     from launcher.environment.machine import read_machine
     from launcher.environment.world import find_world
+    from launcher.launch.run_folder import make_run_dir
     from launcher.recipe.resolve import reference_of
     from launcher.report.write import write_report
     from launcher.runs.job import RecipeSource, ResumeFrom, describe_run, plan_recipe

@@ -28,7 +28,7 @@ def target_arguments(function: Callable[..., Any]) -> Callable[..., Any]:
         **options: Any,
     ) -> Any:
         from launcher.environment.machine import read_machine
-        from launcher.launch.launcher import SignalHandler
+        from launcher.launch.signal_handler import SignalHandler
         from launcher.recipe.resolve import resolve
         from launcher.tuning.probe_run import Target
 

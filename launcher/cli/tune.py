@@ -12,7 +12,7 @@ from launcher.cli.arguments import Bytes, SettingsCommand
 from launcher.cli.target import target_arguments
 
 if TYPE_CHECKING:
-    from launcher.launch.launcher import SignalHandler
+    from launcher.launch.signal_handler import SignalHandler
     from launcher.tuning.probe_run import Target
 
 

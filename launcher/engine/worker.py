@@ -173,6 +173,8 @@ def _run_agent_rank(job: Job, work: Callable[[_Rank], int]) -> int:
         output_mode=job.output_mode,
     )
     try:
+        if job.folder is not None:
+            os.chdir(job.folder)
         recipe = job.source.build()
         os.environ.setdefault("OMP_NUM_THREADS", str(job.plan.threads_per_rank))
         watch = _watch(recipe, world, job.run_dir, stop or StopRequest(), output)

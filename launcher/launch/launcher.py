@@ -1,9 +1,9 @@
 """From a plan to processes: PyTorch's elastic agent, and ranks that are forked from its process.
 
-That process has imported what the ranks need, so a node pays for one import of torch whatever the
-number of its ranks. It computes nothing and starts no threads of its own, and so can be forked.
-Where the recipe's own code has started threads in it, each rank is a new interpreter instead. The
-ranks find each other in a file of a private folder, and the agent listens on no port.
+The agent's process imports what the ranks need, so a node pays for one import of torch however many
+ranks it has. It computes nothing and starts no threads, so it can be forked. If the recipe's own
+code has started threads in it, each rank is a new interpreter instead. The ranks of one node find
+each other through a file in a private folder, so the agent listens on no port.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import functools
 import gc
 import importlib
 import logging
-import multiprocessing
 import os
 import platform
 import shutil
@@ -23,19 +22,27 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from launcher.console.failure import death_text, failure_text
 from launcher.environment.machine import oom_kills
-from launcher.errors import EXIT_FAILED, EXIT_RESUMABLE, PeerError, RunDirError, TrainingError
+from launcher.errors import (
+    EXIT_FAILED,
+    EXIT_RESUMABLE,
+    EndedError,
+    PeerError,
+    RunDirError,
+    RunFailedError,
+    TrainingError,
+)
 from launcher.forking import reason_not_to_fork
+from launcher.launch.signal_handler import SignalHandler, announce_stop
 from launcher.planning.configs import process_environment
 from launcher.planning.plan import Plan
 from launcher.runs.checkpoints import list_checkpoints
-from launcher.runs.heartbeat import PHASES, read_heartbeat
 from launcher.runs.job import Job
 from launcher.runs.rundir import failure_of_rank, read_failure, read_failure_file, write_json
-from launcher.signals import EXIT_BY_SIGNAL, STOP_SIGNALS
+from launcher.signals import STOP_SIGNALS
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -44,57 +51,64 @@ if TYPE_CHECKING:
 
 _AGENT_LOGGERS = ("torch.distributed.elastic", "torch.multiprocessing")
 
-_SECONDS_BETWEEN_LOOKS = 0.1
+_NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
+
+_launching = 0
+"""Launches in progress in this process; forks outside of them keep their signal handlers."""
 
 
 def launch(
     job: Job,
     function: Callable[[Job], int | None] | None = None,
     *,
-    signals: SignalHandler | None = None,
+    signals: SignalHandler,
     rendezvous: Rendezvous | None = None,
-    show: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
 ) -> int:
-    """Run every rank of `job` on this machine; return the exit code of the run.
+    """Run every rank of `job` on this machine and wait for them.
 
-    The first failure is shown once, last, on the node where it happened, and no process is left
-    behind.
+    No process is left behind, and the environment of this process is as it was.
 
     Args:
-        job: What to run.
-        function: What each rank calls with it, of `launcher.engine.worker`; None trains.
-        signals: What has been listening for signals; None begins to now.
-        rendezvous: With the other machines of the run; None is alone.
-        show: Is given the text of the failure; by default it prints to stderr.
+        job: The run.
+        function: A function of `launcher.engine.worker` that each rank calls with the job; None
+            trains.
+        signals: Handles signals for the run.
+        rendezvous: Connects this machine with the others of the run; None is one machine.
+
+    Returns:
+        0 if the run finished; `EXIT_RESUMABLE` if it was stopped and saved a checkpoint.
 
     Raises:
-        PeerError: The run has failed on another machine. Where that has gone, and there is a
-            checkpoint to go on from, its exit code says so.
+        RunFailedError: A rank of this machine failed or died.
+        EndedError: SIGQUIT ended the run.
+        PeerError: The run failed on another machine. If that machine disappeared and there is a
+            checkpoint, the error's exit code is `EXIT_RESUMABLE`.
     """
-    with _private_folder() as folder:
+    with _private_folder() as folder, _forked_ranks_reset_signals():
         if rendezvous is None:
             job = replace(job, meeting_place=folder)
-        try:
-            return _start_ranks(job, function, signals or SignalHandler(), rendezvous, folder, show)
-        except PeerError as error:
-            if error.gone and list_checkpoints(job.run_dir):
-                error.exit_code = EXIT_RESUMABLE
-            raise
+        with _environment([job.plan]):
+            try:
+                return _run_ranks(job, function, signals, rendezvous, folder)
+            except PeerError as error:
+                if error.gone and list_checkpoints(job.run_dir):
+                    error.exit_code = EXIT_RESUMABLE
+                raise
 
 
 @contextlib.contextmanager
 def _private_folder() -> Iterator[Path]:
-    """Make a folder on a local disk that nobody else may look into, for as long as the run takes.
+    """Make a folder on a local disk that only this user can read, for the duration of the run.
 
     Raises:
-        TrainingError: It cannot be made.
+        TrainingError: The folder cannot be made.
     """
     try:
         folder = Path(tempfile.mkdtemp(prefix="launcher-"))
     except OSError as error:
         raise TrainingError(
             f"The ranks find each other in a temporary folder, and none can be made: {error}. Set "
-            "TMPDIR to a folder on a disk of this machine that can be written."
+            "TMPDIR to a writable folder on a disk of this machine."
         ) from None
     try:
         yield folder
@@ -102,91 +116,99 @@ def _private_folder() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start_ranks(
+def _run_ranks(
     job: Job,
     function: Callable[[Job], int | None] | None,
     signals: SignalHandler,
     rendezvous: Rendezvous | None,
     folder: Path,
-    show: Callable[[str], None],
 ) -> int:
-    aloud = rendezvous is None or not rendezvous.is_echo
-    signals.attend(job, folder, aloud=aloud)
-    before = oom_kills()
-    reason = reason_not_to_fork()
-    if reason is None:
+    announces = rendezvous is None or not rendezvous.is_echo
+    signals.attach(job, folder, announces=announces)
+    oom_kills_before = oom_kills()
+    reason_to_spawn = reason_not_to_fork()
+    if reason_to_spawn is None:
         import_for([job.plan])
-    else:
-        _prepare_to_spawn(job, reason if aloud else None)
+    elif announces:
+        _warn_about_spawning(job.recipe, reason_to_spawn)
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
     from launcher.engine.ranks.agent import run_agent
     from launcher.engine.worker import agent_rank
 
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the others are ours
-    _quieten_the_agent()
+    _silence_agent()
     try:
-        ranks_do = function or agent_rank
-        result = run_agent(ranks_do, job, folder, rendezvous, afresh=reason is not None)
+        result = run_agent(
+            function or agent_rank, job, folder, rendezvous, afresh=reason_to_spawn is not None
+        )
     except SignalException as error:
-        return _say_stopped(error.sigval)
+        raise EndedError(announce_stop(error.sigval)) from None
     if not result.failures:
         return max((code or 0 for code in result.return_values.values()), default=0)
-    after = oom_kills()
-    killed = None if before is None or after is None else after - before
-    return _tell(result.failures, job, rendezvous, folder, killed, show)
+    oom_kills_after = oom_kills()
+    killed_for_memory = (
+        None
+        if oom_kills_before is None or oom_kills_after is None
+        else oom_kills_after - oom_kills_before
+    )
+    raise _failure(result.failures, job, rendezvous, folder, killed_for_memory)
 
 
 def import_for(plans: Sequence[Plan]) -> None:
-    """Import what the ranks of `plans` need, so that each finds it there."""
+    """Import what the ranks of `plans` need, so that forked ranks find it imported."""
     backends = {plan.backend for plan in plans}
-    _set_environment(plans)
-    modules = ["launcher.engine.worker", "torch._dynamo"]  # which every optimizer imports
+    modules = ["launcher.engine.worker", "torch._dynamo"]  # every optimizer imports _dynamo
     if backends - {"local"}:
         modules.append("launcher.engine.backends.accelerate")
     if "fsdp" in backends:
         modules.append("torch.distributed.fsdp")
     if "deepspeed" in backends and all(plan.device == "cpu" for plan in plans):
-        # It asks CUDA for its devices while it is imported, and no rank could be forked after that.
+        # Importing DeepSpeed initialises CUDA, after which no rank could be forked.
         modules.append("launcher.engine.backends.deepspeed")
-    with _uncollected():
+    with _environment(plans), _garbage_collection_paused():
         for module in modules:
             importlib.import_module(module)
-    _forget_signals_in_ranks()
 
 
-def _set_environment(plans: Sequence[Plan]) -> None:
+@contextlib.contextmanager
+def _environment(plans: Sequence[Plan]) -> Iterator[None]:
+    """Set the environment variables that the ranks of `plans` inherit, and restore them."""
+    values = {"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGQUIT"}  # SignalHandler handles the others
     for plan in plans:
-        os.environ.update(process_environment(plan))
-    if any(plan.device == "cuda" for plan in plans):
-        # Whoever asks for GPUs while being imported asks the driver, and does not start CUDA: ranks
-        # that are forked from a process in which it runs could not use it.
-        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-
-
-def _prepare_to_spawn(job: Job, reason: str | None) -> None:
-    """Prepare for ranks that import everything themselves; say why, once, where there is one."""
-    _set_environment([job.plan])
-    if reason is not None:
-        _tell_of_spawning(job.recipe, reason)
+        values |= process_environment(plan)
+    if any(plan.device == "cuda" for plan in plans) and _NVML_CHECK not in os.environ:
+        # A library that counts GPUs while it is imported then asks the driver (NVML) instead of
+        # initialising CUDA, after which no rank could be forked.
+        values[_NVML_CHECK] = "1"
+    previous = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in previous.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 @functools.cache
-def _tell_of_spawning(recipe: str, reason: str) -> None:
+def _warn_about_spawning(recipe: str, reason: str) -> None:
     print(
-        f"launcher: importing {recipe} has {reason} in this process, and no rank can be forked "
-        "from it: each rank starts afresh and imports everything itself. Import torch and start "
-        "threads inside the recipe's functions: runs then start faster.",
+        f"launcher: importing {recipe} has {reason} in this process, so its ranks cannot be forked "
+        "from it. Each rank starts as a new interpreter and imports everything itself. Import "
+        "torch and start threads inside the recipe's functions: runs then start faster.",
         file=sys.stderr,
         flush=True,
     )
 
 
 @contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Spare what is imported the garbage collector, which takes a fifth of the time looking at it.
+def _garbage_collection_paused() -> Iterator[None]:
+    """Pause garbage collection, which would take a fifth of the time of the imports.
 
-    Nor does it look again, here or in the ranks, whose pages of it stay shared.
+    Imported objects are frozen afterwards: no later collection visits them, here or in the ranks,
+    so their memory pages stay shared.
     """
     gc.disable()
     try:
@@ -196,152 +218,97 @@ def _uncollected() -> Iterator[None]:
         gc.enable()
 
 
+@contextlib.contextmanager
+def _forked_ranks_reset_signals() -> Iterator[None]:
+    """Let ranks that are forked in this context start with default signal handlers.
+
+    Ranks block the signals until they install handlers of their own.
+    """
+    global _launching  # noqa: PLW0603  # the hooks of os.register_at_fork cannot be removed
+    _register_fork_hooks(os.getpid())
+    _launching += 1
+    try:
+        yield
+    finally:
+        _launching -= 1
+
+
 @functools.cache
-def _forget_signals_in_ranks() -> None:
-    """Have ranks begin without the handlers of this process, and deaf until they have their own."""
-    launcher = os.getpid()
-    mask = {signal.SIGINT, *STOP_SIGNALS}
+def _register_fork_hooks(launcher_pid: int) -> None:
+    blocked = {signal.SIGINT, *STOP_SIGNALS}
 
-    def forking() -> None:
-        if os.getpid() == launcher:
-            signal.pthread_sigmask(signal.SIG_BLOCK, mask)
+    def before() -> None:
+        if _launching and os.getpid() == launcher_pid:
+            signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
 
-    def forked() -> None:
-        if os.getpid() == launcher:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, mask)
+    def after_in_parent() -> None:
+        if _launching and os.getpid() == launcher_pid:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
 
-    def born() -> None:
-        if os.getppid() != launcher:  # a rank's own child
+    def after_in_child() -> None:
+        if not _launching or os.getppid() != launcher_pid:  # not a rank
             return
         for number in (*STOP_SIGNALS, signal.SIGALRM, signal.SIGQUIT):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` has it
+            if signal.getsignal(number) is not signal.SIG_IGN:  # `nohup` ignores SIGHUP
                 signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    os.register_at_fork(before=forking, after_in_parent=forked, after_in_child=born)
+    os.register_at_fork(
+        before=before, after_in_parent=after_in_parent, after_in_child=after_in_child
+    )
 
 
-class SignalHandler:
-    """Handles what asks a run to stop, at whatever point of it that comes.
-
-    The ranks are told, and stop at a step with a checkpoint. Ctrl-C ends what has taken no step
-    yet, and the second time everything, at once; any of them ends a job that saves nothing.
-    """
-
-    def __init__(self) -> None:
-        self._job: Job | None = None
-        self._folder: Path | None = None
-        self._aloud = True
-        self._interrupted = False
-        self._told = False
-        signal.signal(signal.SIGINT, self._interrupt)
-        signal.signal(signal.SIGALRM, self._tell_the_ranks)
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self._stop)
-
-    def attend(self, job: Job, folder: Path, *, aloud: bool) -> None:
-        """Handle them for this run, which has a folder of its own, those included that came."""
-        self._job, self._folder, self._aloud = job, folder, aloud
-        if self._told:
-            self._tell_the_ranks()
-
-    def _interrupt(self, *_: object) -> None:
-        if self._interrupted or not self._has_begun():
-            self._end(signal.SIGINT)
-        self._interrupted = True
-        self._stop(signal.SIGINT)
-
-    def _end(self, number: signal.Signals) -> None:
-        """End everything at once, without an exception, which an import could swallow."""
-        for rank in multiprocessing.active_children():
-            rank.kill()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-        os._exit(_say_stopped(number))
-
-    def _stop(self, number: int, *_: object) -> None:
-        if self._job is not None and not self._job.saves:
-            self._end(signal.Signals(number))
-        if not self._told:
-            self._told = True
-            again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
-            name = signal.Signals(number).name
-            if self._aloud:
-                os.write(2, f"\nlauncher: {name}: stopping after this step{again}\n".encode())
-        self._tell_the_ranks()
-
-    def _has_begun(self) -> bool:
-        """Return whether there may be steps to lose."""
-        if self._job is None or not self._job.saves or not multiprocessing.active_children():
-            return False
-        health = read_heartbeat(self._job.run_dir, 0)
-        return health is not None and health.phase != PHASES[0]
-
-    def _tell_the_ranks(self, *_: object) -> None:
-        if self._job is None:
-            return
-        ranks = multiprocessing.active_children()
-        if len(ranks) < self._job.plan.nproc_per_node:  # once all are there
-            signal.setitimer(signal.ITIMER_REAL, _SECONDS_BETWEEN_LOOKS)
-            return
-        for rank in ranks:
-            if rank.pid is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(rank.pid, signal.SIGUSR1)
-
-
-def _say_stopped(number: signal.Signals) -> int:
-    os.write(2, f"\nlauncher: stopped by {number.name}\n".encode())
-    return EXIT_BY_SIGNAL + number
-
-
-def _tell(
+def _failure(
     failures: Mapping[int, ProcessFailure],
     job: Job,
     rendezvous: Rendezvous | None,
     folder: Path,
     killed_for_memory: int | None,
-    show: Callable[[str], None],
-) -> int:
-    """Show the failure of a rank, or record and show the end of one that had no time to.
+) -> RunFailedError:
+    """Return the error for the first failed rank; record the death of one that could not.
 
     Raises:
-        PeerError: That is for another node to do.
+        PeerError: Another node has failed first and reports it.
     """
     rank, first = min(failures.items(), key=lambda item: item[1].timestamp)
-    left = failure_of_rank(folder, rank % job.plan.nproc_per_node)
-    failure = read_failure(job.run_dir) or read_failure_file(left)
+    rank_file = failure_of_rank(folder, rank % job.plan.nproc_per_node)
+    failure = read_failure(job.run_dir) or read_failure_file(rank_file)
     if rendezvous is not None and failure is not None:
-        here = failure["rank"] // job.plan.nproc_per_node == rendezvous.index
-        if not here or (failure["lost_peer"] and failure["rank"] == rank):
+        is_here = failure["rank"] // job.plan.nproc_per_node == rendezvous.index
+        if not is_here or (failure["lost_peer"] and failure["rank"] == rank):
             rendezvous.check_peers(patiently=True)
     if failure is None or failure["lost_peer"]:
         text = death_text(rank, first.exitcode, job.run_dir, oom_kills=killed_for_memory)
-        failure = {
-            "rank": rank,
-            "node": platform.node(),
-            "pid": first.pid,
-            "time": first.timestamp,
-            "error": "Death",
-            "message": text.partition("\n")[0].removeprefix("launcher: "),
-            "traceback": "",
-            "exit_code": EXIT_FAILED,
-            "lost_peer": False,
-            "out_of_memory": bool(killed_for_memory),
-        }
-        with contextlib.suppress(RunDirError):  # on a full disk it is shown at least
+        failure = _death(rank, first, text, killed_for_memory)
+        with contextlib.suppress(RunDirError):  # a full disk must not hide the failure
             write_json(job.run_dir.failure, failure)
     else:
         text = failure_text(failure, job.run_dir)
     if rendezvous is not None:
         rendezvous.report(failure["exit_code"])
-    show(text)
-    return int(failure["exit_code"])
+    return RunFailedError(text.removeprefix("launcher: "), failure)
 
 
-def _quieten_the_agent() -> None:
-    """Leave the words to us: the agent's own errors repeat them, with its own traceback."""
+def _death(
+    rank: int, process: ProcessFailure, text: str, killed_for_memory: int | None
+) -> dict[str, Any]:
+    """Return the record of a rank that died before it could write one."""
+    return {
+        "rank": rank,
+        "node": platform.node(),
+        "pid": process.pid,
+        "time": process.timestamp,
+        "error": "Death",
+        "message": text.partition("\n")[0].removeprefix("launcher: "),
+        "traceback": "",
+        "exit_code": EXIT_FAILED,
+        "lost_peer": False,
+        "out_of_memory": bool(killed_for_memory),
+    }
+
+
+def _silence_agent() -> None:
+    """Silence the agent's loggers, which repeat each failure with a traceback of the agent."""
     if "LOGLEVEL" in os.environ:
         return
     for name, logger in logging.root.manager.loggerDict.items():

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from multiprocessing.context import ForkContext, SpawnContext
 
 
-OutputMode = Literal["progress", "json", "nothing"]
+OutputMode = Literal["progress", "json", "quiet"]
 """What a run prints as it goes on."""
 
 
@@ -108,6 +108,9 @@ class Job:
 
     meeting_place: Path | None = None
     """A folder of this machine in which its ranks find each other, while they run."""
+
+    folder: Path | None = None
+    """The working folder of its ranks; None is that of the process that starts them."""
 
     write_report: ReportWriter | None = None
     """Writes the page of the finished run, which rank 0 sends to experiment trackers."""

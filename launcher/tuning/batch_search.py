@@ -11,11 +11,11 @@ from typing import Any
 
 from launcher.analysis.batch_sizes import MARGIN, SizeTrial, next_size
 from launcher.environment.machine import free_memory_bytes
-from launcher.errors import EXIT_FAILED, EndedError, LauncherError, TrainingError
-from launcher.launch.launcher import SignalHandler
+from launcher.errors import EXIT_FAILED, LauncherError, RunFailedError, TrainingError
+from launcher.launch.signal_handler import SignalHandler
 from launcher.runs.cache import cache_folder
 from launcher.runs.provenance import versions
-from launcher.runs.rundir import RunDir, create_run_dir, read_failure, write_json
+from launcher.runs.rundir import RunDir, create_run_dir, write_json
 from launcher.tuning.probe_run import Probe, Target, run_probe
 
 STEPS = 4
@@ -72,7 +72,6 @@ class BatchSearch:
 
         Raises:
             TrainingError: A trial failed for another reason than memory.
-            EndedError: It was stopped.
         """
         while (size := next_size(self._trials, self.share, first=self._first)) is not None:
             trial = self._try(size, run_dir, signals)
@@ -85,7 +84,6 @@ class BatchSearch:
 
         probe = self._plan(size)
         run_dir = create_run_dir(folder.path / f"size-{size}", probe.plan.recipe)
-        said: list[str] = []
         try:
             run_probe(
                 probe,
@@ -94,23 +92,20 @@ class BatchSearch:
                 signals,
                 memory_bytes=self.memory,
                 quiet=True,
-                show=said.append,
             )
-        except EndedError as ended:
-            if ended.exit_code != EXIT_FAILED:
+        except RunFailedError as error:
+            if error.exit_code != EXIT_FAILED:
                 raise
-        else:
-            values = json.loads(run_dir.size.read_text(encoding="utf-8"))
-            return SizeTrial(size=size, fits=True, **values)
-        failure = read_failure(run_dir) or {}
-        if failure.get("out_of_memory") or any(
-            name in failure.get("message", "") for name in _ENDS_FOR_MEMORY
-        ):
-            return SizeTrial(size=size, fits=False)
-        raise TrainingError(
-            f"With micro_batch_size={size} the recipe failed, and not for want of memory:\n\n"
-            + "\n".join(said).removeprefix("launcher: ")
-        )
+            if error.failure["out_of_memory"] or any(
+                name in error.failure["message"] for name in _ENDS_FOR_MEMORY
+            ):
+                return SizeTrial(size=size, fits=False)
+            raise TrainingError(
+                f"With micro_batch_size={size} the recipe failed, and not because memory ran out:"
+                f"\n\n{error}"
+            ) from None
+        values = json.loads(run_dir.size.read_text(encoding="utf-8"))
+        return SizeTrial(size=size, fits=True, **values)
 
     def _plan(self, size: int) -> Probe:
         ranks, samples = self.plan.world_size, self.plan.train_samples

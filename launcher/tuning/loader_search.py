@@ -21,7 +21,7 @@ from launcher.analysis.loader_throughput import (
     throughput,
 )
 from launcher.environment.machine import free_memory_bytes, free_shm_bytes
-from launcher.launch.launcher import SignalHandler
+from launcher.launch.signal_handler import SignalHandler
 from launcher.planning.loading import PREFETCH_FACTOR
 from launcher.runs.rundir import RunDir, create_run_dir
 from launcher.tuning.probe_run import Target, run_probe

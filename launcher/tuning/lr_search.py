@@ -15,7 +15,7 @@ from launcher.analysis.lr_curve import (
     next_lr,
     suggest,
 )
-from launcher.launch.launcher import SignalHandler
+from launcher.launch.signal_handler import SignalHandler
 from launcher.recipe.recipe import Recipe
 from launcher.runs.rundir import RunDir, create_run_dir
 from launcher.tuning.probe_run import Probe, Target, run_probe

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 
 from launcher.analysis.gradient_noise import Measurement, NoiseScale, estimate
-from launcher.launch.launcher import SignalHandler
+from launcher.launch.signal_handler import SignalHandler
 from launcher.planning.global_batch import ceil_div
 from launcher.runs.rundir import RunDir
 from launcher.tuning.probe_run import Probe, Target, run_probe

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from launcher.environment.machine import Machine
-from launcher.errors import EndedError
-from launcher.launch.launcher import SignalHandler, launch
+from launcher.launch.launcher import launch
+from launcher.launch.signal_handler import SignalHandler
 from launcher.planning.plan import Plan
 from launcher.recipe.overrides import BuiltRecipe, Override, build
 from launcher.recipe.recipe import Recipe
@@ -98,7 +97,6 @@ def run_probe(
     memory_bytes: int | None = None,
     seconds: float | None = None,
     quiet: bool = False,
-    show: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
 ) -> None:
     """Run `function` on the ranks of a probe.
 
@@ -111,10 +109,9 @@ def run_probe(
         memory_bytes: The most that each rank may use; None is all there is.
         seconds: For how long to measure, where that is not told by steps.
         quiet: Whether the ranks write to their logs alone.
-        show: Is given what to show of a failure.
 
     Raises:
-        EndedError: It failed or was stopped, which was shown.
+        RunFailedError: A rank failed.
     """
     write_yaml(run_dir.run_yaml, {**probe.description, "probe": True})
     job = Job(
@@ -127,7 +124,6 @@ def run_probe(
         memory_bytes=memory_bytes,
         seconds=seconds,
         saves=False,
-        output_mode="nothing" if quiet else "progress",
+        output_mode="quiet" if quiet else "progress",
     )
-    if code := launch(job, function, signals=signals, show=show):
-        raise EndedError(code)
+    launch(job, function, signals=signals)

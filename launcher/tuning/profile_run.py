@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from launcher.analysis.step_profile import Profile
-from launcher.launch.launcher import SignalHandler
+from launcher.launch.signal_handler import SignalHandler
 from launcher.runs.rundir import RunDir
 from launcher.tuning.probe_run import Probe, Target, run_probe
 

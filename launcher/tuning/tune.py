@@ -15,7 +15,7 @@ from launcher.analysis.batch_sizes import SizeTrial, choose, fastest_to_the_loss
 from launcher.analysis.gradient_noise import LARGEST, items_ratio, steps_ratio
 from launcher.analysis.lr_curve import FoundLR, LRTrial, best_trial
 from launcher.errors import PlanError, RunDirError
-from launcher.launch.launcher import SignalHandler
+from launcher.launch.signal_handler import SignalHandler
 from launcher.planning.plan import Plan
 from launcher.recipe.recipe import Recipe
 from launcher.runs.rundir import RunDir, create_run_dir, write_json

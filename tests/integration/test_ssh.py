@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from support import BIN, ROOT, Commands, Finished, read_lines
 
-from launcher.cli.start import without
+from launcher.cli.machines import without
 from launcher.engine.probes.parity import compare, read_trace
 from launcher.environment.nodes import find_nodes, nodes_environment, nodes_of_hosts
 from launcher.errors import UsageError

@@ -36,6 +36,7 @@ ROOMS = [
     ["launch"],
     ["tuning", "checks"],
     ["report"],
+    ["launcher.api"],
     ["cli.find", "cli"],
     ["launcher.entry", "launcher.__main__"],
 ]

@@ -13,7 +13,7 @@ from launcher.cli.arguments import SettingsCommand, out_option
 from launcher.cli.target import target_arguments
 
 if TYPE_CHECKING:
-    from launcher.launch.launcher import SignalHandler
+    from launcher.launch.signal_handler import SignalHandler
     from launcher.tuning.probe_run import Target
 
 

@@ -16,7 +16,7 @@ from launcher.errors import EXIT_FAILED, UsageError
 Rule = Literal["valley", "steep", "minimum", "slide"]
 
 if TYPE_CHECKING:
-    from launcher.launch.launcher import SignalHandler
+    from launcher.launch.signal_handler import SignalHandler
     from launcher.tuning.probe_run import Target
 
 

@@ -15,7 +15,7 @@ from launcher.cli.target import target_arguments
 from launcher.errors import EXIT_FAILED
 
 if TYPE_CHECKING:
-    from launcher.launch.launcher import SignalHandler
+    from launcher.launch.signal_handler import SignalHandler
     from launcher.tuning.probe_run import Target
 
 

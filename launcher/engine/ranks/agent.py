@@ -57,11 +57,11 @@ def run_agent(
         monitor_interval=_SECONDS_BETWEEN_LOOKS,
     )
     if afresh:
-        return _ForkingAgent(spec, logs_specs=NoLogsSpecs(folder), start_method="spawn").run()
+        return _SpawningAgent(spec, logs_specs=NoLogsSpecs(folder), start_method="spawn").run()
     return LocalElasticAgent(spec, logs_specs=NoLogsSpecs(folder), start_method="fork").run()
 
 
-class _ForkingAgent(LocalElasticAgent):
+class _SpawningAgent(LocalElasticAgent):
     """Starts ranks as new interpreters, which are deaf to signals until they have handlers."""
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:

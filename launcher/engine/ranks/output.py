@@ -163,6 +163,6 @@ def open_output(
     elif own_terminal:
         sys.stdout = sys.stderr = log
     terminal, errors = cast("TextIO", Terminal(stdout)), cast("TextIO", Terminal(stderr))
-    if output_mode == "nothing":
+    if output_mode == "quiet":
         terminal = io.StringIO()
     return Output(terminal=terminal, errors=errors, log=log, output_mode=output_mode)

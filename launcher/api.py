@@ -1,0 +1,175 @@
+"""Train, resume and plan from Python: what `launcher run`, `resume` and `plan` do, as functions.
+
+Each function does what the command does, returns a typed value and raises a `LauncherError` where
+the command would print an error. None of them ends the process or leaves it in another working
+folder, with other signal handlers or with another environment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from launcher.planning.plan import Plan
+    from launcher.recipe.overrides import Override
+    from launcher.recipe.recipe import Recipe
+    from launcher.recipe.resolve import Reference
+    from launcher.runs.job import OutputMode
+    from launcher.runs.run_result import RunResult
+
+RecipeLike = "str | Path | Callable[..., Recipe]"
+"""A recipe's name, file or `FILE:FUNCTION`, or the recipe function itself."""
+
+
+def run(
+    recipe: str | Path | Callable[..., Recipe],
+    *,
+    nproc_per_node: int | None = None,
+    out: str | Path | None = None,
+    config: str | Path | None = None,
+    output: OutputMode = "quiet",
+    max_restarts: int = 0,
+    **overrides: Any,
+) -> RunResult:
+    """Train a recipe on this machine, as `launcher run` does.
+
+    The ranks are processes of their own. They are forked if this process has started no threads
+    and has not initialised CUDA; otherwise each starts as a new interpreter, which takes seconds.
+
+    Args:
+        recipe: The name of a recipe ("digits"), its file ("mine.py", "mine.py:variant"), or the
+            recipe function, which must be at the top level of a file.
+        nproc_per_node: Ranks; None is one for each GPU, or 2 CPU ranks if there is no GPU.
+        out: The run folder to make; None makes `runs/<recipe>-<time>`.
+        config: A YAML file of values for the recipe; `overrides` take precedence.
+        output: What rank 0 prints: "progress" for people, "json" for programs, or "quiet".
+        max_restarts: How many times a failed run restarts from its newest checkpoint.
+        overrides: Settings and parameters of the recipe, such as `epochs=5, lr=0.2`.
+
+    Returns:
+        What the run came to. It has not finished if a signal stopped it.
+
+    Raises:
+        RunFailedError: A rank failed; the error holds the post-mortem and the failure's record.
+        UsageError: The recipe, an override, the plan or the run folder is wrong.
+        KeyboardInterrupt: Ctrl-C was pressed before the first step, or twice.
+    """
+    from launcher.launch.session import RunRequest, prepare_run, start
+    from launcher.launch.signal_handler import library_signals
+    from launcher.report.write import write_report
+
+    with library_signals() as signals:
+        request = RunRequest(
+            reference=_reference(recipe),
+            overrides=_overrides(config, overrides),
+            nproc_per_node=nproc_per_node,
+            out=Path(out) if out is not None else None,
+            max_restarts=max_restarts,
+            output_mode=output,
+            write_report=write_report,
+        )
+        return start(prepare_run(request), signals)
+
+
+def resume(
+    run_dir: str | Path,
+    *,
+    step: int | None = None,
+    nproc_per_node: int | None = None,
+    output: OutputMode = "quiet",
+    max_restarts: int = 0,
+    accept: Sequence[str] = (),
+    fall_back: bool = False,
+    **overrides: Any,
+) -> RunResult:
+    """Resume a run from a checkpoint, to the sample, as `launcher resume` does.
+
+    Args:
+        run_dir: The run folder.
+        step: The step of the checkpoint; None is the newest.
+        nproc_per_node: Ranks; None is as many on each node as before.
+        output: What rank 0 prints: "progress" for people, "json" for programs, or "quiet".
+        max_restarts: How many times a failed run restarts from its newest checkpoint.
+        accept: What may differ from the checkpoint: "data", "missing-state".
+        fall_back: Whether an older checkpoint is taken if this one is damaged.
+        overrides: Settings and parameters of the recipe that change.
+
+    Returns:
+        What the run came to; at once if it had finished.
+
+    Raises:
+        RunFailedError: A rank failed; the error holds the post-mortem and the failure's record.
+        UsageError: The folder, the checkpoint or an override is wrong.
+        KeyboardInterrupt: Ctrl-C was pressed before the first step, or twice.
+    """
+    from launcher.launch.session import ResumeRequest, prepare_resume, start
+    from launcher.launch.signal_handler import library_signals
+    from launcher.report.write import write_report
+
+    with library_signals() as signals:
+        request = ResumeRequest(
+            run_dir=Path(run_dir),
+            checkpoint=None if step is None else str(step),
+            overrides=_overrides(None, overrides),
+            nproc_per_node=nproc_per_node,
+            accept=tuple(accept),
+            fall_back=fall_back,
+            max_restarts=max_restarts,
+            output_mode=output,
+            write_report=write_report,
+        )
+        return start(prepare_resume(request), signals)
+
+
+def plan(
+    recipe: str | Path | Callable[..., Recipe],
+    *,
+    nproc_per_node: int | None = None,
+    nodes: int = 1,
+    config: str | Path | None = None,
+    **overrides: Any,
+) -> Plan:
+    """Return every derived number of a run, as `launcher plan` prints it; nothing is trained.
+
+    Args:
+        recipe: As for `run`.
+        nproc_per_node: Ranks on each node; None is one for each GPU of this machine, or 2.
+        nodes: Nodes; they may have more GPUs than this machine.
+        config: A YAML file of values for the recipe; `overrides` take precedence.
+        overrides: Settings and parameters of the recipe.
+
+    Raises:
+        UsageError: The recipe or an override is wrong, or the numbers do not fit together.
+    """
+    from launcher.environment.machine import read_machine
+    from launcher.runs.job import plan_recipe
+
+    _, derived = plan_recipe(
+        _reference(recipe),
+        _overrides(config, overrides),
+        read_machine(),
+        nodes=nodes,
+        nproc_per_node=nproc_per_node,
+        elsewhere=True,
+    )
+    return derived
+
+
+def _reference(recipe: str | Path | Callable[..., Recipe]) -> Reference:
+    from launcher.forking import suspect_all_threads
+    from launcher.recipe.resolve import reference_of, resolve
+
+    suspect_all_threads()  # those of the calling program, which a fork would not survive either
+    return reference_of(recipe) if callable(recipe) else resolve(str(recipe))
+
+
+def _overrides(config: str | Path | None, values: dict[str, Any]) -> tuple[Override, ...]:
+    from launcher.recipe.overrides import Override, read_yaml
+
+    from_file = read_yaml(Path(config)) if config is not None else ()
+    from_python = (
+        Override(name=name, value=value, source="Python") for name, value in values.items()
+    )
+    return (*from_file, *from_python)

@@ -1,0 +1,49 @@
+"""The folder of a run that starts, made and owned before anything is written into it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from launcher.runs.ownership import check_unowned, own
+from launcher.runs.rundir import RunDir, create_run_dir, write_resumption, write_yaml
+
+
+def make_run_dir(
+    out: Path | None,
+    recipe: str,
+    description: Mapping[str, Any],
+    ownership: ExitStack,
+    *,
+    continues: bool = False,
+    with_ranks: bool = False,
+) -> RunDir:
+    """Make the folder of a run, or take one that exists, and own it before it is changed.
+
+    Args:
+        out: The folder; None makes one below runs/.
+        recipe: The recipe's name.
+        description: The content of run.yaml.
+        ownership: Ends the ownership of the folder when it is closed.
+        continues: Whether `out` may hold a run, or may have been made by `launcher submit`.
+        with_ranks: Whether forked ranks keep the folder owned, as in `launcher.runs.ownership.own`.
+
+    Raises:
+        RunDirError: Another process owns the folder, it exists, or it cannot be made.
+    """
+    existing = RunDir(out.resolve()) if out is not None else None
+    if existing and continues and (existing.run_yaml.is_file() or existing.submission.is_file()):
+        ownership.enter_context(own(existing, with_ranks=with_ranks))
+        if existing.run_yaml.is_file():
+            write_resumption(existing, description)
+        else:
+            write_yaml(existing.run_yaml, description)
+        return existing
+    if out is not None:
+        check_unowned(out)
+    run_dir = create_run_dir(out, recipe)
+    ownership.enter_context(own(run_dir, with_ranks=with_ranks))
+    write_yaml(run_dir.run_yaml, description)
+    return run_dir

@@ -1,0 +1,149 @@
+"""Signals that reach the launching process while a run starts, trains and ends.
+
+Slurm, terminals and people ask a run to stop with SIGTERM, SIGUSR1, SIGUSR2, SIGHUP or SIGINT. The
+launching process passes the request to its ranks, which agree on a step at which to stop and save.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from launcher.runs.heartbeat import PHASES, read_heartbeat
+from launcher.runs.job import Job
+from launcher.signals import EXIT_BY_SIGNAL, STOP_SIGNALS, handlers_restored
+
+_SECONDS_BETWEEN_LOOKS = 0.1
+
+
+class SignalHandler:
+    """Handle the signals that ask a run to stop, from before it is planned until it has ended.
+
+    A job that saves checkpoints stops at the next step, with a checkpoint. Everything else ends at
+    once: a job that saves nothing, a run that has taken no step when Ctrl-C is pressed, and any run
+    when Ctrl-C is pressed again.
+
+    Creating a handler installs it in the main thread. In another thread it installs nothing,
+    because Python allows signal handlers in the main thread alone; signals then act as they did.
+
+    Args:
+        exits: Whether ending at once ends this process, as a command does. Otherwise the handler
+            raises KeyboardInterrupt, and `stopped_by` names the signal.
+    """
+
+    def __init__(self, *, exits: bool = True) -> None:
+        self.stopped_by: signal.Signals | None = None
+        """The first signal that asked the run to stop."""
+        self._exits = exits
+        self._job: Job | None = None
+        self._folder: Path | None = None
+        self._announces = True
+        self._interrupted = False
+        if threading.current_thread() is not threading.main_thread():
+            return
+        signal.signal(signal.SIGINT, self._interrupt)
+        signal.signal(signal.SIGALRM, self._signal_ranks)
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._stop)
+
+    def attach(self, job: Job, folder: Path, *, announces: bool) -> None:
+        """Handle signals for this run from now on, including one that came before.
+
+        Args:
+            job: The run.
+            folder: Its private temporary folder, which is removed when the run ends at once.
+            announces: Whether this process prints that the run will stop.
+        """
+        self._job, self._folder, self._announces = job, folder, announces
+        if self.stopped_by is not None:
+            self._signal_ranks()
+
+    def _interrupt(self, *_: object) -> None:
+        if self._interrupted or not self._has_steps_to_lose():
+            self._end(signal.SIGINT)
+        self._interrupted = True
+        self._stop(signal.SIGINT)
+
+    def _end(self, number: signal.Signals) -> None:
+        """Kill the ranks and end at once.
+
+        A command exits without raising an exception, because an import that runs at this moment
+        could swallow it.
+        """
+        for rank in multiprocessing.active_children():
+            rank.kill()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        if self._exits:
+            os._exit(announce_stop(number))
+        self.stopped_by = number
+        raise KeyboardInterrupt
+
+    def _stop(self, number: int, *_: object) -> None:
+        if self._job is not None and not self._job.saves:
+            self._end(signal.Signals(number))
+        if self.stopped_by is None:
+            self.stopped_by = signal.Signals(number)
+            again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
+            if self._announces:
+                text = f"\nlauncher: {self.stopped_by.name}: stopping after this step{again}\n"
+                os.write(2, text.encode())
+        self._signal_ranks()
+
+    def _has_steps_to_lose(self) -> bool:
+        if self._job is None or not self._job.saves or not multiprocessing.active_children():
+            return False
+        heartbeat = read_heartbeat(self._job.run_dir, 0)
+        return heartbeat is not None and heartbeat.phase != PHASES[0]
+
+    def _signal_ranks(self, *_: object) -> None:
+        """Pass the request to the ranks; try again shortly while some have not started."""
+        if self._job is None:
+            return
+        ranks = multiprocessing.active_children()
+        if len(ranks) < self._job.plan.nproc_per_node:
+            signal.setitimer(signal.ITIMER_REAL, _SECONDS_BETWEEN_LOOKS)
+            return
+        for rank in ranks:
+            if rank.pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(rank.pid, signal.SIGUSR1)
+
+
+@contextlib.contextmanager
+def library_signals() -> Iterator[SignalHandler]:
+    """Handle signals for a run that a Python program starts, and restore its handlers at the end.
+
+    A signal that ends the run at once is sent to this process again when the program's own
+    handlers are back, so that the program reacts as it would without a run: with KeyboardInterrupt
+    to Ctrl-C, for example.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield SignalHandler(exits=False)
+        return
+    with handlers_restored():
+        previous_alarm = signal.getsignal(signal.SIGALRM)
+        handler = SignalHandler(exits=False)
+        interrupted = False
+        try:
+            yield handler
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, previous_alarm)
+    if interrupted:
+        signal.raise_signal(handler.stopped_by or signal.SIGINT)
+
+
+def announce_stop(number: signal.Signals) -> int:
+    """Print which signal ended the run; return the exit code of a process that it ends."""
+    os.write(2, f"\nlauncher: stopped by {number.name}\n".encode())
+    return EXIT_BY_SIGNAL + number
