@@ -1,4 +1,4 @@
-"""The command line: `launcher COMMAND`. One file per command, imported when it is used."""
+"""The command line, `launcher COMMAND`: one file for each command, imported when it is used."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _COMMANDS = {
     "tune": "launcher.cli.tune",
     "watch": "launcher.cli.watch",
 }
-"""Command names and the module of each, which holds a click command called `command`."""
+"""The module of each command; it defines a click command called `command`."""
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -47,13 +47,13 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 )
 @click.version_option(package_name="gpu-launcher", prog_name="launcher")
 def group() -> None:
-    """Train a recipe on any number of GPUs, with the same optimizer steps on each number.
+    """Train a recipe with the same optimizer steps on any number of GPUs.
 
     \b
-    launcher plan digits              what would run, with the arithmetic
-    launcher run digits               train it, on all GPUs of this machine
-    launcher run digits -n 2 lr=0.2   ... on two, with another learning rate
-    launcher report runs/digits-...   what it did, as a page
+    launcher plan digits              show every number of a run before it starts
+    launcher run digits               train on all GPUs of this machine
+    launcher run digits -n 2 lr=0.2   train on two, with another learning rate
+    launcher report runs/digits-...   write an HTML page about a run
     """
 
 
@@ -61,14 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and end the process with its exit code."""
     open_closed_streams()
     code = run_command(group, arguments, "launcher")
-    gc.freeze()  # a last look for garbage through all of torch takes most of a second
+    gc.freeze()  # a final collection that visits all of torch takes most of a second
     sys.exit(code)
 
 
 def run_command(
     command: click.Command, arguments: Sequence[str] | None = None, name: str | None = None
 ) -> int:
-    """Run a click command; show a user's mistake as one message; return the exit code."""
+    """Run a click command and return its exit code; print an error as one message."""
     try:
         code = command.main(
             None if arguments is None else list(arguments),
@@ -93,7 +93,7 @@ def run_command(
 
 
 def _end_without_output(error: OSError) -> int:
-    """Return the exit code of a command whose output cannot be written; raise any other error."""
+    """Return the exit code of a command whose output cannot be written; re-raise other errors."""
     if isinstance(error, BrokenPipeError):
         discard_output()
         return 0

@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 Function = Callable[..., Any]
 
 ACCEPTABLE = {
-    "data": "the data is not that of the checkpoint (data)",
-    "missing-state": "the checkpoint lacks state, which begins anew (missing-state)",
+    "data": "the training data differs from that of the checkpoint",
+    "missing-state": "the checkpoint lacks optimizer or module state, which then starts empty",
 }
-"""What the user can accept of the checkpoint that a run is resumed from, and what that means."""
+"""Differences from the checkpoint that a user can accept, and what each means."""
 
 
 class Bytes(click.ParamType[int]):
-    """A number of bytes with its unit: 2GiB, 512M, 1500MB."""
+    """A number of bytes with a unit, such as 2GiB, 512M or 1500MB."""
 
     name = "size"
     _units: ClassVar[dict[str, int]] = {
@@ -41,14 +41,14 @@ class Bytes(click.ParamType[int]):
     ) -> int:
         if isinstance(value, int):
             return value
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", str(value).strip().upper())
-        if found is None or found[2] not in self._units or float(found[1]) == 0:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", str(value).strip().upper())
+        if match is None or match[2] not in self._units or float(match[1]) == 0:
             self.fail(f"{value!r}: expected a size such as 2GiB or 512MiB.", param, ctx)
-        return int(float(found[1]) * self._units[found[2]])
+        return int(float(match[1]) * self._units[match[2]])
 
 
 class Names(click.ParamType[tuple[str, ...]]):
-    """Names with commas between them."""
+    """Comma-separated names."""
 
     name = "names"
 
@@ -57,138 +57,142 @@ class Names(click.ParamType[tuple[str, ...]]):
     ) -> tuple[str, ...]:
         if isinstance(value, tuple):
             return value
-        names = tuple(piece.strip() for piece in str(value).split(","))
+        names = tuple(name.strip() for name in str(value).split(","))
         if not all(names) or any(name.startswith("-") for name in names):
-            self.fail(f"{value!r}: expected names with commas between them.", param, ctx)
+            self.fail(f"{value!r}: expected comma-separated names.", param, ctx)
         return names
 
 
 def recipe_argument(function: Function) -> Function:
-    """Take a recipe, by its name or its file."""
+    """Add the argument RECIPE, a name or a file."""
     return click.argument("recipe", shell_complete=complete_recipes)(function)
 
 
 def overrides_argument(function: Function) -> Function:
-    """Take `name=value` arguments."""
+    """Add the arguments NAME=VALUE."""
     return click.argument(
         "overrides", nargs=-1, metavar="[NAME=VALUE]...", shell_complete=complete_settings
     )(function)
 
 
 def config_option(function: Function) -> Function:
-    """Take a YAML file of values."""
+    """Add the option --config."""
     return click.option(
         "--config",
         type=click.Path(path_type=Path),
         metavar="FILE.yaml",
-        help="Take values from a YAML file; NAME=VALUE arguments are stronger.",
+        help="YAML file of settings; NAME=VALUE arguments take precedence.",
     )(function)
 
 
 def nproc_option(function: Function) -> Function:
-    """Take the number of ranks per node."""
+    """Add the option --nproc-per-node."""
     return click.option(
         "-n",
         "--nproc-per-node",
         type=click.IntRange(min=1),
         metavar="N",
-        help="Ranks on each node. Default: one per GPU, or 2 CPU ranks where there is no GPU.",
+        help="Ranks on each node. Default: one per GPU, or 2 CPU ranks without a GPU.",
     )(function)
 
 
 def nodes_options(function: Function) -> Function:
-    """Take the number of machines, and where they meet."""
+    """Add the options for runs on several nodes."""
     count = click.option(
         "--nodes",
         type=click.IntRange(min=1),
         metavar="M",
-        help="Machines, on each of which this command is started. Default: as many as srun has.",
+        help="Number of nodes; run this command on each. Default: the number of srun tasks, or 1.",
     )
     join_timeout = click.option(
         "--join-timeout",
         type=click.FloatRange(min=0, min_open=True),
         metavar="SECONDS",
-        help="How long they wait for each other. Default: 300, in Slurm's jobs 120.",
+        help="How long the nodes wait for each other. Default: 300; 120 in Slurm jobs.",
     )
-    place = click.option(
+    rendezvous = click.option(
         "--rendezvous",
         metavar="HOST[:PORT]",
-        help="Where they meet: a name of the first of them. Slurm's jobs know.",
+        help="Address of the first node, where all nodes connect. Not needed in Slurm jobs.",
     )
     hosts = click.option(
         "--hosts",
         type=Names(),
         metavar="A,B...",
-        help="Start it on these machines from here, through ssh; they meet on the first.",
+        help="Start the run on these hosts through ssh; they connect to the first.",
     )
     ssh = click.option(
-        "--ssh", metavar="COMMAND", help="How they are reached. Default: ssh, without questions."
+        "--ssh",
+        metavar="COMMAND",
+        help="Command that reaches a host. Default: ssh in batch mode (no prompts).",
     )
-    return count(place(hosts(ssh(join_timeout(function)))))
+    return count(rendezvous(hosts(ssh(join_timeout(function)))))
 
 
 def out_option(function: Function) -> Function:
-    """Take the run folder to make."""
+    """Add the option --out."""
     return click.option(
         "--out",
         type=click.Path(path_type=Path),
         metavar="DIR",
-        help="The run folder to make. Default: runs/<recipe>-<time>.",
+        help="Run folder to make. Default: runs/<recipe>-<time>.",
     )(function)
 
 
 def accept_option(function: Function) -> Function:
-    """Take what a resumed run may have otherwise than its checkpoint."""
+    """Add the option --accept."""
     return click.option(
         "--accept",
         type=click.Choice(tuple(ACCEPTABLE)),
         multiple=True,
-        help=f"Go on although {'; or although '.join(ACCEPTABLE.values())}.",
+        help="Resume even if "
+        + "; or if ".join(f"{meaning} ({name})" for name, meaning in ACCEPTABLE.items())
+        + ".",
     )(function)
 
 
 def max_restarts_option(function: Function) -> Function:
-    """Take how often a run that fails begins again."""
+    """Add the option --max-restarts."""
     return click.option(
         "--max-restarts",
         type=click.IntRange(min=0),
         default=0,
         metavar="N",
-        help="Start again from the newest checkpoint up to N times if a rank fails.",
+        help="If a rank fails, restart from the newest checkpoint, at most N times.",
     )(function)
 
 
 def output_options(function: Function) -> Function:
-    """Take what is printed of a run."""
+    """Add the options --quiet and --json."""
     quiet = click.option(
-        "-q", "--quiet", is_flag=True, help="Print nothing but errors; the logs have the rest."
+        "-q", "--quiet", is_flag=True, help="Print errors only; everything else goes to the logs."
     )
     as_json = click.option(
-        "--json", "as_json", is_flag=True, help="Print JSON for programs, a line for each event."
+        "--json", "as_json", is_flag=True, help="Print one line of JSON per event."
     )
     return quiet(as_json(function))
 
 
 def output_mode(*, quiet: bool, as_json: bool) -> OutputMode:
-    """Return what is printed of a run.
+    """Return the output mode that the options --quiet and --json ask for.
 
     Raises:
-        UsageError: Nothing and JSON at once.
+        UsageError: Both are given.
     """
     if quiet and as_json:
-        raise UsageError("--quiet prints nothing and --json prints lines: keep one.")
+        raise UsageError("--quiet and --json exclude each other: keep one.")
     return "quiet" if quiet else "json" if as_json else "progress"
 
 
 def read_overrides(config: Path | None, arguments: tuple[str, ...]) -> tuple[Override, ...]:
-    """Return the overrides of a YAML file and of the command line, the weaker ones first."""
+    """Return the overrides from a YAML file, then those from the command line."""
     from launcher.recipe.overrides import read_arguments, read_yaml
 
     return (*(read_yaml(config) if config else ()), *read_arguments(arguments))
 
 
 class SettingsCommand(click.Command):
-    """A command whose help ends with the settings that NAME=VALUE can name."""
+    """A command whose help ends with a list of the settings."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         from launcher.recipe.recipe import field_sentences, setting_types

@@ -1,4 +1,4 @@
-"""`launcher cancel`: take submitted runs out of the queue, or end them."""
+"""`launcher cancel`: cancel the Slurm jobs of runs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import click
 from launcher.cli.completing import complete_runs
 
 
-@click.command(short_help="End a run that was submitted.")
+@click.command(short_help="Cancel the Slurm job of a run.")
 @click.argument("what", metavar="RUN|JOB", shell_complete=complete_runs)
 def command(what: str) -> None:
-    """End the run RUN, or that of JOB; what runs saves a checkpoint first, if it is given the time.
+    """Cancel the Slurm job of a run, given by its folder RUN or its job id JOB.
 
-    RUN may be the folder of an array.
+    A run in progress saves a checkpoint first, if Slurm's KillWait leaves it the time. If RUN is
+    the folder of an array, all of its jobs are cancelled.
 
     \b
     launcher cancel runs/digits-20260101-120000
@@ -23,7 +24,7 @@ def command(what: str) -> None:
     from launcher.slurm.queue import cancel
     from launcher.slurm.submission import find_submissions, read_submission
 
-    found = find_submissions(what, Path())
-    cancel([read_submission(run_dir).job for run_dir in found])
-    for run_dir in found:
+    run_dirs = find_submissions(what, Path())
+    cancel([read_submission(run_dir).job for run_dir in run_dirs])
+    for run_dir in run_dirs:
         click.echo(f"{run_dir.shown}: job {read_submission(run_dir).job} is cancelled")

@@ -1,4 +1,4 @@
-"""`launcher check`: a recipe, tried out on a batch."""
+"""`launcher check`: try a recipe on one batch and report problems."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
     from launcher.findings import Finding
 
 
-@click.command(cls=SettingsCommand, short_help="Try a recipe out on a batch.")
+@click.command(cls=SettingsCommand, short_help="Try a recipe on one batch and report problems.")
 @recipe_argument
 @overrides_argument
 @config_option
-@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def command(recipe: str, overrides: tuple[str, ...], config: Path | None, *, as_json: bool) -> int:
-    """Build what RECIPE describes and take a few samples through it, on the CPU.
+    """Build the data, model and optimizer of RECIPE and run a few samples through it on the CPU.
 
-    Looks at what importing it loads, whether samples stay the same, also in DataLoader workers,
-    whether the model's outputs are finite and all of its weights are used, whether the loss and
-    the metrics return (sum, count), and at what depends on the number of ranks. The exit code is 1
-    where a run would fail, or be wrong.
+    It checks what the import loads, whether samples are repeatable, also in DataLoader workers,
+    whether outputs are finite and every weight gets a gradient, whether loss and metrics return
+    (sum, count), and what depends on the number of ranks. The exit code is 1 if a run would fail or
+    be wrong.
 
     \b
     launcher check digits
@@ -50,7 +50,7 @@ def command(recipe: str, overrides: tuple[str, ...], config: Path | None, *, as_
     signals = SignalHandler()
     findings: list[Finding] = []
 
-    def tell(finding: Finding) -> None:
+    def report(finding: Finding) -> None:
         findings.append(finding)
         if not as_json:
             for line in finding_lines(finding):
@@ -59,18 +59,18 @@ def command(recipe: str, overrides: tuple[str, ...], config: Path | None, *, as_
     before = set(sys.modules)
     reference = resolve(recipe)
     if heavy := heavy_imports(before):
-        tell(
+        report(
             warning(
                 "import",
                 f"importing {reference.shown} loads {', '.join(heavy)}",
-                "import them inside the functions that use them: planning and listing stay instant",
+                "import them inside the functions that use them, so that planning stays fast",
             )
         )
     else:
-        tell(ok("import", f"{reference.shown}, nothing heavy"))
+        report(ok("import", f"{reference.shown} loads no heavy package"))
     given = read_overrides(config, overrides)
     for finding in check_recipe(reference, given, read_machine(), signals):
-        tell(finding)
+        report(finding)
     if as_json:
         click.echo(json.dumps({"findings": [asdict(finding) for finding in findings]}))
     else:

@@ -1,4 +1,4 @@
-"""What the shell offers behind TAB: recipes, settings with their values, run folders."""
+"""Shell completion of recipes, settings with their values, and run folders."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ if TYPE_CHECKING:
 def complete_recipes(
     _ctx: click.Context, _param: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
-    """Offer the recipes there are; files, once a path or a name of none has been begun."""
+    """Complete names of recipes; complete files if no recipe has such a name."""
     from click.shell_completion import CompletionItem
 
     from launcher.recipe.resolve import known_recipes
 
-    found = [
+    matches = [
         CompletionItem(name, help=sentence)
         for name, sentence in known_recipes().items()
         if name.startswith(incomplete)
     ]
-    return found or [CompletionItem(incomplete, type="file")]
+    return matches or [CompletionItem(incomplete, type="file")]
 
 
 def complete_runs(
     _ctx: click.Context, _param: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
-    """Offer the run folders below this one."""
+    """Complete run folders below the working folder."""
     from pathlib import Path
 
     from click.shell_completion import CompletionItem
@@ -38,25 +38,25 @@ def complete_runs(
     from launcher.runs.rundir import folders_of_runs
 
     names = (run_dir.shown for run_dir in folders_of_runs(Path()))
-    found = [CompletionItem(name) for name in names if name.startswith(incomplete)]
-    return found or [CompletionItem(incomplete, type="dir")]
+    matches = [CompletionItem(name) for name in names if name.startswith(incomplete)]
+    return matches or [CompletionItem(incomplete, type="dir")]
 
 
 def complete_settings(
     ctx: click.Context, param: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
-    """Offer NAME=, and behind it the values that a setting can have, where they are few."""
+    """Complete NAME= and, for settings with few values, the value behind it."""
     from click.shell_completion import CompletionItem
 
     from launcher.recipe.recipe import field_sentences, setting_types
 
-    before = [str(each) for each in ctx.params.get(param.name or "") or ()]
+    before = [str(word) for word in ctx.params.get(param.name or "") or ()]
     sentences = field_sentences()
     names = [*setting_types(), "schedule", "optimizer"]
     name, equals, begun = incomplete.partition("=")
     prefix = f"{name}=" if equals else ""
     if not equals and before:
-        # bash takes `lr=0.1` for three words, and leaves the second out while it is the last.
+        # bash splits `lr=0.1` into three words, and omits the second while it is the last.
         words = before[:-1] if before[-1] == "=" else before
         if before[-1] == "=" or before[-1] in names:
             name, equals, begun = words[-1] if words else "", "=", incomplete
@@ -71,7 +71,7 @@ def complete_settings(
 
 
 def _values(name: str) -> list[str]:
-    """Return the values that a setting can have, where they are few."""
+    """Return the values of a setting if they are few; otherwise an empty list."""
     from launcher.recipe.optimizer import OPTIMIZERS
     from launcher.recipe.recipe import setting_types
     from launcher.recipe.schedules import SCHEDULES

@@ -1,4 +1,4 @@
-"""`launcher completion`: what a shell needs to complete commands, recipes and settings."""
+"""`launcher completion`: print the completion script of a shell."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ _VARIABLE = "_LAUNCHER_COMPLETE"
 _SHELLS = ("bash", "zsh", "fish")
 
 
-@click.command(short_help="A script with which a shell completes what is typed.")
+@click.command(short_help="Print a shell completion script.")
 @click.argument("shell", type=click.Choice(_SHELLS))
 def command(shell: str) -> None:
-    """Print the script with which SHELL completes commands, recipes, settings and run folders.
+    """Print a script that lets SHELL complete commands, recipes, settings and run folders.
 
     \b
     eval "$(launcher completion bash)"                in ~/.bashrc
@@ -25,7 +25,7 @@ def command(shell: str) -> None:
     kind = get_completion_class(shell)
     assert kind is not None
     script = kind(group, {}, "launcher", _VARIABLE).source()
-    if shell == "bash":  # a value follows `lr=`, without a space
+    if shell == "bash":  # the value follows `lr=` without a space
         script = script.replace(
             "    return 0\n",
             "    [[ ${COMPREPLY[0]} == *= ]] && compopt -o nospace\n    return 0\n",

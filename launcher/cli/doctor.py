@@ -1,4 +1,4 @@
-"""`launcher doctor`: what could slow down or stop a run, before it starts."""
+"""`launcher doctor`: find what could slow down or stop a run before it starts."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from launcher.cli.arguments import nproc_option
 from launcher.errors import EXIT_FAILED, RunFailedError
 
 
-@click.command(short_help="Look for what could slow down or stop a run.")
+@click.command(short_help="Find what could slow down or stop a run.")
 @nproc_option
 @click.option(
     "--device",
     type=click.Choice(["cuda", "cpu"]),
-    help="What the ranks compute on. Default: GPUs where there are any.",
+    help="Device of the ranks. Default: GPUs if there are any.",
 )
 @click.option(
     "--out",
@@ -32,11 +32,11 @@ from launcher.errors import EXIT_FAILED, RunFailedError
 def command(
     nproc_per_node: int | None, device: Literal["cuda", "cpu"] | None, out: Path, *, as_json: bool
 ) -> int:
-    """Look for what could slow down or stop a run, on this machine and between its ranks.
+    """Find what could slow down or stop a run, on this machine and between its ranks.
 
-    Cores, memory, /dev/shm, disk and driver; versions, devices, arithmetic, and what it takes to
-    talk to each other. The exit code is 1 where a run would fail. Started as ranks, it looks at all
-    nodes.
+    It checks cores, memory, /dev/shm, disk and driver on the node, then versions, devices,
+    arithmetic and communication of the ranks. The exit code is 1 if a run would fail. Start it as
+    ranks, with srun or torchrun, to check several nodes.
 
     \b
     launcher doctor
@@ -63,7 +63,7 @@ def command(
     findings: list[Finding] = []
     reports: list[RankDiagnostics] = []
 
-    def tell(finding: Finding) -> None:
+    def report(finding: Finding) -> None:
         findings.append(finding)
         if not as_json:
             for line in finding_lines(finding):
@@ -71,12 +71,12 @@ def command(
 
     if alone:
         for finding in check_node(plan, out):
-            tell(finding)
+            report(finding)
         try:
             reports = diagnose(plan, SignalHandler())
         except RunFailedError as error:
             click.echo(f"launcher: {error}", err=True)
-            tell(
+            report(
                 Finding(
                     check="ranks",
                     level="failure",
@@ -90,9 +90,9 @@ def command(
             return 0
         reports = on_rank_0
     for finding in judge(reports, plan) if reports else ():
-        tell(finding)
+        report(finding)
     if as_json:
-        measured = [asdict(report) for report in reports]
+        measured = [asdict(rank_report) for rank_report in reports]
         click.echo(json.dumps({"findings": list(map(asdict, findings)), "ranks": measured}))
     else:
         click.echo(summary(findings))

@@ -1,4 +1,4 @@
-"""`launcher export`: a plan as configuration files, for those who launch by hand."""
+"""`launcher export`: write a plan as configuration files of Accelerate and DeepSpeed."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ if TYPE_CHECKING:
     from launcher.planning.plan import Plan
 
 
-@click.command(
-    cls=SettingsCommand, short_help="Write a plan as Accelerate's and DeepSpeed's files."
-)
+@click.command(cls=SettingsCommand, short_help="Write a plan as Accelerate and DeepSpeed files.")
 @recipe_argument
 @overrides_argument
 @nproc_option
-@click.option("--nodes", type=click.IntRange(min=1), default=1, metavar="M", help="Nodes.")
+@click.option(
+    "--nodes", type=click.IntRange(min=1), default=1, metavar="M", help="Number of nodes."
+)
 @config_option
 @click.option(
     "--accelerate",
     type=click.Path(path_type=Path),
     metavar="FILE.yaml",
-    help="Write the configuration of `accelerate launch --config_file FILE.yaml`.",
+    help="Write the file for `accelerate launch --config_file FILE.yaml`.",
 )
 @click.option(
     "--deepspeed",
     type=click.Path(path_type=Path),
     metavar="FILE.json",
-    help="Write the DeepSpeed configuration; strategy=zero1, zero2 or zero3.",
+    help="Write the DeepSpeed configuration (strategy=zero1, zero2 or zero3).",
 )
 def command(
     recipe: str,
@@ -54,8 +54,8 @@ def command(
 ) -> None:
     """Write the plan of RECIPE as configuration files in which every value is resolved.
 
-    The files say how ranks are started and what is sharded. What else the recipe sets stays with
-    it, so the command that is printed at the end repeats the settings given here.
+    The files define how ranks start and what is sharded. Everything else stays in the recipe, so
+    the printed launch command repeats the settings given here.
 
     \b
     launcher export digits -n 4 --accelerate accelerate.yaml
@@ -71,13 +71,12 @@ def command(
 
     if accelerate is None and deepspeed is None:
         raise UsageError(
-            "Say what to write: --accelerate FILE.yaml, --deepspeed FILE.json or both."
+            "No file to write: add --accelerate FILE.yaml, --deepspeed FILE.json or both."
         )
     reference = resolve(recipe)
-    given = read_overrides(config, overrides)
     built, plan = plan_recipe(
         reference,
-        given,
+        read_overrides(config, overrides),
         read_machine(),
         nodes=nodes,
         nproc_per_node=nproc_per_node,
@@ -85,8 +84,8 @@ def command(
     )
     if deepspeed is not None and plan.backend != "deepspeed":
         raise PlanError(
-            f"--deepspeed {deepspeed}: the plan is for strategy={plan.strategy}, which DeepSpeed "
-            "has no part in. Add strategy=zero1, zero2 or zero3, or leave --deepspeed out."
+            f"--deepspeed {deepspeed}: the plan has strategy={plan.strategy}, which does not use "
+            "DeepSpeed. Set strategy=zero1, zero2 or zero3, or remove --deepspeed."
         )
     if deepspeed is not None:
         _write(deepspeed, json.dumps(deepspeed_config(built.recipe, plan), indent=2) + "\n")
@@ -95,26 +94,29 @@ def command(
         values = accelerate_config(built.recipe, plan, deepspeed_file=file)
         head = f"# launcher export: {plan.recipe}, {_ranks(plan)}, strategy={plan.strategy}\n"
         _write(accelerate, head + yaml.safe_dump(values, sort_keys=False))
-        how = ["--config_file", str(accelerate)]
+        options = ["--config_file", str(accelerate)]
     else:
-        how = ["--use_deepspeed", "--deepspeed_config_file", str(deepspeed)]
-        how += ["--num_processes", str(plan.world_size)]
+        options = ["--use_deepspeed", "--deepspeed_config_file", str(deepspeed)]
+        options += ["--num_processes", str(plan.world_size)]
     settings = [*(["--config", str(config)] if config else []), *overrides]
-    click.echo(f"launch: {_command(plan, how, _program(reference.shown), settings)}")
+    click.echo(f"launch: {_command(plan, options, _program(reference.shown), settings)}")
 
 
 def _program(recipe: str) -> list[str]:
-    place = recipe.rpartition(":")[0]
-    return [place] if place.endswith(".py") else ["-m", place]
+    """Return the words that name a recipe's file or module on a command line of Python."""
+    location = recipe.rpartition(":")[0]
+    return [location] if location.endswith(".py") else ["-m", location]
 
 
-def _command(plan: Plan, how: list[str], program: list[str], settings: list[str]) -> str:
+def _command(plan: Plan, options: list[str], program: list[str], settings: list[str]) -> str:
     """Return the command that starts the ranks of one node."""
-    words = ["accelerate", "launch", *how]
+    words = ["accelerate", "launch", *options]
     if plan.nodes == 1:
         return shlex.join([*words, *program, *settings])
-    several = "--machine_rank RANK_OF_NODE --main_process_ip FIRST_NODE --main_process_port PORT"
-    return f"{shlex.join(words)} {several} {shlex.join([*program, *settings])}"
+    node_options = (
+        "--machine_rank RANK_OF_NODE --main_process_ip FIRST_NODE --main_process_port PORT"
+    )
+    return f"{shlex.join(words)} {node_options} {shlex.join([*program, *settings])}"
 
 
 def _ranks(plan: Plan) -> str:

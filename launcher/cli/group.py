@@ -1,4 +1,4 @@
-"""Commands that are imported when they are used, so that the others cost nothing."""
+"""A click group that imports a command only when it is used."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import click
 
 
 class LazyGroup(click.Group):
-    """A group of commands.
+    """A group whose commands are imported when they are used.
 
     Args:
-        modules: Command names and the module of each, which holds a click command `command`.
+        modules: The module of each command by name; it defines a click command called `command`.
     """
 
     def __init__(self, *args: Any, modules: Mapping[str, str], **kwargs: Any) -> None:

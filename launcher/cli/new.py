@@ -1,4 +1,4 @@
-"""`launcher new`: a recipe of one's own to start from."""
+"""`launcher new`: copy a recipe to start your own from."""
 
 from __future__ import annotations
 
@@ -7,11 +7,18 @@ from pathlib import Path
 import click
 
 
-@click.command(short_help="Start a recipe from another.")
+@click.command(short_help="Copy a recipe to start your own from.")
 @click.argument("name")
-@click.option("--from", "source", default="digits", show_default=True, metavar="RECIPE")
+@click.option(
+    "--from",
+    "source",
+    default="digits",
+    show_default=True,
+    metavar="RECIPE",
+    help="The recipe to copy.",
+)
 def command(name: str, source: str) -> None:
-    """Copy a recipe to NAME.py, as a starting point that runs at once.
+    """Copy a recipe to NAME.py, a starting point that runs as it is.
 
     \b
     launcher new mine
@@ -23,6 +30,6 @@ def command(name: str, source: str) -> None:
     target = Path(name if name.endswith(".py") else f"{name}.py")
     copy_recipe(resolve(source), target)
     click.echo(
-        f"{target}: a copy of {source}. `launcher check {target}` tries it out, `launcher run "
-        f"{target}` trains it."
+        f"Copied {source} to {target}. Check it with `launcher check {target}`, train it with "
+        f"`launcher run {target}`."
     )

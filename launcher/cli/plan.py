@@ -1,4 +1,4 @@
-"""`launcher plan`: every derived number of a run, before any GPU is asked for."""
+"""`launcher plan`: print every derived number of a run before it starts."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ if TYPE_CHECKING:
     from launcher.tuning.estimate import Estimate
 
 
-@click.command(cls=SettingsCommand, short_help="Print what a run would be, with the arithmetic.")
+@click.command(cls=SettingsCommand, short_help="Print every number of a run before it starts.")
 @recipe_argument
 @overrides_argument
 @nproc_option
-@click.option("--nodes", type=click.IntRange(min=1), default=1, metavar="M", help="Nodes.")
+@click.option(
+    "--nodes", type=click.IntRange(min=1), default=1, metavar="M", help="Number of nodes."
+)
 @config_option
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 @click.option(
@@ -39,13 +41,15 @@ if TYPE_CHECKING:
     multiple=True,
     type=click.Path(path_type=Path),
     metavar="FOLDER",
-    help="Say what the run would take on more and more ranks, from what was measured on one: a "
-    "folder of `run -n 1`, `find batch -n 1` or `find noise`; may be given several times.",
+    help="Estimate the run on more ranks from measurements on one: a folder of `run -n 1`, "
+    "`find batch -n 1` or `find noise`. May be repeated.",
 )
 @click.option(
-    "--cluster", metavar="NAME", help="Site profile with the links and prices for --estimate."
+    "--cluster", metavar="NAME", help="Site profile with links and prices for --estimate."
 )
-@click.option("--plot", is_flag=True, help="Draw the learning rate, and momentum if it is cycled.")
+@click.option(
+    "--plot", is_flag=True, help="Plot the learning rate, and the momentum if it changes."
+)
 def command(
     recipe: str,
     overrides: tuple[str, ...],
@@ -57,7 +61,7 @@ def command(
     as_json: bool,
     plot: bool,
 ) -> None:
-    """Print what a run of RECIPE would be, with the arithmetic of every number.
+    """Print every number of a run of RECIPE with its arithmetic; nothing is trained.
 
     \b
     launcher plan digits
@@ -72,14 +76,15 @@ def command(
     from launcher.runs.job import plan_recipe
 
     if plot and as_json:
-        raise UsageError("--plot draws for people and --json prints for programs: give one.")
+        raise UsageError("--plot and --json exclude each other: keep one.")
     if cluster is not None and not folders:
-        raise UsageError("--cluster is what --estimate reckons with: give that as well.")
-    reference, given, machine = resolve(recipe), read_overrides(config, overrides), read_machine()
+        raise UsageError("--cluster applies to --estimate: add --estimate FOLDER.")
+    reference, machine = resolve(recipe), read_machine()
+    all_overrides = read_overrides(config, overrides)
 
     def plan_for(nodes: int, nproc: int | None) -> tuple[BuiltRecipe, Plan]:
         return plan_recipe(
-            reference, given, machine, nodes=nodes, nproc_per_node=nproc, elsewhere=True
+            reference, all_overrides, machine, nodes=nodes, nproc_per_node=nproc, elsewhere=True
         )
 
     built, plan = plan_for(nodes, nproc_per_node)
@@ -87,8 +92,8 @@ def command(
     if folders:
         estimate = _estimate(folders, cluster, plan, lambda *world: plan_for(*world)[1])
     if as_json:
-        said = {} if estimate is None else {"estimate": asdict(estimate)}
-        click.echo(json.dumps(plan.to_dict() | said))
+        values = {} if estimate is None else {"estimate": asdict(estimate)}
+        click.echo(json.dumps(plan.to_dict() | values))
         return
     click.echo(explain(plan, recipe=reference.shown))
     if estimate is not None:
@@ -98,8 +103,8 @@ def command(
     if plot:
         from launcher.console.plots import draw, schedule_plots
 
-        for each in schedule_plots(built.recipe.schedule, plan):
-            click.echo(f"\n{draw(each)}")
+        for curve in schedule_plots(built.recipe.schedule, plan):
+            click.echo(f"\n{draw(curve)}")
 
 
 def _estimate(

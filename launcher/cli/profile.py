@@ -1,4 +1,4 @@
-"""`launcher profile`: where the time of a step goes."""
+"""`launcher profile`: measure where the time of a step goes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from launcher.tuning.probe_run import Target
 
 
-@click.command(cls=SettingsCommand, short_help="Where the time of a step goes.")
+@click.command(cls=SettingsCommand, short_help="Measure where the time of a step goes.")
 @target_arguments
 @click.option(
     "--steps",
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
     default=20,
     show_default=True,
     metavar="K",
-    help="Optimizer steps to look at, after five that warm up.",
+    help="Optimizer steps to profile, after five warm-up steps.",
 )
 @out_option
 @click.option("--json", "as_json", is_flag=True, help="Print the times of each rank as JSON.")
 def command(
     target: Target, signals: SignalHandler, steps: int, out: Path | None, *, as_json: bool
 ) -> None:
-    """Train RECIPE for some steps under torch.profiler, on the ranks that it would be trained on.
+    """Train RECIPE for some steps under torch.profiler, on the ranks that would train it.
 
-    Prints where their time went - reading data, forward, backward, communication that nothing
-    hides, the optimizer - and what to try; leaves a trace of each rank. The profiler itself takes
-    time, most where operations are small.
+    It prints how the time divides into data loading, forward, backward, exposed communication and
+    optimizer, and what to try; it keeps a trace of each rank. The profiler itself takes time, most
+    for small operations.
 
     \b
     launcher profile digits
@@ -50,6 +50,6 @@ def command(
     run_dir = create_run_dir(out, f"profile-{probe.plan.recipe}")
     profiles = profile_recipe(probe, run_dir, signals, quiet=as_json)
     if as_json:
-        click.echo(json.dumps([asdict(each) for each in profiles]))
+        click.echo(json.dumps([asdict(profile) for profile in profiles]))
     else:
         click.echo(profile_text(profiles, probe.plan, run_dir))

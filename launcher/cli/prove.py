@@ -1,4 +1,4 @@
-"""`launcher prove`: the same steps on any number of ranks under any strategy, or why not."""
+"""`launcher prove`: compare the steps of a recipe over numbers of ranks and strategies."""
 
 from __future__ import annotations
 
@@ -26,34 +26,36 @@ _STEPS = 10
 
 
 class _List(click.ParamType[tuple[str, ...]]):
-    """Comma-separated values, each once."""
+    """Comma-separated values without duplicates."""
 
     name = "list"
 
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[str, ...]:
-        pieces = (piece.strip() for piece in str(value).split(","))
-        return tuple(dict.fromkeys(piece for piece in pieces if piece)) or self.fail(
-            "expected values with commas between them, found none."
+        items = (item.strip() for item in str(value).split(","))
+        return tuple(dict.fromkeys(item for item in items if item)) or self.fail(
+            "expected comma-separated values, found none."
         )
 
 
-@click.command(cls=SettingsCommand, short_help="Compare the steps of many ranks and strategies.")
+@click.command(
+    cls=SettingsCommand, short_help="Compare steps over numbers of ranks and strategies."
+)
 @recipe_argument
 @overrides_argument
 @click.option(
     "--worlds",
     type=_List(),
     metavar="1,2,4",
-    help="Numbers of ranks. Default: 1, 2 and 4, or as many as there are GPUs.",
+    help="Numbers of ranks. Default: 1, 2 and 4; with GPUs, powers of two up to their number.",
 )
 @click.option(
     "--strategies",
     type=_List(),
     metavar="ddp,...",
-    help="Out of ddp, fsdp, zero1, zero2 and zero3. Default: those of ddp, fsdp and zero2 that go "
-    "with the settings.",
+    help="Strategies: ddp, fsdp, zero1, zero2, zero3. Default: ddp, fsdp and zero2, where the "
+    "settings allow them.",
 )
 @click.option(
     "--steps",
@@ -61,13 +63,14 @@ class _List(click.ParamType[tuple[str, ...]]):
     default=_STEPS,
     show_default=True,
     metavar="K",
-    help="Optimizer steps to take in each, of those planned.",
+    help="Optimizer steps of each run, of those planned.",
 )
 @click.option(
     "--tolerance",
     type=click.FloatRange(min=0),
     metavar="X",
-    help="Relative difference that counts as rounding. Default: 1e-5 in fp32, 1e-10 in fp64.",
+    help="Largest relative difference that counts as rounding. Default: 1e-5 in fp32, 1e-10 in "
+    "fp64.",
 )
 @config_option
 @out_option
@@ -83,11 +86,11 @@ def command(
     out: Path | None,
     as_json: bool,
 ) -> int:
-    """Run the first steps of RECIPE on several numbers of ranks, and compare them.
+    """Run the first steps of RECIPE on several numbers of ranks and compare them.
 
-    Sample ids, learning rates and item counts are compared exactly, losses, gradient norms and the
-    final weights by their largest relative difference. The exit code is 1 where they differ by more
-    than rounding, and the cause is named if it can be told.
+    Sample ids, learning rates and item counts must be equal; losses, gradient norms and final
+    weights are compared by their largest relative difference. The exit code is 1 if they differ by
+    more than rounding; the cause is named if it can be found.
 
     \b
     launcher prove digits
@@ -104,13 +107,13 @@ def command(
 
     signals = SignalHandler()
     reference, machine = resolve(recipe), read_machine()
-    given = read_overrides(config, overrides)
-    _refuse_strategy(given)
+    all_overrides = read_overrides(config, overrides)
+    _refuse_strategy(all_overrides)
     numbers = _numbers(worlds) or [n for n in (1, 2, 4, 8) if n <= (machine.num_gpus or 4)]
     folder = create_run_dir(out, f"prove-{reference.function.__name__}").path
     try:
         trials = plan_trials(
-            reference, given, machine, worlds=numbers, strategies=strategies, folder=folder
+            reference, all_overrides, machine, worlds=numbers, strategies=strategies, folder=folder
         )
     except Exception:
         shutil.rmtree(folder)
@@ -121,7 +124,7 @@ def command(
         click.echo(head())
     rows = []
     for row in run_trials(
-        reference, given, trials, steps=steps, tolerance=tolerance, signals=signals
+        reference, all_overrides, trials, steps=steps, tolerance=tolerance, signals=signals
     ):
         rows.append(row)
         if row.error:
@@ -129,16 +132,16 @@ def command(
         if not as_json:
             click.echo(row_line(row))
     differing = [row for row in rows if row.difference is not None and not row.agrees]
-    found: list[str] = []
+    found_causes: list[str] = []
     if differing:
-        inspection = inspect_trial(reference, given, differing[0].trial, signals)
-        found = [] if inspection is None else causes(inspection, differing[0].trial)
+        inspection = inspect_trial(reference, all_overrides, differing[0].trial, signals)
+        found_causes = [] if inspection is None else causes(inspection, differing[0].trial)
     agree = all(row.agrees for row in rows)
     if as_json:
-        values = {"agree": agree, "rows": [to_dict(row) for row in rows], "causes": found}
+        values = {"agree": agree, "rows": [to_dict(row) for row in rows], "causes": found_causes}
         click.echo(json.dumps(values))
     else:
-        _explain(verdict(rows, steps), found, agree=agree, known=not differing)
+        _explain(verdict(rows, steps), found_causes, agree=agree, known=not differing)
     if agree and out is None:
         shutil.rmtree(folder)
     elif not as_json:
@@ -146,11 +149,11 @@ def command(
     return 0 if agree else EXIT_FAILED
 
 
-def _refuse_strategy(given: tuple[Override, ...]) -> None:
-    if named := [override for override in given if override.name == "strategy"]:
+def _refuse_strategy(all_overrides: tuple[Override, ...]) -> None:
+    if named := [override for override in all_overrides if override.name == "strategy"]:
         raise UsageError(
-            f"{named[-1]}: what is compared is said by --strategies {named[-1].value}, or with "
-            "several that are separated by commas."
+            f"{named[-1]}: choose what is compared with --strategies {named[-1].value}, or with a "
+            "comma-separated list."
         )
 
 
@@ -163,13 +166,13 @@ def _numbers(worlds: tuple[str, ...] | None) -> list[int]:
     return sorted(set(numbers))
 
 
-def _explain(said: str, causes: list[str], *, agree: bool, known: bool) -> None:
-    click.echo(f"\n{said}")
+def _explain(conclusion: str, causes: list[str], *, agree: bool, known: bool) -> None:
+    click.echo(f"\n{conclusion}")
     for cause in causes:
         click.echo(f"\ncause: {cause}")
     if not agree and not causes and not known:
         click.echo(
-            "\nNo cause was found in the data, the loss or the model. Rounding grows with every "
-            "step, fastest where the learning rate is high: fewer --steps, or the same ones with "
-            "precision=fp64, tell whether it is that."
+            "\nNo cause was found in the data, the loss or the model. Rounding errors grow with "
+            "every step, fastest at high learning rates: run fewer --steps, or set precision=fp64, "
+            "to see whether rounding is the cause."
         )

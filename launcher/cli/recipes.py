@@ -1,13 +1,13 @@
-"""`launcher recipes`: what there is to train."""
+"""`launcher recipes`: list the available recipes."""
 
 from __future__ import annotations
 
 import click
 
 
-@click.command(short_help="List what there is to train.")
+@click.command(short_help="List the available recipes.")
 def command() -> None:
-    """List the recipes in ./recipes and those that launcher ships, a line each.
+    """List the recipes in ./recipes and those that launcher ships.
 
     \b
     launcher recipes

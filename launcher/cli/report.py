@@ -1,4 +1,4 @@
-"""`launcher report`: a page of one run, or of several side by side."""
+"""`launcher report`: write an HTML page about one run, or a comparison of several."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from launcher.cli.completing import complete_runs
 from launcher.errors import RunDirError
 
 
-@click.command(short_help="A page with the curves of a run, or of several.")
+@click.command(short_help="Write an HTML page about one or more runs.")
 @click.argument(
     "runs",
     nargs=-1,
@@ -23,14 +23,15 @@ from launcher.errors import RunDirError
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE.html",
-    help="Where to write it. Default: RUN/report.html; of several, comparison.html here.",
+    help="File to write. Default: RUN/report.html; ./comparison.html for several runs.",
 )
-@click.option("--open", "opens", is_flag=True, help="Show it in the browser.")
+@click.option("--open", "opens", is_flag=True, help="Open the page in a browser.")
 def command(runs: tuple[Path, ...], out: Path | None, *, opens: bool) -> None:
-    """Write what a run did as one HTML file, which needs no network; several are laid side by side.
+    """Write a self-contained HTML page about a run, or a comparison of several runs.
 
-    RUN may be at work, or have failed. Folders of `launcher find` and `launcher tune` add what was
-    measured there; where a run took its settings from a tuned.yaml, that is found.
+    A run may still be in progress, or may have failed. Folders of `launcher find` and `launcher
+    tune` add their measurements; if a run took its settings from a tuned.yaml, its page includes
+    that tuning.
 
     \b
     launcher report runs/digits-20260101-120000 --open
@@ -44,27 +45,27 @@ def command(runs: tuple[Path, ...], out: Path | None, *, opens: bool) -> None:
     from launcher.runs.history import History
     from launcher.runs.rundir import open_run_dir, write_atomic
 
-    measured = [each for each in runs if is_measured(each)]
-    histories = [History(open_run_dir(each)) for each in runs if each not in measured]
+    measured = [path for path in runs if is_measured(path)]
+    histories = [History(open_run_dir(path)) for path in runs if path not in measured]
     if not histories:
         raise RunDirError(
-            f"{', '.join(map(str, runs))}: what finders measured is shown with a run. Give the "
-            "folder of one as well."
+            f"{', '.join(map(str, runs))}: measurements of `launcher find` and `tune` are shown "
+            "with a run: give the folder of one as well."
         )
     tuned = filter(None, map(tuned_folder, histories))
-    folders = dict.fromkeys(each.resolve() for each in [*measured, *tuned])
-    more = [section for folder in folders for section in measured_sections(folder)]
+    folders = dict.fromkeys(path.resolve() for path in [*measured, *tuned])
+    sections = [section for folder in folders for section in measured_sections(folder)]
     if len(histories) == 1:
-        page = run_page(histories[0], more)
+        page = run_page(histories[0], sections)
         target = out or Path(histories[0].run_dir.shown) / "report.html"
     else:
-        page = comparison_page(histories, more)
+        page = comparison_page(histories, sections)
         target = out or Path("comparison.html")
     write_atomic(target, render(page))
-    if target.is_file():  # rather than /dev/stdout
+    if target.is_file():  # not /dev/stdout
         click.echo(f"page: {target}")
     if opens:
         import webbrowser
 
         if not webbrowser.open(target.resolve().as_uri()):
-            click.echo("There is no browser here to show it in.", err=True)
+            click.echo("No browser was found to open the page with.", err=True)

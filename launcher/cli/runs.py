@@ -1,4 +1,4 @@
-"""`launcher runs`: a table of run folders."""
+"""`launcher runs`: list run folders."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 from launcher.errors import UsageError
 
 
-@click.command(short_help="A table of the runs below a folder.")
+@click.command(short_help="List the runs below a folder.")
 @click.argument("where", nargs=-1, metavar="[DIR|NAME=VALUE]...")
 @click.option(
     "--sort",
@@ -18,14 +18,14 @@ from launcher.errors import UsageError
     default="began",
     show_default=True,
     metavar="NAME",
-    help="state, recipe, ranks, step, seconds, began, a metric or a setting.",
+    help="Sort by state, recipe, ranks, step, seconds, began, a metric or a setting.",
 )
-@click.option("--reverse", is_flag=True, help="The largest first.")
-@click.option("--json", "as_json", is_flag=True, help="Print it as JSON, a list.")
+@click.option("--reverse", is_flag=True, help="Sort in descending order.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 def command(where: tuple[str, ...], by: str, *, reverse: bool, as_json: bool) -> None:
-    """List the runs below this folder, or below each DIR, of which every NAME=VALUE holds.
+    """List the runs below the working folder, or below each DIR; NAME=VALUE filters them.
 
-    What is shown comes from their folders alone. `launcher status` asks Slurm as well.
+    The list is read from the run folders alone. `launcher status` asks Slurm as well.
 
     \b
     launcher runs
@@ -37,23 +37,23 @@ def command(where: tuple[str, ...], by: str, *, reverse: bool, as_json: bool) ->
     from launcher.runs.rundir import folders_of_runs
 
     filters, folders = [], []
-    for each in where:
-        name, equals, value = each.partition("=")
-        if equals and not Path(each).exists():
+    for argument in where:
+        name, equals, value = argument.partition("=")
+        if equals and not Path(argument).exists():
             filters.append((name, value))
-        elif not Path(each).is_dir():
-            raise UsageError(f"{each} is neither a folder nor NAME=VALUE.")
+        elif not Path(argument).is_dir():
+            raise UsageError(f"{argument} is neither a folder nor NAME=VALUE.")
         else:
-            folders.append(Path(each))
-    below = (each for folder in folders or [Path()] for each in folders_of_runs(folder))
-    found = [row for row in map(listed, below) if row is not None]
-    rows = ordered(chosen(found, filters), by, reverse=reverse)
+            folders.append(Path(argument))
+    run_dirs = (run_dir for folder in folders or [Path()] for run_dir in folders_of_runs(folder))
+    all_rows = [row for row in map(listed, run_dirs) if row is not None]
+    rows = ordered(chosen(all_rows, filters), by, reverse=reverse)
     if as_json:
         click.echo(json.dumps([to_dict(row) for row in rows]))
-    elif not found:
+    elif not all_rows:
         click.echo("There is no run below this folder.")
     elif not rows:
-        click.echo(f"None of the {len(found)} runs is like that.")
+        click.echo(f"None of the {len(all_rows)} runs matches.")
     else:
         head, *rest = lines(rows)
         click.secho(head, bold=True)

@@ -1,4 +1,4 @@
-"""What a recipe's file does when it is run by Python, torchrun, accelerate or deepspeed."""
+"""The command line of a recipe's file that Python, torchrun, accelerate or deepspeed runs."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _SECONDS_TO_BE_ENDED = 5
 
 
 def run_standalone(function: Callable[..., Recipe]) -> None:
-    """Parse the command line of a recipe's file, train, and end the process on an error.
+    """Parse the command line of a recipe's file and train; exit the process on an error.
 
-    Where it returns, signals are handled as they were before.
+    When it returns, the previous signal handlers are installed again.
     """
     open_closed_streams()
     suspect_all_threads()
@@ -44,7 +44,7 @@ def run_standalone(function: Callable[..., Recipe]) -> None:
 
 def _command(function: Callable[..., Recipe]) -> click.Command:
     stop = StopRequest()
-    stop.listen()  # before torch is imported, which takes seconds
+    stop.listen()  # importing torch takes seconds, in which a signal may arrive
 
     @click.command(cls=SettingsCommand, help=_help(function))
     @overrides_argument
@@ -55,7 +55,7 @@ def _command(function: Callable[..., Recipe]) -> click.Command:
         "--resume",
         type=click.Path(path_type=Path),
         metavar="RUN_DIR",
-        help="Go on with a run from its newest undamaged checkpoint.",
+        help="Resume a run from its newest undamaged checkpoint.",
     )
     @accept_option
     def command(
@@ -67,17 +67,18 @@ def _command(function: Callable[..., Recipe]) -> click.Command:
     ) -> int:
         if accept and resume is None:
             raise UsageError(
-                f"--accept {accept[0]} is about a run that goes on: give --resume as well."
+                f"--accept {accept[0]} applies to a resumed run: add --resume RUN_DIR."
             )
         if out is not None and resume is not None:
             raise UsageError(
-                f"--out {out} makes a run folder and --resume {resume} goes on in one: keep one."
+                f"--out {out} makes a run folder and --resume {resume} continues one: keep one."
             )
         try:
             return _train(function, overrides, config, out, resume, accept, stop)
         except (UsageError, LostRankError):
-            # Most mistakes are found by every rank of a node. The first of them says so and ends,
-            # and then the launcher ends the others; one that lives on was alone in finding it.
+            # Every rank of a node usually finds the same mistake. The first one reports it and
+            # exits, whereupon the launcher ends the others. A rank that is not ended within some
+            # seconds was the only one to find the mistake, and reports it.
             if os.environ.get("LOCAL_RANK", "0") != "0":
                 stop.wait_to_be_ended(_SECONDS_TO_BE_ENDED)
             raise
@@ -109,12 +110,12 @@ def _train(
     world = find_world()
     reference = reference_of(function)
 
-    def count(counting: Callable[[], int]) -> int:
+    def count_once(count: Callable[[], int]) -> int:
         if world.world_size == 1:
-            return counting()
+            return count()
         from launcher.engine.worker import external_count
 
-        return external_count(world, counting, stop=stop)
+        return external_count(world, count, stop=stop)
 
     overrides = (*accelerate_settings(), *read_overrides(config, arguments))
     built, plan = plan_recipe(
@@ -123,23 +124,23 @@ def _train(
         read_machine(),
         nodes=world.nodes,
         nproc_per_node=world.local_world_size,
-        count=count,
+        count=count_once,
     )
     if world.rank == 0:
         echo_if_possible(explain(plan, recipe=reference.shown))
     from launcher.engine.worker import external_rank
 
-    held = ExitStack()
-    atexit.register(held.close)  # a rank among several ends its process in `external_rank`
+    ownership = ExitStack()
+    atexit.register(ownership.close)  # external_rank exits the process if there are several ranks
 
-    def settle() -> RunDir:
+    def open_run_folder() -> RunDir:
         description = describe_run(reference, built, plan)
         if resume is None:
-            return make_run_dir(out, plan.recipe, description, held)
-        taken = open_run_dir(resume)
-        held.enter_context(own(taken))
-        write_resumption(taken, description)
-        return taken
+            return make_run_dir(out, plan.recipe, description, ownership)
+        run_dir = open_run_dir(resume)
+        ownership.enter_context(own(run_dir))
+        write_resumption(run_dir, description)
+        return run_dir
 
     start = ResumeFrom(fall_back=True, accept=accept) if resume is not None else None
     source = RecipeSource(recipe=reference.location, overrides=overrides)
@@ -148,19 +149,20 @@ def _train(
             built.recipe,
             plan,
             world,
-            settle,
+            open_run_folder,
             stop=stop,
             start=start,
             source=source,
             write_report=write_report,
         )
     finally:
-        held.close()  # the program may go on after `main`
+        ownership.close()  # the program may continue after `main`
 
 
 def _help(function: Callable[..., Recipe]) -> str:
     sentence = (function.__doc__ or f"Train {function.__name__}.").strip()
     return (
-        f"{sentence}\n\nTrains as the ranks that it is started as: one process here, as many as "
-        "torchrun, accelerate launch or deepspeed start. `launcher run` uses all GPUs."
+        f"{sentence}\n\nTrains as one rank of the group that started it: alone under Python, or as "
+        "one of the processes of torchrun, accelerate launch or deepspeed. `launcher run` starts "
+        "one rank for each GPU."
     )

@@ -1,4 +1,4 @@
-"""The standard streams of a process, which some daemons and shells start with them closed."""
+"""Standard streams that a daemon or a shell has left closed."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import sys
 
 
 def open_closed_streams() -> None:
-    """Open /dev/null as each of standard input, output and error that is closed.
+    """Open /dev/null for each standard stream that is closed.
 
-    Otherwise the next files and pipes that the process opens take the numbers 0, 1 and 2, and
-    whatever redirects its output then closes them. Call this before anything else is opened.
+    Otherwise the next files and pipes that the process opens get the descriptors 0, 1 and 2, and
+    code that redirects output closes them. Call this before anything else is opened.
     """
     for number in range(3):
         try:
@@ -19,7 +19,7 @@ def open_closed_streams() -> None:
         except OSError:
             _open_as(number)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # as the interpreter leaves a stream that it finds closed
+        if getattr(sys, name) is None:  # Python sets a stream to None if its descriptor is closed
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115, PTH123
 
 

@@ -1,27 +1,23 @@
-"""`launcher status`: how runs that were submitted fare."""
+"""`launcher status`: show the status of submitted runs."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from launcher.cli.completing import complete_runs
 
-if TYPE_CHECKING:
-    from launcher.slurm.submission import SubmissionStatus
 
+@click.command(short_help="Show the status of Slurm runs.")
+@click.argument("name", required=False, metavar="[RUN|JOB]", shell_complete=complete_runs)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(name: str | None, *, as_json: bool) -> None:
+    """Show the status of a submitted run, or of all submitted runs below this folder.
 
-@click.command(short_help="How runs that were submitted fare.")
-@click.argument("what", required=False, metavar="[RUN|JOB]", shell_complete=complete_runs)
-@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
-def command(what: str | None, *, as_json: bool) -> None:
-    """Say how the run RUN, or that of JOB, fares; or all below this folder, those at work first.
-
-    RUN may be the folder of an array: its runs are sorted by what they came to.
+    A run is given by its folder RUN or its job id JOB. RUN may also be a folder of runs, such as
+    that of an array: runs in progress come first, then finished ones from the best result.
 
     \b
     launcher status
@@ -29,48 +25,26 @@ def command(what: str | None, *, as_json: bool) -> None:
     launcher status 1234
     """
     from launcher.console.failure import failure_text
+    from launcher.console.tables import table
     from launcher.runs.rundir import read_failure
+    from launcher.slurm.status_table import cells, ordered, to_dict
     from launcher.slurm.submission import find_submission, status_of, submissions
 
-    if what is None or (Path(what).is_dir() and not (Path(what) / "submission.json").exists()):
-        rows = [status_of(run_dir, ask=False) for run_dir in submissions(Path(what or "."))]
-        rows.sort(key=_rank)
+    if name is None or (Path(name).is_dir() and not (Path(name) / "submission.json").exists()):
+        run_dirs = submissions(Path(name or "."))
+        statuses = ordered([status_of(run_dir, ask=False) for run_dir in run_dirs])
         if as_json:
-            click.echo(json.dumps([_values(row) for row in rows]))
-        elif rows:
-            click.echo(_table(rows))
+            click.echo(json.dumps([to_dict(status) for status in statuses]))
+        elif statuses:
+            click.echo("\n".join(table([cells(status) for status in statuses])))
         else:
-            click.echo("No run below this folder was submitted.")
+            click.echo("There is no submitted run below this folder.")
         return
-    found = status_of(find_submission(what, Path()))
+    status = status_of(find_submission(name, Path()))
     if as_json:
-        click.echo(json.dumps(_values(found)))
+        click.echo(json.dumps(to_dict(status)))
         return
-    click.echo(f"{found.run_dir.shown}  job {found.submission.job}: {found.words}")
-    failure = read_failure(found.run_dir)
-    if found.state == "failed" and failure is not None:
-        click.echo(f"\n{failure_text(failure, found.run_dir)}")
-
-
-def _values(row: SubmissionStatus) -> dict[str, object]:
-    values = {"run": str(row.run_dir.path), "state": row.state, "words": row.words}
-    return values | {"evaluation": row.evaluation} | asdict(row.submission)
-
-
-def _rank(row: SubmissionStatus) -> tuple[float, ...]:
-    """Return what to sort by: those at work first, and of the finished the best."""
-    accuracy = max((v for name, v in row.evaluation.items() if name != "loss"), default=None)
-    loss = row.evaluation.get("loss", 0.0)
-    from launcher.runs.status import STATES
-
-    return (STATES.index(row.state), loss if accuracy is None else -accuracy, loss)
-
-
-def _table(rows: list[SubmissionStatus]) -> str:
-    from launcher.console.tables import table
-
-    cells = [
-        (row.run_dir.shown, row.submission.job, " ".join(row.submission.settings), row.words)
-        for row in rows
-    ]
-    return "\n".join(table(cells))
+    click.echo(f"{status.run_dir.shown}  job {status.submission.job}: {status.words}")
+    failure = read_failure(status.run_dir)
+    if status.state == "failed" and failure is not None:
+        click.echo(f"\n{failure_text(failure, status.run_dir)}")

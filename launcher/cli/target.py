@@ -1,4 +1,4 @@
-"""The arguments of commands that measure a recipe on the ranks it would be trained on."""
+"""The arguments of commands that measure a recipe on the ranks that would train it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from launcher.cli.arguments import (
 
 
 def target_arguments(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Take a recipe with overrides and its ranks, and call with `target` and `signals`."""
+    """Add recipe, overrides and ranks; call `function` with `target` and `signals`."""
 
     @functools.wraps(function)
     def command(
@@ -32,7 +32,7 @@ def target_arguments(function: Callable[..., Any]) -> Callable[..., Any]:
         from launcher.recipe.resolve import resolve
         from launcher.tuning.probe_run import Target
 
-        signals = SignalHandler()  # before anything slow
+        signals = SignalHandler()
         target = Target(
             reference=resolve(recipe),
             overrides=read_overrides(config, overrides),

@@ -1,4 +1,4 @@
-"""`launcher tune`: measure all that a recipe leaves open, and write it down."""
+"""`launcher tune`: measure learning rate, batch and workers, and write a config file."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ if TYPE_CHECKING:
     from launcher.tuning.probe_run import Target
 
 
-@click.command(cls=SettingsCommand, short_help="Find all of it, and write a file for --config.")
+@click.command(
+    cls=SettingsCommand,
+    short_help="Tune learning rate, batch size and workers; write a config file.",
+)
 @target_arguments
 @click.option(
     "--memory",
     type=Bytes(),
     metavar="SIZE",
-    help="What each rank may use, such as 2GiB. Default: its GPU, or its part of what is free.",
+    help="Memory limit of each rank, such as 2GiB. Default: its GPU, or its share of free memory.",
 )
 @click.option(
     "--steps",
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
     default=200,
     show_default=True,
     metavar="K",
-    help="Optimizer steps of each range test, and of measuring the noise.",
+    help="Optimizer steps of each range test and of the noise measurement.",
 )
 @click.option(
     "--seconds",
@@ -38,13 +41,13 @@ if TYPE_CHECKING:
     default=4.0,
     show_default=True,
     metavar="S",
-    help="For how long each number of workers is measured.",
+    help="Seconds for which each number of workers is measured.",
 )
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="The folder to make, or to go on in. Default: runs/tune-<recipe>-<time>.",
+    help="Folder to make, or of a tuning to resume. Default: runs/tune-<recipe>-<time>.",
 )
 def command(
     target: Target,
@@ -54,14 +57,14 @@ def command(
     seconds: float,
     out: Path | None,
 ) -> None:
-    """Find what RECIPE should be set to: learning rate, batch, micro-batch, workers.
+    """Tune learning rate, batch size, micro-batch and DataLoader workers of RECIPE.
 
-    One after the other: a learning-rate range test, and short trainings around what it suggests;
-    the gradient noise scale; the batch that gets
-    to a loss the soonest, by the noise scale and by how fast each size was measured to be, and the
-    learning rate at that batch; DataLoader workers. What is given as NAME=VALUE stays as it is.
-    Writes tuned.yaml, with why behind each line, and a page with the curves. Where it is stopped,
-    the same command with --out goes on.
+    It runs a learning-rate range test with short trainings around its suggestion; measures the
+    gradient noise scale; chooses the batch that reaches a loss soonest, from the noise scale and
+    the measured speed of each size, and the learning rate at that batch; then it measures
+    DataLoader workers. Settings given as NAME=VALUE stay fixed. It writes tuned.yaml, with a reason
+    behind each line, and a page with the curves. If it is interrupted, repeat the command with
+    --out to resume.
 
     \b
     launcher tune digits
@@ -75,15 +78,15 @@ def command(
 
     _, plan = target.plan()
     run_dir = open_tuning(out, target, plan, memory=memory, steps=steps, seconds=seconds)
-    teller = TuningReporter(click.echo)
-    tuner = Tuner(target, run_dir, signals, teller, memory=memory, steps=steps, seconds=seconds)
+    reporter = TuningReporter(click.echo)
+    tuner = Tuner(target, run_dir, signals, reporter, memory=memory, steps=steps, seconds=seconds)
     folder = shlex.quote(run_dir.shown)
-    click.echo(f"stopped, it goes on with --out {folder}", err=True)
+    click.echo(f"To resume this tuning after an interruption, add --out {folder}", err=True)
     findings = tuner.run()
     recipe = shlex.quote(target.reference.shown)
     text = yaml_text(target, plan, findings)
     train = f"launcher run {recipe} --config {folder}/tuned.yaml"
     write_atomic(run_dir.path / "tuned.yaml", text)
-    shown = page(target, plan, findings, teller.sections, f"{text}\n{train}")
-    write_atomic(run_dir.path / "tuned.html", render(shown))
+    content = page(target, plan, findings, reporter.sections, f"{text}\n{train}")
+    write_atomic(run_dir.path / "tuned.html", render(content))
     click.echo(f"\n{text}\npage: {run_dir.shown}/tuned.html\ntrain with:\n{train}")

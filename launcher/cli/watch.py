@@ -1,13 +1,11 @@
-"""`launcher watch`: a run that is at work, from another terminal."""
+"""`launcher watch`: show a run in progress from another terminal."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import sys
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 import click
@@ -17,33 +15,25 @@ from launcher.errors import EXIT_FAILED, EXIT_RESUMABLE
 
 if TYPE_CHECKING:
     from launcher.runs.history import History
-    from launcher.runs.rundir import RunDir
     from launcher.runs.status import RunState
 
-_SECONDS_BETWEEN_LOOKS = 0.5
+_SECONDS_BETWEEN_SCREENS = 0.5
+_SECONDS_BETWEEN_JSON_LINES = 1.0
 _SECONDS_BETWEEN_LINES = 5.0
-_REST = 4.0
-"""At least so many times as long as a look takes: a run may share this machine."""
-
-_BYTES = 1 << 25
-"""Of metrics.jsonl that are looked at: the last hundred thousand steps."""
-
-_SECONDS_BETWEEN_QUESTIONS = 5.0
-"""To Slurm."""
 
 _EXIT_CODES = {"finished": 0, "stopped": EXIT_RESUMABLE}
-_STOPPED_WATCHING = 130
+_EXIT_INTERRUPTED = 130
 
 
-@click.command(short_help="A run that is at work, as it goes on.")
-@click.argument("what", metavar="RUN|JOB", shell_complete=complete_runs)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON for programs, a line per look.")
-def command(what: str, *, as_json: bool) -> int:
-    """Show how far the run RUN is, or that of JOB, until it ends.
+@click.command(short_help="Show a run in progress.")
+@click.argument("name", metavar="RUN|JOB", shell_complete=complete_runs)
+@click.option("--json", "as_json", is_flag=True, help="Print a line of JSON every second.")
+def command(name: str, *, as_json: bool) -> int:
+    """Show the progress of a run, given by its folder RUN or its job id JOB, until it ends.
 
-    It reads the run's folder: from any shell that sees it, whoever started the run. Where there is
-    no terminal it prints lines. The exit code is that of the run: 0 finished, 75 stopped with a
-    checkpoint, 1 otherwise. Ctrl-C ends the watching, and not the run.
+    It reads the run folder, so it works in any shell that sees the folder, however the run was
+    started. Without a terminal it prints lines. The exit code is that of the run: 0 finished, 75
+    stopped with a checkpoint, 1 otherwise. Ctrl-C stops watching; the run continues.
 
     \b
     launcher watch runs/digits-20260101-120000
@@ -51,109 +41,52 @@ def command(what: str, *, as_json: bool) -> int:
     """
     from launcher.console.progress import json_line
     from launcher.console.watch_screen import line, to_dict
+    from launcher.slurm.follow import find_run, follow
 
-    run_dir = _find(what)
+    run_dir = find_run(name)
     terminal: TextIO = sys.stdout
+    show_waiting = _without_repeats(functools.partial(click.echo, err=True))
     try:
         if as_json:
-            state = _follow(run_dir, lambda h, s: click.echo(json_line(to_dict(h, s))), every=1.0)
+            state = follow(
+                run_dir,
+                lambda history, state: click.echo(json_line(to_dict(history, state))),
+                show_waiting,
+                seconds=_SECONDS_BETWEEN_JSON_LINES,
+            )
         elif terminal.isatty():
-            with _live() as show:
-                state = _follow(run_dir, show, every=_SECONDS_BETWEEN_LOOKS)
+            with _live_screen() as show:
+                state = follow(run_dir, show, show_waiting, seconds=_SECONDS_BETWEEN_SCREENS)
         else:
-            echo = _changing(click.echo)
-            state = _follow(run_dir, lambda h, s: echo(line(h, s)), every=_SECONDS_BETWEEN_LINES)
+            echo = _without_repeats(click.echo)
+            state = follow(
+                run_dir,
+                lambda history, state: echo(line(history, state)),
+                show_waiting,
+                seconds=_SECONDS_BETWEEN_LINES,
+            )
     except KeyboardInterrupt:
-        click.echo(f"\nThe run goes on; launcher watch {what} shows it again.", err=True)
-        return _STOPPED_WATCHING
+        click.echo(f"\nThe run continues; `launcher watch {name}` shows it again.", err=True)
+        return _EXIT_INTERRUPTED
     return _EXIT_CODES.get(state.name, EXIT_FAILED)
 
 
-def _find(what: str) -> RunDir:
-    from launcher.errors import RunDirError
-    from launcher.runs.rundir import open_run_dir
-    from launcher.slurm.submission import find_submission
+def _without_repeats(echo: Callable[[str], None]) -> Callable[[str], None]:
+    """Return a version of `echo` that prints a text only if it differs from the last one."""
+    last: str | None = None
 
-    if Path(what, "run.yaml").is_file():
-        return open_run_dir(Path(what))
-    try:
-        return find_submission(what, Path())
-    except RunDirError:
-        raise RunDirError(
-            f"{what} is neither a run folder nor the job of a run that was submitted from here. "
-            "`launcher runs` lists the runs below this folder."
-        ) from None
-
-
-def _follow(
-    run_dir: RunDir, show: Callable[[History, RunState], None], *, every: float
-) -> RunState:
-    """Show the run until it is over; return how it ended."""
-    from launcher.runs.history import History
-    from launcher.runs.status import AT_WORK
-
-    waiting = _changing(functools.partial(click.echo, err=True))
-    history: History | None = None
-    asked: tuple[float, RunState | None] = (0.0, None)
-    while True:
-        began = time.monotonic()
-        if run_dir.run_yaml.is_file():
-            if history is None:
-                history = History(run_dir, newest=_BYTES)
-            else:
-                history.refresh()
-        if time.monotonic() - asked[0] > _SECONDS_BETWEEN_QUESTIONS:
-            asked = time.monotonic(), _by_slurm(run_dir)
-        state = _now(run_dir, history, asked[1])
-        if history is not None:
-            show(history, state)
-        else:
-            waiting(f"{run_dir.shown}: {state.words}")
-        if state.name not in AT_WORK:
-            # A job that was asked about a moment ago may have been queued again since.
-            last = _by_slurm(run_dir)
-            if last is None or last.name not in AT_WORK:
-                return state
-        pause = every if history is not None else _SECONDS_BETWEEN_LOOKS
-        time.sleep(max(pause, _REST * (time.monotonic() - began)))
-
-
-def _now(run_dir: RunDir, history: History | None, by_slurm: RunState | None) -> RunState:
-    """Return how the run fares: by its folder as it is now, by Slurm where the folder is silent."""
-    from launcher.runs.status import read_run_state
-
-    state = history.state if history is not None else read_run_state(run_dir)
-    if state.name in ("running", "finished", "failed") or by_slurm is None:
-        return state
-    return by_slurm
-
-
-def _by_slurm(run_dir: RunDir) -> RunState | None:
-    """Return how a run fares that was submitted, where Slurm can be asked."""
-    from launcher.runs.status import RunState
-    from launcher.slurm.submission import status_of
-
-    if not run_dir.submission.is_file():
-        return None
-    status = status_of(run_dir)
-    return None if status.state == "unknown" else RunState(name=status.state, words=status.words)
-
-
-def _changing(echo: Callable[[str], None]) -> Callable[[str], None]:
-    """Return `echo` that leaves out what it has just said."""
-    said: list[str] = []
-
-    def once(text: str) -> None:
-        if said != [text]:
-            said[:] = [text]
+    def echo_change(text: str) -> None:
+        nonlocal last
+        if text != last:
+            last = text
             echo(text)
 
-    return once
+    return echo_change
 
 
 @contextlib.contextmanager
-def _live() -> Iterator[Callable[[History, RunState], None]]:
-    """Return what shows a run on the terminal, over what it has shown before."""
+def _live_screen() -> Iterator[Callable[[History, RunState], None]]:
+    """Yield a function that draws a run on the terminal over what it drew before."""
     from rich.console import Console
     from rich.live import Live
 

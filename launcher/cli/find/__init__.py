@@ -1,4 +1,4 @@
-"""`launcher find`: measure what a recipe should be set to."""
+"""`launcher find`: measure one setting of a recipe."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from launcher.cli.group import LazyGroup
 @click.group(
     cls=LazyGroup,
     modules={name: f"launcher.cli.find.{name}" for name in ("batch", "loader", "lr", "noise")},
-    short_help="Measure what a recipe should be set to.",
+    short_help="Measure one setting: lr, batch, loader or noise.",
 )
 def command() -> None:
-    """Measure on the ranks at hand what a recipe should be set to.
+    """Measure one setting of a recipe on the ranks of this machine.
 
     \b
-    launcher find lr digits           the learning rate, by a range test
-    launcher find loader digits       the DataLoader workers that are worth it
-    launcher find batch digits        the micro-batch that fits, and the fastest
-    launcher find noise digits        how large a batch is worth its samples
+    launcher find lr digits           learning rate, by a range test
+    launcher find loader digits       number of DataLoader workers
+    launcher find batch digits        largest micro-batch that fits, and the fastest
+    launcher find noise digits        gradient noise scale: useful batch size
     """

@@ -1,4 +1,4 @@
-"""`launcher find batch`: the largest micro-batch that fits into memory, and the fastest."""
+"""`launcher find batch`: find the largest micro-batch that fits into memory, and the fastest."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from launcher.tuning.probe_run import Target
 
 
-@click.command(cls=SettingsCommand, short_help="The micro-batch that fits, and the fastest.")
+@click.command(cls=SettingsCommand, short_help="Find the micro-batch that fits, and the fastest.")
 @target_arguments
 @click.option(
     "--memory",
     type=Bytes(),
     metavar="SIZE",
-    help="What each rank may use, such as 2GiB. Default: its GPU, or its part of what is free.",
+    help="Memory limit of each rank, such as 2GiB. Default: its GPU, or its share of free memory.",
 )
-@click.option("--fresh", is_flag=True, help="Measure again what was measured before.")
+@click.option("--fresh", is_flag=True, help="Ignore cached measurements and measure again.")
 @out_option
 @click.option("--json", "as_json", is_flag=True, help="Print the trials as JSON.")
 def command(
@@ -37,11 +37,11 @@ def command(
     out: Path | None,
     as_json: bool,
 ) -> int:
-    """Find how many samples of RECIPE fit through the model at once on each rank.
+    """Find how many samples of RECIPE fit into memory at once on each rank.
 
-    Sizes are doubled and then bisected, each in fresh processes under a limit that is enforced, a
-    tenth of the memory left free. The global batch never changes: accumulation makes it up. The
-    largest size is not always the fastest; the line to paste has the one to take.
+    The search doubles and then bisects the size. Each trial runs in new processes under an enforced
+    memory limit that leaves a tenth free. The global batch stays the same: accumulation makes up
+    the difference. The largest size is not always the fastest; the printed setting is the fastest.
 
     \b
     launcher find batch digits
@@ -53,16 +53,16 @@ def command(
     from launcher.tuning.summaries import batch_text, trial_text
 
     search = BatchSearch(target, memory=memory)
-    kept = cache_path(target, search)
-    found = None if fresh else read_cache(kept)
+    cached = cache_path(target, search)
+    found = None if fresh else read_cache(cached)
     if found is not None:
-        click.echo("measured before; --fresh measures again", err=True)
+        click.echo("using the cached measurements; --fresh measures again", err=True)
     else:
         run_dir = create_run_dir(out, f"find-batch-{search.plan.recipe}")
         found = search.run(
             run_dir, signals, lambda trial: click.echo(trial_text(trial), err=as_json)
         )
-        write_cache(kept, found)
+        write_cache(cached, found)
     chosen = choose(found.trials)
     if as_json:
         settings = {} if chosen is None else {"micro_batch_size": chosen.size}

@@ -1,4 +1,4 @@
-"""`launcher find loader`: how many DataLoader workers a data set is worth."""
+"""`launcher find loader`: find the number of DataLoader workers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from launcher.tuning.probe_run import Target
 
 
-@click.command(cls=SettingsCommand, short_help="The DataLoader workers that are worth it.")
+@click.command(cls=SettingsCommand, short_help="Find the number of DataLoader workers.")
 @target_arguments
 @click.option(
     "--seconds",
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     default=4.0,
     show_default=True,
     metavar="S",
-    help="For how long each number of workers is measured.",
+    help="Seconds for which each number of workers is measured.",
 )
 @out_option
 @click.option("--json", "as_json", is_flag=True, help="Print the measurements as JSON.")
@@ -37,13 +37,13 @@ def command(
     *,
     as_json: bool,
 ) -> int:
-    """Find how many DataLoader workers each rank of RECIPE is worth.
+    """Find the number of DataLoader workers for each rank of RECIPE.
 
-    First without any: what reading a sample takes, and how much of that is work rather than
-    waiting, beside what computing on it takes. That predicts a number, which is measured together
-    with the planned one, half and twice of it, within the cores, the memory and the /dev/shm there
-    are; then a longer queue of batches where one that is slow to read would stall a step, and on
-    GPUs whether pinned memory pays. Each is measured for some seconds while the model is trained.
+    It first reads without workers, to measure the time and the CPU time of a sample beside the time
+    of a step. From these it predicts a number of workers, and measures that number, its half and
+    double, and the planned number, within the cores, memory and /dev/shm of this machine. Then it
+    tries longer prefetch queues if single slow reads stall a step, and pinned memory on GPUs. The
+    model trains during each measurement.
 
     \b
     launcher find loader digits

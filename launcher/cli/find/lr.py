@@ -1,4 +1,4 @@
-"""`launcher find lr`: the learning rate, by a range test."""
+"""`launcher find lr`: find the learning rate by a range test."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from launcher.tuning.probe_run import Target
 
 
-@click.command(cls=SettingsCommand, short_help="The learning rate, by a range test.")
+@click.command(cls=SettingsCommand, short_help="Find the learning rate by a range test.")
 @target_arguments
 @click.option(
     "--from",
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     default=1e-6,
     show_default=True,
     metavar="LR",
-    help="The learning rate of the first step.",
+    help="Learning rate of the first step.",
 )
 @click.option(
     "--to",
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     default=10.0,
     show_default=True,
     metavar="LR",
-    help="The learning rate of the last step, unless the loss diverges before.",
+    help="Learning rate of the last step; the test stops earlier if the loss diverges.",
 )
 @click.option(
     "--steps",
@@ -53,13 +53,13 @@ if TYPE_CHECKING:
     type=click.Choice(get_args(Rule)),
     default="valley",
     show_default=True,
-    help="Which suggestion to take.",
+    help="Suggestion to use.",
 )
 @click.option(
     "--try",
     "tries",
     is_flag=True,
-    help="Train shortly at the valley and around it, and take the best of those.",
+    help="Run short trainings at and around the valley, and use the best of them.",
 )
 @out_option
 @click.option("--json", "as_json", is_flag=True, help="Print curve and suggestions as JSON.")
@@ -77,10 +77,10 @@ def command(
 ) -> int:
     """Train RECIPE at its global batch with a learning rate that rises until the loss diverges.
 
-    On the planned ranks, under the planned strategy. The suggestions are those of four rules, for
-    the learning rate at the batch of the test; what to write into the recipe is stated at its
-    lr_batch_size. The rules are of thumb, and tend to be low: --try measures, in whole trainings
-    of --steps each.
+    The test runs on the planned ranks under the planned strategy. Four rules of thumb suggest a
+    learning rate at the batch of the test; the printed setting is converted to the recipe's
+    lr_batch_size. The rules tend to suggest low values: --try measures instead, in short trainings
+    of --steps steps each.
 
     \b
     launcher find lr digits --try
@@ -94,7 +94,7 @@ def command(
     from launcher.tuning.summaries import lr_plot, lr_text, lr_trial_text
 
     if lowest >= highest:
-        raise UsageError(f"--from {lowest:g} --to {highest:g}: the learning rate has to rise.")
+        raise UsageError(f"--from {lowest:g} --to {highest:g}: the learning rate must rise.")
     planned, _ = target.plan()
     test = plan_range_test(target, lowest=lowest, highest=highest, steps=steps)
     run_dir = create_run_dir(out, f"find-lr-{test.plan.recipe}")
@@ -102,16 +102,16 @@ def command(
     chosen = getattr(found.suggestions, rule)
     if tries:
 
-        def tell(trial: LRTrial) -> None:
+        def report(trial: LRTrial) -> None:
             click.echo(lr_trial_text(trial), err=True)
 
-        found = try_lrs(found, target, run_dir, signals, tell, steps=steps)
+        found = try_lrs(found, target, run_dir, signals, report, steps=steps)
         best = best_trial(found.trials)
         chosen = None if best is None else best.lr
     settings = {} if chosen is None else stated(chosen, test.plan.batch_size, planned)
     if as_json:
-        said = {"batch_size": test.plan.batch_size, "settings": settings, **asdict(found)}
-        click.echo(json.dumps(said))
+        values = {"batch_size": test.plan.batch_size, "settings": settings, **asdict(found)}
+        click.echo(json.dumps(values))
     else:
         click.echo(lr_text(found, rule, settings, test.plan))
     plot = lr_plot(found, test.plan)

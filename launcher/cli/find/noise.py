@@ -1,4 +1,4 @@
-"""`launcher find noise`: how large a batch is worth its samples."""
+"""`launcher find noise`: measure the gradient noise scale."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from launcher.tuning.probe_run import Target
 
 
-@click.command(cls=SettingsCommand, short_help="How large a batch is worth its samples.")
+@click.command(cls=SettingsCommand, short_help="Measure the gradient noise scale.")
 @target_arguments
 @click.option(
     "--steps",
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     default=500,
     show_default=True,
     metavar="K",
-    help="Optimizer steps to train and measure in, of those planned.",
+    help="Optimizer steps to measure, of those planned.",
 )
 @out_option
 @click.option("--json", "as_json", is_flag=True, help="Print measurements and estimates as JSON.")
@@ -39,11 +39,11 @@ def command(
     *,
     as_json: bool,
 ) -> int:
-    """Measure the gradient noise scale of RECIPE while it trains for a while.
+    """Measure the gradient noise scale B_simple of RECIPE over some steps of training.
 
-    B_simple is the batch at which doubling it begins to cost as much in samples as it saves in
-    steps (McCandlish et al., arXiv:1812.06162). The global batch stays as it is; it may be taken in
-    smaller parts, whose gradients are compared.
+    B_simple is the batch size at which a larger batch starts to cost more samples than it saves
+    steps (McCandlish et al., arXiv:1812.06162). The global batch stays the same, but may be split
+    into smaller micro-batches, whose gradients are compared.
 
     \b
     launcher find noise digits
@@ -70,9 +70,9 @@ def command(
 
 
 def _finite(value: Any) -> Any:
-    """Return a value with None for what JSON has no number for."""
+    """Return a value with None in place of numbers that JSON cannot hold."""
     if isinstance(value, dict):
-        return {name: _finite(each) for name, each in value.items()}
+        return {name: _finite(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

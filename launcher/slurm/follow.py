@@ -1,0 +1,131 @@
+"""Follow a run until it ends, by its folder and, if it was submitted, by Slurm."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from launcher.errors import RunDirError
+from launcher.runs.history import History
+from launcher.runs.rundir import RunDir, open_run_dir
+from launcher.runs.status import AT_WORK, RunState, read_run_state
+from launcher.slurm.submission import find_submission, status_of
+
+_SECONDS_BETWEEN_POLLS = 0.5
+_POLLING_SHARE = 0.2
+"""The share of the time that polling may take: the run may use the same machine."""
+
+_METRICS_BYTES = 1 << 25
+"""Bytes read from the end of metrics.jsonl: about the last hundred thousand steps."""
+
+_SECONDS_BETWEEN_QUERIES = 5.0
+"""Seconds between two queries to Slurm."""
+
+_SECONDS_BETWEEN_COPIES = 0.2
+
+
+def find_run(name: str) -> RunDir:
+    """Return the run that `name` stands for: its folder, or the job id of a submitted run.
+
+    Raises:
+        RunDirError: There is no such run below the working folder.
+    """
+    if Path(name, "run.yaml").is_file():
+        return open_run_dir(Path(name))
+    try:
+        return find_submission(name, Path())
+    except RunDirError:
+        raise RunDirError(
+            f"{name} is neither a run folder nor the job id of a run submitted from here. "
+            "`launcher runs` lists the runs below this folder."
+        ) from None
+
+
+def follow(
+    run_dir: RunDir,
+    show: Callable[[History, RunState], None],
+    show_waiting: Callable[[str], None],
+    *,
+    seconds: float,
+) -> RunState:
+    """Show a run every few seconds until it has ended.
+
+    Args:
+        run_dir: The run folder.
+        show: Shows the run as far as it has come.
+        show_waiting: Shows why the run has not started.
+        seconds: The time between two calls of `show`.
+
+    Returns:
+        The final state.
+    """
+    history: History | None = None
+    queried: tuple[float, RunState | None] = (0.0, None)
+    while True:
+        poll_began = time.monotonic()
+        if run_dir.run_yaml.is_file():
+            if history is None:
+                history = History(run_dir, newest=_METRICS_BYTES)
+            else:
+                history.refresh()
+        if time.monotonic() - queried[0] > _SECONDS_BETWEEN_QUERIES:
+            queried = time.monotonic(), _state_in_slurm(run_dir)
+        state = _combined_state(run_dir, history, queried[1])
+        if history is not None:
+            show(history, state)
+        else:
+            show_waiting(f"{run_dir.shown}: {state.words}")
+        if state.name not in AT_WORK:
+            # Slurm may have requeued the job since the last query.
+            latest = _state_in_slurm(run_dir)
+            if latest is None or latest.name not in AT_WORK:
+                return state
+        pause = seconds if history is not None else _SECONDS_BETWEEN_POLLS
+        poll_seconds = time.monotonic() - poll_began
+        time.sleep(max(pause, poll_seconds * (1 / _POLLING_SHARE - 1)))
+
+
+def copy_log(path: Path, run_dir: RunDir | None) -> None:
+    """Copy a log file to standard output.
+
+    Args:
+        path: The log file.
+        run_dir: The submitted run whose end ends the copying; None copies what there is now.
+    """
+    position, queried_at = 0, 0.0
+    ended = run_dir is None
+    while True:
+        if path.exists():
+            with path.open(encoding="utf-8", errors="replace") as file:
+                file.seek(position)
+                shutil.copyfileobj(file, sys.stdout)
+                position = file.tell()
+            sys.stdout.flush()
+        if ended:
+            return
+        if run_dir is not None and time.monotonic() - queried_at > _SECONDS_BETWEEN_QUERIES:
+            queried_at = time.monotonic()
+            ended = status_of(run_dir).state not in AT_WORK
+        if not ended:
+            time.sleep(_SECONDS_BETWEEN_COPIES)
+
+
+def _combined_state(
+    run_dir: RunDir, history: History | None, in_slurm: RunState | None
+) -> RunState:
+    """Return the state by the run folder or, if the folder does not tell, by Slurm."""
+    state = history.state if history is not None else read_run_state(run_dir)
+    if state.name in ("running", "finished", "failed") or in_slurm is None:
+        return state
+    return in_slurm
+
+
+def _state_in_slurm(run_dir: RunDir) -> RunState | None:
+    """Return the state of a submitted run by Slurm; None if it was not submitted or is unknown."""
+    if not run_dir.submission.is_file():
+        return None
+    status = status_of(run_dir)
+    return None if status.state == "unknown" else RunState(name=status.state, words=status.words)

@@ -1,0 +1,33 @@
+"""The status of submitted runs as a table and as plain values."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from launcher.runs.status import STATES
+from launcher.slurm.submission import SubmissionStatus
+
+
+def ordered(statuses: list[SubmissionStatus]) -> list[SubmissionStatus]:
+    """Return runs in progress first, then finished ones from the best result to the worst."""
+    return sorted(statuses, key=_sort_key)
+
+
+def cells(status: SubmissionStatus) -> tuple[str, str, str, str]:
+    """Return the row of a run: folder, job id, settings within its array, and state."""
+    submission = status.submission
+    return status.run_dir.shown, submission.job, " ".join(submission.settings), status.words
+
+
+def to_dict(status: SubmissionStatus) -> dict[str, Any]:
+    """Return the status of a run as plain values that JSON can hold."""
+    values = {"run": str(status.run_dir.path), "state": status.state, "words": status.words}
+    return values | {"evaluation": status.evaluation} | asdict(status.submission)
+
+
+def _sort_key(status: SubmissionStatus) -> tuple[float, ...]:
+    """Order by state, then by the best metric besides the loss, then by the loss."""
+    best = max((v for name, v in status.evaluation.items() if name != "loss"), default=None)
+    loss = status.evaluation.get("loss", 0.0)
+    return STATES.index(status.state), loss if best is None else -best, loss

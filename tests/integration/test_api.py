@@ -1,0 +1,183 @@
+"""Runs that a Python program starts: `launcher.run`, `launcher.resume` and `launcher.plan`."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from support import ROOT, Commands
+
+import launcher
+
+FAILING = f"{ROOT / 'tests/recipes/failing.py'}:failing"
+SLOW = f"{ROOT / 'tests/recipes/slow.py'}:slow"
+
+STATE = """
+import json, os, signal, sys, threading
+import launcher
+
+numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)
+
+def state():
+    environment = {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"}
+    return [signal.getsignal(number) for number in numbers], os.getcwd(), environment
+
+before = state()
+"""
+"""Defines what a run must leave as it was; importing torch itself sets TORCHINDUCTOR_CACHE_DIR."""
+
+
+def script(run: Commands, text: str) -> Path:
+    """Write a program into the test's folder."""
+    path = run.folder / "program.py"
+    path.write_text(STATE + text)
+    return path
+
+
+def test_a_program_trains_and_resumes(run: Commands) -> None:
+    """A program gets typed results, and its handlers, folder and environment are as they were."""
+    program = script(
+        run,
+        """
+result = launcher.run("digits", nproc_per_node=2, out="out", epochs=1, checkpoint_every=4)
+os.makedirs("elsewhere"); os.chdir("elsewhere"); before = state()
+resumed = launcher.resume("../out", nproc_per_node=1, epochs=2)
+again = launcher.resume("../out")
+assert state() == before
+history = resumed.history
+print(json.dumps({
+    "steps": [result.step, resumed.step, again.step],
+    "finished": [result.finished, resumed.finished, again.finished],
+    "metrics": [result.metrics, resumed.metrics, again.metrics],
+    "history": list(history.steps["step"]),
+    "folder": str(resumed.run_dir.path),
+}))
+""",
+    )
+    done = run("python", program)
+    assert done.exit_code == 0, done.stderr
+    values = json.loads(done.stdout)
+    assert values["steps"] == [12, 24, 24]
+    assert values["finished"] == [True, True, True]
+    assert values["history"] == list(range(1, 25))
+    assert values["metrics"][1] == values["metrics"][2] != values["metrics"][0]
+    assert values["metrics"][1].keys() == {"loss", "accuracy"}
+    assert values["folder"] == str(run.folder / "out")
+
+
+def test_a_failure_is_one_exception(run: Commands) -> None:
+    """A failed rank raises RunFailedError with the post-mortem as text and as a record."""
+    program = script(
+        run,
+        f"""
+try:
+    launcher.run({FAILING!r}, nproc_per_node=2, out="out", how="raise", rank=1)
+except launcher.RunFailedError as error:
+    assert state() == before
+    print(json.dumps({{"text": str(error), "code": error.exit_code, "rank": error.failure.rank,
+                      "error": error.failure.error}}))
+""",
+    )
+    done = run("python", program)
+    assert done.exit_code == 0, done.stderr
+    values = json.loads(done.stdout)
+    assert (values["code"], values["rank"], values["error"]) == (1, 1, "ValueError")
+    assert "the loss of rank one" in values["text"]
+    assert "the loss of rank one" not in done.stderr, "the program decides what is printed"
+
+
+def test_a_thread_of_a_program_trains(run: Commands) -> None:
+    """A run starts from a thread, and from a process whose threads forbid forking."""
+    program = script(
+        run,
+        """
+results = []
+worker = threading.Thread(
+    target=lambda: results.append(launcher.run("digits", nproc_per_node=2, out="out", steps=3))
+)
+worker.start()
+worker.join()
+assert state() == before
+print(results[0].step, results[0].finished)
+""",
+    )
+    done = run("python", program)
+    assert (done.exit_code, done.stdout) == (0, "3 True\n"), done.stderr
+
+
+def test_a_recipe_function_is_trained(run: Commands) -> None:
+    """A program passes a recipe function of its own file, with keyword arguments for it."""
+    program = script(
+        run,
+        """
+from dataclasses import replace
+from launcher.recipes.digits import digits
+
+def mine(*, rate: float = 0.1) -> launcher.Recipe:
+    return replace(digits(), name="mine", lr=rate)
+
+if __name__ == "__main__":
+    result = launcher.run(mine, nproc_per_node=1, out="out", rate=0.05, steps=2)
+    print(result.history.plan.settings["lr"], result.step)
+""",
+    )
+    done = run("python", program)
+    assert (done.exit_code, done.stdout) == (0, "0.05 2\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "exit_code"), [(signal.SIGINT, 0), (signal.SIGTERM, -signal.SIGTERM)]
+)
+def test_a_program_reacts_to_signals_as_ever(
+    run: Commands, number: signal.Signals, exit_code: int
+) -> None:
+    """A signal before the first step ends the ranks and reaches the program's own handlers."""
+    program = script(
+        run,
+        f"""
+try:
+    launcher.run({SLOW!r}, nproc_per_node=1, out="out", output="json", milliseconds=1000)
+except KeyboardInterrupt:
+    print("interrupted", state() == before)
+""",
+    )
+    with run.start("python", program) as process:
+        assert process.stdout is not None
+        assert json.loads(process.stdout.readline())["event"] == "planned"
+        process.send_signal(number)
+        if number == signal.SIGTERM:
+            process.send_signal(signal.SIGINT)
+        rest, _ = process.communicate(timeout=120)
+    if number == signal.SIGINT:
+        assert (process.returncode, rest) == (0, "interrupted True\n")
+
+
+def test_a_stopped_run_says_so(run: Commands) -> None:
+    """A run that a signal stops after a step returns unfinished, and can be resumed."""
+    program = script(
+        run,
+        f"""
+result = launcher.run({SLOW!r}, nproc_per_node=1, out="out", output="json", milliseconds=1)
+print(json.dumps([result.finished, result.stopped_by.name, result.step]))
+""",
+    )
+    with run.start("python", program) as process:
+        assert process.stdout is not None
+        while json.loads(process.stdout.readline())["event"] != "stepped":
+            pass
+        process.send_signal(signal.SIGTERM)
+        rest, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    finished, stopped_by, step = json.loads(rest.splitlines()[-1])
+    assert (finished, stopped_by) == (False, "SIGTERM")
+    assert 0 < step < 128
+
+
+def test_a_plan_is_a_value() -> None:
+    """`launcher.plan` returns what `launcher plan --json` prints."""
+    plan = launcher.plan("digits", nproc_per_node=4, nodes=2, device="cuda", batch_size=1024)
+    assert (plan.world_size, plan.lr, plan.total_steps) == (8, 0.8, 40)
+    with pytest.raises(launcher.OverrideError, match="epoch"):
+        launcher.plan("digits", epoch=3)
