@@ -1,8 +1,9 @@
-"""`python -m launcher`, and what starts this launcher by the path of this file (see `program`).
+"""Entry point of `python -m launcher`, and of processes that run this file by its path.
 
-Python puts the folder of a file that it is given first on sys.path, where modules of this package
-could hide modules of Python. This file takes its folder off, imports the package
-that it belongs to, and puts the working folder there, as `python -m` does.
+`launcher.environment.program` explains why a path is used. Python puts the folder of a file that
+it runs first on sys.path, where modules of this package could hide modules of Python. This file
+removes its folder, imports the package that it belongs to, and puts the working folder first, as
+`python -m` does.
 """
 
 import os
@@ -21,7 +22,7 @@ def _import_this_package(folder: str) -> None:
 
 def _prepare() -> None:
     folder = os.path.realpath(__file__).rpartition("/")[0]
-    is_first = sys.path[:1] == [folder]  # not with Python's -P
+    is_first = sys.path[:1] == [folder]  # not with `python -P`
     if is_first:
         del sys.path[0]
     if "launcher" not in sys.modules:
@@ -42,7 +43,7 @@ def _start() -> None:
     main()
 
 
-if not __package__:  # given to Python by its path, also where multiprocessing spawns a process
+if not __package__:  # run by its path, by Python or by multiprocessing
     _prepare()
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A run on several machines: its launchers meet, agree on a run folder, and part."""
+"""A run on several nodes: their launchers connect, agree on a run folder, and leave together."""
 
 from __future__ import annotations
 
@@ -19,13 +19,17 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def joined(nodes: Nodes | None, plan: Plan) -> Iterator[Rendezvous | None]:
-    """Meet the launchers on the other machines of a run; have them know of an error.
+    """Connect to the launchers on the other nodes of a run, and tell them about an error.
 
-    One speaks of it: the one that has it, or for all that Slurm has started the first.
+    Only one node prints an error: the one on which it occurred or, if Slurm started the launchers,
+    the first.
+
+    Yields:
+        The connection; None if the run has one node.
     """
     rendezvous = None
     try:
-        rendezvous = _meet(nodes, plan)
+        rendezvous = _connect(nodes, plan)
         yield rendezvous
     except PeerError as error:
         if rendezvous is not None:
@@ -41,45 +45,46 @@ def joined(nodes: Nodes | None, plan: Plan) -> Iterator[Rendezvous | None]:
 
 
 def check_restarts(nodes: Nodes | None, restarts: int) -> None:
-    """Refuse to start ranks again where those of other machines would have to as well.
+    """Refuse restarts of a run on several nodes, all of which would have to restart together.
 
     Raises:
-        UsageError: That is asked for.
+        UsageError: Restarts are asked for, and the run has several nodes.
     """
     if nodes is not None and restarts:
         raise UsageError(
-            f"--max-restarts {restarts} starts the ranks of one machine again, and this run is on "
-            f"{nodes.count}. Start it again with --continue; `launcher submit` has Slurm do that."
+            f"--max-restarts {restarts} restarts the ranks of one node, and this run has "
+            f"{nodes.count} nodes. Start it again with --continue, or use `launcher submit`, which "
+            "lets Slurm restart it."
         )
 
 
 def make_run_dir_once(rendezvous: Rendezvous | None, make: Callable[[], RunDir]) -> RunDir:
-    """Make a run folder, on the first machine, or take the one that was made there.
+    """Make the run folder on the first node; return it on every node.
 
     Raises:
-        RunDirError: It cannot be made, or is not seen here.
+        RunDirError: The folder cannot be made, or another node does not see it.
     """
     if rendezvous is None:
         return make()
     run_dir = RunDir(Path(rendezvous.share(lambda: str(make().path))))
     if not run_dir.run_yaml.is_file():
         raise RunDirError(
-            f"The run folder {run_dir.path} of {rendezvous.names[0]} is not on this machine, "
-            f"{rendezvous.names[rendezvous.index]}. Give an --out on a file system that all of "
-            "them have."
+            f"{rendezvous.names[rendezvous.index]} does not see the run folder {run_dir.path}, "
+            f"which {rendezvous.names[0]} made. Give an --out on a file system that all nodes "
+            "share."
         )
     return run_dir
 
 
-def _meet(nodes: Nodes | None, plan: Plan) -> Rendezvous | None:
-    """Meet the launchers on the other machines of a run; None for one machine.
+def _connect(nodes: Nodes | None, plan: Plan) -> Rendezvous | None:
+    """Connect to the launchers on the other nodes; return None if the run has one node.
 
     Raises:
-        WorldError: They do not come, or are about to run something else.
+        WorldError: Some launchers do not connect in time, or would run something else.
     """
     if nodes is None:
         return None
     from launcher.engine.ranks.rendezvous import Rendezvous
 
-    said = {"recipe": plan.recipe, "device": plan.device, "ranks": plan.nproc_per_node}
-    return Rendezvous(nodes, said, lambda text: print(text, file=sys.stderr, flush=True))
+    agreement = {"recipe": plan.recipe, "device": plan.device, "ranks": plan.nproc_per_node}
+    return Rendezvous(nodes, agreement, lambda text: print(text, file=sys.stderr, flush=True))

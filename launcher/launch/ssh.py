@@ -1,4 +1,4 @@
-"""A run on several machines that is typed once: ssh starts a launcher on each."""
+"""A run on several hosts from one command: ssh starts a launcher on each of them."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from launcher.environment.program import own_program
 from launcher.errors import EXIT_FAILED, UsageError
 from launcher.signals import STOP_SIGNALS
 
-_SECONDS_TO_HEAR = 5.0
-"""In which the others have heard of a failure from the one that failed, and have ended."""
+_SECONDS_TO_END = 5.0
+"""How long the other launchers have to end by themselves after one has failed."""
 
-_SECONDS_BETWEEN_LOOKS = 0.05
+_SECONDS_BETWEEN_POLLS = 0.05
 _EXIT_OF_SSH = 255
-"""Where ssh itself failed: it has said why."""
+"""The exit code of ssh if ssh itself failed; it has printed why."""
 
 _SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=20")
-"""Without questions: nobody could answer those of several machines."""
+"""Batch mode: nobody could answer the prompts of several hosts."""
 
 
 def run_on_hosts(
@@ -39,22 +39,22 @@ def run_on_hosts(
 ) -> int:
     """Run `launcher ARGUMENTS` on each host; return the exit code of the run.
 
-    What they print comes out here, and signals are passed on to them. When one of them ends badly,
-    the others are asked to.
+    Their output appears here, and signals are passed to them. If one of them fails, the others are
+    stopped.
 
     Args:
-        hosts: As ssh takes them. The launchers meet on the first.
-        arguments: Of the command, without those that say where it runs.
-        folder: Where, under the same name on each of them.
-        rendezvous: HOST[:PORT] of the first, where the others know it by another name.
-        ssh: The command to reach a host with.
+        hosts: The hosts as ssh takes them. The launchers connect to the first one.
+        arguments: The command's arguments, without those that choose hosts.
+        folder: The working folder, which has the same path on every host.
+        rendezvous: HOST[:PORT] of the first host if the others know it by another name.
+        ssh: The command that reaches a host; None is ssh in batch mode.
 
     Raises:
-        UsageError: They cannot be told apart, or ssh is not there.
+        UsageError: Two hosts have the same name, or ssh is not installed.
     """
     nodes = nodes_of_hosts(hosts, rendezvous)
     program = shlex.split(ssh) if ssh else list(_SSH)
-    started: dict[int, tuple[str, subprocess.Popen[str]]] = {}
+    launchers: dict[int, tuple[str, subprocess.Popen[str]]] = {}
     signals = _Signals()
     try:
         for index, host in enumerate(hosts):
@@ -62,81 +62,81 @@ def run_on_hosts(
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, text=True, start_new_session=True
             )
-            signals.attend(process)
-            started[process.pid] = (host, process)
+            signals.add(process)
+            launchers[process.pid] = (host, process)
     except FileNotFoundError:
         raise UsageError(
-            f"--hosts starts a launcher on each of them with {program[0]}, which is not here. "
-            "Install an ssh client, or name another with --ssh."
+            f"--hosts starts a launcher on each host with {program[0]}, which is not installed "
+            "here. Install an ssh client, or give another command with --ssh."
         ) from None
-    return _wait(started, signals)
+    return _wait(launchers, signals)
 
 
 class _Signals:
-    """Passes on the signals that this process gets."""
+    """Forwards the signals of this process to the launchers on the hosts."""
 
     def __init__(self) -> None:
         self._processes: list[subprocess.Popen[str]] = []
         self._sent: list[str] = []
         for number in (signal.SIGINT, *STOP_SIGNALS):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` has it
-                signal.signal(number, self._note)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # `nohup` ignores SIGHUP
+                signal.signal(number, self._forward)
 
-    def attend(self, process: subprocess.Popen[str]) -> None:
-        """Pass them on to this one as well, those included that came."""
+    def add(self, process: subprocess.Popen[str]) -> None:
+        """Forward signals to this process as well, including earlier ones."""
         self._processes.append(process)
         for name in self._sent:
             _send(process, name)
 
     def send(self, name: str) -> None:
-        """Pass on a signal."""
+        """Send the signal with this name to every launcher."""
         self._sent.append(name)
         for process in self._processes:
             _send(process, name)
 
-    def _note(self, number: int, _: FrameType | None) -> None:
+    def _forward(self, number: int, _: FrameType | None) -> None:
         self.send(signal.Signals(number).name)
 
 
 def _send(process: subprocess.Popen[str], name: str) -> None:
     assert process.stdin is not None
-    with contextlib.suppress(OSError, ValueError):  # it has ended
+    with contextlib.suppress(OSError, ValueError):  # the process has ended
         process.stdin.write(f"{name}\n")
         process.stdin.flush()
 
 
-def _wait(started: Mapping[int, tuple[str, subprocess.Popen[str]]], signals: _Signals) -> int:
-    """Wait for all of them; return the exit code of the run: of the first that ended badly."""
-    waiting = set(started)
-    code, until = 0, 0.0
+def _wait(launchers: Mapping[int, tuple[str, subprocess.Popen[str]]], signals: _Signals) -> int:
+    """Wait for all launchers; return 0 or the exit code of the first that failed."""
+    waiting = set(launchers)
+    exit_code, deadline = 0, 0.0
     while waiting:
-        pid, status = os.waitpid(-1, os.WNOHANG if until else 0)
-        if until and time.monotonic() > until:
-            until = 0.0
-            signals.send("SIGINT")  # ends at once what has taken no step, and saves what has
+        pid, status = os.waitpid(-1, os.WNOHANG if deadline else 0)
+        if deadline and time.monotonic() > deadline:
+            deadline = 0.0
+            signals.send("SIGINT")  # a run saves a checkpoint if it has taken a step
         if pid not in waiting:
-            time.sleep(_SECONDS_BETWEEN_LOOKS if until else 0)
+            time.sleep(_SECONDS_BETWEEN_POLLS if deadline else 0)
             continue
         waiting.remove(pid)
-        host, process = started[pid]
+        host, process = launchers[pid]
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode == 0:
             continue
         if process.returncode in (_EXIT_OF_SSH, 126, 127) or process.returncode < 0:
             print(
-                f"launcher: {host}: ssh ended with {process.returncode}, and with it the launcher "
+                f"launcher: {host}: ssh exited with {process.returncode}, which ended the launcher "
                 f"there. Does `ssh {host} {shlex.quote(sys.executable)} -V` work?",
                 file=sys.stderr,
             )
             process.returncode = EXIT_FAILED
-        if not code:
-            code = process.returncode
-            until = time.monotonic() + _SECONDS_TO_HEAR
-    return code
+        if not exit_code:
+            exit_code = process.returncode
+            deadline = time.monotonic() + _SECONDS_TO_END
+    return exit_code
 
 
 def _remote(nodes: Nodes, index: int, folder: Path, arguments: Sequence[str]) -> str:
-    """Return the command of one host, as its shell takes it."""
+    """Return the command line for the shell of one host."""
     variables = [
         f"{name}={shlex.quote(value)}" for name, value in nodes_environment(nodes, index).items()
     ]

@@ -1,9 +1,10 @@
-"""The process that `--hosts` starts on another machine through ssh.
+"""The process that `--hosts` starts on another host through ssh.
 
     python .../launcher/__main__.py --ssh-remote FOLDER ARGUMENTS...
 
-Its standard input is held by whoever started it. Each line there is the name of a signal for the
-run; its end, as when the connection is lost, is a terminal that was closed. ssh passes on neither.
+The launcher that started it holds its standard input open. Each line is the name of a signal for
+the run. The end of the input, for example because the connection was lost, acts as SIGHUP. ssh
+itself forwards neither.
 """
 
 from __future__ import annotations
@@ -19,27 +20,27 @@ from launcher.signals import EXIT_BY_SIGNAL
 
 
 def main(folder: str, *arguments: str) -> int:
-    """Run `launcher ARGUMENTS` in `folder`; return its exit code, as a shell would."""
+    """Run `launcher ARGUMENTS` in `folder`; return its exit code as a shell would."""
     try:
         os.chdir(folder)
     except OSError as error:
         print(
-            f"launcher: {os.uname().nodename}: the folder {folder}: {error.strerror}. The machines "
-            "of a run have its files under the same names.",
+            f"launcher: {os.uname().nodename}: cannot enter the folder {folder}: {error.strerror}. "
+            "All hosts of a run need its files under the same paths.",
             file=sys.stderr,
         )
         return 2
-    run = subprocess.Popen(
+    launcher = subprocess.Popen(
         [*own_program(), *arguments],
         stdin=subprocess.DEVNULL,
         start_new_session=True,
     )
-    threading.Thread(target=_pass_on, args=[run], daemon=True).start()
-    code = run.wait()
+    threading.Thread(target=_forward_signals, args=[launcher], daemon=True).start()
+    code = launcher.wait()
     return code if code >= 0 else EXIT_BY_SIGNAL - code
 
 
-def _pass_on(run: subprocess.Popen[bytes]) -> None:
+def _forward_signals(launcher: subprocess.Popen[bytes]) -> None:
     for line in sys.stdin:
-        run.send_signal(signal.Signals[line.strip()])
-    run.send_signal(signal.SIGHUP)
+        launcher.send_signal(signal.Signals[line.strip()])
+    launcher.send_signal(signal.SIGHUP)

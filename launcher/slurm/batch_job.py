@@ -1,4 +1,4 @@
-"""From a recipe, a grid of settings and a site to one batch job."""
+"""From a recipe, a grid of settings and a site profile to one batch job."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from launcher.slurm.submission import Submission
 
 @dataclass(frozen=True, kw_only=True)
 class SubmitRequest:
-    """What a user asks for."""
+    """A request to submit a run, or an array of runs."""
 
     reference: Reference
     arguments: tuple[str, ...]
-    """name=value, for every run."""
+    """name=value arguments of every run."""
 
     grid: tuple[tuple[str, ...], ...]
-    """name=value of each run of an array; empty for one run."""
+    """name=value arguments of each run of an array; empty for a single run."""
 
     config: Path | None
     nodes: tuple[int, int]
@@ -42,25 +42,26 @@ class SubmitRequest:
     @property
     def runs(self) -> tuple[tuple[str, ...], ...]:
         """The arguments of each run."""
-        return tuple((*self.arguments, *each) for each in self.grid or ((),))
+        return tuple((*self.arguments, *settings) for settings in self.grid or ((),))
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedJob:
-    """What is to be submitted."""
+    """A batch job that is planned but not submitted."""
 
     batch: BatchScript
     folder: Path
-    """Of the run, or of all runs of the array."""
+    """The run folder, or the folder of all runs of the array."""
 
     plans: tuple[Plan, ...]
     folders: tuple[RunDir, ...]
-    """Of each run."""
+    """The folder of each run."""
 
     logs: tuple[str, ...]
+    """The file with the job's output for each run."""
 
     def save(self, job: str, grid: Sequence[tuple[str, ...]]) -> None:
-        """Remember in each run's folder the job that Slurm has given this id."""
+        """Write the job id into the folder of each run."""
         for index, (run_dir, plan) in enumerate(zip(self.folders, self.plans, strict=True)):
             (run_dir.path / "logs").mkdir(parents=True, exist_ok=True)
             Submission(
@@ -73,23 +74,30 @@ class PreparedJob:
 
 
 def prepare(request: SubmitRequest, site: Site, out: Path | None) -> PreparedJob:
-    """Plan each run, and put together the job that trains them in `out`, or a folder in runs/.
+    """Plan each run and describe the job that trains them.
+
+    Args:
+        request: What to submit.
+        site: The site profile.
+        out: The folder to make; None is one below runs/.
 
     Raises:
-        SlurmError: The site does not have what is asked for.
-        UsageError: The numbers do not go together.
+        SlurmError: The site does not have the requested resources.
+        UsageError: The recipe, a setting or a number is wrong.
     """
     site = complete(site, request.nodes[0])
     plans = tuple(_plan(request, site, arguments) for arguments in request.runs)
     widest = max(plans, key=lambda plan: plan.workers_per_rank)
     if len({(plan.device, plan.nproc_per_node) for plan in plans}) > 1:
-        raise UsageError("The runs of an array have the same number of ranks, on the same devices.")
+        raise UsageError(
+            "The runs of an array must have the same number of ranks on the same device."
+        )
     cpus = cpus_of(widest, site)
     folder = planned_path(out, widest.recipe).absolute()
     if "\\" in str(folder):
         raise SlurmError(
-            f"The run folder {folder} has a backslash in it, with which Slurm's names of files "
-            "mean something else. Give an --out without."
+            f"The run folder {folder} contains a backslash, which Slurm treats as an escape in file "
+            "names. Give an --out without one."
         )
     if request.grid:
         paths = [folder / str(index) for index in range(len(plans))]
@@ -121,25 +129,25 @@ def prepare(request: SubmitRequest, site: Site, out: Path | None) -> PreparedJob
 
 
 def complete(site: Site, nodes: int) -> Site:
-    """Return a site with what Slurm knows and the profile does not say.
+    """Return a site profile whose gaps are filled with what Slurm knows of the partition.
 
     Raises:
-        SlurmError: So many nodes are more than there are.
+        SlurmError: The partition has fewer nodes.
     """
     try:
-        found = partition(site.partition)
-    except SlurmError:  # not here, as when somebody looks at a script: sbatch has the last word
-        found = None
-    if found is None:
+        limits = partition(site.partition)
+    except SlurmError:  # --dry-run works without Slurm; sbatch checks the numbers later
+        limits = None
+    if limits is None:
         return site
-    if nodes > found.nodes:
+    if nodes > limits.nodes:
         where = f"the partition {site.partition}" if site.partition else "the default partition"
-        raise SlurmError(f"{nodes} nodes were asked for, and {where} has {found.nodes}.")
+        raise SlurmError(f"--nodes {nodes} exceeds the {limits.nodes} nodes of {where}.")
     return replace(
         site,
-        cpus_per_node=site.cpus_per_node or found.cpus,
-        gpus_per_node=found.gpus if site.gpus_per_node is None else site.gpus_per_node,
-        max_time=site.max_time or found.max_time,
+        cpus_per_node=site.cpus_per_node or limits.cpus,
+        gpus_per_node=limits.gpus if site.gpus_per_node is None else site.gpus_per_node,
+        max_time=site.max_time or limits.max_time,
     )
 
 
@@ -147,15 +155,15 @@ def _plan(request: SubmitRequest, site: Site, arguments: tuple[str, ...]) -> Pla
     gpus = (site.gpus_per_node or 0) if request.gpus_per_node is None else request.gpus_per_node
     if request.gpus_per_node and request.nproc_per_node not in (None, gpus):
         raise UsageError(
-            f"-n {request.nproc_per_node} and --gpus-per-node {gpus}: each GPU has one rank. "
+            f"-n {request.nproc_per_node} contradicts --gpus-per-node {gpus}: each GPU has one rank. "
             "Give one of them."
         )
-    given = (*(read_yaml(request.config) if request.config else ()), *read_arguments(arguments))
+    overrides = (*(read_yaml(request.config) if request.config else ()), *read_arguments(arguments))
     ranks = request.nproc_per_node or gpus or CPU_RANKS
     machine = machine_of(site, min(ranks, gpus) if gpus else 0, ranks)
     _, plan = plan_recipe(
         request.reference,
-        given,
+        overrides,
         machine,
         nodes=request.nodes[1],
         nproc_per_node=request.nproc_per_node,
@@ -166,7 +174,7 @@ def _plan(request: SubmitRequest, site: Site, arguments: tuple[str, ...]) -> Pla
 def _command(
     request: SubmitRequest, site: Site, plan: Plan, path: Path, arguments: tuple[str, ...]
 ) -> list[str]:
-    """Return what each node runs."""
+    """Return the command that each node runs."""
     program = own_program() if site.python is None else program_of(site.python)
     command = [*program, "run", request.reference.location]
     command += ["-n", str(plan.nproc_per_node)]
@@ -175,33 +183,33 @@ def _command(
     command += ["--out", str(path), "--continue"]
     if request.config is not None:
         command += ["--config", str(request.config.resolve())]
-    others = (each for each in arguments if not each.startswith("device="))
-    return [*command, f"device={plan.device}", *others]
+    other_arguments = (word for word in arguments if not word.startswith("device="))
+    return [*command, f"device={plan.device}", *other_arguments]
 
 
 def combinations(axes: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-    """Return all combinations of lr=0.1,0.2 and seed=1,2 as name=value.
+    """Return all combinations of axes such as lr=0.1,0.2 and seed=1,2, as name=value.
 
-    Commas within brackets belong to a value.
+    A comma within brackets belongs to a value.
 
     Raises:
-        UsageError: An axis is not of that form.
+        UsageError: An axis does not have that form.
     """
-    each = []
+    choices = []
     for axis in axes:
         name, equals, values = axis.partition("=")
         if not (name and equals and values):
             raise UsageError(f"--array {axis}: expected name=value,value, such as lr=0.1,0.2.")
-        each.append([f"{name}={value}" for value in _split(values)])
-    return tuple(itertools.product(*each))
+        choices.append([f"{name}={value}" for value in _split(values)])
+    return tuple(itertools.product(*choices))
 
 
 def _split(values: str) -> list[str]:
-    found, depth = [""], 0
+    pieces, depth = [""], 0
     for letter in values:
         depth += (letter in "([") - (letter in ")]")
         if letter == "," and depth == 0:
-            found.append("")
+            pieces.append("")
         else:
-            found[-1] += letter
-    return found
+            pieces[-1] += letter
+    return pieces

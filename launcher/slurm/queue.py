@@ -1,4 +1,4 @@
-"""Slurm's own commands, and what they say of a job."""
+"""Slurm's commands sinfo, sbatch, scontrol, sacct and scancel, and the state of a job."""
 
 from __future__ import annotations
 
@@ -13,46 +13,46 @@ WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "SUSPENDED", "
 GOING = ("RUNNING", "COMPLETING", "CONFIGURING", "SIGNALING", "STAGE_OUT", "RESIZING")
 
 _REASONS = {
-    "Resources": "for nodes to be free",
+    "Resources": "for free nodes",
     "Priority": "behind jobs of higher priority",
     "Dependency": "for another job to end",
-    "BeginTime": "to be started again in a moment",
-    "JobHeldUser": "held; `scontrol release` lets it go on",
+    "BeginTime": "to restart in a moment",
+    "JobHeldUser": "held; `scontrol release` releases it",
     "JobHeldAdmin": "held by an administrator",
     "ReqNodeNotAvail": "for a node that is not available",
-    "PartitionTimeLimit": "for ever: its time is over the partition's limit",
-    "PartitionNodeLimit": "for ever: its nodes are over the partition's limit",
+    "PartitionTimeLimit": "forever: its time limit exceeds that of the partition",
+    "PartitionNodeLimit": "forever: it asks for more nodes than the partition allows",
     "NonZeroExitCode": "held, because it failed",
-    "launch failed requeued held": "held, because it could not be started",
+    "launch failed requeued held": "held, because it could not start",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobState:
-    """What Slurm says of a job."""
+    """The state of a job in Slurm."""
 
     state: str
-    """Such as PENDING or RUNNING."""
+    """Slurm's name of the state, such as PENDING or RUNNING."""
 
     reason: str
-    """Why it waits; empty where there is nothing to say."""
+    """Slurm's reason why the job waits; empty if it gives none."""
 
     nodes: str
     restarts: int
-    """How often it was put back into the queue."""
+    """How often the job was requeued."""
 
     exit_code: str
-    """As Slurm writes it: CODE:SIGNAL."""
+    """Exit code in Slurm's notation, CODE:SIGNAL."""
 
     @property
     def waits(self) -> str:
-        """Why it waits, in words."""
+        """Why the job waits, for its user; completes "waiting ..."."""
         return _REASONS.get(self.reason, self.reason) or "in the queue"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Partition:
-    """What the nodes of a partition have, at most."""
+    """The largest resources of the nodes of a partition."""
 
     nodes: int
     cpus: int
@@ -61,39 +61,42 @@ class Partition:
 
 
 def partition(name: str | None) -> Partition | None:
-    """Return what Slurm says of a partition; None is its default one. None where nobody says.
+    """Return the resources of a partition; None if Slurm has no such partition.
+
+    Args:
+        name: Its name; None is the default partition.
 
     Raises:
         SlurmError: Slurm does not answer.
     """
     rows = [line.split("|") for line in call("sinfo", "-h", "-o", "%P|%l|%c|%G|%D").splitlines()]
-    found = [
+    matching = [
         row
         for row in rows
         if (row[0].endswith("*") if name is None else row[0].rstrip("*") == name)
     ]
-    if not found:
+    if not matching:
         return None
-    times = {row[1] for row in found} - {"infinite", "n/a"}
+    times = {row[1] for row in matching} - {"infinite", "n/a"}
     return Partition(
-        nodes=sum(int(row[4]) for row in found),
-        cpus=max(int(row[2].rstrip("+")) for row in found),
-        gpus=max(_gpus(row[3]) for row in found),
+        nodes=sum(int(row[4]) for row in matching),
+        cpus=max(int(row[2].rstrip("+")) for row in matching),
+        gpus=max(_gpus(row[3]) for row in matching),
         max_time=times.pop() if len(times) == 1 else None,
     )
 
 
 def _gpus(gres: str) -> int:
-    """Return the GPUs in what Slurm writes as gpu:a100:4(S:0-1),gpu:t4:2,shard:8."""
+    """Return the number of GPUs in a GRES text such as gpu:a100:4(S:0-1),gpu:t4:2,shard:8."""
     counts = re.findall(r"(?:^|,)gpu:(?:[^:(,]+:)?(\d+)", gres)
     return sum(map(int, counts))
 
 
 def call(*command: str) -> str:
-    """Run one of Slurm's commands; return what it printed.
+    """Run a command of Slurm and return its standard output.
 
     Raises:
-        SlurmError: It is not there, or refuses.
+        SlurmError: The command is not installed, or fails.
     """
     return _run(*command).stdout
 
@@ -103,75 +106,75 @@ def _run(*command: str) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(command, text=True, capture_output=True, check=False)
     except FileNotFoundError:
         raise SlurmError(
-            f"{command[0]} is not installed here. Jobs are submitted where Slurm's commands are: "
-            "on a login node of the cluster."
+            f"{command[0]} is not installed here. Submit jobs from a login node of the cluster, "
+            "which has Slurm's commands."
         ) from None
     if done.returncode:
-        raise SlurmError(f"{command[0]} refuses: {in_words(done.stderr or done.stdout)}")
+        raise SlurmError(f"{command[0]} failed: {error_text(done.stderr or done.stdout)}")
     return done
 
 
-def in_words(text: str) -> str:
-    """Return what Slurm says of an error, without the names of its programs."""
+def error_text(text: str) -> str:
+    """Return an error message of Slurm as one sentence, without names of programs."""
     if "Could not establish a configuration source" in text:
-        return "it is installed here, and knows of no cluster: there is no slurm.conf."
+        return "Slurm is installed here but is not configured: there is no slurm.conf."
     lines = [re.sub(r"^\w+: (?:error: |fatal: )?", "", line.strip()) for line in text.splitlines()]
-    said = [
-        re.sub(r"^(?:allocation failure|Batch job submission failed): ", "", each) for each in lines
+    messages = [
+        re.sub(r"^(?:allocation failure|Batch job submission failed): ", "", line) for line in lines
     ]
-    return "; ".join(dict.fromkeys(each.rstrip(".") for each in said if each)) + "."
+    return "; ".join(dict.fromkeys(text.rstrip(".") for text in messages if text)) + "."
 
 
 def check(script: str) -> str:
-    """Return what sbatch says of a script that it would take.
+    """Let sbatch check a script without submitting it; return what it prints.
 
     Raises:
-        SlurmError: It refuses.
+        SlurmError: sbatch rejects the script.
     """
     done = _run("sbatch", "--test-only", script)
-    return in_words(done.stderr or done.stdout)
+    return error_text(done.stderr or done.stdout)
 
 
 def submit(script: str) -> str:
-    """Hand a script to sbatch; return the job's id.
+    """Submit a script with sbatch; return the job id.
 
     Raises:
-        SlurmError: It refuses.
+        SlurmError: sbatch rejects the script.
     """
     return call("sbatch", "--parsable", script).strip().partition(";")[0]
 
 
 def job_state(job: str) -> JobState | None:
-    """Return what Slurm knows of a job; None where it has forgotten it.
+    """Return the state of a job; None if Slurm no longer knows it.
 
     Raises:
         SlurmError: Slurm does not answer.
     """
     try:
-        said = call("scontrol", "show", "job", "-o", job)
+        text = call("scontrol", "show", "job", "-o", job)
     except SlurmError as error:
         if "Invalid job id" not in str(error):
             raise
         return _accounted(job)
-    state = _value(said, "JobState")
-    reason = _value(said, "Reason")
+    state = _value(text, "JobState")
+    reason = _value(text, "Reason")
     return JobState(
         state=state,
         reason="" if reason == "None" else reason,
-        nodes="" if (nodes := _value(said, "NodeList")) == "(null)" else nodes,
-        restarts=int(_value(said, "Restarts") or 0),
-        exit_code=_value(said, "ExitCode"),
+        nodes="" if (nodes := _value(text, "NodeList")) == "(null)" else nodes,
+        restarts=int(_value(text, "Restarts") or 0),
+        exit_code=_value(text, "ExitCode"),
     )
 
 
 def _accounted(job: str) -> JobState | None:
-    """Return what the accounting says, where there is one."""
+    """Return the state of a job from the accounting; None without accounting."""
     fields = ("State", "Reason", "NodeList", "Restarts", "ExitCode")
     try:
-        said = call("sacct", "-X", "-n", "-P", "-j", job, "-o", ",".join(fields))
+        text = call("sacct", "-X", "-n", "-P", "-j", job, "-o", ",".join(fields))
     except SlurmError:
         return None
-    lines = said.splitlines()
+    lines = text.splitlines()
     if not lines:
         return None
     state, reason, nodes, restarts, exit_code = lines[-1].split("|")
@@ -185,14 +188,15 @@ def _accounted(job: str) -> JobState | None:
 
 
 def cancel(jobs: Sequence[str]) -> None:
-    """End jobs, or take them out of the queue.
+    """Cancel jobs, whether they wait or run.
 
     Raises:
-        SlurmError: Slurm refuses.
+        SlurmError: scancel fails.
     """
     call("scancel", *jobs)
 
 
-def _value(said: str, name: str) -> str:
-    found = re.search(rf"(?:^|\s){name}=(\S*)", said)
-    return found[1] if found else ""
+def _value(text: str, name: str) -> str:
+    """Return the value of NAME=VALUE in an output of scontrol."""
+    match = re.search(rf"(?:^|\s){name}=(\S*)", text)
+    return match[1] if match else ""

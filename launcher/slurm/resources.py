@@ -1,4 +1,4 @@
-"""From a plan and a site to what is asked of Slurm; what cannot be is refused here."""
+"""The resources that a job asks Slurm for, from a plan and a site profile."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from launcher.slurm.site import Site, read_memory, read_time
 
 
 def machine_of(site: Site, gpus: int, nproc: int) -> Machine:
-    """Return a node as the plan for it sees it.
+    """Return the machine that a plan for the nodes of a site assumes.
 
     Args:
-        site: Where.
-        gpus: Of a node, to ask for.
-        nproc: Ranks on a node.
+        site: The site profile.
+        gpus: GPUs of each node that the job asks for.
+        nproc: Ranks on each node.
 
     Raises:
-        SlurmError: There are fewer GPUs.
+        SlurmError: A node of the site has fewer GPUs.
     """
     if site.gpus_per_node is not None and gpus > site.gpus_per_node:
         raise SlurmError(
-            f"--gpus-per-node {gpus} was asked for, and a node has {site.gpus_per_node}. "
-            "Ask for fewer, on more --nodes."
+            f"--gpus-per-node {gpus} exceeds the {site.gpus_per_node} GPUs of a node. Ask for "
+            "fewer, on more --nodes."
         )
     cores = site.cpus_per_node or nproc * (1 + WORKERS_PER_RANK)
-    limit = "cores of a node" if site.cpus_per_node else "cores to be asked for"
+    limit = "cores of a node" if site.cpus_per_node else "cores that the job asks for"
     memory = read_memory(site.memory_per_node, "memory_per_node") if site.memory_per_node else 0
     return Machine(
         hostname="a node",
@@ -39,22 +39,22 @@ def machine_of(site: Site, gpus: int, nproc: int) -> Machine:
 
 
 def cpus_of(plan: Plan, site: Site) -> int:
-    """Return the cores to ask for on each node: one for each rank and each of its workers.
+    """Return the cores to ask for on each node: one for each rank and each DataLoader worker.
 
     Raises:
-        SlurmError: A node has fewer.
+        SlurmError: A node of the site has fewer cores.
     """
     cpus = plan.nproc_per_node * (1 + plan.workers_per_rank)
     if site.cpus_per_node is not None and cpus > site.cpus_per_node:
         raise SlurmError(
             f"{plan.nproc_per_node} ranks with {plan.workers_per_rank} workers each need {cpus} "
-            f"cores, and a node has {site.cpus_per_node}. Set num_workers lower."
+            f"cores, and a node has {site.cpus_per_node}. Lower num_workers."
         )
     return cpus
 
 
 def memory_of(plan: Plan, site: Site, cpus: int) -> int | None:
-    """Return the MiB to ask for on each node, in the proportion in which its devices are used."""
+    """Return the MiB to ask for on each node: the share of its GPUs or cores that is used."""
     if site.memory_per_node is None:
         return None
     whole = read_memory(site.memory_per_node, "memory_per_node")
@@ -64,23 +64,24 @@ def memory_of(plan: Plan, site: Site, cpus: int) -> int | None:
 
 
 def seconds_of(time: str | None, site: Site) -> int | None:
-    """Return the time limit.
+    """Return the time limit of a job in seconds; None leaves it to Slurm.
 
     Raises:
-        SlurmError: It is no time, or over the site's.
+        SlurmError: The time is malformed, exceeds the limit of the site, or is too short to save.
     """
-    asked = time or site.time
-    if asked is None:
+    limit = time or site.time
+    if limit is None:
         return None
-    seconds = read_time(asked, "--time" if time else "time")
+    seconds = read_time(limit, "--time" if time else "time")
     if site.max_time is not None and seconds > read_time(site.max_time, "max_time"):
         raise SlurmError(
-            f"--time {asked} was asked for, and a job may take {site.max_time}. Ask for "
-            "less: a job that reaches its time saves, is queued again and goes on."
+            f"--time {limit} exceeds the limit of the site, {site.max_time}. Ask for less: a job "
+            "that reaches its time limit saves a checkpoint, is requeued and resumes."
         )
     if seconds <= site.warning_seconds:
         raise SlurmError(
-            f"--time {asked} is no more than the {site.warning_seconds} s before its end at which "
-            "a job is told to save: ask for more, or set warning_seconds in the profile."
+            f"--time {limit} leaves no time to train: a job is told to save "
+            f"{site.warning_seconds} s before its end. Ask for more, or lower warning_seconds in the site "
+            "profile."
         )
     return seconds

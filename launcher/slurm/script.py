@@ -1,7 +1,7 @@
-"""A batch script, as text: a pure function of what is asked for.
+"""The text of a batch script, a pure function of its request.
 
-Every word that comes from outside is quoted, for the shell or for sbatch, which reads its `#SBATCH`
-lines itself. The lines of a profile's `setup` alone are shell, as they stand.
+Every word from outside is quoted: for the shell, or for sbatch, which parses `#SBATCH` lines
+itself. Only the `setup` lines of a site profile are shell code and stay as they are.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from launcher.slurm.site import Site, time_text
 
 @dataclass(frozen=True, kw_only=True)
 class BatchScript:
-    """What is asked of Slurm, and what it is to run."""
+    """The request of a batch job and the commands that it runs."""
 
     name: str
     folder: str
-    """Where it runs."""
+    """The working folder of the job."""
 
     log: str
-    """The file that it prints to; `%a` in it is the index in an array."""
+    """The file for the job's output; Slurm replaces `%a` by the index in an array."""
 
     nodes: tuple[int, int]
-    """At least and at most."""
+    """The smallest and the largest number of nodes."""
 
     gpus_per_node: int
     cpus_per_node: int
     memory_per_node: int | None
-    """In MiB; None leaves it to Slurm."""
+    """Memory in MiB; None leaves it to Slurm."""
 
     seconds: int | None
-    """The time limit; None is the partition's."""
+    """The time limit in seconds; None is that of the partition."""
 
     commands: Sequence[Sequence[str]]
-    """What each task runs; of an array, in each of its jobs."""
+    """The command of each task; an array has one command for each of its jobs."""
 
     is_array: bool = False
 
@@ -45,13 +45,13 @@ class BatchScript:
 
 
 def render(batch: BatchScript) -> str:
-    """Return the script.
+    """Return the text of the script.
 
     Raises:
-        SlurmError: There is a line break in what has to stand in one line.
+        SlurmError: A word that must stand on one line has a line break.
     """
     site = batch.site
-    lines = ["#!/bin/bash", *(f"#SBATCH {_for_sbatch(each)}" for each in options(batch)), ""]
+    lines = ["#!/bin/bash", *(f"#SBATCH {_quoted(option)}" for option in options(batch)), ""]
     lines.append(f"cd -- {shlex.quote(batch.folder)} || exit")
     if site.modules:
         lines.append(f"module load {shlex.join(site.modules)} || exit")
@@ -62,7 +62,7 @@ def render(batch: BatchScript) -> str:
 
 
 def options(batch: BatchScript) -> Iterator[str]:
-    """Yield the options of sbatch."""
+    """Yield the options of sbatch, unquoted."""
     site = batch.site
     low, high = batch.nodes
     yield f"--job-name={batch.name}"
@@ -71,7 +71,7 @@ def options(batch: BatchScript) -> Iterator[str]:
             yield f"--{name}={value}"
     yield f"--nodes={low}" if low == high else f"--nodes={low}-{high}"
     if low == high:
-        yield "--ntasks-per-node=1"  # of a range it would take the fewest (Slurm 22.05)
+        yield "--ntasks-per-node=1"  # with it, Slurm 22.05 takes the fewest nodes of a range
     yield f"--cpus-per-task={batch.cpus_per_node}"
     if batch.gpus_per_node:
         kind = f"{site.gpu_type}:" if site.gpu_type else ""
@@ -118,7 +118,7 @@ def _steps(batch: BatchScript) -> Iterator[str]:
         step.append(f"--container-mounts={','.join(site.container_mounts)}")
     yield f'{shlex.join(step)} "${{command[@]}}"'
     yield "code=$?"
-    yield f"# {EXIT_RESUMABLE}: the run has saved a checkpoint and stopped; it goes on from there."
+    yield f"# {EXIT_RESUMABLE}: the run saved a checkpoint and stopped; it resumes from there."
     yield (
         f'if [ "$code" -eq {EXIT_RESUMABLE} ] && '
         f'[ "${{SLURM_RESTART_COUNT:-0}}" -lt {site.max_requeues} ]; then'
@@ -128,17 +128,17 @@ def _steps(batch: BatchScript) -> Iterator[str]:
     yield 'exit "$code"'
 
 
-def _for_sbatch(option: str) -> str:
-    """Return an option as sbatch reads it in a script: in quotes, where it needs them.
+def _quoted(option: str) -> str:
+    """Return an option as sbatch parses it in a script, in quotes if it needs them.
 
     Raises:
-        SlurmError: It has a line break, which cannot be written there.
+        SlurmError: It has a control character, which cannot be quoted.
     """
-    if any(ord(each) < 32 or ord(each) == 127 for each in option):
+    if any(ord(letter) < 32 or ord(letter) == 127 for letter in option):
         raise SlurmError(
-            f"{option!r} has a line break or another control character in it, and cannot be "
-            "written into a batch script. Submit from, and into, a folder of another name."
+            f"{option!r} has a line break or another control character, which a batch script "
+            "cannot hold. Use a working folder and an --out without such characters."
         )
-    if all(each.isalnum() or each in "-_=./:,@%+" for each in option):
+    if all(letter.isalnum() or letter in "-_=./:,@%+" for letter in option):
         return option
     return '"' + option.replace("\\", "\\\\").replace('"', '\\"') + '"'

@@ -1,4 +1,4 @@
-"""What is true of a cluster, whatever runs on it: a site profile, as a value."""
+"""Site profiles: the properties of a cluster that hold for every job."""
 
 from __future__ import annotations
 
@@ -22,102 +22,105 @@ from launcher.recipe.validation import (
 )
 
 Line = Annotated[str, Meta(pattern=r"^[^\n\r\0]*$", description="text of one line")]
-"""Text that can be written into a batch script."""
+"""Text of one line, as a batch script can hold it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """What a site profile says; what it leaves out is Slurm's default."""
+    """A site profile. What it does not set is left to Slurm's defaults."""
 
     partition: Line | None = None
-    """Where jobs run."""
+    """Partition that jobs run in."""
 
     account: Line | None = None
-    """Whom jobs are charged to."""
+    """Account that jobs are charged to."""
 
     qos: Line | None = None
     """Quality of service."""
 
     gpus_per_node: NonNegativeInt | None = None
-    """GPUs of a node; more are refused."""
+    """GPUs of a node; jobs that ask for more are refused."""
 
     gpu_type: Line | None = None
-    """Their type, as in --gpus-per-node=a100:4."""
+    """Type of the GPUs, as in --gpus-per-node=a100:4."""
 
     cpus_per_node: PositiveInt | None = None
-    """Cores of a node; more are refused."""
+    """Cores of a node; jobs that ask for more are refused."""
 
     memory_per_node: Line | None = None
-    """Memory of a node, such as 480G; a job that takes part of a node gets a part of it."""
+    """Memory of a node, such as 480G; a job gets the share of the GPUs or cores that it uses."""
 
     time: Line | None = None
-    """What a job gets unless --time says otherwise, such as 12:00:00."""
+    """Default time limit of a job, such as 12:00:00."""
 
     max_time: Line | None = None
-    """The longest that a job may take; longer ones are refused."""
+    """Longest time limit that a job may ask for."""
 
     modules: tuple[Line, ...] = ()
-    """Loaded with `module load` on the first node; tasks get their environment."""
+    """Modules that the script loads on the first node; tasks inherit the environment."""
 
     setup: tuple[Line, ...] = ()
-    """Lines of shell, run as they are before the ranks are started."""
+    """Lines of shell code that run unchanged before the ranks start."""
 
     env: Mapping[str, Line] = field(default_factory=dict)
     """Environment variables of the ranks."""
 
     container: Line | None = None
-    """An image for `srun --container-image` (Pyxis)."""
+    """Container image for `srun --container-image` (Pyxis)."""
 
     container_mounts: tuple[Line, ...] = ()
-    """What it sees of the host."""
+    """Folders of the host that the container mounts."""
 
     python: Line | None = None
-    """The interpreter on the nodes; by default the one that submits."""
+    """Python interpreter on the nodes. Default: the one that submits."""
 
     interface: Line | None = None
-    """The network interface between nodes, for gloo and NCCL."""
+    """Network interface between nodes, for gloo and NCCL."""
 
     scratch: Line | None = None
-    """A folder on a local disk of each node, for temporary files."""
+    """Folder for temporary files on a local disk of each node."""
 
     link_gigabytes: PositiveFloat | None = None
-    """GB/s that a GPU sends to the others of its node, for `launcher plan --estimate`."""
+    """GB/s from one GPU to the others of its node, for `launcher plan --estimate`."""
 
     link_microseconds: PositiveFloat | None = None
-    """Latency of a message between them."""
+    """Latency of a message between the GPUs of a node, in microseconds."""
 
     network_gigabits: PositiveFloat | None = None
-    """Gbit/s that a node sends to others."""
+    """Gbit/s from one node to the others."""
 
     network_microseconds: PositiveFloat | None = None
-    """Latency of a message between nodes."""
+    """Latency of a message between nodes, in microseconds."""
 
     mtbf_hours: PositiveFloat | None = None
-    """Mean time between failures that end a run, for each GPU; on CPUs, for each node."""
+    """Mean time between failures of a GPU (of a node for CPU ranks), in hours."""
 
     restart_seconds: PositiveFloat | None = None
-    """From a failure to the first step again."""
+    """Seconds from a failure to the next step."""
 
     price_per_hour: PositiveFloat | None = None
-    """Of a GPU; on CPUs, of a node."""
+    """Price of a GPU (of a node for CPU ranks) for an hour."""
 
     warning_seconds: PositiveInt = 120
-    """How long before its end a job is told, to save a checkpoint."""
+    """Seconds before its time limit at which a job is told to save a checkpoint."""
 
     max_requeues: NonNegativeInt = 20
-    """How often a job is put back into the queue."""
+    """How many times a stopped job is requeued."""
 
     sbatch: tuple[Line, ...] = ()
     """Further options of sbatch, such as --constraint=h100."""
 
 
 def find_site(name: str | None, env: Mapping[str, str] | None = None) -> Site:
-    """Read the profile `name`: a YAML file, or one of that name in slurm/ or the user's folder.
+    """Read a site profile.
 
-    None takes what LAUNCHER_CLUSTER names, or else no profile.
+    Args:
+        name: A YAML file, or the name of one in slurm/ or ~/.config/launcher/; None is the value of
+            LAUNCHER_CLUSTER or, without that, an empty profile.
+        env: The environment; None is that of this process.
 
     Raises:
-        SlurmError: There is none, or something in it is wrong.
+        SlurmError: There is no such profile, or something in it is wrong.
     """
     env = os.environ if env is None else env
     name = name or env.get("LAUNCHER_CLUSTER")
@@ -126,39 +129,42 @@ def find_site(name: str | None, env: Mapping[str, str] | None = None) -> Site:
     home = Path(env.get("XDG_CONFIG_HOME") or Path(env.get("HOME", "/")) / ".config")
     folders = (Path("slurm"), home / "launcher")
     paths = [Path(name), *(folder / f"{name}.yaml" for folder in folders)]
-    found = next((path for path in paths if path.is_file()), None)
-    if found is None:
+    profile = next((path for path in paths if path.is_file()), None)
+    if profile is None:
         known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
         raise SlurmError(
-            f"--cluster {name}: no such profile." + did_you_mean(name, known) + " Looked for "
-            f"{', '.join(map(str, paths))}. slurm/README.md says what belongs there."
+            f"--cluster {name}: there is no such site profile."
+            + did_you_mean(name, known)
+            + f" Looked for {', '.join(map(str, paths))}. slurm/README.md describes profiles."
         )
-    return read_site(found)
+    return read_site(profile)
 
 
 def read_site(path: Path) -> Site:
-    """Read a profile.
+    """Read a site profile from a YAML file.
 
     Raises:
-        SlurmError: A name in it is unknown, or a value does not fit.
+        SlurmError: A key is unknown, or a value does not fit.
     """
     hints = get_type_hints(Site, include_extras=True)
     values: dict[str, Any] = {}
-    for each in read_yaml(path, as_text=True):
-        if each.name not in hints:
+    for entry in read_yaml(path, as_text=True):
+        if entry.name not in hints:
             raise SlurmError(
-                f"{each.source}: {each.name} is nothing of a site profile."
-                + did_you_mean(each.name, hints)
-                + f" There is {', '.join(item.name for item in fields(Site))}."
+                f"{entry.source}: unknown key {entry.name!r} in the site profile."
+                + did_you_mean(entry.name, hints)
+                + f" The keys are {', '.join(item.name for item in fields(Site))}."
             )
         try:
-            values[each.name] = convert(each.value, hints[each.name], from_text=True)
+            values[entry.name] = convert(entry.value, hints[entry.name], from_text=True)
         except MismatchError as error:
-            raise SlurmError(f"{each.source}: {each.name}: {error}.") from None
+            raise SlurmError(f"{entry.source}: {entry.name}: {error}.") from None
     site = Site(**values)
     for name in site.env:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise SlurmError(f"{path}: env: {name!r} is no name of an environment variable.")
+            raise SlurmError(
+                f"{path}: env: {name!r} is not a valid name of an environment variable."
+            )
     for name in ("time", "max_time"):
         if (text := getattr(site, name)) is not None:
             read_time(text, f"{path}: {name}")
@@ -168,17 +174,21 @@ def read_site(path: Path) -> Site:
 
 
 def read_time(text: str, what: str) -> int:
-    """Return the seconds of a time as Slurm writes it: minutes, h:mm:ss, d-h, d-hh:mm:ss.
+    """Return the seconds of a time in Slurm's notation: minutes, h:mm:ss, d-h or d-hh:mm:ss.
+
+    Args:
+        text: The time.
+        what: What the time is for, in the error.
 
     Raises:
-        SlurmError: It is none.
+        SlurmError: The text is not a time.
     """
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
-    if found is None:
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if match is None:
         raise SlurmError(
             f"{what}: expected a time such as 90 (minutes), 12:00:00 or 2-00:00:00; found {text!r}."
         )
-    days, first, second, third = (int(each) if each else None for each in found.groups())
+    days, first, second, third = (int(group) if group else None for group in match.groups())
     assert first is not None
     if days is not None:
         return days * 86_400 + first * 3600 + (second or 0) * 60 + (third or 0)
@@ -188,21 +198,25 @@ def read_time(text: str, what: str) -> int:
 
 
 def time_text(seconds: int) -> str:
-    """Return seconds as Slurm writes them."""
+    """Return seconds in Slurm's notation, d-hh:mm:ss."""
     days, rest = divmod(seconds, 86_400)
     clock = f"{rest // 3600:02}:{rest % 3600 // 60:02}:{rest % 60:02}"
     return f"{days}-{clock}" if days else clock
 
 
 def read_memory(text: str, what: str) -> int:
-    """Return the MiB of a size as Slurm writes it: MiB, or with K, M, G, T.
+    """Return the MiB of a size in Slurm's notation: a number of MiB, or with K, M, G or T.
+
+    Args:
+        text: The size.
+        what: What the size is for, in the error.
 
     Raises:
-        SlurmError: It is none.
+        SlurmError: The text is not a size.
     """
-    found = re.fullmatch(r"(\d+)([KMGT]?)", text.upper())
-    if found is None:
+    match = re.fullmatch(r"(\d+)([KMGT]?)", text.upper())
+    if match is None:
         raise SlurmError(f"{what}: expected a size such as 480G; found {text!r}.")
     return (
-        int(found[1]) * {"K": 1, "": 1024, "M": 1024, "G": 1024**2, "T": 1024**3}[found[2]] // 1024
+        int(match[1]) * {"K": 1, "": 1024, "M": 1024, "G": 1024**2, "T": 1024**3}[match[2]] // 1024
     )

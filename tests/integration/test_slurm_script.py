@@ -20,7 +20,7 @@ from launcher.environment.program import own_program, program_of
 from launcher.errors import SlurmError, UsageError
 from launcher.recipe.resolve import resolve
 from launcher.slurm.batch_job import SubmitRequest, combinations, prepare
-from launcher.slurm.queue import in_words
+from launcher.slurm.queue import error_text
 from launcher.slurm.script import BatchScript, render
 from launcher.slurm.site import Site, find_site, read_memory, read_site, read_time, time_text
 
@@ -228,10 +228,10 @@ def test_refusals_lose_the_names_of_programs() -> None:
     """What Slurm says is left; the rest is ours."""
     said = "Requested node configuration is not available\n"
     assert (
-        in_words(f"sbatch: error: Batch job submission failed: {said}")
+        error_text(f"sbatch: error: Batch job submission failed: {said}")
         == "Requested node configuration is not available."
     )
-    assert in_words("allocation failure: Invalid account\n") == "Invalid account."
+    assert error_text("allocation failure: Invalid account\n") == "Invalid account."
 
 
 def test_what_is_asked_for_follows_from_plan_and_site(tmp_path: Path) -> None:
