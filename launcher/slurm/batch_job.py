@@ -96,8 +96,8 @@ def prepare(request: SubmitRequest, site: Site, out: Path | None) -> PreparedJob
     folder = planned_path(out, widest.recipe).absolute()
     if "\\" in str(folder):
         raise SlurmError(
-            f"The run folder {folder} contains a backslash, which Slurm treats as an escape in file "
-            "names. Give an --out without one."
+            f"The run folder {folder} contains a backslash, which Slurm treats as an escape in "
+            "file names. Give an --out without one."
         )
     if request.grid:
         paths = [folder / str(index) for index in range(len(plans))]
@@ -155,8 +155,8 @@ def _plan(request: SubmitRequest, site: Site, arguments: tuple[str, ...]) -> Pla
     gpus = (site.gpus_per_node or 0) if request.gpus_per_node is None else request.gpus_per_node
     if request.gpus_per_node and request.nproc_per_node not in (None, gpus):
         raise UsageError(
-            f"-n {request.nproc_per_node} contradicts --gpus-per-node {gpus}: each GPU has one rank. "
-            "Give one of them."
+            f"-n {request.nproc_per_node} contradicts --gpus-per-node {gpus}: each GPU has one "
+            "rank. Give one of them."
         )
     overrides = (*(read_yaml(request.config) if request.config else ()), *read_arguments(arguments))
     ranks = request.nproc_per_node or gpus or CPU_RANKS

@@ -81,7 +81,7 @@ def seconds_of(time: str | None, site: Site) -> int | None:
     if seconds <= site.warning_seconds:
         raise SlurmError(
             f"--time {limit} leaves no time to train: a job is told to save "
-            f"{site.warning_seconds} s before its end. Ask for more, or lower warning_seconds in the site "
-            "profile."
+            f"{site.warning_seconds} s before its end. Ask for more, or lower warning_seconds in "
+            "the site profile."
         )
     return seconds

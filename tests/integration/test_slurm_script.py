@@ -177,17 +177,20 @@ def test_sizes_are_read_as_slurm_reads_them() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("partiton: gpu", "line 1: partiton is nothing of a site profile. Did you mean partition?"),
+        (
+            "partiton: gpu",
+            "line 1: unknown key 'partiton' in the site profile. Did you mean partition?",
+        ),
         ("gpus_per_node: many", "gpus_per_node: expected a whole number at least 0, or none"),
         ("time: soon", "time: expected a time such as 90"),
         ("memory_per_node: lots", "expected a size such as 480G"),
-        ("env: {a-b: c}", "'a-b' is no name of an environment variable"),
+        ("env: {a-b: c}", "env: 'a-b' is not a valid name"),
         ('account: "a\\nb"', "account: expected text of one line, or none"),
         ("- a", "expected lines of `name: value`"),
     ],
 )
 def test_a_profile_that_is_wrong_is_refused(tmp_path: Path, text: str, message: str) -> None:
-    """With the file, the line, and what was expected."""
+    """The error names the file, the line and what was expected."""
     path = tmp_path / "site.yaml"
     path.write_text(text)
     with pytest.raises(UsageError) as caught:
@@ -197,7 +200,7 @@ def test_a_profile_that_is_wrong_is_refused(tmp_path: Path, text: str, message: 
 
 
 def test_a_profile_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In slurm/ here, in the user's folder, or as a file; none is fine."""
+    """A profile is found in slurm/, in the user's folder, or as a file; none is empty."""
     monkeypatch.chdir(tmp_path)
     env = {"HOME": str(tmp_path)}
     assert find_site(None, env) == Site()
@@ -210,12 +213,12 @@ def test_a_profile_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.Monk
     assert find_site("lab", env).partition == "ours"
     assert find_site(None, env | {"LAUNCHER_CLUSTER": "lab"}).partition == "ours"
     assert find_site(str(home / "lab.yaml"), env).partition == "theirs"
-    with pytest.raises(SlurmError, match=r"--cluster lub: no such profile\. Did you mean lab"):
+    with pytest.raises(SlurmError, match=r"--cluster lub: .* Did you mean lab"):
         find_site("lub", env)
 
 
 def test_an_array_is_all_combinations() -> None:
-    """In order, the last axis the fastest; commas in brackets belong to a value."""
+    """Combinations come in order, the last axis fastest; commas in brackets belong to a value."""
     grid = combinations(["lr=0.1,0.2", "schedule=wsd(a=1,b=2),cosine()"])
     assert grid == tuple(
         itertools.product(["lr=0.1", "lr=0.2"], ["schedule=wsd(a=1,b=2)", "schedule=cosine()"])
@@ -224,18 +227,18 @@ def test_an_array_is_all_combinations() -> None:
         combinations(["lr"])
 
 
-def test_refusals_lose_the_names_of_programs() -> None:
-    """What Slurm says is left; the rest is ours."""
-    said = "Requested node configuration is not available\n"
+def test_errors_of_slurm_lose_the_names_of_programs() -> None:
+    """The message of Slurm remains, without the prefix of the program."""
+    message = "Requested node configuration is not available\n"
     assert (
-        error_text(f"sbatch: error: Batch job submission failed: {said}")
+        error_text(f"sbatch: error: Batch job submission failed: {message}")
         == "Requested node configuration is not available."
     )
     assert error_text("allocation failure: Invalid account\n") == "Invalid account."
 
 
-def test_what_is_asked_for_follows_from_plan_and_site(tmp_path: Path) -> None:
-    """Cores for each rank and its workers, memory by the part of the node, time by the site."""
+def test_resources_follow_from_plan_and_site(tmp_path: Path) -> None:
+    """A job asks for a core per rank and worker, its share of memory, and the site's time."""
     request = SubmitRequest(
         reference=resolve(str(ROOT / "tests/recipes/worlds.py")),
         arguments=("num_workers=6",),
@@ -258,22 +261,22 @@ def test_what_is_asked_for_follows_from_plan_and_site(tmp_path: Path) -> None:
     one = prepare(replace(request, grid=(("lr=0.1",),)), SITE, tmp_path / "out").batch
     assert "#SBATCH --array=0-0\n" in render(one), "an array of one run is an array"
     for changes, message in (
-        ({"gpus_per_node": 9}, "--gpus-per-node 9 was asked for, and a node has 8"),
-        ({"time": "3-0"}, "--time 3-0 was asked for, and a job may take 2-00:00:00"),
+        ({"gpus_per_node": 9}, "--gpus-per-node 9 exceeds the 8 GPUs"),
+        ({"time": "3-0"}, "--time 3-0 exceeds the limit of the site, 2-00:00:00"),
         ({"arguments": ("num_workers=20",)}, "need 84 cores, and a node has 64"),
         ({"nproc_per_node": 2}, "each GPU has one rank"),
     ):
         with pytest.raises(UsageError) as caught:
             prepare(replace(request, **changes), SITE, tmp_path / "out")
         assert message in str(caught.value)
-    with pytest.raises(SlurmError, match="has a backslash in it"):
+    with pytest.raises(SlurmError, match="backslash"):
         prepare(request, SITE, tmp_path / "a\\b")
 
 
 @pytest.mark.parametrize("name", ["launcher.py", "launcher/__init__.py"])
 @pytest.mark.parametrize("profile", ["{}\n", f"python: {sys.executable}\n"])
 def test_a_project_has_a_launcher_of_its_own(run: Commands, name: str, profile: str) -> None:
-    """The job starts this one and trains, and the recipe has the project's modules."""
+    """The job starts this launcher, and the recipe can import the project's modules."""
     (run.folder / name).parent.mkdir(exist_ok=True)
     (run.folder / name).write_text("print('another launcher')\n")
     (run.folder / "sub").mkdir()
@@ -297,7 +300,7 @@ def test_a_project_has_a_launcher_of_its_own(run: Commands, name: str, profile: 
 
 
 def test_an_interpreter_without_this_launcher_says_so(run: Commands) -> None:
-    """What was found in its place is named, and the job fails."""
+    """The job fails, and the error names the module that Python found instead."""
     other = run.folder / "site/launcher.py"
     other.parent.mkdir()
     other.write_text("")
@@ -307,8 +310,8 @@ def test_an_interpreter_without_this_launcher_says_so(run: Commands) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_without_slurm_that_is_said(run: Commands) -> None:
-    """A script can be looked at anywhere; to submit it is one error, and leaves nothing."""
+def test_submission_needs_slurm(run: Commands) -> None:
+    """Without Slurm, --dry-run prints the script, and submitting is one error that leaves nothing."""
     (run.folder / "bin").mkdir()
     for name in ("python", "launcher"):
         (run.folder / "bin" / name).symlink_to(BIN / name)
@@ -319,18 +322,17 @@ def test_without_slurm_that_is_said(run: Commands) -> None:
     )
     done = run(*command, "device=cpu")
     assert done.exit_code == 2
-    assert done.stderr == (
-        "launcher: sbatch is not installed here. Jobs are submitted where Slurm's commands are: on "
-        "a login node of the cluster.\n"
-    )
+    assert len(done.stderr.splitlines()) == 1
+    assert "sbatch is not installed" in done.stderr
     assert not (run.folder / "out").exists()
     done = run(*command, "--dry-run")
     assert done.exit_code == 0, done.stderr
-    assert "not looked at by sbatch, which is not installed here" in done.stderr
+    assert "sbatch is not installed" in done.stderr
+    assert done.stdout.startswith("#!/bin/bash\n")
 
 
 def test_train_sbatch_does_what_submit_does() -> None:
-    """The script that is submitted by hand asks for the same, and ends the same."""
+    """The script for submission by hand has the same options and the same end."""
     by_hand = (ROOT / "slurm/train.sbatch").read_text()
     ours = render(PLAIN)
     for option in ("--ntasks-per-node=1", "--signal=USR1@120", "--requeue", "--open-mode=append"):
