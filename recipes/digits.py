@@ -1,7 +1,7 @@
-"""Handwritten digits, 8 x 8 pixels: a small convolutional net, trained in seconds on a CPU.
+"""Handwritten digits of 8 x 8 pixels: a small convolutional net that trains in seconds on a CPU.
 
-The data are the 1,797 digits that scikit-learn ships (UCI ML hand-written digits). Every fifth is
-held out.
+The data are the 1,797 digits in the package scikit-learn (UCI ML hand-written digits). Every fifth
+is held out for evaluation.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def digits() -> Recipe:
-    """Handwritten digits, 8 x 8 pixels (scikit-learn): a small conv net, seconds on a CPU."""
+    """Handwritten digits of 8 x 8 pixels: a small conv net that trains in seconds on a CPU."""
     return Recipe(
         name="digits",
         model=build_model,
@@ -65,9 +65,9 @@ def build_data() -> Data:
 
 
 def read_digits() -> tuple[Tensor, Tensor]:
-    """Return images (1797, 1, 8, 8) in [0, 1] and labels (1797,), from scikit-learn's file.
+    """Return images (1797, 1, 8, 8) in [0, 1] and labels (1797,) from a file of scikit-learn.
 
-    The file alone: importing scikit-learn on each rank would take longer than training does.
+    scikit-learn is not imported, which would take longer than the training.
     """
     from importlib.metadata import distribution
 
@@ -80,7 +80,7 @@ def read_digits() -> tuple[Tensor, Tensor]:
 
 
 def cross_entropy(logits: Tensor, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
-    """Return the sum of the cross-entropies, and how many."""
+    """Return the sum of the cross-entropies and the number of digits."""
     from torch.nn.functional import cross_entropy
 
     labels = batch[1]
@@ -88,7 +88,7 @@ def cross_entropy(logits: Tensor, batch: tuple[Tensor, Tensor]) -> tuple[Tensor,
 
 
 def accuracy(logits: Tensor, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
-    """Return the number of digits recognised, and how many there are."""
+    """Return the number of correctly classified digits and the number of digits."""
     labels = batch[1]
     return (logits.argmax(1) == labels).sum(), len(labels)
 

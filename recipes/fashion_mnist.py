@@ -1,7 +1,7 @@
-"""Fashion-MNIST, 28 x 28 pixels, ten kinds of clothing: a small convolutional net.
+"""Fashion-MNIST, ten classes of clothing in 28 x 28 pixels: a small convolutional net.
 
-The data are the four files of Zalando Research (MIT licence), which Debian packages as
-`dataset-fashion-mnist`; `data=` names another folder that has them.
+The data are the four files of Zalando Research (MIT licence). Debian packages them as
+`dataset-fashion-mnist`; `data=FOLDER` reads them from another folder.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from torch.utils.data import TensorDataset
 
 DATA = Path("/usr/share/datasets/fashion-mnist")
-"""Where Debian's package puts them."""
+"""The folder in which Debian's package installs the files."""
 
 _MEAN, _STD = 0.2860, 0.3530
-"""Of the training pixels in [0, 1]."""
+"""Mean and standard deviation of the training pixels, scaled to [0, 1]."""
 
 
 def fashion_mnist(*, data: Path = DATA, label_smoothing: float = 0.1) -> Recipe:
-    """Fashion-MNIST, 28 x 28 pixels, ten kinds of clothing: a small conv net, a minute on a CPU."""
+    """Fashion-MNIST, ten classes of clothing: a small conv net that trains in a minute on a CPU."""
     return Recipe(
         name="fashion_mnist",
         model=build_model,
@@ -43,7 +43,7 @@ def fashion_mnist(*, data: Path = DATA, label_smoothing: float = 0.1) -> Recipe:
 
 
 def build_model() -> nn.Module:
-    """Return the net: images (N, 1, 28, 28), normalised, to logits (N, 10); 33,658 weights."""
+    """Return a net of 33,658 weights: normalised images (N, 1, 28, 28) to logits (N, 10)."""
     from torch import nn
 
     def block(inputs: int, outputs: int) -> list[nn.Module]:
@@ -56,7 +56,7 @@ def build_model() -> nn.Module:
 
 
 def build_data(folder: Path) -> Data:
-    """Return the 60,000 training and 10,000 held-out images as (image, label)."""
+    """Return the 60,000 training and 10,000 test images as (image, label)."""
     return Data(train=_read_split(folder, "train"), evaluation=_read_split(folder, "t10k"))
 
 
@@ -71,10 +71,14 @@ def _read_split(folder: Path, split: str) -> TensorDataset:
 
 
 def read_idx(path: Path, *, dimensions: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Return the bytes of a gzipped IDX file as an array of that many dimensions.
+    """Return the bytes of a gzipped IDX file as an array.
+
+    Args:
+        path: The file.
+        dimensions: The number of dimensions that it must have.
 
     Raises:
-        RecipeError: It is missing, or is no such file.
+        RecipeError: The file is missing, damaged or of another type.
     """
     import gzip
     import math
@@ -91,13 +95,14 @@ def read_idx(path: Path, *, dimensions: int) -> np.ndarray[Any, np.dtype[np.uint
             "https://github.com/zalandoresearch/fashion-mnist into a folder and give data=FOLDER."
         ) from None
     except (OSError, EOFError, zlib.error) as error:
-        raise RecipeError(f"Cannot read {path}: {error}. Get the file anew.") from None
-    # A header of big-endian numbers: 0, 0, 8 for bytes, the dimensions, and the size of each.
+        raise RecipeError(f"Cannot read {path}: {error}. Download it again.") from None
+    # Header: the bytes 0, 0, 8 (unsigned bytes) and the dimensions; then big-endian sizes.
     header = 4 + 4 * dimensions
     shape = np.frombuffer(content[4:header], dtype=">u4").tolist()
     if content[:4] != bytes((0, 0, 8, dimensions)) or len(content) - header != math.prod(shape):
         raise RecipeError(
-            f"{path} is no whole IDX file of bytes in {dimensions} dimensions. Get the file anew."
+            f"{path} is not a complete IDX file of bytes in {dimensions} dimensions. Download it "
+            "again."
         )
     values = np.frombuffer(bytearray(content[header:]), dtype=np.uint8)
     array: np.ndarray[Any, np.dtype[np.uint8]] = values.reshape(shape)
@@ -107,7 +112,7 @@ def read_idx(path: Path, *, dimensions: int) -> np.ndarray[Any, np.dtype[np.uint
 def cross_entropy(
     logits: Tensor, batch: tuple[Tensor, Tensor], label_smoothing: float = 0.0
 ) -> tuple[Tensor, int]:
-    """Return the sum of the cross-entropies, and how many."""
+    """Return the sum of the cross-entropies and the number of images."""
     from torch.nn.functional import cross_entropy
 
     labels = batch[1]
@@ -116,7 +121,7 @@ def cross_entropy(
 
 
 def accuracy(logits: Tensor, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
-    """Return the number of pieces recognised, and how many there are."""
+    """Return the number of correctly classified images and the number of images."""
     labels = batch[1]
     return (logits.argmax(1) == labels).sum(), len(labels)
 

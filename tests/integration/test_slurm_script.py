@@ -311,7 +311,7 @@ def test_an_interpreter_without_this_launcher_says_so(run: Commands) -> None:
 
 
 def test_submission_needs_slurm(run: Commands) -> None:
-    """Without Slurm, --dry-run prints the script, and submitting is one error that leaves nothing."""
+    """Without Slurm, --dry-run prints the script; submitting is one error that leaves nothing."""
     (run.folder / "bin").mkdir()
     for name in ("python", "launcher"):
         (run.folder / "bin" / name).symlink_to(BIN / name)
