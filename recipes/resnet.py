@@ -222,8 +222,8 @@ def class_names(folder: Path) -> list[str]:
     names = sorted(path.name for path in folder.glob("*") if path.is_dir())
     if not names:
         raise RecipeError(
-            f"{folder.absolute()} has no folders; expected one for each class. Pass data=FOLDER with "
-            "FOLDER/train/<class>/*.jpg and FOLDER/val/<class>/*.jpg."
+            f"{folder.absolute()} has no folders; expected one for each class. Pass data=FOLDER "
+            "with FOLDER/train/<class>/*.jpg and FOLDER/val/<class>/*.jpg."
         )
     return names
 
