@@ -18,7 +18,7 @@ from launcher.planning.global_batch import BatchSplit, Statistics
 from launcher.planning.stages import Stage, growth_at
 from launcher.planning.strategy import Backend
 from launcher.recipe.affects import Affects, effects_of
-from launcher.recipe.recipe import settings_affecting
+from launcher.recipe.recipe import Recipe, settings_affecting
 from launcher.recipe.schedules import Schedule, ScheduleValue
 
 _FORMER_NAMES = {"reasons": "derivations", "speed_ups": "performance_flags"}
@@ -172,6 +172,23 @@ class Plan:
                 f"found {world.world_size} ({ranks_text(*found)}). Nothing was trained. Start "
                 "as many ranks as were planned, or plan again for these."
             )
+
+    def check_recipe(self, recipe: Recipe) -> None:
+        """Refuse a recipe whose settings are not the planned ones.
+
+        Raises:
+            WorldError: This process has built the recipe with other settings.
+        """
+        built, planned = recipe.settings(), self.settings
+        for name in sorted(built.keys() | planned.keys()):
+            if built.get(name) != planned.get(name):
+                raise WorldError(
+                    f"The plan has {name}={planned.get(name)}, and recipe {recipe.name} has "
+                    f"{name}={built.get(name)} where it was built to be trained. Nothing was "
+                    "trained. Have the recipe's function return the same settings in every "
+                    "process: they may depend on its parameters, but not on a rank, an "
+                    "environment variable or the time."
+                )
 
     def differences(self, other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Return what would make ranks with this plan and `other` take different steps."""
