@@ -86,13 +86,9 @@ def plan_trials(
         for strategy in strategies:
             if ranks == 1 and strategy == _OVER_SEVERAL_RANKS:
                 continue
-            given = [
-                *overrides,
-                Override(name="strategy", value=strategy, source="launcher prove"),
-                Override(name="record_samples", value=True, source="launcher prove"),
-                Override(name="trackers", value=(), source="launcher prove"),
-            ]
-            built, plan = plan_recipe(reference, given, machine, nproc_per_node=ranks)
+            built, plan = plan_recipe(
+                reference, _trial_overrides(overrides, strategy), machine, nproc_per_node=ranks
+            )
             if built.recipe.batch_size_per_gpu is not None:
                 raise PlanError(
                     f"batch_size_per_gpu={built.recipe.batch_size_per_gpu} lets the batch grow "
@@ -174,14 +170,17 @@ def _defaults(recipe: Recipe, machine: Machine, world_size: int) -> list[str]:
     return found or ["ddp"]
 
 
+def _trial_overrides(overrides: Sequence[Override], strategy: str) -> tuple[Override, ...]:
+    """Return the overrides that a trial is both planned and run with."""
+    settings = {"strategy": strategy, "record_samples": True, "trackers": ()}
+    added = (Override(name=n, value=v, source="launcher prove") for n, v in settings.items())
+    return (*overrides, *added)
+
+
 def _job(reference: Reference, overrides: Sequence[Override], trial: ParityRun, steps: int) -> Job:
     return Job(
         recipe=reference.location,
-        overrides=(
-            *overrides,
-            Override(name="strategy", value=trial.strategy, source="launcher prove"),
-            Override(name="record_samples", value=True, source="launcher prove"),
-        ),
+        overrides=_trial_overrides(overrides, trial.strategy),
         plan=trial.plan,
         run_dir=trial.run_dir,
         launcher_pid=os.getpid(),
