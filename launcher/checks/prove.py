@@ -17,7 +17,7 @@ from launcher.errors import PlanError
 from launcher.launch.launcher import import_for, launch
 from launcher.planning.plan import Plan
 from launcher.planning.planner import device_of
-from launcher.planning.strategy import check_strategy
+from launcher.planning.strategy import STRATEGIES, check_strategy
 from launcher.recipe.overrides import Override, build
 from launcher.recipe.recipe import Recipe, StrategyName
 from launcher.recipe.resolve import Reference
@@ -32,7 +32,6 @@ TOLERANCES = {"fp64": 1e-10, "fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2}
 """The relative difference that counts as rounding, by precision."""
 
 _DEFAULT_STRATEGIES: tuple[StrategyName, ...] = ("ddp", "fsdp", "zero2")
-_OVER_SEVERAL_RANKS = "fsdp"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +80,11 @@ def plan_trials(
     """
     if strategies is None:
         strategies = _defaults(build(reference, overrides).recipe, machine, max(worlds))
+    over_several_ranks = {name for name, kind in STRATEGIES.items() if kind.needs_several_ranks}
     plans: dict[tuple[str, int], tuple[Plan, dict[str, object]]] = {}
     for ranks in worlds:
         for strategy in strategies:
-            if ranks == 1 and strategy == _OVER_SEVERAL_RANKS:
+            if ranks == 1 and strategy in over_several_ranks:
                 continue
             built, plan = plan_recipe(
                 reference, _trial_overrides(overrides, strategy), machine, nproc_per_node=ranks

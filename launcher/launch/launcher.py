@@ -31,6 +31,7 @@ from launcher.errors import EXIT_FAILED, EXIT_RESUMABLE, PeerError, RunDirError,
 from launcher.forking import reason_not_to_fork
 from launcher.planning.configs import process_environment
 from launcher.planning.plan import Plan
+from launcher.planning.strategy import STRATEGIES
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.heartbeat import PHASES, read_heartbeat
 from launcher.runs.job import Job
@@ -139,14 +140,15 @@ def _start_ranks(
 
 def import_for(plans: Sequence[Plan]) -> None:
     """Import what the ranks of `plans` need, so that each finds it there."""
-    backends = {plan.backend for plan in plans}
+    strategies = [STRATEGIES[plan.strategy] for plan in plans]
     _set_environment(plans)
     modules = ["launcher.engine.worker", "torch._dynamo"]  # which every optimizer imports
-    if backends - {"local"}:
+    if any(plan.backend != "local" for plan in plans):
         modules.append("launcher.engine.backends.accelerate")
-    if "fsdp" in backends:
+    if any(strategy.uses_fsdp for strategy in strategies):
         modules.append("torch.distributed.fsdp")
-    if "deepspeed" in backends and all(plan.device == "cpu" for plan in plans):
+    on_cpus = all(plan.device == "cpu" for plan in plans)
+    if on_cpus and any(strategy.uses_deepspeed for strategy in strategies):
         # It asks CUDA for its devices while it is imported, and no rank could be forked after that.
         modules.append("launcher.engine.backends.deepspeed")
     with _uncollected():
