@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from launcher.planning.strategy import STRATEGIES
+
 _BUCKET_BYTES = 25 << 20
 """DDP's: the last bucket is ready when backward is over, and is never hidden."""
 
@@ -135,14 +137,14 @@ def traffic(
     """
     whole = all_reduce(num_bytes, nodes, nproc, network)
     half = whole / 2
-    if strategy == "ddp":
+    sharding = STRATEGIES[strategy]
+    if not sharding.shards:
         return Traffic(whole, 1)
-    if strategy == "zero1":
-        return Traffic(half, 1, after=half)
-    if strategy == "zero2":
-        return Traffic(accumulation * half, accumulation, after=half)
+    reductions = accumulation if sharding.shards_gradients else 1
+    if not sharding.shards_parameters:
+        return Traffic(reductions * half, reductions, after=half)
     gather = all_reduce(num_bytes * weight_size, nodes, nproc, network) / 2
-    return Traffic(accumulation * half, accumulation, ahead=accumulation * 2 * gather)
+    return Traffic(reductions * half, reductions, ahead=accumulation * 2 * gather)
 
 
 def step_seconds(

@@ -20,6 +20,7 @@ from pathlib import Path
 import msgspec
 
 from launcher.planning.plan import Plan
+from launcher.planning.strategy import STRATEGIES
 
 PARTS = ("data", "forward", "backward", "communication", "optimizer", "other")
 """Of a step, in its order."""
@@ -251,11 +252,12 @@ def _of_communication(profiles: Sequence[Profile], plan: Plan) -> str:
             "the others: look at its data, its device and what else runs there (`launcher doctor`)."
         )
     hints = ["a larger batch talks as often and computes more"]
-    if plan.strategy in ("fsdp", "zero3"):
+    strategy = STRATEGIES[plan.strategy]
+    if strategy.shards_parameters:
         hints.append("strategy=ddp or zero1 talks less, if the model fits")
-    if plan.precision == "fp32" and plan.strategy != "ddp":
+    if plan.precision == "fp32" and strategy.gathers_parameters_in_autocast_dtype:
         hints.append("precision=bf16 sends half of the weights' bytes")
-    if plan.accumulation_steps > 1 and plan.strategy == "fsdp":
+    if plan.accumulation_steps > 1 and strategy.shards_parameters:
         hints.append("a larger micro_batch_size gathers the weights less often")
     hints.append("`launcher doctor` measures the links")
     return f"Ranks wait for communication: {'; '.join(hints)}."

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -37,8 +36,9 @@ def plan_diagnostics(
         PlanError: There are not so many GPUs.
     """
     ranks = nodes * (nproc_per_node or machine.num_gpus or 2)
-    recipe = replace(diagnostics_recipe(), batch_size=ranks, device=device)
-    return make_plan(recipe, machine, nodes=nodes, nproc_per_node=nproc_per_node)
+    return make_plan(
+        diagnostics_recipe(ranks, device), machine, nodes=nodes, nproc_per_node=nproc_per_node
+    )
 
 
 def diagnose(plan: Plan, signals: SignalHandler) -> list[RankDiagnostics]:
@@ -71,4 +71,4 @@ def diagnose_here(plan: Plan, world: World, out: Path) -> list[RankDiagnostics] 
     node = tuple(check_node(plan, out)) if world.local_rank == 0 else ()
     from launcher.engine.worker import external_diagnostics
 
-    return external_diagnostics(diagnostics_recipe(), plan, world, node)
+    return external_diagnostics(plan, world, node)

@@ -18,7 +18,7 @@ from launcher.launch.launcher import import_for, launch
 from launcher.launch.signal_handler import SignalHandler
 from launcher.planning.plan import Plan
 from launcher.planning.planner import device_of
-from launcher.planning.strategy import check_strategy
+from launcher.planning.strategy import STRATEGIES, check_strategy
 from launcher.recipe.overrides import Override, build
 from launcher.recipe.recipe import Recipe, StrategyName
 from launcher.recipe.resolve import Reference
@@ -33,7 +33,6 @@ TOLERANCES = {"fp64": 1e-10, "fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2}
 """The relative difference that counts as rounding, by precision."""
 
 _DEFAULT_STRATEGIES: tuple[StrategyName, ...] = ("ddp", "fsdp", "zero2")
-_OVER_SEVERAL_RANKS = "fsdp"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,18 +84,15 @@ def plan_trials(
     """
     if strategies is None:
         strategies = _defaults(build(reference, overrides).recipe, machine, max(worlds))
+    over_several_ranks = {name for name, kind in STRATEGIES.items() if kind.needs_several_ranks}
     plans: dict[tuple[str, int], tuple[Plan, dict[str, object]]] = {}
     for ranks in worlds:
         for strategy in strategies:
-            if ranks == 1 and strategy == _OVER_SEVERAL_RANKS:
+            if ranks == 1 and strategy in over_several_ranks:
                 continue
-            given = [
-                *overrides,
-                Override(name="strategy", value=strategy, source="launcher prove"),
-                Override(name="record_samples", value=True, source="launcher prove"),
-                Override(name="trackers", value=(), source="launcher prove"),
-            ]
-            built, plan = plan_recipe(reference, given, machine, nproc_per_node=ranks)
+            built, plan = plan_recipe(
+                reference, _trial_overrides(overrides, strategy), machine, nproc_per_node=ranks
+            )
             if built.recipe.batch_size_per_gpu is not None:
                 raise PlanError(
                     f"batch_size_per_gpu={built.recipe.batch_size_per_gpu} lets the batch grow "
@@ -190,14 +186,17 @@ def _defaults(recipe: Recipe, machine: Machine, world_size: int) -> list[str]:
     return found or ["ddp"]
 
 
+def _trial_overrides(overrides: Sequence[Override], strategy: str) -> tuple[Override, ...]:
+    """Return the overrides that a trial is both planned and run with."""
+    settings = {"strategy": strategy, "record_samples": True, "trackers": ()}
+    added = (Override(name=n, value=v, source="launcher prove") for n, v in settings.items())
+    return (*overrides, *added)
+
+
 def _job(reference: Reference, overrides: Sequence[Override], trial: ParityRun, steps: int) -> Job:
     return Job(
         recipe=reference.location,
-        overrides=(
-            *overrides,
-            Override(name="strategy", value=trial.strategy, source="launcher prove"),
-            Override(name="record_samples", value=True, source="launcher prove"),
-        ),
+        overrides=_trial_overrides(overrides, trial.strategy),
         plan=trial.plan,
         run_dir=trial.run_dir,
         launcher_pid=os.getpid(),

@@ -66,6 +66,7 @@ def command(
 
     from launcher.environment.machine import read_machine
     from launcher.planning.configs import accelerate_config, deepspeed_config
+    from launcher.planning.strategy import STRATEGIES
     from launcher.recipe.resolve import resolve
     from launcher.runs.job import plan_recipe
 
@@ -82,7 +83,7 @@ def command(
         nproc_per_node=nproc_per_node,
         elsewhere=True,
     )
-    if deepspeed is not None and plan.backend != "deepspeed":
+    if deepspeed is not None and not STRATEGIES[plan.strategy].uses_deepspeed:
         raise PlanError(
             f"--deepspeed {deepspeed}: the plan has strategy={plan.strategy}, which does not use "
             "DeepSpeed. Set strategy=zero1, zero2 or zero3, or remove --deepspeed."

@@ -84,10 +84,11 @@ def join(
         make_run_dir: Called on rank 0 alone; every rank gets what it returns.
 
     Raises:
-        WorldError: The world is not the planned one, or ranks have different plans.
+        WorldError: The world or the recipe is not the planned one, or ranks have different plans.
         LauncherError: What `make_run_dir` raised on rank 0.
     """
     plan.check_world(world)
+    plan.check_recipe(recipe)
     torch.set_num_threads(plan.threads_per_rank)
     backend = open_backend(recipe, plan, world)
     told: dict[str, Any] = {}

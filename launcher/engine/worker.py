@@ -20,7 +20,7 @@ import msgspec
 from launcher.engine.backends.base import Backend
 from launcher.engine.data.loader_workers import remove_semaphores
 from launcher.engine.probes.diagnostics import diagnose_rank
-from launcher.engine.probes.diagnostics_recipe import diagnostics_recipe
+from launcher.engine.probes.diagnostics_recipe import DIAGNOSTICS_TIMEOUT, diagnostics_recipe
 from launcher.engine.probes.inspection import inspect_recipe, write_inspection
 from launcher.engine.probes.measuring import (
     ProbeContext,
@@ -48,9 +48,6 @@ from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.job import Job, RecipeSource, ReportWriter, ResumeFrom
 from launcher.runs.rundir import RunDir, write_atomic
 from launcher.signals import STOP_SIGNALS, StopRequest
-
-_DIAGNOSTICS_TIMEOUT = 30.0
-"""Seconds without a word from another rank."""
 
 _until_exit: list[Backend] = []
 """Kept from being taken apart: a gloo thread that still holds Python objects waits for the
@@ -259,10 +256,10 @@ def agent_diagnostics(job: Job) -> None:
     world = _world(job)
     output = open_output(job.run_dir.log(world.rank), own_terminal=True, on_terminal=False)
     try:
-        recipe = replace(diagnostics_recipe(), hang_timeout=_DIAGNOSTICS_TIMEOUT)
+        recipe = _diagnostics_recipe(job.plan)
         watch = _watch(recipe, world, job.run_dir, stop, output)
         watch.report_phase(0, "computing")
-        reports = _diagnose(recipe, job.plan, world, ())
+        reports = _diagnose(job.plan, world, ())
         watch.close()
         if world.rank == 0:
             write_atomic(job.run_dir.diagnostics, msgspec.json.encode(reports).decode())
@@ -271,16 +268,16 @@ def agent_diagnostics(job: Job) -> None:
 
 
 def external_diagnostics(
-    recipe: Recipe, plan: Plan, world: World, node: tuple[Finding, ...]
+    plan: Plan, world: World, node: tuple[Finding, ...]
 ) -> list[RankDiagnostics] | None:
     """Examine the rank that this process was started as; return all reports on rank 0.
 
     Raises:
         LauncherError: The ranks do not form the group that was planned, or fail.
     """
-    faulthandler.dump_traceback_later(_DIAGNOSTICS_TIMEOUT, exit=True)
+    faulthandler.dump_traceback_later(DIAGNOSTICS_TIMEOUT, exit=True)
     try:
-        reports = _diagnose(recipe, plan, world, node)
+        reports = _diagnose(plan, world, node)
     except LauncherError:
         raise
     except Exception as error:
@@ -291,12 +288,14 @@ def external_diagnostics(
     return reports if world.rank == 0 else None
 
 
-def _diagnose(
-    recipe: Recipe, plan: Plan, world: World, node: tuple[Finding, ...]
-) -> list[RankDiagnostics]:
+def _diagnostics_recipe(plan: Plan) -> Recipe:
+    return diagnostics_recipe(plan.world_size, plan.settings["device"])
+
+
+def _diagnose(plan: Plan, world: World, node: tuple[Finding, ...]) -> list[RankDiagnostics]:
     started = time.perf_counter()
     # No run folder: nothing is trained.
-    backend, _ = join(recipe, plan, world, lambda: RunDir(Path()))
+    backend, _ = join(_diagnostics_recipe(plan), plan, world, lambda: RunDir(Path()))
     _until_exit.append(backend)
     reports = backend.gather(diagnose_rank(backend, time.perf_counter() - started, node))
     backend.close()

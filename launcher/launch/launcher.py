@@ -39,6 +39,7 @@ from launcher.forking import reason_not_to_fork
 from launcher.launch.signal_handler import SignalHandler, announce_stop
 from launcher.planning.configs import process_environment
 from launcher.planning.plan import Plan
+from launcher.planning.strategy import STRATEGIES
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.job import Job
 from launcher.runs.rundir import failure_of_rank, read_failure, read_failure_file, write_json
@@ -156,13 +157,14 @@ def _run_ranks(
 
 def import_for(plans: Sequence[Plan]) -> None:
     """Import what the ranks of `plans` need, so that forked ranks find it imported."""
-    backends = {plan.backend for plan in plans}
+    strategies = [STRATEGIES[plan.strategy] for plan in plans]
     modules = ["launcher.engine.worker", "torch._dynamo"]  # every optimizer imports _dynamo
-    if backends - {"local"}:
+    if any(plan.backend != "local" for plan in plans):
         modules.append("launcher.engine.backends.accelerate")
-    if "fsdp" in backends:
+    if any(strategy.uses_fsdp for strategy in strategies):
         modules.append("torch.distributed.fsdp")
-    if "deepspeed" in backends and all(plan.device == "cpu" for plan in plans):
+    on_cpus = all(plan.device == "cpu" for plan in plans)
+    if on_cpus and any(strategy.uses_deepspeed for strategy in strategies):
         # Importing DeepSpeed initialises CUDA, after which no rank could be forked.
         modules.append("launcher.engine.backends.deepspeed")
     with _environment(plans), _garbage_collection_paused():

@@ -56,7 +56,7 @@ def deepspeed_config(recipe: Recipe, plan: Plan) -> dict[str, Any]:
 
 def process_environment(plan: Plan) -> dict[str, str]:
     """Return the variables that an engine of the plan reads while it is imported."""
-    if plan.backend == "deepspeed":
+    if STRATEGIES[plan.strategy].uses_deepspeed:
         return {"DS_ACCELERATOR": plan.device}
     return {}
 
@@ -92,7 +92,8 @@ def accelerate_config(
         "tpu_use_cluster": False,
         "use_cpu": cpu,
     }
-    if plan.backend == "fsdp":
+    strategy = STRATEGIES[plan.strategy]
+    if strategy.uses_fsdp:
         config["distributed_type"] = "FSDP"
         config["fsdp_config"] = {
             "fsdp_version": 2,
@@ -104,7 +105,7 @@ def accelerate_config(
             "fsdp_offload_params": recipe.offload == "cpu",
             "fsdp_state_dict_type": "FULL_STATE_DICT",
         }
-    elif plan.backend == "deepspeed":
+    elif strategy.uses_deepspeed:
         config["distributed_type"] = "DEEPSPEED"
         config["deepspeed_config"] = _deepspeed_fields(recipe, plan, deepspeed_file)
         if deepspeed_file is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from launcher.environment.machine import Machine
 from launcher.environment.world import World
@@ -17,20 +17,16 @@ from launcher.planning.derivations import ranks_text
 from launcher.planning.global_batch import BatchSplit, Statistics
 from launcher.planning.stages import Stage, growth_at
 from launcher.planning.strategy import Backend
+from launcher.recipe.affects import Affects, effects_of
+from launcher.recipe.recipe import Recipe, settings_affecting
 from launcher.recipe.schedules import Schedule, ScheduleValue
 
 _FORMER_NAMES = {"reasons": "derivations", "speed_ups": "performance_flags"}
 """Fields of plans in run folders of version 0.1, and what they are called now."""
 
-_NODE_SETTINGS = (
-    "num_workers",
-    "worker_start",
-    "workers_per_rank",
-    "prefetch_factor",
-    "pin_memory",
-    "threads_per_rank",
-)
-"""What may differ between ranks that take the same steps."""
+_NOT_COMPARED = ("sources", "derivations", "notes", "settings", "samples_per_rank")
+"""Fields that ranks do not compare as they are: explanations for the reader, the settings, which
+are compared one by one, and shares, which follow from the batch size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,13 +87,13 @@ class Plan:
     performance_flags: tuple[str, ...]
     """The settings for speed or memory that are on."""
 
-    workers_per_rank: int
-    prefetch_factor: int | None
-    pin_memory: bool
-    threads_per_rank: int
+    workers_per_rank: Annotated[int, Affects.NODE]
+    prefetch_factor: Annotated[int | None, Affects.NODE]
+    pin_memory: Annotated[bool, Affects.NODE]
+    threads_per_rank: Annotated[int, Affects.NODE]
     """CPU threads that each rank computes with."""
 
-    machine: Machine
+    machine: Annotated[Machine, Affects.NODE]
     """The machine that each node was taken to be."""
 
     settings: Mapping[str, Any]
@@ -177,6 +173,23 @@ class Plan:
                 "as many ranks as were planned, or plan again for these."
             )
 
+    def check_recipe(self, recipe: Recipe) -> None:
+        """Refuse a recipe whose settings are not the planned ones.
+
+        Raises:
+            WorldError: This process has built the recipe with other settings.
+        """
+        built, planned = recipe.settings(), self.settings
+        for name in sorted(built.keys() | planned.keys()):
+            if built.get(name) != planned.get(name):
+                raise WorldError(
+                    f"The plan has {name}={planned.get(name)}, and recipe {recipe.name} has "
+                    f"{name}={built.get(name)} where it was built to be trained. Nothing was "
+                    "trained. Have the recipe's function return the same settings in every "
+                    "process: they may depend on its parameters, but not on a rank, an "
+                    "environment variable or the time."
+                )
+
     def differences(self, other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Return what would make ranks with this plan and `other` take different steps."""
         own = self.agreement()
@@ -188,14 +201,15 @@ class Plan:
 
     def agreement(self) -> dict[str, Any]:
         """Return the values that must be the same on every rank."""
-        derived = ("machine", "sources", "derivations", "notes", "settings", "samples_per_rank")
-        values = {
+        effects = effects_of(Plan)
+        numbers = {
             item.name: getattr(self, item.name)
             for item in fields(self)
-            if item.name not in (*derived, *_NODE_SETTINGS)
+            if item.name not in _NOT_COMPARED and effects.get(item.name) is not Affects.NODE
         }
-        kept = {name: value for name, value in self.settings.items() if name not in _NODE_SETTINGS}
-        return values | kept | {"stages": [asdict(stage) for stage in self.stages]}
+        own = settings_affecting(Affects.NODE)
+        shared = {name: value for name, value in self.settings.items() if name not in own}
+        return numbers | shared | {"stages": [asdict(stage) for stage in self.stages]}
 
 
 def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from launcher.planning.loading import loader_policy
 from launcher.planning.plan import Plan
 from launcher.planning.single_sample_batches import single_sample_notes
 from launcher.planning.stages import Stage, growth_at, lr_factor, make_stages
-from launcher.planning.strategy import backend_for, check_strategy, performance_flags
+from launcher.planning.strategy import STRATEGIES, backend_for, check_strategy, performance_flags
 from launcher.recipe.recipe import Recipe
 from launcher.recipe.schedules import Schedule
 
@@ -218,10 +218,10 @@ def _micro_batch(batch_size: int, world_size: int, most: int) -> int:
 
 def _check_parts(recipe: Recipe, world_size: int, accumulation: int) -> None:
     """Refuse to measure the gradient noise where a batch has only one part."""
-    summed = recipe.strategy == "fsdp"
+    summed = STRATEGIES[recipe.strategy].sums_gradients_over_ranks_in_backward
     if accumulation > 1 or (world_size > 1 and not summed):
         return
-    where = "under strategy=fsdp" if summed else "on 1 rank"
+    where = f"under strategy={recipe.strategy}" if summed else "on 1 rank"
     raise PlanError(
         f"noise_scale=true compares the gradients of parts of a batch, and {where} without "
         "accumulation there is one part. A smaller micro_batch_size, half of the rank's share or "

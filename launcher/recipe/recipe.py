@@ -6,13 +6,16 @@ that looking at a recipe, planning it and listing it stay instant.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_type_hints
 
 from msgspec import Meta
 
 from launcher.errors import RecipeError
+from launcher.recipe.affects import Affects, effects_of, without_effect
 from launcher.recipe.optimizer import OptimizerSpec, sgd
 from launcher.recipe.schedules import Schedule, one_cycle
 from launcher.recipe.validation import (
@@ -81,7 +84,7 @@ class Recipe:
     whole global batch, whatever the split, so never return a mean.
     """
 
-    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"), Affects.NOTHING]
     """What the run, and so its folder, is called: letters, digits, dots, dashes, underscores."""
 
     model: Callable[[], Any]
@@ -102,125 +105,127 @@ class Recipe:
     count: Callable[[Any], int] | None = None
     """(batch) -> the items that the loss counts in it, such as tokens; None counts samples."""
 
-    optimizer: OptimizerSpec | Callable[[Any, float], Any] = field(default_factory=sgd)
+    optimizer: Annotated[OptimizerSpec | Callable[[Any, float], Any], Affects.UPDATES] = field(
+        default_factory=sgd
+    )
     """sgd(...), adamw(...), or a function (model, lr) -> torch optimizer."""
 
-    schedule: Schedule = field(default_factory=one_cycle)
+    schedule: Annotated[Schedule, Affects.UPDATES] = field(default_factory=one_cycle)
     """How the learning rate, and for some the momentum, moves over the run."""
 
-    batch_size: PositiveInt | None = None
+    batch_size: Annotated[PositiveInt | None, Affects.SAMPLES] = None
     """Samples per optimizer step, over all GPUs and accumulation steps."""
 
-    batch_size_per_gpu: PositiveInt | None = None
+    batch_size_per_gpu: Annotated[PositiveInt | None, Affects.SAMPLES] = None
     """Instead of batch_size: samples per optimizer step and GPU; the batch grows with the GPUs."""
 
-    batch_milestones: tuple[Fraction, ...] = ()
+    batch_milestones: Annotated[tuple[Fraction, ...], Affects.SAMPLES] = ()
     """Fractions of the run at each of which the batch grows, and lr with it by lr_rule."""
 
-    batch_gamma: PositiveFloat = 2.0
+    batch_gamma: Annotated[PositiveFloat, Affects.SAMPLES] = 2.0
     """What the batch is multiplied by at each of batch_milestones."""
 
-    micro_batch_size: PositiveInt | None = None
+    micro_batch_size: Annotated[PositiveInt | None, Affects.EXECUTION] = None
     """The most samples that go through the model at once on a GPU; None is its whole share."""
 
-    lr: PositiveFloat
+    lr: Annotated[PositiveFloat, Affects.UPDATES]
     """Peak learning rate at a batch of lr_batch_size."""
 
-    lr_batch_size: PositiveInt | None = None
+    lr_batch_size: Annotated[PositiveInt | None, Affects.UPDATES] = None
     """The batch size that lr was found for."""
 
-    lr_rule: Literal["linear", "sqrt", "none"] = "linear"
+    lr_rule: Annotated[Literal["linear", "sqrt", "none"], Affects.UPDATES] = "linear"
     """How the learning rate follows the batch size: times the ratio, times its root, or not."""
 
-    epochs: PositiveInt | None = None
+    epochs: Annotated[PositiveInt | None, Affects.UPDATES] = None
     """Passes over the training samples."""
 
-    steps: PositiveInt | None = None
+    steps: Annotated[PositiveInt | None, Affects.UPDATES] = None
     """Instead of epochs: optimizer steps."""
 
-    train_samples: PositiveInt | None = None
+    train_samples: Annotated[PositiveInt | None, Affects.SAMPLES] = None
     """Training samples, so that planning need not load them; checked when the run starts."""
 
-    evaluate_every: PositiveInt | None = None
+    evaluate_every: Annotated[PositiveInt | None, Affects.NOTHING] = None
     """Optimizer steps between evaluations, besides the last; None evaluates after each epoch."""
 
-    seed: NonNegativeInt = 0
+    seed: Annotated[NonNegativeInt, Affects.SAMPLES] = 0
     """Where all randomness of the run comes from."""
 
-    strategy: StrategyName = "ddp"
+    strategy: Annotated[StrategyName, Affects.EXECUTION] = "ddp"
     """What is sharded over ranks: nothing (ddp), all (fsdp, zero3) or a part (zero1, zero2)."""
 
-    offload: Literal["cpu"] | None = None
+    offload: Annotated[Literal["cpu"] | None, Affects.EXECUTION] = None
     """Keep what the strategy shards in host memory, cpu; None keeps it on the GPU."""
 
-    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
+    precision: Annotated[Literal["fp32", "bf16", "fp16", "fp64"], Affects.UPDATES] = "fp32"
     """bf16, fp16: forward and loss under autocast, weights in fp32; fp64: weights and batches."""
 
-    max_grad_norm: PositiveFloat | None = None
+    max_grad_norm: Annotated[PositiveFloat | None, Affects.UPDATES] = None
     """The gradient of the global batch is scaled down to this norm where it is longer."""
 
-    sync_batchnorm: bool = False
+    sync_batchnorm: Annotated[bool, Affects.UPDATES] = False
     """BatchNorm takes its statistics over the micro-batches of all ranks, not of each."""
 
-    rank_buffers: Literal["refuse", "average", "broadcast"] = "refuse"
+    rank_buffers: Annotated[Literal["refuse", "average", "broadcast"], Affects.UPDATES] = "refuse"
     """What becomes of buffers, other than BatchNorm's, that forward changes in another way on each
     rank: the run is refused, or after each step every rank gets their average, or rank 0's."""
 
-    compile: bool = False
+    compile: Annotated[bool, Affects.EXECUTION] = False
     """Compile the model's blocks, or all of it where none repeat, with torch.compile."""
 
-    activation_checkpointing: bool = False
+    activation_checkpointing: Annotated[bool, Affects.EXECUTION] = False
     """Compute the activations inside blocks again in backward instead of keeping them."""
 
-    blocks: str | None = None
+    blocks: Annotated[str | None, Affects.EXECUTION] = None
     """Class names, comma-separated, of the layers that repeat; None finds them."""
 
-    channels_last: bool = False
+    channels_last: Annotated[bool, Affects.EXECUTION] = False
     """Images (N, C, H, W) lie in memory as (N, H, W, C), which fast convolutions want."""
 
-    tf32: bool = False
+    tf32: Annotated[bool, Affects.UPDATES] = False
     """On CUDA: fp32 products with 10 bits of mantissa, several times as fast."""
 
-    cudnn_benchmark: bool = False
+    cudnn_benchmark: Annotated[bool, Affects.EXECUTION] = False
     """On CUDA: cuDNN tries its algorithms once for each shape and keeps the fastest."""
 
-    device: Literal["cuda", "cpu"] | None = None
+    device: Annotated[Literal["cuda", "cpu"] | None, Affects.EXECUTION] = None
     """What the ranks compute on; None takes the GPUs where there are any."""
 
-    in_memory: bool = False
+    in_memory: Annotated[bool, Affects.NODE] = False
     """Whether the samples are in memory already, so that DataLoader workers would only cost."""
 
-    num_workers: NonNegativeInt | None = None
+    num_workers: Annotated[NonNegativeInt | None, Affects.NODE] = None
     """DataLoader workers per rank; None is four, capped by the usable cores."""
 
-    worker_start: Literal["fork", "spawn"] = "fork"
+    worker_start: Annotated[Literal["fork", "spawn"], Affects.NODE] = "fork"
     """fork: workers are copies of the rank; spawn: each imports the recipe and calls data()."""
 
-    prefetch_factor: PositiveInt | None = None
+    prefetch_factor: Annotated[PositiveInt | None, Affects.NODE] = None
     """Batches that each worker holds ready; None is 2."""
 
-    pin_memory: bool | None = None
+    pin_memory: Annotated[bool | None, Affects.NODE] = None
     """Whether batches go through page-locked memory; None does so on CUDA."""
 
-    checkpoint_every: PositiveInt | Minutes = "10min"
+    checkpoint_every: Annotated[PositiveInt | Minutes, Affects.NOTHING] = "10min"
     """Optimizer steps between checkpoints, such as 500, or minutes, such as 10min."""
 
-    keep_checkpoints: PositiveInt = 2
+    keep_checkpoints: Annotated[PositiveInt, Affects.NOTHING] = 2
     """Checkpoints that are kept, the newest ones."""
 
-    max_bad_steps: PositiveInt = 3
+    max_bad_steps: Annotated[PositiveInt, Affects.NOTHING] = 3
     """Steps in a row with a loss or gradient that is not finite, left out, that end the run."""
 
-    hang_timeout: PositiveFloat | None = 600.0
+    hang_timeout: Annotated[PositiveFloat | None, Affects.NOTHING] = 600.0
     """Seconds without progress after which a run is ended as hanging; none waits for ever."""
 
-    noise_scale: bool = False
+    noise_scale: Annotated[bool, Affects.NOTHING] = False
     """Estimate the gradient noise scale along the way, from one step in twenty."""
 
-    trackers: tuple[TrackerName, ...] = ()
+    trackers: Annotated[tuple[TrackerName, ...], Affects.NOTHING] = ()
     """Where rank 0 sends what it measures as well, such as tensorboard,wandb (see README)."""
 
-    record_samples: bool = False
+    record_samples: Annotated[bool, Affects.NOTHING] = False
     """Write the sample ids of every step to samples/rank<N>.jsonl in the run folder."""
 
     def __post_init__(self) -> None:
@@ -264,18 +269,22 @@ class Recipe:
 EXCLUSIVE = (("batch_size", "batch_size_per_gpu"), ("epochs", "steps"))
 """Pairs of fields of which a recipe has exactly one; overriding one takes the other's place."""
 
-_FUNCTIONS = ("model", "data", "loss", "metrics", "forward", "count", "optimizer", "schedule")
-_types: dict[str, Any] = {}
+_CALLS = ("optimizer", "schedule")
+"""Settings that are written as calls, such as `sgd(momentum=0.9)`, and not as plain values."""
 
 
-def setting_types() -> dict[str, Any]:
-    """Return the type of each field that is a plain value, by name."""
-    if not _types:
-        hints = get_type_hints(Recipe, include_extras=True)
-        _types.update(
-            {item.name: hints[item.name] for item in fields(Recipe) if item.name not in _FUNCTIONS}
-        )
-    return _types
+@functools.cache
+def setting_types() -> Mapping[str, Any]:
+    """Return the type of each setting that is a plain value, by name, in declared order."""
+    hints = get_type_hints(Recipe, include_extras=True)
+    return MappingProxyType(
+        {name: without_effect(hints[name]) for name in effects_of(Recipe) if name not in _CALLS}
+    )
+
+
+def settings_affecting(*parts: Affects) -> tuple[str, ...]:
+    """Return the names of the settings that affect one of `parts`, in declared order."""
+    return tuple(name for name, affected in effects_of(Recipe).items() if affected in parts)
 
 
 def field_sentences() -> dict[str, str]:

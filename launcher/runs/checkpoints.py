@@ -20,7 +20,7 @@ import re
 import shutil
 import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -28,6 +28,8 @@ import msgspec
 
 from launcher.errors import CheckpointError
 from launcher.planning.plan import Plan
+from launcher.recipe.affects import Affects
+from launcher.recipe.recipe import settings_affecting
 from launcher.runs.rundir import RunDir, write_json
 
 FORMAT = 2
@@ -35,23 +37,6 @@ FORMAT = 2
 
 _FORMATS = (1, FORMAT)
 """The formats that this version reads. Format 1 has no digest of checkpoint.json itself."""
-
-_SAME = ("recipe", "batch_size", "stages", "seed", "train_samples")
-"""What a resumed run has in common with the one that was, so that its samples go on."""
-
-_FREE = (
-    "strategy",
-    "micro_batch_size",
-    "offload",
-    "activation_checkpointing",
-    "device",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "hang_timeout",
-    "noise_scale",
-    "record_samples",
-)
-"""Settings that change no step."""
 
 _MANIFEST = "checkpoint.json"
 _DIGEST = "digest"
@@ -269,7 +254,9 @@ def check_resumable(
         CheckpointError: It names what differs.
     """
     was, now = manifest.agreement, json.loads(json.dumps(plan.agreement()))
-    for key in _SAME:
+    for key in _settled_by_checkpoint():
+        if key == "batch_size" and None in (was.get(key), now.get(key)):
+            continue  # a batch per GPU is compared by the stages that follow from it
         if key == "train_samples" and (
             "data" in accept
             or (None in (was.get(key), now.get(key)) and manifest.values.get("data") is not None)
@@ -293,9 +280,20 @@ def changes(manifest: Manifest, plan: Plan) -> list[str]:
     was, now = manifest.agreement, json.loads(json.dumps(plan.agreement()))
     return [
         f"{key} {was[key]} -> {now[key]}"
-        for key in sorted(was.keys() & now.keys())
-        if was[key] != now[key] and key in plan.settings and key not in _FREE
+        for key in sorted(settings_affecting(Affects.SAMPLES, Affects.UPDATES))
+        if key in was and key in now and was[key] != now[key]
     ]
+
+
+def _settled_by_checkpoint() -> tuple[str, ...]:
+    """Return the values of an agreement that a resumed run must keep: they decide its samples.
+
+    The settings that no number of a plan repeats, such as milestones, are compared by the stages
+    that follow from them.
+    """
+    numbers = {item.name for item in fields(Plan)}
+    settings = settings_affecting(Affects.SAMPLES)
+    return ("recipe", *(name for name in settings if name in numbers), "stages")
 
 
 def sum_file(path: Path) -> FileSum:

@@ -17,6 +17,7 @@ from launcher.analysis.scaling_model import (
 )
 from launcher.errors import PlanError
 from launcher.planning.plan import Plan
+from launcher.planning.strategy import STRATEGIES
 from launcher.slurm.site import Site
 from launcher.tuning.measurements import Measurements
 
@@ -178,6 +179,7 @@ def _row(plan: Plan, measured: Measurements, facts: EstimateInputs) -> EstimateR
     devices = plan.world_size if plan.device == "cuda" else nodes
     sharing = plan.world_size / devices  # what one rank alone computed with, these have together
     num_bytes = measured.num_trained * GRADIENT_BYTES
+    half_weights = STRATEGIES[plan.strategy].gathers_parameters_in_autocast_dtype
     sent = traffic(
         num_bytes,
         nodes,
@@ -185,7 +187,7 @@ def _row(plan: Plan, measured: Measurements, facts: EstimateInputs) -> EstimateR
         facts.network,
         strategy=plan.strategy,
         accumulation=accumulation,
-        weight_size=0.5 if plan.strategy == "fsdp" and plan.precision in ("bf16", "fp16") else 1.0,
+        weight_size=0.5 if half_weights and plan.precision in ("bf16", "fp16") else 1.0,
     )
     share = plan.batch_size / plan.world_size / accumulation
     micro_seconds = compute.seconds(share) * sharing

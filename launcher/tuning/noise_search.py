@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from launcher.analysis.gradient_noise import Measurement, NoiseScale, estimate
 from launcher.launch.signal_handler import SignalHandler
 from launcher.planning.global_batch import ceil_div
+from launcher.planning.strategy import STRATEGIES
 from launcher.runs.rundir import RunDir
 from launcher.tuning.probe_run import Probe, Target, run_probe
 
@@ -37,7 +38,8 @@ def plan_noise(target: Target) -> Probe:
         PlanError: The recipe cannot be trained like that.
     """
     _, plan = target.plan()
-    ranks = 1 if plan.backend == "fsdp" else plan.world_size  # it sums over them in every part
+    summed = STRATEGIES[plan.strategy].sums_gradients_over_ranks_in_backward
+    ranks = 1 if summed else plan.world_size
     micro_steps = max(ceil_div(_PARTS, ranks), plan.accumulation_steps)
     micro_batch_size = ceil_div(max(plan.samples_per_rank), micro_steps)
     return target.having("find noise", noise_scale=True, micro_batch_size=micro_batch_size).probe()

@@ -72,6 +72,18 @@ def test_what_helps_is_true(run: Commands) -> None:
     assert 0 < together["weights"] <= together["tolerance"] == 1e-5
 
 
+def test_trials_are_not_published(run: Commands) -> None:
+    """A recipe with experiment trackers is proved without them, in the plans and on the ranks."""
+    done = run(
+        *("launcher", "prove", f"{WORLDS}:worlds", "--worlds", "1", "--strategies", "ddp"),
+        *("--steps", "1", "trackers=tensorboard", "--out", "kept"),
+    )
+    assert done.exit_code == 0, done.stderr
+    kept = {path.name for path in (run.folder / "kept/ddp-1").rglob("*")}
+    assert "metrics.jsonl" in kept
+    assert not [name for name in kept if "tfevents" in name or name == "tensorboard"]
+
+
 def test_rounding_is_no_cause(run: Commands) -> None:
     """Where nothing is wrong but the tolerance, it says so rather than naming something."""
     done = run("launcher", "prove", f"{WORLDS}:worlds", *TWO, "--tolerance", "0")

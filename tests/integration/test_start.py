@@ -92,6 +92,16 @@ def test_one_rank_prepares(run: Commands, command: tuple[str, ...]) -> None:
     assert (run.folder / "out/result.json").is_file()
 
 
+def test_a_recipe_is_built_as_it_was_planned(run: Commands) -> None:
+    """A rank that builds the recipe with another setting than the plan's refuses to train."""
+    done = run("launcher", "run", f"{RECIPE}:unsettled", "-n", "2", "--out", "out")
+    assert done.exit_code == 2, done.stdout
+    assert "seed=0" in done.stderr
+    assert "seed=1" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (run.folder / "out/result.json").exists()
+
+
 @pytest.mark.parametrize("samples", ["train_samples=64", "train_samples=none"])
 def test_a_first_rank_that_fails_ends_the_others(
     run: Commands, free_port: int, samples: str

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,11 @@ def prepared() -> Recipe:
 def failing() -> Recipe:
     """Fail to read the data on the first rank of a node alone."""
     return _recipe(_failing_data, _model)
+
+
+def unsettled() -> Recipe:
+    """Return another seed on every rank."""
+    return replace(_recipe(_data, _model), seed=int(os.environ.get("RANK", "0")), train_samples=64)
 
 
 def _recipe(data: Callable[[], Data], model: Callable[[], nn.Module]) -> Recipe:

@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from examples import NODE, recipe
 
+from launcher import Plan, make_plan
 from launcher.errors import CheckpointError
 from launcher.runs.checkpoints import (
     FORMAT,
     Checkpoint,
     Manifest,
     begin,
+    changes,
+    check_resumable,
     commit,
     list_checkpoints,
     sum_file,
@@ -147,3 +151,65 @@ def test_names_that_are_not_ours_are_left_alone(written: Checkpoint) -> None:
     for name in (".step-00000013", "step-00000014.set-aside", "step-1", "notes"):
         (written.path.parent / name).mkdir()
     assert list_checkpoints(RunDir(written.path.parent.parent)) == [written]
+
+
+def manifest_of(plan: Plan) -> Manifest:
+    """Return the manifest of a checkpoint that a run of `plan` wrote, as it is read back."""
+    agreement = json.loads(json.dumps(plan.agreement()))
+    return replace(MANIFEST, world_size=plan.world_size, agreement=agreement)
+
+
+RESUMED: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "what a step does to the weights": (
+        {"lr": 0.2, "max_grad_norm": 1.0, "tf32": True},
+        ["lr 0.1 -> 0.2", "max_grad_norm None -> 1.0", "tf32 False -> True"],
+    ),
+    "how steps are computed": ({"strategy": "zero1", "micro_batch_size": 8, "compile": True}, []),
+    "how a node reads samples": ({"in_memory": True, "num_workers": 1}, []),
+    "nothing about the training": (
+        {"trackers": ("wandb",), "evaluate_every": 9, "max_bad_steps": 1, "checkpoint_every": 5},
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize(("overrides", "reported"), RESUMED.values(), ids=RESUMED)
+def test_a_resumed_run_reports_what_changes_its_steps(
+    overrides: dict[str, Any], reported: list[str]
+) -> None:
+    """Another setting is allowed, and is reported only where it changes the steps."""
+    machine = replace(NODE, has_compiler=True)
+    manifest = manifest_of(make_plan(recipe(), machine, nproc_per_node=2))
+    plan = make_plan(recipe(**overrides), machine, nproc_per_node=2)
+    check_resumable(manifest, plan, "step-00000012")
+    assert changes(manifest, plan) == reported
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ({"batch_size": 128}, "batch_size 256"),
+        ({"batch_milestones": (0.5,)}, "stages"),
+        ({"train_samples": 1000}, "train_samples 1437"),
+        ({"seed": 1}, "seed 0"),
+    ],
+)
+def test_a_resumed_run_keeps_its_samples(overrides: dict[str, Any], named: str) -> None:
+    """A setting that would give the steps other samples is refused by name."""
+    manifest = manifest_of(make_plan(recipe(), NODE, nproc_per_node=2))
+    with pytest.raises(CheckpointError) as caught:
+        check_resumable(
+            manifest, make_plan(recipe(**overrides), NODE, nproc_per_node=2), "step-00000012"
+        )
+    assert named in str(caught.value)
+
+
+def test_a_batch_per_gpu_may_be_stated_as_a_batch() -> None:
+    """A run with 32 samples per GPU on 2 GPUs resumes on 4 with 64 in all, and not with 128."""
+    per_gpu = recipe(batch_size=None, batch_size_per_gpu=32)
+    manifest = manifest_of(make_plan(per_gpu, NODE, nproc_per_node=2))
+    check_resumable(
+        manifest, make_plan(recipe(batch_size=64), NODE, nproc_per_node=4), "step-00000012"
+    )
+    with pytest.raises(CheckpointError):
+        check_resumable(manifest, make_plan(per_gpu, NODE, nproc_per_node=4), "step-00000012")

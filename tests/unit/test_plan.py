@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from examples import LAPTOP, NODE, recipe
 
-from launcher import PlanError, adamw, make_plan
+from launcher import Plan, PlanError, WorldError, adamw, make_plan
 from launcher.console.explain import explain
 from launcher.environment.world import World
 from launcher.planning.global_batch import micro_batch, num_micro_steps, part, shares
@@ -135,6 +135,26 @@ def test_another_world_is_refused() -> None:
         plan.check_world(World())
     with pytest.raises(Exception, match=r"found 4 \(2 nodes x 2\)"):
         plan.check_world(World(rank=3, world_size=4, local_rank=1, local_world_size=2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "values"),
+    [
+        ({"lr": 0.2}, ("lr=0.1", "lr=0.2")),
+        ({"trackers": ("wandb",)}, ("trackers=[]", "trackers=['wandb']")),
+        ({"num_workers": 3}, ("num_workers=None", "num_workers=3")),
+        ({"optimizer": lambda *_: None}, ("optimizer=sgd(", "optimizer=None")),
+    ],
+)
+def test_another_recipe_is_refused(changes: dict[str, Any], values: tuple[str, str]) -> None:
+    """A recipe with a setting that was not planned is refused, with both values."""
+    plan = make_plan(recipe(), NODE)
+    plan.check_recipe(recipe())
+    Plan.from_dict(json.loads(json.dumps(plan.to_dict()))).check_recipe(recipe())
+    with pytest.raises(WorldError) as caught:
+        plan.check_recipe(recipe(**changes))
+    for value in values:
+        assert value in str(caught.value)
 
 
 def test_plans_say_where_they_differ() -> None:

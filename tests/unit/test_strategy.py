@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import ast
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 from examples import LAPTOP, NODE, recipe
+from support import ROOT
 
 from launcher import PlanError, Recipe, RecipeError, make_plan
 from launcher.console.explain import explain
@@ -25,6 +27,52 @@ def test_every_strategy_is_a_setting_and_the_other_way_round() -> None:
         assert recipe(strategy=name).strategy == name
     with pytest.raises(RecipeError, match="expected ddp or fsdp or zero1 or zero2 or zero3"):
         recipe(strategy="zero4")
+
+
+PROPERTIES = {
+    "ddp": set(),
+    "zero1": {"shards_optimizer_state"},
+    "zero2": {"shards_optimizer_state", "shards_gradients"},
+    "zero3": {"shards_optimizer_state", "shards_gradients", "shards_parameters"},
+    "fsdp": {
+        "shards_optimizer_state",
+        "shards_gradients",
+        "shards_parameters",
+        "needs_several_ranks",
+        "sums_gradients_over_ranks_in_backward",
+        "gathers_parameters_in_autocast_dtype",
+    },
+}
+
+
+def test_strategies_have_properties() -> None:
+    """What the package asks of a strategy is written down here, strategy by strategy."""
+    found = {
+        name: {item.name for item in fields(strategy) if getattr(strategy, item.name) is True}
+        for name, strategy in STRATEGIES.items()
+    }
+    assert found == PROPERTIES
+
+
+COMPARES_NAMES = {
+    "launcher/planning/strategy.py",  # what defines them
+    "launcher/engine/saving/checkpoint_tensors.py",  # a file that version 0.1 wrote under fsdp
+}
+
+
+def test_strategies_are_asked_for_properties() -> None:
+    """No module compares the name of a strategy or of its backend with a text."""
+    names = {*STRATEGIES, *(strategy.backend for strategy in STRATEGIES.values())}
+    found = set()
+    for path in sorted((ROOT / "launcher").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare):
+                sides = [node.left, *node.comparators]
+                parts = [part for side in sides for part in getattr(side, "elts", [side])]
+                texts = {part.value for part in parts if isinstance(part, ast.Constant)}
+                if texts & names:
+                    found.add(str(path.relative_to(ROOT)))
+    assert found == COMPARES_NAMES
 
 
 def test_a_plan_says_what_is_sharded() -> None:

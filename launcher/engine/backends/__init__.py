@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from launcher.planning.configs import process_environment
+from launcher.planning.strategy import STRATEGIES
 
 if TYPE_CHECKING:
     from launcher.engine.backends.base import Backend
@@ -24,11 +25,12 @@ def open_backend(recipe: Recipe, plan: Plan, world: World) -> Backend:
         from launcher.engine.backends.local import LocalBackend
 
         return LocalBackend(recipe, plan)
-    if plan.backend == "deepspeed":
+    strategy = STRATEGIES[plan.strategy]
+    if strategy.uses_deepspeed:
         os.environ.update(process_environment(plan))
         from launcher.engine.backends.deepspeed import DeepSpeedBackend
 
         return DeepSpeedBackend(recipe, plan, world)
     from launcher.engine.backends.accelerate import DDPBackend, FSDPBackend
 
-    return (FSDPBackend if plan.backend == "fsdp" else DDPBackend)(recipe, plan, world)
+    return (FSDPBackend if strategy.uses_fsdp else DDPBackend)(recipe, plan, world)

@@ -43,6 +43,7 @@ from launcher.engine.state.compiled import plain_name
 from launcher.environment.world import World
 from launcher.errors import WorldError
 from launcher.planning.plan import Plan
+from launcher.planning.strategy import STRATEGIES
 from launcher.recipe.recipe import Recipe
 
 T = TypeVar("T")
@@ -74,7 +75,7 @@ class GroupBackend(Backend):
         if cpu:
             os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # also where there are GPUs
         channels = "gloo" if cpu else "nccl"
-        if recipe.offload and plan.backend == "fsdp" and not cpu:
+        if recipe.offload and STRATEGIES[plan.strategy].uses_fsdp and not cpu:
             # What lies on the CPU is summed there: Accelerate then adds gloo to NCCL, as here.
             os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_OFFLOAD_PARAMS="true")
             channels = "cuda:nccl,cpu:gloo"

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from launcher.analysis.gradient_noise import Measurement
 from launcher.engine.backends.base import Backend
 from launcher.engine.metrics.meter import as_tensor
+from launcher.planning.strategy import STRATEGIES
 from launcher.recipe.recipe import Recipe
 
 STRIDE = 20
@@ -212,5 +213,6 @@ def make_noise_meter(recipe: Recipe, backend: Backend, model: nn.Module, stride:
     """Return what measures the noise under the plan's strategy, if the recipe asks for it."""
     if not recipe.noise_scale:
         return NullNoiseMeter()
-    kind = ReducedNoiseMeter if backend.plan.backend == "fsdp" else LocalNoiseMeter
+    summed = STRATEGIES[backend.plan.strategy].sums_gradients_over_ranks_in_backward
+    kind = ReducedNoiseMeter if summed else LocalNoiseMeter
     return kind(backend, backend.unwrap(model), stride)

@@ -24,6 +24,7 @@ from launcher.engine.state.compiled import is_compiled, plain_name
 from launcher.engine.state.module_state import Slot, saved_slots
 from launcher.engine.state.training_state import parameters
 from launcher.errors import RecipeError
+from launcher.planning.strategy import STRATEGIES
 
 _WHOLE_NUMBERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Types as which numbers of so many bytes are added up."""
@@ -209,7 +210,7 @@ class ForwardWrites:
 
     def __init__(self, model: nn.Module, backend: Backend, policy: str) -> None:
         self._model, self._backend, self._policy = model, backend, policy
-        self._sharded = backend.plan.strategy in ("fsdp", "zero3")
+        self._sharded = STRATEGIES[backend.plan.strategy].shards_parameters
         self._steps = 0
         self._writes: Writes | None = None
         self._together: dict[str, Slot] = {}

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from launcher.recipe.recipe import Data, Recipe
 
+DIAGNOSTICS_TIMEOUT = 30.0
+"""Seconds without progress after which ranks that examine themselves are ended."""
 
-def diagnostics_recipe() -> Recipe:
-    """Return a recipe of nothing, to plan an examination with."""
+
+def diagnostics_recipe(num_ranks: int, device: Literal["cuda", "cpu"] | None) -> Recipe:
+    """Return the recipe of ranks that examine themselves, which trains nothing.
+
+    Args:
+        num_ranks: The number of ranks; the batch has one sample for each.
+        device: What the ranks compute on; None takes the GPUs where there are any.
+    """
 
     def nothing(*_: object) -> Any:
         raise NotImplementedError
@@ -18,8 +26,10 @@ def diagnostics_recipe() -> Recipe:
         model=nothing,
         data=lambda: Data(train=()),
         loss=nothing,
-        batch_size=1,
+        batch_size=num_ranks,
         lr=1.0,
         lr_rule="none",
         steps=1,
+        device=device,
+        hang_timeout=DIAGNOSTICS_TIMEOUT,
     )

@@ -1,0 +1,99 @@
+"""What each setting affects, and the sets of settings that follow from it."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+from examples import LAPTOP, recipe
+
+from launcher import Recipe, make_plan
+from launcher.recipe.affects import Affects, effects_of
+from launcher.recipe.recipe import setting_types, settings_affecting
+
+FUNCTIONS = {"model", "data", "loss", "metrics", "forward", "count"}
+
+SETTINGS = {
+    Affects.SAMPLES: {
+        "batch_size",
+        "batch_size_per_gpu",
+        "batch_milestones",
+        "batch_gamma",
+        "train_samples",
+        "seed",
+    },
+    Affects.UPDATES: {
+        "optimizer",
+        "schedule",
+        "lr",
+        "lr_batch_size",
+        "lr_rule",
+        "epochs",
+        "steps",
+        "precision",
+        "max_grad_norm",
+        "sync_batchnorm",
+        "rank_buffers",
+        "tf32",
+    },
+    Affects.EXECUTION: {
+        "micro_batch_size",
+        "strategy",
+        "offload",
+        "compile",
+        "activation_checkpointing",
+        "blocks",
+        "channels_last",
+        "cudnn_benchmark",
+        "device",
+    },
+    Affects.NODE: {"in_memory", "num_workers", "worker_start", "prefetch_factor", "pin_memory"},
+    Affects.NOTHING: {
+        "name",
+        "evaluate_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "max_bad_steps",
+        "hang_timeout",
+        "noise_scale",
+        "trackers",
+        "record_samples",
+    },
+}
+
+
+def test_every_setting_says_what_it_affects() -> None:
+    """Each field of a recipe is a function of it or a setting with exactly one effect."""
+    names = {item.name for item in fields(Recipe)}
+    assert set(effects_of(Recipe)) == names - FUNCTIONS
+    assert set(recipe().settings()) == names - FUNCTIONS
+    assert set(setting_types()) == names - FUNCTIONS - {"optimizer", "schedule"}
+
+
+@pytest.mark.parametrize("part", Affects)
+def test_settings_are_listed_by_what_they_affect(part: Affects) -> None:
+    """Each part of a run is affected by the settings that are written down here."""
+    assert set(settings_affecting(part)) == SETTINGS[part]
+
+
+def test_ranks_agree_on_all_settings_but_those_of_a_node() -> None:
+    """A plan's agreement holds every setting that may not differ between nodes."""
+    agreement = make_plan(recipe(), LAPTOP).agreement()
+    numbers = {"workers_per_rank", "threads_per_rank", "machine"}
+    assert not agreement.keys() & (SETTINGS[Affects.NODE] | numbers)
+    for part in set(Affects) - {Affects.NODE}:
+        assert SETTINGS[part] <= agreement.keys()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"in_memory": True},
+        {"num_workers": 7, "worker_start": "spawn", "prefetch_factor": 5, "pin_memory": False},
+    ],
+)
+def test_nodes_may_read_samples_differently(changes: dict[str, Any]) -> None:
+    """Ranks with other settings for reading take the same steps, so that their plans agree."""
+    plan, other = make_plan(recipe(), LAPTOP), make_plan(recipe(**changes), LAPTOP)
+    assert plan.differences(other.agreement()) == {}
