@@ -12,8 +12,9 @@ import msgspec
 
 from launcher.planning.plan import Plan
 from launcher.runs.events import read_events
+from launcher.runs.failure_record import read_failure
 from launcher.runs.heartbeat import Heartbeat, read_heartbeats
-from launcher.runs.rundir import RunDir, read_failure, read_run
+from launcher.runs.rundir import RunDir, read_run
 from launcher.runs.status import RunState, read_result, read_run_state
 
 COLUMNS = (
@@ -81,7 +82,8 @@ class History:
         newest: Bytes of metrics.jsonl to read, from its end; None reads all.
 
     Raises:
-        RunDirError: run.yaml is not there, damaged, or of another version.
+        RunDirError: run.yaml is missing, damaged or of another version; or failure.json is
+            damaged.
     """
 
     def __init__(self, run_dir: RunDir, *, newest: int | None = None) -> None:
@@ -177,8 +179,8 @@ class History:
             elif event["event"] in ("stopped", "failed", "finished") and found:
                 found[-1].ended, found[-1].until = event, event["time"]
         if found and found[-1].ended is None and self.failure is not None:
-            failed = {"event": "failed"} | self.failure
-            found[-1].ended, found[-1].until = failed, failed["time"]
+            failed = {"event": "failed"} | self.failure.to_dict()
+            found[-1].ended, found[-1].until = failed, self.failure.time
         times = self.steps["time"]
         ends = [*(later.began["time"] for later in found[1:]), math.inf]
         for attempt, before in zip(found, ends, strict=False):

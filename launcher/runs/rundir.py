@@ -37,9 +37,6 @@ import msgspec
 
 from launcher.errors import RunDirError
 
-FAILURE_FILE = "LAUNCHER_FAILURE_FILE"
-"""The environment variable by which a rank knows where to leave a failure that found no room."""
-
 
 @dataclass(frozen=True)
 class RunDir:
@@ -336,54 +333,6 @@ def line_count(path: Path) -> int:
             return sum(1 for _ in file)
     except OSError:
         return 0
-
-
-def record_failure(run_dir: RunDir, failure: Mapping[str, Any]) -> bool:
-    """Write failure.json unless an earlier failure is there; return whether this one is the first.
-
-    The file is complete from the moment it exists, and among ranks that fail together exactly one
-    is the first: it is linked into place, which fails where the name is taken. Where the folder
-    cannot be written, as on a full disk, whoever started the ranks finds the failure elsewhere.
-    """
-    beside = run_dir.failure.with_name(f".failure.{os.uname().nodename}.{os.getpid()}.tmp")
-    try:
-        beside.write_text(json.dumps(failure, indent=2) + "\n", encoding="utf-8")
-        os.link(beside, run_dir.failure)
-    except FileExistsError:
-        return False
-    except OSError:
-        _leave_failure(failure)
-        return True  # no folder to agree in: better to speak twice than not at all
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
-    return True
-
-
-def _leave_failure(failure: Mapping[str, Any]) -> None:
-    """Write a failure where whoever has started this rank looks for what found no room."""
-    if given := os.environ.get(FAILURE_FILE):
-        with contextlib.suppress(OSError):
-            Path(given).write_text(json.dumps(failure), encoding="utf-8")
-
-
-def failure_of_rank(folder: Path, local_rank: int) -> Path:
-    """Return where in the launcher's own folder a rank leaves its failure, if need be."""
-    return folder / f"failure{local_rank}.json"
-
-
-def read_failure(run_dir: RunDir) -> dict[str, Any] | None:
-    """Return the run's first failure, or None where it recorded none."""
-    return read_failure_file(run_dir.failure)
-
-
-def read_failure_file(path: Path) -> dict[str, Any] | None:
-    """Return the failure that a file holds, or None where there is none."""
-    try:
-        failure = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return failure if isinstance(failure, dict) else None
 
 
 def why_not_writable(run_dir: RunDir) -> str | None:

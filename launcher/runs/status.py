@@ -10,10 +10,12 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+from launcher.errors import RunDirError
 from launcher.quantities import duration
 from launcher.runs.events import read_events
+from launcher.runs.failure_record import read_failure
 from launcher.runs.heartbeat import Heartbeat, is_running, read_heartbeats
-from launcher.runs.rundir import RunDir, read_failure
+from launcher.runs.rundir import RunDir
 
 COLOURS = {
     "running": "cyan",
@@ -113,13 +115,15 @@ def outcome(run_dir: RunDir) -> RunState | None:
         values = result["evaluation"] or {"loss": result["train_loss"]}
         shown = ", ".join(f"{name} {number_text(value)}" for name, value in values.items())
         return RunState(name="finished", words=f"finished after {result['steps']:,} steps: {shown}")
-    if (failure := read_failure(run_dir)) is not None:
-        head = shorten(failure["message"].partition("\n")[0], _WIDTH, placeholder=" ...")
-        where = f"rank {failure['rank']} ({failure['node']})"
-        return RunState(
-            name="failed", words=f"failed on {where}: {failure['error']}: {head}".rstrip(": ")
-        )
-    return None
+    try:
+        failure = read_failure(run_dir)
+    except RunDirError as error:
+        return RunState(name="failed", words=f"failed: {error}")
+    if failure is None:
+        return None
+    head = shorten(failure.message.partition("\n")[0], _WIDTH, placeholder=" ...")
+    where = f"rank {failure.rank} ({failure.node})"
+    return RunState(name="failed", words=f"failed on {where}: {failure.error}: {head}".rstrip(": "))
 
 
 def progress_words(run_dir: RunDir, total_steps: int | None = None) -> str:

@@ -19,8 +19,8 @@ from torch.distributed.elastic.rendezvous import (
 
 from launcher.engine.ranks.rendezvous import Rendezvous
 from launcher.forking import without_main_module
+from launcher.runs.failure_record import FAILURE_FILE, failure_of_rank
 from launcher.runs.job import Job
-from launcher.runs.rundir import FAILURE_FILE, failure_of_rank
 from launcher.signals import deaf
 
 _SECONDS_BETWEEN_LOOKS = 0.05

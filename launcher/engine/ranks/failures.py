@@ -9,16 +9,17 @@ import signal
 import time
 import traceback
 from dataclasses import replace
-from typing import Any, TextIO
+from typing import TextIO
 
 import torch
 
 from launcher.console.failure import failure_text
 from launcher.environment.world import World
 from launcher.errors import EXIT_FAILED, LauncherError, LostRankError, TrainingError
+from launcher.runs.failure_record import Failure, record_failure
 from launcher.runs.heartbeat import is_running, read_heartbeats
 from launcher.runs.redaction import redacted
-from launcher.runs.rundir import RunDir, line_count, record_failure
+from launcher.runs.rundir import RunDir, line_count
 from launcher.signals import StopRequest
 
 _PEER_LOST = (
@@ -60,20 +61,19 @@ def fail(
         stop: Notes whether this rank has been told to end.
     """
     _hear_no_more_of_workers()
-    failure = describe(error, world)
-    failure["log_line"] = 1 + line_count(run_dir.log(world.rank))
-    print(failure["traceback"] or failure["message"], file=log, flush=True)
+    failure = replace(describe(error, world), log_line=1 + line_count(run_dir.log(world.rank)))
+    print(failure.traceback or failure.message, file=log, flush=True)
     stop = stop or StopRequest()
-    if failure["lost_peer"]:
+    if failure.lost_peer:
         stop.wait_to_be_ended(_SECONDS_FOR_THE_PEER)
         failure = _departure(run_dir, world) or failure
-    if failure["lost_peer"]:
+    if failure.lost_peer:
         stop.wait_to_be_ended(_SECONDS_TO_BE_ENDED)
     if not record_failure(run_dir, failure):
         stop.wait_to_be_ended(_SECONDS_TO_BE_ENDED)
     elif show is not None:
         print(failure_text(failure, run_dir), file=show, flush=True)
-    return int(failure["exit_code"])
+    return failure.exit_code
 
 
 def _hear_no_more_of_workers() -> None:
@@ -90,7 +90,7 @@ def _hear_no_more_of_workers() -> None:
         return
 
 
-def _departure(run_dir: RunDir, world: World) -> dict[str, Any] | None:
+def _departure(run_dir: RunDir, world: World) -> Failure | None:
     """Return the failure of a rank of this node that has ended as if all were well, if one has."""
     for peer in read_heartbeats(run_dir):
         here = peer.rank != world.rank and peer.node == platform.node()
@@ -99,7 +99,7 @@ def _departure(run_dir: RunDir, world: World) -> dict[str, Any] | None:
                 f"Rank {peer.rank} ({peer.node}) ended with exit code 0 before the run did, last "
                 f"seen at step {peer.step:,}, {peer.phase}: something called exit() there."
             )
-            return describe(error, replace(world, rank=peer.rank)) | {"pid": peer.pid}
+            return replace(describe(error, world), rank=peer.rank, pid=peer.pid)
     return None
 
 
@@ -110,8 +110,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)
 
 
-def describe(error: BaseException, world: World) -> dict[str, Any]:
-    """Return a failure as plain values."""
+def describe(error: BaseException, world: World) -> Failure:
+    """Return the failure of a rank of this process that raised `error`."""
     if _WORKER_LOST.search(str(error)):
         error = TrainingError(
             f"{error}\n\nA DataLoader worker died. The kernel kills one where memory runs out (see "
@@ -127,16 +127,16 @@ def describe(error: BaseException, world: World) -> dict[str, Any]:
         )
     known = isinstance(error, LauncherError)
     text = "" if known else "".join(traceback.format_exception(error))
-    return {
-        "rank": world.rank,
-        "node": platform.node(),
-        "pid": os.getpid(),
-        "time": time.time(),
-        "error": type(error).__name__,
-        "message": redacted(str(error)),
-        "traceback": redacted(text),
-        "exit_code": error.exit_code if isinstance(error, LauncherError) else EXIT_FAILED,
-        "out_of_memory": out_of_memory,
-        "lost_peer": isinstance(error, LostRankError)
+    return Failure(
+        rank=world.rank,
+        node=platform.node(),
+        pid=os.getpid(),
+        time=time.time(),
+        error=type(error).__name__,
+        message=redacted(str(error)),
+        traceback=redacted(text),
+        exit_code=error.exit_code if isinstance(error, LauncherError) else EXIT_FAILED,
+        out_of_memory=out_of_memory,
+        lost_peer=isinstance(error, LostRankError)
         or (not known and any(sign in str(error) for sign in _PEER_LOST)),
-    }
+    )
