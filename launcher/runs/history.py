@@ -10,11 +10,11 @@ from typing import Any
 
 import msgspec
 
-from launcher.planning.plan import Plan
 from launcher.runs.events import read_events
 from launcher.runs.failure_record import read_failure
 from launcher.runs.heartbeat import Heartbeat, read_heartbeats
-from launcher.runs.rundir import RunDir, read_run
+from launcher.runs.run_record import RunRecord, read_run
+from launcher.runs.rundir import RunDir
 from launcher.runs.status import RunState, read_result, read_run_state
 
 COLUMNS = (
@@ -104,8 +104,8 @@ class History:
         if identity != self._identity or (found and found.st_size < self._position):
             self._identity, self._position = identity, 0
         if self._position == 0:
-            self.said: dict[str, Any] = read_run(self.run_dir)
-            self.plan = Plan.from_dict(self.said["plan"])
+            self.record: RunRecord = read_run(self.run_dir)
+            self.plan = self.record.read_plan()
             self._lines = _Lines()
         if found is not None and found.st_size > self._position:
             self._read_on()

@@ -18,6 +18,7 @@ from launcher.recipe.overrides import BuiltRecipe, Override, build
 from launcher.recipe.recipe import Recipe
 from launcher.recipe.resolve import Reference, cannot, resolve
 from launcher.runs.provenance import command_line, git_state, versions
+from launcher.runs.run_record import RunRecord
 from launcher.runs.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -158,20 +159,20 @@ def plan_recipe(
     return built, replace(plan, notes=(*plan.notes, *notes))
 
 
-def describe_run(reference: Reference, built: BuiltRecipe, plan: Plan) -> dict[str, Any]:
-    """Return what run.yaml says."""
+def describe_run(reference: Reference, built: BuiltRecipe, plan: Plan) -> RunRecord:
+    """Return the record of a run that this process starts."""
     file = Path(reference.location.rpartition(":")[0])
     folder = file.parent if file.is_absolute() else Path.cwd()
-    return {
-        "recipe": reference.location,
-        "overrides": dict(built.overrides),
-        "plan": plan.to_dict(),
-        "versions": versions(),
-        "git": git_state(folder),
-        "host": platform.node(),
-        "folder": str(Path.cwd()),
-        "command": command_line(),
-    }
+    return RunRecord(
+        recipe=reference.location,
+        overrides=dict(built.overrides),
+        plan=plan.to_dict(),
+        versions=versions(),
+        git=git_state(folder),
+        host=platform.node(),
+        folder=str(Path.cwd()),
+        command=tuple(command_line()),
+    )
 
 
 def _assume(recipe: Recipe, machine: Machine, nproc: int | None) -> tuple[Machine, list[str]]:

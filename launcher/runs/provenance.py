@@ -5,12 +5,26 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from launcher.runs.redaction import redacted
 
 _PACKAGES = ("gpu-launcher", "torch", "accelerate", "deepspeed", "numpy", "safetensors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GitState:
+    """State of a git repository."""
+
+    commit: str
+    """Full hash of the commit that is checked out."""
+
+    branch: str
+    """Name of the branch; `HEAD` if none is checked out."""
+
+    changed_files: int
+    """Files that differ from the commit, untracked ones included."""
 
 
 def versions() -> dict[str, str]:
@@ -26,7 +40,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def git_state(folder: Path) -> dict[str, Any] | None:
+def git_state(folder: Path) -> GitState | None:
     """Return the commit of the repository around `folder`, and whether files differ from it.
 
     None where there is no repository or no git.
@@ -42,11 +56,11 @@ def git_state(folder: Path) -> dict[str, Any] | None:
         ).stdout.strip()
 
     try:
-        return {
-            "commit": git("rev-parse", "HEAD"),
-            "branch": git("rev-parse", "--abbrev-ref", "HEAD"),
-            "changed_files": len(git("status", "--porcelain").splitlines()),
-        }
+        return GitState(
+            commit=git("rev-parse", "HEAD"),
+            branch=git("rev-parse", "--abbrev-ref", "HEAD"),
+            changed_files=len(git("status", "--porcelain").splitlines()),
+        )
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -252,41 +252,6 @@ def folders_of_runs(below: Path, depth: int = 3) -> Iterator[RunDir]:
             yield from folders_of_runs(below / name, depth - 1)
 
 
-def read_run(run_dir: RunDir) -> dict[str, Any]:
-    """Return what run.yaml says.
-
-    Raises:
-        RunDirError: It cannot be read.
-    """
-    import yaml
-
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same in C, ten times as fast
-    try:
-        said = yaml.load(run_dir.run_yaml.read_text(encoding="utf-8"), loader)  # noqa: S506
-    except OSError as error:
-        raise RunDirError(f"Cannot read {run_dir.run_yaml}: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise RunDirError(f"{run_dir.run_yaml} is damaged: it is not YAML.") from None
-    if not isinstance(said, dict) or "recipe" not in said:
-        raise RunDirError(f"{run_dir.run_yaml} is damaged: it does not name a recipe.")
-    return said
-
-
-def write_resumption(run_dir: RunDir, description: Mapping[str, Any]) -> None:
-    """Write run.yaml anew, with what it said before among what came earlier.
-
-    Where its ranks were is forgotten.
-
-    Raises:
-        RunDirError: What it said cannot be read; nothing was changed. Or it cannot be written.
-    """
-    before = read_run(run_dir)
-    for left in run_dir.health(0).parent.glob("*.json"):
-        left.unlink()
-    earlier = [*before.pop("earlier", []), before]
-    write_yaml(run_dir.run_yaml, {**description, "earlier": earlier})
-
-
 def keep_until(run_dir: RunDir, step: int) -> None:
     """Take back what a run wrote of steps after `step`, which it will take again.
 
