@@ -22,7 +22,8 @@ from launcher.recipe.overrides import Override, build
 from launcher.recipe.recipe import Recipe, StrategyName
 from launcher.recipe.resolve import Reference
 from launcher.runs.job import Job, describe_run, plan_recipe
-from launcher.runs.rundir import RunDir, create_run_dir, write_yaml
+from launcher.runs.run_record import RunRecord, write_run
+from launcher.runs.rundir import RunDir, create_run_dir
 
 if TYPE_CHECKING:
     from launcher.engine.probes.inspection import Inspection
@@ -81,7 +82,7 @@ def plan_trials(
     """
     if strategies is None:
         strategies = _defaults(build(reference, overrides).recipe, machine, max(worlds))
-    plans: dict[tuple[str, int], tuple[Plan, dict[str, object]]] = {}
+    plans: dict[tuple[str, int], tuple[Plan, RunRecord]] = {}
     for ranks in worlds:
         for strategy in strategies:
             if ranks == 1 and strategy == _OVER_SEVERAL_RANKS:
@@ -105,7 +106,7 @@ def plan_trials(
     trials = []
     for (strategy, ranks), (plan, description) in plans.items():
         run_dir = create_run_dir(folder / f"{strategy}-{ranks}", plan.recipe)
-        write_yaml(run_dir.run_yaml, description)
+        write_run(run_dir, description)
         trials.append(ParityRun(strategy=strategy, plan=plan, run_dir=run_dir))
     return trials
 

@@ -80,7 +80,8 @@ def command(
     from launcher.runs.checkpoints import check_resumable
     from launcher.runs.job import ResumeFrom, describe_run, plan_recipe
     from launcher.runs.ownership import check_unowned, own
-    from launcher.runs.rundir import open_run_dir, read_run, write_resumption
+    from launcher.runs.run_record import read_run, write_resumption
+    from launcher.runs.rundir import open_run_dir
 
     signals = SignalHandler()  # before anything slow
     showing = output_mode(quiet=quiet, as_json=as_json)
@@ -90,16 +91,16 @@ def command(
     folder = open_run_dir(run_dir)
     check_unowned(folder.path)
     said, text = read_run(folder), folder.run_yaml.read_text(encoding="utf-8")
-    chosen = _choose(folder, name, said["recipe"])
-    if Path.cwd() != Path(said["folder"]) and Path(said["folder"]).is_dir():
-        os.chdir(said["folder"])  # what the recipe reads may be named from there
-    reference = resolve(said["recipe"])
+    chosen = _choose(folder, name, said.recipe)
+    if Path.cwd() != Path(said.folder) and Path(said.folder).is_dir():
+        os.chdir(said.folder)  # what the recipe reads may be named from there
+    reference = resolve(said.recipe)
     before = [
         Override(name=each, value=value, source="run.yaml")
-        for each, value in said["overrides"].items()
+        for each, value in said.overrides.items()
     ]
     given = (*before, *read_arguments(overrides))
-    nproc = nproc_per_node or int(said["plan"]["nproc_per_node"])
+    nproc = nproc_per_node or said.nproc_per_node
     built, plan = plan_recipe(
         reference,
         given,
@@ -143,7 +144,7 @@ def command(
             restarts=max_restarts,
             rendezvous=joint,
             begin=ResumeFrom(step=chosen.step, fall_back=auto, accept=accept),
-            changes=_changes(manifest, said["plan"], build(reference, before), (built, plan)),
+            changes=_changes(manifest, said.plan, build(reference, before), (built, plan)),
             restores=text,
         )
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from launcher.cli import echo_if_possible
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from launcher.recipe.overrides import Override
     from launcher.recipe.resolve import Reference
     from launcher.runs.job import OutputMode, ResumeFrom
+    from launcher.runs.run_record import RunRecord
     from launcher.runs.rundir import RunDir
 
 
@@ -69,7 +70,7 @@ def without(arguments: Sequence[str], options: Sequence[str]) -> list[str]:
 def make_run_dir(
     out: Path | None,
     recipe: str,
-    description: Mapping[str, Any],
+    description: RunRecord,
     held: ExitStack,
     *,
     goes_on: bool = False,
@@ -89,7 +90,8 @@ def make_run_dir(
         RunDirError: Another process owns the folder, or it is taken or cannot be made.
     """
     from launcher.runs.ownership import check_unowned, own
-    from launcher.runs.rundir import RunDir, create_run_dir, write_resumption, write_yaml
+    from launcher.runs.run_record import write_resumption, write_run
+    from launcher.runs.rundir import RunDir, create_run_dir
 
     begun = out is not None and RunDir(out.resolve())
     if begun and goes_on and (begun.run_yaml.is_file() or begun.submission.is_file()):
@@ -97,13 +99,13 @@ def make_run_dir(
         if begun.run_yaml.is_file():
             write_resumption(begun, description)
         else:
-            write_yaml(begun.run_yaml, description)
+            write_run(begun, description)
         return begun
     if out is not None:
         check_unowned(out)
     made = create_run_dir(out, recipe)
     held.enter_context(own(made, with_ranks=with_ranks))
-    write_yaml(made.run_yaml, description)
+    write_run(made, description)
     return made
 
 

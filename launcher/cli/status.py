@@ -29,7 +29,7 @@ def command(what: str | None, *, as_json: bool) -> None:
     launcher status 1234
     """
     from launcher.console.failure import failure_text
-    from launcher.runs.rundir import read_failure
+    from launcher.runs.failure_record import read_failure
     from launcher.slurm.submission import find_submission, status_of, submissions
 
     if what is None or (Path(what).is_dir() and not (Path(what) / "submission.json").exists()):

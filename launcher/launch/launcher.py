@@ -32,9 +32,14 @@ from launcher.forking import reason_not_to_fork
 from launcher.planning.configs import process_environment
 from launcher.planning.plan import Plan
 from launcher.runs.checkpoints import list_checkpoints
+from launcher.runs.failure_record import (
+    Failure,
+    failure_of_rank,
+    find_failure,
+    replace_failure,
+)
 from launcher.runs.heartbeat import PHASES, read_heartbeat
 from launcher.runs.job import Job
-from launcher.runs.rundir import failure_of_rank, read_failure, read_failure_file, write_json
 from launcher.signals import EXIT_BY_SIGNAL, STOP_SIGNALS
 
 if TYPE_CHECKING:
@@ -311,33 +316,31 @@ def _tell(
     """
     rank, first = min(failures.items(), key=lambda item: item[1].timestamp)
     left = failure_of_rank(folder, rank % job.plan.nproc_per_node)
-    failure = read_failure(job.run_dir) or read_failure_file(left)
+    failure = find_failure(job.run_dir, left)
     if rendezvous is not None and failure is not None:
-        here = failure["rank"] // job.plan.nproc_per_node == rendezvous.index
-        if not here or (failure["lost_peer"] and failure["rank"] == rank):
+        here = failure.rank // job.plan.nproc_per_node == rendezvous.index
+        if not here or (failure.lost_peer and failure.rank == rank):
             rendezvous.check_peers(patiently=True)
-    if failure is None or failure["lost_peer"]:
+    if failure is None or failure.lost_peer:
         text = death_text(rank, first.exitcode, job.run_dir, oom_kills=killed_for_memory)
-        failure = {
-            "rank": rank,
-            "node": platform.node(),
-            "pid": first.pid,
-            "time": first.timestamp,
-            "error": "Death",
-            "message": text.partition("\n")[0].removeprefix("launcher: "),
-            "traceback": "",
-            "exit_code": EXIT_FAILED,
-            "lost_peer": False,
-            "out_of_memory": bool(killed_for_memory),
-        }
+        failure = Failure(
+            rank=rank,
+            node=platform.node(),
+            pid=first.pid,
+            time=first.timestamp,
+            error="Death",
+            message=text.partition("\n")[0].removeprefix("launcher: "),
+            exit_code=EXIT_FAILED,
+            out_of_memory=bool(killed_for_memory),
+        )
         with contextlib.suppress(RunDirError):  # on a full disk it is shown at least
-            write_json(job.run_dir.failure, failure)
+            replace_failure(job.run_dir, failure)
     else:
         text = failure_text(failure, job.run_dir)
     if rendezvous is not None:
-        rendezvous.report(failure["exit_code"])
+        rendezvous.report(failure.exit_code)
     show(text)
-    return int(failure["exit_code"])
+    return failure.exit_code
 
 
 def _quieten_the_agent() -> None:

@@ -14,8 +14,9 @@ from launcher.environment.machine import free_memory_bytes
 from launcher.errors import EXIT_FAILED, EndedError, LauncherError, TrainingError
 from launcher.launch.launcher import SignalHandler
 from launcher.runs.cache import cache_folder
+from launcher.runs.failure_record import read_failure
 from launcher.runs.provenance import versions
-from launcher.runs.rundir import RunDir, create_run_dir, read_failure, write_json
+from launcher.runs.rundir import RunDir, create_run_dir, write_json
 from launcher.tuning.probe_run import Probe, Target, run_probe
 
 STEPS = 4
@@ -102,9 +103,9 @@ class BatchSearch:
         else:
             values = json.loads(run_dir.size.read_text(encoding="utf-8"))
             return SizeTrial(size=size, fits=True, **values)
-        failure = read_failure(run_dir) or {}
-        if failure.get("out_of_memory") or any(
-            name in failure.get("message", "") for name in _ENDS_FOR_MEMORY
+        failure = read_failure(run_dir)
+        if failure is not None and (
+            failure.out_of_memory or any(name in failure.message for name in _ENDS_FOR_MEMORY)
         ):
             return SizeTrial(size=size, fits=False)
         raise TrainingError(

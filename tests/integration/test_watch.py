@@ -22,7 +22,8 @@ from launcher.console.colours import painted
 from launcher.console.progress import sparkline
 from launcher.console.run_table import RunRow, ordered
 from launcher.runs.heartbeat import Heartbeat
-from launcher.runs.rundir import RunDir, read_run, write_resumption
+from launcher.runs.run_record import read_run, write_resumption
+from launcher.runs.rundir import RunDir
 from launcher.runs.status import is_alive, read_run_state
 
 STRAGGLING = ROOT / "tests/recipes/straggling.py"
