@@ -77,9 +77,9 @@ def command(
     from launcher.launch.multi_node import check_restarts, joined, make_run_dir_once
     from launcher.recipe.overrides import Override, build, read_arguments
     from launcher.recipe.resolve import resolve
-    from launcher.runs.checkpoints import check_resumable
     from launcher.runs.job import ResumeFrom, describe_run, plan_recipe
     from launcher.runs.ownership import check_unowned, own
+    from launcher.runs.resumption import check_resumable
     from launcher.runs.run_record import read_run, write_resumption
     from launcher.runs.rundir import open_run_dir
 
@@ -199,7 +199,7 @@ def _changes(
     """
     from launcher.console.explain import schedule_change
     from launcher.planning.plan import Plan
-    from launcher.runs.checkpoints import changes
+    from launcher.runs.resumption import changes
 
     if manifest is None:
         return []
