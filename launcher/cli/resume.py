@@ -27,7 +27,8 @@ from launcher.errors import CheckpointError, RunDirError
 if TYPE_CHECKING:
     from launcher.planning.plan import Plan
     from launcher.recipe.overrides import BuiltRecipe
-    from launcher.runs.checkpoints import Checkpoint, Manifest
+    from launcher.runs.checkpoints import Checkpoint
+    from launcher.runs.manifest import Manifest
     from launcher.runs.rundir import RunDir
 
 

@@ -35,9 +35,10 @@ from launcher.errors import CheckpointError, LauncherError, TrainingError, Usage
 from launcher.planning.plan import Plan
 from launcher.quantities import duration
 from launcher.recipe.recipe import Recipe
-from launcher.runs.checkpoints import Checkpoint, Manifest, list_checkpoints, set_aside
+from launcher.runs.checkpoints import Checkpoint, list_checkpoints, set_aside
 from launcher.runs.events import record_event, record_past_failure
 from launcher.runs.job import MISSING_STATE, RecipeSource, ReportWriter, ResumeFrom
+from launcher.runs.manifest import Manifest
 from launcher.runs.resumption import check_resumable
 from launcher.runs.run_record import read_run
 from launcher.runs.rundir import RunDir, keep_until, write_json

@@ -1,4 +1,4 @@
-"""Where a run came from: versions of what it used, and the state of the code in git."""
+"""Where a run came from: package versions, the state of the code in git, the command line."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that a run depends on."""
     from importlib import metadata
 
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def git_state(folder: Path) -> GitState | None:
-    """Return the commit of the repository around `folder`, and whether files differ from it.
+    """Return the state of the repository that holds `folder`.
 
-    None where there is no repository or no git.
+    None if there is no repository, or git is not installed or fails.
     """
 
     def git(*arguments: str) -> str:
@@ -66,5 +66,5 @@ def git_state(folder: Path) -> GitState | None:
 
 
 def command_line() -> list[str]:
-    """Return the arguments that this process was started with, less what is secret."""
-    return [redacted(each) for each in sys.orig_argv]
+    """Return the command line of this process, without the values of keys and passwords."""
+    return [redacted(argument) for argument in sys.orig_argv]

@@ -7,12 +7,12 @@ from collections.abc import Collection
 
 from launcher.errors import CheckpointError
 from launcher.planning.plan import Plan
-from launcher.runs.checkpoints import Manifest
+from launcher.runs.manifest import Manifest
 
-_SAME = ("recipe", "batch_size", "stages", "seed", "train_samples")
-"""What a resumed run has in common with the one that was, so that its samples go on."""
+_REQUIRED_EQUAL = ("recipe", "batch_size", "stages", "seed", "train_samples")
+"""Values that determine which samples a step takes; a resumed run keeps them."""
 
-_FREE = (
+_UNREPORTED = (
     "strategy",
     "micro_batch_size",
     "offload",
@@ -24,48 +24,55 @@ _FREE = (
     "noise_scale",
     "record_samples",
 )
-"""Settings that change no step."""
+"""Settings that change no step, so that a change of them is not worth a line."""
 
 
 def check_resumable(
     manifest: Manifest, plan: Plan, name: str, accept: Collection[str] = ()
 ) -> None:
-    """Refuse to go on with a plan that takes other samples than the run that was.
+    """Refuse a plan whose steps would take other samples than those of the run so far.
+
+    Where the number of training samples is known to only one of the two, and the checkpoint holds
+    a fingerprint of the data, the ranks compare the data instead.
 
     Args:
-        manifest: What the checkpoint says of itself.
-        plan: How the run would go on.
-        name: The checkpoint's, for the message.
-        accept: What may differ: with `data` the number of training samples may.
+        manifest: The manifest of the checkpoint.
+        plan: The plan that would resume the run.
+        name: Name of the checkpoint, for the message.
+        accept: What the user lets differ: with `data` the number of training samples may.
 
     Raises:
-        CheckpointError: It names what differs.
+        CheckpointError: The recipe, batch size, stages, seed or number of training samples differ;
+            the message names the first that does, with both values.
     """
-    was, now = manifest.agreement, json.loads(json.dumps(plan.agreement()))
-    for key in _SAME:
+    before, now = manifest.agreement, json.loads(json.dumps(plan.agreement()))
+    for key in _REQUIRED_EQUAL:
         if key == "train_samples" and (
             "data" in accept
-            or (None in (was.get(key), now.get(key)) and manifest.values.get("data") is not None)
+            or (None in (before.get(key), now.get(key)) and manifest.values.get("data") is not None)
         ):
-            continue  # where only one of them is known, the data itself is compared
-        if was.get(key) != now.get(key):
+            continue
+        if before.get(key) != now.get(key):
             hint = ""
             if key == "batch_size" and now.get("batch_size_per_gpu") is not None:
-                hint = " (batch_size_per_gpu lets it follow the ranks)"
+                hint = " (batch_size_per_gpu makes it follow the number of ranks)"
             if key == "train_samples":
-                hint = " (`--accept data` goes on with other data on purpose)"
+                hint = " (`--accept data` resumes with other data on purpose)"
             raise CheckpointError(
-                f"{name} was written with {key} {was.get(key)}, and the plan has {now.get(key)}"
-                f"{hint}: the samples of its steps would be others. Resume it with {key} "
-                f"{was.get(key)}, or start a new run."
+                f"{name} was written with {key} {before.get(key)}, and the plan has {now.get(key)}"
+                f"{hint}: the steps would take other samples. Resume with {key} "
+                f"{before.get(key)}, or start a new run."
             )
 
 
 def changes(manifest: Manifest, plan: Plan) -> list[str]:
-    """Return the settings that are others than those of the run that was, in words."""
-    was, now = manifest.agreement, json.loads(json.dumps(plan.agreement()))
+    """Return the settings that the plan changes, each as `name old -> new`, sorted by name.
+
+    Settings that change no step are not reported.
+    """
+    before, now = manifest.agreement, json.loads(json.dumps(plan.agreement()))
     return [
-        f"{key} {was[key]} -> {now[key]}"
-        for key in sorted(was.keys() & now.keys())
-        if was[key] != now[key] and key in plan.settings and key not in _FREE
+        f"{key} {before[key]} -> {now[key]}"
+        for key in sorted(before.keys() & now.keys())
+        if before[key] != now[key] and key in plan.settings and key not in _UNREPORTED
     ]

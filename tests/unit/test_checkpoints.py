@@ -12,15 +12,8 @@ from typing import Any
 import pytest
 
 from launcher.errors import CheckpointError
-from launcher.runs.checkpoints import (
-    FORMAT,
-    Checkpoint,
-    Manifest,
-    begin,
-    commit,
-    list_checkpoints,
-    sum_file,
-)
+from launcher.runs.checkpoints import Checkpoint, begin, commit, list_checkpoints
+from launcher.runs.manifest import FORMAT, Manifest, sum_file
 from launcher.runs.rundir import RunDir
 
 MANIFEST = Manifest(
