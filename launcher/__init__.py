@@ -18,7 +18,6 @@ if TYPE_CHECKING:
         PlanError,
         RecipeError,
         RunDirError,
-        RunFailedError,
         SampleError,
         TrainingError,
         UsageError,
@@ -44,11 +43,13 @@ if TYPE_CHECKING:
         warmup,
         wsd,
     )
+    from launcher.runs.failure_record import Failure, RunFailedError
     from launcher.runs.history import History
     from launcher.runs.run_result import RunResult
 
 __all__ = [
     "Data",
+    "Failure",
     "History",
     "LauncherError",
     "LoaderPolicy",
@@ -93,6 +94,7 @@ __all__ = [
 
 _MODULES = {
     "Data": "launcher.recipe.recipe",
+    "Failure": "launcher.runs.failure_record",
     "History": "launcher.runs.history",
     "LauncherError": "launcher.errors",
     "LoaderPolicy": "launcher.planning.loading",
@@ -104,7 +106,7 @@ _MODULES = {
     "Recipe": "launcher.recipe.recipe",
     "RecipeError": "launcher.errors",
     "RunDirError": "launcher.errors",
-    "RunFailedError": "launcher.errors",
+    "RunFailedError": "launcher.runs.failure_record",
     "RunResult": "launcher.runs.run_result",
     "SampleError": "launcher.errors",
     "Schedule": "launcher.recipe.schedules",

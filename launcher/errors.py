@@ -20,8 +20,7 @@ Each message says what was asked, what was found and what to do, in words that c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 EXIT_FAILED = 1
 """Exit code of a run that started and failed."""
@@ -99,20 +98,6 @@ class PeerError(LauncherError):
         super().__init__(f"the run ended on this node because {node} {how}")
         self.gone = exit_code is None
         self.exit_code = EXIT_FAILED if exit_code is None else exit_code
-
-
-class RunFailedError(LauncherError):
-    """A rank failed or died; the text of the error is the post-mortem of the run.
-
-    Args:
-        text: The post-mortem.
-        failure: The record of the rank that failed first, as failure.json holds it.
-    """
-
-    def __init__(self, text: str, failure: Mapping[str, Any]) -> None:
-        super().__init__(text)
-        self.failure = failure
-        self.exit_code = failure["exit_code"]
 
 
 class EndedError(LauncherError):

@@ -19,7 +19,8 @@ from launcher.planning.single_sample_batches import single_sample_notes
 from launcher.recipe.overrides import Override
 from launcher.recipe.resolve import Reference
 from launcher.runs.job import Job, describe_run, plan_recipe
-from launcher.runs.rundir import create_run_dir, write_yaml
+from launcher.runs.run_record import write_run
+from launcher.runs.rundir import create_run_dir
 
 if TYPE_CHECKING:
     from launcher.engine.probes.inspection import Inspection
@@ -53,7 +54,7 @@ def check_recipe(
     yield ok("plan", f"batch {plan.batch_size:,}, lr {plan.lr:g}, {plan.total_steps:,} steps")
     with tempfile.TemporaryDirectory(prefix="launcher-check-") as folder:
         run_dir = create_run_dir(Path(folder) / "check", plan.recipe)
-        write_yaml(run_dir.run_yaml, describe_run(reference, built, plan))
+        write_run(run_dir, describe_run(reference, built, plan))
         job = Job(
             recipe=reference.location,
             overrides=tuple(overrides),

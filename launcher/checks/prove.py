@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.environment.machine import Machine
-from launcher.errors import PlanError, RunFailedError
+from launcher.errors import PlanError
 from launcher.launch.launcher import import_for, launch
 from launcher.launch.signal_handler import SignalHandler
 from launcher.planning.plan import Plan
@@ -22,8 +22,10 @@ from launcher.planning.strategy import STRATEGIES, check_strategy
 from launcher.recipe.overrides import Override, build
 from launcher.recipe.recipe import Recipe, StrategyName
 from launcher.recipe.resolve import Reference
+from launcher.runs.failure_record import RunFailedError
 from launcher.runs.job import Job, describe_run, plan_recipe
-from launcher.runs.rundir import RunDir, create_run_dir, write_yaml
+from launcher.runs.run_record import RunRecord, write_run
+from launcher.runs.rundir import RunDir, create_run_dir
 
 if TYPE_CHECKING:
     from launcher.engine.probes.inspection import Inspection
@@ -85,7 +87,7 @@ def plan_trials(
     if strategies is None:
         strategies = _defaults(build(reference, overrides).recipe, machine, max(worlds))
     over_several_ranks = {name for name, kind in STRATEGIES.items() if kind.needs_several_ranks}
-    plans: dict[tuple[str, int], tuple[Plan, dict[str, object]]] = {}
+    plans: dict[tuple[str, int], tuple[Plan, RunRecord]] = {}
     for ranks in worlds:
         for strategy in strategies:
             if ranks == 1 and strategy in over_several_ranks:
@@ -105,7 +107,7 @@ def plan_trials(
     trials = []
     for (strategy, ranks), (plan, description) in plans.items():
         run_dir = create_run_dir(folder / f"{strategy}-{ranks}", plan.recipe)
-        write_yaml(run_dir.run_yaml, description)
+        write_run(run_dir, description)
         trials.append(ParityRun(strategy=strategy, plan=plan, run_dir=run_dir))
     return trials
 

@@ -10,7 +10,7 @@ from typing import Literal
 import click
 
 from launcher.cli.arguments import nproc_option
-from launcher.errors import EXIT_FAILED, RunFailedError
+from launcher.errors import EXIT_FAILED
 
 
 @click.command(short_help="Find what could slow down or stop a run.")
@@ -51,6 +51,7 @@ def command(
     from launcher.environment.world import find_world
     from launcher.findings import Finding, RankDiagnostics, worst
     from launcher.launch.signal_handler import SignalHandler
+    from launcher.runs.failure_record import RunFailedError
 
     world = find_world()
     alone = world.world_size == 1

@@ -105,7 +105,8 @@ def _train(
     from launcher.report.write import write_report
     from launcher.runs.job import RecipeSource, ResumeFrom, describe_run, plan_recipe
     from launcher.runs.ownership import own
-    from launcher.runs.rundir import RunDir, open_run_dir, write_resumption
+    from launcher.runs.run_record import write_resumption
+    from launcher.runs.rundir import RunDir, open_run_dir
 
     world = find_world()
     reference = reference_of(function)

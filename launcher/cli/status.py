@@ -26,7 +26,7 @@ def command(name: str | None, *, as_json: bool) -> None:
     """
     from launcher.console.failure import failure_text
     from launcher.console.tables import table
-    from launcher.runs.rundir import read_failure
+    from launcher.runs.failure_record import read_failure
     from launcher.slurm.status_table import cells, ordered, to_dict
     from launcher.slurm.submission import find_submission, status_of, submissions
 

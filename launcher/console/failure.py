@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shlex
 import signal
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from launcher.errors import EXIT_USAGE
 from launcher.runs.checkpoints import list_checkpoints
+from launcher.runs.failure_record import Failure
 from launcher.runs.heartbeat import read_heartbeats
 from launcher.runs.rundir import RunDir, line_count, why_not_writable
 from launcher.signals import EXIT_BY_SIGNAL
@@ -17,15 +17,14 @@ _MOST_RANKS = 16
 """More are summed up."""
 
 
-def failure_text(failure: Mapping[str, Any], run_dir: RunDir) -> str:
+def failure_text(failure: Failure, run_dir: RunDir) -> str:
     """Return what to show of a recorded failure."""
-    if failure["exit_code"] == EXIT_USAGE:
-        return f"launcher: {failure['message']}"
-    rank, node = failure["rank"], failure["node"]
-    head = f"launcher: the run failed on rank {rank} ({node})"
-    body = failure["traceback"] or failure["message"]
-    line = failure.get("log_line")
-    return "\n\n".join([head, body.rstrip(), *_circumstances(rank, run_dir, line)])
+    if failure.exit_code == EXIT_USAGE:
+        return f"launcher: {failure.message}"
+    head = f"launcher: the run failed on rank {failure.rank} ({failure.node})"
+    body = failure.traceback or failure.message
+    circumstances = _circumstances(failure.rank, run_dir, failure.log_line)
+    return "\n\n".join([head, body.rstrip(), *circumstances])
 
 
 def death_text(rank: int, exit_code: int, run_dir: RunDir, *, oom_kills: int | None = None) -> str:

@@ -74,7 +74,7 @@ def listed(run_dir: RunDir) -> RunRow | None:
             began=None,
             settings={},
         )
-    if history.said.get("probe"):
+    if history.record.probe:
         return None
     plan = history.plan
     if history.result is not None:

@@ -35,16 +35,13 @@ from launcher.errors import CheckpointError, LauncherError, TrainingError, Usage
 from launcher.planning.plan import Plan
 from launcher.quantities import duration
 from launcher.recipe.recipe import Recipe
-from launcher.runs.checkpoints import (
-    Checkpoint,
-    Manifest,
-    check_resumable,
-    list_checkpoints,
-    set_aside,
-)
+from launcher.runs.checkpoints import Checkpoint, list_checkpoints, set_aside
 from launcher.runs.events import record_event, record_past_failure
 from launcher.runs.job import MISSING_STATE, RecipeSource, ReportWriter, ResumeFrom
-from launcher.runs.rundir import RunDir, keep_until, read_run, write_json
+from launcher.runs.manifest import Manifest
+from launcher.runs.resumption import check_resumable
+from launcher.runs.run_record import read_run
+from launcher.runs.rundir import RunDir, keep_until, write_json
 from launcher.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -314,9 +311,9 @@ def _tracking(
 
     said = read_run(run_dir)
     facts = {name: getattr(plan, name) for name in ("world_size", "nodes", "total_steps", "lr")}
-    parameters = {k: v for k, v in said["overrides"].items() if k not in plan.settings}
-    git = (said.get("git") or {}).get("commit", "")
-    config = {**plan.settings, **facts, **parameters, **said["versions"], "git": git}
+    parameters = {k: v for k, v in said.overrides.items() if k not in plan.settings}
+    git = said.git.commit if said.git else ""
+    config = {**plan.settings, **facts, **parameters, **said.versions, "git": git}
     return Trackers(recipe.trackers, run_dir, plan.recipe, config)
 
 

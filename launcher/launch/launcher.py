@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from launcher.console.failure import death_text, failure_text
 from launcher.environment.machine import oom_kills
@@ -32,7 +32,6 @@ from launcher.errors import (
     EndedError,
     PeerError,
     RunDirError,
-    RunFailedError,
     TrainingError,
 )
 from launcher.forking import reason_not_to_fork
@@ -41,8 +40,14 @@ from launcher.planning.configs import process_environment
 from launcher.planning.plan import Plan
 from launcher.planning.strategy import STRATEGIES
 from launcher.runs.checkpoints import list_checkpoints
+from launcher.runs.failure_record import (
+    Failure,
+    RunFailedError,
+    failure_of_rank,
+    find_failure,
+    replace_failure,
+)
 from launcher.runs.job import Job
-from launcher.runs.rundir import failure_of_rank, read_failure, read_failure_file, write_json
 from launcher.signals import STOP_SIGNALS
 
 if TYPE_CHECKING:
@@ -274,39 +279,30 @@ def _failure(
     """
     rank, first = min(failures.items(), key=lambda item: item[1].timestamp)
     rank_file = failure_of_rank(folder, rank % job.plan.nproc_per_node)
-    failure = read_failure(job.run_dir) or read_failure_file(rank_file)
+    failure = find_failure(job.run_dir, rank_file)
     if rendezvous is not None and failure is not None:
-        is_here = failure["rank"] // job.plan.nproc_per_node == rendezvous.index
-        if not is_here or (failure["lost_peer"] and failure["rank"] == rank):
+        is_here = failure.rank // job.plan.nproc_per_node == rendezvous.index
+        if not is_here or (failure.lost_peer and failure.rank == rank):
             rendezvous.check_peers(patiently=True)
-    if failure is None or failure["lost_peer"]:
+    if failure is None or failure.lost_peer:
         text = death_text(rank, first.exitcode, job.run_dir, oom_kills=killed_for_memory)
-        failure = _death(rank, first, text, killed_for_memory)
+        failure = Failure(
+            rank=rank,
+            node=platform.node(),
+            pid=first.pid,
+            time=first.timestamp,
+            error="Death",
+            message=text.partition("\n")[0].removeprefix("launcher: "),
+            exit_code=EXIT_FAILED,
+            out_of_memory=bool(killed_for_memory),
+        )
         with contextlib.suppress(RunDirError):  # a full disk must not hide the failure
-            write_json(job.run_dir.failure, failure)
+            replace_failure(job.run_dir, failure)
     else:
         text = failure_text(failure, job.run_dir)
     if rendezvous is not None:
-        rendezvous.report(failure["exit_code"])
+        rendezvous.report(failure.exit_code)
     return RunFailedError(text.removeprefix("launcher: "), failure)
-
-
-def _death(
-    rank: int, process: ProcessFailure, text: str, killed_for_memory: int | None
-) -> dict[str, Any]:
-    """Return the record of a rank that died before it could write one."""
-    return {
-        "rank": rank,
-        "node": platform.node(),
-        "pid": process.pid,
-        "time": process.timestamp,
-        "error": "Death",
-        "message": text.partition("\n")[0].removeprefix("launcher: "),
-        "traceback": "",
-        "exit_code": EXIT_FAILED,
-        "lost_peer": False,
-        "out_of_memory": bool(killed_for_memory),
-    }
 
 
 def _silence_agent() -> None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from launcher.runs.ownership import check_unowned, own
-from launcher.runs.rundir import RunDir, create_run_dir, write_resumption, write_yaml
+from launcher.runs.run_record import RunRecord, write_resumption, write_run
+from launcher.runs.rundir import RunDir, create_run_dir
 
 
 def make_run_dir(
     out: Path | None,
     recipe: str,
-    description: Mapping[str, Any],
+    description: RunRecord,
     ownership: ExitStack,
     *,
     continues: bool = False,
@@ -39,11 +38,11 @@ def make_run_dir(
         if existing.run_yaml.is_file():
             write_resumption(existing, description)
         else:
-            write_yaml(existing.run_yaml, description)
+            write_run(existing, description)
         return existing
     if out is not None:
         check_unowned(out)
     run_dir = create_run_dir(out, recipe)
     ownership.enter_context(own(run_dir, with_ranks=with_ranks))
-    write_yaml(run_dir.run_yaml, description)
+    write_run(run_dir, description)
     return run_dir

@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from launcher.console.echo import echo_if_possible
 from launcher.console.explain import changed_lines, explain, schedule_change
 from launcher.console.progress import json_line
 from launcher.environment.machine import read_machine
 from launcher.environment.nodes import Nodes
-from launcher.errors import EXIT_USAGE, CheckpointError, RunDirError, RunFailedError
+from launcher.errors import EXIT_USAGE, CheckpointError, RunDirError
 from launcher.launch.launcher import launch
 from launcher.launch.multi_node import check_restarts, joined, make_run_dir_once
 from launcher.launch.run_folder import make_run_dir
@@ -29,23 +29,18 @@ from launcher.recipe.overrides import BuiltRecipe, Override, build
 from launcher.recipe.resolve import Reference, resolve
 from launcher.runs.checkpoints import (
     Checkpoint,
-    Manifest,
-    changes,
-    check_resumable,
     damage_error,
     find_checkpoint,
     list_checkpoints,
 )
+from launcher.runs.failure_record import RunFailedError
 from launcher.runs.job import Job, OutputMode, ReportWriter, ResumeFrom, describe_run, plan_recipe
+from launcher.runs.manifest import Manifest
 from launcher.runs.ownership import check_unowned, own
+from launcher.runs.resumption import changes, check_resumable
+from launcher.runs.run_record import RunRecord, read_run, write_resumption
 from launcher.runs.run_result import RunResult, read_run_result
-from launcher.runs.rundir import (
-    RunDir,
-    open_run_dir,
-    read_run,
-    write_atomic,
-    write_resumption,
-)
+from launcher.runs.rundir import RunDir, open_run_dir, write_atomic
 
 if TYPE_CHECKING:
     from launcher.launch.multi_node import Rendezvous
@@ -115,7 +110,7 @@ class PreparedRun:
     overrides: tuple[Override, ...]
     """All that the recipe was built with."""
 
-    description: dict[str, Any]
+    description: RunRecord
     """The content of run.yaml."""
 
     run_dir: RunDir | None
@@ -173,16 +168,16 @@ def prepare_resume(request: ResumeRequest, *, elsewhere: bool = False) -> Prepar
     run_dir = open_run_dir(request.run_dir)
     check_unowned(run_dir.path)
     record = read_run(run_dir)
-    checkpoint = _choose(run_dir, request.checkpoint, record["recipe"])
-    folder = Path(record["folder"]) if Path(record["folder"]).is_dir() else Path.cwd()
+    checkpoint = _choose(run_dir, request.checkpoint, record.recipe)
+    folder = Path(record.folder) if Path(record.folder).is_dir() else Path.cwd()
     previous = tuple(
         Override(name=name, value=value, source="run.yaml")
-        for name, value in record["overrides"].items()
+        for name, value in record.overrides.items()
     )
     overrides = (*previous, *request.overrides)
     with _working_folder(folder):  # the recipe may read files by paths relative to it
-        reference = resolve(record["recipe"])
-        nproc = request.nproc_per_node or int(record["plan"]["nproc_per_node"])
+        reference = resolve(record.recipe)
+        nproc = request.nproc_per_node or record.nproc_per_node
         built, plan = _plan(
             replace(request, nproc_per_node=nproc), reference, overrides, elsewhere=elsewhere
         )
@@ -201,7 +196,7 @@ def prepare_resume(request: ResumeRequest, *, elsewhere: bool = False) -> Prepar
         resume_from=ResumeFrom(
             step=checkpoint.step, fall_back=request.fall_back, accept=request.accept
         ),
-        changes=_changes(manifest, record["plan"], previously_built, (built, plan)),
+        changes=_changes(manifest, record, previously_built, (built, plan)),
         folder=folder,
         is_finished=manifest is not None
         and manifest.step >= plan.total_steps
@@ -374,7 +369,7 @@ def _read_manifest(run_dir: RunDir, checkpoint: Checkpoint, *, fall_back: bool) 
 
 def _changes(
     manifest: Manifest | None,
-    previous_plan: dict[str, Any],
+    record: RunRecord,
     previously_built: BuiltRecipe,
     now: tuple[BuiltRecipe, Plan],
 ) -> tuple[str, ...]:
@@ -382,7 +377,7 @@ def _changes(
 
     Args:
         manifest: The manifest of the checkpoint; None if it cannot be read.
-        previous_plan: The plan in run.yaml.
+        record: The content of run.yaml.
         previously_built: The recipe with the overrides in run.yaml.
         now: The recipe and the plan of the resumed run.
     """
@@ -391,7 +386,7 @@ def _changes(
     built, plan = now
     lines = changes(manifest, plan)
     with contextlib.suppress(RunDirError):  # the plan of an earlier version of launcher
-        before = Plan.from_dict(previous_plan), previously_built.recipe.schedule
+        before = record.read_plan(), previously_built.recipe.schedule
         if change := schedule_change(manifest.step, before, (plan, built.recipe.schedule)):
             lines.append(change)
     return tuple(lines)

@@ -87,15 +87,16 @@ def differences(histories: Sequence[History]) -> list[list[str]]:
 
 def _compared(history: History) -> dict[str, Any]:
     plan = history.plan.to_dict()
-    said = history.said
+    record = history.record
     settings = dict(history.plan.settings)
     own = {f"{_PLANNED}{name}" if name in settings else name: plan[name] for name in _DERIVED}
-    parameters = {k: v for k, v in said.get("overrides", {}).items() if k not in settings}
-    around = {"recipe": said["recipe"]} | {
-        f"version of {name}": version for name, version in said.get("versions", {}).items()
+    parameters = {k: v for k, v in record.overrides.items() if k not in settings}
+    around = {"recipe": record.recipe} | {
+        f"version of {name}": version for name, version in record.versions.items()
     }
-    git = said.get("git") or {}
-    code = {"git commit": git.get("commit", ""), "changed files": git.get("changed_files", "")}
+    code: dict[str, Any] = {"git commit": "", "changed files": ""}
+    if record.git is not None:
+        code = {"git commit": record.git.commit, "changed files": record.git.changed_files}
     return settings | parameters | own | around | code
 
 

@@ -14,7 +14,8 @@ from launcher.errors import RunDirError
 from launcher.planning.plan import Plan
 from launcher.report.page import Section
 from launcher.runs.history import History
-from launcher.runs.rundir import RunDir, read_run
+from launcher.runs.run_record import read_run
+from launcher.runs.rundir import RunDir
 from launcher.tuning.summaries import lr_plot, lr_rules
 
 
@@ -23,7 +24,7 @@ def tuned_folder(history: History) -> Path | None:
 
     Its --config was called tuned.yaml then, and a folder of that run holds it.
     """
-    base = Path(str(history.said.get("folder", ".")))
+    base = Path(history.record.folder)
     for source in history.plan.sources.values():
         name, _, _ = source.rpartition(", line ")
         if name.endswith("tuned.yaml") and (base / name).is_file():
@@ -124,4 +125,4 @@ def _rates(
 
 def _read(run_dir: RunDir, name: str) -> tuple[Plan, dict[str, Any]]:
     values: dict[str, Any] = json.loads((run_dir.path / name).read_text(encoding="utf-8"))
-    return Plan.from_dict(read_run(run_dir)["plan"]), values
+    return read_run(run_dir).read_plan(), values

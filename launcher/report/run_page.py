@@ -252,6 +252,8 @@ def ending_in_words(attempt: Attempt, *, goes_on: bool) -> str:
         return "goes on" if goes_on else "ended without a word"
     if ended["event"] == "failed":
         head = shorten(str(ended.get("message") or "").partition("\n")[0], 160, placeholder=" ...")
+        if ended["rank"] is None:
+            return f"failed: {head}"
         return f"failed on rank {ended['rank']} ({ended['node']}): {ended['error']}: {head}"
     return f"{ended['event']} after step {ended['step']:,}"
 
@@ -270,20 +272,19 @@ def _post_mortem(history: History) -> Iterator[Section]:
 
 
 def _what_ran(history: History) -> Iterator[Section]:
-    said = history.said
-    yield Section(title="Plan", text=explain(history.plan, recipe=str(said["recipe"])))
-    git = said.get("git")
-    rows = [["recipe", str(said["recipe"])], ["folder", str(said.get("folder", ""))]]
-    rows.append(["command", " ".join(map(str, said.get("command", ())))])
-    if git:
-        changed = int(git["changed_files"])
+    record = history.record
+    yield Section(title="Plan", text=explain(history.plan, recipe=record.recipe))
+    rows = [["recipe", record.recipe], ["folder", record.folder]]
+    rows.append(["command", " ".join(record.command)])
+    if git := record.git:
+        changed = git.changed_files
         state = f", {counted(changed, 'file')} changed" if changed else ", nothing changed"
-        rows.append(["git", f"{git['commit']} ({git['branch']}){state}"])
-    rows.append(["host", str(said.get("host", ""))])
+        rows.append(["git", f"{git.commit} ({git.branch}){state}"])
+    rows.append(["host", record.host])
     rows += [
         ["device", event["device_name"]] for event in history.events[-99:] if "device_name" in event
     ][-1:]
-    rows += [[name, str(version)] for name, version in said.get("versions", {}).items()]
+    rows += [[name, version] for name, version in record.versions.items()]
     yield Section(title="Where it ran", table=Table(head=("", ""), rows=rows))
     settings = [
         [name, _plain(value), str(history.plan.sources.get(name, ""))]

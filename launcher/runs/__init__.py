@@ -1,1 +1,16 @@
-"""The run folder, read and written only here: records, checkpoints, events and ownership."""
+"""The run folder, which is read and written only by the modules of this package.
+
+rundir              the names of the files, and how files are written
+run_record          run.yaml: what a run is
+failure_record      failure.json: the first failure of a run
+checkpoints         checkpoints/: list, verify, write and prune them
+manifest            checkpoint.json: what a checkpoint holds, and the digests of its files
+resumption          whether a plan can resume a run, and what it changes
+events, heartbeat   what happened to a run, and where each rank is
+status, history     the state of a run, and everything that it recorded
+ownership, locks    one process at a time writes into a run folder
+job                 a run as it is handed to its ranks
+provenance          versions, git state and command line of a run
+redaction           keys and passwords, kept out of every file
+cache               folders for measurements that later runs reuse
+"""

@@ -1,4 +1,4 @@
-"""Where what was measured or looked up is kept for the next time."""
+"""The user's cache: folders for measurements and look-ups that later commands reuse."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from pathlib import Path
 
 
 def cache_folder(kind: str) -> Path:
-    """Return the user's folder for one kind of thing; it need not be there yet."""
+    """Return the user's cache folder for one kind of value, which may not exist yet."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "launcher" / kind

@@ -1,343 +1,148 @@
-"""The checkpoints of a run: which are whole, what each says of itself, whether it is still so.
+"""The checkpoints of a run: list, read, verify, write and prune them.
 
     checkpoints/step-00000120/
-        checkpoint.json        where in the run it is, size and SHA-256 of each other file, and a
-                               SHA-256 of what it says itself
-        shard-*.safetensors    weights, optimizer state and buffers, the part of one rank each
+        checkpoint.json        the manifest: position in the run, size and SHA-256 of every other
+                               file, and the SHA-256 of its own content
+        shard-*.safetensors    weights, optimizer state and buffers; one rank's part each
 
-A folder has its name from the moment at which all of it is on the disk. What is still being written
-begins with a dot; what a resumed run has left behind ends in `.set-aside`.
+A folder gets its name when all of its content is on the disk. The name of a folder that is still
+being written begins with a dot. A resumed run appends `.set-aside` to the names of the checkpoints
+that were saved after the one it resumed from.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import io
-import json
 import os
 import re
 import shutil
-import stat
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
-
-import msgspec
 
 from launcher.errors import CheckpointError
-from launcher.planning.plan import Plan
-from launcher.recipe.affects import Affects
-from launcher.recipe.recipe import settings_affecting
-from launcher.runs.rundir import RunDir, write_json
+from launcher.runs.manifest import MANIFEST, Manifest, load_manifest, save_manifest, sum_file
+from launcher.runs.rundir import RunDir
 
-FORMAT = 2
-"""The format of checkpoint.json and of the names of tensors that this version writes."""
-
-_FORMATS = (1, FORMAT)
-"""The formats that this version reads. Format 1 has no digest of checkpoint.json itself."""
-
-_MANIFEST = "checkpoint.json"
-_DIGEST = "digest"
 _NAME = re.compile(r"step-(\d{8,})")
-_ASIDE = ".set-aside"
-_HASHED_AT_ONCE = 1 << 20
-
-
-class ScalerState(TypedDict):
-    """The state of the loss scaling in fp16."""
-
-    scale: float
-    good_steps: int
-
-
-class _AllValues(TypedDict):
-    """The state that every version saves."""
-
-    optimizer: dict[str, Any]
-    """Plain values that the optimizer keeps, by `optimizer/<parameter>/<key>`."""
-
-    groups: list[dict[str, Any]]
-    """Values that the optimizer has changed in its parameter groups."""
-
-    scaler: ScalerState | None
-    """None unless the run trains in fp16."""
-
-
-class Values(_AllValues, total=False):
-    """The state in a checkpoint that is not made of tensors.
-
-    Checkpoints of earlier versions lack what is declared here.
-    """
-
-    data: dict[str, Any] | None
-    """What the data was: lengths, classes and a few samples, as `engine.identity` compares them."""
-
-    extra: dict[str, Any]
-    """What `get_extra_state` of modules returned: `extra/<module>`, or `extra/<module>@<rank>`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """What checkpoint.json holds: everything but the tensors."""
-
-    format: int
-    step: int
-    """Optimizer steps taken."""
-
-    samples: int
-    """Training samples consumed."""
-
-    world_size: int
-    """Ranks that wrote it."""
-
-    agreement: Mapping[str, Any]
-    """The plan's numbers and settings that make its steps what they are."""
-
-    values: Values
-    """The state that is not made of tensors."""
-
-    versions: Mapping[str, str]
-    files: Mapping[str, FileSum] = field(default_factory=dict)
-    """The other files, by name."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileSum:
-    """What is known of a file, to notice that it has changed."""
-
-    num_bytes: int
-    sha256: str
+_SET_ASIDE = ".set-aside"
 
 
 @dataclass(frozen=True, order=True)
 class Checkpoint:
-    """A checkpoint on the disk, whole when it was given its name."""
+    """A checkpoint on the disk, which was complete when its folder got its name."""
 
     step: int
+    """The optimizer step after which it was saved."""
+
     path: Path
+    """The folder."""
 
     @property
     def name(self) -> str:
+        """Name of the folder, such as `step-00000120`."""
         return self.path.name
 
     def read_manifest(self) -> Manifest:
-        """Return what it says of itself.
+        """Return the content of checkpoint.json.
 
         Raises:
-            CheckpointError: checkpoint.json is missing, damaged or of another format.
+            CheckpointError: checkpoint.json is missing or damaged, has a format that this version
+                does not read, or belongs to another step.
         """
-        said = self._read_json()
-        digest = said.pop(_DIGEST, None)
-        form = said.get("format")
-        if form not in _FORMATS:
-            versions = said.get("versions")
-            wrote = versions.get("gpu-launcher") if isinstance(versions, dict) else None
-            raise CheckpointError(
-                f"{_MANIFEST}: format {form!r}, and this version of launcher reads formats "
-                f"{' and '.join(map(str, _FORMATS))}; version {wrote or 'unknown'} wrote it"
-            )
-        if form != 1 and digest != _digest(said):
-            raise CheckpointError(f"{_MANIFEST}: its content does not match its own SHA-256")
-        try:
-            manifest = msgspec.convert(said, Manifest)
-        except msgspec.ValidationError as error:
-            raise CheckpointError(f"{_MANIFEST}: {error}") from None
+        manifest = load_manifest(self.path)
         if manifest.step != self.step:
             raise CheckpointError(
-                f"{_MANIFEST}: it says that it was saved after step {manifest.step}"
+                f"{MANIFEST}: it belongs to step {manifest.step}, the folder to step {self.step}"
             )
         return manifest
 
-    def _read_json(self) -> dict[str, Any]:
-        """Return the content of checkpoint.json, unchecked.
-
-        Raises:
-            CheckpointError: The file is missing, or does not hold a JSON object.
-        """
-        try:
-            with _open_regular(self.path / _MANIFEST) as file:
-                said = json.loads(file.read())
-        except OSError as error:
-            raise CheckpointError(f"{_MANIFEST}: {error.strerror or error}") from None
-        except (ValueError, RecursionError):
-            raise CheckpointError(f"{_MANIFEST}: not JSON") from None
-        if not isinstance(said, dict):
-            raise CheckpointError(f"{_MANIFEST}: not a JSON object")
-        return said
-
     def damages(self, files: Iterable[str], manifest: Manifest) -> Iterator[str]:
-        """Yield what is wrong with each of `files`, which are read from beginning to end."""
+        """Yield one message per damaged file.
+
+        Args:
+            files: Names of the files to read, each from beginning to end.
+            manifest: The manifest, which holds their sizes and digests.
+        """
         for name in files:
-            path, known = self.path / name, manifest.files[name]
+            expected = manifest.files[name]
             try:
-                found = sum_file(path)
+                actual = sum_file(self.path / name)
             except OSError as error:
                 yield f"{name}: {error.strerror or error}"
                 continue
-            if found.num_bytes != known.num_bytes:
-                yield f"{name}: {found.num_bytes:,} bytes instead of {known.num_bytes:,}"
-            elif found.sha256 != known.sha256:
+            if actual.num_bytes != expected.num_bytes:
+                yield f"{name}: {actual.num_bytes:,} bytes instead of {expected.num_bytes:,}"
+            elif actual.sha256 != expected.sha256:
                 yield f"{name}: not the bytes that were written (SHA-256)"
 
     def unlisted(self, manifest: Manifest) -> Iterator[str]:
-        """Yield what is wrong with the folder: shards that would be read and never checked."""
-        there = {path.name for path in self.path.glob("*.safetensors")}
-        for name in sorted(there - manifest.files.keys()):
-            yield f"{name}: not in {_MANIFEST}"
+        """Yield one message per shard that the manifest does not list, or if it lists no file.
+
+        Such a shard would be loaded without having been verified.
+        """
+        shards = {path.name for path in self.path.glob("*.safetensors")}
+        for name in sorted(shards - manifest.files.keys()):
+            yield f"{name}: not in {MANIFEST}"
         if not manifest.files:
-            yield f"{_MANIFEST} names no files"
+            yield f"{MANIFEST} names no files"
 
 
 def list_checkpoints(run_dir: RunDir) -> list[Checkpoint]:
-    """Return the run's checkpoints, the newest first."""
+    """Return the checkpoints of a run, the newest first."""
     try:
         entries = list(run_dir.checkpoints.iterdir())
     except OSError:
         return []
-    matched = [(entry, _NAME.fullmatch(entry.name)) for entry in entries]
+    matches = [(entry, _NAME.fullmatch(entry.name)) for entry in entries]
     return sorted(
-        (Checkpoint(int(found[1]), entry) for entry, found in matched if found), reverse=True
+        (Checkpoint(int(match[1]), entry) for entry, match in matches if match), reverse=True
     )
 
 
 def find_checkpoint(run_dir: RunDir, name: str) -> Checkpoint:
-    """Return the checkpoint called `name`: `step-00000120`, or `120`.
+    """Return the checkpoint called `name`, such as `step-00000120` or `120`.
 
     Raises:
-        CheckpointError: There is none of that name.
+        CheckpointError: The run has no checkpoint of that name; the message lists those it has.
     """
-    found = list_checkpoints(run_dir)
+    checkpoints = list_checkpoints(run_dir)
     digits = name.removeprefix("step-")
-    for checkpoint in found:
+    for checkpoint in checkpoints:
         if digits.isdigit() and checkpoint.step == int(digits):
             return checkpoint
-    names = ", ".join(checkpoint.name for checkpoint in found)
+    names = ", ".join(checkpoint.name for checkpoint in checkpoints)
     raise CheckpointError(
-        f"{run_dir.shown} has no checkpoint {name!r}: it has {names or 'none at all'}."
+        f"{run_dir.shown} has no checkpoint {name!r}. Its checkpoints: {names or 'none'}."
     )
 
 
 def damage_error(
     checkpoint: Checkpoint, damage: str, earlier: Sequence[Checkpoint]
 ) -> CheckpointError:
-    """Return the error that says what is wrong with a checkpoint and what to resume from instead.
+    """Return the error for a damaged checkpoint, which names the one to resume from instead.
 
     Args:
-        checkpoint: The damaged one.
-        damage: What is wrong with it.
+        checkpoint: The damaged checkpoint.
+        damage: How it is damaged.
         earlier: The checkpoints before it, the newest first.
     """
-    other = "There is no earlier one."
+    remedy = "There is no earlier checkpoint."
     if earlier:
         name = earlier[0].name
-        other = (
-            f"The one before it is {name}: add `--from {name}`, or --auto to take the newest that "
-            "is not damaged."
+        remedy = (
+            f"The checkpoint before it is {name}: add `--from {name}`, or --auto for the newest "
+            "undamaged one."
         )
-    return CheckpointError(f"{checkpoint.path} is damaged: {damage}. {other}")
-
-
-def check_resumable(
-    manifest: Manifest, plan: Plan, name: str, accept: Collection[str] = ()
-) -> None:
-    """Refuse to go on with a plan that takes other samples than the run that was.
-
-    Args:
-        manifest: What the checkpoint says of itself.
-        plan: How the run would go on.
-        name: The checkpoint's, for the message.
-        accept: What may differ: with `data` the number of training samples may.
-
-    Raises:
-        CheckpointError: It names what differs.
-    """
-    was, now = manifest.agreement, json.loads(json.dumps(plan.agreement()))
-    for key in _settled_by_checkpoint():
-        if key == "batch_size" and None in (was.get(key), now.get(key)):
-            continue  # a batch per GPU is compared by the stages that follow from it
-        if key == "train_samples" and (
-            "data" in accept
-            or (None in (was.get(key), now.get(key)) and manifest.values.get("data") is not None)
-        ):
-            continue  # where only one of them is known, the data itself is compared
-        if was.get(key) != now.get(key):
-            hint = ""
-            if key == "batch_size" and now.get("batch_size_per_gpu") is not None:
-                hint = " (batch_size_per_gpu lets it follow the ranks)"
-            if key == "train_samples":
-                hint = " (`--accept data` goes on with other data on purpose)"
-            raise CheckpointError(
-                f"{name} was written with {key} {was.get(key)}, and the plan has {now.get(key)}"
-                f"{hint}: the samples of its steps would be others. Resume it with {key} "
-                f"{was.get(key)}, or start a new run."
-            )
-
-
-def changes(manifest: Manifest, plan: Plan) -> list[str]:
-    """Return the settings that are others than those of the run that was, in words."""
-    was, now = manifest.agreement, json.loads(json.dumps(plan.agreement()))
-    return [
-        f"{key} {was[key]} -> {now[key]}"
-        for key in sorted(settings_affecting(Affects.SAMPLES, Affects.UPDATES))
-        if key in was and key in now and was[key] != now[key]
-    ]
-
-
-def _settled_by_checkpoint() -> tuple[str, ...]:
-    """Return the values of an agreement that a resumed run must keep: they decide its samples.
-
-    The settings that no number of a plan repeats, such as milestones, are compared by the stages
-    that follow from them.
-    """
-    numbers = {item.name for item in fields(Plan)}
-    settings = settings_affecting(Affects.SAMPLES)
-    return ("recipe", *(name for name in settings if name in numbers), "stages")
-
-
-def sum_file(path: Path) -> FileSum:
-    """Return the size and the SHA-256 of a file.
-
-    Raises:
-        OSError: It cannot be read, or is not a regular file.
-    """
-    digest, num_bytes = hashlib.sha256(), 0
-    with _open_regular(path) as file:
-        while piece := file.read(_HASHED_AT_ONCE):
-            digest.update(piece)
-            num_bytes += len(piece)
-    return FileSum(num_bytes=num_bytes, sha256=digest.hexdigest())
-
-
-def _open_regular(path: Path) -> io.FileIO:
-    """Open a file for reading, without waiting at a FIFO or reading from a device.
-
-    Raises:
-        OSError: It cannot be opened, or is not a regular file.
-    """
-    file = open(path, "rb", buffering=0, opener=_open_at_once)  # noqa: SIM115
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(errno.EINVAL, "Not a regular file")
-    return file
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)
-
-
-def _digest(said: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of the content of checkpoint.json, whatever its layout as text."""
-    text = json.dumps(said, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return CheckpointError(f"{checkpoint.path} is damaged: {damage}. {remedy}")
 
 
 def begin(run_dir: RunDir, step: int) -> Path:
-    """Return the folder to write the checkpoint of `step` into, made anew and empty.
+    """Create and return an empty folder for the checkpoint of `step`.
+
+    Whatever an earlier attempt left in that folder is deleted.
 
     Raises:
-        OSError: It cannot be made.
+        OSError: The folder cannot be created.
     """
     folder = run_dir.checkpoints / f".step-{step:08}"
     run_dir.checkpoints.mkdir(mode=0o700, exist_ok=True)
@@ -347,17 +152,23 @@ def begin(run_dir: RunDir, step: int) -> Path:
 
 
 def commit(folder: Path, manifest: Manifest) -> Checkpoint:
-    """Make the folder that `begin` returned a checkpoint: on the disk as a whole, then named.
+    """Write the manifest into the folder that `begin` returned, and give the folder its name.
+
+    The manifest is on the disk before the name changes. A checkpoint that has the name already is
+    set aside.
+
+    Args:
+        folder: The folder, in which every other file has been written and synchronised.
+        manifest: The manifest, which lists these files.
 
     Raises:
-        OSError: It cannot be written.
-        RunDirError: Likewise.
+        OSError: The folder cannot be renamed or synchronised.
+        RunDirError: checkpoint.json cannot be written.
     """
-    said = json.loads(json.dumps(asdict(manifest)))  # as it will be read
-    write_json(folder / _MANIFEST, said | {_DIGEST: _digest(said)})
+    save_manifest(folder, manifest)
     _sync(folder)
     target = folder.with_name(folder.name.removeprefix("."))
-    if target.exists():  # of a run that was resumed from an earlier one
+    if target.exists():  # the run was resumed from an earlier checkpoint
         set_aside(Checkpoint(manifest.step, target))
     folder.rename(target)
     _sync(target.parent)
@@ -365,18 +176,24 @@ def commit(folder: Path, manifest: Manifest) -> Checkpoint:
 
 
 def prune(run_dir: RunDir, keep: int) -> None:
-    """Remove all checkpoints but the newest `keep`, each whole or not at all."""
+    """Remove all checkpoints except the newest `keep`.
+
+    Each is renamed before it is deleted, so that a kill never leaves half of a checkpoint.
+    """
     for checkpoint in list_checkpoints(run_dir)[keep:]:
-        gone = checkpoint.path.with_name(f".{checkpoint.name}.removed")
-        checkpoint.path.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
+        removed = checkpoint.path.with_name(f".{checkpoint.name}.removed")
+        checkpoint.path.rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)
 
 
 def set_aside(checkpoint: Checkpoint) -> None:
-    """Rename a checkpoint that a resumed run has left behind, so that it counts no more."""
-    aside = checkpoint.path.with_name(checkpoint.name + _ASIDE)
-    shutil.rmtree(aside, ignore_errors=True)
-    checkpoint.path.rename(aside)
+    """Rename a checkpoint so that it is no longer listed.
+
+    A run does this to the checkpoints saved after the one that it resumes from.
+    """
+    target = checkpoint.path.with_name(checkpoint.name + _SET_ASIDE)
+    shutil.rmtree(target, ignore_errors=True)
+    checkpoint.path.rename(target)
 
 
 def _sync(folder: Path) -> None:

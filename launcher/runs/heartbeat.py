@@ -1,6 +1,6 @@
-"""Where each rank is: what it says of itself about once a second, for whoever asks.
+"""health/rank<N>.json: the heartbeat of each rank, written about once a second.
 
-health/rank<N>.json in the run folder; written by `launcher.engine.ranks.watchdog`.
+`launcher.engine.ranks.watchdog` writes the files; this module defines and reads them.
 """
 
 from __future__ import annotations
@@ -13,45 +13,49 @@ from pathlib import Path
 from launcher.runs.rundir import RunDir
 
 PHASES = ("starting", "reading data", "computing", "evaluating", "saving", "finishing")
-"""What a rank can be doing, in the order of a step."""
+"""The phases of a rank, in the order of a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Heartbeat:
-    """What a rank says of itself."""
+    """The step, phase and device use of a rank at one moment."""
 
     rank: int
     node: str
     pid: int
     step: int
-    """Steps taken."""
+    """Optimizer steps taken."""
 
     phase: str
+    """What the rank is doing, one of `PHASES`."""
+
     since: float
-    """When it began that, in seconds since 1970."""
+    """When the phase began, in seconds since 1970."""
 
     time: float
-    """When it said so."""
+    """When the heartbeat was written, in seconds since 1970."""
 
     stalled: bool = False
+    """Whether the rank has made no progress for `hang_timeout` seconds."""
+
     where: str = ""
-    """Where its main thread is, if it is stalled."""
+    """File, line and function of the main thread, if the rank is stalled."""
 
     waits: bool = False
-    """Whether that is a place where ranks wait for each other."""
+    """Whether `where` is a call in which ranks wait for each other."""
 
     memory_bytes: int = 0
-    """Of the GPU, whoever uses it; on CPUs what this process holds."""
+    """Memory in use on the GPU, by all processes; on a CPU the memory of this process."""
 
     memory_total_bytes: int = 0
-    """Of the GPU; 0 on CPUs."""
+    """Memory of the GPU; 0 on a CPU."""
 
     utilisation: float | None = None
-    """Of the GPU, or of a core; None where that is not known."""
+    """Utilisation of the GPU or of one core, from 0 to 1; None if unknown."""
 
 
 def read_heartbeat(run_dir: RunDir, rank: int) -> Heartbeat | None:
-    """Return what `rank` last said of itself; None where it has not."""
+    """Return the last heartbeat of `rank`, or None if it has written none that can be read."""
     try:
         return Heartbeat(**json.loads(run_dir.health(rank).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -59,7 +63,7 @@ def read_heartbeat(run_dir: RunDir, rank: int) -> Heartbeat | None:
 
 
 def is_running(pid: int) -> bool:
-    """Return whether there is a process `pid` on this machine that has not ended."""
+    """Return whether process `pid` runs on this machine; a zombie does not."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
@@ -68,9 +72,9 @@ def is_running(pid: int) -> bool:
 
 
 def read_heartbeats(run_dir: RunDir) -> Iterator[Heartbeat]:
-    """Yield what each rank last said of itself, in the order of ranks."""
+    """Yield the last heartbeat of each rank, in the order of ranks."""
     names = (path.stem.removeprefix("rank") for path in run_dir.health(0).parent.glob("rank*.json"))
     for rank in sorted(int(name) for name in names if name.isdigit()):
-        health = read_heartbeat(run_dir, rank)
-        if health is not None:
-            yield health
+        heartbeat = read_heartbeat(run_dir, rank)
+        if heartbeat is not None:
+            yield heartbeat

@@ -1,4 +1,7 @@
-"""What a process needs to know to be one rank of a run, as one value that can be sent to it."""
+"""A run as it is handed to its ranks, and how a recipe becomes a plan and a record.
+
+A `Job` is one picklable value that holds everything a process needs to be one rank of a run.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from launcher.recipe.overrides import BuiltRecipe, Override, build
 from launcher.recipe.recipe import Recipe
 from launcher.recipe.resolve import Reference, cannot, resolve
 from launcher.runs.provenance import command_line, git_state, versions
+from launcher.runs.run_record import RunRecord
 from launcher.runs.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -26,88 +30,98 @@ if TYPE_CHECKING:
 
 
 OutputMode = Literal["progress", "json", "quiet"]
-"""What a run prints as it goes on."""
+"""What a run prints: a progress display, one JSON object per line, or only errors."""
 
 
 MISSING_STATE = "missing-state"
-"""What is accepted of a checkpoint that lacks state of the optimizer or of modules."""
+"""Value of `--accept` for a checkpoint that lacks state of the optimizer or of modules."""
 
 
 ReportWriter = Callable[[RunDir], Path]
-"""Writes the HTML page of a run; returns its file. It is importable, to be sent to ranks."""
+"""Writes the HTML page of a run and returns its file.
+
+It is a module-level function, so that it can be sent to ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResumeFrom:
-    """From which checkpoint a run goes on."""
+    """The checkpoint from which a run resumes."""
 
     step: int | None = None
-    """The step it was saved after; None takes the newest."""
+    """The step after which it was saved; None takes the newest checkpoint."""
 
     fall_back: bool = False
-    """Whether an earlier one is taken where it is damaged."""
+    """Whether an earlier checkpoint is taken if this one is damaged."""
 
     accept: tuple[str, ...] = ()
-    """What the user accepts of the checkpoint on purpose: `data`, `missing-state`."""
+    """Differences that the user accepts on purpose: `data`, `missing-state`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeSource:
-    """What another process builds a recipe from; it can be sent there."""
+    """What another process builds a recipe from; it can be pickled."""
 
     recipe: str
     """Location of the recipe function."""
 
     overrides: tuple[Override, ...] = ()
+    """Values that replace the recipe's own."""
 
     def build(self) -> Recipe:
-        """Return the recipe with its overrides.
+        """Return the recipe with its overrides applied.
 
         Raises:
-            LauncherError: It cannot be imported or built.
+            LauncherError: The recipe cannot be imported or built.
         """
         return build(resolve(self.recipe), self.overrides).recipe
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A run as it is handed to its ranks."""
+    """A run as it is handed to its ranks; it can be pickled."""
 
     recipe: str
     """Location of the recipe function."""
 
     overrides: tuple[Override, ...]
+    """Values that replace the recipe's own."""
+
     plan: Plan
+    """The plan that the ranks carry out."""
+
     run_dir: RunDir
+    """The run folder."""
+
     launcher_pid: int
-    """The process that the ranks end with."""
+    """Process id of the launcher; its ranks end when it does."""
 
     last_step: int | None = None
-    """Steps to take; None takes all that are planned."""
+    """Step after which the run ends; None takes every planned step."""
 
     saves: bool = True
-    """Whether its ranks save when they are asked to stop; otherwise they are ended at once."""
+    """Whether the ranks save a checkpoint when asked to stop; otherwise they are killed at once."""
 
     output_mode: OutputMode = "progress"
     """What the ranks print besides their logs."""
 
     start: ResumeFrom | None = None
-    """Where to begin; None begins at the beginning."""
+    """The checkpoint to resume from; None starts at step 0."""
 
     restarts: int = 0
-    """How often a failed run begins again from its newest checkpoint."""
+    """How often a failed run restarts from its newest checkpoint."""
 
     memory_bytes: int | None = None
-    """The most that each rank may use, of its GPU's memory or of the host's; None is all."""
+    """Memory limit of each rank, on its GPU or on the host; None sets no limit."""
 
     trial: bool = True
-    """Whether a few samples are looked at first, and a run that would be wrong is refused."""
+    """Whether a few samples are tried before the first step, and a faulty recipe is refused."""
 
     seconds: float | None = None
-    """For how long a probe measures; None where it counts steps."""
+    """How long a probe measures; None if it takes a number of steps instead."""
 
     meeting_place: Path | None = None
-    """A folder of this machine in which its ranks find each other, while they run."""
+    """Private folder on this machine for the file rendezvous of its ranks; None with several nodes,
+    whose ranks meet at a store."""
 
     folder: Path | None = None
     """The working folder of its ranks; None is that of the process that starts them."""
@@ -117,7 +131,7 @@ class Job:
 
     @property
     def source(self) -> RecipeSource:
-        """What its recipe is built from."""
+        """What the recipe is built from."""
         return RecipeSource(recipe=self.recipe, overrides=self.overrides)
 
 
@@ -133,15 +147,26 @@ def plan_recipe(
 ) -> tuple[BuiltRecipe, Plan]:
     """Build a recipe with its overrides, and plan it.
 
-    With `elsewhere`, the plan is for nodes that may have more GPUs than this machine.
-    Where the recipe counts epochs and does not say how many samples it has, its data is read to
-    count them, which imports whatever reading takes. `count` is given what does that, and returns
-    what it returns: several ranks have one of them do it.
+    If the recipe counts epochs and does not state its number of training samples, its data is read
+    to count them.
+
+    Args:
+        reference: The recipe.
+        overrides: Values that replace the recipe's own.
+        machine: The machine that every node is taken to be.
+        nodes: Number of nodes.
+        nproc_per_node: Ranks per node; None chooses one per GPU.
+        elsewhere: Whether the nodes may have more GPUs than `machine`.
+        count: Calls the function that counts the samples and returns its result; several ranks
+            have one of them count.
+
+    Raises:
+        LauncherError: The recipe cannot be built or planned, or its samples cannot be counted.
     """
     built = build(reference, overrides)
     notes: list[str] = []
     if elsewhere:
-        machine, notes = _assume(built.recipe, machine, nproc_per_node)
+        machine, notes = _assume_gpus(built.recipe, machine, nproc_per_node)
     samples = None
     if built.recipe.epochs is not None and built.recipe.train_samples is None:
         samples = count(lambda: _count_samples(reference, overrides, built))
@@ -156,45 +181,47 @@ def plan_recipe(
     if samples is not None:
         notes.append(
             f"The data was read to count its {samples:,} training samples; train_samples={samples} "
-            "in the recipe spares that."
+            "in the recipe avoids that."
         )
     return built, replace(plan, notes=(*plan.notes, *notes))
 
 
-def describe_run(reference: Reference, built: BuiltRecipe, plan: Plan) -> dict[str, Any]:
-    """Return what run.yaml says."""
+def describe_run(reference: Reference, built: BuiltRecipe, plan: Plan) -> RunRecord:
+    """Return the record of a run that this process starts."""
     file = Path(reference.location.rpartition(":")[0])
     folder = file.parent if file.is_absolute() else Path.cwd()
-    return {
-        "recipe": reference.location,
-        "overrides": dict(built.overrides),
-        "plan": plan.to_dict(),
-        "versions": versions(),
-        "git": git_state(folder),
-        "host": platform.node(),
-        "folder": str(Path.cwd()),
-        "command": command_line(),
-    }
+    return RunRecord(
+        recipe=reference.location,
+        overrides=dict(built.overrides),
+        plan=plan.to_dict(),
+        versions=versions(),
+        git=git_state(folder),
+        host=platform.node(),
+        folder=str(Path.cwd()),
+        command=tuple(command_line()),
+    )
 
 
-def _assume(recipe: Recipe, machine: Machine, nproc: int | None) -> tuple[Machine, list[str]]:
-    """Return `machine` with as many GPUs as a plan for elsewhere needs, and what to say of it."""
+def _assume_gpus(
+    recipe: Recipe, machine: Machine, nproc_per_node: int | None
+) -> tuple[Machine, list[str]]:
+    """Return `machine` with the GPUs that a plan for other nodes needs, and notes about it."""
     if recipe.device == "cpu":
         return machine, []
     if recipe.device is None and not machine.num_gpus:
-        return machine, ["This machine has no GPU; device=cuda plans for machines that have."]
-    if nproc is None or nproc <= machine.num_gpus:
+        return machine, ["This machine has no GPU; device=cuda plans for machines with GPUs."]
+    if nproc_per_node is None or nproc_per_node <= machine.num_gpus:
         return machine, []
-    note = f"Planned for {nproc} GPUs per node; this machine has {machine.num_gpus}."
-    return replace(machine, num_gpus=nproc), [note]
+    note = f"Planned for {nproc_per_node} GPUs per node; this machine has {machine.num_gpus}."
+    return replace(machine, num_gpus=nproc_per_node), [note]
 
 
 def _count_samples(reference: Reference, overrides: Sequence[Override], built: BuiltRecipe) -> int:
-    """Return the training samples of a recipe, counted in a process of its own.
+    """Count the training samples of a recipe in a child process.
 
-    Reading data may start threads, of OpenMP for one, and no rank could be forked from a process
-    that has had them. Where the recipe's import has started some already, that process imports the
-    recipe itself.
+    Reading data may start threads, such as those of OpenMP, after which no rank could be forked
+    from this process. If the import of the recipe has already started some, the child is spawned
+    and imports the recipe itself.
 
     Raises:
         LauncherError: The data cannot be read, or has no length.
@@ -202,48 +229,50 @@ def _count_samples(reference: Reference, overrides: Sequence[Override], built: B
     import multiprocessing
 
     context: SpawnContext | ForkContext = multiprocessing.get_context("fork")
-    target: Callable[..., None] = _count_for
+    target: Callable[..., None] = _send_count
     arguments: tuple[Any, ...] = (built,)
     if reason_not_to_fork() is not None:
         context = multiprocessing.get_context("spawn")
-        target, arguments = _count_afresh, (reference.location, tuple(overrides))
+        target, arguments = _build_and_send_count, (reference.location, tuple(overrides))
     receiver, sender = context.Pipe(duplex=False)
-    counting = context.Process(target=target, args=(*arguments, sender))
+    child = context.Process(target=target, args=(*arguments, sender))
     with without_main_module():
-        counting.start()
+        child.start()
     sender.close()
     try:
-        found: int | LauncherError = receiver.recv()
+        answer: int | LauncherError = receiver.recv()
     except EOFError:
-        counting.join()
-        found = RecipeError(
-            f"{built.recipe.name}: reading the data to count its samples ended the process (exit "
-            f"code {counting.exitcode}). train_samples=... in the recipe spares that."
+        child.join()
+        answer = RecipeError(
+            f"{built.recipe.name}: reading the data to count its samples ended the process with "
+            f"exit code {child.exitcode}. train_samples=... in the recipe avoids that."
         )
-    counting.join()
-    if isinstance(found, LauncherError):
-        raise found
-    return found
+    child.join()
+    if isinstance(answer, LauncherError):
+        raise answer
+    return answer
 
 
-def _count_afresh(location: str, overrides: tuple[Override, ...], sender: Connection) -> None:
+def _build_and_send_count(
+    location: str, overrides: tuple[Override, ...], sender: Connection
+) -> None:
     try:
         built = build(resolve(location), overrides)
     except LauncherError as error:
         sender.send(error)
         return
-    _count_for(built, sender)
+    _send_count(built, sender)
 
 
-def _count_for(built: BuiltRecipe, sender: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the one who asks has words for it
+def _send_count(built: BuiltRecipe, sender: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent reports Ctrl-C
     try:
-        sender.send(_length_of(built))
+        sender.send(_count_training_samples(built))
     except LauncherError as error:
         sender.send(error)
 
 
-def _length_of(built: BuiltRecipe) -> int:
+def _count_training_samples(built: BuiltRecipe) -> int:
     try:
         data = built.recipe.data()
     except LauncherError:
@@ -255,6 +284,6 @@ def _length_of(built: BuiltRecipe) -> int:
     except (AttributeError, TypeError):
         raise PlanError(
             f"{built.recipe.name}: epochs={built.recipe.epochs} needs the number of training "
-            f"samples, and the data function returned {type(data).__name__} without a length in "
-            "`train`. Return launcher.Data(train=...), or give steps instead of epochs."
+            f"samples, and the data function returned {type(data).__name__} with no `train` that "
+            "has a length. Return launcher.Data(train=...), or give steps instead of epochs."
         ) from None

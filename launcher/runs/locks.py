@@ -1,4 +1,4 @@
-"""Locks on files, and how far a file system carries them."""
+"""Locks on files, and on which file systems all machines see them."""
 
 from __future__ import annotations
 
@@ -13,17 +13,27 @@ _LOCAL = frozenset(
     {"bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"}
 )
 _SHARED = frozenset({"ceph", "gfs2", "gpfs", "ocfs2"})
-"""File systems on which everybody who sees a file sees its locks."""
+"""Network and cluster file systems on which every machine that sees a file sees its locks."""
 
 _ESCAPED = re.compile(r"\\([0-7]{3})")
-"""As mountinfo writes blanks in names."""
+"""How mountinfo writes blanks and backslashes in names."""
 
 _SHARED_IF = {"nfs": "local_lock=none", "nfs4": "local_lock=none", "lustre": "flock"}
-"""File systems on which that depends on a mount option."""
+"""File systems on which machines share locks only with a mount option."""
 
 
 def try_lock(descriptor: int, kind: int) -> bool | None:
-    """Return whether this process has the lock now; None where the file system has no locks."""
+    """Try to lock an open file; return whether this process holds the lock now.
+
+    None means that the file system does not support locks.
+
+    Args:
+        descriptor: The open file.
+        kind: `fcntl.LOCK_SH` or `fcntl.LOCK_EX`.
+
+    Raises:
+        OSError: The file cannot be locked for any other reason.
+    """
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except OSError as error:
@@ -36,17 +46,20 @@ def try_lock(descriptor: int, kind: int) -> bool | None:
 
 
 def locks_are_shared(path: Path) -> bool:
-    """Return whether a lock on a file in `path` is seen by all machines that see the file."""
-    found, kind, options = -1, "", ""
+    """Return whether every machine that sees a file in `path` also sees its locks.
+
+    False if the file system of `path` is unknown.
+    """
+    num_parts, kind, options = -1, "", ""
     try:
         lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return False
     for line in lines:
         before, _, after = line.partition(" - ")
-        mounted = Path(_ESCAPED.sub(lambda code: chr(int(code[1], 8)), before.split()[4]))
-        if len(mounted.parts) >= found and path.is_relative_to(mounted):
-            found = len(mounted.parts)
+        mount_point = Path(_ESCAPED.sub(lambda code: chr(int(code[1], 8)), before.split()[4]))
+        if len(mount_point.parts) >= num_parts and path.is_relative_to(mount_point):
+            num_parts = len(mount_point.parts)
             kind, _, options = after.split(" ", 2)
     if kind in _SHARED_IF:
         return _SHARED_IF[kind] in options.split(",")

@@ -1,35 +1,49 @@
-"""Where a run came from: versions of what it used, and the state of the code in git."""
+"""Where a run came from: package versions, the state of the code in git, the command line."""
 
 from __future__ import annotations
 
 import platform
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from launcher.runs.redaction import redacted
 
 _PACKAGES = ("gpu-launcher", "torch", "accelerate", "deepspeed", "numpy", "safetensors")
 
 
+@dataclass(frozen=True, kw_only=True)
+class GitState:
+    """State of a git repository."""
+
+    commit: str
+    """Full hash of the commit that is checked out."""
+
+    branch: str
+    """Name of the branch; `HEAD` if none is checked out."""
+
+    changed_files: int
+    """Files that differ from the commit, untracked ones included."""
+
+
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that a run depends on."""
     from importlib import metadata
 
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
-def git_state(folder: Path) -> dict[str, Any] | None:
-    """Return the commit of the repository around `folder`, and whether files differ from it.
+def git_state(folder: Path) -> GitState | None:
+    """Return the state of the repository that holds `folder`.
 
-    None where there is no repository or no git.
+    None if there is no repository, or git is not installed or fails.
     """
 
     def git(*arguments: str) -> str:
@@ -42,15 +56,15 @@ def git_state(folder: Path) -> dict[str, Any] | None:
         ).stdout.strip()
 
     try:
-        return {
-            "commit": git("rev-parse", "HEAD"),
-            "branch": git("rev-parse", "--abbrev-ref", "HEAD"),
-            "changed_files": len(git("status", "--porcelain").splitlines()),
-        }
+        return GitState(
+            commit=git("rev-parse", "HEAD"),
+            branch=git("rev-parse", "--abbrev-ref", "HEAD"),
+            changed_files=len(git("status", "--porcelain").splitlines()),
+        )
     except (OSError, subprocess.SubprocessError):
         return None
 
 
 def command_line() -> list[str]:
-    """Return the arguments that this process was started with, less what is secret."""
-    return [redacted(each) for each in sys.orig_argv]
+    """Return the command line of this process, without the values of keys and passwords."""
+    return [redacted(argument) for argument in sys.orig_argv]

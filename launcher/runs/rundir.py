@@ -1,25 +1,25 @@
-"""The run folder: the names in it, and how they are written.
+"""The run folder: the names of its files, and how they are written.
 
-run.yaml            the recipe, its overrides, the plan, versions, git state
+run.yaml            recipe, overrides, plan, versions, git state; see launcher.runs.run_record
 metrics.jsonl       one line per optimizer step, and one per evaluation
-events.jsonl        what happened, with the time: begun, stopped, failed, finished
+events.jsonl        when the run began, stopped, failed and finished; see launcher.runs.events
 result.json         the final evaluation and totals; written last
 model.safetensors   the final weights
-checkpoints/        what a run is resumed from, a folder each
-curve.json          learning rates and losses, where `launcher find lr` measured them
-reading.json        what it takes to read, where `launcher find loader` measured it
-size.json           speed and memory, where `launcher find batch` measured them
-profile.json        where the time of steps went, where `launcher profile` looked, and traces/
-noise.json          norms of gradients, where `launcher find noise` measured them
-trackers.json       what trackers call the run, so that it goes on there
-failure.json        the first failure, if the run failed
-owner.lock          who writes into this folder now; see launcher.runs.ownership
-submission.json     the job that `launcher submit` asked Slurm for, and job.sbatch its script
-examination.json    what ranks found out about themselves, for `launcher doctor`
-inspection.json     what of the recipe depends on the split, where `launcher prove` looked for it
-logs/rank<N>.log    what each rank printed
-health/             where each rank is, written about once a second
-samples/            sample ids per step and rank, with record_samples=true
+checkpoints/        one folder per checkpoint; see launcher.runs.checkpoints
+curve.json          learning rates and losses that `launcher find lr` measured
+reading.json        loader throughput that `launcher find loader` measured
+size.json           throughput and memory that `launcher find batch` measured
+profile.json        where the time of steps went, by `launcher profile`; with traces/
+noise.json          gradient norms that `launcher find noise` measured
+trackers.json       ids of the run in experiment trackers, so that it resumes there
+failure.json        the first failure, if the run failed; see launcher.runs.failure_record
+owner.lock          the process that owns this folder; see launcher.runs.ownership
+submission.json     the Slurm job that `launcher submit` submitted; with its script, job.sbatch
+examination.json    what the ranks report about their node, for `launcher doctor`
+inspection.json     which parts of the recipe depend on the split, for `launcher prove`
+logs/rank<N>.log    everything that each rank printed
+health/             the heartbeat of each rank; see launcher.runs.heartbeat
+samples/            sample indices per step and rank, with record_samples=true
 """
 
 from __future__ import annotations
@@ -36,9 +36,6 @@ from typing import Any
 import msgspec
 
 from launcher.errors import RunDirError
-
-FAILURE_FILE = "LAUNCHER_FAILURE_FILE"
-"""The environment variable by which a rank knows where to leave a failure that found no room."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,7 @@ class RunDir:
         return self.path / "profile.json"
 
     def trace(self, rank: int) -> Path:
-        """Return the trace of `rank`, for Perfetto and chrome://tracing."""
+        """Return the file of the trace of `rank`, for Perfetto and chrome://tracing."""
         return self.path / "traces" / f"rank{rank}.json.gz"
 
     @property
@@ -120,20 +117,20 @@ class RunDir:
         return self.path / "examination.json"
 
     def health(self, rank: int) -> Path:
-        """Return what `rank` last said of itself."""
+        """Return the file of the heartbeat of `rank`."""
         return self.path / "health" / f"rank{rank}.json"
 
     def log(self, rank: int) -> Path:
-        """Return what `rank` printed."""
+        """Return the file that holds what `rank` printed."""
         return self.path / "logs" / f"rank{rank}.log"
 
     def samples(self, rank: int) -> Path:
-        """Return the sample ids of `rank`, a line per step."""
+        """Return the file of the sample indices of `rank`, one line per step."""
         return self.path / "samples" / f"rank{rank}.jsonl"
 
     @property
     def shown(self) -> str:
-        """The path, relative to this folder where it lies below it."""
+        """The path, relative to the working directory if it lies below it."""
         try:
             return str(self.path.relative_to(Path.cwd()))
         except ValueError:
@@ -141,14 +138,14 @@ class RunDir:
 
 
 def create_run_dir(out: Path | None, name: str) -> RunDir:
-    """Make a new run folder, readable by this user alone.
+    """Create a run folder that only this user can read.
 
     Args:
-        out: The folder to make; None makes runs/<name>-<time> below this folder.
-        name: The recipe's name, for that default.
+        out: The folder to create; None creates runs/<name>-<time> in the working directory.
+        name: Name of the recipe, used for that default.
 
     Raises:
-        RunDirError: `out` exists already, or cannot be made.
+        RunDirError: `out` exists already, or cannot be created.
     """
     for path in [out] if out is not None else _default_paths(name):
         try:
@@ -158,29 +155,29 @@ def create_run_dir(out: Path | None, name: str) -> RunDir:
         except FileExistsError:
             if out is None and path.parent.is_dir():
                 continue
-            what = path if path.exists() else path.parent
+            existing = path if path.exists() else path.parent
             raise RunDirError(
-                f"The run folder {what} exists already, and a run never writes into another's. "
-                f"Give another --out, or move it away{_or_resume(path)}."
+                f"The run folder {existing} exists already, and a run never writes into the folder "
+                f"of another one. Give another --out, or move it away{_resume_hint(path)}."
             ) from None
         except OSError as error:
             raise RunDirError(
-                f"Cannot make the run folder {path}: {error.strerror}. "
-                "Give an --out below a folder that you can write to."
+                f"Cannot create the run folder {path}: {error.strerror}. "
+                "Give an --out inside a folder that you can write to."
             ) from None
         return RunDir(path.resolve())
-    raise RunDirError(f"There are too many run folders for {name} at once. Give an --out.")
+    raise RunDirError(f"Every default run folder for {name} exists already. Give an --out.")
 
 
 def planned_path(out: Path | None, name: str) -> Path:
-    """Return the folder that `create_run_dir` would make now."""
+    """Return the folder that `create_run_dir` would create now, without creating it."""
     return out or next(path for path in _default_paths(name) if not path.exists())
 
 
-def _or_resume(path: Path) -> str:
+def _resume_hint(path: Path) -> str:
     if not (path / "run.yaml").is_file():
         return ""
-    return f"; `launcher resume {path}` goes on with it"
+    return f"; `launcher resume {path}` resumes it"
 
 
 def _default_paths(name: str) -> list[Path]:
@@ -189,37 +186,45 @@ def _default_paths(name: str) -> list[Path]:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write `text` so that `path` holds all of it or is untouched, also after a power failure.
+    """Write `text` so that `path` holds all of it or is unchanged, even after a power failure.
 
-    What is no file, such as /dev/stdout, is written to as it is.
+    A path that exists and is not a regular file, such as /dev/stdout, is written to directly.
 
     Raises:
-        RunDirError: The disk is full, or the folder has gone or cannot be written.
+        RunDirError: The disk is full, or the folder is missing or cannot be written.
     """
     target = path.resolve()
-    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         if path.exists() and not path.is_file():
             path.write_text(text, encoding="utf-8")
             return
-        with beside.open("w", encoding="utf-8") as file:
+        with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(target)
+        temporary.replace(target)
     except OSError as error:
         raise RunDirError(f"Cannot write {path}: {error.strerror}.") from None
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write `values` as readable JSON, whole or not at all."""
+    """Write `values` as indented JSON, completely or not at all.
+
+    Raises:
+        RunDirError: The file cannot be written.
+    """
     write_atomic(path, json.dumps(values, indent=2) + "\n")
 
 
 def write_yaml(path: Path, values: Mapping[str, Any]) -> None:
-    """Write `values` as readable YAML, whole or not at all."""
+    """Write `values` as YAML in their order, completely or not at all.
+
+    Raises:
+        RunDirError: The file cannot be written.
+    """
     import yaml
 
     write_atomic(path, yaml.safe_dump(dict(values), sort_keys=False, width=100))
@@ -229,20 +234,23 @@ def open_run_dir(path: Path) -> RunDir:
     """Return the run folder at `path`.
 
     Raises:
-        RunDirError: There is none.
+        RunDirError: `path` does not exist, or has no run.yaml.
     """
     if not (path / "run.yaml").is_file():
-        what = "has no run.yaml" if path.is_dir() else "does not exist"
+        reason = "has no run.yaml" if path.is_dir() else "does not exist"
         raise RunDirError(
-            f"{path} is no run folder: it {what}. Give the folder that `launcher run` printed."
+            f"{path} is not a run folder: it {reason}. Give the folder that `launcher run` printed."
         )
     return RunDir(path.resolve())
 
 
 def folders_of_runs(below: Path, depth: int = 3) -> Iterator[RunDir]:
-    """Yield the run folders below a folder, or itself, in the order of their names.
+    """Yield the run folders below a folder in the order of their names, or the folder itself.
 
-    runs/<array>/<index> is three deep: what lies deeper, or in a run, is somebody else's.
+    Args:
+        below: The folder to search; it alone is yielded if it is a run folder.
+        depth: Levels to descend. runs/<array>/<index> is three deep; run folders inside a run
+            folder are never yielded.
     """
     if (below / "run.yaml").is_file() or (below / "submission.json").is_file():
         yield RunDir(below.resolve())
@@ -250,48 +258,15 @@ def folders_of_runs(below: Path, depth: int = 3) -> Iterator[RunDir]:
     if depth == 0:
         return
     with contextlib.suppress(OSError), os.scandir(below) as entries:
-        inner = [each.name for each in entries if each.is_dir() and not each.name.startswith(".")]
-        for name in sorted(inner):
+        names = [entry.name for entry in entries if entry.is_dir() and entry.name[0] != "."]
+        for name in sorted(names):
             yield from folders_of_runs(below / name, depth - 1)
 
 
-def read_run(run_dir: RunDir) -> dict[str, Any]:
-    """Return what run.yaml says.
-
-    Raises:
-        RunDirError: It cannot be read.
-    """
-    import yaml
-
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same in C, ten times as fast
-    try:
-        said = yaml.load(run_dir.run_yaml.read_text(encoding="utf-8"), loader)  # noqa: S506
-    except OSError as error:
-        raise RunDirError(f"Cannot read {run_dir.run_yaml}: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise RunDirError(f"{run_dir.run_yaml} is damaged: it is not YAML.") from None
-    if not isinstance(said, dict) or "recipe" not in said:
-        raise RunDirError(f"{run_dir.run_yaml} is damaged: it does not name a recipe.")
-    return said
-
-
-def write_resumption(run_dir: RunDir, description: Mapping[str, Any]) -> None:
-    """Write run.yaml anew, with what it said before among what came earlier.
-
-    Where its ranks were is forgotten.
-
-    Raises:
-        RunDirError: What it said cannot be read; nothing was changed. Or it cannot be written.
-    """
-    before = read_run(run_dir)
-    for left in run_dir.health(0).parent.glob("*.json"):
-        left.unlink()
-    earlier = [*before.pop("earlier", []), before]
-    write_yaml(run_dir.run_yaml, {**description, "earlier": earlier})
-
-
 def keep_until(run_dir: RunDir, step: int) -> None:
-    """Take back what a run wrote of steps after `step`, which it will take again.
+    """Remove the lines about steps after `step` from metrics.jsonl and samples/.
+
+    A run that resumes from a checkpoint takes these steps again. Damaged lines are removed as well.
 
     Raises:
         RunDirError: A file cannot be written.
@@ -307,15 +282,15 @@ def keep_until(run_dir: RunDir, step: int) -> None:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
             except (ValueError, KeyError, TypeError):
-                continue  # cut off when the run ended
+                continue  # the run was killed while it wrote this line
         if len(kept) < len(lines):
             write_atomic(path, "".join(kept))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the whole lines of a JSON-lines file, less those that are damaged.
+    """Return the objects in a JSON-lines file; skip damaged lines.
 
-    A file that is not there has none.
+    A file that cannot be read yields an empty list.
     """
     rows = []
     with contextlib.suppress(OSError), path.open("rb") as file:
@@ -323,14 +298,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             try:
                 row = msgspec.json.decode(line)
             except msgspec.DecodeError:
-                continue  # cut off when the run ended, or still being written
+                continue  # the run was killed while it wrote this line, or is writing it
             if isinstance(row, dict):
                 rows.append(row)
     return rows
 
 
 def line_count(path: Path) -> int:
-    """Return how many lines a file has, 0 where it cannot be read."""
+    """Return the number of lines in a file, or 0 if it cannot be read."""
     try:
         with path.open("rb") as file:
             return sum(1 for _ in file)
@@ -338,56 +313,8 @@ def line_count(path: Path) -> int:
         return 0
 
 
-def record_failure(run_dir: RunDir, failure: Mapping[str, Any]) -> bool:
-    """Write failure.json unless an earlier failure is there; return whether this one is the first.
-
-    The file is complete from the moment it exists, and among ranks that fail together exactly one
-    is the first: it is linked into place, which fails where the name is taken. Where the folder
-    cannot be written, as on a full disk, whoever started the ranks finds the failure elsewhere.
-    """
-    beside = run_dir.failure.with_name(f".failure.{os.uname().nodename}.{os.getpid()}.tmp")
-    try:
-        beside.write_text(json.dumps(failure, indent=2) + "\n", encoding="utf-8")
-        os.link(beside, run_dir.failure)
-    except FileExistsError:
-        return False
-    except OSError:
-        _leave_failure(failure)
-        return True  # no folder to agree in: better to speak twice than not at all
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
-    return True
-
-
-def _leave_failure(failure: Mapping[str, Any]) -> None:
-    """Write a failure where whoever has started this rank looks for what found no room."""
-    if given := os.environ.get(FAILURE_FILE):
-        with contextlib.suppress(OSError):
-            Path(given).write_text(json.dumps(failure), encoding="utf-8")
-
-
-def failure_of_rank(folder: Path, local_rank: int) -> Path:
-    """Return where in the launcher's own folder a rank leaves its failure, if need be."""
-    return folder / f"failure{local_rank}.json"
-
-
-def read_failure(run_dir: RunDir) -> dict[str, Any] | None:
-    """Return the run's first failure, or None where it recorded none."""
-    return read_failure_file(run_dir.failure)
-
-
-def read_failure_file(path: Path) -> dict[str, Any] | None:
-    """Return the failure that a file holds, or None where there is none."""
-    try:
-        failure = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return failure if isinstance(failure, dict) else None
-
-
 def why_not_writable(run_dir: RunDir) -> str | None:
-    """Return why nothing can be written to the run folder, such as a full disk; None if it can."""
+    """Return why the run folder cannot be written, such as a full disk, or None if it can."""
     probe = run_dir.path / f".probe.{os.getpid()}.tmp"
     try:
         with probe.open("wb") as file:

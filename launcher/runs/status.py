@@ -1,4 +1,7 @@
-"""How a run fares, by what it has left in its folder; nobody is asked."""
+"""The state of a run, read from the files in its folder alone.
+
+No process and no scheduler is contacted, so that any user who can read the folder gets an answer.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,12 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+from launcher.errors import RunDirError
 from launcher.quantities import duration
 from launcher.runs.events import read_events
+from launcher.runs.failure_record import read_failure
 from launcher.runs.heartbeat import Heartbeat, is_running, read_heartbeats
-from launcher.runs.rundir import RunDir, read_failure
+from launcher.runs.rundir import RunDir
 
 COLOURS = {
     "running": "cyan",
@@ -25,42 +30,46 @@ COLOURS = {
     "unknown": "white",
     "finished": "green",
 }
-"""Of what a run can be, in the order in which one wants to know of them."""
+"""Colour of each state of a run, in the order in which tables list the states."""
 
 STATES = tuple(COLOURS)
+"""Names of the states, in the same order."""
 
 AT_WORK = "running", "waiting"
-"""Those that are not over."""
+"""States of runs that have not ended."""
 
-_WIDTH = 160
-"""Of what is said of a failure here; failure.json has all of it."""
+_MESSAGE_WIDTH = 160
+"""Characters of a failure's message that are shown; failure.json holds all of it."""
 
-_SECONDS_OF_SILENCE = 30.0
-"""After which a rank on another machine has gone; on this one its process is looked for."""
+_REMOTE_TIMEOUT_SECONDS = 30.0
+"""Age of the last heartbeat at which a rank on another machine counts as dead."""
 
-_SECONDS_FROZEN = 600.0
-"""After which a process of this machine is taken for another that has its number."""
+_LOCAL_TIMEOUT_SECONDS = 600.0
+"""Age of the last heartbeat at which a process of this machine with the rank's process id counts as
+another process."""
 
 SECONDS_TO_START = 120.0
-"""Between a run folder and its first rank, where data is downloaded or torch comes from afar."""
+"""Longest time from the creation of a run folder to the first heartbeat, in which data may be
+downloaded and torch may be imported from a slow file system."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """How a run fares."""
+    """The state of a run."""
 
     name: str
-    """One of `STATES`."""
+    """Name of the state, one of `STATES`."""
 
     words: str
+    """One line that describes it, with the step or the error."""
 
 
 def read_run_state(run_dir: RunDir) -> RunState:
-    """Return how the run fares."""
-    health = list(read_heartbeats(run_dir))
-    if not health and _begins(run_dir):
+    """Return the state of a run."""
+    heartbeats = list(read_heartbeats(run_dir))
+    if not heartbeats and _is_starting(run_dir):
         return RunState(name="running", words="starting")
-    if any(map(is_alive, health)) and _changed(run_dir.result) < _changed(run_dir.run_yaml):
+    if any(map(is_alive, heartbeats)) and _modified(run_dir.result) < _modified(run_dir.run_yaml):
         return RunState(name="running", words=progress_words(run_dir))
     if (ended := outcome(run_dir)) is not None:
         return ended
@@ -68,18 +77,18 @@ def read_run_state(run_dir: RunDir) -> RunState:
         return _unfinished(run_dir)
     if run_dir.submission.is_file():
         return RunState(name="waiting", words="submitted")
-    return RunState(name="unknown", words="left nothing")
+    return RunState(name="unknown", words="has neither run.yaml nor submission.json")
 
 
-def _begins(run_dir: RunDir) -> bool:
-    """Return whether it has just been begun, or gone on with, and its ranks are still to come."""
-    begun = _changed(run_dir.run_yaml)
-    ended = max(_changed(run_dir.result), _changed(run_dir.failure))
-    return begun > ended and time.time() - begun < SECONDS_TO_START
+def _is_starting(run_dir: RunDir) -> bool:
+    """Return whether a run was started or resumed a moment ago and its ranks are yet to come."""
+    started = _modified(run_dir.run_yaml)
+    ended = max(_modified(run_dir.result), _modified(run_dir.failure))
+    return started > ended and time.time() - started < SECONDS_TO_START
 
 
-def _changed(path: Path) -> float:
-    """Return when a file was last written; long ago where it is not there."""
+def _modified(path: Path) -> float:
+    """Return when a file was last written, in seconds since 1970; 0 if it does not exist."""
     try:
         return path.stat().st_mtime
     except OSError:
@@ -87,63 +96,74 @@ def _changed(path: Path) -> float:
 
 
 def _unfinished(run_dir: RunDir) -> RunState:
-    """Return the state of a run that is over and has left neither result nor failure."""
+    """Return the state of a run that has ended and recorded neither result nor failure."""
     events = read_events(run_dir)
     if events and events[-1]["event"] == "stopped":
         return RunState(name="stopped", words=f"stopped after step {events[-1]['step']:,}")
     row = last_step(run_dir.metrics)
     where = f"after step {row['step']:,}" if row else "before its first step"
-    return RunState(name="lost", words=f"ended without a word {where}")
+    return RunState(name="lost", words=f"ended without a result or an error {where}")
 
 
 def is_alive(health: Heartbeat) -> bool:
-    """Return whether the rank that has said this of itself is still there."""
-    silent = time.time() - health.time
+    """Return whether the rank that wrote a heartbeat is still alive.
+
+    A rank on this machine is alive while its process runs; a rank on another machine while its
+    heartbeat is recent.
+    """
+    age = time.time() - health.time
     if health.node == platform.node():
-        return is_running(health.pid) and silent < _SECONDS_FROZEN
-    return silent < _SECONDS_OF_SILENCE
+        return is_running(health.pid) and age < _LOCAL_TIMEOUT_SECONDS
+    return age < _REMOTE_TIMEOUT_SECONDS
 
 
 def outcome(run_dir: RunDir) -> RunState | None:
-    """Return what a run came to that has ended; None where it has left neither result nor failure.
+    """Return the state of a run that recorded a result or a failure, or None.
 
-    One that goes on has taken both away.
+    A resumed run removes both files, so that neither describes an earlier attempt.
     """
     if (result := read_result(run_dir)) is not None:
         values = result["evaluation"] or {"loss": result["train_loss"]}
         shown = ", ".join(f"{name} {number_text(value)}" for name, value in values.items())
         return RunState(name="finished", words=f"finished after {result['steps']:,} steps: {shown}")
-    if (failure := read_failure(run_dir)) is not None:
-        head = shorten(failure["message"].partition("\n")[0], _WIDTH, placeholder=" ...")
-        where = f"rank {failure['rank']} ({failure['node']})"
-        return RunState(
-            name="failed", words=f"failed on {where}: {failure['error']}: {head}".rstrip(": ")
-        )
-    return None
+    try:
+        failure = read_failure(run_dir)
+    except RunDirError as error:
+        return RunState(name="failed", words=f"failed: {error}")
+    if failure is None:
+        return None
+    head = shorten(failure.message.partition("\n")[0], _MESSAGE_WIDTH, placeholder=" ...")
+    where = f"rank {failure.rank} ({failure.node})"
+    return RunState(name="failed", words=f"failed on {where}: {failure.error}: {head}".rstrip(": "))
 
 
 def progress_words(run_dir: RunDir, total_steps: int | None = None) -> str:
-    """Return the last step that was written, and when the run will have ended where that is known.
+    """Return one line with the last recorded step, its loss and the throughput.
 
     Args:
-        run_dir: The run's.
-        total_steps: How many it takes.
+        run_dir: The run folder.
+        total_steps: Steps of the whole run; adds the time that is left. None if unknown.
     """
     row = last_step(run_dir.metrics)
     if row is None:
         return "starting"
-    whole = "" if total_steps is None else f" of {total_steps:,}"
-    speed = row["samples_per_second"] or 0
-    said = f"step {row['step']:,}{whole}, loss {number_text(row['loss'])}, {speed:,.0f} samples/s"
+    total = "" if total_steps is None else f" of {total_steps:,}"
+    throughput = row["samples_per_second"] or 0
+    text = f"step {row['step']:,}{total}, loss {number_text(row['loss'])}"
+    text += f", {throughput:,.0f} samples/s"
     if total_steps is None:
-        return said
-    per_step = row["samples"] / row["step"]
-    left = (total_steps - row["step"]) * per_step / speed if speed else None
-    return f"{said}, {duration(left)} left"
+        return text
+    samples_per_step = row["samples"] / row["step"]
+    samples_left = (total_steps - row["step"]) * samples_per_step
+    seconds_left = samples_left / throughput if throughput else None
+    return f"{text}, {duration(seconds_left)} left"
 
 
 def last_step(path: Path) -> dict[str, Any] | None:
-    """Return the last whole line of metrics.jsonl that is of a step."""
+    """Return the last complete line of metrics.jsonl that describes a step, or None.
+
+    Only the last 64 KiB of the file are read.
+    """
     try:
         with path.open("rb") as file:
             file.seek(max(path.stat().st_size - 65536, 0))
@@ -161,15 +181,15 @@ def last_step(path: Path) -> dict[str, Any] | None:
 
 
 def read_result(run_dir: RunDir) -> dict[str, Any] | None:
-    """Return what result.json says; None where there is none, or only a part of one."""
+    """Return the content of result.json, or None if it is missing, damaged or incomplete."""
     try:
         values = json.loads(run_dir.result.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    whole = isinstance(values, dict) and {"evaluation", "train_loss", "steps"} <= values.keys()
-    return values if whole else None
+    required = {"evaluation", "train_loss", "steps"}
+    return values if isinstance(values, dict) and required <= values.keys() else None
 
 
 def number_text(value: float | None) -> str:
-    """Return a number in four digits, `nan` where it was not finite."""
+    """Return a number with four significant digits, or `nan` for None, which stands for it."""
     return "nan" if value is None else f"{value:.4g}"

@@ -11,9 +11,10 @@ from typing import Any
 
 from launcher.analysis.batch_sizes import MARGIN, SizeTrial, next_size
 from launcher.environment.machine import free_memory_bytes
-from launcher.errors import EXIT_FAILED, LauncherError, RunFailedError, TrainingError
+from launcher.errors import EXIT_FAILED, LauncherError, TrainingError
 from launcher.launch.signal_handler import SignalHandler
 from launcher.runs.cache import cache_folder
+from launcher.runs.failure_record import RunFailedError
 from launcher.runs.provenance import versions
 from launcher.runs.rundir import RunDir, create_run_dir, write_json
 from launcher.tuning.probe_run import Probe, Target, run_probe
@@ -96,8 +97,8 @@ class BatchSearch:
         except RunFailedError as error:
             if error.exit_code != EXIT_FAILED:
                 raise
-            if error.failure["out_of_memory"] or any(
-                name in error.failure["message"] for name in _ENDS_FOR_MEMORY
+            if error.failure.out_of_memory or any(
+                name in error.failure.message for name in _ENDS_FOR_MEMORY
             ):
                 return SizeTrial(size=size, fits=False)
             raise TrainingError(

@@ -13,7 +13,8 @@ from typing import Any
 from launcher.analysis.gradient_noise import Measurement, estimate
 from launcher.errors import RunDirError
 from launcher.planning.plan import Plan
-from launcher.runs.rundir import RunDir, open_run_dir, read_run
+from launcher.runs.run_record import read_run
+from launcher.runs.rundir import RunDir, open_run_dir
 
 _WARM_UP = 0.1
 """The part of a run's steps that is left out: what is first used is slow."""
@@ -128,7 +129,7 @@ class _Found:
 
 def _plan_of(run_dir: RunDir, plan: Plan) -> dict[str, Any]:
     """Return the plan of a folder, which has to be of the same recipe on the same device."""
-    said: dict[str, Any] = read_run(run_dir)["plan"]
+    said = dict(read_run(run_dir).plan)
     for name in ("recipe", "device", "precision"):
         if said[name] != getattr(plan, name):
             raise RunDirError(

@@ -15,7 +15,8 @@ from launcher.recipe.overrides import BuiltRecipe, Override, build
 from launcher.recipe.recipe import Recipe
 from launcher.recipe.resolve import Reference
 from launcher.runs.job import Job, describe_run, plan_recipe
-from launcher.runs.rundir import RunDir, write_yaml
+from launcher.runs.run_record import RunRecord, write_run
+from launcher.runs.rundir import RunDir
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +84,7 @@ class Probe:
     """With all of them."""
 
     plan: Plan
-    description: Mapping[str, Any]
+    description: RunRecord
     """For run.yaml."""
 
 
@@ -113,7 +114,7 @@ def run_probe(
     Raises:
         RunFailedError: A rank failed.
     """
-    write_yaml(run_dir.run_yaml, {**probe.description, "probe": True})
+    write_run(run_dir, replace(probe.description, probe=True))
     job = Job(
         recipe=probe.reference.location,
         overrides=probe.overrides,

@@ -140,7 +140,7 @@ def test_recipes_that_cannot_be_had(run: Commands, recipe: str, message: str) ->
         (["device=cuda", "-n", "99"], "has no GPU|99 GPUs per node were asked for"),
         (["--config", "bad.yaml"], "bad.yaml, line 2: not YAML"),
         (["--out", "there"], "there exists already"),
-        (["--out", "/proc/no/run"], "Cannot make the run folder /proc/no/run"),
+        (["--out", "/proc/no/run"], "the run folder /proc/no/run: "),
         (["--out", "bad.yaml/run"], "bad.yaml exists already|Not a directory"),
         (["--outt", "x"], "Did you mean one of: '--hosts', '--out', '--quiet'?"),
     ],

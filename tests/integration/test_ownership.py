@@ -136,7 +136,7 @@ def test_readers_are_welcome(module_run: Commands, live: Live) -> None:
             ("report", "live", "--out", "page.html"),
         ):
             done = module_run("launcher", *command)
-            assert "at work" not in done.stderr
+            assert "has owned it" not in done.stderr
             assert done.exit_code == (2 if command[0] == "logs" else 0), done.stderr
 
 
@@ -216,7 +216,7 @@ with own(RunDir(Path(sys.argv[1])), with_ranks=sys.argv[2] == "ranks"):
 TAKE = """
 import sys
 from pathlib import Path
-from launcher import ownership
+from launcher.runs import ownership
 from launcher.errors import RunDirError
 from launcher.runs.rundir import RunDir
 

@@ -256,7 +256,7 @@ def test_the_run_that_was_tuned_is_found(run: Commands) -> None:
 
 @pytest.mark.parametrize(
     ("folder", "message"),
-    [("missing", "missing is no run folder: it does not exist"), (".", "it has no run.yaml")],
+    [("missing", "it does not exist"), (".", "it has no run.yaml")],
 )
 def test_what_is_no_run_is_refused(run: Commands, folder: str, message: str) -> None:
     """With what it is instead, and nothing written."""

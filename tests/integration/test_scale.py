@@ -25,7 +25,8 @@ from launcher.engine.data.sampler import Sampler
 from launcher.engine.saving.checkpoint_tensors import StoredState, write_shard
 from launcher.engine.state.training_state import keep, live_tensors
 from launcher.recipes.digits import digits
-from launcher.runs.checkpoints import FORMAT, Checkpoint, Manifest
+from launcher.runs.checkpoints import Checkpoint
+from launcher.runs.manifest import FORMAT, Manifest
 
 RANKS = 1024
 

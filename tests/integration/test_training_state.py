@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from launcher.engine.state.training_state import check_optimizer, empty_state
 from launcher.errors import TrainingError
-from launcher.runs.checkpoints import Values, sum_file
+from launcher.runs.manifest import Values, sum_file
 
 STATEFUL = f"{ROOT / 'tests/recipes/stateful.py'}:stateful"
 WORLDS = f"{ROOT / 'tests/recipes/worlds.py'}:worlds"

@@ -14,17 +14,9 @@ from examples import NODE, recipe
 
 from launcher import Plan, make_plan
 from launcher.errors import CheckpointError
-from launcher.runs.checkpoints import (
-    FORMAT,
-    Checkpoint,
-    Manifest,
-    begin,
-    changes,
-    check_resumable,
-    commit,
-    list_checkpoints,
-    sum_file,
-)
+from launcher.runs.checkpoints import Checkpoint, begin, commit, list_checkpoints
+from launcher.runs.manifest import FORMAT, Manifest, sum_file
+from launcher.runs.resumption import changes, check_resumable
 from launcher.runs.rundir import RunDir
 
 MANIFEST = Manifest(

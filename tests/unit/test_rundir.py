@@ -9,10 +9,7 @@ import pytest
 
 from launcher.errors import RunDirError
 from launcher.runs.rundir import (
-    RunDir,
     create_run_dir,
-    read_failure,
-    record_failure,
     write_atomic,
     write_json,
 )
@@ -57,18 +54,3 @@ def test_links_and_devices_stay_what_they_are(tmp_path: Path) -> None:
     assert os.read(reader, 9) == b"text"
     os.close(reader)
     assert pipe.is_fifo()
-
-
-def test_the_first_failure_stays(tmp_path: Path) -> None:
-    """Of several failures the first is kept, and the others know that they were not."""
-    run_dir = RunDir(tmp_path)
-    assert read_failure(run_dir) is None
-    assert record_failure(run_dir, {"rank": 1})
-    assert not record_failure(run_dir, {"rank": 0})
-    assert read_failure(run_dir) == {"rank": 1}
-    assert [entry.name for entry in tmp_path.iterdir()] == ["failure.json"]
-
-
-def test_a_failure_without_a_folder_is_still_shown(tmp_path: Path) -> None:
-    """If the run folder has vanished, every rank speaks for itself."""
-    assert record_failure(RunDir(tmp_path / "gone"), {"rank": 1})

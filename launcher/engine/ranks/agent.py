@@ -1,4 +1,8 @@
-"""PyTorch's elastic agent over nodes that know each other already: no rendezvous, and no logs."""
+"""PyTorch's elastic agent for the ranks of one node.
+
+The launchers of all nodes have met before, so the agent performs no rendezvous of its own, and each
+rank opens its own log, so it redirects no output.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +23,12 @@ from torch.distributed.elastic.rendezvous import (
 
 from launcher.engine.ranks.rendezvous import Rendezvous
 from launcher.forking import without_main_module
+from launcher.runs.failure_record import FAILURE_FILE, failure_of_rank
 from launcher.runs.job import Job
-from launcher.runs.rundir import FAILURE_FILE, failure_of_rank
 from launcher.signals import deaf
 
-_SECONDS_BETWEEN_LOOKS = 0.05
-"""At the ranks; a run ends two looks after they do."""
+_POLL_SECONDS = 0.05
+"""Interval at which the agent checks its ranks; a run ends two intervals after they do."""
 
 
 def run_agent(
@@ -35,17 +39,18 @@ def run_agent(
     *,
     afresh: bool = False,
 ) -> RunResult:
-    """Call `function` in each of this node's ranks, and watch them.
+    """Start the ranks of this node, call `function` in each, and wait for them to end.
 
     Args:
-        function: What each rank calls.
-        job: With what.
-        folder: For the agent's own files.
-        rendezvous: With the other nodes; None is alone, and listens on no port.
-        afresh: Whether each rank is a new interpreter instead of a fork of this process.
+        function: The function that each rank calls.
+        job: Its argument.
+        folder: Folder for the agent's own files.
+        rendezvous: The rendezvous with the other nodes; None if this is the only one, in which
+            case no port is opened.
+        afresh: Whether each rank is spawned as a new interpreter instead of forked.
 
     Raises:
-        PeerError: Another node has failed or gone; the ranks of this one have been ended.
+        PeerError: Another node has failed or disappeared; the ranks of this node have been ended.
     """
     spec = WorkerSpec(
         role="default",
@@ -54,7 +59,7 @@ def run_agent(
         args=(job,),
         rdzv_handler=StaticRendezvousHandler(rendezvous),
         max_restarts=job.restarts,
-        monitor_interval=_SECONDS_BETWEEN_LOOKS,
+        monitor_interval=_POLL_SECONDS,
     )
     if afresh:
         return _SpawningAgent(spec, logs_specs=NoLogsSpecs(folder), start_method="spawn").run()
@@ -62,16 +67,17 @@ def run_agent(
 
 
 class _SpawningAgent(LocalElasticAgent):
-    """Starts ranks as new interpreters, which are deaf to signals until they have handlers."""
+    """An agent whose ranks are new interpreters that block signals until they install handlers."""
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        resource_tracker.ensure_running()  # which would have this process hear SIGTERM again
+        # Started inside `deaf`, the resource tracker would unblock SIGTERM in this process.
+        resource_tracker.ensure_running()
         with without_main_module(), deaf():
             return super()._start_workers(worker_group)
 
 
 class StaticRendezvousHandler(RendezvousHandler):
-    """The rendezvous of nodes that have met, or of one that is alone."""
+    """Tells the agent about nodes that have already met, or that this node is the only one."""
 
     def __init__(self, rendezvous: Rendezvous | None) -> None:
         self._rendezvous = rendezvous
@@ -84,26 +90,36 @@ class StaticRendezvousHandler(RendezvousHandler):
 
     @property
     def use_agent_store(self) -> bool:
-        """Whether the ranks of several nodes meet at our store, rather than on a port of theirs."""
+        """Whether the ranks meet at the launchers' store, as those of several nodes do."""
         return self._rendezvous is not None
 
     def next_rendezvous(self) -> RendezvousInfo:
         store: Store
         if self._rendezvous is None:
-            # In this process's own memory; the ranks find each other in a file of theirs.
-            store, rank, nodes, address = HashStore(), 0, 1, ("localhost", 0)
+            # The agent's store is in memory; the ranks meet through a file in a private folder.
+            store, rank, num_nodes, address = HashStore(), 0, 1, ("localhost", 0)
         else:
             store = PrefixStore("agents", self._rendezvous.store)
-            rank, nodes, address = (
+            rank, num_nodes, address = (
                 self._rendezvous.index,
                 self._rendezvous.count,
                 self._rendezvous.address,
             )
-        where = RendezvousStoreInfo(*address)
-        return RendezvousInfo(store, rank=rank, world_size=nodes, bootstrap_store_info=where)
+        return RendezvousInfo(
+            store,
+            rank=rank,
+            world_size=num_nodes,
+            bootstrap_store_info=RendezvousStoreInfo(*address),
+        )
 
     def num_nodes_waiting(self) -> int:
-        """Return 0: nobody joins. The agent asks each time that it has looked after its ranks."""
+        """Return 0, because no node joins later, after checking the other nodes.
+
+        The agent calls this every time it has checked its ranks.
+
+        Raises:
+            PeerError: Another node has failed or disappeared.
+        """
         if self._rendezvous is not None:
             self._rendezvous.check_peers()
         return 0
@@ -119,10 +135,12 @@ class StaticRendezvousHandler(RendezvousHandler):
 
 
 class NoLogsSpecs(LogsSpecs):
-    """No redirects and no tees: each rank opens its own log. The agent insists on error files.
+    """Redirects no output: each rank opens its own log.
+
+    The environment of each rank names the file for a failure that the run folder cannot hold.
 
     Args:
-        folder: Where these are.
+        folder: Folder for these files, and for the error files that the agent requires.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -1,7 +1,7 @@
-"""Where ranks that we have not started find each other: a store at the first rank's address.
+"""The store at which ranks meet that torchrun, accelerate launch or srun started.
 
-torch waits for them in C++, where no signal is handled and no word is said. Here the wait is in
-Python, in short turns.
+torch waits for the ranks in C++, where signals are not handled and nothing is printed. This module
+polls in Python instead.
 """
 
 from __future__ import annotations
@@ -20,26 +20,29 @@ from launcher.environment.world import World
 from launcher.errors import WorldError
 
 TIMEOUT = timedelta(minutes=30)
-"""Of a collective call; a rank that is stuck is named before, see `hang_timeout`."""
+"""Timeout of collective calls; `hang_timeout` names a stuck rank long before."""
 
 PATIENCE_SECONDS = 300.0
-"""For the other ranks to come, as --join-timeout of `launcher run` has it for machines."""
+"""Longest wait for the other ranks; the same as --join-timeout of `launcher run`."""
 
-_SECONDS_BETWEEN_LOOKS = 0.05
-_SECONDS_BEFORE_A_WORD = 5.0
+_POLL_SECONDS = 0.05
+_SECONDS_BEFORE_MESSAGE = 5.0
+"""How long a rank waits before it prints for whom."""
 
 
 @functools.cache
 def open_store(world: World) -> Store:
-    """Return the store at the address of `world`, or in the environment, when all ranks are there.
+    """Connect to the store of a world and return it when all ranks have arrived.
 
-    An agent that starts its ranks again keeps its store, so each attempt has keys of its own.
+    The address is that of `world`, or MASTER_ADDR and MASTER_PORT. An agent that restarts its ranks
+    keeps its store, so every attempt uses keys of its own.
 
     Raises:
-        WorldError: They do not come in time, the address is missing, or its port is taken.
+        WorldError: The ranks do not arrive within 300 s, the address is missing, or its port is
+            taken.
     """
-    host, port = world.address or _address()
-    until = time.monotonic() + PATIENCE_SECONDS
+    host, port = world.address or _read_address()
+    deadline = time.monotonic() + PATIENCE_SECONDS
     by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
@@ -54,64 +57,76 @@ def open_store(world: World) -> Store:
                 multi_tenant=True,
             )
         else:
-            first = "the launcher of rank 0" if by_agent else "rank 0"
-            _wait_until(lambda: answers(host, port), lambda: first, host, port, until)
+            owner = "the launcher of rank 0" if by_agent else "rank 0"
+            _wait_until(lambda: answers(host, port), lambda: owner, host, port, deadline)
             store = TCPStore(host, port, world.world_size, is_master=False, timeout=TIMEOUT)
-        own = PrefixStore(f"launcher/attempt{attempt}", store)
-        _wait_for_all(own, world, host, port, until)
-    except RuntimeError as error:  # of the store
+        attempt_store = PrefixStore(f"launcher/attempt{attempt}", store)
+        _wait_for_all(attempt_store, world, host, port, deadline)
+    except RuntimeError as error:  # raised by the store
         raise WorldError(
-            f"The ranks of this run meet at {host}:{port} (MASTER_ADDR and MASTER_PORT), and rank "
-            f"{world.rank} cannot: {str(error).splitlines()[0]}. Another program may use that "
-            "port, or rank 0 has ended."
+            f"Rank {world.rank} cannot meet the other ranks at {host}:{port} (MASTER_ADDR and "
+            f"MASTER_PORT): {str(error).splitlines()[0]}. Another program may use that port, or "
+            "rank 0 has ended."
         ) from None
-    return own
+    return attempt_store
 
 
-def _wait_for_all(store: Store, world: World, host: str, port: int, until: float) -> None:
+def _wait_for_all(store: Store, world: World, host: str, port: int, deadline: float) -> None:
+    """Wait until every rank has arrived.
+
+    Raises:
+        WorldError: The deadline passes.
+    """
     arrivals = PrefixStore("launcher/arrivals", store)
     arrivals.add("ranks", 1)
 
-    def missing() -> int:
+    def num_missing() -> int:
         return world.world_size - int(arrivals.add("ranks", 0))
 
-    def others() -> str:
-        count = missing()
+    def missing_ranks() -> str:
+        count = num_missing()
         return f"{count} other rank{'' if count == 1 else 's'}"
 
-    _wait_until(lambda: missing() <= 0, others, host, port, until)
+    _wait_until(lambda: num_missing() <= 0, missing_ranks, host, port, deadline)
 
 
-def _address() -> tuple[str, int]:
+def _read_address() -> tuple[str, int]:
+    """Return MASTER_ADDR and MASTER_PORT.
+
+    Raises:
+        WorldError: One of them is missing, or the port is not a number.
+    """
     host, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
     if not host or not port.isdigit():
         raise WorldError(
-            f"WORLD_SIZE={os.environ.get('WORLD_SIZE')} is set in the environment, and the ranks "
-            f"meet at MASTER_ADDR={host!r}, MASTER_PORT={port!r}: expected a host and a port. "
-            "Start the ranks with `launcher run`, torchrun or accelerate launch, or unset "
-            "WORLD_SIZE to run one process."
+            f"WORLD_SIZE={os.environ.get('WORLD_SIZE')} is set in the environment, so the ranks "
+            f"have to meet at MASTER_ADDR and MASTER_PORT: expected a host and a port, found "
+            f"MASTER_ADDR={host!r}, MASTER_PORT={port!r}. Start the ranks with `launcher run`, "
+            "torchrun or accelerate launch, or unset WORLD_SIZE to run one process."
         )
     return host, int(port)
 
 
 def _wait_until(
-    is_so: Callable[[], bool], whom: Callable[[], str], host: str, port: int, until: float
+    is_done: Callable[[], bool], missing: Callable[[], str], host: str, port: int, deadline: float
 ) -> None:
-    """Wait; say for whom after some seconds.
+    """Poll until `is_done` returns True; after 5 s print once for whom this rank waits.
 
     Raises:
-        WorldError: It takes too long.
+        WorldError: The deadline passes.
     """
-    word = time.monotonic() + _SECONDS_BEFORE_A_WORD
-    while not is_so():
+    message_at = time.monotonic() + _SECONDS_BEFORE_MESSAGE
+    while not is_done():
         now = time.monotonic()
-        if now > until:
+        if now > deadline:
             raise WorldError(
-                f"After {PATIENCE_SECONDS:.0f} s this rank still waits for {whom()} at "
+                f"After {PATIENCE_SECONDS:.0f} s this rank still waits for {missing()} at "
                 f"{host}:{port} (MASTER_ADDR and MASTER_PORT). Start every rank, or unset RANK and "
                 "WORLD_SIZE to run one process; `launcher run` starts the ranks itself."
             )
-        if now > word:
-            word = until + _SECONDS_BEFORE_A_WORD
-            print(f"launcher: waiting for {whom()} at {host}:{port}", file=sys.stderr, flush=True)
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        if now > message_at:
+            message_at = deadline + _SECONDS_BEFORE_MESSAGE
+            print(
+                f"launcher: waiting for {missing()} at {host}:{port}", file=sys.stderr, flush=True
+            )
+        time.sleep(_POLL_SECONDS)

@@ -1,4 +1,4 @@
-"""Where a rank's output goes: its log file, and for rank 0 the terminal as well."""
+"""Where the output of a rank goes: to its log, and from rank 0 to the terminal as well."""
 
 from __future__ import annotations
 
@@ -16,55 +16,55 @@ from launcher.runs.job import OutputMode
 
 
 class Log(io.TextIOWrapper):
-    """A log file that may become impossible to write, on a full disk, which stops no run.
+    """A log file whose write errors, as on a full disk, do not stop the run.
 
-    What cannot be written is lost, and the first time that is told.
+    Text that cannot be written is lost; the first loss is reported.
 
     Args:
-        path: The file, appended to.
-        tell: Is given what to say of it.
+        path: The file, which is appended to.
+        report: Called with the message about the first loss.
     """
 
-    def __init__(self, path: Path, tell: Callable[[str], object]) -> None:
+    def __init__(self, path: Path, report: Callable[[str], object]) -> None:
         super().__init__(path.open("ab"), encoding="utf-8", line_buffering=True)
-        self._path, self._tell, self._is_told = path, tell, False
+        self._path, self._report, self._has_reported = path, report, False
 
     def write(self, text: str) -> int:
         try:
             return super().write(text)
         except OSError as error:
-            self._lose(error)
+            self._report_loss(error)
             return len(text)
 
     def flush(self) -> None:
         try:
             super().flush()
         except OSError as error:
-            self._lose(error)
+            self._report_loss(error)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
             super().close()
 
-    def _lose(self, error: OSError) -> None:
-        if self._is_told:
+    def _report_loss(self, error: OSError) -> None:
+        if self._has_reported:
             return
-        self._is_told = True
-        self._tell(
-            f"launcher: cannot write the log {self._path}: {error.strerror}. The run goes on "
+        self._has_reported = True
+        self._report(
+            f"launcher: cannot write the log {self._path}: {error.strerror}. The run continues "
             "without it.\n"
         )
 
 
 class Terminal(io.TextIOBase):
-    """The stream that a process was given, which may go away, and a log that stays.
+    """A stream to the terminal that may close without stopping the run.
 
-    A closed terminal or a reader that has had enough (`| head`) is no reason to stop training:
-    what cannot be shown is dropped, and is in the log.
+    When the terminal is closed, or a reader such as `head` has exited, text for it is dropped; the
+    log still gets it.
 
     Args:
-        stream: What to show text on.
-        log: Where to keep it as well; None keeps nothing.
+        stream: The stream of the process, on which text is shown.
+        log: Log that gets the text as well; None for no log.
     """
 
     def __init__(self, stream: TextIO, log: TextIO | None = None) -> None:
@@ -72,20 +72,20 @@ class Terminal(io.TextIOBase):
         self._shown: TextIO | None = stream
 
     def show_through(self, stream: TextIO | None) -> None:
-        """Show what comes on `stream` instead; None is the terminal again."""
+        """Show further text on `stream`; None shows it on the original stream again."""
         if self._shown is not None:
             self._shown = stream or self._stream
 
     def write(self, text: str) -> int:
         if self._log is not None:
             self._log.write(text)
-        self._try(lambda shown: shown.write(text))
+        self._attempt(lambda shown: shown.write(text))
         return len(text)
 
     def flush(self) -> None:
         if self._log is not None:
             self._log.flush()
-        self._try(lambda shown: shown.flush())
+        self._attempt(lambda shown: shown.flush())
 
     def isatty(self) -> bool:
         return self._stream.isatty()
@@ -100,57 +100,61 @@ class Terminal(io.TextIOBase):
     def encoding(self) -> str:  # type: ignore[override]
         return self._stream.encoding
 
-    def _try(self, action: Callable[[TextIO], object]) -> None:
+    def _attempt(self, action: Callable[[TextIO], object]) -> None:
         if self._shown is None:
             return
         try:
             action(self._shown)
-        except (OSError, ValueError):  # it is gone, or was closed
+        except (OSError, ValueError):  # its reader has exited, or it was closed
             self._shown = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """The places that a rank can write to."""
+    """The streams that a rank writes to."""
 
     terminal: TextIO
-    """Standard output as the process was given it."""
+    """The original standard output of the process."""
 
     errors: TextIO
-    """Standard error as the process was given it."""
+    """The original standard error of the process."""
 
     log: TextIO
-    """The rank's log."""
+    """The log of the rank."""
 
     output_mode: OutputMode = "progress"
-    """What is to be seen on the terminal of how far the run is."""
+    """How the terminal shows the progress of the run."""
 
     def progress(self, total_steps: int) -> Progress:
-        """Return what shows how far a run of so many steps is."""
+        """Return the display that shows the progress of a run of `total_steps` steps."""
         if self.output_mode == "json":
             return JSONProgress(total_steps, self.terminal)
         return TerminalProgress(total_steps, self.terminal, self.log, self.show_through)
 
     def show_through(self, stream: TextIO | None) -> None:
-        """Have what Python code prints reach the terminal through `stream`, above a live bar."""
-        for printed in (sys.stdout, sys.stderr):
-            if isinstance(printed, Terminal):
-                printed.show_through(stream)
+        """Send what Python code prints to the terminal through `stream`, above a live bar.
+
+        None sends it to the terminal directly again.
+        """
+        for python_stream in (sys.stdout, sys.stderr):
+            if isinstance(python_stream, Terminal):
+                python_stream.show_through(stream)
 
 
 def open_output(
     path: Path, *, own_terminal: bool, on_terminal: bool, output_mode: OutputMode = "progress"
 ) -> Output:
-    """Send this process's output to the log at `path`, and to the terminal where asked.
+    """Send the output of this process to its log, and to the terminal if asked for.
 
     Args:
-        path: The log, appended to.
-        own_terminal: Whether this process was started by us, so that its file descriptors may be
-            redirected: what native code prints, crashes included, then goes to the log.
-        on_terminal: Whether what Python prints goes to the terminal as well.
-        output_mode: What is to be seen there; only with `progress` what Python prints goes there.
+        path: The log, which is appended to.
+        own_terminal: Whether launcher started this process, so that its file descriptors may be
+            redirected: the output of native code, crashes included, then goes to the log.
+        on_terminal: Whether the output of Python code goes to the terminal as well, which it does
+            only in the mode `progress`.
+        output_mode: What the terminal shows.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)  # on a node that does not share rank 0's folder
+    path.parent.mkdir(parents=True, exist_ok=True)  # this node may not share rank 0's run folder
     stdout, stderr = sys.stdout, sys.stderr
     log = Log(path, lambda text: errors.write(text) and errors.flush())
     if own_terminal:

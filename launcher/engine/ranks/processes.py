@@ -1,4 +1,4 @@
-"""Ties between processes, so that none outlives the one that it works for; what they use."""
+"""Processes: ties that keep any from outliving its parent, and the memory and cores they use."""
 
 from __future__ import annotations
 
@@ -15,26 +15,29 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent, `parent`, ends, however that ends (Linux).
+    """Have the kernel kill this process as soon as its parent has ended, however it ends (Linux).
 
-    The parent's thread that started it counts as the parent.
+    The kernel watches the thread of the parent that started this process, not the whole parent.
+
+    Args:
+        parent: Process id of the parent. If it has ended already, this process kills itself.
     """
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the kernel was told
+    if os.getppid() != parent:  # the parent ended before prctl took effect
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def children() -> list[int]:
-    """Return the processes that this one has started."""
-    found: list[int] = []
+    """Return the ids of the child processes of this process."""
+    pids: list[int] = []
     with contextlib.suppress(OSError):
         for task in Path("/proc/self/task").iterdir():
-            found += map(int, (task / "children").read_text().split())
-    return found
+            pids += map(int, (task / "children").read_text().split())
+    return pids
 
 
 def run_delay() -> float:
-    """Return the seconds that this thread has waited for a core; 0 where nobody counts."""
+    """Return the seconds that this thread has waited for a core; 0 if the kernel does not count."""
     try:
         return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
     except (OSError, ValueError, IndexError):
@@ -42,7 +45,7 @@ def run_delay() -> float:
 
 
 def private_bytes(pid: int) -> int:
-    """Return the memory that a process shares with no other; 0 where that cannot be read."""
+    """Return the bytes of memory that a process shares with no other; 0 if they cannot be read."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
@@ -52,7 +55,7 @@ def private_bytes(pid: int) -> int:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Return the most memory that this process has held so far: of a GPU, or of the host."""
+    """Return the peak memory of this process in bytes, on its GPU or on the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,7 +1,7 @@
-"""Ranks of a node that do something one after the other, or wait for all others, without a limit.
+"""Ranks of a node that take turns, or wait for all ranks, without a timeout.
 
-A download may take an hour. No collective call can wait for it, because those have a timeout; here
-ranks look into the store at which they have met, in short turns, so that signals are handled.
+A download may take an hour, which no collective call can wait for, because those have a timeout.
+The ranks poll the store at which they met instead, so that signals are handled while they wait.
 """
 
 from __future__ import annotations
@@ -20,21 +20,25 @@ from launcher.errors import LostRankError
 T = TypeVar("T")
 
 _SHORTEST_SECONDS, _LONGEST_SECONDS = 0.005, 0.5
-"""Between looks; a wait begins with the shortest and doubles it."""
+"""Polling intervals; a wait begins with the shortest and doubles it up to the longest."""
 
-_SECONDS_BEFORE_A_WORD = 30.0
+_SECONDS_BEFORE_MESSAGE = 30.0
+"""How long a rank waits before it prints what for."""
+
 _FAILED, _DONE = "failed", "done"
 
-_numbers = itertools.count()
-"""Of the turns that this process has taken part in; the same on every rank of a group."""
+_turn_numbers = itertools.count()
+"""Numbers of the turns that this process takes part in; the same on every rank of a group."""
 
 
 class Turns:
-    """Turns of the ranks of one group; all of them take part in each, in the same order.
+    """Turns among the ranks of a process group.
+
+    Every rank takes part in every turn, and in the same order.
 
     Args:
-        store: At which the group has met.
-        world: This process's place in it.
+        store: The store at which the group met.
+        world: This process's rank in the group.
     """
 
     def __init__(self, store: Store, world: World) -> None:
@@ -43,14 +47,14 @@ class Turns:
         self._node = world.rank // world.local_world_size
 
     def first(self, what: str, action: Callable[[], T]) -> T:
-        """Call `action` on the first rank of each node, then on the node's others.
+        """Call `action` on the first rank of each node, then on the other ranks of the node.
 
         Args:
-            what: What it does, for those who wait: "read the data".
-            action: What to do.
+            what: The action as a past participle, for messages: "read the data".
+            action: The function to call; every rank returns its own result.
 
         Raises:
-            LostRankError: It has failed on the first rank, which says why.
+            LostRankError: The action failed on the first rank, which reports the error.
         """
         key = self._key(self._node)
         if self._world.local_rank == 0:
@@ -59,10 +63,14 @@ class Turns:
         return action()
 
     def once(self, what: str, action: Callable[[], int]) -> int:
-        """Return what `action` returns on the first rank of this node, where alone it is called.
+        """Call `action` on the first rank of this node only; return its result on all its ranks.
+
+        Args:
+            what: The action as a past participle, for messages: "read the data".
+            action: The function to call.
 
         Raises:
-            LostRankError: It has failed there.
+            LostRankError: The action failed on the first rank, which reports the error.
         """
         key = self._key(self._node)
         if self._world.local_rank == 0:
@@ -70,38 +78,49 @@ class Turns:
         return int(self._follow(key, what))
 
     def all_there(self, what: str) -> None:
-        """Wait until every rank of the group has come here, having done `what`."""
+        """Wait until every rank of the group has called this method.
+
+        Args:
+            what: What the ranks did before, as a past participle, for messages: "read the data".
+        """
         key = self._key("all")
         if self._store.add(key, 1) == self._world.world_size:
             self._store.set(f"{key}/done", _DONE)
             return
         self._wait(lambda: bool(self._store.check([f"{key}/done"])), f"all ranks to have {what}")
 
-    def _key(self, where: object) -> str:
-        return f"{next(_numbers)}/{where}"
+    def _key(self, scope: object) -> str:
+        return f"{next(_turn_numbers)}/{scope}"
 
-    def _lead(self, key: str, action: Callable[[], T], said: Callable[[T], str]) -> T:
-        word = _FAILED
+    def _lead(self, key: str, action: Callable[[], T], to_text: Callable[[T], str]) -> T:
+        """Call `action`, and set `key` to its result as text, or to `failed` if it raises."""
+        text = _FAILED
         try:
-            done = action()
-            word = said(done)
+            result = action()
+            text = to_text(result)
         finally:
-            self._store.set(key, word)
-        return done
+            self._store.set(key, text)
+        return result
 
     def _follow(self, key: str, what: str) -> str:
+        """Wait for the text that the first rank of this node sets `key` to, and return it.
+
+        Raises:
+            LostRankError: The action failed on the first rank.
+        """
         first = self._world.rank - self._world.local_rank
         self._wait(lambda: bool(self._store.check([key])), f"rank {first} to have {what}")
-        word = self._store.get(key).decode()
-        if word == _FAILED:
-            raise LostRankError(f"rank {first} of this node has failed before it had {what}")
-        return word
+        text = self._store.get(key).decode()
+        if text == _FAILED:
+            raise LostRankError(f"rank {first} of this node failed before it had {what}")
+        return text
 
-    def _wait(self, is_so: Callable[[], bool], what: str) -> None:
-        seconds, since, is_said = _SHORTEST_SECONDS, time.monotonic(), False
-        while not is_so():
-            if not is_said and time.monotonic() - since > _SECONDS_BEFORE_A_WORD:
-                is_said = True
+    def _wait(self, is_done: Callable[[], bool], what: str) -> None:
+        """Poll until `is_done` returns True; print once what this rank waits for."""
+        seconds, start, has_printed = _SHORTEST_SECONDS, time.monotonic(), False
+        while not is_done():
+            if not has_printed and time.monotonic() - start > _SECONDS_BEFORE_MESSAGE:
+                has_printed = True
                 print(f"launcher: waiting for {what}", file=sys.stderr, flush=True)
             time.sleep(seconds)
             seconds = min(2 * seconds, _LONGEST_SECONDS)

@@ -1,4 +1,4 @@
-"""What a rank uses right now, for whoever watches it."""
+"""The memory and the utilisation of a rank at this moment, for its heartbeat."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ import torch
 
 
 def usage_of(device: torch.device) -> Callable[[], dict[str, Any]]:
-    """Return a function that returns what `Health` says of memory and utilisation.
+    """Return a function that measures memory and utilisation, as fields of `Heartbeat`.
 
-    On a GPU they are the device's, whoever uses it; the utilisation takes NVIDIA's library, and is
-    left out without it. On CPUs they are this process's, of one core.
+    On a GPU both are those of the device, whichever processes use it; without NVIDIA's management
+    library the utilisation is missing. On a CPU both are those of this process, the utilisation
+    relative to one core.
     """
     if device.type == "cuda":
-        return lambda: _of_gpu(device)
+        return lambda: _gpu_usage(device)
     process = psutil.Process()
 
-    def of_process() -> dict[str, Any]:
+    def process_usage() -> dict[str, Any]:
         return {
             "memory_bytes": process.memory_info().rss,
             "utilisation": process.cpu_percent() / 100,
         }
 
-    return of_process
+    return process_usage
 
 
-def _of_gpu(device: torch.device) -> dict[str, Any]:
+def _gpu_usage(device: torch.device) -> dict[str, Any]:
     free, total = torch.cuda.mem_get_info(device)
-    found: dict[str, Any] = {"memory_bytes": total - free, "memory_total_bytes": total}
-    with contextlib.suppress(Exception):  # without NVIDIA's library, or what it raises itself
-        found["utilisation"] = torch.cuda.utilization(device) / 100
-    return found
+    values: dict[str, Any] = {"memory_bytes": total - free, "memory_total_bytes": total}
+    with contextlib.suppress(Exception):  # the library is missing, or raises an error of its own
+        values["utilisation"] = torch.cuda.utilization(device) / 100
+    return values

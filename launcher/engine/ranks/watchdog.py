@@ -23,8 +23,9 @@ from typing import Any, TextIO
 
 from launcher.engine.ranks.processes import children
 from launcher.errors import EXIT_FAILED
+from launcher.runs.failure_record import Failure, record_failure
 from launcher.runs.heartbeat import PHASES, Heartbeat, read_heartbeat
-from launcher.runs.rundir import RunDir, record_failure
+from launcher.runs.rundir import RunDir
 from launcher.signals import EXIT_BY_SIGNAL, StopRequest
 
 _SECONDS_BETWEEN_LOOKS = 0.5
@@ -140,8 +141,8 @@ class Watchdog:
         time.sleep(_SECONDS_TO_SPEAK)
         found = [read_heartbeat(self._run_dir, rank) for rank in range(self._world_size)]
         failure = _hang_failure(found, self._hang_timeout or 0.0)
-        if record_failure(self._run_dir, failure) and failure["node"] == platform.node():
-            os.kill(failure["pid"], signal.SIGKILL)  # one that is stopped takes no other signal
+        if record_failure(self._run_dir, failure) and failure.node == platform.node():
+            os.kill(failure.pid, signal.SIGKILL)  # one that is stopped takes no other signal
         os._exit(EXIT_FAILED)
 
     def _where(self) -> tuple[str, bool]:
@@ -197,7 +198,7 @@ def _waiting_apart(found: list[Heartbeat | None]) -> str | None:
     )
 
 
-def _hang_failure(found: list[Heartbeat | None], timeout: float) -> dict[str, Any]:
+def _hang_failure(found: list[Heartbeat | None], timeout: float) -> Failure:
     """Return the failure of a run that hangs, which names the rank that is behind."""
 
     def progress(rank: int) -> tuple[bool, int, int, bool]:
@@ -210,18 +211,15 @@ def _hang_failure(found: list[Heartbeat | None], timeout: float) -> dict[str, An
     last = min(range(len(found)), key=progress)
     health = found[last]
     what = _waiting_apart(found) or _behind(last, health, len(found) - 1)
-    return {
-        "rank": last,
-        "node": "" if health is None else health.node,
-        "pid": 0 if health is None else health.pid,
-        "time": time.time(),
-        "error": "Hang",
-        "message": (
+    return Failure(
+        rank=last,
+        node="" if health is None else health.node,
+        pid=0 if health is None else health.pid,
+        time=time.time(),
+        error="Hang",
+        message=(
             f"No rank has made progress for {timeout:g} s (hang_timeout): {what}. "
             "The stacks of all threads are in the logs."
         ),
-        "traceback": "",
-        "exit_code": EXIT_FAILED,
-        "lost_peer": False,
-        "out_of_memory": False,
-    }
+        exit_code=EXIT_FAILED,
+    )

@@ -31,13 +31,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from launcher.engine.backends.base import Backend
 from launcher.engine.state.compiled import plain_name
 from launcher.errors import CheckpointError
-from launcher.runs.checkpoints import (
-    Checkpoint,
-    FileSum,
-    Manifest,
-    damage_error,
-    sum_file,
-)
+from launcher.runs.checkpoints import Checkpoint, damage_error
+from launcher.runs.manifest import FileSum, Manifest, sum_file
 from launcher.runs.rundir import write_json
 
 _BYTES_PER_FILE = 1 << 30

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from launcher.runs.checkpoints import ScalerState
+from launcher.runs.manifest import ScalerState
 
 _FIRST_SCALE = 2.0**16
 _STEPS_BETWEEN_RISES = 2000

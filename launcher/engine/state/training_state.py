@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from launcher.engine.state.compiled import plain_name
 from launcher.engine.state.hyperparameters import SCHEDULED
 from launcher.errors import CheckpointError, TrainingError
-from launcher.runs.checkpoints import Values
+from launcher.runs.manifest import Values
 
 _KEPT = "Use an optimizer that keeps tensors, numbers and texts in `state[parameter]`."
 

@@ -20,7 +20,8 @@ from launcher.engine.saving.checkpoint_tensors import reason_of, with_files, wri
 from launcher.engine.state.training_state import Snapshot, changed_groups
 from launcher.engine.training.loop import Callback, TrainContext
 from launcher.errors import LauncherError, TrainingError
-from launcher.runs.checkpoints import FORMAT, Manifest, begin, commit, list_checkpoints, prune
+from launcher.runs.checkpoints import begin, commit, list_checkpoints, prune
+from launcher.runs.manifest import FORMAT, Manifest
 from launcher.runs.provenance import versions
 from launcher.runs.rundir import RunDir
 from launcher.signals import StopRequest

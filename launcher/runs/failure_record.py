@@ -1,0 +1,169 @@
+"""failure.json: which rank of a run failed first, and how.
+
+Ranks, the watchdog and the launcher write a `Failure`; everything that shows a failed run reads it.
+A rank that cannot write to the run folder leaves its failure in a file of the launcher's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from launcher.errors import LauncherError, RunDirError
+from launcher.runs.rundir import RunDir, write_json
+
+FAILURE_FILE = "LAUNCHER_FAILURE_FILE"
+"""The environment variable that names the file for a failure that the run folder cannot hold."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """The failure of one rank, as failure.json holds it."""
+
+    rank: int
+    """The rank that failed."""
+
+    node: str
+    """Name of the rank's node; empty if the rank never wrote a heartbeat."""
+
+    pid: int
+    """Process id of the rank on its node; 0 if the rank never wrote a heartbeat."""
+
+    time: float
+    """When the rank failed, in seconds since 1970."""
+
+    error: str
+    """Class of the exception; `Hang` or `Death` where no exception was raised."""
+
+    message: str
+    """Text of the exception, without the values of keys and passwords."""
+
+    traceback: str = ""
+    """The traceback; empty if the message alone explains the failure."""
+
+    exit_code: int
+    """Exit code of the run."""
+
+    out_of_memory: bool = False
+    """Whether the rank ran out of memory, on its GPU or on the host."""
+
+    lost_peer: bool = False
+    """Whether the rank failed because another rank was gone: a consequence, not the cause."""
+
+    log_line: int | None = None
+    """Line of the rank's log at which the error begins, counted from 1; None if unknown."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of failure.json."""
+        values = asdict(self)
+        if self.log_line is None:
+            del values["log_line"]
+        return values
+
+
+class RunFailedError(LauncherError):
+    """A rank of a run failed or died; the text of the error is the post-mortem of the run.
+
+    Args:
+        text: The post-mortem.
+        failure: The failure of the rank that failed first.
+    """
+
+    def __init__(self, text: str, failure: Failure) -> None:
+        super().__init__(text)
+        self.failure = failure
+        self.exit_code = failure.exit_code
+
+
+def record_failure(run_dir: RunDir, failure: Failure) -> bool:
+    """Write failure.json unless an earlier failure is there; return whether this one is the first.
+
+    The file is complete from the moment it exists, and exactly one of several ranks that fail
+    together is the first: the file is linked into place, which fails if the name is taken. If the
+    run folder cannot be written, as on a full disk, the failure goes to the file that the launcher
+    named in `LAUNCHER_FAILURE_FILE`, and this function returns True: without a folder to agree in,
+    showing a failure twice is better than not showing it.
+    """
+    temporary = run_dir.failure.with_name(f".failure.{os.uname().nodename}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(failure.to_dict(), indent=2) + "\n", encoding="utf-8")
+        os.link(temporary, run_dir.failure)
+    except FileExistsError:
+        return False
+    except OSError:
+        _write_to_launcher(failure)
+        return True
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return True
+
+
+def _write_to_launcher(failure: Failure) -> None:
+    """Write a failure to the file that the launcher reads when the run folder is unusable."""
+    if path := os.environ.get(FAILURE_FILE):
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps(failure.to_dict()), encoding="utf-8")
+
+
+def replace_failure(run_dir: RunDir, failure: Failure) -> None:
+    """Write failure.json, in place of a failure that was a consequence of this one.
+
+    Raises:
+        RunDirError: The run folder cannot be written.
+    """
+    write_json(run_dir.failure, failure.to_dict())
+
+
+def failure_of_rank(folder: Path, local_rank: int) -> Path:
+    """Return the file in the launcher's own folder for the failure of one of its ranks."""
+    return folder / f"failure{local_rank}.json"
+
+
+def read_failure(run_dir: RunDir) -> Failure | None:
+    """Return the run's first failure, or None if failure.json does not exist.
+
+    Raises:
+        RunDirError: failure.json cannot be read, is damaged, or is not from launcher.
+    """
+    return _read(run_dir.failure)
+
+
+def find_failure(run_dir: RunDir, fallback: Path) -> Failure | None:
+    """Return the failure that the ranks left, or None if no readable one exists.
+
+    Unlike `read_failure` this never raises: a damaged record must not hide that a rank failed.
+
+    Args:
+        run_dir: The run folder, which is read first.
+        fallback: The file for a failure that the run folder cannot hold.
+    """
+    for path in (run_dir.failure, fallback):
+        with contextlib.suppress(RunDirError):
+            if (failure := _read(path)) is not None:
+                return failure
+    return None
+
+
+def _read(path: Path) -> Failure | None:
+    # json rather than msgspec.json: a message may hold lone surrogates, which msgspec refuses.
+    try:
+        return msgspec.convert(json.loads(path.read_text(encoding="utf-8")), Failure)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise RunDirError(f"Cannot read {path}: {error.strerror or error}.") from None
+    except msgspec.ValidationError as error:
+        reason = str(error)
+    except (ValueError, RecursionError):
+        reason = "it is not JSON"
+    raise RunDirError(
+        f"{path} is damaged, or launcher did not write it: {reason}. The logs of the ranks hold "
+        "the error that ended the run; delete the file to go on without it."
+    )

@@ -1,0 +1,203 @@
+"""checkpoint.json: the manifest of a checkpoint, which describes and vouches for its other files.
+
+The manifest holds everything except the tensors, the size and SHA-256 of every other file, and the
+SHA-256 of its own content. Reading it runs no code, never blocks on a FIFO and checks every type.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypedDict
+
+import msgspec
+
+from launcher.errors import CheckpointError
+from launcher.runs.rundir import write_json
+
+FORMAT = 2
+"""The version of checkpoint.json and of tensor names that this version of launcher writes."""
+
+_FORMATS = (1, FORMAT)
+"""The formats that this version reads. Format 1 has no digest of checkpoint.json itself."""
+
+MANIFEST = "checkpoint.json"
+"""Name of the file in the folder of a checkpoint."""
+
+_DIGEST = "digest"
+_BYTES_PER_READ = 1 << 20
+
+
+class ScalerState(TypedDict):
+    """The state of the loss scaler in fp16."""
+
+    scale: float
+    """The loss scale."""
+
+    good_steps: int
+    """Steps in a row without overflow."""
+
+
+class _RequiredValues(TypedDict):
+    """The state that checkpoints of every version hold."""
+
+    optimizer: dict[str, Any]
+    """Values in the optimizer's state other than tensors, by `optimizer/<parameter>/<key>`."""
+
+    groups: list[dict[str, Any]]
+    """The values that the optimizer itself has changed, one dictionary per parameter group."""
+
+    scaler: ScalerState | None
+    """State of the loss scaler; None unless the run trains in fp16."""
+
+
+class Values(_RequiredValues, total=False):
+    """The state in a checkpoint that is not made of tensors.
+
+    Checkpoints of earlier versions may lack the keys that this class adds.
+    """
+
+    data: dict[str, Any] | None
+    """Fingerprint of the data: lengths, classes and a few samples, as
+    `launcher.engine.probes.data_identity` compares them."""
+
+    extra: dict[str, Any]
+    """Return values of `get_extra_state`, by `extra/<module>` or `extra/<module>@<rank>`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The content of checkpoint.json: everything in a checkpoint except its tensors."""
+
+    format: int
+    """Version of this format, one of 1 and 2."""
+
+    step: int
+    """Optimizer steps taken."""
+
+    samples: int
+    """Training samples consumed."""
+
+    world_size: int
+    """Ranks that wrote the checkpoint."""
+
+    agreement: Mapping[str, Any]
+    """The values of the plan that determine the steps, as `Plan.agreement` returns them."""
+
+    values: Values
+    """The state that is not made of tensors."""
+
+    versions: Mapping[str, str]
+    """Versions of Python and of the packages that wrote the checkpoint."""
+
+    files: Mapping[str, FileSum] = field(default_factory=dict)
+    """Size and digest of every other file, by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileSum:
+    """Size and digest of a file, by which damage is detected."""
+
+    num_bytes: int
+    """Size of the file."""
+
+    sha256: str
+    """SHA-256 of the content, in hexadecimal."""
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Return the content of checkpoint.json in the folder of a checkpoint.
+
+    Raises:
+        CheckpointError: checkpoint.json is missing or damaged, or has a format that this version
+            does not read.
+    """
+    values = _read_json(folder / MANIFEST)
+    digest = values.pop(_DIGEST, None)
+    file_format = values.get("format")
+    if file_format not in _FORMATS:
+        versions = values.get("versions")
+        writer = versions.get("gpu-launcher") if isinstance(versions, dict) else None
+        raise CheckpointError(
+            f"{MANIFEST}: version {writer or 'unknown'} of launcher wrote it in format "
+            f"{file_format!r}, and this version reads formats "
+            f"{' and '.join(map(str, _FORMATS))}"
+        )
+    if file_format != 1 and digest != _digest(values):
+        raise CheckpointError(f"{MANIFEST}: the content does not match its own SHA-256")
+    try:
+        return msgspec.convert(values, Manifest)
+    except msgspec.ValidationError as error:
+        raise CheckpointError(f"{MANIFEST}: {error}") from None
+
+
+def save_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write checkpoint.json with the digest of its content, and wait until it is on the disk.
+
+    Raises:
+        RunDirError: checkpoint.json cannot be written.
+    """
+    values = json.loads(json.dumps(asdict(manifest)))  # the digest covers the values as read back
+    write_json(folder / MANIFEST, values | {_DIGEST: _digest(values)})
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return the content of checkpoint.json as plain values, without checking it.
+
+    Raises:
+        CheckpointError: The file cannot be read, or does not hold a JSON object.
+    """
+    try:
+        with _open_regular(path) as file:
+            values = json.loads(file.read())
+    except OSError as error:
+        raise CheckpointError(f"{MANIFEST}: {error.strerror or error}") from None
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{MANIFEST}: not JSON") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{MANIFEST}: not a JSON object")
+    return values
+
+
+def sum_file(path: Path) -> FileSum:
+    """Return the size and the SHA-256 of a file.
+
+    Raises:
+        OSError: The file cannot be read, or is not a regular file.
+    """
+    digest, num_bytes = hashlib.sha256(), 0
+    with _open_regular(path) as file:
+        while block := file.read(_BYTES_PER_READ):
+            digest.update(block)
+            num_bytes += len(block)
+    return FileSum(num_bytes=num_bytes, sha256=digest.hexdigest())
+
+
+def _open_regular(path: Path) -> io.FileIO:
+    """Open a file for reading; never block on a FIFO or read from a device.
+
+    Raises:
+        OSError: The file cannot be opened, or is not a regular file.
+    """
+    file = open(path, "rb", buffering=0, opener=_open_nonblocking)  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "Not a regular file")
+    return file
+
+
+def _open_nonblocking(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of the content of checkpoint.json, whatever the order and whitespace."""
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
