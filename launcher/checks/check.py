@@ -1,4 +1,8 @@
-"""A recipe tried out before it is trained: what would go wrong, or be wrong, in words."""
+"""`launcher check`: findings about a recipe from planning it and taking a few samples through it.
+
+A failure means that a run would fail or train something else than the recipe describes; a warning
+means that the steps depend on the number of ranks, or that a run may fail later.
+"""
 
 from __future__ import annotations
 
@@ -25,26 +29,34 @@ from launcher.runs.rundir import create_run_dir
 if TYPE_CHECKING:
     from launcher.engine.probes.inspection import Inspection
 
-_HEAVY = ("torch", "numpy", "pandas", "sklearn", "transformers", "accelerate", "deepspeed")
-_SOME = 4
-_OPENING = (
-    "open files and connections in __getitem__, when a process first needs them, and not in "
-    "__init__; or use worker_start=spawn, where each worker calls data() itself"
+_HEAVY_PACKAGES = ("torch", "numpy", "pandas", "sklearn", "transformers", "accelerate", "deepspeed")
+_MAX_NAMES = 4
+"""Names listed in a finding; the others are counted."""
+
+_OPEN_PER_PROCESS = (
+    "open files and connections in __getitem__, on first use in each process, instead of in "
+    "__init__; or set worker_start=spawn, so that each worker calls data() itself"
 )
 
 
 def heavy_imports(before: Collection[str]) -> list[str]:
-    """Return which heavy packages have been imported since `before`, a copy of sys.modules."""
-    return [name for name in _HEAVY if name in sys.modules and name not in before]
+    """Return the heavy packages imported since `before`, the names in sys.modules at that time."""
+    return [name for name in _HEAVY_PACKAGES if name in sys.modules and name not in before]
 
 
 def check_recipe(
     reference: Reference, overrides: Sequence[Override], machine: Machine, signals: SignalHandler
 ) -> Iterator[Finding]:
-    """Plan a recipe, build what it describes, take a batch through it; yield what was found.
+    """Plan a recipe, inspect it in one process on the CPU and yield the findings.
+
+    Args:
+        reference: The recipe.
+        overrides: Settings to apply to it.
+        machine: The machine to plan for.
+        signals: Handler of the signals that stop the inspection.
 
     Raises:
-        LauncherError: It cannot be planned.
+        LauncherError: The recipe cannot be planned.
         RunFailedError: The recipe raised an exception.
     """
     from launcher.engine.probes.inspection import read_inspection
@@ -64,143 +76,163 @@ def check_recipe(
             saves=False,
         )
         launch(job, agent_inspection, signals=signals)
-        yield from judge(read_inspection(run_dir), plan)
+        yield from _judge(read_inspection(run_dir), plan)
 
 
-def judge(found: Inspection, plan: Plan) -> Iterator[Finding]:
-    """Yield what an inspection says of a recipe that is planned so."""
-    yield _data(found)
-    model = f"{found.num_trained:,} weights are trained"
-    if found.without_gradient:
+def _judge(inspection: Inspection, plan: Plan) -> Iterator[Finding]:
+    """Yield the findings about an inspected recipe. `plan` is that of the intended run."""
+    yield _data(inspection)
+    trainable = f"{inspection.num_trained:,} trainable parameters"
+    if inspection.without_gradient:
         yield warning(
             "model",
-            f"{model}, and {_some(found.without_gradient)} get no gradient from the loss",
-            "use them in forward, or freeze them with requires_grad_(False): their gradients are "
-            "zeros, and the weight decay shrinks them",
+            f"{trainable}, of which {_listed(inspection.without_gradient)} get no gradient from "
+            "the loss",
+            "use them in forward, or freeze them with requires_grad_(False): otherwise their "
+            "gradients are zero and weight decay still shrinks them",
         )
     else:
-        yield ok("model", model)
-    if found.outputs_finite:
-        yield ok("outputs", f"finite; the loss is {found.loss_per_item:.4g} for each item")
+        yield ok("model", trainable)
+    if inspection.outputs_finite:
+        yield ok("outputs", f"finite; the loss is {inspection.loss_per_item:.4g} per item")
     else:
         yield failure(
             "outputs",
             "the outputs or the loss of the untrained model are not finite",
-            "look at the scale of the inputs and of the initial weights",
+            "check the scale of the inputs and of the initial weights",
         )
-    yield _loss(found)
-    yield from _written(found)
-    yield from _metrics(found)
-    yield from _split(found)
-    if found.batch_norms and (notes := single_sample_notes(plan, found.num_samples)):
+    yield _loss(inspection)
+    yield from _writes(inspection)
+    yield from _metrics(inspection)
+    yield from _split_dependence(inspection)
+    notes = single_sample_notes(plan, inspection.num_samples) if inspection.batch_norms else []
+    if notes:
         yield warning(
             "BatchNorm",
             "; ".join(notes),
-            "a batch_size that divides the training samples has none at the end of an epoch",
+            "choose a batch_size that divides the number of training samples: every batch of an "
+            "epoch is then full",
         )
 
 
-def _written(found: Inspection) -> Iterator[Finding]:
-    """Yield what forward writes to, which is another on each rank."""
-    if found.changed_weights:
+def _writes(inspection: Inspection) -> Iterator[Finding]:
+    """Yield findings about weights and buffers that forward modifies, differently on each rank."""
+    if inspection.changed_weights:
         yield warning(
             "weights",
-            f"forward writes to {_some(found.changed_weights)}: a run on several ranks is refused",
-            "compute what forward uses from the weight without changing it; max_norm of an "
-            "Embedding changes it",
+            f"forward writes to {_listed(inspection.changed_weights)}: a run on several ranks is "
+            "refused",
+            "compute what forward needs from the weight without modifying it; max_norm of an "
+            "Embedding modifies it",
         )
-    if found.changed_buffers:
+    if inspection.changed_buffers:
         yield warning(
             "buffers",
-            f"forward changes {_some(found.changed_buffers)}: where the samples decide how, each "
-            "rank has another value, and the run is refused",
-            "rank_buffers=average gives every rank their mean after each step, "
-            "rank_buffers=broadcast rank 0's",
+            f"forward changes {_listed(inspection.changed_buffers)}: if the new values depend on "
+            "the samples, they differ between ranks and the run is refused",
+            "set rank_buffers=average to give every rank the mean after each step, or "
+            "rank_buffers=broadcast to give every rank the values of rank 0",
         )
 
 
-def _data(found: Inspection) -> Finding:
-    evaluation = "none" if found.num_evaluation is None else f"{found.num_evaluation:,}"
-    counts = f"{found.num_samples:,} training samples, {evaluation} held out; {found.batch}"
-    if found.shared_file is not None:
+def _data(inspection: Inspection) -> Finding:
+    num_evaluation = inspection.num_evaluation
+    evaluation = "no" if num_evaluation is None else f"{num_evaluation:,}"
+    counts = (
+        f"{inspection.num_samples:,} training samples, {evaluation} evaluation samples; "
+        f"{inspection.batch}"
+    )
+    if inspection.shared_file is not None:
         return failure(
             "data",
-            f"{counts}; DataLoader workers share the position of the open file {found.shared_file},"
-            " and each moves it under the others",
-            _OPENING,
+            f"{counts}; DataLoader workers share the open file {inspection.shared_file}, and a "
+            "read in one moves the file position of all",
+            _OPEN_PER_PROCESS,
         )
-    if found.differing_in_workers and not found.changing_samples:
+    if inspection.differing_in_workers and not inspection.changing_samples:
+        samples = _listed(map(str, inspection.differing_in_workers))
         return failure(
             "data",
-            f"{counts}; samples {_some(map(str, found.differing_in_workers))} were others when two "
-            "DataLoader workers read at once",
-            _OPENING,
+            f"{counts}; samples {samples} changed when two DataLoader workers read at the same "
+            "time",
+            _OPEN_PER_PROCESS,
         )
-    if found.changing_samples:
+    if inspection.changing_samples:
+        samples = _listed(map(str, inspection.changing_samples))
         return failure(
             "data",
-            f"{counts}; samples {_some(map(str, found.changing_samples))} were others when they "
-            "were read again",
-            "draw random numbers from random, numpy.random or torch, which are seeded for each "
-            "sample, and not from a generator of your own",
+            f"{counts}; samples {samples} changed when they were read a second time",
+            "draw random numbers from the global generators of random, numpy.random or torch, "
+            "which are seeded for each sample, instead of from a generator of your own",
         )
     return ok("data", counts)
 
 
-def _loss(found: Inspection) -> Finding:
-    if found.loss_is_mean:
-        return failure(
-            "loss", "it returned a mean", "return (sum, count): reduction='sum' and how many"
-        )
-    if found.loss_is_no_sum:
+def _loss(inspection: Inspection) -> Finding:
+    if inspection.loss_is_mean:
         return failure(
             "loss",
-            "of two halves of a batch it is not the sum of theirs",
-            "return the sum over items that do not depend on each other, and how many",
+            "it returns a mean over the batch",
+            "return (sum, count): the sum, as with reduction='sum', and the number of items",
         )
-    if found.count != found.items:
+    if inspection.loss_is_no_sum:
         return failure(
             "loss",
-            f"it counted {found.count:g} items in a batch of {found.items}",
-            "return len(batch[0]) as the count, or give Recipe(count=...), (batch) -> items",
+            "the loss of a batch is not the sum of the losses of its two halves",
+            "return the sum over items that do not depend on each other, and the number of items",
         )
-    return ok("loss", f"(sum, count), {found.count:g} items in a batch")
+    if inspection.count != inspection.items:
+        return failure(
+            "loss",
+            f"it counts {inspection.count:g} items in a batch of {inspection.items}",
+            "return len(batch[0]) as the count, or set Recipe(count=...) to a function that "
+            "returns the number of items in a batch",
+        )
+    return ok("loss", f"returns (sum, count), {inspection.count:g} items in a batch")
 
 
-def _metrics(found: Inspection) -> Iterator[Finding]:
-    for name, text in found.metrics.items():
-        yield failure("metrics", f"{name}: {text}", "return (sum, count), as the loss does")
-    if found.empty_metrics:
+def _metrics(inspection: Inspection) -> Iterator[Finding]:
+    for name, error in inspection.metrics.items():
+        yield failure("metrics", f"{name}: {error}", "return (sum, count), as the loss does")
+    if inspection.empty_metrics:
         yield warning(
             "metrics",
-            f"{_some(found.empty_metrics)} counted nothing, or the sum was not finite",
-            "look at what they make of evaluation samples",
+            f"{_listed(inspection.empty_metrics)} counted 0 items, or returned a sum that is not "
+            "finite",
+            "check what they compute from evaluation samples",
         )
 
 
-def _split(found: Inspection) -> Iterator[Finding]:
-    if found.batch_norms:
+def _split_dependence(inspection: Inspection) -> Iterator[Finding]:
+    """Yield findings about a model whose steps depend on how a batch is split over ranks."""
+    if inspection.batch_norms:
         yield warning(
             "BatchNorm",
-            f"{_some(found.batch_norms)}: statistics over the micro-batch of one rank, so that the "
-            "steps depend on how the batch is split",
-            "sync_batchnorm=true takes them over all ranks; GroupNorm or LayerNorm has none",
+            f"{_listed(inspection.batch_norms)}: statistics are taken over the micro-batch of one "
+            "rank, so the steps depend on how the batch is split",
+            "set sync_batchnorm=true to take them over all ranks, or use GroupNorm or LayerNorm, "
+            "which have no batch statistics",
         )
-    elif found.coupled:
+    elif inspection.coupled:
         yield warning(
             "samples",
-            "in training the outputs of one depend on the others of its micro-batch",
-            "the steps depend on how the batch is split",
+            "in training, the loss of a sample depends on the other samples of its micro-batch",
+            "compute the outputs of a sample from that sample alone, or accept steps that depend "
+            "on how the batch is split",
         )
-    if found.random:
+    if inspection.random:
+        dropouts = _listed(inspection.dropouts) or "no Dropout module"
         yield warning(
             "randomness",
-            f"the model draws random numbers in training ({_some(found.dropouts) or 'no dropout'})",
-            "each rank draws its own, by (seed, step, rank): other ranks, other masks",
+            f"the model draws random numbers in training ({dropouts})",
+            "remove it, or accept that another number of ranks draws other numbers: each rank "
+            "draws its own, seeded by (seed, step, rank)",
         )
 
 
-def _some(names: Iterable[str]) -> str:
-    shown = list(names)
-    more = f" and {len(shown) - _SOME} more" if len(shown) > _SOME else ""
-    return ", ".join(shown[:_SOME]) + more
+def _listed(names: Iterable[str]) -> str:
+    """Return the first names, separated by commas, and the number of the others."""
+    listed = list(names)
+    num_more = len(listed) - _MAX_NAMES
+    more = f" and {num_more} more" if num_more > 0 else ""
+    return ", ".join(listed[:_MAX_NAMES]) + more

@@ -1,4 +1,4 @@
-"""Ranks that train nothing and look at themselves and at each other."""
+"""The ranks of `launcher doctor`: they train nothing and examine themselves and each other."""
 
 from __future__ import annotations
 
@@ -30,10 +30,17 @@ def plan_diagnostics(
     nodes: int = 1,
     nproc_per_node: int | None = None,
 ) -> Plan:
-    """Return the plan of ranks that examine themselves.
+    """Return the plan of the ranks that `launcher doctor` starts.
+
+    Args:
+        machine: The machine to plan for.
+        device: Device of the ranks; None chooses GPUs if the machine has any.
+        nodes: Number of nodes.
+        nproc_per_node: Number of ranks on each node; None starts one for each GPU of the machine,
+            or two if it has none.
 
     Raises:
-        PlanError: There are not so many GPUs.
+        PlanError: The machine has too few GPUs for the ranks.
     """
     ranks = nodes * (nproc_per_node or machine.num_gpus or 2)
     return make_plan(
@@ -42,7 +49,7 @@ def plan_diagnostics(
 
 
 def diagnose(plan: Plan, signals: SignalHandler) -> list[RankDiagnostics]:
-    """Start diagnostic ranks on this machine and return the report of each.
+    """Start the ranks on this machine and return the diagnostics of each, by rank.
 
     Raises:
         RunFailedError: A rank failed; the logs that the error names are kept.
@@ -67,8 +74,17 @@ def diagnose(plan: Plan, signals: SignalHandler) -> list[RankDiagnostics]:
 
 
 def diagnose_here(plan: Plan, world: World, out: Path) -> list[RankDiagnostics] | None:
-    """Take part as the rank that this process was started as; return all reports on rank 0."""
-    node = tuple(check_node(plan, out)) if world.local_rank == 0 else ()
+    """Examine the rank that another launcher, such as torchrun, started this process as.
+
+    Args:
+        plan: The plan of all ranks.
+        world: The place of this process among them.
+        out: Folder for run folders; the first rank of each node checks it with the node.
+
+    Returns:
+        The diagnostics of all ranks on rank 0, None on the others.
+    """
+    node_findings = tuple(check_node(plan, out)) if world.local_rank == 0 else ()
     from launcher.engine.worker import external_diagnostics
 
-    return external_diagnostics(plan, world, node)
+    return external_diagnostics(plan, world, node_findings)

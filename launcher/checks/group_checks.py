@@ -1,4 +1,4 @@
-"""What there is to say of what the ranks of a group found out about themselves and each other."""
+"""Findings about a group of ranks: rendezvous, versions, devices, arithmetic and all-reduce."""
 
 from __future__ import annotations
 
@@ -10,37 +10,46 @@ from launcher.planning.derivations import counted
 from launcher.planning.plan import Plan
 from launcher.quantities import size
 
-_LARGEST_ERROR = {"cpu": 1e-5, "cuda": 1e-2}
-"""Relative to the largest entry of a product, in fp32; on GPUs it may be TF32."""
+_MAX_PRODUCT_ERROR = {"cpu": 1e-5, "cuda": 1e-2}
+"""Error of an fp32 matrix product relative to its largest entry; GPUs may compute it in TF32."""
 
-_SLOWEST = 0.7
-"""A GPU that computes at less than this share of the median holds the others up."""
+_MIN_SPEED_SHARE = 0.7
+"""A GPU slower than this share of the median slows every step."""
 
-_LEAST_BANDWIDTH = 4e9
-"""Bytes a second between GPUs; PCIe 3.0 x16 has 13e9 in theory."""
+_MIN_BANDWIDTH = 4e9
+"""Bytes per second between GPUs; the theoretical bandwidth of PCIe 3.0 x16 is 13e9 (one way)."""
+
+_MIN_FREE_SHARE = 0.9
+"""A GPU with a smaller share of its memory free is used by another process."""
 
 
 def judge(reports: Sequence[RankDiagnostics], plan: Plan) -> Iterator[Finding]:
-    """Yield what there is to say of what the ranks found."""
+    """Yield the findings about a group of ranks.
+
+    Args:
+        reports: The diagnostics of each rank, by rank. With several nodes, the findings about a
+            node are prefixed with its name.
+        plan: The plan of the ranks.
+    """
     nodes = list(dict.fromkeys(report.node for report in reports))
     for report in reports:
         for finding in report.node_findings:
-            named = f"{report.node}: {finding.found}" if len(nodes) > 1 else finding.found
-            yield replace(finding, found=named)
-    yield _met(reports, plan, nodes)
+            prefix = f"{report.node}: " if len(nodes) > 1 else ""
+            yield replace(finding, found=f"{prefix}{finding.found}")
+    yield _rendezvous(reports, plan, nodes)
     yield from _versions(reports)
     yield from _devices(reports, plan)
     yield _torchvision(reports)
-    yield from _products(reports, plan)
+    yield from _arithmetic(reports, plan)
     if plan.world_size > 1:
-        yield from _reduces(reports, plan)
+        yield from _all_reduce(reports, plan)
 
 
-def _met(reports: Sequence[RankDiagnostics], plan: Plan, nodes: Sequence[str]) -> Finding:
+def _rendezvous(reports: Sequence[RankDiagnostics], plan: Plan, nodes: Sequence[str]) -> Finding:
     seconds = max(report.meeting_seconds for report in reports)
-    where = f" on {counted(len(nodes), 'node')}" if plan.nodes > 1 else ""
-    found = f"{counted(len(reports), 'rank')}{where} met in {seconds:.1f} s"
-    return ok("rendezvous", found)
+    on_nodes = f" on {counted(len(nodes), 'node')}" if plan.nodes > 1 else ""
+    ranks = counted(len(reports), "rank")
+    return ok("rendezvous", f"{ranks}{on_nodes} formed a group in {seconds:.1f} s")
 
 
 def _versions(reports: Sequence[RankDiagnostics]) -> Iterator[Finding]:
@@ -50,19 +59,19 @@ def _versions(reports: Sequence[RankDiagnostics]) -> Iterator[Finding]:
             name: (first.versions.get(name, "missing"), report.versions.get(name, "missing"))
             for name in sorted(first.versions.keys() | report.versions.keys())
         }
-        different = [
+        differences = [
             f"{name} {one} and {other}" for name, (one, other) in pairs.items() if one != other
         ]
-        if different:
+        if differences:
             yield failure(
                 "versions",
                 f"rank 0 ({first.node}) and rank {report.rank} ({report.node}) have "
-                + ", ".join(different),
-                "install the same environment on every node, or share one",
+                + ", ".join(differences),
+                "install the same environment on every node, or share one between them",
             )
             return
-    found = ", ".join(f"{name} {version}" for name, version in first.versions.items())
-    yield ok("versions", found)
+    versions = ", ".join(f"{name} {version}" for name, version in first.versions.items())
+    yield ok("versions", versions)
 
 
 def _devices(reports: Sequence[RankDiagnostics], plan: Plan) -> Iterator[Finding]:
@@ -75,21 +84,21 @@ def _devices(reports: Sequence[RankDiagnostics], plan: Plan) -> Iterator[Finding
         yield warning(
             "devices",
             listed,
-            "every step waits for the slowest: use one kind",
+            "use devices of one kind: every step waits for the slowest",
         )
     for report in reports:
         if report.device_memory is None:
             continue
         free, total = report.device_memory
-        if free < 0.9 * total:
+        if free < _MIN_FREE_SHARE * total:
             yield warning(
                 "GPU memory",
                 f"rank {report.rank} ({report.node}): {size(free)} free of {size(total)}",
-                "another process holds the rest: `nvidia-smi` lists them",
+                "another process uses the rest: `nvidia-smi` lists the processes",
             )
     totals = [report.device_memory[1] for report in reports if report.device_memory]
     if plan.device == "cuda" and totals:
-        yield ok("GPU memory", f"{size(min(totals))} at least")
+        yield ok("GPU memory", f"at least {size(min(totals))} per rank")
 
 
 def _torchvision(reports: Sequence[RankDiagnostics]) -> Finding:
@@ -98,61 +107,64 @@ def _torchvision(reports: Sequence[RankDiagnostics]) -> Finding:
             return failure(
                 "torchvision",
                 f"rank {report.rank} ({report.node}) cannot import it: {report.torchvision}",
-                "install the one that belongs to this torch, from the same index, or remove "
-                "it: other packages import it where they find it",
+                "install the version that matches this torch, from the same index, or remove it: "
+                "other packages import torchvision if it is installed",
             )
-    return ok("torchvision", "loads, or is not installed")
+    return ok("torchvision", "can be imported, or is not installed")
 
 
-def _products(reports: Sequence[RankDiagnostics], plan: Plan) -> Iterator[Finding]:
+def _arithmetic(reports: Sequence[RankDiagnostics], plan: Plan) -> Iterator[Finding]:
+    max_error = _MAX_PRODUCT_ERROR[plan.device]
     wrong = [
         report
         for report in reports
-        if report.product_error is None or report.product_error > _LARGEST_ERROR[plan.device]
+        if report.product_error is None or report.product_error > max_error
     ]
     for report in wrong:
         error = (
-            "not finite" if report.product_error is None else f"off by {report.product_error:.0e}"
+            "not finite"
+            if report.product_error is None
+            else f"off by {report.product_error:.0e} (relative; at most {max_error:.0e} is allowed)"
         )
         yield failure(
             "arithmetic",
             f"rank {report.rank} ({report.node}): a matrix product is {error}",
-            "take this device out of service: it would spoil every run that it is part of",
+            "take this device out of service: it would corrupt every run that uses it",
         )
     speeds = sorted(report.flops for report in reports)
     median, slowest = speeds[len(speeds) // 2], min(reports, key=lambda report: report.flops)
-    found = f"matrix products are right, at {slowest.flops / 1e9:,.0f} GFLOP/s or more on each rank"
-    if slowest.flops < _SLOWEST * median and plan.device == "cuda":
+    if slowest.flops < _MIN_SPEED_SHARE * median and plan.device == "cuda":
         yield warning(
             "arithmetic",
             f"rank {slowest.rank} ({slowest.node}) computes at {slowest.flops / median:.0%} of "
-            "the median of all",
-            "every step waits for the slowest: look at its clocks and temperature "
-            "(`nvidia-smi -q -d PERFORMANCE`)",
+            "the median of all ranks",
+            "check its clocks and temperature (`nvidia-smi -q -d PERFORMANCE`): every step waits "
+            "for the slowest",
         )
     elif not wrong:
-        yield ok("arithmetic", found)
+        speed = f"{slowest.flops / 1e9:,.0f} GFLOP/s"
+        yield ok("arithmetic", f"matrix products are correct, at {speed} or more on each rank")
 
 
-def _reduces(reports: Sequence[RankDiagnostics], plan: Plan) -> Iterator[Finding]:
+def _all_reduce(reports: Sequence[RankDiagnostics], plan: Plan) -> Iterator[Finding]:
     for report in reports:
         if not report.sums_right:
             yield failure(
                 "all-reduce",
                 f"rank {report.rank} ({report.node}) got a wrong sum",
-                "look at the links (`nvidia-smi topo -m`, `dmesg`); NCCL_P2P_DISABLE=1 tells "
-                "whether it is the one between GPUs",
+                "check the links (`nvidia-smi topo -m`, `dmesg`); if NCCL_P2P_DISABLE=1 gives the "
+                "right sum, the link between the GPUs is at fault",
             )
             return
     latency = max(report.reduce_seconds or 0.0 for report in reports)
     bandwidth = min(report.reduce_bandwidth or 0.0 for report in reports)
     found = f"{latency * 1e6:,.0f} us for 8 bytes, {bandwidth / 1e9:.2g} GB/s for large tensors"
-    if plan.device == "cuda" and bandwidth < _LEAST_BANDWIDTH:
+    if plan.device == "cuda" and bandwidth < _MIN_BANDWIDTH:
         yield warning(
             "all-reduce",
             found,
-            "gradients take long to average: NCCL_DEBUG=INFO says which way they go (P2P, "
-            "SHM, NET), and NCCL_SOCKET_IFNAME names another network",
+            "averaging gradients will be slow: NCCL_DEBUG=INFO prints the transport in use (P2P, "
+            "SHM, NET), and NCCL_SOCKET_IFNAME selects another network",
         )
     else:
         yield ok("all-reduce", found)

@@ -1,4 +1,4 @@
-"""What there is to say of one machine, from its files and limits."""
+"""Findings about one node: cores, memory, /dev/shm, open files, disk and GPU driver."""
 
 from __future__ import annotations
 
@@ -17,21 +17,28 @@ from launcher.planning.plan import Plan
 from launcher.quantities import size
 
 _GIB = 1 << 30
-_MEMORY_PER_RANK = 1.5 * _GIB
-_MEMORY_PER_WORKER = 0.3 * _GIB
-"""What a process costs before it holds any data (torch 2.13, resident)."""
+_BYTES_PER_RANK = 1.5 * _GIB
+_BYTES_PER_WORKER = 0.3 * _GIB
+"""Resident memory of a process before it holds any data (measured with torch 2.13)."""
 
 _SHM = "/dev/shm"  # noqa: S108  # a name; nothing is written there
-_LEAST_SHM = 1 * _GIB
-_LEAST_DISK = 5 * _GIB
-_LEAST_OPEN_FILES = 4096
-"""Batches of many tensors from four workers each take a descriptor for each."""
+_MIN_SHM_BYTES = 1 * _GIB
+_MIN_DISK_BYTES = 5 * _GIB
+_MIN_OPEN_FILES = 4096
+"""Each tensor of each batch in flight takes a descriptor, and each rank may have four workers."""
 
-_WRITTEN_BYTES = 16 << 20
+_TEST_BYTES = 16 << 20
+"""Bytes that are written and synced to test whether the disk accepts data."""
 
 
 def check_node(plan: Plan, out: Path, root: Path = Path("/")) -> Iterator[Finding]:
-    """Yield what there is to say of this node for a run of `plan` with its folder below `out`."""
+    """Yield the findings about this node.
+
+    Args:
+        plan: The plan of a run on this node.
+        out: Folder in which run folders would be created.
+        root: Root of the files of /proc, /sys and /dev that are read.
+    """
     yield _cores(plan)
     yield _memory(plan, free_memory_bytes(root))
     yield _shm(plan, free_shm_bytes(root))
@@ -45,29 +52,30 @@ def _cores(plan: Plan) -> Finding:
     machine, nproc = plan.machine, plan.nproc_per_node
     ranks = f"{counted(nproc, 'rank')} with {counted(plan.workers_per_rank, 'worker')} each"
     found = f"{machine.usable_cores} usable ({machine.cores_limited_by}) for {ranks}"
-    wanted = nproc * (1 + WORKERS_PER_RANK)
-    limited = machine.cores_limited_by != "cores of this machine"
-    if machine.usable_cores >= nproc and (plan.workers_per_rank == WORKERS_PER_RANK or not limited):
+    sufficient = nproc * (1 + WORKERS_PER_RANK)
+    is_limited = machine.cores_limited_by != "cores of this machine"
+    has_workers = plan.workers_per_rank == WORKERS_PER_RANK
+    if machine.usable_cores >= nproc and (has_workers or not is_limited):
         return ok("cores", found)
-    remedy = f"{wanted} would do for {WORKERS_PER_RANK} workers for each rank"
-    if limited:
-        remedy += "; ask the batch system for them, or widen the container's limit"
+    remedy = f"{sufficient} cores are enough for {WORKERS_PER_RANK} workers per rank"
+    if is_limited:
+        remedy += "; request them from the batch system, or raise the limit of the container"
     return warning("cores", found, remedy)
 
 
 def _memory(plan: Plan, free: int | None) -> Finding:
     if free is None:
-        return ok("host memory", "not known")
+        return ok("host memory", "unknown")
     workers = plan.nproc_per_node * plan.workers_per_rank
-    needed = plan.nproc_per_node * _MEMORY_PER_RANK + workers * _MEMORY_PER_WORKER
+    needed = plan.nproc_per_node * _BYTES_PER_RANK + workers * _BYTES_PER_WORKER
     found = f"{size(free)} free of {size(plan.machine.memory_bytes)}"
     if free >= needed:
         return ok("host memory", found)
     return warning(
         "host memory",
         found,
-        f"{counted(plan.nproc_per_node, 'rank')} and {counted(workers, 'worker')} take about "
-        f"{size(needed)} before they hold any data: use fewer workers, or ask for more memory",
+        f"use fewer workers or request more memory: {counted(plan.nproc_per_node, 'rank')} and "
+        f"{counted(workers, 'worker')} take about {size(needed)} before they hold any data",
     )
 
 
@@ -75,17 +83,17 @@ def _shm(plan: Plan, free: int | None) -> Finding:
     if free is None:
         return failure(
             _SHM,
-            "there is none",
-            "DataLoader workers and NCCL need it: `mount -t tmpfs tmpfs /dev/shm`",
+            "it does not exist",
+            "mount it with `mount -t tmpfs tmpfs /dev/shm`: DataLoader workers and NCCL need it",
         )
     found = f"{size(free)} free of {size(plan.machine.shm_bytes)}"
-    if free >= _LEAST_SHM:
+    if free >= _MIN_SHM_BYTES:
         return ok(_SHM, found)
     return warning(
         _SHM,
         found,
-        "workers hand their batches over in it, and die of SIGBUS where it is full: "
-        "`docker run --shm-size=8g` or `--ipc=host`, or num_workers=0",
+        "enlarge it with `docker run --shm-size=8g` or `--ipc=host`, or set num_workers=0: workers "
+        "pass their batches through it and die of SIGBUS when it is full",
     )
 
 
@@ -93,21 +101,22 @@ def _open_files() -> Finding:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     unlimited = resource.RLIM_INFINITY
     found = "no limit" if soft == unlimited else f"{soft:,} at once"
-    if soft == unlimited or soft >= _LEAST_OPEN_FILES:
+    if soft == unlimited or soft >= _MIN_OPEN_FILES:
         return ok("open files", found)
-    more = "unlimited" if hard == unlimited else f"{hard}"
+    maximum = "unlimited" if hard == unlimited else f"{hard}"
     return warning(
         "open files",
         found,
-        f"many workers with batches of many tensors take more: `ulimit -n {more}`",
+        f"raise the limit with `ulimit -n {maximum}`: workers need a descriptor for each tensor "
+        "of a batch",
     )
 
 
 def _disk(out: Path) -> Finding:
-    folder = next(each for each in (out, *out.resolve().parents) if each.is_dir())
+    folder = next(path for path in (out, *out.resolve().parents) if path.is_dir())
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(_WRITTEN_BYTES))
+            file.write(bytes(_TEST_BYTES))
             file.flush()
             os.fsync(file.fileno())
         free = shutil.disk_usage(folder).free
@@ -115,16 +124,17 @@ def _disk(out: Path) -> Finding:
         return failure(
             "run folder",
             f"{folder} cannot be written: {error.strerror}",
-            "give an --out on a disk that has room and that you may write to",
+            "set --out to a folder that you may write to, on a disk with free space",
         )
-    found = f"{size(free)} free below {folder}"
-    if free >= _LEAST_DISK:
+    found = f"{size(free)} free in {folder}"
+    if free >= _MIN_DISK_BYTES:
         return ok("run folder", found)
     return warning(
         "run folder",
         found,
-        "a checkpoint holds weights and optimizer state, 12 bytes a parameter with AdamW, and "
-        "keep_checkpoints=2 of them are kept beside the one being written",
+        "free some space or set --out to a larger disk: a checkpoint holds weights and optimizer "
+        "state, 12 bytes per parameter with AdamW, and keep_checkpoints=2 of them stay on disk "
+        "while the next is written",
     )
 
 
@@ -134,5 +144,5 @@ def _driver(version: str | None) -> Finding:
     return failure(
         "driver",
         "the kernel has no NVIDIA driver loaded",
-        "load it (`nvidia-smi` tells more), or use --device cpu",
+        "load the driver (`nvidia-smi` prints more), or use --device cpu",
     )

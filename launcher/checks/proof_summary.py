@@ -1,7 +1,8 @@
-"""A proof in words: a line for each configuration, and what makes them differ."""
+"""The output of `launcher prove`: a row for each configuration, the verdict, and the causes."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from launcher.checks.prove import ParityRow, ParityRun
@@ -15,102 +16,125 @@ _WIDTHS = (10, 5, 8, 8, 8, 8, 8, 8, 8)
 
 
 def head() -> str:
-    """Return the names of the columns."""
+    """Return the header of the table."""
     return _line(_COLUMNS)
 
 
 def row_line(row: ParityRow) -> str:
-    """Return the line of one configuration."""
+    """Return the row of one configuration.
+
+    Exactly compared values show `=` or the first step that differs; the others show the largest
+    relative difference from the reference.
+    """
     plan = row.trial.plan
-    start = [row.trial.strategy, str(plan.world_size), str(plan.accumulation_steps)]
+    cells = [row.trial.strategy, str(plan.world_size), str(plan.accumulation_steps)]
     if row.exit_code:
-        return f"{_line(start)}  failed with exit code {row.exit_code}"
+        return f"{_line(cells)}  failed with exit code {row.exit_code}"
     if row.difference is None:
-        return f"{_line(start)}  the others are compared with this one"
-    found = row.difference
+        return f"{_line(cells)}  the reference that the others are compared with"
+    difference = row.difference
     exact = [
-        f"step {found.unequal[name]}" if name in found.unequal else "="
+        f"step {difference.unequal[name]}" if name in difference.unequal else "="
         for name in ("sample ids", "learning rate", "item counts")
     ]
-    rounded = [_relative(value) for value in (found.loss, found.grad_norm, found.weights)]
-    return _line([*start, *exact, *rounded]) + ("" if found.agrees else "  differs")
+    relative = [
+        _relative_text(value)
+        for value in (difference.loss, difference.grad_norm, difference.weights)
+    ]
+    return _line([*cells, *exact, *relative]) + ("" if difference.agrees else "  differs")
 
 
 def verdict(rows: list[ParityRow], steps: int) -> str:
-    """Return what the table shows, in a sentence."""
+    """Return the conclusion of the table: one sentence, or a line for each row that disagrees.
+
+    Args:
+        rows: The rows of the table.
+        steps: Number of optimizer steps that each configuration took.
+    """
     failed = [row for row in rows if row.exit_code]
     differ = [row for row in rows if not row.agrees and not row.exit_code]
     if not failed and not differ:
         return (
             f"The same {steps:,} steps in all {len(rows)} configurations: sample ids, learning "
-            "rates and item counts are equal, the rest to rounding."
+            "rates and item counts are equal; losses, gradient norms and weights agree to rounding."
         )
-    parts = []
+    lines = []
     for row in differ:
         assert row.difference is not None
-        parts.append(f"{_name(row.trial)}: {_what_differs(row.difference)}")
-    parts += [f"{_name(row.trial)}: the run failed, see above" for row in failed]
-    return "\n".join(parts)
+        lines.append(f"{_name(row.trial)}: {_difference_text(row.difference)}")
+    lines += [f"{_name(row.trial)}: the run failed, see above" for row in failed]
+    return "\n".join(lines)
 
 
 def causes(inspection: Inspection, trial: ParityRun) -> list[str]:
-    """Return what makes the steps of a recipe depend on the ranks, and what to do about each."""
-    found = []
+    """Return why the steps of a recipe depend on the ranks, one paragraph for each cause.
+
+    Args:
+        inspection: The inspection of the recipe.
+        trial: A trial whose steps differ from the reference.
+    """
+    return [*_data_and_loss_causes(inspection), *_model_causes(inspection, trial)]
+
+
+def _data_and_loss_causes(inspection: Inspection) -> Iterator[str]:
     if inspection.changing_samples:
-        shown = ", ".join(map(str, inspection.changing_samples))
-        found.append(
-            f"Unseeded randomness in the data set: training sample {shown} was another when it was "
-            "read again. The global generators of random, numpy.random and torch are seeded for "
-            "each sample; a generator of its own, the time or the operating system's are not."
+        samples = ", ".join(map(str, inspection.changing_samples))
+        yield (
+            f"Unseeded randomness in the data set: training samples {samples} changed when they "
+            "were read a second time. The global generators of random, numpy.random and torch are "
+            "seeded for each sample; a generator of your own, the time and random numbers of the "
+            "operating system are not."
         )
     if inspection.loss_is_mean:
-        found.append(
-            "The loss returns a mean: over two halves of a batch it has the mean of their losses. "
-            "Return the sum, as with reduction='sum', and the number of items."
+        yield (
+            "The loss returns a mean: for a whole batch it gives the mean of the losses of its two "
+            "halves. Return the sum, as with reduction='sum', and the number of items."
         )
     if inspection.loss_is_no_sum:
-        found.append(
-            "The loss is no sum over samples: that of a batch is not the sum of that of its "
-            "halves, so that accumulating over micro-batches computes something else."
+        yield (
+            "The loss is not a sum over samples: the loss of a batch differs from the sum of the "
+            "losses of its halves, so accumulation over micro-batches computes something else."
         )
+
+
+def _model_causes(inspection: Inspection, trial: ParityRun) -> Iterator[str]:
     for kind, names in (
         ("weight", inspection.changed_weights),
         ("buffer", inspection.changed_buffers),
     ):
         if names:
-            found.append(
-                f"Forward changes the {kind} {_some(names)}, and each rank sees other samples. "
-                "`launcher check` says what to do."
+            yield (
+                f"Forward changes the {kind} {_first_name(names)}, and each rank processes other "
+                "samples. `launcher check` prints what to do."
             )
     synced = bool(trial.plan.settings["sync_batchnorm"])
     if inspection.batch_norms and not synced:
-        found.append(
-            f"BatchNorm ({_some(inspection.batch_norms)}): its statistics are over the micro-batch "
-            "of one rank. sync_batchnorm=true takes them over all ranks."
+        yield (
+            f"BatchNorm ({_first_name(inspection.batch_norms)}): statistics are taken over the "
+            "micro-batch of one rank. sync_batchnorm=true takes them over all ranks."
         )
     elif inspection.batch_norms and trial.plan.accumulation_steps > 1:
-        found.append(
-            f"BatchNorm ({_some(inspection.batch_norms)}): its statistics are over one micro-batch "
-            "of every rank. They are over the same samples where no configuration accumulates: a "
-            "larger micro_batch_size."
+        yield (
+            f"BatchNorm ({_first_name(inspection.batch_norms)}): statistics are taken over one "
+            "micro-batch of every rank. They cover the same samples in every configuration that "
+            "does not accumulate: set a larger micro_batch_size."
         )
     elif inspection.coupled and not synced:
-        found.append(
-            "In training a sample's loss depends on the other samples of its micro-batch, and "
-            "those depend on the ranks."
+        yield (
+            "In training, the loss of a sample depends on the other samples of its micro-batch, "
+            "and those depend on the number of ranks."
         )
     if inspection.random:
-        which = f" ({_some(inspection.dropouts)})" if inspection.dropouts else ""
-        found.append(
-            f"Dropout or other randomness in the model{which}: each rank draws its own, so that "
-            "another number of ranks is another draw of the same distribution."
+        modules = f" ({_first_name(inspection.dropouts)})" if inspection.dropouts else ""
+        yield (
+            f"Dropout or other randomness in the model{modules}: each rank draws its own numbers, "
+            "so another number of ranks draws other numbers from the same distribution."
         )
-    return found
 
 
 def to_dict(row: ParityRow) -> dict[str, object]:
-    """Return a row as plain values."""
-    found = row.difference
+    """Return a row as JSON-compatible values."""
+    difference = row.difference
     values: dict[str, object] = {
         "strategy": row.trial.strategy,
         "ranks": row.trial.plan.world_size,
@@ -118,37 +142,42 @@ def to_dict(row: ParityRow) -> dict[str, object]:
         "exit_code": row.exit_code,
         "agrees": row.agrees,
     }
-    if found is not None:
+    if difference is not None:
         values |= {
-            "unequal": dict(found.unequal),
-            "first_step": found.first_step,
-            "loss": found.loss,
-            "grad_norm": found.grad_norm,
-            "weights": found.weights,
-            "tolerance": found.tolerance,
+            "unequal": dict(difference.unequal),
+            "first_step": difference.first_step,
+            "loss": difference.loss,
+            "grad_norm": difference.grad_norm,
+            "weights": difference.weights,
+            "tolerance": difference.tolerance,
         }
     return values
 
 
-def _what_differs(found: ParityDifference) -> str:
-    if found.unequal:
-        name, step = min(found.unequal.items(), key=lambda item: item[1])
-        return f"{name} differ from step {step}"
-    if found.first_step is not None:
-        beyond = f"by more than {found.tolerance:g} from step {found.first_step}"
-        return f"losses or gradient norms differ {beyond}"
-    return f"the final weights differ by more than {found.tolerance:g}"
+def _difference_text(difference: ParityDifference) -> str:
+    """Return the first difference from the reference, exactly compared values first."""
+    if difference.unequal:
+        name, step = min(difference.unequal.items(), key=lambda item: item[1])
+        return f"unequal {name} from step {step}"
+    limit = f"{difference.tolerance:g}"
+    if difference.first_step is not None:
+        return (
+            f"losses or gradient norms differ by more than {limit} from step "
+            f"{difference.first_step}"
+        )
+    return f"the final weights differ by more than {limit}"
 
 
 def _name(trial: ParityRun) -> str:
     return f"{trial.strategy} on {trial.plan.world_size}"
 
 
-def _relative(value: float) -> str:
+def _relative_text(value: float) -> str:
     return "=" if value == 0 else f"{value:.1e}"
 
 
-def _some(names: list[str]) -> str:
+def _first_name(names: list[str]) -> str:
+    """Return the first name and the number of the others: `layer1.norm and 3 more`."""
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return f"{names[0]}{more}"
 

@@ -1,7 +1,7 @@
-"""The promise put to the test: one recipe under several worlds and strategies, compared.
+"""`launcher prove`: run a recipe on several numbers of ranks and strategies, compare the steps.
 
-Each configuration is a run of its own, started as any other. The first is what the rest is
-compared with.
+Each configuration is a run of its own, started like any other. The first one is the reference that
+the others are compared with.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
     from launcher.engine.probes.parity import ParityDifference
 
 TOLERANCES = {"fp64": 1e-10, "fp32": 1e-5, "fp16": 1e-2, "bf16": 5e-2}
-"""The relative difference that counts as rounding, by precision."""
+"""Largest relative difference that counts as rounding, by precision."""
 
 _DEFAULT_STRATEGIES: tuple[StrategyName, ...] = ("ddp", "fsdp", "zero2")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParityRun:
-    """One configuration of a proof."""
+    """One configuration to compare: a strategy on a number of ranks, with its run folder."""
 
     strategy: str
     plan: Plan
@@ -48,21 +48,21 @@ class ParityRun:
 
 @dataclass(frozen=True, kw_only=True)
 class ParityRow:
-    """What came of one configuration."""
+    """The result of one configuration."""
 
     trial: ParityRun
     exit_code: int
-    """Of the run."""
+    """Exit code of the run."""
 
     error: str = ""
     """The post-mortem of a run that failed."""
 
     difference: ParityDifference | None
-    """From the first configuration; None for that itself, and for a run that failed."""
+    """Difference from the reference; None for the reference itself and for a run that failed."""
 
     @property
     def agrees(self) -> bool:
-        """Whether the run took the same steps as the first."""
+        """Whether the run succeeded and took the same steps as the reference."""
         return self.exit_code == 0 and (self.difference is None or self.difference.agrees)
 
 
@@ -75,17 +75,26 @@ def plan_trials(
     strategies: Sequence[str] | None,
     folder: Path,
 ) -> list[ParityRun]:
-    """Plan every strategy on every number of ranks, and make the folders.
+    """Plan every strategy on every number of ranks and create the run folders.
 
-    Strategies that are the same on one process come once there; one that needs several is left out.
-    Without `strategies` they are a common few, as far as they go with the recipe's settings.
+    FSDP is skipped on one rank.
+
+    Args:
+        reference: The recipe.
+        overrides: Settings to apply to it.
+        machine: The machine to plan for.
+        worlds: Numbers of ranks.
+        strategies: Strategies to compare; None chooses those of ddp, fsdp and zero2 that are
+            compatible with the recipe's settings.
+        folder: Folder in which the run folders are created.
 
     Raises:
-        PlanError: The recipe is another training on another number of ranks, or a configuration
-            cannot run.
+        PlanError: The recipe sets batch_size_per_gpu, so its global batch depends on the number of
+            ranks; or a configuration cannot run; or none is left.
     """
     if strategies is None:
-        strategies = _defaults(build(reference, overrides).recipe, machine, max(worlds))
+        recipe = build(reference, overrides).recipe
+        strategies = _compatible_strategies(recipe, machine, max(worlds))
     over_several_ranks = {name for name, kind in STRATEGIES.items() if kind.needs_several_ranks}
     plans: dict[tuple[str, int], tuple[Plan, RunRecord]] = {}
     for ranks in worlds:
@@ -97,13 +106,13 @@ def plan_trials(
             )
             if built.recipe.batch_size_per_gpu is not None:
                 raise PlanError(
-                    f"batch_size_per_gpu={built.recipe.batch_size_per_gpu} lets the batch grow "
-                    "with the ranks, so that each number of them is another training: there is "
-                    f"nothing to prove. Give batch_size={plan.batch_size}."
+                    f"batch_size_per_gpu={built.recipe.batch_size_per_gpu} makes the global batch "
+                    "grow with the number of ranks, so the steps differ by design and there is "
+                    f"nothing to compare. Set batch_size={plan.batch_size} instead."
                 )
             plans[strategy, ranks] = plan, describe_run(reference, built, plan)
     if not plans:
-        raise PlanError("strategy=fsdp needs 2 ranks or more: add them to --worlds.")
+        raise PlanError("strategy=fsdp needs 2 ranks or more: add such a number to --worlds.")
     trials = []
     for (strategy, ranks), (plan, description) in plans.items():
         run_dir = create_run_dir(folder / f"{strategy}-{ranks}", plan.recipe)
@@ -121,18 +130,21 @@ def run_trials(
     tolerance: float | None,
     signals: SignalHandler,
 ) -> Iterator[ParityRow]:
-    """Run the trials one after the other, and yield what came of each.
+    """Run the trials one after the other and yield the result of each.
+
+    The saved weights of a trial are deleted once they have been read.
 
     Args:
         reference: The recipe.
-        overrides: Those that the trials were planned with.
-        trials: The first is what the others are compared with; the rest is not run if it fails.
-        steps: Steps to take of those planned.
-        tolerance: The relative difference that counts as rounding; None goes by the precision.
+        overrides: The settings that the trials were planned with.
+        trials: The trials. The first is the reference; if it fails, the others do not run.
+        steps: Number of optimizer steps to take, at most those planned.
+        tolerance: Largest relative difference that counts as rounding; None takes that of
+            `TOLERANCES` for the precision of the trial.
         signals: Handles signals for the runs.
     """
     import_for([trial.plan for trial in trials])
-    wanted = None
+    reference_trace = None
     for trial in trials:
         try:
             launch(_job(reference, overrides, trial, steps), signals=signals)
@@ -140,19 +152,20 @@ def run_trials(
             yield ParityRow(
                 trial=trial, exit_code=error.exit_code, difference=None, error=str(error)
             )
-            if wanted is None:
+            if reference_trace is None:
                 return
             continue
         from launcher.engine.probes.parity import compare, read_trace
 
-        found = read_trace(trial.run_dir)
-        trial.run_dir.model.unlink()  # as large as the model, once for every trial
-        if wanted is None:
-            wanted = found
+        trace = read_trace(trial.run_dir)
+        trial.run_dir.model.unlink()  # else the disk holds the weights once for every trial
+        if reference_trace is None:
+            reference_trace = trace
             yield ParityRow(trial=trial, exit_code=0, difference=None)
             continue
-        allowed = TOLERANCES[trial.plan.precision] if tolerance is None else tolerance
-        yield ParityRow(trial=trial, exit_code=0, difference=compare(wanted, found, allowed))
+        limit = TOLERANCES[trial.plan.precision] if tolerance is None else tolerance
+        difference = compare(reference_trace, trace, limit)
+        yield ParityRow(trial=trial, exit_code=0, difference=difference)
 
 
 def inspect_trial(
@@ -161,7 +174,17 @@ def inspect_trial(
     trial: ParityRun,
     signals: SignalHandler,
 ) -> Inspection | None:
-    """Try the recipe's data, model and loss out in a process of its own; None if that fails."""
+    """Inspect the data, model and loss of a recipe in a process of its own.
+
+    Args:
+        reference: The recipe.
+        overrides: The settings that the trial was planned with.
+        trial: The trial whose settings and run folder to use.
+        signals: Handles signals for the inspection.
+
+    Returns:
+        The inspection, or None if it failed.
+    """
     from launcher.engine.probes.inspection import read_inspection
     from launcher.engine.worker import agent_inspection
 
@@ -174,9 +197,9 @@ def inspect_trial(
     return read_inspection(trial.run_dir)
 
 
-def _defaults(recipe: Recipe, machine: Machine, world_size: int) -> list[str]:
-    """Return the strategies to compare where none were named: ddp alone, if none can run."""
-    found: list[str] = []
+def _compatible_strategies(recipe: Recipe, machine: Machine, world_size: int) -> list[str]:
+    """Return the default strategies that the recipe's settings allow, or ddp if none is allowed."""
+    compatible: list[str] = []
     for name in _DEFAULT_STRATEGIES:
         try:
             check_strategy(
@@ -184,8 +207,8 @@ def _defaults(recipe: Recipe, machine: Machine, world_size: int) -> list[str]:
             )
         except PlanError:
             continue
-        found.append(name)
-    return found or ["ddp"]
+        compatible.append(name)
+    return compatible or ["ddp"]
 
 
 def _trial_overrides(overrides: Sequence[Override], strategy: str) -> tuple[Override, ...]:
@@ -204,6 +227,6 @@ def _job(reference: Reference, overrides: Sequence[Override], trial: ParityRun, 
         launcher_pid=os.getpid(),
         last_step=min(steps, trial.plan.total_steps),
         saves=False,
-        trial=False,  # what is wrong is for the comparison to show
+        trial=False,  # the comparison shows what the pre-run inspection would refuse
         output_mode="quiet",
     )

@@ -1,4 +1,4 @@
-"""Colours, on terminals alone, and not where NO_COLOR is set (https://no-color.org)."""
+"""Colours for terminals, off where NO_COLOR is set (https://no-color.org) or TERM is `dumb`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ import click
 
 
 def allowed() -> bool | None:
-    """Return False where colours are not wanted; None leaves it to whether there is a terminal."""
+    """Return False if the environment forbids colours, else None: click asks the terminal."""
     return False if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" else None
 
 
 def painted(line: str, state: str) -> str:
-    """Return a line of a table with the state in it in its colour."""
+    """Return a line of a table of runs with the state of its run in colour.
+
+    Args:
+        line: The line. The state stands in it behind two spaces.
+        state: One of `launcher.runs.status.STATES`.
+    """
     from launcher.runs.status import COLOURS
 
     return line.replace(f"  {state}", f"  {click.style(state, fg=COLOURS[state])}", 1)

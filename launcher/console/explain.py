@@ -1,4 +1,7 @@
-"""A plan in words, with the arithmetic of every derived number."""
+"""The text of `launcher plan`: every number of a plan with its arithmetic and its origin.
+
+A resumed run also prints what differs from the plan that it started with.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,15 @@ from launcher.planning.strategy import STRATEGIES
 from launcher.recipe.schedules import Schedule
 
 _WIDTH = 96
-_LABEL = 14
+_LABEL_WIDTH = 14
 
 
 def explain(plan: Plan, *, recipe: str = "") -> str:
-    """Return the plan as text of a few lines, none wider than a terminal.
+    """Return the plan as labelled lines of at most 96 characters.
 
     Args:
         plan: The plan.
-        recipe: Where the recipe is, if that should be shown.
+        recipe: The location of the recipe, shown beside its name; empty to omit it.
     """
     lines = [f"{plan.recipe}{'  ' + recipe if recipe else ''}"]
     for label, text in _rows(plan):
@@ -28,7 +31,11 @@ def explain(plan: Plan, *, recipe: str = "") -> str:
 
 
 def changed_lines(changes: Iterable[str]) -> list[str]:
-    """Return lines that say, below a plan, what has changed since the run that was."""
+    """Return the lines, printed below a plan, that state how a resumed run differs from it.
+
+    Args:
+        changes: One sentence for each difference.
+    """
     return [line for change in changes for line in _wrapped("changed", change)]
 
 
@@ -36,8 +43,8 @@ def _wrapped(label: str, text: str) -> list[str]:
     return textwrap.wrap(
         text,
         width=_WIDTH,
-        initial_indent=f"  {label:<{_LABEL - 2}}",
-        subsequent_indent=" " * _LABEL,
+        initial_indent=f"  {label:<{_LABEL_WIDTH - 2}}",
+        subsequent_indent=" " * _LABEL_WIDTH,
         break_long_words=False,
         break_on_hyphens=False,
     )
@@ -46,41 +53,43 @@ def _wrapped(label: str, text: str) -> list[str]:
 def schedule_change(
     step: int, was: tuple[Plan, Schedule], now: tuple[Plan, Schedule]
 ) -> str | None:
-    """Return what becomes of the learning rate of a run that goes on with other settings.
+    """Return how the learning rate of a resumed run differs from its earlier plan.
 
     Args:
-        step: Steps that were taken.
-        was: The plan and the schedule of the run that was.
-        now: Those that it goes on with.
+        step: Number of steps already taken.
+        was: Plan and schedule before the run was resumed.
+        now: Plan and schedule of the resumed run.
 
     Returns:
-        A sentence; None where no step that is left has another learning rate than it would have
-        had.
+        A clause that names the first step with another learning rate, both rates and both
+        schedules. None if every remaining step keeps its learning rate.
     """
     (old, _), (new, _) = was, now
-    if _lr_path(old) == _lr_path(new):
+    if _lr_inputs(old) == _lr_inputs(new):
         return None
-    common = range(step, min(old.total_steps, new.total_steps))
-    changed = next((each for each in common if _lr(*was, each) != _lr(*now, each)), None)
-    if changed is None:
+    shared_steps = range(step, min(old.total_steps, new.total_steps))
+    first_change = next(
+        (index for index in shared_steps if _lr(*was, index) != _lr(*now, index)), None
+    )
+    if first_change is None:
         if old.total_steps == new.total_steps or step < old.total_steps:
             return None
         before, after = _lr(*was, step - 1), _lr(*now, step)
         return (
-            f"the learning rate goes from {before:.3g} at step {step:,}, the last of the plan, to "
-            f"{after:.3g} at step {step + 1:,}: {new.settings['schedule']} is taken over "
-            f"{new.total_steps:,} steps instead of {old.total_steps:,}"
+            f"the learning rate changes from {before:.3g} at step {step:,}, the last of the "
+            f"earlier plan, to {after:.3g} at step {step + 1:,}: {new.settings['schedule']} now "
+            f"spans {new.total_steps:,} steps instead of {old.total_steps:,}"
         )
     return (
-        f"the learning rate of step {changed + 1:,} is {_lr(*now, changed):.3g} instead of "
-        f"{_lr(*was, changed):.3g}: {new.settings['schedule']} is taken over {new.total_steps:,} "
-        f"steps (was {old.settings['schedule']} over {old.total_steps:,}), also for those that are "
-        "left"
+        f"the learning rate of step {first_change + 1:,} is {_lr(*now, first_change):.3g} instead "
+        f"of {_lr(*was, first_change):.3g}: the remaining steps follow {new.settings['schedule']} "
+        f"over {new.total_steps:,} steps instead of {old.settings['schedule']} over "
+        f"{old.total_steps:,}"
     )
 
 
-def _lr_path(plan: Plan) -> tuple[object, ...]:
-    """Return what the learning rates of a plan follow from."""
+def _lr_inputs(plan: Plan) -> tuple[object, ...]:
+    """Return everything that determines the learning rate of each step of a plan."""
     settings = plan.settings["schedule"], plan.settings["lr_rule"]
     return plan.lr, plan.total_steps, plan.stages, settings
 
@@ -96,11 +105,11 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     if len(plan.stages) > 1:
         yield "", derivations["stages"]
     yield "lr", derivations["lr"]
-    path = f"starts at {plan.lr_start:.3g}, peaks at step {plan.lr_peak_step:,}"
-    yield "", f"{path}, ends at {plan.lr_end:.3g}: {settings['schedule']}"
+    lr_range = f"starts at {plan.lr_start:.3g}, peaks at step {plan.lr_peak_step:,}"
+    yield "", f"{lr_range}, ends at {plan.lr_end:.3g}: {settings['schedule']}"
     yield "steps", derivations["total_steps"]
     if plan.evaluate_every:
-        yield "evaluation", f"every {plan.evaluate_every:,} steps, and after the last"
+        yield "evaluation", f"every {plan.evaluate_every:,} steps, and after the last step"
     else:
         yield "evaluation", "after each epoch, and after the last step"
     yield "workers", f"{plan.workers_per_rank} per rank ({derivations['workers_per_rank']})"
@@ -108,34 +117,34 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "memory", f"{pinned} ({derivations['pin_memory']})"
     yield (
         "speed-ups",
-        ", ".join(plan.performance_flags) or f"none is on: {plan.precision} throughout",
+        ", ".join(plan.performance_flags) or f"none enabled: {plan.precision} throughout",
     )
-    yield "optimizer", str(settings.get("optimizer", "made by the recipe"))
-    for name, group in _by_source(plan):
-        yield "set by", f"{name}: {group}"
+    yield "optimizer", str(settings.get("optimizer", "built by the recipe"))
+    for source, settings_text in _settings_by_source(plan):
+        yield "set by", f"{source}: {settings_text}"
     for note in plan.notes:
         yield "note", note
 
 
 def _ranks(plan: Plan) -> str:
     unit = "GPU" if plan.device == "cuda" else "CPU rank"
-    how = "one process, no process group"
+    layout = "one process, no process group"
     strategy = STRATEGIES[plan.strategy]
     if plan.backend != "local":
-        how = f"{strategy.title} over {'NCCL' if plan.device == 'cuda' else 'gloo'}"
+        layout = f"{strategy.title} over {'NCCL' if plan.device == 'cuda' else 'gloo'}"
     if strategy.sharded:
-        how += f": {strategy.sharded} in {counted(plan.world_size, 'shard')}"
+        layout += f": {strategy.sharded} in {counted(plan.world_size, 'shard')}"
     nodes, per_node = counted(plan.nodes, "node"), counted(plan.nproc_per_node, unit)
-    return f"{plan.world_size:,} = {nodes} x {per_node}, {how}"
+    return f"{plan.world_size:,} = {nodes} x {per_node}, {layout}"
 
 
-def _by_source(plan: Plan) -> Iterator[tuple[str, str]]:
-    """Group the settings that are not at their default by where they came from."""
+def _settings_by_source(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Yield (source, settings) for the settings that differ from their defaults."""
     groups: dict[str, list[str]] = {}
     for name, source in plan.sources.items():
         if source == "default" or source.startswith("replaced by") or name == "name":
             continue
-        shown = f"{name}={plan.settings[name]}" if name in plan.settings else name
-        groups.setdefault(source, []).append(shown)
-    for source, shown_settings in groups.items():
-        yield source, ", ".join(shown_settings)
+        setting = f"{name}={plan.settings[name]}" if name in plan.settings else name
+        groups.setdefault(source, []).append(setting)
+    for source, settings in groups.items():
+        yield source, ", ".join(settings)

@@ -1,4 +1,4 @@
-"""Findings as a table, each that is not ok with what to do about it."""
+"""Findings as lines of a table, each warning and failure with its remedy."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Iterable, Iterator
 from launcher.findings import LEVELS, Finding
 
 _WIDTH = 100
-_CHECK = 12
+_CHECK_WIDTH = 12
 
 
 def finding_lines(finding: Finding) -> Iterator[str]:
-    """Yield the lines of one finding."""
-    indent = " " * (2 + 9 + _CHECK + 2)
-    head = f"  {finding.level:<9}{finding.check:<{_CHECK}}  "
+    """Yield the lines of one finding, at most 100 characters wide: level, check, found, remedy."""
+    indent = " " * (2 + 9 + _CHECK_WIDTH + 2)
+    head = f"  {finding.level:<9}{finding.check:<{_CHECK_WIDTH}}  "
     yield from textwrap.wrap(
         finding.found, _WIDTH, initial_indent=head, subsequent_indent=indent
     ) or [head.rstrip()]
@@ -29,10 +29,10 @@ def finding_lines(finding: Finding) -> Iterator[str]:
 
 
 def summary(findings: Iterable[Finding]) -> str:
-    """Return how many there are of each level, in one line."""
+    """Return the number of findings at each level: `6 ok, 1 warning, 0 failures`."""
     levels = [finding.level for finding in findings]
     counts = {level: levels.count(level) for level in LEVELS}
-    words = [f"{counts['ok']} ok"]
+    parts = [f"{counts['ok']} ok"]
     for level in LEVELS[1:]:
-        words.append(f"{counts[level]} {level}{'' if counts[level] == 1 else 's'}")
-    return ", ".join(words)
+        parts.append(f"{counts[level]} {level}{'' if counts[level] == 1 else 's'}")
+    return ", ".join(parts)

@@ -1,4 +1,7 @@
-"""Curves, drawn in the terminal by plotille and as images by matplotlib; figures.py has pages."""
+"""Plots of curves, drawn in the terminal by plotille and written as PNG files by matplotlib.
+
+`launcher.report.figures` draws the same plots on HTML pages.
+"""
 
 from __future__ import annotations
 
@@ -18,30 +21,36 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _WIDTH, _HEIGHT = 76, 16
-"""Characters of the area that is drawn in."""
+"""Size of the drawing area in characters."""
 
-_MOST_POINTS = 400
-_INCHES = (7.0, 4.0)
+_MAX_SCHEDULE_POINTS = 400
+_SIZE_INCHES = (7.0, 4.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """Points with a line through them."""
+    """One curve of a plot."""
 
     name: str
+    """Name in the legend."""
+
     xs: Sequence[float]
     ys: Sequence[float]
+    """Values at `xs`, equally many. A value that is not finite leaves a gap."""
+
     style: Literal["solid", "dashed", "faint", "points", "stacked"] = "solid"
-    """On a page; stacked ones stand on each other."""
+    """Style on an HTML page. Stacked curves are drawn as areas on top of each other."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """A point that matters."""
+    """A highlighted point, such as the suggestion of a finder."""
 
     name: str
+    """Name in the legend."""
+
     symbol: str
-    """One character that stands for it in a terminal."""
+    """The character that marks the point in a terminal."""
 
     x: float
     y: float
@@ -49,7 +58,7 @@ class Mark:
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
-    """Curves over one axis."""
+    """Curves and marks over one pair of axes."""
 
     title: str
     x_label: str
@@ -61,7 +70,10 @@ class Plot:
 
 
 def draw(plot: Plot) -> str:
-    """Return the plot in characters, about 90 wide."""
+    """Return the plot as text, about 90 characters wide.
+
+    Points that are not finite, or not positive on a logarithmic axis, are skipped.
+    """
     import plotille
 
     figure = plotille.Figure()
@@ -81,24 +93,24 @@ def draw(plot: Plot) -> str:
         ]
         return [x for x, _ in points], [y for _, y in points]
 
-    drawn = [place(curve.xs, curve.ys) for curve in plot.curves]
-    for curve, points in zip(plot.curves, drawn, strict=True):
+    placed_curves = [place(curve.xs, curve.ys) for curve in plot.curves]
+    for curve, points in zip(plot.curves, placed_curves, strict=True):
         figure.plot(*points, label=curve.name)
     for mark in plot.marks:
         figure.scatter(*place([mark.x], [mark.y]), marker=mark.symbol, label=mark.name)
-    _fit(figure, drawn)
+    _set_limits(figure, placed_curves)
     legend = len(plot.curves) + len(plot.marks) > 1
     text: str = figure.show(legend=legend)
     return "\n".join([plot.title, *(line.rstrip() for line in text.splitlines())])
 
 
-def _fit(figure: Any, drawn: list[tuple[list[float], list[float]]]) -> None:
-    """Have the axes span what is drawn, not nothing where all points have one value."""
-    for axis, limit in ((0, figure.set_x_limits), (1, figure.set_y_limits)):
-        values = [value for points in drawn for value in points[axis]] or [0.0]
+def _set_limits(figure: Any, curves: list[tuple[list[float], list[float]]]) -> None:
+    """Set axis limits that span the curves, with a margin where all values are equal."""
+    for axis, set_limits in ((0, figure.set_x_limits), (1, figure.set_y_limits)):
+        values = [value for points in curves for value in points[axis]] or [0.0]
         low, high = min(values), max(values)
-        room = 0.0 if high > low else max(abs(high), 1.0) / 2
-        limit(low - room, high + room)
+        margin = 0.0 if high > low else max(abs(high), 1.0) / 2
+        set_limits(low - margin, high + margin)
 
 
 def _tick(value: float, *, log: bool) -> str:
@@ -108,12 +120,12 @@ def _tick(value: float, *, log: bool) -> str:
 
 
 def has_images() -> bool:
-    """Return whether matplotlib is installed, for images."""
+    """Return whether matplotlib is installed, which `write_png` needs."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
 def write_png(plot: Plot, path: Path) -> None:
-    """Write the plot as an image.
+    """Write the plot as a PNG file of 1050 x 600 pixels.
 
     Raises:
         UsageError: matplotlib is not installed.
@@ -131,10 +143,10 @@ def _figure(plot: Plot) -> Figure:
         from matplotlib.figure import Figure
     except ImportError:
         raise UsageError(
-            "Images are drawn by matplotlib, which is not installed: "
+            "PNG files need matplotlib, which is not installed: run "
             "`python -m pip install matplotlib`."
         ) from None
-    figure = Figure(figsize=_INCHES, layout="constrained")
+    figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
     axes = figure.add_subplot()
     for curve in plot.curves:
         axes.plot(curve.xs, curve.ys, label=curve.name)
@@ -152,28 +164,32 @@ def _figure(plot: Plot) -> Figure:
 
 
 def schedule_plots(schedule: Schedule, plan: Plan) -> list[Plot]:
-    """Return plots of the learning rate, of momentum if it is set, of the batch if it grows."""
-    stride = max(plan.total_steps // _MOST_POINTS, 1)
-    begins = [stage.first_step for stage in plan.stages[1:]]
+    """Return the plots of a schedule over the steps of a plan.
+
+    The first plot shows the learning rate. Momentum follows if the schedule sets it, the global
+    batch size if it grows. Steps are counted from 1 on the x axis.
+    """
+    stride = max(plan.total_steps // _MAX_SCHEDULE_POINTS, 1)
+    stage_starts = [stage.first_step for stage in plan.stages[1:]]
+    # The peak, the last step and both sides of every stage boundary are always among the points.
     steps = sorted(
         {*range(0, plan.total_steps, stride), plan.lr_peak_step - 1, plan.total_steps - 1}
-        | {step + side for step in begins for side in (-1, 0)}
+        | {start + offset for start in stage_starts for offset in (-1, 0)}
     )
     settings = [plan.setting_at(schedule, step) for step in steps]
-    numbers = [step + 1 for step in steps]
-    rates = [plan.lr * setting.factor for setting in settings]
+    step_numbers = [step + 1 for step in steps]
     momenta = [setting.momentum for setting in settings if setting.momentum is not None]
-    curves = {"lr": rates}
+    series = {"lr": [plan.lr * setting.factor for setting in settings]}
     if len(momenta) == len(settings):
-        curves["momentum"] = momenta
-    if begins:
-        curves["batch"] = [float(stage_at(plan.stages, step).batch_size) for step in steps]
+        series["momentum"] = momenta
+    if stage_starts:
+        series["batch"] = [float(stage_at(plan.stages, step).batch_size) for step in steps]
     return [
         Plot(
             title=f"{name} over the steps: {schedule}" if name != "batch" else "global batch size",
             x_label="step",
             y_label=name,
-            curves=[Curve(name=name, xs=numbers, ys=values)],
+            curves=[Curve(name=name, xs=step_numbers, ys=values)],
         )
-        for name, values in curves.items()
+        for name, values in series.items()
     ]

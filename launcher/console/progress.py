@@ -1,4 +1,8 @@
-"""Live progress of a run: a bar on a terminal, plain lines elsewhere, JSON lines for programs."""
+"""Live progress of a run: a bar on a terminal, plain lines elsewhere, JSON lines for programs.
+
+The text of a step, of metrics and of a sparkline is here too; `launcher watch` and
+`launcher runs` show the same.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +18,16 @@ from launcher.quantities import duration
 
 _SECONDS_BETWEEN_LINES = 5.0
 _SPARKS = "▁▂▃▄▅▆▇█"
-_SPARKLINE = 12
-_MOST_KEPT = 1000
+_SPARKLINE_WIDTH = 12
+_MAX_LOSSES = 1000
+"""Losses kept for the sparkline; beyond that every second one is dropped."""
 
 
 class Progress(ABC):
-    """Shows how far a run is.
+    """A display of the progress of one run.
 
     Args:
-        total_steps: Optimizer steps of the run.
+        total_steps: Number of optimizer steps of the run.
     """
 
     def __init__(self, total_steps: int) -> None:
@@ -32,48 +37,48 @@ class Progress(ABC):
 
     @abstractmethod
     def stepped(self, step: int, loss: float, lr: float, samples_per_second: float) -> None:
-        """Show that `step` steps are done."""
+        """Show that `step` optimizer steps are complete, with the values of the last of them."""
 
     @abstractmethod
     def evaluated(self, step: int, values: dict[str, float]) -> None:
-        """Show an evaluation after `step` steps."""
+        """Show the metrics of an evaluation after `step` steps, by name."""
 
     @abstractmethod
     def tell(self, text: str) -> None:
-        """Show a line."""
+        """Show one line of text."""
 
     @abstractmethod
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Stop the live display and restore the terminal."""
 
     @abstractmethod
     def ended(self, text: str, values: Mapping[str, Any]) -> None:
-        """Show what the run came to, after it was closed.
+        """Show the result of the run. Call it after `close`.
 
         Args:
-            text: For people.
-            values: For programs.
+            text: The result for people, one or more lines.
+            values: The result for programs, JSON-compatible.
         """
 
     def _seconds_left(self, step: int) -> float | None:
         now = time.perf_counter()
         if self._first_step is None:
             self._first_step, self._started = step, now
-        done = step - self._first_step
-        if done <= 0:
+        num_done = step - self._first_step
+        if num_done <= 0:
             return None
-        return (now - self._started) / done * (self._total_steps - step)
+        return (now - self._started) / num_done * (self._total_steps - step)
 
 
 class TerminalProgress(Progress):
-    """For people: a bar if there is a terminal, otherwise lines.
+    """Progress for people: a bar if `terminal` is a terminal, otherwise one line every 5 seconds.
 
     Args:
-        total_steps: Optimizer steps of the run.
-        terminal: Where people look.
-        log: Where lines are kept in any case.
-        show_through: Called with the stream through which other output has to go while there is
-            a bar, and with None when there is none any more.
+        total_steps: Number of optimizer steps of the run.
+        terminal: The stream that shows the progress.
+        log: A file that receives the lines in either case.
+        show_through: Called with the stream that other output must use while the bar is shown,
+            and with None once the bar is closed.
     """
 
     def __init__(
@@ -92,26 +97,26 @@ class TerminalProgress(Progress):
     def stepped(self, step: int, loss: float, lr: float, samples_per_second: float) -> None:
         left = duration(self._seconds_left(step))
         now = time.perf_counter()
-        rest = f"lr {lr:.3g}  {samples_per_second:,.0f} samples/s"
         if self._bar is not None:
             self._losses.append(loss)
-            if len(self._losses) > _MOST_KEPT:
+            if len(self._losses) > _MAX_LOSSES:
                 self._losses = self._losses[::2]
-            sparks = sparkline(self._losses, _SPARKLINE)
-            self._bar.update(step, f"loss {loss:.4f} {sparks}  {rest}  {left} left")
+            sparks = sparkline(self._losses, _SPARKLINE_WIDTH)
+            rates = f"lr {lr:.3g}  {samples_per_second:,.0f} samples/s"
+            self._bar.update(step, f"loss {loss:.4f} {sparks}  {rates}  {left} left")
         if now >= self._line_due or step == self._total_steps:
             self._line_due = now + _SECONDS_BETWEEN_LINES
-            self._line(step_line(step, self._total_steps, loss, lr, samples_per_second, left))
+            self._write_line(step_line(step, self._total_steps, loss, lr, samples_per_second, left))
 
     def evaluated(self, step: int, values: dict[str, float]) -> None:
         if step == self._total_steps:
-            return  # it is left to the end
+            return  # `ended` shows the last evaluation
         self.tell(f"step {step:,}/{self._total_steps:,}  held-out: {metrics_text(values)}")
 
     def tell(self, text: str) -> None:
         if self._bar is not None:
             self._bar.print(text)
-        self._line(text)
+        self._write_line(text)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -120,17 +125,17 @@ class TerminalProgress(Progress):
     def ended(self, text: str, values: Mapping[str, Any]) -> None:
         print(text, flush=True)
 
-    def _line(self, text: str) -> None:
+    def _write_line(self, text: str) -> None:
         for file in self._line_files:
             print(text, file=file, flush=True)
 
 
 class JSONProgress(Progress):
-    """For programs: a line of JSON for each thing that happens.
+    """Progress for programs: one line of JSON for each event.
 
     Args:
-        total_steps: Optimizer steps of the run.
-        stream: Where to.
+        total_steps: Number of optimizer steps of the run.
+        stream: The stream that receives the lines.
     """
 
     def __init__(self, total_steps: int, stream: TextIO) -> None:
@@ -138,7 +143,6 @@ class JSONProgress(Progress):
         self._stream = stream
 
     def stepped(self, step: int, loss: float, lr: float, samples_per_second: float) -> None:
-        left = self._seconds_left(step)
         self._write(
             event="stepped",
             step=step,
@@ -146,7 +150,7 @@ class JSONProgress(Progress):
             loss=loss,
             lr=lr,
             samples_per_second=samples_per_second,
-            seconds_left=left,
+            seconds_left=self._seconds_left(step),
         )
 
     def evaluated(self, step: int, values: dict[str, float]) -> None:
@@ -156,7 +160,7 @@ class JSONProgress(Progress):
         self._write(event="told", text=text)
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: JSON lines leave no live display."""
 
     def ended(self, text: str, values: Mapping[str, Any]) -> None:
         self._write(**values)
@@ -166,20 +170,29 @@ class JSONProgress(Progress):
 
 
 def json_line(values: Mapping[str, Any]) -> str:
-    """Return values as one line of JSON, null where a number is not finite."""
+    """Return values as one line of JSON. Infinities and NaN become null."""
     return json.dumps({name: _finite(value) for name, value in values.items()})
 
 
 def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {name: _finite(each) for name, each in value.items()}
+        return {name: _finite(item) for name, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def step_line(
     step: int, total_steps: int, loss: float, lr: float, samples_per_second: float, left: str
 ) -> str:
-    """Return how far a run is, in a line."""
+    """Return the progress of a run as one line.
+
+    Args:
+        step: Number of completed steps.
+        total_steps: Number of planned steps.
+        loss: Training loss of the last step.
+        lr: Learning rate of the last step.
+        samples_per_second: Throughput of all ranks together.
+        left: Remaining time as text.
+    """
     return (
         f"step {step:,}/{total_steps:,}  loss {loss:.4f}  lr {lr:.3g}  "
         f"{samples_per_second:,.0f} samples/s  {left} left"
@@ -187,20 +200,24 @@ def step_line(
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """Return values as a row of at most `width` bars, each the mean of a stretch of them."""
-    known = [value for value in values if math.isfinite(value)]
-    if not known:
+    """Return values as a row of at most `width` block characters.
+
+    Each character shows the mean of an equal share of the values, the lowest mean as the lowest
+    block and the highest as the highest. Values that are not finite are skipped.
+    """
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
         return ""
-    width = min(width, len(known))
-    edges = [round(index * len(known) / width) for index in range(width + 1)]
-    means = [sum(known[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+    width = min(width, len(finite))
+    edges = [round(index * len(finite) / width) for index in range(width + 1)]
+    means = [sum(finite[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
     low, high = min(means), max(means)
     scale = (len(_SPARKS) - 1) / (high - low) if high > low else 0.0
     return "".join(_SPARKS[round((mean - low) * scale)] for mean in means)
 
 
 class _Bar:
-    """A rich progress bar; rich is imported only where there is a terminal."""
+    """A progress bar drawn by rich, which is imported only where a terminal shows the bar."""
 
     def __init__(
         self,
@@ -239,6 +256,6 @@ class _Bar:
 
 
 def metrics_text(values: dict[str, Any]) -> str:
-    """Return metric values in one line: `accuracy 0.9806  loss 0.0712`."""
-    ordered = sorted(values, key=lambda name: (name == "loss", name))
-    return "  ".join(f"{name} {values[name]:.4f}" for name in ordered)
+    """Return metrics as one line, the loss last: `accuracy 0.9806  loss 0.0712`."""
+    names = sorted(values, key=lambda name: (name == "loss", name))
+    return "  ".join(f"{name} {values[name]:.4f}" for name in names)

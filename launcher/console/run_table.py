@@ -1,4 +1,4 @@
-"""Runs as rows: what they are, how they fare, what they came to."""
+"""The rows of `launcher runs`: reading them from run folders, filtering, sorting, printing."""
 
 from __future__ import annotations
 
@@ -16,54 +16,69 @@ from launcher.runs.history import History
 from launcher.runs.rundir import RunDir
 from launcher.runs.status import STATES, read_run_state
 
-_BYTES = 1 << 16
-"""Of metrics.jsonl, where the last step and the last evaluation are."""
+_TAIL_BYTES = 1 << 16
+"""Bytes read from the end of metrics.jsonl: enough for the last step and the last evaluation."""
 
-_HEAD = ("run", "state", "recipe", "ranks", "step", "result", "took", "began")
+_HEADER = ("run", "state", "recipe", "ranks", "step", "result", "took", "began")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunRow:
-    """A run in a list of runs."""
+    """One run in a table of runs."""
 
     run: str
-    """Its folder."""
+    """The run folder."""
 
     state: str
+    """One of `launcher.runs.status.STATES`."""
+
     words: str
-    """What more there is to say of its state."""
+    """Details of the state, such as the error of a failed run."""
 
     recipe: str
+    """Name of the recipe; `?` if it is unknown, as are the next fields then."""
+
     ranks: int
+    """Number of ranks; 0 if unknown."""
+
     strategy: str
     step: int
+    """Number of completed steps."""
+
     total_steps: int
+    """Number of planned steps; 0 if unknown."""
+
     result: dict[str, float]
-    """Of its last evaluation; its loss where there was none."""
+    """Metrics of the last evaluation, or the training loss if there was none."""
 
     seconds: float | None
-    """At work, over all its attempts."""
+    """Time that the ranks have worked, over all attempts."""
 
     began: float | None
-    """In seconds since 1970."""
+    """Start of the first attempt in seconds since 1970."""
 
     settings: dict[str, Any]
+    """Values of the recipe's settings."""
 
 
 def listed(run_dir: RunDir) -> RunRow | None:
-    """Return a run as a row; one that has only been submitted, or is damaged, says so.
+    """Read the row of a run folder.
 
-    What a finder has measured is no run.
+    A folder that cannot be read gives a row all the same: its state is that of its Slurm job if
+    the run has been submitted and has not started, and `unknown` otherwise.
+
+    Returns:
+        The row, or None if the folder holds the measurements of a finder and not a run.
     """
     try:
-        history = History(run_dir, newest=_BYTES)
+        history = History(run_dir, newest=_TAIL_BYTES)
     except RunDirError as error:
-        waits = run_dir.submission.is_file() and not run_dir.run_yaml.exists()
+        is_queued = run_dir.submission.is_file() and not run_dir.run_yaml.exists()
         state = read_run_state(run_dir)
         return RunRow(
             run=run_dir.shown,
-            state=state.name if waits else "unknown",
-            words=state.words if waits else str(error),
+            state=state.name if is_queued else "unknown",
+            words=state.words if is_queued else str(error),
             recipe="?",
             ranks=0,
             strategy="?",
@@ -94,36 +109,51 @@ def listed(run_dir: RunDir) -> RunRow | None:
         total_steps=history.total_steps,
         result={name: math.nan if value is None else value for name, value in result.items()},
         seconds=history.seconds_at_work(),
-        began=next((each["time"] for each in history.events), None),
+        began=next((event["time"] for event in history.events), None),
         settings=dict(plan.settings),
     )
 
 
 def chosen(rows: Iterable[RunRow], filters: Sequence[tuple[str, str]]) -> list[RunRow]:
-    """Return the rows of which every filter (name, value) holds.
+    """Return the rows that satisfy every filter.
+
+    Args:
+        rows: The rows.
+        filters: Pairs (name, value): a field of `RunRow`, a metric or a setting, and its value as
+            text. Numbers are compared as numbers, everything else without regard to case.
 
     Raises:
-        UsageError: No row has such a name.
+        UsageError: No row has a value of that name.
     """
     rows = list(rows)
-    known = {name for row in rows for name in _values(row)}
+    names = {name for row in rows for name in _values(row)}
     for name, _ in filters:
-        if rows and name not in known:
-            raise UsageError(f"No run has a {name}.{did_you_mean(name, known)}")
+        if rows and name not in names:
+            raise UsageError(
+                f"No run has a field, metric or setting named {name!r}.{did_you_mean(name, names)}"
+            )
     return [
         row for row in rows if all(_equal(_values(row).get(name), text) for name, text in filters)
     ]
 
 
 def ordered(rows: Sequence[RunRow], by: str, *, reverse: bool) -> list[RunRow]:
-    """Return the rows in the order of a value, those that do not have it last.
+    """Return the rows sorted by one value. Rows without that value, or with NaN, come last.
+
+    Args:
+        rows: The rows.
+        by: A field of `RunRow`, a metric or a setting. States sort in the order of `STATES`.
+        reverse: Whether the largest value comes first.
 
     Raises:
-        UsageError: No row has it.
+        UsageError: No row has a value of that name.
     """
-    known = {name for row in rows for name in _values(row)}
-    if rows and by not in known:
-        raise UsageError(f"No run has a {by} to sort by.{did_you_mean(by, known)}")
+    names = {name for row in rows for name in _values(row)}
+    if rows and by not in names:
+        raise UsageError(
+            f"Cannot sort by {by!r}: no run has a field, metric or setting of that name."
+            f"{did_you_mean(by, names)}"
+        )
 
     def key(row: RunRow) -> tuple[bool, float, str]:
         value = _values(row)[by]
@@ -133,50 +163,51 @@ def ordered(rows: Sequence[RunRow], by: str, *, reverse: bool) -> list[RunRow]:
             return False, float(value), ""
         return True, 0.0, str(value)
 
-    def has(row: RunRow) -> bool:
+    def has_value(row: RunRow) -> bool:
         value = _values(row).get(by)
         return value is not None and not (isinstance(value, float) and math.isnan(value))
 
-    having = sorted(filter(has, rows), key=key, reverse=reverse)
-    return having + [row for row in rows if not has(row)]
+    sortable = sorted(filter(has_value, rows), key=key, reverse=reverse)
+    return sortable + [row for row in rows if not has_value(row)]
 
 
 def lines(rows: Sequence[RunRow]) -> list[str]:
-    """Return the rows as a table."""
-    cells = [_HEAD, *(_cells(row) for row in rows)]
+    """Return the lines of the table, a header first."""
+    cells = [_HEADER, *(_cells(row) for row in rows)]
     return table(cells, "<<<>><><")
 
 
 def to_dict(row: RunRow) -> dict[str, Any]:
-    """Return a row as values that JSON can hold."""
-    values = asdict(row)
-    finite = {k: v if math.isfinite(v) else None for k, v in row.result.items()}
-    return values | {"result": finite}
+    """Return a row as JSON-compatible values. Metrics that are not finite become None."""
+    result = {name: value if math.isfinite(value) else None for name, value in row.result.items()}
+    return asdict(row) | {"result": result}
 
 
 def _cells(row: RunRow) -> tuple[str, ...]:
-    result = metrics_text(row.result)
     began = "" if row.began is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(row.began))
-    words = row.words.removeprefix("failed on ") if row.state in ("unknown", "failed") else result
+    is_broken = row.state in ("unknown", "failed")
+    result = row.words.removeprefix("failed on ") if is_broken else metrics_text(row.result)
     return (
         row.run,
         row.state,
         row.recipe,
         f"{row.ranks} {row.strategy}" if row.ranks else "",
         f"{row.step:,}/{row.total_steps:,}" if row.total_steps else "",
-        words if len(words) <= 60 else words[:57] + "...",
+        result if len(result) <= 60 else result[:57] + "...",
         "" if row.seconds is None else duration(row.seconds),
         began,
     )
 
 
 def _values(row: RunRow) -> dict[str, Any]:
-    """Return all that a row can be chosen and sorted by, the stronger names last."""
-    own = {name: value for name, value in asdict(row).items() if name not in ("settings", "result")}
-    return row.settings | row.result | own
+    """Return the values to filter and sort by. Fields hide metrics, which hide settings."""
+    fields = asdict(row)
+    del fields["settings"], fields["result"]
+    return row.settings | row.result | fields
 
 
 def _equal(value: Any, text: str) -> bool:
+    """Return whether a value equals the value that a user typed."""
     if isinstance(value, bool) or value is None:
         return str(value).lower() == text.lower()
     if isinstance(value, (int, float)):

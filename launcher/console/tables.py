@@ -1,4 +1,4 @@
-"""Tables of text, as wide as what is in them."""
+"""Tables of plain text in aligned columns."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 
 def table(rows: Sequence[Sequence[str]], align: str = "") -> list[str]:
-    """Return a line for each row, its cells padded to columns two spaces apart.
+    """Return one line for each row, with columns padded to equal width and two spaces between.
 
     Args:
-        rows: The head among them, if there is one; all of one length.
-        align: A letter for each column: `>` pads on the left, all others on the right.
+        rows: Rows of equal length, at least one. A header is a row like any other.
+        align: One character for each column: `>` aligns it to the right, anything else to the
+            left. Columns beyond the end of `align` are aligned to the left.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     sides = align.ljust(len(widths), "<")

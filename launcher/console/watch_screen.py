@@ -1,4 +1,4 @@
-"""A run that is at work, on one screen of a terminal."""
+"""What `launcher watch` shows of a run: a screen for terminals, a line of text, values for JSON."""
 
 from __future__ import annotations
 
@@ -24,21 +24,24 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-_MOST_RANKS = 16
-"""Of more, those are shown that take the longest."""
+_MAX_RANKS = 16
+"""Maximum number of ranks shown; the slowest are kept."""
 
-_BAR = 24
-_SPARKS = 40
-_RECENT = 0.2
-"""The part of the steps that the speed is taken from."""
+_BAR_WIDTH = 24
+_SPARKLINE_WIDTH = 40
+_RECENT_SHARE = 0.2
+"""Share of the steps, counted from the newest, that the remaining time is estimated from."""
+
+_SECONDS_IN_PHASE = 5.0
+"""A rank that has been in one phase for longer is shown with the time."""
 
 
 def screen(history: History, state: RunState) -> RenderableType:
-    """Return what to show of a run now.
+    """Return the screen of a run: title, progress, curves, ranks and stragglers.
 
     Args:
-        history: The run.
-        state: How it fares, which for a job Slurm may know better.
+        history: The run as read from its folder.
+        state: State of the run; for a Slurm job it may come from Slurm instead of the folder.
     """
     from rich.console import Group
     from rich.text import Text
@@ -54,16 +57,16 @@ def screen(history: History, state: RunState) -> RenderableType:
     title.append(f"  {ranks}", "dim")
     parts: list[RenderableType] = [title]
     if history.last_step:
-        parts += [_bar(history), _numbers(history)]
+        parts += [_progress_row(history), _metrics_grid(history)]
     if history.health:
-        parts.append(_ranks(history))
-        own = mean_own_seconds(history) or []
-        if stragglers(own):
-            parts.append(Text(stragglers_in_words(own), "yellow"))
+        parts.append(_rank_grid(history))
+        own_seconds = mean_own_seconds(history) or []
+        if stragglers(own_seconds):
+            parts.append(Text(stragglers_in_words(own_seconds), "yellow"))
     return Group(*parts)
 
 
-def _bar(history: History) -> RenderableType:
+def _progress_row(history: History) -> RenderableType:
     from rich.progress_bar import ProgressBar
     from rich.table import Table
 
@@ -72,99 +75,112 @@ def _bar(history: History) -> RenderableType:
     row.add_column(ratio=1)
     row.add_column()
     row.add_column()
-    done, total = history.last_step, history.total_steps
+    step, total_steps = history.last_step, history.total_steps
     row.add_row(
-        f"step {done:,}/{total:,}",
-        ProgressBar(total=total, completed=done),
-        f"{done / total:.0%}",
+        f"step {step:,}/{total_steps:,}",
+        ProgressBar(total=total_steps, completed=step),
+        f"{step / total_steps:.0%}",
         f"{duration(seconds_left(history))} left",
     )
     return row
 
 
 def seconds_left(history: History) -> float | None:
-    """Return how long the steps that are left take at the speed of the latest; None if unknown."""
+    """Estimate the remaining time of a run from the speed of its latest steps.
+
+    Returns:
+        Seconds, or None if there are fewer than two steps or their times are unknown.
+    """
     times = history.steps["time"]
-    recent = max(int(len(times) * _RECENT), 2)
-    if len(times) < 2 or not math.isfinite(times[-recent:][0]):
+    recent_times = times[-max(int(len(times) * _RECENT_SHARE), 2) :]
+    if len(times) < 2 or not math.isfinite(recent_times[0]):
         return None
-    per_step = (times[-1] - times[-recent:][0]) / max(len(times[-recent:]) - 1, 1)
-    return per_step * (history.total_steps - history.last_step)
+    seconds_per_step = (recent_times[-1] - recent_times[0]) / max(len(recent_times) - 1, 1)
+    return seconds_per_step * (history.total_steps - history.last_step)
 
 
-def _numbers(history: History) -> Table:
+def _metrics_grid(history: History) -> Table:
+    """Return rows of label, latest value and sparkline."""
     from rich.table import Table
 
     steps = history.steps
     grid = Table.grid(padding=(0, 2))
-    grid.add_row("loss", f"{steps['loss'][-1]:.4f}", sparkline(steps["loss"], _SPARKS))
+    grid.add_row("loss", f"{steps['loss'][-1]:.4f}", sparkline(steps["loss"], _SPARKLINE_WIDTH))
     if history.evaluations:
         step, values = history.evaluations[-1]
-        series = [each.get("loss", math.nan) for _, each in history.evaluations]
-        shown = f"{sparkline(series, _SPARKS)}  {metrics_text(values)} at step {step:,}"
-        grid.add_row("held-out", f"{values.get('loss', math.nan):.4f}", shown)
+        losses = [metrics.get("loss", math.nan) for _, metrics in history.evaluations]
+        curve = f"{sparkline(losses, _SPARKLINE_WIDTH)}  {metrics_text(values)} at step {step:,}"
+        grid.add_row("held-out", f"{values.get('loss', math.nan):.4f}", curve)
     rates = steps["samples_per_second"]
-    grid.add_row("samples/s", f"{rates[-1]:,.0f}", sparkline(rates, _SPARKS))
-    norm = steps["grad_norm"][-1]
+    grid.add_row("samples/s", f"{rates[-1]:,.0f}", sparkline(rates, _SPARKLINE_WIDTH))
+    norm = f"gradient norm {steps['grad_norm'][-1]:.3g}"
     grid.add_row(
-        "lr", f"{steps['lr'][-1]:.3g}", f"{sparkline(steps['lr'], _SPARKS)}  norm {norm:.3g}"
+        "lr", f"{steps['lr'][-1]:.3g}", f"{sparkline(steps['lr'], _SPARKLINE_WIDTH)}  {norm}"
     )
     if history.noise:
         scales = [scale for _, scale in history.noise]
-        grid.add_row("noise scale", f"{scales[-1]:,.0f}", sparkline(scales, _SPARKS))
-    latest = {name: values[-1] for name, values in step_parts(history).items()}
-    whole = sum(latest.values())
-    if whole > 0:
-        shares = ", ".join(f"{value / whole:.0%} {name}" for name, value in latest.items())
-        grid.add_row("a step", f"{1e3 * whole:.3g} ms", shares)
-    saved = list_checkpoints(history.run_dir)
-    if saved:
-        grid.add_row("checkpoint", f"{saved[0].step:,}", "the newest step that is saved")
+        grid.add_row("noise scale", f"{scales[-1]:,.0f}", sparkline(scales, _SPARKLINE_WIDTH))
+    parts = {name: values[-1] for name, values in step_parts(history).items()}
+    step_seconds = sum(parts.values())
+    if step_seconds > 0:
+        shares = ", ".join(f"{value / step_seconds:.0%} {name}" for name, value in parts.items())
+        grid.add_row("step time", f"{1e3 * step_seconds:.3g} ms", shares)
+    checkpoints = list_checkpoints(history.run_dir)
+    if checkpoints:
+        grid.add_row("checkpoint", f"{checkpoints[0].step:,}", "the step of the newest checkpoint")
     return grid
 
 
-def _ranks(history: History) -> Table:
-    """Return a line for each rank: its own part of a step beside the largest, and what it does."""
+def _rank_grid(history: History) -> Table:
+    """Return one row for each rank: bar and time of its own part of a step, phase, memory.
+
+    The own part of a step excludes waiting for other ranks; bars are relative to the slowest rank.
+    """
     from rich.table import Table
 
-    last = history.ranks[-1].own_seconds if history.ranks else None
-    own = dict(enumerate(last or ()))
-    largest = max(own.values(), default=0.0)
-    shown = history.health
-    if len(shown) > _MOST_RANKS:
-        shown = sorted(shown, key=lambda each: -own.get(each.rank, 0.0))[:_MOST_RANKS]
+    latest = history.ranks[-1].own_seconds if history.ranks else None
+    own_seconds = dict(enumerate(latest or ()))
+    slowest = max(own_seconds.values(), default=0.0)
+    heartbeats = history.health
+    if len(heartbeats) > _MAX_RANKS:
+        by_time = sorted(heartbeats, key=lambda heartbeat: -own_seconds.get(heartbeat.rank, 0.0))
+        heartbeats = by_time[:_MAX_RANKS]
     grid = Table.grid(padding=(0, 2))
-    for health in shown:
-        value = own.get(health.rank)
-        filled = round(_BAR * value / largest) if value and largest else 0
+    for heartbeat in heartbeats:
+        seconds = own_seconds.get(heartbeat.rank)
+        filled = round(_BAR_WIDTH * seconds / slowest) if seconds and slowest else 0
         grid.add_row(
-            f"rank {health.rank}",
-            "█" * filled + "░" * (_BAR - filled) if value else "",
-            f"{1e3 * value:.3g} ms" if value else "",
-            _doing(health),
-            _memory(health),
-            "" if health.utilisation is None else f"{health.utilisation:.0%}",
-            health.node if history.plan.nodes > 1 else "",
+            f"rank {heartbeat.rank}",
+            "█" * filled + "░" * (_BAR_WIDTH - filled) if seconds else "",
+            f"{1e3 * seconds:.3g} ms" if seconds else "",
+            _phase_text(heartbeat),
+            _memory_text(heartbeat),
+            "" if heartbeat.utilisation is None else f"{heartbeat.utilisation:.0%}",
+            heartbeat.node if history.plan.nodes > 1 else "",
         )
-    if len(history.health) > len(shown):
-        grid.add_row("", f"and {len(history.health) - len(shown)} ranks that take less")
+    if num_hidden := len(history.health) - len(heartbeats):
+        grid.add_row("", f"and {num_hidden} {'faster' if own_seconds else 'more'} ranks")
     return grid
 
 
-def _doing(health: Heartbeat) -> str:
-    still = time.time() - health.since
-    return health.phase if still < 5 else f"{health.phase}, for {duration(still)}"
+def _phase_text(heartbeat: Heartbeat) -> str:
+    """Return the phase of a rank, with its duration once that is notable."""
+    seconds = time.time() - heartbeat.since
+    if seconds < _SECONDS_IN_PHASE:
+        return heartbeat.phase
+    return f"{heartbeat.phase} for {duration(seconds)}"
 
 
-def _memory(health: Heartbeat) -> str:
-    if not health.memory_bytes:
+def _memory_text(heartbeat: Heartbeat) -> str:
+    if not heartbeat.memory_bytes:
         return ""
-    held = size(health.memory_bytes)
-    return f"{held} of {size(health.memory_total_bytes)}" if health.memory_total_bytes else held
+    used = size(heartbeat.memory_bytes)
+    total = heartbeat.memory_total_bytes
+    return f"{used} of {size(total)}" if total else used
 
 
 def line(history: History, state: RunState) -> str:
-    """Return how far a run is, in a line of text."""
+    """Return the state of a run as one line of text, with its latest step if it is running."""
     if state.name != "running" or not history.last_step:
         return state.words if state.words.startswith(state.name) else f"{state.name}: {state.words}"
     steps = history.steps
@@ -179,9 +195,12 @@ def line(history: History, state: RunState) -> str:
 
 
 def to_dict(history: History, state: RunState) -> dict[str, Any]:
-    """Return what to show of a run now, for programs."""
-    steps = history.steps
-    latest = {name: column[-1] for name, column in steps.items() if column}
+    """Return the state of a run as JSON-compatible values, times in seconds.
+
+    `latest` holds the columns of `launcher.runs.history.COLUMNS` at the last step, `own_seconds`
+    the part of a step that each rank spends without waiting for others.
+    """
+    latest = {name: column[-1] for name, column in history.steps.items() if column}
     latest.pop("step", None)
     return {
         "time": time.time(),

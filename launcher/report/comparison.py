@@ -1,8 +1,7 @@
-"""The page of several runs: what sets them apart first, then their curves on each other."""
+"""The page that compares several runs: differences, results, then curves over common axes."""
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -30,9 +29,10 @@ _DERIVED = (
     "pin_memory",
     "threads_per_rank",
 )
-"""Numbers of a plan that are compared besides its settings."""
+"""Planned values that are compared in addition to the settings."""
 
 _PLANNED = "planned "
+"""Prefix of a planned value that has the name of a setting, such as `planned lr`."""
 
 
 def comparison_page(histories: Sequence[History], more: Sequence[Section] = ()) -> Page:
@@ -40,30 +40,36 @@ def comparison_page(histories: Sequence[History], more: Sequence[Section] = ()) 
 
     Args:
         histories: The runs, in the order in which they are shown.
-        more: Sections that end the page.
+        more: Further sections, shown at the end of the page.
     """
-    names = short_names(histories)
+    names = _short_names(histories)
     recipes = ", ".join(dict.fromkeys(history.plan.recipe for history in histories))
-    different = differences(histories)
-    words = "The runs have the same settings." if not different else ""
-    table = Table(head=("", *names), rows=different) if different else None
+    differences = _differences(histories)
     sections = [
-        Section(title="What sets them apart", words=words, table=table),
-        Section(title="What they came to", table=_results(histories, names)),
+        Section(
+            title="Differences",
+            paragraph="" if differences else "The runs have the same settings.",
+            table=Table(head=("", *names), rows=differences) if differences else None,
+        ),
+        Section(title="Results", table=_results(histories, names)),
         Section(title="Learning", figures=_learning(histories, names)),
         Section(title="Learning rate and gradient", figures=_hyperparameters(histories, names)),
-        Section(title="Speed", figures=_speed(histories, names)),
+        Section(title="Throughput", figures=_throughput(histories, names)),
         *more,
     ]
     return Page(
         title=f"{recipes}: {len(histories)} runs",
         facts=", ".join(names),
-        sections=[each for each in sections if each.figures or each.table or each.words],
+        sections=[
+            section
+            for section in sections
+            if section.figures or section.table or section.paragraph or section.text
+        ],
     )
 
 
-def short_names(histories: Sequence[History]) -> list[str]:
-    """Return a name for each run: its folder's, with as much before it as tells them apart."""
+def _short_names(histories: Sequence[History]) -> list[str]:
+    """Return the shortest ends of the run folders' paths that differ from each other."""
     paths = [history.run_dir.path.parts for history in histories]
     for length in itertools.count(1):
         names = ["/".join(parts[-length:]) for parts in paths]
@@ -72,51 +78,59 @@ def short_names(histories: Sequence[History]) -> list[str]:
     return names
 
 
-def differences(histories: Sequence[History]) -> list[list[str]]:
-    """Return (name, value in each run) of all that was set or planned differently."""
-    values = [_compared(history) for history in histories]
-    names = dict.fromkeys(itertools.chain.from_iterable(values))
+def _differences(histories: Sequence[History]) -> list[list[str]]:
+    """Return a row (name, value in each run) for everything set or planned differently.
+
+    A planned value is skipped if its row would repeat an earlier one, such as that of the setting
+    that it follows from.
+    """
+    runs = [_compared_values(history) for history in histories]
+    names = dict.fromkeys(itertools.chain.from_iterable(runs))
     rows: list[list[str]] = []
     for name in names:
-        shown = [_plain(each.get(name, "")) for each in values]
-        repeats = name.startswith(_PLANNED) and any(row[1:] == shown for row in rows)
-        if len(set(shown)) > 1 and not repeats:
-            rows.append([name, *shown])
+        cells = [_cell(values.get(name, "")) for values in runs]
+        repeats = name.startswith(_PLANNED) and any(row[1:] == cells for row in rows)
+        if len(set(cells)) > 1 and not repeats:
+            rows.append([name, *cells])
     return rows
 
 
-def _compared(history: History) -> dict[str, Any]:
+def _compared_values(history: History) -> dict[str, Any]:
+    """Return settings, the recipe's parameters, planned values, versions and git state by name."""
     plan = history.plan.to_dict()
     record = history.record
     settings = dict(history.plan.settings)
-    own = {f"{_PLANNED}{name}" if name in settings else name: plan[name] for name in _DERIVED}
-    parameters = {k: v for k, v in record.overrides.items() if k not in settings}
-    around = {"recipe": record.recipe} | {
-        f"version of {name}": version for name, version in record.versions.items()
-    }
-    code: dict[str, Any] = {"git commit": "", "changed files": ""}
+    planned = {f"{_PLANNED}{name}" if name in settings else name: plan[name] for name in _DERIVED}
+    parameters = {name: value for name, value in record.overrides.items() if name not in settings}
+    code: dict[str, Any] = {"recipe": record.recipe}
+    code |= {f"version of {name}": version for name, version in record.versions.items()}
+    code |= {"git commit": "", "modified files": ""}
     if record.git is not None:
-        code = {"git commit": record.git.commit, "changed files": record.git.changed_files}
-    return settings | parameters | own | around | code
+        code |= {"git commit": record.git.commit, "modified files": record.git.changed_files}
+    return settings | parameters | planned | code
 
 
 def _results(histories: Sequence[History], names: Sequence[str]) -> Table:
     rows: list[list[str]] = []
 
-    def add(what: str, value: Callable[[History], str]) -> None:
-        cells = [value(history) for history in histories]
+    def add(name: str, text: Callable[[History], str]) -> None:
+        cells = [text(history) for history in histories]
         if any(cells):
-            rows.append([what, *cells])
+            rows.append([name, *cells])
 
     add("state", lambda history: history.state.name)
     add("steps", lambda history: f"{history.last_step:,} of {history.total_steps:,}")
     add("held-out", lambda h: metrics_text(h.evaluations[-1][1]) if h.evaluations else "")
-    add("training loss", lambda h: f"{smoothed(h.steps['loss'])[-1]:.4g}" if h.last_step else "")
-    add("at work", lambda h: _or_nothing(h.seconds_at_work(), duration))
-    add("samples/s", lambda h: _or_nothing(h.typical("samples_per_second"), "{:,.0f}".format))
-    for what in ("model operations of a rank", "model FLOPs utilisation"):
-        add(what, functools.partial(_utilised, what))
-    add("memory of a rank", lambda h: size(max(h.ranks[-1].memory_bytes)) if h.ranks else "")
+    add(
+        "training loss, smoothed",
+        lambda h: f"{smoothed(h.steps['loss'])[-1]:.4g}" if h.last_step else "",
+    )
+    add("run time", lambda h: _optional(h.seconds_at_work(), duration))
+    add("samples/s", lambda h: _optional(h.typical("samples_per_second"), "{:,.0f}".format))
+    utilisations = [_utilisation(history) for history in histories]
+    for name in dict.fromkeys(name for name, _ in utilisations if name):
+        rows.append([name, *(value if name == own else "" for own, value in utilisations)])
+    add("peak memory per rank", lambda h: size(max(h.ranks[-1].memory_bytes)) if h.ranks else "")
     add("attempts", lambda h: str(len(h.attempts())) if h.events else "")
     return Table(head=("", *names), rows=rows)
 
@@ -135,15 +149,15 @@ def _learning(histories: Sequence[History], names: Sequence[str]) -> list[Figure
             Curve(name=name, xs=h.steps["samples"], ys=smoothed(h.steps["loss"]))
             for h, name in with_steps
         ]
-        title = "training loss over the samples, smoothed"
+        title = "training loss over samples, smoothed"
         figures.append(Plot(title=title, x_label="samples", y_label="loss", curves=curves))
-    timed = [(h, n) for h, n in with_steps if math.isfinite(h.steps["time"][0])]
+    timed = [(h, name) for h, name in with_steps if math.isfinite(h.steps["time"][0])]
     if timed:
         curves = [
-            Curve(name=name, xs=seconds_at_steps(h), ys=smoothed(h.steps["loss"]))
+            Curve(name=name, xs=_seconds_at_steps(h), ys=smoothed(h.steps["loss"]))
             for h, name in timed
         ]
-        title = "training loss over the time at work, smoothed"
+        title = "training loss over run time, smoothed"
         figures.append(Plot(title=title, x_label="seconds", y_label="loss", curves=curves))
     for metric in ["loss", *metric_names(histories)]:
         curves = [
@@ -163,23 +177,25 @@ def _learning(histories: Sequence[History], names: Sequence[str]) -> list[Figure
     return figures
 
 
-def seconds_at_steps(history: History) -> list[float]:
-    """Return the time at work until each step, without what lies between attempts."""
+def _seconds_at_steps(history: History) -> list[float]:
+    """Return the run time at each step in seconds, without the pauses between attempts."""
     attempts = history.attempts()
-    out = []
-    index, before = 0, 0.0
+    if not attempts:
+        start = history.steps["time"][0]
+        return [when - start for when in history.steps["time"]]
+    seconds = []
+    index, seconds_before = 0, 0.0
     for when in history.steps["time"]:
         while index + 1 < len(attempts) and when >= attempts[index + 1].began["time"]:
-            before += attempts[index].until - attempts[index].began["time"]
+            seconds_before += attempts[index].until - attempts[index].began["time"]
             index += 1
-        start = attempts[index].began["time"] if attempts else history.steps["time"][0]
-        out.append(before + when - start)
-    return out
+        seconds.append(seconds_before + when - attempts[index].began["time"])
+    return seconds
 
 
 def _hyperparameters(histories: Sequence[History], names: Sequence[str]) -> list[Figure]:
     figures: list[Figure] = []
-    titles = {"lr": "learning rate", "momentum": "momentum", "grad_norm": "norm of the gradient"}
+    titles = {"lr": "learning rate", "momentum": "momentum", "grad_norm": "gradient norm"}
     for column, title in titles.items():
         curves = [
             Curve(name=name, xs=history.steps["step"], ys=history.steps[column])
@@ -191,7 +207,7 @@ def _hyperparameters(histories: Sequence[History], names: Sequence[str]) -> list
     return figures
 
 
-def _speed(histories: Sequence[History], names: Sequence[str]) -> list[Figure]:
+def _throughput(histories: Sequence[History], names: Sequence[str]) -> list[Figure]:
     figures: list[Figure] = []
     rates = [
         Curve(name=name, xs=h.steps["step"], ys=h.steps["samples_per_second"])
@@ -199,37 +215,38 @@ def _speed(histories: Sequence[History], names: Sequence[str]) -> list[Figure]:
         if h.last_step
     ]
     if rates:
-        figures.append(over_steps("samples a second, over all ranks", "samples/s", rates))
-    shares: dict[str, list[float]] = {}
+        figures.append(over_steps("throughput of all ranks together", "samples/s", rates))
+    mean_ms: dict[str, list[float]] = {}
     for history in histories:
-        for what, values in step_parts(history).items():
-            known = [value for value in values[len(values) // 10 :] if math.isfinite(value)]
-            shares.setdefault(what, []).append(1e3 * sum(known) / max(len(known), 1))
-    for what, values in shares.items():
-        if len(values) == len(names) and any(values):
-            title = f"{what}, in a step on average"
-            figures.append(
-                Bars(title=title, x_label="run", y_label="ms", names=names, values=values)
-            )
+        for part, values in step_parts(history).items():
+            # The first tenth of the steps holds the warm-up.
+            finite = [value for value in values[len(values) // 10 :] if math.isfinite(value)]
+            mean_ms.setdefault(part, []).append(1e3 * sum(finite) / max(len(finite), 1))
+    for part, means in mean_ms.items():
+        if len(means) == len(names) and any(means):
+            figures.append(_run_bars(f"{part}, mean per step", names, means))
     slowest = [max(own) if (own := mean_own_seconds(h)) else math.nan for h in histories]
     if all(map(math.isfinite, slowest)):
-        title = "the slowest rank's own part of a step"
-        values = [1e3 * value for value in slowest]
-        figures.append(Bars(title=title, x_label="run", y_label="ms", names=names, values=values))
+        title = "step time of the slowest rank, excluding waits for other ranks"
+        figures.append(_run_bars(title, names, [1e3 * seconds for seconds in slowest]))
     return figures
 
 
-def _utilised(what: str, history: History) -> str:
+def _run_bars(title: str, names: Sequence[str], milliseconds: Sequence[float]) -> Bars:
+    return Bars(title=title, x_label="run", y_label="ms", names=names, values=milliseconds)
+
+
+def _utilisation(history: History) -> tuple[str, str]:
+    """Return (name, value) of a run's FLOP/s or FLOPs utilisation; empty if unknown."""
     flops = history.flops_per_second()
-    name, value = ("", "") if flops is None else utilisation(history, flops)
-    return value if name == what else ""
+    return ("", "") if flops is None else utilisation(history, flops)
 
 
-def _or_nothing(value: float | None, text: Callable[[float], str]) -> str:
+def _optional(value: float | None, text: Callable[[float], str]) -> str:
     return "" if value is None else text(value)
 
 
-def _plain(value: Any) -> str:
+def _cell(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return str(value).lower()
     return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""Figures for a page, drawn by plotly in the browser, each with the same in words beside it."""
+"""Figures of HTML pages: plots, bars and timelines as plotly JSON, as text and as tables."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from launcher.console.plots import Curve, Plot
+from launcher.planning.derivations import counted
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 MOST_POINTS = 1000
-"""Of a curve; of more, the lowest and the highest of each stretch are drawn."""
+"""Maximum number of points drawn for one curve; `thinned` chooses them."""
 
-_MOST_ROWS = 24
-"""Of the table under a figure."""
+_MAX_ROWS = 24
+"""Maximum number of rows in the table below a plot, over all curves."""
+
+_MAX_MARKERS = 24
+"""A curve of at most so many points is drawn with a marker at each."""
 
 _COLOURS = (
     "#4c8dd6",
@@ -28,43 +32,55 @@ _COLOURS = (
     "#4fa3b8",
     "#8a8f98",
 )
-"""Told apart on white and on black."""
+"""Colours that can be told apart on a white and on a dark background."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bars:
-    """A bar for each name."""
+    """A bar chart with one bar for each name."""
 
     title: str
     x_label: str
     y_label: str
     names: Sequence[str]
     values: Sequence[float]
+    """One value for each name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """A stretch of time."""
+    """A period of time in a timeline."""
 
     row: str
+    """Name of the row that it is drawn in."""
+
     begin: float
+    """Start in seconds since 1970."""
+
     end: float
-    words: str
-    """What it was, and how it ended."""
+    """End in seconds since 1970."""
+
+    description: str
+    """What happened in the period and how it ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Moment:
-    """A point in time."""
+    """A point in time in a timeline."""
 
     row: str
+    """Name of the row that it is drawn in."""
+
     time: float
-    words: str
+    """Time in seconds since 1970."""
+
+    name: str
+    """What happened; the name in the legend."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timeline:
-    """Stretches and points of time, in rows."""
+    """Periods and points of time over a common time axis, in rows."""
 
     title: str
     spans: Sequence[Span]
@@ -75,14 +91,14 @@ Figure = Plot | Bars | Timeline
 
 
 def to_json(figure: Figure) -> str:
-    """Return a figure as plotly's JSON, without colours of its own for text and lines."""
+    """Return a figure as plotly JSON. The page sets the colours of text, axes and grid."""
     if isinstance(figure, Plot):
-        drawn = _plot(figure)
+        plotly_figure = _plot(figure)
     elif isinstance(figure, Bars):
-        drawn = _bars(figure)
+        plotly_figure = _bars(figure)
     else:
-        drawn = _timeline(figure)
-    drawn.update_layout(
+        plotly_figure = _timeline(figure)
+    plotly_figure.update_layout(
         template="none",
         colorway=list(_COLOURS),
         margin={"l": 64, "r": 16, "t": 16, "b": 48},
@@ -91,7 +107,7 @@ def to_json(figure: Figure) -> str:
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
     )
-    text: str = drawn.to_json()
+    text: str = plotly_figure.to_json()
     return text
 
 
@@ -99,16 +115,16 @@ def _plot(plot: Plot) -> go.Figure:
     import plotly.graph_objects as go
 
     traces: list[go.Scatter] = []
-    stacked = any(curve.style == "stacked" for curve in plot.curves)
+    is_stacked = any(curve.style == "stacked" for curve in plot.curves)
     for curve in plot.curves:
         xs, ys = thinned(curve.xs, curve.ys, log=plot.log_y)
-        few = len(xs) <= 24 or curve.style == "points"
+        has_markers = len(xs) <= _MAX_MARKERS or curve.style == "points"
         traces.append(
             go.Scatter(
                 x=list(map(_short, xs)),
                 y=list(map(_short, ys)),
                 name=curve.name,
-                mode="lines+markers" if few else "lines",
+                mode="lines+markers" if has_markers else "lines",
                 line={"dash": "dash"} if curve.style == "dashed" else {},
                 opacity=0.35 if curve.style == "faint" else 1.0,
                 stackgroup="all" if curve.style == "stacked" else None,
@@ -126,7 +142,7 @@ def _plot(plot: Plot) -> go.Figure:
         yaxis={
             "title": {"text": plot.y_label},
             "type": "log" if plot.log_y else "linear",
-            "rangemode": "tozero" if stacked else "normal",
+            "rangemode": "tozero" if is_stacked else "normal",
         },
         hovermode="x unified" if len(plot.curves) > 1 else "closest",
         showlegend=len(traces) > 1,
@@ -157,21 +173,21 @@ def _timeline(timeline: Timeline) -> go.Figure:
                 x=[1e3 * (span.end - span.begin)],
                 base=[1e3 * span.begin],
                 orientation="h",
-                hovertext=[span.words],
+                hovertext=[span.description],
                 hoverinfo="text",
                 name=span.row,
             )
             for span in timeline.spans
         ]
     )
-    for words in dict.fromkeys(moment.words for moment in timeline.moments):
-        those = [moment for moment in timeline.moments if moment.words == words]
+    for name in dict.fromkeys(moment.name for moment in timeline.moments):
+        moments = [moment for moment in timeline.moments if moment.name == name]
         figure.add_scatter(
-            x=[1e3 * moment.time for moment in those],
-            y=[moment.row for moment in those],
+            x=[1e3 * moment.time for moment in moments],
+            y=[moment.row for moment in moments],
             mode="markers",
             marker={"size": 10, "line": {"width": 1, "color": "white"}},
-            name=words,
+            name=name,
         )
     figure.update_layout(
         xaxis={"type": "date"},
@@ -185,82 +201,98 @@ def _timeline(timeline: Timeline) -> go.Figure:
 def thinned(
     xs: Sequence[float], ys: Sequence[float], most: int = MOST_POINTS, *, log: bool = False
 ) -> tuple[list[float], list[float]]:
-    """Return the points of a curve, of many the lowest and the highest of each stretch.
+    """Return at most about `most` points of a curve, with its extremes among them.
 
-    Where the axis is logarithmic, those that have no place on it are left out. Others that are not
-    finite leave a gap.
+    A curve with more points is divided into equal stretches; the lowest and the highest point of
+    each are kept, so that a single spike stays visible. The first and the last point always stay.
+
+    Args:
+        xs: Positions of the points.
+        ys: Values of the points. A value that is not finite stays and is drawn as a gap.
+        most: Number of points to aim for.
+        log: Whether the y axis is logarithmic; points that are not positive and finite are dropped.
+
+    Returns:
+        The positions and the values of the points that are kept.
     """
-    kept = [i for i, y in enumerate(ys) if not log or (math.isfinite(y) and y > 0)]
-    if len(kept) > most:
-        size = 2 * len(kept) / most
+    indices = [i for i, y in enumerate(ys) if not log or (math.isfinite(y) and y > 0)]
+    if len(indices) > most:
+        length = 2 * len(indices) / most
         stretches = (
-            kept[round(start * size) : round((start + 1) * size)] for start in range(most // 2)
+            indices[round(number * length) : round((number + 1) * length)]
+            for number in range(most // 2)
         )
-        chosen = {kept[0], kept[-1]}
+        extremes = {indices[0], indices[-1]}
         for stretch in stretches:
-            known = [i for i in stretch if math.isfinite(ys[i])] or stretch[:1]
-            chosen |= {min(known, key=lambda i: ys[i]), max(known, key=lambda i: ys[i])}
-        kept = sorted(chosen)
-    return [xs[i] for i in kept], [ys[i] for i in kept]
+            finite = [i for i in stretch if math.isfinite(ys[i])] or stretch[:1]
+            extremes |= {min(finite, key=lambda i: ys[i]), max(finite, key=lambda i: ys[i])}
+        indices = sorted(extremes)
+    return [xs[i] for i in indices], [ys[i] for i in indices]
 
 
-def in_words(figure: Figure) -> str:
-    """Return what a figure shows, for who cannot see it."""
+def describe(figure: Figure) -> str:
+    """Return the content of a figure as text, for readers who cannot see it.
+
+    A curve is described by its first, last, lowest and highest value.
+    """
     if isinstance(figure, Plot):
-        said = [_curve_in_words(curve, figure.x_label) for curve in figure.curves]
-        said += [
+        parts = [_curve_text(curve, figure.x_label) for curve in figure.curves]
+        parts += [
             f"{mark.name} at {figure.x_label} {_number(mark.x)}, {_number(mark.y)}"
             for mark in figure.marks
         ]
     elif isinstance(figure, Bars):
         low, high = min(figure.values), max(figure.values)
-        least = figure.names[list(figure.values).index(low)]
-        most = figure.names[list(figure.values).index(high)]
-        what = f"{figure.y_label} of {len(figure.names)} {figure.x_label}"
-        said = [f"{what}: from {_number(low)} ({least}) to {_number(high)} ({most})"]
+        lowest = figure.names[list(figure.values).index(low)]
+        highest = figure.names[list(figure.values).index(high)]
+        label = f"{figure.y_label} of {counted(len(figure.names), figure.x_label)}"
+        parts = [f"{label}: from {_number(low)} ({lowest}) to {_number(high)} ({highest})"]
     else:
-        said = [f"{span.row}: {span.words}" for span in figure.spans]
-    return f"{figure.title}. " + "; ".join(said) + "."
+        parts = [f"{span.row}: {span.description}" for span in figure.spans]
+    return f"{figure.title}. " + "; ".join(parts) + "."
 
 
-def _curve_in_words(curve: Curve, x_label: str) -> str:
+def _curve_text(curve: Curve, x_label: str) -> str:
     points = [(x, y) for x, y in zip(curve.xs, curve.ys, strict=True) if math.isfinite(y)]
     if not points:
-        return f"{curve.name}: no value"
-    (first, begins), (last, ends) = points[0], points[-1]
+        return f"{curve.name}: no finite value"
+    (first_x, first_y), (last_x, last_y) = points[0], points[-1]
     if len(points) == 1:
-        return f"{curve.name}: {_number(begins)} at {x_label} {_number(first)}"
-    low = min(points, key=lambda point: point[1])
-    high = max(points, key=lambda point: point[1])
+        return f"{curve.name}: {_number(first_y)} at {x_label} {_number(first_x)}"
+    low_x, low_y = min(points, key=lambda point: point[1])
+    high_x, high_y = max(points, key=lambda point: point[1])
     return (
-        f"{curve.name}: from {_number(begins)} at {x_label} {_number(first)} to {_number(ends)} at "
-        f"{_number(last)}, lowest {_number(low[1])} at {_number(low[0])}, highest "
-        f"{_number(high[1])} at {_number(high[0])}"
+        f"{curve.name}: from {_number(first_y)} at {x_label} {_number(first_x)} to "
+        f"{_number(last_y)} at {_number(last_x)}, lowest {_number(low_y)} at {_number(low_x)}, "
+        f"highest {_number(high_y)} at {_number(high_x)}"
     )
 
 
 def as_rows(figure: Figure) -> list[list[str]]:
-    """Return a head and some rows of the numbers behind a figure."""
+    """Return the numbers behind a figure as rows of a table, a header first.
+
+    A plot with many points is thinned to about 24 rows over all curves.
+    """
     if isinstance(figure, Bars):
         rows = [
             [name, _number(value)] for name, value in zip(figure.names, figure.values, strict=True)
         ]
         return [[figure.x_label, figure.y_label], *rows]
     if isinstance(figure, Timeline):
-        return [["", ""], *([span.row, span.words] for span in figure.spans)]
+        return [["", ""], *([span.row, span.description] for span in figure.spans)]
     rows = []
     for curve in figure.curves:
-        xs, ys = thinned(curve.xs, curve.ys, _MOST_ROWS // max(len(figure.curves), 1) or 2)
+        xs, ys = thinned(curve.xs, curve.ys, _MAX_ROWS // max(len(figure.curves), 1) or 2)
         rows += [[curve.name, _number(x), _number(y)] for x, y in zip(xs, ys, strict=True)]
     rows += [[mark.name, _number(mark.x), _number(mark.y)] for mark in figure.marks]
     return [["", figure.x_label, figure.y_label], *rows]
 
 
 def _number(value: float) -> str:
-    whole = float(value).is_integer() and abs(value) < 1e15
-    return f"{int(value):,}" if whole else f"{value:.4g}"
+    is_whole = float(value).is_integer() and abs(value) < 1e15
+    return f"{int(value):,}" if is_whole else f"{value:.4g}"
 
 
 def _short(value: float) -> float | None:
-    """Return a number in six digits, which is what a screen can show; None where there is none."""
+    """Return a number rounded to six digits, all that a screen can show; None if not finite."""
     return float(f"{value:.6g}") if math.isfinite(value) else None

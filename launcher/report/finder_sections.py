@@ -1,9 +1,9 @@
-"""What finders have left in their folders, as sections of a page."""
+"""Sections of a page that show what `launcher find` and `launcher tune` measured."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,73 +18,91 @@ from launcher.runs.run_record import read_run
 from launcher.runs.rundir import RunDir
 from launcher.tuning.summaries import lr_plot, lr_rules
 
+_SectionMaker = Callable[[list[RunDir]], Section]
+
 
 def tuned_folder(history: History) -> Path | None:
-    """Return the folder of the `launcher tune` that a run took its settings from, if it is there.
+    """Return the folder of the `launcher tune` that a run took its settings from.
 
-    Its --config was called tuned.yaml then, and a folder of that run holds it.
+    A run took its settings from there if it was started with the --config tuned.yaml that
+    `launcher tune` wrote.
+
+    Returns:
+        The folder; None if no setting comes from a tuned.yaml or the file no longer exists.
     """
-    base = Path(history.record.folder)
+    started_in = Path(history.record.folder)
     for source in history.plan.sources.values():
-        name, _, _ = source.rpartition(", line ")
-        if name.endswith("tuned.yaml") and (base / name).is_file():
-            return (base / name).parent
+        config, _, _ = source.rpartition(", line ")
+        if config.endswith("tuned.yaml") and (started_in / config).is_file():
+            return (started_in / config).parent
     return None
 
 
 def is_measured(folder: Path) -> bool:
-    """Return whether a folder holds what a finder measured, rather than a run."""
-    return next(_parts(folder), None) is not None
+    """Return whether a folder holds the measurements of a finder and not a run."""
+    return next(_measurements(folder), None) is not None
 
 
 def measured_sections(folder: Path) -> list[Section]:
-    """Return what finders measured in a folder, or `launcher tune` in those below it.
+    """Return a section for each kind of measurement in a folder.
+
+    Args:
+        folder: Folder of `launcher find` or of `launcher tune`.
 
     Raises:
-        RunDirError: It is damaged.
+        RunDirError: A measurement cannot be read.
     """
     sections = []
-    for kind, runs in _parts(folder):
+    for make_section, run_dirs in _measurements(folder):
         try:
-            sections.append(kind(runs))
+            sections.append(make_section(run_dirs))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RunDirError(f"{runs[0].shown} is damaged: {error}") from None
+            raise RunDirError(
+                f"The measurements in {run_dirs[0].shown} are damaged: {error}"
+            ) from None
     return sections
 
 
-def _parts(folder: Path) -> Iterator[tuple[Any, list[RunDir]]]:
-    kinds = (
-        (_range_test, "curve.json", ("", "lr")),
-        (_noise, "noise.json", ("", "noise")),
-        (_sizes, "size.json", ("size-*", "batch/size-*")),
-        (_readings, "reading.json", ("*", "loader/*")),
+def _measurements(folder: Path) -> Iterator[tuple[_SectionMaker, list[RunDir]]]:
+    """Yield each kind of measurement in a folder: its function below, and its run folders.
+
+    `launcher find` leaves the file of a measurement in the folder itself or one level below it,
+    `launcher tune` in the folders `lr`, `noise`, `batch` and `loader`.
+    """
+    kinds: tuple[tuple[_SectionMaker, str, tuple[str, ...]], ...] = (
+        (_lr_section, "curve.json", ("", "lr")),
+        (_noise_section, "noise.json", ("", "noise")),
+        (_batch_section, "size.json", ("size-*", "batch/size-*")),
+        (_loader_section, "reading.json", ("*", "loader/*")),
     )
-    for kind, name, places in kinds:
-        for place in places:
-            found = [folder] if not place else sorted(folder.glob(place))
-            runs = [RunDir(each.resolve()) for each in found if (each / name).is_file()]
-            if runs:
-                yield kind, runs
+    for make_section, file_name, patterns in kinds:
+        for pattern in patterns:
+            paths = sorted(folder.glob(pattern)) if pattern else [folder]
+            run_dirs = [RunDir(path.resolve()) for path in paths if (path / file_name).is_file()]
+            if run_dirs:
+                yield make_section, run_dirs
                 break
 
 
-def _range_test(runs: list[RunDir]) -> Section:
-    plan, values = _read(runs[0], "curve.json")
+def _lr_section(run_dirs: list[RunDir]) -> Section:
+    plan, values = _read(run_dirs[0], "curve.json")
     curve = LossCurve(lrs=tuple(values["lrs"]), losses=tuple(values["losses"]))
-    found = FoundLR(curve=curve, suggestions=suggest(curve))
+    result = FoundLR(curve=curve, suggestions=suggest(curve))
     title = f"Learning rate, at a batch of {plan.batch_size:,}"
-    return Section(title=title, text=lr_rules(found, plan), figures=[lr_plot(found, plan)])
+    return Section(title=title, text=lr_rules(result, plan), figures=[lr_plot(result, plan)])
 
 
-def _noise(runs: list[RunDir]) -> Section:
-    plan, values = _read(runs[0], "noise.json")
+def _noise_section(run_dirs: list[RunDir]) -> Section:
+    plan, values = _read(run_dirs[0], "noise.json")
     running = RunningNoise(memory=max(len(values["measurements"]) / 10, 10))
     points = []
-    for each in values["measurements"]:
-        scale = running.add(Measurement(**each))
+    for measurement in values["measurements"]:
+        scale = running.add(Measurement(**measurement))
         if scale is not None:
-            points.append((each["step"], scale))
-    curve = Curve(name="B_simple", xs=[s for s, _ in points], ys=[scale for _, scale in points])
+            points.append((measurement["step"], scale))
+    curve = Curve(
+        name="B_simple", xs=[step for step, _ in points], ys=[scale for _, scale in points]
+    )
     plot = Plot(
         title=f"{plan.recipe}: gradient noise scale",
         x_label="step",
@@ -95,34 +113,36 @@ def _noise(runs: list[RunDir]) -> Section:
     return Section(title="Gradient noise scale", figures=[plot])
 
 
-def _sizes(runs: list[RunDir]) -> Section:
+def _batch_section(run_dirs: list[RunDir]) -> Section:
     points = []
-    for run_dir in runs:
+    for run_dir in run_dirs:
         plan, values = _read(run_dir, "size.json")
         points.append((plan.micro_batch_size, values["samples_per_second"]))
-    title = f"{plan.recipe}: speed over the micro-batch"
-    return _rates("Micro-batch", title, "micro-batch", points, log_x=True)
+    title = f"{plan.recipe}: throughput over the micro-batch"
+    return _throughput_section("Micro-batch", title, "micro-batch", points, log_x=True)
 
 
-def _readings(runs: list[RunDir]) -> Section:
-    best: dict[int, float] = {}
-    for run_dir in runs:
+def _loader_section(run_dirs: list[RunDir]) -> Section:
+    fastest: dict[int, float] = {}
+    for run_dir in run_dirs:
         plan, values = _read(run_dir, "reading.json")
-        rate = values["samples_per_second"]
-        best[plan.workers_per_rank] = max(best.get(plan.workers_per_rank, 0.0), rate)
-    title = f"{plan.recipe}: speed over the workers of a rank"
-    return _rates("DataLoader workers", title, "workers", list(best.items()), log_x=False)
+        workers, throughput = plan.workers_per_rank, values["samples_per_second"]
+        fastest[workers] = max(fastest.get(workers, 0.0), throughput)
+    title = f"{plan.recipe}: throughput over the workers per rank"
+    points = list(fastest.items())
+    return _throughput_section("DataLoader workers", title, "workers", points, log_x=False)
 
 
-def _rates(
-    name: str, title: str, label: str, points: list[tuple[int, float]], *, log_x: bool
+def _throughput_section(
+    name: str, title: str, x_label: str, points: list[tuple[int, float]], *, log_x: bool
 ) -> Section:
     points.sort()
-    rates = Curve(name="samples/s", xs=[x for x, _ in points], ys=[rate for _, rate in points])
-    plot = Plot(title=title, x_label=label, y_label="samples/s", curves=[rates], log_x=log_x)
+    curve = Curve(name="samples/s", xs=[x for x, _ in points], ys=[y for _, y in points])
+    plot = Plot(title=title, x_label=x_label, y_label="samples/s", curves=[curve], log_x=log_x)
     return Section(title=name, figures=[plot])
 
 
-def _read(run_dir: RunDir, name: str) -> tuple[Plan, dict[str, Any]]:
-    values: dict[str, Any] = json.loads((run_dir.path / name).read_text(encoding="utf-8"))
+def _read(run_dir: RunDir, file_name: str) -> tuple[Plan, dict[str, Any]]:
+    """Return the plan of a measurement and the values in its JSON file."""
+    values: dict[str, Any] = json.loads((run_dir.path / file_name).read_text(encoding="utf-8"))
     return read_run(run_dir).read_plan(), values

@@ -1,4 +1,8 @@
-"""The page of a run: what ran, how it learned, where its time went, what happened to it."""
+"""The page of one run.
+
+From top to bottom: the failure if there was one, learning curves, learning rate and gradient norm,
+throughput, ranks, attempts, sections of finders, the plan, the environment and the settings.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +34,12 @@ from launcher.report.figures import Bars, Figure, Moment, Span, Timeline
 from launcher.report.page import Page, Section, Table
 from launcher.runs.history import Attempt, History
 
-_MOST_CARDS = 4
-_MOST_LINES = 16
-"""Ranks whose own lines are drawn over the steps."""
+_MAX_METRIC_CARDS = 4
+_MAX_RANK_CURVES = 16
+"""With more ranks, their step times over the steps are not drawn."""
+
+_MAX_MESSAGE = 160
+"""Characters of an error message shown in the table of attempts; the failure section has all."""
 
 
 def run_page(history: History, more: Sequence[Section] = ()) -> Page:
@@ -40,27 +47,31 @@ def run_page(history: History, more: Sequence[Section] = ()) -> Page:
 
     Args:
         history: The run.
-        more: Sections that end the page, such as what finders measured of its recipe.
+        more: Further sections, such as those of finders, shown before the plan.
     """
     plan = history.plan
     began = next((event["time"] for event in history.events), None)
-    when = "" if began is None else f", {time.strftime('%Y-%m-%d %H:%M', time.localtime(began))}"
+    date = "" if began is None else f", {time.strftime('%Y-%m-%d %H:%M', time.localtime(began))}"
     sections = [
-        *_post_mortem(history),
-        learning(history),
+        *_failure(history),
+        _learning(history),
         *_hyperparameters(history),
-        *_speed(history),
+        *_throughput(history),
         *_ranks(history),
-        *_clock(history),
+        *_attempts(history),
         *more,
-        *_what_ran(history),
+        *_plan(history),
+        *_environment(history),
+        *_settings(history),
     ]
     return Page(
         title=f"{plan.recipe}: {history.run_dir.path.name}",
         state=history.state.name,
-        facts=f"{history.state.words}{when}",
+        facts=f"{history.state.words}{date}",
         cards=_cards(history),
-        sections=[each for each in sections if each.figures or each.table or each.text],
+        sections=[
+            section for section in sections if section.figures or section.table or section.text
+        ],
     )
 
 
@@ -69,14 +80,14 @@ def _cards(history: History) -> list[tuple[str, str]]:
     cards = [("steps", f"{history.last_step:,} of {history.total_steps:,}")]
     if history.evaluations:
         values = history.evaluations[-1][1]
-        ordered = sorted(values, key=lambda name: (name == "loss", name))[:_MOST_CARDS]
-        cards += [(f"held-out {name}", f"{values[name]:.4f}") for name in ordered]
+        names = sorted(values, key=lambda name: (name == "loss", name))[:_MAX_METRIC_CARDS]
+        cards += [(f"held-out {name}", f"{values[name]:.4f}") for name in names]
     elif history.steps["loss"]:
         cards.append(("loss", f"{history.steps['loss'][-1]:.4f}"))
     if (seconds := history.seconds_at_work()) is not None:
-        cards.append(("at work", duration(seconds)))
-    if (speed := history.typical("samples_per_second")) is not None:
-        cards.append(("samples/s", f"{speed:,.0f}"))
+        cards.append(("run time", duration(seconds)))
+    if (throughput := history.typical("samples_per_second")) is not None:
+        cards.append(("samples/s", f"{throughput:,.0f}"))
     unit = "GPU" if plan.device == "cuda" else "CPU rank"
     cards.append(("ranks", f"{counted(plan.world_size, unit)}, {plan.strategy}"))
     cards.append(("batch", f"{plan.batch_size:,}"))
@@ -84,12 +95,12 @@ def _cards(history: History) -> list[tuple[str, str]]:
     if (flops := history.flops_per_second()) is not None:
         cards.append(utilisation(history, flops))
     if history.ranks:
-        cards.append(("memory of a rank", size(max(history.ranks[-1].memory_bytes))))
+        cards.append(("peak memory per rank", size(max(history.ranks[-1].memory_bytes))))
     return cards
 
 
-def learning(history: History) -> Section:
-    """Return loss, metrics and gradients over the steps."""
+def _learning(history: History) -> Section:
+    """Return the section of loss, metrics and gradient noise scale over the steps."""
     figures: list[Figure] = []
     steps = history.steps
     if steps["step"]:
@@ -103,30 +114,28 @@ def learning(history: History) -> Section:
     for name in metric_names([history]):
         figures.append(over_steps(name, name, list(evaluation_curves(history, name, name))))
     if history.noise:
-        noise = Curve(name="B_simple", xs=[s for s, _ in history.noise], ys=_second(history.noise))
-        batch = float(history.plan.batch_size)
-        level = Curve(name="batch", xs=noise.xs, ys=[batch] * len(noise.xs), style="dashed")
-        figures.append(
-            over_steps("gradient noise scale", "items", [noise, level], log_y=True),
-        )
+        noise = Curve(name="B_simple", xs=[s for s, _ in history.noise], ys=_values(history.noise))
+        batch_size = float(history.plan.batch_size)
+        batch = Curve(name="batch", xs=noise.xs, ys=[batch_size] * len(noise.xs), style="dashed")
+        figures.append(over_steps("gradient noise scale", "items", [noise, batch], log_y=True))
     return Section(title="Learning", figures=figures)
 
 
 def _hyperparameters(history: History) -> Iterator[Section]:
-    """Yield learning rate and momentum, as they were used and as they were planned; gradients."""
+    """Yield the section of learning rate and momentum, used and planned, and gradient norm."""
     steps = history.steps
     if not steps["step"]:
         return
     figures: list[Figure] = []
-    planned = {plot.y_label: plot.curves[0] for plot in _planned(history)}
+    planned = {plot.y_label: plot.curves[0] for plot in _planned_schedule(history)}
     for name, title in (("lr", "learning rate"), ("momentum", "momentum")):
         used = Curve(name="used", xs=steps["step"], ys=steps[name])
         if not any(map(math.isfinite, used.ys)):
             continue
         curves = [used]
         if name in planned:
-            plan = planned[name]
-            curves.append(Curve(name="planned", xs=plan.xs, ys=plan.ys, style="dashed"))
+            curve = planned[name]
+            curves.append(Curve(name="planned", xs=curve.xs, ys=curve.ys, style="dashed"))
         figures.append(over_steps(title, name, curves))
     if "batch" in planned:
         figures.append(over_steps("global batch size", "samples", [planned["batch"]]))
@@ -137,21 +146,23 @@ def _hyperparameters(history: History) -> Iterator[Section]:
         if limit:
             ends = [steps["step"][0], steps["step"][-1]]
             curves.append(Curve(name="max_grad_norm", xs=ends, ys=[limit] * 2, style="dashed"))
-        title = "norm of the gradient, before clipping"
+        title = "gradient norm before clipping"
         figures.append(over_steps(title, "norm", curves, log_y=True))
     yield Section(title="Learning rate and gradient", figures=figures)
 
 
-def _planned(history: History) -> list[Plot]:
+def _planned_schedule(history: History) -> list[Plot]:
+    """Return the plots of the planned schedule; none if the recipe defines its own schedule."""
     try:
         schedule = parse(str(history.plan.settings["schedule"]), SCHEDULES, kind="schedule")
-    except UsageError:  # the recipe's own
+    except UsageError:  # not one of SCHEDULES
         return []
     assert isinstance(schedule, Schedule)
     return schedule_plots(schedule, history.plan)
 
 
-def _speed(history: History) -> Iterator[Section]:
+def _throughput(history: History) -> Iterator[Section]:
+    """Yield the section of throughput and the breakdown of step time."""
     steps = history.steps
     if not steps["step"]:
         return
@@ -162,82 +173,103 @@ def _speed(history: History) -> Iterator[Section]:
     ]
     rate = Curve(name="samples/s", xs=steps["step"], ys=steps["samples_per_second"])
     figures: list[Figure] = [
-        over_steps("samples a second, over all ranks", "samples/s", [rate]),
-        over_steps("where the time of a step goes", "ms", curves),
+        over_steps("throughput of all ranks together", "samples/s", [rate]),
+        over_steps("breakdown of step time", "ms", curves),
     ]
-    yield Section(title="Speed", words=shares_in_words(history, parts), figures=figures)
+    paragraph = shares_in_words(history, parts)
+    yield Section(title="Throughput", paragraph=paragraph, figures=figures)
 
 
 def _ranks(history: History) -> Iterator[Section]:
-    """Yield what each rank took of a step, and held of memory."""
+    """Yield the section of step time, data wait and memory of each rank."""
     if not history.ranks:
         return
-    last = history.ranks[-1]
-    names = [str(rank) for rank in range(len(last.memory_bytes))]
+    latest = history.ranks[-1]
+    names = [str(rank) for rank in range(len(latest.memory_bytes))]
     figures: list[Figure] = []
-    own = mean_own_seconds(history)
-    words = ""
-    if own is not None and len(own) > 1:
-        words = stragglers_in_words(own)
-        title = "a rank's own part of a step, without waiting for others"
-        milliseconds = [1e3 * value for value in own]
-        figures.append(
-            Bars(title=title, x_label="rank", y_label="ms", names=names, values=milliseconds)
-        )
+    rank_seconds = mean_own_seconds(history)
+    paragraph = ""
+    if rank_seconds is not None and len(rank_seconds) > 1:
+        paragraph = stragglers_in_words(rank_seconds)
+        title = "step time of each rank, excluding waits for other ranks"
+        figures.append(_rank_bars(title, "ms", names, [1e3 * value for value in rank_seconds]))
         rows = own_seconds(history)
-        if len(own) <= _MOST_LINES and len(rows) > 1:
+        if len(rank_seconds) <= _MAX_RANK_CURVES and len(rows) > 1:
             steps = [step for step, _ in rows]
             curves = [
-                Curve(name=f"rank {rank}", xs=steps, ys=[1e3 * each[rank] for _, each in rows])
-                for rank in range(len(own))
+                Curve(
+                    name=f"rank {rank}",
+                    xs=steps,
+                    ys=[1e3 * seconds[rank] for _, seconds in rows],
+                )
+                for rank in range(len(rank_seconds))
             ]
-            figures.append(over_steps("the same over the steps", "ms", curves))
+            title = "step time of each rank over the steps, excluding waits for other ranks"
+            figures.append(over_steps(title, "ms", curves))
     if len(names) > 1:
-        waits = [1e3 * value for value in last.data_wait_seconds]
-        title = "waiting for data in a step, lately"
-        figures.append(Bars(title=title, x_label="rank", y_label="ms", names=names, values=waits))
-    kind = "the GPU" if history.plan.device == "cuda" else "the host"
-    title = f"memory of {kind}, the most that was held"
-    held = [value / 2**20 for value in last.memory_bytes]
-    figures.append(Bars(title=title, x_label="rank", y_label="MiB", names=names, values=held))
-    yield Section(title="Ranks", words=words, figures=figures)
+        waits = [1e3 * value for value in latest.data_wait_seconds]
+        title = "time that each rank waits for data, mean of the latest steps"
+        figures.append(_rank_bars(title, "ms", names, waits))
+    kind = "GPU" if history.plan.device == "cuda" else "host"
+    memory = [value / 2**20 for value in latest.memory_bytes]
+    figures.append(_rank_bars(f"peak {kind} memory of each rank", "MiB", names, memory))
+    yield Section(title="Ranks", paragraph=paragraph, figures=figures)
 
 
-def _clock(history: History) -> Iterator[Section]:
-    """Yield what happened when: attempts, how they ended, checkpoints."""
+def _rank_bars(title: str, unit: str, names: list[str], values: list[float]) -> Bars:
+    return Bars(title=title, x_label="rank", y_label=unit, names=names, values=values)
+
+
+def _attempts(history: History) -> Iterator[Section]:
+    """Yield the section of attempts: a timeline with checkpoints, and how each attempt ended."""
     attempts = history.attempts()
     if not attempts:
         return
     spans = []
     for number, attempt in enumerate(attempts, start=1):
+        begin = attempt.began["time"]
+        end = max(attempt.until, begin)
+        outcome = _outcome(attempt, is_running=history.state.name == "running")
+        description = f"{duration(end - begin)} from step {attempt.began['step']:,}, {outcome}"
         row = _attempt_name(number, attempt)
-        ends = max(attempt.until, attempt.began["time"])
-        words = f"{duration(ends - attempt.began['time'])} from step {attempt.began['step']:,}"
-        words += f", {ending_in_words(attempt, goes_on=history.state.name == 'running')}"
-        spans.append(Span(row=row, begin=attempt.began["time"], end=ends, words=words))
-    moments = []
+        spans.append(Span(row=row, begin=begin, end=end, description=description))
+    figures: list[Figure] = [
+        Timeline(
+            title="attempts and checkpoints over time",
+            spans=spans,
+            moments=list(_checkpoint_moments(history, spans)),
+        )
+    ]
+    paragraph = f"{counted(len(attempts), 'attempt')}."
+    if history.stalls:
+        steps, stalls = [step for step, _ in history.stalls], _values(history.stalls)
+        stall_ms = [1e3 * seconds for seconds in stalls]
+        curve = Curve(name="stall", xs=steps, ys=stall_ms, style="points")
+        figures.append(over_steps("delay of the step by each checkpoint", "ms", [curve]))
+        checkpoints = counted(len(stalls), "checkpoint")
+        paragraph += f" {checkpoints} delayed the steps by {sum(stalls):.3g} s in total."
+    table = Table(
+        head=("attempt", "from step", "ranks", "outcome"),
+        rows=[
+            [
+                span.row,
+                f"{attempt.began['step']:,}",
+                f"{attempt.began['ranks']} {attempt.began['strategy']}",
+                span.description,
+            ]
+            for span, attempt in zip(spans, attempts, strict=True)
+        ],
+    )
+    yield Section(title="Attempts", paragraph=paragraph, table=table, figures=figures)
+
+
+def _checkpoint_moments(history: History, spans: Sequence[Span]) -> Iterator[Moment]:
+    """Yield each checkpoint at the time of its step, in the row of its attempt."""
     for step, _ in history.stalls:
         when = _time_of(history, step)
         if when is not None:
-            row = next((s.row for s in reversed(spans) if s.begin <= when), spans[0].row)
-            moments.append(Moment(row=row, time=when, words="checkpoint"))
-    figures: list[Figure] = [Timeline(title="what happened when", spans=spans, moments=moments)]
-    words = f"{counted(len(attempts), 'attempt')}."
-    if history.stalls:
-        steps, stalls = [step for step, _ in history.stalls], _second(history.stalls)
-        waits = [1e3 * seconds for seconds in stalls]
-        curve = Curve(name="stall", xs=steps, ys=waits, style="points")
-        figures.append(over_steps("what a step waited for a checkpoint", "ms", [curve]))
-        words += f" {counted(len(stalls), 'checkpoint')} held it up for {sum(stalls):.3g} s in all."
-    head = ("attempt", "began at step", "ranks", "what came of it")
-    table = Table(
-        head=head,
-        rows=[
-            [s.row, f"{a.began['step']:,}", f"{a.began['ranks']} {a.began['strategy']}", s.words]
-            for s, a in zip(spans, attempts, strict=True)
-        ],
-    )
-    yield Section(title="Time", words=words, table=table, figures=figures)
+            row = next((span.row for span in reversed(spans) if span.begin <= when), spans[0].row)
+            yield Moment(row=row, time=when, name="checkpoint")
 
 
 def _attempt_name(number: int, attempt: Attempt) -> str:
@@ -245,79 +277,93 @@ def _attempt_name(number: int, attempt: Attempt) -> str:
     return f"{number}" if job is None else f"{number}, job {job}"
 
 
-def ending_in_words(attempt: Attempt, *, goes_on: bool) -> str:
-    """Return how an attempt ended."""
-    ended = attempt.ended
-    if ended is None:
-        return "goes on" if goes_on else "ended without a word"
-    if ended["event"] == "failed":
-        head = shorten(str(ended.get("message") or "").partition("\n")[0], 160, placeholder=" ...")
-        if ended["rank"] is None:
-            return f"failed: {head}"
-        return f"failed on rank {ended['rank']} ({ended['node']}): {ended['error']}: {head}"
-    return f"{ended['event']} after step {ended['step']:,}"
+def _outcome(attempt: Attempt, *, is_running: bool) -> str:
+    """Return how an attempt ended, or that it is still running."""
+    event = attempt.ended
+    if event is None:
+        return "still running" if is_running else "ended without recording how"
+    if event["event"] == "failed":
+        first_line = str(event.get("message") or "").partition("\n")[0]
+        message = shorten(first_line, _MAX_MESSAGE, placeholder=" ...")
+        if event["rank"] is None:
+            return f"failed: {message}"
+        return f"failed on rank {event['rank']} ({event['node']}): {event['error']}: {message}"
+    return f"{event['event']} after step {event['step']:,}"
 
 
 def _time_of(history: History, step: int) -> float | None:
+    """Return when a step was taken, in seconds since 1970; None if no step was recorded."""
     steps = history.steps["step"]
     index = bisect.bisect_left(steps, step)
     return history.steps["time"][min(index, len(steps) - 1)] if steps else None
 
 
-def _post_mortem(history: History) -> Iterator[Section]:
-    if history.failure is None:
-        return
-    text = failure_text(history.failure, history.run_dir)
-    yield Section(title="Post-mortem", text=text)
+def _failure(history: History) -> Iterator[Section]:
+    """Yield the section of the failure that ended the run, if one did."""
+    if history.failure is not None:
+        text = failure_text(history.failure, history.run_dir)
+        yield Section(title="Failure", text=text)
 
 
-def _what_ran(history: History) -> Iterator[Section]:
+def _plan(history: History) -> Iterator[Section]:
+    """Yield the section of the plan as `launcher plan` prints it."""
+    text = explain(history.plan, recipe=history.record.recipe)
+    yield Section(title="Plan", text=text)
+
+
+def _environment(history: History) -> Iterator[Section]:
+    """Yield the section of command, code, host, device and package versions."""
     record = history.record
-    yield Section(title="Plan", text=explain(history.plan, recipe=record.recipe))
-    rows = [["recipe", record.recipe], ["folder", record.folder]]
-    rows.append(["command", " ".join(record.command)])
+    rows = [
+        ["recipe", record.recipe],
+        ["folder", record.folder],
+        ["command", " ".join(record.command)],
+    ]
     if git := record.git:
-        changed = git.changed_files
-        state = f", {counted(changed, 'file')} changed" if changed else ", nothing changed"
-        rows.append(["git", f"{git.commit} ({git.branch}){state}"])
+        num_modified = git.changed_files
+        modified = counted(num_modified, "modified file") if num_modified else "no modified files"
+        rows.append(["git", f"{git.commit} ({git.branch}), {modified}"])
     rows.append(["host", record.host])
-    rows += [
-        ["device", event["device_name"]] for event in history.events[-99:] if "device_name" in event
-    ][-1:]
+    devices = [event["device_name"] for event in history.events if "device_name" in event]
+    rows += [["device", name] for name in devices[-1:]]
     rows += [[name, version] for name, version in record.versions.items()]
-    yield Section(title="Where it ran", table=Table(head=("", ""), rows=rows))
-    settings = [
-        [name, _plain(value), str(history.plan.sources.get(name, ""))]
+    yield Section(title="Environment", table=Table(head=("", ""), rows=rows))
+
+
+def _settings(history: History) -> Iterator[Section]:
+    """Yield the folded section of all settings with their origins."""
+    rows = [
+        [name, _text(value), str(history.plan.sources.get(name, ""))]
         for name, value in history.plan.settings.items()
     ]
-    table = Table(head=("setting", "value", "from"), rows=settings)
+    table = Table(head=("setting", "value", "set by"), rows=rows)
     yield Section(title="Settings", table=table, folded=True)
 
 
 def over_steps(title: str, label: str, curves: list[Curve], *, log_y: bool = False) -> Plot:
-    """Return curves over the steps as a plot."""
+    """Return a plot of curves over the steps. `label` is that of the y axis."""
     return Plot(title=title, x_label="step", y_label=label, curves=curves, log_y=log_y)
 
 
 def evaluation_curves(history: History, metric: str, name: str) -> Iterator[Curve]:
-    """Yield a metric over the steps, if it was evaluated."""
+    """Yield the curve of a metric over the steps, called `name`; nothing without evaluations."""
     points = [(step, values[metric]) for step, values in history.evaluations if metric in values]
     if points:
-        yield Curve(name=name, xs=[step for step, _ in points], ys=_second(points))
+        yield Curve(name=name, xs=[step for step, _ in points], ys=_values(points))
 
 
 def metric_names(histories: Sequence[History]) -> list[str]:
-    """Return what the runs were evaluated by, besides the loss."""
-    found: dict[str, None] = {}
+    """Return the names of the metrics in the first evaluations of the runs, without the loss."""
+    names: dict[str, None] = {}
     for history in histories:
         for _, values in history.evaluations[:1]:
-            found |= dict.fromkeys(name for name in values if name != "loss")
-    return list(found)
+            names |= dict.fromkeys(name for name in values if name != "loss")
+    return list(names)
 
 
-def _second(pairs: Sequence[tuple[int, float]]) -> list[float]:
+def _values(pairs: Sequence[tuple[int, float]]) -> list[float]:
     return [value for _, value in pairs]
 
 
-def _plain(value: Any) -> str:
+def _text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) or value is None else str(value)

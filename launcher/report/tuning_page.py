@@ -1,4 +1,4 @@
-"""What tuning found: told while it goes on, then as lines of YAML and as a page."""
+"""The output of `launcher tune`: lines while it runs, the lines of tuned.yaml, and an HTML page."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.analysis.batch_sizes import SizeTrial
 from launcher.analysis.lr_curve import FoundLR, LRTrial
+from launcher.console.plots import Plot
 from launcher.planning.derivations import counted
 from launcher.planning.plan import Plan
 from launcher.planning.strategy import STRATEGIES
@@ -33,15 +34,16 @@ if TYPE_CHECKING:
 
 
 class TuningReporter:
-    """A listener that tells what goes on, and keeps it as the sections of a page.
+    """A listener of a tuning that prints its progress and collects sections for the page.
 
     Args:
-        echo: Is given each line.
+        echo: Called with each line to print.
     """
 
     def __init__(self, echo: Callable[[str], None]) -> None:
         self._echo = echo
         self.sections: list[Section] = []
+        """One section for each finder that has finished."""
 
     def begins(self, what: str) -> None:
         self._echo(f"{what}:")
@@ -67,35 +69,42 @@ class TuningReporter:
         self._add("Gradient noise scale", noise_account(found, probe), noise_plot(found, probe))
 
     def found_batch(self, found: FoundBatch, plan: Plan) -> None:
-        lines = "\n".join(map(trial_text, found.trials))
-        self._add("Batch and micro-batch", lines, batch_plot(found, plan))
+        trials = "\n".join(map(trial_text, found.trials))
+        self._add("Batch and micro-batch", trials, batch_plot(found, plan))
 
     def found_loader(self, found: FoundLoader, plan: Plan) -> None:
-        lines = "\n".join(map(reading_text, found.readings))
-        self._add("DataLoader workers", lines, loader_plot(found, plan))
+        readings = "\n".join(map(reading_text, found.readings))
+        self._add("DataLoader workers", readings, loader_plot(found, plan))
 
-    def _add(self, title: str, text: str, plot: Any) -> None:
+    def _add(self, title: str, text: str, plot: Plot) -> None:
         self.sections.append(Section(title=title, text=text, figures=[plot]))
 
 
 def setting_lines(target: Target, findings: Sequence[TunedSetting]) -> list[tuple[str, Any, str]]:
-    """Return (name, value, why) of each setting: those that were given, then those found."""
-    lines = [(name, value, "as given") for name, value in target.given().items()]
-    return lines + [(each.name, each.value, each.evidence) for each in findings]
+    """Return (name, value, evidence) of each setting, those given by the user first."""
+    lines = [(name, value, "given by the user") for name, value in target.given().items()]
+    return lines + [(setting.name, setting.value, setting.evidence) for setting in findings]
 
 
 def yaml_text(target: Target, plan: Plan, findings: Sequence[TunedSetting]) -> str:
-    """Return what `--config` takes, with why behind each line."""
+    """Return the settings as YAML for `--config`, each with its evidence in a comment.
+
+    Args:
+        target: What was tuned.
+        plan: The plan with the tuned settings, which the first line describes.
+        findings: The tuned settings.
+    """
     import yaml
 
-    lines = []
-    for name, value, why in setting_lines(target, findings):
+    entries = []
+    for name, value, evidence in setting_lines(target, findings):
         plain = list(value) if isinstance(value, tuple) else value
-        dumped = yaml.safe_dump({name: plain}, default_flow_style=True, width=10_000)
-        lines.append((dumped.strip()[1:-1], why))  # on one line, without the braces
-    width = max((len(dumped) for dumped, _ in lines), default=0)
-    said = [f"{dumped:<{width}}  # {why}" for dumped, why in lines]
-    return "\n".join([f"# launcher tune {target.reference.shown}: {_facts(plan)}", *said]) + "\n"
+        flow = yaml.safe_dump({name: plain}, default_flow_style=True, width=10_000)
+        entries.append((flow.strip()[1:-1], evidence))  # one line, without the braces
+    width = max((len(entry) for entry, _ in entries), default=0)
+    lines = [f"{entry:<{width}}  # {evidence}" for entry, evidence in entries]
+    header = f"# launcher tune {target.reference.shown}: {_summary(plan)}"
+    return "\n".join([header, *lines]) + "\n"
 
 
 def page(
@@ -105,20 +114,31 @@ def page(
     sections: Sequence[Section],
     command: str,
 ) -> Page:
-    """Return the page of a recipe that was tuned."""
-    lines = setting_lines(target, findings)
+    """Return the page of a tuned recipe.
+
+    Args:
+        target: What was tuned.
+        plan: The plan with the tuned settings.
+        findings: The tuned settings.
+        sections: Sections of the finders, as `TuningReporter` collects them.
+        command: Text to show below the settings: how to train with them.
+    """
     settings = Table(
-        head=("setting", "value", "because"),
-        rows=[(name, str(value), why) for name, value, why in lines],
+        head=("setting", "value", "evidence"),
+        rows=[
+            (name, str(value), evidence)
+            for name, value, evidence in setting_lines(target, findings)
+        ],
     )
     return Page(
-        title=f"{plan.recipe}, tuned",
-        facts=f"{target.reference.shown}, {_facts(plan)}",
+        title=f"{plan.recipe}: tuned settings",
+        facts=f"{target.reference.shown}, {_summary(plan)}",
         sections=[Section(title="Settings", table=settings, text=command), *sections],
     )
 
 
-def _facts(plan: Plan) -> str:
+def _summary(plan: Plan) -> str:
+    """Return devices, strategy, precision and today's date."""
     unit = "GPU" if plan.device == "cuda" else "CPU rank"
     ranks = counted(plan.world_size, unit)
     return f"{ranks}, {STRATEGIES[plan.strategy].title}, {plan.precision}, {date.today()}"

@@ -1,7 +1,7 @@
 """Write the HTML page of a run into its folder.
 
-This module imports the page when it is written, so that handing `write_report` to a run costs
-nothing.
+The modules of the page are imported when the page is written, so that a run can be given
+`write_report` without the cost of importing them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ def write_report(run_dir: RunDir) -> Path:
     """Write `report.html` into a run folder and return its path.
 
     Raises:
-        RunDirError: The folder is damaged or cannot be written.
+        RunDirError: The folder is damaged or not writable.
     """
     from launcher.report.page import render
     from launcher.report.run_page import run_page

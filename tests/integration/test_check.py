@@ -1,4 +1,4 @@
-"""A recipe of one's own: copied from another, and tried out before it is trained."""
+"""`launcher check` finds what is wrong with a recipe; `launcher new` copies a recipe."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from support import ROOT, Commands
 
 from launcher.recipe.scaffold import renamed
 
-HEAD = """
+RECIPE = """
 import {imports}
 
 from launcher import Data, Recipe, sgd
@@ -19,7 +19,7 @@ def odd() -> Recipe:
     return Recipe(
         name="odd", model=build_model, data=build_data, loss=loss, batch_size=4, lr=0.1,
         lr_batch_size=4, steps=3, optimizer=sgd(), train_samples=16, num_workers=2,
-        metrics={"own": lambda outputs, batch: {metric}},
+        metrics={"custom": lambda outputs, batch: {metric}},
     )
 
 
@@ -36,12 +36,12 @@ def build_data():
     from torch.utils.data import TensorDataset
 
     train = TensorDataset(torch.randn(16, 3), torch.randn(16))
-    built = os.getpid()
+    builder_pid = os.getpid()
 
     class ByProcess(TensorDataset):
         def __getitem__(self, index):
             x, y = super().__getitem__(index)
-            return x + (os.getpid() != built), y
+            return x + (os.getpid() != builder_pid), y
 
     return Data(train={train}, evaluation=train)
 
@@ -50,7 +50,7 @@ def loss(outputs, batch):
     errors = (outputs.squeeze(1) - batch[1]).square()
     return {loss}
 """
-RIGHT = {
+CORRECT = {
     "imports": "json",
     "model": "return nn.Linear(3, 1)",
     "loss": "errors.sum(), len(errors)",
@@ -60,30 +60,35 @@ RIGHT = {
 UNUSED = """class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.one, self.other = nn.Linear(3, 1), nn.Linear(3, 1)
+            self.used, self.unused = nn.Linear(3, 1), nn.Linear(3, 1)
 
         def forward(self, x):
-            return self.one(x)
+            return self.used(x)
 
     return Net()"""
 
 
 @pytest.mark.parametrize(
-    ("changes", "level", "check", "words"),
+    ("changes", "level", "check", "fragment"),
     [
         ({}, "ok", "loss", "(sum, count)"),
-        ({"imports": "torch"}, "warning", "import", "loads torch"),
-        ({"loss": "errors.mean(), len(errors)"}, "failure", "loss", "it returned a mean"),
-        ({"loss": "errors.sum(), 2 * len(errors)"}, "failure", "loss", "counted 16 items"),
-        ({"model": UNUSED}, "warning", "model", "other.weight, other.bias get no gradient"),
-        ({"metric": "outputs.mean()"}, "failure", "metrics", "own returned a tensor of shape ()"),
+        ({"imports": "torch"}, "warning", "import", "torch"),
+        ({"loss": "errors.mean(), len(errors)"}, "failure", "loss", "mean"),
+        ({"loss": "errors.sum(), 2 * len(errors)"}, "failure", "loss", "16 items in a batch of 8"),
+        ({"model": UNUSED}, "warning", "model", "unused.weight, unused.bias"),
+        (
+            {"metric": "outputs.mean()"},
+            "failure",
+            "metrics",
+            "tensor of shape ()",
+        ),
         ({"metric": "batch[7]"}, "failure", "metrics", "IndexError"),
-        ({"metric": "(outputs.sum(), 0)"}, "warning", "metrics", "counted nothing"),
+        ({"metric": "(outputs.sum(), 0)"}, "warning", "metrics", "custom counted 0 items"),
         (
             {"train": "ByProcess(*train.tensors)"},
             "failure",
             "data",
-            "others when two DataLoader workers read at once",
+            "samples 0, 1, 2, 3 and 4 more",
         ),
         (
             {"loss": "errors.sum() / 0, len(errors)"},
@@ -95,48 +100,48 @@ UNUSED = """class Net(nn.Module):
             {"model": "return nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1))"},
             "warning",
             "BatchNorm",
-            "statistics over the micro-batch",
+            "micro-batch of one rank",
         ),
     ],
 )
-def test_what_is_wrong_is_said(
-    run: Commands, changes: dict[str, str], level: str, check: str, words: str
+def test_each_defect_is_found(
+    run: Commands, changes: dict[str, str], level: str, check: str, fragment: str
 ) -> None:
-    """In words, with what to do; the exit code is 1 where a run would fail or be wrong."""
-    text = HEAD
-    for name, value in (RIGHT | changes).items():
+    """Each defect gives a finding with a remedy, and a failure gives exit code 1."""
+    text = RECIPE
+    for name, value in (CORRECT | changes).items():
         text = text.replace(f"{{{name}}}", value)
     (run.folder / "odd.py").write_text(text)
     launcher = ("launcher",) if check != "import" else ("python", "-m", "launcher")  # from cold
     done = run(*launcher, "check", "odd.py", "--json")
     assert done.exit_code == (1 if level == "failure" else 0), done.stdout + done.stderr
     findings = json.loads(done.stdout)["findings"]
-    (found,) = (each for each in findings if each["check"] == check)
-    assert found["level"] == level, findings
-    assert words in found["found"]
-    assert bool(found["remedy"]) == (level != "ok")
+    (finding,) = (finding for finding in findings if finding["check"] == check)
+    assert finding["level"] == level, findings
+    assert fragment in finding["found"]
+    assert bool(finding["remedy"]) == (level != "ok")
 
 
-def test_our_recipe_is_right(run: Commands) -> None:
-    """Nothing to warn of, and what was found is a line each."""
+def test_an_installed_recipe_passes(run: Commands) -> None:
+    """The digits recipe has no failure; the findings show the lr that was set and the samples."""
     done = run("launcher", "check", "digits", "lr=0.2")
     assert done.exit_code == 0, done.stderr
     assert "lr 0.2" in done.stdout
-    assert "1,437 training samples, 360 held out" in done.stdout
+    assert "1,437 training samples, 360 evaluation samples" in done.stdout
     assert done.stdout.endswith("6 ok, 0 warnings, 0 failures\n") or "1 warning" in done.stdout
 
 
-def test_a_recipe_for_several_ranks_is_tried_out(run: Commands) -> None:
-    """What shards over ranks is planned for them, and looked at in one process."""
+def test_a_sharded_recipe_passes(run: Commands) -> None:
+    """A recipe that needs several ranks is planned for them and inspected in one process."""
     done = run("launcher", "check", "gpt:gpt_fsdp", f"data={ROOT}/recipes")
     assert done.exit_code == 0, done.stderr
     assert "0 failures" in done.stdout
 
 
-def test_a_recipe_that_raises_is_shown(run: Commands) -> None:
-    """With its traceback, once."""
-    text = HEAD
-    for name, value in (RIGHT | {"model": "raise OSError('no such thing')"}).items():
+def test_an_exception_is_shown_once(run: Commands) -> None:
+    """An exception in the recipe is printed once, with its traceback."""
+    text = RECIPE
+    for name, value in (CORRECT | {"model": "raise OSError('no such thing')"}).items():
         text = text.replace(f"{{{name}}}", value)
     (run.folder / "odd.py").write_text(text)
     done = run("launcher", "check", "odd.py")
@@ -145,8 +150,8 @@ def test_a_recipe_that_raises_is_shown(run: Commands) -> None:
 
 
 @pytest.mark.parametrize("source", ["digits", "fashion_mnist", "gpt", "resnet", "tabular"])
-def test_a_copy_plans_at_once(run: Commands, source: str) -> None:
-    """Under its own name, in a folder of one's own."""
+def test_a_copy_can_be_planned(run: Commands, source: str) -> None:
+    """`launcher new` copies a recipe under a new name into a new folder; the copy trains."""
     done = run("launcher", "new", "work/mine", "--from", source)
     assert done.exit_code == 0, done.stderr
     assert "launcher run work/mine.py" in done.stdout
@@ -159,43 +164,44 @@ def test_a_copy_plans_at_once(run: Commands, source: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "fragment"),
     [
-        ("my-recipe", "cannot be the name of a recipe"),
-        ("class", "cannot be the name of a recipe"),
-        ("there", "is there already"),
-        ("there.py/mine", "Cannot write"),
+        ("my-recipe", "my-recipe"),
+        ("class", "class"),
+        ("existing", "existing.py"),
+        ("existing.py/mine", "existing.py/mine.py"),
     ],
 )
-def test_a_name_that_will_not_do_is_refused(run: Commands, name: str, words: str) -> None:
-    """And what is there stays as it is."""
-    (run.folder / "there.py").write_text("kept")
+def test_an_unusable_name_is_refused(run: Commands, name: str, fragment: str) -> None:
+    """The error names what was asked, and an existing file keeps its content."""
+    (run.folder / "existing.py").write_text("kept")
     done = run("launcher", "new", name)
     assert done.exit_code == 2
-    assert words in done.stderr
-    assert (run.folder / "there.py").read_text() == "kept"
+    assert fragment in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (run.folder / "existing.py").read_text() == "kept"
 
 
 def test_only_the_name_is_renamed() -> None:
-    """Not what contains it, what stands behind a dot, or words in text."""
+    """Renaming leaves longer names, attributes and text in strings alone."""
     text = 'def old(x):\n    """An old one."""\n    return m.old(x, old, "old", "an old", older)\n'
     assert renamed(text, "old", "new") == (
         'def new(x):\n    """An old one."""\n    return m.old(x, new, "new", "an old", older)\n'
     )
 
 
-CONTENTS = {
+SAMPLES = {
     "missing": "torch.tensor([float('nan'), 1.0, 2.0])",
     "arrays": "torch.ones(3).numpy()",
     "objects": "Pair(torch.ones(3), object())",
 }
 
 
-@pytest.mark.parametrize("content", CONTENTS)
-def test_what_samples_may_hold(run: Commands, content: str) -> None:
-    """NaN, arrays, and objects of the recipe's own are the same when they are read again."""
-    text = HEAD.replace("return Data(train={train}, evaluation=train)", "return samples()")
-    for name, value in RIGHT.items():
+@pytest.mark.parametrize("kind", SAMPLES)
+def test_samples_of_any_type_compare_equal(run: Commands, kind: str) -> None:
+    """Samples with NaN, arrays or custom objects count as unchanged when they are read again."""
+    text = RECIPE.replace("return Data(train={train}, evaluation=train)", "return samples()")
+    for name, value in CORRECT.items():
         text = text.replace(f"{{{name}}}", value)
     text = text.replace("errors = (outputs.squeeze(1) - batch[1])", "errors = outputs.squeeze(1)")
     text = text.replace("data=build_data,", "data=build_data, forward=forward,")
@@ -216,7 +222,7 @@ def samples():
     def collate(samples):
         return samples[0], samples
 
-    return Data(train=[{CONTENTS[content]} for _ in range(16)], collate=collate)
+    return Data(train=[{SAMPLES[kind]} for _ in range(16)], collate=collate)
 
 
 def forward(model, batch):

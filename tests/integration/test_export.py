@@ -1,4 +1,4 @@
-"""`launcher export`: files that start the ranks of a plan, and the command that takes them."""
+"""`launcher export` writes the configuration of Accelerate and DeepSpeed for a plan."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from launcher.engine.probes.parity import compare, read_trace
 from launcher.runs.rundir import RunDir
 
 RECIPE = str(ROOT / "tests/recipes/worlds.py")
-GIVEN = ("micro_batch_size=20", "lr=0.05", "max_grad_norm=0.5", "schedule=cosine(0.1)")
+SETTINGS = ("micro_batch_size=20", "lr=0.05", "max_grad_norm=0.5", "schedule=cosine(0.1)")
 
 
 @pytest.fixture(scope="module")
-def alone(module_run: Commands) -> Path:
-    """Return the run folder of one process."""
-    done = module_run("launcher", "run", f"{RECIPE}:worlds", "-n", "1", *GIVEN, "--out", "alone")
+def one_process(module_run: Commands) -> Path:
+    """Return the run folder of the same training on one process."""
+    done = module_run("launcher", "run", f"{RECIPE}:worlds", "-n", "1", *SETTINGS, "--out", "one")
     assert done.exit_code == 0, done.stderr
-    return module_run.folder / "alone"
+    return module_run.folder / "one"
 
 
 @pytest.mark.parametrize(
-    ("strategy", "files", "spreads"),
+    ("strategy", "files", "layout"),
     [
         ("ddp", ("--accelerate", "ddp.yaml"), "DDP over gloo"),
         ("fsdp", ("--accelerate", "fsdp.yaml"), "FSDP over gloo"),
@@ -39,48 +39,48 @@ def alone(module_run: Commands) -> Path:
         ("zero1", ("--deepspeed", "zero1.json"), "DeepSpeed ZeRO-1 over gloo"),
     ],
 )
-def test_the_command_that_is_printed_trains_the_plan(
-    module_run: Commands, alone: Path, strategy: str, files: tuple[str, ...], spreads: str
+def test_the_printed_command_trains_the_plan(
+    module_run: Commands, one_process: Path, strategy: str, files: tuple[str, ...], layout: str
 ) -> None:
-    """Accelerate, with the files and the command, takes the steps of one process."""
+    """The printed command takes the same steps under Accelerate as one process."""
     exported = module_run(
         *("launcher", "export", f"{RECIPE}:worlds", f"strategy={strategy}", "-n", "2"),
-        *(*GIVEN, *files),
+        *(*SETTINGS, *files),
     )
     assert exported.exit_code == 0, exported.stderr
-    *wrote, last = exported.stdout.splitlines()
-    assert sorted(wrote) == sorted(f"wrote {file}" for file in files[1::2])
-    command = shlex.split(last.removeprefix("launch: "))
-    # What the files say needs no repetition.
-    said = ("strategy=", "max_grad_norm=") if strategy.startswith("zero") else ("strategy=",)
-    command = [word for word in command if not word.startswith(said)]
-    port = ["--main_process_port", "0"]  # the fixed one may be taken by another test
+    *written, launch = exported.stdout.splitlines()
+    assert sorted(written) == sorted(f"wrote {file}" for file in files[1::2])
+    command = shlex.split(launch.removeprefix("launch: "))
+    # Settings that the files contain need not be repeated on the command line.
+    in_files = ("strategy=", "max_grad_norm=") if strategy.startswith("zero") else ("strategy=",)
+    command = [argument for argument in command if not argument.startswith(in_files)]
+    port = ["--main_process_port", "0"]  # another test may use the printed port
     done = module_run(*command[:2], *port, *command[2:], "--out", strategy)
     assert done.exit_code == 0, done.stderr
-    assert f"ranks       2 = 1 node x 2 CPU ranks, {spreads}" in done.stdout
-    found = read_trace(RunDir(module_run.folder / strategy))
-    difference = compare(read_trace(RunDir(alone)), found, 1e-5)
+    assert f"ranks       2 = 1 node x 2 CPU ranks, {layout}" in done.stdout
+    trace = read_trace(RunDir(module_run.folder / strategy))
+    difference = compare(read_trace(RunDir(one_process)), trace, 1e-5)
     assert difference.agrees, difference
 
 
-def test_the_deepspeed_command_trains_the_same(
-    module_run: Commands, alone: Path, free_port: int
+def test_the_deepspeed_command_trains_the_plan(
+    module_run: Commands, one_process: Path, free_port: int
 ) -> None:
-    """DeepSpeed's own launcher starts a recipe as it is."""
+    """DeepSpeed's own launcher runs a recipe file unchanged, to the weights of one process."""
     done = module_run(
         *("deepspeed", "--num_accelerators", "2", "--master_port", str(free_port)),
-        *(RECIPE, "strategy=zero2", *GIVEN, "--out", "deepspeed"),
+        *(RECIPE, "strategy=zero2", *SETTINGS, "--out", "deepspeed"),
         env={"DS_ACCELERATOR": "cpu"},
     )
     assert done.exit_code == 0, done.stderr
     assert "DeepSpeed ZeRO-2 over gloo" in done.stdout
     weights = load_file(module_run.folder / "deepspeed/model.safetensors")
-    for name, weight in load_file(alone / "model.safetensors").items():
+    for name, weight in load_file(one_process / "model.safetensors").items():
         assert torch.allclose(weights[name], weight, rtol=1e-5, atol=1e-7)
 
 
-def test_files_say_all(run: Commands) -> None:
-    """Nothing is left to a default of the user's: every value is there, and none is "auto"."""
+def test_files_are_complete(run: Commands) -> None:
+    """The files set every planned value and contain no "auto" for the user's defaults to fill."""
     done = run(
         *("launcher", "export", "digits", "strategy=zero3", "offload=cpu", "precision=bf16"),
         *("-n", "4", "--nodes", "2", "device=cuda", "micro_batch_size=4"),
@@ -114,20 +114,20 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "fragment"),
     [
-        ([], "Say what to write: --accelerate FILE.yaml, --deepspeed FILE.json or both."),
-        (["--deepspeed", "d.json"], "the plan is for strategy=ddp, which DeepSpeed has no part in"),
-        (["--accelerate", "no/a.yaml"], "Cannot write no/a.yaml: No such file or directory."),
-        (["--accelerate", "."], "Cannot write .: Is a directory."),
-        (["strategy=fsdp", "-n", "1", "--accelerate", "a.yaml"], "there is 1 rank"),
+        ([], "--accelerate FILE.yaml"),
+        (["--deepspeed", "d.json"], "strategy=ddp"),
+        (["--accelerate", "no/a.yaml"], "no/a.yaml: No such file or directory"),
+        (["--accelerate", "."], "Is a directory"),
+        (["strategy=fsdp", "-n", "1", "--accelerate", "a.yaml"], "1 rank"),
     ],
 )
-def test_what_cannot_be_written_is_refused(
-    run: Commands, arguments: list[str], message: str
+def test_an_impossible_export_is_refused(
+    run: Commands, arguments: list[str], fragment: str
 ) -> None:
-    """One sentence, and no file."""
+    """An impossible export gives exit code 2 and writes no file."""
     done = run("launcher", "export", "digits", *arguments)
     assert done.exit_code == 2
-    assert message in done.stderr
+    assert fragment in done.stderr
     assert list(run.folder.iterdir()) == []

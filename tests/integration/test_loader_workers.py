@@ -116,7 +116,7 @@ def test_a_shared_file_is_refused(packed: Commands) -> None:
     )
     done = packed("launcher", "check", "packed.py")
     assert done.exit_code == 1
-    assert "share the position" in done.stdout
+    assert "worker_start=spawn" in done.stdout
 
 
 @pytest.mark.parametrize(

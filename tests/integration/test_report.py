@@ -1,4 +1,4 @@
-"""Pages of real runs, looked at in a real browser."""
+"""`launcher report`: pages of real runs, checked in a real browser."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FAILING = ROOT / "tests/recipes/failing.py"
 
 @pytest.fixture(scope="module")
 def runs(module_run: Commands) -> Path:
-    """Return a folder of runs: one with a straggler, one that failed, one that was gone on with."""
+    """Return a folder with three runs: one with a straggler, a failed one and a resumed one."""
 
     def launch(*arguments: str | Path, code: int = 0) -> None:
         done = module_run("launcher", *arguments)
@@ -46,60 +46,57 @@ def runs(module_run: Commands) -> Path:
 
 @pytest.fixture(scope="module")
 def driver() -> Iterator[webdriver.Chrome]:
-    """Start one browser for all pages."""
+    """Start one browser for all tests of this module."""
     with browser() as started:
         yield started
 
 
 @needs_browser
-def test_a_page_shows_what_was_measured(runs: Path, driver: webdriver.Chrome) -> None:
-    """Figures hold the numbers of metrics.jsonl, are drawn, and are named for who reads them."""
-    seen = look(driver, runs / "slow/report.html")
-    assert seen.complaints() == []
+def test_figures_show_the_measured_values(runs: Path, driver: webdriver.Chrome) -> None:
+    """The curves in the browser hold the numbers of metrics.jsonl under their names."""
+    shown = look(driver, runs / "slow/report.html")
+    assert shown.complaints() == []
     rows = [row for row in read_lines(runs / "slow/metrics.jsonl") if "grad_norm" in row]
     steps = [row["step"] for row in rows]
-    assert seen.titles()[:2] == ["loss", "accuracy"]
-    assert seen.legend("loss") == ["training", "training, smoothed", "held-out"]
-    xs, ys = seen.curves("loss")["training"]
+    assert shown.titles()[:2] == ["loss", "accuracy"]
+    assert shown.legend("loss") == ["training", "training, smoothed", "held-out"]
+    xs, ys = shown.curves("loss")["training"]
     assert xs == steps
     assert ys == pytest.approx([row["loss"] for row in rows], rel=1e-5)
     for title, name in (("learning rate", "lr"), ("momentum", "momentum")):
-        curves = seen.curves(title)
+        curves = shown.curves(title)
         assert curves["used"][1] == pytest.approx([row[name] for row in rows], rel=1e-5)
         planned = dict(zip(*curves["planned"], strict=True))
         used = dict(zip(*curves["used"], strict=True))
         assert [planned[step] for step in steps] == pytest.approx([used[step] for step in steps])
-    assert seen.curves("gradient noise scale")["B_simple"][0][0] == 1
-    parts = seen.curves("where the time of a step goes")
-    assert list(parts) == [
-        "waiting for data",
-        "waiting for communication",
-        "computing and the rest",
-    ]
+    assert shown.curves("gradient noise scale")["B_simple"][0][0] == 1
+    parts = shown.curves("breakdown of step time")
+    assert len(parts) == 3
+    for name, word in zip(parts, ("data", "communication", "computing"), strict=True):
+        assert word in name
     sums = [sum(ys) for ys in zip(*(ys for _, ys in parts.values()), strict=True)]
     assert sums == pytest.approx([1e3 * row["step_seconds"] for row in rows], rel=0.01)
 
 
 @needs_browser
-def test_each_figure_is_seen(runs: Path, driver: webdriver.Chrome) -> None:
-    """In a picture of each figure there are pixels of its first curve's or bar's colour."""
-    seen = look(driver, runs / "slow/report.html")
-    titles = seen.titles()
+def test_each_figure_is_drawn(runs: Path, driver: webdriver.Chrome) -> None:
+    """A screenshot of each figure has pixels in the colours of its curves or bars."""
+    shown = look(driver, runs / "slow/report.html")
+    titles = shown.titles()
     assert len(titles) >= 12
     for title in titles:
-        colours = seen.coloured(title)
+        colours = shown.coloured(title)
         assert sum(colours.values()) > 20, (title, colours)
 
 
 @needs_browser
 def test_the_straggler_is_named(runs: Path, driver: webdriver.Chrome) -> None:
-    """The rank that pauses is named, and its bar is the longest."""
-    seen = look(driver, runs / "slow/report.html")
-    text = seen.ask("document.body.innerText")
-    assert re.search(r"The others wait for rank 1 \(\d", text), text
-    [(names, values)] = seen.curves(
-        "a rank's own part of a step, without waiting for others"
-    ).values()
+    """The rank that pauses is named as a straggler and has the longest bar."""
+    shown = look(driver, runs / "slow/report.html")
+    text = shown.ask("document.body.innerText")
+    assert re.search(r"rank 1 \(\d", text), text
+    title = "step time of each rank, excluding waits for other ranks"
+    [(names, values)] = shown.curves(title).values()
     assert [str(name) for name in names] == ["0", "1"]
     assert values[1] > values[0] + 15, "milliseconds; the pause is 20"
 
@@ -108,46 +105,48 @@ def test_the_straggler_is_named(runs: Path, driver: webdriver.Chrome) -> None:
 @pytest.mark.parametrize("page", ["slow/report.html", "both.html", "failed/report.html"])
 @pytest.mark.parametrize("dark", [False, True])
 def test_a_page_is_readable(runs: Path, driver: webdriver.Chrome, page: str, dark: bool) -> None:
-    """On a phone, in light and dark: nothing is cut off, text is told from what is behind it."""
-    seen = look(driver, runs / page, width=390, dark=dark)
-    assert seen.ask("document.documentElement.scrollWidth") <= 390
-    light = seen.ask("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
-    assert light is not dark
-    contrasts = seen.contrasts()
+    """On a phone, in light and dark, nothing overflows and text has the contrast of WCAG AA."""
+    shown = look(driver, runs / page, width=390, dark=dark)
+    assert shown.ask("document.documentElement.scrollWidth") <= 390
+    is_light = shown.ask("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert is_light is not dark
+    contrasts = shown.contrasts()
     assert {"h1", "td", "summary"} <= contrasts.keys() or page.startswith("failed")
     assert all(contrast >= CONTRAST for contrast in contrasts.values()), contrasts
-    assert seen.complaints() == []
+    assert shown.complaints() == []
 
 
 @needs_browser
-def test_a_page_asks_for_nothing(runs: Path, driver: webdriver.Chrome) -> None:
-    """It loads nothing besides itself, and what it would load is forbidden."""
-    seen = look(driver, runs / "slow/report.html")
-    assert seen.ask("performance.getEntriesByType('resource').length") == 0
-    seen.ask("void fetch('https://example.com').catch(() => { window.refused = true; })")
+def test_a_page_loads_nothing(runs: Path, driver: webdriver.Chrome) -> None:
+    """A page loads no resource, and its content security policy blocks requests."""
+    shown = look(driver, runs / "slow/report.html")
+    assert shown.ask("performance.getEntriesByType('resource').length") == 0
+    shown.ask("void fetch('https://example.com').catch(() => { window.refused = true; })")
     driver.set_script_timeout(10)
     driver.execute_async_script("setTimeout(arguments[0], 200)")
-    assert seen.ask("window.refused") is True
-    assert "Content Security Policy" in seen.complaints()[0]
+    assert shown.ask("window.refused") is True
+    assert "Content Security Policy" in shown.complaints()[0]
 
 
 @needs_browser
-def test_each_figure_is_said_in_words(runs: Path, driver: webdriver.Chrome) -> None:
-    """Who cannot see a figure is told its curves with their ends, and finds a table of numbers."""
-    seen = look(driver, runs / "slow/report.html")
-    labels = seen.ask("[...document.querySelectorAll('[role=img]')].map(e => e.ariaLabel)")
-    assert len(labels) == len(seen.titles())
+def test_each_figure_has_a_description(runs: Path, driver: webdriver.Chrome) -> None:
+    """Each figure has a text alternative with its last value, and a table of numbers."""
+    shown = look(driver, runs / "slow/report.html")
+    labels = shown.ask("[...document.querySelectorAll('[role=img]')].map(img => img.ariaLabel)")
+    assert len(labels) == len(shown.titles())
     last = [row for row in read_lines(runs / "slow/metrics.jsonl") if "grad_norm" in row][-1]
     assert f"to {last['loss']:.4g} at {last['step']}" in labels[0]
-    for label, title in zip(labels, seen.titles(), strict=True):
+    for label, title in zip(labels, shown.titles(), strict=True):
         assert label.startswith(title)
-    rows = seen.ask("[...document.querySelectorAll('figcaption tbody')].map(e => e.rows.length)")
+    rows = shown.ask(
+        "[...document.querySelectorAll('figcaption tbody')].map(body => body.rows.length)"
+    )
     assert min(rows) >= 1
 
 
 @needs_browser
 def test_without_scripts_there_are_numbers(runs: Path, driver: webdriver.Chrome) -> None:
-    """Where scripts are not run, the page has the words and the tables."""
+    """Without scripts a page still has the descriptions and tables of its figures."""
     driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
     try:
         look(driver, runs / "slow/report.html")
@@ -159,62 +158,62 @@ def test_without_scripts_there_are_numbers(runs: Path, driver: webdriver.Chrome)
 
 
 @needs_browser
-def test_a_failed_run_has_its_post_mortem_first(runs: Path, driver: webdriver.Chrome) -> None:
-    """Who failed and how come before anything else."""
-    seen = look(driver, runs / "failed/report.html")
-    assert seen.ask("document.querySelector('.state').textContent") == "failed"
-    assert seen.ask("document.querySelector('h2').textContent") == "Post-mortem"
-    text = seen.ask("document.querySelector('section').innerText")
+def test_a_failure_comes_first(runs: Path, driver: webdriver.Chrome) -> None:
+    """The page of a failed run begins with the rank that failed and its exception."""
+    shown = look(driver, runs / "failed/report.html")
+    assert shown.ask("document.querySelector('.state').textContent") == "failed"
+    assert shown.ask("document.querySelector('h2').textContent") == "Failure"
+    text = shown.ask("document.querySelector('section').innerText")
     assert "ValueError: the loss of rank one" in text
-    assert "failed on rank 1" in text
-    assert seen.complaints() == []
+    assert "rank 1" in text
+    assert shown.complaints() == []
 
 
 @needs_browser
-def test_attempts_are_on_the_clock(runs: Path, driver: webdriver.Chrome) -> None:
-    """A run that was gone on with has a stretch of time for each attempt, and its checkpoints."""
-    seen = look(driver, runs / "on/report.html")
-    curves = seen.curves("what happened when")
+def test_attempts_are_on_a_timeline(runs: Path, driver: webdriver.Chrome) -> None:
+    """The timeline of a resumed run has a span for each attempt, and its checkpoints."""
+    shown = look(driver, runs / "on/report.html")
+    curves = shown.curves("attempts and checkpoints over time")
     assert list(curves) == ["1", "2", "checkpoint"]
     events = read_lines(runs / "on/events.jsonl")
     began = [event["time"] for event in events if event["event"] == "began"]
-    bases = seen.ask(
+    bases = shown.ask(
         "[...document.querySelectorAll('.drawing')]"
-        ".flatMap(d => d.data.filter(e => e.base).map(e => e.base[0] / 1000))"
+        ".flatMap(d => d.data.filter(bar => bar.base).map(bar => bar.base[0] / 1000))"
     )
     assert bases == pytest.approx(began, abs=0.01)
-    text = seen.ask("document.body.innerText")
+    text = shown.ask("document.body.innerText")
     assert "finished after step 36" in text
     assert "finished after step 60" in text
-    assert seen.complaints() == []
+    assert shown.complaints() == []
 
 
 @needs_browser
 def test_runs_are_compared(runs: Path, driver: webdriver.Chrome) -> None:
-    """What sets them apart comes first; their curves lie on each other."""
-    seen = look(driver, runs / "both.html")
-    assert seen.complaints() == []
-    assert seen.ask("document.querySelector('h2').textContent") == "What sets them apart"
-    rows = seen.ask(
+    """A comparison begins with the differing settings and draws the curves of all runs together."""
+    shown = look(driver, runs / "both.html")
+    assert shown.complaints() == []
+    assert shown.ask("document.querySelector('h2').textContent") == "Differences"
+    rows = shown.ask(
         "[...document.querySelector('table').rows].map(row => [...row.cells].map(c => c.innerText))"
     )
     assert rows[0] == ["", "slow", "on"]
-    found = {row[0]: row[1:] for row in rows[1:]}
-    assert found["lr"] == ["0.1", "0.2"]
-    assert found["epochs"] == ["10", "5"]
-    assert found["nproc_per_node"] == ["2", "1"]
-    assert "batch_size" not in found, "it is the same"
+    differences = {row[0]: row[1:] for row in rows[1:]}
+    assert differences["lr"] == ["0.1", "0.2"]
+    assert differences["epochs"] == ["10", "5"]
+    assert differences["nproc_per_node"] == ["2", "1"]
+    assert "batch_size" not in differences, "both runs have the same"
     for name in ("slow", "on"):
         history = History(RunDir(runs / name))
-        xs, ys = seen.curves("training loss, smoothed")[name]
+        xs, ys = shown.curves("training loss, smoothed")[name]
         assert xs == list(history.steps["step"])
         assert ys == pytest.approx(smoothed(history.steps["loss"]), rel=1e-5)
-        seconds, _ = seen.curves("training loss over the time at work, smoothed")[name]
+        seconds, _ = shown.curves("training loss over run time, smoothed")[name]
         assert 0 < seconds[0] < seconds[-1] <= (history.seconds_at_work() or 0)
 
 
-def test_what_finders_measured_is_on_the_page(run: Commands) -> None:
-    """The plots of a range test and of the loader, of folders that are given."""
+def test_a_page_shows_a_range_test(run: Commands) -> None:
+    """The folder of `launcher find lr` adds its plot to a page, and is refused without a run."""
     done = run("launcher", "run", "digits", "-n", "1", "epochs=1", "--out", "one")
     assert done.exit_code == 0, done.stderr
     done = run("launcher", "find", "lr", "digits", "-n", "1", "--steps", "40", "--out", "lr")
@@ -223,14 +222,14 @@ def test_what_finders_measured_is_on_the_page(run: Commands) -> None:
     assert done.exit_code == 0, done.stderr
     page = (run.folder / "page.html").read_text()
     assert "<h2>Learning rate, at a batch of 128</h2>" in page
-    assert "digits: loss of 128 samples over the learning rate" in page
+    assert "digits: loss of 128 samples" in page
     done = run("launcher", "report", "lr")
     assert done.exit_code == 2
-    assert "Give the folder of one as well." in done.stderr
+    assert "lr" in done.stderr
 
 
-def test_the_run_that_was_tuned_is_found(run: Commands) -> None:
-    """Where settings came from a tuned.yaml, what was measured beside it is on the page."""
+def test_a_page_shows_the_tuning_of_its_run(run: Commands) -> None:
+    """A run with --config tuned.yaml shows what `launcher tune` measured in that folder."""
     tuned = run.folder / "runs/tuned"
     (tuned / "loader").mkdir(parents=True)
     (tuned / "tuned.yaml").write_text("lr: 0.05\n")
@@ -243,9 +242,9 @@ def test_the_run_that_was_tuned_is_found(run: Commands) -> None:
         folder = tuned / f"loader/workers-{workers}"
         folder.mkdir()
         (folder / "run.yaml").write_text((run.folder / "one/run.yaml").read_text())
-        plan = (folder / "run.yaml").read_text()
-        plan = re.sub(r"workers_per_rank: \d+", f"workers_per_rank: {workers}", plan, count=1)
-        (folder / "run.yaml").write_text(plan)
+        text = (folder / "run.yaml").read_text()
+        text = re.sub(r"workers_per_rank: \d+", f"workers_per_rank: {workers}", text, count=1)
+        (folder / "run.yaml").write_text(text)
         (folder / "reading.json").write_text(json.dumps({"samples_per_second": rate}))
     done = run("launcher", "report", "one")
     assert done.exit_code == 0, done.stderr
@@ -255,29 +254,29 @@ def test_the_run_that_was_tuned_is_found(run: Commands) -> None:
 
 
 @pytest.mark.parametrize(
-    ("folder", "message"),
-    [("missing", "it does not exist"), (".", "it has no run.yaml")],
+    ("folder", "fragment"),
+    [("missing", "missing"), (".", "run.yaml")],
 )
-def test_what_is_no_run_is_refused(run: Commands, folder: str, message: str) -> None:
-    """With what it is instead, and nothing written."""
+def test_another_folder_is_refused(run: Commands, folder: str, fragment: str) -> None:
+    """A folder without a run gives exit code 2, and nothing is written."""
     done = run("launcher", "report", folder)
     assert done.exit_code == 2
-    assert message in done.stderr
+    assert fragment in done.stderr
     assert list(run.folder.iterdir()) == []
 
 
 def test_a_folder_of_another_version_is_refused(run: Commands) -> None:
-    """A plan that lacks what this version knows is named, without a traceback."""
+    """A run.yaml that lacks fields of this version is refused without a traceback."""
     (run.folder / "old").mkdir()
     (run.folder / "old/run.yaml").write_text("recipe: digits\nplan:\n  recipe: digits\n")
     done = run("launcher", "report", "old")
     assert done.exit_code == 2
-    assert "not one of this version of launcher" in done.stderr
+    assert "old/run.yaml" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_keys_are_not_on_a_page(run: Commands) -> None:
-    """A key of the environment that an error names is hidden, on the page and in the folder."""
+def test_secrets_are_redacted(run: Commands) -> None:
+    """An API key of the environment is redacted on the page and in every file of the folder."""
     key = "a1b2c3d4e5f6a7b8"
     (run.folder / "leaky.py").write_text(
         "import os\nfrom dataclasses import replace\nfrom launcher.recipes.digits import digits\n"
@@ -298,36 +297,36 @@ def test_keys_are_not_on_a_page(run: Commands) -> None:
 
 
 def test_many_points_are_thinned_to_their_extremes() -> None:
-    """A spike among many steps is still there; gaps stay gaps; a logarithm has no zero."""
+    """Thinning keeps a spike, both ends and gaps, and drops zeros on a logarithmic axis."""
     xs: list[float] = list(range(100_000))
     ys = [math.sin(x / 1000) for x in xs]
     ys[54_321] = 50.0
-    few, kept = thinned(xs, ys)
-    assert len(few) <= MOST_POINTS + 2
-    assert (few[0], few[-1]) == (0, 99_999)
-    assert max(kept) == 50.0
+    thin_xs, thin_ys = thinned(xs, ys)
+    assert len(thin_xs) <= MOST_POINTS + 2
+    assert (thin_xs[0], thin_xs[-1]) == (0, 99_999)
+    assert max(thin_ys) == 50.0
     assert thinned([1, 2, 3], [1.0, 0.0, 2.0], log=True) == ([1, 3], [1.0, 2.0])
-    gap = thinned([1, 2, 3], [1.0, math.nan, 2.0])[1]
-    assert math.isnan(gap[1])
+    _, with_gap = thinned([1, 2, 3], [1.0, math.nan, 2.0])
+    assert math.isnan(with_gap[1])
 
 
-def test_a_smooth_line_has_the_gaps_of_what_it_smooths() -> None:
-    """A loss that is not finite is not drawn as the mean of those before it."""
+def test_smoothing_keeps_gaps() -> None:
+    """A smoothed curve is NaN where its values are, and continues after them."""
     assert smoothed([2.0, 2.0, math.nan, 2.0])[:2] == [2.0, 2.0]
     assert math.isnan(smoothed([2.0, math.nan])[1])
     assert smoothed([math.nan, 3.0])[1] == 3.0
 
 
-def test_stragglers_are_measured_by_the_others() -> None:
-    """With two ranks the slow one by the fast one; none where all are alike."""
+def test_stragglers_exceed_the_median_of_the_others() -> None:
+    """A straggler is listed with its time relative to the median of the other ranks."""
     assert stragglers([1.0, 3.0]) == [(1, 3.0)]
     assert stragglers([1.0, 1.0, 1.1, 1.0]) == []
     assert stragglers([1.0, 2.0, 1.0, 4.0]) == [(3, 4.0), (1, 2.0)]
     assert stragglers([1.0]) == []
 
 
-def test_a_long_name_does_not_end_the_script(run: Commands) -> None:
-    """A metric that is named like HTML is text, in the page and in its figures."""
+def test_a_metric_name_cannot_end_the_script(run: Commands) -> None:
+    """A metric with HTML in its name is escaped in the page and in its figures."""
     (run.folder / "odd.py").write_text(
         "from dataclasses import replace\nfrom launcher.recipes.digits import digits\n"
         "from launcher import Recipe\n\n\ndef odd() -> Recipe:\n"
