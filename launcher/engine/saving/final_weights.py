@@ -7,7 +7,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from launcher.engine.backends.base import whole_names
+from launcher.engine.backends.base import state_dict_names
 from launcher.engine.state.compiled import plain_name
 from launcher.errors import RecipeError, TrainingError
 from launcher.runs.checkpoints import list_checkpoints
@@ -22,7 +22,7 @@ def check_savable(model: nn.Module) -> None:
     """
     tensors = model.state_dict()
     refused: dict[torch.dtype, str] = {}
-    for name in whole_names(model):
+    for name in state_dict_names(model):
         tensor = tensors[name]
         why = None
         if tensor.layout != torch.strided:

@@ -67,7 +67,7 @@ def checksum(tensor: Tensor) -> int:
     return zlib.crc32(flat.numpy().tobytes(), zlib.crc32(repr(tuple(tensor.shape)).encode()))
 
 
-def own_buffers(model: nn.Module, rank: int, gather: Gather) -> dict[str, Tensor]:
+def buffers_to_save(model: nn.Module, rank: int, gather: Gather) -> dict[str, Tensor]:
     """Return copies on the host of the buffers that this rank keeps (collective).
 
     Rank 0 keeps all of its own. A buffer that differs between ranks is kept by each of them.
@@ -254,7 +254,7 @@ def _refused_type(value: Any) -> str | None:
     return None if isinstance(value, Tensor) or is_plain(value) else type(value).__name__
 
 
-def own_extra_state(model: nn.Module, gather: Gather) -> dict[str, Any]:
+def gather_extra_state(model: nn.Module, gather: Gather) -> dict[str, Any]:
     """Return the extra state of all ranks, the same on every rank (collective)."""
     if not any(True for _ in _stateful(model)):
         return {}
