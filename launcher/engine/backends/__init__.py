@@ -1,4 +1,14 @@
-"""How ranks work together: one file per engine, behind the seam in base.py."""
+"""How ranks train together: one module per backend, behind the interface in base.py.
+
+base                 `Backend`, the interface that the training loop calls
+local                one process without a process group
+accelerate           DistributedDataParallel and FSDP
+deepspeed            ZeRO stages 1 to 3
+placement            the rank's device, and copies of batches to it
+call_order           detects ranks that gather weights in different orders (FSDP, ZeRO-3)
+reduction_order      makes ZeRO-1 and ZeRO-2 reduce gradients in one order on every rank
+unused_parameters    zero gradients for parameters that a rank did not use (DDP)
+"""
 
 from __future__ import annotations
 
@@ -16,10 +26,12 @@ if TYPE_CHECKING:
 
 
 def open_backend(recipe: Recipe, plan: Plan, world: World) -> Backend:
-    """Return the backend that the plan names; Accelerate and DeepSpeed only for their own.
+    """Return the backend that the plan names.
+
+    Accelerate and DeepSpeed are imported only for the backends that need them.
 
     Raises:
-        WorldError: The processes or the device found are not those planned.
+        WorldError: The processes or the device differ from what was planned.
     """
     if plan.backend == "local":
         from launcher.engine.backends.local import LocalBackend

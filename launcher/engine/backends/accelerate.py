@@ -1,7 +1,6 @@
-"""Ranks in a process group, through Accelerate: gloo between CPU ranks, NCCL between GPUs.
+"""DistributedDataParallel and FSDP through Accelerate, over gloo (CPUs) or NCCL (GPUs).
 
-DistributedDataParallel and FSDP are here; DeepSpeed, which Accelerate starts too, is in
-deepspeed.py.
+`GroupBackend` forms the process group for these and for DeepSpeed (deepspeed.py).
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from launcher.engine.backends.base import Backend, whole_names
-from launcher.engine.backends.call_order import call_order_of
+from launcher.engine.backends.base import Backend, state_dict_names
+from launcher.engine.backends.call_order import watch_call_order
 from launcher.engine.backends.placement import planned_device
 from launcher.engine.backends.unused_parameters import UsedParameters
 from launcher.engine.ranks.external_store import TIMEOUT, open_store
@@ -48,47 +47,53 @@ from launcher.recipe.recipe import Recipe
 
 T = TypeVar("T")
 
-_TIMED_AT_FIRST, _TIMED_STRIDE = 10, 100
-_PARTS = "comm", "compute_comm_overlap"
+_NUM_FIRST_TIMED, _TIMED_STRIDE = 10, 100
+"""On GPUs, DDP times the first passes and then one pass in each stride."""
+
+_TIMED_PARTS = "comm", "compute_comm_overlap"
 
 
 class GroupBackend(Backend):
-    """Accelerate forms the process group; what it is told comes from the plan alone.
+    """A backend whose process group Accelerate forms, configured by the plan alone.
 
-    Its optimizer, scheduler and DataLoader wrappers are left out: the loop does what they would,
-    exactly for any split of the batch.
+    It does not use Accelerate's wrappers for optimizers, schedulers and DataLoaders: the training
+    loop does their work, exactly for any split of the batch.
 
     Args:
-        recipe: What is trained.
-        plan: Where.
-        world: This process's place.
-        kind: What Accelerate has to call it; anything else is refused.
+        recipe: The recipe to train.
+        plan: The plan of the run.
+        world: The position of this process among the ranks.
+        kind: The distributed type that Accelerate must report.
         plugins: Further arguments of `accelerate.Accelerator`.
+
+    Raises:
+        WorldError: The ranks could not form a group, or Accelerate formed another one than planned.
     """
 
     def __init__(
         self, recipe: Recipe, plan: Plan, world: World, *, kind: DistributedType, **plugins: Any
     ) -> None:
         super().__init__(recipe, plan, planned_device(recipe, plan, world.local_rank))
-        forget_settings()
+        reset_accelerate_state()
         cpu = plan.device == "cpu"
         if cpu:
-            os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # also where there are GPUs
-        channels = "gloo" if cpu else "nccl"
+            os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # otherwise a machine's GPUs are used
+        communication_backend = "gloo" if cpu else "nccl"
         if recipe.offload and STRATEGIES[plan.strategy].uses_fsdp and not cpu:
-            # What lies on the CPU is summed there: Accelerate then adds gloo to NCCL, as here.
+            # Offloaded gradients are reduced on the CPU. These variables make Accelerate expect
+            # gloo beside NCCL.
             os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_OFFLOAD_PARAMS="true")
-            channels = "cuda:nccl,cpu:gloo"
+            communication_backend = "cuda:nccl,cpu:gloo"
         if not cpu and not check_cuda_p2p_ib_support():
-            # Consumer cards that cannot talk to each other directly; Accelerate insists on both.
+            # Consumer GPUs without peer-to-peer access. Accelerate requires both variables.
             os.environ.setdefault("NCCL_P2P_DISABLE", "1")
             os.environ.setdefault("NCCL_IB_DISABLE", "1")
-        meet(world, channels)
+        join_process_group(world, communication_backend)
         handlers = plugins.pop("kwargs_handlers", [])
         self._accelerator = Accelerator(
             cpu=plugins.pop("cpu", cpu),
-            mixed_precision="no",  # the loop's own autocast, the same under every backend
-            gradient_accumulation_steps=1,  # the loop's own, exact for ragged micro-batches
+            mixed_precision="no",  # the loop's autocast is the same under every backend
+            gradient_accumulation_steps=1,  # the loop accumulates exactly for ragged micro-batches
             kwargs_handlers=[
                 InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=TIMEOUT),
                 *handlers,
@@ -98,12 +103,13 @@ class GroupBackend(Backend):
         self._turns = Turns(dist.distributed_c10d._get_default_store(), world)  # noqa: SLF001
         self.rank = self._accelerator.process_index
         self.world_size = self._accelerator.num_processes
-        found = self._accelerator.distributed_type
-        if (found, self.world_size, self.rank) != (kind, plan.world_size, world.rank):
+        actual_kind = self._accelerator.distributed_type
+        if (actual_kind, self.world_size, self.rank) != (kind, plan.world_size, world.rank):
             raise WorldError(
-                f"Planned for rank {world.rank} of {plan.world_size} under {kind.value}; "
-                f"Accelerate formed rank {self.rank} of {self.world_size} under {found.value}. "
-                "Use `launcher run`, or look at the versions of accelerate and torch."
+                f"The plan expects rank {world.rank} of {plan.world_size} under {kind.value}, but "
+                f"Accelerate formed rank {self.rank} of {self.world_size} under "
+                f"{actual_kind.value}. Start the run with `launcher run`, or check the versions of "
+                "accelerate and torch."
             )
 
     def sum(self, values: Tensor) -> Tensor:
@@ -130,13 +136,14 @@ class GroupBackend(Backend):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self._accelerator.end_training()
-        forget_settings()
+        reset_accelerate_state()
 
 
 class DDPBackend(GroupBackend):
-    """Every rank holds the whole model; gradients are averaged while backward goes on.
+    """A backend in which every rank holds the whole model (DistributedDataParallel).
 
-    Buffers are not sent in every step: `BatchNorms.average` does better, when it matters.
+    Ranks average gradients while the backward pass runs. DDP does not broadcast buffers in every
+    step, because `BatchNorms.average` averages running statistics when they are needed.
     """
 
     def __init__(self, recipe: Recipe, plan: Plan, world: World) -> None:
@@ -157,33 +164,34 @@ class DDPBackend(GroupBackend):
         make_optimizer: Callable[[nn.Module], Optimizer],
     ) -> tuple[nn.Module, Optimizer]:
         with warnings.catch_warnings():
-            # torch 2.13 renames broadcast_buffers, which Accelerate has no other name for yet.
+            # torch 2.13 renames broadcast_buffers; Accelerate still passes the old name.
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
             wrapped = self._accelerator.prepare(self.place(model))
         if not isinstance(wrapped, DistributedDataParallel):
             raise WorldError(
-                f"Accelerate prepared a {type(wrapped).__name__} instead of DDP, so the ranks "
-                "would train copies of their own."
+                f"Accelerate returned a {type(wrapped).__name__} instead of a "
+                "DistributedDataParallel module, so each rank would train a separate copy of the "
+                "model. Check the versions of accelerate and torch."
             )
         self._wrapped = wrapped
         self._used = UsedParameters(wrapped.module)
         if self.device.type == "cpu":
-            # Reading a clock is nothing. On a GPU it waits for what has been asked of it.
+            # Timing every pass is cheap on a CPU. On a GPU it synchronises with the device.
             wrapped._set_ddp_runtime_logging_sample_rate(1)  # noqa: SLF001
         return wrapped, make_optimizer(wrapped.module)
 
     def unwrap(self, model: nn.Module) -> nn.Module:
-        # Accelerate's own unwrap_model imports DeepSpeed to see whether the model is one of its.
+        # Accelerate's own unwrap_model imports DeepSpeed to check for its engine.
         return self._wrapped.module
 
     def micro_step(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
-        self._averages = last
+        self._averages_gradients = last
         self._used.begin(accumulates=not last)
         return contextlib.nullcontext() if last else self._wrapped.no_sync()
 
     def backward(self, loss: Tensor, weight: float | Tensor) -> None:
         super().backward(loss, weight)
-        if self._averages:
+        if self._averages_gradients:
             self._used.complete()
 
     def apply(self, optimizer: Optimizer, max_grad_norm: float | None) -> Tensor:
@@ -192,24 +200,30 @@ class DDPBackend(GroupBackend):
         return norm
 
     def communication(self) -> tuple[float, int]:
-        """Return what DDP has timed: by its averages, in nanoseconds, over the timed backwards.
+        """Return the communication time that did not overlap with computation, as DDP measures it.
 
-        It times the first ten, and on GPUs then one in a hundred (torch 2.13, logger.cpp).
+        DDP times every backward pass on CPUs. On GPUs it times the first ten and then one in a
+        hundred (torch 2.13, logger.cpp). Its averages are in nanoseconds.
+
+        Returns:
+            The total (seconds, number of timed steps).
         """
-        said = self._wrapped._get_ddp_logging_data()  # noqa: SLF001
-        steps = int(said.get("iteration", 0))
+        logging_data = self._wrapped._get_ddp_logging_data()  # noqa: SLF001
+        steps = int(logging_data.get("iteration", 0))
         if self.device.type != "cpu":
-            steps = min(steps, _TIMED_AT_FIRST) + steps // _TIMED_STRIDE
-        whole, hidden = (said.get(f"avg_backward_{part}_time", 0) for part in _PARTS)
-        return steps * (whole - hidden) / 1e9, steps
+            steps = min(steps, _NUM_FIRST_TIMED) + steps // _TIMED_STRIDE
+        total, overlapped = (
+            logging_data.get(f"avg_backward_{part}_time", 0) for part in _TIMED_PARTS
+        )
+        return steps * (total - overlapped) / 1e9, steps
 
 
 class FSDPBackend(GroupBackend):
-    """Each rank holds a shard of every weight; a block is gathered while it is used (FSDP2).
+    """A backend in which each rank holds a shard of every weight (FSDP2).
 
-    Weights are gathered in the plan's precision; gradients are summed in fp32. They are summed in
-    every micro-step, because to keep them whole until the last would take the memory that sharding
-    saves.
+    The weights of a block are gathered while the block is used. Weights are gathered in the plan's
+    precision, and gradients are reduced in fp32. Gradients are reduced in every micro-step: keeping
+    them unsharded until the last one would need the memory that sharding saves.
     """
 
     def __init__(self, recipe: Recipe, plan: Plan, world: World) -> None:
@@ -222,9 +236,9 @@ class FSDPBackend(GroupBackend):
 
         if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
             raise WorldError(
-                f"strategy=fsdp needs torch 2.13 or newer, and this is torch {torch.__version__}: "
-                "before, parameters that only some ranks use get wrong gradients. Use ddp, zero1 "
-                "or zero2."
+                f"strategy=fsdp needs torch 2.13 or newer, but this is torch {torch.__version__}. "
+                "Older versions compute wrong gradients for parameters that only some ranks use. "
+                "Upgrade torch, or use strategy=ddp, zero1 or zero2."
             )
         cpu = plan.device == "cpu"
         offload = CPUOffloadPolicy(pin_memory=not cpu) if recipe.offload else OffloadPolicy()
@@ -247,8 +261,8 @@ class FSDPBackend(GroupBackend):
             plugin.mixed_precision_policy = MixedPrecisionPolicy(
                 param_dtype=self._dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
-        # Accelerate knows FSDP between GPUs alone, and would prepare DDP between CPU ranks; and
-        # torch would take a mesh of GPUs where there are any.
+        # Accelerate supports FSDP only on GPUs and would prepare DDP for CPU ranks, and torch would
+        # build the device mesh of GPUs if the machine has any.
         parallelism = ParallelismConfig(dp_shard_size=plan.world_size)
         state = self._accelerator.state
         state.fsdp_plugin = self._plugin = plugin
@@ -268,19 +282,21 @@ class FSDPBackend(GroupBackend):
         if blocks:
             self._plugin.auto_wrap_policy = transformer_auto_wrap_policy
             self._plugin.transformer_cls_names_to_wrap = sorted({type(b).__name__ for b in blocks})
-        # Not Accelerator.prepare: it wants the optimizer before the weights are what it updates.
+        # Accelerator.prepare needs the optimizer before the weights are sharded, so it is not used.
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Slicing a flattened dim")  # Accelerate does
+            # Accelerate itself slices a flattened mesh dimension.
+            warnings.filterwarnings("ignore", message="Slicing a flattened dim")
             sharded = fsdp2_prepare_model(self._accelerator, model.to(self.device))
         if not isinstance(sharded, FSDPModule):
             raise WorldError(
-                f"Accelerate prepared a {type(sharded).__name__} instead of FSDP, so the ranks "
-                "would train copies of their own."
+                f"Accelerate returned a {type(sharded).__name__} instead of an FSDP module, so "
+                "each rank would train a separate copy of the model. Check the versions of "
+                "accelerate and torch."
             )
-        # Reduce zeros for what this rank has not used, as the others may have.
+        # Other ranks may use parameters that this rank does not, so it must reduce zeros for them.
         sharded.set_reduce_scatter_unused_params(True)
         units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        self.call_order = call_order_of(
+        self.call_order = watch_call_order(
             model, units, strategy="fsdp", device=self.device, first=True
         )
         return model, make_optimizer(model)  # sharded in place
@@ -293,8 +309,8 @@ class FSDPBackend(GroupBackend):
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def unwrap(self, model: nn.Module) -> nn.Module:
-        # After a forward without a backward, an evaluation, the outermost group stays gathered, and
-        # its parameters are other objects than those that the optimizer knows.
+        # After a forward pass without a backward pass, as in an evaluation, the outermost group
+        # stays gathered, and its parameters are not the objects that the optimizer updates.
         from torch.distributed.fsdp import FSDPModule
 
         for module in model.modules():
@@ -303,27 +319,32 @@ class FSDPBackend(GroupBackend):
         return model
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
-        whole = {}
+        weights = {}
         tensors = self.unwrap(model).state_dict()
-        for name in whole_names(model):
+        for name in state_dict_names(model):
             tensor = tensors[name]
             gathered = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if self.rank == 0:
-                whole[plain_name(name)] = gathered.cpu()
-        return whole
+                weights[plain_name(name)] = gathered.cpu()
+        return weights
 
 
-def meet(world: World, backend: str) -> None:
-    """Have the ranks talk over the interface that leads to the first, and form their group.
+def join_process_group(world: World, backend: str) -> None:
+    """Join the default process group, over the network interface that reaches rank 0.
 
-    They meet in a file, or at the address of `world` or in the environment.
+    The ranks rendezvous in the file `world.store`, or at `world.address`, or at the address in the
+    environment. An existing group is kept.
+
+    Args:
+        world: The position of this process among the ranks.
+        backend: The communication backend, as `torch.distributed.init_process_group` names it.
 
     Raises:
-        WorldError: Not all ranks come to that address.
+        WorldError: Not all ranks reach that address.
     """
     if world.address is not None:
-        os.environ.update(_variables(world, *world.address))
-    interface = "lo" if world.nodes == 1 else _interface_towards(os.environ["MASTER_ADDR"])
+        os.environ.update(_environment_variables(world, *world.address))
+    interface = "lo" if world.nodes == 1 else _interface_to(os.environ["MASTER_ADDR"])
     if interface is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
@@ -342,8 +363,8 @@ def meet(world: World, backend: str) -> None:
     )
 
 
-def _variables(world: World, host: str, port: int) -> dict[str, str]:
-    """Return what Accelerate and torch read of a world, where its launcher has not set it."""
+def _environment_variables(world: World, host: str, port: int) -> dict[str, str]:
+    """Return the variables from which Accelerate and torch read the rank and the address."""
     values = {
         "RANK": world.rank,
         "WORLD_SIZE": world.world_size,
@@ -355,29 +376,30 @@ def _variables(world: World, host: str, port: int) -> dict[str, str]:
     return {name: str(value) for name, value in values.items()}
 
 
-def _interface_towards(host: str) -> str | None:
-    """Return the network interface through which this machine reaches `host`, if that is known.
+def _interface_to(host: str) -> str | None:
+    """Return the network interface through which this machine reaches `host`, or None if unknown.
 
-    Left to themselves, gloo takes the one that this machine's own name is on, which Debian puts on
-    loopback, and NCCL the first, which may be a bridge for containers.
+    By default, gloo takes the interface of this machine's own host name, which Debian maps to
+    loopback, and NCCL takes the first one, which may be a container bridge.
     """
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
             probe.connect(address)  # sends nothing
-            own = probe.getsockname()[0]
+            local_address = probe.getsockname()[0]
     except OSError:
         return None
     for name, addresses in psutil.net_if_addrs().items():
-        if any(each.address == own for each in addresses):
+        if any(address.address == local_address for address in addresses):
             return name
     return None
 
 
-def forget_settings() -> None:
-    """Forget Accelerate's process-wide state and settings, which come from elsewhere than the plan.
+def reset_accelerate_state() -> None:
+    """Reset Accelerate's process-wide state and remove its settings from the environment.
 
-    What `accelerate launch` says in the environment was read into the plan, or refused.
+    The plan alone configures Accelerate. The settings of `accelerate launch` were already read into
+    the plan, or refused.
     """
     AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001
     PartialState._reset_state()  # noqa: SLF001

@@ -1,4 +1,4 @@
-"""The seam between the training loop and the way in which ranks work together."""
+"""The interface between the training loop and the backends."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from launcher.engine.state.compiled import plain_name
 from launcher.engine.state.hyperparameters import take_step
 from launcher.engine.state.loss_scaler import LossScaler
 from launcher.engine.state.module_state import (
+    buffers_to_save,
     check_extra_state,
-    own_buffers,
-    own_extra_state,
+    gather_extra_state,
     read_buffers,
     read_extra_state,
 )
@@ -42,7 +42,10 @@ T = TypeVar("T")
 
 
 class Backend(ABC):
-    """What the loop needs of a way to train; collective calls are made by all ranks alike."""
+    """A way to train a model on one or more ranks, as the training loop sees it.
+
+    All ranks must make the calls that are marked as collective, in the same order.
+    """
 
     rank: int
     world_size: int
@@ -53,9 +56,10 @@ class Backend(ABC):
         self.plan = plan
         self.device = device
         self.scaler = LossScaler(plan.world_size) if plan.precision == "fp16" else None
-        """The scaling of the loss in fp16; None in other precisions."""
+        """The loss scaler for fp16; None in other precisions."""
         self.call_order: CallOrder | None = None
-        """Watches what ranks call where they gather weights together; None where they do not."""
+        """The check that all ranks gather weights in the same order; None if weights are not
+        gathered, or if the model is compiled."""
         self._trained: list[nn.Parameter] | None = None
         self._dtype = (
             getattr(torch, AUTOCAST[plan.precision]) if plan.precision in AUTOCAST else None
@@ -65,19 +69,21 @@ class Backend(ABC):
         )
 
     def to_device(self, batch: Any) -> Any:
-        """Return `batch` with its tensors on this rank's device, copied beside computation."""
+        """Return `batch` with its tensors on this rank's device; copies overlap computation."""
         return self._placement.copy(batch)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Return the context that forward and loss run in, by the plan's precision."""
+        """Return the autocast context for forward and loss at the plan's precision."""
         if self._dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self._dtype)
 
     def communication(self) -> tuple[float, int] | None:
-        """Return what this rank has waited for others, with nothing to compute beside it.
+        """Return the communication time that did not overlap with computation on this rank.
 
-        That is (seconds, optimizer steps that were timed), in all; None where it cannot be told.
+        Returns:
+            The total (seconds, number of timed optimizer steps), or None if the backend does not
+            measure it.
         """
         return None
 
@@ -88,24 +94,24 @@ class Backend(ABC):
         blocks: list[nn.Module],
         make_optimizer: Callable[[nn.Module], Optimizer],
     ) -> tuple[nn.Module, Optimizer]:
-        """Place `model`; return the module to call, and the optimizer of its weights.
+        """Place `model`; return the module to call and the optimizer of its weights.
 
         Args:
-            model: The recipe's, on the CPU.
-            blocks: Its modules that may be sharded each on their own.
-            make_optimizer: Makes the optimizer of a model.
+            model: The recipe's model, on the CPU.
+            blocks: Modules of the model that may be sharded separately.
+            make_optimizer: Returns a new optimizer for a model.
         """
 
     def place(self, model: nn.Module) -> nn.Module:
-        """Return `model` on this rank's device, in the memory format that the recipe asks for."""
+        """Return `model` on this rank's device, in the recipe's memory format."""
         if self.recipe.channels_last:
-            # In two steps: the format alone would be applied to what lies on the CPU.
+            # Two steps, because a single call would apply the format to the CPU tensors first.
             return model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return model.to(self.device)
 
     @abstractmethod
     def micro_step(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Return the context of one micro-batch; gradients are averaged in the `last` of a step."""
+        """Return the context of one micro-step; the `last` one of a step averages gradients."""
 
     @abstractmethod
     def sum(self, values: Tensor) -> Tensor:
@@ -113,23 +119,26 @@ class Backend(ABC):
 
     @abstractmethod
     def broadcast(self, value: Any) -> Any:
-        """Return rank 0's `value`, any object that can be pickled (collective)."""
+        """Return rank 0's `value`, which may be any picklable object (collective)."""
 
     @abstractmethod
     def gather(self, value: Any) -> list[Any]:
-        """Return each rank's `value`, in the order of ranks, on every rank (collective)."""
+        """Return the `value` of every rank, in rank order, on every rank (collective)."""
 
     def in_turn(self, what: str, action: Callable[[], T]) -> T:
-        """Return what `action` returns, called on the first rank of each node before its others.
+        """Call `action` on the first rank of each node, then on its other ranks (collective).
 
-        It waits without a timeout: what the first rank prepares may take long (collective).
+        The other ranks wait without a timeout, because the first may prepare data for a long time.
 
         Args:
-            what: What `action` does, for those who wait: "read the data".
-            action: What to do.
+            what: A description of `action` that waiting ranks report, such as "read the data".
+            action: The function to call.
+
+        Returns:
+            What `action` returned on this rank.
 
         Raises:
-            LostRankError: It has failed on the first rank.
+            LostRankError: `action` failed on the first rank.
         """
         return action()
 
@@ -142,81 +151,82 @@ class Backend(ABC):
         """Leave the process group."""
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return the state dict of the recipe's own module, whole, on rank 0 (collective).
+        """Return the unsharded state dict of the recipe's module on rank 0 (collective).
 
-        Weights that several names share come under the first of them; other ranks may get nothing.
+        A weight with several names appears under the first one. Other ranks may get an empty dict.
         """
         module = self.unwrap(model)
         tensors = module.state_dict()
-        return {plain_name(name): tensors[name] for name in whole_names(module)}
+        return {plain_name(name): tensors[name] for name in state_dict_names(module)}
 
     def check_state(self, model: nn.Module, optimizer: Optimizer) -> None:
-        """Refuse, once a step was taken, what `snapshot` would leave out.
+        """Check, after the first step, that `snapshot` saves all state of model and optimizer.
 
         Raises:
-            TrainingError: The optimizer or a module keeps state that a checkpoint cannot hold.
+            TrainingError: The optimizer or a module has state that a checkpoint cannot hold.
         """
         module = self.unwrap(model)
         check_optimizer(self.saved_tensors(module), optimizer)
         check_extra_state(module)
 
     def saved_tensors(self, module: nn.Module) -> Iterable[Tensor]:
-        """Return the tensors whose optimizer state a snapshot holds."""
+        """Return the tensors whose optimizer state a snapshot contains."""
         return parameters(module).values()
 
     def snapshot(self, model: nn.Module, optimizer: Optimizer) -> Snapshot:
-        """Return this rank's part of what there is to save, copied to the host (collective).
+        """Return this rank's part of a checkpoint, copied to the host (collective).
 
-        What `check_state` refuses would be left out.
+        The snapshot omits state that `check_state` refuses.
         """
         module = self.unwrap(model)
         tensors = keep(live_tensors(module, optimizer), self.rank, self.world_size)
         return Snapshot(
-            tensors=tensors | own_buffers(module, self.rank, self.gather),
+            tensors=tensors | buffers_to_save(module, self.rank, self.gather),
             values=plain_values(module, optimizer),
-            extra=own_extra_state(module, self.gather),
+            extra=gather_extra_state(module, self.gather),
         )
 
     def restore(self, model: nn.Module, optimizer: Optimizer, source: StateSource) -> None:
-        """Fill model and optimizer with what was saved, on any number of ranks.
+        """Fill model and optimizer from `source`, which any number of ranks may have written.
 
         Raises:
-            CheckpointError: It is of another model.
+            CheckpointError: The source belongs to another model.
         """
         module = self.unwrap(model)
         read_into(module, optimizer, source)
         self.restore_module(module, source)
 
     def restore_module(self, module: nn.Module, source: StateSource) -> None:
-        """Fill buffers and extra state with what was saved.
+        """Fill buffers and extra state from `source`.
 
         Raises:
-            CheckpointError: It is of another model.
+            CheckpointError: The source belongs to another model.
         """
         read_buffers(module, source, self.rank, self.world_size, self.device)
         read_extra_state(module, source, self.rank, self.world_size)
 
     def unwrap(self, model: nn.Module) -> nn.Module:
-        """Return the recipe's own module, its parameters being those that the optimizer knows.
+        """Return the recipe's own module, with the parameters that the optimizer updates.
 
         Args:
-            model: What `prepare` returned.
+            model: The module that `prepare` returned.
         """
         return model
 
     def backward(self, loss: Tensor, weight: float | Tensor) -> None:
-        """Add the gradient of `loss` times `weight`; over the ranks it is averaged."""
+        """Accumulate the gradient of `loss` times `weight`, which is averaged over ranks."""
         if self.scaler is not None:
             weight = weight * self.scaler.factor
-        # The weight is where the chain rule starts: a multiplication less, forward and backward.
+        # Starting the chain rule at the weight saves a multiplication in forward and in backward.
         loss.backward(poison_nonfinite(loss, weight))
         if self.call_order is not None:
             self.call_order.end_pass()
 
     def apply(self, optimizer: Optimizer, max_grad_norm: float | None) -> Tensor:
-        """Clip, step and clear the gradients; return the norm of the global gradient before.
+        """Clip the gradients, step and clear them; return the gradient norm before clipping.
 
-        A step whose norm is not finite is left out. The norm is that of all ranks, and so on all.
+        The norm is that of the global gradient, so it is the same on every rank. The step is
+        skipped if the norm is not finite.
         """
         parameters = self._with_gradients(optimizer)
         grads: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
@@ -226,30 +236,31 @@ class Backend(ABC):
             norm = norm / self.scaler.factor
             self.scaler.update(finite=bool(norm.isfinite()))
         if max_grad_norm is not None:
-            # As torch.nn.utils.clip_grads_with_norm_, without sorting by device and dtype.
+            # Like torch.nn.utils.clip_grads_with_norm_, without sorting by device and dtype.
             torch._foreach_mul_(grads, torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0))
-        on_cpu = norm.device.type == "cpu"  # where there is nothing to wait for
+        on_cpu = norm.device.type == "cpu"  # reading the norm does not wait for a device
         take_step(optimizer, self.recipe, math.isfinite(norm.item()) if on_cpu else norm.isfinite())
         for parameter in parameters:
             parameter.grad = None
         return norm
 
     def _with_gradients(self, optimizer: Optimizer) -> list[nn.Parameter]:
-        """Return the parameters to update: all that are trained, used in this step or not.
+        """Return the parameters to update: all trained ones, whether this step used them or not.
 
-        One that no sample of the batch has used gets a gradient of zeros. Sharded optimizers, whose
-        parameters lie in one flat row, cannot leave it out, and every strategy takes the same step.
+        A parameter that no sample of the batch used gets a gradient of zeros. Sharded optimizers
+        keep their parameters in one flat tensor and cannot skip it, and every strategy must take
+        the same step.
         """
-        every = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if self._trained is None:
-            self._trained = [parameter for parameter in every if parameter.requires_grad]
+            self._trained = [parameter for parameter in parameters if parameter.requires_grad]
         for parameter in self._trained:
             if parameter.grad is None and parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
-        return [parameter for parameter in every if parameter.grad is not None]
+        return [parameter for parameter in parameters if parameter.grad is not None]
 
     def norm(self, grads: list[Tensor]) -> Tensor:
-        """Return the 2-norm of the global gradient, as one number on the device."""
+        """Return the 2-norm of the global gradient, as a scalar tensor on the device."""
         if not grads:
             return torch.zeros((), device=self.device)
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))  # noqa: SLF001
@@ -260,18 +271,18 @@ class Backend(ABC):
 
 
 def poison_nonfinite(loss: Tensor, weight: float | Tensor) -> Tensor:
-    """Return `weight`, or NaN where the loss is not finite.
+    """Return `weight` as a tensor, or NaN if the loss is not finite.
 
-    Gradients then are not finite either, whatever the model makes of it: every rank sees it in the
-    norm of the global gradient, and none has to ask.
+    NaN makes the gradients non-finite whatever the model computes, so every rank detects it in the
+    norm of the global gradient without extra communication.
     """
-    if loss.device.type == "cpu":  # nothing to wait for
+    if loss.device.type == "cpu":  # reading the loss does not wait for a device
         return torch.full_like(loss, float(weight) if math.isfinite(loss.item()) else math.nan)
     return (loss.detach() * 0.0 + weight).to(loss.dtype)
 
 
-def whole_names(model: nn.Module) -> list[str]:
-    """Return the names of what a state dict holds: each shared weight once, saved buffers."""
+def state_dict_names(model: nn.Module) -> list[str]:
+    """Return the names of parameters and persistent buffers, each shared tensor under one name."""
     saved = model.state_dict().keys()
     names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
     return [name for name in names if name in saved]

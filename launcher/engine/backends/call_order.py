@@ -1,10 +1,10 @@
-"""Whether all ranks call the same modules in the same order, where weights are gathered that way.
+"""A check that all ranks gather weights in the same order, under FSDP and ZeRO-3.
 
-Under FSDP the ranks gather the weights of a block together, under ZeRO-3 those of each module, in
-forward and once more in backward. A rank that leaves one out gathers other weights than the rest,
-and computes with a mixture of both, or waits for ever. Both are found here: in the first passes
-before anything is gathered, and later from a checksum of what each rank has called, which is
-compared with the step's numbers.
+Under FSDP the ranks gather the weights of a block together, and under ZeRO-3 the weights of each
+module, once in forward and again in backward. A rank that skips a module gathers different weights
+than the other ranks; it then computes with a mixture of both, or waits forever. In the first passes
+the ranks compare each call before they gather anything. Later they compare a checksum of their
+calls, which travels with the metrics of the step.
 """
 
 from __future__ import annotations
@@ -24,25 +24,24 @@ from launcher.engine.state.compiled import is_compiled
 from launcher.errors import RecipeError, TrainingError
 
 _WATCHED_PASSES = 16
-"""Passes, forward and backward, in which the ranks compare at each module, at about 0.1 ms each."""
+"""Number of passes, forward and backward, in which ranks compare every call (about 0.1 ms each)."""
 
 _END = -1
-"""What stands for the end of a pass, beside the numbers of modules."""
+"""The value that marks the end of a pass among the indices of modules."""
 
-_BITS = 0xFFFF
-"""Checksums have 16 bits, so that the sum of their squares is exact in float64 on 2**21 ranks."""
+_CHECKSUM_MASK = 0xFFFF
+"""Checksums have 16 bits, so the sum of their squares is exact in float64 on up to 2**21 ranks."""
 
-_REMEMBERED = 4096
-"""Calls that are kept, to say where ranks differ."""
+_MAX_RECORDED_CALLS = 4096
+"""Number of recent calls that a rank records, to report where ranks differ."""
 
 _REMEDY = (
-    "Call it on every rank, and multiply its output by 0 where it is not wanted; or use "
-    "strategy=ddp, zero1 or zero2, which give a parameter that a rank did not use a gradient of "
-    "zeros."
+    "Call the module on every rank, and multiply its output by 0 where it is not needed; or use "
+    "strategy=ddp, zero1 or zero2, which give unused parameters gradients of zeros."
 )
 
 
-def call_order_of(
+def watch_call_order(
     model: nn.Module,
     units: Sequence[nn.Module],
     *,
@@ -50,9 +49,10 @@ def call_order_of(
     device: torch.device,
     first: bool,
 ) -> CallOrder | None:
-    """Return what watches `units`; None where a module is compiled, as its hooks would be too.
+    """Return a `CallOrder` that watches `units`, or None if a module is compiled.
 
-    The arguments are those of `CallOrder`.
+    torch.compile would trace the hooks of a compiled module. The arguments are those of
+    `CallOrder`.
     """
     if is_compiled(model):
         return None
@@ -60,15 +60,15 @@ def call_order_of(
 
 
 class CallOrder:
-    """Watches the modules that gather weights, in forward and in backward.
+    """Compares across ranks the order in which modules gather weights, in forward and backward.
 
     Args:
-        model: The model, already prepared: its hooks gather.
+        model: The prepared model, whose own hooks gather weights.
         units: The modules whose weights are gathered when they are called.
-        strategy: What a message calls the strategy.
-        device: Where tensors lie that the ranks exchange.
-        first: Whether a module gathers in a hook on its outputs, before which this has to come
-            (FSDP2), rather than in what it wraps around them (DeepSpeed).
+        strategy: The name of the strategy, for error messages.
+        device: The device of the tensors that ranks exchange.
+        first: Whether the hooks on outputs must run before the module's own. True for FSDP2, which
+            gathers in such a hook; False for DeepSpeed, which wraps the outputs.
     """
 
     def __init__(
@@ -83,90 +83,93 @@ class CallOrder:
         names = {module: name for name, module in model.named_modules()}
         self._names = [names.get(unit, "") or "the model" for unit in units]
         self._strategy, self._device = strategy, device
-        self._comparisons = _WATCHED_PASSES * (len(units) + 1)
-        self._calls: deque[int] = deque(maxlen=_REMEMBERED)
-        self._sum = 0
-        for number, unit in enumerate(units):
-            unit.register_forward_pre_hook(self._before(number), prepend=True)
-            unit.register_forward_hook(self._after(number), prepend=first)
+        self._remaining_comparisons = _WATCHED_PASSES * (len(units) + 1)
+        self._calls: deque[int] = deque(maxlen=_MAX_RECORDED_CALLS)
+        self._checksum = 0
+        for index, unit in enumerate(units):
+            unit.register_forward_pre_hook(self._forward_pre_hook(index), prepend=True)
+            unit.register_forward_hook(self._forward_hook(index), prepend=first)
         model.register_forward_hook(lambda *_: self.end_pass())
 
-    def _before(self, number: int) -> Callable[[nn.Module, Any], None]:
-        return lambda *_: self._note(number)
+    def _forward_pre_hook(self, index: int) -> Callable[[nn.Module, Any], None]:
+        return lambda *_: self._record(index)
 
-    def _after(self, number: int) -> Callable[[nn.Module, Any, Any], None]:
-        """Return a hook that has the module's backward noted when its output gets a gradient."""
-        backward = number + len(self._names)
+    def _forward_hook(self, index: int) -> Callable[[nn.Module, Any, Any], None]:
+        """Return a hook that records the module's backward when its output gets a gradient."""
+        backward_call = index + len(self._names)
 
-        def called(_: nn.Module, __: Any, output: Any) -> None:
+        def watch_backward(_: nn.Module, __: Any, output: Any) -> None:
             for tensor in tree_leaves(output):
                 if isinstance(tensor, Tensor) and tensor.requires_grad:
-                    tensor.register_hook(lambda _: self._note(backward))
+                    tensor.register_hook(lambda _: self._record(backward_call))
                     return
 
-        return called
+        return watch_backward
 
-    def _note(self, number: int) -> None:
-        """Note a call, and compare it with that of the other ranks in the first passes."""
-        self._compare(number)
-        self._calls.append(number)
-        self._sum = zlib.crc32(number.to_bytes(4, "little"), self._sum)
+    def _record(self, call: int) -> None:
+        """Record a call; in the first passes, compare it with the other ranks' calls before."""
+        self._compare(call)
+        self._calls.append(call)
+        self._checksum = zlib.crc32(call.to_bytes(4, "little"), self._checksum)
 
     def end_pass(self) -> None:
-        """Note that a forward or a backward pass has come to its end on this rank (collective).
+        """Record the end of a forward or backward pass on this rank (collective).
 
         Raises:
-            RecipeError: Other ranks have not: they call a module.
+            RecipeError: Another rank calls a module instead of ending the pass.
         """
         self._compare(_END)
 
-    def _compare(self, number: int) -> None:
-        """Refuse to go on where another rank calls something else (collective).
+    def _compare(self, call: int) -> None:
+        """Check, during the first passes, that every rank makes the same call (collective).
 
         Raises:
-            RecipeError: It names the modules.
+            RecipeError: Another rank makes a different call; the message names both modules.
         """
-        if self._comparisons <= 0:
+        if self._remaining_comparisons <= 0:
             return
-        self._comparisons -= 1
-        own = torch.tensor([number], device=self._device)
-        everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-        dist.all_gather(everyone, own)
-        numbers = [int(each) for each in everyone]
-        if said := self._first_difference([[each] for each in numbers]):
+        self._remaining_comparisons -= 1
+        local = torch.tensor([call], device=self._device)
+        gathered = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, local)
+        calls = [int(tensor) for tensor in gathered]
+        if difference := self._first_difference([[rank_call] for rank_call in calls]):
             raise RecipeError(
-                f"In a step {said}. With strategy={self._strategy} all ranks gather the weights "
-                f"of a module together. {_REMEDY}"
+                f"The ranks call different modules in a step: {difference}. With "
+                f"strategy={self._strategy}, all ranks gather the weights of a module together. "
+                f"{_REMEDY}"
             )
 
     def _first_difference(self, calls: list[list[int]]) -> str:
-        """Return where the calls of a rank begin to differ from rank 0's, or an empty text."""
-        for rank, of_rank in enumerate(calls):
-            for one, other in zip_longest(calls[0], of_rank, fillvalue=_END):
+        """Describe the first call of a rank that differs from rank 0's; empty if all are equal."""
+        for rank, rank_calls in enumerate(calls):
+            for one, other in zip_longest(calls[0], rank_calls, fillvalue=_END):
                 if one != other:
-                    return f"rank 0 {self._doing(one)} where rank {rank} {self._doing(other)}"
+                    return f"rank 0 {self._describe(one)} where rank {rank} {self._describe(other)}"
         return ""
 
-    def _doing(self, number: int) -> str:
-        if number == _END:
-            return "has come to the end"
-        count = len(self._names)
-        called = f"calls {self._names[number % count]}"
-        return f"{called} in backward" if number >= count else called
+    def _describe(self, call: int) -> str:
+        if call == _END:
+            return "ends the pass"
+        num_modules = len(self._names)
+        text = f"calls {self._names[call % num_modules]}"
+        return f"{text} in backward" if call >= num_modules else text
 
     def take_checksum(self) -> int:
-        """Return a checksum of what this rank has called since the last time."""
-        taken, self._sum = self._sum & _BITS, 0
-        return taken
+        """Return a 16-bit checksum of this rank's calls since the last time, and reset it."""
+        checksum, self._checksum = self._checksum & _CHECKSUM_MASK, 0
+        return checksum
 
     def forget(self) -> None:
-        """Forget the calls, which were the same on all ranks."""
+        """Clear the recorded calls, after the ranks' checksums were found to be equal."""
         self._calls.clear()
 
     def difference(self, gather: Callable[[Any], list[Any]]) -> TrainingError:
-        """Return the error of ranks whose checksums differ (collective)."""
-        said = self._first_difference(gather(list(self._calls))) or "ranks call other modules"
+        """Return the error to raise when the ranks' checksums differ (collective)."""
+        calls = gather(list(self._calls))
+        difference = self._first_difference(calls) or "their checksums differ"
         return TrainingError(
-            f"In a recent step {said}. With strategy={self._strategy} all ranks gather the weights "
-            f"of a module together, so the last steps are wrong. {_REMEDY}"
+            f"The ranks called different modules in a recent step: {difference}. With "
+            f"strategy={self._strategy}, all ranks gather the weights of a module together, so the "
+            f"last steps are wrong. {_REMEDY}"
         )

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO, which Accelerate starts, over gloo or NCCL."""
+"""DeepSpeed ZeRO through Accelerate, over gloo (CPUs) or NCCL (GPUs)."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 from torch.optim import Optimizer
 
-from launcher.engine.backends.accelerate import GroupBackend, forget_settings
-from launcher.engine.backends.base import poison_nonfinite, whole_names
-from launcher.engine.backends.call_order import call_order_of
+from launcher.engine.backends.accelerate import GroupBackend, reset_accelerate_state
+from launcher.engine.backends.base import poison_nonfinite, state_dict_names
+from launcher.engine.backends.call_order import watch_call_order
 from launcher.engine.backends.reduction_order import OrderedReduction
 from launcher.engine.state.compiled import plain_name
-from launcher.engine.state.module_state import own_buffers, own_extra_state
+from launcher.engine.state.module_state import buffers_to_save, gather_extra_state
 from launcher.engine.state.training_state import (
     STEP,
     Snapshot,
@@ -50,22 +50,25 @@ from launcher.planning.configs import deepspeed_config
 from launcher.planning.plan import Plan
 from launcher.recipe.recipe import Recipe
 
-_WHOLE_TENSORS = ("Adafactor", "Muon", "SparseAdam")
-"""Optimizers of torch that look at the shape of a weight; ZeRO shows them pieces of a flat row."""
+_SHAPE_DEPENDENT_OPTIMIZERS = ("Adafactor", "Muon", "SparseAdam")
+"""torch optimizers that depend on the shape of a weight, which ZeRO's flat tensors lose."""
 
 
 class DeepSpeedBackend(GroupBackend):
-    """DeepSpeed shards by its ZeRO stage; the loop calls its engine, with a boundary of its own."""
+    """A backend that shards by DeepSpeed's ZeRO stages.
+
+    The training loop calls DeepSpeed's engine, but sets the accumulation boundary itself.
+    """
 
     def __init__(self, recipe: Recipe, plan: Plan, world: World) -> None:
-        forget_settings()  # the plugin would read them
+        reset_accelerate_state()  # before the plugin reads the settings in the environment
         _prepare_process(plan, world)
         super().__init__(
             recipe,
             plan,
             world,
             kind=DistributedType.DEEPSPEED,
-            cpu=False,  # with True Accelerate would leave DeepSpeed out
+            cpu=False,  # with True, Accelerate would not use DeepSpeed
             deepspeed_plugin=_Plugin(
                 hf_ds_config=deepspeed_config(recipe, plan),
                 gradient_accumulation_steps=plan.accumulation_steps,
@@ -82,38 +85,41 @@ class DeepSpeedBackend(GroupBackend):
     ) -> tuple[nn.Module, Optimizer]:
         if any(parameter.dtype == torch.float64 for parameter in model.parameters()):
             raise RecipeError(
-                f"The recipe's model has float64 weights, and under strategy={self.plan.strategy} "
-                "DeepSpeed would make them float32. Use strategy=ddp or fsdp, or a float32 model."
+                f"The recipe's model has float64 weights, but under strategy={self.plan.strategy} "
+                "DeepSpeed would convert them to float32. Use strategy=ddp or fsdp, or a float32 "
+                "model."
             )
         optimizer = make_optimizer(model.to(self.device))
-        if type(optimizer).__name__ in _WHOLE_TENSORS:
+        if type(optimizer).__name__ in _SHAPE_DEPENDENT_OPTIMIZERS:
             raise RecipeError(
                 f"strategy={self.plan.strategy} gives the optimizer pieces of flattened weights, "
-                f"and {type(optimizer).__name__} needs them in their shape. Use strategy=fsdp or "
-                "ddp, or an optimizer that works element by element, such as adamw() or sgd()."
+                f"but {type(optimizer).__name__} needs weights in their original shape. Use "
+                "strategy=fsdp or ddp, or an elementwise optimizer such as adamw() or sgd()."
             )
-        # Of the process rather than of the engine: an earlier one may have trained in fp16.
+        # This flag belongs to the process, and an earlier engine may have trained in fp16.
         torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
         engine, _ = self._accelerator.prepare(model, optimizer)
         if not isinstance(engine, DeepSpeedEngine):
             raise WorldError(
-                f"Accelerate prepared a {type(engine).__name__} instead of a DeepSpeed engine, so "
-                "the ranks would train copies of their own."
+                f"Accelerate returned a {type(engine).__name__} instead of a DeepSpeed engine, so "
+                "each rank would train a separate copy of the model. Check the versions of "
+                "accelerate, deepspeed and torch."
             )
         self._engine = engine
         if self._stage < 3:
             OrderedReduction(engine.optimizer, self.broadcast)
         else:
-            gathered = [
-                each
-                for each in model.modules()
-                if any(True for _ in each.parameters(recurse=False))
+            units = [
+                module
+                for module in model.modules()
+                if any(True for _ in module.parameters(recurse=False))
             ]
-            self.call_order = call_order_of(
-                model, gathered, strategy=self.plan.strategy, device=self.device, first=False
+            self.call_order = watch_call_order(
+                model, units, strategy=self.plan.strategy, device=self.device, first=False
             )
         if self.scaler is not None:
-            engine.optimizer.torch_autocast_gradscaler = None  # decides on each rank by itself
+            # DeepSpeed's scaler decides on each rank separately.
+            engine.optimizer.torch_autocast_gradscaler = None
         return engine, engine.optimizer.optimizer
 
     def unwrap(self, model: nn.Module) -> nn.Module:
@@ -132,7 +138,7 @@ class DeepSpeedBackend(GroupBackend):
             self.call_order.end_pass()
 
     def apply(self, optimizer: Optimizer, max_grad_norm: float | None) -> Tensor:
-        self._engine.step()  # clips as configured, steps and clears
+        self._engine.step()  # also clips as configured, and clears the gradients
         norm = torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32)
         if self.scaler is not None:
             self.scaler.update(finite=bool(norm.isfinite()))
@@ -141,7 +147,7 @@ class DeepSpeedBackend(GroupBackend):
     def snapshot(self, model: nn.Module, optimizer: Optimizer) -> Snapshot:
         self._link_state()
         module = self._engine.module
-        tensors = keep(self._whole_tensors(optimizer), self.rank, self.world_size)
+        tensors = keep(self._gathered_tensors(optimizer), self.rank, self.world_size)
         values = {
             f"optimizer/{name}/{key}": value
             for _, names, flat in self._flat_groups()
@@ -150,9 +156,9 @@ class DeepSpeedBackend(GroupBackend):
             for name in names
         }
         return Snapshot(
-            tensors=tensors | own_buffers(module, self.rank, self.gather),
+            tensors=tensors | buffers_to_save(module, self.rank, self.gather),
             values=values,
-            extra=own_extra_state(module, self.gather),
+            extra=gather_extra_state(module, self.gather),
         )
 
     def saved_tensors(self, module: nn.Module) -> Iterable[Tensor]:
@@ -160,24 +166,27 @@ class DeepSpeedBackend(GroupBackend):
 
     def restore(self, model: nn.Module, optimizer: Optimizer, source: StateSource) -> None:
         module = self._engine.module
-        own = parameters(module)
-        check_names(source, own)
-        for name, parameter in own.items():
-            check_size(source, f"model/{name}", _whole_size(parameter))
-        for number, names, flat in self._flat_groups():
-            first, group = names[0], optimizer.param_groups[number]
-            size = _whole_size(own[first])
+        named_parameters = parameters(module)
+        check_names(source, named_parameters)
+        for name, parameter in named_parameters.items():
+            check_size(source, f"model/{name}", _full_size(parameter))
+        for group_index, names, flat in self._flat_groups():
+            first, group = names[0], optimizer.param_groups[group_index]
+            size = _full_size(named_parameters[first])
             state = empty_state(source, first, flat.detach(), group, size)
             counts = {k: v for k, v in state.items() if v.shape != flat.shape}
             source.read({f"optimizer/{first}/{key}": value for key, value in counts.items()})
             optimizer.state[flat] = state | state_values(source, first)
         self._link_state()
-        for name, parameter in own.items():
+        for name, parameter in named_parameters.items():
             self._fill(name, parameter, source)
         self.restore_module(module, source)
 
     def _link_state(self) -> None:
-        """Have DeepSpeed look again for what the optimizer keeps; it does so before it is there."""
+        """Link the optimizer's state to DeepSpeed's parameters again.
+
+        DeepSpeed links it once, before the optimizer has created it.
+        """
         if self._stage < 3:
             zero = self._engine.optimizer
             zero._hp_optimizer_states_linked = False  # noqa: SLF001
@@ -188,104 +197,120 @@ class DeepSpeedBackend(GroupBackend):
         return int(self._engine.zero_optimization_stage())
 
     def _flat_groups(self) -> Iterator[tuple[int, list[str], Tensor]]:
-        """Yield what lies in one flat row: its group, its parameters, this rank's piece of it."""
+        """Yield each flat tensor that DeepSpeed makes of parameters.
+
+        Yields:
+            The index of the parameter group, the names of the parameters in the flat tensor, and
+            this rank's partition of it.
+        """
         zero = self._engine.optimizer
         names = {parameter: name for name, parameter in parameters(self._engine.module).items()}
         if self._stage == 3:
             groups, flats = zero.fp16_groups, zero.fp32_partitioned_groups_flat
-            numbers = [zero.sub_group_to_group_id[number] for number in range(len(groups))]
+            group_indices = [zero.sub_group_to_group_id[index] for index in range(len(groups))]
         else:
             groups, flats = zero.bit16_groups, zero.single_partition_of_fp32_groups
-            numbers = list(range(len(groups)))
-        for number, group, flat in zip(numbers, groups, flats, strict=True):
-            yield number, [names[parameter] for parameter in group], flat
+            group_indices = list(range(len(groups)))
+        for group_index, group, flat in zip(group_indices, groups, flats, strict=True):
+            yield group_index, [names[parameter] for parameter in group], flat
 
-    def _whole_tensors(self, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
-        """Yield weights and optimizer state, each put together for the moment (collective)."""
-        own = parameters(self._engine.module)
-        for name, parameter in own.items():
+    def _gathered_tensors(self, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+        """Yield unsharded weights and optimizer state, gathered one at a time (collective)."""
+        named_parameters = parameters(self._engine.module)
+        for name, parameter in named_parameters.items():
             if not parameter.requires_grad:
                 with GatheredParameters([parameter]):
                     yield f"model/{name}", parameter.detach()
         for _, names, flat in self._flat_groups():
             for name in names:
-                yield f"model/{name}", safe_get_full_fp32_param(own[name])
+                parameter = named_parameters[name]
+                yield f"model/{name}", safe_get_full_fp32_param(parameter)
                 for key, value in optimizer.state[flat].items():
                     if isinstance(value, Tensor):
-                        whole = value.shape == flat.shape
+                        is_sharded = value.shape == flat.shape
                         yield (
                             f"optimizer/{name}/{key}",
-                            safe_get_full_optimizer_state(own[name], key) if whole else value,
+                            safe_get_full_optimizer_state(parameter, key) if is_sharded else value,
                         )
 
     def _fill(self, name: str, parameter: nn.Parameter, source: StateSource) -> None:
-        """Fill one parameter and what the optimizer keeps of it (collective)."""
-        size = _whole_size(parameter)
-        full = f"model/{name}"
-        kept = state_names(source, name)
-        keys = {k: f for k, f in kept.items() if k != STEP and source.size(f) == size}
-        wanted = [full, *(keys.values() if parameter.requires_grad else ())]
-        read = {each: torch.empty(size, dtype=source.dtype(each)) for each in wanted}
-        source.read(read)
+        """Fill one parameter and its optimizer state from `source` (collective)."""
+        size = _full_size(parameter)
+        weight_name = f"model/{name}"
+        state = {
+            key: tensor_name
+            for key, tensor_name in state_names(source, name).items()
+            if key != STEP and source.size(tensor_name) == size
+        }
+        tensor_names = [weight_name, *(state.values() if parameter.requires_grad else ())]
+        tensors = {each: torch.empty(size, dtype=source.dtype(each)) for each in tensor_names}
+        source.read(tensors)
         with torch.no_grad(), GatheredParameters([parameter], modifier_rank=0):
             if self.rank == 0 or self._stage < 3:
-                parameter.data.copy_(read[full])
+                parameter.data.copy_(tensors[weight_name])
         if parameter.requires_grad:
-            self._set_whole(parameter, read[full])
-            for key, each in keys.items():
-                self._set_whole(parameter, read[each], key)
+            self._scatter(parameter, tensors[weight_name])
+            for key, tensor_name in state.items():
+                self._scatter(parameter, tensors[tensor_name], key)
 
-    def _set_whole(self, parameter: nn.Parameter, whole: Tensor, key: str | None = None) -> None:
-        """Give every rank its piece of a weight, or of what the optimizer keeps of it."""
-        whole = whole.to(self.device)
+    def _scatter(self, parameter: nn.Parameter, full: Tensor, key: str | None = None) -> None:
+        """Set this rank's partition of a weight, or of its optimizer state under `key`.
+
+        Args:
+            parameter: The parameter.
+            full: The unsharded tensor, the same on every rank.
+            key: The key of the optimizer state; None sets the weight.
+        """
+        full = full.to(self.device)
         if self._stage == 3:
-            # DeepSpeed's own function for the whole forgets that the last piece may be padded.
+            # DeepSpeed's own function for full tensors ignores that the last partition is padded.
             length = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-            padded = nn.functional.pad(
-                whole.flatten(), (0, length * self.world_size - whole.numel())
-            )
-            piece = padded.narrow(0, length * self.rank, length)
+            padded = nn.functional.pad(full.flatten(), (0, length * self.world_size - full.numel()))
+            partition = padded.narrow(0, length * self.rank, length)
             zero = self._engine.optimizer
-            zero.set_local_hp_param(piece, parameter, key)
+            zero.set_local_hp_param(partition, parameter, key)
         elif key is None:
-            safe_set_full_fp32_param(parameter, whole)
+            safe_set_full_fp32_param(parameter, full)
         else:
-            safe_set_full_optimizer_state(parameter, whole, key)
+            safe_set_full_optimizer_state(parameter, full, key)
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
         module = self._engine.module
         parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
-        whole = {}
-        for name in whole_names(module):
+        weights = {}
+        for name in state_dict_names(module):
             tensor = parameters.get(name, buffers.get(name))
             with GatheredParameters([tensor] if name in parameters else []):
                 if self.rank == 0 and tensor is not None:
-                    whole[plain_name(name)] = tensor.detach().cpu().clone()
-        return whole
+                    weights[plain_name(name)] = tensor.detach().cpu().clone()
+        return weights
 
 
-def _whole_size(parameter: nn.Parameter) -> torch.Size:
-    """Return the shape of a parameter, also where ZeRO-3 shows it as empty."""
+def _full_size(parameter: nn.Parameter) -> torch.Size:
+    """Return the unsharded shape of a parameter, which ZeRO-3 shows as empty."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 class _Plugin(DeepSpeedPlugin):
-    """Accelerate's, without its look for transformers, which need not be installed."""
+    """Accelerate's DeepSpeed plugin without its import of transformers, an optional package."""
 
     def set_deepspeed_weakref(self) -> None:
-        """Tell transformers of a ZeRO-3 configuration: recipes build their models before."""
+        """Skip announcing a ZeRO-3 configuration to transformers.
+
+        Recipes build their models before the configuration exists.
+        """
 
 
 def _prepare_process(plan: Plan, world: World) -> None:
-    """Set what DeepSpeed reads from the process rather than from its configuration."""
+    """Set the process-wide state that DeepSpeed does not read from its configuration."""
     if world.world_size == 1 and "LOCAL_RANK" not in os.environ:
-        # Alone, by hand: a group of one that needs no address.
+        # A single process that no launcher started: a group of one needs no address.
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
         dist.init_process_group(
             "gloo" if plan.device == "cpu" else "nccl", store=HashStore(), rank=0, world_size=1
         )
     if plan.device == "cpu":
-        # It would be compiled when first used, for a minute; gloo does what it does.
+        # Its first use would compile it for about a minute. gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     logging.getLogger("accelerate").setLevel(logging.ERROR)

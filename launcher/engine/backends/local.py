@@ -1,4 +1,4 @@
-"""One process, no process group: `python recipes/x.py`, tests, and runs on one GPU."""
+"""Training in one process without a process group: `python recipes/x.py`, tests, one GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from launcher.recipe.recipe import Recipe
 
 
 class LocalBackend(Backend):
-    """Trains in this process alone, on the first GPU or the CPU."""
+    """A backend that trains in this process alone, on the first GPU or the CPU."""
 
     rank = 0
     world_size = 1

@@ -1,4 +1,4 @@
-"""Moving batches to the device."""
+"""The device of a rank, and copies of batches to it."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from launcher.errors import WorldError
 from launcher.planning.plan import Plan
 from launcher.recipe.recipe import Recipe
 
-_BF16_FROM = (8, 0)
-_COMPILE_FROM = (7, 0)
-"""The least compute capabilities."""
+_MIN_CAPABILITY_BF16 = (8, 0)
+_MIN_CAPABILITY_COMPILE = (7, 0)
+"""The lowest CUDA compute capabilities that support each feature."""
 
 
 class Placement:
     """Copies batches to one device.
 
-    On CUDA the copies are issued on a stream of their own: from pinned memory they run while the
-    previous micro-batch still computes, and the computing stream waits for them, not the host.
+    On CUDA the copies run on a separate stream. From pinned memory they overlap with the
+    computation of the previous micro-batch, and the compute stream waits for them, not the host.
 
     Args:
-        device: Where to.
-        channels_last: Whether images, floating tensors (N, C, H, W), lie there as (N, H, W, C).
-        double: Whether floating tensors are float64 there.
+        device: The target device.
+        channels_last: Whether to store images, floating-point tensors of shape (N, C, H, W), in
+            the memory format (N, H, W, C).
+        double: Whether to convert floating-point tensors to float64.
     """
 
     def __init__(
@@ -42,15 +43,16 @@ class Placement:
     def copy(self, batch: Any) -> Any:
         """Return `batch`, nested lists, tuples and dicts, with its tensors on the device."""
         if self._stream is None:
-            as_it_is = not (self._channels_last or self._double)
-            return batch if as_it_is else tree_map_only(Tensor, self._format, batch)
+            is_unchanged = not (self._channels_last or self._double)
+            return batch if is_unchanged else tree_map_only(Tensor, self._format, batch)
         with torch.cuda.stream(self._stream):
-            moved = tree_map_only(Tensor, self._move, batch)
-        computing = torch.cuda.current_stream(self._device)
-        computing.wait_stream(self._stream)
-        # Their memory belongs to the copying stream, and is not to be reused before computing ends.
-        tree_map_only(Tensor, lambda tensor: tensor.record_stream(computing), moved)
-        return moved
+            device_batch = tree_map_only(Tensor, self._move, batch)
+        compute_stream = torch.cuda.current_stream(self._device)
+        compute_stream.wait_stream(self._stream)
+        # The copy stream allocated this memory. The allocator must not reuse it before the compute
+        # stream has finished with it.
+        tree_map_only(Tensor, lambda tensor: tensor.record_stream(compute_stream), device_batch)
+        return device_batch
 
     def _move(self, tensor: Tensor) -> Tensor:
         return self._format(tensor.to(self._device, non_blocking=True))
@@ -66,22 +68,23 @@ class Placement:
 
 
 def planned_device(recipe: Recipe, plan: Plan, local_rank: int) -> torch.device:
-    """Return this rank's device, made the current one and set up as the recipe says.
+    """Return this rank's device, after making it current and applying the recipe's settings.
 
     Raises:
-        WorldError: The plan counts on GPUs that torch cannot use, or that cannot do what is asked.
+        WorldError: torch cannot use the planned GPU, or the GPU lacks a feature that the recipe
+            requires.
     """
     if plan.device == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise WorldError(
-            f"Planned for GPUs, and torch {torch.__version__} finds none that it can use. A +cpu "
-            "build of torch or a driver older than its CUDA has this effect: see `nvidia-smi`. "
-            "device=cpu trains on CPUs."
+            f"The plan needs GPUs, but torch {torch.__version__} finds no usable one. Either torch "
+            "is a +cpu build, or the driver is older than its CUDA version requires: see "
+            "`nvidia-smi`. To train on CPUs, set device=cpu."
         )
     if local_rank >= torch.cuda.device_count():
         raise WorldError(
-            f"Planned for {plan.nproc_per_node} GPUs on this node, and torch finds "
+            f"The plan needs {plan.nproc_per_node} GPUs on this node, but torch finds "
             f"{torch.cuda.device_count()}. Use -n {torch.cuda.device_count()}."
         )
     device = torch.device("cuda", local_rank)
@@ -89,22 +92,22 @@ def planned_device(recipe: Recipe, plan: Plan, local_rank: int) -> torch.device:
     torch.backends.cuda.matmul.allow_tf32 = recipe.tf32
     torch.backends.cudnn.allow_tf32 = recipe.tf32
     torch.backends.cudnn.benchmark = recipe.cudnn_benchmark
-    name, generation = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
-    if plan.precision == "bf16" and generation < _BF16_FROM:
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    if plan.precision == "bf16" and capability < _MIN_CAPABILITY_BF16:
         raise WorldError(
-            f"precision=bf16 needs a GPU of the Ampere generation or newer, and this is a {name}. "
-            "Use precision=fp16, or fp32."
+            f"precision=bf16 needs a GPU of the Ampere generation or newer, but this is a {name}. "
+            "Use precision=fp16 or precision=fp32."
         )
-    if recipe.compile and generation < _COMPILE_FROM:
+    if recipe.compile and capability < _MIN_CAPABILITY_COMPILE:
         raise WorldError(
-            f"compile=true needs a GPU of the Volta generation or newer, and this is a {name}. "
-            "Leave compile out."
+            f"compile=true needs a GPU of the Volta generation or newer, but this is a {name}. "
+            "Use compile=false."
         )
     return device
 
 
 def device_name(device: torch.device) -> str:
-    """Return what the device is called, the CPU by its model."""
+    """Return the name of the GPU, or the model name of the CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError):

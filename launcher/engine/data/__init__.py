@@ -1,1 +1,12 @@
-"""Samples: their order, how DataLoader workers read them, and their random state."""
+"""Samples: their order, how they are read, and the random state with which they are read.
+
+sampler           the micro-batches that a rank takes, for the whole run
+permutation       the order of samples in an epoch
+seeds             seeds derived from a path of integers
+randomness        the global random generators
+reader            reads micro-batches, in the rank or in DataLoader workers
+loader_workers    how DataLoader workers start, and what they can send
+open_files        detects files whose position forked workers would share
+fingerprint       describes samples in JSON, so that data sets can be compared
+shards            random access to samples in tar files
+"""

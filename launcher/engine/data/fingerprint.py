@@ -1,9 +1,9 @@
-"""What a value of a data set holds, as a few plain numbers that can be kept and compared.
+"""Descriptions of samples that can be saved as JSON and compared.
 
-A description holds only what JSON has. Integers, texts and bytes are compared exactly. Floating
-numbers and images are compared by their mean, standard deviation and some elements, within a
-tolerance, because another CPU or JPEG decoder may differ in the last bit. Of an object of an
-unknown type only the name of its type is known.
+Integers, strings and bytes are compared exactly. Floating-point numbers and images are compared by
+their mean, standard deviation and some elements, within a tolerance, because the results of
+different CPUs or JPEG decoders may differ slightly. An object of an unknown type is described by
+the name of its type alone.
 """
 
 from __future__ import annotations
@@ -22,75 +22,100 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-_SHORT_TEXT = 64
-_LISTED = 16
-"""Elements of a sequence or of an array of integers that are written out."""
+_MAX_TEXT = 64
+"""Number of characters up to which a string is described in full."""
 
-_SAMPLED = 8
-"""Elements of an array of floating numbers that are compared one by one."""
+_MAX_LISTED = 16
+"""Number of elements of a sequence or an integer array that a description lists."""
 
-_SMALL_ARRAY = 256
-"""Elements below which an array is no image, and is compared closely."""
+_NUM_SAMPLED = 8
+"""Number of elements of a floating-point array that are compared one by one."""
 
-_MOST_ELEMENTS = 1 << 20
-"""Elements of which mean and standard deviation are taken, evenly spread over a larger array."""
+_MIN_IMAGE_SIZE = 256
+"""Number of elements from which an array counts as an image, with looser tolerances."""
 
-_SMALL_BYTES = 64
-"""Elements up to which an array of uint8 is compared exactly."""
+_MAX_ELEMENTS = 1 << 20
+"""Number of elements, evenly spaced, from which the moments of a larger array are computed."""
 
-_KEYS = 64
-_DEPTH, _WIDE = 5, 2
-"""Levels of nested containers that are looked into, and those of which more is written out."""
+_MAX_EXACT_BYTES = 64
+"""Number of elements up to which a uint8 array is compared exactly."""
 
-_SHOWN_CHARACTERS = 60
-_CLOSE = 1e-4
-_LOOSE_MEAN, _LOOSE_ELEMENT = 0.02, 0.1
-"""Tolerances in standard deviations, for arrays as large as an image."""
+_MAX_KEYS = 64
+"""Number of keys of a mapping that are described."""
+
+_MAX_DEPTH, _LONG_LIST_DEPTH = 5, 2
+"""Nesting depth down to which containers are described, and down to which lists are long."""
+
+_MAX_SHOWN = 60
+"""Number of characters of a description in a message."""
+
+_TOLERANCE = 1e-4
+"""Relative tolerance; for small arrays, also the tolerance in standard deviations."""
+
+_IMAGE_MOMENT_TOLERANCE, _IMAGE_ELEMENT_TOLERANCE = 0.02, 0.1
+"""Tolerances in standard deviations for arrays as large as an image."""
 
 
 class DataDifference(NamedTuple):
-    """The first place at which two descriptions differ."""
+    """The first difference between two descriptions."""
 
     place: str
-    """Where, as it would be indexed: `[1]['mask']`; empty for the whole."""
+    """The indices of the differing element, such as `[1]['mask']`; empty for the value itself."""
 
     one: str
+    """The first element, formatted for a message."""
+
     other: str
+    """The second element, formatted for a message."""
 
 
 def describe(value: Any, depth: int = 0) -> Any:
-    """Return the description of `value`; it never fails."""
+    """Return a description of `value` that JSON can hold; never raise an exception.
+
+    Args:
+        value: Any object.
+        depth: The number of containers around it. Deeper values are described with less detail.
+    """
     try:
         return _describe(value, depth)
-    except Exception:  # noqa: BLE001  # whatever the user's own types raise
-        return _unknown(value)
+    except Exception:  # noqa: BLE001  # user-defined types may raise anything
+        return _describe_type(value)
 
 
 def difference(one: Any, other: Any, place: str = "") -> DataDifference | None:
-    """Return the first difference between two descriptions, or None."""
+    """Return the first difference between two descriptions, or None if they agree.
+
+    Args:
+        one: A description.
+        other: Another description.
+        place: The indices of both in the values that are compared, as in `DataDifference.place`.
+    """
     if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        pairs = [(f"[{number}]", *pair) for number, pair in enumerate(zip(one, other, strict=True))]
+        pairs = [(f"[{index}]", *pair) for index, pair in enumerate(zip(one, other, strict=True))]
     elif _keys(one) is not None and _keys(one) == _keys(other):
-        inside, against = one["mapping"], other["mapping"]
-        pairs = [(f"[{key!r}]", inside[key], against[key]) for key in sorted(inside)]
-    elif _equal(one, other):
+        mapping, other_mapping = one["mapping"], other["mapping"]
+        pairs = [(f"[{key!r}]", mapping[key], other_mapping[key]) for key in sorted(mapping)]
+    elif _descriptions_agree(one, other):
         return None
     else:
-        return DataDifference(place, *_shown_apart(one, other))
-    found = (difference(a, b, f"{place}{key}") for key, a, b in pairs)
-    return next((each for each in found if each is not None), None)
+        return DataDifference(place, *_format_difference(one, other))
+    differences = (difference(a, b, f"{place}{key}") for key, a, b in pairs)
+    return next((item for item in differences if item is not None), None)
 
 
 def same(one: Any, other: Any) -> bool:
-    """Return whether two values are equal, NaN to NaN; objects that cannot be compared are."""
+    """Return whether two values are equal.
+
+    NaN equals NaN. Objects that cannot be compared count as equal.
+    """
     try:
         return _same(one, other, 0)
-    except Exception:  # noqa: BLE001  # whatever the user's own types raise
+    except Exception:  # noqa: BLE001  # user-defined types may raise anything
         return True
 
 
 def shown(description: Any) -> str:
-    """Return a description in a few words."""
+    """Format a description for a message, shortened to about 60 characters."""
     if isinstance(description, dict):
         if "array" in description:
             values = ", ".join(map(str, description["values"][:4]))
@@ -101,53 +126,55 @@ def shown(description: Any) -> str:
             text = json.dumps(next(iter(description.values())), ensure_ascii=False)
     else:
         text = json.dumps(description, ensure_ascii=False)
-    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
-def _shown_apart(one: Any, other: Any) -> tuple[str, str]:
-    """Return both descriptions in a few words, from where they differ if need be."""
+def _format_difference(one: Any, other: Any) -> tuple[str, str]:
+    """Format two descriptions; if they look the same, start where they differ."""
     texts = shown(one), shown(other)
     if texts[0] != texts[1]:
         return texts
-    whole = json.dumps(one), json.dumps(other)
-    pairs = enumerate(zip(*whole, strict=False))
-    start = next((place for place, (a, b) in pairs if a != b), 0)
-    start = max(whole[0].rfind(" ", 0, start), 0)
+    full_texts = json.dumps(one), json.dumps(other)
+    characters = enumerate(zip(*full_texts, strict=False))
+    start = next((index for index, (a, b) in characters if a != b), 0)
+    start = max(full_texts[0].rfind(" ", 0, start), 0)
     return (
-        f"...{whole[0][start:][:_SHOWN_CHARACTERS]}",
-        f"...{whole[1][start:][:_SHOWN_CHARACTERS]}",
+        f"...{full_texts[0][start:][:_MAX_SHOWN]}",
+        f"...{full_texts[1][start:][:_MAX_SHOWN]}",
     )
 
 
 def _describe(value: Any, depth: int) -> Any:
     if value is None or isinstance(value, (bool, int, float, str, bytes, bytearray, memoryview)):
         return _describe_plain(value)
-    array = _array(value)
+    array = _to_array(value)
     if array is not None:
         return _describe_array(array, _dtype_name(value), depth)
     children = _children(value)
-    if children is None or depth >= _DEPTH:
-        return _unknown(value)
+    if children is None or depth >= _MAX_DEPTH:
+        return _describe_type(value)
     if isinstance(children, dict):
         return _describe_mapping(children, depth)
     return _describe_list(children, depth)
 
 
 def _describe_mapping(children: dict[Any, Any], depth: int) -> Any:
-    chosen = sorted(children, key=str)[:_KEYS]
-    found = {str(key): describe(children[key], depth + 1) for key in chosen}
+    keys = sorted(children, key=str)[:_MAX_KEYS]
+    mapping = {str(key): describe(children[key], depth + 1) for key in keys}
     return (
-        {"mapping": found} if len(chosen) == len(children) else [len(children), {"mapping": found}]
+        {"mapping": mapping}
+        if len(keys) == len(children)
+        else [len(children), {"mapping": mapping}]
     )
 
 
 def _describe_list(children: list[Any], depth: int) -> Any:
-    most = _LISTED if depth < _WIDE else _LISTED // 4
-    first = [describe(each, depth + 1) for each in children[:most]]
-    if len(children) <= most:
+    max_listed = _MAX_LISTED if depth < _LONG_LIST_DEPTH else _MAX_LISTED // 4
+    first = [describe(child, depth + 1) for child in children[:max_listed]]
+    if len(children) <= max_listed:
         return first
-    if all(isinstance(each, (str, int)) for each in children):
-        return {"list": first, "length": len(children), "sha256": _sum(repr(children).encode())}
+    if all(isinstance(child, (str, int)) for child in children):
+        return {"list": first, "length": len(children), "sha256": _digest(repr(children).encode())}
     return {"mapping": {"length": len(children), "first": first}}
 
 
@@ -155,35 +182,35 @@ def _describe_plain(value: Any) -> Any:
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int):
-        return int(value)  # of an enumeration too
+        return int(value)  # int() also converts members of enumerations
     if isinstance(value, float):
-        return _number(value)
-    if isinstance(value, str) and len(value) <= _SHORT_TEXT:
+        return _describe_float(value)
+    if isinstance(value, str) and len(value) <= _MAX_TEXT:
         return str(value)
     if isinstance(value, str):
-        return {"text": value[:32], "length": len(value), "sha256": _sum(value.encode())}
-    return {"bytes": len(value), "sha256": _sum(bytes(value))}
+        return {"text": value[:32], "length": len(value), "sha256": _digest(value.encode())}
+    return {"bytes": len(value), "sha256": _digest(bytes(value))}
 
 
 def _children(value: Any) -> dict[Any, Any] | list[Any] | None:
-    """Return what a container holds; None for anything else."""
+    """Return the elements of a container, or None if the value is not one."""
     if isinstance(value, Mapping):
         return {key: value[key] for key in value}
     if isinstance(value, (list, tuple)):
         return list(value)
     if isinstance(value, AbstractSet):
-        plain = all(isinstance(each, (str, int)) for each in value)
-        return sorted(value, key=repr) if plain else None
+        is_sortable = all(isinstance(item, (str, int)) for item in value)
+        return sorted(value, key=repr) if is_sortable else None
     if is_dataclass(value) and not isinstance(value, type):
-        return {item.name: getattr(value, item.name, None) for item in fields(value)}
+        return {field.name: getattr(value, field.name, None) for field in fields(value)}
     image = sys.modules.get("PIL.Image")
     if image is not None and isinstance(value, image.Image):
         return {"mode": value.mode, "pixels": np.asarray(value)}
     return None
 
 
-def _array(value: Any) -> NDArray[Any] | None:
-    """Return the numbers of a tensor, an array or a NumPy scalar; None for anything else."""
+def _to_array(value: Any) -> NDArray[Any] | None:
+    """Return a tensor, an array or a NumPy scalar as a NumPy array; None for other values."""
     if isinstance(value, Tensor):
         tensor = value.detach()
         if tensor.is_quantized:
@@ -191,9 +218,10 @@ def _array(value: Any) -> NDArray[Any] | None:
         if tensor.layout != torch.strided:
             tensor = tensor.to_dense()
         tensor = tensor.cpu().resolve_conj().resolve_neg()
-        wide = tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64)
-        found: NDArray[Any] = (tensor.double() if wide else tensor).numpy()
-        return found
+        # NumPy has no bfloat16 and no float8.
+        is_small = tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64)
+        array: NDArray[Any] = (tensor.double() if is_small else tensor).numpy()
+        return array
     return np.asarray(value) if isinstance(value, (np.ndarray, np.generic)) else None
 
 
@@ -208,101 +236,109 @@ def _describe_array(array: NDArray[Any], dtype: str, depth: int) -> Any:
         return [name, describe(array.ravel().tolist(), depth + 1)]
     if kind == "c":
         array, kind = np.stack([array.real, array.imag]), "f"
-    if kind == "f" or (array.dtype == np.uint8 and array.size > _SMALL_BYTES):
+    if kind == "f" or (array.dtype == np.uint8 and array.size > _MAX_EXACT_BYTES):
         return {"array": name, **_moments(array.ravel())}
-    if array.size <= _LISTED and kind in "biu":
+    if array.size <= _MAX_LISTED and kind in "biu":
         return {"array": name, "values": array.ravel().tolist()}
-    values = array.ravel()[:_SAMPLED].tolist() if kind in "biu" else []
+    values = array.ravel()[:_NUM_SAMPLED].tolist() if kind in "biu" else []
     return {
         "array": name,
         "values": values,
-        "sha256": _sum(np.ascontiguousarray(array).tobytes()),
+        "sha256": _digest(np.ascontiguousarray(array).tobytes()),
     }
 
 
 def _moments(flat: NDArray[Any]) -> dict[str, Any]:
+    """Return the size, mean, standard deviation and some elements of an array of shape (N,)."""
     size = flat.size
-    flat = flat[:: max(size // _MOST_ELEMENTS, 1)]
+    flat = flat[:: max(size // _MAX_ELEMENTS, 1)]
     flat = flat.astype(np.float64)
     finite = flat[np.isfinite(flat)]
-    # Spread over the whole: the border of an image is often of one colour.
-    chosen = flat[np.linspace(0, flat.size - 1, min(_SAMPLED, flat.size)).astype(int)]
+    # Evenly spaced, because the border of an image often has a single colour.
+    sampled = flat[np.linspace(0, flat.size - 1, min(_NUM_SAMPLED, flat.size)).astype(int)]
     return {
         "size": int(size),
         "not_finite": int(flat.size - finite.size),
-        "mean": _number(float(finite.mean())) if finite.size else 0.0,
-        "std": _number(float(finite.std())) if finite.size else 0.0,
-        "values": [_number(float(each)) for each in chosen],
+        "mean": _describe_float(float(finite.mean())) if finite.size else 0.0,
+        "std": _describe_float(float(finite.std())) if finite.size else 0.0,
+        "values": [_describe_float(float(element)) for element in sampled],
     }
 
 
-def _number(value: float) -> Any:
-    """Return six digits of a number; JSON has no NaN and no infinity."""
+def _describe_float(value: float) -> Any:
+    """Return a number with six digits, or a dict for NaN and infinities, which JSON lacks."""
     return float(f"{value:.6g}") if math.isfinite(value) else {"float": str(value)}
 
 
-def _unknown(value: Any) -> dict[str, str]:
-    # Without its module, which is called __main__ where a recipe's file is run.
+def _describe_type(value: Any) -> dict[str, str]:
+    # The module is omitted, because it is __main__ when a recipe's file is run as a script.
     return {"type": type(value).__qualname__}
 
 
-def _sum(content: bytes) -> str:
+def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _keys(description: Any) -> Any:
-    """Return the keys of a described mapping; None for anything else."""
-    found = description.get("mapping") if isinstance(description, dict) else None
-    return None if found is None else found.keys()
+    """Return the keys of a described mapping, or None for other descriptions."""
+    mapping = description.get("mapping") if isinstance(description, dict) else None
+    return None if mapping is None else mapping.keys()
 
 
-def _equal(one: Any, other: Any) -> bool:
+def _descriptions_agree(one: Any, other: Any) -> bool:
     if isinstance(one, dict) and isinstance(other, dict) and "mean" in one and "mean" in other:
         return _arrays_agree(one, other)
     if isinstance(one, float) and isinstance(other, float):
-        return _near(one, other, 0.0)
+        return _are_close(one, other, 0.0)
     return type(one) is type(other) and bool(one == other)
 
 
 def _arrays_agree(one: dict[str, Any], other: dict[str, Any]) -> bool:
     if any(one[key] != other[key] for key in ("array", "not_finite")):
         return False
-    small = one["size"] < _SMALL_ARRAY
-    scale = max(one["std"], other["std"])
-    loose = _CLOSE if small else _LOOSE_MEAN
-    if not (_near(one["mean"], other["mean"], loose * scale)):
+    is_small = one["size"] < _MIN_IMAGE_SIZE
+    std = max(one["std"], other["std"])
+    moment_tolerance = (_TOLERANCE if is_small else _IMAGE_MOMENT_TOLERANCE) * std
+    if not _are_close(one["mean"], other["mean"], moment_tolerance):
         return False
-    if not (_near(one["std"], other["std"], loose * scale + _CLOSE * abs(one["mean"]))):
+    std_tolerance = moment_tolerance + _TOLERANCE * abs(one["mean"])
+    if not _are_close(one["std"], other["std"], std_tolerance):
         return False
-    slack = (_CLOSE if small else _LOOSE_ELEMENT) * scale
+    element_tolerance = (_TOLERANCE if is_small else _IMAGE_ELEMENT_TOLERANCE) * std
     pairs = zip(one["values"], other["values"], strict=True)
     return all(
-        _near(a, b, slack) if isinstance(a, float) and isinstance(b, float) else a == b
+        _are_close(a, b, element_tolerance)
+        if isinstance(a, float) and isinstance(b, float)
+        else a == b
         for a, b in pairs
     )
 
 
-def _near(one: float, other: float, slack: float) -> bool:
-    return abs(one - other) <= slack + _CLOSE * max(abs(one), abs(other))
+def _are_close(one: float, other: float, tolerance: float) -> bool:
+    return abs(one - other) <= tolerance + _TOLERANCE * max(abs(one), abs(other))
 
 
 def _same(one: Any, other: Any, depth: int) -> bool:
-    array, against = _array(one), _array(other)
-    if array is not None and against is not None:
-        return _dtype_name(one) == _dtype_name(other) and _same_arrays(array, against, depth)
+    array, other_array = _to_array(one), _to_array(other)
+    if array is not None and other_array is not None:
+        return _dtype_name(one) == _dtype_name(other) and _same_arrays(array, other_array, depth)
     if type(one) is not type(other):
         return False
     if isinstance(one, (str, bytes, int, float)):
         return bool(one == other or (one != one and other != other))  # noqa: PLR0124  # NaN
-    inside, within = _children(one), _children(other)
-    if inside is None or within is None or depth > _DEPTH:
-        return True  # None, or what cannot be compared
-    if isinstance(inside, dict) and isinstance(within, dict):
-        if inside.keys() != within.keys():
+    children, other_children = _children(one), _children(other)
+    if children is None or other_children is None or depth > _MAX_DEPTH:
+        return True  # both are None, or cannot be compared
+    if isinstance(children, dict) and isinstance(other_children, dict):
+        if children.keys() != other_children.keys():
             return False
-        inside, within = list(inside.values()), [within[key] for key in inside]
-    return len(inside) == len(within) and all(
-        _same(a, b, depth + 1) for a, b in zip(inside, within, strict=True)
+        keys = list(children)
+        children, other_children = (
+            [children[key] for key in keys],
+            [other_children[key] for key in keys],
+        )
+    return len(children) == len(other_children) and all(
+        _same(a, b, depth + 1) for a, b in zip(children, other_children, strict=True)
     )
 
 
@@ -313,26 +349,27 @@ def _same_arrays(one: NDArray[Any], other: NDArray[Any], depth: int) -> bool:
 
 
 def classes_of(dataset: Any) -> Any:
-    """Return the description of a data set's classes in their order; None where it names none.
+    """Return a description of a data set's classes in order, or None if it does not name them.
 
-    torchvision's data sets call them `classes` or `class_to_idx`; data sets that wrap another have
-    it as `dataset`.
+    The names come from the attribute `class_to_idx` or `classes`, as in torchvision, of the data
+    set or of one that it wraps as `dataset`.
     """
     try:
-        for each in _wrapped(dataset):
+        for inner_dataset in _unwrap(dataset):
             for name in ("class_to_idx", "classes"):
-                found = getattr(each, name, None)
-                if isinstance(found, Mapping):
-                    return describe([f"{key} {value}" for key, value in found.items()])
-                if isinstance(found, (list, tuple)):
-                    return describe(list(found))
-    except Exception:  # noqa: BLE001  # whatever the user's own attributes raise
+                classes = getattr(inner_dataset, name, None)
+                if isinstance(classes, Mapping):
+                    return describe([f"{key} {value}" for key, value in classes.items()])
+                if isinstance(classes, (list, tuple)):
+                    return describe(list(classes))
+    except Exception:  # noqa: BLE001  # user-defined attributes may raise anything
         return None
     return None
 
 
-def _wrapped(dataset: Any) -> Iterator[Any]:
-    for _ in range(_DEPTH):
+def _unwrap(dataset: Any) -> Iterator[Any]:
+    """Yield a data set and the data sets that it wraps, from the outside in."""
+    for _ in range(_MAX_DEPTH):
         if dataset is None:
             return
         yield dataset

@@ -1,4 +1,4 @@
-"""The DataLoader workers of a rank: how they start, and what they can send to it."""
+"""The DataLoader workers of a rank: how they start, and what they can send to the rank."""
 
 from __future__ import annotations
 
@@ -22,38 +22,38 @@ from launcher.engine.ranks.processes import die_with_parent
 from launcher.errors import SampleError, WorldError
 from launcher.signals import STOP_SIGNALS
 
-_LONGEST_ADDRESS = 107
-"""Bytes that the address of a Unix socket can have (Linux, unix(7))."""
+_MAX_ADDRESS_BYTES = 107
+"""Maximum length of the address of a Unix socket (Linux, unix(7))."""
 
-_SOCKET_NAME = len("/pymp-xxxxxxxx/listener-xxxxxxxx")
-"""What multiprocessing appends to the temporary folder."""
+_SOCKET_NAME_BYTES = len("/pymp-xxxxxxxx/listener-xxxxxxxx")
+"""Length of the path that multiprocessing appends to the temporary folder."""
 
 
 def start_worker(rank_pid: int, _: int) -> None:
-    """Prepare this process, a DataLoader worker, to outlive signals but not its rank."""
+    """Make this process, a DataLoader worker, ignore stop signals and exit with its rank."""
     die_with_parent(rank_pid)
-    # A job that is told to stop tells all its processes; the rank decides when, and it needs data
-    # until then. SIGUSR2 is for the rank to ask where a worker hangs.
+    # A stop signal often reaches all processes of a job. The rank decides when to stop and needs
+    # data until then. With SIGUSR2 the rank asks a hanging worker for its traceback.
     for number in (signal.SIGINT, *STOP_SIGNALS):
         signal.signal(number, signal.SIG_IGN)
     faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # a spawned one has them held back
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # `signals_held` blocked them
 
 
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
-    """Hold back what asks a run to stop, in this process and at first in those that it starts."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *STOP_SIGNALS})
+    """Block stop signals in this process and in the child processes that it starts meanwhile."""
+    previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *STOP_SIGNALS})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
 
 
 def remove_semaphores() -> None:
-    """Remove the semaphores of spawned workers, before this process ends without a clean-up.
+    """Remove the semaphores of spawned workers, before this process exits without cleaning up.
 
-    A process of multiprocessing's own watches them, and would warn of those that are left.
+    Otherwise multiprocessing's resource tracker would warn about leaked semaphores.
     """
     if getattr(resource_tracker._resource_tracker, "_fd", None) is not None:  # noqa: SLF001
         multiprocessing.util._run_finalizers(0)  # type: ignore[attr-defined]  # noqa: SLF001
@@ -65,48 +65,48 @@ def is_worker() -> bool:
 
 
 def check_temporary_folder() -> None:
-    """Refuse a temporary folder in which workers cannot open their sockets.
+    """Check that the path of the temporary folder is short enough for the sockets of workers.
 
     Raises:
-        WorldError: Its name is too long.
+        WorldError: The path is too long.
     """
-    # Python 3.14 falls back to /tmp by itself.
-    shortened = getattr(multiprocessing.util, "_get_base_temp_dir", None)
-    folder = tempfile.gettempdir() if shortened is None else shortened(tempfile)
-    length, most = len(os.fsencode(folder)), _LONGEST_ADDRESS - _SOCKET_NAME
-    if length > most:
+    # Python 3.14 falls back to /tmp if the path is too long.
+    get_base_folder = getattr(multiprocessing.util, "_get_base_temp_dir", None)
+    folder = tempfile.gettempdir() if get_base_folder is None else get_base_folder(tempfile)
+    length, max_length = len(os.fsencode(folder)), _MAX_ADDRESS_BYTES - _SOCKET_NAME_BYTES
+    if length > max_length:
         raise WorldError(
-            f"DataLoader workers send batches through sockets in the temporary folder, whose name "
-            f"has {length} bytes, and at most {most} fit into the address of a socket: {folder}. "
-            "Set TMPDIR to a folder with a shorter name, or use num_workers=0."
+            "DataLoader workers send batches through Unix sockets in the temporary folder. Its "
+            f"path has {length} bytes, but the address of a socket leaves room for {max_length}: "
+            f"{folder}. Set TMPDIR to a folder with a shorter path, or use num_workers=0."
         )
 
 
 def check_sendable(batch: Any, split: str) -> None:
-    """Refuse a batch that a worker cannot send to its rank.
+    """Check that a worker can send a batch to its rank.
 
-    The worker's queue pickles in a thread, which prints an error and sends nothing, so that the
-    rank would wait for ever (pytorch#142884).
+    The queue of a worker pickles in a thread, which prints an error and sends nothing if it fails,
+    so the rank would wait forever (pytorch#142884).
 
     Raises:
-        SampleError: It cannot be pickled; the message names the type.
+        SampleError: The batch cannot be pickled; the message names its type.
     """
     try:
         _DryPickler(io.BytesIO(), pickle.HIGHEST_PROTOCOL).dump(batch)
-    except Exception as error:  # noqa: BLE001  # whatever the user's own types raise
+    except Exception as error:  # noqa: BLE001  # user-defined types may raise anything
         raise SampleError(
-            f"A DataLoader worker cannot send a batch of the {split} data, a {_name(batch)}, to "
-            f"its rank: {type(error).__name__}: {error}. Define the types of a batch at the top "
-            "of a module, and keep locks, generators and open files out of it, or use "
-            "num_workers=0."
+            f"A DataLoader worker cannot send a batch of the {split} data, a "
+            f"{_qualified_type_name(batch)}, to its rank: {type(error).__name__}: {error}. Define "
+            "the types of a batch at the top level of a module, and keep locks, generators and "
+            "open files out of it, or use num_workers=0."
         ) from None
 
 
 class _DryPickler(ForkingPickler):
-    """Pickles everything but tensors, which would be moved to shared memory."""
+    """Pickles everything except tensors, which ForkingPickler would move to shared memory."""
 
     def persistent_id(self, value: Any) -> str | None:
-        """Return a name for what is left out, None for the rest."""
+        """Return a placeholder for a tensor, and None for other values, which are pickled."""
         if not isinstance(value, Tensor):
             return None
         if value.requires_grad and not value.is_leaf:
@@ -114,5 +114,5 @@ class _DryPickler(ForkingPickler):
         return "tensor"
 
 
-def _name(value: Any) -> str:
+def _qualified_type_name(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"

@@ -1,4 +1,8 @@
-"""The files that this process holds open for reading, and where in them it would read next."""
+"""The files that this process has open for reading, and their positions.
+
+Forked DataLoader workers share the positions of files that were open at the fork, so a data set
+that reads through them would read from wrong positions.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +14,21 @@ from typing import NamedTuple
 
 
 class OpenFile(NamedTuple):
-    """An open file; processes that are forked share its position."""
+    """An open file, whose position is shared with forked processes."""
 
     path: str
+    """The path, as the kernel reports it."""
+
     inode: int
+    """The inode number."""
+
     position: int
+    """The offset in bytes at which the next read starts."""
 
 
 def open_files() -> dict[int, OpenFile]:
-    """Return the regular files that are open for reading, by descriptor (Linux)."""
-    found = {}
+    """Return the regular files that are open for reading, by descriptor (Linux; else empty)."""
+    files = {}
     for name in _descriptors():
         descriptor = int(name)
         try:
@@ -29,38 +38,38 @@ def open_files() -> dict[int, OpenFile]:
             text = Path(f"/proc/self/fdinfo/{name}").read_text(encoding="ascii")
             values = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
             flags = int(values["flags"], 8)
-            if flags & os.O_ACCMODE == os.O_WRONLY or flags & os.O_APPEND:  # written, as logs are
+            if flags & os.O_ACCMODE == os.O_WRONLY or flags & os.O_APPEND:  # such as a log file
                 continue
             path = Path(f"/proc/self/fd/{name}").readlink()
-            found[descriptor] = OpenFile(str(path), status.st_ino, int(values["pos"]))
-        except (OSError, ValueError, KeyError):  # it was closed meanwhile
+            files[descriptor] = OpenFile(str(path), status.st_ino, int(values["pos"]))
+        except (OSError, ValueError, KeyError):  # the file was closed in the meantime
             continue
-    return found
+    return files
 
 
 def moved_files(before: Mapping[int, OpenFile]) -> list[str]:
-    """Return the paths of the files in `before` that are still open, at another position."""
-    now = open_files()
+    """Return the paths of files in `before` that are still open and whose position changed."""
+    files = open_files()
     return [
-        then.path
-        for descriptor, then in before.items()
-        if (found := now.get(descriptor)) is not None
-        and found.inode == then.inode
-        and found.position != then.position
+        old.path
+        for descriptor, old in before.items()
+        if (new := files.get(descriptor)) is not None
+        and new.inode == old.inode
+        and new.position != old.position
     ]
 
 
 def opened_since(before: Mapping[int, OpenFile]) -> dict[int, OpenFile]:
-    """Return the files that are open and were not open in `before`."""
+    """Return the open files that are not in `before`, by descriptor."""
     return {
-        descriptor: found
-        for descriptor, found in open_files().items()
-        if descriptor not in before or before[descriptor].inode != found.inode
+        descriptor: file
+        for descriptor, file in open_files().items()
+        if descriptor not in before or before[descriptor].inode != file.inode
     }
 
 
 def _descriptors() -> list[str]:
     try:
-        return [each.name for each in Path("/proc/self/fd").iterdir()]
+        return [entry.name for entry in Path("/proc/self/fd").iterdir()]
     except OSError:  # no /proc
         return []

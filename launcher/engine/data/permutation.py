@@ -1,7 +1,7 @@
-"""The order of samples: a permutation that is computed where it is looked at.
+"""The order of samples in an epoch: a permutation that is never stored as a whole.
 
-Which sample stands at which position of an epoch is a function of (seed, epoch, position), so every
-rank computes the few it needs, in memory of the order of a batch, whatever the size of the data.
+The sample at a position is a function of (seed, epoch, position). Every rank computes only the
+samples that it needs, so its memory depends on the batch and not on the size of the data set.
 """
 
 from __future__ import annotations
@@ -16,18 +16,21 @@ _MASK32 = 0xFFFFFFFF
 
 
 class Permutation:
-    """A pseudo-random permutation of range(size), one for each (seed, epoch).
+    """A pseudo-random permutation of range(size) for one seed and epoch.
 
-    A Feistel network over the smallest power of two that holds `size`; positions that it sends
-    outside are sent through again until they fall inside, which on average takes fewer than two
-    passes ("cycle-walking", Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA
-    2002). Each of its 8 rounds mixes with the finalizer of MurmurHash3. It is a shuffle, not a
-    cipher.
+    The permutation is a Feistel network over the smallest power of two that is at least `size` (and
+    at least 4). Positions that it maps outside range(size) pass through again until they fall
+    inside, in fewer than two passes on average ("cycle-walking", Black and Rogaway, "Ciphers with
+    arbitrary finite domains", CT-RSA 2002). Each of its 8 rounds mixes with the finalizer of
+    MurmurHash3. It is a shuffle, not a cipher.
 
     Args:
-        size: Number of elements, at least 1.
+        size: The number of elements, at least 1.
         seed: The run's seed.
-        epoch: The epoch, from 0.
+        epoch: The epoch, counted from 0.
+
+    Raises:
+        ValueError: `size` is less than 1.
     """
 
     def __init__(self, size: int, seed: int, epoch: int) -> None:
@@ -36,32 +39,41 @@ class Permutation:
         self.size = size
         bits = max((size - 1).bit_length(), 2)
         self._low, self._high = bits // 2, bits - bits // 2
-        self._keys = [np.uint32(derive(seed, epoch, turn) & _MASK32) for turn in range(_ROUNDS)]
+        self._keys = [
+            np.uint32(derive(seed, epoch, round_index) & _MASK32) for round_index in range(_ROUNDS)
+        ]
 
     def __call__(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the elements at `positions` (of shape (N,), each in range(size))."""
-        elements = self._pass(positions)
+        """Return the elements at `positions`.
+
+        Args:
+            positions: Positions of shape (N,), each in range(size).
+
+        Returns:
+            Elements of shape (N,), each in range(size).
+        """
+        elements = self._permute(positions)
         outside = np.flatnonzero(elements >= self.size)
         while len(outside):
-            again = self._pass(elements[outside])
-            elements[outside] = again
-            outside = outside[again >= self.size]
+            permuted = self._permute(elements[outside])
+            elements[outside] = permuted
+            outside = outside[permuted >= self.size]
         return elements
 
-    def _pass(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Send `values` through the network once; a bijection of range(2**bits)."""
+    def _permute(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Apply the Feistel network once, a bijection of range(2**bits)."""
         low_bits, high_bits = self._low, self._high
         low = (values & ((1 << low_bits) - 1)).astype(np.uint32)
         high = (values >> low_bits).astype(np.uint32)
         for key in self._keys:
-            # (high | low) -> (low | high ^ mix(low)): the halves change places, and so their widths
+            # (high | low) -> (low | high ^ mix(low)): the halves and their widths swap places
             low, high = high ^ (_mix(low ^ key) & np.uint32((1 << high_bits) - 1)), low
             low_bits, high_bits = high_bits, low_bits
         return (high.astype(np.int64) << low_bits) | low
 
 
 def _mix(values: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """Return the finalizer of MurmurHash3 of each value; products wrap. Overwrites `values`."""
+    """Apply the finalizer of MurmurHash3 to `values` in place and return them; products wrap."""
     values ^= values >> 16
     values *= 0x85EBCA6B
     values ^= values >> 13
@@ -71,18 +83,21 @@ def _mix(values: NDArray[np.uint32]) -> NDArray[np.uint32]:
 
 
 def elements_at(size: int, seed: int, epoch: int, ranges: list[range]) -> list[list[int]]:
-    """Return the elements at each of `ranges` of the epoch's order, computed together.
+    """Return the elements at several ranges of positions of an epoch, computed together.
 
     Args:
-        size: Number of elements in an epoch.
+        size: The number of elements in an epoch.
         seed: The run's seed.
-        epoch: The epoch, from 0.
-        ranges: Positions, contiguous within each range.
+        epoch: The epoch, counted from 0.
+        ranges: Ranges of positions, each with step 1.
+
+    Returns:
+        A list of elements for each range.
     """
-    positions = np.concatenate([np.arange(each.start, each.stop) for each in ranges])
+    positions = np.concatenate([np.arange(span.start, span.stop) for span in ranges])
     flat = Permutation(size, seed, epoch)(positions).tolist()
-    cut, start = [], 0
-    for each in ranges:
-        cut.append(flat[start : start + len(each)])
-        start += len(each)
-    return cut
+    elements, start = [], 0
+    for span in ranges:
+        elements.append(flat[start : start + len(span)])
+        start += len(span)
+    return elements

@@ -1,4 +1,4 @@
-"""The generators that library code draws from: `random`, `numpy.random` and torch's on the CPU."""
+"""The global random generators: `random`, `numpy.random` and torch's CPU generator."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from launcher.engine.data.seeds import derive
 
 
 def seed_all(seed: int) -> None:
-    """Seed all three; torch's generators on GPUs are left as they are."""
+    """Seed the three global CPU generators; do not change torch's generators on GPUs."""
     random.seed(seed)
     numpy.random.seed(seed & 0xFFFFFFFF)
     torch.default_generator.manual_seed(seed)  # torch.manual_seed would queue a call for each GPU
 
 
 def seed_step(seed: int, step: int, backend: Backend) -> None:
-    """Seed what a model draws from in `step`, dropout masks above all, on this rank.
+    """Seed torch's generators for the model's computation in `step`, such as dropout masks.
 
-    By (seed, step, rank), so that a run that is resumed on as many ranks draws what it would have.
+    The seed depends on (seed, step, rank), so a run that is resumed on the same number of ranks
+    draws the same numbers as an uninterrupted run.
     """
-    drawn = derive(seed, step, backend.rank)
-    torch.default_generator.manual_seed(drawn)
+    step_seed = derive(seed, step, backend.rank)
+    torch.default_generator.manual_seed(step_seed)
     if backend.device.type == "cuda":
-        torch.cuda.manual_seed(drawn)
+        torch.cuda.manual_seed(step_seed)
 
 
 class Generators:
-    """The state of all three at some moment, so that they can be put back to it."""
+    """A copy of the state of the three global CPU generators, taken when it is created."""
 
     def __init__(self) -> None:
         self._python = random.getstate()
@@ -38,18 +39,18 @@ class Generators:
         self._torch = torch.get_rng_state()
 
     def are_untouched(self) -> bool:
-        """Return whether nothing has drawn from any of them since."""
-        now, then = numpy.random.get_state(legacy=False), self._numpy
+        """Return whether no generator has been drawn from since this copy was taken."""
+        now, before = numpy.random.get_state(legacy=False), self._numpy
         return (
             random.getstate() == self._python
             and torch.equal(torch.get_rng_state(), self._torch)
-            and now["has_gauss"] == then["has_gauss"]
-            and now["state"]["pos"] == then["state"]["pos"]
-            and bool((now["state"]["key"] == then["state"]["key"]).all())
+            and now["has_gauss"] == before["has_gauss"]
+            and now["state"]["pos"] == before["state"]["pos"]
+            and bool((now["state"]["key"] == before["state"]["key"]).all())
         )
 
     def restore(self) -> None:
-        """Put all three back."""
+        """Reset the three generators to this copy."""
         random.setstate(self._python)
         numpy.random.set_state(self._numpy)
         torch.set_rng_state(self._torch)

@@ -1,4 +1,4 @@
-"""Reading samples: from requests to micro-batches, in DataLoader workers or in the rank itself."""
+"""Reads the micro-batches that a rank requests, in DataLoader workers or in the rank itself."""
 
 from __future__ import annotations
 
@@ -38,75 +38,87 @@ from launcher.runs.job import RecipeSource
 
 
 class MicroBatch(NamedTuple):
-    """What a request is answered with."""
+    """A micro-batch that was read for a request."""
 
     batch: Any
     """The collated samples."""
 
     request: MicroBatchRequest
+    """The request."""
 
     items: int
-    """How many items the loss counts in it: samples, or what the recipe's `count` says."""
+    """The number of items that the loss counts: samples, or the result of the recipe's `count`."""
 
     samples: dict[str, Any] | None = None
-    """Descriptions of the samples by their numbers, in a trial."""
+    """In a trial, the descriptions of the samples by their indices; otherwise None."""
 
     @property
     def counts(self) -> bool:
-        """Whether it has a weight in its step."""
+        """Whether the micro-batch has a weight in its step."""
         return self.request.counts
 
 
 def sample_count(data: Any, split: str) -> int:
-    """Return the number of samples of a data set.
+    """Return the number of samples in a data set.
+
+    Args:
+        data: The data set of a recipe.
+        split: The name of the data set, for error messages.
 
     Raises:
-        RecipeError: It has no length, cannot be indexed, or is empty.
+        RecipeError: The data set has no length, cannot be indexed, or is empty.
     """
     if isinstance(data, IterableDataset):
         raise RecipeError(
-            f"The {split} data is a {type(data).__name__}, an iterable data set: its samples have "
-            "no numbers, so that neither what each rank takes nor where a run goes on could be "
-            "exact. Give a data set with __len__ and __getitem__; launcher.Shards reads samples "
-            "out of tar files in any order."
+            f"The {split} data is a {type(data).__name__}, an iterable data set. Its samples have "
+            "no indices, so the launcher can neither divide them exactly among ranks nor resume at "
+            "the right sample. Return a data set with __len__ and __getitem__. For samples in tar "
+            "files, use launcher.Shards, which reads them in any order."
         )
     if isinstance(data, Mapping) and 0 not in data:
         names = ", ".join(map(repr, list(data)[:4]))
         raise RecipeError(
-            f"The {split} data is a {type(data).__name__} with the keys {names}; expected one data "
-            "set, whose samples are numbered from 0. Join several with "
+            f"The {split} data is a {type(data).__name__} with the keys {names}, but it must be "
+            "one data set whose samples have indices from 0. Join several data sets with "
             "torch.utils.data.ConcatDataset."
         )
     if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+        missing = "length" if hasattr(data, "__getitem__") else "__getitem__"
         raise RecipeError(
-            f"The {split} data is a {type(data).__name__}, which has no "
-            f"{'length' if hasattr(data, '__getitem__') else '__getitem__'}: samples could not be "
-            "shared exactly over ranks. Give a map-style data set, with __len__ and __getitem__."
+            f"The {split} data is a {type(data).__name__}, which has no {missing}, so its samples "
+            "cannot be divided exactly among ranks. Return a map-style data set, with __len__ and "
+            "__getitem__."
         )
     if len(data) == 0:
         raise RecipeError(
             f"The {split} data is empty: len() of the {type(data).__name__} is 0. "
-            "Look at what the recipe's data function reads."
+            "Check what the recipe's data function reads."
         )
     return len(data)
 
 
 class Reader(Dataset[MicroBatch | LauncherError]):
-    """Answers requests; the data set that the DataLoader and its workers see.
+    """The data set of the DataLoader, which reads the micro-batch of each request.
 
-    Before each `__getitem__` of a data set, the global generators of `random`, `numpy.random` and
-    torch are seeded by (seed, epoch, sample), and afterwards put back, so that augmentation depends
-    on nothing else. A data set's batched `__getitems__` is used where it draws no random numbers.
+    Before each `__getitem__` of the recipe's data set, the global generators of `random`,
+    `numpy.random` and torch are seeded by (seed, epoch, sample); afterwards their state is
+    restored. Augmentation therefore depends on nothing else. The batched `__getitems__` of a data
+    set is used if it draws no random numbers.
+
+    Args:
+        recipe: The recipe.
+        data: The result of the recipe's data function.
+        source: The import location of the recipe, which spawned workers need; None if unknown.
     """
 
     def __init__(self, recipe: Recipe, data: Data, source: RecipeSource | None = None) -> None:
         self._source = source
         self.held_files: dict[int, OpenFile] = {}
-        """Files that the data sets have held open since they were made."""
+        """Files that the data sets have held open since their creation, by descriptor."""
 
-        self._fill(recipe, data)
+        self._set_data(recipe, data)
 
-    def _fill(self, recipe: Recipe, data: Data) -> None:
+    def _set_data(self, recipe: Recipe, data: Data) -> None:
         self.data = data
         self._seed = recipe.seed
         self._count = recipe.count
@@ -116,94 +128,101 @@ class Reader(Dataset[MicroBatch | LauncherError]):
             "evaluation": callable(getattr(data.evaluation, "__getitems__", None)),
         }
         self._lengths = [_length(data.train), _length(data.evaluation)]
-        self._sent: set[str] = set()
-        self._is_filled = True
+        self._checked_splits: set[str] = set()
+        self._has_data = True
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a spawned worker makes the data anew from; data sets are not sent."""
+        """Return the state for a spawned worker, which creates the data sets itself."""
         return {
             "_source": self._source,
             "_lengths": self._lengths,
-            "_is_filled": False,
+            "_has_data": False,
             "held_files": {},
         }
 
-    def _make_anew(self) -> None:
-        """Call the recipe's data() in this process, a spawned worker, as the rank has done.
+    def _create_data(self) -> None:
+        """Create the data sets in this process, a spawned worker, as the rank did.
 
         Raises:
-            RecipeError: It cannot be imported, or its data() raised or returned other lengths.
+            RecipeError: The recipe cannot be imported, or its data function raised an exception or
+                returned data sets of other lengths than in the rank.
         """
         assert self._source is not None
-        before, expected = Generators(), self._lengths
+        generators, rank_lengths = Generators(), self._lengths
         try:
             recipe = self._source.build()
             seed_all(recipe.seed)
-            self._fill(recipe, recipe.data())
-        except Exception as error:  # noqa: BLE001  # whatever the recipe's own code raises
-            own = isinstance(error, LauncherError)
-            place = "" if own else f"\n\n{traceback.format_exc().rstrip()}"
+            self._set_data(recipe, recipe.data())
+        except Exception as error:  # noqa: BLE001  # the recipe's code may raise anything
+            is_ours = isinstance(error, LauncherError)
+            details = "" if is_ours else f"\n\n{traceback.format_exc().rstrip()}"
             raise RecipeError(
-                "worker_start=spawn: a DataLoader worker imports the recipe and calls data(), and "
-                f"{self._source.recipe} failed there: {type(error).__name__}: {error}{place}"
+                "With worker_start=spawn, each DataLoader worker imports the recipe and calls its "
+                f"data function. In a worker, {self._source.recipe} failed: "
+                f"{type(error).__name__}: {error}{details}"
             ) from None
         finally:
-            before.restore()
-        if self._lengths != expected:
+            generators.restore()
+        if self._lengths != rank_lengths:
             raise RecipeError(
                 f"worker_start=spawn: data() returned {self._lengths[0]:,} training and "
-                f"{self._lengths[1]:,} evaluation samples in a DataLoader worker, and "
-                f"{expected[0]:,} and {expected[1]:,} in the rank. It must return the same in "
-                "every process."
+                f"{self._lengths[1]:,} evaluation samples in a DataLoader worker, but "
+                f"{rank_lengths[0]:,} and {rank_lengths[1]:,} in the rank. It must return the same "
+                "data in every process."
             )
 
     def check_start(self, method: str) -> None:
-        """Refuse to spawn workers that could not make the data anew.
+        """Check that workers started with `method` can create the data.
 
         Raises:
-            RecipeError: It is not known where the recipe comes from.
+            RecipeError: Workers are to be spawned, and the import location of the recipe is
+                unknown.
         """
         if method == "spawn" and self._source is None:
             raise RecipeError(
-                "worker_start=spawn has each DataLoader worker import the recipe and call data(), "
-                "and where this recipe was imported from is not known. Start it with `launcher "
-                "run` or launcher.main, or use worker_start=fork."
+                "With worker_start=spawn, each DataLoader worker imports the recipe and calls "
+                "data(), but the launcher does not know where this recipe was imported from. Start "
+                "it with `launcher run` or launcher.main, or use worker_start=fork."
             )
 
     def path_read_through(self, request: MicroBatchRequest) -> str | None:
-        """Read in this process; return the file of `held_files` that this moves, if any."""
+        """Read a request in this process, and return a file of `held_files` that it moved.
+
+        Returns:
+            The path of a file that was opened before and whose position has changed, or None.
+        """
         before = open_files()
         self[request]
         moved = moved_files({fd: before[fd] for fd in self.held_files if fd in before})
         return moved[0] if moved else None
 
     def __getitem__(self, request: MicroBatchRequest) -> MicroBatch | LauncherError:
-        """Return the micro-batch, or what went wrong, as a value that crosses processes whole."""
+        """Return the micro-batch, or the error as a value, because it must cross processes."""
         try:
-            if not self._is_filled:
-                self._make_anew()
-            answer = self._answer(request)
-            if is_worker() and request.split not in self._sent:
-                check_sendable(answer.batch, request.split)
-                self._sent.add(request.split)
+            if not self._has_data:
+                self._create_data()
+            micro_batch = self._read(request)
+            if is_worker() and request.split not in self._checked_splits:
+                check_sendable(micro_batch.batch, request.split)
+                self._checked_splits.add(request.split)
         except LauncherError as error:
             return error
-        return answer
+        return micro_batch
 
-    def _answer(self, request: MicroBatchRequest) -> MicroBatch:
-        dataset, described = getattr(self.data, request.split), None
+    def _read(self, request: MicroBatchRequest) -> MicroBatch:
+        dataset, descriptions = getattr(self.data, request.split), None
         if type(dataset) is TensorDataset and self.data.collate is None:
-            # What collating the samples one by one would give, in one indexing operation.
-            chosen = torch.tensor(request.indices)
-            batch = [tensor[chosen] for tensor in dataset.tensors]
+            # One indexing operation gives the same result as collating the samples one by one.
+            indices = torch.tensor(request.indices)
+            batch = [tensor[indices] for tensor in dataset.tensors]
             if request.trial:
-                described = _describe(request, [dataset[index] for index in request.indices])
+                descriptions = _describe(request, [dataset[index] for index in request.indices])
         else:
-            samples = self._read(dataset, request)
+            samples = self._read_samples(dataset, request)
             if request.trial:
-                described = _describe(request, samples)
-            batch = _calling(
-                f"The collate function, of the {request.split} data,",
+                descriptions = _describe(request, samples)
+            batch = _call(
+                f"The collate function of the {request.split} data",
                 request,
                 self._collate,
                 samples,
@@ -212,44 +231,44 @@ class Reader(Dataset[MicroBatch | LauncherError]):
         if request.counts:
             items = len(request.indices)
             if self._count is not None:
-                items = int(_calling("The recipe's count function", request, self._count, batch))
-        return MicroBatch(batch, request, items, described)
+                items = int(_call("The recipe's count function", request, self._count, batch))
+        return MicroBatch(batch, request, items, descriptions)
 
-    def _read(self, dataset: Any, request: MicroBatchRequest) -> list[Any]:
-        what = f"The {request.split} data"
-        before = Generators()
+    def _read_samples(self, dataset: Any, request: MicroBatchRequest) -> list[Any]:
+        name = f"The {request.split} data"
+        generators = Generators()
         try:
             if self._batched[request.split]:
-                samples = _calling(what, request, dataset.__getitems__, request.indices)
-                if before.are_untouched():
+                samples = _call(name, request, dataset.__getitems__, request.indices)
+                if generators.are_untouched():
                     return list(samples)
                 # It drew random numbers for the batch as a whole, which would depend on the split.
                 self._batched[request.split] = False
             samples = []
             for index in request.indices:
                 seed_all(derive(self._seed, request.epoch, index))
-                samples.append(_calling(what, request, dataset.__getitem__, index, indices=[index]))
+                samples.append(_call(name, request, dataset.__getitem__, index, indices=[index]))
             return samples
         finally:
-            before.restore()
+            generators.restore()
 
 
 def micro_batches(
     reader: Reader, requests: Iterable[MicroBatchRequest], plan: Plan
 ) -> Iterator[MicroBatch]:
-    """Return the micro-batches of `requests`, read ahead by the plan's workers.
+    """Return the micro-batches of `requests`, prefetched by the plan's workers.
 
-    The workers start at once; without any, samples are read when they are asked for. The iterator
-    raises a SampleError where the data set raised.
+    Workers start immediately. Without workers, a micro-batch is read when the iterator reaches it.
+    The iterator raises SampleError if the data set raised an exception.
 
     Raises:
-        WorldError: Workers cannot send anything from here.
-        RecipeError: Workers are to be spawned, and it is not known where the recipe comes from.
+        WorldError: The path of the temporary folder is too long for the sockets of workers.
+        RecipeError: Workers are to be spawned, and the import location of the recipe is unknown.
     """
     workers = plan.workers_per_rank
     if not workers and not plan.pin_memory:
         return map(checked, map(reader.__getitem__, requests))
-    answers = read_ahead(
+    results = read_ahead(
         reader,
         requests,
         workers=workers,
@@ -257,7 +276,7 @@ def micro_batches(
         prefetch_factor=plan.prefetch_factor,
         pin_memory=plan.pin_memory,
     )
-    return map(checked, answers)
+    return map(checked, results)
 
 
 def read_ahead(
@@ -269,60 +288,61 @@ def read_ahead(
     prefetch_factor: int | None = None,
     pin_memory: bool = False,
 ) -> Iterator[MicroBatch | LauncherError]:
-    """Start workers that answer `requests`; return the answers in their order.
+    """Start workers that read `requests`; return the micro-batches or errors in request order.
 
     Args:
-        reader: Answers them.
-        requests: What to read.
-        workers: How many processes read; 0 reads in this one.
-        method: How they start, `fork` or `spawn`.
-        prefetch_factor: Answers that each holds ready; None without workers.
-        pin_memory: Whether tensors are in page-locked memory.
+        reader: Reads the requests.
+        requests: The requests.
+        workers: The number of worker processes; 0 reads in this process.
+        method: How workers start: `fork` or `spawn`.
+        prefetch_factor: The number of micro-batches that each worker prefetches; None without
+            workers.
+        pin_memory: Whether to copy tensors to page-locked memory.
 
     Raises:
-        WorldError: Workers cannot send anything from here.
-        RecipeError: Workers are to be spawned, and it is not known where the recipe comes from.
+        WorldError: The path of the temporary folder is too long for the sockets of workers.
+        RecipeError: Workers are to be spawned, and the import location of the recipe is unknown.
     """
     if workers:
         check_temporary_folder()
         reader.check_start(method)
     with warnings.catch_warnings():
-        # The plan has weighed workers against cores, and has told the user.
+        # The planner already compares workers with cores and warns the user.
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         loader = DataLoader(
             reader,
             sampler=requests,
             batch_size=None,
-            collate_fn=_as_it_is,
+            collate_fn=_identity,
             num_workers=workers,
             prefetch_factor=prefetch_factor,
             pin_memory=pin_memory,
             worker_init_fn=partial(start_worker, os.getpid()) if workers else None,
             multiprocessing_context=method if workers else None,
         )
-        # A spawned worker listens to signals from the beginning, and ignores them only later.
+        # A spawned worker would react to signals until `start_worker` makes it ignore them.
         with signals_held() if method == "spawn" else contextlib.nullcontext():
-            answers: Iterator[MicroBatch | LauncherError] = iter(loader)
-    return _received(answers) if workers else answers
+            results: Iterator[MicroBatch | LauncherError] = iter(loader)
+    return _receive(results) if workers else results
 
 
-def _received(
-    answers: Iterator[MicroBatch | LauncherError],
+def _receive(
+    results: Iterator[MicroBatch | LauncherError],
 ) -> Iterator[MicroBatch | LauncherError]:
-    """Yield what workers send.
+    """Yield the results of workers.
 
     Raises:
-        RuntimeError: A worker died while its tensors were fetched from it; torch only says that of
-            one that it waits for.
+        RuntimeError: A worker died while its tensors were fetched. torch reports the death of a
+            worker only while it waits for that worker.
     """
     while True:
         try:
-            answer = next(answers)
+            result = next(results)
         except StopIteration:
             return
         except (EOFError, ConnectionError, FileNotFoundError) as error:
             raise RuntimeError(f"DataLoader worker exited unexpectedly ({error!r})") from error
-        yield answer
+        yield result
 
 
 def _length(dataset: Any) -> int:
@@ -334,38 +354,45 @@ def _describe(request: MicroBatchRequest, samples: list[Any]) -> dict[str, Any]:
     return {str(index): describe(sample) for index, sample in pairs}
 
 
-def _calling(
-    what: str,
+def _call(
+    name: str,
     request: MicroBatchRequest,
     function: Callable[[Any], Any],
     argument: Any,
     *,
     indices: list[int] | None = None,
 ) -> Any:
-    """Call a function of the recipe's.
+    """Call a function of the recipe.
+
+    Args:
+        name: The name of the function, for error messages.
+        request: The request that is being read.
+        function: The function.
+        argument: Its only argument.
+        indices: The samples that the call concerns; None for all samples of the request.
 
     Raises:
-        SampleError: It raised something; the message names the samples.
+        SampleError: The function raised an exception; the message names the samples.
     """
     try:
         return function(argument)
     except LauncherError:
         raise
-    except Exception as error:  # noqa: BLE001  # whatever the recipe's own code raises
-        asked = request.indices if indices is None else indices
-        shown = ", ".join(map(str, asked[:8])) + (", ..." if len(asked) > 8 else "")
+    except Exception as error:  # noqa: BLE001  # the recipe's code may raise anything
+        samples = request.indices if indices is None else indices
+        shown = ", ".join(map(str, samples[:8])) + (", ..." if len(samples) > 8 else "")
         raise SampleError(
-            f"{what} raised {type(error).__name__} for sample {shown} "
+            f"{name} raised {type(error).__name__} for sample {shown} "
             f"(epoch {request.epoch}): {error}\n\n{traceback.format_exc().rstrip()}"
         ) from None
 
 
-def checked(answer: MicroBatch | LauncherError) -> MicroBatch:
-    """Return the answer, or raise the error that it is."""
-    if isinstance(answer, LauncherError):
-        raise answer
-    return answer
+def checked(result: MicroBatch | LauncherError) -> MicroBatch:
+    """Return a micro-batch, or raise the error that was read in its place."""
+    if isinstance(result, LauncherError):
+        raise result
+    return result
 
 
-def _as_it_is(micro_batch: Any) -> Any:
+def _identity(micro_batch: Any) -> Any:
     return micro_batch

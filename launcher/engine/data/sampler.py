@@ -1,7 +1,7 @@
-"""Which samples this rank takes, micro-batch by micro-batch, for the whole run.
+"""The samples that a rank takes, micro-batch by micro-batch, for the whole run.
 
-One stream of requests covers training and evaluation in the order in which the loop will ask for
-them. The DataLoader's workers read ahead along it, so they never stop at the end of an epoch.
+One stream of requests covers training and evaluation in the order in which the loop consumes them.
+DataLoader workers prefetch along this stream, so they do not stop at the end of an epoch.
 """
 
 from __future__ import annotations
@@ -18,136 +18,149 @@ from launcher.planning.plan import Plan
 from launcher.planning.single_sample_batches import short_batches_of_one
 from launcher.planning.stages import Course, Window
 
-_POSITIONS_AT_ONCE = 4096
-"""Positions of the order that are looked up together, to share the cost of a tensor operation."""
+_POSITIONS_PER_LOOKUP = 4096
+"""Number of positions looked up in one call of `elements_at`, to amortise its overhead."""
 
-_GHOST_SAMPLES = 2
-"""Samples of an empty micro-batch: two, because BatchNorm refuses to train on one."""
+_NUM_GHOST_SAMPLES = 2
+"""Number of samples in a micro-batch of weight 0. BatchNorm cannot train on a single sample."""
 
-
-_TRIAL_SAMPLES, _TRIAL_EVALUATION_SAMPLES = 8, 2
-"""Samples that are looked at before the first step, at most."""
+_NUM_TRIAL_SAMPLES, _NUM_TRIAL_EVALUATION_SAMPLES = 8, 2
+"""Maximum number of training and evaluation samples read before the first step."""
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatchRequest:
-    """One micro-batch that a rank asks its DataLoader for."""
+    """One micro-batch that a rank requests from its DataLoader."""
 
     split: Literal["train", "evaluation"]
+    """The data set to read from."""
+
     epoch: int
+    """The epoch, from which augmentation is seeded."""
+
     indices: list[int]
-    """Samples to read, in order."""
+    """The indices of the samples to read, in order."""
 
     counts: bool
-    """False for a micro-batch with weight 0, read only to take part in collectives."""
+    """Whether the micro-batch has a weight. One of weight 0 only takes part in collectives."""
 
     alone: bool = False
-    """Whether BatchNorm would take statistics over one sample in this micro-step."""
+    """Whether BatchNorm would compute statistics over a single sample in this micro-step."""
+
     trial: bool = False
-    """Whether it is read before the first step, to see what the samples hold."""
+    """Whether the micro-batch is read before the first step, to inspect the samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """The requests of one rank.
+    """Generates the micro-batch requests of one rank.
 
     Each step takes the next positions of the permutation seeded by (seed, epoch), as many as the
-    batch of its stage has, the same for every number of ranks. The last batch of an epoch is
-    shorter where the samples do not divide. An evaluation visits each sample once, in order.
+    batch of its stage has, whatever the number of ranks. The last batch of an epoch is smaller if
+    the batch size does not divide the number of samples. An evaluation visits each sample once, in
+    order.
     """
 
     plan: Plan
+    """The plan of the run."""
+
     rank: int
+    """The rank whose requests are generated."""
+
     train_samples: int
+    """The number of training samples."""
+
     evaluation_samples: int = 0
+    """The number of evaluation samples; 0 for no evaluation."""
+
     statistics: Statistics = "none"
-    """What BatchNorm in the model takes statistics over. It has no micro-batch of one sample, where
-    that can be avoided; where the last batch of an epoch cannot, the request says `alone`."""
+    """The samples over which the model's BatchNorm computes statistics. Micro-batches of one sample
+    are avoided; if the last batch of an epoch needs one, its request has `alone` set."""
 
     @functools.cached_property
     def _course(self) -> Course:
         return Course(self.plan.stages, self.train_samples)
 
     @functools.cached_property
-    def _cut(self) -> BatchSplit:
+    def _split(self) -> BatchSplit:
         return self.plan.cut(self.statistics)
 
     @functools.cached_property
-    def _lone_sizes(self) -> list[int]:
+    def _single_sample_sizes(self) -> list[int]:
         return short_batches_of_one(self.plan, self.train_samples, self.statistics)
 
     def window(self, step: int) -> Window:
-        """Return the samples that `step` takes over all ranks."""
+        """Return the epoch and the positions that `step` takes over all ranks."""
         return self._course.window(step)
 
     def batch_ids(self, step: int) -> list[int]:
-        """Return the samples of the whole batch of `step`, in its order."""
+        """Return the indices of all samples in the global batch of `step`, in order."""
         epoch, start, size = self.window(step)
-        whole = range(start, start + size)
-        return elements_at(self.train_samples, self.plan.seed, epoch, [whole])[0]
+        positions = range(start, start + size)
+        return elements_at(self.train_samples, self.plan.seed, epoch, [positions])[0]
 
     def samples_before(self, step: int) -> int:
-        """Return the samples that all steps before `step` have taken."""
+        """Return the number of samples that all steps before `step` take."""
         return self._course.position(step)
 
     def evaluates_after(self, step: int) -> bool:
-        """Return whether the evaluation data, if there is any, is visited after `step`."""
+        """Return whether an evaluation follows `step`."""
         if not self.evaluation_samples:
             return False
-        done, every = step + 1, self.plan.evaluate_every
+        done, interval = step + 1, self.plan.evaluate_every
         if done == self.plan.total_steps:
             return True
-        if every is not None:
-            return done % every == 0
+        if interval is not None:
+            return done % interval == 0
         return self._course.position(done) % self.train_samples == 0
 
     def micro_steps(self, step: int) -> int:
-        """Return the micro-batches that each rank takes in `step`."""
-        return self._cut.micro_steps(self.window(step).size)
+        """Return the number of micro-batches that each rank takes in `step`."""
+        return self._split.micro_steps(self.window(step).size)
 
     def evaluation_steps(self) -> int:
-        """Return the micro-batches that each rank takes in an evaluation."""
+        """Return the number of micro-batches that each rank takes in an evaluation."""
         return ceil_div(self.evaluation_samples, self._evaluation_batch)
 
     def trial(self) -> list[MicroBatchRequest]:
-        """Return requests for a few samples to look at before the first step, on every rank alike.
+        """Return requests for a few samples to inspect before the first step, equal on all ranks.
 
-        They are a batch of training samples, its two halves if it has any, and some evaluation
-        samples if there are any.
+        The requests are a training micro-batch, its two halves if it has at least two samples, and
+        some evaluation samples if there are any.
         """
-        size = min(_TRIAL_SAMPLES, self.plan.micro_batch_size, self.train_samples)
-        whole = self._some(self.train_samples, size - size % 2 or 1)
-        half = len(whole) // 2
-        parts = [whole, whole[:half], whole[half:]] if half else [whole]
+        size = min(_NUM_TRIAL_SAMPLES, self.plan.micro_batch_size, self.train_samples)
+        samples = self._first_samples(self.train_samples, size - size % 2 or 1)
+        half = len(samples) // 2
+        parts = [samples, samples[:half], samples[half:]] if half else [samples]
         requests = [MicroBatchRequest("train", 0, part, counts=False, trial=True) for part in parts]
         if self.evaluation_samples:
-            few = min(_TRIAL_EVALUATION_SAMPLES, self.plan.micro_batch_size)
-            held_out = self._some(self.evaluation_samples, few)
+            size = min(_NUM_TRIAL_EVALUATION_SAMPLES, self.plan.micro_batch_size)
+            held_out = self._first_samples(self.evaluation_samples, size)
             requests.append(MicroBatchRequest("evaluation", 0, held_out, counts=False, trial=True))
         return requests
 
-    def _some(self, samples: int, size: int) -> list[int]:
-        return elements_at(samples, self.plan.seed, 0, [range(min(size, samples))])[0]
+    def _first_samples(self, num_samples: int, size: int) -> list[int]:
+        return elements_at(num_samples, self.plan.seed, 0, [range(min(size, num_samples))])[0]
 
     def requests(self, first_step: int = 0) -> Iterator[MicroBatchRequest]:
         """Yield this rank's requests from `first_step` to the end of the run."""
         steps = range(first_step, self.plan.total_steps)
-        together = max(_POSITIONS_AT_ONCE // max(self.plan.samples_per_rank), 1)
-        for epoch, of_epoch in itertools.groupby(steps, lambda step: self.window(step).epoch):
-            while some := list(itertools.islice(of_epoch, together)):
-                for step, taken in zip(some, self._training(epoch, some), strict=True):
-                    yield from taken
+        steps_per_lookup = max(_POSITIONS_PER_LOOKUP // max(self.plan.samples_per_rank), 1)
+        for epoch, epoch_steps in itertools.groupby(steps, lambda step: self.window(step).epoch):
+            while chunk := list(itertools.islice(epoch_steps, steps_per_lookup)):
+                for step, requests in zip(chunk, self._training(epoch, chunk), strict=True):
+                    yield from requests
                     if self.evaluates_after(step):
                         yield from self.evaluation()
 
     def evaluation(self) -> Iterator[MicroBatchRequest]:
-        """Yield the requests of one evaluation, as many on every rank."""
+        """Yield the requests of one evaluation, the same number on every rank."""
         for start in range(0, self.evaluation_samples, self._evaluation_batch):
             size = min(self._evaluation_batch, self.evaluation_samples - start)
-            own = micro_batch(
+            positions = micro_batch(
                 size, world_size=self.plan.world_size, rank=self.rank, micro_steps=1, micro_step=0
             )
-            indices = list(range(start + own.start, start + own.stop))
+            indices = list(range(start + positions.start, start + positions.stop))
             yield MicroBatchRequest("evaluation", 0, indices or [start], bool(indices))
 
     @property
@@ -155,36 +168,36 @@ class Sampler:
         return self.plan.micro_batch_size * self.plan.world_size
 
     def _training(self, epoch: int, steps: list[int]) -> Iterator[list[MicroBatchRequest]]:
-        """Yield the requests of each of `steps`, which lie in one epoch."""
+        """Yield the requests of each step in `steps`, which belong to one epoch."""
         ranges: list[range] = []
         positions = [self._positions(step) for step in steps]
-        for step, of_step in zip(steps, positions, strict=True):
+        for step, step_positions in zip(steps, positions, strict=True):
             _, start, size = self.window(step)
-            first = start if size >= _GHOST_SAMPLES else max(start - 1, 0)
-            ghost = range(first, min(first + _GHOST_SAMPLES, self.train_samples))
-            for own in of_step:
-                ranges.append(range(start + own.start, start + own.stop) if own else ghost)
-        found = iter(elements_at(self.train_samples, self.plan.seed, epoch, ranges))
-        for step, of_step in zip(steps, positions, strict=True):
+            first = start if size >= _NUM_GHOST_SAMPLES else max(start - 1, 0)
+            ghost = range(first, min(first + _NUM_GHOST_SAMPLES, self.train_samples))
+            for span in step_positions:
+                ranges.append(range(start + span.start, start + span.stop) if span else ghost)
+        indices = iter(elements_at(self.train_samples, self.plan.seed, epoch, ranges))
+        for step, step_positions in zip(steps, positions, strict=True):
             size = self.window(step).size
             yield [
                 MicroBatchRequest(
-                    "train", epoch, next(found), bool(own), self._is_alone(size, number)
+                    "train", epoch, next(indices), bool(span), self._is_alone(size, micro_step)
                 )
-                for number, own in enumerate(of_step)
+                for micro_step, span in enumerate(step_positions)
             ]
 
     def _is_alone(self, size: int, micro_step: int) -> bool:
-        """Return whether BatchNorm would take statistics over one sample at the end of an epoch."""
-        if size not in self._lone_sizes:
+        """Return whether BatchNorm would compute statistics over one sample in a short batch."""
+        if size not in self._single_sample_sizes:
             return False
-        over = range(self.plan.world_size) if self.statistics == "all" else [self.rank]
-        return sum(len(self._cut.positions(size, rank, micro_step)) for rank in over) == 1
+        ranks = range(self.plan.world_size) if self.statistics == "all" else [self.rank]
+        return sum(len(self._split.positions(size, rank, micro_step)) for rank in ranks) == 1
 
     def _positions(self, step: int) -> list[range]:
-        """Return the positions within the batch of `step` of each of this rank's micro-batches."""
+        """Return the positions, within the batch of `step`, of this rank's micro-batches."""
         size = self.window(step).size
         return [
-            self._cut.positions(size, self.rank, micro_step)
-            for micro_step in range(self._cut.micro_steps(size))
+            self._split.positions(size, self.rank, micro_step)
+            for micro_step in range(self._split.micro_steps(size))
         ]

@@ -1,8 +1,8 @@
-"""Seeds derived from a path of whole numbers, the same on every machine and Python.
+"""Seeds derived from a path of integers, equal on every machine and Python version.
 
-A run has one seed. Everything random in it draws from a seed derived from that one and from
-*what* is drawn (the epoch, the sample), never from *where* (the rank, the DataLoader worker),
-so that the number of processes cannot change it.
+A run has one seed. The seeds of data order and augmentation are derived from it and from *what* is
+drawn (the epoch, the sample), never from *where* it is drawn (the rank, the DataLoader worker), so
+the number of processes does not change them.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ _MASK = (1 << 64) - 1
 
 
 def derive(seed: int, *path: int) -> int:
-    """Return a 64-bit seed for `path` below `seed`.
+    """Return a 64-bit seed derived from `seed` and the integers in `path`.
 
-    Each element is folded in by one round of SplitMix64 (Steele, Lea and Flood, "Fast splittable
-    pseudorandom number generators", OOPSLA 2014), whose output function is a bijection: for
-    paths of one length, no two that differ in one element alone collide.
+    Each element is mixed in by one round of SplitMix64 (Steele, Lea and Flood, "Fast splittable
+    pseudorandom number generators", OOPSLA 2014), whose output function is a bijection. Two paths
+    of the same length that differ in exactly one element therefore have different seeds.
     """
     state = seed & _MASK
     for element in path:

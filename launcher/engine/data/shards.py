@@ -1,9 +1,9 @@
-"""Samples in tar files, read in any order: what WebDataset streams, with a number for each sample.
+"""Random access to samples in tar files with WebDataset's layout.
 
-A sample is the files of one tar that follow each other and share their name up to the first dot
-(WebDataset's convention). Where each of them lies is looked up once and kept, so that a rank or a
-worker reads just what it takes: each sample once, in the same order in any world, and a run goes on
-to the sample, as with any data set that can be indexed.
+A sample consists of consecutive files in one tar that share their name up to the first dot
+(WebDataset's convention). The position of every file is looked up once and cached, so a rank or a
+worker reads only its own samples. Like any indexed data set, shards are read in the same order on
+any number of ranks, each sample once per epoch, and a run resumes at the exact sample.
 """
 
 from __future__ import annotations
@@ -25,39 +25,51 @@ from launcher.errors import RecipeError
 from launcher.runs.cache import cache_folder
 
 _FORMAT = 2
-"""Of the indices that are kept."""
+"""Version of the format of cached indices."""
 
-_READ_AT_ONCE = 1 << 20
-_MOST_PADDING = 1 << 20
-"""Zeros with which a tar may end; GNU tar fills up to 10 KiB."""
+_READ_CHUNK_BYTES = 1 << 20
+_MAX_PADDING_BYTES = 1 << 20
+"""Maximum number of zeros at the end of a tar. GNU tar pads to a multiple of 10 KiB."""
 
 _Index = dict[str, np.ndarray[Any, Any]]
+"""The samples and files of one tar, as arrays.
+
+    keys          the key of each sample
+    starts        the index of the first file of each sample, and the number of files
+    offsets       the position of each file's content in the tar, in bytes
+    sizes         the size of each file, in bytes
+    headers       the CRC-32 of each file's header
+    extensions    the part of each file's name after the first dot
+"""
 
 
 class Shards:
-    """Samples of uncompressed tar files, as a data set with a length.
+    """A map-style data set of the samples in uncompressed tar files.
 
-    `shards[i]` is a dict of the sample's files, by what stands behind the first dot of their names,
-    such as `jpg` and `cls`, and its `__key__`; or what `decode` makes of that.
+    `shards[i]` is a dict from the part of a file name after the first dot, such as `jpg` or `cls`,
+    to the content as bytes, with the name before the dot as `__key__`; or the result of `decode`
+    for this dict.
 
     Args:
-        files: The tar files, in their order.
-        decode: Called with the dict of bytes; None leaves it.
+        files: The tar files, in order.
+        decode: A function of the dict of bytes; None returns the dict itself.
 
     Raises:
-        RecipeError: There are none, or one is no whole tar file, or compressed.
+        RecipeError: `files` is empty, or a file is missing, damaged, incomplete or compressed.
     """
 
     def __init__(
         self, files: Sequence[Path | str], decode: Callable[[dict[str, Any]], Any] | None = None
     ) -> None:
         if not files:
-            raise RecipeError("Shards of no files: give some, as in sorted(folder.glob('*.tar')).")
+            raise RecipeError(
+                "Shards got no files. Pass at least one, as in sorted(folder.glob('*.tar'))."
+            )
         self._paths = [Path(file) for file in files]
         self._decode = decode
-        self._shards = [_read_index(path) for path in self._paths]
-        self._ends = np.cumsum([len(shard["starts"]) - 1 for shard in self._shards])
-        self._files: dict[int, int] = {}
+        self._indices = [_read_index(path) for path in self._paths]
+        self._ends = np.cumsum([len(index["starts"]) - 1 for index in self._indices])
+        self._descriptors: dict[int, int] = {}
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -65,40 +77,41 @@ class Shards:
     def __getitem__(self, index: int) -> Any:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        number = int(self._ends.searchsorted(index, side="right"))
-        shard = self._shards[number]
-        within = index - (int(self._ends[number - 1]) if number else 0)
-        members = range(int(shard["starts"][within]), int(shard["starts"][within + 1]))
-        sample: dict[str, Any] = {"__key__": str(shard["keys"][within])}
-        for member in members:
-            content = _read_member(self._open(number), shard, member, self._paths[number])
-            sample[str(shard["extensions"][member])] = content
+        shard = int(self._ends.searchsorted(index, side="right"))
+        shard_index = self._indices[shard]
+        sample_index = index - (int(self._ends[shard - 1]) if shard else 0)
+        first, stop = map(int, shard_index["starts"][sample_index : sample_index + 2])
+        sample: dict[str, Any] = {"__key__": str(shard_index["keys"][sample_index])}
+        for member in range(first, stop):
+            content = _read_member(self._open(shard), shard_index, member, self._paths[shard])
+            sample[str(shard_index["extensions"][member])] = content
         return sample if self._decode is None else self._decode(sample)
 
-    def _open(self, number: int) -> int:
-        if number not in self._files:
-            self._files[number] = os.open(self._paths[number], os.O_RDONLY)
-        return self._files[number]
+    def _open(self, shard: int) -> int:
+        if shard not in self._descriptors:
+            self._descriptors[shard] = os.open(self._paths[shard], os.O_RDONLY)
+        return self._descriptors[shard]
 
     def __del__(self) -> None:
-        for file in getattr(self, "_files", {}).values():
-            os.close(file)
+        for descriptor in getattr(self, "_descriptors", {}).values():
+            os.close(descriptor)
 
 
-def _read_member(descriptor: int, shard: _Index, member: int, path: Path) -> bytes:
-    """Return the content of a member, which still stands where the index has it.
+def _read_member(descriptor: int, index: _Index, member: int, path: Path) -> bytes:
+    """Return the content of a file in a tar, after checking its header against the index.
 
     Raises:
-        RecipeError: The file is another than the one that was looked through.
+        RecipeError: The tar has changed since it was indexed.
     """
-    offset, size = int(shard["offsets"][member]), int(shard["sizes"][member])
-    # pread: workers that are forked share the file and have no place in it of their own.
-    found = _pread(descriptor, BLOCKSIZE + size, offset - BLOCKSIZE)
-    header, content = found[:BLOCKSIZE], found[BLOCKSIZE:]
-    if zlib.crc32(header) != int(shard["headers"][member]) or len(content) != size:
+    offset, size = int(index["offsets"][member]), int(index["sizes"][member])
+    # pread, because forked workers share the position of the descriptor.
+    data = _pread(descriptor, BLOCKSIZE + size, offset - BLOCKSIZE)
+    header, content = data[:BLOCKSIZE], data[BLOCKSIZE:]
+    if zlib.crc32(header) != int(index["headers"][member]) or len(content) != size:
         raise RecipeError(
-            f"The shard {path} has changed while it is read: at byte {offset - BLOCKSIZE:,} is not "
-            "the file that was there. Leave shards as they are during a run, and start it again."
+            f"The shard {path} changed during the run: the file at byte {offset - BLOCKSIZE:,} is "
+            "not the one that was indexed. Do not modify shards during a run, and start the run "
+            "again."
         )
     return content
 
@@ -106,7 +119,7 @@ def _read_member(descriptor: int, shard: _Index, member: int, path: Path) -> byt
 def _pread(descriptor: int, length: int, offset: int) -> bytes:
     """Return `length` bytes at `offset`, or fewer at the end of the file.
 
-    One call may return fewer than are there: Linux gives 2 GiB at most.
+    A single pread may return fewer bytes; on Linux it returns at most 2 GiB.
     """
     pieces = []
     while length > 0 and (piece := os.pread(descriptor, length, offset)):
@@ -116,34 +129,35 @@ def _pread(descriptor: int, length: int, offset: int) -> bytes:
 
 
 def _read_index(path: Path) -> _Index:
-    """Return where the files of a tar lie, from what was kept if it is still of this file.
+    """Return the index of a tar file, from the cache if the file has not changed.
 
     Raises:
-        RecipeError: It cannot be read, or is not a whole tar file.
+        RecipeError: The file cannot be read, or is not a complete tar file.
     """
     try:
         status = path.stat()
     except OSError as error:
         raise RecipeError(f"Cannot read the shard {path}: {error.strerror}.") from None
-    known = f"{_FORMAT} {path.resolve()} {status.st_size} {status.st_mtime_ns}"
-    kept = cache_folder("shards") / f"{hashlib.sha256(known.encode()).hexdigest()[:32]}.npz"
+    cache_key = f"{_FORMAT} {path.resolve()} {status.st_size} {status.st_mtime_ns}"
+    digest = hashlib.sha256(cache_key.encode()).hexdigest()[:32]
+    cache_path = cache_folder("shards") / f"{digest}.npz"
     try:
-        with kept.open("rb") as file, np.load(file, allow_pickle=False) as found:
-            index = dict(found)
-        if _is_of(path, index):
+        with cache_path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            index = dict(arrays)
+        if _matches(path, index):
             return index
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):  # none, or a damaged one
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):  # missing or damaged
         pass
     index = _make_index(path)
-    _keep_index(kept, index)
+    _cache_index(cache_path, index)
     return index
 
 
-def _is_of(path: Path, index: _Index) -> bool:
-    """Return whether the first and the last headers of a file are those in its index."""
-    some = sorted({0, len(index["offsets"]) - 1})
+def _matches(path: Path, index: _Index) -> bool:
+    """Return whether the first and last headers of a tar match its index."""
+    members = sorted({0, len(index["offsets"]) - 1})
     with path.open("rb", buffering=0) as file:
-        for member in some if some[-1] >= 0 else ():
+        for member in members if members[-1] >= 0 else ():
             file.seek(int(index["offsets"][member]) - BLOCKSIZE)
             if zlib.crc32(file.read(BLOCKSIZE)) != int(index["headers"][member]):
                 return False
@@ -151,10 +165,11 @@ def _is_of(path: Path, index: _Index) -> bool:
 
 
 def _make_index(path: Path) -> _Index:
-    """Look through a tar file.
+    """Return the index of a tar file, after reading all its headers.
 
     Raises:
-        RecipeError: It is none, is damaged or cut off, or holds what cannot be read by itself.
+        RecipeError: The file is not a tar, is damaged or incomplete, or contains members without
+            content of their own.
     """
     keys: list[str] = []
     starts: list[int] = []
@@ -162,7 +177,7 @@ def _make_index(path: Path) -> _Index:
     sizes: list[int] = []
     headers: list[int] = []
     extensions: list[str] = []
-    seen: set[str] = set()
+    sample_extensions: set[str] = set()
     for member, header in _members(path):
         folder, _, name = member.name.rpartition("/")
         stem, _, extension = name.partition(".")
@@ -170,10 +185,13 @@ def _make_index(path: Path) -> _Index:
         if not keys or keys[-1] != key:
             keys.append(key)
             starts.append(len(offsets))
-            seen = set()
-        if extension in seen:
-            raise RecipeError(f"The shard {path} has {member.name} twice in one sample.")
-        seen.add(extension)
+            sample_extensions = set()
+        if extension in sample_extensions:
+            raise RecipeError(
+                f"The shard {path} has {member.name} twice in one sample. Write the tar again "
+                "with a unique name for each file."
+            )
+        sample_extensions.add(extension)
         offsets.append(member.offset_data)
         sizes.append(member.size)
         headers.append(zlib.crc32(header))
@@ -189,10 +207,10 @@ def _make_index(path: Path) -> _Index:
 
 
 def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
-    """Yield the files of a tar, each with the block of its header, to its end mark.
+    """Yield the regular files of a tar, each with its header block.
 
     Raises:
-        RecipeError: It is no whole tar file.
+        RecipeError: The file is not a complete, uncompressed tar.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -200,29 +218,29 @@ def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
             archive = stack.enter_context(tarfile.open(fileobj=file, mode="r:"))
         except (tarfile.TarError, OSError) as error:
             raise RecipeError(
-                f"{path} is no tar file that can be read from anywhere: {error}. Compressed ones "
-                "have to be unpacked, `gunzip FILE.tar.gz`: their samples have no place of their "
-                "own."
+                f"The shard {path} is not an uncompressed tar file: {error}. If it is compressed, "
+                "decompress it with `gunzip FILE.tar.gz`, because samples in a compressed tar "
+                "cannot be read in any order."
             ) from None
         size = path.stat().st_size
         try:
             for member in archive:
                 if member.offset_data + member.size > size:
-                    raise _damaged(path, member.offset, f"{member.name} is cut off")
-                if not _is_content(path, member):
+                    raise _damage_error(path, member.offset, f"{member.name} is cut off")
+                if not _is_regular_file(path, member):
                     continue
                 file.seek(member.offset_data - BLOCKSIZE)
                 yield member, file.read(BLOCKSIZE)
         except (tarfile.TarError, OSError) as error:
-            raise _damaged(path, archive.offset, str(error)) from None
+            raise _damage_error(path, archive.offset, str(error)) from None
         _check_end(path, file, archive.offset)
 
 
-def _is_content(path: Path, member: tarfile.TarInfo) -> bool:
-    """Return whether a member is a file; folders and the like are none.
+def _is_regular_file(path: Path, member: tarfile.TarInfo) -> bool:
+    """Return whether a member is a regular file, rather than a directory or a device.
 
     Raises:
-        RecipeError: It is one whose content stands somewhere else.
+        RecipeError: The member is a link or a sparse file, whose content is not stored with it.
     """
     if member.issym() or member.islnk() or member.issparse():
         kind = "sparse file" if member.issparse() else f"link to {member.linkname}"
@@ -235,43 +253,47 @@ def _is_content(path: Path, member: tarfile.TarInfo) -> bool:
 
 
 def _check_end(path: Path, file: IO[bytes], offset: int) -> None:
-    """Refuse a tar that ends at `offset` in any other way than by its end mark.
+    """Check that a tar ends at `offset` with an end-of-archive marker and padding.
 
-    tarfile takes a damaged or cut header for the end, and so ends quietly there.
+    tarfile treats a damaged or truncated header as the end of the archive, without an error.
 
     Raises:
-        RecipeError: There is no end mark, or more behind it.
+        RecipeError: The marker is missing, or other data follows it.
     """
     file.seek(offset)
     block = file.read(BLOCKSIZE)
     if not block:
-        raise _damaged(path, offset, "it has no end mark, so that files may be missing")
+        raise _damage_error(
+            path, offset, "the end-of-archive marker is missing, so the tar may lack files"
+        )
     if len(block) < BLOCKSIZE:
-        raise _damaged(path, offset, "it ends in the middle of a header")
+        raise _damage_error(path, offset, "the file ends in the middle of a header")
     if block.strip(b"\0"):
-        raise _damaged(path, offset, "the header there is damaged")
-    while piece := file.read(_READ_AT_ONCE):
+        raise _damage_error(path, offset, "the header is damaged")
+    while piece := file.read(_READ_CHUNK_BYTES):
         if piece.strip(b"\0"):
-            at = file.tell() - len(piece.lstrip(b"\0"))
-            raise _damaged(path, at, "it goes on behind its end mark, as tars that were joined do")
-    if file.tell() - offset > _MOST_PADDING:
-        raise _damaged(path, offset, "nothing but zeros follows, as in a file written in part")
+            position = file.tell() - len(piece.lstrip(b"\0"))
+            raise _damage_error(
+                path, position, "data follows the end-of-archive marker, as in concatenated tars"
+            )
+    if file.tell() - offset > _MAX_PADDING_BYTES:
+        raise _damage_error(path, offset, "only zeros follow, as in a partially written file")
 
 
-def _damaged(path: Path, offset: int, what: str) -> RecipeError:
+def _damage_error(path: Path, offset: int, problem: str) -> RecipeError:
     return RecipeError(
-        f"The shard {path} is no whole tar file: at byte {offset:,}, {what}. Copy it again, or "
-        "leave it out of the files."
+        f"The shard {path} is not a complete tar file: at byte {offset:,}, {problem}. Copy the "
+        "file again, or remove it from the list of files."
     )
 
 
-def _keep_index(path: Path, index: _Index) -> None:
-    """Keep an index for the next time; that it cannot be kept is no reason to fail."""
-    own = path.with_name(f"{path.name}.{os.getpid()}")
+def _cache_index(path: Path, index: _Index) -> None:
+    """Write an index to the cache, atomically; ignore errors."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with own.open("wb") as file:
+        with temporary.open("wb") as file:
             np.savez(file, **index)  # type: ignore[arg-type]
-        own.replace(path)
+        temporary.replace(path)
     except OSError:
-        own.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)

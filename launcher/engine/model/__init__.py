@@ -1,1 +1,6 @@
-"""Properties of models that depend on the split of a batch: BatchNorm, blocks, forward writes."""
+"""Parts of a model that distributed training handles specially.
+
+batch_norm        BatchNorm statistics when a batch is split over ranks
+blocks            repeated layers, which are sharded, compiled and recomputed as units
+forward_writes    weights and buffers that a forward pass modifies
+"""

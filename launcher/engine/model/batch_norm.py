@@ -1,7 +1,7 @@
 """BatchNorm when a batch is split over ranks.
 
-torch's own `SyncBatchNorm` module runs on GPUs alone, and counts a micro-batch of weight 0 like any
-other; its kernels are used.
+`SyncBatchNorm` replaces torch's module of that name, which runs only on GPUs and includes
+micro-batches of weight 0 in its statistics. On GPUs it uses torch's kernels.
 """
 
 from __future__ import annotations
@@ -33,76 +33,78 @@ from launcher.recipe.recipe import Recipe
 
 
 class SyncBatchNorm(_BatchNorm):
-    """BatchNorm whose statistics are over the micro-batches of all ranks together.
+    """BatchNorm whose statistics cover the micro-batches of all ranks.
 
-    Input and output are of shape (N, C, ...), with another N on each rank if need be.
+    Input and output have shape (N, C, ...). N may differ between ranks.
     """
 
     counts = True
-    """Whether the coming micro-batch has a weight; one that has none takes part without samples."""
+    """Whether the next micro-batch has a weight. One without weight takes part in the collectives
+    but contributes no samples."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # torch's name
         if not self.training:
             return super().forward(input)
         at_least_single = torch.promote_types(input.dtype, torch.float32)
-        own = input if self.counts else input[:0].to(at_least_single)
-        together = self._on_gpus if input.is_cuda else self._on_cpus
-        normalised = together(own, self._share())
+        counted = input if self.counts else input[:0].to(at_least_single)
+        normalise = self._normalise_on_gpus if input.is_cuda else self._normalise_on_cpus
+        normalised = normalise(counted, self._averaging_factor())
         if self.counts:
             return normalised
         scale = None if self.weight is None else self.weight.detach()
         shift = None if self.bias is None else self.bias.detach()
-        alone = functional.batch_norm(input, None, None, scale, shift, training=True, eps=self.eps)
-        # The sum over nothing is 0: it has this rank take part in the others' backward.
-        return alone + normalised.sum()
+        local = functional.batch_norm(input, None, None, scale, shift, training=True, eps=self.eps)
+        # The sum of an empty tensor is 0. Adding it makes this rank take part in the collectives of
+        # the backward pass.
+        return local + normalised.sum()
 
     def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002  # torch's name
         if input.dim() < 2:
             raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
 
-    def _share(self) -> float:
-        """Return how far the running statistics move, and count this batch among them."""
+    def _averaging_factor(self) -> float:
+        """Count this batch, and return the weight of its statistics in the running statistics."""
         if self.num_batches_tracked is None:
             return 0.0
         self.num_batches_tracked.add_(1)
         return 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
 
-    def _on_gpus(self, own: Tensor, share: float) -> Tensor:
+    def _normalise_on_gpus(self, x: Tensor, factor: float) -> Tensor:
         normalised: Tensor = TorchSyncBatchNorm.apply(
-            own,
+            x,
             self.weight,
             self.bias,
             self.running_mean,
             self.running_var,
             self.eps,
-            share,
+            factor,
             dist.group.WORLD,
             dist.get_world_size(),
         )
         return normalised
 
-    def _on_cpus(self, own: Tensor, share: float) -> Tensor:
-        """Normalise in two passes, each with one all-reduce forward and one backward."""
-        x = own if own.dtype == torch.float64 else own.float()
-        over = [0, *range(2, x.dim())]
+    def _normalise_on_cpus(self, input: Tensor, factor: float) -> Tensor:  # noqa: A002
+        """Normalise in two passes, each with one all-reduce in forward and one in backward."""
+        x = input if input.dtype == torch.float64 else input.float()
+        reduced_dims = [0, *range(2, x.dim())]
         shape = [1, -1] + [1] * (x.dim() - 2)
         count = x.new_full((1,), float(x.numel() // x.size(1)))
-        sums = _over_ranks(torch.cat([x.sum(over), count]))
-        mean, total = sums[:-1] / sums[-1], sums[-1].detach()
+        sums = _sum_over_ranks(torch.cat([x.sum(reduced_dims), count]))
+        mean, total_count = sums[:-1] / sums[-1], sums[-1].detach()
         centred = x - mean.view(shape)
-        variance = _over_ranks(centred.square().sum(over)) / total
+        variance = _sum_over_ranks(centred.square().sum(reduced_dims)) / total_count
         if self.running_mean is not None and self.running_var is not None:
-            unbiased = variance.detach() * total / (total - 1).clamp(min=1.0)
-            self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), share)
-            self.running_var.lerp_(unbiased.to(self.running_var.dtype), share)
+            unbiased = variance.detach() * total_count / (total_count - 1).clamp(min=1.0)
+            self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), factor)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), factor)
         normalised = centred * torch.rsqrt(variance + self.eps).view(shape)
         if self.weight is not None:
             normalised = normalised * self.weight.view(shape) + self.bias.view(shape)
-        return normalised.to(own.dtype)
+        return normalised.to(input.dtype)
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """The sum over ranks, whose gradient is the sum over ranks of the gradients."""
+    """A sum over ranks whose gradient is the sum of the gradients over ranks."""
 
     @staticmethod
     def forward(_: Any, values: Tensor) -> Tensor:
@@ -117,50 +119,50 @@ class _SumOverRanks(torch.autograd.Function):
         return total
 
 
-def _over_ranks(values: Tensor) -> Tensor:
+def _sum_over_ranks(values: Tensor) -> Tensor:
     total: Tensor = _SumOverRanks.apply(values)
     return total
 
 
 def synchronize(model: nn.Module) -> nn.Module:
-    """Return `model` with each BatchNorm in it replaced by `SyncBatchNorm`, weights kept."""
+    """Return `model` with each BatchNorm replaced by a `SyncBatchNorm` with the same weights."""
     if isinstance(model, _BatchNorm):
-        made = SyncBatchNorm(
+        synchronized = SyncBatchNorm(
             model.num_features,
             eps=model.eps,
             momentum=model.momentum,
             affine=model.affine,
             track_running_stats=model.track_running_stats,
         )
-        made.train(model.training)
-        made.weight, made.bias = model.weight, model.bias
+        synchronized.train(model.training)
+        synchronized.weight, synchronized.bias = model.weight, model.bias
         for name, buffer in model.named_buffers():
-            setattr(made, name, buffer)
-        return made
+            setattr(synchronized, name, buffer)
+        return synchronized
     for name, child in model.named_children():
         setattr(model, name, synchronize(child))
     return model
 
 
 class BatchNorms:
-    """All the BatchNorm modules of a model."""
+    """The BatchNorm modules of a model, and operations on all their running statistics."""
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         self._tracking = [module for module in self._modules if module.running_mean is not None]
-        self._kept: list[Tensor] = []
+        self._copies: list[Tensor] = []
 
     def keep(self) -> None:
-        """Keep the running statistics as they are, to go back to."""
-        self._kept = [buffer.clone() for buffer in self._statistics()]
+        """Copy the running statistics, for `restore_nonfinite`."""
+        self._copies = [buffer.clone() for buffer in self._running_statistics()]
 
     @torch.no_grad()
     def restore_nonfinite(self) -> None:
-        """Put back those of the kept statistics that a batch has made infinite or NaN."""
-        for buffer, kept in zip(self._statistics(), self._kept, strict=False):
-            buffer.copy_(torch.where(buffer.isfinite().all(), buffer, kept))
+        """Restore the running statistics that a batch has made infinite or NaN."""
+        for buffer, copy in zip(self._running_statistics(), self._copies, strict=False):
+            buffer.copy_(torch.where(buffer.isfinite().all(), buffer, copy))
 
-    def _statistics(self) -> list[Tensor]:
+    def _running_statistics(self) -> list[Tensor]:
         return [
             buffer
             for module in self._tracking
@@ -170,28 +172,28 @@ class BatchNorms:
 
     @property
     def statistics(self) -> Statistics:
-        """What they take statistics over in training."""
+        """Whether batch statistics in training cover the samples of one rank or of all ranks."""
         if not self._modules:
             return "none"
-        synced = all(isinstance(module, SyncBatchNorm) for module in self._modules)
-        return "all" if synced else "rank"
+        all_synced = all(isinstance(module, SyncBatchNorm) for module in self._modules)
+        return "all" if all_synced else "rank"
 
     @property
-    def untracked(self) -> bool:
-        """Whether some have no running statistics."""
+    def has_untracked(self) -> bool:
+        """Whether a module has no running statistics."""
         return len(self._tracking) < len(self._modules)
 
     def taking(self, request: MicroBatchRequest) -> contextlib.AbstractContextManager[None]:
-        """Return the context in which a micro-batch of training is taken, forward and backward."""
+        """Return the context for forward and backward of a training micro-batch."""
         if request.alone:
             return self._with_running_statistics()
         return contextlib.nullcontext() if request.counts else self.ignoring_samples()
 
     @contextlib.contextmanager
     def _with_running_statistics(self) -> Iterator[None]:
-        """Normalise by the running statistics and leave them as they are.
+        """Normalise by the running statistics without updating them.
 
-        One sample has no variance: plain torch refuses to train on it, after a whole epoch.
+        A single sample has no variance, and torch refuses to train on it.
         """
         trained = [module for module in self._modules if module.training]
         for module in trained:
@@ -204,7 +206,7 @@ class BatchNorms:
 
     @contextlib.contextmanager
     def ignoring_samples(self) -> Iterator[None]:
-        """Leave running and synchronised statistics as if this micro-batch were not there."""
+        """Exclude a micro-batch from running and synchronised statistics."""
         synced = [module for module in self._modules if isinstance(module, SyncBatchNorm)]
         local = [module for module in self._tracking if not isinstance(module, SyncBatchNorm)]
         for module in synced:
@@ -218,7 +220,7 @@ class BatchNorms:
 
     @torch.no_grad()
     def average(self, backend: Backend) -> None:
-        """Give every rank the mean of the ranks' running statistics (collective)."""
+        """Replace the running statistics of every rank by their mean over ranks (collective)."""
         buffers = [
             buffer
             for module in self._tracking
@@ -237,20 +239,24 @@ class BatchNorms:
 def refuse_single_samples(
     recipe: Recipe, plan: Plan, samples: int, norms: BatchNorms, taken: int
 ) -> Recipe:
-    """Return `recipe` with a forward that refuses, the first time, what BatchNorm cannot train on.
+    """Return `recipe` with a check for BatchNorm over single values in its first forward call.
 
-    That is a single value per channel in a full batch, or in any where there are no running
-    statistics. Whether a sample has one value or more shows when the model is called.
+    BatchNorm cannot train on a single value per channel in a full batch, nor in any batch if it has
+    no running statistics. Only a call of the model shows how many values a sample has, so the first
+    call checks it.
 
     Args:
-        recipe: What is trained.
-        plan: How.
-        samples: Training samples.
-        norms: Those of the model.
-        taken: Samples in this rank's first micro-batch.
+        recipe: The recipe.
+        plan: The plan of the run.
+        samples: The number of training samples.
+        norms: The BatchNorm modules of the model.
+        taken: The number of samples in this rank's first micro-batch.
+
+    Returns:
+        The recipe, whose first forward raises RecipeError if the check fails.
     """
     sizes = full_batches_of_one(plan, norms.statistics)
-    if norms.untracked:
+    if norms.has_untracked:
         sizes += short_batches_of_one(plan, samples, norms.statistics)
     if not sizes:
         return recipe
@@ -269,18 +275,31 @@ def refuse_single_samples(
 
 @contextlib.contextmanager
 def _refusing_single_values(
-    model: nn.Module, taken: int, text: Callable[[str], str]
+    model: nn.Module, num_samples: int, message: Callable[[str], str]
 ) -> Iterator[None]:
-    """Refuse a BatchNorm that sees one value per channel and sample of `taken` samples."""
+    """Raise an error if a BatchNorm module gets one value per channel and sample.
+
+    Args:
+        model: The model.
+        num_samples: The number of samples in the batch.
+        message: Returns the error message for the name of a module.
+
+    Raises:
+        RecipeError: A module in training mode gets one value per channel and sample.
+    """
 
     def watch(name: str, module: _BatchNorm) -> RemovableHandle:
-        def look(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            if inputs and module.training and inputs[0].numel() <= taken * inputs[0].size(1):
-                raise RecipeError(text(name.removeprefix("module.")))  # which DDP adds
+        def check(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if inputs and module.training and inputs[0].numel() <= num_samples * inputs[0].size(1):
+                raise RecipeError(message(name.removeprefix("module.")))  # the prefix of DDP
 
-        return module.register_forward_pre_hook(look)
+        return module.register_forward_pre_hook(check)
 
-    handles = [watch(n, each) for n, each in model.named_modules() if isinstance(each, _BatchNorm)]
+    handles = [
+        watch(name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm)
+    ]
     try:
         yield
     finally:
@@ -290,18 +309,18 @@ def _refusing_single_values(
 
 @contextlib.contextmanager
 def frozen(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Keep the running statistics of the BatchNorm modules among `modules` as they are."""
-    kept = [
+    """Do not update the running statistics of the BatchNorm modules among `modules`."""
+    saved = [
         (module, module.momentum, module.num_batches_tracked.clone())
         for module in modules
         if isinstance(module, _BatchNorm) and module.num_batches_tracked is not None
     ]
-    for module, _, _ in kept:
+    for module, _, _ in saved:
         module.momentum = 0.0
     try:
         yield
     finally:
-        for module, momentum, tracked in kept:
+        for module, momentum, num_batches in saved:
             module.momentum = momentum
             assert module.num_batches_tracked is not None
-            module.num_batches_tracked.copy_(tracked)
+            module.num_batches_tracked.copy_(num_batches)

@@ -1,7 +1,8 @@
-"""The blocks of a model: the layers that repeat.
+"""The blocks of a model: its repeated layers.
 
-They are what is sharded, compiled and recomputed as one. Compiling a block compiles it once for all
-its copies, and leaves the gaps between blocks where gradients are sent while others are computed.
+A block is the unit of sharding, compilation and activation recomputation. Compiling block by block
+compiles all copies of a block once, and keeps the boundaries between blocks, at which DDP can
+all-reduce gradients while the backward pass continues.
 """
 
 from __future__ import annotations
@@ -20,34 +21,34 @@ from launcher.errors import RecipeError
 
 
 def find_blocks(model: nn.Module, names: str | None) -> list[nn.Module]:
-    """Return the outermost blocks of `model`, in its order; none where nothing repeats.
+    """Return the outermost blocks of `model`, in module order; none if no layer repeats.
 
     Args:
         model: The model.
-        names: Class names, comma-separated; None takes those that a Hugging Face model declares,
-            or else the classes that come several times in a `ModuleList` or `Sequential` and are
-            made of several layers.
+        names: Comma-separated class names. None selects the classes that a Hugging Face model
+            declares, or else the classes that occur several times in a `ModuleList` or `Sequential`
+            and have children.
 
     Raises:
-        RecipeError: The model has no module of a class that was named.
+        RecipeError: The model has no module of a class in `names`.
     """
     present = {type(module).__name__ for module in model.modules()}
     if names is None:
         declared = present.intersection(getattr(model, "_no_split_modules", None) or ())
         return _outermost(model, declared or _repeated(model))
-    asked = {name.strip() for name in names.split(",")}
-    if missing := sorted(asked - present):
+    requested = {name.strip() for name in names.split(",")}
+    if missing := sorted(requested - present):
         raise RecipeError(
-            f"blocks={names}: the model has no module of class {' or '.join(missing)}. Its modules "
-            f"are of {', '.join(sorted(present))}."
+            f"blocks={names}: the model has no module of class {' or '.join(missing)}. Name "
+            f"classes of its modules: {', '.join(sorted(present))}."
         )
-    return _outermost(model, asked)
+    return _outermost(model, requested)
 
 
 def checkpoint_activations(blocks: Iterable[nn.Module]) -> None:
-    """Have each block compute its activations again in backward (arXiv:1604.06174).
+    """Make each block recompute its activations in the backward pass (arXiv:1604.06174).
 
-    The second time, BatchNorm leaves its running statistics alone.
+    The recomputation does not update the running statistics of BatchNorm.
     """
     for block in blocks:
         block.forward = functools.partial(
@@ -55,12 +56,12 @@ def checkpoint_activations(blocks: Iterable[nn.Module]) -> None:
             block.forward,
             use_reentrant=False,
             context_fn=functools.partial(_contexts, block),
-            determinism_check="none",  # ZeRO-3 shows weights as empty outside of their use
+            determinism_check="none",  # ZeRO-3 shows weights as empty when they are not in use
         )
 
 
 def compile_blocks(model: nn.Module, blocks: list[nn.Module]) -> None:
-    """Compile each block in place, or the whole model where there are none."""
+    """Compile each block in place, or the whole model if there are no blocks."""
     for module in blocks or [model]:
         module.compile()
 
@@ -68,29 +69,30 @@ def compile_blocks(model: nn.Module, blocks: list[nn.Module]) -> None:
 def _contexts(
     block: nn.Module,
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Return what the first and the second computation of a block run in."""
+    """Return the contexts for the first computation of a block and for its recomputation."""
     return contextlib.nullcontext(), frozen(block.modules())
 
 
 def _repeated(model: nn.Module) -> set[str]:
-    """Return the names of classes that repeat in a container and are made of several layers."""
-    found = set()
+    """Return the names of classes that repeat in a container and have children."""
+    repeated = set()
     for container in model.modules():
         if isinstance(container, (nn.ModuleList, nn.Sequential)):
-            counted = Counter(type(module).__name__ for module in container)
-            found |= {
+            counts = Counter(type(module).__name__ for module in container)
+            repeated |= {
                 type(module).__name__
                 for module in container
-                if counted[type(module).__name__] > 1 and any(module.children())
+                if counts[type(module).__name__] > 1 and any(module.children())
             }
-    return found - {nn.Sequential.__name__, nn.ModuleList.__name__}
+    return repeated - {nn.Sequential.__name__, nn.ModuleList.__name__}
 
 
 def _outermost(model: nn.Module, names: set[str]) -> list[nn.Module]:
-    found = []
+    """Return the modules of the named classes that are not inside another such module."""
+    modules = []
     for child in model.children():
         if type(child).__name__ in names:
-            found.append(child)
+            modules.append(child)
         else:
-            found += _outermost(child, names)
-    return found
+            modules += _outermost(child, names)
+    return modules

@@ -1,9 +1,10 @@
-"""Weights and buffers that a model writes to in its forward pass, on several ranks.
+"""Detects weights and buffers that forward passes modify, and synchronises buffers over ranks.
 
-Each rank's forward sees other samples. What it writes, such as running averages, codebooks, queues,
-or rows of an embedding that are rescaled, is then another on each rank. BatchNorm's statistics are
-averaged (batch_norm.py); the rest is found here, by the tensors' version counters and by the sum of
-their bits, and refused by name or brought together as the recipe says.
+Each rank's forward pass processes different samples. The values that it writes, such as running
+averages, codebooks, queues or rescaled rows of an embedding, therefore differ between ranks.
+BatchNorm's statistics are averaged in batch_norm.py. All other writes are detected here, by the
+version counters of tensors and the sums of their bits. They are refused with the tensor's name, or
+synchronised as `Recipe.rank_buffers` specifies.
 """
 
 from __future__ import annotations
@@ -26,75 +27,90 @@ from launcher.engine.state.training_state import parameters
 from launcher.errors import RecipeError
 from launcher.planning.strategy import STRATEGIES
 
-_WHOLE_NUMBERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Types as which numbers of so many bytes are added up."""
+_INTEGER_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""The integer dtype for each element size in bytes, in which `bit_sum` adds bits."""
 
 
 class TensorVersion(NamedTuple):
-    """A tensor as it was at some moment."""
+    """A record of a tensor at one moment, from which a later write can be detected."""
 
     tensor: Tensor | None
+    """The tensor; None for an empty slot."""
+
     version: int
+    """The tensor's version counter."""
+
     total: Tensor | None
-    """The sum of its bits, on its device; a write to `tensor.data` shows here alone. None where the
-    tensor's content is not there, as of a weight that ZeRO-3 has not gathered."""
+    """The sum of the tensor's bits, on its device, which alone reveals a write to `tensor.data`.
+    None if the tensor has no content, such as a weight that ZeRO-3 has not gathered."""
 
     def is_written(self, now: Tensor | None) -> bool:
-        """Return whether `now`, in the same place, is another tensor or was written to."""
-        return bool(written([("", self, now)]))
+        """Return whether `now` is another tensor, or this tensor was written to."""
+        return bool(find_written([("", self, now)]))
 
 
 def read_version(tensor: Tensor | None) -> TensorVersion:
-    """Return what is to be known of a tensor, to see later whether it was written to."""
+    """Return a record of the tensor, from which a later write can be detected."""
     if tensor is None:
         return TensorVersion(None, 0, None)
-    return TensorVersion(tensor, tensor._version, bit_sum(tensor) if _is_there(tensor) else None)  # noqa: SLF001
+    total = bit_sum(tensor) if _has_content(tensor) else None
+    return TensorVersion(tensor, tensor._version, total)  # noqa: SLF001
 
 
-def _is_there(tensor: Tensor) -> bool:
-    status = getattr(tensor, "ds_status", None)  # of DeepSpeed's, under ZeRO-3
+def _has_content(tensor: Tensor) -> bool:
+    status = getattr(tensor, "ds_status", None)  # an attribute of DeepSpeed's ZeRO-3 parameters
     return status is None or status.name == "AVAILABLE"
 
 
 @torch.no_grad()
 def bit_sum(tensor: Tensor) -> Tensor:
-    """Return the sum of a tensor's bits as whole numbers, which no order of adding changes.
+    """Return the sum of a tensor's bit patterns as integers, which does not depend on the order.
 
-    Of a shard it is that of the part on this rank.
+    For a DTensor, only this rank's shard is added.
+
+    Args:
+        tensor: A tensor of any shape, whose elements have 1, 2, 4 or 8 bytes or are complex.
+
+    Returns:
+        An int64 scalar on the tensor's device, which wraps on overflow.
     """
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     flat = local.detach().contiguous().reshape(-1)
     if flat.is_complex():
         flat = torch.view_as_real(flat).reshape(-1)
-    return flat.view(_WHOLE_NUMBERS[flat.element_size()]).sum(dtype=torch.int64)
+    return flat.view(_INTEGER_DTYPES[flat.element_size()]).sum(dtype=torch.int64)
 
 
-def written(places: Iterable[tuple[str, TensorVersion, Tensor | None]]) -> set[str]:
-    """Return the names of places where there is another tensor now, or one that was written to."""
-    found, totals = set(), []
-    for name, before, now in places:
+def find_written(entries: Iterable[tuple[str, TensorVersion, Tensor | None]]) -> set[str]:
+    """Return the names of tensors that were replaced or written to.
+
+    Args:
+        entries: For each name, the record from before and the current tensor.
+    """
+    names, totals = set(), []
+    for name, before, now in entries:
         if now is not before.tensor or (now is not None and now._version != before.version):  # noqa: SLF001
-            found.add(name)
-        elif now is not None and before.total is not None and _is_there(now):
+            names.add(name)
+        elif now is not None and before.total is not None and _has_content(now):
             totals.append((name, before.total, bit_sum(now)))
-    for (name, _, _), differs in zip(totals, _differ(totals), strict=True):
+    for (name, _, _), differs in zip(totals, _totals_differ(totals), strict=True):
         if differs:
-            found.add(name)
-    return found
+            names.add(name)
+    return names
 
 
-def _differ(totals: list[tuple[str, Tensor, Tensor]]) -> list[bool]:
-    """Return whether the two sums of each entry differ, in one look at the device."""
+def _totals_differ(totals: list[tuple[str, Tensor, Tensor]]) -> list[bool]:
+    """Return whether the two sums of each entry differ, with one read from the device."""
     if not totals:
         return []
     device = totals[0][1].device
-    pairs = torch.stack([(one != other).to(device) for _, one, other in totals])
-    found: list[bool] = pairs.tolist()
-    return found
+    flags = torch.stack([(before != now).to(device) for _, before, now in totals])
+    differ: list[bool] = flags.tolist()
+    return differ
 
 
-def own_slots(model: nn.Module) -> dict[str, Slot]:
-    """Return the places of saved buffers, less the running statistics of BatchNorm and its kin."""
+def slots_without_batch_norm(model: nn.Module) -> dict[str, Slot]:
+    """Return the slots of persistent buffers, except those of BatchNorm and similar modules."""
     return {
         name: slot
         for name, slot in saved_slots(model).items()
@@ -103,252 +119,282 @@ def own_slots(model: nn.Module) -> dict[str, Slot]:
 
 
 class Writes:
-    """Sees what a model writes to, from the moment at which it is made.
+    """Detects which weights and buffers of a model are written to after the detector is created.
 
     Args:
-        model: The model, its parameters being those that the optimizer knows.
-        around_modules: Whether to look around the forward of each module as well. Under FSDP and
-            ZeRO-3 the weights that a module computes with exist only while it is called.
+        model: The model, with the parameters that the optimizer updates.
+        around_modules: Whether to check also before and after the forward of each module. Under
+            FSDP and ZeRO-3, the weights with which a module computes exist only during its call.
     """
 
     def __init__(self, model: nn.Module, *, around_modules: bool = False) -> None:
         self._weights = {
-            name: (each, read_version(each)) for name, each in parameters(model).items()
+            name: (weight, read_version(weight)) for name, weight in parameters(model).items()
         }
         self._buffers = {
-            name: (slot, read_version(slot.buffer)) for name, slot in own_slots(model).items()
+            name: (slot, read_version(slot.buffer))
+            for name, slot in slots_without_batch_norm(model).items()
         }
-        self._during: set[str] = set()
-        self._sums: list[tuple[str, Tensor, Tensor]] = []
+        self._written_in_modules: set[str] = set()
+        self._totals: list[tuple[str, Tensor, Tensor]] = []
         self._handles = list(self._watch(model)) if around_modules else []
 
     def _watch(self, model: nn.Module) -> Iterator[RemovableHandle]:
         for prefix, module in model.named_modules():
             if any(True for _ in module.parameters()):
-                before: list[_Weight] = []
-                yield module.register_forward_pre_hook(_Before(before, prefix))
-                # Before what is gathered is given up again.
+                weights: list[_WeightRecord] = []
+                yield module.register_forward_pre_hook(_RecordWeights(weights, prefix))
+                # prepend: this hook must run before the one that frees gathered weights.
                 yield module.register_forward_hook(
-                    _After(before, self._during, self._sums), prepend=True
+                    _CompareWeights(weights, self._written_in_modules, self._totals), prepend=True
                 )
 
     def stop(self) -> None:
-        """Look no longer at modules."""
+        """Remove the hooks from the modules."""
         for handle in self._handles:
             handle.remove()
 
     def weights(self) -> dict[str, nn.Parameter]:
         """Return the parameters that were written to, by name."""
-        places = ((name, before, each) for name, (each, before) in self._weights.items())
-        around = zip(self._sums, _differ(self._sums), strict=True)
-        names = written(places) | self._during | {name for (name, *_), differs in around if differs}
-        return {name: each for name, (each, _) in self._weights.items() if name in names}
+        entries = ((name, before, weight) for name, (weight, before) in self._weights.items())
+        compared = zip(self._totals, _totals_differ(self._totals), strict=True)
+        names = find_written(entries) | self._written_in_modules
+        names |= {name for (name, *_), differs in compared if differs}
+        return {name: weight for name, (weight, _) in self._weights.items() if name in names}
 
     def buffers(self) -> dict[str, Slot]:
-        """Return the places of the buffers that were written to or replaced, by name."""
-        places = ((name, before, slot.buffer) for name, (slot, before) in self._buffers.items())
-        names = written(places)
+        """Return the slots of the buffers that were written to or replaced, by name."""
+        entries = ((name, before, slot.buffer) for name, (slot, before) in self._buffers.items())
+        names = find_written(entries)
         return {name: slot for name, (slot, _) in self._buffers.items() if name in names}
 
 
-class _Weight(NamedTuple):
-    """A parameter as it was before a forward."""
+class _WeightRecord(NamedTuple):
+    """A parameter of a module and its version before a forward pass."""
 
     name: str
     module: nn.Module
     key: str
-    seen: TensorVersion
+    before: TensorVersion
 
 
-class _Before:
-    """A hook that sees the weights in a module before its forward, those of its children too."""
+class _RecordWeights:
+    """A forward pre-hook that records the weights of a module and of its children."""
 
-    def __init__(self, seen: list[_Weight], prefix: str) -> None:
-        self._seen, self._prefix = seen, prefix
+    def __init__(self, records: list[_WeightRecord], prefix: str) -> None:
+        self._records, self._prefix = records, prefix
 
     def __call__(self, module: nn.Module, _: Any) -> None:
-        self._seen[:] = [
-            _Weight(
-                plain_name(f"{prefix}.{key}" if prefix else key), child, key, read_version(each)
+        self._records[:] = [
+            _WeightRecord(
+                plain_name(f"{prefix}.{key}" if prefix else key), child, key, read_version(weight)
             )
             for prefix, child in module.named_modules(prefix=self._prefix)
-            for key, each in child._parameters.items()  # noqa: SLF001
+            for key, weight in child._parameters.items()  # noqa: SLF001
         ]
 
 
-class _After:
-    """A hook that notes which of them were written to, and sums of bits of the others."""
+class _CompareWeights:
+    """A forward hook that collects which recorded weights were written to.
+
+    Args:
+        records: The records of `_RecordWeights`.
+        written: Receives the names of weights whose version counter has changed.
+        totals: Receives the sums of bits, before and after, of the other weights.
+    """
 
     def __init__(
-        self, seen: list[_Weight], written: set[str], noted: list[tuple[str, Tensor, Tensor]]
+        self,
+        records: list[_WeightRecord],
+        written: set[str],
+        totals: list[tuple[str, Tensor, Tensor]],
     ) -> None:
-        self._seen, self._written, self._noted = seen, written, noted
+        self._records, self._written, self._totals = records, written, totals
 
     def __call__(self, *_: Any) -> None:
-        for name, module, key, before in self._seen:
+        for name, module, key, before in self._records:
             now = module._parameters.get(key)  # noqa: SLF001
-            # Another tensor there is one that was gathered or given up meanwhile.
+            # A different tensor is not a write: the weight was gathered or freed in between.
             if now is None or now is not before.tensor:
                 continue
             if now._version != before.version:  # noqa: SLF001
                 self._written.add(name)
-            elif before.total is not None and _is_there(now):
-                self._noted.append((name, before.total, bit_sum(now)))
+            elif before.total is not None and _has_content(now):
+                self._totals.append((name, before.total, bit_sum(now)))
 
 
 class ForwardWrites:
-    """Compares over the ranks what forward passes write, and brings it together.
+    """Checks over all ranks what forward passes write, and synchronises buffers that differ.
 
-    It looks in the first two steps, and in those whose number from there is a power of two, so that
-    the rest of the run pays nothing.
+    It checks the steps 0, 1, 2, 4, 8 and so on, counted from its creation, so that the cost for the
+    rest of the run is negligible.
 
     Args:
-        model: What `Backend.prepare` returned.
-        backend: This rank among the others.
-        policy: What becomes of buffers that differ: `Recipe.rank_buffers`.
+        model: The module that `Backend.prepare` returned.
+        backend: The backend.
+        policy: How to treat buffers that differ between ranks: `Recipe.rank_buffers`.
     """
 
     def __init__(self, model: nn.Module, backend: Backend, policy: str) -> None:
         self._model, self._backend, self._policy = model, backend, policy
         self._sharded = STRATEGIES[backend.plan.strategy].shards_parameters
-        self._steps = 0
+        self._num_steps = 0
         self._writes: Writes | None = None
-        self._together: dict[str, Slot] = {}
+        self._synchronized: dict[str, Slot] = {}
 
     def begin(self) -> None:
         """Begin a step, before its first forward pass."""
-        number, self._steps = self._steps, self._steps + 1
-        if self._backend.world_size > 1 and number & (number - 1) == 0:
+        step, self._num_steps = self._num_steps, self._num_steps + 1
+        if self._backend.world_size > 1 and step & (step - 1) == 0:
             module = self._backend.unwrap(self._model)
-            # Hooks would have compiled modules compiled again.
+            # Hooks would trigger a recompilation of compiled modules.
             around = self._sharded and not is_compiled(module)
             self._writes = Writes(module, around_modules=around)
 
     def end(self) -> None:
-        """End the passes of a step, before the weights are updated (collective).
+        """Check and synchronise after the last backward pass, before the update (collective).
 
         Raises:
-            RecipeError: The ranks have written other values, and nothing brings them together.
+            RecipeError: The ranks have written different values, and the policy cannot synchronise
+                them.
         """
         writes, self._writes = self._writes, None
         if writes is not None:
             writes.stop()
-            self._judge(writes)
-        if self._together:
-            self._bring_together()
+            self._check_writes(writes)
+        if self._synchronized:
+            self._synchronize()
 
     def taking(self, request: MicroBatchRequest) -> contextlib.AbstractContextManager[None]:
-        """Return the context in which a micro-batch of training is taken, forward and backward."""
+        """Return the context for forward and backward of a training micro-batch."""
         return contextlib.nullcontext() if request.counts else self._ignoring_samples()
 
     @contextlib.contextmanager
     def _ignoring_samples(self) -> Iterator[None]:
-        """Leave the buffers that depend on samples as they are, for a micro-batch of weight 0."""
-        buffers = {name: slot.buffer for name, slot in self._together.items()}
-        kept = {name: each.clone() for name, each in buffers.items() if each is not None}
+        """Restore synchronised buffers after a micro-batch of weight 0."""
+        buffers = {name: slot.buffer for name, slot in self._synchronized.items()}
+        copies = {name: buffer.clone() for name, buffer in buffers.items() if buffer is not None}
         try:
             yield
         finally:
-            for name, before in kept.items():
-                self._together[name].put(before)
+            for name, copy in copies.items():
+                self._synchronized[name].put(copy)
 
-    def _judge(self, writes: Writes) -> None:
+    def _check_writes(self, writes: Writes) -> None:
+        """Refuse writes to weights, and find the buffers to synchronise (collective).
+
+        Raises:
+            RecipeError: A rank wrote to a weight that must not change, or buffers differ between
+                ranks and the policy cannot synchronise them.
+        """
         module = self._backend.unwrap(self._model)
-        slots, own = own_slots(module), parameters(module)
-        written_weights = writes.weights()
-        # ZeRO keeps its own copy of what it trains, FSDP of all weights: what is written is lost.
+        slots, weights = slots_without_batch_norm(module), parameters(module)
+        # ZeRO keeps a copy of trained weights, FSDP of all weights, so writes are lost.
         refused = {
-            name for name, each in written_weights.items() if each.requires_grad or self._sharded
+            name
+            for name, weight in writes.weights().items()
+            if weight.requires_grad or self._sharded
         }
-        values = {
-            **({} if self._sharded else own),
+        tensors = {
+            **({} if self._sharded else weights),
             **{name: slot.buffer for name, slot in slots.items()},
         }
-        everyone = self._backend.gather((refused, _described(values)))
-        if names := sorted(set().union(*(of_rank for of_rank, _ in everyone))):
-            raise RecipeError(_of_weights(names))
-        described = [of_rank for _, of_rank in everyone]
+        gathered = self._backend.gather((refused, _summarize(tensors)))
+        if names := sorted(set().union(*(rank_refused for rank_refused, _ in gathered))):
+            raise RecipeError(_weight_error(names))
+        summaries = [rank_summaries for _, rank_summaries in gathered]
         differing = sorted(
             name
-            for name in set().union(*described)
-            if len({of_rank.get(name) for of_rank in described}) > 1
+            for name in set().union(*summaries)
+            if len({rank_summaries.get(name) for rank_summaries in summaries}) > 1
         )
-        if names := [name for name in differing if name in own]:
-            raise RecipeError(_of_weights(names))
+        if names := [name for name in differing if name in weights]:
+            raise RecipeError(_weight_error(names))
         if differing:
-            self._check(differing, slots, described)
-            self._together |= {name: slots[name] for name in differing}
+            self._check_buffers(differing, slots, summaries)
+            self._synchronized |= {name: slots[name] for name in differing}
 
-    def _check(
-        self, names: list[str], slots: dict[str, Slot], described: list[dict[str, Any]]
+    def _check_buffers(
+        self, names: list[str], slots: dict[str, Slot], summaries: list[dict[str, Any]]
     ) -> None:
-        """Refuse buffers that differ, where the policy does or cannot bring them together."""
+        """Check that the policy can synchronise the buffers that differ between ranks.
+
+        Raises:
+            RecipeError: The policy is to refuse such buffers, or a buffer has no mean or several
+                shapes.
+        """
         if self._policy == "refuse":
             raise RecipeError(
-                f"The model's forward changes the buffer {_some(names)}, and each rank has another "
-                "value, because it sees other samples. rank_buffers=average gives every rank their "
-                "mean after each step, rank_buffers=broadcast rank 0's. A buffer that need not "
-                "be the same on all ranks, nor be saved, takes persistent=False."
+                f"The model's forward changes the buffer {_shorten(names)}, and its value differs "
+                "between ranks, because each rank processes different samples. Use "
+                "rank_buffers=average to give every rank the mean after each step, or "
+                "rank_buffers=broadcast to give every rank the value of rank 0. Register a buffer "
+                "that may differ between ranks and need not be saved with persistent=False."
             )
         for name in names:
             buffer = slots[name].buffer
-            found = [of_rank.get(name) for of_rank in described]
-            shapes = {None if each is None else each[1] for each in found}
-            whole = buffer is not None and not buffer.is_floating_point()
-            if buffer is None or len(shapes) > 1 or (whole and self._policy == "average"):
-                what = "whole numbers, which have no mean" if whole else "several shapes"
+            rank_summaries = [summary.get(name) for summary in summaries]
+            shapes = {None if summary is None else summary[1] for summary in rank_summaries}
+            is_integer = buffer is not None and not buffer.is_floating_point()
+            if buffer is None or len(shapes) > 1 or (is_integer and self._policy == "average"):
+                reason = (
+                    "it holds integers, which have no mean"
+                    if is_integer
+                    else "its shape differs between ranks"
+                )
                 raise RecipeError(
-                    f"rank_buffers={self._policy} cannot bring the buffer {name} together: it is "
-                    f"of {what}, and differs between ranks. Compute it from what all ranks share."
+                    f"rank_buffers={self._policy} cannot synchronise the buffer {name}, which "
+                    f"differs between ranks: {reason}. Compute the buffer from values that all "
+                    "ranks share."
                 )
 
     @torch.no_grad()
-    def _bring_together(self) -> None:
-        """Give every rank the mean of the ranks' buffers, or those of rank 0 (collective)."""
-        buffers = [slot.buffer for slot in self._together.values() if slot.buffer is not None]
-        for kind in (torch.float64, torch.int64):
-            of_kind = [each for each in buffers if _wide(each) == kind]
-            if not of_kind:
+    def _synchronize(self) -> None:
+        """Replace buffers by their mean over ranks, or by those of rank 0 (collective)."""
+        buffers = [slot.buffer for slot in self._synchronized.values() if slot.buffer is not None]
+        for dtype in (torch.float64, torch.int64):
+            group = [buffer for buffer in buffers if _sum_dtype(buffer) == dtype]
+            if not group:
                 continue
-            flat = torch.cat([each.detach().reshape(-1).to(kind) for each in of_kind])
+            flat = torch.cat([buffer.detach().reshape(-1).to(dtype) for buffer in group])
             if self._policy == "broadcast" and self._backend.rank != 0:
                 flat.zero_()
-            whole = self._backend.sum(flat)
+            result = self._backend.sum(flat)
             if self._policy == "average":
-                whole = whole / self._backend.world_size
-            parts = whole.split([each.numel() for each in of_kind])
-            for buffer, value in zip(of_kind, parts, strict=True):
+                result = result / self._backend.world_size
+            values = result.split([buffer.numel() for buffer in group])
+            for buffer, value in zip(group, values, strict=True):
                 buffer.copy_(value.view(buffer.shape))
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
-    """Return the type in which a buffer is added up over ranks."""
+def _sum_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the dtype in which a buffer is summed over ranks."""
     return torch.float64 if tensor.is_floating_point() else torch.int64
 
 
-def _described(
-    values: Mapping[str, Tensor | None],
+def _summarize(
+    tensors: Mapping[str, Tensor | None],
 ) -> dict[str, tuple[int, tuple[int, ...]] | None]:
-    """Return the sum of the bits and the shape of each tensor, in one look at the device."""
-    there = {name: each for name, each in values.items() if each is not None}
-    sums = [bit_sum(each) for each in there.values()]
-    totals = torch.stack([each.to(sums[0].device) for each in sums]).tolist() if sums else []
-    found: dict[str, tuple[int, tuple[int, ...]] | None] = dict.fromkeys(values)
-    for (name, each), total in zip(there.items(), totals, strict=True):
-        found[name] = total, tuple(each.shape)
-    return found
+    """Return the sum of bits and the shape of each tensor, with one read from the device."""
+    present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    sums = [bit_sum(tensor) for tensor in present.values()]
+    totals = torch.stack([total.to(sums[0].device) for total in sums]).tolist() if sums else []
+    summaries: dict[str, tuple[int, tuple[int, ...]] | None] = dict.fromkeys(tensors)
+    for (name, tensor), total in zip(present.items(), totals, strict=True):
+        summaries[name] = total, tuple(tensor.shape)
+    return summaries
 
 
-def _of_weights(names: list[str]) -> str:
+def _weight_error(names: list[str]) -> str:
     return (
-        f"The model's forward writes to the weight {_some(names)}. Each rank writes what its own "
-        "samples ask for, and under FSDP and ZeRO what is written is lost, so the ranks would "
-        "train different models. Compute what forward uses from the weight without changing it, "
-        "or change it in the optimizer's step. Embedding(max_norm=...) is of this kind: normalise "
-        "the rows that were looked up."
+        f"The model's forward writes to the weight {_shorten(names)}. Each rank writes values that "
+        "depend on its own samples, and under FSDP and ZeRO the written values are lost, so the "
+        "ranks would train different models. Compute what forward needs without changing the "
+        "weight, or change the weight in the optimizer's step. Embedding(max_norm=...) also "
+        "writes to its weight: normalise the looked-up rows instead."
     )
 
 
-def _some(names: list[str]) -> str:
+def _shorten(names: list[str]) -> str:
     more = f" and {len(names) - 1} more" if names[1:] else ""
     return f"{names[0]}{more}"

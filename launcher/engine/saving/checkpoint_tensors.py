@@ -1,7 +1,7 @@
 """The tensors of a checkpoint, written and read by torch.distributed.checkpoint.
 
-They are written as safetensors, with their place in the whole, so that any number of ranks can
-read what it needs, and reading runs no code of the file's.
+The files are safetensors that record the place of each shard in the full tensor, so any number of
+ranks can read the parts that it needs. Reading a file executes no code from it.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from launcher.runs.manifest import FileSum, Manifest, sum_file
 from launcher.runs.rundir import write_json
 
 _BYTES_PER_FILE = 1 << 30
-"""A file is put together in memory before it is written."""
+"""Size at which a rank starts a new file, because each file is assembled in memory."""
 
 
 class _ShardWriter(HuggingFaceStorageWriter):
-    """Writes what one rank keeps, under a name of that rank's, without asking the others."""
+    """Writes the tensors of one rank to files with the rank's number, without communication."""
 
     def __init__(self, folder: Path, rank: int, files: dict[str, int]) -> None:
         super().__init__(str(folder), fqn_to_index_mapping=files, save_distributed=True)
@@ -56,7 +56,7 @@ class _ShardWriter(HuggingFaceStorageWriter):
 
 
 class _Reader(HuggingFaceStorageReader):
-    """Reads the heads of all files once."""
+    """Reads the headers of all files once."""
 
     @functools.cached_property
     def _metadata(self) -> Metadata:
@@ -67,7 +67,12 @@ class _Reader(HuggingFaceStorageReader):
 
 
 class StoredState:
-    """The state in a checkpoint: a `launcher.engine.state.training_state.Source`."""
+    """The state in a checkpoint: a `launcher.engine.state.training_state.StateSource`.
+
+    Args:
+        checkpoint: The checkpoint.
+        manifest: The verified manifest of the checkpoint.
+    """
 
     def __init__(self, checkpoint: Checkpoint, manifest: Manifest) -> None:
         self.name = str(checkpoint.path)
@@ -83,97 +88,97 @@ class StoredState:
         return self._stored.keys()
 
     def size(self, name: str) -> torch.Size | None:
-        found = self._tensors.get(self._stored.get(name, name))
-        return None if found is None else found.size
+        metadata = self._tensors.get(self._stored.get(name, name))
+        return None if metadata is None else metadata.size
 
     def dtype(self, name: str) -> torch.dtype:
         dtype: torch.dtype = self._tensors[self._stored[name]].properties.dtype
         return dtype
 
     def read(self, targets: dict[str, Tensor]) -> None:
-        _accept_no_dist()
+        _ignore_no_dist_warning()
         stored = {self._stored[name]: tensor for name, tensor in targets.items()}
         load(stored, storage_reader=self._reader, no_dist=True)
 
 
 def write_shard(folder: Path, rank: int, tensors: dict[str, Tensor]) -> None:
-    """Write one rank's tensors, and the sums of its files, to the disk."""
-    files, size = {}, 0
+    """Write the tensors of one rank, and the digests of its files, to `folder`."""
+    files, num_bytes = {}, 0
     for name, tensor in tensors.items():
-        size += tensor.numel() * tensor.element_size()
-        files[name] = size // _BYTES_PER_FILE + 1
-    _accept_no_dist()
+        num_bytes += tensor.numel() * tensor.element_size()
+        files[name] = num_bytes // _BYTES_PER_FILE + 1
+    _ignore_no_dist_warning()
     save(tensors, storage_writer=_ShardWriter(folder, rank, files), no_dist=True)
-    own = sorted(folder.glob(f"shard-{rank + 1:05}-*"))
-    write_json(folder / f"rank{rank}.json", {path.name: asdict(sum_file(path)) for path in own})
+    paths = sorted(folder.glob(f"shard-{rank + 1:05}-*"))
+    write_json(folder / f"rank{rank}.json", {path.name: asdict(sum_file(path)) for path in paths})
 
 
 def load_newest(
     candidates: list[Checkpoint], backend: Backend, *, fall_back: bool, tell: Callable[[str], None]
 ) -> tuple[Checkpoint, Manifest]:
-    """Return the first of the candidates that is undamaged, having read all its bytes (collective).
+    """Return the first undamaged candidate, after verifying all its bytes (collective).
 
     Args:
-        candidates: Checkpoints, the preferred first.
-        backend: The ranks, which share the reading.
-        fall_back: Whether to take the next where one is damaged, and say so.
-        tell: Shows a line to the user.
+        candidates: Checkpoints in order of preference.
+        backend: The ranks, each of which verifies a share of the files.
+        fall_back: Whether to report a damaged checkpoint and try the next one.
+        tell: A function that shows a line to the user.
 
     Raises:
-        CheckpointError: The first is damaged, or all are.
+        CheckpointError: A checkpoint is damaged, and `fall_back` is false or none is left to try.
     """
-    for number, checkpoint in enumerate(candidates):
+    for index, checkpoint in enumerate(candidates):
         manifest, damage = None, ""
         try:
             manifest = checkpoint.read_manifest()
             files = sorted(manifest.files)[backend.rank :: backend.world_size]
-            wrong = chain(checkpoint.unlisted(manifest), checkpoint.damages(files, manifest))
-            damage = next(wrong, "")
+            damages = chain(checkpoint.unlisted(manifest), checkpoint.damages(files, manifest))
+            damage = next(damages, "")
         except CheckpointError as error:
             damage = str(error)
-        found = next(filter(None, backend.gather(damage)), None)
-        if found is None and manifest is not None:
+        first_damage = next(filter(None, backend.gather(damage)), None)
+        if first_damage is None and manifest is not None:
             return checkpoint, manifest
-        following = candidates[number + 1 :]
-        if not (following and fall_back):
-            raise damage_error(checkpoint, found or "", following)
+        remaining = candidates[index + 1 :]
+        if not (remaining and fall_back):
+            raise damage_error(checkpoint, first_damage or "", remaining)
         tell(
-            f"launcher: {checkpoint.path} is damaged: {found}; {following[0].name} is taken "
+            f"launcher: {checkpoint.path} is damaged: {first_damage}; using {remaining[0].name} "
             "instead."
         )
     raise CheckpointError("There is no checkpoint to resume from.")
 
 
 def with_files(manifest: Manifest, folder: Path) -> Manifest:
-    """Return the manifest with the sums that the ranks left in the folder, which are removed.
+    """Return the manifest with the file digests of all ranks, and delete the ranks' digest files.
 
     Raises:
-        OSError: A rank's are not there: the folder is not shared by all nodes.
+        OSError: The files of a rank are missing, because not all nodes share the folder.
     """
     files: dict[str, FileSum] = {}
     for rank in range(manifest.world_size):
         path = folder / f"rank{rank}.json"
         sums = json.loads(path.read_text(encoding="utf-8"))
-        files |= {name: FileSum(**each) for name, each in sums.items()}
+        files |= {name: FileSum(**fields) for name, fields in sums.items()}
         path.unlink()
     for name in files:
         (folder / name).stat()
     return dataclasses.replace(manifest, files=files)
 
 
-def _accept_no_dist() -> None:
-    """Have torch.distributed.checkpoint work in this process alone without a remark."""
+def _ignore_no_dist_warning() -> None:
+    """Suppress the warning that torch.distributed.checkpoint works in a single process."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 def reason_of(error: BaseException) -> str:
-    """Return what went wrong in a few words, from inside what torch wraps around it."""
-    found = error
-    while found.__cause__ is not None or isinstance(found, CheckpointException):
-        inner = getattr(found, "failures", None)
-        following = next(iter(inner.values()))[0] if inner else found.__cause__
-        if following is None:
+    """Return the message of the error at the root of an exception from torch's checkpoint code."""
+    root = error
+    while root.__cause__ is not None or isinstance(root, CheckpointException):
+        failures = getattr(root, "failures", None)
+        cause = next(iter(failures.values()))[0] if failures else root.__cause__
+        if cause is None:
             break
-        found = following
-    text = found.strerror if isinstance(found, OSError) else None
-    return (text or str(found)).rstrip(".")
+        root = cause
+    text = root.strerror if isinstance(root, OSError) else None
+    return (text or str(root)).rstrip(".")

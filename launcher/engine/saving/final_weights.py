@@ -1,4 +1,4 @@
-"""The final weights as a file of safetensors."""
+"""The final weights of a run, in one safetensors file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from launcher.engine.backends.base import whole_names
+from launcher.engine.backends.base import state_dict_names
 from launcher.engine.state.compiled import plain_name
 from launcher.errors import RecipeError, TrainingError
 from launcher.runs.checkpoints import list_checkpoints
@@ -15,71 +15,78 @@ from launcher.runs.rundir import RunDir
 
 
 def check_savable(model: nn.Module) -> None:
-    """Refuse, before anything is trained, a model whose weights no file of safetensors can hold.
+    """Check, before training starts, that safetensors can hold the model's weights and buffers.
 
     Raises:
-        RecipeError: A weight or a buffer is sparse, quantised, or of a type without a name there.
+        RecipeError: A weight or buffer is sparse, quantised, or of a dtype that safetensors does
+            not support.
     """
     tensors = model.state_dict()
-    refused: dict[torch.dtype, str] = {}
-    for name in whole_names(model):
+    dtype_errors: dict[torch.dtype, str] = {}
+    for name in state_dict_names(model):
         tensor = tensors[name]
-        why = None
+        problem = None
         if tensor.layout != torch.strided:
-            why = f"is {str(tensor.layout).removeprefix('torch.')}"
+            problem = f"is {str(tensor.layout).removeprefix('torch.')}"
         else:
-            if tensor.dtype not in refused:
-                refused[tensor.dtype] = _refusal(tensor.dtype)
-            if refused[tensor.dtype]:
-                why = f"is of type {str(tensor.dtype).removeprefix('torch.')}"
-        if why is not None:
+            if tensor.dtype not in dtype_errors:
+                dtype_errors[tensor.dtype] = _dtype_error(tensor.dtype)
+            if dtype_errors[tensor.dtype]:
+                problem = f"has dtype {str(tensor.dtype).removeprefix('torch.')}"
+        if problem is not None:
             raise RecipeError(
-                f"The model's {plain_name(name)} {why}, which safetensors, the format of "
-                "checkpoints and of the final weights, cannot hold. Keep it as dense numbers of a "
-                "common type; a buffer that need not be saved takes persistent=False."
+                f"The model's {plain_name(name)} {problem}, which safetensors, the format of "
+                "checkpoints and final weights, does not support. Store it as a dense tensor of a "
+                "common dtype, or register a buffer that need not be saved with persistent=False."
             )
 
 
-def _refusal(dtype: torch.dtype) -> str:
-    """Return why safetensors cannot hold a type, or an empty text."""
+def _dtype_error(dtype: torch.dtype) -> str:
+    """Return why safetensors cannot hold a dtype, or an empty string if it can."""
     try:
         safetensors.torch.save({"value": torch.empty(1, dtype=dtype)})
-    except Exception as error:  # noqa: BLE001  # which it raises differs from type to type
+    except Exception as error:  # noqa: BLE001  # the exception's type depends on the dtype
         return str(error) or type(error).__name__
     return ""
 
 
 def save_weights(weights: dict[str, Tensor], run_dir: RunDir) -> None:
-    """Write the weights as safetensors, whole or not at all.
+    """Write the weights as safetensors, atomically.
 
-    Tensors that share memory are written one by one, as copies.
+    Tensors that share memory are written as separate copies.
+
+    Args:
+        weights: Names and full tensors.
+        run_dir: The run folder.
 
     Raises:
-        TrainingError: They cannot be written. The run can be resumed, which tries it again.
+        TrainingError: The file cannot be written. Resuming the run tries to write it again.
     """
-    beside = run_dir.model.with_suffix(".tmp")
+    temporary = run_dir.model.with_suffix(".tmp")
     try:
-        safetensors.torch.save_file(_separate(weights), str(beside), metadata={"format": "pt"})
-        beside.replace(run_dir.model)
+        safetensors.torch.save_file(_unshare(weights), str(temporary), metadata={"format": "pt"})
+        temporary.replace(run_dir.model)
     except (OSError, RuntimeError, ValueError, KeyError, safetensors.SafetensorError) as error:
-        again = "No checkpoint could be saved either."
+        remedy = "There is no checkpoint to write them from."
         if list_checkpoints(run_dir):
-            again = f"`launcher resume {run_dir.shown}` writes them from the last checkpoint."
+            remedy = (
+                f"To write them from the last checkpoint, use `launcher resume {run_dir.shown}`."
+            )
         raise TrainingError(
-            f"All steps are taken, and the weights cannot be written to {run_dir.model}: {error}. "
-            f"{again}"
+            f"The run took all its steps, but the final weights cannot be written to "
+            f"{run_dir.model}: {error}. {remedy}"
         ) from None
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
-def _separate(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights with no memory shared between them."""
+def _unshare(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights with tensors that share memory copied."""
     separate: dict[str, Tensor] = {}
-    used: set[int] = set()
+    used_addresses: set[int] = set()
     for name, tensor in weights.items():
         dense = tensor.detach().contiguous()
-        place = dense.untyped_storage().data_ptr()
-        separate[name] = dense.clone() if place in used else dense
-        used.add(place)
+        address = dense.untyped_storage().data_ptr()
+        separate[name] = dense.clone() if address in used_addresses else dense
+        used_addresses.add(address)
     return separate

@@ -1,1 +1,8 @@
-"""What a training consists of besides its data: model state, optimizer state, loss scale."""
+"""The state of a training run besides its data: model, optimizer and loss scale.
+
+training_state     weights and optimizer state under names that every strategy shares
+module_state       buffers and extra state of modules
+hyperparameters    makes the recipe's optimizer and writes the schedule into it
+loss_scaler        dynamic loss scaling for fp16
+compiled           names of tensors in models that torch.compile wraps
+"""

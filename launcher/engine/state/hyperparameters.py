@@ -1,4 +1,4 @@
-"""The recipe's optimizer, made; and the schedule's numbers, written into it."""
+"""Creates the recipe's optimizer and writes the schedule's values into it."""
 
 from __future__ import annotations
 
@@ -17,37 +17,38 @@ from launcher.recipe.recipe import Recipe
 from launcher.recipe.schedules import ScheduleValue
 
 SCHEDULED = ("lr", "momentum", "betas")
-"""What `Hyperparameters` writes into parameter groups."""
+"""Keys of parameter groups that `Hyperparameters` writes."""
 
 
 def make_optimizer(recipe: Recipe, model: nn.Module, lr: float) -> Optimizer:
-    """Return the recipe's optimizer over the parameters of `model` that are trained.
+    """Return the recipe's optimizer over the trained parameters of `model`.
 
     Args:
-        recipe: Names the optimizer, or holds a function that makes it.
-        model: Its parameters are on their device.
-        lr: The peak learning rate; groups made with another keep their ratio to it.
+        recipe: The recipe, which names the optimizer or holds a function that returns it.
+        model: The model, whose parameters are on their device.
+        lr: The peak learning rate. Parameter groups with another rate keep their ratio to it.
 
     Raises:
-        RecipeError: The function returned no optimizer, or one that computes losses itself.
+        RecipeError: The function did not return an optimizer, or returned one that computes the
+            loss itself.
     """
     if not isinstance(recipe.optimizer, OptimizerSpec):
-        made = recipe.optimizer(model, lr)
-        if not isinstance(made, Optimizer):
+        optimizer = recipe.optimizer(model, lr)
+        if not isinstance(optimizer, Optimizer):
             raise RecipeError(
-                f"The recipe's optimizer function returned {type(made).__name__}, not a "
+                f"The recipe's optimizer function returned a {type(optimizer).__name__}, not a "
                 "torch.optim.Optimizer."
             )
-        if isinstance(made, LBFGS):
+        if isinstance(optimizer, LBFGS):
             raise RecipeError(
-                "The recipe's optimizer is LBFGS, which computes the loss several times in a "
-                "step, and a step here is one batch. Use sgd(), adamw() or another optimizer."
+                "The recipe's optimizer is LBFGS, which computes the loss several times per step, "
+                "but a step here computes it once. Use sgd(), adamw() or another optimizer."
             )
-        return made
+        return optimizer
     arguments: dict[str, Any] = dict(recipe.optimizer.arguments)
-    groups = _groups(model, decay_1d=arguments.pop("decay_1d", True))
-    # One kernel over all parameters; without it torch goes through them one by one on CPUs. Shards
-    # of FSDP are of another type, for which torch has no fused SGD; it takes foreach on GPUs.
+    groups = _parameter_groups(model, decay_1d=arguments.pop("decay_1d", True))
+    # Fused kernels update all parameters at once; without them torch loops over the parameters on
+    # CPUs. torch has no fused SGD for FSDP's DTensors, and uses foreach kernels for them on GPUs.
     arguments["fused"] = all(
         type(parameter) is nn.Parameter and parameter.is_floating_point()
         for group in groups
@@ -60,25 +61,32 @@ def make_optimizer(recipe: Recipe, model: nn.Module, lr: float) -> Optimizer:
     return AdamW(groups, lr=lr, betas=betas, **arguments)
 
 
-def _groups(model: nn.Module, *, decay_1d: bool) -> list[dict[str, Any]]:
-    """Return the trained parameters as groups, by whether the weight decay is for them."""
+def _parameter_groups(model: nn.Module, *, decay_1d: bool) -> list[dict[str, Any]]:
+    """Return the trained parameters in groups, with and without weight decay."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if decay_1d:
         return [{"params": trained}]
     decayed = [parameter for parameter in trained if parameter.ndim > 1]
-    others = [parameter for parameter in trained if parameter.ndim <= 1]
-    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    undecayed = [parameter for parameter in trained if parameter.ndim <= 1]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
 def take_step(optimizer: Optimizer, recipe: Recipe, finite: bool | Tensor) -> None:
-    """Update the parameters if the gradient is `finite`, which may be known on the device alone.
+    """Update the parameters if the gradient is `finite`.
 
-    Fused kernels look at it there; for all others the host waits until it is known. They do not
-    look where they have no state yet: SGD would keep momentum that nobody has written (torch 2.13).
+    Fused kernels read a `finite` tensor on the device; for other optimizers the host waits for its
+    value. The first step always waits, because fused SGD would keep an uninitialised momentum
+    buffer if it skipped the step that creates it (torch 2.13).
 
-    torch wraps `step` in a range for its profiler, hooks and a graph break, 50 us together, more
-    than the step of a small net. An optimizer that we made has no hooks, and is called below them.
+    torch wraps `step` in a profiler range, hooks and a graph break, which together take 50 us, more
+    than a step of a small network. Optimizers that `make_optimizer` creates have no hooks, so their
+    unwrapped function is called.
+
+    Args:
+        optimizer: The optimizer, whose parameters have gradients.
+        recipe: The recipe from which `make_optimizer` created it.
+        finite: Whether the gradient is finite: a bool, or a scalar tensor on the device.
     """
     if not isinstance(recipe.optimizer, OptimizerSpec):
         if bool(finite):
@@ -89,27 +97,29 @@ def take_step(optimizer: Optimizer, recipe: Recipe, finite: bool | Tensor) -> No
     elif not bool(finite):
         return
     with torch.no_grad():
-        _bare_step(type(optimizer).step)(optimizer)
+        _unwrapped_step(type(optimizer).step)(optimizer)
 
 
 @functools.cache
-def _bare_step(step: Callable[..., Any]) -> Callable[[Optimizer], None]:
+def _unwrapped_step(step: Callable[..., Any]) -> Callable[[Optimizer], None]:
     return inspect.unwrap(step)
 
 
 class WrittenHyperparameters(NamedTuple):
-    """What an optimizer takes a step with."""
+    """The scheduled values with which an optimizer takes a step."""
 
     lr: float
+    """The learning rate of the recipe, before the ratios of parameter groups."""
+
     momentum: float | None
-    """Of its first group, or that group's first beta; None where it has none."""
+    """The momentum, or the first beta, of the first parameter group; None if it has neither."""
 
 
 class Hyperparameters:
-    """Writes the schedule's numbers into an optimizer's parameter groups.
+    """Writes the schedule's values into an optimizer's parameter groups.
 
     Args:
-        optimizer: Freshly made, its groups at their peak learning rates.
+        optimizer: A new optimizer, whose groups have their peak learning rates.
         peak_lr: The plan's peak learning rate.
     """
 
@@ -118,7 +128,7 @@ class Hyperparameters:
         self._groups = [(group, group["lr"] / peak_lr) for group in optimizer.param_groups]
 
     def write(self, setting: ScheduleValue) -> WrittenHyperparameters:
-        """Set learning rate and momentum of the coming step; return what they are."""
+        """Set the learning rate and momentum of the coming step, and return them."""
         lr = self._peak_lr * setting.factor
         for group, ratio in self._groups:
             group["lr"] = lr * ratio
@@ -127,7 +137,7 @@ class Hyperparameters:
                     group["momentum"] = setting.momentum
                 elif "betas" in group:
                     group["betas"] = (setting.momentum, *group["betas"][1:])
-        first = self._groups[0][0]
+        first_group = self._groups[0][0]
         return WrittenHyperparameters(
-            lr, first["betas"][0] if "betas" in first else first.get("momentum")
+            lr, first_group["betas"][0] if "betas" in first_group else first_group.get("momentum")
         )

@@ -1,8 +1,8 @@
-"""What a checkpoint keeps of a model besides its parameters: buffers, and extra state.
+"""The state of a model besides its parameters: buffers and extra state.
 
-Extra state is what a module returns from `get_extra_state` (torch.nn.Module). Buffers and extra
-state may differ between ranks, because each rank's forward sees other samples; then each rank keeps
-its own.
+Extra state is the return value of a module's `get_extra_state` (torch.nn.Module). Buffers and extra
+state may differ between ranks, because each rank's forward pass processes different samples. A
+checkpoint then holds the values of every rank.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ from launcher.engine.state.training_state import StateSource, is_plain
 from launcher.errors import CheckpointError, TrainingError
 
 Gather = Callable[[Any], list[Any]]
-"""Gathers a value of every rank, as `Backend.gather` does."""
+"""A collective function that returns the values of all ranks, as `Backend.gather` does."""
 
-_TENSOR = "__tensor__"
-"""The key under which a tensor in extra state is kept in JSON."""
+_TENSOR_KEY = "__tensor__"
+"""The key that marks a tensor of extra state in JSON."""
 
 
 class Slot(NamedTuple):
-    """A place in a module that holds a buffer, or None until one is made."""
+    """A registered buffer of a module, which may still be None."""
 
     module: nn.Module
     key: str
 
     @property
     def buffer(self) -> Tensor | None:
-        """The buffer that is there now."""
+        """The current buffer."""
         return self.module._buffers[self.key]  # noqa: SLF001
 
     def put(self, buffer: Tensor | None) -> None:
-        """Replace the buffer that is there."""
+        """Replace the buffer."""
         self.module._buffers[self.key] = buffer  # noqa: SLF001
 
 
 def saved_slots(model: nn.Module) -> dict[str, Slot]:
-    """Return the places of the persistent buffers by name, a buffer with two names under the first.
+    """Return the slots of the persistent buffers by name, a shared buffer under its first name.
 
-    Places that hold None are included.
+    Slots that hold None are included.
     """
     slots, seen = {}, set()
     for prefix, module in model.named_modules():
@@ -67,17 +67,26 @@ def checksum(tensor: Tensor) -> int:
     return zlib.crc32(flat.numpy().tobytes(), zlib.crc32(repr(tuple(tensor.shape)).encode()))
 
 
-def own_buffers(model: nn.Module, rank: int, gather: Gather) -> dict[str, Tensor]:
-    """Return copies on the host of the buffers that this rank keeps (collective).
+def buffers_to_save(model: nn.Module, rank: int, gather: Gather) -> dict[str, Tensor]:
+    """Return host copies of the buffers that this rank saves (collective).
 
-    Rank 0 keeps all of its own. A buffer that differs between ranks is kept by each of them.
+    Rank 0 saves all buffers. The other ranks save only buffers that differ between ranks.
+
+    Args:
+        model: The model.
+        rank: This rank.
+        gather: A collective function that returns the values of all ranks.
+
+    Returns:
+        The copies, under the names that a checkpoint uses.
     """
     buffers = {
         name: slot.buffer.detach().cpu().clone().contiguous()
         for name, slot in saved_slots(model).items()
         if slot.buffer is not None
     }
-    differing = _differing(gather({name: checksum(each) for name, each in buffers.items()}))
+    checksums = gather({name: checksum(buffer) for name, buffer in buffers.items()})
+    differing = _differing_names(checksums)
     return {
         f"buffer/{name}@{rank}" if name in differing else f"buffer/{name}": buffer
         for name, buffer in buffers.items()
@@ -85,54 +94,61 @@ def own_buffers(model: nn.Module, rank: int, gather: Gather) -> dict[str, Tensor
     }
 
 
-def _differing(sums: list[dict[str, int]]) -> set[str]:
-    """Return the names whose checksum is not the same on all ranks."""
-    names = {name for of_rank in sums for name in of_rank}
-    return {name for name in names if len({of_rank.get(name) for of_rank in sums}) > 1}
+def _differing_names(checksums: list[dict[str, int]]) -> set[str]:
+    """Return the names whose checksums differ between ranks, given one dict per rank."""
+    names = {name for rank_checksums in checksums for name in rank_checksums}
+    return {
+        name
+        for name in names
+        if len({rank_checksums.get(name) for rank_checksums in checksums}) > 1
+    }
 
 
 @torch.no_grad()
 def read_buffers(
     model: nn.Module, source: StateSource, rank: int, world_size: int, device: torch.device
 ) -> None:
-    """Fill the model's buffers: with this rank's own, or else with the mean of all ranks'.
+    """Fill the model's buffers with those that this rank saved, or with the mean over ranks.
 
-    A buffer takes the shape that was saved, which a forward may have changed since the model was
-    built.
+    The mean is used when the number of ranks has changed. A buffer takes its saved shape, which a
+    forward pass may have changed since the model was built.
 
     Args:
         model: The model.
-        source: What was saved.
+        source: The saved state.
         rank: This rank.
-        world_size: The number of ranks now.
-        device: Where a buffer is put whose place is empty yet.
+        world_size: The current number of ranks.
+        device: The device for buffers whose slot is still None.
 
     Raises:
-        CheckpointError: The checkpoint is of a model with other buffers, or the ranks that wrote it
-            had buffers of their own that cannot be averaged over another number of ranks.
+        CheckpointError: The model has other buffers than the source, or the number of ranks has
+            changed and buffers that differ between ranks have no mean.
     """
     slots = saved_slots(model)
-    found = _found_buffers(source)
-    slots |= _new_slots(model, found.keys() - slots.keys())
-    _check_buffer_names(source, slots, set(found))
-    chosen = {name: _chosen(name, found[name], rank, world_size, source) for name in found}
+    saved_names = _saved_buffer_names(source)
+    slots |= _new_slots(model, saved_names.keys() - slots.keys())
+    _check_buffer_names(source, slots, set(saved_names))
+    chosen_names = {
+        name: _choose_names(name, full_names, rank, world_size, source)
+        for name, full_names in saved_names.items()
+    }
     targets = {
-        full: torch.empty(source.size(full) or (), dtype=source.dtype(full))
-        for names in chosen.values()
-        for full in names
+        full_name: torch.empty(source.size(full_name) or (), dtype=source.dtype(full_name))
+        for full_names in chosen_names.values()
+        for full_name in full_names
     }
     if targets:
         source.read(targets)
-    for name, names in chosen.items():
-        tensors = [targets[full] for full in names]
+    for name, full_names in chosen_names.items():
+        tensors = [targets[full_name] for full_name in full_names]
         counts = isinstance(slots[name].module, _NormBase)
         _put(slots[name], _mean(source, name, tensors, counts=counts), device)
 
 
 def _new_slots(model: nn.Module, names: Iterable[str]) -> dict[str, Slot]:
-    """Return places for buffers that a forward has registered in modules that are there."""
+    """Register and return slots for saved buffers that a forward pass creates in known modules."""
     modules = {
-        plain_name(f"{name}.").removesuffix("."): each for name, each in model.named_modules()
+        plain_name(f"{name}.").removesuffix("."): module for name, module in model.named_modules()
     }
     slots = {}
     for name in names:
@@ -144,175 +160,191 @@ def _new_slots(model: nn.Module, names: Iterable[str]) -> dict[str, Slot]:
     return slots
 
 
-def _found_buffers(source: StateSource) -> dict[str, list[str]]:
-    """Return the names in the source that hold each buffer: one for all ranks, or one each."""
-    found: dict[str, list[str]] = {}
-    for full in source.names():
-        if full.startswith("buffer/"):
-            found.setdefault(full.removeprefix("buffer/").partition("@")[0], []).append(full)
-    return found
+def _saved_buffer_names(source: StateSource) -> dict[str, list[str]]:
+    """Return the tensor names in the source for each buffer: one for all ranks, or one per rank."""
+    names: dict[str, list[str]] = {}
+    for full_name in source.names():
+        if full_name.startswith("buffer/"):
+            name = full_name.removeprefix("buffer/").partition("@")[0]
+            names.setdefault(name, []).append(full_name)
+    return names
 
 
-def _check_buffer_names(source: StateSource, slots: dict[str, Slot], found: set[str]) -> None:
-    missing = sorted(name for name, slot in slots.items() if slot.buffer is not None)
-    only_here = [name for name in missing if name not in found]
-    only_there = sorted(found - slots.keys())
-    if only_here or only_there:
+def _check_buffer_names(source: StateSource, slots: dict[str, Slot], saved: set[str]) -> None:
+    """Check that the source has the buffers of the recipe's model.
+
+    Raises:
+        CheckpointError: The source lacks a buffer, or has one that the model has no slot for.
+    """
+    filled = sorted(name for name, slot in slots.items() if slot.buffer is not None)
+    only_in_recipe = [name for name in filled if name not in saved]
+    only_in_source = sorted(saved - slots.keys())
+    if only_in_recipe or only_in_source:
         name, where = (
-            (only_there[0], "the checkpoint") if only_there else (only_here[0], "the recipe")
+            (only_in_source[0], "the checkpoint")
+            if only_in_source
+            else (only_in_recipe[0], "the recipe")
         )
         raise CheckpointError(
-            f"{source.name} is of another model: only {where} has a buffer {name}. Resume with the "
-            "recipe that wrote it."
+            f"{source.name} belongs to another model: only {where} has a buffer {name}. Resume "
+            "with the recipe that wrote the checkpoint."
         )
 
 
-def _chosen(
-    name: str, names: list[str], rank: int, world_size: int, source: StateSource
+def _choose_names(
+    name: str, full_names: list[str], rank: int, world_size: int, source: StateSource
 ) -> list[str]:
-    """Return which of the saved buffers of one name this rank reads."""
-    if names == [f"buffer/{name}"]:
-        return names
+    """Return the names of the saved tensors from which this rank restores the buffer `name`."""
+    if full_names == [f"buffer/{name}"]:
+        return full_names
     if world_size == source.world_size:
-        own = f"buffer/{name}@{rank}"
-        return [own] if own in names else []
-    return [f"buffer/{name}@{each}" for each in range(source.world_size)]
+        rank_name = f"buffer/{name}@{rank}"
+        return [rank_name] if rank_name in full_names else []
+    return [f"buffer/{name}@{saved_rank}" for saved_rank in range(source.world_size)]
 
 
 def _mean(source: StateSource, name: str, tensors: list[Tensor], *, counts: bool) -> Tensor | None:
-    """Return the mean of the ranks' buffers; None where this rank had none.
+    """Return the mean of a buffer over ranks, or None if this rank had no buffer.
 
     Args:
-        source: What was saved.
-        name: The buffer's.
-        tensors: It, as the ranks had it.
-        counts: Whether whole numbers count batches, as BatchNorm's do, of which ranks may have had
-            fewer than others. They become the largest.
+        source: The saved state.
+        name: The name of the buffer.
+        tensors: The buffers of the ranks.
+        counts: Whether integer buffers count batches, as BatchNorm's do. Ranks may have had
+            different numbers of batches, so the result is the maximum.
 
     Raises:
-        CheckpointError: They cannot be averaged.
+        CheckpointError: The buffers differ and have no mean.
     """
     if not tensors:
         return None
     first = tensors[0]
-    if all(torch.equal(each, first) for each in tensors[1:]):
+    if all(torch.equal(tensor, first) for tensor in tensors[1:]):
         return first
     if counts and not first.is_floating_point():
         return torch.stack(tensors).amax(0)
-    if not first.is_floating_point() or any(each.shape != first.shape for each in tensors):
+    if not first.is_floating_point() or any(tensor.shape != first.shape for tensor in tensors):
         raise CheckpointError(
             f"{source.name}: the buffer {name} differs between the {source.world_size} ranks that "
-            "wrote it, and is of whole numbers or of several shapes, which have no mean. Resume on "
-            f"{source.world_size} ranks."
+            "wrote the checkpoint, and it has no mean, because it holds integers or its shapes "
+            f"differ. Resume on {source.world_size} ranks."
         )
-    return torch.stack([each.double() for each in tensors]).mean(0).to(first.dtype)
+    return torch.stack([tensor.double() for tensor in tensors]).mean(0).to(first.dtype)
 
 
 def _put(slot: Slot, value: Tensor | None, device: torch.device) -> None:
     buffer = slot.buffer
     if value is None or buffer is None or buffer.shape != value.shape or _overlaps(buffer):
-        where = device if buffer is None else buffer.device
-        slot.put(None if value is None else value.to(where))
+        target_device = device if buffer is None else buffer.device
+        slot.put(None if value is None else value.to(target_device))
     else:
         buffer.copy_(value)
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Return whether several elements lie in one place, as in an expanded tensor."""
+    """Return whether several elements share memory, as in an expanded tensor."""
     pairs = zip(tensor.stride(), tensor.shape, strict=True)
     return any(stride == 0 and size > 1 for stride, size in pairs)
 
 
-def _stateful(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules that have extra state, by name."""
+def _stateful_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the names and modules that have extra state."""
     for name, module in model.named_modules():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             yield plain_name(f"{name}.").removesuffix("."), module
 
 
 def check_extra_state(model: nn.Module) -> None:
-    """Refuse extra state that a readable file cannot hold.
+    """Check that a checkpoint can hold the extra state of all modules.
 
     Raises:
-        TrainingError: `get_extra_state` of a module returns something else than tensors, numbers,
-            texts, lists, and dicts with texts as keys.
+        TrainingError: `get_extra_state` of a module returns a value that is not made of tensors,
+            numbers, strings, lists, and dicts with string keys.
     """
-    for name, module in _stateful(model):
-        if refused := _refused_type(module.get_extra_state()):
+    for name, module in _stateful_modules(model):
+        if type_name := _unsupported_type(module.get_extra_state()):
             raise TrainingError(
-                f"get_extra_state of {name or 'the model'} returns a {refused}. Checkpoints hold "
-                "tensors, numbers, texts, lists, and dicts with texts as keys: return these."
+                f"get_extra_state of {name or 'the model'} returns a {type_name}, which a "
+                "checkpoint cannot hold. Return tensors, numbers, strings, lists, and dicts with "
+                "string keys."
             )
 
 
-def _refused_type(value: Any) -> str | None:
-    """Return the name of a type in a value that JSON and tensors cannot hold, if there is any."""
+def _unsupported_type(value: Any) -> str | None:
+    """Return the name of a type in `value` that a checkpoint cannot hold, or None."""
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return next(filter(None, map(_refused_type, value.values())), None)
+        return next(filter(None, map(_unsupported_type, value.values())), None)
     if isinstance(value, (list, tuple)):
-        return next(filter(None, map(_refused_type, value)), None)
+        return next(filter(None, map(_unsupported_type, value)), None)
     return None if isinstance(value, Tensor) or is_plain(value) else type(value).__name__
 
 
-def own_extra_state(model: nn.Module, gather: Gather) -> dict[str, Any]:
-    """Return the extra state of all ranks, the same on every rank (collective)."""
-    if not any(True for _ in _stateful(model)):
+def gather_extra_state(model: nn.Module, gather: Gather) -> dict[str, Any]:
+    """Return the extra state of all ranks, the same dict on every rank (collective)."""
+    if not any(True for _ in _stateful_modules(model)):
         return {}
-    own = {name: _encoded(module.get_extra_state()) for name, module in _stateful(model)}
-    texts = gather({name: json.dumps(each) for name, each in own.items()})
-    kept: dict[str, Any] = {}
-    for name, text in texts[0].items():
-        if all(of_rank.get(name) == text for of_rank in texts):
-            kept[f"extra/{name}"] = json.loads(text)
+    states = {name: _encode(module.get_extra_state()) for name, module in _stateful_modules(model)}
+    rank_texts = gather({name: json.dumps(state) for name, state in states.items()})
+    extra: dict[str, Any] = {}
+    for name, text in rank_texts[0].items():
+        if all(texts.get(name) == text for texts in rank_texts):
+            extra[f"extra/{name}"] = json.loads(text)
         else:
-            of_ranks = ((f"extra/{name}@{rank}", each[name]) for rank, each in enumerate(texts))
-            kept |= {full: json.loads(each) for full, each in of_ranks}
-    return kept
+            extra |= {
+                f"extra/{name}@{rank}": json.loads(texts[name])
+                for rank, texts in enumerate(rank_texts)
+            }
+    return extra
 
 
 def read_extra_state(model: nn.Module, source: StateSource, rank: int, world_size: int) -> None:
-    """Give each module its extra state.
+    """Restore the extra state of each module.
 
-    Modules whose state the checkpoint lacks are left as they are; `lacks_extra_state` names them.
+    Modules whose extra state is missing from the source are not changed; `lacks_extra_state` names
+    them.
 
     Raises:
-        CheckpointError: The ranks that wrote it had other states each, and were of another number.
+        CheckpointError: The extra state differs between the ranks that wrote the source, and the
+            number of ranks has changed.
     """
-    kept = source.values.get("extra", {})
-    for name, module in _stateful(model):
-        common, own = f"extra/{name}", f"extra/{name}@{rank}"
-        if common in kept:
-            module.set_extra_state(_decoded(kept[common]))
-        elif own in kept and world_size == source.world_size:
-            module.set_extra_state(_decoded(kept[own]))
-        elif f"extra/{name}@0" in kept:
+    extra = source.values.get("extra", {})
+    for name, module in _stateful_modules(model):
+        shared_key, rank_key = f"extra/{name}", f"extra/{name}@{rank}"
+        if shared_key in extra:
+            module.set_extra_state(_decode(extra[shared_key]))
+        elif rank_key in extra and world_size == source.world_size:
+            module.set_extra_state(_decode(extra[rank_key]))
+        elif f"extra/{name}@0" in extra:
             raise CheckpointError(
-                f"{source.name}: get_extra_state of {name or 'the model'} returned something else "
-                f"on each of the {source.world_size} ranks that wrote it. Resume on "
-                f"{source.world_size} ranks."
+                f"{source.name}: the extra state (get_extra_state) of {name or 'the model'} "
+                f"differs between the {source.world_size} ranks that wrote the checkpoint. Resume "
+                f"on {source.world_size} ranks."
             )
 
 
 def lacks_extra_state(model: nn.Module, source: StateSource) -> list[str]:
-    """Return the modules whose extra state the checkpoint does not hold."""
-    kept = {full.partition("@")[0] for full in source.values.get("extra", {})}
-    return [name or "the model" for name, _ in _stateful(model) if f"extra/{name}" not in kept]
+    """Return the names of modules whose extra state is missing from the source."""
+    saved = {key.partition("@")[0] for key in source.values.get("extra", {})}
+    modules = _stateful_modules(model)
+    return [name or "the model" for name, _ in modules if f"extra/{name}" not in saved]
 
 
-def _encoded(value: Any) -> Any:
+def _encode(value: Any) -> Any:
+    """Return `value` with its tensors as safetensors in base64, for JSON."""
     if isinstance(value, Tensor):
         data = safetensors.torch.save({"value": value.detach().cpu().contiguous()})
-        return {_TENSOR: base64.b64encode(data).decode()}
+        return {_TENSOR_KEY: base64.b64encode(data).decode()}
     if isinstance(value, dict):
-        return {key: _encoded(each) for key, each in value.items()}
-    return [_encoded(each) for each in value] if isinstance(value, (list, tuple)) else value
+        return {key: _encode(item) for key, item in value.items()}
+    return [_encode(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _decoded(value: Any) -> Any:
+def _decode(value: Any) -> Any:
+    """Return the value that `_encode` encoded."""
     if isinstance(value, dict):
-        if value.keys() == {_TENSOR}:
-            return safetensors.torch.load(base64.b64decode(value[_TENSOR]))["value"]
-        return {key: _decoded(each) for key, each in value.items()}
+        if value.keys() == {_TENSOR_KEY}:
+            return safetensors.torch.load(base64.b64decode(value[_TENSOR_KEY]))["value"]
+        return {key: _decode(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_decoded(each) for each in value]
+        return [_decode(item) for item in value]
     return value

@@ -1,15 +1,17 @@
-"""What a checkpoint holds of a training, by names that are the same under every strategy.
+"""The contents of a checkpoint, under names that are the same for every strategy.
+
+Tensors:
 
     model/<parameter>              weights
-    optimizer/<parameter>/<key>    what the optimizer keeps of it, such as exp_avg
-    buffer/<name>                  a buffer that is the same on all ranks
-    buffer/<name>@<rank>           a rank's own, such as BatchNorm's statistics of what it has seen
+    optimizer/<parameter>/<key>    the optimizer's state of a parameter, such as exp_avg
+    buffer/<name>                  a buffer that is equal on all ranks
+    buffer/<name>@<rank>           a buffer of one rank, such as BatchNorm's running statistics
 
-Values that are not tensors lie beside them in checkpoint.json: `optimizer/<parameter>/<key>`, and
-`extra/<module>` for the extra state of modules.
+Values that are not tensors are in checkpoint.json, as `optimizer/<parameter>/<key>` and, for the
+extra state of modules, `extra/<module>`.
 
-Tensors are whole, or shards that know of which whole they are a part (DTensor). The schedule's
-numbers are no state: they follow from the step.
+A tensor is either full or a DTensor shard, which records its place in the full tensor. The values
+of the schedule are not saved, because they follow from the step.
 """
 
 from __future__ import annotations
@@ -30,97 +32,103 @@ from launcher.engine.state.hyperparameters import SCHEDULED
 from launcher.errors import CheckpointError, TrainingError
 from launcher.runs.manifest import Values
 
-_KEPT = "Use an optimizer that keeps tensors, numbers and texts in `state[parameter]`."
+_REMEDY = "Use an optimizer that keeps tensors, numbers and strings in `state[parameter]`."
 
 STEP = "step"
-"""The key under which torch's optimizers count steps, whatever the shape of the parameter."""
+"""The key under which torch's optimizers count steps, in a scalar for parameters of any shape."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """What one rank keeps of a training."""
+    """The part of a checkpoint that one rank writes."""
 
     tensors: dict[str, Tensor]
-    """On the host, copies."""
+    """Copies of tensors, on the host."""
 
     values: dict[str, Any]
-    """What the optimizer keeps besides; the same on every rank."""
+    """State of the optimizer that is not tensors, the same on every rank."""
 
     extra: dict[str, Any]
-    """The extra state of modules, of all ranks."""
+    """The extra state of modules, on all ranks."""
 
 
 class StateSource(Protocol):
-    """Where a state is read from."""
+    """A saved state that can be read."""
 
     name: str
-    """What a message calls it."""
+    """The name for error messages."""
 
     world_size: int
-    """Ranks that wrote it."""
+    """The number of ranks that wrote the state."""
 
     values: Values
-    """What is no tensor."""
+    """The values that are not tensors."""
 
     steps: int
-    """Optimizer steps that had been taken."""
+    """The number of optimizer steps taken before the state was saved."""
 
     lists_state: bool
-    """Whether the state of the optimizer is known to be complete."""
+    """Whether the optimizer state is known to be complete."""
 
     def size(self, name: str) -> torch.Size | None:
-        """Return the whole size of a tensor, or None where there is no such tensor."""
+        """Return the full size of a tensor, or None if the source does not contain it."""
 
     def names(self) -> Iterable[str]:
         """Return the names of all tensors."""
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return a tensor's type."""
+        """Return the dtype of a tensor."""
 
     def read(self, targets: dict[str, Tensor]) -> None:
-        """Fill the targets, whole or shards, with the tensors of their names."""
+        """Fill the targets, full tensors or shards, with the tensors of the same names."""
 
 
 def keep(tensors: Iterable[tuple[str, Tensor]], rank: int, world_size: int) -> dict[str, Tensor]:
-    """Return copies on the host of what this rank keeps: its shards, and its share of the whole.
+    """Return host copies of the tensors that this rank saves.
 
-    Whole tensors, which every rank has, are shared out by size, the same on every rank.
+    A rank saves its own shards. Full tensors, which every rank has, are divided among the ranks so
+    that each rank writes about as many bytes. Every rank computes the same division.
+
+    Args:
+        tensors: Names and tensors, in the same order on every rank.
+        rank: This rank.
+        world_size: The number of ranks.
     """
-    loads = [(0, number) for number in range(world_size)]
-    kept, wait = {}, False
+    loads = [(0, owner) for owner in range(world_size)]
+    copies, needs_sync = {}, False
     for name, tensor in tensors:
         if not isinstance(tensor, DTensor):
             load, owner = heapq.heappop(loads)
             heapq.heappush(loads, (load + tensor.numel() * tensor.element_size(), owner))
             if owner != rank:
                 continue
-        kept[name] = _to_host(tensor)
-        wait = wait or tensor.is_cuda
-    if wait:
+        copies[name] = _copy_to_host(tensor)
+        needs_sync = needs_sync or tensor.is_cuda
+    if needs_sync:
         torch.cuda.synchronize()
-    return kept
+    return copies
 
 
-def _to_host(tensor: Tensor) -> Tensor:
-    """Start to copy a tensor to pinned memory, or copy it where it is on the host already."""
+def _copy_to_host(tensor: Tensor) -> Tensor:
+    """Return a host copy of a tensor; copies from a GPU are asynchronous, to pinned memory."""
     if isinstance(tensor, DTensor):
-        return DTensor(_to_host(tensor.to_local()), tensor._spec, requires_grad=False)  # noqa: SLF001
+        return DTensor(_copy_to_host(tensor.to_local()), tensor._spec, requires_grad=False)  # noqa: SLF001
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     return host.copy_(tensor.detach(), non_blocking=True)
 
 
 def parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters by name, those that several names share under the first.
+    """Return the parameters by name, a shared parameter under its first name only.
 
-    The names are those of the module before it was compiled.
+    The names are those of the uncompiled module.
     """
     return {plain_name(name): parameter for name, parameter in module.named_parameters()}
 
 
 def live_tensors(module: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
-    """Yield weights and optimizer state as they are, without the buffers.
+    """Yield the weights and the tensors of the optimizer state, without copying them.
 
-    `check_optimizer` finds state that would be left out.
+    Buffers are not included. `check_optimizer` detects state that this function does not cover.
     """
     for name, parameter in parameters(module).items():
         yield f"model/{name}", parameter
@@ -130,7 +138,7 @@ def live_tensors(module: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str,
 
 
 def plain_values(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """Return what the optimizer keeps of each parameter besides tensors."""
+    """Return the optimizer state of each parameter that is not tensors."""
     return {
         f"optimizer/{name}/{key}": value
         for name, parameter in parameters(module).items()
@@ -139,73 +147,75 @@ def plain_values(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     }
 
 
-def check_optimizer(own: Iterable[Tensor], optimizer: Optimizer) -> None:
-    """Refuse an optimizer that keeps state which a checkpoint would not hold.
+def check_optimizer(tensors: Iterable[Tensor], optimizer: Optimizer) -> None:
+    """Check that a checkpoint can hold all state of an optimizer.
 
     Args:
-        own: The tensors whose state is saved: the parameters, or what stands for them.
+        tensors: The tensors whose state is saved: the parameters, or the flat tensors that replace
+            them.
         optimizer: An optimizer that has taken a step.
 
     Raises:
-        TrainingError: It keeps state of something else, or of a kind that cannot be written.
+        TrainingError: The optimizer has state of other tensors, or state of a type that a
+            checkpoint cannot hold.
     """
-    kind, known = type(optimizer).__name__, set(own)
-    for key, kept in optimizer.state.items():
-        if key not in known:
-            whose = "a tensor that is no parameter of the model"
+    kind, saved = type(optimizer).__name__, set(tensors)
+    for key, state in optimizer.state.items():
+        if key not in saved:
+            owner = "a tensor that is not a parameter of the model"
             raise TrainingError(
-                f"{kind} keeps state of {whose if isinstance(key, Tensor) else repr(key)}, which a "
-                f"checkpoint would lose: it holds the state of each parameter. {_KEPT}"
+                f"{kind} keeps state of {owner if isinstance(key, Tensor) else repr(key)}, which a "
+                f"checkpoint would lose: it saves only the state of parameters. {_REMEDY}"
             )
-        for name, value in kept.items():
+        for name, value in state.items():
             if not (isinstance(value, Tensor) or is_plain(value)):
                 raise TrainingError(
-                    f"{kind} keeps a {type(value).__name__} called {name!r} in its state, which a "
-                    f"checkpoint cannot hold. {_KEPT}"
+                    f"{kind} keeps a {type(value).__name__} under {name!r} in its state, which a "
+                    f"checkpoint cannot hold. {_REMEDY}"
                 )
     for group in optimizer.param_groups:
-        _check_complete(group["params"], known, optimizer)
+        _check_state_is_complete(group["params"], saved, optimizer)
         for name, value in group.items():
-            if name not in ("params", *SCHEDULED) and _holds_tensor(value):
+            if name not in ("params", *SCHEDULED) and _contains_tensor(value):
                 raise TrainingError(
-                    f"{kind} keeps tensors called {name!r} in a parameter group, which a "
-                    f"checkpoint would lose. {_KEPT}"
+                    f"{kind} keeps tensors under {name!r} in a parameter group, which a "
+                    f"checkpoint would lose. {_REMEDY}"
                 )
     if type(optimizer).state_dict is Optimizer.state_dict:
         return
-    if more := sorted(optimizer.state_dict().keys() - {"state", "param_groups"}):
+    if extra_keys := sorted(optimizer.state_dict().keys() - {"state", "param_groups"}):
         raise TrainingError(
-            f"The state_dict of {kind} holds {', '.join(map(repr, more))} besides 'state' and "
-            f"'param_groups', which a checkpoint would lose. {_KEPT}"
+            f"The state_dict of {kind} contains {', '.join(map(repr, extra_keys))} besides 'state' "
+            f"and 'param_groups', which a checkpoint would lose. {_REMEDY}"
         )
 
 
-def _check_complete(group: list[Tensor], known: set[Tensor], optimizer: Optimizer) -> None:
-    """Refuse a group in which some parameters have state and others have lost theirs.
+def _check_state_is_complete(group: list[Tensor], saved: set[Tensor], optimizer: Optimizer) -> None:
+    """Check that either all trained parameters of a group have optimizer state, or none.
 
-    torch's own optimizers keep the same of each parameter that they update, and each step updates
-    every trained one.
+    torch's own optimizers keep the same state of each parameter, and each step updates all of them.
 
     Raises:
-        TrainingError: Some have none.
+        TrainingError: Some parameters have state and others have none.
     """
-    trained = [each for each in group if each.requires_grad and each in known]
-    without = [each for each in trained if not optimizer.state.get(each)]
-    torchs = type(optimizer).__module__.startswith("torch.optim.")
-    if torchs and trained and 0 < len(without) < len(trained):
+    trained = [parameter for parameter in group if parameter.requires_grad and parameter in saved]
+    stateless = [parameter for parameter in trained if not optimizer.state.get(parameter)]
+    is_torchs = type(optimizer).__module__.startswith("torch.optim.")
+    if is_torchs and trained and 0 < len(stateless) < len(trained):
         raise TrainingError(
-            f"{type(optimizer).__name__} keeps state of {len(trained) - len(without):,} parameters "
-            f"in a group and none of {len(without):,}: theirs has been lost, or they were added in "
-            "the course of the run. Make the optimizer of all parameters that will be trained."
+            f"{type(optimizer).__name__} has state of {len(trained) - len(stateless):,} parameters "
+            f"in a group, but none of {len(stateless):,} others: it was lost, or these parameters "
+            "were added during the run. Create the optimizer with all parameters that will be "
+            "trained."
         )
 
 
-def _holds_tensor(value: Any) -> bool:
+def _contains_tensor(value: Any) -> bool:
     return any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
 
 
 def group_values(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Return the plain values of each parameter group, which some optimizers count in."""
+    """Return the plain values of each parameter group, in which some optimizers keep counters."""
     return [
         {key: value for key, value in group.items() if key != "params" and is_plain(value)}
         for group in optimizer.param_groups
@@ -213,25 +223,25 @@ def group_values(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 
 def read_into(module: nn.Module, optimizer: Optimizer, source: StateSource) -> None:
-    """Fill weights and optimizer state, whole or sharded, from a source.
+    """Fill weights and optimizer state, full or sharded, from a source.
 
     Raises:
-        CheckpointError: The model has other parameters, or some of another shape.
+        CheckpointError: The model has different parameters, or parameters of different shapes.
     """
-    own = parameters(module)
-    check_names(source, own)
+    named_parameters = parameters(module)
+    check_names(source, named_parameters)
     targets: dict[str, Tensor] = {}
-    for name, parameter in own.items():
+    for name, parameter in named_parameters.items():
         check_size(source, f"model/{name}", parameter.shape)
         targets[f"model/{name}"] = parameter.detach()
-    optimized = {each: group for group in optimizer.param_groups for each in group["params"]}
-    for name, parameter in own.items():
-        if parameter not in optimized:
+    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    for name, parameter in named_parameters.items():
+        if parameter not in groups:
             continue
-        state = empty_state(source, name, parameter.detach(), optimized[parameter])
-        targets |= {f"optimizer/{name}/{key}": tensor for key, tensor in state.items()}
-        if kept := state | state_values(source, name):
-            optimizer.state[parameter] = kept
+        tensors = empty_state(source, name, parameter.detach(), groups[parameter])
+        targets |= {f"optimizer/{name}/{key}": tensor for key, tensor in tensors.items()}
+        if state := tensors | state_values(source, name):
+            optimizer.state[parameter] = state
     source.read(targets)
 
 
@@ -242,49 +252,50 @@ def empty_state(
     group: Mapping[str, Any],
     size: torch.Size | None = None,
 ) -> dict[str, Tensor]:
-    """Return tensors to hold what the optimizer kept of a parameter, by its keys.
+    """Return tensors of zeros for the saved optimizer state of a parameter, by key.
 
     Args:
-        source: What was kept.
-        name: The parameter's.
-        parameter: It, or what the optimizer updates in its place.
-        group: Its group in the optimizer.
-        size: Its whole size where that is another than the tensor's.
+        source: The saved state.
+        name: The name of the parameter.
+        parameter: The parameter, or the flat tensor that the optimizer updates in its place.
+        group: The parameter's group in the optimizer.
+        size: The full size of the parameter, if it differs from that of the tensor.
     """
     state = {}
-    for key, full in state_names(source, name).items():
-        if key != STEP and source.size(full) == (parameter.shape if size is None else size):
-            state[key] = torch.zeros_like(parameter, dtype=source.dtype(full))
+    for key, full_name in state_names(source, name).items():
+        saved_size, dtype = source.size(full_name), source.dtype(full_name)
+        if key != STEP and saved_size == (parameter.shape if size is None else size):
+            state[key] = torch.zeros_like(parameter, dtype=dtype)
             continue
-        # Where torch's own load_state_dict puts it: a count of steps stays on the host unless the
-        # kernels read it on the device; what has another shape, such as Adafactor's rows and
-        # columns, lies beside the parameter.
+        # The device is the one that torch's own load_state_dict chooses: a step count stays on the
+        # host unless the kernels read it on the device, and state of another shape, such as
+        # Adafactor's rows and columns, is on the parameter's device.
         on_host = key == STEP and not (group.get("fused") or group.get("capturable"))
         device = torch.device("cpu") if on_host else parameter.device
-        state[key] = torch.zeros(source.size(full) or (), dtype=source.dtype(full), device=device)
+        state[key] = torch.zeros(saved_size or (), dtype=dtype, device=device)
     return state
 
 
 def lost_state(source: StateSource, module: nn.Module, optimizer: Optimizer) -> list[str]:
-    """Return the parameters whose optimizer state a checkpoint should hold and does not.
+    """Return the parameters whose optimizer state is missing from a checkpoint.
 
-    Launcher 0.1 lost it under strategy=fsdp: a checkpoint that was saved after an evaluation holds
-    none, or none of the parameters outside of blocks. Checkpoints of format 1 are looked at for it.
+    Launcher 0.1 lost optimizer state under strategy=fsdp: a checkpoint saved after an evaluation
+    has none, or none of the parameters outside of blocks. Only checkpoints of format 1 can lack it.
     """
     if source.lists_state or not source.steps:
         return []
-    trained = [name for name, each in parameters(module).items() if each.requires_grad]
+    trained = [name for name, weight in parameters(module).items() if weight.requires_grad]
     lost = [name for name in trained if not state_names(source, name)]
-    keeps_none = isinstance(optimizer, SGD) and not any(
+    is_stateless = isinstance(optimizer, SGD) and not any(
         group["momentum"] for group in optimizer.param_groups
     )
-    return [] if len(lost) == len(trained) and keeps_none else lost
+    return [] if len(lost) == len(trained) and is_stateless else lost
 
 
 def changed_groups(optimizer: Optimizer, before: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return what the optimizer has counted in its groups since `group_values` returned `before`.
+    """Return the group values that changed since `group_values` returned `before`.
 
-    What the schedule writes is left out.
+    Values that the schedule writes are not included.
     """
     return [
         {
@@ -297,61 +308,68 @@ def changed_groups(optimizer: Optimizer, before: list[dict[str, Any]]) -> list[d
 
 
 def write_groups(optimizer: Optimizer, changed: list[dict[str, Any]]) -> None:
-    """Put back what `changed_groups` returned."""
+    """Write the values that `changed_groups` returned into the optimizer's groups."""
     for group, values in zip(optimizer.param_groups, changed, strict=False):
         for key, value in values.items():
             group[key] = tuple(value) if isinstance(value, list) else value
 
 
 def state_names(source: StateSource, parameter: str) -> dict[str, str]:
-    """Return the tensors that the optimizer kept of a parameter: its key, and its full name."""
+    """Return the saved optimizer tensors of a parameter, as a dict from key to tensor name."""
     prefix = f"optimizer/{parameter}/"
-    return {full.removeprefix(prefix): full for full in source.names() if full.startswith(prefix)}
+    return {name.removeprefix(prefix): name for name in source.names() if name.startswith(prefix)}
 
 
 def state_values(source: StateSource, parameter: str) -> dict[str, Any]:
-    """Return the plain values that the optimizer kept of a parameter."""
+    """Return the saved optimizer values of a parameter that are not tensors, by key."""
     prefix = f"optimizer/{parameter}/"
-    kept = source.values["optimizer"]
+    values = source.values["optimizer"]
     return {
-        name.removeprefix(prefix): value for name, value in kept.items() if name.startswith(prefix)
+        name.removeprefix(prefix): value
+        for name, value in values.items()
+        if name.startswith(prefix)
     }
 
 
-def check_names(source: StateSource, own: Iterable[str]) -> None:
-    """Refuse a source of another model.
+def check_names(source: StateSource, names: Iterable[str]) -> None:
+    """Check that a source has the parameters of the recipe's model.
+
+    Args:
+        source: The saved state.
+        names: The parameters of the recipe's model.
 
     Raises:
-        CheckpointError: It has other parameters.
+        CheckpointError: The source has other parameters.
     """
-    theirs = {name.removeprefix("model/") for name in source.names() if name.startswith("model/")}
-    if missing := sorted(theirs ^ set(own)):
-        where = "the checkpoint" if missing[0] in theirs else "the recipe"
+    saved = {name.removeprefix("model/") for name in source.names() if name.startswith("model/")}
+    if differing := sorted(saved ^ set(names)):
+        where = "the checkpoint" if differing[0] in saved else "the recipe"
         raise CheckpointError(
-            f"{source.name} is of another model: {len(missing)} parameters are not in both, such "
-            f"as {missing[0]}, which only {where} has. Resume with the recipe that wrote it."
+            f"{source.name} belongs to another model: {len(differing)} parameters are only in the "
+            f"checkpoint or only in the recipe, such as {differing[0]}, which only {where} has. "
+            "Resume with the recipe that wrote the checkpoint."
         )
 
 
 def check_size(source: StateSource, name: str, size: torch.Size) -> None:
-    """Refuse a tensor of another size than the recipe's.
+    """Check that a source has a tensor of the recipe's size.
 
     Raises:
-        CheckpointError: It has another, or is not there.
+        CheckpointError: The tensor has another size, or is missing.
     """
-    found = source.size(name)
-    if found != size:
-        theirs = "missing" if found is None else f"of shape {tuple(found)}"
+    saved_size = source.size(name)
+    if saved_size != size:
+        saved = "is missing from" if saved_size is None else f"has shape {tuple(saved_size)} in"
         raise CheckpointError(
-            f"{source.name} is of another model: {name} is {theirs} there and of shape "
-            f"{tuple(size)} in the recipe. Resume with the recipe that wrote it."
+            f"{source.name} belongs to another model: {name} {saved} the checkpoint and has shape "
+            f"{tuple(size)} in the recipe. Resume with the recipe that wrote the checkpoint."
         )
 
 
 def is_plain(value: Any) -> bool:
-    """Return whether JSON can hold a value: numbers, texts, None, lists and dicts of those."""
+    """Return whether JSON can hold a value: numbers, strings, None, and lists and dicts of them."""
     if isinstance(value, (list, tuple)):
         return all(map(is_plain, value))
     if isinstance(value, dict):
-        return all(isinstance(key, str) and is_plain(each) for key, each in value.items())
+        return all(isinstance(key, str) and is_plain(item) for key, item in value.items())
     return value is None or isinstance(value, (bool, int, float, str))
