@@ -161,9 +161,9 @@ def test_a_copy_plans_at_once(run: Commands, source: str) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("my-recipe", "cannot be the name of a recipe"),
-        ("class", "cannot be the name of a recipe"),
-        ("there", "is there already"),
+        ("my-recipe", "'my-recipe'"),
+        ("class", "'class'"),
+        ("there", "there.py"),
         ("there.py/mine", "Cannot write"),
     ],
 )
