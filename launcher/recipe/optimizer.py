@@ -1,6 +1,7 @@
-"""Optimizers as values: which one and with what, without importing torch.
+"""Optimizers as values: a name with arguments, without importing torch.
 
-A recipe's `optimizer` is one of these, or any function `(model, lr) -> torch.optim.Optimizer`.
+A recipe's `optimizer` is `sgd(...)`, `adamw(...)`, or any function
+`(model, lr) -> torch.optim.Optimizer`.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ P = ParamSpec("P")
 
 @dataclass(frozen=True, repr=False)
 class OptimizerSpec(Spec):
-    """An optimizer of torch.optim with its arguments; made by calling `sgd()` or `adamw()`."""
+    """An optimizer of torch.optim with its arguments, as `sgd()` and `adamw()` return it."""
 
     @property
     def adaptive(self) -> bool:
-        """Whether it divides the gradient by its own scale, as Adam does."""
+        """Return whether the optimizer divides gradients by their scale, as Adam does."""
         return self.name == "adamw"
 
 
 OPTIMIZERS: dict[str, Callable[..., OptimizerSpec]] = {}
-"""The optimizers by name, as the command line and YAML files know them."""
+"""The optimizers by the names that the command line and YAML files use."""
 
 
-def _known(signature: Callable[P, None]) -> Callable[P, OptimizerSpec]:
+def _register(signature: Callable[P, None]) -> Callable[P, OptimizerSpec]:
     @functools.wraps(signature)
     def make(*args: P.args, **kwargs: P.kwargs) -> OptimizerSpec:
         return OptimizerSpec(signature.__name__, bind(signature, args, kwargs), signature)
@@ -39,7 +40,7 @@ def _known(signature: Callable[P, None]) -> Callable[P, OptimizerSpec]:
     return make
 
 
-@_known
+@_register
 def sgd(
     *,
     momentum: Fraction = 0.9,
@@ -49,12 +50,12 @@ def sgd(
 ) -> None:
     """Stochastic gradient descent with momentum (`torch.optim.SGD`).
 
-    With `decay_1d=False` parameters of one dimension - biases and the scales of norms - are left
-    out of the weight decay.
+    With `decay_1d=False`, one-dimensional parameters (biases, scales of norms) have no weight
+    decay.
     """
 
 
-@_known
+@_register
 def adamw(
     *,
     beta1: Fraction = 0.9,
@@ -65,6 +66,6 @@ def adamw(
 ) -> None:
     """Adam with decoupled weight decay (`torch.optim.AdamW`; arXiv:1711.05101).
 
-    With `decay_1d=False` parameters of one dimension - biases and the scales of norms - are left
-    out of the weight decay.
+    With `decay_1d=False`, one-dimensional parameters (biases, scales of norms) have no weight
+    decay.
     """

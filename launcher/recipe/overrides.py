@@ -1,7 +1,8 @@
-"""Values from outside a recipe: recipe < YAML file < command line.
+"""Values from outside a recipe; a YAML file overrides the recipe, the command line both.
 
-An override names a parameter of the recipe function or, where it has none of that name, a field of
-`Recipe`. Text is read by the type of what it names, so `lr=1e-3` and `lr: 1e-3` are both a number.
+An override names a parameter of the recipe function or, if the function has none of that name, a
+setting of `Recipe`. Text is read by the type of what it names, so `lr=1e-3` and `lr: 1e-3` both
+give a number.
 """
 
 from __future__ import annotations
@@ -22,20 +23,21 @@ from launcher.recipe.schedules import SCHEDULES
 from launcher.recipe.validation import MismatchError, convert
 
 COMMAND_LINE = "command line"
+"""The source of an override that was given as an argument."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Override:
-    """One value from outside the recipe."""
+    """A value from outside the recipe, for one of its parameters or settings."""
 
     name: str
     value: Any
     source: str
-    """`command line`, or the name and line of a YAML file."""
+    """Where the value was given: `command line`, or a YAML file and the line in it."""
 
     @property
     def origin(self) -> str:
-        """The source, of a file without the line."""
+        """Return the source, without the line if it is a file."""
         return self.source.rpartition(", line ")[0] or self.source
 
     def __str__(self) -> str:
@@ -48,41 +50,43 @@ class BuiltRecipe:
 
     recipe: Recipe
     parameters: Mapping[str, Any]
-    """What the recipe function was called with."""
+    """The arguments that the recipe function was called with."""
 
     overrides: Mapping[str, Any]
-    """Every value from outside, as it was read."""
+    """The overridden values by name, after conversion to their types."""
 
     sources: Mapping[str, str]
     """Where each setting and parameter came from: default, recipe, a YAML file, command line."""
 
 
 def read_arguments(arguments: Iterable[str]) -> tuple[Override, ...]:
-    """Read `name=value` arguments of a command line.
+    """Return the overrides that `name=value` arguments of a command line give.
 
     Raises:
-        OverrideError: An argument is not of that form, or a name is given twice.
+        OverrideError: An argument has another form, or a name is given twice.
     """
-    read: dict[str, Override] = {}
+    overrides: dict[str, Override] = {}
     for argument in arguments:
         name, equals, value = argument.partition("=")
         if not equals or not name:
             raise OverrideError(f"{argument!r}: expected name=value, such as lr=0.2.")
-        if name in read:
-            raise OverrideError(f"{name} is given twice: {read[name].value} and {value}. Keep one.")
-        read[name] = Override(name=name, value=value, source=COMMAND_LINE)
-    return tuple(read.values())
+        if name in overrides:
+            raise OverrideError(
+                f"{name} is given twice: {overrides[name].value} and {value}. Keep one."
+            )
+        overrides[name] = Override(name=name, value=value, source=COMMAND_LINE)
+    return tuple(overrides.values())
 
 
 def read_yaml(path: Path, *, as_text: bool = False) -> tuple[Override, ...]:
-    """Read a YAML file that holds one mapping of names to values.
+    """Return the overrides that a YAML file gives, as one mapping of names to values.
 
     Args:
         path: The file.
-        as_text: Whether values are left as they are written: YAML takes 12:00:00 for 43200.
+        as_text: Whether values stay text as written; YAML would read 12:00:00 as 43200.
 
     Raises:
-        OverrideError: The file cannot be read, does not parse, or holds something else.
+        OverrideError: The file cannot be read or parsed, holds no mapping, or gives a name twice.
     """
     import yaml
 
@@ -90,7 +94,7 @@ def read_yaml(path: Path, *, as_text: bool = False) -> tuple[Override, ...]:
         text = path.read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         loader = yaml.BaseLoader if as_text else yaml.SafeLoader
-        values = yaml.load(text, Loader=loader)  # noqa: S506  # neither makes objects
+        values = yaml.load(text, Loader=loader)  # noqa: S506  # neither loader constructs objects
     except OSError as error:
         raise OverrideError(f"Cannot read {path}: {error.strerror}.") from None
     except yaml.MarkedYAMLError as error:
@@ -102,14 +106,14 @@ def read_yaml(path: Path, *, as_text: bool = False) -> tuple[Override, ...]:
         return ()
     if not isinstance(node, yaml.MappingNode):
         raise OverrideError(
-            f"{path}: expected lines of `name: value`, found a list or a single value."
+            f"{path}: expected lines `name: value`, found a list or a single value."
         )
     lines: dict[str, int] = {}
     for key, _ in node.value:
         line = key.start_mark.line + 1
         if key.value in lines:
             raise OverrideError(
-                f"{path}, line {line}: {key.value} is given a second time, after line "
+                f"{path}, line {line}: {key.value} is given again, after line "
                 f"{lines[key.value]}. Keep one."
             )
         lines[key.value] = line
@@ -120,39 +124,39 @@ def read_yaml(path: Path, *, as_text: bool = False) -> tuple[Override, ...]:
 
 
 def build(reference: Reference, overrides: Sequence[Override] = ()) -> BuiltRecipe:
-    """Call the recipe function and apply `overrides` to it, the later the stronger.
+    """Call the recipe function and apply `overrides` to its result; later overrides win.
 
     Raises:
-        OverrideError: A name is unknown, or a value does not fit it.
-        RecipeError: The function raises, or returns no Recipe.
+        OverrideError: A name is unknown, or a value does not fit its type or the other settings.
+        RecipeError: The function raises, or does not return a Recipe.
     """
-    known = inspect.signature(reference.function).parameters
+    signature = inspect.signature(reference.function).parameters
     parameters, changes = {}, {}
     sources: dict[str, str] = {}
     for override in overrides:
-        if override.name in known:
-            parameters[override.name] = _parameter(reference.function, override)
+        if override.name in signature:
+            parameters[override.name] = _read_parameter(reference.function, override)
         else:
-            changes[override.name] = _field(override, known, reference)
+            changes[override.name] = _read_setting(override, signature, reference)
         sources[override.name] = override.source
-    recipe = _call(reference, parameters)
-    given = {override.name for override in overrides}
+    original = _call(reference, parameters)
+    overridden = {override.name for override in overrides}
     for pair in EXCLUSIVE:
-        _take_the_place(pair, overrides, changes, sources)
+        _clear_the_other(pair, overrides, changes, sources)
     try:
-        built = replace(recipe, **changes)
+        recipe = replace(original, **changes)
     except RecipeError as error:
         raise OverrideError(str(error)) from None
-    for name in recipe.settings():
-        if name not in given:
-            same = getattr(recipe, name) == _default(name)
-            sources.setdefault(name, "default" if same else "recipe")
+    for name in original.settings():
+        if name not in overridden:
+            is_default = getattr(original, name) == _default(name)
+            sources.setdefault(name, "default" if is_default else "recipe")
     values = {
         name: str(value) if isinstance(value, (Spec, Path)) else value
         for name, value in (parameters | changes).items()
-        if name in given
+        if name in overridden
     }
-    return BuiltRecipe(recipe=built, parameters=parameters, overrides=values, sources=sources)
+    return BuiltRecipe(recipe=recipe, parameters=parameters, overrides=values, sources=sources)
 
 
 def _default(name: str) -> Any:
@@ -160,7 +164,12 @@ def _default(name: str) -> Any:
     return field.default if field.default_factory is MISSING else field.default_factory()
 
 
-def _parameter(function: Callable[..., Recipe], override: Override) -> Any:
+def _read_parameter(function: Callable[..., Recipe], override: Override) -> Any:
+    """Return the value of a parameter of the recipe function, by its annotation.
+
+    Raises:
+        OverrideError: The value does not fit.
+    """
     hint = get_type_hints(function, include_extras=True).get(override.name, Any)
     text = str(override.value)
     if hint is Path or (Path in get_args(hint) and text.lower() not in ("none", "null")):
@@ -171,7 +180,12 @@ def _parameter(function: Callable[..., Recipe], override: Override) -> Any:
         raise OverrideError(f"{override}: {error}.") from None
 
 
-def _field(override: Override, parameters: Mapping[str, Any], reference: Reference) -> Any:
+def _read_setting(override: Override, parameters: Mapping[str, Any], reference: Reference) -> Any:
+    """Return the value of a setting of `Recipe`.
+
+    Raises:
+        OverrideError: The value does not fit, or there is no such setting.
+    """
     types = setting_types()
     tables: dict[str, Mapping[str, Any]] = {"schedule": SCHEDULES, "optimizer": OPTIMIZERS}
     try:
@@ -184,13 +198,13 @@ def _field(override: Override, parameters: Mapping[str, Any], reference: Referen
     if override.name in {item.name for item in fields(Recipe)}:
         raise OverrideError(
             f"{override}: {override.name} is a function of the recipe and cannot be given as text. "
-            "Change it in the recipe, or derive another with dataclasses.replace."
+            "Change it in the recipe, or derive another recipe with dataclasses.replace."
         )
-    own = f"{reference.function.__name__}() has the parameters {', '.join(parameters)}; "
+    function = f"{reference.function.__name__}() has the parameters {', '.join(parameters)}; "
     raise OverrideError(
         f"{override}: there is no such setting."
         + did_you_mean(override.name, [*types, *tables, *parameters])
-        + f" {own if parameters else ''}`launcher run --help` lists the settings."
+        + f" {function if parameters else ''}`launcher run --help` lists the settings."
     )
 
 
@@ -210,19 +224,24 @@ def _call(reference: Reference, parameters: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
-def _take_the_place(
+def _clear_the_other(
     pair: tuple[str, str],
     overrides: Sequence[Override],
     changes: dict[str, Any],
     sources: dict[str, str],
 ) -> None:
-    """Let the stronger override of an exclusive pair clear the other field."""
-    given = [override for override in overrides if override.name in pair]
-    if not given:
+    """Set the other setting of an exclusive pair to None if one of the pair is overridden.
+
+    Raises:
+        OverrideError: Both are overridden in the same place.
+    """
+    overrides_of_pair = [override for override in overrides if override.name in pair]
+    if not overrides_of_pair:
         return
-    if len(given) == 2 and len({override.origin for override in given}) == 1:
-        raise OverrideError(f"{given[0]} and {given[1]} exclude each other: keep one.")
-    winner = given[-1].name
+    if len(overrides_of_pair) == 2 and len({each.origin for each in overrides_of_pair}) == 1:
+        first, second = overrides_of_pair
+        raise OverrideError(f"{first} and {second} exclude each other: keep one.")
+    winner = overrides_of_pair[-1].name
     other = pair[0] if winner == pair[1] else pair[1]
     changes[other] = None
     sources[other] = f"replaced by {winner}"

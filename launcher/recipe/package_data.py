@@ -1,4 +1,4 @@
-"""Data files that installed packages bring along, found without importing them."""
+"""Data files inside installed packages, found without importing the packages."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from launcher.errors import RecipeError
 
 
 def packaged_file(package: str, name: str) -> Path:
-    """Return where `package` has its file `name`.
+    """Return the path of a data file that an installed package contains.
 
     Args:
-        package: As it is imported; it is not.
-        name: Of the file, below the package's folder.
+        package: The name that the package is imported by. It is not imported here.
+        name: The file's path, relative to the package's folder.
 
     Raises:
         RecipeError: The package is not installed, or has no such file.
@@ -24,8 +24,8 @@ def packaged_file(package: str, name: str) -> Path:
         path = Path(folder) / name
         if path.is_file():
             return path
-    what = "is not installed" if spec is None else f"has no file {name}"
+    problem = "is not installed" if spec is None else f"has no file {name}"
     raise RecipeError(
-        f"The package {package}, which has the data, {what}. Install it with "
-        f"`python -m pip install {package}`, or name a file with data=FILE."
+        f"The data is in the package {package}, which {problem}. Install it with "
+        f"`python -m pip install {package}`, or pass a file with data=FILE."
     )

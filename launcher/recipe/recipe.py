@@ -1,7 +1,7 @@
-"""A recipe: what is trained, and the numbers that say how, as one frozen value.
+"""`Recipe`: what is trained and with which settings, as one frozen value.
 
-A recipe is a function that returns a `Recipe`. It imports torch inside the functions it names, so
-that looking at a recipe, planning it and listing it stay instant.
+A recipe is a function that returns a `Recipe`. It imports torch only inside the functions that it
+names, so that listing, inspecting and planning recipes stay instant.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from launcher.recipe.validation import (
 )
 
 Minutes = Annotated[str, Meta(pattern=r"^\d+(\.\d+)?min$", description="minutes such as 10min")]
-"""A time, so that it cannot be taken for steps."""
+"""A time in minutes; the unit distinguishes it from a number of steps."""
 
 TrackerName = Literal[
     "aim",
@@ -42,68 +42,71 @@ TrackerName = Literal[
     "trackio",
     "wandb",
 ]
-"""Those that Accelerate has an interface to."""
+"""The experiment trackers that Accelerate has an interface to."""
 
 StrategyName = Literal["ddp", "fsdp", "zero1", "zero2", "zero3"]
-"""Each is described in `launcher.planning.strategy.STRATEGIES`."""
+"""The names of strategies; `launcher.planning.strategy.STRATEGIES` describes them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """What a recipe trains on: map-style data sets, indexed from 0 to len - 1.
+    """The data sets of a recipe: map-style, indexed from 0 to len - 1.
 
-    Randomness in `__getitem__` (augmentation) is drawn from `random`, `numpy.random` or `torch` as
-    usual: the engine seeds all three by (seed, epoch, sample) before each call, so that neither
-    ranks nor workers change it.
+    `__getitem__` may draw random numbers (augmentation) from `random`, `numpy.random` and `torch`:
+    the engine seeds all three by (seed, epoch, sample) before each call, so that the numbers depend
+    neither on the rank nor on the worker.
 
-    DataLoader workers are forked from a process that holds the data sets, and share the position of
-    every file that is open in it: open files in `__getitem__`, when a process first needs them.
+    With worker_start=fork, DataLoader workers are forked from a process that holds the data sets,
+    and share the position of every file that is open in it. `__getitem__` should therefore open
+    files when a process first needs them.
     """
 
     train: Any
-    """The training samples."""
+    """The training set."""
 
     evaluation: Any = None
-    """The held-out samples, each visited exactly once by an evaluation; None evaluates nothing."""
+    """The validation set; an evaluation visits each sample once. None skips evaluations."""
 
     collate: Callable[[list[Any]], Any] | None = None
-    """Makes a batch of a list of samples; None is `torch.utils.data.default_collate`."""
+    """Function from a list of samples to a batch; None is `torch.utils.data.default_collate`."""
 
 
 def first_of_batch(model: Any, batch: Any) -> Any:
-    """Call the model with the first element of the batch: the inputs of (inputs, targets)."""
+    """Return the outputs of the model for the first element of a batch (inputs, targets)."""
     return model(batch[0])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What is trained, and how. Derive a variant with `dataclasses.replace`.
+    """What is trained, and how. `dataclasses.replace` derives a variant.
 
-    `loss` and each of `metrics` are called with (outputs, batch) and return (sum, count): a sum
-    over the items of the batch and how many they are. The engine divides by the count over the
-    whole global batch, whatever the split, so never return a mean.
+    `loss` and each of `metrics` are called with (outputs, batch) and return (sum, count): the sum
+    over the items of the batch, and the number of items. The engine divides by the count over the
+    whole global batch, however it is split, so these functions must not return means.
+
+    Each setting states in its annotation which part of a run it affects (`Affects`).
     """
 
     name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"), Affects.NOTHING]
-    """What the run, and so its folder, is called: letters, digits, dots, dashes, underscores."""
+    """Name of the run and of its folder: letters, digits, dots, dashes and underscores."""
 
     model: Callable[[], Any]
-    """Returns a new torch.nn.Module."""
+    """Function that returns a new torch.nn.Module."""
 
     data: Callable[[], Data]
-    """Returns the data sets."""
+    """Function that returns the data sets."""
 
     loss: Callable[[Any, Any], tuple[Any, Any]]
-    """(outputs, batch) -> (sum, count)."""
+    """Function (outputs, batch) -> (sum, count)."""
 
     metrics: Mapping[str, Callable[[Any, Any], tuple[Any, Any]]] = field(default_factory=dict)
-    """Further (outputs, batch) -> (sum, count) functions by name, for evaluation."""
+    """Further functions (outputs, batch) -> (sum, count), by name, for evaluations."""
 
     forward: Callable[[Any, Any], Any] = first_of_batch
-    """(model, batch) -> outputs."""
+    """Function (model, batch) -> outputs."""
 
     count: Callable[[Any], int] | None = None
-    """(batch) -> the items that the loss counts in it, such as tokens; None counts samples."""
+    """Function (batch) -> number of items, such as tokens, in the loss; None counts samples."""
 
     optimizer: Annotated[OptimizerSpec | Callable[[Any, float], Any], Affects.UPDATES] = field(
         default_factory=sgd
@@ -111,119 +114,119 @@ class Recipe:
     """sgd(...), adamw(...), or a function (model, lr) -> torch optimizer."""
 
     schedule: Annotated[Schedule, Affects.UPDATES] = field(default_factory=one_cycle)
-    """How the learning rate, and for some the momentum, moves over the run."""
+    """How the learning rate, and with some schedules the momentum, changes over the run."""
 
     batch_size: Annotated[PositiveInt | None, Affects.SAMPLES] = None
     """Samples per optimizer step, over all GPUs and accumulation steps."""
 
     batch_size_per_gpu: Annotated[PositiveInt | None, Affects.SAMPLES] = None
-    """Instead of batch_size: samples per optimizer step and GPU; the batch grows with the GPUs."""
+    """Samples per optimizer step and GPU, instead of batch_size; the batch grows with the GPUs."""
 
     batch_milestones: Annotated[tuple[Fraction, ...], Affects.SAMPLES] = ()
-    """Fractions of the run at each of which the batch grows, and lr with it by lr_rule."""
+    """Fractions of the run at which the batch size grows, and by lr_rule the learning rate."""
 
     batch_gamma: Annotated[PositiveFloat, Affects.SAMPLES] = 2.0
-    """What the batch is multiplied by at each of batch_milestones."""
+    """Factor by which the batch size grows at each of batch_milestones."""
 
     micro_batch_size: Annotated[PositiveInt | None, Affects.EXECUTION] = None
-    """The most samples that go through the model at once on a GPU; None is its whole share."""
+    """Maximum samples that pass through the model at once on a GPU; None is its whole share."""
 
     lr: Annotated[PositiveFloat, Affects.UPDATES]
-    """Peak learning rate at a batch of lr_batch_size."""
+    """Peak learning rate at a batch size of lr_batch_size."""
 
     lr_batch_size: Annotated[PositiveInt | None, Affects.UPDATES] = None
-    """The batch size that lr was found for."""
+    """Batch size for which lr was tuned."""
 
     lr_rule: Annotated[Literal["linear", "sqrt", "none"], Affects.UPDATES] = "linear"
-    """How the learning rate follows the batch size: times the ratio, times its root, or not."""
+    """How the learning rate scales with the batch size: linearly, by its square root, or not."""
 
     epochs: Annotated[PositiveInt | None, Affects.UPDATES] = None
-    """Passes over the training samples."""
+    """Passes over the training set."""
 
     steps: Annotated[PositiveInt | None, Affects.UPDATES] = None
-    """Instead of epochs: optimizer steps."""
+    """Optimizer steps, instead of epochs."""
 
     train_samples: Annotated[PositiveInt | None, Affects.SAMPLES] = None
-    """Training samples, so that planning need not load them; checked when the run starts."""
+    """Size of the training set, so that planning need not load it; checked when the run starts."""
 
     evaluate_every: Annotated[PositiveInt | None, Affects.NOTHING] = None
-    """Optimizer steps between evaluations, besides the last; None evaluates after each epoch."""
+    """Optimizer steps between evaluations, besides the last step; None evaluates every epoch."""
 
     seed: Annotated[NonNegativeInt, Affects.SAMPLES] = 0
-    """Where all randomness of the run comes from."""
+    """Seed of all randomness in the run."""
 
     strategy: Annotated[StrategyName, Affects.EXECUTION] = "ddp"
     """What is sharded over ranks: nothing (ddp), all (fsdp, zero3) or a part (zero1, zero2)."""
 
     offload: Annotated[Literal["cpu"] | None, Affects.EXECUTION] = None
-    """Keep what the strategy shards in host memory, cpu; None keeps it on the GPU."""
+    """Keep what the strategy shards in host memory (cpu); None keeps it on the GPU."""
 
     precision: Annotated[Literal["fp32", "bf16", "fp16", "fp64"], Affects.UPDATES] = "fp32"
     """bf16, fp16: forward and loss under autocast, weights in fp32; fp64: weights and batches."""
 
     max_grad_norm: Annotated[PositiveFloat | None, Affects.UPDATES] = None
-    """The gradient of the global batch is scaled down to this norm where it is longer."""
+    """Maximum norm of the global gradient; a longer one is scaled down. None does not clip."""
 
     sync_batchnorm: Annotated[bool, Affects.UPDATES] = False
-    """BatchNorm takes its statistics over the micro-batches of all ranks, not of each."""
+    """Compute BatchNorm's statistics over the micro-batches of all ranks together."""
 
     rank_buffers: Annotated[Literal["refuse", "average", "broadcast"], Affects.UPDATES] = "refuse"
-    """What becomes of buffers, other than BatchNorm's, that forward changes in another way on each
-    rank: the run is refused, or after each step every rank gets their average, or rank 0's."""
+    """What to do with buffers, other than BatchNorm's, that forward changes differently on each
+    rank: refuse the run, average them after each step, or broadcast those of rank 0."""
 
     compile: Annotated[bool, Affects.EXECUTION] = False
-    """Compile the model's blocks, or all of it where none repeat, with torch.compile."""
+    """Compile the model's blocks, or the whole model if none repeat, with torch.compile."""
 
     activation_checkpointing: Annotated[bool, Affects.EXECUTION] = False
-    """Compute the activations inside blocks again in backward instead of keeping them."""
+    """Recompute the activations inside blocks in backward instead of storing them."""
 
     blocks: Annotated[str | None, Affects.EXECUTION] = None
-    """Class names, comma-separated, of the layers that repeat; None finds them."""
+    """Class names, comma-separated, of the layers that repeat; None detects them."""
 
     channels_last: Annotated[bool, Affects.EXECUTION] = False
-    """Images (N, C, H, W) lie in memory as (N, H, W, C), which fast convolutions want."""
+    """Store images (N, C, H, W) as (N, H, W, C), the layout that fast convolutions use."""
 
     tf32: Annotated[bool, Affects.UPDATES] = False
-    """On CUDA: fp32 products with 10 bits of mantissa, several times as fast."""
+    """On CUDA: compute fp32 matrix products with 10 bits of mantissa, several times faster."""
 
     cudnn_benchmark: Annotated[bool, Affects.EXECUTION] = False
-    """On CUDA: cuDNN tries its algorithms once for each shape and keeps the fastest."""
+    """On CUDA: let cuDNN time its algorithms once for each shape and keep the fastest."""
 
     device: Annotated[Literal["cuda", "cpu"] | None, Affects.EXECUTION] = None
-    """What the ranks compute on; None takes the GPUs where there are any."""
+    """Device that the ranks compute on; None uses GPUs if there are any."""
 
     in_memory: Annotated[bool, Affects.NODE] = False
-    """Whether the samples are in memory already, so that DataLoader workers would only cost."""
+    """Whether the samples are already in memory, so that DataLoader workers would only add cost."""
 
     num_workers: Annotated[NonNegativeInt | None, Affects.NODE] = None
-    """DataLoader workers per rank; None is four, capped by the usable cores."""
+    """DataLoader workers per rank; None is four, limited by the usable cores."""
 
     worker_start: Annotated[Literal["fork", "spawn"], Affects.NODE] = "fork"
     """fork: workers are copies of the rank; spawn: each imports the recipe and calls data()."""
 
     prefetch_factor: Annotated[PositiveInt | None, Affects.NODE] = None
-    """Batches that each worker holds ready; None is 2."""
+    """Batches that each worker keeps ready; None is 2."""
 
     pin_memory: Annotated[bool | None, Affects.NODE] = None
-    """Whether batches go through page-locked memory; None does so on CUDA."""
+    """Whether batches pass through page-locked memory; None uses it on CUDA."""
 
     checkpoint_every: Annotated[PositiveInt | Minutes, Affects.NOTHING] = "10min"
-    """Optimizer steps between checkpoints, such as 500, or minutes, such as 10min."""
+    """Interval between checkpoints: optimizer steps, such as 500, or minutes, such as 10min."""
 
     keep_checkpoints: Annotated[PositiveInt, Affects.NOTHING] = 2
-    """Checkpoints that are kept, the newest ones."""
+    """Number of checkpoints to keep, the newest ones."""
 
     max_bad_steps: Annotated[PositiveInt, Affects.NOTHING] = 3
-    """Steps in a row with a loss or gradient that is not finite, left out, that end the run."""
+    """Consecutive steps, skipped because loss or gradient is not finite, that end the run."""
 
     hang_timeout: Annotated[PositiveFloat | None, Affects.NOTHING] = 600.0
-    """Seconds without progress after which a run is ended as hanging; none waits for ever."""
+    """Seconds without progress after which a run is ended as hung; none waits forever."""
 
     noise_scale: Annotated[bool, Affects.NOTHING] = False
-    """Estimate the gradient noise scale along the way, from one step in twenty."""
+    """Estimate the gradient noise scale while training, from one step in twenty."""
 
     trackers: Annotated[tuple[TrackerName, ...], Affects.NOTHING] = ()
-    """Where rank 0 sends what it measures as well, such as tensorboard,wandb (see README)."""
+    """Experiment trackers that rank 0 also reports to, such as tensorboard,wandb (see README)."""
 
     record_samples: Annotated[bool, Affects.NOTHING] = False
     """Write the sample ids of every step to samples/rank<N>.jsonl in the run folder."""
@@ -239,7 +242,7 @@ class Recipe:
             if not callable(getattr(self, name)):
                 raise RecipeError(
                     f"Recipe({name}=...): expected a function, found {show(getattr(self, name))}. "
-                    f"Give the function itself, not what it returns."
+                    "Give the function itself, not its result."
                 )
         if not isinstance(self.schedule, Schedule):
             raise RecipeError(
@@ -252,22 +255,25 @@ class Recipe:
                 f"optimizer, found {show(self.optimizer)}."
             )
         for pair in EXCLUSIVE:
-            _check_one_of(self, *pair)
+            _check_exactly_one(self, *pair)
 
     def settings(self) -> dict[str, Any]:
-        """Return the fields that are plain values, by name; specs as their text."""
-        texts = {"schedule": str(self.schedule)}
+        """Return the settings as plain values, by name; a schedule or optimizer as its text.
+
+        An optimizer that is a function of the recipe is omitted.
+        """
+        calls = {"schedule": str(self.schedule)}
         if isinstance(self.optimizer, OptimizerSpec):
-            texts["optimizer"] = str(self.optimizer)
+            calls["optimizer"] = str(self.optimizer)
         values = {name: getattr(self, name) for name in setting_types()}
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in values.items()
-        } | texts
+        } | calls
 
 
 EXCLUSIVE = (("batch_size", "batch_size_per_gpu"), ("epochs", "steps"))
-"""Pairs of fields of which a recipe has exactly one; overriding one takes the other's place."""
+"""Pairs of settings of which a recipe has exactly one; overriding one clears the other."""
 
 _CALLS = ("optimizer", "schedule")
 """Settings that are written as calls, such as `sgd(momentum=0.9)`, and not as plain values."""
@@ -288,23 +294,26 @@ def settings_affecting(*parts: Affects) -> tuple[str, ...]:
 
 
 def field_sentences() -> dict[str, str]:
-    """Return the sentence under each field of Recipe, by name, read from this file."""
+    """Return the sentence under each field of `Recipe`, by name, read from this module's source."""
     import ast
     import inspect
+    import itertools
 
     sentences = {}
-    body = ast.parse(inspect.getsource(Recipe)).body[0]
-    assert isinstance(body, ast.ClassDef)
-    for declared, below in zip(body.body, body.body[1:], strict=False):
-        if isinstance(declared, ast.AnnAssign) and isinstance(declared.target, ast.Name):
-            assert isinstance(below, ast.Expr)
-            assert isinstance(below.value, ast.Constant)
-            sentences[declared.target.id] = str(below.value.value)
+    (class_definition,) = ast.parse(inspect.getsource(Recipe)).body
+    assert isinstance(class_definition, ast.ClassDef)
+    statements = class_definition.body
+    for statement, following in itertools.pairwise(statements):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            assert isinstance(following, ast.Expr)
+            assert isinstance(following.value, ast.Constant)
+            sentences[statement.target.id] = str(following.value.value)
     return sentences
 
 
-def _check_one_of(recipe: Recipe, first: str, second: str) -> None:
-    given = [name for name in (first, second) if getattr(recipe, name) is not None]
-    if len(given) != 1:
-        found = " and ".join(f"{name}={getattr(recipe, name)}" for name in given) or "neither"
-        raise RecipeError(f"A recipe has {first} or {second}, exactly one; found {found}.")
+def _check_exactly_one(recipe: Recipe, first: str, second: str) -> None:
+    values = {name: getattr(recipe, name) for name in (first, second)}
+    present = [f"{name}={value}" for name, value in values.items() if value is not None]
+    if len(present) != 1:
+        found = " and ".join(present) or "neither"
+        raise RecipeError(f"A recipe needs exactly one of {first} and {second}; found {found}.")

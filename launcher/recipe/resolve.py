@@ -1,13 +1,12 @@
-"""From what a user types to the function that makes the recipe.
+"""Recipe functions, found by what a user types.
 
-    digits                      ./recipes/digits.py, or the recipe of that name that we ship
-    recipes/digits.py           a file; its function `digits`, or the only one that returns a Recipe
-    recipes/digits.py:wide      that function
-    my_project.recipes:wide     a module, found as `python -m` would from this folder
-    launcher.recipes.digits     a recipe that we ship, under the name that Python imports it by
+    digits                      ./recipes/digits.py, or else the shipped recipe of that name
+    recipes/digits.py           a file: its function `digits`, or the only one annotated `-> Recipe`
+    recipes/digits.py:wide      the function `wide` of that file
+    my_project.recipes:wide     a module, found as `python -m` finds it from the working folder
+    launcher.recipes.digits     a shipped recipe, by the name that Python imports it by
 
-Files are loaded by their path: another installed package that happens to be called `recipes`
-cannot take their place.
+Files are loaded by path, so that another installed package called `recipes` cannot shadow them.
 """
 
 from __future__ import annotations
@@ -33,27 +32,27 @@ from launcher.recipe.recipe import Recipe
 T = TypeVar("T")
 
 BUNDLED = (Path(__file__).parents[1] / "recipes").resolve()
-"""The folder of the recipes that this package ships; in a clone, a link leads there."""
+"""The folder of the recipes that this package ships; in a clone it is a symbolic link."""
 
 _PACKAGE = "launcher.recipes"
-"""What Python imports them by."""
+"""The package that Python imports the shipped recipes from."""
 
-_ONCE_BUNDLED = Path(__file__).resolve().parents[2] / "recipes"
-"""Where they were installed once, as run.yaml of a run from that time says."""
+_FORMERLY_BUNDLED = Path(__file__).resolve().parents[2] / "recipes"
+"""Where version 0.1 installed the shipped recipes; run.yaml of its runs names files there."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """A recipe function and where it is."""
+    """A recipe function and its location."""
 
     location: str
-    """Absolute `file:function`, or `module:function`: resolves to the same in another process."""
+    """`file:function` with an absolute path, or `module:function`, for use in other processes."""
 
     function: Callable[..., Recipe]
 
     @property
     def shown(self) -> str:
-        """`location`, relative to this folder where it lies below it."""
+        """Return `location`, relative to the working folder if it is below it."""
         return self.location.removeprefix(f"{Path.cwd()}{os.sep}")
 
 
@@ -64,50 +63,56 @@ class ListedRecipe:
     path: Path
     function: str
     sentence: str
-    """The first line of its docstring."""
+    """First line of the function's docstring."""
 
 
 def resolve(text: str) -> Reference:
-    """Find and import the recipe function that `text` names.
+    """Import and return the recipe function that `text` names, in a form listed above.
 
     Raises:
-        RecipeError: Nothing is there, the import fails, or no function returns a Recipe.
+        RecipeError: Nothing has that name, the import fails, or the function is not clear.
     """
-    target, _, function = text.partition(":") if ":" in text else (text, "", "")
-    path = _file(target)
+    target, _, function = text.partition(":")
+    path = _find_file(target)
     if path is not None:
-        module, place = _load(path), str(path)
+        module, location = _load(path), str(path)
     elif target.endswith(".py") or os.sep in target:
-        raise RecipeError(f"There is no file {target!r}.{_nearby(Path(target))}")
+        raise RecipeError(f"There is no file {target!r}.{_suggest_file(Path(target))}")
     else:
-        module, place = _import(target), target
-    return _reference(module, place, function)
+        module, location = _import(target), target
+    return _reference(module, location, function)
 
 
 def reference_of(function: Callable[..., Recipe]) -> Reference:
-    """Return the reference of a function that is at hand, such as the one given to `main`."""
+    """Return the reference of a recipe function, such as the one that `main` is called with."""
     try:
-        place = str(Path(inspect.getsourcefile(function) or "").resolve())
+        location = str(Path(inspect.getsourcefile(function) or "").resolve())
     except TypeError:
-        place = getattr(function, "__module__", "?")
-    return Reference(location=f"{place}:{function.__name__}", function=function)
+        location = getattr(function, "__module__", "?")
+    return Reference(location=f"{location}:{function.__name__}", function=function)
 
 
 def known_recipes() -> dict[str, str]:
-    """Return the sentence of each recipe in ./recipes and of those that come along, by name."""
-    here = Path("recipes").resolve()
-    folders = [here, BUNDLED] if here != BUNDLED and here.is_dir() else [BUNDLED]
-    names: dict[str, str] = {}
+    """Return the sentences of the recipes in ./recipes and of the shipped ones, by name.
+
+    A recipe in ./recipes hides a shipped one of the same name.
+    """
+    local = Path("recipes").resolve()
+    folders = [local, BUNDLED] if local != BUNDLED and local.is_dir() else [BUNDLED]
+    sentences: dict[str, str] = {}
     for folder in folders:
-        for found in list_recipes(folder):
-            stem = found.path.stem
-            name = stem if found.function == stem else f"{stem}:{found.function}"
-            names.setdefault(name, found.sentence)
-    return names
+        for recipe in list_recipes(folder):
+            stem = recipe.path.stem
+            name = stem if recipe.function == stem else f"{stem}:{recipe.function}"
+            sentences.setdefault(name, recipe.sentence)
+    return sentences
 
 
 def list_recipes(folder: Path) -> Iterator[ListedRecipe]:
-    """Find the functions annotated `-> Recipe` in the files of `folder`, importing nothing."""
+    """Yield the functions annotated `-> Recipe` in the files of `folder`, without importing them.
+
+    Files that cannot be read or parsed are skipped.
+    """
     for path in sorted(folder.glob("*.py")):
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -121,11 +126,11 @@ def list_recipes(folder: Path) -> Iterator[ListedRecipe]:
                     yield ListedRecipe(path=path, function=node.name, sentence=sentence)
 
 
-def _file(target: str) -> Path | None:
-    """Return the file that `target` names, as a path or as a recipe's name."""
+def _find_file(target: str) -> Path | None:
+    """Return the file that `target` names by path or by a recipe's name, if it exists."""
     if target.endswith(".py") or os.sep in target:
         candidates = [Path(target), Path(f"{target}.py")]
-        if Path(target).parent == _ONCE_BUNDLED:
+        if Path(target).parent == _FORMERLY_BUNDLED:
             candidates.append(BUNDLED / Path(target).name)
     elif target.startswith(f"{_PACKAGE}."):
         candidates = [BUNDLED / f"{target.removeprefix(f'{_PACKAGE}.')}.py"]
@@ -139,7 +144,7 @@ def _file(target: str) -> Path | None:
 
 
 def _load(path: Path) -> ModuleType:
-    """Import the file at `path`, as a module of the package that it lies in, if any."""
+    """Import the file at `path`, as a module of the package whose folder holds it, if any."""
     if path.parent == BUNDLED:
         module = _guarded(lambda: importlib.import_module(f"{_PACKAGE}.{path.stem}"), str(path))
         assert module is not None
@@ -155,13 +160,13 @@ def _load(path: Path) -> ModuleType:
         name = ".".join(names[:depth])
         if name not in sys.modules:
             _execute(name, file)
-        elif not _is_from(sys.modules[name], file):  # another package has our package's name
+        elif not _is_from(sys.modules[name], file):  # the name belongs to another package
             return _execute(f"_recipe_{path.stem}", path)
     return sys.modules[name]
 
 
 def _execute(name: str, path: Path) -> ModuleType:
-    """Run the file at `path` as the module `name`."""
+    """Run the file at `path` as the module `name`, and return the module."""
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
@@ -178,23 +183,33 @@ def _execute(name: str, path: Path) -> ModuleType:
 def _import(name: str) -> ModuleType:
     if not all(piece.isidentifier() for piece in name.split(".")):
         raise RecipeError(
-            f"{name!r} names no recipe: give a recipe's name, a file or a module, with :function "
-            "behind it where it holds several."
+            f"{name!r} is not the name of a recipe: give a recipe's name, a file or a module, "
+            "followed by :FUNCTION if it holds several recipes."
         )
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     module = _guarded(lambda: importlib.import_module(name), name, ours=name)
     if module is None:
-        known = sorted({found.path.stem for found in list_recipes(BUNDLED)})
+        shipped = sorted({recipe.path.stem for recipe in list_recipes(BUNDLED)})
         raise RecipeError(
-            f"There is no recipe {name!r}: no file recipes/{name.replace('.', '/')}.py here, and "
-            f"no module of that name.{did_you_mean(name, known)} `launcher recipes` lists them."
+            f"There is no recipe {name!r}: no file recipes/{name.replace('.', '/')}.py in the "
+            f"working folder, and no module of that name.{did_you_mean(name, shipped)} "
+            "`launcher recipes` lists all recipes."
         )
     return module
 
 
 def _guarded(action: Callable[[], T], what: str, ours: str | None = None) -> T | None:
-    """Run an import; say in one line what went wrong, and return None where `ours` is missing."""
+    """Return the result of an import.
+
+    Args:
+        action: The import.
+        what: What is imported, for the message.
+        ours: The module that may be missing without an error; the result is None then.
+
+    Raises:
+        RecipeError: The import raised an exception, which the message shows in one line.
+    """
     try:
         with observed_threads():
             return action()
@@ -209,33 +224,39 @@ def _guarded(action: Callable[[], T], what: str, ours: str | None = None) -> T |
 
 
 def cannot(action: str, what: str, error: BaseException) -> RecipeError:
-    """Return the error that says, in one line with its place, what user code raised."""
+    """Return an error that shows in one line what user code raised, and where.
+
+    Args:
+        action: What failed, as a verb: `import`, `build`, `read the data of`.
+        what: What the verb applies to: a file, a module or a recipe.
+        error: The exception that was raised.
+    """
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
         if not frame.filename.startswith("<frozen") and frame.filename != __file__
     ]
-    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    line = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
     if isinstance(error, SyntaxError):
-        place = f" ({error.filename}, line {error.lineno})"
+        line = f" ({error.filename}, line {error.lineno})"
     hint = ""
     if isinstance(error, ModuleNotFoundError) and error.name:
         hint = _remedy(error.name)
     message = error.msg if isinstance(error, SyntaxError) else error
-    return RecipeError(f"Cannot {action} {what}: {type(error).__name__}: {message}{place}.{hint}")
+    return RecipeError(f"Cannot {action} {what}: {type(error).__name__}: {message}{line}.{hint}")
 
 
 def _remedy(missing: str) -> str:
-    """Return what to do about a module that Python has not found."""
+    """Return what to do about a module that Python did not find."""
     package, _, rest = missing.partition(".")
     if package == "recipes" and (BUNDLED / f"{rest}.py").is_file():
-        return f" The recipe that launcher ships is imported as {_PACKAGE}.{rest}."
+        return f" The shipped recipe is imported as {_PACKAGE}.{rest}."
     if package in sys.modules or _spec(package) is not None:
         return f" The {package!r} that Python found is {_origin(package)}."
     if (Path.cwd() / package).is_dir() or (Path.cwd() / f"{package}.py").is_file():
         return (
-            f" There is a {package!r} in {Path.cwd()}, where Python does not look: set PYTHONPATH "
-            "to that folder."
+            f" There is a {package!r} in {Path.cwd()}, which is not on Python's path: set "
+            "PYTHONPATH to that folder."
         )
     return f" Install {package!r} into this environment."
 
@@ -248,28 +269,33 @@ def _spec(package: str) -> ModuleSpec | None:
 
 
 def _origin(package: str) -> str:
-    """Return the file of a package, or the folders of one that has none."""
+    """Return the file of a package, or the folders of a namespace package, for a message."""
     module, spec = sys.modules.get(package), _spec(package)
     file = getattr(module, "__file__", None) or (spec.origin if spec is not None else None)
     folders = getattr(module, "__path__", None) or getattr(spec, "submodule_search_locations", None)
     return file or " and ".join(folders or ["built in"])
 
 
-def _reference(module: ModuleType, place: str, function: str) -> Reference:
+def _reference(module: ModuleType, location: str, function: str) -> Reference:
     if not function:
-        function = _only_recipe(module, place)
-    found = getattr(module, function, None)
-    if not callable(found):
+        function = _only_recipe(module, location)
+    value = getattr(module, function, None)
+    if not callable(value):
         names = _recipe_functions(module)
         raise RecipeError(
-            f"{place} has no function {function!r}."
+            f"{location} has no function {function!r}."
             + (f" Its recipes: {', '.join(names)}." if names else "")
             + did_you_mean(function, names)
         )
-    return Reference(location=f"{place}:{function}", function=found)
+    return Reference(location=f"{location}:{function}", function=value)
 
 
-def _only_recipe(module: ModuleType, place: str) -> str:
+def _only_recipe(module: ModuleType, location: str) -> str:
+    """Return the name of the function that is called as its module, or is its only recipe.
+
+    Raises:
+        RecipeError: The module has several recipes, or none.
+    """
     stem = module.__name__.rpartition(".")[2].removeprefix("_recipe_")
     names = _recipe_functions(module)
     if stem in names or (not names and callable(getattr(module, stem, None))):
@@ -278,15 +304,17 @@ def _only_recipe(module: ModuleType, place: str) -> str:
         return names[0]
     if names:
         raise RecipeError(
-            f"{place} has several recipes: {', '.join(names)}. Say which: {place}:{names[0]}"
+            f"{location} has several recipes: {', '.join(names)}. Name one of them: "
+            f"{location}:{names[0]}"
         )
     raise RecipeError(
-        f"{place} has no recipe: no function is called {stem!r} or annotated `-> Recipe`. "
-        f"Annotate it, or name it: {place}:FUNCTION"
+        f"{location} has no recipe: no function is called {stem!r} or annotated `-> Recipe`. "
+        f"Annotate the function, or name it: {location}:FUNCTION"
     )
 
 
 def _recipe_functions(module: ModuleType) -> list[str]:
+    """Return the names of the public functions of a module that are annotated `-> Recipe`."""
     return [
         name
         for name, value in vars(module).items()
@@ -303,7 +331,8 @@ def _is_from(module: ModuleType, path: Path) -> bool:
     return file is not None and Path(file).resolve() == path
 
 
-def _nearby(path: Path) -> str:
+def _suggest_file(path: Path) -> str:
+    """Return a sentence that suggests files with names near to that of `path`."""
     folder = path.parent
     if not folder.is_dir():
         return f" There is no folder {str(folder)!r} either."

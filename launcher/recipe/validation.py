@@ -1,7 +1,7 @@
-"""Checks plain values against type hints, and says what is wrong in a user's words.
+"""Conversion of plain values to type hints, with errors that a user understands.
 
-msgspec does the conversion; this module turns what it refuses into `expected ..., found ...`.
-Range limits are part of the type: `Annotated[int, Meta(ge=1)]`.
+msgspec converts; this module rewrites what msgspec refuses as `expected ..., found ...`. Limits are
+part of the type: `Annotated[int, Meta(ge=1)]`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _LIMITS = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "less 
 
 
 class MismatchError(Exception):
-    """A value does not fit its type; the text reads `expected ..., found ...`."""
+    """A value does not fit its type. The message reads `expected ..., found ...`."""
 
 
 def convert(value: Any, hint: Any, *, from_text: bool = False) -> Any:
@@ -32,11 +32,11 @@ def convert(value: Any, hint: Any, *, from_text: bool = False) -> Any:
 
     Args:
         value: A plain Python value.
-        hint: int, float, bool, str, a Literal, a list or tuple of those, or a union with None.
+        hint: int, float, bool, str, a Literal, a list or tuple of these, or a union with None.
         from_text: Whether a str may stand for a number, a bool or none, as on a command line.
 
     Raises:
-        MismatchError: The value does not fit.
+        MismatchError: The value does not fit, or is a float that is not finite.
     """
     if from_text and isinstance(value, str):
         value = _from_text(value, hint)
@@ -50,7 +50,7 @@ def convert(value: Any, hint: Any, *, from_text: bool = False) -> Any:
 
 
 def describe(hint: Any) -> str:
-    """Return the type `hint` in words, such as `a whole number of at least 1, or none`."""
+    """Return a type hint as a phrase, such as `a whole number of at least 1, or none`."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         for meta in arguments[1:]:
@@ -75,7 +75,7 @@ def describe(hint: Any) -> str:
 
 
 def show(value: Any) -> str:
-    """Return a found value with its kind where that would be in doubt: `the text 'abc'`."""
+    """Return a value as a phrase that also names its type if it is unclear: `the text 'abc'`."""
     if isinstance(value, str):
         return f"the text {value!r}"
     if isinstance(value, bool) or value is None:
@@ -85,19 +85,23 @@ def show(value: Any) -> str:
     return f"{type(value).__name__} {value!r}"
 
 
-def _bare(hint: Any) -> Any:
-    """Return a type without its limits."""
+def _without_limits(hint: Any) -> Any:
+    """Return the type inside an `Annotated`."""
     return get_args(hint)[0] if get_origin(hint) is Annotated else hint
 
 
 def _from_text(text: str, hint: Any) -> Any:
-    """Read a command-line value: `none`, yes/no words, and comma-separated lists."""
+    """Return a command-line value for msgspec: `none`, yes/no and comma-separated lists are read.
+
+    Other text is returned as it is; msgspec reads numbers.
+    """
     members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if types.NoneType in members and text.lower() in ("none", "null"):
         return None
     if bool in members and text.lower() in ("yes", "on", "no", "off"):
         return text.lower() in ("yes", "on")
-    if str in map(_bare, members) and int in map(_bare, members) and text.isdigit():
+    types_without_limits = set(map(_without_limits, members))
+    if {str, int} <= types_without_limits and text.isdigit():
         return int(text)
     if any(get_origin(member) in (list, tuple) or member in (list, tuple) for member in members):
         return [piece for piece in text.strip("[]()").replace(" ", "").split(",") if piece]

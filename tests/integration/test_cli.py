@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from support import ROOT, Commands, read_lines
 
 from launcher.cli import _COMMANDS, group
+from launcher.recipe.recipe import field_sentences
 
 DIGITS = str(ROOT / "recipes/digits.py")
 HEAVY = ("torch", "numpy", "accelerate", "deepspeed", "plotly", "rich", "sklearn")
@@ -29,7 +30,7 @@ def test_the_help_names_the_commands(run: Commands) -> None:
         text = run("launcher", command, "--help").stdout
         assert f"launcher {command} digits" in text
         assert "lr_batch_size" in text
-        assert "The batch size that lr was found for." in text
+        assert field_sentences()["lr_batch_size"] in text
 
 
 def test_a_plan_in_words(run: Commands) -> None:
@@ -88,15 +89,15 @@ def test_recipes_are_listed(run: Commands) -> None:
         ("digitz", "There is no recipe 'digitz'"),
         ("digitz", "Did you mean digits?"),
         ("recipes/none.py", "There is no file 'recipes/none.py'"),
-        ("no such thing!", "names no recipe"),
+        ("no such thing!", "'no such thing!'"),
         (f"{DIGITS}:wide", "has no function 'wide'"),
         ("broken.py", "Cannot import"),
         ("broken.py", "ZeroDivisionError: division by zero"),
         ("broken.py", "line 2)"),
         ("needs.py", "Install 'not_installed_anywhere' into this environment."),
         ("syntax.py", "SyntaxError"),
-        ("empty.py", "has no recipe"),
-        ("several.py", "has several recipes: one, two. Say which"),
+        ("empty.py", "empty.py:FUNCTION"),
+        ("several.py", "several.py:one"),
         ("other.py", "returned int, not a Recipe"),
         ("exits.py", "Cannot import"),
         ("nodata.py", "Cannot read the data of nodata: FileNotFoundError: no folder here (/"),

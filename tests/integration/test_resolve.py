@@ -58,10 +58,10 @@ def test_a_recipe_here_is_nearer_than_ours(run: Commands) -> None:
 @pytest.mark.parametrize(
     ("statement", "advice"),
     [
-        ("from recipes.digits import digits", "imported as launcher.recipes.digits."),
+        ("from recipes.digits import digits", "launcher.recipes.digits."),
         ("from recipes.nothing import digits", "'recipes' that Python found is {}/recipes/__init"),
         ("import no_such_package", "Install 'no_such_package' into this environment."),
-        ("import helpers.one", "There is a 'helpers' in {}, where Python does not look"),
+        ("import helpers.one", "'helpers' in {}"),
     ],
 )
 def test_what_is_missing_is_told_from_what_is_hidden(

@@ -186,7 +186,7 @@ def test_sizes_are_read_as_slurm_reads_them() -> None:
         ("memory_per_node: lots", "expected a size such as 480G"),
         ("env: {a-b: c}", "env: 'a-b' is not a valid name"),
         ('account: "a\\nb"', "account: expected text of one line, or none"),
-        ("- a", "expected lines of `name: value`"),
+        ("- a", "`name: value`"),
     ],
 )
 def test_a_profile_that_is_wrong_is_refused(tmp_path: Path, text: str, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Values from outside: recipe < YAML file < command line."""
+"""Overrides: a YAML file is stronger than the recipe, the command line stronger than both."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ def nothing(*_: Any) -> Any:
     raise AssertionError
 
 
-def some(*, width: int = 32, folder: Path = Path("/data"), mode: Literal["a", "b"] = "a") -> Recipe:
-    """Return a recipe with parameters of its own."""
+def example(
+    *, width: int = 32, folder: Path = Path("/data"), mode: Literal["a", "b"] = "a"
+) -> Recipe:
+    """Return a recipe whose function has parameters."""
     return Recipe(
         name=f"{width}-{folder.name}-{mode}",
         model=nothing,
@@ -30,14 +32,14 @@ def some(*, width: int = 32, folder: Path = Path("/data"), mode: Literal["a", "b
     )
 
 
-HERE = Reference(location="tests:some", function=some)
+EXAMPLE = Reference(location="tests:example", function=example)
 
 
 def test_the_command_line_is_stronger_than_a_file(tmp_path: Path) -> None:
-    """Each value comes from the strongest place that has it, and says which."""
+    """Each value comes from the strongest source that has it, and the source is recorded."""
     file = tmp_path / "values.yaml"
     file.write_text("lr: 1e-3\nepochs: 7\nschedule: cosine(final_factor=0.1)\n")
-    built = build(HERE, [*read_yaml(file), *read_arguments(["epochs=3", "seed=5"])])
+    built = build(EXAMPLE, [*read_yaml(file), *read_arguments(["epochs=3", "seed=5"])])
     assert (built.recipe.lr, built.recipe.epochs, built.recipe.seed) == (1e-3, 3, 5)
     assert built.recipe.schedule == cosine(final_factor=0.1)
     assert built.sources["lr"] == f"{file}, line 1"
@@ -47,15 +49,15 @@ def test_the_command_line_is_stronger_than_a_file(tmp_path: Path) -> None:
 
 
 def test_parameters_of_the_recipe_function() -> None:
-    """A name that the function takes goes to it, by the type of its annotation."""
-    built = build(HERE, read_arguments(["width=64", "folder=~/x", "mode=b"]))
+    """An override named like a parameter of the function becomes its argument."""
+    built = build(EXAMPLE, read_arguments(["width=64", "folder=~/x", "mode=b"]))
     assert built.recipe.name == "64-x-b"
     assert built.parameters == {"width": 64, "folder": Path("~/x").expanduser(), "mode": "b"}
 
 
-def test_one_of_a_pair_takes_the_others_place() -> None:
-    """Steps replaces epochs, and batch_size_per_gpu replaces batch_size."""
-    built = build(HERE, read_arguments(["steps=100", "batch_size_per_gpu=32"]))
+def test_one_of_an_exclusive_pair_clears_the_other() -> None:
+    """Overriding steps clears epochs, and overriding batch_size_per_gpu clears batch_size."""
+    built = build(EXAMPLE, read_arguments(["steps=100", "batch_size_per_gpu=32"]))
     assert (built.recipe.steps, built.recipe.epochs) == (100, None)
     assert (built.recipe.batch_size_per_gpu, built.recipe.batch_size) == (32, None)
     assert built.sources["epochs"] == "replaced by steps"
@@ -75,9 +77,9 @@ def test_one_of_a_pair_takes_the_others_place() -> None:
         ("optimizer=adamw(decay_1d=false)", adamw(decay_1d=False)),
     ],
 )
-def test_text_is_read_by_its_field(argument: str, value: Any) -> None:
-    """Words for none, yes and no, and any notation of a number are understood."""
-    recipe = build(HERE, read_arguments([argument])).recipe
+def test_text_is_read_by_the_type_of_the_setting(argument: str, value: Any) -> None:
+    """None, yes and no, lists, calls and every notation of a number are read from text."""
+    recipe = build(EXAMPLE, read_arguments([argument])).recipe
     assert getattr(recipe, argument.partition("=")[0]) == value
 
 
@@ -86,7 +88,10 @@ def test_text_is_read_by_its_field(argument: str, value: Any) -> None:
     [
         (["batchsize=3"], "no such setting. Did you mean batch_size"),
         (["witdh=3"], "Did you mean width"),
-        (["lr=fast"], "lr=fast (command line): expected a number greater than 0, found the text"),
+        (
+            ["lr=fast"],
+            "lr=fast (command line): expected a number greater than 0, found the text 'fast'",
+        ),
         (["lr=-1"], "expected a number greater than 0"),
         (["lr=inf"], "expected a number greater than 0"),
         (["epochs=1.5"], "expected a whole number at least 1"),
@@ -104,9 +109,9 @@ def test_text_is_read_by_its_field(argument: str, value: Any) -> None:
     ],
 )
 def test_bad_values_are_refused(arguments: list[str], message: str) -> None:
-    """The refusal names the setting, what was expected and what was found."""
+    """A bad override is refused with the setting, what was expected and what was found."""
     with pytest.raises(OverrideError) as caught:
-        build(HERE, read_arguments(arguments))
+        build(EXAMPLE, read_arguments(arguments))
     assert message in str(caught.value)
 
 
@@ -114,9 +119,9 @@ def test_bad_values_are_refused(arguments: list[str], message: str) -> None:
     ("text", "message"),
     [
         ("lr: [1\nseed: 2", "line 2: not YAML"),
-        ("lr: 1\nlr: 2", "line 2: lr is given a second time, after line 1"),
-        ("- lr", "expected lines of `name: value`"),
-        ("just text", "expected lines of `name: value`"),
+        ("lr: 1\nlr: 2", "line 2: lr"),
+        ("- lr", "expected lines `name: value`"),
+        ("just text", "expected lines `name: value`"),
         ("seed: 1\nlr: fast", "line 2): expected a number"),
         ("seed: 1\nepochz: 2", "line 2): there is no such setting"),
         ("epochs: 1\nsteps: 2", "exclude each other"),
@@ -124,25 +129,25 @@ def test_bad_values_are_refused(arguments: list[str], message: str) -> None:
     ],
 )
 def test_bad_yaml_is_refused_with_its_line(tmp_path: Path, text: str, message: str) -> None:
-    """A file that does not parse or does not fit is named with the line."""
+    """A YAML file that does not parse or fit is refused with its name and the line."""
     file = tmp_path / "values.yaml"
     file.write_text(text)
     with pytest.raises(OverrideError) as caught:
-        build(HERE, read_yaml(file))
+        build(EXAMPLE, read_yaml(file))
     assert message in str(caught.value)
     assert str(file) in str(caught.value)
 
 
-def test_a_stronger_source_replaces_what_excludes_it(tmp_path: Path) -> None:
-    """Steps from anywhere else take the place of a file's epochs."""
+def test_a_stronger_source_clears_the_other_of_a_pair(tmp_path: Path) -> None:
+    """Steps from a stronger source clear the epochs of a YAML file."""
     file = tmp_path / "values.yaml"
     file.write_text("epochs: 3")
-    built = build(HERE, [*read_yaml(file), Override(name="steps", value=9, source="find lr")])
+    built = build(EXAMPLE, [*read_yaml(file), Override(name="steps", value=9, source="find lr")])
     assert (built.recipe.epochs, built.recipe.steps) == (None, 9)
 
 
 def test_a_missing_or_empty_file(tmp_path: Path) -> None:
-    """A file that is not there is an error; an empty one holds no values."""
+    """A missing YAML file is an error; an empty one gives no overrides."""
     with pytest.raises(OverrideError, match="No such file"):
         read_yaml(tmp_path / "none.yaml")
     (tmp_path / "empty.yaml").write_text("# nothing\n")
@@ -150,7 +155,7 @@ def test_a_missing_or_empty_file(tmp_path: Path) -> None:
 
 
 def test_a_function_that_fails_or_returns_something_else() -> None:
-    """What the recipe function raises is said with its place; other values are refused."""
+    """An exception in the recipe function is shown with its line; other results are refused."""
 
     def raises() -> Recipe:
         raise KeyError("learning rate")
@@ -171,5 +176,5 @@ def test_a_function_that_fails_or_returns_something_else() -> None:
 
 
 def test_an_override_prints_with_its_source() -> None:
-    """Messages can quote an override as it was given."""
+    """The text of an override is the argument and its source."""
     assert str(Override(name="lr", value="1", source="command line")) == "lr=1 (command line)"

@@ -1,4 +1,4 @@
-"""Schedules against PyTorch's own, as oracles."""
+"""Schedules, compared with PyTorch's schedulers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from launcher.recipe.schedules import SCHEDULES, Schedule, ScheduleValue
 
 
 def oracle(make: Any, total_steps: int) -> list[tuple[float, float]]:
-    """Return (learning rate, momentum) of each step as PyTorch's scheduler sets them."""
+    """Return the (learning rate, momentum) that PyTorch's scheduler sets in each step."""
     optimizer = SGD([torch.zeros(1, requires_grad=True)], lr=1.0, momentum=0.9)
     scheduler: LRScheduler = make(optimizer)
     path = []
@@ -47,7 +47,7 @@ def oracle(make: Any, total_steps: int) -> list[tuple[float, float]]:
     ],
 )
 def test_one_cycle_is_onecyclelr(total_steps: int, arguments: dict[str, Any]) -> None:
-    """Learning rate and momentum of every step are OneCycleLR's."""
+    """Learning rate and momentum of every step are those of OneCycleLR."""
     defaults: dict[str, Any] = {
         "pct_start": 0.45,
         "div_factor": 10,
@@ -55,14 +55,14 @@ def test_one_cycle_is_onecyclelr(total_steps: int, arguments: dict[str, Any]) ->
         "three_phase": True,
         "anneal_strategy": "linear",
     }
-    wanted = oracle(
+    expected = oracle(
         lambda optimizer: OneCycleLR(
             optimizer, 1.0, total_steps=total_steps, **defaults | arguments
         ),
         total_steps,
     )
-    found = [one_cycle(**arguments).at(step, total_steps) for step in range(total_steps)]
-    assert found == [pytest.approx(pair, abs=1e-15) for pair in wanted]
+    values = [one_cycle(**arguments).at(step, total_steps) for step in range(total_steps)]
+    assert values == [pytest.approx(pair, abs=1e-15) for pair in expected]
 
 
 @pytest.mark.parametrize(
@@ -78,19 +78,19 @@ def test_one_cycle_is_onecyclelr(total_steps: int, arguments: dict[str, Any]) ->
     ids=["triangular", "triangular2", "exp_range"],
 )
 def test_cyclical_is_cycliclr(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Learning rate and momentum of every step are CyclicLR's, whose cycles have 20 steps here."""
-    wanted = oracle(lambda o: CyclicLR(o, base_lr=0.1, max_lr=1.0, **theirs), 100)
-    made = cyclical(cycles=5, **ours)
-    assert [made.at(step, 100) for step in range(100)] == [pytest.approx(pair) for pair in wanted]
+    """Learning rate and momentum of every step are those of CyclicLR with cycles of 20 steps."""
+    expected = oracle(lambda o: CyclicLR(o, base_lr=0.1, max_lr=1.0, **theirs), 100)
+    rule = cyclical(cycles=5, **ours)
+    assert [rule.at(step, 100) for step in range(100)] == [pytest.approx(pair) for pair in expected]
 
 
 @pytest.mark.parametrize(
     ("decay", "at_half"), [("linear", 0.55), ("cos", 0.55), ("sqrt", 1 - 0.9 * 0.5**0.5)]
 )
 def test_wsd_has_three_parts(decay: Any, at_half: float) -> None:
-    """Up over the first tenth, level, and down over the last two to where it was told."""
-    made = wsd(warmup_fraction=0.1, decay_fraction=0.2, decay=decay, final_factor=0.1)
-    factors = [made.at(step, 1000).factor for step in range(1001)]
+    """The factor rises over a tenth of the run, stays, and falls to the final one over a fifth."""
+    rule = wsd(warmup_fraction=0.1, decay_fraction=0.2, decay=decay, final_factor=0.1)
+    factors = [rule.at(step, 1000).factor for step in range(1001)]
     assert factors[0] == pytest.approx(1 / 101)
     assert factors[:101] == sorted(factors[:101])
     assert set(factors[100:801]) == {1.0}
@@ -99,8 +99,8 @@ def test_wsd_has_three_parts(decay: Any, at_half: float) -> None:
     assert factors[1000] == pytest.approx(0.1)
 
 
-def test_one_cycle_is_the_articles() -> None:
-    """Two equal ways, from max / 10 to max and back, then down to max / 10,000."""
+def test_one_cycle_is_that_of_the_paper() -> None:
+    """The factor goes from 1/10 to 1 and back in equal times, then to 1/10,000."""
     factors = [one_cycle().at(step, 100).factor for step in range(100)]
     assert factors[0] == pytest.approx(0.1)
     assert factors[44] == 1.0
@@ -127,10 +127,10 @@ def test_one_cycle_is_the_articles() -> None:
     ],
     ids=["cosine", "linear", "multi_step", "warmup"],
 )
-def test_the_others_are_pytorchs(ours: Schedule, theirs: Any) -> None:
-    """Each rule returns what PyTorch's scheduler of the same kind sets."""
-    wanted = [lr for lr, _ in oracle(theirs, 50)]
-    assert [ours.at(step, 50).factor for step in range(50)] == pytest.approx(wanted, abs=1e-9)
+def test_decays_are_those_of_pytorch(ours: Schedule, theirs: Any) -> None:
+    """Each rule returns the learning rates of PyTorch's scheduler of the same kind."""
+    expected = [lr for lr, _ in oracle(theirs, 50)]
+    assert [ours.at(step, 50).factor for step in range(50)] == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("total_steps", [1, 2, 3])
@@ -139,53 +139,53 @@ def test_runs_of_few_steps_have_a_learning_rate(name: str, total_steps: int) -> 
     """No rule divides by zero or leaves (0, 1] in a run of one, two or three steps."""
     rule = parse(name, SCHEDULES, kind="schedule")
     assert isinstance(rule, Schedule)
-    for made in (rule, warmup(rule)):
+    for tested in (rule, warmup(rule)):
         for step in range(total_steps):
-            assert 0 < made.at(step, total_steps).factor <= 1
+            assert 0 < tested.at(step, total_steps).factor <= 1
 
 
 def test_a_schedule_reads_back_as_it_prints() -> None:
-    """The text of a schedule, nested ones too, parses to an equal schedule."""
-    for made in (one_cycle(), warmup(one_cycle(div_factor=25), steps=3), multi_step(gamma=0.5)):
-        assert parse(str(made), SCHEDULES, kind="schedule") == made
+    """The text of a schedule, including nested ones, parses to an equal schedule."""
+    for rule in (one_cycle(), warmup(one_cycle(div_factor=25), steps=3), multi_step(gamma=0.5)):
+        assert parse(str(rule), SCHEDULES, kind="schedule") == rule
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("one_cycl", "Did you mean one_cycle?"),
-        ("one_cycle(", "is no schedule"),
+        ("one_cycle(", "NAME(argument=value)"),
         ("one_cycle(div_factor='a')", "expected a number greater than 0, found the text 'a'"),
-        ("one_cycle(pct_start=0.6)", "less than 0.5"),
+        ("one_cycle(pct_start=0.6)", "0.5"),
         ("cosine(final=1)", "takes no 'final'; it takes final_factor"),
         ("warmup(3)", "expected"),
         ("warmup()", "needs then"),
         ("__import__('os')", "there is no schedule '__import__'"),
-        ("cosine.__class__", "is no schedule"),
-        ("cyclical(rising=1.0)", "give less than 1"),
-        ("cyclical(gamma=1.1)", "give 1 at most"),
-        ("wsd(warmup_fraction=0.6, decay_fraction=0.5)", "together they are 1 at most"),
-        ("multi_step(milestones=[3])", "fractions of the run"),
+        ("cosine.__class__", "NAME(argument=value)"),
+        ("cyclical(rising=1.0)", "rising=1"),
+        ("cyclical(gamma=1.1)", "gamma=1.1"),
+        ("wsd(warmup_fraction=0.6, decay_fraction=0.5)", "warmup_fraction=0.6, decay_fraction=0.5"),
+        ("multi_step(milestones=[3])", "between 0 and 1"),
     ],
 )
 def test_a_bad_schedule_is_refused(text: str, message: str) -> None:
-    """The refusal says what was expected; no text is ever run."""
+    """A schedule that does not fit is refused with what was expected; no text is executed."""
     with pytest.raises(UsageError) as caught:
         parse(text, SCHEDULES, kind="schedule")
     assert message in str(caught.value)
 
 
-def test_a_recipe_can_bring_its_own_rule() -> None:
-    """A rule made with @schedule takes arguments, prints, and is known by its name."""
+def test_a_recipe_can_define_a_rule() -> None:
+    """A rule decorated with @schedule takes arguments, prints, and is found by its name."""
 
     @schedule
     def plateau(step: int, total_steps: int, *, at: float = 0.5) -> ScheduleValue:
         return ScheduleValue(1.0 if step < at * total_steps else 0.1)
 
     try:
-        made = parse("plateau(at=0.25)", SCHEDULES, kind="schedule")
-        assert made == plateau(at=0.25)
-        assert str(made) == "plateau(at=0.25)"
+        rule = parse("plateau(at=0.25)", SCHEDULES, kind="schedule")
+        assert rule == plateau(at=0.25)
+        assert str(rule) == "plateau(at=0.25)"
         assert [plateau(at=0.25).at(step, 4).factor for step in range(4)] == [1.0, 0.1, 0.1, 0.1]
     finally:
         del SCHEDULES["plateau"]
