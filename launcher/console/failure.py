@@ -1,4 +1,4 @@
-"""A failed run in words, in one block: who failed first and how, where all were, what now."""
+"""The text about a failed run: which rank failed and how, where all ranks were, what to do now."""
 
 from __future__ import annotations
 
@@ -13,77 +13,88 @@ from launcher.runs.heartbeat import read_heartbeats
 from launcher.runs.rundir import RunDir, line_count, why_not_writable
 from launcher.signals import EXIT_BY_SIGNAL
 
-_MOST_RANKS = 16
-"""More are summed up."""
+_MAX_RANKS = 16
+"""Number of ranks whose last step is shown; the others are counted."""
 
 
 def failure_text(failure: Failure, run_dir: RunDir) -> str:
-    """Return what to show of a recorded failure."""
+    """Return the text about a recorded failure.
+
+    A user's mistake is shown as its message alone. Any other failure is shown with its traceback or
+    message, the last step of each rank, the command that resumes the run, and the rank's log.
+    """
     if failure.exit_code == EXIT_USAGE:
         return f"launcher: {failure.message}"
     head = f"launcher: the run failed on rank {failure.rank} ({failure.node})"
     body = failure.traceback or failure.message
-    circumstances = _circumstances(failure.rank, run_dir, failure.log_line)
-    return "\n\n".join([head, body.rstrip(), *circumstances])
+    context = _context(failure.rank, run_dir, failure.log_line)
+    return "\n\n".join([head, body.rstrip(), *context])
 
 
 def death_text(rank: int, exit_code: int, run_dir: RunDir, *, oom_kills: int | None = None) -> str:
-    """Return what to show of a rank that ended without a word.
+    """Return the text about a rank that ended without recording a failure.
 
     Args:
-        rank: The first that ended.
-        exit_code: Negative for a signal.
-        run_dir: The run's.
-        oom_kills: Processes that the kernel has killed for memory since the run began; None where
-            that is not known.
+        rank: The first rank that ended.
+        exit_code: Its exit code, or the negative number of the signal that killed it.
+        run_dir: The run folder.
+        oom_kills: Processes that the kernel has killed for lack of memory since the run began;
+            None if unknown.
     """
     if exit_code < 0:
         name = signal.Signals(-exit_code).name
         how = f"was killed by {name}"
         if name == "SIGKILL":
-            how += _why_killed(oom_kills)
+            how += _sigkill_reason(oom_kills)
         if name == "SIGBUS":
-            how += " (a full /dev/shm has this effect: fewer num_workers, or a larger /dev/shm)"
+            how += " (a full /dev/shm causes this: use fewer num_workers, or a larger /dev/shm)"
     else:
-        how = f"ended with exit code {exit_code}{_in_words(exit_code)}"
+        how = f"ended with exit code {exit_code}{_signal_name(exit_code)}"
     head = f"launcher: the run failed: rank {rank} {how}"
     if reason := why_not_writable(run_dir):
         head += (
-            f". Nothing can be written to the run folder, {run_dir.shown}: {reason}, so that the "
-            "rank could not record why"
+            f". The rank could not record why, because the run folder {run_dir.shown} cannot be "
+            f"written: {reason}"
         )
-    last = line_count(run_dir.log(rank))
-    return "\n\n".join([head, *_circumstances(rank, run_dir, last)])
+    last_line = line_count(run_dir.log(rank))
+    return "\n\n".join([head, *_context(rank, run_dir, last_line)])
 
 
-def _in_words(exit_code: int) -> str:
-    """Return which signal an exit code stands for, as shells and batch systems have it."""
+def _signal_name(exit_code: int) -> str:
+    """Return the signal that an exit code above 128 stands for in shells and batch systems."""
     try:
         return f" ({signal.Signals(exit_code - EXIT_BY_SIGNAL).name})"
     except ValueError:
         return ""
 
 
-def _why_killed(oom_kills: int | None) -> str:
+def _sigkill_reason(oom_kills: int | None) -> str:
+    """Return whether lack of memory explains a SIGKILL."""
     if oom_kills is None:
         return " (the kernel does that when memory runs out: see `dmesg`)"
     if oom_kills:
         return (
-            f": host memory ran out (the cgroup counts {oom_kills} such since the run began). Use "
-            "fewer num_workers or a smaller prefetch_factor, or ask for more memory"
+            f": host memory ran out (the cgroup counts {oom_kills} out-of-memory kills since the "
+            "run began). Use fewer num_workers or a smaller prefetch_factor, or ask for more memory"
         )
-    return " (not for want of memory: the cgroup's count of such has not risen)"
+    return " (memory did not run out: the cgroup counts no out-of-memory kill since the run began)"
 
 
-def _circumstances(rank: int, run_dir: RunDir, line: int | None) -> Iterator[str]:
-    """Yield where the ranks were, what to do next, and what to read."""
+def _context(rank: int, run_dir: RunDir, line: int | None) -> Iterator[str]:
+    """Yield where the ranks were, how to resume the run, and which log to read.
+
+    Args:
+        rank: The rank that failed.
+        run_dir: The run folder.
+        line: The line of its log to read; None or 0 names no line.
+    """
     ranks = list(read_heartbeats(run_dir))
-    shown = [f"rank {each.rank}: step {each.step:,}, {each.phase}" for each in ranks[:_MOST_RANKS]]
-    if ranks[_MOST_RANKS:]:
-        shown.append(f"and {len(ranks) - _MOST_RANKS} more, see {run_dir.health(0).parent}")
-    if shown:
-        yield "last seen: " + "; ".join(shown)
-    if found := list_checkpoints(run_dir):
+    places = [f"rank {beat.rank}: step {beat.step:,}, {beat.phase}" for beat in ranks[:_MAX_RANKS]]
+    if ranks[_MAX_RANKS:]:
+        places.append(f"and {len(ranks) - _MAX_RANKS} more, see {run_dir.health(0).parent}")
+    if places:
+        yield "last seen: " + "; ".join(places)
+    if checkpoints := list_checkpoints(run_dir):
         command = f"launcher resume {shlex.quote(run_dir.shown)}"
-        yield f"next: `{command}` goes on from step {found[0].step:,}"
+        yield f"next: `{command}` resumes the run from step {checkpoints[0].step:,}"
     yield f"log: {run_dir.log(rank)}" + (f", line {line}" if line else "")

@@ -1,4 +1,4 @@
-"""A checkpoint on the disk is believed only where all of it is as it was written."""
+"""Checkpoints on the disk: whatever differs from what was written is refused."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from launcher.runs.manifest import FORMAT, Manifest, sum_file
 from launcher.runs.resumption import changes, check_resumable
 from launcher.runs.rundir import RunDir
 
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
+
 MANIFEST = Manifest(
     format=FORMAT,
     step=12,
@@ -32,10 +34,10 @@ MANIFEST = Manifest(
 
 @pytest.fixture
 def written(tmp_path: Path) -> Checkpoint:
-    """Return a checkpoint with one shard."""
+    """Write a checkpoint with one shard, and return it."""
     run_dir = RunDir(tmp_path)
     folder = begin(run_dir, MANIFEST.step)
-    shard = folder / "shard-00001-model-00001-of-00001.safetensors"
+    shard = folder / SHARD
     shard.write_bytes(bytes(1000))
     return commit(folder, replace(MANIFEST, files={shard.name: sum_file(shard)}))
 
@@ -43,13 +45,13 @@ def written(tmp_path: Path) -> Checkpoint:
 def edit(checkpoint: Checkpoint, change: Callable[[dict[str, Any]], object]) -> None:
     """Change the content of checkpoint.json."""
     path = checkpoint.path / "checkpoint.json"
-    said = json.loads(path.read_text())
-    change(said)
-    path.write_text(json.dumps(said, indent=2))
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values, indent=2))
 
 
-def test_it_is_read_as_it_was_written(written: Checkpoint) -> None:
-    """What a run wrote is returned, whatever the layout of the file as text."""
+def test_a_manifest_is_read_as_it_was_written(written: Checkpoint) -> None:
+    """A manifest survives the file unchanged, whatever the whitespace in the file."""
     path = written.path / "checkpoint.json"
     path.write_text(json.dumps(json.loads(path.read_text())))
     manifest = written.read_manifest()
@@ -59,14 +61,14 @@ def test_it_is_read_as_it_was_written(written: Checkpoint) -> None:
 
 
 EDITS: dict[str, Callable[[dict[str, Any]], object]] = {
-    "another step": lambda said: said.update(step=8),
-    "another number of samples": lambda said: said.update(samples=1),
-    "no digest": lambda said: said.pop("digest"),
-    "no values": lambda said: said.update(values={}),
-    "no files": lambda said: said.update(files={}),
-    "another setting": lambda said: said["agreement"].update(batch_size=31),
-    "an unknown format": lambda said: said.update(format=99),
-    "no format": lambda said: said.pop("format"),
+    "another step": lambda values: values.update(step=8),
+    "another number of samples": lambda values: values.update(samples=1),
+    "no digest": lambda values: values.pop("digest"),
+    "no values": lambda values: values.update(values={}),
+    "no files": lambda values: values.update(files={}),
+    "another setting": lambda values: values["agreement"].update(batch_size=31),
+    "an unknown format": lambda values: values.update(format=99),
+    "no format": lambda values: values.pop("format"),
 }
 
 
@@ -74,20 +76,20 @@ EDITS: dict[str, Callable[[dict[str, Any]], object]] = {
 def test_an_edited_manifest_is_refused(
     written: Checkpoint, change: Callable[[dict[str, Any]], object]
 ) -> None:
-    """Every edit of checkpoint.json shows, because the file carries its own digest."""
+    """Every edit of checkpoint.json is detected, because the file holds its own digest."""
     edit(written, change)
     with pytest.raises(CheckpointError, match=r"checkpoint\.json"):
         written.read_manifest()
 
 
 BROKEN: dict[str, Callable[[dict[str, Any]], object]] = {
-    "step is a text": lambda said: said.update(step="x"),
-    "step is not that of the folder": lambda said: said.update(step=8),
-    "agreement is a list": lambda said: said.update(agreement=[]),
-    "values lack the groups": lambda said: said["values"].pop("groups"),
-    "values are a list": lambda said: said.update(values=[]),
-    "a size is a text": lambda said: next(iter(said["files"].values())).update(num_bytes="x"),
-    "versions are missing": lambda said: said.pop("versions"),
+    "step is a text": lambda values: values.update(step="x"),
+    "step is not that of the folder": lambda values: values.update(step=8),
+    "agreement is a list": lambda values: values.update(agreement=[]),
+    "values lack the groups": lambda values: values["values"].pop("groups"),
+    "values are a list": lambda values: values.update(values=[]),
+    "a size is a text": lambda values: values["files"][SHARD].update(num_bytes="x"),
+    "versions are missing": lambda values: values.pop("versions"),
 }
 
 
@@ -95,13 +97,13 @@ BROKEN: dict[str, Callable[[dict[str, Any]], object]] = {
 def test_an_older_manifest_is_checked_by_type(
     written: Checkpoint, change: Callable[[dict[str, Any]], object]
 ) -> None:
-    """Format 1 has no digest; its fields are checked by type, and against the folder's name."""
+    """Format 1 has no digest; its fields are checked by type and against the folder's name."""
 
-    def age(said: dict[str, Any]) -> None:
-        said.pop("digest")
-        said.update(format=1)
+    def make_format_1(values: dict[str, Any]) -> None:
+        values.pop("digest")
+        values.update(format=1)
 
-    edit(written, age)
+    edit(written, make_format_1)
     assert written.read_manifest().step == 12
     edit(written, change)
     with pytest.raises(CheckpointError, match=r"checkpoint\.json"):
@@ -109,18 +111,16 @@ def test_an_older_manifest_is_checked_by_type(
 
 
 @pytest.mark.parametrize("content", ["", "[]", "null", '{"format": 1, "step"', "[" * 100_000])
-def test_what_is_no_json_object_is_refused(written: Checkpoint, content: str) -> None:
-    """A file that was cut off or overwritten ends in a checkpoint error, not in a traceback."""
+def test_a_manifest_that_is_not_an_object_is_refused(written: Checkpoint, content: str) -> None:
+    """A truncated or overwritten checkpoint.json raises a CheckpointError that names the file."""
     (written.path / "checkpoint.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"checkpoint\.json"):
         written.read_manifest()
 
 
-@pytest.mark.parametrize(
-    "name", ["checkpoint.json", "shard-00001-model-00001-of-00001.safetensors"]
-)
+@pytest.mark.parametrize("name", ["checkpoint.json", SHARD])
 def test_a_fifo_is_refused(written: Checkpoint, name: str) -> None:
-    """What is not a regular file is damage; it is never waited for."""
+    """A FIFO in place of a file counts as damage, and reading it does not block."""
     manifest = written.read_manifest()
     (written.path / name).unlink()
     os.mkfifo(written.path / name)
@@ -132,14 +132,14 @@ def test_a_fifo_is_refused(written: Checkpoint, name: str) -> None:
 
 
 def test_a_shard_that_is_not_listed_is_damage(written: Checkpoint) -> None:
-    """A shard that nothing vouches for would be read with the others."""
+    """A shard without a digest in the manifest is reported by name."""
     (written.path / "shard-00002-model-00001-of-00001.safetensors").write_bytes(b"")
-    (said,) = written.unlisted(written.read_manifest())
-    assert said.startswith("shard-00002")
+    (damage,) = written.unlisted(written.read_manifest())
+    assert damage.startswith("shard-00002")
 
 
-def test_names_that_are_not_ours_are_left_alone(written: Checkpoint) -> None:
-    """Only folders that a run named itself are checkpoints."""
+def test_other_folders_are_not_listed(written: Checkpoint) -> None:
+    """Unfinished, set-aside and foreign folders are not checkpoints."""
     for name in (".step-00000013", "step-00000014.set-aside", "step-1", "notes"):
         (written.path.parent / name).mkdir()
     assert list_checkpoints(RunDir(written.path.parent.parent)) == [written]

@@ -1,4 +1,4 @@
-"""The run folder: made once, written whole."""
+"""The run folder is created once, and its files are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from launcher.runs.rundir import (
 
 
 def test_default_folders_do_not_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs that start in the same second get folders of their own."""
+    """Runs that start in the same second get different folders."""
     monkeypatch.chdir(tmp_path)
-    made = [create_run_dir(None, "digits") for _ in range(3)]
-    assert len({run_dir.path for run_dir in made}) == 3
-    assert all(run_dir.shown.startswith("runs/digits-") for run_dir in made)
+    run_dirs = [create_run_dir(None, "digits") for _ in range(3)]
+    assert len({run_dir.path for run_dir in run_dirs}) == 3
+    assert all(run_dir.shown.startswith("runs/digits-") for run_dir in run_dirs)
 
 
 def test_an_existing_folder_is_not_touched(tmp_path: Path) -> None:
-    """A run folder that is there, even empty, is refused."""
-    with pytest.raises(RunDirError, match="exists already"):
+    """A run folder that exists, even an empty one, is refused and stays as it is."""
+    with pytest.raises(RunDirError, match=str(tmp_path)):
         create_run_dir(tmp_path, "digits")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
-    """Text that cannot be written leaves what was there, and no file beside it."""
+    """A failed write leaves the old content, and no temporary file."""
     path = tmp_path / "value.json"
     write_json(path, {"a": 1})
     with pytest.raises(UnicodeEncodeError):
@@ -40,8 +40,8 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["value.json"]
 
 
-def test_links_and_devices_stay_what_they_are(tmp_path: Path) -> None:
-    """A link still leads to its file, and a pipe is written to rather than replaced."""
+def test_links_and_pipes_are_not_replaced(tmp_path: Path) -> None:
+    """A write through a link changes its target, and a write to a pipe goes through the pipe."""
     (tmp_path / "file").touch()
     link, pipe = tmp_path / "link", tmp_path / "pipe"
     link.symlink_to("file")

@@ -1,4 +1,4 @@
-"""The launchers of a run on several nodes: they meet, agree, and hear of each other's end."""
+"""The rendezvous of a run on several nodes: launchers meet, agree, and notice each other's end."""
 
 from __future__ import annotations
 
@@ -16,55 +16,67 @@ from torch._C._distributed_c10d import TCPStore
 from launcher.environment.nodes import Nodes
 from launcher.errors import EXIT_RESUMABLE, PeerError, WorldError
 
-_SECONDS_BETWEEN_TRIES = 0.1
-_SECONDS_BETWEEN_WORDS = 15.0
-"""While somebody is waited for."""
+_POLL_SECONDS = 0.1
+_SECONDS_BETWEEN_MESSAGES = 15.0
+"""Interval of the messages that name the nodes that have not arrived."""
 
-_SECONDS_BETWEEN_BEATS = 1.0
-_SECONDS_OF_SILENCE = 20.0
-"""After which a node is taken for lost."""
+_SECONDS_BETWEEN_HEARTBEATS = 1.0
+_HEARTBEAT_TIMEOUT_SECONDS = 20.0
+"""Age of a node's last heartbeat at which the node counts as lost."""
 
-_SECONDS_TO_PART = 6.0
+_SECONDS_TO_LEAVE = 6.0
+"""How long the first node, which holds the store, waits for the others to leave before it does."""
+
 _SECONDS_TO_EXIT = 1.0
+"""How long a failed task of srun waits, so that the others can exit before srun ends them."""
 
 _FAILURE = "failure"
+"""Key of the store that holds the first failure of a node."""
 
 
 class Rendezvous:
-    """A store on the first node that the launchers of all nodes share.
+    """The launchers of all nodes, joined by a store on the first of them.
 
-    It listens on all interfaces of that node; the ranks meet at it as well.
+    The store listens on all interfaces of the first node; the ranks meet at it as well. The
+    constructor returns when every node has arrived and all agree.
 
     Args:
-        nodes: Who meets, and where.
-        said: What all of them have to agree on.
-        tell: Is given what there is to say while somebody is waited for.
+        nodes: The nodes, and the address at which they meet.
+        agreement: Values that must be the same on every node, by the names that messages use.
+        report_progress: Called with a message about the nodes that have not arrived.
 
     Raises:
-        WorldError: Not all came in time, or they do not agree. Where Slurm has started them, the
-            first node says so, and the others end with it.
+        WorldError: A node does not arrive in time, or its values differ. Where the nodes have
+            indices before they meet, as under Slurm, only the first node raises this error about
+            values.
+        PeerError: The values of a node differ, and the first node raises WorldError.
     """
 
-    def __init__(self, nodes: Nodes, said: Mapping[str, Any], tell: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        nodes: Nodes,
+        agreement: Mapping[str, Any],
+        report_progress: Callable[[str], None],
+    ) -> None:
         self.count = nodes.count
         self.address = (nodes.host, nodes.port)
-        self._nodes, self._tell = nodes, tell
-        self._until = time.monotonic() + nodes.join_timeout
-        self.store, first = self._open()
-        self.index = self._arrive(first=first)
-        self._beats: dict[int, tuple[bytes, float]] = {}
-        self._next_beat = 0.0
-        mine = {"node": platform.node(), **said}
-        self.store.set(f"node{self.index}", json.dumps(mine))
-        everybody = [json.loads(self._wait_for(f"node{index}")) for index in range(self.count)]
-        self.names = [each.pop("node") for each in everybody]
-        self._compare(everybody)
+        self._nodes, self._report_progress = nodes, report_progress
+        self._deadline = time.monotonic() + nodes.join_timeout
+        self.store, is_first = self._open_store()
+        self.index = self._find_index(is_first=is_first)
+        self._heartbeats: dict[int, tuple[bytes, float]] = {}
+        self._next_heartbeat = 0.0
+        own_values = {"node": platform.node(), **agreement}
+        self.store.set(f"node{self.index}", json.dumps(own_values))
+        values = [json.loads(self._wait_for_key(f"node{index}")) for index in range(self.count)]
+        self.names = [node_values.pop("node") for node_values in values]
+        self._check_agreement(values)
 
     def share(self, make: Callable[[], str]) -> str:
-        """Return what `make` returns on the first node (collective; once).
+        """Call `make` on the first node; return its result on every node (collective, only once).
 
         Raises:
-            LauncherError: What it raised there; PeerError on the others.
+            LauncherError: The error that `make` raised on the first node; PeerError on the others.
         """
         if self.index == 0:
             value = make()
@@ -75,109 +87,139 @@ class Rendezvous:
         return self.store.get("shared").decode()
 
     def report(self, exit_code: int | None, index: int | None = None) -> None:
-        """Have the other nodes know that one has failed, by default this, or gone."""
+        """Tell the other nodes that a node has failed or disappeared.
+
+        Only the first report counts. Nothing happens if the first node, and with it the store, is
+        gone.
+
+        Args:
+            exit_code: Exit code of the node; None if it disappeared.
+            index: Index of the node; None is this one.
+        """
         failure = {"index": self.index if index is None else index, "exit_code": exit_code}
-        with contextlib.suppress(RuntimeError):  # the first node has gone, with all its ranks
+        with contextlib.suppress(RuntimeError):
             self.store.compare_set(_FAILURE, "", json.dumps(failure))
 
     @property
     def is_echo(self) -> bool:
-        """Whether the first node, whose output is next to this one's, says all there is to say."""
+        """Whether this node stays quiet, because the first node prints to the same output."""
         return self.index > 0 and bool(self._nodes.names)
 
     def leave(self, exit_code: int) -> int:
-        """Leave; return the exit code of this node. The first leaves last.
+        """Leave the rendezvous; return the exit code for the process of this node.
 
-        The others can hear from it until then. And srun takes a task that ends with another code
-        than 0 for a reason to end all: of a run that has stopped to go on later, the first node
-        alone says so, when the others have ended.
+        The first node leaves last, so that its store serves the others until they have left. srun
+        ends all tasks as soon as one exits with a code other than 0: when a run stops to be resumed
+        later, only the first node exits with that code, after the others have exited.
+
+        Args:
+            exit_code: Exit code of the run on this node.
         """
         with contextlib.suppress(RuntimeError):
             if self.index > 0:
                 self.store.set(f"left{self.index}", "")
                 return 0 if self.is_echo and exit_code == EXIT_RESUMABLE else exit_code
-            others = [f"left{index}" for index in range(1, self.count)]
-            until = time.monotonic() + _SECONDS_TO_PART
-            while time.monotonic() < until and not self.store.check(others):
-                time.sleep(_SECONDS_BETWEEN_TRIES)
+            keys = [f"left{index}" for index in range(1, self.count)]
+            deadline = time.monotonic() + _SECONDS_TO_LEAVE
+            while time.monotonic() < deadline and not self.store.check(keys):
+                time.sleep(_POLL_SECONDS)
         if self._nodes.names and exit_code:
             time.sleep(_SECONDS_TO_EXIT)
         return exit_code
 
     def check_peers(self, *, patiently: bool = False) -> None:
-        """Raise an error if another node has failed or gone; say that this one has not.
+        """Write the heartbeat of this node and check those of the others, at most once a second.
 
         Args:
-            patiently: Whether to wait until that is so, for some seconds.
+            patiently: Whether to keep checking for 20 s, after which a lost node is certain to have
+                been noticed.
 
         Raises:
-            PeerError: It has.
+            PeerError: Another node has failed or disappeared.
         """
-        until = time.monotonic() + (_SECONDS_OF_SILENCE if patiently else 0)
+        deadline = time.monotonic() + (_HEARTBEAT_TIMEOUT_SECONDS if patiently else 0)
         while True:
-            if time.monotonic() >= self._next_beat:
-                self._next_beat = time.monotonic() + _SECONDS_BETWEEN_BEATS
+            if time.monotonic() >= self._next_heartbeat:
+                self._next_heartbeat = time.monotonic() + _SECONDS_BETWEEN_HEARTBEATS
                 try:
-                    self._check_peers()
-                except RuntimeError as error:  # of the store
+                    self._exchange_heartbeats()
+                except RuntimeError as error:  # the store, and with it the first node, is gone
                     raise PeerError(self.names[0], None) from error
-            if time.monotonic() >= until:
+            if time.monotonic() >= deadline:
                 return
-            time.sleep(_SECONDS_BETWEEN_TRIES)
+            time.sleep(_POLL_SECONDS)
 
-    def _check_peers(self) -> None:
+    def _exchange_heartbeats(self) -> None:
+        """Write this node's heartbeat; the first node checks all others, and they check the first.
+
+        Raises:
+            PeerError: Another node has failed or disappeared.
+        """
         if self._has(_FAILURE):
             failure = json.loads(self.store.get(_FAILURE))
             if failure["index"] != self.index:
                 raise PeerError(self.names[failure["index"]], failure["exit_code"])
         self.store.set(f"beat{self.index}", str(time.time()))
         for other in range(1, self.count) if self.index == 0 else [0]:
-            name = f"beat{other}"
-            beat = self.store.get(name) if self.store.check([name]) else b""
-            before, since = self._beats.get(other, (None, 0.0))
-            if beat != before:
-                self._beats[other] = (beat, time.monotonic())
-            elif time.monotonic() - since > _SECONDS_OF_SILENCE:
+            key = f"beat{other}"
+            heartbeat = self.store.get(key) if self.store.check([key]) else b""
+            previous, since = self._heartbeats.get(other, (None, 0.0))
+            if heartbeat != previous:
+                self._heartbeats[other] = (heartbeat, time.monotonic())
+            elif time.monotonic() - since > _HEARTBEAT_TIMEOUT_SECONDS:
                 self.report(None, other)
                 raise PeerError(self.names[other], None)
 
-    def _open(self) -> tuple[TCPStore, bool]:
-        """Return the store, and whether it is on this node."""
+    def _open_store(self) -> tuple[TCPStore, bool]:
+        """Open the store; return it, and whether this process serves it.
+
+        Raises:
+            WorldError: The port cannot be opened, or the first node does not open it in time.
+        """
         host, port = self.address
         timeout = timedelta(seconds=self._nodes.join_timeout)
-        here = self._nodes.index == 0 if self._nodes.index is not None else _is_here(host)
-        if here:
+        index = self._nodes.index
+        if index == 0 if index is not None else _is_this_machine(host):
             try:
                 store = TCPStore(
                     host, port, is_master=True, timeout=timeout, wait_for_workers=False
                 )
             except RuntimeError as error:
-                if self._nodes.index is not None or "EADDRINUSE" not in str(error):
+                if index is not None or "EADDRINUSE" not in str(error):
                     raise WorldError(
                         f"Cannot listen on port {port} of {platform.node()} for the other nodes: "
                         f"{str(error).splitlines()[0]}"
                     ) from None
-                # Another launcher on this machine was first.
+                # Another launcher on this machine opened the port first and serves the store.
             else:
                 return store, True
         self._wait_until(lambda: answers(host, port), lambda: f"{host}:{port}")
         return TCPStore(host, port, is_master=False, timeout=timeout), False
 
-    def _arrive(self, *, first: bool) -> int:
-        """Return which node this is."""
+    def _find_index(self, *, is_first: bool) -> int:
+        """Return the index of this node: as planned, or else by order of arrival.
+
+        Raises:
+            WorldError: As many nodes as planned have arrived before this one.
+        """
         if self._nodes.index is not None:
             return self._nodes.index
-        index = 0 if first else self.store.add("arrivals", 1)
+        index = 0 if is_first else self.store.add("arrivals", 1)
         if index >= self.count:
             raise WorldError(
-                f"--nodes {self.count}: as many launchers have met at {self.address[0]}:"
-                f"{self.address[1]} already."
+                f"--nodes {self.count}: that many launchers have met at {self.address[0]}:"
+                f"{self.address[1]} already. Start one launcher per node, and give runs that start "
+                "at the same time ports of their own."
             )
         return index
 
-    def _wait_for(self, key: str) -> bytes:
-        """Return a value of the store as soon as it is there."""
-        self._wait_until(lambda: self._has(key), self._missing)
+    def _wait_for_key(self, key: str) -> bytes:
+        """Wait until the store has a key, and return its value.
+
+        Raises:
+            WorldError: The deadline passes.
+        """
+        self._wait_until(lambda: self._has(key), self._missing_nodes)
         return bytes(self.store.get(key))
 
     def _has(self, key: str) -> bool:
@@ -186,47 +228,64 @@ class Rendezvous:
         except RuntimeError:
             raise PeerError(self.address[0], None) from None
 
-    def _missing(self) -> str:
-        """Return who is not there yet."""
+    def _missing_nodes(self) -> str:
+        """Return the names of the nodes that have not arrived, or their number if unnamed."""
         missing = [index for index in range(self.count) if not self._has(f"node{index}")]
-        names = [self._nodes.names[each] for each in missing if each < len(self._nodes.names)]
+        names = [self._nodes.names[index] for index in missing if index < len(self._nodes.names)]
         return ", ".join(names) or f"{len(missing)} of {self.count} nodes"
 
-    def _wait_until(self, is_so: Callable[[], bool], missing: Callable[[], str]) -> None:
-        """Wait in short turns, so that Ctrl-C is heard."""
-        word = time.monotonic() + _SECONDS_BETWEEN_WORDS
-        while not is_so():
-            now = time.monotonic()
-            if now > self._until:
-                raise WorldError(
-                    f"{self.count} nodes are to run together, and after "
-                    f"{self._nodes.join_timeout:.0f} s nothing has been heard of {missing()}. "
-                    f"Was it started, and can it be reached from {platform.node()}?"
-                )
-            if now > word:
-                word = now + _SECONDS_BETWEEN_WORDS
-                self._tell(f"launcher: waiting for {missing()}")
-            time.sleep(_SECONDS_BETWEEN_TRIES)
+    def _wait_until(self, is_done: Callable[[], bool], missing: Callable[[], str]) -> None:
+        """Poll until `is_done` returns True; Python handles Ctrl-C between the polls.
 
-    def _compare(self, everybody: list[dict[str, Any]]) -> None:
-        for name, said in zip(self.names, everybody, strict=True):
-            for what, value in said.items():
-                if value == everybody[0][what]:
+        Raises:
+            WorldError: The deadline passes.
+        """
+        message_at = time.monotonic() + _SECONDS_BETWEEN_MESSAGES
+        while not is_done():
+            now = time.monotonic()
+            if now > self._deadline:
+                raise WorldError(
+                    f"Waited {self._nodes.join_timeout:.0f} s for {missing()} to join this run of "
+                    f"{self.count} nodes. Check that every node was started and can be reached "
+                    f"from {platform.node()}, or give a longer --join-timeout."
+                )
+            if now > message_at:
+                message_at = now + _SECONDS_BETWEEN_MESSAGES
+                self._report_progress(f"launcher: waiting for {missing()}")
+            time.sleep(_POLL_SECONDS)
+
+    def _check_agreement(self, values: list[dict[str, Any]]) -> None:
+        """Compare the values of every node with those of the first.
+
+        Raises:
+            WorldError: They differ, and this node reports it.
+            PeerError: They differ, and the first node reports it.
+        """
+        for name, node_values in zip(self.names, values, strict=True):
+            for key, value in node_values.items():
+                if value == values[0][key]:
                     continue
                 if self.index > 0 and self._nodes.index is not None:
                     raise PeerError(self.names[0], WorldError.exit_code)
                 raise WorldError(
-                    f"The nodes of a run have the same {what}: {self.names[0]} has "
-                    f"{everybody[0][what]}, {name} has {value}."
+                    f"The nodes of a run need the same {key}: {self.names[0]} has "
+                    f"{values[0][key]}, {name} has {value}. Start every node with the same command."
                 )
 
 
-def _is_here(host: str) -> bool:
-    """Return whether a name is one of this machine."""
+def _is_this_machine(host: str) -> bool:
+    """Return whether a host name or address belongs to this machine.
+
+    Raises:
+        WorldError: The name cannot be resolved.
+    """
     try:
         addresses = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError as error:
-        raise WorldError(f"--rendezvous {host}: no such machine is known here ({error}).") from None
+        raise WorldError(
+            f"--rendezvous {host}: this machine cannot resolve that name ({error}). Give the name "
+            "or the address of the first node."
+        ) from None
     for family, kind, _, _, address in addresses:
         try:
             with socket.socket(family, kind) as probe:
@@ -238,7 +297,7 @@ def _is_here(host: str) -> bool:
 
 
 def answers(host: str, port: int) -> bool:
-    """Return whether something listens at an address."""
+    """Return whether something accepts connections at an address, within 5 s."""
     try:
         socket.create_connection((host, port), timeout=5).close()
     except OSError:

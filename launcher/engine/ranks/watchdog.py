@@ -1,8 +1,8 @@
-"""Watching over a rank from a thread of its own: where it is, and whether it still moves.
+"""The watchdog of a rank: a thread that writes its heartbeat and ends a run that hangs.
 
-Each rank says in health/rank<N>.json which step it is at and what it does. Where it has not moved
-for too long it leaves the stacks of all its threads in its log, and the first to notice names the
-rank that the others wait for.
+The heartbeat in health/rank<N>.json holds the step and the phase of the rank. A rank that makes no
+progress for `hang_timeout` seconds writes the stacks of all its threads to its log. The first rank
+that notices records a failure that names the rank for which the others wait.
 """
 
 from __future__ import annotations
@@ -28,27 +28,30 @@ from launcher.runs.heartbeat import PHASES, Heartbeat, read_heartbeat
 from launcher.runs.rundir import RunDir
 from launcher.signals import EXIT_BY_SIGNAL, StopRequest
 
-_SECONDS_BETWEEN_LOOKS = 0.5
-_RANKS_PER_SECOND = 64
-"""At most as many files a second are written by all ranks together."""
+_POLL_SECONDS = 0.5
+_HEARTBEATS_PER_SECOND = 64
+"""Most heartbeat files that all ranks together write in a second."""
 
 _SECONDS_TO_END = 5.0
-"""A rank that was told to end and does not move for so long waits for another that is gone."""
+"""How long a rank that got SIGTERM may stand still; after that it waits for a rank that is gone."""
 
-_SECONDS_TO_SPEAK = 3.0
-_OURS = ("torch", "launcher", "accelerate", "deepspeed")
+_SECONDS_TO_REPORT = 3.0
+"""Time for all ranks of a hanging run to write where they are, before one of them is named."""
+
+_WAITING_PACKAGES = ("torch", "launcher", "accelerate", "deepspeed")
+"""Packages whose calls wait for other ranks; a main thread inside them is not the cause."""
 
 
 class Watchdog:
-    """Watches one rank.
+    """Writes the heartbeat of one rank and ends the run if it hangs.
 
     Args:
-        run_dir: Where health/ is.
-        rank: This one.
-        world_size: Ranks in all.
-        hang_timeout: Seconds without a move that are too many; None waits for ever.
-        stop: Notes what asks this rank to stop.
-        log: Where stacks go, a file with a descriptor.
+        run_dir: The run folder.
+        rank: The rank of this process.
+        world_size: Number of ranks.
+        hang_timeout: Seconds without progress after which the run ends; None never ends it.
+        stop: The stop request of this rank.
+        log: Stream for stacks, a file with a descriptor.
     """
 
     def __init__(
@@ -63,162 +66,177 @@ class Watchdog:
     ) -> None:
         self._run_dir, self._rank, self._world_size = run_dir, rank, world_size
         self._hang_timeout, self._stop, self._log = hang_timeout, stop, log
-        self._main = threading.main_thread().ident
-        self._every = max(1.0, world_size / _RANKS_PER_SECOND)
+        self._main_thread = threading.main_thread().ident
+        self._heartbeat_seconds = max(1.0, world_size / _HEARTBEATS_PER_SECOND)
         self._closed = threading.Event()
-        self._place = 0, PHASES[0], time.monotonic()
+        self._progress = 0, PHASES[0], time.monotonic()
         self.usage: Callable[[], dict[str, Any]] = dict
-        """Returns what the rank uses, once that is known."""
+        """Returns memory and utilisation as fields of `Heartbeat`; set when the device is known."""
 
         run_dir.health(rank).parent.mkdir(exist_ok=True)
-        self._write()
+        self._write_heartbeat()
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
         self._thread.start()
 
     def report_phase(self, step: int, phase: str) -> None:
-        """Say that this rank has moved: `step` steps are taken, and it does `phase` now."""
-        begins = self._place[1] == PHASES[0] != phase
-        self._place = step, phase, time.monotonic()
-        if begins:
-            self._write()  # from here on there is something to lose
+        """Record progress of this rank.
+
+        Args:
+            step: Optimizer steps taken.
+            phase: What the rank does from now on, one of `PHASES`.
+        """
+        has_started = self._progress[1] == PHASES[0] != phase
+        self._progress = step, phase, time.monotonic()
+        if has_started:  # the launcher now lets the ranks save before it ends them
+            self._write_heartbeat()
 
     def close(self) -> None:
-        """Stop watching, and leave word of where the rank ended."""
+        """End the thread and write a last heartbeat."""
         self._closed.set()
         self._thread.join()
-        self._write()
+        self._write_heartbeat()
 
     def _watch(self) -> None:
-        written = time.monotonic()
-        while not self._closed.wait(_SECONDS_BETWEEN_LOOKS):
+        written_at = time.monotonic()
+        while not self._closed.wait(_POLL_SECONDS):
             now = time.monotonic()
-            still = now - self._place[2]
-            if self._stop.number == signal.SIGTERM and still > _SECONDS_TO_END:
+            still_seconds = now - self._progress[2]
+            if self._stop.number == signal.SIGTERM and still_seconds > _SECONDS_TO_END:
                 os._exit(EXIT_BY_SIGNAL + signal.SIGTERM)
-            starting = self._place[1] == PHASES[0]  # as long as the data takes
-            if self._hang_timeout is not None and still > self._hang_timeout and not starting:
-                self._end()
-            if now - written >= self._every:
-                written = now
-                self._write()
+            is_starting = self._progress[1] == PHASES[0]  # a download may take any time
+            timeout = self._hang_timeout
+            if timeout is not None and still_seconds > timeout and not is_starting:
+                self._end_run(timeout)
+            if now - written_at >= self._heartbeat_seconds:
+                written_at = now
+                self._write_heartbeat()
 
-    def _write(self, **more: Any) -> None:
-        step, phase, moved = self._place
+    def _write_heartbeat(self, **more: Any) -> None:
+        step, phase, since = self._progress
         now = time.time()
-        health = Heartbeat(
+        heartbeat = Heartbeat(
             rank=self._rank,
             node=platform.node(),
             pid=os.getpid(),
             step=step,
             phase=phase,
-            since=now - (time.monotonic() - moved),
+            since=now - (time.monotonic() - since),
             time=now,
-            **self._used(),
+            **self._measure_usage(),
             **more,
         )
-        with contextlib.suppress(OSError):  # a full disk stops no run
+        with contextlib.suppress(OSError):  # a full disk must not stop the run
             path = self._run_dir.health(self._rank)
-            beside = path.with_suffix(".tmp")
-            beside.write_text(json.dumps(asdict(health)), encoding="utf-8")
-            beside.replace(path)
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(asdict(heartbeat)), encoding="utf-8")
+            temporary.replace(path)
 
-    def _used(self) -> dict[str, Any]:
-        """Return what the rank uses; nothing where a device cannot say so any more."""
+    def _measure_usage(self) -> dict[str, Any]:
+        """Return the memory and utilisation of the rank, or nothing if the device fails."""
         try:
             return self.usage()
-        except Exception:  # noqa: BLE001  # a driver's own errors, which are not to end the watch
+        except Exception:  # noqa: BLE001  # a driver's error must not end this thread
             return {}
 
-    def _end(self) -> None:
-        """End the run: say where this rank is, then who it is that the others wait for."""
-        where, waits = self._where()
-        self._write(stalled=True, where=where, waits=waits)
-        print(f"No progress for {self._hang_timeout:g} s. All threads:", file=self._log, flush=True)
+    def _end_run(self, timeout: float) -> None:
+        """Report where this rank is, record the rank for which the others wait, and exit."""
+        where, waits = self._find_main_thread()
+        self._write_heartbeat(stalled=True, where=where, waits=waits)
+        print(f"No progress for {timeout:g} s. All threads:", file=self._log, flush=True)
         faulthandler.dump_traceback(file=self._log, all_threads=True)
         for child in children():
             with contextlib.suppress(OSError):
-                os.kill(child, signal.SIGUSR2)  # a DataLoader worker: it leaves its stack as well
-        time.sleep(_SECONDS_TO_SPEAK)
-        found = [read_heartbeat(self._run_dir, rank) for rank in range(self._world_size)]
-        failure = _hang_failure(found, self._hang_timeout or 0.0)
+                os.kill(child, signal.SIGUSR2)  # a DataLoader worker writes its stack to the log
+        time.sleep(_SECONDS_TO_REPORT)
+        heartbeats = [read_heartbeat(self._run_dir, rank) for rank in range(self._world_size)]
+        failure = _hang_failure(heartbeats, timeout)
         if record_failure(self._run_dir, failure) and failure.node == platform.node():
-            os.kill(failure.pid, signal.SIGKILL)  # one that is stopped takes no other signal
+            os.kill(failure.pid, signal.SIGKILL)  # a stopped process handles no other signal
         os._exit(EXIT_FAILED)
 
-    def _where(self) -> tuple[str, bool]:
+    def _find_main_thread(self) -> tuple[str, bool]:
         """Return where the main thread is, and whether it is in a call that waits for ranks.
 
-        Such a call is torch's own; said is then who made it.
+        For a call inside torch the place is that of the caller.
         """
-        frame = sys._current_frames().get(self._main or 0)  # noqa: SLF001
+        frame = sys._current_frames().get(self._main_thread or 0)  # noqa: SLF001
         if frame is None:
             return "", False
         parts = Path(frame.f_code.co_filename).parts
-        waits = any(part in _OURS for part in parts) and "utils" not in parts
+        waits = any(part in _WAITING_PACKAGES for part in parts) and "utils" not in parts
         while frame.f_back is not None and "torch" in Path(frame.f_code.co_filename).parts:
             frame = frame.f_back
         path = frame.f_code.co_filename
         return f"{path}, line {frame.f_lineno}, in {frame.f_code.co_name}", waits
 
 
-def _behind(rank: int, health: Heartbeat | None, others: int) -> str:
-    """Return what the rank that is behind does, and that others wait for it."""
-    if health is None:
-        what = f"rank {rank} has never been heard of"
-    elif not health.stalled:
-        what = (
-            f"rank {rank} ({health.node}) does not answer: it was last heard of "
-            f"{time.time() - health.time:.0f} s ago, after {health.step:,} steps, {health.phase}"
+def _slowest_rank_text(rank: int, heartbeat: Heartbeat | None, num_others: int) -> str:
+    """Return what the slowest rank does, and how many ranks wait for it."""
+    if heartbeat is None:
+        text = f"rank {rank} has never written a heartbeat"
+    elif not heartbeat.stalled:
+        text = (
+            f"rank {rank} ({heartbeat.node}) does not answer: its last heartbeat was "
+            f"{time.time() - heartbeat.time:.0f} s ago, after {heartbeat.step:,} steps, "
+            f"{heartbeat.phase}"
         )
     else:
-        what = (
-            f"rank {rank} ({health.node}) is {health.phase} in step {health.step + 1:,}, "
-            f"at {health.where}"
+        text = (
+            f"rank {rank} ({heartbeat.node}) is {heartbeat.phase} in step {heartbeat.step + 1:,}, "
+            f"at {heartbeat.where}"
         )
-        if health.phase == "reading data":
-            what += ". It waits for its data: num_workers=0 shows whether it is the data set"
-    if not others:
-        return what
-    return f"{what}; the other {'one waits' if others == 1 else f'{others} wait'} for it"
+        if heartbeat.phase == "reading data":
+            text += ". It waits for its data: num_workers=0 shows whether the data set hangs"
+    if not num_others:
+        return text
+    verb = "rank waits" if num_others == 1 else f"{num_others} ranks wait"
+    return f"{text}; the other {verb} for it"
 
 
-def _waiting_apart(found: list[Heartbeat | None]) -> str | None:
-    """Return that ranks wait for each other in different calls, where they do."""
-    places: dict[str, int] = {}
-    for health in found:
-        if health is None or not (health.stalled and health.waits):
+def _different_calls_text(heartbeats: list[Heartbeat | None]) -> str | None:
+    """Return the text about ranks that wait for each other in different calls, or None."""
+    ranks: dict[str, int] = {}
+    for heartbeat in heartbeats:
+        if heartbeat is None or not (heartbeat.stalled and heartbeat.waits):
             return None
-        places.setdefault(health.where, health.rank)
-    if len(places) < 2:
+        ranks.setdefault(heartbeat.where, heartbeat.rank)
+    if len(ranks) < 2:
         return None
-    named = (f"rank {rank} at {where}" for where, rank in list(places.items())[:2])
+    places = (f"rank {rank} at {where}" for where, rank in list(ranks.items())[:2])
     return (
-        f"the ranks wait for each other in different calls, {' and '.join(named)}: a collective "
-        "call that not all of them make, or not in the same order"
+        f"the ranks wait for each other in different calls, {' and '.join(places)}: not all of "
+        "them make the same collective calls in the same order"
     )
 
 
-def _hang_failure(found: list[Heartbeat | None], timeout: float) -> Failure:
-    """Return the failure of a run that hangs, which names the rank that is behind."""
+def _hang_failure(heartbeats: list[Heartbeat | None], timeout: float) -> Failure:
+    """Return the failure of a run that hangs, which names the slowest rank.
+
+    Args:
+        heartbeats: The last heartbeat of each rank; None for a rank that wrote none.
+        timeout: Seconds without progress.
+    """
 
     def progress(rank: int) -> tuple[bool, int, int, bool]:
-        health = found[rank]
-        if health is None:
+        heartbeat = heartbeats[rank]
+        if heartbeat is None:
             return False, 0, 0, False
-        silent = not health.stalled
-        return not silent, health.step, PHASES.index(health.phase), health.waits
+        phase = PHASES.index(heartbeat.phase)
+        return heartbeat.stalled, heartbeat.step, phase, heartbeat.waits
 
-    last = min(range(len(found)), key=progress)
-    health = found[last]
-    what = _waiting_apart(found) or _behind(last, health, len(found) - 1)
+    slowest = min(range(len(heartbeats)), key=progress)
+    heartbeat = heartbeats[slowest]
+    text = _different_calls_text(heartbeats) or _slowest_rank_text(
+        slowest, heartbeat, len(heartbeats) - 1
+    )
     return Failure(
-        rank=last,
-        node="" if health is None else health.node,
-        pid=0 if health is None else health.pid,
+        rank=slowest,
+        node="" if heartbeat is None else heartbeat.node,
+        pid=0 if heartbeat is None else heartbeat.pid,
         time=time.time(),
         error="Hang",
         message=(
-            f"No rank has made progress for {timeout:g} s (hang_timeout): {what}. "
+            f"No rank has made progress for {timeout:g} s (hang_timeout): {text}. "
             "The stacks of all threads are in the logs."
         ),
         exit_code=EXIT_FAILED,
