@@ -1,4 +1,4 @@
-"""What ranks train that examine themselves."""
+"""The recipe of `launcher doctor`, whose ranks test their devices and train nothing."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from launcher.recipe.recipe import Data, Recipe
 
 
 def diagnostics_recipe() -> Recipe:
-    """Return a recipe of nothing, to plan an examination with."""
+    """Return a recipe from which diagnostics can be planned, and which cannot be trained."""
 
-    def nothing(*_: object) -> Any:
+    def not_trainable(*_: object) -> Any:
         raise NotImplementedError
 
     return Recipe(
         name="doctor",
-        model=nothing,
+        model=not_trainable,
         data=lambda: Data(train=()),
-        loss=nothing,
+        loss=not_trainable,
         batch_size=1,
         lr=1.0,
         lr_rule="none",
