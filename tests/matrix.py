@@ -1,7 +1,8 @@
-"""Many configurations, one after the other, on one number of ranks and then on the next.
+"""Train many configurations, on one number of ranks after the other.
 
-A program for test_matrix.py, test_features.py and test_resume.py. Ranks are forked from it, and
-train all of theirs in one process group, so that imports and groups are paid once.
+A program for test_matrix.py, test_features.py, test_unused_parameters.py and test_resume.py. It
+forks the ranks, which train all their configurations in one process group: imports and rendezvous
+are paid once.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from torch.multiprocessing.spawn import start_processes
 from worlds import tokens, worlds
 
 from launcher import Recipe, adamw, make_plan, read_machine, sgd
+from launcher.engine.process_group import join
 from launcher.engine.ranks.output import Output
-from launcher.engine.run import join, train_rank
+from launcher.engine.run import train_rank
 from launcher.environment.world import World, find_world
 from launcher.planning.strategy import STRATEGIES
 from launcher.runs.job import ResumeFrom
@@ -46,7 +48,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One configuration on a number of ranks."""
+    """One configuration of a recipe."""
 
     recipe: str
     strategy: str = "ddp"
@@ -61,11 +63,11 @@ class Case:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Number of optimizer steps of the run."""
         return 13 if "batch_milestones" in dict(self.options) else 10
 
     def make(self, ranks: int) -> Recipe:
-        """Return the recipe, with as many micro-batches as asked for in a whole batch."""
+        """Return the recipe with the micro-batch size that gives the accumulation on `ranks`."""
         base = RECIPES[self.recipe]()
         assert base.batch_size is not None
         changes: dict[str, Any] = {
@@ -79,20 +81,20 @@ class Case:
 
 
 GROWING = (("epochs", 4), ("batch_milestones", (0.3, 0.7)), ("batch_gamma", 1.7))
-"""Batches of 62, 105 and 179; the second stage begins and ends inside of epochs."""
+"""Batches of 62, 105 and 179 samples; the second stage starts and ends within epochs."""
 
 
 def matrix(ranks: int) -> Iterator[Case]:
-    """Yield every strategy with and without accumulation under both optimizers.
+    """Yield every strategy with and without accumulation and with both optimizers.
 
-    On more ranks than there are cores, where a step takes the longest, yield a few of them.
+    On more than 3 ranks, where a step takes longest, yield only a few of these cases.
     """
     if ranks > 3:
         for strategy in STRATEGIES:
             yield Case("worlds", strategy, 1, "sgd")
             yield Case("tokens", strategy, 3, "adamw")
         return
-    if ranks == 1:  # what others are compared with
+    if ranks == 1:  # references for the other cases
         yield Case("tokens", optimizer="adamw")
         yield Case("worlds", options=GROWING)
     for strategy in STRATEGIES:
@@ -111,7 +113,7 @@ RECOMPUTED = ("activation_checkpointing", True)
 
 
 def features(ranks: int) -> Iterator[Case]:
-    """Yield the settings for speed and memory under the strategies they go with."""
+    """Yield each setting for speed and memory under the strategies that support it."""
     strategies = {1: ("ddp",), 2: ("ddp", "fsdp", "zero2", "zero3")}
     for strategy in strategies.get(ranks, ("ddp", "zero3")):
         for precision in ("bf16", "fp16"):
@@ -135,7 +137,7 @@ def features(ranks: int) -> Iterator[Case]:
 
 
 def unused(ranks: int) -> Iterator[Case]:
-    """Yield a model of which each rank uses other parts, where whole models are gathered."""
+    """Yield cases of a model in which each rank uses different parameters."""
     once = (("epochs", 1),)
     if ranks == 1:
         for optimizer in OPTIMIZERS:
@@ -160,7 +162,7 @@ SOURCES = (
     Case("worlds", "ddp", 1, "sgd", options=(("precision", "fp16"),)),
     Case("worlds", "ddp", 1, "sgd", options=GROWING),
 )
-"""What is resumed: trained on `SOURCE_RANKS`, a checkpoint in the middle of its second epoch."""
+"""Cases that are resumed: trained on `SOURCE_RANKS`, with a checkpoint within the second epoch."""
 
 EVALUATED = (
     *(
@@ -176,15 +178,17 @@ EVALUATED = (
         for strategy in ("fsdp", "zero2", "zero3")
     ),
 )
-"""Resumed likewise, from a checkpoint that follows several evaluations: after a forward without a
-backward weights may lie elsewhere, and the optimizer's state with them."""
+"""Cases that are resumed from a checkpoint after several evaluations.
+
+After a forward without a backward, sharded weights and optimizer state may lie elsewhere in memory.
+"""
 
 SOURCE_RANKS = 2
 RESUMED_FROM = 7
 
 
 def resumed(ranks: int) -> Iterator[tuple[Case, Case]]:
-    """Yield each source with how it is resumed: as it was, and everything under everything."""
+    """Yield pairs of a source and the configuration with which it is resumed."""
     if ranks == SOURCE_RANKS:
         yield from ((source, source) for source in (*SOURCES, *EVALUATED))
     plain = SOURCES[1]
@@ -196,8 +200,8 @@ def resumed(ranks: int) -> Iterator[tuple[Case, Case]]:
             yield source, replace(source, strategy="ddp")
     for source in EVALUATED:
         if ranks == 1:
-            kept = tuple(option for option in source.options if option[0] != "offload")
-            yield source, replace(source, strategy="ddp", options=kept)
+            options = tuple(option for option in source.options if option[0] != "offload")
+            yield source, replace(source, strategy="ddp", options=options)
         elif ranks == 3:
             yield source, source
 
@@ -206,18 +210,18 @@ SUITES = {"matrix": matrix, "features": features, "unused": unused}
 
 
 class Trainer:
-    """Trains cases one after the other in this process's group."""
+    """Trains cases one after the other in one process group."""
 
     def __init__(self, folder: Path, world: World) -> None:
         self.world = world
         self._folder = folder
         self._output = Output(terminal=io.StringIO(), errors=io.StringIO(), log=io.StringIO())
-        self._backends: list[Any] = []  # which hold the process group, the same for all
+        self._backends: list[Any] = []  # keep alive the process group that all cases share
 
     def __call__(
         self, case: Case, name: str, *, source: Path | None = None, saves: bool = False
     ) -> None:
-        """Train a case into a folder of that name; from the checkpoint of a copied run, if any."""
+        """Train a case into a folder called `name`, resumed from a copy of `source` if given."""
         recipe = replace(
             case.make(self.world.world_size), checkpoint_every=RESUMED_FROM, keep_checkpoints=2
         )
@@ -231,7 +235,7 @@ class Trainer:
 
         backend, run_dir = join(recipe, plan, self.world, make_run_dir)
         if torch.distributed.is_initialized():
-            self.world = replace(self.world, store=None)  # the group is formed, for all cases
+            self.world = replace(self.world, store=None)  # later cases use the same group
         start = ResumeFrom(step=RESUMED_FROM) if source is not None else None
         stop = StopRequest() if saves else None
         train_rank(recipe, plan, backend, run_dir, self._output, start=start, stop=stop)
@@ -239,7 +243,7 @@ class Trainer:
 
 
 def train_suite(suite: str, folder: Path, worlds: Sequence[int]) -> None:
-    """Train each case of a suite into a folder of its own: on2/..., with two ranks."""
+    """Train each case of a suite into a folder of its own, such as on2/... with two ranks."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     for module in ("accelerate", "deepspeed"):
         importlib.import_module(f"launcher.engine.backends.{module}")
@@ -248,7 +252,7 @@ def train_suite(suite: str, folder: Path, worlds: Sequence[int]) -> None:
 
 
 def train_cases(rank: int, suite: str, folder: Path, ranks: int) -> None:
-    """Train the cases of a suite that are for so many ranks, as one of them."""
+    """Train the cases of a suite for this number of ranks, as one of the ranks."""
     for name, value in (("RANK", rank), ("WORLD_SIZE", ranks)):
         os.environ |= {name: str(value), f"LOCAL_{name}": str(value)}
     train = Trainer(folder / f"on{ranks}", replace(find_world(), store=folder / f"store{ranks}"))

@@ -41,10 +41,10 @@ _WITHOUT_A_WORD = ("kill", "exit", "leave")
         ("sample", 1, "raised OSError for sample 77 (epoch 0): truncated file"),
         ("worker-killed", 1, "A DataLoader worker died"),
         ("leave", 1, "Rank 1 (HOST) ended with exit code 0 before the run did"),
-        ("nan", 1, "At step 3 the loss is nan and the gradient's norm nan"),
+        ("nan", 1, "At step 3 the loss is nan"),
         ("data", 1, "FileNotFoundError: no folder /data/images"),
         ("empty", 2, "The train data is empty"),
-        ("count", 1, "counted 2 items, and the global batch holds 62"),
+        ("count", 1, "counted 2 items"),
         ("mean", 2, "expected (sum, count)"),
     ],
 )
@@ -196,7 +196,7 @@ def test_a_bad_step_is_left_out(run: Commands) -> None:
     """One loss that is not finite is told with its samples, and the run goes on without it."""
     done = fail(run, "nan-once", "rank=1")
     assert done.exit_code == 0, done.stderr
-    said = next(line for line in done.stdout.splitlines() if "it was left out" in line)
+    said = next(line for line in done.stdout.splitlines() if "Its samples: " in line)
     ids = [int(text) for text in said.partition("Its samples: ")[2].rstrip(".").split(", ")]
     assert len(set(ids)) == 62, "the samples of the global batch, of both ranks"
     rows = read_lines(run.folder / "out/metrics.jsonl")
@@ -210,8 +210,8 @@ def test_too_many_bad_steps_end_the_run(run: Commands) -> None:
     """As many in a row as max_bad_steps says; the message names the samples of the last."""
     done = fail(run, "nan", "checkpoint_every=1", "max_bad_steps=2")
     assert done.exit_code == 1
-    assert "(max_bad_steps=2). The steps were not taken" in done.stderr
-    assert "look at the samples of the step: " in done.stderr
+    assert "(max_bad_steps=2)" in done.stderr
+    assert "samples of step 2: " in done.stderr
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk")
@@ -266,5 +266,5 @@ def test_stopped_with_nothing_saved(run: Commands) -> None:
     process.send_signal(signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 1, stdout + stderr
-    assert "and no checkpoint could be saved: there is nothing to go on from" in stderr
+    assert "no checkpoint could be saved" in stderr
     assert "launcher resume" not in stdout + stderr

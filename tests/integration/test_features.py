@@ -1,4 +1,4 @@
-"""The settings for speed and memory: under every strategy they change speed and memory alone."""
+"""Settings for speed and memory change no optimizer step, under any strategy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CASES = [(ranks, case) for ranks in WORLDS for case in features(ranks)]
 
 @pytest.fixture(scope="module")
 def trained(module_run: Commands) -> Path:
-    """Train every case, one number of ranks after the other."""
+    """Train every case, on one number of ranks after the other."""
     return train_suite(module_run, "features", WORLDS)
 
 
@@ -27,21 +27,21 @@ def trained(module_run: Commands) -> Path:
     ("ranks", "case"), CASES, ids=[f"{ranks}-{case.key}" for ranks, case in CASES]
 )
 def test_a_setting_changes_no_step(trained: Path, ranks: int, case: Case) -> None:
-    """The steps are those of one process without it, to the rounding of the precision."""
+    """With a setting, the steps are those of one process without it, to rounding."""
     precision = str(dict(case.options).get("precision", "fp32"))
     plain = replace(
         case, strategy="ddp", accumulation=1, options=DOUBLE if precision == "fp64" else ()
     )
-    wanted = read_trace(RunDir(trained / "on1" / plain.key))
-    found = read_trace(RunDir(trained / f"on{ranks}" / case.key))
-    difference = compare(wanted, found, TOLERANCES[precision])
+    reference = read_trace(RunDir(trained / "on1" / plain.key))
+    trace = read_trace(RunDir(trained / f"on{ranks}" / case.key))
+    difference = compare(reference, trace, TOLERANCES[precision])
     assert difference.agrees, difference
     if precision in ("bf16", "fp16"):
-        assert difference.loss > 1e-6, "it did not compute in that precision"
+        assert difference.loss > 1e-6, "it was not computed in that precision"
 
 
 def test_every_strategy_evaluates_alike(trained: Path) -> None:
-    """BatchNorm's running statistics are the same on all ranks, so that evaluations are."""
+    """Evaluations with BatchNorm agree between strategies and numbers of ranks."""
     values = {
         (ranks, case.key): evaluation
         for ranks, case in CASES

@@ -17,7 +17,7 @@ CASES = [(ranks, case) for ranks in WORLDS for case in matrix(ranks)]
 
 @pytest.fixture(scope="module")
 def trained(module_run: Commands) -> Path:
-    """Train the whole matrix, one number of ranks after the other."""
+    """Train the whole matrix, on one number of ranks after the other."""
     return train_suite(module_run, "matrix", WORLDS)
 
 
@@ -25,10 +25,10 @@ def trained(module_run: Commands) -> Path:
     ("ranks", "case"), CASES, ids=[f"{ranks}-{case.key}" for ranks, case in CASES]
 )
 def test_the_strategy_changes_nothing(trained: Path, ranks: int, case: Case) -> None:
-    """It takes the steps of one process and one micro-batch: exactly, or to 1e-5 for rounding."""
+    """Each case takes the steps of one process with one micro-batch, to 1e-5."""
     alone = Case(case.recipe, optimizer=case.optimizer, options=case.options)
-    wanted = read_trace(RunDir(trained / "on1" / alone.key))
-    found = read_trace(RunDir(trained / f"on{ranks}" / case.key))
-    assert len(found.loss) == case.steps
-    difference = compare(wanted, found, 1e-5)
+    reference = read_trace(RunDir(trained / "on1" / alone.key))
+    trace = read_trace(RunDir(trained / f"on{ranks}" / case.key))
+    assert len(trace.loss) == case.steps
+    difference = compare(reference, trace, 1e-5)
     assert difference.agrees, difference

@@ -1,4 +1,4 @@
-"""A run that is resumed goes on to the sample: on any number of ranks, under any strategy."""
+"""A resumed run continues to the sample, on any number of ranks and under any strategy."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STEADY = str(ROOT / "benchmarks/steady.py")
 
 @pytest.fixture(scope="module")
 def trained(module_run: Commands) -> Path:
-    """Train every source, and resume it in every way."""
+    """Train every source, and resume each in every way."""
     return train_suite(module_run, "resume", WORLDS)
 
 
@@ -37,65 +37,64 @@ def trained(module_run: Commands) -> Path:
     CASES,
     ids=[f"{ranks}-{source.key}-as-{case.key}" for ranks, source, case in CASES],
 )
-def test_it_goes_on_to_the_sample(trained: Path, ranks: int, source: Case, case: Case) -> None:
-    """It is the run that was never stopped: to the bit as it was, else to rounding."""
-    never_stopped = read_trace(RunDir(trained / f"on{SOURCE_RANKS}" / source.key))
+def test_it_resumes_to_the_sample(trained: Path, ranks: int, source: Case, case: Case) -> None:
+    """A resumed run equals an uninterrupted one, to the bit in the same setting, else rounded."""
+    uninterrupted = read_trace(RunDir(trained / f"on{SOURCE_RANKS}" / source.key))
     run_dir = RunDir(trained / f"on{ranks}" / f"{source.key}-as-{case.key}")
-    found = read_trace(run_dir)
-    assert len(found.loss) == source.steps
+    resumed_run = read_trace(run_dir)
+    assert len(resumed_run.loss) == source.steps
     precision = str(dict(case.options).get("precision", "fp32"))
-    difference = compare(never_stopped, found, TOLERANCES[precision])
+    difference = compare(uninterrupted, resumed_run, TOLERANCES[precision])
     assert difference.agrees, difference
     if case == source and ranks == SOURCE_RANKS:
-        assert is_equal(never_stopped, found)
+        assert is_equal(uninterrupted, resumed_run)
     steps = [row["step"] for row in read_lines(run_dir.metrics) if "loss" in row]
     assert steps == list(range(1, source.steps + 1)), "each step once"
 
 
 def is_equal(one: Trace, other: Trace) -> bool:
-    """Return whether two runs are the same to the bit."""
+    """Return whether two runs are equal to the bit."""
     return (one.loss, one.grad_norm) == (other.loss, other.grad_norm) and all(
         torch.equal(weight, other.weights[name]) for name, weight in one.weights.items()
     )
 
 
 @pytest.fixture(scope="module")
-def whole(module_run: Commands) -> Path:
+def finished(module_run: Commands) -> Path:
     """Return a finished run with checkpoints after 12 of its 15 steps, and at its end."""
     done = module_run(
         *("launcher", "run", f"{WORLDS_PY}:worlds", "-n", "2", "num_workers=4"),
-        *("checkpoint_every=4", "--out", "whole"),
+        *("checkpoint_every=4", "--out", "finished"),
     )
     assert done.exit_code == 0, done.stderr
-    return module_run.folder / "whole"
+    return module_run.folder / "finished"
 
 
 @pytest.fixture
-def copy(module_run: Commands, whole: Path, request: pytest.FixtureRequest) -> Path:
-    """Return a copy of the finished run to do things to."""
+def copy(module_run: Commands, finished: Path, request: pytest.FixtureRequest) -> Path:
+    """Return a copy of the finished run, which a test may change."""
     target = module_run.folder / "".join(c if c.isalnum() else "-" for c in request.node.name)
-    shutil.copytree(whole, target)
+    shutil.copytree(finished, target)
     return target
 
 
-def test_the_command_goes_on(module_run: Commands, whole: Path, copy: Path) -> None:
-    """`launcher resume` takes the run's settings, says what it does, and keeps what was said."""
+def test_the_command_resumes(module_run: Commands, finished: Path, copy: Path) -> None:
+    """`launcher resume` keeps the run's settings, prints changes, and keeps the earlier record."""
     done = module_run("launcher", "resume", copy, "--from", "12", "-n", "1", "strategy=zero1")
     assert done.exit_code == 0, done.stderr
     assert "resumed from step-00000012" in done.stdout
-    assert "the learning rate of step" not in done.stdout, "nothing becomes of it"
+    assert "the learning rate of step" not in done.stdout, "the schedule is the same"
     assert "run.yaml: num_workers=4, checkpoint_every=4" in done.stdout
-    wanted, found = read_trace(RunDir(whole)), read_trace(RunDir(copy))
-    assert compare(wanted, found, 1e-5).agrees
-    assert (copy / "checkpoints/step-00000015.set-aside").is_dir(), "nothing is lost"
-    said = yaml.safe_load((copy / "run.yaml").read_text())
-    assert said["plan"]["world_size"] == 1
-    assert [each["plan"]["world_size"] for each in said["earlier"]] == [2]
+    assert compare(read_trace(RunDir(finished)), read_trace(RunDir(copy)), 1e-5).agrees
+    assert (copy / "checkpoints/step-00000015.set-aside").is_dir(), "nothing is deleted"
+    record = yaml.safe_load((copy / "run.yaml").read_text())
+    assert record["plan"]["world_size"] == 1
+    assert [earlier["plan"]["world_size"] for earlier in record["earlier"]] == [2]
     assert (copy / "result.json").is_file()
 
 
-def test_a_finished_run_can_go_on(module_run: Commands, copy: Path) -> None:
-    """More epochs continue from the end; without them there is nothing to do."""
+def test_a_finished_run_can_be_extended(module_run: Commands, copy: Path) -> None:
+    """More epochs continue a finished run from its end; without them it is left unchanged."""
     done = module_run("launcher", "resume", copy)
     assert done.exit_code == 0
     assert "is finished: 15 of 15 steps are taken" in done.stdout
@@ -107,13 +106,13 @@ def test_a_finished_run_can_go_on(module_run: Commands, copy: Path) -> None:
     assert steps == list(range(1, 21))
 
 
-def test_another_schedule_is_said_before_it_is_taken(module_run: Commands, copy: Path) -> None:
-    """More epochs given before the end change the learning rate of steps that are left."""
+def test_another_schedule_is_printed(module_run: Commands, copy: Path) -> None:
+    """The printed learning rate of the next step under a longer schedule is the one it takes."""
     done = module_run("launcher", "resume", copy, "--from", "12", "epochs=4", "-n", "1")
     assert done.exit_code == 0, done.stderr
     rows = {row["step"]: row["lr"] for row in read_lines(copy / "metrics.jsonl") if "lr" in row}
-    said = " ".join(done.stdout.split())
-    assert f"the learning rate of step 13 is {rows[13]:.3g} instead of" in said
+    printed = " ".join(done.stdout.split())
+    assert f"the learning rate of step 13 is {rows[13]:.3g} instead of" in printed
 
 
 def flip(path: Path) -> None:
@@ -124,7 +123,7 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "fragment"),
     [
         ("flip", "shard-00002-model-00001-of-00001.safetensors: not the bytes that were written"),
         ("cut", "shard-00002-model-00001-of-00001.safetensors: 100 bytes instead of"),
@@ -135,9 +134,9 @@ def flip(path: Path) -> None:
     ],
 )
 def test_a_damaged_checkpoint_is_refused(
-    module_run: Commands, whole: Path, copy: Path, damage: str, said: str
+    module_run: Commands, finished: Path, copy: Path, damage: str, fragment: str
 ) -> None:
-    """It is named with what is wrong; the one before is offered, and taken with --auto."""
+    """A damaged checkpoint is named with its damage; --auto resumes from the one before."""
     newest = copy / "checkpoints/step-00000015"
     shard = newest / "shard-00002-model-00001-of-00001.safetensors"
     if damage == "flip":
@@ -158,13 +157,13 @@ def test_a_damaged_checkpoint_is_refused(
     done = module_run("launcher", "resume", copy)
     assert done.exit_code == 2, done.stdout
     assert done.stderr.startswith(f"launcher: {newest}")
-    assert said in done.stderr
+    assert fragment in done.stderr
     assert "add `--from step-00000012`, or --auto" in done.stderr
     assert "Traceback" not in done.stderr
     done = module_run("launcher", "resume", copy, "--auto")
     assert done.exit_code == 0, done.stderr
     assert "step-00000012" in done.stdout
-    assert is_equal(read_trace(RunDir(whole)), read_trace(RunDir(copy)))
+    assert is_equal(read_trace(RunDir(finished)), read_trace(RunDir(copy)))
 
 
 @pytest.mark.parametrize(
@@ -179,7 +178,7 @@ def test_a_damaged_checkpoint_is_refused(
 def test_what_cannot_be_resumed_is_refused(
     module_run: Commands, copy: Path, arguments: list[str], message: str
 ) -> None:
-    """One sentence, and the run folder as it was."""
+    """What cannot be resumed is refused without a traceback, and the run folder is unchanged."""
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     done = module_run("launcher", "resume", copy, *arguments)
     assert done.exit_code == 2
@@ -189,7 +188,7 @@ def test_what_cannot_be_resumed_is_refused(
 
 
 def test_another_model_is_refused(module_run: Commands, copy: Path) -> None:
-    """A recipe whose model has changed since is told by the names and shapes of its weights."""
+    """A checkpoint is refused if the recipe's model has weights of other names or shapes."""
     changed = module_run.folder / "changed.py"
     changed.write_text(
         "import sys\n"
@@ -203,8 +202,8 @@ def test_another_model_is_refused(module_run: Commands, copy: Path) -> None:
         "def changed() -> Recipe:\n"
         "    return replace(worlds(), model=build)\n"
     )
-    said = yaml.safe_load((copy / "run.yaml").read_text())
-    (copy / "run.yaml").write_text(yaml.safe_dump(said | {"recipe": f"{changed}:changed"}))
+    record = yaml.safe_load((copy / "run.yaml").read_text())
+    (copy / "run.yaml").write_text(yaml.safe_dump(record | {"recipe": f"{changed}:changed"}))
     done = module_run("launcher", "resume", copy, "--from", "12")
     assert done.exit_code == 2
     assert "6 parameters" in done.stderr
@@ -212,7 +211,7 @@ def test_another_model_is_refused(module_run: Commands, copy: Path) -> None:
 
 
 def test_no_run_folder_is_refused(run: Commands) -> None:
-    """What is no run folder, or has no checkpoint, is told so."""
+    """A folder that does not exist, or has no run.yaml, is refused."""
     assert "does not exist" in run("launcher", "resume", "nowhere").stderr
     (run.folder / "empty").mkdir()
     assert "it has no run.yaml" in run("launcher", "resume", "empty").stderr
@@ -221,19 +220,19 @@ def test_no_run_folder_is_refused(run: Commands) -> None:
     assert "it has no run.yaml" in done.stderr
 
 
-@pytest.mark.usefixtures("whole")
-def test_a_taken_folder_offers_to_resume(module_run: Commands) -> None:
-    """`launcher run` with the --out of another run says how to go on with that."""
-    done = module_run("launcher", "run", f"{WORLDS_PY}:worlds", "--out", "whole")
+@pytest.mark.usefixtures("finished")
+def test_an_existing_run_folder_is_refused(module_run: Commands) -> None:
+    """`launcher run` into the folder of another run is refused, with the command to resume it."""
+    done = module_run("launcher", "run", f"{WORLDS_PY}:worlds", "--out", "finished")
     assert done.exit_code == 2
-    assert "`launcher resume whole`" in done.stderr
+    assert "`launcher resume finished`" in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
 def test_a_signal_stops_at_a_step(run: Commands, number: signal.Signals) -> None:
-    """The run ends with a checkpoint and exit code 75, and goes on from there."""
+    """A signal ends the run with a checkpoint and exit code 75, from which it resumes."""
     process = run.start("launcher", "run", STEADY, "-n", "2", "device=cpu", "--out", "out")
-    step = stop_when_under_way(process, run.folder / "out", number)
+    step = stop_after_checkpoint(process, run.folder / "out", number)
     assert process.returncode == 75
     assert (run.folder / f"out/checkpoints/step-{step:08}").is_dir()
     assert not (run.folder / "out/result.json").exists()
@@ -242,35 +241,35 @@ def test_a_signal_stops_at_a_step(run: Commands, number: signal.Signals) -> None
     assert f"resumed from step-{step:08}" in done.stdout
 
 
-def stop_when_under_way(
+def stop_after_checkpoint(
     process: subprocess.Popen[str], folder: Path, number: signal.Signals
 ) -> int:
-    """Send a signal to a run that has saved a checkpoint; return the step it stopped at."""
+    """Send a signal to a run once it has saved a checkpoint; return the step it stopped after."""
     while not list_checkpoints(RunDir(folder)):
         assert process.poll() is None
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
+    assert "launcher resume out" in stdout, stderr
     line = next(line for line in stdout.splitlines() if "stopped after step" in line)
-    assert "Go on with:" in line, stderr
     return int(line.partition("stopped after step ")[2].partition(",")[0])
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_during_imports_is_not_fatal(run: Commands, number: signal.Signals) -> None:
-    """One that comes while torch is being imported stops the run after its first step."""
+    """A signal while torch is being imported stops the run after its first step."""
     process = run.start("launcher", "run", STEADY, "-n", "2", "device=cpu", "--out", "out")
     assert process.stdout is not None
     assert process.stdout.readline()  # the plan: from here on it imports
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 75, stderr
-    assert "stopped after step 1, with a checkpoint" in stdout
+    assert "stopped after step 1, " in stdout
 
 
-def test_a_recipe_by_itself_stops_and_goes_on(run: Commands) -> None:
-    """`python recipe.py` takes signals as well, and --resume."""
+def test_a_recipe_file_stops_and_resumes(run: Commands) -> None:
+    """`python recipe.py` stops at a signal, and resumes with --resume."""
     process = run.start("python", STEADY, "device=cpu", "--out", "out")
-    step = stop_when_under_way(process, run.folder / "out", signal.SIGUSR2)
+    step = stop_after_checkpoint(process, run.folder / "out", signal.SIGUSR2)
     assert process.returncode == 75
     done = run("python", STEADY, "device=cpu", "seconds_per_step=0", "--resume", "out")
     assert done.exit_code == 0, done.stderr
@@ -279,7 +278,7 @@ def test_a_recipe_by_itself_stops_and_goes_on(run: Commands) -> None:
 
 
 def test_a_failed_rank_is_restarted(run: Commands) -> None:
-    """With --max-restarts a run that fails goes on from its newest checkpoint by itself."""
+    """With --max-restarts a run that fails resumes from its newest checkpoint by itself."""
     recipe = str(ROOT / "tests/recipes/failing.py")
     done = run(
         *("launcher", "run", recipe, "how=raise-once", "rank=1", "-n", "2", "--max-restarts", "1"),

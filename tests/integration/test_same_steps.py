@@ -1,6 +1,6 @@
-"""The promise, as a user has it: `launcher run` takes the same optimizer steps on any ranks.
+"""`launcher run` takes the same optimizer steps on any number of ranks.
 
-test_matrix.py has the strategies, accumulation and optimizers, on the same engine.
+test_matrix.py covers strategies, accumulation and optimizers on the same engine.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ RECIPE = ROOT / "tests/recipes/worlds.py"
 
 
 def train(run: Commands, name: str, recipe: str, *arguments: str) -> Path:
-    """Train in a folder called `name`."""
+    """Train with `launcher run` into a folder called `name`."""
     done = run("launcher", "run", f"{RECIPE}:{recipe}", "--out", name, *arguments)
     assert done.exit_code == 0, done.stderr
     return run.folder / name
@@ -43,7 +43,7 @@ def alone(module_run: Commands, recipe: str) -> Path:
 def test_the_world_changes_nothing(
     module_run: Commands, recipe: str, alone: Path, arguments: tuple[str, ...]
 ) -> None:
-    """Sample ids and learning rates are equal; losses, norms and weights agree to rounding."""
+    """On any number of ranks, sample ids and learning rates are equal, losses and weights agree."""
     name = "-".join([recipe, *arguments]).replace("=", "-")
     other = train(module_run, name, recipe, *arguments)
     difference = compare(read(alone), read(other), 1e-5)
@@ -55,17 +55,17 @@ def test_the_world_changes_nothing(
 
 
 def read(folder: Path) -> Trace:
-    """Return what a run did."""
+    """Return the trace of a run."""
     return read_trace(RunDir(folder))
 
 
 def values(folder: Path, key: str) -> list[object]:
-    """Return what metrics.jsonl says of `key`, line by line."""
+    """Return the values of `key` in metrics.jsonl, line by line."""
     return [row[key] for row in read_lines(folder / "metrics.jsonl") if key in row]
 
 
 def test_an_epoch_takes_each_sample_once(alone: Path) -> None:
-    """The five steps of an epoch visit all 250 samples, in another order in each epoch."""
+    """The five steps of an epoch visit all 250 samples, in a different order in each epoch."""
     samples = read(alone).samples
     epochs = [samples[start : start + 5] for start in (0, 5, 10)]
     for epoch in epochs:

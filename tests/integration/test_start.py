@@ -51,7 +51,7 @@ def test_ranks_that_start_afresh_can_be_stopped(run: Commands) -> None:
     process.send_signal(signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 75, stderr
-    assert "with a checkpoint" in stdout
+    assert "checkpoint saved" in stdout
 
 
 @pytest.mark.parametrize(

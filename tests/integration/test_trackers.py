@@ -1,4 +1,4 @@
-"""Trackers at work beside real runs: what they are sent, and what they cannot do to a run."""
+"""Experiment trackers beside real runs: what they receive, and that they stop no run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KEY = "0123456789abcdef0123456789abcdef01234567"
 
 
 def tensorboard(run_dir: Path) -> EventAccumulator:
-    """Return what TensorBoard would show of a run."""
+    """Return the events of a run that TensorBoard would show."""
     events = EventAccumulator(str(run_dir / "tensorboard"))
     events.Reload()
     return events
@@ -24,12 +24,12 @@ def tensorboard(run_dir: Path) -> EventAccumulator:
 
 def numbers(events: EventAccumulator, name: str) -> dict[int, float]:
     """Return the values of a scalar by step."""
-    return {each.step: each.value for each in events.Scalars(name)}
+    return {scalar.step: scalar.value for scalar in events.Scalars(name)}
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_tensorboard_has_what_was_measured(run: Commands, ranks: int) -> None:
-    """Its event files hold the run's own numbers, once, its settings, and where its page is."""
+    """TensorBoard's files hold the run's metrics, its settings, and the path of its report."""
     done = run(
         *("launcher", "run", "digits", "-n", str(ranks), "epochs=4", "noise_scale=true"),
         *("trackers=tensorboard", "micro_batch_size=32", "--out", "out"),
@@ -67,7 +67,7 @@ def test_tensorboard_has_what_was_measured(run: Commands, ranks: int) -> None:
 
 
 def test_a_tracker_that_fails_stops_nothing(run: Commands) -> None:
-    """One that is not installed, and one that cannot write, are told once; the run is the same."""
+    """Each tracker that fails causes one warning, and the final weights are the same."""
     plain = run("launcher", "run", "digits", "-n", "2", "epochs=2", "--out", "plain")
     assert plain.exit_code == 0
     (run.folder / "broken.py").write_text(
@@ -93,8 +93,8 @@ def test_a_tracker_that_fails_stops_nothing(run: Commands) -> None:
     ).read_bytes()
 
 
-def test_a_run_that_stops_lets_its_trackers_finish(run: Commands) -> None:
-    """What was measured until a rank failed is in the event files."""
+def test_a_failed_run_lets_its_trackers_finish(run: Commands) -> None:
+    """The metrics before a failure are in TensorBoard's files."""
     done = run(
         *("launcher", "run", "digits", "-n", "2", "lr=1e30", "trackers=tensorboard"),
         *("--out", "out"),
@@ -104,7 +104,7 @@ def test_a_run_that_stops_lets_its_trackers_finish(run: Commands) -> None:
 
 
 def test_keys_go_nowhere(run: Commands) -> None:
-    """A key in the environment is in no file of the run, nor in what is printed."""
+    """A key in the environment is neither printed nor in any file of the run."""
     env = {"WANDB_API_KEY": KEY, "MLFLOW_TRACKING_URI": f"https://me:{KEY}@example.org"}
     done = run(
         *("launcher", "run", "digits", "-n", "2", "epochs=1", "--out", "out"),
@@ -118,7 +118,7 @@ def test_keys_go_nowhere(run: Commands) -> None:
 
 
 def test_an_unknown_tracker_is_refused(run: Commands) -> None:
-    """Before anything is trained, with those there are."""
+    """An unknown tracker is refused before training, with a list of the known ones."""
     done = run("launcher", "run", "digits", "trackers=tensorbord", "--out", "out")
     assert done.exit_code == 2
     assert "tensorboard or trackio or wandb" in done.stderr
@@ -126,7 +126,7 @@ def test_an_unknown_tracker_is_refused(run: Commands) -> None:
 
 
 def test_secrets_are_hidden() -> None:
-    """By the names of variables; in addresses; not what merely sounds like it."""
+    """Values of secret variables and credentials in URLs are hidden, and nothing else is."""
     env = {
         "A_TOKEN": "sesamopen",
         "SHORT_KEY": "abc",

@@ -1,4 +1,4 @@
-"""What is looked at before the first step: other data, a loss that is no sum, metrics."""
+"""The checks before the first step: different data, a loss that is a mean, broken metrics."""
 
 from __future__ import annotations
 
@@ -87,36 +87,36 @@ def folder(run: Commands) -> Path:
 
 
 def steps_of(folder: Path) -> list[int]:
-    """Return the steps that were taken in a run folder."""
+    """Return the steps in metrics.jsonl of a run folder."""
     path = folder / "metrics.jsonl"
     return [row["step"] for row in read_lines(path) if "loss" in row] if path.exists() else []
 
 
 @pytest.mark.parametrize(
-    ("kind", "words"),
+    ("kind", "fragments"),
     [
         ("split", ("training sample", "on rank 1", "on rank 0")),
         ("held_out", ("evaluation sample", "on rank 1", "on rank 0")),
         ("lengths", ("training samples is 32 on rank 1", "40 on rank 0")),
         ("evaluation_length", ("evaluation samples is 0 on rank 1", "8 on rank 0")),
-        ("generator", ("when it was read again", "generator of your own")),
+        ("generator", ("training sample", "read again", "generator of your own")),
     ],
 )
-def test_other_data_on_a_rank_is_refused(
-    run: Commands, folder: Path, kind: str, words: tuple[str, ...]
+def test_different_data_on_a_rank_is_refused(
+    run: Commands, folder: Path, kind: str, fragments: tuple[str, ...]
 ) -> None:
-    """Before the first step, with what differs and on which rank."""
+    """Ranks with different data take no step; the error names the difference and the rank."""
     done = run("launcher", "run", "odd.py", "-n", "2", f"kind={kind}", "--out", "out")
     assert done.exit_code == 2, done.stdout + done.stderr
-    for word in words:
-        assert word in done.stderr
+    for fragment in fragments:
+        assert fragment in done.stderr
     assert "Traceback" not in done.stderr
     assert steps_of(folder / "out") == []
 
 
 @pytest.mark.usefixtures("folder")
-def test_a_generator_of_its_own_is_told_on_one_rank(run: Commands) -> None:
-    """It is a warning where there is one rank, and the run can be resumed."""
+def test_a_generator_of_the_recipe_is_a_warning_on_one_rank(run: Commands) -> None:
+    """On one rank, samples that change are a warning, and the run can be resumed."""
     done = run("launcher", "run", "odd.py", "-n", "1", "kind=generator", "--out", "out")
     assert done.exit_code == 0, done.stderr
     assert "generator of your own" in done.stdout + done.stderr
@@ -125,32 +125,32 @@ def test_a_generator_of_its_own_is_told_on_one_rank(run: Commands) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Return what a run has left that a resumption goes on from."""
+    """Return the files of a run from which it is resumed, by path."""
     names = ("run.yaml", "metrics.jsonl", "result.json", "model.safetensors")
     paths = [*(folder / name for name in names), *folder.glob("checkpoints/*/*")]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-def test_other_data_is_not_resumed(run: Commands, folder: Path) -> None:
-    """A run goes on with the data that it had, or with other data that was accepted."""
+def test_different_data_is_not_resumed(run: Commands, folder: Path) -> None:
+    """A run resumes with the same data, or with different data that the user accepts."""
     done = run("launcher", "run", "odd.py", "-n", "1", "checkpoint_every=2", "--out", "out")
     assert done.exit_code == 0, done.stderr
     before = contents(folder / "out")
     done = run("launcher", "resume", "out", "--from", "2", "steps=6", "-n", "2", "order=cab")
     assert done.exit_code == 2
-    left = contents(folder / "out")
-    assert {name: left[name] for name in before} == before, "the run is what it was"
-    for word in ("step-00000002", "training sample", "at [1]", "--accept data"):
-        assert word in done.stderr
+    after = contents(folder / "out")
+    assert {name: after[name] for name in before} == before, "the run is unchanged"
+    for fragment in ("step-00000002", "training sample", "at [1]", "--accept data"):
+        assert fragment in done.stderr
     done = run("launcher", "resume", "out", "steps=6", "-n", "2", "order=cab", "--accept", "data")
     assert done.exit_code == 0, done.stderr
     done = run("launcher", "resume", "out", "steps=7", "-n", "1")
-    assert done.exit_code == 0, "what was accepted is what the next checkpoint holds"
+    assert done.exit_code == 0, "the next checkpoint holds the accepted data"
     assert steps_of(folder / "out") == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_another_length_is_not_resumed(run: Commands, folder: Path) -> None:
-    """Whether the plan knows the length or not; accepted on purpose, the run goes on."""
+    """Data of another length is refused, known to the plan or not, unless the user accepts it."""
     recipe = run.folder / "odd.py"
     done = run("launcher", "run", "odd.py", "-n", "1", "--out", "out")
     assert done.exit_code == 0, done.stderr
@@ -165,14 +165,14 @@ def test_another_length_is_not_resumed(run: Commands, folder: Path) -> None:
     assert steps_of(folder / "out") == [1, 2, 3, 4, 5]
 
 
-def test_an_older_checkpoint_goes_on(run: Commands, folder: Path) -> None:
-    """One that says nothing of the data is compared with nothing."""
+def test_an_older_checkpoint_is_resumed(run: Commands, folder: Path) -> None:
+    """A checkpoint without a fingerprint resumes with any data; a damaged one is refused."""
     done = run("launcher", "run", "odd.py", "-n", "1", "--out", "out")
     assert done.exit_code == 0, done.stderr
     path = folder / "out/checkpoints/step-00000004/checkpoint.json"
     for command in (("launcher", "run", "odd.py", "-n", "1"), ("python", "odd.py")):
         done = run(*command, "--accept", "data")
-        assert done.exit_code == 2, "there is nothing to accept in a run that begins"
+        assert done.exit_code == 2, "a new run has nothing to accept"
     before = contents(folder / "out")
     done = run(
         *("launcher", "run", "odd.py", "-n", "1", "steps=5", "order=cab"),
@@ -183,8 +183,7 @@ def test_an_older_checkpoint_goes_on(run: Commands, folder: Path) -> None:
     manifest = json.loads(path.read_text())
     del manifest["digest"]  # which format 1 does not have
     manifest["format"] = 1
-    kept = manifest["values"]["data"]
-    assert kept["train"]["length"] == 40
+    assert manifest["values"]["data"]["train"]["length"] == 40
     manifest["values"]["data"] = {"train": {"length": 40, "samples": 7}}
     path.write_text(json.dumps(manifest))
     done = run("launcher", "resume", "out", "steps=5")
@@ -201,21 +200,21 @@ def test_an_older_checkpoint_goes_on(run: Commands, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "word"), [("metric", "The metric wrong"), ("two", "keys 'a', 'b'")]
+    ("kind", "fragment"), [("metric", "The metric wrong"), ("two", "keys 'a', 'b'")]
 )
-def test_a_mistake_in_evaluation_is_found_first(
-    run: Commands, folder: Path, kind: str, word: str
+def test_a_mistake_in_evaluation_is_found_before_the_first_step(
+    run: Commands, folder: Path, kind: str, fragment: str
 ) -> None:
-    """A metric that is no (sum, count), and a dict of data sets, before the first step."""
+    """A metric without (sum, count), or a dict of data sets, is refused before the first step."""
     done = run("launcher", "run", "odd.py", "-n", "1", f"kind={kind}", "--out", "out")
     assert done.exit_code == 2
-    assert word in done.stderr
+    assert fragment in done.stderr
     assert steps_of(folder / "out") == []
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
 def test_a_mean_is_refused_on_shards(run: Commands, strategy: str) -> None:
-    """The loss is tried out through the model as it is sharded."""
+    """A loss that returns a mean is found with a sharded model as well."""
     (run.folder / "odd.py").write_text(RECIPE.replace(', reduction="sum"', ""))
     done = run("launcher", "run", "odd.py", "-n", "2", f"strategy={strategy}", "--out", "out")
     assert done.exit_code == 2, done.stdout + done.stderr
@@ -228,7 +227,7 @@ TARGETS = torch.arange(40) % 3
 
 
 class Noisy(nn.Module):
-    """Draws random numbers in every forward, as a VAE does, and counts its calls."""
+    """A model that draws random numbers in forward, as a VAE does, and counts its calls."""
 
     calls: Tensor
 
@@ -244,12 +243,12 @@ class Noisy(nn.Module):
 
 
 def summed(outputs: Tensor, batch: Any) -> tuple[Tensor, int]:
-    """Return the sum of cross-entropies."""
+    """Return the sum of the cross-entropies."""
     return functional.cross_entropy(outputs, batch[1], reduction="sum"), len(batch[1])
 
 
 def averaged(outputs: Tensor, batch: Any) -> tuple[Tensor, int]:
-    """Return their mean, with the count: the mistake."""
+    """Return the mean of the cross-entropies with their count, by mistake."""
     return functional.cross_entropy(outputs, batch[1]), len(batch[1])
 
 
@@ -261,12 +260,12 @@ def contrastive(outputs: Tensor, _: Any) -> tuple[Tensor, int]:
 
 
 def pairwise(outputs: Tensor, _: Any) -> tuple[Tensor, int]:
-    """Return a sum over all pairs."""
+    """Return the sum of the distances of all pairs."""
     return torch.cdist(outputs, outputs).sum(), len(outputs)
 
 
 def in_training_only(outputs: Tensor, batch: Any) -> tuple[Tensor, int]:
-    """Fail without a gradient, as the losses of some detectors do in evaluation."""
+    """Raise without a gradient, as the losses of some detectors do in evaluation."""
     assert outputs.requires_grad
     return summed(outputs, batch)
 
@@ -276,7 +275,7 @@ def train(
 ) -> list[float]:
     """Train in this process; return the losses of the steps."""
     fields: dict[str, Any] = {
-        "name": "tried",
+        "name": "small",
         "model": lambda: nn.Linear(4, 3),
         "data": lambda: Data(train=TensorDataset(INPUTS, TARGETS)),
         "loss": loss,
@@ -301,21 +300,21 @@ def train(
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
 def test_a_mean_with_its_count_is_refused(tmp_path: Path, precision: str) -> None:
-    """The commonest mistake: every gradient would be a fraction of what it should be."""
+    """A mean with the count of its items is refused in every precision."""
     with pytest.raises(RecipeError, match="a mean instead of a sum"):
         train(tmp_path, averaged, precision=precision)
 
 
 def test_a_weighted_mean_is_refused(tmp_path: Path) -> None:
-    """Over other items than samples, of which the halves have different numbers."""
+    """A mean over items of which the halves of a batch hold different numbers is refused."""
 
     def weights(batch: Any) -> Tensor:
-        found: Tensor = batch[1] * 5 + 1
-        return found
+        values: Tensor = batch[1] * 5 + 1
+        return values
 
     def loss(outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
-        each = functional.cross_entropy(outputs, batch[1], reduction="none") * weights(batch)
-        return each.sum() / weights(batch).sum(), weights(batch).sum()
+        losses = functional.cross_entropy(outputs, batch[1], reduction="none") * weights(batch)
+        return losses.sum() / weights(batch).sum(), weights(batch).sum()
 
     def count(batch: Any) -> int:
         return int(weights(batch).sum())
@@ -329,21 +328,21 @@ def test_a_weighted_mean_is_refused(tmp_path: Path) -> None:
 def test_other_losses_are_trained(
     tmp_path: Path, loss: Callable[..., Any], model: Callable[[], nn.Module]
 ) -> None:
-    """A loss that couples samples, draws random numbers or fails in evaluation is not refused."""
+    """A loss that couples samples, draws random numbers or fails in evaluation is accepted."""
     for seed in range(4):
         assert len(train(tmp_path, loss, model=model, seed=seed, steps=1)) == 1
 
 
 def test_the_trial_leaves_no_trace(tmp_path: Path) -> None:
-    """Steps are the same to the bit with it: modes, statistics, buffers, random numbers."""
-    tried = train(tmp_path, summed, model=Noisy)
-    assert tried == train(tmp_path, summed, model=Noisy, trial=False)
-    assert len(tried) == 6
+    """Losses with and without the trial are equal to the bit for a model with random state."""
+    losses = train(tmp_path, summed, model=Noisy)
+    assert losses == train(tmp_path, summed, model=Noisy, trial=False)
+    assert len(losses) == 6
 
 
 @pytest.mark.parametrize("samples", [1, 2, 3])
 def test_few_samples_are_enough(tmp_path: Path, samples: int) -> None:
-    """A data set that is smaller than a trial is tried as far as it goes."""
+    """A data set that is smaller than the trial can be trained."""
     data = Data(
         train=TensorDataset(INPUTS[:samples], TARGETS[:samples]), evaluation=[(INPUTS[0], 1)]
     )
@@ -352,7 +351,7 @@ def test_few_samples_are_enough(tmp_path: Path, samples: int) -> None:
 
 
 def test_one_sample_at_a_time_may_have_any_shape(run: Commands) -> None:
-    """No batch of the trial is larger than those of the run, whose samples need not stack."""
+    """The trial takes no larger micro-batches than the run, whose samples may not stack."""
     (run.folder / "ragged.py").write_text(
         "from launcher import Data, Recipe, constant\n"
         "def ragged() -> Recipe:\n"

@@ -1,4 +1,4 @@
-"""The training step, in this process, against a plain PyTorch loop."""
+"""The training loop in this process, compared with a plain PyTorch loop."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def squared_error(outputs: Tensor, batch: list[Tensor]) -> tuple[Tensor, int]:
 
 
 def recipe(**changes: Any) -> Recipe:
-    """Return a small regression with some fields changed."""
+    """Return a small regression recipe with some fields changed."""
     fields: dict[str, Any] = {
         "name": "line",
         "model": lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)),
@@ -87,12 +87,12 @@ def train(
 
 
 def test_it_is_a_plain_pytorch_loop(tmp_path: Path) -> None:
-    """Losses, norms, rates and weights are those of the loop anyone would write."""
-    ours = recipe(optimizer=sgd(momentum=0.9, weight_decay=1e-3), max_grad_norm=0.5)
-    _, rows, weights = train(tmp_path, ours)
+    """Losses, gradient norms, learning rates and weights equal those of a plain PyTorch loop."""
+    regression = recipe(optimizer=sgd(momentum=0.9, weight_decay=1e-3), max_grad_norm=0.5)
+    _, rows, weights = train(tmp_path, regression)
 
     torch.manual_seed(0)
-    model = ours.model()
+    model = regression.model()
     optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
     scheduler = OneCycleLR(
         optimizer,
@@ -107,31 +107,31 @@ def test_it_is_a_plain_pytorch_loop(tmp_path: Path) -> None:
     expected: list[tuple[float, float, float]] = []
     for epoch in range(4):
         order = torch.from_numpy(Permutation(40, 0, epoch)(np.arange(40)))
-        for taken in torch.split(order, 16):
-            outputs = model(INPUTS[taken])
-            loss = functional.mse_loss(outputs, TARGETS[taken], reduction="sum") / len(taken)
+        for indices in torch.split(order, 16):
+            outputs = model(INPUTS[indices])
+            loss = functional.mse_loss(outputs, TARGETS[indices], reduction="sum") / len(indices)
             torch.autograd.backward(loss)
             norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-            rate = optimizer.param_groups[0]["lr"]
+            lr = optimizer.param_groups[0]["lr"]
             optimizer.step()
             optimizer.zero_grad()
             if len(expected) < 11:
                 scheduler.step()
-            expected.append((loss.item(), norm.item(), rate))
-    found = [(row["loss"], row["grad_norm"], row["lr"]) for row in rows]
-    assert found == [pytest.approx(step, rel=1e-6) for step in expected]
+            expected.append((loss.item(), norm.item(), lr))
+    steps = [(row["loss"], row["grad_norm"], row["lr"]) for row in rows]
+    assert steps == [pytest.approx(step, rel=1e-6) for step in expected]
     for name, weight in model.state_dict().items():
         assert torch.allclose(weights[name], weight, rtol=1e-6, atol=1e-8)
 
 
 def test_groups_keep_their_ratio_and_momentum_cycles(tmp_path: Path) -> None:
-    """A recipe's own optimizer has its groups' rates and momenta moved by the schedule."""
-    seen: list[tuple[float, float, float]] = []
+    """The schedule scales learning rate and momentum of each group of a recipe's own optimizer."""
+    written: list[tuple[float, float, float]] = []
 
-    class Watched(AdamW):
+    class RecordingAdamW(AdamW):
         def step(self, closure: Any = None) -> Any:
             slow, fast = self.param_groups
-            seen.append((slow["lr"], fast["lr"], slow["betas"][0]))
+            written.append((slow["lr"], fast["lr"], slow["betas"][0]))
             return super().step(closure)
 
     def make(model: nn.Module, lr: float) -> Optimizer:
@@ -140,19 +140,19 @@ def test_groups_keep_their_ratio_and_momentum_cycles(tmp_path: Path) -> None:
             {"params": first.parameters(), "lr": lr / 10},
             {"params": last.parameters()},
         ]
-        return Watched(groups, lr=lr)
+        return RecordingAdamW(groups, lr=lr)
 
     train(tmp_path, recipe(optimizer=make))
-    wanted = [one_cycle().at(step, 12) for step in range(12)]
-    assert [fast for _, fast, _ in seen] == pytest.approx([0.05 * w.factor for w in wanted])
-    assert [slow * 10 for slow, _, _ in seen] == pytest.approx([fast for _, fast, _ in seen])
-    assert [beta for _, _, beta in seen] == pytest.approx([w.momentum for w in wanted])
+    expected = [one_cycle().at(step, 12) for step in range(12)]
+    assert [fast for _, fast, _ in written] == pytest.approx([0.05 * v.factor for v in expected])
+    assert [slow * 10 for slow, _, _ in written] == pytest.approx([fast for _, fast, _ in written])
+    assert [beta for _, _, beta in written] == pytest.approx([v.momentum for v in expected])
 
 
 @pytest.mark.parametrize("optimizer", [sgd(), sgd(nesterov=True), adamw(weight_decay=0.1)])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_it_learns(tmp_path: Path, optimizer: Any, precision: Any) -> None:
-    """Each optimizer fits the line, in each precision, and the weights stay in fp32."""
+    """Each optimizer reduces the loss tenfold in each precision, and the weights stay in fp32."""
     result, rows, weights = train(
         tmp_path, recipe(optimizer=optimizer, precision=precision, epochs=60, lr=0.02)
     )
@@ -160,12 +160,12 @@ def test_it_learns(tmp_path: Path, optimizer: Any, precision: Any) -> None:
     assert all(weight.dtype == torch.float32 for weight in weights.values())
 
 
-def test_evaluations_come_when_they_should(tmp_path: Path) -> None:
-    """Every so many steps and after the last; the values are exact means over all samples."""
+def test_evaluations_follow_evaluate_every_and_the_last_step(tmp_path: Path) -> None:
+    """An evaluation follows every 5th step and the last, with exact means over all samples."""
     result, _, weights = train(tmp_path, recipe(evaluate_every=5, micro_batch_size=3))
     run_dir = RunDir(tmp_path / "run0")
-    at = [row["step"] for row in read_lines(run_dir.metrics) if "evaluation" in row]
-    assert at == [5, 10, 12]
+    steps = [row["step"] for row in read_lines(run_dir.metrics) if "evaluation" in row]
+    assert steps == [5, 10, 12]
     model = recipe().model()
     model.load_state_dict(weights)
     loss = functional.mse_loss(model(INPUTS[40:]), TARGETS[40:]).item()
@@ -173,8 +173,8 @@ def test_evaluations_come_when_they_should(tmp_path: Path) -> None:
     assert json.loads(run_dir.result.read_text())["evaluation"] == result.evaluation
 
 
-def test_without_evaluation_data_there_is_none(tmp_path: Path) -> None:
-    """A recipe need not hold anything out, nor say how many samples it has."""
+def test_without_evaluation_data_nothing_is_evaluated(tmp_path: Path) -> None:
+    """A recipe without evaluation data and without train_samples trains."""
     data = Data(train=TensorDataset(INPUTS, TARGETS))
     changes = {"data": lambda: data, "epochs": None, "steps": 7, "train_samples": None}
     result, rows, _ = train(tmp_path, recipe(**changes))
@@ -184,12 +184,12 @@ def test_without_evaluation_data_there_is_none(tmp_path: Path) -> None:
 
 
 def test_frozen_parameters_stay(tmp_path: Path) -> None:
-    """What does not require a gradient is left out of the optimizer and unchanged."""
+    """A layer that does not require gradients keeps its initial weights."""
 
     def model() -> nn.Module:
-        made: nn.Sequential = recipe().model()
-        made[0].requires_grad_(requires_grad=False)
-        return made
+        layers: nn.Sequential = recipe().model()
+        layers[0].requires_grad_(requires_grad=False)
+        return layers
 
     _, _, weights = train(tmp_path, recipe(model=model))
     torch.manual_seed(0)
@@ -204,21 +204,21 @@ def test_frozen_parameters_stay(tmp_path: Path) -> None:
         ({"data": list}, RecipeError, "data function returned list"),
         ({"model": dict}, RecipeError, "model function returned dict"),
         ({"optimizer": lambda *_: None}, RecipeError, "optimizer function returned NoneType"),
-        ({"train_samples": 41}, RecipeError, "counts on 41 training samples, and .* has 40"),
+        ({"train_samples": 41}, RecipeError, "41 training samples, .* has 40"),
         ({"model": nn.Identity}, RecipeError, "no parameter that requires a gradient"),
-        ({"lr": 1e12, "schedule": constant()}, TrainingError, "The steps were not taken"),
+        ({"lr": 1e12, "schedule": constant()}, TrainingError, "max_bad_steps=3"),
     ],
 )  # fmt: skip
-def test_what_a_recipe_gets_wrong(
+def test_a_mistake_in_a_recipe_is_named(
     tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    """Each part that is not what it should be is named."""
+    """Each mistake raises an error of its kind, which names what was returned or set."""
     with pytest.raises(error, match=message):
         train(tmp_path, recipe(**changes))
 
 
 def test_dropout_repeats_with_its_seed(tmp_path: Path) -> None:
-    """Two runs of one seed are equal bit by bit, dropout included; another seed differs."""
+    """Two runs with one seed are equal to the bit, dropout included; another seed differs."""
 
     def model() -> nn.Module:
         return nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
@@ -231,17 +231,17 @@ def test_dropout_repeats_with_its_seed(tmp_path: Path) -> None:
     assert derive(0, 0) != derive(0, 1)
 
 
-@pytest.mark.parametrize("made", [sgd(momentum=0.9), adamw()])
-def test_a_fused_kernel_leaves_a_bad_step_out(made: Any) -> None:
-    """Told on the device that the gradient is not finite, it changes no weight and no state."""
-    ours = recipe(optimizer=made)
+@pytest.mark.parametrize("spec", [sgd(momentum=0.9), adamw()])
+def test_a_fused_kernel_skips_a_bad_step(spec: Any) -> None:
+    """A fused optimizer step with a NaN gradient changes no weight, nor later steps."""
+    regression = recipe(optimizer=spec)
     model = nn.Linear(4, 1)
-    optimizer = make_optimizer(ours, model, 0.1)
-    for finite, moves in ((False, False), (True, True), (False, False), (True, True)):
+    optimizer = make_optimizer(regression, model, 0.1)
+    for is_finite in (False, True, False, True):
         before = [parameter.detach().clone() for parameter in model.parameters()]
         for parameter in model.parameters():
-            parameter.grad = torch.full_like(parameter, 1.0 if finite else math.nan)
-        take_step(optimizer, ours, torch.tensor(finite))
+            parameter.grad = torch.full_like(parameter, 1.0 if is_finite else math.nan)
+        take_step(optimizer, regression, torch.tensor(is_finite))
         after = list(model.parameters())
-        assert any(map(torch.equal, before, after)) is not moves
+        assert any(map(torch.equal, before, after)) is not is_finite
         assert all(parameter.isfinite().all() for parameter in after)

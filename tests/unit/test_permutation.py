@@ -1,4 +1,4 @@
-"""The order of samples, and who takes which."""
+"""The order of samples, and which rank takes which."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from launcher.engine.data.sampler import MicroBatchRequest, Sampler
 from launcher.engine.data.seeds import derive
 
 
-def nothing(*_: Any) -> Any:
+def not_called(*_: Any) -> Any:
     raise AssertionError
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 255, 256, 257, 1437])
 def test_it_is_a_permutation(size: int) -> None:
-    """Every element is at one position, in any epoch."""
+    """Every element is at exactly one position, in any epoch."""
     for epoch in range(3):
         elements = Permutation(size, 0, epoch)(np.arange(size))
         assert sorted(elements.tolist()) == list(range(size))
 
 
 def test_it_is_the_same_on_every_machine() -> None:
-    """The order is a function of (seed, epoch, position) that never changes between versions."""
+    """The order depends on (seed, epoch, position) alone and never changes between versions."""
     assert Permutation(10, 0, 0)(np.arange(10)).tolist() == [9, 4, 7, 3, 5, 2, 6, 0, 8, 1]
     assert Permutation(10**9, 1, 2)(np.array([0, 1, 10**9 - 1])).tolist() == [
         801125203,
@@ -39,7 +39,7 @@ def test_it_is_the_same_on_every_machine() -> None:
 
 
 def test_all_orders_are_about_as_likely() -> None:
-    """Over 4,800 seeds each of the 24 orders of four comes up; chi-square is not extreme."""
+    """Over 4,800 seeds each of the 24 orders of four occurs; chi-square is not extreme."""
     orders = Counter(tuple(Permutation(4, seed, 0)(np.arange(4)).tolist()) for seed in range(4800))
     assert len(orders) == 24
     chi_square = sum((count - 200) ** 2 / 200 for count in orders.values())
@@ -47,18 +47,19 @@ def test_all_orders_are_about_as_likely() -> None:
 
 
 def test_neighbours_do_not_stay_together() -> None:
-    """In the order of 10,000, positions and elements are uncorrelated."""
+    """In a permutation of 10,000, positions and elements are uncorrelated."""
     elements = Permutation(10_000, 3, 0)(np.arange(10_000))
     for lag in (0, 1, 2, 64):
         others = elements[lag:] if lag else np.arange(10_000)
         assert abs(np.corrcoef(elements[: 10_000 - lag], others)[0, 1]) < 0.04
 
 
-def test_ranges_are_cut_where_they_were() -> None:
-    """Looking up several ranges together is looking up each."""
-    whole = Permutation(100, 5, 1)(np.arange(100)).tolist()
+def test_ranges_can_be_looked_up_together() -> None:
+    """Several ranges looked up in one call give the same elements as each by itself."""
+    order = Permutation(100, 5, 1)(np.arange(100)).tolist()
     ranges = [range(3, 10), range(1), range(90, 100)]
-    assert elements_at(100, 5, 1, ranges) == [whole[each.start : each.stop] for each in ranges]
+    expected = [order[positions.start : positions.stop] for positions in ranges]
+    assert elements_at(100, 5, 1, ranges) == expected
 
 
 def test_seeds_differ_along_a_path() -> None:
@@ -73,9 +74,9 @@ def samplers(world_size: int, **changes: Any) -> list[Sampler]:
     """Return the sampler of each rank, for 50 samples in batches of 16."""
     fields: dict[str, Any] = {
         "name": "some",
-        "model": nothing,
-        "data": nothing,
-        "loss": nothing,
+        "model": not_called,
+        "data": not_called,
+        "loss": not_called,
         "batch_size": 16,
         "lr": 0.1,
         "lr_rule": "none",
@@ -101,38 +102,42 @@ def requests_of(sampler: Sampler, step: int) -> list[MicroBatchRequest]:
 def test_all_ranks_together_take_each_sample_once(
     world_size: int, micro_batch_size: int | None, milestones: tuple[float, ...]
 ) -> None:
-    """Per step the ranks take the same samples as one process, and evaluate each once."""
+    """In each step the ranks take the samples of one process, and they evaluate each once."""
     growth = {"batch_milestones": milestones, "batch_gamma": 1.5}
-    alone = samplers(1, **growth)[0]
+    single = samplers(1, **growth)[0]
     ranks = samplers(world_size, micro_batch_size=micro_batch_size, **growth)
-    for step in range(alone.plan.total_steps):
-        wanted = requests_of(alone, step)[0].indices
-        requests = [requests_of(rank, step) for rank in ranks]
-        assert len({len(own) for own in requests}) == 1, "as many micro-steps on every rank"
-        taken = [index for own in requests for each in own if each.counts for index in each.indices]
-        assert taken == wanted
-        assert all(each.indices for own in requests for each in own), "nothing is empty"
-    evaluated = [list(rank.evaluation()) for rank in ranks]
-    assert len({len(own) for own in evaluated}) == 1
-    visited = [index for own in evaluated for each in own if each.counts for index in each.indices]
-    assert sorted(visited) == list(range(11))
+    for step in range(single.plan.total_steps):
+        requests = [requests_of(sampler, step) for sampler in ranks]
+        assert len({len(own) for own in requests}) == 1, "every rank has as many micro-steps"
+        assert counted_samples(requests) == requests_of(single, step)[0].indices
+        assert all(request.indices for own in requests for request in own), "nothing is empty"
+    evaluations = [list(sampler.evaluation()) for sampler in ranks]
+    assert len({len(own) for own in evaluations}) == 1
+    assert sorted(counted_samples(evaluations)) == list(range(11))
+
+
+def counted_samples(requests: list[list[MicroBatchRequest]]) -> list[int]:
+    """Return the samples with a weight that all ranks ask for, rank by rank."""
+    return [
+        index for own in requests for request in own if request.counts for index in request.indices
+    ]
 
 
 def test_the_stream_is_what_the_steps_ask_for() -> None:
-    """The stream of requests is each step's, with an evaluation after each epoch."""
+    """The stream holds the requests of each step, with an evaluation after each epoch."""
     for sampler in samplers(3, micro_batch_size=2):
-        wanted = []
+        expected = []
         for step in range(8):
-            wanted += requests_of(sampler, step)
+            expected += requests_of(sampler, step)
             if step in (3, 7):
-                wanted += list(sampler.evaluation())
-        assert list(sampler.requests()) == wanted
-        middle = wanted.index(requests_of(sampler, 5)[0])
-        assert list(sampler.requests(first_step=5)) == wanted[middle:]
+                expected += list(sampler.evaluation())
+        assert list(sampler.requests()) == expected
+        middle = expected.index(requests_of(sampler, 5)[0])
+        assert list(sampler.requests(first_step=5)) == expected[middle:]
 
 
 def test_samples_are_counted_over_epochs() -> None:
-    """The last batch of an epoch is shorter, and the count knows."""
+    """The number of consumed samples accounts for the short last batch of an epoch."""
     sampler = samplers(3)[0]
     assert [sampler.window(step).size for step in range(5)] == [16, 16, 16, 2, 16]
     assert [sampler.samples_before(step) for step in range(6)] == [0, 16, 32, 48, 50, 66]

@@ -1,4 +1,4 @@
-"""The operations of a forward pass, counted once as it happens."""
+"""Count the floating-point operations of a forward pass, once, while it runs."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch.utils.flop_counter import flop_registry
 
 
 class CountedForward:
-    """A recipe's `forward` that counts the operations of its first call.
+    """A recipe's `forward` that counts the floating-point operations of its first call.
 
-    Counted are products, convolutions and attention, two for each multiplication with its addition,
-    by torch's formulas.
+    Matrix products, convolutions and attention are counted by torch's formulas
+    (`torch.utils.flop_counter`), a multiply-add as two operations.
 
     Args:
         forward: (model, batch) -> outputs.
-        tell: Is given the operations for each sample of that call's batch.
+        report: Called once with the operations per sample of the first batch.
     """
 
-    def __init__(self, forward: Callable[[Any, Any], Any], tell: Callable[[float], None]) -> None:
-        self._forward, self._tell = forward, tell
+    def __init__(self, forward: Callable[[Any, Any], Any], report: Callable[[float], None]) -> None:
+        self._forward, self._report = forward, report
         self._counted = False
 
     def __call__(self, model: Any, batch: Any) -> Any:
@@ -31,15 +31,15 @@ class CountedForward:
         if self._counted:
             return self._forward(model, batch)
         self._counted = True
-        with _Counter() as counter:
+        with _FlopCounter() as counter:
             outputs = self._forward(model, batch)
-        samples = [leaf.shape[0] for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)][:1]
-        if counter.total and samples and samples[0]:
-            self._tell(counter.total / samples[0])
+        sizes = [leaf.shape[0] for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)][:1]
+        if counter.total and sizes and sizes[0]:
+            self._report(counter.total / sizes[0])
         return outputs
 
 
-class _Counter(TorchDispatchMode):
+class _FlopCounter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.total = 0

@@ -1,7 +1,7 @@
-"""What each step measured, kept on the device and read together about twice a second.
+"""Measurements of each step, kept on the device and read together about twice a second.
 
-Reading a number from a GPU waits for all that it still has to do. So the loop only collects, and
-every so many steps all ranks sum what they collected in one all-reduce and read it.
+Reading a number from a GPU waits for all work queued on it. The loop therefore only collects, and
+every few steps all ranks sum their measurements in one all-reduce and read the result.
 """
 
 from __future__ import annotations
@@ -17,89 +17,99 @@ import torch
 from torch import Tensor
 
 from launcher.engine.backends.base import Backend
-from launcher.engine.metrics.rank_times import CommunicationClock, OwnShare, RankRow, by_rank
+from launcher.engine.metrics.rank_times import (
+    CommunicationClock,
+    RankRow,
+    RankTotals,
+    combine_rank_rows,
+)
 from launcher.errors import RecipeError, TrainingError
 
 _SECONDS_BETWEEN_READS = 0.5
-_MOST_STEPS_BETWEEN_READS = 1000
-_MOST_IDS_SHOWN = 256
+_MAX_STEPS_BETWEEN_READS = 1000
+_MAX_SHOWN_SAMPLES = 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepRow:
-    """What metrics.jsonl says of one optimizer step."""
+    """One optimizer step in metrics.jsonl."""
 
     step: int
-    """Steps done, this one included."""
+    """Number of steps taken, this one included."""
 
     epoch: int
-    """The epoch it belongs to, from 1."""
+    """Epoch of the step, counted from 1."""
 
     samples: int
-    """Samples consumed since the start of the run, this step included."""
+    """Training samples consumed since the start of the run, this step included."""
 
     loss: float
-    """Mean over the items of the global batch."""
+    """Mean loss over the items of the global batch."""
 
     time: float
-    """When the step ended, in seconds since 1970, by rank 0's clock."""
+    """End of the step on rank 0's clock, in seconds since 1970."""
 
     lr: float
     momentum: float | None
-    """As the optimizer has it; of Adam its first beta. None where it has none."""
+    """Momentum of the optimizer, or the first beta of Adam; None if it has neither."""
 
     items: int
-    """Items of the global batch that the loss counts: samples, or what `Recipe.count` says."""
+    """Number of items in the global batch that the loss counts: samples, or what `Recipe.count`
+    returns."""
 
     grad_norm: float | None
-    """Norm of the gradient of the global batch, before clipping; None where it overflowed in fp16,
-    and the step was left out."""
+    """Norm of the gradient of the global batch before clipping; None if the gradient overflowed in
+    fp16 and the step was skipped."""
 
     samples_per_second: float
-    """Over all ranks, averaged over the steps read together with this one."""
+    """Throughput over all ranks, averaged over the steps read together with this one."""
 
     step_seconds: float
-    """What it took, averaged in the same way."""
+    """Duration of a step, averaged over the steps read together with this one."""
 
     data_wait_seconds: float
-    """What the ranks waited for data, on average."""
+    """Time spent waiting for data in this step, averaged over ranks."""
 
     communication_seconds: float | None
-    """What the ranks waited for communication with nothing left to compute, on average over ranks
-    and the steps read together with this one; None where that cannot be told (FSDP, ZeRO)."""
+    """Time spent waiting for communication that overlaps no computation, averaged over ranks and
+    over the steps read together with this one; None where it cannot be measured (FSDP, ZeRO)."""
 
     @property
     def is_finite(self) -> bool:
-        """Whether the step was taken, or left out for no worse reason than fp16's range."""
+        """Whether the loss and the gradient norm are finite; an overflow in fp16 is tolerated."""
         norm = 0.0 if self.grad_norm is None else self.grad_norm
         return math.isfinite(self.loss) and math.isfinite(norm)
 
 
 class RankFlags(NamedTuple):
-    """What ranks tell each other whenever they read: of each, how many say so."""
+    """Flags that ranks exchange at every read.
+
+    On one rank each is 0 or 1; summed over ranks, each is the number of ranks that set it.
+    """
 
     stop: float = 0.0
-    """Was asked to stop."""
+    """The rank was asked to stop."""
 
     save: float = 0.0
-    """Finds a checkpoint due; rank 0 alone is asked."""
+    """A checkpoint is due by the clock; only the flag of rank 0 counts."""
 
     written: float = 0.0
-    """Has written its part of the checkpoint under way."""
+    """The rank has written its shard of the pending checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MetricsBatch:
-    """What the ranks know of the steps since the last reading, the same on each."""
+    """Measurements of the steps since the last read, equal on every rank."""
 
     rows: list[StepRow]
     flags: RankFlags
     ranks: RankRow | None
-    """Now and then: every second at first, and less often the more ranks and hours there are."""
+    """Measurements by rank. They are exchanged every second at first, and less often the more ranks
+    there are and the longer the run lasts; None in between."""
 
 
 @dataclass(kw_only=True, slots=True)
-class _Collected:
+class _StepMeasurements:
     step: int
     epoch: int
     samples: int
@@ -114,99 +124,128 @@ class _Collected:
 
 
 class Meter:
-    """Collects the measurements of steps, and reads them together."""
+    """Collects the measurements of steps and reads many steps at once."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._collected: list[_Collected] = []
-        self._reads_at = 1
-        self._since = time.perf_counter()
-        self._waits = CommunicationClock(backend.communication)
-        self._share = OwnShare(backend.world_size)
+        self._steps: list[_StepMeasurements] = []
+        self._num_steps_to_read = 1
+        self._clock_start = time.perf_counter()
+        self._communication = CommunicationClock(backend.communication)
+        self._rank_totals = RankTotals(backend.world_size)
 
-    def add(self, **measured: Any) -> None:
-        """Keep what a step measured; tensors stay on their device."""
-        self._collected.append(_Collected(**measured))
+    def add(self, **measurements: Any) -> None:
+        """Keep the measurements of one step; tensors stay on their device."""
+        self._steps.append(_StepMeasurements(**measurements))
 
     def is_due(self) -> bool:
-        """Return whether enough steps are collected; the same on every rank."""
-        return len(self._collected) >= self._reads_at
+        """Return whether enough steps are collected; the answer is the same on every rank."""
+        return len(self._steps) >= self._num_steps_to_read
 
     def restart_clock(self) -> None:
-        """Leave the time since the last read out of the throughput: it was not training."""
-        self._since = time.perf_counter()
+        """Exclude the time since the last read from the throughput, because it was not training."""
+        self._clock_start = time.perf_counter()
 
-    def read(self, flags: RankFlags, *, ends: bool) -> MetricsBatch:
-        """Return a row for each collected step, and the votes of all ranks (collective).
+    def read(self, flags: RankFlags, *, is_last: bool) -> MetricsBatch:
+        """Return a row for each collected step, and the flags of all ranks (collective).
 
         Args:
-            flags: This rank's.
-            ends: Whether the training ends here.
+            flags: The flags of this rank.
+            is_last: Whether training ends with these steps.
 
         Raises:
-            RecipeError: The loss counted other items than the batch holds.
-            TrainingError: In fp16 no scale of the loss keeps the gradient finite; or the ranks have
-                called different modules, so that the gathered weights were wrong.
+            RecipeError: The loss counted a different number of items than the batch holds.
+            TrainingError: In fp16, no loss scale keeps the gradient finite; or the ranks called
+                different modules, so the gathered weights were wrong.
         """
-        collected, self._collected = self._collected, []
-        world_size = self._backend.world_size
+        steps, self._steps = self._steps, []
         now = time.perf_counter()
-        waited = self._waits.per_step()
-        waits = sum(step.data_wait_seconds for step in collected)
-        self._share.add(len(collected), now - self._since, waits, waited)
-        own = self._share.row(self._backend) if self._share.is_due or ends else None
-        sums = self._sums(collected, now - self._since, waited, flags, own).tolist()
-        items = as_tensor([step.items for step in collected], self._backend.device).tolist()
-        self._since = now
-        ranks = None if own is None else by_rank(sums[-world_size:], tells=waited is not None)
-        sums = sums if own is None else sums[:-world_size]
+        seconds = now - self._clock_start
+        wait_per_step = self._communication.per_step()
+        data_wait = sum(step.data_wait_seconds for step in steps)
+        self._rank_totals.add(len(steps), seconds, data_wait, wait_per_step)
+        rank_row = None
+        if self._rank_totals.is_due or is_last:
+            rank_row = self._rank_totals.row(self._backend)
+        sums = self._sum_over_ranks(steps, seconds, wait_per_step, flags, rank_row).tolist()
+        items = as_tensor([step.items for step in steps], self._backend.device).tolist()
+        self._clock_start = now
+        ranks = None
+        if rank_row is not None:
+            world_size = self._backend.world_size
+            ranks = combine_rank_rows(sums[-world_size:], measures_waits=wait_per_step is not None)
+            sums = sums[:-world_size]
         self._check_lockstep(*sums.pop()[:2])
-        flags, (seconds, ended, communication) = RankFlags(*sums.pop()), sums.pop()
-        self._share.pass_by(seconds)
-        grad_norms = torch.stack([step.grad_norm for step in collected]).tolist()
-        self._reads_at = min(
-            max(int(_SECONDS_BETWEEN_READS * len(collected) / max(seconds, 1e-9)), 1),
-            _MOST_STEPS_BETWEEN_READS,
+        summed_flags = RankFlags(*sums.pop())
+        seconds, end_time, total_wait = sums.pop()
+        self._rank_totals.advance_clock(seconds)
+        grad_norms = torch.stack([step.grad_norm for step in steps]).tolist()
+        self._num_steps_to_read = min(
+            max(int(_SECONDS_BETWEEN_READS * len(steps) / max(seconds, 1e-9)), 1),
+            _MAX_STEPS_BETWEEN_READS,
         )
-        rate = sum(step.batch_samples for step in collected) / max(seconds, 1e-9)
-        scaler = self._backend.scaler
-        if scaler is not None and scaler.is_exhausted:
-            raise TrainingError(
-                f"In fp16 the gradient overflows even when the loss is scaled by {scaler.scale:g}: "
-                "the run cannot recover. Use precision=bf16 where the device has it, or fp32."
-            )
-        rows: list[StepRow] = []
-        each = seconds / max(len(collected), 1)
-        measured = zip(collected, sums, items, grad_norms, strict=True)
-        for step, (loss_sum, counted, wait), step_items, norm in measured:
-            _check_count(step.step, int(counted), int(step_items))
-            rows.append(
-                StepRow(
-                    step=step.step,
-                    epoch=step.epoch,
-                    samples=step.samples,
-                    loss=loss_sum / step_items,
-                    time=ended - each * (len(collected) - len(rows) - 1),
-                    lr=step.lr,
-                    momentum=step.momentum,
-                    items=int(step_items),
-                    grad_norm=norm if scaler is None or math.isfinite(norm) else None,
-                    samples_per_second=rate,
-                    step_seconds=each,
-                    data_wait_seconds=wait / world_size,
-                    communication_seconds=None if waited is None else communication / world_size,
-                )
-            )
-        return MetricsBatch(rows=rows, flags=flags, ranks=ranks)
+        self._check_loss_scale()
+        rows = self._make_rows(
+            steps,
+            sums,
+            items,
+            grad_norms,
+            seconds=seconds,
+            end_time=end_time,
+            total_wait=None if wait_per_step is None else total_wait,
+        )
+        return MetricsBatch(rows=rows, flags=summed_flags, ranks=ranks)
+
+    def _sum_over_ranks(
+        self,
+        steps: list[_StepMeasurements],
+        seconds: float,
+        wait_per_step: float | None,
+        flags: RankFlags,
+        rank_row: list[float] | None,
+    ) -> Tensor:
+        """Return the measurements of all ranks summed in one all-reduce (collective).
+
+        The rows are (loss sum, counted items, data wait) for each step, followed by
+        (seconds and end time of rank 0, so that all ranks use one clock, and communication wait),
+        the flags, and (sum, sum of squares, 0) of the ranks' call checksums. If `rank_row` is
+        given, one row for each rank follows.
+
+        Returns:
+            A float64 tensor of shape (steps + 3, 3) or (steps + 3 + ranks, 3).
+        """
+        device = self._backend.device
+        zero = torch.zeros((), device=device)
+        losses = torch.stack(
+            [functools.reduce(torch.add, step.loss_sums or [zero]) for step in steps]
+        ).double()
+        counts = as_tensor([sum(step.counts) for step in steps], device)
+        data_waits = as_tensor([step.data_wait_seconds for step in steps], device)
+        is_first = self._backend.rank == 0
+        clock = [
+            seconds if is_first else 0.0,
+            time.time() if is_first else 0.0,
+            wait_per_step or 0.0,
+        ]
+        own_flags = [flags.stop, flags.save if is_first else 0.0, flags.written]
+        parts = [torch.stack([losses, counts, data_waits], dim=1)]
+        call_order = self._backend.call_order
+        checksum = 0 if call_order is None else call_order.take_checksum()
+        parts.append(as_tensor([*clock, *own_flags, checksum, checksum**2, 0.0], device).view(3, 3))
+        if rank_row is not None:
+            rows = torch.zeros(self._backend.world_size, 3, dtype=torch.float64, device=device)
+            rows[self._backend.rank] = as_tensor(rank_row, device)
+            parts.append(rows)
+        return self._backend.sum(torch.cat(parts))
 
     def _check_lockstep(self, total: float, squares: float) -> None:
-        """Refuse steps in which ranks have called different modules (collective).
+        """Refuse steps in which the ranks called different modules (collective).
 
-        The checksums are equal if and only if the square of their sum is that of their squares,
-        times the number of ranks (Cauchy-Schwarz).
+        The checksums of n ranks are equal if and only if the square of their sum is n times the
+        sum of their squares (Cauchy-Schwarz).
 
         Raises:
-            TrainingError: They have.
+            TrainingError: The ranks called different modules.
         """
         backend = self._backend
         if backend.call_order is not None and int(squares) * backend.world_size != int(total) ** 2:
@@ -214,96 +253,130 @@ class Meter:
         if backend.call_order is not None:
             backend.call_order.forget()
 
-    def _sums(
-        self,
-        collected: list[_Collected],
-        seconds: float,
-        waited: float | None,
-        flags: RankFlags,
-        own: list[float] | None,
-    ) -> Tensor:
-        """Return, summed over ranks, (loss sum, counted items, data wait) of each step.
+    def _check_loss_scale(self) -> None:
+        """Refuse to continue in fp16 if the gradient overflows at the smallest loss scale.
 
-        Three rows follow: rank 0's seconds and time, so that all ranks work with one clock, beside
-        what they waited for communication; the votes; and the sum and the sum of squares of the
-        checksums of what each rank has called. Then, where `own` is given, one of each rank.
-        Float64, of shape (steps + 3, 3) or (steps + 3 + ranks, 3).
+        Raises:
+            TrainingError: It does.
         """
-        device = self._backend.device
-        nothing = torch.zeros((), device=device)
-        losses = torch.stack(
-            [functools.reduce(torch.add, step.loss_sums or [nothing]) for step in collected]
-        ).double()
-        counted = as_tensor([sum(step.counts) for step in collected], device)
-        waits = as_tensor([step.data_wait_seconds for step in collected], device)
-        first = self._backend.rank == 0
-        clock = [seconds if first else 0.0, time.time() if first else 0.0, waited or 0.0]
-        said = [flags.stop, flags.save if first else 0.0, flags.written]
-        parts = [torch.stack([losses, counted, waits], dim=1)]
-        call_order = self._backend.call_order
-        called = 0 if call_order is None else call_order.take_checksum()
-        parts.append(as_tensor([*clock, *said, called, called**2, 0.0], device).view(3, 3))
-        if own is not None:
-            ranks = torch.zeros(self._backend.world_size, 3, dtype=torch.float64, device=device)
-            ranks[self._backend.rank] = as_tensor(own, device)
-            parts.append(ranks)
-        return self._backend.sum(torch.cat(parts))
+        scaler = self._backend.scaler
+        if scaler is not None and scaler.is_exhausted:
+            raise TrainingError(
+                f"In fp16 the gradient overflows even with loss scale {scaler.scale:g}, so the run "
+                "cannot recover. Use precision=bf16 if the device supports it, or precision=fp32."
+            )
+
+    def _make_rows(
+        self,
+        steps: list[_StepMeasurements],
+        sums: list[list[float]],
+        items: list[float],
+        grad_norms: list[float],
+        *,
+        seconds: float,
+        end_time: float,
+        total_wait: float | None,
+    ) -> list[StepRow]:
+        """Return one row for each step.
+
+        Args:
+            steps: The measurements of this rank.
+            sums: (loss sum, counted items, data wait) of each step, summed over ranks.
+            items: Items of the global batch of each step.
+            grad_norms: Norm of the global gradient of each step.
+            seconds: Duration of all steps together.
+            end_time: End of the last step, in seconds since 1970.
+            total_wait: Communication wait per step, summed over ranks; None if not measured.
+
+        Raises:
+            RecipeError: The loss counted a different number of items than the batch holds.
+        """
+        world_size = self._backend.world_size
+        has_scaler = self._backend.scaler is not None
+        throughput = sum(step.batch_samples for step in steps) / max(seconds, 1e-9)
+        step_seconds = seconds / max(len(steps), 1)
+        rows: list[StepRow] = []
+        measurements = zip(steps, sums, items, grad_norms, strict=True)
+        for step, (loss_sum, counted, data_wait), step_items, grad_norm in measurements:
+            _check_count(step.step, int(counted), int(step_items))
+            rows.append(
+                StepRow(
+                    step=step.step,
+                    epoch=step.epoch,
+                    samples=step.samples,
+                    loss=loss_sum / step_items,
+                    time=end_time - step_seconds * (len(steps) - len(rows) - 1),
+                    lr=step.lr,
+                    momentum=step.momentum,
+                    items=int(step_items),
+                    grad_norm=None if has_scaler and not math.isfinite(grad_norm) else grad_norm,
+                    samples_per_second=throughput,
+                    step_seconds=step_seconds,
+                    data_wait_seconds=data_wait / world_size,
+                    communication_seconds=None if total_wait is None else total_wait / world_size,
+                )
+            )
+        return rows
 
 
 def as_tensor(values: Sequence[float | Tensor], device: torch.device) -> Tensor:
-    """Return `values` as one float64 tensor on the device, without waiting for it."""
+    """Return `values` as one float64 tensor on the device, without waiting for the device."""
     if any(isinstance(value, Tensor) for value in values):
         return torch.stack([torch.as_tensor(v, device=device).double() for v in values])
     return torch.tensor(values, dtype=torch.float64, device=device)
 
 
 class NonFiniteGuard:
-    """Keeps count of steps that were left out because their loss or gradient was not finite.
+    """Counts consecutive steps that were skipped because the loss or gradient was not finite.
 
     Args:
-        most: As many in a row end the run.
-        ids_of: Returns the sample ids of a step, counted from 1.
+        max_bad_steps: Number of consecutive skipped steps that ends the run.
+        get_batch_ids: Returns the sample ids of the global batch of a step, counted from 1.
     """
 
-    def __init__(self, most: int, ids_of: Callable[[int], list[int]]) -> None:
-        self._most, self._ids_of = most, ids_of
-        self._in_a_row = 0
+    def __init__(self, max_bad_steps: int, get_batch_ids: Callable[[int], list[int]]) -> None:
+        self._max_bad_steps, self._get_batch_ids = max_bad_steps, get_batch_ids
+        self._num_consecutive = 0
 
     def check(self, rows: list[StepRow]) -> list[str]:
-        """Return what to say of each bad step among `rows`.
+        """Return a warning for each skipped step among `rows`.
 
         Raises:
-            TrainingError: There were too many in a row; it names the last one and its samples.
+            TrainingError: Too many consecutive steps were skipped; the error names the last one and
+                its samples.
         """
-        said = []
+        warnings = []
         for row in rows:
             if row.is_finite:
-                self._in_a_row = 0
+                self._num_consecutive = 0
                 continue
-            self._in_a_row += 1
-            ids = self._ids_of(row.step)
-            shown = ", ".join(map(str, ids[:_MOST_IDS_SHOWN]))
-            shown += f" and {len(ids) - _MOST_IDS_SHOWN:,} more" if ids[_MOST_IDS_SHOWN:] else ""
-            what = (
-                f"At step {row.step:,} the loss is {row.loss} and the gradient's norm "
+            self._num_consecutive += 1
+            ids = self._get_batch_ids(row.step)
+            samples = ", ".join(map(str, ids[:_MAX_SHOWN_SAMPLES]))
+            if len(ids) > _MAX_SHOWN_SAMPLES:
+                samples += f" and {len(ids) - _MAX_SHOWN_SAMPLES:,} more"
+            problem = (
+                f"At step {row.step:,} the loss is {row.loss} and the gradient norm is "
                 f"{row.grad_norm}, with learning rate {row.lr:.4g}"
             )
-            if self._in_a_row >= self._most:
-                before = f", as at the {self._in_a_row - 1} before it" if self._in_a_row > 1 else ""
+            if self._num_consecutive >= self._max_bad_steps:
+                num_before = self._num_consecutive - 1
+                before = f", as at the {num_before} before it" if num_before else ""
                 raise TrainingError(
-                    f"{what}{before} (max_bad_steps={self._most}). The steps were not taken: the "
-                    "weights are as they were before. Lower lr, set max_grad_norm, or look at the "
-                    f"samples of the step: {shown}."
+                    f"{problem}{before} (max_bad_steps={self._max_bad_steps}). These steps "
+                    "were skipped and have not changed the weights. Lower lr, set max_grad_norm, "
+                    f"or inspect the samples of step {row.step:,}: {samples}."
                 )
-            said.append(f"{what}: it was left out. Its samples: {shown}.")
-        return said
+            warnings.append(f"{problem}. The step was skipped. Its samples: {samples}.")
+        return warnings
 
 
 def _check_count(step: int, counted: int, items: int) -> None:
-    if max(counted, 1) != items:  # nothing counts in a batch of padding; its loss is 0 / 1
+    # The count of a batch of padding is 0, and its loss is divided by 1.
+    if max(counted, 1) != items:
         raise RecipeError(
-            f"In step {step} the recipe's loss counted {counted:,} items, and the global "
-            f"batch holds {items:,}. A loss over samples returns (sum, len(batch[0])); one over "
+            f"In step {step} the recipe's loss counted {counted:,} items, but the global "
+            f"batch holds {items:,}. A loss over samples returns (sum, len(batch[0])). A loss over "
             "anything else, such as tokens, needs Recipe(count=...), a function (batch) -> items, "
-            "to weigh every micro-batch exactly."
+            "to weight every micro-batch exactly."
         )

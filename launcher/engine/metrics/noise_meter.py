@@ -1,9 +1,9 @@
-"""Measuring the gradient noise: norms of the gradients of parts of a batch, beside the step.
+"""Measure the gradient noise from norms of the gradients of parts of a batch, beside the step.
 
-What the parts are depends on where a rank sees a gradient of its own. Without sharding, and under
-ZeRO, it is there in every backward pass, before it is averaged: each micro-batch is a part. FSDP
-sums over the ranks in every backward pass: the first micro-batches of all ranks are one part, of
-which there have to be two or more.
+A part is the smallest piece of the batch of which a gradient is available. Without sharding, and
+under ZeRO, the gradient of each micro-batch is available in the backward pass, before it is
+averaged over ranks: each micro-batch is a part. FSDP reduces over ranks in every backward pass: the
+first micro-batches of all ranks form one part, so a step needs at least two micro-batches.
 """
 
 from __future__ import annotations
@@ -23,39 +23,39 @@ from launcher.planning.strategy import STRATEGIES
 from launcher.recipe.recipe import Recipe
 
 STRIDE = 20
-"""In a run one step in so many is measured, so that it costs next to nothing."""
+"""A run measures one step in this many, which makes the cost negligible."""
 
 _ROUNDING = 1e-6
-"""Of 1 / items, summed over ranks: what is beyond it has more than one part."""
+"""Relative tolerance for mean(1 / part items) x batch items; a larger value means several parts."""
 
 
 class NoiseMeter(Protocol):
-    """Is called by the loop as it goes, on every rank alike."""
+    """Measures the gradient noise; the loop calls it at the same points on every rank."""
 
     def begin(self, step: int) -> None:
-        """Take note that `step`, from 0, begins."""
+        """Prepare for `step`, counted from 0."""
 
     def add_micro_batch(self, weight: float | Tensor, count: int | Tensor) -> None:
-        """Take note of a backward pass of `weight` times a loss over `count` items, 0 for none."""
+        """Record a backward pass of `weight` times a loss over `count` items, 0 for padding."""
 
     def end(self, step: int, items: int | Tensor, grad_norm: Tensor) -> None:
-        """Take note that the step has been taken, on a batch of `items`."""
+        """Record the gradient norm of the step, whose global batch holds `items` items."""
 
     def read(self) -> list[Measurement]:
-        """Return what has been measured since the last time (collective)."""
+        """Return the measurements since the last call (collective)."""
 
 
 class NullNoiseMeter:
-    """Measures nothing."""
+    """A noise meter that measures nothing, for runs that do not ask for the noise scale."""
 
     def begin(self, step: int) -> None:
-        """Nothing begins."""
+        """Do nothing."""
 
     def add_micro_batch(self, weight: float | Tensor, count: int | Tensor) -> None:
-        """Nothing is kept."""
+        """Do nothing."""
 
     def end(self, step: int, items: int | Tensor, grad_norm: Tensor) -> None:
-        """Nothing ends."""
+        """Do nothing."""
 
     def read(self) -> list[Measurement]:
         return []
@@ -63,50 +63,50 @@ class NullNoiseMeter:
 
 @dataclass(frozen=True)
 class _Part:
-    """The gradient of a part of a batch, as it was found."""
+    """The gradient of a part of a batch, as autograd left it."""
 
-    measured: int
-    """The place of its step among those measured."""
+    step_index: int
+    """Index of the step among the measured steps since the last read."""
 
     norms: list[Tensor]
-    """Of its pieces, each of one weight or of all."""
+    """Norms of the pieces of the gradient: one for each parameter, or one for all."""
 
     weight: float | Tensor
-    """What the sum over its items was multiplied with."""
+    """Factor by which the sum of the losses was multiplied before the backward pass."""
 
     count: int | Tensor
-    """Its items."""
+    """Number of items in the part."""
 
 
 class _PartsNoiseMeter(ABC):
-    """Measures, part by part; numbers stay on their device until they are read.
+    """Measures part by part; numbers stay on their device until they are read.
 
     Args:
         backend: This rank among the others.
-        model: What is trained.
-        stride: One step in so many is measured.
+        model: The recipe's own module.
+        stride: One step in this many is measured.
     """
 
     def __init__(self, backend: Backend, model: nn.Module, stride: int) -> None:
         self._backend, self._stride = backend, stride
-        self._trained = [each for each in model.parameters() if each.requires_grad]
-        self._measures = False
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._is_measuring = False
         self._parts: list[_Part] = []
         self._steps: list[tuple[int, int | Tensor, Tensor]] = []
-        """Step, items and norm of the gradient of the whole batch."""
+        """(step, items, gradient norm) of the whole batch of each measured step."""
 
     def begin(self, step: int) -> None:
-        self._measures = step % self._stride == 0
-        if self._measures:
+        self._is_measuring = step % self._stride == 0
+        if self._is_measuring:
             self._begin()
 
     def add_micro_batch(self, weight: float | Tensor, count: int | Tensor) -> None:
-        if self._measures:
+        if self._is_measuring:
             scaler = self._backend.scaler
             self._add_micro_batch(weight if scaler is None else weight * scaler.factor, count)
 
     def end(self, step: int, items: int | Tensor, grad_norm: Tensor) -> None:
-        if self._measures:
+        if self._is_measuring:
             self._end()
             self._steps.append((step, items, grad_norm))
 
@@ -114,8 +114,8 @@ class _PartsNoiseMeter(ABC):
         if not self._steps:
             return []
         steps, self._steps = self._steps, []
-        sums = self._backend.sum(self._sums(len(steps))).tolist()
-        found = []
+        sums = self._backend.sum(self._sum_parts(len(steps))).tolist()
+        measurements = []
         for (step, items, norm), (squares, inverses, parts) in zip(steps, sums, strict=True):
             # The last batch of an epoch may be so short that it is one part.
             if parts and inverses / parts * float(items) > 1 + _ROUNDING:
@@ -126,54 +126,58 @@ class _PartsNoiseMeter(ABC):
                     big=float(norm) ** 2,
                     big_items=float(items),
                 )
-                found.append(measurement)
-        return found
+                measurements.append(measurement)
+        return measurements
 
-    def _sums(self, num_steps: int) -> Tensor:
-        """Return (sum of |g|^2 over parts, sum of 1 / items, parts) of each step, (steps, 3)."""
+    def _sum_parts(self, num_steps: int) -> Tensor:
+        """Return (sum of |g|^2 over parts, sum of 1 / items, number of parts) of each step.
+
+        Returns:
+            A float64 tensor of shape (num_steps, 3) with the parts of this rank.
+        """
         parts, self._parts = self._parts, []
         device = self._backend.device
         sums = torch.zeros(num_steps, 3, dtype=torch.float64, device=device)
         if not parts:
             return sums
         norms = torch.stack([norm for part in parts for norm in part.norms]).double()
-        owner = [number for number, part in enumerate(parts) for _ in part.norms]
+        part_indices = [index for index, part in enumerate(parts) for _ in part.norms]
         squares = torch.zeros(len(parts), dtype=torch.float64, device=device)
-        squares.index_add_(0, torch.tensor(owner, device=device), norms.square())
+        squares.index_add_(0, torch.tensor(part_indices, device=device), norms.square())
         counts = as_tensor([part.count for part in parts], device)
         weights = as_tensor([part.weight for part in parts], device)
         rows = torch.stack(
             [squares / (weights * counts).square(), 1 / counts, torch.ones_like(counts)], dim=1
         )
-        measured = torch.tensor([part.measured for part in parts], device=device)
-        return sums.index_add_(0, measured, rows)
+        step_indices = torch.tensor([part.step_index for part in parts], device=device)
+        return sums.index_add_(0, step_indices, rows)
 
-    def _keep(self, norms: list[Tensor], weight: float | Tensor, count: int | Tensor) -> None:
+    def _add_part(self, norms: list[Tensor], weight: float | Tensor, count: int | Tensor) -> None:
         self._parts.append(_Part(len(self._steps), norms, weight, count))
 
     @abstractmethod
     def _begin(self) -> None:
-        """Begin to look at gradients."""
+        """Start to observe gradients."""
 
     @abstractmethod
     def _add_micro_batch(self, weight: float | Tensor, count: int | Tensor) -> None:
-        """Keep the norm of one micro-batch's gradient, if it is a part."""
+        """Record the gradient norm of one micro-batch, if it is a part."""
 
     @abstractmethod
     def _end(self) -> None:
-        """Look no more."""
+        """Stop observing gradients."""
 
 
 class LocalNoiseMeter(_PartsNoiseMeter):
-    """Looks at the gradient of each micro-batch as autograd hands it to the weights."""
+    """Measures the gradient of each micro-batch as autograd accumulates it into the parameters."""
 
     _hooks: list[RemovableHandle]
     _norms: list[Tensor]
 
     def _begin(self) -> None:
         self._norms = []
-        # For this step alone: a hook takes a while even when it does nothing.
-        self._hooks = [each.register_hook(self._add_gradient) for each in self._trained]
+        # Registered for this step alone: even a hook that does nothing takes time.
+        self._hooks = [parameter.register_hook(self._add_gradient) for parameter in self._trained]
 
     def _add_gradient(self, grad: Tensor) -> None:
         self._norms.append(torch.linalg.vector_norm(grad, dtype=torch.float32))
@@ -181,7 +185,7 @@ class LocalNoiseMeter(_PartsNoiseMeter):
     def _add_micro_batch(self, weight: float | Tensor, count: int | Tensor) -> None:
         norms, self._norms = self._norms, []
         if norms and not (isinstance(count, int) and count == 0):
-            self._keep(norms, weight, count)
+            self._add_part(norms, weight, count)
 
     def _end(self) -> None:
         for hook in self._hooks:
@@ -189,28 +193,37 @@ class LocalNoiseMeter(_PartsNoiseMeter):
 
 
 class ReducedNoiseMeter(_PartsNoiseMeter):
-    """Looks at what the ranks have summed after the first micro-batch of each (FSDP)."""
+    """Measures the gradient that the ranks have reduced after their first micro-batches (FSDP)."""
 
     def _begin(self) -> None:
-        self._micro_batches = 0
+        self._num_micro_batches = 0
 
     def _add_micro_batch(self, weight: float | Tensor, count: int | Tensor) -> None:
-        self._micro_batches += 1
-        if self._micro_batches > 1:
+        self._num_micro_batches += 1
+        if self._num_micro_batches > 1:
             return
         backend = self._backend
-        counted = backend.sum(as_tensor([count], backend.device))[0]
-        norm = backend.norm([each.grad for each in self._trained if each.grad is not None])
+        total_count = backend.sum(as_tensor([count], backend.device))[0]
+        norm = backend.norm(
+            [parameter.grad for parameter in self._trained if parameter.grad is not None]
+        )
         if backend.rank == 0:
-            # It is a mean over ranks of sums with this weight.
-            self._keep([norm], weight / backend.world_size, counted)
+            # The gradient is the mean over ranks of sums multiplied by `weight`.
+            self._add_part([norm], weight / backend.world_size, total_count)
 
     def _end(self) -> None:
-        """Nothing was put in the way."""
+        """Do nothing: no hooks were registered."""
 
 
 def make_noise_meter(recipe: Recipe, backend: Backend, model: nn.Module, stride: int) -> NoiseMeter:
-    """Return what measures the noise under the plan's strategy, if the recipe asks for it."""
+    """Return the noise meter for the plan's strategy, or one that measures nothing.
+
+    Args:
+        recipe: What is trained; `noise_scale` decides whether anything is measured.
+        backend: This rank among the others.
+        model: The module that `Backend.prepare` returned.
+        stride: One step in this many is measured.
+    """
     if not recipe.noise_scale:
         return NullNoiseMeter()
     summed = STRATEGIES[backend.plan.strategy].sums_gradients_over_ranks_in_backward

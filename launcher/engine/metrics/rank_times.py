@@ -1,4 +1,4 @@
-"""Each rank's part in the steps: what takes it itself, what it waits for, what memory it holds."""
+"""Time, waiting and memory of each rank, which show the rank that the others wait for."""
 
 from __future__ import annotations
 
@@ -8,91 +8,114 @@ from dataclasses import dataclass
 from launcher.engine.backends.base import Backend
 from launcher.engine.ranks.processes import peak_bytes
 
-_RANKS_PER_SECOND = 64
-"""At most as many are written a second, whatever the number of ranks."""
+_RANK_ROWS_PER_SECOND = 64
+"""Upper limit on the rank measurements written per second, for any number of ranks."""
 
-_PASSED = 0.01
-"""The part of the time that has passed after which they are written again."""
+_INTERVAL_FRACTION = 0.01
+"""Interval between two exchanges as a fraction of the training time so far."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankRow:
-    """What metrics.jsonl says of each rank's part in the steps since the last such row."""
+    """Measurements by rank in metrics.jsonl, over the steps since the last such row."""
 
     own_seconds: list[float] | None
-    """Of a step, by rank: without what it waited for communication. The rank that has the most is
-    the one that the others wait for. None where that cannot be told."""
+    """Seconds per step of each rank, without its communication wait. The others wait for the rank
+    with the largest value. None where the communication wait cannot be measured."""
 
     data_wait_seconds: list[float]
-    """Of a step, by rank."""
+    """Seconds per step that each rank waits for data."""
 
     memory_bytes: list[int]
-    """The most that each has held: on a GPU of its memory, otherwise of the host's."""
+    """Peak memory of each rank: GPU memory on a GPU, host memory otherwise."""
 
 
 class CommunicationClock:
-    """What a rank waits for communication in a step, from totals over the steps that were timed.
+    """Converts the running total of communication wait into a wait per step.
 
     Args:
-        totals: Returns (seconds, steps) so far; None where that cannot be told.
+        get_totals: Returns (seconds, number of timed steps) since the start; None where they cannot
+            be measured.
     """
 
-    def __init__(self, totals: Callable[[], tuple[float, int] | None]) -> None:
-        self._totals = totals
-        self._before = 0.0, 0
-        self._latest = 0.0
+    def __init__(self, get_totals: Callable[[], tuple[float, int] | None]) -> None:
+        self._get_totals = get_totals
+        self._last_totals = 0.0, 0
+        self._last_mean = 0.0
 
     def per_step(self) -> float | None:
-        """Return the mean over the steps timed since the last call, or what that was before."""
-        totals = self._totals()
+        """Return the mean seconds per step since the last call.
+
+        If no step was timed since, the previous mean is returned.
+        """
+        totals = self._get_totals()
         if totals is None:
             return None
-        seconds, steps = totals[0] - self._before[0], totals[1] - self._before[1]
+        seconds, steps = totals[0] - self._last_totals[0], totals[1] - self._last_totals[1]
         if steps > 0:
-            self._latest, self._before = max(seconds / steps, 0.0), totals
-        return self._latest
+            self._last_mean, self._last_totals = max(seconds / steps, 0.0), totals
+        return self._last_mean
 
 
-class OwnShare:
-    """Adds up this rank's part in steps, and says when all ranks tell each other theirs."""
+class RankTotals:
+    """Accumulates the time of this rank, and schedules its exchange with all ranks.
+
+    Args:
+        world_size: Number of ranks.
+    """
 
     def __init__(self, world_size: int) -> None:
-        self._shortest = max(1.0, world_size / _RANKS_PER_SECOND)
-        self._passed, self._due = 0.0, self._shortest
-        self._steps, self._own, self._wait = 0, 0.0, 0.0
+        self._min_interval = max(1.0, world_size / _RANK_ROWS_PER_SECOND)
+        self._clock, self._due = 0.0, self._min_interval
+        self._num_steps, self._own_seconds, self._data_wait = 0, 0.0, 0.0
 
     @property
     def is_due(self) -> bool:
-        """Whether it is time; the same on every rank."""
-        return self._passed >= self._due
+        """Whether an exchange is due; the same on every rank."""
+        return self._clock >= self._due
 
-    def pass_by(self, seconds: float) -> None:
-        """Have time go by, as all ranks agree that it has."""
-        self._passed += seconds
+    def advance_clock(self, seconds: float) -> None:
+        """Advance the clock of the schedule by `seconds`, which must be equal on all ranks."""
+        self._clock += seconds
 
-    def add(self, steps: int, seconds: float, data_wait: float, waited: float | None) -> None:
-        """Take steps that took so long together, and waited so long for data.
+    def add(
+        self, num_steps: int, seconds: float, data_wait: float, wait_per_step: float | None
+    ) -> None:
+        """Add steps to the totals.
 
-        For others waited each of them, by the mean.
+        Args:
+            num_steps: Number of steps.
+            seconds: Duration of all these steps.
+            data_wait: Seconds spent waiting for data in all these steps.
+            wait_per_step: Mean communication wait of a step, in seconds; None if not measured.
         """
-        self._steps += steps
-        self._own += seconds - steps * (waited or 0.0)
-        self._wait += data_wait
+        self._num_steps += num_steps
+        self._own_seconds += seconds - num_steps * (wait_per_step or 0.0)
+        self._data_wait += data_wait
 
     def row(self, backend: Backend) -> list[float]:
-        """Return this rank's line, and begin anew."""
-        steps = max(self._steps, 1)
-        row = [max(self._own, 0.0) / steps, self._wait / steps, float(peak_bytes(backend.device))]
-        self._steps, self._own, self._wait = 0, 0.0, 0.0
-        self._due = self._passed + max(self._shortest, _PASSED * self._passed)
+        """Return this rank's [own seconds per step, data wait per step, peak bytes], and reset."""
+        num_steps = max(self._num_steps, 1)
+        row = [
+            max(self._own_seconds, 0.0) / num_steps,
+            self._data_wait / num_steps,
+            float(peak_bytes(backend.device)),
+        ]
+        self._num_steps, self._own_seconds, self._data_wait = 0, 0.0, 0.0
+        self._due = self._clock + max(self._min_interval, _INTERVAL_FRACTION * self._clock)
         return row
 
 
-def by_rank(rows: list[list[float]], *, tells: bool) -> RankRow:
-    """Return the lines of all ranks as one; `tells` is whether they know what they waited for."""
-    own, waits, memory = zip(*rows, strict=True)
+def combine_rank_rows(rows: list[list[float]], *, measures_waits: bool) -> RankRow:
+    """Combine the rows of all ranks into one.
+
+    Args:
+        rows: What `RankTotals.row` returned on each rank, in the order of ranks.
+        measures_waits: Whether the ranks measure their communication wait.
+    """
+    own_seconds, data_waits, memory = zip(*rows, strict=True)
     return RankRow(
-        own_seconds=list(own) if tells else None,
-        data_wait_seconds=list(waits),
-        memory_bytes=[int(each) for each in memory],
+        own_seconds=list(own_seconds) if measures_waits else None,
+        data_wait_seconds=list(data_waits),
+        memory_bytes=[int(num_bytes) for num_bytes in memory],
     )

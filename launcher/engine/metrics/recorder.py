@@ -1,4 +1,4 @@
-"""Writes what the loop measured into the run folder, and shows it."""
+"""Write what the loop measures to the run folder, and show it."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
     from launcher.engine.metrics.trackers import Trackers
 
 _ENCODER = msgspec.json.Encoder()
-"""Ten times as fast as json.dumps, in every step; what is not finite becomes null."""
+"""Ten times as fast as json.dumps, and called in every step; encodes NaN and infinity as null."""
 
 
 class Recorder:
-    """A listener that keeps metrics.jsonl (on rank 0) and samples/ (on every rank, if asked).
+    """A `Callback` that writes metrics.jsonl (rank 0) and samples/ (every rank, if requested).
 
     Args:
-        run_dir: Where to write.
-        rank: This process's.
-        record_samples: Whether to write sample ids.
-        progress: Where to show the steps; None on all ranks but 0, which then write no metrics.
-        trackers: Where to send them as well.
+        run_dir: The folder to write to.
+        rank: The rank of this process.
+        record_samples: Whether to write the sample ids of each step.
+        progress: Shows the steps on rank 0; None on the other ranks, which write no metrics.
+        trackers: Experiment trackers that receive the metrics as well, if any.
     """
 
     def __init__(
@@ -49,18 +49,18 @@ class Recorder:
             path = run_dir.samples(rank)
             path.parent.mkdir(exist_ok=True)
             self._samples = path.open("ab")
-        self._lost: list[BinaryIO] = []
+        self._failed_files: list[BinaryIO] = []
         self.last_loss = math.nan
         self.steps_taken: int | None = None
-        """Steps after the last one that was taken; None before the first."""
+        """Steps taken since the start of the run; None before this process has taken one."""
 
         self._noise = RunningNoise()
 
     def on_micro_batches(self, step: int, micro_batches: list[MicroBatch]) -> None:
         self.steps_taken = step
         if self._samples is not None:
-            taken = [each.request.indices for each in micro_batches if each.counts]
-            self._write(self._samples, {"step": step, "micro_batches": taken})
+            ids = [batch.request.indices for batch in micro_batches if batch.counts]
+            self._write(self._samples, {"step": step, "micro_batches": ids})
 
     def on_steps(self, rows: list[StepRow]) -> None:
         for row in rows:
@@ -70,7 +70,7 @@ class Recorder:
             self.last_loss = last.loss
             if self._progress is not None:
                 self._progress.stepped(last.step, last.loss, last.lr, last.samples_per_second)
-            self._track(last.step, "train", _tracked(rows))
+            self._track(last.step, "train", _summarize(rows))
         self._flush()
 
     def on_noise(self, measurements: list[Measurement]) -> None:
@@ -83,8 +83,7 @@ class Recorder:
         if self._progress is not None:
             self._progress.tell(f"launcher: {text}")
 
-    def on_note(self, step: int, values: Mapping[str, Any]) -> None:
-        """Write what else happened after `step` steps."""
+    def on_values(self, step: int, values: Mapping[str, Any]) -> None:
         self._write(self._metrics, {"step": step, **values})
         numbers = {name: value for name, value in values.items() if isinstance(value, float)}
         if numbers:
@@ -98,10 +97,10 @@ class Recorder:
         self._flush()
 
     def close(self) -> None:
-        """Close the files and leave the terminal as it was."""
+        """Close the files and restore the terminal."""
         for file in (self._metrics, self._samples):
             if file is not None:
-                with self._writing(file):
+                with self._dropping_on_error(file):
                     file.close()
         if self._progress is not None:
             self._progress.close()
@@ -114,32 +113,33 @@ class Recorder:
             self.on_warning(text)
 
     def _write(self, file: BinaryIO | None, values: Any) -> None:
-        if file is not None and file not in self._lost:
-            with self._writing(file):
+        if file is not None and file not in self._failed_files:
+            with self._dropping_on_error(file):
                 file.write(_ENCODER.encode(values) + b"\n")
 
     def _flush(self) -> None:
         for file in (self._metrics, self._samples):
-            if file is not None and file not in self._lost:
-                with self._writing(file):
+            if file is not None and file not in self._failed_files:
+                with self._dropping_on_error(file):
                     file.flush()
 
     @contextlib.contextmanager
-    def _writing(self, file: BinaryIO) -> Iterator[None]:
-        """Go on without a file that cannot be written any more, and say so."""
+    def _dropping_on_error(self, file: BinaryIO) -> Iterator[None]:
+        """Stop writing to a file after the first error, with a warning."""
         try:
             yield
         except OSError as error:
-            self._lost.append(file)
+            self._failed_files.append(file)
             self.on_warning(
-                f"cannot write {file.name}: {error.strerror}. The run goes on without it."
+                f"cannot write {file.name}: {error.strerror}. The run continues without this file."
             )
 
 
-def _tracked(rows: list[StepRow]) -> dict[str, float | None]:
-    """Return what trackers are told of steps that were read together: of the last, the loss's mean.
+def _summarize(rows: list[StepRow]) -> dict[str, float | None]:
+    """Return the values for trackers: means of loss and data wait, the rest from the last row.
 
-    As often as a screen is drawn is often enough for a curve; metrics.jsonl has every step.
+    Rows are read about twice a second, which is often enough for a curve; metrics.jsonl has every
+    step.
     """
     last = rows[-1]
     return {

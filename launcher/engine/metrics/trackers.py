@@ -1,7 +1,7 @@
-"""Experiment trackers, as Accelerate knows them: what a run measures, sent to where people look.
+"""Send a run's metrics to experiment trackers (TensorBoard, W&B, MLflow ...) through Accelerate.
 
-They work in a thread of rank 0, so that no step waits for a network, and whatever goes wrong there
-is a warning. A run that is resumed goes on in the same place where the tracker has such a thing.
+Trackers work in a thread of rank 0, so no step waits for a network, and any failure of theirs is
+only a warning. A resumed run continues the same tracker run where the tracker supports that.
 """
 
 from __future__ import annotations
@@ -23,24 +23,26 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from launcher.runs.redaction import hidden_values, redacted
 from launcher.runs.rundir import RunDir
 
-_SECONDS_TO_FINISH = 30.0
-_SECONDS_TO_LEAVE = 5.0
-"""Where the run has been stopped or has failed, and others wait."""
+_FINISH_TIMEOUT = 30.0
+"""Seconds to wait for trackers at the end of a finished run."""
 
-_MOST_WAITING = 10_000
-_WIDTH = 200
-_MOST_FAILURES = 3
-"""In a row, after which a tracker is left alone."""
+_EXIT_TIMEOUT = 5.0
+"""Seconds to wait after a stop or a failure, when others wait for this process."""
+
+_MAX_QUEUED = 10_000
+_MAX_ERROR_CHARACTERS = 200
+_MAX_FAILURES = 3
+"""Consecutive failures after which a tracker is dropped."""
 
 
 class Trackers:
-    """Some trackers at work.
+    """The experiment trackers of a run, served by one thread.
 
     Args:
-        names: Of `accelerate.utils.LoggerType`.
-        run_dir: The run's folder.
-        project: What runs of this recipe are filed under.
-        config: What the run was set to.
+        names: Names from `accelerate.utils.LoggerType`.
+        run_dir: The run folder.
+        project: Project or experiment name, shared by all runs of the recipe.
+        config: Settings of the run.
     """
 
     def __init__(
@@ -48,14 +50,14 @@ class Trackers:
     ) -> None:
         self._names = tuple(dict.fromkeys(names))
         self._run_dir, self._project = run_dir, project
-        self._config = {name: _plain(value) for name, value in hidden_values(config).items()}
-        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(_MOST_WAITING)
+        self._config = {name: _to_scalar(value) for name, value in hidden_values(config).items()}
+        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(_MAX_QUEUED)
         self._warnings: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._running: dict[str, GeneralTracker] = {}
+        self._active: dict[str, GeneralTracker] = {}
         self._failures: dict[str, int] = {}
-        self._lost = 0
+        self._num_dropped = 0
         self._closed = False
-        if not PartialState._shared_state:  # noqa: SLF001  # their loggers insist on one
+        if not PartialState._shared_state:  # noqa: SLF001  # Accelerate's loggers require one
             PartialState(cpu=True)
         self._thread = threading.Thread(target=self._work, name="trackers", daemon=True)
         self._thread.start()
@@ -63,44 +65,45 @@ class Trackers:
             self._queue.put(lambda name=name: self._start(name))  # type: ignore[misc]
 
     def log(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Send numbers that are finite."""
-        known = {k: v for k, v in values.items() if v is not None and math.isfinite(v)}
-        self._put(lambda: self._each(lambda tracker: tracker.log(dict(known), step=step)))
+        """Send the finite values of a step to every tracker."""
+        finite = {k: v for k, v in values.items() if v is not None and math.isfinite(v)}
+        self._put(lambda: self._call_each(lambda tracker: tracker.log(dict(finite), step=step)))
 
     def attach(self, make_page: Callable[[], Path], summary: str) -> None:
-        """Make a page, send it where a tracker keeps files, and text that names it to the others.
+        """Create a page and attach it to each tracker.
 
-        It is made in their thread: what it imports may be what a tracker is importing.
+        Trackers that store files get the page; the others get `summary` with the path of the page.
+        The page is created in the trackers' thread, because both may import the same modules.
         """
 
         def send() -> None:
-            with self._warning("the report"):
+            with self._catching("the report"):
                 page = make_page()
-                self._each(lambda tracker: _attach(tracker, page, summary))
+                self._call_each(lambda tracker: _attach_page(tracker, page, summary))
 
         self._put(send)
 
     def warnings(self) -> list[str]:
-        """Return what has gone wrong since the last call."""
-        found = []
+        """Return the warnings since the last call."""
+        texts = []
         with contextlib.suppress(queue.Empty):
             while True:
-                found.append(self._warnings.get_nowait())
-        return found
+                texts.append(self._warnings.get_nowait())
+        return texts
 
-    def close(self, seconds: float = _SECONDS_TO_FINISH) -> list[str]:
-        """Let them finish what there is to send, for so long at most; return what went wrong."""
+    def close(self, timeout: float = _FINISH_TIMEOUT) -> list[str]:
+        """Wait up to `timeout` seconds for pending data to be sent; return the warnings."""
         if not self._closed:
             self._closed = True
-            self._put(lambda: self._each(lambda tracker: tracker.finish()))
+            self._put(lambda: self._call_each(lambda tracker: tracker.finish()))
             with contextlib.suppress(queue.Full):
                 self._queue.put_nowait(None)
-            self._thread.join(seconds)
+            self._thread.join(timeout)
             if self._thread.is_alive():
-                shown = ",".join(self._running) or ",".join(self._names)  # not even started
+                names = ",".join(self._active) or ",".join(self._names)  # none has started yet
                 self._warnings.put(
-                    f"trackers: {shown}: not all was sent within {seconds:g} s, and the rest is "
-                    "lost there. metrics.jsonl has it."
+                    f"trackers: {names}: not everything was sent within {timeout:g} s. The rest is "
+                    "missing there; metrics.jsonl has all values."
                 )
         return self.warnings()
 
@@ -108,17 +111,18 @@ class Trackers:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Let them finish, if nobody has."""
-        self.close(_SECONDS_TO_LEAVE)
+        """Close the trackers with a short timeout, unless `close` was called."""
+        self.close(_EXIT_TIMEOUT)
 
     def _put(self, action: Callable[[], None]) -> None:
         try:
             self._queue.put_nowait(action)
         except queue.Full:
-            self._lost += 1
-            if self._lost == 1:
+            self._num_dropped += 1
+            if self._num_dropped == 1:
                 self._warnings.put(
-                    "the trackers do not keep up: some numbers are not sent. metrics.jsonl has all."
+                    "the trackers cannot keep up, so some values are not sent. metrics.jsonl has "
+                    "all values."
                 )
 
     def _work(self) -> None:
@@ -126,81 +130,85 @@ class Trackers:
             action()
 
     def _start(self, name: str) -> None:
-        with self._warning(name):
-            tracker = LOGGER_TYPE_TO_CLASS[name](**_arguments(name, self._run_dir, self._project))
-            tracker.main_process_only = False  # this is the main process; nobody need be asked
+        with self._catching(name):
+            arguments = _tracker_arguments(name, self._run_dir, self._project)
+            tracker = LOGGER_TYPE_TO_CLASS[name](**arguments)
+            tracker.main_process_only = False  # only rank 0 gets here, so there is nothing to check
             tracker.start()
-            if not (name == "mlflow" and name in _remembered(self._run_dir)):
-                tracker.store_init_configuration(self._config)  # there a setting never changes
-            self._running[name] = tracker
+            # MLflow refuses to change the parameters of an existing run.
+            if not (name == "mlflow" and name in _read_run_ids(self._run_dir)):
+                tracker.store_init_configuration(self._config)
+            self._active[name] = tracker
             if name == "mlflow":
-                _remember(self._run_dir, name, tracker.tracker.info.run_id)
+                _save_run_id(self._run_dir, name, tracker.tracker.info.run_id)
 
-    def _each(self, action: Callable[[GeneralTracker], Any]) -> None:
-        for name, tracker in list(self._running.items()):
-            with self._warning(name):
+    def _call_each(self, action: Callable[[GeneralTracker], Any]) -> None:
+        for name, tracker in list(self._active.items()):
+            with self._catching(name):
                 action(tracker)
                 self._failures[name] = 0
 
     @contextlib.contextmanager
-    def _warning(self, name: str) -> Any:
-        """Have what goes wrong told once, and a tracker left alone that goes on going wrong."""
+    def _catching(self, name: str) -> Any:
+        """Warn of the first of consecutive failures, and drop a tracker that keeps failing."""
         try:
             yield
-        except BaseException as error:  # noqa: BLE001  # some of them raise SystemExit
+        except BaseException as error:  # noqa: BLE001  # some trackers raise SystemExit
             failures = self._failures[name] = self._failures.get(name, 0) + 1
             if failures == 1:
-                self._warnings.put(_what_failed(name, error))
-            if failures >= _MOST_FAILURES:
-                self._running.pop(name, None)
+                self._warnings.put(_failure_text(name, error))
+            if failures >= _MAX_FAILURES:
+                self._active.pop(name, None)
 
 
-def _what_failed(name: str, error: BaseException) -> str:
-    """Return a warning."""
+def _failure_text(name: str, error: BaseException) -> str:
+    """Return the warning for a failed tracker, without secrets."""
     if isinstance(error, ModuleNotFoundError):
-        what = f"the package {error.name} is not installed"
+        reason = f"the package {error.name} is not installed"
     else:
-        first = shorten(redacted(str(error)), _WIDTH, placeholder=" ...").rstrip(".")
-        what = f"{type(error).__name__}: {first}" if first else type(error).__name__
-    return f"trackers: {name}: {what}. The run goes on without it; metrics.jsonl has all numbers."
+        text = shorten(redacted(str(error)), _MAX_ERROR_CHARACTERS, placeholder=" ...").rstrip(".")
+        reason = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return (
+        f"trackers: {name}: {reason}. The run continues without it; metrics.jsonl has all values."
+    )
 
 
-def _arguments(name: str, run_dir: RunDir, project: str) -> dict[str, Any]:
-    """Return what a tracker is made with. What it called the run before it calls it again."""
+def _tracker_arguments(name: str, run_dir: RunDir, project: str) -> dict[str, Any]:
+    """Return the constructor arguments of a tracker, with the run id of an earlier start if any."""
     path = run_dir.path
     if name == "tensorboard":
         return {"run_name": name, "logging_dir": str(path)}
     if name == "wandb":
-        own = _remembered(run_dir).get(name) or uuid.uuid4().hex[:16]
-        _remember(run_dir, name, own)
-        settings = {"name": path.name, "dir": str(path), "id": own, "resume": "allow"}
+        run_id = _read_run_ids(run_dir).get(name) or uuid.uuid4().hex[:16]
+        _save_run_id(run_dir, name, run_id)
+        settings = {"name": path.name, "dir": str(path), "id": run_id, "resume": "allow"}
         return {"run_name": project, **settings}
     if name == "mlflow":
-        before = _remembered(run_dir).get(name)
+        previous_id = _read_run_ids(run_dir).get(name)
         settings = {"experiment_name": project, "run_name": path.name}
-        return settings | ({} if before is None else {"run_id": before})
+        return settings | ({} if previous_id is None else {"run_id": previous_id})
     kwargs: dict[str, Any] = {"run_name": project}
     if LOGGER_TYPE_TO_CLASS[name].requires_logging_directory:
         kwargs["logging_dir"] = str(path)
     return kwargs
 
 
-def _remembered(run_dir: RunDir) -> dict[str, str]:
-    """Return the ids that trackers have given the run."""
+def _read_run_ids(run_dir: RunDir) -> dict[str, str]:
+    """Return the ids under which trackers know the run, by tracker."""
     try:
-        found: dict[str, str] = json.loads(run_dir.trackers.read_text(encoding="utf-8"))
+        ids: dict[str, str] = json.loads(run_dir.trackers.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found
+    return ids
 
 
-def _remember(run_dir: RunDir, name: str, own: str) -> None:
-    kept = _remembered(run_dir) | {name: own}
-    run_dir.trackers.write_text(json.dumps(kept) + "\n", encoding="utf-8")
+def _save_run_id(run_dir: RunDir, name: str, run_id: str) -> None:
+    ids = _read_run_ids(run_dir) | {name: run_id}
+    run_dir.trackers.write_text(json.dumps(ids) + "\n", encoding="utf-8")
 
 
-def _attach(tracker: GeneralTracker, page: Path, summary: str) -> None:
-    """Send a page, in the tracker's own way."""
+def _attach_page(tracker: GeneralTracker, page: Path, summary: str) -> None:
+    """Send a page to a tracker through its own interface for files."""
     if tracker.name == "wandb":
         tracker.tracker.save(str(page), base_path=str(page.parent), policy="now")
     elif tracker.name == "mlflow":
@@ -215,6 +223,6 @@ def _attach(tracker: GeneralTracker, page: Path, summary: str) -> None:
         tracker.log({"report": f"{summary}\n\n{page}"}, step=0)
 
 
-def _plain(value: Any) -> bool | int | float | str:
-    """Return a value as all trackers take it."""
+def _to_scalar(value: Any) -> bool | int | float | str:
+    """Return a value as a type that every tracker accepts."""
     return value if isinstance(value, (bool, int, float, str)) else str(value)

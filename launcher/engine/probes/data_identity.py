@@ -1,4 +1,4 @@
-"""Whether the data is the same: on every rank, whenever it is read, and after a resumption."""
+"""Check that the data is the same on every rank, at every read, and after a resume."""
 
 from __future__ import annotations
 
@@ -12,151 +12,176 @@ from launcher.engine.data.reader import MicroBatch
 from launcher.engine.training.loop import TrainContext
 from launcher.errors import CheckpointError, RecipeError
 
-_FRESH = (
-    "Make data() return the same in every process: sort what comes from a set or from os.listdir, "
-    "seed every generator of your own, and do not number things by hash()."
+_SAME_IN_EVERY_PROCESS = (
+    "Make data() return the same data in every process: sort what comes from a set or from "
+    "os.listdir, seed every generator of your own, and do not derive numbers from hash()."
 )
-_SEEDED = (
-    "Draw random numbers from random, numpy.random or torch, which are seeded for each sample, and "
-    "not from a generator of your own"
+_SEEDED_PER_SAMPLE = (
+    "Draw random numbers from random, numpy.random or torch, which launcher seeds for each sample, "
+    "and not from a generator of your own"
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointData:
-    """The data that a run was trained on before."""
+    """The data of the run that is resumed, as its checkpoint describes it."""
 
     checkpoint: str
-    """Name of the checkpoint that it is resumed from."""
+    """Name of the checkpoint."""
 
     fingerprint: Mapping[str, Any] | None
-    """What that holds; None in a checkpoint of an older version."""
+    """Fingerprint of the data; None in checkpoints of older versions."""
 
     accepted: bool
-    """Whether the user has accepted other data."""
+    """Whether the user has accepted different data."""
 
 
-def lengths_of(context: TrainContext) -> dict[str, Any]:
-    """Return what is known of the data without reading a sample."""
+def describe_data(context: TrainContext) -> dict[str, Any]:
+    """Return the lengths and classes of the data, which are known without reading a sample."""
     sampler, data = context.sampler, context.reader.data
-    found: dict[str, Any] = {
+    fingerprint: dict[str, Any] = {
         "train": {"length": sampler.train_samples, "classes": classes_of(data.train)},
         "evaluation": None,
     }
     if sampler.evaluation_samples:
         classes = classes_of(data.evaluation)
-        found["evaluation"] = {"length": sampler.evaluation_samples, "classes": classes}
-    return found
+        fingerprint["evaluation"] = {"length": sampler.evaluation_samples, "classes": classes}
+    return fingerprint
 
 
 def fingerprint_of(
-    context: TrainContext, taken: Iterable[MicroBatch]
+    context: TrainContext, micro_batches: Iterable[MicroBatch]
 ) -> tuple[dict[str, Any], dict[str, DataDifference]]:
-    """Return the fingerprint of the data, and which samples were others when read again."""
-    found = lengths_of(context)
-    changing: dict[str, DataDifference] = {}
-    for each in taken:
-        samples = found[each.request.split].setdefault("samples", {})
-        for number, description in (each.samples or {}).items():
-            differs = difference(samples.get(number, description), description)
+    """Return the fingerprint of the data, and how samples changed between two reads.
+
+    Args:
+        context: What is trained.
+        micro_batches: The micro-batches of the trial, which carry descriptions of their samples.
+
+    Returns:
+        The fingerprint, and for each sample that changed, by its index, the first difference. If
+        there are such samples, the fingerprint holds lengths and classes only.
+    """
+    fingerprint = describe_data(context)
+    changed: dict[str, DataDifference] = {}
+    for micro_batch in micro_batches:
+        samples = fingerprint[micro_batch.request.split].setdefault("samples", {})
+        for index, description in (micro_batch.samples or {}).items():
+            differs = difference(samples.get(index, description), description)
             if differs is not None:
-                changing[number] = differs
-            samples.setdefault(number, description)
-    if changing:  # these can be compared with nothing
-        for split in (found["train"], found["evaluation"] or {}):
+                changed[index] = differs
+            samples.setdefault(index, description)
+    if changed:
+        for split in (fingerprint["train"], fingerprint["evaluation"] or {}):
             split.pop("samples", None)
-    return found, changing
+    return fingerprint, changed
 
 
-def compare_ranks(own: dict[str, Any], backend: Backend) -> None:
+def compare_ranks(fingerprint: dict[str, Any], backend: Backend) -> None:
     """Refuse data that differ between ranks (collective).
 
     Raises:
-        RecipeError: It says what differs, and on which rank.
+        RecipeError: The data differ; the error names the first difference and its rank.
     """
-    found = differing_data(backend.broadcast(own), own)
-    if not backend.any_rank(found is not None):
+    own_difference = find_difference(backend.broadcast(fingerprint), fingerprint)
+    if not backend.any_rank(own_difference is not None):
         return
-    every = backend.gather(found)
-    rank, (what, first, other) = next(
-        (rank, each) for rank, each in enumerate(every) if each is not None
+    differences = backend.gather(own_difference)
+    rank, (what, on_rank_0, on_rank) = next(
+        (rank, rank_difference)
+        for rank, rank_difference in enumerate(differences)
+        if rank_difference is not None
     )
     raise RecipeError(
-        f"Ranks have other data: {what} is {other} on rank {rank}, and {first} on rank 0. {_FRESH}"
+        f"Ranks have different data: {what} is {on_rank} on rank {rank}, but {on_rank_0} on rank "
+        f"0. {_SAME_IN_EVERY_PROCESS}"
     )
 
 
-def compare_known(own: dict[str, Any], known: CheckpointData) -> None:
-    """Refuse to go on with other data.
+def compare_checkpoint(fingerprint: dict[str, Any], checkpoint_data: CheckpointData) -> None:
+    """Refuse to resume with data that differ from those of the checkpoint.
+
+    Checkpoints without a fingerprint, and differences that the user has accepted, pass.
 
     Raises:
-        CheckpointError: It says what differs.
+        CheckpointError: The data differ, or the fingerprint in the checkpoint is damaged.
     """
-    if known.accepted or known.fingerprint is None:
+    if checkpoint_data.accepted or checkpoint_data.fingerprint is None:
         return
     try:
-        found = differing_data(known.fingerprint, own)
+        data_difference = find_difference(checkpoint_data.fingerprint, fingerprint)
     except (KeyError, TypeError, AttributeError, ValueError):
         raise CheckpointError(
-            f"{known.checkpoint}: what checkpoint.json says of the data is damaged. Resume from "
-            "another with --from, or add `--accept data` to go on without it."
+            f"{checkpoint_data.checkpoint}: the fingerprint of the data in checkpoint.json is "
+            "damaged. Resume from another checkpoint with --from, or add `--accept data` to resume "
+            "without comparing the data."
         ) from None
-    if found is not None:
-        what, before, now = found
+    if data_difference is not None:
+        what, before, now = data_difference
         raise CheckpointError(
-            f"The data is not what {known.checkpoint} was trained on: {what} is {now}, and was "
-            f"{before}. Give the run the data that it had. {_FRESH} To go on with other data on "
-            "purpose, add `--accept data`."
+            f"The data is not the data that {checkpoint_data.checkpoint} was trained on: {what} is "
+            f"{now}, but was {before}. Resume with the same data. {_SAME_IN_EVERY_PROCESS} To "
+            "resume with different data on purpose, add `--accept data`."
         )
 
 
-def differing_data(one: Mapping[str, Any], other: Mapping[str, Any]) -> DataDifference | None:
-    """Return the first difference between two fingerprints: what it is, and both sides of it.
+def find_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> DataDifference | None:
+    """Return the first difference between two fingerprints, or None.
 
-    Samples are compared as far as both have them.
+    Only samples that are in both fingerprints are compared.
     """
     for split, title in (("train", "training"), ("evaluation", "evaluation")):
-        own, against = one.get(split), other.get(split)
-        lengths = [0 if each is None else each["length"] for each in (own, against)]
+        one_split, other_split = one.get(split), other.get(split)
+        lengths = [
+            0 if split_data is None else split_data["length"]
+            for split_data in (one_split, other_split)
+        ]
         if lengths[0] != lengths[1]:
             counts = [f"{length:,}" for length in lengths]
             return DataDifference(f"the number of {title} samples", *counts)
-        if own is None or against is None:
+        if one_split is None or other_split is None:
             continue
-        found = difference(own.get("classes"), against.get("classes"))
-        if found is not None:
-            where = f", at {found.place}," if found.place else ""
-            return found._replace(place=f"the list of {title} classes{where}")
-        samples, others = own.get("samples", {}), against.get("samples", {})
-        for number in (number for number in samples if number in others):
-            found = difference(samples[number], others[number])
-            if found is not None:
-                where = f", at {found.place}," if found.place else ""
-                return found._replace(place=f"{title} sample {number}{where}")
+        differs = difference(one_split.get("classes"), other_split.get("classes"))
+        if differs is not None:
+            return differs._replace(place=f"the list of {title} classes{_at(differs.place)}")
+        one_samples, other_samples = one_split.get("samples", {}), other_split.get("samples", {})
+        for index in (index for index in one_samples if index in other_samples):
+            differs = difference(one_samples[index], other_samples[index])
+            if differs is not None:
+                return differs._replace(place=f"{title} sample {index}{_at(differs.place)}")
     return None
 
 
-def check_repeatable(context: TrainContext, changing: dict[str, DataDifference]) -> tuple[str, ...]:
-    """Refuse samples that depend on when they are read, or on which worker reads them (collective).
+def check_repeatable(context: TrainContext, changed: dict[str, DataDifference]) -> tuple[str, ...]:
+    """Refuse samples that depend on when, or by which worker, they are read (collective).
 
-    On one rank that is a warning: nothing depends on the number of ranks there.
+    Args:
+        context: What is trained.
+        changed: Samples that changed between two reads on this rank, by index.
+
+    Returns:
+        Warnings. On one rank, without spawned workers, changing samples are only a warning, because
+        nothing there depends on the number of ranks.
 
     Raises:
-        RecipeError: There are several ranks, or workers that have called data() each.
+        RecipeError: Samples change, and there are several ranks or spawned workers.
     """
     backend = context.backend
-    every = backend.gather(next(iter(changing.items()), None))
-    found = next((each for each in every if each is not None), None)
-    if found is None:
+    first_changes = backend.gather(next(iter(changed.items()), None))
+    change = next((change for change in first_changes if change is not None), None)
+    if change is None:
         return ()
-    number, (place, before, now) = found
-    where = f", at {place}," if place else ""
+    index, (place, before, now) = change
     text = (
-        f"training sample {number}{where} was {before}, and {now} when it was read again. {_SEEDED}"
-        ": the samples of a step must not depend on what was read before them."
+        f"training sample {index}{_at(place)} was {before}, but {now} when it was read again. "
+        f"{_SEEDED_PER_SAMPLE}: the samples of a step must not depend on what was read before."
     )
     if context.recipe.worker_start == "spawn":
-        raise RecipeError(f"Samples change: {text} {_FRESH}")
+        raise RecipeError(f"Samples change: {text} {_SAME_IN_EVERY_PROCESS}")
     if backend.world_size > 1:
         raise RecipeError(f"Samples change: {text}")
     return (text,)
+
+
+def _at(place: str) -> str:
+    return f", at {place}," if place else ""

@@ -1,4 +1,4 @@
-"""What a rank finds out about its device, its packages and its group in a few seconds."""
+"""Test a rank's device, packages and communication in a few seconds."""
 
 from __future__ import annotations
 
@@ -18,111 +18,113 @@ from launcher.environment.machine import gpu_driver
 from launcher.findings import Finding, RankDiagnostics
 from launcher.runs.provenance import versions
 
-_SIZE = {"cpu": 1024, "cuda": 4096}
+_MATRIX_SIZE = {"cpu": 1024, "cuda": 4096}
 """Rows and columns of the matrices that are multiplied."""
 
-_PRODUCTS = 8
-_SMALL_REDUCES = 50
+_NUM_PRODUCTS = 8
+_NUM_SMALL_REDUCES = 50
 _LARGE_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
-_LARGE_REDUCES = 5
+_NUM_LARGE_REDUCES = 5
 
 
 def diagnose_rank(
-    backend: Backend, meeting_seconds: float, node: tuple[Finding, ...] = ()
+    backend: Backend, rendezvous_seconds: float, node_findings: tuple[Finding, ...] = ()
 ) -> RankDiagnostics:
-    """Return what this rank finds (collective).
+    """Return the diagnostics of this rank (collective).
 
     Args:
         backend: This rank among the others.
-        meeting_seconds: What it took to form their group.
-        node: What this rank already knows of its node.
+        rendezvous_seconds: Time it took to form the process group.
+        node_findings: What this rank has already found out about its node.
     """
     device = backend.device
-    error, flops = _multiply(device)
+    error, flops = _measure_products(device)
     reduce_seconds = bandwidth = None
-    right = True
+    sums_are_right = True
     if backend.world_size > 1:
-        reduce_seconds, right_small = _reduce(backend, 2, _SMALL_REDUCES)
+        reduce_seconds, small_are_right = _measure_all_reduce(backend, 2, _NUM_SMALL_REDUCES)
         elements = _LARGE_BYTES[device.type] // 4
-        seconds, right_large = _reduce(backend, elements, _LARGE_REDUCES)
-        # In a ring each rank sends 2 (p - 1) / p of the tensor.
+        seconds, large_are_right = _measure_all_reduce(backend, elements, _NUM_LARGE_REDUCES)
+        # In a ring each of p ranks sends 2 (p - 1) / p of the tensor.
         share = 2 * (backend.world_size - 1) / backend.world_size
         bandwidth = share * elements * 4 / seconds
-        right = right_small and right_large
-    cuda = device.type == "cuda"
+        sums_are_right = small_are_right and large_are_right
+    is_cuda = device.type == "cuda"
     return RankDiagnostics(
         rank=backend.rank,
         node=platform.node(),
-        versions=_versions(cuda=cuda),
-        device=torch.cuda.get_device_name(device) if cuda else f"CPU ({platform.machine()})",
-        device_memory=torch.cuda.mem_get_info(device) if cuda else None,
-        torchvision=_why_not("torchvision"),
+        versions=_get_versions(is_cuda=is_cuda),
+        device=torch.cuda.get_device_name(device) if is_cuda else f"CPU ({platform.machine()})",
+        device_memory=torch.cuda.mem_get_info(device) if is_cuda else None,
+        torchvision=_find_import_error("torchvision"),
         product_error=error,
         flops=flops,
-        meeting_seconds=meeting_seconds,
+        meeting_seconds=rendezvous_seconds,
         reduce_seconds=reduce_seconds,
         reduce_bandwidth=bandwidth,
-        sums_right=right,
-        node_findings=node,
+        sums_right=sums_are_right,
+        node_findings=node_findings,
     )
 
 
-def _versions(*, cuda: bool) -> dict[str, str]:
-    found = versions()
-    if cuda:
-        found |= {
+def _get_versions(*, is_cuda: bool) -> dict[str, str]:
+    all_versions = versions()
+    if is_cuda:
+        all_versions |= {
             "CUDA": str(torch.version.cuda),
             "NCCL": ".".join(map(str, torch.cuda.nccl.version())),
             "driver": gpu_driver() or "?",
         }
-    return found
+    return all_versions
 
 
-def _multiply(device: torch.device) -> tuple[float | None, float]:
-    """Multiply matrices; return the largest error, None where one is not finite, and FLOP/s.
+def _measure_products(device: torch.device) -> tuple[float | None, float]:
+    """Multiply matrices; return the largest error and the FLOP/s.
 
-    The error is relative to the largest entry of the product in float64.
+    The error is relative to the largest entry of the product in float64, and None if an entry is
+    not finite.
     """
-    size = _SIZE[device.type]
+    size = _MATRIX_SIZE[device.type]
     generator = torch.Generator().manual_seed(0)
-    one, other = (torch.randn(size, size, generator=generator).to(device) for _ in range(2))
-    exact = one.double() @ other.double()
+    left, right = (torch.randn(size, size, generator=generator).to(device) for _ in range(2))
+    exact = left.double() @ right.double()
     scale = exact.abs().max()
     worst, seconds = torch.zeros((), dtype=torch.float64, device=device), []
-    for _ in range(_PRODUCTS):
-        product, taken = _timed(device, lambda: one @ other)
-        seconds.append(taken)
-        # maximum hands a NaN on
+    for _ in range(_NUM_PRODUCTS):
+        product, elapsed = _time_call(device, lambda: left @ right)
+        seconds.append(elapsed)
+        # torch.maximum propagates NaN.
         worst = torch.maximum(worst, (product.double() - exact).abs().max() / scale)
     error = float(worst)
     return (error if math.isfinite(error) else None), 2 * size**3 / statistics.median(seconds)
 
 
-def _reduce(backend: Backend, elements: int, times: int) -> tuple[float, bool]:
-    """Sum floats over the ranks; return the median seconds, and whether the sums are right."""
-    tensor = torch.empty(elements, device=backend.device)
-    wanted = backend.world_size * (backend.world_size + 1) / 2
-    seconds, right = [], True
-    for _ in range(times + 1):
+def _measure_all_reduce(backend: Backend, num_elements: int, repeats: int) -> tuple[float, bool]:
+    """Sum float32 numbers over ranks; return the median seconds and whether all sums are right."""
+    tensor = torch.empty(num_elements, device=backend.device)
+    expected = backend.world_size * (backend.world_size + 1) / 2
+    seconds, all_right = [], True
+    for _ in range(repeats + 1):
         tensor.fill_(backend.rank + 1)
-        _, taken = _timed(backend.device, lambda: backend.sum(tensor))
-        seconds.append(taken)
-        right = right and bool((tensor == wanted).all())
-    return statistics.median(seconds[1:]), right  # the first makes connections
+        _, elapsed = _time_call(backend.device, lambda: backend.sum(tensor))
+        seconds.append(elapsed)
+        all_right = all_right and bool((tensor == expected).all())
+    return statistics.median(seconds[1:]), all_right  # the first call opens connections
 
 
-def _timed(device: torch.device, work: Callable[[], Tensor]) -> tuple[Tensor, float]:
+def _time_call(device: torch.device, function: Callable[[], Tensor]) -> tuple[Tensor, float]:
+    """Return what `function` returns, and the seconds until the device has finished it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     started = time.perf_counter()
-    done = work()
+    result = function()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return done, time.perf_counter() - started
+    return result, time.perf_counter() - started
 
 
-def _why_not(package: str) -> str:
-    """Return why a package cannot be imported; empty where it can or is not installed."""
+def _find_import_error(package: str) -> str:
+    """Return why an installed package cannot be imported; empty if it can or is not installed."""
     if importlib.util.find_spec(package) is None:
         return ""
     try:

@@ -1,4 +1,4 @@
-"""What ranks train that examine themselves."""
+"""The recipe of `launcher doctor`, whose ranks test their devices and train nothing."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def diagnostics_recipe(num_ranks: int, device: Literal["cuda", "cpu"] | None) ->
         device: What the ranks compute on; None takes the GPUs where there are any.
     """
 
-    def nothing(*_: object) -> Any:
+    def not_trainable(*_: object) -> Any:
         raise NotImplementedError
 
     return Recipe(
         name="doctor",
-        model=nothing,
+        model=not_trainable,
         data=lambda: Data(train=()),
-        loss=nothing,
+        loss=not_trainable,
         batch_size=num_ranks,
         lr=1.0,
         lr_rule="none",

@@ -1,9 +1,9 @@
-"""Why a recipe's steps would depend on the split: it is tried out on a few samples, in one process.
+"""Find out whether a recipe's steps would depend on the split, on a few samples in one process.
 
-Five properties are what the promise rests on, and each is tested for what it is rather than looked
-up: a sample is the same whenever it is read; the loss of two batches together is the sum of theirs;
-in training a sample's outputs do not depend on the others; they draw no random numbers; and forward
-changes neither weights nor buffers.
+The promise rests on five properties, each of which is tested by its effect instead of by the type
+of modules: a sample is the same whenever it is read; the loss of a batch is the sum of the losses
+of its parts; in training the outputs of a sample do not depend on the other samples; they draw no
+random numbers; and forward changes neither weights nor buffers.
 """
 
 from __future__ import annotations
@@ -32,48 +32,50 @@ from launcher.recipe.recipe import Recipe
 from launcher.runs.job import RecipeSource
 from launcher.runs.rundir import RunDir, write_json
 
-_SAMPLES = 8
-_ROUNDS = 4
+_NUM_SAMPLES = 8
+_READS_IN_WORKERS = 4
 """How often two workers read each sample."""
 
 _TOLERANCE = 1e-3
-"""Relative; far above rounding, far below the effects looked for."""
+"""Relative tolerance: far above rounding, far below the effects that are tested."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What was found; each is a reason for steps that depend on the split."""
+    """The result of an inspection: reasons for steps that depend on the split, and basic facts."""
 
     changing_samples: list[int]
-    """Samples that were another when they were read again."""
+    """Samples that differ when they are read again."""
 
     loss_is_mean: bool
-    """Whether the loss over two halves has the mean of theirs rather than the sum."""
+    """Whether the loss of a batch is the mean of the losses of its halves instead of the sum."""
 
     loss_is_no_sum: bool
-    """Whether it is neither."""
+    """Whether the loss of a batch is neither the sum nor the mean of the losses of its halves."""
 
     batch_norms: list[str]
     """Names of BatchNorm modules."""
 
     coupled: bool
-    """Whether in training a sample's loss depends on the others in its micro-batch."""
+    """Whether in training the loss of a sample depends on the others in its micro-batch."""
 
     dropouts: list[str]
-    """Names of modules that drop out."""
+    """Names of active dropout modules."""
 
     random: bool
     """Whether in training the loss of a batch changes with the seed."""
 
     num_samples: int
+    """Number of training samples."""
+
     num_evaluation: int | None
-    """Held-out samples; None where there are none."""
+    """Number of evaluation samples; None if there is no evaluation data."""
 
     num_trained: int
-    """Weights that are trained."""
+    """Number of trainable weights."""
 
     without_gradient: list[str]
-    """Those that get no gradient from the loss."""
+    """Names of trainable parameters that get no gradient from the loss."""
 
     changed_buffers: list[str]
     """Names of saved buffers that forward changes in training, other than BatchNorm's."""
@@ -82,121 +84,144 @@ class Inspection:
     """Names of weights that forward writes to in training."""
 
     batch: str
-    """What a batch looks like."""
+    """The dtypes and shapes of a batch, as text."""
 
     outputs_finite: bool
-    """Whether the outputs of the untrained model and its loss are."""
+    """Whether the outputs and the loss of the untrained model are finite."""
 
     loss_per_item: float
     count: float
-    """Items that the loss counted in a batch."""
+    """Number of items that the loss counts in a batch."""
 
     items: int
-    """And those that the batch has, by the recipe's `count`."""
+    """Number of items that the batch holds, by the recipe's `count`."""
 
     shared_file: str | None = None
-    """The file whose position all DataLoader workers share, if the data reads through one."""
+    """Path of a file whose position all DataLoader workers share while they read, if any."""
 
     differing_in_workers: list[int] = field(default_factory=list)
-    """Samples that were others when two workers read at once."""
+    """Samples that differ when two workers read at the same time."""
 
     metrics: dict[str, str] = field(default_factory=dict)
-    """What is wrong with each metric that raised or did not return (sum, count)."""
+    """Errors of metrics that raised or did not return (sum, count), by name."""
 
     empty_metrics: list[str] = field(default_factory=list)
-    """Metrics that counted nothing, or whose sum is not finite."""
+    """Names of metrics that counted nothing, or whose sum is not finite."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Samples:
+    """A few training samples, read in several ways."""
+
+    reader: Reader
+    batch: Any
+    """All samples as one batch."""
+
+    halves: list[Any]
+    size: int
+    changing: list[int]
+    """Samples that differ when they are read again."""
+
+    differing_in_workers: list[int]
+    shared_file: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LossProperties:
+    """How the loss of a batch relates to the losses of its halves, and to the seed."""
+
+    is_sum: bool
+    is_mean: bool
+    is_coupled: bool
+    """Whether it is the sum in evaluation, but not in training."""
+
+    is_random: bool
 
 
 def inspect_recipe(recipe: Recipe, source: RecipeSource) -> Inspection:
-    """Try out the recipe's data, model, loss and metrics on a few samples, on the CPU."""
-    seed_all(recipe.seed)
-    before = open_files()
-    data = recipe.data()
-    taken = list(range(min(_SAMPLES, sample_count(data.train, "train"))))
-    half = max(len(taken) // 2, 1)
-    reader = Reader(recipe, data, source)
-    reader.held_files = opened_since(before)
-    # Before this process reads: what it opens then, workers that are forked would share.
-    in_workers, shared_file = _read_in_workers(recipe, reader, taken)
-    seed_all(recipe.seed)  # as every rank does
-    again = Reader(recipe, recipe.data())
-    changing = [
-        index
-        for index in reversed(taken)  # another order, as on other ranks
-        if not same(_read(reader, [index]), _read(again, [index]))
-    ]
-    alone = {index: _read(reader, [index]) for index in taken}
-    whole, *parts = (_read(reader, part) for part in (taken, taken[:half], taken[half:]))
+    """Inspect the recipe's data, model, loss and metrics with a few samples, on the CPU.
+
+    Args:
+        recipe: The recipe.
+        source: What the recipe is built from; spawned DataLoader workers need it.
+
+    Raises:
+        RecipeError: The recipe or its data is at fault.
+        SampleError: The data set raised an exception.
+    """
+    samples = _read_samples(recipe, source)
+    data, batch = samples.reader.data, samples.batch
     seed_all(recipe.seed)
     model = recipe.model()
-
-    writes = _writes(recipe, model, whole)
-    remembers = bool(writes.weights() or writes.buffers())
-
-    def loss(batch: Any, seed: int = 0) -> float:
-        torch.manual_seed(seed)
-        # What one forward writes is not to be taken for randomness in the next.
-        subject = _copy(recipe, model) if remembers else model
-        return float(sum_and_count(recipe.loss, recipe.forward(subject, batch), batch)[0])
-
-    with torch.no_grad():
-        model.eval()
-        together, added = loss(whole), sum(map(loss, parts))
-        is_sum = _close(together, added) or bool(changing)
-        is_mean = not is_sum and _close(together, added / 2)
-        model.train()
-        coupled = is_sum and not _close(loss(whole), sum(map(loss, parts)))
-        random = not _close(loss(whole, seed=1), loss(whole, seed=2))
-    outputs = recipe.forward(model, whole)
-    total, count = sum_and_count(recipe.loss, outputs, whole)
+    writes = _find_writes(recipe, model, batch)
+    changing_weights, changing_buffers = writes.weights(), writes.buffers()
+    loss = _inspect_loss(
+        recipe, model, samples, has_state=bool(changing_weights or changing_buffers)
+    )
+    outputs = recipe.forward(model, batch)
+    total, count = sum_and_count(recipe.loss, outputs, batch)
     total.backward()
-    trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
-    leaves = [each for each in (*tree_leaves(outputs), total) if isinstance(each, Tensor)]
-    evaluation = data.evaluation
+    trained = {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
+    leaves = [leaf for leaf in (*tree_leaves(outputs), total) if isinstance(leaf, Tensor)]
+    has_evaluation = data.evaluation is not None
     return Inspection(
-        changing_samples=sorted(changing),
-        loss_is_mean=is_mean,
-        loss_is_no_sum=not is_sum and not is_mean,
-        batch_norms=_names(model, _BatchNorm),
-        coupled=coupled and not random and not changing,
-        dropouts=[name for name in _names(model, _DropoutNd) if model.get_submodule(name).p],
-        random=random,
+        changing_samples=samples.changing,
+        loss_is_mean=loss.is_mean,
+        loss_is_no_sum=not loss.is_sum and not loss.is_mean,
+        batch_norms=_names_of(model, _BatchNorm),
+        coupled=loss.is_coupled and not loss.is_random and not samples.changing,
+        dropouts=[name for name in _names_of(model, _DropoutNd) if model.get_submodule(name).p],
+        random=loss.is_random,
         num_samples=sample_count(data.train, "train"),
-        num_evaluation=None if evaluation is None else sample_count(evaluation, "evaluation"),
-        num_trained=sum(each.numel() for each in trained.values()),
-        without_gradient=[name for name, each in trained.items() if each.grad is None],
-        changed_buffers=sorted(writes.buffers()),
-        changed_weights=sorted(writes.weights()),
-        batch=f"a batch is {_describe(whole)}",
-        outputs_finite=all(bool(torch.isfinite(each).all()) for each in leaves),
+        num_evaluation=sample_count(data.evaluation, "evaluation") if has_evaluation else None,
+        num_trained=sum(parameter.numel() for parameter in trained.values()),
+        without_gradient=[name for name, parameter in trained.items() if parameter.grad is None],
+        changed_buffers=sorted(changing_buffers),
+        changed_weights=sorted(changing_weights),
+        batch=f"a batch is {_describe(batch)}",
+        outputs_finite=all(bool(torch.isfinite(leaf).all()) for leaf in leaves),
         loss_per_item=float(total) / max(float(count), 1.0),
         count=float(count),
-        shared_file=shared_file,
-        differing_in_workers=sorted(
-            {index for index, batch in in_workers if not same(batch, alone[index])}
-        ),
-        **_try_metrics(recipe, model, reader),
-        items=len(taken) if recipe.count is None else int(recipe.count(whole)),
+        shared_file=samples.shared_file,
+        differing_in_workers=samples.differing_in_workers,
+        **_try_metrics(recipe, model, samples.reader),
+        items=samples.size if recipe.count is None else int(recipe.count(batch)),
     )
 
 
-@torch.no_grad()
-def _writes(recipe: Recipe, model: nn.Module, batch: Any) -> Writes:
-    """Return what a forward pass in training writes to, of a copy of the model."""
-    subject = _copy(recipe, model)
-    subject.train()
-    writes = Writes(subject)
-    recipe.forward(subject, batch)
-    return writes
-
-
-def _copy(recipe: Recipe, model: nn.Module) -> nn.Module:
-    """Return a model with the same weights, buffers and mode, which nothing has been done to."""
-    try:
-        return copy.deepcopy(model)
-    except RuntimeError:  # weights that are computed from others, as by torch.nn.utils.weight_norm
-        seed_all(recipe.seed)
-        return recipe.model().train(model.training)
+def _read_samples(recipe: Recipe, source: RecipeSource) -> _Samples:
+    """Read the first training samples in workers, in this process, again, alone and together."""
+    seed_all(recipe.seed)
+    files_before = open_files()
+    data = recipe.data()
+    indices = list(range(min(_NUM_SAMPLES, sample_count(data.train, "train"))))
+    half = max(len(indices) // 2, 1)
+    reader = Reader(recipe, data, source)
+    reader.held_files = opened_since(files_before)
+    # Before this process reads: forked workers would share the files that it opens then.
+    in_workers, shared_file = _read_in_workers(recipe, reader, indices)
+    seed_all(recipe.seed)  # as every rank does
+    second_reader = Reader(recipe, recipe.data())
+    changing = [
+        index
+        for index in reversed(indices)  # in another order, as on other ranks
+        if not same(_read(reader, [index]), _read(second_reader, [index]))
+    ]
+    singles = {index: _read(reader, [index]) for index in indices}
+    batch, *halves = (_read(reader, part) for part in (indices, indices[:half], indices[half:]))
+    return _Samples(
+        reader=reader,
+        batch=batch,
+        halves=halves,
+        size=len(indices),
+        changing=sorted(changing),
+        differing_in_workers=sorted(
+            {index for index, sample in in_workers if not same(sample, singles[index])}
+        ),
+        shared_file=shared_file,
+    )
 
 
 def _read_in_workers(
@@ -204,13 +229,14 @@ def _read_in_workers(
 ) -> tuple[list[tuple[int, Any]], str | None]:
     """Read each sample several times in two workers at once, if the recipe uses workers.
 
-    Return the samples with their numbers, and the path of a file that the workers share, if any.
+    Returns:
+        Pairs of index and sample, and the path of a file that the workers share, if any.
     """
     if recipe.in_memory or recipe.num_workers in (0, 1):
         return [], None
     requests = [
         MicroBatchRequest("train", 0, [index], counts=True)
-        for _ in range(_ROUNDS)
+        for _ in range(_READS_IN_WORKERS)
         for index in indices
     ]
     method = recipe.worker_start
@@ -221,44 +247,99 @@ def _read_in_workers(
     return [(answer.request.indices[0], answer.batch) for answer in map(checked, answers)], None
 
 
+def _inspect_loss(
+    recipe: Recipe, model: nn.Module, samples: _Samples, *, has_state: bool
+) -> _LossProperties:
+    """Compare losses of a batch and its halves, in evaluation and in training.
+
+    Args:
+        recipe: The recipe.
+        model: The recipe's model, which is left in training mode.
+        samples: The batch and its halves.
+        has_state: Whether forward changes the model; each forward then gets a copy, because the
+            effect of one on the next would look like randomness.
+    """
+
+    def call_loss(batch: Any, seed: int = 0) -> float:
+        torch.manual_seed(seed)
+        subject = _copy_model(recipe, model) if has_state else model
+        return float(sum_and_count(recipe.loss, recipe.forward(subject, batch), batch)[0])
+
+    batch, halves = samples.batch, samples.halves
+    with torch.no_grad():
+        model.eval()
+        batch_loss, sum_of_halves = call_loss(batch), sum(map(call_loss, halves))
+        is_sum = _is_close(batch_loss, sum_of_halves) or bool(samples.changing)
+        is_mean = not is_sum and _is_close(batch_loss, sum_of_halves / 2)
+        model.train()
+        is_coupled = is_sum and not _is_close(call_loss(batch), sum(map(call_loss, halves)))
+        is_random = not _is_close(call_loss(batch, seed=1), call_loss(batch, seed=2))
+    return _LossProperties(
+        is_sum=is_sum, is_mean=is_mean, is_coupled=is_coupled, is_random=is_random
+    )
+
+
+@torch.no_grad()
+def _find_writes(recipe: Recipe, model: nn.Module, batch: Any) -> Writes:
+    """Return what a forward pass in training writes to, observed on a copy of the model."""
+    subject = _copy_model(recipe, model)
+    subject.train()
+    writes = Writes(subject)
+    recipe.forward(subject, batch)
+    return writes
+
+
+def _copy_model(recipe: Recipe, model: nn.Module) -> nn.Module:
+    """Return an independent model with the same weights, buffers and mode."""
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError:  # computed weights, as by torch.nn.utils.weight_norm, cannot be copied
+        seed_all(recipe.seed)
+        return recipe.model().train(model.training)
+
+
 def _try_metrics(recipe: Recipe, model: nn.Module, reader: Reader) -> dict[str, Any]:
-    """Call each metric on evaluation samples; return what is wrong with those that are wrong."""
-    wrong: dict[str, str] = {}
+    """Call each metric on evaluation samples; return the fields of `Inspection` on metrics."""
+    errors: dict[str, str] = {}
     empty: list[str] = []
     if reader.data.evaluation is not None and recipe.metrics:
-        count = min(_SAMPLES, sample_count(reader.data.evaluation, "evaluation"))
-        batch = _read(reader, list(range(count)), split="evaluation")
+        num_samples = min(_NUM_SAMPLES, sample_count(reader.data.evaluation, "evaluation"))
+        batch = _read(reader, list(range(num_samples)), split="evaluation")
         model.eval()
         with torch.no_grad():
             outputs = recipe.forward(model, batch)
             for name, metric in recipe.metrics.items():
                 try:
-                    total, items = sum_and_count(metric, outputs, batch, name=name)
+                    total, count = sum_and_count(metric, outputs, batch, name=name)
                 except Exception as error:  # noqa: BLE001  # whatever the recipe's own code raises
-                    own = isinstance(error, RecipeError)
-                    wrong[name] = str(error) if own else f"{type(error).__name__}: {error}"
+                    is_ours = isinstance(error, RecipeError)
+                    errors[name] = str(error) if is_ours else f"{type(error).__name__}: {error}"
                     continue
-                if not float(items) or not math.isfinite(float(total)):
+                if not float(count) or not math.isfinite(float(total)):
                     empty.append(name)
-    return {"metrics": wrong, "empty_metrics": empty}
+    return {"metrics": errors, "empty_metrics": empty}
 
 
 def write_inspection(inspection: Inspection, run_dir: RunDir) -> None:
-    """Leave what was found in the run folder."""
+    """Write the result of an inspection to the run folder."""
     write_json(run_dir.inspection, asdict(inspection))
 
 
 def read_inspection(run_dir: RunDir) -> Inspection:
-    """Return what an inspection left in the run folder."""
+    """Return the result of the inspection in the run folder.
+
+    Raises:
+        OSError: The folder holds none.
+    """
     return Inspection(**json.loads(run_dir.inspection.read_text(encoding="utf-8")))
 
 
 def _describe(batch: Any) -> str:
     shapes = [
-        f"{str(each.dtype).removeprefix('torch.')} {tuple(each.shape)}"
-        if isinstance(each, Tensor)
-        else type(each).__name__
-        for each in tree_leaves(batch)
+        f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}"
+        if isinstance(leaf, Tensor)
+        else type(leaf).__name__
+        for leaf in tree_leaves(batch)
     ]
     return ", ".join(shapes)
 
@@ -269,9 +350,9 @@ def _read(
     return checked(reader[MicroBatchRequest(split, 0, indices, counts=True)]).batch
 
 
-def _close(one: float, other: float) -> bool:
+def _is_close(one: float, other: float) -> bool:
     return abs(one - other) <= _TOLERANCE * max(abs(one), abs(other), 1e-12)
 
 
-def _names(model: nn.Module, kind: type[nn.Module]) -> list[str]:
+def _names_of(model: nn.Module, kind: type[nn.Module]) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, kind)]

@@ -1,6 +1,7 @@
-"""Measuring with the loop's own step: trainings whose weights are thrown away.
+"""Measure with the real training step, in trainings whose weights are thrown away.
 
-Each is a run of its own in fresh processes, so that nothing has to be put back.
+Each measurement is a run of its own in fresh processes, so no state has to be restored. The
+function that measures is called on every rank, and rank 0 writes the result to the run folder.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ from launcher.runs.rundir import RunDir, write_json
 
 
 class MetricsCollector:
-    """A listener that keeps the rows of all steps, and shows how far it is.
+    """A `Callback` that keeps the measurements of all steps and shows progress.
 
     Args:
-        progress: Where to show it; None on all ranks but 0.
+        progress: Shows the steps on rank 0; None on the other ranks.
     """
 
     def __init__(self, progress: Progress | None) -> None:
@@ -50,7 +51,7 @@ class MetricsCollector:
         self.noise: list[Measurement] = []
 
     def on_micro_batches(self, step: int, micro_batches: list[MicroBatch]) -> None:
-        """Sample ids are of no interest here."""
+        """Do nothing: probes need no sample ids."""
 
     def on_steps(self, rows: list[StepRow]) -> None:
         self.rows += rows
@@ -62,53 +63,57 @@ class MetricsCollector:
         self.noise += measurements
 
     def on_warning(self, text: str) -> None:
-        """A loss that is not finite is what some of these are looking for."""
+        """Do nothing: a range test trains until the loss is not finite."""
 
-    def on_note(self, step: int, values: Mapping[str, Any]) -> None:
-        """Nothing is saved."""
+    def on_values(self, step: int, values: Mapping[str, Any]) -> None:
+        """Do nothing: probes save no checkpoints."""
 
     def on_evaluation(self, step: int, values: dict[str, float]) -> None:
-        """Nothing is evaluated."""
+        """Do nothing: probes do not evaluate."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeContext:
-    """What is measured, on one rank."""
+    """What a probe measures, on one rank."""
 
     recipe: Recipe
     source: RecipeSource
-    """What the recipe is built from."""
+    """What the recipe is built from; spawned DataLoader workers need it."""
 
     plan: Plan
     backend: Backend
     run_dir: RunDir
     output: Output
     report_phase: Callable[[int, str], None]
-    """Is told how far the rank is."""
+    """Called with (steps taken, phase) whenever this rank enters a phase; the watchdog uses it."""
 
-    def context(self, last_step: int | None = None, **options: Any) -> TrainContext:
-        """Build what is trained for so many steps, all that are planned by default.
+    def build_train_context(self, last_step: int | None = None, **options: Any) -> TrainContext:
+        """Build data, model and optimizer for a training without evaluation (collective).
 
         Args:
-            last_step: Steps.
-            options: Further ones of `build_context`.
+            last_step: Number of steps that will be taken; None is all planned steps.
+            options: Further arguments of `build_context`, which take precedence.
         """
-        steps = self.plan.total_steps if last_step is None else last_step
-        given: dict[str, Any] = {
+        num_steps = self.plan.total_steps if last_step is None else last_step
+        arguments: dict[str, Any] = {
             "evaluates": False,
             "source": self.source,
             "report_phase": self.report_phase,
         }
-        given |= options
-        return build_context(self.recipe, self.plan, self.backend, last_step=steps, **given)
+        arguments |= options
+        return build_context(self.recipe, self.plan, self.backend, last_step=num_steps, **arguments)
 
     @contextlib.contextmanager
-    def collector(self, steps: int | None = None) -> Iterator[MetricsCollector]:
-        """Return a listener that shows on rank 0 how far it is."""
+    def collect_metrics(self, num_steps: int | None = None) -> Iterator[MetricsCollector]:
+        """Yield a collector that shows progress on rank 0.
+
+        Args:
+            num_steps: Number of steps that will be taken; None is all planned steps.
+        """
         if self.backend.rank != 0:
             yield MetricsCollector(None)
             return
-        progress = self.output.progress(self.plan.total_steps if steps is None else steps)
+        progress = self.output.progress(self.plan.total_steps if num_steps is None else num_steps)
         try:
             yield MetricsCollector(progress)
         finally:
@@ -116,16 +121,16 @@ class ProbeContext:
 
 
 class _StopAtDivergence:
-    """An attendant that stops where the losses that `collector` has kept diverge.
+    """A `StepController` that stops when the collected losses diverge.
 
-    The losses are those of the global batch, the same on every rank, so all stop alike.
+    The losses are those of the global batch, equal on every rank, so all ranks stop together.
     """
 
     def __init__(self, collector: MetricsCollector) -> None:
-        self._gauge = collector
+        self._collector = collector
         self._divergence = Divergence()
-        self.seen = 0
-        """Losses up to the one at which it stopped."""
+        self.num_losses = 0
+        """Number of losses up to the one that diverged."""
 
     def is_due(self, step: int) -> bool:
         return False
@@ -134,45 +139,50 @@ class _StopAtDivergence:
         return RankFlags()
 
     def on_step_end(self, step: int, flags: RankFlags) -> bool:
-        for row in self._gauge.rows[self.seen :]:
-            self.seen += 1
+        for row in self._collector.rows[self.num_losses :]:
+            self.num_losses += 1
             if self._divergence.add(row.loss):
                 return True
         return False
 
 
-def test_range(probe: ProbeContext) -> None:
-    """Train along the plan's schedule until the loss diverges; rank 0 writes the curve."""
-    with probe.collector() as callback:
-        until = _StopAtDivergence(callback)
-        train(probe.context(), callback, until)
+def run_range_test(probe: ProbeContext) -> None:
+    """Train along the planned schedule until the loss diverges; rank 0 writes the loss curve."""
+    with probe.collect_metrics() as collector:
+        controller = _StopAtDivergence(collector)
+        train(probe.build_train_context(), collector, controller)
     if probe.backend.rank == 0:
-        seen = callback.rows[: until.seen]
-        rows = list(itertools.takewhile(lambda row: math.isfinite(row.loss), seen))
+        rows_until_divergence = collector.rows[: controller.num_losses]
+        rows = list(itertools.takewhile(lambda row: math.isfinite(row.loss), rows_until_divergence))
         curve = LossCurve(lrs=tuple(row.lr for row in rows), losses=tuple(row.loss for row in rows))
         write_json(probe.run_dir.curve, asdict(curve))
 
 
 def measure_noise(probe: ProbeContext, *, last_step: int) -> None:
-    """Train to `last_step`, measuring the gradient noise in every step; rank 0 writes it."""
-    with probe.collector(last_step) as callback:
-        context = probe.context(last_step, noise_stride=1)
-        train(context, callback, last_step=last_step)
+    """Measure the gradient noise in each of `last_step` steps; rank 0 writes the measurements."""
+    with probe.collect_metrics(last_step) as collector:
+        context = probe.build_train_context(last_step, noise_stride=1)
+        train(context, collector, last_step=last_step)
     if probe.backend.rank == 0:
-        finite = [each for each in callback.noise if math.isfinite(each.small + each.big)]
-        write_json(probe.run_dir.noise, {"measurements": [asdict(each) for each in finite]})
+        measurements = [
+            asdict(measurement)
+            for measurement in collector.noise
+            if math.isfinite(measurement.small + measurement.big)
+        ]
+        write_json(probe.run_dir.noise, {"measurements": measurements})
 
 
-def time_size(probe: ProbeContext) -> None:
-    """Take the plan's steps, of which the first is not timed; rank 0 writes speed and memory."""
-    backend, steps = probe.backend, probe.plan.total_steps
-    with probe.collector() as callback:
-        context = probe.context()
-        train(context, callback, last_step=1)
+def time_micro_batch_size(probe: ProbeContext) -> None:
+    """Time the planned steps after the first one; rank 0 writes throughput and peak memory."""
+    backend, num_steps = probe.backend, probe.plan.total_steps
+    with probe.collect_metrics() as collector:
+        context = probe.build_train_context()
+        train(context, collector, last_step=1)
         started = time.perf_counter()
-        train(context, callback, first_step=1, last_step=steps)  # its numbers are read at the end
+        # `train` reads the metrics at its end, which waits for the device.
+        train(context, collector, first_step=1, last_step=num_steps)
         seconds = time.perf_counter() - started
-    samples = context.sampler.samples_before(steps) - context.sampler.samples_before(1)
+    samples = context.sampler.samples_before(num_steps) - context.sampler.samples_before(1)
     peak = max(backend.gather(peak_bytes(backend.device)))
     if backend.rank == 0:
         values = {
@@ -183,115 +193,123 @@ def time_size(probe: ProbeContext) -> None:
         write_json(probe.run_dir.size, values)
 
 
-def time_reading(probe: ProbeContext, *, seconds: float) -> None:
-    """Train for some seconds once the workers' queues have been used up; rank 0 writes the times.
+def time_data_loading(probe: ProbeContext, *, seconds: float) -> None:
+    """Time how samples are read while the model trains; rank 0 writes the means over ranks.
 
-    All ranks read and compute at once, as they will. What is written is the mean over ranks.
+    All ranks read and compute at the same time, as in a real run.
+
+    Args:
+        probe: What is measured.
+        seconds: Duration of the measurement, which starts when the prefetched batches are used up.
     """
     plan, backend = probe.plan, probe.backend
-    held = plan.workers_per_rank * (plan.prefetch_factor or 0)
-    first = 2 + ceil_div(held, plan.accumulation_steps)
-    with probe.collector() as callback:
-        context = probe.context()
-        watched = _TimedBatches(context.batches)
-        context = replace(context, batches=watched)
-        train(context, callback, last_step=first)
-        workers = [private_bytes(pid) for pid in children()]
-        watched.restart()
-        started, used = time.perf_counter(), time.process_time()
-        trained = train(
+    num_prefetched = plan.workers_per_rank * (plan.prefetch_factor or 0)
+    first_step = 2 + ceil_div(num_prefetched, plan.accumulation_steps)
+    with probe.collect_metrics() as collector:
+        context = probe.build_train_context()
+        reading = _TimedBatches(context.micro_batches)
+        context = replace(context, micro_batches=reading)
+        train(context, collector, last_step=first_step)
+        worker_bytes = [private_bytes(pid) for pid in children()]
+        reading.reset()
+        started, cpu_started = time.perf_counter(), time.process_time()
+        outcome = train(
             context,
-            callback,
+            collector,
             _StopAfterSeconds(seconds),
-            first_step=first,
+            first_step=first_step,
             last_step=plan.total_steps,
         )
-        passed, used = time.perf_counter() - started, time.process_time() - used
-    counted = context.sampler.samples_before
-    samples = counted(trained.step) - counted(first)
-    steps = trained.step - first
-    own = {
-        "samples_per_second": samples / passed,
-        "wait_seconds_per_step": watched.seconds / steps,
-        "step_seconds": passed / steps,
-        # Less what other processes took of the core: that is not the data set's.
-        "reading_seconds": max(watched.seconds - watched.delay, 0.0) / watched.samples,
-        "reading_cpu_seconds": watched.cpu_seconds / watched.samples,
-        "computing_seconds": (passed - watched.seconds) / watched.samples,
-        "computing_cpu_seconds": (used - watched.cpu_seconds) / watched.samples,
-        "slowest_batch_seconds": watched.slowest,
-        "batch_bytes": float(watched.batch_bytes),
-        "worker_bytes": statistics.fmean(workers) if workers else 0.0,
+        elapsed, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    samples_before = context.sampler.samples_before
+    num_samples = samples_before(outcome.step) - samples_before(first_step)
+    num_steps = outcome.step - first_step
+    own_values = {
+        "samples_per_second": num_samples / elapsed,
+        "wait_seconds_per_step": reading.seconds / num_steps,
+        "step_seconds": elapsed / num_steps,
+        # Without the time in which other processes had the core, which the data set does not cost.
+        "reading_seconds": max(reading.seconds - reading.run_delay, 0.0) / reading.num_samples,
+        "reading_cpu_seconds": reading.cpu_seconds / reading.num_samples,
+        "computing_seconds": (elapsed - reading.seconds) / reading.num_samples,
+        "computing_cpu_seconds": (cpu_seconds - reading.cpu_seconds) / reading.num_samples,
+        "slowest_batch_seconds": reading.slowest,
+        "batch_bytes": float(reading.batch_bytes),
+        "worker_bytes": statistics.fmean(worker_bytes) if worker_bytes else 0.0,
     }
-    every = backend.gather(own)
+    values_by_rank = backend.gather(own_values)
     if backend.rank == 0:
-        means = {name: statistics.fmean(each[name] for each in every) for name in own}
+        means = {
+            name: statistics.fmean(values[name] for values in values_by_rank) for name in own_values
+        }
         write_json(probe.run_dir.reading, means)
 
 
 class _TimedBatches:
-    """Micro-batches, with what it took to get them: on the clock, and of this thread's work."""
+    """Micro-batches with the time that this thread spends on getting them."""
 
-    def __init__(self, batches: Iterator[MicroBatch]) -> None:
-        self._batches = batches
+    def __init__(self, micro_batches: Iterator[MicroBatch]) -> None:
+        self._micro_batches = micro_batches
         self.batch_bytes = 0
-        """Of the largest."""
+        """Size of the largest micro-batch."""
 
-        self.restart()
+        self.reset()
 
-    def restart(self) -> None:
-        """Begin to count anew."""
-        self.seconds = self.cpu_seconds = self.delay = self.slowest = 0.0
-        self.samples = 0
+    def reset(self) -> None:
+        """Set all totals to zero."""
+        self.seconds = self.cpu_seconds = self.run_delay = self.slowest = 0.0
+        self.num_samples = 0
 
     def __iter__(self) -> Iterator[MicroBatch]:
         return self
 
     def __next__(self) -> MicroBatch:
-        delayed = run_delay()
-        asked, used = time.perf_counter(), time.thread_time()
-        micro_batch = next(self._batches)
-        delayed = run_delay() - delayed
-        passed = time.perf_counter() - asked
-        self.delay += delayed
-        self.seconds += passed
-        self.slowest = max(self.slowest, passed - delayed)
-        self.cpu_seconds += time.thread_time() - used
-        self.samples += len(micro_batch.request.indices)
-        tensors = (each for each in tree_leaves(micro_batch.batch) if isinstance(each, Tensor))
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        self.batch_bytes = max(self.batch_bytes, size)
+        delay = run_delay()
+        started, cpu_started = time.perf_counter(), time.thread_time()
+        micro_batch = next(self._micro_batches)
+        delay = run_delay() - delay
+        elapsed = time.perf_counter() - started
+        self.run_delay += delay
+        self.seconds += elapsed
+        self.slowest = max(self.slowest, elapsed - delay)
+        self.cpu_seconds += time.thread_time() - cpu_started
+        self.num_samples += len(micro_batch.request.indices)
+        tensors = (leaf for leaf in tree_leaves(micro_batch.batch) if isinstance(leaf, Tensor))
+        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        self.batch_bytes = max(self.batch_bytes, num_bytes)
         return micro_batch
 
 
 class _StopAfterSeconds:
-    """An attendant that stops after some seconds, when any rank has had them."""
+    """A `StepController` that stops all ranks when the time of any rank is up."""
 
     def __init__(self, seconds: float) -> None:
-        self._until = time.perf_counter() + seconds
+        self._end = time.perf_counter() + seconds
 
     def is_due(self, step: int) -> bool:
         return False
 
     def flags(self) -> RankFlags:
-        return RankFlags(stop=float(time.perf_counter() > self._until))
+        return RankFlags(stop=float(time.perf_counter() > self._end))
 
     def on_step_end(self, step: int, flags: RankFlags) -> bool:
         return flags.stop > 0
 
 
 def limit_memory(device: torch.device, num_bytes: int | None) -> None:
-    """Have an allocation fail that goes beyond so many bytes of this rank.
+    """Limit the memory of this rank, so that allocations beyond it fail.
 
-    On CPUs of its private memory, which is what torch allocates (Linux 4.7); on a GPU of what
-    torch's allocator takes. None is the GPU's memory less a margin; without a GPU it is no limit.
+    Args:
+        device: On a GPU the limit holds for torch's allocator; on a CPU for the private memory of
+            the process, which is what torch allocates (Linux 4.7 or newer).
+        num_bytes: The limit. None is the memory of the GPU less a margin, or no limit on a CPU.
     """
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         fraction = 1 - MARGIN if num_bytes is None else min(num_bytes / total, 1.0)
         torch.cuda.set_per_process_memory_fraction(fraction, device)
     elif num_bytes is not None:
-        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        if hard != resource.RLIM_INFINITY:
-            num_bytes = min(num_bytes, hard)
-        resource.setrlimit(resource.RLIMIT_DATA, (num_bytes, hard))
+        _, hard_limit = resource.getrlimit(resource.RLIMIT_DATA)
+        if hard_limit != resource.RLIM_INFINITY:
+            num_bytes = min(num_bytes, hard_limit)
+        resource.setrlimit(resource.RLIMIT_DATA, (num_bytes, hard_limit))

@@ -1,9 +1,11 @@
-"""Two runs compared: what must be equal exactly, and what to rounding."""
+"""Compare two finished runs: what must be equal exactly, and what must agree to rounding."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -12,59 +14,68 @@ from torch import Tensor
 from launcher.runs.rundir import RunDir
 
 _EXACT = {"samples": "sample ids", "lr": "learning rate", "items": "item counts"}
+"""Fields of `Trace` that must be equal exactly, and their names in `ParityDifference.unequal`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """What a run left behind, by step."""
+    """The steps of a finished run, as its run folder records them."""
 
     samples: list[list[int]]
-    """The sample ids of each step over all ranks and micro-steps, sorted."""
+    """Sample ids of each step over all ranks and micro-steps, sorted."""
 
     lr: list[float]
     items: list[int]
     loss: list[float]
     grad_norm: list[float]
     weights: dict[str, Tensor]
-    """The final weights."""
+    """The final weights, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParityDifference:
-    """How far a run is from another."""
+    """The difference between two runs."""
 
     unequal: dict[str, int]
-    """What has to be equal and is not: its name, and the first step, counted from 1."""
+    """Quantities that must be equal but are not, each with the first step that differs, counted
+    from 1."""
 
     loss: float
-    """Largest relative difference of a step."""
+    """Largest relative difference of the loss over all steps."""
 
     grad_norm: float
-    """Largest relative difference of a step."""
+    """Largest relative difference of the gradient norm over all steps."""
 
     weights: float
     """Largest difference of a weight, relative to the largest weight of its tensor."""
 
     first_step: int | None
-    """The first step with a loss or gradient norm beyond the tolerance, counted from 1."""
+    """First step whose loss or gradient norm differs by more than the tolerance, counted from 1;
+    None if there is none."""
 
     tolerance: float
 
     @property
     def agrees(self) -> bool:
-        """Whether nothing differs but by rounding."""
+        """Whether the runs differ only by rounding."""
         largest = max(self.loss, self.grad_norm, self.weights)
         return not self.unequal and largest <= self.tolerance
 
 
 def read_trace(run_dir: RunDir) -> Trace:
-    """Read the folder of a finished run with record_samples=true."""
-    rows = [row for row in _lines(run_dir.metrics) if "loss" in row]
+    """Return the trace of a finished run.
+
+    Args:
+        run_dir: The folder of a run that was trained with record_samples=true.
+    """
+    rows = [row for row in _read_lines(run_dir.metrics) if "loss" in row]
     samples: dict[int, list[int]] = {}
     for path in run_dir.samples(0).parent.iterdir():
-        for line in _lines(path):
-            taken = samples.setdefault(line["step"], [])
-            taken += [index for micro_batch in line["micro_batches"] for index in micro_batch]
+        for line in _read_lines(path):
+            step_samples = samples.setdefault(line["step"], [])
+            step_samples += [
+                index for micro_batch in line["micro_batches"] for index in micro_batch
+            ]
     return Trace(
         samples=[sorted(samples[step]) for step in sorted(samples)],
         lr=[row["lr"] for row in rows],
@@ -75,57 +86,68 @@ def read_trace(run_dir: RunDir) -> Trace:
     )
 
 
-def compare(wanted: Trace, found: Trace, tolerance: float) -> ParityDifference:
-    """Return how far `found` is from `wanted`.
+def compare(reference: Trace, other: Trace, tolerance: float) -> ParityDifference:
+    """Return the difference between two runs of the same recipe.
 
     Args:
-        wanted: The reference.
-        found: Another run of the same recipe.
-        tolerance: The relative difference that counts as rounding.
+        reference: The run to compare with; relative differences are relative to its values.
+        other: The run to compare.
+        tolerance: Relative difference up to which values agree.
     """
     unequal = {
-        words: step
-        for name, words in _EXACT.items()
-        if (step := _first(getattr(wanted, name), getattr(found, name), lambda a, b: a != b))
+        title: step
+        for name, title in _EXACT.items()
+        if (
+            step := _find_first_step(
+                getattr(reference, name), getattr(other, name), lambda a, b: a != b
+            )
+        )
     }
 
     def is_beyond(a: float, b: float) -> bool:
-        return not _relative(a, b) <= tolerance
+        return not _relative_difference(a, b) <= tolerance  # NaN is beyond
 
     steps = [
         step
         for name in ("loss", "grad_norm")
-        if (step := _first(getattr(wanted, name), getattr(found, name), is_beyond))
+        if (step := _find_first_step(getattr(reference, name), getattr(other, name), is_beyond))
     ]
     return ParityDifference(
         unequal=unequal,
-        loss=max(map(_relative, wanted.loss, found.loss)),
-        grad_norm=max(map(_relative, wanted.grad_norm, found.grad_norm)),
+        loss=max(map(_relative_difference, reference.loss, other.loss)),
+        grad_norm=max(map(_relative_difference, reference.grad_norm, other.grad_norm)),
         weights=max(
-            _distance(weight, found.weights[name]) for name, weight in wanted.weights.items()
+            _tensor_difference(weight, other.weights[name])
+            for name, weight in reference.weights.items()
         ),
         first_step=min(steps, default=None),
         tolerance=tolerance,
     )
 
 
-def _first(wanted: list[Any], found: list[Any], differs: Any) -> int | None:
-    pairs = enumerate(zip(wanted, found, strict=False), start=1)
+def _find_first_step(
+    reference: list[Any], other: list[Any], differs: Callable[[Any, Any], bool]
+) -> int | None:
+    """Return the first step, counted from 1, at which two lists differ, also in length."""
+    pairs = enumerate(zip(reference, other, strict=False), start=1)
     if step := next((step for step, (a, b) in pairs if differs(a, b)), None):
         return step
-    return min(len(wanted), len(found)) + 1 if len(wanted) != len(found) else None
+    if len(reference) != len(other):
+        return min(len(reference), len(other)) + 1
+    return None
 
 
-def _relative(wanted: float, found: float) -> float:
-    return 0.0 if wanted == found else abs(found - wanted) / max(abs(wanted), 1e-30)
+def _relative_difference(reference: float, other: float) -> float:
+    return 0.0 if reference == other else abs(other - reference) / max(abs(reference), 1e-30)
 
 
-def _distance(wanted: Tensor, found: Tensor) -> float:
-    if wanted.numel() == 0:
+def _tensor_difference(reference: Tensor, other: Tensor) -> float:
+    """Return the largest difference of an element, relative to the largest of `reference`."""
+    if reference.numel() == 0:
         return 0.0
-    gap = (found.double() - wanted.double()).abs().max().item()
-    return 0.0 if gap == 0 else gap / max(wanted.double().abs().max().item(), 1e-30)
+    largest = (other.double() - reference.double()).abs().max().item()
+    return 0.0 if largest == 0 else largest / max(reference.double().abs().max().item(), 1e-30)
 
 
-def _lines(path: Any) -> list[dict[str, Any]]:
+def _read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

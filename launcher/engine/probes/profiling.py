@@ -1,4 +1,4 @@
-"""Some steps of the loop under torch.profiler, on every rank, each part of a step by its name."""
+"""Profile a few training steps with torch.profiler on every rank, each part of a step named."""
 
 from __future__ import annotations
 
@@ -19,9 +19,16 @@ from launcher.runs.rundir import write_json
 
 
 def profile_steps(probe: ProbeContext, *, warm_up: int) -> None:
-    """Take the plan's steps, the first to warm up; leave each rank's trace, and what all say."""
+    """Take the planned steps under the profiler (collective).
+
+    Each rank writes its trace; rank 0 writes a summary of all traces.
+
+    Args:
+        probe: What is profiled.
+        warm_up: Number of steps at the start that are not recorded.
+    """
     backend, run_dir = probe.backend, probe.run_dir
-    steps = probe.plan.total_steps
+    num_steps = probe.plan.total_steps
     activities = [ProfilerActivity.CPU]
     if backend.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
@@ -29,40 +36,46 @@ def profile_steps(probe: ProbeContext, *, warm_up: int) -> None:
     path.parent.mkdir(exist_ok=True)
     profiler = profile(
         activities=activities,
-        schedule=schedule(wait=0, warmup=warm_up, active=steps - warm_up, repeat=1),
-        on_trace_ready=lambda each: each.export_chrome_trace(str(path)),
+        schedule=schedule(wait=0, warmup=warm_up, active=num_steps - warm_up, repeat=1),
+        on_trace_ready=lambda finished: finished.export_chrome_trace(str(path)),
     )
 
-    def at_and_step(step: int, phase: str) -> None:
-        if step and phase == PHASES[1]:
-            profiler.step()  # the one before has ended
+    def report_phase(step: int, phase: str) -> None:
+        if step and phase == PHASES[1]:  # the previous step has ended
+            profiler.step()
         probe.report_phase(step, phase)
 
-    with probe.collector() as callback:
-        context = probe.context(report_phase=at_and_step)
+    with probe.collect_metrics() as collector:
+        context = probe.build_train_context(report_phase=report_phase)
         with profiler:
-            train(_named(context), callback, last_step=steps)
+            train(_name_parts(context), collector, last_step=num_steps)
             if backend.device.type == "cuda":
                 torch.cuda.synchronize(backend.device)
             profiler.step()
-    every = backend.gather(asdict(read_profile(path)))
+    profiles = backend.gather(asdict(read_profile(path)))
     if backend.rank == 0:
-        write_json(run_dir.profile, {"ranks": every})
+        write_json(run_dir.profile, {"ranks": profiles})
 
 
-def _named(context: TrainContext) -> TrainContext:
-    """Return what is trained, with the parts of its steps named in the trace."""
+def _name_parts(context: TrainContext) -> TrainContext:
+    """Return the context with the parts of its steps named in the trace."""
     recipe = context.recipe
-    named = replace(
+    named_recipe = replace(
         recipe,
-        forward=_within("forward", recipe.forward),
-        loss=_within("forward", recipe.loss),
+        forward=_name_calls("forward", recipe.forward),
+        loss=_name_calls("forward", recipe.loss),
     )
-    backend = cast("Backend", _NamedBackend(context.backend))
-    return replace(context, recipe=named, backend=backend, batches=_NamedBatches(context.batches))
+    return replace(
+        context,
+        recipe=named_recipe,
+        backend=cast("Backend", _NamedBackend(context.backend)),
+        micro_batches=_NamedBatches(context.micro_batches),
+    )
 
 
-def _within(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def _name_calls(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `function` with its calls recorded under the name of a part of the step."""
+
     def named(*args: Any, **kwargs: Any) -> Any:
         with record_function(PREFIX + part):
             return function(*args, **kwargs)
@@ -71,27 +84,27 @@ def _within(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _NamedBackend:
-    """A backend whose work has names in the trace."""
+    """A backend whose calls are named in the trace."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self.to_device = _within("data", backend.to_device)
-        self.backward = _within("backward", backend.backward)
-        self.apply = _within("optimizer", backend.apply)
+        self.to_device = _name_calls("data", backend.to_device)
+        self.backward = _name_calls("backward", backend.backward)
+        self.apply = _name_calls("optimizer", backend.apply)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
 
 
 class _NamedBatches:
-    """Micro-batches, the wait for which has a name in the trace."""
+    """Micro-batches whose reading is named in the trace."""
 
-    def __init__(self, batches: Iterator[MicroBatch]) -> None:
-        self._batches = batches
+    def __init__(self, micro_batches: Iterator[MicroBatch]) -> None:
+        self._micro_batches = micro_batches
 
     def __iter__(self) -> Iterator[MicroBatch]:
         return self
 
     def __next__(self) -> MicroBatch:
         with record_function(PREFIX + "data"):
-            return next(self._batches)
+            return next(self._micro_batches)

@@ -1,8 +1,8 @@
-"""A few samples looked at before the first step, so that a run that would be wrong is refused.
+"""Check a few samples before the first step, and refuse a run that would be wrong.
 
-The DataLoader workers read them as they read all others, before anything else. They show whether
-every rank has the same data, and the same data as before a resumption; whether the loss is a sum
-over its items; whether the metrics work.
+The DataLoader workers read these samples like all others, before anything else. The samples show
+whether every rank has the same data, and the same data as before a resume; whether the loss is a
+sum over its items; and whether the metrics work.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from launcher.engine.model.forward_writes import TensorVersion, read_version
 from launcher.engine.probes.data_identity import (
     CheckpointData,
     check_repeatable,
-    compare_known,
+    compare_checkpoint,
     compare_ranks,
+    describe_data,
     fingerprint_of,
-    lengths_of,
 )
 from launcher.engine.ranks.failures import is_out_of_memory
 from launcher.engine.state.compiled import is_compiled
@@ -38,79 +38,91 @@ from launcher.recipe.recipe import Recipe
 T = TypeVar("T")
 
 _TOLERANCES = {"fp64": 1e-2, "fp32": 1e-2, "bf16": 5e-2, "fp16": 5e-2}
-"""Relative; between the mean of the halves and their sum lies a factor of two."""
+"""Relative tolerances; the mean of two halves and their sum differ by a factor of two."""
 
-_QUIET = 1e-4
-"""Relative change of a loss with the seed up to which the model draws no random numbers."""
+_SEED_TOLERANCE = 1e-4
+"""Relative change of a loss with the seed below which the model draws no random numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialOutcome:
-    """What a trial has shown."""
+    """The result of a trial."""
 
     fingerprint: dict[str, Any] | None = None
-    """Lengths, classes and a few samples of the data, as values that JSON can hold; None where
-    nothing was looked at."""
+    """Lengths, classes and a few samples of the data, as JSON values; None if no trial was run."""
 
     warnings: tuple[str, ...] = ()
-    """What the user should know, the same on every rank."""
+    """Warnings for the user, equal on every rank."""
 
 
 def run_trial(
-    context: TrainContext, recipe: Recipe, *, step: int = 0, known: CheckpointData | None = None
+    context: TrainContext,
+    recipe: Recipe,
+    *,
+    step: int = 0,
+    checkpoint_data: CheckpointData | None = None,
 ) -> TrialOutcome:
-    """Look at the samples that the trainee's next micro-batches hold (collective).
+    """Check the samples in the first micro-batches of `context` (collective).
+
+    Modes, buffers and random generators are restored afterwards.
 
     Args:
-        context: Its next micro-batches are those of `Sampler.trial`.
-        recipe: What is trained; its `forward` is called, and not the trainee's, which counts.
-        step: Steps that were taken before.
-        known: The data of the run that is resumed; None begins anew.
+        context: Its next micro-batches must be those of `Sampler.trial`.
+        recipe: What is trained. Its `forward` is called instead of the one in `context`, which may
+            count calls.
+        step: Number of steps that were taken before.
+        checkpoint_data: The data of the run that is resumed; None for a new run.
 
     Raises:
-        RecipeError: Ranks have other data, workers share a file, the loss is a mean, or a metric
-            does not return (sum, count).
+        RecipeError: Ranks have different data, samples change between reads, workers share a file,
+            the loss is a mean, or a metric does not return (sum, count).
         CheckpointError: The data is not that of the run that is resumed.
-        SampleError: The data set raised.
+        SampleError: The data set raised an exception.
     """
     backend = context.backend
-    compare_ranks(lengths_of(context), backend)
-    context.report_phase(step, "reading data")  # from here on the ranks are watched for a hang
-    taken = _read(context)
+    compare_ranks(describe_data(context), backend)
+    context.report_phase(step, "reading data")  # starts the watch for a hang
+    micro_batches = _read_micro_batches(context)
     context.report_phase(step, "computing")
-    fingerprint, changing = fingerprint_of(context, taken)
-    warnings = check_repeatable(context, changing)
+    fingerprint, changed = fingerprint_of(context, micro_batches)
+    warnings = check_repeatable(context, changed)
     compare_ranks(fingerprint, backend)
-    if known is not None:
-        compare_known(fingerprint, known)
-    with _undisturbed(context):
-        train = [each.batch for each in taken if each.request.split == "train"]
-        if len(train) > 1 and not changing:
+    if checkpoint_data is not None:
+        compare_checkpoint(fingerprint, checkpoint_data)
+    train, evaluation = (
+        [micro_batch.batch for micro_batch in micro_batches if micro_batch.request.split == split]
+        for split in ("train", "evaluation")
+    )
+    with _without_side_effects(context):
+        if len(train) > 1 and not changed:
             _check_loss(context, recipe, train)
-        for each in taken:
-            if each.request.split == "evaluation":
-                warnings += _try_evaluation(context, recipe, each.batch)
+        for batch in evaluation:
+            warnings += _try_evaluation(context, recipe, batch)
     return TrialOutcome(fingerprint=fingerprint, warnings=warnings)
 
 
-def _read(context: TrainContext) -> list[MicroBatch]:
+def _read_micro_batches(context: TrainContext) -> list[MicroBatch]:
     """Return the micro-batches of the trial.
 
     Raises:
         RecipeError: The workers share the position of a file.
-        SampleError: The data set raised.
+        SampleError: The data set raised an exception.
     """
     try:
-        taken = [next(context.batches) for _ in context.sampler.trial()]
+        micro_batches = [next(context.micro_batches) for _ in context.sampler.trial()]
     except LauncherError as error:
-        _check_files(context, error)
+        _check_shared_files(context, error)
         raise
-    _check_files(context)
-    return taken
+    _check_shared_files(context)
+    return micro_batches
 
 
-def _check_files(context: TrainContext, consequence: LauncherError | None = None) -> None:
+def _check_shared_files(context: TrainContext, consequence: LauncherError | None = None) -> None:
     """Refuse data sets that read through a file which the workers share.
+
+    Args:
+        context: What is trained.
+        consequence: The error that reading raised, if any.
 
     Raises:
         RecipeError: Reading samples moves the position of a file that was open before the workers
@@ -120,90 +132,103 @@ def _check_files(context: TrainContext, consequence: LauncherError | None = None
     forks = plan.settings["worker_start"] == "fork"
     if plan.workers_per_rank < 2 or not forks or not moved_files(reader.held_files):
         return
-    # The rank itself may have moved it, while it built the model. So it reads a sample: whatever
-    # moves now is what reading moves.
+    # The rank itself may have moved the position while it built the model, so it reads a sample:
+    # what moves now is moved by reading.
     path = reader.path_read_through(context.sampler.trial()[0])
     if path is not None:
-        raise RecipeError(shared_file_text(path, plan.workers_per_rank)) from consequence
+        raise RecipeError(_shared_file_text(path, plan.workers_per_rank)) from consequence
 
 
-def shared_file_text(path: str, workers: int) -> str:
-    """Return why a file must not be open before workers are forked, and what to do."""
+def _shared_file_text(path: str, num_workers: int) -> str:
     return (
-        f"The data set reads through the file {path}, which has been open since data() returned, "
-        f"and {workers} DataLoader workers share its position: each moves it under the others, "
-        "and samples come out wrong. Open the file in __getitem__, when a process first needs it; "
-        "or use worker_start=spawn, where each worker calls data() itself, or num_workers=0."
+        f"The data set reads from the file {path}, which has been open since data() returned. The "
+        f"{num_workers} DataLoader workers share its position, so each moves it under the others, "
+        "and samples are wrong. Open the file in __getitem__ when a process first needs it; or set "
+        "worker_start=spawn, with which each worker calls data() itself, or num_workers=0."
     )
 
 
 def _check_loss(context: TrainContext, recipe: Recipe, batches: list[Any]) -> None:
-    """Refuse a loss that returns the mean over its items as their sum (collective).
+    """Refuse a loss that returns the mean over its items instead of their sum (collective).
 
-    Anything but a clear mean is accepted, for a loss may couple samples or draw random numbers.
+    Only a clear mean is refused, because a loss may couple samples or draw random numbers.
+
+    Args:
+        context: What is trained.
+        recipe: The recipe with the loss.
+        batches: A batch and its two halves.
 
     Raises:
-        RecipeError: The loss of a batch is the mean of the losses of its halves.
+        RecipeError: The loss of the batch is the mean of the losses of its halves.
     """
     tolerance = _TOLERANCES[context.plan.precision]
-    loss = functools.partial(_loss_of, context, recipe)
-    found = _on_all_ranks(context, lambda: [loss(batch, 1) for batch in batches])
-    if found is None or not context.backend.any_rank(_is_mean(found, tolerance)):
+    call_loss = functools.partial(_call_loss, context, recipe)
+    losses = _call_on_all_ranks(context, lambda: [call_loss(batch, 1) for batch in batches])
+    if losses is None or not context.backend.any_rank(_is_mean(losses, tolerance)):
         return
-    again = _on_all_ranks(context, lambda: [loss(batch, 2) for batch in batches])
+    reseeded = _call_on_all_ranks(context, lambda: [call_loss(batch, 2) for batch in batches])
     if (
-        again is None
-        or not _is_mean(again, tolerance)
-        or not _near(found[0][0], again[0][0], _QUIET)
+        reseeded is None
+        or not _is_mean(reseeded, tolerance)
+        or not _is_close(losses[0][0], reseeded[0][0], _SEED_TOLERANCE)
     ):
         return
-    (whole, _), (one, _), (other, _) = found
-    size = len(context.sampler.trial()[0].indices)
+    (batch_loss, _), (one_half, _), (other_half, _) = losses
+    num_samples = len(context.sampler.trial()[0].indices)
     raise RecipeError(
-        f"The recipe's loss returned a mean instead of a sum: {whole:.4g} for {size} samples, and "
-        f"{one:.4g} and {other:.4g} for their halves. Every gradient would be too small, by the "
-        "number of items in a micro-batch. Return (sum, count), as with reduction='sum': launcher "
-        "divides by the count over the whole global batch."
+        f"The recipe's loss returned a mean instead of a sum: {batch_loss:.4g} for {num_samples} "
+        f"samples, and {one_half:.4g} and {other_half:.4g} for their halves. Every gradient would "
+        "be too small by a factor of the number of items in a micro-batch. Return (sum, count), as "
+        "with reduction='sum'; launcher divides by the count over the whole global batch."
     )
 
 
-def _on_all_ranks(context: TrainContext, call: Callable[[], T]) -> T | None:
-    """Return what `call` returns; None where it fails on any rank: some models only train.
+def _call_on_all_ranks(context: TrainContext, function: Callable[[], T]) -> T | None:
+    """Return what `function` returns, or None if it raises on any rank (collective).
 
-    What is no fault of the model's ends the run.
+    Some models work in training only. Running out of memory, a lost rank and errors of launcher are
+    raised.
     """
-    found = None
+    result = None
     try:
-        found = call()
+        result = function()
     except (LauncherError, torch.distributed.DistError):
         raise
     except Exception as error:
         if is_out_of_memory(error):
             raise
-    return None if context.backend.any_rank(found is None) else found
+    return None if context.backend.any_rank(result is None) else result
 
 
-def _is_mean(found: list[tuple[float, float]], tolerance: float) -> bool:
-    """Return whether the first loss is clearly the mean of the others, and not their sum."""
-    (whole, count), *halves = found
+def _is_mean(losses: list[tuple[float, float]], tolerance: float) -> bool:
+    """Return whether the first loss is clearly the mean of the others, and not their sum.
+
+    Args:
+        losses: (loss, count) of a batch and of its halves.
+        tolerance: Relative tolerance.
+    """
+    (batch_loss, batch_count), *halves = losses
     total = sum(loss for loss, _ in halves)
     items = sum(count for _, count in halves)
-    if not math.isfinite(whole + total) or not items or abs(whole) < torch.finfo().tiny:
+    if not math.isfinite(batch_loss + total) or not items:
         return False
-    if not _near(count, items, tolerance):  # it counts micro-batches, not what is in them
+    if abs(batch_loss) < torch.finfo().tiny:
+        return False
+    if not _is_close(batch_count, items, tolerance):  # it counts batches instead of their items
         return False
     mean = sum(loss * count for loss, count in halves) / items
-    return _near(whole, mean, tolerance) and not _near(whole, total, 10 * tolerance)
+    is_sum = _is_close(batch_loss, total, 10 * tolerance)
+    return _is_close(batch_loss, mean, tolerance) and not is_sum
 
 
-def _near(one: float, other: float, tolerance: float) -> bool:
+def _is_close(one: float, other: float, tolerance: float) -> bool:
     return abs(one - other) <= tolerance * abs(one)
 
 
-def _loss_of(context: TrainContext, recipe: Recipe, batch: Any, seed: int) -> tuple[float, float]:
-    """Return (sum, count) of the loss, or NaN where it fails: some losses work in training alone.
+def _call_loss(context: TrainContext, recipe: Recipe, batch: Any, seed: int) -> tuple[float, float]:
+    """Return (sum, count) of the loss, or (NaN, 0) if it raises: some losses work in training only.
 
-    The ranks go on alike in any case, for the model's next forward may be collective.
+    An exception must not stop this rank, because the model's next forward may be collective.
     """
     torch.manual_seed(seed)
     backend = context.backend
@@ -213,17 +238,17 @@ def _loss_of(context: TrainContext, recipe: Recipe, batch: Any, seed: int) -> tu
         try:
             total, count = sum_and_count(recipe.loss, outputs, placed)
             return float(total), float(count)
-        except Exception:  # noqa: BLE001  # the first step tells what it is
+        except Exception:  # noqa: BLE001  # the first step reports it
             return math.nan, 0.0
 
 
 def _try_evaluation(context: TrainContext, recipe: Recipe, batch: Any) -> tuple[str, ...]:
-    """Call the loss and each metric on evaluation samples; return what the user should know.
+    """Call the loss and each metric on evaluation samples, and return warnings.
 
-    What raises is a warning alone: a metric may need more samples than these, or of every class.
+    An exception is only a warning: a metric may need more samples than these, or all classes.
 
     Raises:
-        RecipeError: One returned something else than (sum, count).
+        RecipeError: One of them did not return (sum, count).
     """
     torch.manual_seed(0)
     backend = context.backend
@@ -233,18 +258,18 @@ def _try_evaluation(context: TrainContext, recipe: Recipe, batch: Any) -> tuple[
     with backend.autocast():
         outputs = recipe.forward(context.model, placed)
         return tuple(
-            f"{name} raised {type(error).__name__} when it was tried on a few evaluation samples: "
-            f"{error}. The first evaluation may fail in the same way"
+            f"{name} raised {type(error).__name__} on a few evaluation samples before the first "
+            f"step: {error}. The first evaluation may fail in the same way"
             for name, function in functions.items()
-            if (error := _error_of(function, outputs, placed, name)) is not None
+            if (error := _catch_error(function, outputs, placed, name)) is not None
         )
 
 
-def _error_of(function: Any, outputs: Any, batch: Any, name: str) -> Exception | None:
-    """Return what a loss or a metric raises.
+def _catch_error(function: Any, outputs: Any, batch: Any, name: str) -> Exception | None:
+    """Return the exception that a loss or a metric raises, or None.
 
     Raises:
-        RecipeError: It returned something else than (sum, count).
+        RecipeError: It did not return (sum, count).
     """
     try:
         sum_and_count(function, outputs, batch, name=name)
@@ -258,16 +283,16 @@ def _error_of(function: Any, outputs: Any, batch: Any, name: str) -> Exception |
 
 
 @contextlib.contextmanager
-def _undisturbed(context: TrainContext) -> Iterator[None]:
-    """Have the model evaluate, uncompiled; put back modes, buffers and generators afterwards.
+def _without_side_effects(context: TrainContext) -> Iterator[None]:
+    """Put the model in evaluation mode, uncompiled; restore modes, buffers and generators.
 
-    What a forward writes to weights, or counts in attributes of its own, stays.
+    Writes to weights, and counters in attributes of modules, are not undone.
     """
     model, device = context.model, context.backend.device
     modes = [(module, module.training) for module in model.modules()]
-    buffers = list(_buffers(model))
+    buffers = list(_copy_buffers(model))
     generators = Generators()
-    on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    cuda_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     eager = torch.compiler.set_stance("force_eager") if is_compiled(model) else None
     model.eval()
@@ -276,8 +301,8 @@ def _undisturbed(context: TrainContext) -> Iterator[None]:
             yield
     finally:
         torch.backends.cudnn.benchmark = benchmark
-        if on_gpu is not None:
-            torch.cuda.set_rng_state(on_gpu, device)
+        if cuda_state is not None:
+            torch.cuda.set_rng_state(cuda_state, device)
         generators.restore()
         with torch.no_grad():
             for module, name, before, content in buffers:
@@ -288,8 +313,8 @@ def _undisturbed(context: TrainContext) -> Iterator[None]:
             module.training = mode
 
 
-def _buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, TensorVersion, Any]]:
-    """Yield each place for a buffer, what is there, and a copy of its content."""
+def _copy_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, TensorVersion, Any]]:
+    """Yield the module, name, version and a copy of the content of each buffer."""
     for module in model.modules():
         for name, buffer in module._buffers.items():  # noqa: SLF001
             yield (

@@ -1,1 +1,7 @@
-"""The training loop, what it works on, and when it saves."""
+"""The training loop, its construction from a recipe, and when it saves.
+
+loop                the training step, evaluation, and the interfaces of callbacks and controllers
+build               data, model and optimizer built from a recipe
+checkpoint_manager  when a run saves a checkpoint, and how it trains on meanwhile
+resume_point        the checkpoint that a run resumes from, and how its state is restored
+"""

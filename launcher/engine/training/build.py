@@ -1,4 +1,4 @@
-"""What a recipe describes, built: its data, its model, its optimizer."""
+"""Build the data, the model and the optimizer that a recipe describes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ from launcher.planning.single_sample_batches import cuts_to_one
 from launcher.recipe.recipe import Data, Recipe
 from launcher.runs.job import RecipeSource
 
-_SAMPLED_WEIGHTS = 1024
+_CHECKED_WEIGHTS = 1024
+"""Number of weights of each parameter that are compared between ranks."""
 
 
 def build_context(
@@ -45,35 +46,37 @@ def build_context(
     noise_stride: int = STRIDE,
     report_phase: Callable[[int, str], None] = lambda *_: None,
 ) -> TrainContext:
-    """Build what the recipe describes, for the steps from `first_step` on (collective).
+    """Build what the recipe describes, ready to train from `first_step` on (collective).
 
     Args:
         recipe: What to train.
-        plan: How; its numbers are those of the recipe.
+        plan: The plan that was made for this recipe.
         backend: This rank among the others.
-        first_step: Steps that were taken before.
-        last_step: Steps to have been taken in the end.
-        evaluates: Whether the evaluation data will be visited, where there is any.
+        first_step: Number of steps that were taken before.
+        last_step: Number of steps that have been taken at the end.
+        evaluates: Whether the evaluation data will be visited, if there is any.
         trial: Whether the first micro-batches are those of `Sampler.trial`.
         source: What the recipe is built from; spawned DataLoader workers need it.
-        noise_stride: One step in so many is measured, if the recipe asks for the noise scale.
-        report_phase: Is told how far this rank is.
+        noise_stride: If the recipe asks for the noise scale, one step in this many is measured.
+        report_phase: Called with (steps taken, phase) whenever this rank enters a phase.
 
     Raises:
         RecipeError: The recipe or its data is at fault.
     """
-    before = open_files()
+    files_before = open_files()
     data = backend.in_turn("read the data", lambda: build_data(recipe, plan))
-    visited = data.evaluation if evaluates else None
+    evaluation_data = data.evaluation if evaluates else None
     sampler = Sampler(
         plan=plan,
         rank=backend.rank,
         train_samples=sample_count(data.train, "train"),
-        evaluation_samples=0 if visited is None else sample_count(visited, "evaluation"),
+        evaluation_samples=(
+            0 if evaluation_data is None else sample_count(evaluation_data, "evaluation")
+        ),
     )
 
     reader = Reader(recipe, data, source)
-    reader.held_files = opened_since(before)
+    reader.held_files = opened_since(files_before)
 
     def start_reading(sampler: Sampler) -> Iterator[MicroBatch]:
         requests = sampler.requests(first_step) if first_step < last_step else sampler.evaluation()
@@ -84,14 +87,16 @@ def build_context(
     # The workers start here: they read while the model is built, and do not inherit it.
     batches = start_reading(sampler)
     model, optimizer, num_trained = build_model_and_optimizer(recipe, plan, backend)
-    norms = BatchNorms(model)
-    if cuts_to_one(plan, sampler.train_samples, norms.statistics):
-        # Rare, and known only now. What has been read ahead is read once more.
-        sampler = replace(sampler, statistics=norms.statistics)
+    batch_norms = BatchNorms(model)
+    if cuts_to_one(plan, sampler.train_samples, batch_norms.statistics):
+        # Rare, and only known once the model is built: what was prefetched is read again.
+        sampler = replace(sampler, statistics=batch_norms.statistics)
         batches = start_reading(sampler)
-        if first_step < last_step and not recipe.compile:  # no hook is seen in compiled code
-            taken = len(next(sampler.requests(first_step)).indices)
-            recipe = refuse_single_samples(recipe, plan, sampler.train_samples, norms, taken)
+        if first_step < last_step and not recipe.compile:  # hooks do not run in compiled code
+            first_batch_size = len(next(sampler.requests(first_step)).indices)
+            recipe = refuse_single_samples(
+                recipe, plan, sampler.train_samples, batch_norms, first_batch_size
+            )
     return TrainContext(
         recipe=recipe,
         plan=plan,
@@ -101,19 +106,20 @@ def build_context(
         num_trained=num_trained,
         sampler=sampler,
         reader=reader,
-        batches=batches,
-        norms=norms,
-        writes=ForwardWrites(model, backend, recipe.rank_buffers),
+        micro_batches=batches,
+        batch_norms=batch_norms,
+        forward_writes=ForwardWrites(model, backend, recipe.rank_buffers),
         report_phase=report_phase,
-        noise=make_noise_meter(recipe, backend, model, noise_stride),
+        noise_meter=make_noise_meter(recipe, backend, model, noise_stride),
     )
 
 
 def build_data(recipe: Recipe, plan: Plan) -> Data:
-    """Return the recipe's data.
+    """Call the recipe's data function, with seeded generators, and return its data.
 
     Raises:
-        RecipeError: It is none, or not as long as planned.
+        RecipeError: The function did not return `launcher.Data`, or the number of training samples
+            is not the planned one.
     """
     seed_all(recipe.seed)
     data = recipe.data()
@@ -122,12 +128,12 @@ def build_data(recipe: Recipe, plan: Plan) -> Data:
             f"The recipe's data function returned {type(data).__name__}; expected "
             "launcher.Data(train=..., evaluation=...)."
         )
-    found = sample_count(data.train, "train")
-    if plan.train_samples is not None and found != plan.train_samples:
+    num_samples = sample_count(data.train, "train")
+    if plan.train_samples is not None and num_samples != plan.train_samples:
         raise RecipeError(
-            f"The plan counts on {plan.train_samples:,} training samples, and the data has "
-            f"{found:,}. Set train_samples={found} in the recipe, or look at what its data "
-            "function reads."
+            f"The plan expects {plan.train_samples:,} training samples, but the data has "
+            f"{num_samples:,}. Set train_samples={num_samples} in the recipe, or check what its "
+            "data function reads."
         )
     return data
 
@@ -135,16 +141,20 @@ def build_data(recipe: Recipe, plan: Plan) -> Data:
 def build_model_and_optimizer(
     recipe: Recipe, plan: Plan, backend: Backend
 ) -> tuple[nn.Module, Optimizer, int]:
-    """Return the recipe's model, ready to be called on this rank, and its optimizer (collective).
+    """Build the recipe's model and optimizer and place them on this rank (collective).
 
-    And how many weights are trained, over all ranks.
+    Returns:
+        The module to call, its optimizer, and the number of trainable weights over all ranks.
 
     Raises:
-        RecipeError: It is no model, or another one on some ranks, or cannot do what is asked.
+        RecipeError: The recipe's model function did not return a module, returned different weights
+            on some ranks, or returned a model that cannot do what the settings ask for.
     """
     model = backend.in_turn("built the model", lambda: _build_model(recipe))
     backend.wait_for_all("built the model")
-    num_trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    num_trained = sum(
+        parameter.numel() for parameter in model.parameters() if parameter.requires_grad
+    )
     if not num_trained:
         raise RecipeError("The recipe's model has no parameter that requires a gradient.")
     check_savable(model)
@@ -157,14 +167,17 @@ def build_model_and_optimizer(
     if recipe.activation_checkpointing:
         if not blocks:
             raise RecipeError(
-                "activation_checkpointing=true computes the activations inside blocks again, and "
-                "the model has no blocks: no layers that repeat in a ModuleList or Sequential and "
-                "are made of several. Name their class with blocks=..., or leave it out."
+                "activation_checkpointing=true recomputes the activations of the model's blocks, "
+                "but the model has no blocks: no layers made of several modules that repeat in a "
+                "ModuleList or Sequential. Name the class of the blocks with blocks=..., or remove "
+                "activation_checkpointing."
             )
         checkpoint_activations(blocks)
     if recipe.compile:
         compile_blocks(model, blocks)
-    prepared = backend.prepare(model, blocks, lambda own: make_optimizer(recipe, own, plan.lr))
+    prepared = backend.prepare(
+        model, blocks, lambda module: make_optimizer(recipe, module, plan.lr)
+    )
     return *prepared, num_trained
 
 
@@ -180,19 +193,23 @@ def _build_model(recipe: Recipe) -> nn.Module:
 
 
 def _check_same_weights(model: nn.Module, backend: Backend) -> None:
-    """Refuse to start from weights that differ between ranks (collective).
+    """Refuse initial weights that differ between ranks (collective).
 
-    A sample of every parameter stands for it: what is drawn without a seed differs everywhere.
+    The first weights of every parameter are compared: unseeded random weights differ everywhere.
+
+    Raises:
+        RecipeError: The weights differ on some rank.
     """
-    own = 0
+    checksum = 0
     for parameter in model.parameters():
-        sample = parameter.detach().flatten()[:_SAMPLED_WEIGHTS].double().contiguous()
-        own = zlib.crc32(sample.numpy().tobytes(), own)
-    # Below 2**32 each, so that the sum over a million ranks is exact in float64.
-    total = backend.sum(torch.tensor(float(own), dtype=torch.float64, device=backend.device))
-    if backend.any_rank(int(total.item()) != own * backend.world_size):
+        sample = parameter.detach().flatten()[:_CHECKED_WEIGHTS].double().contiguous()
+        checksum = zlib.crc32(sample.numpy().tobytes(), checksum)
+    # Each is below 2**32, so the sum over a million ranks is exact in float64.
+    total = backend.sum(torch.tensor(float(checksum), dtype=torch.float64, device=backend.device))
+    if backend.any_rank(int(total.item()) != checksum * backend.world_size):
         raise RecipeError(
-            "The recipe's model function returned other initial weights on some ranks: they come "
-            "from something else than the global generators of torch, numpy and random, which are "
-            "seeded, such as a generator of its own, or the time. Seed that as well."
+            "The recipe's model function returned different initial weights on some ranks. They "
+            "depend on something other than the global generators of torch, numpy and random, "
+            "which launcher seeds: on a generator of the recipe's own, for example, or on the "
+            "time. Seed that as well."
         )

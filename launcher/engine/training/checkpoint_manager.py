@@ -1,8 +1,9 @@
-"""When a run saves, and that it goes on meanwhile.
+"""Decide when a run saves a checkpoint, and save it while training continues.
 
-A save has three parts. All ranks copy what they keep to the host, which is all that a step waits
-for. Each writes its copies beside the others in a thread of its own, without a word to them. When
-the next numbers of the loop show that all are done, rank 0 gives the folder its name.
+A save has three parts. First, all ranks copy their state to the host; a step waits for nothing
+else. Then each rank writes its shard in a thread of its own, without communication. When an
+exchange of flags shows that all ranks have written, rank 0 commits the checkpoint: it writes the
+manifest and gives the folder its final name.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from launcher.runs.rundir import RunDir
 from launcher.signals import StopRequest
 
 
-class _Writing:
-    """One rank's part of a checkpoint on its way to the disk."""
+class _ShardWriter:
+    """Writes this rank's shard of a checkpoint in a thread."""
 
     def __init__(self, folder: Path, rank: int, tensors: dict[str, Tensor]) -> None:
         self.folder = folder
         self.started = time.perf_counter()
         self.error: str | None = None
-        self.done = False
+        self.is_done = False
         self._arguments = folder, rank, tensors
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self._thread.start()
@@ -45,25 +46,25 @@ class _Writing:
     def _run(self) -> None:
         try:
             write_shard(*self._arguments)
-        except BaseException as error:  # noqa: BLE001  # torch wraps in one; told to all ranks
+        except BaseException as error:  # noqa: BLE001  # torch raises one; every rank reports it
             self.error = reason_of(error)
-        del self._arguments  # the copies
-        self.done = True
+        del self._arguments  # frees the copies of the tensors
+        self.is_done = True
 
 
 class CheckpointManager:
-    """Keeps the checkpoints of a run, on every rank alike: an attendant of the loop.
+    """A `StepController` that saves and prunes the checkpoints of a run, and stops it on request.
 
-    A save that fails, on a full disk or in a folder that has gone, is told and does not end the
-    run; what was saved before stays.
+    A failed save, because of a full disk or a missing folder for example, is a warning: the run
+    continues, and earlier checkpoints remain.
 
     Args:
-        trainee: What is trained.
-        stop: Notes what asks this rank to stop.
-        run_dir: Where checkpoints go.
-        groups: What the optimizer's groups held when they were new.
-        listener: Hears of what was saved and what could not be.
-        data: The fingerprint of the data; None where it is not known.
+        context: What is trained.
+        stop: Records the signals that ask this rank to stop.
+        run_dir: The run folder.
+        groups: The optimizer's parameter groups as they were when the optimizer was built.
+        callback: Receives timings, and a warning for each failed save.
+        data: Fingerprint of the data; None if it is not known.
     """
 
     def __init__(
@@ -78,36 +79,36 @@ class CheckpointManager:
     ) -> None:
         self._context, self._backend, self._run_dir = context, context.backend, run_dir
         self._stop = stop
-        self._every_steps, self._every_seconds = _interval(context.recipe.checkpoint_every)
+        self._every_steps, self._every_seconds = _parse_interval(context.recipe.checkpoint_every)
         self._groups, self._callback, self._data = groups, callback, data
-        self._writing: _Writing | None = None
+        self._writer: _ShardWriter | None = None
         self._manifest: Manifest | None = None
-        self._since = time.perf_counter()
-        self._checked = False
+        self._last_save = time.perf_counter()
+        self._state_was_checked = False
 
     def is_due(self, step: int) -> bool:
-        """Return whether one is due after `step` steps; the same on every rank."""
+        """Return whether a checkpoint is due after `step` steps; equal on every rank."""
         return self._every_steps is not None and step % self._every_steps == 0
 
     def flags(self) -> RankFlags:
-        """Return what this rank has to tell the others."""
-        passed = time.perf_counter() - self._since
-        due = self._every_seconds is not None and passed >= self._every_seconds
+        """Return the flags of this rank."""
+        elapsed = time.perf_counter() - self._last_save
+        is_due = self._every_seconds is not None and elapsed >= self._every_seconds
         return RankFlags(
             stop=float(self._stop.number is not None),
-            save=float(due and self._writing is None),
-            written=float(self._writing is not None and self._writing.done),
+            save=float(is_due and self._writer is None),
+            written=float(self._writer is not None and self._writer.is_done),
         )
 
     def on_step_end(self, step: int, flags: RankFlags) -> bool:
-        """Save where it is time to, name what is whole, return whether to stop (collective).
+        """Save if a checkpoint is due, commit a written one, return whether to stop (collective).
 
         Raises:
-            TrainingError: The first time, there is state that a checkpoint could not hold.
+            TrainingError: At the first call, there is state that a checkpoint cannot hold.
         """
-        if not self._checked:
-            self._checked = True
-            if refusal := self._refusal():
+        if not self._state_was_checked:
+            self._state_was_checked = True
+            if refusal := self._find_unsavable_state():
                 raise TrainingError(refusal)
         if flags.written == self._backend.world_size:
             self.finish()
@@ -118,68 +119,69 @@ class CheckpointManager:
         return flags.stop > 0
 
     def save(self, step: int) -> None:
-        """Begin to save what there is after `step` steps, unless that is done (collective)."""
+        """Start saving the state after `step` steps, unless that has been done (collective)."""
         if self._manifest is not None and self._manifest.step == step:
             return
         self.finish()
         started = time.perf_counter()
         backend, context = self._backend, self._context
-        if refusal := self._refusal():
-            self._failed(step, refusal)
+        if refusal := self._find_unsavable_state():
+            self._report_failure(step, refusal)
             return
         state = backend.snapshot(context.model, context.optimizer)
-        self._manifest = self._describe(step, state)
+        self._manifest = self._make_manifest(step, state)
         folder: Path | None = None
-        error: str | None = None
+        reason: str | None = None
         if backend.rank == 0:
             try:
                 folder = begin(self._run_dir, step)
-            except OSError as failed:
-                error = reason_of(failed)
-        folder, error = backend.broadcast((folder, error))
+            except OSError as error:
+                reason = reason_of(error)
+        folder, reason = backend.broadcast((folder, reason))
         if folder is None:
-            self._failed(step, f"{self._run_dir.checkpoints}: {error}")
+            self._report_failure(step, f"{self._run_dir.checkpoints}: {reason}")
             return
-        self._writing = _Writing(folder, backend.rank, state.tensors)
-        self._callback.on_note(step, {"checkpoint_stall_seconds": time.perf_counter() - started})
+        self._writer = _ShardWriter(folder, backend.rank, state.tensors)
+        self._callback.on_values(step, {"checkpoint_stall_seconds": time.perf_counter() - started})
 
-    def _refusal(self) -> str | None:
-        """Return what of the state on any rank a checkpoint could not hold (collective)."""
-        own = None
+    def finish(self) -> None:
+        """Wait for the pending save, if any, and commit it if it is complete (collective)."""
+        writer, manifest, self._writer = self._writer, self._manifest, None
+        if writer is None or manifest is None:
+            return
+        writer.wait()
+        errors = self._backend.gather(writer.error)
+        reason = next(
+            (f"rank {rank}: {error}" for rank, error in enumerate(errors) if error is not None),
+            None,
+        )
+        self._last_save = time.perf_counter()
+        if self._backend.rank == 0 and reason is None:
+            try:
+                commit(writer.folder, with_files(manifest, writer.folder))
+                prune(self._run_dir, self._context.recipe.keep_checkpoints)
+            except (OSError, LauncherError, ValueError, KeyError) as error:
+                reason = reason_of(error)
+        if self._backend.rank == 0 and reason is not None:
+            shutil.rmtree(writer.folder, ignore_errors=True)
+        reason = self._backend.broadcast(reason)
+        if reason is not None:
+            self._report_failure(manifest.step, reason)
+            return
+        self._callback.on_values(
+            manifest.step, {"checkpoint_seconds": time.perf_counter() - writer.started}
+        )
+
+    def _find_unsavable_state(self) -> str | None:
+        """Return why a checkpoint cannot hold the state of some rank, or None (collective)."""
+        refusal = None
         try:
             self._backend.check_state(self._context.model, self._context.optimizer)
         except TrainingError as error:
-            own = str(error)
-        return next(filter(None, self._backend.gather(own)), None)
+            refusal = str(error)
+        return next(filter(None, self._backend.gather(refusal)), None)
 
-    def finish(self) -> None:
-        """Wait for the one under way, if any, and name it if it is whole (collective)."""
-        writing, manifest, self._writing = self._writing, self._manifest, None
-        if writing is None or manifest is None:
-            return
-        writing.wait()
-        errors = self._backend.gather(writing.error)
-        error = next(
-            (f"rank {rank}: {text}" for rank, text in enumerate(errors) if text is not None), None
-        )
-        self._since = time.perf_counter()
-        if self._backend.rank == 0 and error is None:
-            try:
-                commit(writing.folder, with_files(manifest, writing.folder))
-                prune(self._run_dir, self._context.recipe.keep_checkpoints)
-            except (OSError, LauncherError, ValueError, KeyError) as failed:
-                error = reason_of(failed)
-        if self._backend.rank == 0 and error is not None:
-            shutil.rmtree(writing.folder, ignore_errors=True)
-        error = self._backend.broadcast(error)
-        if error is not None:
-            self._failed(manifest.step, error)
-            return
-        self._callback.on_note(
-            manifest.step, {"checkpoint_seconds": time.perf_counter() - writing.started}
-        )
-
-    def _describe(self, step: int, state: Snapshot) -> Manifest:
+    def _make_manifest(self, step: int, state: Snapshot) -> Manifest:
         scaler = self._backend.scaler
         groups = changed_groups(self._context.optimizer, self._groups)
         return Manifest(
@@ -198,21 +200,21 @@ class CheckpointManager:
             versions=versions(),
         )
 
-    def _failed(self, step: int, error: str) -> None:
-        self._since = time.perf_counter()
+    def _report_failure(self, step: int, reason: str) -> None:
+        self._last_save = time.perf_counter()
         if self._backend.rank != 0:
             return
-        left = list_checkpoints(self._run_dir)
-        newest = f"{left[0].name} is the newest" if left else "there is none"
+        checkpoints = list_checkpoints(self._run_dir)
+        newest = f"is {checkpoints[0].name}" if checkpoints else "does not exist yet"
         self._callback.on_warning(
-            f"the checkpoint after step {step:,} could not be saved ({error}). "
-            f"The run goes on; of those that are whole {newest}."
+            f"the checkpoint after step {step:,} could not be saved ({reason}). "
+            f"The run continues. Its newest complete checkpoint {newest}."
         )
-        self._callback.on_note(step, {"checkpoint_failed": 1.0})
+        self._callback.on_values(step, {"checkpoint_failed": 1.0})
 
 
-def _interval(every: int | str) -> tuple[int | None, float | None]:
-    """Return the steps between checkpoints, or the seconds."""
+def _parse_interval(every: int | str) -> tuple[int | None, float | None]:
+    """Return (steps, seconds) between checkpoints, of which one is None."""
     if isinstance(every, int):
         return every, None
     return None, float(every.removesuffix("min")) * 60

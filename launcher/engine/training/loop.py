@@ -1,4 +1,4 @@
-"""The training loop: one optimizer step on one screen, in the order the hardware does it."""
+"""The training loop: one optimizer step on one screen, in the order the hardware executes it."""
 
 from __future__ import annotations
 
@@ -28,82 +28,84 @@ from launcher.recipe.recipe import Recipe
 
 
 class Callback(Protocol):
-    """Hears what the loop measured, on every rank, in the order of the steps."""
+    """Receives what the loop measures, on every rank, in the order of the steps."""
 
     def on_micro_batches(self, step: int, micro_batches: list[MicroBatch]) -> None:
-        """This rank has taken these in step number `step`."""
+        """Receive the micro-batches that this rank took in step number `step`, counted from 1."""
 
     def on_steps(self, rows: list[StepRow]) -> None:
-        """Some steps were taken."""
+        """Receive the measurements of the steps since the last call, equal on every rank."""
 
     def on_noise(self, measurements: list[Measurement]) -> None:
-        """The gradient noise was measured in some steps."""
+        """Receive the gradient noise measured in some of these steps, equal on every rank."""
 
     def on_warning(self, text: str) -> None:
-        """Something is to be told, the same on every rank."""
+        """Receive a warning for the user, equal on every rank."""
 
-    def on_note(self, step: int, values: Mapping[str, Any]) -> None:
-        """Something else is known of what happened after `step` steps."""
+    def on_values(self, step: int, values: Mapping[str, Any]) -> None:
+        """Receive further named values that were measured after `step` steps."""
 
     def on_evaluation(self, step: int, values: dict[str, float]) -> None:
-        """The evaluation data was visited after `step` steps."""
+        """Receive loss and metrics over the evaluation data after `step` steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainContext:
-    """All that the loop works on."""
+    """Everything that the training loop works on, on one rank."""
 
     recipe: Recipe
     plan: Plan
     backend: Backend
     model: nn.Module
+    """The module to call, as `Backend.prepare` returned it."""
+
     optimizer: Optimizer
     num_trained: int
-    """Weights that are trained, over all ranks."""
+    """Number of trainable weights of the whole model, over all ranks."""
 
     sampler: Sampler
     reader: Reader
-    """What has the samples."""
+    """Holds the data and reads samples from it."""
 
-    batches: Iterator[MicroBatch]
-    """This rank's micro-batches: those of the trial, if there is one, then training and evaluation
-    in the order of `sampler.requests`."""
+    micro_batches: Iterator[MicroBatch]
+    """This rank's micro-batches: those of the trial, if there is one, followed by those of training
+    and evaluation in the order of `sampler.requests`."""
 
-    norms: BatchNorms
-    """Those of the model."""
+    batch_norms: BatchNorms
+    """The BatchNorm modules of the model."""
 
-    writes: ForwardWrites
-    """Sees what forward passes write, and brings it together over the ranks."""
+    forward_writes: ForwardWrites
+    """Detects weights and buffers that forward passes write to, and combines them over ranks."""
 
     report_phase: Callable[[int, str], None] = lambda *_: None
-    """Is told how far this rank is: steps taken, and what comes next."""
+    """Called with (steps taken, phase) whenever this rank enters a phase; the watchdog uses it."""
 
-    noise: NoiseMeter = field(default_factory=NullNoiseMeter)
+    noise_meter: NoiseMeter = field(default_factory=NullNoiseMeter)
     """Measures the gradient noise beside the steps."""
 
 
 class StepController(Protocol):
-    """Tends to the run between steps, where all ranks agree on what to do."""
+    """Acts between steps on flags that all ranks have exchanged, and may stop the run."""
 
     def is_due(self, step: int) -> bool:
-        """Return whether it has something to do after `step` steps; the same on every rank."""
+        """Return whether the ranks must exchange flags after `step` steps; equal on every rank."""
 
     def flags(self) -> RankFlags:
-        """Return what this rank has to tell the others."""
+        """Return the flags of this rank."""
 
     def on_step_end(self, step: int, flags: RankFlags) -> bool:
-        """Do after `step` steps what the ranks' votes say; return whether to stop (collective)."""
+        """Act on the summed flags after `step` steps; return whether to stop (collective)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOutcome:
-    """How far `train` got."""
+    """Where `train` ended."""
 
     step: int
     """Steps taken since the start of the run."""
 
     evaluation: dict[str, float]
-    """Of the last step; empty where the run stopped before."""
+    """Loss and metrics of the last evaluation; empty if there was none."""
 
 
 def train(
@@ -114,155 +116,181 @@ def train(
     first_step: int = 0,
     last_step: int | None = None,
 ) -> TrainOutcome:
-    """Take the steps from `first_step` to before `last_step`, or until asked to stop.
+    """Train from `first_step` up to, but not including, `last_step`, or until stopped (collective).
 
     Args:
         context: What to train.
-        callback: Hears of the steps.
-        controller: Tends to the run between steps; None lets it go.
-        first_step: Steps that were taken before.
-        last_step: Steps to have been taken when this returns; None is all that were planned.
+        callback: Receives the measurements.
+        controller: Acts between steps and may stop the run; None never stops it.
+        first_step: Number of steps that were taken before.
+        last_step: Number of steps that have been taken at the end; None takes all planned steps.
 
     Raises:
-        RecipeError: The recipe's loss does not return (sum, count).
-        TrainingError: The losses of too many steps are not finite.
+        RecipeError: The recipe's loss or a metric does not return (sum, count), or the loss counts
+            a different number of items than the batch holds.
+        TrainingError: The loss or gradient was not finite in too many consecutive steps.
     """
     recipe, plan, backend = context.recipe, context.plan, context.backend
     model, optimizer, sampler = context.model, context.optimizer, context.sampler
-    norms, writes, report_phase, noise = (
-        context.norms,
-        context.writes,
+    batch_norms, forward_writes, noise_meter, report_phase = (
+        context.batch_norms,
+        context.forward_writes,
+        context.noise_meter,
         context.report_phase,
-        context.noise,
     )
     hyperparameters = Hyperparameters(optimizer, plan.lr)
     meter = Meter(backend)
     nonfinite_guard = NonFiniteGuard(recipe.max_bad_steps, lambda step: sampler.batch_ids(step - 1))
-    values: dict[str, float] = {}
+    evaluation: dict[str, float] = {}
     model.train()
-    norms.keep()
+    batch_norms.keep()
     last_step = plan.total_steps if last_step is None else last_step
     for step in range(first_step, last_step):
         # ------------------------------------------------------------------------------------
         seed_step(plan.seed, step, backend)
         written = hyperparameters.write(plan.setting_at(recipe.schedule, step))
-        window, taken, waited = _read(context, step)
-        items = _items(context, window.size, taken)
-        weight = backend.world_size / items
-        sums, counts = [], []
-        noise.begin(step)
-        writes.begin()
-        for number, micro_batch in enumerate(taken, start=1):
+        window, micro_batches, data_wait_seconds = _read_step(context, step)
+        num_items = _count_items(context, window.size, micro_batches)
+        weight = backend.world_size / num_items
+        loss_sums, counts = [], []
+        noise_meter.begin(step)
+        forward_writes.begin()
+        for number, micro_batch in enumerate(micro_batches, start=1):
             report_phase(step, "computing")
             batch = backend.to_device(micro_batch.batch)
             with (
-                backend.micro_step(last=number == len(taken)),
-                norms.taking(micro_batch.request),
-                writes.taking(micro_batch.request),
+                backend.micro_step(last=number == len(micro_batches)),
+                batch_norms.taking(micro_batch.request),
+                forward_writes.taking(micro_batch.request),
             ):
                 with backend.autocast():
                     loss_sum, count = sum_and_count(
                         recipe.loss, recipe.forward(model, batch), batch
                     )
-                # Gradients are averaged over ranks: world_size in the weight makes that a sum.
+                # Gradients are averaged over ranks; world_size in the weight makes that a sum.
                 backend.backward(loss_sum, weight if micro_batch.counts else 0.0)
-            noise.add_micro_batch(weight, count if micro_batch.counts else 0)
+            noise_meter.add_micro_batch(weight, count if micro_batch.counts else 0)
             if micro_batch.counts:
-                sums.append(loss_sum.detach())
+                loss_sums.append(loss_sum.detach())
                 counts.append(count)
-        writes.end()
+        forward_writes.end()
         grad_norm = backend.apply(optimizer, recipe.max_grad_norm)
         # ------------------------------------------------------------------------------------
-        noise.end(step, items, grad_norm)
-        callback.on_micro_batches(step + 1, taken)
+        noise_meter.end(step, num_items, grad_norm)
+        callback.on_micro_batches(step + 1, micro_batches)
         meter.add(
             step=step + 1,
             epoch=window.epoch + 1,
             samples=sampler.samples_before(step + 1),
             batch_samples=window.size,
-            items=items,
-            loss_sums=sums,
+            items=num_items,
+            loss_sums=loss_sums,
             counts=counts,
             lr=written.lr,
             momentum=written.momentum,
             grad_norm=grad_norm,
-            data_wait_seconds=waited,
+            data_wait_seconds=data_wait_seconds,
         )
-        done = step + 1
+        steps_taken = step + 1
         evaluates = sampler.evaluates_after(step)
-        is_due = controller is not None and controller.is_due(done)
-        if not (meter.is_due() or evaluates or is_due or done == last_step):
+        is_due = controller is not None and controller.is_due(steps_taken)
+        if not (meter.is_due() or evaluates or is_due or steps_taken == last_step):
             continue
-        batch_of_metrics = meter.read(_flags(controller), ends=done == last_step)
-        _take_note(context, callback, batch_of_metrics, nonfinite_guard)
+        metrics = meter.read(
+            RankFlags() if controller is None else controller.flags(),
+            is_last=steps_taken == last_step,
+        )
+        _report_metrics(context, callback, metrics, nonfinite_guard)
         if evaluates:
-            values = evaluate(context, done)
-            callback.on_evaluation(done, values)
-        report_phase(done, "saving")
-        if controller is not None and controller.on_step_end(done, batch_of_metrics.flags):
-            return TrainOutcome(step=done, evaluation=values)
+            evaluation = evaluate(context, steps_taken)
+            callback.on_evaluation(steps_taken, evaluation)
+        report_phase(steps_taken, "saving")
+        if controller is not None and controller.on_step_end(steps_taken, metrics.flags):
+            return TrainOutcome(step=steps_taken, evaluation=evaluation)
         meter.restart_clock()
     if first_step >= last_step and sampler.evaluation_samples:
-        values = evaluate(context, last_step)  # it ended between the last step and the result
+        # The run was interrupted between its last step and its result.
+        evaluation = evaluate(context, last_step)
     report_phase(last_step, "finishing")
-    return TrainOutcome(step=last_step, evaluation=values)
+    return TrainOutcome(step=last_step, evaluation=evaluation)
 
 
-def _read(context: TrainContext, step: int) -> tuple[Window, list[MicroBatch], float]:
-    """Return what a step takes, this rank's micro-batches of it, and the seconds of waiting."""
+def _read_step(context: TrainContext, step: int) -> tuple[Window, list[MicroBatch], float]:
+    """Return the global batch of a step, this rank's micro-batches, and the seconds of waiting."""
     context.report_phase(step, "reading data")
-    asked = time.perf_counter()
-    taken = [next(context.batches) for _ in range(context.sampler.micro_steps(step))]
-    return context.sampler.window(step), taken, time.perf_counter() - asked
+    started = time.perf_counter()
+    num_micro_batches = context.sampler.micro_steps(step)
+    micro_batches = [next(context.micro_batches) for _ in range(num_micro_batches)]
+    return context.sampler.window(step), micro_batches, time.perf_counter() - started
 
 
-def _flags(controller: StepController | None) -> RankFlags:
-    return RankFlags() if controller is None else controller.flags()
+def _count_items(
+    context: TrainContext, num_samples: int, micro_batches: list[MicroBatch]
+) -> int | Tensor:
+    """Return the number of items that the loss counts in the global batch (collective).
+
+    Args:
+        context: What is trained; without `recipe.count`, items are samples.
+        num_samples: Samples of the global batch.
+        micro_batches: This rank's micro-batches.
+    """
+    if context.recipe.count is None:
+        return num_samples
+    own_items = sum(micro_batch.items for micro_batch in micro_batches)
+    total = torch.tensor(float(own_items), dtype=torch.float64, device=context.backend.device)
+    return context.backend.sum(total).clamp(min=1.0)
 
 
-def _take_note(
+def _report_metrics(
     context: TrainContext,
     callback: Callback,
-    batch_of_metrics: MetricsBatch,
+    metrics: MetricsBatch,
     nonfinite_guard: NonFiniteGuard,
 ) -> None:
-    """Tell the listener of steps that were taken, and of those that were left out.
+    """Pass measurements on to the callback, with a warning for each skipped step.
+
+    BatchNorm statistics that a skipped step has made non-finite are restored.
 
     Raises:
-        TrainingError: These were too many in a row.
+        TrainingError: Too many consecutive steps were skipped.
     """
-    callback.on_steps(batch_of_metrics.rows)
-    callback.on_noise(context.noise.read())
-    if batch_of_metrics.ranks is not None and batch_of_metrics.rows:
-        callback.on_note(batch_of_metrics.rows[-1].step, {"ranks": batch_of_metrics.ranks})
-    for said in nonfinite_guard.check(batch_of_metrics.rows):
-        callback.on_warning(said)
-    all_finite = all(row.is_finite for row in batch_of_metrics.rows)
-    (context.norms.keep if all_finite else context.norms.restore_nonfinite)()
+    callback.on_steps(metrics.rows)
+    callback.on_noise(context.noise_meter.read())
+    if metrics.ranks is not None and metrics.rows:
+        callback.on_values(metrics.rows[-1].step, {"ranks": metrics.ranks})
+    for warning in nonfinite_guard.check(metrics.rows):
+        callback.on_warning(warning)
+    if all(row.is_finite for row in metrics.rows):
+        context.batch_norms.keep()
+    else:
+        context.batch_norms.restore_nonfinite()
 
 
 @torch.no_grad()
 def evaluate(context: TrainContext, step: int) -> dict[str, float]:
-    """Return loss and metrics over the evaluation data, each sample once (collective).
+    """Return loss and metrics over the evaluation data, each sample visited once (collective).
 
     Args:
-        context: Its next micro-batches are those of an evaluation.
-        step: Steps taken.
+        context: Its next micro-batches must be those of an evaluation.
+        step: Number of steps taken.
+
+    Returns:
+        The mean of each over its items, by name; NaN where nothing was counted.
     """
     recipe, backend, model = context.recipe, context.backend, context.model
     functions = {"loss": recipe.loss, **recipe.metrics}
     totals = torch.zeros(len(functions), 2, dtype=torch.float64, device=backend.device)
-    context.norms.average(backend)
+    context.batch_norms.average(backend)
     model.eval()
     for _ in range(context.sampler.evaluation_steps()):
         context.report_phase(step, "evaluating")
-        micro_batch = next(context.batches)
+        micro_batch = next(context.micro_batches)
         batch = backend.to_device(micro_batch.batch)
         with backend.autocast():
             outputs = recipe.forward(model, batch)
-            found = [sum_and_count(each, outputs, batch) for each in functions.values()]
+            pairs = [sum_and_count(function, outputs, batch) for function in functions.values()]
         if micro_batch.counts:
-            totals += torch.stack([_pair(pair, backend.device) for pair in found])
+            totals += torch.stack([_to_tensor(pair, backend.device) for pair in pairs])
     model.train()
     sums = backend.sum(totals).tolist()
     return {
@@ -274,10 +302,16 @@ def evaluate(context: TrainContext, step: int) -> dict[str, float]:
 def sum_and_count(
     function: Callable[[Any, Any], Any], outputs: Any, batch: Any, *, name: str | None = None
 ) -> tuple[Any, int | Tensor]:
-    """Call a loss or metric, which a message calls `name`, by default as the function is called.
+    """Call a loss or metric and return its (sum, count).
+
+    Args:
+        function: The loss or metric.
+        outputs: What the recipe's `forward` returned.
+        batch: The batch on this rank's device.
+        name: Name for the error message; by default the function's own.
 
     Raises:
-        RecipeError: It returned something else than (sum, count).
+        RecipeError: The function did not return (sum, count).
     """
     returned = function(outputs, batch)
     if isinstance(returned, tuple) and len(returned) == 2:
@@ -287,7 +321,7 @@ def sum_and_count(
     name = name or getattr(function, "__name__", "a loss or metric")
     raise RecipeError(
         f"{name} returned {_describe(returned)}; expected (sum, count): the sum over the items of "
-        "the batch as one number, as with reduction='sum', and how many items that were, such as "
+        "the batch as a scalar, as with reduction='sum', and the number of these items, such as "
         "len(targets)."
     )
 
@@ -300,16 +334,8 @@ def _describe(returned: Any) -> str:
     return f"a {type(returned).__name__}"
 
 
-def _items(context: TrainContext, samples: int, taken: list[MicroBatch]) -> int | Tensor:
-    """Return the items that the loss counts in a global batch of so many samples."""
-    if context.recipe.count is None:
-        return samples
-    own = sum(micro_batch.items for micro_batch in taken)
-    total = torch.tensor(float(own), dtype=torch.float64, device=context.backend.device)
-    return context.backend.sum(total).clamp(min=1.0)
-
-
-def _pair(pair: tuple[Any, Any], device: torch.device) -> Tensor:
+def _to_tensor(pair: tuple[Any, Any], device: torch.device) -> Tensor:
+    """Return (sum, count) as a float64 tensor of shape (2,)."""
     return torch.stack(
         [torch.as_tensor(number, dtype=torch.float64, device=device) for number in pair]
     )

@@ -1,0 +1,135 @@
+"""Find the checkpoint that a run resumes from, restore its state, discard what came later."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from launcher.engine.backends.base import Backend
+from launcher.engine.saving.checkpoint_tensors import StoredState, load_newest
+from launcher.engine.state.module_state import lacks_extra_state
+from launcher.engine.state.training_state import lost_state, write_groups
+from launcher.engine.training.loop import TrainContext
+from launcher.errors import CheckpointError
+from launcher.planning.plan import Plan
+from launcher.runs.checkpoints import Checkpoint, list_checkpoints, set_aside
+from launcher.runs.events import record_past_failure
+from launcher.runs.job import MISSING_STATE, ResumeFrom
+from launcher.runs.manifest import Manifest
+from launcher.runs.resumption import check_resumable
+from launcher.runs.rundir import RunDir, keep_until
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumePoint:
+    """The undamaged checkpoint that a run resumes from."""
+
+    checkpoint: Checkpoint
+    manifest: Manifest
+    accept: tuple[str, ...]
+    """What the user accepts about the checkpoint: `data`, `missing-state`."""
+
+    @property
+    def step(self) -> int:
+        """Number of steps taken before the checkpoint was saved."""
+        return self.manifest.step
+
+
+def find_resume_point(
+    start: ResumeFrom | None, backend: Backend, run_dir: RunDir, plan: Plan
+) -> ResumePoint | None:
+    """Return the newest undamaged checkpoint that `start` allows (collective).
+
+    Args:
+        start: Which checkpoint to resume from. None starts a new run: the function clears what a
+            run that failed before its first checkpoint left in the folder, and returns None.
+        backend: The ranks, which share the work of reading the checkpoint.
+        run_dir: The run folder.
+        plan: The plan of the resumed run.
+
+    Raises:
+        CheckpointError: There is no such checkpoint, it is damaged, or it belongs to a run with
+            other settings.
+    """
+    if start is None:
+        if backend.rank == 0:
+            keep_until(run_dir, 0)
+            record_past_failure(run_dir)
+        return None
+    checkpoints = backend.broadcast(list_checkpoints(run_dir))
+    candidates = [
+        checkpoint
+        for checkpoint in checkpoints
+        if start.step is None or checkpoint.step <= start.step
+    ]
+    tell = functools.partial(_print_on_rank_0, backend)
+    checkpoint, manifest = load_newest(candidates, backend, fall_back=start.fall_back, tell=tell)
+    check_resumable(manifest, plan, checkpoint.name, start.accept)
+    if backend.rank == 0:
+        record_past_failure(run_dir)  # makes room for the record of a later failure
+    return ResumePoint(checkpoint=checkpoint, manifest=manifest, accept=start.accept)
+
+
+def restore_state(resume_point: ResumePoint, context: TrainContext) -> None:
+    """Restore model, optimizer and loss scale from the checkpoint (collective).
+
+    Raises:
+        CheckpointError: The checkpoint belongs to another model, or lacks state that the user has
+            not accepted to lose.
+    """
+    backend, values = context.backend, resume_point.manifest.values
+    source = StoredState(resume_point.checkpoint, resume_point.manifest)
+    module = backend.unwrap(context.model)
+    missing = [
+        *(
+            f"the optimizer state of {name}"
+            for name in lost_state(source, module, context.optimizer)
+        ),
+        *(f"the extra state of {name}" for name in lacks_extra_state(module, source)),
+    ]
+    if missing:
+        _check_missing_state(resume_point, backend, missing)
+    backend.restore(context.model, context.optimizer, source)
+    write_groups(context.optimizer, values["groups"])
+    if backend.scaler is not None and values["scaler"] is not None:
+        backend.scaler.restore(values["scaler"])
+
+
+def discard_later_steps(resume_point: ResumePoint, backend: Backend, run_dir: RunDir) -> None:
+    """Remove from the run folder what was written after the checkpoint (collective).
+
+    Later checkpoints are renamed, not deleted.
+    """
+    if backend.rank == 0:
+        for checkpoint in list_checkpoints(run_dir):
+            if checkpoint.step > resume_point.checkpoint.step:
+                set_aside(checkpoint)
+        keep_until(run_dir, resume_point.checkpoint.step)
+        run_dir.result.unlink(missing_ok=True)
+    backend.broadcast(None)
+    _print_on_rank_0(backend, f"resumed from {resume_point.checkpoint.name}")
+
+
+def _check_missing_state(resume_point: ResumePoint, backend: Backend, missing: list[str]) -> None:
+    """Warn of state that the checkpoint lacks, or refuse it.
+
+    Raises:
+        CheckpointError: The user has not accepted missing state.
+    """
+    more = f" and {len(missing) - 1} more" if missing[1:] else ""
+    problem = (
+        f"{resume_point.checkpoint.name} lacks {missing[0]}{more}: the version of launcher that "
+        "wrote it did not save that"
+    )
+    if MISSING_STATE not in resume_point.accept:
+        raise CheckpointError(
+            f"{problem}. Momentum and running averages would restart from zero, so the steps would "
+            "differ from those of an uninterrupted run. Resume from an earlier checkpoint with "
+            f"--from, or accept the difference with --accept {MISSING_STATE}."
+        )
+    _print_on_rank_0(backend, f"launcher: {problem}. This state restarts from its initial value.")
+
+
+def _print_on_rank_0(backend: Backend, text: str) -> None:
+    if backend.rank == 0:
+        print(text, flush=True)
