@@ -1,4 +1,4 @@
-"""`launcher new`: copy a recipe to start your own from."""
+"""`launcher new`: write a recipe to start your own from."""
 
 from __future__ import annotations
 
@@ -6,30 +6,37 @@ from pathlib import Path
 
 import click
 
+from launcher.cli.completing import complete_recipes
 
-@click.command(short_help="Copy a recipe to start your own from.")
+
+@click.command(short_help="Write a recipe to start your own from.")
 @click.argument("name")
 @click.option(
     "--from",
     "source",
-    default="digits",
-    show_default=True,
     metavar="RECIPE",
-    help="The recipe to copy.",
+    shell_complete=complete_recipes,
+    help="Copy the file of this recipe. Default: a small, commented recipe that trains at once.",
 )
-def command(name: str, source: str) -> None:
-    """Copy a recipe to NAME.py, a starting point that runs as it is.
+def command(name: str, source: str | None) -> None:
+    """Write the recipe NAME to NAME.py, a starting point that runs as it is.
 
     \b
     launcher new mine
     launcher new recipes/mine.py --from gpt
     """
     from launcher.recipe.resolve import resolve
-    from launcher.recipe.scaffold import copy_recipe
+    from launcher.recipe.scaffold import copy_recipe, new_recipe
 
     target = Path(name if name.endswith(".py") else f"{name}.py")
-    copy_recipe(resolve(source), target)
+    recipe = str(target)
+    if source is None:
+        new_recipe(target)
+    else:
+        reference = resolve(source)
+        copy_recipe(reference, target)
+        recipe += f":{reference.function.__name__}"
     click.echo(
-        f"Copied {source} to {target}. Check it with `launcher check {target}`, train it with "
-        f"`launcher run {target}`."
+        f"Wrote {target}. Check the recipe with `launcher check {recipe}`, train it with "
+        f"`launcher run {recipe}`."
     )

@@ -1,23 +1,45 @@
-"""`launcher new`: a copy of a recipe under a new name, as a start for one's own."""
+"""`launcher new`: start a recipe from a template, or from a copy of another recipe's file."""
 
 from __future__ import annotations
 
-import io
-import itertools
 import keyword
-import tokenize
 from pathlib import Path
 
 from launcher.errors import UsageError
 from launcher.recipe.resolve import Reference
 
+_TEMPLATE = Path(__file__).with_name("template.py.jinja")
 
-def copy_recipe(reference: Reference, target: Path) -> None:
-    """Copy the file of a recipe to `target`, and rename its function after the new file.
+
+def new_recipe(target: Path) -> None:
+    """Write a recipe to start from, whose function has the name of the file.
 
     Raises:
-        UsageError: The name cannot be a function's, the file exists, or it cannot be written.
+        UsageError: The name cannot be that of a function, the file exists, or it cannot be written.
     """
+    import jinja2
+
+    _check_name(target)
+    template = jinja2.Template(_TEMPLATE.read_text(encoding="utf-8"), keep_trailing_newline=True)
+    _write(target, template.render(name=target.stem, file=target))
+
+
+def copy_recipe(reference: Reference, target: Path) -> None:
+    """Copy the file of a recipe unchanged; its functions keep their names.
+
+    Raises:
+        UsageError: The recipe is not in a file, the target exists, or it cannot be written.
+    """
+    _check_name(target)
+    source = Path(reference.location.rpartition(":")[0])
+    if not source.is_file():
+        raise UsageError(
+            f"{reference.location} is not in a file that can be copied. Name a recipe by its file."
+        )
+    _write(target, source.read_text(encoding="utf-8"))
+
+
+def _check_name(target: Path) -> None:
     name = target.stem
     if not name.isidentifier() or keyword.iskeyword(name):
         raise UsageError(
@@ -26,35 +48,14 @@ def copy_recipe(reference: Reference, target: Path) -> None:
         )
     if target.suffix != ".py":
         raise UsageError(f"{target}: a recipe is a Python file. Use {target.with_suffix('.py')}.")
-    file, _, function = reference.location.rpartition(":")
-    source = Path(file)
-    if not source.is_file():
-        raise UsageError(
-            f"{reference.location} is not in a file that can be copied. Name a recipe by its file."
-        )
-    text = renamed(source.read_text(encoding="utf-8"), function, name)
-    if target.exists():
-        raise UsageError(f"{target} already exists. Choose another name.")
+
+
+def _write(target: Path, text: str) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("x", encoding="utf-8") as copy:
-            copy.write(text)
+        with target.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise UsageError(f"{target} already exists. Choose another name.") from None
     except OSError as error:
         raise UsageError(f"Cannot write {target}: {error.strerror}.") from None
-
-
-def renamed(text: str, old: str, new: str) -> str:
-    """Return Python source in which the name `old`, and the string "old", is replaced by `new`.
-
-    Attributes (names after a dot) are kept, because they belong to other objects.
-    """
-    lines = text.splitlines(keepends=True)
-    tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
-    for preceding, token in reversed(list(itertools.pairwise(tokens))):
-        is_name = token.type == tokenize.NAME and token.string == old and preceding.string != "."
-        if is_name or (token.type == tokenize.STRING and token.string == f'"{old}"'):
-            row, start = token.start
-            line = lines[row - 1]
-            replacement = token.string.replace(old, new)
-            lines[row - 1] = line[:start] + replacement + line[token.end[1] :]
-    return "".join(lines)

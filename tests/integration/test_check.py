@@ -7,8 +7,6 @@ import json
 import pytest
 from support import ROOT, Commands
 
-from launcher.recipe.scaffold import renamed
-
 RECIPE = """
 import {imports}
 
@@ -149,18 +147,32 @@ def test_an_exception_is_shown_once(run: Commands) -> None:
     assert done.stderr.count("OSError: no such thing") == 1
 
 
-@pytest.mark.parametrize("source", ["digits", "fashion_mnist", "gpt", "resnet", "tabular"])
+def test_the_template_trains(run: Commands) -> None:
+    """`launcher new` writes a recipe that passes `check` and trains under its name."""
+    done = run("launcher", "new", "work/mine")
+    assert done.exit_code == 0, done.stderr
+    assert "`launcher run work/mine.py`" in done.stdout
+    checked = run("launcher", "check", "work/mine.py")
+    assert checked.exit_code == 0, checked.stdout + checked.stderr
+    options = ("-n", "1", "epochs=4", "hidden=32", "--out", "out")
+    trained = run("launcher", "run", "work/mine.py", *options)
+    assert trained.exit_code == 0, trained.stderr
+    result = json.loads((run.folder / "out/result.json").read_text())
+    assert result["evaluation"]["accuracy"] > 0.7
+    assert run("ruff", "check", "--select", "E9,F,D1", "work/mine.py").exit_code == 0
+
+
+@pytest.mark.parametrize("source", ["digits", "gpt:gpt_fsdp"])
 def test_a_copy_can_be_planned(run: Commands, source: str) -> None:
-    """`launcher new` copies a recipe under a new name into a new folder; the copy trains."""
+    """`launcher new --from` copies a recipe's file, whose functions keep their names."""
     done = run("launcher", "new", "work/mine", "--from", source)
     assert done.exit_code == 0, done.stderr
-    assert "launcher run work/mine.py" in done.stdout
-    text = (run.folder / "work/mine.py").read_text()
-    assert "def mine(" in text
-    assert 'name="mine"' in text
-    if source == "digits":
-        trained = run("launcher", "run", "work/mine.py", "-n", "1", "steps=2", "--out", "out")
-        assert trained.exit_code == 0, trained.stderr
+    stem, _, function = source.partition(":")
+    assert (run.folder / "work/mine.py").read_text() == (ROOT / f"recipes/{stem}.py").read_text()
+    recipe = f"work/mine.py:{function or stem}"
+    assert f"`launcher run {recipe}`" in done.stdout
+    planned = run("launcher", "plan", recipe, "-n", "2")
+    assert planned.exit_code == 0, planned.stderr
 
 
 @pytest.mark.parametrize(
@@ -180,14 +192,6 @@ def test_an_unusable_name_is_refused(run: Commands, name: str, fragment: str) ->
     assert fragment in done.stderr
     assert "Traceback" not in done.stderr
     assert (run.folder / "existing.py").read_text() == "kept"
-
-
-def test_only_the_name_is_renamed() -> None:
-    """Renaming leaves longer names, attributes and text in strings alone."""
-    text = 'def old(x):\n    """An old one."""\n    return m.old(x, old, "old", "an old", older)\n'
-    assert renamed(text, "old", "new") == (
-        'def new(x):\n    """An old one."""\n    return m.old(x, new, "new", "an old", older)\n'
-    )
 
 
 SAMPLES = {
