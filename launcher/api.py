@@ -56,7 +56,8 @@ def run(
         UsageError: The recipe, an override, the plan or the run folder is wrong.
         KeyboardInterrupt: Ctrl-C was pressed before the first step, or twice.
     """
-    from launcher.launch.session import RunRequest, prepare_run, start
+    from launcher.launch.prepare import RunRequest, prepare_run
+    from launcher.launch.session import start
     from launcher.launch.signal_handler import library_signals
     from launcher.report.write import write_report
 
@@ -104,7 +105,8 @@ def resume(
         UsageError: The folder, the checkpoint or an override is wrong.
         KeyboardInterrupt: Ctrl-C was pressed before the first step, or twice.
     """
-    from launcher.launch.session import ResumeRequest, prepare_resume, start
+    from launcher.launch.prepare import ResumeRequest, prepare_resume
+    from launcher.launch.session import start
     from launcher.launch.signal_handler import library_signals
     from launcher.report.write import write_report
 

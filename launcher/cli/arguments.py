@@ -96,6 +96,13 @@ def nproc_option(function: Function) -> Function:
     )(function)
 
 
+def node_count_option(function: Function) -> Function:
+    """Add the option --nodes of commands that plan for several nodes and start none."""
+    return click.option(
+        "--nodes", type=click.IntRange(min=1), default=1, metavar="M", help="Number of nodes."
+    )(function)
+
+
 def nodes_options(function: Function) -> Function:
     """Add the options for runs on several nodes."""
     count = click.option(

@@ -13,6 +13,7 @@ import click
 from launcher.cli.arguments import (
     SettingsCommand,
     config_option,
+    node_count_option,
     nproc_option,
     overrides_argument,
     read_overrides,
@@ -30,9 +31,7 @@ if TYPE_CHECKING:
 @recipe_argument
 @overrides_argument
 @nproc_option
-@click.option(
-    "--nodes", type=click.IntRange(min=1), default=1, metavar="M", help="Number of nodes."
-)
+@node_count_option
 @config_option
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 @click.option(

@@ -68,7 +68,8 @@ def command(
     launcher resume runs/digits-20260101-120000 -n 4 strategy=fsdp
     launcher resume runs/digits-20260101-120000 --from 120 epochs=40
     """
-    from launcher.launch.session import ResumeRequest, prepare_resume, start
+    from launcher.launch.prepare import ResumeRequest, prepare_resume
+    from launcher.launch.session import start
     from launcher.launch.signal_handler import SignalHandler
     from launcher.report.write import write_report
 

@@ -70,7 +70,8 @@ def command(
     launcher run digits --nodes 2 --rendezvous node1 --out /shared/mine
     launcher run digits --hosts node1,node2 --out /shared/mine
     """
-    from launcher.launch.session import RunRequest, prepare_run, start
+    from launcher.launch.prepare import RunRequest, prepare_run
+    from launcher.launch.session import start
     from launcher.launch.signal_handler import SignalHandler
     from launcher.recipe.resolve import resolve
     from launcher.report.write import write_report
