@@ -229,7 +229,8 @@ def _attempts(history: History) -> Iterator[Section]:
     for number, attempt in enumerate(attempts, start=1):
         begin = attempt.began["time"]
         end = max(attempt.until, begin)
-        outcome = _outcome(attempt, is_running=history.state.name == "running")
+        is_running = history.state.name == "running" and attempt is attempts[-1]
+        outcome = _outcome(attempt, is_running=is_running)
         description = f"{duration(end - begin)} from step {attempt.began['step']:,}, {outcome}"
         row = _attempt_name(number, attempt)
         spans.append(Span(row=row, begin=begin, end=end, description=description))
