@@ -95,8 +95,8 @@ def test_srun_alone_makes_a_world() -> None:
 @pytest.mark.parametrize(
     ("count", "rendezvous", "env", "message"),
     [
-        (2, None, {}, "--nodes 2 needs a place to meet"),
-        (None, "node1", {}, "give their number as well"),
+        (2, None, {}, "--rendezvous HOST"),
+        (None, "node1", {}, "--nodes M"),
         (2, "node1:port", {}, "expected HOST or HOST:PORT"),
         (2, "node1:99999", {}, "expected HOST or HOST:PORT"),
         (2, None, STEP, "--nodes 2 was asked for, and the job step has 3"),
