@@ -1,7 +1,12 @@
 """A distributed training launcher for PyTorch: the GPU count is not a hyper-parameter.
 
-Importing this package imports nothing; each name is fetched from its module when it is first used,
-and torch when something trains.
+A recipe is a function that returns `Recipe(...)`; `main(recipe)` at the end of its file trains it
+as one rank, and `launcher run` starts all ranks. `make_plan` works out every number of a run before
+anything starts. Rooms, from the bottom to the top: `recipe`, `environment`, `planning`, `runs`,
+`analysis`, `console`, `slurm`, `engine`, `launch`, `tuning`, `checks`, `report`, `cli`.
+
+Importing this package imports no submodule. A public name is imported with its module on first use,
+and torch only when something trains.
 """
 
 import importlib

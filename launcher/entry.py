@@ -1,4 +1,4 @@
-"""`main(recipe)`: what a recipe's file does when it is run, by Python or by any launcher."""
+"""`main(recipe)`: what a recipe's file calls when it is run by Python or by a launcher."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from launcher.recipe.recipe import Recipe
 
 
 def main(recipe: Callable[..., Recipe]) -> None:
-    """Train `recipe` in this process, as the rank that the environment says it is.
+    """Train `recipe` in this process, as the rank that the environment describes.
 
-    Put it under `if __name__ == "__main__":` of a recipe's file. The file then works with
-    `python`, `torchrun` and `accelerate launch`, and takes `name=value` arguments. It comes last:
-    a rank among several ends its process here.
+    Call it under `if __name__ == "__main__":` at the end of a recipe's file. The file then runs
+    under `python`, `torchrun` and `accelerate launch`, and takes `name=value` arguments. It may not
+    return: a rank among several ends its process here.
 
     Args:
         recipe: The recipe function.

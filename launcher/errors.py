@@ -1,21 +1,21 @@
-"""Every error this package raises on purpose.
+"""The errors that this package raises on purpose, and the exit codes of its commands.
 
     LauncherError
-    ├── UsageError          the user's mistake; exit code 2, no traceback
+    ├── UsageError          a mistake of the user; exit code 2, no traceback
     │   ├── RecipeError     a recipe cannot be found, imported or built, or a value in it is wrong
-    │   ├── OverrideError   a name=value, a YAML file or a command-line value is wrong
-    │   ├── PlanError       the numbers do not go together, or ask for more than there is
-    │   ├── WorldError      the processes found are not the processes planned
-    │   ├── SlurmError      Slurm refuses, is not there, or a site profile is wrong
+    │   ├── OverrideError   a name=value, a YAML file or a value in one of them is wrong
+    │   ├── PlanError       the settings contradict each other, or ask for more than there is
+    │   ├── WorldError      the processes or their recipe are not those that were planned
+    │   ├── SlurmError      Slurm refuses a request or is missing, or a site profile is wrong
     │   ├── RunDirError     the run folder exists, is missing or cannot be written
     │   └── CheckpointError a checkpoint is missing, damaged or of another training
-    ├── TrainingError       the run itself failed; exit code 1
-    │   ├── SampleError     the data set raised while a sample was read
-    │   └── LostRankError   another rank, which this one waits for, has failed and says why
-    ├── PeerError           another node of the run has failed or gone; its exit code
-    └── EndedError          ranks have ended early and said why; their exit code
+    ├── TrainingError       the run failed; exit code 1
+    │   ├── SampleError     the data set raised an exception while a sample was read
+    │   └── LostRankError   another rank that this one waits for failed, and shows its own error
+    ├── PeerError           another node of the run failed or disappeared; that node's exit code
+    └── EndedError          ranks ended early and their error was shown; their exit code
 
-Each message says what was asked, what was found and what to do, in words that can be pasted.
+Each message states what was asked, what was found and what to do, in text that can be searched for.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ EXIT_USAGE = 2
 """Exit code of a mistake that was found before or instead of training."""
 
 EXIT_RESUMABLE = 75
-"""Exit code of a run that was asked to stop, saved a checkpoint and waits to be resumed (the
-EX_TEMPFAIL of sysexits.h: try again)."""
+"""Exit code of a run that was asked to stop, saved a checkpoint and can be resumed (EX_TEMPFAIL of
+sysexits.h: try again)."""
 
 
 class LauncherError(Exception):
-    """Base of all errors raised on purpose; `exit_code` is what the process ends with."""
+    """Base class of all errors raised on purpose; the process ends with `exit_code`."""
 
     exit_code: int = EXIT_FAILED
 
 
 class UsageError(LauncherError):
-    """The user's mistake: shown as one message, without a traceback."""
+    """A mistake of the user, shown as one message without a traceback."""
 
     exit_code = EXIT_USAGE
 
@@ -54,19 +54,19 @@ class OverrideError(UsageError):
 
 
 class PlanError(UsageError):
-    """The numbers do not go together, or ask for more than the machine has."""
+    """The settings contradict each other, or ask for more than the machine has."""
 
 
 class WorldError(UsageError):
-    """The processes that were found are not the processes that were planned."""
+    """The processes that were found, or the recipe that they built, are not the planned ones."""
 
 
 class SlurmError(UsageError):
-    """Slurm refuses what is asked of it, or is not there, or a site profile is wrong."""
+    """Slurm refuses a request or is not installed, or a site profile is wrong."""
 
 
 class RunDirError(UsageError):
-    """The run folder exists already, is missing, or cannot be written."""
+    """The run folder already exists, is missing, or cannot be written."""
 
 
 class CheckpointError(UsageError):
@@ -78,33 +78,33 @@ class TrainingError(LauncherError):
 
 
 class SampleError(TrainingError):
-    """The data set raised while a sample was read; the message names the sample."""
+    """The data set raised an exception while a sample was read; the message names the sample."""
 
 
 class LostRankError(TrainingError):
-    """Another rank, which this one waits for, has failed; it says why itself."""
+    """Another rank that this one waits for failed, and shows its own error."""
 
 
 class PeerError(LauncherError):
-    """Another node of the run has failed, and says why itself, or has gone.
+    """Another node of the run failed, and shows its own error, or disappeared.
 
     Args:
-        node: Its name.
-        exit_code: What it ends with; None where it has gone.
+        node: The node's name.
+        exit_code: The exit code of that node; None if it disappeared.
     """
 
     def __init__(self, node: str, exit_code: int | None) -> None:
-        how = "has gone without a word" if exit_code is None else "has failed, and says why"
-        super().__init__(f"the run ended on this node because {node} {how}")
+        event = "has disappeared" if exit_code is None else "has failed; that node shows the error"
+        super().__init__(f"the run ended on this node because {node} {event}")
         self.gone = exit_code is None
         self.exit_code = EXIT_FAILED if exit_code is None else exit_code
 
 
 class EndedError(LauncherError):
-    """Ranks have ended early, and what there is to say of it was shown.
+    """Ranks ended early, and their error has already been shown.
 
     Args:
-        exit_code: Of the run.
+        exit_code: The exit code of the run.
     """
 
     def __init__(self, exit_code: int) -> None:
@@ -113,8 +113,13 @@ class EndedError(LauncherError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return `" Did you mean ...?"` for the known names nearest to `name`, or an empty string."""
+    """Return `" Did you mean ...?"` with the known names most similar to `name`; empty if none is.
+
+    Args:
+        name: The unknown name.
+        known: The names to choose from.
+    """
     from difflib import get_close_matches
 
-    near = get_close_matches(name, list(known), n=3, cutoff=0.6)
-    return f" Did you mean {' or '.join(near)}?" if near else ""
+    matches = get_close_matches(name, list(known), n=3, cutoff=0.6)
+    return f" Did you mean {' or '.join(matches)}?" if matches else ""

@@ -1,4 +1,4 @@
-"""What was looked at and found: values that travel from ranks to whoever shows them."""
+"""`Finding`: the result of one check, as a value that ranks can send and commands can print."""
 
 from __future__ import annotations
 
@@ -9,75 +9,79 @@ from typing import Literal
 Level = Literal["ok", "warning", "failure"]
 
 LEVELS: tuple[Level, ...] = ("ok", "warning", "failure")
-"""From good to bad."""
+"""The levels from best to worst."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     check: str
+    """Name of what was checked, such as `memory`."""
+
     level: Level
     found: str
+    """What the check found, with its numbers."""
+
     remedy: str = ""
-    """What to do about it, where it is not ok."""
+    """What to do about it; empty if the level is ok."""
 
 
 def ok(check: str, found: str) -> Finding:
-    """Return that nothing is wrong with what was looked at."""
+    """Return a finding that needs no action."""
     return Finding(check=check, level="ok", found=found)
 
 
 def warning(check: str, found: str, remedy: str) -> Finding:
-    """Return that a run would be slower, or may fail later."""
+    """Return a finding that would make a run slower, or may make it fail later."""
     return Finding(check=check, level="warning", found=found, remedy=remedy)
 
 
 def failure(check: str, found: str, remedy: str) -> Finding:
-    """Return that a run would fail, or be wrong."""
+    """Return a finding that would make a run fail, or its results wrong."""
     return Finding(check=check, level="failure", found=found, remedy=remedy)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankDiagnostics:
-    """What one rank found out about itself and its group."""
+    """What one rank measured of itself, its device and its process group."""
 
     rank: int
     node: str
     versions: Mapping[str, str]
-    """Of Python and packages, of CUDA and NCCL where there are."""
+    """Versions of Python and of packages, and of CUDA and NCCL if there are any."""
 
     device: str
-    """Its name."""
+    """Name of the device."""
 
     device_memory: tuple[int, int] | None
-    """Free and all bytes of the GPU's."""
+    """Free and total bytes of the GPU's memory; None on a CPU."""
 
     torchvision: str
-    """Why torchvision cannot be imported; empty if it can or is not installed."""
+    """Why torchvision cannot be imported; empty if it can, or is not installed."""
 
     product_error: float | None
-    """Largest error of a matrix product, relative to its largest entry; None: not finite."""
+    """Largest error of a matrix product, relative to its largest entry; None if not finite."""
 
     flops: float
-    """Floating-point operations a second in that product."""
+    """Floating-point operations per second in that product."""
 
     meeting_seconds: float
-    """Until the group of ranks was formed."""
+    """Seconds until the process group was formed."""
 
     reduce_seconds: float | None
-    """Of an all-reduce of 8 bytes, the median; None on one rank."""
+    """Median seconds of an all-reduce of 8 bytes; None on one rank."""
 
     reduce_bandwidth: float | None
-    """Bytes a second that each rank sends in an all-reduce of a large tensor, in a ring."""
+    """Bytes per second that each rank sends in a ring all-reduce of a large tensor."""
 
     sums_right: bool
-    """Whether all-reduces gave what they should."""
+    """Whether all all-reduces returned the correct sums."""
 
     node_findings: tuple[Finding, ...] = ()
-    """What its node's first rank found of the node, where nobody else looked."""
+    """Findings about the node by its first rank; empty if the launcher checked the node."""
 
 
 def worst(findings: Iterable[Finding]) -> Level:
-    """Return the level of the worst of them."""
+    """Return the worst level among the findings; ok if there are none."""
     return max((finding.level for finding in findings), key=LEVELS.index, default="ok")

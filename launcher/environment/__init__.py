@@ -1,1 +1,7 @@
-"""What this process was given: the machine, its place among the ranks, nodes and Slurm steps."""
+"""What this process was given: its machine, its place among the ranks, and the nodes of the run.
+
+`machine` reads cores, GPUs and memory. `world` reads this process's rank from the environment, and
+`nodes` which nodes take part in a run. `slurm_step` reads the variables of a Slurm job step,
+`accelerate_launch` the settings that `accelerate launch` passes on. `program` returns the command
+that starts this launcher in another process.
+"""

@@ -1,7 +1,7 @@
-"""What `accelerate launch` was told that a recipe has a setting for, read from the environment.
+"""Settings that `accelerate launch` passes on through the environment, as overrides of a recipe.
 
-It is weaker than a YAML file and the command line, and stronger than the recipe. What a recipe has
-no setting for is refused rather than ignored.
+They override the recipe; a YAML file and the command line override them. An option that recipes
+have no setting for is refused rather than ignored.
 """
 
 from __future__ import annotations
@@ -16,65 +16,70 @@ from launcher.errors import WorldError
 from launcher.recipe.overrides import Override
 
 SOURCE = "accelerate launch"
+"""The source of these overrides, which a plan shows."""
 
-_NOT_GIVEN = ("", "none", "auto")
+_UNSET = ("", "none", "auto")
+"""Values by which Accelerate and DeepSpeed leave an option to others."""
 
 
 def accelerate_settings(env: Mapping[str, str] | None = None) -> tuple[Override, ...]:
-    """Return the settings that `accelerate launch` put into the environment as overrides.
+    """Return the options of `accelerate launch` that recipes have settings for, as overrides.
 
     Args:
-        env: The environment; None is this process's.
+        env: The environment; None reads this process's.
 
     Raises:
-        WorldError: It was told to use something that recipes cannot.
+        WorldError: An option asks for something that recipes do not support.
     """
     env = os.environ if env is None else env
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     if _is_true(env, "ACCELERATE_USE_MEGATRON_LM"):
         raise WorldError(
-            "accelerate launch was configured for Megatron-LM, which recipes do not train under. "
-            "Use FSDP or DeepSpeed, or strategy=... with neither."
+            "accelerate launch is configured for Megatron-LM, which recipes do not support. "
+            "Configure FSDP or DeepSpeed, or neither and strategy=..."
         )
     if _is_true(env, "ACCELERATE_USE_FSDP"):
-        found = _fsdp(env)
+        settings = _fsdp(env)
     elif _is_true(env, "ACCELERATE_USE_DEEPSPEED"):
-        found = _deepspeed(env)
+        settings = _deepspeed(env)
     precision = env.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision != "no":
-        found["precision"] = precision
+        settings["precision"] = precision
     compiler = env.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     if compiler == "inductor":
-        found["compile"] = True
+        settings["compile"] = True
     elif compiler != "no":
         raise WorldError(
-            f"accelerate launch was configured to compile the model with {compiler}; recipes "
-            "compile with inductor. Use `--dynamo_backend inductor`, or none and compile=true."
+            f"accelerate launch is configured to compile the model with {compiler}, and recipes "
+            "compile with inductor. Use `--dynamo_backend inductor`, or leave it out and use "
+            "compile=true."
         )
-    return tuple(Override(name=name, value=value, source=SOURCE) for name, value in found.items())
+    return tuple(
+        Override(name=name, value=value, source=SOURCE) for name, value in settings.items()
+    )
 
 
 def _fsdp(env: Mapping[str, str]) -> dict[str, Any]:
-    found: dict[str, Any] = {"strategy": "fsdp"}
+    settings: dict[str, Any] = {"strategy": "fsdp"}
     if _is_true(env, "FSDP_OFFLOAD_PARAMS"):
-        found["offload"] = "cpu"
+        settings["offload"] = "cpu"
     if _is_true(env, "FSDP_ACTIVATION_CHECKPOINTING"):
-        found["activation_checkpointing"] = True
+        settings["activation_checkpointing"] = True
     if blocks := env.get("FSDP_TRANSFORMER_CLS_TO_WRAP"):
-        found["blocks"] = blocks
-    return found
+        settings["blocks"] = blocks
+    return settings
 
 
 def _deepspeed(env: Mapping[str, str]) -> dict[str, Any]:
     prefix = "ACCELERATE_DEEPSPEED_"
     file = env.get(f"{prefix}CONFIG_FILE", "none")
-    if file.lower() not in _NOT_GIVEN:
+    if file.lower() not in _UNSET:
         return _deepspeed_file(Path(file))
-    found = {"strategy": _zero(env.get(f"{prefix}ZERO_STAGE", "2"))}
+    settings = {"strategy": _strategy_of_stage(env.get(f"{prefix}ZERO_STAGE", "2"))}
     names = ("OFFLOAD_OPTIMIZER_DEVICE", "OFFLOAD_PARAM_DEVICE")
-    found |= _offload(*(env.get(prefix + name, "none") for name in names))
-    clip = env.get("ACCELERATE_GRADIENT_CLIPPING", "none")
-    return found | _clipping(clip)
+    settings |= _offload(*(env.get(prefix + name, "none") for name in names))
+    norm = env.get("ACCELERATE_GRADIENT_CLIPPING", "none")
+    return settings | _clipping(norm)
 
 
 def _deepspeed_file(path: Path) -> dict[str, Any]:
@@ -83,38 +88,43 @@ def _deepspeed_file(path: Path) -> dict[str, Any]:
         zero = dict(config.get("zero_optimization", {}))
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise WorldError(f"Cannot read the DeepSpeed configuration {path}: {error}.") from None
-    found = {"strategy": _zero(str(zero.get("stage", 0)))}
+    settings = {"strategy": _strategy_of_stage(str(zero.get("stage", 0)))}
     devices = [zero.get(name) or {} for name in ("offload_optimizer", "offload_param")]
-    found |= _offload(*(str(device.get("device", "none")) for device in devices))
+    settings |= _offload(*(str(device.get("device", "none")) for device in devices))
     autocast = config.get("torch_autocast") or {}
     if autocast.get("enabled"):
-        found["precision"] = "bf16" if autocast.get("dtype") == "bfloat16" else "fp16"
+        settings["precision"] = "bf16" if autocast.get("dtype") == "bfloat16" else "fp16"
     for precision in ("bf16", "fp16"):
         if (config.get(precision) or {}).get("enabled") is True:
-            found["precision"] = precision
-    return found | _clipping(str(config.get("gradient_clipping", "none")))
+            settings["precision"] = precision
+    return settings | _clipping(str(config.get("gradient_clipping", "none")))
 
 
-def _zero(stage: str) -> str:
+def _strategy_of_stage(stage: str) -> str:
     if stage == "0":
         return "ddp"
     if stage in ("1", "2", "3"):
         return f"zero{stage}"
-    raise WorldError(f"accelerate launch was configured for ZeRO stage {stage}: expected 0 to 3.")
+    raise WorldError(f"accelerate launch is configured for ZeRO stage {stage}: expected 0 to 3.")
 
 
 def _offload(*devices: str) -> dict[str, Any]:
     for device in devices:
-        if device.lower() not in (*_NOT_GIVEN, "cpu"):
+        if device.lower() not in (*_UNSET, "cpu"):
             raise WorldError(
-                f"accelerate launch was configured to offload to {device}; recipes offload to cpu."
+                f"accelerate launch is configured to offload to {device}, and recipes can offload "
+                "only to cpu. Use cpu or none."
             )
     return {"offload": "cpu"} if "cpu" in devices else {}
 
 
 def _clipping(norm: str) -> dict[str, Any]:
-    """Return the norm to clip at; 0 says none, and nothing leaves it to the recipe."""
-    if norm.lower() in _NOT_GIVEN:
+    """Return the setting for a norm to clip at: 0 disables clipping, none leaves it to the recipe.
+
+    Raises:
+        WorldError: The norm is not a number.
+    """
+    if norm.lower() in _UNSET:
         return {}
     try:
         return {"max_grad_norm": float(norm) or None}

@@ -1,7 +1,7 @@
-"""What this machine offers a run: GPUs, usable cores, memory. Read from files, without torch.
+"""The resources of this machine: GPUs, usable cores, memory. Read from files, without torch.
 
-The number of cores that a process may use is the least of several limits, and a container or a
-batch system often sets one far below what the hardware has.
+A process may use the smallest of several limits on cores; containers and batch systems often set
+one far below the number of cores in the hardware.
 """
 
 from __future__ import annotations
@@ -18,33 +18,38 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """One node, as a run on it will find it."""
+    """The resources that a node offers the ranks on it."""
 
     hostname: str
     num_gpus: int
     """GPUs that this process may use."""
 
     usable_cores: int
-    """Cores that this process may use: the least of all limits, at least 1."""
+    """Cores that this process may use: the smallest of all limits, at least 1."""
 
     cores_limited_by: str
-    """The limit that `usable_cores` comes from, in words."""
+    """Name of the limit that `usable_cores` comes from, such as `cgroup CPU quota`."""
 
     memory_bytes: int
-    """Host memory, or the cgroup's limit where that is lower; 0 where unknown."""
+    """Host memory in bytes, or the cgroup's limit if that is lower; 0 if unknown."""
 
     shm_bytes: int
-    """Size of /dev/shm, through which DataLoader workers hand over batches; 0 where unknown."""
+    """Size in bytes of /dev/shm, through which DataLoader workers pass batches; 0 if unknown."""
 
     has_deepspeed: bool = True
     """Whether DeepSpeed is installed."""
 
     has_compiler: bool = True
-    """Whether there is a C++ compiler, which torch.compile needs on CPUs."""
+    """Whether a C++ compiler is installed, which torch.compile needs on CPUs."""
 
 
 def read_machine(root: Path = Path("/"), env: Mapping[str, str] | None = None) -> Machine:
-    """Read this machine from the file system below `root` and the environment `env`."""
+    """Return the resources of this machine.
+
+    Args:
+        root: The root of the file system to read from.
+        env: The environment; None reads this process's.
+    """
     env = os.environ if env is None else env
     cores, limited_by = _usable_cores(root, env)
     return Machine(
@@ -60,9 +65,11 @@ def read_machine(root: Path = Path("/"), env: Mapping[str, str] | None = None) -
 
 
 def oom_kills(root: Path = Path("/")) -> int | None:
-    """Return how many processes of this cgroup the kernel has killed for memory, where it counts.
+    """Return how many processes of this cgroup the kernel has killed for lack of memory.
 
-    Of cgroup version 2, or of version 1 since Linux 4.13.
+    Returns:
+        The count; None if the kernel keeps none. It does with cgroup version 2, and with version 1
+        since Linux 4.13.
     """
     for folder in _cgroup_folders(root, "memory"):
         for name in ("memory.events", "memory.oom_control"):
@@ -74,24 +81,28 @@ def oom_kills(root: Path = Path("/")) -> int | None:
 
 
 def free_memory_bytes(root: Path = Path("/")) -> int | None:
-    """Return the host memory that is free or can be freed, or what the cgroup has left of its."""
-    free = []
+    """Return the bytes of memory that this process may still use; None if unknown.
+
+    This is the smaller of the host memory that is free or reclaimable and what is left of the
+    cgroup's limit.
+    """
+    available = []
     for line in (_read(root / "proc/meminfo") or "").splitlines():
         if line.startswith("MemAvailable:"):
-            free.append(int(line.split()[1]) * 1024)
+            available.append(int(line.split()[1]) * 1024)
     for folder in _cgroup_folders(root, "memory"):
-        for limit, used in (
+        for limit_file, usage_file in (
             ("memory.max", "memory.current"),
             ("memory.limit_in_bytes", "memory.usage_in_bytes"),
         ):
-            most, now = _read(folder / limit) or "", _read(folder / used) or ""
-            if most.isdigit() and now.isdigit():
-                free.append(int(most) - int(now) + _reclaimable(folder))
-    return max(min(free), 0) if free else None
+            limit, usage = _read(folder / limit_file) or "", _read(folder / usage_file) or ""
+            if limit.isdigit() and usage.isdigit():
+                available.append(int(limit) - int(usage) + _reclaimable_bytes(folder))
+    return max(min(available), 0) if available else None
 
 
-def _reclaimable(cgroup: Path) -> int:
-    """Return the bytes of a cgroup that hold files and would be given up."""
+def _reclaimable_bytes(cgroup: Path) -> int:
+    """Return the bytes of a cgroup's page cache that the kernel would reclaim."""
     for line in (_read(cgroup / "memory.stat") or "").splitlines():
         key, _, count = line.partition(" ")
         if key in ("inactive_file", "total_inactive_file"):
@@ -100,7 +111,7 @@ def _reclaimable(cgroup: Path) -> int:
 
 
 def free_shm_bytes(root: Path = Path("/")) -> int | None:
-    """Return what is free of /dev/shm; None where there is none."""
+    """Return the free bytes of /dev/shm; None if it does not exist."""
     try:
         status = os.statvfs(root / "dev/shm")
     except OSError:
@@ -109,16 +120,16 @@ def free_shm_bytes(root: Path = Path("/")) -> int | None:
 
 
 def gpu_driver(root: Path = Path("/")) -> str | None:
-    """Return the version of the NVIDIA driver that the kernel has loaded."""
+    """Return the version of the NVIDIA driver that the kernel has loaded; None without one."""
     text = _read(root / "proc/driver/nvidia/version") or ""
-    found = re.search(r"Kernel Module.*?(\d+(\.\d+)+)", text)
-    return found[1] if found else None
+    match = re.search(r"Kernel Module.*?(\d+(\.\d+)+)", text)
+    return match[1] if match else None
 
 
 def _num_gpus(root: Path, env: Mapping[str, str]) -> int:
-    """Count NVIDIA device files, less what CUDA_VISIBLE_DEVICES hides.
+    """Return the number of NVIDIA device files that CUDA_VISIBLE_DEVICES does not hide.
 
-    CUDA reads that variable from the left and stops at the first entry that is no device.
+    CUDA reads that variable from the left and stops at the first entry that is not a device.
     """
     present = sum(path.name[6:].isdigit() for path in (root / "dev").glob("nvidia[0-9]*"))
     visible = env.get("CUDA_VISIBLE_DEVICES")
@@ -133,7 +144,7 @@ def _num_gpus(root: Path, env: Mapping[str, str]) -> int:
 
 
 def _usable_cores(root: Path, env: Mapping[str, str]) -> tuple[int, str]:
-    """Return the least limit on cores, and which it is."""
+    """Return the smallest limit on cores, and its name."""
     limits = [(os.cpu_count() or 1, "cores of this machine")]
     if hasattr(os, "sched_getaffinity"):
         limits.append((len(os.sched_getaffinity(0)), "CPU affinity"))
@@ -147,7 +158,7 @@ def _usable_cores(root: Path, env: Mapping[str, str]) -> tuple[int, str]:
 
 
 def _cgroup_cores(root: Path) -> int | None:
-    """Return the CPU quota in whole cores, rounded up; None where there is none."""
+    """Return the CPU quota in cores, rounded up; None without a quota."""
     quotas = []
     for folder in _cgroup_folders(root, "cpu"):
         quota = period = ""
@@ -181,7 +192,12 @@ def _shm_bytes(root: Path) -> int:
 
 
 def _cgroup_folders(root: Path, controller: str) -> list[Path]:
-    """Return this process's cgroup folder and its parents, for version 2 and `controller` of 1."""
+    """Return this process's cgroup folders and their parents.
+
+    Args:
+        root: The root of the file system.
+        controller: The controller of cgroup version 1; version 2 has one folder for all.
+    """
     folders = []
     for line in (_read(root / "proc/self/cgroup") or "").splitlines():
         _, controllers, path = line.split(":", 2)
@@ -191,15 +207,16 @@ def _cgroup_folders(root: Path, controller: str) -> list[Path]:
             mount = root / "sys/fs/cgroup" / controllers
         else:
             continue
-        own = mount / path.lstrip("/")
-        while own != mount:
-            folders.append(own)
-            own = own.parent
+        folder = mount / path.lstrip("/")
+        while folder != mount:
+            folders.append(folder)
+            folder = folder.parent
         folders.append(mount)
     return folders
 
 
 def _read(path: Path) -> str | None:
+    """Return the text of a file without surrounding blanks; None if it cannot be read."""
     try:
         return path.read_text().strip()
     except OSError:

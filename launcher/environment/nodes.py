@@ -1,4 +1,4 @@
-"""The machines of a run, and which of them this one is."""
+"""`Nodes`: the nodes of a run, one `launcher run` on each, and where they rendezvous."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from launcher.environment.slurm_step import SlurmStep, find_step
 from launcher.errors import UsageError, WorldError
 
 DEFAULT_PORT = 29_400
-"""As torchrun's."""
+"""The rendezvous port, the same as torchrun's."""
 
 _HOSTS, _RENDEZVOUS, _INDEX = "LAUNCHER_HOSTS", "LAUNCHER_RENDEZVOUS", "LAUNCHER_HOST_INDEX"
-"""What a launcher that was started over ssh finds in its environment."""
+"""The environment variables of a launcher that was started over ssh."""
 
-_PATIENCE_IN_JOBS = 120.0
-"""Seconds; srun starts all tasks at once, but an image may have to be loaded on each node."""
+_JOIN_TIMEOUT_IN_SLURM = 120.0
+"""Seconds; srun starts all tasks at once, but each node may first have to load an image."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Nodes:
-    """Several machines on which one run is started, by a `launcher run` on each."""
+    """The nodes that one run is started on, by a `launcher run` on each."""
 
     count: int
     host: str
-    """Where they meet: a name or address of the first of them."""
+    """Name or address of the first node, where all nodes rendezvous."""
 
     port: int
     index: int | None
-    """Of this one; None where it is settled when they meet."""
+    """Index of this node; None if the rendezvous assigns it."""
 
     names: tuple[str, ...] = ()
-    """Of all of them, where they are known."""
+    """Names of all nodes; empty if unknown."""
 
     join_timeout: float = 300.0
-    """Seconds until all have to be there."""
+    """Seconds within which all nodes must join the rendezvous."""
 
 
 def find_nodes(
@@ -45,33 +45,33 @@ def find_nodes(
     join_timeout: float | None = None,
     env: Mapping[str, str] | None = None,
 ) -> Nodes | None:
-    """Return the machines of the run to start; None for this one alone.
+    """Return the nodes of the run to start; None if it runs on this node alone.
 
     Args:
-        count: As asked for; None goes by what Slurm has started.
-        rendezvous: HOST or HOST:PORT, where the machines meet; None is for Slurm to say.
-        join_timeout: Seconds until all have to be there; None is the default.
-        env: The environment of this process.
+        count: The number of nodes that --nodes asks for; None takes those of the Slurm step.
+        rendezvous: HOST or HOST:PORT where the nodes rendezvous; None takes the Slurm step's.
+        join_timeout: Seconds within which all nodes must join; None takes the default.
+        env: The environment; None reads this process's.
 
     Raises:
-        UsageError: More than one is asked for, and not where they meet.
-        WorldError: Slurm has started something else than one launcher on each node.
+        UsageError: Several nodes are asked for without a rendezvous, or the other way round.
+        WorldError: Slurm started anything else than one launcher on each node.
     """
     env = os.environ if env is None else env
     step = find_step(env)
     if _HOSTS in env:
-        nodes: Nodes | None = _of_hosts(env)
+        nodes: Nodes | None = _nodes_over_ssh(env)
     elif rendezvous is not None:
-        nodes = _met_at(rendezvous, count)
+        nodes = _nodes_at(rendezvous, count)
     elif step is not None and step.num_tasks > 1:
-        nodes = _of_step(step, count)
+        nodes = _nodes_of_step(step, count)
     elif count is None or count == 1:
         return None
     else:
         raise UsageError(
-            f"--nodes {count} needs a place to meet: start `launcher run ... --nodes {count} "
-            "--rendezvous HOST` on each machine, where HOST is a name of the first of them; name "
-            "them all with --hosts; or start it with srun, one task on each node."
+            f"--nodes {count} needs a rendezvous: start `launcher run ... --nodes {count} "
+            "--rendezvous HOST` on each node, where HOST is a name of the first node; or list all "
+            "nodes with --hosts; or start the command with srun, one task on each node."
         )
     return (
         replace(nodes, join_timeout=join_timeout or nodes.join_timeout)
@@ -81,31 +81,37 @@ def find_nodes(
 
 
 def nodes_of_hosts(hosts: Sequence[str], rendezvous: str | None) -> Nodes:
-    """Return the machines that one launcher reaches through ssh.
+    """Return the nodes that one launcher starts over ssh.
 
     Args:
-        hosts: As ssh takes them: [USER@]HOST, or an alias.
-        rendezvous: HOST[:PORT] of the first, where the others know it by another name.
+        hosts: The nodes as ssh takes them: [USER@]HOST, or an alias of ssh's configuration.
+        rendezvous: HOST[:PORT] of the first node, if the others know it by another name.
 
     Raises:
-        UsageError: One is named twice, or the first has no name that others know.
+        UsageError: A node is listed twice, or the others cannot reach the first by its name.
     """
     if len(set(hosts)) < len(hosts):
-        raise UsageError(f"--hosts {','.join(hosts)}: each machine is named once.")
+        raise UsageError(f"--hosts {','.join(hosts)}: a node is listed twice. List each once.")
     if rendezvous is None:
         rendezvous = hosts[0].rpartition("@")[2]
         if len(hosts) > 1 and rendezvous in ("localhost", "127.0.0.1", "::1"):
             raise UsageError(
-                f"--hosts {','.join(hosts)}: the machines meet on the first, and {rendezvous} is "
-                "another one on each. Name it as the others know it, there or with --rendezvous."
+                f"--hosts {','.join(hosts)}: the nodes rendezvous on the first, and {rendezvous} "
+                "is a different machine on each node. Use a name by which the others reach the "
+                "first node, in --hosts or with --rendezvous."
             )
         rendezvous = f"[{rendezvous}]" if ":" in rendezvous else rendezvous
-    host, port = _place(rendezvous)
+    host, port = _read_address(rendezvous)
     return Nodes(count=len(hosts), host=host, port=port, index=None, names=tuple(hosts))
 
 
 def nodes_environment(nodes: Nodes, index: int) -> dict[str, str]:
-    """Return the variables by which `find_nodes` knows these machines, on one of them."""
+    """Return the environment variables from which `find_nodes` returns `nodes` on one of them.
+
+    Args:
+        nodes: The nodes of a run that is started over ssh.
+        index: Index of the node whose environment this is.
+    """
     return {
         _HOSTS: ",".join(nodes.names),
         _RENDEZVOUS: f"[{nodes.host}]:{nodes.port}",
@@ -113,47 +119,50 @@ def nodes_environment(nodes: Nodes, index: int) -> dict[str, str]:
     }
 
 
-def _of_hosts(env: Mapping[str, str]) -> Nodes | None:
+def _nodes_over_ssh(env: Mapping[str, str]) -> Nodes | None:
     nodes = nodes_of_hosts(env[_HOSTS].split(","), env[_RENDEZVOUS])
     return replace(nodes, index=int(env[_INDEX])) if nodes.count > 1 else None
 
 
-def _met_at(rendezvous: str, count: int | None) -> Nodes | None:
+def _nodes_at(rendezvous: str, count: int | None) -> Nodes | None:
     if count is None:
         raise UsageError(
-            f"--rendezvous {rendezvous} is where several machines meet: give their number as well, "
-            "--nodes M."
+            f"--rendezvous {rendezvous} is for runs on several nodes: give their number as well, "
+            "with --nodes M."
         )
-    host, port = _place(rendezvous)
+    host, port = _read_address(rendezvous)
     return Nodes(count=count, host=host, port=port, index=None) if count > 1 else None
 
 
-def _place(rendezvous: str) -> tuple[str, int]:
+def _read_address(rendezvous: str) -> tuple[str, int]:
     """Return host and port of HOST[:PORT]."""
-    found = re.fullmatch(r"(\[[^\]]+\]|[^:]+)(?::(\d{1,5}))?", rendezvous)
-    if found is None or not 0 < int(found[2] or DEFAULT_PORT) < 1 << 16:
+    match = re.fullmatch(r"(\[[^\]]+\]|[^:]+)(?::(\d{1,5}))?", rendezvous)
+    if match is None or not 0 < int(match[2] or DEFAULT_PORT) < 1 << 16:
         raise UsageError(
             f"--rendezvous {rendezvous}: expected HOST or HOST:PORT, such as node1:29400."
         )
-    return found[1].strip("[]"), int(found[2] or DEFAULT_PORT)
+    return match[1].strip("[]"), int(match[2] or DEFAULT_PORT)
 
 
-def _of_step(step: SlurmStep, count: int | None) -> Nodes:
-    nodes = len(step.tasks_per_node)
+def _nodes_of_step(step: SlurmStep, count: int | None) -> Nodes:
+    num_nodes = len(step.tasks_per_node)
     if max(step.tasks_per_node) > 1:
         raise WorldError(
-            f"srun has started launcher {step.num_tasks} times on {nodes} node"
-            f"{'s' if nodes > 1 else ''}, and launcher starts the ranks of a node itself. Use "
-            "`srun --ntasks-per-node=1 launcher run ... -n RANKS`; or start the recipe's file "
-            f"without launcher, `srun -n {step.num_tasks} python RECIPE.py`."
+            f"srun started launcher {step.num_tasks} times on {num_nodes} node"
+            f"{'s' if num_nodes > 1 else ''}, but one launcher starts all ranks of a node. Use "
+            "`srun --ntasks-per-node=1 launcher run ... -n RANKS`, or run the recipe's file "
+            f"without launcher: `srun -n {step.num_tasks} python RECIPE.py`."
         )
-    if count is not None and count != nodes:
-        raise WorldError(f"--nodes {count} was asked for, and the job step has {nodes}.")
+    if count is not None and count != num_nodes:
+        raise WorldError(
+            f"--nodes {count} was asked for, and the job step has {num_nodes}. Leave --nodes out, "
+            f"or start the step with srun --nodes={count}."
+        )
     return Nodes(
-        count=nodes,
+        count=num_nodes,
         host=step.hosts[0],
         port=step.port,
         index=step.node,
         names=step.hosts,
-        join_timeout=_PATIENCE_IN_JOBS,
+        join_timeout=_JOIN_TIMEOUT_IN_SLURM,
     )

@@ -1,7 +1,7 @@
-"""How another process starts this launcher, whatever else is called `launcher` where it runs.
+"""The command that starts this launcher in another process.
 
-`python -m launcher` takes what the working folder has under that name, and a project may have a
-launcher.py or a folder launcher of its own.
+`python -m launcher` would import a launcher.py or a folder launcher of the working folder, which a
+project may well have.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ _FIND = (
     'launcher is {found and found.origin}"); '
     'os.execv(sys.executable, [sys.executable, f"{folders[0]}/__main__.py", *sys.argv[1:]])'
 )
-"""Finds the launcher that is installed for an interpreter, leaving out the working folder."""
+"""Program that starts the launcher installed for an interpreter, ignoring the working folder."""
 
 
 def own_program() -> list[str]:
-    """Return the command that starts this launcher with this interpreter, by the path of its file.
+    """Return the command that starts this launcher with this interpreter, by its file's path.
 
-    Arguments follow, such as `run digits`.
+    The caller appends arguments, such as `run digits`.
     """
     return [sys.executable, str(Path(__file__).parents[1] / "__main__.py")]
 
 
 def program_of(python: str) -> list[str]:
-    """Return the command that starts the launcher installed for another interpreter.
+    """Return the command that starts the launcher that is installed for another interpreter.
 
     Args:
-        python: The interpreter's name or path, where the command will run.
+        python: Name or path of the interpreter on the machine where the command runs.
     """
     return [python, "-c", _FIND]

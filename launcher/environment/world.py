@@ -1,6 +1,6 @@
-"""Which process this is among all processes of the run, as whoever started it says.
+"""`World`: the rank of this process, and how many ranks there are.
 
-Every launcher tells a process its rank through the environment; one table names the variables.
+Every launcher passes this through environment variables, which one table in this module lists.
 """
 
 from __future__ import annotations
@@ -19,32 +19,37 @@ _VARIABLES = {
     "local_rank": ("LOCAL_RANK",),
     "local_world_size": ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"),
 }
+"""The environment variables that hold each field of a `World`; the first that is set counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """This process's place: `rank` of `world_size`, `local_rank` of `local_world_size`."""
+    """The place of a process in a run: a rank among all ranks, and among those of its node."""
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
     store: Path | None = None
-    """The file in which ranks of one machine find each other; None is at an address."""
+    """The file through which the ranks of one machine rendezvous; None rendezvous by address."""
 
     address: tuple[str, int] | None = None
-    """Host and port where they find each other; None is at MASTER_ADDR and MASTER_PORT."""
+    """Host and port of the rendezvous; None reads MASTER_ADDR and MASTER_PORT."""
 
     @property
     def nodes(self) -> int:
-        """Nodes in the run, each with the same number of ranks."""
+        """Return the number of nodes, each of which has the same number of ranks."""
         return self.world_size // self.local_world_size
 
 
 def find_world(env: Mapping[str, str] | None = None) -> World:
-    """Read the world from the environment of `launcher run`, torchrun, accelerate or deepspeed.
+    """Return this process's place in the run, from the environment.
 
-    Or of srun, where none of these has started the process. What was started by nobody is alone.
+    `launcher run`, torchrun, accelerate and deepspeed set the variables. If none of them started
+    this process, the place follows from Slurm's job step, if any; otherwise it is a world of one.
+
+    Args:
+        env: The environment; None reads this process's.
 
     Raises:
         WorldError: The variables contradict each other, or a launcher started fewer processes
@@ -52,29 +57,29 @@ def find_world(env: Mapping[str, str] | None = None) -> World:
     """
     env = os.environ if env is None else env
     if not any(env.get(name) for name in _VARIABLES["world_size"]):
-        _refuse_a_lonely_copy(env)
+        _refuse_single_process_of_accelerate(env)
         step = find_step(env)
         return World() if step is None else _of_step(step)
-    found: dict[str, int] = {}
+    values: dict[str, int] = {}
     for field, names in _VARIABLES.items():
-        value = next((env[name] for name in names if env.get(name)), None)
-        if value is None:
+        text = next((env[name] for name in names if env.get(name)), None)
+        if text is None:
             continue
-        if not value.isdigit():
-            raise WorldError(f"{names[0]}={value!r} in the environment: expected a whole number.")
-        found[field] = int(value)
-    world_size = found["world_size"]
-    if world_size > 1 and ("rank" not in found or "local_rank" not in found):
+        if not text.isdigit():
+            raise WorldError(f"{names[0]}={text!r} in the environment: expected a whole number.")
+        values[field] = int(text)
+    world_size = values["world_size"]
+    if world_size > 1 and ("rank" not in values or "local_rank" not in values):
         raise WorldError(
             f"WORLD_SIZE={world_size} is set in the environment, but RANK or LOCAL_RANK is not. "
             "Start the ranks with `launcher run`, torchrun or accelerate launch, "
             "or unset WORLD_SIZE to run one process."
         )
     world = World(
-        rank=found.get("rank", 0),
+        rank=values.get("rank", 0),
         world_size=world_size,
-        local_rank=found.get("local_rank", 0),
-        local_world_size=found.get("local_world_size", world_size),
+        local_rank=values.get("local_rank", 0),
+        local_world_size=values.get("local_world_size", world_size),
     )
     if (
         not 0 <= world.rank < world_size
@@ -82,9 +87,10 @@ def find_world(env: Mapping[str, str] | None = None) -> World:
         or world_size % world.local_world_size
     ):
         raise WorldError(
-            f"The environment says rank {world.rank} of {world_size}, local rank "
-            f"{world.local_rank} of {world.local_world_size}: these contradict each other. Every "
-            "node must start the same number of ranks; unset variables left from another run."
+            f"The environment has rank {world.rank} of {world_size} and local rank "
+            f"{world.local_rank} of {world.local_world_size}, which contradict each other. Every "
+            "node must start the same number of ranks; unset variables that are left from another "
+            "run."
         )
     return world
 
@@ -92,8 +98,8 @@ def find_world(env: Mapping[str, str] | None = None) -> World:
 def _of_step(step: SlurmStep) -> World:
     if len(set(step.tasks_per_node)) > 1:
         raise WorldError(
-            f"srun has started {', '.join(map(str, step.tasks_per_node))} tasks on the nodes "
-            f"{', '.join(step.hosts)}: every node must start the same number of ranks. Give "
+            f"srun started {', '.join(map(str, step.tasks_per_node))} tasks on the nodes "
+            f"{', '.join(step.hosts)}, and every node must start the same number of ranks. Use "
             "--ntasks-per-node."
         )
     return World(
@@ -105,12 +111,16 @@ def _of_step(step: SlurmStep) -> World:
     )
 
 
-def _refuse_a_lonely_copy(env: Mapping[str, str]) -> None:
-    """Refuse what `accelerate launch --cpu --num_processes 2` starts: one process, silently."""
+def _refuse_single_process_of_accelerate(env: Mapping[str, str]) -> None:
+    """Refuse the process of `accelerate launch --cpu --num_processes 2`, which starts only one.
+
+    Raises:
+        WorldError: Accelerate started this process, and no other.
+    """
     if "ACCELERATE_MIXED_PRECISION" in env and "MASTER_PORT" in env:
         raise WorldError(
-            "accelerate launch was asked for several processes and started one: with --cpu it does "
-            "not start more. Use `accelerate launch --multi_gpu --num_processes N ...` (on CPUs "
-            "too) or `launcher run RECIPE -n N`. If one process is what you want, "
-            "unset MASTER_ADDR and MASTER_PORT."
+            "accelerate launch was asked for several processes and started one, as it does with "
+            "--cpu. Use `accelerate launch --multi_gpu --num_processes N ...` (on CPUs too) or "
+            "`launcher run RECIPE -n N`. To train with one process, unset MASTER_ADDR and "
+            "MASTER_PORT."
         )

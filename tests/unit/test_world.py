@@ -1,4 +1,4 @@
-"""Finding this process among the others."""
+"""The rank and world size of this process, read from the environment."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE
 
 
 def test_torchrun() -> None:
-    """Torchrun's variables give rank, node and size."""
+    """Torchrun's variables give the rank, the world size and the number of nodes."""
     world = find_world(TORCHRUN)
     assert world == World(rank=5, world_size=8, local_rank=1, local_world_size=4)
     assert world.nodes == 2
 
 
 def test_alone() -> None:
-    """Without variables the process is alone."""
+    """Without variables the process is a world of one rank."""
     assert find_world({}) == World()
 
 
@@ -26,15 +26,15 @@ def test_alone() -> None:
     ("env", "message"),
     [
         ({"WORLD_SIZE": "2"}, "RANK or LOCAL_RANK is not"),
-        (TORCHRUN | {"RANK": "8"}, "contradict each other"),
-        (TORCHRUN | {"LOCAL_RANK": "4"}, "contradict each other"),
-        (TORCHRUN | {"LOCAL_WORLD_SIZE": "3"}, "contradict each other"),
+        (TORCHRUN | {"RANK": "8"}, "rank 8 of 8"),
+        (TORCHRUN | {"LOCAL_RANK": "4"}, "local rank 4 of 4"),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "3"}, "local rank 1 of 3"),
         (TORCHRUN | {"RANK": "x"}, "RANK='x'"),
-        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "29500"}, "started one"),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "29500"}, "--multi_gpu"),
     ],
 )
 def test_contradictions_are_refused(env: dict[str, str], message: str) -> None:
-    """Variables that cannot be true together end in an error that names them."""
+    """Variables that contradict each other are refused with their values."""
     with pytest.raises(WorldError) as caught:
         find_world(env)
     assert message in str(caught.value)
