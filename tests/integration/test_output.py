@@ -1,4 +1,4 @@
-"""What a run prints, on a terminal and elsewhere, and what it keeps in its logs."""
+"""What a run prints, on a terminal and elsewhere, and what its logs hold."""
 
 from __future__ import annotations
 
@@ -17,51 +17,51 @@ RECIPE = ROOT / "tests/recipes/talking.py"
 
 
 def on_a_terminal(run: Commands, *arguments: str) -> str:
-    """Run `launcher` with a terminal of 100 columns; return what it shows."""
-    ours, theirs = pty.openpty()
-    shown = bytearray()
+    """Run `launcher` on a terminal of 100 columns; return everything that it prints there."""
+    controller, terminal = pty.openpty()
+    output = bytearray()
 
     def read() -> None:
         while True:
             try:
-                chunk = os.read(ours, 4096)
+                chunk = os.read(controller, 4096)
             except OSError:
                 return
-            shown.extend(chunk)
+            output.extend(chunk)
 
     reader = threading.Thread(target=read)
     process = subprocess.Popen(
         [BIN / "launcher", *arguments],
         cwd=run.folder,
         env=run.environment() | {"TERM": "xterm", "COLUMNS": "100"},
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
     )
-    os.close(theirs)
+    os.close(terminal)
     reader.start()
     assert process.wait(timeout=120) == 0
     reader.join(timeout=30)
-    os.close(ours)
-    return shown.decode()
+    os.close(controller)
+    return output.decode()
 
 
-def test_a_terminal_has_a_bar(run: Commands) -> None:
-    """There is a bar that is drawn over itself, and what a recipe prints stands above it."""
-    shown = on_a_terminal(run, "run", str(RECIPE), "-n", "2", "--out", "out")
-    assert "\x1b[2K" in shown
-    assert "5/5" in shown
+def test_a_terminal_shows_a_bar(run: Commands) -> None:
+    """A bar is redrawn in place, and the output of the recipe appears above it."""
+    output = on_a_terminal(run, "run", str(RECIPE), "-n", "2", "--out", "out")
+    assert "\x1b[2K" in output
+    assert "5/5" in output
     for word in ("loss ", "lr ", "samples/s", "left"):
-        assert word in shown
-    assert "\r\x1b[2Ksaid by rank 0\r\n" in shown or "\nsaid by rank 0\r\n" in shown
-    assert shown.endswith("run folder: out\r\n")
+        assert word in output
+    assert "\r\x1b[2Ksaid by rank 0\r\n" in output or "\nsaid by rank 0\r\n" in output
+    assert output.endswith("run folder: out\r\n")
     log = (run.folder / "out/logs/rank0.log").read_text()
     assert "\x1b" not in log, "the log has lines, not a bar"
     assert "step 5/5  loss" in log
 
 
-def test_other_output_has_lines_and_logs(run: Commands) -> None:
-    """Rank 0 is heard on the terminal; each rank's log has all that the rank wrote."""
+def test_a_pipe_gets_lines(run: Commands) -> None:
+    """A pipe gets lines from rank 0 alone; the log of each rank has everything it printed."""
     done = run("launcher", "run", RECIPE, "-n", "2", "--out", "out")
     assert done.exit_code == 0
     assert "\x1b" not in done.stdout
@@ -76,8 +76,8 @@ def test_other_output_has_lines_and_logs(run: Commands) -> None:
         assert f"rank {1 - rank}" not in log
 
 
-def test_a_reader_that_has_had_enough_stops_nothing(run: Commands) -> None:
-    """With its output cut off (`| head -1`), a run trains to the end."""
+def test_a_closed_pipe_does_not_stop_a_run(run: Commands) -> None:
+    """A run whose output is piped to `head -1` trains to the end."""
     command = f"launcher run {RECIPE} -n 2 --out out | head -1"
     done = run("bash", "-c", f"set -o pipefail; {command}")
     assert done.exit_code == 0, done.stderr
@@ -90,17 +90,17 @@ def test_a_reader_that_has_had_enough_stops_nothing(run: Commands) -> None:
     [(None, "?"), (0.4, "0 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"), (7260, "2 h 1 min")],
 )
 def test_durations(seconds: float | None, text: str) -> None:
-    """Spans of time have two units at most."""
+    """A duration is shown in at most two units."""
     assert duration(seconds) == text
 
 
 def test_metrics_end_with_the_loss() -> None:
-    """The metric that people look for comes first."""
+    """Metrics are shown with the loss last."""
     assert metrics_text({"loss": 0.5, "accuracy": 0.97}) == "accuracy 0.9700  loss 0.5000"
 
 
-def test_output_that_cannot_be_written_is_said(run: Commands) -> None:
-    """On a full disk a command says so in one message, and a run goes on without its output."""
+def test_output_to_a_full_disk(run: Commands) -> None:
+    """A command whose output cannot be written fails with one message; a run trains to the end."""
     recipe = ROOT / "tests/recipes/starting.py"
     done = run("bash", "-c", f"launcher plan {recipe} train_samples=64 >/dev/full")
     assert done.exit_code == 1
@@ -113,8 +113,8 @@ def test_output_that_cannot_be_written_is_said(run: Commands) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk")
-def test_a_full_log_stops_no_run(run: Commands) -> None:
-    """A recipe may print on a full disk; the reason of a failure is shown if it finds no room."""
+def test_logs_on_a_full_disk_do_not_stop_a_run(run: Commands) -> None:
+    """A run with unwritable logs takes every step, and shows a failure that it cannot record."""
     disk = run.folder / "disk"
     disk.mkdir()
     mounted = subprocess.run(

@@ -1,4 +1,4 @@
-"""Who can reach a run on one machine: nobody from outside, and strangers inside change nothing."""
+"""The ports of a run on one machine: only loopback, and strangers cannot disturb the run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LOOPBACK = ("0100007F", "00000000000000000000000001000000")
 
 
 def listening(mark: str) -> Iterator[tuple[str, int]]:
-    """Yield address and port, in hexadecimal and as a number, that processes of a run listen on."""
+    """Yield each address, in hexadecimal, and port on which processes of a run listen."""
     sockets = {}
     for name in ("/proc/net/tcp", "/proc/net/tcp6"):
         for line in Path(name).read_text().splitlines()[1:]:
@@ -35,8 +35,8 @@ def listening(mark: str) -> Iterator[tuple[str, int]]:
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero2"])
-def test_only_loopback_listens_and_minds_no_stranger(run: Commands, strategy: str) -> None:
-    """What connects to a run's ports and talks nonsense neither stops it nor joins it."""
+def test_ports_are_on_loopback_and_ignore_strangers(run: Commands, strategy: str) -> None:
+    """A run listens on loopback only, and a stranger that sends garbage does not stop it."""
     process = run.start(
         *("launcher", "run", ROOT / "recipes/digits.py", "-n", "2", "epochs=40"),
         *(f"strategy={strategy}", "--out", "out"),
@@ -45,28 +45,28 @@ def test_only_loopback_listens_and_minds_no_stranger(run: Commands, strategy: st
     for line in process.stdout:
         if "samples/s" in line:
             break
-    found = set(listening(run.mark))
-    assert found, "gloo's, at least"
-    assert {address for address, _ in found} <= set(LOOPBACK)
-    for _, port in found:
-        for words in (b"", b"GET / HTTP/1.0\r\n\r\n", b"\0" * 100, b"\xff" * 5000):
+    endpoints = set(listening(run.mark))
+    assert endpoints, "gloo listens at least"
+    assert {address for address, _ in endpoints} <= set(LOOPBACK)
+    for _, port in endpoints:
+        for garbage in (b"", b"GET / HTTP/1.0\r\n\r\n", b"\0" * 100, b"\xff" * 5000):
             with socket.create_connection(("127.0.0.1", port), timeout=5) as stranger:
-                stranger.sendall(words)
-    assert process.poll() is None, "it has ended before it could be disturbed"
+                stranger.sendall(garbage)
+    assert process.poll() is None, "the run ended before it could be disturbed"
     stdout, stderr = process.communicate(timeout=200)
     assert process.returncode == 0, stderr
     assert "step 480/480" in stdout
 
 
 def test_nothing_is_left_in_the_temporary_folder(run: Commands) -> None:
-    """The folder in which the ranks met is gone when the run is, stopped by Ctrl-C or finished."""
+    """The private folder of a run is removed when the run finishes or is stopped by Ctrl-C."""
     env = {"TMPDIR": str(run.folder)}
     recipe = ROOT / "recipes/digits.py"
     assert run("launcher", "run", recipe, "epochs=1", env=env).exit_code == 0
     process = run.start("launcher", "run", recipe, env=env)
-    until = time.monotonic() + 30
+    deadline = time.monotonic() + 30
     while not list(run.folder.glob("launcher-*")):
-        assert time.monotonic() < until, "the ranks have nowhere to meet"
+        assert time.monotonic() < deadline, "the private folder never appears"
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode == 130
