@@ -26,7 +26,7 @@ _ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 @contextlib.contextmanager
-def deaf() -> Iterator[None]:
+def signals_blocked() -> Iterator[None]:
     """Block the signals that ask to stop; processes started in this context inherit the mask.
 
     `StopRequest.listen` unblocks them.

@@ -23,7 +23,7 @@ _MIN_FREE_SHARE = 0.9
 """A GPU with a smaller share of its memory free is used by another process."""
 
 
-def judge(reports: Sequence[RankDiagnostics], plan: Plan) -> Iterator[Finding]:
+def check_group(reports: Sequence[RankDiagnostics], plan: Plan) -> Iterator[Finding]:
     """Yield the findings about a group of ranks.
 
     Args:

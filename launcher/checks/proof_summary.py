@@ -15,7 +15,7 @@ _COLUMNS = ("strategy", "ranks", "x accum.", "samples", "lr", "items", "loss", "
 _WIDTHS = (10, 5, 8, 8, 8, 8, 8, 8, 8)
 
 
-def head() -> str:
+def header() -> str:
     """Return the header of the table."""
     return _line(_COLUMNS)
 

@@ -11,7 +11,7 @@ import click
 
 from launcher.cli.group import LazyGroup
 from launcher.cli.standard_streams import open_closed_streams
-from launcher.console.colours import allowed
+from launcher.console.colours import colour_setting
 from launcher.console.echo import complain, discard_output
 from launcher.errors import EXIT_FAILED, EndedError, LauncherError
 
@@ -74,7 +74,7 @@ def run_command(
             None if arguments is None else list(arguments),
             prog_name=name,
             standalone_mode=False,
-            color=allowed(),
+            color=colour_setting(),
         )
     except click.ClickException as error:
         error.show()

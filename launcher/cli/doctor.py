@@ -44,7 +44,7 @@ def command(
     torchrun --nproc-per-node 2 --no-python launcher doctor
     """
     from launcher.checks.doctor import diagnose, diagnose_here, plan_diagnostics
-    from launcher.checks.group_checks import judge
+    from launcher.checks.group_checks import check_group
     from launcher.checks.node_checks import check_node
     from launcher.console.findings_table import finding_lines, summary
     from launcher.environment.machine import read_machine
@@ -90,7 +90,7 @@ def command(
         if on_rank_0 is None:
             return 0
         reports = on_rank_0
-    for finding in judge(reports, plan) if reports else ():
+    for finding in check_group(reports, plan) if reports else ():
         report(finding)
     if as_json:
         measured = [asdict(rank_report) for rank_report in reports]

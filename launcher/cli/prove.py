@@ -98,7 +98,7 @@ def command(
     launcher prove digits micro_batch_size=16 optimizer=adamw
     launcher prove digits precision=fp64 --steps 60
     """
-    from launcher.checks.proof_summary import causes, head, row_line, to_dict, verdict
+    from launcher.checks.proof_summary import causes, header, row_line, to_dict, verdict
     from launcher.checks.prove import inspect_trial, plan_trials, run_trials
     from launcher.environment.machine import read_machine
     from launcher.launch.signal_handler import SignalHandler
@@ -121,7 +121,7 @@ def command(
     steps = min(steps, trials[0].plan.total_steps)
     if not as_json:
         click.echo(f"{trials[0].plan.recipe}: {steps:,} of {trials[0].plan.total_steps:,} steps")
-        click.echo(head())
+        click.echo(header())
     rows = []
     for row in run_trials(
         reference, all_overrides, trials, steps=steps, tolerance=tolerance, signals=signals

@@ -39,13 +39,13 @@ def command(runs: tuple[Path, ...], out: Path | None, *, opens: bool) -> None:
     launcher report runs/digits-20260101-120000 runs/find-lr-digits-20260101-110000
     """
     from launcher.report.comparison import comparison_page
-    from launcher.report.finder_sections import is_measured, measured_sections, tuned_folder
+    from launcher.report.finder_sections import is_finder_folder, measured_sections, tuned_folder
     from launcher.report.page import render
     from launcher.report.run_page import run_page
     from launcher.runs.history import History
     from launcher.runs.rundir import open_run_dir, write_atomic
 
-    measured = [path for path in runs if is_measured(path)]
+    measured = [path for path in runs if is_finder_folder(path)]
     histories = [History(open_run_dir(path)) for path in runs if path not in measured]
     if not histories:
         raise RunDirError(

@@ -32,8 +32,8 @@ def command(where: tuple[str, ...], by: str, *, reverse: bool, as_json: bool) ->
     launcher runs state=finished recipe=digits --sort accuracy --reverse
     launcher runs runs/sweep lr=0.1 --json
     """
-    from launcher.console.colours import painted
-    from launcher.console.run_table import chosen, lines, listed, ordered, to_dict
+    from launcher.console.colours import colour_state
+    from launcher.console.run_table import filter_rows, read_row, row_values, sort_rows, table_lines
     from launcher.runs.rundir import folders_of_runs
 
     filters, folders = [], []
@@ -46,16 +46,16 @@ def command(where: tuple[str, ...], by: str, *, reverse: bool, as_json: bool) ->
         else:
             folders.append(Path(argument))
     run_dirs = (run_dir for folder in folders or [Path()] for run_dir in folders_of_runs(folder))
-    all_rows = [row for row in map(listed, run_dirs) if row is not None]
-    rows = ordered(chosen(all_rows, filters), by, reverse=reverse)
+    all_rows = [row for row in map(read_row, run_dirs) if row is not None]
+    rows = sort_rows(filter_rows(all_rows, filters), by, reverse=reverse)
     if as_json:
-        click.echo(json.dumps([to_dict(row) for row in rows]))
+        click.echo(json.dumps([row_values(row) for row in rows]))
     elif not all_rows:
         click.echo("There is no run below this folder.")
     elif not rows:
         click.echo(f"None of the {len(all_rows)} runs matches.")
     else:
-        head, *rest = lines(rows)
+        head, *rest = table_lines(rows)
         click.secho(head, bold=True)
         for line, row in zip(rest, rows, strict=True):
-            click.echo(painted(line, row.state))
+            click.echo(colour_state(line, row.state))

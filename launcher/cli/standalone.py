@@ -100,11 +100,11 @@ def _train(
     from launcher.environment.accelerate_launch import accelerate_settings
     from launcher.environment.machine import read_machine
     from launcher.environment.world import find_world
-    from launcher.launch.run_folder import make_run_dir
+    from launcher.launch.run_folder import open_run_folder
     from launcher.recipe.resolve import reference_of
     from launcher.report.write import write_report
     from launcher.runs.job import RecipeSource, ResumeFrom, describe_run, plan_recipe
-    from launcher.runs.ownership import own
+    from launcher.runs.ownership import own_run_dir
     from launcher.runs.run_record import write_resumption
     from launcher.runs.rundir import RunDir, open_run_dir
 
@@ -134,12 +134,12 @@ def _train(
     ownership = ExitStack()
     atexit.register(ownership.close)  # external_rank exits the process if there are several ranks
 
-    def open_run_folder() -> RunDir:
+    def settle_run_dir() -> RunDir:
         description = describe_run(reference, built, plan)
         if resume is None:
-            return make_run_dir(out, plan.recipe, description, ownership)
+            return open_run_folder(out, plan.recipe, description, ownership)
         run_dir = open_run_dir(resume)
-        ownership.enter_context(own(run_dir))
+        ownership.enter_context(own_run_dir(run_dir))
         write_resumption(run_dir, description)
         return run_dir
 
@@ -150,7 +150,7 @@ def _train(
             built.recipe,
             plan,
             world,
-            open_run_folder,
+            settle_run_dir,
             stop=stop,
             start=start,
             source=source,

@@ -27,22 +27,22 @@ def command(name: str | None, *, as_json: bool) -> None:
     from launcher.console.failure import failure_text
     from launcher.console.tables import table
     from launcher.runs.failure_record import read_failure
-    from launcher.slurm.status_table import cells, ordered, to_dict
+    from launcher.slurm.status_table import sort_statuses, status_cells, status_values
     from launcher.slurm.submission import find_submission, status_of, submissions
 
     if name is None or (Path(name).is_dir() and not (Path(name) / "submission.json").exists()):
         run_dirs = submissions(Path(name or "."))
-        statuses = ordered([status_of(run_dir, ask=False) for run_dir in run_dirs])
+        statuses = sort_statuses([status_of(run_dir, ask=False) for run_dir in run_dirs])
         if as_json:
-            click.echo(json.dumps([to_dict(status) for status in statuses]))
+            click.echo(json.dumps([status_values(status) for status in statuses]))
         elif statuses:
-            click.echo("\n".join(table([cells(status) for status in statuses])))
+            click.echo("\n".join(table([status_cells(status) for status in statuses])))
         else:
             click.echo("There is no submitted run below this folder.")
         return
     status = status_of(find_submission(name, Path()))
     if as_json:
-        click.echo(json.dumps(to_dict(status)))
+        click.echo(json.dumps(status_values(status)))
         return
     click.echo(f"{status.run_dir.shown}  job {status.submission.job}: {status.words}")
     failure = read_failure(status.run_dir)

@@ -72,7 +72,7 @@ def command(
     launcher run digits --config runs/tuned/tuned.yaml
     """
     from launcher.report.page import render
-    from launcher.report.tuning_page import TuningReporter, page, yaml_text
+    from launcher.report.tuning_page import TuningReporter, tuning_page, yaml_text
     from launcher.runs.rundir import write_atomic
     from launcher.tuning.tune import Tuner, open_tuning
 
@@ -87,6 +87,6 @@ def command(
     text = yaml_text(target, plan, findings)
     train = f"launcher run {recipe} --config {folder}/tuned.yaml"
     write_atomic(run_dir.path / "tuned.yaml", text)
-    content = page(target, plan, findings, reporter.sections, f"{text}\n{train}")
+    content = tuning_page(target, plan, findings, reporter.sections, f"{text}\n{train}")
     write_atomic(run_dir.path / "tuned.html", render(content))
     click.echo(f"\n{text}\npage: {run_dir.shown}/tuned.html\ntrain with:\n{train}")

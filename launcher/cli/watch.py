@@ -40,7 +40,7 @@ def command(name: str, *, as_json: bool) -> int:
     launcher watch 1234
     """
     from launcher.console.progress import json_line
-    from launcher.console.watch_screen import line, to_dict
+    from launcher.console.watch_screen import status_line, status_values
     from launcher.slurm.follow import find_run, follow
 
     run_dir = find_run(name)
@@ -50,7 +50,7 @@ def command(name: str, *, as_json: bool) -> int:
         if as_json:
             state = follow(
                 run_dir,
-                lambda history, state: click.echo(json_line(to_dict(history, state))),
+                lambda history, state: click.echo(json_line(status_values(history, state))),
                 show_waiting,
                 seconds=_SECONDS_BETWEEN_JSON_LINES,
             )
@@ -61,7 +61,7 @@ def command(name: str, *, as_json: bool) -> int:
             echo = _without_repeats(click.echo)
             state = follow(
                 run_dir,
-                lambda history, state: echo(line(history, state)),
+                lambda history, state: echo(status_line(history, state)),
                 show_waiting,
                 seconds=_SECONDS_BETWEEN_LINES,
             )

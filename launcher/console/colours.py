@@ -7,12 +7,12 @@ import os
 import click
 
 
-def allowed() -> bool | None:
+def colour_setting() -> bool | None:
     """Return False if the environment forbids colours, else None: click asks the terminal."""
     return False if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" else None
 
 
-def painted(line: str, state: str) -> str:
+def colour_state(line: str, state: str) -> str:
     """Return a line of a table of runs with the state of its run in colour.
 
     Args:

@@ -8,7 +8,7 @@ import sys
 
 import click
 
-from launcher.console.colours import allowed
+from launcher.console.colours import colour_setting
 
 
 def echo_if_possible(text: str) -> None:
@@ -26,7 +26,7 @@ def complain(text: str) -> None:
     """Print an error message on standard error, if that can be written."""
     head = click.style("launcher:", fg="red", bold=True)
     with contextlib.suppress(OSError):
-        click.echo(f"{head} {text}", err=True, color=allowed())
+        click.echo(f"{head} {text}", err=True, color=colour_setting())
 
 
 def discard_output() -> None:

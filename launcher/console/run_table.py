@@ -61,7 +61,7 @@ class RunRow:
     """Values of the recipe's settings."""
 
 
-def listed(run_dir: RunDir) -> RunRow | None:
+def read_row(run_dir: RunDir) -> RunRow | None:
     """Read the row of a run folder.
 
     A folder that cannot be read gives a row all the same: its state is that of its Slurm job if
@@ -114,7 +114,7 @@ def listed(run_dir: RunDir) -> RunRow | None:
     )
 
 
-def chosen(rows: Iterable[RunRow], filters: Sequence[tuple[str, str]]) -> list[RunRow]:
+def filter_rows(rows: Iterable[RunRow], filters: Sequence[tuple[str, str]]) -> list[RunRow]:
     """Return the rows that satisfy every filter.
 
     Args:
@@ -137,7 +137,7 @@ def chosen(rows: Iterable[RunRow], filters: Sequence[tuple[str, str]]) -> list[R
     ]
 
 
-def ordered(rows: Sequence[RunRow], by: str, *, reverse: bool) -> list[RunRow]:
+def sort_rows(rows: Sequence[RunRow], by: str, *, reverse: bool) -> list[RunRow]:
     """Return the rows sorted by one value. Rows without that value, or with NaN, come last.
 
     Args:
@@ -171,13 +171,13 @@ def ordered(rows: Sequence[RunRow], by: str, *, reverse: bool) -> list[RunRow]:
     return sortable + [row for row in rows if not has_value(row)]
 
 
-def lines(rows: Sequence[RunRow]) -> list[str]:
+def table_lines(rows: Sequence[RunRow]) -> list[str]:
     """Return the lines of the table, a header first."""
     cells = [_HEADER, *(_cells(row) for row in rows)]
     return table(cells, "<<<>><><")
 
 
-def to_dict(row: RunRow) -> dict[str, Any]:
+def row_values(row: RunRow) -> dict[str, Any]:
     """Return a row as JSON-compatible values. Metrics that are not finite become None."""
     result = {name: value if math.isfinite(value) else None for name, value in row.result.items()}
     return asdict(row) | {"result": result}

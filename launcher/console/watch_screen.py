@@ -179,7 +179,7 @@ def _memory_text(heartbeat: Heartbeat) -> str:
     return f"{used} of {size(total)}" if total else used
 
 
-def line(history: History, state: RunState) -> str:
+def status_line(history: History, state: RunState) -> str:
     """Return the state of a run as one line of text, with its latest step if it is running."""
     if state.name != "running" or not history.last_step:
         return state.words if state.words.startswith(state.name) else f"{state.name}: {state.words}"
@@ -194,7 +194,7 @@ def line(history: History, state: RunState) -> str:
     )
 
 
-def to_dict(history: History, state: RunState) -> dict[str, Any]:
+def status_values(history: History, state: RunState) -> dict[str, Any]:
     """Return the state of a run as JSON-compatible values, times in seconds.
 
     `latest` holds the columns of `launcher.runs.history.COLUMNS` at the last step, `own_seconds`

@@ -1,7 +1,7 @@
 """From a plan to processes.
 
 `prepare` turns a request into a planned run; `session` starts it and returns its result. `launcher`
-runs the ranks of one machine with PyTorch's elastic agent; `signal_handler` stops them. `run_folder`
-makes the folder of a run. `multi_node` connects the launchers of several nodes; `ssh` starts
-launchers on other hosts, where `ssh_remote` receives signals for them.
+runs the ranks of one machine with PyTorch's elastic agent; `signal_handler` stops them.
+`run_folder` makes the folder of a run. `multi_node` connects the launchers of several nodes; `ssh`
+starts launchers on other hosts, where `ssh_remote` receives signals for them.
 """

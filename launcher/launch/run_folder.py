@@ -5,12 +5,12 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
-from launcher.runs.ownership import check_unowned, own
+from launcher.runs.ownership import check_unowned, own_run_dir
 from launcher.runs.run_record import RunRecord, write_resumption, write_run
 from launcher.runs.rundir import RunDir, create_run_dir
 
 
-def make_run_dir(
+def open_run_folder(
     out: Path | None,
     recipe: str,
     description: RunRecord,
@@ -27,14 +27,14 @@ def make_run_dir(
         description: The content of run.yaml.
         ownership: Ends the ownership of the folder when it is closed.
         continues: Whether `out` may hold a run, or may have been made by `launcher submit`.
-        with_ranks: Whether forked ranks keep the folder owned, as in `launcher.runs.ownership.own`.
+        with_ranks: Whether forked ranks keep the folder owned after this process has ended.
 
     Raises:
         RunDirError: Another process owns the folder, it exists, or it cannot be made.
     """
     existing = RunDir(out.resolve()) if out is not None else None
     if existing and continues and (existing.run_yaml.is_file() or existing.submission.is_file()):
-        ownership.enter_context(own(existing, with_ranks=with_ranks))
+        ownership.enter_context(own_run_dir(existing, with_ranks=with_ranks))
         if existing.run_yaml.is_file():
             write_resumption(existing, description)
         else:
@@ -43,6 +43,6 @@ def make_run_dir(
     if out is not None:
         check_unowned(out)
     run_dir = create_run_dir(out, recipe)
-    ownership.enter_context(own(run_dir, with_ranks=with_ranks))
+    ownership.enter_context(own_run_dir(run_dir, with_ranks=with_ranks))
     write_run(run_dir, description)
     return run_dir

@@ -15,14 +15,14 @@ from launcher.errors import EXIT_USAGE, CheckpointError
 from launcher.launch.launcher import launch
 from launcher.launch.multi_node import joined, make_run_dir_once
 from launcher.launch.prepare import PreparedRun, RunRequest
-from launcher.launch.run_folder import make_run_dir
+from launcher.launch.run_folder import open_run_folder
 from launcher.launch.signal_handler import SignalHandler
 from launcher.runs.checkpoints import (
     list_checkpoints,
 )
 from launcher.runs.failure_record import RunFailedError
 from launcher.runs.job import Job, ResumeFrom
-from launcher.runs.ownership import own
+from launcher.runs.ownership import own_run_dir
 from launcher.runs.run_record import write_resumption
 from launcher.runs.run_result import RunResult, read_run_result
 from launcher.runs.rundir import RunDir, write_atomic
@@ -50,7 +50,7 @@ def start(prepared: PreparedRun, signals: SignalHandler) -> RunResult:
             if isinstance(request, RunRequest):
                 if request.continues and request.out is not None:
                     previous_record.extend(_text_of(request.out / "run.yaml"))
-                return make_run_dir(
+                return open_run_folder(
                     request.out,
                     prepared.plan.recipe,
                     prepared.description,
@@ -124,7 +124,7 @@ def _take_over(run_dir: RunDir, prepared: PreparedRun, ownership: ExitStack) -> 
     Raises:
         CheckpointError: The chosen checkpoint has been removed since it was chosen.
     """
-    ownership.enter_context(own(run_dir, with_ranks=True))
+    ownership.enter_context(own_run_dir(run_dir, with_ranks=True))
     assert prepared.resume_from is not None
     step = prepared.resume_from.step
     if not any(checkpoint.step == step for checkpoint in list_checkpoints(run_dir)):

@@ -38,7 +38,7 @@ def tuned_folder(history: History) -> Path | None:
     return None
 
 
-def is_measured(folder: Path) -> bool:
+def is_finder_folder(folder: Path) -> bool:
     """Return whether a folder holds the measurements of a finder and not a run."""
     return next(_measurements(folder), None) is not None
 

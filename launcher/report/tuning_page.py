@@ -107,7 +107,7 @@ def yaml_text(target: Target, plan: Plan, findings: Sequence[TunedSetting]) -> s
     return "\n".join([header, *lines]) + "\n"
 
 
-def page(
+def tuning_page(
     target: Target,
     plan: Plan,
     findings: Sequence[TunedSetting],

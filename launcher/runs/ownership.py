@@ -98,7 +98,7 @@ class Owner:
 
 
 @contextlib.contextmanager
-def own(run_dir: RunDir, *, with_ranks: bool = False) -> Iterator[None]:
+def own_run_dir(run_dir: RunDir, *, with_ranks: bool = False) -> Iterator[None]:
     """Own a run folder for the duration of a `with` block.
 
     Nothing in the folder changes if another process owns it.
@@ -121,7 +121,7 @@ def own(run_dir: RunDir, *, with_ranks: bool = False) -> Iterator[None]:
 def check_unowned(path: Path) -> None:
     """Refuse a run folder that another process owns, without writing anything.
 
-    Another process may become the owner right after this check; only `own` is certain.
+    Another process may become the owner right after this check; only `own_run_dir` is certain.
 
     Args:
         path: The folder, which need not exist.

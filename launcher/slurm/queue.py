@@ -69,7 +69,9 @@ def partition(name: str | None) -> Partition | None:
     Raises:
         SlurmError: Slurm does not answer.
     """
-    rows = [line.split("|") for line in call("sinfo", "-h", "-o", "%P|%l|%c|%G|%D").splitlines()]
+    rows = [
+        line.split("|") for line in run_command("sinfo", "-h", "-o", "%P|%l|%c|%G|%D").splitlines()
+    ]
     matching = [
         row
         for row in rows
@@ -92,7 +94,7 @@ def _gpus(gres: str) -> int:
     return sum(map(int, counts))
 
 
-def call(*command: str) -> str:
+def run_command(*command: str) -> str:
     """Run a command of Slurm and return its standard output.
 
     Raises:
@@ -125,7 +127,7 @@ def error_text(text: str) -> str:
     return "; ".join(dict.fromkeys(text.rstrip(".") for text in messages if text)) + "."
 
 
-def check(script: str) -> str:
+def check_with_sbatch(script: str) -> str:
     """Let sbatch check a script without submitting it; return what it prints.
 
     Raises:
@@ -141,7 +143,7 @@ def submit(script: str) -> str:
     Raises:
         SlurmError: sbatch rejects the script.
     """
-    return call("sbatch", "--parsable", script).strip().partition(";")[0]
+    return run_command("sbatch", "--parsable", script).strip().partition(";")[0]
 
 
 def job_state(job: str) -> JobState | None:
@@ -151,7 +153,7 @@ def job_state(job: str) -> JobState | None:
         SlurmError: Slurm does not answer.
     """
     try:
-        text = call("scontrol", "show", "job", "-o", job)
+        text = run_command("scontrol", "show", "job", "-o", job)
     except SlurmError as error:
         if "Invalid job id" not in str(error):
             raise
@@ -171,7 +173,7 @@ def _accounted(job: str) -> JobState | None:
     """Return the state of a job from the accounting; None without accounting."""
     fields = ("State", "Reason", "NodeList", "Restarts", "ExitCode")
     try:
-        text = call("sacct", "-X", "-n", "-P", "-j", job, "-o", ",".join(fields))
+        text = run_command("sacct", "-X", "-n", "-P", "-j", job, "-o", ",".join(fields))
     except SlurmError:
         return None
     lines = text.splitlines()
@@ -193,7 +195,7 @@ def cancel(jobs: Sequence[str]) -> None:
     Raises:
         SlurmError: scancel fails.
     """
-    call("scancel", *jobs)
+    run_command("scancel", *jobs)
 
 
 def _value(text: str, name: str) -> str:

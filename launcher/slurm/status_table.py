@@ -9,18 +9,18 @@ from launcher.runs.status import STATES
 from launcher.slurm.submission import SubmissionStatus
 
 
-def ordered(statuses: list[SubmissionStatus]) -> list[SubmissionStatus]:
+def sort_statuses(statuses: list[SubmissionStatus]) -> list[SubmissionStatus]:
     """Return runs in progress first, then finished ones from the best result to the worst."""
     return sorted(statuses, key=_sort_key)
 
 
-def cells(status: SubmissionStatus) -> tuple[str, str, str, str]:
+def status_cells(status: SubmissionStatus) -> tuple[str, str, str, str]:
     """Return the row of a run: folder, job id, settings within its array, and state."""
     submission = status.submission
     return status.run_dir.shown, submission.job, " ".join(submission.settings), status.words
 
 
-def to_dict(status: SubmissionStatus) -> dict[str, Any]:
+def status_values(status: SubmissionStatus) -> dict[str, Any]:
     """Return the status of a run as plain values that JSON can hold."""
     values = {"run": str(status.run_dir.path), "state": status.state, "words": status.words}
     return values | {"evaluation": status.evaluation} | asdict(status.submission)

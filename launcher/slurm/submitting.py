@@ -9,7 +9,7 @@ from pathlib import Path
 
 from launcher.runs.rundir import RunDir, create_run_dir, write_atomic
 from launcher.slurm.batch_job import PreparedJob
-from launcher.slurm.queue import check, submit
+from launcher.slurm.queue import check_with_sbatch, submit
 from launcher.slurm.script import render
 
 
@@ -24,7 +24,7 @@ def check_script(prepared: PreparedJob) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "job.sbatch"
         write_atomic(path, render(prepared.batch))
-        return check(str(path))
+        return check_with_sbatch(str(path))
 
 
 def submit_job(prepared: PreparedJob, grid: Sequence[tuple[str, ...]]) -> tuple[str, RunDir]:
@@ -46,7 +46,7 @@ def submit_job(prepared: PreparedJob, grid: Sequence[tuple[str, ...]]) -> tuple[
         path = folder.path / "job.sbatch"
         write_atomic(path, render(prepared.batch))
         prepared.save("", grid)  # the job may start before sbatch returns its id
-        check(str(path))
+        check_with_sbatch(str(path))
         job = submit(str(path))
     except BaseException:
         shutil.rmtree(folder.path)

@@ -12,7 +12,7 @@ import pytest
 from support import Commands
 
 from launcher.checks.doctor import plan_diagnostics
-from launcher.checks.group_checks import judge
+from launcher.checks.group_checks import check_group
 from launcher.checks.node_checks import check_node
 from launcher.console.findings_table import finding_lines
 from launcher.environment.machine import Machine, free_memory_bytes, gpu_driver
@@ -47,7 +47,7 @@ HEALTHY = RankDiagnostics(
 def worst_findings(**changes: Any) -> dict[str, Finding]:
     """Return the worst finding of each check about two healthy ranks, the second changed."""
     findings: dict[str, Finding] = {}
-    for finding in judge([HEALTHY, replace(HEALTHY, rank=1, **changes)], PLAN):
+    for finding in check_group([HEALTHY, replace(HEALTHY, rank=1, **changes)], PLAN):
         if findings.setdefault(finding.check, finding).level == "ok":
             findings[finding.check] = finding
     return findings

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 from support import BIN, ROOT, Commands, read_lines
 
-from launcher.console.colours import painted
+from launcher.console.colours import colour_state
 from launcher.console.progress import sparkline
-from launcher.console.run_table import RunRow, ordered
+from launcher.console.run_table import RunRow, sort_rows
 from launcher.runs.heartbeat import Heartbeat
 from launcher.runs.run_record import read_run, write_resumption
 from launcher.runs.rundir import RunDir
@@ -270,7 +270,7 @@ def _shown(run: Commands, *arguments: str, code: int = 0, **env: str) -> bytes:
 
 def test_only_the_state_is_coloured() -> None:
     """A folder with the name of a state is not coloured."""
-    assert painted("failed/1  failed  x", "failed") == "failed/1  \x1b[31mfailed\x1b[0m  x"
+    assert colour_state("failed/1  failed  x", "failed") == "failed/1  \x1b[31mfailed\x1b[0m  x"
 
 
 def test_liveness_of_ranks() -> None:
@@ -315,7 +315,7 @@ def test_rows_without_the_value_come_last() -> None:
 
     rows = [row("none"), row("low", accuracy=0.1), row("high", accuracy=0.9)]
     for reverse, names in ((False, ["low", "high", "none"]), (True, ["high", "low", "none"])):
-        ordered_rows = ordered(rows, "accuracy", reverse=reverse)
+        ordered_rows = sort_rows(rows, "accuracy", reverse=reverse)
         assert [ordered_row.run for ordered_row in ordered_rows] == names
 
 

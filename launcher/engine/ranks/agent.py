@@ -25,7 +25,7 @@ from launcher.engine.ranks.rendezvous import Rendezvous
 from launcher.forking import without_main_module
 from launcher.runs.failure_record import FAILURE_FILE, failure_of_rank
 from launcher.runs.job import Job
-from launcher.signals import deaf
+from launcher.signals import signals_blocked
 
 _POLL_SECONDS = 0.05
 """Interval at which the agent checks its ranks; a run ends two intervals after they do."""
@@ -70,9 +70,9 @@ class _SpawningAgent(LocalElasticAgent):
     """An agent whose ranks are new interpreters that block signals until they install handlers."""
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        # Started inside `deaf`, the resource tracker would unblock SIGTERM in this process.
+        # Inside `signals_blocked`, the resource tracker would unblock SIGTERM in this process.
         resource_tracker.ensure_running()
-        with without_main_module(), deaf():
+        with without_main_module(), signals_blocked():
             return super()._start_workers(worker_group)
 
 
