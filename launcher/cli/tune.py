@@ -71,7 +71,8 @@ def command(
     from launcher.report.page import render
     from launcher.report.tuning_page import TuningReporter, page, yaml_text
     from launcher.runs.rundir import write_atomic
-    from launcher.tuning.tune import Tuner, open_tuning
+    from launcher.tuning.tune import Tuner
+    from launcher.tuning.tuning_folder import open_tuning
 
     _, plan = target.plan()
     run_dir = open_tuning(out, target, plan, memory=memory, steps=steps, seconds=seconds)
@@ -79,7 +80,7 @@ def command(
     tuner = Tuner(target, run_dir, signals, teller, memory=memory, steps=steps, seconds=seconds)
     folder = shlex.quote(run_dir.shown)
     click.echo(f"stopped, it goes on with --out {folder}", err=True)
-    findings = tuner.run()
+    findings = tuner.run().settings
     recipe = shlex.quote(target.reference.shown)
     text = yaml_text(target, plan, findings)
     train = f"launcher run {recipe} --config {folder}/tuned.yaml"
