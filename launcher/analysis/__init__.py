@@ -1,1 +1,15 @@
-"""Mathematics of measurements: loss curves, noise scale, loading, scaling. It imports no torch."""
+"""Models and statistics of measurements, in pure Python.
+
+- `lr_curve`: learning rates that the loss curve of a range test suggests, and the search around
+  them.
+- `batch_sizes`: the micro-batch sizes to try, and the one to choose from those measured.
+- `gradient_noise`: the gradient noise scale, and what it says about the global batch size.
+- `loader_throughput`: the number of DataLoader workers that a data set needs.
+- `step_profile`: the parts of a step in a trace of torch.profiler, with advice.
+- `time_shares`: the parts of a step in the metrics of a run, stragglers, utilisation.
+- `scaling_model`: the time of a step on more ranks and nodes, and the cost of failures.
+- `device_peaks`: the peak arithmetic throughput of GPUs.
+
+Nothing here measures or imports torch: the probes of `launcher.engine` measure, and
+`launcher.tuning` combines both.
+"""

@@ -1,15 +1,15 @@
-"""What devices can compute at most, where their makers say so.
+"""The peak arithmetic throughput of GPUs, as their makers publish it.
 
-Dense products with fp32 accumulation, without sparsity, in 10^12 operations a second, from NVIDIA's
-and AMD's data sheets: V100 (2020), T4 (2019), A100 (2021), A10 (2021), A40 (2022), L4 and L40S
-(2023), H100 and H200 (2024), B200 (2025), GeForce RTX 3090 (GA102, 2021) and 4090 (Ada, 2023),
-MI250X (2022), MI300X (2023).
+The figures are for dense matrix products with fp32 accumulation and without sparsity, in 10^12
+operations per second. They come from the data sheets of NVIDIA and AMD: V100 (2020), T4 (2019),
+A100 (2021), A10 (2021), A40 (2022), L4 and L40S (2023), H100 and H200 (2024), B200 (2025), GeForce
+RTX 3090 (GA102, 2021) and 4090 (Ada, 2023), MI250X (2022), MI300X (2023).
 """
 
 from __future__ import annotations
 
 _TERA = {
-    # name: (fp32, tf32, bf16, fp16); None is what the device has no units for
+    # name: (fp32, tf32, bf16, fp16); None where the device has no units for the format
     "H100 PCIe": (51, 378, 756, 756),
     "H100 NVL": (60, 418, 835, 835),
     "H100": (67, 494, 989, 989),
@@ -29,21 +29,24 @@ _TERA = {
     "MI300X": (163.4, 653.7, 1307.4, 1307.4),
     "MI250X": (47.9, None, 191.5, 191.5),
 }
-"""By what is in the name that the driver gives; of those that are, the longest counts."""
+"""Peaks by a part of the driver's device name; where several match, the longest one applies."""
 
 
 def peak_flops(device_name: str, precision: str, *, tf32: bool) -> float | None:
-    """Return the most operations a second of a device in a precision; None where it is not known.
+    """Return the peak throughput of a device in a precision, or None if it is unknown.
 
     Args:
-        device_name: As the driver has it, such as `NVIDIA H100 80GB HBM3`.
+        device_name: Name that the driver reports, such as `NVIDIA H100 80GB HBM3`.
         precision: fp32, bf16 or fp16.
-        tf32: Whether products in fp32 are taken in TF32.
+        tf32: Whether fp32 matrix products use TF32.
+
+    Returns:
+        Floating-point operations per second.
     """
     words = device_name.replace("-", " ")
-    names = [name for name in _TERA if f" {name} " in f" {words} "]
+    matches = [name for name in _TERA if f" {name} " in f" {words} "]
     columns = {"fp32": 1 if tf32 else 0, "bf16": 2, "fp16": 3}
-    if not names or precision not in columns:
+    if not matches or precision not in columns:
         return None
-    tera = _TERA[max(names, key=len)][columns[precision]]
+    tera = _TERA[max(matches, key=len)][columns[precision]]
     return None if tera is None else tera * 1e12

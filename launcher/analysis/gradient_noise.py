@@ -1,10 +1,10 @@
-"""The gradient noise scale: how large a batch is worth its samples.
+"""The gradient noise scale: how large a global batch can grow before it wastes samples.
 
 McCandlish, Kaplan, Amodei et al., "An Empirical Model of Large-Batch Training" (arXiv:1812.06162).
-The squared norm of a gradient over b items is, on average, |G|^2 + tr(S) / b, G being the true
-gradient and S the covariance of one item's. Norms at two sizes of batch give both, and
-B_simple = tr(S) / |G|^2 (their appendix A.1). Each of the two is averaged on its own before they
-are divided: the mean of the ratios is far off.
+The squared norm of a gradient averaged over b items is, in expectation, |G|^2 + tr(S) / b, where G
+is the true gradient and S the covariance of the gradient of one item. Norms at two batch sizes give
+both terms, and B_simple = tr(S) / |G|^2 (their appendix A.1). Each term is averaged over steps
+before the division, because the mean of the ratios is strongly biased.
 """
 
 from __future__ import annotations
@@ -13,34 +13,36 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_BLOCKS = 20
-"""Steps that follow each other are alike; the error is taken from the spread of so many blocks."""
+_NUM_BLOCKS = 20
+"""Blocks of the jackknife: neighbouring steps are correlated, so whole blocks are dropped."""
 
-_LEAST_MEASUREMENTS = 20
-_SIGMAS = 2.0
-"""The interval's half width: about 95 %."""
+_MIN_MEASUREMENTS = 20
+_NUM_SIGMAS = 2.0
+"""Half width of the confidence interval in standard errors, which covers about 95 %."""
 
-LARGEST = 2.0
-"""Batches beyond so many times B_simple are not recommended: they save a sixth of the steps at
-most, for half as many samples again or more."""
+MAX_BATCH_RATIO = 2.0
+"""Largest recommended batch over B_simple: doubling the batch beyond it saves at most a sixth of
+the steps and costs at least two thirds more samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """Squared norms of the mean gradient over few and over many items, in one step."""
+    """Squared norms of the mean gradients over parts of one batch and over all of it."""
 
     step: int
+    """The optimizer step, counted from 1."""
+
     small: float
-    """The mean over parts of the batch of |g_part|^2."""
+    """Mean over the parts of |g_part|^2."""
 
     small_inverse: float
-    """The mean over those parts of 1 / items."""
+    """Mean over the parts of 1 / (items in the part)."""
 
     big: float
     """|g|^2 of the whole batch."""
 
     big_items: float
-    """Items in it."""
+    """Number of items in the whole batch."""
 
     @property
     def noise(self) -> float:
@@ -55,62 +57,67 @@ class Measurement:
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseScale:
-    """What a stretch of training says."""
+    """An estimate of the gradient noise scale over some steps, with its uncertainty."""
 
     b_simple: float
     """tr(S) / |G|^2, in items."""
 
     low: float
+    """Lower end of the 95 % confidence interval of `b_simple`."""
+
     high: float
-    """An interval that has it with about 95 %; `high` may be infinite."""
+    """Upper end of that interval; infinite if |G|^2 cannot be distinguished from zero."""
 
     noise: float
-    """tr(S)."""
+    """tr(S), averaged over the steps."""
 
     signal: float
-    """|G|^2."""
+    """|G|^2, averaged over the steps."""
 
     measurements: int
+    """Number of finite measurements used."""
 
 
-def estimate(measurements: Sequence[Measurement]) -> NoiseScale | None:
-    """Return the noise scale over some steps; None where they say too little.
+def estimate_noise_scale(measurements: Sequence[Measurement]) -> NoiseScale | None:
+    """Return the noise scale over some steps, or None if they do not determine it.
 
-    That is where they are few, or the gradient is so small that its square comes out negative. The
-    interval is that of a jackknife over blocks of steps, on the logarithm; it is open where |G|^2
-    cannot be told from zero.
+    They do not if fewer than 20 of them are finite, or if the estimate of tr(S) or |G|^2 is not
+    positive. The interval is that of a block jackknife on the logarithm of the ratio.
     """
-    usable = [
-        each for each in measurements if math.isfinite(each.small) and math.isfinite(each.big)
+    finite = [
+        measurement
+        for measurement in measurements
+        if math.isfinite(measurement.small) and math.isfinite(measurement.big)
     ]
-    if len(usable) < _LEAST_MEASUREMENTS:
+    if len(finite) < _MIN_MEASUREMENTS:
         return None
-    noise = sum(each.noise for each in usable)
-    signal = sum(each.signal for each in usable)
+    noise = sum(measurement.noise for measurement in finite)
+    signal = sum(measurement.signal for measurement in finite)
     if noise <= 0 or signal <= 0:
         return None
-    size = math.ceil(len(usable) / _BLOCKS)
-    blocks = [usable[start : start + size] for start in range(0, len(usable), size)]
-    noises = [noise - sum(each.noise for each in block) for block in blocks]
-    signals = [signal - sum(each.signal for each in block) for block in blocks]
-    ratios = zip(noises, signals, strict=True)
-    logs = [math.log(one / other) if min(one, other) > 0 else math.nan for one, other in ratios]
-    error = _jackknife(logs)
+    block_size = math.ceil(len(finite) / _NUM_BLOCKS)
+    blocks = [finite[start : start + block_size] for start in range(0, len(finite), block_size)]
+    noises = [noise - sum(measurement.noise for measurement in block) for block in blocks]
+    signals = [signal - sum(measurement.signal for measurement in block) for block in blocks]
+    log_ratios = [
+        math.log(block_noise / block_signal) if min(block_noise, block_signal) > 0 else math.nan
+        for block_noise, block_signal in zip(noises, signals, strict=True)
+    ]
+    error = _jackknife_error(log_ratios)
     b_simple = noise / signal
-    # A gradient that cannot be told from zero has no upper end to its noise scale.
-    is_told = signal > _SIGMAS * _jackknife(signals) and math.isfinite(error)
+    is_bounded = signal > _NUM_SIGMAS * _jackknife_error(signals) and math.isfinite(error)
     return NoiseScale(
         b_simple=b_simple,
-        low=b_simple * math.exp(-_SIGMAS * error) if math.isfinite(error) else 0.0,
-        high=b_simple * math.exp(_SIGMAS * error) if is_told else math.inf,
-        noise=noise / len(usable),
-        signal=signal / len(usable),
-        measurements=len(usable),
+        low=b_simple * math.exp(-_NUM_SIGMAS * error) if math.isfinite(error) else 0.0,
+        high=b_simple * math.exp(_NUM_SIGMAS * error) if is_bounded else math.inf,
+        noise=noise / len(finite),
+        signal=signal / len(finite),
+        measurements=len(finite),
     )
 
 
-def _jackknife(values: Sequence[float]) -> float:
-    """Return the standard error from what was found with one block left out at a time."""
+def _jackknife_error(values: Sequence[float]) -> float:
+    """Return the standard error of an estimate, given its values with one block left out each."""
     count = len(values)
     if count < 2:
         return math.inf
@@ -119,10 +126,10 @@ def _jackknife(values: Sequence[float]) -> float:
 
 
 class RunningNoise:
-    """The noise scale as it goes, from measurements that come one by one.
+    """The noise scale of a run in progress, from an exponential moving average of measurements.
 
     Args:
-        memory: Of so many measurements, exponentially.
+        memory: Time constant of the average, in measurements.
     """
 
     def __init__(self, memory: float = 50.0) -> None:
@@ -130,10 +137,13 @@ class RunningNoise:
         self._noise = self._signal = 0.0
 
     def add(self, measurement: Measurement) -> float | None:
-        """Take the next; return B_simple, None while it cannot be told."""
+        """Add a measurement and return B_simple in items, or None while it is undetermined.
+
+        A measurement that is not finite is ignored and returns None.
+        """
         if not (math.isfinite(measurement.small) and math.isfinite(measurement.big)):
             return None
-        # Both averages begin at zero alike, which their ratio does not notice.
+        # Both averages start at zero, so their bias cancels in the ratio.
         self._noise = self._decay * self._noise + measurement.noise
         self._signal = self._decay * self._signal + measurement.signal
         if self._noise <= 0 or self._signal <= 0:
@@ -142,59 +152,75 @@ class RunningNoise:
 
 
 def steps_ratio(batch_size: float, other: float, critical: float) -> float:
-    """Return the steps that a batch of `other` takes, over those that `batch_size` takes.
+    """Return the steps to a loss with the batch `other`, over those with `batch_size`.
 
-    S = S_min (1 + B_crit / B), their equation 2.12; B_simple stands for B_crit.
+    S = S_min (1 + B_crit / B), equation 2.12 of McCandlish et al.
+
+    Args:
+        batch_size: The batch of the denominator.
+        other: The batch of the numerator, in the same unit.
+        critical: B_crit in that unit; B_simple is its estimate.
     """
     return (1 + critical / other) / (1 + critical / batch_size)
 
 
 def items_ratio(batch_size: float, other: float, critical: float) -> float:
-    """Return the items that a batch of `other` takes in all, over those that `batch_size` takes.
+    """Return the items to a loss with the batch `other`, over those with `batch_size`.
 
-    E = E_min (1 + B / B_crit), the other half of the same trade-off.
+    E = E_min (1 + B / B_crit), the counterpart of the formula in `steps_ratio`.
+
+    Args:
+        batch_size: The batch of the denominator.
+        other: The batch of the numerator, in the same unit.
+        critical: B_crit in that unit; B_simple is its estimate.
     """
     return (1 + other / critical) / (1 + batch_size / critical)
 
 
 def scaled_lr(lr: float, batch_size: float, other: float, noise_scale: float) -> float:
-    """Return the learning rate for a batch of `other`, given what is right for `batch_size`.
+    """Return the learning rate for the batch `other`, given the best one for `batch_size`.
 
-    eps_opt(B) = eps_max / (1 + B_noise / B), their equation 2.10: linear far below the noise scale,
-    level far above it.
+    eps_opt(B) = eps_max / (1 + B_noise / B), equation 2.10 of McCandlish et al. It is linear far
+    below the noise scale and constant far above it.
+
+    Args:
+        lr: The best learning rate at `batch_size`.
+        batch_size: The batch of that learning rate.
+        other: The batch to scale to, in the same unit.
+        noise_scale: B_noise in that unit.
     """
     return lr * (1 + noise_scale / batch_size) / (1 + noise_scale / other)
 
 
 def fit_steps(batch_sizes: Sequence[float], steps: Sequence[float]) -> tuple[float, float]:
-    """Return (S_min, B_crit) of the hyperbola S = S_min (1 + B_crit / B) through what was measured.
+    """Return (S_min, B_crit) of the hyperbola S = S_min (1 + B_crit / B) that fits best.
 
-    Least squares of the logarithm of the steps, so that each batch counts the same; found by
-    ternary search over the logarithm of B_crit (S is their equation 2.12).
+    The fit minimises the squared error of log S, so that every batch has the same weight. It uses
+    ternary search over log B_crit. The hyperbola is equation 2.12 of McCandlish et al.
 
     Args:
-        batch_sizes: Global batches, two different ones at least.
-        steps: That each took to one and the same loss.
+        batch_sizes: Global batches, at least two different ones.
+        steps: Steps that each batch took to one and the same loss.
     """
 
-    def smallest(critical: float) -> float:
-        ratios = [math.log(s / (1 + critical / b)) for b, s in zip(batch_sizes, steps, strict=True)]
-        return math.exp(sum(ratios) / len(ratios))
+    def best_minimum(critical: float) -> float:
+        logs = [math.log(s / (1 + critical / b)) for b, s in zip(batch_sizes, steps, strict=True)]
+        return math.exp(sum(logs) / len(logs))
 
-    def error(log_critical: float) -> float:
+    def squared_error(log_critical: float) -> float:
         critical = math.exp(log_critical)
-        least = smallest(critical)
+        minimum = best_minimum(critical)
         return sum(
-            math.log(s / least / (1 + critical / b)) ** 2
+            math.log(s / minimum / (1 + critical / b)) ** 2
             for b, s in zip(batch_sizes, steps, strict=True)
         )
 
     low, high = math.log(min(batch_sizes) / 1e3), math.log(max(batch_sizes) * 1e3)
     while high - low > 1e-6:
         third = (high - low) / 3
-        if error(low + third) < error(high - third):
+        if squared_error(low + third) < squared_error(high - third):
             high -= third
         else:
             low += third
     critical = math.exp(low)
-    return smallest(critical), critical
+    return best_minimum(critical), critical

@@ -1,8 +1,7 @@
-"""How many DataLoader workers a data set is worth: a model of what limits it.
+"""A model of the number of DataLoader workers that a data set needs.
 
-Reading a sample takes some time, of which the processor works a part; the rest is waiting for a
-disk or a network, which workers can do together. Computing on it takes some time as well, while
-workers read on.
+Reading a sample takes CPU time and time spent waiting for a disk or a network. Workers overlap the
+waiting, but share the cores. The rank computes on samples while its workers read the next ones.
 """
 
 from __future__ import annotations
@@ -11,134 +10,159 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-MOST_WORKERS = 32
-"""Of a rank; a store that needs more wants larger reads, not more of them."""
+MAX_WORKERS = 32
+"""Most workers of a rank; a store that needs more of them needs larger reads instead."""
 
-MOST_PREFETCH = 16
-"""Batches that a worker holds ready; what takes longer is no stall but a store that is too slow."""
+MAX_PREFETCH_FACTOR = 16
+"""Most batches that a worker prefetches; longer stalls mean that the store is too slow."""
 
-_AS_FAST = 0.97
-"""A number of workers at this part of the best throughput is as fast: the smaller costs less."""
+_FAST_ENOUGH = 0.97
+"""Fraction of the best throughput that counts as equal to it; fewer workers cost less."""
 
-_SHARE = 0.5
-"""Part of the free memory that workers and their batches may take."""
+_USABLE_MEMORY = 0.5
+"""Fraction of the free memory that workers and their batches may use."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleCost:
-    """What one sample costs one rank, in seconds."""
+    """The time that one sample costs one rank, in seconds."""
 
     reading: float
-    """To read, in one process."""
+    """Wall time to read the sample in one process."""
 
     reading_cpu: float
-    """Processor time of that."""
+    """CPU time of that."""
 
     computing: float
-    """To compute on, when the data are there."""
+    """Wall time to compute on the sample once it has been read."""
 
     computing_cpu: float
-    """Processor time of that, over all threads: next to nothing where a GPU computes."""
+    """CPU time of that over all threads; close to zero if a GPU computes."""
 
     @property
-    def waits(self) -> bool:
-        """Whether reading is more waiting than work."""
+    def is_latency_bound(self) -> bool:
+        """Whether reading spends more time waiting than working."""
         return self.reading_cpu < self.reading / 2
 
     @property
-    def pace(self) -> float:
-        """Seconds of one worker for a sample, when it has a core: work waits for nothing else."""
-        return self.reading if self.waits else self.reading_cpu
+    def worker_seconds(self) -> float:
+        """Seconds that a worker with a core of its own takes for the sample.
+
+        If reading is CPU-bound, wall time beyond the CPU time is contention with other processes.
+        """
+        return self.reading if self.is_latency_bound else self.reading_cpu
 
 
 @dataclass(frozen=True, kw_only=True)
-class Room:
-    """What one rank's workers may use."""
+class LoaderBudget:
+    """The resources that the workers of one rank may share."""
 
     cores: float
-    """Its part of the node's, its own computation included."""
+    """Cores of the node per rank, including those that the rank itself computes on."""
 
     memory_bytes: float
-    """Its part of what is free of the host's."""
+    """Free host memory per rank."""
 
     shm_bytes: float
-    """Its part of what is free of /dev/shm."""
+    """Free space in /dev/shm per rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerCost:
-    """What one worker takes."""
+    """The resources that one worker takes."""
 
     memory_bytes: float
+    """Private memory of the worker process."""
+
     batch_bytes: float
-    """Of one micro-batch, in /dev/shm."""
+    """Size of one micro-batch in /dev/shm."""
 
     prefetch_factor: int
+    """Batches that the worker prefetches."""
 
 
 def throughput(workers: int, cost: SampleCost, cores: float) -> float:
-    """Return the samples per second of one rank with so many workers."""
+    """Return the samples per second of one rank with a number of workers.
+
+    Without workers, reading and computing add up. With workers, the slowest of reading, computing
+    and the cores limits the throughput.
+
+    Args:
+        workers: Workers of the rank.
+        cost: Cost of one sample.
+        cores: Cores for the rank and its workers.
+    """
     if workers == 0:
-        return 1 / (cost.pace + cost.computing)
-    work = cost.reading_cpu + cost.computing_cpu
-    limits = [workers / cost.pace, 1 / cost.computing if cost.computing else math.inf]
-    limits.append(cores / work if work else math.inf)
-    return min(limits)
+        return 1 / (cost.worker_seconds + cost.computing)
+    cpu_seconds = cost.reading_cpu + cost.computing_cpu
+    return min(
+        workers / cost.worker_seconds,
+        1 / cost.computing if cost.computing else math.inf,
+        cores / cpu_seconds if cpu_seconds else math.inf,
+    )
 
 
-def most_workers(room: Room, worker: WorkerCost) -> tuple[int, str]:
-    """Return how many workers there is room for, and what limits it."""
-    limits = {"more would not help any store": float(MOST_WORKERS)}
+def max_workers(budget: LoaderBudget, worker: WorkerCost) -> tuple[int, str]:
+    """Return the largest number of workers that the budget allows, and what limits it."""
+    limits = {f"the maximum of {MAX_WORKERS} per rank": float(MAX_WORKERS)}
     if worker.memory_bytes:
-        limits["host memory"] = _SHARE * room.memory_bytes / worker.memory_bytes
+        limits["host memory"] = _USABLE_MEMORY * budget.memory_bytes / worker.memory_bytes
     if worker.batch_bytes:
-        held = worker.prefetch_factor * worker.batch_bytes
-        limits["/dev/shm"] = _SHARE * room.shm_bytes / held  # noqa: S108  # a name
+        queue_bytes = worker.prefetch_factor * worker.batch_bytes
+        limits["/dev/shm"] = _USABLE_MEMORY * budget.shm_bytes / queue_bytes  # noqa: S108  # a label
     name = min(limits, key=limits.__getitem__)
     return max(int(limits[name]), 0), name
 
 
-def predict(cost: SampleCost, room: Room, worker: WorkerCost) -> int:
-    """Return the fewest workers of a rank that are as fast as any number there is room for."""
-    most, _ = most_workers(room, worker)
-    rates = {number: throughput(number, cost, room.cores) for number in range(most + 1)}
-    return fewest(rates)
+def predict_workers(cost: SampleCost, budget: LoaderBudget, worker: WorkerCost) -> int:
+    """Return the fewest workers of a rank that are as fast as any number within the budget."""
+    limit, _ = max_workers(budget, worker)
+    rates = {workers: throughput(workers, cost, budget.cores) for workers in range(limit + 1)}
+    return fewest_workers(rates)
 
 
-def longest_queue(workers: int, room: Room, worker: WorkerCost) -> int:
-    """Return the batches that each worker may hold ready, by the room in /dev/shm."""
+def max_prefetch_factor(workers: int, budget: LoaderBudget, worker: WorkerCost) -> int:
+    """Return the most batches that each of `workers` may prefetch into /dev/shm, at least 1."""
     if not worker.batch_bytes:
-        return MOST_PREFETCH
-    most = _SHARE * room.shm_bytes / (workers * worker.batch_bytes)
-    return min(max(int(most), 1), MOST_PREFETCH)
+        return MAX_PREFETCH_FACTOR
+    limit = _USABLE_MEMORY * budget.shm_bytes / (workers * worker.batch_bytes)
+    return min(max(int(limit), 1), MAX_PREFETCH_FACTOR)
 
 
-def queue_to_bridge(slowest: float, workers: int, seconds_per_batch: float) -> int:
-    """Return the batches that each worker has to hold ready, so that the slowest stalls nothing.
+def prefetch_factor_to_hide(slowest: float, workers: int, seconds_per_batch: float) -> int:
+    """Return the batches that each worker must prefetch to hide the slowest one.
 
-    Batches are taken in order. A worker begins with one when it is as many batches away as all
-    workers hold together, and has until then to read it.
+    Batches are consumed in order. A worker starts on a batch when as many batches come before it
+    as all workers prefetch together, which is the time it has to read it.
 
     Args:
-        slowest: Seconds that reading a batch has taken at most.
-        workers: Of a rank.
-        seconds_per_batch: Between two batches that are taken.
+        slowest: Longest time to read a batch, in seconds.
+        workers: Workers of a rank.
+        seconds_per_batch: Time between two batches that the rank consumes.
     """
     return max(math.ceil(slowest / (workers * seconds_per_batch)), 1)
 
 
-def fewest(rates: Mapping[int, float]) -> int:
-    """Return the fewest workers whose throughput is as good as the best of those given."""
+def fewest_workers(rates: Mapping[int, float]) -> int:
+    """Return the smallest number of workers whose throughput is about as good as the best.
+
+    Args:
+        rates: Samples per second by number of workers; not empty.
+    """
     best = max(rates.values())
-    return min(number for number, rate in rates.items() if rate >= _AS_FAST * best)
+    return min(workers for workers, rate in rates.items() if rate >= _FAST_ENOUGH * best)
 
 
 def is_faster(rate: float, than: float) -> bool:
-    """Return whether a throughput is better by more than what measuring scatters."""
-    return rate * _AS_FAST > than
+    """Return whether a throughput exceeds another by more than measurement noise."""
+    return rate * _FAST_ENOUGH > than
 
 
-def candidates(predicted: int, planned: int, most: int) -> list[int]:
-    """Return the numbers of workers to verify: what was planned, what is predicted, and around."""
-    around = {planned, predicted, predicted // 2, min(2 * predicted or 1, most)}
-    return sorted(number for number in around if number <= most or number == planned)
+def worker_counts_to_measure(predicted: int, planned: int, limit: int) -> list[int]:
+    """Return the numbers of workers to measure, in ascending order.
+
+    They are the planned and the predicted number, and half and twice the predicted one. Numbers
+    above `limit` are omitted, except for the planned one.
+    """
+    counts = {planned, predicted, predicted // 2, min(2 * predicted or 1, limit)}
+    return sorted(count for count in counts if count <= limit or count == planned)

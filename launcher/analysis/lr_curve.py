@@ -1,8 +1,8 @@
-"""The learning-rate range test: which learning rate a curve of losses suggests.
+"""The learning-rate range test: the learning rates that its loss curve suggests.
 
 Smith, "Cyclical Learning Rates for Training Neural Networks" (arXiv:1506.01186): the learning rate
-rises exponentially from step to step, and the loss says where training is fast and where it breaks.
-All rules look at the loss over the logarithm of the learning rate.
+rises exponentially from step to step, and the loss shows where training is fast and where it
+breaks. All rules here work on the loss over the logarithm of the learning rate.
 """
 
 from __future__ import annotations
@@ -15,120 +15,132 @@ from dataclasses import dataclass
 
 from launcher.planning.stages import lr_factor
 
-DIVERGED = 4.0
-"""The loss, smoothed, has diverged at so many times its lowest value."""
+DIVERGENCE_RATIO = 4.0
+"""The smoothed loss over its minimum at which the loss counts as diverged."""
 
-_MOST_DIVERGED = 4
-"""After so many trials that diverged, each at a lower learning rate, something else is wrong."""
+_MAX_DIVERGED_TRIALS = 4
+"""Trials in a row that may diverge, each at a lower learning rate, before the search gives up."""
 
-_ONLINE = 0.98
-"""Weight of the past in the average that looks for divergence while the losses come."""
+_ONLINE_BETA = 0.98
+"""Decay of the moving average that detects divergence during a range test."""
 
-_OFFLINE = 0.9
-"""The same in the average that the rules look at, forward and backward: it lags in neither."""
+_OFFLINE_BETA = 0.9
+"""Decay of the moving averages that smooth a complete curve, forwards and backwards."""
 
-_LEAST_POINTS = 10
-_LEAST_FALL = 0.05
-"""A loss that falls by less than this part of itself, has not."""
+_MIN_POINTS = 10
+_MIN_FALL = 0.05
+"""Smallest relative fall of a loss that counts as a fall."""
 
-_FALLEN = 0.2
-"""A loss that has fallen by this part of itself and comes back up has broken."""
+_BROKEN_FALL = 0.2
+"""Relative fall of a loss after which a rise above its start means that training broke."""
 
 _EDGE = 0.05
-"""Of `valley`: the part of a descent's fall that is left out at each end."""
+"""Fraction of a descent's fall that `valley` ignores at each end."""
 
-_INTERVAL = 0.15
-"""Of `slide`: the interval's length, as a part of the curve."""
+_SLIDE_INTERVAL = 0.15
+"""Length of the interval of `slide`, as a fraction of the curve."""
 
-_LEVEL = 0.05
-"""Of `slide`: slopes that differ by less than this part of the steepest are the same."""
+_EQUAL_SLOPES = 0.05
+"""Difference below which `slide` treats two slopes as equal, as a fraction of the steepest."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossCurve:
-    """What a range test has measured, in the order of steps."""
+    """The measurements of a range test, in the order of its steps."""
 
     lrs: tuple[float, ...]
+    """Learning rate of each step."""
+
     losses: tuple[float, ...]
-    """Of the global batch; one that is not finite may be the last."""
+    """Loss of the global batch at each step; the last one may be infinite or NaN."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Suggestions:
-    """Learning rates by rule; None where a rule finds none."""
+    """Learning rates by rule; None where a rule suggests none."""
 
     valley: float | None = None
-    """Two thirds down the longest descent."""
+    """The learning rate two thirds along the longest descent."""
 
     steep: float | None = None
-    """Where the loss falls fastest."""
+    """The learning rate where the loss falls fastest."""
 
     minimum: float | None = None
-    """A tenth of where the loss is lowest."""
+    """A tenth of the learning rate where the loss is lowest."""
 
     slide: float | None = None
-    """Before the slope begins to change, coming from where the loss breaks."""
+    """The learning rate just before the slope of the loss changes, seen from where it breaks."""
 
     reason: str = ""
-    """Why there are none."""
+    """Why no rule suggests a learning rate; empty if one does."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LRTrial:
-    """What came of a short training."""
+    """The outcome of a short training at one learning rate."""
 
     lr: float
-    """Its peak learning rate."""
+    """Peak learning rate of the training."""
 
     loss: float | None
-    """At its end; None where it diverged."""
+    """Loss at the end of the training; None if it diverged."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FoundLR:
-    """What a range test came to."""
+    """The result of a range test."""
 
     curve: LossCurve
+    """The measured losses over the learning rate."""
+
     suggestions: Suggestions
-    """At the batch of the test."""
+    """The suggested learning rates, at the global batch of the test."""
 
     trials: tuple[LRTrial, ...] = ()
-    """Short trainings at the valley and around it, if there were any."""
+    """Short trainings at and around the valley, in the order in which they ran; may be empty."""
 
 
 def next_lr(trials: Sequence[LRTrial], first: float, *, factor: float = 3.0) -> float | None:
-    """Return the learning rate to try next, or None when no neighbour of the best is untried.
+    """Return the learning rate to try next, or None once both neighbours of the best are tried.
 
-    From the first it goes up by the factor as long as that is better, or else down. A range test
-    sees each learning rate for a step or two, and where the loss falls fastest in it is often far
-    below what a whole training stands: the first is a place to begin at.
+    The search multiplies the learning rate by the factor while the final loss improves, and
+    otherwise divides it. It needs only a starting point: a range test spends a step or two at each
+    learning rate, so the one where its loss falls fastest is often far below the best one for a
+    whole training. After four trials that all diverge, the search gives up.
 
     Args:
-        trials: Those so far.
-        first: The learning rate to begin with.
-        factor: Between neighbours.
+        trials: Outcomes of the trials so far.
+        first: Learning rate of the first trial.
+        factor: Ratio between neighbouring learning rates.
     """
     if not trials:
         return first
-    tried = {round(math.log(trial.lr / first, factor)) for trial in trials}
+    tried_exponents = {round(math.log(trial.lr / first, factor)) for trial in trials}
     best = best_trial(trials)
     if best is None:
-        return None if len(trials) == _MOST_DIVERGED else first * factor ** (min(tried) - 1)
-    place = round(math.log(best.lr / first, factor))
-    for neighbour in (place + 1, place - 1):
-        if neighbour not in tried:
-            return float(first * factor**neighbour)
+        if len(trials) == _MAX_DIVERGED_TRIALS:
+            return None
+        return first * factor ** (min(tried_exponents) - 1)
+    best_exponent = round(math.log(best.lr / first, factor))
+    for exponent in (best_exponent + 1, best_exponent - 1):
+        if exponent not in tried_exponents:
+            return float(first * factor**exponent)
     return None
 
 
 def best_trial(trials: Sequence[LRTrial]) -> LRTrial | None:
-    """Return the trial with the lowest loss, of those that did not diverge."""
-    ended = [trial for trial in trials if trial.loss is not None]
-    return min(ended, key=lambda trial: trial.loss or 0.0, default=None)
+    """Return the trial with the lowest final loss, or None if all diverged."""
+    completed = [trial for trial in trials if trial.loss is not None]
+    return min(completed, key=lambda trial: trial.loss or 0.0, default=None)
 
 
 def final_loss(losses: Sequence[float], steps: int) -> float | None:
-    """Return the mean of the last tenth of a training's losses; None where they end before it."""
+    """Return the mean loss over the last tenth of a training, or None if it diverged.
+
+    Args:
+        losses: Loss of each completed step; fewer than `steps` if the training stopped early.
+        steps: Planned number of steps.
+    """
     if len(losses) < steps or not all(map(math.isfinite, losses)):
         return None
     last = losses[-max(steps // 10, 1) :]
@@ -136,27 +148,31 @@ def final_loss(losses: Sequence[float], steps: int) -> float | None:
 
 
 class Divergence:
-    """Tells while the losses come whether they have diverged, the same for the same losses."""
+    """An online detector of divergence; equal losses give equal decisions on every rank."""
 
     def __init__(self) -> None:
         self._average = self._weight = 0.0
         self._best = math.inf
 
     def add(self, loss: float) -> bool:
-        """Take the next loss; return whether to stop."""
+        """Add the loss of the next step and return whether the losses have diverged.
+
+        They have if this one is not finite, or if their moving average exceeds `DIVERGENCE_RATIO`
+        times its minimum.
+        """
         if not math.isfinite(loss):
             return True
-        self._average = _ONLINE * self._average + (1 - _ONLINE) * loss
-        self._weight = _ONLINE * self._weight + (1 - _ONLINE)
+        self._average = _ONLINE_BETA * self._average + (1 - _ONLINE_BETA) * loss
+        self._weight = _ONLINE_BETA * self._weight + (1 - _ONLINE_BETA)
         smoothed = self._average / self._weight
         self._best = min(self._best, smoothed)
-        return smoothed > DIVERGED * self._best > 0
+        return smoothed > DIVERGENCE_RATIO * self._best > 0
 
 
-def smooth(values: Sequence[float], beta: float = _OFFLINE) -> list[float]:
-    """Return `values` averaged exponentially in both directions, so that nothing is shifted.
+def smooth(values: Sequence[float], beta: float = _OFFLINE_BETA) -> list[float]:
+    """Return `values` smoothed by exponential averages in both directions, without a lag.
 
-    Both averages are corrected for their beginning (Kingma and Ba, arXiv:1412.6980).
+    Both averages have the bias correction of Kingma and Ba (arXiv:1412.6980).
     """
     return _average(_average(values, beta)[::-1], beta)[::-1]
 
@@ -170,58 +186,60 @@ def _average(values: Sequence[float], beta: float) -> list[float]:
     return averages
 
 
-def usable(curve: LossCurve) -> tuple[list[float], list[float]]:
-    """Return learning rates and smoothed losses, up to where the loss breaks.
+def usable_part(curve: LossCurve) -> tuple[list[float], list[float]]:
+    """Return the learning rates and smoothed losses up to the point where training breaks.
 
-    That is before the first loss that is not finite, and before the first that is above what it was
-    at the beginning after it has fallen, or for good: what comes then says nothing of training, and
-    must not be smoothed into the rest.
+    The curve is cut before the first loss that is not finite, before losses that stay above their
+    initial level up to the end, and before the first that rises above that level after a fall.
+    Later losses say nothing about training and must not be smoothed into the earlier ones.
     """
     losses = list(itertools.takewhile(math.isfinite, curve.losses))
     if not losses:
         return [], []
-    limit = max(losses[: max(len(losses) // 10, 1)])
+    initial = max(losses[: max(len(losses) // 10, 1)])
     end = len(losses)
-    while end > 1 and losses[end - 1] > limit:
+    while end > 1 and losses[end - 1] > initial:
         end -= 1
-    averages = _average(losses[:end], _OFFLINE)
-    for index, low in enumerate(itertools.accumulate(averages, min)):
-        if losses[index] > limit and low < limit * (1 - _FALLEN):
+    averages = _average(losses[:end], _OFFLINE_BETA)
+    for index, lowest in enumerate(itertools.accumulate(averages, min)):
+        if losses[index] > initial and lowest < initial * (1 - _BROKEN_FALL):
             end = index
             break
     return list(curve.lrs[:end]), smooth(losses[:end])
 
 
 def suggest(curve: LossCurve) -> Suggestions:
-    """Return what each rule makes of a curve.
+    """Return the learning rate that each rule suggests for a curve.
 
-    None of them suggests anything where the loss has not fallen, or there are too few points.
+    If the curve has too few points before it breaks, or if the loss never falls, there are no
+    suggestions and `reason` says why.
     """
-    lrs, losses = usable(curve)
-    if len(losses) < _LEAST_POINTS:
+    lrs, losses = usable_part(curve)
+    if len(losses) < _MIN_POINTS:
         return Suggestions(
-            reason=f"the loss is not finite after {len(losses)} steps: begin at a lower lr"
+            reason=f"the loss breaks after {len(losses)} steps, and the rules need at least "
+            f"{_MIN_POINTS}; start the range at a lower learning rate"
         )
     lowest = min(losses)
-    before = losses[: losses.index(lowest) + 1]
-    fall = max(before) - lowest
-    if not fall > _LEAST_FALL * abs(max(before)):
+    descent = losses[: losses.index(lowest) + 1]
+    highest = max(descent)
+    if not highest - lowest > _MIN_FALL * abs(highest):
         return Suggestions(
             reason="the loss does not fall at any learning rate: it diverges at once, the range is "
-            "too low, or the steps are too few"
+            "too low, or there are too few steps"
         )
     logs = [math.log(lr) for lr in lrs]
     slopes = _slopes(logs, losses)
     return Suggestions(
         valley=_valley(logs, losses),
-        steep=lrs[min(range(len(before)), key=slopes.__getitem__)],
-        minimum=lrs[len(before) - 1] / 10,
+        steep=lrs[min(range(len(descent)), key=slopes.__getitem__)],
+        minimum=lrs[len(descent) - 1] / 10,
         slide=_slide(lrs, slopes),
     )
 
 
 def _slopes(xs: Sequence[float], ys: Sequence[float]) -> list[float]:
-    """Return dy/dx by differences of the neighbours, one-sided at the ends."""
+    """Return dy/dx at each point by central differences, one-sided at the ends."""
     last = len(xs) - 1
     pairs = [(max(index - 1, 0), min(index + 1, last)) for index in range(len(xs))]
     return [(ys[right] - ys[left]) / (xs[right] - xs[left]) for left, right in pairs]
@@ -230,54 +248,61 @@ def _slopes(xs: Sequence[float], ys: Sequence[float]) -> list[float]:
 def _valley(logs: Sequence[float], losses: Sequence[float]) -> float:
     """Return the learning rate two thirds along the longest descent, on the logarithmic scale.
 
-    Its beginning and its end are where a twentieth of its fall is done, and all but a twentieth:
-    how long the curve was level before does not matter.
+    The first and the last twentieth of the fall are ignored, so that a long plateau before the
+    descent does not shift the result.
     """
     descent = _longest_descent(losses)
     top, bottom = losses[descent[0]], losses[descent[-1]]
-    steep = [
+    middle = [
         logs[index]
         for index in descent
         if _EDGE <= (top - losses[index]) / (top - bottom) <= 1 - _EDGE
     ] or [logs[index] for index in descent]
-    return math.exp(steep[0] + (steep[-1] - steep[0]) * 2 / 3)
+    return math.exp(middle[0] + (middle[-1] - middle[0]) * 2 / 3)
 
 
 def _longest_descent(losses: Sequence[float]) -> list[int]:
-    """Return the places of the longest strictly decreasing subsequence, by patience sorting."""
+    """Return the indices of the longest strictly decreasing subsequence, by patience sorting."""
     tails: list[float] = []
     ends: list[int] = []
-    before: list[int | None] = []
+    predecessors: list[int | None] = []
     for index, loss in enumerate(losses):
         length = bisect.bisect_left(tails, -loss)
-        before.append(ends[length - 1] if length else None)
+        predecessors.append(ends[length - 1] if length else None)
         tails[length : length + 1] = [-loss]
         ends[length : length + 1] = [index]
-    found: list[int] = []
-    place: int | None = ends[-1]
-    while place is not None:
-        found.append(place)
-        place = before[place]
-    return found[::-1]
+    indices: list[int] = []
+    position: int | None = ends[-1]
+    while position is not None:
+        indices.append(position)
+        position = predecessors[position]
+    return indices[::-1]
 
 
 def _slide(lrs: Sequence[float], slopes: Sequence[float]) -> float | None:
-    """Return the learning rate at the left of an interval that slides down from the right.
+    """Return the learning rate at the left end of an interval with equal slopes at both ends.
 
-    It stops where the slopes at both of its ends are alike.
+    The interval slides down from the right end of the curve until its slopes are equal; None if
+    they never are.
     """
-    length = max(round(_INTERVAL * len(lrs)), 1)
-    level = _LEVEL * max(map(abs, slopes))
+    length = max(round(_SLIDE_INTERVAL * len(lrs)), 1)
+    tolerance = _EQUAL_SLOPES * max(map(abs, slopes))
     for right in range(len(lrs) - 1, length - 1, -1):
-        if abs(slopes[right] - slopes[right - length]) <= level:
+        if abs(slopes[right] - slopes[right - length]) <= tolerance:
             return lrs[right - length]
     return None
 
 
-def at_reference(lr: float, batch_size: int, lr_batch_size: int | None, rule: str) -> float:
-    """Return a learning rate found at `batch_size` as the recipe states it, at `lr_batch_size`.
+def lr_at_reference(lr: float, batch_size: int, lr_batch_size: int | None, rule: str) -> float:
+    """Return a learning rate measured at `batch_size` as a recipe states it, at `lr_batch_size`.
 
-    The inverse of how a plan scales it.
+    This is the inverse of the scaling that a plan applies.
+
+    Args:
+        lr: The measured learning rate.
+        batch_size: Global batch of the measurement.
+        lr_batch_size: Reference batch of the recipe; None means that there is none.
+        rule: `Recipe.lr_rule`.
     """
     if rule == "none" or lr_batch_size is None:
         return lr

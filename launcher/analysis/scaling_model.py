@@ -1,11 +1,11 @@
-"""What more nodes would make of a step: a model of communication, of noise and of failures.
+"""A model of a training step on more ranks and nodes, and of the cost of failures.
 
 Collectives follow the alpha-beta model: a message of n bytes takes alpha + n / beta on a link
 (Thakur, Rabenseifner, Gropp, "Optimization of Collective Communication Operations in MPICH", 2005;
 the double binary tree: Sanders, Speck, Traeff, "Two-tree algorithms for full bandwidth broadcast,
-reduction and scan", 2009). What is left out: stragglers, contention with other jobs, kernels that
-the communication slows down, a loader that cannot keep up, and the optimizer, which is taken to be
-part of the computation.
+reduction and scan", 2009). The model ignores stragglers, contention with other jobs, kernels that
+communication slows down, and data loading that cannot keep up. It counts the optimizer as
+computation.
 """
 
 from __future__ import annotations
@@ -18,95 +18,111 @@ from typing import NamedTuple
 from launcher.planning.strategy import STRATEGIES
 
 _BUCKET_BYTES = 25 << 20
-"""DDP's: the last bucket is ready when backward is over, and is never hidden."""
+"""Size of DDP's gradient buckets; the last one is ready when backward ends and overlaps nothing."""
 
-_BACKWARD = 2 / 3
-"""Of a micro-step's time: backward computes two products for each of forward's."""
+_BACKWARD_FRACTION = 2 / 3
+"""Fraction of a micro-step spent in backward, which computes two products for each of forward's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
-    """A connection, in one direction."""
+    """A connection between two endpoints, in one direction."""
 
     seconds: float
-    """Latency of a message (alpha)."""
+    """Latency of a message (alpha), in seconds."""
 
     bytes_per_second: float
-    """Bandwidth (beta)."""
+    """Bandwidth (beta), in bytes per second."""
 
     def send(self, num_bytes: float) -> float:
-        """Return the seconds of a message."""
+        """Return the seconds that a message of `num_bytes` takes."""
         return self.seconds + num_bytes / self.bytes_per_second
 
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """What ranks are connected by."""
+    """The links between the ranks of a cluster."""
 
     inside: Link
-    """Between ranks of a node, for each of them."""
+    """Link of each rank to the other ranks of its node."""
 
     between: Link
-    """Between nodes, for all ranks of one together."""
+    """Link of a node to the other nodes, shared by all of its ranks."""
 
 
 class Bounds(NamedTuple):
-    """Seconds: at best, where all that can be is hidden behind computation, and with nothing."""
+    """The best and the worst case of a quantity."""
 
     best: float
+    """The value if communication overlaps with computation wherever it can."""
+
     worst: float
+    """The value if communication never overlaps with computation."""
 
 
 def ring(num_bytes: float, ranks: int, link: Link) -> float:
-    """Return the seconds of an all-reduce in a ring: 2 (p - 1) messages of n / p bytes each."""
+    """Return the seconds of a ring all-reduce: 2 (p - 1) messages of n / p bytes each.
+
+    Args:
+        num_bytes: Size n of the buffer of each rank.
+        ranks: Number p of ranks.
+        link: Link between neighbours in the ring.
+    """
     return 2 * (ranks - 1) * link.send(num_bytes / ranks)
 
 
 def tree(num_bytes: float, ranks: int, link: Link) -> float:
-    """Return the seconds of an all-reduce in two binary trees: 2 log2(p) alpha + 2 n / beta."""
+    """Return the seconds of a double-binary-tree all-reduce: 2 log2(p) alpha + 2 n / beta.
+
+    Args:
+        num_bytes: Size n of the buffer of each rank.
+        ranks: Number p of ranks.
+        link: Link between neighbours in the trees.
+    """
     if ranks == 1:
         return 0.0
     return 2 * math.log2(ranks) * link.seconds + 2 * num_bytes / link.bytes_per_second
 
 
 def all_reduce(num_bytes: float, nodes: int, nproc: int, network: Network) -> float:
-    """Return the seconds of an all-reduce over nodes x nproc ranks, in the fastest way.
+    """Return the seconds of an all-reduce over nodes x nproc ranks by the fastest algorithm.
 
-    Within a node a ring. Over nodes: one ring through all ranks; or each node on its own, then
-    the nodes, in a ring or in trees, of which each of a node's ranks carries its part.
+    Ranks of one node form a ring. Across nodes there are two candidates: one ring through all
+    ranks, or a hierarchy in which each node reduces on its own and the nodes then reduce in a ring
+    or in trees, with each rank of a node carrying its part.
 
     Args:
-        num_bytes: What each rank has.
+        num_bytes: Size of the buffer of each rank.
         nodes: Number of nodes.
-        nproc: Ranks on each.
-        network: Their connections.
+        nproc: Ranks per node.
+        network: Links within and between nodes.
     """
-    own = ring(num_bytes, nproc, network.inside)
+    within_node = ring(num_bytes, nproc, network.inside)
     if nodes == 1:
-        return own
+        return within_node
     flat = ring(num_bytes, nodes * nproc, network.between)
-    among = min(way(num_bytes, nodes, network.between) for way in (ring, tree))
-    return min(flat, own + among)
+    between_nodes = min(algorithm(num_bytes, nodes, network.between) for algorithm in (ring, tree))
+    return min(flat, within_node + between_nodes)
 
 
 class Traffic(NamedTuple):
-    """Seconds of a step's collectives, by what they can be hidden behind."""
+    """The time of the collectives of a step, by the computation that they can overlap with."""
 
     gradients: float
-    """Reduced during backward."""
+    """Seconds of the gradient reductions, which overlap with backward."""
 
     reductions: int
-    """Micro-steps whose gradients are reduced."""
+    """Number of micro-steps whose gradients are reduced."""
 
     ahead: float = 0.0
-    """Weights gathered before they are used, in forward and again in backward."""
+    """Seconds of gathering weights before forward and backward use them."""
 
     after: float = 0.0
-    """Weights gathered when the step has been taken, with nothing to hide them."""
+    """Seconds of gathering weights after the optimizer step, which overlap with nothing."""
 
     @property
     def seconds(self) -> float:
-        """All of it, one after the other."""
+        """Seconds of all collectives, one after the other."""
         return self.gradients + self.ahead + self.after
 
 
@@ -120,26 +136,28 @@ def traffic(
     accumulation: int,
     weight_size: float = 1.0,
 ) -> Traffic:
-    """Return the collectives of a step; a reduce-scatter or an all-gather is half an all-reduce.
+    """Return the time of the collectives of one step under a strategy.
 
-    DDP reduces once a step. ZeRO 1 reduces once, ZeRO 2 after each micro-step, and both gather the
-    weights after the step. ZeRO 3 and FSDP gather them for each forward and each backward, and
-    reduce after it (Rajbhandari et al., arXiv:1910.02054, section 7).
+    A reduce-scatter or an all-gather counts as half an all-reduce. DDP reduces once per step.
+    ZeRO 1 reduces once and ZeRO 2 after each micro-step, and both gather the weights after the
+    step. ZeRO 3 and FSDP gather the weights for each forward and each backward, and reduce after
+    each backward (Rajbhandari et al., arXiv:1910.02054, section 7).
 
     Args:
-        num_bytes: Of the gradients, in fp32.
+        num_bytes: Size of the fp32 gradients.
         nodes: Number of nodes.
-        nproc: Ranks on each.
-        network: Their connections.
+        nproc: Ranks per node.
+        network: Links within and between nodes.
         strategy: One of `launcher.planning.strategy.STRATEGIES`.
-        accumulation: Micro-steps of a step.
-        weight_size: Of a gathered weight over that of its gradient; FSDP in bf16 has 0.5.
+        accumulation: Micro-steps per step.
+        weight_size: Size of a gathered weight over that of its gradient, such as 0.5 for FSDP in
+            bf16.
     """
-    whole = all_reduce(num_bytes, nodes, nproc, network)
-    half = whole / 2
+    full = all_reduce(num_bytes, nodes, nproc, network)
+    half = full / 2
     sharding = STRATEGIES[strategy]
     if not sharding.shards:
-        return Traffic(whole, 1)
+        return Traffic(full, 1)
     reductions = accumulation if sharding.shards_gradients else 1
     if not sharding.shards_parameters:
         return Traffic(reductions * half, reductions, after=half)
@@ -150,30 +168,30 @@ def traffic(
 def step_seconds(
     micro_seconds: float, sent: Traffic, *, accumulation: int, num_bytes: float
 ) -> Bounds:
-    """Return the seconds of a step with its communication hidden as well as can be, and not at all.
+    """Return the seconds of a step, with the most and with no overlap of communication.
 
-    Gradients hide behind the backward that makes them, but for their last bucket; what is gathered
-    ahead behind all of the computation.
+    At best, gradients overlap with the backward that produces them, except for their last bucket,
+    and gathering ahead overlaps with all computation.
 
     Args:
-        micro_seconds: Computation of a micro-step.
-        sent: The collectives of the step.
-        accumulation: Its micro-steps.
-        num_bytes: Of the gradients.
+        micro_seconds: Computation of one micro-step, in seconds.
+        sent: Collectives of the step.
+        accumulation: Micro-steps per step.
+        num_bytes: Size of the gradients.
     """
     compute = accumulation * micro_seconds
     last_bucket = sent.gradients * min(_BUCKET_BYTES / num_bytes, 1.0) / sent.reductions
-    behind = compute if sent.ahead else _BACKWARD * micro_seconds * sent.reductions
-    shown = max(sent.gradients + sent.ahead - behind, last_bucket)
-    return Bounds(compute + shown + sent.after, compute + sent.seconds)
+    overlap = compute if sent.ahead else _BACKWARD_FRACTION * micro_seconds * sent.reductions
+    exposed = max(sent.gradients + sent.ahead - overlap, last_bucket)
+    return Bounds(compute + exposed + sent.after, compute + sent.seconds)
 
 
 class Computation:
-    """Seconds of a micro-step by its size, from what was measured on one device.
+    """The time of a micro-step as a function of its size, measured on one device.
 
-    Between measured sizes straight lines; beyond the largest, samples at its rate; below the
-    smallest, the line through the two smallest, which has what a step costs whatever its size, or
-    with one size alone samples at its rate.
+    The time is interpolated linearly between measured sizes. Above the largest, the throughput of
+    the largest applies. Below the smallest, the line through the two smallest is continued, which
+    includes the fixed cost of a micro-step; with one size alone its throughput applies.
 
     Args:
         measured: (samples, seconds) of micro-steps, at least one.
@@ -184,25 +202,30 @@ class Computation:
 
     @property
     def largest(self) -> int:
-        """The largest size that was measured."""
+        """The largest measured size, in samples."""
         return self._points[-1][0]
 
     def seconds(self, size: float) -> float:
-        """Return the seconds of a micro-step of so many samples."""
+        """Return the seconds of a micro-step of `size` samples."""
         points = self._points
-        size_after, after = points[-1]
-        if size >= size_after or len(points) == 1:
-            return after * size / size_after
-        above = next(index for index, (each, _) in enumerate(points) if size < each)
-        (low, below), (high, above_seconds) = points[max(above - 1, 0)], points[max(above, 1)]
-        slope = max((above_seconds - below) / (high - low), 0.0)
-        return max(below + slope * (size - low), below * min(size / low, 1.0))
+        largest, largest_seconds = points[-1]
+        if size >= largest or len(points) == 1:
+            return largest_seconds * size / largest
+        above = next(index for index, (measured, _) in enumerate(points) if size < measured)
+        (low, low_seconds), (high, high_seconds) = points[max(above - 1, 0)], points[max(above, 1)]
+        slope = max((high_seconds - low_seconds) / (high - low), 0.0)
+        # A steep line must not promise small sizes a higher throughput than any measured one.
+        return max(low_seconds + slope * (size - low), low_seconds * min(size / low, 1.0))
 
 
 def checkpoint_interval(save_seconds: float, mtbf_seconds: float) -> float:
-    """Return the seconds between checkpoints that lose the least: sqrt(2 C MTBF).
+    """Return the seconds between checkpoints that lose the least time: sqrt(2 C MTBF).
 
     Young, "A first order approximation to the optimum checkpoint interval", CACM 17 (1974).
+
+    Args:
+        save_seconds: Time C that a checkpoint takes.
+        mtbf_seconds: Mean time between failures of the whole job.
     """
     return math.sqrt(2 * save_seconds * mtbf_seconds)
 
@@ -210,9 +233,16 @@ def checkpoint_interval(save_seconds: float, mtbf_seconds: float) -> float:
 def goodput(
     save_seconds: float, interval: float, restart_seconds: float, mtbf_seconds: float
 ) -> float:
-    """Return the part of the time that is training which lasts, to first order; at least 0.
+    """Return the fraction of the time spent on steps that last, to first order; at least 0.
 
-    Lost are the saving itself, and for each failure the start and half an interval of steps.
+    Time is lost to saving, and at each failure to the restart and to half an interval of steps on
+    average.
+
+    Args:
+        save_seconds: Time that a checkpoint takes.
+        interval: Time between checkpoints, in seconds.
+        restart_seconds: Time from a failure to the next step.
+        mtbf_seconds: Mean time between failures of the whole job.
     """
     lost = save_seconds / interval + (restart_seconds + interval / 2) / mtbf_seconds
     return max(1 - lost, 0.0)

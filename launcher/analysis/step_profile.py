@@ -1,12 +1,13 @@
-"""Where the time of a step goes, by a trace of torch.profiler, and what to try.
+"""The time of a step by its parts, from a trace of torch.profiler, with advice.
 
-The trace is what `export_chrome_trace` writes. An instant counts for the first that holds:
+A trace is a file that `export_chrome_trace` writes. Every instant of the profiled steps belongs to
+the first of these that applies:
 
-1. something is computed: for the part of the step that asked for it;
-2. ranks talk, with nothing to compute beside it: communication;
-3. on CPUs, the part of the step that Python is in; on a GPU, which then has nothing to do, reading
-   data if Python waits for that;
-4. what is left: other.
+1. If a kernel or an operation computes, the part of the step that launched it.
+2. If only a collective runs, communication.
+3. On CPUs, the part of the step that Python executes. On a GPU, which is then idle, data if Python
+   waits for data.
+4. Otherwise, other.
 """
 
 from __future__ import annotations
@@ -23,37 +24,46 @@ from launcher.planning.plan import Plan
 from launcher.planning.strategy import STRATEGIES
 
 PARTS = ("data", "forward", "backward", "communication", "optimizer", "other")
-"""Of a step, in its order."""
+"""The parts of a step, in their order."""
 
 PREFIX = "launcher::"
-"""Of the names of ranges in a trace that say which part of a step they are."""
+"""Prefix of the names of the ranges in a trace that mark the parts of a step."""
 
-_STEP = "ProfilerStep#"
-_KERNELS = frozenset(("kernel", "gpu_memcpy", "gpu_memset"))
-_COLLECTIVES = ("gloo:", "nccl", "c10d::", "c10d_functional::", "_c10d_functional::")
-_MUCH = 0.1
-_MOST_OPERATIONS = 8
-_STRAGGLES = 1.15
+_STEP_PREFIX = "ProfilerStep#"
+_KERNEL_CATEGORIES = frozenset(("kernel", "gpu_memcpy", "gpu_memset"))
+_COLLECTIVE_PREFIXES = ("gloo:", "nccl", "c10d::", "c10d_functional::", "_c10d_functional::")
+_LARGE_SHARE = 0.1
+"""Fraction of a step from which data and communication merit advice; other parts merit it from
+twice that."""
 
+_MAX_OPERATIONS = 8
+_STRAGGLER_RATIO = 1.15
+"""A rank whose own work exceeds this many times the median of the others is a straggler."""
 
-_OF_OPTIMIZER = (
-    "The optimizer takes a large part: a larger batch takes fewer of its steps (`launcher find "
-    "noise` says how large is worth it); an optimizer of the recipe's own should be a fused one."
+_OPTIMIZER_ADVICE = (
+    "The optimizer takes a large part of the step. A larger batch needs fewer optimizer steps "
+    "(`launcher find noise` measures how large a batch is useful). If the recipe builds its own "
+    "optimizer, use a fused one."
 )
-_OF_FP32 = (
-    "Most of a step is computing in fp32: precision=bf16, or tf32=true, which changes less, take "
-    "units that are several times as fast."
+_FP32_ADVICE = (
+    "The step mostly computes in fp32. Set precision=bf16, or tf32=true, which changes the results "
+    "less: both use units of the GPU that are several times as fast."
 )
-_OF_OTHER = {
+_OTHER_ADVICE = {
     "cuda": (
-        "The GPU has nothing to do while Python gets to the next kernel: compile=true, a larger "
-        "micro_batch_size, fewer and larger operations."
+        "The GPU is idle while Python launches the next kernel. Try compile=true, a larger "
+        "micro_batch_size, or fewer and larger operations."
     ),
-    "cpu": "Much is neither the model nor its data: Python between the parts of small steps.",
+    "cpu": (
+        "Much of the step is neither the model nor its data: it is Python overhead between the "
+        "parts of small steps."
+    ),
 }
 
 
 class _Event(msgspec.Struct):
+    """A duration event of a trace, with times in microseconds."""
+
     name: str = ""
     ph: str = ""
     cat: str = ""
@@ -68,15 +78,19 @@ class _Trace(msgspec.Struct):
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """Where the time of a rank's steps went."""
+    """The time of the profiled steps of one rank, by part and by operation."""
 
     steps: int
+    """Number of profiled steps."""
+
     step_seconds: float
+    """Mean duration of a step, in seconds."""
+
     parts: dict[str, float]
-    """Seconds of a step by `PARTS`, on average."""
+    """Mean seconds per step of each of `PARTS`."""
 
     operations: list[tuple[str, float]]
-    """(name, seconds of a step) of what takes the longest, itself."""
+    """(name, mean seconds per step) of the longest operations, without the operations they call."""
 
 
 @dataclass(frozen=True)
@@ -87,13 +101,13 @@ class _Interval:
 
 
 def read_profile(path: Path) -> Profile:
-    """Return where the time went that a trace is of.
+    """Read a trace and return the time of its steps by part.
 
     Args:
-        path: A JSON file of torch.profiler, compressed if its name ends in .gz.
+        path: A JSON trace of torch.profiler, compressed with gzip if its name ends in .gz.
 
     Raises:
-        ValueError: It is no trace, or has no step.
+        ValueError: The file is not a trace, or the trace has no steps.
     """
     content = path.read_bytes()
     if path.suffix == ".gz":
@@ -101,47 +115,52 @@ def read_profile(path: Path) -> Profile:
     try:
         trace = msgspec.json.decode(content, type=_Trace)
     except msgspec.DecodeError as error:
-        raise ValueError(f"{path} is no trace of torch.profiler: {error}") from None
+        raise ValueError(f"{path} is not a trace of torch.profiler: {error}") from None
     return account([event for event in trace.traceEvents if event.ph == "X"])
 
 
 def account(events: Sequence[_Event]) -> Profile:
-    """Return where the time went that the events of a trace are of.
+    """Return the time of the steps in a trace by part.
+
+    Args:
+        events: The duration events of the trace.
 
     Raises:
-        ValueError: There is no step among them.
+        ValueError: The trace has no steps.
     """
-    steps = [e for e in events if e.name.startswith(_STEP) and e.cat == "user_annotation"]
+    steps = [e for e in events if e.name.startswith(_STEP_PREFIX) and e.cat == "user_annotation"]
     if not steps:
-        raise ValueError("the trace has no step")
+        raise ValueError("the trace has no steps: it has no event named ProfilerStep#<number>")
     begin, end = min(e.ts for e in steps), max(e.ts + e.dur for e in steps)
-    main = steps[0].tid
-    on_gpu = any(event.cat in _KERNELS for event in events)
-    if on_gpu:
-        work = [e for e in events if e.cat in _KERNELS and not _is_collective(e)]
-        talk = [e for e in events if e.cat in _KERNELS and _is_collective(e)]
-        own = [e for e in events if e.cat == "gpu_user_annotation" and e.name.startswith(PREFIX)]
+    main_thread = steps[0].tid
+    if any(event.cat in _KERNEL_CATEGORIES for event in events):
+        kernels = [e for e in events if e.cat in _KERNEL_CATEGORIES]
+        work = [e for e in kernels if not _is_collective(e)]
+        collectives = [e for e in kernels if _is_collective(e)]
+        parts = [e for e in events if e.cat == "gpu_user_annotation" and e.name.startswith(PREFIX)]
         idle = [e for e in events if e.name == f"{PREFIX}data" and e.cat == "user_annotation"]
     else:
-        ours = [e for e in events if e.cat == "cpu_op" and e.tid == main]
-        work = [e for e in ours if not _is_collective(e)]
-        talk = [e for e in events if _is_collective(e) and (e.cat != "cpu_op" or e.tid == main)]
-        own = [e for e in events if e.cat == "user_annotation" and e.name.startswith(PREFIX)]
-        idle = own
-    kinds = [_intervals(each) for each in (work, talk, own, idle)]
+        operations = [e for e in events if e.cat == "cpu_op" and e.tid == main_thread]
+        work = [e for e in operations if not _is_collective(e)]
+        collectives = [
+            e for e in events if _is_collective(e) and (e.cat != "cpu_op" or e.tid == main_thread)
+        ]
+        parts = [e for e in events if e.cat == "user_annotation" and e.name.startswith(PREFIX)]
+        idle = parts
+    kinds = [_intervals(kind) for kind in (work, collectives, parts, idle)]
     totals = _sweep(kinds, begin, end)
-    longest = sorted(_own_times(work).items(), key=lambda each: -each[1])[:_MOST_OPERATIONS]
+    longest = sorted(_self_times(work).items(), key=lambda item: -item[1])[:_MAX_OPERATIONS]
     scale = 1e-6 / len(steps)
     return Profile(
         steps=len(steps),
         step_seconds=(end - begin) * scale,
         parts={part: totals[part] * scale for part in PARTS},
-        operations=[(name, value * scale) for name, value in longest],
+        operations=[(name, microseconds * scale) for name, microseconds in longest],
     )
 
 
 def _is_collective(event: _Event) -> bool:
-    return event.name.startswith(_COLLECTIVES)
+    return event.name.startswith(_COLLECTIVE_PREFIXES)
 
 
 def _intervals(events: Iterable[_Event]) -> list[_Interval]:
@@ -149,52 +168,54 @@ def _intervals(events: Iterable[_Event]) -> list[_Interval]:
 
 
 def _sweep(kinds: Sequence[Sequence[_Interval]], begin: float, end: float) -> dict[str, float]:
-    """Go through time and give each stretch to the part of the step that it belongs to.
+    """Return the total time of each part of a step, in microseconds.
 
     Args:
-        kinds: Work, talk, the ranges that work is asked for in, those that count without either.
-        begin: Where to begin.
-        end: Where to end.
+        kinds: Intervals of work, of collectives, of the parts that work belongs to, and of the
+            parts that count while neither work nor a collective runs.
+        begin: Start of the first step.
+        end: End of the last step.
     """
     edges: list[tuple[float, int, int, str]] = []
     for kind, intervals in enumerate(kinds):
-        for each in intervals:
-            first, last = max(each.begin, begin), min(each.end, end)
+        for interval in intervals:
+            first, last = max(interval.begin, begin), min(interval.end, end)
             if last > first:
-                name = each.name if kind > 1 else ""
+                name = interval.name if kind > 1 else ""
                 edges += [(first, 1, kind, name), (last, -1, kind, name)]
     edges.sort()
-    open_now = [Counter[str]() for _ in kinds]
+    open_counts = [Counter[str]() for _ in kinds]
     totals = dict.fromkeys(PARTS, 0.0)
-    before = begin
-    for when, change, kind, name in [*edges, (end, 0, 0, "")]:
-        if when > before:
-            totals[_part(open_now)] += when - before
-            before = when
-        open_now[kind][name] += change
-        if not open_now[kind][name]:
-            del open_now[kind][name]
+    previous = begin
+    for time, change, kind, name in [*edges, (end, 0, 0, "")]:
+        if time > previous:
+            totals[_part(open_counts)] += time - previous
+            previous = time
+        open_counts[kind][name] += change
+        if not open_counts[kind][name]:
+            del open_counts[kind][name]
     return totals
 
 
-def _part(open_now: list[Counter[str]]) -> str:
-    work, talk, own, idle = open_now
+def _part(open_counts: list[Counter[str]]) -> str:
+    """Return the part of a step that an instant belongs to, by the intervals open at it."""
+    work, collectives, parts, idle = open_counts
     if work:
-        return next((name for name in own if name in PARTS), "other")
-    if talk:
+        return next((name for name in parts if name in PARTS), "other")
+    if collectives:
         return "communication"
     return next((name for name in idle if name in PARTS), "other")
 
 
-def _own_times(events: list[_Event]) -> dict[str, float]:
-    """Return what each operation took by name, without those that it called in its thread."""
+def _self_times(events: list[_Event]) -> dict[str, float]:
+    """Return the microseconds of each operation by name, without nested operations."""
     totals: dict[str, float] = defaultdict(float)
     by_thread: dict[int | str, list[_Event]] = {}
     for event in events:
         by_thread.setdefault(event.tid, []).append(event)
-    for those in by_thread.values():
+    for thread_events in by_thread.values():
         stack: list[_Event] = []
-        for event in sorted(those, key=lambda each: (each.ts, -each.dur)):
+        for event in sorted(thread_events, key=lambda event: (event.ts, -event.dur)):
             while stack and stack[-1].ts + stack[-1].dur <= event.ts:
                 stack.pop()
             totals[event.name] += event.dur
@@ -205,59 +226,68 @@ def _own_times(events: list[_Event]) -> dict[str, float]:
 
 
 def advice(profiles: Sequence[Profile], plan: Plan) -> list[str]:
-    """Return what to try, in words, the largest gain first; by what all ranks have in common.
+    """Return advice on the parts that take much of a step, the largest part first.
 
     Args:
-        profiles: Of each rank.
-        plan: What was profiled.
+        profiles: Profile of each rank; the advice is about their mean.
+        plan: The plan of the profiled run.
     """
-    count = len(profiles)
-    whole = sum(each.step_seconds for each in profiles) / count
-    shares = {part: sum(p.parts[part] for p in profiles) / count / whole for part in PARTS}
-    found: list[tuple[float, str]] = []
-    if shares["data"] > _MUCH:
-        found.append((shares["data"], _of_data(plan)))
-    if shares["communication"] > _MUCH:
-        found.append((shares["communication"], _of_communication(profiles, plan)))
-    if shares["optimizer"] > 2 * _MUCH:
-        found.append((shares["optimizer"], _OF_OPTIMIZER))
-    if shares["other"] > 2 * _MUCH:
-        found.append((shares["other"], _OF_OTHER[plan.device]))
+    num_ranks = len(profiles)
+    mean_step = sum(profile.step_seconds for profile in profiles) / num_ranks
+    shares = {
+        part: sum(profile.parts[part] for profile in profiles) / num_ranks / mean_step
+        for part in PARTS
+    }
+    items: list[tuple[float, str]] = []
+    if shares["data"] > _LARGE_SHARE:
+        items.append((shares["data"], _data_advice(plan)))
+    if shares["communication"] > _LARGE_SHARE:
+        items.append((shares["communication"], _communication_advice(profiles, plan)))
+    if shares["optimizer"] > 2 * _LARGE_SHARE:
+        items.append((shares["optimizer"], _OPTIMIZER_ADVICE))
+    if shares["other"] > 2 * _LARGE_SHARE:
+        items.append((shares["other"], _OTHER_ADVICE[plan.device]))
     computing = shares["forward"] + shares["backward"]
     if plan.device == "cuda" and plan.precision == "fp32" and computing > 0.5:
-        found.append((computing, _OF_FP32))
-    return [f"{share:.0%}: {text}" for share, text in sorted(found, key=lambda each: -each[0])] or [
+        items.append((computing, _FP32_ADVICE))
+    items.sort(key=lambda item: -item[0])
+    return [f"{share:.0%}: {text}" for share, text in items] or [
         "Nothing stands out: the step is mostly forward and backward."
     ]
 
 
-def _of_data(plan: Plan) -> str:
-    workers = plan.workers_per_rank
-    now = f"{workers} workers per rank are too few" if workers else "without workers"
+def _data_advice(plan: Plan) -> str:
+    num_workers = plan.workers_per_rank
+    reason = (
+        f"num_workers={num_workers} per rank is too few"
+        if num_workers
+        else "there are no workers: num_workers=0"
+    )
     return (
-        f"Steps wait for data ({now}). `launcher find loader {plan.recipe}` measures how many "
-        "workers are worth it; a smaller decode, or samples that are stored as they are used, "
-        "help where all cores are taken."
+        f"Steps wait for data; {reason}. `launcher find loader {plan.recipe}` measures how many "
+        "workers are useful. If all cores are busy, make decoding cheaper, or store the samples in "
+        "the form in which the model uses them."
     )
 
 
-def _of_communication(profiles: Sequence[Profile], plan: Plan) -> str:
-    own = [each.step_seconds - each.parts["communication"] for each in profiles]
-    slowest = max(range(len(own)), key=own.__getitem__)
-    others = sorted(own[:slowest] + own[slowest + 1 :])
-    times = own[slowest] / others[len(others) // 2] if others else 1.0
-    if times > _STRAGGLES:
+def _communication_advice(profiles: Sequence[Profile], plan: Plan) -> str:
+    own_seconds = [profile.step_seconds - profile.parts["communication"] for profile in profiles]
+    slowest = max(range(len(own_seconds)), key=own_seconds.__getitem__)
+    others = sorted(own_seconds[:slowest] + own_seconds[slowest + 1 :])
+    ratio = own_seconds[slowest] / others[len(others) // 2] if others else 1.0
+    if ratio > _STRAGGLER_RATIO:
         return (
-            f"Ranks wait for rank {slowest}, which has {times:.2f} times as much to do itself as "
-            "the others: look at its data, its device and what else runs there (`launcher doctor`)."
+            f"The other ranks wait for rank {slowest}, whose own work takes {ratio:.2f} times as "
+            "long as theirs. Check its data, its device and what else runs on its node "
+            "(`launcher doctor`)."
         )
-    hints = ["a larger batch talks as often and computes more"]
+    hints = ["A larger batch computes more per collective."]
     strategy = STRATEGIES[plan.strategy]
     if strategy.shards_parameters:
-        hints.append("strategy=ddp or zero1 talks less, if the model fits")
+        hints.append("If the model fits, strategy=ddp or zero1 communicates less.")
     if plan.precision == "fp32" and strategy.gathers_parameters_in_autocast_dtype:
-        hints.append("precision=bf16 sends half of the weights' bytes")
+        hints.append("With precision=bf16 the weights that are sent have half the size.")
     if plan.accumulation_steps > 1 and strategy.shards_parameters:
-        hints.append("a larger micro_batch_size gathers the weights less often")
-    hints.append("`launcher doctor` measures the links")
-    return f"Ranks wait for communication: {'; '.join(hints)}."
+        hints.append("A larger micro_batch_size gathers the weights less often.")
+    hints.append("`launcher doctor` measures the links.")
+    return f"Ranks wait for communication. {' '.join(hints)}"

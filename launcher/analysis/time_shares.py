@@ -1,4 +1,4 @@
-"""Where the time of a run's steps went, on which rank, and what it made of its device."""
+"""The time of a run's steps by part and by rank, and the utilisation of its devices."""
 
 from __future__ import annotations
 
@@ -9,116 +9,160 @@ from collections.abc import Sequence
 from launcher.analysis.device_peaks import peak_flops
 from launcher.runs.history import History
 
-_STRAGGLES = 1.15
-"""A rank that takes so many times the median of the others is named."""
+_STRAGGLER_RATIO = 1.15
+"""A rank whose own time exceeds this many times the median of the others is a straggler."""
 
-_MOST_NAMED = 8
-_SMOOTH = 0.02
-"""The part of the steps over which a smooth line forgets."""
+_MAX_NAMED_RANKS = 8
+_SMOOTHING_FRACTION = 0.02
+"""Time constant of a smoothed line, as a fraction of its length."""
+
+_LARGE_WAIT = 0.1
+"""Fraction of a step from which waiting for data merits advice."""
 
 
 def utilisation(history: History, flops: float) -> tuple[str, str]:
-    """Return (what, value) of how much of its device a rank uses, as far as that is known."""
-    name = next((e["device_name"] for e in reversed(history.events) if "device_name" in e), "")
+    """Return a label and a text for how much of its device a rank uses.
+
+    If the peak of the device is known, the text is a fraction of it, otherwise a throughput.
+
+    Args:
+        history: The run.
+        flops: Model floating-point operations per second of a rank.
+    """
+    device_name = next(
+        (event["device_name"] for event in reversed(history.events) if "device_name" in event), ""
+    )
     tf32 = bool(history.plan.settings.get("tf32"))
-    peak = peak_flops(name, history.plan.precision, tf32=tf32)
+    peak = peak_flops(device_name, history.plan.precision, tf32=tf32)
     if peak is None:
-        return "model operations of a rank", f"{_metric(flops)}FLOP/s"
-    return "model FLOPs utilisation", f"{flops / peak:.1%} of {_metric(peak)}FLOP/s"
+        return "model operations of a rank", f"{_with_prefix(flops)}FLOP/s"
+    return "model FLOPs utilisation", f"{flops / peak:.1%} of {_with_prefix(peak)}FLOP/s"
 
 
 def step_parts(history: History) -> dict[str, list[float]]:
-    """Return the seconds of each step by what they went to, means over ranks."""
+    """Return the seconds of each step by part, averaged over ranks.
+
+    Communication has a part of its own if the run has several ranks and measured it.
+    """
     steps = history.steps
-    whole, waits = steps["step_seconds"], list(steps["data_wait_seconds"])
-    told = any(map(math.isfinite, steps["communication_seconds"]))
-    talks = [c if math.isfinite(c) else 0.0 for c in steps["communication_seconds"]]
-    rest = [max(t - w - c, 0.0) for t, w, c in zip(whole, waits, talks, strict=True)]
-    name = "computing and the rest" if told else "computing, communication and the rest"
-    parts = {"waiting for data": waits}
-    if told and history.plan.world_size > 1:
-        parts["waiting for communication"] = talks
-    return parts | {name: rest}
+    step_seconds, data_waits = steps["step_seconds"], list(steps["data_wait_seconds"])
+    is_measured = any(map(math.isfinite, steps["communication_seconds"]))
+    communication = [
+        seconds if math.isfinite(seconds) else 0.0 for seconds in steps["communication_seconds"]
+    ]
+    rest = [
+        max(seconds - data_wait - communicating, 0.0)
+        for seconds, data_wait, communicating in zip(
+            step_seconds, data_waits, communication, strict=True
+        )
+    ]
+    rest_name = "computing and the rest" if is_measured else "computing, communication and the rest"
+    parts = {"waiting for data": data_waits}
+    if is_measured and history.plan.world_size > 1:
+        parts["waiting for communication"] = communication
+    return parts | {rest_name: rest}
 
 
 def shares_in_words(history: History, parts: dict[str, list[float]]) -> str:
-    """Return where the time of a typical step went, and how to learn more."""
+    """Return the mean duration of a step and the shares of its parts, with what to run next.
+
+    The first tenth of the steps is ignored as warm-up. The text is empty if nothing was timed.
+
+    Args:
+        history: The run.
+        parts: Seconds of each step by part, from `step_parts`.
+    """
     means = {}
     for name, values in parts.items():
-        late = [value for value in values[len(values) // 10 :] if math.isfinite(value)]
-        means[name] = statistics.fmean(late) if late else 0.0
-    whole = sum(means.values())
-    if not whole:
+        warm = values[len(values) // 10 :]
+        finite = [value for value in warm if math.isfinite(value)]
+        means[name] = statistics.fmean(finite) if finite else 0.0
+    total = sum(means.values())
+    if not total:
         return ""
-    said = ", ".join(f"{value / whole:.0%} {name}" for name, value in means.items())
-    words = f"A step took {1e3 * whole:.3g} ms on average: {said}."
+    shares = ", ".join(f"{value / total:.0%} {name}" for name, value in means.items())
+    sentences = [f"A step took {1e3 * total:.3g} ms on average: {shares}."]
     if "waiting for communication" not in parts and history.plan.world_size > 1:
-        words += (
-            f" What ranks wait for communication under {history.plan.strategy} is told by "
-            "`launcher profile`."
+        sentences.append(
+            f"Under strategy={history.plan.strategy} `launcher profile` measures how long ranks "
+            "wait for communication."
         )
-    if means["waiting for data"] > 0.1 * whole:
-        words += " `launcher find loader` says how many workers would be enough."
-    return words
+    if means["waiting for data"] > _LARGE_WAIT * total:
+        sentences.append("`launcher find loader` measures how many workers would be enough.")
+    return " ".join(sentences)
 
 
 def mean_own_seconds(history: History) -> list[float] | None:
-    """Return each rank's own part of a step, on average; None where that is not known."""
-    rows = [own for _, own in own_seconds(history)]
-    rows = rows[1:] or rows  # the first steps are slow for reasons of their own
+    """Return the mean seconds per step of each rank's own work, or None if it was not measured."""
+    rows = [seconds for _, seconds in own_seconds(history)]
+    rows = rows[1:] or rows  # the first row includes the warm-up
     return [statistics.fmean(column) for column in zip(*rows, strict=True)] if rows else None
 
 
 def own_seconds(history: History) -> list[tuple[int, list[float]]]:
-    """Return (step, own part by rank) since the run has had the ranks that it has now."""
+    """Return (step, seconds of each rank's own work) since the run got its present ranks."""
     rows: list[tuple[int, list[float]]] = []
     for row in history.ranks:
         if row.own_seconds is not None:
-            same = not rows or len(rows[0][1]) == len(row.own_seconds)
-            rows = [*(rows if same else []), (row.step, row.own_seconds)]
+            same_world = not rows or len(rows[0][1]) == len(row.own_seconds)
+            rows = [*(rows if same_world else []), (row.step, row.own_seconds)]
     return rows
 
 
-def stragglers_in_words(own: Sequence[float]) -> str:
-    """Return which ranks the others wait for, if for any."""
-    slow = stragglers(own)
-    if not slow:
+def stragglers_in_words(rank_seconds: Sequence[float]) -> str:
+    """Return a text that names the ranks that the others wait for.
+
+    Args:
+        rank_seconds: Seconds per step of each rank's own work.
+    """
+    slow_ranks = stragglers(rank_seconds)
+    if not slow_ranks:
         return "No rank is much slower than the others."
-    named = ", ".join(f"rank {rank} ({times:.3g}x)" for rank, times in slow[:_MOST_NAMED])
-    more = f" and {len(slow) - _MOST_NAMED} more" if slow[_MOST_NAMED:] else ""
-    return f"The others wait for {named}{more}: times what the median of them takes of a step."
+    names = ", ".join(
+        f"rank {rank} ({ratio:.3g}x)" for rank, ratio in slow_ranks[:_MAX_NAMED_RANKS]
+    )
+    num_unnamed = len(slow_ranks) - _MAX_NAMED_RANKS
+    more = f" and {num_unnamed} more" if num_unnamed > 0 else ""
+    return (
+        f"The others wait for {names}{more}. The factor is a rank's own time per step over the "
+        "median of the other ranks."
+    )
 
 
-def stragglers(own: Sequence[float]) -> list[tuple[int, float]]:
-    """Return (rank, times the median of the others) of the ranks that others wait for."""
-    middle = statistics.median(own) if len(own) > 1 else 0.0
-    found = []
-    for rank, value in enumerate(own):
-        if value > middle > 0:
-            others = statistics.median([*own[:rank], *own[rank + 1 :]])
-            if value > _STRAGGLES * others > 0:
-                found.append((rank, value / others))
-    return sorted(found, key=lambda each: -each[1])
+def stragglers(rank_seconds: Sequence[float]) -> list[tuple[int, float]]:
+    """Return (rank, ratio to the median of the other ranks) of the stragglers, slowest first.
+
+    Args:
+        rank_seconds: Seconds per step of each rank's own work.
+    """
+    median = statistics.median(rank_seconds) if len(rank_seconds) > 1 else 0.0
+    slow_ranks = []
+    for rank, seconds in enumerate(rank_seconds):
+        if seconds > median > 0:
+            others = statistics.median([*rank_seconds[:rank], *rank_seconds[rank + 1 :]])
+            if seconds > _STRAGGLER_RATIO * others > 0:
+                slow_ranks.append((rank, seconds / others))
+    return sorted(slow_ranks, key=lambda straggler: -straggler[1])
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Return a running mean that forgets over a fiftieth of the values, and starts unbiased.
+    """Return an unbiased exponential moving average over a fiftieth of the values.
 
-    Where a value is not finite there is a gap.
+    A value that is not finite becomes NaN in the result and does not enter the average.
     """
-    memory = max(len(values) * _SMOOTH, 1.0)
-    weight = 1 - 1 / memory
-    total = norm = 0.0
-    out = []
+    memory = max(len(values) * _SMOOTHING_FRACTION, 1.0)
+    decay = 1 - 1 / memory
+    total = weight = 0.0
+    averages = []
     for value in values:
         if math.isfinite(value):
-            total, norm = weight * total + value, weight * norm + 1
-        out.append(total / norm if math.isfinite(value) else math.nan)
-    return out
+            total, weight = decay * total + value, decay * weight + 1
+        averages.append(total / weight if math.isfinite(value) else math.nan)
+    return averages
 
 
-def _metric(value: float) -> str:
-    """Return a number with its prefix: `1.23 G`."""
+def _with_prefix(value: float) -> str:
+    """Return a number with three digits and its metric prefix, such as `1.23 G`."""
     for prefix in ("", "k", "M", "G", "T"):
         if value < 1000:
             return f"{value:.3g} {prefix}"

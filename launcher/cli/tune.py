@@ -74,7 +74,8 @@ def command(
     from launcher.report.page import render
     from launcher.report.tuning_page import TuningReporter, tuning_page, yaml_text
     from launcher.runs.rundir import write_atomic
-    from launcher.tuning.tune import Tuner, open_tuning
+    from launcher.tuning.tune import Tuner
+    from launcher.tuning.tuning_folder import open_tuning
 
     _, plan = target.plan()
     run_dir = open_tuning(out, target, plan, memory=memory, steps=steps, seconds=seconds)
@@ -82,7 +83,7 @@ def command(
     tuner = Tuner(target, run_dir, signals, reporter, memory=memory, steps=steps, seconds=seconds)
     folder = shlex.quote(run_dir.shown)
     click.echo(f"To resume this tuning after an interruption, add --out {folder}", err=True)
-    findings = tuner.run()
+    findings = tuner.run().settings
     recipe = shlex.quote(target.reference.shown)
     text = yaml_text(target, plan, findings)
     train = f"launcher run {recipe} --config {folder}/tuned.yaml"

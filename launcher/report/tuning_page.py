@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from launcher.tuning.loader_search import FoundLoader, LoaderTrial
     from launcher.tuning.noise_search import FoundNoise
     from launcher.tuning.probe_run import Probe, Target
-    from launcher.tuning.tune import TunedSetting
+    from launcher.tuning.tuning_result import TunedSetting
 
 
 class TuningReporter:

@@ -1,4 +1,4 @@
-"""The largest micro-batch that fits into memory, and the fastest."""
+"""The search for the largest micro-batch that fits into memory and for the fastest one."""
 
 from __future__ import annotations
 
@@ -19,40 +19,46 @@ from launcher.runs.provenance import versions
 from launcher.runs.rundir import RunDir, create_run_dir, write_json
 from launcher.tuning.probe_run import Probe, Target, run_probe
 
-STEPS = 4
-"""Steps that are timed, after a first that allocates and connects."""
+TIMED_STEPS = 4
+"""Timed steps of a trial, after one step that allocates memory and connects the ranks."""
 
-_ENDS_FOR_MEMORY = ("was killed by SIGKILL", "was killed by SIGABRT")
-"""By the kernel, or by C++ where an allocation fails in a thread that nobody catches it in."""
+_OUT_OF_MEMORY_DEATHS = ("was killed by SIGKILL", "was killed by SIGABRT")
+"""Deaths that mean out of memory: by the kernel, or by C++ if an allocation fails in a thread that
+catches no exception."""
 
 _MICRO_STEPS = 2
-"""Of a step of a trial: gradients are there while the second is computed, as in accumulation."""
+"""Micro-steps per step of a trial: the second computes while gradients exist, as accumulation
+does."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FoundBatch:
-    """What the sizes came to."""
+    """The result of a search for a micro-batch size."""
 
     trials: tuple[SizeTrial, ...]
+    """Outcome of each trial, in the order in which they ran."""
+
     share: int
-    """A rank's samples of a global batch: no micro-batch is larger."""
+    """Samples of a rank in one global batch, the largest possible micro-batch."""
 
     memory_bytes: int | None
-    """What each rank was allowed, the margin taken off; None is the GPU less the margin."""
+    """Memory limit of each rank, less the margin; None is the whole GPU, less the margin."""
 
 
 class BatchSearch:
-    """Tries one size after the other, each in fresh processes; what is known is not tried again.
+    """A search over micro-batch sizes, each of which is tried in new processes.
 
-    The global batch of the recipe is not touched: a trial takes a few short steps of its own.
+    A trial trains a few steps with a global batch of its own, so the recipe's global batch does
+    not change. Trials stay in memory: a second `run` continues where the first one stopped.
 
     Args:
         target: The recipe.
-        memory: Bytes for each rank; None is the memory of its GPU, or its part of what is free.
-        first: The size to begin with; None is an eighth of a rank's share.
+        memory: Memory of each rank in bytes; None is its GPU's memory, or its part of the free
+            host memory.
+        first: Size of the first trial; None starts at an eighth of a rank's share.
 
     Raises:
-        PlanError: The recipe cannot be trained like that.
+        PlanError: The recipe cannot be trained with these settings on these ranks.
     """
 
     def __init__(self, target: Target, *, memory: int | None, first: int | None = None) -> None:
@@ -67,24 +73,29 @@ class BatchSearch:
         self._trials: list[SizeTrial] = []
 
     def run(
-        self, run_dir: RunDir, signals: SignalHandler, tell: Callable[[SizeTrial], None]
+        self, run_dir: RunDir, signals: SignalHandler, on_trial: Callable[[SizeTrial], None]
     ) -> FoundBatch:
-        """Search to the end, with a folder in `run_dir` for each trial; `tell` hears of each.
+        """Try sizes until the largest that fits is known.
+
+        Args:
+            run_dir: Folder that receives a folder for each trial.
+            signals: The signal handler of this process.
+            on_trial: Receives the outcome of each trial.
 
         Raises:
-            TrainingError: A trial failed for another reason than memory.
+            TrainingError: A trial failed for a reason other than memory.
         """
         while (size := next_size(self._trials, self.share, first=self._first)) is not None:
-            trial = self._try(size, run_dir, signals)
+            trial = self._try_size(size, run_dir, signals)
             self._trials.append(trial)
-            tell(trial)
+            on_trial(trial)
         return FoundBatch(trials=tuple(self._trials), share=self.share, memory_bytes=self.memory)
 
-    def _try(self, size: int, folder: RunDir, signals: SignalHandler) -> SizeTrial:
+    def _try_size(self, size: int, search_dir: RunDir, signals: SignalHandler) -> SizeTrial:
         from launcher.engine.worker import agent_size_probe
 
-        probe = self._plan(size)
-        run_dir = create_run_dir(folder.path / f"size-{size}", probe.plan.recipe)
+        probe = self._plan_trial(size)
+        run_dir = create_run_dir(search_dir.path / f"size-{size}", probe.plan.recipe)
         try:
             run_probe(
                 probe,
@@ -98,26 +109,25 @@ class BatchSearch:
             if error.exit_code != EXIT_FAILED:
                 raise
             if error.failure.out_of_memory or any(
-                name in error.failure.message for name in _ENDS_FOR_MEMORY
+                death in error.failure.message for death in _OUT_OF_MEMORY_DEATHS
             ):
                 return SizeTrial(size=size, fits=False)
             raise TrainingError(
-                f"With micro_batch_size={size} the recipe failed, and not because memory ran out:"
+                f"The trial with micro_batch_size={size} failed, and not because memory ran out:"
                 f"\n\n{error}"
             ) from None
         values = json.loads(run_dir.size.read_text(encoding="utf-8"))
         return SizeTrial(size=size, fits=True, **values)
 
-    def _plan(self, size: int) -> Probe:
-        ranks, samples = self.plan.world_size, self.plan.train_samples
-        whole = ranks * size * _MICRO_STEPS
-        if samples is not None:
-            whole = min(whole, samples)
+    def _plan_trial(self, size: int) -> Probe:
+        batch_size = self.plan.world_size * size * _MICRO_STEPS
+        if self.plan.train_samples is not None:
+            batch_size = min(batch_size, self.plan.train_samples)
         return self._target.having(
             "find batch",
-            batch_size=whole,
+            batch_size=batch_size,
             micro_batch_size=size,
-            steps=1 + STEPS,
+            steps=1 + TIMED_STEPS,
             schedule="constant()",
             batch_milestones=(),
             record_samples=False,
@@ -126,17 +136,19 @@ class BatchSearch:
 
 
 def cache_path(target: Target, search: BatchSearch) -> Path:
-    """Return where the answer to a search is kept for the next time.
+    """Return the file that caches the result of a search.
 
-    It is another file for another recipe or another text of its file, other settings, another
-    machine, device, precision, strategy, number of ranks or memory, and other versions.
+    The path depends on everything that the result depends on: the recipe and the text of its file,
+    the settings, the machine, device, precision, strategy, ranks and memory, and the versions of
+    the packages.
     """
     plan = search.plan
-    file = Path(target.reference.location.rpartition(":")[0])
+    recipe_file = Path(target.reference.location.rpartition(":")[0])
+    text = recipe_file.read_bytes() if recipe_file.is_file() else None
     key: dict[str, Any] = {
         "recipe": target.reference.location,
-        "text": hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "",
-        "overrides": [[each.name, repr(each.value)] for each in target.overrides],
+        "text": "" if text is None else hashlib.sha256(text).hexdigest(),
+        "overrides": [[override.name, repr(override.value)] for override in target.overrides],
         "machine": asdict(replace(plan.machine, hostname="")),
         "plan": [plan.device, plan.precision, plan.strategy, plan.world_size, search.share],
         "memory": search.asked_memory,
@@ -147,19 +159,19 @@ def cache_path(target: Target, search: BatchSearch) -> Path:
 
 
 def read_cache(path: Path) -> FoundBatch | None:
-    """Return what was found before, if anything was."""
+    """Return the cached result, or None if there is none that can be read."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        trials = tuple(SizeTrial(**each) for each in values.pop("trials"))
+        trials = tuple(SizeTrial(**trial) for trial in values.pop("trials"))
         return FoundBatch(trials=trials, **values)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 
 
-def write_cache(path: Path, found: FoundBatch) -> None:
-    """Keep what was found; that it cannot be kept is no reason to fail."""
+def write_cache(path: Path, result: FoundBatch) -> None:
+    """Write a result to the cache; a cache that cannot be written is ignored."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, asdict(found))
+        write_json(path, asdict(result))
     except (OSError, LauncherError):
         return

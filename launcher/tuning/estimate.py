@@ -1,4 +1,4 @@
-"""What a run would take on more ranks, from what was measured on one: a table."""
+"""Estimates of a run on more ranks and nodes, from measurements on one device."""
 
 from __future__ import annotations
 
@@ -22,22 +22,24 @@ from launcher.slurm.site import Site
 from launcher.tuning.measurements import Measurements
 
 GRADIENT_BYTES = 4
-"""Of a weight: gradients are summed in fp32."""
+"""Bytes of a weight's gradient: gradients are reduced in fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EstimateInputs:
-    """What is true of a cluster, whatever runs on it."""
+    """The properties of a cluster that an estimate depends on."""
 
     network: Network
+    """Links within and between nodes."""
+
     mtbf_seconds: float
-    """Mean time between failures that end a run, for each device."""
+    """Mean time between failures of one device that end a run."""
 
     restart_seconds: float
-    """From a failure to the first step again."""
+    """Time from a failure to the next step."""
 
     price_per_hour: float | None
-    """Of a device."""
+    """Price of a device for one hour; None if it is unknown."""
 
 
 ON_GPUS = EstimateInputs(
@@ -49,8 +51,8 @@ ON_GPUS = EstimateInputs(
     restart_seconds=300.0,
     price_per_hour=None,
 )
-"""Where nothing is said: NVLink as NCCL uses it, 200 Gbit/s between nodes, and a failure for each
-50,000 hours of a GPU: 419 in 54 days of 16,384 ("The Llama 3 Herd of Models", arXiv:2407.21783)."""
+"""Defaults for GPUs: NVLink as NCCL uses it, 200 Gbit/s between nodes, and a failure per 50,000
+GPU hours: 419 in 54 days of 16,384 GPUs ("The Llama 3 Herd of Models", arXiv:2407.21783)."""
 
 ON_CPUS = replace(
     ON_GPUS,
@@ -59,74 +61,106 @@ ON_CPUS = replace(
         between=Link(seconds=100e-6, bytes_per_second=10e9 / 8),
     ),
 )
-"""Where nothing is said: gloo over loopback, and 10 Gbit/s between nodes."""
+"""Defaults for CPUs: gloo over loopback, and 10 Gbit/s between nodes."""
 
 
 def facts_of(site: Site, device: str) -> EstimateInputs:
-    """Return what a site profile says of its links, failures and prices, or what is assumed."""
-    assumed = ON_GPUS if device == "cuda" else ON_CPUS
-    inside, between = assumed.network.inside, assumed.network.between
+    """Return the properties in a site profile, with defaults for those that it does not state.
 
-    def link(known: Link, microseconds: float | None, num_bytes: float | None) -> Link:
+    Args:
+        site: The site profile.
+        device: "cuda" or "cpu", which selects the defaults.
+    """
+    defaults = ON_GPUS if device == "cuda" else ON_CPUS
+
+    def link(default: Link, microseconds: float | None, bytes_per_second: float | None) -> Link:
         return Link(
-            seconds=known.seconds if microseconds is None else microseconds / 1e6,
-            bytes_per_second=num_bytes or known.bytes_per_second,
+            seconds=default.seconds if microseconds is None else microseconds / 1e6,
+            bytes_per_second=bytes_per_second or default.bytes_per_second,
         )
 
     return EstimateInputs(
         network=Network(
-            inside=link(inside, site.link_microseconds, (site.link_gigabytes or 0) * 1e9),
+            inside=link(
+                defaults.network.inside, site.link_microseconds, (site.link_gigabytes or 0) * 1e9
+            ),
             between=link(
-                between, site.network_microseconds, (site.network_gigabits or 0) * 1e9 / 8
+                defaults.network.between,
+                site.network_microseconds,
+                (site.network_gigabits or 0) * 1e9 / 8,
             ),
         ),
-        mtbf_seconds=(site.mtbf_hours or 0) * 3600 or assumed.mtbf_seconds,
-        restart_seconds=site.restart_seconds or assumed.restart_seconds,
+        mtbf_seconds=(site.mtbf_hours or 0) * 3600 or defaults.mtbf_seconds,
+        restart_seconds=site.restart_seconds or defaults.restart_seconds,
         price_per_hour=site.price_per_hour,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class EstimateRow:
-    """A run on one number of ranks; a span is with all communication hidden that can be, and none.
+    """The estimate for one number of ranks, as bounds where communication may overlap.
 
-    A device is a GPU; on CPUs it is a node, whose ranks share its cores.
+    A device is a GPU. On CPUs it is a node, whose ranks share its cores.
     """
 
     nodes: int
+    """Number of nodes."""
+
     nproc_per_node: int
+    """Ranks per node."""
+
     batch_size: int
+    """Global batch, in samples."""
+
     micro_batch_size: int
+    """Largest micro-batch, in samples."""
+
     accumulation_steps: int
+    """Micro-steps per step."""
+
     seconds_per_step: Bounds
+    """Seconds per step."""
+
     samples_per_second: Bounds
+    """Throughput of all ranks together."""
+
     efficiency: Bounds
-    """Samples/s of each device, over those of one alone."""
+    """Throughput per device over the throughput of one device alone."""
 
     seconds: Bounds
-    """Of the whole run, with what failures cost."""
+    """Duration of the whole run, including the cost of failures."""
 
     device_hours: Bounds
+    """Hours of all devices together."""
+
     price: Bounds | None
+    """Price of those hours; None if the price of a device is unknown."""
+
     samples_ratio: float | None
-    """Samples to the same loss over those at a tiny batch: 1 + B / B_simple."""
+    """Samples to a loss over those with a tiny batch, 1 + B / B_simple; None if not measured."""
 
     save_every: float | None
-    """Seconds between checkpoints that lose the least."""
+    """Seconds between checkpoints that lose the least time; None if saving was not measured."""
 
     goodput: float
-    """The part of the time that is training which lasts."""
+    """Fraction of the time spent on steps that last."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """The table, and how it ends."""
+    """Estimates for growing numbers of ranks, with their inputs."""
 
     measured: Measurements
+    """Measurements on one device."""
+
     facts: EstimateInputs
+    """Properties of the cluster."""
+
     rows: tuple[EstimateRow, ...]
+    """One estimate per number of ranks, in ascending order."""
+
     refusal: str | None
-    """Why there is no row for more ranks, if that is so."""
+    """Why the run cannot use more ranks; None if all numbers of ranks have a row."""
 
 
 def estimate_scaling(
@@ -136,51 +170,53 @@ def estimate_scaling(
     measured: Measurements,
     facts: EstimateInputs,
 ) -> Estimate:
-    """Return what the run would take on one rank, on more of one node, and on more nodes.
+    """Estimate the run on one rank, on more ranks of one node, and on more nodes.
 
     Args:
-        plan_for: Plans the run for nodes x ranks on each.
-        nodes: The most nodes.
-        nproc: The most ranks on each.
-        measured: On one device.
-        facts: Of the cluster.
+        plan_for: Returns the plan for a number of nodes and of ranks per node.
+        nodes: Largest number of nodes.
+        nproc: Largest number of ranks per node.
+        measured: Measurements on one device.
+        facts: Properties of the cluster.
     """
     rows: list[EstimateRow] = []
     refusal = None
-    for some_nodes, some_nproc in _worlds(nodes, nproc):
+    for num_nodes, nproc_per_node in _worlds(nodes, nproc):
         try:
-            plan = plan_for(some_nodes, some_nproc)
+            plan = plan_for(num_nodes, nproc_per_node)
         except PlanError as error:
-            if not rows:  # it may need several ranks
+            if not rows:  # the run may need several ranks
                 continue
-            refusal = f"{some_nodes} x {some_nproc}: {error}"
+            refusal = f"{num_nodes} x {nproc_per_node}: {error}"
             break
         rows.append(_row(plan, measured, facts))
     return Estimate(measured=measured, facts=facts, rows=tuple(rows), refusal=refusal)
 
 
 def _worlds(nodes: int, nproc: int) -> Iterator[tuple[int, int]]:
-    """Yield (nodes, ranks on each): doubled up to a whole node, then doubled nodes."""
-    yield from ((1, each) for each in _doubled(nproc))
-    yield from ((each, nproc) for each in _doubled(nodes) if each > 1)
+    """Yield (nodes, ranks per node): ranks double up to a full node, then nodes double."""
+    yield from ((1, nproc_per_node) for nproc_per_node in _doubled(nproc))
+    yield from ((num_nodes, nproc) for num_nodes in _doubled(nodes) if num_nodes > 1)
 
 
-def _doubled(most: int) -> Iterator[int]:
+def _doubled(limit: int) -> Iterator[int]:
+    """Yield the powers of two below `limit`, and `limit`."""
     number = 1
-    while number < most:
+    while number < limit:
         yield number
         number *= 2
-    yield most
+    yield limit
 
 
 def _row(plan: Plan, measured: Measurements, facts: EstimateInputs) -> EstimateRow:
     nodes, nproc, accumulation = plan.nodes, plan.nproc_per_node, plan.accumulation_steps
     compute = Computation(measured.micro_steps)
-    devices = plan.world_size if plan.device == "cuda" else nodes
-    sharing = plan.world_size / devices  # what one rank alone computed with, these have together
+    num_devices = plan.world_size if plan.device == "cuda" else nodes
+    # Ranks of a CPU node share the cores that one rank had alone in the measurement.
+    ranks_per_device = plan.world_size / num_devices
     num_bytes = measured.num_trained * GRADIENT_BYTES
     half_weights = STRATEGIES[plan.strategy].gathers_parameters_in_autocast_dtype
-    sent = traffic(
+    collectives = traffic(
         num_bytes,
         nodes,
         nproc,
@@ -189,15 +225,15 @@ def _row(plan: Plan, measured: Measurements, facts: EstimateInputs) -> EstimateR
         accumulation=accumulation,
         weight_size=0.5 if half_weights and plan.precision in ("bf16", "fp16") else 1.0,
     )
-    share = plan.batch_size / plan.world_size / accumulation
-    micro_seconds = compute.seconds(share) * sharing
-    step = step_seconds(micro_seconds, sent, accumulation=accumulation, num_bytes=num_bytes)
-    alone = compute.largest / compute.seconds(compute.largest)
-    speed = Bounds(*(plan.batch_size / each for each in step))
-    save_every, kept = _failures(measured.save_seconds, facts, devices)
-    seconds = Bounds(*(plan.total_steps * each / max(kept, 1e-9) for each in step))
-    hours = Bounds(*(each / 3600 * devices for each in seconds))
-    price, noise = facts.price_per_hour, measured.noise_scale
+    micro_batch = plan.batch_size / plan.world_size / accumulation
+    micro_seconds = compute.seconds(micro_batch) * ranks_per_device
+    step = step_seconds(micro_seconds, collectives, accumulation=accumulation, num_bytes=num_bytes)
+    rate_alone = compute.largest / compute.seconds(compute.largest)
+    rate = Bounds(*(plan.batch_size / seconds for seconds in step))
+    save_every, lasting = _failures(measured.save_seconds, facts, num_devices)
+    duration = Bounds(*(plan.total_steps * seconds / max(lasting, 1e-9) for seconds in step))
+    hours = Bounds(*(seconds / 3600 * num_devices for seconds in duration))
+    price, noise_scale = facts.price_per_hour, measured.noise_scale
     return EstimateRow(
         nodes=nodes,
         nproc_per_node=nproc,
@@ -205,23 +241,23 @@ def _row(plan: Plan, measured: Measurements, facts: EstimateInputs) -> EstimateR
         micro_batch_size=plan.micro_batch_size,
         accumulation_steps=accumulation,
         seconds_per_step=step,
-        samples_per_second=speed,
-        efficiency=Bounds(*(each / devices / alone for each in speed)),
-        seconds=seconds,
+        samples_per_second=rate,
+        efficiency=Bounds(*(bound / num_devices / rate_alone for bound in rate)),
+        seconds=duration,
         device_hours=hours,
-        price=None if price is None else Bounds(*(each * price for each in hours)),
-        samples_ratio=None if noise is None else 1 + plan.batch_size / noise,
+        price=None if price is None else Bounds(*(bound * price for bound in hours)),
+        samples_ratio=None if noise_scale is None else 1 + plan.batch_size / noise_scale,
         save_every=save_every,
-        goodput=kept,
+        goodput=lasting,
     )
 
 
 def _failures(
-    save: float | None, facts: EstimateInputs, devices: int
+    save_seconds: float | None, facts: EstimateInputs, num_devices: int
 ) -> tuple[float | None, float]:
-    """Return the seconds between checkpoints, and the part of the time that lasts."""
-    mtbf = facts.mtbf_seconds / devices
-    if not save:
+    """Return the seconds between checkpoints and the goodput; (None, 1) if saving is unknown."""
+    if not save_seconds:
         return None, 1.0
-    every = checkpoint_interval(save, mtbf)
-    return every, goodput(save, every, facts.restart_seconds, mtbf)
+    mtbf = facts.mtbf_seconds / num_devices
+    interval = checkpoint_interval(save_seconds, mtbf)
+    return interval, goodput(save_seconds, interval, facts.restart_seconds, mtbf)

@@ -1,4 +1,4 @@
-"""An estimate as a table, with what it rests on and what it leaves out."""
+"""The text of an estimate: its inputs, a table by number of ranks, and its limits."""
 
 from __future__ import annotations
 
@@ -11,49 +11,67 @@ from launcher.quantities import duration, size
 from launcher.tuning.estimate import GRADIENT_BYTES, Estimate, EstimateRow
 
 _WIDTH = 96
-_MUCH = 0.05
+_LARGE_WAIT = 0.05
+"""Fraction of the measured time from which waiting for data is reported."""
 
-_LEFT_OUT = (
-    "A span is from all communication hidden behind computation that can be to none. Left out: "
-    "ranks that are slower than others, other jobs on the network, kernels that communication "
-    "slows down, data that more nodes read at once, evaluations. What a size takes that was not "
-    "measured is drawn as a line between those that were."
+_LIMITS = (
+    "Each range goes from communication that overlaps with computation wherever it can to "
+    "communication that never does. Not modelled: stragglers, other jobs on the network, kernels "
+    "that communication slows down, storage that more nodes read at once, and evaluation. The time "
+    "of a micro-batch size that was not measured is interpolated linearly."
 )
 
 
 def estimate_text(estimate: Estimate, device: str) -> str:
-    """Return the table, and the arithmetic behind it."""
+    """Return an estimate as text.
+
+    Args:
+        estimate: The estimate.
+        device: "cuda" or "cpu", the device of its plan.
+    """
     measured = estimate.measured
     unit = "GPU" if device == "cuda" else "node"
-    sizes = ", ".join(f"{n} samples in {1e3 * s:.3g} ms" for n, s in measured.micro_steps)
+    micro_steps = ", ".join(
+        f"{num_samples} samples in {1e3 * seconds:.3g} ms"
+        for num_samples, seconds in measured.micro_steps
+    )
     gradients = size(GRADIENT_BYTES * measured.num_trained)
-    lines = [
-        f"measured on one device: {sizes}; {measured.num_trained:,} weights, {gradients} in fp32",
-        _facts_text(estimate, unit),
+    sentences = [
+        f"Measured on one device: {micro_steps}.",
+        f"The {measured.num_trained:,} trained weights have {gradients} of gradients in fp32.",
+        _inputs_text(estimate, unit),
     ]
-    if measured.data_wait > _MUCH:
-        lines.append(f"{measured.data_wait:.0%} of that time waited for data; find loader helps")
+    if measured.data_wait > _LARGE_WAIT:
+        sentences.append(
+            f"Steps waited for data during {measured.data_wait:.0%} of that time; "
+            "`launcher find loader` finds the number of workers that avoids it."
+        )
     if measured.noise_scale is not None:
-        lines.append(
-            f"noise scale {measured.noise_scale:,.0f} samples: a batch of B takes 1 + B / "
-            f"{measured.noise_scale:,.0f} times the samples of a tiny one to the same loss"
+        sentences.append(
+            f"The gradient noise scale is {measured.noise_scale:,.0f} samples: to the same loss, a "
+            f"batch of B samples takes 1 + B / {measured.noise_scale:,.0f} times the samples of a "
+            "tiny batch."
         )
     if not measured.save_seconds:
-        lines.append("no checkpoint was saved in what was measured, so failures are left out")
-    wrapped = [piece for line in lines for piece in _wrap(line)]
-    cells = [_head(unit, estimate), *(_cells(row) for row in estimate.rows)]
-    shown = table(cells, ">" * len(cells[0]))
-    ends = [] if estimate.refusal is None else _wrap(f"no more: {estimate.refusal}")
-    return "\n".join([*wrapped, "", *shown, *ends, "", *_wrap(_LEFT_OUT)])
+        sentences.append(
+            "Failures are not included, because no checkpoint was saved in the measured runs."
+        )
+    header = [line for sentence in sentences for line in _wrap(sentence)]
+    rows = [_head(unit, estimate), *(_cells(row) for row in estimate.rows)]
+    lines = table(rows, ">" * len(rows[0]))
+    if estimate.refusal is not None:
+        lines += _wrap(f"The run cannot use more ranks. {estimate.refusal}")
+    return "\n".join([*header, "", *lines, "", *_wrap(_LIMITS)])
 
 
-def _facts_text(estimate: Estimate, unit: str) -> str:
+def _inputs_text(estimate: Estimate, unit: str) -> str:
     facts = estimate.facts
+    mtbf_hours = facts.mtbf_seconds / 3600
     return (
-        f"within a node {_link(facts.network.inside)}, between nodes "
-        f"{_link(facts.network.between)}; a failure in {facts.mtbf_seconds / 3600:,.0f} hours of a "
-        f"{unit}, {duration(facts.restart_seconds)} to begin again. A site profile (--cluster) "
-        "says what is true of yours"
+        f"Cluster: within a node {_link(facts.network.inside)}, between nodes "
+        f"{_link(facts.network.between)}, one failure per {mtbf_hours:,.0f} hours of a {unit}, "
+        f"{duration(facts.restart_seconds)} to restart. These are the values of a site profile "
+        "(--cluster), or defaults where it states none."
     )
 
 
@@ -62,7 +80,7 @@ def _link(link: Link) -> str:
 
 
 def _head(unit: str, estimate: Estimate) -> list[str]:
-    head = ["ranks", "batch", "per rank", "ms a step", "samples/s", "efficiency", "run"]
+    head = ["ranks", "batch", "per rank", "ms/step", "samples/s", "efficiency", "run"]
     head.append(f"{unit} hours")
     if estimate.facts.price_per_hour is not None:
         head.append("price")
@@ -78,14 +96,14 @@ def _cells(row: EstimateRow) -> list[str]:
         f"{row.nodes:,} x {row.nproc_per_node}",
         f"{row.batch_size:,}",
         f"{row.micro_batch_size} x {row.accumulation_steps}",
-        _span(row.seconds_per_step, lambda value: f"{1e3 * value:,.3g}"),
-        _span(row.samples_per_second, lambda value: f"{value:,.0f}"),
-        _span(row.efficiency, lambda value: f"{100 * value:.0f}") + " %",
-        _span(row.seconds, duration),
-        _span(row.device_hours, lambda value: f"{value:,.3g}"),
+        _range(row.seconds_per_step, lambda value: f"{1e3 * value:,.3g}"),
+        _range(row.samples_per_second, lambda value: f"{value:,.0f}"),
+        _range(row.efficiency, lambda value: f"{100 * value:.0f}") + " %",
+        _range(row.seconds, duration),
+        _range(row.device_hours, lambda value: f"{value:,.3g}"),
     ]
     if row.price is not None:
-        cells.append(_span(row.price, lambda value: f"{value:,.2f}"))
+        cells.append(_range(row.price, lambda value: f"{value:,.2f}"))
     if row.samples_ratio is not None:
         cells.append(f"x{row.samples_ratio:.2f}")
     if row.save_every is not None:
@@ -93,8 +111,8 @@ def _cells(row: EstimateRow) -> list[str]:
     return cells
 
 
-def _span(span: Bounds, text: Callable[[float], str]) -> str:
-    best, worst = text(span.best), text(span.worst)
+def _range(bounds: Bounds, text: Callable[[float], str]) -> str:
+    best, worst = text(bounds.best), text(bounds.worst)
     return best if best == worst else f"{best} - {worst}"
 
 

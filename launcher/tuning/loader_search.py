@@ -1,4 +1,4 @@
-"""How many DataLoader workers a data set is worth, measured while the model is trained."""
+"""The search for the number of DataLoader workers, measured while the model trains."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.analysis.loader_throughput import (
-    Room,
+    LoaderBudget,
     SampleCost,
     WorkerCost,
-    candidates,
-    fewest,
+    fewest_workers,
     is_faster,
-    longest_queue,
-    most_workers,
-    predict,
-    queue_to_bridge,
+    max_prefetch_factor,
+    max_workers,
+    predict_workers,
+    prefetch_factor_to_hide,
     throughput,
+    worker_counts_to_measure,
 )
 from launcher.environment.machine import free_memory_bytes, free_shm_bytes
 from launcher.launch.signal_handler import SignalHandler
@@ -27,69 +27,83 @@ from launcher.runs.rundir import RunDir, create_run_dir
 from launcher.tuning.probe_run import Target, run_probe
 
 _WORKER_BYTES = 60e6
-"""What a worker was seen to take of its own, before any is measured (torch 2.13, forked)."""
+"""Private memory assumed for a worker before any is measured (seen with torch 2.13, forked)."""
+
+_MAX_STEPS = 1_000_000
+"""Steps of a measurement's plan, more than the measurement has time for."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderTrial:
-    """What was measured with a number of workers; means over the ranks."""
+    """A measurement with one number of workers, averaged over the ranks."""
 
     workers: int
+    """DataLoader workers of each rank."""
+
     samples_per_second: float
-    """Of all ranks together."""
+    """Throughput of all ranks together."""
 
     wait_seconds_per_step: float
+    """Seconds per step that a rank waits for data."""
+
     step_seconds: float
+    """Seconds per step."""
+
     worker_bytes: float
-    """Private memory of a worker; 0 without any."""
+    """Private memory of a worker; 0 without workers."""
 
     prefetch_factor: int
-    """Batches that each worker held ready."""
+    """Batches that each worker prefetches."""
 
     pin_memory: bool
+    """Whether batches are copied to pinned memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FoundLoader:
-    """What a recipe's data came to."""
+    """The result of a search for DataLoader settings."""
 
     cost: SampleCost
-    """Of one sample, on one rank among all."""
+    """Cost of one sample, measured while all ranks read and compute."""
 
     planned: int
+    """Workers per rank in the recipe's plan."""
+
     predicted: int
-    """Workers of a rank."""
+    """Workers per rank that the model of `launcher.analysis.loader_throughput` predicts."""
 
     most: int
-    """There is room for so many."""
+    """Largest number of workers per rank that the resources allow."""
 
     limited_by: str
+    """The resource that sets that limit."""
+
     readings: tuple[LoaderTrial, ...]
-    """With numbers of workers; then, with the fewest that are as fast as any of those, a longer
-    queue where it may bridge what is slow, and on GPUs the other way of pinning."""
+    """All measurements: one per number of workers in ascending order, then those with the chosen
+    number and a longer queue or, on GPUs, the other choice of pinned memory."""
 
     predicted_samples_per_second: float
-    """Of all ranks together, with the predicted workers."""
+    """Predicted throughput of all ranks together with the predicted workers."""
 
     slowest_batch_seconds: float
-    """To read, in one process."""
+    """Longest time to read a batch in one process."""
 
     best: LoaderTrial
-    """Of those, what the settings say."""
+    """The measurement of the recommended settings."""
 
     settings: Mapping[str, Any]
-    """For the recipe."""
+    """The recommended settings of the recipe, by name."""
 
 
 class LoaderSearch:
-    """Profiles the reading, predicts how many workers it is worth, and measures that.
+    """A search that profiles reading, predicts a number of workers and measures around it.
 
     Args:
         target: The recipe.
-        seconds: For how long each number of workers is measured.
+        seconds: Duration of each measurement.
 
     Raises:
-        PlanError: The recipe cannot be trained like that.
+        PlanError: The recipe cannot be trained with these settings on these ranks.
     """
 
     def __init__(self, target: Target, *, seconds: float) -> None:
@@ -99,105 +113,115 @@ class LoaderSearch:
         self._prefetch_factor = recipe.prefetch_factor or PREFETCH_FACTOR
 
     def run(
-        self, run_dir: RunDir, signals: SignalHandler, tell: Callable[[LoaderTrial], None]
+        self, run_dir: RunDir, signals: SignalHandler, on_trial: Callable[[LoaderTrial], None]
     ) -> FoundLoader:
-        """Return what was found; `tell` hears of each number of workers.
+        """Measure numbers of workers, then longer queues and pinned memory with the best number.
+
+        Args:
+            run_dir: Folder that receives a folder for each measurement.
+            signals: The signal handler of this process.
+            on_trial: Receives each measurement.
 
         Raises:
-            EndedError: A run failed or was stopped, which was shown.
+            RunFailedError: A rank failed.
         """
-        profile = self._measure(run_dir, signals, num_workers=0)
-        readings = [self._reading(profile, num_workers=0)]
-        tell(readings[0])
+        readings: list[LoaderTrial] = []
+
+        def measure(**settings: Any) -> dict[str, float]:
+            values = self._measure(run_dir, signals, **settings)
+            readings.append(self._reading(values, **settings))
+            on_trial(readings[-1])
+            return values
+
+        profile = measure(num_workers=0)
         cost = SampleCost(
             reading=profile["reading_seconds"],
             reading_cpu=profile["reading_cpu_seconds"],
             computing=profile["computing_seconds"],
             computing_cpu=profile["computing_cpu_seconds"],
         )
-        room = self._room()
+        budget = self._budget()
         worker = WorkerCost(
             memory_bytes=_WORKER_BYTES,
             batch_bytes=profile["batch_bytes"],
             prefetch_factor=self._prefetch_factor,
         )
-        most, limited_by = most_workers(room, worker)
-        predicted = predict(cost, room, worker)
-
-        def measure(**settings: Any) -> LoaderTrial:
-            readings.append(self._reading(self._measure(run_dir, signals, **settings), **settings))
-            tell(readings[-1])
-            return readings[-1]
-
-        for workers in candidates(predicted, self.plan.workers_per_rank, most):
-            if workers:
-                measure(num_workers=workers)
-        while True:
-            rates = {each.workers: each.samples_per_second for each in readings}
-            chosen = fewest(rates)
-            if chosen < max(rates) or not 0 < 2 * chosen <= most:
+        limit, limited_by = max_workers(budget, worker)
+        predicted = predict_workers(cost, budget, worker)
+        for num_workers in worker_counts_to_measure(predicted, self.plan.workers_per_rank, limit):
+            if num_workers:
+                measure(num_workers=num_workers)
+        # If the largest number is still the fastest, the prediction was too low.
+        while (chosen := _fewest(readings)) == max(reading.workers for reading in readings):
+            if not 0 < 2 * chosen <= limit:
                 break
-            measure(num_workers=2 * chosen)  # as long as that is faster, whatever was predicted
+            measure(num_workers=2 * chosen)
         readings.sort(key=lambda reading: reading.workers)
-        best = next(each for each in readings if each.workers == chosen)
+        best = next(reading for reading in readings if reading.workers == chosen)
         settings: dict[str, Any] = {"num_workers": chosen}
-        for other in self._alternatives(best, profile["slowest_batch_seconds"], room, worker):
-            if is_faster(measure(**settings, **other).samples_per_second, best.samples_per_second):
-                best, settings = readings[-1], settings | other
+        slowest = profile["slowest_batch_seconds"]
+        for alternative in self._alternatives(best, slowest, budget, worker):
+            measure(**settings, **alternative)
+            if is_faster(readings[-1].samples_per_second, best.samples_per_second):
+                best, settings = readings[-1], settings | alternative
         return FoundLoader(
             cost=cost,
             planned=self.plan.workers_per_rank,
             predicted=predicted,
-            most=most,
+            most=limit,
             limited_by=limited_by,
             readings=tuple(readings),
             predicted_samples_per_second=self.plan.world_size
-            * throughput(predicted, cost, room.cores),
-            slowest_batch_seconds=profile["slowest_batch_seconds"],
+            * throughput(predicted, cost, budget.cores),
+            slowest_batch_seconds=slowest,
             best=best,
             settings=settings,
         )
 
     def _alternatives(
-        self, best: LoaderTrial, slowest: float, room: Room, worker: WorkerCost
+        self, best: LoaderTrial, slowest: float, budget: LoaderBudget, worker: WorkerCost
     ) -> Iterator[dict[str, Any]]:
-        """Yield what else is worth measuring with the best number of workers."""
+        """Yield further settings that are worth measuring with the best number of workers."""
         if best.workers:
-            per_batch = best.step_seconds / self.plan.accumulation_steps
-            queue = queue_to_bridge(slowest, best.workers, per_batch)
-            queue = min(queue, longest_queue(best.workers, room, worker))
-            if queue > self._prefetch_factor:
-                yield {"prefetch_factor": queue}
+            seconds_per_batch = best.step_seconds / self.plan.accumulation_steps
+            prefetch_factor = min(
+                prefetch_factor_to_hide(slowest, best.workers, seconds_per_batch),
+                max_prefetch_factor(best.workers, budget, worker),
+            )
+            if prefetch_factor > self._prefetch_factor:
+                yield {"prefetch_factor": prefetch_factor}
         if self.plan.device == "cuda":
             yield {"pin_memory": not self.plan.pin_memory}
 
-    def _room(self) -> Room:
+    def _budget(self) -> LoaderBudget:
         ranks = self.plan.nproc_per_node
-        return Room(
+        return LoaderBudget(
             cores=self._target.machine.usable_cores / ranks,
             memory_bytes=(free_memory_bytes() or self._target.machine.memory_bytes) / ranks,
             shm_bytes=(free_shm_bytes() or 0) / ranks,
         )
 
-    def _measure(self, folder: RunDir, signals: SignalHandler, **settings: Any) -> dict[str, float]:
+    def _measure(
+        self, search_dir: RunDir, signals: SignalHandler, **settings: Any
+    ) -> dict[str, float]:
         from launcher.engine.worker import agent_loader_probe
 
         probe = self._target.having(
             "find loader",
             **settings,
-            steps=1_000_000,
+            steps=_MAX_STEPS,
             schedule="constant()",
-            lr=1e-9,  # the weights are to stay where they compute at their usual speed
+            lr=1e-9,  # diverged weights would compute at another speed
             lr_rule="none",
             batch_milestones=(),
             record_samples=False,
             noise_scale=False,
         ).probe()
-        name = "-".join(f"{name}-{value}" for name, value in settings.items())
-        run_dir = create_run_dir(folder.path / name, probe.plan.recipe)
+        folder = "-".join(f"{name}-{value}" for name, value in settings.items())
+        run_dir = create_run_dir(search_dir.path / folder, probe.plan.recipe)
         run_probe(probe, run_dir, agent_loader_probe, signals, seconds=self._seconds, quiet=True)
-        found: dict[str, float] = json.loads(run_dir.reading.read_text(encoding="utf-8"))
-        return found
+        values: dict[str, float] = json.loads(run_dir.reading.read_text(encoding="utf-8"))
+        return values
 
     def _reading(self, values: Mapping[str, float], **settings: Any) -> LoaderTrial:
         names = ("samples_per_second", "wait_seconds_per_step", "step_seconds", "worker_bytes")
@@ -207,3 +231,8 @@ class LoaderSearch:
             pin_memory=settings.get("pin_memory", self.plan.pin_memory),
             **{name: values[name] for name in names},
         )
+
+
+def _fewest(readings: list[LoaderTrial]) -> int:
+    """Return the smallest measured number of workers that is about as fast as the best."""
+    return fewest_workers({reading.workers: reading.samples_per_second for reading in readings})

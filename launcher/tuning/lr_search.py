@@ -1,4 +1,4 @@
-"""The learning rate, by a range test."""
+"""The search for a learning rate: a range test, and short trainings around its suggestion."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from launcher.analysis.lr_curve import (
     FoundLR,
     LossCurve,
     LRTrial,
-    at_reference,
     final_loss,
+    lr_at_reference,
     next_lr,
     suggest,
 )
@@ -24,8 +24,14 @@ from launcher.tuning.probe_run import Probe, Target, run_probe
 def plan_range_test(target: Target, *, lowest: float, highest: float, steps: int) -> Probe:
     """Plan a range test at the recipe's global batch.
 
+    Args:
+        target: The recipe.
+        lowest: Learning rate of the first step.
+        highest: Learning rate of the last step.
+        steps: Number of steps, between which the learning rate rises exponentially.
+
     Raises:
-        PlanError: The recipe cannot be trained like that.
+        PlanError: The recipe cannot be trained with these settings on these ranks.
     """
     return target.having(
         "find lr",
@@ -43,41 +49,48 @@ def plan_range_test(target: Target, *, lowest: float, highest: float, steps: int
 def find_lr(
     test: Probe, run_dir: RunDir, signals: SignalHandler, *, quiet: bool = False
 ) -> FoundLR:
-    """Run a range test; return what it came to.
+    """Run a range test and return its curve with the suggested learning rates.
+
+    Args:
+        test: The range test, from `plan_range_test`.
+        run_dir: Folder of the test.
+        signals: The signal handler of this process.
+        quiet: Whether the ranks write only to their logs.
 
     Raises:
-        EndedError: It failed or was stopped, which was shown.
+        RunFailedError: A rank failed.
     """
-    curve = _curve(test, run_dir, signals, quiet=quiet)
+    curve = _train_to_divergence(test, run_dir, signals, quiet=quiet)
     return FoundLR(curve=curve, suggestions=suggest(curve))
 
 
 def try_lrs(
-    found: FoundLR,
+    result: FoundLR,
     target: Target,
     run_dir: RunDir,
     signals: SignalHandler,
-    tell: Callable[[LRTrial], None],
+    on_trial: Callable[[LRTrial], None],
     *,
     steps: int,
 ) -> FoundLR:
-    """Return what was found with short trainings at the valley and around it.
+    """Return the result of a range test with short trainings at and around its valley.
 
-    Each is a whole training in so many steps: the recipe's own schedule, from one end to the other.
+    Each training goes through the whole schedule of the recipe in `steps` steps. Without a valley
+    there are no trainings.
 
     Args:
-        found: By a range test.
+        result: Result of the range test.
         target: The recipe.
-        run_dir: A folder for each training is made in it.
-        signals: What has been listening for signals.
-        tell: Hears of each training.
-        steps: Of each training.
+        run_dir: Folder that receives a folder for each training.
+        signals: The signal handler of this process.
+        on_trial: Receives the outcome of each training.
+        steps: Steps of each training.
 
     Raises:
-        EndedError: One failed or was stopped, which was shown.
+        RunFailedError: A rank failed.
     """
     trials: list[LRTrial] = []
-    first = found.suggestions.valley
+    first = result.suggestions.valley
     while first is not None and (lr := next_lr(trials, first)) is not None:
         probe = target.having(
             "find lr",
@@ -89,15 +102,17 @@ def try_lrs(
             record_samples=False,
             noise_scale=False,
         ).probe()
-        folder = create_run_dir(run_dir.path / f"lr-{lr:.3g}", probe.plan.recipe)
-        losses = _curve(probe, folder, signals, quiet=True).losses
+        trial_dir = create_run_dir(run_dir.path / f"lr-{lr:.3g}", probe.plan.recipe)
+        losses = _train_to_divergence(probe, trial_dir, signals, quiet=True).losses
         trials.append(LRTrial(lr=lr, loss=final_loss(losses, steps)))
-        tell(trials[-1])
-    return replace(found, trials=tuple(trials))
+        on_trial(trials[-1])
+    return replace(result, trials=tuple(trials))
 
 
-def _curve(probe: Probe, run_dir: RunDir, signals: SignalHandler, *, quiet: bool) -> LossCurve:
-    """Train along the schedule of a probe until the loss diverges."""
+def _train_to_divergence(
+    probe: Probe, run_dir: RunDir, signals: SignalHandler, *, quiet: bool
+) -> LossCurve:
+    """Train along the schedule of a probe, at most until the loss diverges; return the losses."""
     from launcher.engine.worker import agent_range_test
 
     run_probe(probe, run_dir, agent_range_test, signals, quiet=quiet)
@@ -106,8 +121,17 @@ def _curve(probe: Probe, run_dir: RunDir, signals: SignalHandler, *, quiet: bool
 
 
 def stated(lr: float, batch_size: int, recipe: Recipe) -> dict[str, float]:
-    """Return the settings of a recipe by which a plan gives this learning rate at `batch_size`."""
-    settings = {"lr": at_reference(lr, batch_size, recipe.lr_batch_size, recipe.lr_rule)}
+    """Return the settings with which the plan of a recipe has a learning rate at a global batch.
+
+    Args:
+        lr: The learning rate to use at `batch_size`.
+        batch_size: Global batch, in samples.
+        recipe: The recipe, whose `lr_rule` and `lr_batch_size` scale its `lr`.
+
+    Returns:
+        `lr`, and `lr_batch_size` if the recipe scales the learning rate without stating it.
+    """
+    settings = {"lr": lr_at_reference(lr, batch_size, recipe.lr_batch_size, recipe.lr_rule)}
     if recipe.lr_rule != "none" and recipe.lr_batch_size is None:
         settings["lr_batch_size"] = batch_size
     return settings

@@ -1,46 +1,56 @@
-"""The gradient noise scale, over a stretch of training."""
+"""The measurement of the gradient noise scale over the first steps of a training."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 
-from launcher.analysis.gradient_noise import Measurement, NoiseScale, estimate
+from launcher.analysis.gradient_noise import Measurement, NoiseScale, estimate_noise_scale
 from launcher.launch.signal_handler import SignalHandler
 from launcher.planning.global_batch import ceil_div
 from launcher.planning.strategy import STRATEGIES
 from launcher.runs.rundir import RunDir
 from launcher.tuning.probe_run import Probe, Target, run_probe
 
-_PARTS = 4
-"""A batch is measured in so many parts at least: with more of them fewer steps say as much."""
+_MIN_PARTS = 4
+"""Smallest number of parts of a batch to compare; more parts need fewer steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FoundNoise:
-    """What was measured, and what it says; None where that is too little."""
+    """The measured gradient norms, and the noise scales estimated from them."""
 
     measurements: tuple[Measurement, ...]
+    """Measurement of each step."""
+
     whole: NoiseScale | None
+    """Estimate over all steps; None if they do not determine one."""
+
     halves: tuple[NoiseScale | None, NoiseScale | None]
-    """Of the first and of the second half of the steps: it grows as the loss falls."""
+    """Estimates over each half of the steps: the noise scale grows as the loss falls."""
 
     @property
     def latest(self) -> NoiseScale | None:
-        """Of the second half if that can be told, where most of a training is nearer to."""
+        """The estimate over the second half, or over all steps if that half determines none.
+
+        The second half is closer to the conditions of most of a training.
+        """
         return self.halves[1] or self.whole
 
 
 def plan_noise(target: Target) -> Probe:
-    """Plan a recipe with batches in so many parts that their gradients can be compared.
+    """Plan a training whose batches have enough parts to compare their gradients.
+
+    The global batch is unchanged; the micro-batches may be smaller.
 
     Raises:
-        PlanError: The recipe cannot be trained like that.
+        PlanError: The recipe cannot be trained with these settings on these ranks.
     """
     _, plan = target.plan()
+    # FSDP reduces the gradient of every micro-step, so only whole micro-steps are comparable.
     summed = STRATEGIES[plan.strategy].sums_gradients_over_ranks_in_backward
-    ranks = 1 if summed else plan.world_size
-    micro_steps = max(ceil_div(_PARTS, ranks), plan.accumulation_steps)
+    parts_per_micro_step = 1 if summed else plan.world_size
+    micro_steps = max(ceil_div(_MIN_PARTS, parts_per_micro_step), plan.accumulation_steps)
     micro_batch_size = ceil_div(max(plan.samples_per_rank), micro_steps)
     return target.having("find noise", noise_scale=True, micro_batch_size=micro_batch_size).probe()
 
@@ -48,20 +58,30 @@ def plan_noise(target: Target) -> Probe:
 def find_noise(
     probe: Probe, run_dir: RunDir, signals: SignalHandler, *, steps: int, quiet: bool = False
 ) -> FoundNoise:
-    """Take the first `steps` and measure; return what it came to.
+    """Train the first steps of a plan and measure the gradient noise in each.
+
+    Args:
+        probe: The training, from `plan_noise`.
+        run_dir: Folder of the training.
+        signals: The signal handler of this process.
+        steps: Number of steps; at most the planned number is trained.
+        quiet: Whether the ranks write only to their logs.
 
     Raises:
-        EndedError: It failed or was stopped, which was shown.
+        RunFailedError: A rank failed.
     """
     from launcher.engine.worker import agent_noise_probe
 
     last_step = min(steps, probe.plan.total_steps)
     run_probe(probe, run_dir, agent_noise_probe, signals, last_step=last_step, quiet=quiet)
     values = json.loads(run_dir.noise.read_text(encoding="utf-8"))["measurements"]
-    measured = tuple(Measurement(**each) for each in values)
-    half = len(measured) // 2
+    measurements = tuple(Measurement(**value) for value in values)
+    half = len(measurements) // 2
     return FoundNoise(
-        measurements=measured,
-        whole=estimate(measured),
-        halves=(estimate(measured[:half]), estimate(measured[half:])),
+        measurements=measurements,
+        whole=estimate_noise_scale(measurements),
+        halves=(
+            estimate_noise_scale(measurements[:half]),
+            estimate_noise_scale(measurements[half:]),
+        ),
     )

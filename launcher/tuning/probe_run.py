@@ -1,4 +1,4 @@
-"""A recipe with settings of its own, trained for a while to be measured."""
+"""Probes: short runs of a recipe with settings of their own, which are trained to be measured."""
 
 from __future__ import annotations
 
@@ -21,24 +21,37 @@ from launcher.runs.rundir import RunDir
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A recipe with the user's overrides, on the ranks that it would be trained on."""
+    """A recipe with overrides, and the ranks of this machine that would train it."""
 
     reference: Reference
+    """Where the recipe is defined."""
+
     overrides: tuple[Override, ...]
+    """Settings that differ from the recipe's; later ones take precedence."""
+
     machine: Machine
+    """The machine to measure on."""
+
     nproc_per_node: int | None
-    """Ranks; None is one per GPU, or a few on CPUs."""
+    """Number of ranks; None is one per GPU, or a few on CPUs."""
 
     def having(self, source: str, **settings: Any) -> Target:
-        """Return it with settings that are stronger than the user's."""
-        own = (Override(name=name, value=value, source=source) for name, value in settings.items())
-        return replace(self, overrides=(*self.overrides, *own))
+        """Return the target with further settings, which take precedence over the present ones.
+
+        Args:
+            source: The origin of the settings, which errors and plans mention.
+            settings: Values by name.
+        """
+        overrides = (
+            Override(name=name, value=value, source=source) for name, value in settings.items()
+        )
+        return replace(self, overrides=(*self.overrides, *overrides))
 
     def given(self) -> Mapping[str, Any]:
-        """Return what the overrides set, as plain values.
+        """Return the values that the overrides set, by name, as plain values.
 
         Raises:
-            OverrideError: One of them does not fit.
+            OverrideError: An override does not fit the recipe.
         """
         return build(self.reference, self.overrides).overrides
 
@@ -46,16 +59,16 @@ class Target:
         """Return the recipe with all overrides, and its plan.
 
         Raises:
-            PlanError: It cannot be trained like that.
+            PlanError: The recipe cannot be trained with these settings on these ranks.
         """
         built, plan = self._plan()
         return built.recipe, plan
 
     def probe(self) -> Probe:
-        """Return it as a stretch of training.
+        """Return the target as a planned probe.
 
         Raises:
-            PlanError: It cannot be trained like that.
+            PlanError: The recipe cannot be trained with these settings on these ranks.
         """
         built, plan = self._plan()
         return Probe(
@@ -74,18 +87,22 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """A stretch of training, planned."""
+    """A planned short run, whose weights are discarded after the measurement."""
 
     reference: Reference
+    """Where the recipe is defined."""
+
     overrides: tuple[Override, ...]
-    """The user's, and those that make it a probe."""
+    """The user's overrides, followed by those of the probe."""
 
     recipe: Recipe
-    """With all of them."""
+    """The recipe with all overrides."""
 
     plan: Plan
+    """The plan of that recipe."""
+
     description: RunRecord
-    """For run.yaml."""
+    """The contents of run.yaml."""
 
 
 def run_probe(
@@ -99,17 +116,19 @@ def run_probe(
     seconds: float | None = None,
     quiet: bool = False,
 ) -> None:
-    """Run `function` on the ranks of a probe.
+    """Call `function` on every rank of a probe and wait for the ranks to exit.
 
     Args:
-        probe: What to train.
-        run_dir: Where to write.
-        function: What each rank calls, of `launcher.engine.worker`.
-        signals: What has been listening for signals.
-        last_step: Steps to take; None takes all.
-        memory_bytes: The most that each rank may use; None is all there is.
-        seconds: For how long to measure, where that is not told by steps.
-        quiet: Whether the ranks write to their logs alone.
+        probe: The probe to run.
+        run_dir: Folder that receives run.yaml and the measurement.
+        function: What each rank calls, from `launcher.engine.worker`.
+        signals: The signal handler of this process.
+        last_step: Steps to train, or steps of warm-up for `agent_profile`; None trains all planned
+            steps.
+        memory_bytes: Memory limit of each rank; None leaves a margin free on a GPU and sets no
+            limit on a CPU.
+        seconds: Duration of a measurement that is limited by time rather than steps.
+        quiet: Whether the ranks write only to their logs.
 
     Raises:
         RunFailedError: A rank failed.

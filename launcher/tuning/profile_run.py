@@ -1,4 +1,4 @@
-"""Where the time of a step goes, by some steps under torch.profiler."""
+"""A profile of a recipe: some steps under torch.profiler on the ranks that would train it."""
 
 from __future__ import annotations
 
@@ -9,19 +9,23 @@ from launcher.launch.signal_handler import SignalHandler
 from launcher.runs.rundir import RunDir
 from launcher.tuning.probe_run import Probe, Target, run_probe
 
-WARM_UP = 5
-"""Steps before those that are looked at: what is first used is slow."""
+WARM_UP_STEPS = 5
+"""Steps before those that are profiled: the first steps allocate, compile and connect."""
 
 
 def plan_profile(target: Target, *, steps: int) -> Probe:
-    """Plan a recipe for so many steps to look at, after some that are not.
+    """Plan a profile of a number of steps after the warm-up.
+
+    Args:
+        target: The recipe.
+        steps: Number of profiled steps.
 
     Raises:
-        PlanError: The recipe cannot be trained like that.
+        PlanError: The recipe cannot be trained with these settings on these ranks.
     """
     return target.having(
         "profile",
-        steps=steps + WARM_UP,
+        steps=steps + WARM_UP_STEPS,
         batch_milestones=(),
         record_samples=False,
         noise_scale=False,
@@ -32,13 +36,19 @@ def plan_profile(target: Target, *, steps: int) -> Probe:
 def profile_recipe(
     probe: Probe, run_dir: RunDir, signals: SignalHandler, *, quiet: bool = False
 ) -> list[Profile]:
-    """Take the steps; return where the time went, by rank.
+    """Run a profile and return the time of its steps for each rank.
+
+    Args:
+        probe: The profile, from `plan_profile`.
+        run_dir: Folder of the run, which receives a trace of each rank.
+        signals: The signal handler of this process.
+        quiet: Whether the ranks write only to their logs.
 
     Raises:
-        EndedError: It failed or was stopped, which was shown.
+        RunFailedError: A rank failed.
     """
     from launcher.engine.worker import agent_profile
 
-    run_probe(probe, run_dir, agent_profile, signals, last_step=WARM_UP, quiet=quiet)
+    run_probe(probe, run_dir, agent_profile, signals, last_step=WARM_UP_STEPS, quiet=quiet)
     ranks = json.loads(run_dir.profile.read_text(encoding="utf-8"))["ranks"]
-    return [Profile(**each) for each in ranks]
+    return [Profile(**rank) for rank in ranks]

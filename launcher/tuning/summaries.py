@@ -1,4 +1,8 @@
-"""What finders found, in words and curves."""
+"""Texts and plots of what the searches found, for terminals and pages.
+
+Every text that recommends settings ends with them, as lines for a `--config` file and as
+`name=value` for the command line.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,16 @@ import bisect
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from launcher.analysis.batch_sizes import SizeTrial
 from launcher.analysis.gradient_noise import (
-    LARGEST,
+    MAX_BATCH_RATIO,
     RunningNoise,
     items_ratio,
     steps_ratio,
 )
-from launcher.analysis.lr_curve import FoundLR, LRTrial, usable
+from launcher.analysis.lr_curve import FoundLR, LRTrial, usable_part
 from launcher.console.plots import Curve, Mark, Plot, draw
 from launcher.planning.loading import PREFETCH_FACTOR
 from launcher.planning.plan import Plan
@@ -28,27 +32,31 @@ if TYPE_CHECKING:
     from launcher.tuning.probe_run import Probe
 
 RULES = {
-    "valley": "two thirds along the longest descent",
+    "valley": "two thirds along the longest descent of the loss",
     "steep": "where the loss falls fastest",
-    "minimum": "a tenth of where it is lowest",
-    "slide": "before its slope changes, from the right",
+    "minimum": "a tenth of where the loss is lowest",
+    "slide": "just before the slope of the loss changes",
 }
+"""The rules that suggest a learning rate, and what each suggests."""
 
 _SYMBOLS = {"valley": "v", "steep": "s", "minimum": "m", "slide": "l"}
 
+_BATCH_FACTORS = (0.25, 0.5, 1, 2, 4, 8, 16)
+"""Batches in the table of the noise scale, relative to the present one."""
 
-def lr_plot(found: FoundLR, plan: Plan) -> Plot:
-    """Return the curve of a range test with what the rules suggest."""
-    lrs, losses = usable(found.curve)
+
+def lr_plot(result: FoundLR, plan: Plan) -> Plot:
+    """Return the smoothed curve of a range test, with a mark at each suggestion."""
+    lrs, losses = usable_part(result.curve)
     marks = [
         Mark(
-            name=name,
-            symbol=_SYMBOLS[name],
+            name=rule,
+            symbol=_SYMBOLS[rule],
             x=lr,
             y=losses[min(bisect.bisect_left(lrs, lr), len(losses) - 1)],
         )
-        for name, lr in asdict(found.suggestions).items()
-        if name in RULES and lr is not None
+        for rule, lr in asdict(result.suggestions).items()
+        if rule in RULES and lr is not None
     ]
     return Plot(
         title=f"{plan.recipe}: loss of {plan.batch_size:,} samples over the learning rate",
@@ -60,57 +68,68 @@ def lr_plot(found: FoundLR, plan: Plan) -> Plot:
     )
 
 
-def lr_text(found: FoundLR, rule: str, settings: Mapping[str, float], plan: Plan) -> str:
-    """Return curve, suggestions, and the lines to paste."""
-    if found.suggestions.reason:
-        return f"No learning rate is suggested: {found.suggestions.reason}."
-    lines = [draw(lr_plot(found, plan)), "", lr_rules(found, plan)]
-    if not settings:
-        nothing = "Every training diverged" if found.trials else f"The rule {rule} suggests nothing"
-        return "\n".join([*lines, "", f"{nothing}: take another rule."])
-    evidence = (
-        f"# launcher find lr, {rule}: {len(found.curve.lrs)} steps of {plan.batch_size:,} samples"
-    )
-    if found.trials:
-        evidence = f"# launcher find lr: the best of {len(found.trials)} whole, short trainings"
-    lines += ["", "for --config, or as name=value:"]
-    for name, value in settings.items():
-        lines.append(f"{name}: {value:.3g}  {evidence}")
-        evidence = ""
-    return "\n".join(line.rstrip() for line in lines)
+def lr_text(result: FoundLR, rule: str, settings: Mapping[str, float], plan: Plan) -> str:
+    """Return the plot of a range test, its suggestions and the recommended settings.
+
+    Args:
+        result: Result of the range test, with short trainings if there were any.
+        rule: The rule that the settings follow if there were no short trainings.
+        settings: Recommended settings by name; empty if there are none.
+        plan: The plan of the range test.
+    """
+    if result.suggestions.reason:
+        return f"No learning rate is suggested: {result.suggestions.reason}."
+    lines = [draw(lr_plot(result, plan)), "", lr_rules(result, plan), ""]
+    if settings:
+        evidence = (
+            f"launcher find lr --try: the lowest final loss of {len(result.trials)} short trainings"
+            if result.trials
+            else f"launcher find lr --rule {rule}: a range test of {len(result.curve.lrs)} steps "
+            f"of {plan.batch_size:,} samples"
+        )
+        values = {
+            name: str(value) if isinstance(value, int) else f"{value:.3g}"
+            for name, value in settings.items()
+        }
+        lines.append(_recommendation(values, evidence))
+    elif result.trials:
+        lines.append("Every short training diverged. Choose a suggestion with --rule instead.")
+    else:
+        lines.append(f"The rule {rule} suggests no learning rate. Choose another with --rule.")
+    return "\n".join(lines)
 
 
 def lr_trial_text(trial: LRTrial) -> str:
-    """Return what came of one short training, in a line."""
-    ended = "diverged" if trial.loss is None else f"loss {trial.loss:.4g} at its end"
-    return f"  lr {trial.lr:<9.3g} {ended}"
+    """Return the outcome of a short training, in one line."""
+    outcome = "diverged" if trial.loss is None else f"final loss {trial.loss:.4g}"
+    return f"  lr {trial.lr:<9.3g} {outcome}"
 
 
-def lr_rules(found: FoundLR, plan: Plan) -> str:
-    """Return what each rule suggests."""
-    lines = [f"at a batch of {plan.batch_size:,}:"]
-    for name, what in RULES.items():
-        lr = getattr(found.suggestions, name)
-        lines.append(f"  {name:<8} {'-' if lr is None else f'{lr:.3g}':<9} {what}")
-    if found.trials:
-        lines += ["whole trainings in few steps:", *map(lr_trial_text, found.trials)]
+def lr_rules(result: FoundLR, plan: Plan) -> str:
+    """Return the suggestion of each rule, and the outcomes of the short trainings."""
+    lines = [f"Suggested learning rates at a global batch of {plan.batch_size:,} samples:"]
+    for rule, explanation in RULES.items():
+        lr = getattr(result.suggestions, rule)
+        lines.append(f"  {rule:<8} {'-' if lr is None else f'{lr:.3g}':<9} {explanation}")
+    if result.trials:
+        lines += ["Short trainings at this batch:", *map(lr_trial_text, result.trials)]
     return "\n".join(lines)
 
 
 def trial_text(trial: SizeTrial) -> str:
-    """Return what came of one size, in a line."""
+    """Return the outcome of a trial of a micro-batch size, in one line."""
     if trial.samples_per_second is None or trial.peak_bytes is None:
         return f"  {trial.size:>7,} samples  out of memory"
-    speed = f"{trial.samples_per_second:>10,.0f} samples/s"
-    return f"  {trial.size:>7,} samples  {speed}  {size(trial.peak_bytes)} at most"
+    rate = f"{trial.samples_per_second:>10,.0f} samples/s"
+    return f"  {trial.size:>7,} samples  {rate}  peak memory {size(trial.peak_bytes)}"
 
 
-def batch_plot(found: FoundBatch, plan: Plan) -> Plot:
-    """Return the speed over the size that goes through the model at once."""
-    fitting = [trial for trial in found.trials if trial.samples_per_second is not None]
+def batch_plot(result: FoundBatch, plan: Plan) -> Plot:
+    """Return the throughput over the micro-batch size."""
+    fitting = [trial for trial in result.trials if trial.samples_per_second is not None]
     fitting.sort(key=lambda trial: trial.size)
     return Plot(
-        title=f"{plan.recipe}: speed over the micro-batch",
+        title=f"{plan.recipe}: throughput over the micro-batch size",
         x_label="micro-batch",
         y_label="samples/s",
         curves=[
@@ -124,91 +143,101 @@ def batch_plot(found: FoundBatch, plan: Plan) -> Plot:
     )
 
 
-def batch_text(found: FoundBatch, chosen: SizeTrial | None) -> str:
-    """Return which size fits, which is the fastest, and the line to paste."""
-    limit = "the GPU, less a tenth" if found.memory_bytes is None else size(found.memory_bytes)
+def batch_text(result: FoundBatch, chosen: SizeTrial | None) -> str:
+    """Return the largest and the recommended micro-batch size.
+
+    Args:
+        result: Result of the search.
+        chosen: The recommended trial; None if no size fits.
+    """
+    limit = (
+        "the GPU's memory less 10 %" if result.memory_bytes is None else size(result.memory_bytes)
+    )
     if chosen is None:
-        return f"Not one sample fits into the memory of a rank ({limit})."
-    largest = max(trial.size for trial in found.trials if trial.fits)
-    lines = [f"largest that fits: {largest:,} of the {found.share:,} samples of a rank's share"]
-    lines.append(f"memory of a rank:  {limit}")
-    if chosen.size < largest:
-        lines.append(f"take {chosen.size:,}: it is as fast as the fastest, in less memory")
-    else:
-        lines.append(f"take {chosen.size:,}: it is the fastest")
-    evidence = f"# launcher find batch: {chosen.samples_per_second:,.0f} samples/s"
-    lines += ["", "for --config, or as name=value:", f"micro_batch_size: {chosen.size}  {evidence}"]
+        return (
+            f"Not one sample fits into the memory of a rank ({limit}). Try "
+            "activation_checkpointing=true, offload=cpu, strategy=fsdp or strategy=zero3."
+        )
+    largest = max(trial.size for trial in result.trials if trial.fits)
+    reason = (
+        "no other size is much faster, and larger ones need more memory"
+        if chosen.size < largest
+        else "it is the fastest"
+    )
+    lines = [
+        f"The largest micro-batch that fits has {largest:,} samples.",
+        f"A rank's share of the global batch has {result.share:,} samples.",
+        f"The memory limit of a rank is {limit}.",
+        f"The recommended micro-batch has {chosen.size:,} samples: {reason}.",
+        "",
+        _recommendation(
+            {"micro_batch_size": str(chosen.size)},
+            f"launcher find batch: {chosen.samples_per_second:,.0f} samples/s",
+        ),
+    ]
     return "\n".join(lines)
 
 
 def reading_text(reading: LoaderTrial) -> str:
-    """Return what was measured with a number of workers, in a line."""
+    """Return a measurement with a number of workers, in one line."""
     line = (
         f"  {reading.workers:>3} workers  {reading.samples_per_second:>10,.0f} samples/s  a step "
-        f"waits {_milliseconds(reading.wait_seconds_per_step)} of "
-        f"{_milliseconds(reading.step_seconds)}"
+        f"takes {_milliseconds(reading.step_seconds)} and waits "
+        f"{_milliseconds(reading.wait_seconds_per_step)} for data"
     )
     if reading.worker_bytes:
-        line += f"  {size(reading.worker_bytes)} each"
+        line += f"  {size(reading.worker_bytes)} per worker"
     if reading.workers and reading.prefetch_factor != PREFETCH_FACTOR:
-        line += f"  {reading.prefetch_factor} batches ready"
-    return line + ("  pinned" if reading.pin_memory else "")
+        line += f"  prefetch_factor={reading.prefetch_factor}"
+    return line + ("  pin_memory=true" if reading.pin_memory else "")
 
 
-def loader_plot(found: FoundLoader, plan: Plan) -> Plot:
-    """Return the speed over the number of workers."""
-    rates = {each.workers: each.samples_per_second for each in reversed(found.readings)}
+def loader_plot(result: FoundLoader, plan: Plan) -> Plot:
+    """Return the throughput over the number of workers."""
+    # The first reading of a number of workers has the planned prefetching and pinning.
+    rates = {reading.workers: reading.samples_per_second for reading in reversed(result.readings)}
     xs = sorted(rates)
     return Plot(
-        title=f"{plan.recipe}: speed over the workers of a rank",
+        title=f"{plan.recipe}: throughput over the workers per rank",
         x_label="workers",
         y_label="samples/s",
         curves=[Curve(name="samples/s", xs=xs, ys=[rates[x] for x in xs])],
     )
 
 
-def loader_text(found: FoundLoader, plan: Plan) -> str:
-    """Return what reading costs, what was predicted and measured, and the lines to paste."""
-    cost, best = found.cost, found.best
-    planned = next(each for each in found.readings if each.workers == found.planned)
-    kind = "waiting, which workers do together" if cost.waits else "work, which takes cores"
-    ratio = best.samples_per_second / planned.samples_per_second
-    lines = []
-    lines.append(
-        f"a sample takes {_milliseconds(cost.reading)} to read, most of it {kind}; "
-        f"{_milliseconds(cost.computing)} to compute on"
+def loader_text(result: FoundLoader, plan: Plan) -> str:
+    """Return the cost of a sample, the predicted and the recommended number of workers."""
+    cost, best = result.cost, result.best
+    planned = next(reading for reading in result.readings if reading.workers == result.planned)
+    kind = (
+        "waiting, which workers overlap" if cost.is_latency_bound else "CPU time, which needs cores"
     )
-    lines.append(
-        f"predicted: {found.predicted} workers per rank, "
-        f"{found.predicted_samples_per_second:,.0f} samples/s; room for {found.most} "
-        f"({found.limited_by})"
-    )
-    taken = ", ".join(f"{name}={value}" for name, value in found.settings.items())
-    lines.append(
-        f"take {taken}: x{ratio:.2f} the samples/s of the planned {found.planned} workers, a step "
-        f"waits {_milliseconds(best.wait_seconds_per_step)} instead of "
-        f"{_milliseconds(planned.wait_seconds_per_step)}"
-    )
+    ratio = f"{best.samples_per_second / planned.samples_per_second:.2f} times"
+    wait = _milliseconds(best.wait_seconds_per_step)
+    planned_wait = _milliseconds(planned.wait_seconds_per_step)
+    predicted_rate = f"{result.predicted_samples_per_second:,.0f} samples/s"
+    values = {name: str(value).lower() for name, value in result.settings.items()}
+    lines = [
+        f"Reading a sample takes {_milliseconds(cost.reading)}, most of it {kind}.",
+        f"Computing on a sample takes {_milliseconds(cost.computing)}.",
+        f"The model predicts {result.predicted} workers per rank with {predicted_rate}.",
+        f"At most {result.most} workers per rank are possible, limited by {result.limited_by}.",
+        f"The plan has num_workers={result.planned}.",
+        f"{_assignments(values)} has {ratio} the samples/s of the plan.",
+        f"A step then waits {wait} for data instead of {planned_wait}.",
+    ]
     if best.workers:
         total = best.worker_bytes * best.workers * plan.nproc_per_node
-        lines.append(f"the workers cost {size(total)} of a node's memory")
-    lines += ["", "for --config, or as name=value:"]
-    evidence = f"# launcher find loader: {best.samples_per_second:,.0f} samples/s"
-    for name, value in found.settings.items():
-        lines.append(f"{name}: {str(value).lower()}  {evidence}".rstrip())
-        evidence = ""
-    return "\n".join(lines)
+        lines.append(f"The workers take {size(total)} of each node's memory.")
+    evidence = f"launcher find loader: {best.samples_per_second:,.0f} samples/s"
+    return "\n".join([*lines, "", _recommendation(values, evidence)])
 
 
-def _milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms"
-
-
-def noise_plot(found: FoundNoise, probe: Probe) -> Plot:
-    """Return how the noise scale went over the steps."""
-    running = RunningNoise(memory=max(len(found.measurements) / 10, 10))
-    points = [(each.step, running.add(each)) for each in found.measurements]
-    told = [(step, scale) for step, scale in points[len(points) // 10 :] if scale is not None]
+def noise_plot(result: FoundNoise, probe: Probe) -> Plot:
+    """Return the running noise scale over the steps, without its first tenth."""
+    running = RunningNoise(memory=max(len(result.measurements) / 10, 10))
+    scales = [(measurement.step, running.add(measurement)) for measurement in result.measurements]
+    points = [(step, scale) for step, scale in scales[len(scales) // 10 :] if scale is not None]
     return Plot(
         title=f"{probe.plan.recipe}: gradient noise scale, in {_items(probe)}",
         x_label="step",
@@ -216,74 +245,101 @@ def noise_plot(found: FoundNoise, probe: Probe) -> Plot:
         curves=[
             Curve(
                 name="B_simple, running",
-                xs=[step for step, _ in told],
-                ys=[scale for _, scale in told],
+                xs=[step for step, _ in points],
+                ys=[scale for _, scale in points],
             )
         ],
         log_y=True,
     )
 
 
-def noise_text(found: FoundNoise, probe: Probe) -> str:
-    """Return the noise scale, what it says of batches, and how many GPUs are worth using."""
-    if found.whole is None:
-        return noise_account(found, probe)
-    return f"{draw(noise_plot(found, probe))}\n\n{noise_account(found, probe)}"
+def noise_text(result: FoundNoise, probe: Probe) -> str:
+    """Return the plot of the noise scale and the text of `noise_account`."""
+    if result.whole is None:
+        return noise_account(result, probe)
+    return f"{draw(noise_plot(result, probe))}\n\n{noise_account(result, probe)}"
 
 
-def noise_account(found: FoundNoise, probe: Probe) -> str:
-    """Return what `noise_text` does, without the curve."""
-    plan, whole = probe.plan, found.whole
+def noise_account(result: FoundNoise, probe: Probe) -> str:
+    """Return the noise scale, a table of batches, and the batch and ranks that are efficient."""
+    plan, estimate = probe.plan, result.whole
     items = _items(probe)
-    if whole is None:
+    if estimate is None:
         return (
-            f"The noise scale cannot be told: {len(found.measurements)} steps say too little, or "
-            "the gradient is too small beside its noise. More --steps may help."
+            f"The noise scale is undetermined: {len(result.measurements)} steps are too few, or "
+            "the gradient is too small compared with its noise. Try more --steps."
         )
-    lines = []
-    lines.append(
-        f"B_simple = {_number(whole.b_simple)} {items}, 95 %: {_number(whole.low)} to "
-        f"{_number(whole.high)}, from {whole.measurements:,} steps of training"
-    )
-    first, second = found.halves
+    interval = f"from {_number(estimate.low)} to {_number(estimate.high)}"
+    lines = [
+        f"B_simple = {_number(estimate.b_simple)} {items}, over {estimate.measurements:,} steps.",
+        f"The 95 % confidence interval is {interval} {items}.",
+    ]
+    first, second = result.halves
     if first and second:
         lines.append(
-            f"           {_number(first.b_simple)} in the first half of them, "
-            f"{_number(second.b_simple)} in the second, which counts from here on"
+            f"B_simple is {_number(first.b_simple)} over the first half of the steps and "
+            f"{_number(second.b_simple)} over the second half."
         )
-    batch = found.measurements[0].big_items
-    scale = (found.latest or whole).b_simple
-    lines += ["", f"  {'batch':>10}  steps   {items}    (to the same loss, against {batch:,.0f})"]
-    for factor in (0.25, 0.5, 1, 2, 4, 8, 16):
+    batch = result.measurements[0].big_items
+    scale = (result.latest or estimate).b_simple
+    comparison = f"B_simple = {_number(scale)}, relative to a batch of {batch:,.0f} {items}"
+    lines += [
+        "",
+        f"Steps and {items} to the same loss at {comparison}:",
+        f"  {'batch':>10}  steps   {items}",
+    ]
+    for factor in _BATCH_FACTORS:
         other = batch * factor
         steps = steps_ratio(batch, other, scale)
         cost = items_ratio(batch, other, scale)
-        remark = "   more than it is worth" if other > LARGEST * scale else ""
+        remark = "   beyond 2 x B_simple" if other > MAX_BATCH_RATIO * scale else ""
         lines.append(f"  {other:>10,.0f}  x{steps:<5.2f}  x{cost:<5.2f}{remark}")
-    return "\n".join([*lines, "", _advice(scale, plan, batch)])
+    return "\n".join([*lines, "", _batch_advice(scale, plan, batch, items)])
 
 
-def _advice(scale: float, plan: Plan, batch: float) -> str:
-    """Return how large a batch, and how many ranks, are worth it."""
-    largest = LARGEST * scale
+def _batch_advice(scale: float, plan: Plan, batch: float, items: str) -> str:
+    """Return the largest batch that is efficient, and the ranks that it keeps busy."""
+    limit = MAX_BATCH_RATIO * scale
     share = batch / plan.world_size
-    unit = "GPU" if plan.device == "cuda" else "rank"
-    if largest < batch:
+    if limit < batch:
         return (
-            f"The batch of {batch:,.0f} is beyond 2 x B_simple = {_number(largest)}: a smaller one "
-            "takes hardly more steps and far fewer samples."
+            f"The batch of {batch:,.0f} {items} exceeds 2 x B_simple = {_number(limit)}.\n"
+            f"A smaller batch takes only a few more steps and far fewer {items}."
         )
-    worth = max(int(largest / share), 1)
+    unit = "GPU" if plan.device == "cuda" else "rank"
+    ranks = max(int(limit / share), 1)
     return (
-        f"Worth it: batches up to 2 x B_simple = {_number(largest)}, which is {worth:,} "
-        f"{unit}{'' if worth == 1 else 's'} at the {share:,.0f} that each takes now."
+        f"Batches up to 2 x B_simple = {_number(limit)} {items} are efficient.\n"
+        f"That is enough for {ranks:,} {unit}{'' if ranks == 1 else 's'} with the present "
+        f"{share:,.0f} {items} each."
     )
 
 
+def _recommendation(values: Mapping[str, str], evidence: str) -> str:
+    """Return settings as lines for a file and for the command line, with their evidence."""
+    lines = ["Recommended settings, as lines for a --config file:"]
+    comment = f"  # {evidence}"
+    for name, value in values.items():
+        lines.append(f"{name}: {value}{comment}")
+        comment = ""
+    lines.append("The same settings on the command line:")
+    lines.append(_assignments(values))
+    return "\n".join(lines)
+
+
+def _assignments(values: Mapping[str, Any]) -> str:
+    return " ".join(f"{name}={value}" for name, value in values.items())
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms"
+
+
 def _items(probe: Probe) -> str:
+    """Return the name of what a loss is averaged over: samples, or the items a recipe counts."""
     return "samples" if probe.recipe.count is None else "items"
 
 
 def _number(value: float) -> str:
-    """Return a number in three digits."""
+    """Return a number rounded to three digits, without an exponent if it is large."""
     return f"{value:.3g}" if not 1000 <= value < math.inf else f"{float(f'{value:.3g}'):,.0f}"

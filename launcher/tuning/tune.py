@@ -1,96 +1,54 @@
-"""A recipe, tuned: the finders one after the other, each with what those before it have found."""
+"""The tuning of a recipe: all searches in sequence, each with what the earlier ones found."""
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-import msgspec
-
-from launcher.analysis.batch_sizes import SizeTrial, choose, fastest_to_the_loss
-from launcher.analysis.gradient_noise import LARGEST, items_ratio, steps_ratio
-from launcher.analysis.lr_curve import FoundLR, LRTrial, best_trial
-from launcher.errors import PlanError, RunDirError
+from launcher.analysis.batch_sizes import choose, fastest_to_the_loss
+from launcher.analysis.gradient_noise import MAX_BATCH_RATIO, items_ratio, steps_ratio
+from launcher.analysis.lr_curve import FoundLR, best_trial
+from launcher.errors import PlanError
 from launcher.launch.signal_handler import SignalHandler
 from launcher.planning.plan import Plan
 from launcher.recipe.recipe import Recipe
-from launcher.runs.rundir import RunDir, create_run_dir, write_json
+from launcher.runs.rundir import RunDir
 from launcher.tuning.batch_search import BatchSearch, FoundBatch
-from launcher.tuning.loader_search import FoundLoader, LoaderSearch, LoaderTrial
+from launcher.tuning.loader_search import FoundLoader, LoaderSearch
 from launcher.tuning.lr_search import find_lr, plan_range_test, try_lrs
 from launcher.tuning.noise_search import FoundNoise, find_noise, plan_noise
-from launcher.tuning.probe_run import Probe, Target
+from launcher.tuning.probe_run import Target
+from launcher.tuning.tuning_folder import read_result, store_result
+from launcher.tuning.tuning_result import TunedSetting, TuningListener, TuningResult
 
 LOWEST_LR, HIGHEST_LR = 1e-6, 10.0
-"""Of a range test."""
+"""The learning rates of the first and the last step of a range test."""
 
-_LEAST_STEPS = 4
-"""Of an epoch: a batch is no larger part of the data than that leaves."""
+_MIN_STEPS_PER_EPOCH = 4
+"""A global batch may grow until an epoch has this many steps."""
 
-_SMALLER = 4
-"""The first batch that is timed is the recipe's divided by this."""
+_FIRST_SIZE_DIVISOR = 4
+"""The first timed micro-batch is a rank's share of the recipe's batch divided by this."""
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, kw_only=True)
-class TunedSetting:
-    """A setting that was found."""
-
-    name: str
-    value: Any
-    evidence: str
-    """Why, in a line."""
-
-
-class TuningListener(Protocol):
-    """Hears how tuning goes on."""
-
-    def begins(self, what: str) -> None:
-        """This is looked for next."""
-
-    def says(self, text: str) -> None:
-        """This came of it, or is to be known."""
-
-    def tried_lr(self, trial: LRTrial) -> None:
-        """A learning rate was tried."""
-
-    def tried(self, trial: SizeTrial) -> None:
-        """A size was tried."""
-
-    def read(self, reading: LoaderTrial) -> None:
-        """A number of workers was measured."""
-
-    def found_lr(self, found: FoundLR, test: Probe) -> None:
-        """A range test has ended."""
-
-    def found_noise(self, found: FoundNoise, probe: Probe) -> None:
-        """The noise was measured."""
-
-    def found_batch(self, found: FoundBatch, plan: Plan) -> None:
-        """All sizes were tried."""
-
-    def found_loader(self, found: FoundLoader, plan: Plan) -> None:
-        """All numbers of workers were measured."""
-
-
 class Tuner:
-    """Finds what the user has left open: learning rate, batch, micro-batch, workers.
+    """A search for the settings that a recipe's overrides leave open.
 
-    What it has found is kept in the folder, so that a second one goes on where the first stopped.
+    The settings are the learning rate, the global batch and micro-batch, and the DataLoader
+    workers. The tuner prints nothing: it calls a listener and returns a `TuningResult`. The result
+    of each search is stored in the folder, so that another tuner continues where one stopped.
 
     Args:
-        target: The recipe; what its overrides set stays as it is.
-        run_dir: Where to write.
-        stops: What has been listening for signals.
-        listener: Hears how it goes on.
-        memory: Bytes for each rank; None is the memory of its GPU, or its part of what is free.
-        steps: Of a range test, and of the measurement of noise.
-        seconds: For how long each number of workers is measured.
+        target: The recipe. Settings that its overrides set do not change.
+        run_dir: Folder of the tuning, from `open_tuning`.
+        signals: The signal handler of this process.
+        listener: Receives what the tuner does and finds.
+        memory: Memory of each rank in bytes; None is its GPU's memory, or its part of the free
+            host memory.
+        steps: Steps of a range test, of a short training, and of the measurement of noise.
+        seconds: Duration of each measurement of DataLoader workers.
     """
 
     def __init__(
@@ -104,244 +62,231 @@ class Tuner:
         steps: int,
         seconds: float,
     ) -> None:
-        self._target, self._run_dir, self._stops = target, run_dir, signals
+        self._target, self._run_dir, self._signals = target, run_dir, signals
         self._listener = listener
         self._memory, self._steps, self._seconds = memory, steps, seconds
-        self._given = {override.name for override in target.overrides}
-        self._findings: dict[str, TunedSetting] = {}
+        self._fixed_names = {override.name for override in target.overrides}
+        self._settings: dict[str, TunedSetting] = {}
 
-    def run(self) -> list[TunedSetting]:
-        """Return the settings that were found.
+    def run(self) -> TuningResult:
+        """Run all searches and return what they found.
 
         Raises:
-            PlanError: The recipe cannot be trained like that.
-            EndedError: A training failed or was stopped, which was shown.
-            TrainingError: A training failed while batches were tried.
+            PlanError: The recipe cannot be trained with these settings on these ranks.
+            RunFailedError: A rank failed.
+            TrainingError: A trial of a micro-batch size failed for a reason other than memory.
+            RunDirError: A stored result is damaged.
         """
-        _, before = self._now().plan()
-        self._find_lr("lr")
-        self._find_batch(self._find_noise())
-        _, after = self._now().plan()
-        if after.batch_size != before.batch_size:
-            self._find_lr("lr-again")
-        self._find_loader()
-        return list(self._findings.values())
+        _, initial_plan = self._tuned_target().plan()
+        lr_searches = [self._find_lr("lr")]
+        noise, noise_scale = self._find_noise()
+        batch = self._find_batch(noise_scale)
+        _, plan = self._tuned_target().plan()
+        if plan.batch_size != initial_plan.batch_size:
+            lr_searches.append(self._find_lr("lr-again"))
+        loader = self._find_loader()
+        return TuningResult(
+            settings=tuple(self._settings.values()),
+            lr_searches=tuple(search for search in lr_searches if search is not None),
+            noise=noise,
+            noise_scale=noise_scale,
+            batch=batch,
+            loader=loader,
+        )
 
-    def _now(self) -> Target:
-        """Return the recipe with what was found so far."""
-        found = {name: finding.value for name, finding in self._findings.items()}
-        return self._target.having("tune", **found)
+    def _tuned_target(self) -> Target:
+        """Return the recipe with the settings found so far."""
+        values = {name: setting.value for name, setting in self._settings.items()}
+        return self._target.having("tune", **values)
 
-    def _add(self, name: str, value: Any, evidence: str) -> None:
-        """Take note of a setting, in place of what was found for it before."""
-        self._findings[name] = TunedSetting(name=name, value=value, evidence=evidence)
+    def _set(self, name: str, value: Any, evidence: str) -> None:
+        """Recommend a setting, in place of an earlier recommendation."""
+        self._settings[name] = TunedSetting(name=name, value=value, evidence=evidence)
 
-    def _once(self, name: str, kind: type[T], find: Callable[[RunDir], T]) -> T:
-        """Return what was found before under this name, or find it in a folder of that name."""
-        kept = self._run_dir.path / f"{name}.json"
-        if kept.is_file():
-            self._listener.says("found before")
-            return _read(kept.read_text(encoding="utf-8"), kind, kept.name)
-        folder = self._run_dir.path / name
-        shutil.rmtree(folder, ignore_errors=True)  # of one that was stopped
-        found = find(create_run_dir(folder, name))
-        write_json(kept, asdict(found))  # type: ignore[call-overload]
-        return found
+    def _search_once(self, name: str, kind: type[T], search: Callable[[RunDir], T]) -> T:
+        """Return the stored result of a search, or run it and store its result."""
+        result = read_result(self._run_dir, name, kind)
+        if result is None:
+            return store_result(self._run_dir, name, search)
+        self._listener.says(f"Using {name}.json, which an earlier run of this command measured.")
+        return result
 
-    def _find_lr(self, name: str) -> None:
-        if "lr" in self._given:
-            return
-        recipe, plan = self._now().plan()
-        self._listener.begins(f"learning rate, at a batch of {plan.batch_size:,}")
-        if str(recipe.schedule) == "constant()" and "schedule" not in self._given:
-            why = "the lr is a peak to come down from, which constant() never does"
-            self._add("schedule", "one_cycle()", why)
-        now = self._now()
-        test = plan_range_test(now, lowest=LOWEST_LR, highest=HIGHEST_LR, steps=self._steps)
+    def _find_lr(self, name: str) -> FoundLR | None:
+        """Search for the learning rate; return None if it is fixed."""
+        if "lr" in self._fixed_names:
+            return None
+        recipe, plan = self._tuned_target().plan()
+        self._listener.begins(f"learning rate at a global batch of {plan.batch_size:,} samples")
+        if str(recipe.schedule) == "constant()" and "schedule" not in self._fixed_names:
+            evidence = "lr is the peak of a schedule that decays, and constant() does not decay"
+            self._set("schedule", "one_cycle()", evidence)
+        target = self._tuned_target()
+        test = plan_range_test(target, lowest=LOWEST_LR, highest=HIGHEST_LR, steps=self._steps)
 
-        def find(run_dir: RunDir) -> FoundLR:
-            found = find_lr(test, run_dir, self._stops)
-            tell = self._listener.tried_lr
-            return try_lrs(found, now, run_dir, self._stops, tell, steps=self._steps)
+        def search(run_dir: RunDir) -> FoundLR:
+            result = find_lr(test, run_dir, self._signals)
+            on_trial = self._listener.tried_lr
+            return try_lrs(result, target, run_dir, self._signals, on_trial, steps=self._steps)
 
-        found = self._once(name, FoundLR, find)
-        self._listener.found_lr(found, test)
-        best = best_trial(found.trials)
+        result = self._search_once(name, FoundLR, search)
+        self._listener.found_lr(result, test)
+        best = best_trial(result.trials)
         if best is None:
-            why = found.suggestions.reason or "all trainings diverged"
-            self._listener.says(f"none is suggested: {why}")
-            return
+            reason = result.suggestions.reason or "all short trainings diverged"
+            self._listener.says(f"No learning rate is recommended: {reason}.")
+            return result
         lr = float(f"{best.lr:.3g}")
-        self._listener.says(f"{lr:g}")
-        self._add(
+        self._listener.says(f"The recommended learning rate is {lr:g}.")
+        self._set(
             "lr",
             lr,
-            f"best of {len(found.trials)} whole trainings in {self._steps} steps of "
-            f"{plan.batch_size:,} samples",
+            f"the lowest final loss of {len(result.trials)} short trainings of {self._steps} steps "
+            f"at a global batch of {plan.batch_size:,}",
         )
         if recipe.lr_rule != "none":
-            self._add("lr_batch_size", plan.batch_size, "the batch of those")
+            self._set("lr_batch_size", plan.batch_size, "the global batch of those trainings")
+        return result
 
-    def _find_noise(self) -> float | None:
-        """Return the noise scale in samples, whatever items the loss counts, if it can be told."""
+    def _find_noise(self) -> tuple[FoundNoise | None, float | None]:
+        """Measure the gradient noise; return the measurement and the noise scale in samples."""
         self._listener.begins("gradient noise scale")
-        now = self._now()
-        if now.plan()[1].total_steps > self._steps:
-            # A whole, short training, rather than the first steps of a long one: the noise scale
-            # grows as the loss falls.
-            now = now.having("tune", steps=self._steps)
+        target = self._tuned_target()
+        if target.plan()[1].total_steps > self._steps:
+            # The noise scale grows as the loss falls, so a short training through the whole
+            # schedule represents a long one better than its first steps do.
+            target = target.having("tune", steps=self._steps)
         try:
-            probe = plan_noise(now)
+            probe = plan_noise(target)
         except PlanError as error:
-            self._listener.says(f"it cannot be measured: {error}")
-            return None
-        found = self._once(
+            self._listener.says(f"The noise scale cannot be measured. {error}")
+            return None, None
+        result = self._search_once(
             "noise",
             FoundNoise,
-            lambda run_dir: find_noise(probe, run_dir, self._stops, steps=self._steps),
+            lambda run_dir: find_noise(probe, run_dir, self._signals, steps=self._steps),
         )
-        self._listener.found_noise(found, probe)
-        if found.latest is None:
-            self._listener.says("it cannot be told from so few steps")
-            return None
-        scale = found.latest.b_simple * probe.plan.batch_size / found.measurements[0].big_items
-        self._listener.says(f"B_simple is {scale:,.3g} samples")
-        return scale
+        self._listener.found_noise(result, probe)
+        if result.latest is None:
+            num_steps = len(result.measurements)
+            self._listener.says(f"The noise scale is undetermined after {num_steps} steps.")
+            return result, None
+        # A loss may count items other than samples, such as tokens.
+        samples_per_item = probe.plan.batch_size / result.measurements[0].big_items
+        scale = result.latest.b_simple * samples_per_item
+        self._listener.says(f"The noise scale B_simple is {scale:,.3g} samples.")
+        return result, scale
 
-    def _find_batch(self, scale: float | None) -> None:
-        if "micro_batch_size" in self._given:
-            return
-        recipe, plan = self._now().plan()
-        is_open = scale is not None and not self._keeps_batch(recipe)
-        most = plan.batch_size
-        if is_open:
-            assert scale is not None
-            limit = min(LARGEST * scale, (plan.train_samples or scale * LARGEST) / _LEAST_STEPS)
-            while 2 * most <= limit:
-                most *= 2
-        self._listener.begins("batch and micro-batch" if is_open else "micro-batch")
-        first = max(plan.batch_size // plan.world_size // _SMALLER, 1) if is_open else None
-        search = BatchSearch(
-            self._now().having("tune", batch_size=most) if is_open else self._now(),
-            memory=self._memory,
-            first=first,
-        )
-        found = self._once(
+    def _find_batch(self, noise_scale: float | None) -> FoundBatch | None:
+        """Search for the micro-batch and, given a noise scale, for the global batch.
+
+        Return None if the micro-batch size is fixed.
+        """
+        if "micro_batch_size" in self._fixed_names:
+            return None
+        target = self._tuned_target()
+        recipe, plan = target.plan()
+        scale = None if self._is_batch_fixed(recipe) else noise_scale
+        first = None
+        if scale is None:
+            self._listener.begins("micro-batch")
+        else:
+            self._listener.begins("batch and micro-batch")
+            target = target.having("tune", batch_size=_largest_batch(plan, scale))
+            first = max(plan.batch_size // plan.world_size // _FIRST_SIZE_DIVISOR, 1)
+        search = BatchSearch(target, memory=self._memory, first=first)
+        result = self._search_once(
             "batch",
             FoundBatch,
-            lambda run_dir: search.run(run_dir, self._stops, self._listener.tried),
+            lambda run_dir: search.run(run_dir, self._signals, self._listener.tried),
         )
-        self._listener.found_batch(found, search.plan)
-        chosen = choose(found.trials)
-        if is_open and chosen is not None:
-            assert scale is not None
+        self._listener.found_batch(result, search.plan)
+        chosen = choose(result.trials)
+        if chosen is None:
+            self._listener.says("Not one sample fits into the memory of a rank.")
+            return result
+        if scale is not None:
             chosen = fastest_to_the_loss(
-                found.trials,
+                result.trials,
                 world_size=plan.world_size,
                 batch_size=plan.batch_size,
                 noise_scale=scale,
             )
-            self._take_batch(recipe, plan.batch_size, chosen.size, plan.world_size, scale)
-        if chosen is None:
-            self._listener.says("not one sample fits")
-            return
-        self._add(
+            self._set_batch(recipe, plan, chosen.size, scale)
+        num_fitting = sum(trial.fits for trial in result.trials)
+        self._set(
             "micro_batch_size",
             chosen.size,
-            f"{chosen.samples_per_second:,.0f} samples/s; "
-            f"{sum(trial.fits for trial in found.trials)} of {len(found.trials)} sizes fit",
+            f"{chosen.samples_per_second:,.0f} samples/s; {num_fitting} of {len(result.trials)} "
+            "sizes fit into memory",
         )
+        return result
 
-    def _take_batch(
-        self, recipe: Recipe, before: int, size: int, world_size: int, scale: float
-    ) -> None:
-        """Take note of another global batch, if it is one, and of what the run is then to take."""
-        after = size * world_size
+    def _set_batch(self, recipe: Recipe, plan: Plan, size: int, scale: float) -> None:
+        """Recommend `size` samples per rank as the global batch, and a duration that fits it.
+
+        Nothing is recommended if the global batch stays the same.
+        """
+        before, after = plan.batch_size, size * plan.world_size
         if after == before:
             return
         steps, items = steps_ratio(before, after, scale), items_ratio(before, after, scale)
-        self._listener.says(f"a batch of {after:,} instead of {before:,}")
-        name, value = "batch_size", after
-        if recipe.batch_size_per_gpu is not None:
-            name, value = "batch_size_per_gpu", size
-        self._add(
-            name,
-            value,
-            f"noise scale {scale:,.3g}: x{steps:.2f} the steps, x{items:.2f} the samples of "
-            f"{before:,}",
+        self._listener.says(
+            f"The recommended global batch has {after:,} samples instead of {before:,}."
         )
-        if self._given & {"epochs", "steps"}:
+        is_per_gpu = recipe.batch_size_per_gpu is not None
+        self._set(
+            "batch_size_per_gpu" if is_per_gpu else "batch_size",
+            size if is_per_gpu else after,
+            f"the noise scale is {scale:,.3g} samples: x{steps:.2f} the steps and x{items:.2f} the "
+            f"samples of a batch of {before:,}",
+        )
+        if self._fixed_names & {"epochs", "steps"}:
             return
         if recipe.epochs is not None:
-            longer = max(round(recipe.epochs * items), 1)
-            self._add("epochs", longer, f"{recipe.epochs} x {items:.2f}, to the same loss")
+            epochs = max(round(recipe.epochs * items), 1)
+            self._set("epochs", epochs, f"{recipe.epochs} x {items:.2f}, for the same loss")
         else:
             assert recipe.steps is not None
-            fewer = max(round(recipe.steps * steps), 1)
-            self._add("steps", fewer, f"{recipe.steps:,} x {steps:.2f}, to the same loss")
+            num_steps = max(round(recipe.steps * steps), 1)
+            self._set("steps", num_steps, f"{recipe.steps:,} x {steps:.2f}, for the same loss")
 
-    def _find_loader(self) -> None:
-        if "num_workers" in self._given:
-            return
+    def _find_loader(self) -> FoundLoader | None:
+        """Search for the DataLoader settings; return None if the number of workers is fixed."""
+        if "num_workers" in self._fixed_names:
+            return None
         self._listener.begins("DataLoader workers")
-        search = LoaderSearch(self._now(), seconds=self._seconds)
-        found = self._once(
+        search = LoaderSearch(self._tuned_target(), seconds=self._seconds)
+        result = self._search_once(
             "loader",
             FoundLoader,
-            lambda run_dir: search.run(run_dir, self._stops, self._listener.read),
+            lambda run_dir: search.run(run_dir, self._signals, self._listener.read),
         )
-        self._listener.found_loader(found, search.plan)
-        planned = next(each for each in found.readings if each.workers == found.planned)
-        rates = (found.best.samples_per_second, planned.samples_per_second)
-        evidence = f"{rates[0]:,.0f} samples/s; {rates[1]:,.0f} with the planned {found.planned}"
-        for name, value in found.settings.items():
-            self._add(name, value, evidence)
+        self._listener.found_loader(result, search.plan)
+        planned = next(reading for reading in result.readings if reading.workers == result.planned)
+        evidence = (
+            f"{result.best.samples_per_second:,.0f} samples/s, and "
+            f"{planned.samples_per_second:,.0f} with the planned {result.planned} workers"
+        )
+        for name, value in result.settings.items():
+            self._set(name, value, evidence)
+        return result
 
-    def _keeps_batch(self, recipe: Recipe) -> bool:
-        """Return whether the global batch was decided by the user, or by stages."""
-        given = self._given & {"batch_size", "batch_size_per_gpu"}
-        return bool(given or recipe.batch_milestones)
+    def _is_batch_fixed(self, recipe: Recipe) -> bool:
+        """Return whether overrides or stages determine the global batch."""
+        is_given = self._fixed_names & {"batch_size", "batch_size_per_gpu"}
+        return bool(is_given or recipe.batch_milestones)
 
 
-def open_tuning(
-    out: Path | None,
-    target: Target,
-    plan: Plan,
-    *,
-    memory: int | None,
-    steps: int,
-    seconds: float,
-) -> RunDir:
-    """Return a folder to tune in: a new one, or that of a tuning of the same that was stopped.
+def _largest_batch(plan: Plan, scale: float) -> int:
+    """Return the global batch, doubled as often as the noise scale and the data allow.
 
-    Raises:
-        RunDirError: It is something else's, or cannot be made.
+    Args:
+        plan: The plan with the present batch.
+        scale: B_simple, in samples.
     """
-    asked = {
-        "recipe": target.reference.location,
-        "overrides": [[each.name, str(each.value)] for each in target.overrides],
-        "ranks": [plan.device, plan.nodes, plan.nproc_per_node],
-        "memory": memory,
-        "steps": steps,
-        "seconds": seconds,
-    }
-    kept = None if out is None else out / "asked.json"
-    if kept is None or not kept.is_file():
-        run_dir = create_run_dir(out, f"tune-{plan.recipe}")
-        write_json(run_dir.path / "asked.json", asked)
-        return run_dir
-    before = _read(kept.read_text(encoding="utf-8"), dict[str, Any], str(kept))
-    for name, value in asked.items():
-        if before.get(name) != value:
-            raise RunDirError(
-                f"{out} is of another tuning: its {name} is {before.get(name)}, and {value} was "
-                "asked for. Give another --out, or the command that it was begun with."
-            )
-    return RunDir(kept.parent.resolve())
-
-
-def _read(text: str, kind: type[T], name: str) -> T:
-    try:
-        return msgspec.convert(json.loads(text), kind)
-    except (ValueError, msgspec.ValidationError):
-        raise RunDirError(f"{name} is damaged: remove it, and it is measured again.") from None
+    limit = MAX_BATCH_RATIO * scale
+    limit = min(limit, (plan.train_samples or limit) / _MIN_STEPS_PER_EPOCH)
+    batch_size = plan.batch_size
+    while 2 * batch_size <= limit:
+        batch_size *= 2
+    return batch_size

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: real traces of real ranks, and traces that are known."""
+"""`launcher profile`: the time of a step by part, in real and in synthetic traces."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ STRAGGLING = ROOT / "tests/recipes/straggling.py"
 
 @pytest.fixture(scope="module")
 def profiled(module_run: Commands) -> Commands:
-    """Look at four steps of two ranks, of which one pauses for 20 ms in each forward."""
+    """Profile four steps of two ranks, one of which pauses for 20 ms in each forward."""
     done = module_run(
         *("launcher", "profile", STRAGGLING, "-n", "2", "--steps", "4", "--out", "out"),
     )
     assert done.exit_code == 0, done.stderr
-    (module_run.folder / "said").write_text(done.stdout)
+    (module_run.folder / "stdout").write_text(done.stdout)
     return module_run
 
 
-def test_ranks_are_told_apart(profiled: Commands) -> None:
-    """The pause is forward on the rank that takes it, and communication on the one that waits."""
-    text = (profiled.folder / "said").read_text()
-    assert "Ranks wait for rank 1" in text
+def test_a_straggler_is_identified(profiled: Commands) -> None:
+    """The pause is forward on the rank that takes it and communication on the rank that waits."""
+    text = (profiled.folder / "stdout").read_text()
+    assert "wait for rank 1" in text
     zero, one = json.loads((profiled.folder / "out/profile.json").read_text())["ranks"]
     assert one["parts"]["forward"] > zero["parts"]["forward"] + 0.015
     assert zero["parts"]["communication"] > one["parts"]["communication"] + 0.01
@@ -47,7 +47,7 @@ def test_ranks_are_told_apart(profiled: Commands) -> None:
 
 
 def test_each_rank_leaves_a_trace(profiled: Commands) -> None:
-    """They can be opened by Perfetto; operations have their names in them."""
+    """Each trace has named operations, the parts of a step, and the profiled steps."""
     for rank in range(2):
         path = profiled.folder / f"out/traces/rank{rank}.json.gz"
         events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
@@ -57,10 +57,10 @@ def test_each_rank_leaves_a_trace(profiled: Commands) -> None:
 
 
 def test_the_table_has_all_ranks(profiled: Commands) -> None:
-    """A line for each rank and their mean, then the longest operations and the advice."""
-    lines = (profiled.folder / "said").read_text().splitlines()
+    """The table has a line for each rank and one for their mean, whose shares add up to 100 %."""
+    lines = (profiled.folder / "stdout").read_text().splitlines()
     head = next(i for i, line in enumerate(lines) if line.startswith("rank "))
-    assert lines[head].split() == ["rank", "ms", "a", "step", *PARTS]
+    assert lines[head].split() == ["rank", "ms/step", *PARTS]
     assert [line.split()[0] for line in lines[head + 1 : head + 4]] == ["0", "1", "mean"]
     for line in lines[head + 1 : head + 4]:
         shares = [int(cell.rstrip("%")) for cell in line.split()[2:]]
@@ -68,8 +68,8 @@ def test_the_table_has_all_ranks(profiled: Commands) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "zero2"])
-def test_strategies_are_looked_at(run: Commands, strategy: str) -> None:
-    """Under sharding there is communication, and no part of a step is lost."""
+def test_sharded_strategies_are_profiled(run: Commands, strategy: str) -> None:
+    """Under FSDP and ZeRO a profile has communication and every part of a step."""
     done = run(
         *("launcher", "profile", "digits", "-n", "2", "--steps", "3", "--json"),
         f"strategy={strategy}",
@@ -83,19 +83,19 @@ def test_strategies_are_looked_at(run: Commands, strategy: str) -> None:
 
 
 def write(path: Path, events: list[dict[str, Any]]) -> Path:
-    """Write a trace, times in microseconds."""
-    whole = [{"ph": "X", "tid": 1} | event for event in events]
-    path.write_text(json.dumps({"traceEvents": [*whole, {"ph": "M", "name": "process_name"}]}))
+    """Write a trace of duration events, with times in microseconds."""
+    complete = [{"ph": "X", "tid": 1} | event for event in events]
+    path.write_text(json.dumps({"traceEvents": [*complete, {"ph": "M", "name": "process_name"}]}))
     return path
 
 
-def annotation(name: str, ts: float, dur: float, **more: Any) -> dict[str, Any]:
-    """Return a range that Python is in."""
-    return {"cat": "user_annotation", "name": name, "ts": ts, "dur": dur} | more
+def annotation(name: str, ts: float, dur: float, **fields: Any) -> dict[str, Any]:
+    """Return an event for a range of Python code."""
+    return {"cat": "user_annotation", "name": name, "ts": ts, "dur": dur} | fields
 
 
 def test_a_trace_of_cpus_is_accounted_for(tmp_path: Path) -> None:
-    """Computing hides communication; what of it is left is communication, whatever Python is in."""
+    """Communication counts where nothing computes, whichever part of the step Python is in."""
     events = [
         annotation("ProfilerStep#5", 0, 100),
         annotation("ProfilerStep#6", 100, 100),
@@ -110,9 +110,9 @@ def test_a_trace_of_cpus_is_accounted_for(tmp_path: Path) -> None:
         annotation("gloo:all_reduce", 50, 25, tid=7),
         {"cat": "cpu_op", "name": "aten::copy_", "ts": 60, "dur": 15, "tid": 7},
     ]
-    found = read_profile(write(tmp_path / "trace.json", events))
-    assert found.steps == 2
-    assert found.step_seconds == pytest.approx(100e-6)
+    result = read_profile(write(tmp_path / "trace.json", events))
+    assert result.steps == 2
+    assert result.step_seconds == pytest.approx(100e-6)
     expected = {
         "data": 10,
         "forward": 30,
@@ -121,12 +121,12 @@ def test_a_trace_of_cpus_is_accounted_for(tmp_path: Path) -> None:
         "optimizer": 10,
         "other": 110,
     }
-    assert {k: round(v * 2e6, 6) for k, v in found.parts.items()} == expected
-    assert dict(found.operations)["aten::mm"] == pytest.approx(7.5e-6), "less what it called"
+    assert {part: round(value * 2e6, 6) for part, value in result.parts.items()} == expected
+    assert dict(result.operations)["aten::mm"] == pytest.approx(7.5e-6), "without aten::mul"
 
 
 def test_a_trace_of_a_gpu_is_accounted_for(tmp_path: Path) -> None:
-    """On the GPU's own clock: kernels by who asked for them, NCCL where nothing else runs, idle."""
+    """Kernels count for the part that launched them, NCCL where no other kernel runs."""
     gpu = {"tid": 20}
     events = [
         annotation("ProfilerStep#5", 0, 100),
@@ -142,7 +142,7 @@ def test_a_trace_of_a_gpu_is_accounted_for(tmp_path: Path) -> None:
         {"cat": "kernel", "name": "ncclDevKernel_AllReduce_Sum_f32_RING_LL", "ts": 60, "dur": 20}
         | {"tid": 24},
     ]
-    found = read_profile(write(tmp_path / "trace.json", events))
+    result = read_profile(write(tmp_path / "trace.json", events))
     expected = {
         "data": 18 + 4,
         "forward": 20,
@@ -151,42 +151,56 @@ def test_a_trace_of_a_gpu_is_accounted_for(tmp_path: Path) -> None:
         "optimizer": 0,
         "other": 3 + 20,
     }
-    assert {k: round(v * 1e6, 6) for k, v in found.parts.items()} == expected
-    assert dict(found.operations)["gemm"] == pytest.approx(45e-6)
+    assert {part: round(value * 1e6, 6) for part, value in result.parts.items()} == expected
+    assert dict(result.operations)["gemm"] == pytest.approx(45e-6)
 
 
 @pytest.mark.parametrize("content", ["{", '{"traceEvents": []}', '{"other": 1}'])
-def test_what_is_no_trace_is_refused(tmp_path: Path, content: str) -> None:
-    """With a reason."""
+def test_a_file_that_is_not_a_trace_is_refused(tmp_path: Path, content: str) -> None:
+    """A file without profiled steps raises ValueError."""
     (tmp_path / "trace.json").write_text(content)
-    with pytest.raises(ValueError, match=r"no trace|no step"):
+    with pytest.raises(ValueError, match=r"trace\.json|ProfilerStep#"):
         read_profile(tmp_path / "trace.json")
 
 
-def plan(*arguments: str) -> Plan:
-    """Return a plan of digits."""
-    _, made = plan_recipe(resolve("digits"), read_arguments(arguments), read_machine())
-    return made
+def make_plan(*arguments: str) -> Plan:
+    """Return the plan of digits with overrides."""
+    _, plan = plan_recipe(resolve("digits"), read_arguments(arguments), read_machine())
+    return plan
 
 
-def profile(**parts: float) -> Profile:
-    """Return a profile with these milliseconds, the rest of 100 forward."""
+def make_profile(**parts: float) -> Profile:
+    """Return a profile of a 100 ms step with these milliseconds and the rest in forward."""
     values = dict.fromkeys(PARTS, 0.0) | {name: ms / 1e3 for name, ms in parts.items()}
     values["forward"] += 0.1 - sum(values.values())
     return Profile(steps=1, step_seconds=0.1, parts=values, operations=[])
 
 
-def test_advice_is_for_what_takes_the_time() -> None:
-    """The largest part first; nothing where nothing stands out."""
-    both = advice([profile(data=20, communication=40)], plan("in_memory=false", "num_workers=2"))
-    assert both[0].startswith("40%: Ranks wait for communication")
-    assert both[1].startswith("20%: Steps wait for data (2 workers per rank are too few)")
-    assert advice([profile()], plan()) == [
-        "Nothing stands out: the step is mostly forward and backward."
-    ]
-    uneven = advice([profile(communication=50), profile(communication=5)], plan())
-    assert "wait for rank 1, which has 1.90 times as much" in uneven[0]
-    [own] = advice([profile(other=30)], plan())
-    assert own.startswith("30%: Much is neither the model nor its data")
-    [optimizer] = advice([profile(optimizer=30)], plan())
-    assert "find noise" in optimizer
+def test_advice_is_about_the_largest_parts() -> None:
+    """Advice is sorted by share, largest first, and names the settings and commands to use."""
+    communication, data = advice(
+        [make_profile(data=20, communication=40)], make_plan("in_memory=false", "num_workers=2")
+    )
+    assert communication.startswith("40%: ")
+    assert "communication" in communication
+    assert data.startswith("20%: ")
+    assert "num_workers=2 " in data
+    assert "launcher find loader digits" in data
+    [other] = advice([make_profile(other=30)], make_plan())
+    assert other.startswith("30%: ")
+    [optimizer] = advice([make_profile(optimizer=30)], make_plan())
+    assert "launcher find noise" in optimizer
+
+
+def test_a_balanced_step_has_no_advice() -> None:
+    """A step of forward and backward has a single line without a share."""
+    [line] = advice([make_profile()], make_plan())
+    assert "%" not in line
+
+
+def test_advice_names_a_straggler() -> None:
+    """Advice names the rank that the others wait for, and how much more work it has."""
+    profiles = [make_profile(communication=50), make_profile(communication=5)]
+    [line] = advice(profiles, make_plan())
+    assert "rank 1, " in line
+    assert "1.90 times" in line

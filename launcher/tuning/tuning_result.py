@@ -1,0 +1,88 @@
+"""The results of a tuning as values, and the listener that follows it while it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from launcher.analysis.batch_sizes import SizeTrial
+from launcher.analysis.lr_curve import FoundLR, LRTrial
+from launcher.planning.plan import Plan
+from launcher.tuning.batch_search import FoundBatch
+from launcher.tuning.loader_search import FoundLoader, LoaderTrial
+from launcher.tuning.noise_search import FoundNoise
+from launcher.tuning.probe_run import Probe
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunedSetting:
+    """A recommended setting of a recipe."""
+
+    name: str
+    """Name of the setting."""
+
+    value: Any
+    """The recommended value."""
+
+    evidence: str
+    """The measurement behind it, in one line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningResult:
+    """The recommended settings of a recipe, and the measurements behind them."""
+
+    settings: tuple[TunedSetting, ...]
+    """The recommended settings, in the order in which they were found."""
+
+    lr_searches: tuple[FoundLR, ...]
+    """The searches for a learning rate: one, and another if the global batch changed. Empty if
+    the learning rate was given."""
+
+    noise: FoundNoise | None
+    """The measurement of the gradient noise; None if it cannot be measured on these ranks."""
+
+    noise_scale: float | None
+    """B_simple in samples; None if it is undetermined."""
+
+    batch: FoundBatch | None
+    """The search for the batch and micro-batch; None if the micro-batch size was given."""
+
+    loader: FoundLoader | None
+    """The search for DataLoader workers; None if their number was given."""
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The recommended values by name, such as `Target.having` takes."""
+        return {setting.name: setting.value for setting in self.settings}
+
+
+class TuningListener(Protocol):
+    """An object that is called with everything that a tuning does and finds."""
+
+    def begins(self, what: str) -> None:
+        """Called when a search starts, with what it searches for."""
+
+    def says(self, text: str) -> None:
+        """Called with a sentence about the present search."""
+
+    def tried_lr(self, trial: LRTrial) -> None:
+        """Called after each short training."""
+
+    def tried(self, trial: SizeTrial) -> None:
+        """Called after each trial of a micro-batch size."""
+
+    def read(self, reading: LoaderTrial) -> None:
+        """Called after each measurement with a number of workers."""
+
+    def found_lr(self, result: FoundLR, test: Probe) -> None:
+        """Called with the result of a search for a learning rate and its range test."""
+
+    def found_noise(self, result: FoundNoise, probe: Probe) -> None:
+        """Called with the measured gradient noise and the training in which it was measured."""
+
+    def found_batch(self, result: FoundBatch, plan: Plan) -> None:
+        """Called with the result of a search for a batch and the plan that it used."""
+
+    def found_loader(self, result: FoundLoader, plan: Plan) -> None:
+        """Called with the result of a search for DataLoader workers and the plan that it used."""
