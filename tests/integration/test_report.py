@@ -272,7 +272,7 @@ def test_a_folder_of_another_version_is_refused(run: Commands) -> None:
     (run.folder / "old/run.yaml").write_text("recipe: digits\nplan:\n  recipe: digits\n")
     done = run("launcher", "report", "old")
     assert done.exit_code == 2
-    assert "not one of this version of launcher" in done.stderr
+    assert "incompatible version" in done.stderr
     assert "Traceback" not in done.stderr
 
 
