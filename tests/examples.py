@@ -1,4 +1,4 @@
-"""A recipe and machines that unit tests plan with."""
+"""A recipe and two machines for unit tests of planning."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ NODE = replace(LAPTOP, hostname="node1", num_gpus=8, usable_cores=64)
 
 
 def nothing(*_: Any) -> Any:
-    raise AssertionError("planning calls none of a recipe's functions")
+    raise AssertionError("planning must not call the functions of a recipe")
 
 
 def recipe(**changes: Any) -> Recipe:
-    """Return a recipe of 256 samples a step with some fields changed."""
+    """Return a recipe with 256 samples per step, with some fields changed."""
     fields: dict[str, Any] = {
-        "name": "some",
+        "name": "example",
         "model": nothing,
         "data": nothing,
         "loss": nothing,

@@ -1,1 +1,8 @@
-"""From a recipe and an environment to every number of a run, before any GPU is asked for."""
+"""Planning: from a recipe and an environment to every number of a run, before any GPU is used.
+
+`planner.make_plan` returns a `plan.Plan`. `global_batch` divides a batch among ranks and
+micro-batches, `stages` describes batches that grow, `loading` decides on DataLoader workers, and
+`strategy` lists the ways to shard a model. `derivations` writes the arithmetic for readers,
+`single_sample_batches` finds micro-batches that BatchNorm cannot use, and `configs` writes a plan
+as files for Accelerate and DeepSpeed.
+"""

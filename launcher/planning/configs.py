@@ -1,7 +1,7 @@
-"""A plan as the configuration files of the engines that carry it out, every value resolved.
+"""A plan as configuration files of Accelerate and DeepSpeed, with every value resolved.
 
-The DeepSpeed backend runs with what `deepspeed_config` returns, so that the file which
-`launcher export` writes is the one that was used.
+The DeepSpeed backend uses the result of `deepspeed_config`, so that `launcher export` writes the
+configuration that a run has.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from launcher.planning.strategy import STRATEGIES
 from launcher.recipe.recipe import Recipe
 
 AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
-"""The dtype's name in torch, by `Recipe.precision`."""
+"""Name of autocast's dtype in torch, by `Recipe.precision`."""
 
 
 def deepspeed_config(recipe: Recipe, plan: Plan) -> dict[str, Any]:
     """Return the DeepSpeed configuration of a ZeRO plan.
 
-    DeepSpeed clips at 1.0 unless told otherwise, so the norm is always given. The batch size is
-    not: DeepSpeed would insist that it divides by ranks and accumulation steps.
+    The configuration always contains the norm to clip at, because DeepSpeed clips at 1.0 by
+    default. It does not contain the global batch size, which DeepSpeed would require to be a
+    multiple of ranks times accumulation steps.
     """
     stage = STRATEGIES[plan.strategy].zero_stage
     zero: dict[str, Any] = {
@@ -31,10 +32,10 @@ def deepspeed_config(recipe: Recipe, plan: Plan) -> dict[str, Any]:
     if stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
     if recipe.offload is not None:
-        where = {"device": recipe.offload, "pin_memory": plan.device == "cuda"}
-        zero["offload_optimizer"] = dict(where)
+        target = {"device": recipe.offload, "pin_memory": plan.device == "cuda"}
+        zero["offload_optimizer"] = dict(target)
         if stage == 3:
-            zero["offload_param"] = dict(where)
+            zero["offload_param"] = dict(target)
     return {
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.accumulation_steps,
@@ -55,7 +56,7 @@ def deepspeed_config(recipe: Recipe, plan: Plan) -> dict[str, Any]:
 
 
 def process_environment(plan: Plan) -> dict[str, str]:
-    """Return the variables that an engine of the plan reads while it is imported."""
+    """Return the environment variables that the plan's backend reads when it is imported."""
     if STRATEGIES[plan.strategy].uses_deepspeed:
         return {"DS_ACCELERATOR": plan.device}
     return {}
@@ -64,19 +65,19 @@ def process_environment(plan: Plan) -> dict[str, str]:
 def accelerate_config(
     recipe: Recipe, plan: Plan, *, deepspeed_file: str | None = None
 ) -> dict[str, Any]:
-    """Return the configuration of `accelerate launch` that starts the ranks of a plan.
+    """Return the configuration with which `accelerate launch` starts the ranks of a plan.
 
     Args:
         recipe: The recipe of the plan.
-        plan: What to start.
-        deepspeed_file: The file with `deepspeed_config`, for a ZeRO plan; None writes the few of
-            its values here that Accelerate has fields for.
+        plan: The ranks to start.
+        deepspeed_file: Path of the file with `deepspeed_config` of a ZeRO plan; None includes
+            those of its values that Accelerate has fields for.
     """
     cpu = plan.device == "cpu"
     config: dict[str, Any] = {
         "compute_environment": "LOCAL_MACHINE",
         "debug": False,
-        # Accelerate starts several processes on CPUs only under this name.
+        # Accelerate starts several processes on CPUs only with this type.
         "distributed_type": "NO" if plan.backend == "local" else "MULTI_GPU",
         "downcast_bf16": "no",
         "dynamo_config": {"dynamo_backend": "INDUCTOR" if recipe.compile else "NO"},
@@ -109,7 +110,7 @@ def accelerate_config(
         config["distributed_type"] = "DEEPSPEED"
         config["deepspeed_config"] = _deepspeed_fields(recipe, plan, deepspeed_file)
         if deepspeed_file is not None:
-            del config["mixed_precision"]  # said in that file, and Accelerate wants it said once
+            del config["mixed_precision"]  # Accelerate refuses a value that the file has as well
     return config
 
 

@@ -1,4 +1,4 @@
-"""The arithmetic of a plan in words, and what its reader should know."""
+"""Text for readers of a plan: the arithmetic behind its numbers, and notes."""
 
 from __future__ import annotations
 
@@ -12,52 +12,65 @@ from launcher.recipe.recipe import Recipe
 
 _INDEPENDENT = (
     "The samples, the learning rate and the item counts of each step do not depend on the number "
-    "of ranks; losses and weights do to floating-point rounding."
+    "of ranks; losses and weights depend on it only by floating-point rounding."
 )
-_DROPOUT = "dropout, of which each rank draws masks of its own, by (seed, step, rank)"
+_DROPOUT = "dropout, whose masks each rank draws by (seed, step, rank)"
 
 
 def batch_arithmetic(
     batch_size: int, nodes: int, nproc: int, unit: str, micro: int, accumulation: int
 ) -> str:
-    """Return how a batch is shared: `256 = 2 nodes x 4 GPUs x 16 samples x 2 accumulation steps`.
+    """Return how a batch is divided: `256 = 2 nodes x 4 GPUs x 16 samples x 2 accumulation steps`.
 
     Args:
         batch_size: Samples in the global batch.
         nodes: Number of nodes.
-        nproc: Ranks on each.
-        unit: What a rank is, `GPU` or `CPU rank`.
-        micro: The largest micro-batch of any rank.
+        nproc: Ranks on each node.
+        unit: Name for a rank: `GPU` or `CPU rank`.
+        micro: Size of the largest micro-batch of any rank.
         accumulation: Micro-batches of each rank.
     """
     world_size = nodes * nproc
-    equal = batch_size == world_size * micro * accumulation
     parts = [counted(nodes, "node"), counted(nproc, unit)]
-    if equal:
+    if batch_size == world_size * micro * accumulation:
         parts += [counted(micro, "sample"), counted(accumulation, "accumulation step")]
         return f"{batch_size} = {' x '.join(parts)}"
     share = ceil_div(batch_size, world_size)
-    each = f"{batch_size // world_size}" + (f" or {share}" if batch_size % world_size else "")
+    shares = f"{batch_size // world_size}" + (f" or {share}" if batch_size % world_size else "")
     return (
-        f"{batch_size} over {' x '.join(parts)}: {each} samples each, in "
+        f"{batch_size} over {' x '.join(parts)}: {shares} samples each, in "
         f"{counted(accumulation, 'accumulation step')} of at most {micro}, weighted exactly"
     )
 
 
 def stages_text(stages: Sequence[Stage], lr: float, rule: str) -> str:
-    """Return how the batch grows: `grows to 512 at step 40 (lr 0.4)`; nothing if it does not."""
-    grown = [
+    """Return how the batch grows: `then 512 from step 40 (peak lr 0.4)`; empty if it does not.
+
+    Args:
+        stages: The stages of the run.
+        lr: The peak learning rate of the first stage.
+        rule: `Recipe.lr_rule`.
+    """
+    later_stages = [
         f"{stage.batch_size} from step {stage.first_step + 1:,} (peak lr "
         f"{lr * growth_at(stages, stage.first_step, rule):.3g})"
         for stage in stages[1:]
     ]
-    return f"then {', '.join(grown)}" if grown else ""
+    return f"then {', '.join(later_stages)}" if later_stages else ""
 
 
 def steps_arithmetic(
     recipe: Recipe, batch_size: int, samples: int | None, per_epoch: int | None, total: int
 ) -> str:
-    """Return where the number of steps comes from: `72 = 12 epochs x 6 steps; 6 = ceil(...)`."""
+    """Return the derivation of the number of steps: `72 = 12 epochs x 6 steps; 6 = ceil(...)`.
+
+    Args:
+        recipe: The recipe, which states epochs or steps.
+        batch_size: Samples per step in the first stage.
+        samples: Training samples; None if unknown.
+        per_epoch: Steps per epoch; None if unknown.
+        total: Steps of the run.
+    """
     if per_epoch is None or samples is None:
         return f"{total:,}, as asked"
     if recipe.batch_milestones and recipe.epochs is not None:
@@ -80,12 +93,22 @@ def notes_for(
     micro: int,
     batch_size: int,
 ) -> tuple[str, ...]:
-    """Return what depends on the number of ranks, and what is unusual in a plan."""
-    notes = [_INDEPENDENT, _dependent(recipe, world_size, micro, batch_size)]
+    """Return the notes of a plan: what depends on the number of ranks, and what is unusual.
+
+    Args:
+        recipe: The recipe that is planned.
+        machine: The machine that each node is taken to be.
+        device: `cuda` or `cpu`.
+        nproc: Ranks on each node.
+        world_size: Ranks on all nodes.
+        micro: Size of the largest micro-batch of any rank.
+        batch_size: Samples in the global batch of the first stage.
+    """
+    notes = [_INDEPENDENT, _dependent_note(recipe, world_size, micro, batch_size)]
     if recipe.batch_size_per_gpu is not None:
         notes.append(
-            f"batch_size_per_gpu={recipe.batch_size_per_gpu} lets the batch grow with the ranks: "
-            "another number of ranks is another training."
+            f"batch_size_per_gpu={recipe.batch_size_per_gpu} lets the batch grow with the ranks: a "
+            "different number of ranks is a different training."
         )
     if (
         isinstance(recipe.optimizer, OptimizerSpec)
@@ -94,43 +117,43 @@ def notes_for(
         and recipe.lr_batch_size not in (None, batch_size)
     ):
         notes.append(
-            f"{recipe.optimizer.name} divides gradients by their scale; lr_rule=sqrt suits it "
-            "better than linear."
+            f"{recipe.optimizer.name} divides gradients by their scale, so that lr_rule=sqrt suits "
+            "it better than linear."
         )
     if device == "cpu" and nproc > machine.usable_cores:
         notes.append(
-            f"{nproc} ranks per node share {machine.usable_cores} usable cores "
-            f"({machine.cores_limited_by}): they will take turns."
+            f"{nproc} ranks per node oversubscribe {machine.usable_cores} usable cores "
+            f"({machine.cores_limited_by})."
         )
     return tuple(notes)
 
 
-def _dependent(recipe: Recipe, world_size: int, micro: int, batch_size: int) -> str:
-    """Return what another number of ranks, or of accumulation steps, would change."""
+def _dependent_note(recipe: Recipe, world_size: int, micro: int, batch_size: int) -> str:
+    """Return what a different number of ranks or accumulation steps would change."""
     if not recipe.sync_batchnorm:
         return (
-            "What does depend on it: BatchNorm, where the model has it, whose statistics are over "
-            f"{micro} samples, the micro-batch of one rank (sync_batchnorm=true takes them over "
-            f"all ranks); and {_DROPOUT}."
+            "What depends on the number of ranks: BatchNorm, if the model has it, whose statistics "
+            f"are over {micro} samples, the micro-batch of one rank (sync_batchnorm=true computes "
+            f"them over all ranks); and {_DROPOUT}."
         )
     together = min(world_size * micro, batch_size)
     if together == batch_size:
         return (
             "sync_batchnorm: BatchNorm's statistics are over the global batch, as on one rank. "
-            f"What does depend on the ranks: {_DROPOUT}."
+            f"What depends on the number of ranks: {_DROPOUT}."
         )
     return (
         f"sync_batchnorm: BatchNorm's statistics are over {together} samples, one micro-batch of "
         f"every rank; without accumulation they would be over all {batch_size}. What else depends "
-        f"on the ranks: {_DROPOUT}."
+        f"on the number of ranks: {_DROPOUT}."
     )
 
 
 def ranks_text(nodes: int, nproc: int) -> str:
-    """Return `2 nodes x 4`."""
+    """Return the ranks of a run as text: `2 nodes x 4`."""
     return f"{counted(nodes, 'node')} x {nproc}"
 
 
 def counted(number: int, noun: str) -> str:
-    """Return a number with its noun: `1 node`, `1,250 nodes`."""
+    """Return a number with its noun, singular or plural: `1 node`, `1,250 nodes`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

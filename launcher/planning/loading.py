@@ -1,8 +1,9 @@
-"""The per-rank DataLoader policy, as arithmetic: workers, prefetching, pinned memory.
+"""The DataLoader policy of each rank: workers, prefetching, pinned memory.
 
-Four workers a GPU keep it fed in most trainings, and pinned memory lets copies run beside
-computation; more workers than cores only take turns, and workers for samples that are in memory
-already only copy them. Any DataLoader can use it: `DataLoader(data, **policy.dataloader_kwargs())`.
+Four workers per GPU keep it busy in most trainings, and pinned memory lets copies overlap with
+computation. More workers than cores oversubscribe them, and workers for samples that are already in
+memory only copy them. The policy works for any DataLoader:
+`DataLoader(data, **policy.dataloader_kwargs())`.
 """
 
 from __future__ import annotations
@@ -11,30 +12,33 @@ from dataclasses import dataclass
 from typing import Any
 
 WORKERS_PER_RANK = 4
-"""DataLoader workers that each rank gets where the cores allow it."""
+"""DataLoader workers per rank if there are enough cores."""
 
 PREFETCH_FACTOR = 2
-"""Batches that each worker holds ready, PyTorch's own default."""
+"""Batches that each worker keeps ready; the same as PyTorch's default."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderPolicy:
-    """How every rank loads its share of the data, and why."""
+    """How each rank loads its share of the data, and why."""
 
     workers_per_rank: int
-    """DataLoader worker processes of each rank; 0 loads in the rank itself."""
+    """DataLoader workers of each rank; 0 loads in the rank's own process."""
 
     workers_reason: str
+    """Why there are that many workers, for the reader of a plan."""
+
     prefetch_factor: int | None
-    """Batches each worker holds ready; None without workers."""
+    """Batches that each worker keeps ready; None without workers."""
 
     pin_memory: bool
-    """Whether batches go through page-locked memory, whose copies to a GPU are asynchronous."""
+    """Whether batches pass through page-locked memory, from which copies to a GPU overlap."""
 
     pin_reason: str
+    """Why memory is pinned or not, for the reader of a plan."""
 
     def dataloader_kwargs(self) -> dict[str, Any]:
-        """Return the arguments of `torch.utils.data.DataLoader` that this policy decides."""
+        """Return the arguments of `torch.utils.data.DataLoader` that the policy determines."""
         return {
             "num_workers": self.workers_per_rank,
             "prefetch_factor": self.prefetch_factor,
@@ -58,13 +62,13 @@ def loader_policy(
 
     Args:
         usable_cores: Cores that the ranks of one node may use together.
-        cores_limited_by: What limits the cores, in words, for the reason.
+        cores_limited_by: Name of the limit on the cores, for the reason.
         nproc_per_node: Ranks on one node.
         device: "cuda" or "cpu".
-        in_memory: Whether the samples are in memory already.
-        num_workers: Workers per rank where the user has chosen; None lets the policy choose.
-        prefetch_factor: Batches ready per worker; None is `PREFETCH_FACTOR`.
-        pin_memory: Whether to pin where the user has chosen; None pins on CUDA.
+        in_memory: Whether the samples are already in memory.
+        num_workers: Workers per rank that the user asked for; None lets the policy decide.
+        prefetch_factor: Batches that each worker keeps ready; None is `PREFETCH_FACTOR`.
+        pin_memory: Whether the user asked for pinned memory; None pins on CUDA.
     """
     cores_per_rank = max(usable_cores // nproc_per_node, 1)
     if num_workers is not None:
@@ -74,7 +78,7 @@ def loader_policy(
     elif cores_per_rank < WORKERS_PER_RANK:
         workers = cores_per_rank
         reason = (
-            f"{WORKERS_PER_RANK} wanted, capped at {usable_cores} usable cores "
+            f"{WORKERS_PER_RANK} by default, limited by {usable_cores} usable cores "
             f"({cores_limited_by}) / {nproc_per_node} ranks per node"
         )
     else:
@@ -82,10 +86,12 @@ def loader_policy(
     if pin_memory is not None:
         pin, pin_reason = pin_memory and device == "cuda", "as asked"
         if pin_memory and not pin:
-            pin_reason = "nothing to copy to: the ranks compute on CPUs"
+            pin_reason = "there is no GPU to copy to: the ranks compute on CPUs"
     else:
         pin = device == "cuda"
-        pin_reason = "copies to the GPU run beside computation" if pin else "no GPU to copy to"
+        pin_reason = (
+            "copies to the GPU overlap with computation" if pin else "there is no GPU to copy to"
+        )
     return LoaderPolicy(
         workers_per_rank=workers,
         workers_reason=reason,

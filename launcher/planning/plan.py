@@ -1,7 +1,7 @@
-"""The plan of a run: every derived number, as one value.
+"""`Plan`: every number of a run that follows from its recipe and its ranks, as one value.
 
-Printing it is what `launcher plan` does; `launcher run` starts ranks that refuse to train if the
-world that they find is another.
+`launcher plan` prints a plan. `launcher run` gives it to the ranks, which refuse to train in a
+different world or with a different recipe.
 """
 
 from __future__ import annotations
@@ -22,101 +22,117 @@ from launcher.recipe.recipe import Recipe, settings_affecting
 from launcher.recipe.schedules import Schedule, ScheduleValue
 
 _FORMER_NAMES = {"reasons": "derivations", "speed_ups": "performance_flags"}
-"""Fields of plans in run folders of version 0.1, and what they are called now."""
+"""Names of fields in the run folders of version 0.1, and their names now."""
 
 _NOT_COMPARED = ("sources", "derivations", "notes", "settings", "samples_per_rank")
-"""Fields that ranks do not compare as they are: explanations for the reader, the settings, which
-are compared one by one, and shares, which follow from the batch size."""
+"""Fields that ranks do not compare: explanations for the reader; the settings, which they compare
+one by one; and the shares, which follow from the batch size."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Every number of a run that follows from its recipe and the ranks it has."""
+    """Every number of a run that follows from its recipe and its ranks."""
 
     recipe: str
-    """The recipe's name."""
+    """Name of the recipe."""
 
     nodes: int
     nproc_per_node: int
     """Ranks on each node."""
 
     world_size: int
-    """Ranks in all."""
+    """Ranks on all nodes."""
 
     device: Literal["cuda", "cpu"]
     strategy: str
-    """What is sharded over the ranks, one of `launcher.planning.strategy.STRATEGIES`."""
+    """Name of the strategy, one of `launcher.planning.strategy.STRATEGIES`."""
 
     backend: Backend
-    """What carries the strategy out; one process under ddp is `local`, without a process group."""
+    """The implementation of the strategy; `local` is ddp on one rank, without a process group."""
 
     batch_size: int
     """Samples per optimizer step, over all ranks and accumulation steps, in the first stage."""
 
     stages: tuple[Stage, ...]
-    """Where the batch grows; one stage where it does not."""
+    """The stages of the run; a single one if the batch size is constant."""
 
     samples_per_rank: tuple[int, ...]
-    """Samples of a full batch of the first stage that each rank takes."""
+    """Samples that each rank takes of a full batch of the first stage, by rank."""
 
     micro_batch_size: int
-    """The most samples that go through the model at once on one rank."""
+    """Maximum number of samples that pass through the model at once on one rank."""
 
     accumulation_steps: int
-    """Micro-batches that each rank takes per optimizer step, in the first stage."""
+    """Micro-batches of each rank per optimizer step, in the first stage."""
 
     lr: float
-    """Peak learning rate, scaled to the batch of the first stage."""
+    """Peak learning rate, scaled to the batch size of the first stage."""
 
     lr_start: float
+    """Learning rate of the first step."""
+
     lr_end: float
+    """Learning rate of the last step."""
+
     lr_peak_step: int
     """The first step with the highest learning rate, counted from 1."""
 
     total_steps: int
     steps_per_epoch: int | None
-    """Optimizer steps in a pass over the data with batches of the first stage, the last one
-    possibly shorter; None where unknown."""
+    """Optimizer steps in an epoch with batches of the first stage, of which the last may be
+    shorter; None if the number of training samples is unknown."""
 
     train_samples: int | None
+    """Size of the training set; None if unknown."""
+
     evaluate_every: int | None
     """Steps between evaluations; None evaluates after each epoch."""
 
     seed: int
     precision: str
     performance_flags: tuple[str, ...]
-    """The settings for speed or memory that are on."""
+    """The settings for speed or memory that are enabled."""
 
     workers_per_rank: Annotated[int, Affects.NODE]
+    """DataLoader workers of each rank; 0 loads in the rank's own process."""
+
     prefetch_factor: Annotated[int | None, Affects.NODE]
+    """Batches that each worker keeps ready; None without workers."""
+
     pin_memory: Annotated[bool, Affects.NODE]
+    """Whether batches pass through page-locked memory."""
+
     threads_per_rank: Annotated[int, Affects.NODE]
     """CPU threads that each rank computes with."""
 
     machine: Annotated[Machine, Affects.NODE]
-    """The machine that each node was taken to be."""
+    """The machine that each node is taken to be."""
 
     settings: Mapping[str, Any]
-    """The recipe's settings, overrides applied."""
+    """The settings of the recipe with its overrides, as `Recipe.settings` returns them."""
 
     sources: Mapping[str, str] = field(default_factory=dict)
-    """Where each setting came from."""
+    """Where each setting came from, by its name."""
 
     derivations: Mapping[str, str] = field(default_factory=dict)
-    """The arithmetic or the reason behind derived numbers, by name."""
+    """The arithmetic or the reason behind derived numbers, by their names."""
 
     notes: tuple[str, ...] = ()
-    """What a reader should know: what depends on the number of ranks, what is unusual."""
+    """Notes for the reader: what depends on the number of ranks, and what is unusual."""
 
     @property
     def samples_per_node(self) -> tuple[int, ...]:
-        """Samples of a full batch of the first stage that the ranks of each node take together."""
-        own = self.nproc_per_node
-        starts = range(0, self.world_size, own)
-        return tuple(sum(self.samples_per_rank[start : start + own]) for start in starts)
+        """Return the samples that each node's ranks take of a full batch of the first stage."""
+        nproc = self.nproc_per_node
+        first_ranks = range(0, self.world_size, nproc)
+        return tuple(sum(self.samples_per_rank[first : first + nproc]) for first in first_ranks)
 
     def cut(self, statistics: Statistics) -> BatchSplit:
-        """Return how batches are cut for a model whose BatchNorm takes such statistics."""
+        """Return how batches are cut into micro-batches.
+
+        Args:
+            statistics: The samples that the model's BatchNorm computes statistics over.
+        """
         return BatchSplit(
             world_size=self.world_size,
             micro_batch_size=self.micro_batch_size,
@@ -124,7 +140,7 @@ class Plan:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plan as plain values that JSON and YAML can hold."""
+        """Return the plan as plain values that JSON and YAML can represent."""
         values = asdict(self)
         return values | {
             "samples_per_rank": list(self.samples_per_rank),
@@ -136,10 +152,10 @@ class Plan:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Plan:
-        """Return the plan of which `values` are what `to_dict` returned.
+        """Return the plan that `to_dict` returned as `values`.
 
         Raises:
-            RunDirError: They are of another version of this package.
+            RunDirError: An incompatible version of this package wrote the values.
         """
         import msgspec
 
@@ -147,69 +163,85 @@ class Plan:
             return msgspec.convert(_renamed(values), cls)
         except msgspec.ValidationError as error:
             raise RunDirError(
-                f"The plan in the run folder is not one of this version of launcher: {error}."
+                "The plan in the run folder was written by an incompatible version of launcher: "
+                f"{error}."
             ) from None
 
     def setting_at(self, schedule: Schedule, step: int) -> ScheduleValue:
-        """Return what `schedule` says of a step, with the factor of its larger batch."""
-        setting = schedule.at(step, self.total_steps)
+        """Return the value of `schedule` at a step, with its factor scaled to the step's batch.
+
+        Args:
+            schedule: The schedule of the recipe.
+            step: The step, counted from 0.
+        """
+        value = schedule.at(step, self.total_steps)
         if len(self.stages) == 1:
-            return setting
+            return value
         growth = growth_at(self.stages, step, self.settings["lr_rule"])
-        return setting._replace(factor=setting.factor * growth)
+        return value._replace(factor=value.factor * growth)
 
     def check_world(self, world: World) -> None:
-        """Refuse a world other than the planned one.
+        """Refuse a world that is not the planned one.
 
         Raises:
-            WorldError: The number of ranks, or of ranks per node, is not as planned.
+            WorldError: The number of nodes, or of ranks per node, is not the planned one.
         """
         planned = (self.nodes, self.nproc_per_node)
         found = (world.nodes, world.local_world_size)
         if found != planned:
             raise WorldError(
                 f"Planned for {self.world_size} ranks ({ranks_text(*planned)}); "
-                f"found {world.world_size} ({ranks_text(*found)}). Nothing was trained. Start "
-                "as many ranks as were planned, or plan again for these."
+                f"found {world.world_size} ({ranks_text(*found)}). Nothing was trained. Start as "
+                "many ranks as were planned, or plan again for those that were found."
             )
 
     def check_recipe(self, recipe: Recipe) -> None:
         """Refuse a recipe whose settings are not the planned ones.
 
         Raises:
-            WorldError: This process has built the recipe with other settings.
+            WorldError: A setting of the recipe that this process built differs from the plan's.
         """
         built, planned = recipe.settings(), self.settings
         for name in sorted(built.keys() | planned.keys()):
             if built.get(name) != planned.get(name):
                 raise WorldError(
-                    f"The plan has {name}={planned.get(name)}, and recipe {recipe.name} has "
-                    f"{name}={built.get(name)} where it was built to be trained. Nothing was "
-                    "trained. Have the recipe's function return the same settings in every "
-                    "process: they may depend on its parameters, but not on a rank, an "
-                    "environment variable or the time."
+                    f"The plan has {name}={planned.get(name)}, and the recipe {recipe.name} that "
+                    f"this rank built has {name}={built.get(name)}. Nothing was trained. The "
+                    "recipe's function must return the same settings in every process: they may "
+                    "depend on its parameters, but not on a rank, an environment variable or the "
+                    "time."
                 )
 
     def differences(self, other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Return what would make ranks with this plan and `other` take different steps."""
-        own = self.agreement()
+        """Return the values in which this plan differs from the agreement of another rank.
+
+        Args:
+            other: What `agreement` returned on the other rank.
+
+        Returns:
+            (value here, value there) by name; empty if the ranks take the same steps.
+        """
+        agreement = self.agreement()
         return {
-            name: (own.get(name), other.get(name))
-            for name in sorted(own.keys() | other.keys())
-            if own.get(name) != other.get(name)
+            name: (agreement.get(name), other.get(name))
+            for name in sorted(agreement.keys() | other.keys())
+            if agreement.get(name) != other.get(name)
         }
 
     def agreement(self) -> dict[str, Any]:
-        """Return the values that must be the same on every rank."""
+        """Return the numbers and settings that must be the same on every rank, by name.
+
+        A setting takes precedence over a number of the same name.
+        """
         effects = effects_of(Plan)
         numbers = {
             item.name: getattr(self, item.name)
             for item in fields(self)
             if item.name not in _NOT_COMPARED and effects.get(item.name) is not Affects.NODE
         }
-        own = settings_affecting(Affects.NODE)
-        shared = {name: value for name, value in self.settings.items() if name not in own}
-        return numbers | shared | {"stages": [asdict(stage) for stage in self.stages]}
+        of_node = settings_affecting(Affects.NODE)
+        settings = {name: value for name, value in self.settings.items() if name not in of_node}
+        return numbers | settings | {"stages": [asdict(stage) for stage in self.stages]}
 
 
 def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,6 @@
-"""Planning: from a recipe, a machine and a number of ranks to every number of a run.
+"""`make_plan`: from a recipe, a machine and a number of ranks to every number of a run.
 
-From nothing else: no GPU is asked for and no data is read. Every refusal of numbers that do not go
-together is in this module.
+Planning uses no GPU and reads no data. Numbers that contradict each other are refused here.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from launcher.recipe.recipe import Recipe
 from launcher.recipe.schedules import Schedule
 
 CPU_RANKS = 2
-"""Ranks per node where there is no GPU and no number was asked for."""
+"""Ranks per node on machines without a GPU, unless a number is asked for."""
 
 
 def make_plan(
@@ -36,18 +35,19 @@ def make_plan(
     train_samples: int | None = None,
     sources: Mapping[str, str] | None = None,
 ) -> Plan:
-    """Work out a run of `recipe` on `nodes` machines like `machine`.
+    """Return the plan of a run of `recipe` on `nodes` machines like `machine`.
 
     Args:
-        recipe: What to train.
-        machine: What each node offers.
+        recipe: The recipe to plan.
+        machine: The machine that each node is taken to be.
         nodes: Number of nodes.
-        nproc_per_node: Ranks on each; None is one per GPU, or `CPU_RANKS` without GPUs.
-        train_samples: Training samples where the recipe does not say; only `epochs` needs them.
-        sources: Where each setting came from, for the reader.
+        nproc_per_node: Ranks on each node; None is one per GPU, or `CPU_RANKS` without GPUs.
+        train_samples: Size of the training set if the recipe does not state it. A recipe that
+            states epochs needs it.
+        sources: Where each setting came from, for the reader of the plan.
 
     Raises:
-        PlanError: The numbers do not go together, or ask for more than there is.
+        PlanError: The numbers contradict each other, or ask for more than the machine has.
     """
     device, nproc = _ranks_per_node(recipe, machine, nproc_per_node)
     world_size = nodes * nproc
@@ -132,53 +132,63 @@ def make_plan(
             batch_size=batch_size,
         ),
     )
-    lone = [
-        f"Where the model has BatchNorm: {text}." for text in single_sample_notes(plan, samples)
+    batch_norm_notes = [
+        f"If the model has BatchNorm: {note}." for note in single_sample_notes(plan, samples)
     ]
-    return replace(plan, notes=(*plan.notes, *lone))
+    return replace(plan, notes=(*plan.notes, *batch_norm_notes))
 
 
 def device_of(recipe: Recipe, machine: Machine) -> Literal["cuda", "cpu"]:
-    """Return what the ranks compute on: what the recipe says, or GPUs where there are any."""
+    """Return the device that the ranks compute on: the recipe's, or else GPUs if there are any."""
     return recipe.device or ("cuda" if machine.num_gpus else "cpu")
 
 
 def _ranks_per_node(
-    recipe: Recipe, machine: Machine, asked: int | None
+    recipe: Recipe, machine: Machine, nproc: int | None
 ) -> tuple[Literal["cuda", "cpu"], int]:
+    """Return the device of the ranks, and the number of ranks on each node.
+
+    Raises:
+        PlanError: There are not enough GPUs, or the number is not positive.
+    """
     device = device_of(recipe, machine)
-    if asked is not None and asked < 1:
-        raise PlanError(f"-n {asked}: expected at least 1 rank per node.")
+    hostname = machine.hostname or "this machine"
+    if nproc is not None and nproc < 1:
+        raise PlanError(f"-n {nproc}: expected at least 1 rank per node.")
     if device == "cpu":
-        return "cpu", asked or CPU_RANKS
+        return "cpu", nproc or CPU_RANKS
     if not machine.num_gpus:
         raise PlanError(
-            f"device=cuda was asked for, and {machine.hostname or 'this machine'} has no GPU that "
-            "this process may use. Leave device out to train on CPU ranks, or look at `nvidia-smi` "
-            "and CUDA_VISIBLE_DEVICES."
+            f"device=cuda was asked for, and {hostname} has no GPU that this process may use. "
+            "Leave device out to train on CPU ranks, or check `nvidia-smi` and "
+            "CUDA_VISIBLE_DEVICES."
         )
-    if asked and asked > machine.num_gpus:
+    if nproc and nproc > machine.num_gpus:
         raise PlanError(
-            f"{asked} GPUs per node were asked for, and {machine.hostname or 'this machine'} has "
-            f"{machine.num_gpus}. Use -n {machine.num_gpus} or less, more nodes, or device=cpu."
+            f"{nproc} GPUs per node were asked for, and {hostname} has {machine.num_gpus}. Use "
+            f"-n {machine.num_gpus} or less, more nodes, or device=cpu."
         )
-    return "cuda", asked or machine.num_gpus
+    return "cuda", nproc or machine.num_gpus
 
 
 def _batch_sizes(recipe: Recipe, world_size: int) -> list[int]:
-    """Return the global batch of each stage."""
+    """Return the global batch size of each stage.
+
+    Raises:
+        PlanError: The milestones do not rise, or a batch has fewer samples than there are ranks.
+    """
     first = recipe.batch_size or (recipe.batch_size_per_gpu or 0) * world_size
     milestones = recipe.batch_milestones
     if any(later <= earlier for earlier, later in itertools.pairwise((0.0, *milestones, 1.0))):
         raise PlanError(
-            f"batch_milestones={','.join(f'{each:g}' for each in milestones)}: give rising "
-            "fractions of the run, between 0 and 1, such as 0.3,0.6."
+            f"batch_milestones={','.join(f'{milestone:g}' for milestone in milestones)}: expected "
+            "rising fractions of the run between 0 and 1, such as 0.3,0.6."
         )
     sizes = [round(first * recipe.batch_gamma**number) for number in range(len(milestones) + 1)]
     if min(sizes) < world_size:
         raise PlanError(
-            f"batch_size={min(sizes)} is shared by {world_size} ranks, so some would have "
-            f"no sample. Use at most {min(sizes)} ranks, or batch_size={world_size} or more."
+            f"batch_size={min(sizes)} is shared by {world_size} ranks, so that some would have no "
+            f"sample. Use at most {min(sizes)} ranks, or batch_size={world_size} or more."
         )
     return sizes
 
@@ -186,7 +196,11 @@ def _batch_sizes(recipe: Recipe, world_size: int) -> list[int]:
 def _stages(
     recipe: Recipe, batch_sizes: Sequence[int], samples: int | None
 ) -> tuple[tuple[Stage, ...], int]:
-    """Return the stages, and the steps of the run."""
+    """Return the stages and the number of steps of the run.
+
+    Raises:
+        PlanError: A batch is larger than the training set, or epochs cannot be counted in steps.
+    """
     largest = max(batch_sizes)
     if samples is not None and largest > samples:
         smaller = f"batch_size={samples} or less, or fewer ranks with batch_size_per_gpu"
@@ -198,8 +212,8 @@ def _stages(
         )
     if recipe.steps is None and samples is None:
         raise PlanError(
-            f"{recipe.name}: epochs={recipe.epochs} is a number of steps only with the number of "
-            "training samples. Give train_samples, or steps instead of epochs."
+            f"{recipe.name}: epochs={recipe.epochs} needs the number of training samples, which is "
+            "unknown. Give train_samples, or steps instead of epochs."
         )
     return make_stages(
         batch_sizes,
@@ -210,34 +224,48 @@ def _stages(
     )
 
 
-def _micro_batch(batch_size: int, world_size: int, most: int) -> int:
-    """Return the largest micro-batch of any rank, in as few micro-steps as `most` allows."""
+def _micro_batch(batch_size: int, world_size: int, limit: int) -> int:
+    """Return the size of the largest micro-batch of any rank, with as few micro-steps as possible.
+
+    Args:
+        batch_size: Samples in the global batch.
+        world_size: Number of ranks.
+        limit: Maximum size of a micro-batch.
+    """
     share = ceil_div(batch_size, world_size)
-    return ceil_div(share, ceil_div(share, most))
+    return ceil_div(share, ceil_div(share, limit))
 
 
 def _check_parts(recipe: Recipe, world_size: int, accumulation: int) -> None:
-    """Refuse to measure the gradient noise where a batch has only one part."""
+    """Refuse to measure the gradient noise if a batch has only one part to measure it by.
+
+    Raises:
+        PlanError: There is one part.
+    """
     summed = STRATEGIES[recipe.strategy].sums_gradients_over_ranks_in_backward
     if accumulation > 1 or (world_size > 1 and not summed):
         return
     where = f"under strategy={recipe.strategy}" if summed else "on 1 rank"
     raise PlanError(
         f"noise_scale=true compares the gradients of parts of a batch, and {where} without "
-        "accumulation there is one part. A smaller micro_batch_size, half of the rank's share or "
-        "less, makes several and changes no step."
+        "accumulation there is one part. Use a micro_batch_size of at most half of a rank's share, "
+        "which makes several parts and changes no step."
     )
 
 
 def _learning_rate(recipe: Recipe, batch_size: int) -> tuple[float, str]:
-    """Return the peak learning rate and its arithmetic."""
+    """Return the peak learning rate, and the arithmetic behind it.
+
+    Raises:
+        PlanError: The recipe does not state the batch size that its learning rate is for.
+    """
     reference = recipe.lr_batch_size
     if recipe.lr_rule == "none":
-        return recipe.lr, f"{recipe.lr:g}, whatever the batch (lr_rule=none)"
+        return recipe.lr, f"{recipe.lr:g} at any batch size (lr_rule=none)"
     if reference is None:
         raise PlanError(
-            f"lr={recipe.lr:g} was found at some batch size, and the recipe does not say which. "
-            "Give lr_batch_size, or lr_rule=none to use this number whatever the batch."
+            f"lr={recipe.lr:g} was tuned for some batch size, and the recipe does not state which. "
+            "Give lr_batch_size, or lr_rule=none to use this learning rate at any batch size."
         )
     lr = recipe.lr * lr_factor(batch_size / reference, recipe.lr_rule)
     if recipe.lr_rule == "sqrt":
@@ -248,13 +276,16 @@ def _learning_rate(recipe: Recipe, batch_size: int) -> tuple[float, str]:
 def _lr_path(
     schedule: Schedule, total_steps: int, stages: Sequence[Stage], rule: str
 ) -> tuple[float, float, int]:
-    """Return the factors of the first and the last step, and the step of the highest from 1."""
+    """Return the factors of the first and last step, and the step of the highest, from 1.
+
+    Long schedules are sampled, and the maximum is refined around the highest sample.
+    """
 
     def factor(step: int) -> float:
         return schedule.at(step, total_steps).factor * growth_at(stages, step, rule)
 
     stride = max(total_steps // 1_000, 1)
     sampled = {*range(0, total_steps, stride), *(stage.first_step for stage in stages)}
-    near = max(sorted(sampled), key=factor)
-    window = range(max(near - stride + 1, 0), min(near + stride, total_steps))
+    highest = max(sorted(sampled), key=factor)
+    window = range(max(highest - stride + 1, 0), min(highest + stride, total_steps))
     return factor(0), factor(total_steps - 1), max(window, key=factor) + 1

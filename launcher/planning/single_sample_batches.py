@@ -1,4 +1,8 @@
-"""Micro-batches of one sample, over which BatchNorm has no statistics: where a run has them."""
+"""Micro-batches of one sample, for which BatchNorm has no statistics, and where they occur.
+
+Statistics over one value per channel have no variance. `BatchSplit` avoids such micro-batches where
+it can; this module says where it cannot.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +14,34 @@ from launcher.planning.stages import short_batches
 
 
 def planned_statistics(plan: Plan) -> Statistics:
-    """Return what BatchNorm takes statistics over by a plan, where the model has it."""
+    """Return the micro-batches that BatchNorm, if the model has it, computes statistics over."""
     together = plan.settings.get("sync_batchnorm") and plan.world_size > 1
     return "all" if together else "rank"
 
 
 def cuts_to_one(plan: Plan, samples: int, statistics: Statistics) -> bool:
-    """Return whether even shares of any batch of a run have statistics over a single sample."""
+    """Return whether even shares of any batch of a run have statistics over a single sample.
+
+    Args:
+        plan: The plan of the run.
+        samples: Training samples.
+        statistics: The micro-batches that BatchNorm computes statistics over.
+    """
     cut = plan.cut(statistics)
-    sizes = _full(plan) | short_batches(plan.stages, samples, plan.total_steps)
+    sizes = _full_batches(plan) | short_batches(plan.stages, samples, plan.total_steps)
     return any(cut.is_paired(size) or cut.is_lone(size) for size in sizes)
 
 
 def full_batches_of_one(plan: Plan, statistics: Statistics) -> list[int]:
-    """Return the sizes of full batches that cannot be cut without a micro-batch of one sample."""
-    return sorted(filter(plan.cut(statistics).is_lone, _full(plan)))
+    """Return the sizes of full batches with an unavoidable micro-batch of one sample."""
+    return sorted(filter(plan.cut(statistics).is_lone, _full_batches(plan)))
 
 
 def short_batches_of_one(plan: Plan, samples: int, statistics: Statistics) -> list[int]:
-    """Return the sizes of batches at the end of an epoch that alone cannot be cut without one."""
+    """Return the sizes of short last batches with an unavoidable micro-batch of one sample.
+
+    The result is empty if full batches have such micro-batches as well.
+    """
     if full_batches_of_one(plan, statistics):
         return []
     short = short_batches(plan.stages, samples, plan.total_steps)
@@ -36,43 +49,55 @@ def short_batches_of_one(plan: Plan, samples: int, statistics: Statistics) -> li
 
 
 def single_sample_notes(plan: Plan, samples: int | None) -> list[str]:
-    """Return what happens to micro-batches of one sample in a model with BatchNorm."""
+    """Return notes on how a run of a model with BatchNorm treats micro-batches of one sample.
+
+    Args:
+        plan: The plan of the run.
+        samples: Training samples; None if unknown.
+    """
     statistics = planned_statistics(plan)
     cut, notes = plan.cut(statistics), []
     short = short_batches(plan.stages, samples, plan.total_steps) if samples else set()
-    if paired := sorted(filter(cut.is_paired, _full(plan) | short)):
+    if paired := sorted(filter(cut.is_paired, _full_batches(plan) | short)):
         notes.append(
-            f"in a batch of {_listed(paired)} samples some ranks take fewer than others, or none, "
-            "so that no micro-batch has exactly one sample"
+            f"in a batch of {_join(paired)} samples some ranks take fewer micro-batches than "
+            "others, or none, so that no micro-batch has exactly one sample"
         )
     if samples and (lone := short_batches_of_one(plan, samples, statistics)):
         notes.append(
-            f"the last batch of an epoch, of {_listed(lone)} sample{'s' * (max(lone) > 1)}, has a "
-            "micro-batch of one sample, which the running statistics normalise"
+            f"the last batch of an epoch, of {_join(lone)} sample{'s' * (max(lone) > 1)}, has a "
+            "micro-batch of one sample, which is normalised by the running statistics"
         )
     if lone := full_batches_of_one(plan, statistics):
         notes.append(
-            f"a batch of {_listed(lone)} samples has micro-batches of one sample, and where "
-            "BatchNorm sees one value per channel in them the run is refused"
+            f"a batch of {_join(lone)} samples has micro-batches of one sample, and the run is "
+            "refused if BatchNorm sees one value per channel in them"
         )
     return notes
 
 
 def refusal(plan: Plan, sizes: Iterable[int], name: str) -> str:
-    """Return why a run is refused whose BatchNorm `name` would see a single value per channel."""
+    """Return the message that refuses a run whose BatchNorm would see one value per channel.
+
+    Args:
+        plan: The plan of the run.
+        sizes: The batch sizes that have a micro-batch of one sample.
+        name: Name of the BatchNorm module.
+    """
     return (
         f"BatchNorm ({name}) needs more than one value per channel, and a batch of "
-        f"{_listed(sizes)} samples over {plan.world_size} "
+        f"{_join(sizes)} samples over {plan.world_size} "
         f"rank{'s' * (plan.world_size > 1)} in micro-batches of at most {plan.micro_batch_size} "
         "leaves a micro-batch of one sample. Use another batch_size, fewer ranks, a "
-        "micro_batch_size of 3 or more, or sync_batchnorm=true, which takes the statistics over "
+        "micro_batch_size of 3 or more, or sync_batchnorm=true, which computes the statistics over "
         "all ranks. No step was taken."
     )
 
 
-def _full(plan: Plan) -> set[int]:
+def _full_batches(plan: Plan) -> set[int]:
+    """Return the sizes of the full batches of all stages."""
     return {stage.batch_size for stage in plan.stages}
 
 
-def _listed(sizes: Iterable[int]) -> str:
+def _join(sizes: Iterable[int]) -> str:
     return " or ".join(map(str, sizes))

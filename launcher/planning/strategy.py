@@ -1,7 +1,7 @@
-"""The strategies: how weights, gradients and optimizer state are spread over ranks.
+"""The strategies: how weights, gradients and optimizer state are distributed over ranks.
 
-A strategy changes where numbers lie and what is sent, never what is computed. What cannot run is
-refused here, before any process starts.
+A strategy determines where tensors are kept and what ranks send each other, not what they compute.
+Combinations that cannot run are refused here, before any process starts.
 """
 
 from __future__ import annotations
@@ -19,43 +19,44 @@ Backend = Literal["local", "ddp", "fsdp", "deepspeed"]
 
 @dataclass(frozen=True, kw_only=True)
 class Strategy:
-    """One way to spread a model over ranks, as properties that the rest of the package asks for."""
+    """A way to distribute a model over ranks, described by properties."""
 
     backend: Backend
-    """The backend that carries it out where there are several ranks."""
+    """The implementation of the strategy on several ranks."""
 
     title: str
-    """The name that a plan shows."""
+    """Name of the strategy for readers of a plan."""
 
     zero_stage: int = 0
-    """DeepSpeed's number for it; 0 where DeepSpeed has no part in it."""
+    """DeepSpeed's ZeRO stage; 0 if the strategy does not use DeepSpeed."""
 
     shards_optimizer_state: bool = False
     """Whether each rank holds a part of the optimizer state, and updates a part of the weights."""
 
     shards_gradients: bool = False
-    """Whether each rank holds a part of the gradients, which are reduced after every micro-step."""
+    """Whether each rank holds a part of the gradients, which are reduced in every micro-step."""
 
     shards_parameters: bool = False
-    """Whether each rank holds a part of the weights, which are gathered where they are used."""
+    """Whether each rank holds a part of the weights, which are gathered when they are used."""
 
     needs_several_ranks: bool = False
-    """Whether it cannot run on one rank."""
+    """Whether the strategy cannot run on a single rank."""
 
     sums_gradients_over_ranks_in_backward: bool = False
-    """Whether backward leaves no gradient of this rank alone, which noise could be measured by."""
+    """Whether backward leaves only sums over ranks, and no gradient of one rank to measure noise
+    with."""
 
     gathers_parameters_in_autocast_dtype: bool = False
-    """Whether ranks send each other weights in the dtype of `Recipe.precision`, and not in fp32."""
+    """Whether weights are gathered in the dtype of `Recipe.precision` instead of fp32."""
 
     @property
     def shards(self) -> bool:
-        """Return whether each rank holds only a part of something."""
+        """Return whether anything is sharded over the ranks."""
         return self.shards_optimizer_state or self.shards_gradients or self.shards_parameters
 
     @property
     def sharded(self) -> str:
-        """Return what each rank holds only a part of, as text; empty where that is nothing."""
+        """Return the names of what is sharded, as text; empty if nothing is."""
         parts = {
             "weights": self.shards_parameters,
             "gradients": self.shards_gradients,
@@ -66,12 +67,12 @@ class Strategy:
 
     @property
     def uses_deepspeed(self) -> bool:
-        """Return whether DeepSpeed carries it out."""
+        """Return whether DeepSpeed implements the strategy."""
         return self.backend == "deepspeed"
 
     @property
     def uses_fsdp(self) -> bool:
-        """Return whether torch's FSDP2 carries it out."""
+        """Return whether torch's FSDP2 implements the strategy."""
         return self.backend == "fsdp"
 
 
@@ -113,16 +114,22 @@ STRATEGIES = {
 
 
 def backend_for(recipe: Recipe, world_size: int) -> Backend:
-    """Return what carries out the recipe's strategy on `world_size` ranks."""
+    """Return the implementation of the recipe's strategy on `world_size` ranks."""
     strategy = STRATEGIES[recipe.strategy]
     return strategy.backend if strategy.shards or world_size > 1 else "local"
 
 
 def check_strategy(recipe: Recipe, machine: Machine, device: str, world_size: int) -> None:
-    """Refuse a strategy or an option that cannot run.
+    """Refuse a strategy or a related setting that cannot run.
+
+    Args:
+        recipe: The recipe with the settings.
+        machine: The machine that each node is taken to be.
+        device: `cuda` or `cpu`.
+        world_size: Number of ranks.
 
     Raises:
-        PlanError: It says what is missing or what contradicts what, and what to do.
+        PlanError: Something is not installed, or two settings contradict each other.
     """
     strategy = STRATEGIES[recipe.strategy]
     if strategy.needs_several_ranks and world_size == 1:
@@ -133,33 +140,38 @@ def check_strategy(recipe: Recipe, machine: Machine, device: str, world_size: in
         )
     if strategy.uses_deepspeed and not machine.has_deepspeed:
         raise PlanError(
-            f"strategy={recipe.strategy} is DeepSpeed's, and DeepSpeed is not installed. "
-            "`python -m pip install deepspeed`, or use strategy=fsdp, which needs nothing more."
+            f"strategy={recipe.strategy} uses DeepSpeed, and DeepSpeed is not installed. Install "
+            "it with `python -m pip install deepspeed`, or use strategy=fsdp, which needs no "
+            "further package."
         )
     if recipe.precision == "fp64" and strategy.uses_deepspeed:
         raise PlanError(
-            f"strategy={recipe.strategy} is DeepSpeed's, which keeps weights in fp32, and "
+            f"strategy={recipe.strategy} uses DeepSpeed, which keeps weights in fp32, and "
             "precision=fp64 was asked for. Use strategy=ddp or strategy=fsdp."
         )
     if recipe.offload is not None and not strategy.shards:
         raise PlanError(
-            f"offload={recipe.offload} moves what a strategy shards out of the GPU, and "
+            f"offload={recipe.offload} moves what the strategy shards to host memory, and "
             f"strategy={recipe.strategy} shards nothing. Use strategy=fsdp or strategy=zero2, or "
             "leave offload out."
         )
     if recipe.compile and device == "cpu" and not machine.has_compiler:
         raise PlanError(
-            "compile=true on CPUs needs a C++ compiler, and there is none: neither $CXX nor g++ "
-            "nor clang++ is on PATH. Install one (Debian: `apt-get install g++`), or leave compile "
-            "out."
+            "compile=true on CPUs needs a C++ compiler, and none of $CXX, g++ and clang++ is on "
+            "PATH. Install one (Debian: `apt-get install g++`), or leave compile out."
         )
 
 
 def performance_flags(recipe: Recipe, device: str) -> tuple[str, ...]:
-    """Return the settings for speed or memory that are on, as they are written."""
-    flags = ["compile", "activation_checkpointing", "channels_last"]
+    """Return the settings for speed or memory that are enabled, as they are written.
+
+    Args:
+        recipe: The recipe with the settings.
+        device: `cuda` or `cpu`; settings that only affect GPUs are omitted on a CPU.
+    """
+    switches = ["compile", "activation_checkpointing", "channels_last"]
     if device == "cuda":
-        flags += ["tf32", "cudnn_benchmark"]
-    on = [f"precision={recipe.precision}"] if recipe.precision in ("bf16", "fp16") else []
-    on += [f"offload={recipe.offload}"] if recipe.offload else []
-    return (*on, *(name for name in flags if getattr(recipe, name)))
+        switches += ["tf32", "cudnn_benchmark"]
+    flags = [f"precision={recipe.precision}"] if recipe.precision in ("bf16", "fp16") else []
+    flags += [f"offload={recipe.offload}"] if recipe.offload else []
+    return (*flags, *(name for name in switches if getattr(recipe, name)))

@@ -48,7 +48,7 @@ def test_a_plan_in_words(run: Commands) -> None:
         "command line: device=cuda, micro_batch_size=16, batch_size=1024",
         "Planned for 4 GPUs per node; this machine has",
         "BatchNorm",
-        "pinned (copies to the GPU run beside computation)",
+        "pinned (copies to the GPU overlap with computation)",
     ):
         assert text in done.stdout
 

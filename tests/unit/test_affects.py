@@ -73,7 +73,7 @@ def test_every_setting_says_what_it_affects() -> None:
 
 @pytest.mark.parametrize("part", Affects)
 def test_settings_are_listed_by_what_they_affect(part: Affects) -> None:
-    """Each part of a run is affected by the settings that are written down here."""
+    """Each part of a run is affected by exactly the settings that are listed for it."""
     assert set(settings_affecting(part)) == SETTINGS[part]
 
 
@@ -94,6 +94,6 @@ def test_ranks_agree_on_all_settings_but_those_of_a_node() -> None:
     ],
 )
 def test_nodes_may_read_samples_differently(changes: dict[str, Any]) -> None:
-    """Ranks with other settings for reading take the same steps, so that their plans agree."""
+    """Plans agree if they differ only in how a node reads its samples."""
     plan, other = make_plan(recipe(), LAPTOP), make_plan(recipe(**changes), LAPTOP)
     assert plan.differences(other.agreement()) == {}

@@ -1,4 +1,4 @@
-"""The per-rank DataLoader policy."""
+"""The DataLoader policy of each rank."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from launcher import loader_policy
     ("arguments", "workers", "reason"),
     [
         ({"usable_cores": 64, "nproc_per_node": 8}, 4, "4 per rank"),
-        ({"usable_cores": 16, "nproc_per_node": 8}, 2, "capped at 16 usable cores"),
-        ({"usable_cores": 2, "nproc_per_node": 8}, 1, "capped at 2 usable cores"),
-        ({"usable_cores": 64, "in_memory": True}, 0, "the samples are in memory"),
+        ({"usable_cores": 16, "nproc_per_node": 8}, 2, "16 usable cores"),
+        ({"usable_cores": 2, "nproc_per_node": 8}, 1, "2 usable cores"),
+        ({"usable_cores": 64, "in_memory": True}, 0, "in memory"),
         ({"usable_cores": 1, "num_workers": 9}, 9, "as asked"),
         ({"usable_cores": 64, "num_workers": 0}, 0, "as asked"),
     ],
 )
 def test_workers(arguments: dict[str, Any], workers: int, reason: str) -> None:
-    """Four workers a rank, capped by the cores, none for samples in memory, or as asked."""
+    """Each rank has four workers, limited by the cores; none in memory; or the number asked for."""
     policy = loader_policy(**arguments)
     assert policy.workers_per_rank == workers
     assert reason in policy.workers_reason
 
 
 @pytest.mark.parametrize(
-    ("device", "asked", "pinned"),
+    ("device", "pin_memory", "pinned"),
     [
         ("cuda", None, True),
         ("cuda", False, False),
@@ -38,15 +38,15 @@ def test_workers(arguments: dict[str, Any], workers: int, reason: str) -> None:
         ("cpu", True, False),
     ],
 )
-def test_pinned_memory(device: str, asked: bool | None, pinned: bool) -> None:
-    """Memory is pinned where there is a GPU to copy to, unless asked otherwise."""
-    policy = loader_policy(usable_cores=8, device=device, pin_memory=asked)
+def test_pinned_memory(device: str, pin_memory: bool | None, pinned: bool) -> None:
+    """Memory is pinned if there is a GPU to copy to, unless the user declines."""
+    policy = loader_policy(usable_cores=8, device=device, pin_memory=pin_memory)
     assert policy.pin_memory is pinned
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_policy_is_arguments_of_a_dataloader(workers: int) -> None:
-    """Any other loop can use the policy as it is."""
+    """A policy's keyword arguments are valid for PyTorch's DataLoader."""
     policy = loader_policy(usable_cores=8, device="cpu", num_workers=workers)
     loader = DataLoader(TensorDataset(torch.arange(4)), batch_size=2, **policy.dataloader_kwargs())
     assert [batch.tolist() for (batch,) in loader] == [[0, 1], [2, 3]]
