@@ -172,7 +172,7 @@ def test_blocks_run(
     reader.do(block)
 
 
-@pytest.mark.parametrize("text", (*PAGES, *OTHERS), ids=lambda path: path.stem)
+@pytest.mark.parametrize("text", [*PAGES, *OTHERS], ids=lambda path: path.stem)
 def test_links_lead_somewhere(text: Path) -> None:
     """Relative links of the documents name files that exist."""
     for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text.read_text()):
