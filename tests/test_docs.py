@@ -86,6 +86,8 @@ def plain_commands(text: str) -> list[list[str]] | None:
         if any(set(word) <= set("();<>|&") for word in words) or set("$`~*") & set(line):
             return None
         commands.append(shlex.split(line, comments=True))
+    if any("=" in command[0] for command in commands if command):
+        return None
     return [command for command in commands if command]
 
 
