@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +143,9 @@ def cli_page() -> str:
     """Return the page of commands: usage, description and options of each."""
     text = CLI_HEAD
     for path, command in commands(group, "launcher"):
-        context = click.Context(command, info_name=path)
+        context = click.Context(command, info_name=path, terminal_width=100)
         usage = command.get_usage(context).removeprefix("Usage: ")
-        text += f"\n## {path}\n\n{prose(command.help or '')}\n\n```text\n{usage}\n```\n"
+        text += f"\n## {path}\n\n```text\n{usage}\n```\n\n{prose(command.help or '')}\n"
         options = [each for each in command.params if isinstance(each, click.Option)]
         if options:
             text += "\n| Option | Meaning |\n|---|---|\n"
@@ -168,13 +169,11 @@ def commands(parent: click.Group, path: str) -> Iterator[tuple[str, click.Comman
 
 def prose(text: str) -> str:
     """Return the help of a command as Markdown: paragraphs, and examples as text."""
-    paragraphs = text.replace("\f", "").strip().split("\n\n")
-    written = [
-        f"```text\n{each.removeprefix(chr(8)).strip(chr(10))}\n```"
-        if each.startswith("\b")
-        else " ".join(each.split())
-        for each in paragraphs
-    ]
+    written = []
+    for paragraph in inspect.cleandoc(text).split("\n\n"):
+        mark, _, lines = paragraph.partition("\n")
+        is_example = mark.strip(" ") == "\b"  # click's mark of lines to leave as they are
+        written.append(f"```text\n{lines}\n```" if is_example else " ".join(paragraph.split()))
     return "\n\n".join(written)
 
 
@@ -183,8 +182,14 @@ def api_page() -> str:
     text = API_HEAD
     for topic, names in grouped(NAMES, list(launcher.__all__)):
         text += f"\n## {topic}\n"
-        text += "".join(f"\n::: launcher.{name}\n" for name in names)
+        text += "".join(f"\n::: launcher.{name}\n{options_for(name)}" for name in names)
     return text
+
+
+def options_for(name: str) -> str:
+    """Return options of mkdocstrings: the fields of a dataclass say what its signature does."""
+    signed = not is_dataclass(getattr(launcher, name))
+    return "" if signed else "    options:\n      show_signature: false\n"
 
 
 PAGES: dict[str, Callable[[], str]] = {
