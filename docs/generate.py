@@ -187,9 +187,11 @@ def api_page() -> str:
 
 
 def options_for(name: str) -> str:
-    """Return options of mkdocstrings: the fields of a dataclass say what its signature does."""
-    signed = not is_dataclass(getattr(launcher, name))
-    return "" if signed else "    options:\n      show_signature: false\n"
+    """Return options of mkdocstrings: a dataclass has a line for each field, and no signature."""
+    if not is_dataclass(getattr(launcher, name)):
+        return ""
+    options = "separate_signature: false", "show_labels: false", "show_signature: false"
+    return "    options:\n" + "".join(f"      {option}\n" for option in options)
 
 
 PAGES: dict[str, Callable[[], str]] = {
