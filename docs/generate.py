@@ -35,8 +35,8 @@ line. The command line is stronger than the file, and the file is stronger than 
 launcher plan digits lr=0.2 precision=bf16 "schedule=warmup(cosine(), fraction=0.1)"
 ```
 
-`none` stands for no value, and `launcher run --help` prints the same list. Keyword parameters of a recipe function are settings as well: see
-[Recipes](recipes.md#parameters).
+`none` stands for no value, and `launcher run --help` prints the same list. Keyword parameters of a
+recipe function are settings as well: see [Recipes](recipes.md#parameters).
 
 """
 
