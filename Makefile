@@ -1,5 +1,6 @@
 # make run     set up, and train the default recipe on all GPUs, or on 2 CPU ranks without
 # make test    set up, and run lint, types and tests
+# make docs    set up, and build the documentation into build/docs
 # make bench   set up, and run all benchmarks in a short form
 # make format  bring the code into shape
 
@@ -12,7 +13,7 @@ READY := $(VENV)/.ready
 PACKAGES := dataset-fashion-mnist slurmctld slurmd slurm-client munge \
 	dropbear-bin iproute2 openssh-client strace chromium chromium-driver
 
-.PHONY: run test lint bench format packages clean
+.PHONY: run test lint docs bench format packages clean
 
 run: $(READY)
 	$(VENV)/bin/launcher run recipes/digits.py
@@ -24,6 +25,10 @@ lint: $(READY)
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
+
+docs: $(READY)
+	$(VENV)/bin/python docs/generate.py --check
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
 
 bench: packages $(READY)
 	$(VENV)/bin/python benchmarks/quick.py

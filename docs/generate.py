@@ -1,0 +1,221 @@
+"""Write the pages that follow from the code: settings, commands and the list of public names.
+
+python docs/generate.py            write docs/settings.md, docs/cli.md and docs/api.md
+python docs/generate.py --check    exit with 1 and name the pages that are out of date
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, Field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+import launcher
+from launcher import Recipe
+from launcher.cli import group
+
+DOCS = Path(__file__).resolve().parent
+MARK = "<!-- Written by docs/generate.py: change the source and run that again. -->\n"
+
+SETTINGS_HEAD = """\
+# Settings
+
+These are the fields of [`Recipe`](api.md#launcher.Recipe). Every setting can be given in three
+places: in the recipe, in a YAML file that `--config` names, and as `name=value` on the command
+line. The command line is stronger than the file, and the file is stronger than the recipe.
+
+```sh
+launcher plan digits lr=0.2 precision=bf16 "schedule=warmup(cosine(), fraction=0.1)"
+```
+
+`none` stands for no value, and `launcher run --help` prints the same list. Keyword parameters of a
+recipe function are settings as well: see [Recipes](recipes.md#parameters).
+
+"""
+
+CLI_HEAD = """\
+# Commands
+
+`launcher COMMAND --help` prints the same in a terminal. Every command that takes a recipe accepts a
+name (`digits`), a file (`mine.py`) or a function in a file (`mine.py:variant`), and any
+[setting](settings.md) as `name=value`.
+"""
+
+API_HEAD = """\
+# API reference
+
+Everything here is imported from `launcher`. Importing the package imports nothing else: each name
+is fetched when it is first used. [Start from Python](python-api.md) explains how the parts fit.
+"""
+
+SETTINGS = {
+    "Batch and learning rate": (
+        "batch_size batch_size_per_gpu batch_milestones batch_gamma micro_batch_size "
+        "lr lr_batch_size lr_rule schedule optimizer max_grad_norm"
+    ),
+    "Length of the run": "epochs steps train_samples evaluate_every seed",
+    "Memory and speed": (
+        "strategy offload precision compile activation_checkpointing blocks channels_last tf32 "
+        "cudnn_benchmark device"
+    ),
+    "State that depends on the split": "sync_batchnorm rank_buffers",
+    "Reading data": "in_memory num_workers worker_start prefetch_factor pin_memory",
+    "Checkpoints and failures": "checkpoint_every keep_checkpoints max_bad_steps hang_timeout",
+    "What is recorded": "noise_scale trackers record_samples",
+}
+"""Settings by topic; one that is not named here comes under "Other"."""
+
+NAMES = {
+    "Run, plan, resume": "plan run resume RunResult RunDir Plan",
+    "Recipes": "Recipe Data Shards main packaged_file",
+    "Schedules": (
+        "one_cycle cyclical cosine linear constant exponential multi_step wsd warmup schedule "
+        "Schedule Setting"
+    ),
+    "Optimizers": "sgd adamw OptimizerSpec",
+    "Parts to use elsewhere": "make_plan read_machine Machine loader_policy LoaderPolicy",
+    "Errors": " ".join(name for name in launcher.__all__ if name.endswith("Error")),
+}
+"""Public names by topic; one that is not named here comes under "Other"."""
+
+
+def grouped(topics: dict[str, str], known: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yield each topic with those of its names that exist, and at last the names of no topic."""
+    named = {name for names in topics.values() for name in names.split()}
+    rest = " ".join(name for name in known if name not in named)
+    for topic, names in (*topics.items(), ("Other", rest)):
+        if found := [name for name in names.split() if name in known]:
+            yield topic, found
+
+
+def settings_page() -> str:
+    """Return the page of settings: a table for each topic, and what a recipe adds in Python."""
+    home: Any = importlib.import_module(Recipe.__module__)
+    sentences, types = home.field_sentences(), home.setting_types()
+    by_name = {item.name: item for item in fields(Recipe)}
+    specs = {"schedule": "a schedule, such as `one_cycle()`", "optimizer": "`sgd()` or `adamw()`"}
+    settings = [name for name in by_name if (name in types or name in specs) and name != "name"]
+    text = SETTINGS_HEAD
+    for topic, names in grouped(SETTINGS, settings):
+        text += f"## {topic}\n\n| Setting | Type | Default | Meaning |\n|---|---|---|---|\n"
+        for name in names:
+            words = specs.get(name) or described(types[name])
+            cells = f"`{name}`", words, default_of(by_name[name]), sentences[name]
+            text += f"| {' | '.join(one_line(cell) for cell in cells)} |\n"
+        text += "\n"
+    text += "## Fields that only Python can set\n\n| Field | Meaning |\n|---|---|\n"
+    functions = [name for name in by_name if name not in settings]
+    return text + "".join(f"| `{name}` | {one_line(sentences[name])} |\n" for name in functions)
+
+
+def described(hint: Any) -> str:
+    """Return a type in the words of the package's own messages."""
+    typed: Any = sys.modules[Recipe.__module__]
+    return str(importlib.import_module(typed.convert.__module__).describe(hint))
+
+
+def default_of(item: Field[Any]) -> str:
+    """Return the default of a field as it is written on the command line."""
+    if item.default is not MISSING:
+        value = item.default
+    elif item.default_factory is not MISSING:
+        value = item.default_factory()
+    else:
+        return "required"
+    if value is None or value == ():
+        return "none"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def one_line(text: str) -> str:
+    """Return text as a cell of a table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def cli_page() -> str:
+    """Return the page of commands: usage, description and options of each."""
+    text = CLI_HEAD
+    for path, command in commands(group, "launcher"):
+        context = click.Context(command, info_name=path, terminal_width=100)
+        usage = command.get_usage(context).removeprefix("Usage: ")
+        text += f"\n## {path}\n\n```text\n{usage}\n```\n\n{prose(command.help or '')}\n"
+        options = [each for each in command.params if isinstance(each, click.Option)]
+        if options:
+            text += "\n| Option | Meaning |\n|---|---|\n"
+            for option in options:
+                name, meaning = option.get_help_record(context) or ("", "")
+                text += f"| `{one_line(name)}` | {one_line(meaning)} |\n"
+    return text
+
+
+def commands(parent: click.Group, path: str) -> Iterator[tuple[str, click.Command]]:
+    """Yield every command below a group with the words that call it."""
+    context = click.Context(parent)
+    for name in parent.list_commands(context):
+        command = parent.get_command(context, name)
+        assert command is not None
+        if isinstance(command, click.Group):
+            yield from commands(command, f"{path} {name}")
+        else:
+            yield f"{path} {name}", command
+
+
+def prose(text: str) -> str:
+    """Return the help of a command as Markdown: paragraphs, and examples as text."""
+    written = []
+    for paragraph in inspect.cleandoc(text).split("\n\n"):
+        mark, _, lines = paragraph.partition("\n")
+        is_example = mark.strip(" ") == "\b"  # click's mark of lines to leave as they are
+        written.append(f"```text\n{lines}\n```" if is_example else " ".join(paragraph.split()))
+    return "\n\n".join(written)
+
+
+def api_page() -> str:
+    """Return the page of public names, which mkdocstrings fills in from their docstrings."""
+    text = API_HEAD
+    for topic, names in grouped(NAMES, list(launcher.__all__)):
+        text += f"\n## {topic}\n"
+        text += "".join(f"\n::: launcher.{name}\n{options_for(name)}" for name in names)
+    return text
+
+
+def options_for(name: str) -> str:
+    """Return options of mkdocstrings: a dataclass has a line for each field, and no signature."""
+    if not is_dataclass(getattr(launcher, name)):
+        return ""
+    options = "separate_signature: false", "show_labels: false", "show_signature: false"
+    return "    options:\n" + "".join(f"      {option}\n" for option in options)
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "settings.md": settings_page,
+    "cli.md": cli_page,
+    "api.md": api_page,
+}
+
+
+def main() -> int:
+    """Write the pages, or check them; return the exit code."""
+    parser = argparse.ArgumentParser(description="Write the pages that follow from the code.")
+    parser.add_argument("--check", action="store_true", help="Write nothing; fail on stale pages.")
+    only_check = parser.parse_args().check
+    texts = {DOCS / name: MARK + make() for name, make in PAGES.items()}
+    stale = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
+    if only_check:
+        for path in stale:
+            print(f"{path} is out of date: run `python docs/generate.py`.", file=sys.stderr)
+        return 1 if stale else 0
+    for path in stale:
+        path.write_text(texts[path])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
