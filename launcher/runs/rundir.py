@@ -272,7 +272,7 @@ def keep_until(run_dir: RunDir, step: int) -> None:
         RunDirError: A file cannot be written.
     """
     for path in (run_dir.metrics, *run_dir.samples(0).parent.glob("rank*.jsonl")):
-        kept = []
+        earlier_lines = []
         try:
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         except FileNotFoundError:
@@ -280,11 +280,11 @@ def keep_until(run_dir: RunDir, step: int) -> None:
         for line in lines:
             try:
                 if json.loads(line)["step"] <= step:
-                    kept.append(line)
+                    earlier_lines.append(line)
             except (ValueError, KeyError, TypeError):
                 continue  # the run was killed while it wrote this line
-        if len(kept) < len(lines):
-            write_atomic(path, "".join(kept))
+        if len(earlier_lines) < len(lines):
+            write_atomic(path, "".join(earlier_lines))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -66,7 +66,7 @@ def test_a_slurm_step_is_found() -> None:
     assert (nodes.count, nodes.index, nodes.host) == (3, 2, "gpu008")
     assert nodes.names == ("gpu008", "gpu009", "gpu010")
     others = [STEP | {"SLURM_JOB_ID": "1235"}, STEP | {"SLURM_STEP_ID": "1"}]
-    ports = {found.port for env in others if (found := find_nodes(None, None, env=env))}
+    ports = {other.port for env in others if (other := find_nodes(None, None, env=env))}
     assert len(ports | {nodes.port}) == 3
     assert all(20_000 <= port < 32_000 for port in ports)
 

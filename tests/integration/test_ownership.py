@@ -174,7 +174,7 @@ def test_a_killed_run_can_be_resumed_at_once(run: Commands) -> None:
 
 @pytest.mark.parametrize("submitted", [False, True])
 def test_one_of_two_at_once_is_the_owner(run: Commands, submitted: bool) -> None:
-    """Of two launchers that start in the same folder together, one trains and one is refused."""
+    """If two launchers start in the same folder together, one trains and one is refused."""
     if submitted:
         (run.folder / "out/logs").mkdir(parents=True)
         (run.folder / "out/submission.json").write_text("{}")
