@@ -100,12 +100,17 @@ def mean_own_seconds(history: History) -> list[float] | None:
 
 
 def own_seconds(history: History) -> list[tuple[int, list[float]]]:
-    """Return (step, seconds of each rank's own work) since the run got its present ranks."""
+    """Return (step, seconds of each rank's own work) since the run has its present world size.
+
+    The list is empty if that was not measured, as under FSDP and ZeRO.
+    """
     rows: list[tuple[int, list[float]]] = []
+    world_size = 0
     for row in history.ranks:
+        if len(row.memory_bytes) != world_size:
+            rows, world_size = [], len(row.memory_bytes)
         if row.own_seconds is not None:
-            same_world = not rows or len(rows[0][1]) == len(row.own_seconds)
-            rows = [*(rows if same_world else []), (row.step, row.own_seconds)]
+            rows.append((row.step, row.own_seconds))
     return rows
 
 
