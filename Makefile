@@ -1,25 +1,30 @@
-# make run     set up, and train the default recipe on all GPUs, or on 2 CPU ranks without
-# make test    set up, and run lint, types and tests
-# make docs    set up, and build the documentation into build/docs
-# make bench   set up, and run all benchmarks in a short form
-# make format  bring the code into shape
+# make run          set up, and train the default recipe on all GPUs, or on 2 CPU ranks without GPUs
+# make test         set up, and run the linter, the type checker and all tests
+# make test-unit    set up, and run the tests that start no process
+# make test-deps    install the Debian packages that some tests need (as root)
+# make docs         set up, and build the documentation into build/docs
+# make bench        set up, and run all benchmarks in a short form
+# make format       format the code
 
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-# What tests need of Debian: a data set, Slurm for a cluster of virtual nodes, ssh servers and networks
-# for machines in namespaces, strace to count what is opened, and a browser to look at pages.
+# Debian packages that some tests need: a data set, Slurm for a cluster of virtual nodes, ssh servers
+# and networks for hosts in namespaces, strace to count opened files, and a browser to look at pages.
 PACKAGES := dataset-fashion-mnist slurmctld slurmd slurm-client munge \
 	dropbear-bin iproute2 openssh-client strace chromium chromium-driver
 
-.PHONY: run test lint docs bench format packages clean
+.PHONY: run test test-unit test-deps lint docs bench format packages clean
 
 run: $(READY)
 	$(VENV)/bin/launcher run recipes/digits.py
 
 test: packages lint
 	$(VENV)/bin/pytest
+
+test-unit: $(READY)
+	$(VENV)/bin/pytest tests/unit
 
 lint: $(READY)
 	$(VENV)/bin/ruff check
@@ -37,19 +42,30 @@ format: $(READY)
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
 
-# The versions that the tests are run with; torch exactly, so that one wheel serves all.
+# The versions that the tests run with. torch is pinned exactly, so that pip takes one wheel.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt torch
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(READY)
 
-# Where they cannot be installed, the tests that need them are skipped and say so.
-APT := $(if $(filter-out 0,$(shell id -u)),sudo -n )apt-get -qq
+test-deps:
+	apt-get -qq update
+	apt-get -qq install --no-install-recommends $(PACKAGES) > /dev/null
+
+# Root, as in a container, gets the packages. Anybody else is told how to get them: no sudo here.
 packages:
-	@dpkg -s $(PACKAGES) > /dev/null 2>&1 \
-		|| { $(APT) update && $(APT) install --no-install-recommends $(PACKAGES) > /dev/null; } \
-		|| echo "apt-get cannot install $(PACKAGES): tests that need it are skipped"
+	@if ! dpkg -s $(PACKAGES) > /dev/null 2>&1; then \
+		if [ "$$(id -u)" = 0 ]; then \
+			$(MAKE) --no-print-directory test-deps \
+				|| echo "apt-get cannot install $(PACKAGES): tests that need them are skipped"; \
+		else \
+			for package in $(PACKAGES); do \
+				dpkg -s $$package > /dev/null 2>&1 || missing="$$missing $$package"; \
+			done; \
+			echo "Tests that need$$missing are skipped. To run them: sudo make test-deps"; \
+		fi; \
+	fi
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
