@@ -73,15 +73,15 @@ SETTINGS = {
 """Settings by topic; one that is not named here comes under "Other"."""
 
 NAMES = {
-    "Run, plan, resume": "plan run resume RunResult RunDir Plan",
+    "Run, plan, resume": "plan run resume RunResult RunDir History Plan",
     "Recipes": "Recipe Data Shards main packaged_file",
     "Schedules": (
         "one_cycle cyclical cosine linear constant exponential multi_step wsd warmup schedule "
-        "Schedule Setting"
+        "Schedule ScheduleValue"
     ),
     "Optimizers": "sgd adamw OptimizerSpec",
     "Parts to use elsewhere": "make_plan read_machine Machine loader_policy LoaderPolicy",
-    "Errors": " ".join(name for name in launcher.__all__ if name.endswith("Error")),
+    "Errors": " ".join([*(name for name in launcher.__all__ if name.endswith("Error")), "Failure"]),
 }
 """Public names by topic; one that is not named here comes under "Other"."""
 

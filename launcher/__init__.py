@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from launcher.runs.failure_record import Failure, RunFailedError
     from launcher.runs.history import History
     from launcher.runs.run_result import RunResult
+    from launcher.runs.rundir import RunDir
 
 __all__ = [
     "Data",
@@ -65,6 +66,7 @@ __all__ = [
     "PlanError",
     "Recipe",
     "RecipeError",
+    "RunDir",
     "RunDirError",
     "RunFailedError",
     "RunResult",
@@ -110,6 +112,7 @@ _MODULES = {
     "PlanError": "launcher.errors",
     "Recipe": "launcher.recipe.recipe",
     "RecipeError": "launcher.errors",
+    "RunDir": "launcher.runs.rundir",
     "RunDirError": "launcher.errors",
     "RunFailedError": "launcher.runs.failure_record",
     "RunResult": "launcher.runs.run_result",
