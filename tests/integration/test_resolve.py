@@ -1,4 +1,4 @@
-"""Finding a recipe by what a user types."""
+"""Recipes, found by name, path or module."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support import ROOT, Commands
 
-WAYS = [
+REFERENCES = [
     "digits",
     "recipes.digits",
     "recipes.digits:digits",
@@ -20,17 +20,17 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_every_way_leads_to_the_recipe(run: Commands, way: str) -> None:
-    """A name, a module and a path are the same recipe; paths count from the folder."""
+@pytest.mark.parametrize("reference", REFERENCES)
+def test_every_form_of_reference_is_resolved(run: Commands, reference: str) -> None:
+    """A name, a module and a path relative to the working folder resolve to the same recipe."""
     (run.folder / "recipes").symlink_to(ROOT / "recipes")
-    done = run("launcher", "plan", way, "--json")
+    done = run("launcher", "plan", reference, "--json")
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["recipe"] == "digits"
 
 
 def test_another_package_called_recipes_is_no_obstacle(run: Commands) -> None:
-    """An installed package of the same name, which refuses to be imported, is passed by."""
+    """An installed package called `recipes`, which fails to import, is ignored."""
     other = run.folder / "site/recipes"
     other.mkdir(parents=True)
     (other / "__init__.py").write_text("raise ModuleNotFoundError('do not import recipes')\n")
@@ -38,8 +38,8 @@ def test_another_package_called_recipes_is_no_obstacle(run: Commands) -> None:
     assert done.exit_code == 0, done.stderr
 
 
-def test_a_recipe_here_is_nearer_than_ours(run: Commands) -> None:
-    """./recipes/digits.py is taken before the digits that we ship, and imports its neighbours."""
+def test_a_local_recipe_hides_a_shipped_one(run: Commands) -> None:
+    """./recipes/digits.py takes precedence over the shipped recipe, and imports its neighbours."""
     folder = run.folder / "recipes"
     folder.mkdir()
     (folder / "neighbour.py").write_text("NAME = 'mine'\n")
@@ -64,10 +64,10 @@ def test_a_recipe_here_is_nearer_than_ours(run: Commands) -> None:
         ("import helpers.one", "'helpers' in {}"),
     ],
 )
-def test_what_is_missing_is_told_from_what_is_hidden(
+def test_missing_modules_are_told_from_hidden_ones(
     run: Commands, statement: str, advice: str
 ) -> None:
-    """The advice is to install what is nowhere, and names what was found of what is elsewhere."""
+    """The advice is to install a missing package, or names the place of one that was not found."""
     for folder in ("recipes", "helpers", "sub"):
         (run.folder / folder).mkdir()
     (run.folder / "recipes/__init__.py").write_text("")
@@ -75,14 +75,14 @@ def test_what_is_missing_is_told_from_what_is_hidden(
     done = run("launcher", "plan", "sub/mine.py")
     assert done.exit_code == 2
     (run.folder / "mine.py").write_text(f"{statement}\n")
-    near = run("launcher", "plan", "mine.py")
-    assert near.exit_code == 2
-    said = done.stderr if "helpers" in statement else near.stderr
-    assert advice.format(run.folder) in said
+    in_working_folder = run("launcher", "plan", "mine.py")
+    assert in_working_folder.exit_code == 2
+    stderr = done.stderr if "helpers" in statement else in_working_folder.stderr
+    assert advice.format(run.folder) in stderr
 
 
 def test_a_copied_recipe_can_be_imported(run: Commands) -> None:
-    """`launcher new` leaves a file in ./recipes that another file there imports."""
+    """Another file in ./recipes can import the file that `launcher new` writes there."""
     assert run("launcher", "new", "recipes/ft.py", "--from", "finetune").exit_code == 0
     (run.folder / "recipes/two.py").write_text(
         "from launcher import Recipe\n"
@@ -97,8 +97,8 @@ def test_a_copied_recipe_can_be_imported(run: Commands) -> None:
     assert done.exit_code == 0, done.stderr
 
 
-def test_a_recipe_below_the_temporary_folder(run: Commands, tmp_path: Path) -> None:
-    """Folders with quotes, blanks and dollars are folders like any other, ranks included."""
+def test_folders_with_special_characters(run: Commands, tmp_path: Path) -> None:
+    """A recipe trains in folders whose names have quotes, blanks and dollar signs."""
     folder = tmp_path / "a'; touch pwned" / 'b"=0" $(x) ${local_rank}'
     folder.mkdir(parents=True)
     source = (ROOT / "recipes/digits.py").read_text()

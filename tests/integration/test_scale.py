@@ -1,4 +1,4 @@
-"""A thousand ranks in one process, and ten thousand on paper: what each does, and what it costs."""
+"""Large worlds: 1,024 ranks in one process, and plans for 10,000."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from launcher.runs.manifest import FORMAT, Manifest
 RANKS = 1024
 
 
-def planned(world_size: int, samples: int, batch_size: int) -> Plan:
-    """Return a plan of CPU ranks, eight on each node."""
+def plan_of(world_size: int, samples: int, batch_size: int) -> Plan:
+    """Return a plan for CPU ranks, eight on each node."""
     recipe = replace(
         digits(),
         batch_size=batch_size,
@@ -45,7 +45,7 @@ def planned(world_size: int, samples: int, batch_size: int) -> Plan:
 
 @contextmanager
 def fake_rank(rank: int) -> Iterator[None]:
-    """Be one of many ranks, in a process group whose collectives do nothing."""
+    """Be one of `RANKS` ranks, in a process group whose collectives do nothing."""
     dist.init_process_group("fake", rank=rank, world_size=RANKS, store=FakeStore())
     try:
         yield
@@ -53,37 +53,37 @@ def fake_rank(rank: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def test_every_sample_once_and_weights_of_one() -> None:
-    """Over 1,024 ranks the steps of an epoch take each sample once, and weigh each the same."""
+def test_each_sample_is_taken_once_with_equal_weight() -> None:
+    """The steps of an epoch on 1,024 ranks take each sample once, with equal weights."""
     samples, batch = 30_011, 6_001
-    plan = planned(RANKS, samples, batch)
-    ranks = [
+    plan = plan_of(RANKS, samples, batch)
+    samplers = [
         Sampler(plan=plan, rank=rank, train_samples=samples, evaluation_samples=4_099)
         for rank in range(RANKS)
     ]
     assert plan.steps_per_epoch == 6
-    streams = [sampler.requests() for sampler in ranks]
-    seen: list[int] = []
+    streams = [sampler.requests() for sampler in samplers]
+    epoch: list[int] = []
     for step in range(6):
-        size, micro_steps = ranks[0].window(step).size, ranks[0].micro_steps(step)
-        taken: list[int] = []
+        size, micro_steps = samplers[0].window(step).size, samplers[0].micro_steps(step)
+        batch_ids: list[int] = []
         weight = Fraction(0)
         for stream in streams:
             for _ in range(micro_steps):
                 request = next(stream)
                 assert request.split == "train"
                 if request.counts:
-                    taken += request.indices
-                    # Of the mean over ranks of (sum of losses) x world size / samples.
+                    batch_ids += request.indices
+                    # The loss is the mean over ranks of (sum of losses) x world size / samples.
                     weight += Fraction(len(request.indices) * RANKS, size) / RANKS
-        assert taken == ranks[0].batch_ids(step)
+        assert batch_ids == samplers[0].batch_ids(step)
         assert weight == 1
-        seen += taken
-    assert sorted(seen) == list(range(samples))
+        epoch += batch_ids
+    assert sorted(epoch) == list(range(samples))
     evaluated = [
         index
         for stream in streams
-        for _ in range(ranks[0].evaluation_steps())
+        for _ in range(samplers[0].evaluation_steps())
         for request in [next(stream)]
         if request.counts
         for index in request.indices
@@ -91,23 +91,23 @@ def test_every_sample_once_and_weights_of_one() -> None:
     assert sorted(evaluated) == list(range(4_099))
 
 
-def test_the_last_batch_leaves_no_rank_alone() -> None:
-    """Where a batch has fewer samples than ranks, each still takes part, with weight 0."""
-    plan = planned(RANKS, 6_100, 6_000)
-    taken = 0
+def test_every_rank_takes_part_in_a_small_last_batch() -> None:
+    """Ranks without a sample in a small last batch still take a micro-batch, with weight 0."""
+    plan = plan_of(RANKS, 6_100, 6_000)
+    num_counted = 0
     for rank in range(RANKS):
         sampler = Sampler(plan=plan, rank=rank, train_samples=6_100)
-        own = [next(sampler.requests(1)) for _ in range(sampler.micro_steps(1))]
-        assert len(own) == 1
-        assert own[0].indices
-        taken += own[0].counts
-    assert taken == 100
+        requests = [next(sampler.requests(1)) for _ in range(sampler.micro_steps(1))]
+        assert len(requests) == 1
+        assert requests[0].indices
+        num_counted += requests[0].counts
+    assert num_counted == 100
 
 
-def test_a_rank_costs_the_same_in_any_world() -> None:
-    """A step's samples take little memory, whatever the ranks and the data's size."""
+def test_memory_for_sample_indices_depends_on_the_share_alone() -> None:
+    """A rank's indices of a step take less than 1 MiB in any world and for any data size."""
     for world_size, samples in ((8, 10**5), (10_000, 10**5), (8, 10**9), (10_000, 10**9)):
-        plan = planned(world_size, samples, 8 * world_size)
+        plan = plan_of(world_size, samples, 8 * world_size)
         sampler = Sampler(plan=plan, rank=world_size - 1, train_samples=samples)
         stream = sampler.requests(plan.steps_per_epoch or 0)  # the second epoch
         tracemalloc.start()
@@ -119,25 +119,25 @@ def test_a_rank_costs_the_same_in_any_world() -> None:
 
 
 def test_a_checkpoint_of_a_thousand_ranks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Each rank writes its shards, and its share of what all have; together they are the model."""
+    """The shards that 1,024 ranks write, and their parts of replicated tensors, are the model."""
     caplog.set_level(logging.WARNING, "c10d-NullHandler-dcp_logger")
 
     def model() -> nn.Module:
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(3, 1500, bias=False), nn.Linear(1500, 2, bias=False))
 
-    whole = model()
+    original = model()
     extra = {f"buffer/{number}": torch.full((number + 1,), float(number)) for number in range(9)}
     for rank in range(RANKS):
         with fake_rank(rank):
             sharded = model()
-            # torch takes meshes of one name for the same, with the place of the first in it.
+            # torch caches meshes by name, together with the coordinates of the first rank.
             fully_shard(
                 sharded, mesh=init_device_mesh("cpu", (RANKS,), mesh_dim_names=(f"of{rank}",))
             )
             optimizer = torch.optim.SGD(sharded.parameters(), lr=0.1)
-            own = keep([*live_tensors(sharded, optimizer), *extra.items()], rank, RANKS)
-            write_shard(tmp_path, rank, own)
+            tensors = keep([*live_tensors(sharded, optimizer), *extra.items()], rank, RANKS)
+            write_shard(tmp_path, rank, tensors)
     manifest = Manifest(
         format=FORMAT,
         step=1,
@@ -148,16 +148,16 @@ def test_a_checkpoint_of_a_thousand_ranks(tmp_path: Path, caplog: pytest.LogCapt
         versions={},
     )
     stored = StoredState(Checkpoint(step=1, path=tmp_path), manifest)
-    wanted = {f"model/{name}": value for name, value in whole.state_dict().items()} | extra
-    assert set(stored.names()) == set(wanted)
-    found = {name: torch.full_like(value, torch.nan) for name, value in wanted.items()}
-    stored.read(found)
-    for name, value in wanted.items():
-        assert torch.equal(found[name], value), name
+    expected = {f"model/{name}": value for name, value in original.state_dict().items()} | extra
+    assert set(stored.names()) == set(expected)
+    loaded = {name: torch.full_like(value, torch.nan) for name, value in expected.items()}
+    stored.read(loaded)
+    for name, value in expected.items():
+        assert torch.equal(loaded[name], value), name
 
 
-def test_ten_thousand_ranks_on_paper(run: Commands) -> None:
-    """The plan of 1,250 nodes has a number for each node, and they add up."""
+def test_a_plan_for_ten_thousand_ranks(run: Commands) -> None:
+    """The samples per node and per rank in the plan of 1,250 nodes add up to the batch."""
     done = run(
         *("launcher", "plan", "digits", "--nodes", "1250", "-n", "8", "device=cuda", "--json"),
         *("batch_size=100003", "train_samples=1000000000"),

@@ -1,4 +1,4 @@
-"""How ranks start: after what a recipe does at import, one before the others, with nobody there."""
+"""How ranks start: after a recipe's import, one before the others, or without the others."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ RECIPE = str(ROOT / "tests/recipes/starting.py")
 
 
 def by_hand(rank: int, port: int, recipe: str) -> dict[str, str]:
-    """Return the environment of one of two ranks that somebody has started."""
+    """Return the environment of one of two ranks that were started without a launcher."""
     place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "RECIPE": recipe}
     return place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def test_a_recipe_that_computes_at_import_trains(run: Commands) -> None:
-    """Its ranks, and what counts its samples, do not wait for threads that a fork has lost."""
+    """Ranks and the counting of samples do not wait for threads that a fork would lose."""
     threads = {"OMP_NUM_THREADS": "2", "COMPUTES": "1"}
     done = run("launcher", "run", f"{RECIPE}:computed", "-n", "1", "--out", "out", env=threads)
     assert done.exit_code == 0, done.stderr
@@ -36,14 +36,14 @@ def test_a_recipe_that_computes_at_import_trains(run: Commands) -> None:
 
 
 def test_a_recipe_that_computes_at_import_is_checked(run: Commands) -> None:
-    """`launcher check` of it comes to an end."""
+    """`launcher check` ends for a recipe that computes at import."""
     threads = {"OMP_NUM_THREADS": "2", "COMPUTES": "1"}
     done = run("launcher", "check", f"{RECIPE}:computed", "train_samples=64", env=threads)
     assert "ok       loss" in done.stdout, done.stderr
 
 
-def test_ranks_that_start_afresh_can_be_stopped(run: Commands) -> None:
-    """A thread's lock stops no rank; a signal before they listen stops them after a step."""
+def test_spawned_ranks_can_be_stopped(run: Commands) -> None:
+    """Ranks of a recipe that starts threads train, and a signal that arrives early stops them."""
     command = ("launcher", "run", f"{RECIPE}:locked", "-n", "2", "epochs=500", "--out", "out")
     process = run.start(*command, env={"STARTS_THREAD": "1"}, cold=True)
     assert process.stderr is not None
@@ -55,7 +55,7 @@ def test_ranks_that_start_afresh_can_be_stopped(run: Commands) -> None:
 
 
 @pytest.mark.parametrize(
-    ("statement", "words"),
+    ("statement", "reason"),
     [
         ("import numpy; numpy.ones((500, 500)) @ numpy.ones((500, 500))", "None"),
         (
@@ -64,8 +64,8 @@ def test_ranks_that_start_afresh_can_be_stopped(run: Commands) -> None:
         ),
     ],
 )
-def test_what_cannot_be_forked(run: Commands, statement: str, words: str) -> None:
-    """Threads that libraries end before a fork are no reason against one; others are."""
+def test_threads_that_prevent_a_fork(run: Commands, statement: str, reason: str) -> None:
+    """Threads prevent a fork, unless their library ends them before each fork."""
     script = (
         "import threading\n"
         "from launcher.forking import observed_threads, reason_not_to_fork\n"
@@ -74,7 +74,7 @@ def test_what_cannot_be_forked(run: Commands, statement: str, words: str) -> Non
     )
     done = run("python", "-c", script, env={"OPENBLAS_NUM_THREADS": "2"})
     assert done.exit_code == 0, done.stderr
-    assert words in done.stdout
+    assert reason in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -85,8 +85,8 @@ def test_what_cannot_be_forked(run: Commands, statement: str, words: str) -> Non
     ],
     ids=["launched", "found"],
 )
-def test_one_rank_prepares(run: Commands, command: tuple[str, ...]) -> None:
-    """The first rank makes what `data` and `model` keep on disk, and the others find it there."""
+def test_the_first_rank_fills_caches(run: Commands, command: tuple[str, ...]) -> None:
+    """The first rank calls `data` and `model` before the others, which find its caches."""
     done = run(*command, "--out", "out", env={"RECIPE": "prepared"})
     assert done.exit_code == 0, done.stderr
     assert (run.folder / "out/result.json").is_file()
@@ -106,7 +106,7 @@ def test_a_recipe_is_built_as_it_was_planned(run: Commands) -> None:
 def test_a_first_rank_that_fails_ends_the_others(
     run: Commands, free_port: int, samples: str
 ) -> None:
-    """The others do not wait for it, with nobody there to end them; its error is the run's."""
+    """Ranks without a launcher do not wait for a first rank that failed; its error is recorded."""
     ranks = [
         run.start(
             *("python", RECIPE, samples, "--out", "out"), env=by_hand(rank, free_port, "failing")
@@ -129,14 +129,14 @@ def test_a_first_rank_that_fails_ends_the_others(
 def test_a_rank_that_waits_can_be_stopped(
     run: Commands, free_port: int, rank: int, number: signal.Signals, code: int
 ) -> None:
-    """One whose peers nobody starts says for whom it waits, and ends by the first signal."""
+    """A rank whose peers are missing prints the address where it waits; one signal ends it."""
     process = run.start(
         "python", RECIPE, "train_samples=64", env=by_hand(rank, free_port, "starting")
     )
     assert process.stderr is not None
-    said = process.stderr.readline()
-    assert "waiting for" in said
-    assert f"127.0.0.1:{free_port}" in said
+    line = process.stderr.readline()
+    assert "waiting for" in line
+    assert f"127.0.0.1:{free_port}" in line
     process.send_signal(number)
     process.communicate(timeout=60)
     assert process.returncode == code
@@ -144,10 +144,10 @@ def test_a_rank_that_waits_can_be_stopped(
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_does_not_wait_for_ever(
+def test_a_rank_does_not_wait_forever(
     monkeypatch: pytest.MonkeyPatch, free_port: int, rank: int
 ) -> None:
-    """Where the others do not come it ends with a usage error that names the place."""
+    """A rank whose peers do not come ends with a usage error that names the address."""
     monkeypatch.setattr(external_store, "PATIENCE_SECONDS", 0.2)
     world = World(
         rank=rank,
@@ -160,8 +160,8 @@ def test_a_rank_does_not_wait_for_ever(
         external_store.open_store(world)
 
 
-def test_a_port_that_is_taken_is_said(run: Commands) -> None:
-    """The rank that cannot listen says so, without a traceback."""
+def test_an_occupied_port_is_named(run: Commands) -> None:
+    """A rank that cannot listen on its port names it, without a traceback."""
     import socket
 
     with socket.socket() as listener:
@@ -175,7 +175,7 @@ def test_a_port_that_is_taken_is_said(run: Commands) -> None:
 
 
 def test_main_leaves_no_handlers(run: Commands) -> None:
-    """A script that goes on after `main` handles signals as it did before."""
+    """A script that continues after `main` has its signal handlers back."""
     script = (
         "import signal, sys\n"
         f"sys.path.insert(0, {str(Path(RECIPE).parent)!r})\n"
@@ -187,16 +187,16 @@ def test_main_leaves_no_handlers(run: Commands) -> None:
         "sys.argv[1:] = ['train_samples=64']\n"
         "main(starting)\n"
         "assert [signal.getsignal(number) for number in numbers] == before\n"
-        "print('went on')"
+        "print('continued')"
     )
     done = run("python", "-c", script)
     assert done.exit_code == 0, done.stderr
-    assert done.stdout.endswith("went on\n")
+    assert done.stdout.endswith("continued\n")
 
 
 @pytest.mark.parametrize("closed", range(1, 8))
 def test_closed_streams_are_opened(tmp_path: Path, closed: int) -> None:
-    """Whichever of the three are closed, no file or pipe takes their numbers."""
+    """No file or pipe gets the number of a standard stream that is closed."""
     script = (
         "import os, sys\n"
         "from launcher.cli.standard_streams import open_closed_streams\n"
@@ -214,15 +214,15 @@ def test_closed_streams_are_opened(tmp_path: Path, closed: int) -> None:
 
 
 def test_a_run_with_closed_streams_ends(run: Commands) -> None:
-    """With stdin and stdout closed a run of two ranks trains and ends."""
+    """A run of two ranks trains and ends with stdin and stdout closed."""
     command = f"exec {BIN / 'launcher'} run {RECIPE} -n 2 train_samples=64 --out out <&- >&-"
     done = run("bash", "-c", command, env=dict(os.environ))
     assert done.exit_code == 0, done.stderr
     assert (run.folder / "out/result.json").is_file()
 
 
-def test_ranks_that_torchrun_starts_again_meet_anew(run: Commands) -> None:
-    """What an attempt left in the agent's store is not taken for the word of the next."""
+def test_ranks_that_torchrun_restarts_rendezvous_again(run: Commands) -> None:
+    """Keys that an attempt left in the agent's store are not taken for those of the next one."""
     (run.folder / "again.py").write_text(
         "from dataclasses import replace\n"
         "from pathlib import Path\n"
