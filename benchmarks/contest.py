@@ -1,4 +1,4 @@
-"""What the benchmarks share: the contestants, how each is started, and tables."""
+"""Contestants of the benchmarks, the command that starts each, and the tables that are printed."""
 
 from __future__ import annotations
 
@@ -22,16 +22,21 @@ HERE = Path(__file__).parent
 BIN = Path(sys.executable).parent
 
 Cell = str | tuple[float, str]
-"""Of a table: a text, or a number and how to print it."""
+"""A cell of a table: a text, or a number with its format specification."""
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A way to train a recipe."""
+    """A framework, or a plain loop, that trains a recipe."""
 
     title: str
+    """Name in the tables."""
+
     module: str
+    """Module whose presence shows that the contestant is installed."""
+
     package: str
+    """Name of the package to install."""
 
 
 CONTESTANTS = {
@@ -46,20 +51,20 @@ CONTESTANTS = {
 
 
 class Names(click.ParamType[list[str]]):
-    """Comma-separated values out of those given."""
+    """Comma-separated names out of a fixed set."""
 
     name = "list"
 
-    def __init__(self, known: Iterable[str]) -> None:
-        self._known = list(known)
+    def __init__(self, choices: Iterable[str]) -> None:
+        self._choices = list(choices)
 
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> list[str]:
         names = [name.strip() for name in str(value).split(",")]
         for name in names:
-            if name not in self._known:
-                self.fail(f"{name!r} is not one of {', '.join(self._known)}.", param, ctx)
+            if name not in self._choices:
+                self.fail(f"{name!r} is not one of {', '.join(self._choices)}.", param, ctx)
         return names
 
 
@@ -67,13 +72,13 @@ Number = TypeVar("Number", int, float)
 
 
 class Numbers(click.ParamType[list[Number]]):
-    """Comma-separated numbers of a kind, none of them below `least`."""
+    """Comma-separated numbers of one type, each at least `minimum`."""
 
     name = "list"
 
-    def __init__(self, kind: type[Number], least: float) -> None:
+    def __init__(self, kind: type[Number], minimum: float) -> None:
         self._kind: type[Number] = kind
-        self._least = least
+        self._minimum = minimum
 
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
@@ -82,25 +87,25 @@ class Numbers(click.ParamType[list[Number]]):
             numbers = [self._kind(text) for text in str(value).split(",")]
         except ValueError:
             numbers = []
-        if not numbers or min(numbers) < self._least:
-            wanted = f"numbers ({self._kind.__name__}) of at least {self._least:g}"
-            self.fail(f"expected {wanted}, separated by commas; found {value!r}.", param, ctx)
+        if not numbers or min(numbers) < self._minimum:
+            expected = f"numbers ({self._kind.__name__}) of at least {self._minimum:g}"
+            self.fail(f"expected {expected}, separated by commas; found {value!r}.", param, ctx)
         return numbers
 
 
 def installed(names: Sequence[str]) -> list[str]:
-    """Return the contestants that can run here; say of the others why not."""
-    found = []
+    """Return the installed contestants, and print why each of the others is skipped."""
+    available = []
     for name in names:
         contestant = CONTESTANTS[name]
         if importlib.util.find_spec(contestant.module) is not None:
-            found.append(name)
+            available.append(name)
         else:
             print(
                 f"skipped: {contestant.title}, because {contestant.package} is not installed; "
                 "pip install '.[benchmarks]'"
             )
-    return found
+    return available
 
 
 def train(
@@ -113,16 +118,19 @@ def train(
     options: Sequence[str],
     cores: Collection[int] | None = None,
 ) -> RunDir:
-    """Train `recipe` with a contestant, into `folder`.
+    """Train a recipe with a contestant and return the run folder.
 
     Args:
-        name: The contestant's.
-        recipe: As the command line names it.
-        folder: Where to write; made.
-        ranks: Processes, on CPU.
-        settings: name=value.
-        options: Of frameworks.py, for those that are not launcher.
-        cores: That the processes may use; None is all.
+        name: Key of the contestant in CONTESTANTS.
+        recipe: Recipe as the command line names it.
+        folder: Run folder, created by the run.
+        ranks: Number of CPU processes.
+        settings: Overrides of the recipe as `name=value`.
+        options: Options of frameworks.py, ignored by launcher.
+        cores: CPU cores that the processes may use; None allows all of them.
+
+    Raises:
+        click.ClickException: The training failed; the message ends with its last 40 lines.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     if name == "launcher":
@@ -132,11 +140,12 @@ def train(
         command = ["torchrun", "--standalone", "--nproc-per-node", str(ranks)]
         command += [str(HERE / "frameworks.py"), name, recipe, *options]
         command += [*settings, "--out", str(folder)]
-    # As many threads as launcher plans for a rank; torchrun would take 1, and alone all cores.
+    # The number of threads that launcher plans for a rank. torchrun sets 1 when it starts several
+    # ranks and leaves all cores to a single one.
     cores = cores or os.sched_getaffinity(0)
     threads = max(len(cores) // ranks, 1)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
+    process = subprocess.run(
         [str(BIN / command[0]), *command[1:]],
         env=environment,
         stdout=subprocess.PIPE,
@@ -145,14 +154,14 @@ def train(
         check=False,
         preexec_fn=functools.partial(os.sched_setaffinity, 0, cores),
     )
-    if done.returncode:
-        lines = done.stdout.splitlines()[-40:]
+    if process.returncode:
+        lines = process.stdout.splitlines()[-40:]
         raise click.ClickException("\n".join([*lines, f"{name} on {ranks} failed, see above."]))
     return RunDir(folder)
 
 
 def benchmark(function: Callable[..., None]) -> click.Command:
-    """Make a benchmark of a function: a command that keeps its tables in a file as well."""
+    """Turn a function into a command with the option --json, which writes its tables to a file."""
 
     @click.pass_context
     @functools.wraps(function)
@@ -165,19 +174,19 @@ def benchmark(function: Callable[..., None]) -> click.Command:
         "as_json",
         type=click.Path(path_type=Path),
         metavar="FILE",
-        help="Write the tables to this file as well, with what they were measured on.",
+        help="Also write the tables to this file, with the machine and the package versions.",
     )
     return click.command()(option(run))
 
 
 class Tables:
-    """The tables of a benchmark, written to a file after each, so that none is lost.
+    """Collects the tables of a benchmark and rewrites their file after each one.
 
     Args:
-        file: Where; its folder is made. None keeps none.
+        file: JSON file to write; its folder is created. None writes no file.
 
     Raises:
-        click.ClickException: It cannot be.
+        click.ClickException: The folder of the file cannot be created.
     """
 
     def __init__(self, file: Path | None) -> None:
@@ -190,37 +199,37 @@ class Tables:
         self._tables: list[dict[str, Any]] = []
 
     def add(self, title: str, head: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
-        """Keep a table."""
+        """Add a table, and write the file with all tables so far."""
         values = [[cell if isinstance(cell, str) else cell[0] for cell in row] for row in rows]
         self._tables.append({"title": title, "head": list(head), "rows": values})
         if self._file is None:
             return
-        said = {
+        report = {
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "machine": asdict(read_machine()),
             "versions": versions(),
             "tables": self._tables,
         }
-        write_json(self._file, said)
+        write_json(self._file, report)
 
 
 def print_table(head: Sequence[str], rows: Iterable[Sequence[Cell]], *, title: str = "") -> None:
-    """Print a table in Markdown, and keep it where the benchmark was asked to.
+    """Print a table in Markdown, row by row, and add it to the file named by --json.
 
     Args:
-        head: Of its columns.
-        rows: Cells: a text, or a number and how to print it.
-        title: What was measured.
+        head: Titles of the columns.
+        rows: Cells of each row; a generator may measure each row when it is asked for it.
+        title: Line above the table that says what was measured.
     """
-    seen = []
+    printed_rows = []
     if title:
         print(f"\n{title}\n")
     print(f"| {' | '.join(head)} |")
     print("|---" * len(head) + "|")
     for row in rows:
-        shown = (cell if isinstance(cell, str) else format(*cell) for cell in row)
-        print(f"| {' | '.join(shown)} |", flush=True)
-        seen.append(row)
+        texts = (cell if isinstance(cell, str) else format(*cell) for cell in row)
+        print(f"| {' | '.join(texts)} |", flush=True)
+        printed_rows.append(row)
     tables = click.get_current_context().find_object(Tables)
     assert tables is not None
-    tables.add(title, head, seen)
+    tables.add(title, head, printed_rows)

@@ -1,4 +1,4 @@
-"""A recipe that says when its first optimizer step was done: digits, 5 steps."""
+"""Recipe that records when its first optimizer step ended: digits, 5 steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def first_step(*, moments: str = os.devnull, workers: int = 0) -> Recipe:
-    """Digits; each rank adds a line to the file `moments`: the seconds of the monotonic clock."""
+    """Digits whose ranks append the time of the first step to `moments`, on the monotonic clock."""
     return replace(
         digits(),
         name="first_step",
@@ -28,18 +28,18 @@ def first_step(*, moments: str = os.devnull, workers: int = 0) -> Recipe:
 
 
 def build_model(moments: Path) -> nn.Module:
-    """Return the recipe's net; its second forward pass begins when the first step is done."""
+    """Return the net of digits with a hook that writes the time before its second forward pass."""
     net: nn.Module = digits().model()
     calls = 0
 
-    def note(*_: object) -> None:
+    def record_time(*_: object) -> None:
         nonlocal calls
         calls += 1
         if calls == 2:
             with moments.open("a") as file:
                 file.write(f"{time.monotonic()}\n")
 
-    net.register_forward_pre_hook(note)
+    net.register_forward_pre_hook(record_time)
     return net
 
 

@@ -1,10 +1,10 @@
-"""A recipe trained by other frameworks, each in the loop that its documentation shows.
+"""Train a recipe with another framework, in the loop that its documentation shows.
 
-Started by the benchmarks, one process a rank:
+The benchmarks start it, one process per rank:
 
     torchrun --nproc-per-node 2 benchmarks/frameworks.py accelerate digits --out FOLDER
 
-It leaves what `launcher run` leaves: metrics.jsonl, samples/ and model.safetensors.
+Like `launcher run`, it writes metrics.jsonl, samples/ and model.safetensors.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ RANK = int(os.environ.get("RANK", "0"))
 RANKS = int(os.environ.get("WORLD_SIZE", "1"))
 
 Batch = list[Tensor]
-"""Inputs, targets, and the samples' ids."""
+"""Inputs, targets and sample ids of a batch."""
 
 
 class Numbered(Dataset[tuple[Tensor, ...]]):
-    """Samples with their ids."""
+    """Dataset that adds to each sample its id."""
 
     def __init__(self, tensors: tuple[Tensor, ...]) -> None:
         self.tensors = (*tensors, torch.arange(len(tensors[0])))
@@ -58,7 +58,7 @@ class Numbered(Dataset[tuple[Tensor, ...]]):
 
 
 class InOrder(Numbered):
-    """All epochs of a recipe, one after the other, in its order; read a batch at once."""
+    """Dataset of all epochs of a recipe, in the recipe's order, that reads a batch in one call."""
 
     def __init__(self, tensors: tuple[Tensor, ...], recipe: Recipe) -> None:
         super().__init__(tensors)
@@ -70,26 +70,31 @@ class InOrder(Numbered):
         self.tensors = tuple(tensor[np.concatenate(order)] for tensor in self.tensors)
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        chosen = torch.tensor(indices)
-        return [tensor[chosen] for tensor in self.tensors]
+        rows = torch.tensor(indices)
+        return [tensor[rows] for tensor in self.tensors]
 
 
 @dataclass
 class Task:
-    """A recipe as the frameworks take it: a model, a loader of `batch_size` per rank, a loss."""
+    """Parts of a recipe in the form that the frameworks take: model, loader, optimizer, loss."""
 
     recipe: Recipe
+    """Recipe to train."""
+
     batch_size: int
-    """Of one rank."""
+    """Samples per step on one rank."""
 
     same_order: bool
-    """Whether the samples come in the recipe's order, rather than shuffled by the framework."""
+    """Whether the samples come in the recipe's order instead of the framework's shuffled order."""
 
     folder: Path
-    seen: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    """Ids and mean loss of each step on this rank."""
+    """Folder for the results."""
+
+    steps: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Sample ids and mean loss of each step on this rank."""
 
     rates: list[float] = field(default_factory=list)
+    """Learning rate of each step; empty if `same_order`."""
 
     def __post_init__(self) -> None:
         tensors = self.recipe.data().train.tensors
@@ -104,11 +109,11 @@ class Task:
             batch_size=self.batch_size,
             shuffle=not self.same_order and sampler is None,
             sampler=sampler,
-            collate_fn=_as_it_is if self.same_order else None,
+            collate_fn=_identity if self.same_order else None,
         )
 
     def shared_loader(self) -> DataLoader[Any]:
-        """Return this rank's share, for the frameworks that leave sharing to the user."""
+        """Return a loader of this rank's shard, for frameworks that leave sharding to the user."""
         if RANKS == 1:
             return self.loader()
         return self.loader(
@@ -119,7 +124,7 @@ class Task:
         return make_optimizer(self.recipe, model, self.recipe.lr)
 
     def schedule(self, optimizer: Optimizer, steps: int) -> LRScheduler:
-        """Return the recipe's one_cycle() as torch has it."""
+        """Return torch's equivalent of the recipe's one_cycle()."""
         return OneCycleLR(
             optimizer,
             self.recipe.lr,
@@ -132,21 +137,21 @@ class Task:
         )
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Return the mean over the batch, which is what these frameworks expect."""
+        """Return the mean loss of the batch, as these frameworks expect it, and record it."""
         total, count = self.recipe.loss(outputs, batch)
         loss: Tensor = total / count
-        self.seen.append((batch[2], loss.detach()))
+        self.steps.append((batch[2], loss.detach()))
         return loss
 
     def finish(self) -> None:
-        """Write what was seen, of all ranks."""
-        own = [(ids.tolist(), loss.item()) for ids, loss in self.seen]
-        of_ranks: list[Any] = [own]
+        """Gather the steps of all ranks; write the results on rank 0."""
+        steps = [(ids.tolist(), loss.item()) for ids, loss in self.steps]
+        steps_by_rank: list[Any] = [steps]
         if RANKS > 1:
             if not dist.is_initialized():
                 dist.init_process_group("gloo")
-            of_ranks = [None] * RANKS
-            dist.all_gather_object(of_ranks, own)
+            steps_by_rank = [None] * RANKS
+            dist.all_gather_object(steps_by_rank, steps)
         if RANK:
             return
         (self.folder / "samples").mkdir(parents=True)
@@ -154,8 +159,9 @@ class Task:
             (self.folder / "metrics.jsonl").open("w") as metrics,
             (self.folder / "samples/rank0.jsonl").open("w") as samples,
         ):
-            rates = self.rates or [0.0] * len(own)
-            for step, (shares, lr) in enumerate(zip(zip(*of_ranks), rates), start=1):  # noqa: B905
+            rates = self.rates or [0.0] * len(steps)
+            all_shares = zip(*steps_by_rank, strict=False)
+            for step, (shares, lr) in enumerate(zip(all_shares, rates, strict=False), start=1):
                 ids = [ids for ids, _ in shares]
                 items = sum(map(len, ids))
                 loss = sum(loss * len(ids) for ids, loss in shares) / items
@@ -167,7 +173,7 @@ class Task:
 
 
 def with_torch(task: Task) -> None:
-    """Train with PyTorch alone."""
+    """Train with a plain PyTorch loop, under DDP on several ranks."""
     model = task.model
     if RANKS > 1:
         dist.init_process_group("gloo")
@@ -189,7 +195,7 @@ def with_torch(task: Task) -> None:
 
 
 def with_ignite(task: Task) -> None:
-    """Train with an ignite Engine, its progress bar attached."""
+    """Train with an ignite Engine that shows its progress bar."""
     from ignite.engine import Engine, Events
     from ignite.handlers import ProgressBar
     from ignite.metrics import RunningAverage
@@ -251,14 +257,14 @@ def with_fabric(task: Task) -> None:
 
 
 def with_accelerate(task: Task) -> None:
-    """Train with Accelerate; the schedule is as long as the loader that was handed to it."""
+    """Train with Accelerate, with a schedule of the length of the loader before `prepare`."""
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True)
-    own_optimizer, own_loader = task.optimizer(task.model), task.loader()
-    own_scheduler = task.schedule(own_optimizer, task.epochs * len(own_loader))
+    plain_optimizer, plain_loader = task.optimizer(task.model), task.loader()
+    plain_scheduler = task.schedule(plain_optimizer, task.epochs * len(plain_loader))
     model, optimizer, loader, scheduler = accelerator.prepare(
-        task.model, own_optimizer, own_loader, own_scheduler
+        task.model, plain_optimizer, plain_loader, plain_scheduler
     )
     for _ in range(task.epochs):
         for batch in loader:
@@ -272,7 +278,7 @@ def with_accelerate(task: Task) -> None:
 
 
 def with_lightning(task: Task) -> None:
-    """Train with Lightning's Trainer."""
+    """Train with the Trainer of Lightning."""
     import lightning
 
     class Module(lightning.LightningModule):
@@ -296,7 +302,7 @@ def with_lightning(task: Task) -> None:
         strategy="ddp" if RANKS > 1 else "auto",
         max_epochs=task.epochs,
         gradient_clip_val=task.recipe.max_grad_norm,
-        use_distributed_sampler=not task.same_order,  # it would shuffle, whatever the loader says
+        use_distributed_sampler=not task.same_order,  # Lightning's sampler would shuffle
         default_root_dir=task.folder.parent / f"{task.folder.name}.lightning",
     )
     trainer.fit(Module(), task.shared_loader() if task.same_order else task.loader())
@@ -335,7 +341,7 @@ def with_hf(task: Task) -> None:
             report_to="none",
         ),
         train_dataset=task.samples,
-        data_collator=_as_it_is if task.same_order else torch.utils.data.default_collate,
+        data_collator=_identity if task.same_order else torch.utils.data.default_collate,
         optimizers=(task.optimizer(task.model), None),
     )
     trainer.train()
@@ -351,7 +357,7 @@ FRAMEWORKS: dict[str, Callable[[Task], None]] = {
 }
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _identity(batch: Batch) -> Batch:
     return batch
 
 
@@ -359,7 +365,7 @@ def _as_it_is(batch: Batch) -> Batch:
 @click.argument("framework", type=click.Choice(list(FRAMEWORKS)))
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1)
-@click.option("--batch-size", type=int, help="Samples of one rank; default: the recipe's batch.")
+@click.option("--batch-size", type=int, help="Samples per rank; default: the recipe's batch size.")
 @click.option("--same-order", is_flag=True, help="Take the samples in the recipe's order.")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def main(
@@ -371,18 +377,18 @@ def main(
     out: Path,
 ) -> None:
     """Train RECIPE with FRAMEWORK."""
-    made = build(resolve(recipe), read_arguments(overrides)).recipe
-    task = Task(made, batch_size or made.batch_size or 1, same_order, out)
+    built = build(resolve(recipe), read_arguments(overrides)).recipe
+    task = Task(built, batch_size or built.batch_size or 1, same_order, out)
     if not same_order:
 
-        def note(optimizer: Optimizer, *_: Any) -> None:
+        def record_rate(optimizer: Optimizer, *_: Any) -> None:
             task.rates.append(optimizer.param_groups[0]["lr"])
 
-        register_optimizer_step_pre_hook(note)
+        register_optimizer_step_pre_hook(record_rate)
     FRAMEWORKS[framework](task)
     task.finish()
     sys.stdout.flush()
-    os._exit(0)  # gloo's threads may abort a process that ends while they still run
+    os._exit(0)  # gloo's threads may abort a process that exits while they still run
 
 
 if __name__ == "__main__":

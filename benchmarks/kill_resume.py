@@ -1,11 +1,12 @@
-"""Runs that are killed at random moments and resumed, compared with one that never was.
+"""Compare runs that are killed at random moments and resumed with an uninterrupted run.
 
     python benchmarks/kill_resume.py --trials 100
 
-A run that saves a checkpoint after every step is started; SIGKILL ends one of its ranks or all of
-its processes, launcher included, at a moment drawn at random, mostly while something is being
-saved. It is resumed and killed again until it has had its share of kills, and then left to end. Its
-samples, its losses and its weights have to be those of the run that was left alone, to the bit.
+Claim: a killed and resumed run is bitwise equal to an uninterrupted one. Each run saves a
+checkpoint after every step. SIGKILL ends one of its ranks, or all of its processes including
+launcher, at a random moment, mostly during a save. The run is resumed and killed again up to
+KILLS_PER_RUN times, and then finishes. Its samples, losses and weights must equal those of the
+uninterrupted run bit for bit.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from launcher.runs.rundir import RunDir
 KILLS_PER_RUN = 7
 LAST_STEP = 40
 LONGEST_WAIT = 0.15
-"""Seconds after a step was seen, in which the kill comes."""
+"""Upper limit in seconds of the random delay between an observed step and the kill."""
 
 
 @benchmark
@@ -42,42 +43,56 @@ LONGEST_WAIT = 0.15
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--strategy", default="ddp", show_default=True)
 def main(trials: int, ranks: int, seed: int, strategy: str) -> None:
-    """Kill and resume runs, TRIALS times in all, and fail where anything has been lost."""
-    drawn = random.Random(seed)
+    """Kill and resume runs, TRIALS times in all, and fail at the first difference."""
+    rng = random.Random(seed)
     folder = Path(tempfile.mkdtemp(prefix="kill_resume-"))
     settings = (f"strategy={strategy}", "device=cpu")
     try:
         command = ["run", f"{HERE}/steady.py", "-n", str(ranks), *settings, "--out"]
         with started([*command, str(folder / "whole")]) as process:
             if process.wait() != 0:
-                raise click.ClickException("The run that was left alone failed, see above.")
-        wanted = read_trace(RunDir(folder / "whole"))
-        done = 0
-        while done < trials:
-            out = folder / f"killed-{done}"
-            kills = min(KILLS_PER_RUN, trials - done)
-            steps = torment([*command, str(out)], out, kills, ranks, drawn)
-            check(wanted, read_trace(RunDir(out)), out)
-            done += kills
-            print(f"{done} of {trials}: killed at steps {steps}, the same to the bit", flush=True)
-        head = ("kills", "ranks", "strategy", "not the same to the bit")
-        print_table(head, [[str(done), str(ranks), strategy, "0"]], title="killed and resumed")
+                raise click.ClickException("The uninterrupted run failed, see above.")
+        reference = read_trace(RunDir(folder / "whole"))
+        num_kills = 0
+        while num_kills < trials:
+            out = folder / f"killed-{num_kills}"
+            kills = min(KILLS_PER_RUN, trials - num_kills)
+            steps = kill_and_resume([*command, str(out)], out, kills, ranks, rng)
+            check_equal(reference, read_trace(RunDir(out)), out)
+            num_kills += kills
+            print(f"{num_kills} of {trials}: killed at steps {steps}, bitwise equal", flush=True)
+        head = ("kills", "ranks", "strategy", "not bitwise equal")
+        print_table(head, [[str(num_kills), str(ranks), strategy, "0"]], title="killed and resumed")
     finally:
         shutil.rmtree(folder)
 
 
-def torment(
-    command: Sequence[str], out: Path, kills: int, ranks: int, drawn: random.Random
+def kill_and_resume(
+    command: Sequence[str], out: Path, kills: int, ranks: int, rng: random.Random
 ) -> list[int]:
-    """Run `command` into `out` with some kills; return the steps that were seen before them."""
-    run_dir, seen = RunDir(out), []
+    """Run a command, kill and resume it, and let it finish.
+
+    Args:
+        command: Arguments of `launcher` that start the run.
+        out: Run folder of the command.
+        kills: Number of kills before the run may finish.
+        ranks: Number of ranks of the run.
+        rng: Source of the moments and of the killed ranks.
+
+    Returns:
+        The newest saved step at each kill.
+
+    Raises:
+        click.ClickException: The last attempt failed.
+    """
+    run_dir, steps_at_kill = RunDir(out), []
     for _ in range(kills):
         with started(command) as process:
-            begun = steps_taken(run_dir)
-            wait_for(process, run_dir, begun + 1 + drawn.randrange(3))
-            time.sleep(drawn.random() * LONGEST_WAIT)
-            seen.append(steps_taken(run_dir))
-            victim = drawn.randrange(-1, ranks)
+            first_step = steps_taken(run_dir)
+            wait_for(process, run_dir, first_step + 1 + rng.randrange(3))
+            time.sleep(rng.random() * LONGEST_WAIT)
+            steps_at_kill.append(steps_taken(run_dir))
+            victim = rng.randrange(-1, ranks)
             with contextlib.suppress(ProcessLookupError):
                 if victim < 0:
                     os.killpg(process.pid, signal.SIGKILL)
@@ -86,17 +101,17 @@ def torment(
             process.wait()
         if list_checkpoints(run_dir):
             command = ["resume", str(out), "--auto"]
-        else:  # killed before the first was whole: it begins anew
+        else:  # killed before the first checkpoint was complete: start from scratch
             shutil.rmtree(out, ignore_errors=True)
     with started(command) as process:
         if process.wait() != 0:
             raise click.ClickException(f"{out} could not be resumed, see above.")
-    return seen
+    return steps_at_kill
 
 
 @contextlib.contextmanager
 def started(arguments: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """Start launcher with its processes in a group of their own; none is left behind."""
+    """Start launcher in a process group of its own, and kill what is left of the group."""
     process = subprocess.Popen(
         [str(BIN / "launcher"), *arguments], stdout=subprocess.DEVNULL, start_new_session=True
     )
@@ -109,36 +124,36 @@ def started(arguments: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def wait_for(process: subprocess.Popen[bytes], run_dir: RunDir, step: int) -> None:
-    """Wait until the run has taken `step` steps, or has ended."""
+    """Wait until the run has saved `step` steps or has ended."""
     while steps_taken(run_dir) < min(step, LAST_STEP) and process.poll() is None:
         time.sleep(0.005)
 
 
 def steps_taken(run_dir: RunDir) -> int:
-    """Return the step of the newest checkpoint, or of the one that is being written."""
+    """Return the step of the newest checkpoint, complete or still being written."""
     names = [path.name for path in run_dir.checkpoints.glob("*step-*[0-9]")]
     return max((int(name.rpartition("-")[2]) for name in names), default=0)
 
 
 def pid_of(run_dir: RunDir, rank: int) -> int:
-    """Return the process of a rank."""
-    health = read_heartbeat(run_dir, rank)
-    assert health is not None
-    return health.pid
+    """Return the process id of a rank."""
+    heartbeat = read_heartbeat(run_dir, rank)
+    assert heartbeat is not None
+    return heartbeat.pid
 
 
-def check(wanted: Trace, found: Trace, out: Path) -> None:
-    """Compare to the bit.
+def check_equal(reference: Trace, resumed: Trace, out: Path) -> None:
+    """Compare two runs bit for bit.
 
     Raises:
-        click.ClickException: Something differs.
+        click.ClickException: Samples, learning rates, losses, gradient norms or weights differ.
     """
     for name in ("samples", "lr", "items", "loss", "grad_norm"):
-        if getattr(wanted, name) != getattr(found, name):
-            raise click.ClickException(f"{out}: {name} differ from the run that was left alone.")
-    for name, weight in wanted.weights.items():
-        if not torch.equal(weight, found.weights[name]):
-            gap = (weight - found.weights[name]).abs().max().item()
+        if getattr(reference, name) != getattr(resumed, name):
+            raise click.ClickException(f"{out}: {name} differ from those of the uninterrupted run.")
+    for name, weight in reference.weights.items():
+        if not torch.equal(weight, resumed.weights[name]):
+            gap = (weight - resumed.weights[name]).abs().max().item()
             raise click.ClickException(f"{out}: {name} differs by {gap:.1e}.")
 
 

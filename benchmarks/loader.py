@@ -1,10 +1,11 @@
-"""DataLoader workers: every fixed number against the one that `launcher find loader` finds.
+"""Compare fixed numbers of DataLoader workers with the number that `launcher find loader` finds.
 
     python benchmarks/loader.py
 
-Two stores: one that answers after 10 ms, on this machine's loopback, and one whose objects take
-work to decode. Each number of workers is a training of its own, in turns; its speed is that of its
-steps after the workers' queues have been used up.
+Claim: the number that `launcher find loader` finds comes close to the best fixed number. The
+recipes read from two stores: a server on loopback that answers after 10 ms, and JPEGs that take CPU
+time to decode. Each number of workers is a training of its own, in turns; its throughput is
+measured over the steps after the prefetched batches have been consumed.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ STORES = ("far", "packed")
 def main(
     workers: list[int], ranks: int, turns: int, seconds: float, delay: float, stores: list[str]
 ) -> None:
-    """Print samples/s with each number of workers, and with the one that was found."""
+    """Print samples/s with each number of workers, and with the number that was found."""
     folder = Path(tempfile.mkdtemp(prefix="loader-"))
     head = ("store", "workers per rank", "samples/s", "to 0 workers", "to the best fixed")
     try:
@@ -64,7 +65,7 @@ def main(
 
 
 class Store:
-    """A recipe, measured with numbers of workers."""
+    """Recipe of one store, trained with several numbers of workers."""
 
     def __init__(
         self, recipe: str, settings: list[str], ranks: int, seconds: float, folder: Path
@@ -73,17 +74,17 @@ class Store:
         self._ranks, self._seconds, self._folder = ranks, seconds, folder
 
     def rows(self, workers: list[int], turns: int) -> Iterator[list[Cell]]:
-        """Find, measure, and yield the cells of each number of workers."""
-        found = self._find()
-        cost, chosen = SampleCost(**found["cost"]), found["settings"]["num_workers"]
+        """Run the finder and the trainings, and yield a row for each number of workers."""
+        search = self._find()
+        cost, chosen = SampleCost(**search["cost"]), search["settings"]["num_workers"]
         rates: dict[str, list[float]] = {}
         for turn in range(turns):
-            order = [*((str(each), each) for each in workers), ("found", chosen)]
+            order = [*((str(number), number) for number in workers), ("found", chosen)]
             for name, number in order if turn % 2 else order[::-1]:
-                rate = self._rate(number, cost, self._folder / f"{name}-{turn}")
+                rate = self._samples_per_second(number, cost, self._folder / f"{name}-{turn}")
                 rates.setdefault(name, []).append(rate)
         speeds = {name: median(values) for name, values in rates.items()}
-        best = max(speeds[str(each)] for each in workers)
+        best = max(speeds[str(number)] for number in workers)
         for name in [*map(str, workers), "found"]:
             speed = speeds[name]
             title = f"{chosen}, by find loader" if name == "found" else name
@@ -91,21 +92,22 @@ class Store:
 
     def _find(self) -> dict[str, Any]:
         command = ["find", "loader", self._recipe, "-n", str(self._ranks), "device=cpu", "--json"]
-        done = subprocess.run(
+        process = subprocess.run(
             [str(BIN / "launcher"), *command, *self._settings, "--out", str(self._folder)],
             stdout=subprocess.PIPE,
             text=True,
             check=True,
         )
-        found: dict[str, Any] = json.loads(done.stdout)
-        return found
+        search: dict[str, Any] = json.loads(process.stdout)
+        return search
 
-    def _rate(self, workers: int, cost: SampleCost, out: Path) -> float:
-        """Train for about as long as asked with so many workers; return samples/s."""
+    def _samples_per_second(self, workers: int, cost: SampleCost, out: Path) -> float:
+        """Train for about the requested seconds and return the throughput in samples/s."""
         cores = read_machine().usable_cores / self._ranks
         expected = throughput(workers, cost, cores) * self._ranks
-        held = 2 + workers * PREFETCH_FACTOR  # steps that were read before
-        steps = held + max(int(self._seconds * expected / BATCH_SIZE), 2)
+        # The first steps consume batches that the workers prefetched before the clock started.
+        prefetched_steps = 2 + workers * PREFETCH_FACTOR
+        steps = prefetched_steps + max(int(self._seconds * expected / BATCH_SIZE), 2)
         run_dir = train(
             "launcher",
             self._recipe,
@@ -115,14 +117,14 @@ class Store:
             options=[],
         )
         rows = [json.loads(line) for line in run_dir.metrics.read_text().splitlines()]
-        steady = [row for row in rows if row["step"] > held and "loss" in row]
+        steady = [row for row in rows if row["step"] > prefetched_steps and "loss" in row]
         seconds = [BATCH_SIZE / float(row["samples_per_second"]) for row in steady]
         return BATCH_SIZE * len(steady) / sum(seconds)
 
 
 @contextmanager
 def object_store(delay: float) -> Iterator[int]:
-    """Run the store's server, and yield its port."""
+    """Run the server of stores.py and yield its port."""
     command = [sys.executable, str(HERE / "stores.py"), "--delay", str(delay)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

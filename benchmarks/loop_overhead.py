@@ -1,14 +1,15 @@
-"""What a training loop costs beyond the step itself, against a plain PyTorch loop.
+"""Measure the overhead of training loops relative to a plain PyTorch loop.
 
     python benchmarks/loop_overhead.py
 
-Every contestant trains the recipe in tiny.py, whose net is so small that the loop is most of a
-step: the same samples in the same order, read a batch at once, the same fused optimizer and
-schedule. The clock is in the net. Losses are compared before times are. Contestants take turns,
-each turn in another order; a ratio is the median of the turns' own.
+Claim: launcher's loop, with its metrics, costs little more than a plain PyTorch loop. Every
+contestant trains the recipe in tiny.py, whose net is so small that the loop dominates a step: the
+same samples in the same order, a batch per read, the same fused optimizer and schedule. A clock in
+the net measures the steps. The benchmark fails if losses differ. Contestants take turns, each turn
+in another order; a ratio is the median of the ratios within each turn.
 
-Between processes on one machine most of a step is waiting for gloo, which differs from run to run
-by more than any loop. The CPU time of the thread that trains leaves the waiting out.
+With several processes on one machine most of a step is waiting for gloo, and the waiting differs
+between runs by more than the loops do. The CPU time of the training thread excludes it.
 """
 
 from __future__ import annotations
@@ -37,8 +38,11 @@ from tiny import BATCH_SIZE
 from launcher.runs.rundir import RunDir
 
 TOLERANCE = 1e-3
-"""Of a loss, relative to the first. Rounding takes it to 1e-6; Accelerate, which advances a
-schedule once for each process, takes it to 2e-4 on 2: the peak of one_cycle falls between steps."""
+"""Largest accepted difference of a loss, relative to the first loss.
+
+Rounding causes 1e-6. Accelerate advances a schedule once for each process, so that the peak of
+one_cycle falls between steps; on 2 processes that causes 2e-4.
+"""
 
 
 @benchmark
@@ -47,22 +51,22 @@ schedule once for each process, takes it to 2e-4 on 2: the peak of one_cycle fal
 @click.option("--epochs", type=click.IntRange(min=20), default=30, show_default=True)
 @click.option("--only", type=Names(CONTESTANTS), default=",".join(CONTESTANTS))
 def main(ranks: list[int], turns: int, epochs: int, only: list[str]) -> None:
-    """Print microseconds per step of each framework, and their ratio to a plain loop's."""
+    """Print the microseconds per step of each framework, and the ratio to a plain loop."""
     names = installed(list(dict.fromkeys(["torch", *only])))
     folder = Path(tempfile.mkdtemp(prefix="loop_overhead-"))
     try:
-        for number in ranks:
-            walls, cpus, gaps = measure(names, number, turns, epochs, folder)
+        for num_ranks in ranks:
+            walls, cpus, gaps = measure(names, num_ranks, turns, epochs, folder)
             rows: list[list[Cell]] = []
             for name in names:
                 row: list[Cell] = [CONTESTANTS[name].title]
                 for times in (walls, cpus):
-                    own = sorted(times[name])
-                    row.append(f"{median(own):,.0f} ({own[0]:,.0f} - {own[-1]:,.0f})")
+                    low, middle, high = min(times[name]), median(times[name]), max(times[name])
+                    row.append(f"{middle:,.0f} ({low:,.0f} - {high:,.0f})")
                     row.append((median(map(truediv, times[name], times["torch"])), ".2f"))
                 rows.append([*row, (gaps[name], ".1e") if name != "torch" else ""])
             head = ("loop", "us a step", "ratio", "CPU us a step", "ratio", "loss differs by")
-            title = f"{number} process{'es' if number > 1 else ''}, medians of {turns}"
+            title = f"{num_ranks} process{'es' if num_ranks > 1 else ''}, medians of {turns}"
             print_table(head, rows, title=title)
     finally:
         shutil.rmtree(folder)
@@ -71,17 +75,19 @@ def main(ranks: list[int], turns: int, epochs: int, only: list[str]) -> None:
 def measure(
     names: list[str], ranks: int, turns: int, epochs: int, folder: Path
 ) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, float]]:
-    """Return microseconds per step of each contestant's turns, on the wall and of CPU time.
+    """Train with each contestant and return its times and loss differences.
 
-    And how far its losses differ from the first contestant's.
+    Returns:
+        Wall time per step in microseconds, one value per turn, by contestant; CPU time per step
+        likewise; the largest relative difference of a loss from the first contestant's.
 
     Raises:
-        click.ClickException: A contestant failed, or trained something else.
+        click.ClickException: A contestant failed, or its losses differ by more than TOLERANCE.
     """
     walls: dict[str, list[float]] = {name: [] for name in names}
     cpus: dict[str, list[float]] = {name: [] for name in names}
     gaps: dict[str, float] = {}
-    wanted: list[float] = []
+    reference: list[float] = []
     for turn in range(turns):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             out = folder / f"{name}-{ranks}-{turn}"
@@ -98,8 +104,8 @@ def measure(
             walls[name].append(wall * 1e6)
             cpus[name].append(cpu * 1e6)
             losses = read_losses(run_dir)
-            wanted = wanted or losses
-            gap = max(abs(a - b) for a, b in zip(losses, wanted, strict=True)) / wanted[0]
+            reference = reference or losses
+            gap = max(abs(a - b) for a, b in zip(losses, reference, strict=True)) / reference[0]
             if gap > TOLERANCE:
                 raise click.ClickException(f"{name} on {ranks}: a loss differs by {gap:.1e}.")
             gaps[name] = max(gaps.get(name, 0.0), gap)

@@ -1,9 +1,10 @@
-"""What noise_scale=true costs: steps with it over steps without, in turns.
+"""Measure the cost of noise_scale=true: the time of a step with it over one without, in turns.
 
     python benchmarks/noise_cost.py
 
-On the net in tiny.py, whose step is a fraction of a millisecond, this is the most that it can cost:
-one step in twenty is measured, and on any larger net that step has more to do anyway.
+Claim: noise_scale=true costs a few percent at most. It measures one step in twenty. The net of
+tiny.py takes a fraction of a millisecond per step, so that the ratio is an upper bound: a larger
+net spends more time on the step itself.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import click
 from contest import HERE, Cell, benchmark, print_table, train
 from tiny import BATCH_SIZE
 
-_CALLS = 2
-"""Of the net, in a step: its clock measures calls."""
+_CALLS_PER_STEP = 2
+"""Forward passes in a step, one per micro-batch; the clock in the net measures passes."""
 
 SETTINGS = {"without": "noise_scale=false", "with": "noise_scale=true"}
 
@@ -29,7 +30,7 @@ SETTINGS = {"without": "noise_scale=false", "with": "noise_scale=true"}
 @click.option("--turns", type=click.IntRange(min=1), default=7, show_default=True)
 @click.option("--epochs", type=click.IntRange(min=20), default=60, show_default=True)
 def main(ranks: int, turns: int, epochs: int) -> None:
-    """Print CPU and wall microseconds of a step with and without, and their ratios."""
+    """Print wall and CPU microseconds per step with and without the noise scale, and the ratios."""
     folder = Path(tempfile.mkdtemp(prefix="noise_cost-"))
     walls: dict[str, list[float]] = {name: [] for name in SETTINGS}
     cpus: dict[str, list[float]] = {name: [] for name in SETTINGS}
@@ -37,7 +38,8 @@ def main(ranks: int, turns: int, epochs: int) -> None:
         for turn in range(turns):
             for name in list(SETTINGS) if turn % 2 else list(SETTINGS)[::-1]:
                 out, clock = folder / f"{name}-{turn}", folder / "seconds"
-                half = f"micro_batch_size={BATCH_SIZE // ranks // 2}"  # parts on one rank, too
+                # Two micro-batches: the noise scale needs two parts of a batch, on one rank too.
+                half = f"micro_batch_size={BATCH_SIZE // ranks // 2}"
                 settings = [f"seconds={clock}", f"epochs={epochs}", half, SETTINGS[name]]
                 train(
                     "launcher",
@@ -48,8 +50,8 @@ def main(ranks: int, turns: int, epochs: int) -> None:
                     options=[],
                 )
                 wall, cpu = map(float, clock.read_text().split())
-                walls[name].append(_CALLS * wall * 1e6)
-                cpus[name].append(_CALLS * cpu * 1e6)
+                walls[name].append(_CALLS_PER_STEP * wall * 1e6)
+                cpus[name].append(_CALLS_PER_STEP * cpu * 1e6)
                 clock.unlink()
     finally:
         shutil.rmtree(folder)

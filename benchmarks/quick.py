@@ -1,10 +1,10 @@
-"""All benchmarks in a short form, one after the other: `make bench`.
+"""Run all benchmarks in a short form, one after the other: `make bench`.
 
     python benchmarks/quick.py
 
-Each prints its tables, and leaves them in a folder as JSON. What takes hours in full length takes
-seconds here, so the figures say that a benchmark works, not what it comes to: each of the others
-says at its top how it is run.
+Each benchmark prints its tables and writes them to a folder as JSON. The short forms take seconds
+where the full ones take up to hours, so that their figures show only that a benchmark works. The
+docstring of each benchmark has the command for the full form.
 """
 
 from __future__ import annotations
@@ -38,17 +38,19 @@ SHORT = {
 
 
 @click.command()
-@click.option("--only", type=Names(SHORT), default=",".join(SHORT), help="Of these.")
+@click.option(
+    "--only", type=Names(SHORT), default=",".join(SHORT), help="Benchmarks to run; default: all."
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     default=HERE / "results",
-    help="The folder for the tables. Default: benchmarks/results.",
+    help="Folder for the tables; default: benchmarks/results.",
 )
 def main(only: list[str], out: Path) -> None:
-    """Run the short forms, and fail if one of them does."""
+    """Run the short forms, and exit with 1 if one of them fails."""
     failed = []
-    began = time.monotonic()
+    first_started = time.monotonic()
     for name in only:
         print(f"\n## python benchmarks/{name}.py {SHORT[name]}", flush=True)
         command = [str(HERE / f"{name}.py"), *SHORT[name].split(), "--json", f"{out}/{name}.json"]
@@ -56,10 +58,10 @@ def main(only: list[str], out: Path) -> None:
         if subprocess.run([sys.executable, *command], check=False).returncode:
             failed.append(name)
         print(f"\n{time.monotonic() - started:.0f} s", flush=True)
-    minutes = (time.monotonic() - began) / 60
+    minutes = (time.monotonic() - first_started) / 60
     print(f"\n{len(only) - len(failed)} of {len(only)} in {minutes:.1f} minutes; tables in {out}")
     if failed:
-        raise click.ClickException(f"failed, see above: {', '.join(failed)}")
+        raise click.ClickException(f"failed, see above: {', '.join(failed)}.")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""More ranks: launcher against plain DDP, and communication against its model.
+"""Compare the scaling of launcher with that of plain DDP, and communication with its model.
 
     python benchmarks/ranks.py
 
-The net of tiny.py, wide enough that its gradients are worth sending, on 1, 2 and 4 gloo ranks, one
-thread each: strong scaling shares one batch among them, weak scaling gives each its own. A rank has
-a core of its own as long as there are enough: efficiency is samples/s over those of one rank times
-min(ranks, cores). Both loops take the same samples in the same order, in turns, and their losses
-are compared.
+Claim: launcher scales like plain DDP, and the model of `launcher plan --estimate` predicts the
+communication of a step. A wide net of tiny.py, whose gradients take time to send, runs on 1, 2 and
+4 gloo ranks with one thread each. Strong scaling splits one batch over the ranks; weak scaling
+gives each rank a batch of its own. Each rank has a core to itself while there are enough:
+efficiency is the throughput over that of one rank times min(ranks, cores). Both loops take the same
+samples in the same order, in turns, and the benchmark fails if their losses differ.
 
-Then communication alone: steps of DDP with and without it on the same processes, and what the
-model of `launcher plan --estimate` makes of the same step from the latency and the bandwidth of
-all-reduces on these ranks.
+The last table shows communication alone: steps of DDP with and without it on the same processes,
+and the model's step time, from the measured latency and bandwidth of all-reduces on these ranks.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from launcher.analysis.scaling_model import Link, Traffic, ring, step_seconds
 
 NAMES = ("torch", "launcher")
 BATCH_SIZE = TRAIN_SAMPLES // 2
-"""Of strong scaling; weak scaling begins with a quarter of it."""
+"""Global batch size of strong scaling; weak scaling gives each rank a quarter of it."""
 
 
 @benchmark
@@ -41,25 +41,25 @@ BATCH_SIZE = TRAIN_SAMPLES // 2
 @click.option("--steps", type=click.IntRange(min=24), default=64, show_default=True)
 @click.option("--width", type=click.IntRange(min=1), default=1024, show_default=True)
 def main(ranks: list[int], turns: int, steps: int, width: int) -> None:
-    """Print throughput, its ratio to plain DDP's, and its efficiency."""
+    """Print the throughput, its ratio to plain DDP's, and the scaling efficiency."""
     cores = sorted(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         for kind in ("strong", "weak"):
             rows: list[list[Cell]] = []
-            alone: dict[str, float] = {}
-            for number in ranks:
-                batch = BATCH_SIZE if kind == "strong" else BATCH_SIZE // 4 * number
+            rate_of_one: dict[str, float] = {}
+            for num_ranks in ranks:
+                batch = BATCH_SIZE if kind == "strong" else BATCH_SIZE // 4 * num_ranks
                 epochs = steps * batch // TRAIN_SAMPLES
                 settings = [f"batch={batch}", f"epochs={epochs}", f"width={width}"]
-                rates = measure(number, turns, batch, settings, Path(folder) / kind)
+                rates = measure(num_ranks, turns, batch, settings, Path(folder) / kind)
                 for name in NAMES:
                     rate = median(rates[name])
-                    if number == 1:
-                        alone[name] = rate
-                    ideal = alone.get(name, 0.0) * min(number, len(cores))
+                    if num_ranks == 1:
+                        rate_of_one[name] = rate
+                    ideal = rate_of_one.get(name, 0.0) * min(num_ranks, len(cores))
                     rows.append(
                         [
-                            str(number),
+                            str(num_ranks),
                             CONTESTANTS[name].title,
                             str(batch),
                             (rate, ",.0f"),
@@ -69,16 +69,18 @@ def main(ranks: list[int], turns: int, steps: int, width: int) -> None:
                     )
             head = ("ranks", "loop", "batch", "samples/s", "to plain DDP", "efficiency")
             print_table(head, rows, title=f"{kind} scaling, medians of {turns}")
-        print_communication([number for number in ranks if number > 1], width, Path(folder))
+        print_communication(
+            [num_ranks for num_ranks in ranks if num_ranks > 1], width, Path(folder)
+        )
 
 
 def measure(
     ranks: int, turns: int, batch: int, settings: list[str], folder: Path
 ) -> dict[str, list[float]]:
-    """Return the samples/s of each loop's turns.
+    """Return the samples/s of each loop, one value per turn.
 
     Raises:
-        click.ClickException: They trained something else.
+        click.ClickException: The losses of the loops differ by more than TOLERANCE.
     """
     rates: dict[str, list[float]] = {name: [] for name in NAMES}
     for turn in range(turns):
@@ -106,27 +108,28 @@ def measure(
 
 
 def print_communication(ranks: list[int], width: int, folder: Path) -> None:
-    """Print steps with and without communication, and the model's."""
+    """Print the time of a step with and without communication, and the prediction of the model."""
     rows: list[list[Cell]] = []
-    for number in ranks:
-        out = folder / f"communication-{number}.json"
-        command = ["torchrun", "--standalone", "--nproc-per-node", str(number)]
-        settings = ["--width", str(width), "--batch-size", str(BATCH_SIZE // number)]
+    for num_ranks in ranks:
+        out = folder / f"communication-{num_ranks}.json"
+        command = ["torchrun", "--standalone", "--nproc-per-node", str(num_ranks)]
+        settings = ["--width", str(width), "--batch-size", str(BATCH_SIZE // num_ranks)]
         subprocess.run(
             [BIN / command[0], *command[1:], HERE / "communication.py", *settings, "--out", out],
             check=True,
             env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         )
-        found = json.loads(out.read_text())
-        link = Link(seconds=found["latency"], bytes_per_second=found["bandwidth"])
-        sent = Traffic(ring(found["num_bytes"], number, link), 1)
-        model = step_seconds(found["no_sync"], sent, accumulation=1, num_bytes=found["num_bytes"])
+        measured = json.loads(out.read_text())
+        link = Link(seconds=measured["latency"], bytes_per_second=measured["bandwidth"])
+        num_bytes = measured["num_bytes"]
+        traffic = Traffic(ring(num_bytes, num_ranks, link), 1)
+        model = step_seconds(measured["no_sync"], traffic, accumulation=1, num_bytes=num_bytes)
         rows.append(
             [
-                str(number),
-                (1e3 * found["no_sync"], ".2f"),
-                (1e3 * found["sync"], ".2f"),
-                (1e3 * (found["sync"] - found["no_sync"]), ".2f"),
+                str(num_ranks),
+                (1e3 * measured["no_sync"], ".2f"),
+                (1e3 * measured["sync"], ".2f"),
+                (1e3 * (measured["sync"] - measured["no_sync"]), ".2f"),
                 (1e3 * model.best, ".2f"),
                 (1e3 * model.worst, ".2f"),
                 (1e6 * link.seconds, ".0f"),

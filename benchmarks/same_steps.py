@@ -1,12 +1,13 @@
-"""One recipe on 1, 2 and 4 processes: what stays the same under launcher, and under others.
+"""Compare one recipe on 1, 2 and 4 processes, under launcher and under other frameworks.
 
     python benchmarks/same_steps.py
 
-Each program is compared with itself on one process. launcher runs the recipe as it is, under
-several strategies; in fp64 as well, where rounding has next to nothing to grow from, and what is
-left would be a difference. The others run it in the loop that their documentation shows, with the
-recipe's batch size as that of the loader - so that the batch grows with the processes - and once
-more with that divided by the processes by hand.
+Claim: under launcher the number of processes changes neither samples, learning rates, losses nor
+weights; under the other frameworks it does. Each framework is compared with itself on one process.
+launcher runs the unchanged recipe under several strategies, and also in fp64, where rounding is too
+small to hide a real difference. The others run the recipe in the loop that their documentation
+shows: once with the recipe's batch size in each process, so that the global batch grows with the
+processes, and once with that batch size divided by the number of processes.
 """
 
 from __future__ import annotations
@@ -47,29 +48,29 @@ HEAD = (
 @click.option("--epochs", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option("--only", type=Names(["launcher", *OTHERS]), default=",".join(["launcher", *OTHERS]))
 def main(worlds: list[int], strategies: list[str], epochs: int, only: list[str]) -> None:
-    """Print, for each framework and number of processes, how a run differs from one process's."""
+    """Print how the run of each framework on several processes differs from that on one."""
     names = installed(only)
     worlds = [world for world in worlds if world > 1]
     folder = Path(tempfile.mkdtemp(prefix="same_steps-"))
     try:
         print_table(
             HEAD,
-            rows(names, worlds, strategies, epochs, folder),
+            table_rows(names, worlds, strategies, epochs, folder),
             title=f"recipes/digits.py, {epochs} epochs, compared with 1 process of the same",
         )
     finally:
         shutil.rmtree(folder)
 
 
-def rows(
+def table_rows(
     names: list[str], worlds: list[int], strategies: list[str], epochs: int, folder: Path
 ) -> Iterator[list[str]]:
-    """Train, and yield a row for each run."""
+    """Train each combination, and yield a row of cells for each run."""
     recipe = digits()
     batch = recipe.batch_size
     assert batch is not None
 
-    def trained(name: str, ranks: int, *settings: str, size: int = batch) -> Trace:
+    def trace_of(name: str, ranks: int, *settings: str, size: int = batch) -> Trace:
         run_dir = train(
             name,
             "digits",
@@ -85,40 +86,40 @@ def rows(
         if name == "launcher":
             for precision in ("fp32", "fp64"):
                 settings = ("record_samples=true", f"precision={precision}")
-                alone = trained(name, 1, *settings)
-                yield row(f"{title}, {precision}", 1, alone, alone, recipe)
+                reference = trace_of(name, 1, *settings)
+                yield row(f"{title}, {precision}", 1, reference, reference, recipe)
                 for ranks, strategy in itertools.product(worlds, strategies):
                     if precision == "fp64" and STRATEGIES[strategy].backend == "deepspeed":
-                        continue  # which has fp32 weights
-                    found = trained(name, ranks, *settings, f"strategy={strategy}")
-                    yield row(f"{title}, {precision}, {strategy}", ranks, alone, found, recipe)
+                        continue  # DeepSpeed keeps its weights in fp32
+                    trace = trace_of(name, ranks, *settings, f"strategy={strategy}")
+                    yield row(f"{title}, {precision}, {strategy}", ranks, reference, trace, recipe)
             continue
-        alone = trained(name, 1)
-        yield row(title, 1, alone, alone, recipe)
-        for ranks, size in itertools.product(worlds, (batch, 0)):
-            own = size or batch // ranks
-            found = trained(name, ranks, size=own)
-            yield row(f"{title}, {own} per process", ranks, alone, found, recipe)
+        reference = trace_of(name, 1)
+        yield row(title, 1, reference, reference, recipe)
+        for ranks in worlds:
+            for size in (batch, batch // ranks):
+                trace = trace_of(name, ranks, size=size)
+                yield row(f"{title}, {size} per process", ranks, reference, trace, recipe)
 
 
-def row(title: str, ranks: int, alone: Trace, found: Trace, recipe: Recipe) -> list[str]:
-    """Return the cells of one run."""
-    cells = [title, str(ranks), str(len(found.loss)), str(len(found.samples[0]))]
-    if found is alone:
+def row(title: str, ranks: int, reference: Trace, trace: Trace, recipe: Recipe) -> list[str]:
+    """Return the cells of one run: how its trace differs from that of one process."""
+    cells = [title, str(ranks), str(len(trace.loss)), str(len(trace.samples[0]))]
+    if trace is reference:
         cells += ["", "", "", ""]
     else:
-        difference = compare(alone, found, TOLERANCES["fp32"])
+        difference = compare(reference, trace, TOLERANCES["fp32"])
         cells += [
             f"from step {difference.unequal[name]}" if name in difference.unequal else "="
             for name in ("sample ids", "learning rate")
         ]
         cells += [f"{value:.1e}" for value in (difference.loss, difference.weights)]
-    return [*cells, f"{accuracy(recipe, found):.1%}"]
+    return [*cells, f"{accuracy(recipe, trace):.1%}"]
 
 
 @torch.no_grad()
 def accuracy(recipe: Recipe, trace: Trace) -> float:
-    """Return the share of held-out digits that the final weights recognise."""
+    """Return the share of held-out digits that the final weights classify correctly."""
     model = recipe.model()
     model.load_state_dict(trace.weights)
     images, labels = recipe.data().evaluation.tensors

@@ -1,4 +1,4 @@
-"""A recipe whose steps take a while, with all that a resumed run has to put back."""
+"""Recipe with slow steps and every kind of state that a resumed run must restore."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ SAMPLES = 200
 
 
 def steady(*, seconds_per_step: float = 0.03) -> Recipe:
-    """Digits with noise, BatchNorm and dropout; 4 batches of 50 an epoch."""
+    """Digits with noise, BatchNorm and dropout, in 4 batches of 50 per epoch."""
     return replace(
         digits(),
         name="steady",
         model=build_model,
         data=build_data,
-        forward=lambda model, batch: _slowly(model, batch, seconds_per_step),
+        forward=lambda model, batch: _slow_forward(model, batch, seconds_per_step),
         loss=cross_entropy,
         metrics={},
         optimizer=adamw(weight_decay=0.1),
@@ -39,7 +39,7 @@ def steady(*, seconds_per_step: float = 0.03) -> Recipe:
 
 
 def build_model() -> nn.Module:
-    """Return a net: images (N, 1, 8, 8) to logits (N, 10)."""
+    """Return a net that maps images (N, 1, 8, 8) to logits (N, 10)."""
     from torch import nn
 
     return nn.Sequential(
@@ -53,7 +53,7 @@ def build_model() -> nn.Module:
 
 
 class Noisy:
-    """Digits with noise, other noise in each epoch."""
+    """Dataset of digits with noise that is drawn anew in each epoch."""
 
     def __init__(self) -> None:
         images, labels = read_digits()
@@ -70,11 +70,11 @@ class Noisy:
 
 
 def build_data() -> Data:
-    """Return the noisy digits."""
+    """Return the noisy digits as training data, without a validation set."""
     return Data(train=Noisy())
 
 
-def _slowly(model: nn.Module, batch: tuple[Tensor, Tensor], seconds: float) -> Tensor:
+def _slow_forward(model: nn.Module, batch: tuple[Tensor, Tensor], seconds: float) -> Tensor:
     time.sleep(seconds)
     logits: Tensor = model(batch[0])
     return logits

@@ -1,6 +1,6 @@
-"""Two stores to read digits from: one that takes its time to answer, one that takes work.
+"""Recipes that read digits from slow stores: a remote server, and JPEGs that are slow to decode.
 
-`serve` is the first one's server; `far` and `packed` are recipes that read from them.
+The recipe `far` reads from the server that this file runs as a command; `packed` decodes JPEGs.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _PACKED_SIDE = 1024
 
 
 def far(*, port: int) -> Recipe:
-    """Digits from an object store on this machine that answers after a while; see `serve`."""
+    """Digits from the object store on loopback that `serve` runs, with a delay per sample."""
     return _recipe("far", lambda: Data(train=Remote(port)))
 
 
 def packed() -> Recipe:
-    """Digits as JPEGs of 1,024 x 1,024 pixels, which take a few milliseconds to decode."""
+    """Digits as JPEGs of 1,024 x 1,024 pixels, each of which takes milliseconds to decode."""
     return _recipe("packed", lambda: Data(train=Packed()))
 
 
@@ -54,27 +54,27 @@ def _recipe(name: str, data: Any) -> Recipe:
 
 
 def build_model() -> nn.Module:
-    """Return (N, 64) -> (N, 10)."""
+    """Return a net that maps vectors (N, 64) to logits (N, 10)."""
     from torch import nn
 
     return nn.Sequential(nn.Linear(SIDE * SIDE, 128), nn.ReLU(), nn.Linear(128, 10))
 
 
 def cross_entropy(logits: Tensor, batch: Sequence[Tensor]) -> tuple[Tensor, int]:
-    """Return the sum of the cross-entropies, and how many."""
+    """Return the sum of the cross-entropies and the number of samples."""
     from torch.nn.functional import cross_entropy
 
     return cross_entropy(logits, batch[1], reduction="sum"), len(batch[1])
 
 
 def read_bytes() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Return images (1797, 8, 8) of bytes, and labels."""
+    """Return the images (1797, 8, 8) as bytes, and the labels (1797,)."""
     images, labels = read_digits()
     return (images[:, 0] * 255).byte().numpy(), labels.numpy()
 
 
 class Remote:
-    """Digits of which each is fetched over a connection; every process has its own."""
+    """Dataset that fetches each digit over a connection; every process opens its own."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -86,7 +86,7 @@ class Remote:
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         import torch
 
-        if self._stream is None:  # here, in the worker: a connection does not survive a fork
+        if self._stream is None:  # opened in the worker: a connection does not survive a fork
             connection = socket.create_connection(("127.0.0.1", self._port))
             self._stream = connection.makefile("rwb")
         self._stream.write(f"GET {index}\n".encode())
@@ -97,7 +97,7 @@ class Remote:
 
 
 class Packed:
-    """Digits, each enlarged and stored as a JPEG."""
+    """Dataset of digits, each enlarged and stored as a JPEG."""
 
     def __init__(self) -> None:
         from PIL import Image
@@ -124,9 +124,9 @@ class Packed:
 
 
 @click.command()
-@click.option("--delay", type=click.FloatRange(min=0), default=0.01, help="Seconds to an answer.")
+@click.option("--delay", type=click.FloatRange(min=0), default=0.01, help="Seconds per answer.")
 def serve(delay: float) -> None:
-    """Serve digits on a port of loopback, which is printed, until stdin is closed."""
+    """Print a free port on loopback, and serve digits on it until stdin is closed."""
     asyncio.run(_serve(delay))
 
 

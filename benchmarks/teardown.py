@@ -1,10 +1,11 @@
-"""How finished runs end: with exit code 0, every one of them.
+"""Count the exit codes of finished runs.
 
     python benchmarks/teardown.py --runs 200
 
-Short trainings on gloo ranks that outnumber the cores, in turns with `launcher run` and torchrun,
-under DDP and FSDP. A process of C++ threads that is taken apart in the wrong order aborts now and
-then, after all its work is done, and a job that succeeded is reported as failed.
+Claim: every finished run exits with 0. The benchmark runs short trainings on more gloo ranks than
+cores, in turns with `launcher run` and torchrun, under DDP and FSDP. A process that tears down its
+C++ threads in the wrong order aborts now and then after all its work is done, and the job is
+reported as failed although it succeeded.
 """
 
 from __future__ import annotations
@@ -35,40 +36,44 @@ def main(runs: int, ranks: int) -> None:
         collections.Counter
     )
     with tempfile.TemporaryDirectory(prefix="teardown-") as folder:
-        for number in range(runs):
-            kind = kinds[number % len(kinds)]
-            code = train(*kind, ranks, Path(folder) / str(number))
+        for index in range(runs):
+            kind = kinds[index % len(kinds)]
+            code = train(*kind, ranks, Path(folder) / str(index))
             codes[kind][code] += 1
     rows = [
-        (started_by, strategy, str(found.total()), str(found.total() - found[0]), seen(found))
-        for (started_by, strategy), found in codes.items()
+        (by, strategy, str(counts.total()), str(counts.total() - counts[0]), codes_text(counts))
+        for (by, strategy), counts in codes.items()
     ]
     head = ("started by", "strategy", "runs", "did not exit with 0", "exit codes")
     print_table(head, rows)
-    if any(found.total() != found[0] for found in codes.values()):
-        raise click.ClickException("A run that had finished did not say so.")
+    if any(counts.total() != counts[0] for counts in codes.values()):
+        raise click.ClickException("A run finished its work and did not exit with 0, see above.")
 
 
 def train(started_by: str, strategy: str, ranks: int, out: Path) -> int:
-    """Train a little; return the exit code, and show what a run said that did not end well."""
+    """Train for one epoch and return the exit code; print the output if it is not 0.
+
+    Raises:
+        click.ClickException: The run exited with 0 and wrote no result.
+    """
     program, *arguments = (word.format(ranks=ranks) for word in STARTED_BY[started_by])
     settings = (f"strategy={strategy}", "device=cpu", "epochs=1", "--out", str(out))
-    done = subprocess.run(
+    process = subprocess.run(
         [str(BIN / program), *arguments, *settings],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         check=False,
     )
-    if done.returncode != 0:
-        print(done.stdout, flush=True)
+    if process.returncode != 0:
+        print(process.stdout, flush=True)
     elif not (out / "result.json").is_file():
-        raise click.ClickException(f"A run exited with 0 and left no result:\n{done.stdout}")
-    return done.returncode
+        raise click.ClickException(f"A run exited with 0 without a result.json:\n{process.stdout}")
+    return process.returncode
 
 
-def seen(codes: collections.Counter[int]) -> str:
-    """Return the exit codes with how often each came."""
+def codes_text(codes: collections.Counter[int]) -> str:
+    """Return each exit code with its number of runs, such as `0 x 50, 134 x 1`."""
     return ", ".join(f"{code} x {count}" for code, count in sorted(codes.items()))
 
 

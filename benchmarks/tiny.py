@@ -1,4 +1,4 @@
-"""Digits as vectors and a net with a clock in it: so tiny that a step is almost only the loop."""
+"""Recipe with a net so small that the loop dominates a step, and with a clock in the net."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def tiny(
     hidden_layers: int = 1,
     warm_up: int = WARM_UP,
 ) -> Recipe:
-    """Digits as vectors, hidden layers; `seconds` names the file for the time of a step."""
-    last = epochs * TRAIN_SAMPLES // batch
+    """Digits as vectors, and a small net that writes the time of a step to the file `seconds`."""
+    num_calls = epochs * TRAIN_SAMPLES // batch
     return Recipe(
         name="tiny",
-        model=lambda: build_model(Path(seconds), warm_up, last, width, hidden_layers),
+        model=lambda: build_model(Path(seconds), warm_up, num_calls, width, hidden_layers),
         data=build_data,
         loss=cross_entropy,
         optimizer=sgd(momentum=0.9),
@@ -48,10 +48,15 @@ def tiny(
 def build_model(
     seconds: Path, warm_up: int, last: int, width: int, hidden_layers: int
 ) -> nn.Module:
-    """Return the net: (N, 64) to logits (N, 10), with a clock in it.
+    """Return a net that maps vectors (N, 64) to logits (N, 10) and measures the time between calls.
 
-    In call `last` it writes to `seconds`, on every rank, the mean time from call to call since
-    `warm_up`, and how much of it the calling thread has computed.
+    Args:
+        seconds: File that every rank writes in call `last`: the mean wall time from call to call
+            since call `warm_up`, and the mean CPU time of the calling thread, both in seconds.
+        warm_up: Number of the call at which the clock starts.
+        last: Number of the call at which the clock stops.
+        width: Neurons in each hidden layer.
+        hidden_layers: Number of hidden layers.
     """
     from torch import nn
 
@@ -66,19 +71,19 @@ def build_model(
             ]
             self.layers = nn.Sequential(*hidden, nn.Linear(width, 10))
             self.calls = 0
-            self.since = 0.0, 0.0
+            self.started = 0.0, 0.0
 
         def forward(self, vectors: Tensor) -> Tensor:
             self.calls += 1
             if self.calls in (warm_up, last):
                 now = perf_counter(), thread_time()
-                passed = [
+                seconds_per_call = [
                     (end - start) / (last - warm_up)
-                    for end, start in zip(now, self.since, strict=True)
+                    for end, start in zip(now, self.started, strict=True)
                 ]
-                self.since = now
+                self.started = now
                 if self.calls == last:
-                    seconds.write_text(" ".join(map(str, passed)))
+                    seconds.write_text(" ".join(map(str, seconds_per_call)))
             logits: Tensor = self.layers(vectors)
             return logits
 
@@ -86,7 +91,7 @@ def build_model(
 
 
 def build_data() -> Data:
-    """Return digits as (vector, label), so many that every batch of an epoch is full."""
+    """Return TRAIN_SAMPLES digits as (vector, label), a number that fills every batch."""
     from torch.utils.data import TensorDataset
 
     images, labels = read_digits()
@@ -95,7 +100,7 @@ def build_data() -> Data:
 
 
 def cross_entropy(logits: Tensor, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
-    """Return the sum of the cross-entropies, and how many."""
+    """Return the sum of the cross-entropies and the number of samples."""
     from torch.nn.functional import cross_entropy
 
     return cross_entropy(logits, batch[1], reduction="sum"), len(batch[1])

@@ -1,4 +1,4 @@
-"""What benchmarks that train many times share: trainings that are remembered, and finders."""
+"""Cached trainings, for benchmarks that train many times, and the output of finders."""
 
 from __future__ import annotations
 
@@ -15,32 +15,34 @@ from contest import BIN, train
 from launcher.runs.rundir import write_json
 
 AT_THE_END = f"evaluate_every={10**9}"
-"""The setting that evaluates there alone."""
+"""Setting that evaluates only at the end of a training."""
 
 
-class Took(NamedTuple):
-    """What a training took and came to."""
+class TrainingResult(NamedTuple):
+    """Duration and evaluations of one training."""
 
     seconds: float
+    """Duration of the run."""
+
     evaluations: list[list[float]]
-    """(step, accuracy) of each."""
+    """(step, accuracy) of each evaluation."""
 
 
 class Trainings:
-    """Trains, and remembers what came of it, so that what was stopped goes on.
+    """Trains a recipe and caches the results, so that an interrupted benchmark can continue.
 
     Args:
-        recipe: What to train.
-        kept: A file to remember in; None remembers until the end.
-        ranks: Processes.
+        recipe: Recipe as the command line names it.
+        cache: JSON file with the results, read if it exists; None caches in memory only.
+        ranks: Number of processes.
     """
 
-    def __init__(self, recipe: str, kept: Path | None, *, ranks: int = 1) -> None:
+    def __init__(self, recipe: str, cache: Path | None, *, ranks: int = 1) -> None:
         self._recipe, self._ranks = recipe, ranks
         self._folder = Path(tempfile.mkdtemp(prefix="trainings-"))
-        self._kept = kept or self._folder / "kept.json"
-        known = json.loads(self._kept.read_text()) if self._kept.is_file() else {}
-        self._known = {key: Took(*took) for key, took in known.items()}
+        self._cache = cache or self._folder / "results.json"
+        values = json.loads(self._cache.read_text()) if self._cache.is_file() else {}
+        self._results = {key: TrainingResult(*value) for key, value in values.items()}
 
     def __enter__(self) -> Trainings:
         return self
@@ -48,16 +50,16 @@ class Trainings:
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self._folder)
 
-    def take(self, *settings: str) -> Took:
-        """Train with these settings, unless that was done."""
+    def take(self, *settings: str) -> TrainingResult:
+        """Return the result of a training with these settings, from the cache if it is there."""
         key = " ".join(settings)
-        if key not in self._known:
-            out = self._folder / str(len(self._known))
+        if key not in self._results:
+            out = self._folder / str(len(self._results))
             run_dir = train(
                 "launcher", self._recipe, out, ranks=self._ranks, settings=settings, options=[]
             )
             rows = [json.loads(line) for line in run_dir.metrics.read_text().splitlines()]
-            self._known[key] = Took(
+            self._results[key] = TrainingResult(
                 json.loads(run_dir.result.read_text())["seconds"],
                 [
                     [row["step"], row["evaluation"]["accuracy"]]
@@ -65,12 +67,12 @@ class Trainings:
                     if "evaluation" in row
                 ],
             )
-            write_json(self._kept, self._known)
+            write_json(self._cache, self._results)
             shutil.rmtree(out)
-        return self._known[key]
+        return self._results[key]
 
     def final(self, steps: int, seeds: Sequence[int], *settings: str) -> list[float]:
-        """Return the accuracy at the end of a training of so many steps, for each seed."""
+        """Return the final accuracy of a training of `steps` steps for each seed."""
         return [
             self.take(f"steps={steps}", f"seed={seed}", AT_THE_END, *settings).evaluations[-1][1]
             for seed in seeds
@@ -78,15 +80,15 @@ class Trainings:
 
 
 def measure(*command: str) -> dict[str, Any]:
-    """Run a finder on one process, with --json, and return what it printed."""
+    """Run a finder on one process with --json and return its decoded output."""
     options = ("-n", "1", "device=cpu", "--json")
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
+        process = subprocess.run(
             [str(BIN / "launcher"), *command, *options, "--out", f"{folder}/out"],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
             check=True,
         )
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    output: dict[str, Any] = json.loads(process.stdout)
+    return output

@@ -1,4 +1,4 @@
-"""A recipe as it is first written down: the numbers of other people's examples."""
+"""Recipe with the settings of common tutorials, as the starting point of tuned.py."""
 
 from __future__ import annotations
 

@@ -1,21 +1,23 @@
-"""Take a trained model to another task: other classes of clothing, or a language model of your own.
+"""Fine-tune a trained model: on other classes of clothing, or a language model on your own text.
 
-`finetune` begins with the weights of `pretrain`, which knows five kinds of Fashion-MNIST, and
-learns the other five from few images: the layers that were trained learn slower than the new head
-(`factor`), or not at all (`frozen=true`). `from_scratch` is the same without the weights.
+`finetune` starts from the weights of `pretrain`, which was trained on five classes of
+Fashion-MNIST, and learns the other five classes from few images. The pretrained layers learn more
+slowly than the new head (`factor`), or not at all (`frozen=true`). `from_scratch` trains the same
+net from random weights.
 
     launcher run finetune:pretrain --out runs/pretrained
     launcher run finetune weights=runs/pretrained/model.safetensors
 
-`causal_lm` trains a model that transformers can load from a folder, on text, with LoRA where `lora`
-gives its rank: `pip install transformers`, and peft for LoRA.
+`causal_lm` trains a language model that transformers loads from a folder on a folder of text, with
+LoRA if `lora` gives the rank of its matrices. It needs `pip install transformers`, and peft for
+LoRA.
 
-Verified on 1 and 2 CPU ranks. With 50 images of each class, held-out accuracy, means of 3 seeds:
+Verified on 1 and 2 CPU ranks. Held-out accuracy with 50 images of each class, means of 3 seeds:
 
-    from scratch                                 88.8 %
-    trained layers at 0.3 of the head's rate     92.1 %
-    at the same rate                             92.0 %
-    frozen                                       91.9 %
+    from scratch                                       88.8 %
+    pretrained layers at 0.3 of the head's rate        92.1 %
+    pretrained layers at the head's rate               92.0 %
+    pretrained layers frozen                           91.9 %
 """
 
 from __future__ import annotations
@@ -34,17 +36,17 @@ if TYPE_CHECKING:
     from torch.utils.data import TensorDataset
 
 FIRST, OTHERS = (0, 1, 2, 3, 4), (5, 6, 7, 8, 9)
-"""Classes that are trained on first, and that are learned later."""
+"""Labels of the classes for pretraining and for fine-tuning."""
 
 HEAD = "10."
-"""The names of the head's weights begin with this, in `build_model` of fashion_mnist."""
+"""Prefix of the names of the head's weights in `build_model` of fashion_mnist."""
 
 _IGNORED = -100
-"""The target of a token that the loss leaves out."""
+"""Target of a token that the loss skips."""
 
 
 def pretrain(*, data: Path = DATA) -> Recipe:
-    """Five kinds of Fashion-MNIST, for `finetune` to begin with."""
+    """Five classes of Fashion-MNIST, to pretrain the weights for `finetune`."""
     return replace(
         fashion_mnist(data=data),
         name="pretrain",
@@ -61,7 +63,7 @@ def finetune(
     factor: float = 0.3,
     frozen: bool = False,
 ) -> Recipe:
-    """The other five kinds, from few images, with the weights of `pretrain`."""
+    """The other five classes from few images, starting from the weights of `pretrain`."""
     return replace(
         from_scratch(data=data, images=images),
         name="finetune",
@@ -71,7 +73,7 @@ def finetune(
 
 
 def from_scratch(*, data: Path = DATA, images: int = 50) -> Recipe:
-    """The other five kinds, from few images, with nothing learned before."""
+    """The other five classes from few images, starting from random weights."""
     return replace(
         fashion_mnist(data=data),
         name="from_scratch",
@@ -87,26 +89,32 @@ def from_scratch(*, data: Path = DATA, images: int = 50) -> Recipe:
     )
 
 
-def choose(folder: Path, classes: tuple[int, ...], most: int | None) -> Data:
-    """Return the images of some classes, numbered from 0; the first `most` of each to train on."""
+def choose(folder: Path, classes: tuple[int, ...], limit: int | None) -> Data:
+    """Return the images of some classes, with labels from 0.
+
+    Args:
+        folder: Folder of Fashion-MNIST.
+        classes: Labels to select.
+        limit: Number of training images of each class, the first ones; None takes all.
+    """
     import torch
     from torch.utils.data import TensorDataset
 
-    def of(split: TensorDataset, most: int | None) -> TensorDataset:
+    def select(split: TensorDataset, limit: int | None) -> TensorDataset:
         images, labels = split.tensors
-        chosen = torch.cat([(labels == each).nonzero().flatten()[:most] for each in classes])
-        numbered = torch.tensor([classes.index(int(label)) for label in labels[chosen]])
-        return TensorDataset(images[chosen], numbered)
+        rows = torch.cat([(labels == label).nonzero().flatten()[:limit] for label in classes])
+        new_labels = torch.tensor([classes.index(int(label)) for label in labels[rows]])
+        return TensorDataset(images[rows], new_labels)
 
-    whole = build_fashion(folder)
-    return Data(train=of(whole.train, most), evaluation=of(whole.evaluation, None))
+    fashion = build_fashion(folder)
+    return Data(train=select(fashion.train, limit), evaluation=select(fashion.evaluation, None))
 
 
 def load_body(weights: Path) -> nn.Module:
-    """Return the net with trained layers below a new head.
+    """Return the net with pretrained layers below a new head.
 
     Raises:
-        RecipeError: There are no such weights, or they are another net's.
+        RecipeError: The file cannot be read, or its weights belong to another net.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -116,8 +124,8 @@ def load_body(weights: Path) -> nn.Module:
         trained = load_file(weights)
     except (OSError, SafetensorError) as error:
         raise RecipeError(
-            f"weights={weights}: {error}. `launcher run finetune:pretrain --out runs/pretrained` "
-            "trains some; weights= names them."
+            f"weights={weights}: {error}. Train them with `launcher run finetune:pretrain --out "
+            "runs/pretrained`, and give the path of their model.safetensors as weights=."
         ) from None
     body = {name: value for name, value in trained.items() if not name.startswith(HEAD)}
     try:
@@ -125,14 +133,18 @@ def load_body(weights: Path) -> nn.Module:
     except RuntimeError as error:
         raise RecipeError(f"weights={weights}: {error}") from None
     if any(not name.startswith(HEAD) for name in missing):
-        raise RecipeError(f"weights={weights}: not of this net: no {', '.join(missing)} in it.")
+        raise RecipeError(
+            f"weights={weights}: the file has no {', '.join(missing)}, which this net needs. "
+            "Give the weights of finetune:pretrain."
+        )
     return model
 
 
 def make_optimizer(model: nn.Module, lr: float, *, factor: float) -> Optimizer:
-    """Return SGD that trains the head at `lr` and the layers below at `factor` of it.
+    """Return SGD with learning rate `lr` for the head and `lr * factor` for the layers below.
 
-    With a factor of 0 they are not trained; their BatchNorm still follows the new images.
+    A factor of 0 freezes the weights of these layers; the statistics of their BatchNorm still
+    follow the new images.
     """
     from torch.optim import SGD
 
@@ -147,7 +159,7 @@ def make_optimizer(model: nn.Module, lr: float, *, factor: float) -> Optimizer:
 def causal_lm(
     *, model: Path, data: Path, block: int = 256, lora: int = 0, lora_layers: str = "all-linear"
 ) -> Recipe:
-    """A causal language model from a folder of transformers', on a folder of text."""
+    """A causal language model that transformers loads from a folder, on a folder of text."""
     return Recipe(
         name="causal_lm",
         model=lambda: load_causal_lm(model, lora, lora_layers),
@@ -168,15 +180,17 @@ def causal_lm(
 
 
 def load_causal_lm(folder: Path, lora: int, layers: str) -> nn.Module:
-    """Return the model of a folder, and with LoRA's small matrices if their rank is given.
+    """Return the language model in a folder, with LoRA matrices of rank `lora` unless it is 0.
 
     Raises:
-        RecipeError: It cannot be loaded, or what loads it is not installed.
+        RecipeError: The model cannot be loaded, or transformers or peft is not installed.
     """
     try:
         from transformers import AutoModelForCausalLM
     except ImportError:
-        raise RecipeError("causal_lm needs `python -m pip install transformers`.") from None
+        raise RecipeError(
+            "causal_lm needs transformers: run `python -m pip install transformers`."
+        ) from None
     try:
         net: nn.Module = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -186,14 +200,18 @@ def load_causal_lm(folder: Path, lora: int, layers: str) -> nn.Module:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
-        raise RecipeError("lora= needs `python -m pip install peft`.") from None
+        raise RecipeError(f"lora={lora} needs peft: run `python -m pip install peft`.") from None
     config = LoraConfig(r=lora, lora_alpha=2 * lora, target_modules=layers, task_type="CAUSAL_LM")
     adapted: nn.Module = get_peft_model(net, config)
     return adapted
 
 
 def build_text(model: Path, folder: Path, block: int) -> Data:
-    """Return the tokens of a folder's texts in blocks, by the tokenizer of the model's folder."""
+    """Return the text files of a folder as blocks of tokens, by the tokenizer of the model.
+
+    Raises:
+        RecipeError: The text has too few tokens for one block.
+    """
     import torch
     from torch.utils.data import TensorDataset
     from transformers import AutoTokenizer
@@ -203,15 +221,18 @@ def build_text(model: Path, folder: Path, block: int) -> Data:
     tokenizer: Any = AutoTokenizer.from_pretrained(model, local_files_only=True)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     texts = [text.decode(errors="replace") for text in read_documents(folder)]
-    tokens = [each for ids in tokenizer(texts)["input_ids"] for each in (*ids, *end)]
+    tokens = [token for ids in tokenizer(texts)["input_ids"] for token in (*ids, *end)]
     if len(tokens) <= block:
-        raise RecipeError(f"data={folder} has {len(tokens):,} tokens; block={block} needs more.")
+        raise RecipeError(
+            f"data={folder} has {len(tokens):,} tokens, and block={block} needs at least "
+            f"{block + 1:,}. Give more text, or a smaller block=."
+        )
     blocks = torch.tensor(tokens).unfold(0, block + 1, block)
     return Data(train=TensorDataset(blocks[:, :-1], blocks[:, 1:]))
 
 
 def token_cross_entropy(logits: Tensor, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
-    """Return the sum of the cross-entropies, and the tokens."""
+    """Return the sum of the cross-entropies in nats and the number of tokens."""
     from torch.nn.functional import cross_entropy
 
     flat, targets = logits.flatten(0, 1).float(), batch[1].flatten()

