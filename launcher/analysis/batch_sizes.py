@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from launcher.analysis.gradient_noise import MAX_BATCH_RATIO, items_ratio
 from launcher.planning.global_batch import ceil_div
 
-MARGIN = 0.1
+MEMORY_MARGIN = 0.1
 """Fraction of the memory that stays free, for fragmentation and for batches of unusual size."""
 
 _FAST_ENOUGH = 0.97
@@ -104,7 +104,7 @@ def fastest_to_the_loss(
     return min(fast, key=lambda trial: trial.size)
 
 
-def choose(trials: Sequence[SizeTrial]) -> SizeTrial | None:
+def choose_size(trials: Sequence[SizeTrial]) -> SizeTrial | None:
     """Return the smallest size that is about as fast as the fastest, or None if nothing fits."""
     fitting = [trial for trial in trials if trial.samples_per_second is not None]
     if not fitting:

@@ -154,7 +154,7 @@ class RunningNoise:
 def steps_ratio(batch_size: float, other: float, critical: float) -> float:
     """Return the steps to a loss with the batch `other`, over those with `batch_size`.
 
-    S = S_min (1 + B_crit / B), equation 2.12 of McCandlish et al.
+    S = S_min (1 + B_crit / B) (McCandlish et al., section 2.3).
 
     Args:
         batch_size: The batch of the denominator.
@@ -180,7 +180,7 @@ def items_ratio(batch_size: float, other: float, critical: float) -> float:
 def scaled_lr(lr: float, batch_size: float, other: float, noise_scale: float) -> float:
     """Return the learning rate for the batch `other`, given the best one for `batch_size`.
 
-    eps_opt(B) = eps_max / (1 + B_noise / B), equation 2.10 of McCandlish et al. It is linear far
+    eps_opt(B) = eps_max / (1 + B_noise / B) (McCandlish et al., section 2.2). It is linear far
     below the noise scale and constant far above it.
 
     Args:
@@ -196,7 +196,7 @@ def fit_steps(batch_sizes: Sequence[float], steps: Sequence[float]) -> tuple[flo
     """Return (S_min, B_crit) of the hyperbola S = S_min (1 + B_crit / B) that fits best.
 
     The fit minimises the squared error of log S, so that every batch has the same weight. It uses
-    ternary search over log B_crit. The hyperbola is equation 2.12 of McCandlish et al.
+    ternary search over log B_crit. The hyperbola is that of McCandlish et al., section 2.3.
 
     Args:
         batch_sizes: Global batches, at least two different ones.

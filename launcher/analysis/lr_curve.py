@@ -87,7 +87,7 @@ class LRTrial:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FoundLR:
+class LRSearchResult:
     """The result of a range test."""
 
     curve: LossCurve

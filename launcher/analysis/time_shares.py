@@ -63,7 +63,7 @@ def step_parts(history: History) -> dict[str, list[float]]:
     return parts | {rest_name: rest}
 
 
-def shares_in_words(history: History, parts: dict[str, list[float]]) -> str:
+def shares_text(history: History, parts: dict[str, list[float]]) -> str:
     """Return the mean duration of a step and the shares of its parts, with what to run next.
 
     The first tenth of the steps is ignored as warm-up. The text is empty if nothing was timed.
@@ -114,7 +114,7 @@ def own_seconds(history: History) -> list[tuple[int, list[float]]]:
     return rows
 
 
-def stragglers_in_words(rank_seconds: Sequence[float]) -> str:
+def stragglers_text(rank_seconds: Sequence[float]) -> str:
     """Return a text that names the ranks that the others wait for.
 
     Args:

@@ -113,9 +113,9 @@ def _estimate(
     plan_for: Callable[[int, int], Plan],
 ) -> Estimate:
     from launcher.slurm.site import find_site
-    from launcher.tuning.estimate import estimate_scaling, facts_of
-    from launcher.tuning.measurements import read_measured
+    from launcher.tuning.estimate import estimate_inputs, estimate_scaling
+    from launcher.tuning.measurements import read_measurements
 
-    measured = read_measured(folders, plan)
-    facts = facts_of(find_site(cluster), plan.device)
+    measured = read_measurements(folders, plan)
+    facts = estimate_inputs(find_site(cluster), plan.device)
     return estimate_scaling(plan_for, plan.nodes, plan.nproc_per_node, measured, facts)

@@ -10,7 +10,7 @@ from launcher.analysis.time_shares import (
     mean_own_seconds,
     step_parts,
     stragglers,
-    stragglers_in_words,
+    stragglers_text,
 )
 from launcher.console.progress import metrics_text, sparkline, step_line
 from launcher.planning.derivations import counted
@@ -62,7 +62,7 @@ def screen(history: History, state: RunState) -> RenderableType:
         parts.append(_rank_grid(history))
         own_seconds = mean_own_seconds(history) or []
         if stragglers(own_seconds):
-            parts.append(Text(stragglers_in_words(own_seconds), "yellow"))
+            parts.append(Text(stragglers_text(own_seconds), "yellow"))
     return Group(*parts)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.analysis.gradient_noise import Measurement, RunningNoise
-from launcher.analysis.lr_curve import FoundLR, LossCurve, suggest
+from launcher.analysis.lr_curve import LossCurve, LRSearchResult, suggest
 from launcher.console.plots import Curve, Plot
 from launcher.errors import RunDirError
 from launcher.planning.plan import Plan
@@ -16,7 +16,7 @@ from launcher.report.page import Section
 from launcher.runs.history import History
 from launcher.runs.run_record import read_run
 from launcher.runs.rundir import RunDir
-from launcher.tuning.summaries import lr_plot, lr_rules
+from launcher.tuning.summaries import lr_plot, lr_suggestions_text
 
 _SectionMaker = Callable[[list[RunDir]], Section]
 
@@ -87,9 +87,11 @@ def _measurements(folder: Path) -> Iterator[tuple[_SectionMaker, list[RunDir]]]:
 def _lr_section(run_dirs: list[RunDir]) -> Section:
     plan, values = _read(run_dirs[0], "curve.json")
     curve = LossCurve(lrs=tuple(values["lrs"]), losses=tuple(values["losses"]))
-    result = FoundLR(curve=curve, suggestions=suggest(curve))
+    result = LRSearchResult(curve=curve, suggestions=suggest(curve))
     title = f"Learning rate, at a batch of {plan.batch_size:,}"
-    return Section(title=title, text=lr_rules(result, plan), figures=[lr_plot(result, plan)])
+    return Section(
+        title=title, text=lr_suggestions_text(result, plan), figures=[lr_plot(result, plan)]
+    )
 
 
 def _noise_section(run_dirs: list[RunDir]) -> Section:

@@ -16,10 +16,10 @@ from typing import Any
 from launcher.analysis.time_shares import (
     mean_own_seconds,
     own_seconds,
-    shares_in_words,
+    shares_text,
     smoothed,
     step_parts,
-    stragglers_in_words,
+    stragglers_text,
     utilisation,
 )
 from launcher.console.explain import explain
@@ -176,7 +176,7 @@ def _throughput(history: History) -> Iterator[Section]:
         over_steps("throughput of all ranks together", "samples/s", [rate]),
         over_steps("breakdown of step time", "ms", curves),
     ]
-    paragraph = shares_in_words(history, parts)
+    paragraph = shares_text(history, parts)
     yield Section(title="Throughput", paragraph=paragraph, figures=figures)
 
 
@@ -190,7 +190,7 @@ def _ranks(history: History) -> Iterator[Section]:
     rank_seconds = mean_own_seconds(history)
     paragraph = ""
     if rank_seconds is not None and len(rank_seconds) > 1:
-        paragraph = stragglers_in_words(rank_seconds)
+        paragraph = stragglers_text(rank_seconds)
         title = "step time of each rank, excluding waits for other ranks"
         figures.append(_rank_bars(title, "ms", names, [1e3 * value for value in rank_seconds]))
         rows = own_seconds(history)

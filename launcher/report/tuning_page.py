@@ -7,7 +7,7 @@ from datetime import date
 from typing import TYPE_CHECKING, Any
 
 from launcher.analysis.batch_sizes import SizeTrial
-from launcher.analysis.lr_curve import FoundLR, LRTrial
+from launcher.analysis.lr_curve import LRSearchResult, LRTrial
 from launcher.console.plots import Plot
 from launcher.planning.derivations import counted
 from launcher.planning.plan import Plan
@@ -16,19 +16,19 @@ from launcher.report.page import Page, Section, Table
 from launcher.tuning.summaries import (
     batch_plot,
     loader_plot,
+    loader_trial_text,
     lr_plot,
-    lr_rules,
+    lr_suggestions_text,
     lr_trial_text,
-    noise_account,
     noise_plot,
-    reading_text,
-    trial_text,
+    noise_summary,
+    size_trial_text,
 )
 
 if TYPE_CHECKING:
-    from launcher.tuning.batch_search import FoundBatch
-    from launcher.tuning.loader_search import FoundLoader, LoaderTrial
-    from launcher.tuning.noise_search import FoundNoise
+    from launcher.tuning.batch_search import BatchSearchResult
+    from launcher.tuning.loader_search import LoaderSearchResult, LoaderTrial
+    from launcher.tuning.noise_search import NoiseSearchResult
     from launcher.tuning.probe_run import Probe, Target
     from launcher.tuning.tuning_result import TunedSetting
 
@@ -45,35 +45,35 @@ class TuningReporter:
         self.sections: list[Section] = []
         """One section for each finder that has finished."""
 
-    def begins(self, what: str) -> None:
+    def on_search(self, what: str) -> None:
         self._echo(f"{what}:")
 
-    def says(self, text: str) -> None:
+    def on_message(self, text: str) -> None:
         self._echo(f"  {text}")
 
-    def tried_lr(self, trial: LRTrial) -> None:
+    def on_lr_trial(self, trial: LRTrial) -> None:
         self._echo(lr_trial_text(trial))
 
-    def tried(self, trial: SizeTrial) -> None:
-        self._echo(trial_text(trial))
+    def on_size_trial(self, trial: SizeTrial) -> None:
+        self._echo(size_trial_text(trial))
 
-    def read(self, reading: LoaderTrial) -> None:
-        self._echo(reading_text(reading))
+    def on_loader_trial(self, reading: LoaderTrial) -> None:
+        self._echo(loader_trial_text(reading))
 
-    def found_lr(self, found: FoundLR, test: Probe) -> None:
+    def on_lr_result(self, found: LRSearchResult, test: Probe) -> None:
         batch = f"{test.plan.batch_size:,}"
         title = f"Learning rate, at a batch of {batch}"
-        self._add(title, lr_rules(found, test.plan), lr_plot(found, test.plan))
+        self._add(title, lr_suggestions_text(found, test.plan), lr_plot(found, test.plan))
 
-    def found_noise(self, found: FoundNoise, probe: Probe) -> None:
-        self._add("Gradient noise scale", noise_account(found, probe), noise_plot(found, probe))
+    def on_noise_result(self, found: NoiseSearchResult, probe: Probe) -> None:
+        self._add("Gradient noise scale", noise_summary(found, probe), noise_plot(found, probe))
 
-    def found_batch(self, found: FoundBatch, plan: Plan) -> None:
-        trials = "\n".join(map(trial_text, found.trials))
+    def on_batch_result(self, found: BatchSearchResult, plan: Plan) -> None:
+        trials = "\n".join(map(size_trial_text, found.trials))
         self._add("Batch and micro-batch", trials, batch_plot(found, plan))
 
-    def found_loader(self, found: FoundLoader, plan: Plan) -> None:
-        readings = "\n".join(map(reading_text, found.readings))
+    def on_loader_result(self, found: LoaderSearchResult, plan: Plan) -> None:
+        readings = "\n".join(map(loader_trial_text, found.readings))
         self._add("DataLoader workers", readings, loader_plot(found, plan))
 
     def _add(self, title: str, text: str, plot: Plot) -> None:
@@ -82,7 +82,7 @@ class TuningReporter:
 
 def setting_lines(target: Target, findings: Sequence[TunedSetting]) -> list[tuple[str, Any, str]]:
     """Return (name, value, evidence) of each setting, those given by the user first."""
-    lines = [(name, value, "given by the user") for name, value in target.given().items()]
+    lines = [(name, value, "given by the user") for name, value in target.override_values().items()]
     return lines + [(setting.name, setting.value, setting.evidence) for setting in findings]
 
 

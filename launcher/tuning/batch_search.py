@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launcher.analysis.batch_sizes import MARGIN, SizeTrial, next_size
+from launcher.analysis.batch_sizes import MEMORY_MARGIN, SizeTrial, next_size
 from launcher.environment.machine import free_memory_bytes
 from launcher.errors import EXIT_FAILED, LauncherError, TrainingError
 from launcher.launch.signal_handler import SignalHandler
@@ -32,7 +32,7 @@ does."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class FoundBatch:
+class BatchSearchResult:
     """The result of a search for a micro-batch size."""
 
     trials: tuple[SizeTrial, ...]
@@ -69,12 +69,12 @@ class BatchSearch:
         if memory is None and self.plan.device == "cpu":
             free = free_memory_bytes() or target.machine.memory_bytes
             memory = free // self.plan.nproc_per_node
-        self.memory = None if memory is None else int(memory * (1 - MARGIN))
+        self.memory = None if memory is None else int(memory * (1 - MEMORY_MARGIN))
         self._trials: list[SizeTrial] = []
 
     def run(
         self, run_dir: RunDir, signals: SignalHandler, on_trial: Callable[[SizeTrial], None]
-    ) -> FoundBatch:
+    ) -> BatchSearchResult:
         """Try sizes until the largest that fits is known.
 
         Args:
@@ -89,7 +89,9 @@ class BatchSearch:
             trial = self._try_size(size, run_dir, signals)
             self._trials.append(trial)
             on_trial(trial)
-        return FoundBatch(trials=tuple(self._trials), share=self.share, memory_bytes=self.memory)
+        return BatchSearchResult(
+            trials=tuple(self._trials), share=self.share, memory_bytes=self.memory
+        )
 
     def _try_size(self, size: int, search_dir: RunDir, signals: SignalHandler) -> SizeTrial:
         from launcher.engine.worker import agent_size_probe
@@ -123,7 +125,7 @@ class BatchSearch:
         batch_size = self.plan.world_size * size * _MICRO_STEPS
         if self.plan.train_samples is not None:
             batch_size = min(batch_size, self.plan.train_samples)
-        return self._target.having(
+        return self._target.with_settings(
             "find batch",
             batch_size=batch_size,
             micro_batch_size=size,
@@ -158,17 +160,17 @@ def cache_path(target: Target, search: BatchSearch) -> Path:
     return cache_folder("batch") / f"{digest[:32]}.json"
 
 
-def read_cache(path: Path) -> FoundBatch | None:
+def read_cache(path: Path) -> BatchSearchResult | None:
     """Return the cached result, or None if there is none that can be read."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         trials = tuple(SizeTrial(**trial) for trial in values.pop("trials"))
-        return FoundBatch(trials=trials, **values)
+        return BatchSearchResult(trials=trials, **values)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 
 
-def write_cache(path: Path, result: FoundBatch) -> None:
+def write_cache(path: Path, result: BatchSearchResult) -> None:
     """Write a result to the cache; a cache that cannot be written is ignored."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

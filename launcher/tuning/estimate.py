@@ -64,7 +64,7 @@ ON_CPUS = replace(
 """Defaults for CPUs: gloo over loopback, and 10 Gbit/s between nodes."""
 
 
-def facts_of(site: Site, device: str) -> EstimateInputs:
+def estimate_inputs(site: Site, device: str) -> EstimateInputs:
     """Return the properties in a site profile, with defaults for those that it does not state.
 
     Args:

@@ -60,7 +60,7 @@ class LoaderTrial:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FoundLoader:
+class LoaderSearchResult:
     """The result of a search for DataLoader settings."""
 
     cost: SampleCost
@@ -114,7 +114,7 @@ class LoaderSearch:
 
     def run(
         self, run_dir: RunDir, signals: SignalHandler, on_trial: Callable[[LoaderTrial], None]
-    ) -> FoundLoader:
+    ) -> LoaderSearchResult:
         """Measure numbers of workers, then longer queues and pinned memory with the best number.
 
         Args:
@@ -164,7 +164,7 @@ class LoaderSearch:
             measure(**settings, **alternative)
             if is_faster(readings[-1].samples_per_second, best.samples_per_second):
                 best, settings = readings[-1], settings | alternative
-        return FoundLoader(
+        return LoaderSearchResult(
             cost=cost,
             planned=self.plan.workers_per_rank,
             predicted=predicted,
@@ -206,7 +206,7 @@ class LoaderSearch:
     ) -> dict[str, float]:
         from launcher.engine.worker import agent_loader_probe
 
-        probe = self._target.having(
+        probe = self._target.with_settings(
             "find loader",
             **settings,
             steps=_MAX_STEPS,

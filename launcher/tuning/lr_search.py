@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from launcher.analysis.lr_curve import (
-    FoundLR,
     LossCurve,
+    LRSearchResult,
     LRTrial,
     final_loss,
     lr_at_reference,
@@ -33,7 +33,7 @@ def plan_range_test(target: Target, *, lowest: float, highest: float, steps: int
     Raises:
         PlanError: The recipe cannot be trained with these settings on these ranks.
     """
-    return target.having(
+    return target.with_settings(
         "find lr",
         lr=highest,
         lr_rule="none",
@@ -48,7 +48,7 @@ def plan_range_test(target: Target, *, lowest: float, highest: float, steps: int
 
 def find_lr(
     test: Probe, run_dir: RunDir, signals: SignalHandler, *, quiet: bool = False
-) -> FoundLR:
+) -> LRSearchResult:
     """Run a range test and return its curve with the suggested learning rates.
 
     Args:
@@ -61,18 +61,18 @@ def find_lr(
         RunFailedError: A rank failed.
     """
     curve = _train_to_divergence(test, run_dir, signals, quiet=quiet)
-    return FoundLR(curve=curve, suggestions=suggest(curve))
+    return LRSearchResult(curve=curve, suggestions=suggest(curve))
 
 
 def try_lrs(
-    result: FoundLR,
+    result: LRSearchResult,
     target: Target,
     run_dir: RunDir,
     signals: SignalHandler,
     on_trial: Callable[[LRTrial], None],
     *,
     steps: int,
-) -> FoundLR:
+) -> LRSearchResult:
     """Return the result of a range test with short trainings at and around its valley.
 
     Each training goes through the whole schedule of the recipe in `steps` steps. Without a valley
@@ -92,7 +92,7 @@ def try_lrs(
     trials: list[LRTrial] = []
     first = result.suggestions.valley
     while first is not None and (lr := next_lr(trials, first)) is not None:
-        probe = target.having(
+        probe = target.with_settings(
             "find lr",
             lr=lr,
             lr_rule="none",
@@ -120,7 +120,7 @@ def _train_to_divergence(
     return LossCurve(lrs=tuple(values["lrs"]), losses=tuple(values["losses"]))
 
 
-def stated(lr: float, batch_size: int, recipe: Recipe) -> dict[str, float]:
+def recipe_lr_settings(lr: float, batch_size: int, recipe: Recipe) -> dict[str, float]:
     """Return the settings with which the plan of a recipe has a learning rate at a global batch.
 
     Args:

@@ -42,7 +42,7 @@ class Measurements:
     """Time that a checkpoint stalls the training; None if no checkpoint was saved."""
 
 
-def read_measured(folders: Sequence[Path], plan: Plan) -> Measurements:
+def read_measurements(folders: Sequence[Path], plan: Plan) -> Measurements:
     """Read the measurements in folders of `launcher run`, `find batch` and `find noise`.
 
     Args:

@@ -17,7 +17,7 @@ _MIN_PARTS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class FoundNoise:
+class NoiseSearchResult:
     """The measured gradient norms, and the noise scales estimated from them."""
 
     measurements: tuple[Measurement, ...]
@@ -52,12 +52,14 @@ def plan_noise(target: Target) -> Probe:
     parts_per_micro_step = 1 if summed else plan.world_size
     micro_steps = max(ceil_div(_MIN_PARTS, parts_per_micro_step), plan.accumulation_steps)
     micro_batch_size = ceil_div(max(plan.samples_per_rank), micro_steps)
-    return target.having("find noise", noise_scale=True, micro_batch_size=micro_batch_size).probe()
+    return target.with_settings(
+        "find noise", noise_scale=True, micro_batch_size=micro_batch_size
+    ).probe()
 
 
 def find_noise(
     probe: Probe, run_dir: RunDir, signals: SignalHandler, *, steps: int, quiet: bool = False
-) -> FoundNoise:
+) -> NoiseSearchResult:
     """Train the first steps of a plan and measure the gradient noise in each.
 
     Args:
@@ -77,7 +79,7 @@ def find_noise(
     values = json.loads(run_dir.noise.read_text(encoding="utf-8"))["measurements"]
     measurements = tuple(Measurement(**value) for value in values)
     half = len(measurements) // 2
-    return FoundNoise(
+    return NoiseSearchResult(
         measurements=measurements,
         whole=estimate_noise_scale(measurements),
         halves=(

@@ -35,7 +35,7 @@ class Target:
     nproc_per_node: int | None
     """Number of ranks; None is one per GPU, or a few on CPUs."""
 
-    def having(self, source: str, **settings: Any) -> Target:
+    def with_settings(self, source: str, **settings: Any) -> Target:
         """Return the target with further settings, which take precedence over the present ones.
 
         Args:
@@ -47,7 +47,7 @@ class Target:
         )
         return replace(self, overrides=(*self.overrides, *overrides))
 
-    def given(self) -> Mapping[str, Any]:
+    def override_values(self) -> Mapping[str, Any]:
         """Return the values that the overrides set, by name, as plain values.
 
         Raises:

@@ -23,7 +23,7 @@ def plan_profile(target: Target, *, steps: int) -> Probe:
     Raises:
         PlanError: The recipe cannot be trained with these settings on these ranks.
     """
-    return target.having(
+    return target.with_settings(
         "profile",
         steps=steps + WARM_UP_STEPS,
         batch_milestones=(),

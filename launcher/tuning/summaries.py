@@ -19,16 +19,16 @@ from launcher.analysis.gradient_noise import (
     items_ratio,
     steps_ratio,
 )
-from launcher.analysis.lr_curve import FoundLR, LRTrial, usable_part
+from launcher.analysis.lr_curve import LRSearchResult, LRTrial, usable_part
 from launcher.console.plots import Curve, Mark, Plot, draw
 from launcher.planning.loading import PREFETCH_FACTOR
 from launcher.planning.plan import Plan
 from launcher.quantities import size
 
 if TYPE_CHECKING:
-    from launcher.tuning.batch_search import FoundBatch
-    from launcher.tuning.loader_search import FoundLoader, LoaderTrial
-    from launcher.tuning.noise_search import FoundNoise
+    from launcher.tuning.batch_search import BatchSearchResult
+    from launcher.tuning.loader_search import LoaderSearchResult, LoaderTrial
+    from launcher.tuning.noise_search import NoiseSearchResult
     from launcher.tuning.probe_run import Probe
 
 RULES = {
@@ -45,7 +45,7 @@ _BATCH_FACTORS = (0.25, 0.5, 1, 2, 4, 8, 16)
 """Batches in the table of the noise scale, relative to the present one."""
 
 
-def lr_plot(result: FoundLR, plan: Plan) -> Plot:
+def lr_plot(result: LRSearchResult, plan: Plan) -> Plot:
     """Return the smoothed curve of a range test, with a mark at each suggestion."""
     lrs, losses = usable_part(result.curve)
     marks = [
@@ -68,7 +68,7 @@ def lr_plot(result: FoundLR, plan: Plan) -> Plot:
     )
 
 
-def lr_text(result: FoundLR, rule: str, settings: Mapping[str, float], plan: Plan) -> str:
+def lr_text(result: LRSearchResult, rule: str, settings: Mapping[str, float], plan: Plan) -> str:
     """Return the plot of a range test, its suggestions and the recommended settings.
 
     Args:
@@ -79,7 +79,7 @@ def lr_text(result: FoundLR, rule: str, settings: Mapping[str, float], plan: Pla
     """
     if result.suggestions.reason:
         return f"No learning rate is suggested: {result.suggestions.reason}."
-    lines = [draw(lr_plot(result, plan)), "", lr_rules(result, plan), ""]
+    lines = [draw(lr_plot(result, plan)), "", lr_suggestions_text(result, plan), ""]
     if settings:
         evidence = (
             f"launcher find lr --try: the lowest final loss of {len(result.trials)} short trainings"
@@ -105,7 +105,7 @@ def lr_trial_text(trial: LRTrial) -> str:
     return f"  lr {trial.lr:<9.3g} {outcome}"
 
 
-def lr_rules(result: FoundLR, plan: Plan) -> str:
+def lr_suggestions_text(result: LRSearchResult, plan: Plan) -> str:
     """Return the suggestion of each rule, and the outcomes of the short trainings."""
     lines = [f"Suggested learning rates at a global batch of {plan.batch_size:,} samples:"]
     for rule, explanation in RULES.items():
@@ -116,7 +116,7 @@ def lr_rules(result: FoundLR, plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def trial_text(trial: SizeTrial) -> str:
+def size_trial_text(trial: SizeTrial) -> str:
     """Return the outcome of a trial of a micro-batch size, in one line."""
     if trial.samples_per_second is None or trial.peak_bytes is None:
         return f"  {trial.size:>7,} samples  out of memory"
@@ -124,7 +124,7 @@ def trial_text(trial: SizeTrial) -> str:
     return f"  {trial.size:>7,} samples  {rate}  peak memory {size(trial.peak_bytes)}"
 
 
-def batch_plot(result: FoundBatch, plan: Plan) -> Plot:
+def batch_plot(result: BatchSearchResult, plan: Plan) -> Plot:
     """Return the throughput over the micro-batch size."""
     fitting = [trial for trial in result.trials if trial.samples_per_second is not None]
     fitting.sort(key=lambda trial: trial.size)
@@ -143,7 +143,7 @@ def batch_plot(result: FoundBatch, plan: Plan) -> Plot:
     )
 
 
-def batch_text(result: FoundBatch, chosen: SizeTrial | None) -> str:
+def batch_text(result: BatchSearchResult, chosen: SizeTrial | None) -> str:
     """Return the largest and the recommended micro-batch size.
 
     Args:
@@ -178,7 +178,7 @@ def batch_text(result: FoundBatch, chosen: SizeTrial | None) -> str:
     return "\n".join(lines)
 
 
-def reading_text(reading: LoaderTrial) -> str:
+def loader_trial_text(reading: LoaderTrial) -> str:
     """Return a measurement with a number of workers, in one line."""
     line = (
         f"  {reading.workers:>3} workers  {reading.samples_per_second:>10,.0f} samples/s  a step "
@@ -192,7 +192,7 @@ def reading_text(reading: LoaderTrial) -> str:
     return line + ("  pin_memory=true" if reading.pin_memory else "")
 
 
-def loader_plot(result: FoundLoader, plan: Plan) -> Plot:
+def loader_plot(result: LoaderSearchResult, plan: Plan) -> Plot:
     """Return the throughput over the number of workers."""
     # The first reading of a number of workers has the planned prefetching and pinning.
     rates = {reading.workers: reading.samples_per_second for reading in reversed(result.readings)}
@@ -205,7 +205,7 @@ def loader_plot(result: FoundLoader, plan: Plan) -> Plot:
     )
 
 
-def loader_text(result: FoundLoader, plan: Plan) -> str:
+def loader_text(result: LoaderSearchResult, plan: Plan) -> str:
     """Return the cost of a sample, the predicted and the recommended number of workers."""
     cost, best = result.cost, result.best
     planned = next(reading for reading in result.readings if reading.workers == result.planned)
@@ -233,7 +233,7 @@ def loader_text(result: FoundLoader, plan: Plan) -> str:
     return "\n".join([*lines, "", _recommendation(values, evidence)])
 
 
-def noise_plot(result: FoundNoise, probe: Probe) -> Plot:
+def noise_plot(result: NoiseSearchResult, probe: Probe) -> Plot:
     """Return the running noise scale over the steps, without its first tenth."""
     running = RunningNoise(memory=max(len(result.measurements) / 10, 10))
     scales = [(measurement.step, running.add(measurement)) for measurement in result.measurements]
@@ -253,14 +253,14 @@ def noise_plot(result: FoundNoise, probe: Probe) -> Plot:
     )
 
 
-def noise_text(result: FoundNoise, probe: Probe) -> str:
-    """Return the plot of the noise scale and the text of `noise_account`."""
+def noise_text(result: NoiseSearchResult, probe: Probe) -> str:
+    """Return the plot of the noise scale and the text of `noise_summary`."""
     if result.whole is None:
-        return noise_account(result, probe)
-    return f"{draw(noise_plot(result, probe))}\n\n{noise_account(result, probe)}"
+        return noise_summary(result, probe)
+    return f"{draw(noise_plot(result, probe))}\n\n{noise_summary(result, probe)}"
 
 
-def noise_account(result: FoundNoise, probe: Probe) -> str:
+def noise_summary(result: NoiseSearchResult, probe: Probe) -> str:
     """Return the noise scale, a table of batches, and the batch and ranks that are efficient."""
     plan, estimate = probe.plan, result.whole
     items = _items(probe)

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from launcher.analysis.batch_sizes import choose, fastest_to_the_loss
+from launcher.analysis.batch_sizes import choose_size, fastest_to_the_loss
 from launcher.analysis.gradient_noise import MAX_BATCH_RATIO, items_ratio, steps_ratio
-from launcher.analysis.lr_curve import FoundLR, best_trial
+from launcher.analysis.lr_curve import LRSearchResult, best_trial
 from launcher.errors import PlanError
 from launcher.launch.signal_handler import SignalHandler
 from launcher.planning.plan import Plan
 from launcher.recipe.recipe import Recipe
 from launcher.runs.rundir import RunDir
-from launcher.tuning.batch_search import BatchSearch, FoundBatch
-from launcher.tuning.loader_search import FoundLoader, LoaderSearch
+from launcher.tuning.batch_search import BatchSearch, BatchSearchResult
+from launcher.tuning.loader_search import LoaderSearch, LoaderSearchResult
 from launcher.tuning.lr_search import find_lr, plan_range_test, try_lrs
-from launcher.tuning.noise_search import FoundNoise, find_noise, plan_noise
+from launcher.tuning.noise_search import NoiseSearchResult, find_noise, plan_noise
 from launcher.tuning.probe_run import Target
 from launcher.tuning.tuning_folder import read_result, store_result
 from launcher.tuning.tuning_result import TunedSetting, TuningListener, TuningResult
@@ -97,7 +97,7 @@ class Tuner:
     def _tuned_target(self) -> Target:
         """Return the recipe with the settings found so far."""
         values = {name: setting.value for name, setting in self._settings.items()}
-        return self._target.having("tune", **values)
+        return self._target.with_settings("tune", **values)
 
     def _set(self, name: str, value: Any, evidence: str) -> None:
         """Recommend a setting, in place of an earlier recommendation."""
@@ -108,35 +108,37 @@ class Tuner:
         result = read_result(self._run_dir, name, kind)
         if result is None:
             return store_result(self._run_dir, name, search)
-        self._listener.says(f"Using {name}.json, which an earlier run of this command measured.")
+        self._listener.on_message(
+            f"Using {name}.json, which an earlier run of this command measured."
+        )
         return result
 
-    def _find_lr(self, name: str) -> FoundLR | None:
+    def _find_lr(self, name: str) -> LRSearchResult | None:
         """Search for the learning rate; return None if it is fixed."""
         if "lr" in self._fixed_names:
             return None
         recipe, plan = self._tuned_target().plan()
-        self._listener.begins(f"learning rate at a global batch of {plan.batch_size:,} samples")
+        self._listener.on_search(f"learning rate at a global batch of {plan.batch_size:,} samples")
         if str(recipe.schedule) == "constant()" and "schedule" not in self._fixed_names:
             evidence = "lr is the peak of a schedule that decays, and constant() does not decay"
             self._set("schedule", "one_cycle()", evidence)
         target = self._tuned_target()
         test = plan_range_test(target, lowest=LOWEST_LR, highest=HIGHEST_LR, steps=self._steps)
 
-        def search(run_dir: RunDir) -> FoundLR:
+        def search(run_dir: RunDir) -> LRSearchResult:
             result = find_lr(test, run_dir, self._signals)
-            on_trial = self._listener.tried_lr
+            on_trial = self._listener.on_lr_trial
             return try_lrs(result, target, run_dir, self._signals, on_trial, steps=self._steps)
 
-        result = self._search_once(name, FoundLR, search)
-        self._listener.found_lr(result, test)
+        result = self._search_once(name, LRSearchResult, search)
+        self._listener.on_lr_result(result, test)
         best = best_trial(result.trials)
         if best is None:
             reason = result.suggestions.reason or "all short trainings diverged"
-            self._listener.says(f"No learning rate is recommended: {reason}.")
+            self._listener.on_message(f"No learning rate is recommended: {reason}.")
             return result
         lr = float(f"{best.lr:.3g}")
-        self._listener.says(f"The recommended learning rate is {lr:g}.")
+        self._listener.on_message(f"The recommended learning rate is {lr:g}.")
         self._set(
             "lr",
             lr,
@@ -147,36 +149,36 @@ class Tuner:
             self._set("lr_batch_size", plan.batch_size, "the global batch of those trainings")
         return result
 
-    def _find_noise(self) -> tuple[FoundNoise | None, float | None]:
+    def _find_noise(self) -> tuple[NoiseSearchResult | None, float | None]:
         """Measure the gradient noise; return the measurement and the noise scale in samples."""
-        self._listener.begins("gradient noise scale")
+        self._listener.on_search("gradient noise scale")
         target = self._tuned_target()
         if target.plan()[1].total_steps > self._steps:
             # The noise scale grows as the loss falls, so a short training through the whole
             # schedule represents a long one better than its first steps do.
-            target = target.having("tune", steps=self._steps)
+            target = target.with_settings("tune", steps=self._steps)
         try:
             probe = plan_noise(target)
         except PlanError as error:
-            self._listener.says(f"The noise scale cannot be measured. {error}")
+            self._listener.on_message(f"The noise scale cannot be measured. {error}")
             return None, None
         result = self._search_once(
             "noise",
-            FoundNoise,
+            NoiseSearchResult,
             lambda run_dir: find_noise(probe, run_dir, self._signals, steps=self._steps),
         )
-        self._listener.found_noise(result, probe)
+        self._listener.on_noise_result(result, probe)
         if result.latest is None:
             num_steps = len(result.measurements)
-            self._listener.says(f"The noise scale is undetermined after {num_steps} steps.")
+            self._listener.on_message(f"The noise scale is undetermined after {num_steps} steps.")
             return result, None
         # A loss may count items other than samples, such as tokens.
         samples_per_item = probe.plan.batch_size / result.measurements[0].big_items
         scale = result.latest.b_simple * samples_per_item
-        self._listener.says(f"The noise scale B_simple is {scale:,.3g} samples.")
+        self._listener.on_message(f"The noise scale B_simple is {scale:,.3g} samples.")
         return result, scale
 
-    def _find_batch(self, noise_scale: float | None) -> FoundBatch | None:
+    def _find_batch(self, noise_scale: float | None) -> BatchSearchResult | None:
         """Search for the micro-batch and, given a noise scale, for the global batch.
 
         Return None if the micro-batch size is fixed.
@@ -188,21 +190,21 @@ class Tuner:
         scale = None if self._is_batch_fixed(recipe) else noise_scale
         first = None
         if scale is None:
-            self._listener.begins("micro-batch")
+            self._listener.on_search("micro-batch")
         else:
-            self._listener.begins("batch and micro-batch")
-            target = target.having("tune", batch_size=_largest_batch(plan, scale))
+            self._listener.on_search("batch and micro-batch")
+            target = target.with_settings("tune", batch_size=_largest_batch(plan, scale))
             first = max(plan.batch_size // plan.world_size // _FIRST_SIZE_DIVISOR, 1)
         search = BatchSearch(target, memory=self._memory, first=first)
         result = self._search_once(
             "batch",
-            FoundBatch,
-            lambda run_dir: search.run(run_dir, self._signals, self._listener.tried),
+            BatchSearchResult,
+            lambda run_dir: search.run(run_dir, self._signals, self._listener.on_size_trial),
         )
-        self._listener.found_batch(result, search.plan)
-        chosen = choose(result.trials)
+        self._listener.on_batch_result(result, search.plan)
+        chosen = choose_size(result.trials)
         if chosen is None:
-            self._listener.says("Not one sample fits into the memory of a rank.")
+            self._listener.on_message("Not one sample fits into the memory of a rank.")
             return result
         if scale is not None:
             chosen = fastest_to_the_loss(
@@ -230,7 +232,7 @@ class Tuner:
         if after == before:
             return
         steps, items = steps_ratio(before, after, scale), items_ratio(before, after, scale)
-        self._listener.says(
+        self._listener.on_message(
             f"The recommended global batch has {after:,} samples instead of {before:,}."
         )
         is_per_gpu = recipe.batch_size_per_gpu is not None
@@ -250,18 +252,18 @@ class Tuner:
             num_steps = max(round(recipe.steps * steps), 1)
             self._set("steps", num_steps, f"{recipe.steps:,} x {steps:.2f}, for the same loss")
 
-    def _find_loader(self) -> FoundLoader | None:
+    def _find_loader(self) -> LoaderSearchResult | None:
         """Search for the DataLoader settings; return None if the number of workers is fixed."""
         if "num_workers" in self._fixed_names:
             return None
-        self._listener.begins("DataLoader workers")
+        self._listener.on_search("DataLoader workers")
         search = LoaderSearch(self._tuned_target(), seconds=self._seconds)
         result = self._search_once(
             "loader",
-            FoundLoader,
-            lambda run_dir: search.run(run_dir, self._signals, self._listener.read),
+            LoaderSearchResult,
+            lambda run_dir: search.run(run_dir, self._signals, self._listener.on_loader_trial),
         )
-        self._listener.found_loader(result, search.plan)
+        self._listener.on_loader_result(result, search.plan)
         planned = next(reading for reading in result.readings if reading.workers == result.planned)
         evidence = (
             f"{result.best.samples_per_second:,.0f} samples/s, and "

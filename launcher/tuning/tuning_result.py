@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from launcher.analysis.batch_sizes import SizeTrial
-from launcher.analysis.lr_curve import FoundLR, LRTrial
+from launcher.analysis.lr_curve import LRSearchResult, LRTrial
 from launcher.planning.plan import Plan
-from launcher.tuning.batch_search import FoundBatch
-from launcher.tuning.loader_search import FoundLoader, LoaderTrial
-from launcher.tuning.noise_search import FoundNoise
+from launcher.tuning.batch_search import BatchSearchResult
+from launcher.tuning.loader_search import LoaderSearchResult, LoaderTrial
+from launcher.tuning.noise_search import NoiseSearchResult
 from launcher.tuning.probe_run import Probe
 
 
@@ -35,54 +35,54 @@ class TuningResult:
     settings: tuple[TunedSetting, ...]
     """The recommended settings, in the order in which they were found."""
 
-    lr_searches: tuple[FoundLR, ...]
+    lr_searches: tuple[LRSearchResult, ...]
     """The searches for a learning rate: one, and another if the global batch changed. Empty if
     the learning rate was given."""
 
-    noise: FoundNoise | None
+    noise: NoiseSearchResult | None
     """The measurement of the gradient noise; None if it cannot be measured on these ranks."""
 
     noise_scale: float | None
     """B_simple in samples; None if it is undetermined."""
 
-    batch: FoundBatch | None
+    batch: BatchSearchResult | None
     """The search for the batch and micro-batch; None if the micro-batch size was given."""
 
-    loader: FoundLoader | None
+    loader: LoaderSearchResult | None
     """The search for DataLoader workers; None if their number was given."""
 
     @property
     def values(self) -> dict[str, Any]:
-        """The recommended values by name, such as `Target.having` takes."""
+        """The recommended values by name, such as `Target.with_settings` takes."""
         return {setting.name: setting.value for setting in self.settings}
 
 
 class TuningListener(Protocol):
     """An object that is called with everything that a tuning does and finds."""
 
-    def begins(self, what: str) -> None:
+    def on_search(self, what: str) -> None:
         """Called when a search starts, with what it searches for."""
 
-    def says(self, text: str) -> None:
+    def on_message(self, text: str) -> None:
         """Called with a sentence about the present search."""
 
-    def tried_lr(self, trial: LRTrial) -> None:
+    def on_lr_trial(self, trial: LRTrial) -> None:
         """Called after each short training."""
 
-    def tried(self, trial: SizeTrial) -> None:
+    def on_size_trial(self, trial: SizeTrial) -> None:
         """Called after each trial of a micro-batch size."""
 
-    def read(self, reading: LoaderTrial) -> None:
+    def on_loader_trial(self, reading: LoaderTrial) -> None:
         """Called after each measurement with a number of workers."""
 
-    def found_lr(self, result: FoundLR, test: Probe) -> None:
+    def on_lr_result(self, result: LRSearchResult, test: Probe) -> None:
         """Called with the result of a search for a learning rate and its range test."""
 
-    def found_noise(self, result: FoundNoise, probe: Probe) -> None:
+    def on_noise_result(self, result: NoiseSearchResult, probe: Probe) -> None:
         """Called with the measured gradient noise and the training in which it was measured."""
 
-    def found_batch(self, result: FoundBatch, plan: Plan) -> None:
+    def on_batch_result(self, result: BatchSearchResult, plan: Plan) -> None:
         """Called with the result of a search for a batch and the plan that it used."""
 
-    def found_loader(self, result: FoundLoader, plan: Plan) -> None:
+    def on_loader_result(self, result: LoaderSearchResult, plan: Plan) -> None:
         """Called with the result of a search for DataLoader workers and the plan that it used."""

@@ -23,7 +23,8 @@ from pathlib import Path
 
 import pytest
 from browser import browser, look, needs_browser
-from local import Cluster, ClusterError, make_cluster
+from local import Cluster, make_cluster
+from local_configuration import ClusterError
 from support import BIN, ROOT, Commands, fail_on_leftovers
 
 DOCS = ROOT / "docs"

@@ -27,7 +27,7 @@ from launcher.analysis.scaling_model import (
 from launcher.environment.machine import Machine
 from launcher.recipes.digits import digits
 from launcher.slurm.site import Site, read_site
-from launcher.tuning.estimate import EstimateInputs, estimate_scaling, facts_of
+from launcher.tuning.estimate import EstimateInputs, estimate_inputs, estimate_scaling
 from launcher.tuning.measurements import Measurements
 
 FAST, SLOW = Link(seconds=5e-6, bytes_per_second=100e9), Link(seconds=2e-5, bytes_per_second=10e9)
@@ -228,7 +228,7 @@ def test_the_table_ends_at_the_batch_size(measured: Commands) -> None:
         4,
         2,
         Measurements(micro_steps=((4, 0.1),), num_trained=1000, data_wait=0.0),
-        facts_of(Site(), "cuda"),
+        estimate_inputs(Site(), "cuda"),
     )
     assert [(row.nodes, row.nproc_per_node) for row in estimate.rows] == [(1, 1), (1, 2), (2, 2)]
     assert estimate.refusal is not None
@@ -274,7 +274,7 @@ def test_a_result_without_the_number_of_weights_is_refused(measured: Commands) -
 
 def test_a_site_profile_sets_the_inputs() -> None:
     """The values of the example profile are the inputs of an estimate."""
-    facts = facts_of(read_site(ROOT / "slurm/example.yaml"), "cuda")
+    facts = estimate_inputs(read_site(ROOT / "slurm/example.yaml"), "cuda")
     assert facts.network.between == Link(seconds=15e-6, bytes_per_second=50e9)
     assert facts.network.inside == Link(seconds=8e-6, bytes_per_second=250e9)
     assert (facts.restart_seconds, facts.price_per_hour) == (300.0, 2.5)

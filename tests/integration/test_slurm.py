@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from local import Cluster, ClusterError, make_cluster
+from local import Cluster, make_cluster
+from local_configuration import ClusterError
 from support import ROOT, Commands, fail_on_leftovers, read_lines
 
 from launcher.engine.probes.parity import compare, read_trace

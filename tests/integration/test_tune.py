@@ -125,7 +125,14 @@ def test_a_tuner_returns_values(module_run: Commands, capfd: pytest.CaptureFixtu
     assert result.loader is not None
     assert result.values["num_workers"] == result.loader.best.workers
     assert set(recorder.calls) == {
-        *("begins", "says", "found_lr", "found_noise", "found_batch", "found_loader")
+        *(
+            "on_search",
+            "on_message",
+            "on_lr_result",
+            "on_noise_result",
+            "on_batch_result",
+            "on_loader_result",
+        )
     }
     assert capfd.readouterr() == ("", "")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.analysis.batch_sizes import SizeTrial, choose, next_size
+from launcher.analysis.batch_sizes import SizeTrial, choose_size, next_size
 from launcher.planning.global_batch import ceil_div
 
 
@@ -34,7 +34,7 @@ def test_the_largest_size_that_fits_is_found(share: int, fraction: float) -> Non
 def test_the_search_ends_when_one_sample_does_not_fit() -> None:
     """If not one sample fits, the search ends at size 1 and chooses nothing."""
     assert [trial.size for trial in search(64, 0)] == [8, 2, 1]
-    assert choose(search(64, 0)) is None
+    assert choose_size(search(64, 0)) is None
 
 
 def test_the_smallest_of_the_fast_sizes_is_chosen() -> None:
@@ -43,6 +43,6 @@ def test_the_smallest_of_the_fast_sizes_is_chosen() -> None:
     trials = [
         SizeTrial(size=size, fits=True, samples_per_second=rate) for size, rate in rates.items()
     ]
-    chosen = choose([*trials, SizeTrial(size=32, fits=False)])
+    chosen = choose_size([*trials, SizeTrial(size=32, fits=False)])
     assert chosen is not None
     assert chosen.size == 4

@@ -47,10 +47,10 @@ def command(
     launcher find batch digits
     launcher find batch digits -n 2 --memory 2GiB strategy=zero2
     """
-    from launcher.analysis.batch_sizes import choose
+    from launcher.analysis.batch_sizes import choose_size
     from launcher.runs.rundir import create_run_dir
     from launcher.tuning.batch_search import BatchSearch, cache_path, read_cache, write_cache
-    from launcher.tuning.summaries import batch_text, trial_text
+    from launcher.tuning.summaries import batch_text, size_trial_text
 
     search = BatchSearch(target, memory=memory)
     cached = cache_path(target, search)
@@ -60,10 +60,10 @@ def command(
     else:
         run_dir = create_run_dir(out, f"find-batch-{search.plan.recipe}")
         found = search.run(
-            run_dir, signals, lambda trial: click.echo(trial_text(trial), err=as_json)
+            run_dir, signals, lambda trial: click.echo(size_trial_text(trial), err=as_json)
         )
         write_cache(cached, found)
-    chosen = choose(found.trials)
+    chosen = choose_size(found.trials)
     if as_json:
         settings = {} if chosen is None else {"micro_batch_size": chosen.size}
         click.echo(json.dumps({**asdict(found), "settings": settings}))

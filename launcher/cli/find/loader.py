@@ -51,12 +51,12 @@ def command(
     """
     from launcher.runs.rundir import create_run_dir
     from launcher.tuning.loader_search import LoaderSearch
-    from launcher.tuning.summaries import loader_text, reading_text
+    from launcher.tuning.summaries import loader_text, loader_trial_text
 
     search = LoaderSearch(target, seconds=seconds)
     run_dir = create_run_dir(out, f"find-loader-{search.plan.recipe}")
     found = search.run(
-        run_dir, signals, lambda reading: click.echo(reading_text(reading), err=as_json)
+        run_dir, signals, lambda reading: click.echo(loader_trial_text(reading), err=as_json)
     )
     if as_json:
         click.echo(json.dumps(asdict(found)))

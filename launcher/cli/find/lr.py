@@ -90,7 +90,7 @@ def command(
     from launcher.analysis.lr_curve import LRTrial, best_trial
     from launcher.console.plots import has_images, write_png
     from launcher.runs.rundir import create_run_dir
-    from launcher.tuning.lr_search import find_lr, plan_range_test, stated, try_lrs
+    from launcher.tuning.lr_search import find_lr, plan_range_test, recipe_lr_settings, try_lrs
     from launcher.tuning.summaries import lr_plot, lr_text, lr_trial_text
 
     if lowest >= highest:
@@ -108,7 +108,7 @@ def command(
         found = try_lrs(found, target, run_dir, signals, report, steps=steps)
         best = best_trial(found.trials)
         chosen = None if best is None else best.lr
-    settings = {} if chosen is None else stated(chosen, test.plan.batch_size, planned)
+    settings = {} if chosen is None else recipe_lr_settings(chosen, test.plan.batch_size, planned)
     if as_json:
         values = {"batch_size": test.plan.batch_size, "settings": settings, **asdict(found)}
         click.echo(json.dumps(values))

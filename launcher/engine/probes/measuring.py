@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from launcher.analysis.batch_sizes import MARGIN
+from launcher.analysis.batch_sizes import MEMORY_MARGIN
 from launcher.analysis.gradient_noise import Measurement
 from launcher.analysis.lr_curve import Divergence, LossCurve
 from launcher.console.progress import Progress
@@ -306,7 +306,7 @@ def limit_memory(device: torch.device, num_bytes: int | None) -> None:
     """
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        fraction = 1 - MARGIN if num_bytes is None else min(num_bytes / total, 1.0)
+        fraction = 1 - MEMORY_MARGIN if num_bytes is None else min(num_bytes / total, 1.0)
         torch.cuda.set_per_process_memory_fraction(fraction, device)
     elif num_bytes is not None:
         _, hard_limit = resource.getrlimit(resource.RLIMIT_DATA)
