@@ -1,4 +1,4 @@
-"""What forward writes is the same on every rank, or the run is refused by name before step 1."""
+"""Tests that buffers and weights written in forward are equal on all ranks, or are refused."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ WRITING = f"{ROOT / 'tests/recipes/writing.py'}:writing"
         (["model=teacher", "strategy=fsdp"], "teacher.bias"),
     ],
 )
-def test_what_differs_between_ranks_is_refused(
+def test_writes_that_differ_between_ranks_are_refused(
     run: Commands, settings: list[str], named: str
 ) -> None:
-    """The first step is not taken, and the buffer or the weight is named."""
+    """A run whose ranks write different values fails before step 1 and names the tensor."""
     done = run("launcher", "run", WRITING, "-n", "2", "-q", "--out", "out", *settings)
     assert done.exit_code == 2, done.stderr
     assert named in done.stderr
@@ -40,7 +40,7 @@ def test_what_differs_between_ranks_is_refused(
 def test_writes_to_the_data_of_weights_are_refused(
     run: Commands, strategy: str, exit_code: int
 ) -> None:
-    """What no version counter shows is found when it changes a bit, at the latest in step 2."""
+    """A write through `.data`, which no version counter shows, is detected by step 2."""
     done = run(
         *("launcher", "run", WRITING, "-n", "2", "-q", "--out", "out", "model=clamped"),
         f"strategy={strategy}",
@@ -60,27 +60,29 @@ def test_writes_to_the_data_of_weights_are_refused(
         ["model=queue", "rank_buffers=broadcast"],
     ],
 )
-def test_what_is_the_same_on_all_ranks_is_trained(run: Commands, settings: list[str]) -> None:
-    """Counters, spectral norms, teachers and what is brought together go their way."""
+def test_writes_that_are_equal_on_all_ranks_are_accepted(
+    run: Commands, settings: list[str]
+) -> None:
+    """Counters, spectral norms, teachers and synchronised buffers do not stop a run."""
     done = run("launcher", "run", WRITING, "-n", "2", "-q", "--out", "out", *settings)
     assert done.exit_code == 0, done.stderr
 
 
-def test_broadcast_buffers_are_those_of_the_first_rank(run: Commands) -> None:
-    """Infinities and large whole numbers of rank 0 reach all ranks as they are."""
+def test_broadcast_buffers_are_exact(run: Commands) -> None:
+    """rank_buffers=broadcast keeps infinities and integers above 2**53 of rank 0 exact."""
     done = run(
         *("launcher", "run", WRITING, "-n", "2", "-q", "--out", "out", "model=minima"),
         "rank_buffers=broadcast",
     )
     assert done.exit_code == 0, done.stderr
-    found = read_weights(run.folder / "out")
-    assert found["least"][8] == torch.inf
-    assert not found["least"].isnan().any()
-    assert found["largest"].abs() > 2**53
+    weights = read_weights(run.folder / "out")
+    assert weights["least"][8] == torch.inf
+    assert not weights["least"].isnan().any()
+    assert weights["largest"].abs() > 2**53
 
 
-def test_averaged_buffers_are_those_of_one_rank(run: Commands) -> None:
-    """The mean of the ranks' running means is the running mean of the whole batch."""
+def test_averaged_buffers_equal_those_of_one_rank(run: Commands) -> None:
+    """With rank_buffers=average, a running mean on two ranks equals that on one rank."""
     arguments = ("launcher", "run", WRITING, "-q", "rank_buffers=average")
     for ranks in ("1", "2"):
         done = run(*arguments, "-n", ranks, "--out", f"on{ranks}")
@@ -93,18 +95,18 @@ def test_averaged_buffers_are_those_of_one_rank(run: Commands) -> None:
 @pytest.mark.parametrize(
     ("model", "check", "named"), [("mean", "buffers", "mean"), ("max_norm", "weights", "words")]
 )
-def test_check_names_it(run: Commands, model: str, check: str, named: str) -> None:
-    """`launcher check` warns of it, and does not take it for randomness."""
+def test_check_names_written_tensors(run: Commands, model: str, check: str, named: str) -> None:
+    """`launcher check` warns of a written tensor by name, and does not report randomness."""
     done = run("launcher", "check", WRITING, f"model={model}", "--json")
     assert done.exit_code == 0, done.stderr
-    findings = {each["check"]: each for each in json.loads(done.stdout)["findings"]}
+    findings = {finding["check"]: finding for finding in json.loads(done.stdout)["findings"]}
     assert findings[check]["level"] == "warning"
     assert named in findings[check]["found"]
     assert "randomness" not in findings
 
 
-def test_prove_names_it(run: Commands) -> None:
-    """`launcher prove` gives the buffer as a cause where the steps differ."""
+def test_prove_names_a_written_buffer(run: Commands) -> None:
+    """`launcher prove` names a written buffer as the cause of different steps."""
     done = run(
         *("launcher", "prove", WRITING, "model=mean", "rank_buffers=broadcast", "--steps", "3"),
         *("--worlds", "1,2", "--strategies", "ddp"),

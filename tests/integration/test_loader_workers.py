@@ -1,4 +1,4 @@
-"""DataLoader workers: files that they share, what they can send, how they start."""
+"""Tests of DataLoader workers: shared files, batches that cannot be sent, and start methods."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def packed(run: Commands) -> Commands:
-    """Return what runs commands where the recipe is."""
+    """Return a function that runs commands in a folder with the recipe."""
     (run.folder / "packed.py").write_text(RECIPE)
     return run
 
@@ -106,7 +106,7 @@ def losses_of(folder: Path) -> list[float]:
 
 
 def test_a_shared_file_is_refused(packed: Commands) -> None:
-    """Workers that are forked share the position of an open file; `check` says so as well."""
+    """`run` and `check` refuse data that reads through a file that forked workers share."""
     done = packed("launcher", "run", "packed.py", "-n", "1", "--out", "out")
     assert done.exit_code == 2, done.stdout
     assert str(packed.folder / "packed.bin") in done.stderr
@@ -123,15 +123,15 @@ def test_a_shared_file_is_refused(packed: Commands) -> None:
     "settings",
     [("num_workers=0",), ("num_workers=1",), ("kind=lazy",), ("kind=model",)],
 )
-def test_other_files_are_no_reason_to_refuse(packed: Commands, settings: tuple[str, ...]) -> None:
-    """One reader, a file that each worker opens, one that the model reads, and a log."""
+def test_other_open_files_are_accepted(packed: Commands, settings: tuple[str, ...]) -> None:
+    """Files with one reader, opened by each worker, read by the model or written are accepted."""
     done = packed("launcher", "run", "packed.py", "-n", "1", *settings, "--out", "out")
     assert done.exit_code == 0, done.stderr
     assert len(losses_of(packed.folder / "out")) == 6
 
 
-def test_spawned_workers_open_their_own(packed: Commands) -> None:
-    """Each worker calls data() itself, so that the samples are those of one process."""
+def test_spawned_workers_open_their_own_files(packed: Commands) -> None:
+    """Spawned workers call data() themselves, so losses equal those of one process."""
     done = packed("launcher", "run", "packed.py", "-n", "1", "num_workers=0", "--out", "one")
     assert done.exit_code == 0, done.stderr
     done = packed("python", "packed.py", "worker_start=spawn", "--out", "two")
@@ -142,7 +142,7 @@ def test_spawned_workers_open_their_own(packed: Commands) -> None:
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_batch_that_cannot_be_sent_ends_the_run(packed: Commands, method: str) -> None:
-    """At once, with the type; without workers it trains."""
+    """A batch that cannot be pickled ends the run with its type; without workers it trains."""
     command = ("launcher", "run", "packed.py", "-n", "1", "kind=local", f"worker_start={method}")
     done = packed(*command, "num_workers=1", "--out", "out")
     assert done.exit_code == 1, done.stdout
@@ -153,7 +153,7 @@ def test_a_batch_that_cannot_be_sent_ends_the_run(packed: Commands, method: str)
 
 
 def test_a_long_temporary_folder_is_refused(packed: Commands) -> None:
-    """The sockets of workers have no room for its name; without workers it trains."""
+    """A temporary folder whose path is too long for sockets is refused if there are workers."""
     folder = packed.folder / ("a" * 60) / ("b" * 60)
     folder.mkdir(parents=True)
     command = ("launcher", "run", "packed.py", "-n", "1", "kind=lazy", "--out")
@@ -165,7 +165,7 @@ def test_a_long_temporary_folder_is_refused(packed: Commands) -> None:
 
 
 def test_a_failing_collate_names_the_samples(packed: Commands) -> None:
-    """As the data set does."""
+    """An exception in the collate function is reported with the samples of the batch."""
     done = packed(
         *("launcher", "run", "packed.py", "-n", "1", "kind=raises", "num_workers=0"),
         *("--out", "out"),
@@ -176,7 +176,7 @@ def test_a_failing_collate_names_the_samples(packed: Commands) -> None:
 
 
 def numbers() -> Any:
-    """Yield a number."""
+    """Yield one number, as a generator that cannot be pickled."""
     yield 1
 
 
@@ -188,21 +188,21 @@ def unsendable() -> list[Any]:
         x: int
 
     with_gradient = torch.ones(2, requires_grad=True) * 2
-    pair = namedtuple("pair", "x")  # made where pickle does not find it
+    pair = namedtuple("pair", "x")  # pickle cannot find a type defined in a function
     return [Local(1), pair(2), threading.Lock(), numbers(), lambda: 1, {"x": [with_gradient]}]
 
 
-@pytest.mark.parametrize("number", range(6))
-def test_what_cannot_be_sent_is_named(number: int) -> None:
-    """A batch that pickle refuses is refused with its type."""
-    batch = unsendable()[number]
+@pytest.mark.parametrize("index", range(6))
+def test_an_unsendable_batch_is_refused_with_its_type(index: int) -> None:
+    """A batch that cannot be pickled raises a SampleError that names its type."""
+    batch = unsendable()[index]
     with pytest.raises(SampleError) as caught:
         check_sendable(batch, "train")
     assert type(batch).__name__ in str(caught.value)
 
 
-def test_trying_to_send_leaves_nothing() -> None:
-    """No tensor is moved to shared memory, and no file is opened."""
+def test_the_check_has_no_side_effects() -> None:
+    """Checking a batch moves no tensor to shared memory, opens no file and starts no thread."""
     tensor = torch.ones(1000)
     before = open_files(), threading.active_count()
     check_sendable({"x": [tensor, tensor[:3]], "y": ("text", 1, None)}, "train")
@@ -210,8 +210,8 @@ def test_trying_to_send_leaves_nothing() -> None:
     assert not tensor.is_shared()  # type: ignore[no-untyped-call]
 
 
-def test_a_hang_in_the_first_samples_is_ended(packed: Commands) -> None:
-    """The ranks are watched from the first sample on, and the workers are named."""
+def test_a_hang_in_the_first_samples_ends_the_run(packed: Commands) -> None:
+    """The watchdog ends a run that hangs in the first samples and reports that it reads data."""
     recipe = packed.folder / "packed.py"
     text = RECIPE.replace(
         "            if self.file is None:",

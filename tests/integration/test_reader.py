@@ -1,4 +1,4 @@
-"""Reading samples: randomness, fast paths, errors."""
+"""Tests of the reader: random state, fast paths and errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from recipes.digits import digits
 
 
 def reader(train: Any, **changes: Any) -> Reader:
-    """Return a reader of `train`."""
+    """Return a reader of the data set `train`, for a recipe with the fields in `changes`."""
     fields: dict[str, Any] = {
         "name": "some",
         "model": lambda: None,
@@ -37,10 +37,10 @@ def reader(train: Any, **changes: Any) -> Reader:
 
 
 def read(train: Any, *indices: int, epoch: int = 0, **changes: Any) -> MicroBatch:
-    """Return the answer to a request for training samples."""
-    answer = reader(train, **changes)[request(*indices, epoch=epoch)]
-    assert isinstance(answer, MicroBatch)
-    return answer
+    """Return the micro-batch of the training samples with `indices`."""
+    micro_batch = reader(train, **changes)[request(*indices, epoch=epoch)]
+    assert isinstance(micro_batch, MicroBatch)
+    return micro_batch
 
 
 def request(*indices: int, epoch: int = 0, counts: bool = True) -> MicroBatchRequest:
@@ -49,7 +49,7 @@ def request(*indices: int, epoch: int = 0, counts: bool = True) -> MicroBatchReq
 
 
 class Drawn:
-    """Samples that are nothing but random numbers, of three generators."""
+    """Samples of random numbers from the three global generators."""
 
     def __len__(self) -> int:
         return 100
@@ -60,14 +60,14 @@ class Drawn:
 
 
 class DrawnTogether(Drawn):
-    """The same, also read in batches, from one stream of numbers."""
+    """Random samples whose `__getitems__` draws from one stream for the whole batch."""
 
     def __getitems__(self, indices: list[int]) -> list[Tensor]:
         return [self[index] for index in indices]
 
 
 class ReadTogether(Drawn):
-    """Samples without randomness, read in batches."""
+    """Samples without randomness that can be read only by `__getitems__`."""
 
     def __getitems__(self, indices: list[int]) -> list[Tensor]:
         return [torch.tensor(index) for index in indices]
@@ -77,50 +77,51 @@ class ReadTogether(Drawn):
 
 
 @pytest.mark.parametrize("train", [Drawn(), DrawnTogether()])
-def test_random_numbers_belong_to_the_sample(train: Drawn) -> None:
-    """A sample is the same in any micro-batch, and another in another epoch."""
-    together = read(train, 3, 4, 5).batch
-    assert torch.equal(read(train, 5, 3).batch, together[[2, 0]])
-    assert not torch.equal(read(train, 3, epoch=1).batch, together[:1])
-    assert len(set(together[:, 1].tolist())) == 3
+def test_random_numbers_depend_on_sample_and_epoch_alone(train: Drawn) -> None:
+    """A sample draws the same numbers in any micro-batch, and others in another epoch."""
+    batch = read(train, 3, 4, 5).batch
+    assert torch.equal(read(train, 5, 3).batch, batch[[2, 0]])
+    assert not torch.equal(read(train, 3, epoch=1).batch, batch[:1])
+    assert len(set(batch[:, 1].tolist())) == 3
 
 
 @pytest.mark.parametrize("train", [Drawn(), DrawnTogether(), ReadTogether()])
-def test_reading_leaves_the_generators_alone(train: Drawn) -> None:
-    """The model's own random numbers do not depend on what was read in between."""
-    before = Generators()
+def test_reading_restores_the_global_generators(train: Drawn) -> None:
+    """Reading samples does not change the state of the global generators."""
+    generators = Generators()
     reader(train)[request(1, 2, 3)]
-    assert before.are_untouched()
+    assert generators.are_untouched()
 
 
 def test_a_batched_data_set_is_read_in_batches() -> None:
-    """__getitems__ is used where it draws nothing."""
+    """`__getitems__` is used if it draws no random numbers."""
     assert read(ReadTogether(), 7, 8).batch.tolist() == [7, 8]
 
 
-def test_a_tensor_data_set_collates_as_ever() -> None:
-    """Slicing a TensorDataset gives what collating its samples would, types included."""
+def test_a_tensor_data_set_is_sliced_as_it_would_be_collated() -> None:
+    """Slicing a TensorDataset gives the tensors and types of collating its samples."""
     data = TensorDataset(torch.arange(20).reshape(10, 2), torch.arange(10))
     sliced = read(data, 3, 1).batch
     collated = torch.utils.data.default_collate([data[3], data[1]])
     assert type(sliced) is type(collated)
-    assert all(torch.equal(own, other) for own, other in zip(sliced, collated, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(sliced, collated, strict=True))
 
 
 def test_items_are_counted() -> None:
-    """Samples count as items unless the recipe counts otherwise; a ghost counts nothing."""
+    """Items are samples, or what the recipe counts; a micro-batch of weight 0 has none."""
     data = TensorDataset(torch.arange(10))
     assert read(data, 1, 2).items == 2
-    counting = reader(data, count=lambda batch: int(batch[0].sum()))
+    counting_reader = reader(data, count=lambda batch: int(batch[0].sum()))
     for counts, items in ((True, 3), (False, 0)):
-        asked = request(1, 2, counts=counts)
-        answer = counting[asked]
-        assert isinstance(answer, MicroBatch)
-        assert (answer.request, answer.counts, answer.items) == (asked, counts, items)
+        counting_request = request(1, 2, counts=counts)
+        micro_batch = counting_reader[counting_request]
+        assert isinstance(micro_batch, MicroBatch)
+        assert micro_batch.request == counting_request
+        assert (micro_batch.counts, micro_batch.items) == (counts, items)
 
 
 def test_a_failing_sample_is_named() -> None:
-    """The error has the sample's number, what was raised, and where."""
+    """An exception in a data set is reported with the sample, the exception and its traceback."""
 
     class Broken(Drawn):
         def __getitem__(self, index: int) -> Tensor:
@@ -128,73 +129,73 @@ def test_a_failing_sample_is_named() -> None:
                 raise OSError("truncated file")
             return torch.zeros(1)
 
-    answer = reader(Broken())[request(3, 4)]
-    assert isinstance(answer, SampleError)
-    assert "raised OSError for sample 4 (epoch 0): truncated file" in str(answer)
-    assert "test_reader.py" in str(answer)
+    result = reader(Broken())[request(3, 4)]
+    assert isinstance(result, SampleError)
+    assert "raised OSError for sample 4 (epoch 0): truncated file" in str(result)
+    assert "test_reader.py" in str(result)
 
 
 def test_a_failing_collate_names_its_samples() -> None:
-    """As a failing sample is named; so does a failing count."""
+    """Exceptions in the collate and count functions are reported with the samples."""
 
-    def raising(_: Any) -> Any:
+    def fail(_: Any) -> Any:
         raise KeyError("mask")
 
-    collating = Reader(digits(), Data(train=Drawn(), collate=raising))
-    for answer in (collating[request(3, 4)], reader(Drawn(), count=raising)[request(3, 4)]):
-        assert isinstance(answer, SampleError)
-        assert "raised KeyError for sample 3, 4 (epoch 0)" in str(answer)
+    collating_reader = Reader(digits(), Data(train=Drawn(), collate=fail))
+    for result in (collating_reader[request(3, 4)], reader(Drawn(), count=fail)[request(3, 4)]):
+        assert isinstance(result, SampleError)
+        assert "raised KeyError for sample 3, 4 (epoch 0)" in str(result)
 
 
 def test_a_trial_describes_its_samples() -> None:
-    """By their numbers, before they are collated; other requests describe nothing."""
-    asked = MicroBatchRequest("train", 0, [7, 2], counts=False, trial=True)
+    """A trial request describes each sample by its index; other requests describe none."""
+    trial = MicroBatchRequest("train", 0, [7, 2], counts=False, trial=True)
     for data in (TensorDataset(torch.arange(10)), ReadTogether(), [(i,) for i in range(10)]):
-        answer = reader(data)[asked]
-        assert isinstance(answer, MicroBatch)
-        assert answer.samples is not None
-        assert list(answer.samples) == ["7", "2"]
-        assert answer.samples["7"] != answer.samples["2"]
+        micro_batch = reader(data)[trial]
+        assert isinstance(micro_batch, MicroBatch)
+        assert micro_batch.samples is not None
+        assert list(micro_batch.samples) == ["7", "2"]
+        assert micro_batch.samples["7"] != micro_batch.samples["2"]
     assert read(ReadTogether(), 7, 2).samples is None
 
 
-def test_a_spawned_worker_makes_the_data_anew() -> None:
-    """What is sent to it is where the recipe comes from; the samples are the same."""
+def test_a_spawned_worker_creates_the_data_itself() -> None:
+    """A pickled reader contains only the recipe's location, and reads the same samples."""
     source = RecipeSource(recipe=f"{ROOT}/recipes/digits.py:digits")
     recipe = source.build()
-    own = Reader(recipe, recipe.data(), source)
-    sent = pickle.dumps(own)
-    assert len(sent) < 1000
-    answers = own[request(3, 4)], pickle.loads(sent)[request(3, 4)]
-    assert same(*(checked(answer).batch for answer in answers))
+    rank_reader = Reader(recipe, recipe.data(), source)
+    pickled = pickle.dumps(rank_reader)
+    assert len(pickled) < 1000
+    results = rank_reader[request(3, 4)], pickle.loads(pickled)[request(3, 4)]
+    assert same(*(checked(result).batch for result in results))
 
 
-def test_a_spawned_worker_tells_what_it_lacks() -> None:
-    """As an answer, because an error while it starts would be a hang or a death."""
+def test_a_spawned_worker_returns_errors_of_the_data_function() -> None:
+    """A reader that cannot create its data returns the error, so that the worker survives."""
     with pytest.raises(RecipeError, match="worker_start=fork"):
         reader(Drawn()).check_start("spawn")
     recipe = digits()
-    for location, data, words in (
+    for location, data, fragment in (
         (f"{ROOT}/recipes/missing.py:digits", recipe.data(), "missing.py"),
         (f"{ROOT}/recipes/digits.py:digits", Data(train=Drawn()), "100 and 0"),
     ):
-        own = Reader(recipe, data, RecipeSource(recipe=location))
-        answer = pickle.loads(pickle.dumps(own))[request(1)]
-        assert isinstance(answer, RecipeError)
-        assert words in str(answer)
+        rank_reader = Reader(recipe, data, RecipeSource(recipe=location))
+        result = pickle.loads(pickle.dumps(rank_reader))[request(1)]
+        assert isinstance(result, RecipeError)
+        assert fragment in str(result)
 
 
 @pytest.mark.parametrize(
-    ("data", "message"),
+    ("data", "fragment"),
     [
-        ([], "is empty"),
-        ({"a": [1], "b": [2]}, "keys 'a', 'b'"),
-        (iter([1]), "no __getitem__"),
+        ([], "empty"),
+        ({"a": [1], "b": [2]}, "'a', 'b'"),
+        (iter([1]), "__getitem__"),
         (None, "NoneType"),
     ],
 )
-def test_data_that_cannot_be_shared_is_refused(data: Any, message: str) -> None:
-    """Empty data and data without a length or index are refused by name."""
+def test_data_that_cannot_be_divided_is_refused(data: Any, fragment: str) -> None:
+    """Empty data and data without a length or an index raise RecipeError with the cause."""
     with pytest.raises(RecipeError) as caught:
         sample_count(data, "train")
-    assert message in str(caught.value)
+    assert fragment in str(caught.value)

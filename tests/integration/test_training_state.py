@@ -1,4 +1,4 @@
-"""A checkpoint holds all that later steps depend on, or the run is refused after one step."""
+"""Tests that a checkpoint holds all state, or the run is refused after one step at the latest."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ STATEFUL = f"{ROOT / 'tests/recipes/stateful.py'}:stateful"
 WORLDS = f"{ROOT / 'tests/recipes/worlds.py'}:worlds"
 
 
-def test_every_kind_of_state_goes_on(run: Commands) -> None:
-    """A run resumed after 4 and after 5 of 6 steps ends with the bits of one that never stopped."""
+def test_every_kind_of_state_is_resumed(run: Commands) -> None:
+    """A run resumed after 4 and 5 of 6 steps is bitwise equal to an uninterrupted run."""
     for folder, steps in (("whole", 6), ("halves", 4)):
         done = run("launcher", "run", STATEFUL, "-n", "2", "-q", f"steps={steps}", "--out", folder)
         assert done.exit_code == 0, done.stderr
@@ -50,10 +50,10 @@ def test_every_kind_of_state_goes_on(run: Commands) -> None:
         (["model=sparse", "optimizer=sgd"], 2, "mask"),
     ],
 )
-def test_what_cannot_be_kept_is_refused_at_once(
+def test_state_that_a_checkpoint_cannot_hold_is_refused(
     run: Commands, settings: list[str], exit_code: int, named: str
 ) -> None:
-    """It is named after the first step at the latest; exit code 2 means that none was taken."""
+    """The error names the state after at most one step; exit code 2 means before the first step."""
     done = run("launcher", "run", STATEFUL, "-n", "1", "-q", "--out", "out", *settings)
     assert done.exit_code == exit_code, done.stderr
     assert named in done.stderr
@@ -62,8 +62,8 @@ def test_what_cannot_be_kept_is_refused_at_once(
     assert len(read_lines(metrics) if metrics.exists() else []) <= 1
 
 
-def adam_after(change: Callable[[torch.optim.Optimizer, nn.Module], object]) -> Any:
-    """Return a model and its optimizer, which has taken a step and was changed."""
+def changed_adam(change: Callable[[torch.optim.Optimizer, nn.Module], object]) -> Any:
+    """Return a model and its optimizer after a step and a call of `change`."""
     model = nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(1, 2)).sum().backward()
@@ -72,20 +72,20 @@ def adam_after(change: Callable[[torch.optim.Optimizer, nn.Module], object]) -> 
     return model, optimizer
 
 
-def test_ordinary_optimizers_are_kept() -> None:
-    """What torch's own optimizers keep is all saved."""
-    model, optimizer = adam_after(lambda *_: None)
+def test_the_state_of_torchs_optimizers_is_accepted() -> None:
+    """A checkpoint can hold the complete state of torch's AdamW."""
+    model, optimizer = changed_adam(lambda *_: None)
     check_optimizer(model.parameters(), optimizer)
 
 
 CHANGES: dict[str, Callable[[Any, Any], object]] = {
-    "state of a tensor that is no parameter": lambda optimizer, _: optimizer.state.update(
+    "state of a tensor that is not a parameter": lambda optimizer, _: optimizer.state.update(
         {torch.zeros(1): {"mean": torch.zeros(1)}}
     ),
-    "a parameter that was replaced": lambda _, model: setattr(
+    "a replaced parameter": lambda _, model: setattr(
         model, "weight", nn.Parameter(model.weight.detach().clone())
     ),
-    "state that was lost": lambda optimizer, model: optimizer.state.pop(model.bias),
+    "lost state": lambda optimizer, model: optimizer.state.pop(model.bias),
     "an object in the state": lambda optimizer, model: optimizer.state[model.weight].update(
         queue=object()
     ),
@@ -99,15 +99,15 @@ CHANGES: dict[str, Callable[[Any, Any], object]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_an_optimizer_with_other_state_is_refused(change: Callable[[Any, Any], object]) -> None:
-    """State that no checkpoint holds is an error rather than a fresh start after a resume."""
-    model, optimizer = adam_after(change)
+def test_an_optimizer_with_unsaved_state_is_refused(change: Callable[[Any, Any], object]) -> None:
+    """An optimizer with state that a checkpoint cannot hold raises TrainingError."""
+    model, optimizer = changed_adam(change)
     with pytest.raises(TrainingError):
         check_optimizer(model.parameters(), optimizer)
 
 
 class OneTensor:
-    """A source with one tensor of an optimizer's state, of another shape than its weight."""
+    """A `StateSource` with one tensor of optimizer state, whose shape differs from its weight."""
 
     name, world_size, steps, lists_state = "test", 1, 1, True
 
@@ -126,7 +126,7 @@ class OneTensor:
         return torch.float32
 
     def read(self, targets: dict[str, Tensor]) -> None:
-        """Nothing is read."""
+        """Leave the targets unchanged."""
 
 
 @pytest.mark.parametrize(
@@ -138,41 +138,41 @@ class OneTensor:
         ("step", {"capturable": True}, "meta"),
     ],
 )
-def test_restored_state_lies_beside_its_weight(
+def test_restored_state_is_on_the_device_that_torch_chooses(
     key: str, group: dict[str, Any], device: str
 ) -> None:
-    """The optimizer's state is put where torch's own load_state_dict puts it."""
+    """Restored optimizer state is on the device that torch's load_state_dict would choose."""
     weight = torch.empty(8, 4, device="meta")  # stands for a GPU
     assert empty_state(OneTensor(key), "weight", weight, group)[key].device.type == device
 
 
-def test_the_steps_of_a_scalar_are_no_weights() -> None:
-    """A count of steps keeps its shape beside a parameter without dimensions, in a flat row too."""
+def test_the_step_count_of_a_scalar_stays_a_scalar() -> None:
+    """A step count stays a scalar for a parameter without dimensions, also in a flat tensor."""
     source = OneTensor("step", torch.Size([]))
-    for row in (torch.empty(()), torch.empty(10)):
-        state = empty_state(source, "weight", row, {}, torch.Size([]))
+    for parameter in (torch.empty(()), torch.empty(10)):
+        state = empty_state(source, "weight", parameter, {}, torch.Size([]))
         assert state["step"].shape == ()
 
 
 def strip_optimizer(checkpoint: Path) -> None:
-    """Make a checkpoint one of format 1 that has lost its optimizer state under FSDP."""
+    """Turn a checkpoint into one of format 1 that lost its optimizer state."""
     for shard in checkpoint.glob("*.safetensors"):
         with safe_open(shard, "pt") as file:
             metadata = file.metadata()
             names = [name for name in file.keys() if not name.startswith("optimizer/")]  # noqa: SIM118
-            kept = {name: file.get_tensor(name) for name in names}
-        safetensors.torch.save_file(kept, shard, metadata)
+            tensors = {name: file.get_tensor(name) for name in names}
+        safetensors.torch.save_file(tensors, shard, metadata)
     path = checkpoint / "checkpoint.json"
-    said = json.loads(path.read_text())
-    del said["digest"]
-    for name, known in said["files"].items():
-        found = sum_file(checkpoint / name)
-        known.update(num_bytes=found.num_bytes, sha256=found.sha256)
-    path.write_text(json.dumps(said | {"format": 1}))
+    manifest = json.loads(path.read_text())
+    del manifest["digest"]
+    for name, entry in manifest["files"].items():
+        actual = sum_file(checkpoint / name)
+        entry.update(num_bytes=actual.num_bytes, sha256=actual.sha256)
+    path.write_text(json.dumps(manifest | {"format": 1}))
 
 
-def test_lost_state_of_an_earlier_version_is_recognised(run: Commands) -> None:
-    """A checkpoint of FSDP without optimizer state is refused by what it lacks, or accepted."""
+def test_lost_optimizer_state_of_an_earlier_version_is_detected(run: Commands) -> None:
+    """A checkpoint that lost its optimizer state is refused without --accept missing-state."""
     arguments = ("-n", "2", "-q", "strategy=fsdp", "epochs=1", "num_workers=0", "--out", "out")
     done = run("launcher", "run", WORLDS, *arguments)
     assert done.exit_code == 0, done.stderr

@@ -1,4 +1,4 @@
-"""A step takes every parameter along, whichever of them a rank uses, or is refused by name."""
+"""Tests of models that use only some of their parameters in a step."""
 
 from __future__ import annotations
 
@@ -25,21 +25,23 @@ def trained(module_run: Commands) -> Path:
 @pytest.mark.parametrize(
     ("ranks", "case"), CASES, ids=[f"{ranks}-{case.key}" for ranks, case in CASES]
 )
-def test_parts_that_some_ranks_use_change_nothing(trained: Path, ranks: int, case: Case) -> None:
+def test_steps_do_not_depend_on_which_ranks_use_a_part(
+    trained: Path, ranks: int, case: Case
+) -> None:
     """Experts that only some ranks use take the steps of one process, under every strategy."""
-    alone = Case(case.recipe, optimizer=case.optimizer, options=case.options)
-    wanted = read_trace(RunDir(trained / "on1" / alone.key))
-    found = read_trace(RunDir(trained / f"on{ranks}" / case.key))
-    assert len(found.loss) == len(wanted.loss) == 42
-    difference = compare(wanted, found, 1e-5)
+    one_rank_case = Case(case.recipe, optimizer=case.optimizer, options=case.options)
+    expected = read_trace(RunDir(trained / "on1" / one_rank_case.key))
+    actual = read_trace(RunDir(trained / f"on{ranks}" / case.key))
+    assert len(actual.loss) == len(expected.loss) == 42
+    difference = compare(expected, actual, 1e-5)
     assert difference.agrees, difference
 
 
-def test_the_suite_is_what_it_says(trained: Path) -> None:
-    """The rare branch is trained, and the weight decay alone changes what nothing uses."""
+def test_the_suite_covers_rare_and_unused_parts(trained: Path) -> None:
+    """The rare branch is trained, and only weight decay changes the unused layer."""
     weights = read_trace(RunDir(trained / "on1" / "branches-ddp-x1-adamw-epochs=1")).weights
     assert weights["rare.weight"].norm() > 0
-    assert weights["unused.weight"].abs().max() < 0.25  # 1 / sqrt(16) at first
+    assert weights["unused.weight"].abs().max() < 0.25  # the initial bound is 1 / sqrt(16)
 
 
 @pytest.mark.parametrize(
@@ -52,10 +54,10 @@ def test_the_suite_is_what_it_says(trained: Path) -> None:
         (["strategy=fsdp", "first=30", "swap=true"], 1, "blocks.1"),
     ],
 )
-def test_blocks_that_a_rank_leaves_out_are_refused(
+def test_a_skipped_block_is_refused_under_sharding(
     run: Commands, settings: list[str], exit_code: int, named: str
 ) -> None:
-    """Where weights are gathered by block, it is named: at once, or before any checkpoint."""
+    """A block that one rank skips is named before any checkpoint, under FSDP and ZeRO-3."""
     done = run(
         *("launcher", "run", SKIPPING, "-n", "2", "-q", "hang_timeout=30", "--out", "out"),
         *settings,
@@ -66,8 +68,8 @@ def test_blocks_that_a_rank_leaves_out_are_refused(
     assert not list((run.folder / "out").glob("checkpoints/step-*"))
 
 
-def test_blocks_may_be_left_out_without_sharding(run: Commands) -> None:
-    """DDP trains a model of which a rank leaves a block out."""
+def test_a_skipped_block_is_accepted_under_ddp(run: Commands) -> None:
+    """DDP trains a model in which one rank skips a block."""
     done = run("launcher", "run", SKIPPING, "-n", "2", "-q", "--out", "out", "steps=5")
     assert done.exit_code == 0, done.stderr
     assert len([row for row in read_lines(run.folder / "out/metrics.jsonl") if "lr" in row]) == 5

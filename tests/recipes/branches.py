@@ -1,4 +1,4 @@
-"""Models of which a step uses some parts only: experts, a rare branch, a head that nothing uses."""
+"""Models that use only parts of themselves in a step: experts, a rare branch, an unused head."""
 
 from __future__ import annotations
 
@@ -15,12 +15,18 @@ if TYPE_CHECKING:
 
 
 def branches() -> Recipe:
-    """Digits in batches of 6, each sample to one of two experts, few of them through a branch."""
+    """Digits in batches of 6; one of two experts processes each sample, a rare branch a few."""
     return replace(worlds(), name="branches", model=build_branches, batch_size=6, lr_batch_size=6)
 
 
 def skipping(*, first: int = 0, swap: bool = False, discard: bool = False) -> Recipe:
-    """Blocks of which rank 1 leaves one out, swaps two, or does not use an output."""
+    """Digits through three blocks, where rank 1 skips one, swaps two, or discards an output.
+
+    Args:
+        first: The number of forward passes before rank 1 deviates.
+        swap: Whether rank 1 swaps the last two blocks instead of skipping one.
+        discard: Whether rank 1 computes a block but does not use its output.
+    """
     return replace(
         worlds(),
         name="skipping",
@@ -31,7 +37,7 @@ def skipping(*, first: int = 0, swap: bool = False, discard: bool = False) -> Re
 
 
 def build_branches() -> nn.Module:
-    """Images (N, 1, 8, 8) to logits (N, 10)."""
+    """Return a model from images (N, 1, 8, 8) to logits (N, 10)."""
     import torch
     from torch import nn
 
@@ -47,9 +53,9 @@ def build_branches() -> nn.Module:
             out: Tensor = hidden.new_zeros(len(x), 10)
             brightness = x.flatten(1)[:, 20]
             left = brightness > brightness.new_tensor(0.5)
-            for expert, chosen in (("left", left), ("right", ~left)):
-                if chosen.any():
-                    out = torch.where(chosen[:, None], self.experts[expert](hidden), out)
+            for expert, mask in (("left", left), ("right", ~left)):
+                if mask.any():
+                    out = torch.where(mask[:, None], self.experts[expert](hidden), out)
             rare = x.flatten(1)[:, 5] > x.new_tensor(0.99)
             if rare.any():
                 out = out + torch.where(rare[:, None], self.rare(hidden), out.new_zeros(()))
@@ -59,7 +65,7 @@ def build_branches() -> nn.Module:
 
 
 def build_skipping(first: int, swap: bool, discard: bool) -> nn.Module:
-    """Images (N, 1, 8, 8) to logits (N, 10), through blocks that FSDP shards on their own."""
+    """Return a model from images (N, 1, 8, 8) to logits (N, 10), with blocks that FSDP shards."""
     from torch import nn
 
     class Block(nn.Module):
@@ -83,9 +89,9 @@ def build_skipping(first: int, swap: bool, discard: bool) -> nn.Module:
             differs = self.training and self.passes > first and os.environ.get("RANK") == "1"
             if differs and not discard:
                 blocks[1:] = [blocks[2], blocks[1]] if swap else [blocks[2]]
-            for number, block in enumerate(blocks):
-                found = block(x)
-                x = x if differs and discard and number == 1 else found
+            for index, block in enumerate(blocks):
+                output = block(x)
+                x = x if differs and discard and index == 1 else output
             out: Tensor = self.head(x)
             return out
 

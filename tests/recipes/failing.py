@@ -1,4 +1,4 @@
-"""A recipe that fails in the way asked for."""
+"""A recipe that fails in a given way."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ How = Literal[
 
 
 def failing(*, how: How, rank: int = 0) -> Recipe:
-    """Fail as `how` says, on `rank` where that makes a difference."""
+    """Digits that fail in the way `how`, on `rank` if the failure concerns a single rank."""
     recipe = replace(worlds(), name="failing", num_workers=1)
     if how in ("sleep", "sleeping-worker", "stopped", "extra"):
         recipe = replace(recipe, hang_timeout=2.0)
     if how in _ENDS or how == "nan-once":
-        return replace(recipe, loss=lambda *given: _fail_at_second_call(how, rank, *given))
+        return replace(recipe, loss=lambda *args: _fail_at_second_call(how, rank, *args))
     if how == "nan":
         return replace(recipe, loss=_not_a_number)
     if how == "mean":
         return replace(recipe, loss=_mean)
     if how == "count":
-        return replace(recipe, loss=lambda *given: (_sum(*given), 1))
+        return replace(recipe, loss=lambda *args: (_sum(*args), 1))
     return replace(recipe, data=lambda: _data(how))
 
 
@@ -45,7 +45,7 @@ def _fail_at_second_call(
     how: str, rank: int, logits: Tensor, batch: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, int]:
     global calls  # noqa: PLW0603
-    calls += logits.requires_grad  # not in the trial before the first step, nor in evaluations
+    calls += logits.requires_grad  # count neither the trial before the first step nor evaluations
     if calls == (5 if how == "raise-once" else 2) and int(os.environ.get("RANK", "0")) == rank:
         if how == "nan-once":
             total, count = cross_entropy(logits, batch)
@@ -86,7 +86,7 @@ _ENDS: dict[str, Callable[[], object]] = {
     "sleep": lambda: time.sleep(1000),
     "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
 }
-"""What a rank does in its second call of the loss."""
+"""The failures in the second call of the loss (the fifth for raise-once)."""
 
 
 def _sum(logits: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:

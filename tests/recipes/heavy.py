@@ -1,4 +1,4 @@
-"""A recipe whose samples take about 50 MiB each in forward and backward."""
+"""A recipe that needs about 50 MiB per sample in forward and backward."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 WIDTH = 3 << 20
-"""Floats of each of four activations that are kept: 12 MiB."""
+"""Elements of each of the four saved activations of a sample: 12 MiB."""
 
 
 def heavy() -> Recipe:
-    """Return a chain of functions that keep what they are given."""
+    """A chain of functions that save their inputs for the backward pass."""
     return Recipe(
         name="heavy",
         model=build_model,
@@ -32,7 +32,7 @@ def heavy() -> Recipe:
 
 
 def build_model() -> nn.Module:
-    """Return (N, 1) -> (N,)."""
+    """Return a model from (N, 1) to (N,)."""
     import torch
     from torch import nn
 
@@ -51,7 +51,7 @@ def build_model() -> nn.Module:
 
 
 def build_data() -> Data:
-    """Return numbers."""
+    """Return 256 numbers from 0 to 1, of shape (256, 1)."""
     import torch
     from torch.utils.data import TensorDataset
 

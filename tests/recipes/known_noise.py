@@ -1,4 +1,4 @@
-"""A recipe whose gradient noise scale is known: the gradient of a sample is the sample itself."""
+"""A recipe with a known gradient noise scale: the gradient of a sample is the sample itself."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 DIMENSIONS, SPREAD, MEAN = 50, 2.0, 0.16
 B_SIMPLE = SPREAD**2 / MEAN**2
-"""tr(S) / |G|^2: both are sums of as many equal terms."""
+"""The gradient noise scale tr(S) / |G|^2; both are sums of DIMENSIONS equal terms."""
 
 
 def known_noise(*, batch: int = 256) -> Recipe:
-    """Return a linear function of weights that hardly move."""
+    """A linear model with a learning rate so small that its weights hardly change."""
     return Recipe(
         name="known_noise",
         model=build_model,
@@ -33,19 +33,19 @@ def known_noise(*, batch: int = 256) -> Recipe:
 
 
 def build_model() -> nn.Module:
-    """Return (N, DIMENSIONS) -> (N, 1)."""
+    """Return a model from (N, DIMENSIONS) to (N, 1)."""
     from torch import nn
 
     return nn.Linear(DIMENSIONS, 1, bias=False)
 
 
 def build_data() -> Data:
-    """Return vectors, normal in each dimension."""
+    """Return 20,000 normally distributed vectors."""
     import torch
     from torch.utils.data import TensorDataset
 
-    drawn: Tensor = torch.randn(20_000, DIMENSIONS, generator=torch.Generator().manual_seed(0))
-    return Data(train=TensorDataset(drawn * SPREAD + MEAN))
+    normal: Tensor = torch.randn(20_000, DIMENSIONS, generator=torch.Generator().manual_seed(0))
+    return Data(train=TensorDataset(normal * SPREAD + MEAN))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A recipe with BatchNorm over samples of one value per channel."""
+"""A recipe with BatchNorm over samples that have one value per channel."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def normed(*, samples: int) -> Recipe:
-    """Train on so many samples."""
+    """A classifier with BatchNorm, trained on `samples` random vectors in batches of 16."""
     return Recipe(
         name="normed",
         model=_model,

@@ -1,4 +1,4 @@
-"""A recipe whose samples take a while to read: by waiting, by work, or some of them very long."""
+"""A recipe whose samples are slow to read: by waiting, by computing, or by rare long stalls."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ How = Literal["waits", "works", "stalls"]
 
 
 def slow(*, how: How = "waits", milliseconds: float = 10.0) -> Recipe:
-    """Return a small model of samples that are slow."""
+    """A small model on samples that are slow to read in the way `how`."""
     return Recipe(
         name="slow",
         model=build_model,
@@ -33,14 +33,14 @@ def slow(*, how: How = "waits", milliseconds: float = 10.0) -> Recipe:
 
 
 def build_model() -> nn.Module:
-    """Return (N, 8) -> (N, 1)."""
+    """Return a model from (N, 8) to (N, 1)."""
     from torch import nn
 
     return nn.Linear(8, 1)
 
 
 class Slow:
-    """Vectors that take `seconds` each, or where it stalls, each 512th of them."""
+    """Vectors that take `seconds` each to read, or with "stalls" only each 512th."""
 
     def __init__(self, how: str, seconds: float) -> None:
         self._how, self._seconds = how, seconds
@@ -56,8 +56,8 @@ class Slow:
         elif self._how == "waits":
             time.sleep(self._seconds)
         else:
-            until = time.thread_time() + self._seconds
-            while time.thread_time() < until:
+            end_time = time.thread_time() + self._seconds
+            while time.thread_time() < end_time:
                 pass
         return torch.full((8,), float(index))
 

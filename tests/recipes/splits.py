@@ -1,4 +1,4 @@
-"""Recipes for the tests whose steps do depend on the split, each for one reason."""
+"""Recipes whose steps depend on how the batch is split, each for one reason."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ if TYPE_CHECKING:
 
 
 def batch_norm() -> Recipe:
-    """BatchNorm in blocks, all batches of 50."""
+    """Digits through blocks with BatchNorm, in batches of 50 without a shorter last one."""
     return replace(
         worlds(), name="batch_norm", model=build_batch_norm, batch_size=50, schedule=constant()
     )
 
 
 def dropout() -> Recipe:
-    """A layer that drops out."""
+    """Digits through a model with dropout."""
     return replace(worlds(), name="dropout", model=build_dropout)
 
 
 def mean() -> Recipe:
-    """A loss that returns a mean."""
+    """Digits with a loss that returns a mean instead of a sum."""
     return replace(worlds(), name="mean", loss=mean_loss)
 
 
 def unseeded() -> Recipe:
-    """Augmentation from the operating system's randomness."""
+    """Digits with augmentation from the operating system's random generator."""
     return replace(worlds(), name="unseeded", data=lambda: Data(train=Unseeded(0, 250, 0.0)))
 
 
 class Unseeded(Noisy):
-    """Digits with noise that no seed decides."""
+    """Digits with noise that does not depend on any seed."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image, label = super().__getitem__(index)
@@ -45,20 +45,20 @@ class Unseeded(Noisy):
 
 
 def mean_loss(logits: Tensor, batch: Any) -> tuple[Tensor, int]:
-    """Return the mean, and the number of samples it is not the sum over."""
+    """Return the mean of the loss, where a recipe must return the sum, and the sample count."""
     total, count = cross_entropy(logits, batch)
     return total / count, count
 
 
 def build_dropout() -> nn.Module:
-    """Return the plain net with half of its logits dropped."""
+    """Return the model of `worlds` with dropout of half of its logits."""
     from torch import nn
 
     return nn.Sequential(build_model(), nn.Dropout(0.5))
 
 
 def build_batch_norm() -> nn.Module:
-    """Images (N, 1, 8, 8) to logits (N, 10), through two blocks with BatchNorm."""
+    """Return a model from images (N, 1, 8, 8) to logits (N, 10), with BatchNorm in two blocks."""
     from torch import nn
 
     class Block(nn.Module):
@@ -68,7 +68,8 @@ def build_batch_norm() -> nn.Module:
             self.norm = nn.BatchNorm2d(8)
 
         def forward(self, x: Tensor) -> Tensor:
-            return x + nn.functional.silu(self.norm(self.conv(x)))  # no kink to fall off
+            # SiLU is smooth: with ReLU, rounding can switch a unit on or off.
+            return x + nn.functional.silu(self.norm(self.conv(x)))
 
     return nn.Sequential(
         nn.Conv2d(1, 8, 3, padding=1), nn.Sequential(Block(), Block()), nn.Flatten(),

@@ -1,4 +1,4 @@
-"""Recipes that do at import, or on every rank, what makes starting hard."""
+"""Recipes that are hard to start, because of threads, computation at import, caches or errors."""
 
 from __future__ import annotations
 
@@ -18,47 +18,47 @@ if TYPE_CHECKING:
 LOCK = threading.Lock()
 
 
-def _hold_the_lock(held: threading.Event) -> None:
+def _hold_lock(acquired: threading.Event) -> None:
     while True:
         with LOCK:
-            held.set()
+            acquired.set()
             time.sleep(0.05)
 
 
 if "STARTS_THREAD" in os.environ:
-    _held = threading.Event()
-    threading.Thread(target=_hold_the_lock, args=[_held], name="client", daemon=True).start()
-    _held.wait()
+    _acquired = threading.Event()
+    threading.Thread(target=_hold_lock, args=[_acquired], name="client", daemon=True).start()
+    _acquired.wait()
 
 if "COMPUTES" in os.environ:
     import torch
 
     IMAGES = torch.randn(4096, 64)
-    IMAGES = (IMAGES - IMAGES.mean()) / IMAGES.std()  # OpenMP's threads start
+    IMAGES = (IMAGES - IMAGES.mean()) / IMAGES.std()  # starts OpenMP's threads
 
 
 def starting() -> Recipe:
-    """Train a line in memory."""
+    """A linear model on data in memory."""
     return _recipe(_data, _model)
 
 
 def locked() -> Recipe:
-    """Need for its data a lock that a thread holds most of the time."""
+    """A linear model whose data function needs a lock that a thread usually holds."""
     return _recipe(_locked_data, _model)
 
 
 def computed() -> Recipe:
-    """Compute again with what was computed at import."""
+    """A linear model on data that were computed at import."""
     return _recipe(_computed_data, _model)
 
 
 def prepared() -> Recipe:
-    """Make a cache in two steps, in `data` and in `model`, unless it is there."""
+    """A linear model whose data and model functions each create a cache file if it is missing."""
     return _recipe(lambda: _cached("data", _data), lambda: _cached("model", _model))
 
 
 def failing() -> Recipe:
-    """Fail to read the data on the first rank of a node alone."""
+    """A linear model whose data function fails on the first rank of each node."""
     return _recipe(_failing_data, _model)
 
 
@@ -115,9 +115,9 @@ def _cached(name: str, make: Callable[[], Any]) -> Any:
         with cache.open("wb") as file:
             time.sleep(0.5)  # a download
             file.write(bytes(2000))
-    found = cache.stat().st_size
-    if found != 2000:
-        raise ValueError(f"the cache has {found} bytes instead of 2000")
+    num_bytes = cache.stat().st_size
+    if num_bytes != 2000:
+        raise ValueError(f"the cache has {num_bytes} bytes instead of 2000")
     return make()
 
 

@@ -1,4 +1,4 @@
-"""Models and optimizers that keep more than weights and buffers of a fixed shape."""
+"""Models and optimizers with state beyond weights and buffers of a fixed shape."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def stateful(*, optimizer: str = "history", model: str = "all") -> Recipe:
-    """Every kind of state at once, each of which changes what later steps compute."""
+    """A model and an optimizer with every kind of state, all of which affects later steps."""
     return Recipe(
         name="stateful",
         model=MODELS[model],
@@ -94,7 +94,7 @@ def build_unwritable() -> nn.Module:
             return object()
 
         def set_extra_state(self, state: object) -> None:
-            """Take nothing."""
+            """Ignore the state."""
 
     return Model(8, 3)
 
@@ -108,16 +108,16 @@ def keep_history(model: nn.Module, lr: float) -> Optimizer:
             for group in self.param_groups:
                 group["taken"] = group.get("taken", 0) + 1
                 for parameter in group["params"]:
-                    kept = self.state[parameter].setdefault("history", {"norms": []})
-                    kept["norms"].append(group["taken"])
-                    parameter.grad.mul_(1 / len(kept["norms"]))
+                    history = self.state[parameter].setdefault("history", {"norms": []})
+                    history["norms"].append(group["taken"])
+                    parameter.grad.mul_(1 / len(history["norms"]))
             return super().step(closure)
 
     return History(model.parameters(), lr=lr, momentum=0.9)
 
 
 def keep_by_text(model: nn.Module, lr: float) -> Optimizer:
-    """Return SGD that keeps state under a text."""
+    """Return SGD that keeps state under a string instead of a parameter."""
     import torch
 
     class ByText(torch.optim.SGD):
@@ -138,7 +138,7 @@ def build_data() -> Data:
 
 
 def loss(outputs: Tensor, batch: list[Tensor]) -> tuple[Tensor, int]:
-    """Return the cross-entropy, and the number of samples."""
+    """Return the summed cross-entropy and the number of samples."""
     from torch.nn.functional import cross_entropy
 
     return cross_entropy(outputs, batch[1], reduction="sum"), len(batch[1])

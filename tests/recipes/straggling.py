@@ -1,4 +1,4 @@
-"""Digits, of which one rank takes a pause in every step."""
+"""A recipe in which one rank is slow."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from launcher.recipes.digits import digits
 
 
 def straggling(*, pause: float = 0.02, rank: int = 1) -> Recipe:
-    """Digits, and a rank that the others wait for."""
+    """Digits, with one rank that sleeps for `pause` seconds in every forward pass."""
 
     def forward(model: Any, batch: Any) -> Any:
         if int(os.environ.get("RANK", "0")) == rank:

@@ -1,4 +1,4 @@
-"""A recipe that prints while it trains."""
+"""Recipes that print while they train."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def talking() -> Recipe:
-    """Print from Python and from below it, on every rank."""
+    """Digits with a loss that prints through Python and through the file descriptor."""
     return replace(worlds(), name="talking", loss=_talking_loss, epochs=1)
 
 
 def shouting() -> Recipe:
-    """Print more than a small disk holds."""
+    """Digits with a loss that prints more than a small disk holds."""
     return replace(worlds(), name="shouting", loss=_shouting_loss, epochs=1)
 
 

@@ -1,4 +1,4 @@
-"""A recipe for the tests: augmentation by three generators, a ragged epoch, dropout if asked."""
+"""Digits with augmentation from three generators and a short last batch in each epoch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def worlds() -> Recipe:
-    """Digits with noise from three generators; an epoch is 4 batches of 62, and one of 2."""
+    """Digits with noise from three generators; an epoch has 4 batches of 62 and one of 2."""
     return Recipe(
         name="worlds",
         model=build_model,
@@ -34,7 +34,7 @@ def worlds() -> Recipe:
 
 
 def tokens() -> Recipe:
-    """A loss over a different number of items in each sample, none in some."""
+    """Digits with a loss over a different number of items in each sample, zero in some."""
     from dataclasses import replace
 
     return replace(
@@ -43,7 +43,7 @@ def tokens() -> Recipe:
 
 
 def build_model() -> nn.Module:
-    """Images (N, 1, 8, 8) to logits (N, 10)."""
+    """Return a model from images (N, 1, 8, 8) to logits (N, 10)."""
     from torch import nn
 
     return nn.Sequential(
@@ -52,7 +52,7 @@ def build_model() -> nn.Module:
 
 
 class Noisy:
-    """Digits with noise drawn from torch, numpy and random in turn."""
+    """Digits with noise from torch, numpy and random."""
 
     def __init__(self, start: int, stop: int, noise: float) -> None:
         images, labels = read_digits()
@@ -78,7 +78,7 @@ def build_data() -> Data:
 
 
 class Masked:
-    """Digits of which pixel sums in some columns count: none to eight a sample."""
+    """Digits with a mask of 8 items, of which zero to eight count in each sample."""
 
     def __init__(self, start: int, stop: int) -> None:
         self.inner = Noisy(start, stop, 0.1)
@@ -90,37 +90,37 @@ class Masked:
         import torch
 
         image, label = self.inner[index]
-        kept = torch.arange(8) < torch.randint(0, 9, ()) * (index % 3 != 0)
-        return image, label, kept
+        mask = torch.arange(8) < torch.randint(0, 9, ()) * (index % 3 != 0)
+        return image, label, mask
 
 
 def build_masked() -> Data:
-    """Return digits with a mask of the items that count."""
+    """Return 250 training and 70 evaluation digits with masks."""
     return Data(train=Masked(0, 250), evaluation=Masked(250, 320))
 
 
 def count_kept(batch: tuple[Tensor, Tensor, Tensor]) -> int:
-    """Return the items that count."""
+    """Return the number of items that count in a batch."""
     return int(batch[2].sum())
 
 
 def masked_loss(logits: Tensor, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Weigh each sample's cross-entropy by its number of items."""
+    """Return the cross-entropies, weighted by the samples' items and summed, and the item count."""
     from torch.nn.functional import cross_entropy
 
-    kept = batch[2].sum(1)
-    return (cross_entropy(logits, batch[1], reduction="none") * kept).sum(), kept.sum()
+    items = batch[2].sum(1)
+    return (cross_entropy(logits, batch[1], reduction="none") * items).sum(), items.sum()
 
 
 def cross_entropy(logits: Tensor, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
-    """Return the sum of the cross-entropies, and how many."""
+    """Return the summed cross-entropy and the number of samples."""
     from torch.nn.functional import cross_entropy
 
     return cross_entropy(logits, batch[1], reduction="sum"), len(batch[1])
 
 
 def accuracy(logits: Tensor, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
-    """Return the number recognised, and how many there are."""
+    """Return the number of correct predictions and the number of samples."""
     return (logits.argmax(1) == batch[1]).sum(), len(batch[1])
 
 

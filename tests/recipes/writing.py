@@ -1,4 +1,4 @@
-"""Models whose forward writes to buffers and weights."""
+"""Models whose forward pass writes to buffers and weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def writing(*, model: str = "mean") -> Recipe:
-    """A classifier of 8 numbers in which forward keeps something of what it has seen."""
+    """A classifier of 8 numbers whose forward pass writes to buffers or weights."""
     return Recipe(
         name="writing",
         model=MODELS[model],
@@ -28,7 +28,7 @@ def writing(*, model: str = "mean") -> Recipe:
 
 
 def build_mean() -> nn.Module:
-    """Return a model with a running mean of its inputs, which its outputs do not depend on."""
+    """Return a model with a running mean of its inputs that does not affect its outputs."""
     import torch
     from torch import nn
 
@@ -81,7 +81,7 @@ def build_clamped() -> nn.Module:
 
 
 def build_minima() -> nn.Module:
-    """Return a model with running minima, which begin at infinity."""
+    """Return a model with running minima that start at infinity, and a large integer."""
     import torch
     from torch import nn
 
@@ -104,7 +104,7 @@ def build_minima() -> nn.Module:
 
 
 def build_queue() -> nn.Module:
-    """Return a model with a queue of inputs, and the place where it goes on."""
+    """Return a model with a queue of inputs, the position of the next entry and the last input."""
     import torch
     from torch import nn
 
@@ -130,7 +130,7 @@ def build_queue() -> nn.Module:
 
 
 def build_teacher() -> nn.Module:
-    """Return a model with a teacher: frozen weights that follow the trained ones in forward."""
+    """Return a model with a teacher, whose frozen weights follow the trained ones in forward."""
     import torch
     from torch import nn
 
@@ -169,7 +169,7 @@ def build_max_norm() -> nn.Module:
 
 
 def build_equal() -> nn.Module:
-    """Return a model whose buffers change in the same way on every rank."""
+    """Return a model whose buffers change equally on all ranks."""
     import torch
     from torch import nn
 
@@ -199,7 +199,7 @@ def build_data() -> Data:
 
 
 def loss(outputs: Tensor, batch: list[Tensor]) -> tuple[Tensor, int]:
-    """Return the cross-entropy, and the number of samples."""
+    """Return the summed cross-entropy and the number of samples."""
     from torch.nn.functional import cross_entropy
 
     return cross_entropy(outputs, batch[1], reduction="sum"), len(batch[1])

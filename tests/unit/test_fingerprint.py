@@ -1,4 +1,4 @@
-"""What a sample holds, described in plain values and compared."""
+"""Tests of the descriptions of samples and of their comparison."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ NAN = float("nan")
 
 @dataclass
 class Pair:
-    """A batch or sample of one's own."""
+    """A user-defined sample."""
 
     x: Any
     y: Any = 0
 
 
 def values() -> list[Any]:
-    """Return values of all kinds, made anew."""
+    """Return newly created values of all kinds."""
     generator = torch.Generator().manual_seed(1)
     return [
         None,
@@ -63,19 +63,19 @@ def values() -> list[Any]:
     ]
 
 
-NUMBERS = range(len(values()))
+INDICES = range(len(values()))
 
 
-@pytest.mark.parametrize("number", NUMBERS)
-def test_a_value_agrees_with_itself_and_no_other(number: int) -> None:
-    """Made anew or read back from JSON, it has no difference; all others differ from it."""
-    value, again = values()[number], values()[number]
-    kept = json.loads(json.dumps(describe(value), allow_nan=False))
-    assert difference(kept, describe(again)) is None
-    assert same(value, again)
-    for other in NUMBERS:
-        if other != number:
-            assert difference(kept, describe(values()[other])) is not None, (number, other)
+@pytest.mark.parametrize("index", INDICES)
+def test_a_value_agrees_with_its_copy_and_no_other_value(index: int) -> None:
+    """A value agrees with a copy, also after a round trip through JSON, and with no other value."""
+    value, copy = values()[index], values()[index]
+    saved = json.loads(json.dumps(describe(value), allow_nan=False))
+    assert difference(saved, describe(copy)) is None
+    assert same(value, copy)
+    for other in INDICES:
+        if other != index:
+            assert difference(saved, describe(values()[other])) is not None, (index, other)
             assert not same(value, values()[other])
 
 
@@ -97,27 +97,27 @@ def test_a_value_agrees_with_itself_and_no_other(number: int) -> None:
     ],
 )
 def test_a_difference_has_its_place(one: Any, other: Any, place: str) -> None:
-    """Nested as it is in the sample; and `same`, which is exact, sees it as well."""
-    found = difference(describe(one), describe(other))
-    assert found is not None
-    assert found.place == place
-    assert found.one != found.other, "a message shows what differs"
+    """A difference reports its indices and distinct texts, and `same` detects it too."""
+    result = difference(describe(one), describe(other))
+    assert result is not None
+    assert result.place == place
+    assert result.one != result.other, "a message must show what differs"
     assert not same(one, other)
 
 
-def test_another_decoder_is_no_other_sample() -> None:
-    """Images that differ by one in each pixel agree; other images do not; nor do equal ones."""
-    drawn = np.random.default_rng(1)
-    image = drawn.integers(0, 255, (32, 32, 3)).astype(np.uint8)
-    other = drawn.integers(0, 255, (32, 32, 3)).astype(np.uint8)
-    for make in (lambda x: x, lambda x: torch.tensor(x).float() / 255):
-        assert difference(describe(make(image)), describe(make(image + 1))) is None
-        assert difference(describe(make(image)), describe(make(other))) is not None
-        assert not same(make(image), make(image + 1))
+def test_images_agree_within_the_tolerance_of_decoders() -> None:
+    """Descriptions of images that differ by one per pixel agree; those of other images do not."""
+    generator = np.random.default_rng(1)
+    image = generator.integers(0, 255, (32, 32, 3)).astype(np.uint8)
+    other = generator.integers(0, 255, (32, 32, 3)).astype(np.uint8)
+    for convert in (lambda x: x, lambda x: torch.tensor(x).float() / 255):
+        assert difference(describe(convert(image)), describe(convert(image + 1))) is None
+        assert difference(describe(convert(image)), describe(convert(other))) is not None
+        assert not same(convert(image), convert(image + 1))
 
 
-def test_what_cannot_be_compared_is_the_same() -> None:
-    """An object of an unknown type is described by its type alone, without an address."""
+def test_incomparable_objects_count_as_equal() -> None:
+    """An object that cannot be compared is described by its type, in bounded space."""
     one, other = threading.Lock(), threading.Lock()
     assert same(one, other)
     assert difference(describe((one, 1)), describe((other, 1))) is None
@@ -142,8 +142,8 @@ def test_what_cannot_be_compared_is_the_same() -> None:
     assert len(json.dumps(describe({str(number): number for number in range(10**5)}))) < 1e4
 
 
-def test_classes_keep_their_order() -> None:
-    """As torchvision names them, inside of a subset too."""
+def test_the_order_of_classes_matters() -> None:
+    """Classes are found as torchvision names them, also in a subset, and their order counts."""
 
     class Folder:
         def __init__(self, classes: list[str]) -> None:

@@ -243,7 +243,10 @@ class DeepSpeedBackend(GroupBackend):
             if key != STEP and source.size(tensor_name) == size
         }
         tensor_names = [weight_name, *(state.values() if parameter.requires_grad else ())]
-        tensors = {each: torch.empty(size, dtype=source.dtype(each)) for each in tensor_names}
+        tensors = {
+            tensor_name: torch.empty(size, dtype=source.dtype(tensor_name))
+            for tensor_name in tensor_names
+        }
         source.read(tensors)
         with torch.no_grad(), GatheredParameters([parameter], modifier_rank=0):
             if self.rank == 0 or self._stage < 3:

@@ -7,6 +7,7 @@ micro-batches of weight 0 in its statistics. On GPUs it uses torch's kernels.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -237,7 +238,7 @@ class BatchNorms:
 
 
 def refuse_single_samples(
-    recipe: Recipe, plan: Plan, samples: int, norms: BatchNorms, taken: int
+    recipe: Recipe, plan: Plan, num_train_samples: int, norms: BatchNorms, num_first_samples: int
 ) -> Recipe:
     """Return `recipe` with a check for BatchNorm over single values in its first forward call.
 
@@ -248,16 +249,16 @@ def refuse_single_samples(
     Args:
         recipe: The recipe.
         plan: The plan of the run.
-        samples: The number of training samples.
+        num_train_samples: The number of training samples.
         norms: The BatchNorm modules of the model.
-        taken: The number of samples in this rank's first micro-batch.
+        num_first_samples: The number of samples in this rank's first micro-batch.
 
     Returns:
         The recipe, whose first forward raises RecipeError if the check fails.
     """
     sizes = full_batches_of_one(plan, norms.statistics)
     if norms.has_untracked:
-        sizes += short_batches_of_one(plan, samples, norms.statistics)
+        sizes += short_batches_of_one(plan, num_train_samples, norms.statistics)
     if not sizes:
         return recipe
     is_first = True
@@ -267,7 +268,8 @@ def refuse_single_samples(
         if not is_first:
             return recipe.forward(model, batch)
         is_first = False
-        with _refusing_single_values(model, taken, lambda name: refusal(plan, sizes, name)):
+        message = functools.partial(refusal, plan, sizes)
+        with _refusing_single_values(model, num_first_samples, message):
             return recipe.forward(model, batch)
 
     return replace(recipe, forward=forward)
