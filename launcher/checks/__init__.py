@@ -4,6 +4,7 @@
 - `doctor`: `launcher doctor` starts ranks that examine their node, their device and each other.
 - `node_checks`: findings about one node, such as cores, memory and disk.
 - `group_checks`: findings about a group of ranks, such as versions and all-reduce.
-- `prove`: `launcher prove` runs a recipe on several numbers of ranks and compares the steps.
+- `proof`: `launcher prove`, from the recipe to the rows and the cause of a difference.
+- `prove`: runs a recipe on several numbers of ranks and compares the steps.
 - `proof_summary`: the table of `launcher prove`, its verdict and the causes of differences.
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from launcher.checks.prove import ParityRow, ParityRun
@@ -44,7 +44,7 @@ def row_line(row: ParityRow) -> str:
     return _line([*cells, *exact, *relative]) + ("" if difference.agrees else "  differs")
 
 
-def verdict(rows: list[ParityRow], steps: int) -> str:
+def verdict(rows: Sequence[ParityRow], steps: int) -> str:
     """Return the conclusion of the table: one sentence, or a line for each row that disagrees.
 
     Args:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,9 +19,15 @@ from launcher.cli.arguments import (
 from launcher.errors import EXIT_FAILED, UsageError
 
 if TYPE_CHECKING:
-    from launcher.recipe.overrides import Override
+    from launcher.checks.prove import ParityRow, ParityRun
 
 _STEPS = 10
+
+_NO_CAUSE = (
+    "No cause was found in the data, the loss or the model. Rounding errors grow with every step, "
+    "fastest at high learning rates: run fewer --steps, or set precision=fp64, to see whether "
+    "rounding is the cause."
+)
 
 
 class _List(click.ParamType[tuple[str, ...]]):
@@ -98,63 +103,51 @@ def command(
     launcher prove digits micro_batch_size=16 optimizer=adamw
     launcher prove digits precision=fp64 --steps 60
     """
-    from launcher.checks.proof_summary import causes, header, row_line, to_dict, verdict
-    from launcher.checks.prove import inspect_trial, plan_trials, run_trials
+    from launcher.checks.proof import default_worlds, prove
+    from launcher.checks.proof_summary import header, row_line, to_dict, verdict
     from launcher.environment.machine import read_machine
     from launcher.launch.signal_handler import SignalHandler
     from launcher.recipe.resolve import resolve
-    from launcher.runs.rundir import create_run_dir
 
     signals = SignalHandler()
-    reference, machine = resolve(recipe), read_machine()
-    all_overrides = read_overrides(config, overrides)
-    _refuse_strategy(all_overrides)
-    numbers = _numbers(worlds) or [n for n in (1, 2, 4, 8) if n <= (machine.num_gpus or 4)]
-    folder = create_run_dir(out, f"prove-{reference.function.__name__}").path
-    try:
-        trials = plan_trials(
-            reference, all_overrides, machine, worlds=numbers, strategies=strategies, folder=folder
-        )
-    except Exception:
-        shutil.rmtree(folder)
-        raise
-    steps = min(steps, trials[0].plan.total_steps)
-    if not as_json:
-        click.echo(f"{trials[0].plan.recipe}: {steps:,} of {trials[0].plan.total_steps:,} steps")
-        click.echo(header())
-    rows = []
-    for row in run_trials(
-        reference, all_overrides, trials, steps=steps, tolerance=tolerance, signals=signals
-    ):
-        rows.append(row)
+    machine = read_machine()
+
+    def show_plan(trial: ParityRun, num_steps: int) -> None:
+        if not as_json:
+            click.echo(f"{trial.plan.recipe}: {num_steps:,} of {trial.plan.total_steps:,} steps")
+            click.echo(header())
+
+    def show_row(row: ParityRow) -> None:
         if row.error:
             click.echo(f"launcher: {row.error}", err=True)
         if not as_json:
             click.echo(row_line(row))
-    differing = [row for row in rows if row.difference is not None and not row.agrees]
-    found_causes: list[str] = []
-    if differing:
-        inspection = inspect_trial(reference, all_overrides, differing[0].trial, signals)
-        found_causes = [] if inspection is None else causes(inspection, differing[0].trial)
-    agree = all(row.agrees for row in rows)
+
+    proof = prove(
+        resolve(recipe),
+        read_overrides(config, overrides),
+        machine,
+        worlds=_numbers(worlds) or default_worlds(machine),
+        strategies=strategies,
+        steps=steps,
+        tolerance=tolerance,
+        out=out,
+        signals=signals,
+        on_plan=show_plan,
+        on_row=show_row,
+    )
     if as_json:
-        values = {"agree": agree, "rows": [to_dict(row) for row in rows], "causes": found_causes}
-        click.echo(json.dumps(values))
-    else:
-        _explain(verdict(rows, steps), found_causes, agree=agree, known=not differing)
-    if agree and out is None:
-        shutil.rmtree(folder)
-    elif not as_json:
-        click.echo(f"run folders: {folder}")
-    return 0 if agree else EXIT_FAILED
-
-
-def _refuse_strategy(all_overrides: tuple[Override, ...]) -> None:
-    if named := [override for override in all_overrides if override.name == "strategy"]:
-        raise UsageError(
-            f"{named[-1]}: choose what is compared with --strategies {named[-1].value}, or with a "
-            "comma-separated list."
-        )
+        rows = [to_dict(row) for row in proof.rows]
+        click.echo(json.dumps({"agree": proof.agrees, "rows": rows, "causes": proof.causes}))
+        return 0 if proof.agrees else EXIT_FAILED
+    click.echo(f"\n{verdict(proof.rows, min(steps, proof.rows[0].trial.plan.total_steps))}")
+    for cause in proof.causes:
+        click.echo(f"\ncause: {cause}")
+    if proof.has_unexplained_difference:
+        click.echo(f"\n{_NO_CAUSE}")
+    if proof.folder is not None:
+        click.echo(f"run folders: {proof.folder}")
+    return 0 if proof.agrees else EXIT_FAILED
 
 
 def _numbers(worlds: tuple[str, ...] | None) -> list[int]:
@@ -164,15 +157,3 @@ def _numbers(worlds: tuple[str, ...] | None) -> list[int]:
             raise UsageError(f"--worlds: expected whole numbers of at least 1, found {text!r}.")
         numbers.append(int(text))
     return sorted(set(numbers))
-
-
-def _explain(conclusion: str, causes: list[str], *, agree: bool, known: bool) -> None:
-    click.echo(f"\n{conclusion}")
-    for cause in causes:
-        click.echo(f"\ncause: {cause}")
-    if not agree and not causes and not known:
-        click.echo(
-            "\nNo cause was found in the data, the loss or the model. Rounding errors grow with "
-            "every step, fastest at high learning rates: run fewer --steps, or set precision=fp64, "
-            "to see whether rounding is the cause."
-        )
