@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import resource
 import signal
 from pathlib import Path
 
+import psutil
 import torch
 
 _PR_SET_PDEATHSIG = 1
@@ -29,11 +29,7 @@ def die_with_parent(parent: int) -> None:
 
 def children() -> list[int]:
     """Return the ids of the child processes of this process."""
-    pids: list[int] = []
-    with contextlib.suppress(OSError):
-        for task in Path("/proc/self/task").iterdir():
-            pids += map(int, (task / "children").read_text().split())
-    return pids
+    return [child.pid for child in psutil.Process().children()]
 
 
 def run_delay() -> float:
@@ -47,11 +43,9 @@ def run_delay() -> float:
 def private_bytes(pid: int) -> int:
     """Return the bytes of memory that a process shares with no other; 0 if they cannot be read."""
     try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:
+        return int(psutil.Process(pid).memory_full_info().uss)
+    except psutil.Error:
         return 0
-    private = (line.split() for line in lines if line.startswith("Private_"))
-    return sum(int(fields[1]) * 1024 for fields in private)
 
 
 def peak_bytes(device: torch.device) -> int:
