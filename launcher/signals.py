@@ -53,7 +53,7 @@ def handlers_restored() -> Iterator[None]:
 
 
 class StopRequest:
-    """Records the first signal that asks this process to stop.
+    """A recorder of the first signal that asks this process to stop.
 
     SIGINT raises KeyboardInterrupt until `defer` is called; then the first SIGINT is recorded like
     the other signals, and the second ends the process.

@@ -36,7 +36,7 @@ def accelerate_settings(env: Mapping[str, str] | None = None) -> tuple[Override,
     if _is_true(env, "ACCELERATE_USE_MEGATRON_LM"):
         raise WorldError(
             "accelerate launch is configured for Megatron-LM, which recipes do not support. "
-            "Configure FSDP or DeepSpeed, or neither and strategy=..."
+            "Configure FSDP or DeepSpeed, or neither of them, with strategy=..."
         )
     if _is_true(env, "ACCELERATE_USE_FSDP"):
         settings = _fsdp(env)

@@ -238,7 +238,10 @@ def _clear_the_other(
     overrides_of_pair = [override for override in overrides if override.name in pair]
     if not overrides_of_pair:
         return
-    if len(overrides_of_pair) == 2 and len({each.origin for each in overrides_of_pair}) == 1:
+    if (
+        len(overrides_of_pair) == 2
+        and len({override.origin for override in overrides_of_pair}) == 1
+    ):
         first, second = overrides_of_pair
         raise OverrideError(f"{first} and {second} exclude each other: keep one.")
     winner = overrides_of_pair[-1].name
