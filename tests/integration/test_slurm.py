@@ -278,15 +278,15 @@ def test_jobs_do_not_interfere(slurm: Commands) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--nodes", "9"), "9 nodes were asked for, and the default partition has 3"),
-        (("--array",), "--array: give what is to vary after it"),
-        (("--cluster", "site.yaml"), "sbatch refuses: invalid partition"),
-        (("--time", "soon"), "--time: expected a time such as 90"),
-        (("--time", "1"), "is no more than the 120 s before its end"),
-        (("num_workers=200",), "2 ranks with 200 workers each need 402 cores, and a node has 16"),
-        (("--time", "3-0"), r"--time 3-0 was asked for, and a job may take 2-00:00:00"),
-        (("--gpus-per-node", "4"), "--gpus-per-node 4 was asked for, and a node has 0"),
-        (("-n", "2", "--gpus-per-node", "4"), "each GPU has one rank"),
+        (("--nodes", "9"), "--nodes 9 .* 3 nodes"),
+        (("--array",), "--array .*lr=0.1,0.2"),
+        (("--cluster", "site.yaml"), "sbatch .*invalid partition.* nowhere"),
+        (("--time", "soon"), "--time: .* 90 .*'soon'"),
+        (("--time", "1"), "--time 1 .* 120 s"),
+        (("num_workers=200",), "2 ranks .* 200 workers .* 402 cores.* 16"),
+        (("--time", "3-0"), "--time 3-0 .* 2-00:00:00"),
+        (("--gpus-per-node", "4"), "--gpus-per-node 4 .* 0 GPUs"),
+        (("-n", "2", "--gpus-per-node", "4"), "-n 2 .* --gpus-per-node 4"),
     ],
 )
 def test_an_impossible_job_is_refused(
