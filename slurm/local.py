@@ -31,6 +31,8 @@ import click
 import psutil
 from local_configuration import ClusterError, write_configuration
 
+__all__ = ["Cluster", "ClusterError", "Daemon", "end", "make_cluster", "open_cluster"]
+
 FOLDER = "LAUNCHER_LOCAL_SLURM"
 """Environment variable with the path of the cluster's folder."""
 

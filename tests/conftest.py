@@ -1,4 +1,4 @@
-"""Fixtures: a folder to run commands in, and a watch for what tests leave behind."""
+"""Fixtures that run commands in a folder, and that detect what tests leave behind."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from support import Commands, fail_on_leftovers
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let golden files be written anew, when they are meant to change."""
-    parser.addoption("--update-golden", action="store_true", help="Write tests/golden anew.")
+    """Add the option that rewrites the golden files."""
+    parser.addoption("--update-golden", action="store_true", help="Rewrite tests/golden.")
 
 
 _LONGEST = (
@@ -26,18 +26,18 @@ _LONGEST = (
     "features",
     "matrix",
 )
-"""Files that take minutes: they come first, so that no worker has one of them left at the end."""
+"""Test files that take minutes; they run first, so that the workers finish at similar times."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Have long files first."""
+    """Move the tests of long files to the front."""
     order = {f"test_{name}": number for number, name in enumerate(_LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Commands]:
-    """Run commands in an empty folder; fail where they leave a process behind."""
+    """Run commands in an empty folder; fail if they leave a process behind."""
     mark = f"{os.getpid()}-{tmp_path}"
     yield Commands(tmp_path, mark)
     fail_on_leftovers(mark)
@@ -45,7 +45,7 @@ def run(tmp_path: Path) -> Iterator[Commands]:
 
 @pytest.fixture(scope="module")
 def module_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
-    """Run commands in a folder that the tests of a module share."""
+    """Run commands in a folder that the tests of a module share; fail on leftover processes."""
     folder = tmp_path_factory.mktemp("module")
     mark = f"{os.getpid()}-{folder}"
     yield Commands(folder, mark)
@@ -54,7 +54,7 @@ def module_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
 
 @pytest.fixture
 def free_port() -> int:
-    """Return a port that nothing listens on."""
+    """Return a port on loopback that no process listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
@@ -62,7 +62,7 @@ def free_port() -> int:
 
 @pytest.fixture(autouse=True)
 def _no_leaks() -> Iterator[None]:
-    """Fail a test that changes the environment or the folder of the test process."""
+    """Fail a test that changes the environment or the working folder of the test process."""
     before, folder = _environment(), Path.cwd()
     yield
     assert _environment() == before, "the test changed the environment"
@@ -70,6 +70,6 @@ def _no_leaks() -> Iterator[None]:
 
 
 def _environment() -> dict[str, str]:
-    """Return the environment less what pytest and the import of torch itself put there."""
-    theirs = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR")
-    return {name: value for name, value in os.environ.items() if name not in theirs}
+    """Return the environment without the variables that pytest and the import of torch set."""
+    ignored = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR")
+    return {name: value for name, value in os.environ.items() if name not in ignored}

@@ -1,4 +1,4 @@
-"""What tests share: runs of the real command, and a watch for what they leave behind."""
+"""Run the real commands in tests, and detect processes that they leave behind."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from warm import Warm
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 MARK = "LAUNCHER_TEST_RUN"
+"""Environment variable that marks the processes of one test."""
 
 needs_fashion_mnist = pytest.mark.skipif(
     not Path("/usr/share/datasets/fashion-mnist").is_dir(),
@@ -28,63 +29,71 @@ needs_fashion_mnist = pytest.mark.skipif(
 
 
 _SESSIONS: dict[str, set[int]] = {}
-"""Those that were started under each mark."""
+"""Session ids of the commands that were started under each mark."""
 
 
 @functools.cache
 def _warm() -> Warm:
-    """Return this process's server, which starts with the first test that wants it."""
+    """Return the server of this process, started at the first call."""
     return Warm(Commands(Path(), "warm").environment())
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A command that has ended."""
+    """Exit code and output of a command that has ended."""
 
     exit_code: int
+    """Exit code; minus the number of the signal that killed the command."""
+
     stdout: str
+    """Standard output."""
+
     stderr: str
+    """Standard error."""
 
 
 @dataclass(frozen=True)
 class Commands:
-    """Runs commands of this environment in `folder`, as a user would."""
+    """Runner of commands of this virtual environment in one folder, as a user would run them."""
 
     folder: Path
+    """Working folder of the commands."""
+
     mark: str
+    """Value of the environment variable MARK, which identifies their processes."""
 
     def __call__(
         self, *arguments: str | Path, env: dict[str, str] | None = None, timeout: float = 240
     ) -> Finished:
-        """Run a program of the virtual environment and wait for it."""
+        """Run a program and wait for it; fail the test if it exceeds `timeout` seconds."""
         with self.start(*arguments, env=env) as process:
             try:
                 stdout, stderr = process.communicate(timeout=timeout)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 stdout, stderr = process.communicate()
-                pytest.fail(f"{arguments} did not end:\n{stdout}\n{stderr}")
+                pytest.fail(f"{arguments} did not end within {timeout:g} s:\n{stdout}\n{stderr}")
         return Finished(process.returncode, stdout, stderr)
 
     def start(
         self, *arguments: str | Path, env: dict[str, str] | None = None, cold: bool = False
     ) -> subprocess.Popen[str]:
-        """Start a program, of the virtual environment first, in a session of its own.
+        """Start a program in a session of its own, from the virtual environment if it is there.
 
-        Those of `launcher` start warm (see warm.py), unless `cold` or LAUNCHER_TESTS_COLD says
-        otherwise, or `env` has what is read before the first line of Python.
+        Commands of `launcher` start warm (see warm.py), unless `cold` is true, LAUNCHER_TESTS_COLD
+        is set, or `env` has variables that are read before the first line of Python runs.
         """
-        ours = BIN / str(arguments[0])
-        command = [str(ours if ours.exists() else arguments[0]), *map(str, arguments[1:])]
-        whole = self.environment() | (env or {})
+        script = BIN / str(arguments[0])
+        command = [str(script if script.exists() else arguments[0]), *map(str, arguments[1:])]
+        variables = self.environment() | (env or {})
         early = any(name.startswith(("PYTHON", "OMP_", "MKL_", "TORCH")) for name in env or {})
-        if arguments[0] == "launcher" and not (cold or early or "LAUNCHER_TESTS_COLD" in whole):
-            process = _warm().start(command, self.folder, whole)
+        if arguments[0] == "launcher" and not (cold or early or "LAUNCHER_TESTS_COLD" in variables):
+            process = _warm().start(command, self.folder, variables)
         else:
             process = subprocess.Popen(
                 command,
                 cwd=self.folder,
-                env=whole,
+                env=variables,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -94,17 +103,17 @@ class Commands:
         return process
 
     def environment(self) -> dict[str, str]:
-        """Return the environment of this process, less what would tell a run where it is.
+        """Return the environment of this process without the variables of another launcher.
 
-        Threads sleep while they wait: tests that run side by side have no core for each.
+        Threads sleep while they wait, because tests that run side by side share the cores.
         """
-        hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "ACCELERATE_", "SLURM_", "OMP_")
-        kept = {
+        removed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "ACCELERATE_", "SLURM_", "OMP_")
+        base = {
             name: value
             for name, value in os.environ.items()
-            if not name.startswith(hidden) or name == "SLURM_CONF"
+            if not name.startswith(removed) or name == "SLURM_CONF"
         }
-        return kept | {
+        return base | {
             MARK: self.mark,
             "OMP_WAIT_POLICY": "PASSIVE",
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
@@ -112,15 +121,15 @@ class Commands:
 
 
 def train_suite(run: Commands, suite: str, worlds: Sequence[int]) -> Path:
-    """Train a suite of matrix.py on numbers of ranks; return where folders on1, on2, ... are."""
-    done = run("python", ROOT / "tests/matrix.py", suite, *map(str, worlds), timeout=600)
-    assert done.exit_code == 0, done.stdout + done.stderr
+    """Train a suite of matrix.py on each number of ranks; return the parent of on1, on2, ..."""
+    finished = run("python", ROOT / "tests/matrix.py", suite, *map(str, worlds), timeout=600)
+    assert finished.exit_code == 0, finished.stdout + finished.stderr
     return run.folder
 
 
 def processes_of(mark: str) -> list[str]:
-    """Return the command lines of living processes started by the runs with this mark."""
-    found = []
+    """Return the process id and command line of each living process with this mark."""
+    processes = []
     sessions = _SESSIONS.get(mark, set())
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():
@@ -131,20 +140,23 @@ def processes_of(mark: str) -> list[str]:
             command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
         except OSError:
             continue
-        ours = int(session) in sessions or f"{MARK}={mark}".encode() in environment.split(b"\0")
-        if ours and state not in "ZX":
-            found.append(f"{folder.name} {command}")
-    return found
+        marked = int(session) in sessions or f"{MARK}={mark}".encode() in environment.split(b"\0")
+        if marked and state not in "ZX":
+            processes.append(f"{folder.name} {command}")
+    return processes
 
 
 def fail_on_leftovers(mark: str) -> None:
-    """Fail if processes are left; they get a moment, because the kernel ends them, not we."""
-    until = time.monotonic() + 10
-    while (left := processes_of(mark)) and time.monotonic() < until:
+    """Kill processes with this mark that are running after 10 seconds, and fail if there are any.
+
+    The delay is for processes that the kernel is still ending.
+    """
+    deadline = time.monotonic() + 10
+    while (leftovers := processes_of(mark)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    for line in left:
+    for line in leftovers:
         os.kill(int(line.split()[0]), signal.SIGKILL)
-    assert not left, "processes were left running:\n" + "\n".join(left)
+    assert not leftovers, "processes are still running:\n" + "\n".join(leftovers)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -154,6 +166,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def read_weights(run_dir: Path) -> dict[str, Any]:
     """Return the tensors of a finished run's model.safetensors by name."""
-    import safetensors.torch  # torch takes seconds, and few tests need it
+    import safetensors.torch  # importing torch takes seconds, and few tests need it
 
     return safetensors.torch.load_file(run_dir / "model.safetensors")

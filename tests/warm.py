@@ -1,8 +1,7 @@
-"""Commands that start warm: forked from a process that has imported what `launcher` imports.
+"""Start commands warm: fork them from a server that has imported what `launcher` imports.
 
-Importing torch takes longer than most tests. What is forked is the command as it is, in a session,
-a folder and an environment of its own, with its own output; only its interpreter has started
-before.
+Importing torch takes longer than most tests. A forked command runs its normal code in a session, a
+folder and an environment of its own, with its own output. Only its interpreter started earlier.
 """
 
 from __future__ import annotations
@@ -32,16 +31,16 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 class Warm:
-    """The process that forks, and this one as the parent of what it forks."""
+    """Handle of a server process that forks commands as children of this process."""
 
     def __init__(self, env: dict[str, str]) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
-        self._socket, theirs = socket.socketpair()
+        self._socket, server_socket = socket.socketpair()
         self._lock = threading.Lock()
-        with theirs:
+        with server_socket:
             self._server = subprocess.Popen(
-                [sys.executable, __file__, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
+                [sys.executable, __file__, str(server_socket.fileno())],
+                pass_fds=[server_socket.fileno()],
                 stdin=subprocess.DEVNULL,
                 env=env,
                 start_new_session=True,
@@ -49,26 +48,27 @@ class Warm:
         atexit.register(self._end)
 
     def start(self, command: list[str], folder: Path, env: dict[str, str]) -> subprocess.Popen[str]:
-        """Start a command of `launcher`; it is a child of this process."""
-        out, their_out = os.pipe()
-        err, their_err = os.pipe()
+        """Start a command of `launcher` as a child of this process."""
+        out, command_out = os.pipe()
+        err, command_err = os.pipe()
         request = {"command": command, "folder": str(folder), "env": env}
         with self._lock:
             message = json.dumps(request).encode()
-            socket.send_fds(self._socket, [len(message).to_bytes(4, "big")], [their_out, their_err])
+            length = len(message).to_bytes(4, "big")
+            socket.send_fds(self._socket, [length], [command_out, command_err])
             self._socket.sendall(message)
-            pid = int.from_bytes(_read(self._socket, 4), "big")
-        os.close(their_out)
-        os.close(their_err)
-        return _Started(command, pid, out, err)
+            pid = int.from_bytes(_read_exactly(self._socket, 4), "big")
+        os.close(command_out)
+        os.close(command_err)
+        return _ForkedProcess(command, pid, out, err)
 
     def _end(self) -> None:
         self._socket.close()
         self._server.wait()
 
 
-class _Started(subprocess.Popen[str]):
-    """A process that somebody else has forked for us."""
+class _ForkedProcess(subprocess.Popen[str]):
+    """Popen object of a child that the server has forked instead of Popen."""
 
     def __init__(self, command: list[str], pid: int, out: int, err: int) -> None:
         self.args = command
@@ -87,46 +87,46 @@ class _Started(subprocess.Popen[str]):
         self._waitpid_lock = threading.Lock()
 
 
-def _read(stream: socket.socket, count: int) -> bytes:
-    found = b""
-    while len(found) < count:
-        piece = stream.recv(count - len(found))
-        if not piece:
+def _read_exactly(stream: socket.socket, num_bytes: int) -> bytes:
+    data = b""
+    while len(data) < num_bytes:
+        chunk = stream.recv(num_bytes - len(data))
+        if not chunk:
             raise EOFError
-        found += piece
-    return found
+        data += chunk
+    return data
 
 
 def serve(stream: socket.socket) -> None:
-    """Fork what is asked for, until nobody can ask any more."""
+    """Fork a command for each request, until the other end of the socket is closed."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     for module in _PRELOADED:
         importlib.import_module(module)
     while True:
-        head, files, _, _ = socket.recv_fds(stream, 4, 2)
-        if not head:
+        length, files, _, _ = socket.recv_fds(stream, 4, 2)
+        if not length:
             return
-        head += _read(stream, 4 - len(head)) if len(head) < 4 else b""
-        request = json.loads(_read(stream, int.from_bytes(head, "big")))
-        told, tell = os.pipe()
-        between = os.fork()
-        if between == 0:
+        length += _read_exactly(stream, 4 - len(length)) if len(length) < 4 else b""
+        request = json.loads(_read_exactly(stream, int.from_bytes(length, "big")))
+        pid_reader, pid_writer = os.pipe()
+        intermediate = os.fork()
+        if intermediate == 0:
             pid = os.fork()
             if pid:
-                os.write(tell, pid.to_bytes(4, "big"))
-                os._exit(0)  # the command is the child of whoever asked for it
-            os.close(told)
-            os.close(tell)
+                os.write(pid_writer, pid.to_bytes(4, "big"))
+                os._exit(0)  # the test process, a subreaper, adopts the command as its child
+            os.close(pid_reader)
+            os.close(pid_writer)
             stream.close()
             run(request["command"], request["folder"], request["env"], files)
-        os.waitpid(between, 0)
-        stream.sendall(os.read(told, 4))
-        for each in (told, tell, *files):
-            os.close(each)
+        os.waitpid(intermediate, 0)
+        stream.sendall(os.read(pid_reader, 4))
+        for descriptor in (pid_reader, pid_writer, *files):
+            os.close(descriptor)
 
 
 def run(command: list[str], folder: str, env: dict[str, str], files: list[int]) -> None:
-    """Be the command, from its first line to its exit code."""
+    """Run a command in this process, from its first line to its exit code."""
     os.setsid()
     for number, file in zip((1, 2), files, strict=True):
         os.dup2(file, number)
@@ -134,7 +134,7 @@ def run(command: list[str], folder: str, env: dict[str, str], files: list[int]) 
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(env)
-    tempfile.tempdir = None  # remembered from another environment
+    tempfile.tempdir = None  # forget the value that was cached in the server's environment
     sys.argv, sys.orig_argv = list(command), [sys.executable, *command]
     sys.path[0] = str(Path(command[0]).parent)
     code: object = 1
@@ -142,9 +142,9 @@ def run(command: list[str], folder: str, env: dict[str, str], files: list[int]) 
         from launcher.cli import main
 
         main()
-    except SystemExit as ended:
-        code = ended.code
-    except BaseException:  # noqa: BLE001  # shown, as the interpreter would
+    except SystemExit as exit_request:
+        code = exit_request.code
+    except BaseException:  # noqa: BLE001  # printed as the interpreter would print it
         sys.excepthook(*sys.exc_info())
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()

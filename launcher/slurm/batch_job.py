@@ -142,7 +142,10 @@ def complete(site: Site, nodes: int) -> Site:
         return site
     if nodes > limits.nodes:
         where = f"the partition {site.partition}" if site.partition else "the default partition"
-        raise SlurmError(f"--nodes {nodes} exceeds the {limits.nodes} nodes of {where}.")
+        raise SlurmError(
+            f"--nodes {nodes} exceeds the {limits.nodes} nodes of {where}. Ask for fewer, or name "
+            "another partition in the site profile."
+        )
     return replace(
         site,
         cpus_per_node=site.cpus_per_node or limits.cpus,

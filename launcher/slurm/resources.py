@@ -21,9 +21,13 @@ def machine_of(site: Site, gpus: int, nproc: int) -> Machine:
         SlurmError: A node of the site has fewer GPUs.
     """
     if site.gpus_per_node is not None and gpus > site.gpus_per_node:
+        advice = (
+            "Ask for fewer, on more --nodes."
+            if site.gpus_per_node
+            else "Name a partition with GPUs in the site profile, or omit --gpus-per-node."
+        )
         raise SlurmError(
-            f"--gpus-per-node {gpus} exceeds the {site.gpus_per_node} GPUs of a node. Ask for "
-            "fewer, on more --nodes."
+            f"--gpus-per-node {gpus} exceeds the {site.gpus_per_node} GPUs of a node. {advice}"
         )
     cores = site.cpus_per_node or nproc * (1 + WORKERS_PER_RANK)
     limit = "cores of a node" if site.cpus_per_node else "cores that the job asks for"

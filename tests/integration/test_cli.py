@@ -1,4 +1,4 @@
-"""The command line: what it prints, what it refuses, what it imports."""
+"""Command line: its output, the mistakes that it refuses, and the packages that it imports."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HEAVY = ("torch", "numpy", "accelerate", "deepspeed", "plotly", "rich", "sklearn
 
 
 def test_the_help_names_the_commands(run: Commands) -> None:
-    """`launcher --help` lists each command; each command has examples, and its settings."""
+    """`launcher --help` lists the commands, and their help has examples and settings."""
     done = run("launcher", "--help")
     assert done.exit_code == 0
     for command in ("plan", "run", "recipes"):
@@ -33,8 +33,8 @@ def test_the_help_names_the_commands(run: Commands) -> None:
         assert field_sentences()["lr_batch_size"] in text
 
 
-def test_a_plan_in_words(run: Commands) -> None:
-    """The plan of the README's question, with its arithmetic."""
+def test_a_plan_shows_its_arithmetic(run: Commands) -> None:
+    """`launcher plan` prints each derived number with its arithmetic and the source of settings."""
     done = run(
         "launcher", "plan", "digits", "--nodes", "2", "-n", "4", "device=cuda",
         "micro_batch_size=16", "batch_size=1024",
@@ -54,7 +54,7 @@ def test_a_plan_in_words(run: Commands) -> None:
 
 
 def test_a_plan_as_json(run: Commands) -> None:
-    """--json prints one JSON value and nothing else."""
+    """`launcher plan --json` prints one JSON value and nothing else."""
     done = run("launcher", "plan", DIGITS, "-n", "3", "--json", "epochs=2")
     plan = json.loads(done.stdout)
     assert plan["samples_per_rank"] == [43, 43, 42]
@@ -64,14 +64,14 @@ def test_a_plan_as_json(run: Commands) -> None:
 
 
 def test_options_and_values_in_any_order(run: Commands) -> None:
-    """Options may stand before, between and behind the values."""
+    """Options may precede, separate or follow the settings."""
     first = run("launcher", "plan", "--json", "-n", "2", "digits", "lr=0.2", "seed=1").stdout
     second = run("launcher", "plan", "digits", "lr=0.2", "-n", "2", "seed=1", "--json").stdout
     assert first == second
 
 
 def test_recipes_are_listed(run: Commands) -> None:
-    """Ours are listed with a line each, and those of the folder before them."""
+    """`launcher recipes` lists the recipes of the folder first, then those of the package."""
     done = run("launcher", "recipes")
     assert re.search(r"^digits +Handwritten digits", done.stdout, re.MULTILINE)
     (run.folder / "recipes").mkdir()
@@ -103,8 +103,10 @@ def test_recipes_are_listed(run: Commands) -> None:
         ("nodata.py", "Cannot read the data of nodata: FileNotFoundError: no folder here (/"),
     ],
 )
-def test_recipes_that_cannot_be_had(run: Commands, recipe: str, message: str) -> None:
-    """Each ends in one message that says what was asked, found, and what to do; exit code 2."""
+def test_a_recipe_that_cannot_be_loaded_is_refused(
+    run: Commands, recipe: str, message: str
+) -> None:
+    """A recipe that cannot be loaded gives exit code 2 and a message without a traceback."""
     files = {
         "broken.py": "x = 1\ny = 1 / 0\n",
         "needs.py": "import not_installed_anywhere\n",
@@ -147,18 +149,18 @@ def test_recipes_that_cannot_be_had(run: Commands, recipe: str, message: str) ->
     ],
 )
 def test_bad_arguments_of_run(run: Commands, arguments: list[str], message: str) -> None:
-    """Nothing starts, nothing is written, and the exit code is 2."""
+    """`launcher run` refuses bad arguments with exit code 2 and writes nothing."""
     (run.folder / "there").mkdir()
     (run.folder / "bad.yaml").write_text("lr: [1\nseed: 2\n")
     done = run("launcher", "run", "digits", *arguments)
     assert done.exit_code == 2
-    assert any(each in done.stderr for each in message.split("|")), done.stderr
+    assert any(alternative in done.stderr for alternative in message.split("|")), done.stderr
     assert "Traceback" not in done.stderr
     assert sorted(path.name for path in run.folder.iterdir()) == ["bad.yaml", "there"]
 
 
-def test_a_run_leaves_its_folder(run: Commands) -> None:
-    """run.yaml, metrics, result, logs and weights are there, and are this user's alone."""
+def test_a_run_writes_its_folder(run: Commands) -> None:
+    """A run folder has run.yaml, metrics, result, logs and weights, for its owner alone."""
     (run.folder / "mine.yaml").write_text("lr: 2e-1\n")
     done = run("launcher", "run", "digits", "epochs=2", "--config", "mine.yaml", "-n", "1")
     assert done.exit_code == 0, done.stderr
@@ -166,12 +168,12 @@ def test_a_run_leaves_its_folder(run: Commands) -> None:
     assert f"run folder: runs/{folder.name}" in done.stdout
     assert done.stdout.count("held-out: accuracy") == 2, "after the first epoch, and at the end"
     assert folder.stat().st_mode & 0o777 == 0o700
-    said = yaml.safe_load((folder / "run.yaml").read_text())
-    assert said["recipe"] == f"{DIGITS}:digits"
-    assert said["overrides"] == {"lr": 0.2, "epochs": 2}
-    assert said["plan"]["lr"] == 0.2
-    assert {"python", "torch", "accelerate"} <= said["versions"].keys()
-    assert said["git"] is None or {"commit", "branch", "changed_files"} == said["git"].keys()
+    record = yaml.safe_load((folder / "run.yaml").read_text())
+    assert record["recipe"] == f"{DIGITS}:digits"
+    assert record["overrides"] == {"lr": 0.2, "epochs": 2}
+    assert record["plan"]["lr"] == 0.2
+    assert {"python", "torch", "accelerate"} <= record["versions"].keys()
+    assert record["git"] is None or {"commit", "branch", "changed_files"} == record["git"].keys()
     rows = read_lines(folder / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in steps] == list(range(1, 25))
@@ -197,7 +199,7 @@ def test_a_run_leaves_its_folder(run: Commands) -> None:
     ],
 )
 def test_planning_imports_nothing_heavy(arguments: list[str], tmp_path: Path) -> None:
-    """Looking, listing and planning load no torch, numpy, accelerate, deepspeed or rich."""
+    """Commands that train nothing import no torch, numpy, accelerate, deepspeed or rich."""
     assert imported(["-m", "launcher", *arguments], tmp_path).isdisjoint(HEAVY)
 
 
@@ -209,7 +211,7 @@ def test_planning_imports_nothing_heavy(arguments: list[str], tmp_path: Path) ->
     ],
 )
 def test_importing_imports_nothing_heavy(statement: str, tmp_path: Path) -> None:
-    """A recipe and the package can be imported anywhere at no cost."""
+    """Importing the package or a recipe imports no torch, numpy, accelerate, deepspeed or rich."""
     assert imported(["-c", statement], tmp_path).isdisjoint(HEAVY)
 
 
@@ -228,7 +230,7 @@ def imported(arguments: list[str], folder: Path) -> set[str]:
 
 
 def test_data_that_start_threads_are_counted(run: Commands) -> None:
-    """Reading them in parallel leaves nothing behind that ranks would wait for."""
+    """A run whose data starts threads while it is counted does not hang its ranks."""
     (run.folder / "parallel.py").write_text(
         "from dataclasses import replace\n"
         "from launcher import Data, Recipe\n"
@@ -243,12 +245,12 @@ def test_data_that_start_threads_are_counted(run: Commands) -> None:
     )
     done = run("launcher", "run", "parallel.py", "-n", "1", "device=cpu", "--out", "out")
     assert done.exit_code == 0, done.stderr
-    assert "read to count its 1,437 training samples" in " ".join(done.stdout.split())
+    assert "1,437 training samples" in " ".join(done.stdout.split())
 
 
 @pytest.mark.parametrize("name", [*_COMMANDS, "find lr", "find batch"])
 def test_help_has_examples(name: str) -> None:
-    """Each command shows how it is typed, in lines no wider than a terminal."""
+    """The help of each command has an example, in lines of at most 100 columns."""
     done = CliRunner().invoke(group, [*name.split(), "--help"], prog_name="launcher")
     assert done.exit_code == 0
     assert f"\n  launcher {name}" in done.output.partition("Options:")[0]

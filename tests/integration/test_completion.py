@@ -1,4 +1,4 @@
-"""What bash offers behind TAB, by bash itself."""
+"""Shell completion, tested in a real bash."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ printf '%s\\n' "${COMPREPLY[@]}"
     ],
 )
 def test_bash_completes(run: Commands, words: list[str], offered: list[str]) -> None:
-    """Commands, options, recipes, settings with their values, run folders."""
+    """Bash completes commands, options, recipes, settings with their values, and run folders."""
     (run.folder / "runs/one").mkdir(parents=True)
     (run.folder / "runs/one/run.yaml").touch()
     done = run("bash", "-c", SCRIPT, "bash", "launcher", *words)
@@ -43,15 +43,15 @@ def test_bash_completes(run: Commands, words: list[str], offered: list[str]) -> 
 
 @pytest.mark.parametrize(("shell", "word"), [("zsh", "compdef"), ("fish", "complete")])
 def test_other_shells_have_scripts(run: Commands, shell: str, word: str) -> None:
-    """They are click's own."""
+    """`launcher completion` prints a script for zsh and for fish."""
     done = run("launcher", "completion", shell)
     assert done.exit_code == 0
     assert word in done.stdout
     assert "_LAUNCHER_COMPLETE" in done.stdout
 
 
-def test_zsh_takes_words_whole(run: Commands) -> None:
-    """`strategy=f` is one word there."""
+def test_zsh_completes_a_setting_as_one_word(run: Commands) -> None:
+    """In zsh, which does not split words at `=`, `strategy=f` completes to `strategy=fsdp`."""
     done = run(
         *("launcher",),
         env={

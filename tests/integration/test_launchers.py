@@ -1,4 +1,4 @@
-"""The same file under python, torchrun and accelerate launch, with nothing set by hand."""
+"""One recipe file under python, torchrun and accelerate launch, without further settings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from support import ROOT, Commands, read_lines
 
 RECIPE = str(ROOT / "tests/recipes/worlds.py")
-PORT = ("--main_process_port", "0")  # the fixed one may be taken by another test
+PORT = ("--main_process_port", "0")  # another test may use the default port
 WAYS = {
     "python": (("python", RECIPE), 1),
     "torchrun-1": (("torchrun", RECIPE), 1),
@@ -27,7 +27,7 @@ WAYS = {
 
 @pytest.fixture(scope="module")
 def alone(module_run: Commands) -> Path:
-    """Return the run folder of one process."""
+    """Return the folder of a run on one process."""
     done = module_run("launcher", "run", RECIPE, "-n", "1", "lr=0.05", "--out", "alone")
     assert done.exit_code == 0, done.stderr
     return module_run.folder / "alone"
@@ -35,37 +35,37 @@ def alone(module_run: Commands) -> Path:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_launcher_trains_the_same(module_run: Commands, alone: Path, way: str) -> None:
-    """It says how many ranks there are, takes overrides, and comes to the same weights."""
+    """Every launcher prints its ranks once, applies overrides, and gives the same weights."""
     command, ranks = WAYS[way]
     done = module_run(*command, "lr=0.05", "--out", way)
     assert done.exit_code == 0, done.stderr
     assert f"ranks       {ranks} = 1 node x {ranks} CPU rank" in done.stdout
-    assert done.stdout.count("run folder: ") == 1, "one of the ranks speaks"
+    assert done.stdout.count("run folder: ") == 1, "only one rank prints"
     folder = module_run.folder / way
-    steps, wanted = (
+    steps, reference = (
         [row for row in read_lines(path / "metrics.jsonl") if "loss" in row]
         for path in (folder, alone)
     )
-    assert [row["lr"] for row in steps] == [row["lr"] for row in wanted]
+    assert [row["lr"] for row in steps] == [row["lr"] for row in reference]
     weights = load_file(folder / "model.safetensors")
     for name, weight in load_file(alone / "model.safetensors").items():
         assert torch.allclose(weights[name], weight, rtol=1e-5, atol=1e-7)
-    said = yaml.safe_load((folder / "run.yaml").read_text())
-    assert said["plan"]["world_size"] == ranks
-    assert said["overrides"] == {"lr": 0.05}
+    record = yaml.safe_load((folder / "run.yaml").read_text())
+    assert record["plan"]["world_size"] == ranks
+    assert record["overrides"] == {"lr": 0.05}
     assert json.loads((folder / "result.json").read_text())["samples"] == 750
     assert len(list((folder / "logs").iterdir())) == ranks
 
 
 def test_a_module_is_launched(run: Commands) -> None:
-    """Accelerate launch -m finds a recipe by its module's name, from any folder."""
+    """`accelerate launch -m` starts a recipe by the name of its module, from any folder."""
     done = run("accelerate", "launch", "-m", "launcher.recipes.digits", "epochs=1", "--out", "out")
     assert done.exit_code == 0, done.stderr
     assert "recipes/digits.py:digits" in done.stdout
 
 
-def test_a_lonely_copy_is_refused(run: Commands) -> None:
-    """Accelerate launch --cpu starts one process whatever it was asked for; we notice."""
+def test_one_process_instead_of_two_is_refused(run: Commands) -> None:
+    """A run is refused if `accelerate launch --cpu` starts one process instead of two."""
     done = run("accelerate", "launch", "--cpu", "--num_processes", "2", RECIPE)
     assert done.exit_code != 0
     assert "asked for several processes and started one" in done.stderr
@@ -73,7 +73,7 @@ def test_a_lonely_copy_is_refused(run: Commands) -> None:
 
 
 def test_ranks_with_other_overrides_are_refused(run: Commands) -> None:
-    """Two ranks that were started with another learning rate do not train."""
+    """Two ranks that were started with different learning rates do not train."""
     rank = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     script = (
         "import os, sys, socket, subprocess\n"
@@ -96,10 +96,8 @@ def test_ranks_with_other_overrides_are_refused(run: Commands) -> None:
         (["batch_size=9999"], "there are 250 training samples"),
     ],
 )
-def test_a_mistake_is_said_once_by_two_ranks(
-    run: Commands, arguments: list[str], message: str
-) -> None:
-    """A mistake that every rank finds is said by one, without our traceback."""
+def test_two_ranks_report_a_mistake_once(run: Commands, arguments: list[str], message: str) -> None:
+    """A mistake that every rank detects is printed by one rank, without launcher's traceback."""
     done = run("torchrun", "--standalone", "--nproc-per-node", "2", RECIPE, *arguments)
     assert done.exit_code != 0
     assert done.stderr.count(message) == 1
@@ -107,7 +105,7 @@ def test_a_mistake_is_said_once_by_two_ranks(
 
 
 def test_an_existing_folder_is_refused_by_all_ranks(run: Commands) -> None:
-    """Rank 0 alone can know that the run folder exists; no rank is left waiting."""
+    """All ranks end if rank 0 finds that the run folder exists."""
     (run.folder / "out").mkdir()
     done = run("torchrun", "--standalone", "--nproc-per-node", "2", RECIPE, "--out", "out")
     assert done.exit_code != 0

@@ -1,4 +1,4 @@
-"""What a run prints, on a terminal and elsewhere, and what its logs hold."""
+"""Output of a run on a terminal, in a pipe and on a full disk, and the contents of its logs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The wheel: what is in it, and that it works from another folder."""
+"""Wheel and source distribution: their contents, and their use from another project."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support import ROOT
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the wheel."""
+    """Build the wheel and return its path."""
     folder = tmp_path_factory.mktemp("wheel")
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", folder, ROOT],
@@ -27,12 +27,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_holds_one_package(wheel: Path) -> None:
-    """Launcher is in it with the recipes, and nothing else, and it has the console command."""
+    """The wheel has every module of launcher, the recipes and the console command, no more."""
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"launcher"}
-    for name in ("launcher/engine/loop.py", "launcher/py.typed"):
-        assert name in names
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "launcher").rglob("*.py")}
+    assert modules | {"launcher/py.typed"} <= set(names)
     shipped = {path.name for path in (ROOT / "recipes").glob("*.py")}
     folder = "launcher/recipes/"
     assert shipped == {name[len(folder) :] for name in names if re.match(rf"{folder}.*\.py", name)}
@@ -42,19 +42,19 @@ def test_the_wheel_holds_one_package(wheel: Path) -> None:
 
 @pytest.fixture(scope="module")
 def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Install the wheel into a folder of its own."""
-    made = tmp_path_factory.mktemp("site")
+    """Install the wheel into a folder and return the folder."""
+    folder = tmp_path_factory.mktemp("site")
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", made, wheel],
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, wheel],
         check=True,
         capture_output=True,
     )
-    return made
+    return folder
 
 
 @pytest.mark.parametrize("name", ["own_loop.py", "with_accelerate.py"])
 def test_a_recipes_parts_work_in_another_loop(site: Path, tmp_path: Path, name: str) -> None:
-    """The loops in the README, in a project that has the wheel: they learn."""
+    """The loops in the README learn in a project that has the wheel."""
     text = (ROOT / "README.md").read_text()
     (loop,) = re.findall(rf"```python\n# {name}\n(.*?)```", text, re.DOTALL)
     assert len(loop.splitlines()) <= 34
@@ -68,13 +68,13 @@ def test_a_recipes_parts_work_in_another_loop(site: Path, tmp_path: Path, name: 
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    found = re.search(r"loss (\d+\.\d+)", done.stdout)
-    assert found is not None
-    assert float(found[1]) < 2.25
+    loss = re.search(r"loss (\d+\.\d+)", done.stdout)
+    assert loss is not None
+    assert float(loss[1]) < 2.25
 
 
 def test_the_source_distribution_builds_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
-    """In it the link to the recipes is a folder."""
+    """The source distribution has no links and builds a wheel with the same files."""
     subprocess.run(
         [sys.executable, "-m", "build", "--outdir", tmp_path, ROOT], check=True, capture_output=True
     )
@@ -82,7 +82,7 @@ def test_the_source_distribution_builds_the_same_wheel(wheel: Path, tmp_path: Pa
     (source,) = tmp_path.glob("*.tar.gz")
     assert zipfile.ZipFile(built).namelist() == zipfile.ZipFile(wheel).namelist()
     with tarfile.open(source) as archive:
-        assert not [each.name for each in archive if each.islnk() or each.issym()]
+        assert not [member.name for member in archive if member.islnk() or member.issym()]
 
 
 def run_python(site: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -98,7 +98,7 @@ def run_python(site: Path, folder: Path, *arguments: str) -> subprocess.Complete
 
 
 def test_the_wheel_works_elsewhere(site: Path, tmp_path: Path) -> None:
-    """Another project imports a recipe and the package from it, plans, and lists recipes."""
+    """Another project imports the package and a recipe from the wheel, plans, and lists recipes."""
     script = (
         "import sys\n"
         "from dataclasses import replace\n"
@@ -114,14 +114,14 @@ def test_the_wheel_works_elsewhere(site: Path, tmp_path: Path) -> None:
     )
     done = run_python(site, tmp_path, "-c", script)
     assert done.returncode == 0, done.stderr
-    place = f"{site}/launcher/__init__.py {site}/launcher/recipes/gpt.py"
-    assert f"(43, 43, 42) {place}" in done.stdout
+    paths = f"{site}/launcher/__init__.py {site}/launcher/recipes/gpt.py"
+    assert f"(43, 43, 42) {paths}" in done.stdout
     assert re.search(r"^digits +Handwritten digits", done.stdout, re.MULTILINE)
 
 
 @pytest.mark.parametrize("files", [["mine.py"], ["mine.py", "__init__.py"]])
 def test_a_project_has_recipes_of_its_own(site: Path, tmp_path: Path, files: list[str]) -> None:
-    """A folder or a package `recipes` is the project's, and those that we ship are beside it."""
+    """A project may have a folder or a package `recipes`, beside the recipes of the wheel."""
     for name in files:
         (tmp_path / "recipes").mkdir(exist_ok=True)
         (tmp_path / "recipes" / name).write_text("from launcher.recipes.digits import digits\n")
@@ -141,15 +141,15 @@ def test_a_project_has_recipes_of_its_own(site: Path, tmp_path: Path, files: lis
 
 
 def test_a_run_of_an_earlier_installation_finds_its_recipe(site: Path, tmp_path: Path) -> None:
-    """run.yaml from before names a file of the package that was called `recipes`."""
-    before = f"{site}/recipes/digits.py:digits"
-    done = run_python(site, tmp_path, "-m", "launcher", "plan", before)
+    """A recipe that run.yaml names by the former package `recipes` is found in launcher.recipes."""
+    former = f"{site}/recipes/digits.py:digits"
+    done = run_python(site, tmp_path, "-m", "launcher", "plan", former)
     assert done.returncode == 0, done.stderr
     assert f"{site}/launcher/recipes/digits.py:digits" in done.stdout
 
 
 def test_recipes_have_types(wheel: Path, tmp_path: Path) -> None:
-    """A type checker sees what a recipe that is imported from the wheel returns."""
+    """A type checker knows the return type of a recipe that is imported from the wheel."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", "env"], cwd=tmp_path, check=True)
     (packages,) = (tmp_path / "env/lib").glob("python*/site-packages")
     zipfile.ZipFile(wheel).extractall(packages)

@@ -1,4 +1,4 @@
-"""The recipes that come along: each learns something real, and says what it needs."""
+"""Recipes of the package: each learns from its data, and refuses missing or damaged data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import ROOT, Commands, needs_fashion_mnist, read_lines
+from support import ROOT, Commands, needs_fashion_mnist, read_lines, read_weights
 
 from launcher import RecipeError, packaged_file
 from launcher.recipe.resolve import list_recipes
@@ -27,7 +27,7 @@ IDX = bytes((0, 0, 8, 2)) + (2).to_bytes(4, "big") + (3).to_bytes(4, "big")
 
 @needs_fashion_mnist
 def test_fashion_mnist_learns(run: Commands) -> None:
-    """One pass over the training images recognises most of those held out."""
+    """One epoch of fashion_mnist on two ranks reaches a held-out accuracy above 82 percent."""
     done = run(
         *("launcher", "run", "fashion_mnist", "-n", "2", "epochs=1", "batch_size=512"),
         *("lr_rule=sqrt", "--out", "out"),
@@ -38,7 +38,7 @@ def test_fashion_mnist_learns(run: Commands) -> None:
 
 
 def test_an_idx_file_is_read(tmp_path: Path) -> None:
-    """The bytes come back in the shape that the header gives."""
+    """An IDX file is read in the shape that its header gives."""
     path = tmp_path / "some.gz"
     path.write_bytes(gzip.compress(IDX + bytes(range(6))))
     assert read_idx(path, dimensions=2).tolist() == [[0, 1, 2], [3, 4, 5]]
@@ -47,18 +47,16 @@ def test_an_idx_file_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "some.gz is missing. Install Debian's package dataset-fashion-mnist"),
+        (None, "dataset-fashion-mnist"),
         (b"<html>not found</html>", "Not a gzipped file"),
-        (gzip.compress(IDX + bytes(6))[:-9], "Get the file anew"),
-        (gzip.compress(IDX + bytes(5)), "is no whole IDX file of bytes in 2 dimensions"),
-        (gzip.compress(b"something else"), "is no whole IDX file of bytes in 2 dimensions"),
+        (gzip.compress(IDX + bytes(6))[:-9], "some.gz"),
+        (gzip.compress(IDX + bytes(5)), "2 dimensions"),
+        (gzip.compress(b"something else"), "2 dimensions"),
     ],
     ids=["missing", "other", "cut", "short", "text"],
 )
-def test_a_file_that_is_none_is_refused(
-    tmp_path: Path, content: bytes | None, message: str
-) -> None:
-    """With the name of the file and how to get it."""
+def test_a_damaged_idx_file_is_refused(tmp_path: Path, content: bytes | None, message: str) -> None:
+    """A missing or damaged IDX file is refused by its path."""
     path = tmp_path / "some.gz"
     if content is not None:
         path.write_bytes(content)
@@ -68,22 +66,22 @@ def test_a_file_that_is_none_is_refused(
     assert str(tmp_path) in str(caught.value)
 
 
-def trained(run: Commands, recipe: str, *settings: str, ranks: int = 2) -> dict[str, float]:
-    """Train a recipe, and return what its evaluation came to."""
+def train(run: Commands, recipe: str, *settings: str, ranks: int = 2) -> dict[str, float]:
+    """Train a recipe, and return the metrics of its last evaluation."""
     command = ("launcher", "run", recipe, "-n", str(ranks), "device=cpu", *settings)
     done = run(*command, "--out", recipe.replace(":", "-"))
     assert done.exit_code == 0, done.stderr
     path = run.folder / recipe.replace(":", "-") / "result.json"
-    found: dict[str, float] = json.loads(path.read_text())["evaluation"]
-    return found
+    metrics: dict[str, float] = json.loads(path.read_text())["evaluation"]
+    return metrics
 
 
 def test_every_recipe_is_described() -> None:
-    """In the folder's page, by the name of its function."""
+    """Every recipe has a sentence and stands in the folder's README by its function."""
     page = (ROOT / "recipes/README.md").read_text()
-    for found in list_recipes(ROOT / "recipes"):
-        assert f"`{found.function}`" in page
-        assert found.sentence
+    for recipe in list_recipes(ROOT / "recipes"):
+        assert f"`{recipe.function}`" in page
+        assert recipe.sentence
 
 
 needs_weather = pytest.mark.skipif(
@@ -96,26 +94,26 @@ needs_flights = pytest.mark.skipif(
 
 @needs_weather
 def test_rough_neurons_forecast_intervals(run: Commands) -> None:
-    """Better than that tomorrow is as today, and than a net that sees daily means."""
-    found = trained(run, "rough_intervals")
-    assert found["error"] < found["persistence_error"]
-    assert found["coverage"] > found["persistence_coverage"]
-    assert found["error"] < trained(run, "rough_intervals:means")["error"]
+    """Rough neurons forecast better than persistence, and better than a net on daily means."""
+    metrics = train(run, "rough_intervals")
+    assert metrics["error"] < metrics["persistence_error"]
+    assert metrics["coverage"] > metrics["persistence_coverage"]
+    assert metrics["error"] < train(run, "rough_intervals:means")["error"]
 
 
 def test_bounds_stay_in_order() -> None:
-    """A rough neuron's lower output is never above its upper; coverage is a part of the truth."""
+    """The lower bound of a rough neuron is at most its upper, and coverage is a fraction."""
     forecast = build_rough(4)(torch.randn(50, 7, 2))
     assert (forecast[:, 0] <= forecast[:, 1]).all()
     truth = torch.tensor([[0.0, 2.0], [0.0, 2.0], [0.0, 2.0]])
-    guesses = torch.tensor([[1.0, 5.0], [-1.0, 3.0], [3.0, 4.0]])
-    total, days = coverage(guesses, (truth, truth))
+    forecasts = torch.tensor([[1.0, 5.0], [-1.0, 3.0], [3.0, 4.0]])
+    total, days = coverage(forecasts, (truth, truth))
     assert (float(total), days) == (1.5, 3)
 
 
 @needs_flights
 def test_hourly_readings_are_folded_to_days() -> None:
-    """The coldest and the warmest of each day, in degrees Celsius; another airport is refused."""
+    """Hourly readings give daily bounds in degrees Celsius, and an unknown airport is refused."""
     days = read_new_york(None, "JFK")
     assert 360 <= len(days) <= 365
     assert all(-25 < low <= high < 45 for low, high in days)
@@ -125,12 +123,12 @@ def test_hourly_readings_are_folded_to_days() -> None:
 
 @needs_flights
 def test_tabular_knows_how_long_flights_take(run: Commands) -> None:
-    """Within eight minutes, of two and a half hours."""
-    assert trained(run, "tabular", "epochs=1", ranks=1)["error"] < 8
+    """One epoch of tabular predicts the air time with a mean error below 8 minutes."""
+    assert train(run, "tabular", "epochs=1", ranks=1)["error"] < 8
 
 
 def test_a_package_that_is_missing_is_named() -> None:
-    """With what to do; so is a file that it does not have."""
+    """A missing package is named with its pip command, and a missing file with its name."""
     with pytest.raises(RecipeError, match="pip install not_installed_anywhere"):
         packaged_file("not_installed_anywhere", "x.csv")
     with pytest.raises(RecipeError, match=r"has no file x\.csv"):
@@ -138,17 +136,17 @@ def test_a_package_that_is_missing_is_named() -> None:
 
 
 def test_gpt_learns_to_write(run: Commands) -> None:
-    """Fewer bits for a byte than its letters' frequencies give, and text comes out."""
+    """A short training of gpt beats the entropy of single bytes, and sampling continues a text."""
     small = ("layers=2", "width=64", "heads=2", "steps=150", "batch_size=16", "lr_batch_size=16")
-    found = trained(run, "gpt", *small, f"data={ROOT}/launcher")
-    assert found["bits_per_byte"] < 4.2
+    metrics = train(run, "gpt", *small, f"data={ROOT}/launcher")
+    assert metrics["bits_per_byte"] < 4.2
     text = sample(build_gpt(1, 16, 2), "def ", 20)
     assert text.startswith("def ")
     assert len(text.encode()) >= 24
 
 
 def test_documents_are_cut_and_packed() -> None:
-    """Packed text is whole, and padding counts for nothing."""
+    """Packed documents keep every byte, and padding is ignored by the loss."""
     texts = [bytes(range(1, 101)), bytes(range(200)), b"ab"]
     tokens, targets = pack(texts).tensors
     joined = b"\0".join([*texts, b""])
@@ -156,13 +154,13 @@ def test_documents_are_cut_and_packed() -> None:
     assert bytes(targets.flatten().tolist()) == joined[1 : tokens.numel() + 1]
     pieces = cut(texts)
     assert [len(piece) for piece in pieces] == [100, 129, 72, 2]
-    inputs, wanted = pad([pieces[0], pieces[3]])
-    assert inputs.shape == wanted.shape == (2, 99)
-    assert (wanted[1] != -100).sum() == 1
+    inputs, targets = pad([pieces[0], pieces[3]])
+    assert inputs.shape == targets.shape == (2, 99)
+    assert (targets[1] != -100).sum() == 1
 
 
 def test_ragged_documents_are_averaged_over_tokens(run: Commands) -> None:
-    """On three ranks the losses are those of one, whatever the documents' lengths."""
+    """With padded documents three ranks have the losses of one rank."""
     small = ("layers=1", "width=32", "heads=2", "steps=4", "packed=false", "batch_size=8")
     for ranks in (1, 3):
         command = ("launcher", "run", "gpt", *small, "device=cpu", f"data={ROOT}/recipes")
@@ -181,10 +179,10 @@ def test_ragged_documents_are_averaged_over_tokens(run: Commands) -> None:
 
 @pytest.mark.parametrize("variant", ["gpt_ddp", "gpt_fsdp", "gpt_zero2", "gpt_zero3_offload"])
 def test_gpt_trains_under_each_strategy(run: Commands, variant: str) -> None:
-    """In bf16, sharded or not, on two ranks."""
+    """Each variant of gpt trains on two ranks in bf16 under its strategy."""
     settings = ("steps=3", "batch_size=16", f"data={ROOT}/launcher")
-    found = trained(run, f"gpt:{variant}", *settings)
-    assert 4 < found["bits_per_byte"] < 9
+    metrics = train(run, f"gpt:{variant}", *settings)
+    assert 4 < metrics["bits_per_byte"] < 9
 
 
 def write_cifar(folder: Path) -> np.ndarray[Any, Any]:
@@ -213,25 +211,25 @@ def test_cifar_is_read_from_its_binary_files(tmp_path: Path) -> None:
         read_batch(tmp_path / "cut.bin")
 
 
-def test_resnet_56_is_the_papers() -> None:
-    """0.85 million weights, as He et al. count them, and 55 convolutions."""
+def test_resnet_56_equals_the_paper() -> None:
+    """ResNet-56 has 853,018 weights and 55 convolutions, as in He et al. (2016)."""
     net = build_resnet([9] * 3, [16, 32, 64], num_classes=10, stem="small")
-    assert sum(each.numel() for each in net.parameters()) == 853_018
-    assert sum(isinstance(each, torch.nn.Conv2d) for each in net.modules()) == 55
+    assert sum(parameter.numel() for parameter in net.parameters()) == 853_018
+    assert sum(isinstance(module, torch.nn.Conv2d) for module in net.modules()) == 55
     assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 
 def test_resnet_trains_on_batches(run: Commands) -> None:
-    """A step on each of two ranks, of images that are moved and mirrored."""
+    """ResNet-20 trains on augmented images in CIFAR-10's format on two ranks."""
     write_cifar(run.folder)
     settings = ("data=.", "batch_size=20", "lr=0.1", "steps=3", "num_workers=1")
-    found = trained(run, "resnet:resnet20", *settings)
-    assert found["loss"] > 0
+    metrics = train(run, "resnet:resnet20", *settings)
+    assert metrics["loss"] > 0
 
 
 @needs_fashion_mnist
 def test_images_in_folders_are_learned(run: Commands) -> None:
-    """JPEGs of four kinds of clothing, decoded by workers, of several sizes."""
+    """ResNet-18 learns four classes from JPEGs of several sizes that a worker decodes."""
     image = pytest.importorskip("PIL.Image")
     pixels = read_idx(DATA / "t10k-images-idx3-ubyte.gz", dimensions=3)
     labels = read_idx(DATA / "t10k-labels-idx1-ubyte.gz", dimensions=1)
@@ -239,58 +237,47 @@ def test_images_in_folders_are_learned(run: Commands) -> None:
         for number, index in enumerate(np.flatnonzero(labels == label)[:100]):
             folder = run.folder / "images" / ("val" if number % 5 == 0 else "train") / str(label)
             folder.mkdir(parents=True, exist_ok=True)
-            own = image.fromarray(pixels[index]).resize((28 + number % 9, 30))
-            own.save(folder / f"{number}.jpg", quality=90)
+            resized = image.fromarray(pixels[index]).resize((28 + number % 9, 30))
+            resized.save(folder / f"{number}.jpg", quality=90)
     settings = ("size=32", "widths=16,32,64", "batch_size=40", "epochs=12", "num_workers=1")
-    found = trained(run, "resnet:images", *settings, "lr=0.05", "lr_batch_size=40")
-    assert found["accuracy"] > 0.7
+    metrics = train(run, "resnet:images", *settings, "lr=0.05", "lr_batch_size=40")
+    assert metrics["accuracy"] > 0.7
 
 
 @needs_fashion_mnist
-def test_what_was_learned_helps(run: Commands) -> None:
-    """Five new kinds of clothing are learned better after five others than from nothing."""
-    trained(run, "finetune:pretrain")
+def test_pretraining_helps(run: Commands) -> None:
+    """Fine-tuning beats training from scratch, and missing weights are refused with exit code 2."""
+    train(run, "finetune:pretrain")
     weights = f"weights={run.folder}/finetune-pretrain/model.safetensors"
-    tuned = trained(run, "finetune", weights, ranks=1)["accuracy"]
-    assert tuned > trained(run, "finetune:from_scratch", ranks=1)["accuracy"]
-    before, after = (
-        load_weights(path)
-        for path in (
-            run.folder / "finetune-pretrain/model.safetensors",
-            run.folder / "finetune/model.safetensors",
-        )
-    )
+    accuracy = train(run, "finetune", weights, ranks=1)["accuracy"]
+    assert accuracy > train(run, "finetune:from_scratch", ranks=1)["accuracy"]
+    before, after = (read_weights(run.folder / name) for name in ("finetune-pretrain", "finetune"))
     assert not torch.equal(before["0.weight"], after["0.weight"])
-    refused = run("launcher", "run", "finetune", "weights=nowhere", "device=cpu", "-n", "1")
-    assert refused.exit_code == 2
-    assert "finetune:pretrain" in refused.stderr
-
-
-def load_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Return the weights in a file."""
-    from safetensors.torch import load_file
-
-    return load_file(path)
+    done = run("launcher", "run", "finetune", "weights=nowhere", "device=cpu", "-n", "1")
+    assert done.exit_code == 2
+    assert "weights=nowhere" in done.stderr
+    assert "finetune:pretrain" in done.stderr
 
 
 @pytest.mark.parametrize("lora", [0, 4])
 def test_a_language_model_from_a_folder(
     run: Commands, lora: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A tiny one of transformers', with LoRA and without."""
-    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # its import sets it
+    """A tiny language model of transformers trains from its folder, with LoRA and without."""
+    # Importing transformers sets this variable, and the fixture _no_leaks would fail the test.
+    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     transformers = pytest.importorskip("transformers")
     if lora and importlib.util.find_spec("peft") is None:
         pytest.skip("needs peft")
     tokenizers = pytest.importorskip("tokenizers")
     config = transformers.GPT2Config(vocab_size=300, n_positions=64, n_embd=16, n_layer=1, n_head=2)
     transformers.GPT2LMHeadModel(config).save_pretrained(run.folder / "model")
-    letters = tokenizers.ByteLevelBPETokenizer()
-    letters.train_from_iterator([(ROOT / "README.md").read_text()], vocab_size=300)
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=letters._tokenizer)
-    fast.save_pretrained(run.folder / "model")
+    trainer = tokenizers.ByteLevelBPETokenizer()
+    trainer.train_from_iterator([(ROOT / "README.md").read_text()], vocab_size=300)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=trainer._tokenizer)
+    tokenizer.save_pretrained(run.folder / "model")
     settings = ("model=model", f"data={ROOT}/recipes", "block=32", f"lora={lora}", "steps=4")
-    trained(run, "finetune:causal_lm", *settings)
+    train(run, "finetune:causal_lm", *settings)
     losses = [
         row["loss"]
         for row in read_lines(run.folder / "finetune-causal_lm/metrics.jsonl")

@@ -1,6 +1,6 @@
-"""What is asked of Slurm: profiles, arithmetic, and scripts as text. No Slurm is needed.
+"""Site profiles, resources of jobs, and batch scripts as text, without Slurm.
 
-`pytest --update-golden tests/test_slurm_script.py` writes the scripts in tests/golden anew.
+`pytest --update-golden tests/integration/test_slurm_script.py` rewrites the golden scripts.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SITE = read_site(ROOT / "slurm/example.yaml")
 
 
 def changed(**values: object) -> BatchScript:
-    """Return the plain job with other values."""
+    """Return the plain script with other values."""
     return BatchScript(**{**vars(PLAIN), **values})
 
 
@@ -68,10 +68,8 @@ SCRIPTS = {
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_the_script_is_the_one_that_was_looked_at(
-    name: str, request: pytest.FixtureRequest
-) -> None:
-    """Scripts change on purpose alone."""
+def test_a_script_equals_its_golden_file(name: str, request: pytest.FixtureRequest) -> None:
+    """A rendered script equals its golden file and is valid bash."""
     path = GOLDEN / f"{name}.sbatch"
     script = render(SCRIPTS[name])
     if request.config.getoption("--update-golden"):
@@ -87,14 +85,14 @@ EVIL = [
     "`touch pwned`",
     "a\ntouch pwned\n",
 ]
-"""What would do something if a shell came to see it."""
+"""Texts that a shell would run as commands if they were not quoted."""
 
-EVIL_IN_A_LINE = [each for each in EVIL if "\n" not in each]
+EVIL_IN_A_LINE = [text for text in EVIL if "\n" not in text]
 
 
 @pytest.mark.parametrize("evil", EVIL)
-def test_nothing_is_run_that_is_not_meant(evil: str, tmp_path: Path) -> None:
-    """Words of the command, folders and variables come out of the shell as they went in."""
+def test_a_script_quotes_its_values(evil: str, tmp_path: Path) -> None:
+    """Arguments, folders and variables pass through the shell unchanged, and none is run."""
     folder = tmp_path / evil.replace("/", "")
     folder.mkdir()
     batch = changed(
@@ -115,34 +113,34 @@ def test_nothing_is_run_that_is_not_meant(evil: str, tmp_path: Path) -> None:
         cwd=tmp_path,
         check=False,
     )
-    said = done.stdout.split("\0")
-    assert said[:3] == [evil, f"name={evil}", str(folder)], done.stderr
-    assert "\n" in evil or said[3] == evil
+    values = done.stdout.split("\0")
+    assert values[:3] == [evil, f"name={evil}", str(folder)], done.stderr
+    assert "\n" in evil or values[3] == evil
     assert not list(tmp_path.rglob("pwned"))
 
 
 @pytest.mark.parametrize("evil", EVIL_IN_A_LINE)
 def test_sbatch_reads_one_option(evil: str) -> None:
-    """What goes into a line for sbatch is one word of it."""
+    """A value in an #SBATCH line is one word of that line."""
     script = render(changed(log=f"/runs/{evil}/slurm.log"))
-    (line,) = [each for each in script.splitlines() if "--output" in each]
+    (line,) = [line for line in script.splitlines() if "--output" in line]
     assert shlex.split(line.removeprefix("#SBATCH "), comments=False) == [
         f"--output=/runs/{evil}/slurm.log"
     ]
 
 
-def test_a_line_break_is_refused_where_there_is_one_line() -> None:
-    """It would be the next line of the script."""
+def test_a_line_break_in_an_sbatch_line_is_refused() -> None:
+    """A value with a line break is refused in an #SBATCH line, where it would start a new line."""
     with pytest.raises(SlurmError, match="line break"):
         render(changed(log="/runs/a\n#SBATCH --wrap=id/slurm.log"))
     with pytest.raises(SlurmError, match="line break"):
         render(changed(name="a\ntouch pwned"))
 
 
-def test_secrets_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment of the one who submits is not written down."""
+def test_secrets_are_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script has no variables of the submitting user's environment."""
     monkeypatch.setenv("WANDB_API_KEY", "hunter2")
-    assert all("hunter2" not in render(each) for each in SCRIPTS.values())
+    assert all("hunter2" not in render(script) for script in SCRIPTS.values())
 
 
 @pytest.mark.parametrize(
@@ -157,13 +155,13 @@ def test_secrets_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_times_are_read_as_slurm_reads_them(text: str, seconds: int) -> None:
-    """And written so that they are read again."""
+    """Times are read in Slurm's formats, and a written time is read as the same time."""
     assert read_time(text, "--time") == seconds
     assert read_time(time_text(seconds), "--time") == seconds
 
 
 def test_sizes_are_read_as_slurm_reads_them() -> None:
-    """In MiB, or with a unit."""
+    """Memory sizes are read in MiB or with a unit, and other texts are refused."""
     assert [read_memory(text, "x") for text in ("512", "480G", "1T", "2048K")] == [
         512,
         491_520,
@@ -189,7 +187,7 @@ def test_sizes_are_read_as_slurm_reads_them() -> None:
         ("- a", "`name: value`"),
     ],
 )
-def test_a_profile_that_is_wrong_is_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_a_wrong_profile_is_refused(tmp_path: Path, text: str, message: str) -> None:
     """The error names the file, the line and what was expected."""
     path = tmp_path / "site.yaml"
     path.write_text(text)

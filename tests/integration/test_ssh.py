@@ -1,4 +1,4 @@
-"""A run on two machines that is typed once: network namespaces with an ssh server in each."""
+"""Runs on two machines from one terminal: network namespaces with an ssh server in each."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ set -e
 hostname machine$1
 mount --bind $2/passwd /etc/passwd
 mount -t proc proc /proc
-echo made
+echo ready
 read -r _
 exec dropbear -F -E -e -s -r $2/host_key -p 22
 """
@@ -43,12 +43,16 @@ exec dropbear -F -E -e -s -r $2/host_key -p 22
 
 @dataclass
 class Network:
-    """A terminal that reaches two machines."""
+    """Terminal with a network connection to two machines."""
 
     run: Commands
+    """Runner of commands in the project's folder, outside the network."""
+
     ssh: str
+    """Command of ssh with its options."""
+
     terminal: int
-    """A process in the terminal's network."""
+    """Id of a process in the terminal's network namespace."""
 
     def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
         """Start a command of `launcher` in the terminal."""
@@ -56,31 +60,31 @@ class Network:
         return self.run.start(*enter, BIN / "launcher", *arguments, cold=True)
 
     def start_there(self, address: str, line: str) -> subprocess.Popen[str]:
-        """Start a line of shell on a machine."""
+        """Start a line of shell on a machine over ssh."""
         enter = ("nsenter", "-t", str(self.terminal), "-n", "--")
         return self.run.start(*enter, *self.ssh.split(), address, line)
 
     def __call__(self, *arguments: str | Path) -> Finished:
-        """Run a command of `launcher` in the terminal."""
+        """Run a command of `launcher` in the terminal and wait for it."""
         process = self.start(*arguments)
-        said = process.communicate(timeout=120)
-        return Finished(process.returncode, *said)
+        stdout, stderr = process.communicate(timeout=120)
+        return Finished(process.returncode, stdout, stderr)
 
     def hosts(self, *hosts: str) -> tuple[str, ...]:
-        """Return the options of a command that runs on `hosts`."""
+        """Return the options that run a command on `hosts`."""
         return ("--hosts", ",".join(hosts), "--ssh", self.ssh)
 
 
 @pytest.fixture(scope="module")
 def keys() -> Iterator[Path]:
-    """Return a folder with the keys of the machines, and a home that has them."""
+    """Return a folder with the keys of the machines and a home folder that accepts them."""
     missing = [name for name in _NEEDED if shutil.which(name) is None]
     if missing:
         pytest.skip(f"needs {', '.join(missing)} (iproute2, openssh-client, dropbear-bin)")
     if os.geteuid() != 0:
-        pytest.skip("only root makes network namespaces with an ssh server in them")
-    with tempfile.TemporaryDirectory(prefix="hosts-") as made:
-        folder = Path(made)
+        pytest.skip("needs root, to create network namespaces with an ssh server")
+    with tempfile.TemporaryDirectory(prefix="hosts-") as name:
+        folder = Path(name)
         home = folder / "home"
         (home / ".ssh").mkdir(parents=True, mode=0o700)
         home.chmod(0o700)
@@ -89,10 +93,10 @@ def keys() -> Iterator[Path]:
         shutil.copy(folder / "key.pub", home / ".ssh/authorized_keys")
         server = ["dropbearkey", "-t", "ed25519", "-f", str(folder / "host_key")]
         subprocess.run(server, check=True, capture_output=True)
-        own = pwd.getpwuid(0)
+        root = pwd.getpwuid(0)
         users = Path("/etc/passwd").read_text().splitlines()
         lines = [
-            f"root:x:0:0::{home}:/bin/sh" if line.startswith(f"{own.pw_name}:") else line
+            f"root:x:0:0::{home}:/bin/sh" if line.startswith(f"{root.pw_name}:") else line
             for line in users
         ]
         (folder / "passwd").write_text("\n".join(lines) + "\n")
@@ -101,15 +105,16 @@ def keys() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def network(module_run: Commands, keys: Path) -> Iterator[Network]:
-    """Return a terminal and two machines in a network of their own, and a project.
+    """Return a terminal and two machines in a network of their own.
 
-    What is called launcher in the project, and where ssh arrives, is not ours.
+    The project's folder, and the folder in which ssh sessions start, each have another module
+    called launcher, which must not be run.
     """
     for folder in (module_run.folder, keys / "home"):
         (folder / "launcher.py").write_text("raise SystemExit(0)\n")
     with ExitStack() as stack:
 
-        def alone(*command: str) -> subprocess.Popen[str]:
+        def start_isolated(*command: str) -> subprocess.Popen[str]:
             process = subprocess.Popen(
                 ["unshare", "--net", "--kill-child", "--fork", *command],
                 stdin=subprocess.PIPE,
@@ -121,23 +126,23 @@ def network(module_run: Commands, keys: Path) -> Iterator[Network]:
             stack.callback(process.communicate)
             stack.callback(process.kill)
             assert process.stdout is not None
-            if process.stdout.readline() != "made\n":
-                said = process.communicate()[1]
-                pytest.skip(f"network namespaces are refused here: {said.strip()}")
+            if process.stdout.readline() != "ready\n":
+                stderr = process.communicate()[1]
+                pytest.skip(f"network namespaces are not available: {stderr.strip()}")
             return process
 
         def ip(process: subprocess.Popen[str], *words: str) -> None:
             enter = ["nsenter", "-t", str(process.pid), "-n", "ip"]
             done = subprocess.run([*enter, *words], capture_output=True, text=True, check=False)
             if done.returncode:
-                pytest.skip(f"ip {' '.join(words)} is refused here: {done.stderr.strip()}")
+                pytest.skip(f"ip {' '.join(words)} fails: {done.stderr.strip()}")
 
-        terminal = alone("sh", "-c", "echo made; exec sleep infinity")
+        terminal = start_isolated("sh", "-c", "echo ready; exec sleep infinity")
         ip(terminal, "link", "add", "bridge", "type", "bridge")
         ip(terminal, "addr", "add", "10.77.0.254/24", "dev", "bridge")
         ip(terminal, "link", "set", "bridge", "up")
         for number, address in enumerate(ADDRESSES, start=1):
-            machine = alone(
+            machine = start_isolated(
                 *("--mount", "--pid", "--uts", "sh", "-c", _MACHINE, "sh", str(number), str(keys))
             )
             cable = f"cable{number}"
@@ -163,12 +168,12 @@ def network(module_run: Commands, keys: Path) -> Iterator[Network]:
 
 
 def out_of(network: Network, name: str) -> RunDir:
-    """Return a run folder of a test."""
+    """Return a run folder in the project's folder."""
     return RunDir(network.run.folder / name)
 
 
 def test_two_machines_from_one_terminal(network: Network) -> None:
-    """The steps are those of one process, and each machine has its ranks."""
+    """A run on two machines takes the steps of one process, with two ranks on each machine."""
     settings = ("epochs=2", "record_samples=true", "device=cpu")
     done = network(
         "run", WORLDS_PY, *settings, "-n", "2", "--out", "two", *network.hosts(*ADDRESSES)
@@ -178,8 +183,8 @@ def test_two_machines_from_one_terminal(network: Network) -> None:
     assert done.stdout.count("run folder: two") == 1
     alone = network.run("launcher", "run", WORLDS_PY, *settings, "-n", "1", "--out", "alone")
     assert alone.exit_code == 0, alone.stderr
-    wanted, found = (read_trace(out_of(network, name)) for name in ("alone", "two"))
-    difference = compare(wanted, found, tolerance=1e-5)
+    one, two = (read_trace(out_of(network, name)) for name in ("alone", "two"))
+    difference = compare(one, two, tolerance=1e-5)
     assert difference.agrees, difference
     names = [
         json.loads((network.run.folder / f"two/health/rank{rank}.json").read_text())["node"]
@@ -188,19 +193,19 @@ def test_two_machines_from_one_terminal(network: Network) -> None:
     assert names == ["machine1", "machine1", "machine2", "machine2"]
 
 
-def test_machines_that_each_are_typed_on(network: Network) -> None:
-    """Without --hosts: a launcher on each, and where they meet."""
-    place = ("--nodes", "2", "--rendezvous", f"{ADDRESSES[0]}:29500", "--out", "typed")
-    command = ("launcher", "run", str(WORLDS_PY), "steps=4", "-n", "1", "device=cpu", *place)
+def test_a_launcher_started_on_each_machine(network: Network) -> None:
+    """Two launchers that are started by hand with one --rendezvous train together."""
+    options = ("--nodes", "2", "--rendezvous", f"{ADDRESSES[0]}:29500", "--out", "typed")
+    command = ("launcher", "run", str(WORLDS_PY), "steps=4", "-n", "1", "device=cpu", *options)
     line = f"cd {network.run.folder} && exec {BIN}/{shlex.join(command)}"
-    typed = [network.start_there(address, line) for address in ADDRESSES]
-    said = [process.communicate(timeout=120) for process in typed]
-    assert [process.returncode for process in typed] == [0, 0], said
+    launchers = [network.start_there(address, line) for address in ADDRESSES]
+    output = [process.communicate(timeout=120) for process in launchers]
+    assert [process.returncode for process in launchers] == [0, 0], output
     assert json.loads(out_of(network, "typed").result.read_text())["steps"] == 4
 
 
 def test_one_post_mortem(network: Network) -> None:
-    """A rank that fails is shown once, with its traceback, wherever it was."""
+    """A rank that fails on another machine is shown once, with its traceback."""
     hosts = network.hosts(*ADDRESSES)
     done = network("run", FAILING, "how=raise", "rank=1", "-n", "1", "device=cpu", *hosts)
     assert done.exit_code == 1
@@ -211,7 +216,7 @@ def test_one_post_mortem(network: Network) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_reaches_all_machines(network: Network, number: signal.Signals) -> None:
-    """The run is saved, ends with 75, and goes on from the same terminal."""
+    """A signal to the terminal saves the run, which exits with 75 and can be resumed there."""
     name = f"stopped-{number}"
     hosts = network.hosts(*ADDRESSES)
     settings = ("epochs=400", "-n", "1", "device=cpu")
@@ -220,37 +225,37 @@ def test_a_signal_reaches_all_machines(network: Network, number: signal.Signals)
     while not run_dir.metrics.exists() or len(read_lines(run_dir.metrics)) < 2:
         assert process.poll() is None, process.communicate()
     process.send_signal(number)
-    said = process.communicate(timeout=60)
-    assert process.returncode == 75, said
+    output = process.communicate(timeout=60)
+    assert process.returncode == 75, output
     (checkpoint, *_) = list_checkpoints(run_dir)
     done = network("resume", name, f"steps={checkpoint.step + 3}", *hosts)
     assert done.exit_code == 0, done.stderr
     assert json.loads(run_dir.result.read_text())["steps"] == checkpoint.step + 3
 
 
-def test_a_run_that_is_at_work_is_refused(network: Network) -> None:
-    """The first machine of a second run finds the owner, and one message names it."""
+def test_a_second_run_of_one_folder_is_refused(network: Network) -> None:
+    """A run whose folder is owned by another run is refused once, by the name of the owner."""
     settings = ("run", WORLDS_PY, "epochs=400", "-n", "1", "device=cpu", "--out", "owned")
     hosts = network.hosts(*ADDRESSES)
     process = network.start(*settings, *hosts)
     run_dir = out_of(network, "owned")
     while not run_dir.metrics.exists() or len(read_lines(run_dir.metrics)) < 2:
         assert process.poll() is None, process.communicate()
-    elsewhere = ("--rendezvous", f"{ADDRESSES[1]}:29600", *network.hosts(*reversed(ADDRESSES)))
-    done = network(*settings, "--continue", *elsewhere)
+    other_hosts = ("--rendezvous", f"{ADDRESSES[1]}:29600", *network.hosts(*reversed(ADDRESSES)))
+    done = network(*settings, "--continue", *other_hosts)
     assert done.exit_code == 2, done.stderr
     assert done.stderr.count("has owned it since") == 1
     assert "machine1 (pid " in done.stderr
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=60)
-    assert process.returncode == 75, said
+    output = process.communicate(timeout=60)
+    assert process.returncode == 75, output
     events = [row["event"] for row in read_lines(run_dir.events)]
-    assert [each for each in events if each != "counted"] == ["began", "stopped"]
+    assert [event for event in events if event != "counted"] == ["began", "stopped"]
     assert not run_dir.failure.exists()
 
 
-def test_a_terminal_that_goes_stops_the_run(network: Network) -> None:
-    """Killed, it cannot pass on anything; the machines notice, and save."""
+def test_a_killed_terminal_stops_the_run(network: Network) -> None:
+    """The machines of a run save a checkpoint when the terminal's launcher is killed."""
     hosts = network.hosts(*ADDRESSES)
     settings = ("epochs=400", "-n", "1", "device=cpu")
     process = network.start("run", WORLDS_PY, *settings, "--out", "gone", *hosts)
@@ -264,7 +269,7 @@ def test_a_terminal_that_goes_stops_the_run(network: Network) -> None:
 
 
 @pytest.mark.parametrize(
-    ("hosts", "arguments", "code", "said"),
+    ("hosts", "arguments", "code", "message"),
     [
         (("10.77.0.1", "10.77.0.9"), (), 1, "10.77.0.9: ssh ended with 255"),
         (("10.77.0.1", "10.77.0.1"), (), 2, "--hosts 10.77.0.1,10.77.0.1"),
@@ -274,29 +279,29 @@ def test_a_terminal_that_goes_stops_the_run(network: Network) -> None:
         (ADDRESSES, ("--max-restarts", "2"), 2, "--max-restarts 2"),
     ],
 )
-def test_what_cannot_work_is_said_once(
-    network: Network, hosts: tuple[str, ...], arguments: tuple[str, ...], code: int, said: str
+def test_a_run_that_cannot_start_is_refused_once(
+    network: Network, hosts: tuple[str, ...], arguments: tuple[str, ...], code: int, message: str
 ) -> None:
-    """And nobody waits for a machine that does not come."""
+    """A run that cannot start prints one error and does not wait for a missing machine."""
     options = ("-n", "1", "device=cpu", "--out", "never", *network.hosts(*hosts))
     done = network("run", WORLDS_PY, *options, *arguments)
     assert done.exit_code == code, done.stderr
-    assert done.stderr.count(said) == 1
+    assert done.stderr.count(message) == 1, done.stderr
     assert "Traceback" not in done.stderr
     assert not (network.run.folder / "never").exists()
 
 
-def test_without_ssh_it_says_so(run: Commands) -> None:
-    """The program that is missing is named."""
+def test_a_missing_ssh_program_is_refused(run: Commands) -> None:
+    """A program of --ssh that is not installed is named, and the exit code is 2."""
     done = run(
         "launcher", "run", WORLDS_PY, "device=cpu", "--hosts", "a,b", "--ssh", "nothing -p 1"
     )
     assert done.exit_code == 2
-    assert "with nothing, which is not here" in done.stderr
+    assert "nothing" in done.stderr
 
 
 def test_machines_know_their_place() -> None:
-    """What is set in their environment is what they find there."""
+    """A node reads its index, the first host and the port from the environment that is set."""
     nodes = nodes_of_hosts(["me@a", "b"], None)
     assert (nodes.host, nodes.port, nodes.count) == ("a", 29_400, 2)
     second = find_nodes(None, None, 7.0, env=nodes_environment(nodes, 1))
@@ -311,8 +316,8 @@ def test_machines_know_their_place() -> None:
     assert nodes_of_hosts(["localhost", "b"], "a:1234").port == 1234
 
 
-def test_what_says_where_is_left_out() -> None:
-    """In both ways to write an option."""
-    typed = ["run", "x", "--hosts", "a,b", "--ssh=ssh -p 2", "-n", "2", "lr=1", "--nodes", "2"]
-    kept = without(typed, ("--hosts", "--ssh", "--nodes"))
-    assert kept == ["run", "x", "-n", "2", "lr=1"]
+def test_options_are_removed_in_both_forms() -> None:
+    """`without` removes options that are written as two words or with an equals sign."""
+    arguments = ["run", "x", "--hosts", "a,b", "--ssh=ssh -p 2", "-n", "2", "lr=1", "--nodes", "2"]
+    remaining = without(arguments, ("--hosts", "--ssh", "--nodes"))
+    assert remaining == ["run", "x", "-n", "2", "lr=1"]

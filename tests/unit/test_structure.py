@@ -1,4 +1,4 @@
-"""The package's structure: one direction of imports, one place for torch, a known surface."""
+"""Structure of the package: direction of imports, place of torch, unique names, public names."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ LEVELS = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 
 
 def name_of(path: Path) -> str:
-    """Return a module's dotted name."""
+    """Return the dotted name of a module."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -59,28 +59,28 @@ NAMES = {name_of(path): path for path in MODULES}
 
 
 def room_of(name: str) -> str:
-    """Return the room of a module: its folder, or itself if it is directly in the package."""
+    """Return the room of a module: its folder, or its own name if it is directly in the package."""
     room = ".".join(NAMES[name].relative_to(PACKAGE).parent.parts)
     return room or name
 
 
 def imports_of(path: Path, *, at_import: bool) -> set[str]:
-    """Return the modules that a file imports, those inside functions only if asked."""
+    """Return the modules that a file imports, without those inside functions if `at_import`."""
     tree = ast.parse(path.read_text())
-    found: set[str] = set()
+    modules: set[str] = set()
     nodes = tree.body if at_import else list(ast.walk(tree))
     for node in nodes:
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             for alias in node.names:
                 submodule = f"{node.module}.{alias.name}"
-                found.add(submodule if submodule in NAMES else node.module)
-    return found
+                modules.add(submodule if submodule in NAMES else node.module)
+    return modules
 
 
 def test_no_module_imports_in_a_circle() -> None:
-    """Imports at the top of modules go one way through the whole package."""
+    """Imports at the top of modules form no cycle."""
     graph = {
         name: imports_of(path, at_import=True) & NAMES.keys() - {name}
         for name, path in NAMES.items()
@@ -91,7 +91,7 @@ def test_no_module_imports_in_a_circle() -> None:
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "launcher"])
 def test_rooms_import_from_rooms_below_them(name: str) -> None:
-    """A module imports, inside functions too, only from rooms that are listed before its own."""
+    """A module imports, also inside functions, only from rooms below its own."""
     room = room_of(name)
     upward = {
         other
@@ -103,7 +103,7 @@ def test_rooms_import_from_rooms_below_them(name: str) -> None:
 
 
 def test_a_basename_stands_for_one_module() -> None:
-    """No two modules share a basename; commands are named as users type them."""
+    """No two modules share a basename, except in cli, where commands have the names users type."""
     names = Counter(
         path.name
         for path in MODULES
@@ -119,12 +119,12 @@ def test_a_public_class_name_stands_for_one_class() -> None:
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 places[node.name].append(name)
-    assert {name: found for name, found in places.items() if len(found) > 1} == {}
+    assert {name: modules for name, modules in places.items() if len(modules) > 1} == {}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_torch_is_in_the_engine_alone(path: Path) -> None:
-    """Outside launcher/engine nothing imports torch and its kin, except what starts the agent."""
+    """Only launcher/engine, and the module that starts the agent, import torch or its relatives."""
     if "engine" in path.parts or name_of(path) == "launcher.launch.launcher":
         return
     roots = {name.partition(".")[0] for name in imports_of(path, at_import=False)}
@@ -133,7 +133,7 @@ def test_torch_is_in_the_engine_alone(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_backends_keep_to_themselves(path: Path) -> None:
-    """Accelerate is imported where it starts ranks or trackers, DeepSpeed in its own alone."""
+    """Backends and trackers alone import Accelerate, and one backend alone imports DeepSpeed."""
     allowed = {
         "launcher.engine.backends.accelerate": {"accelerate"},
         "launcher.engine.backends.deepspeed": {"accelerate", "deepspeed"},
@@ -144,14 +144,14 @@ def test_backends_keep_to_themselves(path: Path) -> None:
 
 
 def test_the_command_line_sees_no_engine() -> None:
-    """Commands reach the engine through launch, and a recipe's file through its worker."""
+    """Only cli/standalone.py imports the engine, and only its worker."""
     for path in (PACKAGE / "cli").rglob("*.py"):
         engine = {name for name in imports_of(path, at_import=False) if ".engine" in name}
         assert engine <= ({"launcher.engine.worker"} if path.name == "standalone.py" else set())
 
 
 def test_the_public_names_are_those_listed() -> None:
-    """`__all__` is sorted, each name in it is fetched from the module that types say it is in."""
+    """`__all__` is sorted, and each name comes from the module that type checkers see."""
     tree = ast.parse((PACKAGE / "__init__.py").read_text())
     typed = {
         alias.name: node.module
