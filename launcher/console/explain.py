@@ -95,7 +95,7 @@ def _lr_inputs(plan: Plan) -> tuple[object, ...]:
 
 
 def _lr(plan: Plan, schedule: Schedule, step: int) -> float:
-    return plan.lr * plan.setting_at(schedule, step).factor
+    return plan.lr * plan.schedule_value_at(schedule, step).factor
 
 
 def _rows(plan: Plan) -> Iterator[tuple[str, str]]:

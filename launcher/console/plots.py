@@ -176,7 +176,7 @@ def schedule_plots(schedule: Schedule, plan: Plan) -> list[Plot]:
         {*range(0, plan.total_steps, stride), plan.lr_peak_step - 1, plan.total_steps - 1}
         | {start + offset for start in stage_starts for offset in (-1, 0)}
     )
-    settings = [plan.setting_at(schedule, step) for step in steps]
+    settings = [plan.schedule_value_at(schedule, step) for step in steps]
     step_numbers = [step + 1 for step in steps]
     momenta = [setting.momentum for setting in settings if setting.momentum is not None]
     series = {"lr": [plan.lr * setting.factor for setting in settings]}

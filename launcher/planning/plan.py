@@ -167,7 +167,7 @@ class Plan:
                 f"{error}."
             ) from None
 
-    def setting_at(self, schedule: Schedule, step: int) -> ScheduleValue:
+    def schedule_value_at(self, schedule: Schedule, step: int) -> ScheduleValue:
         """Return the value of `schedule` at a step, with its factor scaled to the step's batch.
 
         Args:

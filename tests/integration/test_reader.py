@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from launcher import Data, Recipe, RecipeError, SampleError
-from launcher.engine.data.fingerprint import same
+from launcher.engine.data.fingerprint import are_equal
 from launcher.engine.data.randomness import Generators
-from launcher.engine.data.reader import MicroBatch, Reader, checked, sample_count
+from launcher.engine.data.reader import MicroBatch, Reader, raise_if_error, sample_count
 from launcher.engine.data.sampler import MicroBatchRequest
 from launcher.runs.job import RecipeSource
 from recipes.digits import digits
@@ -117,7 +117,7 @@ def test_items_are_counted() -> None:
         micro_batch = counting_reader[counting_request]
         assert isinstance(micro_batch, MicroBatch)
         assert micro_batch.request == counting_request
-        assert (micro_batch.counts, micro_batch.items) == (counts, items)
+        assert (micro_batch.has_weight, micro_batch.items) == (counts, items)
 
 
 def test_a_failing_sample_is_named() -> None:
@@ -149,7 +149,7 @@ def test_a_failing_collate_names_its_samples() -> None:
 
 def test_a_trial_describes_its_samples() -> None:
     """A trial request describes each sample by its index; other requests describe none."""
-    trial = MicroBatchRequest("train", 0, [7, 2], counts=False, trial=True)
+    trial = MicroBatchRequest("train", 0, [7, 2], has_weight=False, trial=True)
     for data in (TensorDataset(torch.arange(10)), ReadTogether(), [(i,) for i in range(10)]):
         micro_batch = reader(data)[trial]
         assert isinstance(micro_batch, MicroBatch)
@@ -167,7 +167,7 @@ def test_a_spawned_worker_creates_the_data_itself() -> None:
     pickled = pickle.dumps(rank_reader)
     assert len(pickled) < 1000
     results = rank_reader[request(3, 4)], pickle.loads(pickled)[request(3, 4)]
-    assert same(*(checked(result).batch for result in results))
+    assert are_equal(*(raise_if_error(result).batch for result in results))
 
 
 def test_a_spawned_worker_returns_errors_of_the_data_function() -> None:

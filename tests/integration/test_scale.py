@@ -23,7 +23,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from launcher import Plan, make_plan, read_machine
 from launcher.engine.data.sampler import Sampler
 from launcher.engine.saving.checkpoint_tensors import StoredState, write_shard
-from launcher.engine.state.training_state import keep, live_tensors
+from launcher.engine.state.training_state import copy_to_host, live_tensors
 from launcher.recipes.digits import digits
 from launcher.runs.checkpoints import Checkpoint
 from launcher.runs.manifest import FORMAT, Manifest
@@ -72,7 +72,7 @@ def test_each_sample_is_taken_once_with_equal_weight() -> None:
             for _ in range(micro_steps):
                 request = next(stream)
                 assert request.split == "train"
-                if request.counts:
+                if request.has_weight:
                     batch_ids += request.indices
                     # The loss is the mean over ranks of (sum of losses) x world size / samples.
                     weight += Fraction(len(request.indices) * RANKS, size) / RANKS
@@ -85,7 +85,7 @@ def test_each_sample_is_taken_once_with_equal_weight() -> None:
         for stream in streams
         for _ in range(samplers[0].evaluation_steps())
         for request in [next(stream)]
-        if request.counts
+        if request.has_weight
         for index in request.indices
     ]
     assert sorted(evaluated) == list(range(4_099))
@@ -100,7 +100,7 @@ def test_every_rank_takes_part_in_a_small_last_batch() -> None:
         requests = [next(sampler.requests(1)) for _ in range(sampler.micro_steps(1))]
         assert len(requests) == 1
         assert requests[0].indices
-        num_counted += requests[0].counts
+        num_counted += requests[0].has_weight
     assert num_counted == 100
 
 
@@ -136,7 +136,7 @@ def test_a_checkpoint_of_a_thousand_ranks(tmp_path: Path, caplog: pytest.LogCapt
                 sharded, mesh=init_device_mesh("cpu", (RANKS,), mesh_dim_names=(f"of{rank}",))
             )
             optimizer = torch.optim.SGD(sharded.parameters(), lr=0.1)
-            tensors = keep([*live_tensors(sharded, optimizer), *extra.items()], rank, RANKS)
+            tensors = copy_to_host([*live_tensors(sharded, optimizer), *extra.items()], rank, RANKS)
             write_shard(tmp_path, rank, tensors)
     manifest = Manifest(
         format=FORMAT,

@@ -109,7 +109,7 @@ def test_an_optimizer_with_unsaved_state_is_refused(change: Callable[[Any, Any],
 class OneTensor:
     """A `StateSource` with one tensor of optimizer state, whose shape differs from its weight."""
 
-    name, world_size, steps, lists_state = "test", 1, 1, True
+    name, world_size, steps, has_complete_state = "test", 1, 1, True
 
     def __init__(self, key: str, shape: torch.Size = torch.Size([8, 1])) -> None:  # noqa: B008
         self.shape = shape

@@ -13,7 +13,13 @@ import pytest
 import torch
 from torch.utils.data import Subset
 
-from launcher.engine.data.fingerprint import classes_of, describe, difference, same, shown
+from launcher.engine.data.fingerprint import (
+    are_equal,
+    describe,
+    describe_classes,
+    first_difference,
+    format_description,
+)
 
 NAN = float("nan")
 
@@ -71,12 +77,12 @@ def test_a_value_agrees_with_its_copy_and_no_other_value(index: int) -> None:
     """A value agrees with a copy, also after a round trip through JSON, and with no other value."""
     value, copy = values()[index], values()[index]
     saved = json.loads(json.dumps(describe(value), allow_nan=False))
-    assert difference(saved, describe(copy)) is None
-    assert same(value, copy)
+    assert first_difference(saved, describe(copy)) is None
+    assert are_equal(value, copy)
     for other in INDICES:
         if other != index:
-            assert difference(saved, describe(values()[other])) is not None, (index, other)
-            assert not same(value, values()[other])
+            assert first_difference(saved, describe(values()[other])) is not None, (index, other)
+            assert not are_equal(value, values()[other])
 
 
 @pytest.mark.parametrize(
@@ -97,12 +103,12 @@ def test_a_value_agrees_with_its_copy_and_no_other_value(index: int) -> None:
     ],
 )
 def test_a_difference_has_its_place(one: Any, other: Any, place: str) -> None:
-    """A difference reports its indices and distinct texts, and `same` detects it too."""
-    result = difference(describe(one), describe(other))
+    """A difference reports its indices and distinct texts, and `are_equal` detects it too."""
+    result = first_difference(describe(one), describe(other))
     assert result is not None
     assert result.place == place
     assert result.one != result.other, "a message must show what differs"
-    assert not same(one, other)
+    assert not are_equal(one, other)
 
 
 def test_images_agree_within_the_tolerance_of_decoders() -> None:
@@ -111,17 +117,17 @@ def test_images_agree_within_the_tolerance_of_decoders() -> None:
     image = generator.integers(0, 255, (32, 32, 3)).astype(np.uint8)
     other = generator.integers(0, 255, (32, 32, 3)).astype(np.uint8)
     for convert in (lambda x: x, lambda x: torch.tensor(x).float() / 255):
-        assert difference(describe(convert(image)), describe(convert(image + 1))) is None
-        assert difference(describe(convert(image)), describe(convert(other))) is not None
-        assert not same(convert(image), convert(image + 1))
+        assert first_difference(describe(convert(image)), describe(convert(image + 1))) is None
+        assert first_difference(describe(convert(image)), describe(convert(other))) is not None
+        assert not are_equal(convert(image), convert(image + 1))
 
 
 def test_incomparable_objects_count_as_equal() -> None:
     """An object that cannot be compared is described by its type, in bounded space."""
     one, other = threading.Lock(), threading.Lock()
-    assert same(one, other)
-    assert difference(describe((one, 1)), describe((other, 1))) is None
-    assert "0x" not in shown(describe(one))
+    assert are_equal(one, other)
+    assert first_difference(describe((one, 1)), describe((other, 1))) is None
+    assert "0x" not in format_description(describe(one))
 
     class Hostile(UserDict[str, int]):
         def keys(self) -> Any:
@@ -133,7 +139,7 @@ def test_incomparable_objects_count_as_equal() -> None:
     assert describe(Hostile()) == {"type": Hostile.__qualname__}
     nested: list[Any] = []
     nested.append(nested)
-    assert same(nested, nested)
+    assert are_equal(nested, nested)
     assert len(json.dumps(describe(nested))) < 1000
     wide: Any = 1.5
     for _ in range(8):
@@ -150,6 +156,9 @@ def test_the_order_of_classes_matters() -> None:
             self.classes = classes
 
     one: Any = Subset(Folder(["cat", "dog"]), [0])  # type: ignore[arg-type]
-    assert classes_of(one) == classes_of(Folder(["cat", "dog"]))
-    assert difference(classes_of(one), classes_of(Folder(["dog", "cat"]))) is not None
-    assert classes_of([1, 2]) is None
+    assert describe_classes(one) == describe_classes(Folder(["cat", "dog"]))
+    assert (
+        first_difference(describe_classes(one), describe_classes(Folder(["dog", "cat"])))
+        is not None
+    )
+    assert describe_classes([1, 2]) is None

@@ -119,7 +119,11 @@ def test_all_ranks_together_take_each_sample_once(
 def counted_samples(requests: list[list[MicroBatchRequest]]) -> list[int]:
     """Return the samples with a weight that all ranks ask for, rank by rank."""
     return [
-        index for own in requests for request in own if request.counts for index in request.indices
+        index
+        for own in requests
+        for request in own
+        if request.has_weight
+        for index in request.indices
     ]
 
 

@@ -102,7 +102,7 @@ def test_the_learning_rate_grows_with_the_batch(rule: str, lrs: list[float]) -> 
     ]
     assert plan.total_steps == 28
     steps = [0, 19, 20, 24, 25, 27]
-    planned = [plan.lr * plan.setting_at(constant(), step).factor for step in steps]
+    planned = [plan.lr * plan.schedule_value_at(constant(), step).factor for step in steps]
     assert planned == pytest.approx([lr for lr in lrs for _ in range(2)])
     assert plan.lr_end == pytest.approx(lrs[-1])
     assert plan.lr_peak_step == (1 if rule == "none" else 26)

@@ -126,7 +126,7 @@ class GroupBackend(Backend):
         dist.all_gather_object(gathered, value)
         return gathered
 
-    def in_turn(self, what: str, action: Callable[[], T]) -> T:
+    def local_rank_zero_first(self, what: str, action: Callable[[], T]) -> T:
         return self._turns.first(what, action)
 
     def wait_for_all(self, what: str) -> None:

@@ -28,7 +28,7 @@ from launcher.engine.state.training_state import (
     Snapshot,
     StateSource,
     check_optimizer,
-    keep,
+    copy_to_host,
     live_tensors,
     parameters,
     plain_values,
@@ -125,7 +125,7 @@ class Backend(ABC):
     def gather(self, value: Any) -> list[Any]:
         """Return the `value` of every rank, in rank order, on every rank (collective)."""
 
-    def in_turn(self, what: str, action: Callable[[], T]) -> T:
+    def local_rank_zero_first(self, what: str, action: Callable[[], T]) -> T:
         """Call `action` on the first rank of each node, then on its other ranks (collective).
 
         The other ranks wait without a timeout, because the first may prepare data for a long time.
@@ -179,7 +179,7 @@ class Backend(ABC):
         The snapshot omits state that `check_state` refuses.
         """
         module = self.unwrap(model)
-        tensors = keep(live_tensors(module, optimizer), self.rank, self.world_size)
+        tensors = copy_to_host(live_tensors(module, optimizer), self.rank, self.world_size)
         return Snapshot(
             tensors=tensors | buffers_to_save(module, self.rank, self.gather),
             values=plain_values(module, optimizer),

@@ -160,11 +160,11 @@ class CallOrder:
         checksum, self._checksum = self._checksum & _CHECKSUM_MASK, 0
         return checksum
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Clear the recorded calls, after the ranks' checksums were found to be equal."""
         self._calls.clear()
 
-    def difference(self, gather: Callable[[Any], list[Any]]) -> TrainingError:
+    def difference_error(self, gather: Callable[[Any], list[Any]]) -> TrainingError:
         """Return the error to raise when the ranks' checksums differ (collective)."""
         calls = gather(list(self._calls))
         difference = self._first_difference(calls) or "their checksums differ"

@@ -38,8 +38,8 @@ from launcher.engine.state.training_state import (
     StateSource,
     check_names,
     check_size,
+    copy_to_host,
     empty_state,
-    keep,
     parameters,
     state_names,
     state_values,
@@ -147,7 +147,7 @@ class DeepSpeedBackend(GroupBackend):
     def snapshot(self, model: nn.Module, optimizer: Optimizer) -> Snapshot:
         self._link_state()
         module = self._engine.module
-        tensors = keep(self._gathered_tensors(optimizer), self.rank, self.world_size)
+        tensors = copy_to_host(self._gathered_tensors(optimizer), self.rank, self.world_size)
         values = {
             f"optimizer/{name}/{key}": value
             for _, names, flat in self._flat_groups()

@@ -82,7 +82,7 @@ def describe(value: Any, depth: int = 0) -> Any:
         return _describe_type(value)
 
 
-def difference(one: Any, other: Any, place: str = "") -> DataDifference | None:
+def first_difference(one: Any, other: Any, place: str = "") -> DataDifference | None:
     """Return the first difference between two descriptions, or None if they agree.
 
     Args:
@@ -99,11 +99,11 @@ def difference(one: Any, other: Any, place: str = "") -> DataDifference | None:
         return None
     else:
         return DataDifference(place, *_format_difference(one, other))
-    differences = (difference(a, b, f"{place}{key}") for key, a, b in pairs)
+    differences = (first_difference(a, b, f"{place}{key}") for key, a, b in pairs)
     return next((item for item in differences if item is not None), None)
 
 
-def same(one: Any, other: Any) -> bool:
+def are_equal(one: Any, other: Any) -> bool:
     """Return whether two values are equal.
 
     NaN equals NaN. Objects that cannot be compared count as equal.
@@ -114,7 +114,7 @@ def same(one: Any, other: Any) -> bool:
         return True
 
 
-def shown(description: Any) -> str:
+def format_description(description: Any) -> str:
     """Format a description for a message, shortened to about 60 characters."""
     if isinstance(description, dict):
         if "array" in description:
@@ -131,7 +131,7 @@ def shown(description: Any) -> str:
 
 def _format_difference(one: Any, other: Any) -> tuple[str, str]:
     """Format two descriptions; if they look the same, start where they differ."""
-    texts = shown(one), shown(other)
+    texts = format_description(one), format_description(other)
     if texts[0] != texts[1]:
         return texts
     full_texts = json.dumps(one), json.dumps(other)
@@ -348,7 +348,7 @@ def _same_arrays(one: NDArray[Any], other: NDArray[Any], depth: int) -> bool:
     return np.array_equal(one, other, equal_nan=one.dtype.kind in "fcmM")
 
 
-def classes_of(dataset: Any) -> Any:
+def describe_classes(dataset: Any) -> Any:
     """Return a description of a data set's classes in order, or None if it does not name them.
 
     The names come from the attribute `class_to_idx` or `classes`, as in torchvision, of the data

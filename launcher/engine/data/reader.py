@@ -53,9 +53,9 @@ class MicroBatch(NamedTuple):
     """In a trial, the descriptions of the samples by their indices; otherwise None."""
 
     @property
-    def counts(self) -> bool:
+    def has_weight(self) -> bool:
         """Whether the micro-batch has a weight in its step."""
-        return self.request.counts
+        return self.request.has_weight
 
 
 def sample_count(data: Any, split: str) -> int:
@@ -185,7 +185,7 @@ class Reader(Dataset[MicroBatch | LauncherError]):
                 "it with `launcher run` or launcher.main, or use worker_start=fork."
             )
 
-    def path_read_through(self, request: MicroBatchRequest) -> str | None:
+    def find_file_read_through(self, request: MicroBatchRequest) -> str | None:
         """Read a request in this process, and return a file of `held_files` that it moved.
 
         Returns:
@@ -228,7 +228,7 @@ class Reader(Dataset[MicroBatch | LauncherError]):
                 samples,
             )
         items = 0
-        if request.counts:
+        if request.has_weight:
             items = len(request.indices)
             if self._count is not None:
                 items = int(_call("The recipe's count function", request, self._count, batch))
@@ -267,8 +267,8 @@ def micro_batches(
     """
     workers = plan.workers_per_rank
     if not workers and not plan.pin_memory:
-        return map(checked, map(reader.__getitem__, requests))
-    results = read_ahead(
+        return map(raise_if_error, map(reader.__getitem__, requests))
+    results = prefetch(
         reader,
         requests,
         workers=workers,
@@ -276,10 +276,10 @@ def micro_batches(
         prefetch_factor=plan.prefetch_factor,
         pin_memory=plan.pin_memory,
     )
-    return map(checked, results)
+    return map(raise_if_error, results)
 
 
-def read_ahead(
+def prefetch(
     reader: Reader,
     requests: Iterable[MicroBatchRequest],
     *,
@@ -387,7 +387,7 @@ def _call(
         ) from None
 
 
-def checked(result: MicroBatch | LauncherError) -> MicroBatch:
+def raise_if_error(result: MicroBatch | LauncherError) -> MicroBatch:
     """Return a micro-batch, or raise the error that was read in its place."""
     if isinstance(result, LauncherError):
         raise result

@@ -41,10 +41,10 @@ class MicroBatchRequest:
     indices: list[int]
     """The indices of the samples to read, in order."""
 
-    counts: bool
+    has_weight: bool
     """Whether the micro-batch has a weight. One of weight 0 only takes part in collectives."""
 
-    alone: bool = False
+    single_sample: bool = False
     """Whether BatchNorm would compute statistics over a single sample in this micro-step."""
 
     trial: bool = False
@@ -132,11 +132,15 @@ class Sampler:
         samples = self._first_samples(self.train_samples, size - size % 2 or 1)
         half = len(samples) // 2
         parts = [samples, samples[:half], samples[half:]] if half else [samples]
-        requests = [MicroBatchRequest("train", 0, part, counts=False, trial=True) for part in parts]
+        requests = [
+            MicroBatchRequest("train", 0, part, has_weight=False, trial=True) for part in parts
+        ]
         if self.evaluation_samples:
             size = min(_NUM_TRIAL_EVALUATION_SAMPLES, self.plan.micro_batch_size)
             held_out = self._first_samples(self.evaluation_samples, size)
-            requests.append(MicroBatchRequest("evaluation", 0, held_out, counts=False, trial=True))
+            requests.append(
+                MicroBatchRequest("evaluation", 0, held_out, has_weight=False, trial=True)
+            )
         return requests
 
     def _first_samples(self, num_samples: int, size: int) -> list[int]:

@@ -249,9 +249,9 @@ class Meter:
         """
         backend = self._backend
         if backend.call_order is not None and int(squares) * backend.world_size != int(total) ** 2:
-            raise backend.call_order.difference(backend.gather)
+            raise backend.call_order.difference_error(backend.gather)
         if backend.call_order is not None:
-            backend.call_order.forget()
+            backend.call_order.clear()
 
     def _check_loss_scale(self) -> None:
         """Refuse to continue in fp16 if the gradient overflows at the smallest loss scale.

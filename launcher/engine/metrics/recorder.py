@@ -59,7 +59,7 @@ class Recorder:
     def on_micro_batches(self, step: int, micro_batches: list[MicroBatch]) -> None:
         self.steps_taken = step
         if self._samples is not None:
-            ids = [batch.request.indices for batch in micro_batches if batch.counts]
+            ids = [batch.request.indices for batch in micro_batches if batch.has_weight]
             self._write(self._samples, {"step": step, "micro_batches": ids})
 
     def on_steps(self, rows: list[StepRow]) -> None:

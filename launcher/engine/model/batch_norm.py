@@ -39,7 +39,7 @@ class SyncBatchNorm(_BatchNorm):
     Input and output have shape (N, C, ...). N may differ between ranks.
     """
 
-    counts = True
+    has_weight = True
     """Whether the next micro-batch has a weight. One without weight takes part in the collectives
     but contributes no samples."""
 
@@ -47,10 +47,10 @@ class SyncBatchNorm(_BatchNorm):
         if not self.training:
             return super().forward(input)
         at_least_single = torch.promote_types(input.dtype, torch.float32)
-        counted = input if self.counts else input[:0].to(at_least_single)
+        counted = input if self.has_weight else input[:0].to(at_least_single)
         normalise = self._normalise_on_gpus if input.is_cuda else self._normalise_on_cpus
         normalised = normalise(counted, self._averaging_factor())
-        if self.counts:
+        if self.has_weight:
             return normalised
         scale = None if self.weight is None else self.weight.detach()
         shift = None if self.bias is None else self.bias.detach()
@@ -153,7 +153,7 @@ class BatchNorms:
         self._tracking = [module for module in self._modules if module.running_mean is not None]
         self._copies: list[Tensor] = []
 
-    def keep(self) -> None:
+    def save_statistics(self) -> None:
         """Copy the running statistics, for `restore_nonfinite`."""
         self._copies = [buffer.clone() for buffer in self._running_statistics()]
 
@@ -184,11 +184,13 @@ class BatchNorms:
         """Whether a module has no running statistics."""
         return len(self._tracking) < len(self._modules)
 
-    def taking(self, request: MicroBatchRequest) -> contextlib.AbstractContextManager[None]:
+    def micro_batch_context(
+        self, request: MicroBatchRequest
+    ) -> contextlib.AbstractContextManager[None]:
         """Return the context for forward and backward of a training micro-batch."""
-        if request.alone:
+        if request.single_sample:
             return self._with_running_statistics()
-        return contextlib.nullcontext() if request.counts else self.ignoring_samples()
+        return contextlib.nullcontext() if request.has_weight else self.ignoring_samples()
 
     @contextlib.contextmanager
     def _with_running_statistics(self) -> Iterator[None]:
@@ -211,13 +213,13 @@ class BatchNorms:
         synced = [module for module in self._modules if isinstance(module, SyncBatchNorm)]
         local = [module for module in self._tracking if not isinstance(module, SyncBatchNorm)]
         for module in synced:
-            module.counts = False
+            module.has_weight = False
         try:
             with frozen(local):
                 yield
         finally:
             for module in synced:
-                module.counts = True
+                module.has_weight = True
 
     @torch.no_grad()
     def average(self, backend: Backend) -> None:
@@ -237,7 +239,7 @@ class BatchNorms:
             buffer.copy_(mean)
 
 
-def refuse_single_samples(
+def check_first_batch_norm_input(
     recipe: Recipe, plan: Plan, num_train_samples: int, norms: BatchNorms, num_first_samples: int
 ) -> Recipe:
     """Return `recipe` with a check for BatchNorm over single values in its first forward call.

@@ -118,7 +118,7 @@ def slots_without_batch_norm(model: nn.Module) -> dict[str, Slot]:
     }
 
 
-class Writes:
+class WriteDetector:
     """Detects which weights and buffers of a model are written to after the detector is created.
 
     Args:
@@ -239,7 +239,7 @@ class ForwardWrites:
         self._model, self._backend, self._policy = model, backend, policy
         self._sharded = STRATEGIES[backend.plan.strategy].shards_parameters
         self._num_steps = 0
-        self._writes: Writes | None = None
+        self._writes: WriteDetector | None = None
         self._synchronized: dict[str, Slot] = {}
 
     def begin(self) -> None:
@@ -249,7 +249,7 @@ class ForwardWrites:
             module = self._backend.unwrap(self._model)
             # Hooks would trigger a recompilation of compiled modules.
             around = self._sharded and not is_compiled(module)
-            self._writes = Writes(module, around_modules=around)
+            self._writes = WriteDetector(module, around_modules=around)
 
     def end(self) -> None:
         """Check and synchronise after the last backward pass, before the update (collective).
@@ -265,9 +265,11 @@ class ForwardWrites:
         if self._synchronized:
             self._synchronize()
 
-    def taking(self, request: MicroBatchRequest) -> contextlib.AbstractContextManager[None]:
+    def micro_batch_context(
+        self, request: MicroBatchRequest
+    ) -> contextlib.AbstractContextManager[None]:
         """Return the context for forward and backward of a training micro-batch."""
-        return contextlib.nullcontext() if request.counts else self._ignoring_samples()
+        return contextlib.nullcontext() if request.has_weight else self._ignoring_samples()
 
     @contextlib.contextmanager
     def _ignoring_samples(self) -> Iterator[None]:
@@ -280,7 +282,7 @@ class ForwardWrites:
             for name, copy in copies.items():
                 self._synchronized[name].put(copy)
 
-    def _check_writes(self, writes: Writes) -> None:
+    def _check_writes(self, writes: WriteDetector) -> None:
         """Refuse writes to weights, and find the buffers to synchronise (collective).
 
         Raises:

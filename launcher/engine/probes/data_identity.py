@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.engine.backends.base import Backend
-from launcher.engine.data.fingerprint import DataDifference, classes_of, difference
+from launcher.engine.data.fingerprint import DataDifference, describe_classes, first_difference
 from launcher.engine.data.reader import MicroBatch
 from launcher.engine.training.loop import TrainContext
 from launcher.errors import CheckpointError, RecipeError
@@ -40,11 +40,11 @@ def describe_data(context: TrainContext) -> dict[str, Any]:
     """Return the lengths and classes of the data, which are known without reading a sample."""
     sampler, data = context.sampler, context.reader.data
     fingerprint: dict[str, Any] = {
-        "train": {"length": sampler.train_samples, "classes": classes_of(data.train)},
+        "train": {"length": sampler.train_samples, "classes": describe_classes(data.train)},
         "evaluation": None,
     }
     if sampler.evaluation_samples:
-        classes = classes_of(data.evaluation)
+        classes = describe_classes(data.evaluation)
         fingerprint["evaluation"] = {"length": sampler.evaluation_samples, "classes": classes}
     return fingerprint
 
@@ -67,7 +67,7 @@ def fingerprint_of(
     for micro_batch in micro_batches:
         samples = fingerprint[micro_batch.request.split].setdefault("samples", {})
         for index, description in (micro_batch.samples or {}).items():
-            differs = difference(samples.get(index, description), description)
+            differs = first_difference(samples.get(index, description), description)
             if differs is not None:
                 changed[index] = differs
             samples.setdefault(index, description)
@@ -141,12 +141,12 @@ def find_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> DataDif
             return DataDifference(f"the number of {title} samples", *counts)
         if one_split is None or other_split is None:
             continue
-        differs = difference(one_split.get("classes"), other_split.get("classes"))
+        differs = first_difference(one_split.get("classes"), other_split.get("classes"))
         if differs is not None:
             return differs._replace(place=f"the list of {title} classes{_at(differs.place)}")
         one_samples, other_samples = one_split.get("samples", {}), other_split.get("samples", {})
         for index in (index for index in one_samples if index in other_samples):
-            differs = difference(one_samples[index], other_samples[index])
+            differs = first_difference(one_samples[index], other_samples[index])
             if differs is not None:
                 return differs._replace(place=f"{title} sample {index}{_at(differs.place)}")
     return None

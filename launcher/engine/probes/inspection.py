@@ -20,12 +20,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves
 
-from launcher.engine.data.fingerprint import same
+from launcher.engine.data.fingerprint import are_equal
 from launcher.engine.data.open_files import moved_files, open_files, opened_since
 from launcher.engine.data.randomness import seed_all
-from launcher.engine.data.reader import Reader, checked, read_ahead, sample_count
+from launcher.engine.data.reader import Reader, prefetch, raise_if_error, sample_count
 from launcher.engine.data.sampler import MicroBatchRequest
-from launcher.engine.model.forward_writes import Writes
+from launcher.engine.model.forward_writes import WriteDetector
 from launcher.engine.training.loop import sum_and_count
 from launcher.errors import RecipeError
 from launcher.recipe.recipe import Recipe
@@ -207,7 +207,7 @@ def _read_samples(recipe: Recipe, source: RecipeSource) -> _Samples:
     changing = [
         index
         for index in reversed(indices)  # in another order, as on other ranks
-        if not same(_read(reader, [index]), _read(second_reader, [index]))
+        if not are_equal(_read(reader, [index]), _read(second_reader, [index]))
     ]
     singles = {index: _read(reader, [index]) for index in indices}
     batch, *halves = (_read(reader, part) for part in (indices, indices[:half], indices[half:]))
@@ -218,7 +218,7 @@ def _read_samples(recipe: Recipe, source: RecipeSource) -> _Samples:
         size=len(indices),
         changing=sorted(changing),
         differing_in_workers=sorted(
-            {index for index, sample in in_workers if not same(sample, singles[index])}
+            {index for index, sample in in_workers if not are_equal(sample, singles[index])}
         ),
         shared_file=shared_file,
     )
@@ -235,16 +235,18 @@ def _read_in_workers(
     if recipe.in_memory or recipe.num_workers in (0, 1):
         return [], None
     requests = [
-        MicroBatchRequest("train", 0, [index], counts=True)
+        MicroBatchRequest("train", 0, [index], has_weight=True)
         for _ in range(_READS_IN_WORKERS)
         for index in indices
     ]
     method = recipe.worker_start
-    answers = list(read_ahead(reader, requests, workers=2, method=method, prefetch_factor=4))
+    answers = list(prefetch(reader, requests, workers=2, method=method, prefetch_factor=4))
     moved = moved_files(reader.held_files) if method == "fork" else []
     if moved:
         return [], moved[0]
-    return [(answer.request.indices[0], answer.batch) for answer in map(checked, answers)], None
+    return [
+        (answer.request.indices[0], answer.batch) for answer in map(raise_if_error, answers)
+    ], None
 
 
 def _inspect_loss(
@@ -280,11 +282,11 @@ def _inspect_loss(
 
 
 @torch.no_grad()
-def _find_writes(recipe: Recipe, model: nn.Module, batch: Any) -> Writes:
+def _find_writes(recipe: Recipe, model: nn.Module, batch: Any) -> WriteDetector:
     """Return what a forward pass in training writes to, observed on a copy of the model."""
     subject = _copy_model(recipe, model)
     subject.train()
-    writes = Writes(subject)
+    writes = WriteDetector(subject)
     recipe.forward(subject, batch)
     return writes
 
@@ -347,7 +349,7 @@ def _describe(batch: Any) -> str:
 def _read(
     reader: Reader, indices: list[int], split: Literal["train", "evaluation"] = "train"
 ) -> Any:
-    return checked(reader[MicroBatchRequest(split, 0, indices, counts=True)]).batch
+    return raise_if_error(reader[MicroBatchRequest(split, 0, indices, has_weight=True)]).batch
 
 
 def _is_close(one: float, other: float) -> bool:

@@ -134,7 +134,7 @@ def _check_shared_files(context: TrainContext, consequence: LauncherError | None
         return
     # The rank itself may have moved the position while it built the model, so it reads a sample:
     # what moves now is moved by reading.
-    path = reader.path_read_through(context.sampler.trial()[0])
+    path = reader.find_file_read_through(context.sampler.trial()[0])
     if path is not None:
         raise RecipeError(_shared_file_text(path, plan.workers_per_rank)) from consequence
 

@@ -79,7 +79,9 @@ class StoredState:
         self.world_size = manifest.world_size
         self.values = manifest.values
         self.steps = manifest.step
-        self.lists_state = manifest.format > 1 or manifest.agreement.get("strategy") != "fsdp"
+        self.has_complete_state = (
+            manifest.format > 1 or manifest.agreement.get("strategy") != "fsdp"
+        )
         self._reader = _Reader(str(checkpoint.path))
         self._tensors: Mapping[str, Any] = self._reader.read_metadata().state_dict_metadata
         self._stored = {plain_name(name): name for name in self._tensors}
@@ -149,7 +151,7 @@ def load_newest(
     raise CheckpointError("There is no checkpoint to resume from.")
 
 
-def with_files(manifest: Manifest, folder: Path) -> Manifest:
+def collect_file_sums(manifest: Manifest, folder: Path) -> Manifest:
     """Return the manifest with the file digests of all ranks, and delete the ranks' digest files.
 
     Raises:
@@ -171,7 +173,7 @@ def _ignore_no_dist_warning() -> None:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
-def reason_of(error: BaseException) -> str:
+def root_cause(error: BaseException) -> str:
     """Return the message of the error at the root of an exception from torch's checkpoint code."""
     root = error
     while root.__cause__ is not None or isinstance(root, CheckpointException):

@@ -300,8 +300,8 @@ def gather_extra_state(model: nn.Module, gather: Gather) -> dict[str, Any]:
 def read_extra_state(model: nn.Module, source: StateSource, rank: int, world_size: int) -> None:
     """Restore the extra state of each module.
 
-    Modules whose extra state is missing from the source are not changed; `lacks_extra_state` names
-    them.
+    Modules whose extra state is missing from the source are not changed; `missing_extra_state`
+    names them.
 
     Raises:
         CheckpointError: The extra state differs between the ranks that wrote the source, and the
@@ -322,7 +322,7 @@ def read_extra_state(model: nn.Module, source: StateSource, rank: int, world_siz
             )
 
 
-def lacks_extra_state(model: nn.Module, source: StateSource) -> list[str]:
+def missing_extra_state(model: nn.Module, source: StateSource) -> list[str]:
     """Return the names of modules whose extra state is missing from the source."""
     saved = {key.partition("@")[0] for key in source.values.get("extra", {})}
     modules = _stateful_modules(model)

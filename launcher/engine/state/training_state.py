@@ -67,7 +67,7 @@ class StateSource(Protocol):
     steps: int
     """The number of optimizer steps taken before the state was saved."""
 
-    lists_state: bool
+    has_complete_state: bool
     """Whether the optimizer state is known to be complete."""
 
     def size(self, name: str) -> torch.Size | None:
@@ -83,7 +83,9 @@ class StateSource(Protocol):
         """Fill the targets, full tensors or shards, with the tensors of the same names."""
 
 
-def keep(tensors: Iterable[tuple[str, Tensor]], rank: int, world_size: int) -> dict[str, Tensor]:
+def copy_to_host(
+    tensors: Iterable[tuple[str, Tensor]], rank: int, world_size: int
+) -> dict[str, Tensor]:
     """Return host copies of the tensors that this rank saves.
 
     A rank saves its own shards. Full tensors, which every rank has, are divided among the ranks so
@@ -276,13 +278,15 @@ def empty_state(
     return state
 
 
-def lost_state(source: StateSource, module: nn.Module, optimizer: Optimizer) -> list[str]:
+def missing_optimizer_state(
+    source: StateSource, module: nn.Module, optimizer: Optimizer
+) -> list[str]:
     """Return the parameters whose optimizer state is missing from a checkpoint.
 
     Launcher 0.1 lost optimizer state under strategy=fsdp: a checkpoint saved after an evaluation
     has none, or none of the parameters outside of blocks. Only checkpoints of format 1 can lack it.
     """
-    if source.lists_state or not source.steps:
+    if source.has_complete_state or not source.steps:
         return []
     trained = [name for name, weight in parameters(module).items() if weight.requires_grad]
     lost = [name for name in trained if not state_names(source, name)]

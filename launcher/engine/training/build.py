@@ -17,7 +17,7 @@ from launcher.engine.data.randomness import seed_all
 from launcher.engine.data.reader import MicroBatch, Reader, micro_batches, sample_count
 from launcher.engine.data.sampler import Sampler
 from launcher.engine.metrics.noise_meter import STRIDE, make_noise_meter
-from launcher.engine.model.batch_norm import BatchNorms, refuse_single_samples, synchronize
+from launcher.engine.model.batch_norm import BatchNorms, check_first_batch_norm_input, synchronize
 from launcher.engine.model.blocks import checkpoint_activations, compile_blocks, find_blocks
 from launcher.engine.model.forward_writes import ForwardWrites
 from launcher.engine.saving.final_weights import check_savable
@@ -64,7 +64,7 @@ def build_context(
         RecipeError: The recipe or its data is at fault.
     """
     files_before = open_files()
-    data = backend.in_turn("read the data", lambda: build_data(recipe, plan))
+    data = backend.local_rank_zero_first("read the data", lambda: build_data(recipe, plan))
     evaluation_data = data.evaluation if evaluates else None
     sampler = Sampler(
         plan=plan,
@@ -94,7 +94,7 @@ def build_context(
         batches = start_reading(sampler)
         if first_step < last_step and not recipe.compile:  # hooks do not run in compiled code
             first_batch_size = len(next(sampler.requests(first_step)).indices)
-            recipe = refuse_single_samples(
+            recipe = check_first_batch_norm_input(
                 recipe, plan, sampler.train_samples, batch_norms, first_batch_size
             )
     return TrainContext(
@@ -150,7 +150,7 @@ def build_model_and_optimizer(
         RecipeError: The recipe's model function did not return a module, returned different weights
             on some ranks, or returned a model that cannot do what the settings ask for.
     """
-    model = backend.in_turn("built the model", lambda: _build_model(recipe))
+    model = backend.local_rank_zero_first("built the model", lambda: _build_model(recipe))
     backend.wait_for_all("built the model")
     num_trained = sum(
         parameter.numel() for parameter in model.parameters() if parameter.requires_grad

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from launcher.engine.metrics.meter import RankFlags
-from launcher.engine.saving.checkpoint_tensors import reason_of, with_files, write_shard
+from launcher.engine.saving.checkpoint_tensors import collect_file_sums, root_cause, write_shard
 from launcher.engine.state.training_state import Snapshot, changed_groups
 from launcher.engine.training.loop import Callback, TrainContext
 from launcher.errors import LauncherError, TrainingError
@@ -47,7 +47,7 @@ class _ShardWriter:
         try:
             write_shard(*self._arguments)
         except BaseException as error:  # noqa: BLE001  # torch raises one; every rank reports it
-            self.error = reason_of(error)
+            self.error = root_cause(error)
         del self._arguments  # frees the copies of the tensors
         self.is_done = True
 
@@ -136,7 +136,7 @@ class CheckpointManager:
             try:
                 folder = begin(self._run_dir, step)
             except OSError as error:
-                reason = reason_of(error)
+                reason = root_cause(error)
         folder, reason = backend.broadcast((folder, reason))
         if folder is None:
             self._report_failure(step, f"{self._run_dir.checkpoints}: {reason}")
@@ -158,10 +158,10 @@ class CheckpointManager:
         self._last_save = time.perf_counter()
         if self._backend.rank == 0 and reason is None:
             try:
-                commit(writer.folder, with_files(manifest, writer.folder))
+                commit(writer.folder, collect_file_sums(manifest, writer.folder))
                 prune(self._run_dir, self._context.recipe.keep_checkpoints)
             except (OSError, LauncherError, ValueError, KeyError) as error:
-                reason = reason_of(error)
+                reason = root_cause(error)
         if self._backend.rank == 0 and reason is not None:
             shutil.rmtree(writer.folder, ignore_errors=True)
         reason = self._backend.broadcast(reason)

@@ -143,12 +143,12 @@ def train(
     nonfinite_guard = NonFiniteGuard(recipe.max_bad_steps, lambda step: sampler.batch_ids(step - 1))
     evaluation: dict[str, float] = {}
     model.train()
-    batch_norms.keep()
+    batch_norms.save_statistics()
     last_step = plan.total_steps if last_step is None else last_step
     for step in range(first_step, last_step):
         # ------------------------------------------------------------------------------------
         seed_step(plan.seed, step, backend)
-        written = hyperparameters.write(plan.setting_at(recipe.schedule, step))
+        written = hyperparameters.write(plan.schedule_value_at(recipe.schedule, step))
         window, micro_batches, data_wait_seconds = _read_step(context, step)
         num_items = _count_items(context, window.size, micro_batches)
         weight = backend.world_size / num_items
@@ -160,17 +160,17 @@ def train(
             batch = backend.to_device(micro_batch.batch)
             with (
                 backend.micro_step(last=number == len(micro_batches)),
-                batch_norms.taking(micro_batch.request),
-                forward_writes.taking(micro_batch.request),
+                batch_norms.micro_batch_context(micro_batch.request),
+                forward_writes.micro_batch_context(micro_batch.request),
             ):
                 with backend.autocast():
                     loss_sum, count = sum_and_count(
                         recipe.loss, recipe.forward(model, batch), batch
                     )
                 # Gradients are averaged over ranks; world_size in the weight makes that a sum.
-                backend.backward(loss_sum, weight if micro_batch.counts else 0.0)
-            noise_meter.add_micro_batch(weight, count if micro_batch.counts else 0)
-            if micro_batch.counts:
+                backend.backward(loss_sum, weight if micro_batch.has_weight else 0.0)
+            noise_meter.add_micro_batch(weight, count if micro_batch.has_weight else 0)
+            if micro_batch.has_weight:
                 loss_sums.append(loss_sum.detach())
                 counts.append(count)
         forward_writes.end()
@@ -261,7 +261,7 @@ def _report_metrics(
     for warning in nonfinite_guard.check(metrics.rows):
         callback.on_warning(warning)
     if all(row.is_finite for row in metrics.rows):
-        context.batch_norms.keep()
+        context.batch_norms.save_statistics()
     else:
         context.batch_norms.restore_nonfinite()
 
@@ -289,7 +289,7 @@ def evaluate(context: TrainContext, step: int) -> dict[str, float]:
         with backend.autocast():
             outputs = recipe.forward(model, batch)
             pairs = [sum_and_count(function, outputs, batch) for function in functions.values()]
-        if micro_batch.counts:
+        if micro_batch.has_weight:
             totals += torch.stack([_to_tensor(pair, backend.device) for pair in pairs])
     model.train()
     sums = backend.sum(totals).tolist()

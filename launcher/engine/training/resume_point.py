@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from launcher.engine.backends.base import Backend
 from launcher.engine.saving.checkpoint_tensors import StoredState, load_newest
-from launcher.engine.state.module_state import lacks_extra_state
-from launcher.engine.state.training_state import lost_state, write_groups
+from launcher.engine.state.module_state import missing_extra_state
+from launcher.engine.state.training_state import missing_optimizer_state, write_groups
 from launcher.engine.training.loop import TrainContext
 from launcher.errors import CheckpointError
 from launcher.planning.plan import Plan
@@ -83,9 +83,9 @@ def restore_state(resume_point: ResumePoint, context: TrainContext) -> None:
     missing = [
         *(
             f"the optimizer state of {name}"
-            for name in lost_state(source, module, context.optimizer)
+            for name in missing_optimizer_state(source, module, context.optimizer)
         ),
-        *(f"the extra state of {name}" for name in lacks_extra_state(module, source)),
+        *(f"the extra state of {name}" for name in missing_extra_state(module, source)),
     ]
     if missing:
         _check_missing_state(resume_point, backend, missing)
