@@ -77,7 +77,7 @@ def train(run: Commands, recipe: str, *settings: str, ranks: int = 2) -> dict[st
 
 
 def test_every_recipe_is_described() -> None:
-    """Every recipe has a sentence and stands in the folder's README by its function."""
+    """Every recipe has a sentence, and recipes/README.md lists its function."""
     page = (ROOT / "recipes/README.md").read_text()
     for recipe in list_recipes(ROOT / "recipes"):
         assert f"`{recipe.function}`" in page

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import re
 import shlex
 import shutil
 import signal
@@ -271,10 +272,10 @@ def test_a_killed_terminal_stops_the_run(network: Network) -> None:
 @pytest.mark.parametrize(
     ("hosts", "arguments", "code", "message"),
     [
-        (("10.77.0.1", "10.77.0.9"), (), 1, "10.77.0.9: ssh ended with 255"),
+        (("10.77.0.1", "10.77.0.9"), (), 1, "10.77.0.9: ssh .* 255"),
         (("10.77.0.1", "10.77.0.1"), (), 2, "--hosts 10.77.0.1,10.77.0.1"),
         (("localhost", "10.77.0.2"), (), 2, "--hosts localhost,10.77.0.2"),
-        (ADDRESSES, ("--nodes", "3"), 2, "--nodes 3 was asked for, and --hosts names 2"),
+        (ADDRESSES, ("--nodes", "3"), 2, "--nodes 3 .*--hosts.* 2"),
         (ADDRESSES, ("lr=fast",), 2, "lr"),
         (ADDRESSES, ("--max-restarts", "2"), 2, "--max-restarts 2"),
     ],
@@ -286,7 +287,7 @@ def test_a_run_that_cannot_start_is_refused_once(
     options = ("-n", "1", "device=cpu", "--out", "never", *network.hosts(*hosts))
     done = network("run", WORLDS_PY, *options, *arguments)
     assert done.exit_code == code, done.stderr
-    assert done.stderr.count(message) == 1, done.stderr
+    assert len(re.findall(message, done.stderr)) == 1, done.stderr
     assert "Traceback" not in done.stderr
     assert not (network.run.folder / "never").exists()
 
