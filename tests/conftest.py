@@ -17,6 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 _LONGEST = (
+    "docs",
     "readme",
     "benchmarks",
     "slurm",

@@ -54,9 +54,9 @@ def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", ["own_loop.py", "with_accelerate.py"])
 def test_a_recipes_parts_work_in_another_loop(site: Path, tmp_path: Path, name: str) -> None:
-    """The loops in the README learn in a project that has the wheel."""
-    text = (ROOT / "README.md").read_text()
-    (loop,) = re.findall(rf"```python\n# {name}\n(.*?)```", text, re.DOTALL)
+    """The loops in docs/recipes.md learn in a project that has the wheel."""
+    text = (ROOT / "docs/recipes.md").read_text()
+    (loop,) = re.findall(rf'```python title="{name}"\n(.*?)```', text, re.DOTALL)
     assert len(loop.splitlines()) <= 34
     (tmp_path / name).write_text(loop)
     done = subprocess.run(
@@ -148,17 +148,62 @@ def test_a_run_of_an_earlier_installation_finds_its_recipe(site: Path, tmp_path:
     assert f"{site}/launcher/recipes/digits.py:digits" in done.stdout
 
 
-def test_recipes_have_types(wheel: Path, tmp_path: Path) -> None:
-    """A type checker knows the return type of a recipe that is imported from the wheel."""
+PROJECT = """
+from pathlib import Path
+
+import launcher
+from launcher import Data, Failure, History, Plan, Recipe, RunResult
+from launcher.recipes.digits import build_data, build_model, digits
+
+
+def mine(*, width: int = 64) -> Recipe:
+    return Recipe(
+        name="mine",
+        model=build_model,
+        data=build_data,
+        loss=lambda outputs, batch: (outputs.sum(), len(batch)),
+        schedule=launcher.warmup(launcher.cosine(), fraction=0.1),
+        optimizer=launcher.adamw(weight_decay=0.1),
+        batch_size=width,
+        lr=0.1,
+        lr_batch_size=64,
+        steps=10,
+    )
+
+
+@launcher.schedule
+def plateau(step: int, total_steps: int, *, at: float = 0.5) -> launcher.ScheduleValue:
+    return launcher.ScheduleValue(1.0 if step < at * total_steps else 0.1)
+
+
+def train(folder: Path) -> float:
+    plan: Plan = launcher.plan(mine, nproc_per_node=2, nodes=2, width=8)
+    try:
+        result: RunResult = launcher.run(mine, nproc_per_node=2, out=folder, lr=0.1)
+    except launcher.RunFailedError as error:
+        failure: Failure = error.failure
+        raise SystemExit(f"rank {failure.rank + 1}: {failure.message.upper()}") from error
+    result = launcher.resume(result.run_dir.path, nproc_per_node=plan.world_size)
+    history: History = result.history
+    return history.plan.lr + result.metrics["loss"] + history.steps["loss"][-1]
+
+
+data: Data = build_data()
+recipe: Recipe = digits()
+wrong: int = digits()
+launcher.main(mine)
+"""
+
+
+def test_the_public_names_have_types(wheel: Path, tmp_path: Path) -> None:
+    """A project that uses the wheel passes mypy --strict, apart from its one mistake."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", "env"], cwd=tmp_path, check=True)
     (packages,) = (tmp_path / "env/lib").glob("python*/site-packages")
     zipfile.ZipFile(wheel).extractall(packages)
-    (tmp_path / "mine.py").write_text(
-        "from launcher.recipes.digits import digits\n\nwrong: int = digits()\n"
-    )
+    (tmp_path / "mine.py").write_text(PROJECT)
     command = ("-m", "mypy", "--strict", "--python-executable", "env/bin/python", "mine.py")
     done = subprocess.run(
         [sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, check=False
     )
-    assert 'expression has type "Recipe"' in done.stdout
-    assert "Found 1 error" in done.stdout
+    assert 'expression has type "Recipe"' in done.stdout, done.stdout
+    assert "Found 1 error" in done.stdout, done.stdout
