@@ -146,7 +146,7 @@ def plan(
         UsageError: The recipe or an override is wrong, or the numbers do not fit together.
     """
     from launcher.environment.machine import read_machine
-    from launcher.runs.job import plan_recipe
+    from launcher.runs.plan_recipe import plan_recipe
 
     _, derived = plan_recipe(
         _reference(recipe),

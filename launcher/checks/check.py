@@ -22,7 +22,8 @@ from launcher.planning.plan import Plan
 from launcher.planning.single_sample_batches import single_sample_notes
 from launcher.recipe.overrides import Override
 from launcher.recipe.resolve import Reference
-from launcher.runs.job import Job, describe_run, plan_recipe
+from launcher.runs.job import Job
+from launcher.runs.plan_recipe import describe_run, plan_recipe
 from launcher.runs.run_record import write_run
 from launcher.runs.rundir import create_run_dir
 

@@ -23,7 +23,8 @@ from launcher.recipe.overrides import Override, build
 from launcher.recipe.recipe import Recipe, StrategyName
 from launcher.recipe.resolve import Reference
 from launcher.runs.failure_record import RunFailedError
-from launcher.runs.job import Job, describe_run, plan_recipe
+from launcher.runs.job import Job
+from launcher.runs.plan_recipe import describe_run, plan_recipe
 from launcher.runs.run_record import RunRecord, write_run
 from launcher.runs.rundir import RunDir, create_run_dir
 

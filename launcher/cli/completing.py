@@ -35,9 +35,9 @@ def complete_runs(
 
     from click.shell_completion import CompletionItem
 
-    from launcher.runs.rundir import folders_of_runs
+    from launcher.runs.rundir import find_run_dirs
 
-    names = (run_dir.shown for run_dir in folders_of_runs(Path()))
+    names = (run_dir.shown for run_dir in find_run_dirs(Path()))
     matches = [CompletionItem(name) for name in names if name.startswith(incomplete)]
     return matches or [CompletionItem(incomplete, type="dir")]
 

@@ -67,7 +67,7 @@ def command(
     from launcher.planning.configs import accelerate_config, deepspeed_config
     from launcher.planning.strategy import STRATEGIES
     from launcher.recipe.resolve import resolve
-    from launcher.runs.job import plan_recipe
+    from launcher.runs.plan_recipe import plan_recipe
 
     if accelerate is None and deepspeed is None:
         raise UsageError(

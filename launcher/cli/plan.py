@@ -72,7 +72,7 @@ def command(
     from launcher.console.explain import explain
     from launcher.environment.machine import read_machine
     from launcher.recipe.resolve import resolve
-    from launcher.runs.job import plan_recipe
+    from launcher.runs.plan_recipe import plan_recipe
 
     if plot and as_json:
         raise UsageError("--plot and --json exclude each other: keep one.")

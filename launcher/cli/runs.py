@@ -34,7 +34,7 @@ def command(where: tuple[str, ...], by: str, *, reverse: bool, as_json: bool) ->
     """
     from launcher.console.colours import colour_state
     from launcher.console.run_table import filter_rows, read_row, row_values, sort_rows, table_lines
-    from launcher.runs.rundir import folders_of_runs
+    from launcher.runs.rundir import find_run_dirs
 
     filters, folders = [], []
     for argument in where:
@@ -45,7 +45,7 @@ def command(where: tuple[str, ...], by: str, *, reverse: bool, as_json: bool) ->
             raise UsageError(f"{argument} is neither a folder nor NAME=VALUE.")
         else:
             folders.append(Path(argument))
-    run_dirs = (run_dir for folder in folders or [Path()] for run_dir in folders_of_runs(folder))
+    run_dirs = (run_dir for folder in folders or [Path()] for run_dir in find_run_dirs(folder))
     all_rows = [row for row in map(read_row, run_dirs) if row is not None]
     rows = sort_rows(filter_rows(all_rows, filters), by, reverse=reverse)
     if as_json:

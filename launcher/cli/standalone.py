@@ -103,8 +103,9 @@ def _train(
     from launcher.launch.run_folder import open_run_folder
     from launcher.recipe.resolve import reference_of
     from launcher.report.write import write_report
-    from launcher.runs.job import RecipeSource, ResumeFrom, describe_run, plan_recipe
+    from launcher.runs.job import RecipeSource, ResumeFrom
     from launcher.runs.ownership import own_run_dir
+    from launcher.runs.plan_recipe import describe_run, plan_recipe
     from launcher.runs.run_record import write_resumption
     from launcher.runs.rundir import RunDir, open_run_dir
 

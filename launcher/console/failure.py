@@ -10,7 +10,7 @@ from launcher.errors import EXIT_USAGE
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.failure_record import Failure
 from launcher.runs.heartbeat import read_heartbeats
-from launcher.runs.rundir import RunDir, line_count, why_not_writable
+from launcher.runs.rundir import RunDir, count_lines, write_error
 from launcher.signals import EXIT_BY_SIGNAL
 
 _MAX_RANKS = 16
@@ -51,12 +51,12 @@ def death_text(rank: int, exit_code: int, run_dir: RunDir, *, oom_kills: int | N
     else:
         how = f"ended with exit code {exit_code}{_signal_name(exit_code)}"
     head = f"launcher: the run failed: rank {rank} {how}"
-    if reason := why_not_writable(run_dir):
+    if reason := write_error(run_dir):
         head += (
             f". The rank could not record why, because the run folder {run_dir.shown} cannot be "
             f"written: {reason}"
         )
-    last_line = line_count(run_dir.log(rank))
+    last_line = count_lines(run_dir.log(rank))
     return "\n\n".join([head, *_context(rank, run_dir, last_line)])
 
 

@@ -108,7 +108,7 @@ def read_row(run_dir: RunDir) -> RunRow | None:
         step=history.last_step,
         total_steps=history.total_steps,
         result={name: math.nan if value is None else value for name, value in result.items()},
-        seconds=history.seconds_at_work(),
+        seconds=history.active_seconds(),
         began=next((event["time"] for event in history.events), None),
         settings=dict(plan.settings),
     )

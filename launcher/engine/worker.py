@@ -223,10 +223,10 @@ def _run_agent_rank(job: Job, work: Callable[[_AgentRank], int]) -> int:
 def _find_world(job: Job) -> World:
     """Return this rank's place; each restart of a run has a rendezvous file of its own."""
     world = find_world()
-    if job.meeting_place is None:
+    if job.rendezvous_folder is None:
         return world
     num_restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return replace(world, store=job.meeting_place / f"ranks{num_restarts}")
+    return replace(world, store=job.rendezvous_folder / f"ranks{num_restarts}")
 
 
 def _listen_for_stop() -> StopRequest:

@@ -43,7 +43,7 @@ from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.failure_record import (
     Failure,
     RunFailedError,
-    failure_of_rank,
+    fallback_failure_path,
     find_failure,
     replace_failure,
 )
@@ -92,7 +92,7 @@ def launch(
     """
     with _private_folder() as folder, _forked_ranks_reset_signals():
         if rendezvous is None:
-            job = replace(job, meeting_place=folder)
+            job = replace(job, rendezvous_folder=folder)
         with _environment([job.plan]):
             try:
                 return _run_ranks(job, function, signals, rendezvous, folder)
@@ -129,7 +129,7 @@ def _run_ranks(
     rendezvous: Rendezvous | None,
     folder: Path,
 ) -> int:
-    announces = rendezvous is None or not rendezvous.is_echo
+    announces = rendezvous is None or not rendezvous.is_quiet
     signals.attach(job, folder, announces=announces)
     oom_kills_before = oom_kills()
     reason_to_spawn = reason_not_to_fork()
@@ -145,7 +145,7 @@ def _run_ranks(
     _silence_agent()
     try:
         result = run_agent(
-            function or agent_rank, job, folder, rendezvous, afresh=reason_to_spawn is not None
+            function or agent_rank, job, folder, rendezvous, spawn=reason_to_spawn is not None
         )
     except SignalException as error:
         raise EndedError(announce_stop(error.sigval)) from None
@@ -278,12 +278,12 @@ def _failure(
         PeerError: Another node has failed first and reports it.
     """
     rank, first = min(failures.items(), key=lambda item: item[1].timestamp)
-    rank_file = failure_of_rank(folder, rank % job.plan.nproc_per_node)
+    rank_file = fallback_failure_path(folder, rank % job.plan.nproc_per_node)
     failure = find_failure(job.run_dir, rank_file)
     if rendezvous is not None and failure is not None:
         is_here = failure.rank // job.plan.nproc_per_node == rendezvous.index
         if not is_here or (failure.lost_peer and failure.rank == rank):
-            rendezvous.check_peers(patiently=True)
+            rendezvous.check_peers(wait=True)
     if failure is None or failure.lost_peer:
         text = death_text(rank, first.exitcode, job.run_dir, oom_kills=killed_for_memory)
         failure = Failure(

@@ -26,10 +26,11 @@ from launcher.runs.checkpoints import (
     find_checkpoint,
     list_checkpoints,
 )
-from launcher.runs.job import OutputMode, ReportWriter, ResumeFrom, describe_run, plan_recipe
+from launcher.runs.job import OutputMode, ReportWriter, ResumeFrom
 from launcher.runs.manifest import Manifest
 from launcher.runs.ownership import check_unowned
-from launcher.runs.resumption import changes, check_resumable
+from launcher.runs.plan_recipe import describe_run, plan_recipe
+from launcher.runs.resumption import check_resumable, setting_changes
 from launcher.runs.run_record import RunRecord, read_run
 from launcher.runs.rundir import RunDir, open_run_dir
 
@@ -267,7 +268,7 @@ def _changes(
     if manifest is None:
         return ()
     built, plan = now
-    lines = changes(manifest, plan)
+    lines = setting_changes(manifest, plan)
     with contextlib.suppress(RunDirError):  # the plan of an earlier version of launcher
         before = record.read_plan(), previously_built.recipe.schedule
         if change := schedule_change(manifest.step, before, (plan, built.recipe.schedule)):

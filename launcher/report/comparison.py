@@ -125,7 +125,7 @@ def _results(histories: Sequence[History], names: Sequence[str]) -> Table:
         "training loss, smoothed",
         lambda h: f"{smoothed(h.steps['loss'])[-1]:.4g}" if h.last_step else "",
     )
-    add("run time", lambda h: _optional(h.seconds_at_work(), duration))
+    add("run time", lambda h: _optional(h.active_seconds(), duration))
     add("samples/s", lambda h: _optional(h.typical("samples_per_second"), "{:,.0f}".format))
     utilisations = [_utilisation(history) for history in histories]
     for name in dict.fromkeys(name for name, _ in utilisations if name):

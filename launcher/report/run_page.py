@@ -84,7 +84,7 @@ def _cards(history: History) -> list[tuple[str, str]]:
         cards += [(f"held-out {name}", f"{values[name]:.4f}") for name in names]
     elif history.steps["loss"]:
         cards.append(("loss", f"{history.steps['loss'][-1]:.4f}"))
-    if (seconds := history.seconds_at_work()) is not None:
+    if (seconds := history.active_seconds()) is not None:
         cards.append(("run time", duration(seconds)))
     if (throughput := history.typical("samples_per_second")) is not None:
         cards.append(("samples/s", f"{throughput:,.0f}"))

@@ -9,7 +9,9 @@ resumption          whether a plan can resume a run, and what it changes
 events, heartbeat   what happened to a run, and where each rank is
 status, history     the state of a run, and everything that it recorded
 ownership, locks    one process at a time writes into a run folder
+plan_recipe         builds and plans a recipe, and describes the run for run.yaml
 job                 a run as it is handed to its ranks
+run_result          what a run came to, for Python programs
 provenance          versions, git state and command line of a run
 redaction           keys and passwords, kept out of every file
 cache               folders for measurements that later runs reuse

@@ -56,7 +56,7 @@ class Checkpoint:
             )
         return manifest
 
-    def damages(self, files: Iterable[str], manifest: Manifest) -> Iterator[str]:
+    def find_damage(self, files: Iterable[str], manifest: Manifest) -> Iterator[str]:
         """Yield one message per damaged file.
 
         Args:
@@ -75,7 +75,7 @@ class Checkpoint:
             elif actual.sha256 != expected.sha256:
                 yield f"{name}: not the bytes that were written (SHA-256)"
 
-    def unlisted(self, manifest: Manifest) -> Iterator[str]:
+    def find_unlisted(self, manifest: Manifest) -> Iterator[str]:
         """Yield one message per shard that the manifest does not list, or if it lists no file.
 
         Such a shard would be loaded without having been verified.
@@ -136,7 +136,7 @@ def damage_error(
     return CheckpointError(f"{checkpoint.path} is damaged: {damage}. {remedy}")
 
 
-def begin(run_dir: RunDir, step: int) -> Path:
+def begin_checkpoint(run_dir: RunDir, step: int) -> Path:
     """Create and return an empty folder for the checkpoint of `step`.
 
     Whatever an earlier attempt left in that folder is deleted.
@@ -151,8 +151,8 @@ def begin(run_dir: RunDir, step: int) -> Path:
     return folder
 
 
-def commit(folder: Path, manifest: Manifest) -> Checkpoint:
-    """Write the manifest into the folder that `begin` returned, and give the folder its name.
+def commit_checkpoint(folder: Path, manifest: Manifest) -> Checkpoint:
+    """Write the manifest into a folder of `begin_checkpoint`, and give the folder its name.
 
     The manifest is on the disk before the name changes. A checkpoint that has the name already is
     set aside.
@@ -175,7 +175,7 @@ def commit(folder: Path, manifest: Manifest) -> Checkpoint:
     return Checkpoint(manifest.step, target)
 
 
-def prune(run_dir: RunDir, keep: int) -> None:
+def prune_checkpoints(run_dir: RunDir, keep: int) -> None:
     """Remove all checkpoints except the newest `keep`.
 
     Each is renamed before it is deleted, so that a kill never leaves half of a checkpoint.

@@ -18,7 +18,7 @@ import msgspec
 from launcher.errors import LauncherError, RunDirError
 from launcher.runs.rundir import RunDir, write_json
 
-FAILURE_FILE = "LAUNCHER_FAILURE_FILE"
+FAILURE_FILE_VARIABLE = "LAUNCHER_FAILURE_FILE"
 """The environment variable that names the file for a failure that the run folder cannot hold."""
 
 
@@ -107,7 +107,7 @@ def record_failure(run_dir: RunDir, failure: Failure) -> bool:
 
 def _write_to_launcher(failure: Failure) -> None:
     """Write a failure to the file that the launcher reads when the run folder is unusable."""
-    if path := os.environ.get(FAILURE_FILE):
+    if path := os.environ.get(FAILURE_FILE_VARIABLE):
         with contextlib.suppress(OSError):
             Path(path).write_text(json.dumps(failure.to_dict()), encoding="utf-8")
 
@@ -121,7 +121,7 @@ def replace_failure(run_dir: RunDir, failure: Failure) -> None:
     write_json(run_dir.failure, failure.to_dict())
 
 
-def failure_of_rank(folder: Path, local_rank: int) -> Path:
+def fallback_failure_path(folder: Path, local_rank: int) -> Path:
     """Return the file in the launcher's own folder for the failure of one of its ranks."""
     return folder / f"failure{local_rank}.json"
 

@@ -205,7 +205,7 @@ class History:
                 attempt.until = max([attempt.until, *step_times[-1:], *beats])
         return attempts
 
-    def seconds_at_work(self) -> float | None:
+    def active_seconds(self) -> float | None:
         """Return the total duration of all attempts; None if none has begun."""
         attempts = self.attempts()
         if not attempts:

@@ -5,29 +5,16 @@ A `Job` is one picklable value that holds everything a process needs to be one r
 
 from __future__ import annotations
 
-import platform
-import signal
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
-from launcher.environment.machine import Machine
-from launcher.errors import LauncherError, PlanError, RecipeError
-from launcher.forking import reason_not_to_fork, without_main_module
 from launcher.planning.plan import Plan
-from launcher.planning.planner import make_plan
-from launcher.recipe.overrides import BuiltRecipe, Override, build
+from launcher.recipe.overrides import Override, build
 from launcher.recipe.recipe import Recipe
-from launcher.recipe.resolve import Reference, cannot, resolve
-from launcher.runs.provenance import command_line, git_state, versions
-from launcher.runs.run_record import RunRecord
+from launcher.recipe.resolve import resolve
 from launcher.runs.rundir import RunDir
-
-if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
-    from multiprocessing.context import ForkContext, SpawnContext
-
 
 OutputMode = Literal["progress", "json", "quiet"]
 """What a run prints: a progress display, one JSON object per line, or only errors."""
@@ -119,7 +106,7 @@ class Job:
     seconds: float | None = None
     """How long a probe measures; None if it takes a number of steps instead."""
 
-    meeting_place: Path | None = None
+    rendezvous_folder: Path | None = None
     """Private folder on this machine for the file rendezvous of its ranks; None with several nodes,
     whose ranks meet at a store."""
 
@@ -133,157 +120,3 @@ class Job:
     def source(self) -> RecipeSource:
         """What the recipe is built from."""
         return RecipeSource(recipe=self.recipe, overrides=self.overrides)
-
-
-def plan_recipe(
-    reference: Reference,
-    overrides: Sequence[Override],
-    machine: Machine,
-    *,
-    nodes: int = 1,
-    nproc_per_node: int | None = None,
-    elsewhere: bool = False,
-    count: Callable[[Callable[[], int]], int] = lambda counting: counting(),
-) -> tuple[BuiltRecipe, Plan]:
-    """Build a recipe with its overrides, and plan it.
-
-    If the recipe counts epochs and does not state its number of training samples, its data is read
-    to count them.
-
-    Args:
-        reference: The recipe.
-        overrides: Values that replace the recipe's own.
-        machine: The machine that every node is taken to be.
-        nodes: Number of nodes.
-        nproc_per_node: Ranks per node; None chooses one per GPU.
-        elsewhere: Whether the nodes may have more GPUs than `machine`.
-        count: Calls the function that counts the samples and returns its result; several ranks
-            have one of them count.
-
-    Raises:
-        LauncherError: The recipe cannot be built or planned, or its samples cannot be counted.
-    """
-    built = build(reference, overrides)
-    notes: list[str] = []
-    if elsewhere:
-        machine, notes = _assume_gpus(built.recipe, machine, nproc_per_node)
-    samples = None
-    if built.recipe.epochs is not None and built.recipe.train_samples is None:
-        samples = count(lambda: _count_samples(reference, overrides, built))
-    plan = make_plan(
-        built.recipe,
-        machine,
-        nodes=nodes,
-        nproc_per_node=nproc_per_node,
-        train_samples=samples,
-        sources=built.sources,
-    )
-    if samples is not None:
-        notes.append(
-            f"The data was read to count its {samples:,} training samples; train_samples={samples} "
-            "in the recipe avoids that."
-        )
-    return built, replace(plan, notes=(*plan.notes, *notes))
-
-
-def describe_run(reference: Reference, built: BuiltRecipe, plan: Plan) -> RunRecord:
-    """Return the record of a run that this process starts."""
-    file = Path(reference.location.rpartition(":")[0])
-    folder = file.parent if file.is_absolute() else Path.cwd()
-    return RunRecord(
-        recipe=reference.location,
-        overrides=dict(built.overrides),
-        plan=plan.to_dict(),
-        versions=versions(),
-        git=git_state(folder),
-        host=platform.node(),
-        folder=str(Path.cwd()),
-        command=tuple(command_line()),
-    )
-
-
-def _assume_gpus(
-    recipe: Recipe, machine: Machine, nproc_per_node: int | None
-) -> tuple[Machine, list[str]]:
-    """Return `machine` with the GPUs that a plan for other nodes needs, and notes about it."""
-    if recipe.device == "cpu":
-        return machine, []
-    if recipe.device is None and not machine.num_gpus:
-        return machine, ["This machine has no GPU; device=cuda plans for machines with GPUs."]
-    if nproc_per_node is None or nproc_per_node <= machine.num_gpus:
-        return machine, []
-    note = f"Planned for {nproc_per_node} GPUs per node; this machine has {machine.num_gpus}."
-    return replace(machine, num_gpus=nproc_per_node), [note]
-
-
-def _count_samples(reference: Reference, overrides: Sequence[Override], built: BuiltRecipe) -> int:
-    """Count the training samples of a recipe in a child process.
-
-    Reading data may start threads, such as those of OpenMP, after which no rank could be forked
-    from this process. If the import of the recipe has already started some, the child is spawned
-    and imports the recipe itself.
-
-    Raises:
-        LauncherError: The data cannot be read, or has no length.
-    """
-    import multiprocessing
-
-    context: SpawnContext | ForkContext = multiprocessing.get_context("fork")
-    target: Callable[..., None] = _send_count
-    arguments: tuple[Any, ...] = (built,)
-    if reason_not_to_fork() is not None:
-        context = multiprocessing.get_context("spawn")
-        target, arguments = _build_and_send_count, (reference.location, tuple(overrides))
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=target, args=(*arguments, sender))
-    with without_main_module():
-        child.start()
-    sender.close()
-    try:
-        answer: int | LauncherError = receiver.recv()
-    except EOFError:
-        child.join()
-        answer = RecipeError(
-            f"{built.recipe.name}: reading the data to count its samples ended the process with "
-            f"exit code {child.exitcode}. train_samples=... in the recipe avoids that."
-        )
-    child.join()
-    if isinstance(answer, LauncherError):
-        raise answer
-    return answer
-
-
-def _build_and_send_count(
-    location: str, overrides: tuple[Override, ...], sender: Connection
-) -> None:
-    try:
-        built = build(resolve(location), overrides)
-    except LauncherError as error:
-        sender.send(error)
-        return
-    _send_count(built, sender)
-
-
-def _send_count(built: BuiltRecipe, sender: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent reports Ctrl-C
-    try:
-        sender.send(_count_training_samples(built))
-    except LauncherError as error:
-        sender.send(error)
-
-
-def _count_training_samples(built: BuiltRecipe) -> int:
-    try:
-        data = built.recipe.data()
-    except LauncherError:
-        raise
-    except Exception as error:
-        raise cannot("read the data of", built.recipe.name, error) from error
-    try:
-        return len(data.train)
-    except (AttributeError, TypeError):
-        raise PlanError(
-            f"{built.recipe.name}: epochs={built.recipe.epochs} needs the number of training "
-            f"samples, and the data function returned {type(data).__name__} with no `train` that "
-            "has a length. Return launcher.Data(train=...), or give steps instead of epochs."
-        ) from None

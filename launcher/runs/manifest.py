@@ -58,7 +58,7 @@ class _RequiredValues(TypedDict):
     """State of the loss scaler; None unless the run trains in fp16."""
 
 
-class Values(_RequiredValues, total=False):
+class StateValues(_RequiredValues, total=False):
     """The state in a checkpoint that is not made of tensors.
 
     Checkpoints of earlier versions may lack the keys that this class adds.
@@ -91,18 +91,18 @@ class Manifest:
     agreement: Mapping[str, Any]
     """The values of the plan that determine the steps, as `Plan.agreement` returns them."""
 
-    values: Values
+    values: StateValues
     """The state that is not made of tensors."""
 
     versions: Mapping[str, str]
     """Versions of Python and of the packages that wrote the checkpoint."""
 
-    files: Mapping[str, FileSum] = field(default_factory=dict)
+    files: Mapping[str, FileDigest] = field(default_factory=dict)
     """Size and digest of every other file, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class FileSum:
+class FileDigest:
     """Size and digest of a file, by which damage is detected."""
 
     num_bytes: int
@@ -166,7 +166,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def sum_file(path: Path) -> FileSum:
+def sum_file(path: Path) -> FileDigest:
     """Return the size and the SHA-256 of a file.
 
     Raises:
@@ -177,7 +177,7 @@ def sum_file(path: Path) -> FileSum:
         while block := file.read(_BYTES_PER_READ):
             digest.update(block)
             num_bytes += len(block)
-    return FileSum(num_bytes=num_bytes, sha256=digest.hexdigest())
+    return FileDigest(num_bytes=num_bytes, sha256=digest.hexdigest())
 
 
 def _open_regular(path: Path) -> io.FileIO:

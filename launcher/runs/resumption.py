@@ -53,7 +53,7 @@ def check_resumable(
             )
 
 
-def changes(manifest: Manifest, plan: Plan) -> list[str]:
+def setting_changes(manifest: Manifest, plan: Plan) -> list[str]:
     """Return the settings that the plan changes, each as `name old -> new`, sorted by name.
 
     Settings that change no step are not reported.

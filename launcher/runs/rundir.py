@@ -244,7 +244,7 @@ def open_run_dir(path: Path) -> RunDir:
     return RunDir(path.resolve())
 
 
-def folders_of_runs(below: Path, depth: int = 3) -> Iterator[RunDir]:
+def find_run_dirs(below: Path, depth: int = 3) -> Iterator[RunDir]:
     """Yield the run folders below a folder in the order of their names, or the folder itself.
 
     Args:
@@ -260,10 +260,10 @@ def folders_of_runs(below: Path, depth: int = 3) -> Iterator[RunDir]:
     with contextlib.suppress(OSError), os.scandir(below) as entries:
         names = [entry.name for entry in entries if entry.is_dir() and entry.name[0] != "."]
         for name in sorted(names):
-            yield from folders_of_runs(below / name, depth - 1)
+            yield from find_run_dirs(below / name, depth - 1)
 
 
-def keep_until(run_dir: RunDir, step: int) -> None:
+def truncate_after(run_dir: RunDir, step: int) -> None:
     """Remove the lines about steps after `step` from metrics.jsonl and samples/.
 
     A run that resumes from a checkpoint takes these steps again. Damaged lines are removed as well.
@@ -304,7 +304,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def line_count(path: Path) -> int:
+def count_lines(path: Path) -> int:
     """Return the number of lines in a file, or 0 if it cannot be read."""
     try:
         with path.open("rb") as file:
@@ -313,7 +313,7 @@ def line_count(path: Path) -> int:
         return 0
 
 
-def why_not_writable(run_dir: RunDir) -> str | None:
+def write_error(run_dir: RunDir) -> str | None:
     """Return why the run folder cannot be written, such as a full disk, or None if it can."""
     probe = run_dir.path / f".probe.{os.getpid()}.tmp"
     try:

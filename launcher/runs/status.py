@@ -35,7 +35,7 @@ COLOURS = {
 STATES = tuple(COLOURS)
 """Names of the states, in the same order."""
 
-AT_WORK = "running", "waiting"
+ACTIVE_STATES = "running", "waiting"
 """States of runs that have not ended."""
 
 _MESSAGE_WIDTH = 160
@@ -70,8 +70,8 @@ def read_run_state(run_dir: RunDir) -> RunState:
     if not heartbeats and _is_starting(run_dir):
         return RunState(name="running", words="starting")
     if any(map(is_alive, heartbeats)) and _modified(run_dir.result) < _modified(run_dir.run_yaml):
-        return RunState(name="running", words=progress_words(run_dir))
-    if (ended := outcome(run_dir)) is not None:
+        return RunState(name="running", words=progress_text(run_dir))
+    if (ended := read_outcome(run_dir)) is not None:
         return ended
     if run_dir.run_yaml.is_file():
         return _unfinished(run_dir)
@@ -117,7 +117,7 @@ def is_alive(health: Heartbeat) -> bool:
     return age < _REMOTE_TIMEOUT_SECONDS
 
 
-def outcome(run_dir: RunDir) -> RunState | None:
+def read_outcome(run_dir: RunDir) -> RunState | None:
     """Return the state of a run that recorded a result or a failure, or None.
 
     A resumed run removes both files, so that neither describes an earlier attempt.
@@ -137,7 +137,7 @@ def outcome(run_dir: RunDir) -> RunState | None:
     return RunState(name="failed", words=f"failed on {where}: {failure.error}: {head}".rstrip(": "))
 
 
-def progress_words(run_dir: RunDir, total_steps: int | None = None) -> str:
+def progress_text(run_dir: RunDir, total_steps: int | None = None) -> str:
     """Return one line with the last recorded step, its loss and the throughput.
 
     Args:

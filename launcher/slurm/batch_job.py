@@ -13,7 +13,7 @@ from launcher.planning.plan import Plan
 from launcher.planning.planner import CPU_RANKS
 from launcher.recipe.overrides import read_arguments, read_yaml
 from launcher.recipe.resolve import Reference
-from launcher.runs.job import plan_recipe
+from launcher.runs.plan_recipe import plan_recipe
 from launcher.runs.rundir import RunDir, planned_path
 from launcher.slurm.queue import partition
 from launcher.slurm.resources import cpus_of, machine_of, memory_of, seconds_of

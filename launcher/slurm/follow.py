@@ -11,7 +11,7 @@ from pathlib import Path
 from launcher.errors import RunDirError
 from launcher.runs.history import History
 from launcher.runs.rundir import RunDir, open_run_dir
-from launcher.runs.status import AT_WORK, RunState, read_run_state
+from launcher.runs.status import ACTIVE_STATES, RunState, read_run_state
 from launcher.slurm.submission import find_submission, status_of
 
 _SECONDS_BETWEEN_POLLS = 0.5
@@ -78,10 +78,10 @@ def follow(
             show(history, state)
         else:
             show_waiting(f"{run_dir.shown}: {state.words}")
-        if state.name not in AT_WORK:
+        if state.name not in ACTIVE_STATES:
             # Slurm may have requeued the job since the last query.
             latest = _state_in_slurm(run_dir)
-            if latest is None or latest.name not in AT_WORK:
+            if latest is None or latest.name not in ACTIVE_STATES:
                 return state
         pause = seconds if history is not None else _SECONDS_BETWEEN_POLLS
         poll_seconds = time.monotonic() - poll_began
@@ -108,7 +108,7 @@ def copy_log(path: Path, run_dir: RunDir | None) -> None:
             return
         if run_dir is not None and time.monotonic() - queried_at > _SECONDS_BETWEEN_QUERIES:
             queried_at = time.monotonic()
-            ended = status_of(run_dir).state not in AT_WORK
+            ended = status_of(run_dir).state not in ACTIVE_STATES
         if not ended:
             time.sleep(_SECONDS_BETWEEN_COPIES)
 

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from launcher.errors import RunDirError, SlurmError
-from launcher.runs.rundir import RunDir, folders_of_runs, write_json
-from launcher.runs.status import outcome, progress_words, read_result
+from launcher.runs.rundir import RunDir, find_run_dirs, write_json
+from launcher.runs.status import progress_text, read_outcome, read_result
 from launcher.slurm.queue import GOING, WAITING, JobState, job_state
 
 
@@ -105,7 +105,7 @@ def find_submissions(what: str, below: Path) -> list[RunDir]:
 
 def submissions(below: Path) -> Iterator[RunDir]:
     """Yield the submitted runs below a folder, at most three levels deep, sorted by name."""
-    for run_dir in folders_of_runs(below):
+    for run_dir in find_run_dirs(below):
         if run_dir.submission.is_file():
             yield run_dir
 
@@ -142,9 +142,9 @@ def _state_and_words(
         waits = f"waiting {job.waits}" if job.state == "PENDING" else job.state.lower()
         return "waiting", waits + requeues
     if job is not None and job.state in GOING:
-        progress = progress_words(run_dir, submission.total_steps)
+        progress = progress_text(run_dir, submission.total_steps)
         return "running", f"running on {job.nodes}: {progress}{requeues}"
-    if (ended := outcome(run_dir)) is not None:
+    if (ended := read_outcome(run_dir)) is not None:
         return ended.name, ended.words + requeues
     if job is None:
         return "unknown", no_answer

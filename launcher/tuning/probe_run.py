@@ -14,7 +14,8 @@ from launcher.planning.plan import Plan
 from launcher.recipe.overrides import BuiltRecipe, Override, build
 from launcher.recipe.recipe import Recipe
 from launcher.recipe.resolve import Reference
-from launcher.runs.job import Job, describe_run, plan_recipe
+from launcher.runs.job import Job
+from launcher.runs.plan_recipe import describe_run, plan_recipe
 from launcher.runs.run_record import RunRecord, write_run
 from launcher.runs.rundir import RunDir
 

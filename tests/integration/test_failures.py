@@ -235,7 +235,7 @@ def test_a_full_disk_stops_no_run(run: Commands) -> None:
         assert "step 15/15" in done.stdout
         assert "Traceback" not in done.stdout + done.stderr
         (newest, *_) = list_checkpoints(RunDir(disk / "out"))
-        assert not list(newest.damages(newest.read_manifest().files, newest.read_manifest()))
+        assert not list(newest.find_damage(newest.read_manifest().files, newest.read_manifest()))
     finally:
         subprocess.run(["umount", disk], check=True)
 

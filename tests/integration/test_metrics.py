@@ -16,7 +16,7 @@ from launcher.environment.machine import read_machine
 from launcher.recipe.resolve import resolve
 from launcher.recipes.digits import digits
 from launcher.runs.history import History
-from launcher.runs.job import plan_recipe
+from launcher.runs.plan_recipe import plan_recipe
 from launcher.runs.rundir import RunDir, read_rows
 
 STRAGGLING = ROOT / "tests/recipes/straggling.py"

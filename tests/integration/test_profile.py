@@ -15,7 +15,7 @@ from launcher.environment.machine import read_machine
 from launcher.planning.plan import Plan
 from launcher.recipe.overrides import read_arguments
 from launcher.recipe.resolve import resolve
-from launcher.runs.job import plan_recipe
+from launcher.runs.plan_recipe import plan_recipe
 
 STRAGGLING = ROOT / "tests/recipes/straggling.py"
 

@@ -209,7 +209,7 @@ def test_runs_are_compared(runs: Path, driver: webdriver.Chrome) -> None:
         assert xs == list(history.steps["step"])
         assert ys == pytest.approx(smoothed(history.steps["loss"]), rel=1e-5)
         seconds, _ = shown.curves("training loss over run time, smoothed")[name]
-        assert 0 < seconds[0] < seconds[-1] <= (history.seconds_at_work() or 0)
+        assert 0 < seconds[0] < seconds[-1] <= (history.active_seconds() or 0)
 
 
 def test_a_page_shows_a_range_test(run: Commands) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from launcher.engine.state.training_state import check_optimizer, empty_state
 from launcher.errors import TrainingError
-from launcher.runs.manifest import Values, sum_file
+from launcher.runs.manifest import StateValues, sum_file
 
 STATEFUL = f"{ROOT / 'tests/recipes/stateful.py'}:stateful"
 WORLDS = f"{ROOT / 'tests/recipes/worlds.py'}:worlds"
@@ -113,7 +113,7 @@ class OneTensor:
 
     def __init__(self, key: str, shape: torch.Size = torch.Size([8, 1])) -> None:  # noqa: B008
         self.shape = shape
-        self.values: Values = {"optimizer": {}, "groups": [], "scaler": None}
+        self.values: StateValues = {"optimizer": {}, "groups": [], "scaler": None}
         self.full = f"optimizer/weight/{key}"
 
     def names(self) -> list[str]:

@@ -14,9 +14,14 @@ from examples import NODE, recipe
 
 from launcher import Plan, make_plan
 from launcher.errors import CheckpointError
-from launcher.runs.checkpoints import Checkpoint, begin, commit, list_checkpoints
+from launcher.runs.checkpoints import (
+    Checkpoint,
+    begin_checkpoint,
+    commit_checkpoint,
+    list_checkpoints,
+)
 from launcher.runs.manifest import FORMAT, Manifest, sum_file
-from launcher.runs.resumption import changes, check_resumable
+from launcher.runs.resumption import check_resumable, setting_changes
 from launcher.runs.rundir import RunDir
 
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
@@ -36,10 +41,10 @@ MANIFEST = Manifest(
 def written(tmp_path: Path) -> Checkpoint:
     """Write a checkpoint with one shard, and return it."""
     run_dir = RunDir(tmp_path)
-    folder = begin(run_dir, MANIFEST.step)
+    folder = begin_checkpoint(run_dir, MANIFEST.step)
     shard = folder / SHARD
     shard.write_bytes(bytes(1000))
-    return commit(folder, replace(MANIFEST, files={shard.name: sum_file(shard)}))
+    return commit_checkpoint(folder, replace(MANIFEST, files={shard.name: sum_file(shard)}))
 
 
 def edit(checkpoint: Checkpoint, change: Callable[[dict[str, Any]], object]) -> None:
@@ -56,8 +61,8 @@ def test_a_manifest_is_read_as_it_was_written(written: Checkpoint) -> None:
     path.write_text(json.dumps(json.loads(path.read_text())))
     manifest = written.read_manifest()
     assert replace(manifest, files={}) == MANIFEST
-    assert not list(written.damages(manifest.files, manifest))
-    assert not list(written.unlisted(manifest))
+    assert not list(written.find_damage(manifest.files, manifest))
+    assert not list(written.find_unlisted(manifest))
 
 
 EDITS: dict[str, Callable[[dict[str, Any]], object]] = {
@@ -128,13 +133,15 @@ def test_a_fifo_is_refused(written: Checkpoint, name: str) -> None:
         with pytest.raises(CheckpointError, match="Not a regular file"):
             written.read_manifest()
     else:
-        assert list(written.damages(manifest.files, manifest)) == [f"{name}: Not a regular file"]
+        assert list(written.find_damage(manifest.files, manifest)) == [
+            f"{name}: Not a regular file"
+        ]
 
 
 def test_a_shard_that_is_not_listed_is_damage(written: Checkpoint) -> None:
     """A shard without a digest in the manifest is reported by name."""
     (written.path / "shard-00002-model-00001-of-00001.safetensors").write_bytes(b"")
-    (damage,) = written.unlisted(written.read_manifest())
+    (damage,) = written.find_unlisted(written.read_manifest())
     assert damage.startswith("shard-00002")
 
 
@@ -174,7 +181,7 @@ def test_a_resumed_run_reports_what_changes_its_steps(
     manifest = manifest_of(make_plan(recipe(), machine, nproc_per_node=2))
     plan = make_plan(recipe(**overrides), machine, nproc_per_node=2)
     check_resumable(manifest, plan, "step-00000012")
-    assert changes(manifest, plan) == reported
+    assert setting_changes(manifest, plan) == reported
 
 
 @pytest.mark.parametrize(

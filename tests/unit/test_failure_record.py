@@ -12,7 +12,7 @@ import pytest
 from launcher.errors import RunDirError
 from launcher.runs.events import read_events, record_past_failure
 from launcher.runs.failure_record import (
-    FAILURE_FILE,
+    FAILURE_FILE_VARIABLE,
     Failure,
     find_failure,
     read_failure,
@@ -80,7 +80,7 @@ def test_a_failure_without_a_folder_goes_to_the_launcher(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A rank whose run folder is gone leaves its failure in the file that the launcher named."""
-    monkeypatch.setenv(FAILURE_FILE, str(tmp_path / "failure1.json"))
+    monkeypatch.setenv(FAILURE_FILE_VARIABLE, str(tmp_path / "failure1.json"))
     gone = RunDir(tmp_path / "gone")
     assert record_failure(gone, FAILURE)
     assert find_failure(gone, tmp_path / "failure1.json") == FAILURE

@@ -130,7 +130,7 @@ class GroupBackend(Backend):
         return self._turns.first(what, action)
 
     def wait_for_all(self, what: str) -> None:
-        self._turns.all_there(what)
+        self._turns.wait_for_all(what)
 
     def close(self) -> None:
         if self.device.type == "cuda":

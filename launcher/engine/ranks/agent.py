@@ -23,7 +23,7 @@ from torch.distributed.elastic.rendezvous import (
 
 from launcher.engine.ranks.rendezvous import Rendezvous
 from launcher.forking import without_main_module
-from launcher.runs.failure_record import FAILURE_FILE, failure_of_rank
+from launcher.runs.failure_record import FAILURE_FILE_VARIABLE, fallback_failure_path
 from launcher.runs.job import Job
 from launcher.signals import signals_blocked
 
@@ -37,7 +37,7 @@ def run_agent(
     folder: Path,
     rendezvous: Rendezvous | None,
     *,
-    afresh: bool = False,
+    spawn: bool = False,
 ) -> RunResult:
     """Start the ranks of this node, call `function` in each, and wait for them to end.
 
@@ -47,7 +47,7 @@ def run_agent(
         folder: Folder for the agent's own files.
         rendezvous: The rendezvous with the other nodes; None if this is the only one, in which
             case no port is opened.
-        afresh: Whether each rank is spawned as a new interpreter instead of forked.
+        spawn: Whether each rank is spawned as a new interpreter instead of forked.
 
     Raises:
         PeerError: Another node has failed or disappeared; the ranks of this node have been ended.
@@ -61,7 +61,7 @@ def run_agent(
         max_restarts=job.restarts,
         monitor_interval=_POLL_SECONDS,
     )
-    if afresh:
+    if spawn:
         return _SpawningAgent(spec, logs_specs=NoLogsSpecs(folder), start_method="spawn").run()
     return LocalElasticAgent(spec, logs_specs=NoLogsSpecs(folder), start_method="fork").run()
 
@@ -149,7 +149,7 @@ class NoLogsSpecs(LogsSpecs):
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
         for rank, env in envs.items():
-            env[FAILURE_FILE] = str(failure_of_rank(self._folder, rank))
+            env[FAILURE_FILE_VARIABLE] = str(fallback_failure_path(self._folder, rank))
         none = dict.fromkeys(envs, "")
         return LogsDest(
             stdouts=none,

@@ -15,7 +15,7 @@ from datetime import timedelta
 
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from launcher.engine.ranks.rendezvous import answers
+from launcher.engine.ranks.rendezvous import accepts_connections
 from launcher.environment.world import World
 from launcher.errors import WorldError
 
@@ -58,7 +58,9 @@ def open_store(world: World) -> Store:
             )
         else:
             owner = "the launcher of rank 0" if by_agent else "rank 0"
-            _wait_until(lambda: answers(host, port), lambda: owner, host, port, deadline)
+            _wait_until(
+                lambda: accepts_connections(host, port), lambda: owner, host, port, deadline
+            )
             store = TCPStore(host, port, world.world_size, is_master=False, timeout=TIMEOUT)
         attempt_store = PrefixStore(f"launcher/attempt{attempt}", store)
         _wait_for_all(attempt_store, world, host, port, deadline)

@@ -23,7 +23,7 @@ from launcher.errors import EXIT_FAILED, LauncherError, LostRankError, TrainingE
 from launcher.runs.failure_record import Failure, record_failure
 from launcher.runs.heartbeat import is_running, read_heartbeats
 from launcher.runs.redaction import redacted
-from launcher.runs.rundir import RunDir, line_count
+from launcher.runs.rundir import RunDir, count_lines
 from launcher.signals import StopRequest
 
 _LOST_PEER_SIGNS = (
@@ -70,7 +70,7 @@ def fail(
         stop: The stop request of this rank; None creates one.
     """
     _ignore_dead_workers()
-    failure = replace(describe(error, world), log_line=1 + line_count(run_dir.log(world.rank)))
+    failure = replace(describe(error, world), log_line=1 + count_lines(run_dir.log(world.rank)))
     print(failure.traceback or failure.message, file=log, flush=True)
     stop = stop or StopRequest()
     if failure.lost_peer:

@@ -101,7 +101,7 @@ class Rendezvous:
             self.store.compare_set(_FAILURE, "", json.dumps(failure))
 
     @property
-    def is_echo(self) -> bool:
+    def is_quiet(self) -> bool:
         """Whether this node stays quiet, because the first node prints to the same output."""
         return self.index > 0 and bool(self._nodes.names)
 
@@ -118,7 +118,7 @@ class Rendezvous:
         with contextlib.suppress(RuntimeError):
             if self.index > 0:
                 self.store.set(f"left{self.index}", "")
-                return 0 if self.is_echo and exit_code == EXIT_RESUMABLE else exit_code
+                return 0 if self.is_quiet and exit_code == EXIT_RESUMABLE else exit_code
             keys = [f"left{index}" for index in range(1, self.count)]
             deadline = time.monotonic() + _SECONDS_TO_LEAVE
             while time.monotonic() < deadline and not self.store.check(keys):
@@ -127,17 +127,17 @@ class Rendezvous:
             time.sleep(_SECONDS_TO_EXIT)
         return exit_code
 
-    def check_peers(self, *, patiently: bool = False) -> None:
+    def check_peers(self, *, wait: bool = False) -> None:
         """Write the heartbeat of this node and check those of the others, at most once a second.
 
         Args:
-            patiently: Whether to keep checking for 20 s, after which a lost node is certain to have
+            wait: Whether to keep checking for 20 s, after which a lost node is certain to have
                 been noticed.
 
         Raises:
             PeerError: Another node has failed or disappeared.
         """
-        deadline = time.monotonic() + (_HEARTBEAT_TIMEOUT_SECONDS if patiently else 0)
+        deadline = time.monotonic() + (_HEARTBEAT_TIMEOUT_SECONDS if wait else 0)
         while True:
             if time.monotonic() >= self._next_heartbeat:
                 self._next_heartbeat = time.monotonic() + _SECONDS_BETWEEN_HEARTBEATS
@@ -193,7 +193,7 @@ class Rendezvous:
                 # Another launcher on this machine opened the port first and serves the store.
             else:
                 return store, True
-        self._wait_until(lambda: answers(host, port), lambda: f"{host}:{port}")
+        self._wait_until(lambda: accepts_connections(host, port), lambda: f"{host}:{port}")
         return TCPStore(host, port, is_master=False, timeout=timeout), False
 
     def _find_index(self, *, is_first: bool) -> int:
@@ -296,7 +296,7 @@ def _is_this_machine(host: str) -> bool:
     return False
 
 
-def answers(host: str, port: int) -> bool:
+def accepts_connections(host: str, port: int) -> bool:
     """Return whether something accepts connections at an address, within 5 s."""
     try:
         socket.create_connection((host, port), timeout=5).close()

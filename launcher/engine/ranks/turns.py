@@ -77,7 +77,7 @@ class Turns:
             return self._lead(key, action, str)
         return int(self._follow(key, what))
 
-    def all_there(self, what: str) -> None:
+    def wait_for_all(self, what: str) -> None:
         """Wait until every rank of the group has called this method.
 
         Args:

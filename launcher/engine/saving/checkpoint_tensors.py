@@ -32,7 +32,7 @@ from launcher.engine.backends.base import Backend
 from launcher.engine.state.compiled import plain_name
 from launcher.errors import CheckpointError
 from launcher.runs.checkpoints import Checkpoint, damage_error
-from launcher.runs.manifest import FileSum, Manifest, sum_file
+from launcher.runs.manifest import FileDigest, Manifest, sum_file
 from launcher.runs.rundir import write_json
 
 _BYTES_PER_FILE = 1 << 30
@@ -134,7 +134,9 @@ def load_newest(
         try:
             manifest = checkpoint.read_manifest()
             files = sorted(manifest.files)[backend.rank :: backend.world_size]
-            damages = chain(checkpoint.unlisted(manifest), checkpoint.damages(files, manifest))
+            damages = chain(
+                checkpoint.find_unlisted(manifest), checkpoint.find_damage(files, manifest)
+            )
             damage = next(damages, "")
         except CheckpointError as error:
             damage = str(error)
@@ -157,11 +159,11 @@ def collect_file_sums(manifest: Manifest, folder: Path) -> Manifest:
     Raises:
         OSError: The files of a rank are missing, because not all nodes share the folder.
     """
-    files: dict[str, FileSum] = {}
+    files: dict[str, FileDigest] = {}
     for rank in range(manifest.world_size):
         path = folder / f"rank{rank}.json"
         sums = json.loads(path.read_text(encoding="utf-8"))
-        files |= {name: FileSum(**fields) for name, fields in sums.items()}
+        files |= {name: FileDigest(**fields) for name, fields in sums.items()}
         path.unlink()
     for name in files:
         (folder / name).stat()

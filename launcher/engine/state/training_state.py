@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 from launcher.engine.state.compiled import plain_name
 from launcher.engine.state.hyperparameters import SCHEDULED
 from launcher.errors import CheckpointError, TrainingError
-from launcher.runs.manifest import Values
+from launcher.runs.manifest import StateValues
 
 _REMEDY = "Use an optimizer that keeps tensors, numbers and strings in `state[parameter]`."
 
@@ -61,7 +61,7 @@ class StateSource(Protocol):
     world_size: int
     """The number of ranks that wrote the state."""
 
-    values: Values
+    values: StateValues
     """The values that are not tensors."""
 
     steps: int

@@ -21,7 +21,12 @@ from launcher.engine.saving.checkpoint_tensors import collect_file_sums, root_ca
 from launcher.engine.state.training_state import Snapshot, changed_groups
 from launcher.engine.training.loop import Callback, TrainContext
 from launcher.errors import LauncherError, TrainingError
-from launcher.runs.checkpoints import begin, commit, list_checkpoints, prune
+from launcher.runs.checkpoints import (
+    begin_checkpoint,
+    commit_checkpoint,
+    list_checkpoints,
+    prune_checkpoints,
+)
 from launcher.runs.manifest import FORMAT, Manifest
 from launcher.runs.provenance import versions
 from launcher.runs.rundir import RunDir
@@ -134,7 +139,7 @@ class CheckpointManager:
         reason: str | None = None
         if backend.rank == 0:
             try:
-                folder = begin(self._run_dir, step)
+                folder = begin_checkpoint(self._run_dir, step)
             except OSError as error:
                 reason = root_cause(error)
         folder, reason = backend.broadcast((folder, reason))
@@ -158,8 +163,8 @@ class CheckpointManager:
         self._last_save = time.perf_counter()
         if self._backend.rank == 0 and reason is None:
             try:
-                commit(writer.folder, collect_file_sums(manifest, writer.folder))
-                prune(self._run_dir, self._context.recipe.keep_checkpoints)
+                commit_checkpoint(writer.folder, collect_file_sums(manifest, writer.folder))
+                prune_checkpoints(self._run_dir, self._context.recipe.keep_checkpoints)
             except (OSError, LauncherError, ValueError, KeyError) as error:
                 reason = root_cause(error)
         if self._backend.rank == 0 and reason is not None:

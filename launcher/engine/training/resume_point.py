@@ -17,7 +17,7 @@ from launcher.runs.events import record_past_failure
 from launcher.runs.job import MISSING_STATE, ResumeFrom
 from launcher.runs.manifest import Manifest
 from launcher.runs.resumption import check_resumable
-from launcher.runs.rundir import RunDir, keep_until
+from launcher.runs.rundir import RunDir, truncate_after
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ def find_resume_point(
     """
     if start is None:
         if backend.rank == 0:
-            keep_until(run_dir, 0)
+            truncate_after(run_dir, 0)
             record_past_failure(run_dir)
         return None
     checkpoints = backend.broadcast(list_checkpoints(run_dir))
@@ -104,7 +104,7 @@ def discard_later_steps(resume_point: ResumePoint, backend: Backend, run_dir: Ru
         for checkpoint in list_checkpoints(run_dir):
             if checkpoint.step > resume_point.checkpoint.step:
                 set_aside(checkpoint)
-        keep_until(run_dir, resume_point.checkpoint.step)
+        truncate_after(run_dir, resume_point.checkpoint.step)
         run_dir.result.unlink(missing_ok=True)
     backend.broadcast(None)
     _print_on_rank_0(backend, f"resumed from {resume_point.checkpoint.name}")
