@@ -66,7 +66,7 @@ class RankDiagnostics:
     flops: float
     """Floating-point operations per second in that product."""
 
-    meeting_seconds: float
+    rendezvous_seconds: float
     """Seconds until the process group was formed."""
 
     reduce_seconds: float | None

@@ -46,7 +46,7 @@ def check_group(reports: Sequence[RankDiagnostics], plan: Plan) -> Iterator[Find
 
 
 def _rendezvous(reports: Sequence[RankDiagnostics], plan: Plan, nodes: Sequence[str]) -> Finding:
-    seconds = max(report.meeting_seconds for report in reports)
+    seconds = max(report.rendezvous_seconds for report in reports)
     on_nodes = f" on {counted(len(nodes), 'node')}" if plan.nodes > 1 else ""
     ranks = counted(len(reports), "rank")
     return ok("rendezvous", f"{ranks}{on_nodes} formed a group in {seconds:.1f} s")

@@ -59,7 +59,7 @@ def diagnose_rank(
         torchvision=_find_import_error("torchvision"),
         product_error=error,
         flops=flops,
-        meeting_seconds=rendezvous_seconds,
+        rendezvous_seconds=rendezvous_seconds,
         reduce_seconds=reduce_seconds,
         reduce_bandwidth=bandwidth,
         sums_right=sums_are_right,
