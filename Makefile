@@ -53,7 +53,7 @@ test-deps:
 	apt-get -qq update
 	apt-get -qq install --no-install-recommends $(PACKAGES) > /dev/null
 
-# Root, as in a container, gets the packages. Anybody else is told how to get them: no sudo here.
+# Root, as in a container, gets the packages. Other users see the command that installs them.
 packages:
 	@if ! dpkg -s $(PACKAGES) > /dev/null 2>&1; then \
 		if [ "$$(id -u)" = 0 ]; then \

@@ -82,7 +82,7 @@ def command(
                     check="ranks",
                     level="failure",
                     found="the diagnostic ranks failed: the error is printed above",
-                    remedy="mend that first: a run would fail in the same way",
+                    remedy="fix that error first: a run would fail in the same way",
                 )
             )
     else:

@@ -19,7 +19,7 @@ def echo_if_possible(text: str) -> None:
         discard_output()
     except OSError as error:
         discard_output()
-        complain(f"standard output cannot be written ({error.strerror}); the run goes on.")
+        complain(f"standard output cannot be written ({error.strerror}); the run continues.")
 
 
 def complain(text: str) -> None:

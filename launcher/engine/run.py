@@ -209,11 +209,11 @@ def _open_trackers(
         return contextlib.nullcontext()
     from launcher.engine.metrics.trackers import Trackers
 
-    said = read_run(run_dir)
+    record = read_run(run_dir)
     facts = {name: getattr(plan, name) for name in ("world_size", "nodes", "total_steps", "lr")}
-    parameters = {k: v for k, v in said.overrides.items() if k not in plan.settings}
-    git = said.git.commit if said.git else ""
-    config = {**plan.settings, **facts, **parameters, **said.versions, "git": git}
+    parameters = {k: v for k, v in record.overrides.items() if k not in plan.settings}
+    git = record.git.commit if record.git else ""
+    config = {**plan.settings, **facts, **parameters, **record.versions, "git": git}
     return Trackers(recipe.trackers, run_dir, plan.recipe, config)
 
 

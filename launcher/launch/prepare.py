@@ -125,7 +125,7 @@ def prepare_run(request: RunRequest, *, elsewhere: bool = False) -> PreparedRun:
     """Plan a run.
 
     Args:
-        request: What is asked for.
+        request: The request.
         elsewhere: Whether the nodes may have other numbers of GPUs than this machine.
 
     Raises:
@@ -147,7 +147,7 @@ def prepare_resume(request: ResumeRequest, *, elsewhere: bool = False) -> Prepar
     """Plan the continuation of a run from one of its checkpoints.
 
     Args:
-        request: What is asked for.
+        request: The request.
         elsewhere: Whether the nodes may have other numbers of GPUs than this machine.
 
     Raises:

@@ -165,5 +165,5 @@ def _read(path: Path) -> Failure | None:
         reason = "it is not JSON"
     raise RunDirError(
         f"{path} is damaged, or launcher did not write it: {reason}. The logs of the ranks hold "
-        "the error that ended the run; delete the file to go on without it."
+        "the error that ended the run; delete the file to continue without it."
     )
