@@ -36,15 +36,15 @@ class Progress(ABC):
         self._first_step: int | None = None
 
     @abstractmethod
-    def stepped(self, step: int, loss: float, lr: float, samples_per_second: float) -> None:
+    def show_step(self, step: int, loss: float, lr: float, samples_per_second: float) -> None:
         """Show that `step` optimizer steps are complete, with the values of the last of them."""
 
     @abstractmethod
-    def evaluated(self, step: int, values: dict[str, float]) -> None:
+    def show_evaluation(self, step: int, values: dict[str, float]) -> None:
         """Show the metrics of an evaluation after `step` steps, by name."""
 
     @abstractmethod
-    def tell(self, text: str) -> None:
+    def show_line(self, text: str) -> None:
         """Show one line of text."""
 
     @abstractmethod
@@ -52,7 +52,7 @@ class Progress(ABC):
         """Stop the live display and restore the terminal."""
 
     @abstractmethod
-    def ended(self, text: str, values: Mapping[str, Any]) -> None:
+    def show_result(self, text: str, values: Mapping[str, Any]) -> None:
         """Show the result of the run. Call it after `close`.
 
         Args:
@@ -94,7 +94,7 @@ class TerminalProgress(Progress):
         self._bar = _Bar(total_steps, terminal, show_through) if terminal.isatty() else None
         self._line_files = [log] if self._bar else [log, terminal]
 
-    def stepped(self, step: int, loss: float, lr: float, samples_per_second: float) -> None:
+    def show_step(self, step: int, loss: float, lr: float, samples_per_second: float) -> None:
         left = duration(self._seconds_left(step))
         now = time.perf_counter()
         if self._bar is not None:
@@ -108,12 +108,12 @@ class TerminalProgress(Progress):
             self._line_due = now + _SECONDS_BETWEEN_LINES
             self._write_line(step_line(step, self._total_steps, loss, lr, samples_per_second, left))
 
-    def evaluated(self, step: int, values: dict[str, float]) -> None:
+    def show_evaluation(self, step: int, values: dict[str, float]) -> None:
         if step == self._total_steps:
             return  # `ended` shows the last evaluation
-        self.tell(f"step {step:,}/{self._total_steps:,}  held-out: {metrics_text(values)}")
+        self.show_line(f"step {step:,}/{self._total_steps:,}  held-out: {metrics_text(values)}")
 
-    def tell(self, text: str) -> None:
+    def show_line(self, text: str) -> None:
         if self._bar is not None:
             self._bar.print(text)
         self._write_line(text)
@@ -122,7 +122,7 @@ class TerminalProgress(Progress):
         if self._bar is not None:
             self._bar.close()
 
-    def ended(self, text: str, values: Mapping[str, Any]) -> None:
+    def show_result(self, text: str, values: Mapping[str, Any]) -> None:
         print(text, flush=True)
 
     def _write_line(self, text: str) -> None:
@@ -142,7 +142,7 @@ class JSONProgress(Progress):
         super().__init__(total_steps)
         self._stream = stream
 
-    def stepped(self, step: int, loss: float, lr: float, samples_per_second: float) -> None:
+    def show_step(self, step: int, loss: float, lr: float, samples_per_second: float) -> None:
         self._write(
             event="stepped",
             step=step,
@@ -153,16 +153,16 @@ class JSONProgress(Progress):
             seconds_left=self._seconds_left(step),
         )
 
-    def evaluated(self, step: int, values: dict[str, float]) -> None:
+    def show_evaluation(self, step: int, values: dict[str, float]) -> None:
         self._write(event="evaluated", step=step, evaluation=values)
 
-    def tell(self, text: str) -> None:
-        self._write(event="told", text=text)
+    def show_line(self, text: str) -> None:
+        self._write(event="message", text=text)
 
     def close(self) -> None:
         """Do nothing: JSON lines leave no live display."""
 
-    def ended(self, text: str, values: Mapping[str, Any]) -> None:
+    def show_result(self, text: str, values: Mapping[str, Any]) -> None:
         self._write(**values)
 
     def _write(self, **values: Any) -> None:

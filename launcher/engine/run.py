@@ -298,7 +298,7 @@ def _report_stop(backend: Backend, run_dir: RunDir, step: int, progress: Progres
             f"launcher: stopped after step {step:,}, {how}. Resume with:\n"
             f"launcher resume {shlex.quote(run_dir.shown)}"
         )
-        progress.ended(text, {"event": "stopped", "step": step, "run_dir": str(run_dir.path)})
+        progress.show_result(text, {"event": "stopped", "step": step, "run_dir": str(run_dir.path)})
 
 
 def _report_result(
@@ -317,8 +317,8 @@ def _report_result(
         if write_report is not None:
             trackers.attach(functools.partial(write_report, run_dir), summary)
         for warning in trackers.close():
-            progress.tell(f"launcher: {warning}")
-    progress.ended(summary, {"event": "finished"} | values | {"run_dir": str(run_dir.path)})
+            progress.show_line(f"launcher: {warning}")
+    progress.show_result(summary, {"event": "finished"} | values | {"run_dir": str(run_dir.path)})
 
 
 def _summarize(result: TrainResult, run_dir: RunDir) -> str:

@@ -69,7 +69,7 @@ class Recorder:
             last = rows[-1]
             self.last_loss = last.loss
             if self._progress is not None:
-                self._progress.stepped(last.step, last.loss, last.lr, last.samples_per_second)
+                self._progress.show_step(last.step, last.loss, last.lr, last.samples_per_second)
             self._track(last.step, "train", _summarize(rows))
         self._flush()
 
@@ -81,7 +81,7 @@ class Recorder:
 
     def on_warning(self, text: str) -> None:
         if self._progress is not None:
-            self._progress.tell(f"launcher: {text}")
+            self._progress.show_line(f"launcher: {text}")
 
     def on_values(self, step: int, values: Mapping[str, Any]) -> None:
         self._write(self._metrics, {"step": step, **values})
@@ -93,7 +93,7 @@ class Recorder:
         self._write(self._metrics, {"step": step, "evaluation": values})
         self._track(step, "evaluation", values)
         if self._progress is not None:
-            self._progress.evaluated(step, values)
+            self._progress.show_evaluation(step, values)
         self._flush()
 
     def close(self) -> None:

@@ -57,7 +57,7 @@ class MetricsCollector:
         self.rows += rows
         if rows and self._progress is not None:
             last = rows[-1]
-            self._progress.stepped(last.step, last.loss, last.lr, last.samples_per_second)
+            self._progress.show_step(last.step, last.loss, last.lr, last.samples_per_second)
 
     def on_noise(self, measurements: list[Measurement]) -> None:
         self.noise += measurements
