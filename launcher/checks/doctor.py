@@ -85,6 +85,6 @@ def diagnose_here(plan: Plan, world: World, out: Path) -> list[RankDiagnostics] 
         The diagnostics of all ranks on rank 0, None on the others.
     """
     node_findings = tuple(check_node(plan, out)) if world.local_rank == 0 else ()
-    from launcher.engine.worker import external_diagnostics
+    from launcher.engine.external import external_diagnostics
 
     return external_diagnostics(plan, world, node_findings)

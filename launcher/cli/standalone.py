@@ -115,7 +115,7 @@ def _train(
     def count_once(count: Callable[[], int]) -> int:
         if world.world_size == 1:
             return count()
-        from launcher.engine.worker import external_count
+        from launcher.engine.external import external_count
 
         return external_count(world, count, stop=stop)
 
@@ -130,7 +130,7 @@ def _train(
     )
     if world.rank == 0:
         echo_if_possible(explain(plan, recipe=reference.shown))
-    from launcher.engine.worker import external_rank
+    from launcher.engine.external import external_rank
 
     ownership = ExitStack()
     atexit.register(ownership.close)  # external_rank exits the process if there are several ranks

@@ -1,6 +1,8 @@
 """The processes that train. The only torch in the package is in this folder.
 
-worker         entry points of a rank: from the elastic agent, and from a recipe's own file
+worker         entry points of ranks that the elastic agent starts
+external       entry points of ranks that torchrun, accelerate, srun or a user starts
+rank_process   what the process of every rank does: watchdog, diagnostics, exit
 process_group  joining the group of ranks and agreeing on the plan
 run            one rank's run, from its start or a checkpoint to the result
 training/      the training loop, its construction from a recipe, checkpoints during a run

@@ -1,31 +1,20 @@
-"""Entry points of a rank's process, by how it was started.
+"""Entry points of ranks that the elastic agent starts: those of `launcher run` and of the finders.
 
-agent_*     called in each process that the elastic agent starts (`launcher run` and the finders)
-external_*  called in processes that torchrun, accelerate launch or a user started (`python
-            recipe.py`)
+The agent calls one `agent_*` function in each process. `launcher.engine.external` has the entry
+points of ranks that another launcher starts.
 """
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import faulthandler
 import functools
 import os
-import platform
 import signal
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import msgspec
 
 from launcher.engine.backends.base import Backend
-from launcher.engine.data.loader_workers import remove_semaphores
-from launcher.engine.probes.diagnostics import diagnose_rank
-from launcher.engine.probes.diagnostics_recipe import DIAGNOSTICS_TIMEOUT, diagnostics_recipe
 from launcher.engine.probes.inspection import inspect_recipe, write_inspection
 from launcher.engine.probes.measuring import (
     ProbeContext,
@@ -37,29 +26,25 @@ from launcher.engine.probes.measuring import (
 )
 from launcher.engine.probes.profiling import profile_steps
 from launcher.engine.process_group import join
-from launcher.engine.ranks.external_store import open_store
+from launcher.engine.rank_process import (
+    diagnose,
+    exit_now,
+    keep_open,
+    plan_diagnostics_recipe,
+    start_watchdog,
+)
 from launcher.engine.ranks.failures import fail
 from launcher.engine.ranks.output import Output, open_output
 from launcher.engine.ranks.processes import die_with_parent
-from launcher.engine.ranks.turns import Turns
 from launcher.engine.ranks.usage import usage_of
-from launcher.engine.ranks.watchdog import Watchdog
 from launcher.engine.run import train_rank
 from launcher.environment.world import World, find_world
-from launcher.errors import EXIT_RESUMABLE, LauncherError, TrainingError
-from launcher.findings import Finding, RankDiagnostics
-from launcher.planning.plan import Plan
+from launcher.errors import EXIT_RESUMABLE
 from launcher.recipe.recipe import Recipe
 from launcher.runs.checkpoints import list_checkpoints
-from launcher.runs.job import Job, RecipeSource, ReportWriter, ResumeFrom
-from launcher.runs.rundir import RunDir, write_atomic
+from launcher.runs.job import Job, ResumeFrom
+from launcher.runs.rundir import write_atomic
 from launcher.signals import STOP_SIGNALS, StopRequest
-
-_open_backends: list[Backend] = []
-"""Backends that must not be destroyed before the process exits.
-
-The destructor waits for gloo's threads, and a gloo thread that still holds Python objects waits for
-the interpreter (torch 2.13: a deadlock, or SIGABRT)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,9 +183,9 @@ def _run_agent_rank(job: Job, work: Callable[[_AgentRank], int]) -> int:
             os.chdir(job.folder)
         recipe = job.source.build()
         os.environ.setdefault("OMP_NUM_THREADS", str(job.plan.threads_per_rank))
-        watchdog = _start_watchdog(recipe, world, job.run_dir, stop or StopRequest(), output)
+        watchdog = start_watchdog(recipe, world, job.run_dir, stop or StopRequest(), output)
         backend, _ = join(recipe, job.plan, world, lambda: job.run_dir)
-        _open_backends.append(backend)
+        keep_open(backend)
         watchdog.usage = usage_of(backend.device)
         rank = _AgentRank(
             job=job,
@@ -216,7 +201,7 @@ def _run_agent_rank(job: Job, work: Callable[[_AgentRank], int]) -> int:
         # The agent sends SIGTERM if another rank still fails; nothing is left to save here.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     except Exception as error:  # noqa: BLE001  # whatever the recipe's own code raises
-        _exit_now(fail(error, world, job.run_dir, log=output.log, show=None, stop=stop))
+        exit_now(fail(error, world, job.run_dir, log=output.log, show=None, stop=stop))
     return code
 
 
@@ -241,19 +226,6 @@ def _let_signals_end_process() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
-def _start_watchdog(
-    recipe: Recipe, world: World, run_dir: RunDir, stop: StopRequest, output: Output
-) -> Watchdog:
-    return Watchdog(
-        run_dir,
-        world.rank,
-        world.world_size,
-        hang_timeout=recipe.hang_timeout,
-        stop=stop,
-        log=output.log,
-    )
-
-
 def _choose_start(job: Job) -> ResumeFrom | None:
     """Return where to start: a restarted run resumes from its newest checkpoint, if it has one."""
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and list_checkpoints(job.run_dir):
@@ -270,7 +242,7 @@ def agent_inspection(job: Job) -> None:
         recipe = job.source.build()
         write_inspection(inspect_recipe(recipe, job.source), job.run_dir)
     except Exception as error:  # noqa: BLE001  # whatever the recipe's own code raises
-        _exit_now(fail(error, World(), job.run_dir, log=output.log, show=None))
+        exit_now(fail(error, World(), job.run_dir, log=output.log, show=None))
 
 
 def agent_diagnostics(job: Job) -> None:
@@ -281,146 +253,12 @@ def agent_diagnostics(job: Job) -> None:
     world = _find_world(job)
     output = open_output(job.run_dir.log(world.rank), own_terminal=True, on_terminal=False)
     try:
-        recipe = _diagnostics_recipe(job.plan)
-        watchdog = _start_watchdog(recipe, world, job.run_dir, stop, output)
+        recipe = plan_diagnostics_recipe(job.plan)
+        watchdog = start_watchdog(recipe, world, job.run_dir, stop, output)
         watchdog.report_phase(0, "computing")
-        diagnostics = _diagnose(job.plan, world, ())
+        diagnostics = diagnose(job.plan, world, ())
         watchdog.close()
         if world.rank == 0:
             write_atomic(job.run_dir.diagnostics, msgspec.json.encode(diagnostics).decode())
     except Exception as error:  # noqa: BLE001  # whatever torch raises
-        _exit_now(fail(error, world, job.run_dir, log=output.log, show=None, stop=stop))
-
-
-def external_diagnostics(
-    plan: Plan, world: World, node_findings: tuple[Finding, ...]
-) -> list[RankDiagnostics] | None:
-    """Test the rank that this process was started as.
-
-    Args:
-        plan: The plan for the world found.
-        world: This process's place, as torchrun, accelerate or the user started it.
-        node_findings: What this rank has already found out about its node.
-
-    Returns:
-        The diagnostics of all ranks on rank 0, None on the others.
-
-    Raises:
-        LauncherError: The ranks do not form the planned group, or fail.
-    """
-    faulthandler.dump_traceback_later(DIAGNOSTICS_TIMEOUT, exit=True)
-    try:
-        diagnostics = _diagnose(plan, world, node_findings)
-    except LauncherError:
-        raise
-    except Exception as error:
-        name = f"rank {world.rank} ({platform.node()})"
-        raise TrainingError(f"{name} failed: {type(error).__name__}: {error}") from error
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-    return diagnostics if world.rank == 0 else None
-
-
-def _diagnostics_recipe(plan: Plan) -> Recipe:
-    return diagnostics_recipe(plan.world_size, plan.settings["device"])
-
-
-def _diagnose(
-    plan: Plan, world: World, node_findings: tuple[Finding, ...]
-) -> list[RankDiagnostics]:
-    started = time.perf_counter()
-    # The run folder is not used, because nothing is trained.
-    backend, _ = join(_diagnostics_recipe(plan), plan, world, lambda: RunDir(Path()))
-    _open_backends.append(backend)
-    rendezvous_seconds = time.perf_counter() - started
-    diagnostics = backend.gather(diagnose_rank(backend, rendezvous_seconds, node_findings))
-    backend.close()
-    return diagnostics
-
-
-def external_count(world: World, count: Callable[[], int], *, stop: StopRequest) -> int:
-    """Return what `count` returns on the first rank of this node, the only rank that calls it.
-
-    If all ranks read the data at once, all would download it.
-
-    Args:
-        world: This process's place, as torchrun, accelerate or the user started it.
-        count: Reads the data and returns a number.
-        stop: Records the signals that ask this process to stop.
-
-    Raises:
-        WorldError: The ranks cannot reach each other.
-        LostRankError: The first rank of the node failed.
-    """
-    if world.world_size == 1:
-        return count()
-    with stop.ending_at_once():
-        return Turns(open_store(world), world).once("counted the training samples", count)
-
-
-def external_rank(
-    recipe: Recipe,
-    plan: Plan,
-    world: World,
-    make_run_dir: Callable[[], RunDir],
-    *,
-    stop: StopRequest,
-    start: ResumeFrom | None,
-    source: RecipeSource,
-    write_report: ReportWriter | None = None,
-) -> int:
-    """Train as the rank that torchrun, accelerate or the user started this process as.
-
-    Args:
-        recipe: What to train.
-        plan: The plan for the world found.
-        world: This process's place.
-        make_run_dir: Creates the run folder or opens the one to resume; called on rank 0 only.
-        stop: Records the signals that ask this process to stop.
-        start: Which checkpoint to resume from; None starts a new run.
-        source: What the recipe is built from; spawned DataLoader workers need it.
-        write_report: Writes the page that experiment trackers receive; None sends no page.
-
-    Returns:
-        The exit code of a single process. With several ranks, the function exits instead.
-    """
-    os.environ.setdefault("OMP_NUM_THREADS", str(plan.threads_per_rank))
-    with stop.ending_at_once() if world.world_size > 1 else contextlib.nullcontext():
-        backend, run_dir = join(recipe, plan, world, make_run_dir)
-    _open_backends.append(backend)
-    output = open_output(run_dir.log(world.rank), own_terminal=False, on_terminal=True)
-    try:
-        watchdog = _start_watchdog(recipe, world, run_dir, stop, output)
-        watchdog.usage = usage_of(backend.device)
-        result = train_rank(
-            recipe,
-            plan,
-            backend,
-            run_dir,
-            output,
-            stop=stop,
-            start=start,
-            source=source,
-            report_phase=watchdog.report_phase,
-            write_report=write_report,
-        )
-        backend.close()
-        watchdog.close()
-    except Exception as error:  # noqa: BLE001  # whatever the recipe's own code raises
-        _exit_now(fail(error, world, run_dir, log=output.log, show=output.errors, stop=stop))
-    code = EXIT_RESUMABLE if result is None else 0
-    if world.world_size > 1:
-        # DDP keeps gloo's threads running after its group is destroyed (torch 2.13, also after a
-        # garbage collection). A C++ thread that touches Python while the interpreter is finalized
-        # aborts the process, so a finished run would exit with SIGABRT.
-        atexit._run_exitfuncs()  # noqa: SLF001
-        _exit_now(code)
-    return code
-
-
-def _exit_now(exit_code: int) -> None:
-    """End this process without waiting for threads, or for peers that may be lost."""
-    remove_semaphores()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(exit_code)
+        exit_now(fail(error, world, job.run_dir, log=output.log, show=None, stop=stop))

@@ -147,7 +147,7 @@ def test_the_command_line_sees_no_engine() -> None:
     """Only cli/standalone.py imports the engine, and only its worker."""
     for path in (PACKAGE / "cli").rglob("*.py"):
         engine = {name for name in imports_of(path, at_import=False) if ".engine" in name}
-        assert engine <= ({"launcher.engine.worker"} if path.name == "standalone.py" else set())
+        assert engine <= ({"launcher.engine.external"} if path.name == "standalone.py" else set())
 
 
 def test_the_public_names_are_those_listed() -> None:

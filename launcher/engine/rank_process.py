@@ -1,0 +1,78 @@
+"""What the process of every rank does, however it was started: watch, diagnose, exit."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from launcher.engine.backends.base import Backend
+from launcher.engine.data.loader_workers import remove_semaphores
+from launcher.engine.probes.diagnostics import diagnose_rank
+from launcher.engine.probes.diagnostics_recipe import diagnostics_recipe
+from launcher.engine.process_group import join
+from launcher.engine.ranks.output import Output
+from launcher.engine.ranks.watchdog import Watchdog
+from launcher.environment.world import World
+from launcher.findings import Finding, RankDiagnostics
+from launcher.planning.plan import Plan
+from launcher.recipe.recipe import Recipe
+from launcher.runs.rundir import RunDir
+from launcher.signals import StopRequest
+
+_open_backends: list[Backend] = []
+"""Backends that must not be destroyed before the process exits.
+
+The destructor waits for gloo's threads, and a gloo thread that still holds Python objects waits for
+the interpreter (torch 2.13: a deadlock, or SIGABRT)."""
+
+
+def keep_open(backend: Backend) -> None:
+    """Keep a backend from being destroyed before this process exits."""
+    _open_backends.append(backend)
+
+
+def start_watchdog(
+    recipe: Recipe, world: World, run_dir: RunDir, stop: StopRequest, output: Output
+) -> Watchdog:
+    """Start the watchdog of this rank, with the timeout that the recipe sets."""
+    return Watchdog(
+        run_dir,
+        world.rank,
+        world.world_size,
+        hang_timeout=recipe.hang_timeout,
+        stop=stop,
+        log=output.log,
+    )
+
+
+def plan_diagnostics_recipe(plan: Plan) -> Recipe:
+    """Return the recipe that the ranks of a plan for diagnostics build."""
+    return diagnostics_recipe(plan.world_size, plan.settings["device"])
+
+
+def diagnose(plan: Plan, world: World, node_findings: tuple[Finding, ...]) -> list[RankDiagnostics]:
+    """Test this rank and the communication with the others; return the results of all ranks.
+
+    Args:
+        plan: The plan for diagnostics.
+        world: This process's place among the ranks.
+        node_findings: What this rank has already found out about its node.
+    """
+    started = time.perf_counter()
+    # The run folder is not used, because nothing is trained.
+    backend, _ = join(plan_diagnostics_recipe(plan), plan, world, lambda: RunDir(Path()))
+    keep_open(backend)
+    rendezvous_seconds = time.perf_counter() - started
+    diagnostics = backend.gather(diagnose_rank(backend, rendezvous_seconds, node_findings))
+    backend.close()
+    return diagnostics
+
+
+def exit_now(exit_code: int) -> None:
+    """End this process without waiting for threads, or for peers that may be lost."""
+    remove_semaphores()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
