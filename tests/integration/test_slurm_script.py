@@ -198,7 +198,7 @@ def test_a_wrong_profile_is_refused(tmp_path: Path, text: str, message: str) -> 
 
 
 def test_a_profile_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A profile is found in slurm/, in the user's folder or as a file; no name gives an empty one."""
+    """A profile is found in slurm/, the user's folder or by path; no name gives an empty one."""
     monkeypatch.chdir(tmp_path)
     env = {"HOME": str(tmp_path)}
     assert find_site(None, env) == Site()
