@@ -38,11 +38,11 @@ def start_on_hosts(hosts: tuple[str, ...], rendezvous: str | None, ssh: str | No
     """Run the command of this process on each of `hosts`; return the exit code of the run."""
     from launcher.launch.ssh import run_on_hosts
 
-    arguments = without(sys.argv[1:], ("--hosts", "--ssh", "--nodes", "--rendezvous"))
+    arguments = remove_options(sys.argv[1:], ("--hosts", "--ssh", "--nodes", "--rendezvous"))
     return run_on_hosts(hosts, arguments, Path.cwd(), rendezvous=rendezvous, ssh=ssh)
 
 
-def without(arguments: Sequence[str], options: Sequence[str]) -> list[str]:
+def remove_options(arguments: Sequence[str], options: Sequence[str]) -> list[str]:
     """Return command-line arguments without some options and their values."""
     remaining = []
     iterator = iter(arguments)

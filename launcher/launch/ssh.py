@@ -124,8 +124,8 @@ def _wait(launchers: Mapping[int, tuple[str, subprocess.Popen[str]]], signals: _
             continue
         if process.returncode in (_EXIT_OF_SSH, 126, 127) or process.returncode < 0:
             print(
-                f"launcher: {host}: ssh exited with {process.returncode}, which ended the launcher "
-                f"there. Does `ssh {host} {shlex.quote(sys.executable)} -V` work?",
+                f"launcher: {host}: ssh exited with {process.returncode}, so no launcher is "
+                f"running on that host. Does `ssh {host} {shlex.quote(sys.executable)} -V` work?",
                 file=sys.stderr,
             )
             process.returncode = EXIT_FAILED

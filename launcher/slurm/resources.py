@@ -76,15 +76,16 @@ def seconds_of(time: str | None, site: Site) -> int | None:
     limit = time or site.time
     if limit is None:
         return None
-    seconds = read_time(limit, "--time" if time else "time")
+    source = "--time" if time else "time"
+    seconds = read_time(limit, source)
     if site.max_time is not None and seconds > read_time(site.max_time, "max_time"):
         raise SlurmError(
-            f"--time {limit} exceeds the limit of the site, {site.max_time}. Ask for less: a job "
-            "that reaches its time limit saves a checkpoint, is requeued and resumes."
+            f"{source} {limit} exceeds the longest time of the site, {site.max_time}. Ask for "
+            "less: a job that reaches its time limit saves a checkpoint, is requeued and resumes."
         )
     if seconds <= site.warning_seconds:
         raise SlurmError(
-            f"--time {limit} leaves no time to train: a job is told to save "
+            f"{source} {limit} leaves no time to train: a job is told to save "
             f"{site.warning_seconds} s before its end. Ask for more, or lower warning_seconds in "
             "the site profile."
         )

@@ -198,7 +198,7 @@ def test_a_wrong_profile_is_refused(tmp_path: Path, text: str, message: str) -> 
 
 
 def test_a_profile_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A profile is found in slurm/, in the user's folder or as a file; no name is empty."""
+    """A profile is found in slurm/, the user's folder or by path; no name gives an empty one."""
     monkeypatch.chdir(tmp_path)
     env = {"HOME": str(tmp_path)}
     assert find_site(None, env) == Site()
@@ -260,7 +260,7 @@ def test_resources_follow_from_plan_and_site(tmp_path: Path) -> None:
     assert "#SBATCH --array=0-0\n" in render(one), "an array of one run is an array"
     for changes, message in (
         ({"gpus_per_node": 9}, "--gpus-per-node 9 exceeds the 8 GPUs"),
-        ({"time": "3-0"}, "--time 3-0 exceeds the limit of the site, 2-00:00:00"),
+        ({"time": "3-0"}, "--time 3-0 exceeds the longest time of the site, 2-00:00:00"),
         ({"arguments": ("num_workers=20",)}, "need 84 cores, and a node has 64"),
         ({"nproc_per_node": 2}, "each GPU has one rank"),
     ):

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from support import BIN, ROOT, Commands, Finished, read_lines
 
-from launcher.cli.machines import without
+from launcher.cli.machines import remove_options
 from launcher.engine.probes.parity import compare, read_trace
 from launcher.environment.nodes import find_nodes, nodes_environment, nodes_of_hosts
 from launcher.errors import UsageError
@@ -318,7 +318,7 @@ def test_machines_know_their_place() -> None:
 
 
 def test_options_are_removed_in_both_forms() -> None:
-    """`without` removes options that are written as two words or with an equals sign."""
+    """`remove_options` removes options that are written as two words or with an equals sign."""
     arguments = ["run", "x", "--hosts", "a,b", "--ssh=ssh -p 2", "-n", "2", "lr=1", "--nodes", "2"]
-    remaining = without(arguments, ("--hosts", "--ssh", "--nodes"))
+    remaining = remove_options(arguments, ("--hosts", "--ssh", "--nodes"))
     assert remaining == ["run", "x", "-n", "2", "lr=1"]
