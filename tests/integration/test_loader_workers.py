@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-from collections import namedtuple
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from support import Commands, read_lines
-
-from launcher import SampleError
-from launcher.engine.data.loader_workers import check_sendable
-from launcher.engine.data.open_files import open_files
 
 RECIPE = """
 from launcher import Data, Recipe, constant, main
@@ -173,41 +164,6 @@ def test_a_failing_collate_names_the_samples(packed: Commands) -> None:
     assert done.exit_code == 1
     assert "raised KeyError for sample " in done.stderr
     assert "no such class" in done.stderr
-
-
-def numbers() -> Any:
-    """Yield one number, as a generator that cannot be pickled."""
-    yield 1
-
-
-def unsendable() -> list[Any]:
-    """Return batches that cannot be pickled."""
-
-    @dataclass
-    class Local:
-        x: int
-
-    with_gradient = torch.ones(2, requires_grad=True) * 2
-    pair = namedtuple("pair", "x")  # pickle cannot find a type defined in a function
-    return [Local(1), pair(2), threading.Lock(), numbers(), lambda: 1, {"x": [with_gradient]}]
-
-
-@pytest.mark.parametrize("index", range(6))
-def test_an_unsendable_batch_is_refused_with_its_type(index: int) -> None:
-    """A batch that cannot be pickled raises a SampleError that names its type."""
-    batch = unsendable()[index]
-    with pytest.raises(SampleError) as caught:
-        check_sendable(batch, "train")
-    assert type(batch).__name__ in str(caught.value)
-
-
-def test_the_check_has_no_side_effects() -> None:
-    """Checking a batch moves no tensor to shared memory, opens no file and starts no thread."""
-    tensor = torch.ones(1000)
-    before = open_files(), threading.active_count()
-    check_sendable({"x": [tensor, tensor[:3]], "y": ("text", 1, None)}, "train")
-    assert (open_files(), threading.active_count()) == before
-    assert not tensor.is_shared()  # type: ignore[no-untyped-call]
 
 
 def test_a_hang_in_the_first_samples_ends_the_run(packed: Commands) -> None:

@@ -12,107 +12,15 @@ import signal
 import subprocess
 from pathlib import Path
 
-import pytest
 from support import ROOT, Commands, Finished, read_lines
 
 from launcher.engine.probes.parity import compare, read_trace
-from launcher.environment.nodes import find_nodes
-from launcher.environment.slurm_step import find_step, read_counts, read_hosts
-from launcher.environment.world import find_world
-from launcher.errors import UsageError, WorldError
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.rundir import RunDir
 
 WORLDS_PY = ROOT / "tests/recipes/worlds.py"
+
 FAILING = ROOT / "tests/recipes/failing.py"
-
-STEP = {
-    "SLURM_STEP_ID": "0",
-    "SLURM_JOB_ID": "1234",
-    "SLURM_STEP_NODELIST": "gpu[008-010]",
-    "SLURM_STEP_TASKS_PER_NODE": "1(x3)",
-    "SLURM_NODEID": "2",
-    "SLURM_PROCID": "2",
-    "SLURM_LOCALID": "0",
-}
-
-
-@pytest.mark.parametrize(
-    ("text", "hosts"),
-    [
-        ("node1", ["node1"]),
-        ("node[1-3]", ["node1", "node2", "node3"]),
-        ("gpu[008-010,21],login1", ["gpu008", "gpu009", "gpu010", "gpu21", "login1"]),
-        ("r[1-2]n[3,5]", ["r1n3", "r1n5", "r2n3", "r2n5"]),
-        ("a[1-2]-ib,b", ["a1-ib", "a2-ib", "b"]),
-    ],
-)
-def test_a_node_list_of_slurm_is_expanded(text: str, hosts: list[str]) -> None:
-    """Names come in the order of the list, and their numbers keep leading zeros."""
-    assert list(read_hosts(text)) == hosts
-
-
-def test_task_counts_of_slurm_are_expanded() -> None:
-    """n(xTIMES) stands for a repeated count, and text that is not a count is refused."""
-    assert read_counts("2(x3),1") == (2, 2, 2, 1)
-    with pytest.raises(ValueError, match="many"):
-        read_counts("many")
-
-
-def test_a_slurm_step_is_found() -> None:
-    """A task knows its node, the first host and all names; jobs and steps use different ports."""
-    nodes = find_nodes(None, None, env=STEP)
-    assert nodes is not None
-    assert (nodes.count, nodes.index, nodes.host) == (3, 2, "gpu008")
-    assert nodes.names == ("gpu008", "gpu009", "gpu010")
-    others = [STEP | {"SLURM_JOB_ID": "1235"}, STEP | {"SLURM_STEP_ID": "1"}]
-    ports = {other.port for env in others if (other := find_nodes(None, None, env=env))}
-    assert len(ports | {nodes.port}) == 3
-    assert all(20_000 <= port < 32_000 for port in ports)
-
-
-@pytest.mark.parametrize("step", ["4294967291", "4294967290", ""])
-def test_outside_of_srun_there_is_no_step(step: str) -> None:
-    """A batch script or an interactive shell is not a task of a step."""
-    assert find_step(STEP | {"SLURM_STEP_ID": step}) is None
-    assert find_nodes(None, None, env=STEP | {"SLURM_STEP_ID": step}) is None
-
-
-def test_srun_alone_makes_a_world() -> None:
-    """The tasks of `srun python recipe.py` are its ranks, which every node has equally many of."""
-    env = STEP | {"SLURM_STEP_TASKS_PER_NODE": "2(x3)", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}
-    world = find_world(env)
-    assert (world.rank, world.world_size, world.local_rank, world.nodes) == (5, 6, 1, 3)
-    assert world.address is not None
-    assert world.address[0] == "gpu008"
-    with pytest.raises(WorldError, match="2, 1 tasks on the nodes gpu008, gpu009"):
-        find_world(
-            env
-            | {"SLURM_STEP_TASKS_PER_NODE": "2,1", "SLURM_STEP_NODELIST": "gpu[008-009]"}
-            | {"SLURM_PROCID": "0", "SLURM_NODEID": "0"}
-        )
-
-
-@pytest.mark.parametrize(
-    ("count", "rendezvous", "env", "fragment"),
-    [
-        (2, None, {}, "--rendezvous HOST"),
-        (None, "node1", {}, "--rendezvous node1"),
-        (2, "node1:port", {}, "HOST:PORT"),
-        (2, "node1:99999", {}, "HOST:PORT"),
-        (2, None, STEP, "--nodes 2"),
-        (None, None, STEP | {"SLURM_STEP_TASKS_PER_NODE": "4(x3)"}, "--ntasks-per-node=1"),
-        (None, None, {"SLURM_STEP_ID": "0"}, "SLURM_JOB_ID"),
-        (None, None, STEP | {"SLURM_PROCID": "7"}, "task 7"),
-        (None, None, STEP | {"SLURM_STEP_TASKS_PER_NODE": "x"}, "SLURM_STEP_TASKS_PER_NODE"),
-    ],
-)
-def test_inconsistent_nodes_are_refused(
-    count: int | None, rendezvous: str | None, env: dict[str, str], fragment: str
-) -> None:
-    """Options and variables that contradict each other are refused by name."""
-    with pytest.raises(UsageError, match=re.escape(fragment)):
-        find_nodes(count, rendezvous, env=env)
 
 
 def start(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +12,12 @@ from browser import CONTRAST, browser, look, needs_browser
 from selenium import webdriver
 from support import ROOT, Commands, read_lines
 
-from launcher.analysis.time_shares import smoothed, stragglers
-from launcher.report.figures import MOST_POINTS, thinned
+from launcher.analysis.time_shares import smoothed
 from launcher.runs.history import History
 from launcher.runs.rundir import RunDir
 
 STRAGGLING = ROOT / "tests/recipes/straggling.py"
+
 FAILING = ROOT / "tests/recipes/failing.py"
 
 
@@ -294,35 +293,6 @@ def test_secrets_are_redacted(run: Commands) -> None:
     assert key not in page
     for path in (run.folder / "out").rglob("*"):
         assert path.is_dir() or key not in path.read_text(errors="replace"), path
-
-
-def test_many_points_are_thinned_to_their_extremes() -> None:
-    """Thinning keeps a spike, both ends and gaps, and drops zeros on a logarithmic axis."""
-    xs: list[float] = list(range(100_000))
-    ys = [math.sin(x / 1000) for x in xs]
-    ys[54_321] = 50.0
-    thin_xs, thin_ys = thinned(xs, ys)
-    assert len(thin_xs) <= MOST_POINTS + 2
-    assert (thin_xs[0], thin_xs[-1]) == (0, 99_999)
-    assert max(thin_ys) == 50.0
-    assert thinned([1, 2, 3], [1.0, 0.0, 2.0], log=True) == ([1, 3], [1.0, 2.0])
-    _, with_gap = thinned([1, 2, 3], [1.0, math.nan, 2.0])
-    assert math.isnan(with_gap[1])
-
-
-def test_smoothing_keeps_gaps() -> None:
-    """A smoothed curve is NaN where its values are, and continues after them."""
-    assert smoothed([2.0, 2.0, math.nan, 2.0])[:2] == [2.0, 2.0]
-    assert math.isnan(smoothed([2.0, math.nan])[1])
-    assert smoothed([math.nan, 3.0])[1] == 3.0
-
-
-def test_stragglers_exceed_the_median_of_the_others() -> None:
-    """A straggler is listed with its time relative to the median of the other ranks."""
-    assert stragglers([1.0, 3.0]) == [(1, 3.0)]
-    assert stragglers([1.0, 1.0, 1.1, 1.0]) == []
-    assert stragglers([1.0, 2.0, 1.0, 4.0]) == [(3, 4.0), (1, 2.0)]
-    assert stragglers([1.0]) == []
 
 
 def test_a_metric_name_cannot_end_the_script(run: Commands) -> None:

@@ -19,18 +19,18 @@ from pathlib import Path
 import pytest
 from support import BIN, ROOT, Commands, Finished, read_lines
 
-from launcher.cli.machines import remove_options
 from launcher.engine.probes.parity import compare, read_trace
-from launcher.environment.nodes import find_nodes, nodes_environment, nodes_of_hosts
-from launcher.errors import UsageError
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.rundir import RunDir
 
 WORLDS_PY = ROOT / "tests/recipes/worlds.py"
+
 FAILING = ROOT / "tests/recipes/failing.py"
+
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 
 _NEEDED = ("unshare", "nsenter", "ip", "ssh", "ssh-keygen", "dropbear", "dropbearkey")
+
 _MACHINE = """
 set -e
 hostname machine$1
@@ -299,26 +299,3 @@ def test_a_missing_ssh_program_is_refused(run: Commands) -> None:
     )
     assert done.exit_code == 2
     assert "nothing" in done.stderr
-
-
-def test_machines_know_their_place() -> None:
-    """A node reads its index, the first host and the port from the environment that is set."""
-    nodes = nodes_of_hosts(["me@a", "b"], None)
-    assert (nodes.host, nodes.port, nodes.count) == ("a", 29_400, 2)
-    second = find_nodes(None, None, 7.0, env=nodes_environment(nodes, 1))
-    assert second is not None
-    assert (second.index, second.host, second.names) == (1, "a", ("me@a", "b"))
-    assert second.join_timeout == 7.0
-    v6 = nodes_of_hosts(["me@fe80::1", "b"], None)
-    assert v6.host == "fe80::1"
-    assert find_nodes(None, None, env=nodes_environment(v6, 0)) is not None
-    with pytest.raises(UsageError, match="--hosts localhost,b"):
-        nodes_of_hosts(["localhost", "b"], None)
-    assert nodes_of_hosts(["localhost", "b"], "a:1234").port == 1234
-
-
-def test_options_are_removed_in_both_forms() -> None:
-    """`remove_options` removes options that are written as two words or with an equals sign."""
-    arguments = ["run", "x", "--hosts", "a,b", "--ssh=ssh -p 2", "-n", "2", "lr=1", "--nodes", "2"]
-    remaining = remove_options(arguments, ("--hosts", "--ssh", "--nodes"))
-    assert remaining == ["run", "x", "-n", "2", "lr=1"]

@@ -1,0 +1,81 @@
+"""What a run measures about itself: time, waiting, each rank's share, operations."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from launcher.analysis.device_peaks import peak_flops
+from launcher.engine.backends.local import LocalBackend
+from launcher.engine.metrics.rank_times import CommunicationClock, RankTotals, combine_rank_rows
+from launcher.environment.machine import read_machine
+from launcher.recipe.resolve import resolve
+from launcher.recipes.digits import digits
+from launcher.runs.plan_recipe import plan_recipe
+
+
+def test_the_communication_clock_takes_differences_of_totals() -> None:
+    """The wait per step is that since the last call, or the last one if no step was timed."""
+    totals: list[tuple[float, int] | None] = [(1.0, 10), (1.0, 10), (4.0, 20), None]
+    clock = CommunicationClock(lambda: totals.pop(0))
+    assert [clock.per_step() for _ in range(4)] == [
+        pytest.approx(0.1),
+        pytest.approx(0.1),
+        pytest.approx(0.3),
+        None,
+    ]
+
+
+def test_rank_rows_become_rarer_with_time_and_with_ranks() -> None:
+    """Rank rows are a second apart, then a hundredth of the time; with many ranks still rarer."""
+    _, plan = plan_recipe(resolve("digits"), (), read_machine(), nproc_per_node=1)
+    backend = LocalBackend(digits(), plan)
+
+    def count_rows(world_size: int, seconds: int) -> int:
+        totals = RankTotals(world_size)
+        num_rows = 0
+        for _ in range(2 * seconds):
+            totals.add(5, 0.5, 0.1, 0.01)
+            if totals.is_due:
+                num_rows += 1
+                assert totals.row(backend)[:2] == pytest.approx([0.09, 0.02])
+            totals.advance_clock(0.5)
+        return num_rows
+
+    assert 90 <= count_rows(2, 100) <= 100
+    assert count_rows(2, 86_400) < 1000
+    assert count_rows(1024, 100) <= 7
+
+
+def test_rank_rows_are_combined_by_column() -> None:
+    """Each column lists all ranks; own times are None if the communication wait is not measured."""
+    rows = [[0.1, 0.01, 1024.0], [0.2, 0.02, 2048.0]]
+    row = combine_rank_rows(rows, measures_waits=True)
+    assert row.own_seconds == [0.1, 0.2]
+    assert row.memory_bytes == [1024, 2048]
+    assert combine_rank_rows(rows, measures_waits=False).own_seconds is None
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "tf32", "tera"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", False, 989),
+        ("NVIDIA H100 PCIe", "bf16", False, 756),
+        ("NVIDIA A100-SXM4-80GB", "bf16", False, 312),
+        ("NVIDIA A100-SXM4-80GB", "fp32", True, 156),
+        ("NVIDIA A100-SXM4-80GB", "fp32", False, 19.5),
+        ("NVIDIA A10G", "fp16", False, 70),
+        ("NVIDIA GeForce RTX 4090", "bf16", False, 165.2),
+        ("NVIDIA L4", "bf16", False, 121),
+        ("Tesla V100-SXM2-16GB", "bf16", False, None),
+        ("Tesla V100-SXM2-16GB", "fp16", False, 125),
+        ("AMD EPYC 7B13", "fp32", False, None),
+        ("NVIDIA A100-SXM4-80GB", "fp64", False, None),
+    ],
+)
+def test_peaks_are_known_by_name(name: str, precision: str, tf32: bool, tera: float | None) -> None:
+    """The peak of a device follows from the driver's name for it; an unknown peak is None."""
+    peak = peak_flops(name, precision, tf32=tf32)
+    assert peak == (None if tera is None else pytest.approx(tera * 1e12))
+    assert peak is None or math.isfinite(peak)
