@@ -75,7 +75,7 @@ class RankDiagnostics:
     reduce_bandwidth: float | None
     """Bytes per second that each rank sends in a ring all-reduce of a large tensor."""
 
-    sums_right: bool
+    sums_correct: bool
     """Whether all all-reduces returned the correct sums."""
 
     node_findings: tuple[Finding, ...] = ()

@@ -85,7 +85,7 @@ class StopRequest:
         self._defers = True
 
     @contextlib.contextmanager
-    def ending_at_once(self) -> Iterator[None]:
+    def ends_at_once(self) -> Iterator[None]:
         """Let SIGTERM and SIGHUP end this process at once in this context: it has nothing to save.
 
         A signal that was recorded before ends it immediately.

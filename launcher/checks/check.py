@@ -137,8 +137,8 @@ def _writes(inspection: Inspection) -> Iterator[Finding]:
 
 
 def _data(inspection: Inspection) -> Finding:
-    num_evaluation = inspection.num_evaluation
-    evaluation = "no" if num_evaluation is None else f"{num_evaluation:,}"
+    num_evaluation_samples = inspection.num_evaluation_samples
+    evaluation = "no" if num_evaluation_samples is None else f"{num_evaluation_samples:,}"
     counts = (
         f"{inspection.num_samples:,} training samples, {evaluation} evaluation samples; "
         f"{inspection.batch}"
@@ -176,7 +176,7 @@ def _loss(inspection: Inspection) -> Finding:
             "it returns a mean over the batch",
             "return (sum, count): the sum, as with reduction='sum', and the number of items",
         )
-    if inspection.loss_is_no_sum:
+    if inspection.loss_is_not_sum:
         return failure(
             "loss",
             "the loss of a batch is not the sum of the losses of its two halves",

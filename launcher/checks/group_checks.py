@@ -148,7 +148,7 @@ def _arithmetic(reports: Sequence[RankDiagnostics], plan: Plan) -> Iterator[Find
 
 def _all_reduce(reports: Sequence[RankDiagnostics], plan: Plan) -> Iterator[Finding]:
     for report in reports:
-        if not report.sums_right:
+        if not report.sums_correct:
             yield failure(
                 "all-reduce",
                 f"rank {report.rank} ({report.node}) got a wrong sum",

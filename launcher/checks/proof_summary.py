@@ -90,7 +90,7 @@ def _data_and_loss_causes(inspection: Inspection) -> Iterator[str]:
             "The loss returns a mean: for a whole batch it gives the mean of the losses of its two "
             "halves. Return the sum, as with reduction='sum', and the number of items."
         )
-    if inspection.loss_is_no_sum:
+    if inspection.loss_is_not_sum:
         yield (
             "The loss is not a sum over samples: the loss of a batch differs from the sum of the "
             "losses of its halves, so accumulation over micro-batches computes something else."

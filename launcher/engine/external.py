@@ -78,7 +78,7 @@ def external_count(world: World, count: Callable[[], int], *, stop: StopRequest)
     """
     if world.world_size == 1:
         return count()
-    with stop.ending_at_once():
+    with stop.ends_at_once():
         return Turns(open_store(world), world).once("counted the training samples", count)
 
 
@@ -109,7 +109,7 @@ def external_rank(
         The exit code of a single process. With several ranks, the function exits instead.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(plan.threads_per_rank))
-    with stop.ending_at_once() if world.world_size > 1 else contextlib.nullcontext():
+    with stop.ends_at_once() if world.world_size > 1 else contextlib.nullcontext():
         backend, run_dir = join(recipe, plan, world, make_run_dir)
     keep_open(backend)
     output = open_output(run_dir.log(world.rank), own_terminal=False, on_terminal=True)

@@ -68,13 +68,13 @@ class BatchSplit:
 
     def micro_steps(self, size: int) -> int:
         """Return the number of micro-steps for a batch of `size`, the same on every rank."""
-        if self.is_paired(size):
+        if self.avoids_single_samples(size):
             return ceil_div(self._num_paired_parts(size), self.world_size)
         return self._micro_steps(size)
 
     def positions(self, size: int, rank: int, micro_step: int) -> range:
         """Return the positions in a batch of `size` that one rank takes in one micro-step."""
-        if not self.is_paired(size):
+        if not self.avoids_single_samples(size):
             return micro_batch(
                 size,
                 world_size=self.world_size,
@@ -88,7 +88,7 @@ class BatchSplit:
             return range(0)
         return part(size, num_parts, parts_of_rank.start + micro_step)
 
-    def is_paired(self, size: int) -> bool:
+    def avoids_single_samples(self, size: int) -> bool:
         """Return whether a batch of `size` is cut unevenly to avoid micro-batches of one sample.
 
         It is then cut into as many micro-batches of at least two samples as possible, and each rank
@@ -99,9 +99,9 @@ class BatchSplit:
             return False
         return self._has_single_sample(size)
 
-    def is_lone(self, size: int) -> bool:
+    def has_single_sample(self, size: int) -> bool:
         """Return whether a batch of `size` has statistics over one sample, however it is cut."""
-        return self._has_single_sample(size) and not self.is_paired(size)
+        return self._has_single_sample(size) and not self.avoids_single_samples(size)
 
     def _micro_steps(self, size: int) -> int:
         return num_micro_steps(size, self.world_size, self.micro_batch_size)

@@ -19,7 +19,7 @@ def planned_statistics(plan: Plan) -> Statistics:
     return "all" if together else "rank"
 
 
-def cuts_to_one(plan: Plan, samples: int, statistics: Statistics) -> bool:
+def has_single_sample_batches(plan: Plan, samples: int, statistics: Statistics) -> bool:
     """Return whether even shares of any batch of a run have statistics over a single sample.
 
     Args:
@@ -29,12 +29,12 @@ def cuts_to_one(plan: Plan, samples: int, statistics: Statistics) -> bool:
     """
     cut = plan.cut(statistics)
     sizes = _full_batches(plan) | short_batches(plan.stages, samples, plan.total_steps)
-    return any(cut.is_paired(size) or cut.is_lone(size) for size in sizes)
+    return any(cut.avoids_single_samples(size) or cut.has_single_sample(size) for size in sizes)
 
 
 def full_batches_of_one(plan: Plan, statistics: Statistics) -> list[int]:
     """Return the sizes of full batches with an unavoidable micro-batch of one sample."""
-    return sorted(filter(plan.cut(statistics).is_lone, _full_batches(plan)))
+    return sorted(filter(plan.cut(statistics).has_single_sample, _full_batches(plan)))
 
 
 def short_batches_of_one(plan: Plan, samples: int, statistics: Statistics) -> list[int]:
@@ -45,7 +45,7 @@ def short_batches_of_one(plan: Plan, samples: int, statistics: Statistics) -> li
     if full_batches_of_one(plan, statistics):
         return []
     short = short_batches(plan.stages, samples, plan.total_steps)
-    return sorted(filter(plan.cut(statistics).is_lone, short))
+    return sorted(filter(plan.cut(statistics).has_single_sample, short))
 
 
 def single_sample_notes(plan: Plan, samples: int | None) -> list[str]:
@@ -58,7 +58,7 @@ def single_sample_notes(plan: Plan, samples: int | None) -> list[str]:
     statistics = planned_statistics(plan)
     cut, notes = plan.cut(statistics), []
     short = short_batches(plan.stages, samples, plan.total_steps) if samples else set()
-    if paired := sorted(filter(cut.is_paired, _full_batches(plan) | short)):
+    if paired := sorted(filter(cut.avoids_single_samples, _full_batches(plan) | short)):
         notes.append(
             f"in a batch of {_join(paired)} samples some ranks take fewer micro-batches than "
             "others, or none, so that no micro-batch has exactly one sample"
@@ -76,7 +76,7 @@ def single_sample_notes(plan: Plan, samples: int | None) -> list[str]:
     return notes
 
 
-def refusal(plan: Plan, sizes: Iterable[int], name: str) -> str:
+def batch_norm_refusal(plan: Plan, sizes: Iterable[int], name: str) -> str:
     """Return the message that refuses a run whose BatchNorm would see one value per channel.
 
     Args:

@@ -18,7 +18,7 @@ from launcher.forking import observed_threads
 from launcher.recipe.callspec import Spec, parse
 from launcher.recipe.optimizer import OPTIMIZERS
 from launcher.recipe.recipe import EXCLUSIVE, Recipe, setting_types
-from launcher.recipe.resolve import Reference, cannot
+from launcher.recipe.resolve import Reference, user_code_error
 from launcher.recipe.schedules import SCHEDULES
 from launcher.recipe.validation import MismatchError, convert
 
@@ -215,7 +215,7 @@ def _call(reference: Reference, parameters: Mapping[str, Any]) -> Recipe:
     except LauncherError:
         raise
     except Exception as error:
-        raise cannot("build", reference.shown, error) from error
+        raise user_code_error("build", reference.shown, error) from error
     if not isinstance(recipe, Recipe):
         raise RecipeError(
             f"{reference.shown} returned {type(recipe).__name__}, not a Recipe. "

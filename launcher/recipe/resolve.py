@@ -218,12 +218,12 @@ def _guarded(action: Callable[[], T], what: str, ours: str | None = None) -> T |
     except ModuleNotFoundError as error:
         if ours is not None and error.name and f"{ours}.".startswith(f"{error.name}."):
             return None
-        raise cannot("import", what, error) from error
+        raise user_code_error("import", what, error) from error
     except (Exception, SystemExit) as error:
-        raise cannot("import", what, error) from error
+        raise user_code_error("import", what, error) from error
 
 
-def cannot(action: str, what: str, error: BaseException) -> RecipeError:
+def user_code_error(action: str, what: str, error: BaseException) -> RecipeError:
     """Return an error that shows in one line what user code raised, and where.
 
     Args:

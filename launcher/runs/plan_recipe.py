@@ -16,7 +16,7 @@ from launcher.planning.plan import Plan
 from launcher.planning.planner import make_plan
 from launcher.recipe.overrides import BuiltRecipe, Override, build
 from launcher.recipe.recipe import Recipe
-from launcher.recipe.resolve import Reference, cannot, resolve
+from launcher.recipe.resolve import Reference, resolve, user_code_error
 from launcher.runs.provenance import command_line, git_state, versions
 from launcher.runs.run_record import RunRecord
 
@@ -168,7 +168,7 @@ def _count_training_samples(built: BuiltRecipe) -> int:
     except LauncherError:
         raise
     except Exception as error:
-        raise cannot("read the data of", built.recipe.name, error) from error
+        raise user_code_error("read the data of", built.recipe.name, error) from error
     try:
         return len(data.train)
     except (AttributeError, TypeError):

@@ -136,6 +136,19 @@ def test_a_sharded_recipe_passes(run: Commands) -> None:
     assert "0 failures" in done.stdout
 
 
+def test_a_single_sample_passes(run: Commands) -> None:
+    """A recipe with one training sample is checked like any other."""
+    text = RECIPE.replace(
+        "torch.randn(16, 3), torch.randn(16)", "torch.randn(1, 3), torch.randn(1)"
+    )
+    for name, value in CORRECT.items():
+        text = text.replace(f"{{{name}}}", value)
+    assert "randn(1, 3)" in text
+    (run.folder / "odd.py").write_text(text)
+    done = run("launcher", "check", "odd.py", "--json")
+    assert done.exit_code == 0, done.stdout + done.stderr
+
+
 def test_an_exception_is_shown_once(run: Commands) -> None:
     """An exception in the recipe is printed once, with its traceback."""
     text = RECIPE

@@ -40,7 +40,7 @@ HEALTHY = RankDiagnostics(
     rendezvous_seconds=0.5,
     reduce_seconds=2e-5,
     reduce_bandwidth=2e11,
-    sums_right=True,
+    sums_correct=True,
 )
 
 

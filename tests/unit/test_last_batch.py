@@ -21,10 +21,10 @@ def test_micro_batches_of_one_sample_are_avoided() -> None:
         sizes = list(map(len, flat))
         assert max(sizes) <= limit
         assert all(map(any, zip(*micro_batches, strict=True))), "no micro-step is empty"
-        assert (1 in sizes) == split.is_lone(size)
-        if split.is_lone(size):
+        assert (1 in sizes) == split.has_single_sample(size)
+        if split.has_single_sample(size):
             assert size == 1 or limit == 1 or (limit == 2 and size % 2)
-        num_paired += split.is_paired(size)
+        num_paired += split.avoids_single_samples(size)
     assert num_paired > 50
 
 
@@ -38,4 +38,4 @@ def test_synchronised_statistics_are_over_two_samples() -> None:
         ]
         assert sum(counts) == size
         assert 0 not in counts
-        assert (1 in counts) == split.is_lone(size)
+        assert (1 in counts) == split.has_single_sample(size)

@@ -26,8 +26,8 @@ from launcher.errors import RecipeError
 from launcher.planning.global_batch import Statistics
 from launcher.planning.plan import Plan
 from launcher.planning.single_sample_batches import (
+    batch_norm_refusal,
     full_batches_of_one,
-    refusal,
     short_batches_of_one,
 )
 from launcher.recipe.recipe import Recipe
@@ -270,7 +270,7 @@ def check_first_batch_norm_input(
         if not is_first:
             return recipe.forward(model, batch)
         is_first = False
-        message = functools.partial(refusal, plan, sizes)
+        message = functools.partial(batch_norm_refusal, plan, sizes)
         with _refusing_single_values(model, num_first_samples, message):
             return recipe.forward(model, batch)
 

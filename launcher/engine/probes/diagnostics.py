@@ -62,7 +62,7 @@ def diagnose_rank(
         rendezvous_seconds=rendezvous_seconds,
         reduce_seconds=reduce_seconds,
         reduce_bandwidth=bandwidth,
-        sums_right=sums_are_right,
+        sums_correct=sums_are_right,
         node_findings=node_findings,
     )
 

@@ -50,7 +50,7 @@ class Inspection:
     loss_is_mean: bool
     """Whether the loss of a batch is the mean of the losses of its halves instead of the sum."""
 
-    loss_is_no_sum: bool
+    loss_is_not_sum: bool
     """Whether the loss of a batch is neither the sum nor the mean of the losses of its halves."""
 
     batch_norms: list[str]
@@ -68,7 +68,7 @@ class Inspection:
     num_samples: int
     """Number of training samples."""
 
-    num_evaluation: int | None
+    num_evaluation_samples: int | None
     """Number of evaluation samples; None if there is no evaluation data."""
 
     num_trained: int
@@ -169,13 +169,15 @@ def inspect_recipe(recipe: Recipe, source: RecipeSource) -> Inspection:
     return Inspection(
         changing_samples=samples.changing,
         loss_is_mean=loss.is_mean,
-        loss_is_no_sum=not loss.is_sum and not loss.is_mean,
+        loss_is_not_sum=not loss.is_sum and not loss.is_mean,
         batch_norms=_names_of(model, _BatchNorm),
         coupled=loss.is_coupled and not loss.is_random and not samples.changing,
         dropouts=[name for name in _names_of(model, _DropoutNd) if model.get_submodule(name).p],
         random=loss.is_random,
         num_samples=sample_count(data.train, "train"),
-        num_evaluation=sample_count(data.evaluation, "evaluation") if has_evaluation else None,
+        num_evaluation_samples=sample_count(data.evaluation, "evaluation")
+        if has_evaluation
+        else None,
         num_trained=sum(parameter.numel() for parameter in trained.values()),
         without_gradient=[name for name, parameter in trained.items() if parameter.grad is None],
         changed_buffers=sorted(changing_buffers),
@@ -210,7 +212,8 @@ def _read_samples(recipe: Recipe, source: RecipeSource) -> _Samples:
         if not are_equal(_read(reader, [index]), _read(second_reader, [index]))
     ]
     singles = {index: _read(reader, [index]) for index in indices}
-    batch, *halves = (_read(reader, part) for part in (indices, indices[:half], indices[half:]))
+    parts = [part for part in (indices[:half], indices[half:]) if part]  # one part of one sample
+    batch, *halves = (_read(reader, part) for part in (indices, *parts))
     return _Samples(
         reader=reader,
         batch=batch,
@@ -272,7 +275,7 @@ def _inspect_loss(
         model.eval()
         batch_loss, sum_of_halves = call_loss(batch), sum(map(call_loss, halves))
         is_sum = _is_close(batch_loss, sum_of_halves) or bool(samples.changing)
-        is_mean = not is_sum and _is_close(batch_loss, sum_of_halves / 2)
+        is_mean = not is_sum and _is_close(batch_loss, sum_of_halves / len(halves))
         model.train()
         is_coupled = is_sum and not _is_close(call_loss(batch), sum(map(call_loss, halves)))
         is_random = not _is_close(call_loss(batch, seed=1), call_loss(batch, seed=2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,8 +81,8 @@ def read_trace(run_dir: RunDir) -> Trace:
         samples=[sorted(samples[step]) for step in sorted(samples)],
         lr=[row["lr"] for row in rows],
         items=[row["items"] for row in rows],
-        loss=[row["loss"] for row in rows],
-        grad_norm=[row["grad_norm"] or 0.0 for row in rows],
+        loss=[_number(row["loss"]) for row in rows],
+        grad_norm=[_number(row["grad_norm"]) for row in rows],
         weights=safetensors.torch.load_file(run_dir.model),
     )
 
@@ -105,7 +106,7 @@ def compare(reference: Trace, other: Trace, tolerance: float) -> ParityDifferenc
     }
 
     def is_beyond(a: float, b: float) -> bool:
-        return not _relative_difference(a, b) <= tolerance  # NaN is beyond
+        return _relative_difference(a, b) > tolerance
 
     steps = [
         step
@@ -137,16 +138,32 @@ def _find_first_step(
     return None
 
 
+def _number(value: float | None) -> float:
+    """Return a number of metrics.jsonl, which holds null for one that is not finite."""
+    return math.nan if value is None else value
+
+
 def _relative_difference(reference: float, other: float) -> float:
-    return 0.0 if reference == other else abs(other - reference) / max(abs(reference), 1e-30)
+    """Return the difference relative to `reference`; infinity if only one of them is finite."""
+    if reference == other or (math.isnan(reference) and math.isnan(other)):
+        return 0.0
+    difference = abs(other - reference) / max(abs(reference), 1e-30)
+    return difference if math.isfinite(difference) else math.inf
 
 
 def _tensor_difference(reference: Tensor, other: Tensor) -> float:
-    """Return the largest difference of an element, relative to the largest of `reference`."""
-    if reference.numel() == 0:
+    """Return the largest difference of an element, relative to the largest of `reference`.
+
+    Elements that are equal, or NaN in both, do not differ; any other element that is not finite
+    makes the difference infinite.
+    """
+    a, b = reference.double(), other.double()
+    differs = ~((a == b) | (a.isnan() & b.isnan()))
+    if not differs.any():
         return 0.0
-    largest = (other.double() - reference.double()).abs().max().item()
-    return 0.0 if largest == 0 else largest / max(reference.double().abs().max().item(), 1e-30)
+    largest = (b - a)[differs].abs().max().item()
+    relative = largest / max(a.abs().max().item(), 1e-30)
+    return relative if math.isfinite(relative) else math.inf
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from launcher.engine.state.hyperparameters import make_optimizer
 from launcher.engine.training.loop import TrainContext
 from launcher.errors import RecipeError
 from launcher.planning.plan import Plan
-from launcher.planning.single_sample_batches import cuts_to_one
+from launcher.planning.single_sample_batches import has_single_sample_batches
 from launcher.recipe.recipe import Data, Recipe
 from launcher.runs.job import RecipeSource
 
@@ -88,7 +88,7 @@ def build_context(
     batches = start_reading(sampler)
     model, optimizer, num_trained = build_model_and_optimizer(recipe, plan, backend)
     batch_norms = BatchNorms(model)
-    if cuts_to_one(plan, sampler.train_samples, batch_norms.statistics):
+    if has_single_sample_batches(plan, sampler.train_samples, batch_norms.statistics):
         # Rare, and only known once the model is built: what was prefetched is read again.
         sampler = replace(sampler, statistics=batch_norms.statistics)
         batches = start_reading(sampler)

@@ -1,0 +1,73 @@
+"""The comparison of two runs: what is equal, what is rounding, and what is not finite."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from launcher.engine.probes.parity import Trace, compare, read_trace
+from launcher.runs.rundir import RunDir
+
+REFERENCE = Trace(
+    samples=[[0, 1], [2, 3]],
+    lr=[0.1, 0.05],
+    items=[2, 2],
+    loss=[1.0, 0.5],
+    grad_norm=[3.0, 2.0],
+    weights={"first": torch.tensor([1.0, 2.0]), "second": torch.tensor([4.0])},
+)
+
+
+def test_rounding_agrees() -> None:
+    """Differences up to the tolerance agree, and the largest of each kind is returned."""
+    other = replace(REFERENCE, loss=[1.0, 0.5 + 5e-7])
+    difference = compare(REFERENCE, other, 1e-5)
+    assert difference.agrees
+    assert difference.loss == pytest.approx(1e-6)
+    assert difference.first_step is None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_differs(value: float) -> None:
+    """One loss, gradient norm or weight that is not finite in one run alone is no agreement."""
+    for changes in (
+        {"loss": [1.0, value]},
+        {"grad_norm": [3.0, value]},
+        {"weights": REFERENCE.weights | {"second": torch.tensor([value])}},
+    ):
+        for pair in (
+            (REFERENCE, replace(REFERENCE, **changes)),
+            (replace(REFERENCE, **changes), REFERENCE),
+        ):
+            difference = compare(*pair, 1e-5)
+            assert not difference.agrees
+            assert math.inf in (difference.loss, difference.grad_norm, difference.weights)
+
+
+def test_runs_that_diverge_alike_agree() -> None:
+    """Values that are NaN in both runs do not differ."""
+    diverged = replace(
+        REFERENCE,
+        loss=[1.0, math.nan],
+        grad_norm=[3.0, math.nan],
+        weights=REFERENCE.weights | {"second": torch.tensor([math.nan])},
+    )
+    assert compare(diverged, diverged, 0.0).agrees
+
+
+def test_null_is_read_as_nan(tmp_path: Path) -> None:
+    """metrics.jsonl holds null for a loss that is not finite."""
+    run_dir = RunDir(tmp_path)
+    row = {"step": 1, "lr": 0.1, "items": 2, "loss": None, "grad_norm": None}
+    run_dir.metrics.write_text(json.dumps(row) + "\n")
+    run_dir.samples(0).parent.mkdir()
+    safetensors.torch.save_file({"weight": torch.ones(1)}, run_dir.model)
+    trace = read_trace(run_dir)
+    assert math.isnan(trace.loss[0])
+    assert math.isnan(trace.grad_norm[0])
