@@ -1,6 +1,8 @@
 # make run          set up, and train the default recipe on all GPUs, or on 2 CPU ranks without GPUs
 # make test         set up, and run the linter, the type checker and all tests
 # make test-unit    set up, and run the tests that start no process
+# make test-lowest  set up the oldest versions that pyproject.toml allows in build/lowest, and run
+#                   there the unit tests, a training under each strategy, and the exactness matrix
 # make test-deps    install the Debian packages that some tests need (as root)
 # make docs         set up, and build the documentation into build/docs
 # make bench        set up, and run all benchmarks in a short form
@@ -15,7 +17,7 @@ READY := $(VENV)/.ready
 PACKAGES := dataset-fashion-mnist slurmctld slurmd slurm-client munge \
 	dropbear-bin iproute2 openssh-client strace chromium chromium-driver
 
-.PHONY: run test test-unit test-deps lint docs bench format packages clean
+.PHONY: run test test-unit test-lowest test-deps lint docs bench format packages clean
 
 run: $(READY)
 	$(VENV)/bin/launcher run recipes/digits.py
@@ -35,6 +37,15 @@ docs: $(READY)
 	$(VENV)/bin/python docs/generate.py --check
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
 
+LOWEST := build/lowest
+STRATEGIES := ddp fsdp zero1 zero2 zero3
+
+test-lowest: $(LOWEST)/.ready
+	$(LOWEST)/bin/pytest tests/unit
+	cd $(LOWEST) && for strategy in $(STRATEGIES); do \
+		bin/launcher run digits -n 2 strategy=$$strategy epochs=2 --quiet || exit; done
+	$(LOWEST)/bin/pytest tests/integration/test_matrix.py
+
 bench: packages $(READY)
 	$(VENV)/bin/python benchmarks/quick.py
 
@@ -48,6 +59,14 @@ $(READY): pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt torch
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(READY)
+
+$(LOWEST)/.ready: pyproject.toml constraints-lowest.txt
+	rm -rf $(LOWEST)
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt torch
+	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt \
+		--editable '.[dev]'
+	touch $@
 
 test-deps:
 	apt-get -qq update

@@ -7,9 +7,13 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from email.parser import BytesParser
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 from support import ROOT
 
 
@@ -38,6 +42,32 @@ def test_the_wheel_holds_one_package(wheel: Path) -> None:
     assert shipped == {name[len(folder) :] for name in names if re.match(rf"{folder}.*\.py", name)}
     entry_points = next(name for name in names if name.endswith("entry_points.txt"))
     assert b"launcher = launcher.cli:main" in zipfile.ZipFile(wheel).read(entry_points)
+
+
+def test_the_oldest_allowed_versions_are_tested(wheel: Path) -> None:
+    """constraints-lowest.txt pins the floor of each requirement of the package and of `.[dev]`."""
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    requirements = BytesParser().parsebytes(archive.read(name)).get_all("Requires-Dist", [])
+    extras = ("", "dev", "plots", "recipes")
+    required = [
+        item
+        for item in map(Requirement, requirements)
+        if any(item.marker is None or item.marker.evaluate({"extra": extra}) for extra in extras)
+        and item.name != "gpu-launcher"
+    ]
+    assert {clause.operator for item in required for clause in item.specifier} == {">="}
+    floors = {(canonicalize_name(item.name), floor(item, ">=")) for item in required}
+    lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    assert floors == {(canonicalize_name(pin.name), floor(pin, "==")) for pin in pins}
+
+
+def floor(requirement: Requirement, operator: str) -> Version:
+    """Return the version of a requirement that has one clause, with this operator."""
+    (clause,) = requirement.specifier
+    assert clause.operator == operator
+    return Version(clause.version)
 
 
 @pytest.fixture(scope="module")

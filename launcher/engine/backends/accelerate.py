@@ -227,19 +227,8 @@ class FSDPBackend(GroupBackend):
     """
 
     def __init__(self, recipe: Recipe, plan: Plan, world: World) -> None:
-        from torch.distributed.fsdp import (
-            CPUOffloadPolicy,
-            FSDPModule,
-            MixedPrecisionPolicy,
-            OffloadPolicy,
-        )
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
 
-        if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
-            raise WorldError(
-                f"strategy=fsdp needs torch 2.13 or newer, but this is torch {torch.__version__}. "
-                "Older versions compute wrong gradients for parameters that only some ranks use. "
-                "Upgrade torch, or use strategy=ddp, zero1 or zero2."
-            )
         cpu = plan.device == "cpu"
         offload = CPUOffloadPolicy(pin_memory=not cpu) if recipe.offload else OffloadPolicy()
         plugin = FullyShardedDataParallelPlugin(
