@@ -7,6 +7,7 @@ folder, with other signal handlers or with another environment.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +19,6 @@ if TYPE_CHECKING:
     from launcher.recipe.resolve import Reference
     from launcher.runs.job import OutputMode
     from launcher.runs.run_result import RunResult
-
-RecipeLike = "str | Path | Callable[..., Recipe]"
-"""A recipe's name, file or `FILE:FUNCTION`, or the recipe function itself."""
 
 
 def run(
@@ -53,7 +51,8 @@ def run(
 
     Raises:
         RunFailedError: A rank failed; the error holds the post-mortem and the failure's record.
-        UsageError: The recipe, an override, the plan or the run folder is wrong.
+        UsageError: The recipe, an override, the plan or the run folder is wrong, or the ranks could
+            not import the recipe function.
         KeyboardInterrupt: Ctrl-C was pressed before the first step, or twice.
     """
     from launcher.launch.prepare import RunRequest, prepare_run
@@ -61,9 +60,10 @@ def run(
     from launcher.launch.signal_handler import library_signals
     from launcher.report.write import write_report
 
+    _refuse_in_rank()
     with library_signals() as signals:
         request = RunRequest(
-            reference=_reference(recipe),
+            reference=_importable_reference(recipe),
             overrides=_overrides(config, overrides),
             nproc_per_node=nproc_per_node,
             out=Path(out) if out is not None else None,
@@ -110,6 +110,7 @@ def resume(
     from launcher.launch.signal_handler import library_signals
     from launcher.report.write import write_report
 
+    _refuse_in_rank()
     with library_signals() as signals:
         request = ResumeRequest(
             run_dir=Path(run_dir),
@@ -159,6 +160,22 @@ def plan(
     return derived
 
 
+def _refuse_in_rank() -> None:
+    """Refuse to start a run in a rank, which imports the file of its recipe.
+
+    Raises:
+        RecipeError: This process is a rank that `launcher` started.
+    """
+    from launcher.errors import RecipeError
+    from launcher.runs.failure_record import FAILURE_FILE_VARIABLE
+
+    if FAILURE_FILE_VARIABLE in os.environ:
+        raise RecipeError(
+            "This file starts a run whenever it is imported, and the ranks of the run import it. "
+            'Start the run under `if __name__ == "__main__":`.'
+        )
+
+
 def _reference(recipe: str | Path | Callable[..., Recipe]) -> Reference:
     from launcher.forking import suspect_all_threads
     from launcher.recipe.resolve import reference_of, resolve
@@ -167,11 +184,25 @@ def _reference(recipe: str | Path | Callable[..., Recipe]) -> Reference:
     return reference_of(recipe) if callable(recipe) else resolve(str(recipe))
 
 
+def _importable_reference(recipe: str | Path | Callable[..., Recipe]) -> Reference:
+    from launcher.recipe.resolve import check_importable
+
+    reference = _reference(recipe)
+    check_importable(reference)
+    return reference
+
+
 def _overrides(config: str | Path | None, values: dict[str, Any]) -> tuple[Override, ...]:
     from launcher.recipe.overrides import Override, read_yaml
 
     from_file = read_yaml(Path(config)) if config is not None else ()
     from_python = (
-        Override(name=name, value=value, source="Python") for name, value in values.items()
+        Override(name=name, value=_plain(value), source="Python") for name, value in values.items()
     )
     return (*from_file, *from_python)
+
+
+def _plain(value: Any) -> Any:
+    """Return a number of NumPy, or of torch, as the Python number that has its value."""
+    item = getattr(value, "item", None)
+    return item() if callable(item) and getattr(value, "shape", None) == () else value

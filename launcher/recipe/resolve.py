@@ -84,12 +84,43 @@ def resolve(text: str) -> Reference:
 
 
 def reference_of(function: Callable[..., Recipe]) -> Reference:
-    """Return the reference of a recipe function, such as the one that `main` is called with."""
+    """Return the reference of a recipe function, such as the one that `main` is called with.
+
+    Raises:
+        RecipeError: It is another kind of callable, which no other process could find by its name.
+    """
+    if not inspect.isroutine(function):
+        raise RecipeError(
+            f"{function!r} is not a function. Pass a recipe function, which returns "
+            "launcher.Recipe(...), and give its arguments as name=value."
+        )
     try:
-        location = str(Path(inspect.getsourcefile(function) or "").resolve())
+        location = str(Path(inspect.getsourcefile(inspect.unwrap(function)) or "").resolve())
     except TypeError:
         location = getattr(function, "__module__", "?")
     return Reference(location=f"{location}:{function.__name__}", function=function)
+
+
+def check_importable(reference: Reference) -> None:
+    """Refuse a recipe function that other processes could not import.
+
+    Raises:
+        RecipeError: The function is not at the top level of a module, or not in a file.
+    """
+    function = reference.function
+    module = sys.modules.get(function.__module__)
+    if getattr(module, function.__name__, None) is not function:
+        raise RecipeError(
+            f"{function.__qualname__} is not at the top level of a file, so the ranks cannot "
+            "import it. Move it there; what it depends on can be a parameter, given as name=value."
+        )
+    file = reference.location.rpartition(":")[0]
+    if file.endswith(">") or (os.sep in file and not Path(file).is_file()):
+        raise RecipeError(
+            f"{function.__name__} is not in a file, so the ranks cannot import it. Write it to a "
+            f"file (in a notebook, with %%writefile {function.__name__}.py), and pass the file's "
+            "name."
+        )
 
 
 def known_recipes() -> dict[str, str]:
