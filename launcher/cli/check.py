@@ -68,8 +68,8 @@ def command(recipe: str, overrides: tuple[str, ...], config: Path | None, *, as_
         )
     else:
         report(ok("import", f"{reference.shown} loads no heavy package"))
-    given = read_overrides(config, overrides)
-    for finding in check_recipe(reference, given, read_machine(), signals):
+    values = read_overrides(config, overrides)
+    for finding in check_recipe(reference, values, read_machine(), signals):
         report(finding)
     if as_json:
         click.echo(json.dumps({"findings": [asdict(finding) for finding in findings]}))

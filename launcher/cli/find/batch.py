@@ -54,19 +54,19 @@ def command(
 
     search = BatchSearch(target, memory=memory)
     cached = cache_path(target, search)
-    found = None if fresh else read_cache(cached)
-    if found is not None:
+    result = None if fresh else read_cache(cached)
+    if result is not None:
         click.echo("using the cached measurements; --fresh measures again", err=True)
     else:
         run_dir = create_run_dir(out, f"find-batch-{search.plan.recipe}")
-        found = search.run(
+        result = search.run(
             run_dir, signals, lambda trial: click.echo(size_trial_text(trial), err=as_json)
         )
-        write_cache(cached, found)
-    chosen = choose_size(found.trials)
+        write_cache(cached, result)
+    chosen = choose_size(result.trials)
     if as_json:
         settings = {} if chosen is None else {"micro_batch_size": chosen.size}
-        click.echo(json.dumps({**asdict(found), "settings": settings}))
+        click.echo(json.dumps({**asdict(result), "settings": settings}))
     else:
-        click.echo(batch_text(found, chosen))
+        click.echo(batch_text(result, chosen))
     return EXIT_FAILED if chosen is None else 0

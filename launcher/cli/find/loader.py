@@ -55,11 +55,11 @@ def command(
 
     search = LoaderSearch(target, seconds=seconds)
     run_dir = create_run_dir(out, f"find-loader-{search.plan.recipe}")
-    found = search.run(
+    result = search.run(
         run_dir, signals, lambda reading: click.echo(loader_trial_text(reading), err=as_json)
     )
     if as_json:
-        click.echo(json.dumps(asdict(found)))
+        click.echo(json.dumps(asdict(result)))
     else:
-        click.echo(loader_text(found, search.plan))
+        click.echo(loader_text(result, search.plan))
     return 0

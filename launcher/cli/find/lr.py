@@ -95,26 +95,26 @@ def command(
 
     if lowest >= highest:
         raise UsageError(f"--from {lowest:g} --to {highest:g}: the learning rate must rise.")
-    planned, _ = target.plan()
+    recipe, _ = target.plan()
     test = plan_range_test(target, lowest=lowest, highest=highest, steps=steps)
     run_dir = create_run_dir(out, f"find-lr-{test.plan.recipe}")
-    found = find_lr(test, run_dir, signals, quiet=as_json)
-    chosen = getattr(found.suggestions, rule)
+    result = find_lr(test, run_dir, signals, quiet=as_json)
+    chosen = getattr(result.suggestions, rule)
     if tries:
 
         def report(trial: LRTrial) -> None:
             click.echo(lr_trial_text(trial), err=True)
 
-        found = try_lrs(found, target, run_dir, signals, report, steps=steps)
-        best = best_trial(found.trials)
+        result = try_lrs(result, target, run_dir, signals, report, steps=steps)
+        best = best_trial(result.trials)
         chosen = None if best is None else best.lr
-    settings = {} if chosen is None else recipe_lr_settings(chosen, test.plan.batch_size, planned)
+    settings = {} if chosen is None else recipe_lr_settings(chosen, test.plan.batch_size, recipe)
     if as_json:
-        values = {"batch_size": test.plan.batch_size, "settings": settings, **asdict(found)}
+        values = {"batch_size": test.plan.batch_size, "settings": settings, **asdict(result)}
         click.echo(json.dumps(values))
     else:
-        click.echo(lr_text(found, rule, settings, test.plan))
-    plot = lr_plot(found, test.plan)
+        click.echo(lr_text(result, rule, settings, test.plan))
+    plot = lr_plot(result, test.plan)
     if has_images():
         write_png(plot, run_dir.path / "lr.png")
         click.echo(f"plot: {run_dir.shown}/lr.png", err=as_json)

@@ -56,15 +56,15 @@ def command(
 
     probe = plan_noise(target)
     run_dir = create_run_dir(out, f"find-noise-{probe.plan.recipe}")
-    found = find_noise(probe, run_dir, signals, steps=steps, quiet=as_json)
+    result = find_noise(probe, run_dir, signals, steps=steps, quiet=as_json)
     if as_json:
-        click.echo(json.dumps(_finite(asdict(found))))
+        click.echo(json.dumps(_finite(asdict(result))))
     else:
-        click.echo(noise_text(found, probe))
-    if found.whole is None:
+        click.echo(noise_text(result, probe))
+    if result.whole is None:
         return EXIT_FAILED
     if has_images():
-        write_png(noise_plot(found, probe), run_dir.path / "noise.png")
+        write_png(noise_plot(result, probe), run_dir.path / "noise.png")
         click.echo(f"plot: {run_dir.shown}/noise.png", err=as_json)
     return 0
 
