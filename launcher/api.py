@@ -7,7 +7,6 @@ folder, with other signal handlers or with another environment.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,9 +57,10 @@ def run(
     from launcher.launch.prepare import RunRequest, prepare_run
     from launcher.launch.session import start
     from launcher.launch.signal_handler import library_signals
+    from launcher.recipe.resolve import check_not_importing
     from launcher.report.write import write_report
 
-    _refuse_in_rank()
+    check_not_importing()
     with library_signals() as signals:
         request = RunRequest(
             reference=_importable_reference(recipe),
@@ -108,9 +108,10 @@ def resume(
     from launcher.launch.prepare import ResumeRequest, prepare_resume
     from launcher.launch.session import start
     from launcher.launch.signal_handler import library_signals
+    from launcher.recipe.resolve import check_not_importing
     from launcher.report.write import write_report
 
-    _refuse_in_rank()
+    check_not_importing()
     with library_signals() as signals:
         request = ResumeRequest(
             run_dir=Path(run_dir),
@@ -158,22 +159,6 @@ def plan(
         elsewhere=True,
     )
     return derived
-
-
-def _refuse_in_rank() -> None:
-    """Refuse to start a run in a rank, which imports the file of its recipe.
-
-    Raises:
-        RecipeError: This process is a rank that `launcher` started.
-    """
-    from launcher.errors import RecipeError
-    from launcher.runs.failure_record import FAILURE_FILE_VARIABLE
-
-    if FAILURE_FILE_VARIABLE in os.environ:
-        raise RecipeError(
-            "This file starts a run whenever it is imported, and the ranks of the run import it. "
-            'Start the run under `if __name__ == "__main__":`.'
-        )
 
 
 def _reference(recipe: str | Path | Callable[..., Recipe]) -> Reference:

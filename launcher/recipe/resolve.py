@@ -19,6 +19,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -39,6 +40,10 @@ _PACKAGE = "launcher.recipes"
 
 _FORMERLY_BUNDLED = Path(__file__).resolve().parents[2] / "recipes"
 """Where version 0.1 installed the shipped recipes; run.yaml of its runs names files there."""
+
+
+_imported: ContextVar[str | None] = ContextVar("imported", default=None)
+"""The file or module that this thread is importing as a recipe; None if there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +104,19 @@ def reference_of(function: Callable[..., Recipe]) -> Reference:
     except TypeError:
         location = getattr(function, "__module__", "?")
     return Reference(location=f"{location}:{function.__name__}", function=function)
+
+
+def check_not_importing() -> None:
+    """Refuse to start a run while a recipe is imported, which the ranks of the run do as well.
+
+    Raises:
+        RecipeError: This is called by the file of a recipe, at its top level.
+    """
+    if (imported := _imported.get()) is not None:
+        raise RecipeError(
+            f"{imported} starts a run whenever it is imported, and the ranks of a run import it. "
+            'Start the run under `if __name__ == "__main__":`.'
+        )
 
 
 def check_importable(reference: Reference) -> None:
@@ -241,6 +259,7 @@ def _guarded(action: Callable[[], T], what: str, ours: str | None = None) -> T |
     Raises:
         RecipeError: The import raised an exception, which the message shows in one line.
     """
+    token = _imported.set(what)
     try:
         with observed_threads():
             return action()
@@ -252,6 +271,8 @@ def _guarded(action: Callable[[], T], what: str, ours: str | None = None) -> T |
         raise cannot("import", what, error) from error
     except (Exception, SystemExit) as error:
         raise cannot("import", what, error) from error
+    finally:
+        _imported.reset(token)
 
 
 def cannot(action: str, what: str, error: BaseException) -> RecipeError:
