@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from launcher.runs.job import OutputMode
     from launcher.runs.run_result import RunResult
 
-RecipeLike = "str | Path | Callable[..., Recipe]"
-"""A recipe's name, file or `FILE:FUNCTION`, or the recipe function itself."""
-
 
 def run(
     recipe: str | Path | Callable[..., Recipe],
@@ -53,17 +50,20 @@ def run(
 
     Raises:
         RunFailedError: A rank failed; the error holds the post-mortem and the failure's record.
-        UsageError: The recipe, an override, the plan or the run folder is wrong.
+        UsageError: The recipe, an override, the plan or the run folder is wrong, or the ranks could
+            not import the recipe function.
         KeyboardInterrupt: Ctrl-C was pressed before the first step, or twice.
     """
     from launcher.launch.prepare import RunRequest, prepare_run
     from launcher.launch.session import start
     from launcher.launch.signal_handler import library_signals
+    from launcher.recipe.resolve import check_not_importing
     from launcher.report.write import write_report
 
+    check_not_importing()
     with library_signals() as signals:
         request = RunRequest(
-            reference=_reference(recipe),
+            reference=_importable_reference(recipe),
             overrides=_overrides(config, overrides),
             nproc_per_node=nproc_per_node,
             out=Path(out) if out is not None else None,
@@ -108,8 +108,10 @@ def resume(
     from launcher.launch.prepare import ResumeRequest, prepare_resume
     from launcher.launch.session import start
     from launcher.launch.signal_handler import library_signals
+    from launcher.recipe.resolve import check_not_importing
     from launcher.report.write import write_report
 
+    check_not_importing()
     with library_signals() as signals:
         request = ResumeRequest(
             run_dir=Path(run_dir),
@@ -167,11 +169,25 @@ def _reference(recipe: str | Path | Callable[..., Recipe]) -> Reference:
     return reference_of(recipe) if callable(recipe) else resolve(str(recipe))
 
 
+def _importable_reference(recipe: str | Path | Callable[..., Recipe]) -> Reference:
+    from launcher.recipe.resolve import check_importable
+
+    reference = _reference(recipe)
+    check_importable(reference)
+    return reference
+
+
 def _overrides(config: str | Path | None, values: dict[str, Any]) -> tuple[Override, ...]:
     from launcher.recipe.overrides import Override, read_yaml
 
     from_file = read_yaml(Path(config)) if config is not None else ()
     from_python = (
-        Override(name=name, value=value, source="Python") for name, value in values.items()
+        Override(name=name, value=_plain(value), source="Python") for name, value in values.items()
     )
     return (*from_file, *from_python)
+
+
+def _plain(value: Any) -> Any:
+    """Return a number of NumPy, or of torch, as the Python number that has its value."""
+    item = getattr(value, "item", None)
+    return item() if callable(item) and getattr(value, "shape", None) == () else value

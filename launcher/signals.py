@@ -40,8 +40,12 @@ def signals_blocked() -> Iterator[None]:
 
 @contextlib.contextmanager
 def handlers_restored() -> Iterator[None]:
-    """Restore the handlers and the mask of the stop signals at the end of the context."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, *STOP_SIGNALS)}
+    """Restore the handlers and the mask of the stop signals at the end of the context.
+
+    The handler of SIGQUIT, which PyTorch's elastic agent replaces, is restored as well.
+    """
+    numbers = (signal.SIGINT, signal.SIGQUIT, *STOP_SIGNALS)
+    handlers = {number: signal.getsignal(number) for number in numbers}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
         yield

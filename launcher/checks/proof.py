@@ -104,11 +104,11 @@ def prove(
     ):
         rows.append(row)
         on_row(row)
-    cause_texts: list[str] = []
+    sentences: list[str] = []
     if differing := next(filter(_differs, rows), None):
         inspection = inspect_trial(reference, overrides, differing.trial, signals)
-        cause_texts = [] if inspection is None else causes(inspection, differing.trial)
-    proof = Proof(rows=tuple(rows), causes=tuple(cause_texts), folder=folder)
+        sentences = [] if inspection is None else causes(inspection, differing.trial)
+    proof = Proof(rows=tuple(rows), causes=tuple(sentences), folder=folder)
     if proof.agrees and out is None:
         shutil.rmtree(folder)
         return Proof(rows=proof.rows, causes=(), folder=None)

@@ -64,9 +64,9 @@ def complete_settings(
         values = _values(name)
         return [CompletionItem(prefix + value) for value in values if value.startswith(begun)]
     return [
-        CompletionItem(f"{each}=", help=sentences[each])
-        for each in names
-        if each.startswith(incomplete) and each != "name"
+        CompletionItem(f"{setting}=", help=sentences[setting])
+        for setting in names
+        if setting.startswith(incomplete) and setting != "name"
     ]
 
 
@@ -78,16 +78,16 @@ def _values(name: str) -> list[str]:
 
     tables: dict[str, Any] = {"schedule": SCHEDULES, "optimizer": OPTIMIZERS}
     if name in tables:
-        return [f"{each}()" for each in tables[name]]
+        return [f"{function}()" for function in tables[name]]
     return _members(setting_types().get(name))
 
 
 def _members(hint: Any) -> list[str]:
     origin = get_origin(hint)
     if origin is Literal:
-        return [str(each) for each in get_args(hint)]
+        return [str(value) for value in get_args(hint)]
     if origin in (Union, types.UnionType, tuple):
-        return [value for each in get_args(hint) for value in _members(each)]
+        return [value for member in get_args(hint) for value in _members(member)]
     if hint is types.NoneType:
         return ["none"]
     return ["true", "false"] if hint is bool else []

@@ -8,4 +8,5 @@
 - `watch_screen`: the screen of `launcher watch`.
 - `plots`: curves in the terminal and as PNG files.
 - `tables`, `colours`: columns of text, and when to colour them.
+- `echo`: output that must not fail because nobody reads it.
 """

@@ -95,7 +95,7 @@ class TerminalProgress(Progress):
         self._line_files = [log] if self._bar else [log, terminal]
 
     def show_step(self, step: int, loss: float, lr: float, samples_per_second: float) -> None:
-        left = duration(self._seconds_left(step))
+        time_left = duration(self._seconds_left(step))
         now = time.perf_counter()
         if self._bar is not None:
             self._losses.append(loss)
@@ -103,14 +103,16 @@ class TerminalProgress(Progress):
                 self._losses = self._losses[::2]
             sparks = sparkline(self._losses, _SPARKLINE_WIDTH)
             rates = f"lr {lr:.3g}  {samples_per_second:,.0f} samples/s"
-            self._bar.update(step, f"loss {loss:.4f} {sparks}  {rates}  {left} left")
+            self._bar.update(step, f"loss {loss:.4f} {sparks}  {rates}  {time_left} left")
         if now >= self._line_due or step == self._total_steps:
             self._line_due = now + _SECONDS_BETWEEN_LINES
-            self._write_line(step_line(step, self._total_steps, loss, lr, samples_per_second, left))
+            self._write_line(
+                step_line(step, self._total_steps, loss, lr, samples_per_second, time_left)
+            )
 
     def show_evaluation(self, step: int, values: dict[str, float]) -> None:
         if step == self._total_steps:
-            return  # `ended` shows the last evaluation
+            return  # `show_result` shows the last evaluation
         self.show_line(f"step {step:,}/{self._total_steps:,}  held-out: {metrics_text(values)}")
 
     def show_line(self, text: str) -> None:
@@ -181,7 +183,7 @@ def _finite(value: Any) -> Any:
 
 
 def step_line(
-    step: int, total_steps: int, loss: float, lr: float, samples_per_second: float, left: str
+    step: int, total_steps: int, loss: float, lr: float, samples_per_second: float, time_left: str
 ) -> str:
     """Return the progress of a run as one line.
 
@@ -191,11 +193,11 @@ def step_line(
         loss: Training loss of the last step.
         lr: Learning rate of the last step.
         samples_per_second: Throughput of all ranks together.
-        left: Remaining time as text.
+        time_left: Remaining time as text.
     """
     return (
         f"step {step:,}/{total_steps:,}  loss {loss:.4f}  lr {lr:.3g}  "
-        f"{samples_per_second:,.0f} samples/s  {left} left"
+        f"{samples_per_second:,.0f} samples/s  {time_left} left"
     )
 
 

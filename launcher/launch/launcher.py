@@ -135,7 +135,7 @@ def _run_ranks(
     reason_to_spawn = reason_not_to_fork()
     if reason_to_spawn is None:
         import_for([job.plan])
-    elif announces:
+    elif announces and job.output_mode != "quiet":
         _warn_about_spawning(job.recipe, reason_to_spawn)
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
@@ -202,9 +202,10 @@ def _environment(plans: Sequence[Plan]) -> Iterator[None]:
 @functools.cache
 def _warn_about_spawning(recipe: str, reason: str) -> None:
     print(
-        f"launcher: importing {recipe} has {reason} in this process, so its ranks cannot be forked "
-        "from it. Each rank starts as a new interpreter and imports everything itself. Import "
-        "torch and start threads inside the recipe's functions: runs then start faster.",
+        f"launcher: the ranks cannot be forked from this process: {recipe}, or the program that "
+        f"runs it, has {reason}. Each rank starts as a new interpreter and imports everything "
+        "itself. Import torch and start threads inside the recipe's functions: runs then start "
+        "faster.",
         file=sys.stderr,
         flush=True,
     )
@@ -217,12 +218,14 @@ def _garbage_collection_paused() -> Iterator[None]:
     Imported objects are frozen afterwards: no later collection visits them, here or in the ranks,
     so their memory pages stay shared.
     """
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
-        gc.enable()
+        if was_enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager

@@ -245,7 +245,7 @@ def _read_manifest(run_dir: RunDir, checkpoint: Checkpoint, *, fall_back: bool) 
     try:
         return checkpoint.read_manifest()
     except CheckpointError as error:
-        older = [each for each in list_checkpoints(run_dir) if each.step < checkpoint.step]
+        older = [other for other in list_checkpoints(run_dir) if other.step < checkpoint.step]
         if not (fall_back and older):
             raise damage_error(checkpoint, str(error), older) from None
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from contextlib import ExitStack
 from dataclasses import replace
@@ -11,15 +12,13 @@ from typing import TYPE_CHECKING
 from launcher.console.echo import echo_if_possible
 from launcher.console.explain import changed_lines, explain
 from launcher.console.progress import json_line
-from launcher.errors import EXIT_USAGE, CheckpointError
+from launcher.errors import EXIT_USAGE, CheckpointError, PeerError, RunDirError
 from launcher.launch.launcher import launch
 from launcher.launch.multi_node import joined, make_run_dir_once
 from launcher.launch.prepare import PreparedRun, RunRequest
 from launcher.launch.run_folder import open_run_folder
 from launcher.launch.signal_handler import SignalHandler
-from launcher.runs.checkpoints import (
-    list_checkpoints,
-)
+from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.failure_record import RunFailedError
 from launcher.runs.job import Job, ResumeFrom
 from launcher.runs.ownership import own_run_dir
@@ -93,9 +92,10 @@ def _launch(
     )
     try:
         exit_code = launch(job, signals=signals, rendezvous=rendezvous)
-    except RunFailedError as error:
+    except (RunFailedError, PeerError) as error:
         if error.exit_code == EXIT_USAGE and resume_from is not None and previous_record:
-            write_atomic(run_dir.run_yaml, previous_record[0])  # the ranks refused to resume
+            with contextlib.suppress(RunDirError):  # a full disk must not hide the failure
+                write_atomic(run_dir.run_yaml, previous_record[0])  # the ranks refused to resume
         raise
     result = read_run_result(run_dir, exit_code, signals.stopped_by)
     if rendezvous is not None:

@@ -13,6 +13,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from launcher.runs.heartbeat import PHASES, read_heartbeat
@@ -45,10 +46,10 @@ class SignalHandler:
         self._folder: Path | None = None
         self._announces = True
         self._interrupted = False
+        self._other_children = frozenset(multiprocessing.active_children())
         if threading.current_thread() is not threading.main_thread():
             return
         signal.signal(signal.SIGINT, self._interrupt)
-        signal.signal(signal.SIGALRM, self._signal_ranks)
         for number in STOP_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._stop)
@@ -77,7 +78,7 @@ class SignalHandler:
         A command exits without raising an exception, because an import that runs at this moment
         could swallow it.
         """
-        for rank in multiprocessing.active_children():
+        for rank in self._ranks():
             rank.kill()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -98,17 +99,23 @@ class SignalHandler:
         self._signal_ranks()
 
     def _has_steps_to_lose(self) -> bool:
-        if self._job is None or not self._job.saves or not multiprocessing.active_children():
+        if self._job is None or not self._job.saves or not self._ranks():
             return False
         heartbeat = read_heartbeat(self._job.run_dir, 0)
         return heartbeat is not None and heartbeat.phase != PHASES[0]
+
+    def _ranks(self) -> list[BaseProcess]:
+        """Return the processes of the run, without children that the program had before."""
+        children = multiprocessing.active_children()
+        return [child for child in children if child not in self._other_children]
 
     def _signal_ranks(self, *_: object) -> None:
         """Pass the request to the ranks; try again shortly while some have not started."""
         if self._job is None:
             return
-        ranks = multiprocessing.active_children()
+        ranks = self._ranks()
         if len(ranks) < self._job.plan.nproc_per_node:
+            signal.signal(signal.SIGALRM, self._signal_ranks)
             signal.setitimer(signal.ITIMER_REAL, _SECONDS_BETWEEN_LOOKS)
             return
         for rank in ranks:
@@ -122,8 +129,10 @@ def library_signals() -> Iterator[SignalHandler]:
     """Handle signals for a run that a Python program starts, and restore its handlers at the end.
 
     A signal that ends the run at once is sent to this process again when the program's own
-    handlers are back, so that the program reacts as it would without a run: with KeyboardInterrupt
-    to Ctrl-C, for example.
+    handlers are back, so that the program reacts as it would without a run.
+
+    Raises:
+        KeyboardInterrupt: A signal ended the run at once, and the program's handler returned.
     """
     if threading.current_thread() is not threading.main_thread():
         yield SignalHandler(exits=False)
@@ -137,10 +146,12 @@ def library_signals() -> Iterator[SignalHandler]:
         except KeyboardInterrupt:
             interrupted = True
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, previous_alarm)
+            if signal.getsignal(signal.SIGALRM) != previous_alarm:  # this run has set the timer
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.signal(signal.SIGALRM, previous_alarm or signal.SIG_DFL)
     if interrupted:
         signal.raise_signal(handler.stopped_by or signal.SIGINT)
+        raise KeyboardInterrupt
 
 
 def announce_stop(number: signal.Signals) -> int:

@@ -187,11 +187,11 @@ class Plan:
             WorldError: The number of nodes, or of ranks per node, is not the planned one.
         """
         planned = (self.nodes, self.nproc_per_node)
-        found = (world.nodes, world.local_world_size)
-        if found != planned:
+        actual = (world.nodes, world.local_world_size)
+        if actual != planned:
             raise WorldError(
                 f"Planned for {self.world_size} ranks ({ranks_text(*planned)}); "
-                f"found {world.world_size} ({ranks_text(*found)}). Nothing was trained. Start as "
+                f"found {world.world_size} ({ranks_text(*actual)}). Nothing was trained. Start as "
                 "many ranks as were planned, or plan again for those that were found."
             )
 

@@ -33,7 +33,8 @@ class Override:
     name: str
     value: Any
     source: str
-    """Where the value was given: `command line`, or a YAML file and the line in it."""
+    """Where the value was given: `command line`, `Python`, `run.yaml`, or a YAML file and the line
+    in it."""
 
     @property
     def origin(self) -> str:
@@ -56,7 +57,8 @@ class BuiltRecipe:
     """The overridden values by name, after conversion to their types."""
 
     sources: Mapping[str, str]
-    """Where each setting and parameter came from: default, recipe, a YAML file, command line."""
+    """Where each setting and parameter came from: `default`, `recipe`, or the source of its
+    override."""
 
 
 def read_arguments(arguments: Iterable[str]) -> tuple[Override, ...]:

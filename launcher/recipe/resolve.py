@@ -19,6 +19,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -39,6 +40,10 @@ _PACKAGE = "launcher.recipes"
 
 _FORMERLY_BUNDLED = Path(__file__).resolve().parents[2] / "recipes"
 """Where version 0.1 installed the shipped recipes; run.yaml of its runs names files there."""
+
+
+_imported: ContextVar[str | None] = ContextVar("imported", default=None)
+"""The file or module that this thread is importing as a recipe; None if there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +89,56 @@ def resolve(text: str) -> Reference:
 
 
 def reference_of(function: Callable[..., Recipe]) -> Reference:
-    """Return the reference of a recipe function, such as the one that `main` is called with."""
+    """Return the reference of a recipe function, such as the one that `main` is called with.
+
+    Raises:
+        RecipeError: It is another kind of callable, which no other process could find by its name.
+    """
+    if not inspect.isroutine(function):
+        raise RecipeError(
+            f"{function!r} is not a function. Pass a recipe function, which returns "
+            "launcher.Recipe(...), and give its arguments as name=value."
+        )
     try:
-        location = str(Path(inspect.getsourcefile(function) or "").resolve())
+        location = str(Path(inspect.getsourcefile(inspect.unwrap(function)) or "").resolve())
     except TypeError:
         location = getattr(function, "__module__", "?")
     return Reference(location=f"{location}:{function.__name__}", function=function)
+
+
+def check_not_importing() -> None:
+    """Refuse to start a run while a recipe is imported, which the ranks of the run do as well.
+
+    Raises:
+        RecipeError: This is called by the file of a recipe, at its top level.
+    """
+    if (imported := _imported.get()) is not None:
+        raise RecipeError(
+            f"{imported} starts a run whenever it is imported, and the ranks of a run import it. "
+            'Start the run under `if __name__ == "__main__":`.'
+        )
+
+
+def check_importable(reference: Reference) -> None:
+    """Refuse a recipe function that other processes could not import.
+
+    Raises:
+        RecipeError: The function is not at the top level of a module, or not in a file.
+    """
+    function = reference.function
+    module = sys.modules.get(function.__module__)
+    if getattr(module, function.__name__, None) is not function:
+        raise RecipeError(
+            f"{function.__qualname__} is not at the top level of a file, so the ranks cannot "
+            "import it. Move it there; what it depends on can be a parameter, given as name=value."
+        )
+    file = reference.location.rpartition(":")[0]
+    if file.endswith(">") or (os.sep in file and not Path(file).is_file()):
+        raise RecipeError(
+            f"{function.__name__} is not in a file, so the ranks cannot import it. Write it to a "
+            f"file (in a notebook, with %%writefile {function.__name__}.py), and pass the file's "
+            "name."
+        )
 
 
 def known_recipes() -> dict[str, str]:
@@ -210,6 +259,7 @@ def _guarded(action: Callable[[], T], what: str, ours: str | None = None) -> T |
     Raises:
         RecipeError: The import raised an exception, which the message shows in one line.
     """
+    token = _imported.set(what)
     try:
         with observed_threads():
             return action()
@@ -221,6 +271,8 @@ def _guarded(action: Callable[[], T], what: str, ours: str | None = None) -> T |
         raise user_code_error("import", what, error) from error
     except (Exception, SystemExit) as error:
         raise user_code_error("import", what, error) from error
+    finally:
+        _imported.reset(token)
 
 
 def user_code_error(action: str, what: str, error: BaseException) -> RecipeError:

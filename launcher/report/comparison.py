@@ -129,7 +129,7 @@ def _results(histories: Sequence[History], names: Sequence[str]) -> Table:
     add("samples/s", lambda h: _optional(h.typical("samples_per_second"), "{:,.0f}".format))
     utilisations = [_utilisation(history) for history in histories]
     for name in dict.fromkeys(name for name, _ in utilisations if name):
-        rows.append([name, *(value if name == own else "" for own, value in utilisations)])
+        rows.append([name, *(value if name == other else "" for other, value in utilisations)])
     add("peak memory per rank", lambda h: size(max(h.ranks[-1].memory_bytes)) if h.ranks else "")
     add("attempts", lambda h: str(len(h.attempts())) if h.events else "")
     return Table(head=("", *names), rows=rows)
@@ -225,7 +225,9 @@ def _throughput(histories: Sequence[History], names: Sequence[str]) -> list[Figu
     for part, means in mean_ms.items():
         if len(means) == len(names) and any(means):
             figures.append(_run_bars(f"{part}, mean per step", names, means))
-    slowest = [max(own) if (own := mean_own_seconds(h)) else math.nan for h in histories]
+    slowest = [
+        max(own_means) if (own_means := mean_own_seconds(h)) else math.nan for h in histories
+    ]
     if all(map(math.isfinite, slowest)):
         title = "step time of the slowest rank, excluding waits for other ranks"
         figures.append(_run_bars(title, names, [1e3 * seconds for seconds in slowest]))

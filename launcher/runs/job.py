@@ -1,4 +1,4 @@
-"""A run as it is handed to its ranks, and how a recipe becomes a plan and a record.
+"""A run as it is handed to its ranks.
 
 A `Job` is one picklable value that holds everything a process needs to be one rank of a run.
 """

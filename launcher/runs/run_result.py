@@ -31,7 +31,8 @@ class RunResult:
     evaluation data."""
 
     stopped_by: signal.Signals | None = None
-    """The signal that stopped the run; None if it finished."""
+    """The signal that this process received and that stopped the run; None if the run finished, or
+    if the signal was sent to its ranks alone."""
 
     exit_code: int = 0
     """The exit code of a command that ends with this result."""

@@ -61,10 +61,10 @@ def memory_of(plan: Plan, site: Site, cpus: int) -> int | None:
     """Return the MiB to ask for on each node: the share of its GPUs or cores that is used."""
     if site.memory_per_node is None:
         return None
-    node_memory = read_memory(site.memory_per_node, "memory_per_node")
+    memory = read_memory(site.memory_per_node, "memory_per_node")
     if plan.device == "cuda" and site.gpus_per_node:
-        return node_memory * plan.nproc_per_node // site.gpus_per_node
-    return node_memory * cpus // site.cpus_per_node if site.cpus_per_node else node_memory
+        return memory * plan.nproc_per_node // site.gpus_per_node
+    return memory * cpus // site.cpus_per_node if site.cpus_per_node else memory
 
 
 def seconds_of(time: str | None, site: Site) -> int | None:

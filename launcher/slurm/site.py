@@ -131,10 +131,10 @@ def find_site(name: str | None, env: Mapping[str, str] | None = None) -> Site:
     paths = [Path(name), *(folder / f"{name}.yaml" for folder in folders)]
     profile = next((path for path in paths if path.is_file()), None)
     if profile is None:
-        known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+        profiles = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
         raise SlurmError(
             f"--cluster {name}: there is no such site profile."
-            + did_you_mean(name, known)
+            + did_you_mean(name, profiles)
             + f" Looked for {', '.join(map(str, paths))}. slurm/README.md describes profiles."
         )
     return read_site(profile)

@@ -3,7 +3,7 @@
 - `probe_run`: a recipe with overrides as the target of a measurement, and running it as a probe.
 - `lr_search`, `batch_search`, `noise_search`, `loader_search`: one `launcher find` command each.
 - `tune`: all searches in sequence, each with the settings that the earlier ones found, for
-  `launcher tune`; `tuning_folder` stores their results.
+  `launcher tune`; `tuning_folder` stores their results, and `tuning_result` combines them.
 - `profile_run` and `profile_table`: `launcher profile`.
 - `measurements`, `estimate` and `estimate_table`: `launcher plan --estimate`.
 - `summaries`: texts and plots of the results of the searches.

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support import ROOT, Commands
 
 import launcher
+from launcher.recipes.digits import digits
 
 FAILING = f"{ROOT / 'tests/recipes/failing.py'}:failing"
 SLOW = f"{ROOT / 'tests/recipes/slow.py'}:slow"
@@ -18,7 +22,7 @@ STATE = """
 import json, os, signal, sys, threading
 import launcher
 
-numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)
+numbers = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)
 
 def state():
     environment = {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"}
@@ -127,6 +131,74 @@ if __name__ == "__main__":
     assert (done.exit_code, done.stdout) == (0, "0.05 2\n"), done.stderr
 
 
+def test_a_program_without_a_main_guard_is_refused(run: Commands) -> None:
+    """A program that would start a run in each of its own ranks fails with one exception."""
+    program = script(
+        run,
+        """
+from launcher.recipes.digits import digits
+
+def mine() -> launcher.Recipe:
+    return digits()
+
+try:
+    launcher.run(mine, nproc_per_node=1, out="out", steps=2)
+except launcher.RunFailedError as error:
+    print(error.exit_code, "__main__" in str(error))
+""",
+    )
+    done = run("python", program)
+    assert (done.exit_code, done.stdout) == (0, "2 True\n"), done.stderr
+
+
+def test_children_and_alarms_of_a_program_are_its_own(run: Commands) -> None:
+    """A signal that stops a run does not reach other children, and an alarm does not stop it."""
+    program = script(
+        run,
+        f"""
+import multiprocessing, time
+fork = multiprocessing.get_context("fork")
+child = fork.Process(target=time.sleep, args=(60,), daemon=True)
+child.start()
+alarms = []
+signal.signal(signal.SIGALRM, lambda *_: alarms.append(1))
+signal.setitimer(signal.ITIMER_REAL, 0.5)
+before = state()
+result = launcher.run({SLOW!r}, nproc_per_node=1, out="out", output="json", milliseconds=1)
+assert state() == before
+print(json.dumps([len(alarms), result.finished, result.stopped_by.name, child.is_alive()]))
+""",
+    )
+    with run.start("python", program) as process:
+        assert process.stdout is not None
+        while json.loads(process.stdout.readline())["event"] != "stepped":
+            pass
+        process.send_signal(signal.SIGTERM)
+        rest, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert json.loads(rest.splitlines()[-1]) == [1, False, "SIGTERM", True]
+
+
+def test_an_interruption_that_a_program_handles_is_no_result(run: Commands) -> None:
+    """Ctrl-C before the first step raises KeyboardInterrupt after a handler that returns."""
+    program = script(
+        run,
+        f"""
+signal.signal(signal.SIGINT, lambda *_: print("handled"))
+try:
+    launcher.run({SLOW!r}, nproc_per_node=1, out="out", output="json", milliseconds=1000)
+except KeyboardInterrupt:
+    print("interrupted")
+""",
+    )
+    with run.start("python", program) as process:
+        assert process.stdout is not None
+        assert json.loads(process.stdout.readline())["event"] == "planned"
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.communicate(timeout=120)
+    assert (process.returncode, rest) == (0, "handled\ninterrupted\n"), errors
+
+
 def test_an_interrupted_run_raises_as_ever(run: Commands) -> None:
     """Ctrl-C before the first step ends the ranks and raises KeyboardInterrupt in the program."""
     program = script(
@@ -173,3 +245,21 @@ def test_a_plan_is_a_value() -> None:
     assert (plan.world_size, plan.lr, plan.total_steps) == (8, 0.8, 40)
     with pytest.raises(launcher.OverrideError, match="epoch"):
         launcher.plan("digits", epoch=3)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    """A search over an array of NumPy passes its elements as settings."""
+    plan = launcher.plan("digits", nproc_per_node=1, lr=np.float64(0.2), batch_size=np.int64(64))
+    assert (plan.lr, plan.batch_size) == (0.1, 64)
+
+
+def test_only_functions_that_ranks_can_import_are_trained(run: Commands) -> None:
+    """Functions inside functions, methods, and objects that are called are refused before a run."""
+
+    def nested() -> launcher.Recipe:
+        return digits()
+
+    for recipe in (nested, lambda: replace(digits(), lr=1.0), functools.partial(digits)):
+        with pytest.raises(launcher.RecipeError):
+            launcher.run(recipe, nproc_per_node=1, steps=1, out=run.folder / "out")
+    assert not (run.folder / "out").exists()

@@ -222,7 +222,7 @@ from launcher.runs.rundir import RunDir
 
 ownership._SECONDS_TO_END = 0.3
 try:
-    with ownership.own(RunDir(Path(sys.argv[1]))):
+    with ownership.own_run_dir(RunDir(Path(sys.argv[1]))):
         print("taken")
 except RunDirError as error:
     print(error)

@@ -95,7 +95,7 @@ def command(
 
     if lowest >= highest:
         raise UsageError(f"--from {lowest:g} --to {highest:g}: the learning rate must rise.")
-    planned, _ = target.plan()
+    recipe, _ = target.plan()
     test = plan_range_test(target, lowest=lowest, highest=highest, steps=steps)
     run_dir = create_run_dir(out, f"find-lr-{test.plan.recipe}")
     result = find_lr(test, run_dir, signals, quiet=as_json)
@@ -108,7 +108,7 @@ def command(
         result = try_lrs(result, target, run_dir, signals, report, steps=steps)
         best = best_trial(result.trials)
         chosen = None if best is None else best.lr
-    settings = {} if chosen is None else recipe_lr_settings(chosen, test.plan.batch_size, planned)
+    settings = {} if chosen is None else recipe_lr_settings(chosen, test.plan.batch_size, recipe)
     if as_json:
         values = {"batch_size": test.plan.batch_size, "settings": settings, **asdict(result)}
         click.echo(json.dumps(values))
