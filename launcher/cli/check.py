@@ -68,8 +68,8 @@ def command(recipe: str, overrides: tuple[str, ...], config: Path | None, *, as_
         )
     else:
         report(ok("import", f"{reference.shown} loads no heavy package"))
-    values = read_overrides(config, overrides)
-    for finding in check_recipe(reference, values, read_machine(), signals):
+    all_overrides = read_overrides(config, overrides)
+    for finding in check_recipe(reference, all_overrides, read_machine(), signals):
         report(finding)
     if as_json:
         click.echo(json.dumps({"findings": [asdict(finding) for finding in findings]}))
