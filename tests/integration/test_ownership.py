@@ -197,11 +197,11 @@ def test_one_of_two_at_once_is_the_owner(run: Commands, submitted: bool) -> None
 FAMILY = """
 import os, signal, sys
 from pathlib import Path
-from launcher.runs.ownership import own
+from launcher.runs.ownership import own_run_dir
 from launcher.runs.rundir import RunDir
 
 reader, writer = os.pipe()
-with own(RunDir(Path(sys.argv[1])), with_ranks=sys.argv[2] == "ranks"):
+with own_run_dir(RunDir(Path(sys.argv[1])), with_ranks=sys.argv[2] == "ranks"):
     if os.fork() == 0:              # a rank
         worker = os.fork()
         if worker == 0:             # a DataLoader worker
@@ -331,11 +331,11 @@ def test_a_program_owns_nothing_after_main(run: Commands) -> None:
     (run.folder / "program.py").write_text(
         "from pathlib import Path\n"
         "from launcher import main\n"
-        "from launcher.runs.ownership import own\n"
+        "from launcher.runs.ownership import own_run_dir\n"
         "from launcher.recipes.digits import digits\n"
         "from launcher.runs.rundir import RunDir\n"
         "main(digits)\n"
-        'with own(RunDir(Path("out").resolve())):\n'
+        'with own_run_dir(RunDir(Path("out").resolve())):\n'
         '    print("free")\n'
     )
     done = run("python", "program.py", "steps=2", "--out", "out")

@@ -70,7 +70,7 @@ def test_healthy_ranks_pass() -> None:
         ({"product_error": None}, "arithmetic", "failure", "rank 1 (node1): .* not finite"),
         ({"product_error": 0.3}, "arithmetic", "failure", "off by 3e-01"),
         ({"flops": 5e13}, "arithmetic", "warning", "rank 1 .* at 50% of the median"),
-        ({"sums_right": False}, "all-reduce", "failure", "rank 1 .* sum"),
+        ({"sums_correct": False}, "all-reduce", "failure", "rank 1 .* sum"),
         ({"reduce_bandwidth": 1e9}, "all-reduce", "warning", "1 GB/s"),
         ({"device": "V100"}, "devices", "warning", "1 x A100, 1 x V100"),
         ({"device_memory": (40 << 30, 80 << 30)}, "GPU memory", "warning", "40 GiB free of 80"),
