@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from launcher.runs.rundir import RunDir
@@ -113,17 +115,30 @@ def compare(reference: Trace, other: Trace, tolerance: float) -> ParityDifferenc
         for name in ("loss", "grad_norm")
         if (step := _find_first_step(getattr(reference, name), getattr(other, name), is_beyond))
     ]
+    with _on_one_thread():
+        weights = max(
+            _tensor_difference(weight, other.weights[name])
+            for name, weight in reference.weights.items()
+        )
     return ParityDifference(
         unequal=unequal,
         loss=max(map(_relative_difference, reference.loss, other.loss)),
         grad_norm=max(map(_relative_difference, reference.grad_norm, other.grad_norm)),
-        weights=max(
-            _tensor_difference(weight, other.weights[name])
-            for name, weight in reference.weights.items()
-        ),
+        weights=weights,
         first_step=min(steps, default=None),
         tolerance=tolerance,
     )
+
+
+@contextlib.contextmanager
+def _on_one_thread() -> Iterator[None]:
+    """Let torch compute without starting threads, which a later fork of this process would lose."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def _find_first_step(
