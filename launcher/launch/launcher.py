@@ -100,6 +100,8 @@ def launch(
                 if error.gone and list_checkpoints(job.run_dir):
                     error.exit_code = EXIT_RESUMABLE
                 raise
+            finally:
+                gc.unfreeze()  # the calling program may continue, and free what it had before
 
 
 @contextlib.contextmanager

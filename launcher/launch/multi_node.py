@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.environment.nodes import Nodes
-from launcher.errors import EndedError, LauncherError, PeerError, RunDirError, UsageError
+from launcher.errors import (
+    EXIT_FAILED,
+    EndedError,
+    LauncherError,
+    PeerError,
+    RunDirError,
+    UsageError,
+)
 from launcher.planning.plan import Plan
 from launcher.runs.rundir import RunDir
 
@@ -37,10 +44,11 @@ def joined(nodes: Nodes | None, plan: Plan) -> Iterator[Rendezvous | None]:
         if nodes is not None and nodes.index:
             raise EndedError(error.exit_code) from None
         raise
-    except LauncherError as error:
+    except Exception as error:
         if rendezvous is not None:
-            rendezvous.report(error.exit_code)
-            rendezvous.leave(error.exit_code)
+            exit_code = error.exit_code if isinstance(error, LauncherError) else EXIT_FAILED
+            rendezvous.report(exit_code)
+            rendezvous.leave(exit_code)
         raise
 
 

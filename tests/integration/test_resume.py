@@ -97,7 +97,7 @@ def test_a_finished_run_can_be_extended(module_run: Commands, copy: Path) -> Non
     """More epochs continue a finished run from its end; without them it is left unchanged."""
     done = module_run("launcher", "resume", copy)
     assert done.exit_code == 0
-    assert "is finished: 15 of 15 steps are taken" in done.stdout
+    assert "all 15 steps are taken" in done.stdout
     done = module_run("launcher", "resume", copy, "epochs=4", "-n", "1")
     assert done.exit_code == 0, done.stderr
     assert "changed     epochs 3 -> 4" in done.stdout
