@@ -2,7 +2,7 @@
 # make test         set up, and run the linter, the type checker and all tests
 # make test-unit    set up, and run the tests that start no process
 # make test-lowest  set up the oldest versions that pyproject.toml allows in build/lowest, and run
-#                   there the unit tests, a training under each strategy, and the exactness matrix
+#                   there the unit tests, and a training under each strategy, which are compared
 # make test-deps    install the Debian packages that some tests need (as root)
 # make docs         set up, and build the documentation into build/docs
 # make bench        set up, and run all benchmarks in a short form
@@ -38,13 +38,11 @@ docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
 
 LOWEST := build/lowest
-STRATEGIES := ddp fsdp zero1 zero2 zero3
 
 test-lowest: $(LOWEST)/.ready
 	$(LOWEST)/bin/pytest tests/unit
-	cd $(LOWEST) && for strategy in $(STRATEGIES); do \
-		bin/launcher run digits -n 2 strategy=$$strategy epochs=2 --quiet || exit; done
-	$(LOWEST)/bin/pytest tests/integration/test_matrix.py
+	cd $(LOWEST) && bin/launcher prove digits --worlds 1,2 \
+		--strategies ddp,fsdp,zero1,zero2,zero3 --steps 24
 
 bench: packages $(READY)
 	$(VENV)/bin/python benchmarks/quick.py
