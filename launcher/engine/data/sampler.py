@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +20,10 @@ from launcher.planning.stages import Course, Window
 
 _POSITIONS_PER_LOOKUP = 4096
 """Number of positions looked up in one call of `elements_at`, to amortise its overhead."""
+
+_CACHED_WINDOWS, _CACHED_SIZES = 256, 16
+"""Number of steps and of batch sizes whose division is remembered: the loop, and the requests that
+run ahead of it, ask for each several times."""
 
 _NUM_GHOST_SAMPLES = 2
 """Number of samples in a micro-batch of weight 0. BatchNorm cannot train on a single sample."""
@@ -82,6 +86,14 @@ class Sampler:
         return Course(self.plan.stages, self.train_samples)
 
     @functools.cached_property
+    def _cached_window(self) -> Callable[[int], Window]:
+        return functools.lru_cache(_CACHED_WINDOWS)(self._course.window)
+
+    @functools.cached_property
+    def _cached_spans(self) -> Callable[[int], tuple[range, ...]]:
+        return functools.lru_cache(_CACHED_SIZES)(self._spans)
+
+    @functools.cached_property
     def _split(self) -> BatchSplit:
         return self.plan.cut(self.statistics)
 
@@ -91,7 +103,7 @@ class Sampler:
 
     def window(self, step: int) -> Window:
         """Return the epoch and the positions that `step` takes over all ranks."""
-        return self._course.window(step)
+        return self._cached_window(step)
 
     def batch_ids(self, step: int) -> list[int]:
         """Return the indices of all samples in the global batch of `step`, in order."""
@@ -112,11 +124,12 @@ class Sampler:
             return True
         if interval is not None:
             return done % interval == 0
-        return self._course.position(done) % self.train_samples == 0
+        _, start, size = self.window(step)
+        return start + size == self.train_samples
 
     def micro_steps(self, step: int) -> int:
         """Return the number of micro-batches that each rank takes in `step`."""
-        return self._split.micro_steps(self.window(step).size)
+        return len(self._cached_spans(self.window(step).size))
 
     def evaluation_steps(self) -> int:
         """Return the number of micro-batches that each rank takes in an evaluation."""
@@ -174,21 +187,19 @@ class Sampler:
     def _training(self, epoch: int, steps: list[int]) -> Iterator[list[MicroBatchRequest]]:
         """Yield the requests of each step in `steps`, which belong to one epoch."""
         ranges: list[range] = []
-        positions = [self._positions(step) for step in steps]
-        for step, step_positions in zip(steps, positions, strict=True):
-            _, start, size = self.window(step)
+        windows = [self.window(step) for step in steps]
+        for _, start, size in windows:
             first = start if size >= _NUM_GHOST_SAMPLES else max(start - 1, 0)
             ghost = range(first, min(first + _NUM_GHOST_SAMPLES, self.train_samples))
-            for span in step_positions:
+            for span in self._cached_spans(size):
                 ranges.append(range(start + span.start, start + span.stop) if span else ghost)
         indices = iter(elements_at(self.train_samples, self.plan.seed, epoch, ranges))
-        for step, step_positions in zip(steps, positions, strict=True):
-            size = self.window(step).size
+        for _, _, size in windows:
             yield [
                 MicroBatchRequest(
                     "train", epoch, next(indices), bool(span), self._is_alone(size, micro_step)
                 )
-                for micro_step, span in enumerate(step_positions)
+                for micro_step, span in enumerate(self._cached_spans(size))
             ]
 
     def _is_alone(self, size: int, micro_step: int) -> bool:
@@ -198,10 +209,9 @@ class Sampler:
         ranks = range(self.plan.world_size) if self.statistics == "all" else [self.rank]
         return sum(len(self._split.positions(size, rank, micro_step)) for rank in ranks) == 1
 
-    def _positions(self, step: int) -> list[range]:
-        """Return the positions, within the batch of `step`, of this rank's micro-batches."""
-        size = self.window(step).size
-        return [
+    def _spans(self, size: int) -> tuple[range, ...]:
+        """Return the positions, within a batch of `size`, of this rank's micro-batches."""
+        return tuple(
             self._split.positions(size, self.rank, micro_step)
             for micro_step in range(self._split.micro_steps(size))
-        ]
+        )
