@@ -6,6 +6,7 @@ Planning uses no GPU and reads no data. Numbers that contradict each other are r
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -15,12 +16,16 @@ from launcher.errors import PlanError
 from launcher.planning.derivations import batch_arithmetic, notes_for, stages_text, steps_arithmetic
 from launcher.planning.global_batch import ceil_div, num_micro_steps, shares
 from launcher.planning.loading import loader_policy
+from launcher.planning.lr_path import lr_path
 from launcher.planning.plan import Plan
 from launcher.planning.single_sample_batches import single_sample_notes
-from launcher.planning.stages import Stage, growth_at, lr_factor, make_stages
+from launcher.planning.stages import Stage, lr_factor, make_stages
 from launcher.planning.strategy import STRATEGIES, backend_for, check_strategy, performance_flags
 from launcher.recipe.recipe import Recipe
-from launcher.recipe.schedules import Schedule
+from launcher.recipe.typed_values import INTEGER_LIMIT
+
+MAX_RANKS = 1_000_000
+"""Ranks that a plan may have; it lists the samples of each."""
 
 CPU_RANKS = 2
 """Ranks per node on machines without a GPU, unless a number is asked for."""
@@ -51,6 +56,11 @@ def make_plan(
     """
     device, nproc = _ranks_per_node(recipe, machine, nproc_per_node)
     world_size = nodes * nproc
+    if world_size > MAX_RANKS:
+        raise PlanError(
+            f"{nodes:,} nodes x {nproc:,} ranks were asked for; a plan has at most {MAX_RANKS:,} "
+            "ranks."
+        )
     check_strategy(recipe, machine, device, world_size)
     batch_sizes = _batch_sizes(recipe, world_size)
     batch_size = batch_sizes[0]
@@ -63,7 +73,12 @@ def make_plan(
     if recipe.noise_scale:
         _check_parts(recipe, world_size, accumulation)
     lr, lr_reason = _learning_rate(recipe, batch_size)
-    start, end, peak_step = _lr_path(recipe.schedule, total_steps, stages, recipe.lr_rule)
+    path = lr_path(recipe.schedule, total_steps, stages, recipe.lr_rule)
+    if not math.isfinite(lr * path.highest):
+        raise PlanError(
+            f"The learning rate of step {path.peak_step:,} is not a finite number: {lr_reason}, "
+            f"times {path.highest:g} by {recipe.schedule}. Use a smaller lr."
+        )
     policy = loader_policy(
         usable_cores=machine.usable_cores,
         cores_limited_by=machine.cores_limited_by,
@@ -104,9 +119,9 @@ def make_plan(
         micro_batch_size=micro,
         accumulation_steps=accumulation,
         lr=lr,
-        lr_start=lr * start,
-        lr_end=lr * end,
-        lr_peak_step=peak_step,
+        lr_start=lr * path.start,
+        lr_end=lr * path.end,
+        lr_peak_step=path.peak_step,
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
         train_samples=samples,
@@ -184,7 +199,15 @@ def _batch_sizes(recipe: Recipe, world_size: int) -> list[int]:
             f"batch_milestones={','.join(f'{milestone:g}' for milestone in milestones)}: expected "
             "rising fractions of the run between 0 and 1, such as 0.3,0.6."
         )
-    sizes = [round(first * recipe.batch_gamma**number) for number in range(len(milestones) + 1)]
+    try:
+        sizes = [round(first * recipe.batch_gamma**number) for number in range(len(milestones) + 1)]
+    except OverflowError:
+        sizes = [INTEGER_LIMIT]
+    if max(sizes) >= INTEGER_LIMIT:
+        raise PlanError(
+            f"batch_gamma={recipe.batch_gamma:g} after {len(milestones)} batch_milestones makes a "
+            f"batch of more samples than any data set has. Use a smaller batch_gamma or batch."
+        )
     if min(sizes) < world_size:
         raise PlanError(
             f"batch_size={min(sizes)} is shared by {world_size} ranks, so that some would have no "
@@ -214,6 +237,11 @@ def _stages(
         raise PlanError(
             f"{recipe.name}: epochs={recipe.epochs} needs the number of training samples, which is "
             "unknown. Give train_samples, or steps instead of epochs."
+        )
+    if recipe.epochs and samples and recipe.epochs * samples >= INTEGER_LIMIT:
+        raise PlanError(
+            f"{recipe.epochs:,} epochs of {samples:,} samples are more samples than can be counted "
+            "in 64 bits. Use fewer epochs."
         )
     return make_stages(
         batch_sizes,
@@ -271,21 +299,3 @@ def _learning_rate(recipe: Recipe, batch_size: int) -> tuple[float, str]:
     if recipe.lr_rule == "sqrt":
         return lr, f"{lr:.6g} = {recipe.lr:g} x sqrt({batch_size} / {reference}), square root"
     return lr, f"{lr:.6g} = {recipe.lr:g} x {batch_size} / {reference}, linear"
-
-
-def _lr_path(
-    schedule: Schedule, total_steps: int, stages: Sequence[Stage], rule: str
-) -> tuple[float, float, int]:
-    """Return the factors of the first and last step, and the step of the highest, from 1.
-
-    Long schedules are sampled, and the maximum is refined around the highest sample.
-    """
-
-    def factor(step: int) -> float:
-        return schedule.at(step, total_steps).factor * growth_at(stages, step, rule)
-
-    stride = max(total_steps // 1_000, 1)
-    sampled = {*range(0, total_steps, stride), *(stage.first_step for stage in stages)}
-    highest = max(sorted(sampled), key=factor)
-    window = range(max(highest - stride + 1, 0), min(highest + stride, total_steps))
-    return factor(0), factor(total_steps - 1), max(window, key=factor) + 1

@@ -8,12 +8,20 @@ from __future__ import annotations
 
 import ast
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from typing import Any, ClassVar, get_type_hints
 
 from launcher.errors import UsageError, did_you_mean
-from launcher.recipe.validation import MismatchError, convert
+from launcher.recipe.typed_values import UnsupportedTypeError
+from launcher.recipe.validation import MismatchError, brief, convert
+
+_MAX_LENGTH = 10_000
+"""Characters of the longest spec that is read."""
+
+_UNREADABLE = (SyntaxError, ValueError, TypeError, RecursionError, MemoryError)
+"""What Python raises for text that is no expression or no literal, such as {[]: 1}."""
 
 _CONSTANTS = {"true": True, "false": False, "none": None}
 """Constants as YAML and the command line spell them; Python's own spellings are read as well."""
@@ -26,6 +34,9 @@ class Spec:
     name: str
     arguments: tuple[tuple[str, Any], ...] = ()
     function: Callable[..., Any] = field(repr=False, compare=False, default=lambda: None)
+
+    example: ClassVar[str] = "name()"
+    """A spec of this type as text, for messages."""
 
     def __str__(self) -> str:
         """Return the text that `parse` reads back, such as `cosine(final_factor=0.1)`."""
@@ -55,9 +66,15 @@ def bind(
         UsageError: A name is unknown, a value has the wrong type, or an argument is missing.
     """
     parameters = dict(list(inspect.signature(function).parameters.items())[skip:])
-    arguments = dict(zip(parameters, args, strict=False)) | dict(kwargs)
-    hints = get_type_hints(function, include_extras=True)
     call = function.__name__
+    positional = dict(zip(parameters, args, strict=False))
+    if len(args) > len(parameters) or positional.keys() & kwargs.keys():
+        raise UsageError(
+            f"{call}() takes each of {', '.join(parameters) or 'no arguments'} once, and "
+            f"{len(args) + len(kwargs)} arguments were given."
+        )
+    arguments = positional | dict(kwargs)
+    hints = get_type_hints(function, include_extras=True)
     for name in arguments:
         if name not in parameters:
             raise UsageError(
@@ -70,14 +87,31 @@ def bind(
             if parameter.default is parameter.empty:
                 raise UsageError(f"{call}() needs {name}=...")
             continue
-        value = arguments[name]
-        if not isinstance(value, Spec):
-            try:
-                value = convert(value, hints.get(name, Any))
-            except MismatchError as error:
-                raise UsageError(f"{call}({name}=...): {error}") from None
-        bound.append((name, value))
+        bound.append((name, _bound_value(call, name, arguments[name], hints.get(name, Any))))
     return tuple(bound)
+
+
+def _bound_value(call: str, name: str, value: Any, hint: Any) -> Any:
+    """Return the value of an argument, as an instance of its type.
+
+    Raises:
+        UsageError: It does not fit the type.
+    """
+    if hint is Any:
+        return value
+    if isinstance(hint, type) and issubclass(hint, Spec):
+        if isinstance(value, hint):
+            return value
+        raise UsageError(
+            f"{call}({name}={brief(repr(value))}): expected a {hint.__name__.lower()} such as "
+            f"{hint.example}"
+        )
+    try:
+        return convert(value, hint)
+    except MismatchError as error:
+        raise UsageError(f"{call}({name}=...): {error}") from None
+    except UnsupportedTypeError:
+        return value  # a rule of the user may take arguments that only Python gives
 
 
 def parse(text: str, table: Mapping[str, Callable[..., Spec]], *, kind: str) -> Spec:
@@ -91,9 +125,13 @@ def parse(text: str, table: Mapping[str, Callable[..., Spec]], *, kind: str) -> 
     Raises:
         UsageError: The text has another form, or names something that is not in the table.
     """
+    if len(text) > _MAX_LENGTH:
+        raise _unreadable(text, table, kind)
     try:
-        tree = ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python warns of texts such as 1if
+            tree = ast.parse(text.strip(), mode="eval").body
+    except _UNREADABLE:
         raise _unreadable(text, table, kind) from None
     return _read_call(tree, text, table, kind)
 
@@ -106,7 +144,7 @@ def _read_call(
         raise _unreadable(text, table, kind)
     if called.id not in table:
         raise UsageError(
-            f"there is no {kind} {called.id!r}; known: {', '.join(sorted(table))}."
+            f"there is no {kind} {brief(repr(called.id))}; known: {', '.join(sorted(table))}."
             + did_you_mean(called.id, table)
         )
     factory = table[called.id]
@@ -119,18 +157,20 @@ def _read_call(
     pairs += [(keyword.arg, keyword.value) for keyword in node.keywords if keyword.arg]
     arguments: dict[str, Any] = {}
     for name, value in pairs:
+        if name in arguments:
+            raise UsageError(f"{called.id}(): {name} is given twice; keep one.")
         if isinstance(value, ast.Name) and value.id in _CONSTANTS:
             arguments[name] = _CONSTANTS[value.id]
             continue
         try:
             arguments[name] = ast.literal_eval(value)
-        except ValueError:
+        except _UNREADABLE:
             arguments[name] = _read_call(value, text, table, kind)
     return factory(**arguments)
 
 
 def _unreadable(text: str, table: Mapping[str, Any], kind: str) -> UsageError:
     return UsageError(
-        f"{text!r} is not a {kind}: expected NAME or NAME(argument=value), where NAME is one of "
-        f"{', '.join(sorted(table))}."
+        f"expected NAME or NAME(argument=value), where NAME is a known {kind} "
+        f"({', '.join(sorted(table))}); found {brief(repr(text))}."
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ParamSpec
+from typing import ClassVar, ParamSpec
 
 from launcher.recipe.callspec import Spec, bind
 from launcher.recipe.validation import Fraction, NonNegativeFloat, PositiveFloat
@@ -20,6 +20,8 @@ P = ParamSpec("P")
 @dataclass(frozen=True, repr=False)
 class OptimizerSpec(Spec):
     """An optimizer of torch.optim with its arguments, as `sgd()` and `adamw()` return it."""
+
+    example: ClassVar[str] = "sgd()"
 
     @property
     def adaptive(self) -> bool:

@@ -8,19 +8,22 @@ give a number.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from launcher.errors import LauncherError, OverrideError, RecipeError, UsageError, did_you_mean
 from launcher.forking import observed_threads
-from launcher.recipe.callspec import Spec, parse
+from launcher.printable import printable_line
+from launcher.recipe.callspec import parse
 from launcher.recipe.optimizer import OPTIMIZERS
+from launcher.recipe.parameters import parameters_of, plain_value, read_parameter
 from launcher.recipe.recipe import EXCLUSIVE, Recipe, setting_types
 from launcher.recipe.resolve import Reference, user_code_error
 from launcher.recipe.schedules import SCHEDULES
-from launcher.recipe.validation import MismatchError, convert
+from launcher.recipe.typed_values import Form
+from launcher.recipe.validation import MismatchError, brief, convert
 
 COMMAND_LINE = "command line"
 """The source of an override that was given as an argument."""
@@ -42,7 +45,12 @@ class Override:
         return self.source.rpartition(", line ")[0] or self.source
 
     def __str__(self) -> str:
-        return f"{self.name}={self.value} ({self.source})"
+        return f"{brief(self.name)}={brief(self.value)} ({printable_line(self.source)})"
+
+    @property
+    def form(self) -> Form:
+        """Return how the value was given."""
+        return "argument" if self.source == COMMAND_LINE else "text"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +79,11 @@ def read_arguments(arguments: Iterable[str]) -> tuple[Override, ...]:
     for argument in arguments:
         name, equals, value = argument.partition("=")
         if not equals or not name:
-            raise OverrideError(f"{argument!r}: expected name=value, such as lr=0.2.")
+            raise OverrideError(f"{brief(repr(argument))}: expected name=value, such as lr=0.2.")
         if name in overrides:
             raise OverrideError(
-                f"{name} is given twice: {overrides[name].value} and {value}. Keep one."
+                f"{brief(name)} is given twice: {brief(overrides[name].value)} and {brief(value)}. "
+                "Keep one."
             )
         overrides[name] = Override(name=name, value=value, source=COMMAND_LINE)
     return tuple(overrides.values())
@@ -132,14 +141,14 @@ def build(reference: Reference, overrides: Sequence[Override] = ()) -> BuiltReci
         OverrideError: A name is unknown, or a value does not fit its type or the other settings.
         RecipeError: The function raises, or does not return a Recipe.
     """
-    signature = inspect.signature(reference.function).parameters
+    known = parameters_of(reference.function)
     parameters, changes = {}, {}
     sources: dict[str, str] = {}
     for override in overrides:
-        if override.name in signature:
-            parameters[override.name] = _read_parameter(reference.function, override)
+        if override.name in known:
+            parameters[override.name] = _read_parameter(reference, known[override.name], override)
         else:
-            changes[override.name] = _read_setting(override, signature, reference)
+            changes[override.name] = _read_setting(override, known, reference)
         sources[override.name] = override.source
     original = _call(reference, parameters)
     overridden = {override.name for override in overrides}
@@ -154,7 +163,7 @@ def build(reference: Reference, overrides: Sequence[Override] = ()) -> BuiltReci
             is_default = getattr(original, name) == _default(name)
             sources.setdefault(name, "default" if is_default else "recipe")
     values = {
-        name: str(value) if isinstance(value, (Spec, Path)) else value
+        name: plain_value(value)
         for name, value in (parameters | changes).items()
         if name in overridden
     }
@@ -166,20 +175,16 @@ def _default(name: str) -> Any:
     return field.default if field.default_factory is MISSING else field.default_factory()
 
 
-def _read_parameter(function: Callable[..., Recipe], override: Override) -> Any:
-    """Return the value of a parameter of the recipe function, by its annotation.
+def _read_parameter(reference: Reference, parameter: inspect.Parameter, override: Override) -> Any:
+    """Return the value of a parameter of the recipe function.
 
     Raises:
-        OverrideError: The value does not fit.
+        OverrideError: The value does not fit, or the type is one that no text stands for.
     """
-    hint = get_type_hints(function, include_extras=True).get(override.name, Any)
-    text = str(override.value)
-    if hint is Path or (Path in get_args(hint) and text.lower() not in ("none", "null")):
-        return Path(text).expanduser()
     try:
-        return convert(override.value, hint, from_text=True)
-    except MismatchError as error:
-        raise OverrideError(f"{override}: {error}.") from None
+        return read_parameter(reference.function, parameter, override.value, override.form)
+    except (MismatchError, RecipeError) as error:
+        raise OverrideError(f"{override}: {str(error).rstrip('.')}.") from None
 
 
 def _read_setting(override: Override, parameters: Mapping[str, Any], reference: Reference) -> Any:
@@ -194,7 +199,7 @@ def _read_setting(override: Override, parameters: Mapping[str, Any], reference: 
         if override.name in tables:
             return parse(str(override.value), tables[override.name], kind=override.name)
         if override.name in types:
-            return convert(override.value, types[override.name], from_text=True)
+            return convert(override.value, types[override.name], override.form)
     except (MismatchError, UsageError) as error:
         raise OverrideError(f"{override}: {str(error).rstrip('.')}.") from None
     if override.name in {item.name for item in fields(Recipe)}:
@@ -202,7 +207,7 @@ def _read_setting(override: Override, parameters: Mapping[str, Any], reference: 
             f"{override}: {override.name} is a function of the recipe and cannot be given as text. "
             "Change it in the recipe, or derive another recipe with dataclasses.replace."
         )
-    function = f"{reference.function.__name__}() has the parameters {', '.join(parameters)}; "
+    function = f"{reference.name}() has the parameters {', '.join(parameters)}; "
     raise OverrideError(
         f"{override}: there is no such setting."
         + did_you_mean(override.name, [*types, *tables, *parameters])
@@ -216,7 +221,7 @@ def _call(reference: Reference, parameters: Mapping[str, Any]) -> Recipe:
             recipe = reference.function(**parameters)
     except LauncherError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise user_code_error("build", reference.shown, error) from error
     if not isinstance(recipe, Recipe):
         raise RecipeError(

@@ -26,9 +26,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
+from launcher import paths
 from launcher.errors import LauncherError, RecipeError, did_you_mean
 from launcher.forking import observed_threads
+from launcher.printable import text_of
 from launcher.recipe.recipe import Recipe
+from launcher.recipe.validation import brief
 
 T = TypeVar("T")
 
@@ -54,6 +57,11 @@ class Reference:
     """`file:function` with an absolute path, or `module:function`, for use in other processes."""
 
     function: Callable[..., Recipe]
+
+    @property
+    def name(self) -> str:
+        """Return the name of the function."""
+        return self.location.rpartition(":")[2]
 
     @property
     def shown(self) -> str:
@@ -82,7 +90,7 @@ def resolve(text: str) -> Reference:
     if path is not None:
         module, location = _load(path), str(path)
     elif target.endswith(".py") or os.sep in target:
-        raise RecipeError(f"There is no file {target!r}.{_suggest_file(Path(target))}")
+        raise _no_file(target)
     else:
         module, location = _import(target), target
     return _reference(module, location, function)
@@ -94,10 +102,10 @@ def reference_of(function: Callable[..., Recipe]) -> Reference:
     Raises:
         RecipeError: It is another kind of callable, which no other process could find by its name.
     """
-    if not inspect.isroutine(function):
+    if not _is_function(function):
         raise RecipeError(
-            f"{function!r} is not a function. Pass a recipe function, which returns "
-            "launcher.Recipe(...), and give its arguments as name=value."
+            f"{brief(repr(function))} is not a function of Python. Pass a recipe function, which "
+            "returns launcher.Recipe(...), and give its arguments as name=value."
         )
     try:
         location = str(Path(inspect.getsourcefile(inspect.unwrap(function)) or "").resolve())
@@ -133,7 +141,7 @@ def check_importable(reference: Reference) -> None:
             "import it. Move it there; what it depends on can be a parameter, given as name=value."
         )
     file = reference.location.rpartition(":")[0]
-    if file.endswith(">") or (os.sep in file and not Path(file).is_file()):
+    if file.endswith(">") or (os.sep in file and not paths.is_file(file)):
         raise RecipeError(
             f"{function.__name__} is not in a file, so the ranks cannot import it. Write it to a "
             f"file (in a notebook, with %%writefile {function.__name__}.py), and pass the file's "
@@ -147,7 +155,7 @@ def known_recipes() -> dict[str, str]:
     A recipe in ./recipes hides a shipped one of the same name.
     """
     local = Path("recipes").resolve()
-    folders = [local, BUNDLED] if local != BUNDLED and local.is_dir() else [BUNDLED]
+    folders = [local, BUNDLED] if local != BUNDLED and paths.is_dir(local) else [BUNDLED]
     sentences: dict[str, str] = {}
     for folder in folders:
         for recipe in list_recipes(folder):
@@ -178,7 +186,7 @@ def list_recipes(folder: Path) -> Iterator[ListedRecipe]:
 def _find_file(target: str) -> Path | None:
     """Return the file that `target` names by path or by a recipe's name, if it exists."""
     if target.endswith(".py") or os.sep in target:
-        candidates = [Path(target), Path(f"{target}.py")]
+        candidates = [Path(target if target.endswith(".py") else f"{target}.py")]
         if Path(target).parent == _FORMERLY_BUNDLED:
             candidates.append(BUNDLED / Path(target).name)
     elif target.startswith(f"{_PACKAGE}."):
@@ -189,7 +197,7 @@ def _find_file(target: str) -> Path | None:
             return None
         folders = [Path("recipes")] if dot else [Path("recipes"), BUNDLED]
         candidates = [folder / f"{name}.py" for folder in folders]
-    return next((path.resolve() for path in candidates if path.is_file()), None)
+    return next((path.resolve() for path in candidates if paths.is_file(path)), None)
 
 
 def _load(path: Path) -> ModuleType:
@@ -201,7 +209,7 @@ def _load(path: Path) -> ModuleType:
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))
     files, names, folder = [path], [path.stem], path.parent
-    while (folder / "__init__.py").is_file():
+    while paths.is_file(folder / "__init__.py"):
         files.insert(0, folder / "__init__.py")
         names.insert(0, folder.name)
         folder = folder.parent
@@ -232,8 +240,8 @@ def _execute(name: str, path: Path) -> ModuleType:
 def _import(name: str) -> ModuleType:
     if not all(piece.isidentifier() for piece in name.split(".")):
         raise RecipeError(
-            f"{name!r} is not the name of a recipe: give a recipe's name, a file or a module, "
-            "followed by :FUNCTION if it holds several recipes."
+            f"{brief(repr(name))} is not the name of a recipe: give a recipe's name, a file or a "
+            "module, followed by :FUNCTION if it holds several recipes."
         )
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
@@ -241,8 +249,8 @@ def _import(name: str) -> ModuleType:
     if module is None:
         shipped = sorted({recipe.path.stem for recipe in list_recipes(BUNDLED)})
         raise RecipeError(
-            f"There is no recipe {name!r}: no file recipes/{name.replace('.', '/')}.py in the "
-            f"working folder, and no module of that name.{did_you_mean(name, shipped)} "
+            f"There is no recipe {brief(repr(name))}: no file of that name in the folder recipes "
+            f"below the working folder, and no module of that name.{did_you_mean(name, shipped)} "
             "`launcher recipes` lists all recipes."
         )
     return module
@@ -294,18 +302,18 @@ def user_code_error(action: str, what: str, error: BaseException) -> RecipeError
     hint = ""
     if isinstance(error, ModuleNotFoundError) and error.name:
         hint = _remedy(error.name)
-    message = error.msg if isinstance(error, SyntaxError) else error
+    message = error.msg if isinstance(error, SyntaxError) else text_of(error)
     return RecipeError(f"Cannot {action} {what}: {type(error).__name__}: {message}{line}.{hint}")
 
 
 def _remedy(missing: str) -> str:
     """Return what to do about a module that Python did not find."""
     package, _, rest = missing.partition(".")
-    if package == "recipes" and (BUNDLED / f"{rest}.py").is_file():
+    if package == "recipes" and paths.is_file(BUNDLED / f"{rest}.py"):
         return f" The shipped recipe is imported as {_PACKAGE}.{rest}."
     if package in sys.modules or _spec(package) is not None:
         return f" The {package!r} that Python found is {_origin(package)}."
-    if (Path.cwd() / package).is_dir() or (Path.cwd() / f"{package}.py").is_file():
+    if paths.is_dir(Path.cwd() / package) or paths.is_file(Path.cwd() / f"{package}.py"):
         return (
             f" There is a {package!r} in {Path.cwd()}, which is not on Python's path: set "
             "PYTHONPATH to that folder."
@@ -335,9 +343,15 @@ def _reference(module: ModuleType, location: str, function: str) -> Reference:
     if not callable(value):
         names = _recipe_functions(module)
         raise RecipeError(
-            f"{location} has no function {function!r}."
+            f"{location} has no function {brief(repr(function))}."
             + (f" Its recipes: {', '.join(names)}." if names else "")
             + did_you_mean(function, names)
+        )
+    if not _is_function(value):
+        found = "a class" if inspect.isclass(value) else brief(repr(value))
+        raise RecipeError(
+            f"{location}:{function} is {found}, and a recipe is a function of Python that returns "
+            "launcher.Recipe(...). Name such a function."
         )
     return Reference(location=f"{location}:{function}", function=value)
 
@@ -383,9 +397,28 @@ def _is_from(module: ModuleType, path: Path) -> bool:
     return file is not None and Path(file).resolve() == path
 
 
-def _suggest_file(path: Path) -> str:
-    """Return a sentence that suggests files with names near to that of `path`."""
-    folder = path.parent
-    if not folder.is_dir():
-        return f" There is no folder {str(folder)!r} either."
-    return did_you_mean(path.name, [entry.name for entry in folder.glob("*.py")])
+def _is_function(value: object) -> bool:
+    """Return whether a value is a function with a signature, as opposed to a class or a builtin."""
+    if not inspect.isroutine(value) or inspect.isbuiltin(value):
+        return False
+    try:
+        inspect.signature(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _no_file(target: str) -> RecipeError:
+    """Return the error for a path at which there is no file of a recipe."""
+    shown, path = brief(repr(target)), Path(target)
+    if paths.is_dir(path):
+        return RecipeError(f"{shown} is a folder. Give the file of a recipe in it.")
+    if paths.exists(path):
+        return RecipeError(
+            f"{shown} is not a file of Python, whose name ends in .py. Give the file of a recipe."
+        )
+    if not paths.is_dir(path.parent):
+        folder = brief(repr(str(path.parent)))
+        return RecipeError(f"There is no file {shown}. There is no folder {folder} either.")
+    names = [entry.name for entry in path.parent.glob("*.py")]
+    return RecipeError(f"There is no file {shown}.{did_you_mean(path.name, names)}")

@@ -23,7 +23,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Concatenate, Literal, NamedTuple, ParamSpec
+from typing import ClassVar, Concatenate, Literal, NamedTuple, ParamSpec
 
 from launcher.errors import UsageError
 from launcher.recipe.callspec import Spec, bind
@@ -45,6 +45,8 @@ class ScheduleValue(NamedTuple):
 @dataclass(frozen=True, repr=False)
 class Schedule(Spec):
     """A rule with its arguments, as a call such as `one_cycle()` returns it."""
+
+    example: ClassVar[str] = "cosine()"
 
     def at(self, step: int, total_steps: int) -> ScheduleValue:
         """Return the value at `step`, counted from 0, in a run of `total_steps` steps."""

@@ -1,17 +1,20 @@
-"""Conversion of plain values to type hints, with errors that a user understands.
+"""Conversion of values to type hints, with errors that a user understands.
 
-msgspec converts; this module rewrites what msgspec refuses as `expected ..., found ...`. Limits are
-part of the type: `Annotated[int, Meta(ge=1)]`.
+`launcher.recipe.typed_values` reads the values; this module describes what it refuses as `expected
+..., found ...`. Limits are part of the type: `Annotated[int, Meta(ge=1)]`.
 """
 
 from __future__ import annotations
 
-import math
+import enum
 import types
+from pathlib import PurePath
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import msgspec
 from msgspec import Meta
+
+from launcher.printable import printable_line, shortened
+from launcher.recipe.typed_values import MAPPINGS, Form, UnfitError, read
 
 PositiveInt = Annotated[int, Meta(ge=1)]
 NonNegativeInt = Annotated[int, Meta(ge=0)]
@@ -19,90 +22,100 @@ PositiveFloat = Annotated[float, Meta(gt=0)]
 NonNegativeFloat = Annotated[float, Meta(ge=0)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 
-_NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_NOUNS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    list: "a list",
+    tuple: "a list",
+    dict: "a mapping",
+    types.NoneType: "none",
+    Any: "a number, text, true, false, none, or a list or mapping of these",
+}
 _LIMITS = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "less than"}
+_MAX_SHOWN = 200
+"""Longest text of a value in a message; a longer one loses its middle."""
 
 
 class MismatchError(Exception):
     """A value does not fit its type. The message reads `expected ..., found ...`."""
 
 
-def convert(value: Any, hint: Any, *, from_text: bool = False) -> Any:
+def convert(value: Any, hint: Any, form: Form = "python") -> Any:
     """Return `value` as an instance of the type `hint`.
 
-    Args:
-        value: A plain Python value.
-        hint: int, float, bool, str, a Literal, a list or tuple of these, or a union with None.
-        from_text: Whether a str may stand for a number, a bool or none, as on a command line.
-
     Raises:
-        MismatchError: The value does not fit, or is a float that is not finite.
+        MismatchError: The value does not fit, or is a number that is not finite or too large.
+        UnsupportedTypeError: No plain value stands for an instance of `hint`.
     """
-    if from_text and isinstance(value, str):
-        value = _from_text(value, hint)
     try:
-        converted = msgspec.convert(value, hint, strict=not from_text)
-    except msgspec.ValidationError:
-        raise MismatchError(f"expected {describe(hint)}, found {show(value)}") from None
-    if isinstance(converted, float) and not math.isfinite(converted):
-        raise MismatchError(f"expected {describe(hint)}, found {show(value)}")
-    return converted
+        return read(value, hint, form)
+    except UnfitError as error:
+        reason = f" ({error})" if str(error) else ""
+        raise MismatchError(f"expected {describe(hint)}, found {show(value)}{reason}") from None
 
 
 def describe(hint: Any) -> str:
     """Return a type hint as a phrase, such as `a whole number of at least 1, or none`."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        for meta in arguments[1:]:
-            if getattr(meta, "description", None):
-                return str(meta.description)
-        limits = [
-            f"{words} {limit:g}"
-            for meta in arguments[1:]
-            for name, words in _LIMITS.items()
-            if (limit := getattr(meta, name, None)) is not None
-        ]
-        if any(getattr(meta, "pattern", None) for meta in arguments[1:]):
-            limits.append("of letters, digits, dots, dashes and underscores")
-        return describe(arguments[0]) + (f" {' and '.join(limits)}" if limits else "")
+        return _describe_limited(hint)
+    if origin is not None:
+        return _describe_parts(origin, arguments)
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return " or ".join(hint.__members__)
+    if isinstance(hint, type) and issubclass(hint, PurePath):
+        return "a path"
+    return _NOUNS.get(hint, getattr(hint, "__name__", "?"))
+
+
+def _describe_parts(origin: Any, arguments: tuple[Any, ...]) -> str:
+    """Return a type that is made of others as a phrase."""
     if origin is Literal:
-        return " or ".join(str(choice) for choice in arguments)
+        return " or ".join(map(str, arguments))
+    phrases = [describe(argument) for argument in arguments if argument is not Ellipsis]
     if origin in (Union, types.UnionType):
-        return ", or ".join(describe(argument) for argument in arguments)
-    if origin in (list, tuple):
-        return f"a list of {describe(arguments[0])}" if arguments else "a list"
-    return "none" if hint is types.NoneType else _NOUNS.get(hint, getattr(hint, "__name__", "?"))
+        return ", or ".join(phrases)
+    if origin in MAPPINGS:
+        return f"a mapping of {phrases[0]} to {phrases[1]}"
+    if origin is tuple and arguments[-1] is not Ellipsis:
+        return f"a list of {len(phrases)}: {', '.join(phrases)}"
+    return f"a list of {phrases[0]}"
+
+
+def _describe_limited(hint: Any) -> str:
+    """Return an `Annotated` type as a phrase."""
+    bare, *metadata = get_args(hint)
+    for meta in metadata:
+        if getattr(meta, "description", None):
+            return str(meta.description)
+    limits = [
+        f"{words} {limit:g}"
+        for meta in metadata
+        for name, words in _LIMITS.items()
+        if (limit := getattr(meta, name, None)) is not None
+    ]
+    if any(getattr(meta, "pattern", None) for meta in metadata):
+        limits.append("of letters, digits, dots, dashes and underscores")
+    return describe(bare) + (f" {' and '.join(limits)}" if limits else "")
 
 
 def show(value: Any) -> str:
     """Return a value as a phrase that also names its type if it is unclear: `the text 'abc'`."""
     if isinstance(value, str):
-        return f"the text {value!r}"
+        return f"the text {brief(repr(value))}"
     if isinstance(value, bool) or value is None:
         return str(value).lower()
     if isinstance(value, (int, float)):
-        return str(value)
-    return f"{type(value).__name__} {value!r}"
+        return brief(value)
+    return f"{type(value).__name__} {brief(value)}"
 
 
-def _without_limits(hint: Any) -> Any:
-    """Return the type inside an `Annotated`."""
-    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
-
-
-def _from_text(text: str, hint: Any) -> Any:
-    """Return a command-line value for msgspec: `none`, yes/no and comma-separated lists are read.
-
-    Other text is returned as it is; msgspec reads numbers.
-    """
-    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    if types.NoneType in members and text.lower() in ("none", "null"):
-        return None
-    if bool in members and text.lower() in ("yes", "on", "no", "off"):
-        return text.lower() in ("yes", "on")
-    types_without_limits = set(map(_without_limits, members))
-    if {str, int} <= types_without_limits and text.isdigit():
-        return int(text)
-    if any(get_origin(member) in (list, tuple) or member in (list, tuple) for member in members):
-        return [piece for piece in text.strip("[]()").replace(" ", "").split(",") if piece]
-    return text
+def brief(value: Any) -> str:
+    """Return the text of a value on one line; long text loses its middle."""
+    try:
+        text = str(value)
+    except Exception as error:  # noqa: BLE001  # a number of many digits, or a class of the user
+        return f"(a value whose text is not available: {type(error).__name__})"
+    return printable_line(shortened(text, _MAX_SHOWN))

@@ -156,7 +156,7 @@ def read_site(path: Path) -> Site:
                 + f" The keys are {', '.join(item.name for item in fields(Site))}."
             )
         try:
-            values[entry.name] = convert(entry.value, hints[entry.name], from_text=True)
+            values[entry.name] = convert(entry.value, hints[entry.name], "text")
         except MismatchError as error:
             raise SlurmError(f"{entry.source}: {entry.name}: {error}.") from None
     site = Site(**values)

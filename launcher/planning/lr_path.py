@@ -1,0 +1,86 @@
+"""The path of the learning rate over a run: its ends, and the step of its peak.
+
+A run may have more steps than can be visited. A long one is sampled, and the neighbourhood of the
+highest sample is sampled again, until it is short enough to visit each of its steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from launcher.errors import LauncherError, PlanError
+from launcher.planning.stages import Stage, growth_at
+from launcher.printable import text_of
+from launcher.recipe.schedules import Schedule
+
+_SAMPLES = 1_000
+"""Steps at which a part of a run is sampled."""
+
+_MAX_VISITED = 20_000
+"""Steps of the longest part of a run of which each step is visited."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LRPath:
+    """Factors of the peak learning rate over a run."""
+
+    start: float
+    """Factor of the first step."""
+
+    end: float
+    """Factor of the last step."""
+
+    highest: float
+    """The highest factor."""
+
+    peak_step: int
+    """The first step with the highest factor, counted from 1."""
+
+
+def lr_path(schedule: Schedule, total_steps: int, stages: Sequence[Stage], rule: str) -> LRPath:
+    """Return the path of the learning rate of a run, in a time that does not depend on its steps.
+
+    Args:
+        schedule: The schedule of the recipe.
+        total_steps: Steps of the run.
+        stages: The stages of the run.
+        rule: `Recipe.lr_rule`.
+
+    Raises:
+        PlanError: The schedule raises an exception.
+    """
+
+    def factor(step: int) -> float:
+        try:
+            return schedule.at(step, total_steps).factor * growth_at(stages, step, rule)
+        except LauncherError:
+            raise
+        except Exception as error:
+            raise PlanError(
+                f"schedule={schedule}: step {step + 1:,} of {total_steps:,} has no learning rate: "
+                f"{type(error).__name__}: {text_of(error)}."
+            ) from error
+
+    stride = max(total_steps // _SAMPLES, 1)
+    sampled = {*range(0, total_steps, stride), *(stage.first_step for stage in stages)}
+    highest = max(sorted(sampled), key=factor)
+    peak = _highest_around(highest, stride, total_steps, factor)
+    return LRPath(
+        start=factor(0),
+        end=factor(total_steps - 1),
+        highest=factor(peak),
+        peak_step=peak + 1,
+    )
+
+
+def _highest_around(
+    step: int, stride: int, total_steps: int, factor: Callable[[int], float]
+) -> int:
+    """Return the first step with the highest factor among those less than `stride` from `step`."""
+    while True:
+        window = range(max(step - stride + 1, 0), min(step + stride, total_steps))
+        if len(window) <= _MAX_VISITED:
+            return max(window, key=factor)
+        stride = len(window) // _SAMPLES
+        step = max(sorted({*window[::stride], step}), key=factor)
