@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Iterable, Iterator
 
 from launcher.planning.derivations import counted
+from launcher.planning.lr_path import first_difference
 from launcher.planning.plan import Plan
 from launcher.planning.strategy import STRATEGIES
 from launcher.recipe.schedules import Schedule
@@ -68,8 +69,8 @@ def schedule_change(
     if _lr_inputs(old) == _lr_inputs(new):
         return None
     shared_steps = range(step, min(old.total_steps, new.total_steps))
-    first_change = next(
-        (index for index in shared_steps if _lr(*was, index) != _lr(*now, index)), None
+    first_change = first_difference(
+        shared_steps, lambda index: _lr(*was, index) != _lr(*now, index)
     )
     if first_change is None:
         if old.total_steps == new.total_steps or step < old.total_steps:

@@ -1,4 +1,4 @@
-"""The path of the learning rate over a run: its ends, and the step of its peak.
+"""The path of the learning rate over a run: its ends, its peak, and where two runs part.
 
 A run may have more steps than can be visited. A long one is sampled, and the neighbourhood of the
 highest sample is sampled again, until it is short enough to visit each of its steps.
@@ -6,6 +6,8 @@ highest sample is sampled again, until it is short enough to visit each of its s
 
 from __future__ import annotations
 
+import bisect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -48,19 +50,23 @@ def lr_path(schedule: Schedule, total_steps: int, stages: Sequence[Stage], rule:
         rule: `Recipe.lr_rule`.
 
     Raises:
-        PlanError: The schedule raises an exception.
+        PlanError: The schedule raises an exception, or returns a factor that is not finite.
     """
 
     def factor(step: int) -> float:
+        where = f"schedule={schedule}: step {step + 1:,} of {total_steps:,}"
         try:
-            return schedule.at(step, total_steps).factor * growth_at(stages, step, rule)
+            value = schedule.at(step, total_steps).factor * growth_at(stages, step, rule)
+            is_finite = math.isfinite(value)
         except LauncherError:
             raise
         except Exception as error:
             raise PlanError(
-                f"schedule={schedule}: step {step + 1:,} of {total_steps:,} has no learning rate: "
-                f"{type(error).__name__}: {text_of(error)}."
+                f"{where} has no learning rate: {type(error).__name__}: {text_of(error)}."
             ) from error
+        if not is_finite:
+            raise PlanError(f"{where} has a learning rate that is not finite: the peak x {value}.")
+        return value
 
     stride = max(total_steps // _SAMPLES, 1)
     sampled = {*range(0, total_steps, stride), *(stage.first_step for stage in stages)}
@@ -84,3 +90,23 @@ def _highest_around(
             return max(window, key=factor)
         stride = len(window) // _SAMPLES
         step = max(sorted({*window[::stride], step}), key=factor)
+
+
+def first_difference(steps: range, differs: Callable[[int], bool]) -> int | None:
+    """Return the first of `steps` for which `differs` is true, or None if there is none.
+
+    Beyond the first `_MAX_VISITED` steps, a difference that lasts less than a thousandth of the
+    steps may be missed.
+    """
+    visited = steps[:_MAX_VISITED]
+    first = next((step for step in visited if differs(step)), None)
+    if first is not None or len(steps) == len(visited):
+        return first
+    rest = steps[_MAX_VISITED:]
+    sampled = sorted({*rest[:: max(len(rest) // _SAMPLES, 1)], rest[-1]})
+    before = visited[-1]
+    for step in sampled:
+        if differs(step):
+            return before + 1 + bisect.bisect_left(range(before + 1, step), True, key=differs)
+        before = step
+    return None

@@ -76,8 +76,8 @@ def make_plan(
     path = lr_path(recipe.schedule, total_steps, stages, recipe.lr_rule)
     if not math.isfinite(lr * path.highest):
         raise PlanError(
-            f"The learning rate of step {path.peak_step:,} is not a finite number: {lr_reason}, "
-            f"times {path.highest:g} by {recipe.schedule}. Use a smaller lr."
+            f"The learning rate of step {path.peak_step:,} is not a finite number: {lr:g} times "
+            f"{path.highest:g} by {recipe.schedule}. Use a smaller lr."
         )
     policy = loader_policy(
         usable_cores=machine.usable_cores,
@@ -200,13 +200,14 @@ def _batch_sizes(recipe: Recipe, world_size: int) -> list[int]:
             "rising fractions of the run between 0 and 1, such as 0.3,0.6."
         )
     try:
-        sizes = [round(first * recipe.batch_gamma**number) for number in range(len(milestones) + 1)]
+        growth = [recipe.batch_gamma**number for number in range(1, len(milestones) + 1)]
+        sizes = [first, *(round(first * factor) for factor in growth)]
     except OverflowError:
         sizes = [INTEGER_LIMIT]
     if max(sizes) >= INTEGER_LIMIT:
         raise PlanError(
-            f"batch_gamma={recipe.batch_gamma:g} after {len(milestones)} batch_milestones makes a "
-            f"batch of more samples than any data set has. Use a smaller batch_gamma or batch."
+            f"A batch of {first} samples that grows by batch_gamma={recipe.batch_gamma:g} at "
+            f"{len(milestones)} batch_milestones exceeds what 64 bits can count. Use a smaller one."
         )
     if min(sizes) < world_size:
         raise PlanError(
@@ -238,18 +239,19 @@ def _stages(
             f"{recipe.name}: epochs={recipe.epochs} needs the number of training samples, which is "
             "unknown. Give train_samples, or steps instead of epochs."
         )
-    if recipe.epochs and samples and recipe.epochs * samples >= INTEGER_LIMIT:
-        raise PlanError(
-            f"{recipe.epochs:,} epochs of {samples:,} samples are more samples than can be counted "
-            "in 64 bits. Use fewer epochs."
-        )
-    return make_stages(
+    stages, total_steps = make_stages(
         batch_sizes,
         recipe.batch_milestones,
         samples=samples,
         epochs=recipe.epochs,
         steps=recipe.steps,
     )
+    if total_steps >= INTEGER_LIMIT:
+        raise PlanError(
+            f"{recipe.epochs or 0:,} epochs of {samples or 0:,} samples are more steps than can be "
+            "counted in 64 bits. Use fewer epochs."
+        )
+    return stages, total_steps
 
 
 def _micro_batch(batch_size: int, world_size: int, limit: int) -> int:
@@ -296,6 +298,12 @@ def _learning_rate(recipe: Recipe, batch_size: int) -> tuple[float, str]:
             "Give lr_batch_size, or lr_rule=none to use this learning rate at any batch size."
         )
     lr = recipe.lr * lr_factor(batch_size / reference, recipe.lr_rule)
+    if not 0 < lr < math.inf:
+        raise PlanError(
+            f"lr={recipe.lr:g} at lr_batch_size={reference} is {lr:g} at a batch of {batch_size} "
+            f"samples by lr_rule={recipe.lr_rule}, which is beyond the range of numbers. Correct "
+            "one of them."
+        )
     if recipe.lr_rule == "sqrt":
         return lr, f"{lr:.6g} = {recipe.lr:g} x sqrt({batch_size} / {reference}), square root"
     return lr, f"{lr:.6g} = {recipe.lr:g} x {batch_size} / {reference}, linear"

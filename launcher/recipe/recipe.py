@@ -28,8 +28,14 @@ from launcher.recipe.validation import (
     show,
 )
 
-Minutes = Annotated[str, Meta(pattern=r"^\d+(\.\d+)?min$", description="minutes such as 10min")]
+Minutes = Annotated[
+    str,
+    Meta(pattern=r"^[0-9]{1,9}(\.[0-9]{1,9})?min\Z", description="minutes such as 10min"),
+]
 """A time in minutes; the unit distinguishes it from a number of steps."""
+
+Seconds = Annotated[float, Meta(gt=0, le=1e9)]
+"""A time to wait, which the timers of Python can hold."""
 
 TrackerName = Literal[
     "aim",
@@ -87,7 +93,7 @@ class Recipe:
     Each setting states in its annotation which part of a run it affects (`Affects`).
     """
 
-    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"), Affects.NOTHING]
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}\Z"), Affects.NOTHING]
     """Name of the run and of its folder: letters, digits, dots, dashes and underscores."""
 
     model: Callable[[], Any]
@@ -219,7 +225,7 @@ class Recipe:
     max_bad_steps: Annotated[PositiveInt, Affects.NOTHING] = 3
     """Consecutive steps, skipped because loss or gradient is not finite, that end the run."""
 
-    hang_timeout: Annotated[PositiveFloat | None, Affects.NOTHING] = 600.0
+    hang_timeout: Annotated[Seconds | None, Affects.NOTHING] = 600.0
     """Seconds without progress after which a run is ended as hung; none waits forever."""
 
     noise_scale: Annotated[bool, Affects.NOTHING] = False
