@@ -114,17 +114,18 @@ def _bound_value(call: str, name: str, value: Any, hint: Any) -> Any:
         return value  # a rule of the user may take arguments that only Python gives
 
 
-def parse(text: str, table: Mapping[str, Callable[..., Spec]], *, kind: str) -> Spec:
+def parse(value: object, table: Mapping[str, Callable[..., Spec]], *, kind: str) -> Spec:
     """Return the spec that `name` or `name(argument=value, ...)` describes.
 
     Args:
-        text: The text to read.
+        value: The text to read, or a spec.
         table: The functions that make specs, by name.
         kind: What the specs are, such as `schedule`, for messages.
 
     Raises:
         UsageError: The text has another form, or names something that is not in the table.
     """
+    text = str(value) if isinstance(value, (str, Spec)) else brief(value)
     if len(text) > _MAX_LENGTH:
         raise _unreadable(text, table, kind)
     try:

@@ -197,7 +197,7 @@ def _read_setting(override: Override, parameters: Mapping[str, Any], reference: 
     tables: dict[str, Mapping[str, Any]] = {"schedule": SCHEDULES, "optimizer": OPTIMIZERS}
     try:
         if override.name in tables:
-            return parse(str(override.value), tables[override.name], kind=override.name)
+            return parse(override.value, tables[override.name], kind=override.name)
         if override.name in types:
             return convert(override.value, types[override.name], override.form)
     except (MismatchError, UsageError) as error:

@@ -74,10 +74,11 @@ def read_parameter(
     hint = type_of(function, parameter)
     try:
         spec_types = [kind for kind in _members(hint) if isinstance(kind, type) and kind in _SPECS]
-        is_none = str(value).lower() in ("none", "null") and types.NoneType in _members(hint)
-        if spec_types and not is_none:
+        if spec_types and not (types.NoneType in _members(hint) and value in (None, "none")):
             kind, makers = _SPECS[spec_types[0]]
-            return parse(str(value), makers, kind=kind)
+            return parse(value, makers, kind=kind)
+        if spec_types:
+            return None
         result = convert(value, hint, form)
         plain_value(result)
     except UsageError as error:
