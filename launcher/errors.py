@@ -115,11 +115,16 @@ class EndedError(LauncherError):
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return `" Did you mean ...?"` with the known names most similar to `name`; empty if none is.
 
+    A name that differs in case alone, or has dashes for underscores, is the most similar.
+
     Args:
         name: The unknown name.
         known: The names to choose from.
     """
     from difflib import get_close_matches
 
-    matches = get_close_matches(name, list(known), n=3, cutoff=0.6)
+    names = list(known)
+    form = name.lower().replace("-", "_")
+    matches = [other for other in names if other.lower() == form]
+    matches = matches or get_close_matches(name, names, n=3, cutoff=0.6)
     return f" Did you mean {' or '.join(matches)}?" if matches else ""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,6 +19,13 @@ if TYPE_CHECKING:
     from launcher.runs.job import OutputMode
 
 Function = Callable[..., Any]
+
+MAX_NODES = 1_000_000
+"""Nodes, or ranks on a node, that an option takes at most."""
+
+MAX_RESTARTS = 1_000_000
+
+_MAX_BYTES = 2**63
 
 ACCEPTABLE = {
     "data": "the training data differs from that of the checkpoint",
@@ -41,10 +50,26 @@ class Bytes(click.ParamType[int]):
     ) -> int:
         if isinstance(value, int):
             return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", str(value).strip().upper())
-        if match is None or match[2] not in self._units or float(match[1]) == 0:
-            self.fail(f"{value!r}: expected a size such as 2GiB or 512MiB.", param, ctx)
-        return int(float(match[1]) * self._units[match[2]])
+        number = r"([0-9]{1,18}(?:\.[0-9]{1,18})?)"
+        match = re.fullmatch(rf"{number}\s*([A-Z]*)", str(value).strip().upper())
+        size = 0
+        if match is not None and match[2] in self._units:
+            size = int(float(match[1]) * self._units[match[2]])
+        if not 0 < size < _MAX_BYTES:
+            self.fail(f"{_shown(value)}: expected a size such as 2GiB or 512MiB.", param, ctx)
+        return size
+
+
+class Number(click.FloatRange):
+    """A finite number within limits; `nan` lies within all limits of click."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{number} is not a finite number.", param, ctx)
+        return number
 
 
 class Names(click.ParamType[tuple[str, ...]]):
@@ -59,8 +84,14 @@ class Names(click.ParamType[tuple[str, ...]]):
             return value
         names = tuple(name.strip() for name in str(value).split(","))
         if not all(names) or any(name.startswith("-") for name in names):
-            self.fail(f"{value!r}: expected comma-separated names.", param, ctx)
+            self.fail(f"{_shown(value)}: expected comma-separated names.", param, ctx)
         return names
+
+
+def _shown(value: object) -> str:
+    from launcher.recipe.validation import brief
+
+    return brief(repr(value))
 
 
 def recipe_argument(function: Function) -> Function:
@@ -90,7 +121,7 @@ def nproc_option(function: Function) -> Function:
     return click.option(
         "-n",
         "--nproc-per-node",
-        type=click.IntRange(min=1),
+        type=click.IntRange(min=1, max=MAX_NODES),
         metavar="N",
         help="Ranks on each node. Default: one per GPU, or 2 CPU ranks without a GPU.",
     )(function)
@@ -99,7 +130,11 @@ def nproc_option(function: Function) -> Function:
 def node_count_option(function: Function) -> Function:
     """Add the option --nodes of commands that plan for several nodes and start none."""
     return click.option(
-        "--nodes", type=click.IntRange(min=1), default=1, metavar="M", help="Number of nodes."
+        "--nodes",
+        type=click.IntRange(min=1, max=MAX_NODES),
+        default=1,
+        metavar="M",
+        help="Number of nodes.",
     )(function)
 
 
@@ -107,13 +142,13 @@ def nodes_options(function: Function) -> Function:
     """Add the options for runs on several nodes."""
     count = click.option(
         "--nodes",
-        type=click.IntRange(min=1),
+        type=click.IntRange(min=1, max=MAX_NODES),
         metavar="M",
         help="Number of nodes; run this command on each. Default: the number of srun tasks, or 1.",
     )
     join_timeout = click.option(
         "--join-timeout",
-        type=click.FloatRange(min=0, min_open=True),
+        type=Number(min=0, min_open=True, max=1e9),
         metavar="SECONDS",
         help="How long the nodes wait for each other. Default: 300; 120 in Slurm jobs.",
     )
@@ -162,7 +197,7 @@ def max_restarts_option(function: Function) -> Function:
     """Add the option --max-restarts."""
     return click.option(
         "--max-restarts",
-        type=click.IntRange(min=0),
+        type=click.IntRange(min=0, max=MAX_RESTARTS),
         default=0,
         metavar="N",
         help="If a rank fails, restart from the newest checkpoint, at most N times.",
@@ -198,8 +233,37 @@ def read_overrides(config: Path | None, arguments: tuple[str, ...]) -> tuple[Ove
     return (*(read_yaml(config) if config else ()), *read_arguments(arguments))
 
 
+def setting_for_option(arguments: Sequence[str]) -> str | None:
+    """Return how a setting is written that is among `arguments` as an option, such as `--lr 0.1`.
+
+    None if there is no such option.
+    """
+    from launcher.recipe.recipe import setting_types
+
+    settings = (*setting_types(), "schedule", "optimizer")
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        option, equals, value = argument.partition("=")
+        name = option.lstrip("-").replace("-", "_").lower()
+        if option.startswith("-") and name in settings:
+            value = value if equals or following.startswith("-") else following
+            return (
+                f"There is no option {option}: settings are written NAME=VALUE. Write "
+                f"{shlex.quote(f'{name}={value}') if value else f'{name}=...'}."
+            )
+    return None
+
+
 class SettingsCommand(click.Command):
     """A command whose help ends with a list of the settings."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        words = tuple(args)  # click removes what it has read from `args`
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption:
+            if (hint := setting_for_option(words)) is not None:
+                raise UsageError(hint) from None
+            raise
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         from launcher.recipe.recipe import field_sentences, setting_types

@@ -12,7 +12,9 @@ from launcher.cli.completing import complete_runs
 @click.command(short_help="Print the output of a submitted run.")
 @click.argument("name", metavar="RUN|JOB", shell_complete=complete_runs)
 @click.option("-f", "--follow", is_flag=True, help="Continue until the run has ended.")
-@click.option("--rank", type=click.IntRange(min=0), metavar="R", help="Print the log of one rank.")
+@click.option(
+    "--rank", type=click.IntRange(min=0, max=10**9), metavar="R", help="Print the log of one rank."
+)
 def command(name: str, rank: int | None, *, follow: bool) -> None:
     """Print the output of the job of a run, given by its folder RUN or its job id JOB.
 
@@ -20,13 +22,14 @@ def command(name: str, rank: int | None, *, follow: bool) -> None:
     launcher logs runs/digits-20260101-120000 -f
     launcher logs 1234 --rank 3
     """
+    from launcher import paths
     from launcher.errors import RunDirError
     from launcher.slurm.follow import copy_log
     from launcher.slurm.submission import find_submission, read_submission
 
     run_dir = find_submission(name, Path())
     path = Path(read_submission(run_dir).log) if rank is None else run_dir.log(rank)
-    if not path.exists() and not follow:
+    if not paths.exists(path) and not follow:
         ranks = sorted(int(log.stem[4:]) for log in path.parent.glob("rank*.log"))
         hint = f" There are logs of the ranks {', '.join(map(str, ranks))}." if ranks else ""
         raise RunDirError(f"{path} does not exist: nothing has been printed yet.{hint}")

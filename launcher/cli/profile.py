@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @target_arguments
 @click.option(
     "--steps",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=1, max=100_000),
     default=20,
     show_default=True,
     metavar="K",

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from launcher.cli.arguments import (
+    MAX_NODES,
+    Number,
     SettingsCommand,
     config_option,
     out_option,
@@ -17,6 +19,7 @@ from launcher.cli.arguments import (
     recipe_argument,
 )
 from launcher.errors import EXIT_FAILED, UsageError
+from launcher.recipe.text_values import digits
 
 if TYPE_CHECKING:
     from launcher.checks.prove import ParityRow, ParityRun
@@ -64,7 +67,7 @@ class _List(click.ParamType[tuple[str, ...]]):
 )
 @click.option(
     "--steps",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=1, max=10**9),
     default=_STEPS,
     show_default=True,
     metavar="K",
@@ -72,7 +75,7 @@ class _List(click.ParamType[tuple[str, ...]]):
 )
 @click.option(
     "--tolerance",
-    type=click.FloatRange(min=0),
+    type=Number(min=0),
     metavar="X",
     help="Largest relative difference that counts as rounding. Default: 1e-5 in fp32, 1e-10 in "
     "fp64.",
@@ -153,7 +156,10 @@ def command(
 def _numbers(worlds: tuple[str, ...] | None) -> list[int]:
     numbers = []
     for text in worlds or ():
-        if not text.isdigit() or int(text) < 1:
-            raise UsageError(f"--worlds: expected whole numbers of at least 1, found {text!r}.")
-        numbers.append(int(text))
+        number = digits(text)
+        if not number or number > MAX_NODES:
+            raise UsageError(
+                f"--worlds: expected whole numbers of at least 1, found {text[:50]!r}."
+            )
+        numbers.append(number)
     return sorted(set(numbers))

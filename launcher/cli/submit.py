@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from launcher.cli.arguments import (
+    MAX_NODES,
     SettingsCommand,
     config_option,
     nproc_option,
@@ -15,6 +16,7 @@ from launcher.cli.arguments import (
     recipe_argument,
 )
 from launcher.errors import UsageError
+from launcher.recipe.text_values import digits
 
 
 class NodeRange(click.ParamType[tuple[int, int]]):
@@ -27,11 +29,16 @@ class NodeRange(click.ParamType[tuple[int, int]]):
     ) -> tuple[int, int]:
         if isinstance(value, tuple):
             return value
-        low, colon, high = str(value).partition(":")
-        high = high if colon else low
-        if not (low.isdigit() and high.isdigit() and 0 < int(low) <= int(high)):
-            self.fail(f"{value!r}: expected a number of nodes, or a range such as 2:4.", param, ctx)
-        return int(low), int(high)
+        first, colon, second = str(value).partition(":")
+        low = digits(first)
+        high = digits(second) if colon else low
+        if not (low and high and low <= high <= MAX_NODES):
+            self.fail(
+                f"{str(value)[:50]!r}: expected a number of nodes, or a range such as 2:4.",
+                param,
+                ctx,
+            )
+        return low, high
 
 
 class SubmitCommand(SettingsCommand):
@@ -61,7 +68,7 @@ class SubmitCommand(SettingsCommand):
 )
 @click.option(
     "--gpus-per-node",
-    type=click.IntRange(min=0),
+    type=click.IntRange(min=0, max=MAX_NODES),
     metavar="G",
     help="GPUs of each node. Default: all in the site profile; 0 trains on CPU ranks.",
 )

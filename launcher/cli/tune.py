@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from launcher.cli.arguments import Bytes, SettingsCommand
+from launcher.cli.arguments import Bytes, Number, SettingsCommand
 from launcher.cli.target import target_arguments
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--steps",
-    type=click.IntRange(min=40),
+    type=click.IntRange(min=40, max=100_000),
     default=200,
     show_default=True,
     metavar="K",
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--seconds",
-    type=click.FloatRange(min=0.5),
+    type=Number(min=0.5, max=86_400),
     default=4.0,
     show_default=True,
     metavar="S",

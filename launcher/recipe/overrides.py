@@ -18,7 +18,7 @@ from launcher.forking import observed_threads
 from launcher.printable import printable_line
 from launcher.recipe.callspec import parse
 from launcher.recipe.optimizer import OPTIMIZERS
-from launcher.recipe.parameters import parameters_of, plain_value, read_parameter
+from launcher.recipe.parameter_types import named_parameters, plain_value, read_parameter
 from launcher.recipe.recipe import EXCLUSIVE, Recipe, setting_types
 from launcher.recipe.resolve import Reference, user_code_error
 from launcher.recipe.schedules import SCHEDULES
@@ -141,7 +141,7 @@ def build(reference: Reference, overrides: Sequence[Override] = ()) -> BuiltReci
         OverrideError: A name is unknown, or a value does not fit its type or the other settings.
         RecipeError: The function raises, or does not return a Recipe.
     """
-    known = parameters_of(reference.function)
+    known = named_parameters(reference.function)
     parameters, changes = {}, {}
     sources: dict[str, str] = {}
     for override in overrides:

@@ -243,8 +243,8 @@ def _breadth(hint: Any, *, is_list: bool) -> int:
 
 def _read_sequence(value: Any, hint: Any, form: Form) -> Any:
     if isinstance(value, str) and form != "python":
-        value = _of_text(split_items, value)
-        form = "item"
+        is_none = value.lower() in ("none", "null")
+        value, form = [] if is_none else _of_text(split_items, value), "item"
     if not isinstance(value, (list, tuple)):
         raise UnfitError
     origin, arguments = get_origin(hint) or hint, get_args(hint)

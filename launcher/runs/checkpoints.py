@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.errors import CheckpointError
+from launcher.recipe.text_values import digits
+from launcher.recipe.validation import brief
 from launcher.runs.manifest import MANIFEST, Manifest, load_manifest, save_manifest, sum_file
 from launcher.runs.rundir import RunDir
 
@@ -106,13 +108,14 @@ def find_checkpoint(run_dir: RunDir, name: str) -> Checkpoint:
         CheckpointError: The run has no checkpoint of that name; the message lists those it has.
     """
     checkpoints = list_checkpoints(run_dir)
-    digits = name.removeprefix("step-")
+    step = digits(name.removeprefix("step-"))
     for checkpoint in checkpoints:
-        if digits.isdigit() and checkpoint.step == int(digits):
+        if checkpoint.step == step:
             return checkpoint
     names = ", ".join(checkpoint.name for checkpoint in checkpoints)
     raise CheckpointError(
-        f"{run_dir.shown} has no checkpoint {name!r}. Its checkpoints: {names or 'none'}."
+        f"{run_dir.shown} has no checkpoint {brief(repr(name))}. Its checkpoints: "
+        f"{names or 'none'}."
     )
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, get_type_hints
 
 from msgspec import Meta
 
+from launcher import paths
 from launcher.errors import SlurmError, did_you_mean
 from launcher.recipe.overrides import read_yaml
 from launcher.recipe.validation import (
@@ -18,6 +19,7 @@ from launcher.recipe.validation import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    brief,
     convert,
 )
 
@@ -128,14 +130,14 @@ def find_site(name: str | None, env: Mapping[str, str] | None = None) -> Site:
         return Site()
     home = Path(env.get("XDG_CONFIG_HOME") or Path(env.get("HOME", "/")) / ".config")
     folders = (Path("slurm"), home / "launcher")
-    paths = [Path(name), *(folder / f"{name}.yaml" for folder in folders)]
-    profile = next((path for path in paths if path.is_file()), None)
+    candidates = [Path(name), *(folder / f"{name}.yaml" for folder in folders)]
+    profile = next((path for path in candidates if paths.is_file(path)), None)
     if profile is None:
         profiles = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
         raise SlurmError(
-            f"--cluster {name}: there is no such site profile."
+            f"--cluster {brief(name)}: there is no such site profile."
             + did_you_mean(name, profiles)
-            + f" Looked for {', '.join(map(str, paths))}. slurm/README.md describes profiles."
+            + f" Looked for {', '.join(map(brief, candidates))}. slurm/README.md describes profiles."
         )
     return read_site(profile)
 
@@ -183,10 +185,13 @@ def read_time(text: str, what: str) -> int:
     Raises:
         SlurmError: The text is not a time.
     """
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    match = re.fullmatch(
+        r"(?:([0-9]{1,6})-)?([0-9]{1,9})(?::([0-9]{1,9}))?(?::([0-9]{1,9}))?", text
+    )
     if match is None:
         raise SlurmError(
-            f"{what}: expected a time such as 90 (minutes), 12:00:00 or 2-00:00:00; found {text!r}."
+            f"{what}: expected a time such as 90 (minutes), 12:00:00 or 2-00:00:00; "
+            f"found {brief(repr(text))}."
         )
     days, first, second, third = (int(group) if group else None for group in match.groups())
     assert first is not None
@@ -214,9 +219,9 @@ def read_memory(text: str, what: str) -> int:
     Raises:
         SlurmError: The text is not a size.
     """
-    match = re.fullmatch(r"(\d+)([KMGT]?)", text.upper())
+    match = re.fullmatch(r"([0-9]{1,15})([KMGT]?)", text.upper())
     if match is None:
-        raise SlurmError(f"{what}: expected a size such as 480G; found {text!r}.")
+        raise SlurmError(f"{what}: expected a size such as 480G; found {brief(repr(text))}.")
     return (
         int(match[1]) * {"K": 1, "": 1024, "M": 1024, "G": 1024**2, "T": 1024**3}[match[2]] // 1024
     )

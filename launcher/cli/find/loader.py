@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from launcher.cli.arguments import SettingsCommand, out_option
+from launcher.cli.arguments import Number, SettingsCommand, out_option
 from launcher.cli.target import target_arguments
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @target_arguments
 @click.option(
     "--seconds",
-    type=click.FloatRange(min=0.5),
+    type=Number(min=0.5, max=86_400),
     default=4.0,
     show_default=True,
     metavar="S",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import click
 
-from launcher.cli.arguments import SettingsCommand, out_option
+from launcher.cli.arguments import Number, SettingsCommand, out_option
 from launcher.cli.target import target_arguments
 from launcher.errors import EXIT_FAILED, UsageError
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @click.option(
     "--from",
     "lowest",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(min=0, min_open=True),
     default=1e-6,
     show_default=True,
     metavar="LR",
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 @click.option(
     "--to",
     "highest",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(min=0, min_open=True),
     default=10.0,
     show_default=True,
     metavar="LR",
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--steps",
-    type=click.IntRange(min=20),
+    type=click.IntRange(min=20, max=100_000),
     default=200,
     show_default=True,
     metavar="K",

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @target_arguments
 @click.option(
     "--steps",
-    type=click.IntRange(min=40),
+    type=click.IntRange(min=40, max=10**9),
     default=500,
     show_default=True,
     metavar="K",

@@ -25,7 +25,7 @@ _SPECS: dict[type[Spec], tuple[str, Mapping[str, Callable[..., Any]]]] = {
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
-def parameters_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+def named_parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """Return the parameters of a function that can be given by name, in declared order."""
     parameters = inspect.signature(function).parameters
     return {name: item for name, item in parameters.items() if item.kind in _NAMED}
