@@ -22,14 +22,13 @@ def command(name: str, rank: int | None, *, follow: bool) -> None:
     launcher logs runs/digits-20260101-120000 -f
     launcher logs 1234 --rank 3
     """
-    from launcher import paths
     from launcher.errors import RunDirError
     from launcher.slurm.follow import copy_log
     from launcher.slurm.submission import find_submission, read_submission
 
     run_dir = find_submission(name, Path())
     path = Path(read_submission(run_dir).log) if rank is None else run_dir.log(rank)
-    if not paths.exists(path) and not follow:
+    if not path.exists() and not follow:
         ranks = sorted(int(log.stem[4:]) for log in path.parent.glob("rank*.log"))
         hint = f" There are logs of the ranks {', '.join(map(str, ranks))}." if ranks else ""
         raise RunDirError(f"{path} does not exist: nothing has been printed yet.{hint}")

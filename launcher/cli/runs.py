@@ -32,19 +32,17 @@ def command(where: tuple[str, ...], by: str, *, reverse: bool, as_json: bool) ->
     launcher runs state=finished recipe=digits --sort accuracy --reverse
     launcher runs runs/sweep lr=0.1 --json
     """
-    from launcher import paths
     from launcher.console.colours import colour_state
     from launcher.console.run_table import filter_rows, read_row, row_values, sort_rows, table_lines
-    from launcher.recipe.validation import brief
     from launcher.runs.rundir import find_run_dirs
 
     filters, folders = [], []
     for argument in where:
         name, equals, value = argument.partition("=")
-        if equals and not paths.exists(argument):
+        if equals and not Path(argument).exists():
             filters.append((name, value))
-        elif not paths.is_dir(argument):
-            raise UsageError(f"{brief(repr(argument))} is neither a folder nor NAME=VALUE.")
+        elif not Path(argument).is_dir():
+            raise UsageError(f"{argument} is neither a folder nor NAME=VALUE.")
         else:
             folders.append(Path(argument))
     run_dirs = (run_dir for folder in folders or [Path()] for run_dir in find_run_dirs(folder))

@@ -24,14 +24,13 @@ def command(name: str | None, *, as_json: bool) -> None:
     launcher status runs/digits-20260101-120000
     launcher status 1234
     """
-    from launcher import paths
     from launcher.console.failure import failure_text
     from launcher.console.tables import table
     from launcher.runs.failure_record import read_failure
     from launcher.slurm.status_table import sort_statuses, status_cells, status_values
     from launcher.slurm.submission import find_submission, status_of, submissions
 
-    if name is None or (paths.is_dir(name) and not paths.exists(Path(name) / "submission.json")):
+    if name is None or (Path(name).is_dir() and not (Path(name) / "submission.json").exists()):
         run_dirs = submissions(Path(name or "."))
         statuses = sort_statuses([status_of(run_dir, ask=False) for run_dir in run_dirs])
         if as_json:

@@ -11,7 +11,6 @@ from typing import Annotated, Any, get_type_hints
 
 from msgspec import Meta
 
-from launcher import paths
 from launcher.errors import SlurmError, did_you_mean
 from launcher.recipe.overrides import read_yaml
 from launcher.recipe.validation import (
@@ -130,14 +129,14 @@ def find_site(name: str | None, env: Mapping[str, str] | None = None) -> Site:
         return Site()
     home = Path(env.get("XDG_CONFIG_HOME") or Path(env.get("HOME", "/")) / ".config")
     folders = (Path("slurm"), home / "launcher")
-    candidates = [Path(name), *(folder / f"{name}.yaml" for folder in folders)]
-    profile = next((path for path in candidates if paths.is_file(path)), None)
+    paths = [Path(name), *(folder / f"{name}.yaml" for folder in folders)]
+    profile = next((path for path in paths if path.is_file()), None)
     if profile is None:
         profiles = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
         raise SlurmError(
-            f"--cluster {brief(name)}: there is no such site profile."
+            f"--cluster {name}: there is no such site profile."
             + did_you_mean(name, profiles)
-            + f" Looked for {', '.join(map(brief, candidates))}. slurm/README.md describes profiles."
+            + f" Looked for {', '.join(map(str, paths))}. slurm/README.md describes profiles."
         )
     return read_site(profile)
 
