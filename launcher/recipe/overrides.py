@@ -221,7 +221,7 @@ def _call(reference: Reference, parameters: Mapping[str, Any]) -> Recipe:
             recipe = reference.function(**parameters)
     except LauncherError:
         raise
-    except (Exception, SystemExit) as error:
+    except Exception as error:
         raise user_code_error("build", reference.shown, error) from error
     if not isinstance(recipe, Recipe):
         raise RecipeError(

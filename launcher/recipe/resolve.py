@@ -29,7 +29,6 @@ from typing import TypeVar
 from launcher import paths
 from launcher.errors import LauncherError, RecipeError, did_you_mean
 from launcher.forking import observed_threads
-from launcher.printable import text_of
 from launcher.recipe.recipe import Recipe
 from launcher.recipe.validation import brief
 
@@ -302,7 +301,7 @@ def user_code_error(action: str, what: str, error: BaseException) -> RecipeError
     hint = ""
     if isinstance(error, ModuleNotFoundError) and error.name:
         hint = _remedy(error.name)
-    message = error.msg if isinstance(error, SyntaxError) else text_of(error)
+    message = error.msg if isinstance(error, SyntaxError) else error
     return RecipeError(f"Cannot {action} {what}: {type(error).__name__}: {message}{line}.{hint}")
 
 
