@@ -7,6 +7,7 @@ folder, with other signal handlers or with another environment.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -188,6 +189,17 @@ def _overrides(config: str | Path | None, values: dict[str, Any]) -> tuple[Overr
 
 
 def _plain(value: Any) -> Any:
-    """Return a number of NumPy, or of torch, as the Python number that has its value."""
+    """Return a value as run.yaml and the ranks take it.
+
+    A number of NumPy, or of torch, is the Python number that has its value; a member of an
+    enumeration is its value or name.
+    """
+    from launcher.recipe.typed_values import UnfitError, plain
+
     item = getattr(value, "item", None)
-    return item() if callable(item) and getattr(value, "shape", None) == () else value
+    if callable(item) and getattr(value, "shape", None) == ():
+        return item()
+    try:
+        return plain(value) if isinstance(value, enum.Enum) else value
+    except UnfitError:
+        return value

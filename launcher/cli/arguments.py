@@ -248,7 +248,7 @@ def setting_for_option(arguments: Sequence[str]) -> str | None:
             value = value if equals or following.startswith("-") else following
             return (
                 f"There is no option {option}: settings are written NAME=VALUE. Write "
-                f"{shlex.quote(f'{name}={value}') if value else f'{name}=...'}."
+                f"{shlex.quote(f'{name}={value}') if value else f'{name}=VALUE'}."
             )
     return None
 
@@ -260,10 +260,15 @@ class SettingsCommand(click.Command):
         words = tuple(args)  # click removes what it has read from `args`
         try:
             return super().parse_args(ctx, args)
-        except click.NoSuchOption:
+        except click.NoSuchOption as error:
             if (hint := setting_for_option(words)) is not None:
                 raise UsageError(hint) from None
-            raise
+            raise click.NoSuchOption(
+                error.option_name,
+                f"{error.message} Settings and parameters of a recipe are written NAME=VALUE.",
+                error.possibilities,
+                error.ctx,
+            ) from None
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         from launcher.recipe.recipe import field_sentences, setting_types
