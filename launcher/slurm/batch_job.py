@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from launcher.planning.plan import Plan
 from launcher.planning.planner import CPU_RANKS
 from launcher.recipe.overrides import read_arguments, read_yaml
 from launcher.recipe.resolve import Reference
+from launcher.recipe.validation import brief
 from launcher.runs.plan_recipe import plan_recipe
 from launcher.runs.rundir import RunDir, planned_path
 from launcher.slurm.queue import partition
@@ -20,6 +22,9 @@ from launcher.slurm.resources import cpus_of, machine_of, memory_of, seconds_of
 from launcher.slurm.script import BatchScript
 from launcher.slurm.site import Site
 from launcher.slurm.submission import Submission
+
+_MAX_RUNS = 10_000
+"""Runs of the largest array; Slurm itself has a limit of 1,001 unless a site raises it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,8 +207,15 @@ def combinations(axes: Sequence[str]) -> tuple[tuple[str, ...], ...]:
     for axis in axes:
         name, equals, values = axis.partition("=")
         if not (name and equals and values):
-            raise UsageError(f"--array {axis}: expected name=value,value, such as lr=0.1,0.2.")
+            raise UsageError(
+                f"--array {brief(axis)}: expected name=value,value, such as lr=0.1,0.2."
+            )
         choices.append([f"{name}={value}" for value in _split(values)])
+    if (count := math.prod(map(len, choices))) > _MAX_RUNS:
+        raise UsageError(
+            f"--array asks for {count:,} runs, one for each combination of values; an array has at "
+            f"most {_MAX_RUNS:,}."
+        )
     return tuple(itertools.product(*choices))
 
 

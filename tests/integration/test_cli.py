@@ -135,7 +135,7 @@ def test_a_recipe_that_cannot_be_loaded_is_refused(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-n", "0"], "0 is not in the range x>=1"),
+        (["-n", "0"], "0 is not in the range 1<=x"),
         (["-n", "two"], "'two' is not a valid integer"),
         (["batchsize=3"], "Did you mean batch_size"),
         (["batch_size=1"], "shared by 2 ranks"),

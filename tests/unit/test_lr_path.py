@@ -29,7 +29,8 @@ from launcher.planning import lr_path as module
 from launcher.planning.lr_path import first_difference, lr_path
 from launcher.planning.stages import Stage, growth_at
 from launcher.recipe.recipe import EXCLUSIVE
-from launcher.recipe.schedules import SCHEDULES, Schedule, ScheduleValue, schedule
+from launcher.recipe.schedules import SCHEDULES as KNOWN
+from launcher.recipe.schedules import Schedule, ScheduleValue, schedule
 
 SCHEDULES = [
     one_cycle(),
@@ -182,7 +183,7 @@ def test_more_ranks_than_a_plan_can_list_are_refused() -> None:
 
 def test_a_schedule_that_raises_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """An exception within a schedule of the user names the schedule and the step."""
-    monkeypatch.setitem(SCHEDULES, "fragile", cosine)  # removed again after the test
+    monkeypatch.setitem(KNOWN, "fragile", cosine)  # removed again after the test
 
     @schedule
     def fragile(step: int, total_steps: int) -> ScheduleValue:
