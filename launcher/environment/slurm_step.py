@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from launcher.errors import WorldError
+from launcher.recipe.text_values import digits
 
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 """Slurm's first number for steps without srun: batch scripts, interactive shells and the like."""
@@ -56,12 +57,13 @@ def find_step(env: Mapping[str, str]) -> SlurmStep | None:
         WorldError: Slurm's variables are incomplete, unreadable or contradict each other.
     """
     number = env.get("SLURM_STEP_ID", "")
-    if not number.isdigit() or int(number) >= _FIRST_SPECIAL_STEP:
+    step_number = digits(number)
+    if step_number is None or step_number >= _FIRST_SPECIAL_STEP:
         return None
     try:
         step = SlurmStep(
             job=int(env["SLURM_JOB_ID"]),
-            step=int(number),
+            step=step_number,
             hosts=read_hosts(env["SLURM_STEP_NODELIST"]),
             tasks_per_node=read_counts(env["SLURM_STEP_TASKS_PER_NODE"]),
             node=int(env["SLURM_NODEID"]),

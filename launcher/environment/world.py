@@ -12,6 +12,8 @@ from pathlib import Path
 
 from launcher.environment.slurm_step import SlurmStep, find_step
 from launcher.errors import WorldError
+from launcher.recipe.text_values import digits
+from launcher.recipe.validation import brief
 
 _VARIABLES = {
     "rank": ("RANK",),
@@ -65,9 +67,12 @@ def find_world(env: Mapping[str, str] | None = None) -> World:
         text = next((env[name] for name in names if env.get(name)), None)
         if text is None:
             continue
-        if not text.isdigit():
-            raise WorldError(f"{names[0]}={text!r} in the environment: expected a whole number.")
-        values[field] = int(text)
+        number = digits(text)
+        if number is None:
+            raise WorldError(
+                f"{names[0]}={brief(repr(text))} in the environment: expected a whole number."
+            )
+        values[field] = number
     world_size = values["world_size"]
     if world_size > 1 and ("rank" not in values or "local_rank" not in values):
         raise WorldError(

@@ -18,6 +18,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from launcher.engine.ranks.rendezvous import accepts_connections
 from launcher.environment.world import World
 from launcher.errors import WorldError
+from launcher.recipe.text_values import digits
 
 TIMEOUT = timedelta(minutes=30)
 """Timeout of collective calls; `hang_timeout` names a stuck rank long before."""
@@ -99,14 +100,15 @@ def _read_address() -> tuple[str, int]:
         WorldError: One of them is missing, or the port is not a number.
     """
     host, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
-    if not host or not port.isdigit():
+    number = digits(port)
+    if not host or number is None or number >= 1 << 16:
         raise WorldError(
             f"WORLD_SIZE={os.environ.get('WORLD_SIZE')} is set in the environment, so the ranks "
             f"have to meet at MASTER_ADDR and MASTER_PORT: expected a host and a port, found "
             f"MASTER_ADDR={host!r}, MASTER_PORT={port!r}. Start the ranks with `launcher run`, "
             "torchrun or accelerate launch, or unset WORLD_SIZE to run one process."
         )
-    return host, int(port)
+    return host, number
 
 
 def _wait_until(
