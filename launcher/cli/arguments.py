@@ -253,8 +253,8 @@ def setting_for_option(arguments: Sequence[str]) -> str | None:
     return None
 
 
-class SettingsCommand(click.Command):
-    """A command whose help ends with a list of the settings."""
+class HintingCommand(click.Command):
+    """A command that says how a setting is written if one is given as an option."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         words = tuple(args)  # click removes what it has read from `args`
@@ -269,6 +269,10 @@ class SettingsCommand(click.Command):
                 error.possibilities,
                 error.ctx,
             ) from None
+
+
+class SettingsCommand(HintingCommand):
+    """A command whose help ends with a list of the settings."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         from launcher.recipe.recipe import field_sentences, setting_types
