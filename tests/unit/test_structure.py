@@ -18,7 +18,13 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if "recipes" not in path
 HEAVY = {"torch", "numpy", "accelerate", "deepspeed", "safetensors"}
 
 ROOMS = [
-    ["launcher.printable", "launcher.errors", "launcher.signals", "launcher.quantities"],
+    [
+        "launcher.printable",
+        "launcher.paths",
+        "launcher.errors",
+        "launcher.signals",
+        "launcher.quantities",
+    ],
     ["launcher.findings"],
     ["launcher.forking"],
     ["recipe"],

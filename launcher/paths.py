@@ -1,0 +1,26 @@
+"""Questions about paths that users and files name, which no name can make fail.
+
+`Path.is_file` and its relatives raise OSError for a name longer than the file system allows and for
+a folder that may not be searched, which differs between versions of Python. What these functions
+are asked about then does not exist for this process, so the answer is False.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def is_file(path: str | Path) -> bool:
+    """Return whether a path leads to a regular file, also through symbolic links."""
+    return os.path.isfile(path)  # noqa: PTH113  # Path raises
+
+
+def is_dir(path: str | Path) -> bool:
+    """Return whether a path leads to a folder, also through symbolic links."""
+    return os.path.isdir(path)  # noqa: PTH112  # Path raises
+
+
+def exists(path: str | Path) -> bool:
+    """Return whether a path leads to something, also through symbolic links."""
+    return os.path.exists(path)  # noqa: PTH110  # Path raises

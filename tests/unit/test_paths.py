@@ -1,0 +1,43 @@
+"""Questions about paths: every name has an answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launcher import paths
+
+ODD_NAMES = [
+    "a" * 300,
+    "a/" * 3000,
+    "nul\0byte",
+    "half a pair \ud800",
+    "caf\udce9",
+    "",
+    "file/below",
+]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_name_that_cannot_exist_does_not(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names too long, with NUL or undecodable bytes, or below a file are answered with False."""
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    assert not paths.is_file(name)
+    assert not paths.is_dir(Path("x") / name)
+    assert not paths.exists(f"x/{name}")
+
+
+def test_paths_that_exist_are_told_apart(tmp_path: Path) -> None:
+    """A file and a folder are what they are, also through a link."""
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("file")
+    assert paths.is_file(tmp_path / "file")
+    assert paths.is_file(tmp_path / "link")
+    assert paths.exists(tmp_path / "link")
+    assert paths.is_dir(tmp_path)
+    assert not paths.is_dir(tmp_path / "file")
+    assert not paths.is_file(tmp_path)
