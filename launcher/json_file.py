@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, TypeVar
 
@@ -32,6 +32,9 @@ _MAX_DEPTH = 100
 _MAX_DIGITS = 1000
 """Longest integer; Python refuses to print those with more than 4300 digits."""
 
+_FLOAT = "$float"
+"""The only key of the mapping that stands for a float that is not finite."""
+
 T = TypeVar("T")
 
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
@@ -52,6 +55,7 @@ def read_json(
     error: type[LauncherError] = RunDirError,
     max_bytes: int = MAX_BYTES,
     remedy: str = "",
+    exact: bool = False,
 ) -> T:
     """Return the content of a JSON file as a value of a type.
 
@@ -61,13 +65,14 @@ def read_json(
         error: The class of the error.
         max_bytes: Largest size of the file.
         remedy: A sentence for the end of the error that says what to do.
+        exact: Whether the file was written with `exact_floats`.
 
     Raises:
         LauncherError: The file is missing or cannot be read, is not a regular file, or is damaged.
     """
     remedy = f" {remedy}" if remedy else ""
     try:
-        return decode_json(read_regular(path, max_bytes), kind)
+        return decode_json(read_regular(path, max_bytes), kind, exact=exact)
     except OSError as failure:
         reason = (failure.strerror or str(failure)).rstrip(".")
         raise error(f"Cannot read {path}: {reason}.{remedy}") from None
@@ -84,6 +89,7 @@ def find_json(
     error: type[LauncherError] = RunDirError,
     max_bytes: int = MAX_BYTES,
     remedy: str = "",
+    exact: bool = False,
 ) -> T | None:
     """Return the content of a JSON file as `read_json` does, or None if the file is missing.
 
@@ -96,20 +102,19 @@ def find_json(
         return None
     except (OSError, ValueError):
         pass  # `read_json` says why
-    return read_json(path, kind, error=error, max_bytes=max_bytes, remedy=remedy)
+    return read_json(path, kind, error=error, max_bytes=max_bytes, remedy=remedy, exact=exact)
 
 
-def read_lines(path: Path, kind: type[T]) -> list[T]:
-    """Return the lines of a JSON-lines file that are values of a type; skip the others.
+def read_lines(path: Path, decoder: msgspec.json.Decoder[T]) -> list[T]:
+    """Return the values of the lines that a decoder accepts; skip the others.
 
     A killed run leaves half a line, and a run at work is writing one. A file that cannot be read
     yields an empty list.
     """
-    decoder = msgspec.json.Decoder(kind)
     values = []
     try:
         with io.BufferedReader(open_regular(path)) as file:
-            for line in iter(lambda: read_line(file), b""):
+            for line in lines_of(file):
                 if (value := decode_line(line, decoder)) is not None:
                     values.append(value)
     except OSError:
@@ -117,10 +122,10 @@ def read_lines(path: Path, kind: type[T]) -> list[T]:
     return values
 
 
-def read_line(file: BinaryIO) -> bytes:
-    """Return the next line of a file; nothing at its end, and where a line is far too long."""
-    line = file.readline(_MAX_LINE_BYTES)
-    return b"" if len(line) == _MAX_LINE_BYTES else line
+def lines_of(file: BinaryIO) -> Iterator[bytes]:
+    """Yield the lines of a file, until its end or a line that is far too long."""
+    while 0 < len(line := file.readline(_MAX_LINE_BYTES)) < _MAX_LINE_BYTES:
+        yield line
 
 
 def decode_line(line: bytes, decoder: msgspec.json.Decoder[T]) -> T | None:
@@ -131,18 +136,46 @@ def decode_line(line: bytes, decoder: msgspec.json.Decoder[T]) -> T | None:
         return None
 
 
-def decode_json(content: bytes, kind: type[T]) -> T:
-    """Return JSON as a value of a type. NaN and infinity, which JSON lacks, are read as null.
+def decode_json(content: bytes, kind: type[T], *, exact: bool = False) -> T:
+    """Return JSON as a value of a type.
+
+    Args:
+        content: The text.
+        kind: The type.
+        exact: Whether floats that are not finite were written with `exact_floats`. Otherwise NaN
+            and infinities, which JSON lacks and earlier versions wrote, are read as null.
 
     Raises:
         DamagedJSONError: It is not JSON, is nested too deep, or is not of the type.
     """
     try:
+        values = _decode(content, exact=exact)
+        result: T = msgspec.convert(restored_floats(values) if exact else values, kind)
+    except (ValueError, OverflowError) as error:
+        raise DamagedJSONError(printable_line(shortened(str(error), 200))) from None
+    return result
+
+
+def decode_values(content: bytes) -> dict[str, Any]:
+    """Return a JSON object as plain values; NaN and infinities stay as they are.
+
+    Raises:
+        DamagedJSONError: It is not a JSON object, or is nested too deep.
+    """
+    values = _decode(content, exact=True)
+    if not isinstance(values, dict):
+        raise DamagedJSONError("it is not a JSON object")
+    return values
+
+
+def _decode(content: bytes, *, exact: bool) -> Any:
+    try:
         values = json.loads(
-            content.decode(), parse_constant=_null, parse_int=_integer, parse_float=_float
+            content.decode(),
+            parse_constant=float if exact else _null,
+            parse_int=_integer,
+            parse_float=_float,
         )
-        _check_depth(values)
-        result: T = msgspec.convert(values, kind)
     except RecursionError:
         raise DamagedJSONError(f"it is nested more than {_MAX_DEPTH} deep") from None
     except UnicodeDecodeError as error:
@@ -150,9 +183,30 @@ def decode_json(content: bytes, kind: type[T]) -> T:
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise DamagedJSONError(f"it is not JSON ({where}: {error.msg})") from None
-    except (ValueError, OverflowError) as error:
-        raise DamagedJSONError(printable_line(shortened(str(error), 200))) from None
-    return result
+    _check_depth(values)
+    return values
+
+
+def exact_floats(value: Any) -> Any:
+    """Return a value with each NaN and infinity, which JSON lacks, as a mapping to its name."""
+    if isinstance(value, Mapping):
+        return {name: exact_floats(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [exact_floats(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {_FLOAT: str(value)}
+    return value
+
+
+def restored_floats(value: Any) -> Any:
+    """Return a value as it was before `exact_floats`."""
+    if isinstance(value, list):
+        return [restored_floats(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {_FLOAT} and value[_FLOAT] in ("nan", "inf", "-inf"):
+        return float(value[_FLOAT])
+    return {name: restored_floats(item) for name, item in value.items()}
 
 
 def encode_json(values: Any, *, indent: int | None = None) -> str:
