@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
 def duration(seconds: float | None) -> str:
     """Return a time span in at most two units, such as `3 min 20 s`; `?` if it is unknown."""
-    if seconds is None:
+    if seconds is None or not math.isfinite(seconds):
         return "?"
     whole_seconds = round(seconds)
     if whole_seconds < 60:

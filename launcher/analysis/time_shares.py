@@ -29,11 +29,8 @@ def utilisation(history: History, flops: float) -> tuple[str, str]:
         history: The run.
         flops: Model floating-point operations per second of a rank.
     """
-    device_name = next(
-        (event["device_name"] for event in reversed(history.events) if "device_name" in event), ""
-    )
     tf32 = bool(history.plan.settings.get("tf32"))
-    peak = peak_flops(device_name, history.plan.precision, tf32=tf32)
+    peak = peak_flops(history.device_name, history.plan.precision, tf32=tf32)
     if peak is None:
         return "model operations of a rank", f"{_with_prefix(flops)}FLOP/s"
     return "model FLOPs utilisation", f"{flops / peak:.1%} of {_with_prefix(peak)}FLOP/s"

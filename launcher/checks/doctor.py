@@ -8,13 +8,12 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
-import msgspec
-
 from launcher.checks.node_checks import check_node
 from launcher.engine.probes.diagnostics_recipe import diagnostics_recipe
 from launcher.environment.machine import Machine
 from launcher.environment.world import World
 from launcher.findings import RankDiagnostics
+from launcher.json_file import read_json
 from launcher.launch.launcher import launch
 from launcher.launch.signal_handler import SignalHandler
 from launcher.planning.plan import Plan
@@ -68,7 +67,7 @@ def diagnose(plan: Plan, signals: SignalHandler) -> list[RankDiagnostics]:
         output_mode="quiet",
     )
     launch(job, agent_diagnostics, signals=signals)
-    reports = msgspec.json.decode(run_dir.diagnostics.read_bytes(), type=list[RankDiagnostics])
+    reports = read_json(run_dir.diagnostics, list[RankDiagnostics])
     shutil.rmtree(folder)
     return reports
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from launcher.cli.completing import complete_runs
+from launcher.errors import RunDirError
 
 
 @click.command(short_help="Cancel the Slurm job of a run.")
@@ -24,7 +25,15 @@ def command(what: str) -> None:
     from launcher.slurm.queue import cancel
     from launcher.slurm.submission import find_submissions, read_submission
 
-    run_dirs = find_submissions(what, Path())
-    cancel([read_submission(run_dir).job for run_dir in run_dirs])
-    for run_dir in run_dirs:
-        click.echo(f"{run_dir.shown}: job {read_submission(run_dir).job} is cancelled")
+    jobs, damages = {}, []
+    for run_dir in find_submissions(what, Path()):
+        try:
+            jobs[run_dir.shown] = read_submission(run_dir).job
+        except RunDirError as error:
+            damages.append(str(error))
+    if jobs:
+        cancel(list(jobs.values()))
+    for shown, job in jobs.items():
+        click.echo(f"{shown}: job {job} is cancelled")
+    if damages:
+        raise RunDirError("\n".join(damages))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
     metavar="FILE.json",
     help="Write the DeepSpeed configuration (strategy=zero1, zero2 or zero3).",
 )
+@click.option("--force", is_flag=True, help="Replace files that launcher did not write.")
 def command(
     recipe: str,
     overrides: tuple[str, ...],
@@ -50,6 +50,8 @@ def command(
     config: Path | None,
     accelerate: Path | None,
     deepspeed: Path | None,
+    *,
+    force: bool,
 ) -> None:
     """Write the plan of RECIPE as configuration files in which every value is resolved.
 
@@ -64,15 +66,25 @@ def command(
     import yaml
 
     from launcher.environment.machine import read_machine
-    from launcher.planning.configs import accelerate_config, deepspeed_config
+    from launcher.json_file import encode_json
+    from launcher.planning.configs import (
+        accelerate_config,
+        deepspeed_config,
+        is_deepspeed_export,
+    )
     from launcher.planning.strategy import STRATEGIES
     from launcher.recipe.resolve import resolve
+    from launcher.runs.output_file import check_output
     from launcher.runs.plan_recipe import plan_recipe
 
     if accelerate is None and deepspeed is None:
         raise UsageError(
             "No file to write: add --accelerate FILE.yaml, --deepspeed FILE.json or both."
         )
+    if deepspeed is not None:
+        check_output(deepspeed, is_deepspeed_export, force=force, option="--deepspeed")
+    if accelerate is not None:
+        check_output(accelerate, _is_accelerate_export, force=force, option="--accelerate")
     reference = resolve(recipe)
     built, plan = plan_recipe(
         reference,
@@ -88,11 +100,11 @@ def command(
             "DeepSpeed. Set strategy=zero1, zero2 or zero3, or remove --deepspeed."
         )
     if deepspeed is not None:
-        _write(deepspeed, json.dumps(deepspeed_config(built.recipe, plan), indent=2) + "\n")
+        _write(deepspeed, encode_json(deepspeed_config(built.recipe, plan), indent=2) + "\n")
     if accelerate is not None:
         file = str(deepspeed.resolve()) if deepspeed is not None else None
         values = accelerate_config(built.recipe, plan, deepspeed_file=file)
-        head = f"# launcher export: {plan.recipe}, {_ranks(plan)}, strategy={plan.strategy}\n"
+        head = f"{_MARK} {plan.recipe}, {_ranks(plan)}, strategy={plan.strategy}\n"
         _write(accelerate, head + yaml.safe_dump(values, sort_keys=False))
         options = ["--config_file", str(accelerate)]
     else:
@@ -100,6 +112,14 @@ def command(
         options += ["--num_processes", str(plan.world_size)]
     settings = [*(["--config", str(config)] if config else []), *overrides]
     click.echo(f"launch: {_command(plan, options, _program(reference.shown), settings)}")
+
+
+_MARK = "# launcher export:"
+"""The beginning of a configuration of Accelerate that this command has written."""
+
+
+def _is_accelerate_export(head: bytes) -> bool:
+    return head.startswith(_MARK.encode())
 
 
 def _program(recipe: str) -> list[str]:
@@ -126,7 +146,7 @@ def _ranks(plan: Plan) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    from launcher.runs.rundir import write_atomic
+    from launcher.runs.output_file import write_output
 
-    write_atomic(path, text)
+    write_output(path, text)
     click.echo(f"wrote {path}")

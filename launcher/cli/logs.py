@@ -23,13 +23,15 @@ def command(name: str, rank: int | None, *, follow: bool) -> None:
     launcher logs 1234 --rank 3
     """
     from launcher.errors import RunDirError
+    from launcher.paths import exists
     from launcher.slurm.follow import copy_log
     from launcher.slurm.submission import find_submission, read_submission
 
     run_dir = find_submission(name, Path())
     path = Path(read_submission(run_dir).log) if rank is None else run_dir.log(rank)
-    if not path.exists() and not follow:
-        ranks = sorted(int(log.stem[4:]) for log in path.parent.glob("rank*.log"))
+    if not exists(path) and not follow:
+        digits = (log.stem[4:] for log in path.parent.glob("rank*.log"))
+        ranks = sorted(int(text) for text in digits if text.isascii() and text.isdigit())
         hint = f" There are logs of the ranks {', '.join(map(str, ranks))}." if ranks else ""
         raise RunDirError(f"{path} does not exist: nothing has been printed yet.{hint}")
     copy_log(path, run_dir if follow else None)

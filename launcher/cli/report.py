@@ -2,12 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from launcher.cli.completing import complete_runs
+from launcher.console.echo import complain
 from launcher.errors import RunDirError
+from launcher.paths import is_file
+from launcher.printable import printable
+
+if TYPE_CHECKING:
+    from launcher.runs.history import History
+
+
+def _read_histories(paths: Sequence[Path]) -> list[History]:
+    """Read runs; of several, those that cannot be read are named and left out.
+
+    Raises:
+        RunDirError: None of them can be read.
+    """
+    from launcher.runs.history import History
+    from launcher.runs.rundir import open_run_dir
+
+    histories, damages = [], []
+    for path in paths:
+        try:
+            histories.append(History(open_run_dir(path)))
+        except RunDirError as error:
+            damages.append(str(error))
+    if damages and not histories:
+        raise RunDirError("\n".join(damages))
+    for damage in damages:
+        complain(f"{damage} The run is left out of the page.")
+    return histories
 
 
 @click.command(short_help="Write an HTML page about one or more runs.")
@@ -25,8 +55,9 @@ from launcher.errors import RunDirError
     metavar="FILE.html",
     help="File to write. Default: RUN/report.html; ./comparison.html for several runs.",
 )
+@click.option("--force", is_flag=True, help="Replace a file that launcher did not write.")
 @click.option("--open", "opens", is_flag=True, help="Open the page in a browser.")
-def command(runs: tuple[Path, ...], out: Path | None, *, opens: bool) -> None:
+def command(runs: tuple[Path, ...], out: Path | None, *, force: bool, opens: bool) -> None:
     """Write a self-contained HTML page about a run, or a comparison of several runs.
 
     A run may still be in progress, or may have failed. Folders of `launcher find` and `launcher
@@ -40,13 +71,13 @@ def command(runs: tuple[Path, ...], out: Path | None, *, opens: bool) -> None:
     """
     from launcher.report.comparison import comparison_page
     from launcher.report.finder_sections import is_finder_folder, measured_sections, tuned_folder
-    from launcher.report.page import render
+    from launcher.report.page import is_page, render
     from launcher.report.run_page import run_page
-    from launcher.runs.history import History
-    from launcher.runs.rundir import open_run_dir, write_atomic
+    from launcher.runs.output_file import check_output, write_output
+    from launcher.runs.rundir import write_atomic
 
     measured = [path for path in runs if is_finder_folder(path)]
-    histories = [History(open_run_dir(path)) for path in runs if path not in measured]
+    histories = _read_histories([path for path in runs if path not in measured])
     if not histories:
         raise RunDirError(
             f"{', '.join(map(str, runs))}: measurements of `launcher find` and `tune` are shown "
@@ -55,15 +86,19 @@ def command(runs: tuple[Path, ...], out: Path | None, *, opens: bool) -> None:
     tuned = filter(None, map(tuned_folder, histories))
     folders = dict.fromkeys(path.resolve() for path in [*measured, *tuned])
     sections = [section for folder in folders for section in measured_sections(folder)]
-    if len(histories) == 1:
-        page = run_page(histories[0], sections)
-        target = out or Path(histories[0].run_dir.shown) / "report.html"
+    is_single = len(histories) == 1
+    page = run_page(histories[0], sections) if is_single else comparison_page(histories, sections)
+    if is_single and out is None:
+        target = Path(histories[0].run_dir.shown) / "report.html"
+        write_atomic(
+            target, render(page), remedy="Give an --out in a folder that you can write to."
+        )
     else:
-        page = comparison_page(histories, sections)
         target = out or Path("comparison.html")
-    write_atomic(target, render(page))
-    if target.is_file():  # not /dev/stdout
-        click.echo(f"page: {target}")
+        check_output(target, is_page, force=force)
+        write_output(target, render(page))
+    if is_file(target):  # not /dev/stdout
+        click.echo(printable(f"page: {target}"))
     if opens:
         import webbrowser
 

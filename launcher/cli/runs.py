@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -34,14 +33,16 @@ def command(where: tuple[str, ...], by: str, *, reverse: bool, as_json: bool) ->
     """
     from launcher.console.colours import colour_state
     from launcher.console.run_table import filter_rows, read_row, row_values, sort_rows, table_lines
+    from launcher.json_file import encode_json
+    from launcher.paths import exists, is_dir
     from launcher.runs.rundir import find_run_dirs
 
     filters, folders = [], []
     for argument in where:
         name, equals, value = argument.partition("=")
-        if equals and not Path(argument).exists():
+        if equals and not exists(argument):
             filters.append((name, value))
-        elif not Path(argument).is_dir():
+        elif not is_dir(argument):
             raise UsageError(f"{argument} is neither a folder nor NAME=VALUE.")
         else:
             folders.append(Path(argument))
@@ -49,7 +50,7 @@ def command(where: tuple[str, ...], by: str, *, reverse: bool, as_json: bool) ->
     all_rows = [row for row in map(read_row, run_dirs) if row is not None]
     rows = sort_rows(filter_rows(all_rows, filters), by, reverse=reverse)
     if as_json:
-        click.echo(json.dumps([row_values(row) for row in rows]))
+        click.echo(encode_json([row_values(row) for row in rows]))
     elif not all_rows:
         click.echo("There is no run below this folder.")
     elif not rows:

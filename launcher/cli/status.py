@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from launcher.cli.completing import complete_runs
+from launcher.printable import printable
 
 
 @click.command(short_help="Show the status of Slurm runs.")
@@ -26,15 +26,16 @@ def command(name: str | None, *, as_json: bool) -> None:
     """
     from launcher.console.failure import failure_text
     from launcher.console.tables import table
+    from launcher.json_file import encode_json
+    from launcher.paths import exists, is_dir
     from launcher.runs.failure_record import read_failure
     from launcher.slurm.status_table import sort_statuses, status_cells, status_values
-    from launcher.slurm.submission import find_submission, status_of, submissions
+    from launcher.slurm.submission import find_submission, list_statuses, status_of
 
-    if name is None or (Path(name).is_dir() and not (Path(name) / "submission.json").exists()):
-        run_dirs = submissions(Path(name or "."))
-        statuses = sort_statuses([status_of(run_dir, ask=False) for run_dir in run_dirs])
+    if name is None or (is_dir(name) and not exists(Path(name) / "submission.json")):
+        statuses = sort_statuses(list_statuses(Path(name or ".")))
         if as_json:
-            click.echo(json.dumps([status_values(status) for status in statuses]))
+            click.echo(encode_json([status_values(status) for status in statuses]))
         elif statuses:
             click.echo("\n".join(table([status_cells(status) for status in statuses])))
         else:
@@ -42,9 +43,8 @@ def command(name: str | None, *, as_json: bool) -> None:
         return
     status = status_of(find_submission(name, Path()))
     if as_json:
-        click.echo(json.dumps(status_values(status)))
+        click.echo(encode_json(status_values(status)))
         return
-    click.echo(f"{status.run_dir.shown}  job {status.submission.job}: {status.words}")
-    failure = read_failure(status.run_dir)
-    if status.state == "failed" and failure is not None:
+    click.echo(printable(f"{status.run_dir.shown}  job {status.submission.job}: {status.words}"))
+    if status.state == "failed" and (failure := read_failure(status.run_dir)) is not None:
         click.echo(f"\n{failure_text(failure, status.run_dir)}")

@@ -7,13 +7,13 @@ The text of a step, of metrics and of a sparkline is here too; `launcher watch` 
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO, cast
 
+from launcher.json_file import encode_json
 from launcher.quantities import duration
 
 _SECONDS_BETWEEN_LINES = 5.0
@@ -173,13 +173,7 @@ class JSONProgress(Progress):
 
 def json_line(values: Mapping[str, Any]) -> str:
     """Return values as one line of JSON. Infinities and NaN become null."""
-    return json.dumps({name: _finite(value) for name, value in values.items()})
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _finite(item) for name, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return encode_json(values)
 
 
 def step_line(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +12,8 @@ from typing import Any
 from launcher.console.progress import metrics_text
 from launcher.console.tables import table
 from launcher.errors import RunDirError, UsageError, did_you_mean
+from launcher.paths import is_file
+from launcher.printable import printable
 from launcher.quantities import duration
 from launcher.runs.history import History
 from launcher.runs.rundir import RunDir
@@ -73,7 +76,7 @@ def read_row(run_dir: RunDir) -> RunRow | None:
     try:
         history = History(run_dir, newest=_TAIL_BYTES)
     except RunDirError as error:
-        is_queued = run_dir.submission.is_file() and not run_dir.run_yaml.exists()
+        is_queued = is_file(run_dir.submission) and not os.path.lexists(run_dir.run_yaml)
         state = read_run_state(run_dir)
         return RunRow(
             run=run_dir.shown,
@@ -92,10 +95,11 @@ def read_row(run_dir: RunDir) -> RunRow | None:
     if history.record.probe:
         return None
     plan = history.plan
+    result: dict[str, float | None]
     if history.result is not None:
-        result = history.result["evaluation"] or {"loss": history.result["train_loss"]}
+        result = history.result.metrics
     elif history.evaluations:
-        result = history.evaluations[-1][1]
+        result = dict(history.evaluations[-1][1])
     else:
         result = {"loss": column[-1]} if (column := history.steps["loss"]) else {}
     return RunRow(
@@ -109,7 +113,7 @@ def read_row(run_dir: RunDir) -> RunRow | None:
         total_steps=history.total_steps,
         result={name: math.nan if value is None else value for name, value in result.items()},
         seconds=history.active_seconds(),
-        began=next((event["time"] for event in history.events), None),
+        began=history.began,
         settings=dict(plan.settings),
     )
 
@@ -173,7 +177,7 @@ def sort_rows(rows: Sequence[RunRow], by: str, *, reverse: bool) -> list[RunRow]
 
 def table_lines(rows: Sequence[RunRow]) -> list[str]:
     """Return the lines of the table, a header first."""
-    cells = [_HEADER, *(_cells(row) for row in rows)]
+    cells = [_HEADER, *(tuple(map(_one_line, _cells(row))) for row in rows)]
     return table(cells, "<<<>><><")
 
 
@@ -197,6 +201,10 @@ def _cells(row: RunRow) -> tuple[str, ...]:
         "" if row.seconds is None else duration(row.seconds),
         began,
     )
+
+
+def _one_line(text: str) -> str:
+    return printable(text.replace("\n", " ").replace("\t", " "))
 
 
 def _values(row: RunRow) -> dict[str, Any]:

@@ -259,6 +259,6 @@ def agent_diagnostics(job: Job) -> None:
         diagnostics = diagnose(job.plan, world, ())
         watchdog.close()
         if world.rank == 0:
-            write_atomic(job.run_dir.diagnostics, msgspec.json.encode(diagnostics).decode())
+            write_atomic(job.run_dir.diagnostics, msgspec.json.encode(diagnostics))
     except Exception as error:  # noqa: BLE001  # whatever torch raises
         exit_now(fail(error, world, job.run_dir, log=output.log, show=None, stop=stop))

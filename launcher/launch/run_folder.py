@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
+from launcher.paths import exists
 from launcher.runs.ownership import check_unowned, own_run_dir
 from launcher.runs.run_record import RunRecord, write_resumption, write_run
 from launcher.runs.rundir import RunDir, create_run_dir
@@ -33,9 +34,9 @@ def open_run_folder(
         RunDirError: Another process owns the folder, it exists, or it cannot be made.
     """
     existing = RunDir(out.resolve()) if out is not None else None
-    if existing and continues and (existing.run_yaml.is_file() or existing.submission.is_file()):
+    if existing and continues and (exists(existing.run_yaml) or exists(existing.submission)):
         ownership.enter_context(own_run_dir(existing, with_ranks=with_ranks))
-        if existing.run_yaml.is_file():
+        if exists(existing.run_yaml):
             write_resumption(existing, description)
         else:
             write_run(existing, description)

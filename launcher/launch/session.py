@@ -18,6 +18,7 @@ from launcher.launch.multi_node import joined, make_run_dir_once
 from launcher.launch.prepare import PreparedRun, RunRequest
 from launcher.launch.run_folder import open_run_folder
 from launcher.launch.signal_handler import SignalHandler
+from launcher.regular_file import read_regular
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.failure_record import RunFailedError
 from launcher.runs.job import Job, ResumeFrom
@@ -25,6 +26,9 @@ from launcher.runs.ownership import own_run_dir
 from launcher.runs.run_record import write_resumption
 from launcher.runs.run_result import RunResult, read_run_result
 from launcher.runs.rundir import RunDir, write_atomic
+
+_MAX_RECORD_BYTES = 1 << 24
+"""Largest run.yaml that is restored if the ranks refuse to resume."""
 
 if TYPE_CHECKING:
     from launcher.launch.multi_node import Rendezvous
@@ -43,12 +47,12 @@ def start(prepared: PreparedRun, signals: SignalHandler) -> RunResult:
     if prepared.is_finished and run_dir is not None:
         return read_run_result(run_dir)
     with ExitStack() as ownership, joined(request.nodes, prepared.plan) as rendezvous:
-        previous_record: list[str] = []
+        previous_record: list[bytes] = []
 
         def make() -> RunDir:
             if isinstance(request, RunRequest):
                 if request.continues and request.out is not None:
-                    previous_record.extend(_text_of(request.out / "run.yaml"))
+                    previous_record.extend(_content_of(request.out / "run.yaml"))
                 return open_run_folder(
                     request.out,
                     prepared.plan.recipe,
@@ -58,7 +62,7 @@ def start(prepared: PreparedRun, signals: SignalHandler) -> RunResult:
                     with_ranks=True,
                 )
             assert run_dir is not None
-            previous_record.extend(_text_of(run_dir.run_yaml))
+            previous_record.extend(_content_of(run_dir.run_yaml))
             return _take_over(run_dir, prepared, ownership)
 
         prepared = replace(prepared, run_dir=make_run_dir_once(rendezvous, make))
@@ -69,7 +73,7 @@ def _launch(
     prepared: PreparedRun,
     signals: SignalHandler,
     rendezvous: Rendezvous | None,
-    previous_record: list[str],
+    previous_record: list[bytes],
 ) -> RunResult:
     request, run_dir = prepared.request, prepared.run_dir
     assert run_dir is not None
@@ -114,8 +118,11 @@ def _announce(prepared: PreparedRun, run_dir: RunDir) -> None:
         echo_if_possible(json_line(values | {"plan": prepared.plan.to_dict()}))
 
 
-def _text_of(path: Path) -> list[str]:
-    return [path.read_text(encoding="utf-8")] if path.is_file() else []
+def _content_of(path: Path) -> list[bytes]:
+    try:
+        return [read_regular(path, _MAX_RECORD_BYTES)]
+    except OSError:
+        return []
 
 
 def _take_over(run_dir: RunDir, prepared: PreparedRun, ownership: ExitStack) -> RunDir:

@@ -55,6 +55,11 @@ def deepspeed_config(recipe: Recipe, plan: Plan) -> dict[str, Any]:
     }
 
 
+def is_deepspeed_export(head: bytes) -> bool:
+    """Return whether a file that begins with these bytes has the marks of `deepspeed_config`."""
+    return b'"steps_per_print": 1000000000' in head and b'"zero_force_ds_cpu_optimizer"' in head
+
+
 def process_environment(plan: Plan) -> dict[str, str]:
     """Return the environment variables that the plan's backend reads when it is imported."""
     if STRATEGIES[plan.strategy].uses_deepspeed:

@@ -24,6 +24,7 @@ from launcher.recipe.resolve import Reference, user_code_error
 from launcher.recipe.schedules import SCHEDULES
 from launcher.recipe.typed_values import Form
 from launcher.recipe.validation import MismatchError, brief, convert
+from launcher.yaml_file import read_yaml_file
 
 COMMAND_LINE = "command line"
 """The source of an override that was given as an argument."""
@@ -99,38 +100,16 @@ def read_yaml(path: Path, *, as_text: bool = False) -> tuple[Override, ...]:
     Raises:
         OverrideError: The file cannot be read or parsed, holds no mapping, or gives a name twice.
     """
-    import yaml
-
-    try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        loader = yaml.BaseLoader if as_text else yaml.SafeLoader
-        values = yaml.load(text, Loader=loader)  # noqa: S506  # neither loader constructs objects
-    except OSError as error:
-        raise OverrideError(f"Cannot read {path}: {error.strerror}.") from None
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise OverrideError(f"{path}{line}: not YAML: {error.problem}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise OverrideError(f"{path}: not YAML: {error}.") from None
-    if node is None:
+    file = read_yaml_file(path, as_text=as_text)
+    if file.value is None:
         return ()
-    if not isinstance(node, yaml.MappingNode):
+    if not isinstance(file.value, dict):
         raise OverrideError(
             f"{path}: expected lines `name: value`, found a list or a single value."
         )
-    lines: dict[str, int] = {}
-    for key, _ in node.value:
-        line = key.start_mark.line + 1
-        if key.value in lines:
-            raise OverrideError(
-                f"{path}, line {line}: {key.value} is given again, after line "
-                f"{lines[key.value]}. Keep one."
-            )
-        lines[key.value] = line
     return tuple(
-        Override(name=str(name), value=value, source=f"{path}, line {lines.get(str(name), 1)}")
-        for name, value in values.items()
+        Override(name=str(name), value=value, source=f"{path}, line {file.lines.get(str(name), 1)}")
+        for name, value in file.value.items()
     )
 
 

@@ -186,10 +186,10 @@ def _seconds_at_steps(history: History) -> list[float]:
     seconds = []
     index, seconds_before = 0, 0.0
     for when in history.steps["time"]:
-        while index + 1 < len(attempts) and when >= attempts[index + 1].began["time"]:
-            seconds_before += attempts[index].until - attempts[index].began["time"]
+        while index + 1 < len(attempts) and when >= attempts[index + 1].began.time:
+            seconds_before += attempts[index].until - attempts[index].began.time
             index += 1
-        seconds.append(seconds_before + when - attempts[index].began["time"])
+        seconds.append(seconds_before + when - attempts[index].began.time)
     return seconds
 
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-from launcher.analysis.gradient_noise import Measurement, RunningNoise
-from launcher.analysis.lr_curve import LossCurve, LRSearchResult, suggest
+from launcher.analysis.gradient_noise import RunningNoise
+from launcher.analysis.lr_curve import LRSearchResult, suggest
 from launcher.console.plots import Curve, Plot
 from launcher.errors import RunDirError
+from launcher.paths import is_dir, is_file
 from launcher.planning.plan import Plan
 from launcher.report.page import Section
 from launcher.runs.history import History
 from launcher.runs.run_record import read_run
 from launcher.runs.rundir import RunDir
+from launcher.tuning.measured_files import read_curve, read_loading, read_noise, read_size
 from launcher.tuning.summaries import lr_plot, lr_suggestions_text
 
 _SectionMaker = Callable[[list[RunDir]], Section]
@@ -33,7 +33,7 @@ def tuned_folder(history: History) -> Path | None:
     started_in = Path(history.record.folder)
     for source in history.plan.sources.values():
         config, _, _ = source.rpartition(", line ")
-        if config.endswith("tuned.yaml") and (started_in / config).is_file():
+        if config.endswith("tuned.yaml") and is_file(started_in / config):
             return (started_in / config).parent
     return None
 
@@ -56,7 +56,7 @@ def measured_sections(folder: Path) -> list[Section]:
     for make_section, run_dirs in _measurements(folder):
         try:
             sections.append(make_section(run_dirs))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, ArithmeticError) as error:
             raise RunDirError(
                 f"The measurements in {run_dirs[0].shown} are damaged: {error}"
             ) from None
@@ -75,18 +75,19 @@ def _measurements(folder: Path) -> Iterator[tuple[_SectionMaker, list[RunDir]]]:
         (_batch_section, "size.json", ("size-*", "batch/size-*")),
         (_loader_section, "reading.json", ("*", "loader/*")),
     )
+    if not is_dir(folder):
+        return
     for make_section, file_name, patterns in kinds:
         for pattern in patterns:
             paths = sorted(folder.glob(pattern)) if pattern else [folder]
-            run_dirs = [RunDir(path.resolve()) for path in paths if (path / file_name).is_file()]
+            run_dirs = [RunDir(path.resolve()) for path in paths if is_file(path / file_name)]
             if run_dirs:
                 yield make_section, run_dirs
                 break
 
 
 def _lr_section(run_dirs: list[RunDir]) -> Section:
-    plan, values = _read(run_dirs[0], "curve.json")
-    curve = LossCurve(lrs=tuple(values["lrs"]), losses=tuple(values["losses"]))
+    plan, curve = _plan_of(run_dirs[0]), read_curve(run_dirs[0])
     result = LRSearchResult(curve=curve, suggestions=suggest(curve))
     title = f"Learning rate, at a batch of {plan.batch_size:,}"
     return Section(
@@ -95,13 +96,13 @@ def _lr_section(run_dirs: list[RunDir]) -> Section:
 
 
 def _noise_section(run_dirs: list[RunDir]) -> Section:
-    plan, values = _read(run_dirs[0], "noise.json")
-    running = RunningNoise(memory=max(len(values["measurements"]) / 10, 10))
+    plan, measurements = _plan_of(run_dirs[0]), read_noise(run_dirs[0])
+    running = RunningNoise(memory=max(len(measurements) / 10, 10))
     points = []
-    for measurement in values["measurements"]:
-        scale = running.add(Measurement(**measurement))
+    for measurement in measurements:
+        scale = running.add(measurement)
         if scale is not None:
-            points.append((measurement["step"], scale))
+            points.append((measurement.step, scale))
     curve = Curve(
         name="B_simple", xs=[step for step, _ in points], ys=[scale for _, scale in points]
     )
@@ -118,8 +119,8 @@ def _noise_section(run_dirs: list[RunDir]) -> Section:
 def _batch_section(run_dirs: list[RunDir]) -> Section:
     points = []
     for run_dir in run_dirs:
-        plan, values = _read(run_dir, "size.json")
-        points.append((plan.micro_batch_size, values["samples_per_second"]))
+        plan, reading = _plan_of(run_dir), read_size(run_dir)
+        points.append((plan.micro_batch_size, reading.samples_per_second))
     title = f"{plan.recipe}: throughput over the micro-batch"
     return _throughput_section("Micro-batch", title, "micro-batch", points, log_x=True)
 
@@ -127,8 +128,8 @@ def _batch_section(run_dirs: list[RunDir]) -> Section:
 def _loader_section(run_dirs: list[RunDir]) -> Section:
     fastest: dict[int, float] = {}
     for run_dir in run_dirs:
-        plan, values = _read(run_dir, "reading.json")
-        workers, throughput = plan.workers_per_rank, values["samples_per_second"]
+        plan, throughput = _plan_of(run_dir), read_loading(run_dir).samples_per_second
+        workers = plan.workers_per_rank
         fastest[workers] = max(fastest.get(workers, 0.0), throughput)
     title = f"{plan.recipe}: throughput over the workers per rank"
     points = list(fastest.items())
@@ -144,7 +145,6 @@ def _throughput_section(
     return Section(title=name, figures=[plot])
 
 
-def _read(run_dir: RunDir, file_name: str) -> tuple[Plan, dict[str, Any]]:
-    """Return the plan of a measurement and the values in its JSON file."""
-    values: dict[str, Any] = json.loads((run_dir.path / file_name).read_text(encoding="utf-8"))
-    return read_run(run_dir).read_plan(), values
+def _plan_of(run_dir: RunDir) -> Plan:
+    """Return the plan of a measurement."""
+    return read_run(run_dir).read_plan()

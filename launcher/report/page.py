@@ -14,6 +14,8 @@ from importlib import resources
 from launcher.report.figures import Figure, as_rows, describe, to_json
 from launcher.runs.redaction import redacted
 
+_GENERATOR = b'<meta name="generator" content="launcher">'
+
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
@@ -56,6 +58,11 @@ class Page:
     """Pairs (name, value) of the most important numbers."""
 
     sections: Sequence[Section] = ()
+
+
+def is_page(head: bytes) -> bool:
+    """Return whether a file that begins with these bytes is a page that launcher wrote."""
+    return _GENERATOR in head
 
 
 def render(page: Page) -> str:

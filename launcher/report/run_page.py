@@ -32,6 +32,7 @@ from launcher.recipe.callspec import parse
 from launcher.recipe.schedules import SCHEDULES, Schedule
 from launcher.report.figures import Bars, Figure, Moment, Span, Timeline
 from launcher.report.page import Page, Section, Table
+from launcher.runs.events import Failed, Stopped
 from launcher.runs.history import Attempt, History
 
 _MAX_METRIC_CARDS = 4
@@ -50,8 +51,9 @@ def run_page(history: History, more: Sequence[Section] = ()) -> Page:
         more: Further sections, such as those of finders, shown before the plan.
     """
     plan = history.plan
-    began = next((event["time"] for event in history.events), None)
-    date = "" if began is None else f", {time.strftime('%Y-%m-%d %H:%M', time.localtime(began))}"
+    date = ""
+    if (began := history.began) is not None:
+        date = f", {time.strftime('%Y-%m-%d %H:%M', time.localtime(began))}"
     sections = [
         *_failure(history),
         _learning(history),
@@ -227,11 +229,11 @@ def _attempts(history: History) -> Iterator[Section]:
         return
     spans = []
     for number, attempt in enumerate(attempts, start=1):
-        begin = attempt.began["time"]
+        begin = attempt.began.time
         end = max(attempt.until, begin)
         is_running = history.state.name == "running" and attempt is attempts[-1]
         outcome = _outcome(attempt, is_running=is_running)
-        description = f"{duration(end - begin)} from step {attempt.began['step']:,}, {outcome}"
+        description = f"{duration(end - begin)} from step {attempt.began.step:,}, {outcome}"
         row = _attempt_name(number, attempt)
         spans.append(Span(row=row, begin=begin, end=end, description=description))
     figures: list[Figure] = [
@@ -254,8 +256,8 @@ def _attempts(history: History) -> Iterator[Section]:
         rows=[
             [
                 span.row,
-                f"{attempt.began['step']:,}",
-                f"{attempt.began['ranks']} {attempt.began['strategy']}",
+                f"{attempt.began.step:,}",
+                f"{attempt.began.ranks} {attempt.began.strategy}",
                 span.description,
             ]
             for span, attempt in zip(spans, attempts, strict=True)
@@ -274,7 +276,7 @@ def _checkpoint_moments(history: History, spans: Sequence[Span]) -> Iterator[Mom
 
 
 def _attempt_name(number: int, attempt: Attempt) -> str:
-    job = attempt.began.get("job")
+    job = attempt.began.job
     return f"{number}" if job is None else f"{number}, job {job}"
 
 
@@ -283,13 +285,14 @@ def _outcome(attempt: Attempt, *, is_running: bool) -> str:
     event = attempt.ended
     if event is None:
         return "still running" if is_running else "ended without recording how"
-    if event["event"] == "failed":
-        first_line = str(event.get("message") or "").partition("\n")[0]
+    if isinstance(event, Failed):
+        first_line = event.message.partition("\n")[0]
         message = shorten(first_line, _MAX_MESSAGE, placeholder=" ...")
-        if event["rank"] is None:
+        if event.rank is None:
             return f"failed: {message}"
-        return f"failed on rank {event['rank']} ({event['node']}): {event['error']}: {message}"
-    return f"{event['event']} after step {event['step']:,}"
+        return f"failed on rank {event.rank} ({event.node}): {event.error}: {message}"
+    how = "stopped" if isinstance(event, Stopped) else "finished"
+    return f"{how} after step {event.step:,}"
 
 
 def _time_of(history: History, step: int) -> float | None:
@@ -325,8 +328,8 @@ def _environment(history: History) -> Iterator[Section]:
         modified = counted(num_modified, "modified file") if num_modified else "no modified files"
         rows.append(["git", f"{git.commit} ({git.branch}), {modified}"])
     rows.append(["host", record.host])
-    devices = [event["device_name"] for event in history.events if "device_name" in event]
-    rows += [["device", name] for name in devices[-1:]]
+    if history.device_name:
+        rows.append(["device", history.device_name])
     rows += [[name, version] for name, version in record.versions.items()]
     yield Section(title="Environment", table=Table(head=("", ""), rows=rows))
 

@@ -21,6 +21,5 @@ def write_report(run_dir: RunDir) -> Path:
     from launcher.report.run_page import run_page
     from launcher.runs.history import History
 
-    path = run_dir.path / "report.html"
-    write_atomic(path, render(run_page(History(run_dir))))
-    return path
+    write_atomic(run_dir.report, render(run_page(History(run_dir))))
+    return run_dir.report

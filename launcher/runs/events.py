@@ -16,13 +16,90 @@ later lines of metrics.jsonl, but keeps its events.
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from typing import Any
 
+import msgspec
+from msgspec import Struct
+
 from launcher.errors import RunDirError
+from launcher.json_file import Count, Moment, encode_json, read_lines
+from launcher.printable import printable
+from launcher.regular_file import open_to_append
 from launcher.runs.failure_record import read_failure
-from launcher.runs.rundir import RunDir, read_rows
+from launcher.runs.rundir import RunDir, remove_file
+
+
+class _Event(Struct, tag_field="event", frozen=True, kw_only=True):
+    """One line of events.jsonl."""
+
+    time: Moment
+    """When it happened, in seconds since 1970."""
+
+
+class Began(_Event, tag="began", frozen=True, kw_only=True):
+    """The ranks have met."""
+
+    step: Count
+    """Steps taken before."""
+
+    ranks: Count
+    """Number of ranks."""
+
+    nodes: Count = 1
+    """Number of nodes."""
+
+    strategy: str = ""
+    """The strategy of the plan."""
+
+    device_name: str | None = None
+    """Name of the device of rank 0; None if unknown."""
+
+    job: str | int | None = None
+    """Slurm job id; None outside Slurm."""
+
+
+class Counted(_Event, tag="counted", frozen=True, kw_only=True):
+    """The operations of the model have been counted."""
+
+    flops_per_sample: float
+    """Operations of a forward pass with one sample."""
+
+
+class Stopped(_Event, tag="stopped", frozen=True, kw_only=True):
+    """The run was asked to stop and has saved a checkpoint."""
+
+    step: Count
+    """Steps taken."""
+
+
+class Failed(_Event, tag="failed", frozen=True, kw_only=True):
+    """The run failed, and has been started again since."""
+
+    rank: int | None = None
+    """The rank that failed first; None if failure.json was damaged."""
+
+    node: str = ""
+    """Name of the rank's node."""
+
+    error: str = ""
+    """Class of the exception."""
+
+    message: str = ""
+    """Text of the exception."""
+
+
+class Finished(_Event, tag="finished", frozen=True, kw_only=True):
+    """The run took all of its steps."""
+
+    step: Count
+    """Steps taken."""
+
+
+Event = Began | Counted | Stopped | Failed | Finished
+"""A line of events.jsonl. Unknown keys of a line are ignored; a line of another kind is skipped."""
+
+_DECODER: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
 
 
 def record_event(run_dir: RunDir, event: str, **values: Any) -> None:
@@ -33,9 +110,9 @@ def record_event(run_dir: RunDir, event: str, **values: Any) -> None:
         event: Name of the event.
         **values: Values of the event; `time` replaces the present time.
     """
-    line = json.dumps({"time": time.time(), "event": event} | values) + "\n"
-    with contextlib.suppress(OSError), run_dir.events.open("a", encoding="utf-8") as file:
-        file.write(line)
+    line = encode_json({"time": time.time(), "event": event} | values) + "\n"
+    with contextlib.suppress(OSError), open_to_append(run_dir.events) as file:
+        file.write(line.encode())
 
 
 def record_past_failure(run_dir: RunDir) -> None:
@@ -43,6 +120,9 @@ def record_past_failure(run_dir: RunDir) -> None:
 
     A damaged failure.json is moved as well, with the damage as the message, so that it does not
     keep a run from resuming.
+
+    Raises:
+        RunDirError: failure.json cannot be removed.
     """
     try:
         failure = read_failure(run_dir)
@@ -50,14 +130,15 @@ def record_past_failure(run_dir: RunDir) -> None:
             return
         names = "time", "rank", "node", "error", "message"
         values = {name: getattr(failure, name) for name in names}
+        values["message"] = printable(failure.message)
     except RunDirError as error:
         values = {"rank": None, "node": "", "error": type(error).__name__, "message": str(error)}
         with contextlib.suppress(OSError):
-            values["time"] = run_dir.failure.stat().st_mtime
+            values["time"] = run_dir.failure.lstat().st_mtime
     record_event(run_dir, "failed", **values)
-    run_dir.failure.unlink(missing_ok=True)
+    remove_file(run_dir.failure)
 
 
-def read_events(run_dir: RunDir) -> list[dict[str, Any]]:
+def read_events(run_dir: RunDir) -> list[Event]:
     """Return the events in the order in which they were written; skip damaged lines."""
-    return [row for row in read_rows(run_dir.events) if "event" in row and "time" in row]
+    return read_lines(run_dir.events, _DECODER)

@@ -13,9 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from launcher.errors import LauncherError, RunDirError
+from launcher.json_file import Count, Moment, find_json
 from launcher.runs.rundir import RunDir, write_json
 
 FAILURE_FILE_VARIABLE = "LAUNCHER_FAILURE_FILE"
@@ -26,7 +25,7 @@ FAILURE_FILE_VARIABLE = "LAUNCHER_FAILURE_FILE"
 class Failure:
     """The failure of one rank, as failure.json holds it."""
 
-    rank: int
+    rank: Count
     """The rank that failed."""
 
     node: str
@@ -35,7 +34,7 @@ class Failure:
     pid: int
     """Process id of the rank on its node; 0 if the rank never wrote a heartbeat."""
 
-    time: float
+    time: Moment
     """When the rank failed, in seconds since 1970."""
 
     error: str
@@ -65,6 +64,10 @@ class Failure:
         if self.log_line is None:
             del values["log_line"]
         return values
+
+
+_MAX_BYTES = 1 << 25
+"""Largest failure.json that is read: earlier versions kept messages of 20 MB."""
 
 
 class RunFailedError(LauncherError):
@@ -152,18 +155,10 @@ def find_failure(run_dir: RunDir, fallback: Path) -> Failure | None:
 
 
 def _read(path: Path) -> Failure | None:
-    # json rather than msgspec.json: a message may hold lone surrogates, which msgspec refuses.
-    try:
-        return msgspec.convert(json.loads(path.read_text(encoding="utf-8")), Failure)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise RunDirError(f"Cannot read {path}: {error.strerror or error}.") from None
-    except msgspec.ValidationError as error:
-        reason = str(error)
-    except (ValueError, RecursionError):
-        reason = "it is not JSON"
-    raise RunDirError(
-        f"{path} is damaged, or launcher did not write it: {reason}. The logs of the ranks hold "
-        "the error that ended the run; delete the file to continue without it."
+    return find_json(
+        path,
+        Failure,
+        max_bytes=_MAX_BYTES,
+        remedy="The logs of the ranks hold the error that ended the run; delete the file to "
+        "continue without it.",
     )

@@ -5,12 +5,17 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.errors import RunDirError
+from launcher.json_file import Count, Moment, find_json
 from launcher.runs.rundir import RunDir
+
+_MAX_BYTES = 1 << 16
+"""Largest heartbeat that is read: there may be thousands of them."""
 
 PHASES = ("starting", "reading data", "computing", "evaluating", "saving", "finishing")
 """The phases of a rank, in the order of a step."""
@@ -20,19 +25,19 @@ PHASES = ("starting", "reading data", "computing", "evaluating", "saving", "fini
 class Heartbeat:
     """The step, phase and device use of a rank at one moment."""
 
-    rank: int
+    rank: Count
     node: str
-    pid: int
-    step: int
+    pid: Count
+    step: Count
     """Optimizer steps taken."""
 
     phase: str
     """What the rank is doing, one of `PHASES`."""
 
-    since: float
+    since: Moment
     """When the phase began, in seconds since 1970."""
 
-    time: float
+    time: Moment
     """When the heartbeat was written, in seconds since 1970."""
 
     stalled: bool = False
@@ -44,10 +49,10 @@ class Heartbeat:
     waits: bool = False
     """Whether `where` is a call in which ranks wait for each other."""
 
-    memory_bytes: int = 0
+    memory_bytes: Count = 0
     """Memory in use on the GPU, by all processes; on a CPU the memory of this process."""
 
-    memory_total_bytes: int = 0
+    memory_total_bytes: Count = 0
     """Memory of the GPU; 0 on a CPU."""
 
     utilisation: float | None = None
@@ -56,10 +61,9 @@ class Heartbeat:
 
 def read_heartbeat(run_dir: RunDir, rank: int) -> Heartbeat | None:
     """Return the last heartbeat of `rank`, or None if it has written none that can be read."""
-    try:
-        return Heartbeat(**json.loads(run_dir.health(rank).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
+    with contextlib.suppress(RunDirError):
+        return find_json(run_dir.health(rank), Heartbeat, max_bytes=_MAX_BYTES)
+    return None
 
 
 def is_running(pid: int) -> bool:
@@ -74,7 +78,7 @@ def is_running(pid: int) -> bool:
 def read_heartbeats(run_dir: RunDir) -> Iterator[Heartbeat]:
     """Yield the last heartbeat of each rank, in the order of ranks."""
     names = (path.stem.removeprefix("rank") for path in run_dir.health(0).parent.glob("rank*.json"))
-    for rank in sorted(int(name) for name in names if name.isdigit()):
+    for rank in sorted(int(name) for name in names if name.isascii() and name.isdigit()):
         heartbeat = read_heartbeat(run_dir, rank)
         if heartbeat is not None:
             yield heartbeat

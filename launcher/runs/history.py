@@ -5,20 +5,34 @@ A `History` can be refreshed while the run continues: it then reads only what wa
 
 from __future__ import annotations
 
+import io
 import math
 import os
+import stat
 from array import array
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import msgspec
+from msgspec import UNSET, Struct, UnsetType
 
-from launcher.runs.events import read_events
+from launcher.errors import RunDirError
+from launcher.json_file import Count, Moment, decode_line, lines_of
+from launcher.regular_file import open_regular
+from launcher.runs.events import (
+    Began,
+    Counted,
+    Event,
+    Failed,
+    Finished,
+    Stopped,
+    read_events,
+)
 from launcher.runs.failure_record import read_failure
+from launcher.runs.final_result import find_result
 from launcher.runs.heartbeat import Heartbeat, read_heartbeats
 from launcher.runs.run_record import RunRecord, read_run
 from launcher.runs.rundir import RunDir
-from launcher.runs.status import RunState, read_result, read_run_state
+from launcher.runs.status import RunState, read_run_state
 
 COLUMNS = (
     "step",
@@ -40,17 +54,46 @@ COLUMNS = (
 class RankShares:
     """Mean times per step and peak memory of each rank, over the steps since the last such line."""
 
-    step: int
+    step: int = 0
     """The last of these steps."""
 
-    own_seconds: list[float] | None
+    own_seconds: list[float] | None = None
     """Seconds per step that each rank did not wait for other ranks; None if unknown."""
 
     data_wait_seconds: list[float]
     """Seconds per step that each rank waited for data."""
 
-    memory_bytes: list[int]
+    memory_bytes: list[Count]
     """Peak memory of each rank."""
+
+    def __post_init__(self) -> None:
+        lists = self.own_seconds, self.data_wait_seconds, self.memory_bytes
+        if (
+            not self.memory_bytes
+            or len({len(values) for values in lists if values is not None}) > 1
+        ):
+            raise ValueError("expected one value for each rank")
+
+
+class _Line(Struct, frozen=True, kw_only=True):
+    """A line of metrics.jsonl: a step, an evaluation, or a measurement after a step."""
+
+    step: Count
+    samples: float | None = None
+    time: Moment | None = None
+    loss: float | None = None
+    lr: float | None = None
+    momentum: float | None = None
+    grad_norm: float | None = None
+    samples_per_second: float | UnsetType | None = UNSET
+    step_seconds: float | None = None
+    data_wait_seconds: float | None = None
+    communication_seconds: float | None = None
+    evaluation: dict[str, float | None] | None = None
+    ranks: RankShares | None = None
+    noise_scale: float | None = None
+    checkpoint_stall_seconds: float | None = None
+    checkpoint_seconds: float | None = None
 
 
 @dataclass(kw_only=True)
@@ -66,22 +109,22 @@ class _Lines:
     stalls: list[tuple[int, float]] = field(default_factory=list)
     saves: list[tuple[int, float]] = field(default_factory=list)
 
-    def add(self, row: dict[str, Any]) -> None:
-        step = row["step"]
-        if "samples_per_second" in row:
+    def add(self, line: _Line) -> None:
+        step = line.step
+        if line.samples_per_second is not UNSET:
             for name, column in self.steps.items():
-                column.append(_number(row.get(name)))
-        elif "evaluation" in row:
-            values = {name: _number(value) for name, value in row["evaluation"].items()}
+                column.append(_number(getattr(line, name)))
+        elif line.evaluation is not None:
+            values = {name: _number(value) for name, value in line.evaluation.items()}
             self.evaluations.append((step, values))
-        elif "ranks" in row:
-            self.ranks.append(RankShares(step=step, **row["ranks"]))
-        elif row.get("noise_scale") is not None:
-            self.noise.append((step, row["noise_scale"]))
-        elif "checkpoint_stall_seconds" in row:
-            self.stalls.append((step, row["checkpoint_stall_seconds"]))
-        elif "checkpoint_seconds" in row:
-            self.saves.append((step, row["checkpoint_seconds"]))
+        elif line.ranks is not None:
+            self.ranks.append(replace(line.ranks, step=step))
+        elif line.noise_scale is not None:
+            self.noise.append((step, line.noise_scale))
+        elif line.checkpoint_stall_seconds is not None:
+            self.stalls.append((step, line.checkpoint_stall_seconds))
+        elif line.checkpoint_seconds is not None:
+            self.saves.append((step, line.checkpoint_seconds))
 
 
 class History:
@@ -115,6 +158,8 @@ class History:
             status = self.run_dir.metrics.stat()
         except OSError:
             status = None
+        if status is not None and not stat.S_ISREG(status.st_mode):
+            raise RunDirError(f"{self.run_dir.metrics} is damaged: it is not a regular file.")
         identity = () if status is None else (status.st_ino,)
         if identity != self._identity or (status and status.st_size < self._position):
             self._identity, self._position = identity, 0
@@ -124,25 +169,29 @@ class History:
             self._lines = _Lines()
         if status is not None and status.st_size > self._position:
             self._read_appended()
-        self.events = read_events(self.run_dir)
+        self.events: list[Event] = read_events(self.run_dir)
         self.failure = read_failure(self.run_dir)
-        self.result = read_result(self.run_dir)
+        self.result = find_result(self.run_dir)
         self.health: list[Heartbeat] = list(read_heartbeats(self.run_dir))
         self.state: RunState = read_run_state(self.run_dir)
 
     def _read_appended(self) -> None:
-        with self.run_dir.metrics.open("rb") as file:
+        try:
+            file = io.BufferedReader(open_regular(self.run_dir.metrics))
+        except OSError as error:
+            reason = error.strerror or error
+            raise RunDirError(f"Cannot read {self.run_dir.metrics}: {reason}.") from None
+        with file:
             if self._position == 0 and self._newest is not None:
                 self._position = max(file.seek(0, os.SEEK_END) - self._newest, 0)
             file.seek(self._position)
-            for line in file:
+            for line in lines_of(file):
                 if not line.endswith(b"\n"):
                     break  # the run is writing this line
                 self._position += len(line)
-                try:
-                    self._lines.add(msgspec.json.decode(line))
-                except (msgspec.DecodeError, TypeError, KeyError, AttributeError):
-                    continue  # the run was killed while it wrote this line
+                # A run that was killed while it wrote a line has left half of it.
+                if (decoded := decode_line(line, _DECODER)) is not None:
+                    self._lines.add(decoded)
 
     @property
     def steps(self) -> dict[str, array[float]]:
@@ -185,22 +234,39 @@ class History:
         """Steps of the whole run."""
         return self.plan.total_steps
 
+    @property
+    def began(self) -> float | None:
+        """When the ranks of the first attempt met, in seconds since 1970; None if they have not."""
+        return next((event.time for event in self.events), None)
+
+    @property
+    def device_name(self) -> str:
+        """Name of the device of the last attempt; empty if it is unknown."""
+        starts = (event for event in reversed(self.events) if isinstance(event, Began))
+        return next((start.device_name or "" for start in starts), "")
+
     def attempts(self) -> list[Attempt]:
         """Return the attempts of the run, in their order: it starts another when it resumes."""
         attempts: list[Attempt] = []
         for event in self.events:
-            if event["event"] == "began":
-                attempts.append(Attempt(began=event, ended=None, until=event["time"]))
-            elif event["event"] in ("stopped", "failed", "finished") and attempts:
-                attempts[-1].ended, attempts[-1].until = event, event["time"]
-        if attempts and attempts[-1].ended is None and self.failure is not None:
-            failed = {"event": "failed"} | self.failure.to_dict()
-            attempts[-1].ended, attempts[-1].until = failed, self.failure.time
+            if isinstance(event, Began):
+                attempts.append(Attempt(began=event, ended=None, until=event.time))
+            elif isinstance(event, (Stopped, Failed, Finished)) and attempts:
+                attempts[-1].ended, attempts[-1].until = event, event.time
+        if attempts and attempts[-1].ended is None and (failure := self.failure) is not None:
+            failed = Failed(
+                time=failure.time,
+                rank=failure.rank,
+                node=failure.node,
+                error=failure.error,
+                message=failure.message,
+            )
+            attempts[-1].ended, attempts[-1].until = failed, failure.time
         times = self.steps["time"]
-        ends = [*(later.began["time"] for later in attempts[1:]), math.inf]
+        ends = [*(later.began.time for later in attempts[1:]), math.inf]
         for attempt, end in zip(attempts, ends, strict=False):
             if attempt.ended is None:  # it continues, or was killed
-                step_times = [time for time in times if attempt.began["time"] <= time < end]
+                step_times = [time for time in times if attempt.began.time <= time < end]
                 beats = [heartbeat.time for heartbeat in self.health if heartbeat.time < end]
                 attempt.until = max([attempt.until, *step_times[-1:], *beats])
         return attempts
@@ -210,7 +276,7 @@ class History:
         attempts = self.attempts()
         if not attempts:
             return None
-        return float(sum(max(attempt.until - attempt.began["time"], 0.0) for attempt in attempts))
+        return float(sum(max(attempt.until - attempt.began.time, 0.0) for attempt in attempts))
 
     def flops_per_second(self) -> float | None:
         """Return the model FLOP/s of each rank, forward and backward; None if not counted.
@@ -219,11 +285,11 @@ class History:
         memory do not count, as in the model FLOPs utilisation of PaLM (Chowdhery et al., 2022,
         appendix B).
         """
-        counts = [event["flops_per_sample"] for event in self.events if event["event"] == "counted"]
+        counts = [event.flops_per_sample for event in self.events if isinstance(event, Counted)]
         throughput = self.typical("samples_per_second")
         if not counts or throughput is None:
             return None
-        return 3 * float(counts[-1]) * throughput / self.plan.world_size
+        return 3 * counts[-1] * throughput / self.plan.world_size
 
     def typical(self, name: str) -> float | None:
         """Return the median of the second half of a column; None if it holds no finite number."""
@@ -236,15 +302,18 @@ class History:
 class Attempt:
     """One stretch of a run, from the start of its ranks to their end."""
 
-    began: dict[str, Any]
-    """The event `began`."""
+    began: Began
+    """The event with which it began."""
 
-    ended: dict[str, Any] | None
+    ended: Stopped | Failed | Finished | None
     """The event that ended the attempt; None if it continues, or was killed."""
 
     until: float
     """When the attempt ended, or last wrote a step or a heartbeat, in seconds since 1970."""
 
 
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) else math.nan
+_DECODER = msgspec.json.Decoder(_Line)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)

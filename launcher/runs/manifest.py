@@ -6,20 +6,26 @@ SHA-256 of its own content. Reading it runs no code, never blocks on a FIFO and 
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import io
 import json
-import os
-import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Annotated, Any, TypedDict
 
 import msgspec
+from msgspec import Meta
 
 from launcher.errors import CheckpointError
+from launcher.json_file import (
+    Count,
+    DamagedJSONError,
+    decode_values,
+    exact_floats,
+    restored_floats,
+)
+from launcher.printable import printable_line, shortened
+from launcher.regular_file import open_regular, read_regular
 from launcher.runs.rundir import write_json
 
 FORMAT = 2
@@ -33,6 +39,8 @@ MANIFEST = "checkpoint.json"
 
 _DIGEST = "digest"
 _BYTES_PER_READ = 1 << 20
+_MAX_BYTES = 1 << 28
+"""Largest checkpoint.json that is read; it holds a value of each parameter and each layer."""
 
 
 class ScalerState(TypedDict):
@@ -79,13 +87,13 @@ class Manifest:
     format: int
     """Version of this format, one of 1 and 2."""
 
-    step: int
+    step: Count
     """Optimizer steps taken."""
 
-    samples: int
+    samples: Count
     """Training samples consumed."""
 
-    world_size: int
+    world_size: Annotated[int, Meta(ge=1, le=2**31)]
     """Ranks that wrote the checkpoint."""
 
     agreement: Mapping[str, Any]
@@ -105,7 +113,7 @@ class Manifest:
 class FileDigest:
     """Size and digest of a file, by which damage is detected."""
 
-    num_bytes: int
+    num_bytes: Count
     """Size of the file."""
 
     sha256: str
@@ -119,23 +127,23 @@ def load_manifest(folder: Path) -> Manifest:
         CheckpointError: checkpoint.json is missing or damaged, or has a format that this version
             does not read.
     """
-    values = _read_json(folder / MANIFEST)
+    values = _read_values(folder / MANIFEST)
     digest = values.pop(_DIGEST, None)
     file_format = values.get("format")
     if file_format not in _FORMATS:
         versions = values.get("versions")
         writer = versions.get("gpu-launcher") if isinstance(versions, dict) else None
         raise CheckpointError(
-            f"{MANIFEST}: version {writer or 'unknown'} of launcher wrote it in format "
-            f"{file_format!r}, and this version reads formats "
+            f"{MANIFEST}: version {_short(writer or 'unknown')} of launcher wrote it in format "
+            f"{_short(repr(file_format))}, and this version reads formats "
             f"{' and '.join(map(str, _FORMATS))}"
         )
     if file_format != 1 and digest != _digest(values):
         raise CheckpointError(f"{MANIFEST}: the content does not match its own SHA-256")
     try:
-        return msgspec.convert(values, Manifest)
+        return msgspec.convert(restored_floats(values), Manifest)
     except msgspec.ValidationError as error:
-        raise CheckpointError(f"{MANIFEST}: {error}") from None
+        raise CheckpointError(f"{MANIFEST}: {printable_line(str(error))}") from None
 
 
 def save_manifest(folder: Path, manifest: Manifest) -> None:
@@ -144,26 +152,23 @@ def save_manifest(folder: Path, manifest: Manifest) -> None:
     Raises:
         RunDirError: checkpoint.json cannot be written.
     """
-    values = json.loads(json.dumps(asdict(manifest)))  # the digest covers the values as read back
+    # The digest covers the values as they are read back.
+    values = json.loads(json.dumps(exact_floats(asdict(manifest)), allow_nan=False))
     write_json(folder / MANIFEST, values | {_DIGEST: _digest(values)})
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """Return the content of checkpoint.json as plain values, without checking it.
+def _read_values(path: Path) -> dict[str, Any]:
+    """Return the content of checkpoint.json as plain values, without checking them.
 
     Raises:
         CheckpointError: The file cannot be read, or does not hold a JSON object.
     """
     try:
-        with _open_regular(path) as file:
-            values = json.loads(file.read())
+        return decode_values(read_regular(path, _MAX_BYTES))
     except OSError as error:
         raise CheckpointError(f"{MANIFEST}: {error.strerror or error}") from None
-    except (ValueError, RecursionError):
-        raise CheckpointError(f"{MANIFEST}: not JSON") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{MANIFEST}: not a JSON object")
-    return values
+    except DamagedJSONError as error:
+        raise CheckpointError(f"{MANIFEST}: {error}") from None
 
 
 def sum_file(path: Path) -> FileDigest:
@@ -173,31 +178,18 @@ def sum_file(path: Path) -> FileDigest:
         OSError: The file cannot be read, or is not a regular file.
     """
     digest, num_bytes = hashlib.sha256(), 0
-    with _open_regular(path) as file:
+    with open_regular(path) as file:
         while block := file.read(_BYTES_PER_READ):
             digest.update(block)
             num_bytes += len(block)
     return FileDigest(num_bytes=num_bytes, sha256=digest.hexdigest())
 
 
-def _open_regular(path: Path) -> io.FileIO:
-    """Open a file for reading; never block on a FIFO or read from a device.
-
-    Raises:
-        OSError: The file cannot be opened, or is not a regular file.
-    """
-    file = open(path, "rb", buffering=0, opener=_open_nonblocking)  # noqa: SIM115
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(errno.EINVAL, "Not a regular file")
-    return file
-
-
-def _open_nonblocking(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)
-
-
 def _digest(values: Mapping[str, Any]) -> str:
     """Return the SHA-256 of the content of checkpoint.json, whatever the order and whitespace."""
     text = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _short(value: Any) -> str:
+    return printable_line(shortened(str(value), 60))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from launcher.runs.events import read_events
+from launcher.runs.events import Stopped, read_events
+from launcher.runs.final_result import find_result
 from launcher.runs.history import History
 from launcher.runs.rundir import RunDir
-from launcher.runs.status import read_result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,18 +55,19 @@ def read_run_result(
         stopped_by: The signal that this process received, if any.
     """
     if exit_code == 0:
-        result = read_result(run_dir) or {}
+        result = find_result(run_dir)
+        metrics = {} if result is None else result.evaluation
         return RunResult(
             run_dir=run_dir,
             finished=True,
-            step=int(result.get("steps", 0)),
-            metrics=dict(result.get("evaluation", {})),
+            step=0 if result is None else result.steps,
+            metrics={name: math.nan if value is None else value for name, value in metrics.items()},
         )
-    stops = [event["step"] for event in read_events(run_dir) if event["event"] == "stopped"]
+    stops = [event.step for event in read_events(run_dir) if isinstance(event, Stopped)]
     return RunResult(
         run_dir=run_dir,
         finished=False,
-        step=int(stops[-1]) if stops else 0,
+        step=stops[-1] if stops else 0,
         metrics={},
         stopped_by=stopped_by,
         exit_code=exit_code,

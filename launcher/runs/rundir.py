@@ -5,6 +5,7 @@ metrics.jsonl       one line per optimizer step, and one per evaluation
 events.jsonl        when the run began, stopped, failed and finished; see launcher.runs.events
 result.json         the final evaluation and totals; written last
 model.safetensors   the final weights
+report.html         the page that `launcher report` writes
 checkpoints/        one folder per checkpoint; see launcher.runs.checkpoints
 curve.json          learning rates and losses that `launcher find lr` measured
 reading.json        loader throughput that `launcher find loader` measured
@@ -25,7 +26,9 @@ samples/            sample indices per step and rank, with record_samples=true
 from __future__ import annotations
 
 import contextlib
-import json
+import errno
+import io
+import itertools
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -36,6 +39,21 @@ from typing import Any
 import msgspec
 
 from launcher.errors import RunDirError
+from launcher.json_file import decode_line, encode_json, lines_of
+from launcher.paths import exists, is_dir, is_file
+from launcher.regular_file import open_regular
+
+_MAX_STEM = 200
+"""Bytes of a name that are part of the name of its temporary file, of at most 255 bytes."""
+
+_REMEDIES = {
+    errno.ENOSPC: "Free some space, and repeat the command.",
+    errno.EDQUOT: "Free some space, and repeat the command.",
+    errno.EROFS: "Give the path of a file that you can write to.",
+    errno.EACCES: "Give the path of a file that you can write to.",
+    errno.ENAMETOOLONG: "Give a shorter name.",
+}
+"""What to do about a file that cannot be written, by the reason."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +81,10 @@ class RunDir:
     @property
     def model(self) -> Path:
         return self.path / "model.safetensors"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
 
     @property
     def checkpoints(self) -> Path:
@@ -153,9 +175,9 @@ def create_run_dir(out: Path | None, name: str) -> RunDir:
             path.mkdir(mode=0o700)
             (path / "logs").mkdir()
         except FileExistsError:
-            if out is None and path.parent.is_dir():
+            if out is None and is_dir(path.parent):
                 continue
-            existing = path if path.exists() else path.parent
+            existing = path if os.path.lexists(path) else path.parent
             raise RunDirError(
                 f"The run folder {existing} exists already, and a run never writes into the folder "
                 f"of another one. Give another --out, or move it away{_resume_hint(path)}."
@@ -171,11 +193,11 @@ def create_run_dir(out: Path | None, name: str) -> RunDir:
 
 def planned_path(out: Path | None, name: str) -> Path:
     """Return the folder that `create_run_dir` would create now, without creating it."""
-    return out or next(path for path in _default_paths(name) if not path.exists())
+    return out or next(path for path in _default_paths(name) if not exists(path))
 
 
 def _resume_hint(path: Path) -> str:
-    if not (path / "run.yaml").is_file():
+    if not is_file(path / "run.yaml"):
         return ""
     return f"; `launcher resume {path}` resumes it"
 
@@ -185,38 +207,54 @@ def _default_paths(name: str) -> list[Path]:
     return [path, *(path.with_name(f"{path.name}-{number}") for number in range(2, 1000))]
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write `text` so that `path` holds all of it or is unchanged, even after a power failure.
+def write_atomic(path: Path, content: str | bytes, *, remedy: str = "") -> None:
+    """Write a file so that it holds all of its content or is unchanged, even after a power failure.
 
-    A path that exists and is not a regular file, such as /dev/stdout, is written to directly.
+    Whatever else than a folder has the name is replaced, be it a symbolic link or a FIFO, so that
+    nothing is written outside the folder of `path`.
+
+    Args:
+        path: The file.
+        content: Its content, text as UTF-8.
+        remedy: A sentence for the end of the error that says what to do.
 
     Raises:
         RunDirError: The disk is full, or the folder is missing or cannot be written.
     """
-    target = path.resolve()
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{_stem(path)}.{os.getpid()}.tmp")
     try:
-        if path.exists() and not path.is_file():
-            path.write_text(text, encoding="utf-8")
-            return
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        temporary.unlink(missing_ok=True)  # of a killed process with the same id
+        with temporary.open("xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(target)
+        temporary.replace(path)
     except OSError as error:
-        raise RunDirError(f"Cannot write {path}: {error.strerror}.") from None
+        raise write_failure(path, error, remedy) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the error above says more
+            temporary.unlink(missing_ok=True)
+
+
+def _stem(path: Path) -> str:
+    """Return the beginning of a name, to which something can be added."""
+    return os.fsdecode(os.fsencode(path.name)[:_MAX_STEM])
+
+
+def write_failure(path: Path, error: OSError, remedy: str = "") -> RunDirError:
+    """Return the error for a file that cannot be written, with the reason and what to do."""
+    remedy = remedy or _REMEDIES.get(error.errno or 0, "")
+    text = f"Cannot write {path}: {error.strerror or error}."
+    return RunDirError(f"{text} {remedy}" if remedy else text)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write `values` as indented JSON, completely or not at all.
+    """Write `values` as indented JSON, completely or not at all; NaN and infinity become null.
 
     Raises:
         RunDirError: The file cannot be written.
     """
-    write_atomic(path, json.dumps(values, indent=2) + "\n")
+    write_atomic(path, encode_json(values, indent=2) + "\n")
 
 
 def write_yaml(path: Path, values: Mapping[str, Any]) -> None:
@@ -236,8 +274,11 @@ def open_run_dir(path: Path) -> RunDir:
     Raises:
         RunDirError: `path` does not exist, or has no run.yaml.
     """
-    if not (path / "run.yaml").is_file():
-        reason = "has no run.yaml" if path.is_dir() else "does not exist"
+    if not is_file(path / "run.yaml"):
+        reason = "does not exist"
+        if is_dir(path):
+            has_other = os.path.lexists(path / "run.yaml")
+            reason = f"has {'a run.yaml that is no file' if has_other else 'no run.yaml'}"
         raise RunDirError(
             f"{path} is not a run folder: it {reason}. Give the folder that `launcher run` printed."
         )
@@ -252,7 +293,7 @@ def find_run_dirs(below: Path, depth: int = 3) -> Iterator[RunDir]:
         depth: Levels to descend. runs/<array>/<index> is three deep; run folders inside a run
             folder are never yielded.
     """
-    if (below / "run.yaml").is_file() or (below / "submission.json").is_file():
+    if any(os.path.lexists(below / name) for name in ("run.yaml", "submission.json")):
         yield RunDir(below.resolve())
         return
     if depth == 0:
@@ -263,51 +304,76 @@ def find_run_dirs(below: Path, depth: int = 3) -> Iterator[RunDir]:
             yield from find_run_dirs(below / name, depth - 1)
 
 
+class _StepLine(msgspec.Struct, frozen=True):
+    """The step that a line of metrics.jsonl or samples/ is about."""
+
+    step: int
+
+
 def truncate_after(run_dir: RunDir, step: int) -> None:
     """Remove the lines about steps after `step` from metrics.jsonl and samples/.
 
     A run that resumes from a checkpoint takes these steps again. Damaged lines are removed as well.
+    What is not a regular file is set aside, because the run cannot append to it.
 
     Raises:
-        RunDirError: A file cannot be written.
+        RunDirError: A file cannot be read or written.
     """
+    decoder = msgspec.json.Decoder(_StepLine)
     for path in (run_dir.metrics, *run_dir.samples(0).parent.glob("rank*.jsonl")):
-        earlier_lines = []
-        try:
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        except FileNotFoundError:
+        if not os.path.lexists(path):
             continue
-        for line in lines:
-            try:
-                if json.loads(line)["step"] <= step:
-                    earlier_lines.append(line)
-            except (ValueError, KeyError, TypeError):
-                continue  # the run was killed while it wrote this line
-        if len(earlier_lines) < len(lines):
-            write_atomic(path, "".join(earlier_lines))
+        if path.is_symlink() or not path.is_file():
+            set_file_aside(path)
+            continue
+        try:
+            with io.BufferedReader(open_regular(path)) as file:
+                num_bytes = os.fstat(file.fileno()).st_size
+                lines = [
+                    line
+                    for line in lines_of(file)
+                    if (row := decode_line(line, decoder)) is not None and row.step <= step
+                ]
+        except OSError as error:
+            raise RunDirError(f"Cannot read {path}: {error.strerror or error}.") from None
+        if sum(map(len, lines)) < num_bytes:
+            write_atomic(path, b"".join(lines))
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the objects in a JSON-lines file; skip damaged lines.
+def remove_file(path: Path) -> None:
+    """Remove a file of a run folder if it exists; set aside a folder that has its name.
 
-    A file that cannot be read yields an empty list.
+    Raises:
+        RunDirError: It cannot be removed.
     """
-    rows = []
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        for line in file:
-            try:
-                row = msgspec.json.decode(line)
-            except msgspec.DecodeError:
-                continue  # the run was killed while it wrote this line, or is writing it
-            if isinstance(row, dict):
-                rows.append(row)
-    return rows
+    try:
+        path.unlink(missing_ok=True)
+    except IsADirectoryError:
+        set_file_aside(path)
+    except OSError as error:
+        raise RunDirError(f"Cannot remove {path}: {error.strerror or error}.") from None
+
+
+def set_file_aside(path: Path) -> None:
+    """Append `.set-aside` to a name in a run folder that launcher needs for a file of its own.
+
+    Raises:
+        RunDirError: It cannot be renamed.
+    """
+    for number in itertools.count(1):
+        target = path.with_name(f"{path.name}.set-aside" + (f"-{number}" if number > 1 else ""))
+        if not os.path.lexists(target):
+            break
+    try:
+        path.rename(target)
+    except OSError as error:
+        raise RunDirError(f"Cannot rename {path}: {error.strerror or error}.") from None
 
 
 def count_lines(path: Path) -> int:
     """Return the number of lines in a file, or 0 if it cannot be read."""
     try:
-        with path.open("rb") as file:
+        with io.BufferedReader(open_regular(path)) as file:
             return sum(1 for _ in file)
     except OSError:
         return 0

@@ -5,18 +5,26 @@ No process and no scheduler is contacted, so that any user who can read the fold
 
 from __future__ import annotations
 
-import json
+import io
+import os
 import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, Struct
 
 from launcher.errors import RunDirError
+from launcher.json_file import Count, decode_line
+from launcher.paths import is_file
 from launcher.quantities import duration
-from launcher.runs.events import read_events
+from launcher.regular_file import open_regular
+from launcher.runs.events import Stopped, read_events
 from launcher.runs.failure_record import read_failure
+from launcher.runs.final_result import read_result
 from launcher.runs.heartbeat import Heartbeat, is_running, read_heartbeats
 from launcher.runs.rundir import RunDir
 
@@ -73,9 +81,9 @@ def read_run_state(run_dir: RunDir) -> RunState:
         return RunState(name="running", words=progress_text(run_dir))
     if (ended := read_outcome(run_dir)) is not None:
         return ended
-    if run_dir.run_yaml.is_file():
+    if is_file(run_dir.run_yaml):
         return _unfinished(run_dir)
-    if run_dir.submission.is_file():
+    if is_file(run_dir.submission):
         return RunState(name="waiting", words="submitted")
     return RunState(name="unknown", words="has neither run.yaml nor submission.json")
 
@@ -98,10 +106,10 @@ def _modified(path: Path) -> float:
 def _unfinished(run_dir: RunDir) -> RunState:
     """Return the state of a run that has ended and recorded neither result nor failure."""
     events = read_events(run_dir)
-    if events and events[-1]["event"] == "stopped":
-        return RunState(name="stopped", words=f"stopped after step {events[-1]['step']:,}")
+    if events and isinstance(events[-1], Stopped):
+        return RunState(name="stopped", words=f"stopped after step {events[-1].step:,}")
     row = last_step(run_dir.metrics)
-    where = f"after step {row['step']:,}" if row else "before its first step"
+    where = f"after step {row.step:,}" if row else "before its first step"
     return RunState(name="lost", words=f"ended without a result or an error {where}")
 
 
@@ -122,10 +130,13 @@ def read_outcome(run_dir: RunDir) -> RunState | None:
 
     A resumed run removes both files, so that neither describes an earlier attempt.
     """
-    if (result := read_result(run_dir)) is not None:
-        values = result["evaluation"] or {"loss": result["train_loss"]}
-        shown = ", ".join(f"{name} {number_text(value)}" for name, value in values.items())
-        return RunState(name="finished", words=f"finished after {result['steps']:,} steps: {shown}")
+    try:
+        result = read_result(run_dir)
+    except RunDirError as error:
+        return RunState(name="unknown", words=str(error))
+    if result is not None:
+        shown = ", ".join(f"{name} {number_text(v)}" for name, v in result.metrics.items())
+        return RunState(name="finished", words=f"finished after {result.steps:,} steps: {shown}")
     try:
         failure = read_failure(run_dir)
     except RunDirError as error:
@@ -148,46 +159,38 @@ def progress_text(run_dir: RunDir, total_steps: int | None = None) -> str:
     if row is None:
         return "starting"
     total = "" if total_steps is None else f" of {total_steps:,}"
-    throughput = row["samples_per_second"] or 0
-    text = f"step {row['step']:,}{total}, loss {number_text(row['loss'])}"
-    text += f", {throughput:,.0f} samples/s"
+    throughput = row.samples_per_second or 0
+    text = f"step {row.step:,}{total}, loss {number_text(row.loss)}, {throughput:,.0f} samples/s"
     if total_steps is None:
         return text
-    samples_per_step = row["samples"] / row["step"]
-    samples_left = (total_steps - row["step"]) * samples_per_step
+    samples_left = (total_steps - row.step) * (row.samples / row.step)
     seconds_left = samples_left / throughput if throughput else None
     return f"{text}, {duration(seconds_left)} left"
 
 
-def last_step(path: Path) -> dict[str, Any] | None:
+class LastStep(Struct, frozen=True):
+    """A line of metrics.jsonl that describes a step, as far as a state shows it."""
+
+    step: Annotated[int, Meta(ge=1, le=2**63 - 1)]
+    loss: float | None
+    samples_per_second: float | None
+    samples: Count = 0
+
+
+def last_step(path: Path) -> LastStep | None:
     """Return the last complete line of metrics.jsonl that describes a step, or None.
 
     Only the last 64 KiB of the file are read.
     """
     try:
-        with path.open("rb") as file:
-            file.seek(max(path.stat().st_size - 65536, 0))
-            lines = file.read().splitlines()
+        with io.BufferedReader(open_regular(path)) as file:
+            file.seek(max(os.fstat(file.fileno()).st_size - 65536, 0))
+            lines = file.read(65536).splitlines()
     except OSError:
         return None
-    for line in reversed(lines):
-        try:
-            row: dict[str, Any] = json.loads(line)
-        except ValueError:
-            continue
-        if "loss" in row and "samples_per_second" in row:
-            return row
-    return None
-
-
-def read_result(run_dir: RunDir) -> dict[str, Any] | None:
-    """Return the content of result.json, or None if it is missing, damaged or incomplete."""
-    try:
-        values = json.loads(run_dir.result.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    required = {"evaluation", "train_loss", "steps"}
-    return values if isinstance(values, dict) and required <= values.keys() else None
+    decoder = msgspec.json.Decoder(LastStep)
+    rows = (decode_line(line, decoder) for line in reversed(lines))
+    return next((row for row in rows if row is not None), None)
 
 
 def number_text(value: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 import sys
 import time
@@ -9,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from launcher.errors import RunDirError
+from launcher.paths import exists
+from launcher.regular_file import open_regular
 from launcher.runs.history import History
 from launcher.runs.rundir import RunDir, open_run_dir
 from launcher.runs.status import ACTIVE_STATES, RunState, read_run_state
@@ -33,7 +36,7 @@ def find_run(name: str) -> RunDir:
     Raises:
         RunDirError: There is no such run below the working folder.
     """
-    if Path(name, "run.yaml").is_file():
+    if exists(Path(name, "run.yaml")):
         return open_run_dir(Path(name))
     try:
         return find_submission(name, Path())
@@ -66,7 +69,7 @@ def follow(
     queried: tuple[float, RunState | None] = (0.0, None)
     while True:
         poll_began = time.monotonic()
-        if run_dir.run_yaml.is_file():
+        if exists(run_dir.run_yaml):
             if history is None:
                 history = History(run_dir, newest=_METRICS_BYTES)
             else:
@@ -98,12 +101,8 @@ def copy_log(path: Path, run_dir: RunDir | None) -> None:
     position, queried_at = 0, 0.0
     ended = run_dir is None
     while True:
-        if path.exists():
-            with path.open(encoding="utf-8", errors="replace") as file:
-                file.seek(position)
-                shutil.copyfileobj(file, sys.stdout)
-                position = file.tell()
-            sys.stdout.flush()
+        if exists(path):
+            position = _copy_appended(path, position)
         if ended:
             return
         if run_dir is not None and time.monotonic() - queried_at > _SECONDS_BETWEEN_QUERIES:
@@ -111,6 +110,24 @@ def copy_log(path: Path, run_dir: RunDir | None) -> None:
             ended = status_of(run_dir).state not in ACTIVE_STATES
         if not ended:
             time.sleep(_SECONDS_BETWEEN_COPIES)
+
+
+def _copy_appended(path: Path, position: int) -> int:
+    """Copy what was appended to a log since it had `position` bytes; return its present size.
+
+    Raises:
+        RunDirError: The log cannot be read, or is not a regular file.
+    """
+    try:
+        file = io.BufferedReader(open_regular(path))
+    except OSError as error:
+        raise RunDirError(f"Cannot read {path}: {error.strerror or error}.") from None
+    with io.TextIOWrapper(file, encoding="utf-8", errors="replace") as text:
+        text.seek(position)
+        shutil.copyfileobj(text, sys.stdout)
+        position = text.tell()
+    sys.stdout.flush()
+    return position
 
 
 def _combined_state(
@@ -125,7 +142,7 @@ def _combined_state(
 
 def _state_in_slurm(run_dir: RunDir) -> RunState | None:
     """Return the state of a submitted run by Slurm; None if it was not submitted or is unknown."""
-    if not run_dir.submission.is_file():
+    if not exists(run_dir.submission):
         return None
     status = status_of(run_dir)
     return None if status.state == "unknown" else RunState(name=status.state, words=status.words)

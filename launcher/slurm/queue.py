@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 from launcher.errors import SlurmError
 
+_TIMEOUT_SECONDS = 120.0
+"""Longest wait for a command of Slurm, which tries for a while to reach a controller."""
+
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "SUSPENDED", "STOPPED")
 GOING = ("RUNNING", "COMPLETING", "CONFIGURING", "SIGNALING", "STAGE_OUT", "RESIZING")
 
@@ -105,7 +108,20 @@ def run_command(*command: str) -> str:
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:
     try:
-        done = subprocess.run(command, text=True, capture_output=True, check=False)
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            errors="replace",
+            capture_output=True,
+            check=False,
+            timeout=_TIMEOUT_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise SlurmError(
+            f"{command[0]} did not answer within {_TIMEOUT_SECONDS:g} s. See whether `sinfo` "
+            "answers, and try again later."
+        ) from None
     except FileNotFoundError:
         raise SlurmError(
             f"{command[0]} is not installed here. Submit jobs from a login node of the cluster, "
@@ -164,7 +180,7 @@ def job_state(job: str) -> JobState | None:
         state=state,
         reason="" if reason == "None" else reason,
         nodes="" if (nodes := _value(text, "NodeList")) == "(null)" else nodes,
-        restarts=int(_value(text, "Restarts") or 0),
+        restarts=_number(_value(text, "Restarts")),
         exit_code=_value(text, "ExitCode"),
     )
 
@@ -179,12 +195,14 @@ def _accounted(job: str) -> JobState | None:
     lines = text.splitlines()
     if not lines:
         return None
+    if lines[-1].count("|") != len(fields) - 1:
+        return None
     state, reason, nodes, restarts, exit_code = lines[-1].split("|")
     return JobState(
         state=state.partition(" ")[0],
         reason="" if reason == "None" else reason,
         nodes=nodes,
-        restarts=int(restarts or 0),
+        restarts=_number(restarts),
         exit_code=exit_code,
     )
 
@@ -196,6 +214,10 @@ def cancel(jobs: Sequence[str]) -> None:
         SlurmError: scancel fails.
     """
     run_command("scancel", *jobs)
+
+
+def _number(text: str) -> int:
+    return int(text) if text.isascii() and text.isdigit() else 0
 
 
 def _value(text: str, name: str) -> str:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_type_hints
 from msgspec import Meta
 
 from launcher.errors import SlurmError, did_you_mean
+from launcher.paths import exists, is_dir
 from launcher.recipe.overrides import read_yaml
 from launcher.recipe.validation import (
     MismatchError,
@@ -130,7 +131,7 @@ def find_site(name: str | None, env: Mapping[str, str] | None = None) -> Site:
     home = Path(env.get("XDG_CONFIG_HOME") or Path(env.get("HOME", "/")) / ".config")
     folders = (Path("slurm"), home / "launcher")
     paths = [Path(name), *(folder / f"{name}.yaml" for folder in folders)]
-    profile = next((path for path in paths if path.is_file()), None)
+    profile = next((path for path in paths if _is_profile(path)), None)
     if profile is None:
         profiles = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
         raise SlurmError(
@@ -139,6 +140,11 @@ def find_site(name: str | None, env: Mapping[str, str] | None = None) -> Site:
             + f" Looked for {', '.join(map(str, paths))}. slurm/README.md describes profiles."
         )
     return read_site(profile)
+
+
+def _is_profile(path: Path) -> bool:
+    """Return whether a path leads to something else than a folder, which has a name to look up."""
+    return exists(path) and not is_dir(path)
 
 
 def read_site(path: Path) -> Site:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from typing import Any
 
+from launcher.printable import printable_line
 from launcher.runs.status import STATES
 from launcher.slurm.submission import SubmissionStatus
 
@@ -14,10 +16,11 @@ def sort_statuses(statuses: list[SubmissionStatus]) -> list[SubmissionStatus]:
     return sorted(statuses, key=_sort_key)
 
 
-def status_cells(status: SubmissionStatus) -> tuple[str, str, str, str]:
+def status_cells(status: SubmissionStatus) -> tuple[str, ...]:
     """Return the row of a run: folder, job id, settings within its array, and state."""
     submission = status.submission
-    return status.run_dir.shown, submission.job, " ".join(submission.settings), status.words
+    cells = status.run_dir.shown, submission.job, " ".join(submission.settings), status.words
+    return tuple(map(printable_line, cells))
 
 
 def status_values(status: SubmissionStatus) -> dict[str, Any]:
@@ -28,6 +31,7 @@ def status_values(status: SubmissionStatus) -> dict[str, Any]:
 
 def _sort_key(status: SubmissionStatus) -> tuple[float, ...]:
     """Order by state, then by the best metric besides the loss, then by the loss."""
-    best = max((v for name, v in status.evaluation.items() if name != "loss"), default=None)
-    loss = status.evaluation.get("loss", 0.0)
+    finite = {name: v for name, v in status.evaluation.items() if math.isfinite(v)}
+    best = max((value for name, value in finite.items() if name != "loss"), default=None)
+    loss = finite.get("loss", math.inf if "loss" in status.evaluation else 0.0)
     return STATES.index(status.state), loss if best is None else -best, loss

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable
@@ -11,12 +12,15 @@ from typing import Any
 
 from launcher.analysis.batch_sizes import MEMORY_MARGIN, SizeTrial, next_size
 from launcher.environment.machine import free_memory_bytes
-from launcher.errors import EXIT_FAILED, LauncherError, TrainingError
+from launcher.errors import EXIT_FAILED, LauncherError, RunDirError, TrainingError
+from launcher.json_file import exact_floats, find_json
 from launcher.launch.signal_handler import SignalHandler
+from launcher.paths import is_file
 from launcher.runs.cache import cache_folder
 from launcher.runs.failure_record import RunFailedError
 from launcher.runs.provenance import versions
 from launcher.runs.rundir import RunDir, create_run_dir, write_json
+from launcher.tuning.measured_files import read_size
 from launcher.tuning.probe_run import Probe, Target, run_probe
 
 TIMED_STEPS = 4
@@ -118,8 +122,14 @@ class BatchSearch:
                 f"The trial with micro_batch_size={size} failed, and not because memory ran out:"
                 f"\n\n{error}"
             ) from None
-        values = json.loads(run_dir.size.read_text(encoding="utf-8"))
-        return SizeTrial(size=size, fits=True, **values)
+        reading = read_size(run_dir)
+        return SizeTrial(
+            size=size,
+            fits=True,
+            samples_per_second=reading.samples_per_second,
+            peak_bytes=reading.peak_bytes,
+            num_trained=reading.num_trained,
+        )
 
     def _plan_trial(self, size: int) -> Probe:
         batch_size = self.plan.world_size * size * _MICRO_STEPS
@@ -146,7 +156,7 @@ def cache_path(target: Target, search: BatchSearch) -> Path:
     """
     plan = search.plan
     recipe_file = Path(target.reference.location.rpartition(":")[0])
-    text = recipe_file.read_bytes() if recipe_file.is_file() else None
+    text = recipe_file.read_bytes() if is_file(recipe_file) else None
     key: dict[str, Any] = {
         "recipe": target.reference.location,
         "text": "" if text is None else hashlib.sha256(text).hexdigest(),
@@ -162,18 +172,15 @@ def cache_path(target: Target, search: BatchSearch) -> Path:
 
 def read_cache(path: Path) -> BatchSearchResult | None:
     """Return the cached result, or None if there is none that can be read."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        trials = tuple(SizeTrial(**trial) for trial in values.pop("trials"))
-        return BatchSearchResult(trials=trials, **values)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return None
+    with contextlib.suppress(RunDirError):
+        return find_json(path, BatchSearchResult, exact=True)
+    return None
 
 
 def write_cache(path: Path, result: BatchSearchResult) -> None:
     """Write a result to the cache; a cache that cannot be written is ignored."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, asdict(result))
+        write_json(path, exact_floats(asdict(result)))
     except (OSError, LauncherError):
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +23,7 @@ from launcher.environment.machine import free_memory_bytes, free_shm_bytes
 from launcher.launch.signal_handler import SignalHandler
 from launcher.planning.loading import PREFETCH_FACTOR
 from launcher.runs.rundir import RunDir, create_run_dir
+from launcher.tuning.measured_files import LoaderReading, read_loading
 from launcher.tuning.probe_run import Target, run_probe
 
 _WORKER_BYTES = 60e6
@@ -127,7 +127,7 @@ class LoaderSearch:
         """
         readings: list[LoaderTrial] = []
 
-        def measure(**settings: Any) -> dict[str, float]:
+        def measure(**settings: Any) -> LoaderReading:
             values = self._measure(run_dir, signals, **settings)
             readings.append(self._reading(values, **settings))
             on_trial(readings[-1])
@@ -135,15 +135,15 @@ class LoaderSearch:
 
         profile = measure(num_workers=0)
         cost = SampleCost(
-            reading=profile["reading_seconds"],
-            reading_cpu=profile["reading_cpu_seconds"],
-            computing=profile["computing_seconds"],
-            computing_cpu=profile["computing_cpu_seconds"],
+            reading=profile.reading_seconds,
+            reading_cpu=profile.reading_cpu_seconds,
+            computing=profile.computing_seconds,
+            computing_cpu=profile.computing_cpu_seconds,
         )
         budget = self._budget()
         worker = WorkerCost(
             memory_bytes=_WORKER_BYTES,
-            batch_bytes=profile["batch_bytes"],
+            batch_bytes=profile.batch_bytes,
             prefetch_factor=self._prefetch_factor,
         )
         limit, limited_by = max_workers(budget, worker)
@@ -159,7 +159,7 @@ class LoaderSearch:
         readings.sort(key=lambda reading: reading.workers)
         best = next(reading for reading in readings if reading.workers == chosen)
         settings: dict[str, Any] = {"num_workers": chosen}
-        slowest = profile["slowest_batch_seconds"]
+        slowest = profile.slowest_batch_seconds
         for alternative in self._alternatives(best, slowest, budget, worker):
             measure(**settings, **alternative)
             if is_faster(readings[-1].samples_per_second, best.samples_per_second):
@@ -203,7 +203,7 @@ class LoaderSearch:
 
     def _measure(
         self, search_dir: RunDir, signals: SignalHandler, **settings: Any
-    ) -> dict[str, float]:
+    ) -> LoaderReading:
         from launcher.engine.worker import agent_loader_probe
 
         probe = self._target.with_settings(
@@ -220,16 +220,17 @@ class LoaderSearch:
         folder = "-".join(f"{name}-{value}" for name, value in settings.items())
         run_dir = create_run_dir(search_dir.path / folder, probe.plan.recipe)
         run_probe(probe, run_dir, agent_loader_probe, signals, seconds=self._seconds, quiet=True)
-        values: dict[str, float] = json.loads(run_dir.reading.read_text(encoding="utf-8"))
-        return values
+        return read_loading(run_dir)
 
-    def _reading(self, values: Mapping[str, float], **settings: Any) -> LoaderTrial:
-        names = ("samples_per_second", "wait_seconds_per_step", "step_seconds", "worker_bytes")
+    def _reading(self, reading: LoaderReading, **settings: Any) -> LoaderTrial:
         return LoaderTrial(
             workers=settings["num_workers"],
             prefetch_factor=settings.get("prefetch_factor", self._prefetch_factor),
             pin_memory=settings.get("pin_memory", self.plan.pin_memory),
-            **{name: values[name] for name in names},
+            samples_per_second=reading.samples_per_second,
+            wait_seconds_per_step=reading.wait_seconds_per_step,
+            step_seconds=reading.step_seconds,
+            worker_bytes=reading.worker_bytes,
         )
 
 

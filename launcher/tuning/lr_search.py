@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -18,6 +17,7 @@ from launcher.analysis.lr_curve import (
 from launcher.launch.signal_handler import SignalHandler
 from launcher.recipe.recipe import Recipe
 from launcher.runs.rundir import RunDir, create_run_dir
+from launcher.tuning.measured_files import read_curve
 from launcher.tuning.probe_run import Probe, Target, run_probe
 
 
@@ -116,8 +116,7 @@ def _train_to_divergence(
     from launcher.engine.worker import agent_range_test
 
     run_probe(probe, run_dir, agent_range_test, signals, quiet=quiet)
-    values = json.loads(run_dir.curve.read_text(encoding="utf-8"))
-    return LossCurve(lrs=tuple(values["lrs"]), losses=tuple(values["losses"]))
+    return read_curve(run_dir)
 
 
 def recipe_lr_settings(lr: float, batch_size: int, recipe: Recipe) -> dict[str, float]:

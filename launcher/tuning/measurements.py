@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from launcher.analysis.gradient_noise import Measurement, estimate_noise_scale
+from launcher.analysis.gradient_noise import estimate_noise_scale
 from launcher.errors import RunDirError
+from launcher.paths import is_file
 from launcher.planning.plan import Plan
+from launcher.runs.final_result import read_result
+from launcher.runs.history import History
 from launcher.runs.run_record import read_run
 from launcher.runs.rundir import RunDir, open_run_dir
+from launcher.tuning.measured_files import read_noise, read_size
 
 _WARM_UP_FRACTION = 0.1
 """Fraction of a run's steps that is ignored, because the first steps are slow."""
-
-_STALL_KEY = "checkpoint_stall_seconds"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ def read_measurements(folders: Sequence[Path], plan: Plan) -> Measurements:
         trial_dirs = [RunDir(file.parent) for file in sorted(folder.glob("size-*/size.json"))]
         for run_dir in trial_dirs or [open_run_dir(folder)]:
             measured_plan = _read_plan(run_dir, plan)
-            if run_dir.noise.is_file():
+            if is_file(run_dir.noise):
                 reader.read_noise(run_dir, measured_plan)
                 continue
             if measured_plan["world_size"] != 1:
@@ -67,7 +68,7 @@ def read_measurements(folders: Sequence[Path], plan: Plan) -> Measurements:
                     "include communication. An estimate needs steps of one rank: measure again "
                     "with `-n 1`."
                 )
-            if run_dir.size.is_file():
+            if is_file(run_dir.size):
                 reader.read_size(run_dir, measured_plan)
             else:
                 reader.read_steps(run_dir, measured_plan)
@@ -97,8 +98,7 @@ class _MeasurementReader:
 
     def read_noise(self, run_dir: RunDir, measured_plan: dict[str, Any]) -> None:
         """Read the noise scale of the second half of the steps, converted from items to samples."""
-        values = _read_json(run_dir.noise)["measurements"]
-        measurements = [Measurement(**value) for value in values]
+        measurements = read_noise(run_dir)
         second_half = measurements[len(measurements) // 2 :]
         scale = estimate_noise_scale(second_half) or estimate_noise_scale(measurements)
         if scale is not None:
@@ -107,39 +107,44 @@ class _MeasurementReader:
 
     def read_size(self, run_dir: RunDir, measured_plan: dict[str, Any]) -> None:
         """Read the speed of a trial of a micro-batch size."""
-        values = _read_json(run_dir.size)
-        self.num_trained = _num_trained(values, run_dir)
+        reading = read_size(run_dir)
+        self.num_trained = _num_trained(reading.num_trained, run_dir)
         micro_batch_size = measured_plan["micro_batch_size"]
-        self.micro_steps[micro_batch_size] = micro_batch_size / values["samples_per_second"]
+        self.micro_steps[micro_batch_size] = micro_batch_size / reading.samples_per_second
 
     def read_steps(self, run_dir: RunDir, measured_plan: dict[str, Any]) -> None:
         """Read the speed of a run's steps and the stalls of its checkpoints."""
-        if not run_dir.result.is_file():
+        result = read_result(run_dir)
+        if result is None:
             raise RunDirError(
                 f"{run_dir.shown} has no result.json: the run has not finished. Resume it or "
                 "measure again."
             )
-        self.num_trained = _num_trained(_read_json(run_dir.result), run_dir)
-        lines = run_dir.metrics.read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
-        stalls = [row[_STALL_KEY] for row in rows if _STALL_KEY in row]
-        if stalls:
-            self.save_seconds = median(stalls)
-        steps = [row for row in rows if "loss" in row]
-        num_samples = [
-            row["samples"] - previous["samples"] for previous, row in itertools.pairwise(steps)
-        ]
+        self.num_trained = _num_trained(result.num_trained, run_dir)
+        history = History(run_dir)
+        if history.stalls:
+            self.save_seconds = median(seconds for _, seconds in history.stalls)
+        steps = history.steps
+        num_samples = [after - before for before, after in itertools.pairwise(steps["samples"])]
         first = int(len(num_samples) * _WARM_UP_FRACTION)
-        timed = list(zip(steps[1:], num_samples, strict=True))[first:]
-        seconds = sum(samples / row["samples_per_second"] for row, samples in timed)
-        if not timed or not seconds:
+        timed = list(
+            zip(
+                num_samples,
+                steps["samples_per_second"][1:],
+                steps["data_wait_seconds"][1:],
+                strict=True,
+            )
+        )[first:]
+        seconds = sum(samples / throughput for samples, throughput, _ in timed if throughput)
+        total_samples = sum(num_samples[first:])
+        if not (seconds > 0 and total_samples > 0):
             raise RunDirError(
                 f"{run_dir.shown} took only one step, which is too few to time. Train at least 2 "
                 "steps."
             )
         micro_batch_size = measured_plan["micro_batch_size"]
-        self.micro_steps[micro_batch_size] = micro_batch_size * seconds / sum(num_samples[first:])
-        self.data_wait = sum(row["data_wait_seconds"] for row, _ in timed) / seconds
+        self.micro_steps[micro_batch_size] = micro_batch_size * seconds / total_samples
+        self.data_wait = sum(waits for _, _, waits in timed) / seconds
 
 
 def _read_plan(run_dir: RunDir, plan: Plan) -> dict[str, Any]:
@@ -148,7 +153,7 @@ def _read_plan(run_dir: RunDir, plan: Plan) -> dict[str, Any]:
     Raises:
         RunDirError: It is for another recipe, device or precision than `plan`.
     """
-    measured_plan = dict(read_run(run_dir).plan)
+    measured_plan = read_run(run_dir).read_plan().to_dict()
     for name in ("recipe", "device", "precision"):
         if measured_plan[name] != getattr(plan, name):
             raise RunDirError(
@@ -159,18 +164,10 @@ def _read_plan(run_dir: RunDir, plan: Plan) -> dict[str, Any]:
     return measured_plan
 
 
-def _num_trained(values: dict[str, Any], run_dir: RunDir) -> int:
-    if "num_trained" not in values:
+def _num_trained(num_trained: int | None, run_dir: RunDir) -> int:
+    if num_trained is None:
         raise RunDirError(
             f"{run_dir.shown} does not record num_trained, the number of trained weights: an "
             "earlier version of launcher measured it. Measure again."
         )
-    return int(values["num_trained"])
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunDirError(f"Cannot read {path}: {error}.") from None
-    return values
+    return num_trained

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 from launcher.analysis.gradient_noise import Measurement, NoiseScale, estimate_noise_scale
@@ -10,6 +9,7 @@ from launcher.launch.signal_handler import SignalHandler
 from launcher.planning.global_batch import ceil_div
 from launcher.planning.strategy import STRATEGIES
 from launcher.runs.rundir import RunDir
+from launcher.tuning.measured_files import read_noise
 from launcher.tuning.probe_run import Probe, Target, run_probe
 
 _MIN_PARTS = 4
@@ -76,8 +76,7 @@ def find_noise(
 
     last_step = min(steps, probe.plan.total_steps)
     run_probe(probe, run_dir, agent_noise_probe, signals, last_step=last_step, quiet=quiet)
-    values = json.loads(run_dir.noise.read_text(encoding="utf-8"))["measurements"]
-    measurements = tuple(Measurement(**value) for value in values)
+    measurements = read_noise(run_dir)
     half = len(measurements) // 2
     return NoiseSearchResult(
         measurements=measurements,

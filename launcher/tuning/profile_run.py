@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 from launcher.analysis.step_profile import Profile
 from launcher.launch.signal_handler import SignalHandler
 from launcher.runs.rundir import RunDir
+from launcher.tuning.measured_files import read_profiles
 from launcher.tuning.probe_run import Probe, Target, run_probe
 
 WARM_UP_STEPS = 5
@@ -50,5 +49,4 @@ def profile_recipe(
     from launcher.engine.worker import agent_profile
 
     run_probe(probe, run_dir, agent_profile, signals, last_step=WARM_UP_STEPS, quiet=quiet)
-    ranks = json.loads(run_dir.profile.read_text(encoding="utf-8"))["ranks"]
-    return [Profile(**rank) for rank in ranks]
+    return read_profiles(run_dir)

@@ -7,16 +7,15 @@ with others.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-import msgspec
-
 from launcher.errors import RunDirError
+from launcher.json_file import exact_floats, find_json, read_json
+from launcher.paths import exists
 from launcher.planning.plan import Plan
 from launcher.runs.rundir import RunDir, create_run_dir, write_json
 from launcher.tuning.probe_run import Target
@@ -56,17 +55,13 @@ def open_tuning(
         "steps": steps,
         "seconds": seconds,
     }
-    if out is None or not (out / _ARGUMENTS_FILE).is_file():
+    if out is None or not exists(out / _ARGUMENTS_FILE):
         run_dir = create_run_dir(out, f"tune-{plan.recipe}")
         write_json(run_dir.path / _ARGUMENTS_FILE, arguments)
         return run_dir
     file = out / _ARGUMENTS_FILE
-    try:
-        stored = _decode(file, dict[str, Any])
-    except ValueError:
-        raise RunDirError(
-            f"{file} is damaged, so the tuning cannot continue. Give another --out."
-        ) from None
+    remedy = "The tuning cannot continue: give another --out."
+    stored = read_json(file, dict[str, Any], remedy=remedy)
     for name, value in arguments.items():
         if stored.get(name) != value:
             raise RunDirError(
@@ -88,14 +83,7 @@ def read_result(run_dir: RunDir, name: str, kind: type[T]) -> T | None:
         RunDirError: The stored result is damaged.
     """
     file = run_dir.path / f"{name}.json"
-    if not file.is_file():
-        return None
-    try:
-        return _decode(file, kind)
-    except ValueError:
-        raise RunDirError(
-            f"{run_dir.shown}/{file.name} is damaged. Remove it to measure it again."
-        ) from None
+    return find_json(file, kind, remedy="Remove it to measure it again.", exact=True)
 
 
 def store_result(run_dir: RunDir, name: str, search: Callable[[RunDir], T]) -> T:
@@ -109,14 +97,6 @@ def store_result(run_dir: RunDir, name: str, search: Callable[[RunDir], T]) -> T
     search_dir = run_dir.path / name
     shutil.rmtree(search_dir, ignore_errors=True)  # a search that was stopped starts again
     result = search(create_run_dir(search_dir, name))
-    write_json(run_dir.path / f"{name}.json", asdict(result))  # type: ignore[call-overload]
+    values = exact_floats(asdict(result))  # type: ignore[call-overload]
+    write_json(run_dir.path / f"{name}.json", values)
     return result
-
-
-def _decode(file: Path, kind: type[T]) -> T:
-    """Return the contents of a JSON file as a value of a type.
-
-    Raises:
-        ValueError: The file is not JSON, or does not fit the type.
-    """
-    return msgspec.convert(json.loads(file.read_text(encoding="utf-8")), kind)

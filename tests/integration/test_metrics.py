@@ -9,7 +9,7 @@ import pytest
 from support import ROOT, Commands, read_lines
 
 from launcher.runs.history import History
-from launcher.runs.rundir import RunDir, read_rows
+from launcher.runs.rundir import RunDir
 
 STRAGGLING = ROOT / "tests/recipes/straggling.py"
 
@@ -104,6 +104,6 @@ def test_a_history_reads_on_where_it_stopped(runs: Path, tmp_path: Path) -> None
     copy.metrics.write_bytes(b"".join(lines[:5]))  # as a run does that resumes from a checkpoint
     history.refresh()
     assert history.last_step <= 5
-    assert [row["step"] for row in read_rows(copy.metrics)] == [
+    assert [row["step"] for row in read_lines(copy.metrics)] == [
         row["step"] for row in read_lines(copy.metrics)
     ]

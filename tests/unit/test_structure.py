@@ -25,6 +25,8 @@ ROOMS = [
         "launcher.signals",
         "launcher.quantities",
     ],
+    ["launcher.regular_file"],
+    ["launcher.json_file", "launcher.yaml_file"],
     ["launcher.findings"],
     ["launcher.forking"],
     ["recipe"],

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import tarfile
 import zipfile
@@ -22,6 +23,8 @@ from typing import IO, Any
 import numpy as np
 
 from launcher.errors import RecipeError
+from launcher.printable import printable_line, shortened, text_of
+from launcher.regular_file import open_regular
 from launcher.runs.cache import cache_folder
 
 _FORMAT = 2
@@ -30,6 +33,9 @@ _FORMAT = 2
 _READ_CHUNK_BYTES = 1 << 20
 _MAX_PADDING_BYTES = 1 << 20
 """Maximum number of zeros at the end of a tar. GNU tar pads to a multiple of 10 KiB."""
+
+_TAR_ERRORS = (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError)
+"""What tarfile raises for damaged headers."""
 
 _Index = dict[str, np.ndarray[Any, Any]]
 """The samples and files of one tar, as arrays.
@@ -41,6 +47,17 @@ _Index = dict[str, np.ndarray[Any, Any]]
     headers       the CRC-32 of each file's header
     extensions    the part of each file's name after the first dot
 """
+
+
+_KINDS = {
+    "keys": "U",
+    "starts": "i",
+    "offsets": "i",
+    "sizes": "i",
+    "headers": "i",
+    "extensions": "U",
+}
+"""The kind of the numbers or texts in each array."""
 
 
 class Shards:
@@ -142,21 +159,43 @@ def _read_index(path: Path) -> _Index:
     digest = hashlib.sha256(cache_key.encode()).hexdigest()[:32]
     cache_path = cache_folder("shards") / f"{digest}.npz"
     try:
-        with cache_path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        with (
+            io.BufferedReader(open_regular(cache_path)) as file,
+            np.load(file, allow_pickle=False) as arrays,
+        ):
             index = dict(arrays)
-        if _matches(path, index):
+        if _is_index(index, status.st_size) and _matches(path, index):
             return index
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):  # missing or damaged
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):  # missing or damaged
         pass
     index = _make_index(path)
     _cache_index(cache_path, index)
     return index
 
 
+def _is_index(index: _Index, num_bytes: int) -> bool:
+    """Return whether arrays are the index of a tar of `num_bytes` bytes."""
+    kinds = {name: array.dtype.kind for name, array in index.items() if array.ndim == 1}
+    if kinds != _KINDS:
+        return False
+    starts, offsets, sizes = index["starts"], index["offsets"], index["sizes"]
+    counts = {len(index[name]) for name in ("offsets", "sizes", "headers", "extensions")}
+    return bool(
+        len(starts) == len(index["keys"]) + 1
+        and counts == {int(starts[-1])}
+        and starts[0] == 0
+        and (np.diff(starts) > 0).all()
+        and (offsets >= BLOCKSIZE).all()
+        and (sizes >= 0).all()
+        and (sizes <= num_bytes).all()
+        and (offsets <= num_bytes - sizes).all()
+    )
+
+
 def _matches(path: Path, index: _Index) -> bool:
     """Return whether the first and last headers of a tar match its index."""
     members = sorted({0, len(index["offsets"]) - 1})
-    with path.open("rb", buffering=0) as file:
+    with open_regular(path) as file:
         for member in members if members[-1] >= 0 else ():
             file.seek(int(index["offsets"][member]) - BLOCKSIZE)
             if zlib.crc32(file.read(BLOCKSIZE)) != int(index["headers"][member]):
@@ -214,25 +253,28 @@ def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
     """
     with contextlib.ExitStack() as stack:
         try:
-            file = stack.enter_context(path.open("rb"))
+            file = stack.enter_context(io.BufferedReader(open_regular(path)))
             archive = stack.enter_context(tarfile.open(fileobj=file, mode="r:"))
-        except (tarfile.TarError, OSError) as error:
+        except _TAR_ERRORS as error:
             raise RecipeError(
-                f"The shard {path} is not an uncompressed tar file: {error}. If it is compressed, "
-                "decompress it with `gunzip FILE.tar.gz`, because samples in a compressed tar "
-                "cannot be read in any order."
+                f"The shard {path} is not an uncompressed tar file: {text_of(error)}. If it is "
+                "compressed, decompress it with `gunzip FILE.tar.gz`, because samples in a "
+                "compressed tar cannot be read in any order."
             ) from None
         size = path.stat().st_size
         try:
             for member in archive:
+                if member.size < 0:
+                    raise _damage_error(path, member.offset, "the size of a file is negative")
                 if member.offset_data + member.size > size:
-                    raise _damage_error(path, member.offset, f"{member.name} is cut off")
+                    name = printable_line(shortened(member.name, 200))
+                    raise _damage_error(path, member.offset, f"{name} is cut off")
                 if not _is_regular_file(path, member):
                     continue
                 file.seek(member.offset_data - BLOCKSIZE)
                 yield member, file.read(BLOCKSIZE)
-        except (tarfile.TarError, OSError) as error:
-            raise _damage_error(path, archive.offset, str(error)) from None
+        except _TAR_ERRORS as error:
+            raise _damage_error(path, archive.offset, text_of(error)) from None
         _check_end(path, file, archive.offset)
 
 

@@ -14,6 +14,7 @@ from launcher.analysis.gradient_noise import Measurement, RunningNoise
 from launcher.console.progress import Progress
 from launcher.engine.data.reader import MicroBatch
 from launcher.engine.metrics.meter import StepRow
+from launcher.regular_file import open_to_append
 from launcher.runs.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -43,12 +44,12 @@ class Recorder:
         trackers: Trackers | None = None,
     ) -> None:
         self._progress, self._trackers = progress, trackers
-        self._metrics = run_dir.metrics.open("ab") if progress else None
+        self._metrics = open_to_append(run_dir.metrics) if progress else None
         self._samples: BinaryIO | None = None
         if record_samples:
             path = run_dir.samples(rank)
             path.parent.mkdir(exist_ok=True)
-            self._samples = path.open("ab")
+            self._samples = open_to_append(path)
         self._failed_files: list[BinaryIO] = []
         self.last_loss = math.nan
         self.steps_taken: int | None = None

@@ -7,7 +7,6 @@ only a warning. A resumed run continues the same tracker run where the tracker s
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import queue
 import threading
@@ -20,8 +19,10 @@ from typing import Any
 from accelerate.state import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
+from launcher.errors import RunDirError
+from launcher.json_file import find_json
 from launcher.runs.redaction import hidden_values, redacted
-from launcher.runs.rundir import RunDir
+from launcher.runs.rundir import RunDir, write_json
 
 _FINISH_TIMEOUT = 30.0
 """Seconds to wait for trackers at the end of a finished run."""
@@ -195,16 +196,14 @@ def _tracker_arguments(name: str, run_dir: RunDir, project: str) -> dict[str, An
 
 def _read_run_ids(run_dir: RunDir) -> dict[str, str]:
     """Return the ids under which trackers know the run, by tracker."""
-    try:
-        ids: dict[str, str] = json.loads(run_dir.trackers.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return ids
+    with contextlib.suppress(RunDirError):
+        return find_json(run_dir.trackers, dict[str, str]) or {}
+    return {}
 
 
 def _save_run_id(run_dir: RunDir, name: str, run_id: str) -> None:
     ids = _read_run_ids(run_dir) | {name: run_id}
-    run_dir.trackers.write_text(json.dumps(ids) + "\n", encoding="utf-8")
+    write_json(run_dir.trackers, ids)
 
 
 def _attach_page(tracker: GeneralTracker, page: Path, summary: str) -> None:

@@ -9,7 +9,6 @@ random numbers; and forward changes neither weights nor buffers.
 from __future__ import annotations
 
 import copy
-import json
 import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -28,6 +27,7 @@ from launcher.engine.data.sampler import MicroBatchRequest
 from launcher.engine.model.forward_writes import WriteDetector
 from launcher.engine.training.loop import sum_and_count
 from launcher.errors import RecipeError
+from launcher.json_file import exact_floats, read_json
 from launcher.recipe.recipe import Recipe
 from launcher.runs.job import RecipeSource
 from launcher.runs.rundir import RunDir, write_json
@@ -327,16 +327,16 @@ def _try_metrics(recipe: Recipe, model: nn.Module, reader: Reader) -> dict[str, 
 
 def write_inspection(inspection: Inspection, run_dir: RunDir) -> None:
     """Write the result of an inspection to the run folder."""
-    write_json(run_dir.inspection, asdict(inspection))
+    write_json(run_dir.inspection, exact_floats(asdict(inspection)))
 
 
 def read_inspection(run_dir: RunDir) -> Inspection:
     """Return the result of the inspection in the run folder.
 
     Raises:
-        OSError: The folder holds none.
+        RunDirError: The folder holds none, or it is damaged.
     """
-    return Inspection(**json.loads(run_dir.inspection.read_text(encoding="utf-8")))
+    return read_json(run_dir.inspection, Inspection, exact=True)
 
 
 def _describe(batch: Any) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
@@ -31,6 +30,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from launcher.engine.backends.base import Backend
 from launcher.engine.state.compiled import plain_name
 from launcher.errors import CheckpointError
+from launcher.json_file import MAX_BYTES, decode_json
+from launcher.regular_file import read_regular
 from launcher.runs.checkpoints import Checkpoint, damage_error
 from launcher.runs.manifest import FileDigest, Manifest, sum_file
 from launcher.runs.rundir import write_json
@@ -162,8 +163,7 @@ def collect_file_sums(manifest: Manifest, folder: Path) -> Manifest:
     files: dict[str, FileDigest] = {}
     for rank in range(manifest.world_size):
         path = folder / f"rank{rank}.json"
-        sums = json.loads(path.read_text(encoding="utf-8"))
-        files |= {name: FileDigest(**fields) for name, fields in sums.items()}
+        files |= decode_json(read_regular(path, MAX_BYTES), dict[str, FileDigest])
         path.unlink()
     for name in files:
         (folder / name).stat()

@@ -17,7 +17,7 @@ from launcher.runs.events import record_past_failure
 from launcher.runs.job import MISSING_STATE, ResumeFrom
 from launcher.runs.manifest import Manifest
 from launcher.runs.resumption import check_resumable
-from launcher.runs.rundir import RunDir, truncate_after
+from launcher.runs.rundir import RunDir, remove_file, truncate_after
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,7 @@ def discard_later_steps(resume_point: ResumePoint, backend: Backend, run_dir: Ru
             if checkpoint.step > resume_point.checkpoint.step:
                 set_aside(checkpoint)
         truncate_after(run_dir, resume_point.checkpoint.step)
-        run_dir.result.unlink(missing_ok=True)
+        remove_file(run_dir.result)
     backend.broadcast(None)
     _print_on_rank_0(backend, f"resumed from {resume_point.checkpoint.name}")
 

@@ -1,0 +1,141 @@
+"""The files in which ranks leave what they measured, read back as typed values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from msgspec import Meta
+
+from launcher.analysis.gradient_noise import Measurement
+from launcher.analysis.lr_curve import LossCurve
+from launcher.analysis.step_profile import Profile
+from launcher.errors import RunDirError
+from launcher.json_file import Count, read_json
+from launcher.runs.rundir import RunDir
+
+_Positive = Annotated[float, Meta(gt=0)]
+_Seconds = Annotated[float, Meta(ge=0)]
+
+_REMEDY = "Measure again."
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeReading:
+    """size.json: what was measured with one micro-batch size."""
+
+    samples_per_second: _Positive
+    """Throughput of all ranks together."""
+
+    peak_bytes: Count | None = None
+    """Peak memory of the rank that uses most."""
+
+    num_trained: Count | None = None
+    """Number of trained weights; None if an earlier version measured it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderReading:
+    """reading.json: means over the ranks of what was measured with one number of workers."""
+
+    samples_per_second: _Positive
+    """Throughput of all ranks together."""
+
+    wait_seconds_per_step: _Seconds = 0.0
+    """Seconds per step that a rank waits for data."""
+
+    step_seconds: _Seconds = 0.0
+    """Seconds per step."""
+
+    reading_seconds: _Seconds = 0.0
+    """Wall time to read one sample."""
+
+    reading_cpu_seconds: _Seconds = 0.0
+    """CPU time of that."""
+
+    computing_seconds: _Seconds = 0.0
+    """Wall time to compute on one sample."""
+
+    computing_cpu_seconds: _Seconds = 0.0
+    """CPU time of that."""
+
+    slowest_batch_seconds: _Seconds = 0.0
+    """Time of the slowest batch."""
+
+    batch_bytes: _Seconds = 0.0
+    """Size of a batch."""
+
+    worker_bytes: _Seconds = 0.0
+    """Private memory of a worker; 0 without workers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Measurements:
+    """noise.json: the measurement of each step."""
+
+    measurements: tuple[Measurement, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Profiles:
+    """profile.json: the profile of each rank."""
+
+    ranks: list[Profile]
+
+
+def read_curve(run_dir: RunDir) -> LossCurve:
+    """Return the loss curve in a run folder.
+
+    Raises:
+        RunDirError: It is missing or damaged.
+    """
+    curve: LossCurve = read_json(run_dir.curve, LossCurve, remedy=_REMEDY)
+    if len(curve.lrs) != len(curve.losses):
+        raise RunDirError(
+            f"{run_dir.curve} is damaged: it has {len(curve.lrs)} learning rates and "
+            f"{len(curve.losses)} losses. {_REMEDY}"
+        )
+    return curve
+
+
+def read_noise(run_dir: RunDir) -> tuple[Measurement, ...]:
+    """Return the measurements of gradient noise in a run folder.
+
+    Raises:
+        RunDirError: They are missing or damaged.
+    """
+    measurements = read_json(run_dir.noise, _Measurements, remedy=_REMEDY).measurements
+    for measurement in measurements:
+        if measurement.big_items <= 0 or measurement.small_inverse * measurement.big_items <= 1:
+            raise RunDirError(
+                f"{run_dir.noise} is damaged: the parts of step {measurement.step} are not smaller "
+                f"than its batch. {_REMEDY}"
+            )
+    return measurements
+
+
+def read_size(run_dir: RunDir) -> SizeReading:
+    """Return what was measured with one micro-batch size.
+
+    Raises:
+        RunDirError: It is missing or damaged.
+    """
+    return read_json(run_dir.size, SizeReading, remedy=_REMEDY)
+
+
+def read_loading(run_dir: RunDir) -> LoaderReading:
+    """Return what was measured with one number of workers.
+
+    Raises:
+        RunDirError: It is missing or damaged.
+    """
+    return read_json(run_dir.reading, LoaderReading, remedy=_REMEDY)
+
+
+def read_profiles(run_dir: RunDir) -> list[Profile]:
+    """Return the profile of each rank.
+
+    Raises:
+        RunDirError: They are missing or damaged.
+    """
+    return read_json(run_dir.profile, _Profiles, remedy=_REMEDY).ranks
