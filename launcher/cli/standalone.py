@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import inspect
+import itertools
 import os
+import re
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -46,7 +49,7 @@ def _command(function: Callable[..., Recipe]) -> click.Command:
     stop = StopRequest()
     stop.listen()  # importing torch takes seconds, in which a signal may arrive
 
-    @click.command(cls=SettingsCommand, help=_help(function))
+    @click.command(cls=SettingsCommand, function=function, help=_help(function))
     @overrides_argument
     @config_option
     @out_option
@@ -161,8 +164,16 @@ def _train(
         ownership.close()  # the program may continue after `main`
 
 
+def _summary(function: Callable[..., Recipe]) -> str:
+    """Return the docstring of a recipe function without its sections, such as `Args:`."""
+    paragraphs = (inspect.getdoc(function) or "").split("\n\n")
+    return "\n\n".join(
+        itertools.takewhile(lambda text: not re.match(r"[A-Z][A-Za-z ]*:\n ", text), paragraphs)
+    )
+
+
 def _help(function: Callable[..., Recipe]) -> str:
-    sentence = (function.__doc__ or f"Train {function.__name__}.").strip()
+    sentence = _summary(function) or f"Train {function.__name__}."
     return (
         f"{sentence}\n\nTrains as one rank of the group that started it: alone under Python, or as "
         "one of the processes of torchrun, accelerate launch or deepspeed. `launcher run` starts "

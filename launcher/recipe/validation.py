@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import types
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import msgspec
@@ -19,7 +20,13 @@ PositiveFloat = Annotated[float, Meta(gt=0)]
 NonNegativeFloat = Annotated[float, Meta(ge=0)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 
-_NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_NOUNS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    Path: "a path",
+}
 _LIMITS = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "less than"}
 
 
@@ -104,5 +111,7 @@ def _from_text(text: str, hint: Any) -> Any:
     if {str, int} <= types_without_limits and text.isdigit():
         return int(text)
     if any(get_origin(member) in (list, tuple) or member in (list, tuple) for member in members):
+        if text.lower() in ("none", "null"):
+            return []
         return [piece for piece in text.strip("[]()").replace(" ", "").split(",") if piece]
     return text
