@@ -99,7 +99,7 @@ def _train(
     stop: StopRequest,
 ) -> int:
     from launcher.console.echo import echo_if_possible
-    from launcher.console.explain import explain
+    from launcher.console.explain import summarize
     from launcher.environment.accelerate_launch import accelerate_settings
     from launcher.environment.machine import read_machine
     from launcher.environment.world import find_world
@@ -132,7 +132,8 @@ def _train(
         count=count_once,
     )
     if world.rank == 0:
-        echo_if_possible(explain(plan, recipe=reference.shown))
+        more = "`launcher plan` shows every number"
+        echo_if_possible(summarize(plan, recipe=reference.shown, more=more))
     from launcher.engine.external import external_rank
 
     ownership = ExitStack()
