@@ -208,7 +208,8 @@ def test_a_plan_is_json_and_text() -> None:
             {"batch_milestones": (0.5,), "steps": 40, "epochs": None, "schedule": constant()},
             2,
             (
-                "batch 256 on 2 ranks, then 512 from step 21 (peak lr 0.2); lr 0.1 = 0.1 x 256 / 256 steps 40, as asked; constant(): lr 0.1 to 0.2",
+                "batch 256 on 2 ranks, then 512 from step 21 (peak lr 0.2); lr 0.1 = 0.1 x 256",
+                "steps 40, as asked; constant(): lr 0.1 to 0.2",
             ),
         ),
         ({"schedule": constant()}, 2, ("constant(): lr 0.1 at every step",)),
@@ -235,8 +236,10 @@ def test_long_values_cost_details_and_no_lines() -> None:
     schedule = warmup(wsd(warmup_fraction=0.0, decay_fraction=0.25, final_factor=0.125), steps=12)
     many = {"schedule": schedule, "lr": 0.3, "seed": 11, "max_grad_norm": 0.5, "num_workers": 3}
     plan = make_plan(recipe(**many), LAPTOP, sources=dict.fromkeys(many, "command line"))
-    lines = summarize(plan, recipe="x" * 100, more="more").splitlines()
-    assert lines[0] == "example on 2 = 1 node x 2 CPU ranks, DDP over gloo"
+    place = f"/{'x' * 100}/mine/file.py:example"
+    lines = summarize(plan, recipe=place, more="more").splitlines()
+    ranks = "2 = 1 node x 2 CPU ranks, DDP over gloo"
+    assert lines[0] == f"example on {ranks}  .../mine/file.py:example"
     assert lines[2].endswith(str(schedule)) or lines[2].endswith("x 6 steps")
     assert max(map(len, lines)) <= 96
     text = " ".join("".join(lines[5:]).split())
