@@ -7,19 +7,19 @@ python docs/generate.py --check    exit with 1 and name the pages that are out o
 from __future__ import annotations
 
 import argparse
-import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 
 import launcher
 from launcher import Recipe
 from launcher.cli import group
+from launcher.recipe.catalogue import EFFECTS, settings
+from launcher.recipe.field_docs import sentences_of
 
 DOCS = Path(__file__).resolve().parent
 MARK = "<!-- Written by docs/generate.py: change the source and run that again. -->\n"
@@ -35,8 +35,11 @@ line. The command line is stronger than the file, and the file is stronger than 
 launcher plan digits lr=0.2 precision=bf16 "schedule=warmup(cosine(), fraction=0.1)"
 ```
 
-`none` stands for no value, and `launcher run --help` prints the same list. Keyword parameters of a
-recipe function are settings as well: see [Recipes](recipes.md#parameters).
+`none` stands for no value. `launcher settings` prints the same list, and `launcher settings NAME`
+one of them. Keyword parameters of a recipe function are given in the same way: see
+[Recipes](recipes.md#parameters).
+
+Each setting affects one part of a run:
 
 """
 
@@ -45,7 +48,8 @@ CLI_HEAD = """\
 
 `launcher COMMAND --help` prints the same in a terminal. Every command that takes a recipe accepts a
 name (`digits`), a file (`mine.py`) or a function in a file (`mine.py:variant`), and any
-[setting](settings.md) as `name=value`.
+[setting](settings.md) as `name=value`. With a recipe beside it, `--help` also lists the recipe's
+own parameters: `launcher run gpt --help`.
 """
 
 API_HEAD = """\
@@ -54,23 +58,6 @@ API_HEAD = """\
 Everything here is imported from `launcher`. Importing the package imports nothing else: each name
 is fetched when it is first used. [Start from Python](python-api.md) explains how the parts fit.
 """
-
-SETTINGS = {
-    "Batch and learning rate": (
-        "batch_size batch_size_per_gpu batch_milestones batch_gamma micro_batch_size "
-        "lr lr_batch_size lr_rule schedule optimizer max_grad_norm"
-    ),
-    "Length of the run": "epochs steps train_samples evaluate_every seed",
-    "Memory and speed": (
-        "strategy offload precision compile activation_checkpointing blocks channels_last tf32 "
-        "cudnn_benchmark device"
-    ),
-    "State that depends on the split": "sync_batchnorm rank_buffers",
-    "Reading data": "in_memory num_workers worker_start prefetch_factor pin_memory",
-    "Checkpoints and failures": "checkpoint_every keep_checkpoints max_bad_steps hang_timeout",
-    "What is recorded": "noise_scale trackers record_samples",
-}
-"""Settings by topic; one that is not named here comes under "Other"."""
 
 NAMES = {
     "Run, plan, resume": "plan run resume RunResult RunDir History Plan",
@@ -97,41 +84,23 @@ def grouped(topics: dict[str, str], known: list[str]) -> Iterator[tuple[str, lis
 
 def settings_page() -> str:
     """Return the page of settings: a table for each topic, and what a recipe adds in Python."""
-    home: Any = importlib.import_module(Recipe.__module__)
-    sentences, types = home.field_sentences(), home.setting_types()
-    by_name = {item.name: item for item in fields(Recipe)}
-    specs = {"schedule": "a schedule, such as `one_cycle()`", "optimizer": "`sgd()` or `adamw()`"}
-    settings = [name for name in by_name if (name in types or name in specs) and name != "name"]
-    text = SETTINGS_HEAD
-    for topic, names in grouped(SETTINGS, settings):
-        text += f"## {topic}\n\n| Setting | Type | Default | Meaning |\n|---|---|---|---|\n"
-        for name in names:
-            words = specs.get(name) or described(types[name])
-            cells = f"`{name}`", words, default_of(by_name[name]), sentences[name]
-            text += f"| {' | '.join(one_line(cell) for cell in cells)} |\n"
-        text += "\n"
-    text += "## Fields that only Python can set\n\n| Field | Meaning |\n|---|---|\n"
-    functions = [name for name in by_name if name not in settings]
-    return text + "".join(f"| `{name}` | {one_line(sentences[name])} |\n" for name in functions)
-
-
-def described(hint: Any) -> str:
-    """Return a type in the words of the package's own messages."""
-    typed: Any = sys.modules[Recipe.__module__]
-    return str(importlib.import_module(typed.convert.__module__).describe(hint))
-
-
-def default_of(item: Field[Any]) -> str:
-    """Return the default of a field as it is written on the command line."""
-    if item.default is not MISSING:
-        value = item.default
-    elif item.default_factory is not MISSING:
-        value = item.default_factory()
-    else:
-        return "required"
-    if value is None or value == ():
-        return "none"
-    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+    text, topic = SETTINGS_HEAD, ""
+    text += "| Affects | Meaning |\n|---|---|\n"
+    text += "".join(f"| {word} | {sentence} |\n" for word, sentence in EFFECTS.values())
+    for setting in settings().values():
+        if setting.topic != topic:
+            topic = setting.topic
+            text += f"\n## {topic}\n\n| Setting | Type | Default | Affects | Meaning |\n"
+            text += "|---|---|---|---|---|\n"
+        default = "required" if setting.default is None else f"`{setting.default}`"
+        affects = EFFECTS[setting.affects][0]
+        cells = f"`{setting.name}`", setting.type_words, default, affects, setting.sentence
+        text += f"| {' | '.join(one_line(cell) for cell in cells)} |\n"
+    text += "\n## Fields that only Python can set\n\n| Field | Meaning |\n|---|---|\n"
+    functions = {
+        name: sentence for name, sentence in sentences_of(Recipe).items() if name not in settings()
+    }
+    return text + "".join(f"| `{name}` | {one_line(text)} |\n" for name, text in functions.items())
 
 
 def one_line(text: str) -> str:

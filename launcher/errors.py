@@ -112,6 +112,11 @@ class EndedError(LauncherError):
         self.exit_code = exit_code
 
 
+def sentence(text: str) -> str:
+    """Return a text with a full stop, unless it ends with a mark already: `Did you mean adamw?`."""
+    return text if text.endswith((".", "?", "!")) else f"{text}."
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return `" Did you mean ...?"` with the known names most similar to `name`; empty if none is.
 

@@ -32,6 +32,7 @@ _COMMANDS = {
     "resume": "launcher.cli.resume",
     "run": "launcher.cli.run",
     "runs": "launcher.cli.runs",
+    "settings": "launcher.cli.settings",
     "status": "launcher.cli.status",
     "submit": "launcher.cli.submit",
     "tune": "launcher.cli.tune",

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import click
 
 from launcher.cli.completing import complete_recipes, complete_settings
-from launcher.errors import UsageError
+from launcher.errors import LauncherError, UsageError
 
 if TYPE_CHECKING:
     from launcher.recipe.overrides import Override
+    from launcher.recipe.recipe import Recipe
     from launcher.runs.job import OutputMode
 
 Function = Callable[..., Any]
@@ -26,6 +27,8 @@ MAX_NODES = 1_000_000
 MAX_RESTARTS = 1_000_000
 
 _MAX_BYTES = 2**63
+_NAMED_RECIPE = "launcher.recipe"
+"""Key in a context's `meta` of the recipe that a command line which asks for help names."""
 
 ACCEPTABLE = {
     "data": "the training data differs from that of the checkpoint",
@@ -272,13 +275,90 @@ class HintingCommand(click.Command):
 
 
 class SettingsCommand(HintingCommand):
-    """A command whose help ends with a list of the settings."""
+    """A command that takes NAME=VALUE: its help ends with the parameters of the recipe it names.
+
+    Args:
+        function: The recipe function, if the command belongs to one; otherwise the command's
+            argument RECIPE names it, and is imported for the help alone.
+    """
+
+    def __init__(
+        self, *args: Any, function: Callable[..., Recipe] | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._function = function
+        self.params.append(
+            click.Option(
+                ["--help-settings"],
+                is_flag=True,
+                is_eager=True,
+                expose_value=False,
+                callback=_show_settings,
+                help="Show the settings that NAME=VALUE can be, and exit.",
+            )
+        )
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not {"-h", "--help"}.isdisjoint(args):
+            ctx.meta[_NAMED_RECIPE] = self._named_recipe(ctx, args)
+        return super().parse_args(ctx, args)
+
+    def _named_recipe(self, ctx: click.Context, args: list[str]) -> str | None:
+        """Return the argument RECIPE of a command line that asks for help."""
+        if not self._takes_recipe():
+            return None
+        try:
+            values, _, _ = self.make_parser(ctx).parse_args(list(args))
+        except click.ClickException:
+            return None
+        recipe = values.get("recipe")
+        return recipe if isinstance(recipe, str) else None
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from launcher.recipe.recipe import field_sentences, setting_types
+        from launcher.recipe.resolve import resolve
 
-        names = (*setting_types(), "schedule", "optimizer")
-        sentences = field_sentences()
-        with formatter.section("Settings (NAME=VALUE)"):
-            formatter.write_dl([(name, sentences[name]) for name in names if name != "name"])
+        function, recipe = self._function, ctx.meta.get(_NAMED_RECIPE)
+        if function is None and recipe is not None:
+            try:
+                function = resolve(recipe).function
+            except LauncherError as error:
+                formatter.write_paragraph()
+                reason = str(error).partition(". ")[0]
+                formatter.write_text(f"The parameters of {recipe} are not shown: {reason}.")
+        has_parameters = function is not None and _write_parameters(function, formatter)
+        formatter.write_paragraph()
+        formatter.write_text(
+            "NAME=VALUE is a setting, which `launcher settings` and --help-settings list"
+            + (", or a parameter of the recipe" if has_parameters or function is None else "")
+            + (", which RECIPE --help lists." if function is None and self._takes_recipe() else ".")
+        )
         super().format_epilog(ctx, formatter)
+
+    def _takes_recipe(self) -> bool:
+        return any(parameter.name == "recipe" for parameter in self.params)
+
+
+def _show_settings(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    from launcher.console.settings_table import settings_text
+
+    if value and not ctx.resilient_parsing:
+        click.echo(settings_text())
+        ctx.exit()
+
+
+def _write_parameters(function: Callable[..., Recipe], formatter: click.HelpFormatter) -> bool:
+    """Write the parameters of a recipe function, and return whether it has any."""
+    from launcher.recipe.parameters import parameters_of
+
+    entries = []
+    for parameter in parameters_of(function):
+        value = "..." if parameter.default is None else parameter.default
+        words = parameter.type_words or "not annotated"
+        if parameter.default is None:
+            words += ", required"
+        meaning = parameter.sentence
+        entries.append((f"{parameter.name}={value}", f"{meaning} ({words})".strip()))
+    if entries:
+        with formatter.section(f"Parameters of {function.__name__}() (NAME=VALUE)"):
+            formatter.write_dl(entries)
+    return bool(entries)

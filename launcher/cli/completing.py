@@ -48,11 +48,12 @@ def complete_settings(
     """Complete NAME= and, for settings with few values, the value behind it."""
     from click.shell_completion import CompletionItem
 
-    from launcher.recipe.recipe import field_sentences, setting_types
+    from launcher.recipe.catalogue import settings
 
     before = [str(word) for word in ctx.params.get(param.name or "") or ()]
-    sentences = field_sentences()
-    names = [*setting_types(), "schedule", "optimizer"]
+    sentences = dict.fromkeys(_parameter_names(ctx), "parameter of the recipe")
+    sentences |= {name: setting.sentence for name, setting in settings().items()}
+    names = list(sentences)
     name, equals, begun = incomplete.partition("=")
     prefix = f"{name}=" if equals else ""
     if not equals and before:
@@ -66,8 +67,33 @@ def complete_settings(
     return [
         CompletionItem(f"{setting}=", help=sentences[setting])
         for setting in names
-        if setting.startswith(incomplete) and setting != "name"
+        if setting.startswith(incomplete)
     ]
+
+
+def complete_setting_names(
+    _ctx: click.Context, _param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Complete the names of settings."""
+    from click.shell_completion import CompletionItem
+
+    from launcher.recipe.catalogue import settings
+
+    return [
+        CompletionItem(name, help=setting.sentence)
+        for name, setting in settings().items()
+        if name.startswith(incomplete)
+    ]
+
+
+def _parameter_names(ctx: click.Context) -> list[str]:
+    """Return the parameters of the recipe that the command names, without importing it."""
+    from launcher.recipe.parameters import names_in_source
+    from launcher.recipe.resolve import find_file
+
+    target, _, function = str(ctx.params.get("recipe") or "").partition(":")
+    path = find_file(target) if target else None
+    return [] if path is None else names_in_source(path, function)
 
 
 def _values(name: str) -> list[str]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import inspect
+import itertools
 import os
+import re
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -46,7 +49,7 @@ def _command(function: Callable[..., Recipe]) -> click.Command:
     stop = StopRequest()
     stop.listen()  # importing torch takes seconds, in which a signal may arrive
 
-    @click.command(cls=SettingsCommand, help=_help(function))
+    @click.command(cls=SettingsCommand, function=function, help=_help(function))
     @overrides_argument
     @config_option
     @out_option
@@ -96,7 +99,7 @@ def _train(
     stop: StopRequest,
 ) -> int:
     from launcher.console.echo import echo_if_possible
-    from launcher.console.explain import explain
+    from launcher.console.explain import summarize
     from launcher.environment.accelerate_launch import accelerate_settings
     from launcher.environment.machine import read_machine
     from launcher.environment.world import find_world
@@ -129,7 +132,8 @@ def _train(
         count=count_once,
     )
     if world.rank == 0:
-        echo_if_possible(explain(plan, recipe=reference.shown))
+        more = "`launcher plan` shows every number"
+        echo_if_possible(summarize(plan, recipe=reference.shown, more=more))
     from launcher.engine.external import external_rank
 
     ownership = ExitStack()
@@ -161,8 +165,16 @@ def _train(
         ownership.close()  # the program may continue after `main`
 
 
+def _summary(function: Callable[..., Recipe]) -> str:
+    """Return the docstring of a recipe function without its sections, such as `Args:`."""
+    paragraphs = (inspect.getdoc(function) or "").split("\n\n")
+    return "\n\n".join(
+        itertools.takewhile(lambda text: not re.match(r"[A-Z][A-Za-z ]*:\n ", text), paragraphs)
+    )
+
+
 def _help(function: Callable[..., Recipe]) -> str:
-    sentence = (function.__doc__ or f"Train {function.__name__}.").strip()
+    sentence = _summary(function) or f"Train {function.__name__}."
     return (
         f"{sentence}\n\nTrains as one rank of the group that started it: alone under Python, or as "
         "one of the processes of torchrun, accelerate launch or deepspeed. `launcher run` starts "

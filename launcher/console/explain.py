@@ -1,4 +1,4 @@
-"""The text of `launcher plan`: every number of a plan with its arithmetic and its origin.
+"""The text of a plan: every number with its arithmetic and its origin, or the six lines of a run.
 
 A resumed run also prints what differs from the plan that it started with.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Iterator
 
-from launcher.planning.derivations import counted
+from launcher.planning.derivations import counted, dependence_notes
 from launcher.planning.lr_path import first_difference
 from launcher.planning.plan import Plan
 from launcher.planning.strategy import STRATEGIES
@@ -29,6 +29,87 @@ def explain(plan: Plan, *, recipe: str = "") -> str:
     for label, text in _rows(plan):
         lines += _wrapped(label, text)
     return "\n".join(lines)
+
+
+def summarize(plan: Plan, *, recipe: str = "", more: str = "") -> str:
+    """Return the six lines that a run prints of its plan, and its notes.
+
+    A line has fewer details if they would not fit; only what a user set is wrapped instead.
+
+    Args:
+        plan: The plan.
+        recipe: The location of the recipe.
+        more: Where every number is shown, as the end of the last line; left out if it does not fit.
+    """
+    ranks = _ranks(plan)
+    heads = [f"{plan.recipe} on {text}" for text in (ranks, ranks.partition(":")[0])]
+    places = [recipe, _end_of(recipe)]
+    lines = [_fitting("", *(f"{head}  {place}".rstrip() for head in heads for place in places))]
+    total = plan.derivations["total_steps"].partition(";")[0]
+    schedule = plan.settings["schedule"]
+    steps = [f"{total}; {schedule}: {_lr_range(plan)}", f"{total}; {schedule}", total]
+    pinned = "pinned" if plan.pin_memory else "not pinned"
+    lr = plan.derivations["lr"]
+    rows = [
+        (
+            "batch",
+            [f"{_batch(plan)}; lr {text}" for text in (lr, lr.partition(",")[0], f"{plan.lr:.6g}")],
+        ),
+        ("steps", steps),
+        ("data", [f"{counted(plan.workers_per_rank, 'worker')} per rank, memory {pinned}"]),
+        ("speed-ups", [_speed_ups(plan)]),
+    ]
+    lines += [_labelled(label, _fitting(label, *texts)) for label, texts in rows]
+    given = [
+        f"{source}: {text}" for source, text in _settings_by_source(plan) if source != "recipe"
+    ]
+    set_by = "; ".join(given) or "the recipe"
+    lines += _wrapped(
+        "set by", _fitting("set by", *([f"{set_by}; {more}"] if more else []), set_by)
+    )
+    for note in plan.notes:
+        lines += _wrapped("note", note)
+    return "\n".join(lines)
+
+
+def _end_of(location: str) -> str:
+    """Return the last folder and the file of a location: `.../recipes/digits.py:digits`."""
+    pieces = location.split("/")
+    return "/".join(("...", *pieces[-2:])) if len(pieces) > 2 else location
+
+
+def _batch(plan: Plan) -> str:
+    ranks = counted(plan.world_size, "rank")
+    accumulation = counted(plan.accumulation_steps, "accumulation step")
+    if len(plan.stages) > 1:
+        return f"{plan.batch_size:,} on {ranks}, {plan.derivations['stages']}"
+    shares = sorted(set(plan.samples_per_rank))
+    if shares == [plan.micro_batch_size * plan.accumulation_steps]:
+        text = f"{plan.batch_size:,} = {ranks} x {counted(plan.micro_batch_size, 'sample')}"
+        return text if plan.accumulation_steps == 1 else f"{text} x {accumulation}"
+    each = f"{' or '.join(map(str, shares))} each"
+    details = each if plan.accumulation_steps == 1 else f"{each}, {accumulation}"
+    return f"{plan.batch_size:,} on {ranks} ({details})"
+
+
+def _lr_range(plan: Plan) -> str:
+    if _is_constant(plan):
+        return f"lr {plan.lr_start:.3g} at every step"
+    return f"lr {plan.lr_start:.3g} to {plan.lr_end:.3g}, peak at step {plan.lr_peak_step:,}"
+
+
+def _is_constant(plan: Plan) -> bool:
+    constant = str(plan.settings["schedule"]).startswith("constant(")
+    return constant and len(plan.stages) == 1
+
+
+def _fitting(label: str, *texts: str) -> str:
+    """Return the first of `texts` that fits on the line of `label`, or else the last."""
+    return next((text for text in texts if len(_labelled(label, text)) <= _WIDTH), texts[-1])
+
+
+def _labelled(label: str, text: str) -> str:
+    return f"  {label:<{_LABEL_WIDTH - 2}}{text}" if label else text
 
 
 def changed_lines(changes: Iterable[str]) -> list[str]:
@@ -106,8 +187,11 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     if len(plan.stages) > 1:
         yield "", derivations["stages"]
     yield "lr", derivations["lr"]
-    lr_range = f"starts at {plan.lr_start:.3g}, peaks at step {plan.lr_peak_step:,}"
-    yield "", f"{lr_range}, ends at {plan.lr_end:.3g}: {settings['schedule']}"
+    if _is_constant(plan):
+        yield "", f"{plan.lr_start:.3g} at every step: {settings['schedule']}"
+    else:
+        lr_range = f"starts at {plan.lr_start:.3g}, peaks at step {plan.lr_peak_step:,}"
+        yield "", f"{lr_range}, ends at {plan.lr_end:.3g}: {settings['schedule']}"
     yield "steps", derivations["total_steps"]
     if plan.evaluate_every:
         yield "evaluation", f"every {plan.evaluate_every:,} steps, and after the last step"
@@ -116,15 +200,22 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "workers", f"{plan.workers_per_rank} per rank ({derivations['workers_per_rank']})"
     pinned = "pinned" if plan.pin_memory else "not pinned"
     yield "memory", f"{pinned} ({derivations['pin_memory']})"
-    yield (
-        "speed-ups",
-        ", ".join(plan.performance_flags) or f"none enabled: {plan.precision} throughout",
-    )
+    yield "speed-ups", _speed_ups(plan)
     yield "optimizer", str(settings.get("optimizer", "built by the recipe"))
     for source, settings_text in _settings_by_source(plan):
         yield "set by", f"{source}: {settings_text}"
-    for note in plan.notes:
+    dependence = dependence_notes(
+        sync_batchnorm=bool(settings.get("sync_batchnorm")),
+        world_size=plan.world_size,
+        micro=plan.micro_batch_size,
+        batch_size=plan.batch_size,
+    )
+    for note in dict.fromkeys((*dependence, *plan.notes)):
         yield "note", note
+
+
+def _speed_ups(plan: Plan) -> str:
+    return ", ".join(plan.performance_flags) or f"none enabled: {plan.precision} throughout"
 
 
 def _ranks(plan: Plan) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.console.echo import echo_if_possible
-from launcher.console.explain import changed_lines, explain
+from launcher.console.explain import changed_lines, summarize
 from launcher.console.progress import json_line
 from launcher.errors import EXIT_USAGE, CheckpointError, PeerError, RunDirError
 from launcher.launch.launcher import launch
@@ -111,7 +111,10 @@ def _announce(prepared: PreparedRun, run_dir: RunDir) -> None:
     """Print the plan, and what differs from the run before, as the request asks."""
     mode = prepared.request.output_mode
     if mode == "progress":
-        lines = [explain(prepared.plan, recipe=prepared.reference.shown)]
+        resumed = prepared.resume_from is not None
+        more = f"{run_dir.shown}/run.yaml has" if resumed else "`launcher plan` shows"
+        recipe, more = prepared.reference.shown, f"{more} every number"
+        lines = [summarize(prepared.plan, recipe=recipe, more=more)]
         echo_if_possible("\n".join([*lines, *changed_lines(prepared.changes)]))
     elif mode == "json":
         values = {"event": "planned", "run_dir": str(run_dir.path)}

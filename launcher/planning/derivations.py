@@ -89,22 +89,18 @@ def notes_for(
     *,
     device: str,
     nproc: int,
-    world_size: int,
-    micro: int,
     batch_size: int,
 ) -> tuple[str, ...]:
-    """Return the notes of a plan: what depends on the number of ranks, and what is unusual.
+    """Return the notes of a plan: what is unusual about it.
 
     Args:
         recipe: The recipe that is planned.
         machine: The machine that each node is taken to be.
         device: `cuda` or `cpu`.
         nproc: Ranks on each node.
-        world_size: Ranks on all nodes.
-        micro: Size of the largest micro-batch of any rank.
         batch_size: Samples in the global batch of the first stage.
     """
-    notes = [_INDEPENDENT, _dependent_note(recipe, world_size, micro, batch_size)]
+    notes = []
     if recipe.batch_size_per_gpu is not None:
         notes.append(
             f"batch_size_per_gpu={recipe.batch_size_per_gpu} lets the batch grow with the ranks: a "
@@ -128,25 +124,36 @@ def notes_for(
     return tuple(notes)
 
 
-def _dependent_note(recipe: Recipe, world_size: int, micro: int, batch_size: int) -> str:
-    """Return what a different number of ranks or accumulation steps would change."""
-    if not recipe.sync_batchnorm:
-        return (
+def dependence_notes(
+    *, sync_batchnorm: bool, world_size: int, micro: int, batch_size: int
+) -> tuple[str, str]:
+    """Return what a different number of ranks or accumulation steps would keep, and would change.
+
+    Args:
+        sync_batchnorm: `Recipe.sync_batchnorm`.
+        world_size: Ranks on all nodes.
+        micro: Size of the largest micro-batch of any rank.
+        batch_size: Samples in the global batch of the first stage.
+    """
+    together = min(world_size * micro, batch_size)
+    if not sync_batchnorm:
+        dependent = (
             "What depends on the number of ranks: BatchNorm, if the model has it, whose statistics "
             f"are over {micro} samples, the micro-batch of one rank (sync_batchnorm=true computes "
             f"them over all ranks); and {_DROPOUT}."
         )
-    together = min(world_size * micro, batch_size)
-    if together == batch_size:
-        return (
+    elif together == batch_size:
+        dependent = (
             "sync_batchnorm: BatchNorm's statistics are over the global batch, as on one rank. "
             f"What depends on the number of ranks: {_DROPOUT}."
         )
-    return (
-        f"sync_batchnorm: BatchNorm's statistics are over {together} samples, one micro-batch of "
-        f"every rank; without accumulation they would be over all {batch_size}. What else depends "
-        f"on the number of ranks: {_DROPOUT}."
-    )
+    else:
+        dependent = (
+            f"sync_batchnorm: BatchNorm's statistics are over {together} samples, one micro-batch "
+            f"of every rank; without accumulation they would be over all {batch_size}. What else "
+            f"depends on the number of ranks: {_DROPOUT}."
+        )
+    return _INDEPENDENT, dependent
 
 
 def ranks_text(nodes: int, nproc: int) -> str:

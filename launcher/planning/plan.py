@@ -118,7 +118,7 @@ class Plan:
     """The arithmetic or the reason behind derived numbers, by their names."""
 
     notes: tuple[str, ...] = ()
-    """Notes for the reader: what depends on the number of ranks, and what is unusual."""
+    """Notes for the reader: what is unusual about this plan."""
 
     @property
     def samples_per_node(self) -> tuple[int, ...]:

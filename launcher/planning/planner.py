@@ -142,8 +142,6 @@ def make_plan(
             machine,
             device=device,
             nproc=nproc,
-            world_size=world_size,
-            micro=micro,
             batch_size=batch_size,
         ),
     )

@@ -13,12 +13,21 @@ from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import LauncherError, OverrideError, RecipeError, UsageError, did_you_mean
+from launcher.errors import (
+    LauncherError,
+    OverrideError,
+    RecipeError,
+    UsageError,
+    did_you_mean,
+    sentence,
+)
 from launcher.forking import observed_threads
 from launcher.printable import printable_line
 from launcher.recipe.callspec import parse
+from launcher.recipe.foreign_names import hint_for_name, hint_for_value, hint_near_name
 from launcher.recipe.optimizer import OPTIMIZERS
 from launcher.recipe.parameter_types import named_parameters, plain_value, read_parameter
+from launcher.recipe.parameters import check_given
 from launcher.recipe.recipe import EXCLUSIVE, Recipe, setting_types
 from launcher.recipe.resolve import Reference, user_code_error
 from launcher.recipe.schedules import SCHEDULES
@@ -180,21 +189,28 @@ def _read_setting(override: Override, parameters: Mapping[str, Any], reference: 
         if override.name in types:
             return convert(override.value, types[override.name], override.form)
     except (MismatchError, UsageError) as error:
-        raise OverrideError(f"{override}: {str(error).rstrip('.')}.") from None
+        text = sentence(str(error))
+        hint = "" if "Did you mean" in text else hint_for_value(override.name, override.value)
+        raise OverrideError(f"{override}: {text}{hint}") from None
     if override.name in {item.name for item in fields(Recipe)}:
         raise OverrideError(
             f"{override}: {override.name} is a function of the recipe and cannot be given as text. "
             "Change it in the recipe, or derive another recipe with dataclasses.replace."
         )
     function = f"{reference.name}() has the parameters {', '.join(parameters)}; "
+    hint = (
+        hint_for_name(override.name, override.value)
+        or did_you_mean(override.name, [*types, *tables, *parameters])
+        or hint_near_name(override.name, override.value)
+    )
     raise OverrideError(
-        f"{override}: there is no such setting."
-        + did_you_mean(override.name, [*types, *tables, *parameters])
-        + f" {function if parameters else ''}`launcher run --help` lists the settings."
+        f"{override}: there is no such setting.{hint}"
+        f" {function if parameters else ''}`launcher settings` lists the settings."
     )
 
 
 def _call(reference: Reference, parameters: Mapping[str, Any]) -> Recipe:
+    check_given(reference.function, reference.shown, parameters)
     try:
         with observed_threads():
             recipe = reference.function(**parameters)

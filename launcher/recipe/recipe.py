@@ -16,6 +16,8 @@ from msgspec import Meta
 
 from launcher.errors import RecipeError
 from launcher.recipe.affects import Affects, effects_of, without_effect
+from launcher.recipe.field_docs import with_field_docs
+from launcher.recipe.foreign_names import hint_for_value
 from launcher.recipe.optimizer import OptimizerSpec, sgd
 from launcher.recipe.schedules import Schedule, one_cycle
 from launcher.recipe.validation import (
@@ -54,6 +56,7 @@ StrategyName = Literal["ddp", "fsdp", "zero1", "zero2", "zero3"]
 """The names of strategies; `launcher.planning.strategy.STRATEGIES` describes them."""
 
 
+@with_field_docs
 @dataclass(frozen=True, kw_only=True)
 class Data:
     """The data sets of a recipe: map-style, indexed from 0 to len - 1.
@@ -82,6 +85,7 @@ def first_of_batch(model: Any, batch: Any) -> Any:
     return model(batch[0])
 
 
+@with_field_docs
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What is trained, and how. `dataclasses.replace` derives a variant.
@@ -232,7 +236,7 @@ class Recipe:
     """Estimate the gradient noise scale while training, from one step in twenty."""
 
     trackers: Annotated[tuple[TrackerName, ...], Affects.NOTHING] = ()
-    """Experiment trackers that rank 0 also reports to, such as tensorboard,wandb (see README)."""
+    """Experiment trackers that rank 0 also reports to, such as tensorboard,wandb."""
 
     record_samples: Annotated[bool, Affects.NOTHING] = False
     """Write the sample ids of every step to samples/rank<N>.jsonl in the run folder."""
@@ -243,7 +247,9 @@ class Recipe:
             try:
                 object.__setattr__(self, name, convert(value, hint))
             except MismatchError as error:
-                raise RecipeError(f"Recipe({name}=...): {error}.") from None
+                raise RecipeError(
+                    f"Recipe({name}=...): {error}.{hint_for_value(name, value)}"
+                ) from None
         for name in ("model", "data", "loss", "forward"):
             if not callable(getattr(self, name)):
                 raise RecipeError(
@@ -297,24 +303,6 @@ def setting_types() -> Mapping[str, Any]:
 def settings_affecting(*parts: Affects) -> tuple[str, ...]:
     """Return the names of the settings that affect one of `parts`, in declared order."""
     return tuple(name for name, affected in effects_of(Recipe).items() if affected in parts)
-
-
-def field_sentences() -> dict[str, str]:
-    """Return the sentence under each field of `Recipe`, by name, read from this module's source."""
-    import ast
-    import inspect
-    import itertools
-
-    sentences = {}
-    (class_definition,) = ast.parse(inspect.getsource(Recipe)).body
-    assert isinstance(class_definition, ast.ClassDef)
-    statements = class_definition.body
-    for statement, following in itertools.pairwise(statements):
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            assert isinstance(following, ast.Expr)
-            assert isinstance(following.value, ast.Constant)
-            sentences[statement.target.id] = str(following.value.value)
-    return sentences
 
 
 def _check_exactly_one(recipe: Recipe, first: str, second: str) -> None:

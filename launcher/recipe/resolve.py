@@ -16,11 +16,12 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +30,8 @@ from typing import TypeVar
 from launcher import paths
 from launcher.errors import LauncherError, RecipeError, did_you_mean
 from launcher.forking import observed_threads
+from launcher.recipe.foreign_names import hint_for_name, hint_near_name
+from launcher.recipe.plain_script import WHAT_A_RECIPE_IS, refuse_plain_script
 from launcher.recipe.recipe import Recipe
 from launcher.recipe.validation import brief
 
@@ -85,13 +88,14 @@ def resolve(text: str) -> Reference:
         RecipeError: Nothing has that name, the import fails, or the function is not clear.
     """
     target, _, function = text.partition(":")
-    path = _find_file(target)
+    path = find_file(target)
     if path is not None:
+        refuse_plain_script(path, function, shown=target)
         module, location = _load(path), str(path)
     elif target.endswith(".py") or os.sep in target:
         raise _no_file(target)
     else:
-        module, location = _import(target), target
+        module, location = _import(target, function), target
     return _reference(module, location, function)
 
 
@@ -182,7 +186,7 @@ def list_recipes(folder: Path) -> Iterator[ListedRecipe]:
                     yield ListedRecipe(path=path, function=node.name, sentence=sentence)
 
 
-def _find_file(target: str) -> Path | None:
+def find_file(target: str) -> Path | None:
     """Return the file that `target` names by path or by a recipe's name, if it exists."""
     if target.endswith(".py") or os.sep in target:
         candidates = [Path(target if target.endswith(".py") else f"{target}.py")]
@@ -236,7 +240,7 @@ def _execute(name: str, path: Path) -> ModuleType:
     return module
 
 
-def _import(name: str) -> ModuleType:
+def _import(name: str, function: str) -> ModuleType:
     if not all(piece.isidentifier() for piece in name.split(".")):
         raise RecipeError(
             f"{brief(repr(name))} is not the name of a recipe: give a recipe's name, a file or a "
@@ -244,7 +248,14 @@ def _import(name: str) -> ModuleType:
         )
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
-    module = _guarded(lambda: importlib.import_module(name), name, ours=name)
+
+    def load() -> ModuleType:
+        spec = importlib.util.find_spec(name)
+        if name not in sys.modules and spec is not None and (spec.origin or "").endswith(".py"):
+            refuse_plain_script(Path(str(spec.origin)), function, shown=str(spec.origin))
+        return importlib.import_module(name)
+
+    module = _guarded(load, name, ours=name)
     if module is None:
         shipped = sorted({recipe.path.stem for recipe in list_recipes(BUNDLED)})
         raise RecipeError(
@@ -301,8 +312,22 @@ def user_code_error(action: str, what: str, error: BaseException) -> RecipeError
     hint = ""
     if isinstance(error, ModuleNotFoundError) and error.name:
         hint = _remedy(error.name)
+    if isinstance(error, TypeError):
+        hint = _field_hint(str(error))
     message = error.msg if isinstance(error, SyntaxError) else error
     return RecipeError(f"Cannot {action} {what}: {type(error).__name__}: {message}{line}.{hint}")
+
+
+def _field_hint(message: str) -> str:
+    """Return what to write instead of a field that `Recipe` does not have."""
+    match = re.fullmatch(
+        r"Recipe\.__init__\(\) got an unexpected keyword argument '(\w+)'.*", message
+    )
+    if match is None:
+        return ""
+    known = [item.name for item in fields(Recipe)]
+    hint = hint_for_name(match[1]) or did_you_mean(match[1], known) or hint_near_name(match[1])
+    return f"{hint} `launcher settings` lists the settings."
 
 
 def _remedy(missing: str) -> str:
@@ -374,7 +399,7 @@ def _only_recipe(module: ModuleType, location: str) -> str:
         )
     raise RecipeError(
         f"{location} has no recipe: no function is called {stem!r} or annotated `-> Recipe`. "
-        f"Annotate the function, or name it: {location}:FUNCTION"
+        f"Annotate the function, or name it: {location}:FUNCTION. {WHAT_A_RECIPE_IS}"
     )
 
 

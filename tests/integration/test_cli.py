@@ -14,14 +14,14 @@ from click.testing import CliRunner
 from support import ROOT, Commands, read_lines
 
 from launcher.cli import _COMMANDS, group
-from launcher.recipe.recipe import field_sentences
+from launcher.recipe.catalogue import settings
 
 DIGITS = str(ROOT / "recipes/digits.py")
 HEAVY = ("torch", "numpy", "accelerate", "deepspeed", "plotly", "rich", "sklearn")
 
 
 def test_the_help_names_the_commands(run: Commands) -> None:
-    """`launcher --help` lists the commands, and their help has examples and settings."""
+    """`launcher --help` lists the commands, and their help has examples and names the settings."""
     done = run("launcher", "--help")
     assert done.exit_code == 0
     for command in ("plan", "run", "recipes"):
@@ -29,8 +29,11 @@ def test_the_help_names_the_commands(run: Commands) -> None:
     for command in ("plan", "run"):
         text = run("launcher", command, "--help").stdout
         assert f"launcher {command} digits" in text
-        assert "lr_batch_size" in text
-        assert field_sentences()["lr_batch_size"] in text
+        assert "launcher settings" in text
+        assert "lr_batch_size" not in text
+        listed = run("launcher", command, "--help-settings").stdout
+        assert listed == run("launcher", "settings").stdout
+        assert settings()["lr_batch_size"].sentence in listed
 
 
 def test_a_plan_shows_its_arithmetic(run: Commands) -> None:
@@ -108,10 +111,10 @@ def test_a_recipe_that_cannot_be_loaded_is_refused(
 ) -> None:
     """A recipe that cannot be loaded gives exit code 2 and a message without a traceback."""
     files = {
-        "broken.py": "x = 1\ny = 1 / 0\n",
-        "needs.py": "import not_installed_anywhere\n",
+        "broken.py": "import launcher\ny = 1 / 0\n",
+        "needs.py": "import launcher, not_installed_anywhere\n",
         "syntax.py": "def f(:\n",
-        "empty.py": "x = 1\n",
+        "empty.py": "import launcher\n",
         "several.py": "def one() -> 'Recipe': ...\ndef two() -> 'Recipe': ...\n",
         "other.py": "def other():\n    return 3\n",
         "nodata.py": (
@@ -121,7 +124,7 @@ def test_a_recipe_that_cannot_be_loaded_is_refused(
             "    return Recipe(name='nodata', model=print, data=data, loss=print, batch_size=8,\n"
             "                  lr=1, lr_batch_size=8, epochs=3)\n"
         ),
-        "exits.py": "import sys\nsys.exit(3)\n",
+        "exits.py": "import launcher, sys\nsys.exit(3)\n",
     }  # fmt: skip
     for name, text in files.items():
         (run.folder / name).write_text(text)
@@ -195,6 +198,8 @@ def test_a_run_writes_its_folder(run: Commands) -> None:
         ["plan", "digits"],
         ["plan", "digits", "--json"],
         ["run", "--help"],
+        ["run", "gpt", "--help"],
+        ["settings"],
         ["status"],
     ],
 )

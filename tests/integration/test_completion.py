@@ -21,6 +21,8 @@ printf '%s\\n' "${COMPREPLY[@]}"
         (["completion", ""], ["bash", "zsh", "fish"]),
         (["run", "dig"], ["digits"]),
         (["run", "mine.py", "strat"], ["strategy="]),
+        (["run", "gpt", "lay"], ["layers="]),
+        (["settings", "lr_r"], ["lr_rule"]),
         (["run", "digits", "strategy", "="], ["ddp", "fsdp", "zero1", "zero2", "zero3"]),
         (["run", "digits", "strategy", "=", "f"], ["fsdp"]),
         (["run", "digits", "lr", "=", "0.1", "offl"], ["offload="]),

@@ -57,7 +57,7 @@ def test_the_printed_command_trains_the_plan(
     port = ["--main_process_port", "0"]  # another test may use the printed port
     done = module_run(*command[:2], *port, *command[2:], "--out", strategy)
     assert done.exit_code == 0, done.stderr
-    assert f"ranks       2 = 1 node x 2 CPU ranks, {layout}" in done.stdout
+    assert f" on 2 = 1 node x 2 CPU ranks, {layout}" in done.stdout
     trace = read_trace(RunDir(module_run.folder / strategy))
     difference = compare(read_trace(RunDir(one_process)), trace, 1e-5)
     assert difference.agrees, difference

@@ -39,7 +39,7 @@ def test_every_launcher_trains_the_same(module_run: Commands, alone: Path, way: 
     command, ranks = WAYS[way]
     done = module_run(*command, "lr=0.05", "--out", way)
     assert done.exit_code == 0, done.stderr
-    assert f"ranks       {ranks} = 1 node x {ranks} CPU rank" in done.stdout
+    assert f" on {ranks} = 1 node x {ranks} CPU rank" in done.stdout
     assert done.stdout.count("run folder: ") == 1, "only one rank prints"
     folder = module_run.folder / way
     steps, reference = (

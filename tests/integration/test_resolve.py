@@ -71,10 +71,10 @@ def test_missing_modules_are_told_from_hidden_ones(
     for folder in ("recipes", "helpers", "sub"):
         (run.folder / folder).mkdir()
     (run.folder / "recipes/__init__.py").write_text("")
-    (run.folder / "sub/mine.py").write_text(f"{statement}\n")
+    (run.folder / "sub/mine.py").write_text(f"{statement}\nfrom launcher import Recipe\n")
     done = run("launcher", "plan", "sub/mine.py")
     assert done.exit_code == 2
-    (run.folder / "mine.py").write_text(f"{statement}\n")
+    (run.folder / "mine.py").write_text(f"{statement}\nfrom launcher import Recipe\n")
     in_working_folder = run("launcher", "plan", "mine.py")
     assert in_working_folder.exit_code == 2
     stderr = done.stderr if "helpers" in statement else in_working_folder.stderr

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from examples import LAPTOP, NODE, recipe
 
-from launcher import Plan, PlanError, WorldError, adamw, make_plan
-from launcher.console.explain import explain
+from launcher import Plan, PlanError, WorldError, adamw, constant, make_plan, warmup, wsd
+from launcher.console.explain import explain, summarize
 from launcher.environment.world import World
 from launcher.planning.global_batch import micro_batch, num_micro_steps, part, shares
 
@@ -177,3 +177,73 @@ def test_a_plan_is_json_and_text() -> None:
     assert "170 or 171 samples each" in text
     assert "lr_rule=sqrt" in text
     assert "BatchNorm" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks", "words"),
+    [
+        (
+            {"batch_size": 512},
+            2,
+            (
+                "example on 2 = 1 node x 2 CPU ranks, DDP over gloo mine.py:example",
+                "batch 512 = 2 ranks x 256 samples; lr 0.2 = 0.1 x 512 / 256, linear",
+                "steps 30 = 10 epochs x 3 steps; one_cycle(): lr 0.02 to 2e-05, peak at step 13",
+                "data 4 workers per rank, memory not pinned",
+                "speed-ups none enabled: fp32 throughout",
+                "set by YAML: lr=0.1; `launcher plan` shows every number",
+            ),
+        ),
+        (
+            {"batch_size": 512, "micro_batch_size": 64},
+            2,
+            ("batch 512 = 2 ranks x 64 samples x 4 accumulation steps; lr 0.2 = 0.1 x 512 / 256 ",),
+        ),
+        (
+            {"micro_batch_size": 20},
+            3,
+            ("batch 256 on 3 ranks (85 or 86 each, 5 accumulation steps); lr 0.1",),
+        ),
+        (
+            {"batch_milestones": (0.5,), "steps": 40, "epochs": None, "schedule": constant()},
+            2,
+            (
+                "batch 256 on 2 ranks, then 512 from step 21 (peak lr 0.2); lr 0.1 = 0.1 x 256",
+                "steps 40, as asked; constant(): lr 0.1 to 0.2",
+            ),
+        ),
+        ({"schedule": constant()}, 2, ("constant(): lr 0.1 at every step",)),
+        ({"precision": "bf16", "compile": True}, 2, ("speed-ups precision=bf16, compile",)),
+    ],
+)
+def test_a_run_shows_six_lines(changes: dict[str, Any], ranks: int, words: tuple[str, ...]) -> None:
+    """The plan of a run is six lines of at most 96 characters, without constant notes."""
+    sources = {"lr": "YAML", "batch_size": "recipe", "epochs": "default"}
+    machine = replace(LAPTOP, has_compiler=True)
+    plan = make_plan(recipe(**changes), machine, nproc_per_node=ranks, sources=sources)
+    more = "`launcher plan` shows every number"
+    lines = summarize(plan, recipe="mine.py:example", more=more).splitlines()
+    assert len(lines) == 6
+    assert max(map(len, lines)) <= 96
+    text = " ".join(" ".join(lines).split())
+    for word in words:
+        assert word in text
+    assert plan.notes == ()
+
+
+def test_long_values_cost_details_and_no_lines() -> None:
+    """A long schedule or path costs the line its details; what a user set is shown in full."""
+    schedule = warmup(wsd(warmup_fraction=0.0, decay_fraction=0.25, final_factor=0.125), steps=12)
+    many = {"schedule": schedule, "lr": 0.3, "seed": 11, "max_grad_norm": 0.5, "num_workers": 3}
+    plan = make_plan(recipe(**many), LAPTOP, sources=dict.fromkeys(many, "command line"))
+    place = f"/{'x' * 100}/mine/file.py:example"
+    lines = summarize(plan, recipe=place, more="more").splitlines()
+    ranks = "2 = 1 node x 2 CPU ranks, DDP over gloo"
+    assert lines[0] == f"example on {ranks}  .../mine/file.py:example"
+    assert lines[2].endswith(str(schedule)) or lines[2].endswith("x 6 steps")
+    assert max(map(len, lines)) <= 96
+    text = " ".join("".join(lines[5:]).split())
+    for name in many:
+        assert f"{name}=" in text
+    notes = make_plan(recipe(device="cpu"), replace(LAPTOP, usable_cores=1), nproc_per_node=2)
+    assert "oversubscribe 1 usable cores" in summarize(notes)
