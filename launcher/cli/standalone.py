@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import inspect
 import itertools
 import os
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -24,10 +26,14 @@ from launcher.cli.arguments import (
     read_overrides,
 )
 from launcher.cli.standard_streams import open_closed_streams
-from launcher.errors import LostRankError, UsageError
+from launcher.environment.notebook import has_own_arguments
+from launcher.errors import LostRankError, RecipeError, UsageError
 from launcher.forking import suspect_all_threads
 from launcher.recipe.recipe import Recipe
 from launcher.signals import StopRequest, handlers_restored
+
+if TYPE_CHECKING:
+    from launcher.recipe.resolve import Reference
 
 _SECONDS_TO_BE_ENDED = 5
 
@@ -35,17 +41,36 @@ _SECONDS_TO_BE_ENDED = 5
 def run_standalone(function: Callable[..., Recipe]) -> None:
     """Parse the command line of a recipe's file and train; exit the process on an error.
 
-    When it returns, the previous signal handlers are installed again.
+    When it returns, the previous signal handlers and output streams are installed again. In a
+    notebook there is no command line, and an error is raised instead.
     """
     open_closed_streams()
     suspect_all_threads()
-    with handlers_restored():
-        code = run_command(_command(function))
+    with (
+        handlers_restored(),
+        contextlib.redirect_stdout(sys.stdout),  # both restore the stream at the end
+        contextlib.redirect_stderr(sys.stderr),
+    ):
+        code = run_command(_command(function)) if has_own_arguments() else _run_cell(function)
     if code:
         sys.exit(code)
 
 
-def _command(function: Callable[..., Recipe]) -> click.Command:
+def _run_cell(function: Callable[..., Recipe]) -> int:
+    """Train with the settings of the recipe, in a notebook, which goes on; return 0.
+
+    Raises:
+        LauncherError: The recipe is wrong, or the run failed.
+        KeyboardInterrupt: The cell was interrupted before the first step.
+    """
+    try:
+        _command(function, in_notebook=True).main([], function.__name__, standalone_mode=False)
+    except click.Abort:
+        raise KeyboardInterrupt from None
+    return 0
+
+
+def _command(function: Callable[..., Recipe], *, in_notebook: bool = False) -> click.Command:
     stop = StopRequest()
     stop.listen()  # importing torch takes seconds, in which a signal may arrive
 
@@ -77,7 +102,9 @@ def _command(function: Callable[..., Recipe]) -> click.Command:
                 f"--out {out} makes a run folder and --resume {resume} continues one: keep one."
             )
         try:
-            return _train(function, overrides, config, out, resume, accept, stop)
+            return _train(
+                function, overrides, config, out, resume, accept, stop, in_notebook=in_notebook
+            )
         except (UsageError, LostRankError):
             # Every rank of a node usually finds the same mistake. The first one reports it and
             # exits, whereupon the launcher ends the others. A rank that is not ended within some
@@ -97,6 +124,8 @@ def _train(
     resume: Path | None,
     accept: tuple[str, ...],
     stop: StopRequest,
+    *,
+    in_notebook: bool,
 ) -> int:
     from launcher.console.echo import echo_if_possible
     from launcher.console.explain import summarize
@@ -134,6 +163,8 @@ def _train(
     if world.rank == 0:
         more = "`launcher plan` shows every number"
         echo_if_possible(summarize(plan, recipe=reference.shown, more=more))
+        if in_notebook:
+            echo_if_possible(_advice_for_notebooks(reference))
     from launcher.engine.external import external_rank
 
     ownership = ExitStack()
@@ -160,9 +191,28 @@ def _train(
             start=start,
             source=source,
             write_report=write_report,
+            ends_process=not in_notebook,
         )
     finally:
         ownership.close()  # the program may continue after `main`
+
+
+def _advice_for_notebooks(reference: Reference) -> str:
+    """Return how to give settings to the recipe, and to get its result, in a notebook."""
+    from launcher.recipe.resolve import check_importable
+
+    name = reference.function.__name__
+    try:
+        check_importable(reference)
+    except RecipeError:
+        return (
+            "main() reads no arguments in a notebook. To give settings, write the recipe to a file "
+            f'with %%writefile {name}.py, and call launcher.run("{name}.py", epochs=1).'
+        )
+    return (
+        f"main() reads no arguments in a notebook. launcher.run({name}, epochs=1) takes settings, "
+        "uses all GPUs and returns the result."
+    )
 
 
 def _summary(function: Callable[..., Recipe]) -> str:
