@@ -9,10 +9,11 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -33,6 +34,7 @@ from launcher.recipe.recipe import Recipe
 from launcher.signals import StopRequest, handlers_restored
 
 if TYPE_CHECKING:
+    from launcher.planning.plan import Plan
     from launcher.recipe.resolve import Reference
 
 _SECONDS_TO_BE_ENDED = 5
@@ -131,6 +133,7 @@ def _train(
     from launcher.console.explain import summarize
     from launcher.environment.accelerate_launch import accelerate_settings
     from launcher.environment.machine import read_machine
+    from launcher.environment.unused_configuration import unused_note
     from launcher.environment.world import find_world
     from launcher.launch.run_folder import open_run_folder
     from launcher.recipe.resolve import reference_of
@@ -160,6 +163,8 @@ def _train(
         nproc_per_node=world.local_world_size,
         count=count_once,
     )
+    if note := unused_note(_configuration(built.recipe, plan)):
+        plan = replace(plan, notes=(*plan.notes, note))
     if world.rank == 0:
         more = "`launcher plan` shows every number"
         echo_if_possible(summarize(plan, recipe=reference.shown, more=more))
@@ -195,6 +200,14 @@ def _train(
         )
     finally:
         ownership.close()  # the program may continue after `main`
+
+
+def _configuration(recipe: Recipe, plan: Plan) -> Mapping[str, Any]:
+    """Return the DeepSpeed configuration of a run; empty if it does not use DeepSpeed."""
+    from launcher.planning.configs import deepspeed_config
+    from launcher.planning.strategy import STRATEGIES
+
+    return deepspeed_config(recipe, plan) if STRATEGIES[plan.strategy].uses_deepspeed else {}
 
 
 def _advice_for_notebooks(reference: Reference) -> str:
