@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import inspect
 import itertools
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,10 +27,15 @@ from launcher.cli.arguments import (
     read_overrides,
 )
 from launcher.cli.standard_streams import open_closed_streams
-from launcher.errors import LostRankError, UsageError
+from launcher.environment.notebook import has_own_arguments
+from launcher.errors import LostRankError, RecipeError, UsageError
 from launcher.forking import suspect_all_threads
 from launcher.recipe.recipe import Recipe
 from launcher.signals import StopRequest, handlers_restored
+
+if TYPE_CHECKING:
+    from launcher.planning.plan import Plan
+    from launcher.recipe.resolve import Reference
 
 _SECONDS_TO_BE_ENDED = 5
 
@@ -35,17 +43,36 @@ _SECONDS_TO_BE_ENDED = 5
 def run_standalone(function: Callable[..., Recipe]) -> None:
     """Parse the command line of a recipe's file and train; exit the process on an error.
 
-    When it returns, the previous signal handlers are installed again.
+    When it returns, the previous signal handlers and output streams are installed again. In a
+    notebook there is no command line, and an error is raised instead.
     """
     open_closed_streams()
     suspect_all_threads()
-    with handlers_restored():
-        code = run_command(_command(function))
+    with (
+        handlers_restored(),
+        contextlib.redirect_stdout(sys.stdout),  # both restore the stream at the end
+        contextlib.redirect_stderr(sys.stderr),
+    ):
+        code = run_command(_command(function)) if has_own_arguments() else _run_cell(function)
     if code:
         sys.exit(code)
 
 
-def _command(function: Callable[..., Recipe]) -> click.Command:
+def _run_cell(function: Callable[..., Recipe]) -> int:
+    """Train with the settings of the recipe, in a notebook, which goes on; return 0.
+
+    Raises:
+        LauncherError: The recipe is wrong, or the run failed.
+        KeyboardInterrupt: The cell was interrupted before the first step.
+    """
+    try:
+        _command(function, in_notebook=True).main([], function.__name__, standalone_mode=False)
+    except click.Abort:
+        raise KeyboardInterrupt from None
+    return 0
+
+
+def _command(function: Callable[..., Recipe], *, in_notebook: bool = False) -> click.Command:
     stop = StopRequest()
     stop.listen()  # importing torch takes seconds, in which a signal may arrive
 
@@ -77,7 +104,9 @@ def _command(function: Callable[..., Recipe]) -> click.Command:
                 f"--out {out} makes a run folder and --resume {resume} continues one: keep one."
             )
         try:
-            return _train(function, overrides, config, out, resume, accept, stop)
+            return _train(
+                function, overrides, config, out, resume, accept, stop, in_notebook=in_notebook
+            )
         except (UsageError, LostRankError):
             # Every rank of a node usually finds the same mistake. The first one reports it and
             # exits, whereupon the launcher ends the others. A rank that is not ended within some
@@ -97,11 +126,14 @@ def _train(
     resume: Path | None,
     accept: tuple[str, ...],
     stop: StopRequest,
+    *,
+    in_notebook: bool,
 ) -> int:
     from launcher.console.echo import echo_if_possible
     from launcher.console.explain import summarize
     from launcher.environment.accelerate_launch import accelerate_settings
     from launcher.environment.machine import read_machine
+    from launcher.environment.unused_configuration import unused_note
     from launcher.environment.world import find_world
     from launcher.launch.run_folder import open_run_folder
     from launcher.recipe.resolve import reference_of
@@ -131,9 +163,13 @@ def _train(
         nproc_per_node=world.local_world_size,
         count=count_once,
     )
+    if note := unused_note(_configuration(built.recipe, plan)):
+        plan = replace(plan, notes=(*plan.notes, note))
     if world.rank == 0:
         more = "`launcher plan` shows every number"
         echo_if_possible(summarize(plan, recipe=reference.shown, more=more))
+        if in_notebook:
+            echo_if_possible(_advice_for_notebooks(reference))
     from launcher.engine.external import external_rank
 
     ownership = ExitStack()
@@ -160,9 +196,36 @@ def _train(
             start=start,
             source=source,
             write_report=write_report,
+            ends_process=not in_notebook,
         )
     finally:
         ownership.close()  # the program may continue after `main`
+
+
+def _configuration(recipe: Recipe, plan: Plan) -> Mapping[str, Any]:
+    """Return the DeepSpeed configuration of a run; empty if it does not use DeepSpeed."""
+    from launcher.planning.configs import deepspeed_config
+    from launcher.planning.strategy import STRATEGIES
+
+    return deepspeed_config(recipe, plan) if STRATEGIES[plan.strategy].uses_deepspeed else {}
+
+
+def _advice_for_notebooks(reference: Reference) -> str:
+    """Return how to give settings to the recipe, and to get its result, in a notebook."""
+    from launcher.recipe.resolve import check_importable
+
+    name = reference.function.__name__
+    try:
+        check_importable(reference)
+    except RecipeError:
+        return (
+            "main() reads no arguments in a notebook. To give settings, write the recipe to a file "
+            f'with %%writefile {name}.py, and call launcher.run("{name}.py", epochs=1).'
+        )
+    return (
+        f"main() reads no arguments in a notebook. launcher.run({name}, epochs=1) takes settings, "
+        "uses all GPUs and returns the result."
+    )
 
 
 def _summary(function: Callable[..., Recipe]) -> str:

@@ -22,9 +22,10 @@ from launcher.engine.ranks.failures import fail
 from launcher.engine.ranks.output import open_output
 from launcher.engine.ranks.turns import Turns
 from launcher.engine.ranks.usage import usage_of
+from launcher.engine.ranks.watchdog import Watchdog
 from launcher.engine.run import train_rank
 from launcher.environment.world import World
-from launcher.errors import EXIT_RESUMABLE, LauncherError, TrainingError
+from launcher.errors import EXIT_RESUMABLE, EndedError, LauncherError, TrainingError
 from launcher.findings import Finding, RankDiagnostics
 from launcher.planning.plan import Plan
 from launcher.recipe.recipe import Recipe
@@ -92,6 +93,7 @@ def external_rank(
     start: ResumeFrom | None,
     source: RecipeSource,
     write_report: ReportWriter | None = None,
+    ends_process: bool = True,
 ) -> int:
     """Train as the rank that torchrun, accelerate or the user started this process as.
 
@@ -104,15 +106,20 @@ def external_rank(
         start: Which checkpoint to resume from; None starts a new run.
         source: What the recipe is built from; spawned DataLoader workers need it.
         write_report: Writes the page that experiment trackers receive; None sends no page.
+        ends_process: Whether a failure ends this process, as it does on a rank; a notebook goes on.
 
     Returns:
         The exit code of a single process. With several ranks, the function exits instead.
+
+    Raises:
+        EndedError: The run failed, its error has been shown, and `ends_process` is false.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(plan.threads_per_rank))
     with stop.ends_at_once() if world.world_size > 1 else contextlib.nullcontext():
         backend, run_dir = join(recipe, plan, world, make_run_dir)
     keep_open(backend)
     output = open_output(run_dir.log(world.rank), own_terminal=False, on_terminal=True)
+    watchdog: Watchdog | None = None
     try:
         watchdog = start_watchdog(recipe, world, run_dir, stop, output)
         watchdog.usage = usage_of(backend.device)
@@ -131,7 +138,12 @@ def external_rank(
         backend.close()
         watchdog.close()
     except Exception as error:  # noqa: BLE001  # whatever the recipe's own code raises
-        exit_now(fail(error, world, run_dir, log=output.log, show=output.errors, stop=stop))
+        code = fail(error, world, run_dir, log=output.log, show=output.errors, stop=stop)
+        if ends_process:
+            exit_now(code)
+        if watchdog is not None:
+            watchdog.close()
+        raise EndedError(code) from None
     code = EXIT_RESUMABLE if result is None else 0
     if world.world_size > 1:
         # DDP keeps gloo's threads running after its group is destroyed (torch 2.13, also after a

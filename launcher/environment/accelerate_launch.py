@@ -72,9 +72,9 @@ def _fsdp(env: Mapping[str, str]) -> dict[str, Any]:
 
 def _deepspeed(env: Mapping[str, str]) -> dict[str, Any]:
     prefix = "ACCELERATE_DEEPSPEED_"
-    file = env.get(f"{prefix}CONFIG_FILE", "none")
-    if file.lower() not in _UNSET:
-        return _deepspeed_file(Path(file))
+    file = deepspeed_file(env)
+    if file is not None:
+        return _settings_of_file(file)
     settings = {"strategy": _strategy_of_stage(env.get(f"{prefix}ZERO_STAGE", "2"))}
     names = ("OFFLOAD_OPTIMIZER_DEVICE", "OFFLOAD_PARAM_DEVICE")
     settings |= _offload(*(env.get(prefix + name, "none") for name in names))
@@ -82,7 +82,15 @@ def _deepspeed(env: Mapping[str, str]) -> dict[str, Any]:
     return settings | _clipping(norm)
 
 
-def _deepspeed_file(path: Path) -> dict[str, Any]:
+def deepspeed_file(env: Mapping[str, str]) -> Path | None:
+    """Return the user's DeepSpeed file that `accelerate launch` names in `env`, or None."""
+    if not _is_true(env, "ACCELERATE_USE_DEEPSPEED"):
+        return None
+    file = env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    return None if file.lower() in _UNSET else Path(file)
+
+
+def _settings_of_file(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         zero = dict(config.get("zero_optimization", {}))

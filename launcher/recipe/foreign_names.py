@@ -385,6 +385,23 @@ def hint_for_name(name: str, value: Any = None) -> str:
     return "".join(f" {text}" for text in (write, remark) if text)
 
 
+def setting_for(name: str, value: Any) -> str:
+    """Return the setting that a word of another trainer becomes: `lr=0.1`; empty if none.
+
+    Args:
+        name: The word, or the name of a setting.
+        value: Its value.
+    """
+    advice = _by_word().get(_plain(name))
+    if advice is None or advice.write.startswith("--"):
+        return ""
+    if advice.switch and str(value).lower() in _OFF:
+        return ""
+    return (
+        _write(advice, printable_line(str(value))).removeprefix("Write ").removesuffix(" instead.")
+    )
+
+
 def _write(advice: _Advice, shown: str) -> str:
     if advice.values_of and (translated := hint_for_value(advice.values_of, shown)):
         return translated.strip()

@@ -58,6 +58,7 @@ def test_the_printed_command_trains_the_plan(
     done = module_run(*command[:2], *port, *command[2:], "--out", strategy)
     assert done.exit_code == 0, done.stderr
     assert f" on 2 = 1 node x 2 CPU ranks, {layout}" in done.stdout
+    assert "Not used" not in done.stdout
     trace = read_trace(RunDir(module_run.folder / strategy))
     difference = compare(read_trace(RunDir(one_process)), trace, 1e-5)
     assert difference.agrees, difference

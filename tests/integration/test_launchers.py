@@ -111,3 +111,54 @@ def test_an_existing_folder_is_refused_by_all_ranks(run: Commands) -> None:
     assert done.exit_code != 0
     assert done.stderr.count("exists already") == 1
     assert list((run.folder / "out").iterdir()) == []
+
+
+NOTEBOOK = """
+import sys
+from dataclasses import replace
+from types import ModuleType
+
+import launcher
+from launcher import main
+from launcher.errors import EndedError
+from launcher.recipes.digits import digits
+
+sys.modules["IPython"] = ModuleType("IPython")
+sys.modules["IPython"].get_ipython = lambda: print
+del __file__
+sys.argv = ["ipykernel_launcher.py", "-f", "kernel-123.json"]
+streams = sys.stdout, sys.stderr
+
+
+def cell() -> launcher.Recipe:
+    return replace(digits(), device="cpu", steps=2, epochs=None)
+
+
+def broken() -> launcher.Recipe:
+    return replace(cell(), loss=lambda outputs, batch: 1 / 0)
+
+
+def wrong() -> launcher.Recipe:
+    return replace(cell(), lr=-1)
+
+
+print("returned", main(cell), (sys.stdout, sys.stderr) == streams)
+for recipe, error in ((broken, EndedError), (wrong, launcher.RecipeError)):
+    try:
+        main(recipe)
+    except error:
+        print("raised", error.__name__, (sys.stdout, sys.stderr) == streams)
+"""
+
+
+def test_a_cell_of_a_notebook_trains(run: Commands) -> None:
+    """In a notebook, `main` trains without the kernel's arguments, and never ends the process."""
+    (run.folder / "notebook.py").write_text(NOTEBOOK)
+    done = run("python", "notebook.py")
+    assert done.exit_code == 0, done.stderr
+    for line in ("returned None True", "raised EndedError True", "raised RecipeError True"):
+        assert line in done.stdout.splitlines()
+    assert "2 steps, 256 samples" in done.stdout
+    assert "launcher.run(" in done.stdout
+    assert "ZeroDivisionError" in done.stderr
+    assert len(list((run.folder / "runs").iterdir())) == 2

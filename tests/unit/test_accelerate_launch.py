@@ -11,6 +11,7 @@ from examples import LAPTOP, recipe
 
 from launcher import Recipe, WorldError, make_plan
 from launcher.environment.accelerate_launch import accelerate_settings
+from launcher.environment.unused_configuration import unused_note
 from launcher.planning.configs import accelerate_config, deepspeed_config
 
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
@@ -107,3 +108,72 @@ def test_exported_configurations_are_complete(strategy: str) -> None:
     assert "null" not in values
     assert deepspeed_config(clipped, plan)["gradient_clipping"] == 0.3
     assert deepspeed_config(recipe(strategy=strategy), plan)["gradient_clipping"] == 0.0
+
+
+def note(values: dict[str, Any], file: Path, **recipe_fields: Any) -> str | None:
+    """Return the note about a DeepSpeed file with `values`, for a run of zero2 on 2 ranks."""
+    file.write_text(json.dumps(values))
+    sharded = recipe(strategy="zero2", **recipe_fields)
+    used = deepspeed_config(sharded, make_plan(sharded, LAPTOP, nproc_per_node=2))
+    return unused_note(used, DEEPSPEED | {FILE: str(file)})
+
+
+def test_what_is_not_used_of_a_deepspeed_file_is_listed(tmp_path: Path) -> None:
+    """One note names each value that the run does not have, with the setting to write instead."""
+    text = note(
+        {
+            "train_micro_batch_size_per_gpu": 16,
+            "gradient_accumulation_steps": 2,
+            "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000000},
+            "bf16": {"enabled": True},
+            "gradient_clipping": 0.5,
+            "wall_clock_breakdown": True,
+            "optimizer": {"type": "AdamW", "params": {"lr": 0.1, "weight_decay": 0.2}},
+            "scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 50}},
+            "prescale_gradients": "auto",
+            "\x1b[2J": "\x1b[2J",
+        },
+        tmp_path / "ds.json",
+    )
+    assert text is not None
+    for found in (
+        f"Not used of {tmp_path / 'ds.json'}: train_micro_batch_size_per_gpu=16 (write micro_",
+        "(write micro_batch_size=16), gradient_accumulation_steps=2 (follows",
+        "zero_optimization.reduce_bucket_size=1000000, wall_clock_breakdown=true",
+        "optimizer.type=AdamW (write optimizer=adamw)",
+        'optimizer.params.weight_decay=0.2 (write "optimizer=adamw(weight_decay=0.2)")',
+        'scheduler.type=WarmupDecayLR (write "schedule=warmup(linear())")',
+        'warmup_num_steps=50 (write "schedule=warmup(cosine(), steps=50)")',
+    ):
+        assert found in text
+    for absent in ("stage", "bf16", "clipping", "prescale", "\x1b"):
+        assert absent not in text
+
+
+def test_what_a_run_has_anyway_is_not_listed(tmp_path: Path) -> None:
+    """An exported configuration gives no note, and neither do the defaults of Accelerate."""
+    plan = make_plan(recipe(strategy="zero2"), LAPTOP, nproc_per_node=2)
+    exported = deepspeed_config(recipe(strategy="zero2"), plan)
+    assert note(exported, tmp_path / "ds.json") is None
+    changed = exported | {"gradient_accumulation_steps": 7}
+    assert "gradient_accumulation_steps=7" in (note(changed, tmp_path / "ds.json") or "")
+    for env in (
+        {},
+        {"ACCELERATE_DYNAMO_MODE": "default", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"},
+        {"ACCELERATE_USE_FSDP": "true", "FSDP_SHARDING_STRATEGY": "FULL_SHARD"},
+        {"FSDP_SHARDING_STRATEGY": "SHARD_GRAD_OP"},
+    ):
+        assert unused_note({}, env) is None
+
+
+def test_options_of_accelerate_that_are_not_used_are_listed() -> None:
+    """Options of `accelerate launch` without an effect are named with their values."""
+    env = {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_SHARDING_STRATEGY": "SHARD_GRAD_OP",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+    }
+    text = unused_note({}, env) or ""
+    assert "gradient_accumulation_steps=4 (follows" in text
+    assert "accumulation" not in (unused_note({"gradient_accumulation_steps": 4}, env) or "")
+    assert "fsdp_sharding_strategy=SHARD_GRAD_OP" in text

@@ -1,0 +1,27 @@
+"""Whether this process is a notebook or an interactive shell, which has arguments of its own."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+_PROGRAMS = ("ipykernel_launcher.py", "colab_kernel_launcher.py", "pydevconsole.py")
+"""Programs that run code which is typed into them, and are started with arguments of their own."""
+
+
+def has_own_arguments() -> bool:
+    """Return whether `sys.argv` holds the arguments of the program that the user started.
+
+    The kernel of a notebook has those that Jupyter started it with, and code in a cell, or at the
+    prompt of IPython, is no program. `%run mine.py epochs=1` is one: it has arguments of its own.
+    """
+    if Path(sys.argv[0] if sys.argv else "").name in _PROGRAMS:
+        return False
+    is_typed = not hasattr(sys.modules["__main__"], "__file__")
+    return not (is_typed and _has_ipython())
+
+
+def _has_ipython() -> bool:
+    """Return whether code is run by IPython, which notebooks and several editors use."""
+    get_ipython = getattr(sys.modules.get("IPython"), "get_ipython", None)
+    return callable(get_ipython) and get_ipython() is not None
