@@ -48,6 +48,8 @@ def death_text(rank: int, exit_code: int, run_dir: RunDir, *, oom_kills: int | N
             how += _sigkill_reason(oom_kills)
         if name == "SIGBUS":
             how += " (a full /dev/shm causes this: use fewer num_workers, or a larger /dev/shm)"
+    elif exit_code == 0:
+        how = "ended with exit code 0 before the run did: something in it called os._exit()"
     else:
         how = f"ended with exit code {exit_code}{_signal_name(exit_code)}"
     head = f"launcher: the run failed: rank {rank} {how}"

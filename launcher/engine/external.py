@@ -27,6 +27,7 @@ from launcher.environment.world import World
 from launcher.errors import EXIT_RESUMABLE, LauncherError, TrainingError
 from launcher.findings import Finding, RankDiagnostics
 from launcher.planning.plan import Plan
+from launcher.printable import error_line
 from launcher.recipe.recipe import Recipe
 from launcher.runs.job import RecipeSource, ReportWriter, ResumeFrom
 from launcher.runs.rundir import RunDir
@@ -52,11 +53,11 @@ def external_diagnostics(
     faulthandler.dump_traceback_later(DIAGNOSTICS_TIMEOUT, exit=True)
     try:
         diagnostics = diagnose(plan, world, node_findings)
-    except LauncherError:
+    except (LauncherError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:
         name = f"rank {world.rank} ({platform.node()})"
-        raise TrainingError(f"{name} failed: {type(error).__name__}: {error}") from error
+        raise TrainingError(f"{name} failed: {error_line(error)}") from error
     finally:
         faulthandler.cancel_dump_traceback_later()
     return diagnostics if world.rank == 0 else None
@@ -130,8 +131,10 @@ def external_rank(
         )
         backend.close()
         watchdog.close()
-    except Exception as error:  # noqa: BLE001  # whatever the recipe's own code raises
-        exit_now(fail(error, world, run_dir, log=output.log, show=output.errors, stop=stop))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001  # whatever the recipe's own code raises
+        exit_now(fail(error, world, run_dir, output=output, shows=True, stop=stop))
     code = EXIT_RESUMABLE if result is None else 0
     if world.world_size > 1:
         # DDP keeps gloo's threads running after its group is destroyed (torch 2.13, also after a

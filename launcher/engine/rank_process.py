@@ -44,6 +44,7 @@ def start_watchdog(
         hang_timeout=recipe.hang_timeout,
         stop=stop,
         log=output.log,
+        errors=output.errors,
     )
 
 

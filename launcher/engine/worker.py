@@ -200,8 +200,8 @@ def _run_agent_rank(job: Job, work: Callable[[_AgentRank], int]) -> int:
         watchdog.close()
         # The agent sends SIGTERM if another rank still fails; nothing is left to save here.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    except Exception as error:  # noqa: BLE001  # whatever the recipe's own code raises
-        exit_now(fail(error, world, job.run_dir, log=output.log, show=None, stop=stop))
+    except BaseException as error:  # noqa: BLE001  # whatever the recipe's own code raises
+        exit_now(fail(error, world, job.run_dir, output=output, shows=False, stop=stop))
     return code
 
 
@@ -241,8 +241,8 @@ def agent_inspection(job: Job) -> None:
     try:
         recipe = job.source.build()
         write_inspection(inspect_recipe(recipe, job.source), job.run_dir)
-    except Exception as error:  # noqa: BLE001  # whatever the recipe's own code raises
-        exit_now(fail(error, World(), job.run_dir, log=output.log, show=None))
+    except BaseException as error:  # noqa: BLE001  # whatever the recipe's own code raises
+        exit_now(fail(error, World(), job.run_dir, output=output, shows=False))
 
 
 def agent_diagnostics(job: Job) -> None:
@@ -260,5 +260,5 @@ def agent_diagnostics(job: Job) -> None:
         watchdog.close()
         if world.rank == 0:
             write_atomic(job.run_dir.diagnostics, msgspec.json.encode(diagnostics).decode())
-    except Exception as error:  # noqa: BLE001  # whatever torch raises
-        exit_now(fail(error, world, job.run_dir, log=output.log, show=None, stop=stop))
+    except BaseException as error:  # noqa: BLE001  # whatever torch raises
+        exit_now(fail(error, world, job.run_dir, output=output, shows=False, stop=stop))

@@ -28,6 +28,7 @@ from typing import TypeVar
 
 from launcher.errors import LauncherError, RecipeError, did_you_mean
 from launcher.forking import observed_threads
+from launcher.printable import class_name, printable, text_of
 from launcher.recipe.recipe import Recipe
 
 T = TypeVar("T")
@@ -263,13 +264,13 @@ def _guarded(action: Callable[[], T], what: str, ours: str | None = None) -> T |
     try:
         with observed_threads():
             return action()
-    except LauncherError:
+    except (LauncherError, KeyboardInterrupt):
         raise
     except ModuleNotFoundError as error:
         if ours is not None and error.name and f"{ours}.".startswith(f"{error.name}."):
             return None
         raise user_code_error("import", what, error) from error
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         raise user_code_error("import", what, error) from error
     finally:
         _imported.reset(token)
@@ -294,8 +295,10 @@ def user_code_error(action: str, what: str, error: BaseException) -> RecipeError
     hint = ""
     if isinstance(error, ModuleNotFoundError) and error.name:
         hint = _remedy(error.name)
-    message = error.msg if isinstance(error, SyntaxError) else error
-    return RecipeError(f"Cannot {action} {what}: {type(error).__name__}: {message}{line}.{hint}")
+    message = text_of(error, 2_000)
+    if isinstance(error, SyntaxError):
+        message = printable(str(error.msg))
+    return RecipeError(f"Cannot {action} {what}: {class_name(error)}: {message}{line}.{hint}")
 
 
 def _remedy(missing: str) -> str:

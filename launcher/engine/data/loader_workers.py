@@ -20,6 +20,7 @@ from torch.utils.data import get_worker_info
 
 from launcher.engine.ranks.processes import die_with_parent
 from launcher.errors import SampleError, WorldError
+from launcher.printable import error_line
 from launcher.signals import STOP_SIGNALS
 
 _MAX_ADDRESS_BYTES = 107
@@ -93,10 +94,12 @@ def check_sendable(batch: Any, split: str) -> None:
     """
     try:
         _DryPickler(io.BytesIO(), pickle.HIGHEST_PROTOCOL).dump(batch)
-    except Exception as error:  # noqa: BLE001  # user-defined types may raise anything
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001  # user-defined types may raise anything
         raise SampleError(
             f"A DataLoader worker cannot send a batch of the {split} data, a "
-            f"{_qualified_type_name(batch)}, to its rank: {type(error).__name__}: {error}. Define "
+            f"{_qualified_type_name(batch)}, to its rank: {error_line(error)}. Define "
             "the types of a batch at the top level of a module, and keep locks, generators and "
             "open files out of it, or use num_workers=0."
         ) from None
