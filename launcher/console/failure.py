@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 
 from launcher.errors import EXIT_USAGE
+from launcher.printable import printable, shortened
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.failure_record import Failure
 from launcher.runs.heartbeat import read_heartbeats
@@ -24,11 +25,11 @@ def failure_text(failure: Failure, run_dir: RunDir) -> str:
     message, the last step of each rank, the command that resumes the run, and the rank's log.
     """
     if failure.exit_code == EXIT_USAGE:
-        return f"launcher: {failure.message}"
+        return printable(f"launcher: {shortened(failure.message)}")
     head = f"launcher: the run failed on rank {failure.rank} ({failure.node})"
-    body = failure.traceback or failure.message
+    body = shortened(failure.traceback or failure.message).rstrip()
     context = _context(failure.rank, run_dir, failure.log_line)
-    return "\n\n".join([head, body.rstrip(), *context])
+    return printable("\n\n".join([head, body, *context]))
 
 
 def death_text(rank: int, exit_code: int, run_dir: RunDir, *, oom_kills: int | None = None) -> str:
@@ -59,7 +60,7 @@ def death_text(rank: int, exit_code: int, run_dir: RunDir, *, oom_kills: int | N
             f"written: {reason}"
         )
     last_line = count_lines(run_dir.log(rank))
-    return "\n\n".join([head, *_context(rank, run_dir, last_line)])
+    return printable("\n\n".join([head, *_context(rank, run_dir, last_line)]))
 
 
 def _signal_name(exit_code: int) -> str:
