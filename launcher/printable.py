@@ -18,15 +18,16 @@ _ESCAPED_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 """Unicode categories of control and format characters, surrogates, and separators of lines."""
 
 
-def printable(text: str) -> str:
+def printable(text: str, keep: str = "") -> str:
     r"""Return `text` with every character that could command a terminal written as an escape.
 
     Control characters other than newline and tab, invisible format characters and lone surrogates
-    become `\x1b`, `\u202e` or `\udce9`. The result can be encoded as UTF-8.
+    become `\x1b`, `\u202e` or `\udce9`, unless they are in `keep`. The result can be encoded as
+    UTF-8.
     """
     if text.isascii() and text.isprintable():
         return text
-    return "".join(map(_escaped, text))
+    return "".join(character if character in keep else _escaped(character) for character in text)
 
 
 def printable_line(text: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from launcher.cli.completing import complete_runs
+from launcher.console.echo import echo
 
 
 @click.command(short_help="Cancel the Slurm job of a run.")
@@ -27,4 +28,4 @@ def command(what: str) -> None:
     run_dirs = find_submissions(what, Path())
     cancel([read_submission(run_dir).job for run_dir in run_dirs])
     for run_dir in run_dirs:
-        click.echo(f"{run_dir.shown}: job {read_submission(run_dir).job} is cancelled")
+        echo(f"{run_dir.shown}: job {read_submission(run_dir).job} is cancelled")

@@ -18,6 +18,7 @@ from launcher.cli.arguments import (
     read_overrides,
     recipe_argument,
 )
+from launcher.console.echo import echo
 from launcher.errors import PlanError, UsageError
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def command(
         options = ["--use_deepspeed", "--deepspeed_config_file", str(deepspeed)]
         options += ["--num_processes", str(plan.world_size)]
     settings = [*(["--config", str(config)] if config else []), *overrides]
-    click.echo(f"launch: {_command(plan, options, _program(reference.shown), settings)}")
+    echo(f"launch: {_command(plan, options, _program(reference.shown), settings)}")
 
 
 def _program(recipe: str) -> list[str]:
@@ -129,4 +130,4 @@ def _write(path: Path, text: str) -> None:
     from launcher.runs.rundir import write_atomic
 
     write_atomic(path, text)
-    click.echo(f"wrote {path}")
+    echo(f"wrote {path}")

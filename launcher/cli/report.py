@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from launcher.cli.completing import complete_runs
+from launcher.console.echo import echo
 from launcher.errors import RunDirError
 
 
@@ -63,9 +64,9 @@ def command(runs: tuple[Path, ...], out: Path | None, *, opens: bool) -> None:
         target = out or Path("comparison.html")
     write_atomic(target, render(page))
     if target.is_file():  # not /dev/stdout
-        click.echo(f"page: {target}")
+        echo(f"page: {target}")
     if opens:
         import webbrowser
 
         if not webbrowser.open(target.resolve().as_uri()):
-            click.echo("No browser was found to open the page with.", err=True)
+            echo("No browser was found to open the page with.", err=True)

@@ -20,7 +20,7 @@ from launcher.cli.arguments import (
     overrides_argument,
     read_overrides,
 )
-from launcher.cli.standard_streams import open_closed_streams
+from launcher.cli.standard_streams import prepare_streams
 from launcher.errors import LostRankError, UsageError
 from launcher.forking import suspect_all_threads
 from launcher.recipe.recipe import Recipe
@@ -34,7 +34,7 @@ def run_standalone(function: Callable[..., Recipe]) -> None:
 
     When it returns, the previous signal handlers are installed again.
     """
-    open_closed_streams()
+    prepare_streams()
     suspect_all_threads()
     with handlers_restored():
         code = run_command(_command(function))

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from launcher.cli.completing import complete_runs
+from launcher.console.echo import echo
 
 
 @click.command(short_help="Show the status of Slurm runs.")
@@ -34,17 +35,17 @@ def command(name: str | None, *, as_json: bool) -> None:
         run_dirs = submissions(Path(name or "."))
         statuses = sort_statuses([status_of(run_dir, ask=False) for run_dir in run_dirs])
         if as_json:
-            click.echo(json.dumps([status_values(status) for status in statuses]))
+            echo(json.dumps([status_values(status) for status in statuses]))
         elif statuses:
-            click.echo("\n".join(table([status_cells(status) for status in statuses])))
+            echo("\n".join(table([status_cells(status) for status in statuses])))
         else:
-            click.echo("There is no submitted run below this folder.")
+            echo("There is no submitted run below this folder.")
         return
     status = status_of(find_submission(name, Path()))
     if as_json:
-        click.echo(json.dumps(status_values(status)))
+        echo(json.dumps(status_values(status)))
         return
-    click.echo(f"{status.run_dir.shown}  job {status.submission.job}: {status.words}")
+    echo(f"{status.run_dir.shown}  job {status.submission.job}: {status.words}")
     failure = read_failure(status.run_dir)
     if status.state == "failed" and failure is not None:
-        click.echo(f"\n{failure_text(failure, status.run_dir)}")
+        echo(f"\n{failure_text(failure, status.run_dir)}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +23,7 @@ _SECONDS_BETWEEN_QUERIES = 5.0
 """Seconds between two queries to Slurm."""
 
 _SECONDS_BETWEEN_COPIES = 0.2
+_BYTES_AT_ONCE = 1 << 16
 
 
 def find_run(name: str) -> RunDir:
@@ -88,22 +87,23 @@ def follow(
         time.sleep(max(pause, poll_seconds * (1 / _POLLING_SHARE - 1)))
 
 
-def copy_log(path: Path, run_dir: RunDir | None) -> None:
-    """Copy a log file to standard output.
+def copy_log(path: Path, run_dir: RunDir | None, write: Callable[[bytes], object]) -> None:
+    """Pass the content of a log file to `write`.
 
     Args:
         path: The log file.
         run_dir: The submitted run whose end ends the copying; None copies what there is now.
+        write: Called with each next part of the log.
     """
     position, queried_at = 0, 0.0
     ended = run_dir is None
     while True:
         if path.exists():
-            with path.open(encoding="utf-8", errors="replace") as file:
+            with path.open("rb") as file:
                 file.seek(position)
-                shutil.copyfileobj(file, sys.stdout)
+                while content := file.read(_BYTES_AT_ONCE):
+                    write(content)
                 position = file.tell()
-            sys.stdout.flush()
         if ended:
             return
         if run_dir is not None and time.monotonic() - queried_at > _SECONDS_BETWEEN_QUERIES:

@@ -15,7 +15,9 @@ from launcher.printable import (
 )
 
 
-class Mute(Exception):
+class MuteError(Exception):
+    """An exception without words."""
+
     def __str__(self) -> str:
         raise SystemExit("no words")
 
@@ -54,9 +56,9 @@ def test_a_long_text_loses_its_middle() -> None:
 
 def test_an_exception_without_words_has_a_text() -> None:
     """An exception whose `__str__` raises is named by its class."""
-    assert "SystemExit" in text_of(Mute())
-    assert error_line(Mute()).startswith("Mute: ")
-    assert "Mute" in traceback_of(Mute())
+    assert "SystemExit" in text_of(MuteError())
+    assert error_line(MuteError()).startswith("MuteError: ")
+    assert "MuteError" in traceback_of(MuteError())
 
 
 def test_a_traceback_keeps_its_calls() -> None:
