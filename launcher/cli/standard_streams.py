@@ -16,7 +16,8 @@ def prepare_streams() -> None:
     _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            with contextlib.suppress(OSError):  # it was redirected while it was open
+                stream.reconfigure(errors="backslashreplace")
 
 
 def _open_closed_streams() -> None:
