@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 from launcher.errors import EXIT_USAGE
 from launcher.printable import printable, shortened
@@ -13,6 +14,9 @@ from launcher.runs.failure_record import Failure
 from launcher.runs.heartbeat import read_heartbeats
 from launcher.runs.rundir import RunDir, count_lines, write_error
 from launcher.signals import EXIT_BY_SIGNAL
+
+_MAX_LOG_LINES, _MAX_LOG_BYTES = 40, 1 << 14
+"""How much of the end of a log is quoted."""
 
 _MAX_RANKS = 16
 """Number of ranks whose last step is shown; the others are counted."""
@@ -30,6 +34,35 @@ def failure_text(failure: Failure, run_dir: RunDir) -> str:
     body = shortened(failure.traceback or failure.message).rstrip()
     context = _context(failure.rank, run_dir, failure.log_line)
     return printable("\n\n".join([head, body, *context]))
+
+
+def failure_with_log(failure: Failure, run_dir: RunDir) -> str:
+    """Return the text about a failure in a run folder that will be removed.
+
+    It quotes the end of the rank's log, where `failure_text` names the log, if the failure does not
+    explain itself.
+    """
+    if failure.exit_code == EXIT_USAGE:
+        return printable(f"launcher: {shortened(failure.message)}")
+    parts = [
+        f"launcher: rank {failure.rank} failed",
+        shortened(failure.traceback or failure.message),
+    ]
+    last_lines = _last_lines(run_dir.log(failure.rank))
+    if not failure.traceback and last_lines:
+        parts.append(f"its output ended with:\n{last_lines}")
+    return printable("\n\n".join(part.rstrip() for part in parts))
+
+
+def _last_lines(log: Path) -> str:
+    """Return the last lines of a log; empty if it cannot be read."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(log.stat().st_size - _MAX_LOG_BYTES, 0))
+            lines = file.read().decode(errors="backslashreplace").splitlines()
+    except OSError:
+        return ""
+    return "\n".join(lines[-_MAX_LOG_LINES:])
 
 
 def death_text(rank: int, exit_code: int, run_dir: RunDir, *, oom_kills: int | None = None) -> str:

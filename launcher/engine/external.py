@@ -16,10 +16,12 @@ from launcher.engine.rank_process import (
     exit_now,
     keep_open,
     start_watchdog,
+    temporary_files,
 )
 from launcher.engine.ranks.external_store import open_store
 from launcher.engine.ranks.failures import fail
 from launcher.engine.ranks.output import open_output
+from launcher.engine.ranks.temporary_files import sockets_in
 from launcher.engine.ranks.turns import Turns
 from launcher.engine.ranks.usage import usage_of
 from launcher.engine.run import train_rank
@@ -30,6 +32,7 @@ from launcher.planning.plan import Plan
 from launcher.printable import error_line
 from launcher.recipe.recipe import Recipe
 from launcher.runs.job import RecipeSource, ReportWriter, ResumeFrom
+from launcher.runs.private_folder import private_folder
 from launcher.runs.rundir import RunDir
 from launcher.signals import StopRequest
 
@@ -113,6 +116,10 @@ def external_rank(
     with stop.ends_at_once() if world.world_size > 1 else contextlib.nullcontext():
         backend, run_dir = join(recipe, plan, world, make_run_dir)
     keep_open(backend)
+    atexit.register(temporary_files.close)
+    with contextlib.suppress(OSError):  # multiprocessing then makes a folder of its own
+        folder = temporary_files.enter_context(private_folder())
+        temporary_files.enter_context(sockets_in(folder))
     output = open_output(run_dir.log(world.rank), own_terminal=False, on_terminal=True)
     try:
         watchdog = start_watchdog(recipe, world, run_dir, stop, output)
@@ -142,4 +149,5 @@ def external_rank(
         # aborts the process, so a finished run would exit with SIGABRT.
         atexit._run_exitfuncs()  # noqa: SLF001
         exit_now(code)
+    temporary_files.close()
     return code

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -24,7 +25,11 @@ RECIPE = ROOT / "tests/recipes/failing.py"
 
 def fail(run: Commands, how: str, *arguments: str) -> Finished:
     """Train a recipe that fails in the way `how`, on two ranks."""
-    return run("launcher", "run", RECIPE, f"how={how}", "--out", "out", "-n", "2", *arguments)
+    with tempfile.TemporaryDirectory() as temporary:
+        command = ("launcher", "run", RECIPE, f"how={how}", "--out", "out", "-n", "2", *arguments)
+        done = run(*command, env={"TMPDIR": temporary})
+        assert os.listdir(temporary) == [], "nothing is left there"  # noqa: PTH208
+    return done
 
 
 _SECONDS_TO_FAIL = 30

@@ -21,7 +21,6 @@ from torch.utils.data import (
 from launcher.engine.data.fingerprint import describe
 from launcher.engine.data.loader_workers import (
     check_sendable,
-    check_temporary_folder,
     is_worker,
     signals_held,
     start_worker,
@@ -30,6 +29,7 @@ from launcher.engine.data.open_files import OpenFile, moved_files, open_files
 from launcher.engine.data.randomness import Generators, seed_all
 from launcher.engine.data.sampler import MicroBatchRequest
 from launcher.engine.data.seeds import derive
+from launcher.engine.ranks.temporary_files import check_temporary_folder
 from launcher.errors import LauncherError, RecipeError, SampleError
 from launcher.planning.plan import Plan
 from launcher.printable import class_name, error_line, text_of, traceback_of
