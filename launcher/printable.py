@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import traceback
 import unicodedata
 
 MAX_CHARACTERS = 20_000
 """Longest text of an exception that is recorded or shown; a longer one loses its middle."""
+
+_MAX_ENTRY_CHARACTERS = 4_000
+"""Longest entry of a traceback: the lines of one call, or the text of one exception."""
+
+_MAX_NAME_CHARACTERS = 200
 
 _SAFE = frozenset("\n\t")
 _ESCAPED_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 """Unicode categories of control and format characters, surrogates, and separators of lines."""
 
 
-def printable(text: str) -> str:
+def printable(text: str, keep: str = "") -> str:
     r"""Return `text` with every character that could command a terminal written as an escape.
 
     Control characters other than newline and tab, invisible format characters and lone surrogates
-    become `\x1b`, `\u202e` or `\udce9`. The result can be encoded as UTF-8.
+    become `\x1b`, `\u202e` or `\udce9`, unless they are in `keep`. The result can be encoded as
+    UTF-8.
     """
     if text.isascii() and text.isprintable():
         return text
-    return "".join(map(_escaped, text))
+    return "".join(character if character in keep else _escaped(character) for character in text)
 
 
 def printable_line(text: str) -> str:
@@ -36,12 +43,39 @@ def shortened(text: str, limit: int = MAX_CHARACTERS) -> str:
     return f"{head}\n... {len(text) - len(head) - len(tail):,} characters left out ...\n{tail}"
 
 
-def text_of(error: BaseException) -> str:
+def text_of(error: BaseException, limit: int = MAX_CHARACTERS) -> str:
     """Return the text of an exception, shortened and printable, even if its `__str__` raises."""
     try:
         text = str(error)
     except BaseException as second:  # noqa: BLE001  # whatever the class of the exception raises
-        return f"({type(second).__name__} was raised while the text of the exception was read)"
+        return f"({class_name(second)} was raised while the text of the exception was read)"
+    return printable(shortened(text, limit))
+
+
+def class_name(error: BaseException) -> str:
+    """Return the name of an exception's class, shortened and printable."""
+    return printable_line(shortened(type(error).__name__, _MAX_NAME_CHARACTERS))
+
+
+def error_line(error: BaseException) -> str:
+    """Return the class and the text of an exception, as in `ValueError: no such file`.
+
+    A text of several lines keeps them.
+    """
+    return f"{class_name(error)}: {text_of(error)}"
+
+
+def traceback_of(error: BaseException) -> str:
+    """Return the traceback of an exception, shortened and printable, even if its `__str__` raises.
+
+    Each entry is shortened by itself, so that a long text of the exception does not displace the
+    calls that led to it.
+    """
+    try:
+        entries = list(traceback.TracebackException.from_exception(error).format())
+    except BaseException as second:  # noqa: BLE001  # whatever the class of the exception raises
+        return f"{error_line(error)}\n({class_name(second)} was raised for its traceback)\n"
+    text = "".join(shortened(entry, _MAX_ENTRY_CHARACTERS) for entry in entries)
     return printable(shortened(text))
 
 

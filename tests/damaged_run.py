@@ -1,4 +1,4 @@
-"""A finished run folder that is written in a moment, and the ways in which its files can be damaged."""
+"""A finished run folder that is written in a moment, and ways to damage its files."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ FILES = (
 """The files of `write_finished_run` that commands read back."""
 
 
-def write_finished_run(path: Path) -> RunDir:
+def write_finished_run(folder: Path) -> RunDir:
     """Write the folder of a run of digits on two ranks that has finished after 12 steps.
 
     It has an earlier attempt that failed, a checkpoint and a submission to Slurm as well.
     """
-    run_dir = RunDir(path)
-    for folder in ("logs", "health"):
-        (path / folder).mkdir(parents=True)
+    run_dir = RunDir(folder)
+    for name in ("logs", "health"):
+        (folder / name).mkdir(parents=True)
     overrides = read_arguments(["steps=12", "batch_size=62", "device=cpu", "noise_scale=true"])
     reference = resolve("digits")
     built, plan = plan_recipe(reference, overrides, read_machine(), nproc_per_node=2)
@@ -69,8 +69,8 @@ def write_finished_run(path: Path) -> RunDir:
         write_json(run_dir.health(rank), asdict(replace(beat, rank=rank)))
         run_dir.log(rank).write_text("step 12\n")
     shard = "shard-00001-model-00001-of-00001.safetensors"
-    folder = begin_checkpoint(run_dir, STEPS)
-    (folder / shard).write_bytes(bytes(100))
+    checkpoint = begin_checkpoint(run_dir, STEPS)
+    (checkpoint / shard).write_bytes(bytes(100))
     manifest = Manifest(
         format=FORMAT,
         step=STEPS,
@@ -79,12 +79,12 @@ def write_finished_run(path: Path) -> RunDir:
         agreement=json.loads(json.dumps(plan.agreement())),
         values={"optimizer": {}, "groups": [{}], "scaler": None},
         versions={"gpu-launcher": "0.1.0"},
-        files={shard: sum_file(folder / shard)},
+        files={shard: sum_file(checkpoint / shard)},
     )
-    commit_checkpoint(folder, manifest)
-    log = str(path / "job.log")
-    Path(log).write_text("job\n")
-    Submission(job="12_3", log=log, batch_size=62, total_steps=STEPS, settings=("lr=1",)).save(
+    commit_checkpoint(checkpoint, manifest)
+    log = folder / "job.log"
+    log.write_text("job\n")
+    Submission(job="12_3", log=str(log), batch_size=62, total_steps=STEPS, settings=("lr=1",)).save(
         run_dir
     )
     result = {"evaluation": {"accuracy": 0.9, "loss": 0.3}, "train_loss": 0.4, "steps": STEPS}

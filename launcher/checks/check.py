@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launcher.console.failure import failure_with_log
 from launcher.environment.machine import Machine
 from launcher.findings import Finding, failure, ok, warning
 from launcher.launch.launcher import launch
@@ -22,8 +21,10 @@ from launcher.planning.plan import Plan
 from launcher.planning.single_sample_batches import single_sample_notes
 from launcher.recipe.overrides import Override
 from launcher.recipe.resolve import Reference
+from launcher.runs.failure_record import RunFailedError
 from launcher.runs.job import Job
 from launcher.runs.plan_recipe import describe_run, plan_recipe
+from launcher.runs.private_folder import private_folder
 from launcher.runs.run_record import write_run
 from launcher.runs.rundir import create_run_dir
 
@@ -65,8 +66,8 @@ def check_recipe(
 
     built, plan = plan_recipe(reference, overrides, machine)
     yield ok("plan", f"batch {plan.batch_size:,}, lr {plan.lr:g}, {plan.total_steps:,} steps")
-    with tempfile.TemporaryDirectory(prefix="launcher-check-") as folder:
-        run_dir = create_run_dir(Path(folder) / "check", plan.recipe)
+    with private_folder() as folder:
+        run_dir = create_run_dir(folder / "check", plan.recipe)
         write_run(run_dir, describe_run(reference, built, plan))
         job = Job(
             recipe=reference.location,
@@ -76,7 +77,11 @@ def check_recipe(
             launcher_pid=os.getpid(),
             saves=False,
         )
-        launch(job, agent_inspection, signals=signals)
+        try:
+            launch(job, agent_inspection, signals=signals)
+        except RunFailedError as error:
+            text = failure_with_log(error.failure, run_dir).removeprefix("launcher: ")
+            raise RunFailedError(text, error.failure) from None
         yield from _judge(read_inspection(run_dir), plan)
 
 

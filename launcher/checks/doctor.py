@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Literal
 
 from launcher.checks.node_checks import check_node
+from launcher.console.failure import failure_with_log
 from launcher.engine.probes.diagnostics_recipe import diagnostics_recipe
 from launcher.environment.machine import Machine
 from launcher.environment.world import World
@@ -18,7 +17,9 @@ from launcher.launch.launcher import launch
 from launcher.launch.signal_handler import SignalHandler
 from launcher.planning.plan import Plan
 from launcher.planning.planner import make_plan
+from launcher.runs.failure_record import RunFailedError
 from launcher.runs.job import Job
+from launcher.runs.private_folder import private_folder
 from launcher.runs.rundir import create_run_dir
 
 
@@ -51,25 +52,27 @@ def diagnose(plan: Plan, signals: SignalHandler) -> list[RankDiagnostics]:
     """Start the ranks on this machine and return the diagnostics of each, by rank.
 
     Raises:
-        RunFailedError: A rank failed; the logs that the error names are kept.
+        RunFailedError: A rank failed; the message quotes its log.
     """
-    folder = Path(tempfile.mkdtemp(prefix="launcher-doctor-"))
-    run_dir = create_run_dir(folder / "run", plan.recipe)
     from launcher.engine.worker import agent_diagnostics
 
-    job = Job(
-        recipe="",
-        overrides=(),
-        plan=plan,
-        run_dir=run_dir,
-        launcher_pid=os.getpid(),
-        saves=False,
-        output_mode="quiet",
-    )
-    launch(job, agent_diagnostics, signals=signals)
-    reports = read_json(run_dir.diagnostics, list[RankDiagnostics])
-    shutil.rmtree(folder)
-    return reports
+    with private_folder() as folder:
+        run_dir = create_run_dir(folder / "run", plan.recipe)
+        job = Job(
+            recipe="",
+            overrides=(),
+            plan=plan,
+            run_dir=run_dir,
+            launcher_pid=os.getpid(),
+            saves=False,
+            output_mode="quiet",
+        )
+        try:
+            launch(job, agent_diagnostics, signals=signals)
+        except RunFailedError as error:
+            text = failure_with_log(error.failure, run_dir).removeprefix("launcher: ")
+            raise RunFailedError(text, error.failure) from None
+        return read_json(run_dir.diagnostics, list[RankDiagnostics])
 
 
 def diagnose_here(plan: Plan, world: World, out: Path) -> list[RankDiagnostics] | None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import gc
+import io
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import click
 
 from launcher.cli.group import LazyGroup
-from launcher.cli.standard_streams import open_closed_streams
+from launcher.cli.standard_streams import prepare_streams
 from launcher.console.colours import colour_setting
-from launcher.console.echo import complain, discard_output
-from launcher.errors import EXIT_FAILED, EndedError, LauncherError
+from launcher.console.echo import NO_ROOM, complain, discard_output, echo
+from launcher.errors import EXIT_FAILED, EXIT_USAGE, EndedError, LauncherError
+from launcher.printable import error_line, traceback_of
 
 _COMMANDS = {
     "cancel": "launcher.cli.cancel",
@@ -40,7 +45,10 @@ _COMMANDS = {
 }
 """The module of each command; it defines a click command called `command`."""
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_COMPLETION_VARIABLE = "_LAUNCHER_COMPLETE"
+"""Set by the scripts of `launcher completion` when a shell asks for completions."""
+
+_EXIT_BY_CTRL_C = 130
 
 
 @click.group(
@@ -60,46 +68,110 @@ def group() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and end the process with its exit code."""
-    open_closed_streams()
+    prepare_streams()
+    if instruction := os.environ.get(_COMPLETION_VARIABLE):
+        sys.exit(_complete(instruction))
     code = run_command(group, arguments, "launcher")
     gc.freeze()  # a final collection that visits all of torch takes most of a second
-    sys.exit(code)
+    sys.exit(_flush(code))
 
 
 def run_command(
     command: click.Command, arguments: Sequence[str] | None = None, name: str | None = None
 ) -> int:
-    """Run a click command and return its exit code; print an error as one message."""
+    """Run a click command and return its exit code; print an error as one message.
+
+    An exception that is not an error of the user, of the system or of a run is a bug of this
+    package, and is shown with its traceback.
+    """
     try:
-        code = command.main(
-            None if arguments is None else list(arguments),
-            prog_name=name,
-            standalone_mode=False,
-            color=colour_setting(),
-        )
+        return _invoke(command, arguments, name)
     except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except EndedError as error:
+        _show_click_error(error)
         return error.exit_code
     except LauncherError as error:
-        complain(str(error))
+        if not isinstance(error, EndedError):
+            complain(str(error))
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        print("\nlauncher: stopped by Ctrl-C", file=sys.stderr)
-        return 130
+        with contextlib.suppress(OSError, ValueError):
+            echo("\nlauncher: stopped by Ctrl-C", err=True)
+        return _EXIT_BY_CTRL_C
     except OSError as error:
-        return _end_without_output(error)
+        return _end_by_os_error(error)
+    except Exception as error:  # noqa: BLE001  # it must not look like anything else
+        return _end_by_unexpected_error(error)
+
+
+def _invoke(command: click.Command, arguments: Sequence[str] | None, name: str | None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    name = Path(sys.argv[0]).name if name is None else name
+    try:
+        with command.make_context(name, list(arguments), color=colour_setting()) as context:
+            code: Any = command.invoke(context)
+    except click.exceptions.Exit as end:  # raised after --help and --version
+        return end.exit_code
     return code if isinstance(code, int) else 0
 
 
-def _end_without_output(error: OSError) -> int:
-    """Return the exit code of a command whose output cannot be written; re-raise other errors."""
+def _complete(instruction: str) -> int:
+    """Print completions for a shell; an error prints nothing, because the user is typing."""
+    from click.shell_completion import shell_complete
+
+    try:
+        return shell_complete(group, {}, "launcher", _COMPLETION_VARIABLE, instruction)
+    except Exception:  # noqa: BLE001  # whatever a folder or a recipe holds
+        return EXIT_FAILED
+
+
+def _flush(code: int) -> int:
+    """Write out what standard output still holds; return the exit code of the process."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError) as error:
+        return code or (_end_by_os_error(error) if isinstance(error, OSError) else EXIT_FAILED)
+    return code
+
+
+def _show_click_error(error: click.ClickException) -> None:
+    """Print an error about arguments, which may hold any characters."""
+    text = io.StringIO()
+    error.show(file=text)
+    with contextlib.suppress(OSError, ValueError):
+        echo(text.getvalue(), err=True, newline=False)
+
+
+def _end_by_os_error(error: OSError) -> int:
+    """Report an error of the system, for example of a file or of standard output.
+
+    Returns:
+        The exit code: 0 if the reader of standard output has closed it, as `head` does.
+    """
     if isinstance(error, BrokenPipeError):
         discard_output()
         return 0
-    if error.filename is not None or error.errno not in _NO_ROOM:
-        raise error
-    complain(f"standard output cannot be written: {error.strerror}.")
-    discard_output()
+    if error.filename is not None:
+        complain(f"{os.fsdecode(str(error.filename))}: {error.strerror or error}.")
+        return EXIT_USAGE
+    if error.errno in NO_ROOM:
+        discard_output()
+        complain(f"standard output cannot be written: {error.strerror}.")
+        return EXIT_FAILED
+    return _end_by_unexpected_error(error)
+
+
+def _end_by_unexpected_error(error: Exception) -> int:
+    """Report an exception that nothing expected; return the exit code."""
+    if isinstance(error, RecursionError):
+        complain("A file or a value is nested too deeply to be read.")
+        return EXIT_USAGE
+    if isinstance(error, MemoryError):
+        complain("Memory ran out.")
+        return EXIT_FAILED
+    with contextlib.suppress(OSError, ValueError):
+        echo(traceback_of(error), err=True, newline=False)
+    complain(
+        f"An unexpected error, which is a bug of launcher: {error_line(error)}. Please report it "
+        "with the traceback above, the command and its recipe."
+    )
     return EXIT_FAILED

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import click
 
 from launcher.cli.completing import complete_recipes, complete_settings
+from launcher.console.echo import echo
 from launcher.errors import LauncherError, UsageError
 
 if TYPE_CHECKING:
@@ -342,7 +343,7 @@ def _show_settings(ctx: click.Context, _param: click.Parameter, value: bool) -> 
     from launcher.console.settings_table import settings_text
 
     if value and not ctx.resilient_parsing:
-        click.echo(settings_text())
+        echo(settings_text())
         ctx.exit()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from launcher.cli.completing import complete_runs
+from launcher.console.echo import echo
 from launcher.errors import RunDirError
 
 
@@ -34,6 +35,6 @@ def command(what: str) -> None:
     if jobs:
         cancel(list(jobs.values()))
     for shown, job in jobs.items():
-        click.echo(f"{shown}: job {job} is cancelled")
+        echo(f"{shown}: job {job} is cancelled")
     if damages:
         raise RunDirError("\n".join(damages))

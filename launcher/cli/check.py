@@ -17,6 +17,7 @@ from launcher.cli.arguments import (
     read_overrides,
     recipe_argument,
 )
+from launcher.console.echo import echo
 from launcher.errors import EXIT_FAILED
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def command(recipe: str, overrides: tuple[str, ...], config: Path | None, *, as_
         findings.append(finding)
         if not as_json:
             for line in finding_lines(finding):
-                click.echo(line)
+                echo(line)
 
     before = set(sys.modules)
     reference = resolve(recipe)
@@ -72,7 +73,7 @@ def command(recipe: str, overrides: tuple[str, ...], config: Path | None, *, as_
     for finding in check_recipe(reference, all_overrides, read_machine(), signals):
         report(finding)
     if as_json:
-        click.echo(json.dumps({"findings": [asdict(finding) for finding in findings]}))
+        echo(json.dumps({"findings": [asdict(finding) for finding in findings]}))
     else:
-        click.echo(summary(findings))
+        echo(summary(findings))
     return EXIT_FAILED if worst(findings) == "failure" else 0

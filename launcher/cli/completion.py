@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from launcher.console.echo import echo
+
 _VARIABLE = "_LAUNCHER_COMPLETE"
 _SHELLS = ("bash", "zsh", "fish")
 
@@ -30,4 +32,4 @@ def command(shell: str) -> None:
             "    return 0\n",
             "    [[ ${COMPREPLY[0]} == *= ]] && compopt -o nospace\n    return 0\n",
         )
-    click.echo(script)
+    echo(script, exact=True)

@@ -10,6 +10,7 @@ from typing import Literal
 import click
 
 from launcher.cli.arguments import nproc_option
+from launcher.console.echo import echo
 from launcher.errors import EXIT_FAILED
 
 
@@ -68,7 +69,7 @@ def command(
         findings.append(finding)
         if not as_json:
             for line in finding_lines(finding):
-                click.echo(line)
+                echo(line)
 
     if alone:
         for finding in check_node(plan, out):
@@ -76,7 +77,7 @@ def command(
         try:
             reports = diagnose(plan, SignalHandler())
         except RunFailedError as error:
-            click.echo(f"launcher: {error}", err=True)
+            echo(f"launcher: {error}", err=True)
             report(
                 Finding(
                     check="ranks",
@@ -94,7 +95,7 @@ def command(
         report(finding)
     if as_json:
         measured = [asdict(rank_report) for rank_report in reports]
-        click.echo(json.dumps({"findings": list(map(asdict, findings)), "ranks": measured}))
+        echo(json.dumps({"findings": list(map(asdict, findings)), "ranks": measured}))
     else:
-        click.echo(summary(findings))
+        echo(summary(findings))
     return EXIT_FAILED if worst(findings) == "failure" else 0

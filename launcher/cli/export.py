@@ -17,6 +17,7 @@ from launcher.cli.arguments import (
     read_overrides,
     recipe_argument,
 )
+from launcher.console.echo import echo
 from launcher.errors import PlanError, UsageError
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def command(
         options = ["--use_deepspeed", "--deepspeed_config_file", str(deepspeed)]
         options += ["--num_processes", str(plan.world_size)]
     settings = [*(["--config", str(config)] if config else []), *overrides]
-    click.echo(f"launch: {_command(plan, options, _program(reference.shown), settings)}")
+    echo(f"launch: {_command(plan, options, _program(reference.shown), settings)}")
 
 
 _MARK = "# launcher export:"
@@ -149,4 +150,4 @@ def _write(path: Path, text: str) -> None:
     from launcher.runs.output_file import write_output
 
     write_output(path, text)
-    click.echo(f"wrote {path}")
+    echo(f"wrote {path}")

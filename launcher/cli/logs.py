@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 
 from launcher.cli.completing import complete_runs
+from launcher.console.echo import echo
 
 
 @click.command(short_help="Print the output of a submitted run.")
@@ -17,6 +21,9 @@ from launcher.cli.completing import complete_runs
 )
 def command(name: str, rank: int | None, *, follow: bool) -> None:
     """Print the output of the job of a run, given by its folder RUN or its job id JOB.
+
+    A terminal shows control characters as escapes, such as \\x1b, because a recipe may print
+    anything. A pipe or a file gets the bytes of the log: `launcher logs 1234 | cat` shows colours.
 
     \b
     launcher logs runs/digits-20260101-120000 -f
@@ -34,4 +41,17 @@ def command(name: str, rank: int | None, *, follow: bool) -> None:
         ranks = sorted(int(text) for text in digits if text.isascii() and text.isdigit())
         hint = f" There are logs of the ranks {', '.join(map(str, ranks))}." if ranks else ""
         raise RunDirError(f"{path} does not exist: nothing has been printed yet.{hint}")
-    copy_log(path, run_dir if follow else None)
+    copy_log(
+        path, run_dir if follow else None, _terminal_writer() if sys.stdout.isatty() else _write
+    )
+
+
+def _write(content: bytes) -> None:
+    sys.stdout.buffer.write(content)
+    sys.stdout.buffer.flush()
+
+
+def _terminal_writer() -> Callable[[bytes], None]:
+    """Return a function that shows the next bytes of a log on a terminal."""
+    decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+    return lambda content: echo(decoder.decode(content), newline=False, keep="\r")

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from launcher.cli.completing import complete_recipes
+from launcher.console.echo import echo
 
 
 @click.command(short_help="Write a recipe to start your own from.")
@@ -36,7 +37,7 @@ def command(name: str, source: str | None) -> None:
         reference = resolve(source)
         copy_recipe(reference, target)
         recipe += f":{reference.function.__name__}"
-    click.echo(
+    echo(
         f"Wrote {target}. Check the recipe with `launcher check {recipe}`, train it with "
         f"`launcher run {recipe}`."
     )

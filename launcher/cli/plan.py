@@ -19,6 +19,7 @@ from launcher.cli.arguments import (
     read_overrides,
     recipe_argument,
 )
+from launcher.console.echo import echo
 from launcher.errors import UsageError
 
 if TYPE_CHECKING:
@@ -92,18 +93,18 @@ def command(
         estimate = _estimate(folders, cluster, plan, lambda *world: plan_for(*world)[1])
     if as_json:
         values = {} if estimate is None else {"estimate": asdict(estimate)}
-        click.echo(json.dumps(plan.to_dict() | values))
+        echo(json.dumps(plan.to_dict() | values))
         return
-    click.echo(explain(plan, recipe=reference.shown))
+    echo(explain(plan, recipe=reference.shown))
     if estimate is not None:
         from launcher.tuning.estimate_table import estimate_text
 
-        click.echo(f"\n{estimate_text(estimate, plan.device)}")
+        echo(f"\n{estimate_text(estimate, plan.device)}")
     if plot:
         from launcher.console.plots import draw, schedule_plots
 
         for curve in schedule_plots(built.recipe.schedule, plan):
-            click.echo(f"\n{draw(curve)}")
+            echo(f"\n{draw(curve)}")
 
 
 def _estimate(

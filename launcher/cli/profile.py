@@ -11,6 +11,7 @@ import click
 
 from launcher.cli.arguments import SettingsCommand, out_option
 from launcher.cli.target import target_arguments
+from launcher.console.echo import echo
 
 if TYPE_CHECKING:
     from launcher.launch.signal_handler import SignalHandler
@@ -50,6 +51,6 @@ def command(
     run_dir = create_run_dir(out, f"profile-{probe.plan.recipe}")
     profiles = profile_recipe(probe, run_dir, signals, quiet=as_json)
     if as_json:
-        click.echo(json.dumps([asdict(profile) for profile in profiles]))
+        echo(json.dumps([asdict(profile) for profile in profiles]))
     else:
-        click.echo(profile_text(profiles, probe.plan, run_dir))
+        echo(profile_text(profiles, probe.plan, run_dir))

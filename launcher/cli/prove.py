@@ -18,6 +18,7 @@ from launcher.cli.arguments import (
     read_overrides,
     recipe_argument,
 )
+from launcher.console.echo import echo
 from launcher.errors import EXIT_FAILED, UsageError
 from launcher.recipe.text_values import digits
 
@@ -117,14 +118,14 @@ def command(
 
     def show_plan(trial: ParityRun, num_steps: int) -> None:
         if not as_json:
-            click.echo(f"{trial.plan.recipe}: {num_steps:,} of {trial.plan.total_steps:,} steps")
-            click.echo(header())
+            echo(f"{trial.plan.recipe}: {num_steps:,} of {trial.plan.total_steps:,} steps")
+            echo(header())
 
     def show_row(row: ParityRow) -> None:
         if row.error:
-            click.echo(f"launcher: {row.error}", err=True)
+            echo(f"launcher: {row.error}", err=True)
         if not as_json:
-            click.echo(row_line(row))
+            echo(row_line(row))
 
     proof = prove(
         resolve(recipe),
@@ -141,15 +142,15 @@ def command(
     )
     if as_json:
         rows = [to_dict(row) for row in proof.rows]
-        click.echo(json.dumps({"agree": proof.agrees, "rows": rows, "causes": proof.causes}))
+        echo(json.dumps({"agree": proof.agrees, "rows": rows, "causes": proof.causes}))
         return 0 if proof.agrees else EXIT_FAILED
-    click.echo(f"\n{verdict(proof.rows, min(steps, proof.rows[0].trial.plan.total_steps))}")
+    echo(f"\n{verdict(proof.rows, min(steps, proof.rows[0].trial.plan.total_steps))}")
     for cause in proof.causes:
-        click.echo(f"\ncause: {cause}")
+        echo(f"\ncause: {cause}")
     if proof.has_unexplained_difference:
-        click.echo(f"\n{_NO_CAUSE}")
+        echo(f"\n{_NO_CAUSE}")
     if proof.folder is not None:
-        click.echo(f"run folders: {proof.folder}")
+        echo(f"run folders: {proof.folder}")
     return 0 if proof.agrees else EXIT_FAILED
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from launcher.console.echo import echo
+
 
 @click.command(short_help="List the available recipes.")
 def command() -> None:
@@ -17,4 +19,4 @@ def command() -> None:
     names = known_recipes()
     width = max(map(len, names), default=0)
     for name, sentence in names.items():
-        click.echo(f"{name:<{width}}  {sentence}")
+        echo(f"{name:<{width}}  {sentence}")

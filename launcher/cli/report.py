@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 import click
 
 from launcher.cli.completing import complete_runs
-from launcher.console.echo import complain
+from launcher.console.echo import complain, echo
 from launcher.errors import RunDirError
 from launcher.paths import is_file
-from launcher.printable import printable
 
 if TYPE_CHECKING:
     from launcher.runs.history import History
@@ -98,9 +97,9 @@ def command(runs: tuple[Path, ...], out: Path | None, *, force: bool, opens: boo
         check_output(target, is_page, force=force)
         write_output(target, render(page))
     if is_file(target):  # not /dev/stdout
-        click.echo(printable(f"page: {target}"))
+        echo(f"page: {target}")
     if opens:
         import webbrowser
 
         if not webbrowser.open(target.resolve().as_uri()):
-            click.echo("No browser was found to open the page with.", err=True)
+            echo("No browser was found to open the page with.", err=True)

@@ -19,6 +19,7 @@ from launcher.cli.arguments import (
 )
 from launcher.cli.completing import complete_runs
 from launcher.cli.machines import find_machines, start_on_hosts
+from launcher.console.echo import echo
 
 
 @click.command(cls=SettingsCommand, short_help="Resume a run from a checkpoint.")
@@ -88,7 +89,7 @@ def command(
     )
     prepared = prepare_resume(request, elsewhere=hosts is not None)
     if prepared.is_finished:
-        click.echo(
+        echo(
             f"{prepared.shown} has finished: all {prepared.plan.total_steps:,} steps are taken. "
             "Larger epochs=... or steps=... would continue it."
         )

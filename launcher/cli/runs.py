@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import click
 
+from launcher.console.echo import echo
 from launcher.errors import UsageError
 
 
@@ -50,13 +52,13 @@ def command(where: tuple[str, ...], by: str, *, reverse: bool, as_json: bool) ->
     all_rows = [row for row in map(read_row, run_dirs) if row is not None]
     rows = sort_rows(filter_rows(all_rows, filters), by, reverse=reverse)
     if as_json:
-        click.echo(encode_json([row_values(row) for row in rows]))
+        echo(encode_json([row_values(row) for row in rows]))
     elif not all_rows:
-        click.echo("There is no run below this folder.")
+        echo("There is no run below this folder.")
     elif not rows:
-        click.echo(f"None of the {len(all_rows)} runs matches.")
+        echo(f"None of the {len(all_rows)} runs matches.")
     else:
         head, *rest = table_lines(rows)
-        click.secho(head, bold=True)
+        echo(head, style=partial(click.style, bold=True))
         for line, row in zip(rest, rows, strict=True):
-            click.echo(colour_state(line, row.state))
+            echo(line, style=partial(colour_state, state=row.state))

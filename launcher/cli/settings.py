@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from launcher.cli.completing import complete_setting_names
+from launcher.console.echo import echo
 
 
 @click.command(short_help="List the settings of recipes: NAME=VALUE.")
@@ -23,6 +24,6 @@ def command(names: tuple[str, ...]) -> None:
     from launcher.recipe.catalogue import find_setting
 
     if names:
-        click.echo("\n\n".join(setting_text(find_setting(name)) for name in names))
+        echo("\n\n".join(setting_text(find_setting(name)) for name in names))
     else:
-        click.echo(settings_text())
+        echo(settings_text())

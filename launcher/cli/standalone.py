@@ -26,7 +26,7 @@ from launcher.cli.arguments import (
     overrides_argument,
     read_overrides,
 )
-from launcher.cli.standard_streams import open_closed_streams
+from launcher.cli.standard_streams import prepare_streams
 from launcher.environment.notebook import has_own_arguments
 from launcher.errors import LostRankError, RecipeError, UsageError
 from launcher.forking import suspect_all_threads
@@ -46,7 +46,7 @@ def run_standalone(function: Callable[..., Recipe]) -> None:
     When it returns, the previous signal handlers and output streams are installed again. In a
     notebook there is no command line, and an error is raised instead.
     """
-    open_closed_streams()
+    prepare_streams()
     suspect_all_threads()
     with (
         handlers_restored(),

@@ -1,17 +1,30 @@
-"""Standard streams that a daemon or a shell has left closed."""
+"""Standard streams that a daemon or a shell has left closed, or that cannot encode every text."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 
 
-def open_closed_streams() -> None:
+def prepare_streams() -> None:
+    """Open the standard streams that are closed, and let them escape what they cannot encode.
+
+    Call this before anything else is opened.
+    """
+    _open_closed_streams()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            with contextlib.suppress(OSError):  # it was redirected while it was open
+                stream.reconfigure(errors="backslashreplace")
+
+
+def _open_closed_streams() -> None:
     """Open /dev/null for each standard stream that is closed.
 
     Otherwise the next files and pipes that the process opens get the descriptors 0, 1 and 2, and
-    code that redirects output closes them. Call this before anything else is opened.
+    code that redirects output closes them.
     """
     for number in range(3):
         try:

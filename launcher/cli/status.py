@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from launcher.cli.completing import complete_runs
-from launcher.printable import printable
+from launcher.console.echo import echo
 
 
 @click.command(short_help="Show the status of Slurm runs.")
@@ -35,16 +35,16 @@ def command(name: str | None, *, as_json: bool) -> None:
     if name is None or (is_dir(name) and not exists(Path(name) / "submission.json")):
         statuses = sort_statuses(list_statuses(Path(name or ".")))
         if as_json:
-            click.echo(encode_json([status_values(status) for status in statuses]))
+            echo(encode_json([status_values(status) for status in statuses]))
         elif statuses:
-            click.echo("\n".join(table([status_cells(status) for status in statuses])))
+            echo("\n".join(table([status_cells(status) for status in statuses])))
         else:
-            click.echo("There is no submitted run below this folder.")
+            echo("There is no submitted run below this folder.")
         return
     status = status_of(find_submission(name, Path()))
     if as_json:
-        click.echo(encode_json(status_values(status)))
+        echo(encode_json(status_values(status)))
         return
-    click.echo(printable(f"{status.run_dir.shown}  job {status.submission.job}: {status.words}"))
+    echo(f"{status.run_dir.shown}  job {status.submission.job}: {status.words}")
     if status.state == "failed" and (failure := read_failure(status.run_dir)) is not None:
-        click.echo(f"\n{failure_text(failure, status.run_dir)}")
+        echo(f"\n{failure_text(failure, status.run_dir)}")

@@ -15,6 +15,7 @@ from launcher.cli.arguments import (
     overrides_argument,
     recipe_argument,
 )
+from launcher.console.echo import echo
 from launcher.errors import UsageError
 from launcher.recipe.text_values import digits
 
@@ -128,9 +129,9 @@ def command(
     )
     prepared = prepare(request, site, out)
     if dry_run:
-        click.echo(render(prepared.batch), nl=False)
-        click.echo(check_script(prepared), err=True)
+        echo(render(prepared.batch), newline=False, exact=True)
+        echo(check_script(prepared), err=True)
         return
     job, folder = submit_job(prepared, request.grid)
-    click.echo(f"job {job}" + (f", an array of {len(request.grid)}" if request.grid else ""))
-    click.echo(f"run folder: {folder.shown}")
+    echo(f"job {job}" + (f", an array of {len(request.grid)}" if request.grid else ""))
+    echo(f"run folder: {folder.shown}")

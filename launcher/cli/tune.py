@@ -10,6 +10,7 @@ import click
 
 from launcher.cli.arguments import Bytes, Number, SettingsCommand
 from launcher.cli.target import target_arguments
+from launcher.console.echo import echo
 
 if TYPE_CHECKING:
     from launcher.launch.signal_handler import SignalHandler
@@ -79,10 +80,10 @@ def command(
 
     _, plan = target.plan()
     run_dir = open_tuning(out, target, plan, memory=memory, steps=steps, seconds=seconds)
-    reporter = TuningReporter(click.echo)
+    reporter = TuningReporter(echo)
     tuner = Tuner(target, run_dir, signals, reporter, memory=memory, steps=steps, seconds=seconds)
     folder = shlex.quote(run_dir.shown)
-    click.echo(f"To resume this tuning after an interruption, add --out {folder}", err=True)
+    echo(f"To resume this tuning after an interruption, add --out {folder}", err=True)
     findings = tuner.run().settings
     recipe = shlex.quote(target.reference.shown)
     text = yaml_text(target, plan, findings)
@@ -90,4 +91,4 @@ def command(
     write_atomic(run_dir.path / "tuned.yaml", text)
     content = tuning_page(target, plan, findings, reporter.sections, f"{text}\n{train}")
     write_atomic(run_dir.path / "tuned.html", render(content))
-    click.echo(f"\n{text}\npage: {run_dir.shown}/tuned.html\ntrain with:\n{train}")
+    echo(f"\n{text}\npage: {run_dir.shown}/tuned.html\ntrain with:\n{train}")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 import click
 
 from launcher.cli.completing import complete_runs
+from launcher.console.echo import echo
 from launcher.errors import EXIT_FAILED, EXIT_RESUMABLE
 
 if TYPE_CHECKING:
@@ -45,12 +46,12 @@ def command(name: str, *, as_json: bool) -> int:
 
     run_dir = find_run(name)
     terminal: TextIO = sys.stdout
-    show_waiting = _without_repeats(functools.partial(click.echo, err=True))
+    show_waiting = _without_repeats(functools.partial(echo, err=True))
     try:
         if as_json:
             state = follow(
                 run_dir,
-                lambda history, state: click.echo(json_line(status_values(history, state))),
+                lambda history, state: echo(json_line(status_values(history, state))),
                 show_waiting,
                 seconds=_SECONDS_BETWEEN_JSON_LINES,
             )
@@ -58,15 +59,15 @@ def command(name: str, *, as_json: bool) -> int:
             with _live_screen() as show:
                 state = follow(run_dir, show, show_waiting, seconds=_SECONDS_BETWEEN_SCREENS)
         else:
-            echo = _without_repeats(click.echo)
+            show_line = _without_repeats(echo)
             state = follow(
                 run_dir,
-                lambda history, state: echo(status_line(history, state)),
+                lambda history, state: show_line(status_line(history, state)),
                 show_waiting,
                 seconds=_SECONDS_BETWEEN_LINES,
             )
     except KeyboardInterrupt:
-        click.echo(f"\nThe run continues; `launcher watch {name}` shows it again.", err=True)
+        echo(f"\nThe run continues; `launcher watch {name}` shows it again.", err=True)
         return _EXIT_INTERRUPTED
     return _EXIT_CODES.get(state.name, EXIT_FAILED)
 
@@ -90,7 +91,7 @@ def _live_screen() -> Iterator[Callable[[History, RunState], None]]:
     from rich.console import Console
     from rich.live import Live
 
-    from launcher.console.watch_screen import screen
+    from launcher.console.watch_screen import Printable, screen
 
     with Live(console=Console(), auto_refresh=False, vertical_overflow="crop") as live:
-        yield lambda history, state: live.update(screen(history, state), refresh=True)
+        yield lambda history, state: live.update(Printable(screen(history, state)), refresh=True)

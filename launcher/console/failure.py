@@ -5,13 +5,18 @@ from __future__ import annotations
 import shlex
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 from launcher.errors import EXIT_USAGE
+from launcher.printable import printable, shortened
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.failure_record import Failure
 from launcher.runs.heartbeat import read_heartbeats
 from launcher.runs.rundir import RunDir, count_lines, write_error
 from launcher.signals import EXIT_BY_SIGNAL
+
+_MAX_LOG_LINES, _MAX_LOG_BYTES = 40, 1 << 14
+"""How much of the end of a log is quoted."""
 
 _MAX_RANKS = 16
 """Number of ranks whose last step is shown; the others are counted."""
@@ -24,11 +29,40 @@ def failure_text(failure: Failure, run_dir: RunDir) -> str:
     message, the last step of each rank, the command that resumes the run, and the rank's log.
     """
     if failure.exit_code == EXIT_USAGE:
-        return f"launcher: {failure.message}"
+        return printable(f"launcher: {shortened(failure.message)}")
     head = f"launcher: the run failed on rank {failure.rank} ({failure.node})"
-    body = failure.traceback or failure.message
+    body = shortened(failure.traceback or failure.message).rstrip()
     context = _context(failure.rank, run_dir, failure.log_line)
-    return "\n\n".join([head, body.rstrip(), *context])
+    return printable("\n\n".join([head, body, *context]))
+
+
+def failure_with_log(failure: Failure, run_dir: RunDir) -> str:
+    """Return the text about a failure in a run folder that will be removed.
+
+    It quotes the end of the rank's log, where `failure_text` names the log, if the failure does not
+    explain itself.
+    """
+    if failure.exit_code == EXIT_USAGE:
+        return printable(f"launcher: {shortened(failure.message)}")
+    parts = [
+        f"launcher: rank {failure.rank} failed",
+        shortened(failure.traceback or failure.message),
+    ]
+    last_lines = _last_lines(run_dir.log(failure.rank))
+    if not failure.traceback and last_lines:
+        parts.append(f"its output ended with:\n{last_lines}")
+    return printable("\n\n".join(part.rstrip() for part in parts))
+
+
+def _last_lines(log: Path) -> str:
+    """Return the last lines of a log; empty if it cannot be read."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(log.stat().st_size - _MAX_LOG_BYTES, 0))
+            lines = file.read().decode(errors="backslashreplace").splitlines()
+    except OSError:
+        return ""
+    return "\n".join(lines[-_MAX_LOG_LINES:])
 
 
 def death_text(rank: int, exit_code: int, run_dir: RunDir, *, oom_kills: int | None = None) -> str:
@@ -48,6 +82,8 @@ def death_text(rank: int, exit_code: int, run_dir: RunDir, *, oom_kills: int | N
             how += _sigkill_reason(oom_kills)
         if name == "SIGBUS":
             how += " (a full /dev/shm causes this: use fewer num_workers, or a larger /dev/shm)"
+    elif exit_code == 0:
+        how = "ended with exit code 0 before the run did: something in it called os._exit()"
     else:
         how = f"ended with exit code {exit_code}{_signal_name(exit_code)}"
     head = f"launcher: the run failed: rank {rank} {how}"
@@ -57,7 +93,7 @@ def death_text(rank: int, exit_code: int, run_dir: RunDir, *, oom_kills: int | N
             f"written: {reason}"
         )
     last_line = count_lines(run_dir.log(rank))
-    return "\n\n".join([head, *_context(rank, run_dir, last_line)])
+    return printable("\n\n".join([head, *_context(rank, run_dir, last_line)]))
 
 
 def _signal_name(exit_code: int) -> str:

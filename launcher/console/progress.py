@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO, cast
 
 from launcher.json_file import encode_json
+from launcher.printable import printable
 from launcher.quantities import duration
 
 _SECONDS_BETWEEN_LINES = 5.0
@@ -116,6 +117,7 @@ class TerminalProgress(Progress):
         self.show_line(f"step {step:,}/{self._total_steps:,}  held-out: {metrics_text(values)}")
 
     def show_line(self, text: str) -> None:
+        text = printable(text)
         if self._bar is not None:
             self._bar.print(text)
         self._write_line(text)
@@ -125,7 +127,7 @@ class TerminalProgress(Progress):
             self._bar.close()
 
     def show_result(self, text: str, values: Mapping[str, Any]) -> None:
-        print(text, flush=True)
+        print(printable(text), flush=True)
 
     def _write_line(self, text: str) -> None:
         for file in self._line_files:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from launcher.analysis.time_shares import (
@@ -14,6 +15,7 @@ from launcher.analysis.time_shares import (
 )
 from launcher.console.progress import metrics_text, sparkline, step_line
 from launcher.planning.derivations import counted
+from launcher.printable import printable
 from launcher.quantities import duration, size
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.heartbeat import Heartbeat
@@ -21,7 +23,7 @@ from launcher.runs.history import History
 from launcher.runs.status import COLOURS, RunState
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
     from rich.table import Table
 
 _MAX_RANKS = 16
@@ -34,6 +36,20 @@ _RECENT_SHARE = 0.2
 
 _SECONDS_IN_PHASE = 5.0
 """A rank that has been in one phase for longer is shown with the time."""
+
+
+@dataclass(frozen=True)
+class Printable:
+    """What rich draws of `content`, with control characters in its texts as escapes."""
+
+    content: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.segment import Segment
+
+        for segment in console.render(self.content, options):
+            text = segment.text if segment.control else printable(segment.text)
+            yield Segment(text, segment.style, segment.control)
 
 
 def screen(history: History, state: RunState) -> RenderableType:

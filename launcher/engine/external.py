@@ -16,10 +16,12 @@ from launcher.engine.rank_process import (
     exit_now,
     keep_open,
     start_watchdog,
+    temporary_files,
 )
 from launcher.engine.ranks.external_store import open_store
 from launcher.engine.ranks.failures import fail
 from launcher.engine.ranks.output import open_output
+from launcher.engine.ranks.temporary_files import sockets_in
 from launcher.engine.ranks.turns import Turns
 from launcher.engine.ranks.usage import usage_of
 from launcher.engine.ranks.watchdog import Watchdog
@@ -28,8 +30,10 @@ from launcher.environment.world import World
 from launcher.errors import EXIT_RESUMABLE, EndedError, LauncherError, TrainingError
 from launcher.findings import Finding, RankDiagnostics
 from launcher.planning.plan import Plan
+from launcher.printable import error_line
 from launcher.recipe.recipe import Recipe
 from launcher.runs.job import RecipeSource, ReportWriter, ResumeFrom
+from launcher.runs.private_folder import private_folder
 from launcher.runs.rundir import RunDir
 from launcher.signals import StopRequest
 
@@ -53,11 +57,11 @@ def external_diagnostics(
     faulthandler.dump_traceback_later(DIAGNOSTICS_TIMEOUT, exit=True)
     try:
         diagnostics = diagnose(plan, world, node_findings)
-    except LauncherError:
+    except (LauncherError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:
         name = f"rank {world.rank} ({platform.node()})"
-        raise TrainingError(f"{name} failed: {type(error).__name__}: {error}") from error
+        raise TrainingError(f"{name} failed: {error_line(error)}") from error
     finally:
         faulthandler.cancel_dump_traceback_later()
     return diagnostics if world.rank == 0 else None
@@ -118,6 +122,10 @@ def external_rank(
     with stop.ends_at_once() if world.world_size > 1 else contextlib.nullcontext():
         backend, run_dir = join(recipe, plan, world, make_run_dir)
     keep_open(backend)
+    atexit.register(temporary_files.close)
+    with contextlib.suppress(OSError):  # multiprocessing then makes a folder of its own
+        folder = temporary_files.enter_context(private_folder())
+        temporary_files.enter_context(sockets_in(folder))
     output = open_output(run_dir.log(world.rank), own_terminal=False, on_terminal=True)
     watchdog: Watchdog | None = None
     try:
@@ -137,8 +145,10 @@ def external_rank(
         )
         backend.close()
         watchdog.close()
-    except Exception as error:  # noqa: BLE001  # whatever the recipe's own code raises
-        code = fail(error, world, run_dir, log=output.log, show=output.errors, stop=stop)
+    except BaseException as error:  # whatever the recipe's own code raises
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        code = fail(error, world, run_dir, output=output, shows=True, stop=stop)
         if ends_process:
             exit_now(code)
         if watchdog is not None:
@@ -151,4 +161,5 @@ def external_rank(
         # aborts the process, so a finished run would exit with SIGABRT.
         atexit._run_exitfuncs()  # noqa: SLF001
         exit_now(code)
+    temporary_files.close()
     return code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -27,6 +28,9 @@ _open_backends: list[Backend] = []
 The destructor waits for gloo's threads, and a gloo thread that still holds Python objects waits for
 the interpreter (torch 2.13: a deadlock, or SIGABRT)."""
 
+temporary_files = contextlib.ExitStack()
+"""Removes the temporary files of this process when it is closed."""
+
 
 def keep_open(backend: Backend) -> None:
     """Keep a backend from being destroyed before this process exits."""
@@ -44,6 +48,7 @@ def start_watchdog(
         hang_timeout=recipe.hang_timeout,
         stop=stop,
         log=output.log,
+        errors=output.errors,
     )
 
 
@@ -72,7 +77,10 @@ def diagnose(plan: Plan, world: World, node_findings: tuple[Finding, ...]) -> li
 
 def exit_now(exit_code: int) -> None:
     """End this process without waiting for threads, or for peers that may be lost."""
-    remove_semaphores()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(exit_code)
+    try:
+        temporary_files.close()
+        remove_semaphores()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(exit_code)

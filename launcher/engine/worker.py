@@ -32,10 +32,12 @@ from launcher.engine.rank_process import (
     keep_open,
     plan_diagnostics_recipe,
     start_watchdog,
+    temporary_files,
 )
 from launcher.engine.ranks.failures import fail
 from launcher.engine.ranks.output import Output, open_output
 from launcher.engine.ranks.processes import die_with_parent
+from launcher.engine.ranks.temporary_files import sockets_in
 from launcher.engine.ranks.usage import usage_of
 from launcher.engine.run import train_rank
 from launcher.environment.world import World, find_world
@@ -171,6 +173,8 @@ def _run_agent_rank(job: Job, work: Callable[[_AgentRank], int]) -> int:
     if stop is None:
         _let_signals_end_process()
     die_with_parent(job.launcher_pid)
+    if job.private_folder is not None:
+        temporary_files.enter_context(sockets_in(job.private_folder))
     world = _find_world(job)
     output = open_output(
         job.run_dir.log(world.rank),
@@ -200,8 +204,8 @@ def _run_agent_rank(job: Job, work: Callable[[_AgentRank], int]) -> int:
         watchdog.close()
         # The agent sends SIGTERM if another rank still fails; nothing is left to save here.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    except Exception as error:  # noqa: BLE001  # whatever the recipe's own code raises
-        exit_now(fail(error, world, job.run_dir, log=output.log, show=None, stop=stop))
+    except BaseException as error:  # noqa: BLE001  # whatever the recipe's own code raises
+        exit_now(fail(error, world, job.run_dir, output=output, shows=False, stop=stop))
     return code
 
 
@@ -237,12 +241,14 @@ def agent_inspection(job: Job) -> None:
     """Inspect the recipe of `job` in this process, and write the result to the run folder."""
     _let_signals_end_process()
     die_with_parent(job.launcher_pid)
+    if job.private_folder is not None:
+        temporary_files.enter_context(sockets_in(job.private_folder))
     output = open_output(job.run_dir.log(0), own_terminal=True, on_terminal=False)
     try:
         recipe = job.source.build()
         write_inspection(inspect_recipe(recipe, job.source), job.run_dir)
-    except Exception as error:  # noqa: BLE001  # whatever the recipe's own code raises
-        exit_now(fail(error, World(), job.run_dir, log=output.log, show=None))
+    except BaseException as error:  # noqa: BLE001  # whatever the recipe's own code raises
+        exit_now(fail(error, World(), job.run_dir, output=output, shows=False))
 
 
 def agent_diagnostics(job: Job) -> None:
@@ -250,6 +256,8 @@ def agent_diagnostics(job: Job) -> None:
     stop = StopRequest()
     _let_signals_end_process()
     die_with_parent(job.launcher_pid)
+    if job.private_folder is not None:
+        temporary_files.enter_context(sockets_in(job.private_folder))
     world = _find_world(job)
     output = open_output(job.run_dir.log(world.rank), own_terminal=True, on_terminal=False)
     try:
@@ -260,5 +268,5 @@ def agent_diagnostics(job: Job) -> None:
         watchdog.close()
         if world.rank == 0:
             write_atomic(job.run_dir.diagnostics, msgspec.json.encode(diagnostics))
-    except Exception as error:  # noqa: BLE001  # whatever torch raises
-        exit_now(fail(error, world, job.run_dir, log=output.log, show=None, stop=stop))
+    except BaseException as error:  # noqa: BLE001  # whatever torch raises
+        exit_now(fail(error, world, job.run_dir, output=output, shows=False, stop=stop))

@@ -15,10 +15,8 @@ import importlib
 import logging
 import os
 import platform
-import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +46,7 @@ from launcher.runs.failure_record import (
     replace_failure,
 )
 from launcher.runs.job import Job
+from launcher.runs.private_folder import private_folder
 from launcher.signals import STOP_SIGNALS
 
 if TYPE_CHECKING:
@@ -90,7 +89,9 @@ def launch(
         PeerError: The run failed on another machine. If that machine disappeared and there is a
             checkpoint, the error's exit code is `EXIT_RESUMABLE`.
     """
-    with _private_folder() as folder, _forked_ranks_reset_signals():
+    with contextlib.ExitStack() as stack, _forked_ranks_reset_signals():
+        folder = _make_private_folder(stack)
+        job = replace(job, private_folder=folder)
         if rendezvous is None:
             job = replace(job, rendezvous_folder=folder)
         with _environment([job.plan]):
@@ -104,24 +105,19 @@ def launch(
                 gc.unfreeze()  # the calling program may continue, and free what it had before
 
 
-@contextlib.contextmanager
-def _private_folder() -> Iterator[Path]:
-    """Make a folder on a local disk that only this user can read, for the duration of the run.
+def _make_private_folder(stack: contextlib.ExitStack) -> Path:
+    """Make a folder for the run's temporary files, which is removed when `stack` is closed.
 
     Raises:
         TrainingError: The folder cannot be made.
     """
     try:
-        folder = Path(tempfile.mkdtemp(prefix="launcher-"))
+        return stack.enter_context(private_folder())
     except OSError as error:
         raise TrainingError(
             f"The ranks find each other in a temporary folder, and none can be made: {error}. Set "
             "TMPDIR to a writable folder on a disk of this machine."
         ) from None
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _run_ranks(

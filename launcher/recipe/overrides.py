@@ -214,9 +214,9 @@ def _call(reference: Reference, parameters: Mapping[str, Any]) -> Recipe:
     try:
         with observed_threads():
             recipe = reference.function(**parameters)
-    except LauncherError:
+    except (LauncherError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:
         raise user_code_error("build", reference.shown, error) from error
     if not isinstance(recipe, Recipe):
         raise RecipeError(

@@ -30,6 +30,7 @@ from typing import TypeVar
 from launcher import paths
 from launcher.errors import LauncherError, RecipeError, did_you_mean
 from launcher.forking import observed_threads
+from launcher.printable import class_name, printable, text_of
 from launcher.recipe.foreign_names import hint_for_name, hint_near_name
 from launcher.recipe.plain_script import WHAT_A_RECIPE_IS, refuse_plain_script
 from launcher.recipe.recipe import Recipe
@@ -281,13 +282,13 @@ def _guarded(action: Callable[[], T], what: str, ours: str | None = None) -> T |
     try:
         with observed_threads():
             return action()
-    except LauncherError:
+    except (LauncherError, KeyboardInterrupt):
         raise
     except ModuleNotFoundError as error:
         if ours is not None and error.name and f"{ours}.".startswith(f"{error.name}."):
             return None
         raise user_code_error("import", what, error) from error
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         raise user_code_error("import", what, error) from error
     finally:
         _imported.reset(token)
@@ -313,9 +314,11 @@ def user_code_error(action: str, what: str, error: BaseException) -> RecipeError
     if isinstance(error, ModuleNotFoundError) and error.name:
         hint = _remedy(error.name)
     if isinstance(error, TypeError):
-        hint = _field_hint(str(error))
-    message = error.msg if isinstance(error, SyntaxError) else error
-    return RecipeError(f"Cannot {action} {what}: {type(error).__name__}: {message}{line}.{hint}")
+        hint = _field_hint(text_of(error, 2_000))
+    message = text_of(error, 2_000)
+    if isinstance(error, SyntaxError):
+        message = printable(str(error.msg))
+    return RecipeError(f"Cannot {action} {what}: {class_name(error)}: {message}{line}.{hint}")
 
 
 def _field_hint(message: str) -> str:

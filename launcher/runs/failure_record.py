@@ -11,11 +11,14 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from launcher.errors import LauncherError, RunDirError
 from launcher.json_file import Count, Moment, find_json
 from launcher.runs.rundir import RunDir, write_json
+
+_MAX_BYTES = 1 << 22
+"""Size of the largest failure.json that is read; the texts of one are bounded far below it."""
 
 FAILURE_FILE_VARIABLE = "LAUNCHER_FAILURE_FILE"
 """The environment variable that names the file for a failure that the run folder cannot hold."""
@@ -84,35 +87,48 @@ class RunFailedError(LauncherError):
         self.exit_code = failure.exit_code
 
 
-def record_failure(run_dir: RunDir, failure: Failure) -> bool:
-    """Write failure.json unless an earlier failure is there; return whether this one is the first.
+def record_failure(run_dir: RunDir, failure: Failure) -> Literal["first", "later", "unwritten"]:
+    """Write failure.json unless an earlier failure is there.
 
     The file is complete from the moment it exists, and exactly one of several ranks that fail
     together is the first: the file is linked into place, which fails if the name is taken. If the
     run folder cannot be written, as on a full disk, the failure goes to the file that the launcher
-    named in `LAUNCHER_FAILURE_FILE`, and this function returns True: without a folder to agree in,
+    named in `LAUNCHER_FAILURE_FILE`, and counts as the first: without a folder to agree in,
     showing a failure twice is better than not showing it.
+
+    Returns:
+        "first" if this failure is the first, "later" if another was recorded before, and
+        "unwritten" if no file can hold the failure, so that the caller has to show it.
     """
     temporary = run_dir.failure.with_name(f".failure.{os.uname().nodename}.{os.getpid()}.tmp")
+    text = json.dumps(failure.to_dict(), indent=2) + "\n"
     try:
-        temporary.write_text(json.dumps(failure.to_dict(), indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         os.link(temporary, run_dir.failure)
     except FileExistsError:
-        return False
+        return "later"
     except OSError:
-        _write_to_launcher(failure)
-        return True
+        return "first" if _write_to_launcher(text) else "unwritten"
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+    return "first"
+
+
+def _write_to_launcher(text: str) -> bool:
+    """Write to the file that the launcher reads when the run folder is unusable, if it is named.
+
+    Returns:
+        Whether the text was written.
+    """
+    path = os.environ.get(FAILURE_FILE_VARIABLE)
+    if path is None:
+        return False
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError:
+        return False
     return True
-
-
-def _write_to_launcher(failure: Failure) -> None:
-    """Write a failure to the file that the launcher reads when the run folder is unusable."""
-    if path := os.environ.get(FAILURE_FILE_VARIABLE):
-        with contextlib.suppress(OSError):
-            Path(path).write_text(json.dumps(failure.to_dict()), encoding="utf-8")
 
 
 def replace_failure(run_dir: RunDir, failure: Failure) -> None:

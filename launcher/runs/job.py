@@ -110,6 +110,9 @@ class Job:
     """Private folder on this machine for the file rendezvous of its ranks; None with several nodes,
     whose ranks meet at a store."""
 
+    private_folder: Path | None = None
+    """Folder on this machine for the temporary files of its ranks, removed when the run ends."""
+
     folder: Path | None = None
     """The working folder of its ranks; None is that of the process that starts them."""
 

@@ -165,9 +165,9 @@ def _send_count(built: BuiltRecipe, sender: Connection) -> None:
 def _count_training_samples(built: BuiltRecipe) -> int:
     try:
         data = built.recipe.data()
-    except LauncherError:
+    except (LauncherError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:
         raise user_code_error("read the data of", built.recipe.name, error) from error
     try:
         return len(data.train)
@@ -177,3 +177,7 @@ def _count_training_samples(built: BuiltRecipe) -> int:
             f"samples, and the data function returned {type(data).__name__} with no `train` that "
             "has a length. Return launcher.Data(train=...), or give steps instead of epochs."
         ) from None
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise user_code_error("count the samples of", built.recipe.name, error) from error

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import shutil
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +26,7 @@ _SECONDS_BETWEEN_QUERIES = 5.0
 """Seconds between two queries to Slurm."""
 
 _SECONDS_BETWEEN_COPIES = 0.2
+_BYTES_AT_ONCE = 1 << 16
 
 
 def find_run(name: str) -> RunDir:
@@ -91,18 +90,19 @@ def follow(
         time.sleep(max(pause, poll_seconds * (1 / _POLLING_SHARE - 1)))
 
 
-def copy_log(path: Path, run_dir: RunDir | None) -> None:
-    """Copy a log file to standard output.
+def copy_log(path: Path, run_dir: RunDir | None, write: Callable[[bytes], object]) -> None:
+    """Pass the content of a log file to `write`.
 
     Args:
         path: The log file.
         run_dir: The submitted run whose end ends the copying; None copies what there is now.
+        write: Called with each next part of the log.
     """
     position, queried_at = 0, 0.0
     ended = run_dir is None
     while True:
         if exists(path):
-            position = _copy_appended(path, position)
+            position = _copy_appended(path, position, write)
         if ended:
             return
         if run_dir is not None and time.monotonic() - queried_at > _SECONDS_BETWEEN_QUERIES:
@@ -112,22 +112,20 @@ def copy_log(path: Path, run_dir: RunDir | None) -> None:
             time.sleep(_SECONDS_BETWEEN_COPIES)
 
 
-def _copy_appended(path: Path, position: int) -> int:
+def _copy_appended(path: Path, position: int, write: Callable[[bytes], object]) -> int:
     """Copy what was appended to a log since it had `position` bytes; return its present size.
 
     Raises:
         RunDirError: The log cannot be read, or is not a regular file.
     """
     try:
-        file = io.BufferedReader(open_regular(path))
+        with io.BufferedReader(open_regular(path)) as file:
+            file.seek(position)
+            while content := file.read(_BYTES_AT_ONCE):
+                write(content)
+            return file.tell()
     except OSError as error:
         raise RunDirError(f"Cannot read {path}: {error.strerror or error}.") from None
-    with io.TextIOWrapper(file, encoding="utf-8", errors="replace") as text:
-        text.seek(position)
-        shutil.copyfileobj(text, sys.stdout)
-        position = text.tell()
-    sys.stdout.flush()
-    return position
 
 
 def _combined_state(

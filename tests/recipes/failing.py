@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
 How = Literal[
     "raise", "kill", "exit", "sample", "worker-killed", "empty", "count", "mean", "nan", "nan-once",
-    "data", "hang", "sleep", "sleeping-worker", "stopped", "raise-once", "leave", "extra"
+    "data", "hang", "sleep", "sleeping-worker", "stopped", "raise-once", "leave", "extra",
+    "mute", "quit", "orphan", "worker-quit"
 ]  # fmt: skip
 
 
@@ -58,6 +60,23 @@ def _raise() -> None:
     raise ValueError("the loss of rank one")
 
 
+class _Mute(BaseException):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+def _raise_mute() -> None:
+    raise _Mute
+
+
+def _orphan() -> None:
+    """Fail while a process that this rank has forked runs on for a while."""
+    if os.fork() == 0:
+        time.sleep(60)
+        os._exit(0)
+    _raise()
+
+
 def _raise_once() -> None:
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         _raise()
@@ -81,6 +100,9 @@ _ENDS: dict[str, Callable[[], object]] = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "exit": lambda: os._exit(7),
     "leave": lambda: os._exit(0),
+    "mute": _raise_mute,
+    "quit": lambda: sys.exit(0),
+    "orphan": _orphan,
     "extra": _extra,
     "hang": _hang,
     "sleep": lambda: time.sleep(1000),
@@ -108,6 +130,8 @@ class _Broken(Noisy):
         if index == 77:
             if self.how == "worker-killed":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if self.how == "worker-quit":
+                sys.exit(0)
             if self.how == "sleeping-worker":
                 time.sleep(1000)
             raise OSError("truncated file")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import RunDirError
-from launcher.runs.events import read_events, record_past_failure
+from launcher.runs.events import Failed, read_events, record_past_failure
 from launcher.runs.failure_record import (
     FAILURE_FILE_VARIABLE,
     Failure,
@@ -55,15 +55,15 @@ def test_a_failure_is_read_as_it_was_written(tmp_path: Path, failure: Failure) -
     """A failure survives the file unchanged, whatever its message is made of."""
     run_dir = RunDir(tmp_path)
     assert read_failure(run_dir) is None
-    assert record_failure(run_dir, failure)
+    assert record_failure(run_dir, failure) == "first"
     assert read_failure(run_dir) == failure
 
 
 def test_only_the_first_failure_is_kept(tmp_path: Path) -> None:
     """A second failure changes nothing, and its rank learns that it was not the first."""
     run_dir = RunDir(tmp_path)
-    assert record_failure(run_dir, FAILURE)
-    assert not record_failure(run_dir, replace(FAILURE, rank=0))
+    assert record_failure(run_dir, FAILURE) == "first"
+    assert record_failure(run_dir, replace(FAILURE, rank=0)) == "later"
     assert read_failure(run_dir) == FAILURE
     assert [entry.name for entry in tmp_path.iterdir()] == ["failure.json"]
 
@@ -71,7 +71,7 @@ def test_only_the_first_failure_is_kept(tmp_path: Path) -> None:
 def test_a_consequence_is_replaced_by_its_cause(tmp_path: Path) -> None:
     """The launcher overwrites the failure of a rank that had only lost its peer."""
     run_dir = RunDir(tmp_path)
-    assert record_failure(run_dir, replace(FAILURE, lost_peer=True))
+    assert record_failure(run_dir, replace(FAILURE, lost_peer=True)) == "first"
     replace_failure(run_dir, FAILURE)
     assert read_failure(run_dir) == FAILURE
 
@@ -82,8 +82,10 @@ def test_a_failure_without_a_folder_goes_to_the_launcher(
     """A rank whose run folder is gone leaves its failure in the file that the launcher named."""
     monkeypatch.setenv(FAILURE_FILE_VARIABLE, str(tmp_path / "failure1.json"))
     gone = RunDir(tmp_path / "gone")
-    assert record_failure(gone, FAILURE)
+    assert record_failure(gone, FAILURE) == "first"
     assert find_failure(gone, tmp_path / "failure1.json") == FAILURE
+    monkeypatch.setenv(FAILURE_FILE_VARIABLE, str(tmp_path / "gone/failure1.json"))
+    assert record_failure(gone, FAILURE) == "unwritten"
 
 
 @pytest.mark.parametrize(("changes", "field"), DAMAGES.values(), ids=DAMAGES)
@@ -112,8 +114,9 @@ def test_a_damaged_failure_hides_nothing(tmp_path: Path, content: bytes) -> None
     assert "failure.json" in state.words
     record_past_failure(run_dir)
     (event,) = read_events(run_dir)
-    assert (event["event"], event["time"], event["rank"]) == ("failed", 1000.0, None)
-    assert "failure.json" in event["message"]
+    assert isinstance(event, Failed)
+    assert (event.time, event.rank) == (1000.0, None)
+    assert "failure.json" in event.message
     assert not run_dir.failure.exists()
 
 
@@ -130,16 +133,15 @@ def test_a_past_failure_becomes_an_event(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path)
     record_past_failure(run_dir)
     assert read_events(run_dir) == []
-    assert record_failure(run_dir, FAILURE)
+    assert record_failure(run_dir, FAILURE) == "first"
     record_past_failure(run_dir)
     assert not run_dir.failure.exists()
     assert read_events(run_dir) == [
-        {
-            "time": FAILURE.time,
-            "event": "failed",
-            "rank": 1,
-            "node": "node2",
-            "error": "ValueError",
-            "message": "the loss of rank one",
-        }
+        Failed(
+            time=FAILURE.time,
+            rank=1,
+            node="node2",
+            error="ValueError",
+            message="the loss of rank one",
+        )
     ]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.console.failure import death_text, failure_text
+from launcher.console.failure import death_text, failure_text, failure_with_log
 from launcher.runs.failure_record import Failure
 from launcher.runs.heartbeat import Heartbeat
 from launcher.runs.rundir import RunDir
@@ -77,3 +77,40 @@ def test_a_recorded_failure_is_shown(tmp_path: Path) -> None:
     assert "\n\nTraceback ...\nValueError: no loss\n\n" in text
     assert text.endswith(f"log: {run_dir.log(3)}, line 7")
     assert failure_text(replace(failure, exit_code=2), run_dir) == "launcher: no loss"
+
+
+def test_the_log_of_a_folder_that_will_be_removed_is_quoted(tmp_path: Path) -> None:
+    """The text about a death has the last lines of the log, and does not name its file."""
+    run_dir = RunDir(tmp_path)
+    run_dir.log(0).parent.mkdir()
+    run_dir.log(0).write_bytes(b"".join(b"line %d \xff\n" % number for number in range(10_000)))
+    failure = Failure(
+        rank=0, node="n", pid=1, time=0.0, error="Death", message="it died", exit_code=1
+    )
+    text = failure_with_log(failure, run_dir)
+    assert "it died" in text
+    assert "\nline 9960 \\xff\n" in text
+    assert text.endswith("line 9999 \\xff")
+    assert "line 9959" not in text
+    assert str(run_dir.log(0)) not in text
+    assert "line" not in failure_with_log(replace(failure, traceback="Traceback ..."), run_dir)
+
+
+def test_a_failure_text_commands_no_terminal(tmp_path: Path) -> None:
+    """Control characters in a failure that somebody else wrote are shown as escapes."""
+    failure = Failure(
+        rank=0,
+        node="n\x1b[2J",
+        pid=1,
+        time=0.0,
+        error="ValueError",
+        message="\x1b]0;owned\x07" * 100_000,
+        exit_code=1,
+    )
+    for text in (
+        failure_text(failure, RunDir(tmp_path)),
+        failure_with_log(failure, RunDir(tmp_path)),
+    ):
+        assert "\x1b" not in text
+        assert "\\x1b]0;owned\\x07" in text
+        assert len(text) < 100_000

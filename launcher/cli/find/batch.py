@@ -11,6 +11,7 @@ import click
 
 from launcher.cli.arguments import Bytes, SettingsCommand, out_option
 from launcher.cli.target import target_arguments
+from launcher.console.echo import echo
 from launcher.errors import EXIT_FAILED
 
 if TYPE_CHECKING:
@@ -56,17 +57,17 @@ def command(
     cached = cache_path(target, search)
     result = None if fresh else read_cache(cached)
     if result is not None:
-        click.echo("using the cached measurements; --fresh measures again", err=True)
+        echo("using the cached measurements; --fresh measures again", err=True)
     else:
         run_dir = create_run_dir(out, f"find-batch-{search.plan.recipe}")
         result = search.run(
-            run_dir, signals, lambda trial: click.echo(size_trial_text(trial), err=as_json)
+            run_dir, signals, lambda trial: echo(size_trial_text(trial), err=as_json)
         )
         write_cache(cached, result)
     chosen = choose_size(result.trials)
     if as_json:
         settings = {} if chosen is None else {"micro_batch_size": chosen.size}
-        click.echo(json.dumps({**asdict(result), "settings": settings}))
+        echo(json.dumps({**asdict(result), "settings": settings}))
     else:
-        click.echo(batch_text(result, chosen))
+        echo(batch_text(result, chosen))
     return EXIT_FAILED if chosen is None else 0

@@ -11,6 +11,7 @@ import click
 
 from launcher.cli.arguments import Number, SettingsCommand, out_option
 from launcher.cli.target import target_arguments
+from launcher.console.echo import echo
 
 if TYPE_CHECKING:
     from launcher.launch.signal_handler import SignalHandler
@@ -56,10 +57,10 @@ def command(
     search = LoaderSearch(target, seconds=seconds)
     run_dir = create_run_dir(out, f"find-loader-{search.plan.recipe}")
     result = search.run(
-        run_dir, signals, lambda reading: click.echo(loader_trial_text(reading), err=as_json)
+        run_dir, signals, lambda reading: echo(loader_trial_text(reading), err=as_json)
     )
     if as_json:
-        click.echo(json.dumps(asdict(result)))
+        echo(json.dumps(asdict(result)))
     else:
-        click.echo(loader_text(result, search.plan))
+        echo(loader_text(result, search.plan))
     return 0

@@ -11,6 +11,7 @@ import click
 
 from launcher.cli.arguments import Number, SettingsCommand, out_option
 from launcher.cli.target import target_arguments
+from launcher.console.echo import echo
 from launcher.errors import EXIT_FAILED, UsageError
 
 Rule = Literal["valley", "steep", "minimum", "slide"]
@@ -103,7 +104,7 @@ def command(
     if tries:
 
         def report(trial: LRTrial) -> None:
-            click.echo(lr_trial_text(trial), err=True)
+            echo(lr_trial_text(trial), err=True)
 
         result = try_lrs(result, target, run_dir, signals, report, steps=steps)
         best = best_trial(result.trials)
@@ -111,11 +112,11 @@ def command(
     settings = {} if chosen is None else recipe_lr_settings(chosen, test.plan.batch_size, recipe)
     if as_json:
         values = {"batch_size": test.plan.batch_size, "settings": settings, **asdict(result)}
-        click.echo(json.dumps(values))
+        echo(json.dumps(values))
     else:
-        click.echo(lr_text(result, rule, settings, test.plan))
+        echo(lr_text(result, rule, settings, test.plan))
     plot = lr_plot(result, test.plan)
     if has_images():
         write_png(plot, run_dir.path / "lr.png")
-        click.echo(f"plot: {run_dir.shown}/lr.png", err=as_json)
+        echo(f"plot: {run_dir.shown}/lr.png", err=as_json)
     return EXIT_FAILED if chosen is None else 0

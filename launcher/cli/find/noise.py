@@ -12,6 +12,7 @@ import click
 
 from launcher.cli.arguments import SettingsCommand, out_option
 from launcher.cli.target import target_arguments
+from launcher.console.echo import echo
 from launcher.errors import EXIT_FAILED
 
 if TYPE_CHECKING:
@@ -58,14 +59,14 @@ def command(
     run_dir = create_run_dir(out, f"find-noise-{probe.plan.recipe}")
     result = find_noise(probe, run_dir, signals, steps=steps, quiet=as_json)
     if as_json:
-        click.echo(json.dumps(_finite(asdict(result))))
+        echo(json.dumps(_finite(asdict(result))))
     else:
-        click.echo(noise_text(result, probe))
+        echo(noise_text(result, probe))
     if result.whole is None:
         return EXIT_FAILED
     if has_images():
         write_png(noise_plot(result, probe), run_dir.path / "noise.png")
-        click.echo(f"plot: {run_dir.shown}/noise.png", err=as_json)
+        echo(f"plot: {run_dir.shown}/noise.png", err=as_json)
     return 0
 
 

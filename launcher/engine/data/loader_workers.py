@@ -6,10 +6,8 @@ import contextlib
 import faulthandler
 import io
 import multiprocessing.util
-import os
 import pickle
 import signal
-import tempfile
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.reduction import ForkingPickler
@@ -19,14 +17,9 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from launcher.engine.ranks.processes import die_with_parent
-from launcher.errors import SampleError, WorldError
+from launcher.errors import SampleError
+from launcher.printable import error_line
 from launcher.signals import STOP_SIGNALS
-
-_MAX_ADDRESS_BYTES = 107
-"""Maximum length of the address of a Unix socket (Linux, unix(7))."""
-
-_SOCKET_NAME_BYTES = len("/pymp-xxxxxxxx/listener-xxxxxxxx")
-"""Length of the path that multiprocessing appends to the temporary folder."""
 
 
 def start_worker(rank_pid: int, _: int) -> None:
@@ -64,24 +57,6 @@ def is_worker() -> bool:
     return get_worker_info() is not None
 
 
-def check_temporary_folder() -> None:
-    """Check that the path of the temporary folder is short enough for the sockets of workers.
-
-    Raises:
-        WorldError: The path is too long.
-    """
-    # Python 3.14 falls back to /tmp if the path is too long.
-    get_base_folder = getattr(multiprocessing.util, "_get_base_temp_dir", None)
-    folder = tempfile.gettempdir() if get_base_folder is None else get_base_folder(tempfile)
-    length, max_length = len(os.fsencode(folder)), _MAX_ADDRESS_BYTES - _SOCKET_NAME_BYTES
-    if length > max_length:
-        raise WorldError(
-            "DataLoader workers send batches through Unix sockets in the temporary folder. Its "
-            f"path has {length} bytes, but the address of a socket leaves room for {max_length}: "
-            f"{folder}. Set TMPDIR to a folder with a shorter path, or use num_workers=0."
-        )
-
-
 def check_sendable(batch: Any, split: str) -> None:
     """Check that a worker can send a batch to its rank.
 
@@ -93,10 +68,12 @@ def check_sendable(batch: Any, split: str) -> None:
     """
     try:
         _DryPickler(io.BytesIO(), pickle.HIGHEST_PROTOCOL).dump(batch)
-    except Exception as error:  # noqa: BLE001  # user-defined types may raise anything
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001  # user-defined types may raise anything
         raise SampleError(
             f"A DataLoader worker cannot send a batch of the {split} data, a "
-            f"{_qualified_type_name(batch)}, to its rank: {type(error).__name__}: {error}. Define "
+            f"{_qualified_type_name(batch)}, to its rank: {error_line(error)}. Define "
             "the types of a batch at the top level of a module, and keep locks, generators and "
             "open files out of it, or use num_workers=0."
         ) from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -22,7 +21,6 @@ from torch.utils.data import (
 from launcher.engine.data.fingerprint import describe
 from launcher.engine.data.loader_workers import (
     check_sendable,
-    check_temporary_folder,
     is_worker,
     signals_held,
     start_worker,
@@ -31,8 +29,10 @@ from launcher.engine.data.open_files import OpenFile, moved_files, open_files
 from launcher.engine.data.randomness import Generators, seed_all
 from launcher.engine.data.sampler import MicroBatchRequest
 from launcher.engine.data.seeds import derive
+from launcher.engine.ranks.temporary_files import check_temporary_folder
 from launcher.errors import LauncherError, RecipeError, SampleError
 from launcher.planning.plan import Plan
+from launcher.printable import class_name, error_line, text_of, traceback_of
 from launcher.recipe.recipe import Data, Recipe
 from launcher.runs.job import RecipeSource
 
@@ -153,13 +153,15 @@ class Reader(Dataset[MicroBatch | LauncherError]):
             recipe = self._source.build()
             seed_all(recipe.seed)
             self._set_data(recipe, recipe.data())
-        except Exception as error:  # noqa: BLE001  # the recipe's code may raise anything
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001  # the recipe's code may raise anything
             is_ours = isinstance(error, LauncherError)
-            details = "" if is_ours else f"\n\n{traceback.format_exc().rstrip()}"
+            details = "" if is_ours else f"\n\n{traceback_of(error).rstrip()}"
             raise RecipeError(
                 "With worker_start=spawn, each DataLoader worker imports the recipe and calls its "
                 f"data function. In a worker, {self._source.recipe} failed: "
-                f"{type(error).__name__}: {error}{details}"
+                f"{error_line(error)}{details}"
             ) from None
         finally:
             generators.restore()
@@ -376,14 +378,14 @@ def _call(
     """
     try:
         return function(argument)
-    except LauncherError:
+    except (LauncherError, KeyboardInterrupt):
         raise
-    except Exception as error:  # noqa: BLE001  # the recipe's code may raise anything
+    except BaseException as error:  # noqa: BLE001  # the recipe's code may raise anything
         samples = request.indices if indices is None else indices
         shown = ", ".join(map(str, samples[:8])) + (", ..." if len(samples) > 8 else "")
         raise SampleError(
-            f"{name} raised {type(error).__name__} for sample {shown} "
-            f"(epoch {request.epoch}): {error}\n\n{traceback.format_exc().rstrip()}"
+            f"{name} raised {class_name(error)} for sample {shown} "
+            f"(epoch {request.epoch}): {text_of(error, 2_000)}\n\n{traceback_of(error).rstrip()}"
         ) from None
 
 

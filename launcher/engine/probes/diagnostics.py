@@ -16,6 +16,7 @@ from torch import Tensor
 from launcher.engine.backends.base import Backend
 from launcher.environment.machine import gpu_driver
 from launcher.findings import Finding, RankDiagnostics
+from launcher.printable import error_line
 from launcher.runs.provenance import versions
 
 _MATRIX_SIZE = {"cpu": 1024, "cuda": 4096}
@@ -130,5 +131,5 @@ def _find_import_error(package: str) -> str:
     try:
         importlib.import_module(package)
     except Exception as error:  # noqa: BLE001  # whatever it raises is the finding
-        return f"{type(error).__name__}: {error}".splitlines()[0]
+        return error_line(error).splitlines()[0]
     return ""

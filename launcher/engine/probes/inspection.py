@@ -28,6 +28,7 @@ from launcher.engine.model.forward_writes import WriteDetector
 from launcher.engine.training.loop import sum_and_count
 from launcher.errors import RecipeError
 from launcher.json_file import exact_floats, read_json
+from launcher.printable import error_line
 from launcher.recipe.recipe import Recipe
 from launcher.runs.job import RecipeSource
 from launcher.runs.rundir import RunDir, write_json
@@ -318,7 +319,7 @@ def _try_metrics(recipe: Recipe, model: nn.Module, reader: Reader) -> dict[str, 
                     total, count = sum_and_count(metric, outputs, batch, name=name)
                 except Exception as error:  # noqa: BLE001  # whatever the recipe's own code raises
                     is_ours = isinstance(error, RecipeError)
-                    errors[name] = str(error) if is_ours else f"{type(error).__name__}: {error}"
+                    errors[name] = str(error) if is_ours else error_line(error)
                     continue
                 if not float(count) or not math.isfinite(float(total)):
                     empty.append(name)

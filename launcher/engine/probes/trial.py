@@ -33,6 +33,7 @@ from launcher.engine.ranks.failures import is_out_of_memory
 from launcher.engine.state.compiled import is_compiled
 from launcher.engine.training.loop import TrainContext, sum_and_count
 from launcher.errors import LauncherError, RecipeError
+from launcher.printable import class_name, text_of
 from launcher.recipe.recipe import Recipe
 
 T = TypeVar("T")
@@ -258,8 +259,8 @@ def _try_evaluation(context: TrainContext, recipe: Recipe, batch: Any) -> tuple[
     with backend.autocast():
         outputs = recipe.forward(context.model, placed)
         return tuple(
-            f"{name} raised {type(error).__name__} on a few evaluation samples before the first "
-            f"step: {error}. The first evaluation may fail in the same way"
+            f"{name} raised {class_name(error)} on a few evaluation samples before the first "
+            f"step: {text_of(error, 2_000)}. The first evaluation may fail in the same way"
             for name, function in functions.items()
             if (error := _catch_error(function, outputs, placed, name)) is not None
         )

@@ -6,15 +6,27 @@ rank opens its own log, so it redirects no output.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
+from torch.distributed.elastic.agent.server.api import (
+    RunResult,
+    WorkerGroup,
+    WorkerSpec,
+    WorkerState,
+)
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
+from torch.distributed.elastic.multiprocessing.api import (
+    LogsDest,
+    LogsSpecs,
+    MultiprocessContext,
+)
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
     RendezvousInfo,
@@ -61,12 +73,78 @@ def run_agent(
         max_restarts=job.restarts,
         monitor_interval=_POLL_SECONDS,
     )
-    if spawn:
-        return _SpawningAgent(spec, logs_specs=NoLogsSpecs(folder), start_method="spawn").run()
-    return LocalElasticAgent(spec, logs_specs=NoLogsSpecs(folder), start_method="fork").run()
+    kind = _SpawningAgent if spawn else _Agent
+    agent = kind(spec, logs_specs=NoLogsSpecs(folder), start_method="spawn" if spawn else "fork")
+    with contextlib.closing(agent):
+        return agent.run()
 
 
-class _SpawningAgent(LocalElasticAgent):
+class _Agent(LocalElasticAgent):
+    """An agent that notices the end of a rank's process, whatever the rank has left running.
+
+    multiprocessing waits for the end of a pipe that the rank holds open. A process that the rank
+    has started inherits the pipe, and would hide the rank's end for as long as it runs.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._descriptors: list[int] = []
+        """Descriptors of the ranks' processes (pidfd), which are ready once the process ends."""
+
+    def close(self) -> None:
+        """Close the descriptors of processes that have ended."""
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+        self._descriptors = []
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        pids = super()._start_workers(worker_group)
+        with contextlib.suppress(OSError):  # Linux before 5.3
+            self._watch_processes()
+        return pids
+
+    def _watch_processes(self) -> None:
+        """Wait for the ranks' processes from now on, instead of for their pipes.
+
+        Raises:
+            OSError: The kernel has no descriptors of processes.
+        """
+        self.close()
+        assert isinstance(self._pcontext, MultiprocessContext)
+        context = self._pcontext._pc  # noqa: SLF001
+        assert context is not None
+        self._descriptors = [os.pidfd_open(process.pid) for process in context.processes]
+        for descriptor, process in zip(self._descriptors, context.processes, strict=True):
+            process._sentinel = process._popen.sentinel = descriptor  # noqa: SLF001
+        context.sentinels = {
+            descriptor: index for index, descriptor in enumerate(self._descriptors)
+        }
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result = super()._monitor_workers(worker_group)
+        if result.state is not WorkerState.HEALTHY:
+            return result
+        failures = {
+            worker_group.workers[local_rank].global_rank: failure
+            for local_rank, failure in self._early_exits()
+        }
+        return RunResult(state=WorkerState.FAILED, failures=failures) if failures else result
+
+    def _early_exits(self) -> Iterator[tuple[int, ProcessFailure]]:
+        """Yield the local ranks that have ended with exit code 0 and without a result.
+
+        A rank that has a result waits for the agent to take those of all ranks.
+        """
+        assert isinstance(self._pcontext, MultiprocessContext)
+        context = self._pcontext._pc  # noqa: SLF001
+        assert context is not None
+        for local_rank, process in enumerate(context.processes):
+            if process.exitcode == 0:
+                error_file = self._pcontext.error_files[local_rank]
+                yield local_rank, ProcessFailure(local_rank, process.pid, 0, error_file)
+
+
+class _SpawningAgent(_Agent):
     """An agent whose ranks are new interpreters that block signals until they install handlers."""
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:

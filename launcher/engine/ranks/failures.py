@@ -6,20 +6,21 @@ quiet and wait for the agent to end them.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
 import signal
 import time
-import traceback
 from dataclasses import replace
-from typing import TextIO
 
 import torch
 
 from launcher.console.failure import failure_text
+from launcher.engine.ranks.output import Output
 from launcher.environment.world import World
 from launcher.errors import EXIT_FAILED, LauncherError, LostRankError, TrainingError
+from launcher.printable import class_name, error_line, text_of, traceback_of
 from launcher.runs.failure_record import Failure, record_failure
 from launcher.runs.heartbeat import is_running, read_heartbeats
 from launcher.runs.redaction import redacted
@@ -50,11 +51,14 @@ def fail(
     world: World,
     run_dir: RunDir,
     *,
-    log: TextIO,
-    show: TextIO | None,
+    output: Output,
+    shows: bool,
     stop: StopRequest | None = None,
 ) -> int:
     """Record `error` as the failure of the run if it is the first; return the exit code.
+
+    This function raises nothing, whatever the error, its text and the disk are like: an error that
+    no file can hold is shown on the terminal.
 
     A lost connection to another rank is a consequence, not the cause. This rank then waits for the
     agent to end it, so that the agent notices the rank that caused the loss first. A rank that
@@ -65,23 +69,43 @@ def fail(
         error: The exception that the rank raised.
         world: The rank and its world.
         run_dir: The run folder, in which the ranks agree which failure was first.
-        log: The rank's log, which gets the error in any case.
-        show: Stream on which to show the error; None leaves that to the launcher.
+        output: The rank's log, which gets the error in any case, and its terminal.
+        shows: Whether this rank shows the error; otherwise the launcher does.
         stop: The stop request of this rank; None creates one.
     """
+    try:
+        return _report(error, world, run_dir, output, stop or StopRequest(), shows=shows)
+    except BaseException as second:  # noqa: BLE001  # the exit of the rank must not depend on it
+        with contextlib.suppress(BaseException):
+            text = f"launcher: rank {world.rank} failed: {error_line(error)}\n"
+            text += f"launcher: while it reported this error: {traceback_of(second)}"
+            output.errors.write(text)
+            output.errors.flush()
+        return EXIT_FAILED
+
+
+def _report(
+    error: BaseException,
+    world: World,
+    run_dir: RunDir,
+    output: Output,
+    stop: StopRequest,
+    *,
+    shows: bool,
+) -> int:
     _ignore_dead_workers()
     failure = replace(describe(error, world), log_line=1 + count_lines(run_dir.log(world.rank)))
-    print(failure.traceback or failure.message, file=log, flush=True)
-    stop = stop or StopRequest()
+    print(failure.traceback or failure.message, file=output.log, flush=True)
     if failure.lost_peer:
         stop.wait_to_be_ended(_SECONDS_FOR_THE_PEER)
         failure = _early_exit(run_dir, world) or failure
     if failure.lost_peer:
         stop.wait_to_be_ended(_SECONDS_TO_BE_ENDED)
-    if not record_failure(run_dir, failure):
+    record = record_failure(run_dir, failure)
+    if record == "later":
         stop.wait_to_be_ended(_SECONDS_TO_BE_ENDED)
-    elif show is not None:
-        print(failure_text(failure, run_dir), file=show, flush=True)
+    elif shows or record == "unwritten":
+        print(failure_text(failure, run_dir), file=output.errors, flush=True)
     return failure.exit_code
 
 
@@ -116,44 +140,45 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error means that memory ran out, on a GPU or on the host."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(
-        sign in str(error) for sign in _OUT_OF_MEMORY_SIGNS
-    )
+    if not isinstance(error, RuntimeError):
+        return False
+    text = text_of(error)
+    return any(sign in text for sign in _OUT_OF_MEMORY_SIGNS)
 
 
 def describe(error: BaseException, world: World) -> Failure:
     """Return the failure of this process, a rank that raised `error`.
 
     Errors that a user can act upon carry advice in their message. A `LauncherError` explains itself
-    and has no traceback. Keys and passwords are removed.
+    and has no traceback. Keys and passwords are removed, and the texts are shortened and printable.
     """
-    if _LOST_WORKER.search(str(error)):
-        error = TrainingError(
-            f"{error}\n\nA DataLoader worker died. The kernel kills workers when memory runs out "
-            "(see `dmesg`), and SIGBUS means that /dev/shm is full: use fewer num_workers or a "
-            "smaller prefetch_factor. num_workers=0 reads the data in the rank itself, which shows "
-            "the error of the data set."
-        )
     out_of_memory = is_out_of_memory(error)
+    if _LOST_WORKER.search(text_of(error)):
+        error = TrainingError(
+            f"{text_of(error)}\n\nA DataLoader worker died. The kernel kills workers when memory "
+            "runs out (see `dmesg`), and SIGBUS means that /dev/shm is full: use fewer num_workers "
+            "or a smaller prefetch_factor. num_workers=0 reads the data in the rank itself, which "
+            "shows the error of the data set."
+        )
     if isinstance(error, torch.OutOfMemoryError):
         error = TrainingError(
-            f"{error}\n\nThe GPU's memory ran out. A smaller micro_batch_size uses less of it and "
-            "changes no step, because accumulation keeps the batch size. "
+            f"{text_of(error)}\n\nThe GPU's memory ran out. A smaller micro_batch_size uses less "
+            "of it and changes no step, because accumulation keeps the batch size. "
             "activation_checkpointing=true, precision=bf16, strategy=fsdp and offload=cpu also use "
             "less."
         )
     is_explained = isinstance(error, LauncherError)
-    text = "" if is_explained else "".join(traceback.format_exception(error))
+    message = text_of(error)
     return Failure(
         rank=world.rank,
         node=platform.node(),
         pid=os.getpid(),
         time=time.time(),
-        error=type(error).__name__,
-        message=redacted(str(error)),
-        traceback=redacted(text),
+        error=class_name(error),
+        message=redacted(message),
+        traceback="" if is_explained else redacted(traceback_of(error)),
         exit_code=error.exit_code if isinstance(error, LauncherError) else EXIT_FAILED,
         out_of_memory=out_of_memory,
         lost_peer=isinstance(error, LostRankError)
-        or (not is_explained and any(sign in str(error) for sign in _LOST_PEER_SIGNS)),
+        or (not is_explained and any(sign in message for sign in _LOST_PEER_SIGNS)),
     )

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import TextIO, cast
 
 from launcher.console.progress import JSONProgress, Progress, TerminalProgress
+from launcher.printable import printable
 from launcher.runs.job import OutputMode
 
 
 class Log(io.TextIOWrapper):
     """A log file whose write errors, as on a full disk, do not stop the run.
 
-    Text that cannot be written is lost; the first loss is reported.
+    Text that cannot be written is lost; the first loss is reported. A log that cannot be opened
+    loses everything. Characters that UTF-8 cannot encode are written as escapes.
 
     Args:
         path: The file, which is appended to.
@@ -26,8 +28,20 @@ class Log(io.TextIOWrapper):
     """
 
     def __init__(self, path: Path, report: Callable[[str], object]) -> None:
-        super().__init__(path.open("ab"), encoding="utf-8", line_buffering=True)
         self._path, self._report, self._has_reported = path, report, False
+        self._descriptors: tuple[int, ...] = ()
+        try:
+            file = path.open("ab")
+        except OSError as error:
+            self._report_loss(error)
+            file = Path(os.devnull).open("ab")  # noqa: SIM115
+        super().__init__(file, encoding="utf-8", errors="backslashreplace", line_buffering=True)
+
+    def redirect(self, *descriptors: int) -> None:
+        """Send what is written to these descriptors to the log, until text is lost."""
+        for descriptor in descriptors:
+            os.dup2(self.fileno(), descriptor)
+        self._descriptors = descriptors
 
     def write(self, text: str) -> int:
         try:
@@ -50,6 +64,10 @@ class Log(io.TextIOWrapper):
         if self._has_reported:
             return
         self._has_reported = True
+        if self._descriptors:  # what writes to them would fail
+            with Path(os.devnull).open("ab") as nowhere:
+                for descriptor in self._descriptors:
+                    os.dup2(nowhere.fileno(), descriptor)
         self._report(
             f"launcher: cannot write the log {self._path}: {error.strerror}. The run continues "
             "without it.\n"
@@ -79,7 +97,7 @@ class Terminal(io.TextIOBase):
     def write(self, text: str) -> int:
         if self._log is not None:
             self._log.write(text)
-        self._attempt(lambda shown: shown.write(text))
+        self._attempt(lambda shown: _write_encodable(shown, text))
         return len(text)
 
     def flush(self) -> None:
@@ -154,19 +172,35 @@ def open_output(
             only in the mode `progress`.
         output_mode: What the terminal shows.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)  # this node may not share rank 0's run folder
+    with contextlib.suppress(OSError):  # this node may not share rank 0's run folder
+        path.parent.mkdir(parents=True, exist_ok=True)
     stdout, stderr = sys.stdout, sys.stderr
-    log = Log(path, lambda text: errors.write(text) and errors.flush())
     if own_terminal:
-        stdout = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
-        stderr = os.fdopen(os.dup(2), "w", encoding="utf-8", buffering=1)
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
+        stdout, stderr = _duplicate(1), _duplicate(2)
+    terminal, errors = cast("TextIO", Terminal(stdout)), cast("TextIO", Terminal(stderr))
+    log = Log(path, lambda text: errors.write(printable(text)) and errors.flush())
+    if own_terminal:
+        log.redirect(1, 2)
     if on_terminal and output_mode == "progress":
         sys.stdout, sys.stderr = Terminal(stdout, log), Terminal(stderr, log)
     elif own_terminal:
         sys.stdout = sys.stderr = log
-    terminal, errors = cast("TextIO", Terminal(stdout)), cast("TextIO", Terminal(stderr))
     if output_mode == "quiet":
         terminal = io.StringIO()
     return Output(terminal=terminal, errors=errors, log=log, output_mode=output_mode)
+
+
+def _duplicate(descriptor: int) -> TextIO:
+    """Return a stream to what a descriptor refers to now; it escapes what it cannot encode."""
+    return os.fdopen(
+        os.dup(descriptor), "w", encoding="utf-8", errors="backslashreplace", buffering=1
+    )
+
+
+def _write_encodable(stream: TextIO, text: str) -> None:
+    """Write text, with escapes for the characters that the encoding of the stream lacks."""
+    try:
+        stream.write(text)
+    except UnicodeEncodeError:
+        encoding = stream.encoding or "ascii"
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))

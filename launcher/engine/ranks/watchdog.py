@@ -21,6 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+from launcher.console.failure import failure_text
 from launcher.engine.ranks.processes import children
 from launcher.errors import EXIT_FAILED
 from launcher.runs.failure_record import Failure, record_failure
@@ -33,7 +34,8 @@ _HEARTBEATS_PER_SECOND = 64
 """Most heartbeat files that all ranks together write in a second."""
 
 _SECONDS_TO_END = 5.0
-"""How long a rank that got SIGTERM may stand still; after that it waits for a rank that is gone."""
+"""How long a rank may stand still after it got SIGTERM or another rank has recorded a failure;
+after that it waits for a rank that is gone."""
 
 _SECONDS_TO_REPORT = 3.0
 """Time for all ranks of a hanging run to write where they are, before one of them is named."""
@@ -52,6 +54,7 @@ class Watchdog:
         hang_timeout: Seconds without progress after which the run ends; None never ends it.
         stop: The stop request of this rank.
         log: Stream for stacks, a file with a descriptor.
+        errors: Stream that shows a failure which no file can hold.
     """
 
     def __init__(
@@ -63,17 +66,23 @@ class Watchdog:
         hang_timeout: float | None,
         stop: StopRequest,
         log: TextIO,
+        errors: TextIO,
     ) -> None:
         self._run_dir, self._rank, self._world_size = run_dir, rank, world_size
-        self._hang_timeout, self._stop, self._log = hang_timeout, stop, log
+        self._hang_timeout, self._stop = hang_timeout, stop
+        self._log, self._errors = log, errors
         self._main_thread = threading.main_thread().ident
         self._heartbeat_seconds = max(1.0, world_size / _HEARTBEATS_PER_SECOND)
         self._closed = threading.Event()
         self._progress = 0, PHASES[0], time.monotonic()
+        self._started_at = time.time()
+        """When this rank left the phase `starting`, in seconds since 1970."""
+
         self.usage: Callable[[], dict[str, Any]] = dict
         """Returns memory and utilisation as fields of `Heartbeat`; set when the device is known."""
 
-        run_dir.health(rank).parent.mkdir(exist_ok=True)
+        with contextlib.suppress(OSError):  # a full disk must not stop the run
+            run_dir.health(rank).parent.mkdir(exist_ok=True)
         self._write_heartbeat()
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
         self._thread.start()
@@ -88,6 +97,7 @@ class Watchdog:
         has_started = self._progress[1] == PHASES[0] != phase
         self._progress = step, phase, time.monotonic()
         if has_started:  # the launcher now lets the ranks save before it ends them
+            self._started_at = time.time()
             self._write_heartbeat()
 
     def close(self) -> None:
@@ -101,15 +111,28 @@ class Watchdog:
         while not self._closed.wait(_POLL_SECONDS):
             now = time.monotonic()
             still_seconds = now - self._progress[2]
-            if self._stop.number == signal.SIGTERM and still_seconds > _SECONDS_TO_END:
-                os._exit(EXIT_BY_SIGNAL + signal.SIGTERM)
             is_starting = self._progress[1] == PHASES[0]  # a download may take any time
+            if still_seconds > _SECONDS_TO_END and (
+                self._stop.number == signal.SIGTERM or (not is_starting and self._has_failed())
+            ):
+                os._exit(EXIT_BY_SIGNAL + signal.SIGTERM)
             timeout = self._hang_timeout
             if timeout is not None and still_seconds > timeout and not is_starting:
                 self._end_run(timeout)
             if now - written_at >= self._heartbeat_seconds:
                 written_at = now
                 self._write_heartbeat()
+
+    def _has_failed(self) -> bool:
+        """Return whether a rank has recorded a failure since this one started.
+
+        A rank inside a collective call does not handle SIGTERM. It notices that a peer has ended
+        when their connection closes, which a process that the peer started may hold open.
+        """
+        try:
+            return self._run_dir.failure.stat().st_mtime > self._started_at
+        except OSError:
+            return False
 
     def _write_heartbeat(self, **more: Any) -> None:
         step, phase, since = self._progress
@@ -150,7 +173,10 @@ class Watchdog:
         time.sleep(_SECONDS_TO_REPORT)
         heartbeats = [read_heartbeat(self._run_dir, rank) for rank in range(self._world_size)]
         failure = _hang_failure(heartbeats, timeout)
-        if record_failure(self._run_dir, failure) and failure.node == platform.node():
+        record = record_failure(self._run_dir, failure)
+        if record == "unwritten":
+            print(failure_text(failure, self._run_dir), file=self._errors, flush=True)
+        if record != "later" and failure.node == platform.node():
             os.kill(failure.pid, signal.SIGKILL)  # a stopped process handles no other signal
         os._exit(EXIT_FAILED)
 

@@ -1,0 +1,77 @@
+"""Text from outside, made safe to show on a terminal."""
+
+from __future__ import annotations
+
+import pytest
+
+from launcher.printable import (
+    MAX_CHARACTERS,
+    error_line,
+    printable,
+    printable_line,
+    shortened,
+    text_of,
+    traceback_of,
+)
+
+
+class MuteError(Exception):
+    """An exception without words."""
+
+    def __str__(self) -> str:
+        raise SystemExit("no words")
+
+    __repr__ = __str__
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("plain\n\ttext", "plain\n\ttext"),
+        ("café 日本", "café 日本"),
+        ("\x1b[2J\x1b]0;owned\x07", "\\x1b[2J\\x1b]0;owned\\x07"),
+        ("caf\udce9.jpg", "caf\\udce9.jpg"),
+        ("a\rb\x00\x7f\x9b", "a\\rb\\x00\\x7f\\x9b"),
+        ("\u202egpj\u2028", "\\u202egpj\\u2028"),
+    ],
+)
+def test_control_characters_are_escaped(text: str, expected: str) -> None:
+    """Control characters and surrogates become escapes; other text, in any script, stays."""
+    assert printable(text) == expected
+    assert printable(expected) == expected
+    printable(text).encode()
+
+
+def test_a_line_has_no_line_breaks() -> None:
+    """Newlines and tabs become spaces."""
+    assert printable_line("a\n b\tc\x1b") == "a b c\\x1b"
+
+
+def test_a_long_text_loses_its_middle() -> None:
+    """The beginning and the end stay, and the number of characters in between is named."""
+    text = shortened("a" * 100 + "b" * 100, limit=20)
+    assert text == f"{'a' * 10}\n... 180 characters left out ...\n{'b' * 10}"
+    assert shortened("short", limit=20) == "short"
+
+
+def test_an_exception_without_words_has_a_text() -> None:
+    """An exception whose `__str__` raises is named by its class."""
+    assert "SystemExit" in text_of(MuteError())
+    assert error_line(MuteError()).startswith("MuteError: ")
+    assert "MuteError" in traceback_of(MuteError())
+
+
+def test_a_traceback_keeps_its_calls() -> None:
+    """A message of 10 MB is shortened, and the calls above it stay."""
+
+    def fail() -> None:
+        raise ValueError("x\x1b" * 5_000_000)
+
+    with pytest.raises(ValueError) as raised:  # noqa: PT011
+        fail()
+    text = traceback_of(raised.value)
+    assert "in fail" in text
+    assert "ValueError: x" in text
+    assert "\x1b" not in text
+    assert len(text) < 4 * MAX_CHARACTERS
+    assert len(text_of(raised.value)) < 4 * MAX_CHARACTERS
