@@ -8,11 +8,8 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import RunDirError
-from launcher.runs.rundir import (
-    create_run_dir,
-    write_atomic,
-    write_json,
-)
+from launcher.runs.output_file import check_output, write_output
+from launcher.runs.rundir import create_run_dir, write_atomic, write_json
 
 
 def test_default_folders_do_not_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,17 +37,44 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["value.json"]
 
 
-def test_links_and_pipes_are_not_replaced(tmp_path: Path) -> None:
-    """A write through a link changes its target, and a write to a pipe goes through the pipe."""
+def test_links_and_pipes_in_a_run_folder_are_replaced(tmp_path: Path) -> None:
+    """A write replaces a link or a FIFO of the same name; the target of the link is unchanged."""
+    (tmp_path / "file").write_text("kept")
+    link, pipe = tmp_path / "link", tmp_path / "pipe"
+    link.symlink_to("file")
+    os.mkfifo(pipe)
+    for path in (link, pipe):
+        write_atomic(path, "text")
+        assert path.is_file()
+        assert not path.is_symlink()
+        assert path.read_text() == "text"
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_an_output_file_is_written_through_links_and_pipes(tmp_path: Path) -> None:
+    """A link that a user names keeps its place and its target changes; a pipe gets the text."""
     (tmp_path / "file").touch()
     link, pipe = tmp_path / "link", tmp_path / "pipe"
     link.symlink_to("file")
-    write_atomic(link, "text")
+    write_output(link, "text")
     assert link.is_symlink()
     assert (tmp_path / "file").read_text() == "text"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    write_atomic(pipe, "text")
+    write_output(pipe, "text")
     assert os.read(reader, 9) == b"text"
     os.close(reader)
     assert pipe.is_fifo()
+
+
+def test_a_file_of_somebody_else_is_replaced_only_by_force(tmp_path: Path) -> None:
+    """A file that launcher did not write is refused without `force`; an empty one is not."""
+    path = tmp_path / "page.html"
+    check_output(path, lambda _: False, force=False)
+    path.touch()
+    check_output(path, lambda _: False, force=False)
+    path.write_text("mine")
+    check_output(path, lambda head: head == b"mine", force=False)
+    check_output(path, lambda _: False, force=True)
+    with pytest.raises(RunDirError, match="--force"):
+        check_output(path, lambda _: False, force=False)
