@@ -94,7 +94,7 @@ class Backend(ABC):
         blocks: list[nn.Module],
         make_optimizer: Callable[[nn.Module], Optimizer],
     ) -> tuple[nn.Module, Optimizer]:
-        """Place `model`; return the module to call and the optimizer of its weights.
+        """Place `model`; return the module that `forward` takes and the optimizer of its weights.
 
         Args:
             model: The recipe's model, on the CPU.
@@ -108,6 +108,17 @@ class Backend(ABC):
             # Two steps, because a single call would apply the format to the CPU tensors first.
             return model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return model.to(self.device)
+
+    def forward(self, function: Callable[[Any, Any], Any], model: nn.Module, batch: Any) -> Any:
+        """Return the outputs of the recipe's `forward` for a batch.
+
+        Args:
+            function: The recipe's `forward`, which receives the recipe's own module, so that its
+                attributes, methods and submodules work under every strategy as on one rank.
+            model: The module that `prepare` returned.
+            batch: The batch, on this rank's device.
+        """
+        return function(model, batch)
 
     @abstractmethod
     def micro_step(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
