@@ -45,6 +45,8 @@ from launcher.engine.backends.unused_parameters import UsedParameters
 from launcher.engine.ranks.external_store import TIMEOUT, open_store
 from launcher.engine.ranks.turns import Turns
 from launcher.engine.state.compiled import plain_name
+from launcher.engine.state.optimizer_kinds import check_whole_weights
+from launcher.engine.state.parameter_kinds import sparse_parameters
 from launcher.environment.world import World
 from launcher.errors import WorldError
 from launcher.planning.plan import Plan
@@ -181,7 +183,8 @@ class DDPBackend(GroupBackend):
                 "model. Check the versions of accelerate and torch."
             )
         self._wrapped, self._module = wrapped, model
-        self._used = UsedParameters(model)
+        self._sparse = frozenset(sparse_parameters(model).values())
+        self._used = UsedParameters(model, self._sparse)
         if self.device.type == "cpu":
             # Timing every pass is cheap on a CPU. On a GPU it synchronises with the device.
             wrapped._set_ddp_runtime_logging_sample_rate(1)  # noqa: SLF001
@@ -299,7 +302,9 @@ class FSDPBackend(GroupBackend):
             wrapped, units, strategy="fsdp", device=self.device, first=True
         )
         self._module = model
-        return wrapped, make_optimizer(model)  # sharded in place
+        optimizer = make_optimizer(model)  # of the weights that were sharded in place
+        check_whole_weights(optimizer, "fsdp")
+        return wrapped, optimizer
 
     def forward(self, function: Callable[[Any, Any], Any], model: nn.Module, batch: Any) -> Any:
         return call_with_output_hooks(model, self._module, function, batch)

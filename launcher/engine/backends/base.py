@@ -24,6 +24,7 @@ from launcher.engine.state.module_state import (
     read_buffers,
     read_extra_state,
 )
+from launcher.engine.state.parameter_kinds import gradient_values, sparse_zeros
 from launcher.engine.state.training_state import (
     Snapshot,
     StateSource,
@@ -61,6 +62,9 @@ class Backend(ABC):
         """The check that all ranks gather weights in the same order; None if weights are not
         gathered, or if the model is compiled."""
         self._trained: list[nn.Parameter] | None = None
+        self._sparse: frozenset[nn.Parameter] = frozenset()
+        """The parameters with sparse gradients."""
+
         self._dtype = (
             getattr(torch, AUTOCAST[plan.precision]) if plan.precision in AUTOCAST else None
         )
@@ -240,7 +244,7 @@ class Backend(ABC):
         skipped if the norm is not finite.
         """
         parameters = self._with_gradients(optimizer)
-        grads: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
+        grads = self._gradients_of(parameters)
         norm = self.norm(grads)
         if self.scaler is not None:
             torch._foreach_mul_(grads, 1 / self.scaler.factor)
@@ -267,8 +271,17 @@ class Backend(ABC):
             self._trained = [parameter for parameter in parameters if parameter.requires_grad]
         for parameter in self._trained:
             if parameter.grad is None and parameter.requires_grad:
-                parameter.grad = torch.zeros_like(parameter)
+                is_sparse = parameter in self._sparse
+                zeros = sparse_zeros if is_sparse else torch.zeros_like
+                parameter.grad = zeros(parameter)
         return [parameter for parameter in parameters if parameter.grad is not None]
+
+    def _gradients_of(self, parameters: list[nn.Parameter]) -> list[Tensor]:
+        """Return the gradients, whose values can be changed in place; of sparse ones the values."""
+        grads: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
+        if any(grad.is_sparse for grad in grads):
+            return [gradient_values(parameter) for parameter in parameters]
+        return grads
 
     def norm(self, grads: list[Tensor]) -> Tensor:
         """Return the 2-norm of the global gradient, as a scalar tensor on the device."""

@@ -33,6 +33,7 @@ from launcher.engine.backends.recipe_forward import RecipeForward, call_with_out
 from launcher.engine.backends.reduction_order import OrderedReduction
 from launcher.engine.state.compiled import plain_name
 from launcher.engine.state.module_state import buffers_to_save, gather_extra_state
+from launcher.engine.state.optimizer_kinds import check_whole_weights
 from launcher.engine.state.training_state import (
     STEP,
     Snapshot,
@@ -50,9 +51,6 @@ from launcher.errors import RecipeError, WorldError
 from launcher.planning.configs import deepspeed_config
 from launcher.planning.plan import Plan
 from launcher.recipe.recipe import Recipe
-
-_SHAPE_DEPENDENT_OPTIMIZERS = ("Adafactor", "Muon", "SparseAdam")
-"""torch optimizers that depend on the shape of a weight, which ZeRO's flat tensors lose."""
 
 
 class DeepSpeedBackend(GroupBackend):
@@ -91,12 +89,7 @@ class DeepSpeedBackend(GroupBackend):
                 "model."
             )
         optimizer = make_optimizer(model.to(self.device))
-        if type(optimizer).__name__ in _SHAPE_DEPENDENT_OPTIMIZERS:
-            raise RecipeError(
-                f"strategy={self.plan.strategy} gives the optimizer pieces of flattened weights, "
-                f"but {type(optimizer).__name__} needs weights in their original shape. Use "
-                "strategy=fsdp or ddp, or an elementwise optimizer such as adamw() or sgd()."
-            )
+        check_whole_weights(optimizer, self.plan.strategy)
         # This flag belongs to the process, and an earlier engine may have trained in fp16.
         torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
         engine, _ = self._accelerator.prepare(RecipeForward(model), optimizer)
