@@ -45,7 +45,7 @@ from launcher.engine.backends.unused_parameters import UsedParameters
 from launcher.engine.ranks.external_store import TIMEOUT, open_store
 from launcher.engine.ranks.turns import Turns
 from launcher.engine.state.compiled import plain_name
-from launcher.engine.state.optimizer_kinds import check_whole_weights
+from launcher.engine.state.optimizer_kinds import check_strategy_of
 from launcher.engine.state.parameter_kinds import sparse_parameters
 from launcher.environment.world import World
 from launcher.errors import WorldError
@@ -303,7 +303,7 @@ class FSDPBackend(GroupBackend):
         )
         self._module = model
         optimizer = make_optimizer(model)  # of the weights that were sharded in place
-        check_whole_weights(optimizer, "fsdp")
+        check_strategy_of(optimizer, "fsdp")
         return wrapped, optimizer
 
     def forward(self, function: Callable[[Any, Any], Any], model: nn.Module, batch: Any) -> Any:

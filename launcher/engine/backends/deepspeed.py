@@ -33,7 +33,7 @@ from launcher.engine.backends.recipe_forward import RecipeForward, call_with_out
 from launcher.engine.backends.reduction_order import OrderedReduction
 from launcher.engine.state.compiled import plain_name
 from launcher.engine.state.module_state import buffers_to_save, gather_extra_state
-from launcher.engine.state.optimizer_kinds import check_whole_weights
+from launcher.engine.state.optimizer_kinds import check_strategy_of
 from launcher.engine.state.training_state import (
     STEP,
     Snapshot,
@@ -89,7 +89,7 @@ class DeepSpeedBackend(GroupBackend):
                 "model."
             )
         optimizer = make_optimizer(model.to(self.device))
-        check_whole_weights(optimizer, self.plan.strategy)
+        check_strategy_of(optimizer, self.plan.strategy)
         # This flag belongs to the process, and an earlier engine may have trained in fp16.
         torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
         engine, _ = self._accelerator.prepare(RecipeForward(model), optimizer)

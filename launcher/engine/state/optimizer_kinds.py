@@ -11,8 +11,17 @@ from torch.optim import SGD, Adagrad, Optimizer, SparseAdam
 
 from launcher.errors import RecipeError
 
-_WHOLE_WEIGHTS = {"Adafactor": "ddp", "Muon": "ddp or fsdp", "SparseAdam": "ddp"}
-"""Optimizers that need weights in their shape, and the strategies under which they train."""
+_STRATEGIES = {
+    "Adafactor": "ddp",
+    "Muon": "ddp or fsdp",
+    "SparseAdam": "ddp",
+    "Rprop": "ddp, zero1, zero2 or zero3",
+}
+"""The strategies under which the optimizers of torch train that do not train under all of them.
+
+Under FSDP, torch's operations on sharded tensors lack what Adafactor and Rprop do in place. Under
+ZeRO, an optimizer updates pieces of flattened weights and loses their shape.
+"""
 
 
 def check_optimizer_kind(optimizer: Any) -> None:
@@ -46,7 +55,7 @@ def check_optimizer_kind(optimizer: Any) -> None:
 
 
 def needs_closure(optimizer: Optimizer) -> bool:
-    """Return whether `step` cannot be called without arguments, or LBFGS's without a closure."""
+    """Return whether `step` must be given a closure that computes the loss, as by LBFGS."""
     try:
         inspect.signature(type(optimizer).step).bind(optimizer)
     except TypeError:
@@ -89,8 +98,8 @@ def check_sparse_support(optimizer: Optimizer, sparse: Mapping[str, nn.Parameter
         )
 
 
-def check_whole_weights(optimizer: Optimizer, strategy: str) -> None:
-    """Refuse optimizers that need weights in their shape, under a strategy that splits weights.
+def check_strategy_of(optimizer: Optimizer, strategy: str) -> None:
+    """Refuse an optimizer that does not train under a strategy that shards.
 
     Args:
         optimizer: The optimizer.
@@ -100,11 +109,11 @@ def check_whole_weights(optimizer: Optimizer, strategy: str) -> None:
         RecipeError: The optimizer would fail, or compute something else.
     """
     kind = type(optimizer).__name__
-    strategies = _WHOLE_WEIGHTS.get(kind)
-    if strategies is None or strategy in strategies.split():
+    strategies = _STRATEGIES.get(kind)
+    if strategies is None or strategy in strategies.replace(",", "").split():
         return
     raise RecipeError(
-        f"The recipe's optimizer is {kind}, which computes with the shape of each weight, but "
-        f"strategy={strategy} gives it pieces of weights. Use strategy={strategies}, or an "
-        "elementwise optimizer such as adamw() or sgd()."
+        f"The recipe's optimizer is {kind}, which cannot update weights that "
+        f"strategy={strategy} has split over ranks. Use strategy={strategies}, or an optimizer "
+        "that trains under every strategy, such as adamw() or sgd()."
     )
