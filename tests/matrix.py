@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent / "recipes"))
 
 import torch
 from branches import branches
+from methods import methods
 from splits import batch_norm
 from torch.multiprocessing.spawn import start_processes
 from worlds import tokens, worlds
@@ -35,7 +36,13 @@ from launcher.runs.job import ResumeFrom
 from launcher.runs.rundir import RunDir, create_run_dir
 from launcher.signals import StopRequest
 
-RECIPES = {"worlds": worlds, "tokens": tokens, "batch_norm": batch_norm, "branches": branches}
+RECIPES = {
+    "worlds": worlds,
+    "tokens": tokens,
+    "batch_norm": batch_norm,
+    "branches": branches,
+    "methods": methods,
+}
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {
         "optimizer": sgd(momentum=0.9, weight_decay=1e-4, decay_1d=False),
@@ -121,6 +128,8 @@ def features(ranks: int) -> Iterator[Case]:
         yield Case("worlds", strategy, options=(("channels_last", True),))
         yield Case("batch_norm", strategy, options=(SYNCED,))
         yield Case("batch_norm", strategy, options=(SYNCED, RECOMPUTED))
+        if ranks == 2:
+            yield Case("methods", strategy, 1, "adamw")
         if strategy in ("ddp", "fsdp"):
             yield Case("worlds", strategy, 3, options=DOUBLE)
             yield Case("batch_norm", strategy, options=(*DOUBLE, SYNCED))
@@ -129,6 +138,7 @@ def features(ranks: int) -> Iterator[Case]:
     if ranks == 1:
         yield Case("worlds")
         yield Case("worlds", optimizer="adamw")
+        yield Case("methods", optimizer="adamw")
         yield Case("batch_norm")
         yield Case("worlds", options=DOUBLE)
         yield Case("batch_norm", options=DOUBLE)

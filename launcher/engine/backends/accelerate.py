@@ -35,10 +35,18 @@ from torch.optim import Optimizer
 from launcher.engine.backends.base import Backend, state_dict_names
 from launcher.engine.backends.call_order import watch_call_order
 from launcher.engine.backends.placement import planned_device
+from launcher.engine.backends.recipe_forward import (
+    NamedRecipeForward,
+    RecipeForward,
+    call_inside,
+    call_with_output_hooks,
+)
 from launcher.engine.backends.unused_parameters import UsedParameters
 from launcher.engine.ranks.external_store import TIMEOUT, open_store
 from launcher.engine.ranks.turns import Turns
 from launcher.engine.state.compiled import plain_name
+from launcher.engine.state.optimizer_kinds import check_strategy_of
+from launcher.engine.state.parameter_kinds import sparse_parameters
 from launcher.environment.world import World
 from launcher.errors import WorldError
 from launcher.planning.plan import Plan
@@ -163,26 +171,30 @@ class DDPBackend(GroupBackend):
         blocks: list[nn.Module],
         make_optimizer: Callable[[nn.Module], Optimizer],
     ) -> tuple[nn.Module, Optimizer]:
+        model = self.place(model)
         with warnings.catch_warnings():
             # torch 2.13 renames broadcast_buffers; Accelerate still passes the old name.
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
-            wrapped = self._accelerator.prepare(self.place(model))
+            wrapped = self._accelerator.prepare(RecipeForward(model))
         if not isinstance(wrapped, DistributedDataParallel):
             raise WorldError(
                 f"Accelerate returned a {type(wrapped).__name__} instead of a "
                 "DistributedDataParallel module, so each rank would train a separate copy of the "
                 "model. Check the versions of accelerate and torch."
             )
-        self._wrapped = wrapped
-        self._used = UsedParameters(wrapped.module)
+        self._wrapped, self._module = wrapped, model
+        self._sparse = frozenset(sparse_parameters(model).values())
+        self._used = UsedParameters(model, self._sparse)
         if self.device.type == "cpu":
             # Timing every pass is cheap on a CPU. On a GPU it synchronises with the device.
             wrapped._set_ddp_runtime_logging_sample_rate(1)  # noqa: SLF001
-        return wrapped, make_optimizer(wrapped.module)
+        return wrapped, make_optimizer(model)
+
+    def forward(self, function: Callable[[Any, Any], Any], model: nn.Module, batch: Any) -> Any:
+        return call_inside(model, self._module, function, batch)
 
     def unwrap(self, model: nn.Module) -> nn.Module:
-        # Accelerate's own unwrap_model imports DeepSpeed to check for its engine.
-        return self._wrapped.module
+        return self._module
 
     def micro_step(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
         self._averages_gradients = last
@@ -275,7 +287,8 @@ class FSDPBackend(GroupBackend):
         with warnings.catch_warnings():
             # Accelerate itself slices a flattened mesh dimension.
             warnings.filterwarnings("ignore", message="Slicing a flattened dim")
-            sharded = fsdp2_prepare_model(self._accelerator, model.to(self.device))
+            wrapped: nn.Module = NamedRecipeForward(model.to(self.device))
+            sharded = fsdp2_prepare_model(self._accelerator, wrapped)
         if not isinstance(sharded, FSDPModule):
             raise WorldError(
                 f"Accelerate returned a {type(sharded).__name__} instead of an FSDP module, so "
@@ -284,11 +297,17 @@ class FSDPBackend(GroupBackend):
             )
         # Other ranks may use parameters that this rank does not, so it must reduce zeros for them.
         sharded.set_reduce_scatter_unused_params(True)
-        units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        units = [module for module in wrapped.modules() if isinstance(module, FSDPModule)]
         self.call_order = watch_call_order(
-            model, units, strategy="fsdp", device=self.device, first=True
+            wrapped, units, strategy="fsdp", device=self.device, first=True
         )
-        return model, make_optimizer(model)  # sharded in place
+        self._module = model
+        optimizer = make_optimizer(model)  # of the weights that were sharded in place
+        check_strategy_of(optimizer, "fsdp")
+        return wrapped, optimizer
+
+    def forward(self, function: Callable[[Any, Any], Any], model: nn.Module, batch: Any) -> Any:
+        return call_with_output_hooks(model, self._module, function, batch)
 
     def micro_step(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
@@ -305,12 +324,13 @@ class FSDPBackend(GroupBackend):
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-        return model
+        return self._module
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
         weights = {}
-        tensors = self.unwrap(model).state_dict()
-        for name in state_dict_names(model):
+        module = self.unwrap(model)
+        tensors = module.state_dict()
+        for name in state_dict_names(module):
             tensor = tensors[name]
             gathered = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if self.rank == 0:

@@ -24,6 +24,7 @@ from launcher.engine.state.module_state import (
     read_buffers,
     read_extra_state,
 )
+from launcher.engine.state.parameter_kinds import gradient_values, sparse_zeros
 from launcher.engine.state.training_state import (
     Snapshot,
     StateSource,
@@ -61,6 +62,9 @@ class Backend(ABC):
         """The check that all ranks gather weights in the same order; None if weights are not
         gathered, or if the model is compiled."""
         self._trained: list[nn.Parameter] | None = None
+        self._sparse: frozenset[nn.Parameter] = frozenset()
+        """The parameters with sparse gradients."""
+
         self._dtype = (
             getattr(torch, AUTOCAST[plan.precision]) if plan.precision in AUTOCAST else None
         )
@@ -94,7 +98,7 @@ class Backend(ABC):
         blocks: list[nn.Module],
         make_optimizer: Callable[[nn.Module], Optimizer],
     ) -> tuple[nn.Module, Optimizer]:
-        """Place `model`; return the module to call and the optimizer of its weights.
+        """Place `model`; return the module that `forward` takes and the optimizer of its weights.
 
         Args:
             model: The recipe's model, on the CPU.
@@ -108,6 +112,17 @@ class Backend(ABC):
             # Two steps, because a single call would apply the format to the CPU tensors first.
             return model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return model.to(self.device)
+
+    def forward(self, function: Callable[[Any, Any], Any], model: nn.Module, batch: Any) -> Any:
+        """Return the outputs of the recipe's `forward` for a batch.
+
+        Args:
+            function: The recipe's `forward`, which receives the recipe's own module, so that its
+                attributes, methods and submodules work under every strategy as on one rank.
+            model: The module that `prepare` returned.
+            batch: The batch, on this rank's device.
+        """
+        return function(model, batch)
 
     @abstractmethod
     def micro_step(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
@@ -229,7 +244,7 @@ class Backend(ABC):
         skipped if the norm is not finite.
         """
         parameters = self._with_gradients(optimizer)
-        grads: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
+        grads = self._gradients_of(parameters)
         norm = self.norm(grads)
         if self.scaler is not None:
             torch._foreach_mul_(grads, 1 / self.scaler.factor)
@@ -256,8 +271,17 @@ class Backend(ABC):
             self._trained = [parameter for parameter in parameters if parameter.requires_grad]
         for parameter in self._trained:
             if parameter.grad is None and parameter.requires_grad:
-                parameter.grad = torch.zeros_like(parameter)
+                is_sparse = parameter in self._sparse
+                zeros = sparse_zeros if is_sparse else torch.zeros_like
+                parameter.grad = zeros(parameter)
         return [parameter for parameter in parameters if parameter.grad is not None]
+
+    def _gradients_of(self, parameters: list[nn.Parameter]) -> list[Tensor]:
+        """Return the gradients, whose values can be changed in place; of sparse ones the values."""
+        grads: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
+        if any(grad.is_sparse for grad in grads):
+            return [gradient_values(parameter) for parameter in parameters]
+        return grads
 
     def norm(self, grads: list[Tensor]) -> Tensor:
         """Return the 2-norm of the global gradient, as a scalar tensor on the device."""

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from launcher.engine.backends.recipe_forward import PREFIX
 from launcher.engine.state.compiled import is_compiled
 from launcher.errors import RecipeError, TrainingError
 
@@ -81,7 +82,7 @@ class CallOrder:
         first: bool,
     ) -> None:
         names = {module: name for name, module in model.named_modules()}
-        self._names = [names.get(unit, "") or "the model" for unit in units]
+        self._names = [_name(names.get(unit, "")) for unit in units]
         self._strategy, self._device = strategy, device
         self._remaining_comparisons = _WATCHED_PASSES * (len(units) + 1)
         self._calls: deque[int] = deque(maxlen=_MAX_RECORDED_CALLS)
@@ -173,3 +174,9 @@ class CallOrder:
             f"strategy={self._strategy}, all ranks gather the weights of a module together, so the "
             f"last steps are wrong. {_REMEDY}"
         )
+
+
+def _name(name: str) -> str:
+    """Return the name of a module inside the recipe's own module."""
+    is_model = f"{name}." == PREFIX or not name
+    return "the model" if is_model else name.removeprefix(PREFIX)

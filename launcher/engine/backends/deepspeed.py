@@ -29,9 +29,11 @@ from torch.optim import Optimizer
 from launcher.engine.backends.accelerate import GroupBackend, reset_accelerate_state
 from launcher.engine.backends.base import poison_nonfinite, state_dict_names
 from launcher.engine.backends.call_order import watch_call_order
+from launcher.engine.backends.recipe_forward import RecipeForward, call_with_output_hooks
 from launcher.engine.backends.reduction_order import OrderedReduction
 from launcher.engine.state.compiled import plain_name
 from launcher.engine.state.module_state import buffers_to_save, gather_extra_state
+from launcher.engine.state.optimizer_kinds import check_strategy_of
 from launcher.engine.state.training_state import (
     STEP,
     Snapshot,
@@ -49,9 +51,6 @@ from launcher.errors import RecipeError, WorldError
 from launcher.planning.configs import deepspeed_config
 from launcher.planning.plan import Plan
 from launcher.recipe.recipe import Recipe
-
-_SHAPE_DEPENDENT_OPTIMIZERS = ("Adafactor", "Muon", "SparseAdam")
-"""torch optimizers that depend on the shape of a weight, which ZeRO's flat tensors lose."""
 
 
 class DeepSpeedBackend(GroupBackend):
@@ -90,22 +89,17 @@ class DeepSpeedBackend(GroupBackend):
                 "model."
             )
         optimizer = make_optimizer(model.to(self.device))
-        if type(optimizer).__name__ in _SHAPE_DEPENDENT_OPTIMIZERS:
-            raise RecipeError(
-                f"strategy={self.plan.strategy} gives the optimizer pieces of flattened weights, "
-                f"but {type(optimizer).__name__} needs weights in their original shape. Use "
-                "strategy=fsdp or ddp, or an elementwise optimizer such as adamw() or sgd()."
-            )
+        check_strategy_of(optimizer, self.plan.strategy)
         # This flag belongs to the process, and an earlier engine may have trained in fp16.
         torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
-        engine, _ = self._accelerator.prepare(model, optimizer)
+        engine, _ = self._accelerator.prepare(RecipeForward(model), optimizer)
         if not isinstance(engine, DeepSpeedEngine):
             raise WorldError(
                 f"Accelerate returned a {type(engine).__name__} instead of a DeepSpeed engine, so "
                 "each rank would train a separate copy of the model. Check the versions of "
                 "accelerate, deepspeed and torch."
             )
-        self._engine = engine
+        self._engine, self._module = engine, model
         if self._stage < 3:
             OrderedReduction(engine.optimizer, self.broadcast)
         else:
@@ -115,15 +109,18 @@ class DeepSpeedBackend(GroupBackend):
                 if any(True for _ in module.parameters(recurse=False))
             ]
             self.call_order = watch_call_order(
-                model, units, strategy=self.plan.strategy, device=self.device, first=False
+                engine.module, units, strategy=self.plan.strategy, device=self.device, first=False
             )
         if self.scaler is not None:
             # DeepSpeed's scaler decides on each rank separately.
             engine.optimizer.torch_autocast_gradscaler = None
         return engine, engine.optimizer.optimizer
 
+    def forward(self, function: Callable[[Any, Any], Any], model: nn.Module, batch: Any) -> Any:
+        return call_with_output_hooks(model, self._module, function, batch)
+
     def unwrap(self, model: nn.Module) -> nn.Module:
-        return self._engine.module
+        return self._module
 
     @contextlib.contextmanager
     def micro_step(self, *, last: bool) -> Any:
@@ -146,7 +143,7 @@ class DeepSpeedBackend(GroupBackend):
 
     def snapshot(self, model: nn.Module, optimizer: Optimizer) -> Snapshot:
         self._link_state()
-        module = self._engine.module
+        module = self._module
         tensors = copy_to_host(self._gathered_tensors(optimizer), self.rank, self.world_size)
         values = {
             f"optimizer/{name}/{key}": value
@@ -165,7 +162,7 @@ class DeepSpeedBackend(GroupBackend):
         return [flat for _, _, flat in self._flat_groups()]
 
     def restore(self, model: nn.Module, optimizer: Optimizer, source: StateSource) -> None:
-        module = self._engine.module
+        module = self._module
         named_parameters = parameters(module)
         check_names(source, named_parameters)
         for name, parameter in named_parameters.items():
@@ -204,7 +201,7 @@ class DeepSpeedBackend(GroupBackend):
             this rank's partition of it.
         """
         zero = self._engine.optimizer
-        names = {parameter: name for name, parameter in parameters(self._engine.module).items()}
+        names = {parameter: name for name, parameter in parameters(self._module).items()}
         if self._stage == 3:
             groups, flats = zero.fp16_groups, zero.fp32_partitioned_groups_flat
             group_indices = [zero.sub_group_to_group_id[index] for index in range(len(groups))]
@@ -216,7 +213,7 @@ class DeepSpeedBackend(GroupBackend):
 
     def _gathered_tensors(self, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
         """Yield unsharded weights and optimizer state, gathered one at a time (collective)."""
-        named_parameters = parameters(self._engine.module)
+        named_parameters = parameters(self._module)
         for name, parameter in named_parameters.items():
             if not parameter.requires_grad:
                 with GatheredParameters([parameter]):
@@ -278,7 +275,7 @@ class DeepSpeedBackend(GroupBackend):
             safe_set_full_optimizer_state(parameter, full, key)
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
-        module = self._engine.module
+        module = self._module
         parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
         weights = {}
         for name in state_dict_names(module):

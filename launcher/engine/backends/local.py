@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from launcher.engine.backends.base import Backend
 from launcher.engine.backends.placement import planned_device
+from launcher.engine.state.parameter_kinds import sparse_parameters
 from launcher.planning.plan import Plan
 from launcher.recipe.recipe import Recipe
 
@@ -32,6 +33,7 @@ class LocalBackend(Backend):
         make_optimizer: Callable[[nn.Module], Optimizer],
     ) -> tuple[nn.Module, Optimizer]:
         model = self.place(model)
+        self._sparse = frozenset(sparse_parameters(model).values())
         return model, make_optimizer(model)
 
     def communication(self) -> tuple[float, int]:

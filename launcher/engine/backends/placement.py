@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
-from launcher.errors import WorldError
+from launcher.engine.backends.nested_tensors import holds_tensors, map_tensors, tensors_in
+from launcher.errors import RecipeError, WorldError
 from launcher.planning.plan import Plan
 from launcher.recipe.recipe import Recipe
 
 _MIN_CAPABILITY_BF16 = (8, 0)
 _MIN_CAPABILITY_COMPILE = (7, 0)
 """The lowest CUDA compute capabilities that support each feature."""
+
+
+_REMEDY = "Return tensors in a list, tuple, dict or dataclass from the data or its collate function"
 
 
 class Placement:
@@ -41,21 +45,63 @@ class Placement:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def copy(self, batch: Any) -> Any:
-        """Return `batch`, nested lists, tuples and dicts, with its tensors on the device."""
+        """Return `batch` with its tensors on the device, and converted.
+
+        Tensors are found in lists, tuples, mappings and dataclasses. Objects of other classes are
+        moved by their own method `to`.
+
+        Raises:
+            RecipeError: An object holds tensors that cannot be moved or converted.
+        """
         if self._stream is None:
             is_unchanged = not (self._channels_last or self._double)
-            return batch if is_unchanged else tree_map_only(Tensor, self._format, batch)
-        with torch.cuda.stream(self._stream):
-            device_batch = tree_map_only(Tensor, self._move, batch)
+            return batch if is_unchanged else map_tensors(self._format, batch, self._convert_object)
         compute_stream = torch.cuda.current_stream(self._device)
+        move_object = functools.partial(self._move_object, compute_stream)
+        with torch.cuda.stream(self._stream):
+            device_batch = map_tensors(self._move, batch, move_object)
         compute_stream.wait_stream(self._stream)
         # The copy stream allocated this memory. The allocator must not reuse it before the compute
         # stream has finished with it.
-        tree_map_only(Tensor, lambda tensor: tensor.record_stream(compute_stream), device_batch)
+        for tensor in tensors_in(device_batch):
+            tensor.record_stream(compute_stream)
         return device_batch
 
     def _move(self, tensor: Tensor) -> Tensor:
         return self._format(tensor.to(self._device, non_blocking=True))
+
+    def _move_object(self, compute_stream: torch.cuda.Stream, value: Any) -> Any:
+        """Return an object of an unknown class on the device.
+
+        It is copied on the compute stream, because its tensors are not known to this class.
+
+        Raises:
+            RecipeError: It holds tensors and has no method `to`.
+        """
+        if callable(getattr(value, "to", None)):
+            with torch.cuda.stream(compute_stream):
+                value = value.to(self._device)
+        elif holds_tensors(value):
+            raise RecipeError(
+                f"A batch holds a {type(value).__name__}, whose tensors cannot be moved to a GPU. "
+                f"{_REMEDY}, or give {type(value).__name__} a method to(device)."
+            )
+        return self._convert_object(value)
+
+    def _convert_object(self, value: Any) -> Any:
+        """Return an object of an unknown class with float64 tensors, if those are needed.
+
+        Raises:
+            RecipeError: It holds tensors and cannot be converted.
+        """
+        if not self._double or not holds_tensors(value):
+            return value
+        if callable(getattr(value, "double", None)):
+            return value.double()
+        raise RecipeError(
+            f"A batch holds a {type(value).__name__}, whose tensors cannot be converted for "
+            f"precision=fp64. {_REMEDY}, or use another precision."
+        )
 
     def _format(self, tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 class UsedParameters:
@@ -19,9 +20,11 @@ class UsedParameters:
     Args:
         module: The module whose parameters are watched. No parameter may have a gradient when a
             step begins.
+        sparse: The parameters whose gradients are sparse: weights of embeddings.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, sparse: Collection[nn.Parameter] = ()) -> None:
+        self._sparse = sparse
         self._parameters = [
             parameter for parameter in module.parameters() if parameter.requires_grad
         ]
@@ -62,10 +65,18 @@ class UsedParameters:
         frozen = [parameter for parameter in unreached if not parameter.requires_grad]
         for parameter in frozen:
             parameter.requires_grad_(True)
-        zeros: list[Tensor] = [torch.zeros_like(parameter) for parameter in unreached]
-        torch.autograd.backward([parameter.view_as(parameter) for parameter in unreached], zeros)
+        used = [self._use(parameter) for parameter in unreached]
+        zeros: list[Tensor] = [torch.zeros_like(tensor) for tensor in used]
+        torch.autograd.backward(used, zeros)
         for parameter in frozen:
             parameter.requires_grad_(False)
+
+    def _use(self, parameter: nn.Parameter) -> Tensor:
+        """Return a tensor of which `parameter` gets a gradient, sparse if its others are."""
+        if parameter not in self._sparse:
+            return parameter.view_as(parameter)
+        no_rows = torch.empty(0, dtype=torch.int64, device=parameter.device)
+        return functional.embedding(no_rows, parameter, sparse=True)
 
     def clear(self) -> None:
         """Clear the gradients of all parameters, including those outside the optimizer."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from torch.utils.data import (
     default_collate,
 )
 
+from launcher.engine.backends.nested_tensors import describe_nested
 from launcher.engine.data.fingerprint import describe
 from launcher.engine.data.loader_workers import (
     check_sendable,
@@ -32,7 +33,7 @@ from launcher.engine.data.seeds import derive
 from launcher.engine.ranks.temporary_files import check_temporary_folder
 from launcher.errors import LauncherError, RecipeError, SampleError
 from launcher.planning.plan import Plan
-from launcher.printable import class_name, error_line, text_of, traceback_of
+from launcher.printable import class_name, error_line, printable_line, text_of, traceback_of
 from launcher.recipe.recipe import Data, Recipe
 from launcher.runs.job import RecipeSource
 
@@ -122,7 +123,6 @@ class Reader(Dataset[MicroBatch | LauncherError]):
         self.data = data
         self._seed = recipe.seed
         self._count = recipe.count
-        self._collate: Callable[[list[Any]], Any] = data.collate or default_collate
         self._batched = {
             "train": callable(getattr(data.train, "__getitems__", None)),
             "evaluation": callable(getattr(data.evaluation, "__getitems__", None)),
@@ -223,12 +223,7 @@ class Reader(Dataset[MicroBatch | LauncherError]):
             samples = self._read_samples(dataset, request)
             if request.trial:
                 descriptions = _describe(request, samples)
-            batch = _call(
-                f"The collate function of the {request.split} data",
-                request,
-                self._collate,
-                samples,
-            )
+            batch = _collate(self.data.collate, request, samples)
         items = 0
         if request.has_weight:
             items = len(request.indices)
@@ -319,7 +314,7 @@ def prefetch(
             num_workers=workers,
             prefetch_factor=prefetch_factor,
             pin_memory=pin_memory,
-            worker_init_fn=partial(start_worker, os.getpid()) if workers else None,
+            worker_init_fn=functools.partial(start_worker, os.getpid()) if workers else None,
             multiprocessing_context=method if workers else None,
         )
         # A spawned worker would react to signals until `start_worker` makes it ignore them.
@@ -363,6 +358,7 @@ def _call(
     argument: Any,
     *,
     indices: list[int] | None = None,
+    details: Callable[[], str] = str,
 ) -> Any:
     """Call a function of the recipe.
 
@@ -372,6 +368,7 @@ def _call(
         function: The function.
         argument: Its only argument.
         indices: The samples that the call concerns; None for all samples of the request.
+        details: Returns what is added to the message.
 
     Raises:
         SampleError: The function raised an exception; the message names the samples.
@@ -384,9 +381,52 @@ def _call(
         samples = request.indices if indices is None else indices
         shown = ", ".join(map(str, samples[:8])) + (", ..." if len(samples) > 8 else "")
         raise SampleError(
-            f"{name} raised {class_name(error)} for sample {shown} "
-            f"(epoch {request.epoch}): {text_of(error, 2_000)}\n\n{traceback_of(error).rstrip()}"
+            f"{name} raised {class_name(error)} for sample {shown} (epoch {request.epoch}): "
+            f"{text_of(error, 2_000)}{details()}\n\n{traceback_of(error).rstrip()}"
         ) from None
+
+
+def _collate(
+    collate: Callable[[list[Any]], Any] | None, request: MicroBatchRequest, samples: list[Any]
+) -> Any:
+    """Return the batch of the samples.
+
+    Args:
+        collate: The recipe's collate function; None joins equal shapes, as torch does by default.
+        request: The request that is being read.
+        samples: Its samples.
+
+    Raises:
+        SampleError: The samples cannot be joined; the message names two that differ.
+    """
+    if collate is not None:
+        name = f"The collate function of the {request.split} data"
+        details = functools.partial(_describe_samples, request, samples)
+        return _call(name, request, collate, samples, details=lambda: f"\n{details()}.")
+    try:
+        return default_collate(samples)
+    except Exception as error:  # noqa: BLE001  # depends on the types of the samples
+        split = "training" if request.split == "train" else request.split
+        reason = f"torch's default_collate raised {type(error).__name__}"
+        raise SampleError(
+            f"The {split} samples of a batch cannot be joined. "
+            f"{_describe_samples(request, samples)}. Give Data(collate=...) a function that turns "
+            "a list of samples into a batch, by padding for example, or make the samples alike "
+            f"({reason}: {printable_line(text_of(error))})."
+        ) from None
+
+
+def _describe_samples(request: MicroBatchRequest, samples: list[Any]) -> str:
+    """Describe the first sample of a request, and the first one that is built differently."""
+    descriptions = [describe_nested(sample) for sample in samples]
+    first, text = descriptions[0], f"Sample {request.indices[0]} is {descriptions[0]}"
+    pairs = zip(request.indices, descriptions, strict=False)
+    different = [(index, description) for index, description in pairs if description != first]
+    if not different:
+        return f"{text}, and so are the others" if len(samples) > 1 else text
+    index, description = different[0]
+    more = f", and {len(different) - 1} more differ from the first" if different[1:] else ""
+    return f"{text}, but sample {index} is {description}{more}"
 
 
 def raise_if_error(result: MicroBatch | LauncherError) -> MicroBatch:

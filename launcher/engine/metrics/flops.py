@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from launcher.engine.backends.nested_tensors import tensors_in
 
 
 class CountedForward:
@@ -33,7 +33,7 @@ class CountedForward:
         self._counted = True
         with _FlopCounter() as counter:
             outputs = self._forward(model, batch)
-        sizes = [leaf.shape[0] for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)][:1]
+        sizes = [tensor.shape[0] for tensor in tensors_in(batch) if tensor.ndim][:1]
         if counter.total and sizes and sizes[0]:
             self._report(counter.total / sizes[0])
         return outputs

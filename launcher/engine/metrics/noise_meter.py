@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from launcher.analysis.gradient_noise import Measurement
 from launcher.engine.backends.base import Backend
 from launcher.engine.metrics.meter import as_tensor
+from launcher.engine.state.parameter_kinds import norm_of
 from launcher.planning.strategy import STRATEGIES
 from launcher.recipe.recipe import Recipe
 
@@ -180,7 +181,7 @@ class LocalNoiseMeter(_PartsNoiseMeter):
         self._hooks = [parameter.register_hook(self._add_gradient) for parameter in self._trained]
 
     def _add_gradient(self, grad: Tensor) -> None:
-        self._norms.append(torch.linalg.vector_norm(grad, dtype=torch.float32))
+        self._norms.append(norm_of(grad))
 
     def _add_micro_batch(self, weight: float | Tensor, count: int | Tensor) -> None:
         norms, self._norms = self._norms, []

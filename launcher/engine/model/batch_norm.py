@@ -295,7 +295,7 @@ def _refusing_single_values(
     def watch(name: str, module: _BatchNorm) -> RemovableHandle:
         def check(_: nn.Module, inputs: tuple[Any, ...]) -> None:
             if inputs and module.training and inputs[0].numel() <= num_samples * inputs[0].size(1):
-                raise RecipeError(message(name.removeprefix("module.")))  # the prefix of DDP
+                raise RecipeError(message(name))
 
         return module.register_forward_pre_hook(check)
 

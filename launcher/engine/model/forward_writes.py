@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.hooks import RemovableHandle
 
 from launcher.engine.backends.base import Backend
+from launcher.engine.backends.recipe_forward import PREFIX, RecipeForward
 from launcher.engine.data.sampler import MicroBatchRequest
 from launcher.engine.state.compiled import is_compiled, plain_name
 from launcher.engine.state.module_state import Slot, saved_slots
@@ -123,11 +124,12 @@ class WriteDetector:
 
     Args:
         model: The model, with the parameters that the optimizer updates.
-        around_modules: Whether to check also before and after the forward of each module. Under
-            FSDP and ZeRO-3, the weights with which a module computes exist only during its call.
+        around: The wrapped model, to check also before and after the forward of each module, or
+            None. Under FSDP and ZeRO-3, the weights with which a module computes exist only during
+            its call.
     """
 
-    def __init__(self, model: nn.Module, *, around_modules: bool = False) -> None:
+    def __init__(self, model: nn.Module, *, around: nn.Module | None = None) -> None:
         self._weights = {
             name: (weight, read_version(weight)) for name, weight in parameters(model).items()
         }
@@ -137,10 +139,11 @@ class WriteDetector:
         }
         self._written_in_modules: set[str] = set()
         self._totals: list[tuple[str, Tensor, Tensor]] = []
-        self._handles = list(self._watch(model)) if around_modules else []
+        self._handles = [] if around is None else list(self._watch(around))
 
-    def _watch(self, model: nn.Module) -> Iterator[RemovableHandle]:
-        for prefix, module in model.named_modules():
+    def _watch(self, wrapped: nn.Module) -> Iterator[RemovableHandle]:
+        (outermost,) = (part for part in wrapped.modules() if isinstance(part, RecipeForward))
+        for prefix, module in outermost.named_modules():
             if any(True for _ in module.parameters()):
                 weights: list[_WeightRecord] = []
                 yield module.register_forward_pre_hook(_RecordWeights(weights, prefix))
@@ -187,7 +190,10 @@ class _RecordWeights:
     def __call__(self, module: nn.Module, _: Any) -> None:
         self._records[:] = [
             _WeightRecord(
-                plain_name(f"{prefix}.{key}" if prefix else key), child, key, read_version(weight)
+                plain_name(f"{prefix}.{key}".removeprefix(PREFIX)),
+                child,
+                key,
+                read_version(weight),
             )
             for prefix, child in module.named_modules(prefix=self._prefix)
             for key, weight in child._parameters.items()  # noqa: SLF001
@@ -248,8 +254,8 @@ class ForwardWrites:
         if self._backend.world_size > 1 and step & (step - 1) == 0:
             module = self._backend.unwrap(self._model)
             # Hooks would trigger a recompilation of compiled modules.
-            around = self._sharded and not is_compiled(module)
-            self._writes = WriteDetector(module, around_modules=around)
+            watches_modules = self._sharded and not is_compiled(module)
+            self._writes = WriteDetector(module, around=self._model if watches_modules else None)
 
     def end(self) -> None:
         """Check and synchronise after the last backward pass, before the update (collective).

@@ -17,14 +17,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from launcher.analysis.batch_sizes import MEMORY_MARGIN
 from launcher.analysis.gradient_noise import Measurement
 from launcher.analysis.lr_curve import Divergence, LossCurve
 from launcher.console.progress import Progress
 from launcher.engine.backends.base import Backend
+from launcher.engine.backends.nested_tensors import tensors_in
 from launcher.engine.data.reader import MicroBatch
 from launcher.engine.metrics.meter import RankFlags, StepRow
 from launcher.engine.ranks.output import Output
@@ -274,8 +273,9 @@ class _TimedBatches:
         self.slowest = max(self.slowest, elapsed - delay)
         self.cpu_seconds += time.thread_time() - cpu_started
         self.num_samples += len(micro_batch.request.indices)
-        tensors = (leaf for leaf in tree_leaves(micro_batch.batch) if isinstance(leaf, Tensor))
-        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        num_bytes = sum(
+            tensor.numel() * tensor.element_size() for tensor in tensors_in(micro_batch.batch)
+        )
         self.batch_bytes = max(self.batch_bytes, num_bytes)
         return micro_batch
 

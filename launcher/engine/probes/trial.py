@@ -235,7 +235,7 @@ def _call_loss(context: TrainContext, recipe: Recipe, batch: Any, seed: int) -> 
     backend = context.backend
     placed = backend.to_device(batch)
     with backend.autocast():
-        outputs = recipe.forward(context.model, placed)
+        outputs = backend.forward(recipe.forward, context.model, placed)
         try:
             total, count = sum_and_count(recipe.loss, outputs, placed)
             return float(total), float(count)
@@ -257,7 +257,7 @@ def _try_evaluation(context: TrainContext, recipe: Recipe, batch: Any) -> tuple[
     functions = {"The recipe's loss": recipe.loss}
     functions |= {f"The metric {name}": metric for name, metric in recipe.metrics.items()}
     with backend.autocast():
-        outputs = recipe.forward(context.model, placed)
+        outputs = backend.forward(recipe.forward, context.model, placed)
         return tuple(
             f"{name} raised {class_name(error)} on a few evaluation samples before the first "
             f"step: {text_of(error, 2_000)}. The first evaluation may fail in the same way"

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, SGD, AdamW, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
+from launcher.engine.state.optimizer_kinds import check_optimizer_kind, check_sparse_support
+from launcher.engine.state.parameter_kinds import sparse_parameters
 from launcher.errors import RecipeError
 from launcher.recipe.optimizer import OptimizerSpec
 from launcher.recipe.recipe import Recipe
@@ -29,22 +31,22 @@ def make_optimizer(recipe: Recipe, model: nn.Module, lr: float) -> Optimizer:
         lr: The peak learning rate. Parameter groups with another rate keep their ratio to it.
 
     Raises:
-        RecipeError: The function did not return an optimizer, or returned one that computes the
-            loss itself.
+        RecipeError: The function did not return an optimizer, or returned one that the loop cannot
+            use or that cannot train the model's parameters.
     """
+    sparse = sparse_parameters(model)
     if not isinstance(recipe.optimizer, OptimizerSpec):
         optimizer = recipe.optimizer(model, lr)
-        if not isinstance(optimizer, Optimizer):
-            raise RecipeError(
-                f"The recipe's optimizer function returned a {type(optimizer).__name__}, not a "
-                "torch.optim.Optimizer."
-            )
-        if isinstance(optimizer, LBFGS):
-            raise RecipeError(
-                "The recipe's optimizer is LBFGS, which computes the loss several times per step, "
-                "but a step here computes it once. Use sgd(), adamw() or another optimizer."
-            )
+        check_optimizer_kind(optimizer)
+        check_sparse_support(optimizer, sparse)
         return optimizer
+    if sparse:
+        raise RecipeError(
+            f"The recipe's optimizer is {recipe.optimizer.name}(...), which takes dense gradients, "
+            f"but the gradients of {next(iter(sparse))} are sparse, because of "
+            "Embedding(sparse=True). Leave sparse=True out, or let the recipe's optimizer be a "
+            "function that returns torch.optim.SGD or torch.optim.Adagrad."
+        )
     arguments: dict[str, Any] = dict(recipe.optimizer.arguments)
     groups = _parameter_groups(model, decay_1d=arguments.pop("decay_1d", True))
     # Fused kernels update all parameters at once; without them torch loops over the parameters on

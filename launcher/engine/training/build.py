@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,14 +16,22 @@ from torch.optim import Optimizer
 from launcher.engine.backends.base import Backend
 from launcher.engine.data.open_files import open_files, opened_since
 from launcher.engine.data.randomness import seed_all
-from launcher.engine.data.reader import MicroBatch, Reader, micro_batches, sample_count
+from launcher.engine.data.reader import (
+    MicroBatch,
+    Reader,
+    micro_batches,
+    raise_if_error,
+    sample_count,
+)
 from launcher.engine.data.sampler import Sampler
 from launcher.engine.metrics.noise_meter import STRIDE, make_noise_meter
 from launcher.engine.model.batch_norm import BatchNorms, check_first_batch_norm_input, synchronize
 from launcher.engine.model.blocks import checkpoint_activations, compile_blocks, find_blocks
 from launcher.engine.model.forward_writes import ForwardWrites
+from launcher.engine.model.lazy import initialize_lazy_layers, lazy_names
 from launcher.engine.saving.final_weights import check_savable
 from launcher.engine.state.hyperparameters import make_optimizer
+from launcher.engine.state.parameter_kinds import check_parameters
 from launcher.engine.training.loop import TrainContext
 from launcher.errors import RecipeError
 from launcher.planning.plan import Plan
@@ -86,7 +96,8 @@ def build_context(
 
     # The workers start here: they read while the model is built, and do not inherit it.
     batches = start_reading(sampler)
-    model, optimizer, num_trained = build_model_and_optimizer(recipe, plan, backend)
+    first_batch = functools.partial(_read_first_batch, reader, sampler)
+    model, optimizer, num_trained = build_model_and_optimizer(recipe, plan, backend, first_batch)
     batch_norms = BatchNorms(model)
     if has_single_sample_batches(plan, sampler.train_samples, batch_norms.statistics):
         # Rare, and only known once the model is built: what was prefetched is read again.
@@ -139,18 +150,27 @@ def build_data(recipe: Recipe, plan: Plan) -> Data:
 
 
 def build_model_and_optimizer(
-    recipe: Recipe, plan: Plan, backend: Backend
+    recipe: Recipe, plan: Plan, backend: Backend, first_batch: Callable[[], Any]
 ) -> tuple[nn.Module, Optimizer, int]:
     """Build the recipe's model and optimizer and place them on this rank (collective).
 
+    Args:
+        recipe: What to train.
+        plan: The plan that was made for this recipe.
+        backend: This rank among the others.
+        first_batch: Reads a batch, the same on every rank, with which lazy layers are initialised.
+
     Returns:
-        The module to call, its optimizer, and the number of trainable weights over all ranks.
+        The module that `Backend.forward` takes, its optimizer, and the number of trainable weights
+        over all ranks.
 
     Raises:
         RecipeError: The recipe's model function did not return a module, returned different weights
             on some ranks, or returned a model that cannot do what the settings ask for.
     """
-    model = backend.local_rank_zero_first("built the model", lambda: _build_model(recipe))
+    model = backend.local_rank_zero_first(
+        "built the model", lambda: _build_model(recipe, first_batch)
+    )
     backend.wait_for_all("built the model")
     num_trained = sum(
         parameter.numel() for parameter in model.parameters() if parameter.requires_grad
@@ -158,6 +178,7 @@ def build_model_and_optimizer(
     if not num_trained:
         raise RecipeError("The recipe's model has no parameter that requires a gradient.")
     check_savable(model)
+    check_parameters(model, plan)
     _check_same_weights(model, backend)
     if plan.precision == "fp64":
         model = model.double()
@@ -181,7 +202,12 @@ def build_model_and_optimizer(
     return *prepared, num_trained
 
 
-def _build_model(recipe: Recipe) -> nn.Module:
+def _read_first_batch(reader: Reader, sampler: Sampler) -> Any:
+    """Read the first training samples of the trial in this process."""
+    return raise_if_error(reader[replace(sampler.trial()[0], trial=False)]).batch
+
+
+def _build_model(recipe: Recipe, first_batch: Callable[[], Any]) -> nn.Module:
     seed_all(recipe.seed)  # the same initial weights on every rank
     model = recipe.model()
     if not isinstance(model, nn.Module):
@@ -189,6 +215,8 @@ def _build_model(recipe: Recipe) -> nn.Module:
             f"The recipe's model function returned {type(model).__name__}; expected a "
             "torch.nn.Module."
         )
+    if lazy_names(model):
+        initialize_lazy_layers(model, recipe, first_batch())
     return model
 
 

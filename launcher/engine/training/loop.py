@@ -57,7 +57,7 @@ class TrainContext:
     plan: Plan
     backend: Backend
     model: nn.Module
-    """The module to call, as `Backend.prepare` returned it."""
+    """The module that `Backend.forward` takes, as `Backend.prepare` returned it."""
 
     optimizer: Optimizer
     num_trained: int
@@ -165,7 +165,7 @@ def train(
             ):
                 with backend.autocast():
                     loss_sum, count = sum_and_count(
-                        recipe.loss, recipe.forward(model, batch), batch
+                        recipe.loss, backend.forward(recipe.forward, model, batch), batch
                     )
                 # Gradients are averaged over ranks; world_size in the weight makes that a sum.
                 backend.backward(loss_sum, weight if micro_batch.has_weight else 0.0)
@@ -287,7 +287,7 @@ def evaluate(context: TrainContext, step: int) -> dict[str, float]:
         micro_batch = next(context.micro_batches)
         batch = backend.to_device(micro_batch.batch)
         with backend.autocast():
-            outputs = recipe.forward(model, batch)
+            outputs = backend.forward(recipe.forward, model, batch)
             pairs = [sum_and_count(function, outputs, batch) for function in functions.values()]
         if micro_batch.has_weight:
             totals += torch.stack([_to_tensor(pair, backend.device) for pair in pairs])

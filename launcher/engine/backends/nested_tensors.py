@@ -1,0 +1,150 @@
+"""The tensors inside a batch or outputs: lists, tuples, mappings, dataclasses and other objects.
+
+torch's own tree functions take a `UserDict`, as transformers' BatchEncoding is, and a dataclass for
+a single value without tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import UserDict, deque
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any
+
+from torch import Tensor
+
+_MAX_DEPTH = 4
+"""Number of objects of unknown classes, one inside the other, in which tensors are looked for."""
+
+_PLAIN = (str, bytes, bool, int, float, type(None))
+"""Classes of values that hold no tensors."""
+
+_SHOWN_PARTS = 6
+"""Number of parts of a batch that a description lists."""
+
+
+def map_tensors(
+    function: Callable[[Tensor], Any],
+    value: Any,
+    convert: Callable[[Any], Any] = lambda leaf: leaf,
+) -> Any:
+    """Return a copy of `value` in which each tensor is replaced by `function(tensor)`.
+
+    Lists, tuples, named tuples, mappings and dataclass instances are copied; their classes and
+    their other contents stay.
+
+    Args:
+        function: Receives each tensor.
+        value: A tensor, or containers of tensors.
+        convert: Receives each other object that is no container, and returns its replacement.
+    """
+    if isinstance(value, Tensor):
+        return function(value)
+
+    def convert_part(part: Any) -> Any:
+        return map_tensors(function, part, convert)
+
+    if type(value) is dict:
+        return {key: convert_part(part) for key, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(convert_part, value))
+    parts = _parts(value)
+    if parts is None:
+        return value if isinstance(value, _PLAIN) else convert(value)
+    converted = {key: convert_part(part) for key, part in parts.items()}
+    is_changed = any(converted[key] is not part for key, part in parts.items())
+    return _replace_parts(value, converted) if is_changed else value
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors in a value, in the order in which `map_tensors` reaches them."""
+    tensors: list[Tensor] = []
+
+    def record(tensor: Tensor) -> Tensor:
+        tensors.append(tensor)
+        return tensor
+
+    map_tensors(record, value)
+    return tensors
+
+
+def holds_tensors(value: Any) -> bool:
+    """Return whether an object of any class has tensors in its attributes."""
+    return _holds_tensors(value, _MAX_DEPTH)
+
+
+def describe_nested(value: Any) -> str:
+    """Return the structure of a batch as text, such as `{'ids': int64 (8, 16), 'mask': ...}`."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    parts = _parts(value)
+    if parts is None:
+        return type(value).__name__
+    shown = list(parts.items())[:_SHOWN_PARTS]
+    more = [f"{len(parts) - len(shown)} more"] if len(parts) > len(shown) else []
+    if isinstance(value, Mapping):
+        text = ", ".join([f"{key!r}: {describe_nested(part)}" for key, part in shown] + more)
+        return f"{{{text}}}" if isinstance(value, dict) else f"{type(value).__name__}({text})"
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        text = ", ".join([describe_nested(part) for _, part in shown] + more)
+        return f"[{text}]" if isinstance(value, list) else f"({text})"
+    text = ", ".join([f"{key}={describe_nested(part)}" for key, part in shown] + more)
+    return f"{type(value).__name__}({text})"
+
+
+def _parts(value: Any) -> Mapping[Any, Any] | None:
+    """Return the parts of a container by key, index or field; None if it is not a container.
+
+    Classes with their own method `to`, other than subclasses of dict and UserDict, know best how to
+    move their tensors.
+    """
+    has_own_move = callable(getattr(value, "to", None)) and not isinstance(value, (dict, UserDict))
+    if isinstance(value, (*_PLAIN, type)) or has_own_move:
+        return None
+    if isinstance(value, Mapping):
+        return {key: value[key] for key in value}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return dict(zip(value._fields, value, strict=True))
+    if isinstance(value, (list, tuple, deque)):
+        return dict(enumerate(value))
+    if dataclasses.is_dataclass(value):
+        names = (field.name for field in dataclasses.fields(value))
+        return {name: getattr(value, name) for name in names if hasattr(value, name)}
+    return None
+
+
+def _replace_parts(value: Any, parts: dict[Any, Any]) -> Any:
+    """Return a copy of a container with other parts."""
+    if isinstance(value, tuple):
+        is_named = hasattr(value, "_fields")
+        return type(value)(*parts.values()) if is_named else type(value)(parts.values())
+    if isinstance(value, Mapping) and not isinstance(value, MutableMapping):
+        return parts
+    clone: Any = copy.copy(value)
+    for key, part in parts.items():
+        if dataclasses.is_dataclass(value) and not isinstance(value, Mapping):
+            object.__setattr__(clone, key, part)  # also in frozen dataclasses
+        else:
+            clone[key] = part
+    return clone
+
+
+def _holds_tensors(value: Any, depth: int) -> bool:
+    if isinstance(value, Tensor):
+        return True
+    if depth == 0 or isinstance(value, type) or callable(value):
+        return False
+    return any(_holds_tensors(part, depth - 1) for part in _contents(value))
+
+
+def _contents(value: Any) -> Iterator[Any]:
+    """Yield the parts of a container, or the attributes of another object."""
+    parts = _parts(value)
+    if parts is not None:
+        yield from parts.values()
+        return
+    yield from getattr(value, "__dict__", {}).values()
+    for name in getattr(type(value), "__slots__", ()):
+        if hasattr(value, name):
+            yield getattr(value, name)

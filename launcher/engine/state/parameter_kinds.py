@@ -1,0 +1,83 @@
+"""Parameters that not every strategy and optimizer can train: scalars, and sparse gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from launcher.engine.state.compiled import plain_name
+from launcher.errors import RecipeError
+from launcher.planning.plan import Plan
+from launcher.planning.strategy import STRATEGIES
+
+
+def sparse_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters whose gradients are sparse, by name.
+
+    They are the weights of `Embedding(sparse=True)` and `EmbeddingBag(sparse=True)`, as in
+    DistributedDataParallel.
+    """
+    sparse = {
+        module.weight
+        for module in model.modules()
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse
+    }
+    return {
+        plain_name(name): parameter
+        for name, parameter in model.named_parameters()
+        if parameter in sparse and parameter.requires_grad
+    }
+
+
+def check_parameters(model: nn.Module, plan: Plan) -> None:
+    """Refuse parameters that the strategy cannot train.
+
+    Raises:
+        RecipeError: The model has scalar parameters, or parameters with sparse gradients, and the
+            strategy shards parameters or their gradients.
+    """
+    if STRATEGIES[plan.strategy].shards:
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 0:
+                raise RecipeError(
+                    f"The model's {plain_name(name)} is a scalar, a parameter of shape (), which "
+                    f"strategy={plan.strategy} cannot shard. Use strategy=ddp, or give it the "
+                    "shape (1,), as in nn.Parameter(torch.ones(1))."
+                )
+    sparse = next(iter(sparse_parameters(model)), None)
+    if sparse is None:
+        return
+    over_nccl = plan.device == "cuda" and plan.world_size > 1
+    if STRATEGIES[plan.strategy].shards or over_nccl:
+        where = f"strategy={plan.strategy}" + (" on several GPUs" if over_nccl else "")
+        raise RecipeError(
+            f"The model's {sparse} has sparse gradients, because of Embedding(sparse=True), and "
+            f"{where} reduces dense gradients only. Leave sparse=True out; on one rank or on CPUs, "
+            "strategy=ddp takes sparse gradients."
+        )
+
+
+def gradient_values(parameter: nn.Parameter) -> Tensor:
+    """Return the values of a parameter's gradient; a sparse gradient is coalesced in place.
+
+    The values of a coalesced gradient have the norm of the dense one.
+    """
+    gradient = parameter.grad
+    assert gradient is not None
+    if not gradient.is_sparse:
+        return gradient
+    parameter.grad = gradient.coalesce()
+    return parameter.grad._values()  # noqa: SLF001  # `values` returns a copy that is not written
+
+
+def sparse_zeros(parameter: Tensor) -> Tensor:
+    """Return a sparse gradient of an embedding's weight in which no row was used."""
+    indices = torch.empty(1, 0, dtype=torch.int64, device=parameter.device)
+    values = parameter.new_empty(0, *parameter.shape[1:])
+    return torch.sparse_coo_tensor(indices, values, parameter.shape, check_invariants=False)
+
+
+def norm_of(gradient: Tensor) -> Tensor:
+    """Return the 2-norm of a gradient, dense or sparse, in fp32."""
+    values = gradient.coalesce().values() if gradient.is_sparse else gradient
+    return torch.linalg.vector_norm(values, dtype=torch.float32)
