@@ -1,6 +1,7 @@
 # make run          set up, and train the default recipe on all GPUs, or on 2 CPU ranks without GPUs
 # make test         set up, and run the linter, the type checker and all tests
 # make test-unit    set up, and run the tests that start no process
+# make fuzz         set up, and give random input to all commands for about an hour
 # make test-lowest  set up the oldest versions that pyproject.toml allows in build/lowest, and run
 #                   there the unit tests, and a training under each strategy, which are compared
 # make test-deps    install the Debian packages that some tests need (as root)
@@ -17,7 +18,7 @@ READY := $(VENV)/.ready
 PACKAGES := dataset-fashion-mnist slurmctld slurmd slurm-client munge \
 	dropbear-bin iproute2 openssh-client strace chromium chromium-driver
 
-.PHONY: run test test-unit test-lowest test-deps lint docs bench format packages clean
+.PHONY: run test test-unit fuzz test-lowest test-deps lint docs bench format packages clean
 
 run: $(READY)
 	$(VENV)/bin/launcher run recipes/digits.py
@@ -27,6 +28,9 @@ test: packages lint
 
 test-unit: $(READY)
 	$(VENV)/bin/pytest tests/unit
+
+fuzz: $(READY)
+	LAUNCHER_FUZZ_PROFILE=fuzz $(VENV)/bin/pytest tests/fuzz
 
 lint: $(READY)
 	$(VENV)/bin/ruff check
