@@ -294,7 +294,8 @@ def find_run_dirs(below: Path, depth: int = 3) -> Iterator[RunDir]:
             folder are never yielded.
     """
     if any(os.path.lexists(below / name) for name in ("run.yaml", "submission.json")):
-        yield RunDir(below.resolve())
+        path = os.path.abspath(below)  # noqa: PTH100  # a link to a run is shown by its own name
+        yield RunDir(Path(path))
         return
     if depth == 0:
         return
