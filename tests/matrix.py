@@ -129,7 +129,7 @@ def features(ranks: int) -> Iterator[Case]:
         yield Case("batch_norm", strategy, options=(SYNCED,))
         yield Case("batch_norm", strategy, options=(SYNCED, RECOMPUTED))
         if ranks == 2:
-            yield Case("methods", strategy, 1, "adamw")
+            yield Case("methods", strategy)
         if strategy in ("ddp", "fsdp"):
             yield Case("worlds", strategy, 3, options=DOUBLE)
             yield Case("batch_norm", strategy, options=(*DOUBLE, SYNCED))
@@ -138,7 +138,7 @@ def features(ranks: int) -> Iterator[Case]:
     if ranks == 1:
         yield Case("worlds")
         yield Case("worlds", optimizer="adamw")
-        yield Case("methods", optimizer="adamw")
+        yield Case("methods")
         yield Case("batch_norm")
         yield Case("worlds", options=DOUBLE)
         yield Case("batch_norm", options=DOUBLE)

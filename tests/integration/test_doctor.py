@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from support import Commands
 
@@ -41,13 +40,11 @@ def test_ranks_of_torchrun_are_examined(run: Commands) -> None:
 
 
 def test_a_failed_rendezvous_is_a_failure(run: Commands) -> None:
-    """Ranks that cannot form a group give a failure; the reason is printed and the log is kept."""
+    """Ranks that cannot form a group give a failure; the reason is printed."""
     done = run("launcher", "doctor", "-n", "2", env={"GLOO_SOCKET_IFNAME": "nosuch0"})
     assert done.exit_code == 1
     assert "failure  ranks" in done.stdout
     assert "Unable to find address for: nosuch0" in done.stderr
-    log = Path(done.stderr.rpartition("log: ")[2].partition(", line")[0])
-    assert "nosuch0" in log.read_text()
 
 
 def test_a_broken_torchvision_is_a_failure(run: Commands) -> None:

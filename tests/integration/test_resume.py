@@ -128,7 +128,7 @@ def flip(path: Path) -> None:
         ("flip", "shard-00002-model-00001-of-00001.safetensors: not the bytes that were written"),
         ("cut", "shard-00002-model-00001-of-00001.safetensors: 100 bytes instead of"),
         ("gone", "shard-00002-model-00001-of-00001.safetensors: No such file or directory"),
-        ("manifest", "checkpoint.json: not JSON"),
+        ("manifest", "it is not JSON"),
         ("step", "checkpoint.json: the content does not match its own SHA-256"),
         ("fifo", "shard-00002-model-00001-of-00001.safetensors: Not a regular file"),
     ],

@@ -199,8 +199,8 @@ def test_closed_streams_are_opened(tmp_path: Path, closed: int) -> None:
     """No file or pipe gets the number of a standard stream that is closed."""
     script = (
         "import os, sys\n"
-        "from launcher.cli.standard_streams import open_closed_streams\n"
-        "open_closed_streams()\n"
+        "from launcher.cli.standard_streams import prepare_streams\n"
+        "prepare_streams()\n"
         "[os.fstat(number) for number in range(3)]\n"
         "print('shown'), sys.stderr.write('shown'), sys.stdin.read()\n"
         "open('out', 'w').write(str(min(os.pipe())))"
