@@ -231,13 +231,16 @@ def build_text(model: Path, folder: Path, block: int) -> Data:
     return Data(train=TensorDataset(blocks[:, :-1], blocks[:, 1:]))
 
 
-def token_cross_entropy(logits: Tensor, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
-    """Return the sum of the cross-entropies in nats and the number of tokens."""
+def token_cross_entropy(logits: Tensor, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the sum of the cross-entropies in nats and the number of tokens.
+
+    The number is a tensor: reading it would make the host wait for the GPU in every step.
+    """
     from torch.nn.functional import cross_entropy
 
     flat, targets = logits.flatten(0, 1).float(), batch[1].flatten()
     total = cross_entropy(flat, targets, ignore_index=_IGNORED, reduction="sum")
-    return total, int((targets != _IGNORED).sum())
+    return total, (targets != _IGNORED).sum()
 
 
 if __name__ == "__main__":

@@ -216,16 +216,19 @@ def count_tokens(batch: Batch) -> int:
     return int((batch[1] != IGNORED).sum())
 
 
-def cross_entropy(logits: Tensor, batch: Batch) -> tuple[Tensor, int]:
-    """Return the sum of the cross-entropies in nats and the number of tokens."""
+def cross_entropy(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the sum of the cross-entropies in nats and the number of tokens.
+
+    The number is a tensor: reading it would make the host wait for the GPU in every step.
+    """
     from torch.nn.functional import cross_entropy
 
     flat = logits.flatten(0, 1).float()
     total = cross_entropy(flat, batch[1].flatten(), ignore_index=IGNORED, reduction="sum")
-    return total, count_tokens(batch)
+    return total, (batch[1] != IGNORED).sum()
 
 
-def bits_per_byte(logits: Tensor, batch: Batch) -> tuple[Tensor, int]:
+def bits_per_byte(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the sum of the cross-entropies in bits and the number of tokens."""
     total, count = cross_entropy(logits, batch)
     return total / math.log(2), count

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from launcher.engine.backends.call_order import CallOrder
 from launcher.engine.backends.placement import Placement
+from launcher.engine.backends.transfers import upload_scalar
 from launcher.engine.state.compiled import plain_name
 from launcher.engine.state.hyperparameters import take_step
 from launcher.engine.state.loss_scaler import LossScaler
@@ -127,6 +128,14 @@ class Backend(ABC):
     @abstractmethod
     def micro_step(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Return the context of one micro-step; the `last` one of a step averages gradients."""
+
+    def read(self, values: Tensor) -> Any:
+        """Return the values of a tensor as numbers, in lists by its dimensions.
+
+        On a GPU the host waits here for all work that it has queued. The loop reads nothing from a
+        device in any other place.
+        """
+        return values.tolist()
 
     @abstractmethod
     def sum(self, values: Tensor) -> Tensor:
@@ -291,7 +300,7 @@ class Backend(ABC):
 
     def any_rank(self, flag: bool) -> bool:
         """Return whether `flag` is true on any rank (collective)."""
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
+        return bool(self.read(self.sum(upload_scalar(float(flag), self.device))))
 
 
 def poison_nonfinite(loss: Tensor, weight: float | Tensor) -> Tensor:

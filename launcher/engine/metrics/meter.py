@@ -6,10 +6,12 @@ every few steps all ranks sum their measurements in one all-reduce and read the 
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from launcher.engine.backends.base import Backend
+from launcher.engine.backends.transfers import upload
 from launcher.engine.metrics.rank_times import (
     CommunicationClock,
     RankRow,
@@ -124,13 +127,21 @@ class _StepMeasurements:
 
 
 class Meter:
-    """Collects the measurements of steps and reads many steps at once."""
+    """Collects the measurements of steps and reads many steps at once.
 
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
+    A GPU may be many steps behind the host that queues its work. The meter therefore takes the time
+    after it has waited for the device, so that the time between two reads is that of the device.
+
+    Args:
+        backend: This rank among the others.
+        clock: Returns the time in seconds.
+    """
+
+    def __init__(self, backend: Backend, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._backend, self._clock = backend, clock
         self._steps: list[_StepMeasurements] = []
         self._num_steps_to_read = 1
-        self._clock_start = time.perf_counter()
+        self._clock_start = clock()
         self._communication = CommunicationClock(backend.communication)
         self._rank_totals = RankTotals(backend.world_size)
 
@@ -142,9 +153,12 @@ class Meter:
         """Return whether enough steps are collected; the answer is the same on every rank."""
         return len(self._steps) >= self._num_steps_to_read
 
-    def restart_clock(self) -> None:
-        """Exclude the time since the last read from the throughput, because it was not training."""
-        self._clock_start = time.perf_counter()
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Exclude what happens in the context from the throughput, because it is not training."""
+        began = self._clock()
+        yield
+        self._clock_start += self._clock() - began
 
     def read(self, flags: RankFlags, *, is_last: bool) -> MetricsBatch:
         """Return a row for each collected step, and the flags of all ranks (collective).
@@ -159,17 +173,19 @@ class Meter:
                 different modules, so the gathered weights were wrong.
         """
         steps, self._steps = self._steps, []
-        now = time.perf_counter()
-        seconds = now - self._clock_start
+        grad_norms = self._backend.read(torch.stack([step.grad_norm for step in steps]))
+        now = self._clock()  # the device has done all work of these steps
+        seconds, self._clock_start = now - self._clock_start, now
         wait_per_step = self._communication.per_step()
         data_wait = sum(step.data_wait_seconds for step in steps)
         self._rank_totals.add(len(steps), seconds, data_wait, wait_per_step)
         rank_row = None
         if self._rank_totals.is_due or is_last:
             rank_row = self._rank_totals.row(self._backend)
-        sums = self._sum_over_ranks(steps, seconds, wait_per_step, flags, rank_row).tolist()
-        items = as_tensor([step.items for step in steps], self._backend.device).tolist()
-        self._clock_start = now
+        sums = self._backend.read(
+            self._sum_over_ranks(steps, seconds, wait_per_step, flags, rank_row)
+        )
+        items = self._backend.read(upload([step.items for step in steps], self._backend.device))
         ranks = None
         if rank_row is not None:
             world_size = self._backend.world_size
@@ -179,7 +195,6 @@ class Meter:
         summed_flags = RankFlags(*sums.pop())
         seconds, end_time, total_wait = sums.pop()
         self._rank_totals.advance_clock(seconds)
-        grad_norms = torch.stack([step.grad_norm for step in steps]).tolist()
         self._num_steps_to_read = min(
             max(int(_SECONDS_BETWEEN_READS * len(steps) / max(seconds, 1e-9)), 1),
             _MAX_STEPS_BETWEEN_READS,
@@ -219,8 +234,8 @@ class Meter:
         losses = torch.stack(
             [functools.reduce(torch.add, step.loss_sums or [zero]) for step in steps]
         ).double()
-        counts = as_tensor([sum(step.counts) for step in steps], device)
-        data_waits = as_tensor([step.data_wait_seconds for step in steps], device)
+        counts = upload([sum(step.counts) for step in steps], device)
+        data_waits = upload([step.data_wait_seconds for step in steps], device)
         is_first = self._backend.rank == 0
         clock = [
             seconds if is_first else 0.0,
@@ -231,11 +246,11 @@ class Meter:
         parts = [torch.stack([losses, counts, data_waits], dim=1)]
         call_order = self._backend.call_order
         checksum = 0 if call_order is None else call_order.take_checksum()
-        parts.append(as_tensor([*clock, *own_flags, checksum, checksum**2, 0.0], device).view(3, 3))
+        parts.append(upload([*clock, *own_flags, checksum, checksum**2, 0.0], device).view(3, 3))
         if rank_row is not None:
-            rows = torch.zeros(self._backend.world_size, 3, dtype=torch.float64, device=device)
-            rows[self._backend.rank] = as_tensor(rank_row, device)
-            parts.append(rows)
+            rows = [[0.0, 0.0, 0.0]] * self._backend.world_size
+            rows[self._backend.rank] = rank_row
+            parts.append(upload(list(itertools.chain.from_iterable(rows)), device).view(-1, 3))
         return self._backend.sum(torch.cat(parts))
 
     def _check_lockstep(self, total: float, squares: float) -> None:
@@ -317,13 +332,6 @@ class Meter:
                 )
             )
         return rows
-
-
-def as_tensor(values: Sequence[float | Tensor], device: torch.device) -> Tensor:
-    """Return `values` as one float64 tensor on the device, without waiting for the device."""
-    if any(isinstance(value, Tensor) for value in values):
-        return torch.stack([torch.as_tensor(v, device=device).double() for v in values])
-    return torch.tensor(values, dtype=torch.float64, device=device)
 
 
 class NonFiniteGuard:

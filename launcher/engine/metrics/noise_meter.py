@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from launcher.analysis.gradient_noise import Measurement
 from launcher.engine.backends.base import Backend
-from launcher.engine.metrics.meter import as_tensor
+from launcher.engine.backends.transfers import upload, upload_tensor
 from launcher.engine.state.parameter_kinds import norm_of
 from launcher.planning.strategy import STRATEGIES
 from launcher.recipe.recipe import Recipe
@@ -115,17 +115,20 @@ class _PartsNoiseMeter(ABC):
         if not self._steps:
             return []
         steps, self._steps = self._steps, []
-        sums = self._backend.sum(self._sum_parts(len(steps))).tolist()
+        sums = self._backend.sum(self._sum_parts(len(steps)))
+        all_items = upload([items for _, items, _ in steps], sums.device)
+        norms = torch.stack([norm for _, _, norm in steps]).to(sums)
+        rows = self._backend.read(torch.cat([sums, torch.stack([all_items, norms], dim=1)], dim=1))
         measurements = []
-        for (step, items, norm), (squares, inverses, parts) in zip(steps, sums, strict=True):
+        for (step, _, _), (squares, inverses, parts, items, norm) in zip(steps, rows, strict=True):
             # The last batch of an epoch may be so short that it is one part.
-            if parts and inverses / parts * float(items) > 1 + _ROUNDING:
+            if parts and inverses / parts * items > 1 + _ROUNDING:
                 measurement = Measurement(
                     step=step + 1,
                     small=squares / parts,
                     small_inverse=inverses / parts,
-                    big=float(norm) ** 2,
-                    big_items=float(items),
+                    big=norm**2,
+                    big_items=items,
                 )
                 measurements.append(measurement)
         return measurements
@@ -144,14 +147,14 @@ class _PartsNoiseMeter(ABC):
         norms = torch.stack([norm for part in parts for norm in part.norms]).double()
         part_indices = [index for index, part in enumerate(parts) for _ in part.norms]
         squares = torch.zeros(len(parts), dtype=torch.float64, device=device)
-        squares.index_add_(0, torch.tensor(part_indices, device=device), norms.square())
-        counts = as_tensor([part.count for part in parts], device)
-        weights = as_tensor([part.weight for part in parts], device)
+        squares.index_add_(0, upload_tensor(torch.tensor(part_indices), device), norms.square())
+        counts = upload([part.count for part in parts], device)
+        weights = upload([part.weight for part in parts], device)
         rows = torch.stack(
             [squares / (weights * counts).square(), 1 / counts, torch.ones_like(counts)], dim=1
         )
-        step_indices = torch.tensor([part.step_index for part in parts], device=device)
-        return sums.index_add_(0, step_indices, rows)
+        step_indices = torch.tensor([part.step_index for part in parts])
+        return sums.index_add_(0, upload_tensor(step_indices, device), rows)
 
     def _add_part(self, norms: list[Tensor], weight: float | Tensor, count: int | Tensor) -> None:
         self._parts.append(_Part(len(self._steps), norms, weight, count))
@@ -204,7 +207,7 @@ class ReducedNoiseMeter(_PartsNoiseMeter):
         if self._num_micro_batches > 1:
             return
         backend = self._backend
-        total_count = backend.sum(as_tensor([count], backend.device))[0]
+        total_count = backend.sum(upload([count], backend.device))[0]
         norm = backend.norm(
             [parameter.grad for parameter in self._trained if parameter.grad is not None]
         )

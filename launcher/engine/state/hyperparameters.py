@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import SGD, AdamW, Optimizer
 
 from launcher.engine.state.optimizer_kinds import check_optimizer_kind, check_sparse_support
@@ -49,14 +50,16 @@ def make_optimizer(recipe: Recipe, model: nn.Module, lr: float) -> Optimizer:
         )
     arguments: dict[str, Any] = dict(recipe.optimizer.arguments)
     groups = _parameter_groups(model, decay_1d=arguments.pop("decay_1d", True))
+    trained = [parameter for group in groups for parameter in group["params"]]
     # Fused kernels update all parameters at once; without them torch loops over the parameters on
-    # CPUs. torch has no fused SGD for FSDP's DTensors, and uses foreach kernels for them on GPUs.
+    # CPUs. torch has no fused SGD for FSDP's DTensors: see `_step_shards`.
+    is_sgd = recipe.optimizer.name == "sgd"
     arguments["fused"] = all(
-        type(parameter) is nn.Parameter and parameter.is_floating_point()
-        for group in groups
-        for parameter in group["params"]
+        parameter.is_floating_point()
+        and (type(parameter) is nn.Parameter or (isinstance(parameter, DTensor) and not is_sgd))
+        for parameter in trained
     )
-    if recipe.optimizer.name == "sgd":
+    if is_sgd:
         arguments.setdefault("momentum", 0.9)
         return SGD(groups, lr=lr, **arguments)
     betas = (arguments.pop("beta1", 0.9), arguments.pop("beta2", 0.999))
@@ -77,9 +80,9 @@ def _parameter_groups(model: nn.Module, *, decay_1d: bool) -> list[dict[str, Any
 def take_step(optimizer: Optimizer, recipe: Recipe, finite: bool | Tensor) -> None:
     """Update the parameters if the gradient is `finite`.
 
-    Fused kernels read a `finite` tensor on the device; for other optimizers the host waits for its
-    value. The first step always waits, because fused SGD would keep an uninitialised momentum
-    buffer if it skipped the step that creates it (torch 2.13).
+    Fused kernels read a `finite` tensor on the device; for the optimizers of recipes' own functions
+    the host waits for its value. A step that creates the optimizer's state also waits, because
+    fused SGD would keep an uninitialised momentum buffer if it skipped that step (torch 2.13).
 
     torch wraps `step` in a profiler range, hooks and a graph break, which together take 50 us, more
     than a step of a small network. Optimizers that `make_optimizer` creates have no hooks, so their
@@ -94,12 +97,49 @@ def take_step(optimizer: Optimizer, recipe: Recipe, finite: bool | Tensor) -> No
         if bool(finite):
             optimizer.step()
         return
-    if isinstance(finite, Tensor) and optimizer.param_groups[0]["fused"] and optimizer.state:
-        optimizer.found_inf = finite.logical_not().float()  # type: ignore[attr-defined]
-    elif not bool(finite):
-        return
     with torch.no_grad():
+        if isinstance(finite, Tensor) and _has_state(optimizer):
+            found_inf = finite.logical_not().float()
+            if not optimizer.param_groups[0]["fused"]:
+                _step_shards(optimizer, found_inf)
+                return
+            optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+        elif not bool(finite):
+            return
         _unwrapped_step(type(optimizer).step)(optimizer)
+
+
+def _has_state(optimizer: Optimizer) -> bool:
+    """Return whether a step creates no more state: SGD without momentum has none at all."""
+    return bool(optimizer.state) or not any(
+        group.get("momentum", True) for group in optimizer.param_groups
+    )
+
+
+def _step_shards(optimizer: Optimizer, found_inf: Tensor) -> None:
+    """Take a step of SGD with the fused kernel on this rank's shards of the weights.
+
+    Args:
+        optimizer: An SGD over FSDP's DTensors that has its momentum buffers.
+        found_inf: A scalar tensor on the device, 1 to skip the step.
+    """
+    for group in optimizer.param_groups:
+        used = [p for p in group["params"] if p.grad is not None and p.to_local().numel()]
+        momentum = group["momentum"]
+        buffers = [optimizer.state[p]["momentum_buffer"] for p in used] if momentum else []
+        torch._fused_sgd_(
+            [p.to_local() for p in used],
+            [p.grad.to_local() for p in used],
+            [buffer.to_local() for buffer in buffers],
+            weight_decay=group["weight_decay"],
+            momentum=momentum,
+            lr=group["lr"],
+            dampening=group["dampening"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+            is_first_step=False,
+            found_inf=found_inf,
+        )
 
 
 @functools.cache

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from launcher.engine.backends.base import Backend
+from launcher.engine.backends.transfers import upload_scalar
 from launcher.engine.data.open_files import open_files, opened_since
 from launcher.engine.data.randomness import seed_all
 from launcher.engine.data.reader import (
@@ -233,8 +233,8 @@ def _check_same_weights(model: nn.Module, backend: Backend) -> None:
         sample = parameter.detach().flatten()[:_CHECKED_WEIGHTS].double().contiguous()
         checksum = zlib.crc32(sample.numpy().tobytes(), checksum)
     # Each is below 2**32, so the sum over a million ranks is exact in float64.
-    total = backend.sum(torch.tensor(float(checksum), dtype=torch.float64, device=backend.device))
-    if backend.any_rank(int(total.item()) != checksum * backend.world_size):
+    total = backend.read(backend.sum(upload_scalar(checksum, backend.device)))
+    if backend.any_rank(int(total) != checksum * backend.world_size):
         raise RecipeError(
             "The recipe's model function returned different initial weights on some ranks. They "
             "depend on something other than the global generators of torch, numpy and random, "

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from launcher.analysis.gradient_noise import Measurement
 from launcher.engine.backends.base import Backend
+from launcher.engine.backends.transfers import upload, upload_scalar
 from launcher.engine.data.randomness import seed_step
 from launcher.engine.data.reader import MicroBatch, Reader
 from launcher.engine.data.sampler import Sampler
@@ -201,13 +202,13 @@ def train(
             is_last=steps_taken == last_step,
         )
         _report_metrics(context, callback, metrics, nonfinite_guard)
-        if evaluates:
-            evaluation = evaluate(context, steps_taken)
-            callback.on_evaluation(steps_taken, evaluation)
-        report_phase(steps_taken, "saving")
-        if controller is not None and controller.on_step_end(steps_taken, metrics.flags):
-            return TrainOutcome(step=steps_taken, evaluation=evaluation)
-        meter.restart_clock()
+        with meter.paused():
+            if evaluates:
+                evaluation = evaluate(context, steps_taken)
+                callback.on_evaluation(steps_taken, evaluation)
+            report_phase(steps_taken, "saving")
+            if controller is not None and controller.on_step_end(steps_taken, metrics.flags):
+                return TrainOutcome(step=steps_taken, evaluation=evaluation)
     if first_step >= last_step and sampler.evaluation_samples:
         # The run was interrupted between its last step and its result.
         evaluation = evaluate(context, last_step)
@@ -237,8 +238,7 @@ def _count_items(
     if context.recipe.count is None:
         return num_samples
     own_items = sum(micro_batch.items for micro_batch in micro_batches)
-    total = torch.tensor(float(own_items), dtype=torch.float64, device=context.backend.device)
-    return context.backend.sum(total).clamp(min=1.0)
+    return context.backend.sum(upload_scalar(own_items, context.backend.device)).clamp(min=1.0)
 
 
 def _report_metrics(
@@ -290,9 +290,9 @@ def evaluate(context: TrainContext, step: int) -> dict[str, float]:
             outputs = backend.forward(recipe.forward, model, batch)
             pairs = [sum_and_count(function, outputs, batch) for function in functions.values()]
         if micro_batch.has_weight:
-            totals += torch.stack([_to_tensor(pair, backend.device) for pair in pairs])
+            totals += torch.stack([upload(pair, backend.device) for pair in pairs])
     model.train()
-    sums = backend.sum(totals).tolist()
+    sums = backend.read(backend.sum(totals))
     return {
         name: total / count if count else float("nan")
         for name, (total, count) in zip(functions, sums, strict=True)
@@ -332,10 +332,3 @@ def _describe(returned: Any) -> str:
     if isinstance(returned, Tensor):
         return f"a tensor of shape {tuple(returned.shape)}"
     return f"a {type(returned).__name__}"
-
-
-def _to_tensor(pair: tuple[Any, Any], device: torch.device) -> Tensor:
-    """Return (sum, count) as a float64 tensor of shape (2,)."""
-    return torch.stack(
-        [torch.as_tensor(number, dtype=torch.float64, device=device) for number in pair]
-    )

@@ -1,0 +1,167 @@
+"""The host does not wait for a GPU between two reads of the meter."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gpu_waits import GPU, recorded_waits
+from torch import Tensor, nn
+
+from launcher.engine.backends.local import LocalBackend
+from launcher.engine.backends.transfers import upload, upload_scalar, upload_tensor
+from launcher.engine.data.reader import MicroBatch
+from launcher.engine.metrics.meter import Meter, RankFlags
+from launcher.engine.metrics.noise_meter import LocalNoiseMeter
+from launcher.engine.training.loop import _count_items, sum_and_count
+from launcher.environment.machine import read_machine
+from launcher.recipe.resolve import resolve
+from launcher.recipes import digits, fashion_mnist, finetune, gpt, resnet, rough_intervals, tabular
+from launcher.runs.plan_recipe import plan_recipe
+
+WAITS: dict[str, Callable[[Tensor], object]] = {
+    "item": lambda tensor: tensor.sum().item(),
+    "tolist": lambda tensor: tensor.tolist(),
+    "bool": lambda tensor: bool(tensor.sum()),
+    "nonzero": torch.ops.aten.nonzero,
+    "a number": lambda tensor: torch.tensor(1.0, device=tensor.device),
+    "a copy to the GPU": lambda tensor: torch.zeros(3).to(tensor.device),
+    "a copy to the host": lambda tensor: tensor.to("cpu"),
+}
+
+
+@pytest.mark.parametrize("wait", WAITS.values(), ids=WAITS)
+def test_the_recorder_sees_waits(wait: Callable[[Tensor], object]) -> None:
+    """Each way to wait for a GPU is recorded with the line that waits."""
+    with recorded_waits() as waits:
+        tensor = torch.zeros(3, device=GPU)
+        with contextlib.suppress(RuntimeError):  # fake tensors cannot go on without values
+            wait(tensor)
+    assert waits
+    assert all("test_gpu_waits.py" in place for place in waits)
+
+
+def test_numbers_are_uploaded_without_a_wait() -> None:
+    """Numbers, mixed with scalar tensors or not, reach the GPU without a wait."""
+    with recorded_waits() as waits:
+        loss = torch.zeros((), device=GPU)
+        tensors = [
+            upload([1, 2.5, 3], GPU),
+            upload([loss, 2], GPU),
+            upload_scalar(7, GPU),
+            upload_scalar(loss, GPU),
+            upload_tensor(torch.arange(3), GPU),
+        ]
+    assert waits == []
+    assert all(tensor.device == GPU for tensor in tensors)
+    assert [tensor.shape for tensor in tensors[:3]] == [(3,), (2,), ()]
+
+
+CLASSES = (
+    lambda: torch.zeros(5, 10),
+    lambda: (torch.zeros(5, 1), torch.zeros(5, dtype=torch.long)),
+)
+TOKENS = (
+    lambda: torch.zeros(5, 8, 256),
+    lambda: (torch.zeros(5, 8, dtype=torch.long), torch.zeros(5, 8, dtype=torch.long)),
+)
+
+
+def _on_gpu(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return torch.zeros(value.shape, dtype=value.dtype, device=GPU)
+    return tuple(map(_on_gpu, value))
+
+
+FLIGHTS = (
+    lambda: torch.zeros(5),
+    lambda: (torch.zeros(5, 3, dtype=torch.long), torch.zeros(5, 4), torch.zeros(5)),
+)
+INTERVALS = (lambda: torch.zeros(5, 2), lambda: (torch.zeros(5, 7, 2), torch.zeros(5, 2)))
+
+FUNCTIONS: dict[str, tuple[Callable[[Any, Any], Any], Any]] = {
+    "digits loss": (digits.cross_entropy, CLASSES),
+    "digits accuracy": (digits.accuracy, CLASSES),
+    "fashion_mnist loss": (lambda o, b: fashion_mnist.cross_entropy(o, b, 0.1), CLASSES),
+    "fashion_mnist accuracy": (fashion_mnist.accuracy, CLASSES),
+    "resnet loss": (resnet.cross_entropy, CLASSES),
+    "resnet accuracy": (resnet.accuracy, CLASSES),
+    "gpt loss": (gpt.cross_entropy, TOKENS),
+    "gpt bits": (gpt.bits_per_byte, TOKENS),
+    "finetune loss": (finetune.token_cross_entropy, TOKENS),
+    "tabular loss": (tabular.squared_error, FLIGHTS),
+    "tabular error": (tabular.error, FLIGHTS),
+    "rough_intervals loss": (rough_intervals.squared_error, INTERVALS),
+    "rough_intervals error": (rough_intervals.error, INTERVALS),
+    "rough_intervals coverage": (rough_intervals.coverage, INTERVALS),
+}
+"""Losses and metrics of the shipped recipes, with the shapes of their outputs and batches."""
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_shipped_losses_and_metrics_do_not_wait(name: str) -> None:
+    """Losses and metrics of shipped recipes, and their totals in an evaluation, do not wait."""
+    function, (make_outputs, make_batch) = FUNCTIONS[name]
+    with recorded_waits() as waits:
+        outputs, batch = _on_gpu(make_outputs()), _on_gpu(make_batch())
+        upload(sum_and_count(function, outputs, batch), GPU)
+    assert waits == []
+
+
+class FakeGPU(LocalBackend):
+    """A backend whose tensors are fake ones on a GPU; its reads are counted, not recorded."""
+
+    def __init__(self) -> None:
+        _, plan = plan_recipe(resolve("digits"), (), read_machine(), nproc_per_node=1)
+        super().__init__(digits.digits(), plan)
+        self.device = GPU
+        self.num_reads = 0
+
+    def read(self, values: Tensor) -> Any:
+        self.num_reads += 1
+        zeros: Any = np.ones(values.shape).tolist()
+        return zeros
+
+
+def test_counting_and_measuring_a_step_do_not_wait() -> None:
+    """A step that counts tokens and measures its noise waits in the meter's reads alone."""
+    backend = FakeGPU()
+    context = SimpleNamespace(recipe=replace(digits.digits(), count=len), backend=backend)
+    request = SimpleNamespace(count=5)
+    with recorded_waits() as waits:
+        micro_batches = [MicroBatch(batch=None, items=5, request=request)]  # type: ignore[arg-type]
+        num_items = _count_items(context, 5, micro_batches)  # type: ignore[arg-type]
+        assert isinstance(num_items, Tensor)
+        meter = Meter(backend)
+        loss = torch.zeros((), device=GPU)
+        for step in range(3):
+            meter.add(
+                step=step,
+                epoch=1,
+                samples=5,
+                batch_samples=5,
+                items=num_items,
+                loss_sums=[loss, loss],
+                counts=[3, torch.ones((), dtype=torch.long, device=GPU)],
+                lr=0.1,
+                momentum=None,
+                grad_norm=loss,
+                data_wait_seconds=0.0,
+            )
+        noise_meter = LocalNoiseMeter(backend, nn.Linear(2, 2), stride=1)
+        noise_meter.begin(0)
+        noise_meter._add_gradient(torch.zeros(2, 2, device=GPU))
+        noise_meter.add_micro_batch(1 / num_items, 5)
+        noise_meter.end(0, num_items, loss)
+        assert waits == []
+        assert backend.num_reads == 0
+        meter.read(RankFlags(), is_last=True)
+        noise_meter.read()
+    assert waits == []
+    assert backend.num_reads >= 2
