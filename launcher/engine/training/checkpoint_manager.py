@@ -14,9 +14,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from launcher.engine.metrics.meter import RankFlags
+from launcher.engine.ranks.current_device import make_current
 from launcher.engine.saving.checkpoint_tensors import collect_file_sums, root_cause, write_shard
 from launcher.engine.state.training_state import Snapshot, changed_groups
 from launcher.engine.training.loop import Callback, TrainContext
@@ -34,14 +36,23 @@ from launcher.signals import StopRequest
 
 
 class _ShardWriter:
-    """Writes this rank's shard of a checkpoint in a thread."""
+    """Writes this rank's shard of a checkpoint in a thread.
 
-    def __init__(self, folder: Path, rank: int, tensors: dict[str, Tensor]) -> None:
+    Args:
+        folder: The folder of the checkpoint.
+        rank: The rank.
+        tensors: The copies on the host.
+        device: The device of the rank.
+    """
+
+    def __init__(
+        self, folder: Path, rank: int, tensors: dict[str, Tensor], device: torch.device
+    ) -> None:
         self.folder = folder
         self.started = time.perf_counter()
         self.error: str | None = None
         self.is_done = False
-        self._arguments = folder, rank, tensors
+        self._arguments, self._device = (folder, rank, tensors), device
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -50,6 +61,7 @@ class _ShardWriter:
 
     def _run(self) -> None:
         try:
+            make_current(self._device)  # torch synchronises with the current device of the thread
             write_shard(*self._arguments)
         except BaseException as error:  # noqa: BLE001  # torch raises one; every rank reports it
             self.error = root_cause(error)
@@ -146,7 +158,7 @@ class CheckpointManager:
         if folder is None:
             self._report_failure(step, f"{self._run_dir.checkpoints}: {reason}")
             return
-        self._writer = _ShardWriter(folder, backend.rank, state.tensors)
+        self._writer = _ShardWriter(folder, backend.rank, state.tensors, backend.device)
         self._callback.on_values(step, {"checkpoint_stall_seconds": time.perf_counter() - started})
 
     def finish(self) -> None:

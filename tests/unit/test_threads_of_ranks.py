@@ -1,0 +1,62 @@
+"""Threads beside the training loop: their device, and drivers that do not answer."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from launcher.engine.ranks.usage import LastMeasurement, usage_of
+from launcher.engine.training import checkpoint_manager
+from launcher.engine.training.checkpoint_manager import _ShardWriter
+
+
+def test_a_driver_that_does_not_answer_blocks_nobody() -> None:
+    """Asking for a measurement returns the last one at once, also if the driver never returns."""
+    answers = iter([{"memory_bytes": 5}])
+    measured, hanging, released = threading.Event(), threading.Event(), threading.Event()
+
+    def measure() -> dict[str, Any]:
+        values = next(answers, None)
+        if values is None:
+            hanging.set()
+            released.wait()
+            raise RuntimeError
+        measured.set()
+        return values
+
+    usage = LastMeasurement(measure)
+    assert usage() == {}
+    assert measured.wait(10)
+    usage()
+    assert hanging.wait(10)
+    assert usage() == {"memory_bytes": 5}
+    released.set()
+
+
+def test_the_usage_of_a_cpu_is_measured_at_once() -> None:
+    """On a CPU the memory of this process is returned by the first call."""
+    assert usage_of(torch.device("cpu"))()["memory_bytes"] > 1 << 20
+
+
+def test_a_checkpoint_is_written_with_the_device_of_the_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that writes makes the rank's device current before it writes anything."""
+    calls: list[tuple[str, object, int | None]] = []
+
+    def record(name: str, value: object) -> None:
+        calls.append((name, value, threading.get_ident()))
+
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda device: record("set", device))
+    monkeypatch.setattr(
+        checkpoint_manager, "write_shard", lambda folder, *_: record("write", folder)
+    )
+    writer = _ShardWriter(tmp_path, 3, {}, torch.device("cuda", 3))
+    writer.wait()
+    assert writer.error is None
+    assert [call[:2] for call in calls] == [("set", torch.device("cuda", 3)), ("write", tmp_path)]
+    assert calls[0][2] == calls[1][2] != threading.get_ident()
