@@ -20,18 +20,29 @@ _TASKS = Path("/proc/self/task")
 _MAX_NAMED = 3
 """Maximum number of threads that a message names."""
 
+_CHECK_BY_NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
+"""If this environment variable is 1, `torch.cuda.is_available()` asks the management library for
+GPUs, where that is possible, and leaves CUDA uninitialised."""
+
 _recipe_threads: set[int] = set()
 """Kernel ids of the threads that a recipe's code has started."""
 
 
 @contextlib.contextmanager
 def observed_threads() -> Iterator[None]:
-    """Record the threads that are started in this context, which runs a recipe's code."""
-    before = _thread_ids()
+    """Record the threads that are started in this context, which runs a recipe's code.
+
+    Recipes often choose a device when they are imported. In this context, asking torch whether
+    there is a GPU does not initialise CUDA if torch can find out without.
+    """
+    before, chosen = _thread_ids(), os.environ.get(_CHECK_BY_NVML)
+    os.environ.setdefault(_CHECK_BY_NVML, "1")
     try:
         yield
     finally:
         _recipe_threads.update(_thread_ids() - before)
+        if chosen is None:
+            os.environ.pop(_CHECK_BY_NVML, None)
 
 
 def suspect_all_threads() -> None:
@@ -42,14 +53,15 @@ def suspect_all_threads() -> None:
 def reason_not_to_fork() -> str | None:
     """Return what the recipe did in this process that makes forks unsafe; None if nothing.
 
+    Call it after the recipe's code has run.
+
     The text completes a sentence about the recipe: "started 3 threads", "initialised CUDA".
     """
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        return "initialised CUDA"
-    if not _recipe_threads & _thread_ids():
+    has_torch, has_threads = "torch" in sys.modules, bool(_recipe_threads & _thread_ids())
+    if not (has_torch or has_threads):
         return None
-    _fork_once()
+    if not _cuda_survives_a_fork():
+        return "initialised CUDA"
     thread_ids = sorted(_recipe_threads & _thread_ids())
     if not thread_ids:
         return None
@@ -75,18 +87,26 @@ def without_main_module() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-def _fork_once() -> None:
-    """Fork a process that exits at once, so that fork-safe libraries end their threads.
+def _cuda_survives_a_fork() -> bool:
+    """Return whether a forked process can use CUDA, by forking one that exits at once.
 
-    Such libraries, for example numpy's OpenBLAS, end their threads before every fork and start them
-    again when they compute. Threads that still run afterwards belong to libraries that do not.
+    Only a forked process can tell: torch may have called the driver without initialising its own
+    CUDA module, as where the management library is missing.
+
+    The fork has another effect. Fork-safe libraries, for example numpy's OpenBLAS, end their
+    threads before every fork and start them again when they compute. Threads that still run
+    afterwards belong to libraries that do not.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns about the threads
         child = os.fork()
     if child == 0:
-        os._exit(0)
-    os.waitpid(child, 0)
+        is_bad = True
+        with contextlib.suppress(BaseException):
+            torch = sys.modules.get("torch")
+            is_bad = torch is not None and torch.cuda._is_in_bad_fork()  # noqa: SLF001
+        os._exit(int(is_bad))
+    return os.waitpid(child, 0)[1] == 0
 
 
 def _thread_ids() -> set[int]:
