@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import psutil
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -47,6 +45,7 @@ from launcher.engine.ranks.turns import Turns
 from launcher.engine.state.compiled import plain_name
 from launcher.engine.state.optimizer_kinds import check_strategy_of
 from launcher.engine.state.parameter_kinds import sparse_parameters
+from launcher.environment.network import interface_to
 from launcher.environment.world import World
 from launcher.errors import WorldError
 from launcher.planning.plan import Plan
@@ -353,7 +352,7 @@ def join_process_group(world: World, backend: str) -> None:
     """
     if world.address is not None:
         os.environ.update(_environment_variables(world, *world.address))
-    interface = "lo" if world.nodes == 1 else _interface_to(os.environ["MASTER_ADDR"])
+    interface = "lo" if world.nodes == 1 else interface_to(os.environ["MASTER_ADDR"])
     if interface is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
@@ -383,25 +382,6 @@ def _environment_variables(world: World, host: str, port: int) -> dict[str, str]
         "MASTER_PORT": port,
     }
     return {name: str(value) for name, value in values.items()}
-
-
-def _interface_to(host: str) -> str | None:
-    """Return the network interface through which this machine reaches `host`, or None if unknown.
-
-    By default, gloo takes the interface of this machine's own host name, which Debian maps to
-    loopback, and NCCL takes the first one, which may be a container bridge.
-    """
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.connect(address)  # sends nothing
-            local_address = probe.getsockname()[0]
-    except OSError:
-        return None
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(address.address == local_address for address in addresses):
-            return name
-    return None
 
 
 def reset_accelerate_state() -> None:
