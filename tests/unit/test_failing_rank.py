@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 
-from launcher.engine.ranks.failures import fail
+from launcher.engine.ranks.failures import fail, is_out_of_memory
 from launcher.engine.ranks.output import Log, Output, Terminal, open_output
 from launcher.environment.world import World
 from launcher.runs.failure_record import FAILURE_FILE_VARIABLE, read_failure
@@ -121,3 +122,22 @@ def test_output_without_a_folder_for_logs(
     print("lost", file=output.log, flush=True)
     output.log.close()
     assert capsys.readouterr().err.count("cannot write the log") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "ran_out"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:121] can't allocate memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_forms_of_exhausted_memory_are_known(error: BaseException, *, ran_out: bool) -> None:
+    """Every form in which torch and its libraries report exhausted memory counts as such."""
+    assert is_out_of_memory(error) is ran_out

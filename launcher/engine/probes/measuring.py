@@ -302,11 +302,13 @@ def limit_memory(device: torch.device, num_bytes: int | None) -> None:
     Args:
         device: On a GPU the limit holds for torch's allocator; on a CPU for the private memory of
             the process, which is what torch allocates (Linux 4.7 or newer).
-        num_bytes: The limit. None is the memory of the GPU less a margin, or no limit on a CPU.
+        num_bytes: The limit. None is the memory of the GPU that other processes leave free, less a
+            margin, or no limit on a CPU.
     """
     if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        fraction = 1 - MEMORY_MARGIN if num_bytes is None else min(num_bytes / total, 1.0)
+        free, total = torch.cuda.mem_get_info(device)
+        available = (free + torch.cuda.memory_reserved(device)) / total - MEMORY_MARGIN
+        fraction = max(available, 0.0) if num_bytes is None else min(num_bytes / total, 1.0)
         torch.cuda.set_per_process_memory_fraction(fraction, device)
     elif num_bytes is not None:
         _, hard_limit = resource.getrlimit(resource.RLIMIT_DATA)

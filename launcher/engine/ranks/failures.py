@@ -37,7 +37,14 @@ _LOST_PEER_SIGNS = (
 )
 """Parts of the messages of gloo and NCCL about a connection that another rank closed."""
 
-_OUT_OF_MEMORY_SIGNS = ("can't allocate memory", "bad_alloc", "out of memory")
+_HOST_MEMORY_SIGNS = ("can't allocate memory", "bad_alloc")
+_GPU_MEMORY_SIGNS = (
+    "out of memory",  # CUDA, HIP and NCCL
+    "_ALLOC_FAILED",  # cuBLAS, cuDNN, cuSOLVER and cuFFT, which allocate workspaces of their own
+    "unable to find an engine to execute this computation",  # cuDNN, for lack of a workspace
+)
+"""Parts of the messages of errors of memory that are not of torch's class for them."""
+
 _LOST_WORKER = re.compile(r"DataLoader worker.* (killed by signal|exited unexpectedly)")
 _SECONDS_TO_BE_ENDED = 10
 """Longest wait of a rank whose error is a consequence, until it ends itself."""
@@ -138,12 +145,20 @@ def _early_exit(run_dir: RunDir, world: World) -> Failure | None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error means that memory ran out, on a GPU or on the host."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    if isinstance(error, MemoryError) or _is_out_of_gpu_memory(error):
         return True
-    if not isinstance(error, RuntimeError):
-        return False
+    return isinstance(error, RuntimeError) and _holds_any(error, _HOST_MEMORY_SIGNS)
+
+
+def _is_out_of_gpu_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and _holds_any(error, _GPU_MEMORY_SIGNS)
+    )
+
+
+def _holds_any(error: BaseException, signs: tuple[str, ...]) -> bool:
     text = text_of(error)
-    return any(sign in text for sign in _OUT_OF_MEMORY_SIGNS)
+    return any(sign in text for sign in signs)
 
 
 def describe(error: BaseException, world: World) -> Failure:
@@ -160,12 +175,13 @@ def describe(error: BaseException, world: World) -> Failure:
             "or a smaller prefetch_factor. num_workers=0 reads the data in the rank itself, which "
             "shows the error of the data set."
         )
-    if isinstance(error, torch.OutOfMemoryError):
+    if _is_out_of_gpu_memory(error):
         error = TrainingError(
             f"{text_of(error)}\n\nThe GPU's memory ran out. A smaller micro_batch_size uses less "
             "of it and changes no step, because accumulation keeps the batch size. "
             "activation_checkpointing=true, precision=bf16, strategy=fsdp and offload=cpu also use "
-            "less."
+            "less. If much memory is reserved but unallocated, it is fragmented: set "
+            "PYTORCH_ALLOC_CONF=expandable_segments:True in the environment."
         )
     is_explained = isinstance(error, LauncherError)
     message = text_of(error)
