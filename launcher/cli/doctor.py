@@ -49,7 +49,7 @@ def command(
     from launcher.checks.node_checks import check_node
     from launcher.console.findings_table import finding_lines, summary
     from launcher.environment.machine import read_machine
-    from launcher.environment.world import find_world
+    from launcher.environment.world import find_world, machine_of
     from launcher.findings import Finding, RankDiagnostics, worst
     from launcher.launch.signal_handler import SignalHandler
     from launcher.runs.failure_record import RunFailedError
@@ -57,7 +57,7 @@ def command(
     world = find_world()
     alone = world.world_size == 1
     plan = plan_diagnostics(
-        read_machine(),
+        machine_of(read_machine(), world),
         device=device,
         nodes=world.nodes,
         nproc_per_node=nproc_per_node if alone else world.local_world_size,

@@ -134,7 +134,7 @@ def _train(
     from launcher.environment.accelerate_launch import accelerate_settings
     from launcher.environment.machine import read_machine
     from launcher.environment.unused_configuration import unused_note
-    from launcher.environment.world import find_world
+    from launcher.environment.world import find_world, machine_of
     from launcher.launch.run_folder import open_run_folder
     from launcher.recipe.resolve import reference_of
     from launcher.report.write import write_report
@@ -158,7 +158,7 @@ def _train(
     built, plan = plan_recipe(
         reference,
         overrides,
-        read_machine(),
+        machine_of(read_machine(), world),
         nodes=world.nodes,
         nproc_per_node=world.local_world_size,
         count=count_once,

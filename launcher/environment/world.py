@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from launcher.environment.machine import Machine
 from launcher.environment.slurm_step import SlurmStep, find_step
 from launcher.errors import WorldError
 from launcher.recipe.text_values import digits
@@ -114,6 +115,22 @@ def _of_step(step: SlurmStep) -> World:
         local_world_size=step.tasks_per_node[0],
         address=(step.hosts[0], step.port),
     )
+
+
+def machine_of(machine: Machine, world: World) -> Machine:
+    """Return the machine with the GPUs of all ranks on the node, as this rank can see it.
+
+    Slurm's --gpus-per-task=1 shows each task one GPU, a different one to each. The ranks compare
+    their GPUs when they meet.
+
+    Args:
+        machine: What this process can see.
+        world: Its place among the ranks.
+    """
+    is_task_of_step = world.address is not None
+    if is_task_of_step and machine.num_gpus == 1:
+        return replace(machine, num_gpus=world.local_world_size)
+    return machine
 
 
 def _refuse_single_process_of_accelerate(env: Mapping[str, str]) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from launcher.environment.world import World, find_world
+from launcher.environment.machine import read_machine
+from launcher.environment.world import World, find_world, machine_of
 from launcher.errors import WorldError
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
@@ -38,3 +41,16 @@ def test_contradictions_are_refused(env: dict[str, str], message: str) -> None:
     with pytest.raises(WorldError) as caught:
         find_world(env)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("visible", "address", "planned"),
+    [(1, ("node1", 20_000), 4), (4, ("node1", 20_000), 4), (2, ("node1", 20_000), 2), (1, None, 1)],
+)
+def test_a_task_that_sees_one_gpu_has_its_own(
+    visible: int, address: tuple[str, int] | None, planned: int
+) -> None:
+    """One visible GPU counts for each of four tasks of a Slurm step, and for nobody else."""
+    machine = replace(read_machine(), num_gpus=visible)
+    world = World(rank=1, world_size=4, local_rank=1, local_world_size=4, address=address)
+    assert machine_of(machine, world).num_gpus == planned

@@ -32,7 +32,7 @@ from torch.optim import Optimizer
 
 from launcher.engine.backends.base import Backend, state_dict_names
 from launcher.engine.backends.call_order import watch_call_order
-from launcher.engine.backends.placement import planned_device
+from launcher.engine.backends.placement import check_own_device, planned_device
 from launcher.engine.backends.recipe_forward import (
     NamedRecipeForward,
     RecipeForward,
@@ -96,6 +96,9 @@ class GroupBackend(Backend):
             os.environ.setdefault("NCCL_P2P_DISABLE", "1")
             os.environ.setdefault("NCCL_IB_DISABLE", "1")
         join_process_group(world, communication_backend)
+        store = dist.distributed_c10d._get_default_store()  # noqa: SLF001
+        if not cpu:
+            check_own_device(store, world, str(torch.cuda.get_device_properties(self.device).uuid))
         handlers = plugins.pop("kwargs_handlers", [])
         self._accelerator = Accelerator(
             cpu=plugins.pop("cpu", cpu),
@@ -107,7 +110,7 @@ class GroupBackend(Backend):
             ],
             **plugins,
         )
-        self._turns = Turns(dist.distributed_c10d._get_default_store(), world)  # noqa: SLF001
+        self._turns = Turns(store, world)
         self.rank = self._accelerator.process_index
         self.world_size = self._accelerator.num_processes
         actual_kind = self._accelerator.distributed_type

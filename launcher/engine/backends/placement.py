@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._distributed_c10d import Store
 
 from launcher.engine.backends.nested_tensors import holds_tensors, map_tensors, tensors_in
+from launcher.environment.world import World
 from launcher.errors import RecipeError, WorldError
 from launcher.planning.plan import Plan
 from launcher.recipe.recipe import Recipe
@@ -128,12 +130,7 @@ def planned_device(recipe: Recipe, plan: Plan, local_rank: int) -> torch.device:
             "is a +cpu build, or the driver is older than its CUDA version requires: see "
             "`nvidia-smi`. To train on CPUs, set device=cpu."
         )
-    if local_rank >= torch.cuda.device_count():
-        raise WorldError(
-            f"The plan needs {plan.nproc_per_node} GPUs on this node, but torch finds "
-            f"{torch.cuda.device_count()}. Use -n {torch.cuda.device_count()}."
-        )
-    device = torch.device("cuda", local_rank)
+    device = torch.device("cuda", device_index(local_rank, torch.cuda.device_count(), plan))
     torch.cuda.set_device(device)
     torch.backends.cuda.matmul.allow_tf32 = recipe.tf32
     torch.backends.cudnn.allow_tf32 = recipe.tf32
@@ -150,6 +147,50 @@ def planned_device(recipe: Recipe, plan: Plan, local_rank: int) -> torch.device:
             "Use compile=false."
         )
     return device
+
+
+def device_index(local_rank: int, num_visible: int, plan: Plan) -> int:
+    """Return the index of this rank's GPU among those that it can see.
+
+    A rank that sees one GPU has it to itself: Slurm shows each task its own.
+
+    Raises:
+        WorldError: There are too few GPUs.
+    """
+    if num_visible == 1:
+        return 0
+    if local_rank >= num_visible:
+        raise WorldError(
+            f"The plan needs {plan.nproc_per_node} GPUs on this node, but torch finds "
+            f"{num_visible}. Use -n {num_visible}."
+        )
+    return local_rank
+
+
+def check_own_device(store: Store, world: World, uuid: str) -> None:
+    """Refuse a GPU that another rank of this node uses as well (collective on the node).
+
+    The ranks compare their GPUs through the store, because NCCL fails in a group in which two ranks
+    have one GPU.
+
+    Args:
+        store: The store at which the ranks have met.
+        world: This rank.
+        uuid: What identifies the GPU of this rank, on whatever index each process sees it.
+
+    Raises:
+        WorldError: Two ranks have the same GPU.
+    """
+    first = world.rank - world.local_rank
+    store.set(f"gpu/{world.rank}", uuid)
+    others = [rank for rank in range(first, first + world.local_world_size) if rank != world.rank]
+    for rank in others:
+        if store.get(f"gpu/{rank}").decode() == uuid:
+            ranks = " and ".join(map(str, sorted((rank, world.rank))))
+            raise WorldError(
+                f"Ranks {ranks} use the same GPU ({uuid}). Start one rank for each GPU. With srun, "
+                "use --gpus-per-task=1, or --gpus-per-node with as many tasks on a node."
+            )
 
 
 def device_name(device: torch.device) -> str:

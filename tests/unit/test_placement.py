@@ -1,0 +1,51 @@
+"""The GPU of a rank, without a GPU."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from torch._C._distributed_c10d import HashStore
+
+from launcher.engine.backends.placement import check_own_device, device_index
+from launcher.environment.machine import read_machine
+from launcher.environment.world import World
+from launcher.errors import WorldError
+from launcher.recipe.resolve import resolve
+from launcher.runs.plan_recipe import plan_recipe
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "num_visible", "index"), [(0, 4, 0), (3, 4, 3), (0, 1, 0), (3, 1, 0)]
+)
+def test_the_index_of_a_gpu(local_rank: int, num_visible: int, index: int) -> None:
+    """A rank takes the GPU of its own number, or the only one that it can see."""
+    _, plan = plan_recipe(resolve("digits"), (), read_machine(), nproc_per_node=4)
+    assert device_index(local_rank, num_visible, plan) == index
+
+
+def test_too_few_gpus_are_refused() -> None:
+    """A rank without a GPU is refused with the number that there are."""
+    _, plan = plan_recipe(resolve("digits"), (), read_machine(), nproc_per_node=4)
+    with pytest.raises(WorldError, match=r"4 GPUs.*finds 2"):
+        device_index(3, 2, plan)
+
+
+@pytest.mark.parametrize("uuids", [("a", "b", "c", "a"), ("a", "b", "c", "d", "a", "b", "b", "d")])
+def test_two_ranks_on_one_gpu_are_refused(uuids: tuple[str, ...]) -> None:
+    """Only ranks of the same node that have the same GPU are refused, with both numbers."""
+    store = HashStore()
+
+    def check(rank: int) -> str:
+        world = World(rank=rank, world_size=len(uuids), local_rank=rank % 4, local_world_size=4)
+        try:
+            check_own_device(store, world, uuids[rank])
+        except WorldError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(len(uuids)) as pool:
+        errors = list(pool.map(check, range(len(uuids))))
+    refused = [rank for rank, error in enumerate(errors) if error]
+    assert refused == ([0, 3] if len(uuids) == 4 else [5, 6])
+    assert all(f"Ranks {refused[0]} and {refused[1]} " in errors[rank] for rank in refused)
