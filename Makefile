@@ -1,6 +1,7 @@
 # make run          set up, and train the default recipe on all GPUs, or on 2 CPU ranks without GPUs
 # make test         set up, and run the linter, the type checker and all tests
 # make test-unit    set up, and run the tests that start no process
+# make test-gpu     set up, and run the tests that need a GPU; all others hide the GPUs from torch
 # make fuzz         set up, and give random input to all commands for about an hour
 # make test-lowest  set up the oldest versions that pyproject.toml allows in build/lowest, and run
 #                   there the unit tests, and a training under each strategy, which are compared
@@ -18,7 +19,7 @@ READY := $(VENV)/.ready
 PACKAGES := dataset-fashion-mnist slurmctld slurmd slurm-client munge \
 	dropbear-bin iproute2 openssh-client strace chromium chromium-driver
 
-.PHONY: run test test-unit fuzz test-lowest test-deps lint docs bench format packages clean
+.PHONY: run test test-unit test-gpu fuzz test-lowest test-deps lint docs bench format packages clean
 
 run: $(READY)
 	$(VENV)/bin/launcher run recipes/digits.py
@@ -28,6 +29,9 @@ test: packages lint
 
 test-unit: $(READY)
 	$(VENV)/bin/pytest tests/unit
+
+test-gpu: $(READY)
+	LAUNCHER_GPU_TESTS=1 $(VENV)/bin/pytest -n0 -m gpu tests/gpu
 
 fuzz: $(READY)
 	LAUNCHER_FUZZ_PROFILE=fuzz $(VENV)/bin/pytest tests/fuzz

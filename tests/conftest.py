@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 from support import Commands, fail_on_leftovers
 
+if "LAUNCHER_GPU_TESTS" not in os.environ:
+    # Tests that are not marked `gpu` are the same on every machine. torch is imported after this.
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the option that rewrites the golden files."""

@@ -12,8 +12,8 @@ from support import ROOT, Commands
 from launcher.engine.backends.placement import Placement
 
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
-needs_gpu = pytest.mark.skipif(GPUS < 1, reason="no GPU that torch can use")
-needs_gpus = pytest.mark.skipif(GPUS < 2, reason="fewer than two GPUs that torch can use")
+needs_gpu = pytest.mark.skipif(GPUS < 1, reason="`make test-gpu` needs a GPU")
+needs_gpus = pytest.mark.skipif(GPUS < 2, reason="`make test-gpu` needs two GPUs for it")
 
 pytestmark = pytest.mark.gpu
 
