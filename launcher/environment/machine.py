@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.environment.accelerators import find_accelerators
+
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
@@ -39,6 +41,9 @@ class Machine:
     has_deepspeed: bool = True
     """Whether DeepSpeed is installed."""
 
+    unusable: tuple[str, ...] = ()
+    """A phrase for each kind of accelerator that is present and that no run can use."""
+
     has_compiler: bool = True
     """Whether a C++ compiler is installed, which torch.compile needs on CPUs."""
 
@@ -52,9 +57,11 @@ def read_machine(root: Path = Path("/"), env: Mapping[str, str] | None = None) -
     """
     env = os.environ if env is None else env
     cores, limited_by = _usable_cores(root, env)
+    accelerators = find_accelerators(root, env)
     return Machine(
         hostname=platform.node(),
-        num_gpus=_num_gpus(root, env),
+        num_gpus=accelerators.num_gpus,
+        unusable=accelerators.unusable,
         usable_cores=cores,
         cores_limited_by=limited_by,
         memory_bytes=_memory_bytes(root),
@@ -124,23 +131,6 @@ def gpu_driver(root: Path = Path("/")) -> str | None:
     text = _read(root / "proc/driver/nvidia/version") or ""
     match = re.search(r"Kernel Module.*?(\d+(\.\d+)+)", text)
     return match[1] if match else None
-
-
-def _num_gpus(root: Path, env: Mapping[str, str]) -> int:
-    """Return the number of NVIDIA device files that CUDA_VISIBLE_DEVICES does not hide.
-
-    CUDA reads that variable from the left and stops at the first entry that is not a device.
-    """
-    present = sum(path.name[6:].isdigit() for path in (root / "dev").glob("nvidia[0-9]*"))
-    visible = env.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return present
-    usable = 0
-    for entry in map(str.strip, visible.split(",")):
-        if not entry or entry.startswith("-") or (entry.isdigit() and int(entry) >= present):
-            break
-        usable += 1
-    return min(usable, present)
 
 
 def _usable_cores(root: Path, env: Mapping[str, str]) -> tuple[int, str]:

@@ -116,6 +116,10 @@ def notes_for(
             f"{recipe.optimizer.name} divides gradients by their scale, so that lr_rule=sqrt suits "
             "it better than linear."
         )
+    if machine.unusable and recipe.device != "cpu":
+        found = " and ".join(machine.unusable)
+        advice = " device=cpu trains on the CPU without this note." if device == "cpu" else ""
+        notes.append(f"Found {found}. It is not used.{advice}")
     if device == "cpu" and nproc > machine.usable_cores:
         notes.append(
             f"{nproc} ranks per node oversubscribe {machine.usable_cores} usable cores "

@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from launcher.environment.accelerators import find_accelerators
 from launcher.environment.machine import read_machine
+from launcher.recipe.overrides import read_arguments
+from launcher.recipe.resolve import resolve
+from launcher.runs.plan_recipe import plan_recipe
 
 CORES = len(os.sched_getaffinity(0))
 
@@ -73,3 +77,67 @@ def test_gpus_that_are_visible(tmp_path: Path, visible: str | None, usable: int)
     files |= {"dev/nvidiactl": "", "dev/nvidia-uvm": ""}
     env = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     assert read_machine(tree(tmp_path, files), env).num_gpus == usable
+
+
+def test_mig_instances(tmp_path: Path) -> None:
+    """CUDA shows a process one instance, whatever its variable lists; the others are named."""
+    instance = "proc/driver/nvidia/capabilities/gpu0/mig/gi{}/ci0/access"
+    files = {"dev/nvidia0": "", instance.format(1): "", instance.format(2): ""}
+    env = {"CUDA_VISIBLE_DEVICES": "MIG-aa,MIG-bb"}
+    machine = read_machine(tree(tmp_path, files), env)
+    assert machine.num_gpus == 1
+    assert "MIG" in machine.unusable[0]
+
+
+@pytest.mark.parametrize(
+    ("env", "usable"),
+    [
+        ({}, 2),
+        ({"HIP_VISIBLE_DEVICES": "1"}, 1),
+        ({"ROCR_VISIBLE_DEVICES": "0,1", "HIP_VISIBLE_DEVICES": "0"}, 1),
+        ({"CUDA_VISIBLE_DEVICES": ""}, 0),
+    ],
+)
+def test_gpus_of_amd(tmp_path: Path, env: dict[str, str], usable: int) -> None:
+    """With a torch for ROCm, the GPUs of AMD's driver count; with another one they are named."""
+    nodes = {f"sys/class/kfd/kfd/topology/nodes/{n}/gpu_id": i for n, i in enumerate("075")}
+    root = tree(tmp_path, {"dev/kfd": "", **nodes})
+    found = find_accelerators(root, env, torch_is_rocm=True)
+    assert (found.num_gpus, found.unusable) == (usable, ())
+    found = find_accelerators(root, env, torch_is_rocm=False)
+    assert found.num_gpus == 0
+    assert "AMD" in found.unusable[0]
+
+
+@pytest.mark.parametrize(("script", "usable"), [("echo GPU 0: A; echo GPU 1: B", 2), ("exit 9", 0)])
+def test_gpus_under_wsl(tmp_path: Path, script: str, usable: int) -> None:
+    """Under WSL the driver's own tool counts the GPUs."""
+    tool = "usr/lib/wsl/lib/nvidia-smi"
+    root = tree(tmp_path, {"dev/dxg": "", tool: f"#!/bin/sh\n{script}\n"})
+    (root / tool).chmod(0o755)
+    assert read_machine(root, {}).num_gpus == usable
+
+
+@pytest.mark.parametrize(
+    ("files", "word"),
+    [
+        ({"dev/neuron0": ""}, "Neuron"),
+        ({"dev/davinci0": ""}, "Ascend"),
+        ({"dev/hl0": ""}, "Gaudi"),
+        (
+            {
+                "sys/bus/pci/devices/0000:03:00.0/class": "0x038000",
+                "sys/bus/pci/devices/0000:03:00.0/vendor": "0x8086",
+            },
+            "Intel GPU",
+        ),
+    ],
+)
+def test_other_accelerators_are_named(tmp_path: Path, files: dict[str, str], word: str) -> None:
+    """A plan that falls back to the CPU names the accelerator that it does not use."""
+    machine = read_machine(tree(tmp_path, files), {})
+    assert machine.num_gpus == 0
+    _, plan = plan_recipe(resolve("digits"), (), machine)
+    assert any(word in note for note in plan.notes)
+    _, plan = plan_recipe(resolve("digits"), read_arguments(["device=cpu"]), machine)
+    assert not any(word in note for note in plan.notes)
