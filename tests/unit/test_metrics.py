@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
+from torch.utils.flop_counter import flop_registry
 
 from launcher.analysis.device_peaks import peak_flops
 from launcher.engine.backends.local import LocalBackend
+from launcher.engine.metrics.flops import CountedForward
 from launcher.engine.metrics.rank_times import CommunicationClock, RankTotals, combine_rank_rows
 from launcher.environment.machine import read_machine
 from launcher.recipe.resolve import resolve
@@ -86,3 +89,22 @@ def test_peaks_are_known_by_name(name: str, precision: str, tf32: bool, tera: fl
     peak = peak_flops(name, precision, tf32=tf32)
     assert peak == (None if tera is None else pytest.approx(tera * 1e12))
     assert peak is None or math.isfinite(peak)
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_operations_are_counted_once_or_not_at_all(
+    is_known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first call is counted per sample; a formula that fails costs the count, not the run."""
+
+    def fail(*_: object, **__: object) -> int:
+        raise TypeError
+
+    if not is_known:
+        monkeypatch.setitem(flop_registry, torch.ops.aten.mm, fail)
+    counts: list[float] = []
+    forward = CountedForward(lambda model, batch: model @ batch, counts.append)
+    model, batch = torch.ones(4, 3), torch.ones(3, 5)
+    for _ in range(2):
+        assert torch.equal(forward(model, batch), torch.full((4, 5), 3.0))
+    assert counts == ([2 * 4 * 3 * 5 / 3] if is_known else [])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
+import torch
 from torch._C._distributed_c10d import HashStore
 
-from launcher.engine.backends.placement import check_own_device, device_index
+from launcher.engine.backends.placement import check_own_device, device_index, set_tf32
 from launcher.environment.machine import read_machine
 from launcher.environment.world import World
 from launcher.errors import WorldError
@@ -49,3 +51,19 @@ def test_two_ranks_on_one_gpu_are_refused(uuids: tuple[str, ...]) -> None:
     refused = [rank for rank, error in enumerate(errors) if error]
     assert refused == ([0, 3] if len(uuids) == 4 else [5, 6])
     assert all(f"Ranks {refused[0]} and {refused[1]} " in errors[rank] for rank in refused)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_tf32_is_the_same_in_both_spellings(*, enabled: bool) -> None:
+    """The old and the new settings of torch agree, and neither raises when it is read."""
+    matmul: Any = torch.backends.cuda.matmul
+    convolution: Any = torch.backends.cudnn
+    before = matmul.allow_tf32, convolution.allow_tf32
+    try:
+        set_tf32(enabled=enabled)
+        assert (matmul.allow_tf32, convolution.allow_tf32) == (enabled, enabled)
+        precisions = matmul.fp32_precision, convolution.conv.fp32_precision
+        assert all((precision == "tf32") is enabled for precision in precisions)
+        assert torch.get_float32_matmul_precision() == ("high" if enabled else "highest")
+    finally:
+        matmul.allow_tf32, convolution.allow_tf32 = before

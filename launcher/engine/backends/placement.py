@@ -132,8 +132,7 @@ def planned_device(recipe: Recipe, plan: Plan, local_rank: int) -> torch.device:
         )
     device = torch.device("cuda", device_index(local_rank, torch.cuda.device_count(), plan))
     torch.cuda.set_device(device)
-    torch.backends.cuda.matmul.allow_tf32 = recipe.tf32
-    torch.backends.cudnn.allow_tf32 = recipe.tf32
+    set_tf32(enabled=recipe.tf32)
     torch.backends.cudnn.benchmark = recipe.cudnn_benchmark
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
     if plan.precision == "bf16" and capability < _MIN_CAPABILITY_BF16:
@@ -147,6 +146,16 @@ def planned_device(recipe: Recipe, plan: Plan, local_rank: int) -> torch.device:
             "Use compile=false."
         )
     return device
+
+
+def set_tf32(*, enabled: bool) -> None:
+    """Choose whether matrix products and convolutions of fp32 tensors on CUDA use TF32.
+
+    These are the older names of torch's `fp32_precision` settings. Only they leave both the old and
+    the new ones readable, which libraries use (torch 2.13).
+    """
+    torch.backends.cuda.matmul.allow_tf32 = enabled
+    torch.backends.cudnn.allow_tf32 = enabled
 
 
 def device_index(local_rank: int, num_visible: int, plan: Plan) -> int:

@@ -19,7 +19,8 @@ class CountedForward:
 
     Args:
         forward: (model, batch) -> outputs.
-        report: Called once with the operations per sample of the first batch.
+        report: Called once with the operations per sample of the first batch; never, if they cannot
+            be counted.
     """
 
     def __init__(self, forward: Callable[[Any, Any], Any], report: Callable[[float], None]) -> None:
@@ -34,7 +35,7 @@ class CountedForward:
         with _FlopCounter() as counter:
             outputs = self._forward(model, batch)
         sizes = [tensor.shape[0] for tensor in tensors_in(batch) if tensor.ndim][:1]
-        if counter.total and sizes and sizes[0]:
+        if counter.is_complete and counter.total and sizes and sizes[0]:
             self._report(counter.total / sizes[0])
         return outputs
 
@@ -43,10 +44,14 @@ class _FlopCounter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.total = 0
+        self.is_complete = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         formula = flop_registry.get(func._overloadpacket)  # noqa: SLF001
         if formula is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=result)
+            try:
+                self.total += formula(*args, **(kwargs or {}), out_val=result)
+            except Exception:  # noqa: BLE001  # a formula that does not know these arguments
+                self.is_complete = False
         return result
