@@ -3,7 +3,9 @@
 A trace is a file that `export_chrome_trace` writes. Every instant of the profiled steps belongs to
 the first of these that applies:
 
-1. If a kernel or an operation computes, the part of the step that launched it.
+1. If a kernel or an operation computes, the part of the step that Python was in when it was
+   launched. Autograd launches the kernels of the backward pass from a thread of its own; the
+   correlation id in the trace leads from a kernel to its launch.
 2. If only a collective runs, communication.
 3. On CPUs, the part of the step that Python executes. On a GPU, which is then idle, data if Python
    waits for data.
@@ -12,9 +14,11 @@ the first of these that applies:
 
 from __future__ import annotations
 
+import bisect
 import gzip
+import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +35,7 @@ PREFIX = "launcher::"
 
 _STEP_PREFIX = "ProfilerStep#"
 _KERNEL_CATEGORIES = frozenset(("kernel", "gpu_memcpy", "gpu_memset"))
+_LAUNCH_CATEGORIES = frozenset(("cuda_runtime", "cuda_driver"))
 _COLLECTIVE_PREFIXES = ("gloo:", "nccl", "c10d::", "c10d_functional::", "_c10d_functional::")
 _LARGE_SHARE = 0.1
 """Fraction of a step from which data and communication merit advice; other parts merit it from
@@ -61,6 +66,13 @@ _OTHER_ADVICE = {
 }
 
 
+class _Arguments(msgspec.Struct):
+    """Further values of an event."""
+
+    correlation: int | None = None
+    """An id that a kernel shares with the call that launched it."""
+
+
 class _Event(msgspec.Struct):
     """A duration event of a trace, with times in microseconds."""
 
@@ -70,6 +82,7 @@ class _Event(msgspec.Struct):
     ts: float = 0.0
     dur: float = 0.0
     tid: int | str = 0
+    args: _Arguments = msgspec.field(default_factory=_Arguments)
 
 
 class _Trace(msgspec.Struct):
@@ -98,6 +111,7 @@ class _Interval:
     begin: float
     end: float
     name: str
+    """The part of the step."""
 
 
 def read_profile(path: Path) -> Profile:
@@ -133,22 +147,32 @@ def account(events: Sequence[_Event]) -> Profile:
         raise ValueError("the trace has no steps: it has no event named ProfilerStep#<number>")
     begin, end = min(e.ts for e in steps), max(e.ts + e.dur for e in steps)
     main_thread = steps[0].tid
+    ranges = [e for e in events if e.cat == "user_annotation" and e.name.startswith(PREFIX)]
+    launches: dict[int, float] = {}
     if any(event.cat in _KERNEL_CATEGORIES for event in events):
         kernels = [e for e in events if e.cat in _KERNEL_CATEGORIES]
         work = [e for e in kernels if not _is_collective(e)]
         collectives = [e for e in kernels if _is_collective(e)]
-        parts = [e for e in events if e.cat == "gpu_user_annotation" and e.name.startswith(PREFIX)]
-        idle = [e for e in events if e.name == f"{PREFIX}data" and e.cat == "user_annotation"]
+        idle = [e for e in ranges if e.name == f"{PREFIX}data"]
+        launches = {
+            e.args.correlation: e.ts
+            for e in events
+            if e.cat in _LAUNCH_CATEGORIES and e.args.correlation is not None
+        }
     else:
         operations = [e for e in events if e.cat == "cpu_op" and e.tid == main_thread]
         work = [e for e in operations if not _is_collective(e)]
         collectives = [
             e for e in events if _is_collective(e) and (e.cat != "cpu_op" or e.tid == main_thread)
         ]
-        parts = [e for e in events if e.cat == "user_annotation" and e.name.startswith(PREFIX)]
-        idle = parts
-    kinds = [_intervals(kind) for kind in (work, collectives, parts, idle)]
-    totals = _sweep(kinds, begin, end)
+        idle = ranges
+    find_part = _part_finder(ranges)
+    moments = [launches.get(e.args.correlation or -1, e.ts) for e in work]
+    working = [
+        _Interval(e.ts, e.ts + e.dur, find_part(moment))
+        for e, moment in zip(work, moments, strict=True)
+    ]
+    totals = _sweep([working, _intervals(collectives), _intervals(idle)], begin, end)
     longest = sorted(_self_times(work).items(), key=lambda item: -item[1])[:_MAX_OPERATIONS]
     scale = 1e-6 / len(steps)
     return Profile(
@@ -163,6 +187,27 @@ def _is_collective(event: _Event) -> bool:
     return event.name.startswith(_COLLECTIVE_PREFIXES)
 
 
+def _part_finder(ranges: Iterable[_Event]) -> Callable[[float], str]:
+    """Return a function that returns the part of the step that Python is in at a moment.
+
+    Args:
+        ranges: The ranges of Python code that are named after parts.
+    """
+    edges: list[tuple[float, bool, str]] = []
+    for event in ranges:
+        part = event.name.removeprefix(PREFIX)
+        edges += [(event.ts, True, part), (event.ts + event.dur, False, part)]
+    moments, names, is_open = [-math.inf], ["other"], ["other"]
+    for moment, begins, part in sorted(edges):
+        if begins:
+            is_open.append(part)
+        else:
+            is_open.remove(part)
+        moments.append(moment)
+        names.append(is_open[-1])
+    return lambda moment: names[bisect.bisect_right(moments, moment) - 1]
+
+
 def _intervals(events: Iterable[_Event]) -> list[_Interval]:
     return [_Interval(e.ts, e.ts + e.dur, e.name.removeprefix(PREFIX)) for e in events]
 
@@ -171,8 +216,8 @@ def _sweep(kinds: Sequence[Sequence[_Interval]], begin: float, end: float) -> di
     """Return the total time of each part of a step, in microseconds.
 
     Args:
-        kinds: Intervals of work, of collectives, of the parts that work belongs to, and of the
-            parts that count while neither work nor a collective runs.
+        kinds: Intervals of work, of collectives, and of the parts that count while neither work nor
+            a collective runs.
         begin: Start of the first step.
         end: End of the last step.
     """
@@ -181,8 +226,7 @@ def _sweep(kinds: Sequence[Sequence[_Interval]], begin: float, end: float) -> di
         for interval in intervals:
             first, last = max(interval.begin, begin), min(interval.end, end)
             if last > first:
-                name = interval.name if kind > 1 else ""
-                edges += [(first, 1, kind, name), (last, -1, kind, name)]
+                edges += [(first, 1, kind, interval.name), (last, -1, kind, interval.name)]
     edges.sort()
     open_counts = [Counter[str]() for _ in kinds]
     totals = dict.fromkeys(PARTS, 0.0)
@@ -199,9 +243,9 @@ def _sweep(kinds: Sequence[Sequence[_Interval]], begin: float, end: float) -> di
 
 def _part(open_counts: list[Counter[str]]) -> str:
     """Return the part of a step that an instant belongs to, by the intervals open at it."""
-    work, collectives, parts, idle = open_counts
+    work, collectives, idle = open_counts
     if work:
-        return next((name for name in parts if name in PARTS), "other")
+        return next((name for name in work if name in PARTS), "other")
     if collectives:
         return "communication"
     return next((name for name in idle if name in PARTS), "other")

@@ -59,34 +59,61 @@ def test_a_trace_of_cpus_is_accounted_for(tmp_path: Path) -> None:
     assert dict(result.operations)["aten::mm"] == pytest.approx(7.5e-6), "without aten::mul"
 
 
+def launch(ts: float, correlation: int, **fields: Any) -> dict[str, Any]:
+    """Return an event for the call that launches a kernel."""
+    event = {"cat": "cuda_runtime", "name": "cudaLaunchKernel", "ts": ts, "dur": 1}
+    return event | {"args": {"correlation": correlation, "External id": 5}} | fields
+
+
+def kernel(name: str, ts: float, dur: float, correlation: int, **fields: Any) -> dict[str, Any]:
+    """Return an event for a kernel on the GPU."""
+    event = {"cat": "kernel", "name": name, "ts": ts, "dur": dur, "tid": 20}
+    return event | {"args": {"correlation": correlation, "stream": 7}} | fields
+
+
 def test_a_trace_of_a_gpu_is_accounted_for(tmp_path: Path) -> None:
-    """Kernels count for the part that launched them, NCCL where no other kernel runs."""
-    gpu = {"tid": 20}
+    """Kernels count for the part that launched them, from any thread and however much later."""
     events = [
         annotation("ProfilerStep#5", 0, 100),
-        annotation("launcher::data", 0, 20),
-        annotation("launcher::forward", 20, 10),
-        {"cat": "cpu_op", "name": "aten::mm", "ts": 20, "dur": 5},
-        {"cat": "gpu_user_annotation", "name": "launcher::data", "ts": 18, "dur": 4} | gpu,
-        {"cat": "gpu_user_annotation", "name": "launcher::forward", "ts": 25, "dur": 20} | gpu,
-        {"cat": "gpu_user_annotation", "name": "launcher::backward", "ts": 45, "dur": 25} | gpu,
-        {"cat": "gpu_memcpy", "name": "Memcpy HtoD (Pinned -> Device)", "ts": 18, "dur": 4} | gpu,
-        {"cat": "kernel", "name": "gemm", "ts": 25, "dur": 20} | gpu,
-        {"cat": "kernel", "name": "gemm", "ts": 45, "dur": 25} | gpu,
-        {"cat": "kernel", "name": "ncclDevKernel_AllReduce_Sum_f32_RING_LL", "ts": 60, "dur": 20}
-        | {"tid": 24},
+        annotation("launcher::data", 0, 12),
+        annotation("launcher::forward", 12, 6),
+        annotation("launcher::backward", 18, 7),
+        annotation("launcher::optimizer", 25, 5),
+        {"cat": "cpu_op", "name": "aten::mm", "ts": 12, "dur": 5},
+        launch(11, 1),
+        launch(13, 2),
+        launch(19, 3, tid=2),  # by the thread of autograd
+        launch(21, 4, tid=2),
+        launch(26, 5),
+        kernel("Memcpy HtoD (Pinned -> Device)", 18, 4, 1, cat="gpu_memcpy"),
+        kernel("gemm", 25, 20, 2),
+        kernel("gemm", 45, 25, 3),
+        kernel("ncclDevKernel_AllReduce_Sum_f32_RING_LL", 60, 20, 4, tid=24),
+        kernel("fused_sgd", 80, 5, 5),
     ]
     result = read_profile(write(tmp_path / "trace.json", events))
     expected = {
-        "data": 18 + 4,
+        "data": 12 + 4,
         "forward": 20,
         "backward": 25,
         "communication": 10,
-        "optimizer": 0,
-        "other": 3 + 20,
+        "optimizer": 5,
+        "other": 6 + 3 + 15,
     }
     assert {part: round(value * 1e6, 6) for part, value in result.parts.items()} == expected
     assert dict(result.operations)["gemm"] == pytest.approx(45e-6)
+
+
+def test_kernels_without_a_launch_count_at_their_own_time(tmp_path: Path) -> None:
+    """A kernel whose launch the trace lacks counts for what Python does while the kernel runs."""
+    events = [
+        annotation("ProfilerStep#5", 0, 100),
+        annotation("launcher::forward", 0, 50),
+        kernel("gemm", 20, 40, 9),
+    ]
+    result = read_profile(write(tmp_path / "trace.json", events))
+    assert result.parts["forward"] == pytest.approx(40e-6)
+    assert result.parts["other"] == pytest.approx(60e-6)
 
 
 @pytest.mark.parametrize("content", ["{", '{"traceEvents": []}', '{"other": 1}'])
