@@ -9,7 +9,12 @@ import pytest
 import torch
 from torch._C._distributed_c10d import HashStore
 
-from launcher.engine.backends.placement import check_own_device, device_index, set_tf32
+from launcher.engine.backends.placement import (
+    RunAhead,
+    check_own_device,
+    device_index,
+    set_tf32,
+)
 from launcher.environment.machine import read_machine
 from launcher.environment.world import World
 from launcher.errors import WorldError
@@ -67,3 +72,36 @@ def test_tf32_is_the_same_in_both_spellings(*, enabled: bool) -> None:
         assert torch.get_float32_matmul_precision() == ("high" if enabled else "highest")
     finally:
         matmul.allow_tf32, convolution.allow_tf32 = before
+
+
+def test_the_host_is_at_most_one_micro_batch_ahead() -> None:
+    """Before work for a micro-batch is queued, the one before the last has been finished."""
+    log: list[str] = []
+
+    class Event:
+        count = 0
+
+        def __init__(self) -> None:
+            Event.count += 1
+            self.number = Event.count
+
+        def record(self) -> None:
+            log.append(f"all before {self.number} is queued")
+
+        def synchronize(self) -> None:
+            log.append(f"all before {self.number} is done")
+
+    run_ahead = RunAhead(Event)
+    for number in range(1, 4):
+        run_ahead.limit()
+        log.append(f"compute {number}")
+    assert log == [
+        "all before 1 is queued",
+        "compute 1",
+        "all before 2 is queued",
+        "all before 1 is done",
+        "compute 2",
+        "all before 3 is queued",
+        "all before 2 is done",
+        "compute 3",
+    ]

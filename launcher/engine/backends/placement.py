@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ class Placement:
 
     On CUDA the copies run on a separate stream. From pinned memory they overlap with the
     computation of the previous micro-batch, and the compute stream waits for them, not the host.
+    The host runs one micro-batch ahead of the device and no further, so that the memory that is in
+    use does not depend on which of them is faster.
 
     Args:
         device: The target device.
@@ -45,6 +48,7 @@ class Placement:
         self._channels_last = channels_last
         self._double = double
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._run_ahead = RunAhead(torch.cuda.Event)
 
     def copy(self, batch: Any) -> Any:
         """Return `batch` with its tensors on the device, and converted.
@@ -59,6 +63,9 @@ class Placement:
             is_unchanged = not (self._channels_last or self._double)
             return batch if is_unchanged else map_tensors(self._format, batch, self._convert_object)
         compute_stream = torch.cuda.current_stream(self._device)
+        self._run_ahead.limit()
+        if any(tensor.device == self._device for tensor in tensors_in(batch)):
+            self._stream.wait_stream(compute_stream)  # which may still compute these tensors
         move_object = functools.partial(self._move_object, compute_stream)
         with torch.cuda.stream(self._stream):
             device_batch = map_tensors(self._move, batch, move_object)
@@ -113,6 +120,26 @@ class Placement:
         if self._channels_last and tensor.ndim == 4:
             return tensor.contiguous(memory_format=torch.channels_last)
         return tensor
+
+
+class RunAhead:
+    """Lets the host queue work for one micro-batch more than the device has finished.
+
+    Args:
+        make_event: Returns an event of a device, such as `torch.cuda.Event`.
+    """
+
+    def __init__(self, make_event: Callable[[], Any]) -> None:
+        self._make_event = make_event
+        self._previous: Any = None
+
+    def limit(self) -> None:
+        """Wait until the device has finished all work that was queued before the last call."""
+        event = self._make_event()
+        event.record()
+        if self._previous is not None:
+            self._previous.synchronize()
+        self._previous = event
 
 
 def planned_device(recipe: Recipe, plan: Plan, local_rank: int) -> torch.device:
