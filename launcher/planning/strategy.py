@@ -155,6 +155,11 @@ def check_strategy(recipe: Recipe, machine: Machine, device: str, world_size: in
             f"strategy={recipe.strategy} shards nothing. Use strategy=fsdp or strategy=zero2, or "
             "leave offload out."
         )
+    if recipe.deterministic and recipe.cudnn_benchmark:
+        raise PlanError(
+            "deterministic=true needs the same kernels in every run, and cudnn_benchmark=true "
+            "chooses them by their time. Leave one of them out."
+        )
     if recipe.compile and device == "cpu" and not machine.has_compiler:
         raise PlanError(
             "compile=true on CPUs needs a C++ compiler, and none of $CXX, g++ and clang++ is on "

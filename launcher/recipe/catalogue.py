@@ -30,7 +30,7 @@ TOPICS = {
     "Length of the run": "epochs steps train_samples evaluate_every seed",
     "Memory and speed": (
         "strategy offload precision compile activation_checkpointing blocks channels_last tf32 "
-        "cudnn_benchmark device"
+        "cudnn_benchmark deterministic device"
     ),
     "State that depends on the split": "sync_batchnorm rank_buffers",
     "Reading data": "in_memory num_workers worker_start prefetch_factor pin_memory",

@@ -202,6 +202,10 @@ class Recipe:
     cudnn_benchmark: Annotated[bool, Affects.EXECUTION] = False
     """On CUDA: let cuDNN time its algorithms once for each shape and keep the fastest."""
 
+    deterministic: Annotated[bool, Affects.UPDATES] = False
+    """Use kernels that repeat their results to the bit, which may be slower; refuse operations
+    that have none."""
+
     device: Annotated[Literal["cuda", "cpu"] | None, Affects.EXECUTION] = None
     """Device that the ranks compute on; None uses GPUs if there are any."""
 

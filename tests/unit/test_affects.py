@@ -36,6 +36,7 @@ SETTINGS = {
         "sync_batchnorm",
         "rank_buffers",
         "tf32",
+        "deterministic",
     },
     Affects.EXECUTION: {
         "micro_batch_size",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,6 +15,7 @@ from launcher.engine.backends.placement import (
     check_own_device,
     device_index,
     set_tf32,
+    use_deterministic_kernels,
 )
 from launcher.environment.machine import read_machine
 from launcher.environment.world import World
@@ -105,3 +107,19 @@ def test_the_host_is_at_most_one_micro_batch_ahead() -> None:
         "all before 2 is done",
         "compute 3",
     ]
+
+
+def test_operations_without_a_deterministic_kernel_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With deterministic=true an operation that may differ between runs raises."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    deterministic: Any = torch.utils.deterministic
+    try:
+        use_deterministic_kernels()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8", "the user's own value stays"
+        with pytest.raises(RuntimeError, match="deterministic"):
+            torch.zeros(3).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))
+    finally:
+        torch.use_deterministic_algorithms(False)
+        deterministic.fill_uninitialized_memory = True

@@ -108,6 +108,7 @@ def test_a_plan_shows_the_samples_of_batch_norm() -> None:
 @pytest.mark.parametrize(
     ("changes", "machine", "ranks", "message"),
     [
+        ({"deterministic": True, "cudnn_benchmark": True}, {}, 1, "cudnn_benchmark=true"),
         ({"strategy": "fsdp"}, {}, 1, "strategy=fsdp shards"),
         ({"strategy": "zero2"}, {"has_deepspeed": False}, 2, "pip install deepspeed"),
         ({"offload": "cpu"}, {}, 2, "strategy=ddp shards nothing"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,8 @@ def planned_device(recipe: Recipe, plan: Plan, local_rank: int) -> torch.device:
         WorldError: torch cannot use the planned GPU, or the GPU lacks a feature that the recipe
             requires.
     """
+    if recipe.deterministic:
+        use_deterministic_kernels()
     if plan.device == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -173,6 +176,18 @@ def planned_device(recipe: Recipe, plan: Plan, local_rank: int) -> torch.device:
             "Use compile=false."
         )
     return device
+
+
+def use_deterministic_kernels() -> None:
+    """Make all later operations of this process repeat their results to the bit, or raise.
+
+    cuBLAS reads its variable when torch creates the first handle, so call this before CUDA is used.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    settings: Any = torch.utils.deterministic
+    settings.fill_uninitialized_memory = False  # slow, and nobody reads it
+    torch.backends.cudnn.benchmark = False
 
 
 def set_tf32(*, enabled: bool) -> None:
