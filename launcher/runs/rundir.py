@@ -142,6 +142,10 @@ class RunDir:
         """Return the file of the heartbeat of `rank`."""
         return self.path / "health" / f"rank{rank}.json"
 
+    def collectives(self, rank: int) -> Path:
+        """Return the file of the collective calls of `rank`, which exists after a hang."""
+        return self.path / "health" / f"collectives{rank}.json"
+
     def log(self, rank: int) -> Path:
         """Return the file that holds what `rank` printed."""
         return self.path / "logs" / f"rank{rank}.log"

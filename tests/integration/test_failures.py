@@ -214,6 +214,7 @@ def test_a_hang_is_named(run: Commands, how: str, message: str) -> None:
     logs = [path.read_text() for path in (run.folder / "out/logs").iterdir()]
     assert any("most recent call first" in log for log in logs)
     if how == "sleep":
+        assert re.search(r"rank 1 has not made collective call \d+ \(gloo:", done.stderr)
         assert "in _fail_at_second_call" in (run.folder / "out/logs/rank1.log").read_text()
 
 

@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from launcher.console.failure import failure_text
+from launcher.engine.ranks.flight_recorder import record_collectives
 from launcher.engine.ranks.processes import children
 from launcher.errors import EXIT_FAILED
+from launcher.runs.collectives import find_missing_call, read_collectives
 from launcher.runs.failure_record import Failure, record_failure
 from launcher.runs.heartbeat import PHASES, Heartbeat, read_heartbeat
 from launcher.runs.rundir import RunDir
@@ -165,6 +167,7 @@ class Watchdog:
         """Report where this rank is, record the rank for which the others wait, and exit."""
         where, waits = self._find_main_thread()
         self._write_heartbeat(stalled=True, where=where, waits=waits)
+        record_collectives(self._run_dir.collectives(self._rank))
         print(f"No progress for {timeout:g} s. All threads:", file=self._log, flush=True)
         faulthandler.dump_traceback(file=self._log, all_threads=True)
         for child in children():
@@ -172,7 +175,8 @@ class Watchdog:
                 os.kill(child, signal.SIGUSR2)  # a DataLoader worker writes its stack to the log
         time.sleep(_SECONDS_TO_REPORT)
         heartbeats = [read_heartbeat(self._run_dir, rank) for rank in range(self._world_size)]
-        failure = _hang_failure(heartbeats, timeout)
+        calls = [read_collectives(self._run_dir, rank) for rank in range(self._world_size)]
+        failure = _hang_failure(heartbeats, timeout, find_missing_call(calls))
         record = record_failure(self._run_dir, failure)
         if record == "unwritten":
             print(failure_text(failure, self._run_dir), file=self._errors, flush=True)
@@ -235,12 +239,15 @@ def _different_calls_text(heartbeats: list[Heartbeat | None]) -> str | None:
     )
 
 
-def _hang_failure(heartbeats: list[Heartbeat | None], timeout: float) -> Failure:
+def _hang_failure(
+    heartbeats: list[Heartbeat | None], timeout: float, missing: tuple[int, str] | None
+) -> Failure:
     """Return the failure of a run that hangs, which names the slowest rank.
 
     Args:
         heartbeats: The last heartbeat of each rank; None for a rank that wrote none.
         timeout: Seconds without progress.
+        missing: The rank that is behind in its collective calls, and a clause about it, if known.
     """
 
     def progress(rank: int) -> tuple[bool, int, int, bool]:
@@ -251,10 +258,15 @@ def _hang_failure(heartbeats: list[Heartbeat | None], timeout: float) -> Failure
         return heartbeat.stalled, heartbeat.step, phase, heartbeat.waits
 
     slowest = min(range(len(heartbeats)), key=progress)
+    are_equal = all(progress(rank) == progress(slowest) for rank in range(len(heartbeats)))
+    if missing is not None and are_equal:
+        slowest = missing[0]
     heartbeat = heartbeats[slowest]
     text = _different_calls_text(heartbeats) or _slowest_rank_text(
         slowest, heartbeat, len(heartbeats) - 1
     )
+    if missing is not None:
+        text += f". Of the collective calls, {missing[1]}"
     return Failure(
         rank=slowest,
         node="" if heartbeat is None else heartbeat.node,
