@@ -51,6 +51,7 @@ def build_context(
     first_step: int = 0,
     last_step: int,
     evaluates: bool = True,
+    evaluates_first: bool = False,
     trial: bool = False,
     source: RecipeSource | None = None,
     noise_stride: int = STRIDE,
@@ -65,6 +66,8 @@ def build_context(
         first_step: Number of steps that were taken before.
         last_step: Number of steps that have been taken at the end.
         evaluates: Whether the evaluation data will be visited, if there is any.
+        evaluates_first: Whether an evaluation that is due after `first_step` steps is still to be
+            made, before the next step.
         trial: Whether the first micro-batches are those of `Sampler.trial`.
         source: What the recipe is built from; spawned DataLoader workers need it.
         noise_stride: If the recipe asks for the noise scale, one step in this many is measured.
@@ -85,11 +88,14 @@ def build_context(
         ),
     )
 
+    evaluates_first = evaluates_first and first_step > 0 and sampler.evaluates_after(first_step - 1)
     reader = Reader(recipe, data, source)
     reader.held_files = opened_since(files_before)
 
     def start_reading(sampler: Sampler) -> Iterator[MicroBatch]:
-        requests = sampler.requests(first_step) if first_step < last_step else sampler.evaluation()
+        requests = sampler.requests(first_step) if first_step < last_step else iter(())
+        if evaluates_first or first_step >= last_step:
+            requests = itertools.chain(sampler.evaluation(), requests)
         if trial:
             requests = itertools.chain(sampler.trial(), requests)
         return micro_batches(reader, requests, plan)
@@ -122,6 +128,7 @@ def build_context(
         forward_writes=ForwardWrites(model, backend, recipe.rank_buffers),
         report_phase=report_phase,
         noise_meter=make_noise_meter(recipe, backend, model, noise_stride),
+        evaluates_first=evaluates_first,
     )
 
 
