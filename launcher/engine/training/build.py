@@ -176,7 +176,7 @@ def build_model_and_optimizer(
             on some ranks, or returned a model that cannot do what the settings ask for.
     """
     model = backend.local_rank_zero_first(
-        "built the model", lambda: _build_model(recipe, first_batch)
+        "built the model", lambda: build_model(recipe, first_batch)
     )
     backend.wait_for_all("built the model")
     num_trained = sum(
@@ -214,7 +214,16 @@ def _read_first_batch(reader: Reader, sampler: Sampler) -> Any:
     return raise_if_error(reader[replace(sampler.trial()[0], trial=False)]).batch
 
 
-def _build_model(recipe: Recipe, first_batch: Callable[[], Any]) -> nn.Module:
+def build_model(recipe: Recipe, first_batch: Callable[[], Any]) -> nn.Module:
+    """Call the recipe's model function, with seeded generators, and initialise lazy layers.
+
+    Args:
+        recipe: The recipe.
+        first_batch: Reads the batch with which lazy layers are initialised.
+
+    Raises:
+        RecipeError: The function did not return a module, or a lazy layer stays without a shape.
+    """
     seed_all(recipe.seed)  # the same initial weights on every rank
     model = recipe.model()
     if not isinstance(model, nn.Module):
