@@ -82,10 +82,10 @@ def check_recipe(
         except RunFailedError as error:
             text = failure_with_log(error.failure, run_dir).removeprefix("launcher: ")
             raise RunFailedError(text, error.failure) from None
-        yield from _judge(read_inspection(run_dir), plan)
+        yield from findings_about(read_inspection(run_dir), plan)
 
 
-def _judge(inspection: Inspection, plan: Plan) -> Iterator[Finding]:
+def findings_about(inspection: Inspection, plan: Plan) -> Iterator[Finding]:
     """Yield the findings about an inspected recipe. `plan` is that of the intended run."""
     yield _data(inspection)
     trainable = f"{inspection.num_trained:,} trainable parameters"
@@ -251,11 +251,12 @@ def _split_dependence(inspection: Inspection, plan: Plan) -> Iterator[Finding]:
             "on how the batch is split",
         )
     if inspection.random:
-        source = _listed(inspection.dropouts) or "random numbers drawn in forward or the loss"
+        dropouts = _listed(inspection.dropouts)
+        source = f"Dropout: {dropouts}" if dropouts else "forward or the loss draws random numbers"
         when = "in training and evaluation" if inspection.random_in_evaluation else "in training"
         yield warning(
             "randomness",
-            f"{when}, the outputs depend on the random seed ({source})",
+            f"{when}, the outputs are random ({source})",
             "remove it, or accept that another number of ranks draws other numbers: each rank "
             "draws its own, seeded by (seed, step, rank)",
         )

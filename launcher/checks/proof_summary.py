@@ -131,9 +131,8 @@ def _model_causes(inspection: Inspection, trial: ParityRun) -> Iterator[str]:
             else "Random numbers that forward or the loss draws"
         )
         yield (
-            f"{source}: in training, the outputs depend on the random seed. Each rank draws its "
-            "own numbers, so another number of ranks draws other numbers from the same "
-            "distribution."
+            f"{source}: in training, the outputs are random. Each rank draws its own numbers, so "
+            "another number of ranks draws other numbers from the same distribution."
         )
 
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 from msgspec import Meta
 
 from launcher.errors import RecipeError
+from launcher.printable import printable_line
 from launcher.recipe.affects import Affects, effects_of, without_effect
 from launcher.recipe.field_docs import with_field_docs
 from launcher.recipe.foreign_names import hint_for_value
@@ -89,7 +90,7 @@ def first_of_batch(model: Any, batch: Any) -> Any:
     if isinstance(batch, (list, tuple)):
         return model(batch[0])
     if isinstance(batch, Mapping):
-        keys = [show(key) for key in list(batch)[:4]]
+        keys = [printable_line(repr(key)[:50]) for key in list(batch)[:4]]
         found = f"{type(batch).__name__} with the keys {', '.join(keys)}"
         example = f"model(batch[{keys[0] if keys else '...'}])"
     elif hasattr(batch, "shape"):  # the first element of a tensor would be its first sample

@@ -24,6 +24,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
+from torch._dynamo import OptimizedModule
 from torch.optim import Optimizer
 
 from launcher.engine.backends.accelerate import GroupBackend, reset_accelerate_state
@@ -87,6 +88,14 @@ class DeepSpeedBackend(GroupBackend):
                 f"The recipe's model has float64 weights, but under strategy={self.plan.strategy} "
                 "DeepSpeed would convert them to float32. Use strategy=ddp or fsdp, or a float32 "
                 "model."
+            )
+        if self.plan.strategy == "zero3" and any(
+            isinstance(module, OptimizedModule) for module in model.modules()
+        ):
+            raise RecipeError(
+                "The recipe's model function calls torch.compile, whose wrapper DeepSpeed cannot "
+                "shard under strategy=zero3. Return the model uncompiled and set compile=true, or "
+                "use another strategy."
             )
         optimizer = make_optimizer(model.to(self.device))
         check_strategy_of(optimizer, self.plan.strategy)

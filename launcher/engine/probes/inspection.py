@@ -137,7 +137,7 @@ class _Samples:
     shared_file: str | None
 
 
-def inspect_recipe(recipe: Recipe, plan: Plan, source: RecipeSource) -> Inspection:
+def inspect_recipe(recipe: Recipe, plan: Plan, source: RecipeSource | None = None) -> Inspection:
     """Inspect the recipe's data, model, loss and metrics with a few samples, on the CPU.
 
     Args:
@@ -168,6 +168,7 @@ def inspect_recipe(recipe: Recipe, plan: Plan, source: RecipeSource) -> Inspecti
     outputs = recipe.forward(model, batch)
     total, count = sum_and_count(recipe.loss, outputs, batch)
     total.backward()
+    total = total.detach()
     trained = {
         name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
     }
@@ -202,7 +203,7 @@ def inspect_recipe(recipe: Recipe, plan: Plan, source: RecipeSource) -> Inspecti
     )
 
 
-def _read_samples(recipe: Recipe, source: RecipeSource) -> _Samples:
+def _read_samples(recipe: Recipe, source: RecipeSource | None) -> _Samples:
     """Read the first training samples in workers, in this process, again, alone and together."""
     seed_all(recipe.seed)
     files_before = open_files()
@@ -290,7 +291,7 @@ def _try_evaluation(recipe: Recipe, model: nn.Module, reader: Reader) -> dict[st
                 return {"evaluation_errors": {"forward": _error_text(error)}}
             for name, function in {"loss": recipe.loss, **recipe.metrics}.items():
                 try:
-                    total, count = sum_and_count(function, outputs, batch, name=name)
+                    total, count = sum_and_count(function, outputs, batch, name="it")
                 except Exception as error:  # noqa: BLE001
                     errors[name] = _error_text(error)
                     continue

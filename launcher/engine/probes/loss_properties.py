@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 from dataclasses import dataclass
-from typing import Any
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,13 @@ class LossProperties:
 
     is_random_in_evaluation: bool
     """Whether they do so in evaluation as well."""
+
+
+class _Losses(NamedTuple):
+    """The loss of a batch and those of its halves."""
+
+    batch: float
+    halves: list[float]
 
 
 class LossProbe:
@@ -86,33 +94,28 @@ class LossProbe:
             is_random_in_evaluation = self._is_random()
             losses = self._losses(is_random_in_evaluation)
         self._model.train()
-        is_random = self._is_random()
-        is_sum = losses and (_is_close(losses[0], sum(losses[1])) or samples_change)
-        is_mean = not is_sum and bool(
-            losses and _is_close(losses[0], sum(losses[1]) / len(losses[1]))
-        )
-        is_coupled = False
-        if is_sum and not samples_change:
+        with torch.enable_grad():  # some losses need outputs with gradients
+            is_random = self._is_random()
             training_losses = self._losses(is_random)
-            is_coupled = training_losses is not None and not _is_close(
-                training_losses[0], sum(training_losses[1])
-            )
+        is_sum = _is_sum(losses)
+        if is_sum is not None and samples_change:
+            is_sum = True
         return LossProperties(
             is_sum=is_sum,
-            is_mean=is_mean,
-            is_coupled=is_coupled,
+            is_mean=is_sum is False and _is_mean(losses),
+            is_coupled=bool(is_sum) and not samples_change and _is_sum(training_losses) is False,
             is_random=is_random,
             is_random_in_evaluation=is_random_in_evaluation,
         )
 
-    def _losses(self, is_random: bool) -> tuple[float, list[float]] | None:
+    def _losses(self, is_random: bool) -> _Losses | None:
         """Return the losses of the batch and of its halves, with the same random numbers.
 
         Returns:
             The losses, or None if the random numbers of the batch cannot be repeated.
         """
         if not is_random:
-            return self._loss(self._batch), [self._loss(half) for half in self._halves]
+            return _Losses(self._loss(self._batch), [self._loss(half) for half in self._halves])
         with _uncompiled(self._model):
             with RecordedDraws() as recorded:
                 batch_loss = self._loss(self._batch)
@@ -124,7 +127,7 @@ class LossProbe:
                 with RepeatedDraws(recorded.draws, part, self._num_samples) as repeated:
                     losses.append(self._loss(half))
                 is_held, start = is_held and repeated.is_held, end
-        return (batch_loss, losses) if is_held else None
+        return _Losses(batch_loss, losses) if is_held else None
 
     def _is_random(self) -> bool:
         """Return whether outputs or loss of the batch change with the seed.
@@ -147,7 +150,7 @@ class LossProbe:
         seed_all(seed)  # a copy may draw random numbers
         outputs = self._recipe.forward(subject, batch)
         total, _ = sum_and_count(self._recipe.loss, outputs, batch)
-        return [*tensors_in(outputs), torch.as_tensor(total)]
+        return [tensor.detach() for tensor in (*tensors_in(outputs), torch.as_tensor(total))]
 
 
 def copy_model(recipe: Recipe, model: nn.Module) -> nn.Module:
@@ -164,6 +167,14 @@ def _uncompiled(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
     if is_compiled(model):
         return torch.compiler.set_stance("force_eager")
     return contextlib.nullcontext()
+
+
+def _is_sum(losses: _Losses | None) -> bool | None:
+    return None if losses is None else _is_close(losses.batch, sum(losses.halves))
+
+
+def _is_mean(losses: _Losses | None) -> bool:
+    return losses is not None and _is_close(losses.batch, fmean(losses.halves))
 
 
 def _is_close(one: float, other: float) -> bool:
