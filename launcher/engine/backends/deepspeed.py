@@ -51,6 +51,7 @@ from launcher.environment.world import World
 from launcher.errors import RecipeError, WorldError
 from launcher.planning.configs import deepspeed_config
 from launcher.planning.plan import Plan
+from launcher.planning.strategy import STRATEGIES
 from launcher.recipe.recipe import Recipe
 
 
@@ -89,13 +90,13 @@ class DeepSpeedBackend(GroupBackend):
                 "DeepSpeed would convert them to float32. Use strategy=ddp or fsdp, or a float32 "
                 "model."
             )
-        if self.plan.strategy == "zero3" and any(
+        if STRATEGIES[self.plan.strategy].shards_parameters and any(
             isinstance(module, OptimizedModule) for module in model.modules()
         ):
             raise RecipeError(
                 "The recipe's model function calls torch.compile, whose wrapper DeepSpeed cannot "
-                "shard under strategy=zero3. Return the model uncompiled and set compile=true, or "
-                "use another strategy."
+                f"shard under strategy={self.plan.strategy}. Return the model uncompiled and set "
+                "compile=true, or use another strategy."
             )
         optimizer = make_optimizer(model.to(self.device))
         check_strategy_of(optimizer, self.plan.strategy)
