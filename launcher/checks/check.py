@@ -207,9 +207,7 @@ def _evaluation(inspection: Inspection) -> Iterator[Finding]:
     """Yield findings from a forward pass over evaluation samples, and from the metrics of it."""
     for name, error in inspection.evaluation_errors.items():
         if name in ("forward", "loss"):
-            remedy = (
-                "make it work in evaluation mode with evaluation samples, or return no such data"
-            )
+            remedy = "make it work in evaluation mode, or leave evaluation= out of Data"
             yield failure("evaluation", f"{name}: {error}", remedy)
         else:
             remedy = "return (sum, count) for evaluation samples, as the loss does"
