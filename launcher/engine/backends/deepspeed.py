@@ -54,6 +54,9 @@ from launcher.planning.plan import Plan
 from launcher.planning.strategy import STRATEGIES
 from launcher.recipe.recipe import Recipe
 
+_EMPTY_GRADIENT = "got [0] but expected shape"
+"""Part of torch's error about the gradient of a weight that ZeRO-3 had not gathered in forward."""
+
 
 class DeepSpeedBackend(GroupBackend):
     """A backend that shards by DeepSpeed's ZeRO stages.
@@ -140,7 +143,17 @@ class DeepSpeedBackend(GroupBackend):
     def backward(self, loss: Tensor, weight: float | Tensor) -> None:
         if self.scaler is not None:
             self._engine.optimizer.override_loss_scale(self.scaler.factor)
-        self._engine.backward(loss * poison_nonfinite(loss, weight), scale_wrt_gas=False)
+        try:
+            self._engine.backward(loss * poison_nonfinite(loss, weight), scale_wrt_gas=False)
+        except RuntimeError as error:
+            if self._stage < 3 or _EMPTY_GRADIENT not in str(error):
+                raise
+            raise RecipeError(
+                f"Forward used weights that strategy={self.plan.strategy} had not gathered: it "
+                "gathers those of a module while the module computes, or when they are read as "
+                "attributes, and model.parameters() returns them empty. Use another strategy, or "
+                "weight_decay in place of a penalty on weights."
+            ) from error
         if self.call_order is not None:
             self.call_order.end_pass()
 
