@@ -82,10 +82,10 @@ def check_recipe(
         except RunFailedError as error:
             text = failure_with_log(error.failure, run_dir).removeprefix("launcher: ")
             raise RunFailedError(text, error.failure) from None
-        yield from _judge(read_inspection(run_dir), plan)
+        yield from findings_about(read_inspection(run_dir), plan)
 
 
-def _judge(inspection: Inspection, plan: Plan) -> Iterator[Finding]:
+def findings_about(inspection: Inspection, plan: Plan) -> Iterator[Finding]:
     """Yield the findings about an inspected recipe. `plan` is that of the intended run."""
     yield _data(inspection)
     trainable = f"{inspection.num_trained:,} trainable parameters"
@@ -109,8 +109,8 @@ def _judge(inspection: Inspection, plan: Plan) -> Iterator[Finding]:
         )
     yield _loss(inspection)
     yield from _writes(inspection)
-    yield from _metrics(inspection)
-    yield from _split_dependence(inspection)
+    yield from _evaluation(inspection)
+    yield from _split_dependence(inspection, plan)
     notes = single_sample_notes(plan, inspection.num_samples) if inspection.batch_norms else []
     if notes:
         yield warning(
@@ -194,12 +194,24 @@ def _loss(inspection: Inspection) -> Finding:
             "return len(batch[0]) as the count, or set Recipe(count=...) to a function that "
             "returns the number of items in a batch",
         )
-    return ok("loss", f"returns (sum, count), {inspection.count:g} items in a batch")
+    found = f"returns (sum, count), {inspection.count:g} items in a batch"
+    if inspection.loss_is_not_compared:
+        found += (
+            "; whether it is a sum over them was not tested, because the model draws random "
+            "numbers in evaluation that cannot be repeated, or works in training only"
+        )
+    return ok("loss", found)
 
 
-def _metrics(inspection: Inspection) -> Iterator[Finding]:
-    for name, error in inspection.metrics.items():
-        yield failure("metrics", f"{name}: {error}", "return (sum, count), as the loss does")
+def _evaluation(inspection: Inspection) -> Iterator[Finding]:
+    """Yield findings from a forward pass over evaluation samples, and from the metrics of it."""
+    for name, error in inspection.evaluation_errors.items():
+        if name in ("forward", "loss"):
+            remedy = "make it work in evaluation mode, or leave evaluation= out of Data"
+            yield failure("evaluation", f"{name}: {error}", remedy)
+        else:
+            remedy = "return (sum, count) for evaluation samples, as the loss does"
+            yield failure("metrics", f"{name}: {error}", remedy)
     if inspection.empty_metrics:
         yield warning(
             "metrics",
@@ -209,9 +221,19 @@ def _metrics(inspection: Inspection) -> Iterator[Finding]:
         )
 
 
-def _split_dependence(inspection: Inspection) -> Iterator[Finding]:
+def _split_dependence(inspection: Inspection, plan: Plan) -> Iterator[Finding]:
     """Yield findings about a model whose steps depend on how a batch is split over ranks."""
-    if inspection.batch_norms:
+    is_synced = bool(plan.settings["sync_batchnorm"])
+    if inspection.batch_norms and is_synced and plan.accumulation_steps > 1:
+        yield warning(
+            "BatchNorm",
+            f"{_listed(inspection.batch_norms)}: statistics are taken over one micro-batch of all "
+            f"ranks, a part of the batch, because it is accumulated in {plan.accumulation_steps} "
+            "micro-steps; the steps depend on their number",
+            "set a larger micro_batch_size, so that nothing is accumulated, or use GroupNorm or "
+            "LayerNorm, which have no batch statistics",
+        )
+    elif inspection.batch_norms and not is_synced:
         yield warning(
             "BatchNorm",
             f"{_listed(inspection.batch_norms)}: statistics are taken over the micro-batch of one "
@@ -219,7 +241,7 @@ def _split_dependence(inspection: Inspection) -> Iterator[Finding]:
             "set sync_batchnorm=true to take them over all ranks, or use GroupNorm or LayerNorm, "
             "which have no batch statistics",
         )
-    elif inspection.coupled:
+    elif inspection.coupled and not inspection.batch_norms:
         yield warning(
             "samples",
             "in training, the loss of a sample depends on the other samples of its micro-batch",
@@ -227,10 +249,12 @@ def _split_dependence(inspection: Inspection) -> Iterator[Finding]:
             "on how the batch is split",
         )
     if inspection.random:
-        dropouts = _listed(inspection.dropouts) or "no Dropout module"
+        dropouts = _listed(inspection.dropouts)
+        source = f"Dropout: {dropouts}" if dropouts else "forward or the loss draws random numbers"
+        when = "in training and evaluation" if inspection.random_in_evaluation else "in training"
         yield warning(
             "randomness",
-            f"the model draws random numbers in training ({dropouts})",
+            f"{when}, the outputs are random ({source})",
             "remove it, or accept that another number of ranks draws other numbers: each rank "
             "draws its own, seeded by (seed, step, rank)",
         )

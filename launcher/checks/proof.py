@@ -14,6 +14,7 @@ from launcher.errors import UsageError
 from launcher.launch.signal_handler import SignalHandler
 from launcher.recipe.overrides import Override
 from launcher.recipe.resolve import Reference
+from launcher.runs.failure_record import RunFailedError
 from launcher.runs.rundir import create_run_dir
 
 _WORLDS = (1, 2, 4, 8)
@@ -30,6 +31,9 @@ class Proof:
     causes: tuple[str, ...]
     """Sentences that name why the steps differ; empty if they agree or no cause was found."""
 
+    search_error: str = ""
+    """Why the search for causes failed; empty if it did not."""
+
     folder: Path | None
     """The folder of the runs; None if it was removed, because all runs agree."""
 
@@ -40,8 +44,8 @@ class Proof:
 
     @property
     def has_unexplained_difference(self) -> bool:
-        """Whether steps differ by more than rounding and no cause was found."""
-        return not self.causes and any(_differs(row) for row in self.rows)
+        """Whether steps differ by more than rounding and a search found no cause."""
+        return not self.causes and not self.search_error and any(_differs(row) for row in self.rows)
 
 
 def default_worlds(machine: Machine) -> list[int]:
@@ -105,10 +109,16 @@ def prove(
         rows.append(row)
         on_row(row)
     sentences: list[str] = []
+    search_error = ""
     if differing := next(filter(_differs, rows), None):
-        inspection = inspect_trial(reference, overrides, differing.trial, signals)
-        sentences = [] if inspection is None else causes(inspection, differing.trial)
-    proof = Proof(rows=tuple(rows), causes=tuple(sentences), folder=folder)
+        try:
+            inspection = inspect_trial(reference, overrides, differing.trial, signals)
+            sentences = causes(inspection, differing.trial)
+        except RunFailedError as error:
+            search_error = str(error)
+    proof = Proof(
+        rows=tuple(rows), causes=tuple(sentences), search_error=search_error, folder=folder
+    )
     if proof.agrees and out is None:
         shutil.rmtree(folder)
         return Proof(rows=proof.rows, causes=(), folder=None)

@@ -125,10 +125,14 @@ def _model_causes(inspection: Inspection, trial: ParityRun) -> Iterator[str]:
             "and those depend on the number of ranks."
         )
     if inspection.random:
-        modules = f" ({_first_name(inspection.dropouts)})" if inspection.dropouts else ""
+        source = (
+            f"Dropout ({_first_name(inspection.dropouts)})"
+            if inspection.dropouts
+            else "Random numbers that forward or the loss draws"
+        )
         yield (
-            f"Dropout or other randomness in the model{modules}: each rank draws its own numbers, "
-            "so another number of ranks draws other numbers from the same distribution."
+            f"{source}: in training, the outputs are random. Each rank draws its own numbers, so "
+            "another number of ranks draws other numbers from the same distribution."
         )
 
 

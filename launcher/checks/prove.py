@@ -174,7 +174,7 @@ def inspect_trial(
     overrides: Sequence[Override],
     trial: ParityRun,
     signals: SignalHandler,
-) -> Inspection | None:
+) -> Inspection:
     """Inspect the data, model and loss of a recipe in a process of its own.
 
     Args:
@@ -183,18 +183,15 @@ def inspect_trial(
         trial: The trial whose settings and run folder to use.
         signals: Handles signals for the inspection.
 
-    Returns:
-        The inspection, or None if it failed.
+    Raises:
+        RunFailedError: The inspection failed.
     """
     from launcher.engine.probes.inspection import read_inspection
     from launcher.engine.worker import agent_inspection
 
     alone = replace(trial.plan, nproc_per_node=1)
     job = replace(_job(reference, overrides, trial, 0), plan=alone)
-    try:
-        launch(job, agent_inspection, signals=signals)
-    except RunFailedError:
-        return None
+    launch(job, agent_inspection, signals=signals)
     return read_inspection(trial.run_dir)
 
 

@@ -23,6 +23,7 @@ from launcher.errors import EXIT_FAILED, UsageError
 from launcher.recipe.text_values import digits
 
 if TYPE_CHECKING:
+    from launcher.checks.proof import Proof
     from launcher.checks.prove import ParityRow, ParityRun
 
 _STEPS = 10
@@ -145,13 +146,20 @@ def command(
         echo(json.dumps({"agree": proof.agrees, "rows": rows, "causes": proof.causes}))
         return 0 if proof.agrees else EXIT_FAILED
     echo(f"\n{verdict(proof.rows, min(steps, proof.rows[0].trial.plan.total_steps))}")
-    for cause in proof.causes:
-        echo(f"\ncause: {cause}")
-    if proof.has_unexplained_difference:
-        echo(f"\n{_NO_CAUSE}")
+    _show_causes(proof)
     if proof.folder is not None:
         echo(f"run folders: {proof.folder}")
     return 0 if proof.agrees else EXIT_FAILED
+
+
+def _show_causes(proof: Proof) -> None:
+    for cause in proof.causes:
+        echo(f"\ncause: {cause}")
+    if proof.search_error:
+        echo("\nThe search for the cause, with a few samples in one process, failed.")
+        echo(proof.search_error, err=True)
+    if proof.has_unexplained_difference:
+        echo(f"\n{_NO_CAUSE}")
 
 
 def _numbers(worlds: tuple[str, ...] | None) -> list[int]:

@@ -49,7 +49,8 @@ def failure_with_log(failure: Failure, run_dir: RunDir) -> str:
         shortened(failure.traceback or failure.message),
     ]
     last_lines = _last_lines(run_dir.log(failure.rank))
-    if not failure.traceback and last_lines:
+    is_repeated = failure.message.strip() in last_lines or last_lines.strip() in failure.message
+    if not failure.traceback and last_lines and not is_repeated:
         parts.append(f"its output ended with:\n{last_lines}")
     return printable("\n\n".join(part.rstrip() for part in parts))
 

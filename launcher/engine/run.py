@@ -117,6 +117,7 @@ def train_rank(
         backend,
         first_step=first_step,
         last_step=last_step,
+        evaluates_first=resume_point is not None and not resume_point.is_evaluated,
         trial=trial,
         source=source,
         report_phase=report_phase,
@@ -146,6 +147,7 @@ def train_rank(
                 groups=initial_groups,
                 callback=recorder,
                 data=trial_outcome.fingerprint,
+                resumed=resume_point is not None,
             )
         started = time.perf_counter()
         try:

@@ -246,7 +246,7 @@ def agent_inspection(job: Job) -> None:
     output = open_output(job.run_dir.log(0), own_terminal=True, on_terminal=False)
     try:
         recipe = job.source.build()
-        write_inspection(inspect_recipe(recipe, job.source), job.run_dir)
+        write_inspection(inspect_recipe(recipe, job.plan, job.source), job.run_dir)
     except BaseException as error:  # noqa: BLE001  # whatever the recipe's own code raises
         exit_now(fail(error, World(), job.run_dir, output=output, shows=False))
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 from msgspec import Meta
 
 from launcher.errors import RecipeError
+from launcher.printable import printable_line
 from launcher.recipe.affects import Affects, effects_of, without_effect
 from launcher.recipe.field_docs import with_field_docs
 from launcher.recipe.foreign_names import hint_for_value
@@ -81,8 +82,28 @@ class Data:
 
 
 def first_of_batch(model: Any, batch: Any) -> Any:
-    """Return the outputs of the model for the first element of a batch (inputs, targets)."""
-    return model(batch[0])
+    """Return the outputs of the model for the first element of a batch (inputs, targets).
+
+    Raises:
+        RecipeError: The batch is a mapping, a single tensor, or an object without elements.
+    """
+    if isinstance(batch, (list, tuple)):
+        return model(batch[0])
+    if isinstance(batch, Mapping):
+        keys = [printable_line(repr(key)[:50]) for key in list(batch)[:4]]
+        found = f"{type(batch).__name__} with the keys {', '.join(keys)}"
+        example = f"model(batch[{keys[0] if keys else '...'}])"
+    elif hasattr(batch, "shape"):  # the first element of a tensor would be its first sample
+        found, example = f"single {type(batch).__name__}", "model(batch)"
+    elif not hasattr(batch, "__getitem__"):
+        found, example = f"{type(batch).__name__} object", "model(batch.inputs)"
+    else:
+        return model(batch[0])
+    raise RecipeError(
+        f"A batch is a {found}, but the recipe has no forward, so the model would be called with "
+        "batch[0]. Say which part of a batch the model takes, as in "
+        f"Recipe(forward=lambda model, batch: {example})."
+    )
 
 
 @with_field_docs

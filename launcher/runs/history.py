@@ -127,6 +127,19 @@ class _Lines:
             self.saves.append((step, line.checkpoint_seconds))
 
 
+def has_evaluation(run_dir: RunDir, step: int) -> bool:
+    """Return whether metrics.jsonl holds an evaluation after `step` steps."""
+    try:
+        with io.BufferedReader(open_regular(run_dir.metrics)) as file:
+            lines = (decode_line(line, _DECODER) for line in lines_of(file))
+            return any(
+                line is not None and line.step == step and line.evaluation is not None
+                for line in lines
+            )
+    except OSError:
+        return False
+
+
 class History:
     """The record, events, metrics, heartbeats and state of one run.
 

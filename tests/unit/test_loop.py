@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from support import read_lines
 from torch import Tensor, nn
 from torch.nn import functional
@@ -37,7 +38,10 @@ from launcher.engine.data.seeds import derive
 from launcher.engine.ranks.output import Output
 from launcher.engine.run import TrainResult, train_rank
 from launcher.engine.state.hyperparameters import make_optimizer, take_step
+from launcher.runs.checkpoints import list_checkpoints
+from launcher.runs.job import ResumeFrom
 from launcher.runs.rundir import RunDir
+from launcher.signals import StopRequest
 
 INPUTS = torch.randn(50, 4, generator=torch.Generator().manual_seed(1))
 TARGETS = INPUTS @ torch.tensor([[1.0], [-2.0], [0.5], [0.0]]) + 0.3
@@ -73,8 +77,6 @@ def train(
     tmp_path: Path, recipe: Recipe
 ) -> tuple[TrainResult, list[dict[str, Any]], dict[str, Tensor]]:
     """Train in this process; return the result, the steps' metrics and the weights."""
-    from safetensors.torch import load_file
-
     folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
     folder.mkdir()
     run_dir = RunDir(folder)
@@ -181,6 +183,61 @@ def test_without_evaluation_data_nothing_is_evaluated(tmp_path: Path) -> None:
     assert result.evaluation == {}
     assert [row["epoch"] for row in rows] == [1, 1, 1, 1, 2, 2, 2]
     assert result.samples == 50 + 48
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_failed_first_evaluation_costs_no_step(tmp_path: Path, epochs: int) -> None:
+    """A run whose first evaluation fails resumes with that evaluation and ends as if it had not."""
+    fails = True
+
+    def sometimes(outputs: Tensor, batch: list[Tensor]) -> tuple[Tensor, int]:
+        if fails and len(batch[0]) == 8:  # before the first step, 2 samples are tried
+            raise ValueError("a mistake")
+        return outputs.sum(), len(outputs)
+
+    def normed() -> nn.Module:
+        return nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+
+    regression = recipe(
+        model=normed,
+        metrics={"sometimes": sometimes},
+        epochs=epochs,
+        data=lambda: Data(
+            train=TensorDataset(INPUTS[:40], TARGETS[:40]),
+            evaluation=TensorDataset(INPUTS[40:48], TARGETS[40:48]),
+        ),
+        micro_batch_size=8,
+    )
+
+    def take(run_dir: RunDir, start: ResumeFrom | None = None) -> None:
+        plan = make_plan(regression, read_machine(), nproc_per_node=1)
+        output = Output(terminal=io.StringIO(), errors=io.StringIO(), log=io.StringIO())
+        backend, stop = LocalBackend(regression, plan), StopRequest()
+        train_rank(regression, plan, backend, run_dir, output, stop=stop, start=start)
+
+    run_dirs = [RunDir(tmp_path / name) for name in ("whole", "halves")]
+    for run_dir in run_dirs:
+        run_dir.path.mkdir()
+    whole, halves = run_dirs
+    with pytest.raises(ValueError, match="a mistake"):
+        take(halves)
+    assert [checkpoint.step for checkpoint in list_checkpoints(halves)] == [3]
+    fails = False
+    take(halves, ResumeFrom())
+    take(whole)
+    weights, resumed = (load_file(run_dir.model) for run_dir in run_dirs)
+    for name, weight in weights.items():
+        assert torch.equal(weight, resumed[name]), name
+    evaluations, losses = (
+        [
+            [(row["step"], row[key]) for row in read_lines(run_dir.metrics) if key in row]
+            for run_dir in run_dirs
+        ]
+        for key in ("evaluation", "loss")
+    )
+    assert evaluations[0] == evaluations[1]
+    assert [step for step, _ in evaluations[1]] == [3 * epoch for epoch in range(1, epochs + 1)]
+    assert losses[0] == losses[1]
 
 
 def test_frozen_parameters_stay(tmp_path: Path) -> None:

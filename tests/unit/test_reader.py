@@ -147,6 +147,14 @@ def test_a_failing_collate_names_its_samples() -> None:
         assert "raised KeyError for sample 3, 4 (epoch 0)" in str(result)
 
 
+def test_samples_that_cannot_be_joined_are_named() -> None:
+    """Without a collate function, the error names two different samples and their shapes."""
+    result = reader([(torch.ones(4 + i % 2), i) for i in range(8)])[request(6, 2, 3)]
+    assert isinstance(result, SampleError)
+    for fragment in ("Sample 6", "(4,)", "sample 3", "(5,)", "Data(collate=...)"):
+        assert fragment in str(result)
+
+
 def test_a_trial_describes_its_samples() -> None:
     """A trial request describes each sample by its index; other requests describe none."""
     trial = MicroBatchRequest("train", 0, [7, 2], has_weight=False, trial=True)

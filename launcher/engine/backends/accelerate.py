@@ -44,7 +44,10 @@ from launcher.engine.ranks.external_store import TIMEOUT, open_store
 from launcher.engine.ranks.turns import Turns
 from launcher.engine.state.compiled import plain_name
 from launcher.engine.state.optimizer_kinds import check_strategy_of
-from launcher.engine.state.parameter_kinds import sparse_parameters
+from launcher.engine.state.parameter_kinds import (
+    check_batch_norm_precision,
+    sparse_parameters,
+)
 from launcher.environment.network import interface_to
 from launcher.environment.world import World
 from launcher.errors import WorldError
@@ -282,6 +285,8 @@ class FSDPBackend(GroupBackend):
         from torch.distributed.fsdp import FSDPModule
         from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
+        if self.device.type == "cpu" and self._dtype is not None:
+            check_batch_norm_precision(model, self.plan.precision)
         if blocks:
             self._plugin.auto_wrap_policy = transformer_auto_wrap_policy
             self._plugin.transformer_cls_names_to_wrap = sorted({type(b).__name__ for b in blocks})

@@ -24,6 +24,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
+from torch._dynamo import OptimizedModule
 from torch.optim import Optimizer
 
 from launcher.engine.backends.accelerate import GroupBackend, reset_accelerate_state
@@ -50,7 +51,11 @@ from launcher.environment.world import World
 from launcher.errors import RecipeError, WorldError
 from launcher.planning.configs import deepspeed_config
 from launcher.planning.plan import Plan
+from launcher.planning.strategy import STRATEGIES
 from launcher.recipe.recipe import Recipe
+
+_EMPTY_GRADIENT = "got [0] but expected shape"
+"""Part of torch's error about the gradient of a weight that ZeRO-3 had not gathered in forward."""
 
 
 class DeepSpeedBackend(GroupBackend):
@@ -87,6 +92,14 @@ class DeepSpeedBackend(GroupBackend):
                 f"The recipe's model has float64 weights, but under strategy={self.plan.strategy} "
                 "DeepSpeed would convert them to float32. Use strategy=ddp or fsdp, or a float32 "
                 "model."
+            )
+        if STRATEGIES[self.plan.strategy].shards_parameters and any(
+            isinstance(module, OptimizedModule) for module in model.modules()
+        ):
+            raise RecipeError(
+                "The recipe's model function calls torch.compile, whose wrapper DeepSpeed cannot "
+                f"shard under strategy={self.plan.strategy}. Return the model uncompiled and set "
+                "compile=true, or use another strategy."
             )
         optimizer = make_optimizer(model.to(self.device))
         check_strategy_of(optimizer, self.plan.strategy)
@@ -130,7 +143,17 @@ class DeepSpeedBackend(GroupBackend):
     def backward(self, loss: Tensor, weight: float | Tensor) -> None:
         if self.scaler is not None:
             self._engine.optimizer.override_loss_scale(self.scaler.factor)
-        self._engine.backward(loss * poison_nonfinite(loss, weight), scale_wrt_gas=False)
+        try:
+            self._engine.backward(loss * poison_nonfinite(loss, weight), scale_wrt_gas=False)
+        except RuntimeError as error:
+            if self._stage < 3 or _EMPTY_GRADIENT not in str(error):
+                raise
+            raise RecipeError(
+                f"Forward used weights that strategy={self.plan.strategy} had not gathered: it "
+                "gathers those of a module while the module computes, or when they are read as "
+                "attributes, and model.parameters() returns them empty. Use another strategy, or "
+                "weight_decay in place of a penalty on weights."
+            ) from error
         if self.call_order is not None:
             self.call_order.end_pass()
 

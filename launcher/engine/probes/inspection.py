@@ -8,7 +8,6 @@ random numbers; and forward changes neither weights nor buffers.
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -17,17 +16,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
-from torch.utils._pytree import tree_leaves
 
+from launcher.engine.backends.nested_tensors import describe_nested, tensors_in
 from launcher.engine.data.fingerprint import are_equal
 from launcher.engine.data.open_files import moved_files, open_files, opened_since
 from launcher.engine.data.randomness import seed_all
 from launcher.engine.data.reader import Reader, prefetch, raise_if_error, sample_count
 from launcher.engine.data.sampler import MicroBatchRequest
 from launcher.engine.model.forward_writes import WriteDetector
+from launcher.engine.probes.loss_properties import LossProbe, copy_model
+from launcher.engine.state.hyperparameters import make_optimizer
+from launcher.engine.state.optimizer_kinds import check_strategy_of
+from launcher.engine.state.parameter_kinds import check_parameters
+from launcher.engine.training.build import build_model
 from launcher.engine.training.loop import sum_and_count
 from launcher.errors import RecipeError
 from launcher.json_file import exact_floats, read_json
+from launcher.planning.plan import Plan
 from launcher.printable import error_line
 from launcher.recipe.recipe import Recipe
 from launcher.runs.job import RecipeSource
@@ -36,9 +41,6 @@ from launcher.runs.rundir import RunDir, write_json
 _NUM_SAMPLES = 8
 _READS_IN_WORKERS = 4
 """How often two workers read each sample."""
-
-_TOLERANCE = 1e-3
-"""Relative tolerance: far above rounding, far below the effects that are tested."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,10 @@ class Inspection:
     loss_is_not_sum: bool
     """Whether the loss of a batch is neither the sum nor the mean of the losses of its halves."""
 
+    loss_is_not_compared: bool
+    """Whether this could not be found out, because the model draws other random numbers for the
+    halves, or works in training only."""
+
     batch_norms: list[str]
     """Names of BatchNorm modules."""
 
@@ -64,7 +70,10 @@ class Inspection:
     """Names of active dropout modules."""
 
     random: bool
-    """Whether in training the loss of a batch changes with the seed."""
+    """Whether in training the outputs or the loss of a batch change with the seed."""
+
+    random_in_evaluation: bool
+    """Whether they change with the seed in evaluation."""
 
     num_samples: int
     """Number of training samples."""
@@ -85,7 +94,7 @@ class Inspection:
     """Names of weights that forward writes to in training."""
 
     batch: str
-    """The dtypes and shapes of a batch, as text."""
+    """The structure, dtypes and shapes of a batch, as text."""
 
     outputs_finite: bool
     """Whether the outputs and the loss of the untrained model are finite."""
@@ -103,11 +112,12 @@ class Inspection:
     differing_in_workers: list[int] = field(default_factory=list)
     """Samples that differ when two workers read at the same time."""
 
-    metrics: dict[str, str] = field(default_factory=dict)
-    """Errors of metrics that raised or did not return (sum, count), by name."""
+    evaluation_errors: dict[str, str] = field(default_factory=dict)
+    """Errors of forward, loss and metrics that raised on evaluation samples or did not return (sum,
+    count), by name."""
 
     empty_metrics: list[str] = field(default_factory=list)
-    """Names of metrics that counted nothing, or whose sum is not finite."""
+    """Names of metrics that counted nothing, or whose sum is not finite, on evaluation samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,54 +137,53 @@ class _Samples:
     shared_file: str | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class _LossProperties:
-    """How the loss of a batch relates to the losses of its halves, and to the seed."""
-
-    is_sum: bool
-    is_mean: bool
-    is_coupled: bool
-    """Whether it is the sum in evaluation, but not in training."""
-
-    is_random: bool
-
-
-def inspect_recipe(recipe: Recipe, source: RecipeSource) -> Inspection:
+def inspect_recipe(recipe: Recipe, plan: Plan, source: RecipeSource | None = None) -> Inspection:
     """Inspect the recipe's data, model, loss and metrics with a few samples, on the CPU.
 
     Args:
         recipe: The recipe.
+        plan: The plan of a run of the recipe.
         source: What the recipe is built from; spawned DataLoader workers need it.
 
     Raises:
-        RecipeError: The recipe or its data is at fault.
+        RecipeError: The recipe or its data is at fault, or the strategy cannot train its model
+            with its optimizer.
         SampleError: The data set raised an exception.
     """
     samples = _read_samples(recipe, source)
     data, batch = samples.reader.data, samples.batch
-    seed_all(recipe.seed)
-    model = recipe.model()
+    model = build_model(recipe, lambda: batch)
+    check_parameters(model, plan)
+    check_strategy_of(make_optimizer(recipe, model, plan.lr), plan.strategy)
     writes = _find_writes(recipe, model, batch)
     changing_weights, changing_buffers = writes.weights(), writes.buffers()
-    loss = _inspect_loss(
-        recipe, model, samples, has_state=bool(changing_weights or changing_buffers)
-    )
+    loss = LossProbe(
+        recipe,
+        model,
+        batch,
+        samples.halves,
+        num_samples=samples.size,
+        has_state=bool(changing_weights or changing_buffers),
+    ).inspect(samples_change=bool(samples.changing))
     outputs = recipe.forward(model, batch)
     total, count = sum_and_count(recipe.loss, outputs, batch)
     total.backward()
+    total = total.detach()
     trained = {
         name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
     }
-    leaves = [leaf for leaf in (*tree_leaves(outputs), total) if isinstance(leaf, Tensor)]
+    leaves = [leaf for leaf in (*tensors_in(outputs), total) if isinstance(leaf, Tensor)]
     has_evaluation = data.evaluation is not None
     return Inspection(
         changing_samples=samples.changing,
         loss_is_mean=loss.is_mean,
-        loss_is_not_sum=not loss.is_sum and not loss.is_mean,
+        loss_is_not_sum=loss.is_sum is False and not loss.is_mean,
+        loss_is_not_compared=loss.is_sum is None,
         batch_norms=_names_of(model, _BatchNorm),
-        coupled=loss.is_coupled and not loss.is_random and not samples.changing,
+        coupled=loss.is_coupled,
         dropouts=[name for name in _names_of(model, _DropoutNd) if model.get_submodule(name).p],
         random=loss.is_random,
+        random_in_evaluation=loss.is_random_in_evaluation,
         num_samples=sample_count(data.train, "train"),
         num_evaluation_samples=sample_count(data.evaluation, "evaluation")
         if has_evaluation
@@ -183,18 +192,18 @@ def inspect_recipe(recipe: Recipe, source: RecipeSource) -> Inspection:
         without_gradient=[name for name, parameter in trained.items() if parameter.grad is None],
         changed_buffers=sorted(changing_buffers),
         changed_weights=sorted(changing_weights),
-        batch=f"a batch is {_describe(batch)}",
+        batch=f"a batch is {describe_nested(batch)}",
         outputs_finite=all(bool(torch.isfinite(leaf).all()) for leaf in leaves),
         loss_per_item=float(total) / max(float(count), 1.0),
         count=float(count),
         shared_file=samples.shared_file,
         differing_in_workers=samples.differing_in_workers,
-        **_try_metrics(recipe, model, samples.reader),
+        **_try_evaluation(recipe, model, samples.reader),
         items=samples.size if recipe.count is None else int(recipe.count(batch)),
     )
 
 
-def _read_samples(recipe: Recipe, source: RecipeSource) -> _Samples:
+def _read_samples(recipe: Recipe, source: RecipeSource | None) -> _Samples:
     """Read the first training samples in workers, in this process, again, alone and together."""
     seed_all(recipe.seed)
     files_before = open_files()
@@ -253,77 +262,46 @@ def _read_in_workers(
     ], None
 
 
-def _inspect_loss(
-    recipe: Recipe, model: nn.Module, samples: _Samples, *, has_state: bool
-) -> _LossProperties:
-    """Compare losses of a batch and its halves, in evaluation and in training.
-
-    Args:
-        recipe: The recipe.
-        model: The recipe's model, which is left in training mode.
-        samples: The batch and its halves.
-        has_state: Whether forward changes the model; each forward then gets a copy, because the
-            effect of one on the next would look like randomness.
-    """
-
-    def call_loss(batch: Any, seed: int = 0) -> float:
-        torch.manual_seed(seed)
-        subject = _copy_model(recipe, model) if has_state else model
-        return float(sum_and_count(recipe.loss, recipe.forward(subject, batch), batch)[0])
-
-    batch, halves = samples.batch, samples.halves
-    with torch.no_grad():
-        model.eval()
-        batch_loss, sum_of_halves = call_loss(batch), sum(map(call_loss, halves))
-        is_sum = _is_close(batch_loss, sum_of_halves) or bool(samples.changing)
-        is_mean = not is_sum and _is_close(batch_loss, sum_of_halves / len(halves))
-        model.train()
-        is_coupled = is_sum and not _is_close(call_loss(batch), sum(map(call_loss, halves)))
-        is_random = not _is_close(call_loss(batch, seed=1), call_loss(batch, seed=2))
-    return _LossProperties(
-        is_sum=is_sum, is_mean=is_mean, is_coupled=is_coupled, is_random=is_random
-    )
-
-
 @torch.no_grad()
 def _find_writes(recipe: Recipe, model: nn.Module, batch: Any) -> WriteDetector:
     """Return what a forward pass in training writes to, observed on a copy of the model."""
-    subject = _copy_model(recipe, model)
+    subject = copy_model(recipe, model)
     subject.train()
     writes = WriteDetector(subject)
     recipe.forward(subject, batch)
     return writes
 
 
-def _copy_model(recipe: Recipe, model: nn.Module) -> nn.Module:
-    """Return an independent model with the same weights, buffers and mode."""
-    try:
-        return copy.deepcopy(model)
-    except RuntimeError:  # computed weights, as by torch.nn.utils.weight_norm, cannot be copied
-        seed_all(recipe.seed)
-        return recipe.model().train(model.training)
+def _try_evaluation(recipe: Recipe, model: nn.Module, reader: Reader) -> dict[str, Any]:
+    """Call loss and metrics on evaluation samples.
 
-
-def _try_metrics(recipe: Recipe, model: nn.Module, reader: Reader) -> dict[str, Any]:
-    """Call each metric on evaluation samples; return the fields of `Inspection` on metrics."""
+    Returns:
+        The fields of `Inspection` on evaluation.
+    """
     errors: dict[str, str] = {}
     empty: list[str] = []
-    if reader.data.evaluation is not None and recipe.metrics:
+    if reader.data.evaluation is not None:
         num_samples = min(_NUM_SAMPLES, sample_count(reader.data.evaluation, "evaluation"))
         batch = _read(reader, list(range(num_samples)), split="evaluation")
         model.eval()
         with torch.no_grad():
-            outputs = recipe.forward(model, batch)
-            for name, metric in recipe.metrics.items():
+            try:
+                outputs = recipe.forward(model, batch)
+            except Exception as error:  # noqa: BLE001  # whatever the recipe's own code raises
+                return {"evaluation_errors": {"forward": _error_text(error)}}
+            for name, function in {"loss": recipe.loss, **recipe.metrics}.items():
                 try:
-                    total, count = sum_and_count(metric, outputs, batch, name=name)
-                except Exception as error:  # noqa: BLE001  # whatever the recipe's own code raises
-                    is_ours = isinstance(error, RecipeError)
-                    errors[name] = str(error) if is_ours else error_line(error)
+                    total, count = sum_and_count(function, outputs, batch, name="it")
+                except Exception as error:  # noqa: BLE001
+                    errors[name] = _error_text(error)
                     continue
                 if not float(count) or not math.isfinite(float(total)):
                     empty.append(name)
-    return {"metrics": errors, "empty_metrics": empty}
+    return {"evaluation_errors": errors, "empty_metrics": empty}
+
+
+def _error_text(error: Exception) -> str:
+    return str(error) if isinstance(error, RecipeError) else error_line(error)
 
 
 def write_inspection(inspection: Inspection, run_dir: RunDir) -> None:
@@ -340,24 +318,10 @@ def read_inspection(run_dir: RunDir) -> Inspection:
     return read_json(run_dir.inspection, Inspection, exact=True)
 
 
-def _describe(batch: Any) -> str:
-    shapes = [
-        f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}"
-        if isinstance(leaf, Tensor)
-        else type(leaf).__name__
-        for leaf in tree_leaves(batch)
-    ]
-    return ", ".join(shapes)
-
-
 def _read(
     reader: Reader, indices: list[int], split: Literal["train", "evaluation"] = "train"
 ) -> Any:
     return raise_if_error(reader[MicroBatchRequest(split, 0, indices, has_weight=True)]).batch
-
-
-def _is_close(one: float, other: float) -> bool:
-    return abs(one - other) <= _TOLERANCE * max(abs(one), abs(other), 1e-12)
 
 
 def _names_of(model: nn.Module, kind: type[nn.Module]) -> list[str]:

@@ -137,6 +137,9 @@ class _StopAtDivergence:
     def flags(self) -> RankFlags:
         return RankFlags()
 
+    def before_evaluation(self, step: int) -> None:
+        pass
+
     def on_step_end(self, step: int, flags: RankFlags) -> bool:
         for row in self._collector.rows[self.num_losses :]:
             self.num_losses += 1
@@ -291,6 +294,9 @@ class _StopAfterSeconds:
 
     def flags(self) -> RankFlags:
         return RankFlags(stop=float(time.perf_counter() > self._end))
+
+    def before_evaluation(self, step: int) -> None:
+        pass
 
     def on_step_end(self, step: int, flags: RankFlags) -> bool:
         return flags.stop > 0

@@ -36,7 +36,7 @@ def check_optimizer_kind(optimizer: Any) -> None:
     kind = type(optimizer).__name__
     if not isinstance(optimizer, Optimizer):
         raise RecipeError(
-            f"The recipe's optimizer function returned a {kind}, not a torch.optim.Optimizer."
+            f"The recipe's optimizer function returned {kind}; expected a torch.optim.Optimizer."
         )
     if needs_closure(optimizer):
         raise RecipeError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from launcher.engine.state.compiled import plain_name
 from launcher.errors import RecipeError
@@ -55,6 +56,24 @@ def check_parameters(model: nn.Module, plan: Plan) -> None:
             f"{where} reduces dense gradients only. Leave sparse=True out; on one rank or on CPUs, "
             "strategy=ddp takes sparse gradients."
         )
+
+
+def check_batch_norm_precision(model: nn.Module, precision: str) -> None:
+    """Refuse BatchNorm under FSDP in mixed precision on CPUs.
+
+    FSDP gathers weights in that precision, and torch's kernel for CPUs takes them only in the
+    precision of the running statistics, fp32.
+
+    Raises:
+        RecipeError: The model has BatchNorm with weights and running statistics.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.affine and module.track_running_stats:
+            raise RecipeError(
+                f"On CPUs, strategy=fsdp with precision={precision} cannot run BatchNorm "
+                f"({plain_name(name)}), because torch takes its weights in fp32 only there. Use "
+                "precision=fp32, strategy=ddp or zero2, or GroupNorm."
+            )
 
 
 def gradient_values(parameter: nn.Parameter) -> Tensor:

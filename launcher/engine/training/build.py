@@ -51,6 +51,7 @@ def build_context(
     first_step: int = 0,
     last_step: int,
     evaluates: bool = True,
+    evaluates_first: bool = False,
     trial: bool = False,
     source: RecipeSource | None = None,
     noise_stride: int = STRIDE,
@@ -65,6 +66,8 @@ def build_context(
         first_step: Number of steps that were taken before.
         last_step: Number of steps that have been taken at the end.
         evaluates: Whether the evaluation data will be visited, if there is any.
+        evaluates_first: Whether an evaluation that is due after `first_step` steps is still to be
+            made, before the next step.
         trial: Whether the first micro-batches are those of `Sampler.trial`.
         source: What the recipe is built from; spawned DataLoader workers need it.
         noise_stride: If the recipe asks for the noise scale, one step in this many is measured.
@@ -85,11 +88,14 @@ def build_context(
         ),
     )
 
+    evaluates_first = evaluates_first and first_step > 0 and sampler.evaluates_after(first_step - 1)
     reader = Reader(recipe, data, source)
     reader.held_files = opened_since(files_before)
 
     def start_reading(sampler: Sampler) -> Iterator[MicroBatch]:
-        requests = sampler.requests(first_step) if first_step < last_step else sampler.evaluation()
+        requests = sampler.requests(first_step) if first_step < last_step else iter(())
+        if evaluates_first or first_step >= last_step:
+            requests = itertools.chain(sampler.evaluation(), requests)
         if trial:
             requests = itertools.chain(sampler.trial(), requests)
         return micro_batches(reader, requests, plan)
@@ -122,6 +128,7 @@ def build_context(
         forward_writes=ForwardWrites(model, backend, recipe.rank_buffers),
         report_phase=report_phase,
         noise_meter=make_noise_meter(recipe, backend, model, noise_stride),
+        evaluates_first=evaluates_first,
     )
 
 
@@ -169,7 +176,7 @@ def build_model_and_optimizer(
             on some ranks, or returned a model that cannot do what the settings ask for.
     """
     model = backend.local_rank_zero_first(
-        "built the model", lambda: _build_model(recipe, first_batch)
+        "built the model", lambda: build_model(recipe, first_batch)
     )
     backend.wait_for_all("built the model")
     num_trained = sum(
@@ -207,7 +214,16 @@ def _read_first_batch(reader: Reader, sampler: Sampler) -> Any:
     return raise_if_error(reader[replace(sampler.trial()[0], trial=False)]).batch
 
 
-def _build_model(recipe: Recipe, first_batch: Callable[[], Any]) -> nn.Module:
+def build_model(recipe: Recipe, first_batch: Callable[[], Any]) -> nn.Module:
+    """Call the recipe's model function, with seeded generators, and initialise lazy layers.
+
+    Args:
+        recipe: The recipe.
+        first_batch: Reads the batch with which lazy layers are initialised.
+
+    Raises:
+        RecipeError: The function did not return a module, or a lazy layer stays without a shape.
+    """
     seed_all(recipe.seed)  # the same initial weights on every rank
     model = recipe.model()
     if not isinstance(model, nn.Module):

@@ -82,6 +82,7 @@ class CheckpointManager:
         groups: The optimizer's parameter groups as they were when the optimizer was built.
         callback: Receives timings, and a warning for each failed save.
         data: Fingerprint of the data; None if it is not known.
+        resumed: Whether the run was resumed from a checkpoint.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class CheckpointManager:
         groups: list[dict[str, Any]],
         callback: Callback,
         data: dict[str, Any] | None = None,
+        resumed: bool = False,
     ) -> None:
         self._context, self._backend, self._run_dir = context, context.backend, run_dir
         self._stop = stop
@@ -102,6 +104,7 @@ class CheckpointManager:
         self._manifest: Manifest | None = None
         self._last_save = time.perf_counter()
         self._state_was_checked = False
+        self._has_saved = resumed
 
     def is_due(self, step: int) -> bool:
         """Return whether a checkpoint is due after `step` steps; equal on every rank."""
@@ -117,16 +120,30 @@ class CheckpointManager:
             written=float(self._writer is not None and self._writer.is_done),
         )
 
+    def before_evaluation(self, step: int) -> None:
+        """Save a first checkpoint if the run has none, because evaluations may fail (collective).
+
+        A mistake in the code of an evaluation often shows in the first one, which may be the end of
+        a long epoch. The call waits until the checkpoint is complete.
+
+        Raises:
+            TrainingError: There is state that a checkpoint cannot hold.
+        """
+        self._check_state()
+        if self._has_saved:
+            return
+        # An evaluation starts with it, so the resumed run evaluates the same model.
+        self._context.batch_norms.average(self._backend)
+        self.save(step)
+        self.finish()
+
     def on_step_end(self, step: int, flags: RankFlags) -> bool:
         """Save if a checkpoint is due, commit a written one, return whether to stop (collective).
 
         Raises:
-            TrainingError: At the first call, there is state that a checkpoint cannot hold.
+            TrainingError: There is state that a checkpoint cannot hold.
         """
-        if not self._state_was_checked:
-            self._state_was_checked = True
-            if refusal := self._find_unsavable_state():
-                raise TrainingError(refusal)
+        self._check_state()
         if flags.written == self._backend.world_size:
             self.finish()
         if flags.stop or flags.save or self.is_due(step):
@@ -147,6 +164,7 @@ class CheckpointManager:
             return
         state = backend.snapshot(context.model, context.optimizer)
         self._manifest = self._make_manifest(step, state)
+        self._has_saved = True
         folder: Path | None = None
         reason: str | None = None
         if backend.rank == 0:
@@ -188,6 +206,18 @@ class CheckpointManager:
         self._callback.on_values(
             manifest.step, {"checkpoint_seconds": time.perf_counter() - writer.started}
         )
+
+    def _check_state(self) -> None:
+        """Refuse, in the first call, state that a checkpoint cannot hold (collective).
+
+        Raises:
+            TrainingError: There is such state.
+        """
+        if self._state_was_checked:
+            return
+        self._state_was_checked = True
+        if refusal := self._find_unsavable_state():
+            raise TrainingError(refusal)
 
     def _find_unsavable_state(self) -> str | None:
         """Return why a checkpoint cannot hold the state of some rank, or None (collective)."""

@@ -84,6 +84,10 @@ class TrainContext:
     noise_meter: NoiseMeter = field(default_factory=NullNoiseMeter)
     """Measures the gradient noise beside the steps."""
 
+    evaluates_first: bool = False
+    """Whether an evaluation precedes the first step: the one that the run was to make after its
+    checkpoint, and has not recorded."""
+
 
 class StepController(Protocol):
     """Acts between steps on flags that all ranks have exchanged, and may stop the run."""
@@ -93,6 +97,9 @@ class StepController(Protocol):
 
     def flags(self) -> RankFlags:
         """Return the flags of this rank."""
+
+    def before_evaluation(self, step: int) -> None:
+        """Prepare for an evaluation after `step` steps, which may fail (collective)."""
 
     def on_step_end(self, step: int, flags: RankFlags) -> bool:
         """Act on the summed flags after `step` steps; return whether to stop (collective)."""
@@ -140,11 +147,11 @@ def train(
         context.report_phase,
     )
     hyperparameters = Hyperparameters(optimizer, plan.lr)
-    meter = Meter(backend)
     nonfinite_guard = NonFiniteGuard(recipe.max_bad_steps, lambda step: sampler.batch_ids(step - 1))
-    evaluation: dict[str, float] = {}
     model.train()
     batch_norms.save_statistics()
+    evaluation = _run_evaluation(context, callback, first_step) if context.evaluates_first else {}
+    meter = Meter(backend)
     last_step = plan.total_steps if last_step is None else last_step
     for step in range(first_step, last_step):
         # ------------------------------------------------------------------------------------
@@ -204,13 +211,12 @@ def train(
         _report_metrics(context, callback, metrics, nonfinite_guard)
         with meter.paused():
             if evaluates:
-                evaluation = evaluate(context, steps_taken)
-                callback.on_evaluation(steps_taken, evaluation)
+                evaluation = _run_evaluation(context, callback, steps_taken, controller)
             report_phase(steps_taken, "saving")
             if controller is not None and controller.on_step_end(steps_taken, metrics.flags):
                 return TrainOutcome(step=steps_taken, evaluation=evaluation)
-    if first_step >= last_step and sampler.evaluation_samples:
-        # The run was interrupted between its last step and its result.
+    if first_step >= last_step and sampler.evaluation_samples and not context.evaluates_first:
+        # The run was interrupted between its last evaluation and its result.
         evaluation = evaluate(context, last_step)
     report_phase(last_step, "finishing")
     return TrainOutcome(step=last_step, evaluation=evaluation)
@@ -264,6 +270,17 @@ def _report_metrics(
         context.batch_norms.save_statistics()
     else:
         context.batch_norms.restore_nonfinite()
+
+
+def _run_evaluation(
+    context: TrainContext, callback: Callback, step: int, controller: StepController | None = None
+) -> dict[str, float]:
+    """Evaluate after `step` steps, pass the values on, and return them (collective)."""
+    if controller is not None:
+        controller.before_evaluation(step)
+    evaluation = evaluate(context, step)
+    callback.on_evaluation(step, evaluation)
+    return evaluation
 
 
 @torch.no_grad()

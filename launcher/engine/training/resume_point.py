@@ -14,6 +14,7 @@ from launcher.errors import CheckpointError
 from launcher.planning.plan import Plan
 from launcher.runs.checkpoints import Checkpoint, list_checkpoints, set_aside
 from launcher.runs.events import record_past_failure
+from launcher.runs.history import has_evaluation
 from launcher.runs.job import MISSING_STATE, ResumeFrom
 from launcher.runs.manifest import Manifest
 from launcher.runs.resumption import check_resumable
@@ -28,6 +29,9 @@ class ResumePoint:
     manifest: Manifest
     accept: tuple[str, ...]
     """What the user accepts about the checkpoint: `data`, `missing-state`."""
+
+    is_evaluated: bool
+    """Whether the run has recorded an evaluation after the checkpoint's last step."""
 
     @property
     def step(self) -> int:
@@ -67,7 +71,13 @@ def find_resume_point(
     check_resumable(manifest, plan, checkpoint.name, start.accept)
     if backend.rank == 0:
         record_past_failure(run_dir)  # makes room for the record of a later failure
-    return ResumePoint(checkpoint=checkpoint, manifest=manifest, accept=start.accept)
+    is_evaluated = backend.rank == 0 and has_evaluation(run_dir, manifest.step)
+    return ResumePoint(
+        checkpoint=checkpoint,
+        manifest=manifest,
+        accept=start.accept,
+        is_evaluated=backend.broadcast(is_evaluated),
+    )
 
 
 def restore_state(resume_point: ResumePoint, context: TrainContext) -> None:
