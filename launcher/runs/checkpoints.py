@@ -12,6 +12,7 @@ that were saved after the one it resumed from.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -145,8 +146,10 @@ def begin_checkpoint(run_dir: RunDir, step: int) -> Path:
     Whatever an earlier attempt left in that folder is deleted.
 
     Raises:
-        OSError: The folder cannot be created.
+        OSError: The folder cannot be created, or `checkpoints` is a symbolic link.
     """
+    if run_dir.checkpoints.is_symlink():
+        raise OSError(errno.ELOOP, "It is a symbolic link, which could lead anywhere")
     folder = run_dir.checkpoints / f".step-{step:08}"
     run_dir.checkpoints.mkdir(mode=0o700, exist_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
@@ -171,7 +174,7 @@ def commit_checkpoint(folder: Path, manifest: Manifest) -> Checkpoint:
     save_manifest(folder, manifest)
     _sync(folder)
     target = folder.with_name(folder.name.removeprefix("."))
-    if target.exists():  # the run was resumed from an earlier checkpoint
+    if os.path.lexists(target):  # the run was resumed from an earlier checkpoint
         set_aside(Checkpoint(manifest.step, target))
     folder.rename(target)
     _sync(target.parent)

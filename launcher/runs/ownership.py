@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import platform
 import shlex
@@ -23,13 +22,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import msgspec
-
 from launcher.errors import RunDirError
+from launcher.json_file import Count, DamagedJSONError, Moment, decode_json, encode_json
+from launcher.regular_file import open_descriptor
 from launcher.runs.heartbeat import read_heartbeats
 from launcher.runs.locks import locks_are_shared, try_lock
 from launcher.runs.provenance import command_line
-from launcher.runs.rundir import RunDir
+from launcher.runs.rundir import RunDir, check_subfolders
 from launcher.runs.status import SECONDS_TO_START, is_alive
 
 _SECONDS_TO_END = 10.0
@@ -56,13 +55,13 @@ class Owner:
     place: str
     """Boot id and process namespace of that machine, within which `pid` identifies a process."""
 
-    pid: int
+    pid: Count
     """Process id of the owner."""
 
-    started: int
+    started: Count
     """Start time of the process in clock ticks, which tells it from a later one with its `pid`."""
 
-    since: float
+    since: Moment
     """When the process became the owner, in seconds since 1970."""
 
     job: str | None
@@ -109,10 +108,12 @@ def own_run_dir(run_dir: RunDir, *, with_ranks: bool = False) -> Iterator[None]:
             even if this process dies first. Children of theirs never do.
 
     Raises:
-        RunDirError: Another process owns the folder, or owner.lock cannot be written.
+        RunDirError: Another process owns the folder, owner.lock cannot be written, or a folder in
+            it is a symbolic link.
     """
     lock = _acquire(run_dir, with_ranks=with_ranks)
     try:
+        check_subfolders(run_dir)
         yield
     finally:
         lock.release()
@@ -131,7 +132,7 @@ def check_unowned(path: Path) -> None:
     """
     run_dir = RunDir(path.resolve())
     try:
-        descriptor = os.open(run_dir.owner, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        descriptor = open_descriptor(run_dir.owner, os.O_RDONLY | os.O_NOFOLLOW)
     except OSError:
         return
     try:
@@ -195,9 +196,8 @@ def _acquire(run_dir: RunDir, *, with_ranks: bool) -> _FolderLock:
     Raises:
         RunDirError: Another process owns the folder, or owner.lock cannot be written.
     """
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
-        descriptor = os.open(run_dir.owner, flags, 0o666)
+        descriptor = open_descriptor(run_dir.owner, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
     except OSError as error:
         raise RunDirError(f"Cannot write {run_dir.owner}: {error.strerror}.") from None
     try:
@@ -276,8 +276,8 @@ def _refusal(run_dir: RunDir, other: Owner | _UnknownOwner) -> RunDirError:
 def _read_owner(descriptor: int) -> Owner | None:
     """Return the owner that owner.lock describes, or None if it is empty, damaged or a copy."""
     try:
-        owner = msgspec.json.decode(os.pread(descriptor, _MAX_BYTES, 0), type=Owner)
-    except msgspec.DecodeError:
+        owner = decode_json(os.pread(descriptor, _MAX_BYTES, 0), Owner)
+    except DamagedJSONError:
         return None
     return owner if owner.inode == os.fstat(descriptor).st_ino else None
 
@@ -300,7 +300,7 @@ def _write_owner(descriptor: int) -> None:
         command=shlex.join(command_line()),
         inode=os.fstat(descriptor).st_ino,
     )
-    text = (json.dumps(asdict(owner)) + "\n").encode()
+    text = (encode_json(asdict(owner)) + "\n").encode()
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, text, 0)
     os.fsync(descriptor)
