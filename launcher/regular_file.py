@@ -95,6 +95,16 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
     return content
 
 
+def size_of(path: Path) -> int:
+    """Return the size of a regular file in bytes.
+
+    Raises:
+        OSError: The file cannot be opened, or is something else than a regular file.
+    """
+    with open_regular(path) as file:
+        return os.fstat(file.fileno()).st_size
+
+
 def _open(path: Path, flags: int, mode: str) -> io.FileIO:
     try:
         return io.FileIO(path, mode, opener=lambda *_: open_descriptor(path, flags))

@@ -233,8 +233,6 @@ def test_a_damaged_value_is_named_or_skipped(copy: Callable[[str], Path], name: 
     for place, document in documents(run / name):
         run = copy(name)
         write_document(run / name, document)
-        try:
-            for read in VALUE_READERS[name]:
-                read(run.parent)
-        except Exception as error:
-            pytest.fail(f"{place}: {error!r}")
+        print(place)  # shown if a reader fails
+        for read in VALUE_READERS[name]:
+            read(run.parent)
