@@ -75,10 +75,10 @@ WRITES: dict[str, Callable[[RunDir], object]] = {
     "health/rank0.json": beat,
     "health/rank0.tmp": beat,
     "failure.json": fail,
-    f".failure.{os.uname().nodename}.{os.getpid()}.tmp": fail,
+    ".failure.NODE.PID.tmp": fail,
     "report.html": report,
     "submission.json": submit,
-    f".probe.{os.getpid()}.tmp": write_error,
+    ".probe.PID.tmp": write_error,
 }
 """What writes each file of a run folder."""
 
@@ -86,7 +86,8 @@ WRITES: dict[str, Callable[[RunDir], object]] = {
 @pytest.mark.parametrize("name", WRITES)
 def test_a_file_that_is_a_link_is_not_written_through(run_dir: RunDir, name: str) -> None:
     """A link in place of a file is replaced, set aside or refused; its target stays as it is."""
-    path, target = run_dir.path / name, run_dir.path.parent / "target"
+    own_name = name.replace("NODE", os.uname().nodename).replace("PID", str(os.getpid()))
+    path, target = run_dir.path / own_name, run_dir.path.parent / "target"
     if path.exists():
         path.rename(target)
     else:
