@@ -17,6 +17,7 @@ import fcntl
 import os
 import platform
 import shlex
+import stat
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -199,7 +200,9 @@ def _acquire(run_dir: RunDir, *, with_ranks: bool) -> _FolderLock:
     try:
         descriptor = open_descriptor(run_dir.owner, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
     except OSError as error:
-        raise RunDirError(f"Cannot write {run_dir.owner}: {error.strerror}.") from None
+        is_file = not os.path.lexists(run_dir.owner) or stat.S_ISREG(run_dir.owner.lstat().st_mode)
+        remedy = "" if is_file else " Remove it, and repeat the command."
+        raise RunDirError(f"Cannot write {run_dir.owner}: {error.strerror}.{remedy}") from None
     try:
         _wait_for_lock(descriptor, run_dir)
         _write_owner(descriptor)
@@ -324,7 +327,8 @@ def _place_of_this_process() -> str:
 def _start_time(pid: int) -> int | None:
     """Return the start time of a process in clock ticks; None if it has ended."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        # Before the bracket stands the name of the process, which may be any bytes.
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError:
         return None
-    return None if fields[0] in "ZX" else int(fields[19])
+    return None if fields[0] in b"ZX" else int(fields[19])
