@@ -56,6 +56,7 @@ def read_json(
     max_bytes: int = MAX_BYTES,
     remedy: str = "",
     exact: bool = False,
+    is_ours: bool = True,
 ) -> T:
     """Return the content of a JSON file as a value of a type.
 
@@ -66,6 +67,7 @@ def read_json(
         max_bytes: Largest size of the file.
         remedy: A sentence for the end of the error that says what to do.
         exact: Whether the file was written with `exact_floats`.
+        is_ours: Whether launcher writes such files, rather than a user.
 
     Raises:
         LauncherError: The file is missing or cannot be read, is not a regular file, or is damaged.
@@ -77,9 +79,8 @@ def read_json(
         reason = (failure.strerror or str(failure)).rstrip(".")
         raise error(f"Cannot read {path}: {reason}.{remedy}") from None
     except DamagedJSONError as failure:
-        raise error(
-            f"{path} is damaged, or launcher did not write it: {failure}.{remedy}"
-        ) from None
+        claim = "is damaged, or launcher did not write it" if is_ours else "cannot be used"
+        raise error(f"{path} {claim}: {failure}.{remedy}") from None
 
 
 def find_json(

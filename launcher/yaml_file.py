@@ -209,7 +209,8 @@ def _loaders() -> dict[bool, Any]:
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
             shown = shortened(str(node.value), 40) if isinstance(node.value, str) else "this value"
             kind = node.tag.rpartition(":")[2]
-            reason = f"{shown!r} cannot be read as {kind} ({error})"
+            why = f" ({error})" if kind == "timestamp" and isinstance(error, ValueError) else ""
+            reason = f"{shown!r} cannot be read as {kind}{why}"
             raise yaml.constructor.ConstructorError(None, None, reason, node.start_mark) from None
         if isinstance(value, int) and value.bit_length() > _MAX_BITS:
             raise yaml.constructor.ConstructorError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -45,6 +44,7 @@ def command(recipe: str, overrides: tuple[str, ...], config: Path | None, *, as_
     from launcher.console.findings_table import finding_lines, summary
     from launcher.environment.machine import read_machine
     from launcher.findings import ok, warning, worst
+    from launcher.json_file import encode_json
     from launcher.launch.signal_handler import SignalHandler
     from launcher.recipe.resolve import resolve
 
@@ -73,7 +73,7 @@ def command(recipe: str, overrides: tuple[str, ...], config: Path | None, *, as_
     for finding in check_recipe(reference, all_overrides, read_machine(), signals):
         report(finding)
     if as_json:
-        echo(json.dumps({"findings": [asdict(finding) for finding in findings]}))
+        echo(encode_json({"findings": [asdict(finding) for finding in findings]}))
     else:
         echo(summary(findings))
     return EXIT_FAILED if worst(findings) == "failure" else 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -51,6 +50,7 @@ def command(
     from launcher.environment.machine import read_machine
     from launcher.environment.world import find_world, machine_of
     from launcher.findings import Finding, RankDiagnostics, worst
+    from launcher.json_file import encode_json
     from launcher.launch.signal_handler import SignalHandler
     from launcher.runs.failure_record import RunFailedError
 
@@ -95,7 +95,7 @@ def command(
         report(finding)
     if as_json:
         measured = [asdict(rank_report) for rank_report in reports]
-        echo(json.dumps({"findings": list(map(asdict, findings)), "ranks": measured}))
+        echo(encode_json({"findings": list(map(asdict, findings)), "ranks": measured}))
     else:
         echo(summary(findings))
     return EXIT_FAILED if worst(findings) == "failure" else 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -72,6 +71,7 @@ def command(
     """
     from launcher.console.explain import explain
     from launcher.environment.machine import read_machine
+    from launcher.json_file import encode_json
     from launcher.recipe.resolve import resolve
     from launcher.runs.plan_recipe import plan_recipe
 
@@ -93,7 +93,7 @@ def command(
         estimate = _estimate(folders, cluster, plan, lambda *world: plan_for(*world)[1])
     if as_json:
         values = {} if estimate is None else {"estimate": asdict(estimate)}
-        echo(json.dumps(plan.to_dict() | values))
+        echo(encode_json(plan.to_dict() | values))
         return
     echo(explain(plan, recipe=reference.shown))
     if estimate is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,6 +42,7 @@ def command(
     launcher profile digits
     launcher profile recipes/gpt.py -n 2 strategy=fsdp --steps 10
     """
+    from launcher.json_file import encode_json
     from launcher.runs.rundir import create_run_dir
     from launcher.tuning.profile_run import plan_profile, profile_recipe
     from launcher.tuning.profile_table import profile_text
@@ -51,6 +51,6 @@ def command(
     run_dir = create_run_dir(out, f"profile-{probe.plan.recipe}")
     profiles = profile_recipe(probe, run_dir, signals, quiet=as_json)
     if as_json:
-        echo(json.dumps([asdict(profile) for profile in profiles]))
+        echo(encode_json([asdict(profile) for profile in profiles]))
     else:
         echo(profile_text(profiles, probe.plan, run_dir))

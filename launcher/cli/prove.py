@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -111,6 +110,7 @@ def command(
     from launcher.checks.proof import default_worlds, prove
     from launcher.checks.proof_summary import header, row_line, to_dict, verdict
     from launcher.environment.machine import read_machine
+    from launcher.json_file import encode_json
     from launcher.launch.signal_handler import SignalHandler
     from launcher.recipe.resolve import resolve
 
@@ -143,7 +143,7 @@ def command(
     )
     if as_json:
         rows = [to_dict(row) for row in proof.rows]
-        echo(json.dumps({"agree": proof.agrees, "rows": rows, "causes": proof.causes}))
+        echo(encode_json({"agree": proof.agrees, "rows": rows, "causes": proof.causes}))
         return 0 if proof.agrees else EXIT_FAILED
     echo(f"\n{verdict(proof.rows, min(steps, proof.rows[0].trial.plan.total_steps))}")
     _show_causes(proof)

@@ -6,20 +6,76 @@ have no setting for is refused rather than ignored.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from launcher.errors import WorldError
+from launcher.json_file import read_json
 from launcher.recipe.overrides import Override
 
 SOURCE = "accelerate launch"
 """The source of these overrides, which a plan shows."""
 
+T = TypeVar("T")
+
 _UNSET = ("", "none", "auto")
 """Values by which Accelerate and DeepSpeed leave an option to others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Offload:
+    """Where a DeepSpeed file puts state."""
+
+    device: str | None = None
+    """`cpu`, `nvme` or `none`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Zero:
+    """The section zero_optimization of a DeepSpeed file."""
+
+    stage: int | str = 0
+    """What is sharded, from 0 to 3."""
+
+    offload_optimizer: _Offload | None = None
+    """Where optimizer state is kept."""
+
+    offload_param: _Offload | None = None
+    """Where weights are kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Precision:
+    """The section bf16, fp16 or torch_autocast of a DeepSpeed file."""
+
+    enabled: bool | str | None = None
+    """Whether the section applies; `auto` leaves it to others."""
+
+    dtype: str | None = None
+    """The dtype of torch_autocast."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _DeepSpeedFile:
+    """The values of a DeepSpeed file that become settings of the recipe."""
+
+    zero_optimization: _Zero | None = field(default_factory=_Zero)
+    """What is sharded and offloaded."""
+
+    torch_autocast: _Precision | None = None
+    """Automatic mixed precision."""
+
+    bf16: _Precision | None = None
+    """Whether weights are bf16."""
+
+    fp16: _Precision | None = None
+    """Whether weights are fp16."""
+
+    gradient_clipping: float | str | None = None
+    """The norm to clip at; 0 disables clipping."""
 
 
 def accelerate_settings(env: Mapping[str, str] | None = None) -> tuple[Override, ...]:
@@ -91,21 +147,34 @@ def deepspeed_file(env: Mapping[str, str]) -> Path | None:
 
 
 def _settings_of_file(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        zero = dict(config.get("zero_optimization", {}))
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise WorldError(f"Cannot read the DeepSpeed configuration {path}: {error}.") from None
-    settings = {"strategy": _strategy_of_stage(str(zero.get("stage", 0)))}
-    devices = [zero.get(name) or {} for name in ("offload_optimizer", "offload_param")]
-    settings |= _offload(*(str(device.get("device", "none")) for device in devices))
-    autocast = config.get("torch_autocast") or {}
-    if autocast.get("enabled"):
-        settings["precision"] = "bf16" if autocast.get("dtype") == "bfloat16" else "fp16"
-    for precision in ("bf16", "fp16"):
-        if (config.get(precision) or {}).get("enabled") is True:
-            settings["precision"] = precision
-    return settings | _clipping(str(config.get("gradient_clipping", "none")))
+    config = read_deepspeed_file(path, _DeepSpeedFile)
+    zero = config.zero_optimization or _Zero()
+    settings = {"strategy": _strategy_of_stage(str(zero.stage))}
+    sections = zero.offload_optimizer, zero.offload_param
+    settings |= _offload(*(section.device or "none" for section in sections if section))
+    autocast = config.torch_autocast
+    if autocast is not None and autocast.enabled:
+        settings["precision"] = "bf16" if autocast.dtype == "bfloat16" else "fp16"
+    for name, section in (("bf16", config.bf16), ("fp16", config.fp16)):
+        if section is not None and section.enabled is True:
+            settings["precision"] = name
+    norm = config.gradient_clipping
+    return settings | _clipping("none" if norm is None else str(norm))
+
+
+def read_deepspeed_file(path: Path, kind: type[T]) -> T:
+    """Return the user's DeepSpeed file as a value of a type.
+
+    Raises:
+        WorldError: The file cannot be read, or is not a DeepSpeed configuration.
+    """
+    return read_json(
+        path,
+        kind,
+        error=WorldError,
+        is_ours=False,
+        remedy="Give --deepspeed_config_file another file.",
+    )
 
 
 def _strategy_of_stage(stage: str) -> str:

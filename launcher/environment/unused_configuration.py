@@ -7,13 +7,14 @@ it to be in effect.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from launcher.environment.accelerate_launch import deepspeed_file
+from launcher.environment.accelerate_launch import deepspeed_file, read_deepspeed_file
+from launcher.errors import WorldError
+from launcher.json_file import encode_json
 from launcher.printable import printable_line
 from launcher.recipe.foreign_names import hint_for_value, setting_for
 
@@ -81,8 +82,8 @@ def unused_note(used: Mapping[str, Any], env: Mapping[str, str] | None = None) -
 
 def _unused_of_file(file: Path, used: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     try:
-        given = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        given = read_deepspeed_file(file, dict[str, Any])
+    except WorldError:
         return  # reading the settings has refused the file
     effective = dict(_leaves(used))
     for name, value in _leaves(given):
@@ -110,7 +111,7 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _described(name: str, value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
+    text = value if isinstance(value, str) else encode_json(value)
     text = printable_line(text)
     shown = f"{printable_line(name)}={text if len(text) <= 40 else '...'}"
     section, _, last = name.rpartition(".")

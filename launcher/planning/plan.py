@@ -6,7 +6,7 @@ different world or with a different recipe.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, Literal
 
@@ -16,13 +16,36 @@ from launcher.errors import RunDirError, WorldError
 from launcher.planning.derivations import ranks_text
 from launcher.planning.global_batch import BatchSplit, Statistics
 from launcher.planning.stages import Stage, growth_at
-from launcher.planning.strategy import Backend
+from launcher.planning.strategy import STRATEGIES, Backend
+from launcher.printable import printable_line, shortened
 from launcher.recipe.affects import Affects, effects_of
 from launcher.recipe.recipe import Recipe, settings_affecting
 from launcher.recipe.schedules import Schedule, ScheduleValue
 
 _FORMER_NAMES = {"reasons": "derivations", "speed_ups": "performance_flags"}
 """Names of fields in the run folders of version 0.1, and their names now."""
+
+_COUNTS = (
+    "nodes",
+    "nproc_per_node",
+    "world_size",
+    "batch_size",
+    "micro_batch_size",
+    "accumulation_steps",
+    "total_steps",
+)
+_MAX_COUNT = 2**63 - 1
+
+_SHOWN_SETTINGS = ("schedule", "lr_rule")
+_SHOWN_DERIVATIONS = (
+    "batch_size",
+    "stages",
+    "lr",
+    "total_steps",
+    "workers_per_rank",
+    "pin_memory",
+)
+"""Texts by name that every plan has, and that are shown."""
 
 _NOT_COMPARED = ("sources", "derivations", "notes", "settings", "samples_per_rank")
 """Fields that ranks do not compare: explanations for the reader; the settings, which they compare
@@ -155,17 +178,23 @@ class Plan:
         """Return the plan that `to_dict` returned as `values`.
 
         Raises:
-            RunDirError: An incompatible version of this package wrote the values.
+            RunDirError: The values are damaged, or an incompatible version of this package wrote
+                them.
         """
         import msgspec
 
         try:
-            return msgspec.convert(_renamed(values), cls)
-        except msgspec.ValidationError as error:
-            raise RunDirError(
-                "The plan in the run folder was written by an incompatible version of launcher: "
-                f"{error}."
-            ) from None
+            plan: Plan = msgspec.convert(_renamed(values), cls)
+        except (ValueError, OverflowError) as error:
+            problem: str | None = printable_line(shortened(str(error), 200))
+        else:
+            problem = next(_inconsistencies(plan), None)
+            if problem is None:
+                return plan
+        raise RunDirError(
+            "The plan in the run folder is damaged, or an incompatible version of launcher wrote "
+            f"it: {problem}."
+        )
 
     def schedule_value_at(self, schedule: Schedule, step: int) -> ScheduleValue:
         """Return the value of `schedule` at a step, with its factor scaled to the step's batch.
@@ -242,6 +271,25 @@ class Plan:
         of_node = settings_affecting(Affects.NODE)
         settings = {name: value for name, value in self.settings.items() if name not in of_node}
         return numbers | settings | {"stages": [asdict(stage) for stage in self.stages]}
+
+
+def _inconsistencies(plan: Plan) -> Iterator[str]:
+    """Yield why a plan of the right types cannot be one."""
+    for name in _COUNTS:
+        value = getattr(plan, name)
+        if not 1 <= value <= _MAX_COUNT:
+            yield f"{name} is {shortened(str(value), 40)}"
+    if plan.world_size != plan.nodes * plan.nproc_per_node:
+        yield f"world_size is not {ranks_text(plan.nodes, plan.nproc_per_node)}"
+    if len(plan.samples_per_rank) != plan.world_size:
+        yield f"samples_per_rank has {len(plan.samples_per_rank):,} numbers"
+    if plan.strategy not in STRATEGIES:
+        yield f"{printable_line(shortened(plan.strategy, 40))} is not a strategy"
+    steps = [stage.first_step for stage in plan.stages]
+    if steps[:1] != [0] or steps != sorted(steps):
+        yield "the stages do not follow each other"
+    for values, names in ((plan.settings, _SHOWN_SETTINGS), (plan.derivations, _SHOWN_DERIVATIONS)):
+        yield from (f"{name} is missing" for name in names if not isinstance(values.get(name), str))
 
 
 def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:

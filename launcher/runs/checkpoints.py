@@ -12,6 +12,7 @@ that were saved after the one it resumed from.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -20,8 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.errors import CheckpointError
+from launcher.printable import printable_line, shortened
 from launcher.recipe.text_values import digits
 from launcher.recipe.validation import brief
+from launcher.regular_file import size_of
 from launcher.runs.manifest import MANIFEST, Manifest, load_manifest, save_manifest, sum_file
 from launcher.runs.rundir import RunDir
 
@@ -66,16 +69,21 @@ class Checkpoint:
             manifest: The manifest, which holds their sizes and digests.
         """
         for name in files:
-            expected = manifest.files[name]
-            try:
-                actual = sum_file(self.path / name)
-            except OSError as error:
-                yield f"{name}: {error.strerror or error}"
+            expected, shown = manifest.files[name], printable_line(shortened(name, 100))
+            if Path(name).name != name:
+                yield f"{shown}: not the name of a file in this folder"
                 continue
-            if actual.num_bytes != expected.num_bytes:
-                yield f"{name}: {actual.num_bytes:,} bytes instead of {expected.num_bytes:,}"
-            elif actual.sha256 != expected.sha256:
-                yield f"{name}: not the bytes that were written (SHA-256)"
+            try:
+                num_bytes = size_of(self.path / name)
+                # A file of another size, which may be far too large, is not read.
+                actual = sum_file(self.path / name) if num_bytes == expected.num_bytes else None
+            except OSError as error:
+                yield f"{shown}: {error.strerror or error}"
+                continue
+            if actual is None:
+                yield f"{shown}: {num_bytes:,} bytes instead of {expected.num_bytes:,}"
+            elif actual != expected:
+                yield f"{shown}: not the bytes that were written (SHA-256)"
 
     def find_unlisted(self, manifest: Manifest) -> Iterator[str]:
         """Yield one message per shard that the manifest does not list, or if it lists no file.
@@ -84,7 +92,7 @@ class Checkpoint:
         """
         shards = {path.name for path in self.path.glob("*.safetensors")}
         for name in sorted(shards - manifest.files.keys()):
-            yield f"{name}: not in {MANIFEST}"
+            yield f"{printable_line(name)}: not in {MANIFEST}"
         if not manifest.files:
             yield f"{MANIFEST} names no files"
 
@@ -145,8 +153,10 @@ def begin_checkpoint(run_dir: RunDir, step: int) -> Path:
     Whatever an earlier attempt left in that folder is deleted.
 
     Raises:
-        OSError: The folder cannot be created.
+        OSError: The folder cannot be created, or `checkpoints` is a symbolic link.
     """
+    if run_dir.checkpoints.is_symlink():
+        raise OSError(errno.ELOOP, "It is a symbolic link, which could lead anywhere")
     folder = run_dir.checkpoints / f".step-{step:08}"
     run_dir.checkpoints.mkdir(mode=0o700, exist_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
@@ -171,7 +181,7 @@ def commit_checkpoint(folder: Path, manifest: Manifest) -> Checkpoint:
     save_manifest(folder, manifest)
     _sync(folder)
     target = folder.with_name(folder.name.removeprefix("."))
-    if target.exists():  # the run was resumed from an earlier checkpoint
+    if os.path.lexists(target):  # the run was resumed from an earlier checkpoint
         set_aside(Checkpoint(manifest.step, target))
     folder.rename(target)
     _sync(target.parent)

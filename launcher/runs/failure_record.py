@@ -7,18 +7,15 @@ A rank that cannot write to the run folder leaves its failure in a file of the l
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from launcher.errors import LauncherError, RunDirError
-from launcher.json_file import Count, Moment, find_json
+from launcher.json_file import Count, Moment, encode_json, find_json
+from launcher.regular_file import overwrite
 from launcher.runs.rundir import RunDir, write_json
-
-_MAX_BYTES = 1 << 22
-"""Size of the largest failure.json that is read; the texts of one are bounded far below it."""
 
 FAILURE_FILE_VARIABLE = "LAUNCHER_FAILURE_FILE"
 """The environment variable that names the file for a failure that the run folder cannot hold."""
@@ -101,9 +98,9 @@ def record_failure(run_dir: RunDir, failure: Failure) -> Literal["first", "later
         "unwritten" if no file can hold the failure, so that the caller has to show it.
     """
     temporary = run_dir.failure.with_name(f".failure.{os.uname().nodename}.{os.getpid()}.tmp")
-    text = json.dumps(failure.to_dict(), indent=2) + "\n"
+    text = encode_json(failure.to_dict(), indent=2) + "\n"
     try:
-        temporary.write_text(text, encoding="utf-8")
+        overwrite(temporary, text.encode())
         os.link(temporary, run_dir.failure)
     except FileExistsError:
         return "later"

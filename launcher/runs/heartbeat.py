@@ -69,10 +69,11 @@ def read_heartbeat(run_dir: RunDir, rank: int) -> Heartbeat | None:
 def is_running(pid: int) -> bool:
     """Return whether process `pid` runs on this machine; a zombie does not."""
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        # Before the bracket stands the name of the process, which may be any bytes.
+        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
     except OSError:
         return False
-    return state not in "ZX"
+    return state not in b"ZX"
 
 
 def read_heartbeats(run_dir: RunDir) -> Iterator[Heartbeat]:

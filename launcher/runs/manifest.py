@@ -142,8 +142,9 @@ def load_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{MANIFEST}: the content does not match its own SHA-256")
     try:
         return msgspec.convert(restored_floats(values), Manifest)
-    except msgspec.ValidationError as error:
-        raise CheckpointError(f"{MANIFEST}: {printable_line(str(error))}") from None
+    except (ValueError, OverflowError) as error:
+        reason = printable_line(shortened(str(error), 200))
+        raise CheckpointError(f"{MANIFEST}: {reason}") from None
 
 
 def save_manifest(folder: Path, manifest: Manifest) -> None:

@@ -14,22 +14,22 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import platform
 import shlex
+import stat
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import msgspec
-
 from launcher.errors import RunDirError
+from launcher.json_file import Count, DamagedJSONError, Moment, decode_json, encode_json
+from launcher.regular_file import open_descriptor
 from launcher.runs.heartbeat import read_heartbeats
 from launcher.runs.locks import locks_are_shared, try_lock
 from launcher.runs.provenance import command_line
-from launcher.runs.rundir import RunDir
+from launcher.runs.rundir import RunDir, check_subfolders
 from launcher.runs.status import SECONDS_TO_START, is_alive
 
 _SECONDS_TO_END = 10.0
@@ -56,13 +56,13 @@ class Owner:
     place: str
     """Boot id and process namespace of that machine, within which `pid` identifies a process."""
 
-    pid: int
+    pid: Count
     """Process id of the owner."""
 
-    started: int
+    started: Count
     """Start time of the process in clock ticks, which tells it from a later one with its `pid`."""
 
-    since: float
+    since: Moment
     """When the process became the owner, in seconds since 1970."""
 
     job: str | None
@@ -109,10 +109,12 @@ def own_run_dir(run_dir: RunDir, *, with_ranks: bool = False) -> Iterator[None]:
             even if this process dies first. Children of theirs never do.
 
     Raises:
-        RunDirError: Another process owns the folder, or owner.lock cannot be written.
+        RunDirError: Another process owns the folder, owner.lock cannot be written, or a folder in
+            it is a symbolic link.
     """
     lock = _acquire(run_dir, with_ranks=with_ranks)
     try:
+        check_subfolders(run_dir)
         yield
     finally:
         lock.release()
@@ -131,7 +133,7 @@ def check_unowned(path: Path) -> None:
     """
     run_dir = RunDir(path.resolve())
     try:
-        descriptor = os.open(run_dir.owner, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        descriptor = open_descriptor(run_dir.owner, os.O_RDONLY | os.O_NOFOLLOW)
     except OSError:
         return
     try:
@@ -195,11 +197,12 @@ def _acquire(run_dir: RunDir, *, with_ranks: bool) -> _FolderLock:
     Raises:
         RunDirError: Another process owns the folder, or owner.lock cannot be written.
     """
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
-        descriptor = os.open(run_dir.owner, flags, 0o666)
+        descriptor = open_descriptor(run_dir.owner, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
     except OSError as error:
-        raise RunDirError(f"Cannot write {run_dir.owner}: {error.strerror}.") from None
+        is_file = not os.path.lexists(run_dir.owner) or stat.S_ISREG(run_dir.owner.lstat().st_mode)
+        remedy = "" if is_file else " Remove it, and repeat the command."
+        raise RunDirError(f"Cannot write {run_dir.owner}: {error.strerror}.{remedy}") from None
     try:
         _wait_for_lock(descriptor, run_dir)
         _write_owner(descriptor)
@@ -276,8 +279,8 @@ def _refusal(run_dir: RunDir, other: Owner | _UnknownOwner) -> RunDirError:
 def _read_owner(descriptor: int) -> Owner | None:
     """Return the owner that owner.lock describes, or None if it is empty, damaged or a copy."""
     try:
-        owner = msgspec.json.decode(os.pread(descriptor, _MAX_BYTES, 0), type=Owner)
-    except msgspec.DecodeError:
+        owner = decode_json(os.pread(descriptor, _MAX_BYTES, 0), Owner)
+    except DamagedJSONError:
         return None
     return owner if owner.inode == os.fstat(descriptor).st_ino else None
 
@@ -300,7 +303,7 @@ def _write_owner(descriptor: int) -> None:
         command=shlex.join(command_line()),
         inode=os.fstat(descriptor).st_ino,
     )
-    text = (json.dumps(asdict(owner)) + "\n").encode()
+    text = (encode_json(asdict(owner)) + "\n").encode()
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, text, 0)
     os.fsync(descriptor)
@@ -324,7 +327,8 @@ def _place_of_this_process() -> str:
 def _start_time(pid: int) -> int | None:
     """Return the start time of a process in clock ticks; None if it has ended."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        # Before the bracket stands the name of the process, which may be any bytes.
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError:
         return None
-    return None if fields[0] in "ZX" else int(fields[19])
+    return None if fields[0] in b"ZX" else int(fields[19])

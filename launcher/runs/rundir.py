@@ -289,6 +289,25 @@ def open_run_dir(path: Path) -> RunDir:
     return RunDir(path.resolve())
 
 
+def check_subfolders(run_dir: RunDir) -> None:
+    """Refuse a run folder in which the name of a folder stands for a link or a file.
+
+    Through such a link a run would write outside its folder.
+
+    Raises:
+        RunDirError: It is one.
+    """
+    files = run_dir.log(0), run_dir.health(0), run_dir.samples(0), run_dir.trace(0)
+    for path in (run_dir.checkpoints, *(file.parent for file in files)):
+        if path.is_symlink():
+            raise RunDirError(
+                f"{path} is a symbolic link, and a run writes only inside its own folder. Move "
+                f"what it leads to in its place, or remove the link."
+            )
+        if os.path.lexists(path) and not is_dir(path):
+            raise RunDirError(f"{path} is not a folder. Move it away, and repeat the command.")
+
+
 def find_run_dirs(below: Path, depth: int = 3) -> Iterator[RunDir]:
     """Yield the run folders below a folder in the order of their names, or the folder itself.
 
@@ -388,7 +407,8 @@ def write_error(run_dir: RunDir) -> str | None:
     """Return why the run folder cannot be written, such as a full disk, or None if it can."""
     probe = run_dir.path / f".probe.{os.getpid()}.tmp"
     try:
-        with probe.open("wb") as file:
+        probe.unlink(missing_ok=True)
+        with probe.open("xb") as file:
             file.write(bytes(4096))
             file.flush()
             os.fsync(file.fileno())

@@ -25,6 +25,9 @@ _METRICS_BYTES = 1 << 25
 _SECONDS_BETWEEN_QUERIES = 5.0
 """Seconds between two queries to Slurm."""
 
+_QUERYING_SHARE = 0.1
+"""The share of the time that queries may take: one of a controller that is down takes 18 s."""
+
 _SECONDS_BETWEEN_COPIES = 0.2
 _BYTES_AT_ONCE = 1 << 16
 
@@ -65,7 +68,8 @@ def follow(
         The final state.
     """
     history: History | None = None
-    queried: tuple[float, RunState | None] = (0.0, None)
+    in_slurm: RunState | None = None
+    query_at = 0.0
     while True:
         poll_began = time.monotonic()
         if exists(run_dir.run_yaml):
@@ -73,9 +77,11 @@ def follow(
                 history = History(run_dir, newest=_METRICS_BYTES)
             else:
                 history.refresh()
-        if time.monotonic() - queried[0] > _SECONDS_BETWEEN_QUERIES:
-            queried = time.monotonic(), _state_in_slurm(run_dir)
-        state = _combined_state(run_dir, history, queried[1])
+        if time.monotonic() > query_at:
+            began = time.monotonic()
+            in_slurm = _state_in_slurm(run_dir)
+            query_at = _next_query(began)
+        state = _combined_state(run_dir, history, in_slurm)
         if history is not None:
             show(history, state)
         else:
@@ -98,18 +104,25 @@ def copy_log(path: Path, run_dir: RunDir | None, write: Callable[[bytes], object
         run_dir: The submitted run whose end ends the copying; None copies what there is now.
         write: Called with each next part of the log.
     """
-    position, queried_at = 0, 0.0
+    position, query_at = 0, 0.0
     ended = run_dir is None
     while True:
         if exists(path):
             position = _copy_appended(path, position, write)
         if ended:
             return
-        if run_dir is not None and time.monotonic() - queried_at > _SECONDS_BETWEEN_QUERIES:
-            queried_at = time.monotonic()
+        if run_dir is not None and time.monotonic() > query_at:
+            began = time.monotonic()
             ended = status_of(run_dir).state not in ACTIVE_STATES
+            query_at = _next_query(began)
         if not ended:
             time.sleep(_SECONDS_BETWEEN_COPIES)
+
+
+def _next_query(began: float) -> float:
+    """Return when to query Slurm again, after a query that began at `began` and has just ended."""
+    ended = time.monotonic()
+    return ended + max(_SECONDS_BETWEEN_QUERIES, (ended - began) * (1 / _QUERYING_SHARE - 1))
 
 
 def _copy_appended(path: Path, position: int, write: Callable[[bytes], object]) -> int:

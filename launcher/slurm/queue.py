@@ -12,6 +12,9 @@ from launcher.errors import SlurmError
 _TIMEOUT_SECONDS = 120.0
 """Longest wait for a command of Slurm, which tries for a while to reach a controller."""
 
+_SECONDS_FOR_STATE = 30.0
+"""Longest wait for the state of a job, which the run folder tells as well."""
+
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "SUSPENDED", "STOPPED")
 GOING = ("RUNNING", "COMPLETING", "CONFIGURING", "SIGNALING", "STAGE_OUT", "RESIZING")
 
@@ -97,16 +100,20 @@ def _gpus(gres: str) -> int:
     return sum(map(int, counts))
 
 
-def run_command(*command: str) -> str:
+def run_command(*command: str, seconds: float = _TIMEOUT_SECONDS) -> str:
     """Run a command of Slurm and return its standard output.
+
+    Args:
+        *command: The command.
+        seconds: Longest time that it may take.
 
     Raises:
         SlurmError: The command is not installed, or fails.
     """
-    return _run(*command).stdout
+    return _run(*command, seconds=seconds).stdout
 
 
-def _run(*command: str) -> subprocess.CompletedProcess[str]:
+def _run(*command: str, seconds: float = _TIMEOUT_SECONDS) -> subprocess.CompletedProcess[str]:
     try:
         done = subprocess.run(
             command,
@@ -115,11 +122,11 @@ def _run(*command: str) -> subprocess.CompletedProcess[str]:
             errors="replace",
             capture_output=True,
             check=False,
-            timeout=_TIMEOUT_SECONDS,
+            timeout=seconds,
         )
     except subprocess.TimeoutExpired:
         raise SlurmError(
-            f"{command[0]} did not answer within {_TIMEOUT_SECONDS:g} s. See whether `sinfo` "
+            f"{command[0]} did not answer within {seconds:g} s. See whether `sinfo` "
             "answers, and try again later."
         ) from None
     except FileNotFoundError:
@@ -169,7 +176,7 @@ def job_state(job: str) -> JobState | None:
         SlurmError: Slurm does not answer.
     """
     try:
-        text = run_command("scontrol", "show", "job", "-o", job)
+        text = run_command("scontrol", "show", "job", "-o", job, seconds=_SECONDS_FOR_STATE)
     except SlurmError as error:
         if "Invalid job id" not in str(error):
             raise

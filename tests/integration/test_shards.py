@@ -6,6 +6,7 @@ import io
 import os
 import tarfile
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -185,6 +186,70 @@ def test_a_link_is_refused(folder: Path) -> None:
         archive.addfile(link)
     with pytest.raises(RecipeError, match=r"b\.x as a link to a\.x"):
         Shards([folder / "3.tar"])
+
+
+def write_tar(path: Path, *names: str) -> None:
+    """Write a tar of empty files, in the format that holds any name."""
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+        for name in names:
+            archive.addfile(tarfile.TarInfo(name), io.BytesIO())
+
+
+def test_names_in_a_shard_lead_nowhere(folder: Path) -> None:
+    """Names of files are the keys of samples, whatever they hold, and nothing is written."""
+    names = ["/etc/passwd.x", "../../up.x", "a\nb\x1b[2J.x", "caf\udce9.x", ".x", "x"]
+    write_tar(folder / "3.tar", *names)
+    before = sorted(folder.rglob("*"))
+    for _ in range(2):
+        shards = Shards([folder / "3.tar"])
+        keys = [shards[index]["__key__"] for index in range(len(shards))]
+        assert keys == ["/etc/passwd", "../../up", "a\nb\x1b[2J", "caf\udce9", "", "x"]
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (["0.x", "a" * 5000 + ".x"], "aaa"),
+        (["0.x", "0.__key__"], "0.__key__"),
+        (["\x1b[2J.x", "\x1b[2J.x"], "\\x1b[2J.x twice"),
+    ],
+)
+def test_a_name_that_no_sample_can_have_is_refused(
+    folder: Path, names: list[str], shown: str
+) -> None:
+    """A name that is far too long, taken or given twice is one short error with the name."""
+    write_tar(folder / "3.tar", *names)
+    with pytest.raises(RecipeError, match=r"3\.tar") as caught:
+        Shards([folder / "3.tar"])
+    assert shown in str(caught.value)
+    assert len(str(caught.value)) < 1000
+    assert "\x1b" not in str(caught.value)
+
+
+def test_only_regular_files_are_shards(folder: Path) -> None:
+    """A FIFO, a folder, a device and a name that no file can have are refused at once."""
+    os.mkfifo(folder / "fifo.tar")
+    for path in (folder / "fifo.tar", folder, Path("/dev/zero"), Path("a\0b"), Path("a" * 300)):
+        with pytest.raises(RecipeError, match="shard"):
+            Shards([path])
+
+
+def test_a_changed_cached_index_gives_the_same_samples(folder: Path, tmp_path: Path) -> None:
+    """Whatever bytes of a cached index change, the samples are those of the shard."""
+    paths = [folder / "2.tar"]
+    expected = list(map(Shards(paths).__getitem__, range(14)))
+    (cached,) = (tmp_path / "cache/launcher/shards").iterdir()
+    content, random = cached.read_bytes(), Random(0)
+    for _ in range(150):
+        damaged = bytearray(content)
+        for position in random.choices(range(len(content)), k=4):
+            damaged[position] ^= random.randrange(1, 256)
+        cached.write_bytes(damaged)
+        assert list(map(Shards(paths).__getitem__, range(14))) == expected
+    cached.unlink()
+    os.mkfifo(cached)
+    assert Shards(paths)[3] == expected[3]
 
 
 def test_a_replaced_shard_is_detected(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,38 @@ def test_what_recipes_cannot_do_is_refused(env: dict[str, str], message: str) ->
     with pytest.raises(WorldError) as caught:
         settings(env)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        '{"zero_optimization": []}',
+        '{"zero_optimization": {"stage": [1]}}',
+        '{"zero_optimization": {"stage": 2, "offload_param": "cpu"}}',
+        '{"bf16": true}',
+        '{"gradient_clipping": {}}',
+        '{"gradient_clipping": 1e999}',
+        '{"x": ' + "1" * 5000 + "}",
+        "[" * 100_000,
+    ],
+)
+def test_a_deepspeed_file_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
+    """A file with other types, too deep or too large values is one error that names the file."""
+    file = tmp_path / "deepspeed.json"
+    file.write_text(content)
+    with pytest.raises(WorldError, match=f"^{file} cannot be used: "):
+        settings(DEEPSPEED | {FILE: str(file)})
+    unused_note({}, DEEPSPEED | {FILE: str(file)})  # leaves the error to the settings
+
+
+def test_a_deepspeed_file_that_never_ends_is_refused(tmp_path: Path) -> None:
+    """A FIFO or a device as the file is refused at once."""
+    os.mkfifo(tmp_path / "fifo")
+    for file in (tmp_path / "fifo", Path("/dev/zero")):
+        with pytest.raises(WorldError, match=f"Cannot read {file}: "):
+            settings(DEEPSPEED | {FILE: str(file)})
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero1", "zero3"])

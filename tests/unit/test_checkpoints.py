@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from damaged_run import WHOLE_FILE
 from examples import NODE, recipe
 
 from launcher import Plan, make_plan
@@ -20,7 +21,7 @@ from launcher.runs.checkpoints import (
     commit_checkpoint,
     list_checkpoints,
 )
-from launcher.runs.manifest import FORMAT, Manifest, sum_file
+from launcher.runs.manifest import FORMAT, Manifest, save_manifest, sum_file
 from launcher.runs.resumption import check_resumable, setting_changes
 from launcher.runs.rundir import RunDir
 
@@ -98,16 +99,17 @@ BROKEN: dict[str, Callable[[dict[str, Any]], object]] = {
 }
 
 
+def make_format_1(values: dict[str, Any]) -> None:
+    """Turn the content of checkpoint.json into that of an earlier version, without a digest."""
+    values.pop("digest")
+    values.update(format=1)
+
+
 @pytest.mark.parametrize("change", BROKEN.values(), ids=BROKEN)
 def test_an_older_manifest_is_checked_by_type(
     written: Checkpoint, change: Callable[[dict[str, Any]], object]
 ) -> None:
     """Format 1 has no digest; its fields are checked by type and against the folder's name."""
-
-    def make_format_1(values: dict[str, Any]) -> None:
-        values.pop("digest")
-        values.update(format=1)
-
     edit(written, make_format_1)
     assert written.read_manifest().step == 12
     edit(written, change)
@@ -135,6 +137,65 @@ def test_a_fifo_is_refused(written: Checkpoint, name: str) -> None:
     else:
         (damage,) = written.find_damage(manifest.files, manifest)
         assert damage.startswith(f"{name}: Not a regular file")
+
+
+@pytest.mark.parametrize("damage", WHOLE_FILE.values(), ids=WHOLE_FILE)
+def test_what_is_not_the_shard_is_damage(
+    written: Checkpoint, damage: Callable[[Path], object]
+) -> None:
+    """Whatever stands in place of a shard is one message with its name, found at once."""
+    manifest = written.read_manifest()
+    damage(written.path / SHARD)
+    (message,) = written.find_damage(manifest.files, manifest)
+    assert message.startswith(f"{SHARD}: ")
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "../other", "a/b", "a\0b", "\x1b" * 300, ".", ""])
+def test_files_outside_the_folder_are_not_read(written: Checkpoint, name: str) -> None:
+    """A manifest that lists something else than files of its folder is damage."""
+    manifest = written.read_manifest()
+    manifest = replace(manifest, files={name: manifest.files[SHARD]})
+    (damage,) = written.find_damage(manifest.files, manifest)
+    assert len(damage) < 1000
+    assert "\x1b" not in damage
+
+
+@pytest.mark.parametrize("value", [None, -5, [], "", "\ud800", 1e300])
+@pytest.mark.parametrize("name", ["digest", "files", "step", "values", "world_size"])
+def test_values_of_other_types_are_refused(written: Checkpoint, name: str, value: Any) -> None:
+    """A manifest with a value of another type, its own digest included, is damage."""
+    if name != "digest":  # which would not fit a changed value
+        edit(written, make_format_1)
+    edit(written, lambda values: values.update({name: value}))
+    with pytest.raises(CheckpointError, match=r"checkpoint\.json"):
+        written.read_manifest()
+
+
+def test_a_manifest_without_files_vouches_for_nothing(written: Checkpoint) -> None:
+    """A manifest that lists no files, with a digest that fits, is damage of its shards."""
+    save_manifest(written.path, replace(MANIFEST, files={}))
+    manifest = written.read_manifest()
+    damages = list(written.find_unlisted(manifest))
+    assert len(damages) == 2
+    assert damages[0].startswith(SHARD)
+
+
+def test_nothing_is_saved_through_a_link(written: Checkpoint) -> None:
+    """A folder `checkpoints` that is a link is not written to, nor is one of its folders."""
+    run_dir = RunDir(written.path.parent.parent)
+    elsewhere = run_dir.path / "elsewhere"
+    run_dir.checkpoints.rename(elsewhere)
+    run_dir.checkpoints.symlink_to(elsewhere)
+    before = sorted(elsewhere.rglob("*"))
+    assert [checkpoint.step for checkpoint in list_checkpoints(run_dir)] == [12]
+    with pytest.raises(OSError, match="symbolic link"):
+        begin_checkpoint(run_dir, 24)
+    run_dir.checkpoints.unlink()
+    run_dir.checkpoints.mkdir()
+    (run_dir.checkpoints / ".step-00000024").symlink_to(elsewhere)
+    with pytest.raises(FileExistsError):
+        begin_checkpoint(run_dir, 24)
+    assert sorted(elsewhere.rglob("*")) == before
 
 
 def test_a_shard_that_is_not_listed_is_damage(written: Checkpoint) -> None:

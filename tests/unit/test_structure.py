@@ -159,6 +159,30 @@ def test_the_command_line_sees_no_engine() -> None:
         assert engine <= ({"launcher.engine.external"} if path.name == "standalone.py" else set())
 
 
+NOT_FOR_OTHERS = {
+    "launcher.json_file",  # `encode_json` itself
+    "launcher.engine.data.fingerprint",  # texts that are compared and shown
+    "launcher.engine.ranks.rendezvous",  # messages between nodes
+    "launcher.engine.state.module_state",  # messages between ranks
+    "launcher.runs.manifest",  # the text that a digest is taken of
+    "launcher.runs.resumption",  # a value as JSON returns it
+    "launcher.tuning.batch_search",  # the name of a file in the cache
+}
+"""Modules that may write JSON which no other program reads."""
+
+
+@pytest.mark.parametrize("name", sorted(NAMES.keys() - NOT_FOR_OTHERS))
+def test_json_for_others_is_strict(name: str) -> None:
+    """JSON that is printed or kept comes from `encode_json`, because json.dumps writes NaN."""
+    calls = [
+        node.func
+        for node in ast.walk(ast.parse(NAMES[name].read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    ]
+    written = [call for call in calls if call.attr in ("dump", "dumps")]
+    assert not [call for call in written if ast.unparse(call.value) == "json"]
+
+
 def test_the_public_names_are_those_listed() -> None:
     """`__all__` is sorted, and each name comes from the module that type checkers see."""
     tree = ast.parse((PACKAGE / "__init__.py").read_text())

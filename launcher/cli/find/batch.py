@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,6 +48,7 @@ def command(
     launcher find batch digits -n 2 --memory 2GiB strategy=zero2
     """
     from launcher.analysis.batch_sizes import choose_size
+    from launcher.json_file import encode_json
     from launcher.runs.rundir import create_run_dir
     from launcher.tuning.batch_search import BatchSearch, cache_path, read_cache, write_cache
     from launcher.tuning.summaries import batch_text, size_trial_text
@@ -67,7 +67,7 @@ def command(
     chosen = choose_size(result.trials)
     if as_json:
         settings = {} if chosen is None else {"micro_batch_size": chosen.size}
-        echo(json.dumps({**asdict(result), "settings": settings}))
+        echo(encode_json({**asdict(result), "settings": settings}))
     else:
         echo(batch_text(result, chosen))
     return EXIT_FAILED if chosen is None else 0

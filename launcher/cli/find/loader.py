@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,6 +49,7 @@ def command(
     launcher find loader digits
     launcher find loader digits -n 2 in_memory=false
     """
+    from launcher.json_file import encode_json
     from launcher.runs.rundir import create_run_dir
     from launcher.tuning.loader_search import LoaderSearch
     from launcher.tuning.summaries import loader_text, loader_trial_text
@@ -60,7 +60,7 @@ def command(
         run_dir, signals, lambda reading: echo(loader_trial_text(reading), err=as_json)
     )
     if as_json:
-        echo(json.dumps(asdict(result)))
+        echo(encode_json(asdict(result)))
     else:
         echo(loader_text(result, search.plan))
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -90,6 +89,7 @@ def command(
     """
     from launcher.analysis.lr_curve import LRTrial, best_trial
     from launcher.console.plots import has_images, write_png
+    from launcher.json_file import encode_json
     from launcher.runs.rundir import create_run_dir
     from launcher.tuning.lr_search import find_lr, plan_range_test, recipe_lr_settings, try_lrs
     from launcher.tuning.summaries import lr_plot, lr_text, lr_trial_text
@@ -112,7 +112,7 @@ def command(
     settings = {} if chosen is None else recipe_lr_settings(chosen, test.plan.batch_size, recipe)
     if as_json:
         values = {"batch_size": test.plan.batch_size, "settings": settings, **asdict(result)}
-        echo(json.dumps(values))
+        echo(encode_json(values))
     else:
         echo(lr_text(result, rule, settings, test.plan))
     plot = lr_plot(result, test.plan)

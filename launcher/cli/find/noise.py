@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -51,6 +49,7 @@ def command(
     launcher find noise digits -n 2 --steps 200 batch_size=64
     """
     from launcher.console.plots import has_images, write_png
+    from launcher.json_file import encode_json
     from launcher.runs.rundir import create_run_dir
     from launcher.tuning.noise_search import find_noise, plan_noise
     from launcher.tuning.summaries import noise_plot, noise_text
@@ -59,7 +58,7 @@ def command(
     run_dir = create_run_dir(out, f"find-noise-{probe.plan.recipe}")
     result = find_noise(probe, run_dir, signals, steps=steps, quiet=as_json)
     if as_json:
-        echo(json.dumps(_finite(asdict(result))))
+        echo(encode_json(asdict(result)))
     else:
         echo(noise_text(result, probe))
     if result.whole is None:
@@ -68,12 +67,3 @@ def command(
         write_png(noise_plot(result, probe), run_dir.path / "noise.png")
         echo(f"plot: {run_dir.shown}/noise.png", err=as_json)
     return 0
-
-
-def _finite(value: Any) -> Any:
-    """Return a value with None in place of numbers that JSON cannot hold."""
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -30,12 +30,30 @@ from launcher.runs.cache import cache_folder
 _FORMAT = 2
 """Version of the format of cached indices."""
 
+_KEY = "__key__"
+"""Under this name a sample holds what the names of its files have in common."""
+
+_MAX_NAME = 4096
+"""Longest name of a file, which is that of Linux; each key takes the memory of the longest."""
+
 _READ_CHUNK_BYTES = 1 << 20
 _MAX_PADDING_BYTES = 1 << 20
 """Maximum number of zeros at the end of a tar. GNU tar pads to a multiple of 10 KiB."""
 
 _TAR_ERRORS = (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError)
 """What tarfile raises for damaged headers."""
+
+_INDEX_ERRORS = (
+    OSError,
+    ValueError,
+    EOFError,
+    KeyError,
+    RuntimeError,
+    MemoryError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What numpy raises for a damaged file of arrays."""
 
 _Index = dict[str, np.ndarray[Any, Any]]
 """The samples and files of one tar, as arrays.
@@ -98,7 +116,7 @@ class Shards:
         shard_index = self._indices[shard]
         sample_index = index - (int(self._ends[shard - 1]) if shard else 0)
         first, stop = map(int, shard_index["starts"][sample_index : sample_index + 2])
-        sample: dict[str, Any] = {"__key__": str(shard_index["keys"][sample_index])}
+        sample: dict[str, Any] = {_KEY: str(shard_index["keys"][sample_index])}
         for member in range(first, stop):
             content = _read_member(self._open(shard), shard_index, member, self._paths[shard])
             sample[str(shard_index["extensions"][member])] = content
@@ -153,8 +171,9 @@ def _read_index(path: Path) -> _Index:
     """
     try:
         status = path.stat()
-    except OSError as error:
-        raise RecipeError(f"Cannot read the shard {path}: {error.strerror}.") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
+        reason = getattr(error, "strerror", None) or str(error)
+        raise RecipeError(f"Cannot read the shard {path}: {reason}.") from None
     cache_key = f"{_FORMAT} {path.resolve()} {status.st_size} {status.st_mtime_ns}"
     digest = hashlib.sha256(cache_key.encode()).hexdigest()[:32]
     cache_path = cache_folder("shards") / f"{digest}.npz"
@@ -166,7 +185,7 @@ def _read_index(path: Path) -> _Index:
             index = dict(arrays)
         if _is_index(index, status.st_size) and _matches(path, index):
             return index
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):  # missing or damaged
+    except _INDEX_ERRORS:  # missing or damaged
         pass
     index = _make_index(path)
     _cache_index(cache_path, index)
@@ -218,6 +237,10 @@ def _make_index(path: Path) -> _Index:
     extensions: list[str] = []
     sample_extensions: set[str] = set()
     for member, header in _members(path):
+        shown = printable_line(shortened(member.name, 200))
+        if len(member.name) > _MAX_NAME:
+            problem = f"the name {shown} has {len(member.name):,} characters"
+            raise _damage_error(path, member.offset, problem)
         folder, _, name = member.name.rpartition("/")
         stem, _, extension = name.partition(".")
         key = f"{folder}/{stem}" if folder else stem
@@ -227,8 +250,13 @@ def _make_index(path: Path) -> _Index:
             sample_extensions = set()
         if extension in sample_extensions:
             raise RecipeError(
-                f"The shard {path} has {member.name} twice in one sample. Write the tar again "
+                f"The shard {path} has {shown} twice in one sample. Write the tar again "
                 "with a unique name for each file."
+            )
+        if extension == _KEY:
+            raise RecipeError(
+                f"The shard {path} has {shown}, but {_KEY} is the name of the sample's key. Write "
+                "the tar again with another name for this file."
             )
         sample_extensions.add(extension)
         offsets.append(member.offset_data)
@@ -285,9 +313,12 @@ def _is_regular_file(path: Path, member: tarfile.TarInfo) -> bool:
         RecipeError: The member is a link or a sparse file, whose content is not stored with it.
     """
     if member.issym() or member.islnk() or member.issparse():
-        kind = "sparse file" if member.issparse() else f"link to {member.linkname}"
+        name, target = (
+            printable_line(shortened(text, 200)) for text in (member.name, member.linkname)
+        )
+        kind = "sparse file" if member.issparse() else f"link to {target}"
         raise RecipeError(
-            f"The shard {path} has {member.name} as a {kind}, at byte {member.offset:,}, whose "
+            f"The shard {path} has {name} as a {kind}, at byte {member.offset:,}, whose "
             "content cannot be read there. Write the tar with `tar --hard-dereference "
             "--dereference` and without --sparse."
         )

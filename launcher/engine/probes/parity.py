@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import msgspec
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from launcher.errors import RunDirError
+from launcher.json_file import read_lines
+from launcher.paths import is_file
 from launcher.runs.rundir import RunDir
 
 _EXACT = {"samples": "sample ids", "lr": "learning rate", "items": "item counts"}
 """Fields of `Trace` that must be equal exactly, and their names in `ParityDifference.unequal`."""
+
+
+class _Step(msgspec.Struct, frozen=True):
+    """A line of metrics.jsonl about a step; null stands for a number that is not finite."""
+
+    lr: float
+    items: int
+    loss: float | None
+    grad_norm: float | None
+
+
+class _Samples(msgspec.Struct, frozen=True):
+    """A line about the samples that a rank took in a step, by micro-batch."""
+
+    step: int
+    micro_batches: list[list[int]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,21 +88,28 @@ def read_trace(run_dir: RunDir) -> Trace:
 
     Args:
         run_dir: The folder of a run that was trained with record_samples=true.
+
+    Raises:
+        RunDirError: The folder lacks steps, samples or final weights.
     """
-    rows = [row for row in _read_lines(run_dir.metrics) if "loss" in row]
+    folder = run_dir.samples(0).parent
+    rows = read_lines(run_dir.metrics, msgspec.json.Decoder(_Step))
     samples: dict[int, list[int]] = {}
-    for path in run_dir.samples(0).parent.iterdir():
-        for line in _read_lines(path):
-            step_samples = samples.setdefault(line["step"], [])
-            step_samples += [
-                index for micro_batch in line["micro_batches"] for index in micro_batch
-            ]
+    for path in folder.glob("rank*.jsonl"):
+        for line in read_lines(path, msgspec.json.Decoder(_Samples)):
+            step_samples = samples.setdefault(line.step, [])
+            step_samples += [index for micro_batch in line.micro_batches for index in micro_batch]
+    if not (rows and folder.is_dir() and is_file(run_dir.model)):
+        raise RunDirError(
+            f"{run_dir.shown} cannot be compared with another run: it lacks metrics.jsonl, "
+            "samples/ or model.safetensors. Train it to its end with record_samples=true."
+        )
     return Trace(
         samples=[sorted(samples[step]) for step in sorted(samples)],
-        lr=[row["lr"] for row in rows],
-        items=[row["items"] for row in rows],
-        loss=[_number(row["loss"]) for row in rows],
-        grad_norm=[_number(row["grad_norm"]) for row in rows],
+        lr=[row.lr for row in rows],
+        items=[row.items for row in rows],
+        loss=[_number(row.loss) for row in rows],
+        grad_norm=[_number(row.grad_norm) for row in rows],
         weights=safetensors.torch.load_file(run_dir.model),
     )
 
@@ -179,7 +204,3 @@ def _tensor_difference(reference: Tensor, other: Tensor) -> float:
     largest = (b - a)[differs].abs().max().item()
     relative = largest / max(a.abs().max().item(), 1e-30)
     return relative if math.isfinite(relative) else math.inf
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -13,6 +13,7 @@ from typing import TextIO, cast
 
 from launcher.console.progress import JSONProgress, Progress, TerminalProgress
 from launcher.printable import printable
+from launcher.regular_file import open_to_append
 from launcher.runs.job import OutputMode
 
 
@@ -31,10 +32,10 @@ class Log(io.TextIOWrapper):
         self._path, self._report, self._has_reported = path, report, False
         self._descriptors: tuple[int, ...] = ()
         try:
-            file = path.open("ab")
+            file = open_to_append(path)
         except OSError as error:
             self._report_loss(error)
-            file = Path(os.devnull).open("ab")  # noqa: SIM115
+            file = io.BufferedWriter(io.FileIO(os.devnull, "ab"))
         super().__init__(file, encoding="utf-8", errors="backslashreplace", line_buffering=True)
 
     def redirect(self, *descriptors: int) -> None:

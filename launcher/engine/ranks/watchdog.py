@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import json
 import os
 import platform
 import signal
@@ -25,6 +24,8 @@ from launcher.console.failure import failure_text
 from launcher.engine.ranks.flight_recorder import record_collectives
 from launcher.engine.ranks.processes import children
 from launcher.errors import EXIT_FAILED
+from launcher.json_file import encode_json
+from launcher.regular_file import overwrite
 from launcher.runs.collectives import find_missing_call, read_collectives
 from launcher.runs.failure_record import Failure, record_failure
 from launcher.runs.heartbeat import PHASES, Heartbeat, read_heartbeat
@@ -153,7 +154,7 @@ class Watchdog:
         with contextlib.suppress(OSError):  # a full disk must not stop the run
             path = self._run_dir.health(self._rank)
             temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(asdict(heartbeat)), encoding="utf-8")
+            overwrite(temporary, encode_json(asdict(heartbeat)).encode())
             temporary.replace(path)
 
     def _measure_usage(self) -> dict[str, Any]:

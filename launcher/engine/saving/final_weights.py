@@ -64,6 +64,7 @@ def save_weights(weights: dict[str, Tensor], run_dir: RunDir) -> None:
     """
     temporary = run_dir.model.with_suffix(".tmp")
     try:
+        temporary.unlink(missing_ok=True)  # a link would be followed
         safetensors.torch.save_file(_unshare(weights), str(temporary), metadata={"format": "pt"})
         temporary.replace(run_dir.model)
     except (OSError, RuntimeError, ValueError, KeyError, safetensors.SafetensorError) as error:
