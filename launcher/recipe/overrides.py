@@ -13,18 +13,11 @@ from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import (
-    LauncherError,
-    OverrideError,
-    RecipeError,
-    UsageError,
-    did_you_mean,
-    sentence,
-)
+from launcher.errors import LauncherError, OverrideError, RecipeError, UsageError, sentence
 from launcher.forking import observed_threads
 from launcher.printable import printable_line
 from launcher.recipe.callspec import parse
-from launcher.recipe.foreign_names import hint_for_name, hint_for_value, hint_near_name
+from launcher.recipe.foreign_names import hint_for_unknown, hint_for_value
 from launcher.recipe.optimizer import OPTIMIZERS
 from launcher.recipe.parameter_types import named_parameters, plain_value, read_parameter
 from launcher.recipe.parameters import check_given
@@ -198,11 +191,8 @@ def _read_setting(override: Override, parameters: Mapping[str, Any], reference: 
             "Change it in the recipe, or derive another recipe with dataclasses.replace."
         )
     function = f"{reference.name}() has the parameters {', '.join(parameters)}; "
-    hint = (
-        hint_for_name(override.name, override.value)
-        or did_you_mean(override.name, [*types, *tables, *parameters])
-        or hint_near_name(override.name, override.value)
-    )
+    known = [*types, *tables, *parameters]
+    hint = hint_for_unknown(override.name, known, override.value)
     raise OverrideError(
         f"{override}: there is no such setting.{hint}"
         f" {function if parameters else ''}`launcher settings` lists the settings."

@@ -31,7 +31,7 @@ from launcher import paths
 from launcher.errors import LauncherError, RecipeError, did_you_mean
 from launcher.forking import observed_threads
 from launcher.printable import class_name, printable, text_of
-from launcher.recipe.foreign_names import hint_for_name, hint_near_name
+from launcher.recipe.foreign_names import hint_for_unknown
 from launcher.recipe.plain_script import WHAT_A_RECIPE_IS, refuse_plain_script
 from launcher.recipe.recipe import Recipe
 from launcher.recipe.validation import brief
@@ -329,8 +329,7 @@ def _field_hint(message: str) -> str:
     if match is None:
         return ""
     known = [item.name for item in fields(Recipe)]
-    hint = hint_for_name(match[1]) or did_you_mean(match[1], known) or hint_near_name(match[1])
-    return f"{hint} `launcher settings` lists the settings."
+    return f"{hint_for_unknown(match[1], known)} `launcher settings` lists the settings."
 
 
 def _remedy(missing: str) -> str:
