@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 import shlex
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
-from launcher.cli.completing import complete_recipes, complete_settings
+from launcher.cli.completing import complete_recipes, complete_settings, parameter_names
 from launcher.console.echo import echo
 from launcher.errors import LauncherError, UsageError
 
@@ -237,45 +238,7 @@ def read_overrides(config: Path | None, arguments: tuple[str, ...]) -> tuple[Ove
     return (*(read_yaml(config) if config else ()), *read_arguments(arguments))
 
 
-def setting_for_option(arguments: Sequence[str]) -> str | None:
-    """Return how a setting is written that is among `arguments` as an option, such as `--lr 0.1`.
-
-    None if there is no such option.
-    """
-    from launcher.recipe.recipe import setting_types
-
-    settings = (*setting_types(), "schedule", "optimizer")
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        option, equals, value = argument.partition("=")
-        name = option.lstrip("-").replace("-", "_").lower()
-        if option.startswith("-") and name in settings:
-            value = value if equals or following.startswith("-") else following
-            return (
-                f"There is no option {option}: settings are written NAME=VALUE. Write "
-                f"{shlex.quote(f'{name}={value}') if value else f'{name}=VALUE'}."
-            )
-    return None
-
-
-class HintingCommand(click.Command):
-    """A command that says how a setting is written if one is given as an option."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        words = tuple(args)  # click removes what it has read from `args`
-        try:
-            return super().parse_args(ctx, args)
-        except click.NoSuchOption as error:
-            if (hint := setting_for_option(words)) is not None:
-                raise UsageError(hint) from None
-            raise click.NoSuchOption(
-                error.option_name,
-                f"{error.message} Settings and parameters of a recipe are written NAME=VALUE.",
-                error.possibilities,
-                error.ctx,
-            ) from None
-
-
-class SettingsCommand(HintingCommand):
+class SettingsCommand(click.Command):
     """A command that takes NAME=VALUE: its help ends with the parameters of the recipe it names.
 
     Args:
@@ -300,9 +263,45 @@ class SettingsCommand(HintingCommand):
         )
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if not {"-h", "--help"}.isdisjoint(args):
+        words = tuple(args)  # click removes what it has read from `args`
+        if not {"-h", "--help"}.isdisjoint(words):
             ctx.meta[_NAMED_RECIPE] = self._named_recipe(ctx, args)
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            raise UsageError(self._unknown_option(ctx, error.option_name, words)) from None
+
+    def _unknown_option(self, ctx: click.Context, option: str, words: Sequence[str]) -> str:
+        """Return what to write instead of an option that does not exist, such as `--lr 0.1`.
+
+        Args:
+            ctx: The context of the command.
+            option: The option, as click names it: `-l` if `-lr` was given.
+            words: The command line.
+        """
+        from launcher.recipe.foreign_names import hint_for_unknown
+        from launcher.recipe.recipe import setting_types
+
+        option, value = _option_as_given(option, words)
+        names = [*setting_types(), "schedule", "optimizer", *self._parameters_named(words)]
+        known = [name for item in self.params for name in item.opts if name.startswith("--")]
+        name = option.lstrip("-").replace("-", "_").lower()
+        if name in names:
+            assignment = shlex.quote(f"{name}={value}") if value else f"{name}=VALUE"
+            hint = f" Write {assignment}."
+        else:
+            hint = hint_for_unknown(option, [*known, *names], value)
+        hint = hint or f" `{ctx.command_path} --help` lists the options."
+        return (
+            f"There is no option {option}. Settings and parameters of a recipe are written "
+            f"NAME=VALUE.{hint}"
+        )
+
+    def _parameters_named(self, words: Sequence[str]) -> list[str]:
+        """Return the parameters of the recipe that a command line names."""
+        if self._function is not None:
+            return list(inspect.signature(self._function).parameters)
+        return next(filter(None, map(parameter_names, words)), []) if self._takes_recipe() else []
 
     def _named_recipe(self, ctx: click.Context, args: list[str]) -> str | None:
         """Return the argument RECIPE of a command line that asks for help."""
@@ -337,6 +336,21 @@ class SettingsCommand(HintingCommand):
 
     def _takes_recipe(self) -> bool:
         return any(parameter.name == "recipe" for parameter in self.params)
+
+
+def _option_as_given(option: str, words: Sequence[str]) -> tuple[str, str | None]:
+    """Return an option and its value as they stand on the command line.
+
+    Args:
+        option: The option, as click names it: `-l` if `-lr` was given.
+        words: The command line.
+    """
+    for word, following in zip(words, [*words[1:], "-"], strict=True):
+        given, equals, value = word.partition("=")
+        if given == option or (option[1:2] != "-" and word.startswith(option)):
+            follows = not following.startswith("-") and not re.match(r"\w+=", following)
+            return given, value if equals else following if follows else None
+    return option, None
 
 
 def _show_settings(ctx: click.Context, _param: click.Parameter, value: bool) -> None:

@@ -8,6 +8,7 @@ give a number.
 from __future__ import annotations
 
 import inspect
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
@@ -79,10 +80,14 @@ def read_arguments(arguments: Iterable[str]) -> tuple[Override, ...]:
         OverrideError: An argument has another form, or a name is given twice.
     """
     overrides: dict[str, Override] = {}
-    for argument in arguments:
+    arguments = tuple(arguments)
+    for place, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if not equals or not name:
-            raise OverrideError(f"{brief(repr(argument))}: expected name=value, such as lr=0.2.")
+            raise OverrideError(
+                f"{brief(repr(argument))}: expected name=value, such as "
+                f"{_joined(arguments, place) or 'lr=0.2'}."
+            )
         if name in overrides:
             raise OverrideError(
                 f"{brief(name)} is given twice: {brief(overrides[name].value)} and {brief(value)}. "
@@ -90,6 +95,24 @@ def read_arguments(arguments: Iterable[str]) -> tuple[Override, ...]:
             )
         overrides[name] = Override(name=name, value=value, source=COMMAND_LINE)
     return tuple(overrides.values())
+
+
+def _joined(arguments: Sequence[str], place: int) -> str:
+    """Return `name=value` for an argument that spaces separate from the rest of it, or ``.
+
+    Args:
+        arguments: All arguments, such as `lr 0.1`, `lr = 0.1` or `lr= 0.1`.
+        place: The place of the first that is no `name=value`.
+    """
+    before = arguments[place - 1] if place else ""
+    if before.endswith("=") and before[:-1].isidentifier():
+        return brief(shlex.quote(before + arguments[place]))
+    name, *others = arguments[place : place + 3]
+    value = "".join(others) if others and others[0] == "=" else others[0] if others else ""
+    value = value.removeprefix("=")
+    if not name.isidentifier() or not value or "=" in value:
+        return ""
+    return brief(shlex.quote(f"{name}={value}"))
 
 
 def read_yaml(path: Path, *, as_text: bool = False) -> tuple[Override, ...]:

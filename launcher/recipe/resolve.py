@@ -48,6 +48,9 @@ _FORMERLY_BUNDLED = Path(__file__).resolve().parents[2] / "recipes"
 """Where version 0.1 installed the shipped recipes; run.yaml of its runs names files there."""
 
 
+_MAX_BYTES = 4 * 2**20
+"""Size of the largest file that is read as a recipe."""
+
 _imported: ContextVar[str | None] = ContextVar("imported", default=None)
 """The file or module that this thread is importing as a recipe; None if there is none."""
 
@@ -91,6 +94,11 @@ def resolve(text: str) -> Reference:
     target, _, function = text.partition(":")
     path = find_file(target)
     if path is not None:
+        if path.stat().st_size > _MAX_BYTES:
+            raise RecipeError(
+                f"{target} has {path.stat().st_size / 2**20:,.0f} MiB, which is not the size of a "
+                f"recipe: {_MAX_BYTES // 2**20} MiB are read at most."
+            )
         refuse_plain_script(path, function, shown=target)
         module, location = _load(path), str(path)
     elif target.endswith(".py") or os.sep in target:
@@ -258,13 +266,19 @@ def _import(name: str, function: str) -> ModuleType:
 
     module = _guarded(load, name, ours=name)
     if module is None:
-        shipped = sorted({recipe.path.stem for recipe in list_recipes(BUNDLED)})
         raise RecipeError(
             f"There is no recipe {brief(repr(name))}: no file of that name in the folder recipes "
-            f"below the working folder, and no module of that name.{did_you_mean(name, shipped)} "
+            f"below the working folder, and no module of that name.{_similar_recipe(name)} "
             "`launcher recipes` lists all recipes."
         )
     return module
+
+
+def _similar_recipe(name: str) -> str:
+    """Return which recipe may be meant by a name, which is that of a function or is misspelt."""
+    known = known_recipes()
+    matches = [recipe for recipe in known if recipe.partition(":")[2] == name]
+    return f" Did you mean {' or '.join(matches)}?" if matches else did_you_mean(name, known)
 
 
 def _guarded(action: Callable[[], T], what: str, ours: str | None = None) -> T | None:
@@ -309,7 +323,7 @@ def user_code_error(action: str, what: str, error: BaseException) -> RecipeError
     ]
     line = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
     if isinstance(error, SyntaxError):
-        line = f" ({error.filename}, line {error.lineno})"
+        line = f" ({error.filename}, line {error.lineno})" if error.lineno else ""
     hint = ""
     if isinstance(error, ModuleNotFoundError) and error.name:
         hint = _remedy(error.name)
@@ -373,6 +387,8 @@ def _reference(module: ModuleType, location: str, function: str) -> Reference:
             + (f" Its recipes: {', '.join(names)}." if names else "")
             + did_you_mean(function, names)
         )
+    if inspect.iscoroutinefunction(value):
+        raise RecipeError(f"{location}:{function} is an async function. Write `def {function}`.")
     if not _is_function(value):
         found = "a class" if inspect.isclass(value) else brief(repr(value))
         raise RecipeError(
@@ -446,5 +462,11 @@ def _no_file(target: str) -> RecipeError:
     if not paths.is_dir(path.parent):
         folder = brief(repr(str(path.parent)))
         return RecipeError(f"There is no file {shown}. There is no folder {folder} either.")
+    if path.is_symlink():
+        return RecipeError(f"{shown} is a link to a file that does not exist.")
+    if path.stem in known_recipes() and path.parent == Path():
+        return RecipeError(
+            f"There is no file {shown}. The recipe {path.stem} is named without .py."
+        )
     names = [entry.name for entry in path.parent.glob("*.py")]
     return RecipeError(f"There is no file {shown}.{did_you_mean(path.name, names)}")
