@@ -6,6 +6,7 @@ import inspect
 import math
 import re
 import shlex
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -65,15 +66,52 @@ class Bytes(click.ParamType[int]):
         return size
 
 
+class Count(click.IntRange):
+    """A whole number from `min` to `largest`; the help shows only `min`.
+
+    Args:
+        min: The smallest number.
+        largest: The largest number, far above what makes sense.
+    """
+
+    def __init__(self, *, min: int, largest: int) -> None:  # noqa: A002  # as click calls it
+        super().__init__(min=min)
+        self._largest = largest
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        number: int = super().convert(value, param, ctx)
+        if number > self._largest:
+            self.fail(f"{_shown(value)} is more than {self._largest:,}.", param, ctx)
+        return number
+
+
 class Number(click.FloatRange):
-    """A finite number within limits; `nan` lies within all limits of click."""
+    """A finite number from `min`, or above it if `min_open`, to `largest`; the help shows `min`.
+
+    Args:
+        min: The smallest number.
+        min_open: Whether `min` itself is too small.
+        largest: The largest number, far above what makes sense.
+    """
+
+    def __init__(
+        self,
+        *,
+        min: float,  # noqa: A002  # as click calls it
+        min_open: bool = False,
+        largest: float = sys.float_info.max,
+    ) -> None:
+        super().__init__(min=min, min_open=min_open)
+        self._largest = largest
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
         number: float = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{number} is not a finite number.", param, ctx)
+        if math.isnan(number):
+            self.fail(f"{number} is not a number.", param, ctx)
+        if number > self._largest:
+            self.fail(f"{_shown(value)} is more than {self._largest:g}.", param, ctx)
         return number
 
 
@@ -126,7 +164,7 @@ def nproc_option(function: Function) -> Function:
     return click.option(
         "-n",
         "--nproc-per-node",
-        type=click.IntRange(min=1, max=MAX_NODES),
+        type=Count(min=1, largest=MAX_NODES),
         metavar="N",
         help="Ranks on each node. Default: one per GPU, or 2 CPU ranks without a GPU.",
     )(function)
@@ -136,7 +174,7 @@ def node_count_option(function: Function) -> Function:
     """Add the option --nodes of commands that plan for several nodes and start none."""
     return click.option(
         "--nodes",
-        type=click.IntRange(min=1, max=MAX_NODES),
+        type=Count(min=1, largest=MAX_NODES),
         default=1,
         metavar="M",
         help="Number of nodes.",
@@ -147,13 +185,13 @@ def nodes_options(function: Function) -> Function:
     """Add the options for runs on several nodes."""
     count = click.option(
         "--nodes",
-        type=click.IntRange(min=1, max=MAX_NODES),
+        type=Count(min=1, largest=MAX_NODES),
         metavar="M",
         help="Number of nodes; run this command on each. Default: the number of srun tasks, or 1.",
     )
     join_timeout = click.option(
         "--join-timeout",
-        type=Number(min=0, min_open=True, max=1e9),
+        type=Number(min=0, min_open=True, largest=1e9),
         metavar="SECONDS",
         help="How long the nodes wait for each other. Default: 300; 120 in Slurm jobs.",
     )
@@ -202,7 +240,7 @@ def max_restarts_option(function: Function) -> Function:
     """Add the option --max-restarts."""
     return click.option(
         "--max-restarts",
-        type=click.IntRange(min=0, max=MAX_RESTARTS),
+        type=Count(min=0, largest=MAX_RESTARTS),
         default=0,
         metavar="N",
         help="If a rank fails, restart from the newest checkpoint, at most N times.",
@@ -325,12 +363,13 @@ class SettingsCommand(click.Command):
                 formatter.write_paragraph()
                 reason = str(error).partition(". ")[0]
                 formatter.write_text(f"The parameters of {recipe} are not shown: {reason}.")
+        needs_name = function is None and self._takes_recipe()
         has_parameters = function is not None and _write_parameters(function, formatter)
         formatter.write_paragraph()
         formatter.write_text(
             "NAME=VALUE is a setting, which `launcher settings` and --help-settings list"
             + (", or a parameter of the recipe" if has_parameters or function is None else "")
-            + (", which RECIPE --help lists." if function is None and self._takes_recipe() else ".")
+            + (f"; `{ctx.command_path} RECIPE --help` lists those." if needs_name else ".")
         )
         super().format_epilog(ctx, formatter)
 

@@ -10,6 +10,7 @@ import click
 
 from launcher.cli.arguments import (
     MAX_NODES,
+    Count,
     Number,
     SettingsCommand,
     config_option,
@@ -68,7 +69,7 @@ class _List(click.ParamType[tuple[str, ...]]):
 )
 @click.option(
     "--steps",
-    type=click.IntRange(min=1, max=10**9),
+    type=Count(min=1, largest=10**9),
     default=_STEPS,
     show_default=True,
     metavar="K",

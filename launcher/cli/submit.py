@@ -8,6 +8,7 @@ import click
 
 from launcher.cli.arguments import (
     MAX_NODES,
+    Count,
     SettingsCommand,
     config_option,
     nproc_option,
@@ -69,7 +70,7 @@ class SubmitCommand(SettingsCommand):
 )
 @click.option(
     "--gpus-per-node",
-    type=click.IntRange(min=0, max=MAX_NODES),
+    type=Count(min=0, largest=MAX_NODES),
     metavar="G",
     help="GPUs of each node. Default: all in the site profile; 0 trains on CPU ranks.",
 )
