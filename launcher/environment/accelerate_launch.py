@@ -6,7 +6,6 @@ have no setting for is refused rather than ignored.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -90,22 +89,44 @@ def deepspeed_file(env: Mapping[str, str]) -> Path | None:
     return None if file.lower() in _UNSET else Path(file)
 
 
+def deepspeed_values(path: Path) -> dict[str, Any]:
+    """Return the content of a DeepSpeed file.
+
+    Raises:
+        WorldError: It cannot be read, or is not a JSON object.
+    """
+    from launcher.json_file import read_json
+
+    return read_json(path, dict[str, Any], error=WorldError)
+
+
 def _settings_of_file(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        zero = dict(config.get("zero_optimization", {}))
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise WorldError(f"Cannot read the DeepSpeed configuration {path}: {error}.") from None
+    config = deepspeed_values(path)
+    zero = _section(path, config, "zero_optimization")
     settings = {"strategy": _strategy_of_stage(str(zero.get("stage", 0)))}
-    devices = [zero.get(name) or {} for name in ("offload_optimizer", "offload_param")]
+    devices = [_section(path, zero, name) for name in ("offload_optimizer", "offload_param")]
     settings |= _offload(*(str(device.get("device", "none")) for device in devices))
-    autocast = config.get("torch_autocast") or {}
+    autocast = _section(path, config, "torch_autocast")
     if autocast.get("enabled"):
         settings["precision"] = "bf16" if autocast.get("dtype") == "bfloat16" else "fp16"
     for precision in ("bf16", "fp16"):
-        if (config.get(precision) or {}).get("enabled") is True:
+        if _section(path, config, precision).get("enabled") is True:
             settings["precision"] = precision
     return settings | _clipping(str(config.get("gradient_clipping", "none")))
+
+
+def _section(path: Path, values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return an object in a DeepSpeed file; an empty one if the file has none.
+
+    Raises:
+        WorldError: The value is not an object.
+    """
+    section = values.get(name)
+    if section is None:
+        return {}
+    if not isinstance(section, dict):
+        raise WorldError(f"{path}: {name} is not an object. DeepSpeed expects {{...}} there.")
+    return section
 
 
 def _strategy_of_stage(stage: str) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from launcher.environment.accelerate_launch import deepspeed_file
+from launcher.environment.accelerate_launch import deepspeed_file, deepspeed_values
 from launcher.printable import printable_line
 from launcher.recipe.foreign_names import hint_for_value, setting_for
 
@@ -52,6 +52,9 @@ _OPTIONS = {
 }
 """Variables of `accelerate launch` that are not used, and the values that ask for nothing."""
 
+_MOST = 40
+"""Values that a note lists at most."""
+
 _DEFAULTS: tuple[Any, ...] = (None, "auto", "none", [], {})
 """Values by which a DeepSpeed file leaves an option to others."""
 
@@ -76,16 +79,13 @@ def unused_note(used: Mapping[str, Any], env: Mapping[str, str] | None = None) -
         place = printable_line(str(file))
     if not found:
         return None
-    return f"Not used of {place}: {', '.join(found)}."
+    more = [f"and {len(found) - _MOST} more"] if len(found) > _MOST else []
+    return f"Not used from {place}: {', '.join([*found[:_MOST], *more])}."
 
 
 def _unused_of_file(file: Path, used: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    try:
-        given = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return  # reading the settings has refused the file
     effective = dict(_leaves(used))
-    for name, value in _leaves(given):
+    for name, value in _leaves(deepspeed_values(file)):
         if name not in _READ and value not in _DEFAULTS and effective.get(name) != value:
             yield name, value
 

@@ -9,13 +9,19 @@ from typing import Any
 import pytest
 from examples import LAPTOP, recipe
 
-from launcher import Recipe, WorldError, make_plan
+from launcher import Recipe, UsageError, WorldError, make_plan
 from launcher.environment.accelerate_launch import accelerate_settings
 from launcher.environment.unused_configuration import unused_note
 from launcher.planning.configs import accelerate_config, deepspeed_config
+from launcher.recipe.overrides import build
+from launcher.recipe.resolve import reference_of
 
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
 FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
+
+
+def example() -> Recipe:
+    return recipe()
 
 
 def settings(env: dict[str, str]) -> dict[str, Any]:
@@ -98,6 +104,38 @@ def test_what_recipes_cannot_do_is_refused(env: dict[str, str], message: str) ->
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "[" * 100_000,
+        "\xff",
+        '{"zero_optimization": 2}',
+        '{"zero_optimization": {"stage": [2]}}',
+        '{"zero_optimization": {"stage": 2, "offload_param": "cpu"}}',
+        '{"bf16": true}',
+        '{"torch_autocast": []}',
+        '{"gradient_clipping": {}}',
+        '{"gradient_clipping": -1e999}',
+    ],
+)
+def test_a_damaged_deepspeed_file_is_refused(text: str, tmp_path: Path) -> None:
+    """A DeepSpeed file that is not JSON or has values of another kind, is an error of the user."""
+    file = tmp_path / "ds.json"
+    file.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UsageError):
+        build(reference_of(example), accelerate_settings(DEEPSPEED | {FILE: str(file)}))
+
+
+def test_a_deepspeed_file_with_many_values_gives_one_note(tmp_path: Path) -> None:
+    """A note lists the first forty values, and says how many follow."""
+    text = note({f"option{number}": 1 for number in range(1000)}, tmp_path / "ds.json")
+    assert text is not None
+    assert text.count("option") == 40
+    assert text.endswith("and 960 more.")
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero1", "zero3"])
 def test_exported_configurations_are_complete(strategy: str) -> None:
     """No value of an exported configuration is "auto" or missing."""
@@ -137,7 +175,7 @@ def test_what_is_not_used_of_a_deepspeed_file_is_listed(tmp_path: Path) -> None:
     )
     assert text is not None
     for found in (
-        f"Not used of {tmp_path / 'ds.json'}: train_micro_batch_size_per_gpu=16 (write micro_",
+        f"Not used from {tmp_path / 'ds.json'}: train_micro_batch_size_per_gpu=16 (write micro_",
         "(write micro_batch_size=16), gradient_accumulation_steps=2 (follows",
         "zero_optimization.reduce_bucket_size=1000000, wall_clock_breakdown=true",
         "optimizer.type=AdamW (write optimizer=adamw)",
