@@ -24,6 +24,7 @@ from launcher.engine.state.hyperparameters import Hyperparameters
 from launcher.errors import RecipeError
 from launcher.planning.plan import Plan
 from launcher.planning.stages import Window
+from launcher.printable import kind_of
 from launcher.recipe.recipe import Recipe
 
 
@@ -331,7 +332,7 @@ def _describe(returned: Any) -> str:
         return f"({', '.join(map(_describe, returned))})"
     if isinstance(returned, Tensor):
         return f"a tensor of shape {tuple(returned.shape)}"
-    return f"a {type(returned).__name__}"
+    return kind_of(returned)
 
 
 def _to_tensor(pair: tuple[Any, Any], device: torch.device) -> Tensor:
