@@ -59,7 +59,8 @@ def test_a_long_text_loses_its_middle() -> None:
 
 def test_a_class_has_its_article() -> None:
     """The name of a class stands after the article that its first letter asks for."""
-    assert [kind_of(value) for value in (1, {}, UserDict())] == ["an int", "a dict", "a UserDict"]
+    values: list[object] = [1, {}, UserDict()]
+    assert [kind_of(value) for value in values] == ["an int", "a dict", "a UserDict"]
 
 
 def test_an_exception_without_words_has_a_text() -> None:
