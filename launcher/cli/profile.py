@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from launcher.cli.arguments import Count, SettingsCommand, out_option
+from launcher.cli.arguments import Count, out_option
+from launcher.cli.settings_command import SettingsCommand
 from launcher.cli.target import target_arguments
 from launcher.console.echo import echo
 

@@ -12,13 +12,13 @@ from launcher.cli.arguments import (
     MAX_NODES,
     Count,
     Number,
-    SettingsCommand,
     config_option,
     out_option,
     overrides_argument,
     read_overrides,
     recipe_argument,
 )
+from launcher.cli.settings_command import SettingsCommand
 from launcher.console.echo import echo
 from launcher.errors import EXIT_FAILED, UsageError
 from launcher.recipe.text_values import digits

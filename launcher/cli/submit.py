@@ -9,13 +9,13 @@ import click
 from launcher.cli.arguments import (
     MAX_NODES,
     Count,
-    SettingsCommand,
     config_option,
     nproc_option,
     out_option,
     overrides_argument,
     recipe_argument,
 )
+from launcher.cli.settings_command import SettingsCommand
 from launcher.console.echo import echo
 from launcher.errors import UsageError
 from launcher.recipe.text_values import digits

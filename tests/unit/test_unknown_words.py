@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from examples import recipe
 
+from launcher import Recipe
 from launcher.cli import group, run_command
+from launcher.cli.standalone import _command
 from launcher.errors import did_you_mean
 
 CASES = {
@@ -61,6 +64,27 @@ def test_what_is_meant_is_offered(
     assert shown.out == ""
     assert offered in shown.err
     assert shown.err.count("\n") == 1
+
+
+def a_recipe(*, depth: int = 2) -> Recipe:
+    return recipe(name=f"depth{depth}")
+
+
+@pytest.mark.parametrize(
+    ("argument", "offered"),
+    [
+        ("--lr=0.1", "Write lr=0.1."),
+        ("--depth=3", "Write depth=3."),
+        ("-n2", "`launcher run` has this option"),
+        ("--hosts=a,b", "`launcher run` has this option"),
+    ],
+)
+def test_a_recipe_s_own_command_offers_as_much(
+    argument: str, offered: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`python mine.py` offers settings, parameters of the recipe, and the options of others."""
+    assert run_command(_command(a_recipe), [argument], "mine.py") == 2
+    assert offered in capsys.readouterr().err
 
 
 def test_dashes_and_case_are_not_compared() -> None:
