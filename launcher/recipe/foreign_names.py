@@ -230,7 +230,7 @@ _NAMES = (
         ),
         remark=(
             "`launcher run` starts one rank for each GPU; its option -n takes another number of "
-            "ranks. The number is no setting, because it changes no step."
+            "ranks. It is not a setting, because it changes no step."
         ),
     ),
     _Advice(

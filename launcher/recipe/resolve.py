@@ -96,8 +96,8 @@ def resolve(text: str) -> Reference:
     if path is not None:
         if path.stat().st_size > _MAX_BYTES:
             raise RecipeError(
-                f"{target} has {path.stat().st_size / 2**20:,.0f} MiB, which is not the size of a "
-                f"recipe: {_MAX_BYTES // 2**20} MiB are read at most."
+                f"{target} is too large to be a recipe: it has {path.stat().st_size:,} bytes, and "
+                f"launcher reads at most {_MAX_BYTES:,}."
             )
         refuse_plain_script(path, function, shown=target)
         module, location = _load(path), str(path)
@@ -116,7 +116,7 @@ def reference_of(function: Callable[..., Recipe]) -> Reference:
     """
     if not _is_function(function):
         raise RecipeError(
-            f"{brief(repr(function))} is not a function of Python. Pass a recipe function, which "
+            f"{brief(repr(function))} is not a Python function. Pass a recipe function, which "
             "returns launcher.Recipe(...), and give its arguments as name=value."
         )
     try:
@@ -392,7 +392,7 @@ def _reference(module: ModuleType, location: str, function: str) -> Reference:
     if not _is_function(value):
         found = "a class" if inspect.isclass(value) else brief(repr(value))
         raise RecipeError(
-            f"{location}:{function} is {found}, and a recipe is a function of Python that returns "
+            f"{location}:{function} is {found}, and a recipe is a Python function that returns "
             "launcher.Recipe(...). Name such a function."
         )
     return Reference(location=f"{location}:{function}", function=value)
@@ -457,7 +457,7 @@ def _no_file(target: str) -> RecipeError:
         return RecipeError(f"{shown} is a folder. Give the file of a recipe in it.")
     if paths.exists(path):
         return RecipeError(
-            f"{shown} is not a file of Python, whose name ends in .py. Give the file of a recipe."
+            f"{shown} is not a Python file, whose name ends in .py. Give the file of a recipe."
         )
     if not paths.is_dir(path.parent):
         folder = brief(repr(str(path.parent)))

@@ -397,7 +397,7 @@ def _interface_to(host: str) -> str | None:
         with socket.socket(family, kind) as probe:
             probe.connect(address)  # sends nothing
             local_address = probe.getsockname()[0]
-    except OSError:
+    except (OSError, UnicodeError):
         return None
     for name, addresses in psutil.net_if_addrs().items():
         if any(address.address == local_address for address in addresses):
