@@ -462,7 +462,7 @@ def _no_file(target: str) -> RecipeError:
     if not paths.is_dir(path.parent):
         folder = brief(repr(str(path.parent)))
         return RecipeError(f"There is no file {shown}. There is no folder {folder} either.")
-    if path.is_symlink():
+    if paths.is_link(path):
         return RecipeError(f"{shown} is a link to a file that does not exist.")
     if path.stem in known_recipes() and path.parent == Path():
         return RecipeError(
