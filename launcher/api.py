@@ -59,17 +59,19 @@ def run(
     from launcher.launch.session import start
     from launcher.launch.signal_handler import library_signals
     from launcher.recipe.resolve import check_not_importing
+    from launcher.recipe.validation import NonNegativeInt, PositiveInt
     from launcher.report.write import write_report
+    from launcher.runs.job import OutputMode
 
     check_not_importing()
     with library_signals() as signals:
         request = RunRequest(
             reference=_importable_reference(recipe),
             overrides=_overrides(config, overrides),
-            nproc_per_node=nproc_per_node,
-            out=Path(out) if out is not None else None,
-            max_restarts=max_restarts,
-            output_mode=output,
+            nproc_per_node=_argument("nproc_per_node", nproc_per_node, PositiveInt | None),
+            out=_argument("out", out, Path | None),
+            max_restarts=_argument("max_restarts", max_restarts, NonNegativeInt),
+            output_mode=_argument("output", output, OutputMode),
             write_report=write_report,
         )
         return start(prepare_run(request), signals)
@@ -110,19 +112,21 @@ def resume(
     from launcher.launch.session import start
     from launcher.launch.signal_handler import library_signals
     from launcher.recipe.resolve import check_not_importing
+    from launcher.recipe.validation import NonNegativeInt, PositiveInt
     from launcher.report.write import write_report
+    from launcher.runs.job import OutputMode
 
     check_not_importing()
     with library_signals() as signals:
         request = ResumeRequest(
-            run_dir=Path(run_dir),
-            checkpoint=None if step is None else str(step),
+            run_dir=_argument("run_dir", run_dir, Path),
+            checkpoint=None if step is None else str(_argument("step", step, NonNegativeInt)),
             overrides=_overrides(None, overrides),
-            nproc_per_node=nproc_per_node,
-            accept=tuple(accept),
+            nproc_per_node=_argument("nproc_per_node", nproc_per_node, PositiveInt | None),
+            accept=_argument("accept", accept, tuple[str, ...]),
             fall_back=fall_back,
-            max_restarts=max_restarts,
-            output_mode=output,
+            max_restarts=_argument("max_restarts", max_restarts, NonNegativeInt),
+            output_mode=_argument("output", output, OutputMode),
             write_report=write_report,
         )
         return start(prepare_resume(request), signals)
@@ -149,14 +153,15 @@ def plan(
         UsageError: The recipe or an override is wrong, or the numbers do not fit together.
     """
     from launcher.environment.machine import read_machine
+    from launcher.recipe.validation import PositiveInt
     from launcher.runs.plan_recipe import plan_recipe
 
     _, derived = plan_recipe(
         _reference(recipe),
         _overrides(config, overrides),
         read_machine(),
-        nodes=nodes,
-        nproc_per_node=nproc_per_node,
+        nodes=_argument("nodes", nodes, PositiveInt),
+        nproc_per_node=_argument("nproc_per_node", nproc_per_node, PositiveInt | None),
         elsewhere=True,
     )
     return derived
@@ -181,11 +186,27 @@ def _importable_reference(recipe: str | Path | Callable[..., Recipe]) -> Referen
 def _overrides(config: str | Path | None, values: dict[str, Any]) -> tuple[Override, ...]:
     from launcher.recipe.overrides import Override, read_yaml
 
-    from_file = read_yaml(Path(config)) if config is not None else ()
+    file = _argument("config", config, Path | None)
+    from_file = read_yaml(file) if file is not None else ()
     from_python = (
         Override(name=name, value=_plain(value), source="Python") for name, value in values.items()
     )
     return (*from_file, *from_python)
+
+
+def _argument(name: str, value: Any, hint: Any) -> Any:
+    """Return an argument as an instance of its type.
+
+    Raises:
+        UsageError: It does not fit.
+    """
+    from launcher.errors import UsageError
+    from launcher.recipe.validation import MismatchError, convert
+
+    try:
+        return convert(_plain(value), hint)
+    except MismatchError as error:
+        raise UsageError(f"{name}=...: {error}.") from None
 
 
 def _plain(value: Any) -> Any:

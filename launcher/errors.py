@@ -120,16 +120,22 @@ def sentence(text: str) -> str:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return `" Did you mean ...?"` with the known names most similar to `name`; empty if none is.
 
-    A name that differs in case alone, or has dashes for underscores, is the most similar.
+    A name that differs in case alone, or has dashes for underscores, is the most similar, and then
+    names that begin with it.
 
     Args:
         name: The unknown name.
-        known: The names to choose from.
+        known: The names to choose from. Dashes before an option are shown and not compared.
     """
     from difflib import get_close_matches
 
-    names = list(known)
-    form = name.lower().replace("-", "_")
-    matches = [other for other in names if other.lower() == form]
-    matches = matches or get_close_matches(name, names, n=3, cutoff=0.6)
-    return f" Did you mean {' or '.join(matches)}?" if matches else ""
+    names = {_compared(other): other for other in known}
+    form = _compared(name)
+    matches = [form] if form in names else get_close_matches(form, names, n=3, cutoff=0.6)
+    if len(form) > 2 and (begun := [other for other in names if other.startswith(form)]):
+        matches = [other for other in matches if other == form] or begun[:3]
+    return f" Did you mean {' or '.join(names[match] for match in matches)}?" if matches else ""
+
+
+def _compared(name: str) -> str:
+    return name.lstrip("-").lower().replace("-", "_")

@@ -24,3 +24,8 @@ def is_dir(path: str | Path) -> bool:
 def exists(path: str | Path) -> bool:
     """Return whether a path leads to something, also through symbolic links."""
     return os.path.exists(path)  # noqa: PTH110  # Path raises
+
+
+def is_link(path: str | Path) -> bool:
+    """Return whether a path is a symbolic link, to whatever it may lead."""
+    return os.path.islink(path)  # noqa: PTH114  # Path raises

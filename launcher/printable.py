@@ -52,6 +52,16 @@ def text_of(error: BaseException, limit: int = MAX_CHARACTERS) -> str:
     return printable(shortened(text, limit))
 
 
+def kind_of(value: object) -> str:
+    """Return the name of a value's class after `a` or `an`, as in `an IterableDataset`.
+
+    The first letter decides, and U counts as a consonant, as in `a UserDict`.
+    """
+    name = type(value).__name__
+    article = "an" if name.lower().startswith(("a", "e", "i", "o")) else "a"
+    return f"{article} {printable_line(shortened(name, _MAX_NAME_CHARACTERS))}"
+
+
 def class_name(error: BaseException) -> str:
     """Return the name of an exception's class, shortened and printable."""
     return printable_line(shortened(type(error).__name__, _MAX_NAME_CHARACTERS))

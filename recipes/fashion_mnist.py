@@ -24,7 +24,12 @@ _MEAN, _STD = 0.2860, 0.3530
 
 
 def fashion_mnist(*, data: Path = DATA, label_smoothing: float = 0.1) -> Recipe:
-    """Fashion-MNIST, ten classes of clothing: a small conv net that trains in a minute on a CPU."""
+    """Fashion-MNIST, ten classes of clothing: a small conv net that trains in a minute on a CPU.
+
+    Args:
+        data: Folder of Fashion-MNIST's four files.
+        label_smoothing: Weight of the classes that a label is not.
+    """
     return Recipe(
         name="fashion_mnist",
         model=build_model,

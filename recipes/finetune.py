@@ -46,7 +46,11 @@ _IGNORED = -100
 
 
 def pretrain(*, data: Path = DATA) -> Recipe:
-    """Five classes of Fashion-MNIST, to pretrain the weights for `finetune`."""
+    """Five classes of Fashion-MNIST, to pretrain the weights for `finetune`.
+
+    Args:
+        data: Folder of Fashion-MNIST's four files.
+    """
     return replace(
         fashion_mnist(data=data),
         name="pretrain",
@@ -63,7 +67,15 @@ def finetune(
     factor: float = 0.3,
     frozen: bool = False,
 ) -> Recipe:
-    """The other five classes from few images, starting from the weights of `pretrain`."""
+    """The other five classes from few images, starting from the weights of `pretrain`.
+
+    Args:
+        weights: The model.safetensors of a run of `pretrain`.
+        data: Folder of Fashion-MNIST's four files.
+        images: Training images of each class.
+        factor: Factor of the learning rate of the layers below the head.
+        frozen: Whether only the head is trained.
+    """
     return replace(
         from_scratch(data=data, images=images),
         name="finetune",
@@ -73,7 +85,12 @@ def finetune(
 
 
 def from_scratch(*, data: Path = DATA, images: int = 50) -> Recipe:
-    """The other five classes from few images, starting from random weights."""
+    """The other five classes from few images, starting from random weights.
+
+    Args:
+        data: Folder of Fashion-MNIST's four files.
+        images: Training images of each class.
+    """
     return replace(
         fashion_mnist(data=data),
         name="from_scratch",
@@ -159,7 +176,15 @@ def make_optimizer(model: nn.Module, lr: float, *, factor: float) -> Optimizer:
 def causal_lm(
     *, model: Path, data: Path, block: int = 256, lora: int = 0, lora_layers: str = "all-linear"
 ) -> Recipe:
-    """A causal language model that transformers loads from a folder, on a folder of text."""
+    """A causal language model that transformers loads from a folder, on a folder of text.
+
+    Args:
+        model: Folder of a model of transformers, with its tokenizer.
+        data: Folder of text files.
+        block: Length of a training sample in tokens.
+        lora: Rank of the LoRA matrices; 0 trains all weights.
+        lora_layers: Names of the layers that get LoRA matrices, as peft reads them.
+    """
     return Recipe(
         name="causal_lm",
         model=lambda: load_causal_lm(model, lora, lora_layers),

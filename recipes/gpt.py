@@ -45,7 +45,16 @@ def gpt(
     width: int = 128,
     heads: int = 4,
 ) -> Recipe:
-    """A small GPT on bytes of a folder or of Python's library, minutes on a CPU."""
+    """A small GPT on bytes of a folder or of Python's library, minutes on a CPU.
+
+    Args:
+        data: Folder of text files; none reads Python's standard library.
+        packed: Whether samples are cut from all text in a row; otherwise each is a piece of one
+            document.
+        layers: Number of transformer blocks.
+        width: Features of each position.
+        heads: Attention heads of each block.
+    """
     return Recipe(
         name="gpt",
         model=lambda: build_model(layers, width, heads),
@@ -68,23 +77,39 @@ def gpt(
 
 
 def gpt_ddp(*, data: Path | None = None) -> Recipe:
-    """Gpt under DDP in bf16, in micro-batches of 8 samples."""
+    """Gpt under DDP in bf16, in micro-batches of 8 samples.
+
+    Args:
+        data: Folder of text files; none reads Python's standard library.
+    """
     return replace(gpt(data=data), name="gpt_ddp", precision="bf16", micro_batch_size=8)
 
 
 def gpt_fsdp(*, data: Path | None = None) -> Recipe:
-    """Gpt sharded by FSDP in bf16, with activation checkpointing."""
+    """Gpt sharded by FSDP in bf16, with activation checkpointing.
+
+    Args:
+        data: Folder of text files; none reads Python's standard library.
+    """
     sharded = replace(gpt_ddp(data=data), name="gpt_fsdp", strategy="fsdp")
     return replace(sharded, activation_checkpointing=True)
 
 
 def gpt_zero2(*, data: Path | None = None) -> Recipe:
-    """Gpt under ZeRO 2 in bf16: gradients and optimizer state are sharded."""
+    """Gpt under ZeRO 2 in bf16: gradients and optimizer state are sharded.
+
+    Args:
+        data: Folder of text files; none reads Python's standard library.
+    """
     return replace(gpt_ddp(data=data), name="gpt_zero2", strategy="zero2")
 
 
 def gpt_zero3_offload(*, data: Path | None = None) -> Recipe:
-    """Gpt under ZeRO 3 in bf16: everything is sharded, weights and optimizer in host memory."""
+    """Gpt under ZeRO 3 in bf16: everything is sharded, weights and optimizer in host memory.
+
+    Args:
+        data: Folder of text files; none reads Python's standard library.
+    """
     return replace(gpt_ddp(data=data), name="gpt_zero3_offload", strategy="zero3", offload="cpu")
 
 

@@ -35,7 +35,12 @@ _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
 
 def resnet(*, data: Path = CIFAR, blocks: int = 9) -> Recipe:
-    """ResNet-56 on CIFAR-10, one cycle up to a learning rate of 3 (super-convergence)."""
+    """ResNet-56 on CIFAR-10, one cycle up to a learning rate of 3 (super-convergence).
+
+    Args:
+        data: Folder of CIFAR-10's batches.
+        blocks: Residual blocks in each of the three stages: 9 make a ResNet-56.
+    """
     return Recipe(
         name="resnet",
         model=lambda: build_resnet([blocks] * 3, [16, 32, 64], num_classes=10, stem="small"),
@@ -53,14 +58,24 @@ def resnet(*, data: Path = CIFAR, blocks: int = 9) -> Recipe:
 
 
 def resnet20(*, data: Path = CIFAR) -> Recipe:
-    """ResNet-20 on CIFAR-10, a third of the computation."""
+    """ResNet-20 on CIFAR-10, a third of the computation.
+
+    Args:
+        data: Folder of CIFAR-10's batches.
+    """
     return replace(resnet(data=data, blocks=3), name="resnet20")
 
 
 def images(
     *, data: Path = Path("images"), size: int = 224, widths: str = "64,128,256,512"
 ) -> Recipe:
-    """ResNet-18 on images of any size, in one folder for each class."""
+    """ResNet-18 on images of any size, in one folder for each class.
+
+    Args:
+        data: Folder with train/<class>/ and val/<class>/.
+        size: Height and width of the images that the net sees, in pixels.
+        widths: Channels of each stage, separated by commas.
+    """
     stages = [int(width) for width in widths.split(",")]
     return Recipe(
         name="images",

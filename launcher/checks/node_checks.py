@@ -11,6 +11,7 @@ from pathlib import Path
 
 from launcher.environment.machine import free_memory_bytes, free_shm_bytes, gpu_driver
 from launcher.findings import Finding, failure, ok, warning
+from launcher.paths import is_dir
 from launcher.planning.derivations import counted
 from launcher.planning.loading import WORKERS_PER_RANK
 from launcher.planning.plan import Plan
@@ -113,7 +114,7 @@ def _open_files() -> Finding:
 
 
 def _disk(out: Path) -> Finding:
-    folder = next(path for path in (out, *out.resolve().parents) if path.is_dir())
+    folder = next(path for path in (out, *out.resolve().parents) if is_dir(path))
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(_TEST_BYTES))

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
 from launcher.cli.completing import complete_recipes, complete_settings
-from launcher.console.echo import echo
-from launcher.errors import LauncherError, UsageError
+from launcher.errors import UsageError
 
 if TYPE_CHECKING:
     from launcher.recipe.overrides import Override
-    from launcher.recipe.recipe import Recipe
     from launcher.runs.job import OutputMode
 
 Function = Callable[..., Any]
@@ -28,8 +26,6 @@ MAX_NODES = 1_000_000
 MAX_RESTARTS = 1_000_000
 
 _MAX_BYTES = 2**63
-_NAMED_RECIPE = "launcher.recipe"
-"""Key in a context's `meta` of the recipe that a command line which asks for help names."""
 
 ACCEPTABLE = {
     "data": "the training data differs from that of the checkpoint",
@@ -64,15 +60,52 @@ class Bytes(click.ParamType[int]):
         return size
 
 
+class Count(click.IntRange):
+    """A whole number from `min` to `largest`; the help shows only `min`.
+
+    Args:
+        min: The smallest number.
+        largest: The largest number, far above what makes sense.
+    """
+
+    def __init__(self, *, min: int, largest: int) -> None:  # noqa: A002  # as click calls it
+        super().__init__(min=min)
+        self._largest = largest
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        number: int = super().convert(value, param, ctx)
+        if number > self._largest:
+            self.fail(f"{_shown(value)} is more than {self._largest:,}.", param, ctx)
+        return number
+
+
 class Number(click.FloatRange):
-    """A finite number within limits; `nan` lies within all limits of click."""
+    """A finite number from `min`, or above it if `min_open`, to `largest`; the help shows `min`.
+
+    Args:
+        min: The smallest number.
+        min_open: Whether `min` itself is too small.
+        largest: The largest number, far above what makes sense.
+    """
+
+    def __init__(
+        self,
+        *,
+        min: float,  # noqa: A002  # as click calls it
+        min_open: bool = False,
+        largest: float = sys.float_info.max,
+    ) -> None:
+        super().__init__(min=min, min_open=min_open)
+        self._largest = largest
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
         number: float = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{number} is not a finite number.", param, ctx)
+        if math.isnan(number):
+            self.fail(f"{number} is not a number.", param, ctx)
+        if number > self._largest:
+            self.fail(f"{_shown(value)} is more than {self._largest:g}.", param, ctx)
         return number
 
 
@@ -125,7 +158,7 @@ def nproc_option(function: Function) -> Function:
     return click.option(
         "-n",
         "--nproc-per-node",
-        type=click.IntRange(min=1, max=MAX_NODES),
+        type=Count(min=1, largest=MAX_NODES),
         metavar="N",
         help="Ranks on each node. Default: one per GPU, or 2 CPU ranks without a GPU.",
     )(function)
@@ -135,7 +168,7 @@ def node_count_option(function: Function) -> Function:
     """Add the option --nodes of commands that plan for several nodes and start none."""
     return click.option(
         "--nodes",
-        type=click.IntRange(min=1, max=MAX_NODES),
+        type=Count(min=1, largest=MAX_NODES),
         default=1,
         metavar="M",
         help="Number of nodes.",
@@ -146,13 +179,13 @@ def nodes_options(function: Function) -> Function:
     """Add the options for runs on several nodes."""
     count = click.option(
         "--nodes",
-        type=click.IntRange(min=1, max=MAX_NODES),
+        type=Count(min=1, largest=MAX_NODES),
         metavar="M",
         help="Number of nodes; run this command on each. Default: the number of srun tasks, or 1.",
     )
     join_timeout = click.option(
         "--join-timeout",
-        type=Number(min=0, min_open=True, max=1e9),
+        type=Number(min=0, min_open=True, largest=1e9),
         metavar="SECONDS",
         help="How long the nodes wait for each other. Default: 300; 120 in Slurm jobs.",
     )
@@ -201,7 +234,7 @@ def max_restarts_option(function: Function) -> Function:
     """Add the option --max-restarts."""
     return click.option(
         "--max-restarts",
-        type=click.IntRange(min=0, max=MAX_RESTARTS),
+        type=Count(min=0, largest=MAX_RESTARTS),
         default=0,
         metavar="N",
         help="If a rank fails, restart from the newest checkpoint, at most N times.",
@@ -235,131 +268,3 @@ def read_overrides(config: Path | None, arguments: tuple[str, ...]) -> tuple[Ove
     from launcher.recipe.overrides import read_arguments, read_yaml
 
     return (*(read_yaml(config) if config else ()), *read_arguments(arguments))
-
-
-def setting_for_option(arguments: Sequence[str]) -> str | None:
-    """Return how a setting is written that is among `arguments` as an option, such as `--lr 0.1`.
-
-    None if there is no such option.
-    """
-    from launcher.recipe.recipe import setting_types
-
-    settings = (*setting_types(), "schedule", "optimizer")
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        option, equals, value = argument.partition("=")
-        name = option.lstrip("-").replace("-", "_").lower()
-        if option.startswith("-") and name in settings:
-            value = value if equals or following.startswith("-") else following
-            return (
-                f"There is no option {option}: settings are written NAME=VALUE. Write "
-                f"{shlex.quote(f'{name}={value}') if value else f'{name}=VALUE'}."
-            )
-    return None
-
-
-class HintingCommand(click.Command):
-    """A command that says how a setting is written if one is given as an option."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        words = tuple(args)  # click removes what it has read from `args`
-        try:
-            return super().parse_args(ctx, args)
-        except click.NoSuchOption as error:
-            if (hint := setting_for_option(words)) is not None:
-                raise UsageError(hint) from None
-            raise click.NoSuchOption(
-                error.option_name,
-                f"{error.message} Settings and parameters of a recipe are written NAME=VALUE.",
-                error.possibilities,
-                error.ctx,
-            ) from None
-
-
-class SettingsCommand(HintingCommand):
-    """A command that takes NAME=VALUE: its help ends with the parameters of the recipe it names.
-
-    Args:
-        function: The recipe function, if the command belongs to one; otherwise the command's
-            argument RECIPE names it, and is imported for the help alone.
-    """
-
-    def __init__(
-        self, *args: Any, function: Callable[..., Recipe] | None = None, **kwargs: Any
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self._function = function
-        self.params.append(
-            click.Option(
-                ["--help-settings"],
-                is_flag=True,
-                is_eager=True,
-                expose_value=False,
-                callback=_show_settings,
-                help="Show the settings that NAME=VALUE can be, and exit.",
-            )
-        )
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if not {"-h", "--help"}.isdisjoint(args):
-            ctx.meta[_NAMED_RECIPE] = self._named_recipe(ctx, args)
-        return super().parse_args(ctx, args)
-
-    def _named_recipe(self, ctx: click.Context, args: list[str]) -> str | None:
-        """Return the argument RECIPE of a command line that asks for help."""
-        if not self._takes_recipe():
-            return None
-        try:
-            values, _, _ = self.make_parser(ctx).parse_args(list(args))
-        except click.ClickException:
-            return None
-        recipe = values.get("recipe")
-        return recipe if isinstance(recipe, str) else None
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from launcher.recipe.resolve import resolve
-
-        function, recipe = self._function, ctx.meta.get(_NAMED_RECIPE)
-        if function is None and recipe is not None:
-            try:
-                function = resolve(recipe).function
-            except LauncherError as error:
-                formatter.write_paragraph()
-                reason = str(error).partition(". ")[0]
-                formatter.write_text(f"The parameters of {recipe} are not shown: {reason}.")
-        has_parameters = function is not None and _write_parameters(function, formatter)
-        formatter.write_paragraph()
-        formatter.write_text(
-            "NAME=VALUE is a setting, which `launcher settings` and --help-settings list"
-            + (", or a parameter of the recipe" if has_parameters or function is None else "")
-            + (", which RECIPE --help lists." if function is None and self._takes_recipe() else ".")
-        )
-        super().format_epilog(ctx, formatter)
-
-    def _takes_recipe(self) -> bool:
-        return any(parameter.name == "recipe" for parameter in self.params)
-
-
-def _show_settings(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
-    from launcher.console.settings_table import settings_text
-
-    if value and not ctx.resilient_parsing:
-        echo(settings_text())
-        ctx.exit()
-
-
-def _write_parameters(function: Callable[..., Recipe], formatter: click.HelpFormatter) -> bool:
-    """Write the parameters of a recipe function, and return whether it has any."""
-    from launcher.recipe.parameters import parameters_of
-
-    entries = []
-    for parameter in parameters_of(function):
-        value = "..." if parameter.default is None else parameter.default
-        words = parameter.type_words or "not annotated"
-        if parameter.default is None:
-            words += ", required"
-        meaning = parameter.sentence
-        entries.append((f"{parameter.name}={value}", f"{meaning} ({words})".strip()))
-    if entries:
-        with formatter.section(f"Parameters of {function.__name__}() (NAME=VALUE)"):
-            formatter.write_dl(entries)
-    return bool(entries)

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import click
 
 from launcher.cli.arguments import (
-    SettingsCommand,
     config_option,
     overrides_argument,
     read_overrides,
     recipe_argument,
 )
+from launcher.cli.settings_command import SettingsCommand
 from launcher.console.echo import echo
 from launcher.errors import EXIT_FAILED
 

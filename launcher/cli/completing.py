@@ -51,7 +51,8 @@ def complete_settings(
     from launcher.recipe.catalogue import settings
 
     before = [str(word) for word in ctx.params.get(param.name or "") or ()]
-    sentences = dict.fromkeys(_parameter_names(ctx), "parameter of the recipe")
+    parameters = parameter_names(str(ctx.params.get("recipe") or ""))
+    sentences = dict.fromkeys(parameters, "parameter of the recipe")
     sentences |= {name: setting.sentence for name, setting in settings().items()}
     names = list(sentences)
     name, equals, begun = incomplete.partition("=")
@@ -86,12 +87,15 @@ def complete_setting_names(
     ]
 
 
-def _parameter_names(ctx: click.Context) -> list[str]:
-    """Return the parameters of the recipe that the command names, without importing it."""
+def parameter_names(recipe: str) -> list[str]:
+    """Return the parameters of a recipe that is named on a command line, without importing it.
+
+    The list is empty if there is no file of a recipe of that name.
+    """
     from launcher.recipe.parameters import names_in_source
     from launcher.recipe.resolve import find_file
 
-    target, _, function = str(ctx.params.get("recipe") or "").partition(":")
+    target, _, function = recipe.partition(":")
     path = find_file(target) if target else None
     return [] if path is None else names_in_source(path, function)
 

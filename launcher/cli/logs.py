@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from launcher.cli.arguments import Count
 from launcher.cli.completing import complete_runs
 from launcher.console.echo import echo
 
@@ -17,7 +18,7 @@ from launcher.console.echo import echo
 @click.argument("name", metavar="RUN|JOB", shell_complete=complete_runs)
 @click.option("-f", "--follow", is_flag=True, help="Continue until the run has ended.")
 @click.option(
-    "--rank", type=click.IntRange(min=0, max=10**9), metavar="R", help="Print the log of one rank."
+    "--rank", type=Count(min=0, largest=10**9), metavar="R", help="Print the log of one rank."
 )
 def command(name: str, rank: int | None, *, follow: bool) -> None:
     """Print the output of the job of a run, given by its folder RUN or its job id JOB.

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import click
 
 from launcher.cli.arguments import (
-    SettingsCommand,
     config_option,
     node_count_option,
     nproc_option,
@@ -18,6 +17,7 @@ from launcher.cli.arguments import (
     read_overrides,
     recipe_argument,
 )
+from launcher.cli.settings_command import SettingsCommand
 from launcher.console.echo import echo
 from launcher.errors import UsageError
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from launcher.cli.arguments import SettingsCommand, out_option
+from launcher.cli.arguments import Count, out_option
+from launcher.cli.settings_command import SettingsCommand
 from launcher.cli.target import target_arguments
 from launcher.console.echo import echo
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 @target_arguments
 @click.option(
     "--steps",
-    type=click.IntRange(min=1, max=100_000),
+    type=Count(min=1, largest=100_000),
     default=20,
     show_default=True,
     metavar="K",

@@ -9,14 +9,15 @@ import click
 
 from launcher.cli.arguments import (
     MAX_NODES,
+    Count,
     Number,
-    SettingsCommand,
     config_option,
     out_option,
     overrides_argument,
     read_overrides,
     recipe_argument,
 )
+from launcher.cli.settings_command import SettingsCommand
 from launcher.console.echo import echo
 from launcher.errors import EXIT_FAILED, UsageError
 from launcher.recipe.text_values import digits
@@ -68,7 +69,7 @@ class _List(click.ParamType[tuple[str, ...]]):
 )
 @click.option(
     "--steps",
-    type=click.IntRange(min=1, max=10**9),
+    type=Count(min=1, largest=10**9),
     default=_STEPS,
     show_default=True,
     metavar="K",

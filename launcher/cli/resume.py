@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 
 from launcher.cli.arguments import (
-    SettingsCommand,
     accept_option,
     max_restarts_option,
     nodes_options,
@@ -19,6 +18,7 @@ from launcher.cli.arguments import (
 )
 from launcher.cli.completing import complete_runs
 from launcher.cli.machines import find_machines, start_on_hosts
+from launcher.cli.settings_command import SettingsCommand
 from launcher.console.echo import echo
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 
 from launcher.cli.arguments import (
-    SettingsCommand,
     accept_option,
     config_option,
     max_restarts_option,
@@ -21,6 +20,7 @@ from launcher.cli.arguments import (
     recipe_argument,
 )
 from launcher.cli.machines import find_machines, start_on_hosts
+from launcher.cli.settings_command import SettingsCommand
 from launcher.errors import UsageError
 
 

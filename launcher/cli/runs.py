@@ -45,7 +45,10 @@ def command(where: tuple[str, ...], by: str, *, reverse: bool, as_json: bool) ->
         if equals and not exists(argument):
             filters.append((name, value))
         elif not is_dir(argument):
-            raise UsageError(f"{argument} is neither a folder nor NAME=VALUE.")
+            raise UsageError(
+                f"{argument} is neither a folder nor NAME=VALUE. Give a folder of runs, or a "
+                "filter such as state=failed."
+            )
         else:
             folders.append(Path(argument))
     run_dirs = (run_dir for folder in folders or [Path()] for run_dir in find_run_dirs(folder))

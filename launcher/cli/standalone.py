@@ -19,13 +19,13 @@ import click
 
 from launcher.cli import run_command
 from launcher.cli.arguments import (
-    SettingsCommand,
     accept_option,
     config_option,
     out_option,
     overrides_argument,
     read_overrides,
 )
+from launcher.cli.settings_command import SettingsCommand
 from launcher.cli.standard_streams import prepare_streams
 from launcher.environment.notebook import has_own_arguments
 from launcher.errors import LostRankError, RecipeError, UsageError
@@ -76,7 +76,12 @@ def _command(function: Callable[..., Recipe], *, in_notebook: bool = False) -> c
     stop = StopRequest()
     stop.listen()  # importing torch takes seconds, in which a signal may arrive
 
-    @click.command(cls=SettingsCommand, function=function, help=_help(function))
+    @click.command(
+        cls=SettingsCommand,
+        function=function,
+        help=_help(function),
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
     @overrides_argument
     @config_option
     @out_option

@@ -8,13 +8,14 @@ import click
 
 from launcher.cli.arguments import (
     MAX_NODES,
-    SettingsCommand,
+    Count,
     config_option,
     nproc_option,
     out_option,
     overrides_argument,
     recipe_argument,
 )
+from launcher.cli.settings_command import SettingsCommand
 from launcher.console.echo import echo
 from launcher.errors import UsageError
 from launcher.recipe.text_values import digits
@@ -69,7 +70,7 @@ class SubmitCommand(SettingsCommand):
 )
 @click.option(
     "--gpus-per-node",
-    type=click.IntRange(min=0, max=MAX_NODES),
+    type=Count(min=0, largest=MAX_NODES),
     metavar="G",
     help="GPUs of each node. Default: all in the site profile; 0 trains on CPU ranks.",
 )

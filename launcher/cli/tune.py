@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from launcher.cli.arguments import Bytes, Number, SettingsCommand
+from launcher.cli.arguments import Bytes, Count, Number
+from launcher.cli.settings_command import SettingsCommand
 from launcher.cli.target import target_arguments
 from launcher.console.echo import echo
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--steps",
-    type=click.IntRange(min=40, max=100_000),
+    type=Count(min=40, largest=100_000),
     default=200,
     show_default=True,
     metavar="K",
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--seconds",
-    type=Number(min=0.5, max=86_400),
+    type=Number(min=0.5, largest=86_400),
     default=4.0,
     show_default=True,
     metavar="S",

@@ -95,7 +95,13 @@ def _batch(plan: Plan) -> str:
 def _lr_range(plan: Plan) -> str:
     if _is_constant(plan):
         return f"lr {plan.lr_start:.3g} at every step"
-    return f"lr {plan.lr_start:.3g} to {plan.lr_end:.3g}, peak at step {plan.lr_peak_step:,}"
+    ends = f"lr {plan.lr_start:.3g} to {plan.lr_end:.3g}"
+    return f"{ends}, peak at step {plan.lr_peak_step:,}" if _peaks_within(plan) else ends
+
+
+def _peaks_within(plan: Plan) -> bool:
+    """Return whether the learning rate is highest at another step than the first and the last."""
+    return 1 < plan.lr_peak_step < plan.total_steps
 
 
 def _is_constant(plan: Plan) -> bool:
@@ -190,8 +196,9 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     if _is_constant(plan):
         yield "", f"{plan.lr_start:.3g} at every step: {settings['schedule']}"
     else:
-        lr_range = f"starts at {plan.lr_start:.3g}, peaks at step {plan.lr_peak_step:,}"
-        yield "", f"{lr_range}, ends at {plan.lr_end:.3g}: {settings['schedule']}"
+        peak = f", peaks at step {plan.lr_peak_step:,}" if _peaks_within(plan) else ""
+        ends = f"starts at {plan.lr_start:.3g}{peak}, ends at {plan.lr_end:.3g}"
+        yield "", f"{ends}: {settings['schedule']}"
     yield "steps", derivations["total_steps"]
     if plan.evaluate_every:
         yield "evaluation", f"every {plan.evaluate_every:,} steps, and after the last step"

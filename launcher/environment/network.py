@@ -42,7 +42,7 @@ def _local_address(host: str) -> str | None:
         with socket.socket(family, kind) as probe:
             probe.connect(address)  # sends nothing
             return str(probe.getsockname()[0])
-    except OSError:
+    except (OSError, UnicodeError):  # the name has a part that is empty or too long
         return None
 
 

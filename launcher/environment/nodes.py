@@ -136,12 +136,21 @@ def _nodes_at(rendezvous: str, count: int | None) -> Nodes | None:
 
 def _read_address(rendezvous: str) -> tuple[str, int]:
     """Return host and port of HOST[:PORT]."""
-    match = re.fullmatch(r"(\[[^\]]+\]|[^:]+)(?::(\d{1,5}))?", rendezvous)
-    if match is None or not 0 < int(match[2] or DEFAULT_PORT) < 1 << 16:
+    match = re.fullmatch(r"(\[[^\]]+\]|[^:]+)(?::([0-9]{1,5}))?", rendezvous)
+    host, port = (match[1].strip("[]"), int(match[2] or DEFAULT_PORT)) if match else ("", 0)
+    if not 0 < port < 1 << 16 or not _can_be_a_host(host):
         raise UsageError(
             f"--rendezvous {rendezvous}: expected HOST or HOST:PORT, such as node1:29400."
         )
-    return match[1].strip("[]"), int(match[2] or DEFAULT_PORT)
+    return host, port
+
+
+def _can_be_a_host(name: str) -> bool:
+    """Return whether a name can be looked up: its parts between dots have 1 to 63 characters."""
+    try:
+        return bool(name.encode("idna"))
+    except UnicodeError:
+        return False
 
 
 def _nodes_of_step(step: SlurmStep, count: int | None) -> Nodes:

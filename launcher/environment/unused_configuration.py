@@ -53,6 +53,9 @@ _OPTIONS = {
 }
 """Variables of `accelerate launch` that are not used, and the values that ask for nothing."""
 
+_MOST = 40
+"""Values that a note lists at most."""
+
 _DEFAULTS: tuple[Any, ...] = (None, "auto", "none", [], {})
 """Values by which a DeepSpeed file leaves an option to others."""
 
@@ -77,7 +80,8 @@ def unused_note(used: Mapping[str, Any], env: Mapping[str, str] | None = None) -
         place = printable_line(str(file))
     if not found:
         return None
-    return f"Not used of {place}: {', '.join(found)}."
+    more = [f"and {len(found) - _MOST} more"] if len(found) > _MOST else []
+    return f"Not used from {place}: {', '.join([*found[:_MOST], *more])}."
 
 
 def _unused_of_file(file: Path, used: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -17,6 +17,7 @@ from launcher.environment.machine import read_machine
 from launcher.environment.nodes import Nodes
 from launcher.errors import CheckpointError, RunDirError
 from launcher.launch.multi_node import check_restarts
+from launcher.paths import is_dir
 from launcher.planning.plan import Plan
 from launcher.recipe.overrides import BuiltRecipe, Override, build
 from launcher.recipe.resolve import Reference, resolve
@@ -158,7 +159,7 @@ def prepare_resume(request: ResumeRequest, *, elsewhere: bool = False) -> Prepar
     check_unowned(run_dir.path)
     record = read_run(run_dir)
     checkpoint = _choose(run_dir, request.checkpoint, record.recipe)
-    folder = Path(record.folder) if Path(record.folder).is_dir() else Path.cwd()
+    folder = Path(record.folder) if is_dir(record.folder) else Path.cwd()
     previous = tuple(
         Override(name=name, value=value, source="run.yaml")
         for name, value in record.overrides.items()

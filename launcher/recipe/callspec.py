@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, get_type_hints
 
 from launcher.errors import UsageError, did_you_mean
+from launcher.recipe.foreign_names import hint_for_unknown
 from launcher.recipe.typed_values import UnsupportedTypeError
 from launcher.recipe.validation import MismatchError, brief, convert
 
@@ -22,6 +23,8 @@ _MAX_LENGTH = 10_000
 
 _UNREADABLE = (SyntaxError, ValueError, TypeError, RecursionError, MemoryError)
 """What Python raises for text that is no expression or no literal, such as {[]: 1}."""
+
+_OWN_SETTING = " The learning rate is a setting of its own: lr=..."
 
 _CONSTANTS = {"true": True, "false": False, "none": None}
 """Constants as YAML and the command line spell them; Python's own spellings are read as well."""
@@ -79,7 +82,7 @@ def bind(
         if name not in parameters:
             raise UsageError(
                 f"{call}() takes no {name!r}; it takes {', '.join(parameters) or 'nothing'}."
-                + did_you_mean(name, parameters)
+                + (_OWN_SETTING if name == "lr" else hint_for_unknown(name, parameters))
             )
     bound = []
     for name, parameter in parameters.items():

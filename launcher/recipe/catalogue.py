@@ -12,11 +12,11 @@ from dataclasses import MISSING, Field, dataclass, fields
 from types import MappingProxyType
 from typing import Any
 
-from launcher.errors import OverrideError, did_you_mean
+from launcher.errors import OverrideError
 from launcher.printable import printable_line
 from launcher.recipe.affects import Affects, effects_of
 from launcher.recipe.field_docs import sentences_of
-from launcher.recipe.foreign_names import hint_for_name, hint_near_name
+from launcher.recipe.foreign_names import hint_for_unknown
 from launcher.recipe.optimizer import OPTIMIZERS
 from launcher.recipe.recipe import Recipe, setting_types
 from launcher.recipe.schedules import SCHEDULES
@@ -118,10 +118,9 @@ def find_setting(name: str) -> Setting:
     """
     known = settings()
     if name not in known:
-        hint = hint_for_name(name) or did_you_mean(name, known) or hint_near_name(name)
         raise OverrideError(
-            f"{printable_line(name)}: there is no such setting.{hint} `launcher settings` lists "
-            "the settings."
+            f"{printable_line(name)}: there is no such setting.{hint_for_unknown(name, known)} "
+            "`launcher settings` lists the settings."
         )
     return known[name]
 

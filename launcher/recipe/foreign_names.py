@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+from launcher.errors import did_you_mean
 from launcher.printable import printable_line
 
 _LONGEST_VALUE = 40
@@ -229,7 +230,7 @@ _NAMES = (
         ),
         remark=(
             "`launcher run` starts one rank for each GPU; its option -n takes another number of "
-            "ranks. The number is no setting, because it changes no step."
+            "ranks. It is not a setting, because it changes no step."
         ),
     ),
     _Advice(
@@ -362,6 +363,23 @@ _VALUES: Mapping[str, Mapping[str, str]] = {
 """Values of other trainers, by the setting and by the value to write instead."""
 
 
+def hint_for_unknown(name: str, known: Iterable[str], value: Any = None) -> str:
+    """Return what to write instead of a name that does not exist.
+
+    That is what `hint_for_name` returns if other trainers have the name, the known names that
+    resemble it, or what is to be written instead of the word that resembles it.
+
+    Args:
+        name: The unknown name, of a setting (`learning_rate`) or an option (`--learning-rate`).
+        known: The names that exist.
+        value: The value that was given to it, if any.
+
+    Returns:
+        Sentences after a space; empty if nothing is similar.
+    """
+    return hint_for_name(name, value) or did_you_mean(name, known) or _hint_near_name(name, value)
+
+
 def hint_for_name(name: str, value: Any = None) -> str:
     """Return ` Write lr=0.1 instead. ...`, what to write instead of a word of another trainer.
 
@@ -381,6 +399,7 @@ def hint_for_name(name: str, value: Any = None) -> str:
     if advice.switch and shown.lower() in _OFF:
         return f" Leave it out: it is off unless {advice.write} is given."
     write = _write(advice, shown)
+    write = write and f"Write {write} instead."
     remark = advice.remark.replace("{name}", printable_line(name.lstrip("-").replace("-", "_")))
     return "".join(f" {text}" for text in (write, remark) if text)
 
@@ -397,18 +416,17 @@ def setting_for(name: str, value: Any) -> str:
         return ""
     if advice.switch and str(value).lower() in _OFF:
         return ""
-    return (
-        _write(advice, printable_line(str(value))).removeprefix("Write ").removesuffix(" instead.")
-    )
+    return _write(advice, printable_line(str(value)))
 
 
 def _write(advice: _Advice, shown: str) -> str:
-    if advice.values_of and (translated := hint_for_value(advice.values_of, shown)):
-        return translated.strip()
-    return f"Write {advice.write.replace('{value}', shown)} instead." if advice.write else ""
+    """Return the setting or option to write instead of a word; empty if there is none."""
+    if advice.values_of and (value := _translated(advice.values_of, _name_of(shown))):
+        return _assigned(advice.values_of, value)
+    return advice.write.replace("{value}", shown)
 
 
-def hint_near_name(name: str, value: Any = None) -> str:
+def _hint_near_name(name: str, value: Any = None) -> str:
     """Return the hint for the known word that is most similar to `name`; empty if none is."""
     matches = get_close_matches(_plain(name), list(_by_word()), n=1, cutoff=0.85)
     return hint_for_name(matches[0], value) if matches else ""
@@ -422,14 +440,29 @@ def hint_for_value(setting: str, value: Any) -> str:
         value: The value; of a call such as `CosineAnnealingLR(...)`, the name counts.
 
     Returns:
-        A sentence after a space; empty if the value is not known.
+        A sentence after a space; empty if the value is not known, or is itself to be written.
     """
-    word = _plain(re.split(r"[(,]", str(value)[:200], maxsplit=1)[0])
+    given = _name_of(value)
+    write = _translated(setting, given)
+    return f" Write {_assigned(setting, write)} instead." if write not in ("", given) else ""
+
+
+def _translated(setting: str, given: str) -> str:
+    """Return the value of a setting that a value of another trainer becomes; empty if none."""
+    word = _plain(given)
     for write, words in _VALUES.get(setting, {}).items():
         if word and word in map(_plain, (write, *words.split())):
-            text = f"{setting}={write}"
-            return f' Write "{text}" instead.' if "(" in write else f" Write {text} instead."
+            return write
     return ""
+
+
+def _name_of(value: Any) -> str:
+    return re.split(r"[(,]", str(value)[:200], maxsplit=1)[0].strip()
+
+
+def _assigned(setting: str, value: str) -> str:
+    """Return an assignment as it is typed in a shell."""
+    return f'"{setting}={value}"' if "(" in value else f"{setting}={value}"
 
 
 @functools.cache

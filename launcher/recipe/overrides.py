@@ -8,23 +8,17 @@ give a number.
 from __future__ import annotations
 
 import inspect
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import (
-    LauncherError,
-    OverrideError,
-    RecipeError,
-    UsageError,
-    did_you_mean,
-    sentence,
-)
+from launcher.errors import LauncherError, OverrideError, RecipeError, UsageError, sentence
 from launcher.forking import observed_threads
 from launcher.printable import printable_line
 from launcher.recipe.callspec import parse
-from launcher.recipe.foreign_names import hint_for_name, hint_for_value, hint_near_name
+from launcher.recipe.foreign_names import hint_for_unknown, hint_for_value
 from launcher.recipe.optimizer import OPTIMIZERS
 from launcher.recipe.parameter_types import named_parameters, plain_value, read_parameter
 from launcher.recipe.parameters import check_given
@@ -86,10 +80,14 @@ def read_arguments(arguments: Iterable[str]) -> tuple[Override, ...]:
         OverrideError: An argument has another form, or a name is given twice.
     """
     overrides: dict[str, Override] = {}
-    for argument in arguments:
+    arguments = tuple(arguments)
+    for place, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if not equals or not name:
-            raise OverrideError(f"{brief(repr(argument))}: expected name=value, such as lr=0.2.")
+            raise OverrideError(
+                f"{brief(repr(argument))}: expected name=value, such as "
+                f"{_joined(arguments, place) or 'lr=0.2'}."
+            )
         if name in overrides:
             raise OverrideError(
                 f"{brief(name)} is given twice: {brief(overrides[name].value)} and {brief(value)}. "
@@ -97,6 +95,24 @@ def read_arguments(arguments: Iterable[str]) -> tuple[Override, ...]:
             )
         overrides[name] = Override(name=name, value=value, source=COMMAND_LINE)
     return tuple(overrides.values())
+
+
+def _joined(arguments: Sequence[str], place: int) -> str:
+    """Return `name=value` for an argument that spaces separate from the rest of it, or ``.
+
+    Args:
+        arguments: All arguments, such as `lr 0.1`, `lr = 0.1` or `lr= 0.1`.
+        place: The place of the first that is no `name=value`.
+    """
+    before = arguments[place - 1] if place else ""
+    if before.endswith("=") and before[:-1].isidentifier():
+        return brief(shlex.quote(before + arguments[place]))
+    name, *others = arguments[place : place + 3]
+    value = "".join(others) if others and others[0] == "=" else others[0] if others else ""
+    value = value.removeprefix("=")
+    if not name.isidentifier() or not value or "=" in value:
+        return ""
+    return brief(shlex.quote(f"{name}={value}"))
 
 
 def read_yaml(path: Path, *, as_text: bool = False) -> tuple[Override, ...]:
@@ -198,11 +214,8 @@ def _read_setting(override: Override, parameters: Mapping[str, Any], reference: 
             "Change it in the recipe, or derive another recipe with dataclasses.replace."
         )
     function = f"{reference.name}() has the parameters {', '.join(parameters)}; "
-    hint = (
-        hint_for_name(override.name, override.value)
-        or did_you_mean(override.name, [*types, *tables, *parameters])
-        or hint_near_name(override.name, override.value)
-    )
+    known = [*types, *tables, *parameters]
+    hint = hint_for_unknown(override.name, known, override.value)
     raise OverrideError(
         f"{override}: there is no such setting.{hint}"
         f" {function if parameters else ''}`launcher settings` lists the settings."

@@ -76,7 +76,7 @@ def check_given(function: Callable[..., Any], shown: str, given: Iterable[str]) 
     if not missing:
         return
     needed = " and ".join(f"{parameter.name}=..." for parameter in missing)
-    details = "".join(f" {_detail(parameter)}" for parameter in missing)
+    details = "".join(map(_detail, missing))
     raise RecipeError(f"{function.__name__}() needs {needed} ({shown}).{details}")
 
 
@@ -137,7 +137,8 @@ def returns_recipe(node: ast.FunctionDef) -> bool:
 
 def _detail(parameter: RecipeParameter) -> str:
     parts = [part for part in (parameter.type_words, parameter.sentence) if part]
-    return sentence(f"{parameter.name} is {': '.join(parts)}") if parts else ""
+    description = f"{parameter.name} is {': '.join(parts)}"
+    return f" {sentence(description)}" if parts else ""
 
 
 def _hints(function: Callable[..., Any]) -> Mapping[str, Any]:

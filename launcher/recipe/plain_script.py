@@ -16,8 +16,8 @@ from launcher.recipe.parameters import returns_recipe
 WHAT_A_RECIPE_IS = (
     "A recipe is a function, annotated `-> Recipe`, that returns launcher.Recipe(model=..., "
     "data=..., loss=..., batch_size=..., lr=..., epochs=...); launcher runs the training loop. "
-    "`launcher new NAME` writes one to start from, and the documentation's page Migrating "
-    "(docs/migrating.md) turns a training script into one."
+    "`launcher new NAME` writes one to start from, and the documentation's page Porting a script "
+    "(docs/porting.md) turns a training script into one."
 )
 """What to tell somebody whose file has no recipe."""
 

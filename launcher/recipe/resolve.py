@@ -31,7 +31,7 @@ from launcher import paths
 from launcher.errors import LauncherError, RecipeError, did_you_mean
 from launcher.forking import observed_threads
 from launcher.printable import class_name, printable, text_of
-from launcher.recipe.foreign_names import hint_for_name, hint_near_name
+from launcher.recipe.foreign_names import hint_for_unknown
 from launcher.recipe.plain_script import WHAT_A_RECIPE_IS, refuse_plain_script
 from launcher.recipe.recipe import Recipe
 from launcher.recipe.validation import brief
@@ -47,6 +47,9 @@ _PACKAGE = "launcher.recipes"
 _FORMERLY_BUNDLED = Path(__file__).resolve().parents[2] / "recipes"
 """Where version 0.1 installed the shipped recipes; run.yaml of its runs names files there."""
 
+
+_MAX_BYTES = 4 * 2**20
+"""Size of the largest file that is read as a recipe."""
 
 _imported: ContextVar[str | None] = ContextVar("imported", default=None)
 """The file or module that this thread is importing as a recipe; None if there is none."""
@@ -91,6 +94,11 @@ def resolve(text: str) -> Reference:
     target, _, function = text.partition(":")
     path = find_file(target)
     if path is not None:
+        if path.stat().st_size > _MAX_BYTES:
+            raise RecipeError(
+                f"{target} is too large to be a recipe: it has {path.stat().st_size:,} bytes, and "
+                f"launcher reads at most {_MAX_BYTES:,}."
+            )
         refuse_plain_script(path, function, shown=target)
         module, location = _load(path), str(path)
     elif target.endswith(".py") or os.sep in target:
@@ -108,7 +116,7 @@ def reference_of(function: Callable[..., Recipe]) -> Reference:
     """
     if not _is_function(function):
         raise RecipeError(
-            f"{brief(repr(function))} is not a function of Python. Pass a recipe function, which "
+            f"{brief(repr(function))} is not a Python function. Pass a recipe function, which "
             "returns launcher.Recipe(...), and give its arguments as name=value."
         )
     try:
@@ -258,13 +266,19 @@ def _import(name: str, function: str) -> ModuleType:
 
     module = _guarded(load, name, ours=name)
     if module is None:
-        shipped = sorted({recipe.path.stem for recipe in list_recipes(BUNDLED)})
         raise RecipeError(
             f"There is no recipe {brief(repr(name))}: no file of that name in the folder recipes "
-            f"below the working folder, and no module of that name.{did_you_mean(name, shipped)} "
+            f"below the working folder, and no module of that name.{_similar_recipe(name)} "
             "`launcher recipes` lists all recipes."
         )
     return module
+
+
+def _similar_recipe(name: str) -> str:
+    """Return which recipe may be meant by a name, which is that of a function or is misspelt."""
+    known = known_recipes()
+    matches = [recipe for recipe in known if recipe.partition(":")[2] == name]
+    return f" Did you mean {' or '.join(matches)}?" if matches else did_you_mean(name, known)
 
 
 def _guarded(action: Callable[[], T], what: str, ours: str | None = None) -> T | None:
@@ -309,7 +323,7 @@ def user_code_error(action: str, what: str, error: BaseException) -> RecipeError
     ]
     line = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
     if isinstance(error, SyntaxError):
-        line = f" ({error.filename}, line {error.lineno})"
+        line = f" ({error.filename}, line {error.lineno})" if error.lineno else ""
     hint = ""
     if isinstance(error, ModuleNotFoundError) and error.name:
         hint = _remedy(error.name)
@@ -329,8 +343,7 @@ def _field_hint(message: str) -> str:
     if match is None:
         return ""
     known = [item.name for item in fields(Recipe)]
-    hint = hint_for_name(match[1]) or did_you_mean(match[1], known) or hint_near_name(match[1])
-    return f"{hint} `launcher settings` lists the settings."
+    return f"{hint_for_unknown(match[1], known)} `launcher settings` lists the settings."
 
 
 def _remedy(missing: str) -> str:
@@ -374,10 +387,12 @@ def _reference(module: ModuleType, location: str, function: str) -> Reference:
             + (f" Its recipes: {', '.join(names)}." if names else "")
             + did_you_mean(function, names)
         )
+    if inspect.iscoroutinefunction(value):
+        raise RecipeError(f"{location}:{function} is an async function. Write `def {function}`.")
     if not _is_function(value):
         found = "a class" if inspect.isclass(value) else brief(repr(value))
         raise RecipeError(
-            f"{location}:{function} is {found}, and a recipe is a function of Python that returns "
+            f"{location}:{function} is {found}, and a recipe is a Python function that returns "
             "launcher.Recipe(...). Name such a function."
         )
     return Reference(location=f"{location}:{function}", function=value)
@@ -442,10 +457,16 @@ def _no_file(target: str) -> RecipeError:
         return RecipeError(f"{shown} is a folder. Give the file of a recipe in it.")
     if paths.exists(path):
         return RecipeError(
-            f"{shown} is not a file of Python, whose name ends in .py. Give the file of a recipe."
+            f"{shown} is not a Python file, whose name ends in .py. Give the file of a recipe."
         )
     if not paths.is_dir(path.parent):
         folder = brief(repr(str(path.parent)))
         return RecipeError(f"There is no file {shown}. There is no folder {folder} either.")
+    if paths.is_link(path):
+        return RecipeError(f"{shown} is a link to a file that does not exist.")
+    if path.stem in known_recipes() and path.parent == Path():
+        return RecipeError(
+            f"There is no file {shown}. The recipe {path.stem} is named without .py."
+        )
     names = [entry.name for entry in path.parent.glob("*.py")]
     return RecipeError(f"There is no file {shown}.{did_you_mean(path.name, names)}")

@@ -81,7 +81,7 @@ def _describe_parts(origin: Any, arguments: tuple[Any, ...]) -> str:
         return f"a mapping of {phrases[0]} to {phrases[1]}"
     if origin is tuple and arguments[-1] is not Ellipsis:
         return f"a list of {len(phrases)}: {', '.join(phrases)}"
-    return f"a list of {phrases[0]}"
+    return f"a list{', each item' if phrases[0].startswith('a ') else ' of'} {phrases[0]}"
 
 
 def _describe_limited(hint: Any) -> str:
@@ -91,14 +91,15 @@ def _describe_limited(hint: Any) -> str:
         if getattr(meta, "description", None):
             return str(meta.description)
     limits = [
-        f"{words} {limit:g}"
+        f"{words} {int(limit):,}" if limit == int(limit) else f"{words} {limit:g}"
         for meta in metadata
         for name, words in _LIMITS.items()
         if (limit := getattr(meta, name, None)) is not None
     ]
     if any(getattr(meta, "pattern", None) for meta in metadata):
         limits.append("of letters, digits, dots, dashes and underscores")
-    return describe(bare) + (f" {' and '.join(limits)}" if limits else "")
+    link = " of " if limits and limits[0].startswith("at ") else " "
+    return describe(bare) + (f"{link}{' and '.join(limits)}" if limits else "")
 
 
 def show(value: Any) -> str:

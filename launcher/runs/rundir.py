@@ -203,7 +203,11 @@ def planned_path(out: Path | None, name: str) -> Path:
 def _resume_hint(path: Path) -> str:
     if not is_file(path / "run.yaml"):
         return ""
-    return f"; `launcher resume {path}` resumes it"
+    try:
+        saved = any(entry.name.startswith("step-") for entry in RunDir(path).checkpoints.iterdir())
+    except OSError:
+        saved = False
+    return f"; `launcher resume {path}` resumes it" if saved else "; its run saved no checkpoint"
 
 
 def _default_paths(name: str) -> list[Path]:

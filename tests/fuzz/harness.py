@@ -21,6 +21,7 @@ from typing import Any
 
 from launcher.cli import group, run_command
 from launcher.errors import UsageError
+from launcher.forking import suspect_all_threads
 
 EXIT_CODES = {0, 1, 2, 75, 130}
 """Exit codes that commands may end with."""
@@ -105,6 +106,8 @@ def invoke(arguments: list[str], folder: Path) -> Ended:
         arguments: The arguments, as Python decodes them from the command line.
         folder: The working folder, and the only place that may be written.
     """
+    if "torch" in sys.modules:  # of another test, whose threads would not survive a fork
+        suspect_all_threads()
     stdout, stderr = _stream(), _stream()
     with (
         _working_in(folder),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 from fuzz.harness import invoke
 from fuzz.strategies import numbers, texts
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from launcher.cli import group
 from launcher.recipe.recipe import setting_types
 
 SETTINGS = [*setting_types(), "schedule", "optimizer", "model", "unknown", "LR", ""]
@@ -46,6 +49,36 @@ COMMANDS = [
 """Commands that read an argument and start no training, whatever it is."""
 
 
+def options() -> Iterator[list[str]]:
+    """Yield a command line for each option with a value, which a wrong setting keeps from running.
+
+    `doctor`, which takes no settings, would start ranks, and `prove` makes its folder first.
+    """
+    with click.Context(group) as context:
+        commands: dict[tuple[str, ...], click.Command | None]
+        commands = {
+            (name,): group.get_command(context, name) for name in group.list_commands(context)
+        }
+        find = commands.pop(("find",))
+        assert isinstance(find, click.Group)
+        commands |= {
+            ("find", name): find.get_command(context, name) for name in find.list_commands(context)
+        }
+    for words, command in commands.items():
+        assert command is not None
+        if words[0] in ("doctor", "prove"):
+            continue
+        takes_settings = any(parameter.name == "overrides" for parameter in command.params)
+        target = "empty" if words == ("resume",) else "digits"
+        for parameter in command.params:
+            if isinstance(parameter, click.Option) and not parameter.is_flag:
+                arguments = [target, "lr=wrong"] if takes_settings else []
+                yield [*words, *arguments, parameter.opts[-1], "{}"]
+
+
+OPTIONS = list(options())
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Return a working folder with an empty run folder in it."""
@@ -65,6 +98,12 @@ def test_settings(folder: Path, name: str, value: str) -> None:
 def test_combinations_of_settings(folder: Path, pairs: list[tuple[str, str]]) -> None:
     """`launcher plan` takes or refuses any combination of numbers."""
     invoke(["plan", "digits", *(f"{name}={value}" for name, value in pairs)], folder)
+
+
+@given(command=st.sampled_from(OPTIONS), value=texts() | numbers())
+def test_options(folder: Path, command: list[str], value: str) -> None:
+    """Every option of every command takes or refuses any text."""
+    invoke([part.replace("{}", value) for part in command], folder)
 
 
 @given(command=st.sampled_from(COMMANDS), value=texts() | numbers())

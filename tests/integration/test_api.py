@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -263,3 +265,32 @@ def test_only_functions_that_ranks_can_import_are_trained(run: Commands) -> None
         with pytest.raises(launcher.RecipeError):
             launcher.run(recipe, nproc_per_node=1, steps=1, out=run.folder / "out")
     assert not (run.folder / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("function", "argument", "keywords"),
+    [
+        (launcher.plan, "digits", {"nproc_per_node": "2"}),
+        (launcher.plan, "digits", {"nodes": 0}),
+        (launcher.plan, "digits", {"config": 1}),
+        (launcher.run, "digits", {"nproc_per_node": True}),
+        (launcher.run, "digits", {"out": "a\0b"}),
+        (launcher.run, "digits", {"output": "loud"}),
+        (launcher.run, "digits", {"max_restarts": 1.5}),
+        (launcher.resume, None, {}),
+        (launcher.resume, "nowhere", {"step": "last"}),
+        (launcher.resume, "nowhere", {"accept": "data"}),
+    ],
+)
+def test_an_argument_of_another_type_is_a_mistake_of_the_user(
+    function: Callable[..., object],
+    argument: Any,
+    keywords: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An argument that does not fit its type is refused before a process starts."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(launcher.UsageError, match="expected"):
+        function(argument, **keywords)
+    assert list(tmp_path.iterdir()) == []

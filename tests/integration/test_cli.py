@@ -138,7 +138,7 @@ def test_a_recipe_that_cannot_be_loaded_is_refused(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-n", "0"], "0 is not in the range 1<=x"),
+        (["-n", "0"], "0 is not in the range x>=1"),
         (["-n", "two"], "'two' is not a valid integer"),
         (["batchsize=3"], "Did you mean batch_size"),
         (["batch_size=1"], "shared by 2 ranks"),
@@ -148,7 +148,7 @@ def test_a_recipe_that_cannot_be_loaded_is_refused(
         (["--out", "there"], "there exists already"),
         (["--out", "/proc/no/run"], "the run folder /proc/no/run: "),
         (["--out", "bad.yaml/run"], "bad.yaml exists already|Not a directory"),
-        (["--outt", "x"], "Did you mean one of: '--hosts', '--out', '--quiet'?"),
+        (["--outt", "x"], "Did you mean --out?"),
     ],
 )
 def test_bad_arguments_of_run(run: Commands, arguments: list[str], message: str) -> None:

@@ -19,6 +19,10 @@ DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
 FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 
 
+def example() -> Recipe:
+    return recipe()
+
+
 def settings(env: dict[str, str]) -> dict[str, Any]:
     """Return the settings that the environment `env` gives, by name."""
     overrides = accelerate_settings({"ACCELERATE_MIXED_PRECISION": "no"} | env)
@@ -131,6 +135,14 @@ def test_a_deepspeed_file_that_never_ends_is_refused(tmp_path: Path) -> None:
             settings(DEEPSPEED | {FILE: str(file)})
 
 
+def test_a_deepspeed_file_with_many_values_gives_one_note(tmp_path: Path) -> None:
+    """A note lists the first forty values, and says how many follow."""
+    text = note({f"option{number}": 1 for number in range(1000)}, tmp_path / "ds.json")
+    assert text is not None
+    assert text.count("option") == 40
+    assert text.endswith("and 960 more.")
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero1", "zero3"])
 def test_exported_configurations_are_complete(strategy: str) -> None:
     """No value of an exported configuration is "auto" or missing."""
@@ -170,7 +182,7 @@ def test_what_is_not_used_of_a_deepspeed_file_is_listed(tmp_path: Path) -> None:
     )
     assert text is not None
     for found in (
-        f"Not used of {tmp_path / 'ds.json'}: train_micro_batch_size_per_gpu=16 (write micro_",
+        f"Not used from {tmp_path / 'ds.json'}: train_micro_batch_size_per_gpu=16 (write micro_",
         "(write micro_batch_size=16), gradient_accumulation_steps=2 (follows",
         "zero_optimization.reduce_bucket_size=1000000, wall_clock_breakdown=true",
         "optimizer.type=AdamW (write optimizer=adamw)",

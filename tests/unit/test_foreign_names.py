@@ -14,8 +14,8 @@ from launcher.recipe.foreign_names import (
     _NAMES,
     _VALUES,
     hint_for_name,
+    hint_for_unknown,
     hint_for_value,
-    hint_near_name,
 )
 from launcher.recipe.overrides import build, read_arguments
 from launcher.recipe.resolve import reference_of, resolve
@@ -99,8 +99,8 @@ def test_what_is_switched_off_is_left_out() -> None:
 def test_options_are_known() -> None:
     """The same words are known as options, and unknown words give nothing."""
     assert "lr=0.1" in hint_for_name("--learning-rate", "0.1")
-    assert "lr=..." in hint_near_name("--learing-rate")
-    assert hint_for_name("--zebra") == hint_near_name("--zebra") == ""
+    assert "lr=..." in hint_for_unknown("--learing-rate", ["epochs"])
+    assert hint_for_name("--zebra") == hint_for_unknown("--zebra", ["epochs"]) == ""
     assert hint_for_name("learning_rate", "x" * 1000 + "\x1b") == hint_for_name("learning_rate")
 
 

@@ -94,7 +94,7 @@ def test_text_is_read_by_the_type_of_the_setting(argument: str, value: Any) -> N
         ),
         (["lr=-1"], "expected a number greater than 0"),
         (["lr=inf"], "expected a number greater than 0"),
-        (["epochs=1.5"], "expected a whole number at least 1"),
+        (["epochs=1.5"], "expected a whole number of at least 1"),
         (["precision=fp8"], "expected fp32 or bf16"),
         (["schedule=cosin"], "Did you mean cosine?"),
         (["schedule=cosine(x=1)"], "takes no 'x'"),
@@ -105,7 +105,10 @@ def test_text_is_read_by_the_type_of_the_setting(argument: str, value: Any) -> N
         (["=3"], "expected name=value"),
         (["lr=1", "lr=2"], "given twice"),
         (["steps=1", "epochs=1"], "exclude each other"),
-        (["batch_milestones=1.5"], "expected a list of a number at least 0 and at most 1"),
+        (
+            ["batch_milestones=1.5"],
+            "each item a number of at least 0 and at most 1",
+        ),
     ],
 )
 def test_bad_values_are_refused(arguments: list[str], message: str) -> None:

@@ -29,6 +29,7 @@ def test_a_name_that_cannot_exist_does_not(
     assert not paths.is_file(name)
     assert not paths.is_dir(Path("x") / name)
     assert not paths.exists(f"x/{name}")
+    assert not paths.is_link(f"x/{name}")
 
 
 def test_paths_that_exist_are_told_apart(tmp_path: Path) -> None:
@@ -37,6 +38,8 @@ def test_paths_that_exist_are_told_apart(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("file")
     assert paths.is_file(tmp_path / "file")
     assert paths.is_file(tmp_path / "link")
+    assert paths.is_link(tmp_path / "link")
+    assert not paths.is_link(tmp_path / "file")
     assert paths.exists(tmp_path / "link")
     assert paths.is_dir(tmp_path)
     assert not paths.is_dir(tmp_path / "file")

@@ -39,7 +39,7 @@ def test_a_training_script_is_not_imported(
     for text in (f"plain_{name}.py", f"./plain_{name}.py", f"plain_{name}"):
         with pytest.raises(RecipeError) as caught:
             resolve(text)
-        for word in ("launcher new", "-> Recipe", "docs/migrating.md"):
+        for word in ("launcher new", "-> Recipe", "docs/porting.md"):
             assert word in str(caught.value)
     assert f"plain_{name}" not in sys.modules
 

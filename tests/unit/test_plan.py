@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from examples import LAPTOP, NODE, recipe
 
-from launcher import Plan, PlanError, WorldError, adamw, constant, make_plan, warmup, wsd
+from launcher import Plan, PlanError, WorldError, adamw, constant, cosine, make_plan, warmup, wsd
 from launcher.console.explain import explain, summarize
 from launcher.environment.world import World
 from launcher.planning.global_batch import micro_batch, num_micro_steps, part, shares
@@ -213,6 +213,7 @@ def test_a_plan_is_json_and_text() -> None:
             ),
         ),
         ({"schedule": constant()}, 2, ("constant(): lr 0.1 at every step",)),
+        ({"schedule": cosine()}, 2, ("cosine(): lr 0.1 to 6.85e-05 data",)),
         ({"precision": "bf16", "compile": True}, 2, ("speed-ups precision=bf16, compile",)),
     ],
 )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import UserDict
+
 import pytest
 
 from launcher.printable import (
     MAX_CHARACTERS,
     error_line,
+    kind_of,
     printable,
     printable_line,
     shortened,
@@ -52,6 +55,12 @@ def test_a_long_text_loses_its_middle() -> None:
     text = shortened("a" * 100 + "b" * 100, limit=20)
     assert text == f"{'a' * 10}\n... 180 characters left out ...\n{'b' * 10}"
     assert shortened("short", limit=20) == "short"
+
+
+def test_a_class_has_its_article() -> None:
+    """The name of a class stands after the article that its first letter asks for."""
+    values: list[object] = [1, {}, UserDict()]
+    assert [kind_of(value) for value in values] == ["an int", "a dict", "a UserDict"]
 
 
 def test_an_exception_without_words_has_a_text() -> None:

@@ -10,7 +10,8 @@ import torch
 from support import ROOT
 
 from launcher import RecipeError, packaged_file
-from launcher.recipe.resolve import list_recipes
+from launcher.recipe.parameters import parameters_of
+from launcher.recipe.resolve import list_recipes, resolve
 from launcher.recipes.fashion_mnist import read_idx
 from launcher.recipes.gpt import cut, pack, pad
 from launcher.recipes.resnet import build_resnet
@@ -50,11 +51,14 @@ def test_a_damaged_idx_file_is_refused(tmp_path: Path, content: bytes | None, me
 
 
 def test_every_recipe_is_described() -> None:
-    """Every recipe has a sentence, and recipes/README.md lists its function."""
+    """Every recipe and parameter has a sentence, and recipes/README.md lists the functions."""
     page = (ROOT / "recipes/README.md").read_text()
     for recipe in list_recipes(ROOT / "recipes"):
         assert f"`{recipe.function}`" in page
         assert recipe.sentence
+        function = resolve(f"{recipe.path}:{recipe.function}").function
+        for parameter in parameters_of(function):
+            assert parameter.sentence.endswith("."), (recipe.function, parameter.name)
 
 
 def test_bounds_stay_in_order() -> None:

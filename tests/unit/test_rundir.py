@@ -27,6 +27,16 @@ def test_an_existing_folder_is_not_touched(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_becomes_of_an_existing_run_is_said(tmp_path: Path) -> None:
+    """`launcher resume` is named for the folder of a run that has a checkpoint, and no other."""
+    (tmp_path / "run.yaml").touch()
+    with pytest.raises(RunDirError, match="its run saved no checkpoint"):
+        create_run_dir(tmp_path, "x")
+    (tmp_path / "checkpoints/step-00000001").mkdir(parents=True)
+    with pytest.raises(RunDirError, match="launcher resume"):
+        create_run_dir(tmp_path, "x")
+
+
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     """A failed write leaves the old content, and no temporary file."""
     path = tmp_path / "value.json"

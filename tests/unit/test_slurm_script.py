@@ -52,7 +52,7 @@ def test_sizes_are_read_as_slurm_reads_them() -> None:
             "partiton: gpu",
             "line 1: unknown key 'partiton' in the site profile. Did you mean partition?",
         ),
-        ("gpus_per_node: many", "gpus_per_node: expected a whole number at least 0, or none"),
+        ("gpus_per_node: many", "gpus_per_node: expected a whole number of at least 0, or none"),
         ("time: soon", "time: expected a time such as 90"),
         ("memory_per_node: lots", "expected a size such as 480G"),
         ("env: {a-b: c}", "env: 'a-b' is not a valid name"),

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from launcher.cli.arguments import Bytes, SettingsCommand, out_option
+from launcher.cli.arguments import Bytes, out_option
+from launcher.cli.settings_command import SettingsCommand
 from launcher.cli.target import target_arguments
 from launcher.console.echo import echo
 from launcher.errors import EXIT_FAILED

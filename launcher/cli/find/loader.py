@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from launcher.cli.arguments import Number, SettingsCommand, out_option
+from launcher.cli.arguments import Number, out_option
+from launcher.cli.settings_command import SettingsCommand
 from launcher.cli.target import target_arguments
 from launcher.console.echo import echo
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 @target_arguments
 @click.option(
     "--seconds",
-    type=Number(min=0.5, max=86_400),
+    type=Number(min=0.5, largest=86_400),
     default=4.0,
     show_default=True,
     metavar="S",

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import click
 
-from launcher.cli.arguments import Number, SettingsCommand, out_option
+from launcher.cli.arguments import Count, Number, out_option
+from launcher.cli.settings_command import SettingsCommand
 from launcher.cli.target import target_arguments
 from launcher.console.echo import echo
 from launcher.errors import EXIT_FAILED, UsageError
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--steps",
-    type=click.IntRange(min=20, max=100_000),
+    type=Count(min=20, largest=100_000),
     default=200,
     show_default=True,
     metavar="K",

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from launcher.cli.arguments import SettingsCommand, out_option
+from launcher.cli.arguments import Count, out_option
+from launcher.cli.settings_command import SettingsCommand
 from launcher.cli.target import target_arguments
 from launcher.console.echo import echo
 from launcher.errors import EXIT_FAILED
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 @target_arguments
 @click.option(
     "--steps",
-    type=click.IntRange(min=40, max=10**9),
+    type=Count(min=40, largest=10**9),
     default=500,
     show_default=True,
     metavar="K",

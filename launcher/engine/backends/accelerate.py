@@ -53,6 +53,7 @@ from launcher.environment.world import World
 from launcher.errors import WorldError
 from launcher.planning.plan import Plan
 from launcher.planning.strategy import STRATEGIES
+from launcher.printable import kind_of
 from launcher.recipe.recipe import Recipe
 
 T = TypeVar("T")
@@ -183,7 +184,7 @@ class DDPBackend(GroupBackend):
             wrapped = self._accelerator.prepare(RecipeForward(model))
         if not isinstance(wrapped, DistributedDataParallel):
             raise WorldError(
-                f"Accelerate returned a {type(wrapped).__name__} instead of a "
+                f"Accelerate returned {kind_of(wrapped)} instead of a "
                 "DistributedDataParallel module, so each rank would train a separate copy of the "
                 "model. Check the versions of accelerate and torch."
             )
@@ -298,7 +299,7 @@ class FSDPBackend(GroupBackend):
             sharded = fsdp2_prepare_model(self._accelerator, wrapped)
         if not isinstance(sharded, FSDPModule):
             raise WorldError(
-                f"Accelerate returned a {type(sharded).__name__} instead of an FSDP module, so "
+                f"Accelerate returned {kind_of(sharded)} instead of an FSDP module, so "
                 "each rank would train a separate copy of the model. Check the versions of "
                 "accelerate and torch."
             )

@@ -52,6 +52,7 @@ from launcher.errors import RecipeError, WorldError
 from launcher.planning.configs import deepspeed_config
 from launcher.planning.plan import Plan
 from launcher.planning.strategy import STRATEGIES
+from launcher.printable import kind_of
 from launcher.recipe.recipe import Recipe
 
 _EMPTY_GRADIENT = "got [0] but expected shape"
@@ -108,7 +109,7 @@ class DeepSpeedBackend(GroupBackend):
         engine, _ = self._accelerator.prepare(RecipeForward(model), optimizer)
         if not isinstance(engine, DeepSpeedEngine):
             raise WorldError(
-                f"Accelerate returned a {type(engine).__name__} instead of a DeepSpeed engine, so "
+                f"Accelerate returned {kind_of(engine)} instead of a DeepSpeed engine, so "
                 "each rank would train a separate copy of the model. Check the versions of "
                 "accelerate, deepspeed and torch."
             )

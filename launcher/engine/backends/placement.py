@@ -17,6 +17,7 @@ from launcher.engine.backends.nested_tensors import holds_tensors, map_tensors, 
 from launcher.environment.world import World
 from launcher.errors import RecipeError, WorldError
 from launcher.planning.plan import Plan
+from launcher.printable import kind_of
 from launcher.recipe.recipe import Recipe
 
 _MIN_CAPABILITY_BF16 = (8, 0)
@@ -93,7 +94,7 @@ class Placement:
                 value = value.to(self._device)
         elif holds_tensors(value):
             raise RecipeError(
-                f"A batch holds a {type(value).__name__}, whose tensors cannot be moved to a GPU. "
+                f"A batch holds {kind_of(value)}, whose tensors cannot be moved to a GPU. "
                 f"{_REMEDY}, or give {type(value).__name__} a method to(device)."
             )
         return self._convert_object(value)
@@ -109,7 +110,7 @@ class Placement:
         if callable(getattr(value, "double", None)):
             return value.double()
         raise RecipeError(
-            f"A batch holds a {type(value).__name__}, whose tensors cannot be converted for "
+            f"A batch holds {kind_of(value)}, whose tensors cannot be converted for "
             f"precision=fp64. {_REMEDY}, or use another precision."
         )
 

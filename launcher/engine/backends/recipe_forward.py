@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from launcher.engine.backends.nested_tensors import map_tensors, tensors_in
 from launcher.errors import RecipeError
+from launcher.printable import kind_of
 
 _MODULE = "recipe_module"
 """The attribute of `RecipeForward` with the recipe's module."""
@@ -91,7 +92,7 @@ def call_with_output_hooks(
         return returned
     if torch.is_grad_enabled() and not any(tensor.requires_grad for tensor in returned):
         raise RecipeError(
-            f"The recipe's forward returned a {type(outputs).__name__} in which no tensor with a "
+            f"The recipe's forward returned {kind_of(outputs)} in which no tensor with a "
             "gradient was found. Return a tensor, or tensors in a list, tuple, dict or dataclass."
         )
     tensors = iter(returned)

@@ -33,7 +33,14 @@ from launcher.engine.data.seeds import derive
 from launcher.engine.ranks.temporary_files import check_temporary_folder
 from launcher.errors import LauncherError, RecipeError, SampleError
 from launcher.planning.plan import Plan
-from launcher.printable import class_name, error_line, printable_line, text_of, traceback_of
+from launcher.printable import (
+    class_name,
+    error_line,
+    kind_of,
+    printable_line,
+    text_of,
+    traceback_of,
+)
 from launcher.recipe.recipe import Data, Recipe
 from launcher.runs.job import RecipeSource
 
@@ -71,7 +78,7 @@ def sample_count(data: Any, split: str) -> int:
     """
     if isinstance(data, IterableDataset):
         raise RecipeError(
-            f"The {split} data is a {type(data).__name__}, an iterable data set. Its samples have "
+            f"The {split} data is {kind_of(data)}, an iterable data set. Its samples have "
             "no indices, so the launcher can neither divide them exactly among ranks nor resume at "
             "the right sample. Return a data set with __len__ and __getitem__. For samples in tar "
             "files, use launcher.Shards, which reads them in any order."
@@ -79,14 +86,14 @@ def sample_count(data: Any, split: str) -> int:
     if isinstance(data, Mapping) and 0 not in data:
         names = ", ".join(map(repr, list(data)[:4]))
         raise RecipeError(
-            f"The {split} data is a {type(data).__name__} with the keys {names}, but it must be "
+            f"The {split} data is {kind_of(data)} with the keys {names}, but it must be "
             "one data set whose samples have indices from 0. Join several data sets with "
             "torch.utils.data.ConcatDataset."
         )
     if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
         missing = "length" if hasattr(data, "__getitem__") else "__getitem__"
         raise RecipeError(
-            f"The {split} data is a {type(data).__name__}, which has no {missing}, so its samples "
+            f"The {split} data is {kind_of(data)}, which has no {missing}, so its samples "
             "cannot be divided exactly among ranks. Return a map-style data set, with __len__ and "
             "__getitem__."
         )

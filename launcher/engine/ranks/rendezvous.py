@@ -281,7 +281,7 @@ def _is_this_machine(host: str) -> bool:
     """
     try:
         addresses = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise WorldError(
             f"--rendezvous {host}: this machine cannot resolve that name ({error}). Give the name "
             "or the address of the first node."
@@ -300,6 +300,6 @@ def accepts_connections(host: str, port: int) -> bool:
     """Return whether something accepts connections at an address, within 5 s."""
     try:
         socket.create_connection((host, port), timeout=5).close()
-    except OSError:
+    except (OSError, UnicodeError):
         return False
     return True

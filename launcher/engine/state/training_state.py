@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 from launcher.engine.state.compiled import plain_name
 from launcher.engine.state.hyperparameters import SCHEDULED
 from launcher.errors import CheckpointError, TrainingError
+from launcher.printable import kind_of
 from launcher.runs.manifest import StateValues
 
 _REMEDY = "Use an optimizer that keeps tensors, numbers and strings in `state[parameter]`."
@@ -172,7 +173,7 @@ def check_optimizer(tensors: Iterable[Tensor], optimizer: Optimizer) -> None:
         for name, value in state.items():
             if not (isinstance(value, Tensor) or is_plain(value)):
                 raise TrainingError(
-                    f"{kind} keeps a {type(value).__name__} under {name!r} in its state, which a "
+                    f"{kind} keeps {kind_of(value)} under {name!r} in its state, which a "
                     f"checkpoint cannot hold. {_REMEDY}"
                 )
     for group in optimizer.param_groups:

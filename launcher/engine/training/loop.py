@@ -25,6 +25,7 @@ from launcher.engine.state.hyperparameters import Hyperparameters
 from launcher.errors import RecipeError
 from launcher.planning.plan import Plan
 from launcher.planning.stages import Window
+from launcher.printable import kind_of
 from launcher.recipe.recipe import Recipe
 
 
@@ -348,4 +349,4 @@ def _describe(returned: Any) -> str:
         return f"({', '.join(map(_describe, returned))})"
     if isinstance(returned, Tensor):
         return f"a tensor of shape {tuple(returned.shape)}"
-    return f"a {type(returned).__name__}"
+    return kind_of(returned)
