@@ -8,6 +8,7 @@ little processor time. Each of these is checked after every command.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import re
@@ -55,7 +56,7 @@ class Ended:
 
 
 class _WriteMonitor:
-    """Records what this process writes outside a folder, as audit events report it."""
+    """Prevents writes of this process outside a folder, as if all else were read-only."""
 
     def __init__(self) -> None:
         self._folder: str | None = None
@@ -64,7 +65,7 @@ class _WriteMonitor:
 
     @contextlib.contextmanager
     def watching(self, folder: Path) -> Iterator[list[str]]:
-        """Yield the list of writes outside `folder` during the context."""
+        """Yield the list of attempts to write outside `folder` during the context."""
         self._folder, self.outside = os.path.realpath(folder), []
         try:
             yield self.outside
@@ -92,8 +93,12 @@ class _WriteMonitor:
         assert self._folder is not None
         place = os.path.realpath(os.path.dirname(os.path.abspath(path)))  # noqa: PTH120, PTH100
         inside = place == self._folder or place.startswith(f"{self._folder}{os.sep}")
-        if not inside and not place.startswith(("/dev", "/proc")) and "__pycache__" not in place:
-            self.outside.append(f"{event} {path}")
+        if inside or place.startswith(("/dev/shm", "/proc")) or "__pycache__" in place:
+            return
+        if place == "/dev" and os.path.exists(path):  # noqa: PTH110
+            return
+        self.outside.append(f"{event} {path}")
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
 
 
 _MONITOR = _WriteMonitor()
