@@ -24,3 +24,12 @@ def is_dir(path: str | Path) -> bool:
 def exists(path: str | Path) -> bool:
     """Return whether a path leads to something, also through symbolic links."""
     return os.path.exists(path)  # noqa: PTH110  # Path raises
+
+
+def native(text: str) -> str:
+    """Return a path that was read from a file in UTF-8 as Python has it in the present locale."""
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return os.fsdecode(text.encode("utf-8", "surrogatepass"))
+    return text

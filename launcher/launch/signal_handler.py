@@ -69,8 +69,11 @@ class SignalHandler:
             announces: Whether this process prints that the run will stop.
         """
         self._job, self._announces = job, announces
-        if self.stopped_by is not None:
-            self._signal_ranks()
+        if self.stopped_by is None:
+            return
+        if not job.saves:
+            self._end(self.stopped_by)
+        self._signal_ranks()
 
     def _interrupt(self, *_: object) -> None:
         if self._interrupted or not self._has_steps_to_lose():

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import socket
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -27,7 +29,13 @@ from accelerate.utils import (
     fsdp2_prepare_model,
 )
 from torch import Tensor, nn
-from torch._C._distributed_c10d import FileStore, Store
+from torch._C._distributed_c10d import (
+    DebugLevel,
+    FileStore,
+    Store,
+    get_debug_level,
+    set_debug_level,
+)
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -52,11 +60,14 @@ from launcher.errors import WorldError
 from launcher.planning.plan import Plan
 from launcher.planning.strategy import STRATEGIES
 from launcher.recipe.recipe import Recipe
+from launcher.recipe.validation import brief
 
 T = TypeVar("T")
 
 _NUM_FIRST_TIMED, _TIMED_STRIDE = 10, 100
 """On GPUs, DDP times the first passes and then one pass in each stride."""
+
+_INTERFACE_VARIABLES = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
 
 _TIMED_PARTS = "comm", "compute_comm_overlap"
 
@@ -155,6 +166,8 @@ class DDPBackend(GroupBackend):
     """
 
     def __init__(self, recipe: Recipe, plan: Plan, world: World) -> None:
+        if plan.device == "cpu":
+            _lower_debug_level(world)
         super().__init__(
             recipe,
             plan,
@@ -338,6 +351,20 @@ class FSDPBackend(GroupBackend):
         return weights
 
 
+def _lower_debug_level(world: World) -> None:
+    """Use the debug level INFO instead of DETAIL, with which DDP over gloo crashes (torch 2.13)."""
+    if get_debug_level() != DebugLevel.DETAIL:
+        return
+    set_debug_level(DebugLevel.INFO)
+    if world.rank == 0:
+        print(
+            "launcher: the ranks use TORCH_DISTRIBUTED_DEBUG=INFO, because torch crashes with "
+            "DETAIL when DDP trains over gloo. INFO also names the parameters without gradients.",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
 def join_process_group(world: World, backend: str) -> None:
     """Join the default process group, over the network interface that reaches rank 0.
 
@@ -349,14 +376,17 @@ def join_process_group(world: World, backend: str) -> None:
         backend: The communication backend, as `torch.distributed.init_process_group` names it.
 
     Raises:
-        WorldError: Not all ranks reach that address.
+        WorldError: Not all ranks reach that address, or GLOO_SOCKET_IFNAME names an interface that
+            this machine does not have.
     """
     if world.address is not None:
         os.environ.update(_environment_variables(world, *world.address))
-    interface = "lo" if world.nodes == 1 else _interface_to(os.environ["MASTER_ADDR"])
-    if interface is not None:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+    if world.nodes == 1:  # whatever the variables name for runs on several machines
+        os.environ.update(dict.fromkeys(_INTERFACE_VARIABLES, "lo"))
+    elif (interface := _interface_to(os.environ["MASTER_ADDR"])) is not None:
+        for variable in _INTERFACE_VARIABLES:
+            os.environ.setdefault(variable, interface)
+    _check_interface()
     if dist.is_initialized():
         return
     if world.store is not None:
@@ -370,6 +400,23 @@ def join_process_group(world: World, backend: str) -> None:
         world_size=world.world_size,
         timeout=TIMEOUT,
     )
+
+
+def _check_interface() -> None:
+    """Check that this machine has the interfaces of GLOO_SOCKET_IFNAME.
+
+    Raises:
+        WorldError: It lacks one.
+    """
+    text = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    present = psutil.net_if_addrs()
+    for name in filter(None, text.split(",")):
+        if name not in present:
+            raise WorldError(
+                f"GLOO_SOCKET_IFNAME={brief(repr(text))} in the environment: {platform.node()} has "
+                f"no network interface {brief(name)}, it has {', '.join(present)}. Name one of "
+                "them, or unset the variable to use the interface that reaches rank 0."
+            )
 
 
 def _environment_variables(world: World, host: str, port: int) -> dict[str, str]:
