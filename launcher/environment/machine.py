@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.recipe.text_values import digits
+
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
@@ -137,7 +139,7 @@ def _num_gpus(root: Path, env: Mapping[str, str]) -> int:
         return present
     usable = 0
     for entry in map(str.strip, visible.split(",")):
-        if not entry or entry.startswith("-") or (entry.isdigit() and int(entry) >= present):
+        if not entry or entry.startswith("-") or (digits(entry) or 0) >= present:
             break
         usable += 1
     return min(usable, present)
@@ -151,8 +153,8 @@ def _usable_cores(root: Path, env: Mapping[str, str]) -> tuple[int, str]:
     if quota := _cgroup_cores(root):
         limits.append((quota, "cgroup CPU quota"))
     for name in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE"):
-        if env.get(name, "").isdigit():
-            limits.append((int(env[name]), name))
+        if (count := digits(env.get(name, ""))) is not None:
+            limits.append((count, name))
     cores, name = min(limits, key=lambda limit: limit[0])
     return max(cores, 1), name
 
@@ -218,6 +220,6 @@ def _cgroup_folders(root: Path, controller: str) -> list[Path]:
 def _read(path: Path) -> str | None:
     """Return the text of a file without surrounding blanks; None if it cannot be read."""
     try:
-        return path.read_text().strip()
+        return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return None

@@ -17,8 +17,8 @@ from launcher.errors import LauncherError, RunDirError
 from launcher.json_file import Count, Moment, find_json
 from launcher.runs.rundir import RunDir, write_json
 
-_MAX_BYTES = 1 << 22
-"""Size of the largest failure.json that is read; the texts of one are bounded far below it."""
+_MAX_BYTES = 1 << 25
+"""Largest failure.json that is read: earlier versions kept messages of 20 MB."""
 
 FAILURE_FILE_VARIABLE = "LAUNCHER_FAILURE_FILE"
 """The environment variable that names the file for a failure that the run folder cannot hold."""
@@ -67,10 +67,6 @@ class Failure:
         if self.log_line is None:
             del values["log_line"]
         return values
-
-
-_MAX_BYTES = 1 << 25
-"""Largest failure.json that is read: earlier versions kept messages of 20 MB."""
 
 
 class RunFailedError(LauncherError):

@@ -10,13 +10,15 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing import process
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from launcher.engine.ranks.temporary_files import check_temporary_folder, sockets_in
 from launcher.errors import WorldError
 from launcher.launch.signal_handler import SignalHandler
+from launcher.runs.job import Job
 from launcher.runs.private_folder import private_folder
 from launcher.signals import StopRequest
 
@@ -148,6 +150,22 @@ def test_an_interrupt_removes_the_folder_of_a_command(parent: Path) -> None:
             signal.raise_signal(signal.SIGINT)
 
     assert _exit_code_of(interrupted) == 130
+    assert list(parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_job_that_saves_nothing_ends_by_a_signal_before_it_starts(
+    parent: Path, number: signal.Signals
+) -> None:
+    """A stop signal that comes before the ranks of a check or a finder start ends the command."""
+
+    def stopped() -> None:
+        signals = SignalHandler()
+        with private_folder():
+            signal.raise_signal(number)
+            signals.attach(cast("Job", SimpleNamespace(saves=False)), announces=False)
+
+    assert _exit_code_of(stopped) == 128 + number
     assert list(parent.iterdir()) == []
 
 
