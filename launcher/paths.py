@@ -29,3 +29,12 @@ def exists(path: str | Path) -> bool:
 def is_link(path: str | Path) -> bool:
     """Return whether a path is a symbolic link, to whatever it may lead."""
     return os.path.islink(path)  # noqa: PTH114  # Path raises
+
+
+def native(text: str) -> str:
+    """Return a path that was read from a file in UTF-8 as Python has it in the present locale."""
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return os.fsdecode(text.encode("utf-8", "surrogatepass"))
+    return text

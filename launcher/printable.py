@@ -35,6 +35,26 @@ def printable_line(text: str) -> str:
     return printable(" ".join(text.split()))
 
 
+def as_unicode(text: str) -> str:
+    """Return `text` without lone surrogates, which no text in UTF-8 can hold.
+
+    Python reads file names and arguments with surrogates for bytes that the encoding of its locale
+    lacks. Where these bytes are UTF-8 the result has their characters; otherwise it has escapes.
+    """
+    return as_bytes(text).decode("utf-8", "backslashreplace")
+
+
+def as_bytes(text: str) -> bytes:
+    """Return `text` in UTF-8, with the names of files as the bytes that they consist of.
+
+    Other lone surrogates become escapes.
+    """
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "backslashreplace")
+
+
 def shortened(text: str, limit: int = MAX_CHARACTERS) -> str:
     """Return `text` with at most about `limit` characters: its beginning, its end and a count."""
     if len(text) <= limit:

@@ -11,7 +11,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
@@ -23,6 +23,25 @@ EXIT_BY_SIGNAL = 128
 
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
 """The signals that end a rank at once while it waits for others with nothing to save."""
+
+_cleanups: list[Callable[[], object]] = []
+
+
+def call_before_end(cleanup: Callable[[], object]) -> None:
+    """Let `end_process` call a function, which may run inside a signal handler."""
+    _cleanups.append(cleanup)
+
+
+def end_process(exit_code: int) -> NoReturn:
+    """End this process without an exception, which code that imports could catch.
+
+    Nothing but the functions of `call_before_end` runs before.
+    """
+    try:
+        for cleanup in _cleanups:
+            cleanup()
+    finally:
+        os._exit(exit_code)
 
 
 @contextlib.contextmanager
@@ -107,9 +126,10 @@ class StopRequest:
 
         If SIGTERM has already been recorded, the process ends now.
         """
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        exit_code = EXIT_BY_SIGNAL + signal.SIGTERM
+        signal.signal(signal.SIGTERM, lambda *_: end_process(exit_code))
         if self.number is signal.SIGTERM:
-            os._exit(EXIT_BY_SIGNAL + signal.SIGTERM)
+            end_process(exit_code)
         time.sleep(seconds)
 
     def _record(self, number: int, _: FrameType | None) -> None:
@@ -126,7 +146,17 @@ class StopRequest:
         self._record(number, frame)
 
 
+def announce_stop(number: signal.Signals) -> int:
+    """Print which signal ended the run; return the exit code of a process that it ends."""
+    announce(f"stopped by {number.name}")
+    return EXIT_BY_SIGNAL + number
+
+
+def announce(text: str) -> None:
+    """Print a line about a signal on standard error, from a handler, if it can be written."""
+    with contextlib.suppress(OSError):  # the terminal may have closed
+        os.write(2, f"\nlauncher: {text}\n".encode())
+
+
 def _end(number: signal.Signals) -> NoReturn:
-    """End this process without an exception, which code that imports could catch."""
-    os.write(2, f"\nlauncher: stopped by {number.name}\n".encode())
-    os._exit(EXIT_BY_SIGNAL + number)
+    end_process(announce_stop(number))

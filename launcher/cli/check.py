@@ -45,9 +45,11 @@ def command(recipe: str, overrides: tuple[str, ...], config: Path | None, *, as_
     from launcher.environment.machine import read_machine
     from launcher.findings import ok, warning, worst
     from launcher.json_file import encode_json
+    from launcher.launch.only_launcher import check_only_launcher
     from launcher.launch.signal_handler import SignalHandler
     from launcher.recipe.resolve import resolve
 
+    check_only_launcher()
     signals = SignalHandler()
     findings: list[Finding] = []
 

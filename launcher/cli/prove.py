@@ -112,9 +112,11 @@ def command(
     from launcher.checks.proof_summary import header, row_line, to_dict, verdict
     from launcher.environment.machine import read_machine
     from launcher.json_file import encode_json
+    from launcher.launch.only_launcher import check_only_launcher
     from launcher.launch.signal_handler import SignalHandler
     from launcher.recipe.resolve import resolve
 
+    check_only_launcher()
     signals = SignalHandler()
     machine = read_machine()
 

@@ -28,10 +28,12 @@ def target_arguments(function: Callable[..., Any]) -> Callable[..., Any]:
         **options: Any,
     ) -> Any:
         from launcher.environment.machine import read_machine
+        from launcher.launch.only_launcher import check_only_launcher
         from launcher.launch.signal_handler import SignalHandler
         from launcher.recipe.resolve import resolve
         from launcher.tuning.probe_run import Target
 
+        check_only_launcher()
         signals = SignalHandler()
         target = Target(
             reference=resolve(recipe),

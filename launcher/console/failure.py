@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 from collections.abc import Iterator
@@ -83,6 +84,8 @@ def death_text(rank: int, exit_code: int, run_dir: RunDir, *, oom_kills: int | N
             how += _sigkill_reason(oom_kills)
         if name == "SIGBUS":
             how += " (a full /dev/shm causes this: use fewer num_workers, or a larger /dev/shm)"
+        if name == "SIGSEGV" and os.environ.get("TORCH_DISTRIBUTED_DEBUG") == "DETAIL":
+            how += " (TORCH_DISTRIBUTED_DEBUG=DETAIL may cause this in torch's DDP: try INFO)"
     elif exit_code == 0:
         how = "ended with exit code 0 before the run did: something in it called os._exit()"
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import time
 from pathlib import Path
@@ -20,7 +19,7 @@ from launcher.findings import Finding, RankDiagnostics
 from launcher.planning.plan import Plan
 from launcher.recipe.recipe import Recipe
 from launcher.runs.rundir import RunDir
-from launcher.signals import StopRequest
+from launcher.signals import StopRequest, end_process
 
 _open_backends: list[Backend] = []
 """Backends that must not be destroyed before the process exits.
@@ -83,4 +82,4 @@ def exit_now(exit_code: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
     finally:
-        os._exit(exit_code)
+        end_process(exit_code)

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.recipe.text_values import digits
+
 _SECONDS_FOR_WSL = 10
 """Longest wait for `nvidia-smi` under WSL."""
 
@@ -121,7 +123,7 @@ def _num_visible(present: int, env: Mapping[str, str], names: Iterable[str]) -> 
             continue
         usable = 0
         for entry in entries:
-            if not entry or entry.startswith("-") or (entry.isdigit() and int(entry) >= present):
+            if not entry or entry.startswith("-") or (digits(entry) or 0) >= present:
                 break
             usable += 1
             if entry.startswith("MIG-"):

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.environment.accelerators import find_accelerators
+from launcher.recipe.text_values import digits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,8 +142,8 @@ def _usable_cores(root: Path, env: Mapping[str, str]) -> tuple[int, str]:
     if quota := _cgroup_cores(root):
         limits.append((quota, "cgroup CPU quota"))
     for name in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE"):
-        if env.get(name, "").isdigit():
-            limits.append((int(env[name]), name))
+        if (count := digits(env.get(name, ""))) is not None:
+            limits.append((count, name))
     cores, name = min(limits, key=lambda limit: limit[0])
     return max(cores, 1), name
 
@@ -208,6 +209,6 @@ def _cgroup_folders(root: Path, controller: str) -> list[Path]:
 def _read(path: Path) -> str | None:
     """Return the text of a file without surrounding blanks; None if it cannot be read."""
     try:
-        return path.read_text().strip()
+        return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return None

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import ipaddress
+import os
+import platform
 import socket
 
 import psutil
+
+from launcher.errors import WorldError
+from launcher.recipe.validation import brief
 
 _ANYWHERE = "192.0.2.1"
 """An address that is reserved for documentation (RFC 5737): only a default route leads to it."""
 
 _BRIDGES = ("docker", "br-", "virbr", "cni", "flannel", "podman")
 """Prefixes of the names of interfaces that lead to containers of this machine alone."""
+
+
+INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+"""Variables that name the interfaces of gloo and NCCL."""
 
 
 def interface_to(host: str) -> str | None:
@@ -33,6 +42,23 @@ def interface_to(host: str) -> str | None:
     if _is_loopback(local) and not (host == "localhost" or _is_loopback(host)):
         return _outgoing_interface()
     return _interface_of(local)
+
+
+def check_interfaces() -> None:
+    """Check that this machine has the interfaces of GLOO_SOCKET_IFNAME.
+
+    Raises:
+        WorldError: It lacks one.
+    """
+    text = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    present = psutil.net_if_addrs()
+    for name in filter(None, text.split(",")):
+        if name not in present:
+            raise WorldError(
+                f"GLOO_SOCKET_IFNAME={brief(repr(text))} in the environment: {platform.node()} has "
+                f"no network interface {brief(name)}, it has {', '.join(present)}. Name one of "
+                "them, or unset the variable to use the interface that reaches rank 0."
+            )
 
 
 def _local_address(host: str) -> str | None:

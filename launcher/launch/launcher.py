@@ -33,7 +33,7 @@ from launcher.errors import (
     TrainingError,
 )
 from launcher.forking import reason_not_to_fork
-from launcher.launch.signal_handler import SignalHandler, announce_stop
+from launcher.launch.signal_handler import SignalHandler
 from launcher.planning.configs import process_environment
 from launcher.planning.plan import Plan
 from launcher.planning.strategy import STRATEGIES
@@ -47,7 +47,7 @@ from launcher.runs.failure_record import (
 )
 from launcher.runs.job import Job
 from launcher.runs.private_folder import private_folder
-from launcher.signals import STOP_SIGNALS
+from launcher.signals import STOP_SIGNALS, announce_stop
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -128,7 +128,7 @@ def _run_ranks(
     folder: Path,
 ) -> int:
     announces = rendezvous is None or not rendezvous.is_quiet
-    signals.attach(job, folder, announces=announces)
+    signals.attach(job, announces=announces)
     oom_kills_before = oom_kills()
     reason_to_spawn = reason_not_to_fork()
     if reason_to_spawn is None:

@@ -17,6 +17,7 @@ from launcher.environment.machine import read_machine
 from launcher.environment.nodes import Nodes
 from launcher.errors import CheckpointError, RunDirError
 from launcher.launch.multi_node import check_restarts
+from launcher.launch.only_launcher import check_only_launcher
 from launcher.paths import is_dir
 from launcher.planning.plan import Plan
 from launcher.recipe.overrides import BuiltRecipe, Override, build
@@ -130,8 +131,10 @@ def prepare_run(request: RunRequest, *, elsewhere: bool = False) -> PreparedRun:
         elsewhere: Whether the nodes may have other numbers of GPUs than this machine.
 
     Raises:
-        UsageError: The recipe, its overrides or the number of ranks are wrong.
+        UsageError: The recipe, its overrides or the number of ranks are wrong, or torchrun started
+            this command.
     """
+    check_only_launcher(request.nodes)
     check_restarts(request.nodes, request.max_restarts)
     built, plan = _plan(request, request.reference, request.overrides, elsewhere=elsewhere)
     return PreparedRun(
@@ -154,6 +157,7 @@ def prepare_resume(request: ResumeRequest, *, elsewhere: bool = False) -> Prepar
     Raises:
         UsageError: The folder, the checkpoint or the changed settings are wrong.
     """
+    check_only_launcher(request.nodes)
     check_restarts(request.nodes, request.max_restarts)
     run_dir = open_run_dir(request.run_dir)
     check_unowned(run_dir.path)

@@ -9,18 +9,26 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import shutil
 import signal
 import threading
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 
 from launcher.runs.heartbeat import PHASES, read_heartbeat
 from launcher.runs.job import Job
-from launcher.signals import EXIT_BY_SIGNAL, STOP_SIGNALS, handlers_restored
+from launcher.runs.private_folder import remove_private_folders
+from launcher.signals import (
+    STOP_SIGNALS,
+    announce,
+    announce_stop,
+    end_process,
+    handlers_restored,
+)
 
 _SECONDS_BETWEEN_LOOKS = 0.1
+
+_SECONDS_TO_END = 2.0
+"""Longest wait for a rank that has been killed."""
 
 
 class SignalHandler:
@@ -43,7 +51,6 @@ class SignalHandler:
         """The first signal that asked the run to stop."""
         self._exits = exits
         self._job: Job | None = None
-        self._folder: Path | None = None
         self._announces = True
         self._interrupted = False
         self._other_children = frozenset(multiprocessing.active_children())
@@ -54,17 +61,19 @@ class SignalHandler:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._stop)
 
-    def attach(self, job: Job, folder: Path, *, announces: bool) -> None:
+    def attach(self, job: Job, *, announces: bool) -> None:
         """Handle signals for this run from now on, including one that came before.
 
         Args:
             job: The run.
-            folder: Its private temporary folder, which is removed when the run ends at once.
             announces: Whether this process prints that the run will stop.
         """
-        self._job, self._folder, self._announces = job, folder, announces
-        if self.stopped_by is not None:
-            self._signal_ranks()
+        self._job, self._announces = job, announces
+        if self.stopped_by is None:
+            return
+        if not job.saves:
+            self._end(self.stopped_by)
+        self._signal_ranks()
 
     def _interrupt(self, *_: object) -> None:
         if self._interrupted or not self._has_steps_to_lose():
@@ -78,12 +87,15 @@ class SignalHandler:
         A command exits without raising an exception, because an import that runs at this moment
         could swallow it.
         """
-        for rank in self._ranks():
+        ranks = self._ranks()
+        for rank in ranks:
             rank.kill()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        for rank in ranks:  # what they still write would be left behind
+            with contextlib.suppress(OSError, ValueError):  # the agent has waited for it
+                rank.join(_SECONDS_TO_END)
         if self._exits:
-            os._exit(announce_stop(number))
+            end_process(announce_stop(number))
+        remove_private_folders()
         self.stopped_by = number
         raise KeyboardInterrupt
 
@@ -94,8 +106,7 @@ class SignalHandler:
             self.stopped_by = signal.Signals(number)
             again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
             if self._announces:
-                text = f"\nlauncher: {self.stopped_by.name}: stopping after this step{again}\n"
-                os.write(2, text.encode())
+                announce(f"{self.stopped_by.name}: stopping after this step{again}")
         self._signal_ranks()
 
     def _has_steps_to_lose(self) -> bool:
@@ -152,9 +163,3 @@ def library_signals() -> Iterator[SignalHandler]:
     if interrupted:
         signal.raise_signal(handler.stopped_by or signal.SIGINT)
         raise KeyboardInterrupt
-
-
-def announce_stop(number: signal.Signals) -> int:
-    """Print which signal ended the run; return the exit code of a process that it ends."""
-    os.write(2, f"\nlauncher: stopped by {number.name}\n".encode())
-    return EXIT_BY_SIGNAL + number

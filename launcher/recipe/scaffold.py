@@ -58,4 +58,7 @@ def _write(target: Path, text: str) -> None:
     except FileExistsError:
         raise UsageError(f"{target} already exists. Choose another name.") from None
     except OSError as error:
-        raise UsageError(f"Cannot write {target}: {error.strerror}.") from None
+        raise UsageError(
+            f"Cannot write {target}: {error.strerror}. Give a file in a folder that you can write "
+            "to."
+        ) from None

@@ -17,6 +17,9 @@ from launcher.json_file import Count, Moment, encode_json, find_json
 from launcher.regular_file import overwrite
 from launcher.runs.rundir import RunDir, write_json
 
+_MAX_BYTES = 1 << 25
+"""Largest failure.json that is read: earlier versions kept messages of 20 MB."""
+
 FAILURE_FILE_VARIABLE = "LAUNCHER_FAILURE_FILE"
 """The environment variable that names the file for a failure that the run folder cannot hold."""
 
@@ -64,10 +67,6 @@ class Failure:
         if self.log_line is None:
             del values["log_line"]
         return values
-
-
-_MAX_BYTES = 1 << 25
-"""Largest failure.json that is read: earlier versions kept messages of 20 MB."""
 
 
 class RunFailedError(LauncherError):

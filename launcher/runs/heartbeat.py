@@ -69,11 +69,10 @@ def read_heartbeat(run_dir: RunDir, rank: int) -> Heartbeat | None:
 def is_running(pid: int) -> bool:
     """Return whether process `pid` runs on this machine; a zombie does not."""
     try:
-        # Before the bracket stands the name of the process, which may be any bytes.
-        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
+        stat = Path(f"/proc/{pid}/stat").read_bytes()  # a process has a name of any bytes
     except OSError:
         return False
-    return state not in b"ZX"
+    return stat.rpartition(b")")[2].split()[0] not in (b"Z", b"X")
 
 
 def read_heartbeats(run_dir: RunDir) -> Iterator[Heartbeat]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
 import re
 from pathlib import Path
 
@@ -52,10 +53,10 @@ def locks_are_shared(path: Path) -> bool:
     """
     num_parts, kind, options = -1, "", ""
     try:
-        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
+        mounts = Path("/proc/self/mountinfo").read_bytes()
     except OSError:
         return False
-    for line in lines:
+    for line in os.fsdecode(mounts).split("\n")[:-1]:
         before, _, after = line.partition(" - ")
         mount_point = Path(_ESCAPED.sub(lambda code: chr(int(code[1], 8)), before.split()[4]))
         if len(mount_point.parts) >= num_parts and path.is_relative_to(mount_point):

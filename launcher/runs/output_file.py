@@ -7,6 +7,7 @@ from pathlib import Path
 
 from launcher.errors import RunDirError
 from launcher.paths import exists, is_file
+from launcher.printable import as_bytes
 from launcher.regular_file import open_regular
 from launcher.runs.rundir import write_atomic, write_failure
 
@@ -52,7 +53,7 @@ def write_output(path: Path, text: str) -> None:
     """
     if exists(path) and not is_file(path):
         try:
-            path.write_text(text, encoding="utf-8")
+            path.write_bytes(as_bytes(text))
         except OSError as error:
             raise write_failure(path, error) from None
         return

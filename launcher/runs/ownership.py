@@ -13,6 +13,7 @@ moment on two machines can both pass this weaker check.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import platform
@@ -25,11 +26,12 @@ from pathlib import Path
 
 from launcher.errors import RunDirError
 from launcher.json_file import Count, DamagedJSONError, Moment, decode_json, encode_json
+from launcher.recipe.text_values import digits
 from launcher.regular_file import open_descriptor
 from launcher.runs.heartbeat import read_heartbeats
 from launcher.runs.locks import locks_are_shared, try_lock
 from launcher.runs.provenance import command_line
-from launcher.runs.rundir import RunDir, check_subfolders
+from launcher.runs.rundir import RunDir, check_subfolders, write_failure
 from launcher.runs.status import SECONDS_TO_START, is_alive
 
 _SECONDS_TO_END = 10.0
@@ -200,15 +202,13 @@ def _acquire(run_dir: RunDir, *, with_ranks: bool) -> _FolderLock:
     try:
         descriptor = open_descriptor(run_dir.owner, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
     except OSError as error:
-        is_file = not os.path.lexists(run_dir.owner) or stat.S_ISREG(run_dir.owner.lstat().st_mode)
-        remedy = "" if is_file else " Remove it, and repeat the command."
-        raise RunDirError(f"Cannot write {run_dir.owner}: {error.strerror}.{remedy}") from None
+        raise _unwritable(run_dir, error) from None
     try:
         _wait_for_lock(descriptor, run_dir)
         _write_owner(descriptor)
     except OSError as error:
         os.close(descriptor)
-        raise RunDirError(f"Cannot write {run_dir.owner}: {error.strerror}.") from None
+        raise _unwritable(run_dir, error) from None
     except BaseException:
         os.close(descriptor)
         raise
@@ -312,7 +312,7 @@ def _write_owner(descriptor: int) -> None:
 def _slurm_job() -> tuple[str | None, int]:
     """Return the Slurm job id of this process, or None, and how often the job was requeued."""
     restarts = os.environ.get("SLURM_RESTART_COUNT", "")
-    return os.environ.get("SLURM_JOB_ID"), int(restarts) if restarts.isdigit() else 0
+    return os.environ.get("SLURM_JOB_ID"), digits(restarts) or 0
 
 
 def _place_of_this_process() -> str:
@@ -327,8 +327,18 @@ def _place_of_this_process() -> str:
 def _start_time(pid: int) -> int | None:
     """Return the start time of a process in clock ticks; None if it has ended."""
     try:
-        # Before the bracket stands the name of the process, which may be any bytes.
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        content = Path(f"/proc/{pid}/stat").read_bytes()  # a process has a name of any bytes
     except OSError:
         return None
-    return None if fields[0] in b"ZX" else int(fields[19])
+    fields = content.rpartition(b")")[2].split()
+    return None if fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+def _unwritable(run_dir: RunDir, error: OSError) -> RunDirError:
+    """Return the error for a run folder that cannot be owned, because nothing can be written."""
+    remedy = ""
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        remedy = "Copy the run folder to where you can write, and give the copy."
+    elif os.path.lexists(run_dir.owner) and not stat.S_ISREG(run_dir.owner.lstat().st_mode):
+        remedy = "Remove it, and repeat the command."
+    return write_failure(run_dir.owner, error, remedy)

@@ -1,11 +1,13 @@
 """Temporary folders of runs, which leave nothing behind even if their process is killed.
 
-Each folder holds a locked file for as long as its process, or a rank that was forked from it, is
-alive. Whoever makes the next folder removes those of this user whose lock is free.
+A process removes its folders when it ends, be it in a signal handler. Each folder holds a locked
+file for as long as its process, or a rank that was forked from it, is alive. Whoever makes the next
+folder removes those of this user whose lock is free.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import os
@@ -15,12 +17,19 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from launcher.paths import exists
 from launcher.runs.locks import try_lock
+from launcher.signals import call_before_end
 
 _PREFIX = "launcher-"
 _LOCK = "launcher.lock"
 _COMPILER_CACHES = "torchinductor_*"
 """Folders that importing torch makes in the temporary folder, for code that it compiles."""
+
+_ATTEMPTS = 5
+
+_folders: list[tuple[int, Path]] = []
+"""The folders that exist or are being made, each with the id of the process that makes it."""
 
 
 @contextlib.contextmanager
@@ -35,16 +44,40 @@ def private_folder() -> Iterator[Path]:
     """
     parent = Path(tempfile.gettempdir())
     _remove_left(parent)
-    # The name is chosen first: an interrupt directly after mkdir must not leave the folder.
-    folder, pid = parent / f"{_PREFIX}{secrets.token_hex(8)}", os.getpid()
+    folder = parent / f"{_PREFIX}{secrets.token_hex(8)}"
+    own = (os.getpid(), folder)
+    _folders.append(own)  # before it exists: the process may end directly after mkdir
     try:
         folder.mkdir(mode=0o700)
         with _locked(folder):
             yield folder
     finally:
-        if os.getpid() == pid:  # a forked process may leave this context as well
-            shutil.rmtree(folder, ignore_errors=True)
-            _remove_empty_caches(parent)
+        _remove(*own)
+        _folders.remove(own)
+
+
+def remove_private_folders() -> None:
+    """Remove the folders that this process has made, whose contexts may still be open."""
+    for pid, folder in tuple(_folders):
+        _remove(pid, folder)
+
+
+atexit.register(remove_private_folders)  # an interrupt may leave a context before it removes
+call_before_end(remove_private_folders)
+
+
+def _remove(pid: int, folder: Path) -> None:
+    """Remove a folder, unless this process is a fork of process `pid`, which made it.
+
+    A process that is being killed may still write to the folder.
+    """
+    if os.getpid() != pid:
+        return
+    for _ in range(_ATTEMPTS):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not exists(folder):
+            break
+    _remove_empty_caches(folder.parent)
 
 
 @contextlib.contextmanager

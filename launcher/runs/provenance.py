@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.printable import as_unicode
 from launcher.runs.redaction import redacted
 
 _PACKAGES = ("gpu-launcher", "torch", "accelerate", "deepspeed", "numpy", "safetensors")
@@ -67,4 +68,4 @@ def git_state(folder: Path) -> GitState | None:
 
 def command_line() -> list[str]:
     """Return the command line of this process, without the values of keys and passwords."""
-    return [redacted(argument) for argument in sys.orig_argv]
+    return [redacted(as_unicode(argument)) for argument in sys.orig_argv]

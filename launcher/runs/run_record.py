@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import msgspec
 
 from launcher.errors import RunDirError
+from launcher.paths import native
 from launcher.planning.plan import Plan
 from launcher.printable import printable_line, shortened
 from launcher.runs.provenance import GitState
@@ -136,9 +137,10 @@ def _read_values(run_dir: RunDir) -> Any:
 
 def _convert(values: Any, run_dir: RunDir) -> RunRecord:
     try:
-        return msgspec.convert(values, RunRecord)
+        record = msgspec.convert(values, RunRecord)
     except (ValueError, OverflowError) as error:
         reason = printable_line(shortened(str(error), 200))
         raise RunDirError(
             f"{run_dir.run_yaml} is damaged, or launcher did not write it: {reason}."
         ) from None
+    return replace(record, recipe=native(record.recipe), folder=native(record.folder))

@@ -41,6 +41,7 @@ import msgspec
 from launcher.errors import RunDirError
 from launcher.json_file import decode_line, encode_json, lines_of
 from launcher.paths import exists, is_dir, is_file
+from launcher.printable import as_bytes, as_unicode
 from launcher.regular_file import open_regular
 
 _MAX_STEM = 200
@@ -223,7 +224,7 @@ def write_atomic(path: Path, content: str | bytes, *, remedy: str = "") -> None:
 
     Args:
         path: The file.
-        content: Its content, text as UTF-8.
+        content: Its content; `as_bytes` encodes text.
         remedy: A sentence for the end of the error that says what to do.
 
     Raises:
@@ -233,7 +234,7 @@ def write_atomic(path: Path, content: str | bytes, *, remedy: str = "") -> None:
     try:
         temporary.unlink(missing_ok=True)  # of a killed process with the same id
         with temporary.open("xb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(as_bytes(content) if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -266,14 +267,20 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def write_yaml(path: Path, values: Mapping[str, Any]) -> None:
-    """Write `values` as YAML in their order, completely or not at all.
+    """Write `values` as YAML in their order, completely or not at all; see `as_unicode` for text.
 
     Raises:
         RunDirError: The file cannot be written.
     """
     import yaml
 
-    write_atomic(path, yaml.safe_dump(dict(values), sort_keys=False, width=100))
+    class Dumper(yaml.SafeDumper):
+        """Writes text that can be read again."""
+
+    Dumper.add_representer(
+        str, lambda dumper, text: yaml.SafeDumper.represent_str(dumper, as_unicode(text))
+    )
+    write_atomic(path, yaml.dump(dict(values), Dumper=Dumper, sort_keys=False, width=100))
 
 
 def open_run_dir(path: Path) -> RunDir:

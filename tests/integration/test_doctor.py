@@ -40,11 +40,11 @@ def test_ranks_of_torchrun_are_examined(run: Commands) -> None:
 
 
 def test_a_failed_rendezvous_is_a_failure(run: Commands) -> None:
-    """Ranks that cannot form a group give a failure; the reason is printed."""
-    done = run("launcher", "doctor", "-n", "2", env={"GLOO_SOCKET_IFNAME": "nosuch0"})
+    """Ranks that cannot form a group give a failure, and the reason is printed."""
+    done = run("launcher", "doctor", "-n", "2", env={"GLOO_DEVICE_TRANSPORT": "nosuch"})
     assert done.exit_code == 1
     assert "failure  ranks" in done.stdout
-    assert "Unable to find address for: nosuch0" in done.stderr
+    assert "unsupported gloo device" in done.stderr
 
 
 def test_a_broken_torchvision_is_a_failure(run: Commands) -> None:

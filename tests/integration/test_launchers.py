@@ -11,6 +11,9 @@ import yaml
 from safetensors.torch import load_file
 from support import ROOT, Commands, read_lines
 
+from launcher.runs.run_record import read_run
+from launcher.runs.rundir import RunDir
+
 RECIPE = str(ROOT / "tests/recipes/worlds.py")
 PORT = ("--main_process_port", "0")  # another test may use the default port
 WAYS = {
@@ -111,6 +114,30 @@ def test_an_existing_folder_is_refused_by_all_ranks(run: Commands) -> None:
     assert done.exit_code != 0
     assert done.stderr.count("exists already") == 1
     assert list((run.folder / "out").iterdir()) == []
+
+
+def test_a_launcher_in_each_process_of_torchrun_is_refused(run: Commands) -> None:
+    """Torchrun with `launcher run` as its program is refused once, and nothing is made."""
+    command = ("torchrun", "--standalone", "--nproc-per-node", "2", "--no-python", "launcher")
+    done = run(*command, "run", RECIPE)
+    assert done.exit_code != 0
+    assert done.stderr.count("torchrun has started this command 2 times") == 1
+    assert not (run.folder / "runs").exists()
+
+
+def test_variables_that_are_left_from_elsewhere(run: Commands) -> None:
+    """A run trains in a locale without UTF-8, with another network and torch's debug level."""
+    env = {
+        "GLOO_SOCKET_IFNAME": "nosuch0",
+        "TORCH_DISTRIBUTED_DEBUG": "DETAIL",
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+    }
+    done = run("launcher", "run", RECIPE, "-n", "2", "epochs=1", "--out", "rün", env=env)
+    assert done.exit_code == 0, done.stderr
+    assert done.stderr.count("TORCH_DISTRIBUTED_DEBUG=INFO") == 1
+    assert read_run(RunDir(run.folder / "rün")).command[-1] == "rün"
 
 
 NOTEBOOK = """

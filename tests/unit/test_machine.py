@@ -67,9 +67,24 @@ def test_slurm_limits_the_cores(tmp_path: Path) -> None:
     )
 
 
+def test_a_count_of_cores_that_is_no_number_is_ignored(tmp_path: Path) -> None:
+    """Characters that Unicode calls digits and `int` does not read limit nothing."""
+    limited_by = read_machine(tmp_path, {"SLURM_CPUS_PER_TASK": "²"}).cores_limited_by
+    assert limited_by != "SLURM_CPUS_PER_TASK"
+
+
 @pytest.mark.parametrize(
     ("visible", "usable"),
-    [(None, 4), ("", 0), ("0,2", 2), ("0,7,1", 1), ("-1", 0), ("GPU-aa,GPU-bb", 2), ("1,-1,2", 1)],
+    [
+        (None, 4),
+        ("", 0),
+        ("0,2", 2),
+        ("0,7,1", 1),
+        ("-1", 0),
+        ("GPU-aa,GPU-bb", 2),
+        ("1,-1,2", 1),
+        ("²", 1),
+    ],
 )
 def test_gpus_that_are_visible(tmp_path: Path, visible: str | None, usable: int) -> None:
     """CUDA_VISIBLE_DEVICES is read from the left up to the first invalid entry, as CUDA does."""

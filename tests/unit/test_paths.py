@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,3 +47,17 @@ def test_paths_that_exist_are_told_apart(tmp_path: Path) -> None:
     assert paths.is_dir(tmp_path)
     assert not paths.is_dir(tmp_path / "file")
     assert not paths.is_file(tmp_path)
+
+
+def test_a_path_from_a_file_is_found_in_every_locale(tmp_path: Path) -> None:
+    """A path that was recorded in UTF-8 leads to its file in a locale that lacks its characters."""
+    folder = tmp_path / "rüns"
+    folder.mkdir()
+    (folder / "path").write_text(str(folder), encoding="utf-8")
+    code = (
+        "import glob, os, pathlib; from launcher.paths import is_dir, native; "
+        "(name,) = glob.glob('r*/path'); text = pathlib.Path(name).read_text(encoding='utf-8'); "
+        "assert is_dir(native(text)), ascii(text)"
+    )
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | locale, check=True)

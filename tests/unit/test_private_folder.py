@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import process
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from launcher.engine.ranks.temporary_files import check_temporary_folder, sockets_in
 from launcher.errors import WorldError
+from launcher.launch.signal_handler import SignalHandler
+from launcher.runs.job import Job
 from launcher.runs.private_folder import private_folder
+from launcher.signals import StopRequest
 
 
 @pytest.fixture
@@ -122,3 +128,78 @@ def test_a_long_temporary_folder_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(tempfile, "tempdir", "/" + "x" * 100)
     with pytest.raises(WorldError, match="101 bytes"):
         check_temporary_folder()
+
+
+def _exit_code_of(function: Callable[[], object]) -> int:
+    """Return the exit code of a process that is forked to call a function."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            function()
+        finally:
+            os._exit(99)  # the function was to end the process
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_an_interrupt_removes_the_folder_of_a_command(parent: Path) -> None:
+    """Ctrl-C leaves no folder, even if it comes before the run has a handler for its signals."""
+
+    def interrupted() -> None:
+        SignalHandler()
+        with private_folder(), private_folder():
+            signal.raise_signal(signal.SIGINT)
+
+    assert _exit_code_of(interrupted) == 130
+    assert list(parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_job_that_saves_nothing_ends_by_a_signal_before_it_starts(
+    parent: Path, number: signal.Signals
+) -> None:
+    """A stop signal that comes before the ranks of a check or a finder start ends the command."""
+
+    def stopped() -> None:
+        signals = SignalHandler()
+        with private_folder():
+            signal.raise_signal(number)
+            signals.attach(cast("Job", SimpleNamespace(saves=False)), announces=False)
+
+    assert _exit_code_of(stopped) == 128 + number
+    assert list(parent.iterdir()) == []
+
+
+def test_an_interrupt_while_a_folder_is_removed(
+    parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C that comes while a folder is removed lets nothing of it remain."""
+    remove = shutil.rmtree
+    interrupts = iter([signal.SIGINT])
+
+    def remove_interrupted(*args: Any, **options: Any) -> None:
+        for number in interrupts:
+            signal.raise_signal(number)
+        remove(*args, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", remove_interrupted)
+
+    def interrupted() -> None:
+        SignalHandler()
+        with private_folder() as folder:
+            (folder / "file").touch()
+
+    assert _exit_code_of(interrupted) == 130
+    assert list(parent.iterdir()) == []
+
+
+def test_a_rank_that_ends_by_a_signal_removes_its_folder(parent: Path) -> None:
+    """A rank of torchrun that a signal ends at once, without an exception, leaves no folder."""
+
+    def ended() -> None:
+        stop = StopRequest()
+        stop.listen()
+        with private_folder(), stop.ends_at_once():
+            signal.raise_signal(signal.SIGTERM)
+
+    assert _exit_code_of(ended) == 128 + signal.SIGTERM
+    assert list(parent.iterdir()) == []

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 
 import pytest
 
 from launcher.errors import RunDirError
 from launcher.runs.output_file import check_output, write_output
-from launcher.runs.rundir import create_run_dir, write_atomic, write_json
+from launcher.runs.rundir import create_run_dir, write_atomic, write_json, write_yaml
+from launcher.yaml_file import read_yaml_file
 
 
 def test_default_folders_do_not_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,10 +43,22 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     """A failed write leaves the old content, and no temporary file."""
     path = tmp_path / "value.json"
     write_json(path, {"a": 1})
-    with pytest.raises(UnicodeEncodeError):
-        write_atomic(path, "\ud800")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(RunDirError, match="File too large"):
+            write_atomic(path, "x" * 1001)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_text() == '{\n  "a": 1\n}\n'
     assert [entry.name for entry in tmp_path.iterdir()] == ["value.json"]
+
+
+def test_arguments_of_any_bytes_can_be_read_again(tmp_path: Path) -> None:
+    """A YAML file holds the characters or the escapes of names that a locale cannot decode."""
+    path = tmp_path / "run.yaml"
+    write_yaml(path, {"command": ["r\udcc3\udcbcns/a", "caf\udce9", "\ud800"]})
+    assert read_yaml_file(path).value == {"command": ["rüns/a", r"caf\xe9", r"\ud800"]}
 
 
 def test_links_and_pipes_in_a_run_folder_are_replaced(tmp_path: Path) -> None:

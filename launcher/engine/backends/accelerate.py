@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -25,7 +26,13 @@ from accelerate.utils import (
     fsdp2_prepare_model,
 )
 from torch import Tensor, nn
-from torch._C._distributed_c10d import FileStore, Store
+from torch._C._distributed_c10d import (
+    DebugLevel,
+    FileStore,
+    Store,
+    get_debug_level,
+    set_debug_level,
+)
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -48,7 +55,7 @@ from launcher.engine.state.parameter_kinds import (
     check_batch_norm_precision,
     sparse_parameters,
 )
-from launcher.environment.network import interface_to
+from launcher.environment.network import INTERFACE_VARIABLES, check_interfaces, interface_to
 from launcher.environment.world import World
 from launcher.errors import WorldError
 from launcher.planning.plan import Plan
@@ -60,6 +67,7 @@ T = TypeVar("T")
 
 _NUM_FIRST_TIMED, _TIMED_STRIDE = 10, 100
 """On GPUs, DDP times the first passes and then one pass in each stride."""
+
 
 _TIMED_PARTS = "comm", "compute_comm_overlap"
 
@@ -161,6 +169,8 @@ class DDPBackend(GroupBackend):
     """
 
     def __init__(self, recipe: Recipe, plan: Plan, world: World) -> None:
+        if plan.device == "cpu":
+            _lower_debug_level(world)
         super().__init__(
             recipe,
             plan,
@@ -346,6 +356,20 @@ class FSDPBackend(GroupBackend):
         return weights
 
 
+def _lower_debug_level(world: World) -> None:
+    """Use the debug level INFO instead of DETAIL, with which DDP over gloo crashes (torch 2.13)."""
+    if get_debug_level() != DebugLevel.DETAIL:
+        return
+    set_debug_level(DebugLevel.INFO)
+    if world.rank == 0:
+        print(
+            "launcher: the ranks use TORCH_DISTRIBUTED_DEBUG=INFO, because torch crashes with "
+            "DETAIL when DDP trains over gloo. INFO also names the parameters without gradients.",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
 def join_process_group(world: World, backend: str) -> None:
     """Join the default process group, over the network interface that reaches rank 0.
 
@@ -357,14 +381,17 @@ def join_process_group(world: World, backend: str) -> None:
         backend: The communication backend, as `torch.distributed.init_process_group` names it.
 
     Raises:
-        WorldError: Not all ranks reach that address.
+        WorldError: Not all ranks reach that address, or GLOO_SOCKET_IFNAME names an interface that
+            this machine does not have.
     """
     if world.address is not None:
         os.environ.update(_environment_variables(world, *world.address))
-    interface = "lo" if world.nodes == 1 else interface_to(os.environ["MASTER_ADDR"])
-    if interface is not None:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+    if world.nodes == 1:  # whatever the variables name for runs on several machines
+        os.environ.update(dict.fromkeys(INTERFACE_VARIABLES, "lo"))
+    elif (interface := interface_to(os.environ["MASTER_ADDR"])) is not None:
+        for variable in INTERFACE_VARIABLES:
+            os.environ.setdefault(variable, interface)
+    check_interfaces()
     if dist.is_initialized():
         return
     if world.store is not None:

@@ -30,7 +30,7 @@ from launcher.runs.collectives import find_missing_call, read_collectives
 from launcher.runs.failure_record import Failure, record_failure
 from launcher.runs.heartbeat import PHASES, Heartbeat, read_heartbeat
 from launcher.runs.rundir import RunDir
-from launcher.signals import EXIT_BY_SIGNAL, StopRequest
+from launcher.signals import EXIT_BY_SIGNAL, StopRequest, end_process
 
 _POLL_SECONDS = 0.5
 _HEARTBEATS_PER_SECOND = 64
@@ -118,7 +118,7 @@ class Watchdog:
             if still_seconds > _SECONDS_TO_END and (
                 self._stop.number == signal.SIGTERM or (not is_starting and self._has_failed())
             ):
-                os._exit(EXIT_BY_SIGNAL + signal.SIGTERM)
+                end_process(EXIT_BY_SIGNAL + signal.SIGTERM)
             timeout = self._hang_timeout
             if timeout is not None and still_seconds > timeout and not is_starting:
                 self._end_run(timeout)
@@ -183,7 +183,7 @@ class Watchdog:
             print(failure_text(failure, self._run_dir), file=self._errors, flush=True)
         if record != "later" and failure.node == platform.node():
             os.kill(failure.pid, signal.SIGKILL)  # a stopped process handles no other signal
-        os._exit(EXIT_FAILED)
+        end_process(EXIT_FAILED)
 
     def _find_main_thread(self) -> tuple[str, bool]:
         """Return where the main thread is, and whether it is in a call that waits for ranks.
