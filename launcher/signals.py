@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
@@ -61,14 +62,18 @@ def signals_blocked() -> Iterator[None]:
 def handlers_restored() -> Iterator[None]:
     """Restore the handlers and the mask of the stop signals at the end of the context.
 
-    The handler of SIGQUIT, which PyTorch's elastic agent replaces, is restored as well.
+    The handler of SIGQUIT, which PyTorch's elastic agent replaces, is restored as well, and the
+    descriptor to which Python writes the numbers of signals.
     """
     numbers = (signal.SIGINT, signal.SIGQUIT, *STOP_SIGNALS)
     handlers = {number: signal.getsignal(number) for number in numbers}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    wakeup = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(wakeup)
     try:
         yield
     finally:
+        signal.set_wakeup_fd(wakeup)
         for number, handler in handlers.items():
             if handler is not None:  # None: the handler was not installed from Python
                 signal.signal(number, handler)
@@ -89,6 +94,9 @@ class StopRequest:
         self._defers = False
         self._num_interrupts = 0
         self._ends_at_once = False
+        self._received: set[int] = set()
+        self._pipe: tuple[int, int] | None = None
+        """The pipe to which Python writes the number of every signal at its arrival."""
 
     def listen(self, *, interrupts: bool = True) -> None:
         """Install the handlers.
@@ -101,7 +109,24 @@ class StopRequest:
             if signal.getsignal(number) is not signal.SIG_IGN:  # `nohup` ignores SIGHUP
                 signal.signal(number, self._record)
         signal.signal(signal.SIGINT, self._interrupt if interrupts else signal.SIG_IGN)
+        if self._pipe is None:
+            self._pipe = os.pipe()
+            weakref.finalize(self, _close, self._pipe)
+            for end in self._pipe:
+                os.set_blocking(end, False)
+        signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+    def has_received(self, number: signal.Signals) -> bool:
+        """Return whether a signal has arrived; any one thread beside the main thread may ask.
+
+        Python runs handlers in the main thread, between two instructions. While that thread is in a
+        call that does not return, such as one of NCCL whose peer has died, no handler runs.
+        """
+        if self._pipe is not None:
+            with contextlib.suppress(BlockingIOError):
+                self._received.update(os.read(self._pipe[0], 4096))
+        return number in self._received or self.number == number
 
     def defer(self) -> None:
         """Record the first SIGINT from now on, instead of raising KeyboardInterrupt."""
@@ -144,6 +169,12 @@ class StopRequest:
         if self._num_interrupts > 1:
             _end(signal.SIGINT)
         self._record(number, frame)
+
+
+def _close(descriptors: tuple[int, int]) -> None:
+    for descriptor in descriptors:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
 
 
 def announce_stop(number: signal.Signals) -> int:

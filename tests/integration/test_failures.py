@@ -35,7 +35,7 @@ def fail(run: Commands, how: str, *arguments: str) -> Finished:
 _SECONDS_TO_FAIL = 30
 """Less than `hang_timeout`, and than the life of the process that the rank of "orphan" forks."""
 
-_SILENT = ("kill", "exit", "leave")
+_SILENT = ("kill", "kill-beside-c", "exit", "leave")
 """Failures of which the rank writes nothing to its log."""
 
 
@@ -44,6 +44,7 @@ _SILENT = ("kill", "exit", "leave")
     [
         ("raise", 1, "ValueError: the loss of rank one"),
         ("kill", 1, "rank 1 was killed by SIGKILL"),
+        ("kill-beside-c", 1, "rank 1 was killed by SIGKILL"),
         ("exit", 1, "rank 1 ended with exit code 7"),
         ("sample", 1, "raised OSError for sample 77 (epoch 0): truncated file"),
         ("worker-killed", 1, "DataLoader worker died"),

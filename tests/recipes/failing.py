@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 How = Literal[
     "raise", "kill", "exit", "sample", "worker-killed", "empty", "count", "mean", "nan", "nan-once",
     "data", "hang", "sleep", "sleeping-worker", "stopped", "raise-once", "leave", "extra",
-    "mute", "quit", "orphan", "worker-quit"
+    "mute", "quit", "orphan", "worker-quit", "kill-beside-c"
 ]  # fmt: skip
 
 
@@ -48,6 +49,8 @@ def _fail_at_second_call(
 ) -> tuple[Tensor, int]:
     global calls  # noqa: PLW0603
     calls += logits.requires_grad  # count neither the trial before the first step nor evaluations
+    if how == "kill-beside-c" and calls == 2 and int(os.environ.get("RANK", "0")) != rank:
+        _wait_in_c()
     if calls == (5 if how == "raise-once" else 2) and int(os.environ.get("RANK", "0")) == rank:
         if how == "nan-once":
             total, count = cross_entropy(logits, batch)
@@ -77,6 +80,13 @@ def _orphan() -> None:
     _raise()
 
 
+def _wait_in_c() -> None:
+    """Wait for ever in a call that no signal interrupts, as in one of NCCL whose peer has died."""
+    library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+    for _ in range(2):
+        library.pthread_mutex_lock(mutex)
+
+
 def _raise_once() -> None:
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         _raise()
@@ -98,6 +108,7 @@ _ENDS: dict[str, Callable[[], object]] = {
     "raise": _raise,
     "raise-once": _raise_once,
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "kill-beside-c": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "exit": lambda: os._exit(7),
     "leave": lambda: os._exit(0),
     "mute": _raise_mute,

@@ -116,7 +116,7 @@ class Watchdog:
             still_seconds = now - self._progress[2]
             is_starting = self._progress[1] == PHASES[0]  # a download may take any time
             if still_seconds > _SECONDS_TO_END and (
-                self._stop.number == signal.SIGTERM or (not is_starting and self._has_failed())
+                self._stop.has_received(signal.SIGTERM) or (not is_starting and self._has_failed())
             ):
                 end_process(EXIT_BY_SIGNAL + signal.SIGTERM)
             timeout = self._hang_timeout
