@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +13,13 @@ from launcher.analysis.device_peaks import peak_flops
 from launcher.engine.backends.local import LocalBackend
 from launcher.engine.metrics.flops import CountedForward
 from launcher.engine.metrics.rank_times import CommunicationClock, RankTotals, combine_rank_rows
+from launcher.engine.metrics.recorder import Recorder
 from launcher.environment.machine import read_machine
+from launcher.errors import RunDirError
 from launcher.recipe.resolve import resolve
 from launcher.recipes.digits import digits
 from launcher.runs.plan_recipe import plan_recipe
+from launcher.runs.rundir import RunDir
 
 
 def test_the_communication_clock_takes_differences_of_totals() -> None:
@@ -108,3 +112,10 @@ def test_operations_are_counted_once_or_not_at_all(
     for _ in range(2):
         assert torch.equal(forward(model, batch), torch.full((4, 5), 3.0))
     assert counts == ([2 * 4 * 3 * 5 / 3] if is_known else [])
+
+
+def test_files_that_cannot_be_made_are_one_error(tmp_path: Path) -> None:
+    """A run folder that takes no file is an error that names the file, as for a full disk."""
+    (tmp_path / "samples").touch()
+    with pytest.raises(RunDirError, match=r"Cannot write .*samples"):
+        Recorder(RunDir(tmp_path), 0, record_samples=True, progress=None)

@@ -6,6 +6,7 @@ import contextlib
 import math
 import statistics
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import msgspec
@@ -15,7 +16,7 @@ from launcher.console.progress import Progress
 from launcher.engine.data.reader import MicroBatch
 from launcher.engine.metrics.meter import StepRow
 from launcher.regular_file import open_to_append
-from launcher.runs.rundir import RunDir
+from launcher.runs.rundir import RunDir, write_failure
 
 if TYPE_CHECKING:
     from launcher.engine.metrics.trackers import Trackers
@@ -33,6 +34,9 @@ class Recorder:
         record_samples: Whether to write the sample ids of each step.
         progress: Shows the steps on rank 0; None on the other ranks, which write no metrics.
         trackers: Experiment trackers that receive the metrics as well, if any.
+
+    Raises:
+        RunDirError: The files cannot be made.
     """
 
     def __init__(
@@ -44,12 +48,8 @@ class Recorder:
         trackers: Trackers | None = None,
     ) -> None:
         self._progress, self._trackers = progress, trackers
-        self._metrics = open_to_append(run_dir.metrics) if progress else None
-        self._samples: BinaryIO | None = None
-        if record_samples:
-            path = run_dir.samples(rank)
-            path.parent.mkdir(exist_ok=True)
-            self._samples = open_to_append(path)
+        self._metrics = _open(run_dir.metrics) if progress else None
+        self._samples = _open(run_dir.samples(rank)) if record_samples else None
         self._failed_files: list[BinaryIO] = []
         self.last_loss = math.nan
         self.steps_taken: int | None = None
@@ -155,3 +155,11 @@ def _summarize(rows: list[StepRow]) -> dict[str, float | None]:
         "data_wait_seconds": statistics.fmean(row.data_wait_seconds for row in rows),
         "communication_seconds": last.communication_seconds,
     }
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        path.parent.mkdir(exist_ok=True)
+        return open_to_append(path)
+    except OSError as error:
+        raise write_failure(path, error) from None
