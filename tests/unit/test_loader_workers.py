@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import threading
 from collections import namedtuple
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 from launcher import SampleError
-from launcher.engine.data.loader_workers import check_sendable
+from launcher.engine.data.loader_workers import check_sendable, start_worker
 from launcher.engine.data.open_files import open_files
 
 
@@ -48,3 +50,14 @@ def test_the_check_has_no_side_effects() -> None:
     check_sendable({"x": [tensor, tensor[:3]], "y": ("text", 1, None)}, "train")
     assert (open_files(), threading.active_count()) == before
     assert not tensor.is_shared()  # type: ignore[no-untyped-call]
+
+
+def test_a_worker_has_no_memory_limit_of_its_rank() -> None:
+    """The limit that a search for a batch size sets on a rank is lifted in its workers."""
+    parent = os.getpid()
+    if (child := os.fork()) == 0:
+        hard_limit = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        resource.setrlimit(resource.RLIMIT_DATA, (1 << 34, hard_limit))
+        start_worker(parent, 0)
+        os._exit(int(resource.getrlimit(resource.RLIMIT_DATA) != (hard_limit, hard_limit)))
+    assert os.waitpid(child, 0)[1] == 0

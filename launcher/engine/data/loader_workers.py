@@ -7,6 +7,7 @@ import faulthandler
 import io
 import multiprocessing.util
 import pickle
+import resource
 import signal
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
@@ -23,8 +24,14 @@ from launcher.signals import STOP_SIGNALS
 
 
 def start_worker(rank_pid: int, _: int) -> None:
-    """Make this process, a DataLoader worker, ignore stop signals and exit with its rank."""
+    """Make this process, a DataLoader worker, ignore stop signals and exit with its rank.
+
+    The limit under which `launcher find batch` tries a rank's training does not hold for its
+    workers. One that ran out of memory while it starts a thread would wait for that thread forever.
+    """
     die_with_parent(rank_pid)
+    hard_limit = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    resource.setrlimit(resource.RLIMIT_DATA, (hard_limit, hard_limit))
     # A stop signal often reaches all processes of a job. The rank decides when to stop and needs
     # data until then. With SIGUSR2 the rank asks a hanging worker for its traceback.
     for number in (signal.SIGINT, *STOP_SIGNALS):
