@@ -142,3 +142,15 @@ def test_opens(run: Commands) -> None:
         int(cells[3].replace(",", "")) for cells in (launcher, torchrun)
     )
     assert launcher_calls * 5 < torchrun_calls
+
+
+def test_gpu(run: Commands) -> None:
+    """Without a GPU every check is skipped; on CPU ranks a check is really made."""
+    script, file = ROOT / "benchmarks/gpu.py", run.folder / "gpu.json"
+    done = run("python", script, "--json", file)
+    assert done.exit_code == 0, done.stderr
+    assert len(rows(done.stdout)) > 10
+    assert all(cells[-1].startswith("skipped: ") for cells in rows(done.stdout))
+    done = run("python", script, "--device", "cpu", "--only", "stopped and resumed,step time")
+    assert done.exit_code == 0, done.stderr
+    assert [cells[-1] for cells in rows(done.stdout)] == ["passed", "skipped: it needs a GPU"]

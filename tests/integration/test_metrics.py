@@ -59,7 +59,7 @@ def test_waiting_for_others_is_measured(runs: Path) -> None:
     assert waited > 0.005, "a pause of 20 ms on one of two ranks is 10 ms on average"
     ranks = [row["ranks"] for row in read_lines(runs / "ddp/metrics.jsonl") if "ranks" in row][-1]
     zero, one = ranks["own_seconds"]
-    assert one > zero + 0.01
+    assert one > zero + 0.005
     assert all(num_bytes > 2**20 for num_bytes in ranks["memory_bytes"])
     assert len(ranks["data_wait_seconds"]) == 2
 
