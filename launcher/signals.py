@@ -8,6 +8,7 @@ code `EXIT_RESUMABLE`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import time
@@ -115,6 +116,7 @@ class StopRequest:
             for end in self._pipe:
                 os.set_blocking(end, False)
         signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        _separate_forked_processes()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def has_received(self, number: signal.Signals) -> bool:
@@ -169,6 +171,16 @@ class StopRequest:
         if self._num_interrupts > 1:
             _end(signal.SIGINT)
         self._record(number, frame)
+
+
+@functools.cache
+def _separate_forked_processes() -> None:
+    """Let processes that this one forks write their signals to a pipe of their own, or to none.
+
+    They share the pipe of this process, which would take the signals of a child for its own, such
+    as the SIGTERM with which `multiprocessing` ends the processes of a pool.
+    """
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
 
 
 def _close(descriptors: tuple[int, int]) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
 
-from launcher.engine.ranks.flight_recorder import record_collectives
+from launcher.engine.ranks.flight_recorder import record_collectives, recorder_function
 from launcher.runs.collectives import (
     Call,
     Collectives,
@@ -106,6 +106,20 @@ def test_the_slowest_rank_is_named(
 def test_equal_ranks_are_not_blamed(ranks: list[Collectives | None]) -> None:
     """No rank is named if the ranks are equally far, or share no process group."""
     assert find_missing_call(ranks) is None
+
+
+@pytest.mark.parametrize(
+    ("backend", "function"),
+    [
+        ("gloo", "_dump_fr_trace_json"),
+        ("nccl", "_dump_nccl_trace_json"),
+        ("cuda:nccl,cpu:gloo", "_dump_nccl_trace_json"),
+    ],
+)
+def test_calls_of_nccl_are_in_its_own_recorder(backend: str, function: str) -> None:
+    """Groups with NCCL, alone or beside gloo, are read from the flight recorder of NCCL."""
+    config = dist.distributed_c10d.BackendConfig(dist.Backend(backend))
+    assert recorder_function(str(config)) == function
 
 
 def test_a_damaged_record_is_ignored(tmp_path: Path) -> None:

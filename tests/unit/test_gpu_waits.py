@@ -18,7 +18,7 @@ from launcher.engine.backends.local import LocalBackend
 from launcher.engine.backends.transfers import upload, upload_scalar, upload_tensor
 from launcher.engine.data.reader import MicroBatch
 from launcher.engine.metrics.meter import Meter, RankFlags
-from launcher.engine.metrics.noise_meter import LocalNoiseMeter
+from launcher.engine.metrics.noise_meter import LocalNoiseMeter, ReducedNoiseMeter
 from launcher.engine.training.loop import _count_items, sum_and_count
 from launcher.environment.machine import read_machine
 from launcher.recipe.resolve import resolve
@@ -165,3 +165,19 @@ def test_counting_and_measuring_a_step_do_not_wait() -> None:
         noise_meter.read()
     assert waits == []
     assert backend.num_reads >= 2
+
+
+def test_the_noise_of_offloaded_gradients_is_measured() -> None:
+    """Norms of gradients that are on the CPU are summed with the counts on the GPU."""
+    backend = FakeGPU()
+    with recorded_waits():
+        model = nn.Linear(2, 2)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        noise_meter = ReducedNoiseMeter(backend, model, stride=1)
+        noise_meter.begin(0)
+        for _ in range(2):
+            noise_meter.add_micro_batch(0.1, 5)
+        noise_meter.end(0, 10, torch.ones(()))
+        noise_meter.read()
+    assert backend.num_reads >= 1

@@ -14,6 +14,7 @@ from launcher.engine.backends.placement import (
     RunAhead,
     check_own_device,
     device_index,
+    move_object,
     set_tf32,
     use_deterministic_kernels,
 )
@@ -123,3 +124,25 @@ def test_operations_without_a_deterministic_kernel_are_refused(
     finally:
         torch.use_deterministic_algorithms(False)
         deterministic.fill_uninitialized_memory = True
+
+
+def test_objects_are_moved_without_a_wait_where_they_can_be() -> None:
+    """The method `to` of an object gets `non_blocking` if it takes it, as PackedSequence does."""
+    calls: list[tuple[str, dict[str, Any]]] = []
+
+    class Plain:
+        def to(self, device: torch.device) -> Plain:
+            calls.append(("plain", {}))
+            return self
+
+    class Asynchronous:
+        def to(self, device: torch.device, *, non_blocking: bool = False) -> Asynchronous:
+            calls.append(("asynchronous", {"non_blocking": non_blocking}))
+            return self
+
+    cpu = torch.device("cpu")
+    for value in (Plain(), Asynchronous()):
+        assert move_object(value, cpu) is value
+    assert calls == [("plain", {}), ("asynchronous", {"non_blocking": True})]
+    packed = torch.nn.utils.rnn.pack_sequence([torch.ones(3, 2), torch.ones(2, 2)])
+    assert torch.equal(move_object(packed, cpu).data, packed.data)

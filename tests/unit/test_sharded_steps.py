@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -62,6 +63,54 @@ def test_steps_on_shards_equal_steps_on_weights(name: str, mesh: DeviceMesh) -> 
         train(recipe, finite, mesh), train(recipe, finite, None), strict=True
     ):
         assert torch.equal(sharded, plain)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("kind", ["complex", "subclass"])
+def test_weights_without_fused_kernels_are_trained(name: str, kind: str) -> None:
+    """Complex weights, and weights of a class of their own, take the steps that are finite."""
+
+    class OwnParameter(nn.Parameter):
+        pass
+
+    values = torch.ones(3, dtype=torch.complex64 if kind == "complex" else torch.float32)
+    recipe = replace(digits(), optimizer=OPTIMIZERS[name])
+    weights = []
+    for as_tensor in (False, True):
+        model = nn.Module()
+        model.weight = nn.Parameter(values.clone()) if kind == "complex" else OwnParameter(values)
+        optimizer = make_optimizer(recipe, model, 0.1)
+        for is_finite in (True, False, True):
+            model.weight.grad = torch.ones_like(model.weight)
+            take_step(optimizer, recipe, torch.tensor(is_finite) if as_tensor else is_finite)
+        weights.append(model.weight.detach().clone())
+        values = torch.ones_like(values)
+    assert torch.equal(*weights)
+
+
+def test_a_rank_whose_shards_are_empty_skips_the_kernel(
+    mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fused kernel is not called with an empty list, whose first tensor CUDA would read."""
+    sizes = []
+    kernel: Any = torch._fused_sgd_
+
+    def counted(params: list[torch.Tensor], *arguments: object, **options: object) -> None:
+        sizes.append(len(params))
+        kernel(params, *arguments, **options)
+
+    monkeypatch.setattr(torch, "_fused_sgd_", counted)
+    model = distribute_module(nn.Linear(4, 3), mesh)
+    recipe = replace(digits(), optimizer=sgd(momentum=0.9, decay_1d=False))
+    optimizer = make_optimizer(recipe, model, 0.1)
+    weight: Any
+    bias: Any
+    weight, bias = model.parameters()
+    for _ in range(2):
+        weight.grad, bias.grad = torch.ones_like(weight), torch.ones_like(bias)
+        take_step(optimizer, recipe, torch.tensor(True))
+        bias._local_tensor = bias._local_tensor[:0]  # as on a rank beyond the last row
+    assert sizes == [1]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -39,7 +39,11 @@ from torch.optim import Optimizer
 
 from launcher.engine.backends.base import Backend, state_dict_names
 from launcher.engine.backends.call_order import watch_call_order
-from launcher.engine.backends.placement import check_own_device, planned_device
+from launcher.engine.backends.placement import (
+    check_own_device,
+    device_identity,
+    planned_device,
+)
 from launcher.engine.backends.recipe_forward import (
     NamedRecipeForward,
     RecipeForward,
@@ -110,7 +114,10 @@ class GroupBackend(Backend):
         join_process_group(world, communication_backend)
         store = dist.distributed_c10d._get_default_store()  # noqa: SLF001
         if not cpu:
-            check_own_device(store, world, str(torch.cuda.get_device_properties(self.device).uuid))
+            check_own_device(store, world, device_identity(self.device))
+            # From this variable Accelerate and DeepSpeed take the index of the GPU. A task to which
+            # Slurm shows one GPU has index 0, whatever its local rank.
+            os.environ["LOCAL_RANK"] = str(self.device.index)
         handlers = plugins.pop("kwargs_handlers", [])
         self._accelerator = Accelerator(
             cpu=plugins.pop("cpu", cpu),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -50,7 +51,8 @@ class Placement:
         self._channels_last = channels_last
         self._double = double
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._run_ahead = RunAhead(torch.cuda.Event)
+        # Waiting threads sleep: a busy wait would take a core from the DataLoader workers.
+        self._run_ahead = RunAhead(functools.partial(torch.cuda.Event, blocking=True))
 
     def copy(self, batch: Any) -> Any:
         """Return `batch` with its tensors on the device, and converted.
@@ -84,14 +86,15 @@ class Placement:
     def _move_object(self, compute_stream: torch.cuda.Stream, value: Any) -> Any:
         """Return an object of an unknown class on the device.
 
-        It is copied on the compute stream, because its tensors are not known to this class.
+        It is copied on the compute stream, because its tensors are not known to this class. The
+        host does not wait for the copy if its method `to` has torch's argument `non_blocking`.
 
         Raises:
             RecipeError: It holds tensors and has no method `to`.
         """
         if callable(getattr(value, "to", None)):
             with torch.cuda.stream(compute_stream):
-                value = value.to(self._device)
+                value = move_object(value, self._device)
         elif holds_tensors(value):
             raise RecipeError(
                 f"A batch holds {kind_of(value)}, whose tensors cannot be moved to a GPU. "
@@ -122,6 +125,18 @@ class Placement:
         if self._channels_last and tensor.ndim == 4:
             return tensor.contiguous(memory_format=torch.channels_last)
         return tensor
+
+
+def move_object(value: Any, device: torch.device) -> Any:
+    """Return `value.to(device)`, asynchronously where the method `to` can, as tensors do."""
+    try:
+        parameters = inspect.signature(value.to).parameters
+    except (TypeError, ValueError):  # a function without a signature
+        return value.to(device)
+    kinds = {parameter.kind for parameter in parameters.values()}
+    if "non_blocking" in parameters or inspect.Parameter.VAR_KEYWORD in kinds:
+        return value.to(device, non_blocking=True)
+    return value.to(device)
 
 
 class RunAhead:
@@ -243,6 +258,18 @@ def check_own_device(store: Store, world: World, uuid: str) -> None:
                 f"Ranks {ranks} use the same GPU ({uuid}). Start one rank for each GPU. With srun, "
                 "use --gpus-per-task=1, or --gpus-per-node with as many tasks on a node."
             )
+
+
+def device_identity(device: torch.device) -> str:
+    """Return what identifies a GPU on its node: its UUID and its address on the PCI bus.
+
+    Both are needed: partitions of a GPU may share one of them, and under ROCm a GPU may lack a
+    UUID.
+    """
+    properties = torch.cuda.get_device_properties(device)
+    names = ("pci_domain_id", "pci_bus_id", "pci_device_id")
+    address = ":".join(f"{getattr(properties, name, 0):02x}" for name in names)
+    return f"UUID {getattr(properties, 'uuid', 'unknown')}, PCI {address}"
 
 
 def device_name(device: torch.device) -> str:

@@ -144,7 +144,8 @@ class _PartsNoiseMeter(ABC):
         sums = torch.zeros(num_steps, 3, dtype=torch.float64, device=device)
         if not parts:
             return sums
-        norms = torch.stack([norm for part in parts for norm in part.norms]).double()
+        norms = torch.stack([norm for part in parts for norm in part.norms])
+        norms = norms.to(device, torch.float64, non_blocking=True)  # offloaded gradients are on CPU
         part_indices = [index for index, part in enumerate(parts) for _ in part.norms]
         squares = torch.zeros(len(parts), dtype=torch.float64, device=device)
         squares.index_add_(0, upload_tensor(torch.tensor(part_indices), device), norms.square())
@@ -207,7 +208,7 @@ class ReducedNoiseMeter(_PartsNoiseMeter):
         if self._num_micro_batches > 1:
             return
         backend = self._backend
-        total_count = backend.sum(upload([count], backend.device))[0]
+        total_count = backend.sum(upload([count], backend.device)).squeeze(0)
         norm = backend.norm(
             [parameter.grad for parameter in self._trained if parameter.grad is not None]
         )

@@ -19,5 +19,17 @@ def record_collectives(path: Path) -> None:
         if not dist.is_initialized():
             return
         recorder = importlib.import_module("torch._C._distributed_c10d")  # its stubs are incomplete
-        dump = recorder._dump_fr_trace_json  # noqa: SLF001
+        dump = getattr(recorder, recorder_function(dist.get_backend_config()))
         path.write_bytes(dump(includeCollectives=True, onlyActive=False))
+
+
+def recorder_function(backends: str) -> str:
+    """Return the name of the function that dumps the calls of a process group.
+
+    NCCL has a flight recorder of its own, which only builds of torch with NCCL have; the general
+    one holds the calls of gloo (torch 2.13).
+
+    Args:
+        backends: The backends by device, as `torch.distributed.get_backend_config` returns them.
+    """
+    return "_dump_nccl_trace_json" if "nccl" in backends else "_dump_fr_trace_json"

@@ -80,9 +80,10 @@ def _parameter_groups(model: nn.Module, *, decay_1d: bool) -> list[dict[str, Any
 def take_step(optimizer: Optimizer, recipe: Recipe, finite: bool | Tensor) -> None:
     """Update the parameters if the gradient is `finite`.
 
-    Fused kernels read a `finite` tensor on the device; for the optimizers of recipes' own functions
-    the host waits for its value. A step that creates the optimizer's state also waits, because
-    fused SGD would keep an uninitialised momentum buffer if it skipped that step (torch 2.13).
+    Fused kernels read a `finite` tensor on the device. For the optimizers of recipes' own
+    functions, and for weights that fused kernels do not take, the host waits for its value. A step
+    that creates the optimizer's state also waits, because fused SGD would keep an uninitialised
+    momentum buffer if it skipped that step (torch 2.13).
 
     torch wraps `step` in a profiler range, hooks and a graph break, which together take 50 us, more
     than a step of a small network. Optimizers that `make_optimizer` creates have no hooks, so their
@@ -100,10 +101,13 @@ def take_step(optimizer: Optimizer, recipe: Recipe, finite: bool | Tensor) -> No
     with torch.no_grad():
         if isinstance(finite, Tensor) and _has_state(optimizer):
             found_inf = finite.logical_not().float()
-            if not optimizer.param_groups[0]["fused"]:
+            if optimizer.param_groups[0]["fused"]:
+                optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+            elif _has_float_shards(optimizer):
                 _step_shards(optimizer, found_inf)
                 return
-            optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+            elif not bool(finite):
+                return
         elif not bool(finite):
             return
         _unwrapped_step(type(optimizer).step)(optimizer)
@@ -116,6 +120,15 @@ def _has_state(optimizer: Optimizer) -> bool:
     )
 
 
+def _has_float_shards(optimizer: Optimizer) -> bool:
+    """Return whether `_step_shards` can take the step: SGD whose weights are DTensors of floats."""
+    return isinstance(optimizer, SGD) and all(
+        isinstance(parameter, DTensor) and parameter.is_floating_point()
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    )
+
+
 def _step_shards(optimizer: Optimizer, found_inf: Tensor) -> None:
     """Take a step of SGD with the fused kernel on this rank's shards of the weights.
 
@@ -125,6 +138,8 @@ def _step_shards(optimizer: Optimizer, found_inf: Tensor) -> None:
     """
     for group in optimizer.param_groups:
         used = [p for p in group["params"] if p.grad is not None and p.to_local().numel()]
+        if not used:  # all shards of this rank are empty, and the kernel looks at the first one
+            continue
         momentum = group["momentum"]
         buffers = [optimizer.state[p]["momentum_buffer"] for p in used] if momentum else []
         torch._fused_sgd_(
