@@ -54,9 +54,13 @@ def external_diagnostics(
     Raises:
         LauncherError: The ranks do not form the planned group, or fail.
     """
-    faulthandler.dump_traceback_later(DIAGNOSTICS_TIMEOUT, exit=True)
+
+    def restart_timeout() -> None:
+        faulthandler.dump_traceback_later(DIAGNOSTICS_TIMEOUT, exit=True)
+
+    restart_timeout()
     try:
-        diagnostics = diagnose(plan, world, node_findings)
+        diagnostics = diagnose(plan, world, node_findings, restart_timeout)
     except (LauncherError, KeyboardInterrupt):
         raise
     except BaseException as error:

@@ -17,7 +17,12 @@ from launcher.runs.rundir import RunDir
 
 
 def join(
-    recipe: Recipe, plan: Plan, world: World, make_run_dir: Callable[[], RunDir]
+    recipe: Recipe,
+    plan: Plan,
+    world: World,
+    make_run_dir: Callable[[], RunDir],
+    *,
+    report: Callable[[], object] = lambda: None,
 ) -> tuple[Backend, RunDir]:
     """Join the process group, compare the plans of its ranks, share the run folder (collective).
 
@@ -26,6 +31,7 @@ def join(
         plan: This rank's plan.
         world: This process's place among the ranks.
         make_run_dir: Called on rank 0 only; its result is broadcast to every rank.
+        report: Called once the ranks have met, before they communicate for the first time.
 
     Raises:
         WorldError: The world or the recipe is not the planned one, or the ranks have different
@@ -36,6 +42,7 @@ def join(
     plan.check_recipe(recipe)
     torch.set_num_threads(plan.threads_per_rank)
     backend = open_backend(recipe, plan, world)
+    report()
     from_rank_0: dict[str, Any] = {}
     if world.rank == 0:
         try:

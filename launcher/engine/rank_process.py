@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from launcher.engine.backends.base import Backend
+from launcher.engine.backends.placement import planned_device
 from launcher.engine.data.loader_workers import remove_semaphores
-from launcher.engine.probes.diagnostics import diagnose_rank
+from launcher.engine.probes.diagnostics import diagnose_rank, free_memory
 from launcher.engine.probes.diagnostics_recipe import diagnostics_recipe
 from launcher.engine.process_group import join
 from launcher.engine.ranks.output import Output
@@ -56,20 +58,38 @@ def plan_diagnostics_recipe(plan: Plan) -> Recipe:
     return diagnostics_recipe(plan.world_size, plan.settings["device"])
 
 
-def diagnose(plan: Plan, world: World, node_findings: tuple[Finding, ...]) -> list[RankDiagnostics]:
+def diagnose(
+    plan: Plan,
+    world: World,
+    node_findings: tuple[Finding, ...],
+    report: Callable[[], object],
+) -> list[RankDiagnostics]:
     """Test this rank and the communication with the others; return the results of all ranks.
 
     Args:
         plan: The plan for diagnostics.
         world: This process's place among the ranks.
         node_findings: What this rank has already found out about its node.
+        report: Called after each stage. Starting CUDA, joining the group, which runs `nvidia-smi`,
+            connecting NCCL and importing packages may each take many seconds.
     """
+    recipe = plan_diagnostics_recipe(plan)
+    memory = free_memory(planned_device(recipe, plan, world.local_rank))
+    report()
     started = time.perf_counter()
     # The run folder is not used, because nothing is trained.
-    backend, _ = join(plan_diagnostics_recipe(plan), plan, world, lambda: RunDir(Path()))
+    backend, _ = join(recipe, plan, world, lambda: RunDir(Path()), report=report)
     keep_open(backend)
+    report()
     rendezvous_seconds = time.perf_counter() - started
-    diagnostics = backend.gather(diagnose_rank(backend, rendezvous_seconds, node_findings))
+    own = diagnose_rank(
+        backend,
+        rendezvous_seconds=rendezvous_seconds,
+        device_memory=memory,
+        node_findings=node_findings,
+        report=report,
+    )
+    diagnostics = backend.gather(own)
     backend.close()
     return diagnostics
 

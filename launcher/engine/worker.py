@@ -263,8 +263,9 @@ def agent_diagnostics(job: Job) -> None:
     try:
         recipe = plan_diagnostics_recipe(job.plan)
         watchdog = start_watchdog(recipe, world, job.run_dir, stop, output)
-        watchdog.report_phase(0, "computing")
-        diagnostics = diagnose(job.plan, world, ())
+        report = functools.partial(watchdog.report_phase, 0, "computing")
+        report()
+        diagnostics = diagnose(job.plan, world, (), report)
         watchdog.close()
         if world.rank == 0:
             write_atomic(job.run_dir.diagnostics, msgspec.json.encode(diagnostics))

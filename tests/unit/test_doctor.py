@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from launcher.checks.doctor import plan_diagnostics
 from launcher.checks.group_checks import check_group
 from launcher.checks.node_checks import check_node
 from launcher.console.findings_table import finding_lines
-from launcher.environment.machine import Machine, free_memory_bytes, gpu_driver
+from launcher.engine.rank_process import diagnose
+from launcher.environment.machine import Machine, free_memory_bytes, gpu_driver, read_machine
+from launcher.environment.world import World
 from launcher.findings import Finding, RankDiagnostics, worst
 from launcher.quantities import size
 
@@ -156,3 +160,16 @@ def test_long_findings_stay_in_their_column() -> None:
     assert max(map(len, lines)) <= 100
     assert all(line.startswith(" " * 25) for line in lines[1:])
     assert any(line.strip().startswith("-> do") for line in lines)
+
+
+def test_each_stage_has_a_time_budget_of_its_own() -> None:
+    """A rank reports after the start of its device, the rendezvous and each measurement."""
+    plan = plan_diagnostics(read_machine(), device="cpu", nproc_per_node=1)
+    stages: list[float] = []
+    num_threads = torch.get_num_threads()
+    try:
+        (report,) = diagnose(plan, World(), (), lambda: stages.append(time.monotonic()))
+    finally:
+        torch.set_num_threads(num_threads)
+    assert report.device_memory is None
+    assert len(stages) == 5

@@ -129,7 +129,7 @@ class GroupBackend(Backend):
             ],
             **plugins,
         )
-        self._turns = Turns(store, world)
+        self._turns, self._world = Turns(store, world), world
         self.rank = self._accelerator.process_index
         self.world_size = self._accelerator.num_processes
         actual_kind = self._accelerator.distributed_type
@@ -164,6 +164,7 @@ class GroupBackend(Backend):
     def close(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+            os.environ["LOCAL_RANK"] = str(self._world.local_rank)
         self._accelerator.end_training()
         reset_accelerate_state()
 

@@ -28,36 +28,56 @@ _LARGE_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 _NUM_LARGE_REDUCES = 5
 
 
+def free_memory(device: torch.device) -> tuple[int, int] | None:
+    """Return the (free, total) bytes of a GPU; None on a CPU.
+
+    Call it before this process allocates memory on the GPU, which would count as used.
+    """
+    return torch.cuda.mem_get_info(device) if device.type == "cuda" else None
+
+
 def diagnose_rank(
-    backend: Backend, rendezvous_seconds: float, node_findings: tuple[Finding, ...] = ()
+    backend: Backend,
+    *,
+    rendezvous_seconds: float,
+    device_memory: tuple[int, int] | None,
+    node_findings: tuple[Finding, ...],
+    report: Callable[[], object],
 ) -> RankDiagnostics:
     """Return the diagnostics of this rank (collective).
 
     Args:
         backend: This rank among the others.
         rendezvous_seconds: Time it took to form the process group.
+        device_memory: What `free_memory` returned when the rank had started.
         node_findings: What this rank has already found out about its node.
+        report: Called after each measurement.
     """
     device = backend.device
     error, flops = _measure_products(device)
+    report()
     reduce_seconds = bandwidth = None
     sums_are_right = True
     if backend.world_size > 1:
         reduce_seconds, small_are_right = _measure_all_reduce(backend, 2, _NUM_SMALL_REDUCES)
+        report()
         elements = _LARGE_BYTES[device.type] // 4
         seconds, large_are_right = _measure_all_reduce(backend, elements, _NUM_LARGE_REDUCES)
         # In a ring each of p ranks sends 2 (p - 1) / p of the tensor.
         share = 2 * (backend.world_size - 1) / backend.world_size
         bandwidth = share * elements * 4 / seconds
         sums_are_right = small_are_right and large_are_right
+        report()
     is_cuda = device.type == "cuda"
+    torchvision = _find_import_error("torchvision")
+    report()
     return RankDiagnostics(
         rank=backend.rank,
         node=platform.node(),
         versions=_get_versions(is_cuda=is_cuda),
         device=torch.cuda.get_device_name(device) if is_cuda else f"CPU ({platform.machine()})",
-        device_memory=torch.cuda.mem_get_info(device) if is_cuda else None,
-        torchvision=_find_import_error("torchvision"),
+        device_memory=device_memory,
+        torchvision=torchvision,
         product_error=error,
         flops=flops,
         rendezvous_seconds=rendezvous_seconds,

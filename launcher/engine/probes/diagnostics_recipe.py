@@ -7,7 +7,7 @@ from typing import Any, Literal
 from launcher.recipe.recipe import Data, Recipe
 
 DIAGNOSTICS_TIMEOUT = 30.0
-"""Seconds without progress after which ranks that examine themselves are ended."""
+"""Seconds after which ranks that examine themselves are ended, for each stage of it."""
 
 
 def diagnostics_recipe(num_ranks: int, device: Literal["cuda", "cpu"] | None) -> Recipe:
