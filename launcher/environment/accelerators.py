@@ -50,7 +50,10 @@ def find_accelerators(
     """
     unusable = list(_others(root))
     if num_nvidia := _num_nvidia(root):
-        if _num_mig_instances(root) > 1:
+        instances = _mig_instances(root)
+        if instances and len(set(instances)) >= num_nvidia:
+            num_nvidia = 1  # where all GPUs are divided, CUDA shows a process one instance
+        if len(instances) > 1:
             unusable.append(
                 "MIG instances, of which CUDA shows one to a process (CUDA_VISIBLE_DEVICES chooses)"
             )
@@ -89,9 +92,10 @@ def _num_wsl(root: Path) -> int:
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
 
 
-def _num_mig_instances(root: Path) -> int:
+def _mig_instances(root: Path) -> list[str]:
+    """Return the instances of MIG, each as the folder of the GPU that it is a part of."""
     folder = root / "proc/driver/nvidia/capabilities"
-    return sum(1 for _ in folder.glob("gpu*/mig/gi*/ci*/access"))
+    return [path.parents[3].name for path in folder.glob("gpu*/mig/gi*/ci*/access")]
 
 
 def _num_amd(root: Path) -> int:

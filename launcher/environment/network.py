@@ -23,6 +23,12 @@ INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """Variables that name the interfaces of gloo and NCCL."""
 
 
+FORK_SAFETY = {"RDMAV_FORK_SAFE": "1", "FI_EFA_FORK_SAFE": "1"}
+"""Variables that let a process fork, as a rank does for its DataLoader workers, after NCCL has
+opened InfiniBand or Elastic Fabric Adapters. Without them, older kernels and libraries corrupt the
+memory of the parent."""
+
+
 def interface_to(host: str) -> str | None:
     """Return the network interface through which this machine reaches `host`, or None if unknown.
 

@@ -16,6 +16,7 @@ from types import FrameType
 from launcher.environment.nodes import Nodes, nodes_environment, nodes_of_hosts
 from launcher.environment.program import own_program
 from launcher.errors import EXIT_FAILED, UsageError
+from launcher.launch.forwarded_variables import forwarded_variables
 from launcher.signals import STOP_SIGNALS
 
 _SECONDS_TO_END = 5.0
@@ -39,8 +40,9 @@ def run_on_hosts(
 ) -> int:
     """Run `launcher ARGUMENTS` on each host; return the exit code of the run.
 
-    Their output appears here, and signals are passed to them. If one of them fails, the others are
-    stopped.
+    Their output appears here, and signals are passed to them. They get the variables of this
+    environment that `forwarded_variables` chooses, and otherwise have that of the host. If one of
+    them fails, the others are stopped.
 
     Args:
         hosts: The hosts as ssh takes them. The launchers connect to the first one.
@@ -137,8 +139,7 @@ def _wait(launchers: Mapping[int, tuple[str, subprocess.Popen[str]]], signals: _
 
 def _remote(nodes: Nodes, index: int, folder: Path, arguments: Sequence[str]) -> str:
     """Return the command line for the shell of one host."""
-    variables = [
-        f"{name}={shlex.quote(value)}" for name, value in nodes_environment(nodes, index).items()
-    ]
+    values = forwarded_variables(os.environ, folder) | nodes_environment(nodes, index)
+    variables = [f"{name}={shlex.quote(value)}" for name, value in values.items()]
     remote = [*own_program(), "--ssh-remote", str(folder), *arguments]
     return " ".join(["exec", "env", *variables, shlex.join(remote)])

@@ -30,6 +30,11 @@ def hidden_values(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _HIDDEN if is_key(name, value) else value for name, value in values.items()}
 
 
+def is_secret(name: str, value: str) -> bool:
+    """Return whether a variable holds a key, a password or an address with credentials."""
+    return bool(_NAMES.search(name) or _IN_ADDRESSES.search(value))
+
+
 def redacted(text: str, env: Mapping[str, str] | None = None) -> str:
     """Return `text` with keys, and the credentials in URLs, replaced by `[hidden]`.
 

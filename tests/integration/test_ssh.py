@@ -42,6 +42,21 @@ exec dropbear -F -E -e -s -r $2/host_key -p 22
 """
 
 
+_PRINTING = """
+import os
+from dataclasses import replace
+from launcher.recipes.digits import digits
+
+def build_model():
+    for name in ("NCCL_DEBUG", "HF_HOME", "HF_TOKEN"):
+        print(f"{name}={os.environ.get(name)!r}")
+    return digits().model()
+
+def printing():
+    return replace(digits(), name="printing", model=build_model)
+"""
+
+
 @dataclass
 class Network:
     """Terminal with a network connection to two machines."""
@@ -55,19 +70,21 @@ class Network:
     terminal: int
     """Id of a process in the terminal's network namespace."""
 
-    def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
+    def start(
+        self, *arguments: str | Path, env: dict[str, str] | None = None
+    ) -> subprocess.Popen[str]:
         """Start a command of `launcher` in the terminal."""
         enter = ("nsenter", "-t", str(self.terminal), "-n", "--")
-        return self.run.start(*enter, BIN / "launcher", *arguments, cold=True)
+        return self.run.start(*enter, BIN / "launcher", *arguments, env=env, cold=True)
 
     def start_there(self, address: str, line: str) -> subprocess.Popen[str]:
         """Start a line of shell on a machine over ssh."""
         enter = ("nsenter", "-t", str(self.terminal), "-n", "--")
         return self.run.start(*enter, *self.ssh.split(), address, line)
 
-    def __call__(self, *arguments: str | Path) -> Finished:
+    def __call__(self, *arguments: str | Path, env: dict[str, str] | None = None) -> Finished:
         """Run a command of `launcher` in the terminal and wait for it."""
-        process = self.start(*arguments)
+        process = self.start(*arguments, env=env)
         stdout, stderr = process.communicate(timeout=120)
         return Finished(process.returncode, stdout, stderr)
 
@@ -192,6 +209,20 @@ def test_two_machines_from_one_terminal(network: Network) -> None:
         for rank in range(4)
     ]
     assert names == ["machine1", "machine1", "machine2", "machine2"]
+
+
+def test_ranks_have_the_variables_of_the_terminal(network: Network) -> None:
+    """Ranks on all machines have the variables of libraries, and no keys."""
+    (network.run.folder / "printing.py").write_text(_PRINTING)
+    env = {"NCCL_DEBUG": "WARN, all", "HF_HOME": "/data/hf", "HF_TOKEN": "hf_secret123"}
+    options = ("steps=1", "-n", "1", "device=cpu", "--out", "printed")
+    done = network("run", "printing.py", *options, *network.hosts(*ADDRESSES), env=env)
+    assert done.exit_code == 0, done.stderr
+    for rank in range(2):
+        log = out_of(network, "printed").log(rank).read_text()
+        assert "NCCL_DEBUG='WARN, all'" in log
+        assert "HF_HOME='/data/hf'" in log
+        assert "HF_TOKEN=None" in log
 
 
 def test_a_launcher_started_on_each_machine(network: Network) -> None:

@@ -104,6 +104,15 @@ def test_mig_instances(tmp_path: Path) -> None:
     assert "MIG" in machine.unusable[0]
 
 
+def test_gpus_that_are_all_divided_are_one(tmp_path: Path) -> None:
+    """Of two GPUs that are both divided by MIG, CUDA shows one instance; of one, also the other."""
+    instance = "proc/driver/nvidia/capabilities/gpu{}/mig/gi1/ci0/access"
+    files = {"dev/nvidia0": "", "dev/nvidia1": "", instance.format(0): ""}
+    assert read_machine(tree(tmp_path / "one", files), {}).num_gpus == 2
+    files[instance.format(1)] = ""
+    assert read_machine(tree(tmp_path / "both", files), {}).num_gpus == 1
+
+
 @pytest.mark.parametrize(
     ("env", "usable"),
     [

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from launcher.cli.machines import remove_options
 from launcher.environment.nodes import find_nodes, nodes_environment, nodes_of_hosts
 from launcher.errors import UsageError
+from launcher.launch.forwarded_variables import forwarded_variables
 
 
 def test_machines_know_their_place() -> None:
@@ -30,3 +33,30 @@ def test_options_are_removed_in_both_forms() -> None:
     arguments = ["run", "x", "--hosts", "a,b", "--ssh=ssh -p 2", "-n", "2", "lr=1", "--nodes", "2"]
     remaining = remove_options(arguments, ("--hosts", "--ssh", "--nodes"))
     assert remaining == ["run", "x", "-n", "2", "lr=1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "forwarded"),
+    [
+        ("NCCL_SOCKET_IFNAME", "eth0", "eth0"),
+        ("CUDA_VISIBLE_DEVICES", "0,1", "0,1"),
+        ("HF_HOME", "/data/hf", "/data/hf"),
+        ("TORCH_HOME", "", ""),
+        ("OMP_NUM_THREADS", "4", "4"),
+        ("WANDB_MODE", "offline", "offline"),
+        ("PYTHONPATH", ":src:/opt/code", "/work:/work/src:/opt/code"),
+        ("HF_TOKEN", "x", None),
+        ("WANDB_API_KEY", "0123456789", None),
+        ("MLFLOW_TRACKING_URI", "https://me:pass@host/", None),
+        ("MLFLOW_TRACKING_URI", "https://host/", "https://host/"),
+        ("AWS_REGION", "eu", None),
+        ("RANK", "3", None),
+        ("TORCHELASTIC_RUN_ID", "1", None),
+        ("PATH", "/bin", None),
+    ],
+)
+def test_variables_are_forwarded_without_secrets(
+    name: str, value: str, forwarded: str | None
+) -> None:
+    """Variables of libraries that train are passed on; keys, ranks and others are not."""
+    assert forwarded_variables({name: value}, Path("/work")).get(name) == forwarded

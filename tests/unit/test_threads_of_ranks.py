@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from launcher.engine.ranks.usage import LastMeasurement, usage_of
+from launcher.engine.state.compiled import limit_compile_workers
 from launcher.engine.training import checkpoint_manager
 from launcher.engine.training.checkpoint_manager import _ShardWriter
 
@@ -60,3 +61,19 @@ def test_a_checkpoint_is_written_with_the_device_of_the_rank(
     assert writer.error is None
     assert [call[:2] for call in calls] == [("set", torch.device("cuda", 3)), ("write", tmp_path)]
     assert calls[0][2] == calls[1][2] != threading.get_ident()
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(1, 1), (8, 8), (128, 32)])
+def test_compilers_share_the_cores(
+    monkeypatch: pytest.MonkeyPatch, cores: int, workers: int
+) -> None:
+    """torch.compile starts at most one process for each core of a rank; a variable overrides it."""
+    from torch._inductor import config
+
+    with config.patch(compile_threads=5):
+        monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "5")
+        limit_compile_workers(cores)
+        assert config.compile_threads == 5
+        monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS")
+        limit_compile_workers(cores)
+        assert config.compile_threads == workers

@@ -59,7 +59,12 @@ from launcher.engine.state.parameter_kinds import (
     check_batch_norm_precision,
     sparse_parameters,
 )
-from launcher.environment.network import INTERFACE_VARIABLES, check_interfaces, interface_to
+from launcher.environment.network import (
+    FORK_SAFETY,
+    INTERFACE_VARIABLES,
+    check_interfaces,
+    interface_to,
+)
 from launcher.environment.world import World
 from launcher.errors import WorldError
 from launcher.planning.plan import Plan
@@ -111,6 +116,9 @@ class GroupBackend(Backend):
             # Consumer GPUs without peer-to-peer access. Accelerate requires both variables.
             os.environ.setdefault("NCCL_P2P_DISABLE", "1")
             os.environ.setdefault("NCCL_IB_DISABLE", "1")
+        if not cpu:
+            for variable, value in FORK_SAFETY.items():
+                os.environ.setdefault(variable, value)
         join_process_group(world, communication_backend)
         store = dist.distributed_c10d._get_default_store()  # noqa: SLF001
         if not cpu:

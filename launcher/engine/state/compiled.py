@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+import os
+
 from torch import nn
 from torch._dynamo import OptimizedModule
 
 _WRAPPED = "_orig_mod."
 """The prefix that torch.compile adds to the names inside a module that it wraps."""
+
+
+_MAX_WORKERS = 32
+"""The number that torch starts on a machine with at least as many cores."""
+
+
+def limit_compile_workers(num_cores: int) -> None:
+    """Let torch.compile start no more processes in this rank than it has cores.
+
+    torch starts up to 32 in each process, whatever other ranks do (torch 2.13). It has read the
+    variable TORCHINDUCTOR_COMPILE_THREADS, if that is set, when the settings were imported, which
+    in a forked rank was before the fork.
+
+    Args:
+        num_cores: The cores of this rank. The variable has precedence.
+    """
+    from torch._inductor import config
+
+    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
+        config.compile_threads = min(num_cores, _MAX_WORKERS)
 
 
 def plain_name(name: str) -> str:

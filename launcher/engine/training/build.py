@@ -30,6 +30,7 @@ from launcher.engine.model.blocks import checkpoint_activations, compile_blocks,
 from launcher.engine.model.forward_writes import ForwardWrites
 from launcher.engine.model.lazy import initialize_lazy_layers, lazy_names
 from launcher.engine.saving.final_weights import check_savable
+from launcher.engine.state.compiled import is_compiled, limit_compile_workers
 from launcher.engine.state.hyperparameters import make_optimizer
 from launcher.engine.state.parameter_kinds import check_parameters
 from launcher.engine.training.loop import TrainContext
@@ -203,6 +204,8 @@ def build_model_and_optimizer(
         checkpoint_activations(blocks)
     if recipe.compile:
         compile_blocks(model, blocks)
+    if is_compiled(model):  # also by the recipe itself
+        limit_compile_workers(plan.threads_per_rank)
     prepared = backend.prepare(
         model, blocks, lambda module: make_optimizer(recipe, module, plan.lr)
     )
