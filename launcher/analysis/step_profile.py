@@ -123,6 +123,15 @@ def read_profile(path: Path) -> Profile:
     Raises:
         ValueError: The file is not a trace, or the trace has no steps.
     """
+    return account(_read_events(path))
+
+
+def _read_events(path: Path) -> list[_Event]:
+    """Return the duration events of a trace.
+
+    Raises:
+        ValueError: The file is not a trace.
+    """
     content = path.read_bytes()
     if path.suffix == ".gz":
         content = gzip.decompress(content)
@@ -130,7 +139,16 @@ def read_profile(path: Path) -> Profile:
         trace = msgspec.json.decode(content, type=_Trace)
     except msgspec.DecodeError as error:
         raise ValueError(f"{path} is not a trace of torch.profiler: {error}") from None
-    return account([event for event in trace.traceEvents if event.ph == "X"])
+    return [event for event in trace.traceEvents if event.ph == "X"]
+
+
+def holds_kernels(path: Path) -> bool:
+    """Return whether a trace has kernels of a GPU.
+
+    Raises:
+        ValueError: The file is not a trace.
+    """
+    return any(event.cat in _KERNEL_CATEGORIES for event in _read_events(path))
 
 
 def account(events: Sequence[_Event]) -> Profile:

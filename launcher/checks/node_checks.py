@@ -144,6 +144,6 @@ def _driver(version: str | None) -> Finding:
         return ok("driver", version)
     return failure(
         "driver",
-        "the kernel has no NVIDIA driver loaded",
+        "the kernel has no driver for the GPUs loaded",
         "load the driver (`nvidia-smi` prints more), or use --device cpu",
     )

@@ -128,10 +128,17 @@ def free_shm_bytes(root: Path = Path("/")) -> int | None:
 
 
 def gpu_driver(root: Path = Path("/")) -> str | None:
-    """Return the version of the NVIDIA driver that the kernel has loaded; None without one."""
+    """Return the version of the driver of the GPUs that the kernel has loaded; None without one.
+
+    Under WSL 2 the driver is that of Windows, whose version Linux does not show. AMD's driver has a
+    version if it is not the one of the kernel itself.
+    """
     text = _read(root / "proc/driver/nvidia/version") or ""
-    match = re.search(r"Kernel Module.*?(\d+(\.\d+)+)", text)
-    return match[1] if match else None
+    if match := re.search(r"Kernel Module.*?(\d+(\.\d+)+)", text):
+        return match[1]
+    if (root / "dev/kfd").exists():
+        return f"amdgpu {_read(root / 'sys/module/amdgpu/version') or ''}".rstrip()
+    return "of Windows" if (root / "dev/dxg").exists() else None
 
 
 def _usable_cores(root: Path, env: Mapping[str, str]) -> tuple[int, str]:

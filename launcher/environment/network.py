@@ -50,6 +50,16 @@ def interface_to(host: str) -> str | None:
     return _interface_of(local)
 
 
+def interface_variables(interface: str) -> dict[str, str]:
+    """Return the variables that make gloo and NCCL use one network interface.
+
+    For NCCL a name stands for all names that begin with it, bond0 also for bond0.100, unless `=`
+    precedes it.
+    """
+    gloo, nccl = INTERFACE_VARIABLES
+    return {gloo: interface, nccl: f"={interface}"}
+
+
 def check_interfaces() -> None:
     """Check that this machine has the interfaces of GLOO_SOCKET_IFNAME.
 

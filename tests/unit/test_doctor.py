@@ -129,6 +129,25 @@ def test_the_driver_is_read(tmp_path: Path) -> None:
     assert gpu_driver(tmp_path) == "570.86.15"
 
 
+@pytest.mark.parametrize(
+    ("files", "driver"),
+    [
+        ({"dev/kfd": ""}, "amdgpu"),
+        ({"dev/kfd": "", "sys/module/amdgpu/version": "6.12.12\n"}, "amdgpu 6.12.12"),
+        ({"dev/dxg": ""}, "of Windows"),
+        ({"dev/null": ""}, None),
+    ],
+)
+def test_drivers_of_amd_and_of_windows_count(
+    tmp_path: Path, files: dict[str, str], driver: str | None
+) -> None:
+    """Machines with AMD's driver, and those under WSL 2, are not told to load NVIDIA's."""
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert gpu_driver(tmp_path) == driver
+
+
 def test_free_memory_of_a_cgroup(tmp_path: Path) -> None:
     """Free memory is limited by the cgroup, whose inactive file pages count as free."""
     for name, text in {

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from launcher.environment.network import interface_variables
+
 needs_namespaces = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("unshare") is None or shutil.which("ip") is None,
     reason="network namespaces need root, unshare and ip",
@@ -71,3 +73,11 @@ def test_several_nodes_do_not_meet_on_loopback(
     hosts = "127.0.0.1 localhost\n127.0.1.1 node1\n10.1.2.4 node2\n"
     commands = (*LINK, *(("ip route add default via 10.1.2.1",) if route else ()))
     assert interface_in_namespace(tmp_path, host, hosts, *commands) == interface
+
+
+def test_nccl_gets_the_exact_name() -> None:
+    """NCCL would take a plain name for the beginning of several: bond0 also for bond0.100."""
+    assert interface_variables("bond0") == {
+        "GLOO_SOCKET_IFNAME": "bond0",
+        "NCCL_SOCKET_IFNAME": "=bond0",
+    }

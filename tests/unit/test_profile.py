@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from launcher.analysis.step_profile import PARTS, Profile, advice, read_profile
+from launcher.analysis.step_profile import PARTS, Profile, advice, holds_kernels, read_profile
 from launcher.environment.machine import read_machine
 from launcher.planning.plan import Plan
 from launcher.recipe.overrides import read_arguments
@@ -114,6 +114,13 @@ def test_kernels_without_a_launch_count_at_their_own_time(tmp_path: Path) -> Non
     result = read_profile(write(tmp_path / "trace.json", events))
     assert result.parts["forward"] == pytest.approx(40e-6)
     assert result.parts["other"] == pytest.approx(60e-6)
+
+
+def test_a_trace_without_kernels_is_recognised(tmp_path: Path) -> None:
+    """A trace of a GPU whose driver forbids profiling has operations and no kernels."""
+    operation = {"cat": "cpu_op", "name": "aten::mm", "ts": 15, "dur": 20}
+    assert not holds_kernels(write(tmp_path / "cpu.json", [operation]))
+    assert holds_kernels(write(tmp_path / "gpu.json", [operation, kernel("gemm", 20, 40, 9)]))
 
 
 @pytest.mark.parametrize("content", ["{", '{"traceEvents": []}', '{"other": 1}'])

@@ -64,6 +64,7 @@ from launcher.environment.network import (
     INTERFACE_VARIABLES,
     check_interfaces,
     interface_to,
+    interface_variables,
 )
 from launcher.environment.world import World
 from launcher.errors import WorldError
@@ -405,8 +406,8 @@ def join_process_group(world: World, backend: str) -> None:
     if world.nodes == 1:  # whatever the variables name for runs on several machines
         os.environ.update(dict.fromkeys(INTERFACE_VARIABLES, "lo"))
     elif (interface := interface_to(os.environ["MASTER_ADDR"])) is not None:
-        for variable in INTERFACE_VARIABLES:
-            os.environ.setdefault(variable, interface)
+        for variable, value in interface_variables(interface).items():
+            os.environ.setdefault(variable, value)
     check_interfaces()
     if dist.is_initialized():
         return

@@ -9,11 +9,12 @@ from typing import Any, cast
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
-from launcher.analysis.step_profile import PREFIX, read_profile
+from launcher.analysis.step_profile import PREFIX, holds_kernels, read_profile
 from launcher.engine.backends.base import Backend
 from launcher.engine.data.reader import MicroBatch
 from launcher.engine.probes.measuring import ProbeContext
 from launcher.engine.training.loop import TrainContext, train
+from launcher.errors import TrainingError
 from launcher.runs.heartbeat import PHASES
 from launcher.runs.rundir import write_json
 
@@ -42,6 +43,9 @@ def profile_steps(probe: ProbeContext, *, warm_up: int) -> None:
 
     def report_phase(step: int, phase: str) -> None:
         if step and phase == PHASES[1]:  # the previous step has ended
+            if step == warm_up and backend.device.type == "cuda":
+                # Kernels of the warm-up would otherwise run in the recorded steps.
+                torch.cuda.synchronize(backend.device)
             profiler.step()
         probe.report_phase(step, phase)
 
@@ -52,6 +56,14 @@ def profile_steps(probe: ProbeContext, *, warm_up: int) -> None:
             if backend.device.type == "cuda":
                 torch.cuda.synchronize(backend.device)
             profiler.step()
+    has_kernels = backend.device.type == "cpu" or holds_kernels(path)
+    if backend.any_rank(not has_kernels):
+        raise TrainingError(
+            "torch.profiler has recorded no kernel of a GPU. Another profiler may be attached, or "
+            "the driver or the container keeps users from profiling: NVIDIA's driver has the "
+            "option NVreg_RestrictProfilingToAdminUsers=0, and under WSL 2 the control panel of "
+            "the driver has a setting for it."
+        )
     profiles = backend.gather(asdict(read_profile(path)))
     if backend.rank == 0:
         write_json(run_dir.profile, {"ranks": profiles})
