@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from launcher.engine.backends.local import LocalBackend
 from launcher.engine.backends.transfers import upload, upload_scalar, upload_tensor
-from launcher.engine.data.reader import MicroBatch
+from launcher.engine.data.reader import MicroBatch, pinned
 from launcher.engine.metrics.meter import Meter, RankFlags
 from launcher.engine.metrics.noise_meter import LocalNoiseMeter, ReducedNoiseMeter
 from launcher.engine.training.loop import _count_items, sum_and_count
@@ -181,3 +181,18 @@ def test_the_noise_of_offloaded_gradients_is_measured() -> None:
         noise_meter.end(0, 10, torch.ones(()))
         noise_meter.read()
     assert backend.num_reads >= 1
+
+
+def test_batches_are_pinned_except_what_is_on_a_gpu() -> None:
+    """A data set may have some of its tensors on the GPU; the others reach it without a wait."""
+    with recorded_waits() as waits:
+        on_cpu, on_gpu = torch.zeros(3), torch.zeros(3, device=GPU)
+        request: Any = SimpleNamespace(has_weight=True)
+        unpinned = MicroBatch(batch={"a": [on_cpu], "b": on_gpu}, items=3, request=request)
+        batch = pinned(unpinned).batch
+        assert batch["b"] is on_gpu
+        assert waits == []
+        assert batch["a"][0].to(GPU, non_blocking=True).device == GPU
+        assert waits == []
+        on_cpu.to(GPU, non_blocking=True)
+    assert len(waits) == 1

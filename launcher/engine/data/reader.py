@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.data import (
     DataLoader,
     Dataset,
@@ -18,7 +19,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from launcher.engine.backends.nested_tensors import describe_nested
+from launcher.engine.backends.nested_tensors import describe_nested, map_tensors
 from launcher.engine.data.fingerprint import describe
 from launcher.engine.data.loader_workers import (
     check_sendable,
@@ -270,9 +271,10 @@ def micro_batches(
         RecipeError: Workers are to be spawned, and the import location of the recipe is unknown.
     """
     workers = plan.workers_per_rank
-    if not workers and not plan.pin_memory:
-        return map(raise_if_error, map(reader.__getitem__, requests))
-    results = prefetch(
+    if not workers:
+        results = map(raise_if_error, map(reader.__getitem__, requests))
+        return map(pinned, results) if plan.pin_memory else results
+    prefetched = prefetch(
         reader,
         requests,
         workers=workers,
@@ -280,7 +282,26 @@ def micro_batches(
         prefetch_factor=plan.prefetch_factor,
         pin_memory=plan.pin_memory,
     )
-    return map(raise_if_error, results)
+    return map(raise_if_error, prefetched)
+
+
+def pinned(micro_batch: MicroBatch) -> MicroBatch:
+    """Return a micro-batch with its CPU tensors in page-locked memory.
+
+    Tensors that the data set has on a GPU stay there; torch's own function refuses them.
+    """
+    return micro_batch._replace(batch=map_tensors(_pin_tensor, micro_batch.batch, _pin_object))
+
+
+def _pin_tensor(tensor: Tensor) -> Tensor:
+    is_dense_on_cpu = tensor.device.type == "cpu" and tensor.layout is torch.strided
+    return tensor.pin_memory() if is_dense_on_cpu else tensor
+
+
+def _pin_object(value: Any) -> Any:
+    """Pin an object that has torch's method for it, such as PackedSequence."""
+    can_be_pinned = callable(getattr(value, "pin_memory", None))
+    return value.pin_memory() if can_be_pinned and not getattr(value, "is_cuda", False) else value
 
 
 def prefetch(
@@ -297,19 +318,17 @@ def prefetch(
     Args:
         reader: Reads the requests.
         requests: The requests.
-        workers: The number of worker processes; 0 reads in this process.
+        workers: The number of worker processes, at least 1.
         method: How workers start: `fork` or `spawn`.
-        prefetch_factor: The number of micro-batches that each worker prefetches; None without
-            workers.
+        prefetch_factor: The number of micro-batches that each worker prefetches.
         pin_memory: Whether to copy tensors to page-locked memory.
 
     Raises:
         WorldError: The path of the temporary folder is too long for the sockets of workers.
         RecipeError: Workers are to be spawned, and the import location of the recipe is unknown.
     """
-    if workers:
-        check_temporary_folder()
-        reader.check_start(method)
+    check_temporary_folder()
+    reader.check_start(method)
     with warnings.catch_warnings():
         # The planner already compares workers with cores and warns the user.
         warnings.filterwarnings("ignore", message="This DataLoader will create")
@@ -321,13 +340,13 @@ def prefetch(
             num_workers=workers,
             prefetch_factor=prefetch_factor,
             pin_memory=pin_memory,
-            worker_init_fn=functools.partial(start_worker, os.getpid()) if workers else None,
-            multiprocessing_context=method if workers else None,
+            worker_init_fn=functools.partial(start_worker, os.getpid()),
+            multiprocessing_context=method,
         )
         # A spawned worker would react to signals until `start_worker` makes it ignore them.
         with signals_held() if method == "spawn" else contextlib.nullcontext():
             results: Iterator[MicroBatch | LauncherError] = iter(loader)
-    return _receive(results) if workers else results
+    return _receive(results)
 
 
 def _receive(
