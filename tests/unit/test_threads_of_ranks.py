@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from launcher.engine.ranks import watchdog
 from launcher.engine.ranks.usage import LastMeasurement, usage_of
 from launcher.engine.state.compiled import limit_compile_workers
 from launcher.engine.training import checkpoint_manager
 from launcher.engine.training.checkpoint_manager import _ShardWriter
+from launcher.runs.rundir import create_run_dir
+from launcher.signals import StopRequest
 
 
 def test_a_driver_that_does_not_answer_blocks_nobody() -> None:
@@ -77,3 +83,26 @@ def test_compilers_share_the_cores(
         monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS")
         limit_compile_workers(cores)
         assert config.compile_threads == workers
+
+
+def test_a_hanging_driver_does_not_keep_a_hanging_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank ends although the record of its collectives blocks in C with Python's lock held."""
+    run_dir = create_run_dir(tmp_path / "run", "digits")
+    libc = ctypes.PyDLL(None)  # its functions run with Python's lock held
+    monkeypatch.setattr(watchdog, "record_collectives", lambda _: libc.sleep(60))
+    monkeypatch.setattr(watchdog, "_SECONDS_TO_RECORD", 0.5)
+    started = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        with (tmp_path / "log").open("w") as log:
+            watching = watchdog.Watchdog(
+                run_dir, 0, 1, hang_timeout=0.1, stop=StopRequest(), log=log, errors=log
+            )
+            watching.report_phase(0, "computing")
+            time.sleep(60)
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    assert time.monotonic() - started < 20
+    assert "_end_run" in (tmp_path / "log").read_text()

@@ -91,8 +91,9 @@ def diagnose_rank(
 def _get_versions(*, is_cuda: bool) -> dict[str, str]:
     all_versions = versions()
     if is_cuda:
+        hip = torch.version.hip  # set where torch is built for AMD's GPUs
         all_versions |= {
-            "CUDA": str(torch.version.cuda),
+            **({"CUDA": str(torch.version.cuda)} if hip is None else {"ROCm": hip}),
             "NCCL": ".".join(map(str, torch.cuda.nccl.version())),
             "driver": gpu_driver() or "?",
         }

@@ -40,6 +40,9 @@ _SECONDS_TO_END = 5.0
 """How long a rank may stand still after it got SIGTERM or another rank has recorded a failure;
 after that it waits for a rank that is gone."""
 
+_SECONDS_TO_RECORD = 10.0
+"""Time for torch to write the collective calls of a hanging rank."""
+
 _SECONDS_TO_REPORT = 3.0
 """Time for all ranks of a hanging run to write where they are, before one of them is named."""
 
@@ -168,7 +171,11 @@ class Watchdog:
         """Report where this rank is, record the rank for which the others wait, and exit."""
         where, waits = self._find_main_thread()
         self._write_heartbeat(stalled=True, where=where, waits=waits)
+        # torch asks the driver about the calls, and a driver that hangs would keep this thread, and
+        # Python's lock with it. faulthandler ends the process without either.
+        faulthandler.dump_traceback_later(_SECONDS_TO_RECORD, exit=True, file=self._log)
         record_collectives(self._run_dir.collectives(self._rank))
+        faulthandler.cancel_dump_traceback_later()
         print(f"No progress for {timeout:g} s. All threads:", file=self._log, flush=True)
         faulthandler.dump_traceback(file=self._log, all_threads=True)
         for child in children():
