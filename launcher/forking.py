@@ -68,7 +68,7 @@ def reason_not_to_fork() -> str | None:
     started = "started 1 thread" if len(thread_ids) == 1 else f"started {len(thread_ids)} threads"
     names = _thread_names(thread_ids)
     if not names:
-        return f"{started}, as torch does to compute,"
+        return f"{started} (as torch does to compute)"
     shown = ", ".join(names[:_MAX_NAMED]) + (", ..." if len(names) > _MAX_NAMED else "")
     return f"{started} ({shown})"
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 import unicodedata
+from pathlib import Path
 
 MAX_CHARACTERS = 20_000
 """Longest text of an exception that is recorded or shown; a longer one loses its middle."""
@@ -12,6 +14,9 @@ _MAX_ENTRY_CHARACTERS = 4_000
 """Longest entry of a traceback: the lines of one call, or the text of one exception."""
 
 _MAX_NAME_CHARACTERS = 200
+
+_PACKAGE = Path(__file__).parent
+_STANDARD_LIBRARY = Path(os.__file__).parent
 
 _SAFE = frozenset("\n\t")
 _ESCAPED_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
@@ -95,18 +100,56 @@ def error_line(error: BaseException) -> str:
     return f"{class_name(error)}: {text_of(error)}"
 
 
-def traceback_of(error: BaseException) -> str:
+def traceback_of(error: BaseException, *, whole: bool = False) -> str:
     """Return the traceback of an exception, shortened and printable, even if its `__str__` raises.
 
     Each entry is shortened by itself, so that a long text of the exception does not displace the
     calls that led to it.
+
+    Args:
+        error: The exception.
+        whole: Whether the traceback has all calls. Otherwise, if the error passed through code
+            that is not installed, as recipes are not, the calls that led there are left out.
     """
     try:
-        entries = list(traceback.TracebackException.from_exception(error).format())
+        parts = traceback.TracebackException.from_exception(error)
+        if not whole:
+            _leave_out_calls_to_recipe(parts)
+        entries = list(parts.format())
     except BaseException as second:  # noqa: BLE001  # whatever the class of the exception raises
         return f"{error_line(error)}\n({class_name(second)} was raised for its traceback)\n"
     text = "".join(shortened(entry, _MAX_ENTRY_CHARACTERS) for entry in entries)
     return printable(shortened(text))
+
+
+def _leave_out_calls_to_recipe(parts: traceback.TracebackException) -> None:
+    """Leave out the calls before the first one in a file that is not installed.
+
+    The exceptions that caused this one lose theirs too. Where all calls are in installed files,
+    they stay.
+    """
+    chain: list[traceback.TracebackException | None] = [parts]
+    seen: set[int] = set()
+    while chain:
+        part = chain.pop()
+        if part is None or id(part) in seen:
+            continue
+        seen.add(id(part))
+        places = [i for i, call in enumerate(part.stack) if _is_recipe_file(call.filename)]
+        if places:
+            part.stack = traceback.StackSummary.from_list(part.stack[places[0] :])
+        chain += [part.__cause__, part.__context__]
+
+
+def _is_recipe_file(name: str) -> bool:
+    """Return whether a file of code is neither of this package, of Python nor of a library."""
+    if name.startswith("<"):
+        return False
+    path = Path(name)
+    if path.is_relative_to(_PACKAGE):
+        return path.is_relative_to(_PACKAGE / "recipes")
+    is_library = any(part.endswith("-packages") for part in path.parts)
+    return not is_library and not path.is_relative_to(_STANDARD_LIBRARY)
 
 
 def _escaped(character: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,11 @@ included: nine short lines can ask for billions."""
 
 _MAX_BITS = 64
 """Longest integer; Python refuses to print those with more than 4300 digits."""
+
+
+_OLD_NUMBER = re.compile(r"[-+]?(0[0-9_]+|[0-9_]+(:[0-9_.]+)+)")
+"""Numbers of YAML 1.1 alone: 010, which is eight there, and 1:30, which is ninety. They stay text,
+so that they mean the same as on the command line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +208,9 @@ def _loaders() -> dict[bool, Any]:
     import yaml
 
     def construct_object(self: Any, node: Node, deep: bool = False) -> Any:
+        is_number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+        if is_number and _OLD_NUMBER.fullmatch(str(node.value)):
+            return node.value
         try:
             value = super(type(self), self).construct_object(node, deep)
         except yaml.YAMLError:

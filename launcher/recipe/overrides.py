@@ -248,17 +248,17 @@ def _clear_the_other(
     """Set the other setting of an exclusive pair to None if one of the pair is overridden.
 
     Raises:
-        OverrideError: Both are overridden in the same place.
+        OverrideError: Both have a value, given in the same place.
     """
     overrides_of_pair = [override for override in overrides if override.name in pair]
     if not overrides_of_pair:
         return
-    if (
-        len(overrides_of_pair) == 2
-        and len({override.origin for override in overrides_of_pair}) == 1
-    ):
-        first, second = overrides_of_pair
+    values = [override for override in overrides_of_pair if changes[override.name] is not None]
+    if len(values) == 2 and len({override.origin for override in values}) == 1:
+        first, second = values
         raise OverrideError(f"{first} and {second} exclude each other: keep one.")
+    if len(overrides_of_pair) == 2 and len(values) == 1:
+        overrides_of_pair = values
     winner = overrides_of_pair[-1].name
     other = pair[0] if winner == pair[1] else pair[1]
     changes[other] = None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import keyword
+import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from launcher.errors import UsageError
@@ -15,7 +17,8 @@ def new_recipe(target: Path) -> None:
     """Write a recipe to start from, whose function has the name of the file.
 
     Raises:
-        UsageError: The name cannot be that of a function, the file exists, or it cannot be written.
+        UsageError: The name cannot be that of a function or is that of a module, the file exists,
+            or it cannot be written.
     """
     import jinja2
 
@@ -41,13 +44,25 @@ def copy_recipe(reference: Reference, target: Path) -> None:
 
 def _check_name(target: Path) -> None:
     name = target.stem
-    if not name.isidentifier() or keyword.iskeyword(name):
+    if not (name.isascii() and name.isidentifier()) or keyword.iskeyword(name):
         raise UsageError(
-            f"{name!r} cannot be the name of a recipe, which is the name of a Python function: use "
-            "letters, digits and underscores."
+            f"{name!r} cannot be the name of a recipe, which is the name of a Python function and "
+            "of run folders: use the letters a to z, digits and underscores, and no word of "
+            "Python's own."
         )
     if target.suffix != ".py":
         raise UsageError(f"{target}: a recipe is a Python file. Use {target.with_suffix('.py')}.")
+    if name in sys.stdlib_module_names or _is_installed(name):
+        raise UsageError(
+            f"{target} would hide the module {name} from the programs in its folder, which import "
+            "their modules from there first. Choose another name."
+        )
+
+
+def _is_installed(name: str) -> bool:
+    """Return whether a module or package of this name is installed beside launcher or torch."""
+    folders = [folder for folder in sys.path if Path(folder).name.endswith("-packages")]
+    return name == "launcher" or PathFinder.find_spec(name, folders) is not None
 
 
 def _write(target: Path, text: str) -> None:

@@ -118,6 +118,13 @@ def test_bad_values_are_refused(arguments: list[str], message: str) -> None:
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("arguments", [["steps=none", "epochs=3"], ["epochs=3", "steps=none"]])
+def test_none_excludes_nothing(arguments: list[str]) -> None:
+    """Of two settings that exclude each other, one may be none beside a value of the other."""
+    recipe = build(EXAMPLE, read_arguments(arguments)).recipe
+    assert (recipe.epochs, recipe.steps) == (3, None)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

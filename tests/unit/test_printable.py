@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections import UserDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+import launcher
 from launcher.printable import (
     MAX_CHARACTERS,
     error_line,
@@ -84,3 +89,30 @@ def test_a_traceback_keeps_its_calls() -> None:
     assert "\x1b" not in text
     assert len(text) < 4 * MAX_CHARACTERS
     assert len(text_of(raised.value)) < 4 * MAX_CHARACTERS
+
+
+def _raised_through(files: list[str]) -> ValueError:
+    """Return an exception that passed through one call in each of the files, outermost first."""
+    function: Callable[[], None] | None = None
+    for file in reversed(files):
+        body = "raise ValueError" if function is None else "function()"
+        scope: dict[str, Any] = {"function": function}
+        exec(compile(f"def call():\n    {body}\n", file, "exec"), scope)
+        function = scope["call"]
+    assert function is not None
+    with pytest.raises(ValueError) as raised:  # noqa: PT011
+        function()
+    return raised.value.with_traceback(raised.tb.tb_next)
+
+
+def test_a_traceback_begins_in_the_recipe() -> None:
+    """Calls in installed files are left out before the first call of a recipe, also of a cause."""
+    files = [json.__file__, launcher.__file__, "/mine.py", json.__file__, "/mine.py"]
+    error = _raised_through(files)
+    assert traceback_of(error).count("  File ") == 3
+    assert traceback_of(error, whole=True).count("  File ") == 5
+    error.__cause__ = _raised_through(files[1:])
+    assert traceback_of(error).count("  File ") == 6
+    assert traceback_of(_raised_through(files[:2])).count("  File ") == 2
+    recipe = str(Path(launcher.__file__).parent / "recipes" / "digits.py")
+    assert traceback_of(_raised_through([launcher.__file__, recipe])).count("  File ") == 1

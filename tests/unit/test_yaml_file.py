@@ -99,3 +99,19 @@ def test_aliases_are_read(tmp_path: Path) -> None:
     file = read_yaml_file(path)
     assert file.value == {"a": [1, 2], "b": [1, 2], "c": [[1, 2], [1, 2]]}
     assert file.lines == {"a": 1, "b": 2, "c": 4}
+
+
+def test_numbers_mean_the_same_as_on_the_command_line(tmp_path: Path) -> None:
+    """A zero before digits is no octal number, and digits with colons are text, not base 60."""
+    path = tmp_path / "settings.yaml"
+    path.write_text("a: 010\nb: 1:30\nc: 12:30:00.5\nd: 1_000\ne: 1e-3\nf: 0\ng: 0.5\n")
+    values = read_yaml_file(path).value
+    assert values == {
+        "a": "010",
+        "b": "1:30",
+        "c": "12:30:00.5",
+        "d": 1000,
+        "e": "1e-3",
+        "f": 0,
+        "g": 0.5,
+    }

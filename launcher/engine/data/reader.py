@@ -408,7 +408,8 @@ def _call(
         shown = ", ".join(map(str, samples[:8])) + (", ..." if len(samples) > 8 else "")
         raise SampleError(
             f"{name} raised {class_name(error)} for sample {shown} (epoch {request.epoch}): "
-            f"{text_of(error, 2_000)}{details()}\n\n{traceback_of(error).rstrip()}"
+            f"{text_of(error, 2_000) or 'it has no text'}{details()}\n\n"
+            f"{traceback_of(error).rstrip()}"
         ) from None
 
 

@@ -102,7 +102,8 @@ def _report(
 ) -> int:
     _ignore_dead_workers()
     failure = replace(describe(error, world), log_line=1 + count_lines(run_dir.log(world.rank)))
-    print(failure.traceback or failure.message, file=output.log, flush=True)
+    logged = redacted(traceback_of(error, whole=True)) if failure.traceback else failure.message
+    print(logged, file=output.log, flush=True)
     if failure.lost_peer:
         stop.wait_to_be_ended(_SECONDS_FOR_THE_PEER)
         failure = _early_exit(run_dir, world) or failure
