@@ -38,8 +38,8 @@ def check_output(
         raise write_failure(path, error) from None
     if head and not is_ours(head):
         raise RunDirError(
-            f"{path} exists, and launcher did not write it. Give another {option}, or add --force "
-            "to replace it."
+            f"{path} exists, and this command did not write it. Give another {option}, or add "
+            "--force to replace it."
         )
 
 

@@ -290,7 +290,7 @@ def open_run_dir(path: Path) -> RunDir:
         RunDirError: `path` does not exist, or has no run.yaml.
     """
     if not is_file(path / "run.yaml"):
-        reason = "does not exist"
+        reason = "is a file" if exists(path) else "does not exist"
         if is_dir(path):
             has_other = os.path.lexists(path / "run.yaml")
             reason = f"has {'a run.yaml that is no file' if has_other else 'no run.yaml'}"

@@ -7,7 +7,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -50,6 +50,16 @@ TARGETS = INPUTS @ torch.tensor([[1.0], [-2.0], [0.5], [0.0]]) + 0.3
 def squared_error(outputs: Tensor, batch: list[Tensor]) -> tuple[Tensor, int]:
     """Return the sum of squared errors."""
     return functional.mse_loss(outputs, batch[1], reduction="sum"), len(batch[1])
+
+
+class SizelessSamples:
+    """A data set whose length is no whole number."""
+
+    def __len__(self) -> Any:
+        return 40.0  # noqa: PLE0303
+
+    def __getitem__(self, index: int) -> Any:
+        return INPUTS[index], TARGETS[index]
 
 
 def recipe(**changes: Any) -> Recipe:
@@ -258,6 +268,14 @@ def test_frozen_parameters_stay(tmp_path: Path) -> None:
     [
         ({"loss": lambda *_: (torch.zeros(2), 2)}, RecipeError, r"\(a tensor of shape \(2,"),
         ({"loss": lambda *_: 3.0}, RecipeError, "returned a float"),
+        ({"loss": lambda o, b: (o.sum().item(), len(b))}, RecipeError, r"a float, count\), from"),
+        ({"loss": lambda o, b: (o.sum().detach(), len(b))}, RecipeError, "without a gradient"),
+        ({"data": lambda: Data(train=SizelessSamples())}, RecipeError, "len.. raised TypeError"),
+        ({"data": lambda: Data(train=[0] * 40, collate=cast("Any", "x"))}, RecipeError,
+         "Data.collate=.*a str"),
+        ({"model": lambda: nn.Linear(4, 1, device="meta")}, RecipeError, "meta device"),
+        ({"optimizer": lambda _, lr: torch.optim.SGD([nn.Parameter(TARGETS)], lr)}, RecipeError,
+         "updates 1 of 1 tensors that are not parameters"),
         ({"data": list}, RecipeError, "data function returned list"),
         ({"model": dict}, RecipeError, "model function returned dict"),
         ({"optimizer": lambda *_: None}, RecipeError, "optimizer function .*NoneType"),

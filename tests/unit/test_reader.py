@@ -144,7 +144,7 @@ def test_a_failing_collate_names_its_samples() -> None:
     collating_reader = Reader(digits(), Data(train=Drawn(), collate=fail))
     for result in (collating_reader[request(3, 4)], reader(Drawn(), count=fail)[request(3, 4)]):
         assert isinstance(result, SampleError)
-        assert "raised KeyError for sample 3, 4 (epoch 0)" in str(result)
+        assert "raised KeyError for samples 3, 4 (epoch 0)" in str(result)
 
 
 def test_samples_that_cannot_be_joined_are_named() -> None:

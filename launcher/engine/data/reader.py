@@ -98,12 +98,19 @@ def sample_count(data: Any, split: str) -> int:
             "cannot be divided exactly among ranks. Return a map-style data set, with __len__ and "
             "__getitem__."
         )
-    if len(data) == 0:
+    try:
+        num_samples = len(data)
+    except Exception as error:  # noqa: BLE001  # the recipe's code may raise anything
+        raise RecipeError(
+            f"The {split} data is {kind_of(data)}, whose length cannot be read: len() raised "
+            f"{error_line(error)}. Its __len__ must return the number of samples."
+        ) from None
+    if num_samples == 0:
         raise RecipeError(
             f"The {split} data is empty: len() of the {type(data).__name__} is 0. "
             "Check what the recipe's data function reads."
         )
-    return len(data)
+    return num_samples
 
 
 class Reader(Dataset[MicroBatch | LauncherError]):
@@ -406,10 +413,12 @@ def _call(
     except BaseException as error:  # noqa: BLE001  # the recipe's code may raise anything
         samples = request.indices if indices is None else indices
         shown = ", ".join(map(str, samples[:8])) + (", ..." if len(samples) > 8 else "")
+        calls = error.__traceback__.tb_next if error.__traceback__ is not None else None
+        error.__traceback__ = calls  # without the call above
         raise SampleError(
-            f"{name} raised {class_name(error)} for sample {shown} (epoch {request.epoch}): "
-            f"{text_of(error, 2_000) or 'it has no text'}{details()}\n\n"
-            f"{traceback_of(error).rstrip()}"
+            f"{name} raised {class_name(error)} for sample{'s' * (len(samples) > 1)} {shown} "
+            f"(epoch {request.epoch}): {text_of(error, 2_000) or 'it has no text'}{details()}"
+            + (f"\n\n{traceback_of(error).rstrip()}" if calls is not None else "")
         ) from None
 
 

@@ -260,7 +260,7 @@ def _try_evaluation(context: TrainContext, recipe: Recipe, batch: Any) -> tuple[
         outputs = backend.forward(recipe.forward, context.model, placed)
         return tuple(
             f"{name} raised {class_name(error)} on a few evaluation samples before the first "
-            f"step: {text_of(error, 2_000)}. The first evaluation may fail in the same way"
+            f"step: {text_of(error, 2_000)}. The first evaluation may fail in the same way."
             for name, function in functions.items()
             if (error := _catch_error(function, outputs, placed, name)) is not None
         )

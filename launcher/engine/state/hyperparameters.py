@@ -40,6 +40,7 @@ def make_optimizer(recipe: Recipe, model: nn.Module, lr: float) -> Optimizer:
         optimizer = recipe.optimizer(model, lr)
         check_optimizer_kind(optimizer)
         check_sparse_support(optimizer, sparse)
+        _check_parameters(optimizer, model)
         return optimizer
     if sparse:
         raise RecipeError(
@@ -64,6 +65,26 @@ def make_optimizer(recipe: Recipe, model: nn.Module, lr: float) -> Optimizer:
         return SGD(groups, lr=lr, **arguments)
     betas = (arguments.pop("beta1", 0.9), arguments.pop("beta2", 0.999))
     return AdamW(groups, lr=lr, betas=betas, **arguments)
+
+
+def _check_parameters(optimizer: Optimizer, model: nn.Module) -> None:
+    """Refuse an optimizer over tensors that are not parameters of the model.
+
+    No strategy would sum their gradients over ranks, and no checkpoint would hold them.
+
+    Raises:
+        RecipeError: It updates another tensor.
+    """
+    known = {id(parameter) for parameter in model.parameters()}
+    updated = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    others = [tuple(parameter.shape) for parameter in updated if id(parameter) not in known]
+    if others:
+        raise RecipeError(
+            f"The recipe's optimizer updates {len(others)} of {len(updated)} tensors that are not "
+            f"parameters of the model, the first of shape {others[0]}. Let the optimizer function "
+            "take them from the model that it is called with, as in model.parameters(), and make "
+            "further parameters attributes of the model."
+        )
 
 
 def _parameter_groups(model: nn.Module, *, decay_1d: bool) -> list[dict[str, Any]]:

@@ -37,6 +37,7 @@ from launcher.engine.training.loop import TrainContext
 from launcher.errors import RecipeError
 from launcher.planning.plan import Plan
 from launcher.planning.single_sample_batches import has_single_sample_batches
+from launcher.printable import kind_of
 from launcher.recipe.recipe import Data, Recipe
 from launcher.runs.job import RecipeSource
 
@@ -137,8 +138,8 @@ def build_data(recipe: Recipe, plan: Plan) -> Data:
     """Call the recipe's data function, with seeded generators, and return its data.
 
     Raises:
-        RecipeError: The function did not return `launcher.Data`, or the number of training samples
-            is not the planned one.
+        RecipeError: The function did not return `launcher.Data`, its `collate` is no function, or
+            the number of training samples is not the planned one.
     """
     seed_all(recipe.seed)
     data = recipe.data()
@@ -146,6 +147,11 @@ def build_data(recipe: Recipe, plan: Plan) -> Data:
         raise RecipeError(
             f"The recipe's data function returned {type(data).__name__}; expected "
             "launcher.Data(train=..., evaluation=...)."
+        )
+    if not (data.collate is None or callable(data.collate)):
+        raise RecipeError(
+            f"Data(collate=...): expected a function from a list of samples to a batch, or None, "
+            f"found {kind_of(data.collate)}."
         )
     num_samples = sample_count(data.train, "train")
     if plan.train_samples is not None and num_samples != plan.train_samples:
@@ -225,7 +231,8 @@ def build_model(recipe: Recipe, first_batch: Callable[[], Any]) -> nn.Module:
         first_batch: Reads the batch with which lazy layers are initialised.
 
     Raises:
-        RecipeError: The function did not return a module, or a lazy layer stays without a shape.
+        RecipeError: The function did not return a module, a lazy layer stays without a shape, or a
+            parameter has no values.
     """
     seed_all(recipe.seed)  # the same initial weights on every rank
     model = recipe.model()
@@ -236,6 +243,11 @@ def build_model(recipe: Recipe, first_batch: Callable[[], Any]) -> nn.Module:
         )
     if lazy_names(model):
         initialize_lazy_layers(model, recipe, first_batch())
+    if on_meta := [name for name, tensor in model.named_parameters() if tensor.is_meta]:
+        raise RecipeError(
+            f"The recipe's model has {len(on_meta)} parameters on the meta device, which have no "
+            f"values, {on_meta[0]} first. Return a model on the CPU, with its weights."
+        )
     return model
 
 

@@ -173,7 +173,7 @@ def train(
                 forward_writes.micro_batch_context(micro_batch.request),
             ):
                 with backend.autocast():
-                    loss_sum, count = sum_and_count(
+                    loss_sum, count = _loss_sum_and_count(
                         recipe.loss, backend.forward(recipe.forward, model, batch), batch
                     )
                 # Gradients are averaged over ranks; world_size in the weight makes that a sum.
@@ -341,6 +341,25 @@ def sum_and_count(
         f"{name} returned {_describe(returned)}; expected (sum, count): the sum over the items of "
         "the batch as a scalar, as with reduction='sum', and the number of these items, such as "
         "len(targets)."
+    )
+
+
+def _loss_sum_and_count(
+    loss: Callable[[Any, Any], Any], outputs: Any, batch: Any
+) -> tuple[Tensor, int | Tensor]:
+    """Call the loss in training and return its (sum, count).
+
+    Raises:
+        RecipeError: The loss did not return (sum, count), or the sum has no gradient.
+    """
+    total, count = sum_and_count(loss, outputs, batch, name="The recipe's loss")
+    if isinstance(total, Tensor) and total.requires_grad:
+        return total, count
+    found = "a tensor without a gradient" if isinstance(total, Tensor) else kind_of(total)
+    raise RecipeError(
+        f"The recipe's loss returned ({found}, count), from which no gradient can be computed. "
+        "Return the sum as a tensor that is computed from the outputs of the model, without "
+        ".item(), .detach() or torch.no_grad() in the loss and in forward."
     )
 
 
