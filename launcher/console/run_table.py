@@ -81,7 +81,7 @@ def read_row(run_dir: RunDir) -> RunRow | None:
         return RunRow(
             run=run_dir.shown,
             state=state.name if is_queued else "unknown",
-            words=state.words if is_queued else str(error),
+            words=state.words if is_queued else _without_folder(str(error), run_dir),
             recipe="?",
             ranks=0,
             strategy="?",
@@ -105,7 +105,7 @@ def read_row(run_dir: RunDir) -> RunRow | None:
     return RunRow(
         run=run_dir.shown,
         state=history.state.name,
-        words=history.state.words,
+        words=_without_folder(history.state.words, run_dir),
         recipe=plan.recipe,
         ranks=plan.world_size,
         strategy=plan.strategy,
@@ -116,6 +116,11 @@ def read_row(run_dir: RunDir) -> RunRow | None:
         began=history.began,
         settings=dict(plan.settings),
     )
+
+
+def _without_folder(words: str, run_dir: RunDir) -> str:
+    """Return an error about a file of a run by its name in the folder, which the row names."""
+    return words.replace(f"{run_dir.path}/", "")
 
 
 def filter_rows(rows: Iterable[RunRow], filters: Sequence[tuple[str, str]]) -> list[RunRow]:

@@ -79,7 +79,8 @@ def loader_policy(
         workers = cores_per_rank
         reason = (
             f"{WORKERS_PER_RANK} by default, limited by {usable_cores} usable cores "
-            f"({cores_limited_by}) / {nproc_per_node} ranks per node"
+            f"({cores_limited_by}) / {nproc_per_node} rank{'s' * (nproc_per_node > 1)} "
+            "per node"
         )
     else:
         workers, reason = WORKERS_PER_RANK, f"{WORKERS_PER_RANK} per rank"

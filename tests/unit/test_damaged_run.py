@@ -236,3 +236,13 @@ def test_a_damaged_value_is_named_or_skipped(copy: Callable[[str], Path], name: 
         print(place)  # shown if a reader fails
         for read in VALUE_READERS[name]:
             read(run.parent)
+
+
+def test_a_damaged_run_is_listed_with_the_file(finished: Path, tmp_path: Path) -> None:
+    """The line of a damaged run begins with the name of the damaged file, which is never cut."""
+    folder = tmp_path / ("deep" * 20)
+    shutil.copytree(finished, folder)
+    (folder / "result.json").write_text("[")
+    row = read_row(RunDir(folder))
+    assert row is not None
+    assert row.words.startswith("result.json is damaged")
