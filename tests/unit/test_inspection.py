@@ -194,6 +194,21 @@ class Fields:
 
 
 @pytest.mark.parametrize(
+    ("changes", "fragment"),
+    [
+        ({"loss": lambda o, b: (o.sum().item(), len(b))}, "(a float, count)"),
+        ({"loss": lambda o, b: (o.sum().detach(), len(b))}, "without a gradient"),
+        ({"data": lambda: (INPUTS, TARGETS), "train_samples": 32}, "returned tuple"),
+    ],
+)
+def test_a_function_with_another_result_is_refused(changes: dict[str, Any], fragment: str) -> None:
+    """A loss without a gradient and data of another type are refused with what was returned."""
+    with pytest.raises(RecipeError) as caught:
+        inspect(recipe(**changes))
+    assert fragment in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("collate", "fragment"),
     [
         (lambda samples: {"x": torch.stack(samples)}, "model(batch['x'])"),

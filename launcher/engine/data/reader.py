@@ -67,6 +67,26 @@ class MicroBatch(NamedTuple):
         return self.request.has_weight
 
 
+def call_data(recipe: Recipe) -> Data:
+    """Call the recipe's data function and return its data.
+
+    Raises:
+        RecipeError: The function did not return `launcher.Data`, or its `collate` is no function.
+    """
+    data = recipe.data()
+    if not isinstance(data, Data):
+        raise RecipeError(
+            f"The recipe's data function returned {type(data).__name__}; expected "
+            "launcher.Data(train=..., evaluation=...)."
+        )
+    if not (data.collate is None or callable(data.collate)):
+        raise RecipeError(
+            "Data(collate=...): expected a function from a list of samples to a batch, or None, "
+            f"found {kind_of(data.collate)}."
+        )
+    return data
+
+
 def sample_count(data: Any, split: str) -> int:
     """Return the number of samples in a data set.
 
@@ -167,7 +187,7 @@ class Reader(Dataset[MicroBatch | LauncherError]):
         try:
             recipe = self._source.build()
             seed_all(recipe.seed)
-            self._set_data(recipe, recipe.data())
+            self._set_data(recipe, call_data(recipe))
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # noqa: BLE001  # the recipe's code may raise anything

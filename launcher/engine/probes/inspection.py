@@ -21,7 +21,7 @@ from launcher.engine.backends.nested_tensors import describe_nested, tensors_in
 from launcher.engine.data.fingerprint import are_equal
 from launcher.engine.data.open_files import moved_files, open_files, opened_since
 from launcher.engine.data.randomness import seed_all
-from launcher.engine.data.reader import Reader, prefetch, raise_if_error, sample_count
+from launcher.engine.data.reader import Reader, call_data, prefetch, raise_if_error, sample_count
 from launcher.engine.data.sampler import MicroBatchRequest
 from launcher.engine.model.forward_writes import WriteDetector
 from launcher.engine.probes.loss_properties import LossProbe, copy_model
@@ -29,7 +29,7 @@ from launcher.engine.state.hyperparameters import make_optimizer
 from launcher.engine.state.optimizer_kinds import check_strategy_of
 from launcher.engine.state.parameter_kinds import check_parameters
 from launcher.engine.training.build import build_model
-from launcher.engine.training.loop import sum_and_count
+from launcher.engine.training.loop import sum_and_count, training_loss
 from launcher.errors import RecipeError
 from launcher.json_file import exact_floats, read_json
 from launcher.planning.plan import Plan
@@ -166,7 +166,7 @@ def inspect_recipe(recipe: Recipe, plan: Plan, source: RecipeSource | None = Non
         has_state=bool(changing_weights or changing_buffers),
     ).inspect(samples_change=bool(samples.changing))
     outputs = recipe.forward(model, batch)
-    total, count = sum_and_count(recipe.loss, outputs, batch)
+    total, count = training_loss(recipe.loss, outputs, batch)
     total.backward()
     total = total.detach()
     trained = {
@@ -207,7 +207,7 @@ def _read_samples(recipe: Recipe, source: RecipeSource | None) -> _Samples:
     """Read the first training samples in workers, in this process, again, alone and together."""
     seed_all(recipe.seed)
     files_before = open_files()
-    data = recipe.data()
+    data = call_data(recipe)
     indices = list(range(min(_NUM_SAMPLES, sample_count(data.train, "train"))))
     half = max(len(indices) // 2, 1)
     reader = Reader(recipe, data, source)

@@ -19,6 +19,7 @@ from launcher.engine.data.randomness import seed_all
 from launcher.engine.data.reader import (
     MicroBatch,
     Reader,
+    call_data,
     micro_batches,
     raise_if_error,
     sample_count,
@@ -37,7 +38,6 @@ from launcher.engine.training.loop import TrainContext
 from launcher.errors import RecipeError
 from launcher.planning.plan import Plan
 from launcher.planning.single_sample_batches import has_single_sample_batches
-from launcher.printable import kind_of
 from launcher.recipe.recipe import Data, Recipe
 from launcher.runs.job import RecipeSource
 
@@ -142,17 +142,7 @@ def build_data(recipe: Recipe, plan: Plan) -> Data:
             the number of training samples is not the planned one.
     """
     seed_all(recipe.seed)
-    data = recipe.data()
-    if not isinstance(data, Data):
-        raise RecipeError(
-            f"The recipe's data function returned {type(data).__name__}; expected "
-            "launcher.Data(train=..., evaluation=...)."
-        )
-    if not (data.collate is None or callable(data.collate)):
-        raise RecipeError(
-            f"Data(collate=...): expected a function from a list of samples to a batch, or None, "
-            f"found {kind_of(data.collate)}."
-        )
+    data = call_data(recipe)
     num_samples = sample_count(data.train, "train")
     if plan.train_samples is not None and num_samples != plan.train_samples:
         raise RecipeError(

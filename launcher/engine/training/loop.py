@@ -173,7 +173,7 @@ def train(
                 forward_writes.micro_batch_context(micro_batch.request),
             ):
                 with backend.autocast():
-                    loss_sum, count = _loss_sum_and_count(
+                    loss_sum, count = training_loss(
                         recipe.loss, backend.forward(recipe.forward, model, batch), batch
                     )
                 # Gradients are averaged over ranks; world_size in the weight makes that a sum.
@@ -344,7 +344,7 @@ def sum_and_count(
     )
 
 
-def _loss_sum_and_count(
+def training_loss(
     loss: Callable[[Any, Any], Any], outputs: Any, batch: Any
 ) -> tuple[Tensor, int | Tensor]:
     """Call the loss in training and return its (sum, count).
