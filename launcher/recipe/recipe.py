@@ -382,6 +382,11 @@ def _check_metrics(metrics: Any) -> None:
                 f"Recipe(metrics=...): expected the name of a metric as text on one line, found "
                 f"{show(name)}."
             )
+        if name == "loss":
+            raise RecipeError(
+                "Recipe(metrics={'loss': ...}): every evaluation reports the recipe's loss under "
+                "this name. Give the metric another one."
+            )
         _check_function(f"Recipe(metrics={{{name!r}: ...}})", metric, _ARGUMENTS["loss"])
 
 

@@ -43,6 +43,7 @@ BAD: list[dict[str, Any]] = [
     {"metrics": {3: loss}},
     {"metrics": {"": loss}},
     {"metrics": {"two\nlines": loss}},
+    {"metrics": {"loss": loss}},
 ]
 
 
