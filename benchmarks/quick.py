@@ -32,6 +32,7 @@ SHORT = {
     "--find-steps 20",
     "batch_64_to_512": "--batches 64,256 --target 0.6 --seeds 1 --samples 12000 --lrs 0.03 "
     "--noise-steps 60",
+    "gpu": "--only profile,doctor",
     "tuned": "--epochs 1 --tuned-epochs 1 --seeds 1 --find-steps 40",
 }
 """The arguments of each benchmark's short form."""

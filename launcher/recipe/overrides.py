@@ -250,7 +250,9 @@ def _clear_the_other(
     Raises:
         OverrideError: Both have a value, given in the same place.
     """
-    overrides_of_pair = [override for override in overrides if override.name in pair]
+    # A recipe may have a parameter of the same name, which is not among the changes.
+    settings = [name for name in pair if name in changes]
+    overrides_of_pair = [override for override in overrides if override.name in settings]
     if not overrides_of_pair:
         return
     values = [override for override in overrides_of_pair if changes[override.name] is not None]

@@ -82,7 +82,8 @@ def test_a_lost_node_ends_the_run(run: Commands, free_port: int) -> None:
     processes[1].communicate()
     _, stderr = processes[0].communicate(timeout=120)
     assert processes[0].returncode == 1
-    assert re.search(f"because {platform.node()} |the run failed", stderr), stderr
+    # The killed node may have kept the rendezvous, which is called by its address.
+    assert re.search(f"because ({platform.node()}|localhost) |the run failed", stderr), stderr
 
 
 def test_a_stop_on_one_node_stops_both(run: Commands, free_port: int) -> None:

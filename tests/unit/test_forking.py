@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 
+from launcher import forking
 from launcher.forking import observed_threads, reason_not_to_fork
 
 
@@ -39,6 +40,7 @@ def test_a_choice_of_the_user_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_ranks_are_not_forked_after_the_driver_was_called(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reason not to fork is found in a forked process, where CUDA would fail."""
+    monkeypatch.setattr(forking, "_recipe_threads", set())  # without those of other tests
     assert reason_not_to_fork() is None
     parent = os.getpid()
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: os.getpid() != parent)
