@@ -81,7 +81,8 @@ def test_a_lost_node_ends_the_run(run: Commands, free_port: int) -> None:
     processes[1].kill()
     processes[1].communicate()
     _, stderr = processes[0].communicate(timeout=120)
-    assert processes[0].returncode == 1
+    # After the first evaluation there is a checkpoint, from which the run can be resumed.
+    assert processes[0].returncode == (75 if list_checkpoints(run_dir) else 1)
     # The killed node may have kept the rendezvous, which is called by its address.
     assert re.search(f"because ({platform.node()}|localhost) |the run failed", stderr), stderr
 
