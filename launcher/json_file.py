@@ -133,7 +133,7 @@ def decode_line(line: bytes, decoder: msgspec.json.Decoder[T]) -> T | None:
     """Return the value of one line, or None if the line is damaged or of another type."""
     try:
         return decoder.decode(line)
-    except (ValueError, RecursionError, OverflowError):
+    except (ValueError, RecursionError, OverflowError, msgspec.MsgspecError):
         return None
 
 
@@ -152,7 +152,7 @@ def decode_json(content: bytes, kind: type[T], *, exact: bool = False) -> T:
     try:
         values = _decode(content, exact=exact)
         result: T = msgspec.convert(restored_floats(values) if exact else values, kind)
-    except (ValueError, OverflowError) as error:
+    except (ValueError, OverflowError, msgspec.MsgspecError) as error:
         raise DamagedJSONError(printable_line(shortened(str(error), 200))) from None
     return result
 

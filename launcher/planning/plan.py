@@ -185,7 +185,7 @@ class Plan:
 
         try:
             plan: Plan = msgspec.convert(_renamed(values), cls)
-        except (ValueError, OverflowError) as error:
+        except (ValueError, OverflowError, msgspec.MsgspecError) as error:
             problem: str | None = printable_line(shortened(str(error), 200))
         else:
             problem = next(_inconsistencies(plan), None)

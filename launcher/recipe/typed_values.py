@@ -96,7 +96,7 @@ def _read_limited(value: Any, hint: Any, form: Form) -> Any:
     if limits and isinstance(inner, (int, float, str)):
         try:
             msgspec.convert(inner, hint)
-        except ValueError:
+        except msgspec.ValidationError:
             raise UnfitError from None
         except TypeError:  # a limit that does not apply to the type
             raise UnsupportedTypeError(str(hint)) from None

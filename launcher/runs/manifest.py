@@ -142,7 +142,7 @@ def load_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{MANIFEST}: the content does not match its own SHA-256")
     try:
         return msgspec.convert(restored_floats(values), Manifest)
-    except (ValueError, OverflowError) as error:
+    except (ValueError, OverflowError, msgspec.MsgspecError) as error:
         reason = printable_line(shortened(str(error), 200))
         raise CheckpointError(f"{MANIFEST}: {reason}") from None
 

@@ -138,7 +138,7 @@ def _read_values(run_dir: RunDir) -> Any:
 def _convert(values: Any, run_dir: RunDir) -> RunRecord:
     try:
         record = msgspec.convert(values, RunRecord)
-    except (ValueError, OverflowError) as error:
+    except (ValueError, OverflowError, msgspec.MsgspecError) as error:
         reason = printable_line(shortened(str(error), 200))
         raise RunDirError(
             f"{run_dir.run_yaml} is damaged, or launcher did not write it: {reason}."
