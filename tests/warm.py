@@ -128,6 +128,7 @@ def serve(stream: socket.socket) -> None:
 def run(command: list[str], folder: str, env: dict[str, str], files: list[int]) -> None:
     """Run a command in this process, from its first line to its exit code."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if the tests run with `&`
     for number, file in zip((1, 2), files, strict=True):
         os.dup2(file, number)
         os.close(file)
