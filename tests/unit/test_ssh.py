@@ -44,7 +44,7 @@ def test_options_are_removed_in_both_forms() -> None:
         ("TORCH_HOME", "", ""),
         ("OMP_NUM_THREADS", "4", "4"),
         ("WANDB_MODE", "offline", "offline"),
-        ("PYTHONPATH", ":src:/opt/code", "/work:/work/src:/opt/code"),
+        ("PYTHONPATH", ":src:/opt/code", "/project:/project/src:/opt/code"),
         ("HF_TOKEN", "x", None),
         ("WANDB_API_KEY", "0123456789", None),
         ("MLFLOW_TRACKING_URI", "https://me:pass@host/", None),
@@ -59,4 +59,4 @@ def test_variables_are_forwarded_without_secrets(
     name: str, value: str, forwarded: str | None
 ) -> None:
     """Variables of libraries that train are passed on; keys, ranks and others are not."""
-    assert forwarded_variables({name: value}, Path("/work")).get(name) == forwarded
+    assert forwarded_variables({name: value}, Path("/project")).get(name) == forwarded
