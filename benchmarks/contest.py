@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 import click
 
 from launcher.environment.machine import read_machine
+from launcher.runs.files import write_json
 from launcher.runs.provenance import versions
-from launcher.runs.rundir import RunDir, write_json
+from launcher.runs.rundir import RunDir
 
 HERE = Path(__file__).parent
 BIN = Path(sys.executable).parent

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from contest import BIN, train
 
-from launcher.runs.rundir import write_json
+from launcher.runs.files import write_json
 
 AT_THE_END = f"evaluate_every={10**9}"
 """Setting that evaluates only at the end of a training."""

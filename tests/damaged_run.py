@@ -16,11 +16,12 @@ from launcher.recipe.overrides import read_arguments
 from launcher.recipe.resolve import resolve
 from launcher.runs.checkpoints import begin_checkpoint, commit_checkpoint
 from launcher.runs.events import record_event
+from launcher.runs.files import write_json, write_yaml
 from launcher.runs.heartbeat import Heartbeat
 from launcher.runs.manifest import FORMAT, Manifest, sum_file
 from launcher.runs.plan_recipe import describe_run, plan_recipe
 from launcher.runs.run_record import write_run
-from launcher.runs.rundir import RunDir, write_json, write_yaml
+from launcher.runs.rundir import RunDir
 from launcher.slurm.submission import Submission
 
 STEPS = 12

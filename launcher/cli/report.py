@@ -72,8 +72,8 @@ def command(runs: tuple[Path, ...], out: Path | None, *, force: bool, opens: boo
     from launcher.report.finder_sections import is_finder_folder, measured_sections, tuned_folder
     from launcher.report.page import is_page, render
     from launcher.report.run_page import run_page
+    from launcher.runs.files import write_atomic
     from launcher.runs.output_file import check_output, write_output
-    from launcher.runs.rundir import write_atomic
 
     measured = [path for path in runs if is_finder_folder(path)]
     histories = _read_histories([path for path in runs if path not in measured])

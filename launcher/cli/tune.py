@@ -75,7 +75,7 @@ def command(
     """
     from launcher.report.page import render
     from launcher.report.tuning_page import TuningReporter, tuning_page, yaml_text
-    from launcher.runs.rundir import write_atomic
+    from launcher.runs.files import write_atomic
     from launcher.tuning.tune import Tuner
     from launcher.tuning.tuning_folder import open_tuning
 

@@ -12,8 +12,9 @@ from launcher.errors import EXIT_USAGE
 from launcher.printable import printable, shortened
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.failure_record import Failure
+from launcher.runs.files import count_lines
 from launcher.runs.heartbeat import read_heartbeats
-from launcher.runs.rundir import RunDir, count_lines, write_error
+from launcher.runs.rundir import RunDir, write_error
 from launcher.signals import EXIT_BY_SIGNAL
 
 _MAX_LOG_LINES, _MAX_LOG_BYTES = 40, 1 << 14

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from launcher.engine.backends.base import Backend
-from launcher.engine.backends.placement import planned_device
+from launcher.engine.backends.devices import planned_device
 from launcher.engine.data.loader_workers import remove_semaphores
 from launcher.engine.probes.diagnostics import diagnose_rank, free_memory
 from launcher.engine.probes.diagnostics_recipe import diagnostics_recipe

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from launcher.console.progress import Progress, metrics_text
 from launcher.engine.backends.base import Backend
-from launcher.engine.backends.placement import device_name
+from launcher.engine.backends.devices import device_name
 from launcher.engine.metrics.flops import CountedForward
 from launcher.engine.metrics.recorder import Recorder
 from launcher.engine.probes.data_identity import CheckpointData
@@ -37,9 +37,10 @@ from launcher.quantities import duration
 from launcher.recipe.recipe import Recipe
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.events import record_event
+from launcher.runs.files import write_json
 from launcher.runs.job import RecipeSource, ReportWriter, ResumeFrom
 from launcher.runs.run_record import read_run
-from launcher.runs.rundir import RunDir, write_json
+from launcher.runs.rundir import RunDir
 from launcher.signals import StopRequest
 
 if TYPE_CHECKING:

@@ -44,8 +44,8 @@ from launcher.environment.world import World, find_world
 from launcher.errors import EXIT_RESUMABLE
 from launcher.recipe.recipe import Recipe
 from launcher.runs.checkpoints import list_checkpoints
+from launcher.runs.files import write_atomic
 from launcher.runs.job import Job, ResumeFrom
-from launcher.runs.rundir import write_atomic
 from launcher.signals import STOP_SIGNALS, StopRequest
 
 

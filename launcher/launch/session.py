@@ -21,11 +21,12 @@ from launcher.launch.signal_handler import SignalHandler
 from launcher.regular_file import read_regular
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.failure_record import RunFailedError
+from launcher.runs.files import write_atomic
 from launcher.runs.job import Job, ResumeFrom
 from launcher.runs.ownership import own_run_dir
 from launcher.runs.run_record import write_resumption
 from launcher.runs.run_result import RunResult, read_run_result
-from launcher.runs.rundir import RunDir, write_atomic
+from launcher.runs.rundir import RunDir
 
 _MAX_RECORD_BYTES = 1 << 24
 """Largest run.yaml that is restored if the ranks refuse to resume."""

@@ -7,7 +7,6 @@ names, so that listing, inspecting and planning recipes stay instant.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -20,6 +19,12 @@ from launcher.printable import printable_line
 from launcher.recipe.affects import Affects, effects_of, without_effect
 from launcher.recipe.field_docs import with_field_docs
 from launcher.recipe.foreign_names import hint_for_value
+from launcher.recipe.function_checks import (
+    ARGUMENTS,
+    check_function,
+    check_metrics,
+    check_optimizer,
+)
 from launcher.recipe.optimizer import OptimizerSpec, sgd
 from launcher.recipe.schedules import Schedule, one_cycle
 from launcher.recipe.validation import (
@@ -28,7 +33,6 @@ from launcher.recipe.validation import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    brief,
     convert,
     show,
 )
@@ -283,15 +287,15 @@ class Recipe:
                 f"itself, a {type(self.model).__name__}. Write model=lambda: ..., so that each "
                 "rank builds its own."
             )
-        for name, arguments in _ARGUMENTS.items():
-            _check_function(f"Recipe({name}=...)", getattr(self, name), arguments)
-        _check_metrics(self.metrics)
+        for name, arguments in ARGUMENTS.items():
+            check_function(f"Recipe({name}=...)", getattr(self, name), arguments)
+        check_metrics(self.metrics)
         if not isinstance(self.schedule, Schedule):
             raise RecipeError(
                 f"Recipe(schedule=...): expected a schedule such as one_cycle(), "
                 f"found {show(self.schedule)}."
             )
-        _check_optimizer(self.optimizer)
+        check_optimizer(self.optimizer)
         for pair in EXCLUSIVE:
             _check_exactly_one(self, *pair)
 
@@ -308,86 +312,6 @@ class Recipe:
             name: list(value) if isinstance(value, tuple) else value
             for name, value in values.items()
         } | calls
-
-
-_ARGUMENTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"model": (), "data": (), "loss": ("outputs", "batch"), "forward": ("model", "batch")}
-)
-"""The functions of a recipe, and what each is called with."""
-
-
-def _check_function(place: str, value: Any, arguments: tuple[str, ...]) -> None:
-    """Refuse a value that cannot be called with these arguments.
-
-    Raises:
-        RecipeError: It is no function, or its parameters are others.
-    """
-    if not callable(value):
-        raise RecipeError(
-            f"{place}: expected a function, found {show(value)}. Give the function itself, not its "
-            "result."
-        )
-    try:
-        signature = inspect.signature(value)
-    except (ValueError, TypeError):  # functions in C may not tell
-        return
-    try:
-        signature.bind(*arguments)
-    except TypeError as error:
-        name = printable_line(getattr(value, "__name__", type(value).__name__))
-        given = f"({', '.join(arguments)})" if arguments else "no arguments"
-        raise RecipeError(
-            f"{place}: launcher calls it with {given}, which {name}{brief(signature)} does not "
-            f"take: {error}."
-        ) from None
-
-
-def _check_optimizer(optimizer: Any) -> None:
-    """Refuse an optimizer that is neither sgd(...) or adamw(...) nor a function of two arguments.
-
-    Raises:
-        RecipeError: It is something else, such as a class of torch.optim.
-    """
-    if isinstance(optimizer, OptimizerSpec):
-        return
-    if isinstance(optimizer, type):
-        name = printable_line(optimizer.__name__)
-        raise RecipeError(
-            f"Recipe(optimizer=...): expected sgd(...), adamw(...) or a function (model, lr) -> "
-            f"optimizer, found the class {name}. Write a function that calls it, such as lambda "
-            f"model, lr: {name}(model.parameters(), lr=lr)."
-        )
-    if not callable(optimizer):
-        raise RecipeError(
-            "Recipe(optimizer=...): expected sgd(...), adamw(...) or a function (model, lr) -> "
-            f"optimizer, found {show(optimizer)}."
-        )
-    _check_function("Recipe(optimizer=...)", optimizer, ("model", "lr"))
-
-
-def _check_metrics(metrics: Any) -> None:
-    """Refuse metrics that are not functions by name.
-
-    Raises:
-        RecipeError: They are no mapping, a name is not printable text, or a value is no function.
-    """
-    if not isinstance(metrics, Mapping):
-        raise RecipeError(
-            "Recipe(metrics=...): expected a dict of functions by name, such as "
-            f"{{'accuracy': accuracy}}, found {show(metrics)}."
-        )
-    for name, metric in metrics.items():
-        if not (isinstance(name, str) and name.strip() and name.isprintable()):
-            raise RecipeError(
-                f"Recipe(metrics=...): expected the name of a metric as text on one line, found "
-                f"{show(name)}."
-            )
-        if name == "loss":
-            raise RecipeError(
-                "Recipe(metrics={'loss': ...}): every evaluation reports the recipe's loss under "
-                "this name. Give the metric another one."
-            )
-        _check_function(f"Recipe(metrics={{{name!r}: ...}})", metric, _ARGUMENTS["loss"])
 
 
 EXCLUSIVE = (("batch_size", "batch_size_per_gpu"), ("epochs", "steps"))

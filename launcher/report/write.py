@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launcher.runs.rundir import RunDir, write_atomic
+from launcher.runs.files import write_atomic
+from launcher.runs.rundir import RunDir
 
 
 def write_report(run_dir: RunDir) -> Path:

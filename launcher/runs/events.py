@@ -27,7 +27,8 @@ from launcher.json_file import Count, Moment, encode_json, read_lines
 from launcher.printable import printable
 from launcher.regular_file import open_to_append
 from launcher.runs.failure_record import read_failure
-from launcher.runs.rundir import RunDir, remove_file
+from launcher.runs.files import remove_file
+from launcher.runs.rundir import RunDir
 
 
 class _Event(Struct, tag_field="event", frozen=True, kw_only=True):

@@ -15,7 +15,8 @@ from typing import Any, Literal
 from launcher.errors import LauncherError, RunDirError
 from launcher.json_file import Count, Moment, encode_json, find_json
 from launcher.regular_file import overwrite
-from launcher.runs.rundir import RunDir, write_json
+from launcher.runs.files import write_json
+from launcher.runs.rundir import RunDir
 
 _MAX_BYTES = 1 << 25
 """Largest failure.json that is read: earlier versions kept messages of 20 MB."""

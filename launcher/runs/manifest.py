@@ -26,7 +26,7 @@ from launcher.json_file import (
 )
 from launcher.printable import printable_line, shortened
 from launcher.regular_file import open_regular, read_regular
-from launcher.runs.rundir import write_json
+from launcher.runs.files import write_json
 
 FORMAT = 2
 """The version of checkpoint.json and of tensor names that this version of launcher writes."""

@@ -9,7 +9,7 @@ from launcher.errors import RunDirError
 from launcher.paths import exists, is_file
 from launcher.printable import as_bytes
 from launcher.regular_file import open_regular
-from launcher.runs.rundir import write_atomic, write_failure
+from launcher.runs.files import unwritable_error, write_atomic
 
 _HEAD_BYTES = 1 << 16
 """Bytes of an existing file by which its writer is recognised."""
@@ -35,7 +35,7 @@ def check_output(
         with open_regular(path) as file:
             head = file.read(_HEAD_BYTES)
     except OSError as error:
-        raise write_failure(path, error) from None
+        raise unwritable_error(path, error) from None
     if head and not is_ours(head):
         raise RunDirError(
             f"{path} exists, and this command did not write it. Give another {option}, or add "
@@ -55,6 +55,6 @@ def write_output(path: Path, text: str) -> None:
         try:
             path.write_bytes(as_bytes(text))
         except OSError as error:
-            raise write_failure(path, error) from None
+            raise unwritable_error(path, error) from None
         return
     write_atomic(path.resolve(), text, remedy=f"Give the path of another file instead of {path}.")

@@ -28,10 +28,11 @@ from launcher.errors import RunDirError
 from launcher.json_file import Count, DamagedJSONError, Moment, decode_json, encode_json
 from launcher.recipe.text_values import digits
 from launcher.regular_file import open_descriptor
+from launcher.runs.files import unwritable_error
 from launcher.runs.heartbeat import read_heartbeats
 from launcher.runs.locks import locks_are_shared, try_lock
 from launcher.runs.provenance import command_line
-from launcher.runs.rundir import RunDir, check_subfolders, write_failure
+from launcher.runs.rundir import RunDir, check_subfolders
 from launcher.runs.status import SECONDS_TO_START, is_alive
 
 _SECONDS_TO_END = 10.0
@@ -341,4 +342,4 @@ def _unwritable(run_dir: RunDir, error: OSError) -> RunDirError:
         remedy = "Copy the run folder to where you can write, and give the copy."
     elif os.path.lexists(run_dir.owner) and not stat.S_ISREG(run_dir.owner.lstat().st_mode):
         remedy = "Remove it, and repeat the command."
-    return write_failure(run_dir.owner, error, remedy)
+    return unwritable_error(run_dir.owner, error, remedy)

@@ -12,8 +12,9 @@ from launcher.errors import RunDirError
 from launcher.paths import native
 from launcher.planning.plan import Plan
 from launcher.printable import printable_line, shortened
+from launcher.runs.files import remove_file, write_yaml
 from launcher.runs.provenance import GitState
-from launcher.runs.rundir import RunDir, remove_file, write_yaml
+from launcher.runs.rundir import RunDir
 from launcher.yaml_file import read_yaml_file
 
 _MAX_BYTES = 1 << 24

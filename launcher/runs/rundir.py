@@ -1,4 +1,4 @@
-"""The run folder: the names of its files, and how they are written.
+"""The run folder: the names of its files, and where run folders are.
 
 run.yaml            recipe, overrides, plan, versions, git state; see launcher.runs.run_record
 metrics.jsonl       one line per optimizer step, and one per evaluation
@@ -19,42 +19,28 @@ submission.json     the Slurm job that `launcher submit` submitted; with its scr
 examination.json    what the ranks report about their node, for `launcher doctor`
 inspection.json     which parts of the recipe depend on the split, for `launcher prove`
 logs/rank<N>.log    everything that each rank printed
-health/             the heartbeat of each rank; see launcher.runs.heartbeat
+health/             the heartbeat of each rank; see launcher.runs.heartbeat. After a hang also its
+                    collective calls; see launcher.runs.collectives
 samples/            sample indices per step and rank, with record_samples=true
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
-import itertools
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from launcher.errors import RunDirError
-from launcher.json_file import decode_line, encode_json, lines_of
+from launcher.json_file import decode_line, lines_of
 from launcher.paths import exists, is_dir, is_file
-from launcher.printable import as_bytes, as_unicode
 from launcher.regular_file import open_regular
-
-_MAX_STEM = 200
-"""Bytes of a name that are part of the name of its temporary file, of at most 255 bytes."""
-
-_REMEDIES = {
-    errno.ENOSPC: "Free some space, and repeat the command.",
-    errno.EDQUOT: "Free some space, and repeat the command.",
-    errno.EROFS: "Give the path of a file that you can write to.",
-    errno.EACCES: "Give the path of a file that you can write to.",
-    errno.ENAMETOOLONG: "Give a shorter name.",
-}
-"""What to do about a file that cannot be written, by the reason."""
+from launcher.runs.files import set_file_aside, write_atomic
 
 
 @dataclass(frozen=True)
@@ -216,73 +202,6 @@ def _default_paths(name: str) -> list[Path]:
     return [path, *(path.with_name(f"{path.name}-{number}") for number in range(2, 1000))]
 
 
-def write_atomic(path: Path, content: str | bytes, *, remedy: str = "") -> None:
-    """Write a file so that it holds all of its content or is unchanged, even after a power failure.
-
-    Whatever else than a folder has the name is replaced, be it a symbolic link or a FIFO, so that
-    nothing is written outside the folder of `path`.
-
-    Args:
-        path: The file.
-        content: Its content; `as_bytes` encodes text.
-        remedy: A sentence for the end of the error that says what to do.
-
-    Raises:
-        RunDirError: The disk is full, or the folder is missing or cannot be written.
-    """
-    temporary = path.with_name(f".{_stem(path)}.{os.getpid()}.tmp")
-    try:
-        temporary.unlink(missing_ok=True)  # of a killed process with the same id
-        with temporary.open("xb") as file:
-            file.write(as_bytes(content) if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise write_failure(path, error, remedy) from None
-    finally:
-        with contextlib.suppress(OSError):  # the error above says more
-            temporary.unlink(missing_ok=True)
-
-
-def _stem(path: Path) -> str:
-    """Return the beginning of a name, to which something can be added."""
-    return os.fsdecode(os.fsencode(path.name)[:_MAX_STEM])
-
-
-def write_failure(path: Path, error: OSError, remedy: str = "") -> RunDirError:
-    """Return the error for a file that cannot be written, with the reason and what to do."""
-    remedy = remedy or _REMEDIES.get(error.errno or 0, "")
-    text = f"Cannot write {path}: {error.strerror or error}."
-    return RunDirError(f"{text} {remedy}" if remedy else text)
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write `values` as indented JSON, completely or not at all; NaN and infinity become null.
-
-    Raises:
-        RunDirError: The file cannot be written.
-    """
-    write_atomic(path, encode_json(values, indent=2) + "\n")
-
-
-def write_yaml(path: Path, values: Mapping[str, Any]) -> None:
-    """Write `values` as YAML in their order, completely or not at all; see `as_unicode` for text.
-
-    Raises:
-        RunDirError: The file cannot be written.
-    """
-    import yaml
-
-    class Dumper(yaml.SafeDumper):
-        """Writes text that can be read again."""
-
-    Dumper.add_representer(
-        str, lambda dumper, text: yaml.SafeDumper.represent_str(dumper, as_unicode(text))
-    )
-    write_atomic(path, yaml.dump(dict(values), Dumper=Dumper, sort_keys=False, width=100))
-
-
 def open_run_dir(path: Path) -> RunDir:
     """Return the run folder at `path`.
 
@@ -293,7 +212,9 @@ def open_run_dir(path: Path) -> RunDir:
         reason = "is a file" if exists(path) else "does not exist"
         if is_dir(path):
             has_other = os.path.lexists(path / "run.yaml")
-            reason = f"has {'a run.yaml that is no file' if has_other else 'no run.yaml'}"
+            reason = (
+                f"has {'a run.yaml that is not a regular file' if has_other else 'no run.yaml'}"
+            )
         raise RunDirError(
             f"{path} is not a run folder: it {reason}. Give the folder that `launcher run` printed."
         )
@@ -373,45 +294,6 @@ def truncate_after(run_dir: RunDir, step: int) -> None:
             raise RunDirError(f"Cannot read {path}: {error.strerror or error}.") from None
         if sum(map(len, lines)) < num_bytes:
             write_atomic(path, b"".join(lines))
-
-
-def remove_file(path: Path) -> None:
-    """Remove a file of a run folder if it exists; set aside a folder that has its name.
-
-    Raises:
-        RunDirError: It cannot be removed.
-    """
-    try:
-        path.unlink(missing_ok=True)
-    except IsADirectoryError:
-        set_file_aside(path)
-    except OSError as error:
-        raise RunDirError(f"Cannot remove {path}: {error.strerror or error}.") from None
-
-
-def set_file_aside(path: Path) -> None:
-    """Append `.set-aside` to a name in a run folder that launcher needs for a file of its own.
-
-    Raises:
-        RunDirError: It cannot be renamed.
-    """
-    for number in itertools.count(1):
-        target = path.with_name(f"{path.name}.set-aside" + (f"-{number}" if number > 1 else ""))
-        if not os.path.lexists(target):
-            break
-    try:
-        path.rename(target)
-    except OSError as error:
-        raise RunDirError(f"Cannot rename {path}: {error.strerror or error}.") from None
-
-
-def count_lines(path: Path) -> int:
-    """Return the number of lines in a file, or 0 if it cannot be read."""
-    try:
-        with io.BufferedReader(open_regular(path)) as file:
-            return sum(1 for _ in file)
-    except OSError:
-        return 0
 
 
 def write_error(run_dir: RunDir) -> str | None:

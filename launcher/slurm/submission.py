@@ -15,8 +15,9 @@ from msgspec import Meta
 from launcher.errors import RunDirError, SlurmError
 from launcher.json_file import find_json
 from launcher.paths import exists, is_dir
+from launcher.runs.files import write_json
 from launcher.runs.final_result import find_result
-from launcher.runs.rundir import RunDir, find_run_dirs, write_json
+from launcher.runs.rundir import RunDir, find_run_dirs
 from launcher.runs.status import progress_text, read_outcome, read_run_state
 from launcher.slurm.queue import GOING, WAITING, JobState, job_state
 

@@ -7,7 +7,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher.runs.rundir import RunDir, create_run_dir, write_atomic
+from launcher.runs.files import write_atomic
+from launcher.runs.rundir import RunDir, create_run_dir
 from launcher.slurm.batch_job import PreparedJob
 from launcher.slurm.queue import check_with_sbatch, submit
 from launcher.slurm.script import render

@@ -18,8 +18,9 @@ from launcher.launch.signal_handler import SignalHandler
 from launcher.paths import is_file
 from launcher.runs.cache import cache_folder
 from launcher.runs.failure_record import RunFailedError
+from launcher.runs.files import write_json
 from launcher.runs.provenance import versions
-from launcher.runs.rundir import RunDir, create_run_dir, write_json
+from launcher.runs.rundir import RunDir, create_run_dir
 from launcher.tuning.measured_files import read_size
 from launcher.tuning.probe_run import Probe, Target, run_probe
 

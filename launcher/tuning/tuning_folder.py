@@ -17,7 +17,8 @@ from launcher.errors import RunDirError
 from launcher.json_file import exact_floats, find_json, read_json
 from launcher.paths import exists
 from launcher.planning.plan import Plan
-from launcher.runs.rundir import RunDir, create_run_dir, write_json
+from launcher.runs.files import write_json
+from launcher.runs.rundir import RunDir, create_run_dir
 from launcher.tuning.probe_run import Target
 
 _ARGUMENTS_FILE = "asked.json"

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from launcher.engine.backends.local import LocalBackend
 from launcher.engine.backends.transfers import upload, upload_scalar, upload_tensor
-from launcher.engine.data.reader import MicroBatch, pinned
+from launcher.engine.data.prefetching import pinned
+from launcher.engine.data.reader import MicroBatch
 from launcher.engine.metrics.meter import Meter, RankFlags
 from launcher.engine.metrics.noise_meter import LocalNoiseMeter, ReducedNoiseMeter
 from launcher.engine.training.loop import _count_items, sum_and_count

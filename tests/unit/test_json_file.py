@@ -22,7 +22,7 @@ from launcher.json_file import (
     read_json,
     read_lines,
 )
-from launcher.runs.rundir import write_json
+from launcher.runs.files import write_json
 
 
 @dataclass(frozen=True, kw_only=True)

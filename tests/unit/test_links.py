@@ -16,9 +16,10 @@ from launcher.engine.ranks.watchdog import Watchdog
 from launcher.errors import RunDirError
 from launcher.runs.events import record_event
 from launcher.runs.failure_record import read_failure, record_failure, replace_failure
+from launcher.runs.files import set_file_aside
 from launcher.runs.ownership import check_unowned, own_run_dir
 from launcher.runs.run_record import read_run, write_resumption
-from launcher.runs.rundir import RunDir, set_file_aside, truncate_after, write_error
+from launcher.runs.rundir import RunDir, truncate_after, write_error
 from launcher.signals import StopRequest
 from launcher.slurm.submission import read_submission
 

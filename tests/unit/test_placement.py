@@ -10,14 +10,13 @@ import pytest
 import torch
 from torch._C._distributed_c10d import HashStore
 
-from launcher.engine.backends.placement import (
-    RunAhead,
+from launcher.engine.backends.devices import (
     check_own_device,
     device_index,
-    move_object,
     set_tf32,
     use_deterministic_kernels,
 )
+from launcher.engine.backends.placement import RunAhead, move_object
 from launcher.environment.machine import read_machine
 from launcher.environment.world import World
 from launcher.errors import WorldError

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import RunDirError
+from launcher.runs.files import write_atomic, write_json, write_yaml
 from launcher.runs.output_file import check_output, write_output
-from launcher.runs.rundir import create_run_dir, write_atomic, write_json, write_yaml
+from launcher.runs.rundir import create_run_dir
 from launcher.yaml_file import read_yaml_file
 
 

@@ -15,8 +15,9 @@ from damaged_run import write_failure, write_finished_run
 from fuzz.harness import invoke
 
 from launcher.runs.events import record_event
+from launcher.runs.files import write_json
 from launcher.runs.heartbeat import Heartbeat
-from launcher.runs.rundir import RunDir, write_json
+from launcher.runs.rundir import RunDir
 from launcher.slurm.submission import list_statuses, status_of
 
 

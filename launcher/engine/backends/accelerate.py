@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -26,24 +25,14 @@ from accelerate.utils import (
     fsdp2_prepare_model,
 )
 from torch import Tensor, nn
-from torch._C._distributed_c10d import (
-    DebugLevel,
-    FileStore,
-    Store,
-    get_debug_level,
-    set_debug_level,
-)
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from launcher.engine.backends.base import Backend, state_dict_names
 from launcher.engine.backends.call_order import watch_call_order
-from launcher.engine.backends.placement import (
-    check_own_device,
-    device_identity,
-    planned_device,
-)
+from launcher.engine.backends.default_group import join_process_group, lower_debug_level
+from launcher.engine.backends.devices import check_own_device, device_identity, planned_device
 from launcher.engine.backends.recipe_forward import (
     NamedRecipeForward,
     RecipeForward,
@@ -51,7 +40,7 @@ from launcher.engine.backends.recipe_forward import (
     call_with_output_hooks,
 )
 from launcher.engine.backends.unused_parameters import UsedParameters
-from launcher.engine.ranks.external_store import TIMEOUT, open_store
+from launcher.engine.ranks.external_store import TIMEOUT
 from launcher.engine.ranks.turns import Turns
 from launcher.engine.state.compiled import plain_name
 from launcher.engine.state.optimizer_kinds import check_strategy_of
@@ -61,10 +50,6 @@ from launcher.engine.state.parameter_kinds import (
 )
 from launcher.environment.network import (
     FORK_SAFETY,
-    INTERFACE_VARIABLES,
-    check_interfaces,
-    interface_to,
-    interface_variables,
 )
 from launcher.environment.world import World
 from launcher.errors import WorldError
@@ -187,7 +172,7 @@ class DDPBackend(GroupBackend):
 
     def __init__(self, recipe: Recipe, plan: Plan, world: World) -> None:
         if plan.device == "cpu":
-            _lower_debug_level(world)
+            lower_debug_level(world)
         super().__init__(
             recipe,
             plan,
@@ -371,70 +356,6 @@ class FSDPBackend(GroupBackend):
             if self.rank == 0:
                 weights[plain_name(name)] = gathered.cpu()
         return weights
-
-
-def _lower_debug_level(world: World) -> None:
-    """Use the debug level INFO instead of DETAIL, with which DDP over gloo crashes (torch 2.13)."""
-    if get_debug_level() != DebugLevel.DETAIL:
-        return
-    set_debug_level(DebugLevel.INFO)
-    if world.rank == 0:
-        print(
-            "launcher: the ranks use TORCH_DISTRIBUTED_DEBUG=INFO, because torch crashes with "
-            "DETAIL when DDP trains over gloo. INFO also names the parameters without gradients.",
-            file=sys.stderr,
-            flush=True,
-        )
-
-
-def join_process_group(world: World, backend: str) -> None:
-    """Join the default process group, over the network interface that reaches rank 0.
-
-    The ranks rendezvous in the file `world.store`, or at `world.address`, or at the address in the
-    environment. An existing group is kept.
-
-    Args:
-        world: The position of this process among the ranks.
-        backend: The communication backend, as `torch.distributed.init_process_group` names it.
-
-    Raises:
-        WorldError: Not all ranks reach that address, or GLOO_SOCKET_IFNAME names an interface that
-            this machine does not have.
-    """
-    if world.address is not None:
-        os.environ.update(_environment_variables(world, *world.address))
-    if world.nodes == 1:  # whatever the variables name for runs on several machines
-        os.environ.update(dict.fromkeys(INTERFACE_VARIABLES, "lo"))
-    elif (interface := interface_to(os.environ["MASTER_ADDR"])) is not None:
-        for variable, value in interface_variables(interface).items():
-            os.environ.setdefault(variable, value)
-    check_interfaces()
-    if dist.is_initialized():
-        return
-    if world.store is not None:
-        store: Store = FileStore(str(world.store), world.world_size)
-    else:
-        store = open_store(world)
-    dist.init_process_group(
-        backend,
-        store=store,
-        rank=world.rank,
-        world_size=world.world_size,
-        timeout=TIMEOUT,
-    )
-
-
-def _environment_variables(world: World, host: str, port: int) -> dict[str, str]:
-    """Return the variables from which Accelerate and torch read the rank and the address."""
-    values = {
-        "RANK": world.rank,
-        "WORLD_SIZE": world.world_size,
-        "LOCAL_RANK": world.local_rank,
-        "LOCAL_WORLD_SIZE": world.local_world_size,
-        "MASTER_ADDR": host,
-        "MASTER_PORT": port,
-    }
-    return {name: str(value) for name, value in values.items()}
 
 
 def reset_accelerate_state() -> None:

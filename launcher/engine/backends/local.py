@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from launcher.engine.backends.base import Backend
-from launcher.engine.backends.placement import planned_device
+from launcher.engine.backends.devices import planned_device
 from launcher.engine.state.parameter_kinds import sparse_parameters
 from launcher.planning.plan import Plan
 from launcher.recipe.recipe import Recipe

@@ -16,7 +16,8 @@ from launcher.console.progress import Progress
 from launcher.engine.data.reader import MicroBatch
 from launcher.engine.metrics.meter import StepRow
 from launcher.regular_file import open_to_append
-from launcher.runs.rundir import RunDir, write_failure
+from launcher.runs.files import unwritable_error
+from launcher.runs.rundir import RunDir
 
 if TYPE_CHECKING:
     from launcher.engine.metrics.trackers import Trackers
@@ -162,4 +163,4 @@ def _open(path: Path) -> BinaryIO:
         path.parent.mkdir(exist_ok=True)
         return open_to_append(path)
     except OSError as error:
-        raise write_failure(path, error) from None
+        raise unwritable_error(path, error) from None

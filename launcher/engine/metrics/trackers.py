@@ -21,8 +21,9 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from launcher.errors import RunDirError
 from launcher.json_file import find_json
+from launcher.runs.files import write_json
 from launcher.runs.redaction import hidden_values, redacted
-from launcher.runs.rundir import RunDir, write_json
+from launcher.runs.rundir import RunDir
 
 _FINISH_TIMEOUT = 30.0
 """Seconds to wait for trackers at the end of a finished run."""

@@ -20,8 +20,9 @@ from torch.nn.modules.dropout import _DropoutNd
 from launcher.engine.backends.nested_tensors import describe_nested, tensors_in
 from launcher.engine.data.fingerprint import are_equal
 from launcher.engine.data.open_files import moved_files, open_files, opened_since
+from launcher.engine.data.prefetching import prefetch, raise_if_error
 from launcher.engine.data.randomness import seed_all
-from launcher.engine.data.reader import Reader, call_data, prefetch, raise_if_error, sample_count
+from launcher.engine.data.reader import Reader, call_data, sample_count
 from launcher.engine.data.sampler import MicroBatchRequest
 from launcher.engine.model.forward_writes import WriteDetector
 from launcher.engine.probes.loss_properties import LossProbe, copy_model
@@ -35,8 +36,9 @@ from launcher.json_file import exact_floats, read_json
 from launcher.planning.plan import Plan
 from launcher.printable import error_line
 from launcher.recipe.recipe import Recipe
+from launcher.runs.files import write_json
 from launcher.runs.job import RecipeSource
-from launcher.runs.rundir import RunDir, write_json
+from launcher.runs.rundir import RunDir
 
 _NUM_SAMPLES = 8
 _READS_IN_WORKERS = 4

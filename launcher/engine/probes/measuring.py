@@ -33,8 +33,9 @@ from launcher.engine.training.loop import TrainContext, train
 from launcher.planning.global_batch import ceil_div
 from launcher.planning.plan import Plan
 from launcher.recipe.recipe import Recipe
+from launcher.runs.files import write_json
 from launcher.runs.job import RecipeSource
-from launcher.runs.rundir import RunDir, write_json
+from launcher.runs.rundir import RunDir
 
 
 class MetricsCollector:

@@ -15,8 +15,8 @@ from launcher.engine.data.reader import MicroBatch
 from launcher.engine.probes.measuring import ProbeContext
 from launcher.engine.training.loop import TrainContext, train
 from launcher.errors import TrainingError
+from launcher.runs.files import write_json
 from launcher.runs.heartbeat import PHASES
-from launcher.runs.rundir import write_json
 
 
 def profile_steps(probe: ProbeContext, *, warm_up: int) -> None:

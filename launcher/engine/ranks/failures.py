@@ -22,9 +22,10 @@ from launcher.environment.world import World
 from launcher.errors import EXIT_FAILED, LauncherError, LostRankError, TrainingError
 from launcher.printable import class_name, error_line, text_of, traceback_of
 from launcher.runs.failure_record import Failure, record_failure
+from launcher.runs.files import count_lines
 from launcher.runs.heartbeat import is_running, read_heartbeats
 from launcher.runs.redaction import redacted
-from launcher.runs.rundir import RunDir, count_lines
+from launcher.runs.rundir import RunDir
 from launcher.signals import StopRequest
 
 _LOST_PEER_SIGNS = (

@@ -33,8 +33,8 @@ from launcher.errors import CheckpointError
 from launcher.json_file import MAX_BYTES, decode_json
 from launcher.regular_file import read_regular
 from launcher.runs.checkpoints import Checkpoint, damage_error
+from launcher.runs.files import write_json
 from launcher.runs.manifest import FileDigest, Manifest, sum_file
-from launcher.runs.rundir import write_json
 
 _BYTES_PER_FILE = 1 << 30
 """Size at which a rank starts a new file, because each file is assembled in memory."""

@@ -15,15 +15,9 @@ from torch.optim import Optimizer
 from launcher.engine.backends.base import Backend
 from launcher.engine.backends.transfers import upload_scalar
 from launcher.engine.data.open_files import open_files, opened_since
+from launcher.engine.data.prefetching import micro_batches, raise_if_error
 from launcher.engine.data.randomness import seed_all
-from launcher.engine.data.reader import (
-    MicroBatch,
-    Reader,
-    call_data,
-    micro_batches,
-    raise_if_error,
-    sample_count,
-)
+from launcher.engine.data.reader import MicroBatch, Reader, call_data, sample_count
 from launcher.engine.data.sampler import Sampler
 from launcher.engine.metrics.noise_meter import STRIDE, make_noise_meter
 from launcher.engine.model.batch_norm import BatchNorms, check_first_batch_norm_input, synchronize

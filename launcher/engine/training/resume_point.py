@@ -14,11 +14,12 @@ from launcher.errors import CheckpointError
 from launcher.planning.plan import Plan
 from launcher.runs.checkpoints import Checkpoint, list_checkpoints, set_aside
 from launcher.runs.events import record_past_failure
+from launcher.runs.files import remove_file
 from launcher.runs.history import has_evaluation
 from launcher.runs.job import MISSING_STATE, ResumeFrom
 from launcher.runs.manifest import Manifest
 from launcher.runs.resumption import check_resumable
-from launcher.runs.rundir import RunDir, remove_file, truncate_after
+from launcher.runs.rundir import RunDir, truncate_after
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,143 @@
+"""Micro-batches that workers read ahead of the training, pinned for the copy to a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from launcher.engine.backends.nested_tensors import map_tensors
+from launcher.engine.data.loader_workers import signals_held, start_worker
+from launcher.engine.data.reader import MicroBatch, Reader
+from launcher.engine.data.sampler import MicroBatchRequest
+from launcher.engine.ranks.temporary_files import check_temporary_folder
+from launcher.errors import LauncherError
+from launcher.planning.plan import Plan
+
+
+def micro_batches(
+    reader: Reader, requests: Iterable[MicroBatchRequest], plan: Plan
+) -> Iterator[MicroBatch]:
+    """Return the micro-batches of `requests`, prefetched by the plan's workers.
+
+    Workers start immediately. Without workers, a micro-batch is read when the iterator reaches it.
+    The iterator raises SampleError if the data set raised an exception.
+
+    Raises:
+        WorldError: The path of the temporary folder is too long for the sockets of workers.
+        RecipeError: Workers are to be spawned, and the import location of the recipe is unknown.
+    """
+    workers = plan.workers_per_rank
+    if not workers:
+        results = map(raise_if_error, map(reader.__getitem__, requests))
+        return map(pinned, results) if plan.pin_memory else results
+    prefetched = prefetch(
+        reader,
+        requests,
+        workers=workers,
+        method=plan.settings["worker_start"],
+        prefetch_factor=plan.prefetch_factor,
+        pin_memory=plan.pin_memory,
+    )
+    return map(raise_if_error, prefetched)
+
+
+def pinned(micro_batch: MicroBatch) -> MicroBatch:
+    """Return a micro-batch with its CPU tensors in page-locked memory.
+
+    Tensors that the data set has on a GPU stay there; torch's own function refuses them.
+    """
+    return micro_batch._replace(batch=map_tensors(_pin_tensor, micro_batch.batch, _pin_object))
+
+
+def _pin_tensor(tensor: Tensor) -> Tensor:
+    is_dense_on_cpu = tensor.device.type == "cpu" and tensor.layout is torch.strided
+    return tensor.pin_memory() if is_dense_on_cpu else tensor
+
+
+def _pin_object(value: Any) -> Any:
+    """Pin an object that has torch's method for it, such as PackedSequence."""
+    can_be_pinned = callable(getattr(value, "pin_memory", None))
+    return value.pin_memory() if can_be_pinned and not getattr(value, "is_cuda", False) else value
+
+
+def prefetch(
+    reader: Reader,
+    requests: Iterable[MicroBatchRequest],
+    *,
+    workers: int,
+    method: str,
+    prefetch_factor: int | None = None,
+    pin_memory: bool = False,
+) -> Iterator[MicroBatch | LauncherError]:
+    """Start workers that read `requests`; return the micro-batches or errors in request order.
+
+    Args:
+        reader: Reads the requests.
+        requests: The requests.
+        workers: The number of worker processes, at least 1.
+        method: How workers start: `fork` or `spawn`.
+        prefetch_factor: The number of micro-batches that each worker prefetches.
+        pin_memory: Whether to copy tensors to page-locked memory.
+
+    Raises:
+        WorldError: The path of the temporary folder is too long for the sockets of workers.
+        RecipeError: Workers are to be spawned, and the import location of the recipe is unknown.
+    """
+    check_temporary_folder()
+    reader.check_start(method)
+    with warnings.catch_warnings():
+        # The planner already compares workers with cores and warns the user.
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        loader = DataLoader(
+            reader,
+            sampler=requests,
+            batch_size=None,
+            collate_fn=_identity,
+            num_workers=workers,
+            prefetch_factor=prefetch_factor,
+            pin_memory=pin_memory,
+            worker_init_fn=functools.partial(start_worker, os.getpid()),
+            multiprocessing_context=method,
+        )
+        # A spawned worker would react to signals until `start_worker` makes it ignore them.
+        with signals_held() if method == "spawn" else contextlib.nullcontext():
+            results: Iterator[MicroBatch | LauncherError] = iter(loader)
+    return _receive(results)
+
+
+def _receive(
+    results: Iterator[MicroBatch | LauncherError],
+) -> Iterator[MicroBatch | LauncherError]:
+    """Yield the results of workers.
+
+    Raises:
+        RuntimeError: A worker died while its tensors were fetched. torch reports the death of a
+            worker only while it waits for that worker.
+    """
+    while True:
+        try:
+            result = next(results)
+        except StopIteration:
+            return
+        except (EOFError, ConnectionError, FileNotFoundError) as error:
+            raise RuntimeError(f"DataLoader worker exited unexpectedly ({error!r})") from error
+        yield result
+
+
+def raise_if_error(result: MicroBatch | LauncherError) -> MicroBatch:
+    """Return a micro-batch, or raise the error that was read in its place."""
+    if isinstance(result, LauncherError):
+        raise result
+    return result
+
+
+def _identity(micro_batch: Any) -> Any:
+    return micro_batch

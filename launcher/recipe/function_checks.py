@@ -1,0 +1,92 @@
+"""The functions that a recipe is made of: what each is called with, and errors about others."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from launcher.errors import RecipeError
+from launcher.printable import printable_line
+from launcher.recipe.optimizer import OptimizerSpec
+from launcher.recipe.validation import brief, show
+
+ARGUMENTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"model": (), "data": (), "loss": ("outputs", "batch"), "forward": ("model", "batch")}
+)
+"""The functions of a recipe, and what each is called with."""
+
+
+def check_function(place: str, value: Any, arguments: tuple[str, ...]) -> None:
+    """Refuse a value that cannot be called with these arguments.
+
+    Raises:
+        RecipeError: It is no function, or its parameters are others.
+    """
+    if not callable(value):
+        raise RecipeError(
+            f"{place}: expected a function, found {show(value)}. Give the function itself, not its "
+            "result."
+        )
+    try:
+        signature = inspect.signature(value)
+    except (ValueError, TypeError):  # functions in C may not tell
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        name = printable_line(getattr(value, "__name__", type(value).__name__))
+        given = f"({', '.join(arguments)})" if arguments else "no arguments"
+        raise RecipeError(
+            f"{place}: launcher calls it with {given}, which {name}{brief(signature)} does not "
+            f"take: {error}."
+        ) from None
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Refuse an optimizer that is neither sgd(...) or adamw(...) nor a function of two arguments.
+
+    Raises:
+        RecipeError: It is something else, such as a class of torch.optim.
+    """
+    if isinstance(optimizer, OptimizerSpec):
+        return
+    if isinstance(optimizer, type):
+        name = printable_line(optimizer.__name__)
+        raise RecipeError(
+            f"Recipe(optimizer=...): expected sgd(...), adamw(...) or a function (model, lr) -> "
+            f"optimizer, found the class {name}. Write a function that calls it, such as lambda "
+            f"model, lr: {name}(model.parameters(), lr=lr)."
+        )
+    if not callable(optimizer):
+        raise RecipeError(
+            "Recipe(optimizer=...): expected sgd(...), adamw(...) or a function (model, lr) -> "
+            f"optimizer, found {show(optimizer)}."
+        )
+    check_function("Recipe(optimizer=...)", optimizer, ("model", "lr"))
+
+
+def check_metrics(metrics: Any) -> None:
+    """Refuse metrics that are not functions by name.
+
+    Raises:
+        RecipeError: They are no mapping, a name is not printable text, or a value is no function.
+    """
+    if not isinstance(metrics, Mapping):
+        raise RecipeError(
+            "Recipe(metrics=...): expected a dict of functions by name, such as "
+            f"{{'accuracy': accuracy}}, found {show(metrics)}."
+        )
+    for name, metric in metrics.items():
+        if not (isinstance(name, str) and name.strip() and name.isprintable()):
+            raise RecipeError(
+                f"Recipe(metrics=...): expected the name of a metric as text on one line, found "
+                f"{show(name)}."
+            )
+        if name == "loss":
+            raise RecipeError(
+                "Recipe(metrics={'loss': ...}): every evaluation reports the recipe's loss under "
+                "this name. Give the metric another one."
+            )
+        check_function(f"Recipe(metrics={{{name!r}: ...}})", metric, ARGUMENTS["loss"])
