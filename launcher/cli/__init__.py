@@ -6,6 +6,7 @@ import contextlib
 import gc
 import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from launcher.console.colours import colour_setting
 from launcher.console.echo import NO_ROOM, complain, discard_output, echo
 from launcher.errors import EXIT_FAILED, EXIT_USAGE, EndedError, LauncherError
 from launcher.printable import error_line, traceback_of
+from launcher.signals import EXIT_BY_SIGNAL
 
 _COMMANDS = {
     "cancel": "launcher.cli.cancel",
@@ -47,8 +49,6 @@ _COMMANDS = {
 
 _COMPLETION_VARIABLE = "_LAUNCHER_COMPLETE"
 """Set by the scripts of `launcher completion` when a shell asks for completions."""
-
-_EXIT_BY_CTRL_C = 130
 
 
 @click.group(
@@ -96,7 +96,7 @@ def run_command(
     except (click.Abort, KeyboardInterrupt):
         with contextlib.suppress(OSError, ValueError):
             echo("\nlauncher: stopped by Ctrl-C", err=True)
-        return _EXIT_BY_CTRL_C
+        return EXIT_BY_SIGNAL + signal.SIGINT
     except OSError as error:
         return _end_by_os_error(error)
     except Exception as error:  # noqa: BLE001  # it must not look like anything else

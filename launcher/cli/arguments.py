@@ -24,6 +24,7 @@ MAX_NODES = 1_000_000
 """Nodes, or ranks on a node, that an option takes at most."""
 
 MAX_RESTARTS = 1_000_000
+"""Restarts after a failure that an option takes at most."""
 
 _MAX_BYTES = 2**63
 
