@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from launcher.engine.probes.parity import ParityDifference
 
 _COLUMNS = ("strategy", "ranks", "x accum.", "samples", "lr", "items", "loss", "norm", "weights")
+_SHOWN_DIGITS = 12
+"""Number of digits of the weights' SHA-256 that each row of an exact recipe shows."""
+
 _WIDTHS = (10, 5, 8, 8, 8, 8, 8, 8, 8)
 
 
@@ -30,8 +33,9 @@ def row_line(row: ParityRow) -> str:
     cells = [row.trial.strategy, str(plan.world_size), str(plan.accumulation_steps)]
     if row.exit_code:
         return f"{_line(cells)}  failed with exit code {row.exit_code}"
+    digest = f"  {row.weights_digest[:_SHOWN_DIGITS]}" if plan.exact else ""
     if row.difference is None:
-        return f"{_line(cells)}  the reference that the others are compared with"
+        return f"{_line(cells)}  the reference that the others are compared with{digest}"
     difference = row.difference
     exact = [
         f"step {difference.unequal[name]}" if name in difference.unequal else "="
@@ -41,7 +45,7 @@ def row_line(row: ParityRow) -> str:
         _relative_text(value)
         for value in (difference.loss, difference.grad_norm, difference.weights)
     ]
-    return _line([*cells, *exact, *relative]) + ("" if difference.agrees else "  differs")
+    return _line([*cells, *exact, *relative]) + digest + ("" if difference.agrees else "  differs")
 
 
 def verdict(rows: Sequence[ParityRow], steps: int) -> str:
@@ -53,6 +57,12 @@ def verdict(rows: Sequence[ParityRow], steps: int) -> str:
     """
     failed = [row for row in rows if row.exit_code]
     differ = [row for row in rows if not row.agrees and not row.exit_code]
+    if not failed and not differ and all(row.trial.plan.exact for row in rows):
+        return (
+            f"The same {steps:,} steps to the bit in all {len(rows)} configurations: sample ids, "
+            "learning rates, item counts, losses, gradient norms and weights are equal. The "
+            f"weights have the SHA-256 {rows[0].weights_digest}."
+        )
     if not failed and not differ:
         return (
             f"The same {steps:,} steps in all {len(rows)} configurations: sample ids, learning "
@@ -107,6 +117,8 @@ def _model_causes(inspection: Inspection, trial: ParityRun) -> Iterator[str]:
                 f"Forward changes the {kind} {_first_name(names)}, and each rank processes other "
                 "samples. `launcher check` prints what to do."
             )
+    if trial.plan.virtual_ranks is not None:
+        return
     synced = bool(trial.plan.settings["sync_batchnorm"])
     if inspection.batch_norms and not synced:
         yield (
@@ -145,6 +157,7 @@ def to_dict(row: ParityRow) -> dict[str, object]:
         "accumulation_steps": row.trial.plan.accumulation_steps,
         "exit_code": row.exit_code,
         "agrees": row.agrees,
+        "weights_sha256": row.weights_digest,
     }
     if difference is not None:
         values |= {

@@ -61,6 +61,9 @@ class ParityRow:
     difference: ParityDifference | None
     """Difference from the reference; None for the reference itself and for a run that failed."""
 
+    weights_digest: str = ""
+    """SHA-256 of the final weights, in hexadecimal; empty for a run that failed."""
+
     @property
     def agrees(self) -> bool:
         """Whether the run succeeded and took the same steps as the reference."""
@@ -141,7 +144,7 @@ def run_trials(
         trials: The trials. The first is the reference; if it fails, the others do not run.
         steps: Number of optimizer steps to take, at most those planned.
         tolerance: Largest relative difference that counts as rounding; None takes that of
-            `TOLERANCES` for the precision of the trial.
+            `TOLERANCES` for the precision of the trial, or 0 with exact=true.
         signals: Handles signals for the runs.
     """
     import_for([trial.plan for trial in trials])
@@ -156,17 +159,18 @@ def run_trials(
             if reference_trace is None:
                 return
             continue
-        from launcher.engine.probes.parity import compare, read_trace
+        from launcher.engine.probes.parity import compare, read_trace, tensors_digest
 
         trace = read_trace(trial.run_dir)
+        digest = tensors_digest(trace.weights)
         trial.run_dir.model.unlink()  # else the disk holds the weights once for every trial
         if reference_trace is None:
             reference_trace = trace
-            yield ParityRow(trial=trial, exit_code=0, difference=None)
+            yield ParityRow(trial=trial, exit_code=0, difference=None, weights_digest=digest)
             continue
-        limit = TOLERANCES[trial.plan.precision] if tolerance is None else tolerance
-        difference = compare(reference_trace, trace, limit)
-        yield ParityRow(trial=trial, exit_code=0, difference=difference)
+        default = 0.0 if trial.plan.exact else TOLERANCES[trial.plan.precision]
+        difference = compare(reference_trace, trace, default if tolerance is None else tolerance)
+        yield ParityRow(trial=trial, exit_code=0, difference=difference, weights_digest=digest)
 
 
 def inspect_trial(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Iterator
 
-from launcher.planning.derivations import counted, dependence_notes
+from launcher.planning.derivations import counted, dependence_notes, virtual_notes
 from launcher.planning.lr_path import first_difference
 from launcher.planning.plan import Plan
 from launcher.planning.strategy import STRATEGIES
@@ -211,12 +211,16 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "optimizer", str(settings.get("optimizer", "built by the recipe"))
     for source, settings_text in _settings_by_source(plan):
         yield "set by", f"{source}: {settings_text}"
-    dependence = dependence_notes(
-        sync_batchnorm=bool(settings.get("sync_batchnorm")),
-        world_size=plan.world_size,
-        micro=plan.micro_batch_size,
-        batch_size=plan.batch_size,
-    )
+    dependence: tuple[str, ...]
+    if plan.virtual_ranks is not None:
+        dependence = virtual_notes(plan.distribution, exact=plan.exact)
+    else:
+        dependence = dependence_notes(
+            sync_batchnorm=bool(settings.get("sync_batchnorm")),
+            world_size=plan.world_size,
+            micro=plan.micro_batch_size,
+            batch_size=plan.batch_size,
+        )
     for note in dict.fromkeys((*dependence, *plan.notes)):
         yield "note", note
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from launcher.environment.machine import Machine
 from launcher.planning.global_batch import ceil_div
 from launcher.planning.stages import Stage, growth_at
+from launcher.planning.virtual_ranks import VirtualRanks
 from launcher.recipe.optimizer import OptimizerSpec
 from launcher.recipe.recipe import Recipe
 
@@ -14,6 +15,18 @@ _INDEPENDENT = (
     "The samples, the learning rate and the item counts of each step do not depend on the number "
     "of ranks; losses and weights depend on it only by floating-point rounding."
 )
+_SHOWN_RANKS = 8
+"""Number of ranks whose virtual ranks are listed."""
+
+_VIRTUAL = (
+    "virtual_ranks={count}: dropout masks and BatchNorm's statistics belong to a part of the "
+    "batch, and are the same on 1 to {count} ranks."
+)
+_EXACT = (
+    "exact=true: gradients are summed in one fixed order, and weights are equal to the bit on 1 to "
+    "{count} ranks, with the same kind of device and the same versions."
+)
+
 _DROPOUT = "dropout, whose masks each rank draws by (seed, step, rank)"
 
 
@@ -40,6 +53,30 @@ def batch_arithmetic(
     return (
         f"{batch_size} over {' x '.join(parts)}: {shares} samples each, in "
         f"{counted(accumulation, 'accumulation step')} of at most {micro}, weighted exactly"
+    )
+
+
+def virtual_arithmetic(
+    batch_size: int, distribution: VirtualRanks, micro_batches: int, unit: str
+) -> str:
+    """Return how a batch is divided: `256 = 8 virtual ranks x 32 samples; on 3 GPUs 3 + 3 + 2`.
+
+    Args:
+        batch_size: Samples in the global batch.
+        distribution: The distribution of virtual ranks over ranks.
+        micro_batches: Micro-batches of each virtual rank.
+        unit: Name for a rank: `GPU` or `CPU rank`.
+    """
+    count, world_size = distribution.count, distribution.world_size
+    floor, rest = divmod(batch_size, count)
+    each = counted(floor, "sample") if not rest else f"{floor} or {floor + 1} samples"
+    sign = "=" if not rest else "over"
+    split = f", in {micro_batches} micro-batches each" if micro_batches > 1 else ""
+    numbers = [len(distribution.of_rank(rank)) for rank in range(min(world_size, _SHOWN_RANKS))]
+    more = " + ..." if world_size > _SHOWN_RANKS else ""
+    return (
+        f"{batch_size} {sign} {counted(count, 'virtual rank')} x {each}{split}; on "
+        f"{counted(world_size, unit)} {' + '.join(map(str, numbers))}{more}"
     )
 
 
@@ -158,6 +195,22 @@ def dependence_notes(
             f"depends on the number of ranks: {_DROPOUT}."
         )
     return _INDEPENDENT, dependent
+
+
+def virtual_notes(distribution: VirtualRanks, *, exact: bool) -> tuple[str, ...]:
+    """Return what does not depend on the number of ranks in a recipe with virtual ranks.
+
+    Args:
+        distribution: The distribution of virtual ranks over ranks.
+        exact: `Recipe.exact`.
+    """
+    virtual = _VIRTUAL.format(count=distribution.count)
+    if not exact:
+        return _INDEPENDENT, virtual
+    copies = counted(distribution.most_copies(), "copy").replace("copys", "copies")
+    of_what = "its shard of the gradients" if distribution.interleaved else "the gradients"
+    memory = f"exact=true: a rank holds up to {copies} of {of_what} while it adds them."
+    return _EXACT.format(count=distribution.count), virtual, memory
 
 
 def ranks_text(nodes: int, nproc: int) -> str:

@@ -60,6 +60,8 @@ class BatchSplit:
     """The division of a run's batches into the micro-batches of its ranks."""
 
     world_size: int
+    """Ranks, or virtual ranks, that share a batch."""
+
     micro_batch_size: int
     """Maximum number of samples in a micro-batch."""
 

@@ -16,7 +16,8 @@ from launcher.errors import RunDirError, WorldError
 from launcher.planning.derivations import ranks_text
 from launcher.planning.global_batch import BatchSplit, Statistics
 from launcher.planning.stages import Stage, growth_at
-from launcher.planning.strategy import STRATEGIES, Backend
+from launcher.planning.strategy import STRATEGIES, Backend, distribute
+from launcher.planning.virtual_ranks import VirtualRanks
 from launcher.printable import printable_line, shortened
 from launcher.recipe.affects import Affects, effects_of
 from launcher.recipe.recipe import Recipe, settings_affecting
@@ -88,6 +89,13 @@ class Plan:
     accumulation_steps: int
     """Micro-batches of each rank per optimizer step, in the first stage."""
 
+    virtual_ranks: int | None = None
+    """Parts of each batch with random numbers and BatchNorm statistics of their own; None is one
+    part per rank."""
+
+    exact: bool = False
+    """Whether gradients are summed over virtual ranks in one fixed order."""
+
     lr: float
     """Peak learning rate, scaled to the batch size of the first stage."""
 
@@ -151,16 +159,21 @@ class Plan:
         return tuple(sum(self.samples_per_rank[first : first + nproc]) for first in first_ranks)
 
     def cut(self, statistics: Statistics) -> BatchSplit:
-        """Return how batches are cut into micro-batches.
+        """Return how batches are cut into micro-batches, of virtual ranks if there are any.
 
         Args:
             statistics: The samples that the model's BatchNorm computes statistics over.
         """
         return BatchSplit(
-            world_size=self.world_size,
+            world_size=self.virtual_ranks or self.world_size,
             micro_batch_size=self.micro_batch_size,
             statistics=statistics,
         )
+
+    @property
+    def distribution(self) -> VirtualRanks:
+        """Return how the parts of a batch are distributed over the ranks."""
+        return distribute(self.virtual_ranks, self.world_size, self.strategy, exact=self.exact)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain values that JSON and YAML can represent."""

@@ -13,14 +13,28 @@ from typing import Literal
 
 from launcher.environment.machine import Machine
 from launcher.errors import PlanError
-from launcher.planning.derivations import batch_arithmetic, notes_for, stages_text, steps_arithmetic
+from launcher.planning.derivations import (
+    batch_arithmetic,
+    notes_for,
+    stages_text,
+    steps_arithmetic,
+    virtual_arithmetic,
+)
 from launcher.planning.global_batch import ceil_div, num_micro_steps, shares
 from launcher.planning.loading import loader_policy
 from launcher.planning.lr_path import lr_path
 from launcher.planning.plan import Plan
 from launcher.planning.single_sample_batches import single_sample_notes
 from launcher.planning.stages import Stage, lr_factor, make_stages
-from launcher.planning.strategy import STRATEGIES, backend_for, check_strategy, performance_flags
+from launcher.planning.strategy import (
+    STRATEGIES,
+    backend_for,
+    check_strategy,
+    check_virtual_ranks,
+    distribute,
+    performance_flags,
+)
+from launcher.planning.virtual_ranks import VirtualRanks
 from launcher.recipe.recipe import Recipe
 from launcher.recipe.typed_values import INTEGER_LIMIT
 
@@ -67,9 +81,12 @@ def make_plan(
     samples = recipe.train_samples or train_samples
     stages, total_steps = _stages(recipe, batch_sizes, samples)
     steps_per_epoch = ceil_div(samples, batch_size) if samples is not None else None
-    micro_limit = recipe.micro_batch_size or ceil_div(max(batch_sizes), world_size)
-    accumulation = num_micro_steps(batch_size, world_size, micro_limit)
-    micro = max(_micro_batch(size, world_size, micro_limit) for size in batch_sizes)
+    parts = recipe.virtual_ranks or world_size
+    distribution = distribute(recipe.virtual_ranks, world_size, recipe.strategy, exact=recipe.exact)
+    micro_limit = recipe.micro_batch_size or ceil_div(max(batch_sizes), parts)
+    micro_batches = num_micro_steps(batch_size, parts, micro_limit)
+    accumulation = micro_batches * distribution.rounds
+    micro = max(_micro_batch(size, parts, micro_limit) for size in batch_sizes)
     if recipe.noise_scale:
         _check_parts(recipe, world_size, accumulation)
     lr, lr_reason = _learning_rate(recipe, batch_size)
@@ -90,15 +107,19 @@ def make_plan(
         pin_memory=recipe.pin_memory,
     )
     unit = "GPU" if device == "cuda" else "CPU rank"
-    derivations = {
-        "batch_size": batch_arithmetic(
+    if recipe.virtual_ranks is None:
+        arithmetic = batch_arithmetic(
             batch_size,
             nodes,
             nproc,
             unit,
             _micro_batch(batch_size, world_size, micro_limit),
             accumulation,
-        ),
+        )
+    else:
+        arithmetic = virtual_arithmetic(batch_size, distribution, micro_batches, unit)
+    derivations = {
+        "batch_size": arithmetic,
         "stages": stages_text(stages, lr, recipe.lr_rule),
         "lr": lr_reason,
         "total_steps": steps_arithmetic(recipe, batch_size, samples, steps_per_epoch, total_steps),
@@ -115,9 +136,11 @@ def make_plan(
         backend=backend_for(recipe, world_size),
         batch_size=batch_size,
         stages=stages,
-        samples_per_rank=shares(batch_size, world_size),
+        samples_per_rank=_samples_per_rank(batch_size, distribution),
         micro_batch_size=micro,
         accumulation_steps=accumulation,
+        virtual_ranks=recipe.virtual_ranks,
+        exact=recipe.exact,
         lr=lr,
         lr_start=lr * path.start,
         lr_end=lr * path.end,
@@ -132,7 +155,7 @@ def make_plan(
         workers_per_rank=policy.workers_per_rank,
         prefetch_factor=policy.prefetch_factor,
         pin_memory=policy.pin_memory,
-        threads_per_rank=max(machine.usable_cores // nproc, 1),
+        threads_per_rank=_threads_per_rank(recipe, machine, device, nproc),
         machine=machine,
         settings=recipe.settings(),
         sources=dict(sources or {}),
@@ -207,6 +230,8 @@ def _batch_sizes(recipe: Recipe, world_size: int) -> list[int]:
             f"A batch of {first} samples that grows by batch_gamma={recipe.batch_gamma:g} at "
             f"{len(milestones)} batch_milestones exceeds what 64 bits can count. Use a smaller one."
         )
+    if recipe.virtual_ranks is not None:
+        check_virtual_ranks(recipe, world_size, min(sizes))
     if min(sizes) < world_size:
         raise PlanError(
             f"batch_size={min(sizes)} is shared by {world_size} ranks, so that some would have no "
@@ -262,6 +287,27 @@ def _micro_batch(batch_size: int, world_size: int, limit: int) -> int:
     """
     share = ceil_div(batch_size, world_size)
     return ceil_div(share, ceil_div(share, limit))
+
+
+def _samples_per_rank(batch_size: int, distribution: VirtualRanks) -> tuple[int, ...]:
+    """Return the samples that each rank takes of a batch."""
+    counts = shares(batch_size, distribution.count)
+    if distribution.count == distribution.world_size:
+        return counts
+    return tuple(
+        sum(counts[virtual_rank] for virtual_rank in distribution.of_rank(rank))
+        for rank in range(distribution.world_size)
+    )
+
+
+def _threads_per_rank(recipe: Recipe, machine: Machine, device: str, nproc: int) -> int:
+    """Return the CPU threads of each rank, which must not depend on the ranks of an exact run.
+
+    CPU kernels divide their work by the number of threads, and add what the threads have summed.
+    """
+    if recipe.exact and (device == "cpu" or recipe.offload):
+        return 1
+    return max(machine.usable_cores // nproc, 1)
 
 
 def _check_parts(recipe: Recipe, world_size: int, accumulation: int) -> None:

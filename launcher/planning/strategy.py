@@ -11,6 +11,7 @@ from typing import Literal
 
 from launcher.environment.machine import Machine
 from launcher.errors import PlanError
+from launcher.planning.virtual_ranks import VirtualRanks
 from launcher.recipe.recipe import Recipe
 
 Backend = Literal["local", "ddp", "fsdp", "deepspeed"]
@@ -155,6 +156,8 @@ def check_strategy(recipe: Recipe, machine: Machine, device: str, world_size: in
             f"strategy={recipe.strategy} shards nothing. Use strategy=fsdp or strategy=zero2, or "
             "leave offload out."
         )
+    if recipe.exact:
+        _check_exact(recipe)
     if recipe.deterministic and recipe.cudnn_benchmark:
         raise PlanError(
             "deterministic=true needs the same kernels in every run, and cudnn_benchmark=true "
@@ -164,6 +167,95 @@ def check_strategy(recipe: Recipe, machine: Machine, device: str, world_size: in
         raise PlanError(
             "compile=true on CPUs needs a C++ compiler, and none of $CXX, g++ and clang++ is on "
             "PATH. Install one (Debian: `apt-get install g++`), or leave compile out."
+        )
+
+
+def distribute(
+    virtual_ranks: int | None, world_size: int, strategy: str, *, exact: bool
+) -> VirtualRanks:
+    """Return how the parts of a batch are distributed over ranks.
+
+    Args:
+        virtual_ranks: `Recipe.virtual_ranks`; None is one part per rank.
+        world_size: Number of ranks.
+        strategy: Name of the strategy. FSDP reduces gradients over the ranks in every micro-step,
+            so an exact sum needs ranks that compute neighbouring virtual ranks at the same time.
+        exact: `Recipe.exact`.
+    """
+    return VirtualRanks(
+        count=virtual_ranks or world_size,
+        world_size=world_size,
+        interleaved=exact and STRATEGIES[strategy].uses_fsdp,
+    )
+
+
+def check_virtual_ranks(recipe: Recipe, world_size: int, smallest_batch: int) -> None:
+    """Refuse virtual ranks that cannot share the batch, or be shared by the ranks.
+
+    Args:
+        recipe: The recipe, which has virtual ranks.
+        world_size: Number of ranks.
+        smallest_batch: Samples of the smallest full batch.
+
+    Raises:
+        PlanError: There are more ranks than virtual ranks or fewer samples than virtual ranks, or
+            another setting contradicts them.
+    """
+    count = recipe.virtual_ranks or world_size
+    if world_size > count:
+        raise PlanError(
+            f"virtual_ranks={count} are shared by at most {count} ranks, and {world_size} were "
+            f"asked for. Use -n {count} or less, or virtual_ranks={world_size} or more, which is "
+            "another training."
+        )
+    if smallest_batch < count:
+        raise PlanError(
+            f"batch_size={smallest_batch} is shared by virtual_ranks={count}, so that some would "
+            f"have no sample. Use virtual_ranks={smallest_batch} or less, or batch_size={count} or "
+            "more."
+        )
+    if recipe.batch_size_per_gpu is not None:
+        raise PlanError(
+            f"virtual_ranks={count} fixes how a batch is split on any number of GPUs, and "
+            f"batch_size_per_gpu={recipe.batch_size_per_gpu} makes the batch depend on that "
+            "number. Use batch_size."
+        )
+    if recipe.sync_batchnorm:
+        raise PlanError(
+            "sync_batchnorm=true computes BatchNorm's statistics over the micro-batches of all "
+            f"ranks, and virtual_ranks={count} over that of one virtual rank. Leave one of them "
+            "out."
+        )
+    if recipe.rank_buffers != "refuse":
+        raise PlanError(
+            f"rank_buffers={recipe.rank_buffers} synchronises buffers over ranks after each step, "
+            f"and with virtual_ranks={count} a rank computes several parts in between. Leave one "
+            "of them out."
+        )
+
+
+def _check_exact(recipe: Recipe) -> None:
+    """Refuse exact sums where they cannot hold.
+
+    Raises:
+        PlanError: The recipe has no virtual ranks, or a setting rules out equal bits.
+    """
+    if recipe.virtual_ranks is None:
+        raise PlanError(
+            "exact=true makes the weights equal to the bit on any number of ranks, for which "
+            "every batch is split into the same parts. Give their number, such as virtual_ranks=8: "
+            "the largest number of ranks that the recipe may run on."
+        )
+    if STRATEGIES[recipe.strategy].uses_deepspeed:
+        raise PlanError(
+            f"exact=true sums gradients in a fixed order, and under strategy={recipe.strategy} "
+            "DeepSpeed sums them in an order that depends on the number of ranks. Use strategy=ddp "
+            "or strategy=fsdp, or virtual_ranks without exact."
+        )
+    if recipe.cudnn_benchmark:
+        raise PlanError(
+            "exact=true needs the same kernels in every run, and cudnn_benchmark=true chooses "
+            "them by their time. Leave one of them out."
         )
 
 

@@ -32,7 +32,7 @@ TOPICS = {
         "strategy offload precision compile activation_checkpointing blocks channels_last tf32 "
         "cudnn_benchmark deterministic device"
     ),
-    "State that depends on the split": "sync_batchnorm rank_buffers",
+    "State that depends on the split": "virtual_ranks exact sync_batchnorm rank_buffers",
     "Reading data": "in_memory num_workers worker_start prefetch_factor pin_memory",
     "Checkpoints and failures": "checkpoint_every keep_checkpoints max_bad_steps hang_timeout",
     "What is recorded": "noise_scale trackers record_samples",

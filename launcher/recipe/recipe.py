@@ -204,6 +204,14 @@ class Recipe:
     max_grad_norm: Annotated[PositiveFloat | None, Affects.UPDATES] = None
     """Maximum norm of the global gradient; a longer one is scaled down. None does not clip."""
 
+    virtual_ranks: Annotated[PositiveInt | None, Affects.SAMPLES] = None
+    """Number of parts, each with its own dropout masks and BatchNorm statistics, of every batch, so
+    that these do not depend on the number of ranks; None is one part per rank."""
+
+    exact: Annotated[bool, Affects.UPDATES] = False
+    """With virtual_ranks: sum gradients in one fixed order, with deterministic kernels, so that
+    weights are equal to the bit on any number of ranks."""
+
     sync_batchnorm: Annotated[bool, Affects.UPDATES] = False
     """Compute BatchNorm's statistics over the micro-batches of all ranks together."""
 

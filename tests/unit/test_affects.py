@@ -22,6 +22,7 @@ SETTINGS = {
         "batch_gamma",
         "train_samples",
         "seed",
+        "virtual_ranks",
     },
     Affects.UPDATES: {
         "optimizer",
@@ -33,6 +34,7 @@ SETTINGS = {
         "steps",
         "precision",
         "max_grad_norm",
+        "exact",
         "sync_batchnorm",
         "rank_buffers",
         "tf32",

@@ -18,7 +18,7 @@ from launcher.engine.backends.local import LocalBackend
 from launcher.engine.backends.transfers import upload, upload_scalar, upload_tensor
 from launcher.engine.data.prefetching import pinned
 from launcher.engine.data.reader import MicroBatch
-from launcher.engine.metrics.meter import Meter, RankFlags
+from launcher.engine.metrics.meter import Meter, RankFlags, StepLosses
 from launcher.engine.metrics.noise_meter import LocalNoiseMeter, ReducedNoiseMeter
 from launcher.engine.training.loop import _count_items, sum_and_count
 from launcher.environment.machine import read_machine
@@ -148,8 +148,11 @@ def test_counting_and_measuring_a_step_do_not_wait() -> None:
                 samples=5,
                 batch_samples=5,
                 items=num_items,
-                loss_sums=[loss, loss],
-                counts=[3, torch.ones((), dtype=torch.long, device=GPU)],
+                losses=StepLosses(
+                    sums=[loss, loss],
+                    counts=[3, torch.ones((), dtype=torch.long, device=GPU)],
+                    parts=[None, None],
+                ),
                 lr=0.1,
                 momentum=None,
                 grad_norm=loss,

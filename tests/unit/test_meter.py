@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from launcher.engine.backends.local import LocalBackend
-from launcher.engine.metrics.meter import Meter, RankFlags, StepRow
+from launcher.engine.metrics.meter import Meter, RankFlags, StepLosses, StepRow
 from launcher.environment.machine import read_machine
 from launcher.recipe.resolve import resolve
 from launcher.recipes.digits import digits
@@ -51,8 +51,7 @@ def take_steps(device: SimulatedDevice, meter: Meter, num_steps: int) -> list[St
             samples=64 * step,
             batch_samples=64,
             items=64,
-            loss_sums=[torch.tensor(64.0)],
-            counts=[64],
+            losses=StepLosses(sums=[torch.tensor(64.0)], counts=[64], parts=[None]),
             lr=0.1,
             momentum=None,
             grad_norm=torch.tensor(1.0),

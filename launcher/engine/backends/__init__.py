@@ -4,6 +4,10 @@ base                 `Backend`, the interface that the training loop calls
 local                one process without a process group
 accelerate           DistributedDataParallel and FSDP
 deepspeed            ZeRO stages 1 to 3
+exact                sums over virtual ranks in a fixed order, on one process
+exact_ddp            the same under DistributedDataParallel
+exact_fsdp           the same under FSDP
+exact_norm           a gradient norm that does not depend on how the gradient is split
 placement            the rank's device, and copies of batches to it
 call_order           detects ranks that gather weights in different orders (FSDP, ZeRO-3)
 reduction_order      makes ZeRO-1 and ZeRO-2 reduce gradients in one order on every rank
@@ -33,6 +37,10 @@ def open_backend(recipe: Recipe, plan: Plan, world: World) -> Backend:
     Raises:
         WorldError: The processes or the device differ from what was planned.
     """
+    if plan.backend == "local" and plan.exact:
+        from launcher.engine.backends.exact import ExactLocalBackend
+
+        return ExactLocalBackend(recipe, plan)
     if plan.backend == "local":
         from launcher.engine.backends.local import LocalBackend
 
@@ -43,6 +51,14 @@ def open_backend(recipe: Recipe, plan: Plan, world: World) -> Backend:
         from launcher.engine.backends.deepspeed import DeepSpeedBackend
 
         return DeepSpeedBackend(recipe, plan, world)
+    if plan.exact and strategy.uses_fsdp:
+        from launcher.engine.backends.exact_fsdp import ExactFSDPBackend
+
+        return ExactFSDPBackend(recipe, plan, world)
+    if plan.exact:
+        from launcher.engine.backends.exact_ddp import ExactDDPBackend
+
+        return ExactDDPBackend(recipe, plan, world)
     from launcher.engine.backends.accelerate import DDPBackend, FSDPBackend
 
     return (FSDPBackend if strategy.uses_fsdp else DDPBackend)(recipe, plan, world)

@@ -55,6 +55,7 @@ from launcher.environment.world import World
 from launcher.errors import WorldError
 from launcher.planning.plan import Plan
 from launcher.planning.strategy import STRATEGIES
+from launcher.planning.virtual_ranks import Part
 from launcher.printable import kind_of
 from launcher.recipe.recipe import Recipe
 
@@ -214,7 +215,9 @@ class DDPBackend(GroupBackend):
     def unwrap(self, model: nn.Module) -> nn.Module:
         return self._module
 
-    def micro_step(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
+    def micro_step(
+        self, *, last: bool, part: Part | None = None
+    ) -> contextlib.AbstractContextManager[Any]:
         self._averages_gradients = last
         self._used.begin(accumulates=not last)
         return contextlib.nullcontext() if last else self._wrapped.no_sync()
@@ -329,7 +332,9 @@ class FSDPBackend(GroupBackend):
     def forward(self, function: Callable[[Any, Any], Any], model: nn.Module, batch: Any) -> Any:
         return call_with_output_hooks(model, self._module, function, batch)
 
-    def micro_step(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
+    def micro_step(
+        self, *, last: bool, part: Part | None = None
+    ) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
     def norm(self, grads: list[Tensor]) -> Tensor:

@@ -36,8 +36,10 @@ from launcher.engine.state.training_state import (
     plain_values,
     read_into,
 )
+from launcher.engine.state.virtual_buffers import VirtualBuffers
 from launcher.planning.configs import AUTOCAST
 from launcher.planning.plan import Plan
+from launcher.planning.virtual_ranks import Part
 from launcher.recipe.recipe import Recipe
 
 T = TypeVar("T")
@@ -62,6 +64,9 @@ class Backend(ABC):
         self.call_order: CallOrder | None = None
         """The check that all ranks gather weights in the same order; None if weights are not
         gathered, or if the model is compiled."""
+        self.virtual_buffers: VirtualBuffers | None = None
+        """BatchNorm's statistics of the virtual ranks of this rank; None without virtual ranks."""
+
         self._trained: list[nn.Parameter] | None = None
         self._sparse: frozenset[nn.Parameter] = frozenset()
         """The parameters with sparse gradients."""
@@ -125,9 +130,24 @@ class Backend(ABC):
         """
         return function(model, batch)
 
+    @property
+    def divisor(self) -> int:
+        """The number that the sum of gradients over ranks is divided by: their number.
+
+        The training loop multiplies losses by it.
+        """
+        return self.world_size
+
     @abstractmethod
-    def micro_step(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Return the context of one micro-step; the `last` one of a step averages gradients."""
+    def micro_step(
+        self, *, last: bool, part: Part | None = None
+    ) -> contextlib.AbstractContextManager[Any]:
+        """Return the context of one micro-step.
+
+        Args:
+            last: Whether it is the last one of the step, which averages gradients over ranks.
+            part: The part of the batch that it computes; None without virtual ranks.
+        """
 
     def read(self, values: Tensor) -> Any:
         """Return the values of a tensor as numbers, in lists by its dimensions.
@@ -205,10 +225,18 @@ class Backend(ABC):
         module = self.unwrap(model)
         tensors = copy_to_host(live_tensors(module, optimizer), self.rank, self.world_size)
         return Snapshot(
-            tensors=tensors | buffers_to_save(module, self.rank, self.gather),
+            tensors=tensors | self.buffers_to_save(module),
             values=plain_values(module, optimizer),
             extra=gather_extra_state(module, self.gather),
         )
+
+    def buffers_to_save(self, module: nn.Module) -> dict[str, Tensor]:
+        """Return host copies of the buffers that this rank saves (collective)."""
+        virtual = self.virtual_buffers
+        if virtual is None:
+            return buffers_to_save(module, self.rank, self.gather)
+        shared = buffers_to_save(module, self.rank, self.gather, without=virtual.names)
+        return shared | dict(virtual.to_save())
 
     def restore(self, model: nn.Module, optimizer: Optimizer, source: StateSource) -> None:
         """Fill model and optimizer from `source`, which any number of ranks may have written.
@@ -227,6 +255,8 @@ class Backend(ABC):
             CheckpointError: The source belongs to another model.
         """
         read_buffers(module, source, self.rank, self.world_size, self.device)
+        if self.virtual_buffers is not None:
+            self.virtual_buffers.read(source)
         read_extra_state(module, source, self.rank, self.world_size)
 
     def unwrap(self, model: nn.Module) -> nn.Module:

@@ -33,7 +33,7 @@ from launcher.engine.backends.call_order import watch_call_order
 from launcher.engine.backends.recipe_forward import RecipeForward, call_with_output_hooks
 from launcher.engine.backends.reduction_order import OrderedReduction
 from launcher.engine.state.compiled import plain_name
-from launcher.engine.state.module_state import buffers_to_save, gather_extra_state
+from launcher.engine.state.module_state import gather_extra_state
 from launcher.engine.state.optimizer_kinds import check_strategy_of
 from launcher.engine.state.training_state import (
     STEP,
@@ -52,6 +52,7 @@ from launcher.errors import RecipeError, WorldError
 from launcher.planning.configs import deepspeed_config
 from launcher.planning.plan import Plan
 from launcher.planning.strategy import STRATEGIES
+from launcher.planning.virtual_ranks import Part
 from launcher.printable import kind_of
 from launcher.recipe.recipe import Recipe
 
@@ -137,7 +138,7 @@ class DeepSpeedBackend(GroupBackend):
         return self._module
 
     @contextlib.contextmanager
-    def micro_step(self, *, last: bool) -> Any:
+    def micro_step(self, *, last: bool, part: Part | None = None) -> Any:
         self._engine.set_gradient_accumulation_boundary(last)
         yield
 
@@ -177,7 +178,7 @@ class DeepSpeedBackend(GroupBackend):
             for name in names
         }
         return Snapshot(
-            tensors=tensors | buffers_to_save(module, self.rank, self.gather),
+            tensors=tensors | self.buffers_to_save(module),
             values=values,
             extra=gather_extra_state(module, self.gather),
         )

@@ -27,7 +27,7 @@ def planned_device(recipe: Recipe, plan: Plan, local_rank: int) -> torch.device:
         WorldError: torch cannot use the planned GPU, or the GPU lacks a feature that the recipe
             requires.
     """
-    if recipe.deterministic:
+    if recipe.deterministic or recipe.exact:
         use_deterministic_kernels()
     if plan.device == "cpu":
         return torch.device("cpu")

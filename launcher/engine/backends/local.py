@@ -14,6 +14,7 @@ from launcher.engine.backends.base import Backend
 from launcher.engine.backends.devices import planned_device
 from launcher.engine.state.parameter_kinds import sparse_parameters
 from launcher.planning.plan import Plan
+from launcher.planning.virtual_ranks import Part
 from launcher.recipe.recipe import Recipe
 
 
@@ -39,7 +40,9 @@ class LocalBackend(Backend):
     def communication(self) -> tuple[float, int]:
         return 0.0, 0
 
-    def micro_step(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
+    def micro_step(
+        self, *, last: bool, part: Part | None = None
+    ) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
     def sum(self, values: Tensor) -> Tensor:

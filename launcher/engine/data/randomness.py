@@ -9,6 +9,7 @@ import torch
 
 from launcher.engine.backends.base import Backend
 from launcher.engine.data.seeds import derive
+from launcher.planning.virtual_ranks import Part
 
 
 def seed_all(seed: int) -> None:
@@ -18,16 +19,64 @@ def seed_all(seed: int) -> None:
     torch.default_generator.manual_seed(seed)  # torch.manual_seed would queue a call for each GPU
 
 
-def seed_step(seed: int, step: int, backend: Backend) -> None:
-    """Seed torch's generators for the model's computation in `step`, such as dropout masks.
+class ModelRandomness:
+    """Seeds the generators that a model draws from, such as for dropout masks.
 
-    The seed depends on (seed, step, rank), so a run that is resumed on the same number of ranks
-    draws the same numbers as an uninterrupted run.
+    Without virtual ranks the seed of a step depends on (seed, step, rank), so a run that is resumed
+    on the same number of ranks draws the same numbers as an uninterrupted run. With virtual ranks
+    the seed of a micro-batch depends on (seed, step, virtual rank, micro-step), so it draws the
+    same numbers on any number of ranks.
+
+    torch's generators are always seeded. Few models draw from `random` and `numpy.random`, and
+    seeding those takes longer. They are seeded in the steps 0, 1, 2, 4, 8 and so on, counted from
+    the creation of this object, and in all steps once the model has drawn from one of them.
+
+    Args:
+        backend: This rank among the others.
     """
-    step_seed = derive(seed, step, backend.rank)
-    torch.default_generator.manual_seed(step_seed)
-    if backend.device.type == "cuda":
-        torch.cuda.manual_seed(step_seed)
+
+    def __init__(self, backend: Backend) -> None:
+        self._seed, self._rank = backend.plan.seed, backend.rank
+        self._has_parts = backend.plan.virtual_ranks is not None
+        self._has_gpu = backend.device.type == "cuda"
+        self._num_steps = 0
+        self._watches = self._draws_on_host = False
+        self._before: Generators | None = None
+
+    def begin_step(self, step: int) -> None:
+        """Begin a step, counted from 0, before its first forward pass."""
+        number, self._num_steps = self._num_steps, self._num_steps + 1
+        self._watches = number & (number - 1) == 0 and not self._draws_on_host
+        if not self._has_parts:
+            self._seed_generators(derive(self._seed, step, self._rank))
+
+    def begin_part(self, step: int, part: Part | None) -> None:
+        """Begin a micro-batch, of a virtual rank if there are any."""
+        if part is None:
+            return
+        self._watch()
+        if part.virtual_rank is not None:
+            self._seed_generators(derive(self._seed, step, part.virtual_rank, part.micro_step))
+
+    def end_step(self) -> None:
+        """End a step, after its last backward pass."""
+        self._watch()
+
+    def _seed_generators(self, seed: int) -> None:
+        torch.default_generator.manual_seed(seed)
+        if self._has_gpu:
+            torch.cuda.manual_seed(seed)
+        if self._watches or self._draws_on_host:
+            random.seed(seed)
+            numpy.random.seed(seed & 0xFFFFFFFF)
+        if self._watches:
+            self._before = Generators()
+
+    def _watch(self) -> None:
+        """Find out whether the model has drawn from a generator of Python or NumPy."""
+        before, self._before = self._before, None
+        if before is not None and not before.are_untouched_on_host():
+            self._draws_on_host, self._watches = True, False
 
 
 class Generators:
@@ -40,10 +89,13 @@ class Generators:
 
     def are_untouched(self) -> bool:
         """Return whether no generator has been drawn from since this copy was taken."""
+        return self.are_untouched_on_host() and torch.equal(torch.get_rng_state(), self._torch)
+
+    def are_untouched_on_host(self) -> bool:
+        """Return whether `random` and `numpy.random` have not been drawn from since the copy."""
         now, before = numpy.random.get_state(legacy=False), self._numpy
         return (
             random.getstate() == self._python
-            and torch.equal(torch.get_rng_state(), self._torch)
             and now["has_gauss"] == before["has_gauss"]
             and now["state"]["pos"] == before["state"]["pos"]
             and bool((now["state"]["key"] == before["state"]["key"]).all())

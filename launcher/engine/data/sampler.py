@@ -10,13 +10,14 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from launcher.engine.data.permutation import elements_at
-from launcher.planning.global_batch import BatchSplit, Statistics, ceil_div, micro_batch
+from launcher.planning.global_batch import BatchSplit, Statistics, ceil_div, part
 from launcher.planning.plan import Plan
 from launcher.planning.single_sample_batches import short_batches_of_one
 from launcher.planning.stages import Course, Window
+from launcher.planning.virtual_ranks import Part
 
 _POSITIONS_PER_LOOKUP = 4096
 """Number of positions looked up in one call of `elements_at`, to amortise its overhead."""
@@ -54,6 +55,21 @@ class MicroBatchRequest:
     trial: bool = False
     """Whether the micro-batch is read before the first step, to inspect the samples."""
 
+    part: Part | None = None
+    """The part of the batch that the micro-batch belongs to; None without virtual ranks."""
+
+
+class _Span(NamedTuple):
+    """A micro-batch of this rank in a batch of some size."""
+
+    positions: range
+    """Positions within the batch; empty for a micro-batch of weight 0."""
+
+    single_sample: bool
+    """Whether BatchNorm would compute statistics over a single sample in this micro-step."""
+
+    part: Part | None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
@@ -90,7 +106,7 @@ class Sampler:
         return functools.lru_cache(_CACHED_WINDOWS)(self._course.window)
 
     @functools.cached_property
-    def _cached_spans(self) -> Callable[[int], tuple[range, ...]]:
+    def _cached_spans(self) -> Callable[[int], tuple[_Span, ...]]:
         return functools.lru_cache(_CACHED_SIZES)(self._spans)
 
     @functools.cached_property
@@ -133,7 +149,8 @@ class Sampler:
 
     def evaluation_steps(self) -> int:
         """Return the number of micro-batches that each rank takes in an evaluation."""
-        return ceil_div(self.evaluation_samples, self._evaluation_batch)
+        batches = ceil_div(self.evaluation_samples, self._evaluation_batch)
+        return batches * self.plan.distribution.rounds
 
     def trial(self) -> list[MicroBatchRequest]:
         """Return requests for a few samples to inspect before the first step, equal on all ranks.
@@ -144,9 +161,9 @@ class Sampler:
         size = min(_NUM_TRIAL_SAMPLES, self.plan.micro_batch_size, self.train_samples)
         samples = self._first_samples(self.train_samples, size - size % 2 or 1)
         half = len(samples) // 2
-        parts = [samples, samples[:half], samples[half:]] if half else [samples]
+        pieces = [samples, samples[:half], samples[half:]] if half else [samples]
         requests = [
-            MicroBatchRequest("train", 0, part, has_weight=False, trial=True) for part in parts
+            MicroBatchRequest("train", 0, piece, has_weight=False, trial=True) for piece in pieces
         ]
         if self.evaluation_samples:
             size = min(_NUM_TRIAL_EVALUATION_SAMPLES, self.plan.micro_batch_size)
@@ -172,17 +189,28 @@ class Sampler:
 
     def evaluation(self) -> Iterator[MicroBatchRequest]:
         """Yield the requests of one evaluation, the same number on every rank."""
+        distribution = self.plan.distribution
+        virtual_ranks = self._padded(distribution.of_rank(self.rank))
         for start in range(0, self.evaluation_samples, self._evaluation_batch):
             size = min(self._evaluation_batch, self.evaluation_samples - start)
-            positions = micro_batch(
-                size, world_size=self.plan.world_size, rank=self.rank, micro_steps=1, micro_step=0
-            )
-            indices = list(range(start + positions.start, start + positions.stop))
-            yield MicroBatchRequest("evaluation", 0, indices or [start], bool(indices))
+            for virtual_rank in virtual_ranks:
+                positions = (
+                    range(0)
+                    if virtual_rank is None
+                    else part(size, distribution.count, virtual_rank)
+                )
+                indices = list(range(start + positions.start, start + positions.stop))
+                yield MicroBatchRequest(
+                    "evaluation",
+                    0,
+                    indices or [start],
+                    bool(indices),
+                    part=self._part(virtual_rank, 0, 1, is_empty=not indices),
+                )
 
     @property
     def _evaluation_batch(self) -> int:
-        return self.plan.micro_batch_size * self.plan.world_size
+        return self.plan.micro_batch_size * self.plan.distribution.count
 
     def _training(self, epoch: int, steps: list[int]) -> Iterator[list[MicroBatchRequest]]:
         """Yield the requests of each step in `steps`, which belong to one epoch."""
@@ -191,27 +219,62 @@ class Sampler:
         for _, start, size in windows:
             first = start if size >= _NUM_GHOST_SAMPLES else max(start - 1, 0)
             ghost = range(first, min(first + _NUM_GHOST_SAMPLES, self.train_samples))
-            for span in self._cached_spans(size):
-                ranges.append(range(start + span.start, start + span.stop) if span else ghost)
+            for positions, _, _ in self._cached_spans(size):
+                is_ghost = not positions
+                ranges.append(
+                    ghost if is_ghost else range(start + positions.start, start + positions.stop)
+                )
         indices = iter(elements_at(self.train_samples, self.plan.seed, epoch, ranges))
         for _, _, size in windows:
             yield [
                 MicroBatchRequest(
-                    "train", epoch, next(indices), bool(span), self._is_alone(size, micro_step)
+                    "train",
+                    epoch,
+                    next(indices),
+                    bool(span.positions),
+                    span.single_sample,
+                    part=span.part,
                 )
-                for micro_step, span in enumerate(self._cached_spans(size))
+                for span in self._cached_spans(size)
             ]
 
-    def _is_alone(self, size: int, micro_step: int) -> bool:
-        """Return whether BatchNorm would compute statistics over one sample in a short batch."""
-        if size not in self._single_sample_sizes:
-            return False
-        ranks = range(self.plan.world_size) if self.statistics == "all" else [self.rank]
-        return sum(len(self._split.positions(size, rank, micro_step)) for rank in ranks) == 1
+    def _spans(self, size: int) -> tuple[_Span, ...]:
+        """Return this rank's micro-batches of a batch of `size`, in order."""
+        num_micro_steps = self._split.micro_steps(size)
+        distribution = self.plan.distribution
+        spans = []
+        for virtual_rank in self._padded(distribution.of_rank(self.rank)):
+            cuts = [
+                range(0)
+                if virtual_rank is None
+                else self._split.positions(size, virtual_rank, micro_step)
+                for micro_step in range(num_micro_steps)
+            ]
+            spans += [
+                _Span(
+                    positions,
+                    self._is_alone(size, virtual_rank, micro_step),
+                    self._part(virtual_rank, micro_step, num_micro_steps, is_empty=not any(cuts)),
+                )
+                for micro_step, positions in enumerate(cuts)
+            ]
+        return tuple(spans)
 
-    def _spans(self, size: int) -> tuple[range, ...]:
-        """Return the positions, within a batch of `size`, of this rank's micro-batches."""
-        return tuple(
-            self._split.positions(size, self.rank, micro_step)
-            for micro_step in range(self._split.micro_steps(size))
-        )
+    def _padded(self, virtual_ranks: range) -> list[int | None]:
+        """Return the virtual ranks with None to the number that the other ranks have."""
+        missing = self.plan.distribution.rounds - len(virtual_ranks)
+        return [*virtual_ranks, *[None] * missing]
+
+    def _part(
+        self, virtual_rank: int | None, micro_step: int, num_micro_steps: int, *, is_empty: bool
+    ) -> Part | None:
+        if self.plan.virtual_ranks is None:
+            return None
+        return Part(virtual_rank, micro_step, micro_step == num_micro_steps - 1, is_empty)
+
+    def _is_alone(self, size: int, virtual_rank: int | None, micro_step: int) -> bool:
+        """Return whether BatchNorm would compute statistics over one sample in a short batch."""
+        if size not in self._single_sample_sizes or virtual_rank is None:
+            return False
+        together = range(self.plan.world_size) if self.statistics == "all" else [virtual_rank]
+        return sum(len(self._split.positions(size, rank, micro_step)) for rank in together) == 1

@@ -12,7 +12,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +27,7 @@ from launcher.engine.metrics.rank_times import (
     combine_rank_rows,
 )
 from launcher.errors import RecipeError, TrainingError
+from launcher.planning.virtual_ranks import Part, virtual_rank_of
 
 _SECONDS_BETWEEN_READS = 0.5
 _MAX_STEPS_BETWEEN_READS = 1000
@@ -112,14 +113,33 @@ class MetricsBatch:
 
 
 @dataclass(kw_only=True, slots=True)
+class StepLosses:
+    """The losses of this rank's micro-batches in a step, without those of weight 0."""
+
+    sums: list[Tensor] = field(default_factory=list)
+    """Sum of the losses over the items of each micro-batch, on the device."""
+
+    counts: list[int | Tensor] = field(default_factory=list)
+    """Number of items of each micro-batch."""
+
+    parts: list[Part | None] = field(default_factory=list)
+    """The part of the global batch that each micro-batch belongs to."""
+
+    def add(self, loss_sum: Tensor, count: int | Tensor, part: Part | None) -> None:
+        """Add the loss of a micro-batch."""
+        self.sums.append(loss_sum)
+        self.counts.append(count)
+        self.parts.append(part)
+
+
+@dataclass(kw_only=True, slots=True)
 class _StepMeasurements:
     step: int
     epoch: int
     samples: int
     batch_samples: int
     items: int | Tensor
-    loss_sums: list[Tensor]
-    counts: list[int | Tensor]
+    losses: StepLosses
     lr: float
     momentum: float | None
     grad_norm: Tensor
@@ -185,6 +205,11 @@ class Meter:
         sums = self._backend.read(
             self._sum_over_ranks(steps, seconds, wait_per_step, flags, rank_row)
         )
+        if self._backend.plan.exact:
+            exact_losses = self._sum_exactly(steps)
+            sums[: len(steps)] = [
+                [loss, *others] for loss, (_, *others) in zip(exact_losses, sums, strict=False)
+            ]
         items = self._backend.read(upload([step.items for step in steps], self._backend.device))
         ranks = None
         if rank_row is not None:
@@ -232,9 +257,9 @@ class Meter:
         device = self._backend.device
         zero = torch.zeros((), device=device)
         losses = torch.stack(
-            [functools.reduce(torch.add, step.loss_sums or [zero]) for step in steps]
+            [functools.reduce(torch.add, step.losses.sums or [zero]) for step in steps]
         ).double()
-        counts = upload([sum(step.counts) for step in steps], device)
+        counts = upload([sum(step.losses.counts) for step in steps], device)
         data_waits = upload([step.data_wait_seconds for step in steps], device)
         is_first = self._backend.rank == 0
         clock = [
@@ -252,6 +277,19 @@ class Meter:
             rows[self._backend.rank] = rank_row
             parts.append(upload(list(itertools.chain.from_iterable(rows)), device).view(-1, 3))
         return self._backend.sum(torch.cat(parts))
+
+    def _sum_exactly(self, steps: list[_StepMeasurements]) -> list[float]:
+        """Return the loss sum of each step, equal to the bit on any number of ranks (collective).
+
+        The ranks exchange the sum of each virtual rank, which they add with one rounding.
+        """
+        backend = self._backend
+        count = backend.plan.distribution.count
+        table = torch.zeros(len(steps), count, dtype=torch.float64, device=backend.device)
+        for row, step in zip(table, steps, strict=True):
+            for loss_sum, part in zip(step.losses.sums, step.losses.parts, strict=True):
+                row[virtual_rank_of(part)] += loss_sum
+        return [math.fsum(values) for values in backend.read(backend.sum(table))]
 
     def _check_lockstep(self, total: float, squares: float) -> None:
         """Refuse steps in which the ranks called different modules (collective).

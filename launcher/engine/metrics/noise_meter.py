@@ -213,8 +213,8 @@ class ReducedNoiseMeter(_PartsNoiseMeter):
             [parameter.grad for parameter in self._trained if parameter.grad is not None]
         )
         if backend.rank == 0:
-            # The gradient is the mean over ranks of sums multiplied by `weight`.
-            self._add_part([norm], weight / backend.world_size, total_count)
+            # The gradient is the sum over ranks, multiplied by `weight` and divided.
+            self._add_part([norm], weight / backend.divisor, total_count)
 
     def _end(self) -> None:
         """Do nothing: no hooks were registered."""

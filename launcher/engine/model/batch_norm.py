@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from launcher.engine.backends.base import Backend
 from launcher.engine.data.sampler import MicroBatchRequest
+from launcher.engine.state.virtual_buffers import VirtualBuffers
 from launcher.errors import RecipeError
 from launcher.planning.global_batch import Statistics
 from launcher.planning.plan import Plan
@@ -146,9 +147,15 @@ def synchronize(model: nn.Module) -> nn.Module:
 
 
 class BatchNorms:
-    """The BatchNorm modules of a model, and operations on all their running statistics."""
+    """The BatchNorm modules of a model, and operations on all their running statistics.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: The model.
+        virtual: The statistics of the virtual ranks of this rank, if there are any.
+    """
+
+    def __init__(self, model: nn.Module, virtual: VirtualBuffers | None = None) -> None:
+        self._virtual = virtual
         self._modules = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         self._tracking = [module for module in self._modules if module.running_mean is not None]
         self._copies: list[Tensor] = []
@@ -164,6 +171,8 @@ class BatchNorms:
             buffer.copy_(torch.where(buffer.isfinite().all(), buffer, copy))
 
     def _running_statistics(self) -> list[Tensor]:
+        if self._virtual is not None:
+            return self._virtual.floating_copies()
         return [
             buffer
             for module in self._tracking
@@ -188,6 +197,9 @@ class BatchNorms:
         self, request: MicroBatchRequest
     ) -> contextlib.AbstractContextManager[None]:
         """Return the context for forward and backward of a training micro-batch."""
+        virtual_rank = None if request.part is None else request.part.virtual_rank
+        if self._virtual is not None and virtual_rank is not None:
+            self._virtual.select(virtual_rank)
         if request.single_sample:
             return self._with_running_statistics()
         return contextlib.nullcontext() if request.has_weight else self.ignoring_samples()
@@ -224,6 +236,9 @@ class BatchNorms:
     @torch.no_grad()
     def average(self, backend: Backend) -> None:
         """Replace the running statistics of every rank by their mean over ranks (collective)."""
+        if self._virtual is not None:
+            self._virtual.average(backend.sum)
+            return
         buffers = [
             buffer
             for module in self._tracking

@@ -251,7 +251,9 @@ class ForwardWrites:
     def begin(self) -> None:
         """Begin a step, before its first forward pass."""
         step, self._num_steps = self._num_steps, self._num_steps + 1
-        if self._backend.world_size > 1 and step & (step - 1) == 0:
+        # A rank with several virtual ranks computes what several ranks would.
+        is_shared = self._backend.world_size > 1 or self._backend.virtual_buffers is not None
+        if is_shared and step & (step - 1) == 0:
             module = self._backend.unwrap(self._model)
             # Hooks would trigger a recompilation of compiled modules.
             watches_modules = self._sharded and not is_compiled(module)
@@ -296,6 +298,8 @@ class ForwardWrites:
                 ranks and the policy cannot synchronise them.
         """
         module = self._backend.unwrap(self._model)
+        if self._backend.virtual_buffers is not None:
+            self._check_virtual(writes)
         slots, weights = slots_without_batch_norm(module), parameters(module)
         # ZeRO keeps a copy of trained weights, FSDP of all weights, so writes are lost.
         refused = {
@@ -321,6 +325,22 @@ class ForwardWrites:
         if differing:
             self._check_buffers(differing, slots, summaries)
             self._synchronized |= {name: slots[name] for name in differing}
+
+    def _check_virtual(self, writes: WriteDetector) -> None:
+        """Refuse buffers that forward writes to, where a rank computes several virtual ranks.
+
+        Raises:
+            RecipeError: A rank wrote to a buffer.
+        """
+        gathered = self._backend.gather(sorted(writes.buffers()))
+        if names := sorted(set().union(*gathered)):
+            raise RecipeError(
+                f"The model's forward writes to the buffer {_shorten(names)}. With virtual_ranks, "
+                "only the running statistics of BatchNorm and InstanceNorm belong to a virtual "
+                "rank; the values of other buffers would depend on the number of ranks. Compute "
+                "the buffer from values that do not depend on the samples, or leave virtual_ranks "
+                "out."
+            )
 
     def _check_buffers(
         self, names: list[str], slots: dict[str, Slot], summaries: list[dict[str, Any]]

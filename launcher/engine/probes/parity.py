@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from launcher.engine.saving.checkpoint_tensors import StoredState
 from launcher.errors import RunDirError
 from launcher.json_file import read_lines
 from launcher.paths import is_file
+from launcher.runs.checkpoints import Checkpoint
 from launcher.runs.rundir import RunDir
 
 _EXACT = {"samples": "sample ids", "lr": "learning rate", "items": "item counts"}
@@ -153,6 +156,30 @@ def compare(reference: Trace, other: Trace, tolerance: float) -> ParityDifferenc
         first_step=min(steps, default=None),
         tolerance=tolerance,
     )
+
+
+def checkpoint_digest(checkpoint: Checkpoint) -> str:
+    """Return the SHA-256 of the names and the bits of all tensors in a checkpoint.
+
+    These are the weights, the optimizer's state and the buffers, BatchNorm's statistics of each
+    virtual rank included.
+    """
+    state = StoredState(checkpoint, checkpoint.read_manifest())
+    tensors = {
+        name: torch.empty(state.size(name) or (), dtype=state.dtype(name)) for name in state.names()
+    }
+    state.read(tensors)
+    return tensors_digest(tensors)
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of the names, dtypes, shapes and bits of tensors, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

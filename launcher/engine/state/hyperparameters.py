@@ -53,9 +53,12 @@ def make_optimizer(recipe: Recipe, model: nn.Module, lr: float) -> Optimizer:
     groups = _parameter_groups(model, decay_1d=arguments.pop("decay_1d", True))
     trained = [parameter for group in groups for parameter in group["params"]]
     # Fused kernels update all parameters at once; without them torch loops over the parameters on
-    # CPUs. torch has no fused SGD for FSDP's DTensors: see `_step_shards`.
+    # CPUs. torch has no fused SGD for FSDP's DTensors: see `_step_shards`. On CPUs they round the
+    # last elements of a tensor otherwise than the others, so that bits would depend on the shards.
     is_sgd = recipe.optimizer.name == "sgd"
-    arguments["fused"] = all(
+    if recipe.exact:
+        arguments["foreach"] = True
+    arguments["fused"] = not recipe.exact and all(
         parameter.is_floating_point()
         and (type(parameter) is nn.Parameter or (isinstance(parameter, DTensor) and not is_sgd))
         for parameter in trained

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import safetensors.torch
@@ -24,6 +24,9 @@ from launcher.errors import CheckpointError, TrainingError
 
 Gather = Callable[[Any], list[Any]]
 """A collective function that returns the values of all ranks, as `Backend.gather` does."""
+
+_VIRTUAL = "v"
+"""Marks, in the name of a saved buffer, the number of a virtual rank instead of that of a rank."""
 
 _TENSOR_KEY = "__tensor__"
 """The key that marks a tensor of extra state in JSON."""
@@ -61,13 +64,20 @@ def saved_slots(model: nn.Module) -> dict[str, Slot]:
     return slots
 
 
+def virtual_name(name: str, virtual_rank: int) -> str:
+    """Return the name in a checkpoint of a virtual rank's copy of a buffer."""
+    return f"buffer/{name}@{_VIRTUAL}{virtual_rank}"
+
+
 def checksum(tensor: Tensor) -> int:
     """Return the CRC-32 of a tensor's bytes and shape."""
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return zlib.crc32(flat.numpy().tobytes(), zlib.crc32(repr(tuple(tensor.shape)).encode()))
 
 
-def buffers_to_save(model: nn.Module, rank: int, gather: Gather) -> dict[str, Tensor]:
+def buffers_to_save(
+    model: nn.Module, rank: int, gather: Gather, without: Container[str] = ()
+) -> dict[str, Tensor]:
     """Return host copies of the buffers that this rank saves (collective).
 
     Rank 0 saves all buffers. The other ranks save only buffers that differ between ranks.
@@ -76,6 +86,7 @@ def buffers_to_save(model: nn.Module, rank: int, gather: Gather) -> dict[str, Te
         model: The model.
         rank: This rank.
         gather: A collective function that returns the values of all ranks.
+        without: Names of buffers that are saved elsewhere.
 
     Returns:
         The copies, under the names that a checkpoint uses.
@@ -83,7 +94,7 @@ def buffers_to_save(model: nn.Module, rank: int, gather: Gather) -> dict[str, Te
     buffers = {
         name: slot.buffer.detach().cpu().clone().contiguous()
         for name, slot in saved_slots(model).items()
-        if slot.buffer is not None
+        if slot.buffer is not None and name not in without
     }
     checksums = gather({name: checksum(buffer) for name, buffer in buffers.items()})
     differing = _differing_names(checksums)
@@ -195,7 +206,7 @@ def _choose_names(
     name: str, full_names: list[str], rank: int, world_size: int, source: StateSource
 ) -> list[str]:
     """Return the names of the saved tensors from which this rank restores the buffer `name`."""
-    if full_names == [f"buffer/{name}"]:
+    if full_names == [f"buffer/{name}"] or full_names[0].startswith(f"buffer/{name}@{_VIRTUAL}"):
         return full_names
     if world_size == source.world_size:
         rank_name = f"buffer/{name}@{rank}"

@@ -28,6 +28,7 @@ from launcher.engine.saving.final_weights import check_savable
 from launcher.engine.state.compiled import is_compiled, limit_compile_workers
 from launcher.engine.state.hyperparameters import make_optimizer
 from launcher.engine.state.parameter_kinds import check_parameters
+from launcher.engine.state.virtual_buffers import VirtualBuffers
 from launcher.engine.training.loop import TrainContext
 from launcher.errors import RecipeError
 from launcher.planning.plan import Plan
@@ -100,7 +101,11 @@ def build_context(
     batches = start_reading(sampler)
     first_batch = functools.partial(_read_first_batch, reader, sampler)
     model, optimizer, num_trained = build_model_and_optimizer(recipe, plan, backend, first_batch)
-    batch_norms = BatchNorms(model)
+    if plan.virtual_ranks is not None:
+        backend.virtual_buffers = VirtualBuffers(
+            backend.unwrap(model), plan.distribution.of_rank(backend.rank), plan.virtual_ranks
+        )
+    batch_norms = BatchNorms(model, backend.virtual_buffers)
     if has_single_sample_batches(plan, sampler.train_samples, batch_norms.statistics):
         # Rare, and only known once the model is built: what was prefetched is read again.
         sampler = replace(sampler, statistics=batch_norms.statistics)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,10 +15,17 @@ from torch.optim import Optimizer
 from launcher.analysis.gradient_noise import Measurement
 from launcher.engine.backends.base import Backend
 from launcher.engine.backends.transfers import upload, upload_scalar
-from launcher.engine.data.randomness import seed_step
+from launcher.engine.data.randomness import ModelRandomness
 from launcher.engine.data.reader import MicroBatch, Reader
 from launcher.engine.data.sampler import Sampler
-from launcher.engine.metrics.meter import Meter, MetricsBatch, NonFiniteGuard, RankFlags, StepRow
+from launcher.engine.metrics.meter import (
+    Meter,
+    MetricsBatch,
+    NonFiniteGuard,
+    RankFlags,
+    StepLosses,
+    StepRow,
+)
 from launcher.engine.metrics.noise_meter import NoiseMeter, NullNoiseMeter
 from launcher.engine.model.batch_norm import BatchNorms
 from launcher.engine.model.forward_writes import ForwardWrites
@@ -25,6 +33,7 @@ from launcher.engine.state.hyperparameters import Hyperparameters
 from launcher.errors import RecipeError
 from launcher.planning.plan import Plan
 from launcher.planning.stages import Window
+from launcher.planning.virtual_ranks import virtual_rank_of
 from launcher.printable import kind_of
 from launcher.recipe.recipe import Recipe
 
@@ -147,7 +156,7 @@ def train(
         context.noise_meter,
         context.report_phase,
     )
-    hyperparameters = Hyperparameters(optimizer, plan.lr)
+    hyperparameters, randomness = Hyperparameters(optimizer, plan.lr), ModelRandomness(backend)
     nonfinite_guard = NonFiniteGuard(recipe.max_bad_steps, lambda step: sampler.batch_ids(step - 1))
     model.train()
     batch_norms.save_statistics()
@@ -156,33 +165,34 @@ def train(
     last_step = plan.total_steps if last_step is None else last_step
     for step in range(first_step, last_step):
         # ------------------------------------------------------------------------------------
-        seed_step(plan.seed, step, backend)
+        randomness.begin_step(step)
         written = hyperparameters.write(plan.schedule_value_at(recipe.schedule, step))
         window, micro_batches, data_wait_seconds = _read_step(context, step)
         num_items = _count_items(context, window.size, micro_batches)
-        weight = backend.world_size / num_items
-        loss_sums, counts = [], []
+        weight = backend.divisor / num_items
+        losses = StepLosses()
         noise_meter.begin(step)
         forward_writes.begin()
         for number, micro_batch in enumerate(micro_batches, start=1):
             report_phase(step, "computing")
-            batch = backend.to_device(micro_batch.batch)
+            batch, request = backend.to_device(micro_batch.batch), micro_batch.request
+            randomness.begin_part(step, request.part)
             with (
-                backend.micro_step(last=number == len(micro_batches)),
-                batch_norms.micro_batch_context(micro_batch.request),
-                forward_writes.micro_batch_context(micro_batch.request),
+                backend.micro_step(last=number == len(micro_batches), part=request.part),
+                batch_norms.micro_batch_context(request),
+                forward_writes.micro_batch_context(request),
             ):
                 with backend.autocast():
                     loss_sum, count = training_loss(
                         recipe.loss, backend.forward(recipe.forward, model, batch), batch
                     )
-                # Gradients are averaged over ranks; world_size in the weight makes that a sum.
+                # Gradients are averaged over ranks; the divisor in the weight makes that a sum.
                 backend.backward(loss_sum, weight if micro_batch.has_weight else 0.0)
             noise_meter.add_micro_batch(weight, count if micro_batch.has_weight else 0)
             if micro_batch.has_weight:
-                loss_sums.append(loss_sum.detach())
-                counts.append(count)
+                losses.add(loss_sum.detach(), count, request.part)
         forward_writes.end()
+        randomness.end_step()
         grad_norm = backend.apply(optimizer, recipe.max_grad_norm)
         # ------------------------------------------------------------------------------------
         noise_meter.end(step, num_items, grad_norm)
@@ -193,8 +203,7 @@ def train(
             samples=sampler.samples_before(step + 1),
             batch_samples=window.size,
             items=num_items,
-            loss_sums=loss_sums,
-            counts=counts,
+            losses=losses,
             lr=written.lr,
             momentum=written.momentum,
             grad_norm=grad_norm,
@@ -297,7 +306,9 @@ def evaluate(context: TrainContext, step: int) -> dict[str, float]:
     """
     recipe, backend, model = context.recipe, context.backend, context.model
     functions = {"loss": recipe.loss, **recipe.metrics}
-    totals = torch.zeros(len(functions), 2, dtype=torch.float64, device=backend.device)
+    # Exact runs add what each virtual rank counts in an order that does not depend on the ranks.
+    num_parts = context.plan.distribution.count if context.plan.exact else 1
+    totals = torch.zeros(num_parts, len(functions), 2, dtype=torch.float64, device=backend.device)
     context.batch_norms.average(backend)
     model.eval()
     for _ in range(context.sampler.evaluation_steps()):
@@ -308,13 +319,15 @@ def evaluate(context: TrainContext, step: int) -> dict[str, float]:
             outputs = backend.forward(recipe.forward, model, batch)
             pairs = [sum_and_count(function, outputs, batch) for function in functions.values()]
         if micro_batch.has_weight:
-            totals += torch.stack([upload(pair, backend.device) for pair in pairs])
+            part = virtual_rank_of(micro_batch.request.part) if context.plan.exact else 0
+            totals[part] += torch.stack([upload(pair, backend.device) for pair in pairs])
     model.train()
-    sums = backend.read(backend.sum(totals))
-    return {
-        name: total / count if count else float("nan")
-        for name, (total, count) in zip(functions, sums, strict=True)
-    }
+    means = {}
+    parts = backend.read(backend.sum(totals))
+    for name, sums in zip(functions, zip(*parts, strict=True), strict=True):
+        total, count = (math.fsum(values) for values in zip(*sums, strict=True))
+        means[name] = total / count if count else float("nan")
+    return means
 
 
 def sum_and_count(

@@ -1,0 +1,117 @@
+"""Exact training on one process: gradients summed over virtual ranks in the order of one tree.
+
+`ExactSums` is the part that all strategies share. See `launcher.planning.virtual_ranks`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from launcher.engine.backends.base import Backend
+from launcher.engine.backends.exact_norm import exact_norm
+from launcher.engine.backends.local import LocalBackend
+from launcher.engine.state.loss_scaler import LossScaler
+from launcher.engine.state.parameter_kinds import sparse_parameters
+from launcher.errors import RecipeError
+from launcher.planning.virtual_ranks import Part, TreeSum
+
+if TYPE_CHECKING:
+    _Base = Backend
+else:
+    _Base = object
+
+Gradients = list[Tensor]
+"""One gradient for each trained parameter, or for each of those in a bucket."""
+
+
+class ExactSums(_Base):
+    """What a backend needs for exact sums, as a base class before that of the strategy."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.scaler is not None:
+            self.scaler = LossScaler(1)
+        self._tree: TreeSum[Gradients] = TreeSum(self.plan.distribution.count, add_gradients)
+        self._exact_parameters: list[nn.Parameter] = []
+
+    @property
+    def divisor(self) -> int:
+        """Exact sums are not divided: the number of ranks must not enter the arithmetic."""
+        return 1
+
+    def _watch_parameters(self, model: nn.Module) -> None:
+        """Take note of the parameters whose gradients are summed.
+
+        Raises:
+            RecipeError: A parameter has sparse gradients.
+        """
+        if sparse := next(iter(sparse_parameters(model)), None):
+            raise RecipeError(
+                f"exact=true needs dense gradients, and those of {sparse} are sparse, because of "
+                "Embedding(sparse=True). Leave sparse=True or exact=true out."
+            )
+        self._exact_parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def _push_part(self, part: Part) -> None:
+        """Move the gradients of a virtual rank from the parameters into the sum."""
+        gradients = [
+            torch.zeros_like(parameter)
+            if parameter.grad is None or part.is_empty
+            else parameter.grad
+            for parameter in self._exact_parameters
+        ]
+        self._drop_gradients()
+        assert part.virtual_rank is not None
+        self._tree.push(part.virtual_rank, gradients)
+
+    def _drop_gradients(self) -> None:
+        for parameter in self._exact_parameters:
+            parameter.grad = None
+
+    def norm(self, grads: list[Tensor]) -> Tensor:
+        if not grads:
+            return super().norm(grads)
+        return exact_norm(grads, sum(grad.numel() for grad in grads), _same, _same)
+
+
+class ExactLocalBackend(ExactSums, LocalBackend):
+    """A backend that trains in this process alone, with exact sums."""
+
+    def prepare(self, *args: Any) -> tuple[nn.Module, Optimizer]:
+        prepared = super().prepare(*args)
+        self._watch_parameters(prepared[0])
+        return prepared
+
+    @contextlib.contextmanager
+    def micro_step(self, *, last: bool, part: Part | None = None) -> Iterator[None]:
+        yield
+        if part is not None and part.is_last:
+            self._push_part(part)
+
+    def apply(self, optimizer: Optimizer, max_grad_norm: float | None) -> Tensor:
+        gradients = self._tree.take()
+        without_negative_zeros(gradients)
+        for parameter, gradient in zip(self._exact_parameters, gradients, strict=True):
+            parameter.grad = gradient
+        return super().apply(optimizer, max_grad_norm)
+
+
+def add_gradients(left: Gradients, right: Gradients) -> Gradients:
+    """Add `left` to `right`, in place, and return `right`."""
+    torch._foreach_add_(right, left)
+    return right
+
+
+def without_negative_zeros(gradients: Sequence[Tensor]) -> None:
+    """Replace -0.0 by 0.0, so that a sum with zeros has the same bits as the sum without them."""
+    torch._foreach_add_(list(gradients), 0.0)
+
+
+def _same(values: Tensor) -> Tensor:
+    return values

@@ -1,0 +1,210 @@
+"""Exact training under FSDP2, with a reduce-scatter that adds in the order of the tree.
+
+FSDP reduces gradients in every micro-step. In each round, the W ranks compute W neighbouring
+virtual ranks, and each rank receives the gradients of all of them for its own shard, which moves as
+much as a reduce-scatter. It adds them in the order of the tree, and keeps the sums over complete
+nodes until the next round: at most one for each level above a round, each of the size of a shard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from launcher.engine.backends.accelerate import FSDPBackend
+from launcher.engine.backends.exact import (
+    ExactSums,
+    Gradients,
+    add_gradients,
+    without_negative_zeros,
+)
+from launcher.engine.backends.exact_norm import exact_norm
+from launcher.errors import RecipeError
+from launcher.planning.virtual_ranks import Part, TreeSum, VirtualRanks
+
+
+class _Round:
+    """The virtual ranks that the ranks compute at the same time."""
+
+    virtual_ranks: range = range(0)
+    has_gradients = False
+    """Whether this rank computes one of them that has samples."""
+
+    is_last = False
+    """Whether it is the last round of the step."""
+
+
+class ExactFSDPBackend(ExactSums, FSDPBackend):
+    """A backend in which each rank holds a shard of every weight, with exact sums over ranks."""
+
+    def prepare(self, *args: Any) -> tuple[nn.Module, Optimizer]:
+        wrapped, optimizer = super().prepare(*args)
+        _check_fused(optimizer)
+        self._watch_parameters(self._module)
+        self._round, self._round_number = _Round(), 0
+        self._sums = []
+        assert isinstance(wrapped, FSDPModule)
+        self._root = wrapped
+        for module in wrapped.modules():
+            if isinstance(module, FSDPModule):
+                tree_sum = TreeReduceScatter(self.plan.distribution, self._round)
+                module.set_custom_reduce_scatter(tree_sum)
+                module.set_gradient_divide_factor(1.0)
+                self._sums.append(tree_sum)
+        return wrapped, optimizer
+
+    @contextlib.contextmanager
+    def micro_step(self, *, last: bool, part: Part | None = None) -> Iterator[None]:
+        assert part is not None
+        current = self._round
+        current.virtual_ranks = self.plan.distribution.of_round(self._round_number)
+        current.has_gradients = part.virtual_rank is not None and not part.is_empty
+        current.is_last = last
+        if part.micro_step or not part.is_last:
+            # The gradients of a virtual rank's micro-batches are added before the exchange.
+            self._root.set_requires_gradient_sync(part.is_last)
+        with super().micro_step(last=last, part=part):
+            yield
+        self._round_number += part.is_last
+
+    def apply(self, optimizer: Optimizer, max_grad_norm: float | None) -> Tensor:
+        self._round_number = 0
+        for tree_sum in self._sums:
+            tree_sum.finish()
+        return super().apply(optimizer, max_grad_norm)
+
+    def norm(self, grads: list[Tensor]) -> Tensor:
+        if not grads:
+            return super().norm(grads)
+        local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+        num_elements = sum(grad.numel() for grad in grads)
+        return exact_norm(local, num_elements, self._sum_over_ranks, self._max_over_ranks)
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        dist.all_reduce(values)
+        return values
+
+    def _max_over_ranks(self, values: Tensor) -> Tensor:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return values
+
+
+def _check_fused(optimizer: Optimizer) -> None:
+    """Refuse fused kernels, which round some elements of a shard otherwise than others on CPUs.
+
+    Raises:
+        RecipeError: A parameter group uses them.
+    """
+    if any(group.get("fused") for group in optimizer.param_groups):
+        raise RecipeError(
+            "exact=true with strategy=fsdp needs an optimizer that rounds each element alike, and "
+            "the fused kernels of the recipe's optimizer round the last elements of a shard "
+            "otherwise. Create it with foreach=True in place of fused=True."
+        )
+
+
+class TreeReduceScatter(ReduceScatter):
+    """Replaces the reduce-scatter of one group of FSDP's parameters.
+
+    The output is 0 in all rounds but the last one of a step, so FSDP accumulates the sum over all
+    virtual ranks.
+
+    Args:
+        distribution: The distribution of virtual ranks over ranks, interleaved.
+        current: The round that is being computed, which the backend updates.
+    """
+
+    def __init__(self, distribution: VirtualRanks, current: _Round) -> None:
+        self._round = current
+        self._tree: TreeSum[Gradients | None] = TreeSum(distribution.count, _add_present)
+        self._count = distribution.count
+        self._first_output: Tensor | None = None
+
+    def allocate(
+        self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """Return a new tensor for FSDP to communicate from or to."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> None:
+        """Exchange the gradients of a round (collective).
+
+        Args:
+            output_tensor: Receives this rank's shard of the sum, of shape (shard,).
+            input_tensor: The gradients of this rank's virtual rank, of shape (ranks x shard,).
+            group: The ranks that share the parameters.
+            op: Ignored: the loss is divided instead of the gradients.
+            async_op: Ignored: the current stream waits.
+        """
+        del op, async_op
+        current = self._round
+        if not current.has_gradients:
+            input_tensor.zero_()
+        received = torch.empty_like(input_tensor)
+        dist.all_to_all_single(received, input_tensor, group=group)
+        self._skip_to(current.virtual_ranks.start)
+        rows = received.view(group.size(), -1)
+        for virtual_rank, row in zip(current.virtual_ranks, rows, strict=False):
+            self._tree.push(virtual_rank, [row])
+        output_tensor.zero_()
+        if self._first_output is None:
+            self._first_output = output_tensor
+        if self._tree.end == self._count:
+            self._take_into(output_tensor)
+        else:  # a row would keep those of all ranks in memory
+            storage = received.untyped_storage().data_ptr()
+            self._tree.replace(lambda held: _own(held, storage))
+
+    def finish(self) -> None:
+        """Add what is left, if no rank used these parameters in the last round of the step.
+
+        Raises:
+            RecipeError: The gradients have been moved to the host.
+        """
+        if self._tree.pending:
+            output = self._first_output
+            assert output is not None
+            self._skip_to(self._count)
+            self._take_into(output)
+        self._first_output = None
+
+    def _take_into(self, output: Tensor) -> None:
+        root = self._tree.take()
+        if root is not None:
+            without_negative_zeros(root)
+            output.copy_(root[0])
+        self._first_output = None
+
+    def _skip_to(self, virtual_rank: int) -> None:
+        """Add nothing for virtual ranks before `virtual_rank` that did not use these parameters."""
+        for skipped in range(self._tree.end, virtual_rank):
+            self._tree.push(skipped, None)
+
+
+def _add_present(left: Gradients | None, right: Gradients | None) -> Gradients | None:
+    if left is None or right is None:
+        return left if right is None else right
+    return add_gradients(left, right)
+
+
+def _own(held: Gradients | None, storage: int) -> Gradients | None:
+    """Return gradients that do not share the storage at an address."""
+    if held is None or held[0].untyped_storage().data_ptr() != storage:
+        return held
+    return [tensor.clone() for tensor in held]

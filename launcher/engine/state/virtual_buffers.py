@@ -1,0 +1,118 @@
+"""BatchNorm's running statistics of each virtual rank that a rank computes.
+
+With `Recipe.virtual_ranks`, the statistics belong to a virtual rank and not to the rank that
+computes it. A rank therefore holds one copy of them for each of its virtual ranks, and the modules
+use that of the virtual rank whose micro-batch they see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from launcher.engine.state.module_state import saved_slots, virtual_name
+from launcher.engine.state.training_state import StateSource
+
+
+class VirtualBuffers:
+    """The running statistics of all norms of a model, a copy for each virtual rank of this rank.
+
+    Args:
+        model: The recipe's own module, on its device.
+        virtual_ranks: The virtual ranks of this rank.
+        count: The number of virtual ranks of all ranks.
+    """
+
+    def __init__(self, model: nn.Module, virtual_ranks: Sequence[int], count: int) -> None:
+        self.count = count
+        self._slots = {
+            name: slot
+            for name, slot in saved_slots(model).items()
+            if isinstance(slot.module, _NormBase) and slot.buffer is not None
+        }
+        self._copies: dict[int, dict[str, Tensor]] = {}
+        for virtual_rank in virtual_ranks:
+            self._copies[virtual_rank] = {
+                name: slot.buffer.clone()
+                for name, slot in self._slots.items()
+                if slot.buffer is not None
+            }
+        self.select(virtual_ranks[0])
+
+    @property
+    def names(self) -> set[str]:
+        """Return the names of the buffers that have a copy for each virtual rank."""
+        return set(self._slots)
+
+    def select(self, virtual_rank: int) -> None:
+        """Let the modules use the copies of a virtual rank."""
+        for name, buffer in self._copies[virtual_rank].items():
+            self._slots[name].put(buffer)
+
+    def floating_copies(self) -> list[Tensor]:
+        """Return all copies of means and variances on this rank."""
+        return [
+            buffer
+            for copies in self._copies.values()
+            for buffer in copies.values()
+            if buffer.is_floating_point()
+        ]
+
+    @torch.no_grad()
+    def average(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
+        """Replace means and variances by their mean over all virtual ranks (collective).
+
+        The mean is computed from the values of all virtual ranks in one order, so its bits do not
+        depend on the number of ranks.
+
+        Args:
+            sum_over_ranks: Returns a tensor summed over ranks.
+        """
+        first = next(iter(self._copies.values()))
+        names = [name for name, buffer in first.items() if buffer.is_floating_point()]
+        if not names:
+            return
+        sizes = [first[name].numel() for name in names]
+        table = first[names[0]].new_zeros((self.count, sum(sizes)), dtype=torch.float64)
+        for virtual_rank, copies in self._copies.items():
+            table[virtual_rank] = torch.cat([copies[name].double().flatten() for name in names])
+        means = sum_over_ranks(table).mean(0).split(sizes)
+        for copies in self._copies.values():
+            for name, mean in zip(names, means, strict=True):
+                copies[name].copy_(mean.view(copies[name].shape))
+
+    def to_save(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield host copies of the statistics of this rank's virtual ranks, by name."""
+        for virtual_rank, copies in self._copies.items():
+            for name, buffer in copies.items():
+                yield virtual_name(name, virtual_rank), buffer.detach().cpu().clone()
+
+    @torch.no_grad()
+    def read(self, source: StateSource) -> None:
+        """Fill the copies from a checkpoint, whatever number of ranks wrote it.
+
+        A checkpoint of a run without virtual ranks has filled the modules; its statistics are taken
+        for every virtual rank.
+        """
+        saved = set(source.names())
+        targets: dict[str, Tensor] = {}
+        for virtual_rank, copies in self._copies.items():
+            for name, buffer in copies.items():
+                full_name = virtual_name(name, virtual_rank)
+                if full_name in saved:
+                    size = source.size(full_name) or ()
+                    targets[full_name] = torch.empty(size, dtype=source.dtype(full_name))
+                else:
+                    current = self._slots[name].buffer
+                    assert current is not None
+                    buffer.copy_(current)
+        if targets:
+            source.read(targets)
+        for virtual_rank, copies in self._copies.items():
+            for name, buffer in copies.items():
+                if (full_name := virtual_name(name, virtual_rank)) in targets:
+                    buffer.copy_(targets[full_name])
+        self.select(next(iter(self._copies)))
