@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent / "recipes"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import torch
 from branches import branches
 from methods import methods
+from parts import norms, text
 from splits import batch_norm
 from torch.multiprocessing.spawn import start_processes
 from worlds import tokens, worlds
@@ -43,6 +45,8 @@ RECIPES = {
     "branches": branches,
     "methods": methods,
 }
+EXACT_RECIPES = {"norms": norms, "text": text}
+
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {
         "optimizer": sgd(momentum=0.9, weight_decay=1e-4, decay_1d=False),
@@ -216,6 +220,74 @@ def resumed(ranks: int) -> Iterator[tuple[Case, Case]]:
             yield source, source
 
 
+@dataclass(frozen=True)
+class BitsCase:
+    """One configuration of a recipe with virtual ranks, which is trained for 30 steps."""
+
+    recipe: str
+    strategy: str = "ddp"
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Return the name of the run's folder."""
+        return f"{self.workload}-{self.strategy}"
+
+    @property
+    def workload(self) -> str:
+        """Return what is trained, without the strategy."""
+        return "-".join([self.recipe, *(f"{name}={value}" for name, value in self.options)])
+
+    def make(self, ranks: int) -> Recipe:
+        """Return the recipe, which is the same on any number of ranks."""
+        del ranks
+        changes: dict[str, Any] = {"strategy": self.strategy, **dict(self.options)}
+        return replace(EXACT_RECIPES[self.recipe](), **changes)
+
+
+WORKLOADS: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
+    ("norms", ()),
+    ("text", ()),
+    ("norms", (("optimizer", adamw(weight_decay=0.1)), ("lr", 0.003), ("max_grad_norm", 0.5))),
+    ("norms", (("precision", "bf16"),)),
+    ("text", (("precision", "bf16"),)),
+    ("norms", (("precision", "fp16"),)),
+    ("text", (("precision", "fp16"),)),
+    ("norms", (("micro_batch_size", 3),)),
+    ("text", (("micro_batch_size", 2), ("activation_checkpointing", True))),
+    ("norms", (("batch_milestones", (0.6,)), ("noise_scale", True), ("epochs", 9))),
+)
+"""What is trained to the same bits: recipes with further settings."""
+
+BITS_RESUMED_FROM = 16
+BITS_WORLDS = (SOURCE_RANKS, 1, 3, 4, 5, 8)
+
+
+def bits(ranks: int) -> Iterator[BitsCase]:
+    """Yield workloads under the strategies that have exact sums.
+
+    benchmarks/same_bits.py trains all of them on every number of ranks. FSDP takes longest, so few
+    are trained under it here, but each on some number of ranks.
+    """
+    for number, (recipe, options) in enumerate(WORKLOADS):
+        if ranks <= 3 or number in (0, 1, ranks):
+            yield BitsCase(recipe, "ddp", options)
+        # On CPUs, FSDP in mixed precision has no BatchNorm.
+        is_refused = recipe == "norms" and "precision" in dict(options)
+        is_chosen = ranks == SOURCE_RANKS or number in (_FSDP.get(ranks, ()))
+        if ranks > 1 and is_chosen and not is_refused:
+            yield BitsCase(recipe, "fsdp", options)
+
+
+_FSDP = {3: (0, 1, 3, 5), 5: (2, 7), 8: (0,)}
+"""Indices of the workloads that are trained under FSDP, by the number of ranks."""
+
+
+def is_resumed(ranks: int, number: int) -> bool:
+    """Return whether a case is also resumed from the checkpoint of `SOURCE_RANKS` ranks."""
+    return ranks != SOURCE_RANKS and number % 3 == ranks % 3
+
+
 SUITES = {"matrix": matrix, "features": features, "unused": unused}
 
 
@@ -229,11 +301,12 @@ class Trainer:
         self._backends: list[Any] = []  # keep alive the process group that all cases share
 
     def __call__(
-        self, case: Case, name: str, *, source: Path | None = None, saves: bool = False
+        self, case: Case | BitsCase, name: str, *, source: Path | None = None, saves: bool = False
     ) -> None:
         """Train a case into a folder called `name`, resumed from a copy of `source` if given."""
+        resumed_from = BITS_RESUMED_FROM if isinstance(case, BitsCase) else RESUMED_FROM
         recipe = replace(
-            case.make(self.world.world_size), checkpoint_every=RESUMED_FROM, keep_checkpoints=2
+            case.make(self.world.world_size), checkpoint_every=resumed_from, keep_checkpoints=2
         )
         plan = make_plan(recipe, read_machine(), nproc_per_node=self.world.world_size)
 
@@ -246,7 +319,7 @@ class Trainer:
         backend, run_dir = join(recipe, plan, self.world, make_run_dir)
         if torch.distributed.is_initialized():
             self.world = replace(self.world, store=None)  # later cases use the same group
-        start = ResumeFrom(step=RESUMED_FROM) if source is not None else None
+        start = ResumeFrom(step=resumed_from) if source is not None else None
         stop = StopRequest() if saves else None
         train_rank(recipe, plan, backend, run_dir, self._output, start=start, stop=stop)
         self._backends.append(backend)
@@ -273,6 +346,12 @@ def train_cases(rank: int, suite: str, folder: Path, ranks: int) -> None:
                 train(source, source.key, saves=True)
         for source, case in resumed(ranks):
             train(case, f"{source.key}-as-{case.key}", source=source_folder / source.key)
+    elif suite == "bits":
+        for number, bits_case in enumerate(bits(ranks)):
+            train(bits_case, bits_case.key, saves=True)
+            if is_resumed(ranks, number):
+                trained = folder / f"on{SOURCE_RANKS}" / bits_case.key
+                train(bits_case, f"{bits_case.key}-resumed", source=trained, saves=True)
     else:
         for case in SUITES[suite](ranks):
             train(case, case.key)

@@ -174,7 +174,7 @@ class TreeExchange:
         own = bucket.target.new_zeros(slice_size)
         own[:own_size] = root[0]
         bucket.received = bucket.target.new_empty(slice_size * self._world_size)
-        bucket.work = dist.all_gather_into_tensor(bucket.received, own, async_op=True)
+        bucket.work = dist.all_gather_single(bucket.received, own, async_op=True)
         bucket.sent = own
 
     def finish(self, bucket: _Exchanged) -> None:
