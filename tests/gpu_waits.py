@@ -25,6 +25,9 @@ _READS = (
     torch.ops.aten.masked_select.default,
     torch.ops.aten.equal.default,
 )
+_KERNELS = (torch.ops.aten._fused_sgd_.default,)
+"""Operations that fake tensors cannot follow, and that write into their arguments alone."""
+
 _COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 
 
@@ -48,6 +51,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._record(func)
             if func is _READS[0]:
                 return 1.0 if args[0].is_floating_point() else 1
+        if func in _KERNELS:
+            return None
         if func in _COPIES and self._waits(func, args, options):
             self._record(func)
         return func(*args, **options)

@@ -13,15 +13,21 @@ import pytest
 import torch
 from gpu_waits import GPU, recorded_waits
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from launcher import adamw, sgd
+from launcher.engine.backends.base import poison_nonfinite
 from launcher.engine.backends.local import LocalBackend
 from launcher.engine.backends.transfers import upload, upload_scalar, upload_tensor
 from launcher.engine.data.prefetching import pinned
 from launcher.engine.data.reader import MicroBatch
 from launcher.engine.metrics.meter import Meter, RankFlags, StepLosses
 from launcher.engine.metrics.noise_meter import LocalNoiseMeter, ReducedNoiseMeter
+from launcher.engine.state.hyperparameters import make_optimizer
+from launcher.engine.state.loss_scaler import LossScaler
 from launcher.engine.training.loop import _count_items, sum_and_count
 from launcher.environment.machine import read_machine
+from launcher.recipe.overrides import read_arguments
 from launcher.recipe.resolve import resolve
 from launcher.recipes import digits, fashion_mnist, finetune, gpt, resnet, rough_intervals, tabular
 from launcher.runs.plan_recipe import plan_recipe
@@ -118,16 +124,42 @@ def test_shipped_losses_and_metrics_do_not_wait(name: str) -> None:
 class FakeGPU(LocalBackend):
     """A backend whose tensors are fake ones on a GPU; its reads are counted, not recorded."""
 
-    def __init__(self) -> None:
-        _, plan = plan_recipe(resolve("digits"), (), read_machine(), nproc_per_node=1)
-        super().__init__(digits.digits(), plan)
+    def __init__(self, precision: str = "fp32", optimizer: Any = None) -> None:
+        overrides = read_arguments([f"precision={precision}"])
+        _, plan = plan_recipe(resolve("digits"), overrides, read_machine(), nproc_per_node=1)
+        recipe = digits.digits()
+        super().__init__(
+            recipe if optimizer is None else replace(recipe, optimizer=optimizer), plan
+        )
         self.device = GPU
+        self.scaler = LossScaler(1, GPU) if precision == "fp16" else None
         self.num_reads = 0
 
     def read(self, values: Tensor) -> Any:
         self.num_reads += 1
         zeros: Any = np.ones(values.shape).tolist()
         return zeros
+
+
+def measurements(step: int, num_items: int | Tensor) -> dict[str, Any]:
+    """Return what the loop measures in a step of two micro-batches."""
+    loss = torch.zeros((), device=GPU)
+    return {
+        "step": step,
+        "epoch": 1,
+        "samples": 5,
+        "batch_samples": 5,
+        "items": num_items,
+        "losses": StepLosses(
+            sums=[loss, loss],
+            counts=[3, torch.ones((), dtype=torch.long, device=GPU)],
+            parts=[None, None],
+        ),
+        "lr": 0.1,
+        "momentum": None,
+        "grad_norm": loss,
+        "data_wait_seconds": 0.0,
+    }
 
 
 def test_counting_and_measuring_a_step_do_not_wait() -> None:
@@ -142,22 +174,7 @@ def test_counting_and_measuring_a_step_do_not_wait() -> None:
         meter = Meter(backend)
         loss = torch.zeros((), device=GPU)
         for step in range(3):
-            meter.add(
-                step=step,
-                epoch=1,
-                samples=5,
-                batch_samples=5,
-                items=num_items,
-                losses=StepLosses(
-                    sums=[loss, loss],
-                    counts=[3, torch.ones((), dtype=torch.long, device=GPU)],
-                    parts=[None, None],
-                ),
-                lr=0.1,
-                momentum=None,
-                grad_norm=loss,
-                data_wait_seconds=0.0,
-            )
+            meter.add(**measurements(step, num_items))
         noise_meter = LocalNoiseMeter(backend, nn.Linear(2, 2), stride=1)
         noise_meter.begin(0)
         noise_meter._add_gradient(torch.zeros(2, 2, device=GPU))
@@ -169,6 +186,78 @@ def test_counting_and_measuring_a_step_do_not_wait() -> None:
         noise_meter.read()
     assert waits == []
     assert backend.num_reads >= 2
+
+
+def gpu_parameter() -> nn.Parameter:
+    """Return a parameter on the GPU."""
+    return nn.Parameter(torch.zeros(3, 2, device=GPU))
+
+
+def own_fused_adam(model: nn.Module, lr: float) -> Optimizer:
+    """Return torch's fused Adam, as a recipe's own function makes it."""
+    return torch.optim.Adam(model.parameters(), lr, fused=True)
+
+
+def own_adam(model: nn.Module, lr: float) -> Optimizer:
+    """Return an Adam that cannot skip a step on the device."""
+    return torch.optim.Adam(model.parameters(), lr, foreach=True)
+
+
+STEPS: dict[str, tuple[Any, int]] = {
+    "sgd": (sgd(), 0),
+    "sgd without momentum": (sgd(momentum=0.0), 0),
+    "adamw": (adamw(), 0),
+    "a recipe's fused optimizer": (own_fused_adam, 0),
+    "a recipe's other optimizer": (own_adam, 1),
+}
+"""Optimizers, and how often the host waits in a step that does not create their state."""
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_is_skipped_on_the_device(name: str, precision: str) -> None:
+    """Clipping, the loss scale and skipped steps make the host wait in no step but the first."""
+    make, num_waits = STEPS[name]
+    with recorded_waits() as waits:
+        backend = FakeGPU(precision, make)
+        model = nn.Module()
+        model.weight = gpu_parameter()
+        optimizer = make_optimizer(backend.recipe, model, 0.1)
+        if name in ("sgd", "sgd without momentum", "adamw"):  # fake weights are of another class
+            optimizer.param_groups[0]["fused"] = True
+        loss = torch.zeros((), device=GPU)
+        num_items = upload_scalar(5, GPU)
+
+        def step() -> None:
+            weight = poison_nonfinite(loss, backend.scaled(1 / num_items))
+            assert weight.device == GPU
+            model.weight.grad = torch.zeros(3, 2, device=GPU)
+            assert backend.apply(optimizer, max_grad_norm=1.0).device == GPU
+
+        step()
+        if name == "sgd":  # the kernel that fake tensors cannot follow creates no state
+            buffer = torch.zeros_like(model.weight)
+            optimizer.state[model.weight] = {"momentum_buffer": buffer}
+        waits.clear()
+        step()
+        step()
+        assert len(waits) == 2 * num_waits
+        assert backend.num_reads == 0
+
+
+def test_the_loss_scale_is_read_with_the_metrics() -> None:
+    """The host reads the loss scale where the meter reads the steps, once for all of them."""
+    num_reads = []
+    for precision in ("fp32", "fp16"):
+        with recorded_waits() as waits:
+            backend = FakeGPU(precision)
+            meter = Meter(backend)
+            for step in range(3):
+                meter.add(**measurements(step, 5))
+            meter.read(RankFlags(), is_last=True)
+        assert waits == []
+        num_reads.append(backend.num_reads)
+    assert num_reads[1] == num_reads[0] + 1
 
 
 def test_the_noise_of_offloaded_gradients_is_measured() -> None:

@@ -39,6 +39,7 @@ from launcher.engine.state.training_state import (
 from launcher.engine.state.virtual_buffers import VirtualBuffers
 from launcher.planning.configs import AUTOCAST
 from launcher.planning.plan import Plan
+from launcher.planning.strategy import STRATEGIES
 from launcher.planning.virtual_ranks import Part
 from launcher.recipe.recipe import Recipe
 
@@ -59,7 +60,13 @@ class Backend(ABC):
         self.recipe = recipe
         self.plan = plan
         self.device = device
-        self.scaler = LossScaler(plan.world_size) if plan.precision == "fp16" else None
+        # The norm of offloaded gradients is on the host, and DeepSpeed reads the norm in each step.
+        is_on_host = recipe.offload is not None or STRATEGIES[plan.strategy].uses_deepspeed
+        self.scaler = (
+            LossScaler(plan.world_size, torch.device("cpu") if is_on_host else device)
+            if plan.precision == "fp16"
+            else None
+        )
         """The loss scaler for fp16; None in other precisions."""
         self.call_order: CallOrder | None = None
         """The check that all ranks gather weights in the same order; None if weights are not
@@ -269,12 +276,15 @@ class Backend(ABC):
 
     def backward(self, loss: Tensor, weight: float | Tensor) -> None:
         """Accumulate the gradient of `loss` times `weight`, which is averaged over ranks."""
-        if self.scaler is not None:
-            weight = weight * self.scaler.factor
+        weight = self.scaled(weight)
         # Starting the chain rule at the weight saves a multiplication in forward and in backward.
         loss.backward(poison_nonfinite(loss, weight))
         if self.call_order is not None:
             self.call_order.end_pass()
+
+    def scaled(self, weight: float | Tensor) -> float | Tensor:
+        """Return the weight of a loss times the loss scale, in fp16."""
+        return weight if self.scaler is None else weight * self.scaler.factor
 
     def apply(self, optimizer: Optimizer, max_grad_norm: float | None) -> Tensor:
         """Clip the gradients, step and clear them; return the gradient norm before clipping.
@@ -286,9 +296,8 @@ class Backend(ABC):
         grads = self._gradients_of(parameters)
         norm = self.norm(grads)
         if self.scaler is not None:
-            torch._foreach_mul_(grads, 1 / self.scaler.factor)
-            norm = norm / self.scaler.factor
-            self.scaler.update(finite=bool(norm.isfinite()))
+            norm = self.scaler.unscale(grads, norm)
+            self.scaler.update(norm.isfinite())
         if max_grad_norm is not None:
             # Like torch.nn.utils.clip_grads_with_norm_, without sorting by device and dtype.
             torch._foreach_mul_(grads, torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0))

@@ -163,7 +163,7 @@ class DeepSpeedBackend(GroupBackend):
         self._engine.step()  # also clips as configured, and clears the gradients
         norm = torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32)
         if self.scaler is not None:
-            self.scaler.update(finite=bool(norm.isfinite()))
+            self.scaler.update(norm.isfinite().cpu())
         return norm.to(self.device)
 
     def snapshot(self, model: nn.Module, optimizer: Optimizer) -> Snapshot:

@@ -313,9 +313,12 @@ class Meter:
             TrainingError: It does.
         """
         scaler = self._backend.scaler
-        if scaler is not None and scaler.is_exhausted:
+        if scaler is None:
+            return
+        scale = self._backend.read(scaler.scale)
+        if scaler.is_exhausted(scale):
             raise TrainingError(
-                f"In fp16 the gradient overflows even with loss scale {scaler.scale:g}, so the run "
+                f"In fp16 the gradient overflows even with loss scale {scale:g}, so the run "
                 "cannot recover. Use precision=bf16 if the device supports it, or precision=fp32."
             )
 

@@ -103,8 +103,7 @@ class _PartsNoiseMeter(ABC):
 
     def add_micro_batch(self, weight: float | Tensor, count: int | Tensor) -> None:
         if self._is_measuring:
-            scaler = self._backend.scaler
-            self._add_micro_batch(weight if scaler is None else weight * scaler.factor, count)
+            self._add_micro_batch(self._backend.scaled(weight), count)
 
     def end(self, step: int, items: int | Tensor, grad_norm: Tensor) -> None:
         if self._is_measuring:

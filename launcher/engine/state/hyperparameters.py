@@ -104,10 +104,10 @@ def _parameter_groups(model: nn.Module, *, decay_1d: bool) -> list[dict[str, Any
 def take_step(optimizer: Optimizer, recipe: Recipe, finite: bool | Tensor) -> None:
     """Update the parameters if the gradient is `finite`.
 
-    Fused kernels read a `finite` tensor on the device. For the optimizers of recipes' own
-    functions, and for weights that fused kernels do not take, the host waits for its value. A step
-    that creates the optimizer's state also waits, because fused SGD would keep an uninitialised
-    momentum buffer if it skipped that step (torch 2.13).
+    Fused kernels read a `finite` tensor on the device. For other optimizers of recipes' own
+    functions, and for weights that fused kernels do not take, the host waits for its value, because
+    it decides whether to call `step`. A step that creates the optimizer's state also waits, because
+    fused SGD would keep an uninitialised momentum buffer if it skipped that step (torch 2.13).
 
     torch wraps `step` in a profiler range, hooks and a graph break, which together take 50 us, more
     than a step of a small network. Optimizers that `make_optimizer` creates have no hooks, so their
@@ -119,7 +119,9 @@ def take_step(optimizer: Optimizer, recipe: Recipe, finite: bool | Tensor) -> No
         finite: Whether the gradient is finite: a bool, or a scalar tensor on the device.
     """
     if not isinstance(recipe.optimizer, OptimizerSpec):
-        if bool(finite):
+        if isinstance(finite, Tensor) and _skips_on_device(optimizer):
+            _step_unless(optimizer, finite.logical_not().float())
+        elif bool(finite):
             optimizer.step()
         return
     with torch.no_grad():
@@ -135,6 +137,37 @@ def take_step(optimizer: Optimizer, recipe: Recipe, finite: bool | Tensor) -> No
         elif not bool(finite):
             return
         _unwrapped_step(type(optimizer).step)(optimizer)
+
+
+def _skips_on_device(optimizer: Optimizer) -> bool:
+    """Return whether a recipe's own optimizer skips a step by a number on the device.
+
+    torch's fused optimizers do, and others that tell `torch.amp.GradScaler` so. Hooks of `step`
+    would run in skipped steps as well, so with hooks the host decides.
+    """
+    groups = optimizer.param_groups
+    return (
+        getattr(optimizer, "_step_supports_amp_scaling", False)
+        and all(group.get("fused", True) for group in groups)
+        and not optimizer._optimizer_step_pre_hooks  # noqa: SLF001
+        and not optimizer._optimizer_step_post_hooks  # noqa: SLF001
+        and all(
+            optimizer.state.get(parameter) or not group.get("momentum", True)
+            for group in groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        )
+    )
+
+
+def _step_unless(optimizer: Optimizer, found_inf: Tensor) -> None:
+    """Call `step`, which changes nothing if `found_inf` is 1, as `torch.amp.GradScaler` does."""
+    attributes: Any = optimizer
+    attributes.grad_scale, attributes.found_inf = None, found_inf
+    try:
+        optimizer.step()
+    finally:
+        del attributes.grad_scale, attributes.found_inf
 
 
 def _has_state(optimizer: Optimizer) -> bool:
