@@ -158,6 +158,8 @@ def train_rank(
                 return None
             result = _complete(context, outcome, recorder, checkpoint_manager, run_dir, started)
         finally:
+            if checkpoint_manager is not None:
+                checkpoint_manager.free_host_memory()
             recorder.close()
         if progress is not None:
             _report_result(result, run_dir, progress, trackers, write_report)
@@ -276,6 +278,7 @@ def _complete(
     )
     if checkpoint_manager is not None:
         checkpoint_manager.finish()
+        checkpoint_manager.free_host_memory()
     if backend.rank == 0:
         save_weights(weights, run_dir)
     return result

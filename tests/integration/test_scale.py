@@ -23,7 +23,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from launcher import Plan, make_plan, read_machine
 from launcher.engine.data.sampler import Sampler
 from launcher.engine.saving.checkpoint_tensors import StoredState, write_shard
-from launcher.engine.state.training_state import copy_to_host, live_tensors
+from launcher.engine.state.host_copies import HostCopies, HostMemory
+from launcher.engine.state.training_state import live_tensors
 from launcher.recipes.digits import digits
 from launcher.runs.checkpoints import Checkpoint
 from launcher.runs.manifest import FORMAT, Manifest
@@ -136,8 +137,9 @@ def test_a_checkpoint_of_a_thousand_ranks(tmp_path: Path, caplog: pytest.LogCapt
                 sharded, mesh=init_device_mesh("cpu", (RANKS,), mesh_dim_names=(f"of{rank}",))
             )
             optimizer = torch.optim.SGD(sharded.parameters(), lr=0.1)
-            tensors = copy_to_host([*live_tensors(sharded, optimizer), *extra.items()], rank, RANKS)
-            write_shard(tmp_path, rank, tensors)
+            tensors = [*live_tensors(sharded, optimizer), *extra.items()]
+            copies = HostCopies(tensors, rank, RANKS, HostMemory(is_kept=False))
+            write_shard(tmp_path, rank, copies.tensors)
     manifest = Manifest(
         format=FORMAT,
         step=1,

@@ -16,6 +16,8 @@ from launcher.engine.backends.call_order import CallOrder
 from launcher.engine.backends.placement import Placement
 from launcher.engine.backends.transfers import upload_scalar
 from launcher.engine.state.compiled import plain_name
+from launcher.engine.state.fragments import Fragment
+from launcher.engine.state.host_copies import HostCopies, HostMemory
 from launcher.engine.state.hyperparameters import take_step
 from launcher.engine.state.loss_scaler import LossScaler
 from launcher.engine.state.module_state import (
@@ -30,7 +32,6 @@ from launcher.engine.state.training_state import (
     Snapshot,
     StateSource,
     check_optimizer,
-    copy_to_host,
     live_tensors,
     parameters,
     plain_values,
@@ -68,6 +69,8 @@ class Backend(ABC):
             else None
         )
         """The loss scaler for fp16; None in other precisions."""
+        self.host_memory = HostMemory(is_kept=device.type == "cuda")
+        """The memory of the copies from which checkpoints are written."""
         self.call_order: CallOrder | None = None
         """The check that all ranks gather weights in the same order; None if weights are not
         gathered, or if the model is compiled."""
@@ -230,11 +233,28 @@ class Backend(ABC):
         The snapshot omits state that `check_state` refuses.
         """
         module = self.unwrap(model)
-        tensors = copy_to_host(live_tensors(module, optimizer), self.rank, self.world_size)
+        tensors = live_tensors(module, optimizer)
+        return self.copy_state(module, tensors, plain_values(module, optimizer))
+
+    def copy_state(
+        self,
+        module: nn.Module,
+        tensors: Iterable[tuple[str, Tensor | Fragment]],
+        values: dict[str, Any],
+    ) -> Snapshot:
+        """Return this rank's part of a checkpoint, copied to the host (collective).
+
+        Args:
+            module: The recipe's own module, whose buffers and extra state are saved.
+            tensors: Names and tensors of the weights and of the optimizer's state.
+            values: State of the optimizer that is not tensors.
+        """
+        copies = HostCopies(tensors, self.rank, self.world_size, self.host_memory)
         return Snapshot(
-            tensors=tensors | self.buffers_to_save(module),
-            values=plain_values(module, optimizer),
+            tensors={**copies.tensors, **self.buffers_to_save(module)},
+            values=values,
             extra=gather_extra_state(module, self.gather),
+            release=copies.release,
         )
 
     def buffers_to_save(self, module: nn.Module) -> dict[str, Tensor]:

@@ -16,9 +16,8 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType
 from deepspeed.runtime import torch_autocast
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import GatheredParameters
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
 )
@@ -33,7 +32,7 @@ from launcher.engine.backends.call_order import watch_call_order
 from launcher.engine.backends.recipe_forward import RecipeForward, call_with_output_hooks
 from launcher.engine.backends.reduction_order import OrderedReduction
 from launcher.engine.state.compiled import plain_name
-from launcher.engine.state.module_state import gather_extra_state
+from launcher.engine.state.fragments import Fragment
 from launcher.engine.state.optimizer_kinds import check_strategy_of
 from launcher.engine.state.training_state import (
     STEP,
@@ -41,7 +40,6 @@ from launcher.engine.state.training_state import (
     StateSource,
     check_names,
     check_size,
-    copy_to_host,
     empty_state,
     parameters,
     state_names,
@@ -168,8 +166,6 @@ class DeepSpeedBackend(GroupBackend):
 
     def snapshot(self, model: nn.Module, optimizer: Optimizer) -> Snapshot:
         self._link_state()
-        module = self._module
-        tensors = copy_to_host(self._gathered_tensors(optimizer), self.rank, self.world_size)
         values = {
             f"optimizer/{name}/{key}": value
             for _, names, flat in self._flat_groups()
@@ -177,11 +173,7 @@ class DeepSpeedBackend(GroupBackend):
             if not isinstance(value, Tensor)
             for name in names
         }
-        return Snapshot(
-            tensors=tensors | self.buffers_to_save(module),
-            values=values,
-            extra=gather_extra_state(module, self.gather),
-        )
+        return self.copy_state(self._module, self._own_tensors(optimizer), values)
 
     def saved_tensors(self, module: nn.Module) -> Iterable[Tensor]:
         return [flat for _, _, flat in self._flat_groups()]
@@ -236,24 +228,69 @@ class DeepSpeedBackend(GroupBackend):
         for group_index, group, flat in zip(group_indices, groups, flats, strict=True):
             yield group_index, [names[parameter] for parameter in group], flat
 
-    def _gathered_tensors(self, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
-        """Yield unsharded weights and optimizer state, gathered one at a time (collective)."""
+    def _own_tensors(self, optimizer: Optimizer) -> Iterator[tuple[str, Tensor | Fragment]]:
+        """Yield this rank's parts of weights and optimizer state, without communication.
+
+        Tensors that every rank has are yielded in full, in the same order on every rank.
+        """
         named_parameters = parameters(self._module)
         for name, parameter in named_parameters.items():
             if not parameter.requires_grad:
-                with GatheredParameters([parameter]):
-                    yield f"model/{name}", parameter.detach()
+                yield f"model/{name}", self._own_part_of_frozen(parameter)
         for _, names, flat in self._flat_groups():
             for name in names:
                 parameter = named_parameters[name]
-                yield f"model/{name}", safe_get_full_fp32_param(parameter)
+                yield from self._own_parts(f"model/{name}", parameter, flat)
                 for key, value in optimizer.state[flat].items():
-                    if isinstance(value, Tensor):
-                        is_sharded = value.shape == flat.shape
-                        yield (
-                            f"optimizer/{name}/{key}",
-                            safe_get_full_optimizer_state(parameter, key) if is_sharded else value,
-                        )
+                    full_name = f"optimizer/{name}/{key}"
+                    if not isinstance(value, Tensor):
+                        continue
+                    if value.shape == flat.shape:
+                        yield from self._own_parts(full_name, parameter, value)
+                    else:
+                        yield full_name, value
+
+    def _own_parts(
+        self, name: str, parameter: nn.Parameter, flat: Tensor
+    ) -> Iterator[tuple[str, Tensor | Fragment]]:
+        """Yield the part of a tensor that this rank has, if any, or the tensor if it is empty.
+
+        Args:
+            name: The name of the tensor.
+            parameter: The parameter to which it belongs.
+            flat: This rank's partition of a flat tensor that holds it.
+        """
+        size = _full_size(parameter)
+        if not size.numel():
+            yield name, flat.new_empty(size)
+            return
+        if self._stage == 3:
+            zero = self._engine.optimizer
+            _, position, length = zero.grad_position[zero.get_param_id(parameter)]
+            start = length * self.rank
+            length = min(length, size.numel() - start)  # the last partitions are padded
+        elif (mapping := parameter._hp_mapping) is not None:  # type: ignore[attr-defined]  # noqa: SLF001
+            position, length = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
+            start = mapping.lp_fragment_address.start
+        else:
+            return
+        if length > 0:
+            values = flat.detach().narrow(0, position, length)
+            yield name, Fragment(values=values, start=start, size=size)
+
+    def _own_part_of_frozen(self, parameter: nn.Parameter) -> Tensor | Fragment:
+        """Return this rank's part of a parameter that is not trained, which may be empty."""
+        size = _full_size(parameter)
+        if self._stage < 3 or not size.numel():
+            return parameter.detach()
+        partition = parameter.ds_tensor  # type: ignore[attr-defined]
+        start = min(partition.numel() * self.rank, size.numel())
+        stop = min(start + partition.numel(), size.numel())
+        if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # type: ignore[attr-defined]
+            values = parameter.detach().flatten()[start:stop]  # forward may have written to it
+        else:
+            values = partition.detach()[: stop - start]
+        return Fragment(values=values, start=start, size=size)
 
     def _fill(self, name: str, parameter: nn.Parameter, source: StateSource) -> None:
         """Fill one parameter and its optimizer state from `source` (collective)."""

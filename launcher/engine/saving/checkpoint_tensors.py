@@ -1,7 +1,9 @@
 """The tensors of a checkpoint, written and read by torch.distributed.checkpoint.
 
 The files are safetensors that record the place of each shard in the full tensor, so any number of
-ranks can read the parts that it needs. Reading a file executes no code from it.
+ranks can read the parts that it needs. Each shard is a box. ZeRO's partitions, which may begin and
+end within a row, are stored as several boxes in different files. Reading a file executes no code
+from it.
 """
 
 from __future__ import annotations
@@ -18,17 +20,29 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
 )
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import (
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from launcher.engine.backends.base import Backend
 from launcher.engine.state.compiled import plain_name
+from launcher.engine.state.fragments import Box, Fragment, boxes
 from launcher.errors import CheckpointError
 from launcher.json_file import MAX_BYTES, decode_json
 from launcher.regular_file import read_regular
@@ -104,16 +118,75 @@ class StoredState:
         load(stored, storage_reader=self._reader, no_dist=True)
 
 
-def write_shard(folder: Path, rank: int, tensors: dict[str, Tensor]) -> None:
+class _StoredBox:
+    """A box of a tensor, as torch.distributed.checkpoint asks for what it writes."""
+
+    def __init__(self, values: Tensor, box: Box, size: torch.Size) -> None:
+        self.values, self._box, self._size = values, box, size
+
+    def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
+        offsets, sizes, _start = self._box
+        data = TensorWriteData(
+            chunk=ChunkStorageMetadata(offsets=offsets, sizes=sizes),
+            properties=TensorProperties.create_from_tensor(self.values),
+            size=self._size,
+        )
+        index = MetadataIndex(name, offsets)
+        return [WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data)]
+
+
+class _Planner(DefaultSavePlanner):
+    """Finds the values of boxes as well as those of tensors."""
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        value = self.state_dict[index.fqn]
+        return value.values if isinstance(value, _StoredBox) else super().lookup_object(index)
+
+
+def write_shard(folder: Path, rank: int, tensors: Mapping[str, Tensor | Fragment]) -> None:
     """Write the tensors of one rank, and the digests of its files, to `folder`."""
-    files, num_bytes = {}, 0
-    for name, tensor in tensors.items():
-        num_bytes += tensor.numel() * tensor.element_size()
-        files[name] = num_bytes // _BYTES_PER_FILE + 1
+    parts = _assign_files(tensors)
+    num_files = max((index for _, files in parts for index in files.values()), default=1)
     _ignore_no_dist_warning()
-    save(tensors, storage_writer=_ShardWriter(folder, rank, files), no_dist=True)
+    for stored, files in parts:
+        files[""] = num_files  # the number in the names of all files
+        writer = _ShardWriter(folder, rank, files)
+        save(stored, storage_writer=writer, planner=_Planner(), no_dist=True)
     paths = sorted(folder.glob(f"shard-{rank + 1:05}-*"))
     write_json(folder / f"rank{rank}.json", {path.name: asdict(sum_file(path)) for path in paths})
+
+
+def _assign_files(
+    tensors: Mapping[str, Tensor | Fragment],
+) -> list[tuple[dict[str, Any], dict[str, int]]]:
+    """Divide tensors into sets in which each name occurs once, and each set into files.
+
+    A file holds one box of a tensor at most, because boxes of a tensor have the same name.
+
+    Returns:
+        For each set, its content by name and the number of the file of each name.
+    """
+    sets: list[dict[str, Any]] = [{}]
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor):
+            sets[0][name] = tensor
+            continue
+        stop = tensor.start + tensor.values.numel()
+        for index, box in enumerate(boxes(tensor.size, tensor.start, stop)):
+            first = box.start - tensor.start
+            values = tensor.values[first : first + box.sizes.numel()].view(box.sizes)
+            if index == len(sets):
+                sets.append({})
+            sets[index][name] = _StoredBox(values, box, tensor.size)
+    parts, first_file = [], 1
+    for stored in sets:
+        files, num_bytes = {}, 0
+        for name, value in stored.items():
+            num_bytes += (value.values if isinstance(value, _StoredBox) else value).nbytes
+            files[name] = first_file + num_bytes // _BYTES_PER_FILE
+        first_file = max(files.values(), default=first_file - 1) + 1
+        parts.append((stored, files))
+    return parts
 
 
 def load_newest(

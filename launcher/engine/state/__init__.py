@@ -2,6 +2,8 @@
 
 training_state     weights and optimizer state under names that every strategy shares
 module_state       buffers and extra state of modules
+fragments          parts of tensors that ZeRO keeps on one rank
+host_copies        copies on the host, from which a checkpoint is written
 hyperparameters    makes the recipe's optimizer and writes the schedule into it
 loss_scaler        dynamic loss scaling for fp16
 compiled           names of tensors in models that torch.compile wraps

@@ -10,24 +10,23 @@ Tensors:
 Values that are not tensors are in checkpoint.json, as `optimizer/<parameter>/<key>` and, for the
 extra state of modules, `extra/<module>`.
 
-A tensor is either full or a DTensor shard, which records its place in the full tensor. The values
-of the schedule are not saved, because they follow from the step.
+A tensor is full, or a shard that records its place in the full tensor: a DTensor or a `Fragment`.
+The values of the schedule are not saved, because they follow from the step.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Optimizer
 from torch.utils._pytree import tree_leaves
 
 from launcher.engine.state.compiled import plain_name
+from launcher.engine.state.fragments import Fragment
 from launcher.engine.state.hyperparameters import SCHEDULED
 from launcher.errors import CheckpointError, TrainingError
 from launcher.printable import kind_of
@@ -43,8 +42,11 @@ STEP = "step"
 class Snapshot:
     """The part of a checkpoint that one rank writes."""
 
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor | Fragment]
     """Copies of tensors, on the host."""
+
+    release: Callable[[], None]
+    """Gives the memory of the copies back, after which they must not be read."""
 
     values: dict[str, Any]
     """State of the optimizer that is not tensors, the same on every rank."""
@@ -82,42 +84,6 @@ class StateSource(Protocol):
 
     def read(self, targets: dict[str, Tensor]) -> None:
         """Fill the targets, full tensors or shards, with the tensors of the same names."""
-
-
-def copy_to_host(
-    tensors: Iterable[tuple[str, Tensor]], rank: int, world_size: int
-) -> dict[str, Tensor]:
-    """Return host copies of the tensors that this rank saves.
-
-    A rank saves its own shards. Full tensors, which every rank has, are divided among the ranks so
-    that each rank writes about as many bytes. Every rank computes the same division.
-
-    Args:
-        tensors: Names and tensors, in the same order on every rank.
-        rank: This rank.
-        world_size: The number of ranks.
-    """
-    loads = [(0, owner) for owner in range(world_size)]
-    copies, needs_sync = {}, False
-    for name, tensor in tensors:
-        if not isinstance(tensor, DTensor):
-            load, owner = heapq.heappop(loads)
-            heapq.heappush(loads, (load + tensor.numel() * tensor.element_size(), owner))
-            if owner != rank:
-                continue
-        copies[name] = _copy_to_host(tensor)
-        needs_sync = needs_sync or tensor.is_cuda
-    if needs_sync:
-        torch.cuda.synchronize()
-    return copies
-
-
-def _copy_to_host(tensor: Tensor) -> Tensor:
-    """Return a host copy of a tensor; copies from a GPU are asynchronous, to pinned memory."""
-    if isinstance(tensor, DTensor):
-        return DTensor(_copy_to_host(tensor.to_local()), tensor._spec, requires_grad=False)  # noqa: SLF001
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-    return host.copy_(tensor.detach(), non_blocking=True)
 
 
 def parameters(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from launcher.engine.metrics.meter import RankFlags
 from launcher.engine.ranks.current_device import make_current
@@ -41,18 +40,16 @@ class _ShardWriter:
     Args:
         folder: The folder of the checkpoint.
         rank: The rank.
-        tensors: The copies on the host.
+        state: The copies on the host, which are released when they have been written.
         device: The device of the rank.
     """
 
-    def __init__(
-        self, folder: Path, rank: int, tensors: dict[str, Tensor], device: torch.device
-    ) -> None:
+    def __init__(self, folder: Path, rank: int, state: Snapshot, device: torch.device) -> None:
         self.folder = folder
         self.started = time.perf_counter()
         self.error: str | None = None
         self.is_done = False
-        self._arguments, self._device = (folder, rank, tensors), device
+        self._rank, self._state, self._device = rank, state, device
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -62,10 +59,11 @@ class _ShardWriter:
     def _run(self) -> None:
         try:
             make_current(self._device)  # torch synchronises with the current device of the thread
-            write_shard(*self._arguments)
+            write_shard(self.folder, self._rank, self._state.tensors)
         except BaseException as error:  # noqa: BLE001  # torch raises one; every rank reports it
             self.error = root_cause(error)
-        del self._arguments  # frees the copies of the tensors
+        self._state.tensors.clear()
+        self._state.release()
         self.is_done = True
 
 
@@ -174,9 +172,10 @@ class CheckpointManager:
                 reason = root_cause(error)
         folder, reason = backend.broadcast((folder, reason))
         if folder is None:
+            state.release()
             self._report_failure(step, f"{self._run_dir.checkpoints}: {reason}")
             return
-        self._writer = _ShardWriter(folder, backend.rank, state.tensors, backend.device)
+        self._writer = _ShardWriter(folder, backend.rank, state, backend.device)
         self._callback.on_values(step, {"checkpoint_stall_seconds": time.perf_counter() - started})
 
     def finish(self) -> None:
@@ -206,6 +205,13 @@ class CheckpointManager:
         self._callback.on_values(
             manifest.step, {"checkpoint_seconds": time.perf_counter() - writer.started}
         )
+
+    def free_host_memory(self) -> None:
+        """Free the memory of the copies, which has been kept for the next checkpoint.
+
+        The memory that a pending save uses is freed when it has been written.
+        """
+        self._backend.host_memory.free()
 
     def _check_state(self) -> None:
         """Refuse, in the first call, state that a checkpoint cannot hold (collective).
