@@ -10,12 +10,15 @@ import copy
 import dataclasses
 from collections import UserDict, deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 _MAX_DEPTH = 4
 """Number of objects of unknown classes, one inside the other, in which tensors are looked for."""
+
+_MAX_PATH_LENGTH = 16
+"""Number of containers and objects, one inside the other, that `walk_tensors` enters."""
 
 _PLAIN = (str, bytes, bool, int, float, type(None))
 """Classes of values that hold no tensors."""
@@ -74,6 +77,31 @@ def holds_tensors(value: Any) -> bool:
     return _holds_tensors(value, _MAX_DEPTH)
 
 
+class FoundTensor(NamedTuple):
+    """A tensor inside a value."""
+
+    tensor: Tensor
+    path: str
+    """The expression that reaches it, such as `batch['boxes'][0].corners`."""
+
+    owner: Any
+    """The innermost object that holds it."""
+
+
+def walk_tensors(value: Any, path: str) -> Iterator[FoundTensor]:
+    """Yield the tensors in a value, also those that `map_tensors` does not reach.
+
+    These are in sets, in attributes of objects of any class, and in attributes of containers that
+    are not fields. Objects with their own method `to` are left out, because that method decides
+    what it moves, and so are functions, classes and other callable objects.
+
+    Args:
+        value: Any value; it may contain itself.
+        path: The expression for the value.
+    """
+    yield from _walk(value, path, None, _MAX_PATH_LENGTH, {})
+
+
 def describe_nested(value: Any) -> str:
     """Return the structure of a batch as text, such as `{'ids': int64 (8, 16), 'mask': ...}`."""
     if isinstance(value, Tensor):
@@ -99,8 +127,7 @@ def _parts(value: Any) -> Mapping[Any, Any] | None:
     Classes with their own method `to`, other than subclasses of dict and UserDict, know best how to
     move their tensors.
     """
-    has_own_move = callable(getattr(value, "to", None)) and not isinstance(value, (dict, UserDict))
-    if isinstance(value, (*_PLAIN, type)) or has_own_move:
+    if isinstance(value, (*_PLAIN, type)) or _moves_itself(value):
         return None
     if isinstance(value, Mapping):
         return {key: value[key] for key in value}
@@ -112,6 +139,11 @@ def _parts(value: Any) -> Mapping[Any, Any] | None:
         names = (field.name for field in dataclasses.fields(value))
         return {name: getattr(value, name) for name in names if hasattr(value, name)}
     return None
+
+
+def _moves_itself(value: Any) -> bool:
+    """Return whether the method `to` of an object moves its tensors."""
+    return callable(getattr(value, "to", None)) and not isinstance(value, (dict, UserDict))
 
 
 def _replace_parts(value: Any, parts: dict[Any, Any]) -> Any:
@@ -130,6 +162,46 @@ def _replace_parts(value: Any, parts: dict[Any, Any]) -> Any:
     return clone
 
 
+def _walk(
+    value: Any, path: str, owner: Any, depth: int, seen: dict[int, Any]
+) -> Iterator[FoundTensor]:
+    if isinstance(value, Tensor):
+        yield FoundTensor(value, path, owner)
+        return
+    if isinstance(value, (*_PLAIN, type)) or not depth or id(value) in seen:
+        return
+    if _moves_itself(value) or callable(value):
+        return
+    seen[id(value)] = value  # which keeps the id in use
+    for suffix, part in _named_contents(value):
+        yield from _walk(part, path + suffix, value, depth - 1, seen)
+
+
+def _named_contents(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the parts and the attributes of a value, with what leads to them in an expression."""
+    parts = _parts(value)
+    if parts is not None:
+        has_fields = not isinstance(value, (Mapping, list, deque)) and (
+            dataclasses.is_dataclass(value) or hasattr(value, "_fields")
+        )
+        for key, part in parts.items():
+            yield f".{key}" if has_fields else f"[{key!r}]", part
+    elif isinstance(value, (set, frozenset)):
+        for part in value:
+            yield " (an element)", part
+    for name, attribute in _attributes(value):
+        yield f".{name}", attribute
+
+
+def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
+    yield from list(getattr(value, "__dict__", {}).items())
+    for kind in type(value).__mro__:
+        slots = kind.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
+                yield name, getattr(value, name)
+
+
 def _holds_tensors(value: Any, depth: int) -> bool:
     if isinstance(value, Tensor):
         return True
@@ -144,7 +216,4 @@ def _contents(value: Any) -> Iterator[Any]:
     if parts is not None:
         yield from parts.values()
         return
-    yield from getattr(value, "__dict__", {}).values()
-    for name in getattr(type(value), "__slots__", ()):
-        if hasattr(value, name):
-            yield getattr(value, name)
+    yield from (attribute for _, attribute in _attributes(value))

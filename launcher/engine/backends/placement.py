@@ -10,11 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from launcher.engine.backends.nested_tensors import holds_tensors, map_tensors, tensors_in
+from launcher.engine.backends.nested_tensors import (
+    holds_tensors,
+    map_tensors,
+    tensors_in,
+    walk_tensors,
+)
 from launcher.errors import RecipeError
-from launcher.printable import kind_of
+from launcher.printable import kind_of, printable_line, shortened
 
-_REMEDY = "Return tensors in a list, tuple, dict or dataclass from the data or its collate function"
+_CONTAINED = "tensors in a list, tuple, dict or dataclass from the data or its collate function"
 
 
 class Placement:
@@ -39,6 +44,11 @@ class Placement:
         self._channels_last = channels_last
         self._double = double
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._is_checked = False
+        """Whether no tensor was left on the CPU in the first batch, and in all classes of objects
+        since."""
+        self._left_classes: set[type] = set()
+        """Classes of objects that were not moved, because they have no method `to`."""
         # Waiting threads sleep: a busy wait would take a core from the DataLoader workers.
         self._run_ahead = RunAhead(functools.partial(torch.cuda.Event, blocking=True))
 
@@ -46,21 +56,36 @@ class Placement:
         """Return `batch` with its tensors on the device, and converted.
 
         Tensors are found in lists, tuples, mappings and dataclasses. Objects of other classes are
-        moved by their own method `to`.
+        moved by their own method `to`. The first batch, and the first one with an object of a new
+        class, are searched for tensors that were left on the CPU.
 
         Raises:
-            RecipeError: An object holds tensors that cannot be moved or converted.
+            RecipeError: A tensor was left on the CPU, or an object cannot be converted.
         """
-        if self._stream is None:
+        if self._device.type == "cpu":
             is_unchanged = not (self._channels_last or self._double)
             return batch if is_unchanged else map_tensors(self._format, batch, self._convert_object)
+        device_batch = self._move_all(batch)
+        if not self._is_checked:
+            check_moved(device_batch, self._device)
+            self._is_checked = True
+        return device_batch
+
+    def _move_all(self, batch: Any) -> Any:
+        if self._stream is None:
+            return map_tensors(self._move, batch, self._move_object)
         compute_stream = torch.cuda.current_stream(self._device)
         self._run_ahead.limit()
         if any(tensor.device == self._device for tensor in tensors_in(batch)):
             self._stream.wait_stream(compute_stream)  # which may still compute these tensors
-        move_object = functools.partial(self._move_object, compute_stream)
+
+        def move_on_compute_stream(value: Any) -> Any:
+            # Its tensors are not known to this class, so they are not copied on the copy stream.
+            with torch.cuda.stream(compute_stream):
+                return self._move_object(value)
+
         with torch.cuda.stream(self._stream):
-            device_batch = map_tensors(self._move, batch, move_object)
+            device_batch = map_tensors(self._move, batch, move_on_compute_stream)
         compute_stream.wait_stream(self._stream)
         # The copy stream allocated this memory. The allocator must not reuse it before the compute
         # stream has finished with it.
@@ -71,23 +96,16 @@ class Placement:
     def _move(self, tensor: Tensor) -> Tensor:
         return self._format(tensor.to(self._device, non_blocking=True))
 
-    def _move_object(self, compute_stream: torch.cuda.Stream, value: Any) -> Any:
-        """Return an object of an unknown class on the device.
+    def _move_object(self, value: Any) -> Any:
+        """Return an object of an unknown class on the device, if it has a method `to`.
 
-        It is copied on the compute stream, because its tensors are not known to this class. The
-        host does not wait for the copy if its method `to` has torch's argument `non_blocking`.
-
-        Raises:
-            RecipeError: It holds tensors and has no method `to`.
+        The host does not wait for the copy if that method has torch's argument `non_blocking`.
         """
         if callable(getattr(value, "to", None)):
-            with torch.cuda.stream(compute_stream):
-                value = move_object(value, self._device)
-        elif holds_tensors(value):
-            raise RecipeError(
-                f"A batch holds {kind_of(value)}, whose tensors cannot be moved to a GPU. "
-                f"{_REMEDY}, or give {type(value).__name__} a method to(device)."
-            )
+            return self._convert_object(move_object(value, self._device))
+        if type(value) not in self._left_classes:
+            self._left_classes.add(type(value))
+            self._is_checked = False
         return self._convert_object(value)
 
     def _convert_object(self, value: Any) -> Any:
@@ -102,7 +120,7 @@ class Placement:
             return value.double()
         raise RecipeError(
             f"A batch holds {kind_of(value)}, whose tensors cannot be converted for "
-            f"precision=fp64. {_REMEDY}, or use another precision."
+            f"precision=fp64. Return {_CONTAINED}, or use another precision."
         )
 
     def _format(self, tensor: Tensor) -> Tensor:
@@ -116,15 +134,50 @@ class Placement:
 
 
 def move_object(value: Any, device: torch.device) -> Any:
-    """Return `value.to(device)`, asynchronously where the method `to` can, as tensors do."""
+    """Return `value.to(device)`, asynchronously where the method `to` can, as tensors do.
+
+    Raises:
+        RecipeError: The method returns None.
+    """
+    options = {"non_blocking": True} if _takes_non_blocking(value.to) else {}
+    moved = value.to(device, **options)
+    if moved is None:
+        raise RecipeError(
+            f"A batch holds {kind_of(value)}, whose method to(device) returned None. Let it return "
+            "the object with its tensors on the device."
+        )
+    return moved
+
+
+def _takes_non_blocking(method: Callable[..., Any]) -> bool:
     try:
-        parameters = inspect.signature(value.to).parameters
+        parameters = inspect.signature(method).parameters
     except (TypeError, ValueError):  # a function without a signature
-        return value.to(device)
+        return False
     kinds = {parameter.kind for parameter in parameters.values()}
-    if "non_blocking" in parameters or inspect.Parameter.VAR_KEYWORD in kinds:
-        return value.to(device, non_blocking=True)
-    return value.to(device)
+    return "non_blocking" in parameters or inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def check_moved(batch: Any, device: torch.device) -> None:
+    """Check that a batch, moved to a device, has no tensor left on the CPU.
+
+    Objects with their own method `to` may keep tensors there, as PackedSequence does.
+
+    Raises:
+        RecipeError: A tensor was left.
+    """
+    left = next((f for f in walk_tensors(batch, "batch") if f.tensor.device.type == "cpu"), None)
+    if left is None:
+        return
+    path, owner = printable_line(shortened(left.path, 200)), kind_of(left.owner)
+    remedy = f"Return {_CONTAINED}"
+    if type(left.owner).__module__ != "builtins":
+        name = owner.partition(" ")[2]
+        remedy += f", or give {name} a method to(device) that returns it with its tensors there"
+    raise RecipeError(
+        f"{path} is a tensor on the CPU, but the model is on {device.type}, and launcher does not "
+        f"move what {owner} holds. {remedy}."
+    )
 
 
 class RunAhead:
