@@ -8,7 +8,7 @@ operations whose shape depends on values, and copies that are not asynchronous.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,8 +25,21 @@ _READS = (
     torch.ops.aten.masked_select.default,
     torch.ops.aten.equal.default,
 )
-_KERNELS = (torch.ops.aten._fused_sgd_.default,)
-"""Operations that fake tensors cannot follow, and that write into their arguments alone."""
+
+
+def _like_channels(num: int) -> Callable[..., Any]:
+    return lambda x, *_: tuple(x.new_empty(x.size(1)) for _ in range(num))
+
+
+_KERNELS: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten._fused_sgd_.default: lambda *_, **__: None,
+    torch.ops.aten.batch_norm_stats.default: _like_channels(2),
+    torch.ops.aten.batch_norm_gather_stats_with_counts.default: _like_channels(2),
+    torch.ops.aten.batch_norm_elemt.default: lambda x, *_: torch.empty_like(x),
+    torch.ops.aten.batch_norm_backward_reduce.default: _like_channels(4),
+    torch.ops.aten.batch_norm_backward_elemt.default: lambda x, *_: torch.empty_like(x),
+}
+"""Operations that fake tensors cannot follow, and functions that return their outputs."""
 
 _COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 
@@ -52,7 +65,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if func is _READS[0]:
                 return 1.0 if args[0].is_floating_point() else 1
         if func in _KERNELS:
-            return None
+            return _KERNELS[func](*args, **options)
         if func in _COPIES and self._waits(func, args, options):
             self._record(func)
         return func(*args, **options)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from gpu_waits import GPU, recorded_waits
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -23,6 +24,7 @@ from launcher.engine.data.prefetching import pinned
 from launcher.engine.data.reader import MicroBatch
 from launcher.engine.metrics.meter import Meter, RankFlags, StepLosses
 from launcher.engine.metrics.noise_meter import LocalNoiseMeter, ReducedNoiseMeter
+from launcher.engine.model.batch_norm import SyncBatchNorm, _NormaliseOverRanks
 from launcher.engine.state.hyperparameters import make_optimizer
 from launcher.engine.state.loss_scaler import LossScaler
 from launcher.engine.training.loop import _count_items, sum_and_count
@@ -288,4 +290,47 @@ def test_batches_are_pinned_except_what_is_on_a_gpu() -> None:
         assert batch["a"][0].to(GPU, non_blocking=True).device == GPU
         assert waits == []
         on_cpu.to(GPU, non_blocking=True)
+    assert len(waits) == 1
+
+
+def no_collectives(monkeypatch: pytest.MonkeyPatch, world_size: int) -> None:
+    """Let collectives on the GPU do nothing, as if there were other ranks."""
+    for name in ("all_reduce", "all_gather_into_tensor"):
+        monkeypatch.setattr(dist, name, lambda *_, **__: None)
+    monkeypatch.setattr(dist, "get_world_size", lambda: world_size)
+
+
+@pytest.mark.parametrize("ranks_with_weight", [None, 2])
+@pytest.mark.parametrize("has_weight", [True, False])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_synchronised_batch_norm_does_not_wait(
+    monkeypatch: pytest.MonkeyPatch,
+    ranks_with_weight: int | None,
+    momentum: float | None,
+    *,
+    has_weight: bool,
+) -> None:
+    """Forward and backward of a layer do not wait, whichever ranks have samples."""
+    no_collectives(monkeypatch, 3)
+    with recorded_waits() as waits:
+        layer = SyncBatchNorm(4, momentum=momentum, device=GPU)
+        layer.ranks_with_weight = ranks_with_weight
+        waits.clear()
+        x = torch.zeros(5 if has_weight else 0, 4, 3, device=GPU)
+        assert layer._normalise_on_gpus(x, layer._averaging_factor()).shape == x.shape
+        for num in (5, 0):
+            gradient, mean = torch.zeros(num, 4, 3, device=GPU), torch.zeros(4, device=GPU)
+            saved = (gradient, layer.weight, mean, mean, mean.int())
+            context = SimpleNamespace(saved_tensors=saved, needs_input_grad=(True,) * 8)
+            gradients = _NormaliseOverRanks.backward(context, gradient)
+            assert (gradients[0] is not None) is (num > 0)
+    assert waits == []
+
+
+def test_torchs_batch_norm_waits_for_a_cumulative_average() -> None:
+    """A BatchNorm with momentum=None, of a recipe, reads the number of batches in each pass."""
+    with recorded_waits() as waits:
+        layer = nn.BatchNorm1d(4, momentum=None, device=GPU)
+        with contextlib.suppress(Exception):
+            layer(torch.zeros(5, 4, device=GPU))
     assert len(waits) == 1

@@ -8,7 +8,10 @@ from launcher.planning.global_batch import BatchSplit
 
 
 def test_micro_batches_of_one_sample_are_avoided() -> None:
-    """Each sample of a batch is taken once, within the limit, and if possible in no single one."""
+    """Each sample of a batch is taken once, within the limit, and if possible in no single one.
+
+    In each micro-step the ranks without samples are the last ones.
+    """
     num_paired = 0
     for size, world_size, limit in itertools.product(range(1, 33), range(1, 6), range(1, 6)):
         split = BatchSplit(world_size=world_size, micro_batch_size=limit, statistics="rank")
@@ -21,6 +24,8 @@ def test_micro_batches_of_one_sample_are_avoided() -> None:
         sizes = list(map(len, flat))
         assert max(sizes) <= limit
         assert all(map(any, zip(*micro_batches, strict=True))), "no micro-step is empty"
+        for step in zip(*micro_batches, strict=True):
+            assert sorted(map(bool, step), reverse=True) == list(map(bool, step))
         assert (1 in sizes) == split.has_single_sample(size)
         if split.has_single_sample(size):
             assert size == 1 or limit == 1 or (limit == 2 and size % 2)

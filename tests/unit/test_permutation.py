@@ -111,6 +111,12 @@ def test_all_ranks_together_take_each_sample_once(
         assert len({len(own) for own in requests}) == 1, "every rank has as many micro-steps"
         assert counted_samples(requests) == requests_of(single, step)[0].indices
         assert all(request.indices for own in requests for request in own), "nothing is empty"
+        for micro_step in zip(*requests, strict=True):
+            with_weight = [request.has_weight for request in micro_step]
+            num = micro_step[0].ranks_with_weight
+            assert with_weight == [rank < (num or world_size) for rank in range(world_size)]
+            assert {request.ranks_with_weight for request in micro_step} == {num}
+            assert (num is None) == all(with_weight)
     evaluations = [list(sampler.evaluation()) for sampler in ranks]
     assert len({len(own) for own in evaluations}) == 1
     assert sorted(counted_samples(evaluations)) == list(range(11))

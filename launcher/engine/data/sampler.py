@@ -6,6 +6,7 @@ DataLoader workers prefetch along this stream, so they do not stop at the end of
 
 from __future__ import annotations
 
+import bisect
 import functools
 import itertools
 from collections.abc import Callable, Iterator
@@ -52,6 +53,10 @@ class MicroBatchRequest:
     single_sample: bool = False
     """Whether BatchNorm would compute statistics over a single sample in this micro-step."""
 
+    ranks_with_weight: int | None = None
+    """The number of ranks, the first of all, whose micro-batch in this micro-step has a weight.
+    None stands for all ranks."""
+
     trial: bool = False
     """Whether the micro-batch is read before the first step, to inspect the samples."""
 
@@ -67,6 +72,9 @@ class _Span(NamedTuple):
 
     single_sample: bool
     """Whether BatchNorm would compute statistics over a single sample in this micro-step."""
+
+    ranks_with_weight: int | None
+    """The number of ranks whose micro-batch has a weight; None for all."""
 
     part: Part | None
 
@@ -219,8 +227,8 @@ class Sampler:
         for _, start, size in windows:
             first = start if size >= _NUM_GHOST_SAMPLES else max(start - 1, 0)
             ghost = range(first, min(first + _NUM_GHOST_SAMPLES, self.train_samples))
-            for positions, _, _ in self._cached_spans(size):
-                is_ghost = not positions
+            for span in self._cached_spans(size):
+                positions, is_ghost = span.positions, not span.positions
                 ranges.append(
                     ghost if is_ghost else range(start + positions.start, start + positions.stop)
                 )
@@ -233,6 +241,7 @@ class Sampler:
                     next(indices),
                     bool(span.positions),
                     span.single_sample,
+                    span.ranks_with_weight,
                     part=span.part,
                 )
                 for span in self._cached_spans(size)
@@ -254,6 +263,7 @@ class Sampler:
                 _Span(
                     positions,
                     self._is_alone(size, virtual_rank, micro_step),
+                    self._ranks_with_weight(size, micro_step),
                     self._part(virtual_rank, micro_step, num_micro_steps, is_empty=not any(cuts)),
                 )
                 for micro_step, positions in enumerate(cuts)
@@ -278,3 +288,16 @@ class Sampler:
             return False
         together = range(self.plan.world_size) if self.statistics == "all" else [virtual_rank]
         return sum(len(self._split.positions(size, rank, micro_step)) for rank in together) == 1
+
+    def _ranks_with_weight(self, size: int, micro_step: int) -> int | None:
+        """Return `MicroBatchRequest.ranks_with_weight` for a micro-step of a batch of `size`.
+
+        The first ranks have the longer shares, so those without samples come last.
+        """
+        if self.plan.virtual_ranks is not None:
+            return None  # BatchNorm's statistics are those of a virtual rank
+        ranks = range(self.plan.world_size)
+        num = bisect.bisect(
+            ranks, 0, key=lambda rank: not self._split.positions(size, rank, micro_step)
+        )
+        return None if num == len(ranks) else num
