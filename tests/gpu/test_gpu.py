@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from support import ROOT, Commands
+from torch import nn
+from torch._C._distributed_c10d import HashStore
 
+from launcher.engine.backends.local import LocalBackend
 from launcher.engine.backends.placement import Placement
+from launcher.engine.model.batch_norm import synchronize
+from launcher.engine.state.host_copies import HostCopies, HostMemory
+from launcher.engine.state.hyperparameters import make_optimizer
+from launcher.environment.machine import read_machine
+from launcher.recipe.overrides import read_arguments
+from launcher.recipe.resolve import resolve
+from launcher.recipes.digits import digits
+from launcher.runs.plan_recipe import plan_recipe
 
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 needs_gpu = pytest.mark.skipif(GPUS < 1, reason="`make test-gpu` needs a GPU")
@@ -33,6 +48,94 @@ def test_copies_run_on_a_stream_of_their_own() -> None:
         sums.append(batch["inputs"][0].mean())
         del batch
     assert torch.stack(sums).tolist() == [float(number) for number in range(50)]
+
+
+@contextmanager
+def no_waits() -> Iterator[None]:
+    """Let torch raise where the host waits for the GPU."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+def test_an_fp16_step_does_not_wait() -> None:
+    """Backward, clipping, the loss scale and a skipped step wait for nothing on the GPU."""
+    arguments = read_arguments(["precision=fp16", "device=cuda"])
+    _, plan = plan_recipe(resolve("digits"), arguments, read_machine(), nproc_per_node=1)
+    backend = LocalBackend(digits(), plan)
+    model = nn.Linear(4, 2)  # is moved in place
+    _, optimizer = backend.prepare(model, [], lambda module: make_optimizer(digits(), module, 0.1))
+    x = torch.randn(8, 4, device=backend.device)
+
+    def step(factor: float) -> torch.Tensor:
+        with backend.autocast():
+            loss = model(x).float().square().sum() * factor
+        backend.backward(loss, 1 / 8)
+        return backend.apply(optimizer, 1.0)
+
+    step(1.0)  # creates the state of the optimizer
+    assert backend.scaler is not None
+    scale = float(backend.scaler.scale)
+    before = model.weight.detach().clone()
+    with no_waits():
+        norms = [step(torch.inf)]
+    assert torch.equal(model.weight, before)
+    assert float(backend.scaler.scale) == scale / 2
+    with no_waits():
+        norms.append(step(1.0))
+    assert [bool(norm.isfinite()) for norm in norms] == [False, True]
+    assert not torch.equal(model.weight, before)
+
+
+@needs_gpu
+def test_pinned_copies_use_the_same_memory() -> None:
+    """Copies of a checkpoint are pinned, and lie where those of the last checkpoint did."""
+    memory = HostMemory(is_kept=True)
+    places = []
+    for value in (1.0, 2.0):
+        weight = torch.full((1 << 16,), value, device="cuda:0")
+        copies = HostCopies([("weight", weight)], 0, 1, memory)
+        on_host = copies.tensors["weight"]
+        assert isinstance(on_host, torch.Tensor)
+        assert on_host.is_pinned()
+        assert bool((on_host == value).all())
+        places.append(on_host.data_ptr())
+        copies.release()
+    assert places[0] == places[1]
+    memory.free()
+    assert memory.num_bytes == 0
+
+
+@needs_gpu
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_synchronised_batch_norm_is_batch_norm(momentum: float | None, dtype: torch.dtype) -> None:
+    """On one rank the layer equals torch's BatchNorm, and its forward and backward do not wait."""
+    dist.init_process_group("nccl", store=HashStore(), rank=0, world_size=1)
+    try:
+        plain = nn.BatchNorm2d(6, momentum=momentum, device="cuda:0")
+        synced = synchronize(copy.deepcopy(plain))
+        synced(torch.randn(2, 6, 1, 1, device="cuda:0"))  # NCCL starts at its first collective
+        synced = synchronize(copy.deepcopy(plain))
+        x = torch.randn(5, 6, 4, 4, device="cuda:0", dtype=dtype)
+        inputs = [x.clone().requires_grad_() for _ in range(2)]
+        expected = plain(inputs[0])
+        (expected * x).sum().backward()
+        with no_waits():
+            out = synced(inputs[1])
+            (out * x).sum().backward()
+        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(inputs[1].grad, inputs[0].grad)
+        for name, buffer in plain.named_buffers():
+            torch.testing.assert_close(synced.get_buffer(name), buffer)
+        for name, parameter in plain.named_parameters():
+            torch.testing.assert_close(synced.get_parameter(name).grad, parameter.grad)
+    finally:
+        dist.destroy_process_group()
 
 
 @needs_gpu

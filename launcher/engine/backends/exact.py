@@ -36,7 +36,7 @@ class ExactSums(_Base):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.scaler is not None:
-            self.scaler = LossScaler(1)
+            self.scaler = LossScaler(1, self.scaler.scale.device)
         self._tree: TreeSum[Gradients] = TreeSum(self.plan.distribution.count, add_gradients)
         self._exact_parameters: list[nn.Parameter] = []
 
