@@ -77,7 +77,7 @@ class ExactSums(_Base):
     def norm(self, grads: list[Tensor]) -> Tensor:
         if not grads:
             return super().norm(grads)
-        return exact_norm(grads, sum(grad.numel() for grad in grads), _same, _same)
+        return exact_norm(grads, num_rows(grads), _same, _same)
 
 
 class ExactLocalBackend(ExactSums, LocalBackend):
@@ -95,9 +95,7 @@ class ExactLocalBackend(ExactSums, LocalBackend):
             self._push_part(part)
 
     def apply(self, optimizer: Optimizer, max_grad_norm: float | None) -> Tensor:
-        gradients = self._tree.take()
-        without_negative_zeros(gradients)
-        for parameter, gradient in zip(self._exact_parameters, gradients, strict=True):
+        for parameter, gradient in zip(self._exact_parameters, self._tree.take(), strict=True):
             parameter.grad = gradient
         return super().apply(optimizer, max_grad_norm)
 
@@ -108,9 +106,9 @@ def add_gradients(left: Gradients, right: Gradients) -> Gradients:
     return right
 
 
-def without_negative_zeros(gradients: Sequence[Tensor]) -> None:
-    """Replace -0.0 by 0.0, so that a sum with zeros has the same bits as the sum without them."""
-    torch._foreach_add_(list(gradients), 0.0)
+def num_rows(gradients: Sequence[Tensor]) -> int:
+    """Return the number of rows of all gradients, over all ranks if they are sharded."""
+    return sum(gradient.shape[0] if gradient.ndim else 1 for gradient in gradients)
 
 
 def _same(values: Tensor) -> Tensor:

@@ -24,7 +24,6 @@ from launcher.engine.backends.exact import (
     ExactSums,
     Gradients,
     add_gradients,
-    without_negative_zeros,
 )
 from launcher.planning.global_batch import ceil_div
 from launcher.planning.virtual_ranks import Node, Part, TreeSum, VirtualRanks
@@ -170,7 +169,6 @@ class TreeExchange:
         for node, held in zip(self._nodes, bucket.received.view(len(self._nodes), -1), strict=True):
             tree.push_node(node, [held])
         root = tree.take()
-        without_negative_zeros(root)
         own = bucket.target.new_zeros(slice_size)
         own[:own_size] = root[0]
         bucket.received = bucket.target.new_empty(slice_size * self._world_size)

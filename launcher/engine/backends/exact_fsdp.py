@@ -25,7 +25,7 @@ from launcher.engine.backends.exact import (
     ExactSums,
     Gradients,
     add_gradients,
-    without_negative_zeros,
+    num_rows,
 )
 from launcher.engine.backends.exact_norm import exact_norm
 from launcher.errors import RecipeError
@@ -86,8 +86,7 @@ class ExactFSDPBackend(ExactSums, FSDPBackend):
         if not grads:
             return super().norm(grads)
         local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
-        num_elements = sum(grad.numel() for grad in grads)
-        return exact_norm(local, num_elements, self._sum_over_ranks, self._max_over_ranks)
+        return exact_norm(local, num_rows(grads), self._sum_over_ranks, self._max_over_ranks)
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         dist.all_reduce(values)
@@ -115,8 +114,8 @@ def _check_fused(optimizer: Optimizer) -> None:
 class TreeReduceScatter(ReduceScatter):
     """Replaces the reduce-scatter of one group of FSDP's parameters.
 
-    The output is 0 in all rounds but the last one of a step, so FSDP accumulates the sum over all
-    virtual ranks.
+    The output is -0.0 in all rounds but the last one of a step, so FSDP accumulates the sum over
+    all virtual ranks: x + -0.0 has the bits of x for every x, whereas -0.0 + 0.0 is 0.0.
 
     Args:
         distribution: The distribution of virtual ranks over ranks, interleaved.
@@ -162,7 +161,7 @@ class TreeReduceScatter(ReduceScatter):
         rows = received.view(group.size(), -1)
         for virtual_rank, row in zip(current.virtual_ranks, rows, strict=False):
             self._tree.push(virtual_rank, [row])
-        output_tensor.zero_()
+        output_tensor.fill_(-0.0)
         if self._first_output is None:
             self._first_output = output_tensor
         if self._tree.end == self._count:
@@ -187,7 +186,6 @@ class TreeReduceScatter(ReduceScatter):
     def _take_into(self, output: Tensor) -> None:
         root = self._tree.take()
         if root is not None:
-            without_negative_zeros(root)
             output.copy_(root[0])
         self._first_output = None
 
@@ -199,7 +197,8 @@ class TreeReduceScatter(ReduceScatter):
 
 def _add_present(left: Gradients | None, right: Gradients | None) -> Gradients | None:
     if left is None or right is None:
-        return left if right is None else right
+        present = left if right is None else right
+        return None if present is None else [tensor.add_(0.0) for tensor in present]
     return add_gradients(left, right)
 
 

@@ -41,7 +41,7 @@ class ModelRandomness:
         self._has_gpu = backend.device.type == "cuda"
         self._num_steps = 0
         self._watches = self._draws_on_host = False
-        self._before: Generators | None = None
+        self._before: tuple[object, ...] | None = None
 
     def begin_step(self, step: int) -> None:
         """Begin a step, counted from 0, before its first forward pass."""
@@ -70,13 +70,22 @@ class ModelRandomness:
             random.seed(seed)
             numpy.random.seed(seed & 0xFFFFFFFF)
         if self._watches:
-            self._before = Generators()
+            self._before = _host_fingerprint()
 
     def _watch(self) -> None:
         """Find out whether the model has drawn from a generator of Python or NumPy."""
         before, self._before = self._before, None
-        if before is not None and not before.are_untouched_on_host():
+        if before is not None and before != _host_fingerprint():
             self._draws_on_host, self._watches = True, False
+
+
+def _host_fingerprint() -> tuple[object, ...]:
+    """Return a part of the states of `random` and `numpy.random` that every draw changes."""
+    _, python, gauss = random.getstate()
+    state = numpy.random.get_state(legacy=False)
+    numpy_state = state["state"]
+    position, key = numpy_state["pos"], numpy_state["key"]
+    return python[0], python[-1], gauss, position, int(key[0]), state["has_gauss"]
 
 
 class Generators:
@@ -89,13 +98,10 @@ class Generators:
 
     def are_untouched(self) -> bool:
         """Return whether no generator has been drawn from since this copy was taken."""
-        return self.are_untouched_on_host() and torch.equal(torch.get_rng_state(), self._torch)
-
-    def are_untouched_on_host(self) -> bool:
-        """Return whether `random` and `numpy.random` have not been drawn from since the copy."""
         now, before = numpy.random.get_state(legacy=False), self._numpy
         return (
             random.getstate() == self._python
+            and torch.equal(torch.get_rng_state(), self._torch)
             and now["has_gauss"] == before["has_gauss"]
             and now["state"]["pos"] == before["state"]["pos"]
             and bool((now["state"]["key"] == before["state"]["key"]).all())

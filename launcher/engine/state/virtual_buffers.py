@@ -66,23 +66,30 @@ class VirtualBuffers:
         """Replace means and variances by their mean over all virtual ranks (collective).
 
         The mean is computed from the values of all virtual ranks in one order, so its bits do not
-        depend on the number of ranks.
+        depend on the number of ranks. Until the next `select`, the modules use it, and the largest
+        number of batches of any virtual rank.
 
         Args:
             sum_over_ranks: Returns a tensor summed over ranks.
         """
-        first = next(iter(self._copies.values()))
-        names = [name for name, buffer in first.items() if buffer.is_floating_point()]
-        if not names:
+        if not self._slots:
             return
-        sizes = [first[name].numel() for name in names]
-        table = first[names[0]].new_zeros((self.count, sum(sizes)), dtype=torch.float64)
+        merged = {
+            name: buffer.clone() for name, buffer in next(iter(self._copies.values())).items()
+        }
+        sizes = [buffer.numel() for buffer in merged.values()]
+        device = next(iter(merged.values())).device
+        table = torch.zeros(self.count, sum(sizes), dtype=torch.float64, device=device)
         for virtual_rank, copies in self._copies.items():
-            table[virtual_rank] = torch.cat([copies[name].double().flatten() for name in names])
-        means = sum_over_ranks(table).mean(0).split(sizes)
-        for copies in self._copies.values():
-            for name, mean in zip(names, means, strict=True):
-                copies[name].copy_(mean.view(copies[name].shape))
+            table[virtual_rank] = torch.cat([copies[name].double().flatten() for name in merged])
+        columns = sum_over_ranks(table).split(sizes, dim=1)
+        for (name, buffer), values in zip(merged.items(), columns, strict=True):
+            is_count = not buffer.is_floating_point()
+            buffer.copy_((values.amax(0) if is_count else values.mean(0)).view(buffer.shape))
+            self._slots[name].put(buffer)
+            if not is_count:
+                for copies in self._copies.values():
+                    copies[name].copy_(buffer)
 
     def to_save(self) -> Iterator[tuple[str, Tensor]]:
         """Yield host copies of the statistics of this rank's virtual ranks, by name."""
