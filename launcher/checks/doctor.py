@@ -11,7 +11,7 @@ from launcher.console.failure import failure_with_log
 from launcher.engine.probes.diagnostics_recipe import diagnostics_recipe
 from launcher.environment.machine import Machine
 from launcher.environment.world import World
-from launcher.findings import RankDiagnostics
+from launcher.findings import Finding, RankDiagnostics
 from launcher.json_file import read_json
 from launcher.launch.launcher import launch
 from launcher.launch.signal_handler import SignalHandler
@@ -86,7 +86,9 @@ def diagnose_here(plan: Plan, world: World, out: Path) -> list[RankDiagnostics] 
     Returns:
         The diagnostics of all ranks on rank 0, None on the others.
     """
-    node_findings = tuple(check_node(plan, out)) if world.local_rank == 0 else ()
+    node_findings: tuple[Finding, ...] = ()
+    if world.local_rank == 0:
+        node_findings = tuple(check_node(plan, out, launched_by=os.getppid()))
     from launcher.engine.external import external_diagnostics
 
     return external_diagnostics(plan, world, node_findings)

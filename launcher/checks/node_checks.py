@@ -1,4 +1,4 @@
-"""Findings about one node: cores, memory, /dev/shm, open files, disk and GPU driver."""
+"""Findings about one node: cores, memory, /dev/shm, open files, disk, GPU driver and health."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from launcher.checks.health_checks import check_health
 from launcher.environment.machine import free_memory_bytes, free_shm_bytes, gpu_driver
 from launcher.findings import Finding, failure, ok, warning
 from launcher.paths import is_dir
@@ -32,13 +33,16 @@ _TEST_BYTES = 16 << 20
 """Bytes that are written and synced to test whether the disk accepts data."""
 
 
-def check_node(plan: Plan, out: Path, root: Path = Path("/")) -> Iterator[Finding]:
+def check_node(
+    plan: Plan, out: Path, root: Path = Path("/"), *, launched_by: int | None = None
+) -> Iterator[Finding]:
     """Yield the findings about this node.
 
     Args:
         plan: The plan of a run on this node.
         out: Folder in which run folders would be created.
         root: Root of the files of /proc, /sys and /dev that are read.
+        launched_by: Id of the process that has started the ranks; None if none are running.
     """
     yield _cores(plan)
     yield _memory(plan, free_memory_bytes(root))
@@ -47,6 +51,7 @@ def check_node(plan: Plan, out: Path, root: Path = Path("/")) -> Iterator[Findin
     yield _disk(out)
     if plan.device == "cuda":
         yield _driver(gpu_driver(root))
+        yield from check_health(root, launched_by=launched_by)
 
 
 def _cores(plan: Plan) -> Finding:
