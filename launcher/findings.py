@@ -78,6 +78,15 @@ class RankDiagnostics:
     sums_correct: bool
     """Whether all all-reduces returned the correct sums."""
 
+    numa_node: int | None = None
+    """NUMA node of the rank's GPU; None if unknown or not asked for."""
+
+    cpus: str = ""
+    """The CPUs that the rank keeps to, such as `0-31`; empty if it is not bound."""
+
+    unbound: str = ""
+    """Why the rank is not bound to the CPUs near its GPU; empty if it is, and on CPUs."""
+
     node_findings: tuple[Finding, ...] = ()
     """Findings about the node by its first rank; empty if the launcher checked the node."""
 

@@ -39,6 +39,7 @@ def check_group(reports: Sequence[RankDiagnostics], plan: Plan) -> Iterator[Find
     yield _rendezvous(reports, plan, nodes)
     yield from _versions(reports)
     yield from _devices(reports, plan)
+    yield from _cpu_bindings(reports, nodes)
     yield _torchvision(reports)
     yield from _arithmetic(reports, plan)
     if plan.world_size > 1:
@@ -99,6 +100,33 @@ def _devices(reports: Sequence[RankDiagnostics], plan: Plan) -> Iterator[Finding
     totals = [report.device_memory[1] for report in reports if report.device_memory]
     if plan.device == "cuda" and totals:
         yield ok("GPU memory", f"at least {size(min(totals))} per rank")
+
+
+def _cpu_bindings(reports: Sequence[RankDiagnostics], nodes: Sequence[str]) -> Iterator[Finding]:
+    """Yield which ranks keep to which CPUs, and those that should and cannot; nothing on CPUs."""
+    ranks: dict[str, list[str]] = {}
+    for report in reports:
+        place = f" ({report.node})" if len(nodes) > 1 else ""
+        if report.cpus:
+            text = f"on NUMA node {report.numa_node}{place}, CPUs {report.cpus}"
+            ranks.setdefault(text, []).append(str(report.rank))
+        elif report.numa_node is not None:
+            yield warning(
+                "CPU binding",
+                f"rank {report.rank} ({report.node}) is not bound to a NUMA node: {report.unbound}",
+                "give the ranks CPUs of every NUMA node that has GPUs, for example all of a node's "
+                "cores in the batch system; numa=off says that this is intended",
+            )
+        elif report.unbound:
+            ranks.setdefault(f"not bound to a NUMA node: {report.unbound}", []).append(
+                str(report.rank)
+            )
+    if ranks:
+        listed = (
+            f"{'ranks' if len(own) > 1 else 'rank'} {', '.join(own)} {text}"
+            for text, own in ranks.items()
+        )
+        yield ok("CPU binding", "; ".join(listed))
 
 
 def _torchvision(reports: Sequence[RankDiagnostics]) -> Finding:

@@ -15,6 +15,7 @@ from launcher.engine.rank_process import (
     diagnose,
     exit_now,
     keep_open,
+    report_binding,
     start_watchdog,
     temporary_files,
 )
@@ -135,6 +136,7 @@ def external_rank(
     try:
         watchdog = start_watchdog(recipe, world, run_dir, stop, output)
         watchdog.usage = usage_of(backend.device)
+        report_binding(backend, output)
         result = train_rank(
             recipe,
             plan,

@@ -38,6 +38,15 @@ def keep_open(backend: Backend) -> None:
     _open_backends.append(backend)
 
 
+def report_binding(backend: Backend, output: Output) -> None:
+    """Write to the log which CPUs this rank keeps to; if it should and cannot, warn of it."""
+    binding = backend.cpu_binding
+    if binding is None:
+        return
+    text = f"launcher: rank {backend.rank} is {binding.text}\n"
+    (sys.stderr if binding.is_refused else output.log).write(text)
+
+
 def start_watchdog(
     recipe: Recipe, world: World, run_dir: RunDir, stop: StopRequest, output: Output
 ) -> Watchdog:

@@ -31,6 +31,7 @@ from launcher.engine.rank_process import (
     exit_now,
     keep_open,
     plan_diagnostics_recipe,
+    report_binding,
     start_watchdog,
     temporary_files,
 )
@@ -191,6 +192,7 @@ def _run_agent_rank(job: Job, work: Callable[[_AgentRank], int]) -> int:
         backend, _ = join(recipe, job.plan, world, lambda: job.run_dir)
         keep_open(backend)
         watchdog.usage = usage_of(backend.device)
+        report_binding(backend, output)
         rank = _AgentRank(
             job=job,
             recipe=recipe,

@@ -30,7 +30,7 @@ TOPICS = {
     "Length of the run": "epochs steps train_samples evaluate_every seed",
     "Memory and speed": (
         "strategy offload precision compile activation_checkpointing blocks channels_last tf32 "
-        "cudnn_benchmark deterministic device"
+        "cudnn_benchmark deterministic device numa"
     ),
     "State that depends on the split": "virtual_ranks exact sync_batchnorm rank_buffers",
     "Reading data": "in_memory num_workers worker_start prefetch_factor pin_memory",
@@ -56,7 +56,7 @@ EFFECTS = {
     ),
     Affects.NODE: (
         "loading",
-        "How the ranks of one node read samples. The steps stay the same.",
+        "How the ranks of one node read samples and use its cores. The steps stay the same.",
     ),
     Affects.NOTHING: (
         "nothing",

@@ -224,6 +224,11 @@ _NAMES = (
     _Advice(words="memory_format channel_last", write="channels_last=true", switch=True),
     _Advice(words="benchmark cudnn", write="cudnn_benchmark=true", switch=True),
     _Advice(
+        words="numa_binding numa_affinity cpu_affinity bind_cores bind_cores_to_rank",
+        write="numa=auto",
+        switch=True,
+    ),
+    _Advice(
         words=(
             "devices num_devices num_gpus gpus ngpus n_gpu n_gpus gpu gpu_ids world_size "
             "num_processes nproc nprocs nproc_per_node gpus_per_node num_gpus_per_node"

@@ -244,6 +244,9 @@ class Recipe:
     device: Annotated[Literal["cuda", "cpu"] | None, Affects.EXECUTION] = None
     """Device that the ranks compute on; None uses GPUs if there are any."""
 
+    numa: Annotated[Literal["auto", "off"], Affects.NODE] = "auto"
+    """auto: on a machine with several NUMA nodes, each rank keeps to the CPUs near its GPU."""
+
     in_memory: Annotated[bool, Affects.NODE] = False
     """Whether the samples are already in memory, so that DataLoader workers would only add cost."""
 

@@ -51,7 +51,14 @@ SETTINGS = {
         "cudnn_benchmark",
         "device",
     },
-    Affects.NODE: {"in_memory", "num_workers", "worker_start", "prefetch_factor", "pin_memory"},
+    Affects.NODE: {
+        "numa",
+        "in_memory",
+        "num_workers",
+        "worker_start",
+        "prefetch_factor",
+        "pin_memory",
+    },
     Affects.NOTHING: {
         "name",
         "evaluate_every",

@@ -192,3 +192,17 @@ def test_each_stage_has_a_time_budget_of_its_own() -> None:
         torch.set_num_threads(num_threads)
     assert report.device_memory is None
     assert len(stages) == 5
+
+
+def test_doctor_shows_the_binding() -> None:
+    """Ranks are listed with their CPUs; one that should be bound and is not is a warning."""
+    reports = [
+        replace(HEALTHY, numa_node=0, cpus="0-7"),
+        replace(HEALTHY, rank=1, numa_node=0, cpus="0-7"),
+        replace(HEALTHY, rank=2, numa_node=1, unbound="reasons"),
+    ]
+    findings = [f for f in check_group(reports, PLAN) if f.check == "CPU binding"]
+    assert [finding.level for finding in findings] == ["warning", "ok"]
+    assert findings[0].found == "rank 2 (node1) is not bound to a NUMA node: reasons"
+    assert findings[1].found == "ranks 0, 1 on NUMA node 0, CPUs 0-7"
+    assert [f for f in check_group([HEALTHY], PLAN) if f.check == "CPU binding"] == []

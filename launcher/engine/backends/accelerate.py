@@ -110,6 +110,7 @@ class GroupBackend(Backend):
         store = dist.distributed_c10d._get_default_store()  # noqa: SLF001
         if not cpu:
             check_own_device(store, world, device_identity(self.device))
+            self.bind_to_numa_node(world, store)
             # From this variable Accelerate and DeepSpeed take the index of the GPU. A task to which
             # Slurm shows one GPU has index 0, whatever its local rank.
             os.environ["LOCAL_RANK"] = str(self.device.index)

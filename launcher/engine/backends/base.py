@@ -10,11 +10,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._C._distributed_c10d import Store
 from torch.optim import Optimizer
 
 from launcher.engine.backends.call_order import CallOrder
 from launcher.engine.backends.placement import Placement
 from launcher.engine.backends.transfers import upload_scalar
+from launcher.engine.ranks.cpu_binding import bind_to_gpu, pci_address_of
 from launcher.engine.state.compiled import plain_name
 from launcher.engine.state.fragments import Fragment
 from launcher.engine.state.host_copies import HostCopies, HostMemory
@@ -38,6 +40,8 @@ from launcher.engine.state.training_state import (
     read_into,
 )
 from launcher.engine.state.virtual_buffers import VirtualBuffers
+from launcher.environment.numa import CpuBinding
+from launcher.environment.world import World
 from launcher.planning.configs import AUTOCAST
 from launcher.planning.plan import Plan
 from launcher.planning.strategy import STRATEGIES
@@ -76,7 +80,8 @@ class Backend(ABC):
         gathered, or if the model is compiled."""
         self.virtual_buffers: VirtualBuffers | None = None
         """BatchNorm's statistics of the virtual ranks of this rank; None without virtual ranks."""
-
+        self.cpu_binding: CpuBinding | None = None
+        """The CPUs that this rank keeps to; None on CPUs, and with numa=off."""
         self._trained: list[nn.Parameter] | None = None
         self._sparse: frozenset[nn.Parameter] = frozenset()
         """The parameters with sparse gradients."""
@@ -87,6 +92,22 @@ class Backend(ABC):
         self._placement = Placement(
             device, channels_last=recipe.channels_last, double=plan.precision == "fp64"
         )
+
+    def bind_to_numa_node(self, world: World, store: Store | None = None) -> None:
+        """Bind this process to the CPUs near its GPU, as the recipe asks (collective on the node).
+
+        Args:
+            world: This rank.
+            store: The store at which the ranks have met; None if this rank is alone.
+        """
+        if self.device.type == "cuda":
+            self.cpu_binding = bind_to_gpu(
+                pci_address_of(self.device),
+                world,
+                store,
+                workers_per_rank=self.plan.workers_per_rank,
+                wanted=self.recipe.numa == "auto",
+            )
 
     def to_device(self, batch: Any) -> Any:
         """Return `batch` with its tensors on this rank's device; copies overlap computation."""

@@ -12,7 +12,9 @@ from torch.optim import Optimizer
 
 from launcher.engine.backends.base import Backend
 from launcher.engine.backends.devices import planned_device
+from launcher.engine.ranks.cpu_binding import allowed_cpus, keep_to_cpus
 from launcher.engine.state.parameter_kinds import sparse_parameters
+from launcher.environment.world import World
 from launcher.planning.plan import Plan
 from launcher.planning.virtual_ranks import Part
 from launcher.recipe.recipe import Recipe
@@ -26,6 +28,8 @@ class LocalBackend(Backend):
 
     def __init__(self, recipe: Recipe, plan: Plan) -> None:
         super().__init__(recipe, plan, planned_device(recipe, plan, local_rank=0))
+        self._cpus = allowed_cpus()
+        self.bind_to_numa_node(World())
 
     def prepare(
         self,
@@ -57,3 +61,5 @@ class LocalBackend(Backend):
     def close(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        if self.cpu_binding is not None and self.cpu_binding.cpus:
+            keep_to_cpus(self._cpus)  # a notebook goes on in this process

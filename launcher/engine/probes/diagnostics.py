@@ -15,6 +15,7 @@ from torch import Tensor
 
 from launcher.engine.backends.base import Backend
 from launcher.environment.machine import gpu_driver
+from launcher.environment.numa import cpu_ranges
 from launcher.findings import Finding, RankDiagnostics
 from launcher.printable import error_line
 from launcher.runs.provenance import versions
@@ -69,6 +70,7 @@ def diagnose_rank(
         sums_are_right = small_are_right and large_are_right
         report()
     is_cuda = device.type == "cuda"
+    binding = backend.cpu_binding
     torchvision = _find_import_error("torchvision")
     report()
     return RankDiagnostics(
@@ -85,6 +87,9 @@ def diagnose_rank(
         reduce_bandwidth=bandwidth,
         sums_correct=sums_are_right,
         node_findings=node_findings,
+        numa_node=None if binding is None else binding.numa_node,
+        cpus="" if binding is None else cpu_ranges(binding.cpus),
+        unbound="" if binding is None else binding.reason,
     )
 
 

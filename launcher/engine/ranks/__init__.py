@@ -7,5 +7,6 @@ turns             ranks of a node that take turns, or wait for all, without a ti
 watchdog          the heartbeat of a rank, and the end of a run that hangs
 failures          what a rank does when it fails
 output            where the output of a rank goes: its log, and the terminal for rank 0
+cpu_binding       binds a rank to the CPUs of its GPU's NUMA node
 processes, usage  ties between processes, and the memory and cores that they use
 """
