@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from launcher.analysis.device_peaks import peak_flops
-from launcher.runs.history import History
+from launcher.runs.history import History, RankShares
 
 _STRAGGLER_RATIO = 1.15
 """A rank whose own time exceeds this many times the median of the others is a straggler."""
@@ -91,9 +91,12 @@ def shares_text(history: History, parts: dict[str, list[float]]) -> str:
 
 def mean_own_seconds(history: History) -> list[float] | None:
     """Return the mean seconds per step of each rank's own work, or None if it was not measured."""
-    rows = [seconds for _, seconds in own_seconds(history)]
-    rows = rows[1:] or rows  # the first row includes the warm-up
-    return [statistics.fmean(column) for column in zip(*rows, strict=True)] if rows else None
+    return _means(own_seconds(history))
+
+
+def mean_device_seconds(history: History) -> list[float] | None:
+    """Return the mean seconds per step of each rank's own passes on its GPU, or None if unknown."""
+    return _means(_seconds_by_rank(history, lambda row: row.device_seconds))
 
 
 def own_seconds(history: History) -> list[tuple[int, list[float]]]:
@@ -101,34 +104,66 @@ def own_seconds(history: History) -> list[tuple[int, list[float]]]:
 
     The list is empty if that was not measured, as under FSDP and ZeRO.
     """
+    return _seconds_by_rank(history, lambda row: row.own_seconds)
+
+
+def _means(rows: list[tuple[int, list[float]]]) -> list[float] | None:
+    """Return the mean of each rank, or None without rows; the first one includes the warm-up."""
+    columns = zip(*(seconds for _, seconds in rows[1:] or rows), strict=True)
+    return [statistics.fmean(column) for column in columns] or None
+
+
+def _seconds_by_rank(
+    history: History, get: Callable[[RankShares], list[float] | None]
+) -> list[tuple[int, list[float]]]:
+    """Return (step, seconds of each rank) since the run has its present world size."""
     rows: list[tuple[int, list[float]]] = []
     world_size = 0
     for row in history.ranks:
         if len(row.memory_bytes) != world_size:
             rows, world_size = [], len(row.memory_bytes)
-        if row.own_seconds is not None:
-            rows.append((row.step, row.own_seconds))
+        if (seconds := get(row)) is not None:
+            rows.append((row.step, seconds))
     return rows
 
 
-def stragglers_text(rank_seconds: Sequence[float]) -> str:
-    """Return a text that names the ranks that the others wait for.
+def stragglers_text(
+    rank_seconds: Sequence[float], device_seconds: Sequence[float] | None = None
+) -> str:
+    """Return a text that names the ranks that the others wait for, and whether GPUs are slow.
 
     Args:
         rank_seconds: Seconds per step of each rank's own work.
+        device_seconds: Seconds per step of each rank's own passes on its GPU; None if unknown.
     """
     slow_ranks = stragglers(rank_seconds)
-    if not slow_ranks:
-        return "No rank is much slower than the others."
+    slow_devices = stragglers(device_seconds or ())
+    sentences = []
+    if slow_ranks:
+        sentences.append(
+            f"The others wait for {_names(slow_ranks)}. The factor is a rank's own time per step "
+            "over the median of the other ranks."
+        )
+    if slow_devices:
+        sentences.append(
+            f"Forward and backward passes take longer on the GPU of {_names(slow_devices)}: "
+            "`launcher doctor` compares the speed and the health of GPUs."
+        )
+    elif slow_ranks and device_seconds:
+        sentences.append(
+            "Forward and backward passes take equally long on all GPUs, so the time is lost on the "
+            "host: in reading data, or to other processes on its cores."
+        )
+    return " ".join(sentences) or "No rank is much slower than the others."
+
+
+def _names(slow_ranks: Sequence[tuple[int, float]]) -> str:
+    """Return ranks with their factors: `rank 3 (1.4x), rank 5 (1.2x) and 2 more`."""
     names = ", ".join(
         f"rank {rank} ({ratio:.3g}x)" for rank, ratio in slow_ranks[:_MAX_NAMED_RANKS]
     )
     num_unnamed = len(slow_ranks) - _MAX_NAMED_RANKS
-    more = f" and {num_unnamed} more" if num_unnamed > 0 else ""
-    return (
-        f"The others wait for {names}{more}. The factor is a rank's own time per step over the "
-        "median of the other ranks."
-    )
+    return names + (f" and {num_unnamed} more" if num_unnamed > 0 else "")
 
 
 def stragglers(rank_seconds: Sequence[float]) -> list[tuple[int, float]]:

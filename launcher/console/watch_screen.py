@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from launcher.analysis.time_shares import (
+    mean_device_seconds,
     mean_own_seconds,
     step_parts,
     stragglers,
@@ -77,8 +78,9 @@ def screen(history: History, state: RunState) -> RenderableType:
     if history.health:
         parts.append(_rank_grid(history))
         own_seconds = mean_own_seconds(history) or []
-        if stragglers(own_seconds):
-            parts.append(Text(stragglers_text(own_seconds), "yellow"))
+        device_seconds = mean_device_seconds(history)
+        if stragglers(own_seconds) or stragglers(device_seconds or ()):
+            parts.append(Text(stragglers_text(own_seconds, device_seconds), "yellow"))
     return Group(*parts)
 
 
@@ -214,7 +216,8 @@ def status_values(history: History, state: RunState) -> dict[str, Any]:
     """Return the state of a run as JSON-compatible values, times in seconds.
 
     `latest` holds the columns of `launcher.runs.history.COLUMNS` at the last step, `own_seconds`
-    the part of a step that each rank spends without waiting for others.
+    the part of a step that each rank spends without waiting for others, and `device_seconds` its
+    passes on its GPU.
     """
     latest = {name: column[-1] for name, column in history.steps.items() if column}
     latest.pop("step", None)
@@ -228,4 +231,5 @@ def status_values(history: History, state: RunState) -> dict[str, Any]:
         "latest": latest,
         "evaluation": history.evaluations[-1][1] if history.evaluations else {},
         "own_seconds": history.ranks[-1].own_seconds if history.ranks else None,
+        "device_seconds": history.ranks[-1].device_seconds if history.ranks else None,
     }

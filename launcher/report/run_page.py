@@ -14,6 +14,7 @@ from textwrap import shorten
 from typing import Any
 
 from launcher.analysis.time_shares import (
+    mean_device_seconds,
     mean_own_seconds,
     own_seconds,
     shares_text,
@@ -192,9 +193,14 @@ def _ranks(history: History) -> Iterator[Section]:
     rank_seconds = mean_own_seconds(history)
     paragraph = ""
     if rank_seconds is not None and len(rank_seconds) > 1:
-        paragraph = stragglers_text(rank_seconds)
+        device_seconds = mean_device_seconds(history)
+        paragraph = stragglers_text(rank_seconds, device_seconds)
         title = "step time of each rank, excluding waits for other ranks"
         figures.append(_rank_bars(title, "ms", names, [1e3 * value for value in rank_seconds]))
+        if device_seconds is not None:
+            title = "time of forward and backward passes on the GPU of each rank"
+            values = [1e3 * value for value in device_seconds]
+            figures.append(_rank_bars(title, "ms", names, values))
         rows = own_seconds(history)
         if len(rank_seconds) <= _MAX_RANK_CURVES and len(rows) > 1:
             steps = [step for step, _ in rows]

@@ -60,6 +60,9 @@ class RankShares:
     own_seconds: list[float] | None = None
     """Seconds per step that each rank did not wait for other ranks; None if unknown."""
 
+    device_seconds: list[float] | None = None
+    """Seconds per step of each rank's own passes on its GPU; None if unknown."""
+
     data_wait_seconds: list[float]
     """Seconds per step that each rank waited for data."""
 
@@ -67,7 +70,12 @@ class RankShares:
     """Peak memory of each rank."""
 
     def __post_init__(self) -> None:
-        lists = self.own_seconds, self.data_wait_seconds, self.memory_bytes
+        lists = (
+            self.own_seconds,
+            self.device_seconds,
+            self.data_wait_seconds,
+            self.memory_bytes,
+        )
         if (
             not self.memory_bytes
             or len({len(values) for values in lists if values is not None}) > 1

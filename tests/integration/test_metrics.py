@@ -24,6 +24,7 @@ def runs(module_run: Commands) -> Path:
     """Train under DDP with a rank that pauses, under FSDP, and on one rank."""
     for name, arguments in {
         "ddp": (STRAGGLING, "-n", "2"),
+        "timed": (STRAGGLING, "-n", "2", "timed=true", "micro_batch_size=16"),
         "fsdp": ("digits", "-n", "2", "strategy=fsdp"),
         "alone": ("digits", "-n", "1"),
     }.items():
@@ -62,6 +63,19 @@ def test_waiting_for_others_is_measured(runs: Path) -> None:
     assert one > zero + 0.005
     assert all(num_bytes > 2**20 for num_bytes in ranks["memory_bytes"])
     assert len(ranks["data_wait_seconds"]) == 2
+
+
+def test_passes_end_before_the_wait_for_others(runs: Path) -> None:
+    """The time of a rank's passes excludes its wait for gradients, in DDP as it is."""
+    rows = rows_of(runs / "timed")[10:]
+    step_seconds = sum(row["step_seconds"] for row in rows) / len(rows)
+    metrics = read_lines(runs / "timed/metrics.jsonl")
+    zero, one = [row["ranks"] for row in metrics if "ranks" in row][-1]["device_seconds"]
+    assert one > zero + 0.03, "rank 1 pauses twice for 20 ms, in two micro-steps"
+    assert step_seconds > zero + 0.03
+    assert one < step_seconds
+    untimed = [row["ranks"] for row in read_lines(runs / "ddp/metrics.jsonl") if "ranks" in row]
+    assert untimed[-1]["device_seconds"] is None
 
 
 def test_what_cannot_be_measured_is_null(runs: Path) -> None:

@@ -57,11 +57,14 @@ def test_rank_rows_become_rarer_with_time_and_with_ranks() -> None:
 
 def test_rank_rows_are_combined_by_column() -> None:
     """Each column lists all ranks; own times are None if the communication wait is not measured."""
-    rows = [[0.1, 0.01, 1024.0], [0.2, 0.02, 2048.0]]
+    rows = [[0.1, 0.01, 1024.0, 0.08], [0.2, 0.02, 2048.0, 0.07]]
     row = combine_rank_rows(rows, measures_waits=True)
     assert row.own_seconds == [0.1, 0.2]
     assert row.memory_bytes == [1024, 2048]
+    assert row.device_seconds is None
     assert combine_rank_rows(rows, measures_waits=False).own_seconds is None
+    timed = combine_rank_rows(rows, measures_waits=True, measures_devices=True)
+    assert timed.device_seconds == [0.08, 0.07]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ exact_ddp            the same under DistributedDataParallel
 exact_fsdp           the same under FSDP
 exact_norm           a gradient norm that does not depend on how the gradient is split
 placement            the rank's device, and copies of batches to it
+compute_timer        times of a rank's own passes on the clock of its GPU
 call_order           detects ranks that gather weights in different orders (FSDP, ZeRO-3)
 reduction_order      makes ZeRO-1 and ZeRO-2 reduce gradients in one order on every rank
 unused_parameters    zero gradients for parameters that a rank did not use (DDP)

@@ -31,6 +31,7 @@ from torch.optim import Optimizer
 
 from launcher.engine.backends.base import Backend, state_dict_names
 from launcher.engine.backends.call_order import watch_call_order
+from launcher.engine.backends.compute_timer import compute_timer
 from launcher.engine.backends.default_group import join_process_group, lower_debug_level
 from launcher.engine.backends.devices import check_own_device, device_identity, planned_device
 from launcher.engine.backends.recipe_forward import (
@@ -184,6 +185,8 @@ class DDPBackend(GroupBackend):
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
             ],
         )
+        if not recipe.sync_batchnorm:  # whose statistics wait for other ranks in every pass
+            self.compute_timer = compute_timer(self.device)
 
     def prepare(
         self,
@@ -220,6 +223,8 @@ class DDPBackend(GroupBackend):
         self, *, last: bool, part: Part | None = None
     ) -> contextlib.AbstractContextManager[Any]:
         self._averages_gradients = last
+        if self.compute_timer is not None:
+            self.compute_timer.begin(last=last)
         self._used.begin(accumulates=not last)
         return contextlib.nullcontext() if last else self._wrapped.no_sync()
 

@@ -14,6 +14,7 @@ from torch._C._distributed_c10d import Store
 from torch.optim import Optimizer
 
 from launcher.engine.backends.call_order import CallOrder
+from launcher.engine.backends.compute_timer import ComputeTimer
 from launcher.engine.backends.placement import Placement
 from launcher.engine.backends.transfers import upload_scalar
 from launcher.engine.ranks.cpu_binding import bind_to_gpu, pci_address_of
@@ -80,6 +81,9 @@ class Backend(ABC):
         gathered, or if the model is compiled."""
         self.virtual_buffers: VirtualBuffers | None = None
         """BatchNorm's statistics of the virtual ranks of this rank; None without virtual ranks."""
+        self.compute_timer: ComputeTimer | None = None
+        """Times this rank's passes on its GPU; None on CPUs, and where they wait for other ranks in
+        between."""
         self.cpu_binding: CpuBinding | None = None
         """The CPUs that this rank keeps to; None on CPUs, and with numa=off."""
         self._trained: list[nn.Parameter] | None = None
@@ -127,6 +131,14 @@ class Backend(ABC):
             measure it.
         """
         return None
+
+    def compute_times(self) -> tuple[float, int] | None:
+        """Return the time of this rank's own passes on its GPU since the last call, without a wait.
+
+        Returns:
+            The total (seconds, number of optimizer steps), or None if it is not measured.
+        """
+        return None if self.compute_timer is None else self.compute_timer.take()
 
     @abstractmethod
     def prepare(
@@ -318,6 +330,8 @@ class Backend(ABC):
     def backward(self, loss: Tensor, weight: float | Tensor) -> None:
         """Accumulate the gradient of `loss` times `weight`, which is averaged over ranks."""
         weight = self.scaled(weight)
+        if self.compute_timer is not None:
+            self.compute_timer.end_with(loss)
         # Starting the chain rule at the weight saves a multiplication in forward and in backward.
         loss.backward(poison_nonfinite(loss, weight))
         if self.call_order is not None:

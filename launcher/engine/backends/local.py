@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from launcher.engine.backends.base import Backend
+from launcher.engine.backends.compute_timer import compute_timer
 from launcher.engine.backends.devices import planned_device
 from launcher.engine.ranks.cpu_binding import allowed_cpus, keep_to_cpus
 from launcher.engine.state.parameter_kinds import sparse_parameters
@@ -28,6 +29,7 @@ class LocalBackend(Backend):
 
     def __init__(self, recipe: Recipe, plan: Plan) -> None:
         super().__init__(recipe, plan, planned_device(recipe, plan, local_rank=0))
+        self.compute_timer = compute_timer(self.device)
         self._cpus = allowed_cpus()
         self.bind_to_numa_node(World())
 
@@ -47,6 +49,8 @@ class LocalBackend(Backend):
     def micro_step(
         self, *, last: bool, part: Part | None = None
     ) -> contextlib.AbstractContextManager[Any]:
+        if self.compute_timer is not None:
+            self.compute_timer.begin(last=last)
         return contextlib.nullcontext()
 
     def sum(self, values: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 from launcher.engine.backends.base import Backend
 from launcher.engine.backends.transfers import upload
 from launcher.engine.metrics.rank_times import (
+    ROW_WIDTH,
     CommunicationClock,
     RankRow,
     RankTotals,
@@ -164,6 +165,7 @@ class Meter:
         self._clock_start = clock()
         self._communication = CommunicationClock(backend.communication)
         self._rank_totals = RankTotals(backend.world_size)
+        backend.compute_times()  # those of the trial do not count
 
     def add(self, **measurements: Any) -> None:
         """Keep the measurements of one step; tensors stay on their device."""
@@ -199,6 +201,9 @@ class Meter:
         wait_per_step = self._communication.per_step()
         data_wait = sum(step.data_wait_seconds for step in steps)
         self._rank_totals.add(len(steps), seconds, data_wait, wait_per_step)
+        device_times = self._backend.compute_times()
+        if device_times is not None:
+            self._rank_totals.add_device_times(*device_times)
         rank_row = None
         if self._rank_totals.is_due or is_last:
             rank_row = self._rank_totals.row(self._backend)
@@ -214,8 +219,14 @@ class Meter:
         ranks = None
         if rank_row is not None:
             world_size = self._backend.world_size
-            ranks = combine_rank_rows(sums[-world_size:], measures_waits=wait_per_step is not None)
-            sums = sums[:-world_size]
+            num_rows = _rows_of_three(world_size * ROW_WIDTH)
+            numbers = itertools.chain.from_iterable(sums[-num_rows:])
+            ranks = combine_rank_rows(
+                [list(itertools.islice(numbers, ROW_WIDTH)) for _ in range(world_size)],
+                measures_waits=wait_per_step is not None,
+                measures_devices=device_times is not None,
+            )
+            sums = sums[:-num_rows]
         self._check_lockstep(*sums.pop()[:2])
         summed_flags = RankFlags(*sums.pop())
         seconds, end_time, total_wait = sums.pop()
@@ -249,10 +260,10 @@ class Meter:
         The rows are (loss sum, counted items, data wait) for each step, followed by
         (seconds and end time of rank 0, so that all ranks use one clock, and communication wait),
         the flags, and (sum, sum of squares, 0) of the ranks' call checksums. If `rank_row` is
-        given, one row for each rank follows.
+        given, the rows of all ranks follow, in lines of three numbers.
 
         Returns:
-            A float64 tensor of shape (steps + 3, 3) or (steps + 3 + ranks, 3).
+            A float64 tensor of shape (steps + 3, 3), or with more rows if `rank_row` is given.
         """
         device = self._backend.device
         zero = torch.zeros((), device=device)
@@ -273,9 +284,10 @@ class Meter:
         checksum = 0 if call_order is None else call_order.take_checksum()
         parts.append(upload([*clock, *own_flags, checksum, checksum**2, 0.0], device).view(3, 3))
         if rank_row is not None:
-            rows = [[0.0, 0.0, 0.0]] * self._backend.world_size
-            rows[self._backend.rank] = rank_row
-            parts.append(upload(list(itertools.chain.from_iterable(rows)), device).view(-1, 3))
+            numbers = [0.0] * (3 * _rows_of_three(self._backend.world_size * ROW_WIDTH))
+            first = self._backend.rank * ROW_WIDTH
+            numbers[first : first + ROW_WIDTH] = rank_row
+            parts.append(upload(numbers, device).view(-1, 3))
         return self._backend.sum(torch.cat(parts))
 
     def _sum_exactly(self, steps: list[_StepMeasurements]) -> list[float]:
@@ -373,6 +385,11 @@ class Meter:
                 )
             )
         return rows
+
+
+def _rows_of_three(num_numbers: int) -> int:
+    """Return how many rows of three numbers hold so many numbers."""
+    return -(-num_numbers // 3)
 
 
 class NonFiniteGuard:

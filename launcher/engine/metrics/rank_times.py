@@ -11,6 +11,9 @@ from launcher.engine.ranks.processes import peak_bytes
 _RANK_ROWS_PER_SECOND = 64
 """Upper limit on the rank measurements written per second, for any number of ranks."""
 
+ROW_WIDTH = 4
+"""Numbers that each rank contributes to a `RankRow`."""
+
 _INTERVAL_FRACTION = 0.01
 """Interval between two exchanges as a fraction of the training time so far."""
 
@@ -22,6 +25,11 @@ class RankRow:
     own_seconds: list[float] | None
     """Seconds per step of each rank, without its communication wait. The others wait for the rank
     with the largest value. None where the communication wait cannot be measured."""
+
+    device_seconds: list[float] | None = None
+    """Seconds per step of each rank's forward and backward passes on its GPU, before it waits for
+    the gradients of other ranks. None on CPUs, under FSDP and ZeRO, and with sync_batchnorm=true,
+    where passes wait for other ranks in between."""
 
     data_wait_seconds: list[float]
     """Seconds per step that each rank waits for data."""
@@ -68,6 +76,7 @@ class RankTotals:
         self._min_interval = max(1.0, world_size / _RANK_ROWS_PER_SECOND)
         self._clock, self._due = 0.0, self._min_interval
         self._num_steps, self._own_seconds, self._data_wait = 0, 0.0, 0.0
+        self._device_seconds, self._num_timed = 0.0, 0
 
     @property
     def is_due(self) -> bool:
@@ -93,29 +102,44 @@ class RankTotals:
         self._own_seconds += seconds - num_steps * (wait_per_step or 0.0)
         self._data_wait += data_wait
 
+    def add_device_times(self, seconds: float, num_steps: int) -> None:
+        """Add the duration of this rank's own passes on its GPU in some steps."""
+        self._device_seconds += seconds
+        self._num_timed += num_steps
+
     def row(self, backend: Backend) -> list[float]:
-        """Return this rank's [own seconds per step, data wait per step, peak bytes], and reset."""
+        """Return this rank's `ROW_WIDTH` measurements, and reset.
+
+        They are the own seconds per step, the data wait per step, the peak bytes, and the seconds
+        per step of its passes on the GPU, which are 0 if they are not measured.
+        """
         num_steps = max(self._num_steps, 1)
         row = [
             max(self._own_seconds, 0.0) / num_steps,
             self._data_wait / num_steps,
             float(peak_bytes(backend.device)),
+            self._device_seconds / max(self._num_timed, 1),
         ]
         self._num_steps, self._own_seconds, self._data_wait = 0, 0.0, 0.0
+        self._device_seconds, self._num_timed = 0.0, 0
         self._due = self._clock + max(self._min_interval, _INTERVAL_FRACTION * self._clock)
         return row
 
 
-def combine_rank_rows(rows: list[list[float]], *, measures_waits: bool) -> RankRow:
+def combine_rank_rows(
+    rows: list[list[float]], *, measures_waits: bool, measures_devices: bool = False
+) -> RankRow:
     """Combine the rows of all ranks into one.
 
     Args:
         rows: What `RankTotals.row` returned on each rank, in the order of ranks.
         measures_waits: Whether the ranks measure their communication wait.
+        measures_devices: Whether the ranks measure their passes on the GPU.
     """
-    own_seconds, data_waits, memory = zip(*rows, strict=True)
+    own_seconds, data_waits, memory, device_seconds = zip(*rows, strict=True)
     return RankRow(
         own_seconds=list(own_seconds) if measures_waits else None,
+        device_seconds=list(device_seconds) if measures_devices else None,
         data_wait_seconds=list(data_waits),
         memory_bytes=[int(num_bytes) for num_bytes in memory],
     )
