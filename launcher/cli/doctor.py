@@ -34,9 +34,9 @@ def command(
 ) -> int:
     """Find what could slow down or stop a run, on this machine and between its ranks.
 
-    It checks cores, memory, /dev/shm, disk and driver on the node, then versions, devices,
-    arithmetic and communication of the ranks. The exit code is 1 if a run would fail. Start it as
-    ranks, with srun or torchrun, to check several nodes.
+    It checks cores, memory, /dev/shm, disk and driver of the node and the health of its GPUs and
+    InfiniBand adapters, then versions, devices, arithmetic and communication of the ranks. The exit
+    code is 1 if a run would fail. Start it as ranks, with srun or torchrun, to check several nodes.
 
     \b
     launcher doctor

@@ -198,3 +198,38 @@ def test_communication_time_is_measured(run: Commands) -> None:
     waits = [row["communication_seconds"] for row in map(json.loads, lines) if "grad_norm" in row]
     assert all(wait is not None and wait >= 0 for wait in waits)
     assert waits[-1] > 0
+
+
+@needs_gpu
+def test_the_health_of_gpus_is_examined(run: Commands) -> None:
+    """The management library of this machine answers, and every check has a finding."""
+    done = run("launcher", "doctor", "-n", "1", "--json")
+    findings = json.loads(done.stdout)["findings"]
+    checks = {finding["check"] for finding in findings}
+    assert checks >= {"ECC memory", "Xid errors", "clocks", "PCIe", "GPU users"}
+    assert not [finding for finding in findings if finding["check"] == "GPU health"]
+
+
+@needs_gpu
+def test_a_rank_says_which_cpus_it_keeps_to(run: Commands) -> None:
+    """The log of a rank has its NUMA node or why it is not bound; with numa=off it has neither."""
+    for name, words in (("auto", ()), ("off", ("numa=off",))):
+        done = run("launcher", "run", "digits", "-n", "1", "steps=5", *words, "--out", name)
+        assert done.exit_code == 0, done.stderr
+    logs = {name: (run.folder / name / "logs/rank0.log").read_text() for name in ("auto", "off")}
+    assert "NUMA node" in logs["auto"]
+    assert "NUMA node" not in logs["off"]
+
+
+@needs_gpu
+def test_passes_are_timed_on_each_gpu(run: Commands) -> None:
+    """On one rank and, where there are GPUs, on several, passes take a part of each step."""
+    for ranks in range(1, min(GPUS, 2) + 1):
+        done = run("launcher", "run", "digits", "-n", f"{ranks}", "steps=50", "--out", f"{ranks}")
+        assert done.exit_code == 0, done.stderr
+        lines = (run.folder / f"{ranks}/metrics.jsonl").read_text().splitlines()
+        rows = [row for row in map(json.loads, lines) if "ranks" in row or "grad_norm" in row]
+        devices = [row["ranks"]["device_seconds"] for row in rows if "ranks" in row][-1]
+        steps = [row["step_seconds"] for row in rows if "grad_norm" in row][-10:]
+        assert len(devices) == ranks
+        assert all(0 < seconds < 1.2 * max(steps) for seconds in devices)
