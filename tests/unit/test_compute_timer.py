@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from launcher.engine.backends import devices
 from launcher.engine.backends.compute_timer import ComputeTimer, compute_timer
+from launcher.engine.backends.exact import ExactLocalBackend
 from launcher.engine.backends.local import LocalBackend
-from launcher.engine.metrics.meter import Meter, RankFlags
+from launcher.engine.metrics.meter import Meter, RankFlags, StepLosses
 from launcher.environment.machine import read_machine
+from launcher.recipe.overrides import Override
 from launcher.recipe.resolve import resolve
 from launcher.recipes.digits import digits
 from launcher.runs.plan_recipe import plan_recipe
@@ -152,8 +155,7 @@ def test_the_meter_reports_the_time_of_each_device() -> None:
             samples=64 * step,
             batch_samples=64,
             items=64,
-            loss_sums=[torch.tensor(64.0)],
-            counts=[64],
+            losses=StepLosses(sums=[torch.tensor(64.0)], counts=[64], parts=[None]),
             lr=0.1,
             momentum=None,
             grad_norm=torch.tensor(1.0),
@@ -163,6 +165,28 @@ def test_the_meter_reports_the_time_of_each_device() -> None:
     assert ranks is not None
     assert ranks.own_seconds == pytest.approx([0.5])
     assert ranks.device_seconds == pytest.approx([0.3])
+
+
+def test_exact_sums_are_timed_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend with exact sums on one rank begins to time where the others do."""
+    monkeypatch.setattr(devices, "use_deterministic_kernels", lambda: None)  # of this process
+    built, plan = plan_recipe(
+        resolve("digits"),
+        [
+            Override(name="virtual_ranks", value=8, source="test"),
+            Override(name="exact", value=True, source="test"),
+        ],
+        read_machine(),
+        nproc_per_node=1,
+    )
+    backend, queue = ExactLocalBackend(built.recipe, plan), Queue()
+    backend.compute_timer = ComputeTimer(queue.event, lambda: "stream")
+    weight = torch.ones((), requires_grad=True)
+    with backend.micro_step(last=True):
+        passed: Any = Pass.apply(weight, queue, 0.5)  # type: ignore[no-untyped-call]
+        backend.backward(passed, 1.0)
+    queue.now = 10.0
+    assert backend.compute_times() == pytest.approx((1.5, 1))
 
 
 def test_nothing_is_timed_on_a_cpu() -> None:

@@ -90,7 +90,8 @@ class ExactLocalBackend(ExactSums, LocalBackend):
 
     @contextlib.contextmanager
     def micro_step(self, *, last: bool, part: Part | None = None) -> Iterator[None]:
-        yield
+        with super().micro_step(last=last, part=part):
+            yield
         if part is not None and part.is_last:
             self._push_part(part)
 
