@@ -2,10 +2,9 @@
 
     python benchmarks/exact_cost.py
 
-Claim: `virtual_ranks` costs at most 2 % of the same number of micro-steps, and `exact=true` at most
-5 % on one process and 15 % on two. Each configuration trains a net from tiny.py with 8 micro-batches
-in a batch; a clock in the net measures the micro-steps. Configurations take turns, each turn in
-another order; a ratio is the median of the ratios within each turn. All processes use one thread.
+Each configuration trains a net from tiny.py with 8 micro-batches in a batch; a clock in the net
+measures the micro-steps. Configurations take turns, each turn in another order; a ratio is the
+median of the ratios within each turn. All processes use one thread.
 """
 
 from __future__ import annotations

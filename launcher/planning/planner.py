@@ -317,7 +317,8 @@ def _check_parts(recipe: Recipe, world_size: int, accumulation: int) -> None:
         PlanError: There is one part.
     """
     summed = STRATEGIES[recipe.strategy].sums_gradients_over_ranks_in_backward
-    if accumulation > 1 or (world_size > 1 and not summed):
+    has_virtual_ranks = recipe.exact and recipe.virtual_ranks != 1
+    if accumulation > 1 or (world_size > 1 and not summed) or has_virtual_ranks:
         return
     where = f"under strategy={recipe.strategy}" if summed else "on 1 rank"
     raise PlanError(

@@ -39,8 +39,9 @@ class _Round:
     has_gradients = False
     """Whether this rank computes one of them that has samples."""
 
-    is_last = False
-    """Whether it is the last round of the step."""
+    squares: Tensor | None = None
+    """Receives, for each virtual rank, the sum of squares of this rank's shards of its gradient, as
+    float64; None if they are not recorded."""
 
 
 class ExactFSDPBackend(ExactSums, FSDPBackend):
@@ -68,13 +69,24 @@ class ExactFSDPBackend(ExactSums, FSDPBackend):
         current = self._round
         current.virtual_ranks = self.plan.distribution.of_round(self._round_number)
         current.has_gradients = part.virtual_rank is not None and not part.is_empty
-        current.is_last = last
         if part.micro_step or not part.is_last:
             # The gradients of a virtual rank's micro-batches are added before the exchange.
             self._root.set_requires_gradient_sync(part.is_last)
         with super().micro_step(last=last, part=part):
             yield
         self._round_number += part.is_last
+
+    def record_squares(self) -> None:
+        """Record the squares of the gradients that the ranks exchange in the coming step."""
+        self._round.squares = torch.zeros(
+            self.plan.distribution.count, dtype=torch.float64, device=self.device
+        )
+
+    def take_squares(self) -> Tensor:
+        """Return the recorded squares of this rank's shards, by virtual rank; record no more."""
+        squares, self._round.squares = self._round.squares, None
+        assert squares is not None
+        return squares
 
     def apply(self, optimizer: Optimizer, max_grad_norm: float | None) -> Tensor:
         self._round_number = 0
@@ -160,6 +172,8 @@ class TreeReduceScatter(ReduceScatter):
         self._skip_to(current.virtual_ranks.start)
         rows = received.view(group.size(), -1)
         for virtual_rank, row in zip(current.virtual_ranks, rows, strict=False):
+            if current.squares is not None:
+                current.squares[virtual_rank] += row.double().square_().sum()
             self._tree.push(virtual_rank, [row])
         output_tensor.fill_(-0.0)
         if self._first_output is None:

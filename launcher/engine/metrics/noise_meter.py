@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,11 @@ from launcher.engine.backends.base import Backend
 from launcher.engine.backends.transfers import upload, upload_tensor
 from launcher.engine.state.parameter_kinds import norm_of
 from launcher.planning.strategy import STRATEGIES
+from launcher.planning.virtual_ranks import Part
 from launcher.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    from launcher.engine.backends.exact_fsdp import ExactFSDPBackend
 
 STRIDE = 20
 """A run measures one step in this many, which makes the cost negligible."""
@@ -36,7 +40,9 @@ class NoiseMeter(Protocol):
     def begin(self, step: int) -> None:
         """Prepare for `step`, counted from 0."""
 
-    def add_micro_batch(self, weight: float | Tensor, count: int | Tensor) -> None:
+    def add_micro_batch(
+        self, weight: float | Tensor, count: int | Tensor, part: Part | None = None
+    ) -> None:
         """Record a backward pass of `weight` times a loss over `count` items, 0 for padding."""
 
     def end(self, step: int, items: int | Tensor, grad_norm: Tensor) -> None:
@@ -52,7 +58,9 @@ class NullNoiseMeter:
     def begin(self, step: int) -> None:
         """Do nothing."""
 
-    def add_micro_batch(self, weight: float | Tensor, count: int | Tensor) -> None:
+    def add_micro_batch(
+        self, weight: float | Tensor, count: int | Tensor, part: Part | None = None
+    ) -> None:
         """Do nothing."""
 
     def end(self, step: int, items: int | Tensor, grad_norm: Tensor) -> None:
@@ -101,9 +109,11 @@ class _PartsNoiseMeter(ABC):
         if self._is_measuring:
             self._begin()
 
-    def add_micro_batch(self, weight: float | Tensor, count: int | Tensor) -> None:
+    def add_micro_batch(
+        self, weight: float | Tensor, count: int | Tensor, part: Part | None = None
+    ) -> None:
         if self._is_measuring:
-            self._add_micro_batch(self._backend.scaled(weight), count)
+            self._add_micro_batch(self._backend.scaled(weight), count, part)
 
     def end(self, step: int, items: int | Tensor, grad_norm: Tensor) -> None:
         if self._is_measuring:
@@ -164,7 +174,9 @@ class _PartsNoiseMeter(ABC):
         """Start to observe gradients."""
 
     @abstractmethod
-    def _add_micro_batch(self, weight: float | Tensor, count: int | Tensor) -> None:
+    def _add_micro_batch(
+        self, weight: float | Tensor, count: int | Tensor, part: Part | None
+    ) -> None:
         """Record the gradient norm of one micro-batch, if it is a part."""
 
     @abstractmethod
@@ -186,7 +198,9 @@ class LocalNoiseMeter(_PartsNoiseMeter):
     def _add_gradient(self, grad: Tensor) -> None:
         self._norms.append(norm_of(grad))
 
-    def _add_micro_batch(self, weight: float | Tensor, count: int | Tensor) -> None:
+    def _add_micro_batch(
+        self, weight: float | Tensor, count: int | Tensor, part: Part | None
+    ) -> None:
         norms, self._norms = self._norms, []
         if norms and not (isinstance(count, int) and count == 0):
             self._add_part(norms, weight, count)
@@ -202,7 +216,9 @@ class ReducedNoiseMeter(_PartsNoiseMeter):
     def _begin(self) -> None:
         self._num_micro_batches = 0
 
-    def _add_micro_batch(self, weight: float | Tensor, count: int | Tensor) -> None:
+    def _add_micro_batch(
+        self, weight: float | Tensor, count: int | Tensor, part: Part | None
+    ) -> None:
         self._num_micro_batches += 1
         if self._num_micro_batches > 1:
             return
@@ -219,6 +235,55 @@ class ReducedNoiseMeter(_PartsNoiseMeter):
         """Do nothing: no hooks were registered."""
 
 
+class VirtualRanksNoiseMeter(_PartsNoiseMeter):
+    """Measures the gradient of each virtual rank, as the ranks exchange it (exact FSDP).
+
+    Args:
+        backend: This rank among the others, which records squares of what the ranks exchange.
+        model: The recipe's own module.
+        stride: One step in this many is measured.
+    """
+
+    def __init__(self, backend: ExactFSDPBackend, model: nn.Module, stride: int) -> None:
+        super().__init__(backend, model, stride)
+        self._exact_backend = backend
+        self._exchanged: list[tuple[int, Tensor, float | Tensor]] = []
+        """Index of a measured step, (squares, items) of each virtual rank over all ranks, and the
+        weight of the losses."""
+
+    def _begin(self) -> None:
+        self._counts: dict[int, list[int | Tensor]] = {}
+        self._weight: float | Tensor = 0.0
+        self._exact_backend.record_squares()
+
+    def _add_micro_batch(
+        self, weight: float | Tensor, count: int | Tensor, part: Part | None
+    ) -> None:
+        self._weight = weight
+        if part is not None and part.virtual_rank is not None:
+            self._counts.setdefault(part.virtual_rank, []).append(count)
+
+    def _end(self) -> None:
+        backend = self._exact_backend
+        squares = backend.take_squares()
+        counts = torch.zeros_like(squares)
+        for virtual_rank, of_micro_batches in self._counts.items():
+            counts[virtual_rank] = sum(of_micro_batches)
+        exchanged = backend.sum(torch.stack([squares, counts]))
+        self._exchanged.append((len(self._steps), exchanged, self._weight))
+
+    def _sum_parts(self, num_steps: int) -> Tensor:
+        exchanged, self._exchanged = self._exchanged, []
+        for step_index, (squares, counts), weight in exchanged:
+            is_empty = counts == 0  # fewer samples than virtual ranks, or samples without items
+            if self._backend.rank == 0 and not self._backend.read(is_empty.any()):
+                self._parts += [
+                    _Part(step_index, [square.sqrt()], weight, count)
+                    for square, count in zip(squares, counts, strict=True)
+                ]
+        return super()._sum_parts(num_steps)
+
+
 def make_noise_meter(recipe: Recipe, backend: Backend, model: nn.Module, stride: int) -> NoiseMeter:
     """Return the noise meter for the plan's strategy, or one that measures nothing.
 
@@ -231,5 +296,10 @@ def make_noise_meter(recipe: Recipe, backend: Backend, model: nn.Module, stride:
     if not recipe.noise_scale:
         return NullNoiseMeter()
     summed = STRATEGIES[backend.plan.strategy].sums_gradients_over_ranks_in_backward
+    if summed and backend.plan.exact:
+        from launcher.engine.backends.exact_fsdp import ExactFSDPBackend
+
+        assert isinstance(backend, ExactFSDPBackend)
+        return VirtualRanksNoiseMeter(backend, backend.unwrap(model), stride)
     kind = ReducedNoiseMeter if summed else LocalNoiseMeter
     return kind(backend, backend.unwrap(model), stride)

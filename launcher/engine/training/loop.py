@@ -188,7 +188,9 @@ def train(
                     )
                 # Gradients are averaged over ranks; the divisor in the weight makes that a sum.
                 backend.backward(loss_sum, weight if micro_batch.has_weight else 0.0)
-            noise_meter.add_micro_batch(weight, count if micro_batch.has_weight else 0)
+            noise_meter.add_micro_batch(
+                weight, count if micro_batch.has_weight else 0, request.part
+            )
             if micro_batch.has_weight:
                 losses.add(loss_sum.detach(), count, request.part)
         forward_writes.end()
