@@ -24,7 +24,7 @@ import torch
 from branches import branches
 from methods import methods
 from parts import norms, text
-from splits import batch_norm
+from splits import batch_norm, instance_norm
 from torch.multiprocessing.spawn import start_processes
 from worlds import tokens, worlds
 
@@ -42,6 +42,7 @@ RECIPES = {
     "worlds": worlds,
     "tokens": tokens,
     "batch_norm": batch_norm,
+    "instance_norm": instance_norm,
     "branches": branches,
     "methods": methods,
 }
@@ -134,6 +135,7 @@ def features(ranks: int) -> Iterator[Case]:
         yield Case("batch_norm", strategy, options=(SYNCED, RECOMPUTED))
         if ranks == 2:
             yield Case("methods", strategy)
+            yield Case("instance_norm", strategy)
         if strategy in ("ddp", "fsdp"):
             yield Case("worlds", strategy, 3, options=DOUBLE)
             yield Case("batch_norm", strategy, options=(*DOUBLE, SYNCED))
@@ -143,6 +145,7 @@ def features(ranks: int) -> Iterator[Case]:
         yield Case("worlds")
         yield Case("worlds", optimizer="adamw")
         yield Case("methods")
+        yield Case("instance_norm")
         yield Case("batch_norm")
         yield Case("worlds", options=DOUBLE)
         yield Case("batch_norm", options=DOUBLE)

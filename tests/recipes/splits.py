@@ -21,6 +21,11 @@ def batch_norm() -> Recipe:
     )
 
 
+def instance_norm() -> Recipe:
+    """Digits through InstanceNorm with running statistics, in batches of 50."""
+    return replace(batch_norm(), name="instance_norm", model=build_instance_norm)
+
+
 def dropout() -> Recipe:
     """Digits through a model with dropout."""
     return replace(worlds(), name="dropout", model=build_dropout)
@@ -55,6 +60,16 @@ def build_dropout() -> nn.Module:
     from torch import nn
 
     return nn.Sequential(build_model(), nn.Dropout(0.5))
+
+
+def build_instance_norm() -> nn.Module:
+    """Return a model from images (N, 1, 8, 8) to logits (N, 10), with InstanceNorm."""
+    from torch import nn
+
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.InstanceNorm2d(8, track_running_stats=True),
+        nn.Flatten(), nn.Linear(8 * 64, 10),
+    )  # fmt: skip
 
 
 def build_batch_norm() -> nn.Module:

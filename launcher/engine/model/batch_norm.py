@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils.hooks import RemovableHandle
 
 from launcher.engine.backends.base import Backend
@@ -271,7 +271,7 @@ def synchronize(model: nn.Module) -> nn.Module:
 
 
 class BatchNorms:
-    """The BatchNorm modules of a model, and operations on all their running statistics.
+    """The BatchNorm modules of a model, and operations on the running statistics of all norms.
 
     Args:
         model: The model.
@@ -281,7 +281,12 @@ class BatchNorms:
     def __init__(self, model: nn.Module, virtual: VirtualBuffers | None = None) -> None:
         self._virtual = virtual
         self._modules = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-        self._tracking = [module for module in self._modules if module.running_mean is not None]
+        # InstanceNorm may have running statistics as well, from the samples that a rank sees.
+        self._tracking = [
+            module
+            for module in model.modules()
+            if isinstance(module, _NormBase) and module.running_mean is not None
+        ]
         self._copies: list[Tensor] = []
 
     def save_statistics(self) -> None:
@@ -315,7 +320,7 @@ class BatchNorms:
     @property
     def has_untracked(self) -> bool:
         """Whether a module has no running statistics."""
-        return len(self._tracking) < len(self._modules)
+        return any(module.running_mean is None for module in self._modules)
 
     def micro_batch_context(
         self, request: MicroBatchRequest
@@ -459,7 +464,7 @@ def frozen(modules: Iterable[nn.Module]) -> Iterator[None]:
     saved = [
         (module, module.momentum, module.num_batches_tracked.clone())
         for module in modules
-        if isinstance(module, _BatchNorm) and module.num_batches_tracked is not None
+        if isinstance(module, _NormBase) and module.num_batches_tracked is not None
     ]
     for module, _, _ in saved:
         module.momentum = 0.0
