@@ -282,7 +282,7 @@ def bits(ranks: int) -> Iterator[BitsCase]:
             yield BitsCase(recipe, "fsdp", options)
 
 
-_FSDP = {3: (0, 1, 3, 5), 5: (2, 7), 8: (0,)}
+_FSDP = {3: (0, 4, 6), 5: (2,), 8: (1,)}
 """Indices of the workloads that are trained under FSDP, by the number of ranks."""
 
 
