@@ -3,8 +3,9 @@
 Each rank adds the gradients of its own virtual ranks in the order of the tree, which leaves it with
 the sums over a few nodes. For each of DDP's buckets, the ranks then exchange these sums so that
 each rank has those of all ranks for its slice of the bucket (an all-to-all), adds them in the order
-of the tree, and gathers the slices of the other ranks (an all-gather). If every rank's virtual
-ranks form one node, this moves 2 (W - 1) / W of the gradient per rank, as a ring all-reduce does.
+of the tree, and sends its slice to the other ranks (an all-to-all that gathers, because gloo's
+all-gather takes longer). If every rank's virtual ranks form one node, this moves 2 (W - 1) / W of
+the gradient per rank, as a ring all-reduce does.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,7 +40,6 @@ class ExactDDPBackend(ExactSums, DDPBackend):
         self._indices = {parameter: i for i, parameter in enumerate(self._exact_parameters)}
         self._exchange = TreeExchange(self.plan.distribution, self.rank)
         self._last_part: Part | None = None
-        self._buckets: list[_Exchanged] = []
         self._waited, self._num_waits = 0.0, 0
         # A lambda, because DDP refuses a hook with annotations that are strings.
         self._wrapped.register_comm_hook(None, lambda _, bucket: self._on_bucket(bucket))
@@ -84,7 +85,7 @@ class ExactDDPBackend(ExactSums, DDPBackend):
             flat if held is gradients else torch.cat([gradient.view(-1) for gradient in held])
             for _, held in tree.pending
         ]
-        self._buckets.append(self._exchange.start(sums, flat))
+        self._exchange.start(sums, flat)
         future: torch.futures.Future[Tensor] = torch.futures.Future(
             devices=None if flat.device.type == "cpu" else [flat.device]
         )
@@ -94,11 +95,8 @@ class ExactDDPBackend(ExactSums, DDPBackend):
     def _finish_buckets(self) -> None:
         """Add the sums of all ranks, and write the result into DDP's buckets."""
         started = time.perf_counter()
-        for bucket in self._buckets:
-            self._exchange.add(bucket)
-        for bucket in self._buckets:
-            self._exchange.finish(bucket)
-        self._buckets, self._tree.pending = [], []
+        self._exchange.finish()
+        self._tree.pending = []
         self._waited += time.perf_counter() - started
         self._num_waits += 1
 
@@ -106,13 +104,24 @@ class ExactDDPBackend(ExactSums, DDPBackend):
         return (self._waited, self._num_waits) if self.device.type == "cpu" else (0.0, 0)
 
 
+@dataclass(kw_only=True)
 class _Exchanged:
-    """The exchange of one bucket that is under way."""
+    """The memory for the exchanges of one bucket, which later steps use again."""
 
-    def __init__(self, target: Tensor, sent: Tensor, received: Tensor, work: Any) -> None:
-        self.target, self.received, self.work = target, received, work
-        self.sent: Tensor | None = sent
-        """What this rank sends, until it has been sent."""
+    received: Tensor
+    """The sums over all nodes, for this rank's slice of the bucket."""
+
+    repeated: Tensor
+    """This rank's slice of the sum over all virtual ranks, once for each rank."""
+
+    target: Tensor
+    """The bucket."""
+
+    sent: Tensor
+    """What this rank sends; it must not be changed until it has been sent."""
+
+    work: Any = None
+    """The collective that is under way."""
 
 
 class TreeExchange:
@@ -132,53 +141,77 @@ class TreeExchange:
         nodes = [distribution.nodes_of_rank(other) for other in range(distribution.world_size)]
         self._num_nodes = [len(of_rank) for of_rank in nodes]
         self._nodes: list[Node] = [node for of_rank in nodes for node in of_rank]
+        self._started: list[_Exchanged] = []
+        self._memory: list[_Exchanged] = []
 
-    def start(self, sums: list[Tensor], target: Tensor) -> _Exchanged:
+    def start(self, sums: list[Tensor], target: Tensor) -> None:
         """Start to exchange the sums over this rank's nodes (collective).
 
         Args:
             sums: A vector for each of this rank's nodes, all of the same size. They must not be
-                changed before `add`.
-            target: The vector that receives the sum over all virtual ranks. It may be one of
-                `sums`.
+                changed before `finish`.
+            target: The vector that receives the sum over all virtual ranks in `finish`. It may be
+                one of `sums`.
         """
         slices = self._slices(target.numel())
         own_size = len(slices[self._rank])
-        if len(sums) == 1:
-            sent = sums[0]
-        else:
-            sent = torch.cat([held[piece.start : piece.stop] for piece in slices for held in sums])
-        received = target.new_empty(len(self._nodes) * own_size)
-        work = dist.all_to_all_single(
-            received,
-            sent,
+        bucket = self._take_memory(target, own_size)
+        bucket.sent = (
+            sums[0]
+            if len(sums) == 1
+            else torch.cat([held[piece.start : piece.stop] for piece in slices for held in sums])
+        )
+        bucket.work = dist.all_to_all_single(
+            bucket.received,
+            bucket.sent,
             [num_nodes * own_size for num_nodes in self._num_nodes],
             [len(sums) * len(piece) for piece in slices],
             async_op=True,
         )
-        return _Exchanged(target, sent, received, work)
+        self._started.append(bucket)
 
-    def add(self, bucket: _Exchanged) -> None:
-        """Add this rank's slice of all sums and start to gather all slices (collective)."""
-        bucket.work.wait()
-        bucket.sent = None
-        size = bucket.target.numel()
-        slice_size = ceil_div(size, self._world_size)
-        own_size = len(self._slices(size)[self._rank])
+    def finish(self) -> None:
+        """Add the sums of all ranks, and write the results to the targets (collective)."""
+        started, self._started = self._started, []
+        for bucket in started:
+            bucket.work.wait()
+            self._add(bucket)
+        for bucket in started:
+            bucket.work.wait()
+            bucket.work, bucket.sent = None, bucket.target
+
+    def _add(self, bucket: _Exchanged) -> None:
+        """Add this rank's slice of all sums, and start to send it to the other ranks."""
+        slices = self._slices(bucket.target.numel())
+        own_size = len(slices[self._rank])
         tree: TreeSum[Gradients] = TreeSum(self._count, add_gradients)
-        for node, held in zip(self._nodes, bucket.received.view(len(self._nodes), -1), strict=True):
+        received = bucket.received.view(len(self._nodes), own_size)
+        for node, held in zip(self._nodes, received, strict=True):
             tree.push_node(node, [held])
-        root = tree.take()
-        own = bucket.target.new_zeros(slice_size)
-        own[:own_size] = root[0]
-        bucket.received = bucket.target.new_empty(slice_size * self._world_size)
-        bucket.work = dist.all_gather_single(bucket.received, own, async_op=True)
-        bucket.sent = own
+        bucket.repeated.view(self._world_size, own_size)[:] = tree.take()[0]
+        bucket.work = dist.all_to_all_single(
+            bucket.target,
+            bucket.repeated,
+            [len(piece) for piece in slices],
+            [own_size] * self._world_size,
+            async_op=True,
+        )
 
-    def finish(self, bucket: _Exchanged) -> None:
-        """Write the sum over all virtual ranks to the target."""
-        bucket.work.wait()
-        bucket.target.copy_(bucket.received[: bucket.target.numel()])
+    def _take_memory(self, target: Tensor, own_size: int) -> _Exchanged:
+        """Return the memory of the next bucket, which DDP may have changed since the last step."""
+        index = len(self._started)
+        known = self._memory[index : index + 1]
+        if known and known[0].target.shape == target.shape and known[0].sent.dtype == target.dtype:
+            known[0].target = target
+            return known[0]
+        bucket = _Exchanged(
+            received=target.new_empty(len(self._nodes) * own_size),
+            repeated=target.new_empty(self._world_size * own_size),
+            target=target,
+            sent=target,
+        )
+        self._memory[index:] = [bucket]
+        return bucket
 
     def _slices(self, size: int) -> list[range]:
         """Return the positions of each rank's slice of a vector."""
