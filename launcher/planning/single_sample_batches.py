@@ -84,13 +84,18 @@ def batch_norm_refusal(plan: Plan, sizes: Iterable[int], name: str) -> str:
         sizes: The batch sizes that have a micro-batch of one sample.
         name: Name of the BatchNorm module.
     """
+    parts, unit = plan.virtual_ranks or plan.world_size, "rank"
+    remedy = (
+        "fewer ranks, a micro_batch_size of 3 or more, or sync_batchnorm=true, which computes the "
+        "statistics over all ranks"
+    )
+    if plan.virtual_ranks is not None:
+        unit, remedy = "virtual rank", "fewer virtual_ranks, or a micro_batch_size of 3 or more"
     return (
         f"BatchNorm ({name}) needs more than one value per channel, and a batch of "
-        f"{_join(sizes)} samples over {plan.world_size} "
-        f"rank{'s' * (plan.world_size > 1)} in micro-batches of at most {plan.micro_batch_size} "
-        "leaves a micro-batch of one sample. Use another batch_size, fewer ranks, a "
-        "micro_batch_size of 3 or more, or sync_batchnorm=true, which computes the statistics over "
-        "all ranks. No step was taken."
+        f"{_join(sizes)} samples over {parts} {unit}{'s' * (parts > 1)} in micro-batches of at "
+        f"most {plan.micro_batch_size} leaves a micro-batch of one sample. Use another batch_size, "
+        f"{remedy}. No step was taken."
     )
 
 

@@ -202,6 +202,12 @@ def check_virtual_ranks(recipe: Recipe, world_size: int, smallest_batch: int) ->
             another setting contradicts them.
     """
     count = recipe.virtual_ranks or world_size
+    if recipe.batch_size_per_gpu is not None:
+        raise PlanError(
+            f"virtual_ranks={count} fixes how a batch is split on any number of GPUs, and "
+            f"batch_size_per_gpu={recipe.batch_size_per_gpu} makes the batch depend on that "
+            "number. Use batch_size."
+        )
     if world_size > count:
         raise PlanError(
             f"virtual_ranks={count} are shared by at most {count} ranks, and {world_size} were "
@@ -213,12 +219,6 @@ def check_virtual_ranks(recipe: Recipe, world_size: int, smallest_batch: int) ->
             f"batch_size={smallest_batch} is shared by virtual_ranks={count}, so that some would "
             f"have no sample. Use virtual_ranks={smallest_batch} or less, or batch_size={count} or "
             "more."
-        )
-    if recipe.batch_size_per_gpu is not None:
-        raise PlanError(
-            f"virtual_ranks={count} fixes how a batch is split on any number of GPUs, and "
-            f"batch_size_per_gpu={recipe.batch_size_per_gpu} makes the batch depend on that "
-            "number. Use batch_size."
         )
     if recipe.sync_batchnorm:
         raise PlanError(

@@ -62,11 +62,16 @@ class VirtualRanks:
         return [node for node, _ in tree.pending]
 
     def most_copies(self) -> int:
-        """Return how many copies of the gradients a rank holds at once, at most."""
-        if self.interleaved:  # after each round, a node for each digit of a binary counter
-            return 1 + self.rounds.bit_length()
+        """Return how many copies of the gradients a rank holds at once, at most.
+
+        Under interleaved ranks these are copies of its shard: the sums over nodes that it keeps
+        between two rounds, and the total.
+        """
+        if self.interleaved:
+            rounds = range(1, self.rounds)
+            return 1 + max(((number * self.world_size).bit_count() for number in rounds), default=0)
         deepest = 0
-        for rank in {0, self.world_size // 2, self.world_size - 1}:
+        for rank in range(self.world_size):
             tree: TreeSum[None] = TreeSum(self.count, lambda _, __: None)
             for leaf in self.of_rank(rank):
                 deepest = max(deepest, len(tree.pending) + 1)

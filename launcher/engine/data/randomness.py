@@ -28,8 +28,10 @@ class ModelRandomness:
     same numbers on any number of ranks.
 
     torch's generators are always seeded. Few models draw from `random` and `numpy.random`, and
-    seeding those takes longer. They are seeded in the steps 0, 1, 2, 4, 8 and so on, counted from
-    the creation of this object, and in all steps once the model has drawn from one of them.
+    seeding those takes longer. Without virtual ranks they are seeded in the steps 0, 1, 2, 4, 8 and
+    so on, counted from the creation of this object, and in all steps once the model has drawn from
+    one of them. With virtual ranks they are seeded for every micro-batch, because a rank cannot
+    know whether another rank has drawn.
 
     Args:
         backend: This rank among the others.
@@ -40,7 +42,7 @@ class ModelRandomness:
         self._has_parts = backend.plan.virtual_ranks is not None
         self._has_gpu = backend.device.type == "cuda"
         self._num_steps = 0
-        self._watches = self._draws_on_host = False
+        self._watches, self._draws_on_host = False, self._has_parts
         self._before: tuple[object, ...] | None = None
 
     def begin_step(self, step: int) -> None:
@@ -52,10 +54,7 @@ class ModelRandomness:
 
     def begin_part(self, step: int, part: Part | None) -> None:
         """Begin a micro-batch, of a virtual rank if there are any."""
-        if part is None:
-            return
-        self._watch()
-        if part.virtual_rank is not None:
+        if part is not None and part.virtual_rank is not None:
             self._seed_generators(derive(self._seed, step, part.virtual_rank, part.micro_step))
 
     def end_step(self) -> None:
