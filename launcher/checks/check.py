@@ -108,9 +108,11 @@ def findings_about(inspection: Inspection, plan: Plan) -> Iterator[Finding]:
             "check the scale of the inputs and of the initial weights",
         )
     yield _loss(inspection)
-    yield from _writes(inspection)
+    yield from _writes(inspection, plan)
     yield from _evaluation(inspection)
-    yield from _split_dependence(inspection, plan)
+    if plan.virtual_ranks is None:
+        yield from _split_dependence(inspection, plan)
+    yield from _randomness(inspection, plan)
     notes = single_sample_notes(plan, inspection.num_samples) if inspection.batch_norms else []
     if notes:
         yield warning(
@@ -121,7 +123,7 @@ def findings_about(inspection: Inspection, plan: Plan) -> Iterator[Finding]:
         )
 
 
-def _writes(inspection: Inspection) -> Iterator[Finding]:
+def _writes(inspection: Inspection, plan: Plan) -> Iterator[Finding]:
     """Yield findings about weights and buffers that forward modifies, differently on each rank."""
     if inspection.changed_weights:
         yield warning(
@@ -131,7 +133,15 @@ def _writes(inspection: Inspection) -> Iterator[Finding]:
             "compute what forward needs from the weight without modifying it; max_norm of an "
             "Embedding modifies it",
         )
-    if inspection.changed_buffers:
+    if inspection.changed_buffers and plan.virtual_ranks is not None:
+        yield warning(
+            "buffers",
+            f"forward changes {_listed(inspection.changed_buffers)}, which belongs to no virtual "
+            "rank: the run is refused",
+            "compute the buffer from values that do not depend on the samples, or leave "
+            "virtual_ranks out",
+        )
+    elif inspection.changed_buffers:
         yield warning(
             "buffers",
             f"forward changes {_listed(inspection.changed_buffers)}: if the new values depend on "
@@ -238,8 +248,9 @@ def _split_dependence(inspection: Inspection, plan: Plan) -> Iterator[Finding]:
             "BatchNorm",
             f"{_listed(inspection.batch_norms)}: statistics are taken over the micro-batch of one "
             "rank, so the steps depend on how the batch is split",
-            "set sync_batchnorm=true to take them over all ranks, or use GroupNorm or LayerNorm, "
-            "which have no batch statistics",
+            "set sync_batchnorm=true to take them over all ranks, or virtual_ranks to take them "
+            "over the same parts on any number of ranks, or use GroupNorm or LayerNorm, which have "
+            "no batch statistics",
         )
     elif inspection.coupled and not inspection.batch_norms:
         yield warning(
@@ -248,16 +259,25 @@ def _split_dependence(inspection: Inspection, plan: Plan) -> Iterator[Finding]:
             "compute the outputs of a sample from that sample alone, or accept steps that depend "
             "on how the batch is split",
         )
-    if inspection.random:
-        dropouts = _listed(inspection.dropouts)
-        source = f"Dropout: {dropouts}" if dropouts else "forward or the loss draws random numbers"
-        when = "in training and evaluation" if inspection.random_in_evaluation else "in training"
-        yield warning(
-            "randomness",
-            f"{when}, the outputs are random ({source})",
-            "remove it, or accept that another number of ranks draws other numbers: each rank "
-            "draws its own, seeded by (seed, step, rank)",
-        )
+
+
+def _randomness(inspection: Inspection, plan: Plan) -> Iterator[Finding]:
+    """Yield findings about random numbers that depend on how a batch is split over ranks."""
+    if not inspection.random:
+        return
+    if plan.virtual_ranks is not None and not inspection.random_in_evaluation:
+        return  # the numbers are those of a virtual rank
+    dropouts = _listed(inspection.dropouts)
+    source = f"Dropout: {dropouts}" if dropouts else "forward or the loss draws random numbers"
+    when = "in training and evaluation" if inspection.random_in_evaluation else "in training"
+    remedy = (
+        "remove it, set virtual_ranks, with which training draws the same numbers on any number of "
+        "ranks, or accept that another number of ranks draws other numbers: each rank draws its "
+        "own, seeded by (seed, step, rank)"
+    )
+    if plan.virtual_ranks is not None:
+        remedy = "draw random numbers in training alone, where they are those of a virtual rank"
+    yield warning("randomness", f"{when}, the outputs are random ({source})", remedy)
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -123,7 +123,8 @@ def _model_causes(inspection: Inspection, trial: ParityRun) -> Iterator[str]:
     if inspection.batch_norms and not synced:
         yield (
             f"BatchNorm ({_first_name(inspection.batch_norms)}): statistics are taken over the "
-            "micro-batch of one rank. sync_batchnorm=true takes them over all ranks."
+            "micro-batch of one rank. sync_batchnorm=true takes them over all ranks, and "
+            "virtual_ranks over the same parts of the batch on any number of ranks."
         )
     elif inspection.batch_norms and trial.plan.accumulation_steps > 1:
         yield (
@@ -144,7 +145,8 @@ def _model_causes(inspection: Inspection, trial: ParityRun) -> Iterator[str]:
         )
         yield (
             f"{source}: in training, the outputs are random. Each rank draws its own numbers, so "
-            "another number of ranks draws other numbers from the same distribution."
+            "another number of ranks draws other numbers from the same distribution. With "
+            "virtual_ranks, each part of the batch draws its own."
         )
 
 

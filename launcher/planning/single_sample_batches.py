@@ -57,10 +57,11 @@ def single_sample_notes(plan: Plan, samples: int | None) -> list[str]:
     """
     statistics = planned_statistics(plan)
     cut, notes = plan.cut(statistics), []
+    unit = "rank" if plan.virtual_ranks is None else "virtual rank"
     short = short_batches(plan.stages, samples, plan.total_steps) if samples else set()
     if paired := sorted(filter(cut.avoids_single_samples, _full_batches(plan) | short)):
         notes.append(
-            f"in a batch of {_join(paired)} samples some ranks take fewer micro-batches than "
+            f"in a batch of {_join(paired)} samples some {unit}s take fewer micro-batches than "
             "others, or none, so that no micro-batch has exactly one sample"
         )
     if samples and (lone := short_batches_of_one(plan, samples, statistics)):
@@ -84,13 +85,14 @@ def batch_norm_refusal(plan: Plan, sizes: Iterable[int], name: str) -> str:
         sizes: The batch sizes that have a micro-batch of one sample.
         name: Name of the BatchNorm module.
     """
-    parts, unit = plan.virtual_ranks or plan.world_size, "rank"
+    parts, unit = plan.world_size, "rank"
     remedy = (
         "fewer ranks, a micro_batch_size of 3 or more, or sync_batchnorm=true, which computes the "
         "statistics over all ranks"
     )
     if plan.virtual_ranks is not None:
-        unit, remedy = "virtual rank", "fewer virtual_ranks, or a micro_batch_size of 3 or more"
+        parts, unit = plan.virtual_ranks, "virtual rank"
+        remedy = "fewer virtual_ranks, or a micro_batch_size of 3 or more"
     return (
         f"BatchNorm ({name}) needs more than one value per channel, and a batch of "
         f"{_join(sizes)} samples over {parts} {unit}{'s' * (parts > 1)} in micro-batches of at "

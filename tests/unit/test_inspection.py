@@ -186,6 +186,18 @@ def test_batch_norm_is_a_warning_unless_it_is_exact(
         assert remedy in finding.remedy
 
 
+def test_virtual_ranks_are_the_remedy_for_batch_norm_and_dropout() -> None:
+    """The warnings about BatchNorm and dropout name virtual_ranks, and are gone once it is set."""
+
+    def dropped() -> nn.Module:
+        return nn.Sequential(normed(), nn.Dropout(0.5))
+
+    findings = check(recipe(model=dropped))
+    assert "virtual_ranks" in findings["BatchNorm"].remedy
+    assert "virtual_ranks" in findings["randomness"].remedy
+    assert not {"BatchNorm", "randomness"} & check(recipe(model=dropped, virtual_ranks=2)).keys()
+
+
 @dataclass
 class Fields:
     """A batch whose parts are attributes."""
