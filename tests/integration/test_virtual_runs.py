@@ -81,7 +81,7 @@ def test_exact_steps_are_those_of_other_sums(run: Commands, setting: str) -> Non
         assert done.exit_code == 0, done.stderr
         traces.append(read_trace(RunDir(run.folder / exact)))
     tolerance = TOLERANCES["fp64" if setting.endswith("fp64") else "fp32"]
-    difference = compare(*traces, tolerance)
+    difference = compare(traces[0], traces[1], tolerance)
     assert difference.agrees, difference
 
 
