@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from launcher.checks.prove import ParityRow, ParityRun
+from launcher.planning.configs import AUTOCAST
+from launcher.planning.strategy import STRATEGIES
 
 if TYPE_CHECKING:
     from launcher.engine.probes.inspection import Inspection
@@ -117,7 +119,15 @@ def _model_causes(inspection: Inspection, trial: ParityRun) -> Iterator[str]:
                 f"Forward changes the {kind} {_first_name(names)}, and each rank processes other "
                 "samples. `launcher check` prints what to do."
             )
-    if trial.plan.virtual_ranks is not None:
+    plan = trial.plan
+    gathers = STRATEGIES[trial.strategy].gathers_parameters_in_autocast_dtype
+    if plan.exact and gathers and plan.precision in AUTOCAST:
+        yield (
+            f"Under strategy={trial.strategy}, weights are gathered in {plan.precision}, which "
+            "rounds them before other strategies do. Its steps are equal on any number of ranks: "
+            f"compare them with --strategies {trial.strategy}."
+        )
+    if plan.virtual_ranks is not None:
         return
     synced = bool(trial.plan.settings["sync_batchnorm"])
     if inspection.batch_norms and not synced:

@@ -163,6 +163,16 @@ def test_small_noise_is_a_cause_of_different_steps() -> None:
     assert "random" in cause
 
 
+@pytest.mark.parametrize(("strategy", "precision"), [("fsdp", "bf16"), ("fsdp", "fp32")])
+def test_mixed_precision_is_a_cause_of_other_bits(strategy: Any, precision: str) -> None:
+    """`launcher prove` says why exact FSDP in bf16 differs from DDP, and what to compare."""
+    inspection, _ = inspect(recipe(model=lambda: nn.Linear(8, 3)))
+    exact = recipe(strategy=strategy, precision=precision, virtual_ranks=2, exact=True)
+    plan = make_plan(exact, read_machine(), nproc_per_node=2)
+    found = causes(inspection, ParityRun(strategy=strategy, plan=plan, run_dir=RunDir(Path())))
+    assert [precision in cause for cause in found] == [True] * (precision == "bf16")
+
+
 def normed() -> nn.Module:
     """Return a model with BatchNorm."""
     return nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 3))
