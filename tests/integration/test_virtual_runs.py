@@ -60,14 +60,8 @@ def test_prove_shows_digests(run: Commands) -> None:
     "setting",
     [
         "precision=fp32",
-        pytest.param(
-            "precision=fp64",
-            marks=pytest.mark.xfail(reason="row_squares changes gradients", strict=True),
-        ),
-        pytest.param(
-            "channels_last=true",
-            marks=pytest.mark.xfail(reason="buckets are in the order of memory", strict=True),
-        ),
+        "precision=fp64",
+        "channels_last=true",
     ],
 )
 def test_exact_steps_are_those_of_other_sums(run: Commands, setting: str) -> None:

@@ -70,19 +70,19 @@ class ExactDDPBackend(ExactSums, DDPBackend):
         Args:
             bucket: A `torch.distributed.GradBucket`.
         """
-        part, gradients = self._last_part, list(bucket.gradients())
-        indices = [self._indices[parameter] for parameter in bucket.parameters()]
+        parameters, flat = bucket.parameters(), bucket.buffer()
+        part, gradients = self._last_part, _views(flat, parameters)
+        indices = [self._indices[parameter] for parameter in parameters]
         tree: TreeSum[Gradients] = TreeSum(self.plan.distribution.count, add_gradients)
         tree.pending = [
             (node, [held[index] for index in indices]) for node, held in self._tree.pending
         ]
-        flat = bucket.buffer()
         if part is not None and part.virtual_rank is not None:
             if part.is_empty:
                 flat.zero_()
             tree.push(part.virtual_rank, gradients)
         sums = [
-            flat if held is gradients else torch.cat([gradient.view(-1) for gradient in held])
+            flat if held is gradients else _flattened(held, flat, parameters)
             for _, held in tree.pending
         ]
         self._exchange.start(sums, flat)
@@ -102,6 +102,22 @@ class ExactDDPBackend(ExactSums, DDPBackend):
 
     def communication(self) -> tuple[float, int]:
         return (self._waited, self._num_waits) if self.device.type == "cpu" else (0.0, 0)
+
+
+def _views(flat: Tensor, parameters: list[Tensor]) -> Gradients:
+    """Return the gradients in a bucket, each with the strides of its parameter, as DDP's own."""
+    views, offset = [], flat.storage_offset()
+    for parameter in parameters:
+        views.append(flat.as_strided(parameter.size(), parameter.stride(), offset))
+        offset += parameter.numel()
+    return views
+
+
+def _flattened(gradients: Gradients, like: Tensor, parameters: list[Tensor]) -> Tensor:
+    """Return gradients in a new vector, in the order of a bucket."""
+    flat = torch.empty_like(like)
+    torch._foreach_copy_(_views(flat, parameters), gradients)
+    return flat
 
 
 @dataclass(kw_only=True)

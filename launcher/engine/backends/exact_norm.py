@@ -24,6 +24,8 @@ _SUM_BITS = 62
 """Bits of a value in one integer, and bits of the sums of such integers, at most."""
 
 _EXPONENT_BIAS, _MANTISSA_BITS = 1023, 52
+_MIN_EXPONENT = -1000
+"""Exponent of the smallest unit, whose inverse is finite."""
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -42,12 +44,13 @@ def exact_norm(
 
     Returns:
         A scalar on the device of the gradients, of dtype float32, or float64 if the gradients are.
-        It is infinite or NaN if an element is.
+        It is not finite if an element is not.
     """
     result_dtype = torch.promote_types(grads[0].dtype, torch.float32)
     squares = torch.cat([row_squares(grad) for grad in grads])
     largest = squares.max() if squares.numel() else squares.new_zeros(())
-    largest = max_over_ranks(largest)
+    # A maximum over ranks may drop NaN.
+    largest = max_over_ranks(torch.where(largest.isnan(), torch.inf, largest))
     count_bits = num_rows.bit_length()
     bits = min(_MAX_LIMB_BITS, _SUM_BITS - count_bits)
     limbs = -(-(_PRECISION[result_dtype] + count_bits) // bits)
@@ -56,10 +59,10 @@ def exact_norm(
         return total.sqrt().to(result_dtype)
     if not math.isfinite(value := largest.item()):
         return largest.to(result_dtype)
-    exponent = math.frexp(value)[1]
+    exponent = max(math.frexp(value)[1], _MIN_EXPONENT)
     sums = sum_over_ranks(_integers(squares, 2.0**-exponent, limbs, bits)).tolist()
     integer = sum(limb << bits * (limbs - index - 1) for index, limb in enumerate(sums))
-    norm = math.sqrt(integer * 2.0 ** (exponent - bits * limbs))
+    norm = math.sqrt(math.ldexp(integer, exponent - bits * limbs))
     return torch.tensor(norm, dtype=torch.float64).to(result_dtype)
 
 
@@ -73,8 +76,9 @@ def row_squares(grad: Tensor) -> Tensor:
     if not grad.numel():
         return grad.new_zeros(0, dtype=torch.float64)
     rows = grad.detach().reshape(grad.shape[0] if grad.ndim else 1, -1)
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     if rows.shape[1] <= 1:
-        return rows.reshape(-1).double().square_()
+        return rows.reshape(-1).double().square()  # double() may return the gradient
     if rows.device.type == "cpu":
         return torch.linalg.vector_norm(rows, dim=1).double().square_()
     squares, width = rows.square(), rows.shape[1]
@@ -91,6 +95,7 @@ def _sum_on_device(
     """Return the sum of values over ranks as a float64 scalar, without a wait for the device."""
     is_finite = largest.isfinite()
     exponent = torch.frexp(torch.where(is_finite, largest, 1.0)).exponent.long()
+    exponent = exponent.clamp(min=_MIN_EXPONENT)
     sums = sum_over_ranks(_integers(values, _power_of_two(-exponent), limbs, bits))
     total = torch.zeros_like(largest)
     for limb in reversed(sums.unbind()):
@@ -119,5 +124,4 @@ def _integers(values: Tensor, inverse_unit: float | Tensor, limbs: int, bits: in
 
 def _power_of_two(exponent: Tensor) -> Tensor:
     """Return 2**exponent as float64, from the bits of the number."""
-    biased = (exponent + _EXPONENT_BIAS).clamp(1, 2 * _EXPONENT_BIAS)
-    return (biased << _MANTISSA_BITS).view(torch.float64)
+    return ((exponent + _EXPONENT_BIAS) << _MANTISSA_BITS).view(torch.float64)
