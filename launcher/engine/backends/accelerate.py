@@ -159,8 +159,8 @@ class GroupBackend(Backend):
         self._turns.wait_for_all(what)
 
     def close(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).synchronize(self.device)
             os.environ["LOCAL_RANK"] = str(self._world.local_rank)
         self._accelerator.end_training()
         reset_accelerate_state()

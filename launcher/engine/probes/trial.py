@@ -293,7 +293,8 @@ def _without_side_effects(context: TrainContext) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     buffers = list(_copy_buffers(model))
     generators = Generators()
-    cuda_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    gpu = None if device.type == "cpu" else torch.get_device_module(device)
+    gpu_state = None if gpu is None else gpu.get_rng_state(device)
     benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     eager = torch.compiler.set_stance("force_eager") if is_compiled(model) else None
     model.eval()
@@ -302,8 +303,8 @@ def _without_side_effects(context: TrainContext) -> Iterator[None]:
             yield
     finally:
         torch.backends.cudnn.benchmark = benchmark
-        if cuda_state is not None:
-            torch.cuda.set_rng_state(cuda_state, device)
+        if gpu is not None:
+            gpu.set_rng_state(gpu_state, device)
         generators.restore()
         with torch.no_grad():
             for module, name, before, content in buffers:

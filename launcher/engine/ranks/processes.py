@@ -50,6 +50,6 @@ def private_bytes(pid: int) -> int:
 
 def peak_bytes(device: torch.device) -> int:
     """Return the peak memory of this process in bytes, on its GPU or on the host."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
+    if device.type != "cpu":
+        return int(torch.get_device_module(device).max_memory_reserved(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -20,7 +20,7 @@ def usage_of(device: torch.device) -> Callable[[], dict[str, Any]]:
     library the utilisation is missing. On a CPU both are those of this process, the utilisation
     relative to one core.
     """
-    if device.type == "cuda":
+    if device.type != "cpu":
         return LastMeasurement(lambda: _gpu_usage(device))
     process = psutil.Process()
 
@@ -61,8 +61,9 @@ class LastMeasurement:
 
 def _gpu_usage(device: torch.device) -> dict[str, Any]:
     make_current(device)
-    free, total = torch.cuda.mem_get_info(device)
+    gpu = torch.get_device_module(device)
+    free, total = gpu.mem_get_info(device)
     values: dict[str, Any] = {"memory_bytes": total - free, "memory_total_bytes": total}
     with contextlib.suppress(Exception):  # the library is missing, or raises an error of its own
-        values["utilisation"] = torch.cuda.utilization(device) / 100
+        values["utilisation"] = gpu.utilization(device) / 100
     return values
