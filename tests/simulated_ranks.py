@@ -112,13 +112,18 @@ def train_all(rank: int, folder: Path, strategies: list[str], device: str) -> No
         simulated_device.install()
         install_collectives()
     machine = replace(read_machine(), num_gpus=0, usable_cores=RANKS)
-    world = World(rank=rank, world_size=RANKS, local_rank=rank, local_world_size=RANKS)
-    for number, strategy in enumerate(strategies):
-        os.environ.update(
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(int(os.environ["FIRST_PORT"]) + number),
-            **{"RANK": str(rank), "WORLD_SIZE": str(RANKS)},
-            **{"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(RANKS)},
+    os.environ.update(
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},  # Accelerate asks for an address
+        **{"RANK": str(rank), "WORLD_SIZE": str(RANKS)},
+        **{"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(RANKS)},
+    )
+    for strategy in strategies:
+        world = World(
+            rank=rank,
+            world_size=RANKS,
+            local_rank=rank,
+            local_world_size=RANKS,
+            store=folder / f"store-{strategy}-{device}",
         )
         recipe = replace(
             make_recipe(micro_batch_size=4, count=None), strategy=strategy, device="cpu"
@@ -147,7 +152,6 @@ def main() -> None:
     folder, strategies = Path(sys.argv[1]), sys.argv[2:]
     for device in ("cpu", "device"):
         start_processes(train_all, (folder, strategies, device), nprocs=RANKS, start_method="fork")
-        os.environ["FIRST_PORT"] = str(int(os.environ["FIRST_PORT"]) + len(strategies))
     measured = {
         strategy: {device: summary(folder / f"{strategy}-{device}") for device in ("cpu", "device")}
         for strategy in strategies

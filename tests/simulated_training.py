@@ -173,18 +173,67 @@ def compare(name: str, folder: Path, recipe: Recipe) -> dict[str, Any]:
     return {place: summary(folder / f"{name}-{place}") for place in places} | {"log": log}
 
 
+def collate_pair(samples: list[Any]) -> Pair:
+    """Return samples as an object of a class of this file."""
+    inputs, targets = zip(*samples, strict=True)
+    return Pair(torch.stack(inputs), torch.stack(targets))
+
+
+def make_pairs() -> Recipe:
+    """Return the recipe with batches of a class that launcher does not know."""
+    base = make_data()
+    return make_recipe(
+        data=lambda: replace(base, collate=collate_pair),
+        forward=lambda model, batch: model(batch.inputs),
+        loss=lambda outputs, batch: (
+            functional.mse_loss(outputs, batch.targets, reduction="sum"),
+            len(batch.targets),
+        ),
+        count=None,
+    )
+
+
 VARIANTS: dict[str, Callable[[], Recipe]] = {
     "adamw": make_recipe,
     "sgd": lambda: make_recipe(optimizer=sgd(momentum=0.9), max_grad_norm=None),
+    "fp64": lambda: make_recipe(precision="fp64"),
+    "objects": make_pairs,
     "workers": lambda: make_recipe(num_workers=1),
 }
+
+
+def late_copies(device: torch.device) -> dict[str, bool]:
+    """Return what tensors hold before and after somebody waits for a copy, and what is refused."""
+    module = simulated_device.MODULE
+    numbers = torch.arange(3.0)
+    stream = simulated_device.Stream()
+    with module.stream(stream):
+        on_device = numbers.pin_memory().to(device, non_blocking=True)
+    early = simulated_device.host_memory(on_device).isnan().all()
+    module.current_stream().wait_stream(stream)
+    arrived = torch.equal(on_device.cpu(), numbers)
+    host = torch.empty(3, pin_memory=True).copy_(on_device, non_blocking=True)
+    early_on_host = host.isnan().all()
+    module.synchronize()
+    try:
+        is_refused = not isinstance(on_device + numbers, Tensor)
+    except RuntimeError:
+        is_refused = True
+    return {
+        "late on the device": bool(early),
+        "arrives on the device": arrived,
+        "late on the host": bool(early_on_host),
+        "arrives on the host": torch.equal(host, numbers),
+        "mixed devices are refused": is_refused,
+    }
 
 
 def main() -> None:
     """Train every variant, and write what was measured."""
     folder = Path(sys.argv[1])
     device = simulated_device.install()
-    measured: dict[str, Any] = {
+    measured: dict[str, Any] = {"device": late_copies(device)}
+    measured |= {
         name: compare(name, folder, make()) for name, make in VARIANTS.items()
     }
     measured["peak_bytes"] = peak_bytes(device)
