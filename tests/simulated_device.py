@@ -28,9 +28,7 @@ from torch import Tensor, UntypedStorage
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
-from torch.utils.backend_registration import (  # type: ignore[attr-defined]
-    _setup_privateuseone_for_python_backend,
-)
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "simulated"
 DEVICE = torch.device("cpu")
@@ -140,9 +138,8 @@ class Event:
 class Module:
     """What `torch.get_device_module` returns for the device: the functions of `torch.cuda`."""
 
-    Stream, Event = Stream, Event
-
     def __init__(self) -> None:
+        self.Stream, self.Event = Stream, Event
         self.generator = torch.Generator()
         self._thread = threading.local()
         self._streams: list[Stream] = []
@@ -223,13 +220,17 @@ class Module:
 
 MODULE = Module()
 
-_host: dict[int, tuple[UntypedStorage, StorageWeakRef]] = {}
+_Reference: Any = StorageWeakRef
+
+_host: dict[int, tuple[UntypedStorage, Any]] = {}
 """For each storage of the device, the host's storage of the same memory."""
 
-_pinned: dict[int, StorageWeakRef] = {}
+_pinned: dict[int, Any] = {}
 """The storages of the host that are pinned."""
 
-_libraries: list[torch.library.Library] = []
+_Library: Any = torch.library.Library
+_libraries: list[Any] = []
+"""They last as long as the process."""
 
 
 def install() -> torch.device:
@@ -237,12 +238,11 @@ def install() -> torch.device:
     global DEVICE  # noqa: PLW0603
     _setup_privateuseone_for_python_backend(NAME, backend_module=MODULE)
     DEVICE = torch.device(NAME, 0)
-    fallback = torch.library.Library("_", "IMPL")  # noqa: TOR901
+    fallback = _Library("_", "IMPL")
     fallback.fallback(_run, "PrivateUse1")
-    kernels = torch.library.Library("aten", "IMPL")  # noqa: TOR901
+    kernels = _Library("aten", "IMPL")
     for name, function in (
         ("copy_", _copy),
-        ("_copy_from", lambda source, target, non_blocking=False: _copy(target, source)),
         ("_local_scalar_dense", _read_number),
         ("record_stream", _record_stream),
     ):
@@ -252,7 +252,8 @@ def install() -> torch.device:
         kernels.impl("_pin_memory", _pin_memory, "CPU")
         kernels.impl("is_pinned", _is_pinned, "CPU")
     _libraries.extend((fallback, kernels))
-    _Factories().__enter__()
+    factories: Any = _Factories()
+    factories.__enter__()  # for the rest of the process
     _patch_resize()
     set_device_index = torch.accelerator.set_device_index
 
@@ -307,21 +308,21 @@ def _twin(tensor: Tensor) -> Tensor:
     return twin.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
-def _device_storage(storage: UntypedStorage) -> UntypedStorage:
+def _device_storage(storage: Any) -> Any:
     """Return a storage of the device with the memory of a storage of the host."""
-    result: UntypedStorage = torch._C._construct_storage_from_data_pointer(
+    result: Any = torch._C._construct_storage_from_data_pointer(
         storage.data_ptr(), torch.device(NAME, 0), storage.nbytes()
     )
     if len(_host) > 10_000:
         for key in [key for key, (_, reference) in _host.items() if reference.expired()]:
             del _host[key]
-    _host[result._cdata] = storage, StorageWeakRef(result)
+    _host[result._cdata] = storage, _Reference(result)
     return result
 
 
 def _view(storage: UntypedStorage, twin: Tensor) -> Tensor:
     """Return a tensor of the device with a storage of the device, and the shape of a twin."""
-    tensor: Tensor = torch._C._acc.create_empty_tensor([0], twin.dtype)
+    tensor: Tensor = torch._C._acc.create_empty_tensor((0,), twin.dtype)
     return _set(tensor, storage, twin)
 
 
@@ -392,7 +393,7 @@ def _check_devices(name: str, args: Any, kwargs: Any) -> None:
         )
 
 
-def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:  # noqa: FBT001, FBT002
+def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     """Copy between the device and the host, or on the device."""
     if _is_simulated(target) and _is_simulated(source):
         if not MODULE.is_on_default_stream():
@@ -435,7 +436,7 @@ def _pin_memory(tensor: Tensor, device: Any = None) -> Tensor:
     del device
     copy = tensor.clone()
     storage = copy.untyped_storage()
-    _pinned[storage._cdata] = StorageWeakRef(storage)
+    _pinned[storage._cdata] = _Reference(storage)
     return copy
 
 

@@ -46,13 +46,15 @@ _COLLECTIVES = (
 )
 _FUNCTIONAL = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast")
 
-_libraries: list[torch.library.Library] = []
+_Library: Any = torch.library.Library
+_libraries: list[Any] = []
+"""They last as long as the process."""
 
 
 def install_collectives() -> None:
     """Let collective calls take tensors of the device, after `simulated_device.install`."""
-    in_place = torch.library.Library("c10d", "IMPL")  # noqa: TOR901
-    functional = torch.library.Library("_c10d_functional", "IMPL")  # noqa: TOR901
+    in_place = _Library("c10d", "IMPL")
+    functional = _Library("_c10d_functional", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they replace torch's kernels
         for name in _COLLECTIVES:
@@ -113,9 +115,12 @@ def train_all(rank: int, folder: Path, strategies: list[str], device: str) -> No
         install_collectives()
     machine = replace(read_machine(), num_gpus=0, usable_cores=RANKS)
     os.environ.update(
-        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},  # Accelerate asks for an address
-        **{"RANK": str(rank), "WORLD_SIZE": str(RANKS)},
-        **{"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(RANKS)},
+        MASTER_ADDR="127.0.0.1",  # Accelerate asks for an address
+        MASTER_PORT="1",
+        RANK=str(rank),
+        WORLD_SIZE=str(RANKS),
+        LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(RANKS),
     )
     for strategy in strategies:
         world = World(
@@ -125,9 +130,7 @@ def train_all(rank: int, folder: Path, strategies: list[str], device: str) -> No
             local_world_size=RANKS,
             store=folder / f"store-{strategy}-{device}",
         )
-        recipe = replace(
-            make_recipe(micro_batch_size=4, count=None), strategy=strategy, device="cpu"
-        )
+        recipe = make_recipe(micro_batch_size=4, count=None, strategy=strategy, device="cpu")
         plan = make_plan(recipe, machine, nproc_per_node=RANKS)
         backend = open_backend(recipe, plan, world, device)
         run_dir = RunDir(folder / f"{strategy}-{device}")
@@ -150,8 +153,9 @@ def train_all(rank: int, folder: Path, strategies: list[str], device: str) -> No
 def main() -> None:
     """Train on both kinds of ranks, and write what was measured."""
     folder, strategies = Path(sys.argv[1]), sys.argv[2:]
+    start: Any = start_processes
     for device in ("cpu", "device"):
-        start_processes(train_all, (folder, strategies, device), nprocs=RANKS, start_method="fork")
+        start(train_all, (folder, strategies, device), nprocs=RANKS, start_method="fork")
     measured = {
         strategy: {device: summary(folder / f"{strategy}-{device}") for device in ("cpu", "device")}
         for strategy in strategies
