@@ -60,6 +60,9 @@ class _ShardWriter(HuggingFaceStorageWriter):
     def __init__(self, folder: Path, rank: int, files: dict[str, int]) -> None:
         super().__init__(str(folder), fqn_to_index_mapping=files, save_distributed=True)
         self._rank = rank
+        # The tensors are on the host. Otherwise torch would use a stream of the first GPU that it
+        # finds, and initialise CUDA also where a run trains on the CPU.
+        self.per_thread_copy_ahead = 0
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         return [
