@@ -19,8 +19,8 @@ from launcher import Data, Recipe, adamw
 from launcher.engine.data.sampler import Sampler
 from launcher.engine.model.blocks import find_blocks
 from launcher.engine.saving.checkpoint_tensors import _Reader, write_shard
+from launcher.engine.state.host_copies import HostCopies, HostMemory
 from launcher.engine.state.hyperparameters import make_optimizer
-from launcher.engine.state.training_state import copy_to_host
 
 WORLDS = (8, 512)
 PLACES = [(world, rank) for world in WORLDS for rank in (0, world // 2, world - 1)]
@@ -179,11 +179,15 @@ def test_a_shard_records_its_place(tmp_path: Path, world_size: int, rank: int) -
         assert chunk.offsets == (start, *[0] * (len(shape) - 1))
 
 
+def _copies(tensors: list[tuple[str, Tensor]], rank: int, world_size: int) -> dict[str, Any]:
+    return HostCopies(tensors, rank, world_size, HostMemory(is_kept=False)).tensors
+
+
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_full_tensors_of_a_checkpoint_are_divided(world_size: int) -> None:
     """Each full tensor is written by one rank, and no rank writes much more than another."""
     tensors = [(f"model/{n}", torch.zeros(1 + 37 * n % 101, 8)) for n in range(4 * world_size)]
-    parts = [copy_to_host(tensors, rank, world_size) for rank in range(world_size)]
+    parts = [_copies(tensors, rank, world_size) for rank in range(world_size)]
     assert sorted(name for part in parts for name in part) == sorted(dict(tensors))
     num_bytes = [sum(tensor.nbytes for tensor in part.values()) for part in parts]
     assert max(num_bytes) - min(num_bytes) <= max(tensor.nbytes for _, tensor in tensors)

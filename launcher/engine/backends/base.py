@@ -74,7 +74,7 @@ class Backend(ABC):
             else None
         )
         """The loss scaler for fp16; None in other precisions."""
-        self.host_memory = HostMemory(is_kept=device.type == "cuda")
+        self.host_memory = HostMemory(is_kept=device.type != "cpu")
         """The memory of the copies from which checkpoints are written."""
         self.call_order: CallOrder | None = None
         """The check that all ranks gather weights in the same order; None if weights are not

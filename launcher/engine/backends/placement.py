@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -43,14 +42,16 @@ class Placement:
         self._device = device
         self._channels_last = channels_last
         self._double = double
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        has_streams = device.type not in ("cpu", "meta")
+        self._gpu: Any = torch.get_device_module(device) if has_streams else None
+        self._stream = None if self._gpu is None else self._gpu.Stream(device)
         self._is_checked = False
         """Whether no tensor was left on the CPU in the first batch, and in all classes of objects
         since."""
         self._left_classes: set[type] = set()
         """Classes of objects that were not moved, because they have no method `to`."""
         # Waiting threads sleep: a busy wait would take a core from the DataLoader workers.
-        self._run_ahead = RunAhead(functools.partial(torch.cuda.Event, blocking=True))
+        self._run_ahead = RunAhead(lambda: self._gpu.Event(blocking=True))
 
     def copy(self, batch: Any) -> Any:
         """Return `batch` with its tensors on the device, and converted.
@@ -74,17 +75,17 @@ class Placement:
     def _move_all(self, batch: Any) -> Any:
         if self._stream is None:
             return map_tensors(self._move, batch, self._move_object)
-        compute_stream = torch.cuda.current_stream(self._device)
+        compute_stream = self._gpu.current_stream(self._device)
         self._run_ahead.limit()
         if any(tensor.device == self._device for tensor in tensors_in(batch)):
             self._stream.wait_stream(compute_stream)  # which may still compute these tensors
 
         def move_on_compute_stream(value: Any) -> Any:
             # Its tensors are not known to this class, so they are not copied on the copy stream.
-            with torch.cuda.stream(compute_stream):
+            with self._gpu.stream(compute_stream):
                 return self._move_object(value)
 
-        with torch.cuda.stream(self._stream):
+        with self._gpu.stream(self._stream):
             device_batch = map_tensors(self._move, batch, move_on_compute_stream)
         compute_stream.wait_stream(self._stream)
         # The copy stream allocated this memory. The allocator must not reuse it before the compute

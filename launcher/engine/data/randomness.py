@@ -40,7 +40,7 @@ class ModelRandomness:
     def __init__(self, backend: Backend) -> None:
         self._seed, self._rank = backend.plan.seed, backend.rank
         self._has_parts = backend.plan.virtual_ranks is not None
-        self._has_gpu = backend.device.type == "cuda"
+        self._device = backend.device
         self._num_steps = 0
         self._watches, self._draws_on_host = False, self._has_parts
         self._before: tuple[object, ...] | None = None
@@ -63,8 +63,8 @@ class ModelRandomness:
 
     def _seed_generators(self, seed: int) -> None:
         torch.default_generator.manual_seed(seed)
-        if self._has_gpu:
-            torch.cuda.manual_seed(seed)
+        if self._device.type != "cpu":
+            torch.get_device_module(self._device).manual_seed(seed)
         if self._watches or self._draws_on_host:
             random.seed(seed)
             numpy.random.seed(seed & 0xFFFFFFFF)

@@ -39,7 +39,8 @@ class HostMemory:
         free = self._free.pop(name, None)
         if free is not None and (free.shape, free.dtype) == (tensor.shape, tensor.dtype):
             return free
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        is_pinned = tensor.device.type != "cpu"
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=is_pinned)
 
     def give_back(self, lent: dict[str, Tensor]) -> None:
         """Take back all tensors that were lent for a set of copies; no one reads them any more."""
@@ -85,7 +86,7 @@ class HostCopies:
         self.tensors: dict[str, Tensor | Fragment] = {}
         """The copies by name."""
         loads = [(0, owner) for owner in range(world_size)]
-        needs_sync = False
+        devices = set()
         for name, tensor in tensors:
             if isinstance(tensor, Tensor) and not isinstance(tensor, DTensor):
                 load, owner = heapq.heappop(loads)
@@ -94,9 +95,9 @@ class HostCopies:
                     continue
             self.tensors[name] = self._copy(name, tensor)
             values = tensor.values if isinstance(tensor, Fragment) else tensor
-            needs_sync = needs_sync or values.is_cuda
-        if needs_sync:
-            torch.cuda.synchronize()
+            devices.add(values.device)
+        for device in devices:
+            torch.get_device_module(device).synchronize(device)
 
     def release(self) -> None:
         """Give the memory of the copies back. They must not be read afterwards."""
