@@ -63,6 +63,13 @@ class Log:
     synchronized: list[str] = field(default_factory=list)
     """The threads that waited for all work of the device."""
 
+    host_cache_emptied: int = 0
+    """How often the pinned memory that torch keeps was freed."""
+
+    def emptied_host_cache(self) -> None:
+        """Record that the pinned memory that torch keeps was freed."""
+        self.host_cache_emptied += 1
+
     def clear(self) -> None:
         """Forget everything."""
         self.__init__()  # type: ignore[misc]
@@ -263,6 +270,7 @@ def install() -> torch.device:
         set_device_index(device)
 
     torch.accelerator.set_device_index = record
+    torch.accelerator.empty_host_cache = LOG.emptied_host_cache  # for devices written in C++ alone
     # An operation with a result of another shape than its kernel's, as torch's own structured
     # kernels call it. On a CPU that is a mistake of the caller.
     warnings.filterwarnings("ignore", message="An output with one or more elements was resized")

@@ -84,6 +84,7 @@ def test_checkpoints_are_copied_asynchronously(measured: dict[str, Any]) -> None
     copies = Counter(map(tuple, log["copies"]))
     assert copies["to host", False] == num_saves * tensors_of_a_save
     assert len(log["synchronized"]) == num_saves + 1  # the last at the end of the run
+    assert log["host_cache_emptied"] == 1
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
