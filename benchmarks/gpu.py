@@ -41,18 +41,23 @@ class Check:
     on_cpus: bool = True
     """Whether it can be tried on CPU ranks."""
 
+    needs_bf16: bool = False
+    """Whether it trains in bf16, which GPUs before the Ampere generation lack."""
+
     is_speed: bool = False
     """Whether it compares times, which mean nothing on CPU ranks."""
 
 
 def against(name: str) -> Check:
     """Return the check that compares launcher with another loop."""
-    return Check(functools.partial(speed.against, name=name), is_speed=True)
+    return Check(functools.partial(speed.against, name=name), needs_bf16=True, is_speed=True)
 
 
 CHECKS = {
     "same steps in fp32": Check(functools.partial(exactness.same_steps, precision="fp32")),
-    "same steps in bf16": Check(functools.partial(exactness.same_steps, precision="bf16")),
+    "same steps in bf16": Check(
+        functools.partial(exactness.same_steps, precision="bf16"), needs_bf16=True
+    ),
     "NCCL and gloo": Check(exactness.same_as_gloo),
     "equal bits": Check(exactness.same_bits, ranks=2),
     "step time": Check(device.step_time, is_speed=True),
@@ -66,8 +71,8 @@ CHECKS = {
     "pinned memory": Check(speed.pinned_memory, on_cpus=False),
     "workers": Check(speed.workers, is_speed=True),
     "loader overlap": Check(speed.loader_overlap, is_speed=True),
-    "compiled": Check(speed.compiled, is_speed=True),
-    "bf16": Check(speed.mixed_precision, is_speed=True),
+    "compiled": Check(speed.compiled, needs_bf16=True, is_speed=True),
+    "bf16": Check(speed.mixed_precision, needs_bf16=True, is_speed=True),
     "profile": Check(device.profiled),
     "doctor": Check(device.diagnosed),
     "plain PyTorch loop": against("torch"),
@@ -91,12 +96,19 @@ def rows(machine: Machine, names: Sequence[str], reason: str) -> Iterator[list[s
             why = f"it needs {check.ranks} ranks"
         if not why and machine.is_rehearsal and not check.on_cpus:
             why = "it needs a GPU"
+        if not why and check.needs_bf16 and not (machine.is_rehearsal or has_bf16()):
+            why = "this GPU has no bf16"
         started = time.monotonic()
         measured, expected, result = "", "", f"skipped: {why}"
         if not why:
             measured, expected, result = outcome(machine, name, check)
         seconds = f"{time.monotonic() - started:.0f}"
         yield [name, str(machine.ranks), measured, expected, seconds, result]
+
+
+def has_bf16() -> bool:
+    """Return whether the GPU has units for bf16."""
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def outcome(machine: Machine, name: str, check: Check) -> tuple[str, str, str]:

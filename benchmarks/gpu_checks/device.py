@@ -69,7 +69,7 @@ def profiled(machine: Machine) -> Verdict:
     printed = machine.launcher(
         *("profile", f"{HERE}/images.py", "-n", "1", "--steps", "5", "--json", "--out", "profile"),
         *("samples=2816", f"device={machine.device}"),
-        *(("width=16", "size=16") if machine.is_rehearsal else ()),
+        *(("width=32", "size=32") if machine.is_rehearsal else ()),
     )
     [profile] = json.loads(printed)
     parts = profile["parts"]

@@ -70,10 +70,11 @@ class Task:
         for number, batch in enumerate(batches):
             self.tick(number)
             yield batch
-        self.tick(len(self.loader))
+            if number + 1 == len(self.loader):  # before the workers are ended
+                self.tick(number + 1)
 
     def tick(self, number: int) -> None:
-        """Take the time before batch number `number`, if it is in the middle or after the last."""
+        """Take the time after `number` batches, if that is the half of them, or all."""
         if number in (len(self.loader) // 2, len(self.loader)):
             torch.get_device_module(self.device).synchronize()
             self.began, self.ended = self.ended, time.perf_counter()
@@ -143,6 +144,11 @@ def with_lightning(task: Task) -> dict[str, Any]:
             task.tick(number)
             return task.mean_loss(self.model(batch[0]), batch)
 
+        def on_train_batch_end(self, outputs: Any, batch: Any, number: int) -> None:
+            del outputs, batch
+            if number + 1 == len(task.loader):
+                task.tick(number + 1)
+
         def configure_optimizers(self) -> Optimizer:
             return task.optimizer(self.model)
 
@@ -158,7 +164,6 @@ def with_lightning(task: Task) -> dict[str, Any]:
         default_root_dir=task.folder,
     )
     trainer.fit(Module(), task.loader)
-    task.tick(len(task.loader))
     return task.result()
 
 
@@ -176,7 +181,7 @@ def main(name: str, device: str, folder: Path) -> dict[str, Any]:
     if importlib.util.find_spec(contestant.module) is None:
         remedy = "python -m pip install '.[benchmarks]'"
         return {"not measurable": f"{contestant.package} is not installed: {remedy}"}
-    recipe = images(width=256, samples=16384)
+    recipe = images(width=256, samples=32768)
     if device == "cpu":
         recipe = images(width=8, samples=256, size=16, batch=16)
         recipe = replace(recipe, device="cpu")
