@@ -233,3 +233,20 @@ def test_passes_are_timed_on_each_gpu(run: Commands) -> None:
         steps = [row["step_seconds"] for row in rows if "grad_norm" in row][-10:]
         assert len(devices) == ranks
         assert all(0 < seconds < 1.2 * max(steps) for seconds in devices)
+
+
+SAVES_ON_CPU = """
+import torch
+from pathlib import Path
+from launcher.engine.saving.checkpoint_tensors import write_shard
+write_shard(Path("."), 0, {"model/weight": torch.ones(3)})
+print(torch.cuda.is_available(), torch.cuda.is_initialized())
+"""
+
+
+@needs_gpu
+def test_writing_tensors_of_the_host_opens_no_gpu(run: Commands) -> None:
+    """A checkpoint is written without CUDA being initialised, as where a run trains on the CPU."""
+    done = run("python", "-c", SAVES_ON_CPU)
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout.split() == ["True", "False"]
