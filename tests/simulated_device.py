@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -122,10 +123,16 @@ class Event:
     def __init__(self, *, enable_timing: bool = False, blocking: bool = False) -> None:
         del enable_timing, blocking
         self._stream: Stream | None = None
+        self._time = 0.0
 
     def record(self, stream: Stream | None = None) -> None:
         """Put the mark behind all work that is queued."""
         self._stream = stream or MODULE.current_stream()
+        self._time = time.perf_counter()
+
+    def elapsed_time(self, later: Event) -> float:
+        """Return the milliseconds up to a later mark."""
+        return 1000 * (later._time - self._time)
 
     def synchronize(self) -> None:
         """Let the host wait until the device has reached the mark."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -76,19 +77,28 @@ def rows_of(size: int, world_size: int, rank: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_the_ranks_share_every_batch(world_size: int) -> None:
-    """The shares are contiguous, of equal size up to one sample, and in the order of the ranks."""
+    """The shares have equal sizes up to one sample, and hold every sample of the batch once."""
     plan = large_plan(make_recipe("ddp"), world_size)
     assert (plan.batch_size, plan.total_steps, plan.lr) == (BATCH_SIZE, 20, 0.1)
     samplers = [Sampler(plan=plan, rank=rank, train_samples=SAMPLES) for rank in range(world_size)]
     for step in (0, 9):  # a whole batch, and the shorter one at the end of the epoch
         window = samplers[0].window(step)
         assert window.size == (BATCH_SIZE if step == 0 else SAMPLES - 9 * BATCH_SIZE)
-        assert len({sampler.micro_steps(step) for sampler in samplers}) == 1
-        shares = [[*map(list, sampler._spans(window.size))] for sampler in samplers]
-        sizes = [sum(map(len, share)) for share in shares]
-        assert set(sizes) <= {window.size // world_size, window.size // world_size + 1}
-        taken = [position for part in zip(*shares, strict=True) for one in part for position in one]
-        assert taken == list(range(window.size))
+        num_micro_steps = {sampler.micro_steps(step) for sampler in samplers}
+        assert len(num_micro_steps) == 1
+        shares = [
+            [
+                index
+                for request in itertools.islice(sampler.requests(step), *num_micro_steps)
+                if request.has_weight
+                for index in request.indices
+            ]
+            for sampler in samplers
+        ]
+        sizes = set(map(len, shares))
+        assert sizes <= {window.size // world_size, window.size // world_size + 1}
+        taken = Counter(itertools.chain.from_iterable(shares))
+        assert taken == dict.fromkeys(samplers[0].batch_ids(step), 1)
 
 
 @pytest.mark.parametrize("world_size", WORLDS)

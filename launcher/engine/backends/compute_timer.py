@@ -101,9 +101,10 @@ class ComputeTimer:
 
 def compute_timer(device: torch.device) -> ComputeTimer | None:
     """Return a timer for passes on a GPU; None on a CPU, where the host's own clock tells them."""
-    if device.type != "cuda":
+    if device.type == "cpu":
         return None
+    gpu: Any = torch.get_device_module(device)
     return ComputeTimer(
-        lambda: torch.cuda.Event(enable_timing=True),
-        lambda: torch.cuda.current_stream(device),
+        lambda: gpu.Event(enable_timing=True),
+        lambda: gpu.current_stream(device),
     )

@@ -63,7 +63,6 @@ class LocalBackend(Backend):
         return [value]
 
     def close(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        torch.get_device_module(self.device).synchronize(self.device)
         if self.cpu_binding is not None and self.cpu_binding.cpus:
             keep_to_cpus(self._cpus)  # a notebook goes on in this process
