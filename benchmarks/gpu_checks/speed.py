@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from statistics import median
+from typing import Any
 
 from contest import HERE
 
@@ -90,7 +91,7 @@ def against(machine: Machine, name: str) -> Verdict:
         machine: The machine.
         name: A key of `contest.CONTESTANTS`.
     """
-    measured: dict[str, list[dict[str, float]]] = {"launcher": [], name: []}
+    measured: dict[str, list[dict[str, Any]]] = {name: [], "launcher": []}
     device_name = ""
     for _ in range(1 if machine.is_rehearsal else CONTEST_TURNS):
         for loop, results in measured.items():
