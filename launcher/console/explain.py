@@ -6,12 +6,14 @@ A resumed run also prints what differs from the plan that it started with.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from launcher.planning.derivations import counted, dependence_notes, virtual_notes
 from launcher.planning.lr_path import first_difference
 from launcher.planning.plan import Plan
 from launcher.planning.strategy import STRATEGIES
+from launcher.recipe.catalogue import written
+from launcher.recipe.hang_limits import hang_limits
 from launcher.recipe.schedules import Schedule
 
 _WIDTH = 96
@@ -208,6 +210,7 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     pinned = "pinned" if plan.pin_memory else "not pinned"
     yield "memory", f"{pinned} ({derivations['pin_memory']})"
     yield "speed-ups", _speed_ups(plan)
+    yield "hang limits", str(hang_limits(settings["hang_timeout"]))
     yield "optimizer", str(settings.get("optimizer", "built by the recipe"))
     for source, settings_text in _settings_by_source(plan):
         yield "set by", f"{source}: {settings_text}"
@@ -247,7 +250,9 @@ def _settings_by_source(plan: Plan) -> Iterator[tuple[str, str]]:
     for name, source in plan.sources.items():
         if source == "default" or source.startswith("replaced by") or name == "name":
             continue
-        setting = f"{name}={plan.settings[name]}" if name in plan.settings else name
+        value = plan.settings.get(name)
+        shown = written(value) if isinstance(value, Mapping) else value
+        setting = f"{name}={shown}" if name in plan.settings else name
         groups.setdefault(source, []).append(setting)
     for source, settings in groups.items():
         yield source, ", ".join(settings)

@@ -19,6 +19,7 @@ from launcher.engine.ranks.watchdog import Watchdog
 from launcher.environment.world import World
 from launcher.findings import Finding, RankDiagnostics
 from launcher.planning.plan import Plan
+from launcher.recipe.hang_limits import hang_limits
 from launcher.recipe.recipe import Recipe
 from launcher.runs.rundir import RunDir
 from launcher.signals import StopRequest, end_process
@@ -50,12 +51,12 @@ def report_binding(backend: Backend, output: Output) -> None:
 def start_watchdog(
     recipe: Recipe, world: World, run_dir: RunDir, stop: StopRequest, output: Output
 ) -> Watchdog:
-    """Start the watchdog of this rank, with the timeout that the recipe sets."""
+    """Start the watchdog of this rank, with the limits that the recipe sets."""
     return Watchdog(
         run_dir,
         world.rank,
         world.world_size,
-        hang_timeout=recipe.hang_timeout,
+        limits=hang_limits(recipe.hang_timeout),
         stop=stop,
         log=output.log,
         errors=output.errors,

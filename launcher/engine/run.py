@@ -267,6 +267,7 @@ def _complete(
     context.batch_norms.average(backend)
     if checkpoint_manager is not None and recorder.steps_taken is not None:
         checkpoint_manager.save(outcome.step)
+    context.report_phase(outcome.step, "finishing")
     weights = backend.weights(context.model)
     result = TrainResult(
         evaluation=outcome.evaluation,
@@ -279,6 +280,7 @@ def _complete(
     if checkpoint_manager is not None:
         checkpoint_manager.finish()
         checkpoint_manager.free_host_memory()
+    context.report_phase(outcome.step, "finishing")
     if backend.rank == 0:
         save_weights(weights, run_dir)
     return result

@@ -46,6 +46,7 @@ from launcher.errors import EXIT_RESUMABLE
 from launcher.recipe.recipe import Recipe
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.files import write_atomic
+from launcher.runs.heartbeat import PHASES
 from launcher.runs.job import Job, ResumeFrom
 from launcher.signals import STOP_SIGNALS, StopRequest
 
@@ -189,7 +190,9 @@ def _run_agent_rank(job: Job, work: Callable[[_AgentRank], int]) -> int:
         recipe = job.source.build()
         os.environ.setdefault("OMP_NUM_THREADS", str(job.plan.threads_per_rank))
         watchdog = start_watchdog(recipe, world, job.run_dir, stop or StopRequest(), output)
-        backend, _ = join(recipe, job.plan, world, lambda: job.run_dir)
+        report = functools.partial(watchdog.report_phase, 0, PHASES[0])
+        backend, _ = join(recipe, job.plan, world, lambda: job.run_dir, report=report)
+        report()
         keep_open(backend)
         watchdog.usage = usage_of(backend.device)
         report_binding(backend, output)

@@ -155,6 +155,8 @@ def written(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, (tuple, list)):
         return ",".join(map(written, value))
+    if isinstance(value, Mapping):
+        return ",".join(f"{key}:{written(item)}" for key, item in value.items())
     return str(value)
 
 

@@ -296,6 +296,14 @@ _NAMES = (
     ),
     _Advice(
         words=(
+            "timeout ddp_timeout nccl_timeout dist_timeout distributed_timeout init_timeout "
+            "process_group_timeout watchdog_timeout"
+        ),
+        write="hang_timeout={value}",
+        remark="`launcher settings hang_timeout` shows how to limit the start, evaluations and saves.",
+    ),
+    _Advice(
+        words=(
             "early_stopping early_stop early_stopping_patience early_stopping_threshold patience "
             "stop_patience"
         ),

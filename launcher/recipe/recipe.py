@@ -25,6 +25,7 @@ from launcher.recipe.function_checks import (
     check_metrics,
     check_optimizer,
 )
+from launcher.recipe.hang_limits import HangTimeout
 from launcher.recipe.optimizer import OptimizerSpec, sgd
 from launcher.recipe.schedules import Schedule, one_cycle
 from launcher.recipe.validation import (
@@ -42,9 +43,6 @@ Minutes = Annotated[
     Meta(pattern=r"^[0-9]{1,9}(\.[0-9]{1,9})?min\Z", description="minutes such as 10min"),
 ]
 """A time in minutes; the unit distinguishes it from a number of steps."""
-
-Seconds = Annotated[float, Meta(gt=0, le=1e9)]
-"""A time to wait, which the timers of Python can hold."""
 
 TrackerName = Literal[
     "aim",
@@ -271,8 +269,10 @@ class Recipe:
     max_bad_steps: Annotated[PositiveInt, Affects.NOTHING] = 3
     """Consecutive steps, skipped because loss or gradient is not finite, that end the run."""
 
-    hang_timeout: Annotated[Seconds | None, Affects.NOTHING] = 600.0
-    """Seconds without progress after which a run is ended as hung; none waits forever."""
+    hang_timeout: Annotated[HangTimeout, Affects.NOTHING] = 180.0
+    """Seconds without progress after which a run is ended as hung: the limit of a step, or limits
+    by phase as in step:120,save:900 (without them start:1800, evaluation:600, save:1800); the first
+    step belongs to the start. none waits forever."""
 
     noise_scale: Annotated[bool, Affects.NOTHING] = False
     """Estimate the gradient noise scale while training, from one step in twenty."""

@@ -19,6 +19,8 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import msgspec
 
+from launcher.errors import did_you_mean
+from launcher.printable import printable_line, shortened
 from launcher.recipe.text_values import (
     number,
     split_items,
@@ -36,6 +38,9 @@ a number, as in YAML files; as an `argument` of a command line, where everything
 
 INTEGER_LIMIT = 2**63
 """Whole numbers are smaller than this in magnitude: those that torch and JSON readers can hold."""
+
+_MAX_KEY = 100
+"""Longest text of a key in a message."""
 
 MAX_DEPTH = 20
 """Levels of lists and mappings within each other in a value without a type."""
@@ -266,11 +271,25 @@ def _read_mapping(value: Any, hint: Any, form: Form) -> dict[Any, Any]:
     else:
         raise UnfitError
     key_hint, value_hint = get_args(hint) or (Any, Any)
-    keys = [read(_as_key(key), key_hint, form) for key, _ in value]
+    keys = [_read_key(key, key_hint, form) for key, _ in value]
     if len(set(keys)) < len(keys):
         raise UnfitError("a key is given twice")
     items = [read(item, value_hint, form) for _, item in value]
     return dict(zip(keys, items, strict=True))
+
+
+def _read_key(key: Any, hint: Any, form: Form) -> Any:
+    """Return a key of a mapping; a refusal names the keys that there are, if they are fixed."""
+    try:
+        return read(_as_key(key), hint, form)
+    except UnfitError as error:
+        if get_origin(hint) is not Literal or str(error):
+            raise
+        known = [str(choice) for choice in get_args(hint)]
+        shown = printable_line(shortened(repr(key), _MAX_KEY))
+        near = did_you_mean(str(key)[:_MAX_KEY], known)
+        among = f".{near}" if near else f" among {', '.join(known)}"
+        raise UnfitError(f"there is no {shown}{among}") from None
 
 
 def _as_key(key: Any) -> Any:

@@ -1,5 +1,6 @@
 """health/rank<N>.json: the heartbeat of each rank, written about once a second.
 
+The first rank that reaches a limit of `hang_timeout` writes health/hang.
 `launcher.engine.ranks.watchdog` writes the files; this module defines and reads them.
 """
 
@@ -41,10 +42,10 @@ class Heartbeat:
     """When the heartbeat was written, in seconds since 1970."""
 
     stalled: bool = False
-    """Whether the rank has made no progress for `hang_timeout` seconds."""
+    """Whether the run hangs: this rank, or another one, has reached a limit of `hang_timeout`."""
 
     where: str = ""
-    """File, line and function of the main thread, if the rank is stalled."""
+    """File, line and function of the main thread, if the run hangs."""
 
     waits: bool = False
     """Whether `where` is a call in which ranks wait for each other."""
@@ -57,6 +58,25 @@ class Heartbeat:
 
     utilisation: float | None = None
     """Utilisation of the GPU or of one core, from 0 to 1; None if unknown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hang:
+    """The limit of `hang_timeout` that a rank has reached."""
+
+    phase: str
+    """The phase of the limit: start, step, evaluation or save."""
+
+    seconds: float
+    """The limit."""
+
+
+def find_hang(run_dir: RunDir, *, since: float) -> Hang | None:
+    """Return the limit that a rank has reached since a time in seconds since 1970, or None."""
+    with contextlib.suppress(OSError, RunDirError):
+        if run_dir.hang.stat().st_mtime > since:
+            return find_json(run_dir.hang, Hang, max_bytes=_MAX_BYTES)
+    return None
 
 
 def read_heartbeat(run_dir: RunDir, rank: int) -> Heartbeat | None:

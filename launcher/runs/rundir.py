@@ -133,6 +133,11 @@ class RunDir:
         """Return the file of the collective calls of `rank`, which exists after a hang."""
         return self.path / "health" / f"collectives{rank}.json"
 
+    @property
+    def hang(self) -> Path:
+        """The file that a rank writes when it reaches a limit of `hang_timeout`."""
+        return self.path / "health" / "hang"
+
     def log(self, rank: int) -> Path:
         """Return the file that holds what `rank` printed."""
         return self.path / "logs" / f"rank{rank}.log"

@@ -205,7 +205,10 @@ def test_ranks_end_with_a_launcher_that_is_killed(run: Commands) -> None:
         ),
         ("sleeping-worker", r"is reading data in step \d.* num_workers=0"),
         ("extra", r"different calls, .*rank 1 at .*failing\.py, .*in _extra: "),
-        ("stopped", r"rank 1 .* does not answer: .* \d+ s ago, after \d+ steps.* other rank waits"),
+        (
+            "stopped",
+            r"rank 1 .* does not answer: .* \d+ s ago, after \d+ steps?, .* other rank waits",
+        ),
     ],
 )
 def test_a_hang_is_named(run: Commands, how: str, message: str) -> None:
@@ -213,13 +216,68 @@ def test_a_hang_is_named(run: Commands, how: str, message: str) -> None:
     done = fail(run, how, "rank=1")
     assert done.exit_code == 1, done.stderr
     assert re.search(message, done.stderr), done.stderr
-    assert "2 s (hang_timeout)" in done.stderr
+    limit = "start:15" if how == "sleeping-worker" else "step:2"  # its first batch is in the trial
+    assert f"(hang_timeout={limit})" in done.stderr
     assert re.search(r"last seen: rank 0: step \d, \w+.*; rank 1: step \d", done.stderr)
     logs = [path.read_text() for path in (run.folder / "out/logs").iterdir()]
     assert any("most recent call first" in log for log in logs)
     if how == "sleep":
         assert re.search(r"rank 1 has not made collective call \d+ \(gloo:", done.stderr)
         assert "in _fail_at_second_call" in (run.folder / "out/logs/rank1.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("phase", "place", "seconds"),
+    [
+        ("start", r"starting, at .*failing\.py, ", 15),
+        ("evaluation", r"evaluating after \d+ steps, at .*failing\.py, ", 3),
+        ("save", r"saving after 1 step, at .*failing\.py, ", 4),
+    ],
+)
+def test_each_phase_has_a_limit(run: Commands, phase: str, place: str, seconds: int) -> None:
+    """A rank that hangs in a phase ends the run by the limit of that phase alone, and is named."""
+    others = {"start", "step", "evaluation", "save"} - {phase}
+    limits = ",".join([f"{phase}:{seconds}", *(f"{other}:none" for other in sorted(others))])
+    settings = ("rank=1", "checkpoint_every=1", f"hang_timeout={limits}")
+    start = time.monotonic()
+    done = fail(run, f"hang-{phase}", *settings)
+    assert seconds < time.monotonic() - start < seconds + _SECONDS_TO_FAIL
+    assert done.exit_code == 1, done.stderr
+    assert f"(hang_timeout={phase}:{seconds})" in done.stderr
+    assert re.search(rf"rank 1 \(.*\) is {place}", done.stderr), done.stderr
+
+
+_TIMEOUTS = """
+from dataclasses import replace
+import torch
+from launcher.recipes.digits import digits
+
+def timeouts():
+    recipe = digits()
+
+    def loss(outputs, batch):
+        from torch.distributed import distributed_c10d
+
+        groups = distributed_c10d._world.pg_map
+        backends = [group._get_backend(torch.device("cpu")) for group in groups]
+        print("TIMEOUTS", *sorted(backend.options._timeout.total_seconds() for backend in backends))
+        return recipe.loss(outputs, batch)
+
+    return replace(recipe, name="timeouts", loss=loss)
+"""
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero1", "zero3"])
+def test_no_group_ends_calls_before_the_longest_limit(run: Commands, strategy: str) -> None:
+    """Each process group, DeepSpeed's own too, has a timeout above the longest limit of a phase."""
+    (run.folder / "timeouts.py").write_text(_TIMEOUTS)
+    settings = (f"strategy={strategy}", "steps=1", "device=cpu", "hang_timeout=save:7200")
+    done = run("launcher", "run", "timeouts.py", *settings, "-n", "2", "--out", "out")
+    assert done.exit_code == 0, done.stderr
+    log = (run.folder / "out/logs/rank1.log").read_text()
+    found = re.findall(r"^TIMEOUTS (.*)$", log, re.MULTILINE)[-1].split()
+    assert set(found) == {"7500.0"}
+    assert len(found) >= (2 if strategy == "zero1" else 1)
 
 
 def test_a_bad_step_is_skipped(run: Commands) -> None:

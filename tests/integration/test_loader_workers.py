@@ -176,7 +176,7 @@ def test_a_hang_in_the_first_samples_ends_the_run(packed: Commands) -> None:
     )
     recipe.write_text(text)
     done = packed(
-        *("launcher", "run", "packed.py", "-n", "1", "kind=lazy", "hang_timeout=1"),
+        *("launcher", "run", "packed.py", "-n", "1", "kind=lazy", "hang_timeout=start:10"),
         *("--out", "out"),
     )
     assert done.exit_code == 1, done.stdout

@@ -59,8 +59,8 @@ def test_a_skipped_block_is_refused_under_sharding(
 ) -> None:
     """A block that one rank skips is named before the next checkpoint, under FSDP and ZeRO-3."""
     done = run(
-        *("launcher", "run", SKIPPING, "-n", "2", "-q", "hang_timeout=30", "--out", "out"),
-        *settings,
+        *("launcher", "run", SKIPPING, "-n", "2", "-q", "--out", "out"),
+        *("hang_timeout=start:60,step:30", *settings),
     )
     assert done.exit_code == exit_code, done.stderr
     assert named in done.stderr

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 How = Literal[
     "raise", "kill", "exit", "sample", "worker-killed", "empty", "count", "mean", "nan", "nan-once",
     "data", "hang", "sleep", "sleeping-worker", "stopped", "raise-once", "leave", "extra",
-    "mute", "quit", "orphan", "worker-quit", "kill-beside-c"
+    "mute", "quit", "orphan", "worker-quit", "kill-beside-c",
+    "hang-start", "hang-evaluation", "hang-save"
 ]  # fmt: skip
 
 
@@ -29,7 +30,9 @@ def failing(*, how: How, rank: int = 0) -> Recipe:
     """Digits that fail in the way `how`, on `rank` if the failure concerns a single rank."""
     recipe = replace(worlds(), name="failing", num_workers=1)
     if how in ("sleep", "sleeping-worker", "stopped", "extra"):
-        recipe = replace(recipe, hang_timeout=2.0)
+        recipe = replace(recipe, hang_timeout={"start": 15.0, "step": 2.0})
+    if how.startswith("hang-"):
+        return _hang_in(how.removeprefix("hang-"), rank, recipe)
     if how in _ENDS or how == "nan-once":
         return replace(recipe, loss=lambda *args: _fail_at_second_call(how, rank, *args))
     if how == "nan":
@@ -39,6 +42,42 @@ def failing(*, how: How, rank: int = 0) -> Recipe:
     if how == "count":
         return replace(recipe, loss=lambda *args: (_sum(*args), 1))
     return replace(recipe, data=lambda: _data(how))
+
+
+def _hang_in(phase: str, rank: int, recipe: Recipe) -> Recipe:
+    """Return a recipe that hangs in a phase on one rank, after the trial of the first samples."""
+
+    def build_model() -> Any:
+        from torch import nn
+
+        class Saved(nn.Module):
+            def get_extra_state(self) -> None:
+                if phase == "save" and calls:
+                    _sleep_on(rank)
+
+            def set_extra_state(self, _: None) -> None:
+                pass
+
+            def forward(self, inputs: Tensor) -> Tensor:
+                return inputs
+
+        if phase == "start":
+            _sleep_on(rank)
+        return nn.Sequential(recipe.model(), Saved())
+
+    def loss(logits: Tensor, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
+        global calls  # noqa: PLW0603
+        calls += logits.requires_grad
+        if phase == "evaluation" and calls and not logits.requires_grad:
+            _sleep_on(rank)
+        return cross_entropy(logits, batch)
+
+    return replace(recipe, model=build_model, loss=loss)
+
+
+def _sleep_on(rank: int) -> None:
+    if int(os.environ.get("RANK", "0")) == rank:
+        time.sleep(1000)
 
 
 calls = 0

@@ -79,7 +79,7 @@ def _recipe(data: Callable[[], Data], model: Callable[[], nn.Module]) -> Recipe:
         epochs=1,
         schedule=constant(),
         in_memory=True,
-        hang_timeout=20.0,
+        hang_timeout={"start": 60.0, "step": 20.0},
     )
 
 

@@ -14,6 +14,7 @@ from fuzz.harness import invoke
 from launcher.engine.ranks.output import Log
 from launcher.engine.ranks.watchdog import Watchdog
 from launcher.errors import RunDirError
+from launcher.recipe.hang_limits import hang_limits
 from launcher.runs.events import record_event
 from launcher.runs.failure_record import read_failure, record_failure, replace_failure
 from launcher.runs.files import set_file_aside
@@ -48,7 +49,7 @@ def log(run_dir: RunDir) -> None:
 def beat(run_dir: RunDir) -> None:
     stream = io.StringIO()
     Watchdog(
-        run_dir, 0, 1, hang_timeout=None, stop=StopRequest(), log=stream, errors=stream
+        run_dir, 0, 1, limits=hang_limits(None), stop=StopRequest(), log=stream, errors=stream
     ).close()
 
 

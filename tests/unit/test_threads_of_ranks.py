@@ -18,6 +18,7 @@ from launcher.engine.state.compiled import limit_compile_workers
 from launcher.engine.state.training_state import Snapshot
 from launcher.engine.training import checkpoint_manager
 from launcher.engine.training.checkpoint_manager import _ShardWriter
+from launcher.recipe.hang_limits import hang_limits
 from launcher.runs.rundir import create_run_dir
 from launcher.signals import StopRequest
 
@@ -104,7 +105,13 @@ def test_a_hanging_driver_does_not_keep_a_hanging_rank(
     if child == 0:
         with (tmp_path / "log").open("w") as log:
             watching = watchdog.Watchdog(
-                run_dir, 0, 1, hang_timeout=0.1, stop=StopRequest(), log=log, errors=log
+                run_dir,
+                0,
+                1,
+                limits=hang_limits({"start": 0.1}),
+                stop=StopRequest(),
+                log=log,
+                errors=log,
             )
             watching.report_phase(0, "computing")
             time.sleep(60)

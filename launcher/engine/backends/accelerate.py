@@ -32,7 +32,12 @@ from torch.optim import Optimizer
 from launcher.engine.backends.base import Backend, state_dict_names
 from launcher.engine.backends.call_order import watch_call_order
 from launcher.engine.backends.compute_timer import compute_timer
-from launcher.engine.backends.default_group import join_process_group, lower_debug_level
+from launcher.engine.backends.default_group import (
+    group_timeout,
+    join_process_group,
+    lengthen_timeouts,
+    lower_debug_level,
+)
 from launcher.engine.backends.devices import check_own_device, device_identity, planned_device
 from launcher.engine.backends.recipe_forward import (
     NamedRecipeForward,
@@ -41,7 +46,6 @@ from launcher.engine.backends.recipe_forward import (
     call_with_output_hooks,
 )
 from launcher.engine.backends.unused_parameters import UsedParameters
-from launcher.engine.ranks.external_store import TIMEOUT
 from launcher.engine.ranks.turns import Turns
 from launcher.engine.state.compiled import plain_name
 from launcher.engine.state.optimizer_kinds import check_strategy_of
@@ -107,7 +111,8 @@ class GroupBackend(Backend):
         if not cpu:
             for variable, value in FORK_SAFETY.items():
                 os.environ.setdefault(variable, value)
-        join_process_group(world, communication_backend)
+        self._timeout = group_timeout(recipe)
+        join_process_group(world, communication_backend, self._timeout)
         store = dist.distributed_c10d._get_default_store()  # noqa: SLF001
         if not cpu:
             check_own_device(store, world, device_identity(self.device))
@@ -121,7 +126,7 @@ class GroupBackend(Backend):
             mixed_precision="no",  # the loop's autocast is the same under every backend
             gradient_accumulation_steps=1,  # the loop accumulates exactly for ragged micro-batches
             kwargs_handlers=[
-                InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=TIMEOUT),
+                InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=self._timeout),
                 *handlers,
             ],
             **plugins,
@@ -297,6 +302,7 @@ class FSDPBackend(GroupBackend):
         state.distributed_type = DistributedType.FSDP
         state.parallelism_config = parallelism
         state.device_mesh = parallelism.get_device_mesh(plan.device)
+        lengthen_timeouts(self._timeout)
 
     def prepare(
         self,

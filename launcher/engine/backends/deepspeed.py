@@ -29,6 +29,7 @@ from torch.optim import Optimizer
 from launcher.engine.backends.accelerate import GroupBackend, reset_accelerate_state
 from launcher.engine.backends.base import poison_nonfinite, state_dict_names
 from launcher.engine.backends.call_order import watch_call_order
+from launcher.engine.backends.default_group import lengthen_timeouts
 from launcher.engine.backends.recipe_forward import RecipeForward, call_with_output_hooks
 from launcher.engine.backends.reduction_order import OrderedReduction
 from launcher.engine.state.compiled import plain_name
@@ -112,6 +113,7 @@ class DeepSpeedBackend(GroupBackend):
                 "each rank would train a separate copy of the model. Check the versions of "
                 "accelerate, deepspeed and torch."
             )
+        lengthen_timeouts(self._timeout)
         self._engine, self._module = engine, model
         if self._stage < 3:
             OrderedReduction(engine.optimizer, self.broadcast)

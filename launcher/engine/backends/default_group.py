@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from datetime import timedelta
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import (
@@ -22,6 +23,14 @@ from launcher.environment.network import (
     interface_variables,
 )
 from launcher.environment.world import World
+from launcher.recipe.hang_limits import hang_limits
+from launcher.recipe.recipe import Recipe
+
+_MARGIN = timedelta(minutes=5)
+"""How much longer a collective call may take than the watchdog waits at most."""
+
+_TIMEOUT_WITHOUT_LIMIT = timedelta(days=365)
+"""Timeout of collective calls where `hang_timeout` sets no limit."""
 
 
 def lower_debug_level(world: World) -> None:
@@ -38,7 +47,27 @@ def lower_debug_level(world: World) -> None:
         )
 
 
-def join_process_group(world: World, backend: str) -> None:
+def group_timeout(recipe: Recipe) -> timedelta:
+    """Return the timeout of collective calls, which is longer than every limit of `hang_timeout`.
+
+    The watchdog names the rank at fault; torch would only name a call that took too long.
+    """
+    longest = hang_limits(recipe.hang_timeout).longest()
+    if longest is None:
+        return _TIMEOUT_WITHOUT_LIMIT
+    return min(max(TIMEOUT, timedelta(seconds=longest) + _MARGIN), _TIMEOUT_WITHOUT_LIMIT)
+
+
+def lengthen_timeouts(timeout: timedelta) -> None:
+    """Give every process group of this process a timeout.
+
+    DeepSpeed makes groups of its own with torch's default, which is 10 minutes over NCCL.
+    """
+    for group in dist.distributed_c10d._world.pg_map:  # noqa: SLF001
+        dist.distributed_c10d._set_pg_timeout(timeout, group)  # noqa: SLF001
+
+
+def join_process_group(world: World, backend: str, timeout: timedelta) -> None:
     """Join the default process group, over the network interface that reaches rank 0.
 
     The ranks rendezvous in the file `world.store`, or at `world.address`, or at the address in the
@@ -47,6 +76,7 @@ def join_process_group(world: World, backend: str) -> None:
     Args:
         world: The position of this process among the ranks.
         backend: The communication backend, as `torch.distributed.init_process_group` names it.
+        timeout: The timeout of collective calls.
 
     Raises:
         WorldError: Not all ranks reach that address, or GLOO_SOCKET_IFNAME names an interface that
@@ -71,7 +101,7 @@ def join_process_group(world: World, backend: str) -> None:
         store=store,
         rank=world.rank,
         world_size=world.world_size,
-        timeout=TIMEOUT,
+        timeout=timeout,
     )
 
 

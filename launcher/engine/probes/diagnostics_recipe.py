@@ -31,5 +31,5 @@ def diagnostics_recipe(num_ranks: int, device: Literal["cuda", "cpu"] | None) ->
         lr_rule="none",
         steps=1,
         device=device,
-        hang_timeout=DIAGNOSTICS_TIMEOUT,
+        hang_timeout={"start": DIAGNOSTICS_TIMEOUT},
     )

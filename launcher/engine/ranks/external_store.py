@@ -21,7 +21,7 @@ from launcher.errors import WorldError
 from launcher.recipe.text_values import digits
 
 TIMEOUT = timedelta(minutes=30)
-"""Timeout of collective calls; `hang_timeout` names a stuck rank long before."""
+"""Timeout of the store, and of collective calls unless a limit of `hang_timeout` is longer."""
 
 PATIENCE_SECONDS = 300.0
 """Longest wait for the other ranks; the same as --join-timeout of `launcher run`."""

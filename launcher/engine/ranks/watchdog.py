@@ -1,8 +1,9 @@
 """The watchdog of a rank: a thread that writes its heartbeat and ends a run that hangs.
 
-The heartbeat in health/rank<N>.json holds the step and the phase of the rank. A rank that makes no
-progress for `hang_timeout` seconds writes the stacks of all its threads to its log. The first rank
-that notices records a failure that names the rank for which the others wait.
+The heartbeat in health/rank<N>.json holds the step and the phase of the rank. Each phase has a
+limit (`hang_timeout`). When the first rank has made no progress for that long, all ranks write
+where they are, and the stacks of their threads to their logs. Then a failure is recorded that names
+the rank for which the others wait.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -25,10 +26,12 @@ from launcher.engine.ranks.flight_recorder import record_collectives
 from launcher.engine.ranks.processes import children
 from launcher.errors import EXIT_FAILED
 from launcher.json_file import encode_json
+from launcher.planning.derivations import counted
+from launcher.recipe.hang_limits import HangLimits, HangPhase
 from launcher.regular_file import overwrite
 from launcher.runs.collectives import find_missing_call, read_collectives
 from launcher.runs.failure_record import Failure, record_failure
-from launcher.runs.heartbeat import PHASES, Heartbeat, read_heartbeat
+from launcher.runs.heartbeat import PHASES, Hang, Heartbeat, find_hang, read_heartbeat
 from launcher.runs.rundir import RunDir
 from launcher.signals import EXIT_BY_SIGNAL, StopRequest, end_process
 
@@ -50,6 +53,27 @@ _WAITING_PACKAGES = ("torch", "launcher", "accelerate", "deepspeed")
 """Packages whose calls wait for other ranks; a main thread inside them is not the cause."""
 
 
+_LIMIT_OF: Mapping[str, HangPhase] = {
+    "starting": "start",
+    "reading data": "step",
+    "computing": "step",
+    "evaluating": "evaluation",
+    "saving": "save",
+    "finishing": "save",
+}
+"""The limit that holds in each of `PHASES`; that of the start also holds in the first step."""
+
+_ORDER = ("starting", "evaluating", "saving", "reading data", "computing", "finishing")
+"""`PHASES` in the order in which a rank passes through them with the same number of steps taken."""
+
+_IN_WORDS = {
+    "start": "the start of a run",
+    "step": "a step",
+    "evaluation": "an evaluation",
+    "save": "a save",
+}
+
+
 class Watchdog:
     """Writes the heartbeat of one rank and ends the run if it hangs.
 
@@ -57,7 +81,7 @@ class Watchdog:
         run_dir: The run folder.
         rank: The rank of this process.
         world_size: Number of ranks.
-        hang_timeout: Seconds without progress after which the run ends; None never ends it.
+        limits: Seconds without progress after which the run ends, by phase.
         stop: The stop request of this rank.
         log: Stream for stacks, a file with a descriptor.
         errors: Stream that shows a failure which no file can hold.
@@ -69,19 +93,22 @@ class Watchdog:
         rank: int,
         world_size: int,
         *,
-        hang_timeout: float | None,
+        limits: HangLimits,
         stop: StopRequest,
         log: TextIO,
         errors: TextIO,
     ) -> None:
         self._run_dir, self._rank, self._world_size = run_dir, rank, world_size
-        self._hang_timeout, self._stop = hang_timeout, stop
+        self._limits, self._stop = limits, stop
         self._log, self._errors = log, errors
         self._main_thread = threading.main_thread().ident
         self._heartbeat_seconds = max(1.0, world_size / _HEARTBEATS_PER_SECOND)
         self._closed = threading.Event()
         self._progress = 0, PHASES[0], time.monotonic()
-        self._started_at = time.time()
+        self._first_step: int | None = None
+        """Steps that were taken before this process took its first one; None if not yet known."""
+
+        self._opened_at = self._started_at = time.time()
         """When this rank left the phase `starting`, in seconds since 1970."""
 
         self.usage: Callable[[], dict[str, Any]] = dict
@@ -101,6 +128,8 @@ class Watchdog:
             phase: What the rank does from now on, one of `PHASES`.
         """
         has_started = self._progress[1] == PHASES[0] != phase
+        if has_started and self._first_step is None:
+            self._first_step = step
         self._progress = step, phase, time.monotonic()
         if has_started:  # the launcher now lets the ranks save before it ends them
             self._started_at = time.time()
@@ -122,12 +151,30 @@ class Watchdog:
                 self._stop.has_received(signal.SIGTERM) or (not is_starting and self._has_failed())
             ):
                 end_process(EXIT_BY_SIGNAL + signal.SIGTERM)
-            timeout = self._hang_timeout
-            if timeout is not None and still_seconds > timeout and not is_starting:
-                self._end_run(timeout)
+            if (hang := self._find_hang(still_seconds)) is not None:
+                self._end_run(hang)
             if now - written_at >= self._heartbeat_seconds:
                 written_at = now
                 self._write_heartbeat()
+
+    def _find_hang(self, still_seconds: float) -> Hang | None:
+        """Return the limit that this rank has reached, or another one while this one stands still.
+
+        Limits of ranks differ: one may still be saving while another waits for it in a step.
+
+        Args:
+            still_seconds: Seconds since this rank made progress.
+        """
+        step, phase, _ = self._progress
+        name = _LIMIT_OF[phase]
+        if name == "step" and step == self._first_step:
+            name = "start"  # workers fill their queues, code is compiled, ranks connect
+        limit: float | None = getattr(self._limits, name)
+        if limit is not None and still_seconds > limit:
+            return Hang(phase=name, seconds=limit)
+        if still_seconds > _SECONDS_TO_END:
+            return find_hang(self._run_dir, since=self._opened_at)
+        return None
 
     def _has_failed(self) -> bool:
         """Return whether a rank has recorded a failure since this one started.
@@ -167,16 +214,19 @@ class Watchdog:
         except Exception:  # noqa: BLE001  # a driver's error must not end this thread
             return {}
 
-    def _end_run(self, timeout: float) -> None:
+    def _end_run(self, hang: Hang) -> None:
         """Report where this rank is, record the rank for which the others wait, and exit."""
         where, waits = self._find_main_thread()
         self._write_heartbeat(stalled=True, where=where, waits=waits)
+        if find_hang(self._run_dir, since=self._opened_at) is None:
+            with contextlib.suppress(OSError):
+                overwrite(self._run_dir.hang, encode_json(asdict(hang)).encode())
         # torch asks the driver about the calls, and a driver that hangs would keep this thread, and
         # Python's lock with it. faulthandler ends the process without either.
         faulthandler.dump_traceback_later(_SECONDS_TO_RECORD, exit=True, file=self._log)
         record_collectives(self._run_dir.collectives(self._rank))
         faulthandler.cancel_dump_traceback_later()
-        print(f"No progress for {timeout:g} s. All threads:", file=self._log, flush=True)
+        print(f"{_hang_text(hang)}. All threads:", file=self._log, flush=True)
         faulthandler.dump_traceback(file=self._log, all_threads=True)
         for child in children():
             with contextlib.suppress(OSError):
@@ -184,7 +234,7 @@ class Watchdog:
         time.sleep(_SECONDS_TO_REPORT)
         heartbeats = [read_heartbeat(self._run_dir, rank) for rank in range(self._world_size)]
         calls = [read_collectives(self._run_dir, rank) for rank in range(self._world_size)]
-        failure = _hang_failure(heartbeats, timeout, find_missing_call(calls))
+        failure = _hang_failure(heartbeats, hang, find_missing_call(calls))
         record = record_failure(self._run_dir, failure)
         if record == "unwritten":
             print(failure_text(failure, self._run_dir), file=self._errors, flush=True)
@@ -208,6 +258,22 @@ class Watchdog:
         return f"{path}, line {frame.f_lineno}, in {frame.f_code.co_name}", waits
 
 
+def _hang_text(hang: Hang) -> str:
+    return (
+        f"No progress for {hang.seconds:g} s, the limit of {_IN_WORDS[hang.phase]} "
+        f"(hang_timeout={hang.phase}:{hang.seconds:g})"
+    )
+
+
+def _place(heartbeat: Heartbeat) -> str:
+    """Return the phase of a rank and its step: `computing in step 2`, `saving after 20 steps`."""
+    if heartbeat.phase == PHASES[0]:
+        return heartbeat.phase
+    if _LIMIT_OF[heartbeat.phase] == "step":
+        return f"{heartbeat.phase} in step {heartbeat.step + 1:,}"
+    return f"{heartbeat.phase} after {counted(heartbeat.step, 'step')}"
+
+
 def _slowest_rank_text(rank: int, heartbeat: Heartbeat | None, num_others: int) -> str:
     """Return what the slowest rank does, and how many ranks wait for it."""
     if heartbeat is None:
@@ -215,14 +281,11 @@ def _slowest_rank_text(rank: int, heartbeat: Heartbeat | None, num_others: int) 
     elif not heartbeat.stalled:
         text = (
             f"rank {rank} ({heartbeat.node}) does not answer: its last heartbeat was "
-            f"{time.time() - heartbeat.time:.0f} s ago, after {heartbeat.step:,} steps, "
+            f"{time.time() - heartbeat.time:.0f} s ago, after {counted(heartbeat.step, 'step')}, "
             f"{heartbeat.phase}"
         )
     else:
-        text = (
-            f"rank {rank} ({heartbeat.node}) is {heartbeat.phase} in step {heartbeat.step + 1:,}, "
-            f"at {heartbeat.where}"
-        )
+        text = f"rank {rank} ({heartbeat.node}) is {_place(heartbeat)}, at {heartbeat.where}"
         if heartbeat.phase == "reading data":
             text += ". It waits for its data: num_workers=0 shows whether the data set hangs"
     if not num_others:
@@ -248,13 +311,13 @@ def _different_calls_text(heartbeats: list[Heartbeat | None]) -> str | None:
 
 
 def _hang_failure(
-    heartbeats: list[Heartbeat | None], timeout: float, missing: tuple[int, str] | None
+    heartbeats: list[Heartbeat | None], hang: Hang, missing: tuple[int, str] | None
 ) -> Failure:
     """Return the failure of a run that hangs, which names the slowest rank.
 
     Args:
         heartbeats: The last heartbeat of each rank; None for a rank that wrote none.
-        timeout: Seconds without progress.
+        hang: The limit that was reached.
         missing: The rank that is behind in its collective calls, and a clause about it, if known.
     """
 
@@ -262,7 +325,7 @@ def _hang_failure(
         heartbeat = heartbeats[rank]
         if heartbeat is None:
             return False, 0, 0, False
-        phase = PHASES.index(heartbeat.phase)
+        phase = _ORDER.index(heartbeat.phase)
         return heartbeat.stalled, heartbeat.step, phase, heartbeat.waits
 
     slowest = min(range(len(heartbeats)), key=progress)
@@ -281,9 +344,6 @@ def _hang_failure(
         pid=0 if heartbeat is None else heartbeat.pid,
         time=time.time(),
         error="Hang",
-        message=(
-            f"No rank has made progress for {timeout:g} s (hang_timeout): {text}. "
-            "The stacks of all threads are in the logs."
-        ),
+        message=(f"{_hang_text(hang)}: {text}. The stacks of all threads are in the logs."),
         exit_code=EXIT_FAILED,
     )

@@ -34,6 +34,7 @@ from launcher.errors import RecipeError
 from launcher.planning.plan import Plan
 from launcher.planning.single_sample_batches import has_single_sample_batches
 from launcher.recipe.recipe import Data, Recipe
+from launcher.runs.heartbeat import PHASES
 from launcher.runs.job import RecipeSource
 
 _CHECKED_WEIGHTS = 1024
@@ -75,6 +76,7 @@ def build_context(
     """
     files_before = open_files()
     data = backend.local_rank_zero_first("read the data", lambda: build_data(recipe, plan))
+    report_phase(first_step, PHASES[0])
     evaluation_data = data.evaluation if evaluates else None
     sampler = Sampler(
         plan=plan,
@@ -101,6 +103,7 @@ def build_context(
     batches = start_reading(sampler)
     first_batch = functools.partial(_read_first_batch, reader, sampler)
     model, optimizer, num_trained = build_model_and_optimizer(recipe, plan, backend, first_batch)
+    report_phase(first_step, PHASES[0])
     if plan.virtual_ranks is not None:
         backend.virtual_buffers = VirtualBuffers(
             backend.unwrap(model), plan.distribution.of_rank(backend.rank), plan.virtual_ranks

@@ -289,6 +289,7 @@ def _run_evaluation(
 ) -> dict[str, float]:
     """Evaluate after `step` steps, pass the values on, and return them (collective)."""
     if controller is not None:
+        context.report_phase(step, "saving")
         controller.before_evaluation(step)
     evaluation = evaluate(context, step)
     callback.on_evaluation(step, evaluation)
