@@ -80,8 +80,8 @@ def diagnose(
         plan: The plan for diagnostics.
         world: This process's place among the ranks.
         node_findings: What this rank has already found out about its node.
-        report: Called after each stage. Starting CUDA, joining the group, which runs `nvidia-smi`,
-            connecting NCCL and importing packages may each take many seconds.
+        report: Called after each stage. Starting CUDA, joining the group, connecting NCCL and
+            importing packages may each take many seconds.
     """
     recipe = plan_diagnostics_recipe(plan)
     memory = free_memory(planned_device(recipe, plan, world.local_rank))

@@ -18,6 +18,10 @@ from pathlib import Path
 from launcher.environment.accelerators import find_accelerators
 from launcher.recipe.text_values import digits
 
+_WITHOUT_PEER_ACCESS = "RTX 40"
+_DRIVER_WITH_PEER_ACCESS = (550, 40, 7)
+"""Several GPUs whose names contain the text work together with this driver or a newer one."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
@@ -139,6 +143,23 @@ def gpu_driver(root: Path = Path("/")) -> str | None:
     if (root / "dev/kfd").exists():
         return f"amdgpu {_read(root / 'sys/module/amdgpu/version') or ''}".rstrip()
     return "of Windows" if (root / "dev/dxg").exists() else None
+
+
+def lacks_peer_access(root: Path = Path("/")) -> bool:
+    """Return whether NCCL must use neither peer-to-peer access nor InfiniBand on this machine.
+
+    That holds for several GPUs of the RTX 40 series with an old driver. The rule is that of
+    Accelerate, which asks `nvidia-smi` in every rank; here the files of the driver answer.
+    """
+    models = [
+        match[1]
+        for path in (root / "proc/driver/nvidia/gpus").glob("*/information")
+        if (match := re.search(r"^Model:\s*(.*)", _read(path) or "", re.MULTILINE))
+    ]
+    if len(models) < 2 or not any(_WITHOUT_PEER_ACCESS in model for model in models):
+        return False
+    version = tuple(map(int, re.findall(r"\d+", gpu_driver(root) or "")))
+    return bool(version) and version < _DRIVER_WITH_PEER_ACCESS
 
 
 def _usable_cores(root: Path, env: Mapping[str, str]) -> tuple[int, str]:

@@ -300,7 +300,7 @@ _NAMES = (
             "process_group_timeout watchdog_timeout"
         ),
         write="hang_timeout={value}",
-        remark="`launcher settings hang_timeout` shows how to limit the start, evaluations and saves.",
+        remark="`launcher settings hang_timeout` shows how to limit other phases.",
     ),
     _Advice(
         words=(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launcher.environment.accelerators import find_accelerators
-from launcher.environment.machine import read_machine
+from launcher.environment.machine import lacks_peer_access, read_machine
 from launcher.recipe.overrides import read_arguments
 from launcher.recipe.resolve import resolve
 from launcher.runs.plan_recipe import plan_recipe
@@ -165,3 +165,32 @@ def test_other_accelerators_are_named(tmp_path: Path, files: dict[str, str], wor
     assert any(word in note for note in plan.notes)
     _, plan = plan_recipe(resolve("digits"), read_arguments(["device=cpu"]), machine)
     assert not any(word in note for note in plan.notes)
+
+
+@pytest.mark.parametrize(
+    ("models", "driver", "lacks"),
+    [
+        (["NVIDIA GeForce RTX 4090"] * 2, "535.104.05", True),
+        (["NVIDIA GeForce RTX 4090"] * 2, "550.40.06", True),
+        (["NVIDIA GeForce RTX 4090"] * 2, "550.40.07", False),
+        (["NVIDIA GeForce RTX 4090"] * 2, "550.54", False),
+        (["NVIDIA GeForce RTX 4090"], "535.104.05", False),
+        (["NVIDIA GeForce RTX 4090", "NVIDIA A100-SXM4-40GB"], "535.104.05", True),
+        (["NVIDIA H100 80GB HBM3"] * 8, "535.104.05", False),
+        ([], "535.104.05", False),
+    ],
+)
+def test_gpus_without_peer_access(
+    tmp_path: Path, models: list[str], driver: str, lacks: bool
+) -> None:
+    """Several GPUs of the RTX 40 series with a driver before 550.40.07 have no peer access."""
+    files = {
+        f"proc/driver/nvidia/gpus/0000:0{index}:00.0/information": (
+            f"Model: \t\t {model}\nIRQ:   \t\t 131\nGPU UUID: \t GPU-{index}\n"
+        )
+        for index, model in enumerate(models)
+    }
+    version = f"NVRM version: NVIDIA UNIX x86_64 Kernel Module  {driver}  Sat Aug 19\n"
+    assert (
+        lacks_peer_access(tree(tmp_path, files | {"proc/driver/nvidia/version": version})) is lacks
+    )

@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate import state as accelerate_state
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
@@ -21,7 +22,6 @@ from accelerate.utils import (
     FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
     ParallelismConfig,
-    check_cuda_p2p_ib_support,
     fsdp2_prepare_model,
 )
 from torch import Tensor, nn
@@ -53,9 +53,8 @@ from launcher.engine.state.parameter_kinds import (
     check_batch_norm_precision,
     sparse_parameters,
 )
-from launcher.environment.network import (
-    FORK_SAFETY,
-)
+from launcher.environment.machine import lacks_peer_access
+from launcher.environment.network import FORK_SAFETY
 from launcher.environment.world import World
 from launcher.errors import WorldError
 from launcher.planning.plan import Plan
@@ -104,8 +103,7 @@ class GroupBackend(Backend):
             # gloo beside NCCL.
             os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_OFFLOAD_PARAMS="true")
             communication_backend = "cuda:nccl,cpu:gloo"
-        if not cpu and not check_cuda_p2p_ib_support():
-            # Consumer GPUs without peer-to-peer access. Accelerate requires both variables.
+        if not cpu and lacks_peer_access():
             os.environ.setdefault("NCCL_P2P_DISABLE", "1")
             os.environ.setdefault("NCCL_IB_DISABLE", "1")
         if not cpu:
@@ -121,16 +119,19 @@ class GroupBackend(Backend):
             # Slurm shows one GPU has index 0, whatever its local rank.
             os.environ["LOCAL_RANK"] = str(self.device.index)
         handlers = plugins.pop("kwargs_handlers", [])
-        self._accelerator = Accelerator(
-            cpu=plugins.pop("cpu", cpu),
-            mixed_precision="no",  # the loop's autocast is the same under every backend
-            gradient_accumulation_steps=1,  # the loop accumulates exactly for ragged micro-batches
-            kwargs_handlers=[
-                InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=self._timeout),
-                *handlers,
-            ],
-            **plugins,
-        )
+        with _peer_access_known():
+            self._accelerator = Accelerator(
+                cpu=plugins.pop("cpu", cpu),
+                mixed_precision="no",  # the loop's autocast is the same under every backend
+                gradient_accumulation_steps=1,  # the loop accumulates for ragged micro-batches
+                kwargs_handlers=[
+                    InitProcessGroupKwargs(
+                        backend="gloo" if cpu else "nccl", timeout=self._timeout
+                    ),
+                    *handlers,
+                ],
+                **plugins,
+            )
         self._turns, self._world = Turns(store, world), world
         self.rank = self._accelerator.process_index
         self.world_size = self._accelerator.num_processes
@@ -373,6 +374,21 @@ class FSDPBackend(GroupBackend):
             if self.rank == 0:
                 weights[plain_name(name)] = gathered.cpu()
         return weights
+
+
+@contextlib.contextmanager
+def _peer_access_known() -> Iterator[None]:
+    """Keep Accelerate from starting `nvidia-smi` in every rank in this context.
+
+    It would look for GPUs without peer-to-peer access, for which `lacks_peer_access` has set the
+    variables that Accelerate asks for.
+    """
+    state: Any = accelerate_state
+    check, state.check_cuda_p2p_ib_support = state.check_cuda_p2p_ib_support, lambda: True
+    try:
+        yield
+    finally:
+        state.check_cuda_p2p_ib_support = check
 
 
 def reset_accelerate_state() -> None:
