@@ -11,6 +11,7 @@ import contextlib
 import functools
 import os
 import signal
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -25,6 +26,11 @@ EXIT_BY_SIGNAL = 128
 
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
 """The signals that end a rank at once while it waits for others with nothing to save."""
+
+_Handler = Callable[[int, FrameType | None], object] | int | None
+
+_termination: dict[str, _Handler] = {}
+"""The handler of SIGTERM that `install` has set (`own`), and the one before it (`before`)."""
 
 _cleanups: list[Callable[[], object]] = []
 
@@ -81,6 +87,21 @@ def handlers_restored() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
+def install(number: signal.Signals, handler: Callable[[int, FrameType | None], object]) -> None:
+    """Install a handler for this process alone; a process that it forks can be ended by SIGTERM.
+
+    `multiprocessing` ends processes with SIGTERM. A handler that only records the signal would keep
+    a process that a recipe forks alive. Other signals often reach all processes of a job, whose
+    rank decides when to stop, so forked processes keep those handlers.
+    """
+    previous = signal.signal(number, handler)
+    _separate_forked_processes()
+    if number is signal.SIGTERM:
+        if previous is None or previous != _termination.get("own"):
+            _termination["before"] = previous
+        _termination["own"] = handler
+
+
 class StopRequest:
     """A recorder of the first signal that asks this process to stop.
 
@@ -108,7 +129,7 @@ class StopRequest:
         """
         for number in STOP_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # `nohup` ignores SIGHUP
-                signal.signal(number, self._record)
+                install(number, self._record)
         signal.signal(signal.SIGINT, self._interrupt if interrupts else signal.SIG_IGN)
         if self._pipe is None:
             self._pipe = os.pipe()
@@ -116,7 +137,6 @@ class StopRequest:
             for end in self._pipe:
                 os.set_blocking(end, False)
         signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-        _separate_forked_processes()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def has_received(self, number: signal.Signals) -> bool:
@@ -175,12 +195,31 @@ class StopRequest:
 
 @functools.cache
 def _separate_forked_processes() -> None:
-    """Let processes that this one forks write their signals to a pipe of their own, or to none.
+    """Let processes that this one forks treat their signals as their own.
 
     They share the pipe of this process, which would take the signals of a child for its own, such
     as the SIGTERM with which `multiprocessing` ends the processes of a pool.
     """
-    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+    masks: dict[int, set[int]] = {}
+
+    def before() -> None:
+        # A signal to the child waits until the child has its own handlers and no pipe.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *STOP_SIGNALS})
+        masks[threading.get_ident()] = mask
+
+    def after_in_parent() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, masks.pop(threading.get_ident(), ()))
+
+    def after_in_child() -> None:
+        signal.set_wakeup_fd(-1)
+        if _termination and signal.getsignal(signal.SIGTERM) == _termination["own"]:
+            earlier = _termination["before"]
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if earlier is None else earlier)
+        after_in_parent()
+
+    os.register_at_fork(
+        before=before, after_in_parent=after_in_parent, after_in_child=after_in_child
+    )
 
 
 def _close(descriptors: tuple[int, int]) -> None:

@@ -23,6 +23,7 @@ from launcher.signals import (
     announce_stop,
     end_process,
     handlers_restored,
+    install,
 )
 
 _SECONDS_BETWEEN_LOOKS = 0.1
@@ -59,7 +60,7 @@ class SignalHandler:
         signal.signal(signal.SIGINT, self._interrupt)
         for number in STOP_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self._stop)
+                install(number, self._stop)
 
     def attach(self, job: Job, *, announces: bool) -> None:
         """Handle signals for this run from now on, including one that came before.

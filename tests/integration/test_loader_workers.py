@@ -182,3 +182,82 @@ def test_a_hang_in_the_first_samples_ends_the_run(packed: Commands) -> None:
     assert done.exit_code == 1, done.stdout
     assert "is reading data" in done.stderr
     assert "num_workers=0" in done.stderr
+
+
+_HELPERS = '''
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+from torch.utils.data import Dataset
+
+from launcher import Data, main
+from launcher.recipes.digits import digits
+
+def end(process):
+    """Terminate a process of multiprocessing; return how it ended, or None after 20 s."""
+    process.terminate()
+    process.join(20)
+    return process.exitcode
+
+def end_fork():
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+        os._exit(0)
+    os.kill(child, signal.SIGTERM)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+def end_program():
+    program = subprocess.Popen(["sleep", "60"])
+    program.terminate()
+    return program.wait(20)
+
+class Helped(Dataset):
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __len__(self):
+        return len(self.inner)
+
+    def __getitem__(self, index):
+        if index == 0:
+            print("ENDED in", multiprocessing.current_process().daemon, end_fork(), end_program())
+        return self.inner[index]
+
+def helped():
+    recipe = digits()
+
+    def build_data():
+        context = multiprocessing.get_context("fork")
+        with context.Pool(1) as pool:
+            pool.map(abs, [1])
+        process = context.Process(target=time.sleep, args=[60])
+        process.start()
+        print("ENDED data", end(process), end_fork(), end_program(), flush=True)
+        return Data(train=Helped(recipe.data().train))
+
+    return replace(
+        recipe, name="helped", data=build_data, in_memory=False, num_workers=1, train_samples=None
+    )
+
+if __name__ == "__main__":
+    main(helped)
+'''
+
+
+@pytest.mark.parametrize(
+    "command", ["launcher run helped.py -n 2 --out out", "python helped.py --out out"]
+)
+def test_a_recipe_ends_the_processes_that_it_forks(run: Commands, command: str) -> None:
+    """terminate() ends processes that a recipe starts, in `data` and in a DataLoader worker."""
+    (run.folder / "helped.py").write_text(_HELPERS)
+    done = run(*command.split(), "epochs=1", "device=cpu")
+    assert done.exit_code == 0, done.stderr
+    log = (run.folder / "out/logs/rank0.log").read_text() + done.stdout
+    assert "ENDED data -15 -15 -15" in log
+    assert "ENDED in True -15 -15" in log

@@ -6,7 +6,11 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Callable
 
+import pytest
+
+from launcher.launch.signal_handler import SignalHandler
 from launcher.signals import StopRequest, handlers_restored
 
 
@@ -30,3 +34,68 @@ def test_a_signal_to_a_forked_process_is_not_taken_for_an_own_one() -> None:
         assert not received_from_child
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.has_received(signal.SIGTERM)
+
+
+def _handle(*_: object) -> None:
+    """Handle a signal, as a program does that imports this package."""
+
+
+@pytest.mark.parametrize("before", [signal.SIG_DFL, _handle])
+def test_a_forked_process_has_the_earlier_handler_of_sigterm(
+    before: signal.Handlers | Callable[..., None],
+) -> None:
+    """Two handlers in a row, as of a command and its rank, are both undone in a forked process."""
+    with handlers_restored():
+        signal.signal(signal.SIGTERM, before)
+        SignalHandler()
+        stop = StopRequest()
+        stop.listen(interrupts=False)
+        child = os.fork()
+        if child == 0:
+            os._exit(int(signal.getsignal(signal.SIGTERM) != before))
+        assert os.waitpid(child, 0)[1] == 0
+        assert signal.getsignal(signal.SIGTERM) == stop._record
+
+
+def test_a_signal_right_after_the_fork_is_that_of_the_forked_process() -> None:
+    """Of 200 processes that get SIGTERM at once, each ends by it, and the rank receives none."""
+    with handlers_restored():
+        stop = StopRequest()
+        stop.listen(interrupts=False)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        for _ in range(200):
+            child = os.fork()
+            if child == 0:
+                time.sleep(10)
+                os._exit(0)
+            os.kill(child, signal.SIGTERM)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+        assert not stop.has_received(signal.SIGTERM)
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask
+
+
+def test_a_handler_of_the_user_stays_in_a_forked_process() -> None:
+    """A handler that a recipe installs after this package's is inherited as in any program."""
+
+    def own(*_: object) -> None:
+        pass
+
+    with handlers_restored():
+        StopRequest().listen(interrupts=False)
+        signal.signal(signal.SIGTERM, own)
+        child = os.fork()
+        if child == 0:
+            os._exit(int(signal.getsignal(signal.SIGTERM) is not own))
+        assert os.waitpid(child, 0)[1] == 0
+
+
+def test_other_stop_signals_do_not_end_a_forked_process() -> None:
+    """A warning that Slurm sends to all processes leaves those that a recipe has forked alive."""
+    with handlers_restored():
+        StopRequest().listen(interrupts=False)
+        child = os.fork()
+        if child == 0:
+            for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+                os.kill(os.getpid(), number)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0

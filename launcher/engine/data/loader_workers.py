@@ -20,7 +20,10 @@ from torch.utils.data import get_worker_info
 from launcher.engine.ranks.processes import die_with_parent
 from launcher.errors import SampleError
 from launcher.printable import error_line
-from launcher.signals import STOP_SIGNALS
+from launcher.signals import STOP_SIGNALS, install
+
+_FROM_OUTSIDE = (signal.SIGINT, *(set(STOP_SIGNALS) - {signal.SIGTERM}))
+"""Stop signals that come from a terminal or a scheduler and not from the code of a data set."""
 
 
 def start_worker(rank_pid: int, _: int) -> None:
@@ -34,10 +37,15 @@ def start_worker(rank_pid: int, _: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (hard_limit, hard_limit))
     # A stop signal often reaches all processes of a job. The rank decides when to stop and needs
     # data until then. With SIGUSR2 the rank asks a hanging worker for its traceback.
-    for number in (signal.SIGINT, *STOP_SIGNALS):
+    for number in _FROM_OUTSIDE:
         signal.signal(number, signal.SIG_IGN)
+    # Programs and processes that the data set starts inherit what is ignored, and SIGTERM is how a
+    # data set ends them. They do not inherit this handler.
+    install(signal.SIGTERM, lambda *_: None)
+    signal.siginterrupt(signal.SIGTERM, False)  # C code sees no EINTR
     faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # `signals_held` blocked them
+    # `signals_held` blocked them.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, *STOP_SIGNALS})
 
 
 @contextlib.contextmanager

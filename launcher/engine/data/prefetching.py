@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import warnings
@@ -107,8 +106,8 @@ def prefetch(
             worker_init_fn=functools.partial(start_worker, os.getpid()),
             multiprocessing_context=method,
         )
-        # A spawned worker would react to signals until `start_worker` makes it ignore them.
-        with signals_held() if method == "spawn" else contextlib.nullcontext():
+        # A worker would react to signals until `start_worker` makes it ignore them.
+        with signals_held():
             results: Iterator[MicroBatch | LauncherError] = iter(loader)
     return _receive(results)
 
