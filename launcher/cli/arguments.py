@@ -206,7 +206,14 @@ def nodes_options(function: Function) -> Function:
         metavar="COMMAND",
         help="Command that reaches a host. Default: ssh in batch mode (no prompts).",
     )
-    return count(rendezvous(hosts(ssh(join_timeout(function)))))
+    forward = click.option(
+        "-x",
+        "--forward",
+        metavar="NAME[=VALUE]",
+        multiple=True,
+        help="With --hosts: also pass this environment variable on. May be repeated.",
+    )
+    return count(rendezvous(hosts(ssh(forward(join_timeout(function))))))
 
 
 def out_option(function: Function) -> Function:

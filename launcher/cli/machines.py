@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.errors import UsageError
+from launcher.printable import printable_line
+
+_OF_THIS_MACHINE = ("--hosts", "--ssh", "--nodes", "--rendezvous", "--forward", "-x")
+"""Options of which the commands on the hosts know nothing."""
+
+_FLAGS = "q"
+"""Letters of the options without a value that may stand before another letter."""
 
 if TYPE_CHECKING:
     from launcher.environment.nodes import Nodes
@@ -34,21 +43,67 @@ def find_machines(
     return nodes_of_hosts(hosts, rendezvous)
 
 
-def start_on_hosts(hosts: tuple[str, ...], rendezvous: str | None, ssh: str | None) -> int:
+def find_variables(hosts: tuple[str, ...] | None, assignments: tuple[str, ...]) -> dict[str, str]:
+    """Return the variables for the hosts that `--forward` and DeepSpeed's files name.
+
+    Lines of the files that are left out are named on standard error.
+
+    Raises:
+        UsageError: There are no other hosts, or a variable cannot be passed on.
+    """
+    from launcher.launch.forwarded_variables import named_variables, variables_in_files
+
+    if hosts is None:
+        if assignments:
+            name = printable_line(assignments[0].partition("=")[0])
+            raise UsageError(
+                f"--forward {name} passes a variable on to the hosts of --hosts: add --hosts, or "
+                "leave it out, because ranks on this machine have all variables of this terminal."
+            )
+        return {}
+    named = named_variables(assignments, os.environ)
+    home = Path(os.path.expanduser("~"))  # noqa: PTH111  # Path.home() raises without a home
+
+    def warn(text: str) -> None:
+        print(f"launcher: {text}", file=sys.stderr)
+
+    return variables_in_files(os.environ, home, Path.cwd(), warn) | named
+
+
+def start_on_hosts(
+    hosts: tuple[str, ...],
+    rendezvous: str | None,
+    ssh: str | None,
+    variables: Mapping[str, str],
+) -> int:
     """Run the command of this process on each of `hosts`; return the exit code of the run."""
     from launcher.launch.ssh import run_on_hosts
 
-    arguments = remove_options(sys.argv[1:], ("--hosts", "--ssh", "--nodes", "--rendezvous"))
-    return run_on_hosts(hosts, arguments, Path.cwd(), rendezvous=rendezvous, ssh=ssh)
+    arguments = remove_options(sys.argv[1:], _OF_THIS_MACHINE)
+    return run_on_hosts(
+        hosts, arguments, Path.cwd(), rendezvous=rendezvous, ssh=ssh, variables=variables
+    )
 
 
 def remove_options(arguments: Sequence[str], options: Sequence[str]) -> list[str]:
-    """Return command-line arguments without some options and their values."""
+    """Return command-line arguments without some options and their values.
+
+    Args:
+        arguments: The arguments.
+        options: The options. One of a single letter may be written with its value (`-xNAME`) and
+            behind flags (`-qx NAME`), which remain.
+    """
+    letters = "".join(option[1] for option in options if len(option) == 2)
+    short = re.compile(rf"(-[{_FLAGS}]*)[{letters}](.*)" if letters else r"(?!)", re.DOTALL)
     remaining = []
     iterator = iter(arguments)
     for argument in iterator:
         if argument in options:
             next(iterator, None)
+        elif joined := short.match(argument):
+            remaining += [joined[1]] if len(joined[1]) > 1 else []
+            if not joined[2]:
+                next(iterator, None)
         elif argument.partition("=")[0] not in options:
             remaining.append(argument)
     return remaining

@@ -17,7 +17,7 @@ from launcher.cli.arguments import (
     read_overrides,
 )
 from launcher.cli.completing import complete_runs
-from launcher.cli.machines import find_machines, start_on_hosts
+from launcher.cli.machines import find_machines, find_variables, start_on_hosts
 from launcher.cli.settings_command import SettingsCommand
 from launcher.console.echo import echo
 
@@ -50,6 +50,7 @@ def command(
     rendezvous: str | None,
     hosts: tuple[str, ...] | None,
     ssh: str | None,
+    forward: tuple[str, ...],
     join_timeout: float | None,
     checkpoint: str | None,
     accept: tuple[str, ...],
@@ -75,6 +76,7 @@ def command(
     from launcher.report.write import write_report
 
     signals = SignalHandler()
+    variables = find_variables(hosts, forward)
     request = ResumeRequest(
         run_dir=run_dir,
         checkpoint=checkpoint,
@@ -95,5 +97,5 @@ def command(
         )
         return 0
     if hosts is not None:
-        return start_on_hosts(hosts, rendezvous, ssh)
+        return start_on_hosts(hosts, rendezvous, ssh, variables)
     return start(prepared, signals).exit_code

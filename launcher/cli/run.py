@@ -19,7 +19,7 @@ from launcher.cli.arguments import (
     read_overrides,
     recipe_argument,
 )
-from launcher.cli.machines import find_machines, start_on_hosts
+from launcher.cli.machines import find_machines, find_variables, start_on_hosts
 from launcher.cli.settings_command import SettingsCommand
 from launcher.errors import UsageError
 
@@ -48,6 +48,7 @@ def command(
     rendezvous: str | None,
     hosts: tuple[str, ...] | None,
     ssh: str | None,
+    forward: tuple[str, ...],
     join_timeout: float | None,
     config: Path | None,
     out: Path | None,
@@ -77,6 +78,7 @@ def command(
     from launcher.report.write import write_report
 
     signals = SignalHandler()
+    variables = find_variables(hosts, forward)
     if continues and out is None:
         raise UsageError("--continue resumes the run in --out: add --out DIR.")
     if accept and not continues:
@@ -95,5 +97,5 @@ def command(
     )
     prepared = prepare_run(request, elsewhere=hosts is not None)
     if hosts is not None:
-        return start_on_hosts(hosts, rendezvous, ssh)
+        return start_on_hosts(hosts, rendezvous, ssh, variables)
     return start(prepared, signals).exit_code

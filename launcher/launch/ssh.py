@@ -16,6 +16,7 @@ from types import FrameType
 from launcher.environment.nodes import Nodes, nodes_environment, nodes_of_hosts
 from launcher.environment.program import own_program
 from launcher.errors import EXIT_FAILED, UsageError
+from launcher.json_file import encode_json
 from launcher.launch.forwarded_variables import forwarded_variables
 from launcher.signals import STOP_SIGNALS
 
@@ -37,12 +38,13 @@ def run_on_hosts(
     *,
     rendezvous: str | None,
     ssh: str | None,
+    variables: Mapping[str, str],
 ) -> int:
     """Run `launcher ARGUMENTS` on each host; return the exit code of the run.
 
     Their output appears here, and signals are passed to them. They get the variables of this
-    environment that `forwarded_variables` chooses, and otherwise have that of the host. If one of
-    them fails, the others are stopped.
+    environment that `forwarded_variables` chooses, and `variables`, and otherwise have that of the
+    host. If one of them fails, the others are stopped.
 
     Args:
         hosts: The hosts as ssh takes them. The launchers connect to the first one.
@@ -50,6 +52,8 @@ def run_on_hosts(
         folder: The working folder, which has the same path on every host.
         rendezvous: HOST[:PORT] of the first host if the others know it by another name.
         ssh: The command that reaches a host; None is ssh in batch mode.
+        variables: Further variables of the launchers. They may be secrets, so they are sent through
+            the connection, and no list of processes shows them.
 
     Raises:
         UsageError: Two hosts have the same name, or ssh is not installed.
@@ -64,6 +68,7 @@ def run_on_hosts(
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, text=True, start_new_session=True
             )
+            _send(process, encode_json(dict(variables)))
             signals.add(process)
             launchers[process.pid] = (host, process)
     except FileNotFoundError:
@@ -100,10 +105,10 @@ class _Signals:
         self.send(signal.Signals(number).name)
 
 
-def _send(process: subprocess.Popen[str], name: str) -> None:
+def _send(process: subprocess.Popen[str], line: str) -> None:
     assert process.stdin is not None
     with contextlib.suppress(OSError, ValueError):  # the process has ended
-        process.stdin.write(f"{name}\n")
+        process.stdin.write(f"{line}\n")
         process.stdin.flush()
 
 

@@ -2,13 +2,15 @@
 
     python .../launcher/__main__.py --ssh-remote FOLDER ARGUMENTS...
 
-The launcher that started it holds its standard input open. Each line is the name of a signal for
-the run. The end of the input, for example because the connection was lost, acts as SIGHUP. ssh
-itself forwards neither.
+The launcher that started it holds its standard input open. The first line is a JSON object of
+environment variables for the run. Each further line is the name of a signal for it. The end of the
+input, for example because the connection was lost, acts as SIGHUP. ssh itself forwards neither
+signals nor variables.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -30,8 +32,10 @@ def main(folder: str, *arguments: str) -> int:
             file=sys.stderr,
         )
         return 2
+    first_line = sys.stdin.readline()  # empty if the connection was lost
     launcher = subprocess.Popen(
         [*own_program(), *arguments],
+        env={**os.environ, **json.loads(first_line or "{}")},
         stdin=subprocess.DEVNULL,
         start_new_session=True,
     )

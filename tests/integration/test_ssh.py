@@ -57,6 +57,23 @@ def printing():
 """
 
 
+_NAMED = (
+    "HF_TOKEN",
+    "FROM_TERMINAL",
+    "FROM_HOME",
+    "FROM_FOLDER",
+    "OPTION",
+    "WANDB_API_KEY",
+)
+
+_PRINTING_PROCESSES = """\
+    from pathlib import Path
+    secret = b"hf_" + b"secret123"
+    lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")]
+    print("shown in processes:", sum(secret in line for line in lines))
+"""
+
+
 @dataclass
 class Network:
     """Terminal with a network connection to two machines."""
@@ -223,6 +240,66 @@ def test_ranks_have_the_variables_of_the_terminal(network: Network) -> None:
         assert "NCCL_DEBUG='WARN, all'" in log
         assert "HF_HOME='/data/hf'" in log
         assert "HF_TOKEN=None" in log
+
+
+def test_named_variables_are_forwarded(network: Network, tmp_path: Path) -> None:
+    """--forward and .deepspeed_env reach all ranks, and no list of processes shows a secret.
+
+    The working folder's file takes precedence over that of the home folder, and the option over
+    both. A secret and a malformed line of a file are left out and named.
+    """
+    text = _PRINTING.replace('("NCCL_DEBUG", "HF_HOME", "HF_TOKEN")', repr(_NAMED))
+    text = text.replace("def build_model():\n", "def build_model():\n" + _PRINTING_PROCESSES)
+    (network.run.folder / "named.py").write_text(text.replace("printing", "named"))
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / ".deepspeed_env").write_text("# mine\n\nFROM_HOME=home\nFROM_FOLDER=home\n")
+    lines = 'FROM_FOLDER="the folder"\nOPTION=file\nWANDB_API_KEY=abcdef123456\nnonsense here\n'
+    (network.run.folder / ".deepspeed_env").write_text(lines)
+    env = {"HOME": str(home), "HF_TOKEN": "hf_secret123", "FROM_TERMINAL": "a, b"}
+    options = ("steps=1", "-n", "1", "device=cpu", "--out", "named")
+    forward = ("--forward", "HF_TOKEN", "-qxFROM_TERMINAL", "-x", "OPTION=it's an option")
+    done = network("run", "named.py", *options, *forward, *network.hosts(*ADDRESSES), env=env)
+    (network.run.folder / ".deepspeed_env").unlink()
+    assert done.exit_code == 0, done.stderr
+    for rank in range(2):
+        log = out_of(network, "named").log(rank).read_text()
+        assert "HF_TOKEN='hf_secret123'" in log
+        assert "FROM_TERMINAL='a, b'" in log
+        assert "FROM_HOME='home'" in log
+        assert "FROM_FOLDER='the folder'" in log
+        assert 'OPTION="it\'s an option"' in log
+        assert "WANDB_API_KEY=None" in log
+        assert "shown in processes: 0" in log
+    assert ".deepspeed_env, line 3: WANDB_API_KEY" in done.stderr
+    assert ".deepspeed_env, line 4: expected NAME=VALUE" in done.stderr
+    assert "abcdef123456" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--forward", "HF_TOKEN"), "there is no variable HF_TOKEN here"),
+        (("-x", "1A=2"), "expected NAME or NAME=VALUE"),
+        (("--forward", "RANK=3"), "launcher sets this variable"),
+    ],
+)
+def test_a_variable_that_cannot_be_forwarded_is_refused(
+    run: Commands, arguments: tuple[str, ...], message: str
+) -> None:
+    """A variable without a value, with a bad name, or of a rank is refused with exit code 2."""
+    done = run("launcher", "run", WORLDS_PY, "device=cpu", "--hosts", "a,b", *arguments)
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_forwarding_needs_hosts(run: Commands) -> None:
+    """--forward without --hosts is refused with exit code 2."""
+    done = run("launcher", "run", WORLDS_PY, "device=cpu", "-x", "A=1")
+    assert done.exit_code == 2
+    assert "--forward A" in done.stderr
+    assert "--hosts" in done.stderr
 
 
 def test_a_launcher_started_on_each_machine(network: Network) -> None:
