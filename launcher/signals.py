@@ -27,10 +27,8 @@ EXIT_BY_SIGNAL = 128
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
 """The signals that end a rank at once while it waits for others with nothing to save."""
 
-_Handler = Callable[[int, FrameType | None], object] | int | None
-
-_termination: dict[str, _Handler] = {}
-"""The handler of SIGTERM that `install` has set (`own`), and the one before it (`before`)."""
+_Function = Callable[[int, FrameType | None], object]
+_Handler = _Function | int | None
 
 _cleanups: list[Callable[[], object]] = []
 
@@ -87,19 +85,28 @@ def handlers_restored() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def install(number: signal.Signals, handler: Callable[[int, FrameType | None], object]) -> None:
+class _OwnHandler:
+    """A handler of this package, with the handler that was there before."""
+
+    def __init__(self, handler: _Function, before: _Handler) -> None:
+        self._handler, self.before = handler, before
+
+    def __call__(self, number: int, frame: FrameType | None) -> object:
+        return self._handler(number, frame)
+
+
+def install(number: signal.Signals, handler: _Function) -> None:
     """Install a handler for this process alone; a process that it forks can be ended by SIGTERM.
 
     `multiprocessing` ends processes with SIGTERM. A handler that only records the signal would keep
     a process that a recipe forks alive. Other signals often reach all processes of a job, whose
     rank decides when to stop, so forked processes keep those handlers.
     """
-    previous = signal.signal(number, handler)
+    before = signal.getsignal(number)
+    if isinstance(before, _OwnHandler):
+        before = before.before
+    signal.signal(number, _OwnHandler(handler, before))
     _separate_forked_processes()
-    if number is signal.SIGTERM:
-        if previous is None or previous != _termination.get("own"):
-            _termination["before"] = previous
-        _termination["own"] = handler
 
 
 class StopRequest:
@@ -212,8 +219,9 @@ def _separate_forked_processes() -> None:
 
     def after_in_child() -> None:
         signal.set_wakeup_fd(-1)
-        if _termination and signal.getsignal(signal.SIGTERM) == _termination["own"]:
-            earlier = _termination["before"]
+        handler = signal.getsignal(signal.SIGTERM)
+        if isinstance(handler, _OwnHandler):
+            earlier = handler.before
             signal.signal(signal.SIGTERM, signal.SIG_DFL if earlier is None else earlier)
         after_in_parent()
 

@@ -210,8 +210,8 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     pinned = "pinned" if plan.pin_memory else "not pinned"
     yield "memory", f"{pinned} ({derivations['pin_memory']})"
     yield "speed-ups", _speed_ups(plan)
-    yield "hang limits", str(hang_limits(settings["hang_timeout"]))
     yield "optimizer", str(settings.get("optimizer", "built by the recipe"))
+    yield "hang limits", str(hang_limits(settings["hang_timeout"]))
     for source, settings_text in _settings_by_source(plan):
         yield "set by", f"{source}: {settings_text}"
     dependence: tuple[str, ...]

@@ -29,7 +29,7 @@ CASES = {
     "run digits --output_dir there": "Write --out there instead.",
     "run digits --nproc-per 2": "Did you mean --nproc-per-node?",
     "prove digits --steps 24 --zebra": "`launcher prove --help`",
-    "run digits -qx": "no option -x",
+    "run digits -qz": "no option -z",
     "plan digits lr 0.1": "such as lr=0.1.",
     "plan digits lr = 0.1": "such as lr=0.1.",
     "plan digits lr =0.1": "such as lr=0.1.",
