@@ -25,7 +25,7 @@ import torch.multiprocessing
 from examples import NODE, recipe
 
 from launcher import make_plan
-from launcher.engine.backends import accelerate, open_backend
+from launcher.engine.backends import accelerate, base, open_backend
 from launcher.environment.world import World
 
 def rank(index, strategy, store):
@@ -42,6 +42,7 @@ def rank(index, strategy, store):
         mock.patch.object(torch.cuda, "Stream", lambda _: None),
         mock.patch.object(accelerate, "planned_device", lambda *_: torch.device("cuda", index)),
         mock.patch.object(accelerate, "device_identity", str),
+        mock.patch.object(base, "pci_address_of", lambda _: "0000:01:00.0"),
         mock.patch.object(
             accelerate, "join_process_group", lambda world, _, timeout: join(world, "gloo", timeout)
         ),
