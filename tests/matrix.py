@@ -230,6 +230,7 @@ class BitsCase:
     recipe: str
     strategy: str = "ddp"
     options: tuple[tuple[str, Any], ...] = ()
+    is_resumed: bool = False
 
     @property
     def key(self) -> str:
@@ -257,7 +258,7 @@ WORKLOADS: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
     ("norms", (("precision", "fp16"),)),
     ("text", (("precision", "fp16"),)),
     ("norms", (("micro_batch_size", 3),)),
-    ("text", (("micro_batch_size", 2), ("activation_checkpointing", True))),
+    ("text", (("micro_batch_size", 4), ("activation_checkpointing", True))),
     ("norms", (("batch_milestones", (0.6,)), ("noise_scale", True), ("epochs", 9))),
 )
 """What is trained to the same bits: recipes with further settings."""
@@ -266,29 +267,29 @@ BITS_RESUMED_FROM = 16
 BITS_WORLDS = (SOURCE_RANKS, 1, 3, 4, 5, 8)
 
 
+_ALL = tuple(range(len(WORKLOADS)))
+_BITS = {
+    "ddp": {1: _ALL, 2: _ALL, 3: (0, 1, 7), 4: (0, 5), 5: (1, 2), 8: (0,)},
+    "fsdp": {2: (0, 1, 2, 4, 6, 7, 8), 3: (4, 6), 4: (1,), 5: (2,), 8: (0,)},
+}
+"""Indices of the workloads that are trained under each strategy, by the number of ranks.
+
+benchmarks/same_bits.py trains all of them on every number of ranks. On CPUs, FSDP in mixed
+precision has no BatchNorm.
+"""
+
+_RESUMED = {(1, 1, "ddp"), (3, 0, "ddp"), (4, 1, "fsdp"), (5, 2, "fsdp"), (8, 0, "fsdp")}
+"""(Ranks, index of the workload, strategy) of cases that are also resumed from the checkpoint of
+`SOURCE_RANKS` ranks."""
+
+
 def bits(ranks: int) -> Iterator[BitsCase]:
-    """Yield workloads under the strategies that have exact sums.
-
-    benchmarks/same_bits.py trains all of them on every number of ranks. FSDP takes longest, so few
-    are trained under it here, but each on some number of ranks.
-    """
-    for number, (recipe, options) in enumerate(WORKLOADS):
-        if ranks <= 3 or number in (0, 1, ranks):
-            yield BitsCase(recipe, "ddp", options)
-        # On CPUs, FSDP in mixed precision has no BatchNorm.
-        is_refused = recipe == "norms" and "precision" in dict(options)
-        is_chosen = ranks == SOURCE_RANKS or number in (_FSDP.get(ranks, ()))
-        if ranks > 1 and is_chosen and not is_refused:
-            yield BitsCase(recipe, "fsdp", options)
-
-
-_FSDP = {3: (0, 4, 6), 5: (2,), 8: (1,)}
-"""Indices of the workloads that are trained under FSDP, by the number of ranks."""
-
-
-def is_resumed(ranks: int, number: int) -> bool:
-    """Return whether a case is also resumed from the checkpoint of `SOURCE_RANKS` ranks."""
-    return ranks != SOURCE_RANKS and number % 3 == ranks % 3
+    """Yield workloads under the strategies that have exact sums."""
+    for strategy, of_ranks in _BITS.items():
+        for number in of_ranks.get(ranks, ()):
+            recipe, options = WORKLOADS[number]
+            is_resumed = (ranks, number, strategy) in _RESUMED
+            yield BitsCase(recipe, strategy, options, is_resumed)
 
 
 SUITES = {"matrix": matrix, "features": features, "unused": unused}
@@ -350,9 +351,9 @@ def train_cases(rank: int, suite: str, folder: Path, ranks: int) -> None:
         for source, case in resumed(ranks):
             train(case, f"{source.key}-as-{case.key}", source=source_folder / source.key)
     elif suite == "bits":
-        for number, bits_case in enumerate(bits(ranks)):
+        for bits_case in bits(ranks):
             train(bits_case, bits_case.key, saves=True)
-            if is_resumed(ranks, number):
+            if bits_case.is_resumed:
                 trained = folder / f"on{SOURCE_RANKS}" / bits_case.key
                 train(bits_case, f"{bits_case.key}-resumed", source=trained, saves=True)
     else:

@@ -165,6 +165,35 @@ def test_two_gpus_train_as_one_does(run: Commands) -> None:
 
 
 @needs_gpu
+@pytest.mark.parametrize("settings", [(), ("precision=bf16",), ("optimizer=adamw", "lr=0.003")])
+def test_the_bits_do_not_depend_on_the_gpus(run: Commands, settings: tuple[str, ...]) -> None:
+    """Exact sums over NCCL have the bits of one GPU; on one GPU, those of a second run."""
+    worlds = [1, *(ranks for ranks in (2, 3, 4, 8) if ranks <= GPUS)]
+    digests = []
+    for folder, ranks in enumerate(worlds if len(worlds) > 1 else [1, 1]):
+        done = run(
+            *("launcher", "prove", f"{ROOT / 'benchmarks/parts.py'}:norms", "--json"),
+            *("--worlds", str(ranks), "--strategies", "ddp", "--steps", "30"),
+            *("--out", str(folder), *settings),
+        )
+        assert done.exit_code == 0, done.stderr
+        digests += [row["weights_sha256"] for row in json.loads(done.stdout)["rows"]]
+    assert len(set(digests)) == 1
+
+
+@needs_gpus
+def test_sharded_bits_do_not_depend_on_the_gpus(run: Commands) -> None:
+    """Exact sums under FSDP over NCCL have the bits of one GPU."""
+    worlds = ",".join(str(ranks) for ranks in (1, 2, 3, 4, 8) if ranks <= GPUS)
+    for recipe in ("norms", "text"):
+        done = run(
+            *("launcher", "prove", f"{ROOT / 'benchmarks/parts.py'}:{recipe}"),
+            *("--worlds", worlds, "--strategies", "ddp,fsdp", "--steps", "30"),
+        )
+        assert done.exit_code == 0, done.stdout + done.stderr
+
+
+@needs_gpu
 def test_a_gpu_is_profiled(run: Commands) -> None:
     """A profile assigns kernels to the part of the step that launched them, and loses no time."""
     done = run("launcher", "profile", "digits", "-n", "1", "--steps", "5", "--json")

@@ -23,6 +23,9 @@ from launcher.engine.saving.checkpoint_tensors import _Reader, write_shard
 from launcher.engine.state.host_copies import HostCopies, HostMemory
 from launcher.engine.state.hyperparameters import make_optimizer
 
+# Timeouts can be set for gloo and NCCL; the fake group has none.
+pytestmark = pytest.mark.filterwarnings("ignore:Set timeout is now only supported")
+
 WORLDS = (8, 512)
 PLACES = [(world, rank) for world in WORLDS for rank in (0, world // 2, world - 1)]
 SAMPLES, BATCH_SIZE, EVALUATION_SAMPLES = 10_000, 1001, 777
