@@ -219,6 +219,7 @@ def test_gathered_weights_are_given_back(world_size: int, rank: int) -> None:
         with torch.no_grad():
             wrapped(lambda: model(torch.ones(2, 6)))
         sharded = {id(p) for p in model.parameters() if isinstance(p, DTensor)}
-        assert sharded == {id(p) for block in blocks for p in block.parameters()}
+        # Some versions of Accelerate let the root give its own weights back at once as well.
+        assert sharded >= {id(p) for block in blocks for p in block.parameters()}
         backend.unwrap(wrapped)
         assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
