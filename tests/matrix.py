@@ -270,7 +270,7 @@ BITS_WORLDS = (SOURCE_RANKS, 1, 3, 4, 5, 8)
 _ALL = tuple(range(len(WORKLOADS)))
 _BITS = {
     "ddp": {1: _ALL, 2: _ALL, 3: (0, 1, 7), 4: (0, 5), 5: (1, 2), 8: (0,)},
-    "fsdp": {2: (0, 1, 2, 4, 6, 7, 8), 3: (4, 6), 4: (1,), 5: (2,), 8: (0,)},
+    "fsdp": {2: (0, 1, 4, 6, 8), 3: (4, 6), 4: (1,), 5: (7,), 8: (0,)},
 }
 """Indices of the workloads that are trained under each strategy, by the number of ranks.
 
@@ -278,7 +278,7 @@ benchmarks/same_bits.py trains all of them on every number of ranks. On CPUs, FS
 precision has no BatchNorm.
 """
 
-_RESUMED = {(1, 1, "ddp"), (3, 0, "ddp"), (4, 1, "fsdp"), (5, 2, "fsdp"), (8, 0, "fsdp")}
+_RESUMED = {(1, 1, "ddp"), (3, 0, "ddp"), (4, 1, "fsdp"), (8, 0, "fsdp")}
 """(Ranks, index of the workload, strategy) of cases that are also resumed from the checkpoint of
 `SOURCE_RANKS` ranks."""
 
