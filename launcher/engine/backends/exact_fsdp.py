@@ -36,6 +36,8 @@ class _Round:
     """The virtual ranks that the ranks compute at the same time."""
 
     virtual_ranks: range = range(0)
+    """The virtual ranks, in the order of the ranks that compute them."""
+
     has_gradients = False
     """Whether this rank computes one of them that has samples."""
 
@@ -57,7 +59,9 @@ class ExactFSDPBackend(ExactSums, FSDPBackend):
         self._root = wrapped
         for module in wrapped.modules():
             if isinstance(module, FSDPModule):
-                tree_sum = TreeReduceScatter(self.plan.distribution, self._round)
+                tree_sum = TreeReduceScatter(
+                    self.plan.distribution, self._round, is_offloaded=bool(self.recipe.offload)
+                )
                 module.set_custom_reduce_scatter(tree_sum)
                 module.set_gradient_divide_factor(1.0)
                 self._sums.append(tree_sum)
@@ -132,10 +136,13 @@ class TreeReduceScatter(ReduceScatter):
     Args:
         distribution: The distribution of virtual ranks over ranks, interleaved.
         current: The round that is being computed, which the backend updates.
+        is_offloaded: Whether FSDP copies the output to the host after each round.
     """
 
-    def __init__(self, distribution: VirtualRanks, current: _Round) -> None:
-        self._round = current
+    def __init__(
+        self, distribution: VirtualRanks, current: _Round, *, is_offloaded: bool = False
+    ) -> None:
+        self._round, self._is_offloaded = current, is_offloaded
         self._tree: TreeSum[Gradients | None] = TreeSum(distribution.count, _add_present)
         self._count = distribution.count
         self._first_output: Tensor | None = None
@@ -188,8 +195,14 @@ class TreeReduceScatter(ReduceScatter):
         """Add what is left, if no rank used these parameters in the last round of the step.
 
         Raises:
-            RecipeError: The gradients have been moved to the host.
+            RecipeError: The gradients have been moved to the host, where they cannot be completed.
         """
+        if self._tree.pending and self._is_offloaded:
+            raise RecipeError(
+                "exact=true with strategy=fsdp and offload=cpu needs every block in the last part "
+                "of a batch, and the model has left out a block there. Call all blocks for every "
+                "part and multiply what is not needed by 0, or leave offload out."
+            )
         if self._tree.pending:
             output = self._first_output
             assert output is not None
