@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import start_processes
 
-from launcher.engine.model.batch_norm import SyncBatchNorm, synchronize
+from launcher.engine.model.sync_batch_norm import SyncBatchNorm, synchronize
 
 
 def _dims(x: Tensor) -> list[int]:

@@ -17,7 +17,7 @@ from torch._C._distributed_c10d import HashStore
 
 from launcher.engine.backends.local import LocalBackend
 from launcher.engine.backends.placement import Placement
-from launcher.engine.model.batch_norm import synchronize
+from launcher.engine.model.sync_batch_norm import synchronize
 from launcher.engine.state.host_copies import HostCopies, HostMemory
 from launcher.engine.state.hyperparameters import make_optimizer
 from launcher.environment.machine import read_machine

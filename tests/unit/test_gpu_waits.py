@@ -24,7 +24,7 @@ from launcher.engine.data.prefetching import pinned
 from launcher.engine.data.reader import MicroBatch
 from launcher.engine.metrics.meter import Meter, RankFlags, StepLosses
 from launcher.engine.metrics.noise_meter import LocalNoiseMeter, ReducedNoiseMeter
-from launcher.engine.model.batch_norm import SyncBatchNorm, _NormaliseOverRanks
+from launcher.engine.model.sync_batch_norm import SyncBatchNorm, _NormaliseOverRanks
 from launcher.engine.state.hyperparameters import make_optimizer
 from launcher.engine.state.loss_scaler import LossScaler
 from launcher.engine.training.loop import _count_items, sum_and_count

@@ -20,10 +20,11 @@ from launcher.engine.data.randomness import seed_all
 from launcher.engine.data.reader import MicroBatch, Reader, call_data, sample_count
 from launcher.engine.data.sampler import Sampler
 from launcher.engine.metrics.noise_meter import STRIDE, make_noise_meter
-from launcher.engine.model.batch_norm import BatchNorms, check_first_batch_norm_input, synchronize
+from launcher.engine.model.batch_norm import BatchNorms, check_first_batch_norm_input
 from launcher.engine.model.blocks import checkpoint_activations, compile_blocks, find_blocks
 from launcher.engine.model.forward_writes import ForwardWrites
 from launcher.engine.model.lazy import initialize_lazy_layers, lazy_names
+from launcher.engine.model.sync_batch_norm import synchronize
 from launcher.engine.saving.final_weights import check_savable
 from launcher.engine.state.compiled import is_compiled, limit_compile_workers
 from launcher.engine.state.hyperparameters import make_optimizer
