@@ -26,11 +26,15 @@ CONFIGURATIONS = {
     "virtual_ranks=8": (f"virtual_ranks={PARTS}",),
     "virtual_ranks=8 exact=true": (f"virtual_ranks={PARTS}", "exact=true"),
 }
+SMALL, LARGE = ("width=128", "hidden_layers=1"), ("width=512", "hidden_layers=4")
 NETS = {
-    "a net of 25 thousand weights": ("width=128", "hidden_layers=1"),
-    "a net of 1 million weights": ("width=512", "hidden_layers=4"),
+    "25 thousand weights, batch 352": (352, SMALL),
+    "1 million weights, batch 352": (352, LARGE),
+    "1 million weights, batch 1,408": (1408, LARGE),
 }
-BATCH_SIZE = TRAIN_SAMPLES // 4
+"""Samples of a batch, and the net that it trains."""
+
+assert all(TRAIN_SAMPLES % batch_size == 0 for batch_size, _ in NETS.values())
 WARM_UP = 64
 
 
@@ -44,9 +48,11 @@ def main(ranks: list[int], turns: int, epochs: int, nets: int) -> None:
     folder = Path(tempfile.mkdtemp(prefix="exact_cost-"))
     cores = sorted(os.sched_getaffinity(0))
     try:
-        for title, settings in list(NETS.items())[:nets]:
+        for title, (batch_size, net) in list(NETS.items())[:nets]:
             for num_ranks in ranks:
-                times = measure(settings, num_ranks, turns, epochs, folder, cores[:num_ranks])
+                times = measure(
+                    net, batch_size, num_ranks, turns, epochs, folder, cores[:num_ranks]
+                )
                 first, *_ = times
                 rows: list[list[Cell]] = [
                     [
@@ -67,7 +73,13 @@ def main(ranks: list[int], turns: int, epochs: int, nets: int) -> None:
 
 
 def measure(
-    net: tuple[str, ...], ranks: int, turns: int, epochs: int, folder: Path, cores: list[int]
+    net: tuple[str, ...],
+    batch_size: int,
+    ranks: int,
+    turns: int,
+    epochs: int,
+    folder: Path,
+    cores: list[int],
 ) -> dict[str, list[float]]:
     """Return the milliseconds per step of each configuration, one value for each turn."""
     times: dict[str, list[float]] = {name: [] for name in CONFIGURATIONS}
@@ -77,7 +89,7 @@ def measure(
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             clock = folder / "seconds"
             out = folder / "run"
-            micro = BATCH_SIZE // PARTS
+            micro = batch_size // PARTS
             train(
                 "launcher",
                 str(HERE / "tiny.py"),
@@ -87,8 +99,8 @@ def measure(
                     f"seconds={clock}",
                     f"epochs={epochs}",
                     f"warm_up={WARM_UP}",
-                    f"batch={BATCH_SIZE // calls_per_step}",
-                    f"batch_size={BATCH_SIZE}",
+                    f"batch={batch_size // calls_per_step}",
+                    f"batch_size={batch_size}",
                     *net,
                     *(setting.format(micro=micro) for setting in CONFIGURATIONS[name]),
                 ],

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from launcher.engine.backends import devices
+from launcher.engine.backends import devices, exact
 from launcher.engine.backends.compute_timer import ComputeTimer, compute_timer
 from launcher.engine.backends.exact import ExactLocalBackend
 from launcher.engine.backends.local import LocalBackend
 from launcher.engine.metrics.meter import Meter, RankFlags, StepLosses
 from launcher.environment.machine import read_machine
+from launcher.planning.virtual_ranks import Part
 from launcher.recipe.overrides import Override
 from launcher.recipe.resolve import resolve
 from launcher.recipes.digits import digits
@@ -170,6 +171,7 @@ def test_the_meter_reports_the_time_of_each_device() -> None:
 def test_exact_sums_are_timed_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backend with exact sums on one rank begins to time where the others do."""
     monkeypatch.setattr(devices, "use_deterministic_kernels", lambda: None)  # of this process
+    monkeypatch.setattr(exact, "keep_freed_memory", lambda: None)
     built, plan = plan_recipe(
         resolve("digits"),
         [
@@ -182,7 +184,8 @@ def test_exact_sums_are_timed_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     backend, queue = ExactLocalBackend(built.recipe, plan), Queue()
     backend.compute_timer = ComputeTimer(queue.event, lambda: "stream")
     weight = torch.ones((), requires_grad=True)
-    with backend.micro_step(last=True):
+    part = Part(virtual_rank=7, micro_step=0, is_last=True, is_empty=False)
+    with backend.micro_step(last=True, part=part):
         passed: Any = Pass.apply(weight, queue, 0.5)  # type: ignore[no-untyped-call]
         backend.backward(passed, 1.0)
     queue.now = 10.0

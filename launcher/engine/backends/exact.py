@@ -16,10 +16,11 @@ from torch.optim import Optimizer
 from launcher.engine.backends.base import Backend
 from launcher.engine.backends.exact_norm import exact_norm
 from launcher.engine.backends.local import LocalBackend
+from launcher.engine.ranks.freed_memory import keep_freed_memory
 from launcher.engine.state.loss_scaler import LossScaler
 from launcher.engine.state.parameter_kinds import sparse_parameters
 from launcher.errors import RecipeError
-from launcher.planning.virtual_ranks import Part, TreeSum
+from launcher.planning.virtual_ranks import Node, Part, TreeSum, virtual_rank_of
 
 if TYPE_CHECKING:
     _Base = Backend
@@ -37,6 +38,8 @@ class ExactSums(_Base):
         super().__init__(*args, **kwargs)
         if self.scaler is not None:
             self.scaler = LossScaler(1, self.scaler.scale.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self._tree: TreeSum[Gradients] = TreeSum(self.plan.distribution.count, add_gradients)
         self._exact_parameters: list[nn.Parameter] = []
 
@@ -60,15 +63,19 @@ class ExactSums(_Base):
 
     def _push_part(self, part: Part) -> None:
         """Move the gradients of a virtual rank from the parameters into the sum."""
-        gradients = [
-            torch.zeros_like(parameter)
-            if parameter.grad is None or part.is_empty
-            else parameter.grad
-            for parameter in self._exact_parameters
-        ]
-        self._drop_gradients()
-        assert part.virtual_rank is not None
-        self._tree.push(part.virtual_rank, gradients)
+        if part.is_empty:
+            self._drop_gradients()
+        start = virtual_rank_of(part)
+        self._push_gradients(Node(start, start + 1))
+
+    def _push_gradients(self, node: Node) -> None:
+        """Move the gradients of the virtual ranks of a node from the parameters into the sum."""
+        gradients = []
+        for parameter in self._exact_parameters:
+            gradient = parameter.grad
+            gradients.append(torch.zeros_like(parameter) if gradient is None else gradient)
+            parameter.grad = None
+        self._tree.push_node(node, gradients)
 
     def _drop_gradients(self) -> None:
         for parameter in self._exact_parameters:
@@ -81,7 +88,17 @@ class ExactSums(_Base):
 
 
 class ExactLocalBackend(ExactSums, LocalBackend):
-    """A backend that trains in this process alone, with exact sums."""
+    """A backend that trains in this process alone, with exact sums.
+
+    Autograd itself adds the gradients of virtual ranks that are siblings in the tree: those of the
+    left one stay in the parameters while the right one computes its gradients.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._left: Part | None = None
+        """The virtual rank whose gradients wait in the parameters for those of its sibling."""
+        self._versions: list[int] = []
 
     def prepare(self, *args: Any) -> tuple[nn.Module, Optimizer]:
         prepared = super().prepare(*args)
@@ -90,10 +107,41 @@ class ExactLocalBackend(ExactSums, LocalBackend):
 
     @contextlib.contextmanager
     def micro_step(self, *, last: bool, part: Part | None = None) -> Iterator[None]:
+        assert part is not None
+        if self._left is not None and (part.is_empty or not part.is_last):
+            # Zeros would not change the sum, and micro-batches are added to each other first.
+            self._push_part(self._left)
+            self._left = None
         with super().micro_step(last=last, part=part):
             yield
-        if part is not None and part.is_last:
+        if not part.is_last:
+            return
+        if self._left is not None:
+            self._push_pair(self._left)
+            self._left = None
+        elif virtual_rank_of(part) % 2 == 0 and not last and not part.is_empty:
+            self._hold(part)
+        else:
             self._push_part(part)
+
+    def _hold(self, part: Part) -> None:
+        """Leave the gradients of a virtual rank in the parameters, to which autograd adds others.
+
+        An unused parameter gets zeros: a sum of two zeros has another sign than one zero alone.
+        """
+        for parameter in self._exact_parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self._left = part
+        self._versions = [_version(parameter) for parameter in self._exact_parameters]
+
+    def _push_pair(self, left: Part) -> None:
+        """Move the gradients of two virtual ranks from the parameters into the sum."""
+        for parameter, version in zip(self._exact_parameters, self._versions, strict=True):
+            if _version(parameter) == version:  # the right one has not used this parameter
+                parameter.grad.add_(0.0)  # type: ignore[union-attr]
+        start = virtual_rank_of(left)
+        self._push_gradients(Node(start, start + 2))
 
     def apply(self, optimizer: Optimizer, max_grad_norm: float | None) -> Tensor:
         for parameter, gradient in zip(self._exact_parameters, self._tree.take(), strict=True):
@@ -105,6 +153,12 @@ def add_gradients(left: Gradients, right: Gradients) -> Gradients:
     """Add `left` to `right`, in place, and return `right`."""
     torch._foreach_add_(right, left)
     return right
+
+
+def _version(parameter: nn.Parameter) -> int:
+    """Return the number of changes of a parameter's gradient."""
+    assert parameter.grad is not None
+    return parameter.grad._version  # noqa: SLF001
 
 
 def num_rows(gradients: Sequence[Tensor]) -> int:

@@ -4,6 +4,7 @@ agent             PyTorch's elastic agent, which forks or spawns the ranks of th
 rendezvous        the launchers of several nodes: they meet, agree, and notice each other's end
 external_store    the store at which ranks meet that torchrun or srun started
 turns             ranks of a node that take turns, or wait for all, without a timeout
+freed_memory      keeps freed memory for the next tensors
 watchdog          the heartbeat of a rank, and the end of a run that hangs
 failures          what a rank does when it fails
 output            where the output of a rank goes: its log, and the terminal for rank 0
