@@ -34,6 +34,7 @@ WORKLOADS: dict[str, tuple[str, tuple[str, ...]]] = {
     "accumulation in a virtual rank": ("norms", ("micro_batch_size=3",)),
     "bf16": ("text", ("precision=bf16",)),
     "fp16": ("text", ("precision=fp16",)),
+    "compile": ("text", ("compile=true",)),
 }
 STRATEGIES = ("ddp", "fsdp")
 SHOWN_DIGITS = 8
