@@ -12,7 +12,9 @@ import functools
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -63,7 +65,20 @@ def checkpoint_activations(blocks: Iterable[nn.Module]) -> None:
 def compile_blocks(model: nn.Module, blocks: list[nn.Module]) -> None:
     """Compile each block in place, or the whole model if there are no blocks."""
     for module in blocks or [model]:
-        module.compile()
+        _compile(module)
+
+
+def _compile(module: nn.Module) -> None:
+    """Compile a module in place, also if torch defines its class.
+
+    `Module.compile` does nothing for a class of `torch.nn`: the compiler starts with a function
+    that is not torch's own, such as `call`.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return module._call_impl(*args, **kwargs)  # noqa: SLF001
+
+    module._compiled_call_impl = torch.compile(call)  # noqa: SLF001  # as Module.compile
 
 
 def _contexts(
