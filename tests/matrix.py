@@ -260,7 +260,6 @@ WORKLOADS: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
     ("norms", (("micro_batch_size", 3),)),
     ("text", (("micro_batch_size", 4), ("activation_checkpointing", True))),
     ("norms", (("batch_milestones", (0.6,)), ("noise_scale", True), ("epochs", 9))),
-    ("text", (("compile", True),)),
 )
 """What is trained to the same bits: recipes with further settings."""
 
@@ -271,7 +270,7 @@ BITS_WORLDS = (SOURCE_RANKS, 1, 3, 4, 5, 8)
 _ALL = tuple(range(len(WORKLOADS)))
 _BITS = {
     "ddp": {1: _ALL, 2: _ALL, 3: (0, 1, 7), 4: (0, 5), 5: (1, 2), 8: (0,)},
-    "fsdp": {2: (0, 1, 4, 6, 8, 9), 3: (4, 6), 4: (1,), 5: (7,), 8: (0,)},
+    "fsdp": {2: (0, 1, 4, 6, 8), 3: (4, 6), 4: (1,), 5: (7,), 8: (0,)},
 }
 """Indices of the workloads that are trained under each strategy, by the number of ranks.
 

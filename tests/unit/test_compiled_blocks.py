@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from launcher.engine.model.blocks import compile_blocks, find_blocks
+from launcher.engine.state.compiled import is_compiled
 
 
 class Own(nn.Module):
@@ -37,7 +38,9 @@ def test_blocks_are_compiled(block: nn.Module, monkeypatch: pytest.MonkeyPatch) 
     expected = model(inputs)
     blocks = find_blocks(model, None)
     assert len(blocks) == 12
+    assert not is_compiled(model)
     compile_blocks(model, blocks)
+    assert is_compiled(model)
     counters.clear()
     outputs = model(inputs)
     outputs.sum().backward()

@@ -62,23 +62,34 @@ def checkpoint_activations(blocks: Iterable[nn.Module]) -> None:
         )
 
 
-def compile_blocks(model: nn.Module, blocks: list[nn.Module]) -> None:
-    """Compile each block in place, or the whole model if there are no blocks."""
-    for module in blocks or [model]:
-        _compile(module)
+def compile_blocks(model: nn.Module, blocks: list[nn.Module], *, exact: bool = False) -> None:
+    """Compile the forward of each block, or of the whole model if there are no blocks.
 
+    Hooks of the blocks, such as those with which FSDP gathers weights, stay outside.
 
-def _compile(module: nn.Module) -> None:
-    """Compile a module in place, also if torch defines its class.
-
-    `Module.compile` does nothing for a class of `torch.nn`: the compiler starts with a function
-    that is not torch's own, such as `call`.
+    Args:
+        model: The model.
+        blocks: Its blocks.
+        exact: Whether an input must be computed by the same kernels whatever inputs came before.
+            By default the compiler specialises in the first shape that it sees.
     """
+    for module in blocks or [model]:
+        _compile_forward(module, dynamic=True if exact else None)
 
+
+def _compile_forward(module: nn.Module, *, dynamic: bool | None) -> None:
+    """Replace the forward of a module by its compiled version.
+
+    The compiler skips functions of torch itself, such as the forward of `TransformerEncoderLayer`,
+    but not when they are called by another function.
+    """
+    forward = module.forward
+
+    @functools.wraps(forward)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return module._call_impl(*args, **kwargs)  # noqa: SLF001
+        return forward(*args, **kwargs)
 
-    module._compiled_call_impl = torch.compile(call)  # noqa: SLF001  # as Module.compile
+    module.forward = torch.compile(call, dynamic=dynamic)
 
 
 def _contexts(

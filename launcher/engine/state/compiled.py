@@ -10,6 +10,8 @@ from torch._dynamo import OptimizedModule
 _WRAPPED = "_orig_mod."
 """The prefix that torch.compile adds to the names inside a module that it wraps."""
 
+_COMPILED = "_torchdynamo_orig_callable"
+"""An attribute of functions that torch.compile returns."""
 
 _MAX_WORKERS = 32
 """The number that torch starts on a machine with at least as many cores."""
@@ -39,6 +41,8 @@ def plain_name(name: str) -> str:
 def is_compiled(model: nn.Module) -> bool:
     """Return whether the model or one of its modules is compiled, by whatever means."""
     return any(
-        isinstance(module, OptimizedModule) or module._compiled_call_impl is not None  # noqa: SLF001
+        isinstance(module, OptimizedModule)
+        or module._compiled_call_impl is not None  # noqa: SLF001
+        or hasattr(module.forward, _COMPILED)
         for module in model.modules()
     )

@@ -202,7 +202,7 @@ def build_model_and_optimizer(
             )
         checkpoint_activations(blocks)
     if recipe.compile:
-        compile_blocks(model, blocks)
+        compile_blocks(model, blocks, exact=plan.exact)
     if is_compiled(model):  # also by the recipe itself
         limit_compile_workers(plan.threads_per_rank)
     prepared = backend.prepare(
