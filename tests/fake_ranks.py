@@ -20,10 +20,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from launcher import Recipe, make_plan, read_machine
 from launcher.engine.backends.accelerate import (
     DDPBackend,
-    FSDPBackend,
     GroupBackend,
     reset_accelerate_state,
 )
+from launcher.engine.backends.fsdp import FSDPBackend
 from launcher.environment.world import World
 from launcher.planning.plan import Plan
 

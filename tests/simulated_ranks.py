@@ -25,7 +25,8 @@ from torch.multiprocessing.spawn import start_processes
 from torch.utils._pytree import tree_map
 
 from launcher import make_plan, read_machine
-from launcher.engine.backends.accelerate import DDPBackend, FSDPBackend, GroupBackend
+from launcher.engine.backends.accelerate import DDPBackend, GroupBackend
+from launcher.engine.backends.fsdp import FSDPBackend
 from launcher.engine.backends.placement import Placement
 from launcher.engine.ranks.output import Output
 from launcher.engine.run import train_rank

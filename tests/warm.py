@@ -24,6 +24,7 @@ _PRELOADED = (
     "launcher.cli",
     "launcher.engine.worker",
     "launcher.engine.backends.accelerate",
+    "launcher.engine.backends.fsdp",
     "torch._dynamo",
     "torch.distributed.fsdp",
 )

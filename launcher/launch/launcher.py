@@ -165,7 +165,7 @@ def import_for(plans: Sequence[Plan]) -> None:
     if any(plan.backend != "local" for plan in plans):
         modules.append("launcher.engine.backends.accelerate")
     if any(strategy.uses_fsdp for strategy in strategies):
-        modules.append("torch.distributed.fsdp")
+        modules += ["torch.distributed.fsdp", "launcher.engine.backends.fsdp"]
     on_cpus = all(plan.device == "cpu" for plan in plans)
     if on_cpus and any(strategy.uses_deepspeed for strategy in strategies):
         # Importing DeepSpeed initialises CUDA, after which no rank could be forked.

@@ -145,6 +145,7 @@ def test_backends_keep_to_themselves(path: Path) -> None:
     """Backends and trackers alone import Accelerate, and one backend alone imports DeepSpeed."""
     allowed = {
         "launcher.engine.backends.accelerate": {"accelerate"},
+        "launcher.engine.backends.fsdp": {"accelerate"},
         "launcher.engine.backends.deepspeed": {"accelerate", "deepspeed"},
         "launcher.engine.metrics.trackers": {"accelerate"},
     }.get(name_of(path), set())

@@ -2,7 +2,8 @@
 
 base                 `Backend`, the interface that the training loop calls
 local                one process without a process group
-accelerate           DistributedDataParallel and FSDP
+accelerate           the process group, and DistributedDataParallel
+fsdp                 FSDP
 deepspeed            ZeRO stages 1 to 3
 exact                sums over virtual ranks in a fixed order, on one process
 exact_ddp            the same under DistributedDataParallel
@@ -52,14 +53,22 @@ def open_backend(recipe: Recipe, plan: Plan, world: World) -> Backend:
         from launcher.engine.backends.deepspeed import DeepSpeedBackend
 
         return DeepSpeedBackend(recipe, plan, world)
-    if plan.exact and strategy.uses_fsdp:
-        from launcher.engine.backends.exact_fsdp import ExactFSDPBackend
-
-        return ExactFSDPBackend(recipe, plan, world)
+    if strategy.uses_fsdp:
+        return _open_fsdp(recipe, plan, world)
     if plan.exact:
         from launcher.engine.backends.exact_ddp import ExactDDPBackend
 
         return ExactDDPBackend(recipe, plan, world)
-    from launcher.engine.backends.accelerate import DDPBackend, FSDPBackend
+    from launcher.engine.backends.accelerate import DDPBackend
 
-    return (FSDPBackend if strategy.uses_fsdp else DDPBackend)(recipe, plan, world)
+    return DDPBackend(recipe, plan, world)
+
+
+def _open_fsdp(recipe: Recipe, plan: Plan, world: World) -> Backend:
+    if plan.exact:
+        from launcher.engine.backends.exact_fsdp import ExactFSDPBackend
+
+        return ExactFSDPBackend(recipe, plan, world)
+    from launcher.engine.backends.fsdp import FSDPBackend
+
+    return FSDPBackend(recipe, plan, world)

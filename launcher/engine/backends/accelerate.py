@@ -1,6 +1,7 @@
-"""DistributedDataParallel and FSDP through Accelerate, over gloo (CPUs) or NCCL (GPUs).
+"""DistributedDataParallel through Accelerate, over gloo (CPUs) or NCCL (GPUs).
 
-`GroupBackend` forms the process group for these and for DeepSpeed (deepspeed.py).
+`GroupBackend` forms the process group for this strategy, for FSDP (fsdp.py) and for DeepSpeed
+(deepspeed.py).
 """
 
 from __future__ import annotations
@@ -19,38 +20,27 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
-    FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
-    ParallelismConfig,
-    fsdp2_prepare_model,
 )
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from launcher.engine.backends.base import Backend, state_dict_names
-from launcher.engine.backends.call_order import watch_call_order
+from launcher.engine.backends.base import Backend
 from launcher.engine.backends.compute_timer import compute_timer
 from launcher.engine.backends.default_group import (
     group_timeout,
     join_process_group,
-    lengthen_timeouts,
     lower_debug_level,
 )
 from launcher.engine.backends.devices import check_own_device, device_identity, planned_device
 from launcher.engine.backends.recipe_forward import (
-    NamedRecipeForward,
     RecipeForward,
     call_inside,
-    call_with_output_hooks,
 )
 from launcher.engine.backends.unused_parameters import UsedParameters
 from launcher.engine.ranks.turns import Turns
-from launcher.engine.state.compiled import plain_name
-from launcher.engine.state.optimizer_kinds import check_strategy_of
 from launcher.engine.state.parameter_kinds import (
-    check_batch_norm_precision,
     sparse_parameters,
 )
 from launcher.environment.machine import lacks_peer_access
@@ -261,119 +251,6 @@ class DDPBackend(GroupBackend):
             logging_data.get(f"avg_backward_{part}_time", 0) for part in _TIMED_PARTS
         )
         return steps * (total - overlapped) / 1e9, steps
-
-
-class FSDPBackend(GroupBackend):
-    """A backend in which each rank holds a shard of every weight (FSDP2).
-
-    The weights of a block are gathered while the block is used. Weights are gathered in the plan's
-    precision, and gradients are reduced in fp32. Gradients are reduced in every micro-step: keeping
-    them unsharded until the last one would need the memory that sharding saves.
-    """
-
-    def __init__(self, recipe: Recipe, plan: Plan, world: World) -> None:
-        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
-
-        cpu = plan.device == "cpu"
-        offload = CPUOffloadPolicy(pin_memory=not cpu) if recipe.offload else OffloadPolicy()
-        plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            reshard_after_forward=True,
-            auto_wrap_policy="no_wrap",
-            cpu_offload=offload,
-            cpu_ram_efficient_loading=False,
-            state_dict_type="sharded_state_dict",
-        )
-        super().__init__(
-            recipe,
-            plan,
-            world,
-            kind=DistributedType.MULTI_CPU if cpu else DistributedType.FSDP,
-            fsdp_plugin=plugin,
-        )
-        if self._dtype is not None:
-            plugin.mixed_precision_policy = MixedPrecisionPolicy(
-                param_dtype=self._dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-            )
-        # Accelerate supports FSDP only on GPUs and would prepare DDP for CPU ranks, and torch would
-        # build the device mesh of GPUs if the machine has any.
-        parallelism = ParallelismConfig(dp_shard_size=plan.world_size)
-        state = self._accelerator.state
-        state.fsdp_plugin = self._plugin = plugin
-        state.distributed_type = DistributedType.FSDP
-        state.parallelism_config = parallelism
-        state.device_mesh = parallelism.get_device_mesh(plan.device)
-        lengthen_timeouts(self._timeout)
-
-    def prepare(
-        self,
-        model: nn.Module,
-        blocks: list[nn.Module],
-        make_optimizer: Callable[[nn.Module], Optimizer],
-    ) -> tuple[nn.Module, Optimizer]:
-        from torch.distributed.fsdp import FSDPModule
-        from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
-
-        if self.device.type == "cpu" and self._dtype is not None:
-            check_batch_norm_precision(model, self.plan.precision)
-        if blocks:
-            self._plugin.auto_wrap_policy = transformer_auto_wrap_policy
-            self._plugin.transformer_cls_names_to_wrap = sorted({type(b).__name__ for b in blocks})
-        # Accelerator.prepare needs the optimizer before the weights are sharded, so it is not used.
-        with warnings.catch_warnings():
-            # Accelerate itself slices a flattened mesh dimension.
-            warnings.filterwarnings("ignore", message="Slicing a flattened dim")
-            wrapped: nn.Module = NamedRecipeForward(model.to(self.device))
-            sharded = fsdp2_prepare_model(self._accelerator, wrapped)
-        if not isinstance(sharded, FSDPModule):
-            raise WorldError(
-                f"Accelerate returned {kind_of(sharded)} instead of an FSDP module, so "
-                "each rank would train a separate copy of the model. Check the versions of "
-                "accelerate and torch."
-            )
-        # Other ranks may use parameters that this rank does not, so it must reduce zeros for them.
-        sharded.set_reduce_scatter_unused_params(True)
-        units = [module for module in wrapped.modules() if isinstance(module, FSDPModule)]
-        self.call_order = watch_call_order(
-            wrapped, units, strategy="fsdp", device=self.device, first=True
-        )
-        self._module = model
-        optimizer = make_optimizer(model)  # of the weights that were sharded in place
-        check_strategy_of(optimizer, "fsdp")
-        return wrapped, optimizer
-
-    def forward(self, function: Callable[[Any, Any], Any], model: nn.Module, batch: Any) -> Any:
-        return call_with_output_hooks(model, self._module, function, batch)
-
-    def micro_step(
-        self, *, last: bool, part: Part | None = None
-    ) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext()
-
-    def norm(self, grads: list[Tensor]) -> Tensor:
-        norm = super().norm(grads)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-    def unwrap(self, model: nn.Module) -> nn.Module:
-        # After a forward pass without a backward pass, as in an evaluation, the outermost group
-        # stays gathered, and its parameters are not the objects that the optimizer updates.
-        from torch.distributed.fsdp import FSDPModule
-
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
-        return self._module
-
-    def weights(self, model: nn.Module) -> dict[str, Tensor]:
-        weights = {}
-        module = self.unwrap(model)
-        tensors = module.state_dict()
-        for name in state_dict_names(module):
-            tensor = tensors[name]
-            gathered = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            if self.rank == 0:
-                weights[plain_name(name)] = gathered.cpu()
-        return weights
 
 
 @contextlib.contextmanager

@@ -20,7 +20,6 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from launcher.engine.backends.accelerate import FSDPBackend
 from launcher.engine.backends.exact import (
     ExactSums,
     Gradients,
@@ -28,6 +27,7 @@ from launcher.engine.backends.exact import (
     num_rows,
 )
 from launcher.engine.backends.exact_norm import exact_norm
+from launcher.engine.backends.fsdp import FSDPBackend
 from launcher.errors import RecipeError
 from launcher.planning.virtual_ranks import Part, TreeSum, VirtualRanks
 
