@@ -1,6 +1,6 @@
 """A model of a training step on more ranks and nodes, and of the cost of failures.
 
-Collectives follow the alpha-beta model: a message of n bytes takes alpha + n / beta on a link
+StepCollectives follow the alpha-beta model: a message of n bytes takes alpha + n / beta on a link
 (Thakur, Rabenseifner, Gropp, "Optimization of Collective Communication Operations in MPICH", 2005;
 the double binary tree: Sanders, Speck, Traeff, "Two-tree algorithms for full bandwidth broadcast,
 reduction and scan", 2009). The model ignores stragglers, contention with other jobs, kernels that
@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from launcher.planning.fsdp_messages import StepCollectives
+from launcher.planning.sharding import Sharding
 from launcher.planning.strategy import STRATEGIES
 
 _BUCKET_BYTES = 25 << 20
@@ -135,6 +137,8 @@ def traffic(
     strategy: str,
     accumulation: int,
     weight_size: float = 1.0,
+    sharding: Sharding | None = None,
+    collectives: StepCollectives | None = None,
 ) -> Traffic:
     """Return the time of the collectives of one step under a strategy.
 
@@ -152,17 +156,53 @@ def traffic(
         accumulation: Micro-steps per step.
         weight_size: Size of a gathered weight over that of its gradient, such as 0.5 for FSDP in
             bf16.
+        sharding: The groups of ranks of FSDP, which then have these `collectives`.
+        collectives: The collectives of a step under FSDP; None if `sharding` is None.
     """
+    if sharding is not None and collectives is not None:
+        return _fsdp_traffic(num_bytes, network, sharding, collectives)
     full = all_reduce(num_bytes, nodes, nproc, network)
     half = full / 2
-    sharding = STRATEGIES[strategy]
-    if not sharding.shards:
+    kind = STRATEGIES[strategy]
+    if not kind.shards:
         return Traffic(full, 1)
-    reductions = accumulation if sharding.shards_gradients else 1
-    if not sharding.shards_parameters:
+    reductions = accumulation if kind.shards_gradients else 1
+    if not kind.shards_parameters:
         return Traffic(reductions * half, reductions, after=half)
     gather = all_reduce(num_bytes * weight_size, nodes, nproc, network) / 2
     return Traffic(reductions * half, reductions, ahead=accumulation * 2 * gather)
+
+
+def _fsdp_traffic(
+    num_bytes: float, network: Network, sharding: Sharding, collectives: StepCollectives
+) -> Traffic:
+    """Return the time of FSDP's collectives, in groups of ranks that each hold all weights.
+
+    Args:
+        num_bytes: Size of all weights in fp32.
+        network: Links within and between nodes.
+        sharding: The groups.
+        collectives: The collectives of a step.
+    """
+    size, nproc = sharding.size, sharding.nproc_per_node
+    nodes_of_group, ranks_of_node = max(size // nproc, 1), min(size, nproc)
+
+    def in_group(num_bytes: float) -> float:
+        return all_reduce(num_bytes, nodes_of_group, ranks_of_node, network) / 2
+
+    gather = in_group(num_bytes * collectives.gathered_size)
+    reduced = num_bytes * collectives.reduced_size
+    reduce = in_group(reduced)
+    if size >= nproc:  # the ranks of a node share its link for their sums over the copies
+        copies = all_reduce(reduced / nodes_of_group, sharding.nodes // nodes_of_group, 1, network)
+    else:
+        within = ring(reduced / size, nproc // size, network.inside)
+        copies = within + all_reduce(reduced, sharding.nodes, 1, network)
+    return Traffic(
+        collectives.reductions * reduce + collectives.sums * copies,
+        collectives.reductions,
+        ahead=collectives.gathers * gather,
+    )
 
 
 def step_seconds(
@@ -175,7 +215,7 @@ def step_seconds(
 
     Args:
         micro_seconds: Computation of one micro-step, in seconds.
-        sent: Collectives of the step.
+        sent: StepCollectives of the step.
         accumulation: Micro-steps per step.
         num_bytes: Size of the gradients.
     """

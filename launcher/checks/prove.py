@@ -10,12 +10,13 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from launcher.environment.machine import Machine
 from launcher.errors import PlanError
 from launcher.launch.launcher import import_for, launch
 from launcher.launch.signal_handler import SignalHandler
+from launcher.planning.fsdp_settings import FSDP_DEFAULTS
 from launcher.planning.plan import Plan
 from launcher.planning.planner import device_of
 from launcher.planning.strategy import STRATEGIES, check_strategy
@@ -205,7 +206,7 @@ def _compatible_strategies(recipe: Recipe, machine: Machine, world_size: int) ->
     for name in _DEFAULT_STRATEGIES:
         try:
             check_strategy(
-                replace(recipe, strategy=name), machine, device_of(recipe, machine), world_size
+                _with_strategy(recipe, name), machine, device_of(recipe, machine), world_size
             )
         except PlanError:
             continue
@@ -213,9 +214,18 @@ def _compatible_strategies(recipe: Recipe, machine: Machine, world_size: int) ->
     return compatible or ["ddp"]
 
 
+def _with_strategy(recipe: Recipe, strategy: StrategyName) -> Recipe:
+    """Return the recipe with another strategy, without the settings of FSDP if it is another."""
+    changes: dict[str, Any] = {} if STRATEGIES[strategy].uses_fsdp else dict(FSDP_DEFAULTS)
+    return replace(recipe, strategy=strategy, **changes)
+
+
 def _trial_overrides(overrides: Sequence[Override], strategy: str) -> tuple[Override, ...]:
     """Return the overrides that a trial is both planned and run with."""
-    settings = {"strategy": strategy, "record_samples": True, "trackers": ()}
+    settings: dict[str, Any] = {"strategy": strategy, "record_samples": True, "trackers": ()}
+    kind = STRATEGIES.get(strategy)  # an unknown name is refused where the recipe takes it
+    if kind is not None and not kind.uses_fsdp:
+        settings |= FSDP_DEFAULTS  # which the other strategies refuse
     added = (Override(name=n, value=v, source="launcher prove") for n, v in settings.items())
     return (*overrides, *added)
 

@@ -191,6 +191,9 @@ def _lr(plan: Plan, schedule: Schedule, step: int) -> float:
 def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     settings, derivations = plan.settings, plan.derivations
     yield "ranks", _ranks(plan)
+    for label, key in (("shards", "shards"), ("messages", "messages"), ("", "alternatives")):
+        for line in filter(None, derivations.get(key, "").split("\n")):
+            yield label, line
     yield "batch", derivations["batch_size"]
     if len(plan.stages) > 1:
         yield "", derivations["stages"]
@@ -239,7 +242,9 @@ def _ranks(plan: Plan) -> str:
     if plan.backend != "local":
         layout = f"{strategy.title} over {'NCCL' if plan.device == 'cuda' else 'gloo'}"
     if strategy.sharded:
-        layout += f": {strategy.sharded} in {counted(plan.world_size, 'shard')}"
+        layout += f": {strategy.sharded} in {counted(plan.shards, 'shard')}"
+        copies = plan.world_size // plan.shards
+        layout += f" and {copies:,} copies" if copies > 1 else ""
     nodes, per_node = counted(plan.nodes, "node"), counted(plan.nproc_per_node, unit)
     return f"{plan.world_size:,} = {nodes} x {per_node}, {layout}"
 

@@ -123,7 +123,30 @@ def _fsdp(env: Mapping[str, str]) -> dict[str, Any]:
         settings["activation_checkpointing"] = True
     if blocks := env.get("FSDP_TRANSFORMER_CLS_TO_WRAP"):
         settings["blocks"] = blocks
+    if env.get("FSDP_RESHARD_AFTER_FORWARD", "").lower() in ("false", "shard_grad_op"):
+        settings["reshard_after_forward"] = False
+    if _is_true(env, "ACCELERATE_USE_PARALLELISM_CONFIG"):
+        settings["shard"] = _shard(env)
     return settings
+
+
+def _shard(env: Mapping[str, str]) -> str | int:
+    """Return the ranks that share each weight, of a parallelism_config.
+
+    Raises:
+        WorldError: A size is not a whole number.
+    """
+    sizes = []
+    for name in ("DP_REPLICATE_SIZE", "DP_SHARD_SIZE"):
+        text = env.get(f"PARALLELISM_CONFIG_{name}", "1")
+        if not text.isdecimal():
+            raise WorldError(
+                f"accelerate launch is configured with parallelism_config_{name.lower()}={text}: "
+                "expected a whole number."
+            )
+        sizes.append(int(text))
+    copies, shards = sizes
+    return "all" if copies == 1 else shards
 
 
 def _deepspeed(env: Mapping[str, str]) -> dict[str, Any]:

@@ -46,7 +46,7 @@ _OPTIONS = {
     "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_NVME_PATH": ("none",),
     "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_NVME_PATH": ("none",),
     "FSDP_SHARDING_STRATEGY": ("full_shard", "1", "none"),
-    "FSDP_RESHARD_AFTER_FORWARD": ("true", "full_shard"),
+    "FSDP_RESHARD_AFTER_FORWARD": ("true", "full_shard", "false", "shard_grad_op"),
     "FSDP_FORWARD_PREFETCH": ("false",),
     "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": ("false",),
     "FSDP_IGNORED_MODULES": ("none",),

@@ -103,7 +103,7 @@ def accelerate_config(
         config["distributed_type"] = "FSDP"
         config["fsdp_config"] = {
             "fsdp_version": 2,
-            "fsdp_reshard_after_forward": True,
+            "fsdp_reshard_after_forward": recipe.reshard_after_forward,
             "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP" if recipe.blocks else "NO_WRAP",
             **({"fsdp_transformer_layer_cls_to_wrap": recipe.blocks} if recipe.blocks else {}),
             "fsdp_activation_checkpointing": recipe.activation_checkpointing,
@@ -111,6 +111,11 @@ def accelerate_config(
             "fsdp_offload_params": recipe.offload == "cpu",
             "fsdp_state_dict_type": "FULL_STATE_DICT",
         }
+        if plan.shards < plan.world_size:
+            config["parallelism_config"] = {
+                "parallelism_config_dp_replicate_size": plan.world_size // plan.shards,
+                "parallelism_config_dp_shard_size": plan.shards,
+            }
     elif strategy.uses_deepspeed:
         config["distributed_type"] = "DEEPSPEED"
         config["deepspeed_config"] = _deepspeed_fields(recipe, plan, deepspeed_file)

@@ -15,6 +15,7 @@ from launcher.environment.world import World
 from launcher.errors import RunDirError, WorldError
 from launcher.planning.derivations import ranks_text
 from launcher.planning.global_batch import BatchSplit, Statistics
+from launcher.planning.sharding import Sharding
 from launcher.planning.stages import Stage, growth_at
 from launcher.planning.strategy import STRATEGIES, Backend, distribute
 from launcher.planning.virtual_ranks import VirtualRanks
@@ -92,6 +93,10 @@ class Plan:
     virtual_ranks: int | None = None
     """Parts of each batch with random numbers and BatchNorm statistics of their own; None is one
     part per rank."""
+
+    shard_size: int | None = None
+    """Ranks that share the shards of a weight under FSDP; None is all of them, or that the strategy
+    is another one."""
 
     exact: bool = False
     """Whether gradients are summed over virtual ranks in one fixed order."""
@@ -173,7 +178,25 @@ class Plan:
     @property
     def distribution(self) -> VirtualRanks:
         """Return how the parts of a batch are distributed over the ranks."""
-        return distribute(self.virtual_ranks, self.world_size, self.strategy, exact=self.exact)
+        return distribute(
+            self.virtual_ranks,
+            self.world_size,
+            self.strategy,
+            exact=self.exact,
+            shard_size=self.shard_size,
+        )
+
+    @property
+    def sharding(self) -> Sharding | None:
+        """Return the groups of ranks that share the shards of the weights; None without FSDP."""
+        if not STRATEGIES[self.strategy].uses_fsdp:
+            return None
+        return Sharding(nodes=self.nodes, nproc_per_node=self.nproc_per_node, size=self.shards)
+
+    @property
+    def shards(self) -> int:
+        """Return the number of parts into which the strategy cuts what it shards."""
+        return self.shard_size or self.world_size
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain values that JSON and YAML can represent."""
@@ -298,6 +321,10 @@ def _inconsistencies(plan: Plan) -> Iterator[str]:
         yield f"samples_per_rank has {len(plan.samples_per_rank):,} numbers"
     if plan.strategy not in STRATEGIES:
         yield f"{printable_line(shortened(plan.strategy, 40))} is not a strategy"
+    if plan.shard_size is not None and (
+        plan.shard_size < 1 or plan.world_size % plan.shard_size != 0
+    ):
+        yield f"shard_size is {shortened(str(plan.shard_size), 40)}"
     steps = [stage.first_step for stage in plan.stages]
     if steps[:1] != [0] or steps != sorted(steps):
         yield "the stages do not follow each other"

@@ -20,10 +20,12 @@ from launcher.planning.derivations import (
     steps_arithmetic,
     virtual_arithmetic,
 )
+from launcher.planning.fsdp_messages import sharding_texts
 from launcher.planning.global_batch import ceil_div, num_micro_steps, shares
 from launcher.planning.loading import loader_policy
 from launcher.planning.lr_path import lr_path
 from launcher.planning.plan import Plan
+from launcher.planning.sharding import sharding_for
 from launcher.planning.single_sample_batches import single_sample_notes
 from launcher.planning.stages import Stage, lr_factor, make_stages
 from launcher.planning.strategy import (
@@ -76,13 +78,20 @@ def make_plan(
             "ranks."
         )
     check_strategy(recipe, machine, device, world_size)
+    sharding = sharding_for(recipe, nodes, nproc)
     batch_sizes = _batch_sizes(recipe, world_size)
     batch_size = batch_sizes[0]
     samples = recipe.train_samples or train_samples
     stages, total_steps = _stages(recipe, batch_sizes, samples)
     steps_per_epoch = ceil_div(samples, batch_size) if samples is not None else None
     parts = recipe.virtual_ranks or world_size
-    distribution = distribute(recipe.virtual_ranks, world_size, recipe.strategy, exact=recipe.exact)
+    distribution = distribute(
+        recipe.virtual_ranks,
+        world_size,
+        recipe.strategy,
+        exact=recipe.exact,
+        shard_size=None if sharding is None else sharding.size,
+    )
     micro_limit = recipe.micro_batch_size or ceil_div(max(batch_sizes), parts)
     micro_batches = num_micro_steps(batch_size, parts, micro_limit)
     accumulation = micro_batches * distribution.rounds
@@ -125,6 +134,7 @@ def make_plan(
         "total_steps": steps_arithmetic(recipe, batch_size, samples, steps_per_epoch, total_steps),
         "workers_per_rank": policy.workers_reason,
         "pin_memory": policy.pin_reason,
+        **sharding_texts(recipe, sharding, accumulation, distribution.rounds),
     }
     plan = Plan(
         recipe=recipe.name,
@@ -140,6 +150,7 @@ def make_plan(
         micro_batch_size=micro,
         accumulation_steps=accumulation,
         virtual_ranks=recipe.virtual_ranks,
+        shard_size=None if sharding is None else sharding.size,
         exact=recipe.exact,
         lr=lr,
         lr_start=lr * path.start,

@@ -11,6 +11,7 @@ from typing import Literal
 
 from launcher.environment.machine import Machine
 from launcher.errors import PlanError
+from launcher.planning.fsdp_settings import check_fsdp_settings
 from launcher.planning.virtual_ranks import VirtualRanks
 from launcher.recipe.recipe import Recipe
 
@@ -156,6 +157,7 @@ def check_strategy(recipe: Recipe, machine: Machine, device: str, world_size: in
             f"strategy={recipe.strategy} shards nothing. Use strategy=fsdp or strategy=zero2, or "
             "leave offload out."
         )
+    check_fsdp_settings(recipe, uses_fsdp=strategy.uses_fsdp)
     if recipe.exact:
         _check_exact(recipe)
     if recipe.deterministic and recipe.cudnn_benchmark:
@@ -171,7 +173,12 @@ def check_strategy(recipe: Recipe, machine: Machine, device: str, world_size: in
 
 
 def distribute(
-    virtual_ranks: int | None, world_size: int, strategy: str, *, exact: bool
+    virtual_ranks: int | None,
+    world_size: int,
+    strategy: str,
+    *,
+    exact: bool,
+    shard_size: int | None = None,
 ) -> VirtualRanks:
     """Return how the parts of a batch are distributed over ranks.
 
@@ -181,11 +188,14 @@ def distribute(
         strategy: Name of the strategy. FSDP reduces gradients over the ranks in every micro-step,
             so an exact sum needs ranks that compute neighbouring virtual ranks at the same time.
         exact: `Recipe.exact`.
+        shard_size: Ranks that share the shards of a weight under FSDP; None is all of them.
     """
+    interleaved = exact and STRATEGIES[strategy].uses_fsdp
     return VirtualRanks(
         count=virtual_ranks or world_size,
         world_size=world_size,
-        interleaved=exact and STRATEGIES[strategy].uses_fsdp,
+        interleaved=interleaved,
+        groups=world_size // (shard_size or world_size) if interleaved else 1,
     )
 
 

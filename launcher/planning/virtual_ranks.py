@@ -38,6 +38,10 @@ class VirtualRanks:
     """Whether rank r takes the virtual ranks r, r + W, r + 2W and so on, so that the ranks compute
     neighbours at the same time; False gives each rank a contiguous range."""
 
+    groups: int = 1
+    """Number of groups of interleaved ranks. Each has a contiguous range of the virtual ranks, and
+    is interleaved within itself."""
+
     @property
     def rounds(self) -> int:
         """Return the largest number of virtual ranks of any rank."""
@@ -46,18 +50,39 @@ class VirtualRanks:
     def of_rank(self, rank: int) -> range:
         """Return the virtual ranks of a rank, in the order in which it computes them."""
         if self.interleaved:
-            return range(rank, self.count, self.world_size)
+            group, index = divmod(rank, self.group_size)
+            return self.of_group(group)[index :: self.group_size]
         return part(self.count, self.world_size, rank)
 
-    def of_round(self, number: int) -> range:
-        """Return the virtual ranks that interleaved ranks compute in a round, in rank order."""
-        first = number * self.world_size
-        return range(first, min(first + self.world_size, self.count))
+    @property
+    def group_size(self) -> int:
+        """Return the number of ranks in a group."""
+        return self.world_size // self.groups
+
+    def of_group(self, group: int) -> range:
+        """Return the virtual ranks that a group of interleaved ranks computes."""
+        return part(self.count, self.groups, group)
+
+    def of_round(self, number: int, group: int = 0) -> range:
+        """Return the virtual ranks that interleaved ranks compute in a round, in rank order.
+
+        Args:
+            number: The round, counted from 0.
+            group: The group of the ranks.
+        """
+        return self.of_group(group)[number * self.group_size : (number + 1) * self.group_size]
 
     def nodes_of_rank(self, rank: int) -> list[Node]:
         """Return the largest nodes of the tree that cover the range of a rank, in order."""
+        return self._nodes(self.of_rank(rank))
+
+    def nodes_of_group(self, group: int) -> list[Node]:
+        """Return the largest nodes of the tree that cover the range of a group, in order."""
+        return self._nodes(self.of_group(group))
+
+    def _nodes(self, leaves: range) -> list[Node]:
         tree: TreeSum[None] = TreeSum(self.count, lambda _, __: None)
-        for leaf in self.of_rank(rank):
+        for leaf in leaves:
             tree.push(leaf, None)
         return [node for node, _ in tree.pending]
 
@@ -65,11 +90,19 @@ class VirtualRanks:
         """Return how many copies of the gradients a rank holds at once, at most.
 
         Under interleaved ranks these are copies of its shard: the sums over nodes that it keeps
-        between two rounds, and the total.
+        between two rounds, and the total. Several groups then exchange the sums over their nodes.
         """
-        if self.interleaved:
+        if self.interleaved and self.groups == 1:
             rounds = range(1, self.rounds)
             return 1 + max(((number * self.world_size).bit_count() for number in rounds), default=0)
+        if self.interleaved:
+            ranges = [self.of_group(group) for group in range(self.groups)]
+            kept = [
+                len(self._nodes(leaves[: number * self.group_size]))
+                for leaves in ranges
+                for number in range(1, self.rounds + 1)
+            ]
+            return 1 + max(kept)
         deepest = 0
         for rank in range(self.world_size):
             tree: TreeSum[None] = TreeSum(self.count, lambda _, __: None)

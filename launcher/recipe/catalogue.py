@@ -29,7 +29,8 @@ TOPICS = {
     ),
     "Length of the run": "epochs steps train_samples evaluate_every seed",
     "Memory and speed": (
-        "strategy offload precision compile activation_checkpointing blocks channels_last tf32 "
+        "strategy shard reshard_after_forward accumulate_unsharded prefetch_blocks reduce_dtype "
+        "offload precision compile activation_checkpointing blocks channels_last tf32 "
         "cudnn_benchmark deterministic device numa"
     ),
     "State that depends on the split": "virtual_ranks exact sync_batchnorm rank_buffers",

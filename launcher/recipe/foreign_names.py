@@ -180,6 +180,23 @@ _NAMES = (
         write="strategy=fsdp",
         switch=True,
     ),
+    _Advice(
+        words=(
+            "hybrid_shard use_hsdp hsdp dp_shard_size data_parallel_shard_degree dp_shard "
+            "fsdp_size device_mesh num_shards"
+        ),
+        write="strategy=fsdp shard={value}",
+        remark="It is the number of ranks that share each weight; node and all are others.",
+    ),
+    _Advice(
+        words="fsdp_reshard_after_forward fsdp_no_reshard reshard",
+        write="reshard_after_forward={value}",
+    ),
+    _Advice(words="fsdp_no_sync no_sync", write="accumulate_unsharded=true", switch=True),
+    _Advice(
+        words="mixed_precision_reduce gradient_reduce_dtype grad_reduce_dtype reduction_dtype",
+        write="reduce_dtype={value}",
+    ),
     _Advice(words="ddp use_ddp data_parallel distributed", write="strategy=ddp", switch=True),
     _Advice(
         words="cpu_offload offload_optimizer offload_param offload_params",
@@ -363,6 +380,8 @@ _VALUES: Mapping[str, Mapping[str, str]] = {
         "warmup(linear())": "linear_with_warmup warmupdecaylr",
         "warmup(constant())": "constant_with_warmup warmuplr",
     },
+    "shard": {"node": "hybrid hybrid_shard auto true", "all": "full full_shard world none false"},
+    "reduce_dtype": {"bf16": "bfloat16 torch.bfloat16", "fp32": "float32 torch.float32 none 32"},
     "offload": {"cpu": "true optimizer param parameters on host ram"},
     "compile": {"true": "inductor default max_autotune reduce_overhead"},
     "trackers": {

@@ -193,6 +193,25 @@ class Recipe:
     strategy: Annotated[StrategyName, Affects.EXECUTION] = "ddp"
     """What is sharded over ranks: nothing (ddp), all (fsdp, zero3) or a part (zero1, zero2)."""
 
+    shard: Annotated[Literal["node", "all"] | PositiveInt, Affects.EXECUTION] = "node"
+    """With fsdp: the ranks that share each weight, while other ranks hold copies: those of a node
+    (node), all of them (all), or this many neighbours. On nodes of one rank, node means all."""
+
+    reshard_after_forward: Annotated[bool, Affects.EXECUTION] = True
+    """With fsdp: free the gathered weights of a block after its forward, and gather them again for
+    its backward; false keeps them."""
+
+    accumulate_unsharded: Annotated[bool, Affects.EXECUTION] = False
+    """With fsdp: keep whole gradients over the micro-steps of a step, and reduce them once."""
+
+    prefetch_blocks: Annotated[NonNegativeInt, Affects.EXECUTION] = 0
+    """With fsdp: blocks whose weights are gathered ahead of the block that is computed; 0 leaves it
+    to FSDP, which gathers one ahead where the host runs ahead of the GPU."""
+
+    reduce_dtype: Annotated[Literal["fp32", "bf16"], Affects.UPDATES] = "fp32"
+    """With fsdp: the precision in which ranks send and add gradients; fp32 is that of the weights,
+    which precision=fp64 makes fp64."""
+
     offload: Annotated[Literal["cpu"] | None, Affects.EXECUTION] = None
     """Keep what the strategy shards in host memory (cpu); None keeps it on the GPU."""
 

@@ -16,6 +16,7 @@ from launcher.analysis.scaling_model import (
     traffic,
 )
 from launcher.errors import PlanError
+from launcher.planning.fsdp_messages import collectives_for
 from launcher.planning.plan import Plan
 from launcher.planning.strategy import STRATEGIES
 from launcher.slurm.site import Site
@@ -224,6 +225,12 @@ def _row(plan: Plan, measured: Measurements, facts: EstimateInputs) -> EstimateR
         strategy=plan.strategy,
         accumulation=accumulation,
         weight_size=0.5 if half_weights and plan.precision in ("bf16", "fp16") else 1.0,
+        sharding=plan.sharding,
+        collectives=(
+            None
+            if plan.sharding is None
+            else collectives_for(plan.settings, accumulation, plan.distribution.rounds)
+        ),
     )
     micro_batch = plan.batch_size / plan.world_size / accumulation
     micro_seconds = compute.seconds(micro_batch) * ranks_per_device

@@ -52,6 +52,16 @@ def settings(env: dict[str, str]) -> dict[str, Any]:
                 "blocks": "Block",
             },
         ),
+        (
+            {
+                "ACCELERATE_USE_FSDP": "true",
+                "FSDP_RESHARD_AFTER_FORWARD": "false",
+                "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+                "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
+                "PARALLELISM_CONFIG_DP_SHARD_SIZE": "4",
+            },
+            {"strategy": "fsdp", "reshard_after_forward": False, "shard": 4},
+        ),
         (DEEPSPEED, {"strategy": "zero2"}),
         (DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, {"strategy": "ddp"}),
         (

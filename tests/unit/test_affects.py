@@ -33,6 +33,7 @@ SETTINGS = {
         "epochs",
         "steps",
         "precision",
+        "reduce_dtype",
         "max_grad_norm",
         "exact",
         "sync_batchnorm",
@@ -43,6 +44,10 @@ SETTINGS = {
     Affects.EXECUTION: {
         "micro_batch_size",
         "strategy",
+        "shard",
+        "reshard_after_forward",
+        "accumulate_unsharded",
+        "prefetch_blocks",
         "offload",
         "compile",
         "activation_checkpointing",

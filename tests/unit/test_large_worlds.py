@@ -67,6 +67,7 @@ def make_recipe(strategy: str) -> Recipe:
         "optimizer": adamw(),
         "device": "cpu",
         "strategy": strategy,
+        "shard": "all" if strategy == "fsdp" else "node",
     }
     return Recipe(**fields)
 

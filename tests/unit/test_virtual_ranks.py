@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -92,6 +93,40 @@ def test_rounds_of_interleaved_ranks_give_the_tree() -> None:
                 most_between_rounds = max(most_between_rounds, len(tree.pending))
         assert tree.take() == expression(0, count)
         assert distribution.most_copies() == 1 + most_between_rounds
+
+
+def test_groups_of_interleaved_ranks_give_the_tree() -> None:
+    """Each group sums the nodes of its range in rounds, and the groups' nodes add up to the tree.
+
+    The ranks share all virtual ranks in as many rounds as without groups.
+    """
+    for count in range(1, MOST + 1):
+        for size, groups in itertools.product(range(1, 7), range(1, 7)):
+            if size * groups > count:
+                continue
+            distribution = VirtualRanks(
+                count=count, world_size=size * groups, interleaved=True, groups=groups
+            )
+            whole, most = TreeSum(count, add), 0
+            computed: list[int] = []
+            for group in range(groups):
+                own = TreeSum(count, add)
+                for number in range(distribution.rounds):
+                    in_round = distribution.of_round(number, group)
+                    for index in range(size):
+                        of_rank = distribution.of_rank(group * size + index)
+                        assert list(of_rank[number : number + 1]) == list(
+                            in_round[index : index + 1]
+                        )
+                    summed(own, in_round)
+                    most = max(most, len(own.pending))
+                    computed += in_round
+                assert [node for node, _ in own.pending] == distribution.nodes_of_group(group)
+                for node, value in own.pending:
+                    whole.push_node(node, value)
+            assert whole.take() == expression(0, count)
+            assert computed == list(range(count))
+            assert groups == 1 or distribution.most_copies() == 1 + most
 
 
 def test_no_rank_has_one_more_virtual_rank_than_rounds() -> None:
