@@ -1,6 +1,7 @@
 """Train many configurations, on one number of ranks after the other.
 
-A program for test_matrix.py, test_features.py, test_unused_parameters.py and test_resume.py. It
+A program for test_matrix.py, test_features.py, test_unused_parameters.py, test_resume.py and
+test_hybrid_sharding.py. It
 forks the ranks, which train all their configurations in one process group: imports and rendezvous
 are paid once.
 """
@@ -12,7 +13,7 @@ import io
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,71 @@ def resumed(ranks: int) -> Iterator[tuple[Case, Case]]:
             yield source, source
 
 
+PAIRS = ("shard", 2)
+UNSHARDED = ("accumulate_unsharded", True)
+KEPT = ("reshard_after_forward", False)
+CLIPPED = ("max_grad_norm", 0.01)
+ONCE = ("epochs", 1)
+
+HYBRID_SOURCE = Case("worlds", "fsdp", 3, "adamw", options=(PAIRS,))
+"""Two copies of the model on two ranks each; it is trained on 4 ranks and resumed on others."""
+
+HYBRID_REFERENCES = (
+    *(Case("worlds", optimizer=name) for name in OPTIMIZERS),
+    Case("worlds", optimizer="sgd", options=(CLIPPED,)),
+    Case("tokens", optimizer="adamw"),
+    Case("batch_norm", options=(SYNCED,)),
+    Case("branches", optimizer="adamw", options=(ONCE,)),
+)
+HYBRID = (
+    *(Case("worlds", "fsdp", accumulation, "sgd", options=(PAIRS,)) for accumulation in (1, 3)),
+    Case("worlds", "fsdp", 1, "adamw", options=(PAIRS,)),
+    HYBRID_SOURCE,
+    Case("worlds", "fsdp", 3, "sgd", options=(CLIPPED, PAIRS)),
+    Case("worlds", "fsdp", 3, "adamw", options=(PAIRS, UNSHARDED, ("offload", "cpu"))),
+    Case("tokens", "fsdp", 3, "adamw", options=(PAIRS, UNSHARDED, KEPT)),
+    Case("tokens", "fsdp", 3, "adamw", options=(UNSHARDED,)),
+    Case("batch_norm", "fsdp", options=(SYNCED, PAIRS, ("prefetch_blocks", 1))),
+    Case("batch_norm", "fsdp", options=(SYNCED, KEPT, ("prefetch_blocks", 2))),
+    Case("branches", "fsdp", 3, "adamw", options=(ONCE, PAIRS)),
+    Case("branches", "fsdp", 3, "adamw", options=(ONCE, UNSHARDED)),
+    Case("worlds", "fsdp", 3, "sgd", options=(PAIRS, ("reduce_dtype", "bf16"))),
+    Case("worlds", "fsdp", 3, "sgd", options=(PAIRS, ("noise_scale", True))),
+)
+HYBRID_WORLDS = (1, 3, 4, 2, 1)
+"""Numbers of ranks, one after the other; the last two resume what 4 ranks have saved."""
+
+_SOURCES_ON = {1: replace(HYBRID_SOURCE, strategy="ddp", accumulation=1, options=()),
+               3: replace(HYBRID_SOURCE, options=())}  # fmt: skip
+_RESUMED_ON = {
+    1: (_SOURCES_ON[1],),
+    2: (_SOURCES_ON[3], replace(_SOURCES_ON[3], strategy="zero2")),
+}
+
+
+def hybrid(ranks: int, trained: Container[int]) -> Iterator[tuple[Case, int | None]]:
+    """Yield cases with the number of ranks from whose checkpoint they are resumed, if any.
+
+    Args:
+        ranks: The number of ranks.
+        trained: The numbers of ranks that have been trained on before.
+    """
+    if 4 in trained:
+        yield from ((case, 4) for case in _RESUMED_ON[ranks])
+    elif ranks == 4:
+        yield from ((case, None) for case in HYBRID)
+        yield from ((HYBRID_SOURCE, source) for source in _SOURCES_ON)
+    else:
+        yield from ((case, None) for case in HYBRID_REFERENCES if ranks == 1)
+        if ranks == 3:
+            yield _SOURCES_ON[3], None
+
+
+def hybrid_source(ranks: int) -> Case:
+    """Return the case whose checkpoint other numbers of ranks resume."""
+    return _SOURCES_ON.get(ranks, HYBRID_SOURCE)
+
+
 @dataclass(frozen=True)
 class BitsCase:
     """One configuration of a recipe with virtual ranks, which is trained for 30 steps."""
@@ -231,11 +297,13 @@ class BitsCase:
     strategy: str = "ddp"
     options: tuple[tuple[str, Any], ...] = ()
     is_resumed: bool = False
+    shard: int | str = "node"
 
     @property
     def key(self) -> str:
         """Return the name of the run's folder."""
-        return f"{self.workload}-{self.strategy}"
+        groups = "" if self.shard == "node" else f"-shard={self.shard}"
+        return f"{self.workload}-{self.strategy}{groups}"
 
     @property
     def workload(self) -> str:
@@ -245,7 +313,8 @@ class BitsCase:
     def make(self, ranks: int) -> Recipe:
         """Return the recipe, which is the same on any number of ranks."""
         del ranks
-        changes: dict[str, Any] = {"strategy": self.strategy, **dict(self.options)}
+        changes: dict[str, Any] = {"strategy": self.strategy, "shard": self.shard}
+        changes |= dict(self.options)
         return replace(EXACT_RECIPES[self.recipe](), **changes)
 
 
@@ -283,6 +352,14 @@ _RESUMED = {(1, 1, "ddp"), (3, 0, "ddp"), (4, 1, "fsdp"), (8, 0, "fsdp")}
 `SOURCE_RANKS` ranks."""
 
 
+_UNEVEN = (("virtual_ranks", 7),)
+_GROUPED = (
+    BitsCase("norms", "fsdp", is_resumed=True, shard=2),
+    BitsCase("text", "fsdp", _UNEVEN, shard=2),  # groups of 4 and 3 virtual ranks
+)
+"""Cases with two copies of the model, on 4 ranks."""
+
+
 def bits(ranks: int) -> Iterator[BitsCase]:
     """Yield workloads under the strategies that have exact sums."""
     for strategy, of_ranks in _BITS.items():
@@ -290,6 +367,10 @@ def bits(ranks: int) -> Iterator[BitsCase]:
             recipe, options = WORKLOADS[number]
             is_resumed = (ranks, number, strategy) in _RESUMED
             yield BitsCase(recipe, strategy, options, is_resumed)
+    if ranks == 1:
+        yield BitsCase("text", options=_UNEVEN)
+    if ranks == 4:
+        yield from _GROUPED
 
 
 SUITES = {"matrix": matrix, "features": features, "unused": unused}
@@ -332,35 +413,64 @@ class Trainer:
 def train_suite(suite: str, folder: Path, worlds: Sequence[int]) -> None:
     """Train each case of a suite into a folder of its own, such as on2/... with two ranks."""
     os.environ["DS_ACCELERATOR"] = "cpu"
-    for module in ("accelerate", "deepspeed"):
+    for module in ("accelerate", "fsdp", "deepspeed"):
         importlib.import_module(f"launcher.engine.backends.{module}")
-    for ranks in worlds:
-        start_processes(train_cases, (suite, folder, ranks), ranks, start_method="fork")  # type: ignore[no-untyped-call]
+    for index, ranks in enumerate(worlds):
+        arguments = suite, folder, ranks, worlds[:index]
+        start_processes(train_cases, arguments, ranks, start_method="fork")  # type: ignore[no-untyped-call]
 
 
-def train_cases(rank: int, suite: str, folder: Path, ranks: int) -> None:
-    """Train the cases of a suite for this number of ranks, as one of the ranks."""
+def train_cases(rank: int, suite: str, folder: Path, ranks: int, before: Sequence[int]) -> None:
+    """Train the cases of a suite for this number of ranks, as one of the ranks.
+
+    Args:
+        rank: The rank.
+        suite: The name of the suite.
+        folder: The folder of all runs.
+        ranks: The number of ranks.
+        before: The numbers of ranks that have been trained on before.
+    """
     for name, value in (("RANK", rank), ("WORLD_SIZE", ranks)):
         os.environ |= {name: str(value), f"LOCAL_{name}": str(value)}
-    train = Trainer(folder / f"on{ranks}", replace(find_world(), store=folder / f"store{ranks}"))
+    world = replace(find_world(), store=folder / f"store{len(before)}")
+    train = Trainer(folder / f"on{ranks}", world)
     if suite == "resume":
-        source_folder = folder / f"on{SOURCE_RANKS}"
-        if ranks == SOURCE_RANKS:
-            for source in (*SOURCES, *EVALUATED):
-                train(source, source.key, saves=True)
-        for source, case in resumed(ranks):
-            train(case, f"{source.key}-as-{case.key}", source=source_folder / source.key)
+        _train_resumed(train, folder, ranks)
+    elif suite == "hybrid":
+        _train_hybrid(train, folder, ranks, before)
     elif suite == "bits":
-        for bits_case in bits(ranks):
-            train(bits_case, bits_case.key, saves=True)
-            if bits_case.is_resumed:
-                trained = folder / f"on{SOURCE_RANKS}" / bits_case.key
-                train(bits_case, f"{bits_case.key}-resumed", source=trained, saves=True)
+        _train_bits(train, folder, ranks)
     else:
         for case in SUITES[suite](ranks):
             train(case, case.key)
     sys.stdout.flush()
     os._exit(0)
+
+
+def _train_resumed(train: Trainer, folder: Path, ranks: int) -> None:
+    source_folder = folder / f"on{SOURCE_RANKS}"
+    if ranks == SOURCE_RANKS:
+        for source in (*SOURCES, *EVALUATED):
+            train(source, source.key, saves=True)
+    for source, case in resumed(ranks):
+        train(case, f"{source.key}-as-{case.key}", source=source_folder / source.key)
+
+
+def _train_hybrid(train: Trainer, folder: Path, ranks: int, before: Sequence[int]) -> None:
+    for case, source_ranks in hybrid(ranks, before):
+        if source_ranks is None:
+            train(case, case.key, saves=case == hybrid_source(ranks))
+            continue
+        source = folder / f"on{source_ranks}" / hybrid_source(source_ranks).key
+        train(case, f"{case.key}-from{source_ranks}", source=source)
+
+
+def _train_bits(train: Trainer, folder: Path, ranks: int) -> None:
+    for case in bits(ranks):
+        train(case, case.key, saves=True)
+        if case.is_resumed:
+            source = folder / f"on{SOURCE_RANKS}" / replace(case, shard="node").key
+            train(case, f"{case.key}-resumed", source=source, saves=True)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import signal
 import subprocess
 from pathlib import Path
 
+import yaml
 from support import ROOT, Commands, Finished, read_lines
 
 from launcher.engine.probes.parity import compare, read_trace
@@ -44,12 +45,17 @@ def run_both(run: Commands, port: int, *arguments: str | Path, ranks: int = 1) -
 
 
 def test_two_nodes_take_the_steps_of_one_process(run: Commands, free_port: int) -> None:
-    """Samples, learning rates and counts are equal; losses and weights up to rounding."""
+    """Samples, learning rates and counts are equal; losses and weights up to rounding.
+
+    Each node holds a copy of the weights, which its ranks share.
+    """
     settings = ("epochs=2", "record_samples=true")
-    nodes = run_both(run, free_port, WORLDS_PY, *settings, ranks=2)
+    nodes = run_both(run, free_port, WORLDS_PY, *settings, "strategy=fsdp", ranks=2)
     assert [node.exit_code for node in nodes] == [0, 0], nodes
     (stdout,) = (node.stdout for node in nodes if node.stdout)
     assert "4 = 2 nodes x 2 CPU ranks" in stdout
+    plan = yaml.safe_load((run.folder / "out/run.yaml").read_text())["plan"]
+    assert (plan["strategy"], plan["shard_size"]) == ("fsdp", 2)
     assert "run folder: out" in stdout
     alone = run("launcher", "run", WORLDS_PY, *settings, "-n", "1", "--out", "alone")
     assert alone.exit_code == 0, alone.stderr

@@ -59,6 +59,9 @@ _NUM_FIRST_TIMED, _TIMED_STRIDE = 10, 100
 """On GPUs, DDP times the first passes and then one pass in each stride."""
 
 
+_PREFIXES = "ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_"
+"""Beginnings of the names of variables in which Accelerate keeps its settings."""
+
 _TIMED_PARTS = "comm", "compute_comm_overlap"
 
 
@@ -277,5 +280,5 @@ def reset_accelerate_state() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001
     PartialState._reset_state()  # noqa: SLF001
     GradientState._reset_state()  # noqa: SLF001
-    for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
+    for name in [name for name in os.environ if name.startswith(_PREFIXES)]:
         del os.environ[name]

@@ -4,6 +4,12 @@ FSDP reduces gradients in every micro-step. In each round, the W ranks compute W
 virtual ranks, and each rank receives the gradients of all of them for its own shard, which moves as
 much as a reduce-scatter. It adds them in the order of the tree, and keeps the sums over complete
 nodes until the next round: at most one for each level above a round, each of the size of a shard.
+
+Where several groups of ranks hold copies of the model, each group computes a contiguous range of
+the virtual ranks in this way. After the last round, the ranks that hold the same shard exchange the
+sums over the nodes of their ranges in an all-to-all, and each adds a slice of the shard in the
+order of the tree. FSDP then sums the shard over the groups, and every element is -0.0 on all of
+them but one, so that this sum has the bits of that element.
 """
 
 from __future__ import annotations
@@ -29,6 +35,7 @@ from launcher.engine.backends.exact import (
 from launcher.engine.backends.exact_norm import exact_norm
 from launcher.engine.backends.fsdp import FSDPBackend
 from launcher.errors import RecipeError
+from launcher.planning.global_batch import part
 from launcher.planning.virtual_ranks import Part, TreeSum, VirtualRanks
 
 
@@ -37,6 +44,9 @@ class _Round:
 
     virtual_ranks: range = range(0)
     """The virtual ranks, in the order of the ranks that compute them."""
+
+    is_last = False
+    """Whether it is the last round of the step."""
 
     has_gradients = False
     """Whether this rank computes one of them that has samples."""
@@ -55,12 +65,18 @@ class ExactFSDPBackend(ExactSums, FSDPBackend):
         self._watch_parameters(self._module)
         self._round, self._round_number = _Round(), 0
         self._sums = []
-        assert isinstance(wrapped, FSDPModule)
-        self._root = wrapped
+        self._group = self.rank // self.plan.distribution.group_size
+        mesh = self._accelerator.state.device_mesh
+        self._same_shards = mesh["dp_replicate"].get_group() if self._copies > 1 else None
+        self._shard_group = mesh["dp_shard"].get_group()
         for module in wrapped.modules():
             if isinstance(module, FSDPModule):
                 tree_sum = TreeReduceScatter(
-                    self.plan.distribution, self._round, is_offloaded=bool(self.recipe.offload)
+                    self.plan.distribution,
+                    self._group,
+                    self._round,
+                    same_shards=self._same_shards,
+                    is_offloaded=bool(self.recipe.offload),
                 )
                 module.set_custom_reduce_scatter(tree_sum)
                 module.set_gradient_divide_factor(1.0)
@@ -71,11 +87,14 @@ class ExactFSDPBackend(ExactSums, FSDPBackend):
     def micro_step(self, *, last: bool, part: Part | None = None) -> Iterator[None]:
         assert part is not None
         current = self._round
-        current.virtual_ranks = self.plan.distribution.of_round(self._round_number)
+        distribution = self.plan.distribution
+        current.virtual_ranks = distribution.of_round(self._round_number, self._group)
+        current.is_last = self._round_number == distribution.rounds - 1
         current.has_gradients = part.virtual_rank is not None and not part.is_empty
         if part.micro_step or not part.is_last:
             # The gradients of a virtual rank's micro-batches are added before the exchange.
-            self._root.set_requires_gradient_sync(part.is_last)
+            for unit in self._units:
+                unit.set_requires_gradient_sync(part.is_last, recurse=False)
         with super().micro_step(last=last, part=part):
             yield
         self._round_number += part.is_last
@@ -105,11 +124,11 @@ class ExactFSDPBackend(ExactSums, FSDPBackend):
         return exact_norm(local, num_rows(grads), self._sum_over_ranks, self._max_over_ranks)
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
-        dist.all_reduce(values)
+        dist.all_reduce(values, group=self._shard_group)
         return values
 
     def _max_over_ranks(self, values: Tensor) -> Tensor:
-        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._shard_group)
         return values
 
 
@@ -135,16 +154,29 @@ class TreeReduceScatter(ReduceScatter):
 
     Args:
         distribution: The distribution of virtual ranks over ranks, interleaved.
+        group: The group of this rank, which shares the parameters.
         current: The round that is being computed, which the backend updates.
+        same_shards: The ranks that hold the same shards, one of each group; None if there is one
+            group.
         is_offloaded: Whether FSDP copies the output to the host after each round.
     """
 
     def __init__(
-        self, distribution: VirtualRanks, current: _Round, *, is_offloaded: bool = False
+        self,
+        distribution: VirtualRanks,
+        group: int,
+        current: _Round,
+        *,
+        same_shards: dist.ProcessGroup | None = None,
+        is_offloaded: bool = False,
     ) -> None:
         self._round, self._is_offloaded = current, is_offloaded
         self._tree: TreeSum[Gradients | None] = TreeSum(distribution.count, _add_present)
-        self._count = distribution.count
+        self._virtual_ranks = distribution.of_group(group)
+        self._next = self._virtual_ranks.start
+        self._exchange = (
+            None if same_shards is None else _GroupExchange(distribution, group, same_shards)
+        )
         self._first_output: Tensor | None = None
 
     def allocate(
@@ -176,16 +208,17 @@ class TreeReduceScatter(ReduceScatter):
             input_tensor.zero_()
         received = torch.empty_like(input_tensor)
         dist.all_to_all_single(received, input_tensor, group=group)
-        self._skip_to(current.virtual_ranks.start)
         rows = received.view(group.size(), -1)
         for virtual_rank, row in zip(current.virtual_ranks, rows, strict=False):
             if current.squares is not None:
                 current.squares[virtual_rank] += row.double().square_().sum()
-            self._tree.push(virtual_rank, [row])
+            self._skip_to(virtual_rank)
+            self._push(virtual_rank, [row])
         output_tensor.fill_(-0.0)
         if self._first_output is None:
             self._first_output = output_tensor
-        if self._tree.end == self._count:
+        if current.is_last:
+            self._skip_to(self._virtual_ranks.stop)
             self._take_into(output_tensor)
         else:  # a row would keep those of all ranks in memory
             storage = received.untyped_storage().data_ptr()
@@ -195,31 +228,84 @@ class TreeReduceScatter(ReduceScatter):
         """Add what is left, if no rank used these parameters in the last round of the step.
 
         Raises:
-            RecipeError: The gradients have been moved to the host, where they cannot be completed.
+            RecipeError: The gradients have been moved to the host, or are to be added over copies,
+                so that they cannot be completed.
         """
-        if self._tree.pending and self._is_offloaded:
+        if self._tree.pending and (self._is_offloaded or self._exchange is not None):
+            setting, remedy = "offload=cpu", "leave offload out"
+            if not self._is_offloaded:
+                setting, remedy = "several copies of the model", "use shard=all"
             raise RecipeError(
-                "exact=true with strategy=fsdp and offload=cpu needs every block in the last part "
+                f"exact=true with strategy=fsdp and {setting} needs every block in the last part "
                 "of a batch, and the model has left out a block there. Call all blocks for every "
-                "part and multiply what is not needed by 0, or leave offload out."
+                f"part and multiply what is not needed by 0, or {remedy}."
             )
         if self._tree.pending:
             output = self._first_output
             assert output is not None
-            self._skip_to(self._count)
+            self._skip_to(self._virtual_ranks.stop)
             self._take_into(output)
         self._first_output = None
 
     def _take_into(self, output: Tensor) -> None:
-        root = self._tree.take()
-        if root is not None:
-            output.copy_(root[0])
+        if self._exchange is not None:
+            self._exchange.add_into(output, self._tree)
+        else:
+            root = self._tree.take()
+            if root is not None:
+                output.copy_(root[0])
+        self._next = self._virtual_ranks.start
         self._first_output = None
+
+    def _push(self, virtual_rank: int, gradients: Gradients | None) -> None:
+        self._tree.push(virtual_rank, gradients)
+        self._next = virtual_rank + 1
 
     def _skip_to(self, virtual_rank: int) -> None:
         """Add nothing for virtual ranks before `virtual_rank` that did not use these parameters."""
-        for skipped in range(self._tree.end, virtual_rank):
-            self._tree.push(skipped, None)
+        for skipped in range(self._next, virtual_rank):
+            self._push(skipped, None)
+
+
+class _GroupExchange:
+    """Adds the shards of gradients over the ranks that hold the same one, in the order of the tree.
+
+    Args:
+        distribution: The distribution of virtual ranks over the groups.
+        group: The group of this rank.
+        same_shards: The ranks that hold the same shards, in the order of their groups.
+    """
+
+    def __init__(
+        self, distribution: VirtualRanks, group: int, same_shards: dist.ProcessGroup
+    ) -> None:
+        self._count, self._index, self._same_shards = distribution.count, group, same_shards
+        self._nodes = [distribution.nodes_of_group(other) for other in range(distribution.groups)]
+
+    def add_into(self, output: Tensor, tree: TreeSum[Gradients | None]) -> None:
+        """Write this rank's slice of the sum over all virtual ranks (collective).
+
+        Args:
+            output: The shard of this rank; it must contain -0.0.
+            tree: The sums over the nodes of this group, which are taken out of it.
+        """
+        cuts = [part(output.numel(), len(self._nodes), index) for index in range(len(self._nodes))]
+        own = cuts[self._index]
+        sums = [torch.zeros_like(output) if held is None else held[0] for _, held in tree.pending]
+        tree.pending = []
+        nodes = [node for of_group in self._nodes for node in of_group]
+        received = output.new_empty(len(nodes) * len(own))
+        dist.all_to_all_single(
+            received,
+            torch.cat([held[cut.start : cut.stop] for cut in cuts for held in sums]),
+            [len(of_group) * len(own) for of_group in self._nodes],
+            [len(sums) * len(cut) for cut in cuts],
+            group=self._same_shards,
+        )
+        total: TreeSum[Gradients] = TreeSum(self._count, add_gradients)
+        for node, row in zip(nodes, received.view(len(nodes), len(own)), strict=True):
+            total.push_node(node, [row])
+        output[own.start : own.stop] = total.take()[0]
 
 
 def _add_present(left: Gradients | None, right: Gradients | None) -> Gradients | None:

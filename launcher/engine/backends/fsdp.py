@@ -1,10 +1,14 @@
-"""FSDP2 through Accelerate: each rank holds a shard of every weight."""
+"""FSDP2 through Accelerate: each rank holds a shard of every weight.
+
+With several groups of ranks, each group holds a copy of the model (HSDP): weights are gathered
+within a group, and gradients are then added over the groups.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +19,12 @@ from accelerate.utils import (
     fsdp2_prepare_model,
 )
 from torch import Tensor, nn
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+)
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -28,6 +38,7 @@ from launcher.engine.state.optimizer_kinds import check_strategy_of
 from launcher.engine.state.parameter_kinds import check_batch_norm_precision
 from launcher.environment.world import World
 from launcher.errors import WorldError
+from launcher.planning.fsdp_messages import defers_sums
 from launcher.planning.plan import Plan
 from launcher.planning.virtual_ranks import Part
 from launcher.printable import kind_of
@@ -38,18 +49,19 @@ class FSDPBackend(GroupBackend):
     """A backend in which each rank holds a shard of every weight (FSDP2).
 
     The weights of a block are gathered while the block is used. Weights are gathered in the plan's
-    precision, and gradients are reduced in fp32. Gradients are reduced in every micro-step: keeping
-    them unsharded until the last one would need the memory that sharding saves.
+    precision, and gradients are reduced in fp32 unless the recipe says otherwise. Gradients are
+    reduced in every micro-step: keeping them unsharded until the last one needs the memory that
+    sharding saves, so the recipe has to ask for it. Copies of the model add their shards of the
+    gradients in the last micro-step alone, which needs no more memory.
     """
 
     def __init__(self, recipe: Recipe, plan: Plan, world: World) -> None:
-        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
-
+        _check_numbering(plan, world)
         cpu = plan.device == "cpu"
         offload = CPUOffloadPolicy(pin_memory=not cpu) if recipe.offload else OffloadPolicy()
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
-            reshard_after_forward=True,
+            reshard_after_forward=recipe.reshard_after_forward,
             auto_wrap_policy="no_wrap",
             cpu_offload=offload,
             cpu_ram_efficient_loading=False,
@@ -62,13 +74,23 @@ class FSDPBackend(GroupBackend):
             kind=DistributedType.MULTI_CPU if cpu else DistributedType.FSDP,
             fsdp_plugin=plugin,
         )
-        if self._dtype is not None:
-            plugin.mixed_precision_policy = MixedPrecisionPolicy(
-                param_dtype=self._dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-            )
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=self._dtype,
+            reduce_dtype=self._reduce_dtype,
+            cast_forward_inputs=False,
+        )
         # Accelerate supports FSDP only on GPUs and would prepare DDP for CPU ranks, and torch would
         # build the device mesh of GPUs if the machine has any.
-        parallelism = ParallelismConfig(dp_shard_size=plan.world_size)
+        self._copies = plan.world_size // plan.shards
+        """The number of groups of ranks that each hold all weights."""
+        self._defers_sums = defers_sums(recipe.settings())
+        parallelism = ParallelismConfig(
+            dp_replicate_size=self._copies,
+            dp_shard_size=plan.shards,
+            tp_size=1,
+            cp_size=1,
+            sp_size=1,
+        )
         state = self._accelerator.state
         state.fsdp_plugin = self._plugin = plugin
         state.distributed_type = DistributedType.FSDP
@@ -76,13 +98,19 @@ class FSDPBackend(GroupBackend):
         state.device_mesh = parallelism.get_device_mesh(plan.device)
         lengthen_timeouts(self._timeout)
 
+    @property
+    def _reduce_dtype(self) -> torch.dtype | None:
+        """Return the dtype of gradients that are reduced; None is that of the weights."""
+        if self.recipe.reduce_dtype == "bf16":
+            return torch.bfloat16
+        return None if self._dtype is None else torch.float32
+
     def prepare(
         self,
         model: nn.Module,
         blocks: list[nn.Module],
         make_optimizer: Callable[[nn.Module], Optimizer],
     ) -> tuple[nn.Module, Optimizer]:
-        from torch.distributed.fsdp import FSDPModule
         from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
         if self.device.type == "cpu" and self._dtype is not None:
@@ -105,6 +133,9 @@ class FSDPBackend(GroupBackend):
         # Other ranks may use parameters that this rank does not, so it must reduce zeros for them.
         sharded.set_reduce_scatter_unused_params(True)
         units = [module for module in wrapped.modules() if isinstance(module, FSDPModule)]
+        self._units: Sequence[FSDPModule] = units
+        """The modules whose weights are gathered together: the whole model, and its blocks."""
+        _prefetch(units, self.recipe.prefetch_blocks)
         self.call_order = watch_call_order(
             wrapped, units, strategy="fsdp", device=self.device, first=True
         )
@@ -119,6 +150,11 @@ class FSDPBackend(GroupBackend):
     def micro_step(
         self, *, last: bool, part: Part | None = None
     ) -> contextlib.AbstractContextManager[Any]:
+        for unit in self._units:
+            if self.recipe.accumulate_unsharded:
+                unit.set_requires_gradient_sync(last, recurse=False)
+            if self._copies > 1 and self._defers_sums:
+                unit.set_requires_all_reduce(last, recurse=False)
         return contextlib.nullcontext()
 
     def norm(self, grads: list[Tensor]) -> Tensor:
@@ -128,8 +164,6 @@ class FSDPBackend(GroupBackend):
     def unwrap(self, model: nn.Module) -> nn.Module:
         # After a forward pass without a backward pass, as in an evaluation, the outermost group
         # stays gathered, and its parameters are not the objects that the optimizer updates.
-        from torch.distributed.fsdp import FSDPModule
-
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -145,3 +179,36 @@ class FSDPBackend(GroupBackend):
             if self.rank == 0:
                 weights[plain_name(name)] = gathered.cpu()
         return weights
+
+
+def _check_numbering(plan: Plan, world: World) -> None:
+    """Refuse ranks that are not numbered node by node, if groups of them are to be on one node.
+
+    Raises:
+        WorldError: A group would consist of ranks of several nodes.
+    """
+    if plan.shards == plan.world_size or plan.nodes == 1:
+        return
+    if world.rank % plan.nproc_per_node != world.local_rank:
+        raise WorldError(
+            f"The plan shards weights over {plan.shards} neighbouring ranks, and ranks are not "
+            f"numbered node by node: rank {world.rank} has the local rank {world.local_rank} of "
+            f"{plan.nproc_per_node}. Start the run with `launcher run` or with `srun "
+            "--distribution=block`, or use shard=all."
+        )
+
+
+def _prefetch(units: Sequence[FSDPModule], number: int) -> None:
+    """Let each unit gather the weights of the next ones in forward, and the previous in backward.
+
+    Args:
+        units: The whole model, which is gathered throughout, and its blocks in the order in which
+            forward calls them.
+        number: Blocks to gather ahead; 0 leaves it to FSDP.
+    """
+    if not number:
+        return
+    for index, unit in enumerate(units):
+        unit.set_modules_to_forward_prefetch(list(units[index + 1 : index + 1 + number]))
+        stop = index or len(units)  # the backward of the model calls that of its last block
+        unit.set_modules_to_backward_prefetch(list(units[max(stop - number, 1) : stop][::-1]))

@@ -61,11 +61,41 @@ class HostMemory:
         return sum(tensor.nbytes for tensor in self._free.values())
 
 
+class _Division:
+    """A division of tensors among owners that writes about as many bytes for each of them."""
+
+    def __init__(self, number: int) -> None:
+        self._loads = [(0, owner) for owner in range(number)]
+
+    def next_owner(self, num_bytes: int) -> int:
+        """Return the owner of a tensor of this size: the one with the fewest bytes so far."""
+        load, owner = heapq.heappop(self._loads)
+        heapq.heappush(self._loads, (load + num_bytes, owner))
+        return owner
+
+
+def _copies(tensor: DTensor) -> tuple[int, int]:
+    """Return how many ranks hold the same shard of a tensor as this one, and its index among them.
+
+    They differ in their coordinates along the dimensions of the mesh that replicate the tensor.
+    """
+    mesh = tensor.device_mesh
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None
+    number, own = 1, 0
+    for dimension, placement in enumerate(tensor.placements):
+        if placement.is_replicate():
+            number *= mesh.size(dimension)
+            own = own * mesh.size(dimension) + coordinate[dimension]
+    return number, own
+
+
 class HostCopies:
     """Copies of the tensors that one rank saves.
 
     A rank saves its own shards. Full tensors, which every rank has, are divided among the ranks so
-    that each rank writes about as many bytes. Every rank computes the same division.
+    that each rank writes about as many bytes, and shards of which several ranks hold the same one
+    are divided among those. Every rank computes the same division.
 
     Args:
         tensors: Names and tensors, the full ones in the same order on every rank.
@@ -85,14 +115,20 @@ class HostCopies:
         self._lent: dict[str, Tensor] = {}
         self.tensors: dict[str, Tensor | Fragment] = {}
         """The copies by name."""
-        loads = [(0, owner) for owner in range(world_size)]
+        full = _Division(world_size)
+        shards: dict[int, _Division] = {}
         devices = set()
         for name, tensor in tensors:
-            if isinstance(tensor, Tensor) and not isinstance(tensor, DTensor):
-                load, owner = heapq.heappop(loads)
-                heapq.heappush(loads, (load + tensor.numel() * tensor.element_size(), owner))
-                if owner != rank:
+            if isinstance(tensor, DTensor):
+                number, own = _copies(tensor)
+                division = shards.setdefault(number, _Division(number))
+                if division.next_owner(tensor.numel() * tensor.element_size()) != own:
                     continue
+            elif (
+                isinstance(tensor, Tensor)
+                and full.next_owner(tensor.numel() * tensor.element_size()) != rank
+            ):
+                continue
             self.tensors[name] = self._copy(name, tensor)
             values = tensor.values if isinstance(tensor, Fragment) else tensor
             devices.add(values.device)
