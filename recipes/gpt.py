@@ -34,6 +34,16 @@ BLOCK = 128
 IGNORED = -100
 """Target of padding, which the loss skips."""
 
+TENSOR_PARALLEL = {
+    "bytes": "embedding_rowwise",
+    "blocks.*.qkv": "colwise",
+    "blocks.*.project": "rowwise",
+    "blocks.*.hidden.0": "colwise",
+    "blocks.*.hidden.2": "rowwise",
+    "head": "colwise_rep",
+}
+"""How tensor_parallel splits the model: heads and hidden features over the ranks of a group."""
+
 _SUFFIXES = (".txt", ".md", ".rst", ".py")
 
 
@@ -60,6 +70,7 @@ def gpt(
         model=lambda: build_model(layers, width, heads),
         data=lambda: build_data(data, packed=packed),
         forward=lambda model, batch: model(batch[0]),
+        tensor_parallel_plan=TENSOR_PARALLEL,
         loss=cross_entropy,
         count=count_tokens,
         metrics={"bits_per_byte": bits_per_byte},
@@ -124,6 +135,7 @@ def build_model(layers: int = 4, width: int = 128, heads: int = 4) -> nn.Module:
 
         def __init__(self) -> None:
             super().__init__()
+            self.heads = heads
             self.norm_attention = nn.LayerNorm(width)
             self.qkv = nn.Linear(width, 3 * width)
             self.project = nn.Linear(width, width)
@@ -134,10 +146,11 @@ def build_model(layers: int = 4, width: int = 128, heads: int = 4) -> nn.Module:
 
         def forward(self, x: Tensor) -> Tensor:
             batch, length, _ = x.shape
-            qkv = self.qkv(self.norm_attention(x)).view(batch, length, 3, heads, width // heads)
-            query, key, value = qkv.permute(2, 0, 3, 1, 4)
+            # The heads come first, so that tensor_parallel gives each rank some of them whole.
+            qkv = self.qkv(self.norm_attention(x)).view(batch, length, -1, 3, width // heads)
+            query, key, value = qkv.permute(3, 0, 2, 1, 4)
             context = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-            x = x + self.project(context.transpose(1, 2).reshape(batch, length, width))
+            x = x + self.project(context.transpose(1, 2).reshape(batch, length, -1))
             output: Tensor = x + self.hidden(self.norm_hidden(x))
             return output
 

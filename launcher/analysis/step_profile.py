@@ -351,7 +351,7 @@ def _communication_advice(profiles: Sequence[Profile], plan: Plan) -> str:
         hints.append("With precision=bf16 the weights that are sent have half the size.")
     if plan.accumulation_steps > 1 and strategy.shards_parameters:
         hints.append("A larger micro_batch_size gathers the weights less often.")
-    if plan.sharding is not None and plan.shards > plan.nproc_per_node > 1:
+    if plan.sharding is not None and plan.sharding.spans_nodes and plan.nproc_per_node > 1:
         hints.append("If its state fits on one node, shard=node gathers weights inside nodes.")
     hints.append("`launcher doctor` measures the links.")
     return f"Ranks wait for communication. {' '.join(hints)}"

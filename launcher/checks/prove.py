@@ -82,7 +82,8 @@ def plan_trials(
 ) -> list[ParityRun]:
     """Plan every strategy on every number of ranks and create the run folders.
 
-    FSDP is skipped on one rank.
+    FSDP is skipped on one rank. With tensor_parallel, it is skipped on numbers of ranks that are
+    no multiple of it, and the other strategies run without it.
 
     Args:
         reference: The recipe.
@@ -97,14 +98,15 @@ def plan_trials(
         PlanError: The recipe sets batch_size_per_gpu, so its global batch depends on the number of
             ranks; or a configuration cannot run; or none is left.
     """
+    recipe = build(reference, overrides).recipe
     if strategies is None:
-        recipe = build(reference, overrides).recipe
         strategies = _compatible_strategies(recipe, machine, max(worlds))
     over_several_ranks = {name for name, kind in STRATEGIES.items() if kind.needs_several_ranks}
     plans: dict[tuple[str, int], tuple[Plan, RunRecord]] = {}
     for ranks in worlds:
         for strategy in strategies:
-            if ranks == 1 and strategy in over_several_ranks:
+            size = _tensor_parallel(recipe, strategy)
+            if (ranks == 1 and strategy in over_several_ranks) or ranks % size:
                 continue
             built, plan = plan_recipe(
                 reference, _trial_overrides(overrides, strategy), machine, nproc_per_node=ranks
@@ -117,7 +119,10 @@ def plan_trials(
                 )
             plans[strategy, ranks] = plan, describe_run(reference, built, plan)
     if not plans:
-        raise PlanError("strategy=fsdp needs 2 ranks or more: add such a number to --worlds.")
+        needed = max(_tensor_parallel(recipe, "fsdp"), 2)
+        raise PlanError(
+            f"strategy=fsdp needs {needed} ranks or more: add such a number to --worlds."
+        )
     trials = []
     for (strategy, ranks), (plan, description) in plans.items():
         run_dir = create_run_dir(folder / f"{strategy}-{ranks}", plan.recipe)
@@ -214,18 +219,24 @@ def _compatible_strategies(recipe: Recipe, machine: Machine, world_size: int) ->
     return compatible or ["ddp"]
 
 
+def _tensor_parallel(recipe: Recipe, strategy: str) -> int:
+    """Return the `tensor_parallel` of a recipe under a strategy; only FSDP takes it."""
+    return recipe.tensor_parallel if STRATEGIES[strategy].uses_fsdp else 1
+
+
 def _with_strategy(recipe: Recipe, strategy: StrategyName) -> Recipe:
     """Return the recipe with another strategy, without the settings of FSDP if it is another."""
-    changes: dict[str, Any] = {} if STRATEGIES[strategy].uses_fsdp else dict(FSDP_DEFAULTS)
+    changes: dict[str, Any] = {}
+    if not STRATEGIES[strategy].uses_fsdp:
+        changes = {**FSDP_DEFAULTS, "tensor_parallel": 1}
     return replace(recipe, strategy=strategy, **changes)
 
 
 def _trial_overrides(overrides: Sequence[Override], strategy: str) -> tuple[Override, ...]:
     """Return the overrides that a trial is both planned and run with."""
     settings: dict[str, Any] = {"strategy": strategy, "record_samples": True, "trackers": ()}
-    kind = STRATEGIES.get(strategy)  # an unknown name is refused where the recipe takes it
-    if kind is not None and not kind.uses_fsdp:
-        settings |= FSDP_DEFAULTS  # which the other strategies refuse
+    if not STRATEGIES[strategy].uses_fsdp:  # the other strategies refuse its settings
+        settings |= {**FSDP_DEFAULTS, "tensor_parallel": 1}
     added = (Override(name=n, value=v, source="launcher prove") for n, v in settings.items())
     return (*overrides, *added)
 

@@ -81,7 +81,7 @@ def _end_of(location: str) -> str:
 
 
 def _batch(plan: Plan) -> str:
-    ranks = counted(plan.world_size, "rank")
+    ranks = counted(plan.data_ranks, "rank" if plan.tensor_parallel == 1 else "data rank")
     accumulation = counted(plan.accumulation_steps, "accumulation step")
     if len(plan.stages) > 1:
         return f"{plan.batch_size:,} on {ranks}, {plan.derivations['stages']}"
@@ -223,9 +223,10 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     else:
         dependence = dependence_notes(
             sync_batchnorm=bool(settings.get("sync_batchnorm")),
-            world_size=plan.world_size,
+            world_size=plan.data_ranks,
             micro=plan.micro_batch_size,
             batch_size=plan.batch_size,
+            tensor_parallel=plan.tensor_parallel,
         )
     for note in dict.fromkeys((*dependence, *plan.notes)):
         yield "note", note
@@ -243,10 +244,15 @@ def _ranks(plan: Plan) -> str:
         layout = f"{strategy.title} over {'NCCL' if plan.device == 'cuda' else 'gloo'}"
     if strategy.sharded:
         layout += f": {strategy.sharded} in {counted(plan.shards, 'shard')}"
-        copies = plan.world_size // plan.shards
+        copies = plan.data_ranks // plan.shards
         layout += f" and {copies:,} copies" if copies > 1 else ""
     nodes, per_node = counted(plan.nodes, "node"), counted(plan.nproc_per_node, unit)
-    return f"{plan.world_size:,} = {nodes} x {per_node}, {layout}"
+    groups = ""
+    if plan.tensor_parallel > 1:
+        groups = (
+            f" = {counted(plan.data_ranks, 'data rank')} x {plan.tensor_parallel} tensor-parallel"
+        )
+    return f"{plan.world_size:,} = {nodes} x {per_node}{groups}, {layout}"
 
 
 def _settings_by_source(plan: Plan) -> Iterator[tuple[str, str]]:

@@ -135,7 +135,8 @@ def train_rank(
     context = _record_start(context, run_dir, first_step)
     progress = output.progress(last_step) if backend.rank == 0 else None
     with _open_trackers(recipe, plan, backend, run_dir) as trackers:
-        recorder = Recorder(run_dir, backend.rank, recipe.record_samples, progress, trackers)
+        records_samples = recipe.record_samples and backend.leads_group
+        recorder = Recorder(run_dir, backend.rank, records_samples, progress, trackers)
         for warning in trial_outcome.warnings:
             recorder.on_warning(warning)
         checkpoint_manager = None
@@ -197,7 +198,8 @@ def _record_start(context: TrainContext, run_dir: RunDir, step: int) -> TrainCon
         device_name=device_name(backend.device),
         **({} if job is None else {"job": job}),
     )
-    if is_compiled(context.model):  # the operations of compiled code cannot be observed
+    # The operations of compiled code cannot be observed, nor those of other ranks.
+    if is_compiled(context.model) or plan.tensor_parallel > 1:
         return context
 
     def report(flops: float) -> None:

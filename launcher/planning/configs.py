@@ -113,9 +113,12 @@ def accelerate_config(
         }
         if plan.shards < plan.world_size:
             config["parallelism_config"] = {
-                "parallelism_config_dp_replicate_size": plan.world_size // plan.shards,
+                "parallelism_config_dp_replicate_size": plan.data_ranks // plan.shards,
                 "parallelism_config_dp_shard_size": plan.shards,
             }
+            if plan.tensor_parallel > 1:
+                size = plan.tensor_parallel
+                config["parallelism_config"]["parallelism_config_tp_size"] = size
     elif strategy.uses_deepspeed:
         config["distributed_type"] = "DEEPSPEED"
         config["deepspeed_config"] = _deepspeed_fields(recipe, plan, deepspeed_file)

@@ -28,10 +28,21 @@ _EXACT = (
 )
 
 _DROPOUT = "dropout, whose masks each rank draws by (seed, step, rank)"
+_SHARED_DROPOUT = (
+    "dropout, whose masks each rank draws by (seed, step, data rank): ranks of a tensor-parallel "
+    "group draw the same mask, for a whole activation or for their own part of it"
+)
 
 
 def batch_arithmetic(
-    batch_size: int, nodes: int, nproc: int, unit: str, micro: int, accumulation: int
+    batch_size: int,
+    nodes: int,
+    nproc: int,
+    unit: str,
+    micro: int,
+    accumulation: int,
+    *,
+    tensor_parallel: int = 1,
 ) -> str:
     """Return how a batch is divided: `256 = 2 nodes x 4 GPUs x 16 samples x 2 accumulation steps`.
 
@@ -42,9 +53,12 @@ def batch_arithmetic(
         unit: Name for a rank: `GPU` or `CPU rank`.
         micro: Size of the largest micro-batch of any rank.
         accumulation: Micro-batches of each rank.
+        tensor_parallel: Neighbouring ranks that take the same samples.
     """
-    world_size = nodes * nproc
+    world_size = nodes * nproc // tensor_parallel
     parts = [counted(nodes, "node"), counted(nproc, unit)]
+    if tensor_parallel > 1:
+        parts = [counted(world_size, "data rank")]
     if batch_size == world_size * micro * accumulation:
         parts += [counted(micro, "sample"), counted(accumulation, "accumulation step")]
         return f"{batch_size} = {' x '.join(parts)}"
@@ -157,6 +171,11 @@ def notes_for(
         found = " and ".join(machine.unusable)
         advice = " device=cpu trains on the CPU without this note." if device == "cpu" else ""
         notes.append(f"Found {found}. It is not used.{advice}")
+    if recipe.tensor_parallel > 1:
+        notes.append(
+            f"The {recipe.tensor_parallel} ranks of a tensor-parallel group read the same samples, "
+            "each by itself."
+        )
     if device == "cpu" and nproc > machine.usable_cores:
         notes.append(
             f"{nproc} ranks per node oversubscribe {machine.usable_cores} usable cores "
@@ -166,33 +185,40 @@ def notes_for(
 
 
 def dependence_notes(
-    *, sync_batchnorm: bool, world_size: int, micro: int, batch_size: int
+    *,
+    sync_batchnorm: bool,
+    world_size: int,
+    micro: int,
+    batch_size: int,
+    tensor_parallel: int = 1,
 ) -> tuple[str, str]:
     """Return what a different number of ranks or accumulation steps would keep, and would change.
 
     Args:
         sync_batchnorm: `Recipe.sync_batchnorm`.
-        world_size: Ranks on all nodes.
+        world_size: Ranks, or data ranks, on all nodes.
         micro: Size of the largest micro-batch of any rank.
         batch_size: Samples in the global batch of the first stage.
+        tensor_parallel: Neighbouring ranks that take the same samples.
     """
+    dropout = _DROPOUT if tensor_parallel == 1 else _SHARED_DROPOUT
     together = min(world_size * micro, batch_size)
     if not sync_batchnorm:
         dependent = (
             "What depends on the number of ranks: BatchNorm, if the model has it, whose statistics "
             f"are over {micro} samples, the micro-batch of one rank (sync_batchnorm=true computes "
-            f"them over all ranks); and {_DROPOUT}."
+            f"them over all ranks); and {dropout}."
         )
     elif together == batch_size:
         dependent = (
             "sync_batchnorm: BatchNorm's statistics are over the global batch, as on one rank. "
-            f"What depends on the number of ranks: {_DROPOUT}."
+            f"What depends on the number of ranks: {dropout}."
         )
     else:
         dependent = (
             f"sync_batchnorm: BatchNorm's statistics are over {together} samples, one micro-batch "
             f"of every rank; without accumulation they would be over all {batch_size}. What else "
-            f"depends on the number of ranks: {_DROPOUT}."
+            f"depends on the number of ranks: {dropout}."
         )
     return _INDEPENDENT, dependent
 

@@ -96,7 +96,8 @@ def messages_text(sharding: Sharding, collectives: StepCollectives) -> str:
     if sharding.copies > 1:
         count = collectives.reductions if collectives.sums >= collectives.reductions else 1
         sums = f" and summed over copies {_times(count)}"
-    return f"{gathered}, {reduced}{sums}: {_sent_text(sharding, collectives)}"
+    more = ", besides activations" if sharding.tensor_parallel > 1 else ""
+    return f"{gathered}, {reduced}{sums}: {_sent_text(sharding, collectives)}{more}"
 
 
 def alternatives(

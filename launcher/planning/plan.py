@@ -31,6 +31,7 @@ _COUNTS = (
     "nodes",
     "nproc_per_node",
     "world_size",
+    "tensor_parallel",
     "batch_size",
     "micro_batch_size",
     "accumulation_steps",
@@ -68,6 +69,9 @@ class Plan:
     world_size: int
     """Ranks on all nodes."""
 
+    tensor_parallel: int = 1
+    """Neighbouring ranks that share each layer and read the same samples."""
+
     device: Literal["cuda", "cpu"]
     strategy: str
     """Name of the strategy, one of `launcher.planning.strategy.STRATEGIES`."""
@@ -82,7 +86,8 @@ class Plan:
     """The stages of the run; a single one if the batch size is constant."""
 
     samples_per_rank: tuple[int, ...]
-    """Samples that each rank takes of a full batch of the first stage, by rank."""
+    """Samples that each rank takes of a full batch of the first stage, by rank. The ranks of a
+    tensor-parallel group take the same samples."""
 
     micro_batch_size: int
     """Maximum number of samples that pass through the model at once on one rank."""
@@ -157,11 +162,17 @@ class Plan:
     """Notes for the reader: what is unusual about this plan."""
 
     @property
+    def data_ranks(self) -> int:
+        """Return the number of ranks, or of tensor-parallel groups of ranks, that share a batch."""
+        return self.world_size // self.tensor_parallel
+
+    @property
     def samples_per_node(self) -> tuple[int, ...]:
         """Return the samples that each node's ranks take of a full batch of the first stage."""
-        nproc = self.nproc_per_node
-        first_ranks = range(0, self.world_size, nproc)
-        return tuple(sum(self.samples_per_rank[first : first + nproc]) for first in first_ranks)
+        samples = self.samples_per_rank[:: self.tensor_parallel]
+        groups = max(self.nproc_per_node // self.tensor_parallel, 1)
+        first_groups = range(0, self.data_ranks, groups)
+        return tuple(sum(samples[first : first + groups]) for first in first_groups)
 
     def cut(self, statistics: Statistics) -> BatchSplit:
         """Return how batches are cut into micro-batches, of virtual ranks if there are any.
@@ -170,7 +181,7 @@ class Plan:
             statistics: The samples that the model's BatchNorm computes statistics over.
         """
         return BatchSplit(
-            world_size=self.virtual_ranks or self.world_size,
+            world_size=self.virtual_ranks or self.data_ranks,
             micro_batch_size=self.micro_batch_size,
             statistics=statistics,
         )
@@ -180,7 +191,7 @@ class Plan:
         """Return how the parts of a batch are distributed over the ranks."""
         return distribute(
             self.virtual_ranks,
-            self.world_size,
+            self.data_ranks,
             self.strategy,
             exact=self.exact,
             shard_size=self.shard_size,
@@ -191,12 +202,20 @@ class Plan:
         """Return the groups of ranks that share the shards of the weights; None without FSDP."""
         if not STRATEGIES[self.strategy].uses_fsdp:
             return None
-        return Sharding(nodes=self.nodes, nproc_per_node=self.nproc_per_node, size=self.shards)
+        return Sharding(
+            nodes=self.nodes,
+            nproc_per_node=max(self.nproc_per_node // self.tensor_parallel, 1),
+            size=self.shards,
+            tensor_parallel=self.tensor_parallel,
+        )
 
     @property
     def shards(self) -> int:
-        """Return the number of parts into which the strategy cuts what it shards."""
-        return self.shard_size or self.world_size
+        """Return the number of parts into which the strategy cuts what it shards.
+
+        With tensor-parallel groups, it cuts the part of each rank of a group.
+        """
+        return self.shard_size or self.data_ranks
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain values that JSON and YAML can represent."""
@@ -317,12 +336,14 @@ def _inconsistencies(plan: Plan) -> Iterator[str]:
             yield f"{name} is {shortened(str(value), 40)}"
     if plan.world_size != plan.nodes * plan.nproc_per_node:
         yield f"world_size is not {ranks_text(plan.nodes, plan.nproc_per_node)}"
+    if plan.tensor_parallel > 0 and plan.nproc_per_node % plan.tensor_parallel:
+        yield f"tensor_parallel does not divide {plan.nproc_per_node} ranks per node"
     if len(plan.samples_per_rank) != plan.world_size:
         yield f"samples_per_rank has {len(plan.samples_per_rank):,} numbers"
     if plan.strategy not in STRATEGIES:
         yield f"{printable_line(shortened(plan.strategy, 40))} is not a strategy"
     if plan.shard_size is not None and (
-        plan.shard_size < 1 or plan.world_size % plan.shard_size != 0
+        plan.shard_size < 1 or plan.data_ranks % plan.shard_size != 0
     ):
         yield f"shard_size is {shortened(str(plan.shard_size), 40)}"
     steps = [stage.first_step for stage in plan.stages]

@@ -32,6 +32,7 @@ from launcher.planning.strategy import (
     STRATEGIES,
     backend_for,
     check_strategy,
+    check_tensor_parallel,
     check_virtual_ranks,
     distribute,
     performance_flags,
@@ -78,16 +79,18 @@ def make_plan(
             "ranks."
         )
     check_strategy(recipe, machine, device, world_size)
+    check_tensor_parallel(recipe, nproc)
+    data_ranks = world_size // recipe.tensor_parallel
     sharding = sharding_for(recipe, nodes, nproc)
     batch_sizes = _batch_sizes(recipe, world_size)
     batch_size = batch_sizes[0]
     samples = recipe.train_samples or train_samples
     stages, total_steps = _stages(recipe, batch_sizes, samples)
     steps_per_epoch = ceil_div(samples, batch_size) if samples is not None else None
-    parts = recipe.virtual_ranks or world_size
+    parts = recipe.virtual_ranks or data_ranks
     distribution = distribute(
         recipe.virtual_ranks,
-        world_size,
+        data_ranks,
         recipe.strategy,
         exact=recipe.exact,
         shard_size=None if sharding is None else sharding.size,
@@ -97,7 +100,7 @@ def make_plan(
     accumulation = micro_batches * distribution.rounds
     micro = max(_micro_batch(size, parts, micro_limit) for size in batch_sizes)
     if recipe.noise_scale:
-        _check_parts(recipe, world_size, accumulation)
+        _check_parts(recipe, data_ranks, accumulation)
     lr, lr_reason = _learning_rate(recipe, batch_size)
     path = lr_path(recipe.schedule, total_steps, stages, recipe.lr_rule)
     if not math.isfinite(lr * path.highest):
@@ -122,8 +125,9 @@ def make_plan(
             nodes,
             nproc,
             unit,
-            _micro_batch(batch_size, world_size, micro_limit),
+            _micro_batch(batch_size, data_ranks, micro_limit),
             accumulation,
+            tensor_parallel=recipe.tensor_parallel,
         )
     else:
         arithmetic = virtual_arithmetic(batch_size, distribution, micro_batches, unit)
@@ -141,12 +145,13 @@ def make_plan(
         nodes=nodes,
         nproc_per_node=nproc,
         world_size=world_size,
+        tensor_parallel=recipe.tensor_parallel,
         device=device,
         strategy=recipe.strategy,
         backend=backend_for(recipe, world_size),
         batch_size=batch_size,
         stages=stages,
-        samples_per_rank=_samples_per_rank(batch_size, distribution),
+        samples_per_rank=_samples_per_rank(batch_size, distribution, recipe.tensor_parallel),
         micro_batch_size=micro,
         accumulation_steps=accumulation,
         virtual_ranks=recipe.virtual_ranks,
@@ -243,10 +248,12 @@ def _batch_sizes(recipe: Recipe, world_size: int) -> list[int]:
         )
     if recipe.virtual_ranks is not None:
         check_virtual_ranks(recipe, world_size, min(sizes))
-    if min(sizes) < world_size:
+    data_ranks = world_size // recipe.tensor_parallel
+    if min(sizes) < data_ranks:
+        unit = "ranks" if recipe.tensor_parallel == 1 else "data ranks"
         raise PlanError(
-            f"batch_size={min(sizes)} is shared by {world_size} ranks, so that some would have no "
-            f"sample. Use at most {min(sizes)} ranks, or batch_size={world_size} or more."
+            f"batch_size={min(sizes)} is shared by {data_ranks} {unit}, so that some would have no "
+            f"sample. Use at most {min(sizes)} {unit}, or batch_size={data_ranks} or more."
         )
     return sizes
 
@@ -300,15 +307,23 @@ def _micro_batch(batch_size: int, world_size: int, limit: int) -> int:
     return ceil_div(share, ceil_div(share, limit))
 
 
-def _samples_per_rank(batch_size: int, distribution: VirtualRanks) -> tuple[int, ...]:
-    """Return the samples that each rank takes of a batch."""
+def _samples_per_rank(
+    batch_size: int, distribution: VirtualRanks, tensor_parallel: int
+) -> tuple[int, ...]:
+    """Return the samples that each rank takes of a batch.
+
+    Args:
+        batch_size: Samples in the batch.
+        distribution: The distribution of its parts over the data ranks.
+        tensor_parallel: Neighbouring ranks that take the same samples.
+    """
     counts = shares(batch_size, distribution.count)
-    if distribution.count == distribution.world_size:
-        return counts
-    return tuple(
-        sum(counts[virtual_rank] for virtual_rank in distribution.of_rank(rank))
-        for rank in range(distribution.world_size)
-    )
+    if distribution.count != distribution.world_size:
+        counts = tuple(
+            sum(counts[virtual_rank] for virtual_rank in distribution.of_rank(rank))
+            for rank in range(distribution.world_size)
+        )
+    return tuple(count for count in counts for _ in range(tensor_parallel))
 
 
 def _threads_per_rank(recipe: Recipe, machine: Machine, device: str, nproc: int) -> int:
@@ -321,7 +336,7 @@ def _threads_per_rank(recipe: Recipe, machine: Machine, device: str, nproc: int)
     return max(machine.usable_cores // nproc, 1)
 
 
-def _check_parts(recipe: Recipe, world_size: int, accumulation: int) -> None:
+def _check_parts(recipe: Recipe, data_ranks: int, accumulation: int) -> None:
     """Refuse to measure the gradient noise if a batch has only one part to measure it by.
 
     Raises:
@@ -329,7 +344,7 @@ def _check_parts(recipe: Recipe, world_size: int, accumulation: int) -> None:
     """
     summed = STRATEGIES[recipe.strategy].sums_gradients_over_ranks_in_backward
     has_virtual_ranks = recipe.exact and recipe.virtual_ranks != 1
-    if accumulation > 1 or (world_size > 1 and not summed) or has_virtual_ranks:
+    if accumulation > 1 or (data_ranks > 1 and not summed) or has_virtual_ranks:
         return
     where = f"under strategy={recipe.strategy}" if summed else "on 1 rank"
     raise PlanError(

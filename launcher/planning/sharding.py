@@ -43,10 +43,13 @@ class Sharding:
     """Number of nodes."""
 
     nproc_per_node: int
-    """Ranks on each node."""
+    """Ranks, or data ranks, on each node."""
 
     size: int
     """Ranks in a group: the number of shards of each weight."""
+
+    tensor_parallel: int = 1
+    """Ranks of a data rank, each of which shards its own part of every weight."""
 
     @property
     def world_size(self) -> int:
@@ -63,9 +66,10 @@ class Sharding:
 
         Each rank sends (S - 1) / S of the weights to its neighbour in a ring of S ranks.
         """
-        crossing = max(self.size // self.nproc_per_node, 1) if self._spans_nodes else 0
+        crossing = max(self.size // self.nproc_per_node, 1) if self.spans_nodes else 0
         each = (self.size - 1) / self.size
-        return Sent(each * (self.size - crossing) / self.size, each if crossing else 0.0)
+        inside = each * (self.size - crossing) / self.size / self.tensor_parallel
+        return Sent(inside, each if crossing else 0.0)
 
     def summed_over_copies(self) -> Sent:
         """Return what rings send to add the gradients of all groups.
@@ -75,19 +79,23 @@ class Sharding:
         copies = self.copies
         each = 2 * (copies - 1) / copies / self.size
         if self.nodes == 1:
-            return Sent(each, 0.0)
+            return Sent(each / self.tensor_parallel, 0.0)
         if self.size >= self.nproc_per_node:  # the next copy of a shard is on another node
             return Sent(0.0, each * self.nproc_per_node)
-        return Sent(each * (copies - self.nodes) / copies, each * self.size)
+        inside = each * (copies - self.nodes) / copies / self.tensor_parallel
+        return Sent(inside, each * self.size)
 
     @property
-    def _spans_nodes(self) -> bool:
+    def spans_nodes(self) -> bool:
         return self.size > self.nproc_per_node
 
     def text(self) -> str:
         """Return which ranks share shards, and which hold the same ones."""
+        unit = "ranks" if self.tensor_parallel == 1 else "data ranks"
+        if self.world_size == 1:
+            return "one data rank has all weights"
         groups = [
-            _ranks(range(first, first + self.size))
+            f"{unit} {first}-{first + self.size - 1}"
             for first in range(0, self.world_size, self.size)[:_SHOWN_GROUPS]
         ]
         if self.copies == 1:
@@ -95,32 +103,39 @@ class Sharding:
         more = ", ..." if self.copies > _SHOWN_GROUPS else ""
         same = ", ".join(map(str, range(0, self.world_size, self.size)[:_SHOWN_GROUPS]))
         return (
-            f"{', '.join(groups)}{more} each share all weights, 1/{self.size} on a rank; ranks "
+            f"{', '.join(groups)}{more} each share all weights, 1/{self.size} on a rank; {unit} "
             f"{same}{more} hold the same shard"
         )
 
 
-def sharding_for(recipe: Recipe, nodes: int, nproc_per_node: int) -> Sharding | None:
+def sharding_for(recipe: Recipe, nodes: int, ranks_per_node: int) -> Sharding | None:
     """Return which ranks share the shards of a weight; None for strategies other than FSDP.
 
     Args:
         recipe: The recipe, whose `shard` says over how many ranks a weight is sharded.
         nodes: Number of nodes.
-        nproc_per_node: Ranks on each node. On nodes of one rank, `shard=node` is all ranks.
+        ranks_per_node: Ranks on each node, a multiple of those of a data rank. On nodes of one
+            data rank, `shard=node` is all of them.
 
     Raises:
         PlanError: Groups of the size that was asked for cannot be formed.
     """
     if not STRATEGIES[recipe.strategy].uses_fsdp:
         return None
+    nproc_per_node = ranks_per_node // recipe.tensor_parallel
     world_size, shard = nodes * nproc_per_node, recipe.shard
     if shard == "all" or (shard == "node" and nproc_per_node == 1):
         size = world_size
     else:
         size = nproc_per_node if shard == "node" else int(shard)
-    if size not in _sizes(nodes, nproc_per_node):
+    if size not in _sizes(nodes, nproc_per_node) and (shard == size or world_size > 1):
         raise PlanError(_refusal(size, nodes, nproc_per_node))
-    return Sharding(nodes=nodes, nproc_per_node=nproc_per_node, size=size)
+    return Sharding(
+        nodes=nodes,
+        nproc_per_node=nproc_per_node,
+        size=size,
+        tensor_parallel=recipe.tensor_parallel,
+    )
 
 
 def _sizes(nodes: int, nproc_per_node: int) -> list[int]:
@@ -154,7 +169,3 @@ def _refusal(size: int, nodes: int, nproc_per_node: int) -> str:
         f"shard={size} was asked for on {world_size:,} ranks ({nodes:,} x {nproc_per_node:,}), and "
         f"{size} {problem}. Use shard=node, shard=all or one of {listed}."
     )
-
-
-def _ranks(ranks: range) -> str:
-    return f"ranks {ranks.start}-{ranks.stop - 1}"

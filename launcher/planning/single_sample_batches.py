@@ -15,7 +15,7 @@ from launcher.planning.stages import short_batches
 
 def planned_statistics(plan: Plan) -> Statistics:
     """Return the micro-batches that BatchNorm, if the model has it, computes statistics over."""
-    together = plan.settings.get("sync_batchnorm") and plan.world_size > 1
+    together = plan.settings.get("sync_batchnorm") and plan.data_ranks > 1
     return "all" if together else "rank"
 
 
@@ -85,7 +85,7 @@ def batch_norm_refusal(plan: Plan, sizes: Iterable[int], name: str) -> str:
         sizes: The batch sizes that have a micro-batch of one sample.
         name: Name of the BatchNorm module.
     """
-    parts, unit = plan.world_size, "rank"
+    parts, unit = plan.data_ranks, "rank"
     remedy = (
         "fewer ranks, a micro_batch_size of 3 or more, or sync_batchnorm=true, which computes the "
         "statistics over all ranks"

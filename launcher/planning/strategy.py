@@ -160,6 +160,8 @@ def check_strategy(recipe: Recipe, machine: Machine, device: str, world_size: in
     check_fsdp_settings(recipe, uses_fsdp=strategy.uses_fsdp)
     if recipe.exact:
         _check_exact(recipe)
+    if recipe.tensor_parallel > 1:
+        _check_tensor_parallel_settings(recipe)
     if recipe.deterministic and recipe.cudnn_benchmark:
         raise PlanError(
             "deterministic=true needs the same kernels in every run, and cudnn_benchmark=true "
@@ -266,6 +268,59 @@ def _check_exact(recipe: Recipe) -> None:
         raise PlanError(
             "exact=true needs the same kernels in every run, and cudnn_benchmark=true chooses "
             "them by their time. Leave one of them out."
+        )
+
+
+def check_tensor_parallel(recipe: Recipe, nproc: int) -> None:
+    """Refuse tensor-parallel groups that would cross a node, or that leave ranks over.
+
+    A group exchanges activations several times in each layer, which needs the links inside a node.
+
+    Args:
+        recipe: The recipe.
+        nproc: Ranks on each node.
+
+    Raises:
+        PlanError: `Recipe.tensor_parallel` does not divide the ranks of a node.
+    """
+    size = recipe.tensor_parallel
+    if nproc % size == 0:
+        return
+    possible = [str(number) for number in range(1, nproc + 1) if nproc % number == 0]
+    sizes = possible[0] if len(possible) == 1 else f"{', '.join(possible[:-1])} or {possible[-1]}"
+    raise PlanError(
+        f"tensor_parallel={size} splits each layer over {size} neighbouring ranks of one node, and "
+        f"a node has {nproc} rank{'s' * (nproc > 1)}. Use tensor_parallel={sizes}, or a multiple "
+        f"of {size} ranks per node (-n {size})."
+    )
+
+
+def _check_tensor_parallel_settings(recipe: Recipe) -> None:
+    """Refuse tensor parallelism where another setting rules it out.
+
+    Raises:
+        PlanError: Another setting rules it out.
+    """
+    asked = f"tensor_parallel={recipe.tensor_parallel}"
+    if not STRATEGIES[recipe.strategy].uses_fsdp:
+        raise PlanError(
+            f"{asked} splits layers over ranks, which works together with strategy=fsdp, and "
+            f"strategy={recipe.strategy} was asked for. DistributedDataParallel and DeepSpeed take "
+            "no weights that are split in this way. Use strategy=fsdp, or leave tensor_parallel "
+            "out."
+        )
+    if recipe.virtual_ranks is not None:
+        raise PlanError(
+            f"virtual_ranks={recipe.virtual_ranks} draws the same dropout masks on any number of "
+            f"ranks, and sums gradients in one order if exact=true. With {asked} each rank draws "
+            "masks for its part of a layer, and the ranks of a group add parts of each product. "
+            "Leave one of them out."
+        )
+    if recipe.sync_batchnorm:
+        raise PlanError(
+            "sync_batchnorm=true computes BatchNorm's statistics over all ranks, and with "
+            f"{asked} several ranks have the same samples, which would count several times. Leave "
+            "one of them out."
         )
 
 

@@ -181,6 +181,12 @@ _NAMES = (
         switch=True,
     ),
     _Advice(
+        words="tp tp_size tp_degree tensor_parallel_size tensor_model_parallel_size "
+        "tensor_parallel_degree tensor_parallelism model_parallel_size",
+        write="tensor_parallel={value}",
+        remark="It needs strategy=fsdp.",
+    ),
+    _Advice(
         words=(
             "hybrid_shard use_hsdp hsdp dp_shard_size data_parallel_shard_degree dp_shard "
             "fsdp_size device_mesh num_shards"

@@ -67,6 +67,47 @@ def check_optimizer(optimizer: Any) -> None:
     check_function("Recipe(optimizer=...)", optimizer, ("model", "lr"))
 
 
+PARALLEL_STYLES: Mapping[str, str] = MappingProxyType(
+    {
+        "colwise": "a Linear whose outputs are split over the ranks",
+        "colwise_rep": "a Linear whose split outputs are gathered",
+        "colwise_gather_output": "another name for colwise_rep",
+        "rowwise": "a Linear that takes split inputs, and whose outputs are summed over the ranks",
+        "rowwise_rep": "a Linear that splits its whole inputs itself",
+        "rowwise_split_input": "another name for rowwise_rep",
+        "embedding_rowwise": "an Embedding whose rows are split",
+        "embedding_colwise": "an Embedding whose columns are split, and whose outputs are gathered",
+        "replicated_with_grad_allreduce": "a module that each rank calls with its own part of the "
+        "heads, such as a norm of queries, and that every rank has whole",
+        "replicate": "a module that every rank has whole, as without a style",
+    }
+)
+"""The styles of a tensor-parallel plan, and what each is for. The names are those of plans in
+transformers."""
+
+
+def check_parallel_plan(plan: Any) -> None:
+    """Refuse a tensor-parallel plan that is no mapping of names to known styles.
+
+    Raises:
+        RecipeError: It is something else, or has an unknown style.
+    """
+    if plan is None:
+        return
+    known = ", ".join(PARALLEL_STYLES)
+    if not isinstance(plan, Mapping) or not plan:
+        raise RecipeError(
+            "Recipe(tensor_parallel_plan=...): expected a dict of styles by the names of modules, "
+            f"such as {{'blocks.*.hidden': 'colwise'}}, found {show(plan)}."
+        )
+    for name, style in plan.items():
+        if not isinstance(name, str) or style not in PARALLEL_STYLES:
+            raise RecipeError(
+                f"Recipe(tensor_parallel_plan=...): expected a style for {show(name)}, one of "
+                f"{known}, found {show(style)}."
+            )
+
+
 def check_metrics(metrics: Any) -> None:
     """Refuse metrics that are not functions by name.
 

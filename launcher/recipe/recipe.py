@@ -24,6 +24,7 @@ from launcher.recipe.function_checks import (
     check_function,
     check_metrics,
     check_optimizer,
+    check_parallel_plan,
 )
 from launcher.recipe.hang_limits import HangTimeout
 from launcher.recipe.optimizer import OptimizerSpec, sgd
@@ -212,6 +213,14 @@ class Recipe:
     """With fsdp: the precision in which ranks send and add gradients; fp32 is that of the weights,
     which precision=fp64 makes fp64."""
 
+    tensor_parallel: Annotated[PositiveInt, Affects.EXECUTION] = 1
+    """With strategy=fsdp: neighbouring ranks of a node that each compute a part of every layer, on
+    the same samples. It divides the ranks of a node, the attention heads and the layers' widths."""
+
+    tensor_parallel_plan: Mapping[str, str] | None = None
+    """How tensor_parallel splits the model: names of modules, with * for the numbers of layers, to
+    styles such as colwise and rowwise; None takes the plan of a transformers model."""
+
     offload: Annotated[Literal["cpu"] | None, Affects.EXECUTION] = None
     """Keep what the strategy shards in host memory (cpu); None keeps it on the GPU."""
 
@@ -320,6 +329,7 @@ class Recipe:
         for name, arguments in ARGUMENTS.items():
             check_function(f"Recipe({name}=...)", getattr(self, name), arguments)
         check_metrics(self.metrics)
+        check_parallel_plan(self.tensor_parallel_plan)
         if not isinstance(self.schedule, Schedule):
             raise RecipeError(
                 f"Recipe(schedule=...): expected a schedule such as one_cycle(), "

@@ -133,7 +133,7 @@ class BatchSearch:
         )
 
     def _plan_trial(self, size: int) -> Probe:
-        batch_size = self.plan.world_size * size * _MICRO_STEPS
+        batch_size = self.plan.data_ranks * size * _MICRO_STEPS
         if self.plan.train_samples is not None:
             batch_size = min(batch_size, self.plan.train_samples)
         return self._target.with_settings(

@@ -179,6 +179,9 @@ def estimate_scaling(
         nproc: Largest number of ranks per node.
         measured: Measurements on one device.
         facts: Properties of the cluster.
+
+    Raises:
+        PlanError: The plans have tensor-parallel groups.
     """
     rows: list[EstimateRow] = []
     refusal = None
@@ -190,8 +193,24 @@ def estimate_scaling(
                 continue
             refusal = f"{num_nodes} x {nproc_per_node}: {error}"
             break
+        _refuse_tensor_parallel(plan)
         rows.append(_row(plan, measured, facts))
     return Estimate(measured=measured, facts=facts, rows=tuple(rows), refusal=refusal)
+
+
+def _refuse_tensor_parallel(plan: Plan) -> None:
+    """Refuse to estimate a run whose ranks exchange activations, which nothing has measured.
+
+    Raises:
+        PlanError: The plan has tensor-parallel groups.
+    """
+    if plan.tensor_parallel > 1:
+        raise PlanError(
+            f"An estimate follows from steps of one rank, and with "
+            f"tensor_parallel={plan.tensor_parallel} the ranks of a group exchange activations in "
+            "every layer, which it does not know. Estimate without tensor_parallel, or measure a "
+            "short run with `launcher run ... steps=50`."
+        )
 
 
 def _worlds(nodes: int, nproc: int) -> Iterator[tuple[int, int]]:

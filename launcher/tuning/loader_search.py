@@ -171,7 +171,7 @@ class LoaderSearch:
             most=limit,
             limited_by=limited_by,
             readings=tuple(readings),
-            predicted_samples_per_second=self.plan.world_size
+            predicted_samples_per_second=self.plan.data_ranks
             * throughput(predicted, cost, budget.cores),
             slowest_batch_seconds=slowest,
             best=best,

@@ -49,7 +49,7 @@ def plan_noise(target: Target) -> Probe:
     _, plan = target.plan()
     # FSDP reduces the gradient of every micro-step, so only whole micro-steps are comparable.
     summed = STRATEGIES[plan.strategy].sums_gradients_over_ranks_in_backward
-    parts_per_micro_step = 1 if summed else plan.world_size
+    parts_per_micro_step = 1 if summed else plan.data_ranks
     micro_steps = max(ceil_div(_MIN_PARTS, parts_per_micro_step), plan.accumulation_steps)
     micro_batch_size = ceil_div(max(plan.samples_per_rank), micro_steps)
     return target.with_settings(

@@ -194,7 +194,7 @@ class Tuner:
         else:
             self._listener.on_search("batch and micro-batch")
             target = target.with_settings("tune", batch_size=_largest_batch(plan, scale))
-            first = max(plan.batch_size // plan.world_size // _FIRST_SIZE_DIVISOR, 1)
+            first = max(plan.batch_size // plan.data_ranks // _FIRST_SIZE_DIVISOR, 1)
         search = BatchSearch(target, memory=self._memory, first=first)
         result = self._search_once(
             "batch",
@@ -209,7 +209,7 @@ class Tuner:
         if scale is not None:
             chosen = fastest_to_the_loss(
                 result.trials,
-                world_size=plan.world_size,
+                world_size=plan.data_ranks,
                 batch_size=plan.batch_size,
                 noise_scale=scale,
             )
@@ -228,7 +228,7 @@ class Tuner:
 
         Nothing is recommended if the global batch stays the same.
         """
-        before, after = plan.batch_size, size * plan.world_size
+        before, after = plan.batch_size, size * plan.data_ranks
         if after == before:
             return
         steps, items = steps_ratio(before, after, scale), items_ratio(before, after, scale)
@@ -238,7 +238,7 @@ class Tuner:
         is_per_gpu = recipe.batch_size_per_gpu is not None
         self._set(
             "batch_size_per_gpu" if is_per_gpu else "batch_size",
-            size if is_per_gpu else after,
+            max(after // plan.world_size, 1) if is_per_gpu else after,
             f"the noise scale is {scale:,.3g} samples: x{steps:.2f} the steps and x{items:.2f} the "
             f"samples of a batch of {before:,}",
         )

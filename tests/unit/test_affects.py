@@ -12,7 +12,7 @@ from launcher import Recipe, make_plan
 from launcher.recipe.affects import Affects, effects_of
 from launcher.recipe.recipe import setting_types, settings_affecting
 
-FUNCTIONS = {"model", "data", "loss", "metrics", "forward", "count"}
+FUNCTIONS = {"model", "data", "loss", "metrics", "forward", "count", "tensor_parallel_plan"}
 
 SETTINGS = {
     Affects.SAMPLES: {
@@ -44,6 +44,7 @@ SETTINGS = {
     Affects.EXECUTION: {
         "micro_batch_size",
         "strategy",
+        "tensor_parallel",
         "shard",
         "reshard_after_forward",
         "accumulate_unsharded",
@@ -79,7 +80,7 @@ SETTINGS = {
 
 
 def test_every_setting_says_what_it_affects() -> None:
-    """Each field of a recipe is a function of it or a setting with exactly one effect."""
+    """Each field of a recipe is a part of its code or a setting with exactly one effect."""
     names = {item.name for item in fields(Recipe)}
     assert set(effects_of(Recipe)) == names - FUNCTIONS
     assert set(recipe().settings()) == names - FUNCTIONS

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch._C._distributed_c10d import Store
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from launcher.engine.backends.call_order import CallOrder
@@ -62,6 +63,24 @@ class Backend(ABC):
     world_size: int
     device: torch.device
 
+    @property
+    def data_rank(self) -> int:
+        """The place of this rank among those that share a batch.
+
+        The ranks of a tensor-parallel group have the same one, and read the same samples.
+        """
+        return self.rank // self.plan.tensor_parallel
+
+    @property
+    def data_ranks(self) -> int:
+        """The number of ranks, or of tensor-parallel groups of ranks, that share a batch."""
+        return max(self.world_size // self.plan.tensor_parallel, 1)
+
+    @property
+    def leads_group(self) -> bool:
+        """Whether this rank is the first of its tensor-parallel group, and counts its samples."""
+        return self.rank % self.plan.tensor_parallel == 0
+
     def __init__(self, recipe: Recipe, plan: Plan, device: torch.device) -> None:
         self.recipe = recipe
         self.plan = plan
@@ -69,7 +88,7 @@ class Backend(ABC):
         # The norm of offloaded gradients is on the host, and DeepSpeed reads the norm in each step.
         is_on_host = recipe.offload is not None or STRATEGIES[plan.strategy].uses_deepspeed
         self.scaler = (
-            LossScaler(plan.world_size, torch.device("cpu") if is_on_host else device)
+            LossScaler(plan.data_ranks, torch.device("cpu") if is_on_host else device)
             if plan.precision == "fp16"
             else None
         )
@@ -175,11 +194,11 @@ class Backend(ABC):
 
     @property
     def divisor(self) -> int:
-        """The number that the sum of gradients over ranks is divided by: their number.
+        """The number that the sum of gradients over data ranks is divided by: their number.
 
         The training loop multiplies losses by it.
         """
-        return self.world_size
+        return self.data_ranks
 
     @abstractmethod
     def micro_step(
@@ -203,6 +222,13 @@ class Backend(ABC):
     @abstractmethod
     def sum(self, values: Tensor) -> Tensor:
         """Return `values` summed over ranks (collective)."""
+
+    def sum_samples(self, values: Tensor) -> Tensor:
+        """Return what ranks measured on their samples, summed so that each sample counts once.
+
+        The call is collective, and every rank gets the same result.
+        """
+        return self.sum(values if self.leads_group else torch.zeros_like(values))
 
     @abstractmethod
     def broadcast(self, value: Any) -> Any:
@@ -314,10 +340,12 @@ class Backend(ABC):
         Raises:
             CheckpointError: The source belongs to another model.
         """
-        read_buffers(module, source, self.rank, self.world_size, self.device)
+        # All ranks of a tensor-parallel group read what its first one has.
+        rank = self.data_rank * self.plan.tensor_parallel
+        read_buffers(module, source, rank, self.world_size, self.device)
         if self.virtual_buffers is not None:
             self.virtual_buffers.read(source)
-        read_extra_state(module, source, self.rank, self.world_size)
+        read_extra_state(module, source, rank, self.world_size)
 
     def unwrap(self, model: nn.Module) -> nn.Module:
         """Return the recipe's own module, with the parameters that the optimizer updates.
@@ -351,11 +379,12 @@ class Backend(ABC):
         grads = self._gradients_of(parameters)
         norm = self.norm(grads)
         if self.scaler is not None:
-            norm = self.scaler.unscale(grads, norm)
+            norm = self.scaler.unscale(local_values(grads), norm)
             self.scaler.update(norm.isfinite())
         if max_grad_norm is not None:
             # Like torch.nn.utils.clip_grads_with_norm_, without sorting by device and dtype.
-            torch._foreach_mul_(grads, torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0))
+            factor = torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0)
+            torch._foreach_mul_(local_values(grads), factor)
         on_cpu = norm.device.type == "cpu"  # reading the norm does not wait for a device
         take_step(optimizer, self.recipe, math.isfinite(norm.item()) if on_cpu else norm.isfinite())
         for parameter in parameters:
@@ -395,6 +424,14 @@ class Backend(ABC):
     def any_rank(self, flag: bool) -> bool:
         """Return whether `flag` is true on any rank (collective)."""
         return bool(self.read(self.sum(upload_scalar(float(flag), self.device))))
+
+
+def local_values(tensors: list[Tensor]) -> list[Tensor]:
+    """Return the parts of tensors that are on this rank, which can be changed in place.
+
+    torch refuses operations on lists of DTensors that are spread over different ranks.
+    """
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
 def poison_nonfinite(loss: Tensor, weight: float | Tensor) -> Tensor:

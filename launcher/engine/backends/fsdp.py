@@ -19,6 +19,7 @@ from accelerate.utils import (
     fsdp2_prepare_model,
 )
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -32,10 +33,21 @@ from launcher.engine.backends.accelerate import GroupBackend
 from launcher.engine.backends.base import state_dict_names
 from launcher.engine.backends.call_order import watch_call_order
 from launcher.engine.backends.default_group import lengthen_timeouts
+from launcher.engine.backends.parallel_plan import find_styles
 from launcher.engine.backends.recipe_forward import NamedRecipeForward, call_with_output_hooks
+from launcher.engine.backends.tensor_parallel import (
+    WholeGradients,
+    split_model,
+    whole_gradient_error,
+)
 from launcher.engine.state.compiled import plain_name
 from launcher.engine.state.optimizer_kinds import check_strategy_of
 from launcher.engine.state.parameter_kinds import check_batch_norm_precision
+from launcher.engine.state.sharded_tensors import (
+    TENSOR_PARALLEL,
+    gather_full,
+    norm_over_ranks,
+)
 from launcher.environment.world import World
 from launcher.errors import WorldError
 from launcher.planning.fsdp_messages import defers_sums
@@ -81,13 +93,13 @@ class FSDPBackend(GroupBackend):
         )
         # Accelerate supports FSDP only on GPUs and would prepare DDP for CPU ranks, and torch would
         # build the device mesh of GPUs if the machine has any.
-        self._copies = plan.world_size // plan.shards
+        self._copies = plan.data_ranks // plan.shards
         """The number of groups of ranks that each hold all weights."""
         self._defers_sums = defers_sums(recipe.settings())
         parallelism = ParallelismConfig(
             dp_replicate_size=self._copies,
             dp_shard_size=plan.shards,
-            tp_size=1,
+            tp_size=plan.tensor_parallel,
             cp_size=1,
             sp_size=1,
         )
@@ -95,7 +107,15 @@ class FSDPBackend(GroupBackend):
         state.fsdp_plugin = self._plugin = plugin
         state.distributed_type = DistributedType.FSDP
         state.parallelism_config = parallelism
-        state.device_mesh = parallelism.get_device_mesh(plan.device)
+        state.device_mesh = self._mesh = (
+            parallelism.get_device_mesh(plan.device)
+            if plan.data_ranks > 1
+            else init_device_mesh(
+                plan.device,
+                (1, plan.tensor_parallel),
+                mesh_dim_names=("dp_shard_cp", TENSOR_PARALLEL),
+            )
+        )
         lengthen_timeouts(self._timeout)
 
     @property
@@ -122,7 +142,10 @@ class FSDPBackend(GroupBackend):
         with warnings.catch_warnings():
             # Accelerate itself slices a flattened mesh dimension.
             warnings.filterwarnings("ignore", message="Slicing a flattened dim")
-            wrapped: nn.Module = NamedRecipeForward(model.to(self.device))
+            model = model.to(self.device)
+            if self.plan.tensor_parallel > 1:
+                split_model(model, self._parallel_styles(model), self._mesh[TENSOR_PARALLEL])
+            wrapped: nn.Module = NamedRecipeForward(model)
             sharded = fsdp2_prepare_model(self._accelerator, wrapped)
         if not isinstance(sharded, FSDPModule):
             raise WorldError(
@@ -140,9 +163,17 @@ class FSDPBackend(GroupBackend):
             wrapped, units, strategy="fsdp", device=self.device, first=True
         )
         self._module = model
+        self._whole_gradients = (
+            WholeGradients(model, self._mesh[TENSOR_PARALLEL])
+            if self.plan.tensor_parallel > 1
+            else None
+        )
         optimizer = make_optimizer(model)  # of the weights that were sharded in place
         check_strategy_of(optimizer, "fsdp")
         return wrapped, optimizer
+
+    def _parallel_styles(self, model: nn.Module) -> dict[str, str]:
+        return find_styles(model, self.recipe.tensor_parallel_plan, self.plan.tensor_parallel)
 
     def forward(self, function: Callable[[Any, Any], Any], model: nn.Module, batch: Any) -> Any:
         return call_with_output_hooks(model, self._module, function, batch)
@@ -157,7 +188,15 @@ class FSDPBackend(GroupBackend):
                 unit.set_requires_all_reduce(last, recurse=False)
         return contextlib.nullcontext()
 
+    def apply(self, optimizer: Optimizer, max_grad_norm: float | None) -> Tensor:
+        differing = None if self._whole_gradients is None else self._whole_gradients.differing()
+        if differing is not None and any(found := self.gather(differing)):
+            raise whole_gradient_error(next(filter(None, found)))
+        return super().apply(optimizer, max_grad_norm)
+
     def norm(self, grads: list[Tensor]) -> Tensor:
+        if grads and self.plan.tensor_parallel > 1:
+            return norm_over_ranks(grads, self.sum, self.world_size)
         norm = super().norm(grads)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
@@ -175,7 +214,7 @@ class FSDPBackend(GroupBackend):
         tensors = module.state_dict()
         for name in state_dict_names(module):
             tensor = tensors[name]
-            gathered = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            gathered = gather_full(tensor) if isinstance(tensor, DTensor) else tensor
             if self.rank == 0:
                 weights[plain_name(name)] = gathered.cpu()
         return weights
@@ -187,11 +226,13 @@ def _check_numbering(plan: Plan, world: World) -> None:
     Raises:
         WorldError: A group would consist of ranks of several nodes.
     """
-    if plan.shards == plan.world_size or plan.nodes == 1:
+    has_groups = plan.tensor_parallel > 1 or plan.shards < plan.data_ranks
+    if not has_groups or plan.nodes == 1:
         return
     if world.rank % plan.nproc_per_node != world.local_rank:
         raise WorldError(
-            f"The plan shards weights over {plan.shards} neighbouring ranks, and ranks are not "
+            f"The plan spreads weights over {plan.shards * plan.tensor_parallel} neighbouring "
+            "ranks, and ranks are not "
             f"numbered node by node: rank {world.rank} has the local rank {world.local_rank} of "
             f"{plan.nproc_per_node}. Start the run with `launcher run` or with `srun "
             "--distribution=block`, or use shard=all."

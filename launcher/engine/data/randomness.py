@@ -22,8 +22,11 @@ def seed_all(seed: int) -> None:
 class ModelRandomness:
     """Seeds the generators that a model draws from, such as for dropout masks.
 
-    Without virtual ranks the seed of a step depends on (seed, step, rank), so a run that is resumed
-    on the same number of ranks draws the same numbers as an uninterrupted run. With virtual ranks
+    Without virtual ranks the seed of a step depends on (seed, step, data rank), so a run that is
+    resumed on the same number of data ranks draws the same numbers as an uninterrupted run. The
+    ranks of a tensor-parallel group draw the same numbers: a dropout mask over an activation that
+    each of them has whole is the same on all, and one over split heads or features repeats for each
+    rank's part. With virtual ranks
     the seed of a micro-batch depends on (seed, step, virtual rank, micro-step), so it draws the
     same numbers on any number of ranks.
 
@@ -38,7 +41,7 @@ class ModelRandomness:
     """
 
     def __init__(self, backend: Backend) -> None:
-        self._seed, self._rank = backend.plan.seed, backend.rank
+        self._seed, self._rank = backend.plan.seed, backend.data_rank
         self._has_parts = backend.plan.virtual_ranks is not None
         self._device = backend.device
         self._num_steps = 0

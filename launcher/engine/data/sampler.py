@@ -93,7 +93,7 @@ class Sampler:
     """The plan of the run."""
 
     rank: int
-    """The rank whose requests are generated."""
+    """The data rank whose requests are generated."""
 
     train_samples: int
     """The number of training samples."""
@@ -286,7 +286,7 @@ class Sampler:
         """Return whether BatchNorm would compute statistics over one sample in a short batch."""
         if size not in self._single_sample_sizes or virtual_rank is None:
             return False
-        together = range(self.plan.world_size) if self.statistics == "all" else [virtual_rank]
+        together = range(self.plan.data_ranks) if self.statistics == "all" else [virtual_rank]
         return sum(len(self._split.positions(size, rank, micro_step)) for rank in together) == 1
 
     def _ranks_with_weight(self, size: int, micro_step: int) -> int | None:
@@ -296,7 +296,7 @@ class Sampler:
         """
         if self.plan.virtual_ranks is not None:
             return None  # BatchNorm's statistics are those of a virtual rank
-        ranks = range(self.plan.world_size)
+        ranks = range(self.plan.data_ranks)
         num = bisect.bisect(
             ranks, 0, key=lambda rank: not self._split.positions(size, rank, micro_step)
         )

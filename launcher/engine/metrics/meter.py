@@ -272,6 +272,8 @@ class Meter:
         ).double()
         counts = upload([sum(step.losses.counts) for step in steps], device)
         data_waits = upload([step.data_wait_seconds for step in steps], device)
+        if not self._backend.leads_group:  # the first rank of its group counts the same samples
+            losses, counts = torch.zeros_like(losses), torch.zeros_like(counts)
         is_first = self._backend.rank == 0
         clock = [
             seconds if is_first else 0.0,
@@ -301,7 +303,7 @@ class Meter:
         for row, step in zip(table, steps, strict=True):
             for loss_sum, part in zip(step.losses.sums, step.losses.parts, strict=True):
                 row[virtual_rank_of(part)] += loss_sum
-        return [math.fsum(values) for values in backend.read(backend.sum(table))]
+        return [math.fsum(values) for values in backend.read(backend.sum_samples(table))]
 
     def _check_lockstep(self, total: float, squares: float) -> None:
         """Refuse steps in which the ranks called different modules (collective).

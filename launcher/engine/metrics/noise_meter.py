@@ -223,7 +223,7 @@ class ReducedNoiseMeter(_PartsNoiseMeter):
         if self._num_micro_batches > 1:
             return
         backend = self._backend
-        total_count = backend.sum(upload([count], backend.device)).squeeze(0)
+        total_count = backend.sum_samples(upload([count], backend.device)).squeeze(0)
         norm = backend.norm(
             [parameter.grad for parameter in self._trained if parameter.grad is not None]
         )
@@ -269,7 +269,7 @@ class VirtualRanksNoiseMeter(_PartsNoiseMeter):
         counts = torch.zeros_like(squares)
         for virtual_rank, of_micro_batches in self._counts.items():
             counts[virtual_rank] = sum(of_micro_batches)
-        exchanged = backend.sum(torch.stack([squares, counts]))
+        exchanged = backend.sum(torch.stack([squares, counts]))  # no tensor-parallel groups here
         self._exchanged.append((len(self._steps), exchanged, self._weight))
 
     def _sum_parts(self, num_steps: int) -> Tensor:

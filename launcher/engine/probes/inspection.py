@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from launcher.engine.backends.nested_tensors import describe_nested, tensors_in
+from launcher.engine.backends.parallel_plan import find_styles
 from launcher.engine.data.fingerprint import are_equal
 from launcher.engine.data.open_files import moved_files, open_files, opened_since
 from launcher.engine.data.prefetching import prefetch, raise_if_error
@@ -156,6 +157,8 @@ def inspect_recipe(recipe: Recipe, plan: Plan, source: RecipeSource | None = Non
     data, batch = samples.reader.data, samples.batch
     model = build_model(recipe, lambda: batch)
     check_parameters(model, plan)
+    if plan.tensor_parallel > 1:
+        find_styles(model, recipe.tensor_parallel_plan, plan.tensor_parallel)
     check_strategy_of(make_optimizer(recipe, model, plan.lr), plan.strategy)
     writes = _find_writes(recipe, model, batch)
     changing_weights, changing_buffers = writes.weights(), writes.buffers()

@@ -74,15 +74,17 @@ class _Division:
         return owner
 
 
-def _copies(tensor: DTensor) -> tuple[int, int]:
+def _copies(tensor: DTensor, world_size: int) -> tuple[int, int]:
     """Return how many ranks hold the same shard of a tensor as this one, and its index among them.
 
-    They differ in their coordinates along the dimensions of the mesh that replicate the tensor.
+    They differ in their coordinates along the dimensions of the mesh that replicate the tensor. A
+    tensor that no tensor-parallel group splits has a mesh without that dimension; the first ranks
+    of these meshes are those of the first group.
     """
     mesh = tensor.device_mesh
     coordinate = mesh.get_coordinate()
     assert coordinate is not None
-    number, own = 1, 0
+    number, own = world_size // mesh.size(), int(mesh.mesh.min())
     for dimension, placement in enumerate(tensor.placements):
         if placement.is_replicate():
             number *= mesh.size(dimension)
@@ -120,7 +122,7 @@ class HostCopies:
         devices = set()
         for name, tensor in tensors:
             if isinstance(tensor, DTensor):
-                number, own = _copies(tensor)
+                number, own = _copies(tensor, world_size)
                 division = shards.setdefault(number, _Division(number))
                 if division.next_owner(tensor.numel() * tensor.element_size()) != own:
                     continue

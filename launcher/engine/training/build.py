@@ -81,7 +81,7 @@ def build_context(
     evaluation_data = data.evaluation if evaluates else None
     sampler = Sampler(
         plan=plan,
-        rank=backend.rank,
+        rank=backend.data_rank,
         train_samples=sample_count(data.train, "train"),
         evaluation_samples=(
             0 if evaluation_data is None else sample_count(evaluation_data, "evaluation")
@@ -107,7 +107,7 @@ def build_context(
     report_phase(first_step, PHASES[0])
     if plan.virtual_ranks is not None:
         backend.virtual_buffers = VirtualBuffers(
-            backend.unwrap(model), plan.distribution.of_rank(backend.rank), plan.virtual_ranks
+            backend.unwrap(model), plan.distribution.of_rank(backend.data_rank), plan.virtual_ranks
         )
     batch_norms = BatchNorms(model, backend.virtual_buffers)
     if has_single_sample_batches(plan, sampler.train_samples, batch_norms.statistics):

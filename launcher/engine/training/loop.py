@@ -256,7 +256,8 @@ def _count_items(
     if context.recipe.count is None:
         return num_samples
     own_items = sum(micro_batch.items for micro_batch in micro_batches)
-    return context.backend.sum(upload_scalar(own_items, context.backend.device)).clamp(min=1.0)
+    items = upload_scalar(own_items, context.backend.device)
+    return context.backend.sum_samples(items).clamp(min=1.0)
 
 
 def _report_metrics(
@@ -326,7 +327,7 @@ def evaluate(context: TrainContext, step: int) -> dict[str, float]:
             totals[part] += torch.stack([upload(pair, backend.device) for pair in pairs])
     model.train()
     means = {}
-    parts = backend.read(backend.sum(totals))
+    parts = backend.read(backend.sum_samples(totals))
     for name, sums in zip(functions, zip(*parts, strict=True), strict=True):
         total, count = (math.fsum(values) for values in zip(*sums, strict=True))
         means[name] = total / count if count else float("nan")
