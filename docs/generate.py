@@ -66,7 +66,7 @@ NAMES = {
         "one_cycle cyclical cosine linear constant exponential multi_step wsd warmup schedule "
         "Schedule ScheduleValue"
     ),
-    "Optimizers": "sgd adamw OptimizerSpec",
+    "Optimizers": "sgd adamw muon schedule_free OptimizerSpec",
     "Parts to use elsewhere": "make_plan read_machine Machine loader_policy LoaderPolicy",
     "Errors": " ".join([*(name for name in launcher.__all__ if name.endswith("Error")), "Failure"]),
 }

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from launcher.api import plan, resume, run
     from launcher.engine.data.shards import Shards
+    from launcher.engine.model.four_bits import four_bits
     from launcher.entry import main
     from launcher.environment.machine import Machine, read_machine
     from launcher.errors import (
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from launcher.planning.loading import LoaderPolicy, loader_policy
     from launcher.planning.plan import Plan
     from launcher.planning.planner import make_plan
-    from launcher.recipe.optimizer import OptimizerSpec, adamw, sgd
+    from launcher.recipe.optimizer import OptimizerSpec, adamw, muon, schedule_free, sgd
     from launcher.recipe.package_data import packaged_file
     from launcher.recipe.recipe import Data, Recipe
     from launcher.recipe.schedules import (
@@ -82,11 +83,13 @@ __all__ = [
     "cosine",
     "cyclical",
     "exponential",
+    "four_bits",
     "linear",
     "loader_policy",
     "main",
     "make_plan",
     "multi_step",
+    "muon",
     "one_cycle",
     "packaged_file",
     "plan",
@@ -94,6 +97,7 @@ __all__ = [
     "resume",
     "run",
     "schedule",
+    "schedule_free",
     "sgd",
     "warmup",
     "wsd",
@@ -128,11 +132,13 @@ _MODULES = {
     "cosine": "launcher.recipe.schedules",
     "cyclical": "launcher.recipe.schedules",
     "exponential": "launcher.recipe.schedules",
+    "four_bits": "launcher.engine.model.four_bits",
     "linear": "launcher.recipe.schedules",
     "loader_policy": "launcher.planning.loading",
     "main": "launcher.entry",
     "make_plan": "launcher.planning.planner",
     "multi_step": "launcher.recipe.schedules",
+    "muon": "launcher.recipe.optimizer",
     "one_cycle": "launcher.recipe.schedules",
     "packaged_file": "launcher.recipe.package_data",
     "plan": "launcher.api",
@@ -140,6 +146,7 @@ _MODULES = {
     "resume": "launcher.api",
     "run": "launcher.api",
     "schedule": "launcher.recipe.schedules",
+    "schedule_free": "launcher.recipe.optimizer",
     "sgd": "launcher.recipe.optimizer",
     "warmup": "launcher.recipe.schedules",
     "wsd": "launcher.recipe.schedules",

@@ -1,9 +1,8 @@
 """Train many configurations, on one number of ranks after the other.
 
-A program for test_matrix.py, test_features.py, test_unused_parameters.py, test_resume.py and
-test_hybrid_sharding.py. It
-forks the ranks, which train all their configurations in one process group: imports and rendezvous
-are paid once.
+A program for test_matrix.py, test_features.py, test_unused_parameters.py, test_resume.py,
+test_hybrid_sharding.py, test_same_bits.py and test_small_states.py. It forks the ranks, which train
+all their configurations in one process group: imports and rendezvous are paid once.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import io
 import os
 import shutil
 import sys
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +25,21 @@ from branches import branches
 from methods import methods
 from parts import norms, text
 from splits import batch_norm, instance_norm
+from torch import nn
 from torch.multiprocessing.spawn import start_processes
 from worlds import tokens, worlds
 
-from launcher import Recipe, adamw, make_plan, read_machine, sgd
+from launcher import (
+    Recipe,
+    adamw,
+    constant,
+    four_bits,
+    make_plan,
+    muon,
+    read_machine,
+    schedule_free,
+    sgd,
+)
 from launcher.engine.process_group import join
 from launcher.engine.ranks.output import Output
 from launcher.engine.run import train_rank
@@ -289,15 +299,23 @@ def hybrid_source(ranks: int) -> Case:
     return _SOURCES_ON.get(ranks, HYBRID_SOURCE)
 
 
+BITS_RESUMED_FROM = 16
+
+
 @dataclass(frozen=True)
 class BitsCase:
-    """One configuration of a recipe with virtual ranks, which is trained for 30 steps."""
+    """One configuration of a recipe with virtual ranks, which is trained for 20 to 30 steps."""
 
     recipe: str
     strategy: str = "ddp"
     options: tuple[tuple[str, Any], ...] = ()
     is_resumed: bool = False
     shard: int | str = "node"
+    name: str = ""
+    """What it is called in the name of the run's folder; by default recipe and options."""
+
+    saved_at: int = BITS_RESUMED_FROM
+    """Steps after which a checkpoint is saved."""
 
     @property
     def key(self) -> str:
@@ -308,7 +326,9 @@ class BitsCase:
     @property
     def workload(self) -> str:
         """Return what is trained, without the strategy."""
-        return "-".join([self.recipe, *(f"{name}={value}" for name, value in self.options)])
+        return self.name or "-".join(
+            [self.recipe, *(f"{name}={value}" for name, value in self.options)]
+        )
 
     def make(self, ranks: int) -> Recipe:
         """Return the recipe, which is the same on any number of ranks."""
@@ -332,7 +352,6 @@ WORKLOADS: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
 )
 """What is trained to the same bits: recipes with further settings."""
 
-BITS_RESUMED_FROM = 16
 BITS_WORLDS = (SOURCE_RANKS, 1, 3, 4, 5, 8)
 
 
@@ -373,7 +392,60 @@ def bits(ranks: int) -> Iterator[BitsCase]:
         yield from _GROUPED
 
 
+def build_wide() -> nn.Module:
+    """Return a model from words to logits with weights that are large enough for 8 bits."""
+    return nn.Sequential(nn.Embedding(50, 96), nn.Linear(96, 300), nn.ReLU(), nn.Linear(300, 50))
+
+
+def build_frozen() -> nn.Module:
+    """Return a model from words to logits with a layer frozen in 4 bits, and another as it is."""
+    embedding, head = nn.Embedding(50, 96), nn.Linear(64, 50)
+    embedding.requires_grad_(False)
+    return nn.Sequential(embedding, four_bits(nn.Linear(96, 64)), nn.ReLU(), head)
+
+
+SMALL: dict[str, dict[str, Any]] = {
+    "bf16": {"optimizer": adamw(weight_decay=0.1, state_dtype="bf16")},
+    "int8": {"optimizer": adamw(weight_decay=0.1, state_dtype="int8"), "model": build_wide},
+    "free": {"optimizer": schedule_free(), "schedule": constant(), "evaluate_every": 3},
+    "frozen": {"model": build_frozen},
+    "muon": {"optimizer": muon(others=adamw(weight_decay=0.1, decay_1d=False))},
+    "weights": {
+        "optimizer": muon(others=adamw(state_dtype="bf16")),
+        "param_dtype": "bf16",
+        "precision": "bf16",
+    },
+}
+"""Optimizers with small states, or of whole matrices, and weights in bf16."""
+
+SMALL_WORLDS = (SOURCE_RANKS, 1, 3)
+
+
+ROUNDED = ("bf16", "muon", "weights")
+"""Those that are also trained with sums that round differently."""
+
+
+def small(ranks: int) -> Iterator[BitsCase]:
+    """Yield each of these optimizers with exact sums, and some without."""
+    for name, settings in SMALL.items():
+        options = (*settings.items(), ("epochs", 2), ("virtual_ranks", 4))
+        keeps_bf16 = "param_dtype" in settings
+        # Exact sums under ddp are in the dtype of the weights.
+        strategies = {1: ["ddp"], 2: ["fsdp"]}.get(
+            ranks, ["fsdp"] if keeps_bf16 else ["ddp", "fsdp"]
+        )
+        for strategy in strategies:
+            is_resumed = (ranks, strategy) == (3, "fsdp")
+            yield BitsCase("text", strategy, options, is_resumed, name=f"exact-{name}", saved_at=6)
+        if name in ROUNDED and ranks != SOURCE_RANKS:
+            inexact = (*options, ("exact", False))
+            strategy = "ddp" if keeps_bf16 or ranks == 1 else "fsdp"
+            yield BitsCase("text", strategy, inexact, name=f"rounded-{name}", saved_at=6)
+
+
 SUITES = {"matrix": matrix, "features": features, "unused": unused}
+
+BITS_SUITES = {"bits": bits, "small": small}
 
 
 class Trainer:
@@ -389,7 +461,7 @@ class Trainer:
         self, case: Case | BitsCase, name: str, *, source: Path | None = None, saves: bool = False
     ) -> None:
         """Train a case into a folder called `name`, resumed from a copy of `source` if given."""
-        resumed_from = BITS_RESUMED_FROM if isinstance(case, BitsCase) else RESUMED_FROM
+        resumed_from = case.saved_at if isinstance(case, BitsCase) else RESUMED_FROM
         recipe = replace(
             case.make(self.world.world_size), checkpoint_every=resumed_from, keep_checkpoints=2
         )
@@ -438,8 +510,8 @@ def train_cases(rank: int, suite: str, folder: Path, ranks: int, before: Sequenc
         _train_resumed(train, folder, ranks)
     elif suite == "hybrid":
         _train_hybrid(train, folder, ranks, before)
-    elif suite == "bits":
-        _train_bits(train, folder, ranks)
+    elif suite in BITS_SUITES:
+        _train_bits(train, folder, BITS_SUITES[suite](ranks))
     else:
         for case in SUITES[suite](ranks):
             train(case, case.key)
@@ -465,8 +537,8 @@ def _train_hybrid(train: Trainer, folder: Path, ranks: int, before: Sequence[int
         train(case, f"{case.key}-from{source_ranks}", source=source)
 
 
-def _train_bits(train: Trainer, folder: Path, ranks: int) -> None:
-    for case in bits(ranks):
+def _train_bits(train: Trainer, folder: Path, cases: Iterable[BitsCase]) -> None:
+    for case in cases:
         train(case, case.key, saves=True)
         if case.is_resumed:
             source = folder / f"on{SOURCE_RANKS}" / replace(case, shard="node").key

@@ -270,7 +270,7 @@ def _complete(
     if checkpoint_manager is not None and recorder.steps_taken is not None:
         checkpoint_manager.save(outcome.step)
     context.report_phase(outcome.step, "finishing")
-    weights = backend.weights(context.model)
+    weights = backend.final_weights(context.model, context.optimizer)
     result = TrainResult(
         evaluation=outcome.evaluation,
         train_loss=recorder.last_loss,

@@ -46,6 +46,9 @@ class Machine:
     has_deepspeed: bool = True
     """Whether DeepSpeed is installed."""
 
+    has_torchao: bool = True
+    """Whether torchao is installed, which computes in fp8."""
+
     unusable: tuple[str, ...] = ()
     """A phrase for each kind of accelerator that is present and that no run can use."""
 
@@ -72,6 +75,7 @@ def read_machine(root: Path = Path("/"), env: Mapping[str, str] | None = None) -
         memory_bytes=_memory_bytes(root),
         shm_bytes=_shm_bytes(root),
         has_deepspeed=importlib.util.find_spec("deepspeed") is not None,
+        has_torchao=importlib.util.find_spec("torchao") is not None,
         has_compiler=any(map(shutil.which, (env.get("CXX") or "g++", "g++", "clang++"))),
     )
 

@@ -12,6 +12,7 @@ from typing import Literal
 from launcher.environment.machine import Machine
 from launcher.errors import PlanError
 from launcher.planning.fsdp_settings import check_fsdp_settings
+from launcher.planning.number_formats import check_number_formats
 from launcher.planning.virtual_ranks import VirtualRanks
 from launcher.recipe.recipe import Recipe
 
@@ -162,6 +163,7 @@ def check_strategy(recipe: Recipe, machine: Machine, device: str, world_size: in
         _check_exact(recipe)
     if recipe.tensor_parallel > 1:
         _check_tensor_parallel_settings(recipe)
+    check_number_formats(recipe, strategy, machine, device, world_size)
     if recipe.deterministic and recipe.cudnn_benchmark:
         raise PlanError(
             "deterministic=true needs the same kernels in every run, and cudnn_benchmark=true "
@@ -333,7 +335,8 @@ def performance_flags(recipe: Recipe, device: str) -> tuple[str, ...]:
     """
     switches = ["compile", "activation_checkpointing", "channels_last"]
     if device == "cuda":
-        switches += ["tf32", "cudnn_benchmark"]
+        switches += ["fp8", "tf32", "cudnn_benchmark"]
     flags = [f"precision={recipe.precision}"] if recipe.precision in ("bf16", "fp16") else []
+    flags += [f"param_dtype={recipe.param_dtype}"] if recipe.param_dtype != "fp32" else []
     flags += [f"offload={recipe.offload}"] if recipe.offload else []
     return (*flags, *(name for name in switches if getattr(recipe, name)))

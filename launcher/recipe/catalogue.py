@@ -30,8 +30,8 @@ TOPICS = {
     "Length of the run": "epochs steps train_samples evaluate_every seed",
     "Memory and speed": (
         "strategy shard reshard_after_forward accumulate_unsharded prefetch_blocks reduce_dtype "
-        "tensor_parallel offload precision compile activation_checkpointing blocks channels_last "
-        "tf32 cudnn_benchmark deterministic device numa"
+        "tensor_parallel offload precision param_dtype fp8 compile activation_checkpointing blocks "
+        "channels_last tf32 cudnn_benchmark deterministic device numa"
     ),
     "State that depends on the split": "virtual_ranks exact sync_batchnorm rank_buffers",
     "Reading data": "in_memory num_workers worker_start prefetch_factor pin_memory",

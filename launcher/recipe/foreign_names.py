@@ -373,6 +373,8 @@ _VALUES: Mapping[str, Mapping[str, str]] = {
     },
     "optimizer": {
         "adamw": ("adam adam_w adamw_torch adamw_torch_fused adamw_hf fused_adam torch_adam"),
+        'adamw(state_dtype="int8")': "adamw8bit adamw_8bit adamw_bnb_8bit adam8bit",
+        "schedule_free": "schedulefree schedule_free_adamw adamwschedulefree",
         "sgd(momentum=0)": "gd vanilla_sgd",
     },
     "schedule": {
@@ -388,7 +390,7 @@ _VALUES: Mapping[str, Mapping[str, str]] = {
     },
     "shard": {"node": "hybrid hybrid_shard auto true", "all": "full full_shard world none false"},
     "reduce_dtype": {"bf16": "bfloat16 torch.bfloat16", "fp32": "float32 torch.float32 none 32"},
-    "offload": {"cpu": "true optimizer param parameters on host ram"},
+    "offload": {"cpu": "true nvme disk optimizer param parameters on host ram"},
     "compile": {"true": "inductor default max_autotune reduce_overhead"},
     "trackers": {
         "tensorboard": "tb tensorboardx",

@@ -225,7 +225,13 @@ class Recipe:
     """Keep what the strategy shards in host memory (cpu); None keeps it on the GPU."""
 
     precision: Annotated[Literal["fp32", "bf16", "fp16", "fp64"], Affects.UPDATES] = "fp32"
-    """bf16, fp16: forward and loss under autocast, weights in fp32; fp64: weights and batches."""
+    """bf16, fp16: forward and loss under autocast; fp64: weights and batches in fp64."""
+
+    param_dtype: Annotated[Literal["fp32", "bf16"], Affects.UPDATES] = "fp32"
+    """bf16: weights are kept in bf16 alone, and the optimizer rounds them stochastically."""
+
+    fp8: Annotated[bool, Affects.UPDATES] = False
+    """On GPUs from Ada and Hopper on: compute the products of linear layers in fp8, by torchao."""
 
     max_grad_norm: Annotated[PositiveFloat | None, Affects.UPDATES] = None
     """Maximum norm of the global gradient; a longer one is scaled down. None does not clip."""

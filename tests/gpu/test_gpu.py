@@ -6,6 +6,8 @@ import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -15,11 +17,14 @@ from support import ROOT, Commands
 from torch import nn
 from torch._C._distributed_c10d import HashStore
 
+from launcher import OptimizerSpec, adamw, four_bits, muon, schedule_free
 from launcher.engine.backends.local import LocalBackend
 from launcher.engine.backends.placement import Placement
+from launcher.engine.model.four_bits import unpacked
+from launcher.engine.model.fp8 import compute_in_fp8
 from launcher.engine.model.sync_batch_norm import synchronize
 from launcher.engine.state.host_copies import HostCopies, HostMemory
-from launcher.engine.state.hyperparameters import make_optimizer
+from launcher.engine.state.hyperparameters import make_optimizer, take_step
 from launcher.environment.machine import read_machine
 from launcher.recipe.overrides import read_arguments
 from launcher.recipe.resolve import resolve
@@ -89,6 +94,68 @@ def test_an_fp16_step_does_not_wait() -> None:
         norms.append(step(1.0))
     assert [bool(norm.isfinite()) for norm in norms] == [False, True]
     assert not torch.equal(model.weight, before)
+
+
+OWN = [
+    adamw(state_dtype="bf16"),
+    adamw(state_dtype="int8"),
+    schedule_free(),
+    muon(others=adamw(state_dtype="bf16")),
+]
+
+
+@needs_gpu
+@pytest.mark.parametrize("named", OWN, ids=str)
+@pytest.mark.parametrize("param_dtype", ["fp32", "bf16"])
+def test_small_states_do_not_wait(
+    named: OptimizerSpec, param_dtype: Literal["fp32", "bf16"]
+) -> None:
+    """Steps make the host wait for nothing, a skipped one changes nothing, and others go on."""
+    device = torch.device("cuda", 0)
+    recipe = replace(digits(), optimizer=named, precision="bf16", param_dtype=param_dtype)
+    model: nn.Module = nn.Sequential(nn.Linear(96, 96), nn.Linear(96, 96)).to(device)
+    if param_dtype == "bf16":
+        model = model.bfloat16()
+    optimizer = make_optimizer(recipe, model, 0.01)
+    true, false = torch.tensor(True, device=device), torch.tensor(False, device=device)
+
+    def step(finite: torch.Tensor) -> list[torch.Tensor]:
+        for weight in model.parameters():
+            weight.grad = torch.ones_like(weight)
+        take_step(optimizer, recipe, finite)
+        return [weight.detach().clone() for weight in model.parameters()]
+
+    first = step(true)
+    with no_waits():
+        skipped = step(false)
+        second = step(true)
+    for one, other, later in zip(first, skipped, second, strict=True):
+        assert torch.equal(one, other)
+        assert not torch.equal(one, later)
+
+
+@needs_gpu
+def test_layers_multiply_in_4_and_8_bits() -> None:
+    """Outputs of linear layers in 4 bits are those of their weights, and of fp8 within 10 %."""
+    device = torch.device("cuda", 0)
+    layer = nn.Linear(128, 64).to(device)
+    inputs = torch.randn(32, 128, device=device)
+    small = four_bits(layer)
+    weight = unpacked(small.packed, 128, torch.float32)
+    torch.testing.assert_close(small(inputs), nn.functional.linear(inputs, weight, layer.bias))
+    pytest.importorskip("torchao")
+    if torch.cuda.get_device_capability(device) < (8, 9):
+        pytest.skip("needs a GPU that multiplies in fp8")
+    model = nn.Sequential(layer, nn.Linear(64, 3).to(device))
+    with torch.autocast("cuda", torch.bfloat16):
+        expected = model(inputs)
+        compute_in_fp8(model)
+        outputs = model(inputs)
+    assert type(model[0]) is not nn.Linear
+    assert type(model[1]) is nn.Linear
+    outputs.float().sum().backward()
+    assert layer.weight.grad is not None
+    assert (outputs - expected).norm() < 0.1 * expected.norm()
 
 
 @needs_gpu

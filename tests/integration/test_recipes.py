@@ -182,20 +182,25 @@ def test_pretraining_helps(run: Commands) -> None:
 def test_a_language_model_from_a_folder(
     run: Commands, lora: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A tiny language model of transformers trains from its folder, with LoRA and without."""
+    """A tiny language model of transformers trains from its folder, whole and with QLoRA."""
     # Importing transformers sets this variable, and the fixture _no_leaks would fail the test.
     monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     transformers = pytest.importorskip("transformers")
     if lora and importlib.util.find_spec("peft") is None:
         pytest.skip("needs peft")
     tokenizers = pytest.importorskip("tokenizers")
-    config = transformers.GPT2Config(vocab_size=300, n_positions=64, n_embd=16, n_layer=1, n_head=2)
-    transformers.GPT2LMHeadModel(config).save_pretrained(run.folder / "model")
+    config = transformers.LlamaConfig(
+        vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(run.folder / "model")
     trainer = tokenizers.ByteLevelBPETokenizer()
     trainer.train_from_iterator([(ROOT / "README.md").read_text()], vocab_size=300)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=trainer._tokenizer)
     tokenizer.save_pretrained(run.folder / "model")
-    settings = ("model=model", f"data={ROOT}/recipes", "block=32", f"lora={lora}", "steps=4")
+    settings = ["model=model", f"data={ROOT}/recipes", "block=32", f"lora={lora}", "steps=4"]
+    if lora:
+        settings += ["four_bit=true", "strategy=fsdp"]
     train(run, "finetune:causal_lm", *settings)
     losses = [
         row["loss"]
@@ -204,3 +209,10 @@ def test_a_language_model_from_a_folder(
     ]
     assert len(losses) == 4
     assert losses[-1] < 6.5
+    if lora:
+        weights = read_weights(run.folder / "finetune-causal_lm")
+        frozen = {name for name in weights if name.endswith("base_layer.packed")}
+        assert len(frozen) == 7
+        assert {weights[name].dtype for name in frozen} == {torch.uint8}
+        changed = [name for name in weights if "lora_B" in name and weights[name].any()]
+        assert len(changed) == 7  # LoRA matrices start at zero

@@ -34,6 +34,8 @@ SETTINGS = {
         "steps",
         "precision",
         "reduce_dtype",
+        "param_dtype",
+        "fp8",
         "max_grad_norm",
         "exact",
         "sync_batchnorm",

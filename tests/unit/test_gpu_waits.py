@@ -16,7 +16,7 @@ from gpu_waits import GPU, recorded_waits
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from launcher import adamw, sgd
+from launcher import adamw, schedule_free, sgd
 from launcher.engine.backends.base import poison_nonfinite
 from launcher.engine.backends.local import LocalBackend
 from launcher.engine.backends.transfers import upload, upload_scalar, upload_tensor
@@ -209,6 +209,8 @@ STEPS: dict[str, tuple[Any, int]] = {
     "sgd": (sgd(), 0),
     "sgd without momentum": (sgd(momentum=0.0), 0),
     "adamw": (adamw(), 0),
+    "small states": (adamw(state_dtype="bf16"), 0),
+    "schedule-free": (schedule_free(), 0),
     "a recipe's fused optimizer": (own_fused_adam, 0),
     "a recipe's other optimizer": (own_adam, 1),
 }

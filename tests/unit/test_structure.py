@@ -35,6 +35,7 @@ ROOMS = [
     ["runs"],
     ["analysis"],
     ["console", "slurm"],
+    ["engine.optimizers"],
     ["engine.ranks", "engine.state"],
     ["engine.backends"],
     ["engine.data", "engine.saving"],

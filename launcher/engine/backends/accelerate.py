@@ -41,6 +41,7 @@ from launcher.engine.backends.recipe_forward import (
 from launcher.engine.backends.unused_parameters import UsedParameters
 from launcher.engine.ranks.turns import Turns
 from launcher.engine.state.parameter_kinds import (
+    keep_gradients_in_float32,
     sparse_parameters,
 )
 from launcher.environment.machine import lacks_peer_access
@@ -61,6 +62,8 @@ _NUM_FIRST_TIMED, _TIMED_STRIDE = 10, 100
 
 _PREFIXES = "ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_"
 """Beginnings of the names of variables in which Accelerate keeps its settings."""
+_BYTES_PER_SUM = 25 << 20
+"""Bytes of gradients that are averaged over ranks together, as in DistributedDataParallel."""
 
 _TIMED_PARTS = "comm", "compute_comm_overlap"
 
@@ -184,6 +187,9 @@ class DDPBackend(GroupBackend):
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
             ],
         )
+        self._reduces_at_end = recipe.param_dtype == "bf16"
+        """Whether gradients are averaged after backward, because DistributedDataParallel averages
+        them in the dtype of the weights, and these are in float32."""
         if not recipe.sync_batchnorm:  # whose statistics wait for other ranks in every pass
             self.compute_timer = compute_timer(self.device)
 
@@ -205,6 +211,8 @@ class DDPBackend(GroupBackend):
                 "model. Check the versions of accelerate and torch."
             )
         self._wrapped, self._module = wrapped, model
+        if self._reduces_at_end:
+            keep_gradients_in_float32(model)
         self._sparse = frozenset(sparse_parameters(model).values())
         self._used = UsedParameters(model, self._sparse)
         if self.device.type == "cpu":
@@ -221,6 +229,7 @@ class DDPBackend(GroupBackend):
     def micro_step(
         self, *, last: bool, part: Part | None = None
     ) -> contextlib.AbstractContextManager[Any]:
+        last = last and not self._reduces_at_end
         self._averages_gradients = last
         if self.compute_timer is not None:
             self.compute_timer.begin(last=last)
@@ -233,6 +242,8 @@ class DDPBackend(GroupBackend):
             self._used.complete()
 
     def apply(self, optimizer: Optimizer, max_grad_norm: float | None) -> Tensor:
+        if self._reduces_at_end:
+            average_gradients(self._with_gradients(optimizer), self.world_size)
         norm = super().apply(optimizer, max_grad_norm)
         self._used.clear()
         return norm
@@ -254,6 +265,21 @@ class DDPBackend(GroupBackend):
             logging_data.get(f"avg_backward_{part}_time", 0) for part in _TIMED_PARTS
         )
         return steps * (total - overlapped) / 1e9, steps
+
+
+def average_gradients(parameters: list[nn.Parameter], world_size: int) -> None:
+    """Average gradients over ranks, in their own dtype, a bounded number at a time (collective)."""
+    bucket: list[Tensor] = []
+    for number, parameter in enumerate(parameters, start=1):
+        assert parameter.grad is not None
+        bucket.append(parameter.grad)
+        if number == len(parameters) or sum(grad.nbytes for grad in bucket) >= _BYTES_PER_SUM:
+            flat = torch.cat([grad.reshape(-1) for grad in bucket])
+            dist.all_reduce(flat)
+            parts = flat.div_(world_size).split([grad.numel() for grad in bucket])
+            for grad, part in zip(bucket, parts, strict=True):
+                grad.copy_(part.view(grad.shape))
+            bucket = []
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -31,7 +31,7 @@ from launcher.engine.state.module_state import (
     read_buffers,
     read_extra_state,
 )
-from launcher.engine.state.parameter_kinds import gradient_values, sparse_zeros
+from launcher.engine.state.parameter_kinds import gradient_values, sparse_zeros, zero_gradient
 from launcher.engine.state.training_state import (
     Snapshot,
     StateSource,
@@ -404,7 +404,7 @@ class Backend(ABC):
         for parameter in self._trained:
             if parameter.grad is None and parameter.requires_grad:
                 is_sparse = parameter in self._sparse
-                zeros = sparse_zeros if is_sparse else torch.zeros_like
+                zeros = sparse_zeros if is_sparse else zero_gradient
                 parameter.grad = zeros(parameter)
         return [parameter for parameter in parameters if parameter.grad is not None]
 
@@ -420,6 +420,32 @@ class Backend(ABC):
         if not grads:
             return torch.zeros((), device=self.device)
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))  # noqa: SLF001
+
+    @contextlib.contextmanager
+    def evaluated_weights(self, model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
+        """Replace the weights by those that the optimizer evaluates, in this context (collective).
+
+        Schedule-free optimizers train at other weights than those that they evaluate.
+        """
+        begin, end = getattr(optimizer, "eval", None), getattr(optimizer, "train", None)
+        if begin is None or end is None:
+            yield
+            return
+        self.unwrap(model)  # weights that FSDP still holds gathered would keep their values
+        begin()
+        try:
+            yield
+        finally:
+            self.unwrap(model)
+            end()
+
+    def final_weights(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+        """Return the weights that the optimizer evaluates, as `weights` does (collective)."""
+        with self.evaluated_weights(model, optimizer):
+            weights = self.weights(model)
+            if hasattr(optimizer, "eval"):  # training weights come back into the same memory
+                return {name: tensor.to("cpu", copy=True) for name, tensor in weights.items()}
+            return weights
 
     def any_rank(self, flag: bool) -> bool:
         """Return whether `flag` is true on any rank (collective)."""

@@ -16,6 +16,7 @@ from launcher.planning.plan import Plan
 from launcher.recipe.recipe import Recipe
 
 _MIN_CAPABILITY_BF16 = (8, 0)
+_MIN_CAPABILITY_FP8 = (8, 9)
 _MIN_CAPABILITY_COMPILE = (7, 0)
 """The lowest CUDA compute capabilities that support each feature."""
 
@@ -46,6 +47,11 @@ def planned_device(recipe: Recipe, plan: Plan, local_rank: int) -> torch.device:
         raise WorldError(
             f"precision=bf16 needs a GPU of the Ampere generation or newer, but this is a {name}. "
             "Use precision=fp16 or precision=fp32."
+        )
+    if recipe.fp8 and capability < _MIN_CAPABILITY_FP8:
+        raise WorldError(
+            f"fp8=true needs a GPU of the Ada or Hopper generation or newer, but this is a {name}. "
+            "Leave fp8 out."
         )
     if recipe.compile and capability < _MIN_CAPABILITY_COMPILE:
         raise WorldError(

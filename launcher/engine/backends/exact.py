@@ -18,7 +18,7 @@ from launcher.engine.backends.exact_norm import exact_norm
 from launcher.engine.backends.local import LocalBackend
 from launcher.engine.ranks.freed_memory import keep_freed_memory
 from launcher.engine.state.loss_scaler import LossScaler
-from launcher.engine.state.parameter_kinds import sparse_parameters
+from launcher.engine.state.parameter_kinds import sparse_parameters, zero_gradient
 from launcher.errors import RecipeError
 from launcher.planning.virtual_ranks import Node, Part, TreeSum, virtual_rank_of
 
@@ -73,7 +73,7 @@ class ExactSums(_Base):
         gradients = []
         for parameter in self._exact_parameters:
             gradient = parameter.grad
-            gradients.append(torch.zeros_like(parameter) if gradient is None else gradient)
+            gradients.append(zero_gradient(parameter) if gradient is None else gradient)
             parameter.grad = None
         self._tree.push_node(node, gradients)
 
@@ -131,7 +131,7 @@ class ExactLocalBackend(ExactSums, LocalBackend):
         """
         for parameter in self._exact_parameters:
             if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = zero_gradient(parameter)
         self._left = part
         self._versions = [_version(parameter) for parameter in self._exact_parameters]
 

@@ -42,7 +42,10 @@ from launcher.engine.backends.tensor_parallel import (
 )
 from launcher.engine.state.compiled import plain_name
 from launcher.engine.state.optimizer_kinds import check_strategy_of
-from launcher.engine.state.parameter_kinds import check_batch_norm_precision
+from launcher.engine.state.parameter_kinds import (
+    check_batch_norm_precision,
+    keep_gradients_in_float32,
+)
 from launcher.engine.state.sharded_tensors import (
     TENSOR_PARALLEL,
     gather_full,
@@ -168,6 +171,10 @@ class FSDPBackend(GroupBackend):
             if self.plan.tensor_parallel > 1
             else None
         )
+        if self.recipe.param_dtype == "bf16":
+            keep_gradients_in_float32(model)
+            for unit in units:
+                keep_reduced_in_float32(unit)
         optimizer = make_optimizer(model)  # of the weights that were sharded in place
         check_strategy_of(optimizer, "fsdp")
         return wrapped, optimizer
@@ -218,6 +225,22 @@ class FSDPBackend(GroupBackend):
             if self.rank == 0:
                 weights[plain_name(name)] = gathered.cpu()
         return weights
+
+
+def keep_reduced_in_float32(unit: Any) -> None:
+    """Keep the gradients of an FSDP module in the dtype in which they were reduced.
+
+    FSDP would round them to the dtype of the weights after each micro-step.
+    """
+    for group in unit._get_fsdp_state()._fsdp_param_groups:  # noqa: SLF001
+        prepare = group._init_mp_dtypes  # noqa: SLF001
+
+        def prepare_and_keep(group: Any = group, prepare: Callable[[], None] = prepare) -> None:
+            prepare()
+            if group._orig_dtype is not None:  # noqa: SLF001
+                group._orig_dtype = torch.float32  # noqa: SLF001
+
+        group._init_mp_dtypes = prepare_and_keep  # noqa: SLF001
 
 
 def _check_numbering(plan: Plan, world: World) -> None:

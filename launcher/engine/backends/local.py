@@ -14,7 +14,7 @@ from launcher.engine.backends.base import Backend
 from launcher.engine.backends.compute_timer import compute_timer
 from launcher.engine.backends.devices import planned_device
 from launcher.engine.ranks.cpu_binding import allowed_cpus, keep_to_cpus
-from launcher.engine.state.parameter_kinds import sparse_parameters
+from launcher.engine.state.parameter_kinds import keep_gradients_in_float32, sparse_parameters
 from launcher.environment.world import World
 from launcher.planning.plan import Plan
 from launcher.planning.virtual_ranks import Part
@@ -40,6 +40,8 @@ class LocalBackend(Backend):
         make_optimizer: Callable[[nn.Module], Optimizer],
     ) -> tuple[nn.Module, Optimizer]:
         model = self.place(model)
+        if self.recipe.param_dtype == "bf16":
+            keep_gradients_in_float32(model)
         self._sparse = frozenset(sparse_parameters(model).values())
         return model, make_optimizer(model)
 

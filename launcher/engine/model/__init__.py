@@ -3,5 +3,7 @@
 batch_norm        BatchNorm statistics when a batch is split over ranks
 sync_batch_norm   BatchNorm over the micro-batches of all ranks
 blocks            repeated layers, which are sharded, compiled and recomputed as units
+fp8               linear layers that multiply in fp8
+four_bits         linear layers whose frozen weights are kept in 4 bits
 forward_writes    weights and buffers that a forward pass modifies
 """

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import SGD, Optimizer
 
+from launcher.engine.optimizers.named import is_own, named_optimizer, parts_of
 from launcher.engine.state.optimizer_kinds import check_optimizer_kind, check_sparse_support
 from launcher.engine.state.parameter_kinds import sparse_parameters
 from launcher.errors import RecipeError
@@ -49,25 +50,7 @@ def make_optimizer(recipe: Recipe, model: nn.Module, lr: float) -> Optimizer:
             "Embedding(sparse=True). Leave sparse=True out, or let the recipe's optimizer be a "
             "function that returns torch.optim.SGD or torch.optim.Adagrad."
         )
-    arguments: dict[str, Any] = dict(recipe.optimizer.arguments)
-    groups = _parameter_groups(model, decay_1d=arguments.pop("decay_1d", True))
-    trained = [parameter for group in groups for parameter in group["params"]]
-    # Fused kernels update all parameters at once; without them torch loops over the parameters on
-    # CPUs. torch has no fused SGD for FSDP's DTensors: see `_step_shards`. On CPUs they round the
-    # last elements of a tensor otherwise than the others, so that bits would depend on the shards.
-    is_sgd = recipe.optimizer.name == "sgd"
-    if recipe.exact:
-        arguments["foreach"] = True
-    arguments["fused"] = not recipe.exact and all(
-        parameter.is_floating_point()
-        and (type(parameter) is nn.Parameter or (isinstance(parameter, DTensor) and not is_sgd))
-        for parameter in trained
-    )
-    if is_sgd:
-        arguments.setdefault("momentum", 0.9)
-        return SGD(groups, lr=lr, **arguments)
-    betas = (arguments.pop("beta1", 0.9), arguments.pop("beta2", 0.999))
-    return AdamW(groups, lr=lr, betas=betas, **arguments)
+    return named_optimizer(recipe, model, lr)
 
 
 def _check_parameters(optimizer: Optimizer, model: nn.Module) -> None:
@@ -88,17 +71,6 @@ def _check_parameters(optimizer: Optimizer, model: nn.Module) -> None:
             "take them from the model that it is called with, as in model.parameters(), and make "
             "further parameters attributes of the model."
         )
-
-
-def _parameter_groups(model: nn.Module, *, decay_1d: bool) -> list[dict[str, Any]]:
-    """Return the trained parameters in groups, with and without weight decay."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if decay_1d:
-        return [{"params": trained}]
-    decayed = [parameter for parameter in trained if parameter.ndim > 1]
-    undecayed = [parameter for parameter in trained if parameter.ndim <= 1]
-    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
 
 
 def take_step(optimizer: Optimizer, recipe: Recipe, finite: bool | Tensor) -> None:
@@ -125,18 +97,24 @@ def take_step(optimizer: Optimizer, recipe: Recipe, finite: bool | Tensor) -> No
             optimizer.step()
         return
     with torch.no_grad():
-        if isinstance(finite, Tensor) and _has_state(optimizer):
-            found_inf = finite.logical_not().float()
-            if optimizer.param_groups[0]["fused"]:
-                optimizer.found_inf = found_inf  # type: ignore[attr-defined]
-            elif _has_float_shards(optimizer):
-                _step_shards(optimizer, found_inf)
-                return
-            elif not bool(finite):
-                return
+        for part in parts_of(optimizer):
+            _take_named_step(part, finite)
+
+
+def _take_named_step(optimizer: Optimizer, finite: bool | Tensor) -> None:
+    """Take a step with an optimizer that `make_optimizer` created, if the gradient is `finite`."""
+    if isinstance(finite, Tensor) and (_has_state(optimizer) or is_own(optimizer)):
+        found_inf = finite.logical_not().float()
+        if is_own(optimizer) or optimizer.param_groups[0]["fused"]:
+            optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+        elif _has_float_shards(optimizer):
+            _step_shards(optimizer, found_inf)
+            return
         elif not bool(finite):
             return
-        _unwrapped_step(type(optimizer).step)(optimizer)
+    elif not bool(finite):
+        return
+    _unwrapped_step(type(optimizer).step)(optimizer)
 
 
 def _skips_on_device(optimizer: Optimizer) -> bool:
@@ -172,7 +150,8 @@ def _step_unless(optimizer: Optimizer, found_inf: Tensor) -> None:
 
 def _has_state(optimizer: Optimizer) -> bool:
     """Return whether a step creates no more state: SGD without momentum has none at all."""
-    return bool(optimizer.state) or not any(
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    return any(optimizer.state.get(weight) for weight in weights) or not any(
         group.get("momentum", True) for group in optimizer.param_groups
     )
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import SGD, Adagrad, Optimizer, SparseAdam
 
 from launcher.errors import RecipeError
+from launcher.planning.strategy import STRATEGIES
 
 _STRATEGIES = {
     "Adafactor": "ddp",
@@ -109,6 +110,12 @@ def check_strategy_of(optimizer: Optimizer, strategy: str) -> None:
         RecipeError: The optimizer would fail, or compute something else.
     """
     kind = type(optimizer).__name__
+    if STRATEGIES[strategy].uses_deepspeed and hasattr(optimizer, "eval"):
+        raise RecipeError(
+            f"The recipe's optimizer is {kind}, which evaluates other weights than it trains, and "
+            f"under strategy={strategy} it would replace them in DeepSpeed's copy alone. Use "
+            "strategy=ddp or fsdp."
+        )
     strategies = _STRATEGIES.get(kind)
     if strategies is None or strategy in strategies.replace(",", "").split():
         return

@@ -34,8 +34,8 @@ def check_parameters(model: nn.Module, plan: Plan) -> None:
     """Refuse parameters that the strategy cannot train.
 
     Raises:
-        RecipeError: The model has scalar parameters, or parameters with sparse gradients, and the
-            strategy shards parameters or their gradients.
+        RecipeError: The model has scalar parameters, parameters with sparse gradients, or
+            parameters of whole numbers, and the strategy cannot shard them or their gradients.
     """
     if STRATEGIES[plan.strategy].shards:
         for name, parameter in model.named_parameters():
@@ -44,6 +44,14 @@ def check_parameters(model: nn.Module, plan: Plan) -> None:
                     f"The model's {plain_name(name)} is a scalar, a parameter of shape (), which "
                     f"strategy={plan.strategy} cannot shard. Use strategy=ddp, or give it the "
                     "shape (1,), as in nn.Parameter(torch.ones(1))."
+                )
+    if STRATEGIES[plan.strategy].uses_deepspeed:
+        for name, parameter in model.named_parameters():
+            if not (parameter.is_floating_point() or parameter.is_complex()):
+                raise RecipeError(
+                    f"The model's {plain_name(name)} holds whole numbers ({parameter.dtype}), such "
+                    f"as weights in 4 bits, and under strategy={plan.strategy} DeepSpeed takes "
+                    "every weight for a real number. Use strategy=ddp or fsdp."
                 )
     sparse = next(iter(sparse_parameters(model)), None)
     if sparse is None:
@@ -74,6 +82,39 @@ def check_batch_norm_precision(model: nn.Module, precision: str) -> None:
                 f"({plain_name(name)}), because torch takes its weights in fp32 only there. Use "
                 "precision=fp32, strategy=ddp or zero2, or GroupNorm."
             )
+
+
+def keep_in_bfloat16(model: nn.Module) -> None:
+    """Round the float32 weights of a model to bfloat16, in place; buffers stay as they are.
+
+    Gradients stay in float32 (`keep_gradients_in_float32`), so that sums over micro-batches and
+    ranks are as exact as those for weights in float32.
+
+    Raises:
+        RecipeError: The model has BatchNorm, whose kernels need weights like its statistics.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.affine and module.track_running_stats:
+            raise RecipeError(
+                f"param_dtype=bf16 cannot run BatchNorm ({plain_name(name)}), because torch takes "
+                "its weights in fp32 only, the dtype of its statistics. Use GroupNorm or "
+                "LayerNorm, or leave param_dtype out."
+            )
+    for parameter in model.parameters():
+        if parameter.dtype == torch.float32:
+            parameter.data = parameter.data.bfloat16()
+
+
+def keep_gradients_in_float32(model: nn.Module) -> None:
+    """Let autograd accumulate the gradients of bfloat16 weights in float32."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype == torch.bfloat16:
+            parameter.grad_dtype = torch.float32
+
+
+def zero_gradient(parameter: Tensor) -> Tensor:
+    """Return a gradient of zeros for a parameter, in the dtype of its gradients."""
+    return torch.zeros_like(parameter, dtype=parameter.grad_dtype or parameter.dtype)
 
 
 def gradient_values(parameter: nn.Parameter) -> Tensor:

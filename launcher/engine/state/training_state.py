@@ -22,9 +22,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Optimizer
 from torch.utils._pytree import tree_leaves
 
+from launcher.engine.optimizers.eight_bit import SCALE, zeros_by_row
 from launcher.engine.state.compiled import plain_name
 from launcher.engine.state.fragments import Fragment
 from launcher.engine.state.hyperparameters import SCHEDULED
@@ -239,6 +241,9 @@ def empty_state(
         # The device is the one that torch's own load_state_dict chooses: a step count stays on the
         # host unless the kernels read it on the device, and state of another shape, such as
         # Adafactor's rows and columns, is on the parameter's device.
+        if key.endswith(SCALE) and saved_size is not None and isinstance(parameter, DTensor):
+            state[key] = zeros_by_row(parameter, saved_size[1], dtype)
+            continue
         on_host = key == STEP and not (group.get("fused") or group.get("capturable"))
         device = torch.device("cpu") if on_host else parameter.device
         state[key] = torch.zeros(saved_size or (), dtype=dtype, device=device)

@@ -23,12 +23,13 @@ from launcher.engine.metrics.noise_meter import STRIDE, make_noise_meter
 from launcher.engine.model.batch_norm import BatchNorms, check_first_batch_norm_input
 from launcher.engine.model.blocks import checkpoint_activations, compile_blocks, find_blocks
 from launcher.engine.model.forward_writes import ForwardWrites
+from launcher.engine.model.fp8 import compute_in_fp8
 from launcher.engine.model.lazy import initialize_lazy_layers, lazy_names
 from launcher.engine.model.sync_batch_norm import synchronize
 from launcher.engine.saving.final_weights import check_savable
 from launcher.engine.state.compiled import is_compiled, limit_compile_workers
 from launcher.engine.state.hyperparameters import make_optimizer
-from launcher.engine.state.parameter_kinds import check_parameters
+from launcher.engine.state.parameter_kinds import check_parameters, keep_in_bfloat16
 from launcher.engine.state.virtual_buffers import VirtualBuffers
 from launcher.engine.training.loop import TrainContext
 from launcher.errors import RecipeError
@@ -189,8 +190,12 @@ def build_model_and_optimizer(
     _check_same_weights(model, backend)
     if plan.precision == "fp64":
         model = model.double()
+    if recipe.param_dtype == "bf16":
+        keep_in_bfloat16(model)
     if recipe.sync_batchnorm and backend.world_size > 1:
         model = synchronize(model)
+    if recipe.fp8:
+        compute_in_fp8(model)
     blocks = find_blocks(model, recipe.blocks)
     if recipe.activation_checkpointing:
         if not blocks:

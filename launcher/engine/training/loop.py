@@ -315,16 +315,17 @@ def evaluate(context: TrainContext, step: int) -> dict[str, float]:
     totals = torch.zeros(num_parts, len(functions), 2, dtype=torch.float64, device=backend.device)
     context.batch_norms.average(backend)
     model.eval()
-    for _ in range(context.sampler.evaluation_steps()):
-        context.report_phase(step, "evaluating")
-        micro_batch = next(context.micro_batches)
-        batch = backend.to_device(micro_batch.batch)
-        with backend.autocast():
-            outputs = backend.forward(recipe.forward, model, batch)
-            pairs = [sum_and_count(function, outputs, batch) for function in functions.values()]
-        if micro_batch.has_weight:
-            part = virtual_rank_of(micro_batch.request.part) if context.plan.exact else 0
-            totals[part] += torch.stack([upload(pair, backend.device) for pair in pairs])
+    with backend.evaluated_weights(model, context.optimizer):
+        for _ in range(context.sampler.evaluation_steps()):
+            context.report_phase(step, "evaluating")
+            micro_batch = next(context.micro_batches)
+            batch = backend.to_device(micro_batch.batch)
+            with backend.autocast():
+                outputs = backend.forward(recipe.forward, model, batch)
+                pairs = [sum_and_count(function, outputs, batch) for function in functions.values()]
+            if micro_batch.has_weight:
+                part = virtual_rank_of(micro_batch.request.part) if context.plan.exact else 0
+                totals[part] += torch.stack([upload(pair, backend.device) for pair in pairs])
     model.train()
     means = {}
     parts = backend.read(backend.sum_samples(totals))
