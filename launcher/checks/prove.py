@@ -221,7 +221,7 @@ def _compatible_strategies(recipe: Recipe, machine: Machine, world_size: int) ->
 
 def _tensor_parallel(recipe: Recipe, strategy: str) -> int:
     """Return the `tensor_parallel` of a recipe under a strategy; only FSDP takes it."""
-    return recipe.tensor_parallel if STRATEGIES[strategy].uses_fsdp else 1
+    return recipe.tensor_parallel if _uses_fsdp(strategy) else 1
 
 
 def _with_strategy(recipe: Recipe, strategy: StrategyName) -> Recipe:
@@ -232,10 +232,15 @@ def _with_strategy(recipe: Recipe, strategy: StrategyName) -> Recipe:
     return replace(recipe, strategy=strategy, **changes)
 
 
+def _uses_fsdp(strategy: str) -> bool:
+    """Return whether FSDP implements a strategy; false for a name that the recipe will refuse."""
+    return strategy in STRATEGIES and STRATEGIES[strategy].uses_fsdp
+
+
 def _trial_overrides(overrides: Sequence[Override], strategy: str) -> tuple[Override, ...]:
     """Return the overrides that a trial is both planned and run with."""
     settings: dict[str, Any] = {"strategy": strategy, "record_samples": True, "trackers": ()}
-    if not STRATEGIES[strategy].uses_fsdp:  # the other strategies refuse its settings
+    if not _uses_fsdp(strategy):  # the other strategies refuse its settings
         settings |= {**FSDP_DEFAULTS, "tensor_parallel": 1}
     added = (Override(name=n, value=v, source="launcher prove") for n, v in settings.items())
     return (*overrides, *added)
