@@ -470,6 +470,14 @@ def test_states_of_large_weights_are_in_8_bits() -> None:
         assert (small - plain).norm() < 0.05 * (plain - plain.mean()).norm()
 
 
+def test_rows_that_are_cut_are_refused(mesh: DeviceMesh) -> None:
+    """States in 8 bits of a weight that is sharded within its rows are refused at once."""
+    model = nn.Linear(128, 64, bias=False)
+    model.weight = nn.Parameter(DTensor.from_local(model.weight.detach(), mesh, [Shard(1)]))
+    with pytest.raises(RecipeError, match="within its rows"):
+        make_optimizer(replace(digits(), optimizer=EIGHT), model, 0.1)
+
+
 def test_schedule_free_is_the_article_s() -> None:
     """Steps follow the formulas of arXiv:2405.15682 for a scalar, in float64."""
     weight = nn.Parameter(torch.tensor([2.0], dtype=torch.float64))

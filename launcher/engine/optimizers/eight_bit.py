@@ -45,6 +45,9 @@ class EightBitAdamW(SmallAdamW):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._first: dict[Tensor, ElementPositions] = {}
+        for group in self.param_groups:
+            for weight in group["params"]:
+                is_large(weight)  # refuses weights before the first step
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
