@@ -142,14 +142,13 @@ def test_values_of_bfloat16_stay() -> None:
 def test_positions_belong_to_elements(mesh: DeviceMesh) -> None:
     """Elements have their index in the full weight plus that of its first element, mod 2**32."""
     plain = ElementPositions(torch.empty(6, 5), 2**32 - 3)
-    out = torch.empty(10, dtype=torch.int32)
-    plain.write(4, out)
+    out = plain.of(4, 10, torch.device("cpu"))
+    assert out.dtype == torch.int32
     assert out.tolist() == [(2**32 - 3 + 4 + i + 2**31) % 2**32 - 2**31 for i in range(10)]
     sharded = DTensor.from_local(torch.empty(6, 5), mesh, [Shard(1)])
     columns = ElementPositions(sharded, 7)
     columns._has_whole_rows, columns._shape, columns._offset = False, (6, 2), (0, 3)
-    out = torch.empty(12, dtype=torch.int32)
-    columns.write(0, out)
+    out = columns.of(0, 12, torch.device("cpu"))
     assert out.tolist() == [7 + 5 * row + column for row in range(6) for column in (3, 4)]
 
 

@@ -109,7 +109,10 @@ class FlatOptimizer(Optimizer):
             if not used:
                 continue
             counts = [self._state_of(weight)[STEP] for weight in used]
-            torch._foreach_add_(counts, 1.0 if self.found_inf is None else 1.0 - self.found_inf)
+            taken = torch.ones_like(counts[0])
+            if self.found_inf is not None:
+                taken -= self.found_inf
+            torch._foreach_add_(counts, [taken] * len(counts))  # one tensor would be read
             values = {**group, STEP: counts[0].double()}
             values |= self._advance(values, used)
             for bucket in buckets:
@@ -191,9 +194,9 @@ class FlatOptimizer(Optimizer):
         for name, values in rounded.items():
             if self.found_inf is not None:
                 values = torch.where(self.found_inf.bool(), old[name], values)  # noqa: PLW2901
-            for piece, part in zip(pieces, values.split(sizes), strict=True):
-                target = self._part(name, piece)
-                target.copy_(part.view(target.shape))
+            targets = [self._part(name, piece) for piece in pieces]
+            parts = zip(targets, values.split(sizes), strict=True)
+            torch._foreach_copy_(targets, [part.view(target.shape) for target, part in parts])
 
     def _round(
         self,
@@ -206,11 +209,11 @@ class FlatOptimizer(Optimizer):
         rounded = [name for name in new if old[name].dtype == torch.bfloat16]
         if not rounded:
             return new
-        positions = torch.empty_like(new[WEIGHT], dtype=torch.int32)
-        sizes = [piece.stop - piece.start for piece in pieces]
-        for piece, part in zip(pieces, positions.split(sizes), strict=True):
-            piece.positions.write(piece.start, part)
-        bits = random_bits(positions, self._seed, step)
+        device = new[WEIGHT].device
+        positions = [
+            piece.positions.of(piece.start, piece.stop - piece.start, device) for piece in pieces
+        ]
+        bits = random_bits(torch.cat(positions), self._seed, step)
         for number, name in enumerate(rounded):
             if number and number % 2 == 0:  # the 16 bits of two values are used up
                 bits = random_bits(bits, self._seed + number, step)

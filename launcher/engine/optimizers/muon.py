@@ -126,8 +126,7 @@ class Muon(Optimizer):
                 for other in group["params"]:
                     self._positions[other] = ElementPositions(other, first)
                     first += other.numel()
-        positions = torch.empty(values.numel(), dtype=torch.int32, device=values.device)
-        self._positions[weight].write(0, positions)
+        positions = self._positions[weight].of(0, values.numel(), values.device)
         bits = random_bits(positions, self._seed, self.state[weight][STEP]).bitwise_and_(0xFFFF)
         return round_to_bfloat16(values.reshape(-1), bits).view(values.shape)
 

@@ -86,26 +86,27 @@ class ElementPositions:
         self._strides = [math.prod(weight.shape[dim + 1 :]) for dim in range(weight.ndim)]
         self._has_whole_rows = tuple(self._shape[1:]) == tuple(weight.shape[1:])
 
-    def write(self, start: int, out: Tensor) -> None:
-        """Write the positions, modulo 2**32, of consecutive elements of the flattened shard.
+    def of(self, start: int, length: int, device: torch.device) -> Tensor:
+        """Return the positions, modulo 2**32, of consecutive elements of the flattened shard.
 
         Args:
             start: Index of the first of them.
-            out: Receives the positions, as int32.
+            length: Number of elements.
+            device: The device of the result.
+
+        Returns:
+            The positions as int32, of shape (length,).
         """
-        length = out.numel()
         if self._has_whole_rows:
             before = self._first + start
             if self._offset:
                 before += self._offset[0] * self._strides[0]
-            torch.arange(length, dtype=torch.int32, out=out)
-            out += signed(before)
-            return
-        index = torch.arange(start, start + length, device=out.device)
+            return torch.arange(length, dtype=torch.int32, device=device) + signed(before)
+        index = torch.arange(start, start + length, device=device)
         positions = torch.full_like(index, self._first)
         for size, offset, stride in zip(
             reversed(self._shape), reversed(self._offset), reversed(self._strides), strict=True
         ):
             positions += (index % size + offset) * stride
             index = index.div_(size, rounding_mode="floor")
-        out.copy_(positions)
+        return positions.to(torch.int32)
