@@ -112,7 +112,6 @@ def cases() -> Iterator[Split]:
     yield REFUSED
     squares = [Split(4, name, TP, 2) for name in ("gpt", "llama")]
     yield from squares
-    yield Split(4, "tied", TP)
     yield Split(4, "dropping", TP)
     yield Split(4, "llama", TP, source=pairs[1])
     yield Split(4, "gpt", FSDP, source=pairs[0])

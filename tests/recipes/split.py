@@ -29,7 +29,7 @@ def split_gpt() -> Recipe:
         batch_size=12,
         lr=0.3,
         lr_batch_size=12,
-        epochs=3,
+        epochs=2,
         train_samples=40,
         max_grad_norm=0.5,
         in_memory=True,
