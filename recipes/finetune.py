@@ -6,7 +6,7 @@ slowly than the new head (`factor`), or not at all (`frozen=true`). `from_scratc
 net from random weights.
 
     launcher run finetune:pretrain --out runs/pretrained
-    launcher run finetune weights=runs/pretrained/model.safetensors
+    launcher run finetune pretrained=runs/pretrained/model.safetensors
 
 `causal_lm` trains a language model that transformers loads from a folder on a folder of text, with
 LoRA if `lora` gives the rank of its matrices. It needs `pip install transformers`, and peft for
@@ -66,7 +66,7 @@ def pretrain(*, data: Path = DATA) -> Recipe:
 
 def finetune(
     *,
-    weights: Path = Path("runs/pretrained/model.safetensors"),
+    pretrained: Path = Path("runs/pretrained/model.safetensors"),
     data: Path = DATA,
     images: int = 50,
     factor: float = 0.3,
@@ -75,7 +75,7 @@ def finetune(
     """The other five classes from few images, starting from the weights of `pretrain`.
 
     Args:
-        weights: The model.safetensors of a run of `pretrain`.
+        pretrained: The model.safetensors of a run of `pretrain`.
         data: Folder of Fashion-MNIST's four files.
         images: Training images of each class.
         factor: Factor of the learning rate of the layers below the head.
@@ -84,7 +84,7 @@ def finetune(
     return replace(
         from_scratch(data=data, images=images),
         name="finetune",
-        model=lambda: load_body(weights),
+        model=lambda: load_body(pretrained),
         optimizer=lambda model, lr: make_optimizer(model, lr, factor=0.0 if frozen else factor),
     )
 
@@ -132,7 +132,7 @@ def choose(folder: Path, classes: tuple[int, ...], limit: int | None) -> Data:
     return Data(train=select(fashion.train, limit), evaluation=select(fashion.evaluation, None))
 
 
-def load_body(weights: Path) -> nn.Module:
+def load_body(pretrained: Path) -> nn.Module:
     """Return the net with pretrained layers below a new head.
 
     Raises:
@@ -143,20 +143,20 @@ def load_body(weights: Path) -> nn.Module:
 
     model = build_model()
     try:
-        trained = load_file(weights)
+        trained = load_file(pretrained)
     except (OSError, SafetensorError) as error:
         raise RecipeError(
-            f"weights={weights}: {error}. Train them with `launcher run finetune:pretrain --out "
-            "runs/pretrained`, and give the path of their model.safetensors as weights=."
+            f"pretrained={pretrained}: {error}. Train them with `launcher run finetune:pretrain "
+            "--out runs/pretrained`, and give the path of their model.safetensors as pretrained=."
         ) from None
     body = {name: value for name, value in trained.items() if not name.startswith(HEAD)}
     try:
         missing, _ = model.load_state_dict(body, strict=False)
     except RuntimeError as error:
-        raise RecipeError(f"weights={weights}: {error}") from None
+        raise RecipeError(f"pretrained={pretrained}: {error}") from None
     if any(not name.startswith(HEAD) for name in missing):
         raise RecipeError(
-            f"weights={weights}: the file has no {', '.join(missing)}, which this net needs. "
+            f"pretrained={pretrained}: the file has no {', '.join(missing)}, which this net needs. "
             "Give the weights of finetune:pretrain."
         )
     return model

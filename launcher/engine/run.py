@@ -119,6 +119,7 @@ def train_rank(
         first_step=first_step,
         last_step=last_step,
         evaluates_first=resume_point is not None and not resume_point.is_evaluated,
+        is_restored=resume_point is not None,
         trial=trial,
         source=source,
         report_phase=report_phase,

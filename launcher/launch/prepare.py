@@ -20,6 +20,7 @@ from launcher.launch.multi_node import check_restarts
 from launcher.launch.only_launcher import check_only_launcher
 from launcher.paths import is_dir
 from launcher.planning.plan import Plan
+from launcher.planning.weight_headers import read_weight_headers
 from launcher.recipe.overrides import BuiltRecipe, Override, build
 from launcher.recipe.resolve import Reference, resolve
 from launcher.runs.checkpoints import (
@@ -137,6 +138,8 @@ def prepare_run(request: RunRequest, *, elsewhere: bool = False) -> PreparedRun:
     check_only_launcher(request.nodes)
     check_restarts(request.nodes, request.max_restarts)
     built, plan = _plan(request, request.reference, request.overrides, elsewhere=elsewhere)
+    if built.recipe.weights is not None:
+        read_weight_headers(built.recipe.weights)  # refuses what cannot be read
     return PreparedRun(
         request=request,
         reference=request.reference,

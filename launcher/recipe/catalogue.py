@@ -28,6 +28,7 @@ TOPICS = {
         "lr lr_batch_size lr_rule schedule optimizer max_grad_norm"
     ),
     "Length of the run": "epochs steps train_samples evaluate_every seed",
+    "Initial weights": "weights strict_weights",
     "Memory and speed": (
         "strategy shard reshard_after_forward accumulate_unsharded prefetch_blocks reduce_dtype "
         "tensor_parallel offload precision param_dtype fp8 compile activation_checkpointing blocks "

@@ -221,6 +221,14 @@ class Recipe:
     """How tensor_parallel splits the model: names of modules, with * for the numbers of layers, to
     styles such as colwise and rowwise; None takes the plan of a transformers model."""
 
+    weights: Annotated[str | None, Affects.UPDATES] = None
+    """Initial weights in place of those that the model function draws: a safetensors file, or a
+    folder in Hugging Face's format; every rank reads its own part."""
+
+    strict_weights: Annotated[bool, Affects.UPDATES] = True
+    """Whether the files of weights must hold all weights of the model, and nothing else. With false
+    the model's own values stay in place of missing ones."""
+
     offload: Annotated[Literal["cpu"] | None, Affects.EXECUTION] = None
     """Keep what the strategy shards in host memory (cpu); None keeps it on the GPU."""
 

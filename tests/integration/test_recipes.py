@@ -167,14 +167,14 @@ def test_images_in_folders_are_learned(run: Commands) -> None:
 def test_pretraining_helps(run: Commands) -> None:
     """Fine-tuning beats training from scratch, and missing weights are refused with exit code 2."""
     train(run, "finetune:pretrain")
-    weights = f"weights={run.folder}/finetune-pretrain/model.safetensors"
+    weights = f"pretrained={run.folder}/finetune-pretrain/model.safetensors"
     accuracy = train(run, "finetune", weights, ranks=1)["accuracy"]
     assert accuracy > train(run, "finetune:from_scratch", ranks=1)["accuracy"]
     before, after = (read_weights(run.folder / name) for name in ("finetune-pretrain", "finetune"))
     assert not torch.equal(before["0.weight"], after["0.weight"])
-    done = run("launcher", "run", "finetune", "weights=nowhere", "device=cpu", "-n", "1")
+    done = run("launcher", "run", "finetune", "pretrained=nowhere", "device=cpu", "-n", "1")
     assert done.exit_code == 2
-    assert "weights=nowhere" in done.stderr
+    assert "pretrained=nowhere" in done.stderr
     assert "finetune:pretrain" in done.stderr
 
 

@@ -32,6 +32,8 @@ SETTINGS = {
         "lr_rule",
         "epochs",
         "steps",
+        "weights",
+        "strict_weights",
         "precision",
         "reduce_dtype",
         "param_dtype",

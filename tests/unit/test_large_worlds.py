@@ -19,9 +19,12 @@ from torch.nn import functional
 from launcher import Data, Recipe, adamw
 from launcher.engine.data.sampler import Sampler
 from launcher.engine.model.blocks import find_blocks
+from launcher.engine.model.deferred import defer
 from launcher.engine.saving.checkpoint_tensors import _Reader, write_shard
+from launcher.engine.state.compiled import plain_name
 from launcher.engine.state.host_copies import HostCopies, HostMemory
 from launcher.engine.state.hyperparameters import make_optimizer
+from launcher.engine.state.initial_values import parts_of
 
 # Timeouts can be set for gloo and NCCL; the fake group has none.
 pytestmark = pytest.mark.filterwarnings("ignore:Set timeout is now only supported")
@@ -224,3 +227,25 @@ def test_gathered_weights_are_given_back(world_size: int, rank: int) -> None:
         assert sharded >= {id(p) for block in blocks for p in block.parameters()}
         backend.unwrap(wrapped)
         assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("world_size", "rank"), PLACES)
+def test_fsdp_keeps_what_it_shards(world_size: int, rank: int) -> None:
+    """The boxes that a rank keeps of a model with values are those of its shards."""
+    recipe = make_recipe("fsdp")
+    with fake_rank(recipe, world_size, rank) as backend:
+        torch.manual_seed(1)
+        whole = dict(make_model().named_parameters())
+        torch.manual_seed(1)
+        model, values = defer(make_model)
+        backend.prepare(
+            model,
+            find_blocks(model, None),
+            lambda module: make_optimizer(recipe, module, 0.1),
+            values,
+        )
+        for name, part in parts_of(model).items():
+            [kept] = backend.own_boxes(part.size)
+            assert [box.slices for box, _ in part.pieces] == [kept.slices] * bool(kept.sizes[0])
+            for box, memory in part.pieces:
+                assert torch.equal(memory, whole[plain_name(name)][box.slices])

@@ -40,6 +40,7 @@ from launcher.engine.backends.recipe_forward import (
 )
 from launcher.engine.backends.unused_parameters import UsedParameters
 from launcher.engine.ranks.turns import Turns
+from launcher.engine.state.initial_values import InitialValues
 from launcher.engine.state.parameter_kinds import (
     keep_gradients_in_float32,
     sparse_parameters,
@@ -157,6 +158,9 @@ class GroupBackend(Backend):
     def local_rank_zero_first(self, what: str, action: Callable[[], T]) -> T:
         return self._turns.first(what, action)
 
+    def in_turns(self, what: str, action: Callable[[], T]) -> T:
+        return self._turns.one_by_one(what, action)
+
     def wait_for_all(self, what: str) -> None:
         self._turns.wait_for_all(what)
 
@@ -198,8 +202,9 @@ class DDPBackend(GroupBackend):
         model: nn.Module,
         blocks: list[nn.Module],
         make_optimizer: Callable[[nn.Module], Optimizer],
+        initial: InitialValues | None = None,
     ) -> tuple[nn.Module, Optimizer]:
-        model = self.place(model)
+        model = self.place(model, initial)
         with warnings.catch_warnings():
             # torch 2.13 renames broadcast_buffers; Accelerate still passes the old name.
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")

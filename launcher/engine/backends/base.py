@@ -20,10 +20,12 @@ from launcher.engine.backends.placement import Placement
 from launcher.engine.backends.transfers import upload_scalar
 from launcher.engine.ranks.cpu_binding import bind_to_gpu, pci_address_of
 from launcher.engine.state.compiled import plain_name
-from launcher.engine.state.fragments import Fragment
+from launcher.engine.state.fragments import Box, Fragment
 from launcher.engine.state.host_copies import HostCopies, HostMemory
 from launcher.engine.state.hyperparameters import take_step
+from launcher.engine.state.initial_values import InitialValues, parts_of, whole_box
 from launcher.engine.state.loss_scaler import LossScaler
+from launcher.engine.state.meta_tensors import allocate
 from launcher.engine.state.module_state import (
     buffers_to_save,
     check_extra_state,
@@ -165,17 +167,27 @@ class Backend(ABC):
         model: nn.Module,
         blocks: list[nn.Module],
         make_optimizer: Callable[[nn.Module], Optimizer],
+        initial: InitialValues | None = None,
     ) -> tuple[nn.Module, Optimizer]:
         """Place `model`; return the module that `forward` takes and the optimizer of its weights.
 
         Args:
-            model: The recipe's model, on the CPU.
+            model: The recipe's model, on the CPU with its values, or on the meta device.
             blocks: Modules of the model that may be sharded separately.
             make_optimizer: Returns a new optimizer for a model.
+            initial: The values of a model on the meta device.
         """
 
-    def place(self, model: nn.Module) -> nn.Module:
-        """Return `model` on this rank's device, in the recipe's memory format."""
+    def place(self, model: nn.Module, initial: InitialValues | None = None) -> nn.Module:
+        """Return `model` on this rank's device, in the recipe's memory format.
+
+        Args:
+            model: The model, on the CPU with its values, or on the meta device.
+            initial: The values of a model on the meta device.
+        """
+        if initial is not None:
+            allocate(model, self.device)
+            initial.fill(parts_of(model))
         if self.recipe.channels_last:
             # Two steps, because a single call would apply the format to the CPU tensors first.
             return model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -254,6 +266,29 @@ class Backend(ABC):
             LostRankError: `action` failed on the first rank.
         """
         return action()
+
+    def in_turns(self, what: str, action: Callable[[], T]) -> T:
+        """Call `action` on one rank of each node after the other (collective).
+
+        Args:
+            what: A description of `action` that waiting ranks report, such as "built the model".
+            action: The function to call.
+
+        Returns:
+            What `action` returned on this rank.
+
+        Raises:
+            LostRankError: `action` failed on an earlier rank.
+        """
+        return action()
+
+    def own_boxes(self, size: torch.Size) -> list[Box]:
+        """Return the boxes of a parameter that this rank will keep.
+
+        Args:
+            size: The shape of the full parameter.
+        """
+        return [whole_box(size)]
 
     def wait_for_all(self, what: str) -> None:
         """Wait until all ranks have done `what`, without a timeout (collective)."""

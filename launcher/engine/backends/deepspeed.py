@@ -15,7 +15,7 @@ import torch.distributed as dist
 from accelerate.utils import DeepSpeedPlugin, DistributedType
 from deepspeed.runtime import torch_autocast
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.zero import GatheredParameters
+from deepspeed.runtime.zero import GatheredParameters, Init
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import (
     safe_set_full_fp32_param,
@@ -33,7 +33,9 @@ from launcher.engine.backends.default_group import lengthen_timeouts
 from launcher.engine.backends.recipe_forward import RecipeForward, call_with_output_hooks
 from launcher.engine.backends.reduction_order import OrderedReduction
 from launcher.engine.state.compiled import plain_name
-from launcher.engine.state.fragments import Fragment
+from launcher.engine.state.fragments import Box, Fragment, boxes
+from launcher.engine.state.initial_values import InitialValues, fragment, whole
+from launcher.engine.state.meta_tensors import show_without_memory
 from launcher.engine.state.optimizer_kinds import check_strategy_of
 from launcher.engine.state.training_state import (
     STEP,
@@ -87,6 +89,7 @@ class DeepSpeedBackend(GroupBackend):
         model: nn.Module,
         blocks: list[nn.Module],
         make_optimizer: Callable[[nn.Module], Optimizer],
+        initial: InitialValues | None = None,
     ) -> tuple[nn.Module, Optimizer]:
         if any(parameter.dtype == torch.float64 for parameter in model.parameters()):
             raise RecipeError(
@@ -102,7 +105,10 @@ class DeepSpeedBackend(GroupBackend):
                 f"shard under strategy={self.plan.strategy}. Return the model uncompiled and set "
                 "compile=true, or use another strategy."
             )
-        optimizer = make_optimizer(model.to(self.device))
+        if initial is not None and STRATEGIES[self.plan.strategy].shards_parameters:
+            optimizer = self._partition(model, make_optimizer, initial)
+        else:
+            optimizer = make_optimizer(self.place(model, initial))
         check_strategy_of(optimizer, self.plan.strategy)
         # This flag belongs to the process, and an earlier engine may have trained in fp16.
         torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
@@ -130,6 +136,38 @@ class DeepSpeedBackend(GroupBackend):
             # DeepSpeed's scaler decides on each rank separately.
             engine.optimizer.torch_autocast_gradscaler = None
         return engine, engine.optimizer.optimizer
+
+    def own_boxes(self, size: torch.Size) -> list[Box]:
+        if not STRATEGIES[self.plan.strategy].shards_parameters:
+            return super().own_boxes(size)
+        length = -(-size.numel() // self.world_size)
+        start = min(length * self.rank, size.numel())
+        return list(boxes(size, start, min(start + length, size.numel())))
+
+    def _partition(
+        self,
+        model: nn.Module,
+        make_optimizer: Callable[[nn.Module], Optimizer],
+        initial: InitialValues,
+    ) -> Optimizer:
+        """Partition a model on the meta device, fill the partitions, and return its optimizer.
+
+        DeepSpeed partitions a parameter when it has memory, so one after the other gets it.
+        """
+        show_without_memory(model, self.device)
+        optimizer = make_optimizer(model)  # which sees the shapes that partitions do not have
+        config = deepspeed_config(self.recipe, self.plan)
+        partitioner = Init(module=nn.Module(), config_dict_or_path=config)
+        parts = {plain_name(name): whole(buffer) for name, buffer in model.named_buffers()}
+        for name, parameter in parameters(model).items():
+            parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=self.device)
+            partitioner._convert_to_deepspeed_param(parameter)  # noqa: SLF001
+            parameter.partition()  # type: ignore[attr-defined]
+            partition = parameter.ds_tensor.detach().zero_()  # type: ignore[attr-defined]
+            start = partition.numel() * self.rank
+            parts[name] = fragment(_full_size(parameter), partition, start)
+        initial.fill(parts)
+        return optimizer
 
     def forward(self, function: Callable[[Any, Any], Any], model: nn.Module, batch: Any) -> Any:
         return call_with_output_hooks(model, self._module, function, batch)

@@ -41,6 +41,9 @@ from launcher.engine.backends.tensor_parallel import (
     whole_gradient_error,
 )
 from launcher.engine.state.compiled import plain_name
+from launcher.engine.state.fragments import Box
+from launcher.engine.state.initial_values import InitialValues, parts_of
+from launcher.engine.state.meta_tensors import allocate_shards
 from launcher.engine.state.optimizer_kinds import check_strategy_of
 from launcher.engine.state.parameter_kinds import (
     check_batch_norm_precision,
@@ -133,6 +136,7 @@ class FSDPBackend(GroupBackend):
         model: nn.Module,
         blocks: list[nn.Module],
         make_optimizer: Callable[[nn.Module], Optimizer],
+        initial: InitialValues | None = None,
     ) -> tuple[nn.Module, Optimizer]:
         from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
@@ -145,7 +149,7 @@ class FSDPBackend(GroupBackend):
         with warnings.catch_warnings():
             # Accelerate itself slices a flattened mesh dimension.
             warnings.filterwarnings("ignore", message="Slicing a flattened dim")
-            model = model.to(self.device)
+            model = model.to(self.device) if initial is None else model
             if self.plan.tensor_parallel > 1:
                 split_model(model, self._parallel_styles(model), self._mesh[TENSOR_PARALLEL])
             wrapped: nn.Module = NamedRecipeForward(model)
@@ -156,6 +160,10 @@ class FSDPBackend(GroupBackend):
                 "each rank would train a separate copy of the model. Check the versions of "
                 "accelerate and torch."
             )
+        if initial is not None:
+            on_host = self.recipe.offload is not None
+            allocate_shards(wrapped, torch.device("cpu") if on_host else self.device, self.device)
+            initial.fill(parts_of(model))
         # Other ranks may use parameters that this rank does not, so it must reduce zeros for them.
         sharded.set_reduce_scatter_unused_params(True)
         units = [module for module in wrapped.modules() if isinstance(module, FSDPModule)]
@@ -178,6 +186,14 @@ class FSDPBackend(GroupBackend):
         optimizer = make_optimizer(model)  # of the weights that were sharded in place
         check_strategy_of(optimizer, "fsdp")
         return wrapped, optimizer
+
+    def own_boxes(self, size: torch.Size) -> list[Box]:
+        if not size or self.plan.tensor_parallel > 1:
+            return super().own_boxes(size)
+        rows = -(-size[0] // self.plan.shards)
+        start = min(rows * (self.rank % self.plan.shards), size[0])
+        sizes = torch.Size((min(rows, size[0] - start), *size[1:]))
+        return [Box(torch.Size((start, *(0 for _ in size[1:]))), sizes, 0)]
 
     def _parallel_styles(self, model: nn.Module) -> dict[str, str]:
         return find_styles(model, self.recipe.tensor_parallel_plan, self.plan.tensor_parallel)

@@ -30,7 +30,7 @@ from launcher.engine.probes.loss_properties import LossProbe, copy_model
 from launcher.engine.state.hyperparameters import make_optimizer
 from launcher.engine.state.optimizer_kinds import check_strategy_of
 from launcher.engine.state.parameter_kinds import check_parameters
-from launcher.engine.training.build import build_model
+from launcher.engine.training.initial_model import build_model, load_weights
 from launcher.engine.training.loop import sum_and_count, training_loss
 from launcher.errors import RecipeError
 from launcher.json_file import exact_floats, read_json
@@ -156,6 +156,8 @@ def inspect_recipe(recipe: Recipe, plan: Plan, source: RecipeSource | None = Non
     samples = _read_samples(recipe, source)
     data, batch = samples.reader.data, samples.batch
     model = build_model(recipe, lambda: batch)
+    if recipe.weights is not None:
+        load_weights(recipe, recipe.weights, model)
     check_parameters(model, plan)
     if plan.tensor_parallel > 1:
         find_styles(model, recipe.tensor_parallel_plan, plan.tensor_parallel)

@@ -62,6 +62,21 @@ class Turns:
         self._follow(key, what)
         return action()
 
+    def one_by_one(self, what: str, action: Callable[[], T]) -> T:
+        """Call `action` on one rank of this node after the other, in the order of the ranks.
+
+        Args:
+            what: The action as a past participle, for messages: "read the data".
+            action: The function to call; every rank returns its own result.
+
+        Raises:
+            LostRankError: The action failed on an earlier rank, which reports the error.
+        """
+        key, local = self._key(self._node), self._world.local_rank
+        if local > 0:
+            self._follow(f"{key}/{local - 1}", what, rank=self._world.rank - 1)
+        return self._lead(f"{key}/{local}", action, lambda _: _DONE)
+
     def once(self, what: str, action: Callable[[], int]) -> int:
         """Call `action` on the first rank of this node only; return its result on all its ranks.
 
@@ -102,13 +117,18 @@ class Turns:
             self._store.set(key, text)
         return result
 
-    def _follow(self, key: str, what: str) -> str:
-        """Wait for the text that the first rank of this node sets `key` to, and return it.
+    def _follow(self, key: str, what: str, rank: int | None = None) -> str:
+        """Wait for the text that another rank of this node sets `key` to, and return it.
+
+        Args:
+            key: The key.
+            what: What the other rank does, as a past participle.
+            rank: The other rank; None is the first rank of this node.
 
         Raises:
-            LostRankError: The action failed on the first rank.
+            LostRankError: The action failed on that rank.
         """
-        first = self._world.rank - self._world.local_rank
+        first = self._world.rank - self._world.local_rank if rank is None else rank
         self._wait(lambda: bool(self._store.check([key])), f"rank {first} to have {what}")
         text = self._store.get(key).decode()
         if text == _FAILED:

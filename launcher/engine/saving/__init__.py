@@ -1,5 +1,6 @@
-"""Reading and writing the safetensors files of checkpoints and of the final weights.
+"""Reading and writing the safetensors files of checkpoints, and of initial and final weights.
 
 checkpoint_tensors    the tensors of a checkpoint, sharded over ranks
+stored_weights        initial weights from files
 final_weights         the weights at the end of a run
 """

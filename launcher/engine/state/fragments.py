@@ -42,6 +42,14 @@ class Box(NamedTuple):
     start: int
     """The index of its first element in the flattened full tensor. Its elements are consecutive."""
 
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """Return the index of the box in the full tensor."""
+        return tuple(
+            slice(offset, offset + size)
+            for offset, size in zip(self.offsets, self.sizes, strict=True)
+        )
+
 
 def boxes(size: torch.Size, start: int, stop: int) -> Iterator[Box]:
     """Yield the boxes that cover the elements from `start` to `stop` of a flattened tensor.

@@ -24,13 +24,14 @@ from launcher.engine.model.batch_norm import BatchNorms, check_first_batch_norm_
 from launcher.engine.model.blocks import checkpoint_activations, compile_blocks, find_blocks
 from launcher.engine.model.forward_writes import ForwardWrites
 from launcher.engine.model.fp8 import compute_in_fp8
-from launcher.engine.model.lazy import initialize_lazy_layers, lazy_names
 from launcher.engine.model.sync_batch_norm import synchronize
 from launcher.engine.saving.final_weights import check_savable
 from launcher.engine.state.compiled import is_compiled, limit_compile_workers
 from launcher.engine.state.hyperparameters import make_optimizer
+from launcher.engine.state.initial_values import value_checksum
 from launcher.engine.state.parameter_kinds import check_parameters, keep_in_bfloat16
 from launcher.engine.state.virtual_buffers import VirtualBuffers
+from launcher.engine.training.initial_model import build_initial_model
 from launcher.engine.training.loop import TrainContext
 from launcher.errors import RecipeError
 from launcher.planning.plan import Plan
@@ -38,9 +39,6 @@ from launcher.planning.single_sample_batches import has_single_sample_batches
 from launcher.recipe.recipe import Data, Recipe
 from launcher.runs.heartbeat import PHASES
 from launcher.runs.job import RecipeSource
-
-_CHECKED_WEIGHTS = 1024
-"""Number of weights of each parameter that are compared between ranks."""
 
 
 def build_context(
@@ -52,6 +50,7 @@ def build_context(
     last_step: int,
     evaluates: bool = True,
     evaluates_first: bool = False,
+    is_restored: bool = False,
     trial: bool = False,
     source: RecipeSource | None = None,
     noise_stride: int = STRIDE,
@@ -68,6 +67,7 @@ def build_context(
         evaluates: Whether the evaluation data will be visited, if there is any.
         evaluates_first: Whether an evaluation that is due after `first_step` steps is still to be
             made, before the next step.
+        is_restored: Whether a checkpoint will replace all parameters.
         trial: Whether the first micro-batches are those of `Sampler.trial`.
         source: What the recipe is built from; spawned DataLoader workers need it.
         noise_stride: If the recipe asks for the noise scale, one step in this many is measured.
@@ -104,7 +104,9 @@ def build_context(
     # The workers start here: they read while the model is built, and do not inherit it.
     batches = start_reading(sampler)
     first_batch = functools.partial(_read_first_batch, reader, sampler)
-    model, optimizer, num_trained = build_model_and_optimizer(recipe, plan, backend, first_batch)
+    model, optimizer, num_trained = build_model_and_optimizer(
+        recipe, plan, backend, first_batch, is_restored=is_restored
+    )
     report_phase(first_step, PHASES[0])
     if plan.virtual_ranks is not None:
         backend.virtual_buffers = VirtualBuffers(
@@ -158,7 +160,12 @@ def build_data(recipe: Recipe, plan: Plan) -> Data:
 
 
 def build_model_and_optimizer(
-    recipe: Recipe, plan: Plan, backend: Backend, first_batch: Callable[[], Any]
+    recipe: Recipe,
+    plan: Plan,
+    backend: Backend,
+    first_batch: Callable[[], Any],
+    *,
+    is_restored: bool = False,
 ) -> tuple[nn.Module, Optimizer, int]:
     """Build the recipe's model and optimizer and place them on this rank (collective).
 
@@ -167,6 +174,7 @@ def build_model_and_optimizer(
         plan: The plan that was made for this recipe.
         backend: This rank among the others.
         first_batch: Reads a batch, the same on every rank, with which lazy layers are initialised.
+        is_restored: Whether a checkpoint will replace all parameters.
 
     Returns:
         The module that `Backend.forward` takes, its optimizer, and the number of trainable weights
@@ -176,10 +184,9 @@ def build_model_and_optimizer(
         RecipeError: The recipe's model function did not return a module, returned different weights
             on some ranks, or returned a model that cannot do what the settings ask for.
     """
-    model = backend.local_rank_zero_first(
-        "built the model", lambda: build_model(recipe, first_batch)
+    model, initial = build_initial_model(
+        recipe, plan, backend, first_batch, is_restored=is_restored
     )
-    backend.wait_for_all("built the model")
     num_trained = sum(
         parameter.numel() for parameter in model.parameters() if parameter.requires_grad
     )
@@ -187,7 +194,8 @@ def build_model_and_optimizer(
         raise RecipeError("The recipe's model has no parameter that requires a gradient.")
     check_savable(model)
     check_parameters(model, plan)
-    _check_same_weights(model, backend)
+    if initial is None:
+        _check_same_weights(checksum_of(model), backend)
     if plan.precision == "fp64":
         model = model.double()
     if recipe.param_dtype == "bf16":
@@ -196,6 +204,28 @@ def build_model_and_optimizer(
         model = synchronize(model)
     if recipe.fp8:
         compute_in_fp8(model)
+    blocks = _set_up_blocks(recipe, plan, model)
+    if is_compiled(model):  # also by the recipe itself
+        limit_compile_workers(plan.threads_per_rank)
+
+    def make_seeded_optimizer(module: nn.Module) -> Optimizer:
+        # The generators depend on whether the weights were drawn or read.
+        seed_all(recipe.seed)
+        return make_optimizer(recipe, module, plan.lr)
+
+    prepared = backend.prepare(model, blocks, make_seeded_optimizer, initial)
+    if initial is not None:
+        checksums = sorted(initial.checksums.items())
+        _check_same_weights(zlib.crc32(repr(checksums).encode()), backend)
+    return *prepared, num_trained
+
+
+def _set_up_blocks(recipe: Recipe, plan: Plan, model: nn.Module) -> list[nn.Module]:
+    """Return the blocks of a model, which recompute their activations or are compiled if asked for.
+
+    Raises:
+        RecipeError: The recipe asks to recompute activations, and the model has no blocks.
+    """
     blocks = find_blocks(model, recipe.blocks)
     if recipe.activation_checkpointing:
         if not blocks:
@@ -208,12 +238,7 @@ def build_model_and_optimizer(
         checkpoint_activations(blocks)
     if recipe.compile:
         compile_blocks(model, blocks, exact=plan.exact)
-    if is_compiled(model):  # also by the recipe itself
-        limit_compile_workers(plan.threads_per_rank)
-    prepared = backend.prepare(
-        model, blocks, lambda module: make_optimizer(recipe, module, plan.lr)
-    )
-    return *prepared, num_trained
+    return blocks
 
 
 def _read_first_batch(reader: Reader, sampler: Sampler) -> Any:
@@ -221,46 +246,26 @@ def _read_first_batch(reader: Reader, sampler: Sampler) -> Any:
     return raise_if_error(reader[replace(sampler.trial()[0], trial=False)]).batch
 
 
-def build_model(recipe: Recipe, first_batch: Callable[[], Any]) -> nn.Module:
-    """Call the recipe's model function, with seeded generators, and initialise lazy layers.
-
-    Args:
-        recipe: The recipe.
-        first_batch: Reads the batch with which lazy layers are initialised.
-
-    Raises:
-        RecipeError: The function did not return a module, a lazy layer stays without a shape, or a
-            parameter has no values.
-    """
-    seed_all(recipe.seed)  # the same initial weights on every rank
-    model = recipe.model()
-    if not isinstance(model, nn.Module):
-        raise RecipeError(
-            f"The recipe's model function returned {type(model).__name__}; expected a "
-            "torch.nn.Module."
-        )
-    if lazy_names(model):
-        initialize_lazy_layers(model, recipe, first_batch())
-    if on_meta := [name for name, tensor in model.named_parameters() if tensor.is_meta]:
-        raise RecipeError(
-            f"The recipe's model has {len(on_meta)} parameters on the meta device, which have no "
-            f"values, {on_meta[0]} first. Return a model on the CPU, with its weights."
-        )
-    return model
+def checksum_of(model: nn.Module) -> int:
+    """Return a checksum of the first values of every parameter."""
+    checksum = 0
+    for parameter in model.parameters():
+        checksum = value_checksum(parameter, checksum)
+    return checksum
 
 
-def _check_same_weights(model: nn.Module, backend: Backend) -> None:
+def _check_same_weights(checksum: int, backend: Backend) -> None:
     """Refuse initial weights that differ between ranks (collective).
 
     The first weights of every parameter are compared: unseeded random weights differ everywhere.
 
+    Args:
+        checksum: The checksum of this rank's weights.
+        backend: This rank among the others.
+
     Raises:
         RecipeError: The weights differ on some rank.
     """
-    checksum = 0
-    for parameter in model.parameters():
-        sample = parameter.detach().flatten()[:_CHECKED_WEIGHTS].double().contiguous()
-        checksum = zlib.crc32(sample.numpy().tobytes(), checksum)
     # Each is below 2**32, so the sum over a million ranks is exact in float64.
     total = backend.read(backend.sum(upload_scalar(checksum, backend.device)))
     if backend.any_rank(int(total) != checksum * backend.world_size):
