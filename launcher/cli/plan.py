@@ -22,9 +22,12 @@ from launcher.console.echo import echo
 from launcher.errors import UsageError
 
 if TYPE_CHECKING:
+    from launcher.environment.machine import Machine
     from launcher.planning.plan import Plan
-    from launcher.recipe.overrides import BuiltRecipe
+    from launcher.recipe.overrides import BuiltRecipe, Override
+    from launcher.recipe.resolve import Reference
     from launcher.tuning.estimate import Estimate
+    from launcher.tuning.memory_plan import MemoryPlan
 
 
 @click.command(cls=SettingsCommand, short_help="Print every number of a run before it starts.")
@@ -47,6 +50,13 @@ if TYPE_CHECKING:
     "--cluster", metavar="NAME", help="Site profile with links and prices for --estimate."
 )
 @click.option(
+    "--memory",
+    "with_memory",
+    is_flag=True,
+    help="Add the memory of a rank, by kind and under each strategy; refuse a plan that cannot "
+    "fit. The model is built without memory for its values.",
+)
+@click.option(
     "--plot", is_flag=True, help="Plot the learning rate, and the momentum if it changes."
 )
 def command(
@@ -58,6 +68,7 @@ def command(
     folders: tuple[Path, ...],
     cluster: str | None,
     as_json: bool,
+    with_memory: bool,
     plot: bool,
 ) -> None:
     """Print every number of a run of RECIPE with its arithmetic; nothing is trained.
@@ -67,9 +78,9 @@ def command(
     launcher plan digits "schedule=cyclical(cycles=3)" --plot
     launcher plan digits -n 8 --nodes 2 device=cuda
     launcher plan digits -n 8 --nodes 64 device=cuda --estimate runs/one-gpu
+    launcher plan gpt -n 8 device=cuda layers=32 width=4096 heads=32 --memory
     launcher plan recipes/digits.py:digits lr=0.2 batch_size=512 --json
     """
-    from launcher.console.explain import explain
     from launcher.environment.machine import read_machine
     from launcher.json_file import encode_json
     from launcher.recipe.resolve import resolve
@@ -88,23 +99,56 @@ def command(
         )
 
     built, plan = plan_for(nodes, nproc_per_node)
-    estimate = None
+    estimate, memory = None, None
     if folders:
         estimate = _estimate(folders, cluster, plan, lambda *world: plan_for(*world)[1])
+    if with_memory:
+        memory = _memory(reference, all_overrides, built, plan, machine)
     if as_json:
-        values = {} if estimate is None else {"estimate": asdict(estimate)}
+        parts = {"estimate": estimate, "memory": memory}
+        values = {name: asdict(part) for name, part in parts.items() if part is not None}
         echo(encode_json(plan.to_dict() | values))
-        return
+    else:
+        _print(plan, reference, memory, estimate)
+        if plot:
+            from launcher.console.plots import draw, schedule_plots
+
+            for curve in schedule_plots(built.recipe.schedule, plan):
+                echo(f"\n{draw(curve)}")
+    if memory is not None:
+        memory.check()
+
+
+def _print(
+    plan: Plan, reference: Reference, memory: MemoryPlan | None, estimate: Estimate | None
+) -> None:
+    from launcher.console.explain import explain
+
     echo(explain(plan, recipe=reference.shown))
+    if memory is not None:
+        from launcher.tuning.memory_table import memory_text
+
+        echo(f"\n{memory_text(memory)}")
     if estimate is not None:
         from launcher.tuning.estimate_table import estimate_text
 
         echo(f"\n{estimate_text(estimate, plan.device)}")
-    if plot:
-        from launcher.console.plots import draw, schedule_plots
 
-        for curve in schedule_plots(built.recipe.schedule, plan):
-            echo(f"\n{draw(curve)}")
+
+def _memory(
+    reference: Reference,
+    overrides: tuple[Override, ...],
+    built: BuiltRecipe,
+    plan: Plan,
+    machine: Machine,
+) -> MemoryPlan:
+    from launcher.launch.only_launcher import check_only_launcher
+    from launcher.launch.signal_handler import SignalHandler
+    from launcher.tuning.memory_plan import is_this_machine, measure_model_memory, plan_memory
+
+    check_only_launcher()
+    facts = measure_model_memory(reference, overrides, built, plan, SignalHandler())
+    return plan_memory(facts, built.recipe, plan, is_here=is_this_machine(plan, machine))
 
 
 def _estimate(

@@ -23,7 +23,9 @@ from launcher.engine.probes.measuring import (
     run_range_test,
     time_data_loading,
     time_micro_batch_size,
+    time_strategy,
 )
+from launcher.engine.probes.model_memory import measure_memory, write_memory
 from launcher.engine.probes.profiling import profile_steps
 from launcher.engine.process_group import join
 from launcher.engine.rank_process import (
@@ -118,6 +120,21 @@ def agent_size_probe(job: Job) -> int:
     def measure(probe: ProbeContext) -> None:
         limit_memory(probe.backend.device, job.memory_bytes)
         time_micro_batch_size(probe)
+
+    return _run_probe(job, measure)
+
+
+def agent_strategy_probe(job: Job) -> int:
+    """Take part in timing a strategy; rank 0 writes the result to the run folder.
+
+    Args:
+        job: What is timed; `job.memory_bytes` limits the memory of each rank on a GPU.
+    """
+
+    def measure(probe: ProbeContext) -> None:
+        if probe.backend.device.type != "cpu":
+            limit_memory(probe.backend.device, job.memory_bytes)
+        time_strategy(probe)
 
     return _run_probe(job, measure)
 
@@ -244,14 +261,29 @@ def _choose_start(job: Job) -> ResumeFrom | None:
 
 def agent_inspection(job: Job) -> None:
     """Inspect the recipe of `job` in this process, and write the result to the run folder."""
+    _examine(
+        job,
+        lambda recipe: write_inspection(inspect_recipe(recipe, job.plan, job.source), job.run_dir),
+    )
+
+
+def agent_model_memory(job: Job) -> None:
+    """Measure the sizes of the model of `job` in this process; write them to the run folder."""
+    _examine(
+        job,
+        lambda recipe: write_memory(measure_memory(recipe, job.plan, job.source), job.run_dir),
+    )
+
+
+def _examine(job: Job, examine: Callable[[Recipe], None]) -> None:
+    """Call `examine` with the recipe of `job` in this process, which is no rank."""
     _let_signals_end_process()
     die_with_parent(job.launcher_pid)
     if job.private_folder is not None:
         temporary_files.enter_context(sockets_in(job.private_folder))
     output = open_output(job.run_dir.log(0), own_terminal=True, on_terminal=False)
     try:
-        recipe = job.source.build()
-        write_inspection(inspect_recipe(recipe, job.plan, job.source), job.run_dir)
+        examine(job.source.build())
     except BaseException as error:  # noqa: BLE001  # whatever the recipe's own code raises
         exit_now(fail(error, World(), job.run_dir, output=output, shows=False))
 

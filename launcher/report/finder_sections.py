@@ -11,7 +11,8 @@ from launcher.console.plots import Curve, Plot
 from launcher.errors import RunDirError
 from launcher.paths import is_dir, is_file
 from launcher.planning.plan import Plan
-from launcher.report.page import Section
+from launcher.quantities import size
+from launcher.report.page import Section, Table
 from launcher.runs.history import History
 from launcher.runs.run_record import read_run
 from launcher.runs.rundir import RunDir
@@ -74,6 +75,7 @@ def _measurements(folder: Path) -> Iterator[tuple[_SectionMaker, list[RunDir]]]:
         (_noise_section, "noise.json", ("", "noise")),
         (_batch_section, "size.json", ("size-*", "batch/size-*")),
         (_loader_section, "reading.json", ("*", "loader/*")),
+        (_strategy_section, "size.json", ("strategy-*",)),
     )
     if not is_dir(folder):
         return
@@ -123,6 +125,21 @@ def _batch_section(run_dirs: list[RunDir]) -> Section:
         points.append((plan.micro_batch_size, reading.samples_per_second))
     title = f"{plan.recipe}: throughput over the micro-batch"
     return _throughput_section("Micro-batch", title, "micro-batch", points, log_x=True)
+
+
+def _strategy_section(run_dirs: list[RunDir]) -> Section:
+    rows = []
+    for run_dir in run_dirs:
+        plan, reading = _plan_of(run_dir), read_size(run_dir)
+        flags = [
+            plan.strategy,
+            *plan.performance_flags,
+            f"micro_batch_size={plan.micro_batch_size}",
+        ]
+        peak = "" if reading.peak_bytes is None else size(reading.peak_bytes)
+        rows.append((" ".join(flags), peak, f"{reading.samples_per_second:,.0f}"))
+    table = Table(head=("strategy", "memory per rank", "samples/s"), rows=rows)
+    return Section(title="Strategy", table=table)
 
 
 def _loader_section(run_dirs: list[RunDir]) -> Section:

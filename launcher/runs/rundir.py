@@ -18,6 +18,7 @@ owner.lock          the process that owns this folder; see launcher.runs.ownersh
 submission.json     the Slurm job that `launcher submit` submitted; with its script, job.sbatch
 examination.json    what the ranks report about their node, for `launcher doctor`
 inspection.json     which parts of the recipe depend on the split, for `launcher prove`
+memory.json         sizes of the tensors of the model, for `launcher find strategy`
 logs/rank<N>.log    everything that each rank printed
 health/             the heartbeat of each rank; see launcher.runs.heartbeat. After a hang also its
                     collective calls; see launcher.runs.collectives
@@ -96,6 +97,10 @@ class RunDir:
     @property
     def inspection(self) -> Path:
         return self.path / "inspection.json"
+
+    @property
+    def memory(self) -> Path:
+        return self.path / "memory.json"
 
     @property
     def curve(self) -> Path:

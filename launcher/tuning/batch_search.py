@@ -31,7 +31,7 @@ _OUT_OF_MEMORY_DEATHS = ("was killed by SIGKILL", "was killed by SIGABRT")
 """Deaths that mean out of memory: by the kernel, or by C++ if an allocation fails in a thread that
 catches no exception."""
 
-_MICRO_STEPS = 2
+MICRO_STEPS = 2
 """Micro-steps per step of a trial: the second computes while gradients exist, as accumulation
 does."""
 
@@ -115,9 +115,7 @@ class BatchSearch:
         except RunFailedError as error:
             if error.exit_code != EXIT_FAILED:
                 raise
-            if error.failure.out_of_memory or any(
-                death in error.failure.message for death in _OUT_OF_MEMORY_DEATHS
-            ):
+            if is_out_of_memory(error):
                 return SizeTrial(size=size, fits=False)
             raise TrainingError(
                 f"The trial with micro_batch_size={size} failed, and not because memory ran out:"
@@ -133,7 +131,7 @@ class BatchSearch:
         )
 
     def _plan_trial(self, size: int) -> Probe:
-        batch_size = self.plan.data_ranks * size * _MICRO_STEPS
+        batch_size = self.plan.data_ranks * size * MICRO_STEPS
         if self.plan.train_samples is not None:
             batch_size = min(batch_size, self.plan.train_samples)
         return self._target.with_settings(
@@ -146,6 +144,13 @@ class BatchSearch:
             record_samples=False,
             noise_scale=False,
         ).probe()
+
+
+def is_out_of_memory(error: RunFailedError) -> bool:
+    """Return whether a trial failed because memory ran out."""
+    return error.failure.out_of_memory or any(
+        death in error.failure.message for death in _OUT_OF_MEMORY_DEATHS
+    )
 
 
 def cache_path(target: Target, search: BatchSearch) -> Path:

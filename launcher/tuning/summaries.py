@@ -91,7 +91,7 @@ def lr_text(result: LRSearchResult, rule: str, settings: Mapping[str, float], pl
             name: str(value) if isinstance(value, int) else f"{value:.3g}"
             for name, value in settings.items()
         }
-        lines.append(_recommendation(values, evidence))
+        lines.append(recommendation(values, evidence))
     elif result.trials:
         lines.append("Every short training diverged. Choose a suggestion with --rule instead.")
     else:
@@ -170,7 +170,7 @@ def batch_text(result: BatchSearchResult, chosen: SizeTrial | None) -> str:
         f"The memory limit of a rank is {limit}.",
         f"The recommended micro-batch has {chosen.size:,} samples: {reason}.",
         "",
-        _recommendation(
+        recommendation(
             {"micro_batch_size": str(chosen.size)},
             f"launcher find batch: {chosen.samples_per_second:,.0f} samples/s",
         ),
@@ -230,7 +230,7 @@ def loader_text(result: LoaderSearchResult, plan: Plan) -> str:
         total = best.worker_bytes * best.workers * plan.nproc_per_node
         lines.append(f"The workers take {size(total)} of each node's memory.")
     evidence = f"launcher find loader: {best.samples_per_second:,.0f} samples/s"
-    return "\n".join([*lines, "", _recommendation(values, evidence)])
+    return "\n".join([*lines, "", recommendation(values, evidence)])
 
 
 def noise_plot(result: NoiseSearchResult, probe: Probe) -> Plot:
@@ -315,7 +315,7 @@ def _batch_advice(scale: float, plan: Plan, batch: float, items: str) -> str:
     )
 
 
-def _recommendation(values: Mapping[str, str], evidence: str) -> str:
+def recommendation(values: Mapping[str, str], evidence: str) -> str:
     """Return settings as lines for a file and for the command line, with their evidence."""
     lines = ["Recommended settings, as lines for a --config file:"]
     comment = f"  # {evidence}"

@@ -64,6 +64,15 @@ def test_noise_cost(run: Commands) -> None:
     assert rows(done.stdout)[0][2] == "1.000"
 
 
+def test_memory_plan(run: Commands) -> None:
+    """The table compares the planned with the measured memory of a rank."""
+    done = short(run, "memory_plan")
+    ((strategy, ranks, planned, measured, ratio),) = rows(done.stdout)
+    assert (strategy, ranks) == ("ddp", "2")
+    assert float(ratio) == pytest.approx(float(measured) / float(planned), rel=0.01)
+    assert float(ratio) == pytest.approx(1.0, abs=0.4)
+
+
 def test_teardown(run: Commands) -> None:
     """Finished runs exit with 0 under launcher and under torchrun."""
     done = short(run, "teardown")

@@ -253,7 +253,7 @@ def test_data_that_start_threads_are_counted(run: Commands) -> None:
     assert "1,437 training samples" in " ".join(done.stdout.split())
 
 
-@pytest.mark.parametrize("name", [*_COMMANDS, "find lr", "find batch"])
+@pytest.mark.parametrize("name", [*_COMMANDS, "find lr", "find batch", "find strategy"])
 def test_help_has_examples(name: str) -> None:
     """The help of each command has an example, in lines of at most 100 columns."""
     done = CliRunner().invoke(group, [*name.split(), "--help"], prog_name="launcher")

@@ -9,8 +9,10 @@ from launcher.cli.group import LazyGroup
 
 @click.group(
     cls=LazyGroup,
-    modules={name: f"launcher.cli.find.{name}" for name in ("batch", "loader", "lr", "noise")},
-    short_help="Measure one setting: lr, batch, loader or noise.",
+    modules={
+        name: f"launcher.cli.find.{name}" for name in ("batch", "loader", "lr", "noise", "strategy")
+    },
+    short_help="Measure one setting: lr, batch, loader, noise or strategy.",
 )
 def command() -> None:
     """Measure one setting of a recipe on the ranks of this machine.
@@ -20,4 +22,5 @@ def command() -> None:
     launcher find loader digits       number of DataLoader workers
     launcher find batch digits        largest micro-batch that fits, and the fastest
     launcher find noise digits        gradient noise scale: useful batch size
+    launcher find strategy digits     cheapest strategy that fits into memory
     """

@@ -140,7 +140,7 @@ def _check_widths(name: str, module: nn.Module, style: str, size: int) -> None:
     Raises:
         RecipeError: It does not.
     """
-    sides = dict(_split_sides(module, style))
+    sides = dict(split_sides(module, style))
     for what, width in sides.items():
         if width % size:
             raise RecipeError(
@@ -150,7 +150,7 @@ def _check_widths(name: str, module: nn.Module, style: str, size: int) -> None:
             )
 
 
-def _split_sides(module: nn.Module, style: str) -> Iterator[tuple[str, int]]:
+def split_sides(module: nn.Module, style: str) -> Iterator[tuple[str, int]]:
     """Yield what a style splits of a module, as (name, number)."""
     if isinstance(module, nn.Linear) and style not in UNSPLIT:
         is_colwise = style.startswith("colwise")

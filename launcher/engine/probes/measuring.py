@@ -27,7 +27,13 @@ from launcher.engine.backends.nested_tensors import tensors_in
 from launcher.engine.data.reader import MicroBatch
 from launcher.engine.metrics.meter import RankFlags, StepRow
 from launcher.engine.ranks.output import Output
-from launcher.engine.ranks.processes import children, peak_bytes, private_bytes, run_delay
+from launcher.engine.ranks.processes import (
+    StepMemory,
+    children,
+    peak_bytes,
+    private_bytes,
+    run_delay,
+)
 from launcher.engine.training.build import build_context
 from launcher.engine.training.loop import TrainContext, train
 from launcher.planning.global_batch import ceil_div
@@ -177,16 +183,46 @@ def measure_noise(probe: ProbeContext, *, last_step: int) -> None:
 
 def time_micro_batch_size(probe: ProbeContext) -> None:
     """Time the planned steps after the first one; rank 0 writes throughput and peak memory."""
+    _time_steps(probe, lambda: peak_bytes(probe.backend.device))
+
+
+def time_strategy(probe: ProbeContext) -> None:
+    """Time the planned steps after the first one; rank 0 writes throughput and peak memory.
+
+    The peak is that of these steps alone. On a CPU it is resident memory beyond what this process
+    had before it built the model, with an allocator that returns the memory of freed tensors.
+    """
+    meter, build_model = StepMemory(probe.backend.device), probe.recipe.model
+
+    def build_measured_model() -> Any:
+        meter.start()
+        return build_model()
+
+    recipe = replace(probe.recipe, model=build_measured_model)
+    _time_steps(replace(probe, recipe=recipe), meter.peak, meter.reset)
+
+
+def _time_steps(
+    probe: ProbeContext, read_peak: Callable[[], int], on_warm: Callable[[], None] = lambda: None
+) -> None:
+    """Time the planned steps after the first one; rank 0 writes throughput and peak memory.
+
+    Args:
+        probe: What is measured.
+        read_peak: Returns the peak memory of this rank, in bytes, after the last step.
+        on_warm: Called after the first step.
+    """
     backend, num_steps = probe.backend, probe.plan.total_steps
     with probe.collect_metrics() as collector:
         context = probe.build_train_context()
         train(context, collector, last_step=1)
+        on_warm()
         started = time.perf_counter()
         # `train` reads the metrics at its end, which waits for the device.
         train(context, collector, first_step=1, last_step=num_steps)
         seconds = time.perf_counter() - started
     samples = context.sampler.samples_before(num_steps) - context.sampler.samples_before(1)
-    peak = max(backend.gather(peak_bytes(backend.device)))
+    peak = max(backend.gather(read_peak()))
     if backend.rank == 0:
         values = {
             "samples_per_second": samples / seconds,
