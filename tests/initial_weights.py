@@ -90,10 +90,10 @@ def run_case(case: Case, folder: Path, ranks: int, world: Any) -> Any:
     make_run_dir = functools.partial(create_run_dir, folder / f"{ranks}" / case.key, "case")
     backend, run_dir = join(recipe, plan, world, make_run_dir)
     context = build_context(recipe, plan, backend, last_step=4, evaluates=False)
-    initial = _copied(backend.weights(context.model))
+    initial = _copied(dict(backend.weights(context.model)))
     shift: Any = backend.unwrap(context.model).shift
     train(context, MetricsCollector(None), last_step=4)
-    final = backend.weights(context.model)
+    final = dict(backend.weights(context.model))
     if backend.rank == 0:
         save_file({**initial, "shift": shift}, run_dir.path / "initial")
         save_file(_copied(final), run_dir.path / "final")

@@ -1,4 +1,4 @@
-"""`launcher export`: write a plan as configuration files of Accelerate and DeepSpeed."""
+"""`launcher export`: write a plan for Accelerate and DeepSpeed, or weights for Hugging Face."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from launcher.cli.arguments import (
+    Bytes,
     config_option,
     node_count_option,
     nproc_option,
@@ -22,9 +23,12 @@ from launcher.errors import PlanError, UsageError
 
 if TYPE_CHECKING:
     from launcher.planning.plan import Plan
+    from launcher.recipe.overrides import Override
 
 
-@click.command(cls=SettingsCommand, short_help="Write a plan as Accelerate and DeepSpeed files.")
+@click.command(
+    cls=SettingsCommand, short_help="Write a plan for Accelerate, or weights for Hugging Face."
+)
 @recipe_argument
 @overrides_argument
 @nproc_option
@@ -43,6 +47,20 @@ if TYPE_CHECKING:
     help="Write the DeepSpeed configuration (strategy=zero1, zero2 or zero3).",
 )
 @click.option("--force", is_flag=True, help="Replace files that launcher did not write.")
+@click.option(
+    "--hf",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Write the final weights of the run RECIPE for `from_pretrained` of Hugging Face.",
+)
+@click.option(
+    "--max-shard-size",
+    type=Bytes(),
+    default="5GB",
+    show_default=True,
+    metavar="SIZE",
+    help="With --hf: largest size of a file of weights.",
+)
 def command(
     recipe: str,
     overrides: tuple[str, ...],
@@ -51,10 +69,14 @@ def command(
     config: Path | None,
     accelerate: Path | None,
     deepspeed: Path | None,
+    hf: Path | None,
+    max_shard_size: int,
     *,
     force: bool,
 ) -> None:
-    """Write the plan of RECIPE as configuration files in which every value is resolved.
+    """Write the plan of RECIPE as configuration files, or the weights of a run for Hugging Face.
+
+    In the configuration files every value is resolved.
 
     The files define how ranks start and what is sharded. Everything else stays in the recipe, so
     the printed launch command repeats the settings given here.
@@ -63,7 +85,19 @@ def command(
     launcher export digits -n 4 --accelerate accelerate.yaml
     launcher export digits strategy=zero2 --accelerate zero2.yaml --deepspeed zero2.json
     accelerate launch --config_file zero2.yaml recipes/digits.py
+
+    With --hf, RECIPE is a run folder. The recipe builds its model again, whose attribute `config`
+    becomes config.json; NAME=VALUE changes its settings. Of a model with adapters of peft, the
+    adapter is written.
+
+    \b
+    launcher export runs/pretrain_lm-20260101-120000 --hf exported
     """
+    if hf is not None:
+        if accelerate or deepspeed or nproc_per_node or nodes != 1 or force:
+            raise UsageError("--hf goes with settings and --max-shard-size alone.")
+        _export_weights(Path(recipe), hf, read_overrides(config, overrides), max_shard_size)
+        return
     import yaml
 
     from launcher.environment.machine import read_machine
@@ -80,7 +114,8 @@ def command(
 
     if accelerate is None and deepspeed is None:
         raise UsageError(
-            "No file to write: add --accelerate FILE.yaml, --deepspeed FILE.json or both."
+            "Nothing to write: add --accelerate FILE.yaml, --deepspeed FILE.json or both; or give "
+            "a run folder and --hf FOLDER."
         )
     if deepspeed is not None:
         check_output(deepspeed, is_deepspeed_export, force=force, option="--deepspeed")
@@ -113,6 +148,31 @@ def command(
         options += ["--num_processes", str(plan.world_size)]
     settings = [*(["--config", str(config)] if config else []), *overrides]
     echo(f"launch: {_command(plan, options, _program(reference.shown), settings)}")
+
+
+def _export_weights(
+    run: Path, folder: Path, overrides: tuple[Override, ...], max_shard_bytes: int
+) -> None:
+    """Write the final weights of a run for `from_pretrained`."""
+    from launcher.engine.saving.hugging_face import (
+        build_without_values,
+        check_export,
+        export_weights,
+    )
+    from launcher.quantities import size
+    from launcher.runs.rebuilding import rebuilt_recipe
+    from launcher.runs.rundir import open_run_dir
+
+    run_dir, target = open_run_dir(run), folder.absolute()
+    check_export(run_dir, target)
+    with rebuilt_recipe(run_dir, overrides) as recipe:
+        model = build_without_values(recipe)
+        export = export_weights(run_dir, model, target, max_shard_bytes=max_shard_bytes)
+    files = f"{export.num_files} file{'s' * (export.num_files > 1)}"
+    echo(
+        f"wrote {folder}: {export.kind}, {export.num_weights:,} weights, "
+        f"{size(export.num_bytes)} in {files}"
+    )
 
 
 _MARK = "# launcher export:"

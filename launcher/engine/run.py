@@ -271,7 +271,6 @@ def _complete(
     if checkpoint_manager is not None and recorder.steps_taken is not None:
         checkpoint_manager.save(outcome.step)
     context.report_phase(outcome.step, "finishing")
-    weights = backend.final_weights(context.model, context.optimizer)
     result = TrainResult(
         evaluation=outcome.evaluation,
         train_loss=recorder.last_loss,
@@ -284,8 +283,11 @@ def _complete(
         checkpoint_manager.finish()
         checkpoint_manager.free_host_memory()
     context.report_phase(outcome.step, "finishing")
+    weights = backend.final_weights(context.model, context.optimizer)
     if backend.rank == 0:
-        save_weights(weights, run_dir)
+        save_weights(weights, backend.weight_kinds(context.model), run_dir)
+    for _ in weights:  # on other ranks, which take part in gathering
+        pass
     return result
 
 

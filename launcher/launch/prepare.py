@@ -7,8 +7,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +16,6 @@ from launcher.environment.nodes import Nodes
 from launcher.errors import CheckpointError, RunDirError
 from launcher.launch.multi_node import check_restarts
 from launcher.launch.only_launcher import check_only_launcher
-from launcher.paths import is_dir
 from launcher.planning.plan import Plan
 from launcher.planning.weight_headers import read_weight_headers
 from launcher.recipe.overrides import BuiltRecipe, Override, build
@@ -33,6 +30,7 @@ from launcher.runs.job import OutputMode, ReportWriter, ResumeFrom
 from launcher.runs.manifest import Manifest
 from launcher.runs.ownership import check_unowned
 from launcher.runs.plan_recipe import describe_run, plan_recipe
+from launcher.runs.rebuilding import folder_of, overrides_of, working_folder
 from launcher.runs.resumption import check_resumable, setting_changes
 from launcher.runs.run_record import RunRecord, read_run
 from launcher.runs.rundir import RunDir, open_run_dir
@@ -166,13 +164,9 @@ def prepare_resume(request: ResumeRequest, *, elsewhere: bool = False) -> Prepar
     check_unowned(run_dir.path)
     record = read_run(run_dir)
     checkpoint = _choose(run_dir, request.checkpoint, record.recipe)
-    folder = Path(record.folder) if is_dir(record.folder) else Path.cwd()
-    previous = tuple(
-        Override(name=name, value=value, source="run.yaml")
-        for name, value in record.overrides.items()
-    )
+    folder, previous = folder_of(record), overrides_of(record)
     overrides = (*previous, *request.overrides)
-    with _working_folder(folder):  # the recipe may read files by paths relative to it
+    with working_folder(folder):  # the recipe may read files by paths relative to it
         reference = resolve(record.recipe)
         nproc = request.nproc_per_node or record.nproc_per_node
         built, plan = _plan(
@@ -216,17 +210,6 @@ def _plan(
         nproc_per_node=request.nproc_per_node,
         elsewhere=elsewhere,
     )
-
-
-@contextlib.contextmanager
-def _working_folder(folder: Path) -> Iterator[None]:
-    """Work in a folder for the duration of the context."""
-    previous = Path.cwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(previous)
 
 
 def _choose(run_dir: RunDir, name: str | None, recipe: str) -> Checkpoint:

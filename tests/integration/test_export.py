@@ -1,4 +1,4 @@
-"""`launcher export` writes the configuration of Accelerate and DeepSpeed for a plan."""
+"""`launcher export` writes configuration files for a plan, and weights for Hugging Face."""
 
 from __future__ import annotations
 
@@ -132,3 +132,27 @@ def test_an_impossible_export_is_refused(
     assert done.exit_code == 2
     assert fragment in done.stderr
     assert list(run.folder.iterdir()) == []
+
+
+def test_weights_that_cannot_be_exported_are_refused(
+    module_run: Commands, one_process: Path
+) -> None:
+    """A model without `config`, a run without weights, and a foreign folder are exit code 2."""
+    taken = module_run.folder / "taken"
+    taken.mkdir()
+    (taken / "notes.txt").write_text("mine")
+    unfinished = module_run.folder / "unfinished"
+    unfinished.mkdir()
+    (unfinished / "run.yaml").write_bytes((one_process / "run.yaml").read_bytes())
+    for arguments, fragment in (
+        (("one", "--hf", "new"), "attribute `config`"),
+        (("one", "--hf", "taken"), "notes.txt"),
+        (("unfinished", "--hf", "new"), "launcher resume unfinished"),
+        (("nowhere", "--hf", "new"), "nowhere is not a run folder"),
+        (("one", "--hf", "new", "--force"), "--max-shard-size"),
+    ):
+        done = module_run("launcher", "export", *arguments)
+        assert done.exit_code == 2, done.stderr
+        assert fragment in done.stderr
+        assert not (module_run.folder / "new").exists()
+    assert (taken / "notes.txt").read_text() == "mine"

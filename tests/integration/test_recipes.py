@@ -11,11 +11,15 @@ import numpy as np
 import pytest
 import torch
 from support import ROOT, Commands, needs_fashion_mnist, read_lines, read_weights
+from torch import nn
 
 from launcher import RecipeError
 from launcher.recipes.fashion_mnist import DATA, read_idx
+from launcher.recipes.finetune import load_causal_lm
 from launcher.recipes.gpt import build_model as build_gpt
 from launcher.recipes.gpt import sample
+from launcher.recipes.pretrain_lm import Shape, write_tokens
+from launcher.recipes.pretrain_lm import build_model as build_lm
 from launcher.recipes.resnet import read_batch
 from launcher.recipes.rough_intervals import read_new_york
 
@@ -178,20 +182,82 @@ def test_pretraining_helps(run: Commands) -> None:
     assert "finetune:pretrain" in done.stderr
 
 
-@pytest.mark.parametrize("lora", [0, 4])
-def test_a_language_model_from_a_folder(
-    run: Commands, lora: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A tiny language model of transformers trains from its folder, whole and with QLoRA."""
-    # Importing transformers sets this variable, and the fixture _no_leaks would fail the test.
+@pytest.fixture
+def transformers(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return the package transformers."""
+    # Importing it sets this variable, and the fixture _no_leaks would fail the test.
     monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    transformers = pytest.importorskip("transformers")
+    return pytest.importorskip("transformers")
+
+
+def export(run: Commands, run_dir: str, folder: str, *settings: str) -> None:
+    """Export the weights of a finished run for transformers."""
+    done = run("launcher", "export", run_dir, "--hf", folder, *settings)
+    assert done.exit_code == 0, done.stderr
+
+
+def load_exported(transformers: Any, folder: Path) -> nn.Module:
+    """Load a folder with transformers, without missing or unexpected names."""
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, local_files_only=True, output_loading_info=True
+    )
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.dtype == torch.float32
+    loaded: nn.Module = model.eval()
+    return loaded
+
+
+def largest_difference(model: nn.Module, exported: nn.Module, vocabulary: int) -> float:
+    """Return the largest difference of the logits of two models for random tokens."""
+    tokens = torch.randint(vocabulary, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        first, second = model.eval()(tokens), exported(tokens)
+    logits = [each if isinstance(each, torch.Tensor) else each.logits for each in (first, second)]
+    return float((logits[0] - logits[1]).abs().max())
+
+
+def test_a_pretrained_model_loads_in_transformers(run: Commands, transformers: Any) -> None:
+    """What two ranks pretrained under FSDP gives in transformers the logits of the recipe's model.
+
+    The weights are exported in several files, and a second export replaces the first.
+    """
+    vocabulary = 300
+    tokens = torch.arange(3000) * 7 % vocabulary
+    write_tokens([tokens.tolist()], run.folder / "tokens/a.bin", vocabulary=vocabulary)
+    write_tokens([tokens.tolist()], run.folder / "tokens/val.bin", vocabulary=vocabulary)
+    settings = ("tokens=tokens", "block=32", "vocabulary=300", "layers=2", "num_workers=1")
+    train(run, "pretrain_lm", *settings, "strategy=fsdp", "steps=3", "batch_size=6")
+    shape = Shape(
+        vocabulary=300, layers=2, width=128, heads=4, key_heads=2, hidden=512, theta=10_000.0
+    )
+    model = build_lm(shape, 32)
+    model.load_state_dict(read_weights(run.folder / "pretrain_lm"))
+    export(run, "pretrain_lm", "exported")
+    assert {path.name for path in (run.folder / "exported").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+    }
+    export(run, "pretrain_lm", "exported", "--max-shard-size", "1MB")
+    files = {path.name for path in (run.folder / "exported").iterdir()}
+    assert files >= {"model.safetensors.index.json", "model-00001-of-00003.safetensors"}
+    assert all((run.folder / "exported" / file).stat().st_size < 1_010_000 for file in files)
+    exported = load_exported(transformers, run.folder / "exported")
+    assert type(exported).__name__ == "LlamaForCausalLM"
+    assert largest_difference(model, exported, vocabulary) < 1e-5
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+def test_a_language_model_from_a_folder(run: Commands, lora: int, transformers: Any) -> None:
+    """A tiny language model of transformers trains from its folder, whole and with QLoRA.
+
+    The exported folder has the whole model, or the adapter alone.
+    """
     if lora and importlib.util.find_spec("peft") is None:
         pytest.skip("needs peft")
     tokenizers = pytest.importorskip("tokenizers")
     config = transformers.LlamaConfig(
         vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, max_position_embeddings=64,
+        num_attention_heads=2, max_position_embeddings=64, tie_word_embeddings=True,
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(run.folder / "model")
     trainer = tokenizers.ByteLevelBPETokenizer()
@@ -216,3 +282,18 @@ def test_a_language_model_from_a_folder(
         assert {weights[name].dtype for name in frozen} == {torch.uint8}
         changed = [name for name in weights if "lora_B" in name and weights[name].any()]
         assert len(changed) == 7  # LoRA matrices start at zero
+    export(run, "finetune-causal_lm", "exported")
+    if lora:
+        import peft
+
+        base = load_causal_lm(run.folder / "model", 0, "", four_bit=False)
+        adapted = peft.PeftModel.from_pretrained(base, str(run.folder / "exported"))
+        loaded = {name: value for name, value in adapted.state_dict().items() if "lora_" in name}
+        assert len(loaded) == 14
+        assert all(torch.equal(value, weights[name]) for name, value in loaded.items())
+        assert len(list((run.folder / "exported").iterdir())) == 2
+    else:
+        model = load_causal_lm(run.folder / "model", 0, "", four_bit=False)
+        model.load_state_dict(read_weights(run.folder / "finetune-causal_lm"), strict=False)
+        exported = load_exported(transformers, run.folder / "exported")
+        assert largest_difference(model, exported, 300) < 1e-5

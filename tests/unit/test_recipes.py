@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import gzip
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support import ROOT
@@ -14,6 +16,7 @@ from launcher.recipe.parameters import parameters_of
 from launcher.recipe.resolve import list_recipes, resolve
 from launcher.recipes.fashion_mnist import read_idx
 from launcher.recipes.gpt import cut, pack, pad
+from launcher.recipes.pretrain_lm import TENSOR_PARALLEL, build_data, llama_8b, write_tokens
 from launcher.recipes.resnet import build_resnet
 from launcher.recipes.rough_intervals import build_model as build_rough
 from launcher.recipes.rough_intervals import coverage
@@ -99,3 +102,75 @@ def test_resnet_56_equals_the_paper() -> None:
     assert sum(parameter.numel() for parameter in net.parameters()) == 853_018
     assert sum(isinstance(module, torch.nn.Conv2d) for module in net.modules()) == 55
     assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_llama_8b_equals_the_paper() -> None:
+    """The largest model has the 8.03 billion weights of Llama 3 8B, and every layer has a place.
+
+    It is built without values, as a plan with tensor_parallel needs it.
+    """
+    with torch.device("meta"):
+        model = llama_8b().model()
+    weights = dict(model.named_parameters())
+    assert sum(weight.numel() for weight in weights.values()) == 8_030_261_248
+    assert weights["model.layers.31.mlp.down_proj.weight"].shape == (4096, 14336)
+    assert weights["lm_head.weight"].shape == (128256, 4096)
+    modules = [name for name, module in model.named_modules() if not any(module.children())]
+    for name in modules:
+        styles = [
+            style for pattern, style in TENSOR_PARALLEL.items() if fnmatch.fnmatch(name, pattern)
+        ]
+        assert len(styles) == (0 if "norm" in name else 1), name
+
+
+def test_files_of_tokens_are_read_in_blocks(tmp_path: Path) -> None:
+    """Blocks of files are in a row, targets are the next tokens, and the end is held out."""
+    first, second = list(range(100, 152)), list(range(200, 225))
+    assert write_tokens([first, second[:5]], tmp_path / "a.bin", vocabulary=300, end=1) == 59
+    write_tokens([second], tmp_path / "b.bin", vocabulary=300)
+    assert (tmp_path / "a.bin").stat().st_size == 118
+    data = build_data(tmp_path, None, 8, 300)
+    samples = [*data.train, *data.evaluation]
+    assert (len(data.train), len(data.evaluation)) == (9, 1)
+    assert samples[0][0].tolist() == list(range(100, 108))
+    assert samples[0][1].tolist() == list(range(101, 109))
+    assert samples[7][0].tolist() == list(range(200, 208))
+    assert samples[9][1].tolist() == list(range(217, 225))
+    (tmp_path / "b.bin").rename(tmp_path / "val.bin")
+    data = build_data(tmp_path, None, 8, 300)
+    assert (len(data.train), len(data.evaluation)) == (7, 3)
+    assert write_tokens([[70_000]], tmp_path / "large.bin", vocabulary=1 << 17) == 1
+    assert (tmp_path / "large.bin").stat().st_size == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "vocabulary", "message"),
+    [
+        (None, 256, "no such file"),
+        (b"", 256, "empty"),
+        (bytes(1001), 256, "1,001 bytes"),
+        (bytes(16), 256, "too few tokens"),
+        (np.arange(100, dtype="<u4").tobytes(), 256, "token_type=uint32"),
+        (np.arange(100, dtype="<u2").tobytes(), 1 << 17, "token_type=uint16"),
+        (np.arange(300, 400, dtype="<u2").tobytes(), 256, "308"),
+    ],
+    ids=["missing", "empty", "odd", "short", "uint32", "uint16", "vocabulary"],
+)
+def test_a_file_without_such_tokens_is_refused(
+    tmp_path: Path, content: bytes | None, vocabulary: int, message: str
+) -> None:
+    """A file that is missing, empty, too short, or of other tokens is refused by its path."""
+    path = tmp_path / "tokens.bin"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(RecipeError) as caught:
+        build_data(path, None, 8, vocabulary)
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_tokens_outside_the_vocabulary_are_not_written(tmp_path: Path) -> None:
+    """A document with a token that the vocabulary lacks is refused, and leaves no file."""
+    with pytest.raises(RecipeError, match="255"):
+        write_tokens([[1, 2], [256]], tmp_path / "tokens.bin", vocabulary=256)
+    assert list(tmp_path.iterdir()) == []

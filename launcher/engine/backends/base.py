@@ -6,7 +6,7 @@ import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,16 @@ from launcher.planning.virtual_ranks import Part
 from launcher.recipe.recipe import Recipe
 
 T = TypeVar("T")
+
+
+class WeightKind(NamedTuple):
+    """What is known of a tensor before it is gathered."""
+
+    dtype: torch.dtype
+    """Type of its elements."""
+
+    size: torch.Size
+    """Its size over all ranks."""
 
 
 class Backend(ABC):
@@ -298,14 +308,29 @@ class Backend(ABC):
     def close(self) -> None:
         """Leave the process group."""
 
-    def weights(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return the unsharded state dict of the recipe's module on rank 0 (collective).
+    def weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """Yield the names and the unsharded tensors of the recipe's module (collective).
 
-        A weight with several names appears under the first one. Other ranks may get an empty dict.
+        Tensors are gathered one at a time, and every rank must take them all. They are complete on
+        rank 0. A weight with several names is yielded once, under the first one.
         """
         module = self.unwrap(model)
         tensors = module.state_dict()
-        return {plain_name(name): tensors[name] for name in state_dict_names(module)}
+        for name in state_dict_names(module):
+            yield plain_name(name), tensors[name]
+
+    def weight_kinds(self, model: nn.Module) -> dict[str, WeightKind]:
+        """Return the type and the unsharded size of each tensor that `weights` yields, by name."""
+        module = self.unwrap(model)
+        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        return {
+            plain_name(name): WeightKind(tensors[name].dtype, self.full_size(tensors[name]))
+            for name in state_dict_names(module)
+        }
+
+    def full_size(self, tensor: Tensor) -> torch.Size:
+        """Return the size of a parameter or buffer over all ranks."""
+        return tensor.shape
 
     def check_state(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Check, after the first step, that `snapshot` saves all state of model and optimizer.
@@ -474,13 +499,10 @@ class Backend(ABC):
             self.unwrap(model)
             end()
 
-    def final_weights(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-        """Return the weights that the optimizer evaluates, as `weights` does (collective)."""
+    def final_weights(self, model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+        """Yield the weights that the optimizer evaluates, as `weights` does (collective)."""
         with self.evaluated_weights(model, optimizer):
-            weights = self.weights(model)
-            if hasattr(optimizer, "eval"):  # training weights come back into the same memory
-                return {name: tensor.to("cpu", copy=True) for name, tensor in weights.items()}
-            return weights
+            yield from self.weights(model)
 
     def any_rank(self, flag: bool) -> bool:
         """Return whether `flag` is true on any rank (collective)."""

@@ -376,19 +376,21 @@ class DeepSpeedBackend(GroupBackend):
         else:
             safe_set_full_optimizer_state(parameter, full, key)
 
-    def weights(self, model: nn.Module) -> dict[str, Tensor]:
+    def weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         module = self._module
         parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
-        weights = {}
         for name in state_dict_names(module):
-            tensor = parameters.get(name, buffers.get(name))
-            with GatheredParameters([tensor] if name in parameters else []):
-                if self.rank == 0 and tensor is not None:
-                    weights[plain_name(name)] = tensor.detach().cpu().clone()
-        return weights
+            if name in parameters:
+                with GatheredParameters([parameters[name]]):
+                    yield plain_name(name), parameters[name].detach()
+            else:
+                yield plain_name(name), buffers[name]
+
+    def full_size(self, tensor: Tensor) -> torch.Size:
+        return _full_size(tensor)
 
 
-def _full_size(parameter: nn.Parameter) -> torch.Size:
+def _full_size(parameter: Tensor) -> torch.Size:
     """Return the unsharded shape of a parameter, which ZeRO-3 shows as empty."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 

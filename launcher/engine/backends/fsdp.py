@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,6 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from launcher.engine.backends.accelerate import GroupBackend
-from launcher.engine.backends.base import state_dict_names
 from launcher.engine.backends.call_order import watch_call_order
 from launcher.engine.backends.default_group import lengthen_timeouts
 from launcher.engine.backends.parallel_plan import find_styles
@@ -40,7 +39,6 @@ from launcher.engine.backends.tensor_parallel import (
     split_model,
     whole_gradient_error,
 )
-from launcher.engine.state.compiled import plain_name
 from launcher.engine.state.fragments import Box
 from launcher.engine.state.initial_values import InitialValues, parts_of
 from launcher.engine.state.meta_tensors import allocate_shards
@@ -231,16 +229,9 @@ class FSDPBackend(GroupBackend):
                 module.reshard()
         return self._module
 
-    def weights(self, model: nn.Module) -> dict[str, Tensor]:
-        weights = {}
-        module = self.unwrap(model)
-        tensors = module.state_dict()
-        for name in state_dict_names(module):
-            tensor = tensors[name]
-            gathered = gather_full(tensor) if isinstance(tensor, DTensor) else tensor
-            if self.rank == 0:
-                weights[plain_name(name)] = gathered.cpu()
-        return weights
+    def weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in super().weights(model):
+            yield name, gather_full(tensor) if isinstance(tensor, DTensor) else tensor
 
 
 def keep_reduced_in_float32(unit: Any) -> None:

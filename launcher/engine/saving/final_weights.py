@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import safetensors
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from launcher.engine.backends.base import state_dict_names
+from launcher.engine.backends.base import WeightKind, state_dict_names
 from launcher.engine.state.compiled import plain_name
 from launcher.errors import RecipeError, TrainingError
 from launcher.runs.checkpoints import list_checkpoints
@@ -50,13 +55,17 @@ def _dtype_error(dtype: torch.dtype) -> str:
     return ""
 
 
-def save_weights(weights: dict[str, Tensor], run_dir: RunDir) -> None:
-    """Write the weights as safetensors, atomically.
+def save_weights(
+    weights: Iterable[tuple[str, Tensor]], kinds: Mapping[str, WeightKind], run_dir: RunDir
+) -> None:
+    """Write the weights as safetensors, atomically, one tensor after the other.
 
     Tensors that share memory are written as separate copies.
 
     Args:
-        weights: Names and full tensors.
+        weights: Names and full tensors. All of them are taken even if they cannot be written,
+            because other ranks take part in gathering each of them.
+        kinds: Their types and sizes.
         run_dir: The run folder.
 
     Raises:
@@ -64,10 +73,11 @@ def save_weights(weights: dict[str, Tensor], run_dir: RunDir) -> None:
     """
     temporary = run_dir.model.with_suffix(".tmp")
     try:
-        temporary.unlink(missing_ok=True)  # a link would be followed
-        safetensors.torch.save_file(_unshare(weights), str(temporary), metadata={"format": "pt"})
+        _write(temporary, weights, kinds)
         temporary.replace(run_dir.model)
-    except (OSError, RuntimeError, ValueError, KeyError, safetensors.SafetensorError) as error:
+    except OSError as error:
+        for _ in weights:
+            pass
         remedy = "There is no checkpoint to write them from."
         if list_checkpoints(run_dir):
             remedy = (
@@ -78,16 +88,51 @@ def save_weights(weights: dict[str, Tensor], run_dir: RunDir) -> None:
             f"{run_dir.model}: {error}. {remedy}"
         ) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the error above says more
+            temporary.unlink(missing_ok=True)
 
 
-def _unshare(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights with tensors that share memory copied."""
-    separate: dict[str, Tensor] = {}
-    used_addresses: set[int] = set()
-    for name, tensor in weights.items():
-        dense = tensor.detach().contiguous()
-        address = dense.untyped_storage().data_ptr()
-        separate[name] = dense.clone() if address in used_addresses else dense
-        used_addresses.add(address)
-    return separate
+def _write(
+    path: Path, weights: Iterable[tuple[str, Tensor]], kinds: Mapping[str, WeightKind]
+) -> None:
+    """Write a safetensors file, whose tensors may come in any order.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    places: dict[str, tuple[int, int]] = {}
+    position = 0
+    # Large elements come first, so that each tensor is aligned to the size of its elements.
+    for name, kind in sorted(kinds.items(), key=lambda item: -item[1].dtype.itemsize):
+        stop = position + kind.size.numel() * kind.dtype.itemsize
+        header[name] = {
+            "dtype": _stored_name(kind.dtype),
+            "shape": list(kind.size),
+            "data_offsets": [position, stop],
+        }
+        places[name] = position, stop
+        position = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path.unlink(missing_ok=True)  # a link would be followed
+    with path.open("xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in weights:
+            start, stop = places.pop(name)
+            content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            if len(content) != stop - start:
+                raise RuntimeError(f"{name} has {len(content):,} bytes, not {stop - start:,}.")
+            file.seek(8 + len(text) + start)
+            file.write(content.data)
+        if places:
+            raise RuntimeError(f"{next(iter(places))} was not gathered.")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _stored_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype in safetensors files, as safetensors itself writes it."""
+    file = safetensors.torch.save({"value": torch.empty(1, dtype=dtype)})
+    header = json.loads(file[8 : 8 + int.from_bytes(file[:8], "little")])
+    return str(header["value"]["dtype"])
