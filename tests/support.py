@@ -9,13 +9,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from warm import Warm
+
+from launcher.runs.rundir import RunDir
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -27,6 +29,9 @@ needs_fashion_mnist = pytest.mark.skipif(
     reason="needs Debian's package dataset-fashion-mnist, which apt-get could not install",
 )
 
+
+_FORKED = ("launcher", "torchrun", "accelerate", "deepspeed")
+"""Console scripts that are written in Python and can start warm."""
 
 _SESSIONS: dict[str, set[int]] = {}
 """Session ids of the commands that were started under each mark."""
@@ -63,10 +68,14 @@ class Commands:
     """Value of the environment variable MARK, which identifies their processes."""
 
     def __call__(
-        self, *arguments: str | Path, env: dict[str, str] | None = None, timeout: float = 240
+        self,
+        *arguments: str | Path,
+        env: dict[str, str] | None = None,
+        timeout: float = 240,
+        cold: bool = False,
     ) -> Finished:
         """Run a program and wait for it; fail the test if it exceeds `timeout` seconds."""
-        with self.start(*arguments, env=env) as process:
+        with self.start(*arguments, env=env, cold=cold) as process:
             try:
                 stdout, stderr = process.communicate(timeout=timeout)
             except subprocess.TimeoutExpired:
@@ -80,14 +89,18 @@ class Commands:
     ) -> subprocess.Popen[str]:
         """Start a program in a session of its own, from the virtual environment if it is there.
 
-        Commands of `launcher` start warm (see warm.py), unless `cold` is true, LAUNCHER_TESTS_COLD
-        is set, or `env` has variables that are read before the first line of Python runs.
+        Launchers and files of Python start warm (see warm.py), unless `cold` is true,
+        LAUNCHER_TESTS_COLD is set, or `env` has variables that are read before the first line of
+        Python runs.
         """
         script = BIN / str(arguments[0])
         command = [str(script if script.exists() else arguments[0]), *map(str, arguments[1:])]
         variables = self.environment() | (env or {})
         early = any(name.startswith(("PYTHON", "OMP_", "MKL_", "TORCH")) for name in env or {})
-        if arguments[0] == "launcher" and not (cold or early or "LAUNCHER_TESTS_COLD" in variables):
+        forkable = arguments[0] in _FORKED or (
+            arguments[0] == "python" and str(arguments[1]).endswith(".py")
+        )
+        if forkable and not (cold or early or "LAUNCHER_TESTS_COLD" in variables):
             process = _warm().start(command, self.folder, variables)
         else:
             process = subprocess.Popen(
@@ -118,6 +131,19 @@ class Commands:
             "OMP_WAIT_POLICY": "PASSIVE",
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         }
+
+
+def wait_until(condition: Callable[[], object], *processes: subprocess.Popen[str]) -> None:
+    """Wait until a condition is true, and fail if one of the processes ends before that."""
+    while not condition():
+        for process in processes:
+            assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+def has_rows(run_dir: RunDir, number: int) -> bool:
+    """Return whether a run has recorded this number of steps."""
+    return run_dir.metrics.exists() and run_dir.metrics.read_bytes().count(b"\n") >= number
 
 
 def train_suite(run: Commands, suite: str, worlds: Sequence[int]) -> Path:

@@ -1,7 +1,8 @@
 """Start commands warm: fork them from a server that has imported what `launcher` imports.
 
-Importing torch takes longer than most tests. A forked command runs its normal code in a session, a
-folder and an environment of its own, with its own output. Only its interpreter started earlier.
+Importing torch takes longer than most tests. A forked command, which is a console script or a file
+of Python, runs its normal code in a session, a folder and an environment of its own, with its own
+output. Only its interpreter started earlier. The processes that it starts are started as ever.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import importlib
 import io
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -25,6 +27,8 @@ _PRELOADED = (
     "launcher.engine.worker",
     "launcher.engine.backends.accelerate",
     "launcher.engine.backends.fsdp",
+    "launcher.engine.backends.deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # it imports torch._inductor
     "torch._dynamo",
     "torch.distributed.fsdp",
 )
@@ -49,7 +53,7 @@ class Warm:
         atexit.register(self._end)
 
     def start(self, command: list[str], folder: Path, env: dict[str, str]) -> subprocess.Popen[str]:
-        """Start a command of `launcher` as a child of this process."""
+        """Start a console script, or `python` with a file, as a child of this process."""
         out, command_out = os.pipe()
         err, command_err = os.pipe()
         request = {"command": command, "folder": str(folder), "env": env}
@@ -101,7 +105,10 @@ def _read_exactly(stream: socket.socket, num_bytes: int) -> bytes:
 def serve(stream: socket.socket) -> None:
     """Fork a command for each request, until the other end of the socket is closed."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed reads it when it is imported
     for module in _PRELOADED:
+        if "LAUNCHER_GPU_TESTS" in os.environ and "deepspeed" in module:
+            continue  # it would look for GPUs, after which no process may be forked
         importlib.import_module(module)
     while True:
         length, files, _, _ = socket.recv_fds(stream, 4, 2)
@@ -137,13 +144,13 @@ def run(command: list[str], folder: str, env: dict[str, str], files: list[int]) 
     os.environ.clear()
     os.environ.update(env)
     tempfile.tempdir = None  # forget the value that was cached in the server's environment
-    sys.argv, sys.orig_argv = list(command), [sys.executable, *command]
-    sys.path[0] = str(Path(command[0]).parent)
+    sys.argv = list(command[Path(command[0]).name == "python" :])
+    sys.orig_argv = [sys.executable, *sys.argv]
+    sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
     code: object = 1
     try:
-        from launcher.cli import main
-
-        main()
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        code = 0
     except SystemExit as exit_request:
         code = exit_request.code
     except BaseException:  # noqa: BLE001  # printed as the interpreter would print it
