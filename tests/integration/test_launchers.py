@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -15,17 +16,35 @@ from launcher.runs.run_record import read_run
 from launcher.runs.rundir import RunDir
 
 RECIPE = str(ROOT / "tests/recipes/worlds.py")
-PORT = ("--main_process_port", "0")  # another test may use the default port
+QUICKSTART = (ROOT / "docs/quickstart.md").read_text()
+MODULE = "accelerate launch -m launcher.recipes.digits epochs=2"
+DEEPSPEED = "deepspeed --num_accelerators 2 recipes/digits.py epochs=2"
+"""Command of the quickstart that test_export.py runs, with a strategy of DeepSpeed."""
+
 WAYS = {
-    "python": (("python", RECIPE), 1),
-    "torchrun-1": (("torchrun", RECIPE), 1),
-    "torchrun-2": (("torchrun", "--standalone", "--nproc-per-node", "2", RECIPE), 2),
-    "accelerate-1": (("accelerate", "launch", RECIPE), 1),
-    "accelerate-2": (
-        ("accelerate", "launch", "--multi_gpu", "--num_processes", "2", *PORT, RECIPE),
-        2,
-    ),
+    "python recipes/digits.py epochs=2": 1,
+    "torchrun --nproc-per-node 2 recipes/digits.py epochs=2": 2,
+    "accelerate launch --multi_gpu --num_processes 2 recipes/digits.py epochs=2": 2,
+    "torchrun recipes/digits.py": 1,
+    "accelerate launch recipes/digits.py": 1,
 }
+"""Numbers of ranks by commands, which are those of the quickstart and two for single ranks."""
+
+
+def test_the_commands_of_the_quickstart_are_run() -> None:
+    """The block of the quickstart with other launchers has the commands that are run here."""
+    (block,) = re.findall(r"```sh\n(python recipes/digits\.py.*?)```", QUICKSTART, re.DOTALL)
+    assert set(block.splitlines()) == {way for way in WAYS if "epochs" in way} | {MODULE, DEEPSPEED}
+
+
+def words(way: str, port: int) -> list[str]:
+    """Return a command with another recipe, on a port that other tests do not use."""
+    command = way.replace(" epochs=2", "").replace("recipes/digits.py", RECIPE).split()
+    if command[0] == "accelerate":
+        command[-1:] = ["--main_process_port", str(port), RECIPE]
+    elif command[0] == "torchrun":
+        command[-1:] = ["--master-port", str(port), RECIPE]
+    return command
 
 
 @pytest.fixture(scope="module")
@@ -36,15 +55,18 @@ def alone(module_run: Commands) -> Path:
     return module_run.folder / "alone"
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_every_launcher_trains_the_same(module_run: Commands, alone: Path, way: str) -> None:
+@pytest.mark.parametrize(("way", "ranks"), WAYS.items())
+def test_every_launcher_trains_the_same(
+    module_run: Commands, alone: Path, free_port: int, way: str, ranks: int
+) -> None:
     """Every launcher prints its ranks once, applies overrides, and gives the same weights."""
-    command, ranks = WAYS[way]
-    done = module_run(*command, "lr=0.05", "--out", way)
+    out = way.partition(" recipes")[0]
+    is_cold = way.startswith("python")
+    done = module_run(*words(way, free_port), "lr=0.05", "--out", out, cold=is_cold)
     assert done.exit_code == 0, done.stderr
     assert f" on {ranks} = 1 node x {ranks} CPU rank" in done.stdout
     assert done.stdout.count("run folder: ") == 1, "only one rank prints"
-    folder = module_run.folder / way
+    folder = module_run.folder / out
     steps, reference = (
         [row for row in read_lines(path / "metrics.jsonl") if "loss" in row]
         for path in (folder, alone)
@@ -62,7 +84,7 @@ def test_every_launcher_trains_the_same(module_run: Commands, alone: Path, way: 
 
 def test_a_module_is_launched(run: Commands) -> None:
     """`accelerate launch -m` starts a recipe by the name of its module, from any folder."""
-    done = run("accelerate", "launch", "-m", "launcher.recipes.digits", "epochs=1", "--out", "out")
+    done = run(*MODULE.split(), "--out", "out")
     assert done.exit_code == 0, done.stderr
     assert "recipes/digits.py:digits" in done.stdout
 
