@@ -1,4 +1,4 @@
-"""Large worlds: 1,024 ranks in one process, and plans for 10,000."""
+"""Large worlds: hundreds of ranks in one process, and plans for 10,000."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ from launcher.runs.checkpoints import Checkpoint
 from launcher.runs.manifest import FORMAT, Manifest
 
 RANKS = 1024
+WRITERS = 256
+"""Ranks that write a checkpoint; each shards a model of its own."""
 
 
 def plan_of(world_size: int, samples: int, batch_size: int) -> Plan:
@@ -46,8 +48,8 @@ def plan_of(world_size: int, samples: int, batch_size: int) -> Plan:
 
 @contextmanager
 def fake_rank(rank: int) -> Iterator[None]:
-    """Be one of `RANKS` ranks, in a process group whose collectives do nothing."""
-    dist.init_process_group("fake", rank=rank, world_size=RANKS, store=FakeStore())
+    """Be one of `WRITERS` ranks, in a process group whose collectives do nothing."""
+    dist.init_process_group("fake", rank=rank, world_size=WRITERS, store=FakeStore())
     try:
         yield
     finally:
@@ -119,8 +121,8 @@ def test_memory_for_sample_indices_depends_on_the_share_alone() -> None:
         assert peak < 1 << 20, (world_size, samples)
 
 
-def test_a_checkpoint_of_a_thousand_ranks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The shards that 1,024 ranks write, and their parts of replicated tensors, are the model."""
+def test_a_checkpoint_of_many_ranks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The shards that 256 ranks write, and their parts of replicated tensors, are the model."""
     caplog.set_level(logging.WARNING, "c10d-NullHandler-dcp_logger")
 
     def model() -> nn.Module:
@@ -129,22 +131,22 @@ def test_a_checkpoint_of_a_thousand_ranks(tmp_path: Path, caplog: pytest.LogCapt
 
     original = model()
     extra = {f"buffer/{number}": torch.full((number + 1,), float(number)) for number in range(9)}
-    for rank in range(RANKS):
+    for rank in range(WRITERS):
         with fake_rank(rank):
             sharded = model()
             # torch caches meshes by name, together with the coordinates of the first rank.
             fully_shard(
-                sharded, mesh=init_device_mesh("cpu", (RANKS,), mesh_dim_names=(f"of{rank}",))
+                sharded, mesh=init_device_mesh("cpu", (WRITERS,), mesh_dim_names=(f"of{rank}",))
             )
             optimizer = torch.optim.SGD(sharded.parameters(), lr=0.1)
             tensors = [*live_tensors(sharded, optimizer), *extra.items()]
-            copies = HostCopies(tensors, rank, RANKS, HostMemory(is_kept=False))
+            copies = HostCopies(tensors, rank, WRITERS, HostMemory(is_kept=False))
             write_shard(tmp_path, rank, copies.tensors)
     manifest = Manifest(
         format=FORMAT,
         step=1,
         samples=1,
-        world_size=RANKS,
+        world_size=WRITERS,
         agreement={},
         values={"optimizer": {}, "groups": [], "scaler": None},
         versions={},
