@@ -22,8 +22,6 @@ from trainings import Trainings, measure
 from launcher.analysis.gradient_noise import fit_steps, steps_ratio
 
 PLAIN = ("label_smoothing=0", "optimizer=sgd(momentum=0.9)", "schedule=constant()", "lr_rule=none")
-_NUM_EVALUATIONS = 30
-"""Evaluations during a training; the crossing of the target is interpolated between them."""
 
 
 @benchmark
@@ -38,6 +36,13 @@ _NUM_EVALUATIONS = 30
     help="Limit of samples for a training at the smallest batch size.",
 )
 @click.option("--lrs", type=Numbers(float, 0), default="0.003,0.01,0.03,0.1", show_default=True)
+@click.option(
+    "--evaluations",
+    type=click.IntRange(min=1),
+    default=30,
+    show_default=True,
+    help="Evaluations during a training, between which the crossing of the target is interpolated.",
+)
 @click.option("--noise-steps", type=click.IntRange(min=2), default=500, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Cache finished trainings in FILE.")
 def main(
@@ -46,12 +51,13 @@ def main(
     seeds: int,
     samples: int,
     lrs: list[float],
+    evaluations: int,
     noise_steps: int,
     out: Path | None,
 ) -> None:
     """Print steps and examples at each batch size: measured, fitted and predicted."""
     with Trainings("fashion_mnist", out) as trainings:
-        compare(trainings, batches, target, seeds, samples, lrs, noise_steps)
+        compare(trainings, batches, target, seeds, samples, lrs, evaluations, noise_steps)
 
 
 def compare(
@@ -61,6 +67,7 @@ def compare(
     seeds: int,
     samples: int,
     lrs: list[float],
+    evaluations: int,
     noise_steps: int,
 ) -> None:
     """Run all trainings and print the table."""
@@ -70,7 +77,7 @@ def compare(
         # Beyond the critical batch size the samples grow in proportion to the batch, so the limit
         # of steps shrinks only with its square root.
         max_steps = int(samples / batches[0] * (batches[0] / batch) ** 0.5)
-        every = max(max_steps // _NUM_EVALUATIONS, 1)
+        every = max(max_steps // evaluations, 1)
         steps_per_seed = []
         for seed in seeds:
             settings = (f"batch_size={batch}", f"lr={lr}", f"seed={seed}", f"steps={max_steps}")

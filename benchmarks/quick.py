@@ -32,10 +32,10 @@ SHORT = {
     "teardown": "--runs 2 --ranks 2",
     "kill_resume": "--trials 2",
     "loader": "--workers 0,4 --turns 1 --seconds 0.5 --stores far",
-    "super_convergence": "--epochs 1 --seeds 1 --budgets 100 --constant-lrs 0.01 --peak-lrs 0.1 "
+    "super_convergence": "--samples 6400 --seeds 1 --budgets 50 --constant-lrs 0.01 --peak-lrs 0.1 "
     "--find-steps 20",
-    "batch_64_to_512": "--batches 64,256 --target 0.6 --seeds 1 --samples 12000 --lrs 0.03 "
-    "--noise-steps 60",
+    "batch_64_to_512": "--batches 64,256 --target 0.6 --seeds 1 --samples 8000 --lrs 0.03 "
+    "--noise-steps 40 --evaluations 8",
     "gpu": "--only profile,doctor",
     "tuned": "--epochs 1 --tuned-epochs 1 --seeds 1 --find-steps 40",
 }

@@ -22,9 +22,17 @@ from trainings import Trainings, measure
 PLAIN = ("label_smoothing=0", "optimizer=sgd(momentum=0.9)")
 """Settings of the baselines; the last row trains with the recipe's own settings."""
 
+BATCH_SIZE = 64
+"""Batch size of the recipe."""
+
 
 @benchmark
 @click.option("--epochs", type=click.IntRange(min=1), default=16, help="Epochs with a constant lr.")
+@click.option(
+    "--samples",
+    type=click.IntRange(min=BATCH_SIZE),
+    help="Samples with a constant lr, instead of --epochs.",
+)
 @click.option("--seeds", type=click.IntRange(min=1), default=3)
 @click.option("--budgets", type=Numbers(int, 1), default="938,1250,1500,1875,2500,3750,7500")
 @click.option("--constant-lrs", type=Numbers(float, 0), default="0.001,0.003,0.01")
@@ -33,6 +41,7 @@ PLAIN = ("label_smoothing=0", "optimizer=sgd(momentum=0.9)")
 @click.option("--out", type=click.Path(path_type=Path), help="Cache finished trainings in FILE.")
 def main(
     epochs: int,
+    samples: int | None,
     seeds: int,
     budgets: list[int],
     constant_lrs: list[float],
@@ -44,13 +53,14 @@ def main(
 
     The baselines take the best of --constant-lrs and --peak-lrs.
     """
+    length = f"epochs={epochs}" if samples is None else f"steps={samples // BATCH_SIZE}"
     with Trainings("fashion_mnist", out) as trainings:
-        compare(trainings, epochs, range(seeds), budgets, constant_lrs, peak_lrs, find_steps)
+        compare(trainings, length, range(seeds), budgets, constant_lrs, peak_lrs, find_steps)
 
 
 def compare(
     trainings: Trainings,
-    epochs: int,
+    length: str,
     seeds: range,
     budgets: list[int],
     constant_lrs: list[float],
@@ -60,7 +70,7 @@ def compare(
     """Run all trainings and print the table."""
 
     def constant(lr: float, seed: int) -> list[list[float]]:
-        settings = (f"epochs={epochs}", f"seed={seed}", f"lr={lr}", "schedule=constant()", *PLAIN)
+        settings = (length, f"seed={seed}", f"lr={lr}", "schedule=constant()", *PLAIN)
         return trainings.take(*settings).evaluations
 
     best = max(constant_lrs, key=lambda lr: constant(lr, 0)[-1][1])
