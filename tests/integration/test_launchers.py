@@ -97,20 +97,19 @@ def test_one_process_instead_of_two_is_refused(run: Commands) -> None:
     assert not (run.folder / "runs").exists()
 
 
-def test_ranks_with_other_overrides_are_refused(run: Commands) -> None:
+def test_ranks_with_other_overrides_are_refused(run: Commands, free_port: int) -> None:
     """Two ranks that were started with different learning rates do not train."""
-    rank = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    script = (
-        "import os, sys, socket, subprocess\n"
-        "s = socket.socket(); s.bind(('127.0.0.1', 0)); port = str(s.getsockname()[1]); s.close()\n"
-        "ranks = [subprocess.Popen([sys.executable, sys.argv[1], f'lr=0.{1 + rank}'],\n"
-        "    env=os.environ | {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'MASTER_PORT': port})\n"
-        "    for rank in range(2)]\n"
-        "sys.exit(max(rank.wait() for rank in ranks))\n"
-    )
-    done = run("python", "-c", script, RECIPE, env=rank)
-    assert done.exit_code != 0
-    assert "Rank 1 was started with lr=0.2, and rank 0 with lr=0.1" in done.stderr
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    ranks = [
+        run.start(
+            *("python", RECIPE, f"lr=0.{1 + rank}"),
+            env=world | {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(free_port)},
+        )
+        for rank in range(2)
+    ]
+    errors = "".join(rank.communicate(timeout=120)[1] for rank in ranks)
+    assert max(rank.returncode for rank in ranks) > 0
+    assert "Rank 1 was started with lr=0.2, and rank 0 with lr=0.1" in errors
 
 
 @pytest.mark.parametrize(
