@@ -59,6 +59,15 @@ def mesh() -> Iterator[DeviceMesh]:
     dist.destroy_process_group()
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Let torch compute with one thread, which takes less time for small matrices."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
 def net() -> Any:
     """Return a net with an embedding, a convolution, a norm, hidden matrices and a head."""
     torch.manual_seed(0)
@@ -421,6 +430,7 @@ def final_loss(**changes: Any) -> float:
     return sum(losses[-50:]) / 50
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_small_states_learn_as_well() -> None:
     """After 200 steps, the loss with small states or weights is within 10 % of that in fp32."""
     expected = final_loss(optimizer=adamw())
