@@ -216,7 +216,7 @@ def test_a_hang_is_named(run: Commands, how: str, message: str) -> None:
     done = fail(run, how, "rank=1")
     assert done.exit_code == 1, done.stderr
     assert re.search(message, done.stderr), done.stderr
-    limit = "start:15" if how == "sleeping-worker" else "step:2"  # its first batch is in the trial
+    limit = "start:8" if how == "sleeping-worker" else "step:2"  # its first batch is in the trial
     assert f"(hang_timeout={limit})" in done.stderr
     assert re.search(r"last seen: rank 0: step \d, \w+.*; rank 1: step \d", done.stderr)
     logs = [path.read_text() for path in (run.folder / "out/logs").iterdir()]
@@ -229,7 +229,7 @@ def test_a_hang_is_named(run: Commands, how: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("phase", "place", "seconds"),
     [
-        ("start", r"starting, at .*failing\.py, ", 15),
+        ("start", r"starting, at .*failing\.py, ", 8),
         ("evaluation", r"evaluating after \d+ steps, at .*failing\.py, ", 3),
         ("save", r"saving after 1 step, at .*failing\.py, ", 4),
     ],

@@ -30,7 +30,7 @@ def failing(*, how: How, rank: int = 0) -> Recipe:
     """Digits that fail in the way `how`, on `rank` if the failure concerns a single rank."""
     recipe = replace(worlds(), name="failing", num_workers=1)
     if how in ("sleep", "sleeping-worker", "stopped", "extra"):
-        recipe = replace(recipe, hang_timeout={"start": 15.0, "step": 2.0})
+        recipe = replace(recipe, hang_timeout={"start": 8.0, "step": 2.0})
     if how.startswith("hang-"):
         return _hang_in(how.removeprefix("hang-"), rank, recipe)
     if how in _ENDS or how == "nan-once":
