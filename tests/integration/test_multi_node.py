@@ -13,7 +13,7 @@ import subprocess
 from pathlib import Path
 
 import yaml
-from support import ROOT, Commands, Finished, read_lines
+from support import ROOT, Commands, Finished, has_rows, read_lines, wait_until
 
 from launcher.engine.probes.parity import compare, read_trace
 from launcher.runs.checkpoints import list_checkpoints
@@ -82,8 +82,7 @@ def test_a_lost_node_ends_the_run(run: Commands, free_port: int) -> None:
     """When the launcher of one node is killed, the other node exits and names the cause."""
     processes = [start(run, free_port, WORLDS_PY, "epochs=400") for _ in range(2)]
     run_dir = RunDir(run.folder / "out")
-    while not run_dir.metrics.exists() or len(read_lines(run_dir.metrics)) < 2:
-        assert all(process.poll() is None for process in processes)
+    wait_until(lambda: has_rows(run_dir, 2), *processes)
     processes[1].kill()
     processes[1].communicate()
     _, stderr = processes[0].communicate(timeout=120)
@@ -97,8 +96,7 @@ def test_a_stop_on_one_node_stops_both(run: Commands, free_port: int) -> None:
     """SIGTERM to one launcher stops both with a checkpoint, which resumes on one node."""
     processes = [start(run, free_port, WORLDS_PY, "epochs=400") for _ in range(2)]
     run_dir = RunDir(run.folder / "out")
-    while not run_dir.metrics.exists() or len(read_lines(run_dir.metrics)) < 2:
-        assert all(process.poll() is None for process in processes)
+    wait_until(lambda: has_rows(run_dir, 2), *processes)
     processes[0].send_signal(signal.SIGTERM)
     outputs = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [75, 75], outputs

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT, Commands, Finished, read_lines
+from support import ROOT, Commands, Finished, read_lines, wait_until
 
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.locks import locks_are_shared
@@ -68,8 +68,7 @@ def start(run: Commands, *command: str, out: str = "live") -> Live:
     """Start a run that takes minutes; return it when it has saved a checkpoint."""
     run_dir = RunDir(run.folder / out)
     process = run.start(*command, "device=cpu", "epochs=1000", "--out", out)
-    while not list_checkpoints(run_dir):
-        assert process.poll() is None, process.communicate()
+    wait_until(lambda: list_checkpoints(run_dir), process)
     return Live(process, run_dir)
 
 
@@ -188,8 +187,7 @@ def test_one_of_two_at_once_is_the_owner(run: Commands, submitted: bool) -> None
     assert refused.returncode == 2, stderr
     assert "has owned it since" in stderr or "exists already" in stderr
     run_dir = RunDir(run.folder / "out")
-    while not list_checkpoints(run_dir):
-        assert owner.poll() is None, owner.communicate()
+    wait_until(lambda: list_checkpoints(run_dir), owner)
     Live(owner, run_dir).stop()
     assert [row["event"] for row in read_lines(run_dir.events)].count("began") == 1
 

@@ -36,7 +36,7 @@ def test_a_straggler_is_identified(profiled: Commands) -> None:
         assert sum(rank["parts"].values()) == pytest.approx(rank["step_seconds"], rel=1e-6)
         assert list(rank["parts"]) == list(PARTS)
         assert rank["parts"]["backward"] > 0
-    assert abs(zero["step_seconds"] - one["step_seconds"]) < 0.01
+    assert zero["step_seconds"] == pytest.approx(one["step_seconds"], rel=0.25)
 
 
 def test_each_rank_leaves_a_trace(profiled: Commands) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from matrix import SOURCE_RANKS, Case, resumed
-from support import ROOT, Commands, read_lines, train_suite
+from support import ROOT, Commands, read_lines, train_suite, wait_until
 
 from launcher.checks.prove import TOLERANCES
 from launcher.engine.probes.parity import Trace, compare, read_trace
@@ -245,8 +245,7 @@ def stop_after_checkpoint(
     process: subprocess.Popen[str], folder: Path, number: signal.Signals
 ) -> int:
     """Send a signal to a run once it has saved a checkpoint; return the step it stopped after."""
-    while not list_checkpoints(RunDir(folder)):
-        assert process.poll() is None
+    wait_until(lambda: list_checkpoints(RunDir(folder)), process)
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
     assert "launcher resume out" in stdout, stderr

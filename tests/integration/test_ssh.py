@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support import BIN, ROOT, Commands, Finished, read_lines
+from support import BIN, ROOT, Commands, Finished, has_rows, read_lines, wait_until
 
 from launcher.engine.probes.parity import compare, read_trace
 from launcher.runs.checkpoints import list_checkpoints
@@ -331,8 +331,7 @@ def test_a_signal_reaches_all_machines(network: Network, number: signal.Signals)
     settings = ("epochs=400", "-n", "1", "device=cpu")
     process = network.start("run", WORLDS_PY, *settings, "--out", name, *hosts)
     run_dir = out_of(network, name)
-    while not run_dir.metrics.exists() or len(read_lines(run_dir.metrics)) < 2:
-        assert process.poll() is None, process.communicate()
+    wait_until(lambda: has_rows(run_dir, 2), process)
     process.send_signal(number)
     output = process.communicate(timeout=60)
     assert process.returncode == 75, output
@@ -348,8 +347,7 @@ def test_a_second_run_of_one_folder_is_refused(network: Network) -> None:
     hosts = network.hosts(*ADDRESSES)
     process = network.start(*settings, *hosts)
     run_dir = out_of(network, "owned")
-    while not run_dir.metrics.exists() or len(read_lines(run_dir.metrics)) < 2:
-        assert process.poll() is None, process.communicate()
+    wait_until(lambda: has_rows(run_dir, 2), process)
     other_hosts = ("--rendezvous", f"{ADDRESSES[1]}:29600", *network.hosts(*reversed(ADDRESSES)))
     done = network(*settings, "--continue", *other_hosts)
     assert done.exit_code == 2, done.stderr
@@ -369,12 +367,10 @@ def test_a_killed_terminal_stops_the_run(network: Network) -> None:
     settings = ("epochs=400", "-n", "1", "device=cpu")
     process = network.start("run", WORLDS_PY, *settings, "--out", "gone", *hosts)
     run_dir = out_of(network, "gone")
-    while not run_dir.metrics.exists() or len(read_lines(run_dir.metrics)) < 2:
-        assert process.poll() is None, process.communicate()
+    wait_until(lambda: has_rows(run_dir, 2), process)
     process.kill()
     process.communicate(timeout=60)
-    while not list_checkpoints(run_dir):
-        pass
+    wait_until(lambda: list_checkpoints(run_dir))
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from support import ROOT, Commands, Finished
+from support import ROOT, Commands, Finished, wait_until
 
 from launcher.analysis.batch_sizes import SizeTrial, fastest_to_the_loss
 from launcher.environment.machine import read_machine
@@ -52,9 +51,7 @@ class Recorder:
 def tuned(module_run: Commands) -> Finished:
     """Tune digits; stop after the first search and continue in the same folder."""
     first = module_run.start(*DIGITS, "--out", "tuned")
-    while not (module_run.folder / "tuned/lr.json").exists():
-        assert first.poll() is None, first.communicate()
-        time.sleep(0.02)
+    wait_until((module_run.folder / "tuned/lr.json").exists, first)
     first.send_signal(signal.SIGTERM)
     _, stderr = first.communicate(timeout=60)
     assert first.returncode == 128 + signal.SIGTERM

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, Any
 
 from launcher import Data, Recipe, main, one_cycle, sgd
 from launcher.recipes.digits import read_digits
@@ -40,6 +41,17 @@ def tokens() -> Recipe:
     return replace(
         worlds(), name="tokens", loss=masked_loss, metrics={}, count=count_kept, data=build_masked
     )
+
+
+def paced(*, pause: float = 0.0) -> Recipe:
+    """Digits whose steps take at least `pause` seconds, so that a run lasts and computes little."""
+    from dataclasses import replace
+
+    def forward(model: Any, batch: Any) -> Any:
+        time.sleep(pause)
+        return model(batch[0])
+
+    return replace(worlds(), name="paced", forward=forward)
 
 
 def build_model() -> nn.Module:
