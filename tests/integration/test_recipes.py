@@ -246,6 +246,7 @@ def test_a_pretrained_model_loads_in_transformers(run: Commands, transformers: A
     assert largest_difference(model, exported, vocabulary) < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft reads it
 @pytest.mark.parametrize("lora", [0, 4])
 def test_a_language_model_from_a_folder(run: Commands, lora: int, transformers: Any) -> None:
     """A tiny language model of transformers trains from its folder, whole and with QLoRA.
