@@ -15,11 +15,12 @@ start takes two steps within it, and the build of the whole model fails.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
@@ -41,16 +42,17 @@ def main(ranks: list[int], mib: int, strategies: list[str], limit: float, short:
     if short:
         ranks, mib, strategies = [4], 512, ["fsdp"]
     failures: list[str] = []
-    cases = [(strategy, number) for strategy in strategies for number in ranks]
-    rows = []
-    for strategy, number in cases:
-        for recorded in (True, False):
-            built, peak = measure(strategy, number, mib, recorded=recorded)
-            kind = "recorded" if recorded else "built in turns"
-            rows.append((strategy, str(number), kind, (built, ".0%"), (peak, ".0%")))
-            if recorded and built > 1 / number + 0.15:
-                failures.append(f"{strategy} on {number} ranks needs {built:.0%} of the model")
-    print_table(HEAD, rows, title=f"Memory of a rank beyond the imports; a model of {mib} MiB")
+
+    def rows() -> Iterator[Sequence[Cell]]:
+        for strategy, number in itertools.product(strategies, ranks):
+            for recorded in (True, False):
+                built, peak = measure(strategy, number, mib, recorded=recorded)
+                kind = "recorded" if recorded else "built in turns"
+                yield strategy, str(number), kind, (built, ".0%"), (peak, ".0%")
+                if recorded and built > 1 / number + 0.15:
+                    failures.append(f"{strategy} on {number} ranks needs {built:.0%} of the model")
+
+    print_table(HEAD, rows(), title=f"Memory of a rank beyond the imports; a model of {mib} MiB")
     most = max(ranks)
     outcomes: list[Sequence[Cell]] = []
     for recorded in (True, False):
