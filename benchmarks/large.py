@@ -117,7 +117,7 @@ def _begin(limit_mib: int | None) -> None:
 def _note(out: Path) -> None:
     """Write the memory needed so far, before the first step and after each of the others.
 
-    After two steps the limit ends, because rank 0 gathers the final weights.
+    After two steps the limit ends.
     """
     _notes.append(_status("VmHWM") - _before[0])
     if len(_notes) == 3:
