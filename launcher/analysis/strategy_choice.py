@@ -14,6 +14,10 @@ class StrategyCandidate:
     """A combination of settings that decides how much memory a rank needs."""
 
     strategy: str
+
+    shard: str | int | None = None
+    """`Recipe.shard` where there are several ways to shard; None elsewhere."""
+
     offload: bool
     activation_checkpointing: bool
 
@@ -42,6 +46,7 @@ class StrategyCandidate:
     def title(self) -> str:
         """Return the settings as they are written."""
         texts = [f"strategy={self.strategy}"]
+        texts += [] if self.shard is None else [f"shard={self.shard}"]
         texts += ["offload=cpu"] if self.offload else []
         texts += ["activation_checkpointing=true"] if self.activation_checkpointing else []
         return " ".join([*texts, f"micro_batch_size={self.micro_batch_size}"])

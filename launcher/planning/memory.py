@@ -153,6 +153,9 @@ class MemoryLayout:
     strategy: str
     """One of `launcher.planning.strategy.STRATEGIES`."""
 
+    shard: str | int | None = None
+    """`Recipe.shard` where there are several ways to shard; None elsewhere."""
+
     ranks: int
     """Ranks over which what the strategy shards is sharded."""
 
@@ -188,8 +191,9 @@ class MemoryLayout:
 
     @property
     def title(self) -> str:
-        """Return the strategy and its offloading, as settings."""
-        return f"{self.strategy} offload=cpu" if self.offload else self.strategy
+        """Return the strategy, the ranks that share a shard, and offloading, as settings."""
+        shard = "" if self.shard is None else f" shard={self.shard}"
+        return f"{self.strategy}{shard}{' offload=cpu' if self.offload else ''}"
 
 
 MemoryKind = Literal[
@@ -272,6 +276,7 @@ def layout_of(plan: Plan) -> MemoryLayout:
     strategy = STRATEGIES[plan.strategy]
     return MemoryLayout(
         strategy=plan.strategy,
+        shard=settings.get("shard") if strategy.uses_fsdp and plan.nodes > 1 else None,
         ranks=plan.shards if strategy.shards else 1,
         is_local=plan.backend == "local",
         device=plan.device,
@@ -396,13 +401,27 @@ def rank_memory(model: ModelMemory, layout: MemoryLayout) -> RankMemory:
     activations = model.checkpointed if layout.activation_checkpointing else model.activations
     if activations is not None:
         ledger.add("activations", activations.of(layout.micro_batch_size), ("forward",))
-        if not strategy.gathers_parameters_in_autocast_dtype:
-            ledger.add("weights cast by autocast", activations.cast_bytes, ("forward",))
+        ledger.add("weights cast by autocast", _cast_bytes(ledger, activations), ("forward",))
     batch_bytes = layout.micro_batch_size * model.sample_bytes
     ledger.add("batches", layout.prefetched_batches * batch_bytes, on_host=True)
     return RankMemory(
         layout=layout, device=ledger.place(on_host=False), host=ledger.place(on_host=True)
     )
+
+
+def _cast_bytes(ledger: _Ledger, activations: ActivationMemory) -> int:
+    """Return the bytes of the copies of weights that autocast keeps until backward.
+
+    FSDP gathers weights in half precision. ZeRO 3 replaces linear layers by functions that keep the
+    weight itself for backward (deepspeed/runtime/zero/linear.py), so one copy exists at a time.
+    """
+    strategy = STRATEGIES[ledger.layout.strategy]
+    if strategy.gathers_parameters_in_autocast_dtype:
+        return 0
+    if strategy.zero_stage == 3:
+        largest = max((item.values for item in ledger.parameters), default=0)
+        return min(activations.cast_bytes, 2 * largest)
+    return activations.cast_bytes
 
 
 def _add_unsharded(ledger: _Ledger) -> None:

@@ -120,7 +120,7 @@ def plan_memory(facts: MemoryFacts, recipe: Recipe, plan: Plan, *, is_here: bool
 
 
 def variants(facts: MemoryFacts, recipe: Recipe, plan: Plan) -> Iterator[tuple[Recipe, Plan]]:
-    """Yield the recipe and its plan under each strategy, with and without offload=cpu.
+    """Yield the recipe and its plan under each strategy, on GPUs with and without offload=cpu.
 
     Those that cannot train the recipe on the ranks of the plan are left out.
     """
@@ -134,12 +134,25 @@ def variants(facts: MemoryFacts, recipe: Recipe, plan: Plan) -> Iterator[tuple[R
         if name == recipe.strategy:
             offloads.add(recipe.offload)
         for offload in sorted(offloads, key=str):
-            of_fsdp: Mapping[str, Any] = {} if STRATEGIES[name].uses_fsdp else FSDP_DEFAULTS
-            variant = replace(recipe, strategy=name, offload=offload, **of_fsdp)
-            try:
-                yield variant, plan_again(variant, plan)
-            except PlanError:
-                continue
+            for of_fsdp in _settings_of_fsdp(name, recipe, plan):
+                variant = replace(recipe, strategy=name, offload=offload, **of_fsdp)
+                try:
+                    yield variant, plan_again(variant, plan)
+                except PlanError:
+                    continue
+
+
+def _settings_of_fsdp(name: str, recipe: Recipe, plan: Plan) -> Iterator[Mapping[str, Any]]:
+    """Yield the settings of FSDP with which a strategy is compared.
+
+    On several nodes, weights are also sharded over all ranks instead of those of a node.
+    """
+    if not STRATEGIES[name].uses_fsdp:
+        yield FSDP_DEFAULTS
+        return
+    yield {}
+    if plan.nodes > 1 and recipe.shard != "all":
+        yield {"shard": "all"}
 
 
 def plan_again(recipe: Recipe, plan: Plan) -> Plan:

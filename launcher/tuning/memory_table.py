@@ -64,7 +64,7 @@ def _comparison(memory: MemoryPlan, *, on_gpu: bool) -> list[str]:
     rows = [[*head, *(("GPU", "host") if on_gpu else ("peak",)), "node"]]
     for other in memory.alternatives:
         mark = "*" if other.layout == memory.planned.layout else " "
-        name = f"{mark} {other.layout.strategy}{' offload' if other.layout.offload else ''}"
+        name = f"{mark} {other.layout.title.replace('offload=cpu', 'offload')}"
         cells = [_cell(_sum(other.place, kinds)) for _, kinds in _SHOWN_KINDS]
         totals = [_cell(other.place.peak), *([_cell(other.host.peak)] if on_gpu else ())]
         rows.append([name, *cells, *totals, _cell(other.node_host_bytes)])

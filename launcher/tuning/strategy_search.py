@@ -203,6 +203,8 @@ class StrategySearch:
             "offload": "cpu" if chosen.offload else None,
             "activation_checkpointing": chosen.activation_checkpointing,
         }
+        if chosen.shard is not None:
+            values["shard"] = chosen.shard
         settings = {name: value for name, value in values.items() if planned.get(name) != value}
         if chosen.strategy != "fsdp":
             settings |= {
@@ -273,6 +275,7 @@ def _candidate(
     memory = rank_memory(facts.model, layout)
     return StrategyCandidate(
         strategy=plan.strategy,
+        shard=layout.shard,
         offload=layout.offload,
         activation_checkpointing=layout.activation_checkpointing,
         micro_batch_size=plan.micro_batch_size,

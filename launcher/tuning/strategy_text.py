@@ -89,7 +89,7 @@ def _why(result: StrategySearchResult) -> str:
 
 def _cells(candidate: StrategyCandidate) -> list[str]:
     return [
-        candidate.strategy,
+        candidate.strategy if candidate.shard is None else f"fsdp shard={candidate.shard}",
         "cpu" if candidate.offload else "-",
         "yes" if candidate.activation_checkpointing else "-",
         f"{candidate.micro_batch_size:,}",

@@ -354,3 +354,29 @@ def test_gradients_of_bf16_weights_are_in_fp32() -> None:
     memory = rank_memory(ModelMemory(parameters=(half,)), layout("ddp", ranks=1))
     assert memory.device.bytes_by_kind["weights"] == 2 * BLOCK_VALUES
     assert memory.device.bytes_by_kind["gradients"] == 4 * BLOCK_VALUES
+
+
+def test_autocast_copies_no_weights_that_fsdp_gathers() -> None:
+    """FSDP gathers weights in half precision, and ZeRO 3 casts one weight at a time."""
+    casts = dataclasses.replace(
+        MODEL, activations=ActivationMemory(fixed_bytes=0, bytes_per_sample=1, cast_bytes=10**9)
+    )
+    expected = {"ddp": 10**9, "zero2": 10**9, "zero3": 2 * BLOCK_VALUES, "fsdp": None}
+    for strategy, num_bytes in expected.items():
+        by_kind = rank_memory(casts, layout(strategy, precision="bf16")).device.bytes_by_kind
+        assert by_kind.get("weights cast by autocast") == num_bytes
+
+
+def test_copies_of_the_model_are_compared_with_one() -> None:
+    """On two nodes, fsdp over the ranks of a node and over all ranks are alternatives."""
+    settings = recipe(strategy="fsdp")
+    plan = make_plan(settings, MACHINE, nodes=2)
+    memory = plan_memory(facts(), settings, plan, is_here=False)
+    weights = {
+        other.layout.title: other.device.bytes_by_kind.get("weights", 0)
+        for other in memory.alternatives
+    }
+    assert weights["fsdp shard=node"] == 4 * (3 * 100 + 8 * BLOCK_VALUES // 4)
+    assert weights["fsdp shard=all"] == 4 * (2 * 100 + 8 * BLOCK_VALUES // 8)
+    assert weights["fsdp shard=all offload=cpu"] == 0
+    assert memory.host_bytes is None
