@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from launcher.engine.saving.hugging_face import Export
     from launcher.planning.plan import Plan
     from launcher.recipe.overrides import Override
     from launcher.recipe.recipe import Recipe
@@ -224,3 +225,32 @@ def _plain(value: Any) -> Any:
         return plain(value) if isinstance(value, enum.Enum) else value
     except UnfitError:
         return value
+
+
+def write_hugging_face(
+    run: Path, folder: Path, overrides: Sequence[Override] = (), *, max_shard_bytes: int
+) -> Export:
+    """Write the final weights of a run for `from_pretrained`, as `launcher export --hf` does.
+
+    Args:
+        run: The run folder.
+        folder: The folder to write, which may replace an earlier export.
+        overrides: Settings with which the recipe is built again.
+        max_shard_bytes: Size of the largest file of weights in bytes, unless one weight is larger.
+
+    Raises:
+        UsageError: The run or the recipe has not what is needed, or the folder is in the way.
+    """
+    from launcher.engine.saving.hugging_face import (
+        build_without_values,
+        check_export,
+        export_weights,
+    )
+    from launcher.runs.rebuilding import rebuilt_recipe
+    from launcher.runs.rundir import open_run_dir
+
+    run_dir, target = open_run_dir(run), folder.absolute()
+    check_export(run_dir, target)
+    with rebuilt_recipe(run_dir, tuple(overrides)) as recipe:
+        model = build_without_values(recipe)
+        return export_weights(run_dir, model, target, max_shard_bytes=max_shard_bytes)

@@ -154,20 +154,10 @@ def _export_weights(
     run: Path, folder: Path, overrides: tuple[Override, ...], max_shard_bytes: int
 ) -> None:
     """Write the final weights of a run for `from_pretrained`."""
-    from launcher.engine.saving.hugging_face import (
-        build_without_values,
-        check_export,
-        export_weights,
-    )
+    from launcher.api import write_hugging_face
     from launcher.quantities import size
-    from launcher.runs.rebuilding import rebuilt_recipe
-    from launcher.runs.rundir import open_run_dir
 
-    run_dir, target = open_run_dir(run), folder.absolute()
-    check_export(run_dir, target)
-    with rebuilt_recipe(run_dir, overrides) as recipe:
-        model = build_without_values(recipe)
-        export = export_weights(run_dir, model, target, max_shard_bytes=max_shard_bytes)
+    export = write_hugging_face(run, folder, overrides, max_shard_bytes=max_shard_bytes)
     files = f"{export.num_files} file{'s' * (export.num_files > 1)}"
     echo(
         f"wrote {folder}: {export.kind}, {export.num_weights:,} weights, "

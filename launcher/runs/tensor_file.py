@@ -6,7 +6,6 @@ bytes of the tensors follow without gaps.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from launcher.errors import RunDirError
-from launcher.json_file import Count, DamagedJSONError, decode_json
+from launcher.json_file import Count, DamagedJSONError, decode_json, encode_json
 from launcher.regular_file import open_regular
 
 _MAX_HEADER_BYTES = 100_000_000
@@ -132,7 +131,7 @@ def copy_tensors(
             "data_offsets": (position, position + tensor.num_bytes),
         }
         position += tensor.num_bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = encode_json(header).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     with source.path.open("rb") as reader, target.open("xb") as writer:
         writer.write(len(text).to_bytes(8, "little") + text)

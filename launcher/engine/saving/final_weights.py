@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from launcher.engine.backends.base import WeightKind, state_dict_names
 from launcher.engine.state.compiled import plain_name
 from launcher.errors import RecipeError, TrainingError
+from launcher.json_file import encode_json
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.rundir import RunDir
 
@@ -113,7 +114,7 @@ def _write(
         }
         places[name] = position, stop
         position = stop
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = encode_json(header).encode()
     text += b" " * (-len(text) % 8)
     path.unlink(missing_ok=True)  # a link would be followed
     with path.open("xb") as file:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from launcher.engine.state.compiled import plain_name
 from launcher.errors import LauncherError, RecipeError, RunDirError
+from launcher.json_file import encode_json
 from launcher.paths import is_dir, is_file
 from launcher.quantities import size
 from launcher.recipe.recipe import Recipe
@@ -322,7 +323,7 @@ def _plain(value: Any) -> Any:
 
 
 def _json(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, indent=2, allow_nan=False) + "\n"
+    return encode_json(values, indent=2) + "\n"
 
 
 def _check_space(folder: Path, num_bytes: int) -> None:
