@@ -12,6 +12,7 @@ import ctypes
 import importlib
 import io
 import json
+import multiprocessing.process
 import os
 import runpy
 import signal
@@ -141,6 +142,7 @@ def run(command: list[str], folder: str, env: dict[str, str], files: list[int]) 
         os.dup2(file, number)
         os.close(file)
     os.chdir(folder)
+    multiprocessing.process.ORIGINAL_DIR = folder  # type: ignore[attr-defined]  # spawned processes find the program there
     os.environ.clear()
     os.environ.update(env)
     tempfile.tempdir = None  # forget the value that was cached in the server's environment

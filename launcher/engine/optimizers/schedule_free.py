@@ -34,7 +34,7 @@ class ScheduleFreeAdamW(FlatOptimizer):
 
     def initial_states(self, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         states = super().initial_states(weight, dtype)
-        torch._foreach_copy_([states["z"]], [weight.detach()])
+        torch._foreach_copy_([local_of(states["z"])], [local_of(weight.detach())])
         return states
 
     def advance(self, group: Mapping[str, Any], scalars: Mapping[str, Tensor]) -> dict[str, Tensor]:
