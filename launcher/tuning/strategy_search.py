@@ -21,6 +21,7 @@ from launcher.planning.fsdp_settings import FSDP_DEFAULTS
 from launcher.planning.global_batch import ceil_div
 from launcher.planning.memory import layout_of, rank_memory
 from launcher.planning.plan import Plan
+from launcher.planning.strategy import STRATEGIES
 from launcher.recipe.recipe import Recipe
 from launcher.runs.failure_record import RunFailedError
 from launcher.runs.plan_recipe import plan_recipe
@@ -206,7 +207,7 @@ class StrategySearch:
         if chosen.shard is not None:
             values["shard"] = chosen.shard
         settings = {name: value for name, value in values.items() if planned.get(name) != value}
-        if chosen.strategy != "fsdp":
+        if not STRATEGIES[chosen.strategy].uses_fsdp:
             settings |= {
                 name: default
                 for name, default in FSDP_DEFAULTS.items()
@@ -261,7 +262,7 @@ class StrategySearch:
             "record_samples": False,
             "noise_scale": False,
         }
-        if candidate.strategy != "fsdp":
+        if not STRATEGIES[candidate.strategy].uses_fsdp:
             settings |= FSDP_DEFAULTS
         if candidate.accumulation_steps > MICRO_STEPS and self.plan.virtual_ranks is None:
             settings["batch_size"] = self.plan.data_ranks * candidate.micro_batch_size * MICRO_STEPS

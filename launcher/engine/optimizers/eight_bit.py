@@ -7,7 +7,6 @@ the states have the same bits on any number of ranks.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -45,6 +44,8 @@ class EightBitAdamW(SmallAdamW):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._first: dict[Tensor, ElementPositions] = {}
+        self._values: dict[tuple[torch.device, bool], Tensor] = {}
+        """The values of codes on a device, of first moments or of second ones."""
         for group in self.param_groups:
             for weight in group["params"]:
                 is_large(weight)  # refuses weights before the first step
@@ -89,7 +90,7 @@ class EightBitAdamW(SmallAdamW):
         step = max(_ELEMENTS // columns, 1)
         for start in range(0, num_rows, step):
             rows = slice(start, min(start + step, num_rows))
-            maps = [code_values(local.device, is_signed=name == "exp_avg") for name in stored]
+            maps = [self._values_of(local.device, name == "exp_avg") for name in stored]
             states = [
                 dequantized(codes[rows], scales[rows], values)
                 for (codes, scales), values in zip(stored.values(), maps, strict=True)
@@ -112,6 +113,12 @@ class EightBitAdamW(SmallAdamW):
                 new_codes, new_scales = quantized(new_state, values)
                 self._write(codes[rows], new_codes)
                 self._write(scales[rows], new_scales)
+
+    def _values_of(self, device: torch.device, is_signed: bool) -> Tensor:
+        key = device, is_signed
+        if key not in self._values:
+            self._values[key] = code_values(device, is_signed=is_signed)
+        return self._values[key]
 
     def _write(self, target: Tensor, values: Tensor) -> None:
         skipped = self.found_inf
@@ -180,7 +187,6 @@ def dequantized(codes: Tensor, scales: Tensor, code_values: Tensor) -> Tensor:
     return values.flatten(1)[:, : codes.shape[1]].contiguous()
 
 
-@functools.cache
 def code_values(device: torch.device, *, is_signed: bool) -> Tensor:
     """Return the 256 values of the dynamic tree of the article: seven decades, finest near 1.
 
