@@ -26,7 +26,7 @@ TENSORS = {
     "scalar": torch.tensor(3),
     "empty": torch.empty(0, 4),
     "turned": torch.randn(4, 6).t(),
-    "complex": torch.randn(2, 2, dtype=torch.complex64),
+    "double": torch.randn(2, 2, dtype=torch.float64),
 }
 KINDS = {name: WeightKind(tensor.dtype, tensor.shape) for name, tensor in TENSORS.items()}
 

@@ -105,7 +105,6 @@ class FSDPBackend(GroupBackend):
             dp_shard_size=plan.shards,
             tp_size=plan.tensor_parallel,
             cp_size=1,
-            sp_size=1,
         )
         state = self._accelerator.state
         state.fsdp_plugin = self._plugin = plugin

@@ -19,14 +19,14 @@ def compute_in_fp8(model: nn.Module) -> None:
     Raises:
         RecipeError: No layer is left.
     """
-    from torchao.float8 import convert_to_float8_training
-
     names = set(fp8_layers(model))
     if not names:
         raise RecipeError(
             "fp8=true computes in fp8 the linear layers, but for the last one, whose sizes are "
             f"multiples of {_MULTIPLE}, and the model has none. Leave fp8 out."
         )
+    from torchao.float8 import convert_to_float8_training
+
     convert_to_float8_training(model, module_filter_fn=lambda _, name: name in names)
 
 
