@@ -76,6 +76,6 @@ def _no_leaks() -> Iterator[None]:
 
 def _environment() -> dict[str, str]:
     """Return the environment without what pytest and the imports of torch and sklearn set."""
-    ignored = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR")
-    ignored += ("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK")
+    of_torch = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR")
+    ignored = (*of_torch, "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK")
     return {name: value for name, value in os.environ.items() if name not in ignored}

@@ -157,6 +157,7 @@ def llama(heads: int, key_heads: int) -> Any:
 
 def test_the_plan_of_a_transformers_model_is_found() -> None:
     """Without a plan in the recipe, that of the outermost transformers model is taken."""
+    pytest.importorskip("transformers", minversion="5.0")  # older plans have no lm_head
     from torch import nn
 
     model = llama(4, 2)
@@ -210,6 +211,7 @@ def test_heads_of_transformers_are_counted() -> None:
 
 def test_styles_of_experts_are_refused() -> None:
     """A style of a transformers plan that launcher does not implement is refused by name."""
+    pytest.importorskip("transformers", minversion="5.0")  # older plans have no experts
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(
