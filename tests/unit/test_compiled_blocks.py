@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from launcher.engine.model.blocks import compile_blocks, find_blocks
+from launcher.engine.model.blocks import checkpoint_activations, compile_blocks, find_blocks
 from launcher.engine.state.compiled import is_compiled
+from launcher.errors import RecipeError
 
 
 class Own(nn.Module):
@@ -57,3 +58,26 @@ def test_a_model_without_blocks_is_compiled(monkeypatch: pytest.MonkeyPatch) -> 
     counters.clear()
     model(torch.randn(3, 4)).sum().backward()
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # the compiler reads it
+def test_compiled_blocks_recompute_their_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled blocks that recompute activations keep their gradients; BatchNorm is refused."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    expected = nn.Sequential(*(Own() for _ in range(3)))
+    model = copy.deepcopy(expected)
+    blocks = find_blocks(model, None)
+    compile_blocks(model, blocks)
+    checkpoint_activations(blocks)
+    assert is_compiled(model)
+    inputs = torch.randn(4, 8)
+    for each in (model, expected):
+        each(inputs).square().sum().backward()
+    gradients = [weight.grad for weight in expected.parameters()]
+    torch.testing.assert_close([weight.grad for weight in model.parameters()], gradients)
+    normed = nn.Sequential(*(nn.Sequential(Own(), nn.BatchNorm1d(8)) for _ in range(2)))
+    blocks = list(normed)
+    checkpoint_activations(blocks)
+    compile_blocks(normed, blocks)
+    with pytest.raises(RecipeError, match="BatchNorm"):
+        checkpoint_activations(blocks)

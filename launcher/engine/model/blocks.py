@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from launcher.engine.model.batch_norm import frozen
+from launcher.engine.state.compiled import is_compiled
 from launcher.errors import RecipeError
 
 
@@ -51,8 +53,18 @@ def checkpoint_activations(blocks: Iterable[nn.Module]) -> None:
     """Make each block recompute its activations in the backward pass (arXiv:1604.06174).
 
     The recomputation does not update the running statistics of BatchNorm.
+
+    Raises:
+        RecipeError: A block is compiled and has BatchNorm. The compiler would make other code for
+            the recomputation, which must not update the statistics.
     """
     for block in blocks:
+        if is_compiled(block) and any(isinstance(m, _BatchNorm) for m in block.modules()):
+            raise RecipeError(
+                f"compile=true and activation_checkpointing=true: the blocks of class "
+                f"{type(block).__name__} have BatchNorm, and what is compiled cannot be recomputed "
+                "without updating its statistics again. Remove one of the two settings."
+            )
         block.forward = functools.partial(
             checkpoint,
             block.forward,

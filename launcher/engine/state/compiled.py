@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from typing import Any
 
 from torch import nn
 from torch._dynamo import OptimizedModule
@@ -43,6 +45,12 @@ def is_compiled(model: nn.Module) -> bool:
     return any(
         isinstance(module, OptimizedModule)
         or module._compiled_call_impl is not None  # noqa: SLF001
-        or hasattr(module.forward, _COMPILED)
+        or _holds_compiled(module.forward)
         for module in model.modules()
     )
+
+
+def _holds_compiled(forward: Any) -> bool:
+    """Return whether a forward is compiled, or recomputes what a compiled function computes."""
+    called = getattr(forward, "args", ()) if isinstance(forward, functools.partial) else ()
+    return any(hasattr(function, _COMPILED) for function in (forward, *called))

@@ -224,20 +224,21 @@ def _set_up_blocks(recipe: Recipe, plan: Plan, model: nn.Module) -> list[nn.Modu
     """Return the blocks of a model, which recompute their activations or are compiled if asked for.
 
     Raises:
-        RecipeError: The recipe asks to recompute activations, and the model has no blocks.
+        RecipeError: The recipe asks to recompute activations, and the model has no blocks, or
+            compiled ones with BatchNorm.
     """
     blocks = find_blocks(model, recipe.blocks)
-    if recipe.activation_checkpointing:
-        if not blocks:
-            raise RecipeError(
-                "activation_checkpointing=true recomputes the activations of the model's blocks, "
-                "but the model has no blocks: no layers made of several modules that repeat in a "
-                "ModuleList or Sequential. Name the class of the blocks with blocks=..., or remove "
-                "activation_checkpointing."
-            )
-        checkpoint_activations(blocks)
+    if recipe.activation_checkpointing and not blocks:
+        raise RecipeError(
+            "activation_checkpointing=true recomputes the activations of the model's blocks, but "
+            "the model has no blocks: no layers made of several modules that repeat in a "
+            "ModuleList or Sequential. Name the class of the blocks with blocks=..., or remove "
+            "activation_checkpointing."
+        )
     if recipe.compile:
         compile_blocks(model, blocks, exact=plan.exact)
+    if recipe.activation_checkpointing:  # outside of what is compiled, which takes no contexts
+        checkpoint_activations(blocks)
     return blocks
 
 
