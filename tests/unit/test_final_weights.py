@@ -17,7 +17,7 @@ from launcher.engine.saving.final_weights import save_weights
 from launcher.engine.saving.hugging_face import export_weights
 from launcher.errors import RecipeError, RunDirError, TrainingError
 from launcher.runs.rundir import RunDir
-from launcher.runs.tensor_file import read_tensor_file
+from launcher.tensor_file import read_tensor_file
 
 TENSORS = {
     "flags": torch.tensor([True, False, True]),

@@ -27,6 +27,7 @@ ROOMS = [
     ],
     ["launcher.regular_file"],
     ["launcher.json_file", "launcher.yaml_file"],
+    ["launcher.tensor_file"],
     ["launcher.findings"],
     ["launcher.forking"],
     ["recipe"],

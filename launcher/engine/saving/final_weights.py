@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -15,9 +16,9 @@ from torch import Tensor, nn
 from launcher.engine.backends.base import WeightKind, state_dict_names
 from launcher.engine.state.compiled import plain_name
 from launcher.errors import RecipeError, TrainingError
-from launcher.json_file import encode_json
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.rundir import RunDir
+from launcher.tensor_file import encode_header
 
 
 def check_savable(model: nn.Module) -> None:
@@ -101,33 +102,27 @@ def _write(
     Raises:
         OSError: It cannot be written.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    places: dict[str, tuple[int, int]] = {}
-    position = 0
     # Large elements come first, so that each tensor is aligned to the size of its elements.
-    for name, kind in sorted(kinds.items(), key=lambda item: -item[1].dtype.itemsize):
-        stop = position + kind.size.numel() * kind.dtype.itemsize
-        header[name] = {
-            "dtype": _stored_name(kind.dtype),
-            "shape": list(kind.size),
-            "data_offsets": [position, stop],
-        }
-        places[name] = position, stop
-        position = stop
-    text = encode_json(header).encode()
-    text += b" " * (-len(text) % 8)
+    ordered = sorted(kinds.items(), key=lambda item: -item[1].dtype.itemsize)
+    sizes = {name: kind.size.numel() * kind.dtype.itemsize for name, kind in ordered}
+    header = encode_header(
+        [(name, _stored_name(kind.dtype), kind.size, sizes[name]) for name, kind in ordered],
+        {"format": "pt"},
+    )
+    *offsets, _ = itertools.accumulate(sizes.values(), initial=len(header))
+    starts = dict(zip(sizes, offsets, strict=True))
     path.unlink(missing_ok=True)  # a link would be followed
     with path.open("xb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(header)
         for name, tensor in weights:
-            start, stop = places.pop(name)
+            start = starts.pop(name)
             content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            if len(content) != stop - start:
-                raise RuntimeError(f"{name} has {len(content):,} bytes, not {stop - start:,}.")
-            file.seek(8 + len(text) + start)
+            if len(content) != sizes[name]:
+                raise RuntimeError(f"{name} has {len(content):,} bytes, not {sizes[name]:,}.")
+            file.seek(start)
             file.write(content.data)
-        if places:
-            raise RuntimeError(f"{next(iter(places))} was not gathered.")
+        if starts:
+            raise RuntimeError(f"{next(iter(starts))} was not gathered.")
         file.flush()
         os.fsync(file.fileno())
 

@@ -28,7 +28,11 @@ from launcher.recipe.recipe import Recipe
 from launcher.recipe.resolve import user_code_error
 from launcher.runs.files import unwritable_error
 from launcher.runs.rundir import RunDir
-from launcher.runs.tensor_file import TensorFile, copy_tensors, read_tensor_file
+from launcher.tensor_file import (
+    TensorFile,
+    copy_tensors,
+    read_tensor_file,
+)
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"

@@ -7,7 +7,7 @@ bytes of the tensors follow without gaps.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, BinaryIO
@@ -21,6 +21,9 @@ from launcher.regular_file import open_regular
 
 _MAX_HEADER_BYTES = 100_000_000
 """Longest header, as in safetensors itself."""
+
+_LENGTH_BYTES = 8
+"""Bytes that hold the length of the header."""
 
 _CHUNK_BYTES = 1 << 23
 """Bytes that are copied at once."""
@@ -75,11 +78,11 @@ def read_tensor_file(path: Path) -> TensorFile:
     """
     try:
         with open_regular(path) as file:
-            size = int.from_bytes(file.read(8), "little")
+            size = int.from_bytes(file.read(_LENGTH_BYTES), "little")
             header = file.read(size) if size <= _MAX_HEADER_BYTES else b""
             num_bytes = file.seek(0, os.SEEK_END)
     except OSError as error:
-        raise RunDirError(f"Cannot read {path}: {error.strerror or error}.") from None
+        raise RunDirError(f"{path} cannot be read: {error.strerror or error}.") from None
     try:
         values = decode_json(header, dict[str, object])
         metadata = msgspec.convert(values.pop("__metadata__", {}), dict[str, str])
@@ -93,15 +96,39 @@ def read_tensor_file(path: Path) -> TensorFile:
         if start != position or stop < start:
             raise RunDirError(f"{path} is damaged: the bytes of {name} are out of place.")
         tensors[name] = StoredTensor(
-            dtype=entry.dtype, shape=entry.shape, start=8 + size + start, num_bytes=stop - start
+            dtype=entry.dtype,
+            shape=entry.shape,
+            start=_LENGTH_BYTES + size + start,
+            num_bytes=stop - start,
         )
         position = stop
-    if 8 + size + position != num_bytes:
+    if _LENGTH_BYTES + size + position != num_bytes:
         raise RunDirError(
-            f"{path} is damaged: it has {num_bytes:,} bytes, and its header describes "
-            f"{8 + size + position:,}."
+            f"{path} is cut off or damaged: it has {num_bytes:,} bytes, and its header describes "
+            f"{_LENGTH_BYTES + size + position:,}."
         )
     return TensorFile(path=path, tensors=tensors, metadata=metadata)
+
+
+def encode_header(
+    tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str]
+) -> bytes:
+    """Return the beginning of a safetensors file, up to the bytes of the first tensor.
+
+    Args:
+        tensors: Name, dtype in the words of the format, shape and number of bytes of each tensor,
+            in the order in which their bytes follow.
+        metadata: Further texts by name.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    position = 0
+    for name, dtype, shape, num_bytes in tensors:
+        offsets = position, position + num_bytes
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+        position += num_bytes
+    text = encode_json(header).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + text
 
 
 def copy_tensors(
@@ -122,19 +149,12 @@ def copy_tensors(
     """
     # In the order of the source, so that tensors stay aligned to the size of their elements.
     copied = [(name, tensor) for name, tensor in source.tensors.items() if name in names]
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    position = 0
-    for name, tensor in copied:
-        header[names[name]] = {
-            "dtype": tensor.dtype,
-            "shape": tensor.shape,
-            "data_offsets": (position, position + tensor.num_bytes),
-        }
-        position += tensor.num_bytes
-    text = encode_json(header).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
+    header = encode_header(
+        [(names[name], tensor.dtype, tensor.shape, tensor.num_bytes) for name, tensor in copied],
+        metadata,
+    )
     with source.path.open("rb") as reader, target.open("xb") as writer:
-        writer.write(len(text).to_bytes(8, "little") + text)
+        writer.write(header)
         for _, tensor in copied:
             _copy_bytes(reader, writer, tensor)
         writer.flush()
