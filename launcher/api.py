@@ -239,7 +239,7 @@ def write_hugging_face(
         max_shard_bytes: Size of the largest file of weights in bytes, unless one weight is larger.
 
     Raises:
-        UsageError: The run or the recipe has not what is needed, or the folder is in the way.
+        UsageError: The run or the recipe lacks what is needed, or the folder is in the way.
     """
     from launcher.engine.saving.hugging_face import (
         build_without_values,

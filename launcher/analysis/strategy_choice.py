@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from launcher.planning.memory import GRADIENT_BYTES, MemoryLayout, ModelMemory
+from launcher.planning.memory_facts import GRADIENT_BYTES, MemoryLayout, ModelMemory
 from launcher.planning.strategy import STRATEGIES
 
 

@@ -6,27 +6,20 @@ means that the steps depend on the number of ranks, or that a run may fail later
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from launcher.console.failure import failure_with_log
 from launcher.environment.machine import Machine
 from launcher.findings import Finding, failure, ok, warning
-from launcher.launch.launcher import launch
+from launcher.launch.examination import examined
 from launcher.launch.signal_handler import SignalHandler
 from launcher.planning.plan import Plan
 from launcher.planning.single_sample_batches import single_sample_notes
 from launcher.recipe.overrides import Override
 from launcher.recipe.resolve import Reference
-from launcher.runs.failure_record import RunFailedError
-from launcher.runs.job import Job
-from launcher.runs.plan_recipe import describe_run, plan_recipe
-from launcher.runs.private_folder import private_folder
-from launcher.runs.run_record import write_run
-from launcher.runs.rundir import create_run_dir
+from launcher.runs.plan_recipe import plan_recipe
 
 if TYPE_CHECKING:
     from launcher.engine.probes.inspection import Inspection
@@ -66,22 +59,10 @@ def check_recipe(
 
     built, plan = plan_recipe(reference, overrides, machine)
     yield ok("plan", f"batch {plan.batch_size:,}, lr {plan.lr:g}, {plan.total_steps:,} steps")
-    with private_folder() as folder:
-        run_dir = create_run_dir(folder / "check", plan.recipe)
-        write_run(run_dir, describe_run(reference, built, plan))
-        job = Job(
-            recipe=reference.location,
-            overrides=tuple(overrides),
-            plan=replace(plan, nproc_per_node=1),
-            run_dir=run_dir,
-            launcher_pid=os.getpid(),
-            saves=False,
-        )
-        try:
-            launch(job, agent_inspection, signals=signals)
-        except RunFailedError as error:
-            text = failure_with_log(error.failure, run_dir).removeprefix("launcher: ")
-            raise RunFailedError(text, error.failure) from None
+    process_plan = replace(plan, nproc_per_node=1)
+    with examined(
+        reference, overrides, built, plan, process_plan, agent_inspection, signals
+    ) as run_dir:
         yield from findings_about(read_inspection(run_dir), plan)
 
 

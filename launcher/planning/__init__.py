@@ -4,5 +4,6 @@
 micro-batches, `stages` describes batches that grow, `loading` decides on DataLoader workers, and
 `strategy` lists the ways to shard a model. `derivations` writes the arithmetic for readers,
 `single_sample_batches` finds micro-batches that BatchNorm cannot use, `weight_headers` reads what
-files of weights hold, and `configs` writes a plan as files for Accelerate and DeepSpeed.
+files of weights hold, and `configs` writes a plan as files for Accelerate and DeepSpeed. `memory`
+computes the memory of a rank from `memory_facts`.
 """

@@ -12,24 +12,19 @@ from typing import Any
 
 from launcher.analysis.batch_sizes import MEMORY_MARGIN, SizeTrial, next_size
 from launcher.environment.machine import free_memory_bytes
-from launcher.errors import EXIT_FAILED, LauncherError, RunDirError, TrainingError
+from launcher.errors import LauncherError, RunDirError
 from launcher.json_file import exact_floats, find_json
 from launcher.launch.signal_handler import SignalHandler
 from launcher.paths import is_file
 from launcher.runs.cache import cache_folder
-from launcher.runs.failure_record import RunFailedError
 from launcher.runs.files import write_json
 from launcher.runs.provenance import versions
 from launcher.runs.rundir import RunDir, create_run_dir
-from launcher.tuning.measured_files import read_size
-from launcher.tuning.probe_run import Probe, Target, run_probe
+from launcher.tuning.memory_trial import try_in_memory
+from launcher.tuning.probe_run import Probe, Target
 
 TIMED_STEPS = 4
 """Timed steps of a trial, after one step that allocates memory and connects the ranks."""
-
-_OUT_OF_MEMORY_DEATHS = ("was killed by SIGKILL", "was killed by SIGABRT")
-"""Deaths that mean out of memory: by the kernel, or by C++ if an allocation fails in a thread that
-catches no exception."""
 
 MICRO_STEPS = 2
 """Micro-steps per step of a trial: the second computes while gradients exist, as accumulation
@@ -103,25 +98,16 @@ class BatchSearch:
 
         probe = self._plan_trial(size)
         run_dir = create_run_dir(search_dir.path / f"size-{size}", probe.plan.recipe)
-        try:
-            run_probe(
-                probe,
-                run_dir,
-                agent_size_probe,
-                signals,
-                memory_bytes=self.memory,
-                quiet=True,
-            )
-        except RunFailedError as error:
-            if error.exit_code != EXIT_FAILED:
-                raise
-            if is_out_of_memory(error):
-                return SizeTrial(size=size, fits=False)
-            raise TrainingError(
-                f"The trial with micro_batch_size={size} failed, and not because memory ran out:"
-                f"\n\n{error}"
-            ) from None
-        reading = read_size(run_dir)
+        reading = try_in_memory(
+            probe,
+            run_dir,
+            agent_size_probe,
+            signals,
+            title=f"micro_batch_size={size}",
+            memory_bytes=self.memory,
+        )
+        if reading is None:
+            return SizeTrial(size=size, fits=False)
         return SizeTrial(
             size=size,
             fits=True,
@@ -144,13 +130,6 @@ class BatchSearch:
             record_samples=False,
             noise_scale=False,
         ).probe()
-
-
-def is_out_of_memory(error: RunFailedError) -> bool:
-    """Return whether a trial failed because memory ran out."""
-    return error.failure.out_of_memory or any(
-        death in error.failure.message for death in _OUT_OF_MEMORY_DEATHS
-    )
 
 
 def cache_path(target: Target, search: BatchSearch) -> Path:

@@ -6,18 +6,17 @@ so a plan takes seconds, and needs no GPU, for a model of any size.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from launcher.console.failure import failure_with_log
 from launcher.environment.machine import Machine
 from launcher.errors import PlanError
-from launcher.launch.launcher import launch
+from launcher.launch.examination import examined
 from launcher.launch.signal_handler import SignalHandler
 from launcher.planning.fsdp_settings import FSDP_DEFAULTS
-from launcher.planning.memory import ModelMemory, RankMemory, fitting, layout_of, rank_memory
+from launcher.planning.memory import RankMemory, fitting, rank_memory
+from launcher.planning.memory_facts import MemoryFacts, ModelMemory, layout_of
 from launcher.planning.plan import Plan
 from launcher.planning.planner import make_plan
 from launcher.planning.strategy import STRATEGIES
@@ -25,26 +24,6 @@ from launcher.quantities import size
 from launcher.recipe.overrides import BuiltRecipe, Override
 from launcher.recipe.recipe import Recipe, StrategyName
 from launcher.recipe.resolve import Reference
-from launcher.runs.failure_record import RunFailedError
-from launcher.runs.job import Job
-from launcher.runs.plan_recipe import describe_run
-from launcher.runs.private_folder import private_folder
-from launcher.runs.run_record import write_run
-from launcher.runs.rundir import create_run_dir
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemoryFacts:
-    """What decides how much memory a rank needs, and has."""
-
-    model: ModelMemory
-    """The sizes of the model."""
-
-    refused: dict[str, str]
-    """Why the optimizer cannot be used, by the names of the strategies for which it cannot."""
-
-    device_bytes: int | None
-    """Memory of the smallest GPU of this machine; None without GPUs, and for CPU ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,27 +171,12 @@ def measure_model_memory(
     from launcher.engine.probes.model_memory import read_memory
     from launcher.engine.worker import agent_model_memory
 
-    with private_folder() as folder:
-        run_dir = create_run_dir(folder / "memory", plan.recipe)
-        write_run(run_dir, describe_run(reference, built, plan))
-        job = Job(
-            recipe=reference.location,
-            overrides=tuple(overrides),
-            # What the process imports depends on the strategy, and this one needs no backend.
-            plan=replace(plan, nproc_per_node=1, strategy="ddp", backend="local", device="cpu"),
-            run_dir=run_dir,
-            launcher_pid=os.getpid(),
-            saves=False,
-        )
-        try:
-            launch(job, agent_model_memory, signals=signals)
-        except RunFailedError as error:
-            text = failure_with_log(error.failure, run_dir).removeprefix("launcher: ")
-            raise RunFailedError(text, error.failure) from None
-        reading = read_memory(run_dir)
-    return MemoryFacts(
-        model=reading.model, refused=reading.refused, device_bytes=reading.device_bytes
-    )
+    # What the process imports depends on the strategy, and this one needs no backend.
+    process_plan = replace(plan, nproc_per_node=1, strategy="ddp", backend="local", device="cpu")
+    with examined(
+        reference, overrides, built, plan, process_plan, agent_model_memory, signals
+    ) as run_dir:
+        return read_memory(run_dir)
 
 
 def is_this_machine(plan: Plan, machine: Machine) -> bool:

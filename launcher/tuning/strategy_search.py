@@ -15,27 +15,26 @@ from launcher.analysis.strategy_choice import (
     sent_bytes,
 )
 from launcher.environment.machine import free_memory_bytes
-from launcher.errors import EXIT_FAILED, PlanError, TrainingError
+from launcher.errors import PlanError
 from launcher.launch.signal_handler import SignalHandler
 from launcher.planning.fsdp_settings import FSDP_DEFAULTS
 from launcher.planning.global_batch import ceil_div
-from launcher.planning.memory import layout_of, rank_memory
+from launcher.planning.memory import rank_memory
+from launcher.planning.memory_facts import MemoryFacts, layout_of
 from launcher.planning.plan import Plan
 from launcher.planning.strategy import STRATEGIES
 from launcher.recipe.recipe import Recipe
-from launcher.runs.failure_record import RunFailedError
 from launcher.runs.plan_recipe import plan_recipe
 from launcher.runs.rundir import RunDir, create_run_dir
-from launcher.tuning.batch_search import MICRO_STEPS, TIMED_STEPS, is_out_of_memory
-from launcher.tuning.measured_files import read_size
+from launcher.tuning.batch_search import MICRO_STEPS, TIMED_STEPS
 from launcher.tuning.memory_plan import (
-    MemoryFacts,
     is_this_machine,
     measure_model_memory,
     plan_again,
     variants,
 )
-from launcher.tuning.probe_run import Probe, Target, run_probe
+from launcher.tuning.memory_trial import try_in_memory
+from launcher.tuning.probe_run import Probe, Target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,18 +229,16 @@ class StrategySearch:
         probe = self._plan_trial(candidate)
         path = search_dir.path / f"strategy-{number}-{candidate.strategy}"
         run_dir = create_run_dir(path, probe.plan.recipe)
-        try:
-            run_probe(probe, run_dir, agent_strategy_probe, signals, memory_bytes=limit, quiet=True)
-        except RunFailedError as error:
-            if error.exit_code != EXIT_FAILED:
-                raise
-            if is_out_of_memory(error):
-                return StrategyTrial(candidate=candidate, fits=False)
-            raise TrainingError(
-                f"The trial with {candidate.title} failed, and not because memory ran out:"
-                f"\n\n{error}"
-            ) from None
-        reading = read_size(run_dir)
+        reading = try_in_memory(
+            probe,
+            run_dir,
+            agent_strategy_probe,
+            signals,
+            title=candidate.title,
+            memory_bytes=limit,
+        )
+        if reading is None:
+            return StrategyTrial(candidate=candidate, fits=False)
         peak = reading.peak_bytes
         return StrategyTrial(
             candidate=candidate,

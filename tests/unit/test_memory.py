@@ -17,18 +17,18 @@ from launcher.analysis.strategy_choice import (
 )
 from launcher.environment.machine import Machine
 from launcher.errors import PlanError
-from launcher.planning.memory import (
+from launcher.planning.memory import fitting, rank_memory
+from launcher.planning.memory_facts import (
     ActivationMemory,
     FSDPMemory,
+    MemoryFacts,
     MemoryLayout,
     ModelMemory,
     ParameterMemory,
-    fitting,
     layout_of,
-    rank_memory,
 )
 from launcher.planning.virtual_ranks import VirtualRanks
-from launcher.tuning.memory_plan import MemoryFacts, plan_memory
+from launcher.tuning.memory_plan import plan_memory
 
 MACHINE = Machine(
     hostname="node",
@@ -311,10 +311,10 @@ def test_the_fastest_trial_that_fits_is_chosen() -> None:
 
 def test_the_file_of_sizes_is_read_back(tmp_path: Path) -> None:
     """What the process writes to the run folder is what the planner reads."""
-    from launcher.engine.probes.model_memory import MemoryReading, read_memory, write_memory
+    from launcher.engine.probes.model_memory import read_memory, write_memory
     from launcher.runs.rundir import RunDir
 
-    reading = MemoryReading(model=MODEL, refused={"zero3": "no"}, device_bytes=None)
+    reading = MemoryFacts(model=MODEL, refused={"zero3": "no"}, device_bytes=None)
     write_memory(reading, RunDir(tmp_path))
     assert read_memory(RunDir(tmp_path)) == reading
 

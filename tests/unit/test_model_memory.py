@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from launcher import Data, Recipe, adamw, make_plan, read_machine, sgd
-from launcher.engine.probes.model_memory import MemoryReading, measure_memory
+from launcher.engine.probes.model_memory import measure_memory
+from launcher.planning.memory_facts import MemoryFacts
 from launcher.recipe.optimizer import OptimizerSpec, muon, schedule_free
 from launcher.recipes.gpt import gpt
 
@@ -56,7 +57,7 @@ def recipe(**settings: Any) -> Recipe:
     )
 
 
-def measured(**settings: Any) -> MemoryReading:
+def measured(**settings: Any) -> MemoryFacts:
     """Return what is measured of the chain."""
     subject = recipe(**settings)
     plan = make_plan(subject, read_machine(), nproc_per_node=2)
@@ -96,7 +97,7 @@ def test_checkpointing_saves_activations() -> None:
     assert 3 * model.model.checkpointed.of(8) < model.model.activations.of(8)
 
 
-def measure_gpt(*, layers: int, width: int, heads: int = 4) -> MemoryReading:
+def measure_gpt(*, layers: int, width: int, heads: int = 4) -> MemoryFacts:
     """Return what is measured of the recipe gpt, on a few tokens."""
     tokens = torch.zeros(8, 16, dtype=torch.int64)
     subject = replace(

@@ -201,10 +201,11 @@ class FSDPBackend(GroupBackend):
     def micro_step(
         self, *, last: bool, part: Part | None = None
     ) -> contextlib.AbstractContextManager[Any]:
-        for unit in self._units:
-            if self.recipe.accumulate_unsharded:
+        if self.recipe.accumulate_unsharded:
+            for unit in self._units:
                 unit.set_requires_gradient_sync(last, recurse=False)
-            if self._copies > 1 and self._defers_sums:
+        if self._copies > 1 and self._defers_sums:
+            for unit in self._units:
                 unit.set_requires_all_reduce(last, recurse=False)
         return contextlib.nullcontext()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -37,7 +37,12 @@ from launcher.engine.training.loop import training_loss
 from launcher.errors import LauncherError, RecipeError
 from launcher.json_file import exact_floats, read_json
 from launcher.planning.configs import AUTOCAST
-from launcher.planning.memory import ActivationMemory, ModelMemory, ParameterMemory
+from launcher.planning.memory_facts import (
+    ActivationMemory,
+    MemoryFacts,
+    ModelMemory,
+    ParameterMemory,
+)
 from launcher.planning.plan import Plan
 from launcher.planning.strategy import STRATEGIES
 from launcher.printable import error_line
@@ -54,21 +59,7 @@ _SMALL = 2
 """Size of each dimension of parameters with which an optimizer takes a step that reads values."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class MemoryReading:
-    """memory.json: what decides how much memory a rank needs, and has."""
-
-    model: ModelMemory
-    """The sizes of the model."""
-
-    refused: dict[str, str]
-    """Why the optimizer cannot be used, by the names of the strategies for which it cannot."""
-
-    device_bytes: int | None
-    """Memory of the smallest GPU of this machine; None without GPUs, and for CPU ranks."""
-
-
-def measure_memory(recipe: Recipe, plan: Plan, source: RecipeSource | None = None) -> MemoryReading:
+def measure_memory(recipe: Recipe, plan: Plan, source: RecipeSource | None = None) -> MemoryFacts:
     """Return the sizes of the recipe's model, and the memory of this machine's GPUs.
 
     Args:
@@ -84,7 +75,7 @@ def measure_memory(recipe: Recipe, plan: Plan, source: RecipeSource | None = Non
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = _build(recipe, mode, batches, notes)
     refused, states = _of_optimizer(recipe, plan, model, mode, notes)
-    return MemoryReading(
+    return MemoryFacts(
         model=_model_memory(recipe, model, states, mode, batches, notes),
         refused=refused,
         device_bytes=_device_bytes() if recipe.device != "cpu" else None,
@@ -495,15 +486,15 @@ class _AllocationMeter(TorchDispatchMode):
         self._known[key] = weakref.ref(storage, on_free)
 
 
-def write_memory(reading: MemoryReading, run_dir: RunDir) -> None:
+def write_memory(reading: MemoryFacts, run_dir: RunDir) -> None:
     """Write what was measured to the run folder."""
     write_json(run_dir.memory, exact_floats(asdict(reading)))
 
 
-def read_memory(run_dir: RunDir) -> MemoryReading:
+def read_memory(run_dir: RunDir) -> MemoryFacts:
     """Return what was measured in the run folder.
 
     Raises:
         RunDirError: The folder holds nothing of the kind, or it is damaged.
     """
-    return read_json(run_dir.memory, MemoryReading, exact=True)
+    return read_json(run_dir.memory, MemoryFacts, exact=True)
