@@ -3,8 +3,9 @@
     python benchmarks/memory_plan.py
     python benchmarks/memory_plan.py --layers 9 --width 1536      1 GB of weights
 
-Each configuration trains the recipe gpt for some steps on CPU ranks. Measured is the peak of the
-rank's resident memory in the steps after the first, beyond what it used before it built the model.
+Each configuration trains the recipe pretrain_lm for some steps on CPU ranks. Measured is the peak
+of the rank's resident memory in the steps after the first, beyond what it used before it built the
+model. With --tensor-parallel, FSDP with that many ranks per group follows.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from typing import Any
 import click
 from contest import BIN, Cell, Numbers, benchmark, print_table
 
-NO_LIMIT = "1TiB"
 MIB = 1 << 20
 
 
@@ -30,19 +30,33 @@ MIB = 1 << 20
 @click.option("--width", type=click.IntRange(min=64), default=768, show_default=True)
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--strategies", type=click.IntRange(min=1), default=5, show_default=True)
-def main(ranks: list[int], layers: int, width: int, batch: int, strategies: int) -> None:
+@click.option("--memory", default="1TiB", show_default=True, help="Limit of find strategy.")
+@click.option("--tensor-parallel", type=click.IntRange(min=1), default=1, show_default=True)
+def main(
+    ranks: list[int],
+    layers: int,
+    width: int,
+    batch: int,
+    strategies: int,
+    memory: str,
+    tensor_parallel: int,
+) -> None:
     """Print the planned and the measured memory of a rank under each strategy."""
     folder = Path(tempfile.mkdtemp(prefix="memory_plan-"))
-    (folder / "text").mkdir()
-    for name in "ab":
-        (folder / "text" / f"{name}.txt").write_text("A line of text.\n" * 2_000)
-    settings = [f"layers={layers}", f"width={width}", f"heads={width // 64}"]
-    settings += [f"batch_size={batch}", f"data={folder / 'text'}"]
+    tokens = folder / "tokens.bin"
+    tokens.write_bytes(bytes(128) * 1024)
+    heads, hidden = width // 64, width * 8 // 3 // 64 * 64
+    settings = [f"layers={layers}", f"width={width}", f"heads={heads}", f"key_heads={heads}"]
+    settings += [f"hidden={hidden}", f"batch_size={batch}", f"tokens={tokens}"]
+    split = [*settings, "strategy=fsdp", f"tensor_parallel={tensor_parallel}"]
+    searches = [(number, strategies, settings) for number in ranks]
+    if tensor_parallel > 1:
+        searches += [(number, 1, split) for number in ranks]
     try:
         rows: list[list[Cell]] = []
         num_weights = 0
-        for num_ranks in ranks:
-            result = find(settings, num_ranks, strategies, folder / f"on{num_ranks}")
+        for number, (num_ranks, trials, chosen) in enumerate(searches):
+            result = find(chosen, num_ranks, trials, memory, folder / f"search{number}")
             num_weights = result["num_values"]
             for trial in result["trials"]:
                 planned, measured = (
@@ -51,7 +65,8 @@ def main(ranks: list[int], layers: int, width: int, batch: int, strategies: int)
                 )
                 rows.append(
                     [
-                        trial["candidate"]["strategy"],
+                        trial["candidate"]["strategy"]
+                        + (f", tensor_parallel={tensor_parallel}" if chosen is split else ""),
                         str(num_ranks),
                         (planned / MIB, ".0f"),
                         (measured / MIB, ".0f"),
@@ -68,14 +83,24 @@ def main(ranks: list[int], layers: int, width: int, batch: int, strategies: int)
         shutil.rmtree(folder)
 
 
-def find(settings: list[str], ranks: int, strategies: int, out: Path) -> dict[str, Any]:
+def find(
+    settings: list[str], ranks: int, strategies: int, memory: str, out: Path
+) -> dict[str, Any]:
     """Return what `launcher find strategy` plans and measures, without offloading.
 
     Raises:
         click.ClickException: The command failed.
     """
-    command = [str(BIN / "launcher"), "find", "strategy", "gpt", "-n", str(ranks), "device=cpu"]
-    command += [*settings, "--memory", NO_LIMIT, "--trials", str(strategies)]
+    command = [
+        str(BIN / "launcher"),
+        "find",
+        "strategy",
+        "pretrain_lm",
+        "-n",
+        str(ranks),
+        "device=cpu",
+    ]
+    command += [*settings, "--memory", memory, "--trials", str(strategies)]
     done = subprocess.run(
         [*command, "--json", "--out", str(out)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
