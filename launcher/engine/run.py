@@ -148,7 +148,7 @@ def train_rank(
                 stop,
                 run_dir,
                 groups=initial_groups,
-                callback=recorder,
+                listener=recorder,
                 data=trial_outcome.fingerprint,
                 resumed=resume_point is not None,
             )

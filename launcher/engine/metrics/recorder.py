@@ -27,7 +27,7 @@ _ENCODER = msgspec.json.Encoder()
 
 
 class Recorder:
-    """A `Callback` that writes metrics.jsonl (rank 0) and samples/ (every rank, if requested).
+    """A `Listener` that writes metrics.jsonl (rank 0) and samples/ (every rank, if requested).
 
     Args:
         run_dir: The folder to write to.

@@ -45,7 +45,7 @@ from launcher.runs.rundir import RunDir
 
 
 class MetricsCollector:
-    """A `Callback` that keeps the measurements of all steps and shows progress.
+    """A `Listener` that keeps the measurements of all steps and shows progress.
 
     Args:
         progress: Shows the steps on rank 0; None on the other ranks.

@@ -20,7 +20,7 @@ from launcher.engine.metrics.meter import RankFlags
 from launcher.engine.ranks.current_device import make_current
 from launcher.engine.saving.checkpoint_tensors import collect_file_sums, root_cause, write_shard
 from launcher.engine.state.training_state import Snapshot, changed_groups
-from launcher.engine.training.loop import Callback, TrainContext
+from launcher.engine.training.loop import Listener, TrainContext
 from launcher.errors import LauncherError, TrainingError
 from launcher.runs.checkpoints import (
     begin_checkpoint,
@@ -78,7 +78,7 @@ class CheckpointManager:
         stop: Records the signals that ask this rank to stop.
         run_dir: The run folder.
         groups: The optimizer's parameter groups as they were when the optimizer was built.
-        callback: Receives timings, and a warning for each failed save.
+        listener: Receives timings, and a warning for each failed save.
         data: Fingerprint of the data; None if it is not known.
         resumed: Whether the run was resumed from a checkpoint.
     """
@@ -90,14 +90,14 @@ class CheckpointManager:
         run_dir: RunDir,
         *,
         groups: list[dict[str, Any]],
-        callback: Callback,
+        listener: Listener,
         data: dict[str, Any] | None = None,
         resumed: bool = False,
     ) -> None:
         self._context, self._backend, self._run_dir = context, context.backend, run_dir
         self._stop = stop
         self._every_steps, self._every_seconds = _parse_interval(context.recipe.checkpoint_every)
-        self._groups, self._callback, self._data = groups, callback, data
+        self._groups, self._listener, self._data = groups, listener, data
         self._writer: _ShardWriter | None = None
         self._manifest: Manifest | None = None
         self._last_save = time.perf_counter()
@@ -176,7 +176,7 @@ class CheckpointManager:
             self._report_failure(step, f"{self._run_dir.checkpoints}: {reason}")
             return
         self._writer = _ShardWriter(folder, backend.rank, state, backend.device)
-        self._callback.on_values(step, {"checkpoint_stall_seconds": time.perf_counter() - started})
+        self._listener.on_values(step, {"checkpoint_stall_seconds": time.perf_counter() - started})
 
     def finish(self) -> None:
         """Wait for the pending save, if any, and commit it if it is complete (collective)."""
@@ -202,7 +202,7 @@ class CheckpointManager:
         if reason is not None:
             self._report_failure(manifest.step, reason)
             return
-        self._callback.on_values(
+        self._listener.on_values(
             manifest.step, {"checkpoint_seconds": time.perf_counter() - writer.started}
         )
 
@@ -259,11 +259,11 @@ class CheckpointManager:
             return
         checkpoints = list_checkpoints(self._run_dir)
         newest = f"is {checkpoints[0].name}" if checkpoints else "does not exist yet"
-        self._callback.on_warning(
+        self._listener.on_warning(
             f"the checkpoint after step {step:,} could not be saved ({reason}). "
             f"The run continues. Its newest complete checkpoint {newest}."
         )
-        self._callback.on_values(step, {"checkpoint_failed": 1.0})
+        self._listener.on_values(step, {"checkpoint_failed": 1.0})
 
 
 def _parse_interval(every: int | str) -> tuple[int | None, float | None]:

@@ -38,7 +38,7 @@ from launcher.printable import kind_of
 from launcher.recipe.recipe import Recipe
 
 
-class Callback(Protocol):
+class Listener(Protocol):
     """Receives what the loop measures, on every rank, in the order of the steps."""
 
     def on_micro_batches(self, step: int, micro_batches: list[MicroBatch]) -> None:
@@ -128,7 +128,7 @@ class TrainOutcome:
 
 def train(
     context: TrainContext,
-    callback: Callback,
+    listener: Listener,
     controller: StepController | None = None,
     *,
     first_step: int = 0,
@@ -138,7 +138,7 @@ def train(
 
     Args:
         context: What to train.
-        callback: Receives the measurements.
+        listener: Receives the measurements.
         controller: Acts between steps and may stop the run; None never stops it.
         first_step: Number of steps that were taken before.
         last_step: Number of steps that have been taken at the end; None takes all planned steps.
@@ -160,7 +160,7 @@ def train(
     nonfinite_guard = NonFiniteGuard(recipe.max_bad_steps, lambda step: sampler.batch_ids(step - 1))
     model.train()
     batch_norms.save_statistics()
-    evaluation = _run_evaluation(context, callback, first_step) if context.evaluates_first else {}
+    evaluation = _run_evaluation(context, listener, first_step) if context.evaluates_first else {}
     meter = Meter(backend)
     last_step = plan.total_steps if last_step is None else last_step
     for step in range(first_step, last_step):
@@ -198,7 +198,7 @@ def train(
         grad_norm = backend.apply(optimizer, recipe.max_grad_norm)
         # ------------------------------------------------------------------------------------
         noise_meter.end(step, num_items, grad_norm)
-        callback.on_micro_batches(step + 1, micro_batches)
+        listener.on_micro_batches(step + 1, micro_batches)
         meter.add(
             step=step + 1,
             epoch=window.epoch + 1,
@@ -220,10 +220,10 @@ def train(
             RankFlags() if controller is None else controller.flags(),
             is_last=steps_taken == last_step,
         )
-        _report_metrics(context, callback, metrics, nonfinite_guard)
+        _report_metrics(context, listener, metrics, nonfinite_guard)
         with meter.paused():
             if evaluates:
-                evaluation = _run_evaluation(context, callback, steps_taken, controller)
+                evaluation = _run_evaluation(context, listener, steps_taken, controller)
             report_phase(steps_taken, "saving")
             if controller is not None and controller.on_step_end(steps_taken, metrics.flags):
                 return TrainOutcome(step=steps_taken, evaluation=evaluation)
@@ -262,23 +262,23 @@ def _count_items(
 
 def _report_metrics(
     context: TrainContext,
-    callback: Callback,
+    listener: Listener,
     metrics: MetricsBatch,
     nonfinite_guard: NonFiniteGuard,
 ) -> None:
-    """Pass measurements on to the callback, with a warning for each skipped step.
+    """Pass measurements on to the listener, with a warning for each skipped step.
 
     BatchNorm statistics that a skipped step has made non-finite are restored.
 
     Raises:
         TrainingError: Too many consecutive steps were skipped.
     """
-    callback.on_steps(metrics.rows)
-    callback.on_noise(context.noise_meter.read())
+    listener.on_steps(metrics.rows)
+    listener.on_noise(context.noise_meter.read())
     if metrics.ranks is not None and metrics.rows:
-        callback.on_values(metrics.rows[-1].step, {"ranks": metrics.ranks})
+        listener.on_values(metrics.rows[-1].step, {"ranks": metrics.ranks})
     for warning in nonfinite_guard.check(metrics.rows):
-        callback.on_warning(warning)
+        listener.on_warning(warning)
     if all(row.is_finite for row in metrics.rows):
         context.batch_norms.save_statistics()
     else:
@@ -286,14 +286,14 @@ def _report_metrics(
 
 
 def _run_evaluation(
-    context: TrainContext, callback: Callback, step: int, controller: StepController | None = None
+    context: TrainContext, listener: Listener, step: int, controller: StepController | None = None
 ) -> dict[str, float]:
     """Evaluate after `step` steps, pass the values on, and return them (collective)."""
     if controller is not None:
         context.report_phase(step, "saving")
         controller.before_evaluation(step)
     evaluation = evaluate(context, step)
-    callback.on_evaluation(step, evaluation)
+    listener.on_evaluation(step, evaluation)
     return evaluation
 
 
