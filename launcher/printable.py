@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import traceback
 import unicodedata
@@ -17,6 +18,9 @@ _MAX_NAME_CHARACTERS = 200
 
 _PACKAGE = Path(__file__).parent
 _STANDARD_LIBRARY = Path(os.__file__).parent
+
+_NOTE = "launcher: "
+"""How a note begins that `add_note` has written."""
 
 _SAFE = frozenset("\n\t")
 _ESCAPED_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
@@ -77,6 +81,31 @@ def text_of(error: BaseException, limit: int = MAX_CHARACTERS) -> str:
     return printable(shortened(text, limit))
 
 
+def add_note(error: BaseException, note: str) -> None:
+    """Add a note to an exception about the call that raised it, unless it has one from launcher.
+
+    Tracebacks end with the notes of their exception, and `noted_text_of` returns them.
+    """
+    with contextlib.suppress(Exception):  # an exception of a class of the user's may refuse it
+        notes: list[str] = list(getattr(error, "__notes__", ()))
+        if not any(other.startswith(_NOTE) for other in notes):
+            # As BaseException.add_note does, from Python 3.11 on.
+            error.__notes__ = [*notes, _NOTE + note]  # type: ignore[attr-defined]
+
+
+def notes_of(error: BaseException) -> list[str]:
+    """Return the notes of an exception, shortened and printable."""
+    with contextlib.suppress(Exception):
+        notes = getattr(error, "__notes__", ())
+        return [printable(shortened(str(note), _MAX_ENTRY_CHARACTERS)) for note in notes]
+    return []
+
+
+def noted_text_of(error: BaseException, limit: int = MAX_CHARACTERS) -> str:
+    """Return the text of an exception as `text_of` does, and its notes on further lines."""
+    return "\n".join([text_of(error, limit), *notes_of(error)])
+
+
 def kind_of(value: object) -> str:
     """Return the name of a value's class after `a` or `an`, as in `an IterableDataset`.
 
@@ -116,6 +145,8 @@ def traceback_of(error: BaseException, *, whole: bool = False) -> str:
         if not whole:
             _leave_out_calls_to_recipe(parts)
         entries = list(parts.format())
+        if not hasattr(parts, "__notes__"):  # before Python 3.11
+            entries += [f"{note}\n" for note in notes_of(error)]
     except BaseException as second:  # noqa: BLE001  # whatever the class of the exception raises
         return f"{error_line(error)}\n({class_name(second)} was raised for its traceback)\n"
     text = "".join(shortened(entry, _MAX_ENTRY_CHARACTERS) for entry in entries)

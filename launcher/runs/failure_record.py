@@ -45,7 +45,8 @@ class Failure:
     """Class of the exception; `Hang` or `Death` where no exception was raised."""
 
     message: str
-    """Text of the exception, without the values of keys and passwords."""
+    """Text of the exception, and on further lines its notes, such as the call of a function of the
+    recipe that raised it; without the values of keys and passwords."""
 
     traceback: str = ""
     """The traceback; empty if the message alone explains the failure."""

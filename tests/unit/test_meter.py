@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from launcher.engine.backends.local import LocalBackend
-from launcher.engine.metrics.meter import Meter, RankFlags, StepLosses, StepRow
+from launcher.engine.metrics.meter import Meter, RankFlags, StepLosses
 from launcher.environment.machine import read_machine
 from launcher.recipe.resolve import resolve
 from launcher.recipes.digits import digits
 from launcher.runs.plan_recipe import plan_recipe
+from launcher.runs.step_row import StepRow
 
 
 class SimulatedDevice(LocalBackend):

@@ -29,61 +29,11 @@ from launcher.engine.metrics.rank_times import (
 )
 from launcher.errors import RecipeError, TrainingError
 from launcher.planning.virtual_ranks import Part, virtual_rank_of
+from launcher.runs.step_row import StepRow
 
 _SECONDS_BETWEEN_READS = 0.5
 _MAX_STEPS_BETWEEN_READS = 1000
 _MAX_SHOWN_SAMPLES = 256
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepRow:
-    """One optimizer step in metrics.jsonl."""
-
-    step: int
-    """Number of steps taken, this one included."""
-
-    epoch: int
-    """Epoch of the step, counted from 1."""
-
-    samples: int
-    """Training samples consumed since the start of the run, this step included."""
-
-    loss: float
-    """Mean loss over the items of the global batch."""
-
-    time: float
-    """End of the step on rank 0's clock, in seconds since 1970."""
-
-    lr: float
-    momentum: float | None
-    """Momentum of the optimizer, or the first beta of Adam; None if it has neither."""
-
-    items: int
-    """Number of items in the global batch that the loss counts: samples, or what `Recipe.count`
-    returns."""
-
-    grad_norm: float | None
-    """Norm of the gradient of the global batch before clipping; None if the gradient overflowed in
-    fp16 and the step was skipped."""
-
-    samples_per_second: float
-    """Throughput over all ranks, averaged over the steps read together with this one."""
-
-    step_seconds: float
-    """Duration of a step, averaged over the steps read together with this one."""
-
-    data_wait_seconds: float
-    """Time spent waiting for data in this step, averaged over ranks."""
-
-    communication_seconds: float | None
-    """Time spent waiting for communication that overlaps no computation, averaged over ranks and
-    over the steps read together with this one; None where it cannot be measured (FSDP, ZeRO)."""
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether the loss and the gradient norm are finite; an overflow in fp16 is tolerated."""
-        norm = 0.0 if self.grad_norm is None else self.grad_norm
-        return math.isfinite(self.loss) and math.isfinite(norm)
 
 
 class RankFlags(NamedTuple):

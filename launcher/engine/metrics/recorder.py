@@ -14,10 +14,10 @@ import msgspec
 from launcher.analysis.gradient_noise import Measurement, RunningNoise
 from launcher.console.progress import Progress
 from launcher.engine.data.reader import MicroBatch
-from launcher.engine.metrics.meter import StepRow
 from launcher.regular_file import open_to_append
 from launcher.runs.files import unwritable_error
 from launcher.runs.rundir import RunDir
+from launcher.runs.step_row import StepRow
 
 if TYPE_CHECKING:
     from launcher.engine.metrics.trackers import Trackers

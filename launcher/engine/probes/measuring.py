@@ -25,7 +25,7 @@ from launcher.console.progress import Progress
 from launcher.engine.backends.base import Backend
 from launcher.engine.backends.nested_tensors import tensors_in
 from launcher.engine.data.reader import MicroBatch
-from launcher.engine.metrics.meter import RankFlags, StepRow
+from launcher.engine.metrics.meter import RankFlags
 from launcher.engine.ranks.output import Output
 from launcher.engine.ranks.processes import (
     StepMemory,
@@ -42,6 +42,7 @@ from launcher.recipe.recipe import Recipe
 from launcher.runs.files import write_json
 from launcher.runs.job import RecipeSource
 from launcher.runs.rundir import RunDir
+from launcher.runs.step_row import StepRow
 
 
 class MetricsCollector:

@@ -20,7 +20,7 @@ from launcher.console.failure import failure_text
 from launcher.engine.ranks.output import Output
 from launcher.environment.world import World
 from launcher.errors import EXIT_FAILED, LauncherError, LostRankError, TrainingError
-from launcher.printable import class_name, error_line, text_of, traceback_of
+from launcher.printable import class_name, error_line, noted_text_of, text_of, traceback_of
 from launcher.runs.failure_record import Failure, record_failure
 from launcher.runs.files import count_lines
 from launcher.runs.heartbeat import is_running, read_heartbeats
@@ -186,17 +186,17 @@ def describe(error: BaseException, world: World) -> Failure:
             "PYTORCH_ALLOC_CONF=expandable_segments:True in the environment."
         )
     is_explained = isinstance(error, LauncherError)
-    message = text_of(error)
+    text = text_of(error)
     return Failure(
         rank=world.rank,
         node=platform.node(),
         pid=os.getpid(),
         time=time.time(),
         error=class_name(error),
-        message=redacted(message),
+        message=redacted(noted_text_of(error)),
         traceback="" if is_explained else redacted(traceback_of(error)),
         exit_code=error.exit_code if isinstance(error, LauncherError) else EXIT_FAILED,
         out_of_memory=out_of_memory,
         lost_peer=isinstance(error, LostRankError)
-        or (not is_explained and any(sign in message for sign in _LOST_PEER_SIGNS)),
+        or (not is_explained and any(sign in text for sign in _LOST_PEER_SIGNS)),
     )

@@ -24,7 +24,6 @@ from launcher.engine.metrics.meter import (
     NonFiniteGuard,
     RankFlags,
     StepLosses,
-    StepRow,
 )
 from launcher.engine.metrics.noise_meter import NoiseMeter, NullNoiseMeter
 from launcher.engine.model.batch_norm import BatchNorms
@@ -36,6 +35,7 @@ from launcher.planning.stages import Window
 from launcher.planning.virtual_ranks import virtual_rank_of
 from launcher.printable import kind_of
 from launcher.recipe.recipe import Recipe
+from launcher.runs.step_row import StepRow
 
 
 class Listener(Protocol):
