@@ -49,12 +49,14 @@ if TYPE_CHECKING:
         warmup,
         wsd,
     )
+    from launcher.runs.callback_context import CallbackContext
     from launcher.runs.failure_record import Failure, RunFailedError
     from launcher.runs.history import History
     from launcher.runs.run_result import RunResult
     from launcher.runs.rundir import RunDir
 
 __all__ = [
+    "CallbackContext",
     "Data",
     "Failure",
     "History",
@@ -104,6 +106,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "CallbackContext": "launcher.runs.callback_context",
     "Data": "launcher.recipe.recipe",
     "Failure": "launcher.runs.failure_record",
     "History": "launcher.runs.history",

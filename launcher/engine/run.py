@@ -23,12 +23,14 @@ from launcher.engine.saving.final_weights import save_weights
 from launcher.engine.state.compiled import is_compiled
 from launcher.engine.state.training_state import group_values
 from launcher.engine.training.build import build_context
+from launcher.engine.training.callback_hooks import CallbackHooks
 from launcher.engine.training.checkpoint_manager import CheckpointManager
 from launcher.engine.training.loop import TrainContext, TrainOutcome, train
 from launcher.engine.training.resume_point import (
     ResumePoint,
     discard_later_steps,
     find_resume_point,
+    restore_callbacks,
     restore_state,
 )
 from launcher.errors import TrainingError, UsageError
@@ -134,6 +136,7 @@ def train_rank(
     if resume_point is not None:  # from here on nothing refuses to resume
         discard_later_steps(resume_point, backend, run_dir)
     context = _record_start(context, run_dir, first_step)
+    hooks = CallbackHooks(context, run_dir, first_step)
     progress = output.progress(last_step) if backend.rank == 0 else None
     with _open_trackers(recipe, plan, backend, run_dir) as trackers:
         records_samples = recipe.record_samples and backend.leads_group
@@ -150,15 +153,23 @@ def train_rank(
                 groups=initial_groups,
                 listener=recorder,
                 data=trial_outcome.fingerprint,
+                hooks=hooks,
                 resumed=resume_point is not None,
             )
         started = time.perf_counter()
         try:
-            outcome = _take_steps(context, recorder, checkpoint_manager, first_step, last_step)
+            if resume_point is not None:
+                restore_callbacks(resume_point, hooks, backend, run_dir)
+            hooks.on_run_start()
+            outcome = _take_steps(
+                context, recorder, hooks, checkpoint_manager, first_step, last_step
+            )
             if outcome.step < last_step:
+                hooks.on_run_end(outcome.step, finished=False)
                 _report_stop(backend, run_dir, outcome.step, progress)
                 return None
             result = _complete(context, outcome, recorder, checkpoint_manager, run_dir, started)
+            hooks.on_run_end(outcome.step, finished=True)
         finally:
             if checkpoint_manager is not None:
                 checkpoint_manager.free_host_memory()
@@ -228,6 +239,7 @@ def _open_trackers(
 def _take_steps(
     context: TrainContext,
     recorder: Recorder,
+    hooks: CallbackHooks,
     checkpoint_manager: CheckpointManager | None,
     first_step: int,
     last_step: int,
@@ -240,7 +252,11 @@ def _take_steps(
     """
     try:
         return train(
-            context, recorder, checkpoint_manager, first_step=first_step, last_step=last_step
+            hooks.with_before_step(context),
+            hooks.listening(recorder),
+            checkpoint_manager,
+            first_step=first_step,
+            last_step=last_step,
         )
     except UsageError as error:
         if recorder.steps_taken is None:

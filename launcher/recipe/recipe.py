@@ -17,6 +17,7 @@ from msgspec import Meta
 from launcher.errors import RecipeError
 from launcher.printable import printable_line
 from launcher.recipe.affects import Affects, effects_of, without_effect
+from launcher.recipe.callback_checks import check_callbacks
 from launcher.recipe.field_docs import with_field_docs
 from launcher.recipe.foreign_names import hint_for_value
 from launcher.recipe.function_checks import (
@@ -143,6 +144,10 @@ class Recipe:
 
     count: Callable[[Any], int] | None = None
     """Function (batch) -> number of items, such as tokens, in the loss; None counts samples."""
+
+    callbacks: tuple[Any, ...] = ()
+    """Objects with any of the methods on_run_start, before_step, after_step, on_evaluation,
+    on_checkpoint and on_run_end, each called with a `CallbackContext` on every rank."""
 
     optimizer: Annotated[OptimizerSpec | Callable[[Any, float], Any], Affects.UPDATES] = field(
         default_factory=sgd
@@ -343,6 +348,7 @@ class Recipe:
         for name, arguments in ARGUMENTS.items():
             check_function(f"Recipe({name}=...)", getattr(self, name), arguments)
         check_metrics(self.metrics)
+        object.__setattr__(self, "callbacks", check_callbacks(self.callbacks))
         check_parallel_plan(self.tensor_parallel_plan)
         if not isinstance(self.schedule, Schedule):
             raise RecipeError(

@@ -5,6 +5,7 @@ A `History` can be refreshed while the run continues: it then reads only what wa
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
@@ -135,17 +136,20 @@ class _Lines:
             self.saves.append((step, line.checkpoint_seconds))
 
 
+def recorded_evaluation(run_dir: RunDir, step: int) -> dict[str, float] | None:
+    """Return the evaluation after `step` steps in metrics.jsonl, or None if it has none."""
+    found = None
+    with contextlib.suppress(OSError), io.BufferedReader(open_regular(run_dir.metrics)) as file:
+        for content in lines_of(file):
+            line = decode_line(content, _DECODER)
+            if line is not None and line.step == step and line.evaluation is not None:
+                found = {name: _number(value) for name, value in line.evaluation.items()}
+    return found
+
+
 def has_evaluation(run_dir: RunDir, step: int) -> bool:
     """Return whether metrics.jsonl holds an evaluation after `step` steps."""
-    try:
-        with io.BufferedReader(open_regular(run_dir.metrics)) as file:
-            lines = (decode_line(line, _DECODER) for line in lines_of(file))
-            return any(
-                line is not None and line.step == step and line.evaluation is not None
-                for line in lines
-            )
-    except OSError:
-        return False
+    return recorded_evaluation(run_dir, step) is not None
 
 
 class History:

@@ -53,6 +53,29 @@ class ScalerState(TypedDict):
     """Steps in a row without overflow."""
 
 
+class CallbackState(TypedDict):
+    """The state of one callback."""
+
+    name: str
+    """Name of its class."""
+
+    state: dict[str, Any]
+    """What its `state_dict` returned on rank 0."""
+
+
+class CallbackValues(TypedDict):
+    """What a checkpoint holds of the recipe's callbacks."""
+
+    states: list[CallbackState]
+    """Those that have a state, in their order."""
+
+    evaluation: dict[str, float]
+    """The latest evaluation that the callbacks were told of; empty if there was none."""
+
+    evaluated_step: Count | None
+    """Optimizer steps taken before that evaluation; None if there was none."""
+
+
 class _RequiredValues(TypedDict):
     """The state that checkpoints of every version hold."""
 
@@ -78,6 +101,9 @@ class StateValues(_RequiredValues, total=False):
 
     extra: dict[str, Any]
     """Return values of `get_extra_state`, by `extra/<module>` or `extra/<module>@<rank>`."""
+
+    callbacks: CallbackValues | None
+    """State of the recipe's callbacks; None if it has none."""
 
 
 @dataclass(frozen=True, kw_only=True)

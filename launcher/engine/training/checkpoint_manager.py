@@ -20,6 +20,7 @@ from launcher.engine.metrics.meter import RankFlags
 from launcher.engine.ranks.current_device import make_current
 from launcher.engine.saving.checkpoint_tensors import collect_file_sums, root_cause, write_shard
 from launcher.engine.state.training_state import Snapshot, changed_groups
+from launcher.engine.training.callback_hooks import CallbackHooks
 from launcher.engine.training.loop import Listener, TrainContext
 from launcher.errors import LauncherError, TrainingError
 from launcher.runs.checkpoints import (
@@ -80,6 +81,7 @@ class CheckpointManager:
         groups: The optimizer's parameter groups as they were when the optimizer was built.
         listener: Receives timings, and a warning for each failed save.
         data: Fingerprint of the data; None if it is not known.
+        hooks: The recipe's callbacks, which are told of checkpoints and whose state is saved.
         resumed: Whether the run was resumed from a checkpoint.
     """
 
@@ -92,12 +94,14 @@ class CheckpointManager:
         groups: list[dict[str, Any]],
         listener: Listener,
         data: dict[str, Any] | None = None,
+        hooks: CallbackHooks,
         resumed: bool = False,
     ) -> None:
         self._context, self._backend, self._run_dir = context, context.backend, run_dir
         self._stop = stop
         self._every_steps, self._every_seconds = _parse_interval(context.recipe.checkpoint_every)
         self._groups, self._listener, self._data = groups, listener, data
+        self._hooks = hooks
         self._writer: _ShardWriter | None = None
         self._manifest: Manifest | None = None
         self._last_save = time.perf_counter()
@@ -205,6 +209,7 @@ class CheckpointManager:
         self._listener.on_values(
             manifest.step, {"checkpoint_seconds": time.perf_counter() - writer.started}
         )
+        self._hooks.on_checkpoint(writer.folder.with_name(writer.folder.name.removeprefix(".")))
 
     def free_host_memory(self) -> None:
         """Free the memory of the copies, which has been kept for the next checkpoint.
@@ -222,6 +227,7 @@ class CheckpointManager:
         if self._state_was_checked:
             return
         self._state_was_checked = True
+        self._hooks.state()
         if refusal := self._find_unsavable_state():
             raise TrainingError(refusal)
 
@@ -249,6 +255,7 @@ class CheckpointManager:
                 "scaler": None if scaler is None else scaler.state(),
                 "extra": state.extra,
                 "data": self._data,
+                "callbacks": self._hooks.state(),
             },
             versions=versions(),
         )

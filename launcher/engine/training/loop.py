@@ -98,6 +98,9 @@ class TrainContext:
     """Whether an evaluation precedes the first step: the one that the run was to make after its
     checkpoint, and has not recorded."""
 
+    before_step: tuple[Callable[[int], None], ...] = ()
+    """Called with the number of steps taken before each step."""
+
 
 class StepController(Protocol):
     """Acts between steps on flags that all ranks have exchanged, and may stop the run."""
@@ -165,9 +168,9 @@ def train(
     last_step = plan.total_steps if last_step is None else last_step
     for step in range(first_step, last_step):
         # ------------------------------------------------------------------------------------
+        window, micro_batches, data_wait_seconds = _begin_step(context, step)
         randomness.begin_step(step)
         written = hyperparameters.write(plan.schedule_value_at(recipe.schedule, step))
-        window, micro_batches, data_wait_seconds = _read_step(context, step)
         num_items = _count_items(context, window.size, micro_batches)
         weight = backend.divisor / num_items
         losses = StepLosses()
@@ -234,8 +237,14 @@ def train(
     return TrainOutcome(step=last_step, evaluation=evaluation)
 
 
-def _read_step(context: TrainContext, step: int) -> tuple[Window, list[MicroBatch], float]:
-    """Return the global batch of a step, this rank's micro-batches, and the seconds of waiting."""
+def _begin_step(context: TrainContext, step: int) -> tuple[Window, list[MicroBatch], float]:
+    """Call what is to precede a step, and read its samples.
+
+    Returns:
+        The global batch of the step, this rank's micro-batches, and the seconds of waiting.
+    """
+    for call in context.before_step:
+        call(step)
     context.report_phase(step, "reading data")
     started = time.perf_counter()
     num_micro_batches = context.sampler.micro_steps(step)

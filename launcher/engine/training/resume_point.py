@@ -9,13 +9,14 @@ from launcher.engine.backends.base import Backend
 from launcher.engine.saving.checkpoint_tensors import StoredState, load_newest
 from launcher.engine.state.module_state import missing_extra_state
 from launcher.engine.state.training_state import missing_optimizer_state, write_groups
+from launcher.engine.training.callback_hooks import CallbackHooks
 from launcher.engine.training.loop import TrainContext
 from launcher.errors import CheckpointError
 from launcher.planning.plan import Plan
 from launcher.runs.checkpoints import Checkpoint, list_checkpoints, set_aside
 from launcher.runs.events import record_past_failure
 from launcher.runs.files import remove_file
-from launcher.runs.history import has_evaluation
+from launcher.runs.history import has_evaluation, recorded_evaluation
 from launcher.runs.job import MISSING_STATE, ResumeFrom
 from launcher.runs.manifest import Manifest
 from launcher.runs.resumption import check_resumable
@@ -104,6 +105,23 @@ def restore_state(resume_point: ResumePoint, context: TrainContext) -> None:
     write_groups(context.optimizer, values["groups"])
     if backend.scaler is not None and values["scaler"] is not None:
         backend.scaler.restore(values["scaler"])
+
+
+def restore_callbacks(
+    resume_point: ResumePoint, hooks: CallbackHooks, backend: Backend, run_dir: RunDir
+) -> None:
+    """Restore the state of the recipe's callbacks from the checkpoint (collective).
+
+    A run saves its first checkpoint before an evaluation. If that evaluation has been recorded, it
+    is not made again, and the callbacks are told of it here.
+    """
+    if not hooks:
+        return
+    hooks.restore(resume_point.manifest.values.get("callbacks"), resume_point.checkpoint.name)
+    if resume_point.is_evaluated and not hooks.has_seen_evaluation(resume_point.step):
+        own = recorded_evaluation(run_dir, resume_point.step) if backend.rank == 0 else None
+        if (evaluation := backend.broadcast(own)) is not None:
+            hooks.on_evaluation(resume_point.step, evaluation)
 
 
 def discard_later_steps(resume_point: ResumePoint, backend: Backend, run_dir: RunDir) -> None:
