@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from launcher.planning.loading import LoaderPolicy, loader_policy
     from launcher.planning.plan import Plan
     from launcher.planning.planner import make_plan
+    from launcher.recipe.evaluation_sets import Evaluation
     from launcher.recipe.optimizer import OptimizerSpec, adamw, muon, schedule_free, sgd
     from launcher.recipe.package_data import packaged_file
     from launcher.recipe.recipe import Data, Recipe
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CallbackContext",
     "Data",
+    "Evaluation",
     "Failure",
     "History",
     "LauncherError",
@@ -108,6 +110,7 @@ __all__ = [
 _MODULES = {
     "CallbackContext": "launcher.runs.callback_context",
     "Data": "launcher.recipe.recipe",
+    "Evaluation": "launcher.recipe.evaluation_sets",
     "Failure": "launcher.runs.failure_record",
     "History": "launcher.runs.history",
     "LauncherError": "launcher.errors",

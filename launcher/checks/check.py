@@ -17,6 +17,7 @@ from launcher.launch.examination import examined
 from launcher.launch.signal_handler import SignalHandler
 from launcher.planning.plan import Plan
 from launcher.planning.single_sample_batches import single_sample_notes
+from launcher.recipe.evaluation_sets import split_of, title_of
 from launcher.recipe.overrides import Override
 from launcher.recipe.resolve import Reference
 from launcher.runs.plan_recipe import plan_recipe
@@ -133,11 +134,13 @@ def _writes(inspection: Inspection, plan: Plan) -> Iterator[Finding]:
 
 
 def _data(inspection: Inspection) -> Finding:
-    num_evaluation_samples = inspection.num_evaluation_samples
-    evaluation = "no" if num_evaluation_samples is None else f"{num_evaluation_samples:,}"
+    evaluation = [
+        f"{samples:,} {title_of(split_of(name))}"
+        for name, samples in inspection.evaluation_samples.items()
+    ]
     counts = (
-        f"{inspection.num_samples:,} training samples, {evaluation} evaluation samples; "
-        f"{inspection.batch}"
+        f"{inspection.num_samples:,} training samples, {', '.join(evaluation) or 'no evaluation'} "
+        f"samples; {inspection.batch}"
     )
     if inspection.shared_file is not None:
         return failure(
@@ -197,7 +200,7 @@ def _loss(inspection: Inspection) -> Finding:
 def _evaluation(inspection: Inspection) -> Iterator[Finding]:
     """Yield findings from a forward pass over evaluation samples, and from the metrics of it."""
     for name, error in inspection.evaluation_errors.items():
-        if name in ("forward", "loss"):
+        if name.rpartition("/")[2] in ("forward", "loss"):
             remedy = "make it work in evaluation mode, or leave evaluation= out of Data"
             yield failure("evaluation", f"{name}: {error}", remedy)
         else:

@@ -16,6 +16,7 @@ from typing import Any, TextIO, cast
 from launcher.json_file import encode_json
 from launcher.printable import printable
 from launcher.quantities import duration
+from launcher.runs.history import evaluation_set_names, split_metric
 
 _SECONDS_BETWEEN_LINES = 5.0
 _SPARKS = "▁▂▃▄▅▆▇█"
@@ -253,7 +254,20 @@ class _Bar:
         self._progress.stop()
 
 
-def metrics_text(values: dict[str, Any]) -> str:
-    """Return metrics as one line, the loss last: `accuracy 0.9806  loss 0.0712`."""
-    names = sorted(values, key=lambda name: (name == "loss", name))
-    return "  ".join(f"{name} {values[name]:.4f}" for name in names)
+def metrics_text(values: Mapping[str, Any]) -> str:
+    """Return metrics as one line: `accuracy 0.9806  loss 0.0712`.
+
+    The metrics of several evaluation sets follow each other set by set, the loss last in each.
+    """
+    return "  ".join(f"{name} {values[name]:.4f}" for name in ordered_metrics(values))
+
+
+def ordered_metrics(values: Mapping[str, Any]) -> list[str]:
+    """Return the names of metrics set by set, in each by name with the loss last."""
+    sets = {name: index for index, name in enumerate(evaluation_set_names(values))}
+
+    def key(name: str) -> tuple[int, bool, str]:
+        set_name, metric = split_metric(name, sets)
+        return sets.get(set_name, -1), metric == "loss", metric
+
+    return sorted(values, key=key)

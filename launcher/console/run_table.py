@@ -99,7 +99,7 @@ def read_row(run_dir: RunDir) -> RunRow | None:
     if history.result is not None:
         result = history.result.metrics
     elif history.evaluations:
-        result = dict(history.evaluations[-1][1])
+        result = dict(history.latest_evaluation)
     else:
         result = {"loss": column[-1]} if (column := history.steps["loss"]) else {}
     return RunRow(

@@ -18,9 +18,10 @@ from launcher.console.progress import metrics_text, sparkline, step_line
 from launcher.planning.derivations import counted
 from launcher.printable import printable
 from launcher.quantities import duration, size
+from launcher.recipe.evaluation_sets import metric_name
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.heartbeat import Heartbeat
-from launcher.runs.history import History
+from launcher.runs.history import History, evaluation_set_names
 from launcher.runs.status import COLOURS, RunState
 
 if TYPE_CHECKING:
@@ -124,11 +125,8 @@ def _metrics_grid(history: History) -> Table:
     steps = history.steps
     grid = Table.grid(padding=(0, 2))
     grid.add_row("loss", f"{steps['loss'][-1]:.4f}", sparkline(steps["loss"], _SPARKLINE_WIDTH))
-    if history.evaluations:
-        step, values = history.evaluations[-1]
-        losses = [metrics.get("loss", math.nan) for _, metrics in history.evaluations]
-        curve = f"{sparkline(losses, _SPARKLINE_WIDTH)}  {metrics_text(values)} at step {step:,}"
-        grid.add_row("held-out", f"{values.get('loss', math.nan):.4f}", curve)
+    for set_name in evaluation_set_names(history.latest_evaluation) or [""]:
+        _add_evaluations(grid, history, set_name)
     rates = steps["samples_per_second"]
     grid.add_row("samples/s", f"{rates[-1]:,.0f}", sparkline(rates, _SPARKLINE_WIDTH))
     norm = f"gradient norm {steps['grad_norm'][-1]:.3g}"
@@ -147,6 +145,19 @@ def _metrics_grid(history: History) -> Table:
     if checkpoints:
         grid.add_row("checkpoint", f"{checkpoints[0].step:,}", "the step of the newest checkpoint")
     return grid
+
+
+def _add_evaluations(grid: Table, history: History, set_name: str) -> None:
+    """Add the row of an evaluation set to the metrics, if it has been evaluated."""
+    name = metric_name(set_name, "loss")
+    evaluations = [each for each in history.evaluations if name in each[1]]
+    if not evaluations:
+        return
+    step, values = evaluations[-1]
+    own = {key: value for key, value in values.items() if key.startswith(metric_name(set_name, ""))}
+    losses = [metrics[name] for _, metrics in evaluations]
+    curve = f"{sparkline(losses, _SPARKLINE_WIDTH)}  {metrics_text(own)} at step {step:,}"
+    grid.add_row(set_name or "held-out", f"{values[name]:.4f}", curve)
 
 
 def _rank_grid(history: History) -> Table:
@@ -229,7 +240,7 @@ def status_values(history: History, state: RunState) -> dict[str, Any]:
         "total_steps": history.total_steps,
         "seconds_left": seconds_left(history),
         "latest": latest,
-        "evaluation": history.evaluations[-1][1] if history.evaluations else {},
+        "evaluation": history.latest_evaluation,
         "own_seconds": history.ranks[-1].own_seconds if history.ranks else None,
         "device_seconds": history.ranks[-1].device_seconds if history.ranks else None,
     }

@@ -120,7 +120,7 @@ def train_rank(
         backend,
         first_step=first_step,
         last_step=last_step,
-        evaluates_first=resume_point is not None and not resume_point.is_evaluated,
+        recorded=None if resume_point is None else resume_point.evaluation,
         is_restored=resume_point is not None,
         trial=trial,
         source=source,
@@ -159,7 +159,7 @@ def train_rank(
         started = time.perf_counter()
         try:
             if resume_point is not None:
-                restore_callbacks(resume_point, hooks, backend, run_dir)
+                restore_callbacks(resume_point, hooks)
             hooks.on_run_start()
             outcome = _take_steps(
                 context, recorder, hooks, checkpoint_manager, first_step, last_step

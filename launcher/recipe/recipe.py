@@ -18,6 +18,7 @@ from launcher.errors import RecipeError
 from launcher.printable import printable_line
 from launcher.recipe.affects import Affects, effects_of, without_effect
 from launcher.recipe.callback_checks import check_callbacks
+from launcher.recipe.evaluation_sets import Evaluation, evaluation_sets_of
 from launcher.recipe.field_docs import with_field_docs
 from launcher.recipe.foreign_names import hint_for_value
 from launcher.recipe.function_checks import (
@@ -81,10 +82,23 @@ class Data:
     """The training set."""
 
     evaluation: Any = None
-    """The validation set; an evaluation visits each sample once. None skips evaluations."""
+    """The validation set; an evaluation visits each sample once. Several sets have names, as in
+    {"dev": ..., "test": ...}; `launcher.Evaluation` gives one a schedule of its own. None skips
+    evaluations."""
 
     collate: Callable[[list[Any]], Any] | None = None
     """Function from a list of samples to a batch; None is `torch.utils.data.default_collate`."""
+
+    def __post_init__(self) -> None:
+        self.evaluation_sets()
+
+    def evaluation_sets(self) -> dict[str, Evaluation]:
+        """Return the evaluation sets by name, in their order; a single set has an empty name.
+
+        Raises:
+            RecipeError: A name cannot be that of a set.
+        """
+        return evaluation_sets_of(self.evaluation)
 
 
 def first_of_batch(model: Any, batch: Any) -> Any:

@@ -120,7 +120,7 @@ def _results(histories: Sequence[History], names: Sequence[str]) -> Table:
 
     add("state", lambda history: history.state.name)
     add("steps", lambda history: f"{history.last_step:,} of {history.total_steps:,}")
-    add("held-out", lambda h: metrics_text(h.evaluations[-1][1]) if h.evaluations else "")
+    add("held-out", lambda h: metrics_text(h.latest_evaluation))
     add(
         "training loss, smoothed",
         lambda h: f"{smoothed(h.steps['loss'])[-1]:.4g}" if h.last_step else "",

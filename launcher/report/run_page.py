@@ -26,15 +26,17 @@ from launcher.analysis.time_shares import (
 from launcher.console.explain import explain
 from launcher.console.failure import failure_text
 from launcher.console.plots import Curve, Plot, schedule_plots
+from launcher.console.progress import ordered_metrics
 from launcher.errors import UsageError
 from launcher.planning.derivations import counted
 from launcher.quantities import duration, size
 from launcher.recipe.callspec import parse
+from launcher.recipe.evaluation_sets import metric_name
 from launcher.recipe.schedules import SCHEDULES, Schedule
 from launcher.report.figures import Bars, Figure, Moment, Span, Timeline
 from launcher.report.page import Page, Section, Table
 from launcher.runs.events import Failed, Stopped
-from launcher.runs.history import Attempt, History
+from launcher.runs.history import Attempt, History, evaluation_set_names, split_metric
 
 _MAX_METRIC_CARDS = 4
 _MAX_RANK_CURVES = 16
@@ -82,8 +84,8 @@ def _cards(history: History) -> list[tuple[str, str]]:
     plan = history.plan
     cards = [("steps", f"{history.last_step:,} of {history.total_steps:,}")]
     if history.evaluations:
-        values = history.evaluations[-1][1]
-        names = sorted(values, key=lambda name: (name == "loss", name))[:_MAX_METRIC_CARDS]
+        values = history.latest_evaluation
+        names = ordered_metrics(values)[:_MAX_METRIC_CARDS]
         cards += [(f"held-out {name}", f"{values[name]:.4f}") for name in names]
     elif history.steps["loss"]:
         cards.append(("loss", f"{history.steps['loss'][-1]:.4f}"))
@@ -111,11 +113,11 @@ def _learning(history: History) -> Section:
         curves = [
             Curve(name="training", xs=steps["step"], ys=steps["loss"], style="faint"),
             Curve(name="training, smoothed", xs=steps["step"], ys=smooth),
-            *evaluation_curves(history, "loss", "held-out"),
+            *evaluation_curves(history, "loss"),
         ]
         figures.append(over_steps("loss", "loss", curves))
     for name in metric_names([history]):
-        figures.append(over_steps(name, name, list(evaluation_curves(history, name, name))))
+        figures.append(over_steps(name, name, list(evaluation_curves(history, name))))
     if history.noise:
         noise = Curve(name="B_simple", xs=[s for s, _ in history.noise], ys=_values(history.noise))
         batch_size = float(history.plan.batch_size)
@@ -355,20 +357,31 @@ def over_steps(title: str, label: str, curves: list[Curve], *, log_y: bool = Fal
     return Plot(title=title, x_label="step", y_label=label, curves=curves, log_y=log_y)
 
 
-def evaluation_curves(history: History, metric: str, name: str) -> Iterator[Curve]:
-    """Yield the curve of a metric over the steps, called `name`; nothing without evaluations."""
-    points = [(step, values[metric]) for step, values in history.evaluations if metric in values]
-    if points:
-        yield Curve(name=name, xs=[step for step, _ in points], ys=_values(points))
+def evaluation_curves(history: History, metric: str, run: str = "") -> Iterator[Curve]:
+    """Yield the curve of a metric over the steps for each evaluation set that has it.
+
+    Args:
+        history: The run.
+        metric: The name of the metric within a set.
+        run: The name of the run, if there are several; the curves are called by it and their set.
+    """
+    sets = evaluation_set_names(history.latest_evaluation)
+    for set_name in sets or [""]:
+        name = metric_name(set_name, metric)
+        points = [(step, values[name]) for step, values in history.evaluations if name in values]
+        if points:
+            title = f"{run} {set_name}".strip() or ("held-out" if metric == "loss" else metric)
+            yield Curve(name=title, xs=[step for step, _ in points], ys=_values(points))
 
 
 def metric_names(histories: Sequence[History]) -> list[str]:
-    """Return the names of the metrics in the first evaluations of the runs, without the loss."""
+    """Return the names of the runs' metrics, within their evaluation sets, without the loss."""
     names: dict[str, None] = {}
     for history in histories:
-        for _, values in history.evaluations[:1]:
-            names |= dict.fromkeys(name for name in values if name != "loss")
-    return list(names)
+        values = history.latest_evaluation
+        sets = evaluation_set_names(values)
+        names |= dict.fromkeys(split_metric(name, sets)[1] for name in values)
+    return [name for name in names if name != "loss"]
 
 
 def _values(pairs: Sequence[tuple[int, float]]) -> list[float]:

@@ -11,6 +11,7 @@ import math
 import os
 import stat
 from array import array
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field, replace
 
 import msgspec
@@ -136,20 +137,36 @@ class _Lines:
             self.saves.append((step, line.checkpoint_seconds))
 
 
-def recorded_evaluation(run_dir: RunDir, step: int) -> dict[str, float] | None:
-    """Return the evaluation after `step` steps in metrics.jsonl, or None if it has none."""
-    found = None
+def read_evaluation(run_dir: RunDir, step: int) -> dict[str, float]:
+    """Return the metrics that metrics.jsonl holds of an evaluation after `step` steps, by name."""
+    values: dict[str, float | None] = {}
     with contextlib.suppress(OSError), io.BufferedReader(open_regular(run_dir.metrics)) as file:
-        for content in lines_of(file):
-            line = decode_line(content, _DECODER)
-            if line is not None and line.step == step and line.evaluation is not None:
-                found = {name: _number(value) for name, value in line.evaluation.items()}
-    return found
+        for text in lines_of(file):
+            line = decode_line(text, _DECODER)
+            if line is not None and line.step == step:
+                values |= line.evaluation or {}
+    return {name: _number(value) for name, value in values.items()}
 
 
-def has_evaluation(run_dir: RunDir, step: int) -> bool:
-    """Return whether metrics.jsonl holds an evaluation after `step` steps."""
-    return recorded_evaluation(run_dir, step) is not None
+def evaluation_set_names(metrics: Iterable[str]) -> list[str]:
+    """Return the names of the evaluation sets that metrics belong to; none if there is one set.
+
+    Every set has a loss, which is called `loss` if the set has no name.
+    """
+    names = list(metrics)
+    losses = [name.partition("/") for name in names]
+    return [] if "loss" in names else [each[0] for each in losses if each[1:] == ("/", "loss")]
+
+
+def split_metric(name: str, sets: Container[str]) -> tuple[str, str]:
+    """Return the evaluation set of a metric, or an empty text, and its name within the set.
+
+    Args:
+        name: A name such as `dev/accuracy`.
+        sets: The names of the sets.
+    """
+    set_name, _, metric = name.partition("/")
+    return (set_name, metric) if set_name in sets else ("", name)
 
 
 class History:
@@ -227,6 +244,17 @@ class History:
     def evaluations(self) -> list[tuple[int, dict[str, float]]]:
         """The evaluations as pairs (step, metrics)."""
         return self._lines.evaluations
+
+    @property
+    def latest_evaluation(self) -> dict[str, float]:
+        """The latest value of each metric; empty before the first evaluation.
+
+        Sets with schedules of their own are not always evaluated together.
+        """
+        latest: dict[str, float] = {}
+        for _, values in self.evaluations:
+            latest |= values
+        return latest
 
     @property
     def noise(self) -> list[tuple[int, float]]:

@@ -31,7 +31,9 @@ def status_values(status: SubmissionStatus) -> dict[str, Any]:
 
 def _sort_key(status: SubmissionStatus) -> tuple[float, ...]:
     """Order by state, then by the best metric besides the loss, then by the loss."""
-    finite = {name: v for name, v in status.evaluation.items() if math.isfinite(v)}
-    best = max((value for name, value in finite.items() if name != "loss"), default=None)
-    loss = finite.get("loss", math.inf if "loss" in status.evaluation else 0.0)
+    finite = {name: v if math.isfinite(v) else math.inf for name, v in status.evaluation.items()}
+    losses = [name for name in finite if name.rpartition("/")[2] == "loss"]  # one of each set
+    metrics = [finite[name] for name in finite if name not in losses]
+    best = max(filter(math.isfinite, metrics), default=None)
+    loss = finite[losses[0]] if losses else 0.0
     return STATES.index(status.state), loss if best is None else -best, loss

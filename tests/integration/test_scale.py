@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from launcher import Plan, make_plan, read_machine
-from launcher.engine.data.sampler import Sampler
+from launcher.engine.data.sampler import EvaluationSchedule, Sampler
 from launcher.engine.saving.checkpoint_tensors import StoredState, write_shard
 from launcher.engine.state.host_copies import HostCopies, HostMemory
 from launcher.engine.state.training_state import live_tensors
@@ -32,6 +32,8 @@ from launcher.runs.manifest import FORMAT, Manifest
 RANKS = 1024
 WRITERS = 256
 """Ranks that write a checkpoint; each shards a model of its own."""
+
+HELD_OUT = (EvaluationSchedule(samples=4_099),)
 
 
 def plan_of(world_size: int, samples: int, batch_size: int) -> Plan:
@@ -61,7 +63,7 @@ def test_each_sample_is_taken_once_with_equal_weight() -> None:
     samples, batch = 30_011, 6_001
     plan = plan_of(RANKS, samples, batch)
     samplers = [
-        Sampler(plan=plan, rank=rank, train_samples=samples, evaluation_samples=4_099)
+        Sampler(plan=plan, rank=rank, train_samples=samples, evaluations=HELD_OUT)
         for rank in range(RANKS)
     ]
     assert plan.steps_per_epoch == 6
@@ -86,7 +88,7 @@ def test_each_sample_is_taken_once_with_equal_weight() -> None:
     evaluated = [
         index
         for stream in streams
-        for _ in range(samplers[0].evaluation_steps())
+        for _ in range(samplers[0].evaluation_steps(HELD_OUT[0]))
         for request in [next(stream)]
         if request.has_weight
         for index in request.indices

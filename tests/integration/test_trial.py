@@ -54,7 +54,7 @@ def build_data(kind, order):
     train = Drawn(samples) if kind == "generator" else samples
     evaluation = samples[:8]
     if kind == "two":
-        evaluation = {"a": samples, "b": samples}
+        evaluation = {"dev/1": samples, "b": samples}
     if kind == "held_out" and rank:
         evaluation = samples[1:9]
     if kind == "evaluation_length" and rank:
@@ -199,13 +199,11 @@ def test_an_older_checkpoint_is_resumed(run: Commands, folder: Path) -> None:
     assert steps_of(folder / "out") == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize(
-    ("kind", "fragment"), [("metric", "The metric wrong"), ("two", "keys 'a', 'b'")]
-)
+@pytest.mark.parametrize(("kind", "fragment"), [("metric", "The metric wrong"), ("two", "'dev/1'")])
 def test_a_mistake_in_evaluation_is_found_before_the_first_step(
     run: Commands, folder: Path, kind: str, fragment: str
 ) -> None:
-    """A metric without (sum, count), or a dict of data sets, is refused before the first step."""
+    """A metric without (sum, count), or a wrong name of a set, is found before the first step."""
     done = run("launcher", "run", "odd.py", "-n", "1", f"kind={kind}", "--out", "out")
     assert done.exit_code == 2
     assert fragment in done.stderr

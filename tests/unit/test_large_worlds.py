@@ -17,7 +17,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.nn import functional
 
 from launcher import Data, Recipe, adamw
-from launcher.engine.data.sampler import Sampler
+from launcher.engine.data.sampler import EvaluationSchedule, Sampler
 from launcher.engine.model.blocks import find_blocks
 from launcher.engine.model.deferred import defer
 from launcher.engine.saving.checkpoint_tensors import _Reader, write_shard
@@ -118,7 +118,7 @@ def test_the_ranks_share_an_evaluation(world_size: int) -> None:
                 plan=plan,
                 rank=rank,
                 train_samples=SAMPLES,
-                evaluation_samples=EVALUATION_SAMPLES,
+                evaluations=(EvaluationSchedule(samples=EVALUATION_SAMPLES),),
             ).evaluation()
         )
         for rank in range(world_size)

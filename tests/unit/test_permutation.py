@@ -12,7 +12,7 @@ import pytest
 
 from launcher import Recipe, make_plan, read_machine
 from launcher.engine.data.permutation import Permutation, elements_at
-from launcher.engine.data.sampler import MicroBatchRequest, Sampler
+from launcher.engine.data.sampler import EvaluationSchedule, MicroBatchRequest, Sampler
 from launcher.engine.data.seeds import derive
 
 
@@ -70,6 +70,9 @@ def test_seeds_differ_along_a_path() -> None:
     assert all(0 <= seed < 2**64 for seed in seeds)
 
 
+HELD_OUT = (EvaluationSchedule(samples=11),)
+
+
 def samplers(world_size: int, **changes: Any) -> list[Sampler]:
     """Return the sampler of each rank, for 50 samples in batches of 16."""
     fields: dict[str, Any] = {
@@ -86,7 +89,7 @@ def samplers(world_size: int, **changes: Any) -> list[Sampler]:
     }
     plan = make_plan(Recipe(**fields | changes), read_machine(), nproc_per_node=world_size)
     return [
-        Sampler(plan=plan, rank=rank, train_samples=50, evaluation_samples=11)
+        Sampler(plan=plan, rank=rank, train_samples=50, evaluations=HELD_OUT)
         for rank in range(world_size)
     ]
 

@@ -186,7 +186,7 @@ def test_a_spawned_worker_returns_errors_of_the_data_function() -> None:
     recipe = digits()
     for location, data, fragment in (
         (f"{ROOT}/recipes/missing.py:digits", recipe.data(), "missing.py"),
-        (f"{ROOT}/recipes/digits.py:digits", Data(train=Drawn()), "100 and 0"),
+        (f"{ROOT}/recipes/digits.py:digits", Data(train=Drawn()), "but 100 train samples"),
     ):
         rank_reader = Reader(recipe, data, RecipeSource(recipe=location))
         result = pickle.loads(pickle.dumps(rank_reader))[request(1)]

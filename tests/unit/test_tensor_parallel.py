@@ -11,7 +11,7 @@ from examples import NODE
 from launcher import PlanError, Recipe, RecipeError, make_plan
 from launcher.console.explain import explain, summarize
 from launcher.engine.backends.parallel_plan import find_styles
-from launcher.engine.data.sampler import Sampler
+from launcher.engine.data.sampler import EvaluationSchedule, Sampler
 from launcher.planning.plan import Plan
 from launcher.recipes.gpt import TENSOR_PARALLEL, build_model
 
@@ -66,8 +66,9 @@ def test_a_batch_per_gpu_counts_all_gpus() -> None:
 def test_data_ranks_take_each_sample_once(size: int) -> None:
     """In every step the data ranks take the samples that one rank takes, in the same order."""
     split = plan(tensor_parallel=size, micro_batch_size=2)
+    held_out = (EvaluationSchedule(samples=7),)
     samplers = [
-        Sampler(plan=split, rank=rank, train_samples=60, evaluation_samples=7)
+        Sampler(plan=split, rank=rank, train_samples=60, evaluations=held_out)
         for rank in range(split.data_ranks)
     ]
     requests = [list(sampler.requests()) for sampler in samplers]

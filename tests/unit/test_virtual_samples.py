@@ -9,10 +9,11 @@ import pytest
 from examples import LAPTOP, recipe
 
 from launcher import make_plan
-from launcher.engine.data.sampler import MicroBatchRequest, Sampler
+from launcher.engine.data.sampler import EvaluationSchedule, MicroBatchRequest, Sampler
 from launcher.planning.global_batch import Statistics
 
 TRAINED, EVALUATED = 50, 27
+SCHEDULES = (EvaluationSchedule(samples=EVALUATED),)
 
 
 def samplers(
@@ -34,7 +35,7 @@ def samplers(
             plan=plan,
             rank=rank,
             train_samples=TRAINED,
-            evaluation_samples=EVALUATED,
+            evaluations=SCHEDULES,
             statistics=statistics,
         )
         for rank in range(world_size)
@@ -148,7 +149,7 @@ def test_evaluations_visit_each_sample_once() -> None:
     for world_size in range(1, 9):
         ranks = samplers(world_size)
         requests = [list(sampler.evaluation()) for sampler in ranks]
-        assert {len(own) for own in requests} == {ranks[0].evaluation_steps()}
+        assert {len(own) for own in requests} == {ranks[0].evaluation_steps(SCHEDULES[0])}
         by_virtual_rank: list[list[int]] = [[] for _ in range(8)]
         for own in requests:
             for request in own:

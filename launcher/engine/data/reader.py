@@ -33,6 +33,7 @@ from launcher.printable import (
     text_of,
     traceback_of,
 )
+from launcher.recipe.evaluation_sets import split_of, title_of
 from launcher.recipe.recipe import Data, Recipe
 from launcher.runs.job import RecipeSource
 
@@ -58,11 +59,18 @@ class MicroBatch(NamedTuple):
         return self.request.has_weight
 
 
+class _Split(NamedTuple):
+    """A data set to read from, and how its samples become a batch."""
+
+    dataset: Any
+    collate: Callable[[list[Any]], Any] | None
+
+
 def call_data(recipe: Recipe) -> Data:
     """Call the recipe's data function and return its data.
 
     Raises:
-        RecipeError: The function did not return `launcher.Data`, or its `collate` is no function.
+        RecipeError: The function did not return `launcher.Data`, or a `collate` is no function.
     """
     data = recipe.data()
     if not isinstance(data, Data):
@@ -70,11 +78,15 @@ def call_data(recipe: Recipe) -> Data:
             f"The recipe's data function returned {type(data).__name__}; expected "
             "launcher.Data(train=..., evaluation=...)."
         )
-    if not (data.collate is None or callable(data.collate)):
-        raise RecipeError(
-            "Data(collate=...): expected a function from a list of samples to a batch, or None, "
-            f"found {kind_of(data.collate)}."
-        )
+    for owner, collate in [
+        ("Data", data.collate),
+        *(("Evaluation", each.collate) for each in data.evaluation_sets().values()),
+    ]:
+        if not (collate is None or callable(collate)):
+            raise RecipeError(
+                f"{owner}(collate=...): expected a function from a list of samples to a batch, or "
+                f"None, found {kind_of(collate)}."
+            )
     return data
 
 
@@ -149,11 +161,15 @@ class Reader(Dataset[MicroBatch | LauncherError]):
         self.data = data
         self._seed = recipe.seed
         self._count = recipe.count
-        self._batched = {
-            "train": callable(getattr(data.train, "__getitems__", None)),
-            "evaluation": callable(getattr(data.evaluation, "__getitems__", None)),
+        self._splits = {"train": _Split(data.train, data.collate)} | {
+            split_of(name): _Split(each.data, each.collate or data.collate)
+            for name, each in data.evaluation_sets().items()
         }
-        self._lengths = [_length(data.train), _length(data.evaluation)]
+        self._batched = {
+            name: callable(getattr(split.dataset, "__getitems__", None))
+            for name, split in self._splits.items()
+        }
+        self._lengths = {name: _length(split.dataset) for name, split in self._splits.items()}
         self._checked_splits: set[str] = set()
         self._has_data = True
 
@@ -193,10 +209,9 @@ class Reader(Dataset[MicroBatch | LauncherError]):
             generators.restore()
         if self._lengths != rank_lengths:
             raise RecipeError(
-                f"worker_start=spawn: data() returned {self._lengths[0]:,} training and "
-                f"{self._lengths[1]:,} evaluation samples in a DataLoader worker, but "
-                f"{rank_lengths[0]:,} and {rank_lengths[1]:,} in the rank. It must return the same "
-                "data in every process."
+                f"worker_start=spawn: data() returned {_counts(self._lengths)} samples in a "
+                f"DataLoader worker, but {_counts(rank_lengths)} samples in the rank. It must "
+                "return the same data in every process."
             )
 
     def check_start(self, method: str) -> None:
@@ -231,15 +246,15 @@ class Reader(Dataset[MicroBatch | LauncherError]):
                 self._create_data()
             micro_batch = self._read(request)
             if is_worker() and request.split not in self._checked_splits:
-                check_sendable(micro_batch.batch, request.split)
+                check_sendable(micro_batch.batch, title_of(request.split))
                 self._checked_splits.add(request.split)
         except LauncherError as error:
             return error
         return micro_batch
 
     def _read(self, request: MicroBatchRequest) -> MicroBatch:
-        dataset, descriptions = getattr(self.data, request.split), None
-        if type(dataset) is TensorDataset and self.data.collate is None:
+        (dataset, collate), descriptions = self._splits[request.split], None
+        if type(dataset) is TensorDataset and collate is None:
             # One indexing operation gives the same result as collating the samples one by one.
             indices = torch.tensor(request.indices)
             batch = [tensor[indices] for tensor in dataset.tensors]
@@ -249,7 +264,7 @@ class Reader(Dataset[MicroBatch | LauncherError]):
             samples = self._read_samples(dataset, request)
             if request.trial:
                 descriptions = _describe(request, samples)
-            batch = _collate(self.data.collate, request, samples)
+            batch = _collate(collate, request, samples)
         items = 0
         if request.has_weight:
             items = len(request.indices)
@@ -258,7 +273,7 @@ class Reader(Dataset[MicroBatch | LauncherError]):
         return MicroBatch(batch, request, items, descriptions)
 
     def _read_samples(self, dataset: Any, request: MicroBatchRequest) -> list[Any]:
-        name = f"The {request.split} data"
+        name = f"The {title_of(request.split)} data"
         generators = Generators()
         try:
             if self._batched[request.split]:
@@ -278,6 +293,10 @@ class Reader(Dataset[MicroBatch | LauncherError]):
 
 def _length(dataset: Any) -> int:
     return len(dataset) if hasattr(dataset, "__len__") else 0
+
+
+def _counts(lengths: Mapping[str, int]) -> str:
+    return " and ".join(f"{length:,} {title_of(split)}" for split, length in lengths.items())
 
 
 def _describe(request: MicroBatchRequest, samples: list[Any]) -> dict[str, Any]:
@@ -337,13 +356,13 @@ def _collate(
         SampleError: The samples cannot be joined; the message names two that differ.
     """
     if collate is not None:
-        name = f"The collate function of the {request.split} data"
+        name = f"The collate function of the {title_of(request.split)} data"
         details = functools.partial(_describe_samples, request, samples)
         return _call(name, request, collate, samples, details=lambda: f"\n{details()}.")
     try:
         return default_collate(samples)
     except Exception as error:  # noqa: BLE001  # depends on the types of the samples
-        split = "training" if request.split == "train" else request.split
+        split = "training" if request.split == "train" else title_of(request.split)
         reason = f"torch's default_collate raised {type(error).__name__}"
         raise SampleError(
             f"The {split} samples of a batch cannot be joined. "

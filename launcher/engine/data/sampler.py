@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -19,6 +19,7 @@ from launcher.planning.plan import Plan
 from launcher.planning.single_sample_batches import short_batches_of_one
 from launcher.planning.stages import Course, Window
 from launcher.planning.virtual_ranks import Part
+from launcher.recipe.evaluation_sets import split_of
 
 _POSITIONS_PER_LOOKUP = 4096
 """Number of positions looked up in one call of `elements_at`, to amortise its overhead."""
@@ -34,12 +35,27 @@ _NUM_TRIAL_SAMPLES, _NUM_TRIAL_EVALUATION_SAMPLES = 8, 2
 """Maximum number of training and evaluation samples read before the first step."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSchedule:
+    """How many samples an evaluation set has, and when it is evaluated."""
+
+    name: str = ""
+    """The name of the set; empty if it is the only one."""
+
+    samples: int
+    """The number of its samples."""
+
+    every: int | Literal["epoch", "end"] = "epoch"
+    """Steps between evaluations; epoch evaluates after each epoch, end after the last step alone.
+    Every set is evaluated after the last step."""
+
+
 @dataclass(frozen=True, slots=True)
 class MicroBatchRequest:
     """One micro-batch that a rank requests from its DataLoader."""
 
-    split: Literal["train", "evaluation"]
-    """The data set to read from."""
+    split: str
+    """The data set to read from: `train`, `evaluation` or, of several sets, `evaluation/NAME`."""
 
     epoch: int
     """The epoch, from which augmentation is seeded."""
@@ -98,8 +114,8 @@ class Sampler:
     train_samples: int
     """The number of training samples."""
 
-    evaluation_samples: int = 0
-    """The number of evaluation samples; 0 for no evaluation."""
+    evaluations: tuple[EvaluationSchedule, ...] = ()
+    """The evaluation sets, in the order in which they are evaluated."""
 
     statistics: Statistics = "none"
     """The samples over which the model's BatchNorm computes statistics. Micro-batches of one sample
@@ -139,32 +155,33 @@ class Sampler:
         """Return the number of samples that all steps before `step` take."""
         return self._course.position(step)
 
-    def evaluates_after(self, step: int) -> bool:
-        """Return whether an evaluation follows `step`."""
-        if not self.evaluation_samples:
-            return False
-        done, interval = step + 1, self.plan.evaluate_every
-        if done == self.plan.total_steps:
-            return True
-        if interval is not None:
-            return done % interval == 0
+    def evaluations_after(self, step: int) -> tuple[EvaluationSchedule, ...]:
+        """Return the evaluation sets that are evaluated after `step`, in their order."""
+        if not self.evaluations or step + 1 == self.plan.total_steps:
+            return self.evaluations
         _, start, size = self.window(step)
-        return start + size == self.train_samples
+        is_end_of_epoch = start + size == self.train_samples
+        return tuple(
+            schedule
+            for schedule in self.evaluations
+            if (schedule.every == "epoch" and is_end_of_epoch)
+            or (isinstance(schedule.every, int) and (step + 1) % schedule.every == 0)
+        )
 
     def micro_steps(self, step: int) -> int:
         """Return the number of micro-batches that each rank takes in `step`."""
         return len(self._cached_spans(self.window(step).size))
 
-    def evaluation_steps(self) -> int:
-        """Return the number of micro-batches that each rank takes in an evaluation."""
-        batches = ceil_div(self.evaluation_samples, self._evaluation_batch)
+    def evaluation_steps(self, schedule: EvaluationSchedule) -> int:
+        """Return the number of micro-batches that each rank takes in an evaluation of a set."""
+        batches = ceil_div(schedule.samples, self._evaluation_batch)
         return batches * self.plan.distribution.rounds
 
     def trial(self) -> list[MicroBatchRequest]:
         """Return requests for a few samples to inspect before the first step, equal on all ranks.
 
         The requests are a training micro-batch, its two halves if it has at least two samples, and
-        some evaluation samples if there are any.
+        some samples of each evaluation set.
         """
         size = min(_NUM_TRIAL_SAMPLES, self.plan.micro_batch_size, self.train_samples)
         samples = self._first_samples(self.train_samples, size - size % 2 or 1)
@@ -173,12 +190,10 @@ class Sampler:
         requests = [
             MicroBatchRequest("train", 0, piece, has_weight=False, trial=True) for piece in pieces
         ]
-        if self.evaluation_samples:
+        for schedule in self.evaluations:
             size = min(_NUM_TRIAL_EVALUATION_SAMPLES, self.plan.micro_batch_size)
-            held_out = self._first_samples(self.evaluation_samples, size)
-            requests.append(
-                MicroBatchRequest("evaluation", 0, held_out, has_weight=False, trial=True)
-            )
+            held_out, split = self._first_samples(schedule.samples, size), split_of(schedule.name)
+            requests.append(MicroBatchRequest(split, 0, held_out, has_weight=False, trial=True))
         return requests
 
     def _first_samples(self, num_samples: int, size: int) -> list[int]:
@@ -192,15 +207,24 @@ class Sampler:
             while chunk := list(itertools.islice(epoch_steps, steps_per_lookup)):
                 for step, requests in zip(chunk, self._training(epoch, chunk), strict=True):
                     yield from requests
-                    if self.evaluates_after(step):
-                        yield from self.evaluation()
+                    yield from self.evaluation(self.evaluations_after(step))
 
-    def evaluation(self) -> Iterator[MicroBatchRequest]:
-        """Yield the requests of one evaluation, the same number on every rank."""
-        distribution = self.plan.distribution
+    def evaluation(
+        self, schedules: Iterable[EvaluationSchedule] | None = None
+    ) -> Iterator[MicroBatchRequest]:
+        """Yield the requests of one evaluation of some sets, the same number on every rank.
+
+        Args:
+            schedules: The sets; None stands for all of them.
+        """
+        for schedule in self.evaluations if schedules is None else schedules:
+            yield from self._evaluation(schedule)
+
+    def _evaluation(self, schedule: EvaluationSchedule) -> Iterator[MicroBatchRequest]:
+        distribution, split = self.plan.distribution, split_of(schedule.name)
         virtual_ranks = self._padded(distribution.of_rank(self.rank))
-        for start in range(0, self.evaluation_samples, self._evaluation_batch):
-            size = min(self._evaluation_batch, self.evaluation_samples - start)
+        for start in range(0, schedule.samples, self._evaluation_batch):
+            size = min(self._evaluation_batch, schedule.samples - start)
             for virtual_rank in virtual_ranks:
                 positions = (
                     range(0)
@@ -209,7 +233,7 @@ class Sampler:
                 )
                 indices = list(range(start + positions.start, start + positions.stop))
                 yield MicroBatchRequest(
-                    "evaluation",
+                    split,
                     0,
                     indices or [start],
                     bool(indices),

@@ -11,6 +11,7 @@ from launcher.engine.data.fingerprint import DataDifference, describe_classes, f
 from launcher.engine.data.reader import MicroBatch
 from launcher.engine.training.loop import TrainContext
 from launcher.errors import CheckpointError, RecipeError
+from launcher.recipe.evaluation_sets import split_of, title_of
 
 _SAME_IN_EVERY_PROCESS = (
     "Make data() return the same data in every process: sort what comes from a set or from "
@@ -43,9 +44,10 @@ def describe_data(context: TrainContext) -> dict[str, Any]:
         "train": {"length": sampler.train_samples, "classes": describe_classes(data.train)},
         "evaluation": None,
     }
-    if sampler.evaluation_samples:
-        classes = describe_classes(data.evaluation)
-        fingerprint["evaluation"] = {"length": sampler.evaluation_samples, "classes": classes}
+    sets = data.evaluation_sets()
+    for schedule in sampler.evaluations:
+        classes = describe_classes(sets[schedule.name].data)
+        fingerprint[split_of(schedule.name)] = {"length": schedule.samples, "classes": classes}
     return fingerprint
 
 
@@ -72,7 +74,7 @@ def fingerprint_of(
                 changed[index] = differs
             samples.setdefault(index, description)
     if changed:
-        for split in (fingerprint["train"], fingerprint["evaluation"] or {}):
+        for split in filter(None, fingerprint.values()):
             split.pop("samples", None)
     return fingerprint, changed
 
@@ -96,6 +98,22 @@ def compare_ranks(fingerprint: dict[str, Any], backend: Backend) -> None:
         f"Ranks have different data: {what} is {on_rank} on rank {rank}, but {on_rank_0} on rank "
         f"0. {_SAME_IN_EVERY_PROCESS}"
     )
+
+
+def compare_schedules(context: TrainContext) -> None:
+    """Refuse evaluation sets that ranks would evaluate after different steps (collective).
+
+    Raises:
+        RecipeError: The schedules differ; the error names the first rank with another one.
+    """
+    own = {schedule.name: schedule.every for schedule in context.sampler.evaluations}
+    schedules = context.backend.gather(own)
+    for rank, other in enumerate(schedules):
+        if list(other.items()) != list(schedules[0].items()):
+            raise RecipeError(
+                f"Ranks have different evaluation sets: they are evaluated every {other} on rank "
+                f"{rank}, but every {schedules[0]} on rank 0. {_SAME_IN_EVERY_PROCESS}"
+            )
 
 
 def compare_checkpoint(fingerprint: dict[str, Any], checkpoint_data: CheckpointData) -> None:
@@ -130,7 +148,8 @@ def find_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> DataDif
 
     Only samples that are in both fingerprints are compared.
     """
-    for split, title in (("train", "training"), ("evaluation", "evaluation")):
+    for split in dict.fromkeys([*one, *other]):
+        title = "training" if split == "train" else title_of(split)
         one_split, other_split = one.get(split), other.get(split)
         lengths = [
             0 if split_data is None else split_data["length"]

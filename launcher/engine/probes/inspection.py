@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ from launcher.errors import RecipeError
 from launcher.json_file import exact_floats, read_json
 from launcher.planning.plan import Plan
 from launcher.printable import error_line
+from launcher.recipe.evaluation_sets import metric_name, split_of, title_of
 from launcher.recipe.recipe import Recipe
 from launcher.runs.files import write_json
 from launcher.runs.job import RecipeSource
@@ -81,8 +82,8 @@ class Inspection:
     num_samples: int
     """Number of training samples."""
 
-    num_evaluation_samples: int | None
-    """Number of evaluation samples; None if there is no evaluation data."""
+    evaluation_samples: dict[str, int]
+    """Number of samples of each evaluation set, by name; the name of a single set is empty."""
 
     num_trained: int
     """Number of trainable weights."""
@@ -117,7 +118,7 @@ class Inspection:
 
     evaluation_errors: dict[str, str] = field(default_factory=dict)
     """Errors of forward, loss and metrics that raised on evaluation samples or did not return (sum,
-    count), by name."""
+    count), by name, such as `loss` or, of several sets, `dev/loss`."""
 
     empty_metrics: list[str] = field(default_factory=list)
     """Names of metrics that counted nothing, or whose sum is not finite, on evaluation samples."""
@@ -180,7 +181,6 @@ def inspect_recipe(recipe: Recipe, plan: Plan, source: RecipeSource | None = Non
         name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
     }
     leaves = [leaf for leaf in (*tensors_in(outputs), total) if isinstance(leaf, Tensor)]
-    has_evaluation = data.evaluation is not None
     return Inspection(
         changing_samples=samples.changing,
         loss_is_mean=loss.is_mean,
@@ -192,9 +192,10 @@ def inspect_recipe(recipe: Recipe, plan: Plan, source: RecipeSource | None = Non
         random=loss.is_random,
         random_in_evaluation=loss.is_random_in_evaluation,
         num_samples=sample_count(data.train, "train"),
-        num_evaluation_samples=sample_count(data.evaluation, "evaluation")
-        if has_evaluation
-        else None,
+        evaluation_samples={
+            name: sample_count(each.data, title_of(split_of(name)))
+            for name, each in data.evaluation_sets().items()
+        },
         num_trained=sum(parameter.numel() for parameter in trained.values()),
         without_gradient=[name for name, parameter in trained.items() if parameter.grad is None],
         changed_buffers=sorted(changing_buffers),
@@ -279,31 +280,33 @@ def _find_writes(recipe: Recipe, model: nn.Module, batch: Any) -> WriteDetector:
     return writes
 
 
+@torch.no_grad()
 def _try_evaluation(recipe: Recipe, model: nn.Module, reader: Reader) -> dict[str, Any]:
-    """Call loss and metrics on evaluation samples.
+    """Call loss and metrics on samples of each evaluation set.
 
     Returns:
         The fields of `Inspection` on evaluation.
     """
     errors: dict[str, str] = {}
     empty: list[str] = []
-    if reader.data.evaluation is not None:
-        num_samples = min(_NUM_SAMPLES, sample_count(reader.data.evaluation, "evaluation"))
-        batch = _read(reader, list(range(num_samples)), split="evaluation")
+    for set_name, each in reader.data.evaluation_sets().items():
+        num_samples = min(_NUM_SAMPLES, sample_count(each.data, title_of(split_of(set_name))))
+        batch = _read(reader, list(range(num_samples)), split=split_of(set_name))
         model.eval()
-        with torch.no_grad():
+        try:
+            outputs = recipe.forward(model, batch)
+        except Exception as error:  # noqa: BLE001  # whatever the recipe's own code raises
+            errors[metric_name(set_name, "forward")] = _error_text(error)
+            continue
+        for name, function in {"loss": recipe.loss, **recipe.metrics}.items():
+            full_name = metric_name(set_name, name)
             try:
-                outputs = recipe.forward(model, batch)
-            except Exception as error:  # noqa: BLE001  # whatever the recipe's own code raises
-                return {"evaluation_errors": {"forward": _error_text(error)}}
-            for name, function in {"loss": recipe.loss, **recipe.metrics}.items():
-                try:
-                    total, count = sum_and_count(function, outputs, batch, name="it")
-                except Exception as error:  # noqa: BLE001
-                    errors[name] = _error_text(error)
-                    continue
-                if not float(count) or not math.isfinite(float(total)):
-                    empty.append(name)
+                total, count = sum_and_count(function, outputs, batch, name="it")
+            except Exception as error:  # noqa: BLE001
+                errors[full_name] = _error_text(error)
+                continue
+            if not float(count) or not math.isfinite(float(total)):
+                empty.append(full_name)
     return {"evaluation_errors": errors, "empty_metrics": empty}
 
 
@@ -325,9 +328,7 @@ def read_inspection(run_dir: RunDir) -> Inspection:
     return read_json(run_dir.inspection, Inspection, exact=True)
 
 
-def _read(
-    reader: Reader, indices: list[int], split: Literal["train", "evaluation"] = "train"
-) -> Any:
+def _read(reader: Reader, indices: list[int], split: str = "train") -> Any:
     return raise_if_error(reader[MicroBatchRequest(split, 0, indices, has_weight=True)]).batch
 
 

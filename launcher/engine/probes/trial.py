@@ -26,6 +26,7 @@ from launcher.engine.probes.data_identity import (
     check_repeatable,
     compare_checkpoint,
     compare_ranks,
+    compare_schedules,
     describe_data,
     fingerprint_of,
 )
@@ -34,6 +35,7 @@ from launcher.engine.state.compiled import is_compiled
 from launcher.engine.training.loop import TrainContext, sum_and_count
 from launcher.errors import LauncherError, RecipeError
 from launcher.printable import class_name, text_of
+from launcher.recipe.evaluation_sets import title_of
 from launcher.recipe.recipe import Recipe
 
 T = TypeVar("T")
@@ -82,6 +84,7 @@ def run_trial(
     """
     backend = context.backend
     compare_ranks(describe_data(context), backend)
+    compare_schedules(context)
     context.report_phase(step, "reading data")  # starts the watch for a hang
     micro_batches = _read_micro_batches(context)
     context.report_phase(step, "computing")
@@ -90,15 +93,13 @@ def run_trial(
     compare_ranks(fingerprint, backend)
     if checkpoint_data is not None:
         compare_checkpoint(fingerprint, checkpoint_data)
-    train, evaluation = (
-        [micro_batch.batch for micro_batch in micro_batches if micro_batch.request.split == split]
-        for split in ("train", "evaluation")
-    )
+    train = [each.batch for each in micro_batches if each.request.split == "train"]
     with _without_side_effects(context):
         if len(train) > 1 and not changed:
             _check_loss(context, recipe, train)
-        for batch in evaluation:
-            warnings += _try_evaluation(context, recipe, batch)
+        for micro_batch in micro_batches[len(train) :]:
+            title = title_of(micro_batch.request.split)
+            warnings += _try_evaluation(context, recipe, micro_batch.batch, title)
     return TrialOutcome(fingerprint=fingerprint, warnings=warnings)
 
 
@@ -243,10 +244,18 @@ def _call_loss(context: TrainContext, recipe: Recipe, batch: Any, seed: int) -> 
             return math.nan, 0.0
 
 
-def _try_evaluation(context: TrainContext, recipe: Recipe, batch: Any) -> tuple[str, ...]:
+def _try_evaluation(
+    context: TrainContext, recipe: Recipe, batch: Any, title: str
+) -> tuple[str, ...]:
     """Call the loss and each metric on evaluation samples, and return warnings.
 
     An exception is only a warning: a metric may need more samples than these, or all classes.
+
+    Args:
+        context: What is trained.
+        recipe: Its loss and metrics are called.
+        batch: The samples.
+        title: The name of the evaluation set, for the warnings.
 
     Raises:
         RecipeError: One of them did not return (sum, count).
@@ -259,7 +268,7 @@ def _try_evaluation(context: TrainContext, recipe: Recipe, batch: Any) -> tuple[
     with backend.autocast():
         outputs = backend.forward(recipe.forward, context.model, placed)
         return tuple(
-            f"{name} raised {class_name(error)} on a few evaluation samples before the first "
+            f"{name} raised {class_name(error)} on a few {title} samples before the first "
             f"step: {text_of(error, 2_000)}. The first evaluation may fail in the same way."
             for name, function in functions.items()
             if (error := _catch_error(function, outputs, placed, name)) is not None

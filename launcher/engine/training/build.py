@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from launcher.engine.data.open_files import open_files, opened_since
 from launcher.engine.data.prefetching import micro_batches, raise_if_error
 from launcher.engine.data.randomness import seed_all
 from launcher.engine.data.reader import MicroBatch, Reader, call_data, sample_count
-from launcher.engine.data.sampler import Sampler
+from launcher.engine.data.sampler import EvaluationSchedule, Sampler
 from launcher.engine.metrics.noise_meter import STRIDE, make_noise_meter
 from launcher.engine.model.batch_norm import BatchNorms, check_first_batch_norm_input
 from launcher.engine.model.blocks import checkpoint_activations, compile_blocks, find_blocks
@@ -36,6 +36,7 @@ from launcher.engine.training.loop import TrainContext
 from launcher.errors import RecipeError
 from launcher.planning.plan import Plan
 from launcher.planning.single_sample_batches import has_single_sample_batches
+from launcher.recipe.evaluation_sets import metric_name, split_of, title_of
 from launcher.recipe.recipe import Data, Recipe
 from launcher.runs.heartbeat import PHASES
 from launcher.runs.job import RecipeSource
@@ -49,7 +50,7 @@ def build_context(
     first_step: int = 0,
     last_step: int,
     evaluates: bool = True,
-    evaluates_first: bool = False,
+    recorded: Mapping[str, float] | None = None,
     is_restored: bool = False,
     trial: bool = False,
     source: RecipeSource | None = None,
@@ -65,8 +66,9 @@ def build_context(
         first_step: Number of steps that were taken before.
         last_step: Number of steps that have been taken at the end.
         evaluates: Whether the evaluation data will be visited, if there is any.
-        evaluates_first: Whether an evaluation that is due after `first_step` steps is still to be
-            made, before the next step.
+        recorded: The metrics that the resumed run has recorded after `first_step` steps, by name.
+            The sets that are due then and not among them are evaluated before the next step. None
+            evaluates none of them, as in a new run.
         is_restored: Whether a checkpoint will replace all parameters.
         trial: Whether the first micro-batches are those of `Sampler.trial`.
         source: What the recipe is built from; spawned DataLoader workers need it.
@@ -79,24 +81,24 @@ def build_context(
     files_before = open_files()
     data = backend.local_rank_zero_first("read the data", lambda: build_data(recipe, plan))
     report_phase(first_step, PHASES[0])
-    evaluation_data = data.evaluation if evaluates else None
     sampler = Sampler(
         plan=plan,
         rank=backend.data_rank,
         train_samples=sample_count(data.train, "train"),
-        evaluation_samples=(
-            0 if evaluation_data is None else sample_count(evaluation_data, "evaluation")
-        ),
+        evaluations=evaluation_schedules(data, plan) if evaluates else (),
     )
-
-    evaluates_first = evaluates_first and first_step > 0 and sampler.evaluates_after(first_step - 1)
+    missed: tuple[EvaluationSchedule, ...] = ()
+    if recorded is not None and first_step > 0:
+        due = sampler.evaluations_after(first_step - 1)
+        missed = tuple(each for each in due if metric_name(each.name, "loss") not in recorded)
+        missed = due if missed and first_step >= last_step else missed
     reader = Reader(recipe, data, source)
     reader.held_files = opened_since(files_before)
 
     def start_reading(sampler: Sampler) -> Iterator[MicroBatch]:
         requests = sampler.requests(first_step) if first_step < last_step else iter(())
-        if evaluates_first or first_step >= last_step:
-            requests = itertools.chain(sampler.evaluation(), requests)
+        if missed or first_step >= last_step:
+            requests = itertools.chain(sampler.evaluation(missed or None), requests)
         if trial:
             requests = itertools.chain(sampler.trial(), requests)
         return micro_batches(reader, requests, plan)
@@ -136,7 +138,23 @@ def build_context(
         forward_writes=ForwardWrites(model, backend, recipe.rank_buffers),
         report_phase=report_phase,
         noise_meter=make_noise_meter(recipe, backend, model, noise_stride),
-        evaluates_first=evaluates_first,
+        missed_evaluations=missed,
+    )
+
+
+def evaluation_schedules(data: Data, plan: Plan) -> tuple[EvaluationSchedule, ...]:
+    """Return the evaluation sets of a recipe's data, in their order.
+
+    Raises:
+        RecipeError: A set has no length, cannot be indexed, or is empty.
+    """
+    return tuple(
+        EvaluationSchedule(
+            name=name,
+            samples=sample_count(each.data, title_of(split_of(name))),
+            every=each.every or plan.evaluate_every or "epoch",
+        )
+        for name, each in data.evaluation_sets().items()
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from launcher.engine.backends.base import Backend
 from launcher.engine.backends.transfers import upload, upload_scalar
 from launcher.engine.data.randomness import ModelRandomness
 from launcher.engine.data.reader import MicroBatch, Reader
-from launcher.engine.data.sampler import Sampler
+from launcher.engine.data.sampler import EvaluationSchedule, Sampler
 from launcher.engine.metrics.meter import (
     Meter,
     MetricsBatch,
@@ -34,6 +34,7 @@ from launcher.planning.plan import Plan
 from launcher.planning.stages import Window
 from launcher.planning.virtual_ranks import virtual_rank_of
 from launcher.printable import kind_of
+from launcher.recipe.evaluation_sets import metric_name
 from launcher.recipe.recipe import Recipe
 from launcher.runs.step_row import StepRow
 
@@ -94,9 +95,9 @@ class TrainContext:
     noise_meter: NoiseMeter = field(default_factory=NullNoiseMeter)
     """Measures the gradient noise beside the steps."""
 
-    evaluates_first: bool = False
-    """Whether an evaluation precedes the first step: the one that the run was to make after its
-    checkpoint, and has not recorded."""
+    missed_evaluations: tuple[EvaluationSchedule, ...] = ()
+    """The sets whose evaluation precedes the first step: the run was to evaluate them after its
+    checkpoint, and has not recorded that."""
 
     before_step: tuple[Callable[[int], None], ...] = ()
     """Called with the number of steps taken before each step."""
@@ -163,7 +164,7 @@ def train(
     nonfinite_guard = NonFiniteGuard(recipe.max_bad_steps, lambda step: sampler.batch_ids(step - 1))
     model.train()
     batch_norms.save_statistics()
-    evaluation = _run_evaluation(context, listener, first_step) if context.evaluates_first else {}
+    evaluation = _run_evaluation(context, listener, first_step, context.missed_evaluations)
     meter = Meter(backend)
     last_step = plan.total_steps if last_step is None else last_step
     for step in range(first_step, last_step):
@@ -215,9 +216,9 @@ def train(
             data_wait_seconds=data_wait_seconds,
         )
         steps_taken = step + 1
-        evaluates = sampler.evaluates_after(step)
+        evaluated = sampler.evaluations_after(step)
         is_due = controller is not None and controller.is_due(steps_taken)
-        if not (meter.is_due() or evaluates or is_due or steps_taken == last_step):
+        if not (meter.is_due() or evaluated or is_due or steps_taken == last_step):
             continue
         metrics = meter.read(
             RankFlags() if controller is None else controller.flags(),
@@ -225,14 +226,14 @@ def train(
         )
         _report_metrics(context, listener, metrics, nonfinite_guard)
         with meter.paused():
-            if evaluates:
-                evaluation = _run_evaluation(context, listener, steps_taken, controller)
+            if evaluated:
+                evaluation = _run_evaluation(context, listener, steps_taken, evaluated, controller)
             report_phase(steps_taken, "saving")
             if controller is not None and controller.on_step_end(steps_taken, metrics.flags):
                 return TrainOutcome(step=steps_taken, evaluation=evaluation)
-    if first_step >= last_step and sampler.evaluation_samples and not context.evaluates_first:
+    if first_step >= last_step and sampler.evaluations and not context.missed_evaluations:
         # The run was interrupted between its last evaluation and its result.
-        evaluation = evaluate(context, last_step)
+        evaluation = evaluate(context, last_step, sampler.evaluations)
     report_phase(last_step, "finishing")
     return TrainOutcome(step=last_step, evaluation=evaluation)
 
@@ -295,47 +296,68 @@ def _report_metrics(
 
 
 def _run_evaluation(
-    context: TrainContext, listener: Listener, step: int, controller: StepController | None = None
+    context: TrainContext,
+    listener: Listener,
+    step: int,
+    schedules: tuple[EvaluationSchedule, ...],
+    controller: StepController | None = None,
 ) -> dict[str, float]:
-    """Evaluate after `step` steps, pass the values on, and return them (collective)."""
+    """Evaluate sets after `step` steps, pass the values on, and return them (collective)."""
+    if not schedules:
+        return {}
     if controller is not None:
         context.report_phase(step, "saving")
         controller.before_evaluation(step)
-    evaluation = evaluate(context, step)
+    evaluation = evaluate(context, step, schedules)
     listener.on_evaluation(step, evaluation)
     return evaluation
 
 
 @torch.no_grad()
-def evaluate(context: TrainContext, step: int) -> dict[str, float]:
-    """Return loss and metrics over the evaluation data, each sample visited once (collective).
+def evaluate(
+    context: TrainContext, step: int, schedules: Iterable[EvaluationSchedule]
+) -> dict[str, float]:
+    """Return loss and metrics over evaluation sets, each sample visited once (collective).
 
     Args:
-        context: Its next micro-batches must be those of an evaluation.
+        context: Its next micro-batches must be those of an evaluation of these sets.
         step: Number of steps taken.
+        schedules: The sets.
 
     Returns:
-        The mean of each over its items, by name; NaN where nothing was counted.
+        The mean of each over its items, by name, such as `loss` or, of several sets, `dev/loss`;
+        NaN where nothing was counted.
     """
+    context.batch_norms.average(context.backend)
+    context.model.eval()
+    values: dict[str, float] = {}
+    with context.backend.evaluated_weights(context.model, context.optimizer):
+        for schedule in schedules:
+            means = _evaluate_set(context, step, schedule)
+            values |= {metric_name(schedule.name, name): mean for name, mean in means.items()}
+    context.model.train()
+    return values
+
+
+def _evaluate_set(
+    context: TrainContext, step: int, schedule: EvaluationSchedule
+) -> dict[str, float]:
+    """Return loss and metrics over one evaluation set, by name (collective)."""
     recipe, backend, model = context.recipe, context.backend, context.model
     functions = {"loss": recipe.loss, **recipe.metrics}
     # Exact runs add what each virtual rank counts in an order that does not depend on the ranks.
     num_parts = context.plan.distribution.count if context.plan.exact else 1
     totals = torch.zeros(num_parts, len(functions), 2, dtype=torch.float64, device=backend.device)
-    context.batch_norms.average(backend)
-    model.eval()
-    with backend.evaluated_weights(model, context.optimizer):
-        for _ in range(context.sampler.evaluation_steps()):
-            context.report_phase(step, "evaluating")
-            micro_batch = next(context.micro_batches)
-            batch = backend.to_device(micro_batch.batch)
-            with backend.autocast():
-                outputs = backend.forward(recipe.forward, model, batch)
-                pairs = [sum_and_count(function, outputs, batch) for function in functions.values()]
-            if micro_batch.has_weight:
-                part = virtual_rank_of(micro_batch.request.part) if context.plan.exact else 0
-                totals[part] += torch.stack([upload(pair, backend.device) for pair in pairs])
-    model.train()
+    for _ in range(context.sampler.evaluation_steps(schedule)):
+        context.report_phase(step, "evaluating")
+        micro_batch = next(context.micro_batches)
+        batch = backend.to_device(micro_batch.batch)
+        with backend.autocast():
+            outputs = backend.forward(recipe.forward, model, batch)
+            pairs = [sum_and_count(function, outputs, batch) for function in functions.values()]
+        if micro_batch.has_weight:
+            part = virtual_rank_of(micro_batch.request.part) if context.plan.exact else 0
+            totals[part] += torch.stack([upload(pair, backend.device) for pair in pairs])
     means = {}
     parts = backend.read(backend.sum_samples(totals))
     for name, sums in zip(functions, zip(*parts, strict=True), strict=True):

@@ -16,7 +16,7 @@ from launcher.planning.plan import Plan
 from launcher.runs.checkpoints import Checkpoint, list_checkpoints, set_aside
 from launcher.runs.events import record_past_failure
 from launcher.runs.files import remove_file
-from launcher.runs.history import has_evaluation, recorded_evaluation
+from launcher.runs.history import read_evaluation
 from launcher.runs.job import MISSING_STATE, ResumeFrom
 from launcher.runs.manifest import Manifest
 from launcher.runs.resumption import check_resumable
@@ -32,8 +32,8 @@ class ResumePoint:
     accept: tuple[str, ...]
     """What the user accepts about the checkpoint: `data`, `missing-state`."""
 
-    is_evaluated: bool
-    """Whether the run has recorded an evaluation after the checkpoint's last step."""
+    evaluation: dict[str, float]
+    """The metrics that the run has recorded after the checkpoint's last step, by name."""
 
     @property
     def step(self) -> int:
@@ -73,12 +73,12 @@ def find_resume_point(
     check_resumable(manifest, plan, checkpoint.name, start.accept)
     if backend.rank == 0:
         record_past_failure(run_dir)  # makes room for the record of a later failure
-    is_evaluated = backend.rank == 0 and has_evaluation(run_dir, manifest.step)
+    evaluation = read_evaluation(run_dir, manifest.step) if backend.rank == 0 else {}
     return ResumePoint(
         checkpoint=checkpoint,
         manifest=manifest,
         accept=start.accept,
-        is_evaluated=backend.broadcast(is_evaluated),
+        evaluation=backend.broadcast(evaluation),
     )
 
 
@@ -107,10 +107,8 @@ def restore_state(resume_point: ResumePoint, context: TrainContext) -> None:
         backend.scaler.restore(values["scaler"])
 
 
-def restore_callbacks(
-    resume_point: ResumePoint, hooks: CallbackHooks, backend: Backend, run_dir: RunDir
-) -> None:
-    """Restore the state of the recipe's callbacks from the checkpoint (collective).
+def restore_callbacks(resume_point: ResumePoint, hooks: CallbackHooks) -> None:
+    """Restore the state of the recipe's callbacks from the checkpoint.
 
     A run saves its first checkpoint before an evaluation. If that evaluation has been recorded, it
     is not made again, and the callbacks are told of it here.
@@ -118,10 +116,8 @@ def restore_callbacks(
     if not hooks:
         return
     hooks.restore(resume_point.manifest.values.get("callbacks"), resume_point.checkpoint.name)
-    if resume_point.is_evaluated and not hooks.has_seen_evaluation(resume_point.step):
-        own = recorded_evaluation(run_dir, resume_point.step) if backend.rank == 0 else None
-        if (evaluation := backend.broadcast(own)) is not None:
-            hooks.on_evaluation(resume_point.step, evaluation)
+    if resume_point.evaluation and not hooks.has_seen_evaluation(resume_point.step):
+        hooks.on_evaluation(resume_point.step, resume_point.evaluation)
 
 
 def discard_later_steps(resume_point: ResumePoint, backend: Backend, run_dir: RunDir) -> None:
