@@ -67,6 +67,7 @@ NAMES = {
         "Schedule ScheduleValue"
     ),
     "Optimizers": "sgd adamw muon schedule_free OptimizerSpec",
+    "Averaged weights": "ema tail Averaging",
     "Parts to use elsewhere": "make_plan read_machine Machine loader_policy LoaderPolicy",
     "Errors": " ".join([*(name for name in launcher.__all__ if name.endswith("Error")), "Failure"]),
 }

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from launcher.planning.loading import LoaderPolicy, loader_policy
     from launcher.planning.plan import Plan
     from launcher.planning.planner import make_plan
+    from launcher.recipe.averaging import Averaging, ema, tail
     from launcher.recipe.evaluation_sets import Evaluation
     from launcher.recipe.optimizer import OptimizerSpec, adamw, muon, schedule_free, sgd
     from launcher.recipe.package_data import packaged_file
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CallbackContext",
+    "Averaging",
     "Data",
     "Evaluation",
     "Failure",
@@ -86,6 +88,7 @@ __all__ = [
     "constant",
     "cosine",
     "cyclical",
+    "ema",
     "exponential",
     "four_bits",
     "linear",
@@ -103,12 +106,14 @@ __all__ = [
     "schedule",
     "schedule_free",
     "sgd",
+    "tail",
     "warmup",
     "wsd",
 ]
 
 _MODULES = {
     "CallbackContext": "launcher.runs.callback_context",
+    "Averaging": "launcher.recipe.averaging",
     "Data": "launcher.recipe.recipe",
     "Evaluation": "launcher.recipe.evaluation_sets",
     "Failure": "launcher.runs.failure_record",
@@ -137,6 +142,7 @@ _MODULES = {
     "constant": "launcher.recipe.schedules",
     "cosine": "launcher.recipe.schedules",
     "cyclical": "launcher.recipe.schedules",
+    "ema": "launcher.recipe.averaging",
     "exponential": "launcher.recipe.schedules",
     "four_bits": "launcher.engine.model.four_bits",
     "linear": "launcher.recipe.schedules",
@@ -154,6 +160,7 @@ _MODULES = {
     "schedule": "launcher.recipe.schedules",
     "schedule_free": "launcher.recipe.optimizer",
     "sgd": "launcher.recipe.optimizer",
+    "tail": "launcher.recipe.averaging",
     "warmup": "launcher.recipe.schedules",
     "wsd": "launcher.recipe.schedules",
 }

@@ -1,7 +1,7 @@
 """Train many configurations, on one number of ranks after the other.
 
 A program for test_matrix.py, test_features.py, test_unused_parameters.py, test_resume.py,
-test_hybrid_sharding.py, test_same_bits.py and test_small_states.py. It forks the ranks, which train
+test_hybrid_sharding.py, test_same_bits.py, test_small_states.py and test_averages.py. It forks the ranks, which train
 all their configurations in one process group: imports and rendezvous are paid once.
 """
 
@@ -33,12 +33,14 @@ from launcher import (
     Recipe,
     adamw,
     constant,
+    ema,
     four_bits,
     make_plan,
     muon,
     read_machine,
     schedule_free,
     sgd,
+    tail,
 )
 from launcher.engine.process_group import join
 from launcher.engine.ranks.output import Output
@@ -454,6 +456,42 @@ def small(ranks: int) -> Iterator[BitsCase]:
             yield BitsCase("text", strategy, inexact, name=f"rounded-{name}", saved_at=6)
 
 
+_EMA = (("averaging", ema(0.8)), ("evaluate_every", 3))
+AVERAGED = {strategy: Case("worlds", strategy, 1, "adamw", options=_EMA) for strategy in STRATEGIES}
+"""An average of weights under each strategy."""
+
+AVERAGED_NORMS = Case("batch_norm", options=(SYNCED, ("averaging", tail(start=0.2))))
+AVERAGED_BITS = {
+    strategy: BitsCase("norms", strategy, (*_EMA, ("epochs", 2)), name="averaged", saved_at=6)
+    for strategy in ("ddp", "fsdp")
+}
+"""An average of weights and BatchNorm's statistics, equal to the bit on any number of ranks."""
+
+AVERAGED_WORLDS = (SOURCE_RANKS, 1, 3)
+
+_AVERAGED_FROM = {"ddp": "zero2", "zero1": "fsdp", "zero2": "zero3", "zero3": "zero1"}
+"""The strategy on `SOURCE_RANKS` ranks from which a strategy on 3 ranks is resumed."""
+
+
+def averaged(ranks: int) -> Iterator[tuple[Case | BitsCase, Case | BitsCase | None]]:
+    """Yield cases with averaged weights, each with the case from whose checkpoint it is resumed."""
+    if ranks == SOURCE_RANKS:
+        yield from ((case, None) for case in AVERAGED.values())
+        yield from ((case, None) for case in AVERAGED_BITS.values())
+    elif ranks == 1:
+        yield AVERAGED["ddp"], None
+        yield AVERAGED["zero3"], AVERAGED["ddp"]
+        yield replace(AVERAGED["ddp"], accumulation=3), AVERAGED["zero1"]
+        yield AVERAGED_BITS["ddp"], None
+    else:
+        yield AVERAGED["fsdp"], None
+        yield from ((AVERAGED[s], AVERAGED[source]) for s, source in _AVERAGED_FROM.items())
+        yield AVERAGED_BITS["fsdp"], AVERAGED_BITS["ddp"]
+        yield AVERAGED_BITS["ddp"], AVERAGED_BITS["fsdp"]
+    if ranks != SOURCE_RANKS:
+        yield AVERAGED_NORMS, None
+
+
 SUITES = {"matrix": matrix, "features": features, "unused": unused}
 
 BITS_SUITES = {"bits": bits, "small": small}
@@ -519,6 +557,10 @@ def train_cases(rank: int, suite: str, folder: Path, ranks: int, before: Sequenc
     train = Trainer(folder / f"on{ranks}", world)
     if suite == "resume":
         _train_resumed(train, folder, ranks)
+    elif suite == "averaged":
+        for case, source in averaged(ranks):
+            path = None if source is None else folder / f"on{SOURCE_RANKS}" / source.key
+            train(case, case.key, source=path, saves=True)
     elif suite == "hybrid":
         _train_hybrid(train, folder, ranks, before)
     elif suite in BITS_SUITES:

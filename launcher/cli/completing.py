@@ -102,13 +102,11 @@ def parameter_names(recipe: str) -> list[str]:
 
 def _values(name: str) -> list[str]:
     """Return the values of a setting if they are few; otherwise an empty list."""
-    from launcher.recipe.optimizer import OPTIMIZERS
+    from launcher.recipe.catalogue import CALLS
     from launcher.recipe.recipe import setting_types
-    from launcher.recipe.schedules import SCHEDULES
 
-    tables: dict[str, Any] = {"schedule": SCHEDULES, "optimizer": OPTIMIZERS}
-    if name in tables:
-        return [f"{function}()" for function in tables[name]]
+    if name in CALLS:
+        return [f"{function}()" for function in CALLS[name]]
     return _members(setting_types().get(name))
 
 

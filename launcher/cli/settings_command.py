@@ -62,12 +62,13 @@ class SettingsCommand(click.Command):
             option: The option, as click names it: `-l` if `-lr` was given.
             words: The command line.
         """
+        from launcher.recipe.catalogue import CALLS
         from launcher.recipe.foreign_names import hint_for_unknown
         from launcher.recipe.recipe import setting_types
 
         named = option
         option, value = _option_as_given(named, words)
-        names = [*setting_types(), "schedule", "optimizer", *self._parameters_named(words)]
+        names = [*setting_types(), *CALLS, *self._parameters_named(words)]
         known = [name for item in self.params for name in item.opts if name.startswith("--")]
         name = option.lstrip("-").replace("-", "_").lower()
         if name in names:

@@ -12,6 +12,8 @@ from launcher.planning.derivations import counted, dependence_notes, virtual_not
 from launcher.planning.lr_path import first_difference
 from launcher.planning.plan import Plan
 from launcher.planning.strategy import STRATEGIES
+from launcher.recipe.averaging import AVERAGES, Averaging
+from launcher.recipe.callspec import parse
 from launcher.recipe.catalogue import written
 from launcher.recipe.hang_limits import hang_limits
 from launcher.recipe.schedules import Schedule
@@ -214,6 +216,8 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "memory", f"{pinned} ({derivations['pin_memory']})"
     yield "speed-ups", _speed_ups(plan)
     yield "optimizer", str(settings.get("optimizer", "built by the recipe"))
+    if averaging := settings.get("averaging"):
+        yield "averaging", f"{averaging} {_averaged_from(plan, averaging)}; evaluated and exported"
     yield "hang limits", str(hang_limits(settings["hang_timeout"]))
     for source, settings_text in _settings_by_source(plan):
         yield "set by", f"{source}: {settings_text}"
@@ -230,6 +234,12 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
         )
     for note in dict.fromkeys((*dependence, *plan.notes)):
         yield "note", note
+
+
+def _averaged_from(plan: Plan, averaging: str) -> str:
+    rule = parse(averaging, AVERAGES, kind="averaging")
+    assert isinstance(rule, Averaging)
+    return f"from step {rule.first_step(plan.total_steps):,} on"
 
 
 def _speed_ups(plan: Plan) -> str:

@@ -7,9 +7,11 @@ import functools
 import os
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from launcher.console.progress import Progress, metrics_text
 from launcher.engine.backends.base import Backend
@@ -299,12 +301,18 @@ def _complete(
         checkpoint_manager.finish()
         checkpoint_manager.free_host_memory()
     context.report_phase(outcome.step, "finishing")
-    weights = backend.final_weights(context.model, context.optimizer)
+    weights = _final_weights(context)
     if backend.rank == 0:
         save_weights(weights, backend.weight_kinds(context.model), run_dir)
     for _ in weights:  # on other ranks, which take part in gathering
         pass
     return result
+
+
+def _final_weights(context: TrainContext) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights that evaluations are of, as `Backend.weights` does (collective)."""
+    with context.evaluated_weights():
+        yield from context.backend.weights(context.model)
 
 
 def _report_stop(backend: Backend, run_dir: RunDir, step: int, progress: Progress | None) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from launcher.errors import OverrideError
 from launcher.printable import printable_line
 from launcher.recipe.affects import Affects, effects_of
+from launcher.recipe.averaging import AVERAGES
 from launcher.recipe.field_docs import sentences_of
 from launcher.recipe.foreign_names import hint_for_unknown
 from launcher.recipe.optimizer import OPTIMIZERS
@@ -25,7 +26,7 @@ from launcher.recipe.validation import describe
 TOPICS = {
     "Batch and learning rate": (
         "batch_size batch_size_per_gpu batch_milestones batch_gamma micro_batch_size "
-        "lr lr_batch_size lr_rule schedule optimizer max_grad_norm"
+        "lr lr_batch_size lr_rule schedule optimizer max_grad_norm averaging"
     ),
     "Length of the run": "epochs steps train_samples evaluate_every seed",
     "Initial weights": "weights strict_weights",
@@ -68,7 +69,7 @@ EFFECTS = {
 """The word and the sentence for each part of a run that a setting can affect."""
 
 CALLS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {"schedule": SCHEDULES, "optimizer": OPTIMIZERS}
+    {"schedule": SCHEDULES, "optimizer": OPTIMIZERS, "averaging": AVERAGES}
 )
 """The functions that make the value of a setting that is written as a call, by setting."""
 
@@ -163,7 +164,7 @@ def written(value: Any) -> str:
 
 
 def call_signatures(name: str) -> dict[str, str]:
-    """Return the calls that make a value of `schedule` or `optimizer`, with their sentences.
+    """Return the calls that make a value of a setting such as `schedule`, with their sentences.
 
     Args:
         name: A setting in `CALLS`.

@@ -128,6 +128,20 @@ _NAMES = (
         remark="`launcher settings optimizer` lists what there is.",
     ),
     _Advice(
+        words="ema_decay model_ema_decay ema_beta ema_rate",
+        write='"averaging=ema({value})"',
+    ),
+    _Advice(
+        words="ema use_ema model_ema ema_model ema_weights weight_averaging polyak averaged_model",
+        write='"averaging=ema()"',
+        switch=True,
+    ),
+    _Advice(
+        words="swa use_swa stochastic_weight_avg swa_start swa_epoch_start",
+        write='"averaging=tail()"',
+        remark="Its start is the part of the run after which the average begins.",
+    ),
+    _Advice(
         words=(
             "scheduler lr_scheduler lr_scheduler_type scheduler_type lr_schedule lr_policy sched "
             "lr_decay_style lr_scheduler_kwargs"

@@ -9,6 +9,7 @@ from typing import Any
 
 from launcher.errors import RecipeError
 from launcher.printable import printable_line
+from launcher.recipe.averaging import Averaging
 from launcher.recipe.optimizer import OptimizerSpec
 from launcher.recipe.validation import brief, show
 
@@ -65,6 +66,26 @@ def check_optimizer(optimizer: Any) -> None:
             f"optimizer, found {show(optimizer)}."
         )
     check_function("Recipe(optimizer=...)", optimizer, ("model", "lr"))
+
+
+def check_averaging(averaging: Any, optimizer: Any) -> None:
+    """Refuse an averaging that is neither ema(...) nor tail(...), or that averages twice.
+
+    Raises:
+        RecipeError: It is something else, or the optimizer averages the weights itself.
+    """
+    if averaging is None:
+        return
+    if not isinstance(averaging, Averaging):
+        raise RecipeError(
+            f"Recipe(averaging=...): expected ema(...), tail(...) or None, found {show(averaging)}."
+        )
+    if isinstance(optimizer, OptimizerSpec) and optimizer.name == "schedule_free":
+        raise RecipeError(
+            f"averaging={averaging} and optimizer={optimizer} exclude each other: schedule_free "
+            "averages the weights itself. Remove averaging, or use another optimizer such as "
+            "adamw()."
+        )
 
 
 PARALLEL_STYLES: Mapping[str, str] = MappingProxyType(

@@ -18,13 +18,12 @@ from launcher.errors import LauncherError, OverrideError, RecipeError, UsageErro
 from launcher.forking import observed_threads
 from launcher.printable import printable_line
 from launcher.recipe.callspec import parse
+from launcher.recipe.catalogue import CALLS
 from launcher.recipe.foreign_names import hint_for_unknown, hint_for_value
-from launcher.recipe.optimizer import OPTIMIZERS
 from launcher.recipe.parameter_types import named_parameters, plain_value, read_parameter
 from launcher.recipe.parameters import check_given
 from launcher.recipe.recipe import EXCLUSIVE, Recipe, setting_types
 from launcher.recipe.resolve import Reference, user_code_error
-from launcher.recipe.schedules import SCHEDULES
 from launcher.recipe.typed_values import Form
 from launcher.recipe.validation import MismatchError, brief, convert
 from launcher.yaml_file import read_yaml_file
@@ -198,10 +197,11 @@ def _read_setting(override: Override, parameters: Mapping[str, Any], reference: 
         OverrideError: The value does not fit, or there is no such setting.
     """
     types = setting_types()
-    tables: dict[str, Mapping[str, Any]] = {"schedule": SCHEDULES, "optimizer": OPTIMIZERS}
     try:
-        if override.name in tables:
-            return parse(override.value, tables[override.name], kind=override.name)
+        if override.name in CALLS:
+            if _default(override.name) is None and override.value in (None, "none"):
+                return None
+            return parse(override.value, CALLS[override.name], kind=override.name)
         if override.name in types:
             return convert(override.value, types[override.name], override.form)
     except (MismatchError, UsageError) as error:
@@ -214,7 +214,7 @@ def _read_setting(override: Override, parameters: Mapping[str, Any], reference: 
             "Change it in the recipe, or derive another recipe with dataclasses.replace."
         )
     function = f"{reference.name}() has the parameters {', '.join(parameters)}; "
-    known = [*types, *tables, *parameters]
+    known = [*types, *CALLS, *parameters]
     hint = hint_for_unknown(override.name, known, override.value)
     raise OverrideError(
         f"{override}: there is no such setting.{hint}"

@@ -10,6 +10,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from launcher.errors import RecipeError, UsageError
 from launcher.printable import text_of
+from launcher.recipe.averaging import AVERAGES, Averaging
 from launcher.recipe.callspec import Spec, parse
 from launcher.recipe.optimizer import OPTIMIZERS, OptimizerSpec
 from launcher.recipe.schedules import SCHEDULES, Schedule
@@ -19,6 +20,7 @@ from launcher.recipe.validation import MismatchError, convert
 _SPECS: dict[type[Spec], tuple[str, Mapping[str, Callable[..., Any]]]] = {
     Schedule: ("schedule", SCHEDULES),
     OptimizerSpec: ("optimizer", OPTIMIZERS),
+    Averaging: ("averaging", AVERAGES),
 }
 """The kind and the makers of each type of spec."""
 

@@ -17,12 +17,14 @@ from msgspec import Meta
 from launcher.errors import RecipeError
 from launcher.printable import printable_line
 from launcher.recipe.affects import Affects, effects_of, without_effect
+from launcher.recipe.averaging import Averaging
 from launcher.recipe.callback_checks import check_callbacks
 from launcher.recipe.evaluation_sets import Evaluation, evaluation_sets_of
 from launcher.recipe.field_docs import with_field_docs
 from launcher.recipe.foreign_names import hint_for_value
 from launcher.recipe.function_checks import (
     ARGUMENTS,
+    check_averaging,
     check_function,
     check_metrics,
     check_optimizer,
@@ -170,6 +172,10 @@ class Recipe:
 
     schedule: Annotated[Schedule, Affects.UPDATES] = field(default_factory=one_cycle)
     """How the learning rate, and with some schedules the momentum, changes over the run."""
+
+    averaging: Annotated[Averaging | None, Affects.UPDATES] = None
+    """ema(...) or tail(...): evaluate, and export, an average of the weights over the steps instead
+    of those of the last step; none averages nothing. The steps stay the same."""
 
     batch_size: Annotated[PositiveInt | None, Affects.SAMPLES] = None
     """Samples per optimizer step, over all GPUs and accumulation steps."""
@@ -370,6 +376,7 @@ class Recipe:
                 f"found {show(self.schedule)}."
             )
         check_optimizer(self.optimizer)
+        check_averaging(self.averaging, self.optimizer)
         for pair in EXCLUSIVE:
             _check_exactly_one(self, *pair)
 
@@ -378,7 +385,8 @@ class Recipe:
 
         An optimizer that is a function of the recipe is omitted.
         """
-        calls = {"schedule": str(self.schedule)}
+        averaging = None if self.averaging is None else str(self.averaging)
+        calls = {"schedule": str(self.schedule), "averaging": averaging}
         if isinstance(self.optimizer, OptimizerSpec):
             calls["optimizer"] = str(self.optimizer)
         values = {name: getattr(self, name) for name in setting_types()}
@@ -391,7 +399,7 @@ class Recipe:
 EXCLUSIVE = (("batch_size", "batch_size_per_gpu"), ("epochs", "steps"))
 """Pairs of settings of which a recipe has exactly one; overriding one clears the other."""
 
-_CALLS = ("optimizer", "schedule")
+_CALLS = ("optimizer", "schedule", "averaging")
 """Settings that are written as calls, such as `sgd(momentum=0.9)`, and not as plain values."""
 
 

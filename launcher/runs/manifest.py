@@ -76,6 +76,16 @@ class CallbackValues(TypedDict):
     """Optimizer steps taken before that evaluation; None if there was none."""
 
 
+class AveragingState(TypedDict):
+    """What is known of the averaged weights in a checkpoint."""
+
+    averaging: str
+    """The rule by which they were averaged, such as `ema(decay=0.999)`."""
+
+    count: Count
+    """Steps whose weights the average holds; while it is 0, there are no averaged weights."""
+
+
 class _RequiredValues(TypedDict):
     """The state that checkpoints of every version hold."""
 
@@ -98,6 +108,9 @@ class StateValues(_RequiredValues, total=False):
     data: dict[str, Any] | None
     """Fingerprint of the data: lengths, classes and a few samples, as
     `launcher.engine.probes.data_identity` compares them."""
+
+    averaging: AveragingState | None
+    """The state of the averaged weights; None without averaging."""
 
     extra: dict[str, Any]
     """Return values of `get_extra_state`, by `extra/<module>` or `extra/<module>@<rank>`."""

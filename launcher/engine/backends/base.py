@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -346,13 +347,23 @@ class Backend(ABC):
         """Return the tensors whose optimizer state a snapshot contains."""
         return parameters(module).values()
 
-    def snapshot(self, model: nn.Module, optimizer: Optimizer) -> Snapshot:
+    def snapshot(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        further: Iterable[tuple[str, Tensor | Fragment]] = (),
+    ) -> Snapshot:
         """Return this rank's part of a checkpoint, copied to the host (collective).
 
         The snapshot omits state that `check_state` refuses.
+
+        Args:
+            model: The module that `prepare` returned.
+            optimizer: Its optimizer.
+            further: Names and tensors to save besides; full ones in the same order on every rank.
         """
         module = self.unwrap(model)
-        tensors = live_tensors(module, optimizer)
+        tensors = chain(live_tensors(module, optimizer), further)
         return self.copy_state(module, tensors, plain_values(module, optimizer))
 
     def copy_state(
@@ -499,10 +510,31 @@ class Backend(ABC):
             self.unwrap(model)
             end()
 
-    def final_weights(self, model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
-        """Yield the weights that the optimizer evaluates, as `weights` does (collective)."""
-        with self.evaluated_weights(model, optimizer):
-            yield from self.weights(model)
+    def updated_weights(self, model: nn.Module) -> list[Tensor]:
+        """Return the tensors of the trained weights that the optimizer updates on this rank.
+
+        Under ZeRO these are its partitions in fp32; elsewhere they are the parameters themselves.
+        """
+        return [p for p in parameters(self.unwrap(model)).values() if p.requires_grad]
+
+    def name_updated(
+        self, model: nn.Module, values: Sequence[Tensor]
+    ) -> Iterator[tuple[str, Tensor | Fragment]]:
+        """Yield the names of the trained weights, and this rank's part of a value of each.
+
+        Args:
+            model: The module that `prepare` returned.
+            values: A tensor for each of `updated_weights`, of its shape.
+
+        Yields:
+            A name and a view of the values: full, or a shard as `snapshot` saves it.
+        """
+        named = parameters(self.unwrap(model))
+        yield from zip((name for name, p in named.items() if p.requires_grad), values, strict=True)
+
+    def use_updated(self, model: nn.Module) -> None:
+        """Let forward compute with what was written to `updated_weights` (collective)."""
+        self.unwrap(model)  # weights that FSDP still holds gathered would keep their values
 
     def any_rank(self, flag: bool) -> bool:
         """Return whether `flag` is true on any rank (collective)."""

@@ -6,7 +6,8 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import deepspeed.ops
@@ -204,7 +205,12 @@ class DeepSpeedBackend(GroupBackend):
             self.scaler.update(norm.isfinite().cpu())
         return norm.to(self.device)
 
-    def snapshot(self, model: nn.Module, optimizer: Optimizer) -> Snapshot:
+    def snapshot(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        further: Iterable[tuple[str, Tensor | Fragment]] = (),
+    ) -> Snapshot:
         self._link_state()
         values = {
             f"optimizer/{name}/{key}": value
@@ -213,7 +219,28 @@ class DeepSpeedBackend(GroupBackend):
             if not isinstance(value, Tensor)
             for name in names
         }
-        return self.copy_state(self._module, self._own_tensors(optimizer), values)
+        return self.copy_state(self._module, chain(self._own_tensors(optimizer), further), values)
+
+    def updated_weights(self, model: nn.Module) -> list[Tensor]:
+        return [flat for _, _, flat in self._flat_groups()]
+
+    def name_updated(
+        self, model: nn.Module, values: Sequence[Tensor]
+    ) -> Iterator[tuple[str, Tensor | Fragment]]:
+        named_parameters = parameters(self._module)
+        for (_, names, _), flat in zip(self._flat_groups(), values, strict=True):
+            for name in names:
+                yield from self._own_parts(name, named_parameters[name], flat)
+
+    def use_updated(self, model: nn.Module) -> None:
+        zero = self._engine.optimizer
+        if self._stage < 3:
+            zero.update_lp_params()
+            return
+        zero.checkpoint_event_prologue()  # frees gathered weights, which keep their values
+        for index in range(len(zero.fp16_groups)):
+            zero._reassign_or_swap_out_partitioned_parameters(index)  # noqa: SLF001
+        zero.checkpoint_event_epilogue()  # gathers those that stay gathered
 
     def saved_tensors(self, module: nn.Module) -> Iterable[Tensor]:
         return [flat for _, _, flat in self._flat_groups()]

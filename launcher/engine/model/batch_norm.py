@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -49,15 +49,16 @@ class BatchNorms:
 
     def save_statistics(self) -> None:
         """Copy the running statistics, for `restore_nonfinite`."""
-        self._copies = [buffer.clone() for buffer in self._running_statistics()]
+        self._copies = [buffer.clone() for buffer in self.running_statistics()]
 
     @torch.no_grad()
     def restore_nonfinite(self) -> None:
         """Restore the running statistics that a batch has made infinite or NaN."""
-        for buffer, copy in zip(self._running_statistics(), self._copies, strict=False):
+        for buffer, copy in zip(self.running_statistics(), self._copies, strict=False):
             buffer.copy_(torch.where(buffer.isfinite().all(), buffer, copy))
 
-    def _running_statistics(self) -> list[Tensor]:
+    def running_statistics(self) -> list[Tensor]:
+        """Return the running means and variances on this rank, of all its virtual ranks."""
         if self._virtual is not None:
             return self._virtual.floating_copies()
         return [
@@ -138,10 +139,37 @@ class BatchNorms:
         ]
         if not buffers:
             return
-        flat = torch.cat([buffer.double() for buffer in buffers])
-        means = backend.sum(flat) / backend.world_size
-        for buffer, mean in zip(buffers, means.split([len(b) for b in buffers]), strict=True):
+        for buffer, mean in zip(buffers, _mean_over_ranks(buffers, backend), strict=True):
             buffer.copy_(mean)
+
+    @contextlib.contextmanager
+    def replaced(self, values: list[Tensor], backend: Backend) -> Iterator[None]:
+        """Let the modules use the mean over ranks of other statistics here (collective).
+
+        Args:
+            values: A tensor for each of `running_statistics`.
+            backend: This rank among the others.
+        """
+        if self._virtual is not None:
+            with self._virtual.replaced(values, backend.sum):
+                yield
+            return
+        buffers = self.running_statistics()
+        if not buffers:
+            yield
+            return
+        own = [buffer.clone() for buffer in buffers]
+        for buffer, mean in zip(buffers, _mean_over_ranks(values, backend), strict=True):
+            buffer.copy_(mean)
+        yield
+        for buffer, value in zip(buffers, own, strict=True):
+            buffer.copy_(value)
+
+
+def _mean_over_ranks(tensors: list[Tensor], backend: Backend) -> Sequence[Tensor]:
+    """Return the mean over ranks of each of some one-dimensional tensors (collective)."""
+    flat = torch.cat([tensor.double() for tensor in tensors])
+    return (backend.sum(flat) / backend.world_size).split([len(tensor) for tensor in tensors])
 
 
 def check_first_batch_norm_input(

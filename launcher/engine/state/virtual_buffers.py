@@ -7,7 +7,8 @@ use that of the virtual rank whose micro-batch they see.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -72,24 +73,72 @@ class VirtualBuffers:
         Args:
             sum_over_ranks: Returns a tensor summed over ranks.
         """
-        if not self._slots:
-            return
-        merged = {
-            name: buffer.clone() for name, buffer in next(iter(self._copies.values())).items()
-        }
+        for name, buffer in self._merged(self._copies, sum_over_ranks).items():
+            self._slots[name].put(buffer)
+            if buffer.is_floating_point():
+                for copies in self._copies.values():
+                    copies[name].copy_(buffer)
+
+    def _merged(
+        self, copies: Mapping[int, Mapping[str, Tensor]], sum_over_ranks: Callable[[Tensor], Tensor]
+    ) -> dict[str, Tensor]:
+        """Return the mean of each buffer over all virtual ranks (collective).
+
+        A count is the largest one of any virtual rank.
+
+        Args:
+            copies: The buffers of each virtual rank of this rank.
+            sum_over_ranks: Returns a tensor summed over ranks.
+        """
+        merged = {name: buffer.clone() for name, buffer in next(iter(copies.values())).items()}
+        if not merged:
+            return {}
         sizes = [buffer.numel() for buffer in merged.values()]
         device = next(iter(merged.values())).device
         table = torch.zeros(self.count, sum(sizes), dtype=torch.float64, device=device)
-        for virtual_rank, copies in self._copies.items():
-            table[virtual_rank] = torch.cat([copies[name].double().flatten() for name in merged])
+        for virtual_rank, buffers in copies.items():
+            table[virtual_rank] = torch.cat([buffers[name].double().flatten() for name in merged])
         columns = sum_over_ranks(table).split(sizes, dim=1)
-        for (name, buffer), values in zip(merged.items(), columns, strict=True):
+        for buffer, values in zip(merged.values(), columns, strict=True):
             is_count = not buffer.is_floating_point()
             buffer.copy_((values.amax(0) if is_count else values.mean(0)).view(buffer.shape))
+        return merged
+
+    @contextlib.contextmanager
+    def replaced(
+        self, values: Iterable[Tensor], sum_over_ranks: Callable[[Tensor], Tensor]
+    ) -> Iterator[None]:
+        """Let the modules use the mean over virtual ranks of other statistics here (collective).
+
+        Args:
+            values: A tensor for each of `floating_copies`.
+            sum_over_ranks: Returns a tensor summed over ranks.
+        """
+        remaining = iter(values)
+        copies = {
+            virtual_rank: {
+                name: next(remaining)
+                for name, buffer in buffers.items()
+                if buffer.is_floating_point()
+            }
+            for virtual_rank, buffers in self._copies.items()
+        }
+        merged = self._merged(copies, sum_over_ranks)
+        own = {name: self._slots[name].buffer for name in merged}
+        for name, buffer in merged.items():
             self._slots[name].put(buffer)
-            if not is_count:
-                for copies in self._copies.values():
-                    copies[name].copy_(buffer)
+        yield
+        for name, before in own.items():
+            self._slots[name].put(before)
+
+    def floating_names(self) -> list[tuple[int, str]]:
+        """Return the virtual rank and the name of each of `floating_copies`."""
+        return [
+            (virtual_rank, name)
+            for virtual_rank, copies in self._copies.items()
+            for name, buffer in copies.items()
+            if buffer.is_floating_point()
+        ]
 
     def to_save(self) -> Iterator[tuple[str, Tensor]]:
         """Yield host copies of the statistics of this rank's virtual ranks, by name."""

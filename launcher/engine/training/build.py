@@ -20,6 +20,7 @@ from launcher.engine.data.randomness import seed_all
 from launcher.engine.data.reader import MicroBatch, Reader, call_data, sample_count
 from launcher.engine.data.sampler import EvaluationSchedule, Sampler
 from launcher.engine.metrics.noise_meter import STRIDE, make_noise_meter
+from launcher.engine.model.averages import Averages
 from launcher.engine.model.batch_norm import BatchNorms, check_first_batch_norm_input
 from launcher.engine.model.blocks import checkpoint_activations, compile_blocks, find_blocks
 from launcher.engine.model.forward_writes import ForwardWrites
@@ -138,6 +139,7 @@ def build_context(
         forward_writes=ForwardWrites(model, backend, recipe.rank_buffers),
         report_phase=report_phase,
         noise_meter=make_noise_meter(recipe, backend, model, noise_stride),
+        averages=_make_averages(recipe, plan, backend, model, optimizer, batch_norms),
         missed_evaluations=missed,
     )
 
@@ -156,6 +158,30 @@ def evaluation_schedules(data: Data, plan: Plan) -> tuple[EvaluationSchedule, ..
         )
         for name, each in data.evaluation_sets().items()
     )
+
+
+def _make_averages(
+    recipe: Recipe,
+    plan: Plan,
+    backend: Backend,
+    model: nn.Module,
+    optimizer: Optimizer,
+    batch_norms: BatchNorms,
+) -> Averages | None:
+    """Return the average of the weights that the recipe asks for, if any.
+
+    Raises:
+        RecipeError: The optimizer evaluates other weights than it trains itself.
+    """
+    if recipe.averaging is None:
+        return None
+    if hasattr(optimizer, "eval"):
+        raise RecipeError(
+            f"averaging={recipe.averaging}: the recipe's optimizer is {type(optimizer).__name__}, "
+            "which evaluates other weights than it trains itself. Remove averaging, or use another "
+            "optimizer."
+        )
+    return Averages(recipe.averaging, plan, backend, model, batch_norms)
 
 
 def build_data(recipe: Recipe, plan: Plan) -> Data:

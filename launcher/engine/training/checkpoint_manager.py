@@ -164,7 +164,8 @@ class CheckpointManager:
         if refusal := self._find_unsavable_state():
             self._report_failure(step, refusal)
             return
-        state = backend.snapshot(context.model, context.optimizer)
+        averages = () if context.averages is None else context.averages.tensors_to_save()
+        state = backend.snapshot(context.model, context.optimizer, averages)
         self._manifest = self._make_manifest(step, state)
         self._has_saved = True
         folder: Path | None = None
@@ -241,7 +242,7 @@ class CheckpointManager:
         return next(filter(None, self._backend.gather(refusal)), None)
 
     def _make_manifest(self, step: int, state: Snapshot) -> Manifest:
-        scaler = self._backend.scaler
+        scaler, averages = self._backend.scaler, self._context.averages
         groups = changed_groups(self._context.optimizer, self._groups)
         return Manifest(
             format=FORMAT,
@@ -256,6 +257,7 @@ class CheckpointManager:
                 "extra": state.extra,
                 "data": self._data,
                 "callbacks": self._hooks.state(),
+                "averaging": None if averages is None else averages.state(),
             },
             versions=versions(),
         )

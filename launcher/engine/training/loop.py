@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,6 +27,7 @@ from launcher.engine.metrics.meter import (
     StepLosses,
 )
 from launcher.engine.metrics.noise_meter import NoiseMeter, NullNoiseMeter
+from launcher.engine.model.averages import Averages
 from launcher.engine.model.batch_norm import BatchNorms
 from launcher.engine.model.forward_writes import ForwardWrites
 from launcher.engine.state.hyperparameters import Hyperparameters
@@ -95,12 +97,27 @@ class TrainContext:
     noise_meter: NoiseMeter = field(default_factory=NullNoiseMeter)
     """Measures the gradient noise beside the steps."""
 
+    averages: Averages | None = None
+    """The average of the weights over the steps; None without `Recipe.averaging`."""
+
     missed_evaluations: tuple[EvaluationSchedule, ...] = ()
     """The sets whose evaluation precedes the first step: the run was to evaluate them after its
     checkpoint, and has not recorded that."""
 
     before_step: tuple[Callable[[int], None], ...] = ()
     """Called with the number of steps taken before each step."""
+
+    @contextlib.contextmanager
+    def evaluated_weights(self) -> Iterator[None]:
+        """Let the model have the weights that are evaluated and exported (collective).
+
+        They are the averages, if the recipe or its optimizer averages the weights.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.backend.evaluated_weights(self.model, self.optimizer))
+            if self.averages is not None:
+                stack.enter_context(self.averages.evaluated())
+            yield
 
 
 class StepController(Protocol):
@@ -199,7 +216,7 @@ def train(
                 losses.add(loss_sum.detach(), count, request.part)
         forward_writes.end()
         randomness.end_step()
-        grad_norm = backend.apply(optimizer, recipe.max_grad_norm)
+        grad_norm = _update_weights(context, step)
         # ------------------------------------------------------------------------------------
         noise_meter.end(step, num_items, grad_norm)
         listener.on_micro_batches(step + 1, micro_batches)
@@ -270,6 +287,14 @@ def _count_items(
     return context.backend.sum_samples(items).clamp(min=1.0)
 
 
+def _update_weights(context: TrainContext, step: int) -> Tensor:
+    """Take the optimizer's step, average the weights, and return the norm of the gradient."""
+    norm = context.backend.apply(context.optimizer, context.recipe.max_grad_norm)
+    if context.averages is not None:
+        context.averages.update(step + 1)
+    return norm
+
+
 def _report_metrics(
     context: TrainContext,
     listener: Listener,
@@ -331,7 +356,7 @@ def evaluate(
     context.batch_norms.average(context.backend)
     context.model.eval()
     values: dict[str, float] = {}
-    with context.backend.evaluated_weights(context.model, context.optimizer):
+    with context.evaluated_weights():
         for schedule in schedules:
             means = _evaluate_set(context, step, schedule)
             values |= {metric_name(schedule.name, name): mean for name, mean in means.items()}

@@ -105,6 +105,20 @@ def restore_state(resume_point: ResumePoint, context: TrainContext) -> None:
     write_groups(context.optimizer, values["groups"])
     if backend.scaler is not None and values["scaler"] is not None:
         backend.scaler.restore(values["scaler"])
+    _restore_averages(resume_point, context, source)
+
+
+def _restore_averages(
+    resume_point: ResumePoint, context: TrainContext, source: StoredState
+) -> None:
+    """Restore the averaged weights, or say that they begin anew or are dropped."""
+    saved, remark = resume_point.manifest.values.get("averaging"), None
+    if context.averages is not None:
+        remark = context.averages.restore(source)
+    elif saved is not None and saved["count"]:
+        remark = f"its averages by {saved['averaging']} are dropped, because averaging is none"
+    if remark is not None:
+        _print_on_rank_0(context.backend, f"launcher: {resume_point.checkpoint.name}: {remark}.")
 
 
 def restore_callbacks(resume_point: ResumePoint, hooks: CallbackHooks) -> None:
