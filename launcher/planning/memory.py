@@ -43,6 +43,7 @@ MemoryKind = Literal[
     "fp32 copies",
     "gradients",
     "optimizer state",
+    "averaged weights",
     "gathered weights",
     "buffers of communication",
     "sums of the tree",
@@ -198,6 +199,8 @@ def rank_memory(model: ModelMemory, layout: MemoryLayout) -> RankMemory:
         _add_unsharded(ledger)
     ledger.add("weights", model.buffer_bytes)
     ledger.add("optimizer state", ledger.fixed_bytes, on_host=layout.offload)
+    if layout.averages:
+        _add_averages(ledger)
     activations = model.checkpointed if layout.activation_checkpointing else model.activations
     if activations is not None:
         ledger.add("activations", activations.of(layout.micro_batch_size), ("forward",))
@@ -207,6 +210,21 @@ def rank_memory(model: ModelMemory, layout: MemoryLayout) -> RankMemory:
     return RankMemory(
         layout=layout, device=ledger.place(on_host=False), host=ledger.place(on_host=True)
     )
+
+
+def _add_averages(ledger: _Ledger) -> None:
+    """Add the averages of the trained weights, in fp32 or more, sharded as their updates are."""
+    layout, strategy = ledger.layout, STRATEGIES[ledger.layout.strategy]
+    sizes = [(item, max(item.num_bytes, 4 * item.values)) for item in ledger.trained]
+    if strategy.uses_fsdp:
+        own = saved = sum(_shard(item, num_bytes, ledger.ranks) for item, num_bytes in sizes)
+    elif strategy.zero_stage:
+        own = saved = sum(ceil_div(num_bytes, ledger.ranks) for _, num_bytes in sizes)
+    else:
+        own = sum(num_bytes for _, num_bytes in sizes)
+        saved = own // layout.data_ranks
+    ledger.add("averaged weights", own, on_host=layout.offload)
+    ledger.add("checkpoint snapshot", saved, ("save",), on_host=True)
 
 
 def _cast_bytes(ledger: _Ledger, activations: ActivationMemory) -> int:

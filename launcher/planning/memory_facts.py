@@ -168,6 +168,9 @@ class MemoryLayout:
     distribution: VirtualRanks | None = None
     """How exact sums are distributed over ranks; None without exact sums."""
 
+    averages: bool = False
+    """Whether the weights are averaged over the steps."""
+
     prefetched_batches: int = 1
     """Micro-batches that a rank's workers hold ready in host memory."""
 
@@ -203,6 +206,7 @@ def layout_of(plan: Plan) -> MemoryLayout:
         activation_checkpointing=bool(settings.get("activation_checkpointing")),
         accumulates=plan.accumulation_steps > 1 or len(plan.stages) > 1,
         distribution=plan.distribution if plan.exact else None,
+        averages=settings.get("averaging") is not None,
         prefetched_batches=plan.workers_per_rank * (plan.prefetch_factor or 0) + 1,
         nproc_per_node=plan.nproc_per_node,
         num_ranks=plan.world_size,

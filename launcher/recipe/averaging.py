@@ -100,7 +100,7 @@ def ema(
 
 
 @_register
-def tail(count: int, *, start: PartOfRun = 0.75, every: PositiveInt = 1) -> float:  # noqa: ARG001
+def tail(count: int, start: PartOfRun = 0.75, *, every: PositiveInt = 1) -> float:  # noqa: ARG001
     """Average the weights of the last steps uniformly (arXiv:1803.05407).
 
     Args:

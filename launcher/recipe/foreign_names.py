@@ -402,6 +402,11 @@ _VALUES: Mapping[str, Mapping[str, str]] = {
         "warmup(linear())": "linear_with_warmup warmupdecaylr",
         "warmup(constant())": "constant_with_warmup warmuplr",
     },
+    "averaging": {
+        "ema()": "true exponential polyak ema_model exponentialmovingaverage",
+        "tail()": "swa mean uniform stochastic_weight_averaging",
+        "none": "false off",
+    },
     "shard": {"node": "hybrid hybrid_shard auto true", "all": "full full_shard world none false"},
     "reduce_dtype": {"bf16": "bfloat16 torch.bfloat16", "fp32": "float32 torch.float32 none 32"},
     "offload": {"cpu": "true nvme disk optimizer param parameters on host ram"},

@@ -15,7 +15,7 @@ _WIDTH = 96
 _SHOWN_KINDS: tuple[tuple[str, tuple[MemoryKind, ...]], ...] = (
     ("weights", ("weights", "fp32 copies")),
     ("grads", ("gradients", "sums of the tree")),
-    ("state", ("optimizer state",)),
+    ("state", ("optimizer state", "averaged weights")),
     ("gathered", ("gathered weights", "weights cast by autocast")),
     ("buffers", ("buffers of communication",)),
     ("activations", ("activations",)),

@@ -39,6 +39,7 @@ SETTINGS = {
         "lr",
         "lr_batch_size",
         "lr_rule",
+        "averaging",
         "epochs",
         "steps",
         "weights",
@@ -97,7 +98,7 @@ def test_every_setting_says_what_it_affects() -> None:
     names = {item.name for item in fields(Recipe)}
     assert set(effects_of(Recipe)) == names - FUNCTIONS
     assert set(recipe().settings()) == names - FUNCTIONS
-    assert set(setting_types()) == names - FUNCTIONS - {"optimizer", "schedule"}
+    assert set(setting_types()) == names - FUNCTIONS - {"optimizer", "schedule", "averaging"}
 
 
 @pytest.mark.parametrize("part", Affects)

@@ -87,6 +87,29 @@ def test_ddp_has_sixteen_bytes_for_each_weight() -> None:
     assert memory.host.bytes_by_kind["batches"] == 600
 
 
+@pytest.mark.parametrize(
+    ("strategy", "own", "saved"),
+    [
+        ("ddp", 4 * VALUES, VALUES),
+        ("fsdp", 4 * (3 * 100 + 8 * BLOCK_VALUES // 4), 4 * (3 * 100 + 8 * BLOCK_VALUES // 4)),
+        ("zero1", VALUES, VALUES),
+        ("zero3", VALUES, VALUES),
+    ],
+)
+def test_averages_are_sharded_like_what_is_updated(strategy: str, own: int, saved: int) -> None:
+    """An average takes 4 bytes for each weight that a rank updates, and is saved with the rest."""
+    ranks = 1 if strategy == "ddp" else 4
+    without = rank_memory(MODEL, layout(strategy, ranks=ranks))
+    averaged = rank_memory(MODEL, layout(strategy, ranks=ranks, averages=True))
+    assert averaged.device.bytes_by_kind["averaged weights"] == own
+    assert averaged.device.peak == without.device.peak + own
+    kind = "checkpoint snapshot"
+    assert averaged.host.bytes_by_kind[kind] == without.host.bytes_by_kind[kind] + saved
+    if strategy != "ddp":
+        offloaded = rank_memory(MODEL, layout(strategy, averages=True, offload=True))
+        assert offloaded.host.bytes_by_kind["averaged weights"] == own
+
+
 def test_one_rank_frees_activations_while_it_makes_gradients() -> None:
     """Without a group the larger of activations and gradients counts, with accumulation both."""
     alone = layout("ddp", ranks=1, is_local=True, micro_batch_size=10**6)
