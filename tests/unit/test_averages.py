@@ -14,11 +14,7 @@ from safetensors.torch import load_file
 from support import read_lines
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim.swa_utils import (
-    AveragedModel,
-    get_ema_multi_avg_fn,
-    get_swa_multi_avg_fn,
-)
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 from torch.utils.data import TensorDataset
 
 from launcher import (
@@ -112,13 +108,17 @@ def perturb(model: nn.Module, step: int) -> None:
             weight.add_(torch.randn_like(weight))
 
 
+EXPONENTIAL: Any = get_ema_multi_avg_fn
+UNIFORM: Any = get_swa_multi_avg_fn
+
+
 @pytest.mark.parametrize(
     ("rule", "reference", "first", "every"),
     [
-        (ema(0.7, warmup=0), get_ema_multi_avg_fn(0.7), 1, 1),
-        (ema(0.7, warmup=0, start=0.5, every=2), get_ema_multi_avg_fn(0.7), 7, 2),
-        (tail(), get_swa_multi_avg_fn(), 10, 1),
-        (tail(0.25, every=3), get_swa_multi_avg_fn(), 4, 3),
+        (ema(0.7, warmup=0), EXPONENTIAL(0.7), 1, 1),
+        (ema(0.7, warmup=0, start=0.5, every=2), EXPONENTIAL(0.7), 7, 2),
+        (tail(), UNIFORM(), 10, 1),
+        (tail(0.25, every=3), UNIFORM(), 4, 3),
     ],
 )
 def test_an_average_is_that_of_torch(rule: Any, reference: Any, first: int, every: int) -> None:

@@ -103,8 +103,8 @@ def test_averages_are_sharded_like_what_is_updated(strategy: str, own: int, save
     averaged = rank_memory(MODEL, layout(strategy, ranks=ranks, averages=True))
     assert averaged.device.bytes_by_kind["averaged weights"] == own
     assert averaged.device.peak == without.device.peak + own
-    kind = "checkpoint snapshot"
-    assert averaged.host.bytes_by_kind[kind] == without.host.bytes_by_kind[kind] + saved
+    before = without.host.bytes_by_kind["checkpoint snapshot"]
+    assert averaged.host.bytes_by_kind["checkpoint snapshot"] == before + saved
     if strategy != "ddp":
         offloaded = rank_memory(MODEL, layout(strategy, averages=True, offload=True))
         assert offloaded.host.bytes_by_kind["averaged weights"] == own
