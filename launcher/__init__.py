@@ -58,8 +58,8 @@ if TYPE_CHECKING:
     from launcher.runs.rundir import RunDir
 
 __all__ = [
-    "CallbackContext",
     "Averaging",
+    "CallbackContext",
     "Data",
     "Evaluation",
     "Failure",
@@ -112,8 +112,8 @@ __all__ = [
 ]
 
 _MODULES = {
-    "CallbackContext": "launcher.runs.callback_context",
     "Averaging": "launcher.recipe.averaging",
+    "CallbackContext": "launcher.runs.callback_context",
     "Data": "launcher.recipe.recipe",
     "Evaluation": "launcher.recipe.evaluation_sets",
     "Failure": "launcher.runs.failure_record",
