@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from launcher.planning.loading import LoaderPolicy, loader_policy
     from launcher.planning.plan import Plan
     from launcher.planning.planner import make_plan
+    from launcher.recipe.all_predictions import all_predictions
     from launcher.recipe.averaging import Averaging, ema, tail
     from launcher.recipe.evaluation_sets import Evaluation
     from launcher.recipe.optimizer import OptimizerSpec, adamw, muon, schedule_free, sgd
@@ -85,6 +86,7 @@ __all__ = [
     "UsageError",
     "WorldError",
     "adamw",
+    "all_predictions",
     "constant",
     "cosine",
     "cyclical",
@@ -139,6 +141,7 @@ _MODULES = {
     "UsageError": "launcher.errors",
     "WorldError": "launcher.errors",
     "adamw": "launcher.recipe.optimizer",
+    "all_predictions": "launcher.recipe.all_predictions",
     "constant": "launcher.recipe.schedules",
     "cosine": "launcher.recipe.schedules",
     "cyclical": "launcher.recipe.schedules",

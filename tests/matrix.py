@@ -1,9 +1,9 @@
 """Train many configurations, on one number of ranks after the other.
 
 A program for test_matrix.py, test_features.py, test_unused_parameters.py, test_resume.py,
-test_hybrid_sharding.py, test_same_bits.py, test_small_states.py and test_averages.py. It forks the
-ranks, which train all their configurations in one process group: imports and rendezvous are paid
-once.
+test_hybrid_sharding.py, test_same_bits.py, test_small_states.py, test_averages.py and
+test_evaluations.py. It forks the ranks, which train all their configurations in one process group:
+imports and rendezvous are paid once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import io
 import os
 import shutil
 import sys
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import torch
 from branches import branches
+from judged import judged
 from methods import methods
 from parts import norms, text
 from splits import batch_norm, instance_norm
@@ -338,6 +339,11 @@ class BitsCase:
         return f"{self.workload}-{self.strategy}{groups}"
 
     @property
+    def source(self) -> BitsCase:
+        """Return the case on `SOURCE_RANKS` ranks from whose checkpoint it is resumed."""
+        return replace(self, shard="node")
+
+    @property
     def workload(self) -> str:
         """Return what is trained, without the strategy."""
         return self.name or "-".join(
@@ -493,9 +499,54 @@ def averaged(ranks: int) -> Iterator[tuple[Case | BitsCase, Case | BitsCase | No
         yield AVERAGED_NORMS, None
 
 
+@dataclass(frozen=True)
+class JudgedCase:
+    """One configuration of the recipe with two evaluation sets."""
+
+    strategy: str = "ddp"
+    options: tuple[tuple[str, Any], ...] = ()
+    is_resumed: bool = False
+    """Whether it is also resumed from the checkpoint of `SOURCE_RANKS` ranks under ddp."""
+
+    saved_at: int = 5
+
+    @property
+    def key(self) -> str:
+        """Return the name of the run's folder."""
+        return "-".join([self.strategy, *(f"{name}={value}" for name, value in self.options)])
+
+    @property
+    def source(self) -> JudgedCase:
+        """Return the case on `SOURCE_RANKS` ranks from whose checkpoint it is resumed."""
+        return replace(self, strategy="ddp")
+
+    def make(self, ranks: int) -> Recipe:
+        """Return the recipe, which is the same on any number of ranks."""
+        del ranks
+        changes: dict[str, Any] = {"strategy": self.strategy, "micro_batch_size": 2}
+        return replace(judged(), **changes | dict(self.options))
+
+
+EXACTLY = (("virtual_ranks", 3), ("exact", True))
+
+
+def evaluations(ranks: int) -> Iterator[JudgedCase]:
+    """Yield configurations whose evaluations are compared."""
+    for strategy in {1: ["ddp"], 2: ["ddp", "zero3"], 3: ["ddp", "fsdp"]}[ranks]:
+        yield JudgedCase(strategy, is_resumed=strategy == "fsdp")
+    if ranks == 2:
+        yield JudgedCase("fsdp", (("tensor_parallel", 2),))
+        yield JudgedCase("ddp", (("virtual_ranks", 3),))
+    yield JudgedCase("fsdp" if ranks == 2 else "ddp", EXACTLY)
+
+
 SUITES = {"matrix": matrix, "features": features, "unused": unused}
 
-BITS_SUITES = {"bits": bits, "small": small}
+BITS_SUITES: dict[str, Callable[[int], Iterator[BitsCase | JudgedCase]]] = {
+    "bits": bits,
+    "small": small,
+    "evaluations": evaluations,
+}
 
 
 class Trainer:
@@ -508,10 +559,15 @@ class Trainer:
         self._backends: list[Any] = []  # keep alive the process group that all cases share
 
     def __call__(
-        self, case: Case | BitsCase, name: str, *, source: Path | None = None, saves: bool = False
+        self,
+        case: Case | BitsCase | JudgedCase,
+        name: str,
+        *,
+        source: Path | None = None,
+        saves: bool = False,
     ) -> None:
         """Train a case into a folder called `name`, resumed from a copy of `source` if given."""
-        resumed_from = case.saved_at if isinstance(case, BitsCase) else RESUMED_FROM
+        resumed_from = RESUMED_FROM if isinstance(case, Case) else case.saved_at
         recipe = replace(
             case.make(self.world.world_size), checkpoint_every=resumed_from, keep_checkpoints=2
         )
@@ -537,6 +593,8 @@ def train_suite(suite: str, folder: Path, worlds: Sequence[int]) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     for module in ("accelerate", "fsdp", "deepspeed"):
         importlib.import_module(f"launcher.engine.backends.{module}")
+    if suite == "evaluations":
+        importlib.import_module("torchmetrics")
     for index, ranks in enumerate(worlds):
         arguments = suite, folder, ranks, worlds[:index]
         start_processes(train_cases, arguments, ranks, start_method="fork")  # type: ignore[no-untyped-call]
@@ -591,11 +649,11 @@ def _train_hybrid(train: Trainer, folder: Path, ranks: int, before: Sequence[int
         train(case, f"{case.key}-from{source_ranks}", source=source)
 
 
-def _train_bits(train: Trainer, folder: Path, cases: Iterable[BitsCase]) -> None:
+def _train_bits(train: Trainer, folder: Path, cases: Iterable[BitsCase | JudgedCase]) -> None:
     for case in cases:
         train(case, case.key, saves=True)
         if case.is_resumed:
-            source = folder / f"on{SOURCE_RANKS}" / replace(case, shard="node").key
+            source = folder / f"on{SOURCE_RANKS}" / case.source.key
             train(case, f"{case.key}-resumed", source=source, saves=True)
 
 

@@ -11,6 +11,7 @@ from launcher.errors import RecipeError
 from launcher.printable import printable_line
 from launcher.recipe.averaging import Averaging
 from launcher.recipe.optimizer import OptimizerSpec
+from launcher.recipe.prediction_metric import PredictionMetric, is_metric_object
 from launcher.recipe.validation import brief, show
 
 ARGUMENTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -130,10 +131,10 @@ def check_parallel_plan(plan: Any) -> None:
 
 
 def check_metrics(metrics: Any) -> None:
-    """Refuse metrics that are not functions by name.
+    """Refuse metrics that are not functions, or results of `all_predictions`, by name.
 
     Raises:
-        RecipeError: They are no mapping, a name is not printable text, or a value is no function.
+        RecipeError: They are no mapping, a name is not printable text, or a value is neither.
     """
     if not isinstance(metrics, Mapping):
         raise RecipeError(
@@ -150,5 +151,14 @@ def check_metrics(metrics: Any) -> None:
             raise RecipeError(
                 "Recipe(metrics={'loss': ...}): every evaluation reports the recipe's loss under "
                 "this name. Give the metric another one."
+            )
+        if isinstance(metric, PredictionMetric):
+            continue
+        if is_metric_object(metric):
+            kind = metric.__name__ if isinstance(metric, type) else type(metric).__name__
+            raise RecipeError(
+                f"Recipe(metrics={{{name!r}: ...}}): expected a function (outputs, batch) -> (sum, "
+                f"count), found a metric {kind} with a state. Write launcher.all_predictions("
+                f"lambda: {kind}(...)), so that each rank builds its own."
             )
         check_function(f"Recipe(metrics={{{name!r}: ...}})", metric, ARGUMENTS["loss"])

@@ -32,6 +32,7 @@ from launcher.recipe.function_checks import (
 )
 from launcher.recipe.hang_limits import HangTimeout
 from launcher.recipe.optimizer import OptimizerSpec, sgd
+from launcher.recipe.prediction_metric import PredictionMetric
 from launcher.recipe.schedules import Schedule, one_cycle
 from launcher.recipe.validation import (
     Fraction,
@@ -152,8 +153,11 @@ class Recipe:
     loss: Callable[[Any, Any], tuple[Any, Any]]
     """Function (outputs, batch) -> (sum, count)."""
 
-    metrics: Mapping[str, Callable[[Any, Any], tuple[Any, Any]]] = field(default_factory=dict)
-    """Further functions (outputs, batch) -> (sum, count), by name, for evaluations."""
+    metrics: Mapping[str, Callable[[Any, Any], tuple[Any, Any]] | PredictionMetric] = field(
+        default_factory=dict
+    )
+    """Further functions (outputs, batch) -> (sum, count), by name, for evaluations, and metrics
+    that need all predictions, such as AUROC, as `launcher.all_predictions`."""
 
     forward: Callable[[Any, Any], Any] = first_of_batch
     """Function (model, batch) -> outputs."""

@@ -49,7 +49,7 @@ def test_the_oldest_allowed_versions_are_tested(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
     requirements = BytesParser().parsebytes(archive.read(name)).get_all("Requires-Dist", [])
-    extras = ("", "dev", "docs", "finetune", "plots", "recipes")
+    extras = ("", "dev", "docs", "finetune", "metrics", "plots", "recipes")
     required = [
         item
         for item in map(Requirement, requirements)

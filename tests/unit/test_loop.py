@@ -229,7 +229,7 @@ def test_a_failed_first_evaluation_costs_no_step(tmp_path: Path, epochs: int) ->
     for run_dir in run_dirs:
         run_dir.path.mkdir()
     whole, halves = run_dirs
-    with pytest.raises(ValueError, match="a mistake"):
+    with pytest.raises(TrainingError, match="in the evaluation after step 3, on rank 0: a mistake"):
         take(halves)
     assert [checkpoint.step for checkpoint in list_checkpoints(halves)] == [3]
     fails = False

@@ -25,6 +25,7 @@ from launcher.engine.data.prefetching import prefetch, raise_if_error
 from launcher.engine.data.randomness import seed_all
 from launcher.engine.data.reader import Reader, call_data, sample_count
 from launcher.engine.data.sampler import MicroBatchRequest
+from launcher.engine.metrics.collected_metrics import build_metric, update_metric
 from launcher.engine.model.forward_writes import WriteDetector
 from launcher.engine.probes.loss_properties import LossProbe, copy_model
 from launcher.engine.state.hyperparameters import make_optimizer
@@ -37,6 +38,7 @@ from launcher.json_file import exact_floats, read_json
 from launcher.planning.plan import Plan
 from launcher.printable import error_line
 from launcher.recipe.evaluation_sets import metric_name, split_of, title_of
+from launcher.recipe.prediction_metric import prediction_metrics, sum_metrics
 from launcher.recipe.recipe import Recipe
 from launcher.runs.files import write_json
 from launcher.runs.job import RecipeSource
@@ -298,7 +300,12 @@ def _try_evaluation(recipe: Recipe, model: nn.Module, reader: Reader) -> dict[st
         except Exception as error:  # noqa: BLE001  # whatever the recipe's own code raises
             errors[metric_name(set_name, "forward")] = _error_text(error)
             continue
-        for name, function in {"loss": recipe.loss, **recipe.metrics}.items():
+        for name, metric in prediction_metrics(recipe.metrics).items():
+            try:
+                update_metric(name, metric, build_metric(name, metric), outputs, batch)
+            except Exception as error:  # noqa: BLE001
+                errors[metric_name(set_name, name)] = _error_text(error)
+        for name, function in {"loss": recipe.loss, **sum_metrics(recipe.metrics)}.items():
             full_name = metric_name(set_name, name)
             try:
                 total, count = sum_and_count(function, outputs, batch, name="it")

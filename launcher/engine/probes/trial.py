@@ -36,6 +36,7 @@ from launcher.engine.training.loop import TrainContext, sum_and_count
 from launcher.errors import LauncherError, RecipeError
 from launcher.printable import class_name, text_of
 from launcher.recipe.evaluation_sets import title_of
+from launcher.recipe.prediction_metric import prediction_metrics, sum_metrics
 from launcher.recipe.recipe import Recipe
 
 T = TypeVar("T")
@@ -264,25 +265,34 @@ def _try_evaluation(
     backend = context.backend
     placed = backend.to_device(batch)
     functions = {"The recipe's loss": recipe.loss}
-    functions |= {f"The metric {name}": metric for name, metric in recipe.metrics.items()}
+    functions |= {f"The metric {name}": each for name, each in sum_metrics(recipe.metrics).items()}
     with backend.autocast():
         outputs = backend.forward(recipe.forward, context.model, placed)
-        return tuple(
-            f"{name} raised {class_name(error)} on a few {title} samples before the first "
-            f"step: {text_of(error, 2_000)}. The first evaluation may fail in the same way."
+        errors = {
+            name: _catch_error(sum_and_count, function, outputs, placed, name=name)
             for name, function in functions.items()
-            if (error := _catch_error(function, outputs, placed, name)) is not None
-        )
+        }
+    try_update = context.collected.try_update
+    errors |= {
+        f"The metric {name}": _catch_error(try_update, name, outputs, placed)
+        for name in prediction_metrics(recipe.metrics)
+    }
+    return tuple(
+        f"{name} raised {class_name(error)} on a few {title} samples before the first "
+        f"step: {text_of(error, 2_000)}. The first evaluation may fail in the same way."
+        for name, error in errors.items()
+        if error is not None
+    )
 
 
-def _catch_error(function: Any, outputs: Any, batch: Any, name: str) -> Exception | None:
+def _catch_error(function: Callable[..., Any], *arguments: Any, **named: Any) -> Exception | None:
     """Return the exception that a loss or a metric raises, or None.
 
     Raises:
-        RecipeError: It did not return (sum, count).
+        RecipeError: It did not return what it must.
     """
     try:
-        sum_and_count(function, outputs, batch, name=name)
+        function(*arguments, **named)
     except LauncherError:
         raise
     except Exception as error:

@@ -19,6 +19,7 @@ from launcher.engine.data.prefetching import micro_batches, raise_if_error
 from launcher.engine.data.randomness import seed_all
 from launcher.engine.data.reader import MicroBatch, Reader, call_data, sample_count
 from launcher.engine.data.sampler import EvaluationSchedule, Sampler
+from launcher.engine.metrics.collected_metrics import CollectedMetrics
 from launcher.engine.metrics.noise_meter import STRIDE, make_noise_meter
 from launcher.engine.model.averages import Averages
 from launcher.engine.model.batch_norm import BatchNorms, check_first_batch_norm_input
@@ -137,6 +138,7 @@ def build_context(
         micro_batches=batches,
         batch_norms=batch_norms,
         forward_writes=ForwardWrites(model, backend, recipe.rank_buffers),
+        collected=CollectedMetrics(recipe if sampler.evaluations else None, backend),
         report_phase=report_phase,
         noise_meter=make_noise_meter(recipe, backend, model, noise_stride),
         averages=_make_averages(recipe, plan, backend, model, optimizer, batch_norms),

@@ -19,6 +19,7 @@ from launcher.engine.backends.transfers import upload, upload_scalar
 from launcher.engine.data.randomness import ModelRandomness
 from launcher.engine.data.reader import MicroBatch, Reader
 from launcher.engine.data.sampler import EvaluationSchedule, Sampler
+from launcher.engine.metrics.collected_metrics import CollectedMetrics
 from launcher.engine.metrics.meter import (
     Meter,
     MetricsBatch,
@@ -26,6 +27,7 @@ from launcher.engine.metrics.meter import (
     RankFlags,
     StepLosses,
 )
+from launcher.engine.metrics.metric_calls import metric_call
 from launcher.engine.metrics.noise_meter import NoiseMeter, NullNoiseMeter
 from launcher.engine.model.averages import Averages
 from launcher.engine.model.batch_norm import BatchNorms
@@ -36,7 +38,8 @@ from launcher.planning.plan import Plan
 from launcher.planning.stages import Window
 from launcher.planning.virtual_ranks import virtual_rank_of
 from launcher.printable import kind_of
-from launcher.recipe.evaluation_sets import metric_name
+from launcher.recipe.evaluation_sets import metric_name, split_of, title_of
+from launcher.recipe.prediction_metric import sum_metrics
 from launcher.recipe.recipe import Recipe
 from launcher.runs.step_row import StepRow
 
@@ -93,6 +96,9 @@ class TrainContext:
 
     report_phase: Callable[[int, str], None] = lambda *_: None
     """Called with (steps taken, phase) whenever this rank enters a phase; the watchdog uses it."""
+
+    collected: CollectedMetrics
+    """The metrics that need all predictions of an evaluation."""
 
     noise_meter: NoiseMeter = field(default_factory=NullNoiseMeter)
     """Measures the gradient noise beside the steps."""
@@ -368,27 +374,36 @@ def _evaluate_set(
     context: TrainContext, step: int, schedule: EvaluationSchedule
 ) -> dict[str, float]:
     """Return loss and metrics over one evaluation set, by name (collective)."""
-    recipe, backend, model = context.recipe, context.backend, context.model
-    functions = {"loss": recipe.loss, **recipe.metrics}
+    recipe, backend, collected = context.recipe, context.backend, context.collected
+    functions = {"The recipe's loss": recipe.loss}
+    functions |= {f"The metric {name}": each for name, each in sum_metrics(recipe.metrics).items()}
     # Exact runs add what each virtual rank counts in an order that does not depend on the ranks.
     num_parts = context.plan.distribution.count if context.plan.exact else 1
     totals = torch.zeros(num_parts, len(functions), 2, dtype=torch.float64, device=backend.device)
+    title = title_of(split_of(schedule.name))
+    place = f"the {title} after step {step:,}, on rank {backend.rank}"
+    collected.begin(place)
     for _ in range(context.sampler.evaluation_steps(schedule)):
         context.report_phase(step, "evaluating")
         micro_batch = next(context.micro_batches)
         batch = backend.to_device(micro_batch.batch)
         with backend.autocast():
-            outputs = backend.forward(recipe.forward, model, batch)
-            pairs = [sum_and_count(function, outputs, batch) for function in functions.values()]
+            outputs = backend.forward(recipe.forward, context.model, batch)
+            pairs = []
+            for name, function in functions.items():
+                with metric_call(name, place):
+                    pairs.append(sum_and_count(function, outputs, batch, name=name))
         if micro_batch.has_weight:
             part = virtual_rank_of(micro_batch.request.part) if context.plan.exact else 0
             totals[part] += torch.stack([upload(pair, backend.device) for pair in pairs])
+        collected.add(outputs, batch, micro_batch.request)
     means = {}
     parts = backend.read(backend.sum_samples(totals))
-    for name, sums in zip(functions, zip(*parts, strict=True), strict=True):
+    names = ["loss", *sum_metrics(recipe.metrics)]
+    for name, sums in zip(names, zip(*parts, strict=True), strict=True):
         total, count = (math.fsum(values) for values in zip(*sums, strict=True))
         means[name] = total / count if count else float("nan")
-    return means
+    return means | collected.results()
 
 
 def sum_and_count(
