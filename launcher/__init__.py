@@ -52,6 +52,7 @@ if TYPE_CHECKING:
         warmup,
         wsd,
     )
+    from launcher.recipe.training_log import log
     from launcher.runs.callback_context import CallbackContext
     from launcher.runs.failure_record import Failure, RunFailedError
     from launcher.runs.history import History
@@ -95,6 +96,7 @@ __all__ = [
     "four_bits",
     "linear",
     "loader_policy",
+    "log",
     "main",
     "make_plan",
     "multi_step",
@@ -150,6 +152,7 @@ _MODULES = {
     "four_bits": "launcher.engine.model.four_bits",
     "linear": "launcher.recipe.schedules",
     "loader_policy": "launcher.planning.loading",
+    "log": "launcher.recipe.training_log",
     "main": "launcher.entry",
     "make_plan": "launcher.planning.planner",
     "multi_step": "launcher.recipe.schedules",

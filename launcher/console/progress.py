@@ -11,12 +11,20 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TextIO, cast
 
 from launcher.json_file import encode_json
 from launcher.printable import printable
 from launcher.quantities import duration
 from launcher.runs.history import evaluation_set_names, split_metric
+from launcher.runs.step_row import LOGGED
+
+NOTHING: Mapping[str, float] = MappingProxyType({})
+"""What is shown beside the loss where a recipe logs nothing."""
+
+_MAX_LOGGED = 4
+"""Logged numbers that are shown in a line; files and reports have all of them."""
 
 _SECONDS_BETWEEN_LINES = 5.0
 _SPARKS = "▁▂▃▄▅▆▇█"
@@ -38,8 +46,23 @@ class Progress(ABC):
         self._first_step: int | None = None
 
     @abstractmethod
-    def show_step(self, step: int, loss: float, lr: float, samples_per_second: float) -> None:
-        """Show that `step` optimizer steps are complete, with the values of the last of them."""
+    def show_step(
+        self,
+        step: int,
+        loss: float,
+        lr: float,
+        samples_per_second: float,
+        logged: Mapping[str, float] = NOTHING,
+    ) -> None:
+        """Show that `step` optimizer steps are complete, with the values of the last of them.
+
+        Args:
+            step: Number of completed steps.
+            loss: Training loss of the last step.
+            lr: Learning rate of the last step.
+            samples_per_second: Throughput of all ranks together.
+            logged: The latest numbers that the recipe has logged, by name.
+        """
 
     @abstractmethod
     def show_evaluation(self, step: int, values: dict[str, float]) -> None:
@@ -96,7 +119,14 @@ class TerminalProgress(Progress):
         self._bar = _Bar(total_steps, terminal, show_through) if terminal.isatty() else None
         self._line_files = [log] if self._bar else [log, terminal]
 
-    def show_step(self, step: int, loss: float, lr: float, samples_per_second: float) -> None:
+    def show_step(
+        self,
+        step: int,
+        loss: float,
+        lr: float,
+        samples_per_second: float,
+        logged: Mapping[str, float] = NOTHING,
+    ) -> None:
         time_left = duration(self._seconds_left(step))
         now = time.perf_counter()
         if self._bar is not None:
@@ -105,11 +135,12 @@ class TerminalProgress(Progress):
                 self._losses = self._losses[::2]
             sparks = sparkline(self._losses, _SPARKLINE_WIDTH)
             rates = f"lr {lr:.3g}  {samples_per_second:,.0f} samples/s"
-            self._bar.update(step, f"loss {loss:.4f} {sparks}  {rates}  {time_left} left")
+            losses = f"loss {loss:.4f} {sparks}{logged_text(logged)}"
+            self._bar.update(step, f"{losses}  {rates}  {time_left} left")
         if now >= self._line_due or step == self._total_steps:
             self._line_due = now + _SECONDS_BETWEEN_LINES
             self._write_line(
-                step_line(step, self._total_steps, loss, lr, samples_per_second, time_left)
+                step_line(step, self._total_steps, loss, lr, samples_per_second, time_left, logged)
             )
 
     def show_evaluation(self, step: int, values: dict[str, float]) -> None:
@@ -147,7 +178,14 @@ class JSONProgress(Progress):
         super().__init__(total_steps)
         self._stream = stream
 
-    def show_step(self, step: int, loss: float, lr: float, samples_per_second: float) -> None:
+    def show_step(
+        self,
+        step: int,
+        loss: float,
+        lr: float,
+        samples_per_second: float,
+        logged: Mapping[str, float] = NOTHING,
+    ) -> None:
         self._write(
             event="stepped",
             step=step,
@@ -156,6 +194,7 @@ class JSONProgress(Progress):
             lr=lr,
             samples_per_second=samples_per_second,
             seconds_left=self._seconds_left(step),
+            **{f"{LOGGED}{name}": value for name, value in logged.items()},
         )
 
     def show_evaluation(self, step: int, values: dict[str, float]) -> None:
@@ -179,8 +218,20 @@ def json_line(values: Mapping[str, Any]) -> str:
     return encode_json(values)
 
 
+def logged_text(logged: Mapping[str, float]) -> str:
+    """Return the first logged numbers as text after two blanks: `  accuracy 0.9806`."""
+    shown = itertools.islice(logged.items(), _MAX_LOGGED)
+    return "".join(f"  {name} {value:.4f}" for name, value in shown)
+
+
 def step_line(
-    step: int, total_steps: int, loss: float, lr: float, samples_per_second: float, time_left: str
+    step: int,
+    total_steps: int,
+    loss: float,
+    lr: float,
+    samples_per_second: float,
+    time_left: str,
+    logged: Mapping[str, float] = NOTHING,
 ) -> str:
     """Return the progress of a run as one line.
 
@@ -191,9 +242,10 @@ def step_line(
         lr: Learning rate of the last step.
         samples_per_second: Throughput of all ranks together.
         time_left: Remaining time as text.
+        logged: The latest numbers that the recipe has logged, by name.
     """
     return (
-        f"step {step:,}/{total_steps:,}  loss {loss:.4f}  lr {lr:.3g}  "
+        f"step {step:,}/{total_steps:,}  loss {loss:.4f}{logged_text(logged)}  lr {lr:.3g}  "
         f"{samples_per_second:,.0f} samples/s  {time_left} left"
     )
 

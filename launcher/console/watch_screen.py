@@ -23,6 +23,7 @@ from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.heartbeat import Heartbeat
 from launcher.runs.history import History, evaluation_set_names
 from launcher.runs.status import COLOURS, RunState
+from launcher.runs.step_row import LOGGED
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
 _MAX_RANKS = 16
 """Maximum number of ranks shown; the slowest are kept."""
+
+_MAX_LOGGED = 8
+"""Maximum number of curves of logged numbers."""
 
 _BAR_WIDTH = 24
 _SPARKLINE_WIDTH = 40
@@ -125,6 +129,9 @@ def _metrics_grid(history: History) -> Table:
     steps = history.steps
     grid = Table.grid(padding=(0, 2))
     grid.add_row("loss", f"{steps['loss'][-1]:.4f}", sparkline(steps["loss"], _SPARKLINE_WIDTH))
+    for name, pairs in list(history.logged.items())[:_MAX_LOGGED]:
+        curve = sparkline([value for _, value in pairs], _SPARKLINE_WIDTH)
+        grid.add_row(name, f"{pairs[-1][1]:.4f}", curve)
     for set_name in evaluation_set_names(history.latest_evaluation) or [""]:
         _add_evaluations(grid, history, set_name)
     rates = steps["samples_per_second"]
@@ -220,18 +227,21 @@ def status_line(history: History, state: RunState) -> str:
         steps["lr"][-1],
         steps["samples_per_second"][-1],
         duration(seconds_left(history)),
+        {name: pairs[-1][1] for name, pairs in history.logged.items()},
     )
 
 
 def status_values(history: History, state: RunState) -> dict[str, Any]:
     """Return the state of a run as JSON-compatible values, times in seconds.
 
-    `latest` holds the columns of `launcher.runs.history.COLUMNS` at the last step, `own_seconds`
+    `latest` holds the columns of `launcher.runs.history.COLUMNS` at the last step and the latest
+    logged numbers as `train/NAME`, `own_seconds`
     the part of a step that each rank spends without waiting for others, and `device_seconds` its
     passes on its GPU.
     """
     latest = {name: column[-1] for name, column in history.steps.items() if column}
     latest.pop("step", None)
+    latest |= {f"{LOGGED}{name}": pairs[-1][1] for name, pairs in history.logged.items()}
     return {
         "time": time.time(),
         "state": state.name,

@@ -37,6 +37,7 @@ from launcher.engine.training.resume_point import (
 )
 from launcher.errors import TrainingError, UsageError
 from launcher.planning.plan import Plan
+from launcher.printable import noted_text_of
 from launcher.quantities import duration
 from launcher.recipe.recipe import Recipe
 from launcher.runs.checkpoints import list_checkpoints
@@ -263,7 +264,9 @@ def _take_steps(
     except UsageError as error:
         if recorder.steps_taken is None:
             raise
-        raise TrainingError(f"After step {recorder.steps_taken:,}: {error}") from None
+        raise TrainingError(
+            f"After step {recorder.steps_taken:,}: {noted_text_of(error)}"
+        ) from None
 
 
 def _complete(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from launcher.analysis.time_shares import mean_own_seconds, smoothed, step_parts, utilisation
@@ -13,7 +14,7 @@ from launcher.console.progress import metrics_text
 from launcher.quantities import duration, size
 from launcher.report.figures import Bars, Figure
 from launcher.report.page import Page, Section, Table
-from launcher.report.run_page import evaluation_curves, metric_names, over_steps
+from launcher.report.run_page import evaluation_curves, logged_curves, metric_names, over_steps
 from launcher.runs.history import History
 
 _DERIVED = (
@@ -167,6 +168,13 @@ def _learning(histories: Sequence[History], names: Sequence[str]) -> list[Figure
         ]
         if curves:
             figures.append(over_steps(f"held-out {metric}", metric, curves))
+    for logged in sorted({name for history in histories for name in history.logged}):
+        curves = [
+            replace(curve, name=name)
+            for history, name in zip(histories, names, strict=True)
+            for curve in list(logged_curves(history, logged))[1:]
+        ]
+        figures.append(over_steps(f"training {logged}, smoothed", logged, curves))
     noisy = [
         Curve(name=name, xs=[s for s, _ in h.noise], ys=[scale for _, scale in h.noise])
         for h, name in with_steps

@@ -105,19 +105,20 @@ def _cards(history: History) -> list[tuple[str, str]]:
 
 
 def _learning(history: History) -> Section:
-    """Return the section of loss, metrics and gradient noise scale over the steps."""
+    """Return the section of loss, metrics, logged numbers and noise scale over the steps."""
     figures: list[Figure] = []
     steps = history.steps
     if steps["step"]:
-        smooth = smoothed(steps["loss"])
         curves = [
-            Curve(name="training", xs=steps["step"], ys=steps["loss"], style="faint"),
-            Curve(name="training, smoothed", xs=steps["step"], ys=smooth),
+            *_training_curves(steps["step"], steps["loss"]),
             *evaluation_curves(history, "loss"),
         ]
         figures.append(over_steps("loss", "loss", curves))
     for name in metric_names([history]):
-        figures.append(over_steps(name, name, list(evaluation_curves(history, name))))
+        curves = [*logged_curves(history, name), *evaluation_curves(history, name)]
+        figures.append(over_steps(name, name, curves))
+    for name in sorted(history.logged.keys() - metric_names([history])):
+        figures.append(over_steps(name, name, list(logged_curves(history, name))))
     if history.noise:
         noise = Curve(name="B_simple", xs=[s for s, _ in history.noise], ys=_values(history.noise))
         batch_size = float(history.plan.batch_size)
@@ -370,8 +371,19 @@ def evaluation_curves(history: History, metric: str, run: str = "") -> Iterator[
         name = metric_name(set_name, metric)
         points = [(step, values[name]) for step, values in history.evaluations if name in values]
         if points:
-            title = f"{run} {set_name}".strip() or ("held-out" if metric == "loss" else metric)
+            title = f"{run} {set_name}".strip() or "held-out"
             yield Curve(name=title, xs=[step for step, _ in points], ys=_values(points))
+
+
+def logged_curves(history: History, name: str) -> Iterator[Curve]:
+    """Yield the curves of a number that the recipe has logged, as it is and smoothed."""
+    if pairs := history.logged.get(name):
+        yield from _training_curves([step for step, _ in pairs], _values(pairs))
+
+
+def _training_curves(steps: Sequence[float], values: Sequence[float]) -> Iterator[Curve]:
+    yield Curve(name="training", xs=steps, ys=values, style="faint")
+    yield Curve(name="training, smoothed", xs=steps, ys=smoothed(values))
 
 
 def metric_names(histories: Sequence[History]) -> list[str]:

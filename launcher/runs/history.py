@@ -13,6 +13,7 @@ import stat
 from array import array
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
@@ -35,6 +36,7 @@ from launcher.runs.heartbeat import Heartbeat, read_heartbeats
 from launcher.runs.run_record import RunRecord, read_run
 from launcher.runs.rundir import RunDir
 from launcher.runs.status import RunState, read_run_state
+from launcher.runs.step_row import LOGGED
 
 COLUMNS = (
     "step",
@@ -118,6 +120,7 @@ class _Lines:
     ranks: list[RankShares] = field(default_factory=list)
     stalls: list[tuple[int, float]] = field(default_factory=list)
     saves: list[tuple[int, float]] = field(default_factory=list)
+    logged: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
 
     def add(self, line: _Line) -> None:
         step = line.step
@@ -135,6 +138,14 @@ class _Lines:
             self.stalls.append((step, line.checkpoint_stall_seconds))
         elif line.checkpoint_seconds is not None:
             self.saves.append((step, line.checkpoint_seconds))
+
+    def add_logged(self, content: bytes, step: int) -> None:
+        """Add the numbers that the recipe has logged in a step, from the line of the step."""
+        values = decode_line(content, _LOGGED_DECODER) or {}
+        for key, value in values.items():
+            if key.startswith(LOGGED) and (value is None or isinstance(value, (int, float))):
+                pairs = self.logged.setdefault(key.removeprefix(LOGGED), [])
+                pairs.append((step, _number(value)))
 
 
 def read_evaluation(run_dir: RunDir, step: int) -> dict[str, float]:
@@ -234,6 +245,8 @@ class History:
                 # A run that was killed while it wrote a line has left half of it.
                 if (decoded := decode_line(line, _DECODER)) is not None:
                     self._lines.add(decoded)
+                    if _LOGGED_MARK in line:
+                        self._lines.add_logged(line, decoded.step)
 
     @property
     def steps(self) -> dict[str, array[float]]:
@@ -260,6 +273,14 @@ class History:
     def noise(self) -> list[tuple[int, float]]:
         """The measured gradient noise scales as pairs (step, noise scale)."""
         return self._lines.noise
+
+    @property
+    def logged(self) -> dict[str, list[tuple[int, float]]]:
+        """The numbers that the recipe has logged while it trained, by name, as pairs (step, mean).
+
+        Steps in which a name was not logged are left out.
+        """
+        return self._lines.logged
 
     @property
     def ranks(self) -> list[RankShares]:
@@ -366,6 +387,9 @@ class Attempt:
 
 
 _DECODER = msgspec.json.Decoder(_Line)
+_LOGGED_DECODER = msgspec.json.Decoder(dict[str, Any])
+_LOGGED_MARK = f'"{LOGGED}'.encode()
+"""What only lines with logged numbers have, nearly always."""
 
 
 def _number(value: float | None) -> float:

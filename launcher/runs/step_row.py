@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+LOGGED = "train/"
+"""How the keys of numbers begin that a recipe has logged while it trained."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepRow:
+class StepRow(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One optimizer step in metrics.jsonl."""
 
     step: int
@@ -49,6 +54,16 @@ class StepRow:
     communication_seconds: float | None
     """Time spent waiting for communication that overlaps no computation, averaged over ranks and
     over the steps read together with this one; None where it cannot be measured (FSDP, ZeRO)."""
+
+    logged: dict[str, float] = {}  # msgspec makes a new one for each row
+    """Means over the global batch of what the recipe has logged in this step, by name."""
+
+    def flat(self) -> StepRow | dict[str, Any]:
+        """Return the row as it is written: logged numbers stand beside others, as `train/NAME`."""
+        if not self.logged:
+            return self
+        values = msgspec.structs.asdict(self)
+        return values | {f"{LOGGED}{name}": mean for name, mean in values.pop("logged").items()}
 
     @property
     def is_finite(self) -> bool:

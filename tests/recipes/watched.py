@@ -1,13 +1,16 @@
-"""Digits that are watched from outside the loop: callbacks on every rank."""
+"""Digits that are watched: callbacks on every rank, and numbers that loss and forward log."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from worlds import worlds
 
-from launcher import CallbackContext, Recipe, main
+from launcher import CallbackContext, Recipe, log, main
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Diary:
@@ -42,8 +45,35 @@ class Diary:
 
 
 def watched(*, fails: str = "") -> Recipe:
-    """Digits with a diary."""
-    return replace(worlds(), name="watched", callbacks=(Diary(fails),))
+    """Digits with a diary, and with numbers whose means do not depend on the split of a batch."""
+    return replace(
+        worlds(), name="watched", loss=logging_loss, forward=forward, callbacks=(Diary(fails),)
+    )
+
+
+def forward(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Log the mean of all pixels, with a count that is a number of Python."""
+    log("pixel", batch[0].sum(), batch[0].numel())
+    logits: Tensor = model(batch[0])
+    return logits
+
+
+def logging_loss(logits: Tensor, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
+    """Log the loss again, a constant, and the loss of each digit that a micro-batch has.
+
+    Few ranks have all digits, and the last batch of an epoch has two samples.
+    """
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    losses = cross_entropy(logits, batch[1], reduction="none")
+    total = cross_entropy(logits, batch[1], reduction="sum")
+    log("again", total, len(losses))
+    log("three", 3.0 * len(losses), torch.tensor(len(losses)))
+    for digit in set(batch[1].tolist()):
+        of_digit = losses[batch[1] == digit]
+        log(f"digit/{digit}", of_digit.sum(), len(of_digit))
+    return total, len(losses)
 
 
 if __name__ == "__main__":

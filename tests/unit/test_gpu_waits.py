@@ -16,7 +16,7 @@ from gpu_waits import GPU, recorded_waits
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from launcher import adamw, schedule_free, sgd
+from launcher import adamw, log, schedule_free, sgd
 from launcher.engine.backends.base import poison_nonfinite
 from launcher.engine.backends.local import LocalBackend
 from launcher.engine.backends.transfers import upload, upload_scalar, upload_tensor
@@ -165,10 +165,10 @@ def measurements(step: int, num_items: int | Tensor) -> dict[str, Any]:
 
 
 def test_counting_and_measuring_a_step_do_not_wait() -> None:
-    """A step that counts tokens and measures its noise waits in the meter's reads alone."""
+    """A step that counts tokens, logs and measures its noise waits in the meter's reads alone."""
     backend = FakeGPU()
     context = SimpleNamespace(recipe=replace(digits.digits(), count=len), backend=backend)
-    request = SimpleNamespace(count=5)
+    request = SimpleNamespace(count=5, has_weight=True)
     with recorded_waits() as waits:
         micro_batches = [MicroBatch(batch=None, items=5, request=request)]  # type: ignore[arg-type]
         num_items = _count_items(context, 5, micro_batches)  # type: ignore[arg-type]
@@ -176,6 +176,10 @@ def test_counting_and_measuring_a_step_do_not_wait() -> None:
         meter = Meter(backend)
         loss = torch.zeros((), device=GPU)
         for step in range(3):
+            for _ in range(2):
+                with meter.logged.of(micro_batches[0]):
+                    log("tensors", loss, torch.ones((), dtype=torch.long, device=GPU))
+                    log("both", 2.0, loss)
             meter.add(**measurements(step, num_items))
         noise_meter = LocalNoiseMeter(backend, nn.Linear(2, 2), stride=1)
         noise_meter.begin(0)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from launcher.engine.backends.base import Backend
 from launcher.engine.backends.transfers import upload
+from launcher.engine.metrics.logged_numbers import Logged, LoggedNumbers
 from launcher.engine.metrics.rank_times import (
     ROW_WIDTH,
     CommunicationClock,
@@ -95,6 +96,7 @@ class _StepMeasurements:
     momentum: float | None
     grad_norm: Tensor
     data_wait_seconds: float
+    logged: Logged
 
 
 class Meter:
@@ -115,11 +117,14 @@ class Meter:
         self._clock_start = clock()
         self._communication = CommunicationClock(backend.communication)
         self._rank_totals = RankTotals(backend.world_size)
+        self.logged = LoggedNumbers(backend)
+        """Receives what the recipe logs in the current step."""
+
         backend.compute_times()  # those of the trial do not count
 
     def add(self, **measurements: Any) -> None:
-        """Keep the measurements of one step; tensors stay on their device."""
-        self._steps.append(_StepMeasurements(**measurements))
+        """Keep the measurements of a step, and what it has logged; tensors stay on their device."""
+        self._steps.append(_StepMeasurements(**measurements, logged=self.logged.take()))
 
     def is_due(self) -> bool:
         """Return whether enough steps are collected; the answer is the same on every rank."""
@@ -177,7 +182,9 @@ class Meter:
                 measures_devices=device_times is not None,
             )
             sums = sums[:-num_rows]
-        self._check_lockstep(*sums.pop()[:2])
+        logged_sums, sums = sums[len(steps) + 3 :], sums[: len(steps) + 3]
+        *checksums, num_with_new_names = sums.pop()
+        self._check_lockstep(*checksums)
         summed_flags = RankFlags(*sums.pop())
         seconds, end_time, total_wait = sums.pop()
         self._rank_totals.advance_clock(seconds)
@@ -186,11 +193,15 @@ class Meter:
             _MAX_STEPS_BETWEEN_READS,
         )
         self._check_loss_scale()
+        logged = self.logged.means(
+            [step.logged for step in steps], logged_sums, any_new=num_with_new_names > 0
+        )
         rows = self._make_rows(
             steps,
             sums,
             items,
             grad_norms,
+            logged,
             seconds=seconds,
             end_time=end_time,
             total_wait=None if wait_per_step is None else total_wait,
@@ -209,11 +220,12 @@ class Meter:
 
         The rows are (loss sum, counted items, data wait) for each step, followed by
         (seconds and end time of rank 0, so that all ranks use one clock, and communication wait),
-        the flags, and (sum, sum of squares, 0) of the ranks' call checksums. If `rank_row` is
-        given, the rows of all ranks follow, in lines of three numbers.
+        the flags, and (sum, sum of squares) of the ranks' call checksums with the number of ranks
+        that have logged new names. Rows of logged numbers follow. If `rank_row` is given, the rows
+        of all ranks follow, in lines of three numbers.
 
         Returns:
-            A float64 tensor of shape (steps + 3, 3), or with more rows if `rank_row` is given.
+            A float64 tensor of shape (steps + 3, 3), or with more rows.
         """
         device = self._backend.device
         zero = torch.zeros((), device=device)
@@ -234,7 +246,9 @@ class Meter:
         parts = [torch.stack([losses, counts, data_waits], dim=1)]
         call_order = self._backend.call_order
         checksum = 0 if call_order is None else call_order.take_checksum()
-        parts.append(upload([*clock, *own_flags, checksum, checksum**2, 0.0], device).view(3, 3))
+        checks = checksum, checksum**2, float(self.logged.has_new)
+        parts.append(upload([*clock, *own_flags, *checks], device).view(3, 3))
+        parts.append(self.logged.packed([step.logged for step in steps]))
         if rank_row is not None:
             numbers = [0.0] * (3 * _rows_of_three(self._backend.world_size * ROW_WIDTH))
             first = self._backend.rank * ROW_WIDTH
@@ -292,6 +306,7 @@ class Meter:
         sums: list[list[float]],
         items: list[float],
         grad_norms: list[float],
+        logged: list[dict[str, float]],
         *,
         seconds: float,
         end_time: float,
@@ -304,6 +319,7 @@ class Meter:
             sums: (loss sum, counted items, data wait) of each step, summed over ranks.
             items: Items of the global batch of each step.
             grad_norms: Norm of the global gradient of each step.
+            logged: What the recipe has logged in each step, over all ranks.
             seconds: Duration of all steps together.
             end_time: End of the last step, in seconds since 1970.
             total_wait: Communication wait per step, summed over ranks; None if not measured.
@@ -316,8 +332,8 @@ class Meter:
         throughput = sum(step.batch_samples for step in steps) / max(seconds, 1e-9)
         step_seconds = seconds / max(len(steps), 1)
         rows: list[StepRow] = []
-        measurements = zip(steps, sums, items, grad_norms, strict=True)
-        for step, (loss_sum, counted, data_wait), step_items, grad_norm in measurements:
+        measurements = zip(steps, sums, items, grad_norms, logged, strict=True)
+        for step, (loss_sum, counted, data_wait), step_items, grad_norm, own in measurements:
             _check_count(step.step, int(counted), int(step_items))
             rows.append(
                 StepRow(
@@ -334,6 +350,7 @@ class Meter:
                     step_seconds=step_seconds,
                     data_wait_seconds=data_wait / world_size,
                     communication_seconds=None if total_wait is None else total_wait / world_size,
+                    logged=own,
                 )
             )
         return rows

@@ -57,6 +57,8 @@ class Recorder:
         """Steps taken since the start of the run; None before this process has taken one."""
 
         self._noise = RunningNoise()
+        self._logged: dict[str, float] = {}
+        """The latest mean of each number that the recipe has logged."""
 
     def on_micro_batches(self, step: int, micro_batches: list[MicroBatch]) -> None:
         self.steps_taken = step
@@ -66,12 +68,15 @@ class Recorder:
 
     def on_steps(self, rows: list[StepRow]) -> None:
         for row in rows:
-            self._write(self._metrics, row)
+            self._write(self._metrics, row.flat())
+            self._logged |= row.logged
         if rows:
             last = rows[-1]
             self.last_loss = last.loss
             if self._progress is not None:
-                self._progress.show_step(last.step, last.loss, last.lr, last.samples_per_second)
+                self._progress.show_step(
+                    last.step, last.loss, last.lr, last.samples_per_second, self._logged
+                )
             self._track(last.step, "train", _summarize(rows))
         self._flush()
 
@@ -138,13 +143,20 @@ class Recorder:
 
 
 def _summarize(rows: list[StepRow]) -> dict[str, float | None]:
-    """Return the values for trackers: means of loss and data wait, the rest from the last row.
+    """Return the values for trackers: means of loss, data wait and what the recipe has logged.
+
+    The rest is from the last row.
 
     Rows are read about twice a second, which is often enough for a curve; metrics.jsonl has every
     step.
     """
     last = rows[-1]
+    names = dict.fromkeys(name for row in rows for name in row.logged)
     return {
+        **{
+            name: statistics.fmean(row.logged[name] for row in rows if name in row.logged)
+            for name in names
+        },
         "loss": statistics.fmean(row.loss for row in rows),
         "lr": last.lr,
         "momentum": last.momentum,

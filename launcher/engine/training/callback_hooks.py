@@ -19,6 +19,7 @@ from launcher.errors import TrainingError
 from launcher.json_file import encode_json
 from launcher.printable import add_note, kind_of, printable_line
 from launcher.recipe.callback_checks import HOOKS
+from launcher.recipe.training_log import without_log
 from launcher.runs.callback_context import CallbackContext
 from launcher.runs.manifest import CallbackState, CallbackValues
 from launcher.runs.rundir import RunDir
@@ -174,7 +175,8 @@ class CallbackHooks:
     def _guard(self, callback: Any, method: str, call: Callable[[Any], Any]) -> Any:
         """Return `call(callback.method)`; name the callback in a note if that raises."""
         try:
-            return call(getattr(callback, method))
+            with without_log("a callback"):
+                return call(getattr(callback, method))
         except BaseException as error:
             add_note(
                 error,

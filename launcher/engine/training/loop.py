@@ -209,7 +209,7 @@ def train(
                 batch_norms.micro_batch_context(request),
                 forward_writes.micro_batch_context(request),
             ):
-                with backend.autocast():
+                with backend.autocast(), meter.logged.of(micro_batch):
                     loss_sum, count = training_loss(
                         recipe.loss, backend.forward(recipe.forward, model, batch), batch
                     )
