@@ -9,6 +9,7 @@ import itertools
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -149,6 +150,7 @@ def _train(
     from launcher.runs.run_record import write_resumption
     from launcher.runs.rundir import RunDir, open_run_dir
 
+    started = time.monotonic()
     world = find_world()
     reference = reference_of(function)
 
@@ -200,6 +202,7 @@ def _train(
             stop=stop,
             start=start,
             source=source,
+            started=started,
             write_report=write_report,
             ends_process=not in_notebook,
         )

@@ -51,6 +51,8 @@ def summarize(plan: Plan, *, recipe: str = "", more: str = "") -> str:
     lines = [_fitting("", *(f"{head}  {place}".rstrip() for head in heads for place in places))]
     total = plan.derivations["total_steps"].partition(";")[0]
     schedule = plan.settings["schedule"]
+    if _is_to_be_timed(plan):
+        total = f"{total}, as many as fit in max_time={plan.settings['max_time']}"
     steps = [f"{total}; {schedule}: {_lr_range(plan)}", f"{total}; {schedule}", total]
     pinned = "pinned" if plan.pin_memory else "not pinned"
     lr = plan.derivations["lr"]
@@ -100,7 +102,27 @@ def _lr_range(plan: Plan) -> str:
     if _is_constant(plan):
         return f"lr {plan.lr_start:.3g} at every step"
     ends = f"lr {plan.lr_start:.3g} to {plan.lr_end:.3g}"
-    return f"{ends}, peak at step {plan.lr_peak_step:,}" if _peaks_within(plan) else ends
+    return f"{ends}, peak {_peak(plan)}" if _peaks_within(plan) else ends
+
+
+def _is_to_be_timed(plan: Plan) -> bool:
+    """Return whether the number of steps will follow from `max_time` and the measured speed."""
+    return plan.settings.get("max_time") is not None and plan.timed_steps is None
+
+
+def _timing_text(plan: Plan) -> str:
+    return (
+        f"max_time={plan.settings['max_time']}: the run measures the speed of its first steps, and "
+        "plans as many steps as fit in that time; its schedule spans them. Their number depends "
+        "on the machine and the ranks"
+    )
+
+
+def _peak(plan: Plan) -> str:
+    """Return where the learning rate is highest; as a part of the run if its steps are unknown."""
+    if _is_to_be_timed(plan):
+        return f"after {plan.lr_peak_step / plan.total_steps:.0%} of the steps"
+    return f"at step {plan.lr_peak_step:,}"
 
 
 def _peaks_within(plan: Plan) -> bool:
@@ -183,7 +205,7 @@ def schedule_change(
 def _lr_inputs(plan: Plan) -> tuple[object, ...]:
     """Return everything that determines the learning rate of each step of a plan."""
     settings = plan.settings["schedule"], plan.settings["lr_rule"]
-    return plan.lr, plan.total_steps, plan.stages, settings
+    return plan.lr, plan.total_steps, plan.timed_steps, plan.stages, settings
 
 
 def _lr(plan: Plan, schedule: Schedule, step: int) -> float:
@@ -203,14 +225,14 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     if _is_constant(plan):
         yield "", f"{plan.lr_start:.3g} at every step: {settings['schedule']}"
     else:
-        peak = f", peaks at step {plan.lr_peak_step:,}" if _peaks_within(plan) else ""
+        peak = f", peaks {_peak(plan)}" if _peaks_within(plan) else ""
         ends = f"starts at {plan.lr_start:.3g}{peak}, ends at {plan.lr_end:.3g}"
         yield "", f"{ends}: {settings['schedule']}"
     yield "steps", derivations["total_steps"]
-    if plan.evaluate_every:
-        yield "evaluation", f"every {plan.evaluate_every:,} steps, and after the last step"
-    else:
-        yield "evaluation", "after each epoch, and after the last step"
+    if _is_to_be_timed(plan):
+        yield "", _timing_text(plan)
+    every = f"every {plan.evaluate_every:,} steps" if plan.evaluate_every else "after each epoch"
+    yield "evaluation", f"{every}, and after the last step"
     yield "workers", f"{plan.workers_per_rank} per rank ({derivations['workers_per_rank']})"
     pinned = "pinned" if plan.pin_memory else "not pinned"
     yield "memory", f"{pinned} ({derivations['pin_memory']})"

@@ -171,10 +171,14 @@ def schedule_plots(schedule: Schedule, plan: Plan) -> list[Plot]:
     """
     stride = max(plan.total_steps // _MAX_SCHEDULE_POINTS, 1)
     stage_starts = [stage.first_step for stage in plan.stages[1:]]
-    # The peak, the last step and both sides of every stage boundary are always among the points.
+    if plan.timed_steps is not None and 0 < plan.timed_steps.first_step < plan.total_steps:
+        jumps = [*stage_starts, plan.timed_steps.first_step]
+    else:
+        jumps = stage_starts
+    # The peak, the last step and both sides of every jump are always among the points.
     steps = sorted(
         {*range(0, plan.total_steps, stride), plan.lr_peak_step - 1, plan.total_steps - 1}
-        | {start + offset for start in stage_starts for offset in (-1, 0)}
+        | {jump + offset for jump in jumps for offset in (-1, 0)}
     )
     settings = [plan.schedule_value_at(schedule, step) for step in steps]
     step_numbers = [step + 1 for step in steps]

@@ -72,6 +72,18 @@ class Progress(ABC):
     def show_line(self, text: str) -> None:
         """Show one line of text."""
 
+    def set_steps(self, total_steps: int, text: str, values: Mapping[str, Any]) -> None:
+        """Show that the run will have another number of steps than was planned at first.
+
+        Args:
+            total_steps: The number of steps.
+            text: The reason for people, one line.
+            values: The same for programs, JSON-compatible.
+        """
+        del values
+        self._total_steps = total_steps
+        self.show_line(text)
+
     @abstractmethod
     def close(self) -> None:
         """Stop the live display and restore the terminal."""
@@ -143,6 +155,11 @@ class TerminalProgress(Progress):
                 step_line(step, self._total_steps, loss, lr, samples_per_second, time_left, logged)
             )
 
+    def set_steps(self, total_steps: int, text: str, values: Mapping[str, Any]) -> None:
+        super().set_steps(total_steps, text, values)
+        if self._bar is not None:
+            self._bar.set_total(total_steps)
+
     def show_evaluation(self, step: int, values: dict[str, float]) -> None:
         if step == self._total_steps:
             return  # `show_result` shows the last evaluation
@@ -196,6 +213,11 @@ class JSONProgress(Progress):
             seconds_left=self._seconds_left(step),
             **{f"{LOGGED}{name}": value for name, value in logged.items()},
         )
+
+    def set_steps(self, total_steps: int, text: str, values: Mapping[str, Any]) -> None:
+        del text
+        self._total_steps = total_steps
+        self._write(event="timed", **values)
 
     def show_evaluation(self, step: int, values: dict[str, float]) -> None:
         self._write(event="evaluated", step=step, evaluation=values)
@@ -297,6 +319,9 @@ class _Bar:
 
     def update(self, step: int, status: str) -> None:
         self._progress.update(self._task, completed=step, status=status)
+
+    def set_total(self, total_steps: int) -> None:
+        self._progress.update(self._task, total=total_steps)
 
     def print(self, text: str) -> None:
         self._progress.console.print(text, highlight=False, markup=False)

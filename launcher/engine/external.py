@@ -101,6 +101,7 @@ def external_rank(
     stop: StopRequest,
     start: ResumeFrom | None,
     source: RecipeSource,
+    started: float | None = None,
     write_report: ReportWriter | None = None,
     ends_process: bool = True,
 ) -> int:
@@ -114,6 +115,7 @@ def external_rank(
         stop: Records the signals that ask this process to stop.
         start: Which checkpoint to resume from; None starts a new run.
         source: What the recipe is built from; spawned DataLoader workers need it.
+        started: `time.monotonic()` at the start of the command; None is the start of training.
         write_report: Writes the page that experiment trackers receive; None sends no page.
         ends_process: Whether a failure ends this process, as it does on a rank; a notebook goes on.
 
@@ -146,6 +148,7 @@ def external_rank(
             stop=stop,
             start=start,
             source=source,
+            started=started,
             report_phase=watchdog.report_phase,
             write_report=write_report,
         )

@@ -7,7 +7,7 @@ import functools
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -27,23 +27,32 @@ from launcher.engine.state.training_state import group_values
 from launcher.engine.training.build import build_context
 from launcher.engine.training.callback_hooks import CallbackHooks
 from launcher.engine.training.checkpoint_manager import CheckpointManager
-from launcher.engine.training.loop import TrainContext, TrainOutcome, train
+from launcher.engine.training.loop import StepController, TrainContext, TrainOutcome, train
 from launcher.engine.training.resume_point import (
     ResumePoint,
     discard_later_steps,
     find_resume_point,
+    keep_planned_steps,
     restore_callbacks,
     restore_state,
+)
+from launcher.engine.training.time_budget import (
+    SpeedMeasurement,
+    TimeBudget,
+    check_time_left,
+    is_to_be_timed,
 )
 from launcher.errors import TrainingError, UsageError
 from launcher.planning.plan import Plan
 from launcher.printable import noted_text_of
 from launcher.quantities import duration
+from launcher.recipe.max_time import seconds_in
 from launcher.recipe.recipe import Recipe
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.events import record_event
 from launcher.runs.files import write_json
 from launcher.runs.job import RecipeSource, ReportWriter, ResumeFrom
+from launcher.runs.planned_steps import record_planned_steps
 from launcher.runs.run_record import read_run
 from launcher.runs.rundir import RunDir
 from launcher.signals import StopRequest
@@ -71,6 +80,13 @@ class TrainResult:
     seconds: float
     """Time from the first step to the end, evaluations included."""
 
+    total_seconds: float = 0.0
+    """Time from the start of the command to the result, start-up and saving included."""
+
+    max_seconds: float | None = None
+    """The time that `max_time` gives, in seconds; None without it, and in a resumed run that keeps
+    its number of steps."""
+
     num_trained: int
     """Number of trainable weights of the model."""
 
@@ -87,6 +103,7 @@ def train_rank(
     last_step: int | None = None,
     trial: bool = True,
     source: RecipeSource | None = None,
+    started: float | None = None,
     report_phase: Callable[[int, str], None] = lambda *_: None,
     write_report: ReportWriter | None = None,
 ) -> TrainResult | None:
@@ -101,9 +118,12 @@ def train_rank(
         stop: Records the signals that ask this rank to stop. None saves no checkpoints, and the run
             cannot be stopped.
         start: Which checkpoint to resume from; None starts a new run.
-        last_step: Number of steps after which to finish; None takes all planned steps.
+        last_step: Number of steps after which to finish; None takes all planned steps, or those
+            that fit in the recipe's `max_time`.
         trial: Whether to check a few samples first, and refuse a run that would be wrong.
         source: What the recipe is built from; spawned DataLoader workers need it.
+        started: `time.monotonic()` at the start of the command, on the machine of rank 0; None is
+            the time of the call.
         report_phase: Called with (steps taken, phase) whenever this rank enters a phase.
         write_report: Writes the page that experiment trackers receive; None sends no page.
 
@@ -114,8 +134,11 @@ def train_rank(
         LauncherError: The recipe or its data is at fault, the checkpoint cannot be resumed, or the
             training failed.
     """
+    started = time.monotonic() if started is None else started
     resume_point = find_resume_point(start, backend, run_dir, plan)
     first_step = 0 if resume_point is None else resume_point.step
+    plan = keep_planned_steps(plan, recipe, resume_point, backend, run_dir)
+    is_timed = last_step is None and stop is not None and is_to_be_timed(plan, first_step)
     last_step = plan.total_steps if last_step is None else last_step
     context = build_context(
         recipe,
@@ -130,23 +153,17 @@ def train_rank(
         report_phase=report_phase,
     )
     initial_groups = group_values(context.optimizer)
-    if resume_point is not None:
-        restore_state(resume_point, context)
-    trial_outcome = TrialOutcome()
-    if trial:
-        checkpoint_data = _get_checkpoint_data(resume_point)
-        trial_outcome = run_trial(context, recipe, step=first_step, checkpoint_data=checkpoint_data)
+    trial_outcome = _restore_and_try(context, recipe, resume_point, trial=trial)
+    if is_timed:
+        check_time_left(recipe, backend, started)
     if resume_point is not None:  # from here on nothing refuses to resume
         discard_later_steps(resume_point, backend, run_dir)
     context = _record_start(context, run_dir, first_step)
     hooks = CallbackHooks(context, run_dir, first_step)
     progress = output.progress(last_step) if backend.rank == 0 else None
     with _open_trackers(recipe, plan, backend, run_dir) as trackers:
-        records_samples = recipe.record_samples and backend.leads_group
-        recorder = Recorder(run_dir, backend.rank, records_samples, progress, trackers)
-        for warning in trial_outcome.warnings:
-            recorder.on_warning(warning)
-        checkpoint_manager = None
+        recorder = _open_recorder(context, run_dir, progress, trackers, trial_outcome.warnings)
+        checkpoint_manager, budget = None, None
         if stop is not None:
             stop.defer()
             checkpoint_manager = CheckpointManager(
@@ -159,19 +176,26 @@ def train_rank(
                 hooks=hooks,
                 resumed=resume_point is not None,
             )
-        started = time.perf_counter()
+            if is_timed:
+                budget = TimeBudget(context, checkpoint_manager, recorder, started=started)
+        began = time.perf_counter()
         try:
-            if resume_point is not None:
-                restore_callbacks(resume_point, hooks)
+            restore_callbacks(resume_point, hooks)
             hooks.on_run_start()
-            outcome = _take_steps(
-                context, recorder, hooks, checkpoint_manager, first_step, last_step
-            )
+            controller = budget or checkpoint_manager
+            outcome = _take_steps(context, recorder, hooks, controller, first_step, last_step)
+            if budget is not None and budget.measurement is not None:
+                context = _plan_in_time(budget, budget.measurement, recorder, run_dir)
+                last_step = context.plan.total_steps
+                outcome = _take_steps(
+                    context, recorder, hooks, checkpoint_manager, outcome.step, last_step
+                )
             if outcome.step < last_step:
                 hooks.on_run_end(outcome.step, finished=False)
                 _report_stop(backend, run_dir, outcome.step, progress)
                 return None
-            result = _complete(context, outcome, recorder, checkpoint_manager, run_dir, started)
+            result = _complete(context, outcome, recorder, checkpoint_manager, run_dir, began)
+            result = _with_times(result, started, recipe.max_time if is_timed else None)
             hooks.on_run_end(outcome.step, finished=True)
         finally:
             if checkpoint_manager is not None:
@@ -180,6 +204,28 @@ def train_rank(
         if progress is not None:
             _report_result(result, run_dir, progress, trackers, write_report)
     return result
+
+
+def _with_times(result: TrainResult, started: float, max_time: str | None) -> TrainResult:
+    """Return the result with the time since the start, and the time that the run was given."""
+    return replace(
+        result,
+        total_seconds=time.monotonic() - started,
+        max_seconds=None if max_time is None else seconds_in(max_time),
+    )
+
+
+def _restore_and_try(
+    context: TrainContext, recipe: Recipe, resume_point: ResumePoint | None, *, trial: bool
+) -> TrialOutcome:
+    """Restore the state that a run resumes from, if it does, and try a few samples (collective)."""
+    if resume_point is not None:
+        restore_state(resume_point, context)
+    if not trial:
+        return TrialOutcome()
+    step = 0 if resume_point is None else resume_point.step
+    checkpoint_data = _get_checkpoint_data(resume_point)
+    return run_trial(context, recipe, step=step, checkpoint_data=checkpoint_data)
 
 
 def _get_checkpoint_data(resume_point: ResumePoint | None) -> CheckpointData | None:
@@ -202,6 +248,8 @@ def _record_start(context: TrainContext, run_dir: RunDir, step: int) -> TrainCon
     plan, backend, recipe = context.plan, context.backend, context.recipe
     if backend.rank != 0:
         return context
+    if plan.timed_steps is not None:
+        record_planned_steps(run_dir, plan)
     job = os.environ.get("SLURM_JOB_ID")
     record_event(
         run_dir,
@@ -239,11 +287,27 @@ def _open_trackers(
     return Trackers(recipe.trackers, run_dir, plan.recipe, config)
 
 
+def _open_recorder(
+    context: TrainContext,
+    run_dir: RunDir,
+    progress: Progress | None,
+    trackers: Trackers | None,
+    warnings: Iterable[str],
+) -> Recorder:
+    """Return what records the run, which has shown the warnings of the trial."""
+    backend = context.backend
+    records_samples = context.recipe.record_samples and backend.leads_group
+    recorder = Recorder(run_dir, backend.rank, records_samples, progress, trackers)
+    for warning in warnings:
+        recorder.on_warning(warning)
+    return recorder
+
+
 def _take_steps(
     context: TrainContext,
     recorder: Recorder,
     hooks: CallbackHooks,
-    checkpoint_manager: CheckpointManager | None,
+    controller: StepController | None,
     first_step: int,
     last_step: int,
 ) -> TrainOutcome:
@@ -257,7 +321,7 @@ def _take_steps(
         return train(
             hooks.with_before_step(context),
             hooks.listening(recorder),
-            checkpoint_manager,
+            controller,
             first_step=first_step,
             last_step=last_step,
         )
@@ -269,13 +333,33 @@ def _take_steps(
         ) from None
 
 
+def _plan_in_time(
+    budget: TimeBudget, measurement: SpeedMeasurement, recorder: Recorder, run_dir: RunDir
+) -> TrainContext:
+    """Return what is trained with the steps that fit in the recipe's `max_time`, and record them.
+
+    Raises:
+        TrainingError: The schedule of the recipe fails for this number of steps.
+    """
+    try:
+        context = budget.planned(measurement)
+    except UsageError as error:
+        raise TrainingError(f"After step {recorder.steps_taken:,}: {error}") from None
+    if context.backend.rank == 0:
+        if problem := record_planned_steps(run_dir, context.plan):
+            recorder.on_warning(problem)
+        record_event(run_dir, "timed", **measurement.values())
+        recorder.on_planned_steps(measurement.text(), measurement.values())
+    return context
+
+
 def _complete(
     context: TrainContext,
     outcome: TrainOutcome,
     recorder: Recorder,
     checkpoint_manager: CheckpointManager | None,
     run_dir: RunDir,
-    started: float,
+    began: float,
 ) -> TrainResult:
     """Save the final checkpoint and weights of a run, and return its result (collective).
 
@@ -285,7 +369,7 @@ def _complete(
         recorder: Holds the loss of the last step, and whether this process has taken a step.
         checkpoint_manager: Saves the checkpoint; None saves none.
         run_dir: The run folder.
-        started: `time.perf_counter()` at the first step.
+        began: `time.perf_counter()` at the first step.
     """
     backend = context.backend
     context.batch_norms.average(backend)
@@ -297,7 +381,7 @@ def _complete(
         train_loss=recorder.last_loss,
         steps=outcome.step,
         samples=context.sampler.samples_before(outcome.step),
-        seconds=time.perf_counter() - started,
+        seconds=time.perf_counter() - began,
         num_trained=context.num_trained,
     )
     if checkpoint_manager is not None:
@@ -363,7 +447,15 @@ def _report_result(
 
 def _summarize(result: TrainResult, run_dir: RunDir) -> str:
     held_out = f"held-out: {metrics_text(result.evaluation)}\n" if result.evaluation else ""
+    budget = ""
+    if result.max_seconds is not None:
+        late = result.total_seconds - result.max_seconds
+        over = f", {duration(late)} over" if late > 0 else ""
+        used = duration(result.total_seconds)
+        budget = (
+            f"\n{used} from the start, of {duration(result.max_seconds)} that max_time gives{over}"
+        )
     return (
         f"{held_out}{result.steps:,} steps, {result.samples:,} samples in "
-        f"{duration(result.seconds)}\nrun folder: {run_dir.shown}"
+        f"{duration(result.seconds)}{budget}\nrun folder: {run_dir.shown}"
     )

@@ -89,6 +89,7 @@ def _train(rank: _AgentRank) -> int:
         last_step=rank.job.last_step,
         trial=rank.job.trial,
         source=rank.job.source,
+        started=rank.job.started,
         report_phase=rank.report_phase,
         write_report=rank.job.write_report,
     )

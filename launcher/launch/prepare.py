@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, replace
+import time
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from launcher.console.explain import schedule_change
@@ -17,6 +18,7 @@ from launcher.errors import CheckpointError, RunDirError
 from launcher.launch.multi_node import check_restarts
 from launcher.launch.only_launcher import check_only_launcher
 from launcher.planning.plan import Plan
+from launcher.planning.timed_plan import timed_plan
 from launcher.planning.weight_headers import read_weight_headers
 from launcher.recipe.overrides import BuiltRecipe, Override, build
 from launcher.recipe.resolve import Reference, resolve
@@ -30,6 +32,7 @@ from launcher.runs.job import OutputMode, ReportWriter, ResumeFrom
 from launcher.runs.manifest import Manifest
 from launcher.runs.ownership import check_unowned
 from launcher.runs.plan_recipe import describe_run, plan_recipe
+from launcher.runs.planned_steps import planned_steps
 from launcher.runs.rebuilding import folder_of, overrides_of, working_folder
 from launcher.runs.resumption import check_resumable, setting_changes
 from launcher.runs.run_record import RunRecord, read_run
@@ -57,6 +60,9 @@ class Request:
 
     output_mode: OutputMode = "progress"
     """What the run prints."""
+
+    started: float = field(default_factory=time.monotonic)
+    """`time.monotonic()` at the start of the command, from which `max_time` counts."""
 
     write_report: ReportWriter | None = None
     """Writes the HTML page that experiment trackers get at the end."""
@@ -164,6 +170,7 @@ def prepare_resume(request: ResumeRequest, *, elsewhere: bool = False) -> Prepar
     check_unowned(run_dir.path)
     record = read_run(run_dir)
     checkpoint = _choose(run_dir, request.checkpoint, record.recipe)
+    manifest = _read_manifest(run_dir, checkpoint, fall_back=request.fall_back)
     folder, previous = folder_of(record), overrides_of(record)
     overrides = (*previous, *request.overrides)
     with working_folder(folder):  # the recipe may read files by paths relative to it
@@ -172,9 +179,10 @@ def prepare_resume(request: ResumeRequest, *, elsewhere: bool = False) -> Prepar
         built, plan = _plan(
             replace(request, nproc_per_node=nproc), reference, overrides, elsewhere=elsewhere
         )
+        if manifest is not None and (steps := planned_steps(run_dir, manifest, plan)) is not None:
+            plan = timed_plan(plan, built.recipe.schedule, steps)
         previously_built = build(reference, previous)
         description = describe_run(reference, built, plan)
-    manifest = _read_manifest(run_dir, checkpoint, fall_back=request.fall_back)
     if manifest is not None:
         check_resumable(manifest, plan, checkpoint.name, request.accept)
     return PreparedRun(

@@ -89,6 +89,7 @@ def _launch(
         plan=prepared.plan,
         run_dir=run_dir,
         launcher_pid=os.getpid(),
+        started=request.started,
         start=resume_from,
         output_mode=request.output_mode,
         restarts=request.max_restarts,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from launcher.environment.machine import Machine
 from launcher.planning.global_batch import ceil_div
@@ -122,6 +123,11 @@ def steps_arithmetic(
         per_epoch: Steps per epoch; None if unknown.
         total: Steps of the run.
     """
+    if recipe.max_time is not None:
+        limit = steps_arithmetic(
+            replace(recipe, max_time=None), batch_size, samples, per_epoch, total
+        )
+        return f"at most {limit}"
     if per_epoch is None or samples is None:
         return f"{total:,}, as asked"
     if recipe.batch_milestones and recipe.epochs is not None:

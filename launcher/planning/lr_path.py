@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from launcher.errors import LauncherError, PlanError
 from launcher.planning.stages import Stage, growth_at
+from launcher.planning.timed_steps import TimedSteps
 from launcher.printable import text_of
 from launcher.recipe.schedules import Schedule
 
@@ -40,7 +41,13 @@ class LRPath:
     """The first step with the highest factor, counted from 1."""
 
 
-def lr_path(schedule: Schedule, total_steps: int, stages: Sequence[Stage], rule: str) -> LRPath:
+def lr_path(
+    schedule: Schedule,
+    total_steps: int,
+    stages: Sequence[Stage],
+    rule: str,
+    timed_steps: TimedSteps | None = None,
+) -> LRPath:
     """Return the path of the learning rate of a run, in a time that does not depend on its steps.
 
     Args:
@@ -48,15 +55,17 @@ def lr_path(schedule: Schedule, total_steps: int, stages: Sequence[Stage], rule:
         total_steps: Steps of the run.
         stages: The stages of the run.
         rule: `Recipe.lr_rule`.
+        timed_steps: The steps that `max_time` has set, if it has.
 
     Raises:
         PlanError: The schedule raises an exception, or returns a factor that is not finite.
     """
 
     def factor(step: int) -> float:
-        where = f"schedule={schedule}: step {step + 1:,} of {total_steps:,}"
+        span = total_steps if timed_steps is None else timed_steps.span(step)
+        where = f"schedule={schedule}: step {step + 1:,} of {span:,}"
         try:
-            value = schedule.at(step, total_steps).factor * growth_at(stages, step, rule)
+            value = schedule.at(step, span).factor * growth_at(stages, step, rule)
             is_finite = math.isfinite(value)
         except LauncherError:
             raise
@@ -70,6 +79,9 @@ def lr_path(schedule: Schedule, total_steps: int, stages: Sequence[Stage], rule:
 
     stride = max(total_steps // _SAMPLES, 1)
     sampled = {*range(0, total_steps, stride), *(stage.first_step for stage in stages)}
+    if timed_steps is not None:
+        around = (timed_steps.first_step - 1, timed_steps.first_step)
+        sampled |= {step for step in around if 0 <= step < total_steps}
     highest = max(sorted(sampled), key=factor)
     peak = _highest_around(highest, stride, total_steps, factor)
     return LRPath(

@@ -18,6 +18,7 @@ from launcher.planning.global_batch import BatchSplit, Statistics
 from launcher.planning.sharding import Sharding
 from launcher.planning.stages import Stage, growth_at
 from launcher.planning.strategy import STRATEGIES, Backend, distribute
+from launcher.planning.timed_steps import TimedSteps
 from launcher.planning.virtual_ranks import VirtualRanks
 from launcher.printable import printable_line, shortened
 from launcher.recipe.affects import Affects, effects_of
@@ -119,6 +120,11 @@ class Plan:
     """The first step with the highest learning rate, counted from 1."""
 
     total_steps: int
+    """Optimizer steps of the run; with `max_time` the upper limit, until the speed is known."""
+
+    timed_steps: TimedSteps | None = None
+    """The steps that `max_time` has set; None without it, or as long as the speed is unknown."""
+
     steps_per_epoch: int | None
     """Optimizer steps in an epoch with batches of the first stage, of which the last may be
     shorter; None if the number of training samples is unknown."""
@@ -258,7 +264,8 @@ class Plan:
             schedule: The schedule of the recipe.
             step: The step, counted from 0.
         """
-        value = schedule.at(step, self.total_steps)
+        span = self.total_steps if self.timed_steps is None else self.timed_steps.span(step)
+        value = schedule.at(step, span)
         if len(self.stages) == 1:
             return value
         growth = growth_at(self.stages, step, self.settings["lr_rule"])
@@ -325,7 +332,9 @@ class Plan:
         }
         of_node = settings_affecting(Affects.NODE)
         settings = {name: value for name, value in self.settings.items() if name not in of_node}
-        return numbers | settings | {"stages": [asdict(stage) for stage in self.stages]}
+        timed_steps = None if self.timed_steps is None else asdict(self.timed_steps)
+        stages = [asdict(stage) for stage in self.stages]
+        return numbers | settings | {"stages": stages, "timed_steps": timed_steps}
 
 
 def _inconsistencies(plan: Plan) -> Iterator[str]:

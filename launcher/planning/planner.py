@@ -86,6 +86,7 @@ def make_plan(
     batch_size = batch_sizes[0]
     samples = recipe.train_samples or train_samples
     stages, total_steps = _stages(recipe, batch_sizes, samples)
+    _check_max_time(recipe)
     steps_per_epoch = ceil_div(samples, batch_size) if samples is not None else None
     parts = recipe.virtual_ranks or data_ranks
     distribution = distribute(
@@ -293,6 +294,20 @@ def _stages(
             "counted in 64 bits. Use fewer epochs."
         )
     return stages, total_steps
+
+
+def _check_max_time(recipe: Recipe) -> None:
+    """Refuse a time limit for a run whose batch grows at fractions of its steps.
+
+    Raises:
+        PlanError: The recipe has both.
+    """
+    if recipe.max_time is not None and recipe.batch_milestones:
+        raise PlanError(
+            f"max_time={recipe.max_time} sets the number of steps from the speed of the first "
+            "ones, and batch_milestones are fractions of that number at which the batch, and with "
+            "it the speed, changes. Use one of them."
+        )
 
 
 def _micro_batch(batch_size: int, world_size: int, limit: int) -> int:

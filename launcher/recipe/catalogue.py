@@ -28,7 +28,7 @@ TOPICS = {
         "batch_size batch_size_per_gpu batch_milestones batch_gamma micro_batch_size "
         "lr lr_batch_size lr_rule schedule optimizer max_grad_norm averaging"
     ),
-    "Length of the run": "epochs steps train_samples evaluate_every seed",
+    "Length of the run": "epochs steps max_time train_samples evaluate_every seed",
     "Initial weights": "weights strict_weights",
     "Memory and speed": (
         "strategy shard reshard_after_forward accumulate_unsharded prefetch_blocks reduce_dtype "

@@ -97,6 +97,13 @@ _NAMES = (
         remark="These are optimizer steps, instead of epochs.",
     ),
     _Advice(
+        words=(
+            "max_duration time_limit time_budget max_train_time max_hours max_minutes max_seconds "
+            "walltime wall_time"
+        ),
+        remark="max_time=30min plans as many steps as fit in that time.",
+    ),
+    _Advice(
         words="fast_dev_run limit_train_batches overfit_batches debug dry_run",
         write="steps=10",
         remark="`launcher check` tries a recipe on one batch.",

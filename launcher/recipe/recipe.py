@@ -31,6 +31,7 @@ from launcher.recipe.function_checks import (
     check_parallel_plan,
 )
 from launcher.recipe.hang_limits import HangTimeout
+from launcher.recipe.max_time import MaxTime
 from launcher.recipe.optimizer import OptimizerSpec, sgd
 from launcher.recipe.prediction_metric import PredictionMetric
 from launcher.recipe.schedules import Schedule, one_cycle
@@ -210,6 +211,11 @@ class Recipe:
 
     steps: Annotated[PositiveInt | None, Affects.UPDATES] = None
     """Optimizer steps, instead of epochs."""
+
+    max_time: Annotated[MaxTime | None, Affects.UPDATES] = None
+    """Time in which the run finishes its schedule, such as 30min, 2h or 90s, from the start of the
+    command. The number of steps follows from the speed of the first ones; epochs or steps is its
+    upper limit. None takes all of them."""
 
     train_samples: Annotated[PositiveInt | None, Affects.SAMPLES] = None
     """Size of the training set, so that planning need not load it; checked when the run starts."""

@@ -91,6 +91,10 @@ def _cards(history: History) -> list[tuple[str, str]]:
         cards.append(("loss", f"{history.steps['loss'][-1]:.4f}"))
     if (seconds := history.active_seconds()) is not None:
         cards.append(("run time", duration(seconds)))
+    if (times := history.time_used()) is not None:
+        used, given = times
+        over = f", {duration(used - given)} over" if used > given else ""
+        cards.append(("time used", f"{duration(used)} of {duration(given)}{over}"))
     if (throughput := history.typical("samples_per_second")) is not None:
         cards.append(("samples/s", f"{throughput:,.0f}"))
     unit = "GPU" if plan.device == "cuda" else "CPU rank"

@@ -4,6 +4,7 @@ Every event has `time`, in seconds since 1970, and `event`:
 
 began      the ranks have met: step, ranks, nodes, strategy, device_name; in Slurm also job
 counted    flops_per_sample: the operations of a forward pass
+timed      max_time has set the steps: step, steps, limit, max_time, seconds_per_step, used_seconds
 stopped    the run was asked to stop and has saved a checkpoint: step
 failed     the content of failure.json, moved here when the run starts again: error, message,
            rank, node; rank is null if failure.json was damaged
@@ -67,6 +68,28 @@ class Counted(_Event, tag="counted", frozen=True, kw_only=True):
     """Operations of a forward pass with one sample."""
 
 
+class Timed(_Event, tag="timed", frozen=True, kw_only=True):
+    """`max_time` has set the number of steps, from the speed of the first ones."""
+
+    step: Count
+    """Steps taken while the speed was measured."""
+
+    steps: Count
+    """Steps of the run."""
+
+    limit: Count
+    """Upper limit, from the recipe's epochs or steps."""
+
+    max_time: str
+    """The setting, such as 30min."""
+
+    seconds_per_step: float = 0.0
+    """Measured duration of a step."""
+
+    used_seconds: float = 0.0
+    """Time since the start of the command."""
+
+
 class Stopped(_Event, tag="stopped", frozen=True, kw_only=True):
     """The run was asked to stop and has saved a checkpoint."""
 
@@ -97,7 +120,7 @@ class Finished(_Event, tag="finished", frozen=True, kw_only=True):
     """Steps taken."""
 
 
-Event = Began | Counted | Stopped | Failed | Finished
+Event = Began | Counted | Timed | Stopped | Failed | Finished
 """A line of events.jsonl. Unknown keys of a line are ignored; a line of another kind is skipped."""
 
 _DECODER: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)

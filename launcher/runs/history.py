@@ -20,6 +20,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from launcher.errors import RunDirError
 from launcher.json_file import Count, Moment, decode_line, lines_of
+from launcher.recipe.max_time import seconds_in
 from launcher.regular_file import open_regular
 from launcher.runs.events import (
     Began,
@@ -28,6 +29,7 @@ from launcher.runs.events import (
     Failed,
     Finished,
     Stopped,
+    Timed,
     read_events,
 )
 from launcher.runs.failure_record import read_failure
@@ -197,6 +199,7 @@ class History:
         self._newest = newest
         self._position = 0
         self._identity: tuple[int, ...] = ()
+        self._num_timed = 0
         self.refresh()
 
     def refresh(self) -> None:
@@ -216,13 +219,16 @@ class History:
         identity = () if status is None else (status.st_ino,)
         if identity != self._identity or (status and status.st_size < self._position):
             self._identity, self._position = identity, 0
-        if self._position == 0:
+        self.events: list[Event] = read_events(self.run_dir)
+        num_timed = sum(isinstance(event, Timed) for event in self.events)
+        if self._position == 0 or num_timed != self._num_timed:  # the plan has changed
             self.record: RunRecord = read_run(self.run_dir)
             self.plan = self.record.read_plan()
+            self._num_timed = num_timed
+        if self._position == 0:
             self._lines = _Lines()
         if status is not None and status.st_size > self._position:
             self._read_appended()
-        self.events: list[Event] = read_events(self.run_dir)
         self.failure = read_failure(self.run_dir)
         self.result = find_result(self.run_dir)
         self.health: list[Heartbeat] = list(read_heartbeats(self.run_dir))
@@ -351,6 +357,28 @@ class History:
         if not attempts:
             return None
         return float(sum(max(attempt.until - attempt.began.time, 0.0) for attempt in attempts))
+
+    def time_used(self) -> tuple[float, float] | None:
+        """Return the seconds that a run with `max_time` has used, and those that it has.
+
+        Start-up counts in the attempt that measured the speed, where it is known.
+
+        Returns:
+            The two numbers, or None without `max_time` or before the run has begun.
+        """
+        max_time, used = self.plan.settings.get("max_time"), self.active_seconds()
+        if not isinstance(max_time, str) or used is None:
+            return None
+        try:
+            given = seconds_in(max_time)
+        except ValueError:  # run.yaml is damaged
+            return None
+        timed = [event for event in self.events if isinstance(event, Timed)]
+        if timed:
+            began = [attempt.began.time for attempt in self.attempts()]
+            last_began = max(filter(lambda time: time <= timed[-1].time, began), default=began[0])
+            used += max(last_began - (timed[-1].time - timed[-1].used_seconds), 0.0)
+        return used, given
 
     def flops_per_second(self) -> float | None:
         """Return the model FLOP/s of each rank, forward and backward; None if not counted.

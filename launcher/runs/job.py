@@ -91,6 +91,10 @@ class Job:
     output_mode: OutputMode = "progress"
     """What the ranks print besides their logs."""
 
+    started: float | None = None
+    """`time.monotonic()` at the start of the command, from which `max_time` counts; None counts
+    from the start of training."""
+
     start: ResumeFrom | None = None
     """The checkpoint to resume from; None starts at step 0."""
 

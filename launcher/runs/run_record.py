@@ -131,6 +131,17 @@ def write_resumption(run_dir: RunDir, record: RunRecord) -> None:
     write_yaml(run_dir.run_yaml, {**record.to_dict(), "earlier": earlier})
 
 
+def replace_plan(run_dir: RunDir, plan: Plan) -> None:
+    """Replace the plan in run.yaml, and nothing else.
+
+    Raises:
+        RunDirError: run.yaml cannot be read or written.
+    """
+    values = _read_values(run_dir)
+    _convert(values, run_dir)
+    write_yaml(run_dir.run_yaml, {**values, "plan": plan.to_dict()})
+
+
 def _read_values(run_dir: RunDir) -> Any:
     """Return the content of run.yaml as plain values, unchecked."""
     return read_yaml_file(run_dir.run_yaml, max_bytes=_MAX_BYTES, error=RunDirError).value

@@ -15,6 +15,7 @@ from msgspec import Meta
 from launcher.errors import RunDirError, SlurmError
 from launcher.json_file import find_json
 from launcher.paths import exists, is_dir
+from launcher.runs.events import Timed, read_events
 from launcher.runs.files import write_json
 from launcher.runs.final_result import find_result
 from launcher.runs.rundir import RunDir, find_run_dirs
@@ -206,7 +207,8 @@ def _state_and_words(
         waits = f"waiting {job.waits}" if job.state == "PENDING" else job.state.lower()
         return "waiting", waits + requeues
     if job is not None and job.state in GOING:
-        progress = progress_text(run_dir, submission.total_steps)
+        planned = [event.steps for event in read_events(run_dir) if isinstance(event, Timed)]
+        progress = progress_text(run_dir, planned[-1] if planned else submission.total_steps)
         return "running", f"running on {job.nodes}: {progress}{requeues}"
     if job is None and problem is not None:
         state = read_run_state(run_dir)

@@ -19,6 +19,7 @@ from launcher.errors import PlanError
 from launcher.planning.fsdp_messages import collectives_for
 from launcher.planning.plan import Plan
 from launcher.planning.strategy import STRATEGIES
+from launcher.recipe.max_time import seconds_in
 from launcher.slurm.site import Site
 from launcher.tuning.measurements import Measurements
 
@@ -129,7 +130,10 @@ class EstimateRow:
     """Throughput per device over the throughput of one device alone."""
 
     seconds: Bounds
-    """Duration of the whole run, including the cost of failures."""
+    """Duration of the whole run, including the cost of failures; at most `max_time`."""
+
+    steps: Bounds | None
+    """Steps of the run that fit in `max_time`; None without it."""
 
     device_hours: Bounds
     """Hours of all devices together."""
@@ -258,6 +262,12 @@ def _row(plan: Plan, measured: Measurements, facts: EstimateInputs) -> EstimateR
     rate = Bounds(*(plan.batch_size / seconds for seconds in step))
     save_every, lasting = _failures(measured.save_seconds, facts, num_devices)
     duration = Bounds(*(plan.total_steps * seconds / max(lasting, 1e-9) for seconds in step))
+    steps, max_time = None, plan.settings["max_time"]
+    if max_time is not None:
+        given = seconds_in(max_time)
+        parts = [min(given / seconds, 1.0) for seconds in duration]
+        steps = Bounds(*(int(part * plan.total_steps) for part in parts))
+        duration = Bounds(*(min(given, seconds) for seconds in duration))
     hours = Bounds(*(seconds / 3600 * num_devices for seconds in duration))
     price, noise_scale = facts.price_per_hour, measured.noise_scale
     return EstimateRow(
@@ -270,6 +280,7 @@ def _row(plan: Plan, measured: Measurements, facts: EstimateInputs) -> EstimateR
         samples_per_second=rate,
         efficiency=Bounds(*(bound / num_devices / rate_alone for bound in rate)),
         seconds=duration,
+        steps=steps,
         device_hours=hours,
         price=None if price is None else Bounds(*(bound * price for bound in hours)),
         samples_ratio=None if noise_scale is None else 1 + plan.batch_size / noise_scale,

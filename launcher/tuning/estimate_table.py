@@ -82,6 +82,8 @@ def _link(link: Link) -> str:
 def _head(unit: str, estimate: Estimate) -> list[str]:
     head = ["ranks", "batch", "per rank", "ms/step", "samples/s", "efficiency", "run"]
     head.append(f"{unit} hours")
+    if estimate.rows and estimate.rows[0].steps is not None:
+        head.append("steps")
     if estimate.facts.price_per_hour is not None:
         head.append("price")
     if estimate.measured.noise_scale is not None:
@@ -102,6 +104,8 @@ def _cells(row: EstimateRow) -> list[str]:
         _range(row.seconds, duration),
         _range(row.device_hours, lambda value: f"{value:,.3g}"),
     ]
+    if row.steps is not None:
+        cells.append(_range(row.steps, lambda value: f"{value:,.0f}"))
     if row.price is not None:
         cells.append(_range(row.price, lambda value: f"{value:,.2f}"))
     if row.samples_ratio is not None:

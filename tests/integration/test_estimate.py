@@ -207,6 +207,22 @@ def test_the_table_has_a_row_per_number_of_ranks(measured: Commands) -> None:
     assert estimate["measured"]["num_trained"] == 151_306
 
 
+def test_max_time_limits_the_steps() -> None:
+    """With max_time the table has the steps that fit: 600 s / 0.2 s on one device."""
+    recipe = replace(digits(), epochs=1000, max_time="10min", device="cuda")
+    estimate = estimate_scaling(
+        lambda nodes, nproc: make_plan(recipe, MACHINE, nodes=nodes, nproc_per_node=nproc),
+        *(1, 1),
+        Measurements(micro_steps=((128, 0.2),), num_trained=1_000, data_wait=0.0),
+        EstimateInputs(
+            network=NETWORK, mtbf_seconds=1e9, restart_seconds=60.0, price_per_hour=None
+        ),
+    )
+    [row] = estimate.rows
+    assert row.seconds == (600.0, 600.0)
+    assert row.steps == (3_000, 3_000)
+
+
 def test_the_trials_of_find_batch_are_read(measured: Commands) -> None:
     """A folder of `find batch` contributes the time of each micro-batch size."""
     done = measured("launcher", "plan", "digits", "device=cpu", "--estimate", "batch", "--json")

@@ -42,6 +42,7 @@ SETTINGS = {
         "averaging",
         "epochs",
         "steps",
+        "max_time",
         "weights",
         "strict_weights",
         "precision",

@@ -80,6 +80,19 @@ class MicroBatchRequest:
     """The part of the batch that the micro-batch belongs to; None without virtual ranks."""
 
 
+class Horizon:
+    """The end of a stream of requests, which may be brought forward while the stream is read.
+
+    Args:
+        last_step: Number of steps after which the stream ends.
+    """
+
+    def __init__(self, last_step: int) -> None:
+        self.last_step = last_step
+        self.requested = 0
+        """Steps of which at least one request has been taken; the end cannot be before them."""
+
+
 class _Span(NamedTuple):
     """A micro-batch of this rank in a batch of some size."""
 
@@ -199,15 +212,27 @@ class Sampler:
     def _first_samples(self, num_samples: int, size: int) -> list[int]:
         return elements_at(num_samples, self.plan.seed, 0, [range(min(size, num_samples))])[0]
 
-    def requests(self, first_step: int = 0) -> Iterator[MicroBatchRequest]:
-        """Yield this rank's requests from `first_step` to the end of the run."""
+    def requests(
+        self, first_step: int = 0, horizon: Horizon | None = None
+    ) -> Iterator[MicroBatchRequest]:
+        """Yield this rank's requests from `first_step` to the end of the run.
+
+        Args:
+            first_step: Number of steps that were taken before.
+            horizon: Where the run ends, if it may become shorter than planned.
+        """
+        horizon = horizon or Horizon(self.plan.total_steps)
         steps = range(first_step, self.plan.total_steps)
         steps_per_lookup = max(_POSITIONS_PER_LOOKUP // max(self.plan.samples_per_rank), 1)
         for epoch, epoch_steps in itertools.groupby(steps, lambda step: self.window(step).epoch):
             while chunk := list(itertools.islice(epoch_steps, steps_per_lookup)):
                 for step, requests in zip(chunk, self._training(epoch, chunk), strict=True):
+                    if step >= horizon.last_step:
+                        return
+                    horizon.requested = step + 1
                     yield from requests
-                    yield from self.evaluation(self.evaluations_after(step))
+                    is_last = step + 1 == horizon.last_step
+                    yield from self.evaluation(None if is_last else self.evaluations_after(step))
 
     def evaluation(
         self, schedules: Iterable[EvaluationSchedule] | None = None

@@ -56,6 +56,9 @@ class Recorder:
         self.steps_taken: int | None = None
         """Steps taken since the start of the run; None before this process has taken one."""
 
+        self.data_wait_seconds = 0.0
+        """Time that the steps of this process have waited for data, averaged over ranks."""
+
         self._noise = RunningNoise()
         self._logged: dict[str, float] = {}
         """The latest mean of each number that the recipe has logged."""
@@ -73,6 +76,7 @@ class Recorder:
         if rows:
             last = rows[-1]
             self.last_loss = last.loss
+            self.data_wait_seconds += sum(row.data_wait_seconds for row in rows)
             if self._progress is not None:
                 self._progress.show_step(
                     last.step, last.loss, last.lr, last.samples_per_second, self._logged
@@ -85,6 +89,17 @@ class Recorder:
             scale = self._noise.add(measurement)
             self._write(self._metrics, {"step": measurement.step, "noise_scale": scale})
             self._track(measurement.step, "train", {"noise_scale": scale})
+
+    def on_planned_steps(self, text: str, values: Mapping[str, Any]) -> None:
+        """Receive the number of steps that `max_time` has set, on rank 0.
+
+        Args:
+            text: The number for people, one line.
+            values: `step`, `steps`, `limit` and further values of the measurement.
+        """
+        if self._progress is not None:
+            self._progress.set_steps(values["steps"], text, values)
+        self.on_values(values["step"], {"total_steps": float(values["steps"])})
 
     def on_warning(self, text: str) -> None:
         if self._progress is not None:

@@ -61,6 +61,10 @@ class Averages:
         weights themselves."""
 
     @torch.no_grad()
+    def adopt(self, plan: Plan) -> None:
+        """Average from now on over the steps of a plan that replaces the first one."""
+        self._total_steps = plan.total_steps
+
     def update(self, step: int) -> None:
         """Let the weights after `step` steps enter the average, if the rule includes them."""
         if not self._averaging.includes(step, self._total_steps):

@@ -18,7 +18,7 @@ from launcher.engine.data.open_files import open_files, opened_since
 from launcher.engine.data.prefetching import micro_batches, raise_if_error
 from launcher.engine.data.randomness import seed_all
 from launcher.engine.data.reader import MicroBatch, Reader, call_data, sample_count
-from launcher.engine.data.sampler import EvaluationSchedule, Sampler
+from launcher.engine.data.sampler import EvaluationSchedule, Horizon, Sampler
 from launcher.engine.metrics.collected_metrics import CollectedMetrics
 from launcher.engine.metrics.noise_meter import STRIDE, make_noise_meter
 from launcher.engine.model.averages import Averages
@@ -97,8 +97,10 @@ def build_context(
     reader = Reader(recipe, data, source)
     reader.held_files = opened_since(files_before)
 
+    horizon = Horizon(plan.total_steps)
+
     def start_reading(sampler: Sampler) -> Iterator[MicroBatch]:
-        requests = sampler.requests(first_step) if first_step < last_step else iter(())
+        requests = sampler.requests(first_step, horizon) if first_step < last_step else iter(())
         if missed or first_step >= last_step:
             requests = itertools.chain(sampler.evaluation(missed or None), requests)
         if trial:
@@ -136,6 +138,7 @@ def build_context(
         sampler=sampler,
         reader=reader,
         micro_batches=batches,
+        horizon=horizon,
         batch_norms=batch_norms,
         forward_writes=ForwardWrites(model, backend, recipe.rank_buffers),
         collected=CollectedMetrics(recipe if sampler.evaluations else None, backend),

@@ -61,7 +61,11 @@ class CallbackHooks:
         return bool(self._callbacks)
 
     def with_before_step(self, context: TrainContext) -> TrainContext:
-        """Return the context of the loop with what it calls before each step."""
+        """Return the context of the loop with what it calls before each step.
+
+        Callbacks are shown this context from now on.
+        """
+        self._context = context
         if not self._having["before_step"]:
             return context
         return replace(context, before_step=(self._before_step,))

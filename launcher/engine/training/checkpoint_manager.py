@@ -11,14 +11,17 @@ from __future__ import annotations
 import shutil
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from launcher.engine.metrics.meter import RankFlags
 from launcher.engine.ranks.current_device import make_current
 from launcher.engine.saving.checkpoint_tensors import collect_file_sums, root_cause, write_shard
+from launcher.engine.state.fragments import Fragment
 from launcher.engine.state.training_state import Snapshot, changed_groups
 from launcher.engine.training.callback_hooks import CallbackHooks
 from launcher.engine.training.loop import Listener, TrainContext
@@ -68,6 +71,20 @@ class _ShardWriter:
         self.is_done = True
 
 
+@dataclass(kw_only=True)
+class SaveCosts:
+    """What saving a checkpoint has cost this rank; the last one counts."""
+
+    stall_seconds: float | None = None
+    """Time that the training waited; None before the first checkpoint."""
+
+    seconds: float | None = None
+    """Time until the checkpoint was complete; None before the first complete one."""
+
+    num_bytes: int = 0
+    """Bytes that this rank wrote."""
+
+
 class CheckpointManager:
     """A `StepController` that saves and prunes the checkpoints of a run, and stops it on request.
 
@@ -99,7 +116,7 @@ class CheckpointManager:
     ) -> None:
         self._context, self._backend, self._run_dir = context, context.backend, run_dir
         self._stop = stop
-        self._every_steps, self._every_seconds = _parse_interval(context.recipe.checkpoint_every)
+        self._every_steps, self._every_seconds = parse_interval(context.recipe.checkpoint_every)
         self._groups, self._listener, self._data = groups, listener, data
         self._hooks = hooks
         self._writer: _ShardWriter | None = None
@@ -107,6 +124,16 @@ class CheckpointManager:
         self._last_save = time.perf_counter()
         self._state_was_checked = False
         self._has_saved = resumed
+        self.costs = SaveCosts()
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether a checkpoint is being written beside the training; equal on every rank."""
+        return self._writer is not None
+
+    def adopt(self, context: TrainContext) -> None:
+        """Save the state of `context` from now on: the same training, with another plan."""
+        self._context = context
 
     def is_due(self, step: int) -> bool:
         """Return whether a checkpoint is due after `step` steps; equal on every rank."""
@@ -180,8 +207,10 @@ class CheckpointManager:
             state.release()
             self._report_failure(step, f"{self._run_dir.checkpoints}: {reason}")
             return
+        self.costs.num_bytes = sum(map(_num_bytes, state.tensors.values()))
         self._writer = _ShardWriter(folder, backend.rank, state, backend.device)
-        self._listener.on_values(step, {"checkpoint_stall_seconds": time.perf_counter() - started})
+        self.costs.stall_seconds = time.perf_counter() - started
+        self._listener.on_values(step, {"checkpoint_stall_seconds": self.costs.stall_seconds})
 
     def finish(self) -> None:
         """Wait for the pending save, if any, and commit it if it is complete (collective)."""
@@ -207,9 +236,8 @@ class CheckpointManager:
         if reason is not None:
             self._report_failure(manifest.step, reason)
             return
-        self._listener.on_values(
-            manifest.step, {"checkpoint_seconds": time.perf_counter() - writer.started}
-        )
+        self.costs.seconds = time.perf_counter() - writer.started
+        self._listener.on_values(manifest.step, {"checkpoint_seconds": self.costs.seconds})
         self._hooks.on_checkpoint(writer.folder.with_name(writer.folder.name.removeprefix(".")))
 
     def free_host_memory(self) -> None:
@@ -275,7 +303,11 @@ class CheckpointManager:
         self._listener.on_values(step, {"checkpoint_failed": 1.0})
 
 
-def _parse_interval(every: int | str) -> tuple[int | None, float | None]:
+def _num_bytes(tensor: Tensor | Fragment) -> int:
+    return tensor.nbytes if isinstance(tensor, Tensor) else tensor.values.nbytes
+
+
+def parse_interval(every: int | str) -> tuple[int | None, float | None]:
     """Return (steps, seconds) between checkpoints, of which one is None."""
     if isinstance(every, int):
         return every, None

@@ -18,7 +18,7 @@ from launcher.engine.backends.base import Backend
 from launcher.engine.backends.transfers import upload, upload_scalar
 from launcher.engine.data.randomness import ModelRandomness
 from launcher.engine.data.reader import MicroBatch, Reader
-from launcher.engine.data.sampler import EvaluationSchedule, Sampler
+from launcher.engine.data.sampler import EvaluationSchedule, Horizon, Sampler
 from launcher.engine.metrics.collected_metrics import CollectedMetrics
 from launcher.engine.metrics.meter import (
     Meter,
@@ -87,6 +87,9 @@ class TrainContext:
     micro_batches: Iterator[MicroBatch]
     """This rank's micro-batches: those of the trial, if there is one, followed by those of training
     and evaluation in the order of `sampler.requests`."""
+
+    horizon: Horizon
+    """The end of the stream of micro-batches."""
 
     batch_norms: BatchNorms
     """The BatchNorm modules of the model."""

@@ -13,12 +13,15 @@ from launcher.engine.training.callback_hooks import CallbackHooks
 from launcher.engine.training.loop import TrainContext
 from launcher.errors import CheckpointError
 from launcher.planning.plan import Plan
+from launcher.planning.timed_plan import timed_plan
+from launcher.recipe.recipe import Recipe
 from launcher.runs.checkpoints import Checkpoint, list_checkpoints, set_aside
 from launcher.runs.events import record_past_failure
 from launcher.runs.files import remove_file
 from launcher.runs.history import read_evaluation
 from launcher.runs.job import MISSING_STATE, ResumeFrom
 from launcher.runs.manifest import Manifest
+from launcher.runs.planned_steps import planned_steps
 from launcher.runs.resumption import check_resumable
 from launcher.runs.rundir import RunDir, truncate_after
 
@@ -82,6 +85,19 @@ def find_resume_point(
     )
 
 
+def keep_planned_steps(
+    plan: Plan, recipe: Recipe, resume_point: ResumePoint | None, backend: Backend, run_dir: RunDir
+) -> Plan:
+    """Return the plan with the steps that `max_time` has set before the run resumed (collective).
+
+    Without `max_time`, and for a new run, it is returned as it is.
+    """
+    if recipe.max_time is None or resume_point is None or plan.timed_steps is not None:
+        return plan
+    found = backend.broadcast(planned_steps(run_dir, resume_point.manifest, plan))
+    return plan if found is None else timed_plan(plan, recipe.schedule, found)
+
+
 def restore_state(resume_point: ResumePoint, context: TrainContext) -> None:
     """Restore model, optimizer and loss scale from the checkpoint (collective).
 
@@ -121,13 +137,13 @@ def _restore_averages(
         _print_on_rank_0(context.backend, f"launcher: {resume_point.checkpoint.name}: {remark}.")
 
 
-def restore_callbacks(resume_point: ResumePoint, hooks: CallbackHooks) -> None:
+def restore_callbacks(resume_point: ResumePoint | None, hooks: CallbackHooks) -> None:
     """Restore the state of the recipe's callbacks from the checkpoint.
 
     A run saves its first checkpoint before an evaluation. If that evaluation has been recorded, it
     is not made again, and the callbacks are told of it here.
     """
-    if not hooks:
+    if resume_point is None or not hooks:
         return
     hooks.restore(resume_point.manifest.values.get("callbacks"), resume_point.checkpoint.name)
     if resume_point.evaluation and not hooks.has_seen_evaluation(resume_point.step):
