@@ -25,6 +25,7 @@ SHORT = {
     "loop_overhead": "--ranks 1 --turns 1 --epochs 20 --only launcher,ignite",
     "noise_cost": "--ranks 1 --turns 1 --epochs 20",
     "same_steps": "--worlds 1,2 --epochs 1 --strategies ddp --only launcher,torch",
+    "migrating": "--ranks 1 --only plain",
     "same_bits": "--worlds 1,2 --strategies ddp --workloads 1 --only torch",
     "exact_cost": "--ranks 1 --turns 1 --epochs 8 --nets 1",
     "sharded_start": "--short",

@@ -61,12 +61,13 @@ is fetched when it is first used. [Start from Python](python-api.md) explains ho
 
 NAMES = {
     "Run, plan, resume": "plan run resume RunResult RunDir History Plan",
+    "Sweeps": "sweep SweepResult TrialResult objective",
     "Recipes": (
         "Recipe Data Evaluation all_predictions log CallbackContext Shards main packaged_file"
     ),
     "Schedules": (
-        "one_cycle cyclical cosine linear constant exponential multi_step wsd warmup schedule "
-        "Schedule ScheduleValue"
+        "one_cycle cyclical cosine linear constant exponential multi_step wsd warmup "
+        "torch_schedule plateau schedule Schedule ScheduleValue"
     ),
     "Optimizers": "sgd adamw muon schedule_free OptimizerSpec",
     "Averaged weights": "ema tail Averaging",

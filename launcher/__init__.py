@@ -3,7 +3,7 @@
 A recipe is a function that returns `Recipe(...)`; `main(recipe)` at the end of its file trains it
 as one rank, and `launcher run` starts all ranks. `make_plan` works out every number of a run before
 anything starts. Rooms, from the bottom to the top: `recipe`, `environment`, `planning`, `runs`,
-`analysis`, `console`, `slurm`, `engine`, `launch`, `tuning`, `checks`, `report`, `cli`.
+`analysis`, `console`, `slurm`, `engine`, `launch`, `tuning`, `checks`, `sweeps`, `report`, `cli`.
 
 Importing this package imports no submodule. A public name is imported with its module on first use,
 and torch only when something trains.
@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from launcher.api import plan, resume, run
+    from launcher.api import objective, plan, resume, run, sweep
     from launcher.engine.data.shards import Shards
     from launcher.engine.model.four_bits import four_bits
     from launcher.entry import main
@@ -53,11 +53,13 @@ if TYPE_CHECKING:
         wsd,
     )
     from launcher.recipe.training_log import log
+    from launcher.recipe.unplanned_schedules import plateau, torch_schedule
     from launcher.runs.callback_context import CallbackContext
     from launcher.runs.failure_record import Failure, RunFailedError
     from launcher.runs.history import History
     from launcher.runs.run_result import RunResult
     from launcher.runs.rundir import RunDir
+    from launcher.sweeps.sweep_result import SweepResult, TrialResult
 
 __all__ = [
     "Averaging",
@@ -83,7 +85,9 @@ __all__ = [
     "Schedule",
     "ScheduleValue",
     "Shards",
+    "SweepResult",
     "TrainingError",
+    "TrialResult",
     "UsageError",
     "WorldError",
     "adamw",
@@ -101,16 +105,20 @@ __all__ = [
     "make_plan",
     "multi_step",
     "muon",
+    "objective",
     "one_cycle",
     "packaged_file",
     "plan",
+    "plateau",
     "read_machine",
     "resume",
     "run",
     "schedule",
     "schedule_free",
     "sgd",
+    "sweep",
     "tail",
+    "torch_schedule",
     "warmup",
     "wsd",
 ]
@@ -139,7 +147,9 @@ _MODULES = {
     "Schedule": "launcher.recipe.schedules",
     "ScheduleValue": "launcher.recipe.schedules",
     "Shards": "launcher.engine.data.shards",
+    "SweepResult": "launcher.sweeps.sweep_result",
     "TrainingError": "launcher.errors",
+    "TrialResult": "launcher.sweeps.sweep_result",
     "UsageError": "launcher.errors",
     "WorldError": "launcher.errors",
     "adamw": "launcher.recipe.optimizer",
@@ -157,16 +167,20 @@ _MODULES = {
     "make_plan": "launcher.planning.planner",
     "multi_step": "launcher.recipe.schedules",
     "muon": "launcher.recipe.optimizer",
+    "objective": "launcher.api",
     "one_cycle": "launcher.recipe.schedules",
     "packaged_file": "launcher.recipe.package_data",
     "plan": "launcher.api",
+    "plateau": "launcher.recipe.unplanned_schedules",
     "read_machine": "launcher.environment.machine",
     "resume": "launcher.api",
     "run": "launcher.api",
     "schedule": "launcher.recipe.schedules",
     "schedule_free": "launcher.recipe.optimizer",
     "sgd": "launcher.recipe.optimizer",
+    "sweep": "launcher.api",
     "tail": "launcher.recipe.averaging",
+    "torch_schedule": "launcher.recipe.unplanned_schedules",
     "warmup": "launcher.recipe.schedules",
     "wsd": "launcher.recipe.schedules",
 }

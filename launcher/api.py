@@ -8,9 +8,9 @@ folder, with other signal handlers or with another environment.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from launcher.engine.saving.hugging_face import Export
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from launcher.recipe.resolve import Reference
     from launcher.runs.job import OutputMode
     from launcher.runs.run_result import RunResult
+    from launcher.sweeps.objective import PrunableTrial
+    from launcher.sweeps.sweep_result import SweepResult
 
 
 def run(
@@ -166,6 +168,128 @@ def plan(
         elsewhere=True,
     )
     return derived
+
+
+def sweep(
+    recipe: str | Path | Callable[..., Recipe],
+    grid: Mapping[str, Sequence[Any]],
+    *,
+    nproc_per_node: int = 1,
+    parallel: int | None = None,
+    metric: str = "loss:min",
+    stop: Literal["halving"] | None = None,
+    eta: int = 3,
+    min_steps: int | None = None,
+    out: str | Path | None = None,
+    config: str | Path | None = None,
+    **overrides: Any,
+) -> SweepResult:
+    """Train a recipe with every combination of some settings, as `launcher sweep` does.
+
+    A run that fails does not end the others and raises nothing: its result has the state `failed`
+    and the error.
+
+    Args:
+        recipe: As for `run`.
+        grid: The values of each setting or parameter that varies, such as `{"lr": [0.1, 0.2]}`.
+        nproc_per_node: Ranks of each run.
+        parallel: Runs at a time; None is as many as there are GPUs for, or one on the CPU.
+        metric: The metric that compares the runs, and whether its `min` or `max` is best.
+        stop: "halving" ends runs early by successive halving; None trains each to its end.
+        eta: With `stop`: of every `eta` runs, the best goes on, for `eta` times as many steps.
+        min_steps: With `stop`: steps before the first choice; None takes what leaves one run.
+        out: The folder to make, or of the same sweep, which continues: runs that have finished are
+            skipped. None makes `runs/sweep-<recipe>-<time>`.
+        config: A YAML file of values for the recipe; `overrides` and `grid` take precedence.
+        overrides: Settings and parameters of the recipe in every run.
+
+    Returns:
+        The result of each run in the order of the grid, the best one as `best`, and the folder.
+
+    Raises:
+        UsageError: A setting is unknown, a list of values is empty or holds one twice, or the
+            folder is wrong; nothing was trained.
+        KeyboardInterrupt: Ctrl-C was pressed before the first run.
+    """
+    from launcher.environment.machine import read_machine
+    from launcher.launch.only_launcher import check_only_launcher
+    from launcher.recipe.metric_goal import read_goal
+    from launcher.recipe.resolve import check_not_importing
+    from launcher.recipe.validation import PositiveInt
+    from launcher.sweeps.sweep_request import (
+        Eta,
+        SweepRequest,
+        prepare_sweep,
+        read_grid,
+        rule_of,
+    )
+    from launcher.sweeps.sweeper import Quiet, run_sweep
+
+    check_not_importing()
+    check_only_launcher()
+    request = SweepRequest(
+        reference=_importable_reference(recipe),
+        axes={name: [*map(_plain, values)] for name, values in read_grid(grid).items()},
+        source="Python",
+        overrides=_overrides(config, overrides),
+        nproc_per_node=_argument("nproc_per_node", nproc_per_node, PositiveInt),
+        parallel=_argument("parallel", parallel, PositiveInt | None),
+        goal=read_goal(_argument("metric", metric, str), where="metric="),
+        rule=rule_of(
+            _argument("stop", stop, Literal["halving"] | None),
+            _argument("eta", eta, Eta),
+            _argument("min_steps", min_steps, PositiveInt | None),
+        ),
+    )
+    prepared = prepare_sweep(request, read_machine())
+    return run_sweep(prepared, Quiet(), out=_argument("out", out, Path | None), announces=False)
+
+
+def objective(
+    recipe: str | Path | Callable[..., Recipe],
+    *,
+    metric: str = "loss",
+    trial: PrunableTrial | None = None,
+    nproc_per_node: int | None = None,
+    out: str | Path | None = None,
+    config: str | Path | None = None,
+    **overrides: Any,
+) -> float:
+    """Train a recipe and return a metric of its final evaluation, for a search such as Optuna's.
+
+    Args:
+        recipe: As for `run`.
+        metric: Name of the metric.
+        trial: An Optuna trial that may end the run early: it receives the metric of each
+            evaluation, and a pruned run raises `optuna.TrialPruned`. None trains to the end.
+        nproc_per_node: Ranks; None is one for each GPU, or 2 CPU ranks if there is no GPU.
+        out: The run folder to make; None makes `runs/<recipe>-<time>`.
+        config: A YAML file of values for the recipe; `overrides` take precedence.
+        overrides: Settings and parameters of the recipe, such as those that the search suggests.
+
+    Raises:
+        RunFailedError: A rank failed.
+        TrainingError: A signal stopped the run.
+        UsageError: The recipe, an override, the folder or the metric is wrong.
+        KeyboardInterrupt: Ctrl-C was pressed.
+    """
+    from launcher.recipe.resolve import check_not_importing
+    from launcher.recipe.validation import PositiveInt
+    from launcher.sweeps.objective import run_prunable, value_of
+
+    check_not_importing()
+    if trial is None:
+        result = run(recipe, nproc_per_node=nproc_per_node, out=out, config=config, **overrides)
+    else:
+        result = run_prunable(
+            _importable_reference(recipe),
+            _overrides(config, overrides),
+            trial,
+            metric,
+            nproc_per_node=_argument("nproc_per_node", nproc_per_node, PositiveInt | None),
+            out=_argument("out", out, Path | None),
+        )
+    return value_of(result, metric)
 
 
 def _reference(recipe: str | Path | Callable[..., Recipe]) -> Reference:

@@ -42,6 +42,7 @@ _COMMANDS = {
     "settings": "launcher.cli.settings",
     "status": "launcher.cli.status",
     "submit": "launcher.cli.submit",
+    "sweep": "launcher.cli.sweep",
     "tune": "launcher.cli.tune",
     "watch": "launcher.cli.watch",
 }

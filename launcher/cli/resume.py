@@ -19,7 +19,9 @@ from launcher.cli.arguments import (
 from launcher.cli.completing import complete_runs
 from launcher.cli.machines import find_machines, find_variables, start_on_hosts
 from launcher.cli.settings_command import SettingsCommand
+from launcher.cli.sweep import resume_sweep
 from launcher.console.echo import echo
+from launcher.errors import UsageError
 
 
 @click.command(cls=SettingsCommand, short_help="Resume a run from a checkpoint.")
@@ -63,7 +65,8 @@ def command(
     """Resume the run in RUN_DIR from its newest checkpoint, to the sample.
 
     The recipe and its settings are those of the run, except what NAME=VALUE changes. The number of
-    ranks and the strategy may change.
+    ranks and the strategy may change. If RUN_DIR is the folder of `launcher sweep`, the sweep
+    continues.
 
     \b
     launcher resume runs/digits-20260101-120000
@@ -74,7 +77,16 @@ def command(
     from launcher.launch.session import start
     from launcher.launch.signal_handler import SignalHandler
     from launcher.report.write import write_report
+    from launcher.sweeps.sweep_record import is_sweep
 
+    if is_sweep(run_dir):
+        only_ranks = not (overrides or accept or checkpoint or fall_back or nodes or hosts)
+        if not only_ranks:
+            raise UsageError(
+                f"{run_dir} is the folder of a sweep, whose runs continue as they are: leave out "
+                "everything but -n, or resume one of its runs by its own folder."
+            )
+        return resume_sweep(run_dir, nproc_per_node, output_mode(quiet=quiet, as_json=as_json))
     signals = SignalHandler()
     variables = find_variables(hosts, forward)
     request = ResumeRequest(

@@ -99,6 +99,8 @@ def _batch(plan: Plan) -> str:
 
 
 def _lr_range(plan: Plan) -> str:
+    if plan.lr_start is None or plan.lr_end is None:
+        return f"lr {plan.lr:.3g}, changed as the run goes"
     if _is_constant(plan):
         return f"lr {plan.lr_start:.3g} at every step"
     ends = f"lr {plan.lr_start:.3g} to {plan.lr_end:.3g}"
@@ -120,14 +122,14 @@ def _timing_text(plan: Plan) -> str:
 
 def _peak(plan: Plan) -> str:
     """Return where the learning rate is highest; as a part of the run if its steps are unknown."""
-    if _is_to_be_timed(plan):
+    if plan.lr_peak_step is not None and _is_to_be_timed(plan):
         return f"after {plan.lr_peak_step / plan.total_steps:.0%} of the steps"
     return f"at step {plan.lr_peak_step:,}"
 
 
 def _peaks_within(plan: Plan) -> bool:
     """Return whether the learning rate is highest at another step than the first and the last."""
-    return 1 < plan.lr_peak_step < plan.total_steps
+    return plan.lr_peak_step is not None and 1 < plan.lr_peak_step < plan.total_steps
 
 
 def _is_constant(plan: Plan) -> bool:
@@ -181,6 +183,11 @@ def schedule_change(
     (old, _), (new, _) = was, now
     if _lr_inputs(old) == _lr_inputs(new):
         return None
+    if not (was[1].is_planned and now[1].is_planned):
+        schedules = old.settings["schedule"], new.settings["schedule"]
+        if schedules[0] == schedules[1]:
+            return None
+        return f"the remaining steps follow {schedules[1]} instead of {schedules[0]}"
     shared_steps = range(step, min(old.total_steps, new.total_steps))
     first_change = first_difference(
         shared_steps, lambda index: _lr(*was, index) != _lr(*now, index)
@@ -222,12 +229,7 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     if len(plan.stages) > 1:
         yield "", derivations["stages"]
     yield "lr", derivations["lr"]
-    if _is_constant(plan):
-        yield "", f"{plan.lr_start:.3g} at every step: {settings['schedule']}"
-    else:
-        peak = f", peaks {_peak(plan)}" if _peaks_within(plan) else ""
-        ends = f"starts at {plan.lr_start:.3g}{peak}, ends at {plan.lr_end:.3g}"
-        yield "", f"{ends}: {settings['schedule']}"
+    yield "", f"{_lr_path_text(plan)}: {settings['schedule']}"
     yield "steps", derivations["total_steps"]
     if _is_to_be_timed(plan):
         yield "", _timing_text(plan)
@@ -256,6 +258,16 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
         )
     for note in dict.fromkeys((*dependence, *plan.notes)):
         yield "note", note
+
+
+def _lr_path_text(plan: Plan) -> str:
+    """Return where the learning rate starts, peaks and ends."""
+    if plan.lr_start is None or plan.lr_end is None:
+        return "the run computes the learning rate of each step"
+    if _is_constant(plan):
+        return f"{plan.lr_start:.3g} at every step"
+    peak = f", peaks {_peak(plan)}" if _peaks_within(plan) else ""
+    return f"starts at {plan.lr_start:.3g}{peak}, ends at {plan.lr_end:.3g}"
 
 
 def _averaged_from(plan: Plan, averaging: str) -> str:

@@ -168,7 +168,15 @@ def schedule_plots(schedule: Schedule, plan: Plan) -> list[Plot]:
 
     The first plot shows the learning rate. Momentum follows if the schedule sets it, the global
     batch size if it grows. Steps are counted from 1 on the x axis.
+
+    Raises:
+        UsageError: Only the run computes the learning rate.
     """
+    if plan.lr_peak_step is None:
+        raise UsageError(
+            f"The learning rate of {schedule} cannot be drawn: only the run computes it. "
+            "`launcher report` draws the one of a run."
+        )
     stride = max(plan.total_steps // _MAX_SCHEDULE_POINTS, 1)
     stage_starts = [stage.first_step for stage in plan.stages[1:]]
     if plan.timed_steps is not None and 0 < plan.timed_steps.first_step < plan.total_steps:

@@ -101,6 +101,7 @@ def train_rank(
     stop: StopRequest | None = None,
     start: ResumeFrom | None = None,
     last_step: int | None = None,
+    pause_after: int | None = None,
     trial: bool = True,
     source: RecipeSource | None = None,
     started: float | None = None,
@@ -120,6 +121,7 @@ def train_rank(
         start: Which checkpoint to resume from; None starts a new run.
         last_step: Number of steps after which to finish; None takes all planned steps, or those
             that fit in the recipe's `max_time`.
+        pause_after: Number of steps after which to stop with a checkpoint; None does not stop.
         trial: Whether to check a few samples first, and refuse a run that would be wrong.
         source: What the recipe is built from; spawned DataLoader workers need it.
         started: `time.monotonic()` at the start of the command, on the machine of rank 0; None is
@@ -175,6 +177,7 @@ def train_rank(
                 data=trial_outcome.fingerprint,
                 hooks=hooks,
                 resumed=resume_point is not None,
+                pause_after=pause_after,
             )
             if is_timed:
                 budget = TimeBudget(context, checkpoint_manager, recorder, started=started)

@@ -87,6 +87,7 @@ def _train(rank: _AgentRank) -> int:
         stop=rank.stop,
         start=_choose_start(rank.job),
         last_step=rank.job.last_step,
+        pause_after=rank.job.pause_after,
         trial=rank.job.trial,
         source=rank.job.source,
         started=rank.job.started,

@@ -58,6 +58,9 @@ class Request:
     max_restarts: int = 0
     """How many times a failed run restarts from its newest checkpoint."""
 
+    pause_after: int | None = None
+    """Step after which the run stops with a checkpoint; None takes all steps."""
+
     output_mode: OutputMode = "progress"
     """What the run prints."""
 

@@ -91,6 +91,7 @@ def _launch(
         launcher_pid=os.getpid(),
         started=request.started,
         start=resume_from,
+        pause_after=request.pause_after,
         output_mode=request.output_mode,
         restarts=request.max_restarts,
         write_report=request.write_report,

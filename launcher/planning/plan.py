@@ -110,13 +110,14 @@ class Plan:
     lr: float
     """Peak learning rate, scaled to the batch size of the first stage."""
 
-    lr_start: float
-    """Learning rate of the first step."""
+    lr_start: float | None
+    """Learning rate of the first step; None if only the run computes it, as this and the next two
+    are with torch_schedule and plateau."""
 
-    lr_end: float
+    lr_end: float | None
     """Learning rate of the last step."""
 
-    lr_peak_step: int
+    lr_peak_step: int | None
     """The first step with the highest learning rate, counted from 1."""
 
     total_steps: int

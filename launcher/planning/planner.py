@@ -103,8 +103,10 @@ def make_plan(
     if recipe.noise_scale:
         _check_parts(recipe, data_ranks, accumulation)
     lr, lr_reason = _learning_rate(recipe, batch_size)
-    path = lr_path(recipe.schedule, total_steps, stages, recipe.lr_rule)
-    if not math.isfinite(lr * path.highest):
+    path = None  # only the run computes some schedules
+    if recipe.schedule.is_planned:
+        path = lr_path(recipe.schedule, total_steps, stages, recipe.lr_rule)
+    if path is not None and not math.isfinite(lr * path.highest):
         raise PlanError(
             f"The learning rate of step {path.peak_step:,} is not a finite number: {lr:g} times "
             f"{path.highest:g} by {recipe.schedule}. Use a smaller lr."
@@ -159,9 +161,9 @@ def make_plan(
         shard_size=None if sharding is None else sharding.size,
         exact=recipe.exact,
         lr=lr,
-        lr_start=lr * path.start,
-        lr_end=lr * path.end,
-        lr_peak_step=path.peak_step,
+        lr_start=None if path is None else lr * path.start,
+        lr_end=None if path is None else lr * path.end,
+        lr_peak_step=None if path is None else path.peak_step,
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
         train_samples=samples,

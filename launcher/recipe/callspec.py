@@ -163,14 +163,22 @@ def _read_call(
     for name, value in pairs:
         if name in arguments:
             raise UsageError(f"{called.id}(): {name} is given twice; keep one.")
-        if isinstance(value, ast.Name) and value.id in _CONSTANTS:
-            arguments[name] = _CONSTANTS[value.id]
-            continue
-        try:
-            arguments[name] = ast.literal_eval(value)
-        except _UNREADABLE:
-            arguments[name] = _read_call(value, text, table, kind)
+        arguments[name] = _read_value(value, text, table, kind)
     return factory(**arguments)
+
+
+def _read_value(
+    node: ast.expr, text: str, table: Mapping[str, Callable[..., Spec]], kind: str
+) -> Any:
+    """Return an argument: a literal, a constant, a call, or a list of these."""
+    if isinstance(node, ast.Name) and node.id in _CONSTANTS:
+        return _CONSTANTS[node.id]
+    try:
+        return ast.literal_eval(node)
+    except _UNREADABLE:
+        if isinstance(node, ast.List):
+            return [_read_value(item, text, table, kind) for item in node.elts]
+        return _read_call(node, text, table, kind)
 
 
 def _unreadable(text: str, table: Mapping[str, Any], kind: str) -> UsageError:

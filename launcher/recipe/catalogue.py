@@ -175,7 +175,11 @@ def call_signatures(name: str) -> dict[str, str]:
     calls = {}
     for function_name, factory in CALLS[name].items():
         parameters = [
-            item.name if item.default is item.empty else f"{item.name}={_argument(item.default)}"
+            "..."
+            if item.kind is item.VAR_KEYWORD
+            else item.name
+            if item.default is item.empty
+            else f"{item.name}={_argument(item.default)}"
             for item in inspect.signature(factory).parameters.values()
         ]
         sentence = (inspect.getdoc(factory) or "").partition("\n")[0]

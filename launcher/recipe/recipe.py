@@ -35,6 +35,7 @@ from launcher.recipe.max_time import MaxTime
 from launcher.recipe.optimizer import OptimizerSpec, sgd
 from launcher.recipe.prediction_metric import PredictionMetric
 from launcher.recipe.schedules import Schedule, one_cycle
+from launcher.recipe.unplanned_schedules import check_schedule
 from launcher.recipe.validation import (
     Fraction,
     MismatchError,
@@ -42,7 +43,6 @@ from launcher.recipe.validation import (
     PositiveFloat,
     PositiveInt,
     convert,
-    show,
 )
 
 Minutes = Annotated[
@@ -380,11 +380,7 @@ class Recipe:
         check_metrics(self.metrics)
         object.__setattr__(self, "callbacks", check_callbacks(self.callbacks))
         check_parallel_plan(self.tensor_parallel_plan)
-        if not isinstance(self.schedule, Schedule):
-            raise RecipeError(
-                f"Recipe(schedule=...): expected a schedule such as one_cycle(), "
-                f"found {show(self.schedule)}."
-            )
+        check_schedule(self.schedule, self.metrics)
         check_optimizer(self.optimizer)
         check_averaging(self.averaging, self.optimizer)
         for pair in EXCLUSIVE:

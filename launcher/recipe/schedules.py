@@ -14,6 +14,8 @@ stepped twice.
     multi_step    a factor of gamma at each milestone
     wsd           warm-up, a stable phase, and decay
     warmup        linear warm-up, then any of the above
+
+`launcher.recipe.unplanned_schedules` adds those that only a run can compute.
 """
 
 from __future__ import annotations
@@ -53,6 +55,23 @@ class Schedule(Spec):
         value: ScheduleValue = self.function(step, total_steps, **dict(self.arguments))
         return value
 
+    @property
+    def is_planned(self) -> bool:
+        """Whether the values can be computed before the run, as a plan shows them."""
+        return all(part.is_planned for part in self.parts)
+
+    @property
+    def parts(self) -> tuple[Schedule, ...]:
+        """The schedules among the arguments."""
+        return tuple(value for _, value in self.arguments if isinstance(value, Schedule))
+
+    def check_within(self, call: str) -> None:
+        """Refuse to be the argument of another schedule, if that makes no sense.
+
+        Raises:
+            UsageError: It makes no sense.
+        """
+
 
 SCHEDULES: dict[str, Callable[..., Schedule]] = {}
 """The rules by the names that the command line and YAML files use."""
@@ -68,7 +87,10 @@ def schedule(rule: Callable[Concatenate[int, int, P], ScheduleValue]) -> Callabl
     @functools.wraps(rule)
     def make(*args: P.args, **kwargs: P.kwargs) -> Schedule:
         instance = Schedule(rule.__name__, bind(rule, args, kwargs, skip=2), rule)
-        instance.at(0, 1000)  # rules check their arguments when they are called
+        for part in instance.parts:
+            part.check_within(rule.__name__)
+        if instance.is_planned:
+            instance.at(0, 1000)  # rules check their arguments when they are called
         return instance
 
     signature = inspect.signature(rule)

@@ -53,7 +53,7 @@ def comparison_page(histories: Sequence[History], more: Sequence[Section] = ()) 
             table=Table(head=("", *names), rows=differences) if differences else None,
         ),
         Section(title="Results", table=_results(histories, names)),
-        Section(title="Learning", figures=_learning(histories, names)),
+        Section(title="Learning", figures=learning_figures(histories, names)),
         Section(title="Learning rate and gradient", figures=_hyperparameters(histories, names)),
         Section(title="Throughput", figures=_throughput(histories, names)),
         *more,
@@ -136,7 +136,13 @@ def _results(histories: Sequence[History], names: Sequence[str]) -> Table:
     return Table(head=("", *names), rows=rows)
 
 
-def _learning(histories: Sequence[History], names: Sequence[str]) -> list[Figure]:
+def learning_figures(histories: Sequence[History], names: Sequence[str]) -> list[Figure]:
+    """Return the curves of what runs learned: losses, metrics and the gradient noise scale.
+
+    Args:
+        histories: The runs.
+        names: Their names in the legends.
+    """
     figures: list[Figure] = []
     with_steps = [(h, name) for h, name in zip(histories, names, strict=True) if h.last_step]
     if not with_steps:

@@ -22,6 +22,17 @@ _MAX_ROWS = 24
 _MAX_MARKERS = 24
 """A curve of at most so many points is drawn with a marker at each."""
 
+_MAX_TICKS = 8
+"""An axis of parallel coordinates with more different values shows the ends alone."""
+
+_TICK_DISTANCE = 0.07
+"""Smallest distance of two texts on an axis of parallel coordinates, as a part of it."""
+
+_LOG_SPAN = 20.0
+"""Positive numbers that span a larger factor are placed by their logarithms."""
+
+_GREY = "#8a8f98"
+
 _COLOURS = (
     "#4c8dd6",
     "#e07b39",
@@ -30,7 +41,7 @@ _COLOURS = (
     "#8c6bc8",
     "#b3912c",
     "#4fa3b8",
-    "#8a8f98",
+    _GREY,
 )
 """Colours that can be told apart on a white and on a dark background."""
 
@@ -87,7 +98,31 @@ class Timeline:
     moments: Sequence[Moment] = ()
 
 
-Figure = Plot | Bars | Timeline
+@dataclass(frozen=True, kw_only=True)
+class ParallelAxis:
+    """One vertical axis of parallel coordinates."""
+
+    name: str
+    values: Sequence[float | str]
+    """The value of each line. If one of them is text, each different value has a place."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelCoordinates:
+    """One line for each run across several vertical axes: its settings, and at last its result."""
+
+    title: str
+    axes: Sequence[ParallelAxis]
+    """The axes from left to right; the last one colours the lines."""
+
+    names: Sequence[str]
+    """The name of each line."""
+
+    largest_is_best: bool = False
+    """Whether the best line has the largest value of the last axis."""
+
+
+Figure = Plot | Bars | Timeline | ParallelCoordinates
 
 
 def to_json(figure: Figure) -> str:
@@ -96,6 +131,8 @@ def to_json(figure: Figure) -> str:
         plotly_figure = _plot(figure)
     elif isinstance(figure, Bars):
         plotly_figure = _bars(figure)
+    elif isinstance(figure, ParallelCoordinates):
+        plotly_figure = _parallel_coordinates(figure)
     else:
         plotly_figure = _timeline(figure)
     plotly_figure.update_layout(
@@ -160,6 +197,107 @@ def _bars(bars: Bars) -> go.Figure:
         showlegend=False,
     )
     return figure
+
+
+def _parallel_coordinates(coordinates: ParallelCoordinates) -> go.Figure:
+    """Return parallel coordinates as lines over axes of 0 to 1, which are drawn as SVG."""
+    import plotly.graph_objects as go
+
+    scales = [_Scale(axis.values) for axis in coordinates.axes]
+    places = range(len(scales))
+    ranks = [scales[-1].place(value) for value in coordinates.axes[-1].values]
+    best = max(ranks) if coordinates.largest_is_best else min(ranks)
+    traces = [
+        go.Scatter(
+            x=list(places),
+            y=[scales[place].place(coordinates.axes[place].values[number]) for place in places],
+            name=name,
+            mode="lines+markers",
+            line={"color": _COLOURS[0] if ranks[number] == best else _GREY},
+            opacity=_opacity(ranks[number], coordinates),
+            hovertext=[_line_text(coordinates, number)] * len(scales),
+            hoverinfo="text",
+        )
+        for number, name in enumerate(coordinates.names)
+    ]
+    figure = go.Figure(traces)
+    for place, scale in zip(places, scales, strict=True):
+        figure.add_vline(x=place, line={"width": 1, "color": _GREY}, layer="below")
+        for position, text in scale.ticks():
+            figure.add_annotation(
+                x=place, y=position, text=text, showarrow=False, xanchor="left", xshift=6
+            )
+    figure.update_layout(
+        xaxis={
+            "tickvals": list(places),
+            "ticktext": [axis.name for axis in coordinates.axes],
+            "range": [-0.2, len(scales) - 0.5],
+            "showgrid": False,
+            "zeroline": False,
+        },
+        yaxis={"visible": False, "range": [-0.08, 1.08]},
+        hovermode="closest",
+        showlegend=False,
+    )
+    return figure
+
+
+class _Scale:
+    """Places of values on an axis from 0 to 1.
+
+    Positive numbers that span more than a factor of 20 are placed by their logarithms.
+
+    Args:
+        values: The values; text among them gives each different value a place.
+    """
+
+    def __init__(self, values: Sequence[float | str]) -> None:
+        self._texts: list[str] | None = None
+        if any(isinstance(value, str) for value in values):
+            self._texts = list(dict.fromkeys(str(value) for value in values))
+            self._low, self._high, self._is_log = 0.0, float(len(self._texts) - 1), False
+            return
+        numbers = [float(value) for value in values]
+        self._low, self._high = min(numbers), max(numbers)
+        self._is_log = self._low > 0 and self._high / self._low > _LOG_SPAN
+        self._numbers = sorted(set(numbers))
+
+    def place(self, value: float | str) -> float:
+        """Return the place of a value; the middle if all values are equal."""
+        number = float(self._texts.index(str(value))) if self._texts is not None else float(value)
+        low, high = self._low, self._high
+        if self._is_log:
+            number, low, high = math.log(number), math.log(low), math.log(high)
+        return 0.5 if high == low else (number - low) / (high - low)
+
+    def ticks(self) -> list[tuple[float, str]]:
+        """Return places and texts along the axis: of all values if they are few, or of the ends.
+
+        A value too close to one below it, or to the largest, has no text.
+        """
+        values: Sequence[float | str] = self._texts if self._texts is not None else self._numbers
+        if len(values) > _MAX_TICKS:
+            values = [values[0], values[-1]]
+        ticks = [(self.place(value), _value_text(value)) for value in values]
+        chosen = [ticks[-1]]
+        for tick in ticks[:-1]:
+            if all(abs(tick[0] - other) >= _TICK_DISTANCE for other, _ in chosen):
+                chosen.append(tick)
+        return chosen
+
+
+def _opacity(rank: float, coordinates: ParallelCoordinates) -> float:
+    """Return the opacity of a line: the better its result, the more visible it is."""
+    return 0.25 + 0.75 * (rank if coordinates.largest_is_best else 1 - rank)
+
+
+def _line_text(coordinates: ParallelCoordinates, number: int) -> str:
+    cells = (
+        f"{axis.name} {value if isinstance(value, str) else _number(value)}"
+        for axis in coordinates.axes
+        for value in [axis.values[number]]
+    )
+    return f"{coordinates.names[number]}: {', '.join(cells)}"
 
 
 def _timeline(timeline: Timeline) -> go.Figure:
@@ -247,6 +385,8 @@ def describe(figure: Figure) -> str:
         highest = figure.names[list(figure.values).index(high)]
         label = f"{figure.y_label} of {counted(len(figure.names), figure.x_label)}"
         parts = [f"{label}: from {_number(low)} ({lowest}) to {_number(high)} ({highest})"]
+    elif isinstance(figure, ParallelCoordinates):
+        parts = [_line_text(figure, number) for number in range(len(figure.names))]
     else:
         parts = [f"{span.row}: {span.description}" for span in figure.spans]
     return f"{figure.title}. " + "; ".join(parts) + "."
@@ -278,6 +418,12 @@ def as_rows(figure: Figure) -> list[list[str]]:
             [name, _number(value)] for name, value in zip(figure.names, figure.values, strict=True)
         ]
         return [[figure.x_label, figure.y_label], *rows]
+    if isinstance(figure, ParallelCoordinates):
+        rows = [
+            [name, *(_value_text(axis.values[number]) for axis in figure.axes)]
+            for number, name in enumerate(figure.names)
+        ]
+        return [["", *(axis.name for axis in figure.axes)], *rows]
     if isinstance(figure, Timeline):
         return [["", ""], *([span.row, span.description] for span in figure.spans)]
     rows = []
@@ -291,6 +437,10 @@ def as_rows(figure: Figure) -> list[list[str]]:
 def _number(value: float) -> str:
     is_whole = float(value).is_integer() and abs(value) < 1e15
     return f"{int(value):,}" if is_whole else f"{value:.4g}"
+
+
+def _value_text(value: float | str) -> str:
+    return value if isinstance(value, str) else _number(value)
 
 
 def _short(value: float) -> float | None:

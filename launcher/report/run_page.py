@@ -162,12 +162,14 @@ def _hyperparameters(history: History) -> Iterator[Section]:
 
 
 def _planned_schedule(history: History) -> list[Plot]:
-    """Return the plots of the planned schedule; none if the recipe defines its own schedule."""
+    """Return the plots of the planned schedule; none if the recipe or the run defines it."""
     try:
         schedule = parse(str(history.plan.settings["schedule"]), SCHEDULES, kind="schedule")
     except UsageError:  # not one of SCHEDULES
         return []
     assert isinstance(schedule, Schedule)
+    if not schedule.is_planned:
+        return []
     return schedule_plots(schedule, history.plan)
 
 

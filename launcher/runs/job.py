@@ -85,6 +85,9 @@ class Job:
     last_step: int | None = None
     """Step after which the run ends; None takes every planned step."""
 
+    pause_after: int | None = None
+    """Step after which the run stops with a checkpoint, as on a signal, for a sweep to choose."""
+
     saves: bool = True
     """Whether the ranks save a checkpoint when asked to stop; otherwise they are killed at once."""
 

@@ -112,6 +112,9 @@ class StateValues(_RequiredValues, total=False):
     averaging: AveragingState | None
     """The state of the averaged weights; None without averaging."""
 
+    plateaus: list[dict[str, Any]]
+    """State of each `plateau` of the schedule, as `Plateau.state` returns it."""
+
     extra: dict[str, Any]
     """Return values of `get_extra_state`, by `extra/<module>` or `extra/<module>@<rank>`."""
 

@@ -41,7 +41,12 @@ def overrides_of(record: RunRecord) -> tuple[Override, ...]:
 
 def folder_of(record: RunRecord) -> Path:
     """Return the folder in which a run was started, or the present one if it is gone."""
-    return Path(record.folder) if is_dir(record.folder) else Path.cwd()
+    return folder_of_command(record.folder)
+
+
+def folder_of_command(folder: str) -> Path:
+    """Return the folder in which a command was given, or the present one if it is gone."""
+    return Path(folder) if is_dir(folder) else Path.cwd()
 
 
 @contextlib.contextmanager

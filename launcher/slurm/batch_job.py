@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,9 +10,9 @@ from launcher.environment.program import own_program, program_of
 from launcher.errors import SlurmError, UsageError
 from launcher.planning.plan import Plan
 from launcher.planning.planner import CPU_RANKS
+from launcher.recipe.grid import combinations_of, count_combinations, read_axes
 from launcher.recipe.overrides import read_arguments, read_yaml
 from launcher.recipe.resolve import Reference
-from launcher.recipe.validation import brief
 from launcher.runs.plan_recipe import plan_recipe
 from launcher.runs.rundir import RunDir, planned_path
 from launcher.slurm.queue import partition
@@ -195,36 +193,20 @@ def _command(
     return [*command, f"device={plan.device}", *other_arguments]
 
 
-def combinations(axes: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+def combinations(arguments: Sequence[str]) -> tuple[tuple[str, ...], ...]:
     """Return all combinations of axes such as lr=0.1,0.2 and seed=1,2, as name=value.
 
     A comma within brackets belongs to a value.
 
     Raises:
-        UsageError: An axis does not have that form.
+        UsageError: An axis does not have that form, or there are too many combinations.
     """
-    choices = []
-    for axis in axes:
-        name, equals, values = axis.partition("=")
-        if not (name and equals and values):
-            raise UsageError(
-                f"--array {brief(axis)}: expected name=value,value, such as lr=0.1,0.2."
-            )
-        choices.append([f"{name}={value}" for value in _split(values)])
-    if (count := math.prod(map(len, choices))) > _MAX_RUNS:
+    axes = read_axes(arguments, option="--array")
+    if (count := count_combinations(axes)) > _MAX_RUNS:
         raise UsageError(
             f"--array asks for {count:,} runs, one for each combination of values; an array has at "
             f"most {_MAX_RUNS:,}."
         )
-    return tuple(itertools.product(*choices))
-
-
-def _split(values: str) -> list[str]:
-    pieces, depth = [""], 0
-    for letter in values:
-        depth += (letter in "([") - (letter in ")]")
-        if letter == "," and depth == 0:
-            pieces.append("")
-        else:
-            pieces[-1] += letter
-    return pieces
+    return tuple(
+        tuple(f"{name}={value}" for name, value in pairs) for pairs in combinations_of(axes)
+    )

@@ -144,6 +144,9 @@ def test_a_run_of_any_length_is_planned_within_a_second(changes: dict[str, Any])
     began = time.process_time()
     plan = make_plan(recipe, machine, nproc_per_node=2)
     assert time.process_time() - began < 1
+    assert plan.lr_peak_step is not None
+    assert plan.lr_start is not None
+    assert plan.lr_end is not None
     assert 1 <= plan.lr_peak_step <= plan.total_steps
     assert math.isfinite(plan.lr_start)
     assert math.isfinite(plan.lr_end)
@@ -153,6 +156,7 @@ def test_the_peak_of_a_long_run_is_where_that_of_a_short_one_is() -> None:
     """The peak of one_cycle() is at 45 % of the run, however long it is."""
     for steps in (10**3, 10**6, 10**9, 10**12, 10**15):
         plan = make_plan(varied(steps=steps), read_machine(), nproc_per_node=2)
+        assert plan.lr_peak_step is not None
         assert plan.lr_peak_step / steps == pytest.approx(0.45, abs=2 / 1000)
 
 

@@ -45,7 +45,7 @@ ROOMS = [
     ["engine.probes"],
     ["engine"],
     ["launch"],
-    ["tuning", "checks"],
+    ["tuning", "checks", "sweeps"],
     ["report"],
     ["launcher.api"],
     ["cli.find", "cli"],

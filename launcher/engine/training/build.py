@@ -34,6 +34,7 @@ from launcher.engine.state.initial_values import value_checksum
 from launcher.engine.state.parameter_kinds import check_parameters, keep_in_bfloat16
 from launcher.engine.state.virtual_buffers import VirtualBuffers
 from launcher.engine.training.initial_model import build_initial_model
+from launcher.engine.training.live_schedules import live_schedule
 from launcher.engine.training.loop import TrainContext
 from launcher.errors import RecipeError
 from launcher.planning.plan import Plan
@@ -89,6 +90,10 @@ def build_context(
         train_samples=sample_count(data.train, "train"),
         evaluations=evaluation_schedules(data, plan) if evaluates else (),
     )
+    schedule, plateaus = live_schedule(
+        recipe, plan, sampler, has_evaluations=bool(data.evaluation_sets())
+    )
+    recipe = replace(recipe, schedule=schedule)
     missed: tuple[EvaluationSchedule, ...] = ()
     if recorded is not None and first_step > 0:
         due = sampler.evaluations_after(first_step - 1)
@@ -145,6 +150,7 @@ def build_context(
         report_phase=report_phase,
         noise_meter=make_noise_meter(recipe, backend, model, noise_stride),
         averages=_make_averages(recipe, plan, backend, model, optimizer, batch_norms),
+        plateaus=plateaus,
         missed_evaluations=missed,
     )
 

@@ -100,6 +100,7 @@ class CheckpointManager:
         data: Fingerprint of the data; None if it is not known.
         hooks: The recipe's callbacks, which are told of checkpoints and whose state is saved.
         resumed: Whether the run was resumed from a checkpoint.
+        pause_after: Step after which the run stops with a checkpoint; None does not stop it.
     """
 
     def __init__(
@@ -113,9 +114,10 @@ class CheckpointManager:
         data: dict[str, Any] | None = None,
         hooks: CallbackHooks,
         resumed: bool = False,
+        pause_after: int | None = None,
     ) -> None:
         self._context, self._backend, self._run_dir = context, context.backend, run_dir
-        self._stop = stop
+        self._stop, self._pause_after = stop, pause_after
         self._every_steps, self._every_seconds = parse_interval(context.recipe.checkpoint_every)
         self._groups, self._listener, self._data = groups, listener, data
         self._hooks = hooks
@@ -137,6 +139,8 @@ class CheckpointManager:
 
     def is_due(self, step: int) -> bool:
         """Return whether a checkpoint is due after `step` steps; equal on every rank."""
+        if step == self._pause_after:
+            return True
         return self._every_steps is not None and step % self._every_steps == 0
 
     def flags(self) -> RankFlags:
@@ -177,9 +181,10 @@ class CheckpointManager:
             self.finish()
         if flags.stop or flags.save or self.is_due(step):
             self.save(step)
-        if flags.stop:
+        stops = flags.stop > 0 or step == self._pause_after
+        if stops:
             self.finish()
-        return flags.stop > 0
+        return stops
 
     def save(self, step: int) -> None:
         """Start saving the state after `step` steps, unless that has been done (collective)."""
@@ -282,6 +287,7 @@ class CheckpointManager:
                 "optimizer": state.values,
                 "groups": groups,
                 "scaler": None if scaler is None else scaler.state(),
+                "plateaus": [plateau.state() for plateau in self._context.plateaus],
                 "extra": state.extra,
                 "data": self._data,
                 "callbacks": self._hooks.state(),

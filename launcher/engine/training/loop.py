@@ -33,6 +33,7 @@ from launcher.engine.model.averages import Averages
 from launcher.engine.model.batch_norm import BatchNorms
 from launcher.engine.model.forward_writes import ForwardWrites
 from launcher.engine.state.hyperparameters import Hyperparameters
+from launcher.engine.training.live_schedules import Plateau, observe_evaluation
 from launcher.errors import RecipeError
 from launcher.planning.plan import Plan
 from launcher.planning.stages import Window
@@ -108,6 +109,9 @@ class TrainContext:
 
     averages: Averages | None = None
     """The average of the weights over the steps; None without `Recipe.averaging`."""
+
+    plateaus: tuple[Plateau, ...] = ()
+    """The parts of the schedule that follow evaluations."""
 
     missed_evaluations: tuple[EvaluationSchedule, ...] = ()
     """The sets whose evaluation precedes the first step: the run was to evaluate them after its
@@ -343,6 +347,7 @@ def _run_evaluation(
         context.report_phase(step, "saving")
         controller.before_evaluation(step)
     evaluation = evaluate(context, step, schedules)
+    observe_evaluation(context.plateaus, context.backend, step, evaluation)
     listener.on_evaluation(step, evaluation)
     return evaluation
 

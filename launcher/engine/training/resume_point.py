@@ -10,6 +10,7 @@ from launcher.engine.saving.checkpoint_tensors import StoredState, load_newest
 from launcher.engine.state.module_state import missing_extra_state
 from launcher.engine.state.training_state import missing_optimizer_state, write_groups
 from launcher.engine.training.callback_hooks import CallbackHooks
+from launcher.engine.training.live_schedules import observe_evaluation
 from launcher.engine.training.loop import TrainContext
 from launcher.errors import CheckpointError
 from launcher.planning.plan import Plan
@@ -99,7 +100,7 @@ def keep_planned_steps(
 
 
 def restore_state(resume_point: ResumePoint, context: TrainContext) -> None:
-    """Restore model, optimizer and loss scale from the checkpoint (collective).
+    """Restore model, optimizer, loss scale and schedule from the checkpoint (collective).
 
     Raises:
         CheckpointError: The checkpoint belongs to another model, or lacks state that the user has
@@ -121,6 +122,10 @@ def restore_state(resume_point: ResumePoint, context: TrainContext) -> None:
     write_groups(context.optimizer, values["groups"])
     if backend.scaler is not None and values["scaler"] is not None:
         backend.scaler.restore(values["scaler"])
+    for plateau, state in zip(context.plateaus, values.get("plateaus", []), strict=False):
+        plateau.restore(state)
+    if resume_point.evaluation:  # which may have come after the checkpoint
+        observe_evaluation(context.plateaus, backend, resume_point.step, resume_point.evaluation)
     _restore_averages(resume_point, context, source)
 
 
