@@ -509,21 +509,33 @@ def averaged(ranks: int) -> Iterator[tuple[Case | BitsCase, Case | BitsCase | No
         yield AVERAGED_NORMS, None
 
 
+JUDGED: dict[str, dict[str, Any]] = {
+    "": {},
+    "exact": {"virtual_ranks": 3, "exact": True},
+    "parted": {"virtual_ranks": 3},
+    "split": {"tensor_parallel": 2},
+    "early": {"keep_best": "dev/highest:min", "stop_after": 1},
+}
+"""Settings of the recipe with two evaluation sets, by name."""
+
+
 @dataclass(frozen=True)
 class JudgedCase:
     """One configuration of the recipe with two evaluation sets."""
 
     strategy: str = "ddp"
-    options: tuple[tuple[str, Any], ...] = ()
+    name: str = ""
+    """One of `JUDGED`."""
+
     is_resumed: bool = False
     """Whether it is also resumed from the checkpoint of `SOURCE_RANKS` ranks under ddp."""
 
-    saved_at: int = 5
+    saved_at: int = 7
 
     @property
     def key(self) -> str:
         """Return the name of the run's folder."""
-        return "-".join([self.strategy, *(f"{name}={value}" for name, value in self.options)])
+        return f"{self.strategy}-{self.name}" if self.name else self.strategy
 
     @property
     def source(self) -> JudgedCase:
@@ -534,20 +546,18 @@ class JudgedCase:
         """Return the recipe, which is the same on any number of ranks."""
         del ranks
         changes: dict[str, Any] = {"strategy": self.strategy, "micro_batch_size": 2}
-        return replace(judged(), **changes | dict(self.options))
-
-
-EXACTLY = (("virtual_ranks", 3), ("exact", True))
+        return replace(judged(), **{"keep_best": "dev/listed:min"} | changes | JUDGED[self.name])
 
 
 def evaluations(ranks: int) -> Iterator[JudgedCase]:
-    """Yield configurations whose evaluations are compared."""
+    """Yield configurations whose evaluations, best checkpoints and ends are compared."""
     for strategy in {1: ["ddp"], 2: ["ddp", "zero3"], 3: ["ddp", "fsdp"]}[ranks]:
         yield JudgedCase(strategy, is_resumed=strategy == "fsdp")
     if ranks == 2:
-        yield JudgedCase("fsdp", (("tensor_parallel", 2),))
-        yield JudgedCase("ddp", (("virtual_ranks", 3),))
-    yield JudgedCase("fsdp" if ranks == 2 else "ddp", EXACTLY)
+        yield JudgedCase("fsdp", "split")
+        yield JudgedCase("ddp", "parted")
+    yield JudgedCase("fsdp" if ranks == 2 else "ddp", "exact")
+    yield JudgedCase("ddp" if ranks == 1 else "fsdp", "early")
 
 
 SUITES = {"matrix": matrix, "features": features, "unused": unused}

@@ -102,11 +102,8 @@ def command(
         write_report=write_report,
     )
     prepared = prepare_resume(request, elsewhere=hosts is not None)
-    if prepared.is_finished:
-        echo(
-            f"{prepared.shown} has finished: all {prepared.plan.total_steps:,} steps are taken. "
-            "Larger epochs=... or steps=... would continue it."
-        )
+    if prepared.finished:
+        echo(f"{prepared.shown} has finished: {prepared.finished}.")
         return 0
     if hosts is not None:
         return start_on_hosts(hosts, rendezvous, ssh, variables)

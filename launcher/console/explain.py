@@ -233,8 +233,7 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "steps", derivations["total_steps"]
     if _is_to_be_timed(plan):
         yield "", _timing_text(plan)
-    every = f"every {plan.evaluate_every:,} steps" if plan.evaluate_every else "after each epoch"
-    yield "evaluation", f"{every}, and after the last step"
+    yield from _evaluation_rows(plan)
     yield "workers", f"{plan.workers_per_rank} per rank ({derivations['workers_per_rank']})"
     pinned = "pinned" if plan.pin_memory else "not pinned"
     yield "memory", f"{pinned} ({derivations['pin_memory']})"
@@ -274,6 +273,20 @@ def _averaged_from(plan: Plan, averaging: str) -> str:
     rule = parse(averaging, AVERAGES, kind="averaging")
     assert isinstance(rule, Averaging)
     return f"from step {rule.first_step(plan.total_steps):,} on"
+
+
+def _evaluation_rows(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Yield when the run is evaluated, and what follows from evaluations."""
+    settings = plan.settings
+    every = f"every {plan.evaluate_every:,} steps" if plan.evaluate_every else "after each epoch"
+    yield "evaluation", f"{every}, and after the last step"
+    if keep_best := settings.get("keep_best"):
+        name, _, mode = keep_best.rpartition(":")
+        words = "largest" if mode == "max" else "smallest"
+        yield "", f"the run ends with the weights of the {words} {name}"
+    if stop_after := settings.get("stop_after"):
+        evaluations = counted(stop_after, "evaluation")
+        yield "", f"the run ends after {evaluations} in a row without a better value"
 
 
 def _speed_ups(plan: Plan) -> str:

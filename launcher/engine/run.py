@@ -24,13 +24,16 @@ from launcher.engine.ranks.output import Output
 from launcher.engine.saving.final_weights import save_weights
 from launcher.engine.state.compiled import is_compiled
 from launcher.engine.state.training_state import group_values
+from launcher.engine.training.best_weights import load_best_weights
 from launcher.engine.training.build import build_context
 from launcher.engine.training.callback_hooks import CallbackHooks
 from launcher.engine.training.checkpoint_manager import CheckpointManager
+from launcher.engine.training.early_end import evaluate_rest
 from launcher.engine.training.loop import StepController, TrainContext, TrainOutcome, train
 from launcher.engine.training.resume_point import (
     ResumePoint,
     discard_later_steps,
+    find_best,
     find_resume_point,
     keep_planned_steps,
     restore_callbacks,
@@ -51,6 +54,7 @@ from launcher.recipe.recipe import Recipe
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.events import record_event
 from launcher.runs.files import write_json
+from launcher.runs.final_result import BestResult
 from launcher.runs.job import RecipeSource, ReportWriter, ResumeFrom
 from launcher.runs.planned_steps import record_planned_steps
 from launcher.runs.run_record import read_run
@@ -89,6 +93,12 @@ class TrainResult:
 
     num_trained: int
     """Number of trainable weights of the model."""
+
+    weights_step: int
+    """Number of steps after which the model had the weights in model.safetensors."""
+
+    best: BestResult | None = None
+    """The best evaluation; None without `keep_best`."""
 
 
 def train_rank(
@@ -140,8 +150,11 @@ def train_rank(
     resume_point = find_resume_point(start, backend, run_dir, plan)
     first_step = 0 if resume_point is None else resume_point.step
     plan = keep_planned_steps(plan, recipe, resume_point, backend, run_dir)
+    best = None if stop is None else find_best(recipe, resume_point)
     is_timed = last_step is None and stop is not None and is_to_be_timed(plan, first_step)
     last_step = plan.total_steps if last_step is None else last_step
+    if best is not None and best.has_ended:  # the run was interrupted before its result
+        is_timed, last_step = False, first_step
     context = build_context(
         recipe,
         plan,
@@ -176,8 +189,9 @@ def train_rank(
                 listener=recorder,
                 data=trial_outcome.fingerprint,
                 hooks=hooks,
-                resumed=resume_point is not None,
+                resumed_step=None if resume_point is None else first_step,
                 pause_after=pause_after,
+                best=best,
             )
             if is_timed:
                 budget = TimeBudget(context, checkpoint_manager, recorder, started=started)
@@ -193,7 +207,9 @@ def train_rank(
                 outcome = _take_steps(
                     context, recorder, hooks, checkpoint_manager, outcome.step, last_step
                 )
-            if outcome.step < last_step:
+            if checkpoint_manager is not None and checkpoint_manager.has_ended:
+                outcome = evaluate_rest(context, outcome, hooks.listening(recorder))
+            elif outcome.step < last_step:
                 hooks.on_run_end(outcome.step, finished=False)
                 _report_stop(backend, run_dir, outcome.step, progress)
                 return None
@@ -204,8 +220,7 @@ def train_rank(
             if checkpoint_manager is not None:
                 checkpoint_manager.free_host_memory()
             recorder.close()
-        if progress is not None:
-            _report_result(result, run_dir, progress, trackers, write_report)
+        _report_result(result, run_dir, progress, trackers, write_report)
     return result
 
 
@@ -366,6 +381,8 @@ def _complete(
 ) -> TrainResult:
     """Save the final checkpoint and weights of a run, and return its result (collective).
 
+    With `keep_best` the weights are those of the best checkpoint.
+
     Args:
         context: What was trained.
         outcome: Where the training ended.
@@ -379,17 +396,23 @@ def _complete(
     if checkpoint_manager is not None and recorder.steps_taken is not None:
         checkpoint_manager.save(outcome.step)
     context.report_phase(outcome.step, "finishing")
+    seconds, weights_step = time.perf_counter() - began, outcome.step
+    best = None if checkpoint_manager is None else checkpoint_manager.best
+    if checkpoint_manager is not None:
+        checkpoint_manager.finish()
+        checkpoint_manager.free_host_memory()
+    if best is not None:
+        weights_step = load_best_weights(context, best, run_dir, outcome.step, recorder.on_warning)
     result = TrainResult(
         evaluation=outcome.evaluation,
         train_loss=recorder.last_loss,
         steps=outcome.step,
         samples=context.sampler.samples_before(outcome.step),
-        seconds=time.perf_counter() - began,
+        seconds=seconds,
         num_trained=context.num_trained,
+        weights_step=weights_step,
+        best=None if best is None else best.result(),
     )
-    if checkpoint_manager is not None:
-        checkpoint_manager.finish()
-        checkpoint_manager.free_host_memory()
     context.report_phase(outcome.step, "finishing")
     weights = _final_weights(context)
     if backend.rank == 0:
@@ -431,11 +454,13 @@ def _report_stop(backend: Backend, run_dir: RunDir, step: int, progress: Progres
 def _report_result(
     result: TrainResult,
     run_dir: RunDir,
-    progress: Progress,
+    progress: Progress | None,
     trackers: Trackers | None,
     write_report: ReportWriter | None,
 ) -> None:
-    """Write result.json, send the report to the trackers, and show a summary."""
+    """Write result.json, send the report to the trackers, and show a summary, on rank 0."""
+    if progress is None:
+        return
     values = asdict(result)
     write_json(run_dir.result, values)
     record_event(run_dir, "finished", step=result.steps)
@@ -450,6 +475,7 @@ def _report_result(
 
 def _summarize(result: TrainResult, run_dir: RunDir) -> str:
     held_out = f"held-out: {metrics_text(result.evaluation)}\n" if result.evaluation else ""
+    best = "" if result.best is None else f"{result.best.summary(result.weights_step)}\n"
     budget = ""
     if result.max_seconds is not None:
         late = result.total_seconds - result.max_seconds
@@ -459,6 +485,6 @@ def _summarize(result: TrainResult, run_dir: RunDir) -> str:
             f"\n{used} from the start, of {duration(result.max_seconds)} that max_time gives{over}"
         )
     return (
-        f"{held_out}{result.steps:,} steps, {result.samples:,} samples in "
+        f"{held_out}{best}{result.steps:,} steps, {result.samples:,} samples in "
         f"{duration(result.seconds)}{budget}\nrun folder: {run_dir.shown}"
     )

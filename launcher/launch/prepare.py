@@ -21,7 +21,9 @@ from launcher.planning.plan import Plan
 from launcher.planning.timed_plan import timed_plan
 from launcher.planning.weight_headers import read_weight_headers
 from launcher.recipe.overrides import BuiltRecipe, Override, build
+from launcher.recipe.recipe import Recipe
 from launcher.recipe.resolve import Reference, resolve
+from launcher.runs.best import best_evaluations
 from launcher.runs.checkpoints import (
     Checkpoint,
     damage_error,
@@ -122,8 +124,8 @@ class PreparedRun:
     folder: Path | None = None
     """The working folder of the ranks; None is that of this process."""
 
-    is_finished: bool = False
-    """Whether all steps of the run to resume have been taken."""
+    finished: str = ""
+    """Why the run to resume takes no further step, and what would continue it; empty if it does."""
 
     @property
     def shown(self) -> str:
@@ -200,9 +202,29 @@ def prepare_resume(request: ResumeRequest, *, elsewhere: bool = False) -> Prepar
         ),
         changes=_changes(manifest, record, previously_built, (built, plan)),
         folder=folder,
-        is_finished=manifest is not None
-        and manifest.step >= plan.total_steps
-        and run_dir.result.exists(),
+        finished=_why_finished(manifest, built.recipe, plan) if run_dir.result.exists() else "",
+    )
+
+
+def _why_finished(manifest: Manifest | None, recipe: Recipe, plan: Plan) -> str:
+    """Return why a run with a result takes no further step, and what would continue it.
+
+    The text is empty if it would take steps.
+    """
+    if manifest is None:
+        return ""
+    if manifest.step >= plan.total_steps:
+        return (
+            f"all {plan.total_steps:,} steps are taken. Larger epochs=... or steps=... would "
+            "continue it"
+        )
+    best = best_evaluations(recipe, manifest.values.get("best"))
+    if best is None or not best.has_ended:
+        return ""
+    return (
+        f"it ended after step {manifest.step:,} of {plan.total_steps:,}, because "
+        f"{best.num_without_improvement:,} evaluations had brought no better {best.metric.name}. "
+        "A larger stop_after=... would continue it"
     )
 
 

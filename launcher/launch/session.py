@@ -45,7 +45,7 @@ def start(prepared: PreparedRun, signals: SignalHandler) -> RunResult:
         RunDirError: The run folder cannot be made, or another process owns it.
     """
     request, run_dir = prepared.request, prepared.run_dir
-    if prepared.is_finished and run_dir is not None:
+    if prepared.finished and run_dir is not None:
         return read_run_result(run_dir)
     with ExitStack() as ownership, joined(request.nodes, prepared.plan) as rendezvous:
         previous_record: list[bytes] = []

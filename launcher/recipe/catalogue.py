@@ -28,7 +28,7 @@ TOPICS = {
         "batch_size batch_size_per_gpu batch_milestones batch_gamma micro_batch_size "
         "lr lr_batch_size lr_rule schedule optimizer max_grad_norm averaging"
     ),
-    "Length of the run": "epochs steps max_time train_samples evaluate_every seed",
+    "Length of the run": "epochs steps max_time train_samples evaluate_every stop_after seed",
     "Initial weights": "weights strict_weights",
     "Memory and speed": (
         "strategy shard reshard_after_forward accumulate_unsharded prefetch_blocks reduce_dtype "
@@ -37,7 +37,9 @@ TOPICS = {
     ),
     "State that depends on the split": "virtual_ranks exact sync_batchnorm rank_buffers",
     "Reading data": "in_memory num_workers worker_start prefetch_factor pin_memory",
-    "Checkpoints and failures": "checkpoint_every keep_checkpoints max_bad_steps hang_timeout",
+    "Checkpoints and failures": (
+        "checkpoint_every keep_checkpoints keep_best best_checkpoints max_bad_steps hang_timeout"
+    ),
     "What is recorded": "noise_scale trackers record_samples",
 }
 """Settings by topic; one that is not named here comes under `OTHER`."""

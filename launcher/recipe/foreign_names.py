@@ -302,7 +302,8 @@ _NAMES = (
     ),
     _Advice(
         words="save_best load_best_model_at_end metric_for_best_model monitor best_model",
-        remark="Checkpoints are kept by age: keep_checkpoints=N keeps the newest N.",
+        write="keep_best=accuracy:max",
+        remark="The run then ends with the weights of the best evaluation.",
     ),
     _Advice(
         words=(
@@ -351,10 +352,8 @@ _NAMES = (
             "early_stopping early_stop early_stopping_patience early_stopping_threshold patience "
             "stop_patience"
         ),
-        remark=(
-            "There is no early stopping, because a schedule spans a known number of steps. Use "
-            "smaller epochs=... or steps=...; `launcher resume` can continue a run with more."
-        ),
+        write="stop_after={value}",
+        remark="It counts evaluations without a better value of keep_best, such as accuracy:max.",
     ),
     _Advice(
         words=(

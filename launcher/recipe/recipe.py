@@ -31,6 +31,7 @@ from launcher.recipe.function_checks import (
     check_parallel_plan,
 )
 from launcher.recipe.hang_limits import HangTimeout
+from launcher.recipe.keep_best import check_keep_best
 from launcher.recipe.max_time import MaxTime
 from launcher.recipe.optimizer import OptimizerSpec, sgd
 from launcher.recipe.prediction_metric import PredictionMetric
@@ -50,6 +51,15 @@ Minutes = Annotated[
     Meta(pattern=r"^[0-9]{1,9}(\.[0-9]{1,9})?min\Z", description="minutes such as 10min"),
 ]
 """A time in minutes; the unit distinguishes it from a number of steps."""
+
+KeepBest = Annotated[
+    str,
+    Meta(
+        pattern=r"^.+:(max|min)\Z",
+        description="the name of a metric and max or min, such as accuracy:max",
+    ),
+]
+"""A metric of evaluations, and whether larger or smaller values are better."""
 
 TrackerName = Literal[
     "aim",
@@ -343,6 +353,17 @@ class Recipe:
     keep_checkpoints: Annotated[PositiveInt, Affects.NOTHING] = 2
     """Number of checkpoints to keep, the newest ones."""
 
+    keep_best: Annotated[KeepBest | None, Affects.NOTHING] = None
+    """Metric of evaluations by which the best checkpoint is kept too, and max or min, such as
+    dev/accuracy:max or loss:min. The run then ends with the best weights as model.safetensors."""
+
+    best_checkpoints: Annotated[PositiveInt, Affects.NOTHING] = 1
+    """With keep_best: number of best checkpoints to keep, besides the newest ones."""
+
+    stop_after: Annotated[PositiveInt | None, Affects.NOTHING] = None
+    """With keep_best: evaluations in a row without a better value after which the run ends; None
+    takes all steps."""
+
     max_bad_steps: Annotated[PositiveInt, Affects.NOTHING] = 3
     """Consecutive steps, skipped because loss or gradient is not finite, that end the run."""
 
@@ -379,6 +400,12 @@ class Recipe:
             check_function(f"Recipe({name}=...)", getattr(self, name), arguments)
         check_metrics(self.metrics)
         object.__setattr__(self, "callbacks", check_callbacks(self.callbacks))
+        check_keep_best(
+            self.keep_best,
+            self.metrics,
+            best_checkpoints=self.best_checkpoints,
+            stop_after=self.stop_after,
+        )
         check_parallel_plan(self.tensor_parallel_plan)
         check_schedule(self.schedule, self.metrics)
         check_optimizer(self.optimizer)

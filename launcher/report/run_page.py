@@ -87,6 +87,8 @@ def _cards(history: History) -> list[tuple[str, str]]:
         values = history.latest_evaluation
         names = ordered_metrics(values)[:_MAX_METRIC_CARDS]
         cards += [(f"held-out {name}", f"{values[name]:.4f}") for name in names]
+        if history.result is not None and (best := history.result.best) and best.value is not None:
+            cards.append((f"best {best.metric}", f"{best.value:.4f} at step {best.step:,}"))
     elif history.steps["loss"]:
         cards.append(("loss", f"{history.steps['loss'][-1]:.4f}"))
     if (seconds := history.active_seconds()) is not None:

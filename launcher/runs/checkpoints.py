@@ -16,7 +16,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -188,12 +188,19 @@ def commit_checkpoint(folder: Path, manifest: Manifest) -> Checkpoint:
     return Checkpoint(manifest.step, target)
 
 
-def prune_checkpoints(run_dir: RunDir, keep: int) -> None:
+def prune_checkpoints(run_dir: RunDir, keep: int, others: Container[int] = ()) -> None:
     """Remove all checkpoints except the newest `keep`.
 
     Each is renamed before it is deleted, so that a kill never leaves half of a checkpoint.
+
+    Args:
+        run_dir: The run folder.
+        keep: The number of newest checkpoints to keep.
+        others: The steps of further checkpoints to keep.
     """
     for checkpoint in list_checkpoints(run_dir)[keep:]:
+        if checkpoint.step in others:
+            continue
         removed = checkpoint.path.with_name(f".{checkpoint.name}.removed")
         checkpoint.path.rename(removed)
         shutil.rmtree(removed, ignore_errors=True)

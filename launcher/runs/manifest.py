@@ -86,6 +86,22 @@ class AveragingState(TypedDict):
     """Steps whose weights the average holds; while it is 0, there are no averaged weights."""
 
 
+class BestState(TypedDict):
+    """The best evaluations of a run with `keep_best`, as `launcher.runs.best` reads them."""
+
+    keep_best: str
+    """The metric and the direction by which they are compared."""
+
+    kept: list[tuple[Count, float]]
+    """Step and value of the best evaluations, the best first."""
+
+    step: Count
+    """The step of the last evaluation that was taken into account."""
+
+    num_without_improvement: Count
+    """Evaluations since the best one."""
+
+
 class _RequiredValues(TypedDict):
     """The state that checkpoints of every version hold."""
 
@@ -120,6 +136,9 @@ class StateValues(_RequiredValues, total=False):
 
     callbacks: CallbackValues | None
     """State of the recipe's callbacks; None if it has none."""
+
+    best: BestState | None
+    """The best evaluations up to this step; None without `keep_best`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from launcher.runs.events import Stopped, read_events
-from launcher.runs.final_result import find_result
+from launcher.runs.final_result import BestResult, find_result
 from launcher.runs.history import History
 from launcher.runs.rundir import RunDir
 
@@ -30,6 +30,9 @@ class RunResult:
     metrics: Mapping[str, float]
     """Loss and metrics of the final evaluation by name; empty if the run was stopped or has no
     evaluation data."""
+
+    best: BestResult | None = None
+    """The best evaluation of a finished run; None without `keep_best`."""
 
     stopped_by: signal.Signals | None = None
     """The signal that this process received and that stopped the run; None if the run finished, or
@@ -62,6 +65,7 @@ def read_run_result(
             finished=True,
             step=0 if result is None else result.steps,
             metrics={name: math.nan if value is None else value for name, value in metrics.items()},
+            best=None if result is None else result.best,
         )
     stops = [event.step for event in read_events(run_dir) if isinstance(event, Stopped)]
     return RunResult(

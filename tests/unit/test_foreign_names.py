@@ -53,7 +53,7 @@ WORDS = {
     "deepspeed=ds.json": "strategy=zero2",
     "devices=4": "-n",
     "output_dir=here": "--out here",
-    "early_stopping=3": "no early stopping",
+    "early_stopping=3": "stop_after=3",
     "report_to=wandb": "trackers=wandb",
     "save_total_limit=3": "keep_checkpoints=3",
     "dropout=0.1": "def mine(*, dropout: ... = ...)",

@@ -60,11 +60,11 @@ class Averages:
         """Number of steps whose weights the average holds. While it is 0, evaluations are of the
         weights themselves."""
 
-    @torch.no_grad()
     def adopt(self, plan: Plan) -> None:
         """Average from now on over the steps of a plan that replaces the first one."""
         self._total_steps = plan.total_steps
 
+    @torch.no_grad()
     def update(self, step: int) -> None:
         """Let the weights after `step` steps enter the average, if the rule includes them."""
         if not self._averaging.includes(step, self._total_steps):
@@ -167,7 +167,7 @@ class Averages:
         Returns:
             Why the average begins anew, for the user; None if it goes on.
         """
-        saved = source.values.get("averaging")
+        self.count, saved = 0, source.values.get("averaging")
         if source.steps < self._averaging.first_step(self._total_steps):
             has_begun = saved is not None and saved["count"]
             return f"{self._averaging} begins later in this run" if has_begun else None

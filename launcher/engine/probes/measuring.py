@@ -148,6 +148,11 @@ class _StopAtDivergence:
     def before_evaluation(self, step: int) -> None:
         pass
 
+    def on_evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        pass
+
+    has_ended = False
+
     def on_step_end(self, step: int, flags: RankFlags) -> bool:
         for row in self._collector.rows[self.num_losses :]:
             self.num_losses += 1
@@ -335,6 +340,11 @@ class _StopAfterSeconds:
 
     def before_evaluation(self, step: int) -> None:
         pass
+
+    def on_evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        pass
+
+    has_ended = False
 
     def on_step_end(self, step: int, flags: RankFlags) -> bool:
         return flags.stop > 0

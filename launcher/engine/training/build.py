@@ -40,6 +40,7 @@ from launcher.errors import RecipeError
 from launcher.planning.plan import Plan
 from launcher.planning.single_sample_batches import has_single_sample_batches
 from launcher.recipe.evaluation_sets import metric_name, split_of, title_of
+from launcher.recipe.keep_best import check_set_metric
 from launcher.recipe.recipe import Data, Recipe
 from launcher.runs.heartbeat import PHASES
 from launcher.runs.job import RecipeSource
@@ -94,6 +95,9 @@ def build_context(
         recipe, plan, sampler, has_evaluations=bool(data.evaluation_sets())
     )
     recipe = replace(recipe, schedule=schedule)
+    if evaluates and recipe.keep_best is not None:
+        names = [each.name for each in sampler.evaluations]
+        check_set_metric(recipe.keep_best, names, recipe.metrics)
     missed: tuple[EvaluationSchedule, ...] = ()
     if recorded is not None and first_step > 0:
         due = sampler.evaluations_after(first_step - 1)

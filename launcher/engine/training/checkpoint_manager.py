@@ -8,9 +8,11 @@ manifest and gives the folder its final name.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from launcher.engine.state.training_state import Snapshot, changed_groups
 from launcher.engine.training.callback_hooks import CallbackHooks
 from launcher.engine.training.loop import Listener, TrainContext
 from launcher.errors import LauncherError, TrainingError
+from launcher.runs.best import BestEvaluations, record_best, steps_to_keep
 from launcher.runs.checkpoints import (
     begin_checkpoint,
     commit_checkpoint,
@@ -99,8 +102,9 @@ class CheckpointManager:
         listener: Receives timings, and a warning for each failed save.
         data: Fingerprint of the data; None if it is not known.
         hooks: The recipe's callbacks, which are told of checkpoints and whose state is saved.
-        resumed: Whether the run was resumed from a checkpoint.
+        resumed_step: The step of the checkpoint from which the run was resumed; None if it was not.
         pause_after: Step after which the run stops with a checkpoint; None does not stop it.
+        best: The best evaluations so far; None if none is kept.
     """
 
     def __init__(
@@ -113,8 +117,9 @@ class CheckpointManager:
         listener: Listener,
         data: dict[str, Any] | None = None,
         hooks: CallbackHooks,
-        resumed: bool = False,
+        resumed_step: int | None = None,
         pause_after: int | None = None,
+        best: BestEvaluations | None = None,
     ) -> None:
         self._context, self._backend, self._run_dir = context, context.backend, run_dir
         self._stop, self._pause_after = stop, pause_after
@@ -125,7 +130,9 @@ class CheckpointManager:
         self._manifest: Manifest | None = None
         self._last_save = time.perf_counter()
         self._state_was_checked = False
-        self._has_saved = resumed
+        self._saved_step = resumed_step
+        self.best = best
+        self._is_best = False
         self.costs = SaveCosts()
 
     @property
@@ -136,6 +143,11 @@ class CheckpointManager:
     def adopt(self, context: TrainContext) -> None:
         """Save the state of `context` from now on: the same training, with another plan."""
         self._context = context
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the evaluations have not improved for so long that the run ends."""
+        return self.best is not None and self.best.has_ended
 
     def is_due(self, step: int) -> bool:
         """Return whether a checkpoint is due after `step` steps; equal on every rank."""
@@ -162,16 +174,35 @@ class CheckpointManager:
         Raises:
             TrainingError: There is state that a checkpoint cannot hold.
         """
+        if self._saved_step == step:  # a resumed run evaluates before its first step
+            return
         self._check_state()
-        if self._has_saved:
+        if self._saved_step is not None:
             return
         # An evaluation starts with it, so the resumed run evaluates the same model.
         self._context.batch_norms.average(self._backend)
         self.save(step)
         self.finish()
 
+    def on_evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """Take an evaluation into account, which may be the best one.
+
+        A checkpoint of this step that was saved before it is told.
+
+        Raises:
+            RecipeError: The evaluation does not give the metric of `keep_best`.
+        """
+        if self.best is None:
+            return
+        self._is_best = self.best.add(step, values) and self._saved_step != step
+        if self._saved_step == step and self._backend.rank == 0:
+            with contextlib.suppress(LauncherError):  # metrics.jsonl has the values as well
+                record_best(self._run_dir, step, self.best)
+
     def on_step_end(self, step: int, flags: RankFlags) -> bool:
         """Save if a checkpoint is due, commit a written one, return whether to stop (collective).
+
+        The run also stops once its evaluations have not improved for so long that it has ended.
 
         Raises:
             TrainingError: There is state that a checkpoint cannot hold.
@@ -179,16 +210,17 @@ class CheckpointManager:
         self._check_state()
         if flags.written == self._backend.world_size:
             self.finish()
-        if flags.stop or flags.save or self.is_due(step):
+        if flags.stop or flags.save or self._is_best or self.is_due(step):
             self.save(step)
+        self._is_best = False
         stops = flags.stop > 0 or step == self._pause_after
         if stops:
             self.finish()
-        return stops
+        return stops or self.has_ended
 
     def save(self, step: int) -> None:
         """Start saving the state after `step` steps, unless that has been done (collective)."""
-        if self._manifest is not None and self._manifest.step == step:
+        if self._saved_step == step:
             return
         self.finish()
         started = time.perf_counter()
@@ -199,7 +231,7 @@ class CheckpointManager:
         averages = () if context.averages is None else context.averages.tensors_to_save()
         state = backend.snapshot(context.model, context.optimizer, averages)
         self._manifest = self._make_manifest(step, state)
-        self._has_saved = True
+        self._saved_step = step
         folder: Path | None = None
         reason: str | None = None
         if backend.rank == 0:
@@ -232,7 +264,9 @@ class CheckpointManager:
         if self._backend.rank == 0 and reason is None:
             try:
                 commit_checkpoint(writer.folder, collect_file_sums(manifest, writer.folder))
-                prune_checkpoints(self._run_dir, self._context.recipe.keep_checkpoints)
+                keep = self._context.recipe.keep_checkpoints
+                others = steps_to_keep(self._run_dir, keep, self.best)
+                prune_checkpoints(self._run_dir, keep, others)
             except (OSError, LauncherError, ValueError, KeyError) as error:
                 reason = root_cause(error)
         if self._backend.rank == 0 and reason is not None:
@@ -292,6 +326,7 @@ class CheckpointManager:
                 "data": self._data,
                 "callbacks": self._hooks.state(),
                 "averaging": None if averages is None else averages.state(),
+                "best": None if self.best is None else self.best.state(),
             },
             versions=versions(),
         )

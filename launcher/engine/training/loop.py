@@ -145,6 +145,13 @@ class StepController(Protocol):
     def before_evaluation(self, step: int) -> None:
         """Prepare for an evaluation after `step` steps, which may fail (collective)."""
 
+    def on_evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """Receive the metrics of an evaluation after `step` steps, equal on every rank."""
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the run has ended before its last step; equal on every rank."""
+
     def on_step_end(self, step: int, flags: RankFlags) -> bool:
         """Act on the summed flags after `step` steps; return whether to stop (collective)."""
 
@@ -194,9 +201,11 @@ def train(
     nonfinite_guard = NonFiniteGuard(recipe.max_bad_steps, lambda step: sampler.batch_ids(step - 1))
     model.train()
     batch_norms.save_statistics()
-    evaluation = _run_evaluation(context, listener, first_step, context.missed_evaluations)
+    evaluation = _run_evaluation(
+        context, listener, first_step, context.missed_evaluations, controller
+    )
     meter = Meter(backend)
-    last_step = plan.total_steps if last_step is None else last_step
+    last_step = _find_last_step(context, controller, first_step, last_step)
     for step in range(first_step, last_step):
         # ------------------------------------------------------------------------------------
         window, micro_batches, data_wait_seconds = _begin_step(context, step)
@@ -266,6 +275,15 @@ def train(
         evaluation = evaluate(context, last_step, sampler.evaluations)
     report_phase(last_step, "finishing")
     return TrainOutcome(step=last_step, evaluation=evaluation)
+
+
+def _find_last_step(
+    context: TrainContext, controller: StepController | None, first_step: int, last_step: int | None
+) -> int:
+    """Return the number of steps at the end: no further ones if the run has ended already."""
+    if controller is not None and controller.has_ended:
+        return first_step
+    return context.plan.total_steps if last_step is None else last_step
 
 
 def _begin_step(context: TrainContext, step: int) -> tuple[Window, list[MicroBatch], float]:
@@ -349,6 +367,8 @@ def _run_evaluation(
     evaluation = evaluate(context, step, schedules)
     observe_evaluation(context.plateaus, context.backend, step, evaluation)
     listener.on_evaluation(step, evaluation)
+    if controller is not None:
+        controller.on_evaluation(step, evaluation)
     return evaluation
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from launcher.engine.backends.base import Backend
 from launcher.engine.saving.checkpoint_tensors import StoredState, load_newest
@@ -16,6 +16,7 @@ from launcher.errors import CheckpointError
 from launcher.planning.plan import Plan
 from launcher.planning.timed_plan import timed_plan
 from launcher.recipe.recipe import Recipe
+from launcher.runs.best import BestEvaluations, best_evaluations
 from launcher.runs.checkpoints import Checkpoint, list_checkpoints, set_aside
 from launcher.runs.events import record_past_failure
 from launcher.runs.files import remove_file
@@ -33,10 +34,10 @@ class ResumePoint:
 
     checkpoint: Checkpoint
     manifest: Manifest
-    accept: tuple[str, ...]
+    accept: tuple[str, ...] = ()
     """What the user accepts about the checkpoint: `data`, `missing-state`."""
 
-    evaluation: dict[str, float]
+    evaluation: dict[str, float] = field(default_factory=dict)
     """The metrics that the run has recorded after the checkpoint's last step, by name."""
 
     @property
@@ -97,6 +98,17 @@ def keep_planned_steps(
         return plan
     found = backend.broadcast(planned_steps(run_dir, resume_point.manifest, plan))
     return plan if found is None else timed_plan(plan, recipe.schedule, found)
+
+
+def find_best(recipe: Recipe, resume_point: ResumePoint | None) -> BestEvaluations | None:
+    """Return the best evaluations up to where a run starts; None without `keep_best`."""
+    if resume_point is None:
+        return best_evaluations(recipe, None)
+    best = best_evaluations(recipe, resume_point.manifest.values.get("best"))
+    if best is not None and resume_point.evaluation:
+        # The run may have been killed between an evaluation and the note of it in the checkpoint.
+        best.add(resume_point.step, resume_point.evaluation)
+    return best
 
 
 def restore_state(resume_point: ResumePoint, context: TrainContext) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -164,6 +164,15 @@ class TimeBudget:
         self._steps_ended = self._clock()
         self.manager.before_evaluation(step)
         self._evaluation_began = self._clock()
+
+    def on_evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """Receive the metrics of an evaluation after `step` steps, equal on every rank."""
+        self.manager.on_evaluation(step, values)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the run has ended before its last step; equal on every rank."""
+        return self.manager.has_ended
 
     def on_step_end(self, step: int, flags: RankFlags) -> bool:
         """Measure, leave the rest to the checkpoints' controller; return whether to stop."""
