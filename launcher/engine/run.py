@@ -151,10 +151,9 @@ def train_rank(
     first_step = 0 if resume_point is None else resume_point.step
     plan = keep_planned_steps(plan, recipe, resume_point, backend, run_dir)
     best = None if stop is None else find_best(recipe, resume_point)
+    has_ended = best is not None and best.has_ended  # it was interrupted before its result
     is_timed = last_step is None and stop is not None and is_to_be_timed(plan, first_step)
-    last_step = plan.total_steps if last_step is None else last_step
-    if best is not None and best.has_ended:  # the run was interrupted before its result
-        is_timed, last_step = False, first_step
+    last_step = first_step if has_ended else last_step or plan.total_steps
     context = build_context(
         recipe,
         plan,
@@ -178,7 +177,7 @@ def train_rank(
     progress = output.progress(last_step) if backend.rank == 0 else None
     with _open_trackers(recipe, plan, backend, run_dir) as trackers:
         recorder = _open_recorder(context, run_dir, progress, trackers, trial_outcome.warnings)
-        checkpoint_manager, budget = None, None
+        checkpoint_manager = budget = None
         if stop is not None:
             stop.defer()
             checkpoint_manager = CheckpointManager(
@@ -193,20 +192,19 @@ def train_rank(
                 pause_after=pause_after,
                 best=best,
             )
-            if is_timed:
+            if is_timed and not has_ended:
                 budget = TimeBudget(context, checkpoint_manager, recorder, started=started)
+        restore_callbacks(resume_point, hooks)
         began = time.perf_counter()
         try:
-            restore_callbacks(resume_point, hooks)
             hooks.on_run_start()
             controller = budget or checkpoint_manager
             outcome = _take_steps(context, recorder, hooks, controller, first_step, last_step)
             if budget is not None and budget.measurement is not None:
-                context = _plan_in_time(budget, budget.measurement, recorder, run_dir)
-                last_step = context.plan.total_steps
-                outcome = _take_steps(
-                    context, recorder, hooks, checkpoint_manager, outcome.step, last_step
+                context, outcome = _take_timed_steps(
+                    budget, budget.measurement, recorder, hooks, run_dir
                 )
+                last_step = context.plan.total_steps
             if checkpoint_manager is not None and checkpoint_manager.has_ended:
                 outcome = evaluate_rest(context, outcome, hooks.listening(recorder))
             elif outcome.step < last_step:
@@ -217,11 +215,16 @@ def train_rank(
             result = _with_times(result, started, recipe.max_time if is_timed else None)
             hooks.on_run_end(outcome.step, finished=True)
         finally:
-            if checkpoint_manager is not None:
-                checkpoint_manager.free_host_memory()
-            recorder.close()
+            _close(checkpoint_manager, recorder)
         _report_result(result, run_dir, progress, trackers, write_report)
     return result
+
+
+def _close(checkpoint_manager: CheckpointManager | None, recorder: Recorder) -> None:
+    """Free the memory of checkpoints, and close the files of metrics."""
+    if checkpoint_manager is not None:
+        checkpoint_manager.free_host_memory()
+    recorder.close()
 
 
 def _with_times(result: TrainResult, started: float, max_time: str | None) -> TrainResult:
@@ -351,10 +354,17 @@ def _take_steps(
         ) from None
 
 
-def _plan_in_time(
-    budget: TimeBudget, measurement: SpeedMeasurement, recorder: Recorder, run_dir: RunDir
-) -> TrainContext:
-    """Return what is trained with the steps that fit in the recipe's `max_time`, and record them.
+def _take_timed_steps(
+    budget: TimeBudget,
+    measurement: SpeedMeasurement,
+    recorder: Recorder,
+    hooks: CallbackHooks,
+    run_dir: RunDir,
+) -> tuple[TrainContext, TrainOutcome]:
+    """Take the further steps that fit in the recipe's `max_time`, and record them (collective).
+
+    Returns:
+        What was trained, with the plan of these steps, and where the training ended.
 
     Raises:
         TrainingError: The schedule of the recipe fails for this number of steps.
@@ -368,7 +378,9 @@ def _plan_in_time(
             recorder.on_warning(problem)
         record_event(run_dir, "timed", **measurement.values())
         recorder.on_planned_steps(measurement.text(), measurement.values())
-    return context
+    steps = measurement.timed_steps
+    outcome = _take_steps(context, recorder, hooks, budget.manager, steps.first_step, steps.steps)
+    return context, outcome
 
 
 def _complete(

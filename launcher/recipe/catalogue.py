@@ -40,7 +40,7 @@ TOPICS = {
     "Checkpoints and failures": (
         "checkpoint_every keep_checkpoints keep_best best_checkpoints max_bad_steps hang_timeout"
     ),
-    "What is recorded": "noise_scale trackers record_samples",
+    "What is recorded": "train_metrics noise_scale trackers record_samples",
 }
 """Settings by topic; one that is not named here comes under `OTHER`."""
 

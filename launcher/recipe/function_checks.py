@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from launcher.errors import RecipeError
+from launcher.errors import RecipeError, did_you_mean
 from launcher.printable import printable_line
 from launcher.recipe.averaging import Averaging
 from launcher.recipe.optimizer import OptimizerSpec
 from launcher.recipe.prediction_metric import PredictionMetric, is_metric_object
+from launcher.recipe.training_log import check_logged_name
 from launcher.recipe.validation import brief, show
 
 ARGUMENTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -162,3 +163,25 @@ def check_metrics(metrics: Any) -> None:
                 f"lambda: {kind}(...)), so that each rank builds its own."
             )
         check_function(f"Recipe(metrics={{{name!r}: ...}})", metric, ARGUMENTS["loss"])
+
+
+def check_train_metrics(names: tuple[str, ...], metrics: Mapping[str, Any]) -> None:
+    """Refuse names of no metric, and names that a run cannot log.
+
+    Raises:
+        RecipeError: There is one.
+    """
+    place = "Recipe(train_metrics=...)"
+    for name in names:
+        if name not in metrics:
+            known = ", ".join(metrics) or "none"
+            raise RecipeError(
+                f"{place}: there is no metric {brief(repr(name))}; metrics has {known}."
+                f"{did_you_mean(name, metrics)}"
+            )
+        if isinstance(metrics[name], PredictionMetric):
+            raise RecipeError(
+                f"{place}: the metric {brief(repr(name))} is over all predictions, which only an "
+                "evaluation has. Name metrics that return (sum, count)."
+            )
+        check_logged_name(place, name)

@@ -29,6 +29,7 @@ from launcher.recipe.function_checks import (
     check_metrics,
     check_optimizer,
     check_parallel_plan,
+    check_train_metrics,
 )
 from launcher.recipe.hang_limits import HangTimeout
 from launcher.recipe.keep_best import check_keep_best
@@ -375,6 +376,10 @@ class Recipe:
     noise_scale: Annotated[bool, Affects.NOTHING] = False
     """Estimate the gradient noise scale while training, from one step in twenty."""
 
+    train_metrics: Annotated[tuple[str, ...], Affects.NOTHING] = ()
+    """Names of metrics that are also computed on the outputs of each training step, such as
+    accuracy."""
+
     trackers: Annotated[tuple[TrackerName, ...], Affects.NOTHING] = ()
     """Experiment trackers that rank 0 also reports to, such as tensorboard,wandb."""
 
@@ -399,6 +404,7 @@ class Recipe:
         for name, arguments in ARGUMENTS.items():
             check_function(f"Recipe({name}=...)", getattr(self, name), arguments)
         check_metrics(self.metrics)
+        check_train_metrics(self.train_metrics, self.metrics)
         object.__setattr__(self, "callbacks", check_callbacks(self.callbacks))
         check_keep_best(
             self.keep_best,

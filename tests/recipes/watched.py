@@ -47,7 +47,12 @@ class Diary:
 def watched(*, fails: str = "") -> Recipe:
     """Digits with a diary, and with numbers whose means do not depend on the split of a batch."""
     return replace(
-        worlds(), name="watched", loss=logging_loss, forward=forward, callbacks=(Diary(fails),)
+        worlds(),
+        name="watched",
+        loss=logging_loss,
+        forward=forward,
+        callbacks=(Diary(fails),),
+        train_metrics=("accuracy",),
     )
 
 

@@ -91,6 +91,7 @@ SETTINGS = {
         "max_bad_steps",
         "hang_timeout",
         "noise_scale",
+        "train_metrics",
         "trackers",
         "record_samples",
     },

@@ -192,3 +192,52 @@ def test_a_micro_batch_of_weight_0_logs_nothing() -> None:
             log("x", 5.0, 1)
     assert numbers.take() == {("x", 0): [5.0, 1.0]}
     assert numbers.take() == {}
+
+
+def positive(outputs: Tensor, batch: list[Tensor]) -> tuple[Tensor, int]:
+    """Count positive outputs, among the samples of this batch."""
+    assert not torch.is_grad_enabled()
+    return (outputs > 0).sum(), len(batch[0])
+
+
+def test_a_metric_is_computed_in_training_too(tmp_path: Path) -> None:
+    """`train_metrics` has the values that the loss could log, and leaves the steps as they are."""
+
+    def loss(outputs: Tensor, batch: list[Tensor]) -> tuple[Tensor, int]:
+        log("own", (outputs > 0).sum(), len(batch[0]))
+        return outputs.square().sum(), len(batch[0])
+
+    options: dict[str, Any] = {"metrics": {"positive": positive}, "micro_batch_size": 8}
+    plain = train(tmp_path / "plain", recipe(loss=loss, **options))
+    watched = train(tmp_path / "watched", recipe(loss=loss, train_metrics=("positive",), **options))
+    assert [numbers["positive"] for numbers in logged_by(watched)] == [
+        numbers["own"] for numbers in logged_by(plain)
+    ]
+    assert watched.model.read_bytes() == plain.model.read_bytes()
+    assert len({numbers["positive"] for numbers in logged_by(watched)}) > 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_metrics": ("positve",)}, "no metric 'positve'.* Did you mean positive"),
+        ({"train_metrics": ("loss",)}, "no metric 'loss'"),
+        ({"train_metrics": "positive"}, "Recipe.train_metrics=.*a list"),
+        ({"train_metrics": ("lr",), "metrics": {"lr": positive}}, "records a number called 'lr'"),
+    ],
+)
+def test_a_wrong_name_in_train_metrics_is_refused(changes: Any, message: str) -> None:
+    """A recipe refuses names that are not those of metrics, with the names that are near."""
+    with pytest.raises(RecipeError, match=message):
+        recipe(**{"metrics": {"positive": positive}} | changes)
+
+
+def test_a_metric_that_returns_a_mean_in_training_is_named(tmp_path: Path) -> None:
+    """The error names the metric and what it returned."""
+
+    def mean(outputs: Tensor, batch: list[Tensor]) -> Any:
+        return outputs.mean() if len(batch[0]) == 16 else (outputs.sum(), len(batch[0]))
+
+    trained = recipe(metrics={"mean": mean}, train_metrics=("mean",))
+    with pytest.raises(RecipeError, match=r"metric mean returned a tensor of shape \(\)"):
+        train(tmp_path / "run", trained)

@@ -36,6 +36,7 @@ from launcher.engine.state.virtual_buffers import VirtualBuffers
 from launcher.engine.training.initial_model import build_initial_model
 from launcher.engine.training.live_schedules import live_schedule
 from launcher.engine.training.loop import TrainContext
+from launcher.engine.training.train_metrics import with_train_metrics
 from launcher.errors import RecipeError
 from launcher.planning.plan import Plan
 from launcher.planning.single_sample_batches import has_single_sample_batches
@@ -138,7 +139,7 @@ def build_context(
                 recipe, plan, sampler.train_samples, batch_norms, first_batch_size
             )
     return TrainContext(
-        recipe=recipe,
+        recipe=with_train_metrics(recipe),
         plan=plan,
         backend=backend,
         model=model,
