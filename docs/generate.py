@@ -62,6 +62,7 @@ is fetched when it is first used. [Start from Python](python-api.md) explains ho
 NAMES = {
     "Run, plan, resume": "plan run resume RunResult RunDir History Plan",
     "Sweeps": "sweep SweepResult TrialResult objective",
+    "Evaluate and predict": "evaluate EvaluationResult predict Predictions",
     "Recipes": (
         "Recipe Data Evaluation all_predictions log CallbackContext Shards main packaged_file"
     ),

@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from launcher.api import objective, plan, resume, run, sweep
+    from launcher.api import evaluate, objective, plan, resume, run, sweep
     from launcher.engine.data.shards import Shards
     from launcher.engine.model.four_bits import four_bits
     from launcher.entry import main
@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from launcher.recipe.training_log import log
     from launcher.recipe.unplanned_schedules import plateau, torch_schedule
     from launcher.runs.callback_context import CallbackContext
+    from launcher.runs.evaluation_result import EvaluationResult
     from launcher.runs.failure_record import Failure, RunFailedError
     from launcher.runs.history import History
     from launcher.runs.run_result import RunResult
@@ -66,6 +67,7 @@ __all__ = [
     "CallbackContext",
     "Data",
     "Evaluation",
+    "EvaluationResult",
     "Failure",
     "History",
     "LauncherError",
@@ -96,6 +98,7 @@ __all__ = [
     "cosine",
     "cyclical",
     "ema",
+    "evaluate",
     "exponential",
     "four_bits",
     "linear",
@@ -128,6 +131,7 @@ _MODULES = {
     "CallbackContext": "launcher.runs.callback_context",
     "Data": "launcher.recipe.recipe",
     "Evaluation": "launcher.recipe.evaluation_sets",
+    "EvaluationResult": "launcher.runs.evaluation_result",
     "Failure": "launcher.runs.failure_record",
     "History": "launcher.runs.history",
     "LauncherError": "launcher.errors",
@@ -158,6 +162,7 @@ _MODULES = {
     "cosine": "launcher.recipe.schedules",
     "cyclical": "launcher.recipe.schedules",
     "ema": "launcher.recipe.averaging",
+    "evaluate": "launcher.api",
     "exponential": "launcher.recipe.schedules",
     "four_bits": "launcher.engine.model.four_bits",
     "linear": "launcher.recipe.schedules",

@@ -1,4 +1,4 @@
-"""Train, resume and plan from Python: what `launcher run`, `resume` and `plan` do, as functions.
+"""Train, resume, plan and evaluate from Python: what the commands of these names do, as functions.
 
 Each function does what the command does, returns a typed value and raises a `LauncherError` where
 the command would print an error. None of them ends the process or leaves it in another working
@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from launcher.engine.saving.hugging_face import Export
+    from launcher.launch.evaluate_run import WeightsRequest
     from launcher.planning.plan import Plan
     from launcher.recipe.overrides import Override
     from launcher.recipe.recipe import Recipe
     from launcher.recipe.resolve import Reference
+    from launcher.runs.evaluation_result import EvaluationResult
     from launcher.runs.job import OutputMode
     from launcher.runs.run_result import RunResult
     from launcher.sweeps.objective import PrunableTrial
@@ -133,6 +135,58 @@ def resume(
             write_report=write_report,
         )
         return start(prepare_resume(request), signals)
+
+
+def evaluate(
+    run: str | Path,
+    *,
+    checkpoint: int | str | None = None,
+    nproc_per_node: int | None = None,
+    **overrides: Any,
+) -> EvaluationResult:
+    """Evaluate the weights of a run over its evaluation data, as `launcher evaluate` does.
+
+    On as many ranks as trained, the metrics are those that the run itself recorded, to the bit.
+
+    Args:
+        run: The run folder, which is only read.
+        checkpoint: "last" for the newest checkpoint, "best" for the best, or a step; None takes the
+            final weights or, while the run has none, the newest checkpoint.
+        nproc_per_node: Ranks; None is as many on each node as the run had.
+        overrides: Settings and parameters of the recipe that change, such as the data.
+
+    Raises:
+        RunFailedError: A rank failed; the error holds the failure's record.
+        UsageError: The folder, the checkpoint or an override is wrong.
+        KeyboardInterrupt: Ctrl-C was pressed.
+    """
+    from launcher.launch.evaluate_run import evaluate_run
+    from launcher.launch.signal_handler import library_signals
+    from launcher.recipe.resolve import check_not_importing
+
+    check_not_importing()
+    with library_signals() as signals:
+        return evaluate_run(_weights_request(run, checkpoint, nproc_per_node, overrides), signals)
+
+
+def _weights_request(
+    run: str | Path,
+    checkpoint: int | str | None,
+    nproc_per_node: int | None,
+    overrides: dict[str, Any],
+) -> WeightsRequest:
+    from launcher.forking import suspect_all_threads
+    from launcher.launch.evaluate_run import WeightsRequest
+    from launcher.recipe.validation import NonNegativeInt, PositiveInt
+
+    suspect_all_threads()  # those of the calling program, which a fork would not survive either
+    name = _argument("checkpoint", checkpoint, NonNegativeInt | str | None)
+    return WeightsRequest(
+        run_dir=_argument("run", run, Path),
+        checkpoint=None if name is None else str(name),
+        overrides=_overrides(None, overrides),
+        nproc_per_node=_argument("nproc_per_node", nproc_per_node, PositiveInt | None),
+    )
 
 
 def plan(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import json
 import os
 import shutil
 import sys
@@ -48,10 +49,12 @@ from launcher import (
 from launcher.engine.process_group import join
 from launcher.engine.ranks.output import Output
 from launcher.engine.run import train_rank
+from launcher.engine.training.evaluation import evaluate_weights
 from launcher.environment.world import World, find_world
 from launcher.planning.strategy import STRATEGIES
-from launcher.runs.job import ResumeFrom
+from launcher.runs.job import RecipeSource, ResumeFrom
 from launcher.runs.rundir import RunDir, create_run_dir
+from launcher.runs.weight_choice import WeightChoice
 from launcher.signals import StopRequest
 
 RECIPES = {
@@ -607,6 +610,23 @@ class Trainer:
         train_rank(recipe, plan, backend, run_dir, self._output, start=start, stop=stop)
         self._backends.append(backend)
 
+    def evaluate(self, case: Case | BitsCase) -> None:
+        """Evaluate the final weights of a case, and those of its newest checkpoint."""
+        run_dir = RunDir(self._folder / case.key)
+        recipe = replace(case.make(self.world.world_size), averaging=None)
+        plan = make_plan(recipe, read_machine(), nproc_per_node=self.world.world_size)
+        source = RecipeSource(recipe="")
+        measured = {}
+        for is_final in (True, False):
+            weights = WeightChoice(run_dir=run_dir, step=10, is_final=is_final)
+            backend, _ = join(recipe, plan, self.world, lambda: run_dir)
+            measured[weights.name] = evaluate_weights(
+                recipe, plan, backend, weights, source=source, report_phase=lambda *_: None
+            )
+            self._backends.append(backend)
+        if backend.rank == 0:
+            (run_dir.path / "evaluated.json").write_text(json.dumps(measured))
+
 
 def train_suite(suite: str, folder: Path, worlds: Sequence[int]) -> None:
     """Train each case of a suite into a folder of its own, such as on2/... with two ranks."""
@@ -640,6 +660,8 @@ def train_cases(rank: int, suite: str, folder: Path, ranks: int, before: Sequenc
         for case, source in averaged(ranks):
             path = None if source is None else folder / f"on{SOURCE_RANKS}" / source.key
             train(case, case.key, source=path, saves=True)
+            if ranks == 3:
+                train.evaluate(case)
     elif suite == "hybrid":
         _train_hybrid(train, folder, ranks, before)
     elif suite in BITS_SUITES:

@@ -27,6 +27,7 @@ _COMMANDS = {
     "check": "launcher.cli.check",
     "completion": "launcher.cli.completion",
     "doctor": "launcher.cli.doctor",
+    "evaluate": "launcher.cli.evaluate",
     "export": "launcher.cli.export",
     "find": "launcher.cli.find",
     "logs": "launcher.cli.logs",

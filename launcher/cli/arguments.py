@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
-from launcher.cli.completing import complete_recipes, complete_settings
+from launcher.cli.completing import complete_recipes, complete_runs, complete_settings
 from launcher.errors import UsageError
 
 if TYPE_CHECKING:
@@ -214,6 +214,27 @@ def nodes_options(function: Function) -> Function:
         help="With --hosts: also pass this environment variable on. May be repeated.",
     )
     return count(rendezvous(hosts(ssh(forward(join_timeout(function))))))
+
+
+def weights_options(function: Function) -> Function:
+    """Add the argument RUN, and the options of commands that compute with its weights."""
+    run = click.argument(
+        "run_dir", metavar="RUN", type=click.Path(path_type=Path), shell_complete=complete_runs
+    )
+    checkpoint = click.option(
+        "--checkpoint",
+        metavar="best|last|STEP",
+        help="Take the weights of this checkpoint. Default: the final weights or, while the run "
+        "has none, the newest checkpoint.",
+    )
+    ranks = click.option(
+        "-n",
+        "--nproc-per-node",
+        type=Count(min=1, largest=MAX_NODES),
+        metavar="N",
+        help="Ranks. Default: as many on each node as the run had.",
+    )
+    return run(checkpoint(ranks(function)))
 
 
 def out_option(function: Function) -> Function:

@@ -43,10 +43,12 @@ from launcher.engine.ranks.processes import die_with_parent
 from launcher.engine.ranks.temporary_files import sockets_in
 from launcher.engine.ranks.usage import usage_of
 from launcher.engine.run import train_rank
+from launcher.engine.training.evaluation import evaluate_weights
 from launcher.environment.world import World, find_world
 from launcher.errors import EXIT_RESUMABLE
 from launcher.recipe.recipe import Recipe
 from launcher.runs.checkpoints import list_checkpoints
+from launcher.runs.evaluation_result import write_measured
 from launcher.runs.files import write_atomic
 from launcher.runs.heartbeat import PHASES
 from launcher.runs.job import Job, ResumeFrom
@@ -159,6 +161,31 @@ def agent_profile(job: Job) -> int:
     """
     assert job.last_step is not None
     return _run_probe(job, functools.partial(profile_steps, warm_up=job.last_step))
+
+
+def agent_evaluation(job: Job) -> int:
+    """Take part in evaluating the weights of a run; rank 0 writes the metrics to the job's folder.
+
+    Args:
+        job: What is evaluated: `job.weights`.
+    """
+    weights = job.weights
+    assert weights is not None
+
+    def work(rank: _AgentRank) -> int:
+        metrics = evaluate_weights(
+            rank.recipe,
+            job.plan,
+            rank.backend,
+            weights,
+            source=job.source,
+            report_phase=rank.report_phase,
+        )
+        if rank.backend.rank == 0:
+            write_measured(job.run_dir, metrics)
+        return 0
+
+    return _run_agent_rank(job, work)
 
 
 def _run_probe(job: Job, measure: Callable[[ProbeContext], None]) -> int:

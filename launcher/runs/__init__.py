@@ -5,6 +5,7 @@ run_record          run.yaml: what a run is
 failure_record      failure.json: the first failure of a run
 checkpoints         checkpoints/: list, verify, write and prune them
 manifest            checkpoint.json: what a checkpoint holds, and the digests of its files
+weight_choice       which weights of a run a command takes
 resumption          whether a plan can resume a run, and what it changes
 events, heartbeat   what happened to a run, and where each rank is
 status, history     the state of a run, and everything that it recorded
@@ -12,6 +13,7 @@ ownership, locks    one process at a time writes into a run folder
 plan_recipe         builds and plans a recipe, and describes the run for run.yaml
 job                 a run as it is handed to its ranks
 run_result          what a run came to, for Python programs
+evaluation_result   what evaluating its weights came to
 provenance          versions, git state and command line of a run
 redaction           keys and passwords, kept out of every file
 cache               folders for measurements that later runs reuse

@@ -15,6 +15,7 @@ from launcher.recipe.overrides import Override, build
 from launcher.recipe.recipe import Recipe
 from launcher.recipe.resolve import resolve
 from launcher.runs.rundir import RunDir
+from launcher.runs.weight_choice import WeightChoice
 
 OutputMode = Literal["progress", "json", "quiet"]
 """What a run prints: a progress display, one JSON object per line, or only errors."""
@@ -122,6 +123,9 @@ class Job:
 
     folder: Path | None = None
     """The working folder of its ranks; None is that of the process that starts them."""
+
+    weights: WeightChoice | None = None
+    """The weights of a run that are evaluated; None for jobs that train."""
 
     write_report: ReportWriter | None = None
     """Writes the page of the finished run, which rank 0 sends to experiment trackers."""

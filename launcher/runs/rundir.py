@@ -11,6 +11,7 @@ curve.json          learning rates and losses that `launcher find lr` measured
 reading.json        loader throughput that `launcher find loader` measured
 size.json           throughput and memory that `launcher find batch` measured
 profile.json        where the time of steps went, by `launcher profile`; with traces/
+evaluation.json     what `launcher evaluate` measured
 noise.json          gradient norms that `launcher find noise` measured
 trackers.json       ids of the run in experiment trackers, so that it resumes there
 failure.json        the first failure, if the run failed; see launcher.runs.failure_record
@@ -125,6 +126,10 @@ class RunDir:
     @property
     def noise(self) -> Path:
         return self.path / "noise.json"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.path / "evaluation.json"
 
     @property
     def diagnostics(self) -> Path:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from matrix import AVERAGED, AVERAGED_BITS, AVERAGED_NORMS, AVERAGED_WORLDS, averaged
+from matrix import (
+    AVERAGED,
+    AVERAGED_BITS,
+    AVERAGED_NORMS,
+    AVERAGED_WORLDS,
+    BitsCase,
+    Case,
+    averaged,
+)
 from support import Commands, read_lines, read_weights, train_suite
 
 from launcher.runs.checkpoints import list_checkpoints
@@ -17,7 +26,7 @@ CASES = [
     (ranks, case)
     for ranks in AVERAGED_WORLDS
     for case, _ in averaged(ranks)
-    if case not in AVERAGED_BITS.values()
+    if isinstance(case, Case)
 ]
 
 
@@ -36,11 +45,11 @@ def evaluations(folder: Path) -> dict[int, float]:
 @pytest.mark.parametrize(
     ("ranks", "case"), CASES, ids=[f"{ranks}-{case.key}" for ranks, case in CASES]
 )
-def test_the_ranks_change_nothing_but_rounding(trained: Path, ranks: int, case: object) -> None:
+def test_the_ranks_change_nothing_but_rounding(trained: Path, ranks: int, case: Case) -> None:
     """Evaluations and exported weights are those of one process, also after a resume."""
     norms = case == AVERAGED_NORMS
     alone = trained / "on1" / (AVERAGED_NORMS if norms else AVERAGED["ddp"]).key
-    folder = trained / f"on{ranks}" / case.key  # type: ignore[attr-defined]
+    folder = trained / f"on{ranks}" / case.key
     expected, found = evaluations(alone), evaluations(folder)
     assert found.keys() == expected.keys()
     assert len(found) >= (2 if norms else 4)
@@ -82,3 +91,17 @@ def test_the_average_is_not_the_last_weights(trained: Path) -> None:
         assert not torch.equal(exported[name], last)
     averages = {name.partition("@")[0] for name in state.names() if name.startswith("average/")}
     assert {"average/0.weight", "average/1.0.norm.running_var"} <= averages
+
+
+@pytest.mark.parametrize("case", [case for case, _ in averaged(3)], ids=lambda case: case.key)
+def test_evaluating_a_run_gives_what_it_recorded(trained: Path, case: Case | BitsCase) -> None:
+    """Final weights, and those of a checkpoint, evaluate to the last values of the run, bit by bit.
+
+    This holds under every strategy, for averages, and for statistics of virtual ranks.
+    """
+    folder = trained / "on3" / case.key
+    recorded = [
+        row["evaluation"] for row in read_lines(RunDir(folder).metrics) if "evaluation" in row
+    ]
+    evaluated = json.loads((folder / "evaluated.json").read_text())
+    assert evaluated == {"model.safetensors": recorded[-1], "step-00000010": recorded[-1]}

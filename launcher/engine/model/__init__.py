@@ -1,5 +1,6 @@
 """Parts of a model that distributed training handles specially.
 
+averages          the average of the weights over the steps
 batch_norm        BatchNorm statistics when a batch is split over ranks
 sync_batch_norm   BatchNorm over the micro-batches of all ranks
 blocks            repeated layers, which are sharded, compiled and recomputed as units

@@ -18,7 +18,12 @@ from launcher.engine.data.open_files import open_files, opened_since
 from launcher.engine.data.prefetching import micro_batches, raise_if_error
 from launcher.engine.data.randomness import seed_all
 from launcher.engine.data.reader import MicroBatch, Reader, call_data, sample_count
-from launcher.engine.data.sampler import EvaluationSchedule, Horizon, Sampler
+from launcher.engine.data.sampler import (
+    EvaluationSchedule,
+    Horizon,
+    MicroBatchRequest,
+    Sampler,
+)
 from launcher.engine.metrics.collected_metrics import CollectedMetrics
 from launcher.engine.metrics.noise_meter import STRIDE, make_noise_meter
 from launcher.engine.model.averages import Averages
@@ -61,6 +66,7 @@ def build_context(
     source: RecipeSource | None = None,
     noise_stride: int = STRIDE,
     report_phase: Callable[[int, str], None] = lambda *_: None,
+    read: Callable[[Sampler], Iterator[MicroBatchRequest]] | None = None,
 ) -> TrainContext:
     """Build what the recipe describes, ready to train from `first_step` on (collective).
 
@@ -79,6 +85,7 @@ def build_context(
         source: What the recipe is built from; spawned DataLoader workers need it.
         noise_stride: If the recipe asks for the noise scale, one step in this many is measured.
         report_phase: Called with (steps taken, phase) whenever this rank enters a phase.
+        read: Returns the requests to read in place of those of the steps.
 
     Raises:
         RecipeError: The recipe or its data is at fault.
@@ -110,6 +117,8 @@ def build_context(
     horizon = Horizon(plan.total_steps)
 
     def start_reading(sampler: Sampler) -> Iterator[MicroBatch]:
+        if read is not None:
+            return micro_batches(reader, read(sampler), plan)
         requests = sampler.requests(first_step, horizon) if first_step < last_step else iter(())
         if missed or first_step >= last_step:
             requests = itertools.chain(sampler.evaluation(missed or None), requests)
