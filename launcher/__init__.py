@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from launcher.api import evaluate, objective, plan, resume, run, sweep
+    from launcher.api import evaluate, objective, plan, predict, resume, run, sweep
     from launcher.engine.data.shards import Shards
     from launcher.engine.model.four_bits import four_bits
     from launcher.entry import main
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         UsageError,
         WorldError,
     )
+    from launcher.launch.predict_run import Predictions
     from launcher.planning.loading import LoaderPolicy, loader_policy
     from launcher.planning.plan import Plan
     from launcher.planning.planner import make_plan
@@ -77,6 +78,7 @@ __all__ = [
     "OverrideError",
     "Plan",
     "PlanError",
+    "Predictions",
     "Recipe",
     "RecipeError",
     "RunDir",
@@ -113,6 +115,7 @@ __all__ = [
     "packaged_file",
     "plan",
     "plateau",
+    "predict",
     "read_machine",
     "resume",
     "run",
@@ -141,6 +144,7 @@ _MODULES = {
     "OverrideError": "launcher.errors",
     "Plan": "launcher.planning.plan",
     "PlanError": "launcher.errors",
+    "Predictions": "launcher.launch.predict_run",
     "Recipe": "launcher.recipe.recipe",
     "RecipeError": "launcher.errors",
     "RunDir": "launcher.runs.rundir",
@@ -177,6 +181,7 @@ _MODULES = {
     "packaged_file": "launcher.recipe.package_data",
     "plan": "launcher.api",
     "plateau": "launcher.recipe.unplanned_schedules",
+    "predict": "launcher.api",
     "read_machine": "launcher.environment.machine",
     "resume": "launcher.api",
     "run": "launcher.api",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from launcher.engine.saving.hugging_face import Export
-    from launcher.launch.evaluate_run import WeightsRequest
+    from launcher.launch.predict_run import Predictions
     from launcher.planning.plan import Plan
     from launcher.recipe.overrides import Override
     from launcher.recipe.recipe import Recipe
@@ -160,33 +160,76 @@ def evaluate(
         UsageError: The folder, the checkpoint or an override is wrong.
         KeyboardInterrupt: Ctrl-C was pressed.
     """
-    from launcher.launch.evaluate_run import evaluate_run
+    from launcher.launch.evaluate_run import WeightsRequest, evaluate_run
     from launcher.launch.signal_handler import library_signals
     from launcher.recipe.resolve import check_not_importing
 
     check_not_importing()
     with library_signals() as signals:
-        return evaluate_run(_weights_request(run, checkpoint, nproc_per_node, overrides), signals)
+        fields = _weights_fields(run, checkpoint, nproc_per_node, overrides)
+        return evaluate_run(WeightsRequest(**fields), signals)
 
 
-def _weights_request(
+def predict(
+    run: str | Path,
+    input: str | Path,  # noqa: A002  # as the command calls it
+    *,
+    out: str | Path,
+    checkpoint: int | str | None = None,
+    nproc_per_node: int | None = None,
+    force: bool = False,
+    **overrides: Any,
+) -> Predictions:
+    """Write what the model of a run predicts for each sample, as `launcher predict` does.
+
+    Args:
+        run: The run folder, which is only read.
+        input: A file that the recipe's `predict_data` reads, or the name of a data set of the
+            recipe: "evaluation" or "train".
+        out: The file to write, `.jsonl` or `.parquet`: completely, or not at all.
+        checkpoint: As for `evaluate`.
+        nproc_per_node: Ranks; None is as many on each node as the run had.
+        force: Whether `out` may replace a file.
+        overrides: Settings and parameters of the recipe that change.
+
+    Raises:
+        RunFailedError: A rank failed; the error holds the failure's record.
+        UsageError: The folder, the checkpoint, the input or an override is wrong, or `out` exists.
+        KeyboardInterrupt: Ctrl-C was pressed.
+    """
+    from launcher.launch.predict_run import PredictRequest, predict_run
+    from launcher.launch.signal_handler import library_signals
+    from launcher.recipe.resolve import check_not_importing
+
+    check_not_importing()
+    with library_signals() as signals:
+        request = PredictRequest(
+            **_weights_fields(run, checkpoint, nproc_per_node, overrides),
+            input=str(_argument("input", input, Path)),
+            out=_argument("out", out, Path),
+            force=_argument("force", force, bool),
+        )
+        return predict_run(request, signals)
+
+
+def _weights_fields(
     run: str | Path,
     checkpoint: int | str | None,
     nproc_per_node: int | None,
     overrides: dict[str, Any],
-) -> WeightsRequest:
+) -> dict[str, Any]:
+    """Return the fields of a request to compute with the weights of a run."""
     from launcher.forking import suspect_all_threads
-    from launcher.launch.evaluate_run import WeightsRequest
     from launcher.recipe.validation import NonNegativeInt, PositiveInt
 
     suspect_all_threads()  # those of the calling program, which a fork would not survive either
     name = _argument("checkpoint", checkpoint, NonNegativeInt | str | None)
-    return WeightsRequest(
-        run_dir=_argument("run", run, Path),
-        checkpoint=None if name is None else str(name),
-        overrides=_overrides(None, overrides),
-        nproc_per_node=_argument("nproc_per_node", nproc_per_node, PositiveInt | None),
-    )
+    return {
+        "run_dir": _argument("run", run, Path),
+        "checkpoint": None if name is None else str(name),
+        "overrides": _overrides(None, overrides),
+        "nproc_per_node": _argument("nproc_per_node", nproc_per_node, PositiveInt | None),
+    }
 
 
 def plan(

@@ -33,6 +33,7 @@ _COMMANDS = {
     "logs": "launcher.cli.logs",
     "new": "launcher.cli.new",
     "plan": "launcher.cli.plan",
+    "predict": "launcher.cli.predict",
     "profile": "launcher.cli.profile",
     "prove": "launcher.cli.prove",
     "recipes": "launcher.cli.recipes",

@@ -44,6 +44,7 @@ from launcher.engine.ranks.temporary_files import sockets_in
 from launcher.engine.ranks.usage import usage_of
 from launcher.engine.run import train_rank
 from launcher.engine.training.evaluation import evaluate_weights
+from launcher.engine.training.prediction import predict_samples
 from launcher.environment.world import World, find_world
 from launcher.errors import EXIT_RESUMABLE
 from launcher.recipe.recipe import Recipe
@@ -183,6 +184,31 @@ def agent_evaluation(job: Job) -> int:
         )
         if rank.backend.rank == 0:
             write_measured(job.run_dir, metrics)
+        return 0
+
+    return _run_agent_rank(job, work)
+
+
+def agent_prediction(job: Job) -> int:
+    """Take part in predicting; each rank writes its part.
+
+    Args:
+        job: What is predicted: `job.prediction`, with `job.weights`.
+    """
+    weights, prediction = job.weights, job.prediction
+    assert weights is not None
+    assert prediction is not None
+
+    def work(rank: _AgentRank) -> int:
+        predict_samples(
+            rank.recipe,
+            job.plan,
+            rank.backend,
+            weights,
+            prediction,
+            source=job.source,
+            report_phase=rank.report_phase,
+        )
         return 0
 
     return _run_agent_rank(job, work)

@@ -16,9 +16,19 @@ from launcher.recipe.training_log import check_logged_name
 from launcher.recipe.validation import brief, show
 
 ARGUMENTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"model": (), "data": (), "loss": ("outputs", "batch"), "forward": ("model", "batch")}
+    {
+        "model": (),
+        "data": (),
+        "loss": ("outputs", "batch"),
+        "forward": ("model", "batch"),
+        "predict": ("model", "batch"),
+        "predict_data": ("path",),
+    }
 )
 """The functions of a recipe, and what each is called with."""
+
+OPTIONAL = ("predict", "predict_data")
+"""Those that may be None."""
 
 
 def check_function(place: str, value: Any, arguments: tuple[str, ...]) -> None:

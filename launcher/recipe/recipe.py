@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -24,6 +25,7 @@ from launcher.recipe.field_docs import with_field_docs
 from launcher.recipe.foreign_names import hint_for_value
 from launcher.recipe.function_checks import (
     ARGUMENTS,
+    OPTIONAL,
     check_averaging,
     check_function,
     check_metrics,
@@ -173,6 +175,14 @@ class Recipe:
 
     forward: Callable[[Any, Any], Any] = first_of_batch
     """Function (model, batch) -> outputs."""
+
+    predict: Callable[[Any, Any], Mapping[str, Any]] | None = None
+    """Function (model, batch) -> columns by name: what `launcher predict` writes. A column is a
+    tensor, an array or a list with a value for each sample. None writes the outputs of forward."""
+
+    predict_data: Callable[[Path], Any] | None = None
+    """Function (path) -> data set, or (data set, collate), of a file that `launcher predict` reads.
+    With None, it takes the names of data sets alone."""
 
     count: Callable[[Any], int] | None = None
     """Function (batch) -> number of items, such as tokens, in the loss; None counts samples."""
@@ -402,7 +412,8 @@ class Recipe:
                 "rank builds its own."
             )
         for name, arguments in ARGUMENTS.items():
-            check_function(f"Recipe({name}=...)", getattr(self, name), arguments)
+            if getattr(self, name) is not None or name not in OPTIONAL:
+                check_function(f"Recipe({name}=...)", getattr(self, name), arguments)
         check_metrics(self.metrics)
         check_train_metrics(self.train_metrics, self.metrics)
         object.__setattr__(self, "callbacks", check_callbacks(self.callbacks))

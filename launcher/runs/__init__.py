@@ -14,6 +14,7 @@ plan_recipe         builds and plans a recipe, and describes the run for run.yam
 job                 a run as it is handed to its ranks
 run_result          what a run came to, for Python programs
 evaluation_result   what evaluating its weights came to
+prediction_files    predictions of ranks, merged into one file
 provenance          versions, git state and command line of a run
 redaction           keys and passwords, kept out of every file
 cache               folders for measurements that later runs reuse

@@ -14,6 +14,7 @@ from launcher.planning.plan import Plan
 from launcher.recipe.overrides import Override, build
 from launcher.recipe.recipe import Recipe
 from launcher.recipe.resolve import resolve
+from launcher.runs.prediction_files import Prediction
 from launcher.runs.rundir import RunDir
 from launcher.runs.weight_choice import WeightChoice
 
@@ -126,6 +127,9 @@ class Job:
 
     weights: WeightChoice | None = None
     """The weights of a run that are evaluated; None for jobs that train."""
+
+    prediction: Prediction | None = None
+    """What is predicted with the weights; None for other jobs."""
 
     write_report: ReportWriter | None = None
     """Writes the page of the finished run, which rank 0 sends to experiment trackers."""

@@ -33,18 +33,23 @@ _folders: list[tuple[int, Path]] = []
 
 
 @contextlib.contextmanager
-def private_folder() -> Iterator[Path]:
-    """Make a folder on a local disk that only this user can read, for the duration of the context.
+def private_folder(parent: Path | None = None) -> Iterator[Path]:
+    """Make a folder that only this user can read, for the duration of the context.
 
     Folders that killed processes of this user have left are removed, and empty caches of torch's
     compiler with them.
 
+    Args:
+        parent: The folder in which to make it, with a name that begins with a dot; None is the
+            folder for temporary files, on a local disk.
+
     Raises:
         OSError: The folder cannot be made.
     """
-    parent = Path(tempfile.gettempdir())
-    _remove_left(parent)
-    folder = parent / f"{_PREFIX}{secrets.token_hex(8)}"
+    prefix = _PREFIX if parent is None else f".{_PREFIX}"
+    parent = Path(tempfile.gettempdir()) if parent is None else parent
+    _remove_left(parent, prefix)
+    folder = parent / f"{prefix}{secrets.token_hex(8)}"
     own = (os.getpid(), folder)
     _folders.append(own)  # before it exists: the process may end directly after mkdir
     try:
@@ -97,11 +102,11 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _remove_left(parent: Path) -> None:
+def _remove_left(parent: Path, prefix: str) -> None:
     """Remove the folders in `parent` whose processes have ended."""
     with contextlib.suppress(OSError), os.scandir(parent) as entries:
         for entry in entries:
-            if entry.name.startswith(_PREFIX) and entry.is_dir(follow_symlinks=False):
+            if entry.name.startswith(prefix) and entry.is_dir(follow_symlinks=False):
                 with contextlib.suppress(OSError):
                     _remove_if_left(Path(entry.path))
 

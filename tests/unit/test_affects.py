@@ -19,6 +19,8 @@ FUNCTIONS = {
     "metrics",
     "callbacks",
     "forward",
+    "predict",
+    "predict_data",
     "count",
     "tensor_parallel_plan",
 }
