@@ -7,14 +7,18 @@ folder, with other signal handlers or with another environment.
 
 from __future__ import annotations
 
+import contextlib
 import enum
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from launcher.console.notebook_screen import NotebookScreen
     from launcher.engine.saving.hugging_face import Export
     from launcher.launch.predict_run import Predictions
+    from launcher.launch.signal_handler import SignalHandler
     from launcher.planning.plan import Plan
     from launcher.recipe.overrides import Override
     from launcher.recipe.recipe import Recipe
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
     from launcher.runs.evaluation_result import EvaluationResult
     from launcher.runs.job import OutputMode
     from launcher.runs.run_result import RunResult
+    from launcher.runs.rundir import RunDir
     from launcher.sweeps.objective import PrunableTrial
     from launcher.sweeps.sweep_result import SweepResult
 
@@ -32,7 +37,7 @@ def run(
     nproc_per_node: int | None = None,
     out: str | Path | None = None,
     config: str | Path | None = None,
-    output: OutputMode = "quiet",
+    output: OutputMode | Literal["auto"] = "auto",
     max_restarts: int = 0,
     **overrides: Any,
 ) -> RunResult:
@@ -47,7 +52,9 @@ def run(
         nproc_per_node: Ranks; None is one for each GPU, or 2 CPU ranks if there is no GPU.
         out: The run folder to make; None makes `runs/<recipe>-<time>`.
         config: A YAML file of values for the recipe; `overrides` take precedence.
-        output: What rank 0 prints: "progress" for people, "json" for programs, or "quiet".
+        output: What is shown: "progress" prints progress for people, "json" events for programs,
+            and "quiet" nothing. "auto" shows progress and a plot of the loss in a notebook, prints
+            progress at a prompt in a terminal, and nothing elsewhere.
         max_restarts: How many times a failed run restarts from its newest checkpoint.
         overrides: Settings and parameters of the recipe, such as `epochs=5, lr=0.2`.
 
@@ -63,23 +70,28 @@ def run(
     from launcher.launch.prepare import RunRequest, prepare_run
     from launcher.launch.session import start
     from launcher.launch.signal_handler import library_signals
+    from launcher.launch.typed_recipe import importable
     from launcher.recipe.resolve import check_not_importing
     from launcher.recipe.validation import NonNegativeInt, PositiveInt
     from launcher.report.write import write_report
-    from launcher.runs.job import OutputMode
 
     check_not_importing()
-    with library_signals() as signals:
+    with (
+        library_signals() as signals,
+        importable(_reference(recipe), for_ranks=True) as reference,
+        _display(output, signals) as display,
+    ):
         request = RunRequest(
-            reference=_importable_reference(recipe),
+            reference=reference,
             overrides=_overrides(config, overrides),
             nproc_per_node=_argument("nproc_per_node", nproc_per_node, PositiveInt | None),
             out=_argument("out", out, Path | None),
             max_restarts=_argument("max_restarts", max_restarts, NonNegativeInt),
-            output_mode=_argument("output", output, OutputMode),
+            output_mode=display.output_mode,
             write_report=write_report,
+            watch=display.watch,
         )
-        return start(prepare_run(request), signals)
+        return display.end(start(prepare_run(request), signals))
 
 
 def resume(
@@ -87,7 +99,7 @@ def resume(
     *,
     step: int | None = None,
     nproc_per_node: int | None = None,
-    output: OutputMode = "quiet",
+    output: OutputMode | Literal["auto"] = "auto",
     max_restarts: int = 0,
     accept: Sequence[str] = (),
     fall_back: bool = False,
@@ -99,7 +111,9 @@ def resume(
         run_dir: The run folder.
         step: The step of the checkpoint; None is the newest.
         nproc_per_node: Ranks; None is as many on each node as before.
-        output: What rank 0 prints: "progress" for people, "json" for programs, or "quiet".
+        output: What is shown: "progress" prints progress for people, "json" events for programs,
+            and "quiet" nothing. "auto" shows progress and a plot of the loss in a notebook, prints
+            progress at a prompt in a terminal, and nothing elsewhere.
         max_restarts: How many times a failed run restarts from its newest checkpoint.
         accept: What may differ from the checkpoint: "data", "missing-state".
         fall_back: Whether an older checkpoint is taken if this one is damaged.
@@ -119,10 +133,9 @@ def resume(
     from launcher.recipe.resolve import check_not_importing
     from launcher.recipe.validation import NonNegativeInt, PositiveInt
     from launcher.report.write import write_report
-    from launcher.runs.job import OutputMode
 
     check_not_importing()
-    with library_signals() as signals:
+    with library_signals() as signals, _display(output, signals) as display:
         request = ResumeRequest(
             run_dir=_argument("run_dir", run_dir, Path),
             checkpoint=None if step is None else str(_argument("step", step, NonNegativeInt)),
@@ -131,10 +144,11 @@ def resume(
             accept=_argument("accept", accept, tuple[str, ...]),
             fall_back=fall_back,
             max_restarts=_argument("max_restarts", max_restarts, NonNegativeInt),
-            output_mode=_argument("output", output, OutputMode),
+            output_mode=display.output_mode,
             write_report=write_report,
+            watch=display.watch,
         )
-        return start(prepare_resume(request), signals)
+        return display.end(start(prepare_resume(request), signals))
 
 
 def evaluate(
@@ -253,17 +267,19 @@ def plan(
         UsageError: The recipe or an override is wrong, or the numbers do not fit together.
     """
     from launcher.environment.machine import read_machine
+    from launcher.launch.typed_recipe import importable
     from launcher.recipe.validation import PositiveInt
     from launcher.runs.plan_recipe import plan_recipe
 
-    _, derived = plan_recipe(
-        _reference(recipe),
-        _overrides(config, overrides),
-        read_machine(),
-        nodes=_argument("nodes", nodes, PositiveInt),
-        nproc_per_node=_argument("nproc_per_node", nproc_per_node, PositiveInt | None),
-        elsewhere=True,
-    )
+    with importable(_reference(recipe)) as reference:
+        _, derived = plan_recipe(
+            reference,
+            _overrides(config, overrides),
+            read_machine(),
+            nodes=_argument("nodes", nodes, PositiveInt),
+            nproc_per_node=_argument("nproc_per_node", nproc_per_node, PositiveInt | None),
+            elsewhere=True,
+        )
     return derived
 
 
@@ -310,6 +326,7 @@ def sweep(
     """
     from launcher.environment.machine import read_machine
     from launcher.launch.only_launcher import check_only_launcher
+    from launcher.launch.typed_recipe import importable
     from launcher.recipe.metric_goal import read_goal
     from launcher.recipe.resolve import check_not_importing
     from launcher.recipe.validation import PositiveInt
@@ -324,22 +341,23 @@ def sweep(
 
     check_not_importing()
     check_only_launcher()
-    request = SweepRequest(
-        reference=_importable_reference(recipe),
-        axes={name: [*map(_plain, values)] for name, values in read_grid(grid).items()},
-        source="Python",
-        overrides=_overrides(config, overrides),
-        nproc_per_node=_argument("nproc_per_node", nproc_per_node, PositiveInt),
-        parallel=_argument("parallel", parallel, PositiveInt | None),
-        goal=read_goal(_argument("metric", metric, str), where="metric="),
-        rule=rule_of(
-            _argument("stop", stop, Literal["halving"] | None),
-            _argument("eta", eta, Eta),
-            _argument("min_steps", min_steps, PositiveInt | None),
-        ),
-    )
-    prepared = prepare_sweep(request, read_machine())
-    return run_sweep(prepared, Quiet(), out=_argument("out", out, Path | None), announces=False)
+    with importable(_reference(recipe), for_ranks=True) as reference:
+        request = SweepRequest(
+            reference=reference,
+            axes={name: [*map(_plain, values)] for name, values in read_grid(grid).items()},
+            source="Python",
+            overrides=_overrides(config, overrides),
+            nproc_per_node=_argument("nproc_per_node", nproc_per_node, PositiveInt),
+            parallel=_argument("parallel", parallel, PositiveInt | None),
+            goal=read_goal(_argument("metric", metric, str), where="metric="),
+            rule=rule_of(
+                _argument("stop", stop, Literal["halving"] | None),
+                _argument("eta", eta, Eta),
+                _argument("min_steps", min_steps, PositiveInt | None),
+            ),
+        )
+        prepared = prepare_sweep(request, read_machine())
+        return run_sweep(prepared, Quiet(), out=_argument("out", out, Path | None), announces=False)
 
 
 def objective(
@@ -370,6 +388,7 @@ def objective(
         UsageError: The recipe, an override, the folder or the metric is wrong.
         KeyboardInterrupt: Ctrl-C was pressed.
     """
+    from launcher.launch.typed_recipe import importable
     from launcher.recipe.resolve import check_not_importing
     from launcher.recipe.validation import PositiveInt
     from launcher.sweeps.objective import run_prunable, value_of
@@ -378,14 +397,15 @@ def objective(
     if trial is None:
         result = run(recipe, nproc_per_node=nproc_per_node, out=out, config=config, **overrides)
     else:
-        result = run_prunable(
-            _importable_reference(recipe),
-            _overrides(config, overrides),
-            trial,
-            metric,
-            nproc_per_node=_argument("nproc_per_node", nproc_per_node, PositiveInt | None),
-            out=_argument("out", out, Path | None),
-        )
+        with importable(_reference(recipe), for_ranks=True) as reference:
+            result = run_prunable(
+                reference,
+                _overrides(config, overrides),
+                trial,
+                metric,
+                nproc_per_node=_argument("nproc_per_node", nproc_per_node, PositiveInt | None),
+                out=_argument("out", out, Path | None),
+            )
     return value_of(result, metric)
 
 
@@ -397,12 +417,53 @@ def _reference(recipe: str | Path | Callable[..., Recipe]) -> Reference:
     return reference_of(recipe) if callable(recipe) else resolve(str(recipe))
 
 
-def _importable_reference(recipe: str | Path | Callable[..., Recipe]) -> Reference:
-    from launcher.recipe.resolve import check_importable
+@dataclass(kw_only=True)
+class _Display:
+    """How a run is shown while a function of this module waits for it."""
 
-    reference = _reference(recipe)
-    check_importable(reference)
-    return reference
+    output_mode: OutputMode
+    """What the ranks print."""
+
+    screen: NotebookScreen | None = None
+    """The output of a notebook's cell; None where this process is no notebook."""
+
+    @property
+    def watch(self) -> Callable[[RunDir], object] | None:
+        """What the launcher calls while the ranks run."""
+        return None if self.screen is None else self.screen.update
+
+    def end(self, result: RunResult) -> RunResult:
+        """Show the end of a run, and return its result."""
+        if self.screen is not None:
+            self.screen.end(result.run_dir)
+        return result
+
+
+@contextlib.contextmanager
+def _display(output: OutputMode | Literal["auto"], signals: SignalHandler) -> Iterator[_Display]:
+    """Yield how a run is shown, and show the error that ends it.
+
+    Raises:
+        UsageError: `output` is no such mode.
+    """
+    from launcher.environment.notebook import at_prompt, in_notebook
+    from launcher.runs.job import OutputMode
+
+    mode = _argument("output", output, OutputMode | Literal["auto"])
+    if mode != "auto":
+        yield _Display(output_mode=mode)
+        return
+    if not in_notebook():
+        yield _Display(output_mode="progress" if at_prompt() else "quiet")
+        return
+    from launcher.console.notebook_screen import NotebookScreen
+
+    screen = NotebookScreen(lambda: signals.stopped_by is not None)
+    try:
+        yield _Display(output_mode="quiet", screen=screen)
+    except BaseException as error:
+        screen.fail(error)
+        raise
 
 
 def _overrides(config: str | Path | None, values: dict[str, Any]) -> tuple[Override, ...]:

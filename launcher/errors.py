@@ -38,6 +38,10 @@ class LauncherError(Exception):
 
     exit_code: int = EXIT_FAILED
 
+    def _render_traceback_(self) -> list[str]:
+        """Return the lines that IPython shows for this error: its message without a traceback."""
+        return f"{type(self).__name__}: {self}".splitlines()
+
 
 class UsageError(LauncherError):
     """A mistake of the user, shown as one message without a traceback."""

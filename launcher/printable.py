@@ -21,6 +21,8 @@ _STANDARD_LIBRARY = Path(os.__file__).parent
 
 _NOTE = "launcher: "
 """How a note begins that `add_note` has written."""
+_TYPED = ("<stdin", "<python-input", "<ipython-input", "<cell ")
+"""Beginnings of the names of code that was typed at a prompt, or into a cell of a notebook."""
 
 _SAFE = frozenset("\n\t")
 _ESCAPED_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
@@ -166,16 +168,16 @@ def _leave_out_calls_to_recipe(parts: traceback.TracebackException) -> None:
         if part is None or id(part) in seen:
             continue
         seen.add(id(part))
-        places = [i for i, call in enumerate(part.stack) if _is_recipe_file(call.filename)]
+        places = [i for i, call in enumerate(part.stack) if is_recipe_file(call.filename)]
         if places:
             part.stack = traceback.StackSummary.from_list(part.stack[places[0] :])
         chain += [part.__cause__, part.__context__]
 
 
-def _is_recipe_file(name: str) -> bool:
+def is_recipe_file(name: str) -> bool:
     """Return whether a file of code is neither of this package, of Python nor of a library."""
     if name.startswith("<"):
-        return False
+        return name.startswith(_TYPED)
     path = Path(name)
     if path.is_relative_to(_PACKAGE):
         return path.is_relative_to(_PACKAGE / "recipes")

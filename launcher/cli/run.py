@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -39,6 +40,16 @@ from launcher.errors import UsageError
 )
 @accept_option
 @max_restarts_option
+@click.option(
+    "--debug",
+    "debugs",
+    is_flag=True,
+    help="Train in this process alone, so that breakpoint() and pdb work: without workers and "
+    "torch.compile, with anomaly detection, and with the shapes of tensors in errors.",
+)
+@click.option(
+    "--pdb", "opens_pdb", is_flag=True, help="Like --debug, and open pdb where an error was raised."
+)
 @output_options
 def command(
     recipe: str,
@@ -55,6 +66,8 @@ def command(
     accept: tuple[str, ...],
     max_restarts: int,
     *,
+    debugs: bool,
+    opens_pdb: bool,
     continues: bool,
     quiet: bool,
     as_json: bool,
@@ -70,13 +83,33 @@ def command(
     launcher run digits --config mine.yaml --out runs/mine
     launcher run digits --nodes 2 --rendezvous node1 --out /shared/mine
     launcher run digits --hosts node1,node2 --out /shared/mine
+    launcher run digits --debug
     """
+    from launcher.launch.debug_session import debug
     from launcher.launch.prepare import RunRequest, prepare_run
     from launcher.launch.session import start
     from launcher.launch.signal_handler import SignalHandler
     from launcher.recipe.resolve import resolve
     from launcher.report.write import write_report
 
+    if debugs or opens_pdb:
+        given = {
+            "--nproc-per-node": nproc_per_node not in (None, 1),
+            "--nodes": nodes is not None,
+            "--rendezvous": rendezvous is not None,
+            "--hosts": hosts is not None,
+            "--continue": continues,
+            "--max-restarts": max_restarts > 0,
+        }
+        _check_debuggable([name for name, is_given in given.items() if is_given])
+        request = RunRequest(
+            reference=resolve(recipe),
+            overrides=read_overrides(config, overrides),
+            out=out,
+            output_mode=output_mode(quiet=quiet, as_json=as_json),
+            write_report=write_report,
+        )
+        return debug(request, post_mortem=opens_pdb)
     signals = SignalHandler()
     variables = find_variables(hosts, forward)
     if continues and out is None:
@@ -99,3 +132,16 @@ def command(
     if hosts is not None:
         return start_on_hosts(hosts, rendezvous, ssh, variables)
     return start(prepared, signals).exit_code
+
+
+def _check_debuggable(options: Sequence[str]) -> None:
+    """Refuse options that need several processes.
+
+    Raises:
+        UsageError: There is one.
+    """
+    if options:
+        raise UsageError(
+            f"--debug trains in one process, and {options[0]} needs others: leave one of them out. "
+            "In a run of several ranks, breakpoint() stops the rank that calls it."
+        )

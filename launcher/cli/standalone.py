@@ -142,6 +142,7 @@ def _train(
     from launcher.environment.unused_configuration import unused_note
     from launcher.environment.world import find_world, machine_of
     from launcher.launch.run_folder import open_run_folder
+    from launcher.launch.typed_recipe import importable, keep_recipe
     from launcher.recipe.resolve import reference_of
     from launcher.report.write import write_report
     from launcher.runs.job import RecipeSource, ResumeFrom
@@ -152,7 +153,12 @@ def _train(
 
     started = time.monotonic()
     world = find_world()
+    ownership = ExitStack()
+    atexit.register(ownership.close)  # external_rank exits the process if there are several ranks
     reference = reference_of(function)
+    if in_notebook:
+        with contextlib.suppress(RecipeError):  # the run takes place here, and cannot be resumed
+            reference = ownership.enter_context(importable(reference))
 
     def count_once(count: Callable[[], int]) -> int:
         if world.world_size == 1:
@@ -179,13 +185,12 @@ def _train(
             echo_if_possible(_advice_for_notebooks(reference))
     from launcher.engine.external import external_rank
 
-    ownership = ExitStack()
-    atexit.register(ownership.close)  # external_rank exits the process if there are several ranks
-
     def settle_run_dir() -> RunDir:
         description = describe_run(reference, built, plan)
         if resume is None:
-            return open_run_folder(out, plan.recipe, description, ownership)
+            run_dir = open_run_folder(out, plan.recipe, description, ownership)
+            keep_recipe(reference, run_dir)
+            return run_dir
         run_dir = open_run_dir(resume)
         ownership.enter_context(own_run_dir(run_dir))
         write_resumption(run_dir, description)
@@ -220,19 +225,9 @@ def _configuration(recipe: Recipe, plan: Plan) -> Mapping[str, Any]:
 
 def _advice_for_notebooks(reference: Reference) -> str:
     """Return how to give settings to the recipe, and to get its result, in a notebook."""
-    from launcher.recipe.resolve import check_importable
-
-    name = reference.function.__name__
-    try:
-        check_importable(reference)
-    except RecipeError:
-        return (
-            "main() reads no arguments in a notebook. To give settings, write the recipe to a file "
-            f'with %%writefile {name}.py, and call launcher.run("{name}.py", epochs=1).'
-        )
     return (
-        f"main() reads no arguments in a notebook. launcher.run({name}, epochs=1) takes settings, "
-        "uses all GPUs and returns the result."
+        f"main() reads no arguments in a notebook. launcher.run({reference.function.__name__}, "
+        "epochs=1) takes settings, uses all GPUs and returns the result."
     )
 
 

@@ -27,6 +27,7 @@ _MAX_LOGGED = 4
 """Logged numbers that are shown in a line; files and reports have all of them."""
 
 _SECONDS_BETWEEN_LINES = 5.0
+_SECONDS_BETWEEN_REFRESHES = 0.25
 _SPARKS = "▁▂▃▄▅▆▇█"
 _SPARKLINE_WIDTH = 12
 _MAX_LOSSES = 1000
@@ -116,6 +117,7 @@ class TerminalProgress(Progress):
         log: A file that receives the lines in either case.
         show_through: Called with the stream that other output must use while the bar is shown,
             and with None once the bar is closed.
+        has_bar: Whether a terminal shows a bar.
     """
 
     def __init__(
@@ -124,11 +126,14 @@ class TerminalProgress(Progress):
         terminal: TextIO,
         log: TextIO,
         show_through: Callable[[TextIO | None], None],
+        *,
+        has_bar: bool = True,
     ) -> None:
         super().__init__(total_steps)
         self._line_due = 0.0
         self._losses: list[float] = []
-        self._bar = _Bar(total_steps, terminal, show_through) if terminal.isatty() else None
+        shows_bar = has_bar and terminal.isatty()
+        self._bar = _Bar(total_steps, terminal, show_through) if shows_bar else None
         self._line_files = [log] if self._bar else [log, terminal]
 
     def show_step(
@@ -308,17 +313,22 @@ class _Bar:
             BarColumn(bar_width=None),
             TextColumn("{task.fields[status]}"),
             console=Console(file=terminal),
-            refresh_per_second=4,
+            auto_refresh=False,  # a thread would draw over a debugger
             redirect_stdout=False,
             redirect_stderr=False,
         )
         self._show_through = show_through
         self._task = self._progress.add_task("", total=total_steps, status="starting")
+        self._refresh_due = 0.0
         self._progress.start()
+        self._progress.refresh()
         show_through(cast("TextIO", FileProxy(self._progress.console, terminal)))
 
     def update(self, step: int, status: str) -> None:
         self._progress.update(self._task, completed=step, status=status)
+        if time.perf_counter() >= self._refresh_due:
+            self._refresh_due = time.perf_counter() + _SECONDS_BETWEEN_REFRESHES
+            self._progress.refresh()
 
     def set_total(self, total_steps: int) -> None:
         self._progress.update(self._task, total=total_steps)
@@ -328,6 +338,7 @@ class _Bar:
 
     def close(self) -> None:
         self._show_through(None)
+        self._progress.refresh()
         self._progress.stop()
 
 

@@ -8,6 +8,7 @@ import faulthandler
 import os
 import platform
 from collections.abc import Callable
+from dataclasses import replace
 
 from launcher.engine.probes.diagnostics_recipe import DIAGNOSTICS_TIMEOUT
 from launcher.engine.process_group import join
@@ -19,6 +20,7 @@ from launcher.engine.rank_process import (
     start_watchdog,
     temporary_files,
 )
+from launcher.engine.ranks import debugger
 from launcher.engine.ranks.external_store import open_store
 from launcher.engine.ranks.failures import fail
 from launcher.engine.ranks.output import open_output
@@ -130,13 +132,24 @@ def external_rank(
         backend, run_dir = join(recipe, plan, world, make_run_dir)
     keep_open(backend)
     atexit.register(temporary_files.close)
+    folder = None
     with contextlib.suppress(OSError):  # multiprocessing then makes a folder of its own
         folder = temporary_files.enter_context(private_folder())
         temporary_files.enter_context(sockets_in(folder))
     output = open_output(run_dir.log(world.rank), own_terminal=False, on_terminal=True)
+    if ends_process and folder is not None:  # a notebook has a debugger of its own
+        debugger.install(
+            folder,
+            world.rank,
+            report=output.errors.write,
+            log=output.log,
+            opens_terminal=world.world_size > 1,
+        )
     watchdog: Watchdog | None = None
     try:
-        watchdog = start_watchdog(recipe, world, run_dir, stop, output)
+        # A notebook's user may be in its debugger, and can interrupt a cell that hangs.
+        watched = recipe if ends_process else replace(recipe, hang_timeout=None)
+        watchdog = start_watchdog(watched, world, run_dir, stop, output)
         watchdog.usage = usage_of(backend.device)
         report_binding(backend, output)
         result = train_rank(
@@ -163,6 +176,7 @@ def external_rank(
         if watchdog is not None:
             watchdog.close()
         raise EndedError(code) from None
+    debugger.uninstall()
     code = EXIT_RESUMABLE if result is None else 0
     if world.world_size > 1:
         # DDP keeps gloo's threads running after its group is destroyed (torch 2.13, also after a

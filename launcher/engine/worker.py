@@ -37,6 +37,7 @@ from launcher.engine.rank_process import (
     start_watchdog,
     temporary_files,
 )
+from launcher.engine.ranks import debugger
 from launcher.engine.ranks.failures import fail
 from launcher.engine.ranks.output import Output, open_output
 from launcher.engine.ranks.processes import die_with_parent
@@ -257,6 +258,10 @@ def _run_agent_rank(job: Job, work: Callable[[_AgentRank], int]) -> int:
         output_mode=job.output_mode,
     )
     try:
+        if job.private_folder is not None:
+            debugger.install(
+                job.private_folder, world.rank, report=output.errors.write, log=output.log
+            )
         if job.folder is not None:
             os.chdir(job.folder)
         recipe = job.source.build()

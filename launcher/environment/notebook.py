@@ -21,7 +21,23 @@ def has_own_arguments() -> bool:
     return not (is_typed and _has_ipython())
 
 
+def in_notebook() -> bool:
+    """Return whether this process is the kernel of a notebook, which shows HTML."""
+    return hasattr(_shell(), "kernel")
+
+
+def at_prompt() -> bool:
+    """Return whether code is typed at a prompt in a terminal, of Python or of IPython."""
+    has_prompt = hasattr(sys, "ps1") or (_has_ipython() and not in_notebook())
+    return has_prompt and sys.stdout is not None and sys.stdout.isatty()
+
+
 def _has_ipython() -> bool:
     """Return whether code is run by IPython, which notebooks and several editors use."""
+    return _shell() is not None
+
+
+def _shell() -> object:
+    """Return the shell of IPython that runs code in this process; None if there is none."""
     get_ipython = getattr(sys.modules.get("IPython"), "get_ipython", None)
-    return callable(get_ipython) and get_ipython() is not None
+    return get_ipython() if callable(get_ipython) else None

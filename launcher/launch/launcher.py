@@ -47,6 +47,7 @@ from launcher.runs.failure_record import (
 )
 from launcher.runs.job import Job
 from launcher.runs.private_folder import private_folder
+from launcher.runs.rundir import RunDir
 from launcher.signals import STOP_SIGNALS, announce_stop
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def launch(
     *,
     signals: SignalHandler,
     rendezvous: Rendezvous | None = None,
+    watch: Callable[[RunDir], object] | None = None,
 ) -> int:
     """Run every rank of `job` on this machine and wait for them.
 
@@ -79,6 +81,8 @@ def launch(
             trains.
         signals: Handles signals for the run.
         rendezvous: Connects this machine with the others of the run; None is one machine.
+        watch: Called with the run folder many times a second while the ranks run. It shows what
+            signals do, and this function prints nothing then.
 
     Returns:
         0 if the run finished; `EXIT_RESUMABLE` if it was stopped and saved a checkpoint.
@@ -96,7 +100,7 @@ def launch(
             job = replace(job, rendezvous_folder=folder)
         with _environment([job.plan]):
             try:
-                return _run_ranks(job, function, signals, rendezvous, folder)
+                return _run_ranks(job, function, signals, rendezvous, folder, watch)
             except PeerError as error:
                 if error.gone and list_checkpoints(job.run_dir):
                     error.exit_code = EXIT_RESUMABLE
@@ -126,8 +130,9 @@ def _run_ranks(
     signals: SignalHandler,
     rendezvous: Rendezvous | None,
     folder: Path,
+    watch: Callable[[RunDir], object] | None,
 ) -> int:
-    announces = rendezvous is None or not rendezvous.is_quiet
+    announces = watch is None and (rendezvous is None or not rendezvous.is_quiet)
     signals.attach(job, announces=announces)
     oom_kills_before = oom_kills()
     reason_to_spawn = reason_not_to_fork()
@@ -143,7 +148,12 @@ def _run_ranks(
     _silence_agent()
     try:
         result = run_agent(
-            function or agent_rank, job, folder, rendezvous, spawn=reason_to_spawn is not None
+            function or agent_rank,
+            job,
+            folder,
+            rendezvous,
+            spawn=reason_to_spawn is not None,
+            poll=(lambda: None) if watch is None else functools.partial(watch, job.run_dir),
         )
     except SignalException as error:
         raise EndedError(announce_stop(error.sigval)) from None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -72,6 +73,10 @@ class Request:
     write_report: ReportWriter | None = None
     """Writes the HTML page that experiment trackers get at the end."""
 
+    watch: Callable[[RunDir], object] | None = None
+    """Called with the run folder many times a second while the ranks of this machine run; it must
+    raise no exception."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunRequest(Request):
@@ -82,6 +87,9 @@ class RunRequest(Request):
 
     out: Path | None = None
     """The run folder to make; None makes one below runs/."""
+
+    in_process: bool = False
+    """Whether the run takes place in this process, which then starts no other."""
 
     continues: bool = False
     """Whether a run that exists in `out` is resumed from its newest undamaged checkpoint."""
@@ -146,7 +154,13 @@ def prepare_run(request: RunRequest, *, elsewhere: bool = False) -> PreparedRun:
     """
     check_only_launcher(request.nodes)
     check_restarts(request.nodes, request.max_restarts)
-    built, plan = _plan(request, request.reference, request.overrides, elsewhere=elsewhere)
+    built, plan = _plan(
+        request,
+        request.reference,
+        request.overrides,
+        elsewhere=elsewhere,
+        in_process=request.in_process,
+    )
     if built.recipe.weights is not None:
         read_weight_headers(built.recipe.weights)  # refuses what cannot be read
     return PreparedRun(
@@ -234,6 +248,7 @@ def _plan(
     overrides: tuple[Override, ...],
     *,
     elsewhere: bool,
+    in_process: bool = False,
 ) -> tuple[BuiltRecipe, Plan]:
     return plan_recipe(
         reference,
@@ -242,6 +257,7 @@ def _plan(
         nodes=request.nodes.count if request.nodes else 1,
         nproc_per_node=request.nproc_per_node,
         elsewhere=elsewhere,
+        in_process=in_process,
     )
 
 

@@ -18,6 +18,7 @@ from launcher.launch.multi_node import joined, make_run_dir_once
 from launcher.launch.prepare import PreparedRun, RunRequest
 from launcher.launch.run_folder import open_run_folder
 from launcher.launch.signal_handler import SignalHandler
+from launcher.launch.typed_recipe import keep_recipe
 from launcher.regular_file import read_regular
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.failure_record import RunFailedError
@@ -66,7 +67,9 @@ def start(prepared: PreparedRun, signals: SignalHandler) -> RunResult:
             previous_record.extend(_content_of(run_dir.run_yaml))
             return _take_over(run_dir, prepared, ownership)
 
-        prepared = replace(prepared, run_dir=make_run_dir_once(rendezvous, make))
+        made = make_run_dir_once(rendezvous, make)
+        reference = keep_recipe(prepared.reference, made)
+        prepared = replace(prepared, run_dir=made, reference=reference)
         return _launch(prepared, signals, rendezvous, previous_record)
 
 
@@ -98,7 +101,7 @@ def _launch(
         folder=prepared.folder,
     )
     try:
-        exit_code = launch(job, signals=signals, rendezvous=rendezvous)
+        exit_code = launch(job, signals=signals, rendezvous=rendezvous, watch=request.watch)
     except (RunFailedError, PeerError) as error:
         if error.exit_code == EXIT_USAGE and resume_from is not None and previous_record:
             with contextlib.suppress(RunDirError):  # a full disk must not hide the failure

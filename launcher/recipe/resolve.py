@@ -24,7 +24,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import TypeVar
 
 from launcher import paths
@@ -64,6 +64,17 @@ class Reference:
 
     function: Callable[..., Recipe]
 
+    folder: Path | None = None
+    """The temporary folder of the files that hold a function by its value, which a run copies into
+    its own folder; None for a function of a file or module."""
+
+    @property
+    def recorded(self) -> str:
+        """The location as run.yaml has it: in the run folder for a function that is in no file."""
+        if self.folder is None:
+            return self.location
+        return f".{self.location.removeprefix(str(self.folder))}"
+
     @property
     def name(self) -> str:
         """Return the name of the function."""
@@ -71,7 +82,12 @@ class Reference:
 
     @property
     def shown(self) -> str:
-        """Return `location`, relative to the working folder if it is below it."""
+        """Return `location`, relative to the working folder if it is below it.
+
+        A function that is in no file is shown by its name.
+        """
+        if self.folder is not None:
+            return self.name
         return self.location.removeprefix(f"{Path.cwd()}{os.sep}")
 
 
@@ -140,10 +156,10 @@ def check_not_importing() -> None:
 
 
 def check_importable(reference: Reference) -> None:
-    """Refuse a recipe function that other processes could not import.
+    """Refuse a recipe function of a file that other processes could not import.
 
     Raises:
-        RecipeError: The function is not at the top level of a module, or not in a file.
+        RecipeError: The function is not at the top level of a module.
     """
     function = reference.function
     module = sys.modules.get(function.__module__)
@@ -152,13 +168,18 @@ def check_importable(reference: Reference) -> None:
             f"{function.__qualname__} is not at the top level of a file, so the ranks cannot "
             "import it. Move it there; what it depends on can be a parameter, given as name=value."
         )
-    file = reference.location.rpartition(":")[0]
-    if file.endswith(">") or (os.sep in file and not paths.is_file(file)):
-        raise RecipeError(
-            f"{function.__name__} is not in a file, so the ranks cannot import it. Write it to a "
-            f"file (in a notebook, with %%writefile {function.__name__}.py), and pass the file's "
-            "name."
-        )
+
+
+def is_in_no_file(function: Callable[..., Recipe]) -> bool:
+    """Return whether a function was typed into a notebook or at a prompt."""
+    function = inspect.unwrap(function)
+    code = getattr(function, "__code__", None)
+    if not isinstance(code, CodeType):
+        return False
+    is_typed = function.__module__ == "__main__" and not hasattr(
+        sys.modules["__main__"], "__file__"
+    )
+    return is_typed or not paths.exists(code.co_filename)
 
 
 def known_recipes() -> dict[str, str]:
@@ -321,7 +342,7 @@ def user_code_error(action: str, what: str, error: BaseException) -> RecipeError
         for frame in traceback.extract_tb(error.__traceback__)
         if not frame.filename.startswith("<frozen") and frame.filename != __file__
     ]
-    line = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    line = f" ({shown_file(frames[-1].filename)}, line {frames[-1].lineno})" if frames else ""
     if isinstance(error, SyntaxError):
         line = f" ({error.filename}, line {error.lineno})" if error.lineno else ""
     hint = ""
@@ -333,6 +354,13 @@ def user_code_error(action: str, what: str, error: BaseException) -> RecipeError
     if isinstance(error, SyntaxError):
         message = printable(str(error.msg))
     return RecipeError(f"Cannot {action} {what}: {class_name(error)}: {message}{line}.{hint}")
+
+
+def shown_file(file: str) -> str:
+    """Return the name of a file of code; a cell of a notebook is shown as `<cell In[3]>`."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    cells = getattr(getattr(shell, "compile", None), "_filename_map", {})
+    return f"<cell In[{cells[file]}]>" if file in cells else file
 
 
 def _field_hint(message: str) -> str:

@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING
 
 from launcher.console.plots import Curve, Plot
 from launcher.planning.derivations import counted
+from launcher.svg import thinned
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
-
-MOST_POINTS = 1000
-"""Maximum number of points drawn for one curve; `thinned` chooses them."""
 
 _MAX_ROWS = 24
 """Maximum number of rows in the table below a plot, over all curves."""
@@ -334,38 +332,6 @@ def _timeline(timeline: Timeline) -> go.Figure:
         showlegend=bool(timeline.moments),
     )
     return figure
-
-
-def thinned(
-    xs: Sequence[float], ys: Sequence[float], most: int = MOST_POINTS, *, log: bool = False
-) -> tuple[list[float], list[float]]:
-    """Return at most about `most` points of a curve, with its extremes among them.
-
-    A curve with more points is divided into equal stretches; the lowest and the highest point of
-    each are kept, so that a single spike stays visible. The first and the last point always stay.
-
-    Args:
-        xs: Positions of the points.
-        ys: Values of the points. A value that is not finite stays and is drawn as a gap.
-        most: Number of points to aim for.
-        log: Whether the y axis is logarithmic; points that are not positive and finite are dropped.
-
-    Returns:
-        The positions and the values of the points that are kept.
-    """
-    indices = [i for i, y in enumerate(ys) if not log or (math.isfinite(y) and y > 0)]
-    if len(indices) > most:
-        length = 2 * len(indices) / most
-        stretches = (
-            indices[round(number * length) : round((number + 1) * length)]
-            for number in range(most // 2)
-        )
-        extremes = {indices[0], indices[-1]}
-        for stretch in stretches:
-            finite = [i for i in stretch if math.isfinite(ys[i])] or stretch[:1]
-            extremes |= {min(finite, key=lambda i: ys[i]), max(finite, key=lambda i: ys[i])}
-        indices = sorted(extremes)
-    return [xs[i] for i in indices], [ys[i] for i in indices]
 
 
 def describe(figure: Figure) -> str:

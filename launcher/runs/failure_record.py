@@ -83,6 +83,18 @@ class RunFailedError(LauncherError):
         super().__init__(text)
         self.failure = failure
         self.exit_code = failure.exit_code
+        self.is_shown = False
+        """Whether a notebook already shows the post-mortem."""
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows of this value."""
+        from launcher.runs.rich_text import failure_html
+
+        return failure_html(str(self))
+
+    def _render_traceback_(self) -> list[str]:
+        lines = super()._render_traceback_()
+        return lines[:1] if self.is_shown else lines
 
 
 def record_failure(run_dir: RunDir, failure: Failure) -> Literal["first", "later", "unwritten"]:

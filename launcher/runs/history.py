@@ -202,6 +202,12 @@ class History:
         self._num_timed = 0
         self.refresh()
 
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows of this value."""
+        from launcher.runs.rich_text import history_html
+
+        return history_html(self)
+
     def refresh(self) -> None:
         """Read what was appended since the last call.
 

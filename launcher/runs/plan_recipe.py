@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 import signal
 from collections.abc import Callable, Sequence
@@ -33,6 +34,7 @@ def plan_recipe(
     nodes: int = 1,
     nproc_per_node: int | None = None,
     elsewhere: bool = False,
+    in_process: bool = False,
     count: Callable[[Callable[[], int]], int] = lambda counting: counting(),
 ) -> tuple[BuiltRecipe, Plan]:
     """Build a recipe with its overrides, and plan it.
@@ -47,6 +49,7 @@ def plan_recipe(
         nodes: Number of nodes.
         nproc_per_node: Ranks per node; None chooses one per GPU.
         elsewhere: Whether the nodes may have more GPUs than `machine`.
+        in_process: Whether samples are counted in this process, and not in a child process.
         count: Calls the function that counts the samples and returns its result; several ranks
             have one of them count.
 
@@ -59,7 +62,9 @@ def plan_recipe(
         machine, notes = _assume_gpus(built.recipe, machine, nproc_per_node)
     samples = None
     if built.recipe.epochs is not None and built.recipe.train_samples is None:
-        samples = count(lambda: _count_samples(reference, overrides, built))
+        counted_here = functools.partial(_count_training_samples, built)
+        counted_apart = functools.partial(_count_samples, reference, overrides, built)
+        samples = count(counted_here if in_process else counted_apart)
     plan = make_plan(
         built.recipe,
         machine,
@@ -78,10 +83,10 @@ def plan_recipe(
 
 def describe_run(reference: Reference, built: BuiltRecipe, plan: Plan) -> RunRecord:
     """Return the record of a run that this process starts."""
-    file = Path(reference.location.rpartition(":")[0])
+    file = Path(reference.recorded.rpartition(":")[0])
     folder = file.parent if file.is_absolute() else Path.cwd()
     return RunRecord(
-        recipe=reference.location,
+        recipe=reference.recorded,
         overrides=dict(built.overrides),
         plan=plan.to_dict(),
         versions=versions(),

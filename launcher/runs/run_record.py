@@ -26,7 +26,10 @@ class RunRecord:
     """A run as run.yaml describes it."""
 
     recipe: str
-    """Location of the recipe function, `file.py:name` or `module:name`."""
+    """Location of the recipe function, `file.py:name` or `module:name`.
+
+    run.yaml gives a file in the run folder relative to it, as `./recipe.py:name`, so that the
+    folder may be moved; `read_run` returns its path."""
 
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """The values that replaced the recipe's own, by setting or parameter."""
@@ -111,7 +114,7 @@ def write_run(run_dir: RunDir, record: RunRecord) -> None:
     Raises:
         RunDirError: It cannot be written.
     """
-    write_yaml(run_dir.run_yaml, record.to_dict())
+    write_yaml(run_dir.run_yaml, _values(record, run_dir))
 
 
 def write_resumption(run_dir: RunDir, record: RunRecord) -> None:
@@ -128,7 +131,15 @@ def write_resumption(run_dir: RunDir, record: RunRecord) -> None:
     for heartbeat in run_dir.health(0).parent.glob("*.json"):
         remove_file(heartbeat)
     earlier = [*values.pop("earlier", []), values]
-    write_yaml(run_dir.run_yaml, {**record.to_dict(), "earlier": earlier})
+    write_yaml(run_dir.run_yaml, {**_values(record, run_dir), "earlier": earlier})
+
+
+def _values(record: RunRecord, run_dir: RunDir) -> dict[str, Any]:
+    """Return the content of run.yaml, which names files of the run folder relative to it."""
+    folder, values = f"{run_dir.path}/", record.to_dict()
+    if record.recipe.startswith(folder):
+        values["recipe"] = f"./{record.recipe.removeprefix(folder)}"
+    return values
 
 
 def replace_plan(run_dir: RunDir, plan: Plan) -> None:
@@ -155,4 +166,7 @@ def _convert(values: Any, run_dir: RunDir) -> RunRecord:
         raise RunDirError(
             f"{run_dir.run_yaml} is damaged, or launcher did not write it: {reason}."
         ) from None
-    return replace(record, recipe=native(record.recipe), folder=native(record.folder))
+    recipe = native(record.recipe)
+    if recipe.startswith("./"):
+        recipe = str(run_dir.path / recipe)
+    return replace(record, recipe=recipe, folder=native(record.folder))

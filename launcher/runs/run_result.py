@@ -46,6 +46,12 @@ class RunResult:
         """The steps, evaluations and events of the run, read from its folder."""
         return History(self.run_dir)
 
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows of this value."""
+        from launcher.runs.rich_text import result_html
+
+        return result_html(self)
+
 
 def read_run_result(
     run_dir: RunDir, exit_code: int = 0, stopped_by: signal.Signals | None = None

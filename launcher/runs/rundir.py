@@ -5,6 +5,7 @@ metrics.jsonl       one line per optimizer step, and one per evaluation
 events.jsonl        when the run began, stopped, failed and finished; see launcher.runs.events
 result.json         the final evaluation and totals; written last
 model.safetensors   the final weights
+recipe.py           the recipe, if it was defined in a notebook or at a prompt; with recipe.pickle
 report.html         the page that `launcher report` writes
 checkpoints/        one folder per checkpoint; see launcher.runs.checkpoints
 curve.json          learning rates and losses that `launcher find lr` measured
@@ -147,6 +148,11 @@ class RunDir:
     def hang(self) -> Path:
         """The file that a rank writes when it reaches a limit of `hang_timeout`."""
         return self.path / "health" / "hang"
+
+    @property
+    def debugger(self) -> Path:
+        """The file that ranks touch every second while a process of their node is debugged."""
+        return self.path / "health" / "debugger"
 
     def log(self, rank: int) -> Path:
         """Return the file that holds what `rank` printed."""

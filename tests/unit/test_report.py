@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from launcher.analysis.time_shares import smoothed, stragglers
-from launcher.report.figures import MOST_POINTS, thinned
+from launcher.svg import MOST_POINTS, thinned
 
 
 def test_many_points_are_thinned_to_their_extremes() -> None:

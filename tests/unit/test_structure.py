@@ -24,6 +24,7 @@ ROOMS = [
         "launcher.errors",
         "launcher.signals",
         "launcher.quantities",
+        "launcher.svg",
     ],
     ["launcher.regular_file"],
     ["launcher.json_file", "launcher.yaml_file"],

@@ -50,6 +50,7 @@ def run_agent(
     rendezvous: Rendezvous | None,
     *,
     spawn: bool = False,
+    poll: Callable[[], object] = lambda: None,
 ) -> RunResult:
     """Start the ranks of this node, call `function` in each, and wait for them to end.
 
@@ -60,6 +61,7 @@ def run_agent(
         rendezvous: The rendezvous with the other nodes; None if this is the only one, in which
             case no port is opened.
         spawn: Whether each rank is spawned as a new interpreter instead of forked.
+        poll: Called whenever the agent has checked its ranks.
 
     Raises:
         PeerError: Another node has failed or disappeared; the ranks of this node have been ended.
@@ -75,6 +77,7 @@ def run_agent(
     )
     kind = _SpawningAgent if spawn else _Agent
     agent = kind(spec, logs_specs=NoLogsSpecs(folder), start_method="spawn" if spawn else "fork")
+    agent.poll = poll
     with contextlib.closing(agent):
         return agent.run()
 
@@ -88,6 +91,9 @@ class _Agent(LocalElasticAgent):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.poll: Callable[[], object] = lambda: None
+        """Called whenever the agent has checked its ranks."""
+
         self._descriptors: list[int] = []
         """Descriptors of the ranks' processes (pidfd), which are ready once the process ends."""
 
@@ -122,6 +128,7 @@ class _Agent(LocalElasticAgent):
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
+        self.poll()
         if result.state is not WorkerState.HEALTHY:
             return result
         failures = {

@@ -12,6 +12,7 @@ import platform
 import re
 import signal
 import time
+from bdb import BdbQuit
 from dataclasses import replace
 
 import torch
@@ -185,6 +186,8 @@ def describe(error: BaseException, world: World) -> Failure:
             "less. If much memory is reserved but unallocated, it is fragmented: set "
             "PYTORCH_ALLOC_CONF=expandable_segments:True in the environment."
         )
+    if isinstance(error, BdbQuit):
+        error = TrainingError("The command q of the debugger ended the run; c continues it.")
     is_explained = isinstance(error, LauncherError)
     text = text_of(error)
     return Failure(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TextIO, cast
 
 from launcher.console.progress import JSONProgress, Progress, TerminalProgress
+from launcher.engine.ranks import debugger
 from launcher.printable import printable
 from launcher.regular_file import open_to_append
 from launcher.runs.job import OutputMode
@@ -119,9 +120,15 @@ class Terminal(io.TextIOBase):
     def encoding(self) -> str:  # type: ignore[override]
         return self._stream.encoding
 
+    @property
+    def errors(self) -> str | None:  # type: ignore[override]
+        """How characters that the encoding lacks are written; `input()` asks for it."""
+        return self._stream.errors
+
     def _attempt(self, action: Callable[[TextIO], object]) -> None:
         if self._shown is None:
             return
+        debugger.wait_for_others()  # whose text would be torn apart
         try:
             action(self._shown)
         except (OSError, ValueError):  # its reader has exited, or it was closed
@@ -144,11 +151,17 @@ class Output:
     output_mode: OutputMode = "progress"
     """How the terminal shows the progress of the run."""
 
+    has_bar: bool = True
+    """Whether a terminal shows a bar; otherwise it shows lines, between which a debugger can ask
+    for commands."""
+
     def progress(self, total_steps: int) -> Progress:
         """Return the display that shows the progress of a run of `total_steps` steps."""
         if self.output_mode == "json":
             return JSONProgress(total_steps, self.terminal)
-        return TerminalProgress(total_steps, self.terminal, self.log, self.show_through)
+        return TerminalProgress(
+            total_steps, self.terminal, self.log, self.show_through, has_bar=self.has_bar
+        )
 
     def show_through(self, stream: TextIO | None) -> None:
         """Send what Python code prints to the terminal through `stream`, above a live bar.
@@ -161,7 +174,12 @@ class Output:
 
 
 def open_output(
-    path: Path, *, own_terminal: bool, on_terminal: bool, output_mode: OutputMode = "progress"
+    path: Path,
+    *,
+    own_terminal: bool,
+    on_terminal: bool,
+    output_mode: OutputMode = "progress",
+    has_bar: bool = True,
 ) -> Output:
     """Send the output of this process to its log, and to the terminal if asked for.
 
@@ -172,6 +190,7 @@ def open_output(
         on_terminal: Whether the output of Python code goes to the terminal as well, which it does
             only in the mode `progress`.
         output_mode: What the terminal shows.
+        has_bar: Whether a terminal shows a bar.
     """
     with contextlib.suppress(OSError):  # this node may not share rank 0's run folder
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -188,7 +207,9 @@ def open_output(
         sys.stdout = sys.stderr = log
     if output_mode == "quiet":
         terminal = io.StringIO()
-    return Output(terminal=terminal, errors=errors, log=log, output_mode=output_mode)
+    return Output(
+        terminal=terminal, errors=errors, log=log, output_mode=output_mode, has_bar=has_bar
+    )
 
 
 def _duplicate(descriptor: int) -> TextIO:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from launcher.console.failure import failure_text
+from launcher.engine.ranks import debugger
 from launcher.engine.ranks.flight_recorder import record_collectives
 from launcher.engine.ranks.processes import children
 from launcher.errors import EXIT_FAILED
@@ -111,6 +112,11 @@ class Watchdog:
         self._opened_at = self._started_at = time.time()
         """When this rank left the phase `starting`, in seconds since 1970."""
 
+        self._debugged_at = 0.0
+        """When the run was last seen in a debugger, by the clock `time.monotonic`."""
+
+        self._debugger_time = self._time_of_debugger()
+
         self.usage: Callable[[], dict[str, Any]] = dict
         """Returns memory and utilisation as fields of `Heartbeat`; set when the device is known."""
 
@@ -145,17 +151,43 @@ class Watchdog:
         written_at = time.monotonic()
         while not self._closed.wait(_POLL_SECONDS):
             now = time.monotonic()
+            if self._is_debugged():
+                self._debugged_at = now
             still_seconds = now - self._progress[2]
             is_starting = self._progress[1] == PHASES[0]  # a download may take any time
             if still_seconds > _SECONDS_TO_END and (
                 self._stop.has_received(signal.SIGTERM) or (not is_starting and self._has_failed())
             ):
                 end_process(EXIT_BY_SIGNAL + signal.SIGTERM)
-            if (hang := self._find_hang(still_seconds)) is not None:
+            waiting_seconds = min(still_seconds, now - self._debugged_at)
+            if (hang := self._find_hang(waiting_seconds)) is not None:
                 self._end_run(hang)
             if now - written_at >= self._heartbeat_seconds:
                 written_at = now
                 self._write_heartbeat()
+
+    def _is_debugged(self) -> bool:
+        """Return whether a process of the run is in a debugger, for which the ranks wait.
+
+        Ranks on the node of the process see its lock. The others see that a file in the run folder
+        is touched every second, by whatever clock.
+        """
+        if debugger.is_in_use():
+            with contextlib.suppress(OSError):
+                self._run_dir.debugger.touch()
+            return True
+        if time.monotonic() - self._progress[2] < _SECONDS_TO_END:
+            return False
+        touched_at = self._time_of_debugger()
+        has_changed = touched_at != self._debugger_time
+        self._debugger_time = touched_at
+        return has_changed
+
+    def _time_of_debugger(self) -> float:
+        try:
+            return self._run_dir.debugger.stat().st_mtime
+        except OSError:
+            return 0.0
 
     def _find_hang(self, still_seconds: float) -> Hang | None:
         """Return the limit that this rank has reached, or another one while this one stands still.
@@ -163,7 +195,7 @@ class Watchdog:
         Limits of ranks differ: one may still be saving while another waits for it in a step.
 
         Args:
-            still_seconds: Seconds since this rank made progress.
+            still_seconds: Seconds since this rank made progress, or was in a debugger.
         """
         step, phase, _ = self._progress
         name = _LIMIT_OF[phase]
