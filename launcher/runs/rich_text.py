@@ -95,7 +95,7 @@ def table_html(rows: Mapping[str, str]) -> str:
 
 def metrics_line(values: Mapping[str, float]) -> str:
     """Return metrics on one line, the loss last."""
-    return "  ".join(f"{name} {value}" for name, value in _metric_rows(values).items())
+    return ", ".join(f"{name} {value}" for name, value in _metric_rows(values).items())
 
 
 def _metric_rows(values: Mapping[str, float]) -> dict[str, str]:

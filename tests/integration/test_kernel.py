@@ -91,7 +91,7 @@ def test_an_interrupted_cell_leaves_a_run_to_resume(run: Commands) -> None:
     ]
     notebook = run.folder / "notebook.ipynb"
     notebook.write_text(json.dumps(notebook_of(cells)))
-    _, (live, result), (post_mortem, error) = execute(run, notebook, "runs/cell/metrics.jsonl")
+    _, (live, result), (post_mortem, error) = execute(run, notebook, "--interrupt")
     assert "stopped after step" in html_of(live)
     assert "stopped by SIGINT" in html_of(result)
     assert "launcher.resume(&#x27;runs/cell&#x27;)" in html_of(result)
