@@ -50,13 +50,15 @@ def summarize(plan: Plan, *, recipe: str = "", more: str = "") -> str:
     total = plan.derivations["total_steps"].partition(";")[0]
     schedule = plan.settings["schedule"]
     steps = [f"{total}; {schedule}: {_lr_range(plan)}", f"{total}; {schedule}", total]
+    if plan.objectives:
+        steps = [f"{total}; {_turns(plan)}", total]
     pinned = "pinned" if plan.pin_memory else "not pinned"
     lr = plan.derivations["lr"]
+    lrs = [lr, lr.partition(",")[0], f"{plan.lr:.6g}"]
+    if plan.objectives:
+        lrs = [", ".join(f"{each.lr:.6g} ({each.name})" for each in plan.objectives)]
     rows = [
-        (
-            "batch",
-            [f"{_batch(plan)}; lr {text}" for text in (lr, lr.partition(",")[0], f"{plan.lr:.6g}")],
-        ),
+        ("batch", [*(f"{_batch(plan)}; lr {text}" for text in lrs), _batch(plan)]),
         ("steps", steps),
         ("data", [f"{counted(plan.workers_per_rank, 'worker')} per rank, memory {pinned}"]),
         ("speed-ups", [_speed_ups(plan)]),
@@ -197,13 +199,10 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "batch", derivations["batch_size"]
     if len(plan.stages) > 1:
         yield "", derivations["stages"]
-    yield "lr", derivations["lr"]
-    if _is_constant(plan):
-        yield "", f"{plan.lr_start:.3g} at every step: {settings['schedule']}"
+    if plan.objectives:
+        yield from _objective_rows(plan)
     else:
-        peak = f", peaks at step {plan.lr_peak_step:,}" if _peaks_within(plan) else ""
-        ends = f"starts at {plan.lr_start:.3g}{peak}, ends at {plan.lr_end:.3g}"
-        yield "", f"{ends}: {settings['schedule']}"
+        yield from _lr_rows(plan)
     yield "steps", derivations["total_steps"]
     if plan.evaluate_every:
         yield "evaluation", f"every {plan.evaluate_every:,} steps, and after the last step"
@@ -213,7 +212,8 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     pinned = "pinned" if plan.pin_memory else "not pinned"
     yield "memory", f"{pinned} ({derivations['pin_memory']})"
     yield "speed-ups", _speed_ups(plan)
-    yield "optimizer", str(settings.get("optimizer", "built by the recipe"))
+    if not plan.objectives:
+        yield "optimizer", str(settings.get("optimizer", "built by the recipe"))
     yield "hang limits", str(hang_limits(settings["hang_timeout"]))
     for source, settings_text in _settings_by_source(plan):
         yield "set by", f"{source}: {settings_text}"
@@ -230,6 +230,36 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
         )
     for note in dict.fromkeys((*dependence, *plan.notes)):
         yield "note", note
+
+
+def _lr_rows(plan: Plan) -> Iterator[tuple[str, str]]:
+    schedule = plan.settings["schedule"]
+    yield "lr", plan.derivations["lr"]
+    if _is_constant(plan):
+        yield "", f"{plan.lr_start:.3g} at every step: {schedule}"
+    else:
+        peak = f", peaks at step {plan.lr_peak_step:,}" if _peaks_within(plan) else ""
+        ends = f"starts at {plan.lr_start:.3g}{peak}, ends at {plan.lr_end:.3g}"
+        yield "", f"{ends}: {schedule}"
+
+
+def _objective_rows(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Yield what each objective trains, and its learning rate, in the order of their turns."""
+    for number, objective in enumerate(plan.objectives, start=1):
+        turns = "every step" if objective.every == 1 else f"1 of {objective.every} steps"
+        patterns = " ".join(objective.parameters)
+        label = "objectives" if number == 1 else ""
+        yield label, f"{number}. {objective.name}: {patterns}, in {turns}, {objective.optimizer}"
+        ends = f"{objective.lr_start:.3g} to {objective.lr_end:.3g}"
+        yield "", f"   lr {objective.lr_derivation}; {ends} by {objective.schedule}"
+
+
+def _turns(plan: Plan) -> str:
+    """Return the objectives in the order of their turns: `critic, then actor in 1 of 5 steps`."""
+    return ", then ".join(
+        objective.name + ("" if objective.every == 1 else f" in 1 of {objective.every} steps")
+        for objective in plan.objectives
+    )
 
 
 def _speed_ups(plan: Plan) -> str:
@@ -259,7 +289,9 @@ def _settings_by_source(plan: Plan) -> Iterator[tuple[str, str]]:
     """Yield (source, settings) for the settings that differ from their defaults."""
     groups: dict[str, list[str]] = {}
     for name, source in plan.sources.items():
-        if source == "default" or source.startswith("replaced by") or name == "name":
+        if source == "default" or source.startswith("replaced by"):
+            continue
+        if name in ("name", "objectives"):  # which have lines of their own
             continue
         value = plan.settings.get(name)
         shown = written(value) if isinstance(value, Mapping) else value
