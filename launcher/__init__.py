@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from launcher.planning.loading import LoaderPolicy, loader_policy
     from launcher.planning.plan import Plan
     from launcher.planning.planner import make_plan
+    from launcher.recipe.objective import Objective
     from launcher.recipe.optimizer import OptimizerSpec, adamw, muon, schedule_free, sgd
     from launcher.recipe.package_data import packaged_file
     from launcher.recipe.recipe import Data, Recipe
@@ -61,6 +62,7 @@ __all__ = [
     "LauncherError",
     "LoaderPolicy",
     "Machine",
+    "Objective",
     "OptimizerSpec",
     "OverrideError",
     "Plan",
@@ -110,6 +112,7 @@ _MODULES = {
     "LauncherError": "launcher.errors",
     "LoaderPolicy": "launcher.planning.loading",
     "Machine": "launcher.environment.machine",
+    "Objective": "launcher.recipe.objective",
     "OptimizerSpec": "launcher.recipe.optimizer",
     "OverrideError": "launcher.errors",
     "Plan": "launcher.planning.plan",

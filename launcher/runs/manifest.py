@@ -76,6 +76,9 @@ class StateValues(_RequiredValues, total=False):
     """Fingerprint of the data: lengths, classes and a few samples, as
     `launcher.engine.probes.data_identity` compares them."""
 
+    scalers: list[ScalerState]
+    """States of the loss scalers of further objectives, in the order of their turns."""
+
     extra: dict[str, Any]
     """Return values of `get_extra_state`, by `extra/<module>` or `extra/<module>@<rank>`."""
 

@@ -11,8 +11,8 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -82,8 +82,68 @@ class StepRow:
     @property
     def is_finite(self) -> bool:
         """Whether the loss and the gradient norm are finite; an overflow in fp16 is tolerated."""
-        norm = 0.0 if self.grad_norm is None else self.grad_norm
-        return math.isfinite(self.loss) and math.isfinite(norm)
+        return _are_finite(self.loss, self.grad_norm)
+
+    def line(self) -> Any:
+        """Return what metrics.jsonl holds of the step."""
+        return self
+
+    def problem(self) -> str:
+        """Return what is wrong with a step that is not finite, as the start of a sentence."""
+        return _problem("", self.loss, self.grad_norm, self.lr)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveRow:
+    """The turn of one objective in a step."""
+
+    loss: float
+    """Mean loss over the items of the global batch."""
+
+    lr: float
+    grad_norm: float | None
+    """Norm of the gradient of its parameters before clipping; None after an overflow in fp16."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectivesRow(StepRow):
+    """A step of a recipe with several objectives.
+
+    Loss, learning rate, momentum and gradient norm of the step are those of the first objective
+    that takes a turn in every step.
+    """
+
+    objectives: dict[str, ObjectiveRow]
+    """The turns of the step, by the names of the objectives that took one."""
+
+    @property
+    def is_finite(self) -> bool:
+        return all(_are_finite(turn.loss, turn.grad_norm) for turn in self.objectives.values())
+
+    def line(self) -> dict[str, Any]:
+        values = asdict(self)
+        for name, turn in values.pop("objectives").items():
+            values |= {f"train/{name}/{key}": value for key, value in turn.items()}
+        return values
+
+    def problem(self) -> str:
+        name, turn = next(
+            (name, turn)
+            for name, turn in self.objectives.items()
+            if not _are_finite(turn.loss, turn.grad_norm)
+        )
+        return _problem(f" of the objective {name}", turn.loss, turn.grad_norm, turn.lr)
+
+
+def _are_finite(loss: float, grad_norm: float | None) -> bool:
+    return math.isfinite(loss) and math.isfinite(grad_norm or 0.0)
+
+
+def _problem(whose: str, loss: float, grad_norm: float | None, lr: float) -> str:
+    return (
+        f"the loss{whose} is {loss} and the gradient norm is {grad_norm}, with learning rate "
+        f"{lr:.4g}"
+    )
 
 
 class RankFlags(NamedTuple):
@@ -133,6 +193,16 @@ class StepLosses:
         self.parts.append(part)
 
 
+class TurnMeasurements(NamedTuple):
+    """The measurements of the turn of one objective in a step; tensors are on the device."""
+
+    name: str
+    losses: StepLosses
+    lr: float
+    momentum: float | None
+    grad_norm: Tensor
+
+
 @dataclass(kw_only=True, slots=True)
 class _StepMeasurements:
     step: int
@@ -145,6 +215,8 @@ class _StepMeasurements:
     momentum: float | None
     grad_norm: Tensor
     data_wait_seconds: float
+    turns: Sequence[TurnMeasurements] = ()
+    """The turns of the objectives in this step; empty if the recipe has one loss."""
 
 
 class Meter:
@@ -195,7 +267,9 @@ class Meter:
                 different modules, so the gathered weights were wrong.
         """
         steps, self._steps = self._steps, []
-        grad_norms = self._backend.read(torch.stack([step.grad_norm for step in steps]))
+        turns = [turn for step in steps for turn in step.turns]
+        measured: list[_StepMeasurements | TurnMeasurements] = [*steps, *turns]
+        grad_norms = self._backend.read(torch.stack([each.grad_norm for each in measured]))
         now = self._clock()  # the device has done all work of these steps
         seconds, self._clock_start = now - self._clock_start, now
         wait_per_step = self._communication.per_step()
@@ -208,11 +282,11 @@ class Meter:
         if self._rank_totals.is_due or is_last:
             rank_row = self._rank_totals.row(self._backend)
         sums = self._backend.read(
-            self._sum_over_ranks(steps, seconds, wait_per_step, flags, rank_row)
+            self._sum_over_ranks(steps, turns, seconds, wait_per_step, flags, rank_row)
         )
         if self._backend.plan.exact:
-            exact_losses = self._sum_exactly(steps)
-            sums[: len(steps)] = [
+            exact_losses = self._sum_exactly([each.losses for each in measured])
+            sums[: len(measured)] = [
                 [loss, *others] for loss, (_, *others) in zip(exact_losses, sums, strict=False)
             ]
         items = self._backend.read(upload([step.items for step in steps], self._backend.device))
@@ -250,6 +324,7 @@ class Meter:
     def _sum_over_ranks(
         self,
         steps: list[_StepMeasurements],
+        turns: list[TurnMeasurements],
         seconds: float,
         wait_per_step: float | None,
         flags: RankFlags,
@@ -257,21 +332,26 @@ class Meter:
     ) -> Tensor:
         """Return the measurements of all ranks summed in one all-reduce (collective).
 
-        The rows are (loss sum, counted items, data wait) for each step, followed by
-        (seconds and end time of rank 0, so that all ranks use one clock, and communication wait),
-        the flags, and (sum, sum of squares, 0) of the ranks' call checksums. If `rank_row` is
-        given, the rows of all ranks follow, in lines of three numbers.
+        The rows are (loss sum, counted items, data wait) for each step, (loss sum, counted items,
+        0) for each turn of an objective, followed by (seconds and end time of rank 0, so that all
+        ranks use one clock, and communication wait), the flags, and (sum, sum of squares, 0) of the
+        ranks' call checksums. If `rank_row` is given, the rows of all ranks follow, in lines of
+        three numbers.
 
         Returns:
-            A float64 tensor of shape (steps + 3, 3), or with more rows if `rank_row` is given.
+            A float64 tensor of shape (steps + turns + 3, 3), or with more rows if `rank_row` is
+            given.
         """
         device = self._backend.device
         zero = torch.zeros((), device=device)
+        all_losses = [*(step.losses for step in steps), *(turn.losses for turn in turns)]
         losses = torch.stack(
-            [functools.reduce(torch.add, step.losses.sums or [zero]) for step in steps]
+            [functools.reduce(torch.add, each.sums or [zero]) for each in all_losses]
         ).double()
-        counts = upload([sum(step.losses.counts) for step in steps], device)
-        data_waits = upload([step.data_wait_seconds for step in steps], device)
+        counts = upload([sum(each.counts) for each in all_losses], device)
+        data_waits = upload(
+            [*(step.data_wait_seconds for step in steps), *(0.0 for _ in turns)], device
+        )
         if not self._backend.leads_group:  # the first rank of its group counts the same samples
             losses, counts = torch.zeros_like(losses), torch.zeros_like(counts)
         is_first = self._backend.rank == 0
@@ -292,16 +372,18 @@ class Meter:
             parts.append(upload(numbers, device).view(-1, 3))
         return self._backend.sum(torch.cat(parts))
 
-    def _sum_exactly(self, steps: list[_StepMeasurements]) -> list[float]:
-        """Return the loss sum of each step, equal to the bit on any number of ranks (collective).
+    def _sum_exactly(self, losses: list[StepLosses]) -> list[float]:
+        """Return the sum of all losses of each, equal to the bit on any number of ranks.
+
+        The call is collective.
 
         The ranks exchange the sum of each virtual rank, which they add with one rounding.
         """
         backend = self._backend
         count = backend.plan.distribution.count
-        table = torch.zeros(len(steps), count, dtype=torch.float64, device=backend.device)
-        for row, step in zip(table, steps, strict=True):
-            for loss_sum, part in zip(step.losses.sums, step.losses.parts, strict=True):
+        table = torch.zeros(len(losses), count, dtype=torch.float64, device=backend.device)
+        for row, each in zip(table, losses, strict=True):
+            for loss_sum, part in zip(each.sums, each.parts, strict=True):
                 row[virtual_rank_of(part)] += loss_sum
         return [math.fsum(values) for values in backend.read(backend.sum_samples(table))]
 
@@ -326,15 +408,14 @@ class Meter:
         Raises:
             TrainingError: It does.
         """
-        scaler = self._backend.scaler
-        if scaler is None:
-            return
-        scale = self._backend.read(scaler.scale)
-        if scaler.is_exhausted(scale):
-            raise TrainingError(
-                f"In fp16 the gradient overflows even with loss scale {scale:g}, so the run "
-                "cannot recover. Use precision=bf16 if the device supports it, or precision=fp32."
-            )
+        for scaler in self._backend.scalers:
+            scale = self._backend.read(scaler.scale)
+            if scaler.is_exhausted(scale):
+                raise TrainingError(
+                    f"In fp16 the gradient overflows even with loss scale {scale:g}, so the run "
+                    "cannot recover. Use precision=bf16 if the device supports it, or "
+                    "precision=fp32."
+                )
 
     def _make_rows(
         self,
@@ -351,9 +432,10 @@ class Meter:
 
         Args:
             steps: The measurements of this rank.
-            sums: (loss sum, counted items, data wait) of each step, summed over ranks.
+            sums: (loss sum, counted items, data wait) of each step and then of each turn, summed
+                over ranks.
             items: Items of the global batch of each step.
-            grad_norms: Norm of the global gradient of each step.
+            grad_norms: Norm of the global gradient of each step, and then of each turn.
             seconds: Duration of all steps together.
             end_time: End of the last step, in seconds since 1970.
             total_wait: Communication wait per step, summed over ranks; None if not measured.
@@ -366,7 +448,7 @@ class Meter:
         throughput = sum(step.batch_samples for step in steps) / max(seconds, 1e-9)
         step_seconds = seconds / max(len(steps), 1)
         rows: list[StepRow] = []
-        measurements = zip(steps, sums, items, grad_norms, strict=True)
+        measurements = zip(steps, sums, items, grad_norms, strict=False)
         for step, (loss_sum, counted, data_wait), step_items, grad_norm in measurements:
             _check_count(step.step, int(counted), int(step_items))
             rows.append(
@@ -386,7 +468,42 @@ class Meter:
                     communication_seconds=None if total_wait is None else total_wait / world_size,
                 )
             )
+        if len(sums) > len(steps):
+            of_turns = zip(sums[len(steps) :], grad_norms[len(steps) :], strict=True)
+            return [
+                self._add_turns(row, step.turns, of_turns)
+                for row, step in zip(rows, steps, strict=True)
+            ]
         return rows
+
+    def _add_turns(
+        self,
+        row: StepRow,
+        turns: Sequence[TurnMeasurements],
+        measured: Iterator[tuple[list[float], float]],
+    ) -> ObjectivesRow:
+        """Return the row of a step with the turns that it consists of.
+
+        Args:
+            row: The row without them.
+            turns: The measurements of this rank.
+            measured: Yields for each turn its (loss sum, counted items, 0), summed over ranks, and
+                the norm of its gradient.
+
+        Raises:
+            RecipeError: A loss counted a different number of items than the batch holds.
+        """
+        objectives: dict[str, ObjectiveRow] = {}
+        for turn in turns:
+            (loss_sum, counted, _), grad_norm = next(measured)
+            _check_count(row.step, int(counted), row.items, turn.name)
+            is_overflow = self._backend.scaler is not None and not math.isfinite(grad_norm)
+            objectives[turn.name] = ObjectiveRow(
+                loss=loss_sum / row.items,
+                lr=turn.lr,
+                grad_norm=None if is_overflow else grad_norm,
+            )
+        return ObjectivesRow(**vars(row), objectives=objectives)
 
 
 def _rows_of_three(num_numbers: int) -> int:
@@ -423,10 +540,7 @@ class NonFiniteGuard:
             samples = ", ".join(map(str, ids[:_MAX_SHOWN_SAMPLES]))
             if len(ids) > _MAX_SHOWN_SAMPLES:
                 samples += f" and {len(ids) - _MAX_SHOWN_SAMPLES:,} more"
-            problem = (
-                f"At step {row.step:,} the loss is {row.loss} and the gradient norm is "
-                f"{row.grad_norm}, with learning rate {row.lr:.4g}"
-            )
+            problem = f"At step {row.step:,} {row.problem()}"
             if self._num_consecutive >= self._max_bad_steps:
                 num_before = self._num_consecutive - 1
                 before = f", as at the {num_before} before it" if num_before else ""
@@ -439,11 +553,12 @@ class NonFiniteGuard:
         return warnings
 
 
-def _check_count(step: int, counted: int, items: int) -> None:
+def _check_count(step: int, counted: int, items: int, objective: str = "") -> None:
     # The count of a batch of padding is 0, and its loss is divided by 1.
     if max(counted, 1) != items:
+        whose = f"the loss of the objective {objective}" if objective else "the recipe's loss"
         raise RecipeError(
-            f"In step {step} the recipe's loss counted {counted:,} items, but the global "
+            f"In step {step} {whose} counted {counted:,} items, but the global "
             f"batch holds {items:,}. A loss over samples returns (sum, len(batch[0])). A loss over "
             "anything else, such as tokens, needs Recipe(count=...), a function (batch) -> items, "
             "to weight every micro-batch exactly."

@@ -14,7 +14,7 @@ import msgspec
 from launcher.analysis.gradient_noise import Measurement, RunningNoise
 from launcher.console.progress import Progress
 from launcher.engine.data.reader import MicroBatch
-from launcher.engine.metrics.meter import StepRow
+from launcher.engine.metrics.meter import ObjectivesRow, StepRow
 from launcher.regular_file import open_to_append
 from launcher.runs.files import unwritable_error
 from launcher.runs.rundir import RunDir
@@ -66,7 +66,7 @@ class Recorder:
 
     def on_steps(self, rows: list[StepRow]) -> None:
         for row in rows:
-            self._write(self._metrics, row)
+            self._write(self._metrics, row.line())
         if rows:
             last = rows[-1]
             self.last_loss = last.loss
@@ -155,6 +155,18 @@ def _summarize(rows: list[StepRow]) -> dict[str, float | None]:
         "step_seconds": last.step_seconds,
         "data_wait_seconds": statistics.fmean(row.data_wait_seconds for row in rows),
         "communication_seconds": last.communication_seconds,
+        **_of_objectives(last),
+    }
+
+
+def _of_objectives(row: StepRow) -> dict[str, float | None]:
+    """Return the values of each objective's turn, as `NAME/loss`; none if there is one loss."""
+    if not isinstance(row, ObjectivesRow):
+        return {}
+    return {
+        f"{name}/{key}": value
+        for name, turn in row.objectives.items()
+        for key, value in vars(turn).items()
     }
 
 

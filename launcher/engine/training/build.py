@@ -28,11 +28,12 @@ from launcher.engine.model.sync_batch_norm import synchronize
 from launcher.engine.saving.final_weights import check_savable
 from launcher.engine.state.compiled import is_compiled, limit_compile_workers
 from launcher.engine.state.hyperparameters import make_optimizer
-from launcher.engine.state.initial_values import value_checksum
+from launcher.engine.state.initial_values import InitialValues, value_checksum
 from launcher.engine.state.parameter_kinds import check_parameters, keep_in_bfloat16
 from launcher.engine.state.virtual_buffers import VirtualBuffers
 from launcher.engine.training.initial_model import build_initial_model
 from launcher.engine.training.loop import TrainContext
+from launcher.engine.training.objectives import TrainedObjective, prepare_objectives
 from launcher.errors import RecipeError
 from launcher.planning.plan import Plan
 from launcher.planning.single_sample_batches import has_single_sample_batches
@@ -104,7 +105,7 @@ def build_context(
     # The workers start here: they read while the model is built, and do not inherit it.
     batches = start_reading(sampler)
     first_batch = functools.partial(_read_first_batch, reader, sampler)
-    model, optimizer, num_trained = build_model_and_optimizer(
+    model, optimizer, num_trained, objectives = build_model_and_optimizer(
         recipe, plan, backend, first_batch, is_restored=is_restored
     )
     report_phase(first_step, PHASES[0])
@@ -137,6 +138,7 @@ def build_context(
         report_phase=report_phase,
         noise_meter=make_noise_meter(recipe, backend, model, noise_stride),
         evaluates_first=evaluates_first,
+        objectives=objectives,
     )
 
 
@@ -166,7 +168,7 @@ def build_model_and_optimizer(
     first_batch: Callable[[], Any],
     *,
     is_restored: bool = False,
-) -> tuple[nn.Module, Optimizer, int]:
+) -> tuple[nn.Module, Optimizer, int, tuple[TrainedObjective, ...]]:
     """Build the recipe's model and optimizer and place them on this rank (collective).
 
     Args:
@@ -177,8 +179,8 @@ def build_model_and_optimizer(
         is_restored: Whether a checkpoint will replace all parameters.
 
     Returns:
-        The module that `Backend.forward` takes, its optimizer, and the number of trainable weights
-        over all ranks.
+        The module that `Backend.forward` takes, its optimizer, the number of trainable weights over
+        all ranks, and the objectives, if the recipe has several.
 
     Raises:
         RecipeError: The recipe's model function did not return a module, returned different weights
@@ -208,16 +210,31 @@ def build_model_and_optimizer(
     if is_compiled(model):  # also by the recipe itself
         limit_compile_workers(plan.threads_per_rank)
 
+    prepared, optimizer, objectives = _place(recipe, plan, backend, model, blocks, initial)
+    if initial is not None:
+        checksums = sorted(initial.checksums.items())
+        _check_same_weights(zlib.crc32(repr(checksums).encode()), backend)
+    return prepared, optimizer, num_trained, objectives
+
+
+def _place(
+    recipe: Recipe,
+    plan: Plan,
+    backend: Backend,
+    model: nn.Module,
+    blocks: list[nn.Module],
+    initial: InitialValues | None,
+) -> tuple[nn.Module, Optimizer, tuple[TrainedObjective, ...]]:
+    """Place a model on this rank, with its optimizer or those of its objectives (collective)."""
+    if recipe.objectives:
+        return prepare_objectives(recipe, plan, backend, model, blocks, initial)
+
     def make_seeded_optimizer(module: nn.Module) -> Optimizer:
         # The generators depend on whether the weights were drawn or read.
         seed_all(recipe.seed)
         return make_optimizer(recipe, module, plan.lr)
 
-    prepared = backend.prepare(model, blocks, make_seeded_optimizer, initial)
-    if initial is not None:
-        checksums = sorted(initial.checksums.items())
-        _check_same_weights(zlib.crc32(repr(checksums).encode()), backend)
-    return *prepared, num_trained
+    return *backend.prepare(model, blocks, make_seeded_optimizer, initial), ()
 
 
 def _set_up_blocks(recipe: Recipe, plan: Plan, model: nn.Module) -> list[nn.Module]:

@@ -235,7 +235,7 @@ class CheckpointManager:
         return next(filter(None, self._backend.gather(refusal)), None)
 
     def _make_manifest(self, step: int, state: Snapshot) -> Manifest:
-        scaler = self._backend.scaler
+        scalers = [scaler.state() for scaler in self._backend.scalers]
         groups = changed_groups(self._context.optimizer, self._groups)
         return Manifest(
             format=FORMAT,
@@ -246,7 +246,8 @@ class CheckpointManager:
             values={
                 "optimizer": state.values,
                 "groups": groups,
-                "scaler": None if scaler is None else scaler.state(),
+                "scaler": scalers[0] if scalers else None,
+                "scalers": scalers[1:],
                 "extra": state.extra,
                 "data": self._data,
             },

@@ -25,11 +25,13 @@ from launcher.engine.metrics.meter import (
     RankFlags,
     StepLosses,
     StepRow,
+    TurnMeasurements,
 )
 from launcher.engine.metrics.noise_meter import NoiseMeter, NullNoiseMeter
 from launcher.engine.model.batch_norm import BatchNorms
 from launcher.engine.model.forward_writes import ForwardWrites
 from launcher.engine.state.hyperparameters import Hyperparameters
+from launcher.engine.training.objectives import TrainedObjective
 from launcher.errors import RecipeError
 from launcher.planning.plan import Plan
 from launcher.planning.stages import Window
@@ -98,6 +100,25 @@ class TrainContext:
     """Whether an evaluation precedes the first step: the one that the run was to make after its
     checkpoint, and has not recorded."""
 
+    objectives: tuple[TrainedObjective, ...] = ()
+    """The objectives in the order of their turns; empty if the recipe has one loss."""
+
+    def in_turns(self) -> tuple[TrainedObjective, ...]:
+        """Return the objectives in the order of their turns, of which a recipe may have one."""
+        only = TrainedObjective(
+            name="",
+            number=0,
+            every=1,
+            recipe=self.recipe,
+            lr=self.plan.lr,
+            backend=self.backend,
+            model=self.model,
+            optimizer=self.optimizer,
+            forward_writes=self.forward_writes,
+            noise_meter=self.noise_meter,
+        )
+        return self.objectives or (only,)
+
 
 class StepController(Protocol):
     """Acts between steps on flags that all ranks have exchanged, and may stop the run."""
@@ -149,67 +170,43 @@ def train(
         TrainingError: The loss or gradient was not finite in too many consecutive steps.
     """
     recipe, plan, backend = context.recipe, context.plan, context.backend
-    model, optimizer, sampler = context.model, context.optimizer, context.sampler
-    batch_norms, forward_writes, noise_meter, report_phase = (
+    sampler, batch_norms, report_phase = (
+        context.sampler,
         context.batch_norms,
-        context.forward_writes,
-        context.noise_meter,
         context.report_phase,
     )
-    hyperparameters, randomness = Hyperparameters(optimizer, plan.lr), ModelRandomness(backend)
+    objectives = [_Training(objective) for objective in context.in_turns()]
+    main = next(each.objective.name for each in objectives if each.objective.every == 1)
     nonfinite_guard = NonFiniteGuard(recipe.max_bad_steps, lambda step: sampler.batch_ids(step - 1))
-    model.train()
+    context.model.train()
     batch_norms.save_statistics()
     evaluation = _run_evaluation(context, callback, first_step) if context.evaluates_first else {}
     meter = Meter(backend)
     last_step = plan.total_steps if last_step is None else last_step
     for step in range(first_step, last_step):
         # ------------------------------------------------------------------------------------
-        randomness.begin_step(step)
-        written = hyperparameters.write(plan.schedule_value_at(recipe.schedule, step))
         window, micro_batches, data_wait_seconds = _read_step(context, step)
         num_items = _count_items(context, window.size, micro_batches)
-        weight = backend.divisor / num_items
-        losses = StepLosses()
-        noise_meter.begin(step)
-        forward_writes.begin()
-        for number, micro_batch in enumerate(micro_batches, start=1):
-            report_phase(step, "computing")
-            batch, request = backend.to_device(micro_batch.batch), micro_batch.request
-            randomness.begin_part(step, request.part)
-            with (
-                backend.micro_step(last=number == len(micro_batches), part=request.part),
-                batch_norms.micro_batch_context(request),
-                forward_writes.micro_batch_context(request),
-            ):
-                with backend.autocast():
-                    loss_sum, count = training_loss(
-                        recipe.loss, backend.forward(recipe.forward, model, batch), batch
-                    )
-                # Gradients are averaged over ranks; the divisor in the weight makes that a sum.
-                backend.backward(loss_sum, weight if micro_batch.has_weight else 0.0)
-            noise_meter.add_micro_batch(
-                weight, count if micro_batch.has_weight else 0, request.part
-            )
-            if micro_batch.has_weight:
-                losses.add(loss_sum.detach(), count, request.part)
-        forward_writes.end()
-        randomness.end_step()
-        grad_norm = backend.apply(optimizer, recipe.max_grad_norm)
+        turns = [
+            _take_turn(context, each, step, micro_batches, num_items)
+            for each in objectives
+            if step % each.objective.every == 0
+        ]
         # ------------------------------------------------------------------------------------
-        noise_meter.end(step, num_items, grad_norm)
         callback.on_micro_batches(step + 1, micro_batches)
+        main_turn = next(turn for turn in turns if turn.name == main)
         meter.add(
             step=step + 1,
             epoch=window.epoch + 1,
             samples=sampler.samples_before(step + 1),
             batch_samples=window.size,
             items=num_items,
-            losses=losses,
-            lr=written.lr,
-            momentum=written.momentum,
-            grad_norm=grad_norm,
+            losses=main_turn.losses,
+            lr=main_turn.lr,
+            momentum=main_turn.momentum,
+            grad_norm=main_turn.grad_norm,
             data_wait_seconds=data_wait_seconds,
+            turns=turns if context.objectives else (),
         )
         steps_taken = step + 1
         evaluates = sampler.evaluates_after(step)
@@ -232,6 +229,72 @@ def train(
         evaluation = evaluate(context, last_step)
     report_phase(last_step, "finishing")
     return TrainOutcome(step=last_step, evaluation=evaluation)
+
+
+class _Training:
+    """An objective with what changes from turn to turn.
+
+    Args:
+        objective: The objective, whose optimizer is new or restored.
+    """
+
+    def __init__(self, objective: TrainedObjective) -> None:
+        self.objective = objective
+        self.hyperparameters = Hyperparameters(objective.optimizer, objective.lr)
+        self.randomness = ModelRandomness(objective.backend, objective.number)
+
+
+def _take_turn(
+    context: TrainContext,
+    training: _Training,
+    step: int,
+    micro_batches: list[MicroBatch],
+    num_items: int | Tensor,
+) -> TurnMeasurements:
+    """Take the step of one objective on the global batch of a step (collective).
+
+    Args:
+        context: What is trained.
+        training: The objective; its parameters alone change.
+        step: The step, counted from 0.
+        micro_batches: This rank's micro-batches of the batch.
+        num_items: Items of the batch.
+    """
+    objective, randomness = training.objective, training.randomness
+    recipe, backend, model = objective.recipe, objective.backend, objective.model
+    noise_meter, forward_writes = objective.noise_meter, objective.forward_writes
+    if objective.begin is not None:
+        objective.begin()
+    randomness.begin_step(step)
+    schedule_value = context.plan.schedule_value_at(recipe.schedule, step)
+    written = training.hyperparameters.write(schedule_value)
+    weight = backend.divisor / num_items
+    losses = StepLosses()
+    noise_meter.begin(step)
+    forward_writes.begin()
+    for number, micro_batch in enumerate(micro_batches, start=1):
+        context.report_phase(step, "computing")
+        batch, request = backend.to_device(micro_batch.batch), micro_batch.request
+        randomness.begin_part(step, request.part)
+        with (
+            backend.micro_step(last=number == len(micro_batches), part=request.part),
+            context.batch_norms.micro_batch_context(request),
+            forward_writes.micro_batch_context(request),
+        ):
+            with backend.autocast():
+                loss_sum, count = training_loss(
+                    recipe.loss, backend.forward(recipe.forward, model, batch), batch
+                )
+            # Gradients are averaged over ranks; the divisor in the weight makes that a sum.
+            backend.backward(loss_sum, weight if micro_batch.has_weight else 0.0)
+        noise_meter.add_micro_batch(weight, count if micro_batch.has_weight else 0, request.part)
+        if micro_batch.has_weight:
+            losses.add(loss_sum.detach(), count, request.part)
+    forward_writes.end()
+    randomness.end_step()
+    grad_norm = backend.apply(objective.optimizer, recipe.max_grad_norm)
+    noise_meter.end(step, num_items, grad_norm)
+    return TurnMeasurements(objective.name, losses, written.lr, written.momentum, grad_norm)
 
 
 def _read_step(context: TrainContext, step: int) -> tuple[Window, list[MicroBatch], float]:

@@ -102,8 +102,10 @@ def restore_state(resume_point: ResumePoint, context: TrainContext) -> None:
         _check_missing_state(resume_point, backend, missing)
     backend.restore(context.model, context.optimizer, source)
     write_groups(context.optimizer, values["groups"])
-    if backend.scaler is not None and values["scaler"] is not None:
-        backend.scaler.restore(values["scaler"])
+    if values["scaler"] is not None:
+        states = [values["scaler"], *values.get("scalers", [])]
+        for scaler, state in zip(backend.scalers, states, strict=False):
+            scaler.restore(state)
 
 
 def discard_later_steps(resume_point: ResumePoint, backend: Backend, run_dir: RunDir) -> None:
