@@ -73,9 +73,7 @@ def build_model(teacher: Path | None) -> nn.ModuleDict:
     model = nn.ModuleDict(
         {
             "teacher": digits.build_model(),
-            "student": nn.Sequential(
-                nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10)
-            ),
+            "student": nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10)),
         }
     )
     if teacher is not None:

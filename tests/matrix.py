@@ -1,7 +1,7 @@
 """Train many configurations, on one number of ranks after the other.
 
 A program for test_matrix.py, test_features.py, test_unused_parameters.py, test_resume.py,
-test_hybrid_sharding.py, test_same_bits.py and test_small_states.py. It forks the ranks, which train
+test_hybrid_sharding.py, test_same_bits.py, test_small_states.py and test_objectives.py. It forks the ranks, which train
 all their configurations in one process group: imports and rendezvous are paid once.
 """
 
@@ -27,6 +27,7 @@ from parts import norms, text
 from splits import batch_norm, instance_norm
 from torch import nn
 from torch.multiprocessing.spawn import start_processes
+from turns import turns
 from worlds import tokens, worlds
 
 from launcher import (
@@ -45,6 +46,8 @@ from launcher.engine.ranks.output import Output
 from launcher.engine.run import train_rank
 from launcher.environment.world import World, find_world
 from launcher.planning.strategy import STRATEGIES
+from launcher.recipes.distill import distill
+from launcher.recipes.gan import gan
 from launcher.runs.job import ResumeFrom
 from launcher.runs.rundir import RunDir, create_run_dir
 from launcher.signals import StopRequest
@@ -57,7 +60,7 @@ RECIPES = {
     "branches": branches,
     "methods": methods,
 }
-EXACT_RECIPES = {"norms": norms, "text": text}
+EXACT_RECIPES = {"norms": norms, "text": text, "gan": gan, "distill": distill, "turns": turns}
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {
@@ -454,9 +457,40 @@ def small(ranks: int) -> Iterator[BitsCase]:
             yield BitsCase("text", strategy, inexact, name=f"rounded-{name}", saved_at=6)
 
 
+OBJECTIVES_WORLDS = (SOURCE_RANKS, 1, 3)
+
+_SHORT = (("epochs", None), ("steps", 10), ("evaluate_every", 4), ("record_samples", True))
+_EXACT = (("exact", True),)
+_TURNS: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
+    ("gan", _SHORT),
+    ("distill", _SHORT),
+    ("turns", ()),
+    ("turns", _EXACT),
+    ("turns", (("precision", "bf16"),)),
+    ("turns", (("precision", "fp16"),)),
+)
+"""Recipes with several objectives, and settings."""
+
+
+def objectives(ranks: int) -> Iterator[BitsCase]:
+    """Yield recipes with several objectives under the strategies that train them."""
+    for recipe, options in _TURNS:
+        mixed = "precision" in dict(options)
+        for strategy in {1: ("ddp",), 2: ("ddp", "fsdp"), 3: ("fsdp", "ddp")}[ranks]:
+            if strategy == "fsdp" and mixed:  # which has no BatchNorm on CPUs
+                continue
+            is_resumed = (ranks, strategy) in ((1, "ddp"), (3, "fsdp"))
+            name = "-".join([recipe, *(str(value) for _, value in options if options != _SHORT)])
+            yield BitsCase(recipe, strategy, options, is_resumed, name=name, saved_at=5)
+    if ranks == 3:  # with micro-batches
+        small = (*_SHORT, ("micro_batch_size", 5))
+        yield BitsCase("gan", "ddp", small, name="gan-micro", saved_at=5)
+        yield BitsCase("gan", "fsdp", small, name="gan-micro", saved_at=5)
+
+
 SUITES = {"matrix": matrix, "features": features, "unused": unused}
 
-BITS_SUITES = {"bits": bits, "small": small}
+BITS_SUITES = {"bits": bits, "small": small, "objectives": objectives}
 
 
 class Trainer:
