@@ -115,7 +115,8 @@ def build_data() -> Data:
 
 def generate(model: nn.ModuleDict, labels: Tensor, latents: Tensor) -> Tensor:
     """Return generated images (N, 64) in [0, 1] of the digits `labels`."""
-    return model["generator"](_with_labels(latents, labels))
+    images: Tensor = model["generator"](_with_labels(latents, labels))
+    return images
 
 
 def compare(model: nn.ModuleDict, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,7 +133,9 @@ def compare(model: nn.ModuleDict, batch: Batch) -> tuple[Tensor, Tensor, Tensor]
 def judge_generated(model: nn.ModuleDict, batch: Batch) -> Tensor:
     """Return what the discriminator says of generated digits: positive if they look real."""
     _, labels, latents = batch
-    return model["discriminator"](_with_labels(generate(model, labels, latents), labels))
+    generated = generate(model, labels, latents)
+    judgements: Tensor = model["discriminator"](_with_labels(generated, labels))
+    return judgements
 
 
 def _with_labels(values: Tensor, labels: Tensor) -> Tensor:
@@ -143,7 +146,7 @@ def _with_labels(values: Tensor, labels: Tensor) -> Tensor:
 
 
 def tell_apart(outputs: tuple[Tensor, Tensor, Tensor], batch: Batch) -> tuple[Tensor, int]:
-    """Return the discriminator's cross-entropy, summed over pairs of a digit and a generated one."""
+    """Return the discriminator's cross-entropy over pairs of a digit and a generated one, summed."""
     from torch.nn.functional import softplus
 
     real, generated, _ = outputs
@@ -152,7 +155,7 @@ def tell_apart(outputs: tuple[Tensor, Tensor, Tensor], batch: Batch) -> tuple[Te
 
 
 def deceive(judgements: Tensor, batch: Batch) -> tuple[Tensor, int]:
-    """Return the generator's loss, the discriminator's surprise at a digit that it takes for real."""
+    """Return the generator's loss, which is small where the discriminator takes an image for real."""
     from torch.nn.functional import softplus
 
     return softplus(-judgements.float()).sum(), len(batch[1])

@@ -1,8 +1,9 @@
 """Train many configurations, on one number of ranks after the other.
 
 A program for test_matrix.py, test_features.py, test_unused_parameters.py, test_resume.py,
-test_hybrid_sharding.py, test_same_bits.py, test_small_states.py and test_objectives.py. It forks the ranks, which train
-all their configurations in one process group: imports and rendezvous are paid once.
+test_hybrid_sharding.py, test_same_bits.py, test_small_states.py and test_objectives.py. It forks
+the ranks, which train all their configurations in one process group: imports and rendezvous are
+paid once.
 """
 
 from __future__ import annotations

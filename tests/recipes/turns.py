@@ -1,4 +1,4 @@
-"""Objectives that share an encoder, with different optimizers, schedules, intervals and a teacher."""
+"""Objectives that share an encoder, with optimizers, schedules and intervals of their own."""
 
 from __future__ import annotations
 

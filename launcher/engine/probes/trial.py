@@ -98,7 +98,7 @@ def run_trial(
         if len(train) > 1 and not changed:
             names = [f"objective {each.name}" for each in recipe.objectives] or ["recipe"]
             for name, alone in zip(names, recipe.by_objective(), strict=True):
-                    _check_loss(context, alone, train, name)
+                _check_loss(context, alone, train, name)
         for batch in evaluation:
             warnings += _try_evaluation(context, recipe, batch)
     return TrialOutcome(fingerprint=fingerprint, warnings=warnings)
@@ -182,8 +182,8 @@ def _check_loss(
     (batch_loss, _), (one_half, _), (other_half, _) = losses
     num_samples = len(context.sampler.trial()[0].indices)
     raise RecipeError(
-        f"The loss of the {name} returned a mean instead of a sum: {batch_loss:.4g} for {num_samples} "
-        f"samples, and {one_half:.4g} and {other_half:.4g} for their halves. Every gradient would "
+        f"The loss of the {name} returned a mean instead of a sum: {batch_loss:.4g} for "
+        f"{num_samples} samples, and {one_half:.4g} and {other_half:.4g} for their halves. Every gradient would "
         "be too small by a factor of the number of items in a micro-batch. Return (sum, count), as "
         "with reduction='sum'; launcher divides by the count over the whole global batch."
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -81,10 +82,9 @@ def prepare_objectives(
         RecipeError: The patterns of the objectives do not fit the parameters of the model, or an
             optimizer updates parameters of another objective.
     """
-    assigned = _assign(recipe, model)
-    trained = sorted({name for names in assigned.values() for name in names})
+    own_names = [set(names) for names in trained_names(recipe, model)]
+    trained = sorted(set().union(*own_names))
     alone = recipe.by_objective()
-    own_names = [set(names) for names in assigned.values()]
 
     def select(module: nn.Module, number: int) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Return the parameters of an objective, and those of the others."""
@@ -133,20 +133,44 @@ def prepare_objectives(
     return wrapped, joint, objectives
 
 
-def _assign(recipe: Recipe, model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Return the names of the parameters of each objective, by the name of the objective.
+def trained_names(recipe: Recipe, model: nn.Module) -> list[tuple[str, ...]]:
+    """Return the names of the parameters that each objective trains, or the one loss.
+
+    Args:
+        recipe: The recipe.
+        model: Its model, in which every parameter that is trained requires a gradient.
 
     Raises:
-        RecipeError: The patterns do not fit the parameters of the model.
+        RecipeError: The patterns of the objectives do not fit the parameters of the model.
     """
     first_names = {parameter: name for name, parameter in parameters(model).items()}
-    trained, frozen = {}, []
+    trained: dict[str, str] = {}
+    frozen: list[str] = []
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.requires_grad:
             trained[plain_name(name)] = first_names[parameter]
         else:
             frozen.append(plain_name(name))
-    return assign_parameters(recipe.objectives, trained, frozen)
+    if not recipe.objectives:
+        return [tuple(dict.fromkeys(trained.values()))]
+    return list(assign_parameters(recipe.objectives, trained, frozen).values())
+
+
+@contextlib.contextmanager
+def only_trained(model: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """Let no other parameters than these require a gradient, in this context."""
+    others = [
+        parameter
+        for name, parameter in parameters(model).items()
+        if parameter.requires_grad and name not in names
+    ]
+    for parameter in others:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
 
 
 def _check_own(
