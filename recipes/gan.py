@@ -146,7 +146,7 @@ def _with_labels(values: Tensor, labels: Tensor) -> Tensor:
 
 
 def tell_apart(outputs: tuple[Tensor, Tensor, Tensor], batch: Batch) -> tuple[Tensor, int]:
-    """Return the discriminator's cross-entropy over pairs of a digit and a generated one, summed."""
+    """Return the discriminator's cross-entropy over pairs of real and generated digits, summed."""
     from torch.nn.functional import softplus
 
     real, generated, _ = outputs
@@ -155,7 +155,7 @@ def tell_apart(outputs: tuple[Tensor, Tensor, Tensor], batch: Batch) -> tuple[Te
 
 
 def deceive(judgements: Tensor, batch: Batch) -> tuple[Tensor, int]:
-    """Return the generator's loss, which is small where the discriminator takes an image for real."""
+    """Return the generator's loss, which is small where the discriminator takes images for real."""
     from torch.nn.functional import softplus
 
     return softplus(-judgements.float()).sum(), len(batch[1])

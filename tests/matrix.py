@@ -460,33 +460,37 @@ def small(ranks: int) -> Iterator[BitsCase]:
 
 OBJECTIVES_WORLDS = (SOURCE_RANKS, 1, 3)
 
-_SHORT = (("epochs", None), ("steps", 10), ("evaluate_every", 4), ("record_samples", True))
-_EXACT = (("exact", True),)
-_TURNS: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
-    ("gan", _SHORT),
-    ("distill", _SHORT),
-    ("turns", ()),
-    ("turns", _EXACT),
-    ("turns", (("precision", "bf16"),)),
-    ("turns", (("precision", "fp16"),)),
-)
+_FEW = (("epochs", None), ("steps", 10), ("evaluate_every", 4), ("record_samples", True))
+_OBJECTIVES: dict[str, tuple[str, tuple[tuple[str, Any], ...]]] = {
+    "gan": ("gan", _FEW),
+    "gan-micro": ("gan", (*_FEW, ("micro_batch_size", 5))),
+    "gan-bf16": ("gan", (*_FEW, ("precision", "bf16"))),
+    "distill": ("distill", _FEW),
+    "turns-fp16": ("turns", (("precision", "fp16"),)),
+    "turns-exact": ("turns", (("exact", True),)),
+}
 """Recipes with several objectives, and settings."""
+
+_OBJECTIVES_ON = {
+    1: {"ddp": ("gan", "gan-bf16", "distill", "turns-fp16", "turns-exact")},
+    2: {
+        "ddp": ("gan", "turns-fp16", "turns-exact"),
+        "fsdp": ("gan-bf16", "distill", "turns-exact"),
+    },
+    3: {"ddp": ("distill", "gan-micro"), "fsdp": ("gan", "turns-exact")},
+}
 
 
 def objectives(ranks: int) -> Iterator[BitsCase]:
-    """Yield recipes with several objectives under the strategies that train them."""
-    for recipe, options in _TURNS:
-        mixed = "precision" in dict(options)
-        for strategy in {1: ("ddp",), 2: ("ddp", "fsdp"), 3: ("fsdp", "ddp")}[ranks]:
-            if strategy == "fsdp" and mixed:  # which has no BatchNorm on CPUs
-                continue
-            is_resumed = (ranks, strategy) in ((1, "ddp"), (3, "fsdp"))
-            name = "-".join([recipe, *(str(value) for _, value in options if options != _SHORT)])
+    """Yield recipes with several objectives under the strategies that train them.
+
+    Those that are resumed start from the checkpoint of `SOURCE_RANKS` ranks under the strategy.
+    """
+    for strategy, names in _OBJECTIVES_ON[ranks].items():
+        for name in names:
+            recipe, options = _OBJECTIVES[name]
+            is_resumed = (ranks, name) in {(1, "turns-fp16"), (3, "turns-exact")}
             yield BitsCase(recipe, strategy, options, is_resumed, name=name, saved_at=5)
-    if ranks == 3:  # with micro-batches
-        small = (*_SHORT, ("micro_batch_size", 5))
-        yield BitsCase("gan", "ddp", small, name="gan-micro", saved_at=5)
-        yield BitsCase("gan", "fsdp", small, name="gan-micro", saved_at=5)
 
 
 SUITES = {"matrix": matrix, "features": features, "unused": unused}

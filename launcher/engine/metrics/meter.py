@@ -84,7 +84,7 @@ class StepRow:
         """Whether the loss and the gradient norm are finite; an overflow in fp16 is tolerated."""
         return _are_finite(self.loss, self.grad_norm)
 
-    def line(self) -> Any:
+    def flat(self) -> Any:
         """Return what metrics.jsonl holds of the step."""
         return self
 
@@ -120,7 +120,7 @@ class ObjectivesRow(StepRow):
     def is_finite(self) -> bool:
         return all(_are_finite(turn.loss, turn.grad_norm) for turn in self.objectives.values())
 
-    def line(self) -> dict[str, Any]:
+    def flat(self) -> dict[str, Any]:
         values = asdict(self)
         for name, turn in values.pop("objectives").items():
             values |= {f"train/{name}/{key}": value for key, value in turn.items()}

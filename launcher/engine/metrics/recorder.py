@@ -66,7 +66,7 @@ class Recorder:
 
     def on_steps(self, rows: list[StepRow]) -> None:
         for row in rows:
-            self._write(self._metrics, row.line())
+            self._write(self._metrics, row.flat())
         if rows:
             last = rows[-1]
             self.last_loss = last.loss

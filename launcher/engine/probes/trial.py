@@ -183,9 +183,10 @@ def _check_loss(
     num_samples = len(context.sampler.trial()[0].indices)
     raise RecipeError(
         f"The loss of the {name} returned a mean instead of a sum: {batch_loss:.4g} for "
-        f"{num_samples} samples, and {one_half:.4g} and {other_half:.4g} for their halves. Every gradient would "
-        "be too small by a factor of the number of items in a micro-batch. Return (sum, count), as "
-        "with reduction='sum'; launcher divides by the count over the whole global batch."
+        f"{num_samples} samples, and {one_half:.4g} and {other_half:.4g} for their halves. Every "
+        "gradient would be too small by a factor of the number of items in a micro-batch. Return "
+        "(sum, count), as with reduction='sum'; launcher divides by the count over the whole "
+        "global batch."
     )
 
 
