@@ -61,7 +61,7 @@ is fetched when it is first used. [Start from Python](python-api.md) explains ho
 
 NAMES = {
     "Run, plan, resume": "plan run resume RunResult RunDir History Plan",
-    "Recipes": "Recipe Data Shards main packaged_file",
+    "Recipes": "Recipe Objective Data Shards main packaged_file",
     "Schedules": (
         "one_cycle cyclical cosine linear constant exponential multi_step wsd warmup schedule "
         "Schedule ScheduleValue"

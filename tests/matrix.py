@@ -471,7 +471,7 @@ _OBJECTIVES: dict[str, tuple[str, tuple[tuple[str, Any], ...]]] = {
 }
 """Recipes with several objectives, and settings."""
 
-_OBJECTIVES_ON = {
+_OBJECTIVES_ON: dict[int, dict[str, tuple[str, ...]]] = {
     1: {"ddp": ("gan", "gan-bf16", "distill", "turns-fp16", "turns-exact")},
     2: {
         "ddp": ("gan", "turns-fp16", "turns-exact"),

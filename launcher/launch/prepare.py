@@ -262,6 +262,7 @@ def _changes(
     lines = setting_changes(manifest, plan)
     with contextlib.suppress(RunDirError):  # the plan of an earlier version of launcher
         before = record.read_plan(), previously_built.recipe.schedule
-        if change := schedule_change(manifest.step, before, (plan, built.recipe.schedule)):
+        change = schedule_change(manifest.step, before, (plan, built.recipe.schedule))
+        if change and not plan.objectives:  # which have schedules of their own
             lines.append(change)
     return tuple(lines)

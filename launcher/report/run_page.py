@@ -94,7 +94,10 @@ def _cards(history: History) -> list[tuple[str, str]]:
     unit = "GPU" if plan.device == "cuda" else "CPU rank"
     cards.append(("ranks", f"{counted(plan.world_size, unit)}, {plan.strategy}"))
     cards.append(("batch", f"{plan.batch_size:,}"))
-    cards.append(("peak lr", f"{plan.lr:.4g}"))
+    for objective in plan.objectives:
+        cards.append((f"peak lr of {objective.name}", f"{objective.lr:.4g}"))
+    if not plan.objectives:
+        cards.append(("peak lr", f"{plan.lr:.4g}"))
     if (flops := history.flops_per_second()) is not None:
         cards.append(utilisation(history, flops))
     if history.ranks:
@@ -146,7 +149,7 @@ def _hyperparameters(history: History) -> Iterator[Section]:
         norm = Curve(name="gradient", xs=steps["step"], ys=steps["grad_norm"])
         curves = [norm]
         limit = history.plan.settings.get("max_grad_norm")
-        if limit:
+        if limit and not history.plan.objectives:
             ends = [steps["step"][0], steps["step"][-1]]
             curves.append(Curve(name="max_grad_norm", xs=ends, ys=[limit] * 2, style="dashed"))
         title = "gradient norm before clipping"
@@ -155,13 +158,19 @@ def _hyperparameters(history: History) -> Iterator[Section]:
 
 
 def _planned_schedule(history: History) -> list[Plot]:
-    """Return the plots of the planned schedule; none if the recipe defines its own schedule."""
+    """Return the plots of the planned schedule; none if the recipe defines its own schedule.
+
+    Of several objectives it is that of the first with a turn in every step, as in metrics.jsonl.
+    """
+    plan = history.plan
+    main = next((each for each in plan.objectives if each.every == 1), None)
+    text = plan.settings["schedule"] if main is None else main.schedule
     try:
-        schedule = parse(str(history.plan.settings["schedule"]), SCHEDULES, kind="schedule")
+        schedule = parse(str(text), SCHEDULES, kind="schedule")
     except UsageError:  # not one of SCHEDULES
         return []
     assert isinstance(schedule, Schedule)
-    return schedule_plots(schedule, history.plan)
+    return schedule_plots(schedule, plan, main)
 
 
 def _throughput(history: History) -> Iterator[Section]:

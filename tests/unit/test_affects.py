@@ -12,7 +12,16 @@ from launcher import Recipe, make_plan
 from launcher.recipe.affects import Affects, effects_of
 from launcher.recipe.recipe import setting_types, settings_affecting
 
-FUNCTIONS = {"model", "data", "loss", "metrics", "forward", "count", "tensor_parallel_plan"}
+FUNCTIONS = {
+    "model",
+    "data",
+    "loss",
+    "metrics",
+    "forward",
+    "count",
+    "objectives",
+    "tensor_parallel_plan",
+}
 
 SETTINGS = {
     Affects.SAMPLES: {

@@ -40,6 +40,7 @@ class ExactSums(_Base):
             self.scaler = LossScaler(1, self.scaler.scale.device)
         if self.device.type == "cpu":
             keep_freed_memory()
+        self._tree: TreeSum[Gradients] = TreeSum(self.plan.distribution.count, add_gradients)
         self._exact_parameters: list[nn.Parameter] = []
 
     @property
@@ -64,7 +65,7 @@ class ExactSums(_Base):
                 "Embedding(sparse=True). Leave sparse=True or exact=true out."
             )
         self._exact_parameters = [p for p in model.parameters() if p.requires_grad]
-        self._tree: TreeSum[Gradients] = TreeSum(self.plan.distribution.count, add_gradients)
+        self._tree = TreeSum(self.plan.distribution.count, add_gradients)
 
     def _push_part(self, part: Part) -> None:
         """Move the gradients of a virtual rank from the parameters into the sum."""
