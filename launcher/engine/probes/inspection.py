@@ -195,7 +195,9 @@ def inspect_recipe(recipe: Recipe, plan: Plan, source: RecipeSource | None = Non
         if has_evaluation
         else None,
         num_trained=sum(parameter.numel() for parameter in trained.values()),
-        without_gradient=sorted(set().union(*(loss.without_gradient for loss in losses))),
+        without_gradient=list(
+            dict.fromkeys(name for loss in losses for name in loss.without_gradient)
+        ),
         changed_buffers=sorted(set().union(*(writes.buffers() for writes in written))),
         changed_weights=sorted(set().union(*(writes.weights() for writes in written))),
         batch=f"a batch is {describe_nested(batch)}",
