@@ -336,6 +336,19 @@ def test_a_wrong_count_names_its_objective(tmp_path: Path) -> None:
         train(tmp_path, replace(built, objectives=(critic, counted)))
 
 
+def test_a_loss_of_other_parameters_names_its_objective(tmp_path: Path) -> None:
+    """A loss that does not depend on its objective's parameters is refused by name."""
+    built = small_gan()
+    critic, generator = built.objectives
+
+    def made(model: nn.ModuleDict, batch: Any) -> Tensor:
+        return gan.generate(model, batch[1], batch[2])
+
+    odd = replace(critic, forward=made, loss=lambda outputs, batch: (outputs.sum(), len(batch[1])))
+    with pytest.raises(RecipeError, match="The loss of the objective discriminator returned"):
+        train(tmp_path, replace(built, objectives=(odd, generator)))
+
+
 def test_a_mean_names_its_objective(tmp_path: Path) -> None:
     """The check before the first step finds an objective whose loss is a mean."""
     built = small_gan()

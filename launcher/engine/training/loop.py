@@ -39,6 +39,8 @@ from launcher.planning.virtual_ranks import virtual_rank_of
 from launcher.printable import kind_of
 from launcher.recipe.recipe import Recipe
 
+_LOSS_NAME = "The recipe's loss"
+
 
 class Callback(Protocol):
     """Receives what the loop measures, on every rank, in the order of the steps."""
@@ -242,6 +244,9 @@ class _Training:
         self.objective = objective
         self.hyperparameters = Hyperparameters(objective.optimizer, objective.lr)
         self.randomness = ModelRandomness(objective.backend, objective.number)
+        self.loss_name = (
+            f"The loss of the objective {objective.name}" if objective.name else _LOSS_NAME
+        )
 
 
 def _take_turn(
@@ -283,7 +288,10 @@ def _take_turn(
         ):
             with backend.autocast():
                 loss_sum, count = training_loss(
-                    recipe.loss, backend.forward(recipe.forward, model, batch), batch
+                    recipe.loss,
+                    backend.forward(recipe.forward, model, batch),
+                    batch,
+                    training.loss_name,
                 )
             # Gradients are averaged over ranks; the divisor in the weight makes that a sum.
             backend.backward(loss_sum, weight if micro_batch.has_weight else 0.0)
@@ -426,21 +434,28 @@ def sum_and_count(
 
 
 def training_loss(
-    loss: Callable[[Any, Any], Any], outputs: Any, batch: Any
+    loss: Callable[[Any, Any], Any], outputs: Any, batch: Any, name: str = _LOSS_NAME
 ) -> tuple[Tensor, int | Tensor]:
     """Call the loss in training and return its (sum, count).
+
+    Args:
+        loss: The loss.
+        outputs: What the recipe's `forward` returned.
+        batch: The batch on this rank's device.
+        name: Name of the loss for error messages.
 
     Raises:
         RecipeError: The loss did not return (sum, count), or the sum has no gradient.
     """
-    total, count = sum_and_count(loss, outputs, batch, name="The recipe's loss")
+    total, count = sum_and_count(loss, outputs, batch, name=name)
     if isinstance(total, Tensor) and total.requires_grad:
         return total, count
     found = "a tensor without a gradient" if isinstance(total, Tensor) else kind_of(total)
+    only = "" if name == _LOSS_NAME else " It must depend on the objective's own parameters."
     raise RecipeError(
-        f"The recipe's loss returned ({found}, count), from which no gradient can be computed. "
+        f"{name} returned ({found}, count), from which no gradient can be computed. "
         "Return the sum as a tensor that is computed from the outputs of the model, without "
-        ".item(), .detach() or torch.no_grad() in the loss and in forward."
+        f".item(), .detach() or torch.no_grad() in the loss and in forward.{only}"
     )
 
 
