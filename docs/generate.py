@@ -64,7 +64,8 @@ NAMES = {
     "Sweeps": "sweep SweepResult TrialResult objective",
     "Evaluate and predict": "evaluate EvaluationResult predict Predictions",
     "Recipes": (
-        "Recipe Data Evaluation all_predictions log CallbackContext Shards main packaged_file"
+        "Recipe Objective Data Evaluation all_predictions log CallbackContext Shards main "
+        "packaged_file"
     ),
     "Schedules": (
         "one_cycle cyclical cosine linear constant exponential multi_step wsd warmup "

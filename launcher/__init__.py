@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from launcher.recipe.all_predictions import all_predictions
     from launcher.recipe.averaging import Averaging, ema, tail
     from launcher.recipe.evaluation_sets import Evaluation
+    from launcher.recipe.objective import Objective
     from launcher.recipe.optimizer import OptimizerSpec, adamw, muon, schedule_free, sgd
     from launcher.recipe.package_data import packaged_file
     from launcher.recipe.recipe import Data, Recipe
@@ -74,6 +75,7 @@ __all__ = [
     "LauncherError",
     "LoaderPolicy",
     "Machine",
+    "Objective",
     "OptimizerSpec",
     "OverrideError",
     "Plan",
@@ -140,6 +142,7 @@ _MODULES = {
     "LauncherError": "launcher.errors",
     "LoaderPolicy": "launcher.planning.loading",
     "Machine": "launcher.environment.machine",
+    "Objective": "launcher.recipe.objective",
     "OptimizerSpec": "launcher.recipe.optimizer",
     "OverrideError": "launcher.errors",
     "Plan": "launcher.planning.plan",

@@ -1,9 +1,9 @@
 """Train many configurations, on one number of ranks after the other.
 
 A program for test_matrix.py, test_features.py, test_unused_parameters.py, test_resume.py,
-test_hybrid_sharding.py, test_same_bits.py, test_small_states.py, test_averages.py and
-test_evaluations.py. It forks the ranks, which train all their configurations in one process group:
-imports and rendezvous are paid once.
+test_hybrid_sharding.py, test_same_bits.py, test_small_states.py, test_averages.py,
+test_evaluations.py and test_objectives.py. It forks the ranks, which train all their configurations
+in one process group: imports and rendezvous are paid once.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from parts import norms, text
 from splits import batch_norm, instance_norm
 from torch import nn
 from torch.multiprocessing.spawn import start_processes
+from turns import turns
 from watched import watched
 from worlds import tokens, worlds
 
@@ -52,6 +53,8 @@ from launcher.engine.run import train_rank
 from launcher.engine.training.evaluation import evaluate_weights
 from launcher.environment.world import World, find_world
 from launcher.planning.strategy import STRATEGIES
+from launcher.recipes.distill import distill
+from launcher.recipes.gan import gan
 from launcher.runs.job import RecipeSource, ResumeFrom
 from launcher.runs.rundir import RunDir, create_run_dir
 from launcher.runs.weight_choice import WeightChoice
@@ -66,7 +69,7 @@ RECIPES = {
     "methods": methods,
     "watched": watched,
 }
-EXACT_RECIPES = {"norms": norms, "text": text}
+EXACT_RECIPES = {"norms": norms, "text": text, "gan": gan, "distill": distill, "turns": turns}
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {
@@ -563,12 +566,48 @@ def evaluations(ranks: int) -> Iterator[JudgedCase]:
     yield JudgedCase("ddp" if ranks == 1 else "fsdp", "early")
 
 
+OBJECTIVES_WORLDS = (SOURCE_RANKS, 1, 3)
+
+_FEW = (("epochs", None), ("steps", 10), ("evaluate_every", 4), ("record_samples", True))
+_OBJECTIVES: dict[str, tuple[str, tuple[tuple[str, Any], ...]]] = {
+    "gan": ("gan", _FEW),
+    "gan-micro": ("gan", (*_FEW, ("micro_batch_size", 5))),
+    "gan-bf16": ("gan", (*_FEW, ("precision", "bf16"))),
+    "distill": ("distill", _FEW),
+    "turns-fp16": ("turns", (("precision", "fp16"),)),
+    "turns-exact": ("turns", (("exact", True),)),
+}
+"""Recipes with several objectives, and settings."""
+
+_OBJECTIVES_ON: dict[int, dict[str, tuple[str, ...]]] = {
+    1: {"ddp": ("gan", "gan-bf16", "distill", "turns-fp16", "turns-exact")},
+    2: {
+        "ddp": ("gan", "turns-fp16", "turns-exact"),
+        "fsdp": ("gan-bf16", "distill", "turns-exact"),
+    },
+    3: {"ddp": ("distill", "gan-micro"), "fsdp": ("gan", "turns-exact")},
+}
+
+
+def objectives(ranks: int) -> Iterator[BitsCase]:
+    """Yield recipes with several objectives under the strategies that train them.
+
+    Those that are resumed start from the checkpoint of `SOURCE_RANKS` ranks under the strategy.
+    """
+    for strategy, names in _OBJECTIVES_ON[ranks].items():
+        for name in names:
+            recipe, options = _OBJECTIVES[name]
+            is_resumed = (ranks, name) in {(1, "turns-fp16"), (3, "turns-exact")}
+            yield BitsCase(recipe, strategy, options, is_resumed, name=name, saved_at=5)
+
+
 SUITES = {"matrix": matrix, "features": features, "unused": unused}
 
 BITS_SUITES: dict[str, Callable[[int], Iterator[BitsCase | JudgedCase]]] = {
     "bits": bits,
     "small": small,
     "evaluations": evaluations,
+    "objectives": objectives,
 }
 
 

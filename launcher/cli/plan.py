@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from launcher.environment.machine import Machine
     from launcher.planning.plan import Plan
     from launcher.recipe.overrides import BuiltRecipe, Override
+    from launcher.recipe.recipe import Recipe
     from launcher.recipe.resolve import Reference
     from launcher.tuning.estimate import Estimate
     from launcher.tuning.memory_plan import MemoryPlan
@@ -111,12 +112,17 @@ def command(
     else:
         _print(plan, reference, memory, estimate)
         if plot:
-            from launcher.console.plots import draw, schedule_plots
-
-            for curve in schedule_plots(built.recipe.schedule, plan):
-                echo(f"\n{draw(curve)}")
+            _draw_schedules(built.recipe, plan)
     if memory is not None:
         memory.check()
+
+
+def _draw_schedules(recipe: Recipe, plan: Plan) -> None:
+    from launcher.console.plots import draw, schedule_plots
+
+    for alone, objective in zip(recipe.by_objective(), plan.objectives or (None,), strict=True):
+        for curve in schedule_plots(alone.schedule, plan, objective):
+            echo(f"\n{draw(curve)}")
 
 
 def _print(

@@ -54,13 +54,15 @@ def summarize(plan: Plan, *, recipe: str = "", more: str = "") -> str:
     if _is_to_be_timed(plan):
         total = f"{total}, as many as fit in max_time={plan.settings['max_time']}"
     steps = [f"{total}; {schedule}: {_lr_range(plan)}", f"{total}; {schedule}", total]
+    if plan.objectives:
+        steps = [f"{total}; {_turns(plan)}", total]
     pinned = "pinned" if plan.pin_memory else "not pinned"
     lr = plan.derivations["lr"]
+    lrs = [lr, lr.partition(",")[0], f"{plan.lr:.6g}"]
+    if plan.objectives:
+        lrs = [", ".join(f"{each.lr:.6g} ({each.name})" for each in plan.objectives)]
     rows = [
-        (
-            "batch",
-            [f"{_batch(plan)}; lr {text}" for text in (lr, lr.partition(",")[0], f"{plan.lr:.6g}")],
-        ),
+        ("batch", [*(f"{_batch(plan)}; lr {text}" for text in lrs), _batch(plan)]),
         ("steps", steps),
         ("data", [f"{counted(plan.workers_per_rank, 'worker')} per rank, memory {pinned}"]),
         ("speed-ups", [_speed_ups(plan)]),
@@ -228,8 +230,11 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "batch", derivations["batch_size"]
     if len(plan.stages) > 1:
         yield "", derivations["stages"]
-    yield "lr", derivations["lr"]
-    yield "", f"{_lr_path_text(plan)}: {settings['schedule']}"
+    if plan.objectives:
+        yield from _objective_rows(plan)
+    else:
+        yield "lr", derivations["lr"]
+        yield "", f"{_lr_path_text(plan)}: {settings['schedule']}"
     yield "steps", derivations["total_steps"]
     if _is_to_be_timed(plan):
         yield "", _timing_text(plan)
@@ -238,9 +243,7 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     pinned = "pinned" if plan.pin_memory else "not pinned"
     yield "memory", f"{pinned} ({derivations['pin_memory']})"
     yield "speed-ups", _speed_ups(plan)
-    yield "optimizer", str(settings.get("optimizer", "built by the recipe"))
-    if averaging := settings.get("averaging"):
-        yield "averaging", f"{averaging} {_averaged_from(plan, averaging)}; evaluated and exported"
+    yield from _update_rows(plan)
     yield "hang limits", str(hang_limits(settings["hang_timeout"]))
     for source, settings_text in _settings_by_source(plan):
         yield "set by", f"{source}: {settings_text}"
@@ -257,6 +260,14 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
         )
     for note in dict.fromkeys((*dependence, *plan.notes)):
         yield "note", note
+
+
+def _update_rows(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Yield the optimizer, unless it has a line with its objective, and the average."""
+    if not plan.objectives:
+        yield "optimizer", str(plan.settings.get("optimizer", "built by the recipe"))
+    if averaging := plan.settings.get("averaging"):
+        yield "averaging", f"{averaging} {_averaged_from(plan, averaging)}; evaluated and exported"
 
 
 def _lr_path_text(plan: Plan) -> str:
@@ -289,6 +300,26 @@ def _evaluation_rows(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "", f"the run ends after {evaluations} in a row without a better value"
 
 
+def _objective_rows(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Yield what each objective trains, and its learning rate, in the order of their turns."""
+    for number, objective in enumerate(plan.objectives, start=1):
+        turns = "every step" if objective.every == 1 else f"1 of {objective.every} steps"
+        patterns = " ".join(objective.parameters)
+        label = "objectives" if number == 1 else ""
+        yield label, f"{number}. {objective.name}: {patterns}, in {turns}, {objective.optimizer}"
+        start, end = objective.lr_start, objective.lr_end
+        ends = "in the run" if start is None or end is None else f"{start:.3g} to {end:.3g}"
+        yield "", f"   lr {objective.lr_derivation}; {ends} by {objective.schedule}"
+
+
+def _turns(plan: Plan) -> str:
+    """Return the objectives in the order of their turns: `critic, then actor in 1 of 5 steps`."""
+    return ", then ".join(
+        objective.name + ("" if objective.every == 1 else f" in 1 of {objective.every} steps")
+        for objective in plan.objectives
+    )
+
+
 def _speed_ups(plan: Plan) -> str:
     return ", ".join(plan.performance_flags) or f"none enabled: {plan.precision} throughout"
 
@@ -316,7 +347,9 @@ def _settings_by_source(plan: Plan) -> Iterator[tuple[str, str]]:
     """Yield (source, settings) for the settings that differ from their defaults."""
     groups: dict[str, list[str]] = {}
     for name, source in plan.sources.items():
-        if source == "default" or source.startswith("replaced by") or name == "name":
+        if source == "default" or source.startswith("replaced by"):
+            continue
+        if name in ("name", "objectives"):  # which have lines of their own
             continue
         value = plan.settings.get(name)
         shown = written(value) if isinstance(value, Mapping) else value

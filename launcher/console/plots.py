@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from launcher.errors import RunDirError, UsageError
-from launcher.planning.plan import Plan
+from launcher.planning.plan import Plan, PlannedObjective
 from launcher.planning.stages import stage_at
 from launcher.recipe.schedules import Schedule
 
@@ -163,20 +163,30 @@ def _figure(plot: Plot) -> Figure:
     return figure
 
 
-def schedule_plots(schedule: Schedule, plan: Plan) -> list[Plot]:
+def schedule_plots(
+    schedule: Schedule, plan: Plan, objective: PlannedObjective | None = None
+) -> list[Plot]:
     """Return the plots of a schedule over the steps of a plan.
 
     The first plot shows the learning rate. Momentum follows if the schedule sets it, the global
     batch size if it grows. Steps are counted from 1 on the x axis.
 
+    Args:
+        schedule: The schedule of the recipe, or of the objective.
+        plan: The plan.
+        objective: The objective whose schedule it is, if the recipe has several.
+
     Raises:
         UsageError: Only the run computes the learning rate.
     """
-    if plan.lr_peak_step is None:
+    if not schedule.is_planned:
         raise UsageError(
             f"The learning rate of {schedule} cannot be drawn: only the run computes it. "
             "`launcher report` draws the one of a run."
         )
+    peak_lr, whose = plan.lr, ""
+    if objective is not None:
+        peak_lr, whose = objective.lr, f" of {objective.name}"
     stride = max(plan.total_steps // _MAX_SCHEDULE_POINTS, 1)
     stage_starts = [stage.first_step for stage in plan.stages[1:]]
     if plan.timed_steps is not None and 0 < plan.timed_steps.first_step < plan.total_steps:
@@ -185,20 +195,22 @@ def schedule_plots(schedule: Schedule, plan: Plan) -> list[Plot]:
         jumps = stage_starts
     # The peak, the last step and both sides of every jump are always among the points.
     steps = sorted(
-        {*range(0, plan.total_steps, stride), plan.lr_peak_step - 1, plan.total_steps - 1}
+        {*range(0, plan.total_steps, stride), (plan.lr_peak_step or 1) - 1, plan.total_steps - 1}
         | {jump + offset for jump in jumps for offset in (-1, 0)}
     )
     settings = [plan.schedule_value_at(schedule, step) for step in steps]
     step_numbers = [step + 1 for step in steps]
     momenta = [setting.momentum for setting in settings if setting.momentum is not None]
-    series = {"lr": [plan.lr * setting.factor for setting in settings]}
+    series = {"lr": [peak_lr * setting.factor for setting in settings]}
     if len(momenta) == len(settings):
         series["momentum"] = momenta
     if stage_starts:
         series["batch"] = [float(stage_at(plan.stages, step).batch_size) for step in steps]
     return [
         Plot(
-            title=f"{name} over the steps: {schedule}" if name != "batch" else "global batch size",
+            title=f"{name}{whose} over the steps: {schedule}"
+            if name != "batch"
+            else "global batch size",
             x_label="step",
             y_label=name,
             curves=[Curve(name=name, xs=step_numbers, ys=values)],

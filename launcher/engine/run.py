@@ -282,8 +282,9 @@ def _record_start(context: TrainContext, run_dir: RunDir, step: int) -> TrainCon
         device_name=device_name(backend.device),
         **({} if job is None else {"job": job}),
     )
-    # The operations of compiled code cannot be observed, nor those of other ranks.
-    if is_compiled(context.model) or plan.tensor_parallel > 1:
+    # The operations of compiled code cannot be observed, nor those of other ranks, and with several
+    # objectives backward is no multiple of forward.
+    if is_compiled(context.model) or plan.tensor_parallel > 1 or recipe.objectives:
         return context
 
     def report(flops: float) -> None:

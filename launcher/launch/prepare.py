@@ -199,7 +199,7 @@ def prepare_resume(request: ResumeRequest, *, elsewhere: bool = False) -> Prepar
             replace(request, nproc_per_node=nproc), reference, overrides, elsewhere=elsewhere
         )
         if manifest is not None and (steps := planned_steps(run_dir, manifest, plan)) is not None:
-            plan = timed_plan(plan, built.recipe.schedule, steps)
+            plan = timed_plan(plan, built.recipe, steps)
         previously_built = build(reference, previous)
         description = describe_run(reference, built, plan)
     if manifest is not None:
@@ -311,6 +311,7 @@ def _changes(
     lines = setting_changes(manifest, plan)
     with contextlib.suppress(RunDirError):  # the plan of an earlier version of launcher
         before = record.read_plan(), previously_built.recipe.schedule
-        if change := schedule_change(manifest.step, before, (plan, built.recipe.schedule)):
+        change = schedule_change(manifest.step, before, (plan, built.recipe.schedule))
+        if change and not plan.objectives:  # which have schedules of their own
             lines.append(change)
     return tuple(lines)

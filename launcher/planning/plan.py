@@ -51,9 +51,39 @@ _SHOWN_DERIVATIONS = (
 )
 """Texts by name that every plan has, and that are shown."""
 
-_NOT_COMPARED = ("sources", "derivations", "notes", "settings", "samples_per_rank")
+_NOT_COMPARED = ("sources", "derivations", "notes", "settings", "samples_per_rank", "objectives")
 """Fields that ranks do not compare: explanations for the reader; the settings, which they compare
-one by one; and the shares, which follow from the batch size."""
+one by one; and the shares and the numbers of objectives, which follow from the batch size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedObjective:
+    """The numbers of one of several objectives that follow from the recipe and the batch size."""
+
+    name: str
+    parameters: tuple[str, ...]
+    """Patterns of the names of the parameters that it trains."""
+
+    every: int
+    """It takes its turn in one step of so many."""
+
+    optimizer: str
+    """The optimizer as text."""
+
+    schedule: str
+    """The schedule as text."""
+
+    lr: float
+    """Peak learning rate, scaled to the batch size of the first stage."""
+
+    lr_start: float | None
+    """Learning rate of the first step; None if only the run computes it, as with `plateau`."""
+
+    lr_end: float | None
+    """Learning rate of the last step, likewise."""
+
+    lr_derivation: str
+    """The arithmetic of the peak learning rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +149,10 @@ class Plan:
 
     lr_peak_step: int | None
     """The first step with the highest learning rate, counted from 1."""
+
+    objectives: tuple[PlannedObjective, ...] = ()
+    """The objectives in the order of their turns in a step; empty if the recipe has one loss. The
+    numbers above on the learning rate are then those of objectives that give none of their own."""
 
     total_steps: int
     """Optimizer steps of the run; with `max_time` the upper limit, until the speed is known."""
@@ -231,6 +265,7 @@ class Plan:
             "samples_per_rank": list(self.samples_per_rank),
             "samples_per_node": list(self.samples_per_node),
             "stages": [asdict(stage) for stage in self.stages],
+            "objectives": [asdict(each) for each in self.objectives],
             "performance_flags": list(self.performance_flags),
             "notes": list(self.notes),
         }

@@ -23,8 +23,8 @@ from launcher.planning.derivations import (
 from launcher.planning.fsdp_messages import sharding_texts
 from launcher.planning.global_batch import ceil_div, num_micro_steps, shares
 from launcher.planning.loading import loader_policy
-from launcher.planning.lr_path import lr_path
-from launcher.planning.plan import Plan
+from launcher.planning.lr_path import LRPath, lr_path
+from launcher.planning.plan import Plan, PlannedObjective
 from launcher.planning.sharding import sharding_for
 from launcher.planning.single_sample_batches import single_sample_notes
 from launcher.planning.stages import Stage, lr_factor, make_stages
@@ -38,6 +38,7 @@ from launcher.planning.strategy import (
     performance_flags,
 )
 from launcher.planning.virtual_ranks import VirtualRanks
+from launcher.recipe.optimizer import OptimizerSpec
 from launcher.recipe.recipe import Recipe
 from launcher.recipe.typed_values import INTEGER_LIMIT
 
@@ -102,15 +103,7 @@ def make_plan(
     micro = max(_micro_batch(size, parts, micro_limit) for size in batch_sizes)
     if recipe.noise_scale:
         _check_parts(recipe, data_ranks, accumulation)
-    lr, lr_reason = _learning_rate(recipe, batch_size)
-    path = None  # only the run computes some schedules
-    if recipe.schedule.is_planned:
-        path = lr_path(recipe.schedule, total_steps, stages, recipe.lr_rule)
-    if path is not None and not math.isfinite(lr * path.highest):
-        raise PlanError(
-            f"The learning rate of step {path.peak_step:,} is not a finite number: {lr:g} times "
-            f"{path.highest:g} by {recipe.schedule}. Use a smaller lr."
-        )
+    lr, lr_reason, path = _lr_of(recipe, batch_size, total_steps, stages)
     policy = loader_policy(
         usable_cores=machine.usable_cores,
         cores_limited_by=machine.cores_limited_by,
@@ -164,6 +157,7 @@ def make_plan(
         lr_start=None if path is None else lr * path.start,
         lr_end=None if path is None else lr * path.end,
         lr_peak_step=None if path is None else path.peak_step,
+        objectives=_objectives(recipe, batch_size, total_steps, stages),
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
         train_samples=samples,
@@ -369,6 +363,56 @@ def _check_parts(recipe: Recipe, data_ranks: int, accumulation: int) -> None:
         "accumulation there is one part. Use a micro_batch_size of at most half of a rank's share, "
         "which makes several parts and changes no step."
     )
+
+
+def _lr_of(
+    recipe: Recipe, batch_size: int, total_steps: int, stages: Sequence[Stage]
+) -> tuple[float, str, LRPath | None]:
+    """Return the peak learning rate, the arithmetic behind it, and its path over the run.
+
+    The path is None if only the run computes it.
+
+    Raises:
+        PlanError: The learning rate does not follow from the recipe, or is not finite at a step.
+    """
+    lr, reason = _learning_rate(recipe, batch_size)
+    if not recipe.schedule.is_planned:
+        return lr, reason, None
+    path = lr_path(recipe.schedule, total_steps, stages, recipe.lr_rule)
+    if not math.isfinite(lr * path.highest):
+        raise PlanError(
+            f"The learning rate of step {path.peak_step:,} is not a finite number: {lr:g} times "
+            f"{path.highest:g} by {recipe.schedule}. Use a smaller lr."
+        )
+    return lr, reason, path
+
+
+def _objectives(
+    recipe: Recipe, batch_size: int, total_steps: int, stages: Sequence[Stage]
+) -> tuple[PlannedObjective, ...]:
+    """Return the numbers of each objective; nothing if the recipe has one loss.
+
+    Raises:
+        PlanError: A learning rate does not follow from the recipe, or is not finite at a step.
+    """
+    planned = []
+    for objective, alone in zip(recipe.objectives, recipe.by_objective(), strict=False):
+        lr, reason, path = _lr_of(alone, batch_size, total_steps, stages)
+        is_named = isinstance(alone.optimizer, OptimizerSpec)
+        planned.append(
+            PlannedObjective(
+                name=objective.name,
+                parameters=tuple(objective.parameters),
+                every=objective.every,
+                optimizer=str(alone.optimizer) if is_named else "built by the recipe",
+                schedule=str(alone.schedule),
+                lr=lr,
+                lr_start=None if path is None else lr * path.start,
+                lr_end=None if path is None else lr * path.end,
+                lr_derivation=reason,
+            )
+        )
+    return tuple(planned)
 
 
 def _learning_rate(recipe: Recipe, batch_size: int) -> tuple[float, str]:

@@ -163,7 +163,9 @@ def check_strategy(recipe: Recipe, machine: Machine, device: str, world_size: in
         _check_exact(recipe)
     if recipe.tensor_parallel > 1:
         _check_tensor_parallel_settings(recipe)
-    check_number_formats(recipe, strategy, machine, device, world_size)
+    _check_objectives(recipe)
+    for alone in recipe.by_objective():
+        check_number_formats(alone, strategy, machine, device, world_size)
     if recipe.deterministic and recipe.cudnn_benchmark:
         raise PlanError(
             "deterministic=true needs the same kernels in every run, and cudnn_benchmark=true "
@@ -270,6 +272,28 @@ def _check_exact(recipe: Recipe) -> None:
         raise PlanError(
             "exact=true needs the same kernels in every run, and cudnn_benchmark=true chooses "
             "them by their time. Leave one of them out."
+        )
+
+
+def _check_objectives(recipe: Recipe) -> None:
+    """Refuse several objectives where their turns cannot be kept apart.
+
+    Raises:
+        PlanError: The strategy or a setting knows one optimizer alone.
+    """
+    if not recipe.objectives:
+        return
+    names = ", ".join(objective.name for objective in recipe.objectives)
+    if STRATEGIES[recipe.strategy].uses_deepspeed:
+        raise PlanError(
+            f"The recipe has the objectives {names}, each with an optimizer of its own, and under "
+            f"strategy={recipe.strategy} a DeepSpeed engine has one optimizer, which updates all "
+            "weights in each step. Use strategy=fsdp, which shards as much, or strategy=ddp."
+        )
+    if recipe.noise_scale:
+        raise PlanError(
+            "noise_scale=true measures the noise of one gradient, and the recipe has the "
+            f"objectives {names}, each with a gradient of its own. Leave noise_scale out."
         )
 
 

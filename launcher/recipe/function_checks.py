@@ -57,8 +57,12 @@ def check_function(place: str, value: Any, arguments: tuple[str, ...]) -> None:
         ) from None
 
 
-def check_optimizer(optimizer: Any) -> None:
+def check_optimizer(optimizer: Any, place: str = "Recipe(optimizer=...)") -> None:
     """Refuse an optimizer that is neither sgd(...) or adamw(...) nor a function of two arguments.
+
+    Args:
+        optimizer: The optimizer.
+        place: Where it was given, for the message.
 
     Raises:
         RecipeError: It is something else, such as a class of torch.optim.
@@ -68,16 +72,16 @@ def check_optimizer(optimizer: Any) -> None:
     if isinstance(optimizer, type):
         name = printable_line(optimizer.__name__)
         raise RecipeError(
-            f"Recipe(optimizer=...): expected sgd(...), adamw(...) or a function (model, lr) -> "
+            f"{place}: expected sgd(...), adamw(...) or a function (model, lr) -> "
             f"optimizer, found the class {name}. Write a function that calls it, such as lambda "
             f"model, lr: {name}(model.parameters(), lr=lr)."
         )
     if not callable(optimizer):
         raise RecipeError(
-            "Recipe(optimizer=...): expected sgd(...), adamw(...) or a function (model, lr) -> "
+            f"{place}: expected sgd(...), adamw(...) or a function (model, lr) -> "
             f"optimizer, found {show(optimizer)}."
         )
-    check_function("Recipe(optimizer=...)", optimizer, ("model", "lr"))
+    check_function(place, optimizer, ("model", "lr"))
 
 
 def check_averaging(averaging: Any, optimizer: Any) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_type_hints
@@ -36,6 +36,13 @@ from launcher.recipe.function_checks import (
 from launcher.recipe.hang_limits import HangTimeout
 from launcher.recipe.keep_best import check_keep_best
 from launcher.recipe.max_time import MaxTime
+from launcher.recipe.objective import (
+    INHERITED,
+    Objective,
+    check_objectives,
+    measured_objective,
+    no_loss,
+)
 from launcher.recipe.optimizer import OptimizerSpec, sgd
 from launcher.recipe.prediction_metric import PredictionMetric
 from launcher.recipe.schedules import Schedule, one_cycle
@@ -164,8 +171,13 @@ class Recipe:
     data: Callable[[], Data]
     """Function that returns the data sets."""
 
-    loss: Callable[[Any, Any], tuple[Any, Any]]
-    """Function (outputs, batch) -> (sum, count)."""
+    loss: Callable[[Any, Any], tuple[Any, Any]] = no_loss
+    """Function (outputs, batch) -> (sum, count). With objectives it is the loss that evaluations
+    report; without one they report that of the first objective."""
+
+    objectives: tuple[Objective, ...] = ()
+    """Several losses, each with its own parameters and optimizer, in the order of their turns in a
+    step. They inherit what they do not give: forward, optimizer, schedule, lr, max_grad_norm."""
 
     metrics: Mapping[str, Callable[[Any, Any], tuple[Any, Any]] | PredictionMetric] = field(
         default_factory=dict
@@ -411,11 +423,14 @@ class Recipe:
                 f"itself, a {type(self.model).__name__}. Write model=lambda: ..., so that each "
                 "rank builds its own."
             )
+        object.__setattr__(self, "objectives", check_objectives(self.objectives))
+        self._find_loss()
         for name, arguments in ARGUMENTS.items():
             if getattr(self, name) is not None or name not in OPTIONAL:
                 check_function(f"Recipe({name}=...)", getattr(self, name), arguments)
         check_metrics(self.metrics)
         check_train_metrics(self.train_metrics, self.metrics)
+        self._check_objectives()
         object.__setattr__(self, "callbacks", check_callbacks(self.callbacks))
         check_keep_best(
             self.keep_best,
@@ -430,13 +445,88 @@ class Recipe:
         for pair in EXCLUSIVE:
             _check_exactly_one(self, *pair)
 
+    def _find_loss(self) -> None:
+        """Let evaluations report the loss of the first objective if the recipe gives no other.
+
+        Raises:
+            RecipeError: There is no loss, or it is not clear with which forward it is evaluated.
+        """
+        if self.loss is not no_loss:
+            return
+        if not self.objectives:
+            raise RecipeError(
+                "Recipe(loss=...): there is no loss. Give a function (outputs, batch) -> (sum, "
+                "count), or objectives=(Objective(...), ...) if the recipe has several."
+            )
+        first, *others = self.objectives
+        object.__setattr__(self, "loss", first.loss)
+        if first.forward is None:
+            return
+        has_forward = self.forward is not first_of_batch
+        inherits = next((other.name for other in others if other.forward is None), None)
+        if has_forward or inherits is not None:
+            missing = "loss" if has_forward else "forward"
+            raise RecipeError(
+                f"Recipe(objectives=...): the objective {first.name} has a forward of its own, and "
+                + (
+                    "the recipe has another one, so that it is not clear which loss evaluations "
+                    "report."
+                    if has_forward
+                    else f"{inherits} has none, nor has the recipe."
+                )
+                + f" Give Recipe({missing}=...) as well."
+            )
+        object.__setattr__(self, "forward", first.forward)
+
+    def _check_objectives(self) -> None:
+        """Refuse schedules and training metrics that do not fit the objectives.
+
+        Raises:
+            RecipeError: A schedule follows an unknown metric, or no objective computes the outputs
+                that the training metrics need.
+        """
+        for objective in self.objectives:
+            if objective.schedule is not None:
+                check_schedule(objective.schedule, self.metrics)
+        if (
+            self.objectives
+            and self.train_metrics
+            and measured_objective(self.objectives, self.forward) is None
+        ):
+            names = " and ".join(objective.name for objective in self.objectives)
+            raise RecipeError(
+                f"Recipe(train_metrics=...): {', '.join(self.train_metrics)} would be computed on "
+                "the outputs of the recipe's forward in each step, and none of the objectives "
+                f"{names} has these outputs and a turn in every step. Remove train_metrics, or "
+                "call launcher.log in the loss of an objective."
+            )
+
+    def by_objective(self) -> tuple[Recipe, ...]:
+        """Return a recipe with one loss for each objective, or the recipe itself if it has one."""
+        return tuple(
+            replace(
+                self,
+                objectives=(),
+                loss=objective.loss,
+                **{
+                    name: value
+                    for name in INHERITED
+                    if (value := getattr(objective, name)) is not None
+                },
+            )
+            for objective in self.objectives
+        ) or (self,)
+
     def settings(self) -> dict[str, Any]:
         """Return the settings as plain values, by name; a schedule or optimizer as its text.
 
-        An optimizer that is a function of the recipe is omitted.
+        An optimizer that is a function of the recipe is omitted, and so are objectives if there are
+        none.
         """
         averaging = None if self.averaging is None else str(self.averaging)
-        calls = {"schedule": str(self.schedule), "averaging": averaging}
+        calls: dict[str, Any] = {"schedule": str(self.schedule), "averaging": averaging}
+        if self.objectives:
+            calls["objectives"] = [str(objective) for objective in self.objectives]
         if isinstance(self.optimizer, OptimizerSpec):
             calls["optimizer"] = str(self.optimizer)
         values = {name: getattr(self, name) for name in setting_types()}

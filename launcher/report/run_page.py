@@ -102,7 +102,8 @@ def _cards(history: History) -> list[tuple[str, str]]:
     unit = "GPU" if plan.device == "cuda" else "CPU rank"
     cards.append(("ranks", f"{counted(plan.world_size, unit)}, {plan.strategy}"))
     cards.append(("batch", f"{plan.batch_size:,}"))
-    cards.append(("peak lr", f"{plan.lr:.4g}"))
+    lrs = [(f"peak lr of {each.name}", each.lr) for each in plan.objectives]
+    cards += [(name, f"{lr:.4g}") for name, lr in lrs or [("peak lr", plan.lr)]]
     if (flops := history.flops_per_second()) is not None:
         cards.append(utilisation(history, flops))
     if history.ranks:
@@ -155,7 +156,7 @@ def _hyperparameters(history: History) -> Iterator[Section]:
         norm = Curve(name="gradient", xs=steps["step"], ys=steps["grad_norm"])
         curves = [norm]
         limit = history.plan.settings.get("max_grad_norm")
-        if limit:
+        if limit and not history.plan.objectives:
             ends = [steps["step"][0], steps["step"][-1]]
             curves.append(Curve(name="max_grad_norm", xs=ends, ys=[limit] * 2, style="dashed"))
         title = "gradient norm before clipping"
@@ -164,15 +165,21 @@ def _hyperparameters(history: History) -> Iterator[Section]:
 
 
 def _planned_schedule(history: History) -> list[Plot]:
-    """Return the plots of the planned schedule; none if the recipe or the run defines it."""
+    """Return the plots of the planned schedule; none if the recipe or the run defines it.
+
+    Of several objectives it is that of the first with a turn in every step, as in metrics.jsonl.
+    """
+    plan = history.plan
+    main = next((each for each in plan.objectives if each.every == 1), None)
+    text = plan.settings["schedule"] if main is None else main.schedule
     try:
-        schedule = parse(str(history.plan.settings["schedule"]), SCHEDULES, kind="schedule")
+        schedule = parse(str(text), SCHEDULES, kind="schedule")
     except UsageError:  # not one of SCHEDULES
         return []
     assert isinstance(schedule, Schedule)
     if not schedule.is_planned:
         return []
-    return schedule_plots(schedule, history.plan)
+    return schedule_plots(schedule, plan, main)
 
 
 def _throughput(history: History) -> Iterator[Section]:

@@ -131,6 +131,9 @@ class StateValues(_RequiredValues, total=False):
     plateaus: list[dict[str, Any]]
     """State of each `plateau` of the schedule, as `Plateau.state` returns it."""
 
+    scalers: list[ScalerState]
+    """States of the loss scalers of further objectives, in the order of their turns."""
+
     extra: dict[str, Any]
     """Return values of `get_extra_state`, by `extra/<module>` or `extra/<module>@<rank>`."""
 

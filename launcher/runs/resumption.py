@@ -61,7 +61,7 @@ def setting_changes(manifest: Manifest, plan: Plan) -> list[str]:
     before, now = manifest.agreement, json.loads(json.dumps(plan.agreement()))
     return [
         f"{key} {before[key]} -> {now[key]}"
-        for key in sorted(settings_affecting(Affects.SAMPLES, Affects.UPDATES))
+        for key in sorted((*settings_affecting(Affects.SAMPLES, Affects.UPDATES), "objectives"))
         if key in before and key in now and before[key] != now[key]
     ]
 

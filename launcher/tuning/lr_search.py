@@ -14,6 +14,7 @@ from launcher.analysis.lr_curve import (
     next_lr,
     suggest,
 )
+from launcher.errors import PlanError
 from launcher.launch.signal_handler import SignalHandler
 from launcher.recipe.recipe import Recipe
 from launcher.runs.rundir import RunDir, create_run_dir
@@ -31,8 +32,18 @@ def plan_range_test(target: Target, *, lowest: float, highest: float, steps: int
         steps: Number of steps, between which the learning rate rises exponentially.
 
     Raises:
-        PlanError: The recipe cannot be trained with these settings on these ranks.
+        PlanError: The recipe cannot be trained with these settings on these ranks, or has several
+            objectives.
     """
+    recipe, _ = target.plan()
+    if recipe.objectives:
+        names = " and ".join(objective.name for objective in recipe.objectives)
+        raise PlanError(
+            f"A range test raises one learning rate until one loss diverges, and {recipe.name} has "
+            f"the objectives {names}, each with a learning rate and a loss of its own. Compare "
+            "short trainings with `launcher run` instead, and give lr=... where a command asks for "
+            "it."
+        )
     return target.with_settings(
         "find lr",
         lr=highest,

@@ -22,6 +22,7 @@ FUNCTIONS = {
     "predict",
     "predict_data",
     "count",
+    "objectives",
     "tensor_parallel_plan",
 }
 

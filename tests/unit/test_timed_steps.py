@@ -87,7 +87,7 @@ def timed() -> tuple[Plan, Plan]:
     settings = recipe(max_time="30min", evaluate_every=8)
     plan = make_plan(settings, LAPTOP, nproc_per_node=2)
     steps = TimedSteps(max_time="30min", limit=60, first_step=5, steps=20)
-    return plan, timed_plan(plan, settings.schedule, steps)
+    return plan, timed_plan(plan, settings, steps)
 
 
 def test_the_schedule_spans_the_steps_that_fit() -> None:

@@ -41,10 +41,6 @@ from launcher.engine.backends.recipe_forward import (
 from launcher.engine.backends.unused_parameters import UsedParameters
 from launcher.engine.ranks.turns import Turns
 from launcher.engine.state.initial_values import InitialValues
-from launcher.engine.state.parameter_kinds import (
-    keep_gradients_in_float32,
-    sparse_parameters,
-)
 from launcher.environment.machine import lacks_peer_access
 from launcher.environment.network import FORK_SAFETY
 from launcher.environment.world import World
@@ -204,26 +200,27 @@ class DDPBackend(GroupBackend):
         make_optimizer: Callable[[nn.Module], Optimizer],
         initial: InitialValues | None = None,
     ) -> tuple[nn.Module, Optimizer]:
-        model = self.place(model, initial)
+        self._module = model = self.place(model, initial)
+        return self.prepare_objective(model), make_optimizer(model)
+
+    def prepare_objective(self, model: nn.Module) -> nn.Module:
+        super().prepare_objective(model)
         with warnings.catch_warnings():
             # torch 2.13 renames broadcast_buffers; Accelerate still passes the old name.
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
-            wrapped = self._accelerator.prepare(RecipeForward(model))
+            wrapped = self._accelerator.prepare(RecipeForward(self._module))
         if not isinstance(wrapped, DistributedDataParallel):
             raise WorldError(
                 f"Accelerate returned {kind_of(wrapped)} instead of a "
                 "DistributedDataParallel module, so each rank would train a separate copy of the "
                 "model. Check the versions of accelerate and torch."
             )
-        self._wrapped, self._module = wrapped, model
-        if self._reduces_at_end:
-            keep_gradients_in_float32(model)
-        self._sparse = frozenset(sparse_parameters(model).values())
-        self._used = UsedParameters(model, self._sparse)
+        self._wrapped = wrapped
+        self._used = UsedParameters(self._module, self._sparse)
         if self.device.type == "cpu":
             # Timing every pass is cheap on a CPU. On a GPU it synchronises with the device.
             wrapped._set_ddp_runtime_logging_sample_rate(1)  # noqa: SLF001
-        return wrapped, make_optimizer(model)
+        return wrapped
 
     def forward(self, function: Callable[[Any, Any], Any], model: nn.Module, batch: Any) -> Any:
         return call_inside(model, self._module, function, batch)
@@ -254,6 +251,20 @@ class DDPBackend(GroupBackend):
         return norm
 
     def communication(self) -> tuple[float, int]:
+        """Return the communication time that did not overlap with computation on this rank.
+
+        Returns:
+            The total (seconds, number of timed steps) over the turns of all objectives.
+        """
+        of_objectives = [
+            each.own_communication()
+            for each in (self, *self._others)
+            if isinstance(each, DDPBackend)
+        ]
+        seconds, steps = zip(*of_objectives, strict=True)
+        return sum(seconds), max(steps)
+
+    def own_communication(self) -> tuple[float, int]:
         """Return the communication time that did not overlap with computation, as DDP measures it.
 
         DDP times every backward pass on CPUs. On GPUs it times the first ten and then one in a

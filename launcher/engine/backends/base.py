@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,6 +20,7 @@ from launcher.engine.backends.call_order import CallOrder
 from launcher.engine.backends.compute_timer import ComputeTimer
 from launcher.engine.backends.placement import Placement
 from launcher.engine.backends.transfers import upload_scalar
+from launcher.engine.optimizers.joint import optimizers_in
 from launcher.engine.ranks.cpu_binding import bind_to_gpu, pci_address_of
 from launcher.engine.state.compiled import plain_name
 from launcher.engine.state.fragments import Box, Fragment
@@ -34,7 +36,14 @@ from launcher.engine.state.module_state import (
     read_buffers,
     read_extra_state,
 )
-from launcher.engine.state.parameter_kinds import gradient_values, sparse_zeros, zero_gradient
+from launcher.engine.state.optimizer_kinds import check_strategy_of
+from launcher.engine.state.parameter_kinds import (
+    gradient_values,
+    keep_gradients_in_float32,
+    sparse_parameters,
+    sparse_zeros,
+    zero_gradient,
+)
 from launcher.engine.state.training_state import (
     Snapshot,
     StateSource,
@@ -106,6 +115,11 @@ class Backend(ABC):
             else None
         )
         """The loss scaler for fp16; None in other precisions."""
+        self._others: list[Backend] = []
+        """The backends of the further objectives of the recipe."""
+        self.of_objectives: frozenset[str] = frozenset()
+        """Names of the parameters that the recipe's objectives train, of which only those of the
+        objective whose turn it is require a gradient; empty if the recipe has one loss."""
         self.host_memory = HostMemory(is_kept=device.type != "cpu")
         """The memory of the copies from which checkpoints are written."""
         self.call_order: CallOrder | None = None
@@ -188,6 +202,69 @@ class Backend(ABC):
             make_optimizer: Returns a new optimizer for a model.
             initial: The values of a model on the meta device.
         """
+
+    def for_objective(
+        self, recipe: Recipe, model: nn.Module, make_optimizer: Callable[[nn.Module], Optimizer]
+    ) -> tuple[Backend, nn.Module, Optimizer]:
+        """Return a backend for the turns of a further objective of the prepared model (collective).
+
+        It shares the ranks, the model and the weights with this backend, and has its own gradients
+        and loss scale. Only the parameters of the objective may require a gradient.
+
+        Args:
+            recipe: The recipe with the loss of this objective alone.
+            model: The module that `prepare` returned.
+            make_optimizer: Returns a new optimizer for a model.
+
+        Returns:
+            The backend, the module that its `forward` takes, and the optimizer.
+        """
+        other = copy.copy(self)
+        other.recipe = recipe
+        wrapped = other.prepare_objective(model)
+        self._others.append(other)
+        optimizer = make_optimizer(self.unwrap(model))
+        check_strategy_of(optimizer, self.plan.strategy)
+        return other, wrapped, optimizer
+
+    def prepare_objective(self, model: nn.Module) -> nn.Module:
+        """Prepare the turns of the objective whose parameters require a gradient (collective).
+
+        Args:
+            model: The module that `prepare` returned.
+
+        Returns:
+            The module that `forward` takes in these turns.
+        """
+        self._trained, self._others = None, []
+        if self.scaler is not None:
+            self.scaler = LossScaler(self.divisor, self.scaler.scale.device)
+        module = self.unwrap(model)
+        if self.recipe.param_dtype == "bf16":
+            keep_gradients_in_float32(module)
+        self._sparse = frozenset(sparse_parameters(module).values())
+        return model
+
+    def require_gradients(
+        self, model: nn.Module, trained: Iterable[nn.Parameter], others: Iterable[nn.Parameter]
+    ) -> None:
+        """Let `trained` require a gradient from the next forward on, and `others` not.
+
+        Args:
+            model: The module that `prepare` returned.
+            trained: The parameters of the objective whose turn begins.
+            others: The parameters of the other objectives.
+        """
+        del model
+        for parameter in others:
+            parameter.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+    @property
+    def scalers(self) -> list[LossScaler]:
+        """The loss scalers of all objectives for fp16, in the order of their turns."""
+        return [each.scaler for each in (self, *self._others) if each.scaler is not None]
 
     def place(self, model: nn.Module, initial: InitialValues | None = None) -> nn.Module:
         """Return `model` on this rank's device, in the recipe's memory format.
@@ -340,7 +417,8 @@ class Backend(ABC):
             TrainingError: The optimizer or a module has state that a checkpoint cannot hold.
         """
         module = self.unwrap(model)
-        check_optimizer(self.saved_tensors(module), optimizer)
+        for each in optimizers_in(optimizer):
+            check_optimizer(self.saved_tensors(module), each)
         check_extra_state(module)
 
     def saved_tensors(self, module: nn.Module) -> Iterable[Tensor]:
@@ -515,7 +593,7 @@ class Backend(ABC):
 
         Under ZeRO these are its partitions in fp32; elsewhere they are the parameters themselves.
         """
-        return [p for p in parameters(self.unwrap(model)).values() if p.requires_grad]
+        return list(self._updated(model).values())
 
     def name_updated(
         self, model: nn.Module, values: Sequence[Tensor]
@@ -529,8 +607,15 @@ class Backend(ABC):
         Yields:
             A name and a view of the values: full, or a shard as `snapshot` saves it.
         """
-        named = parameters(self.unwrap(model))
-        yield from zip((name for name, p in named.items() if p.requires_grad), values, strict=True)
+        yield from zip(self._updated(model), values, strict=True)
+
+    def _updated(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Return the trained parameters by name, also between the turns of objectives."""
+        return {
+            name: parameter
+            for name, parameter in parameters(self.unwrap(model)).items()
+            if parameter.requires_grad or name in self.of_objectives
+        }
 
     def use_updated(self, model: nn.Module) -> None:
         """Let forward compute with what was written to `updated_weights` (collective)."""

@@ -48,6 +48,11 @@ class ExactSums(_Base):
         """Exact sums are not divided: the number of ranks must not enter the arithmetic."""
         return 1
 
+    def prepare_objective(self, model: nn.Module) -> nn.Module:
+        wrapped = super().prepare_objective(model)
+        self._watch_parameters(self.unwrap(model))
+        return wrapped
+
     def _watch_parameters(self, model: nn.Module) -> None:
         """Take note of the parameters whose gradients are summed.
 
@@ -60,6 +65,7 @@ class ExactSums(_Base):
                 "Embedding(sparse=True). Leave sparse=True or exact=true out."
             )
         self._exact_parameters = [p for p in model.parameters() if p.requires_grad]
+        self._tree = TreeSum(self.plan.distribution.count, add_gradients)
 
     def _push_part(self, part: Part) -> None:
         """Move the gradients of a virtual rank from the parameters into the sum."""
@@ -99,11 +105,6 @@ class ExactLocalBackend(ExactSums, LocalBackend):
         self._left: Part | None = None
         """The virtual rank whose gradients wait in the parameters for those of its sibling."""
         self._versions: list[int] = []
-
-    def prepare(self, *args: Any) -> tuple[nn.Module, Optimizer]:
-        prepared = super().prepare(*args)
-        self._watch_parameters(prepared[0])
-        return prepared
 
     @contextlib.contextmanager
     def micro_step(self, *, last: bool, part: Part | None = None) -> Iterator[None]:

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from launcher.engine.backends.accelerate import DDPBackend
 from launcher.engine.backends.exact import (
@@ -34,16 +33,15 @@ from launcher.planning.virtual_ranks import Node, Part, TreeSum, VirtualRanks
 class ExactDDPBackend(ExactSums, DDPBackend):
     """A backend in which every rank holds the whole model, with exact sums over ranks."""
 
-    def prepare(self, *args: Any) -> tuple[nn.Module, Optimizer]:
-        prepared = super().prepare(*args)
-        self._watch_parameters(self._module)
+    def prepare_objective(self, model: nn.Module) -> nn.Module:
+        wrapped = super().prepare_objective(model)
         self._indices = {parameter: i for i, parameter in enumerate(self._exact_parameters)}
         self._exchange = TreeExchange(self.plan.distribution, self.rank)
         self._last_part: Part | None = None
         self._waited, self._num_waits = 0.0, 0
         # A lambda, because DDP refuses a hook with annotations that are strings.
         self._wrapped.register_comm_hook(None, lambda _, bucket: self._on_bucket(bucket))
-        return prepared
+        return wrapped
 
     @contextlib.contextmanager
     def micro_step(self, *, last: bool, part: Part | None = None) -> Iterator[None]:
@@ -100,7 +98,7 @@ class ExactDDPBackend(ExactSums, DDPBackend):
         self._waited += time.perf_counter() - started
         self._num_waits += 1
 
-    def communication(self) -> tuple[float, int]:
+    def own_communication(self) -> tuple[float, int]:
         return (self._waited, self._num_waits) if self.device.type == "cpu" else (0.0, 0)
 
 

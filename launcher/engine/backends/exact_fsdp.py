@@ -26,6 +26,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from launcher.engine.backends.base import Backend
 from launcher.engine.backends.exact import (
     ExactSums,
     Gradients,
@@ -82,6 +83,11 @@ class ExactFSDPBackend(ExactSums, FSDPBackend):
                 module.set_gradient_divide_factor(1.0)
                 self._sums.append(tree_sum)
         return wrapped, optimizer
+
+    def for_objective(self, *args: Any) -> tuple[Backend, nn.Module, Optimizer]:
+        prepared = super().for_objective(*args)
+        _check_fused(prepared[-1])
+        return prepared
 
     @contextlib.contextmanager
     def micro_step(self, *, last: bool, part: Part | None = None) -> Iterator[None]:

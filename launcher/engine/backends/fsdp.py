@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -171,11 +171,7 @@ class FSDPBackend(GroupBackend):
             wrapped, units, strategy="fsdp", device=self.device, first=True
         )
         self._module = model
-        self._whole_gradients = (
-            WholeGradients(model, self._mesh[TENSOR_PARALLEL])
-            if self.plan.tensor_parallel > 1
-            else None
-        )
+        self._whole_gradients = self._watch_whole_gradients()
         if self.recipe.param_dtype == "bf16":
             keep_gradients_in_float32(model)
             for unit in units:
@@ -183,6 +179,24 @@ class FSDPBackend(GroupBackend):
         optimizer = make_optimizer(model)  # of the weights that were sharded in place
         check_strategy_of(optimizer, "fsdp")
         return wrapped, optimizer
+
+    def _watch_whole_gradients(self) -> WholeGradients | None:
+        if self.plan.tensor_parallel == 1:
+            return None
+        return WholeGradients(self._module, self._mesh[TENSOR_PARALLEL])
+
+    def prepare_objective(self, model: nn.Module) -> nn.Module:
+        wrapped = super().prepare_objective(model)
+        self._whole_gradients = self._watch_whole_gradients()
+        return wrapped
+
+    def require_gradients(
+        self, model: nn.Module, trained: Iterable[nn.Parameter], others: Iterable[nn.Parameter]
+    ) -> None:
+        self.unwrap(model)
+        super().require_gradients(model, trained, others)
+        for unit in self._units:
+            require_gradients_like_shards(unit)
 
     def own_boxes(self, size: torch.Size) -> list[Box]:
         if not size or self.plan.tensor_parallel > 1:
@@ -232,6 +246,21 @@ class FSDPBackend(GroupBackend):
     def weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in super().weights(model):
             yield name, gather_full(tensor) if isinstance(tensor, DTensor) else tensor
+
+
+def require_gradients_like_shards(unit: Any) -> None:
+    """Let gathered parameters of an FSDP module require a gradient where their shards do.
+
+    FSDP passes this on when it gathers them. In a backward pass it also reduces zeros for
+    parameters that are not used, which it has not gathered then. And it has looked up the dtypes of
+    gradients among the parameters that required one in the first forward (torch 2.13).
+    """
+    for group in unit._get_fsdp_state()._fsdp_param_groups:  # noqa: SLF001
+        for parameter in group.fsdp_params:
+            if hasattr(parameter, "_unsharded_param"):
+                requires_grad = parameter.sharded_param.requires_grad
+                parameter._unsharded_param.requires_grad_(requires_grad)  # noqa: SLF001
+        group._init_mp_dtypes()  # noqa: SLF001
 
 
 def keep_reduced_in_float32(unit: Any) -> None:

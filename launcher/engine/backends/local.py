@@ -15,7 +15,6 @@ from launcher.engine.backends.compute_timer import compute_timer
 from launcher.engine.backends.devices import planned_device
 from launcher.engine.ranks.cpu_binding import allowed_cpus, keep_to_cpus
 from launcher.engine.state.initial_values import InitialValues
-from launcher.engine.state.parameter_kinds import keep_gradients_in_float32, sparse_parameters
 from launcher.environment.world import World
 from launcher.planning.plan import Plan
 from launcher.planning.virtual_ranks import Part
@@ -41,10 +40,7 @@ class LocalBackend(Backend):
         make_optimizer: Callable[[nn.Module], Optimizer],
         initial: InitialValues | None = None,
     ) -> tuple[nn.Module, Optimizer]:
-        model = self.place(model, initial)
-        if self.recipe.param_dtype == "bf16":
-            keep_gradients_in_float32(model)
-        self._sparse = frozenset(sparse_parameters(model).values())
+        model = self.prepare_objective(self.place(model, initial))
         return model, make_optimizer(model)
 
     def communication(self) -> tuple[float, int]:

@@ -28,7 +28,8 @@ class ModelRandomness:
     each of them has whole is the same on all, and one over split heads or features repeats for each
     rank's part. With virtual ranks
     the seed of a micro-batch depends on (seed, step, virtual rank, micro-step), so it draws the
-    same numbers on any number of ranks.
+    same numbers on any number of ranks. The further objectives of a recipe derive theirs from
+    (seed, number of the objective) in place of the seed.
 
     torch's generators are always seeded. Few models draw from `random` and `numpy.random`, and
     seeding those takes longer. Without virtual ranks they are seeded in the steps 0, 1, 2, 4, 8 and
@@ -38,10 +39,13 @@ class ModelRandomness:
 
     Args:
         backend: This rank among the others.
+        objective: The number of the objective, from 0.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, objective: int = 0) -> None:
         self._seed, self._rank = backend.plan.seed, backend.data_rank
+        if objective:
+            self._seed = derive(self._seed, objective)
         self._has_parts = backend.plan.virtual_ranks is not None
         self._device = backend.device
         self._num_steps = 0

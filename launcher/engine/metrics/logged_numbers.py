@@ -51,16 +51,22 @@ class LoggedNumbers:
         """The names that this rank has logged."""
 
         self._step: Logged = {}
-        self._part, self._has_weight = 0, False
+        self._part, self._has_weight, self._prefix = 0, False, ""
         # Loading torch.compile takes more than a second; without it nothing is compiled.
         is_compiling = "torch._dynamo" in sys.modules
         self._receiver = torch.compiler.disable(self._receive) if is_compiling else self._receive
 
-    def of(self, micro_batch: MicroBatch) -> LoggedNumbers:
+    def of(self, micro_batch: MicroBatch, objective: str = "") -> LoggedNumbers:
         """Return a context in which calls of `log` belong to a micro-batch.
 
         It must end before the backward pass, which may compute activations again.
+
+        Args:
+            micro_batch: The micro-batch.
+            objective: Name of the objective whose turn it is, which precedes the names of its
+                numbers; empty if the recipe has one loss.
         """
+        self._prefix = f"{objective}/" if objective else ""
         request = micro_batch.request
         self._has_weight = request.has_weight
         if self._is_exact and self._has_weight:
@@ -80,11 +86,13 @@ class LoggedNumbers:
         set_receiver(None)
 
     def _receive(self, name: str, total: Any, count: Any) -> None:
-        if not (isinstance(name, str) and name in self._seen):
+        full_name = f"{self._prefix}{name}"
+        if not (isinstance(name, str) and full_name in self._seen):
             self._check_name(name)
-        pair = self._step.get((name, self._part))
+            self._seen.add(full_name)
+        pair = self._step.get((full_name, self._part))
         if pair is None:
-            pair = self._step[name, self._part] = [None, None]
+            pair = self._step[full_name, self._part] = [None, None]
         for index, value in enumerate((total, count)):
             pair[index] = self._add(pair[index], value, name)
 
@@ -96,7 +104,6 @@ class LoggedNumbers:
                 "the latest. A name stands for a curve over the steps: leave the step, the sample "
                 "and the like out of it."
             )
-        self._seen.add(name)
 
     def _add(self, total: Any, value: Any, name: str) -> float | Tensor:
         """Return the sum of a total, or None, and a value, without waiting for the device.

@@ -11,10 +11,11 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -30,7 +31,7 @@ from launcher.engine.metrics.rank_times import (
 )
 from launcher.errors import RecipeError, TrainingError
 from launcher.planning.virtual_ranks import Part, virtual_rank_of
-from launcher.runs.step_row import StepRow
+from launcher.runs.step_row import ObjectiveRow, ObjectivesRow, StepRow
 
 _SECONDS_BETWEEN_READS = 0.5
 _MAX_STEPS_BETWEEN_READS = 1000
@@ -84,6 +85,16 @@ class StepLosses:
         self.parts.append(part)
 
 
+class TurnMeasurements(NamedTuple):
+    """The measurements of the turn of one objective in a step; tensors are on the device."""
+
+    name: str
+    losses: StepLosses
+    lr: float
+    momentum: float | None
+    grad_norm: Tensor
+
+
 @dataclass(kw_only=True, slots=True)
 class _StepMeasurements:
     step: int
@@ -97,6 +108,8 @@ class _StepMeasurements:
     grad_norm: Tensor
     data_wait_seconds: float
     logged: Logged
+    turns: Sequence[TurnMeasurements] = ()
+    """The turns of the objectives in this step; empty if the recipe has one loss."""
 
 
 class Meter:
@@ -150,7 +163,9 @@ class Meter:
                 different modules, so the gathered weights were wrong.
         """
         steps, self._steps = self._steps, []
-        grad_norms = self._backend.read(torch.stack([step.grad_norm for step in steps]))
+        turns = [turn for step in steps for turn in step.turns]
+        measured: list[_StepMeasurements | TurnMeasurements] = [*steps, *turns]
+        grad_norms = self._backend.read(torch.stack([each.grad_norm for each in measured]))
         now = self._clock()  # the device has done all work of these steps
         seconds, self._clock_start = now - self._clock_start, now
         wait_per_step = self._communication.per_step()
@@ -163,11 +178,11 @@ class Meter:
         if self._rank_totals.is_due or is_last:
             rank_row = self._rank_totals.row(self._backend)
         sums = self._backend.read(
-            self._sum_over_ranks(steps, seconds, wait_per_step, flags, rank_row)
+            self._sum_over_ranks(steps, turns, seconds, wait_per_step, flags, rank_row)
         )
         if self._backend.plan.exact:
-            exact_losses = self._sum_exactly(steps)
-            sums[: len(steps)] = [
+            exact_losses = self._sum_exactly([each.losses for each in measured])
+            sums[: len(measured)] = [
                 [loss, *others] for loss, (_, *others) in zip(exact_losses, sums, strict=False)
             ]
         items = self._backend.read(upload([step.items for step in steps], self._backend.device))
@@ -182,7 +197,7 @@ class Meter:
                 measures_devices=device_times is not None,
             )
             sums = sums[:-num_rows]
-        logged_sums, sums = sums[len(steps) + 3 :], sums[: len(steps) + 3]
+        logged_sums, sums = sums[len(measured) + 3 :], sums[: len(measured) + 3]
         *checksums, num_with_new_names = sums.pop()
         self._check_lockstep(*checksums)
         summed_flags = RankFlags(*sums.pop())
@@ -211,6 +226,7 @@ class Meter:
     def _sum_over_ranks(
         self,
         steps: list[_StepMeasurements],
+        turns: list[TurnMeasurements],
         seconds: float,
         wait_per_step: float | None,
         flags: RankFlags,
@@ -218,22 +234,26 @@ class Meter:
     ) -> Tensor:
         """Return the measurements of all ranks summed in one all-reduce (collective).
 
-        The rows are (loss sum, counted items, data wait) for each step, followed by
-        (seconds and end time of rank 0, so that all ranks use one clock, and communication wait),
-        the flags, and (sum, sum of squares) of the ranks' call checksums with the number of ranks
-        that have logged new names. Rows of logged numbers follow. If `rank_row` is given, the rows
-        of all ranks follow, in lines of three numbers.
+        The rows are (loss sum, counted items, data wait) for each step, (loss sum, counted items,
+        0) for each turn of an objective, followed by (seconds and end time of rank 0, so that all
+        ranks use one clock, and communication wait), the flags, and (sum, sum of squares) of the
+        ranks' call checksums with the number of ranks that have logged new names. Rows of logged
+        numbers follow. If `rank_row` is given, the rows of all ranks follow, in lines of three
+        numbers.
 
         Returns:
-            A float64 tensor of shape (steps + 3, 3), or with more rows.
+            A float64 tensor of shape (steps + turns + 3, 3), or with more rows.
         """
         device = self._backend.device
         zero = torch.zeros((), device=device)
+        all_losses = [*(step.losses for step in steps), *(turn.losses for turn in turns)]
         losses = torch.stack(
-            [functools.reduce(torch.add, step.losses.sums or [zero]) for step in steps]
+            [functools.reduce(torch.add, each.sums or [zero]) for each in all_losses]
         ).double()
-        counts = upload([sum(step.losses.counts) for step in steps], device)
-        data_waits = upload([step.data_wait_seconds for step in steps], device)
+        counts = upload([sum(each.counts) for each in all_losses], device)
+        data_waits = upload(
+            [*(step.data_wait_seconds for step in steps), *(0.0 for _ in turns)], device
+        )
         if not self._backend.leads_group:  # the first rank of its group counts the same samples
             losses, counts = torch.zeros_like(losses), torch.zeros_like(counts)
         is_first = self._backend.rank == 0
@@ -256,16 +276,18 @@ class Meter:
             parts.append(upload(numbers, device).view(-1, 3))
         return self._backend.sum(torch.cat(parts))
 
-    def _sum_exactly(self, steps: list[_StepMeasurements]) -> list[float]:
-        """Return the loss sum of each step, equal to the bit on any number of ranks (collective).
+    def _sum_exactly(self, losses: list[StepLosses]) -> list[float]:
+        """Return the sum of all losses of each, equal to the bit on any number of ranks.
+
+        The call is collective.
 
         The ranks exchange the sum of each virtual rank, which they add with one rounding.
         """
         backend = self._backend
         count = backend.plan.distribution.count
-        table = torch.zeros(len(steps), count, dtype=torch.float64, device=backend.device)
-        for row, step in zip(table, steps, strict=True):
-            for loss_sum, part in zip(step.losses.sums, step.losses.parts, strict=True):
+        table = torch.zeros(len(losses), count, dtype=torch.float64, device=backend.device)
+        for row, each in zip(table, losses, strict=True):
+            for loss_sum, part in zip(each.sums, each.parts, strict=True):
                 row[virtual_rank_of(part)] += loss_sum
         return [math.fsum(values) for values in backend.read(backend.sum_samples(table))]
 
@@ -290,15 +312,14 @@ class Meter:
         Raises:
             TrainingError: It does.
         """
-        scaler = self._backend.scaler
-        if scaler is None:
-            return
-        scale = self._backend.read(scaler.scale)
-        if scaler.is_exhausted(scale):
-            raise TrainingError(
-                f"In fp16 the gradient overflows even with loss scale {scale:g}, so the run "
-                "cannot recover. Use precision=bf16 if the device supports it, or precision=fp32."
-            )
+        for scaler in self._backend.scalers:
+            scale = self._backend.read(scaler.scale)
+            if scaler.is_exhausted(scale):
+                raise TrainingError(
+                    f"In fp16 the gradient overflows even with loss scale {scale:g}, so the run "
+                    "cannot recover. Use precision=bf16 if the device supports it, or "
+                    "precision=fp32."
+                )
 
     def _make_rows(
         self,
@@ -316,9 +337,10 @@ class Meter:
 
         Args:
             steps: The measurements of this rank.
-            sums: (loss sum, counted items, data wait) of each step, summed over ranks.
+            sums: (loss sum, counted items, data wait) of each step and then of each turn, summed
+                over ranks.
             items: Items of the global batch of each step.
-            grad_norms: Norm of the global gradient of each step.
+            grad_norms: Norm of the global gradient of each step, and then of each turn.
             logged: What the recipe has logged in each step, over all ranks.
             seconds: Duration of all steps together.
             end_time: End of the last step, in seconds since 1970.
@@ -332,7 +354,8 @@ class Meter:
         throughput = sum(step.batch_samples for step in steps) / max(seconds, 1e-9)
         step_seconds = seconds / max(len(steps), 1)
         rows: list[StepRow] = []
-        measurements = zip(steps, sums, items, grad_norms, logged, strict=True)
+        # Those of the turns follow.
+        measurements = zip(steps, sums, items, grad_norms, logged, strict=False)
         for step, (loss_sum, counted, data_wait), step_items, grad_norm, own in measurements:
             _check_count(step.step, int(counted), int(step_items))
             rows.append(
@@ -353,7 +376,42 @@ class Meter:
                     logged=own,
                 )
             )
+        if len(sums) > len(steps):
+            of_turns = zip(sums[len(steps) :], grad_norms[len(steps) :], strict=True)
+            return [
+                self._add_turns(row, step.turns, of_turns)
+                for row, step in zip(rows, steps, strict=True)
+            ]
         return rows
+
+    def _add_turns(
+        self,
+        row: StepRow,
+        turns: Sequence[TurnMeasurements],
+        measured: Iterator[tuple[list[float], float]],
+    ) -> ObjectivesRow:
+        """Return the row of a step with the turns that it consists of.
+
+        Args:
+            row: The row without them.
+            turns: The measurements of this rank.
+            measured: Yields for each turn its (loss sum, counted items, 0), summed over ranks, and
+                the norm of its gradient.
+
+        Raises:
+            RecipeError: A loss counted a different number of items than the batch holds.
+        """
+        objectives: dict[str, ObjectiveRow] = {}
+        for turn in turns:
+            (loss_sum, counted, _), grad_norm = next(measured)
+            _check_count(row.step, int(counted), row.items, turn.name)
+            is_overflow = self._backend.scaler is not None and not math.isfinite(grad_norm)
+            objectives[turn.name] = ObjectiveRow(
+                loss=loss_sum / row.items,
+                lr=turn.lr,
+                grad_norm=None if is_overflow else grad_norm,
+            )
+        return ObjectivesRow(**msgspec.structs.asdict(row), objectives=objectives)
 
 
 def _rows_of_three(num_numbers: int) -> int:
@@ -390,10 +448,7 @@ class NonFiniteGuard:
             samples = ", ".join(map(str, ids[:_MAX_SHOWN_SAMPLES]))
             if len(ids) > _MAX_SHOWN_SAMPLES:
                 samples += f" and {len(ids) - _MAX_SHOWN_SAMPLES:,} more"
-            problem = (
-                f"At step {row.step:,} the loss is {row.loss} and the gradient norm is "
-                f"{row.grad_norm}, with learning rate {row.lr:.4g}"
-            )
+            problem = f"At step {row.step:,} {row.problem()}"
             if self._num_consecutive >= self._max_bad_steps:
                 num_before = self._num_consecutive - 1
                 before = f", as at the {num_before} before it" if num_before else ""
@@ -406,11 +461,12 @@ class NonFiniteGuard:
         return warnings
 
 
-def _check_count(step: int, counted: int, items: int) -> None:
+def _check_count(step: int, counted: int, items: int, objective: str = "") -> None:
     # The count of a batch of padding is 0, and its loss is divided by 1.
     if max(counted, 1) != items:
+        whose = f"the loss of the objective {objective}" if objective else "the recipe's loss"
         raise RecipeError(
-            f"In step {step} the recipe's loss counted {counted:,} items, but the global "
+            f"In step {step} {whose} counted {counted:,} items, but the global "
             f"batch holds {items:,}. A loss over samples returns (sum, len(batch[0])). A loss over "
             "anything else, such as tokens, needs Recipe(count=...), a function (batch) -> items, "
             "to weight every micro-batch exactly."

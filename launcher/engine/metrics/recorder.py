@@ -17,7 +17,7 @@ from launcher.engine.data.reader import MicroBatch
 from launcher.regular_file import open_to_append
 from launcher.runs.files import unwritable_error
 from launcher.runs.rundir import RunDir
-from launcher.runs.step_row import StepRow
+from launcher.runs.step_row import ObjectivesRow, StepRow
 
 if TYPE_CHECKING:
     from launcher.engine.metrics.trackers import Trackers
@@ -182,6 +182,7 @@ def _summarize(rows: list[StepRow]) -> dict[str, float | None]:
         "step_seconds": last.step_seconds,
         "data_wait_seconds": statistics.fmean(row.data_wait_seconds for row in rows),
         "communication_seconds": last.communication_seconds,
+        **(last.numbers_of_turns() if isinstance(last, ObjectivesRow) else {}),
     }
 
 

@@ -27,12 +27,13 @@ from launcher.engine.data.reader import Reader, call_data, sample_count
 from launcher.engine.data.sampler import MicroBatchRequest
 from launcher.engine.metrics.collected_metrics import build_metric, update_metric
 from launcher.engine.model.forward_writes import WriteDetector
-from launcher.engine.probes.loss_properties import LossProbe, copy_model
+from launcher.engine.probes.loss_properties import LossProbe, LossProperties, copy_model
 from launcher.engine.state.hyperparameters import make_optimizer
 from launcher.engine.state.optimizer_kinds import check_strategy_of
 from launcher.engine.state.parameter_kinds import check_parameters
 from launcher.engine.training.initial_model import build_model, load_weights
 from launcher.engine.training.loop import sum_and_count, training_loss
+from launcher.engine.training.objectives import only_trained, trained_names
 from launcher.errors import RecipeError
 from launcher.json_file import exact_floats, read_json
 from launcher.planning.plan import Plan
@@ -164,52 +165,109 @@ def inspect_recipe(recipe: Recipe, plan: Plan, source: RecipeSource | None = Non
     check_parameters(model, plan)
     if plan.tensor_parallel > 1:
         find_styles(model, recipe.tensor_parallel_plan, plan.tensor_parallel)
-    check_strategy_of(make_optimizer(recipe, model, plan.lr), plan.strategy)
-    writes = _find_writes(recipe, model, batch)
-    changing_weights, changing_buffers = writes.weights(), writes.buffers()
-    loss = LossProbe(
-        recipe,
-        model,
-        batch,
-        samples.halves,
-        num_samples=samples.size,
-        has_state=bool(changing_weights or changing_buffers),
-    ).inspect(samples_change=bool(samples.changing))
-    outputs = recipe.forward(model, batch)
-    total, count = training_loss(recipe.loss, outputs, batch)
-    total.backward()
-    total = total.detach()
+    items = samples.size if recipe.count is None else int(recipe.count(batch))
+    lrs = [objective.lr for objective in plan.objectives] or [plan.lr]
+    losses, written = [], []
+    for alone, names, lr in zip(
+        recipe.by_objective(), trained_names(recipe, model), lrs, strict=True
+    ):
+        with only_trained(model, names):
+            check_strategy_of(make_optimizer(alone, model, lr), plan.strategy)
+            written.append(_find_writes(alone, model, batch))
+            has_state = bool(written[-1].weights() or written[-1].buffers())
+            losses.append(_inspect_loss(alone, model, samples, has_state=has_state))
+    differs = next((loss.count for loss in losses if loss.count != items), losses[0].count)
     trained = {
         name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
     }
-    leaves = [leaf for leaf in (*tensors_in(outputs), total) if isinstance(leaf, Tensor)]
     return Inspection(
         changing_samples=samples.changing,
-        loss_is_mean=loss.is_mean,
-        loss_is_not_sum=loss.is_sum is False and not loss.is_mean,
-        loss_is_not_compared=loss.is_sum is None,
+        loss_is_mean=any(loss.properties.is_mean for loss in losses),
+        loss_is_not_sum=any(
+            loss.properties.is_sum is False and not loss.properties.is_mean for loss in losses
+        ),
+        loss_is_not_compared=any(loss.properties.is_sum is None for loss in losses),
         batch_norms=_names_of(model, _BatchNorm),
-        coupled=loss.is_coupled,
+        coupled=any(loss.properties.is_coupled for loss in losses),
         dropouts=[name for name in _names_of(model, _DropoutNd) if model.get_submodule(name).p],
-        random=loss.is_random,
-        random_in_evaluation=loss.is_random_in_evaluation,
+        random=any(loss.properties.is_random for loss in losses),
+        random_in_evaluation=any(loss.properties.is_random_in_evaluation for loss in losses),
         num_samples=sample_count(data.train, "train"),
         evaluation_samples={
             name: sample_count(each.data, title_of(split_of(name)))
             for name, each in data.evaluation_sets().items()
         },
         num_trained=sum(parameter.numel() for parameter in trained.values()),
-        without_gradient=[name for name, parameter in trained.items() if parameter.grad is None],
-        changed_buffers=sorted(changing_buffers),
-        changed_weights=sorted(changing_weights),
+        without_gradient=list(
+            dict.fromkeys(name for loss in losses for name in loss.without_gradient)
+        ),
+        changed_buffers=sorted(set().union(*(writes.buffers() for writes in written))),
+        changed_weights=sorted(set().union(*(writes.weights() for writes in written))),
         batch=f"a batch is {describe_nested(batch)}",
-        outputs_finite=all(bool(torch.isfinite(leaf).all()) for leaf in leaves),
-        loss_per_item=float(total) / max(float(count), 1.0),
-        count=float(count),
+        outputs_finite=all(loss.is_finite for loss in losses),
+        loss_per_item=losses[0].per_item,
+        count=differs,
         shared_file=samples.shared_file,
         differing_in_workers=samples.differing_in_workers,
         **_try_evaluation(recipe, model, samples.reader),
-        items=samples.size if recipe.count is None else int(recipe.count(batch)),
+        items=items,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LossFindings:
+    """What was found out about the loss of a recipe, or of one of its objectives."""
+
+    properties: LossProperties
+    without_gradient: list[str]
+    """Names of the parameters that it trains and that get no gradient from it."""
+
+    is_finite: bool
+    """Whether its outputs and itself are finite."""
+
+    per_item: float
+    count: float
+    """Number of items that it counts in a batch."""
+
+
+def _inspect_loss(
+    recipe: Recipe, model: nn.Module, samples: _Samples, *, has_state: bool
+) -> _LossFindings:
+    """Inspect one loss, with a forward and a backward pass.
+
+    Args:
+        recipe: The recipe with this loss alone.
+        model: The model, in which the parameters that the loss trains require a gradient.
+        samples: The samples.
+        has_state: Whether forward changes the model.
+
+    Raises:
+        RecipeError: The loss does not return (sum, count), or the sum has no gradient.
+    """
+    properties = LossProbe(
+        recipe,
+        model,
+        samples.batch,
+        samples.halves,
+        num_samples=samples.size,
+        has_state=has_state,
+    ).inspect(samples_change=bool(samples.changing))
+    outputs = recipe.forward(model, samples.batch)
+    total, count = training_loss(recipe.loss, outputs, samples.batch)
+    total.backward()
+    leaves = [leaf for leaf in (*tensors_in(outputs), total) if isinstance(leaf, Tensor)]
+    without_gradient = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.grad is None
+    ]
+    model.zero_grad()
+    return _LossFindings(
+        properties=properties,
+        without_gradient=without_gradient,
+        is_finite=all(bool(torch.isfinite(leaf.detach()).all()) for leaf in leaves),
+        per_item=float(total.detach()) / max(float(count), 1.0),
+        count=float(count),
     )
 
 

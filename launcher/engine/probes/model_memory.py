@@ -34,6 +34,7 @@ from launcher.engine.state.parameter_kinds import (
 )
 from launcher.engine.training.initial_model import build_model
 from launcher.engine.training.loop import training_loss
+from launcher.engine.training.objectives import only_trained, trained_names
 from launcher.errors import LauncherError, RecipeError
 from launcher.json_file import exact_floats, read_json
 from launcher.planning.configs import AUTOCAST
@@ -74,7 +75,15 @@ def measure_memory(recipe: Recipe, plan: Plan, source: RecipeSource | None = Non
     batches = _read_batches(recipe, source, notes)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = _build(recipe, mode, batches, notes)
-    refused, states = _of_optimizer(recipe, plan, model, mode, notes)
+    refused: dict[str, str] = {}
+    states: dict[Tensor, tuple[int, int]] = {}
+    for alone, names in zip(recipe.by_objective(), trained_names(recipe, model), strict=True):
+        with only_trained(model, names):
+            refused_by_one, states_of_one = _of_optimizer(alone, plan, model, mode, notes)
+        refused |= refused_by_one
+        for parameter, sizes in states_of_one.items():
+            shaped, fixed = states.get(parameter, (0, 0))
+            states[parameter] = (shaped + sizes[0], fixed + sizes[1])
     return MemoryFacts(
         model=_model_memory(recipe, model, states, mode, batches, notes),
         refused=refused,
@@ -348,7 +357,7 @@ def _activations(
     readings: list[tuple[int, int, int]] = []
     for size, batch in batches.items():
         try:
-            activations, casts = _measure_pass(recipe, model, mode, batch)
+            activations, casts = _largest_pass(recipe, model, mode, batch)
         except Exception as error:  # noqa: BLE001  # whatever the recipe's own code raises
             notes.append(
                 "Activations are unknown, because forward and backward need the values of tensors "
@@ -365,6 +374,18 @@ def _activations(
     return ActivationMemory(
         fixed_bytes=max(last[1] - slope * last[0], 0.0), bytes_per_sample=slope, cast_bytes=last[2]
     )
+
+
+def _largest_pass(
+    recipe: Recipe, model: nn.Module, mode: FakeTensorMode, batch: Any
+) -> tuple[int, int]:
+    """Return the most bytes of activations and of casts in the turn of any objective."""
+    passes = []
+    for alone, names in zip(recipe.by_objective(), trained_names(recipe, model), strict=True):
+        with only_trained(model, names):
+            passes.append(_measure_pass(alone, model, mode, batch))
+    activations, casts = zip(*passes, strict=True)
+    return max(activations), max(casts)
 
 
 def _measure_pass(

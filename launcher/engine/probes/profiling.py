@@ -15,6 +15,7 @@ from launcher.engine.data.reader import MicroBatch
 from launcher.engine.probes.measuring import ProbeContext
 from launcher.engine.training.loop import TrainContext, train
 from launcher.errors import TrainingError
+from launcher.recipe.recipe import Recipe
 from launcher.runs.files import write_json
 from launcher.runs.heartbeat import PHASES
 
@@ -71,17 +72,28 @@ def profile_steps(probe: ProbeContext, *, warm_up: int) -> None:
 
 def _name_parts(context: TrainContext) -> TrainContext:
     """Return the context with the parts of its steps named in the trace."""
-    recipe = context.recipe
-    named_recipe = replace(
+    return replace(
+        context,
+        recipe=_name_functions(context.recipe),
+        backend=cast("Backend", _NamedBackend(context.backend)),
+        micro_batches=_NamedBatches(context.micro_batches),
+        objectives=tuple(
+            replace(
+                each,
+                recipe=_name_functions(each.recipe),
+                backend=cast("Backend", _NamedBackend(each.backend)),
+            )
+            for each in context.objectives
+        ),
+    )
+
+
+def _name_functions(recipe: Recipe) -> Recipe:
+    """Return a recipe whose calls of forward and loss are named in the trace."""
+    return replace(
         recipe,
         forward=_name_calls("forward", recipe.forward),
         loss=_name_calls("forward", recipe.loss),
-    )
-    return replace(
-        context,
-        recipe=named_recipe,
-        backend=cast("Backend", _NamedBackend(context.backend)),
-        micro_batches=_NamedBatches(context.micro_batches),
     )
 
 

@@ -97,7 +97,9 @@ def run_trial(
     train = [each.batch for each in micro_batches if each.request.split == "train"]
     with _without_side_effects(context):
         if len(train) > 1 and not changed:
-            _check_loss(context, recipe, train)
+            names = [f"objective {each.name}" for each in recipe.objectives] or ["recipe"]
+            for name, alone in zip(names, recipe.by_objective(), strict=True):
+                _check_loss(context, alone, train, name)
         for micro_batch in micro_batches[len(train) :]:
             title = title_of(micro_batch.request.split)
             warnings += _try_evaluation(context, recipe, micro_batch.batch, title)
@@ -151,7 +153,9 @@ def _shared_file_text(path: str, num_workers: int) -> str:
     )
 
 
-def _check_loss(context: TrainContext, recipe: Recipe, batches: list[Any]) -> None:
+def _check_loss(
+    context: TrainContext, recipe: Recipe, batches: list[Any], name: str = "recipe"
+) -> None:
     """Refuse a loss that returns the mean over its items instead of their sum (collective).
 
     Only a clear mean is refused, because a loss may couple samples or draw random numbers.
@@ -160,6 +164,7 @@ def _check_loss(context: TrainContext, recipe: Recipe, batches: list[Any]) -> No
         context: What is trained.
         recipe: The recipe with the loss.
         batches: A batch and its two halves.
+        name: What the loss belongs to, for the message.
 
     Raises:
         RecipeError: The loss of the batch is the mean of the losses of its halves.
@@ -179,10 +184,11 @@ def _check_loss(context: TrainContext, recipe: Recipe, batches: list[Any]) -> No
     (batch_loss, _), (one_half, _), (other_half, _) = losses
     num_samples = len(context.sampler.trial()[0].indices)
     raise RecipeError(
-        f"The recipe's loss returned a mean instead of a sum: {batch_loss:.4g} for {num_samples} "
-        f"samples, and {one_half:.4g} and {other_half:.4g} for their halves. Every gradient would "
-        "be too small by a factor of the number of items in a micro-batch. Return (sum, count), as "
-        "with reduction='sum'; launcher divides by the count over the whole global batch."
+        f"The loss of the {name} returned a mean instead of a sum: {batch_loss:.4g} for "
+        f"{num_samples} samples, and {one_half:.4g} and {other_half:.4g} for their halves. Every "
+        "gradient would be too small by a factor of the number of items in a micro-batch. Return "
+        "(sum, count), as with reduction='sum'; launcher divides by the count over the whole "
+        "global batch."
     )
 
 

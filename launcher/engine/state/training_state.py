@@ -3,7 +3,8 @@
 Tensors:
 
     model/<parameter>              weights
-    optimizer/<parameter>/<key>    the optimizer's state of a parameter, such as exp_avg
+    optimizer/<parameter>/<key>    the optimizer's state of a parameter, such as exp_avg; if several
+                                   objectives train it, those after the first as exp_avg@NAME
     buffer/<name>                  a buffer that is equal on all ranks
     buffer/<name>@<rank>           a buffer of one rank, such as BatchNorm's running statistics
 
@@ -27,6 +28,7 @@ from torch.optim import SGD, Optimizer
 from torch.utils._pytree import tree_leaves
 
 from launcher.engine.optimizers.eight_bit import SCALE, zeros_by_row
+from launcher.engine.optimizers.joint import OF
 from launcher.engine.state.compiled import plain_name
 from launcher.engine.state.fragments import Fragment
 from launcher.engine.state.hyperparameters import SCHEDULED
@@ -233,20 +235,21 @@ def empty_state(
         size: The full size of the parameter, if it differs from that of the tensor.
     """
     state = {}
-    for key, full_name in state_names(source, name).items():
+    for full_key, full_name in state_names(source, name).items():
+        key = full_key.partition(OF)[0]
         saved_size, dtype = source.size(full_name), source.dtype(full_name)
         if key != STEP and saved_size == (parameter.shape if size is None else size):
-            state[key] = torch.zeros_like(parameter, dtype=dtype)
+            state[full_key] = torch.zeros_like(parameter, dtype=dtype)
             continue
         # The device is the one that torch's own load_state_dict chooses: a step count stays on the
         # host unless the kernels read it on the device, and state of another shape, such as
         # Adafactor's rows and columns, is on the parameter's device.
         if key.endswith(SCALE) and saved_size is not None and isinstance(parameter, DTensor):
-            state[key] = zeros_by_row(parameter, saved_size[1], dtype)
+            state[full_key] = zeros_by_row(parameter, saved_size[1], dtype)
             continue
         on_host = key == STEP and not (group.get("fused") or group.get("capturable"))
         device = torch.device("cpu") if on_host else parameter.device
-        state[key] = torch.zeros(saved_size or (), dtype=dtype, device=device)
+        state[full_key] = torch.zeros(saved_size or (), dtype=dtype, device=device)
     return state
 
 

@@ -32,15 +32,17 @@ from launcher.engine.model.blocks import checkpoint_activations, compile_blocks,
 from launcher.engine.model.forward_writes import ForwardWrites
 from launcher.engine.model.fp8 import compute_in_fp8
 from launcher.engine.model.sync_batch_norm import synchronize
+from launcher.engine.optimizers.joint import evaluates_others, optimizers_in
 from launcher.engine.saving.final_weights import check_savable
 from launcher.engine.state.compiled import is_compiled, limit_compile_workers
 from launcher.engine.state.hyperparameters import make_optimizer
-from launcher.engine.state.initial_values import value_checksum
+from launcher.engine.state.initial_values import InitialValues, value_checksum
 from launcher.engine.state.parameter_kinds import check_parameters, keep_in_bfloat16
 from launcher.engine.state.virtual_buffers import VirtualBuffers
 from launcher.engine.training.initial_model import build_initial_model
-from launcher.engine.training.live_schedules import live_schedule
+from launcher.engine.training.live_schedules import with_live_schedules
 from launcher.engine.training.loop import TrainContext
+from launcher.engine.training.objectives import TrainedObjective, prepare_objectives
 from launcher.engine.training.train_metrics import with_train_metrics
 from launcher.errors import RecipeError
 from launcher.planning.plan import Plan
@@ -99,10 +101,10 @@ def build_context(
         train_samples=sample_count(data.train, "train"),
         evaluations=evaluation_schedules(data, plan) if evaluates else (),
     )
-    schedule, plateaus = live_schedule(
+    recipe, plateaus = with_live_schedules(
         recipe, plan, sampler, has_evaluations=bool(data.evaluation_sets())
     )
-    recipe = replace(recipe, schedule=schedule)
+    recipe = with_train_metrics(recipe)
     if evaluates and recipe.keep_best is not None:
         names = [each.name for each in sampler.evaluations]
         check_set_metric(recipe.keep_best, names, recipe.metrics)
@@ -129,7 +131,7 @@ def build_context(
     # The workers start here: they read while the model is built, and do not inherit it.
     batches = start_reading(sampler)
     first_batch = functools.partial(_read_first_batch, reader, sampler)
-    model, optimizer, num_trained = build_model_and_optimizer(
+    model, optimizer, num_trained, objectives = build_model_and_optimizer(
         recipe, plan, backend, first_batch, is_restored=is_restored
     )
     report_phase(first_step, PHASES[0])
@@ -148,7 +150,7 @@ def build_context(
                 recipe, plan, sampler.train_samples, batch_norms, first_batch_size
             )
     return TrainContext(
-        recipe=with_train_metrics(recipe),
+        recipe=recipe,
         plan=plan,
         backend=backend,
         model=model,
@@ -166,6 +168,7 @@ def build_context(
         averages=_make_averages(recipe, plan, backend, model, optimizer, batch_norms),
         plateaus=plateaus,
         missed_evaluations=missed,
+        objectives=objectives,
     )
 
 
@@ -200,11 +203,11 @@ def _make_averages(
     """
     if recipe.averaging is None:
         return None
-    if hasattr(optimizer, "eval"):
+    if evaluates_others(optimizer):
+        names = " and ".join(type(each).__name__ for each in optimizers_in(optimizer))
         raise RecipeError(
-            f"averaging={recipe.averaging}: the recipe's optimizer is {type(optimizer).__name__}, "
-            "which evaluates other weights than it trains itself. Remove averaging, or use another "
-            "optimizer."
+            f"averaging={recipe.averaging}: the recipe's optimizer is {names}, which evaluates "
+            "other weights than it trains itself. Remove averaging, or use another optimizer."
         )
     return Averages(recipe.averaging, plan, backend, model, batch_norms)
 
@@ -235,7 +238,7 @@ def build_model_and_optimizer(
     first_batch: Callable[[], Any],
     *,
     is_restored: bool = False,
-) -> tuple[nn.Module, Optimizer, int]:
+) -> tuple[nn.Module, Optimizer, int, tuple[TrainedObjective, ...]]:
     """Build the recipe's model and optimizer and place them on this rank (collective).
 
     Args:
@@ -246,8 +249,8 @@ def build_model_and_optimizer(
         is_restored: Whether a checkpoint will replace all parameters.
 
     Returns:
-        The module that `Backend.forward` takes, its optimizer, and the number of trainable weights
-        over all ranks.
+        The module that `Backend.forward` takes, its optimizer, the number of trainable weights over
+        all ranks, and the objectives, if the recipe has several.
 
     Raises:
         RecipeError: The recipe's model function did not return a module, returned different weights
@@ -277,16 +280,31 @@ def build_model_and_optimizer(
     if is_compiled(model):  # also by the recipe itself
         limit_compile_workers(plan.threads_per_rank)
 
+    prepared, optimizer, objectives = _place(recipe, plan, backend, model, blocks, initial)
+    if initial is not None:
+        checksums = sorted(initial.checksums.items())
+        _check_same_weights(zlib.crc32(repr(checksums).encode()), backend)
+    return prepared, optimizer, num_trained, objectives
+
+
+def _place(
+    recipe: Recipe,
+    plan: Plan,
+    backend: Backend,
+    model: nn.Module,
+    blocks: list[nn.Module],
+    initial: InitialValues | None,
+) -> tuple[nn.Module, Optimizer, tuple[TrainedObjective, ...]]:
+    """Place a model on this rank, with its optimizer or those of its objectives (collective)."""
+    if recipe.objectives:
+        return prepare_objectives(recipe, plan, backend, model, blocks, initial)
+
     def make_seeded_optimizer(module: nn.Module) -> Optimizer:
         # The generators depend on whether the weights were drawn or read.
         seed_all(recipe.seed)
         return make_optimizer(recipe, module, plan.lr)
 
-    prepared = backend.prepare(model, blocks, make_seeded_optimizer, initial)
-    if initial is not None:
-        checksums = sorted(initial.checksums.items())
-        _check_same_weights(zlib.crc32(repr(checksums).encode()), backend)
-    return *prepared, num_trained
+    return *backend.prepare(model, blocks, make_seeded_optimizer, initial), ()
 
 
 def _set_up_blocks(recipe: Recipe, plan: Plan, model: nn.Module) -> list[nn.Module]:

@@ -309,7 +309,8 @@ class CheckpointManager:
         return next(filter(None, self._backend.gather(refusal)), None)
 
     def _make_manifest(self, step: int, state: Snapshot) -> Manifest:
-        scaler, averages = self._backend.scaler, self._context.averages
+        averages = self._context.averages
+        scalers = [scaler.state() for scaler in self._backend.scalers]
         groups = changed_groups(self._context.optimizer, self._groups)
         return Manifest(
             format=FORMAT,
@@ -320,7 +321,8 @@ class CheckpointManager:
             values={
                 "optimizer": state.values,
                 "groups": groups,
-                "scaler": None if scaler is None else scaler.state(),
+                "scaler": scalers[0] if scalers else None,
+                "scalers": scalers[1:],
                 "plateaus": [plateau.state() for plateau in self._context.plateaus],
                 "extra": state.extra,
                 "data": self._data,

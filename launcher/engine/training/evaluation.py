@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from launcher.engine.backends.base import Backend
 from launcher.engine.data.sampler import MicroBatchRequest, Sampler
+from launcher.engine.optimizers.joint import evaluates_others
 from launcher.engine.saving.checkpoint_tensors import StoredState, load_newest
 from launcher.engine.saving.weight_sources import CheckpointWeights, FinalWeights
 from launcher.engine.state.module_state import missing_extra_state
@@ -102,7 +103,7 @@ def _restore(context: TrainContext, choice: WeightChoice) -> None:
     backend, optimizer = context.backend, context.optimizer
     module = backend.unwrap(context.model)
     source: StateSource
-    keeps_optimizer = hasattr(optimizer, "eval")
+    keeps_optimizer = evaluates_others(optimizer)
     if choice.is_final:
         source = FinalWeights(choice, parameters(module).keys())
     else:

@@ -21,6 +21,7 @@ from launcher.engine.data.sampler import Sampler
 from launcher.errors import RecipeError
 from launcher.planning.plan import Plan
 from launcher.printable import error_line
+from launcher.recipe.objective import Objective
 from launcher.recipe.recipe import Recipe
 from launcher.recipe.schedules import Schedule, ScheduleValue
 from launcher.recipe.unplanned_schedules import UnplannedSchedule, plateau_goal
@@ -31,6 +32,26 @@ _MOMENTUM = 0.9
 
 _PLATEAU_STATE = ("best", "cooldown_counter", "num_bad_epochs", "last_epoch")
 """What changes in a ReduceLROnPlateau."""
+
+
+def with_live_schedules(
+    recipe: Recipe, plan: Plan, sampler: Sampler, *, has_evaluations: bool
+) -> tuple[Recipe, tuple[Plateau, ...]]:
+    """Return a recipe whose schedules, also those of its objectives, are computable in this run.
+
+    The parts that follow evaluations are returned as well, for `observe_evaluation`, in the order
+    of the objectives. Arguments and errors are those of `live_schedule`.
+    """
+    if not recipe.objectives:
+        schedule, plateaus = live_schedule(recipe, plan, sampler, has_evaluations=has_evaluations)
+        return replace(recipe, schedule=schedule), plateaus
+    objectives: list[Objective] = []
+    all_plateaus: list[Plateau] = []
+    for objective, alone in zip(recipe.objectives, recipe.by_objective(), strict=True):
+        schedule, plateaus = live_schedule(alone, plan, sampler, has_evaluations=has_evaluations)
+        objectives.append(replace(objective, schedule=schedule))
+        all_plateaus += plateaus
+    return replace(recipe, objectives=tuple(objectives)), tuple(all_plateaus)
 
 
 def live_schedule(

@@ -20,12 +20,14 @@ from launcher.engine.data.randomness import ModelRandomness
 from launcher.engine.data.reader import MicroBatch, Reader
 from launcher.engine.data.sampler import EvaluationSchedule, Horizon, Sampler
 from launcher.engine.metrics.collected_metrics import CollectedMetrics
+from launcher.engine.metrics.logged_numbers import LoggedNumbers
 from launcher.engine.metrics.meter import (
     Meter,
     MetricsBatch,
     NonFiniteGuard,
     RankFlags,
     StepLosses,
+    TurnMeasurements,
 )
 from launcher.engine.metrics.metric_calls import metric_call
 from launcher.engine.metrics.noise_meter import NoiseMeter, NullNoiseMeter
@@ -34,6 +36,7 @@ from launcher.engine.model.batch_norm import BatchNorms
 from launcher.engine.model.forward_writes import ForwardWrites
 from launcher.engine.state.hyperparameters import Hyperparameters
 from launcher.engine.training.live_schedules import Plateau, observe_evaluation
+from launcher.engine.training.objectives import TrainedObjective
 from launcher.errors import RecipeError
 from launcher.planning.plan import Plan
 from launcher.planning.stages import Window
@@ -43,6 +46,8 @@ from launcher.recipe.evaluation_sets import metric_name, split_of, title_of
 from launcher.recipe.prediction_metric import sum_metrics
 from launcher.recipe.recipe import Recipe
 from launcher.runs.step_row import StepRow
+
+_LOSS_NAME = "The recipe's loss"
 
 
 class Listener(Protocol):
@@ -132,6 +137,25 @@ class TrainContext:
                 stack.enter_context(self.averages.evaluated())
             yield
 
+    objectives: tuple[TrainedObjective, ...] = ()
+    """The objectives in the order of their turns; empty if the recipe has one loss."""
+
+    def in_turns(self) -> tuple[TrainedObjective, ...]:
+        """Return the objectives in the order of their turns, of which a recipe may have one."""
+        only = TrainedObjective(
+            name="",
+            number=0,
+            every=1,
+            recipe=self.recipe,
+            lr=self.plan.lr,
+            backend=self.backend,
+            model=self.model,
+            optimizer=self.optimizer,
+            forward_writes=self.forward_writes,
+            noise_meter=self.noise_meter,
+        )
+        return self.objectives or (only,)
+
 
 class StepController(Protocol):
     """Acts between steps on flags that all ranks have exchanged, and may stop the run."""
@@ -189,70 +213,49 @@ def train(
             a different number of items than the batch holds.
         TrainingError: The loss or gradient was not finite in too many consecutive steps.
     """
-    recipe, plan, backend = context.recipe, context.plan, context.backend
-    model, optimizer, sampler = context.model, context.optimizer, context.sampler
-    batch_norms, forward_writes, noise_meter, report_phase = (
+    sampler, batch_norms, report_phase = (
+        context.sampler,
         context.batch_norms,
-        context.forward_writes,
-        context.noise_meter,
         context.report_phase,
     )
-    hyperparameters, randomness = Hyperparameters(optimizer, plan.lr), ModelRandomness(backend)
-    nonfinite_guard = NonFiniteGuard(recipe.max_bad_steps, lambda step: sampler.batch_ids(step - 1))
-    model.train()
+    objectives = [_Training(objective) for objective in context.in_turns()]
+    main = next(each.objective.name for each in objectives if each.objective.every == 1)
+    nonfinite_guard = NonFiniteGuard(
+        context.recipe.max_bad_steps, lambda step: sampler.batch_ids(step - 1)
+    )
+    context.model.train()
     batch_norms.save_statistics()
     evaluation = _run_evaluation(
         context, listener, first_step, context.missed_evaluations, controller
     )
-    meter = Meter(backend)
+    meter = Meter(context.backend)
     last_step = _find_last_step(context, controller, first_step, last_step)
     for step in range(first_step, last_step):
         # ------------------------------------------------------------------------------------
         window, micro_batches, data_wait_seconds = _begin_step(context, step)
-        randomness.begin_step(step)
-        written = hyperparameters.write(plan.schedule_value_at(recipe.schedule, step))
         num_items = _count_items(context, window.size, micro_batches)
-        weight = backend.divisor / num_items
-        losses = StepLosses()
-        noise_meter.begin(step)
-        forward_writes.begin()
-        for number, micro_batch in enumerate(micro_batches, start=1):
-            report_phase(step, "computing")
-            batch, request = backend.to_device(micro_batch.batch), micro_batch.request
-            randomness.begin_part(step, request.part)
-            with (
-                backend.micro_step(last=number == len(micro_batches), part=request.part),
-                batch_norms.micro_batch_context(request),
-                forward_writes.micro_batch_context(request),
-            ):
-                with backend.autocast(), meter.logged.of(micro_batch):
-                    loss_sum, count = training_loss(
-                        recipe.loss, backend.forward(recipe.forward, model, batch), batch
-                    )
-                # Gradients are averaged over ranks; the divisor in the weight makes that a sum.
-                backend.backward(loss_sum, weight if micro_batch.has_weight else 0.0)
-            noise_meter.add_micro_batch(
-                weight, count if micro_batch.has_weight else 0, request.part
-            )
-            if micro_batch.has_weight:
-                losses.add(loss_sum.detach(), count, request.part)
-        forward_writes.end()
-        randomness.end_step()
-        grad_norm = _update_weights(context, step)
+        turns = [
+            _take_turn(context, each, meter.logged, step, micro_batches, num_items)
+            for each in objectives
+            if step % each.objective.every == 0
+        ]
+        if context.averages is not None:
+            context.averages.update(step + 1)
         # ------------------------------------------------------------------------------------
-        noise_meter.end(step, num_items, grad_norm)
         listener.on_micro_batches(step + 1, micro_batches)
+        main_turn = next(turn for turn in turns if turn.name == main)
         meter.add(
             step=step + 1,
             epoch=window.epoch + 1,
             samples=sampler.samples_before(step + 1),
             batch_samples=window.size,
             items=num_items,
-            losses=losses,
-            lr=written.lr,
-            momentum=written.momentum,
-            grad_norm=grad_norm,
+            losses=main_turn.losses,
+            lr=main_turn.lr,
+            momentum=main_turn.momentum,
+            grad_norm=main_turn.grad_norm,
             data_wait_seconds=data_wait_seconds,
+            turns=turns if context.objectives else (),
         )
         steps_taken = step + 1
         evaluated = sampler.evaluations_after(step)
@@ -275,6 +278,80 @@ def train(
         evaluation = evaluate(context, last_step, sampler.evaluations)
     report_phase(last_step, "finishing")
     return TrainOutcome(step=last_step, evaluation=evaluation)
+
+
+class _Training:
+    """An objective with what changes from turn to turn.
+
+    Args:
+        objective: The objective, whose optimizer is new or restored.
+    """
+
+    def __init__(self, objective: TrainedObjective) -> None:
+        self.objective = objective
+        self.hyperparameters = Hyperparameters(objective.optimizer, objective.lr)
+        self.randomness = ModelRandomness(objective.backend, objective.number)
+        self.loss_name = (
+            f"The loss of the objective {objective.name}" if objective.name else _LOSS_NAME
+        )
+
+
+def _take_turn(
+    context: TrainContext,
+    training: _Training,
+    logged: LoggedNumbers,
+    step: int,
+    micro_batches: list[MicroBatch],
+    num_items: int | Tensor,
+) -> TurnMeasurements:
+    """Take the step of one objective on the global batch of a step (collective).
+
+    Args:
+        context: What is trained.
+        training: The objective; its parameters alone change.
+        logged: Receives what its loss and forward log.
+        step: The step, counted from 0.
+        micro_batches: This rank's micro-batches of the batch.
+        num_items: Items of the batch.
+    """
+    objective, randomness = training.objective, training.randomness
+    recipe, backend, model = objective.recipe, objective.backend, objective.model
+    noise_meter, forward_writes = objective.noise_meter, objective.forward_writes
+    if objective.begin is not None:
+        objective.begin()
+    randomness.begin_step(step)
+    schedule_value = context.plan.schedule_value_at(recipe.schedule, step)
+    written = training.hyperparameters.write(schedule_value)
+    weight = backend.divisor / num_items
+    losses = StepLosses()
+    noise_meter.begin(step)
+    forward_writes.begin()
+    for number, micro_batch in enumerate(micro_batches, start=1):
+        context.report_phase(step, "computing")
+        batch, request = backend.to_device(micro_batch.batch), micro_batch.request
+        randomness.begin_part(step, request.part)
+        with (
+            backend.micro_step(last=number == len(micro_batches), part=request.part),
+            context.batch_norms.micro_batch_context(request),
+            forward_writes.micro_batch_context(request),
+        ):
+            with backend.autocast(), logged.of(micro_batch, objective.name):
+                loss_sum, count = training_loss(
+                    recipe.loss,
+                    backend.forward(recipe.forward, model, batch),
+                    batch,
+                    training.loss_name,
+                )
+            # Gradients are averaged over ranks; the divisor in the weight makes that a sum.
+            backend.backward(loss_sum, weight if micro_batch.has_weight else 0.0)
+        noise_meter.add_micro_batch(weight, count if micro_batch.has_weight else 0, request.part)
+        if micro_batch.has_weight:
+            losses.add(loss_sum.detach(), count, request.part)
+    forward_writes.end()
+    randomness.end_step()
+    grad_norm = backend.apply(objective.optimizer, recipe.max_grad_norm)
+    noise_meter.end(step, num_items, grad_norm)
+    return TurnMeasurements(objective.name, losses, written.lr, written.momentum, grad_norm)
 
 
 def _find_last_step(
@@ -316,14 +393,6 @@ def _count_items(
     own_items = sum(micro_batch.items for micro_batch in micro_batches)
     items = upload_scalar(own_items, context.backend.device)
     return context.backend.sum_samples(items).clamp(min=1.0)
-
-
-def _update_weights(context: TrainContext, step: int) -> Tensor:
-    """Take the optimizer's step, average the weights, and return the norm of the gradient."""
-    norm = context.backend.apply(context.optimizer, context.recipe.max_grad_norm)
-    if context.averages is not None:
-        context.averages.update(step + 1)
-    return norm
 
 
 def _report_metrics(
@@ -462,21 +531,28 @@ def sum_and_count(
 
 
 def training_loss(
-    loss: Callable[[Any, Any], Any], outputs: Any, batch: Any
+    loss: Callable[[Any, Any], Any], outputs: Any, batch: Any, name: str = _LOSS_NAME
 ) -> tuple[Tensor, int | Tensor]:
     """Call the loss in training and return its (sum, count).
+
+    Args:
+        loss: The loss.
+        outputs: What the recipe's `forward` returned.
+        batch: The batch on this rank's device.
+        name: Name of the loss for error messages.
 
     Raises:
         RecipeError: The loss did not return (sum, count), or the sum has no gradient.
     """
-    total, count = sum_and_count(loss, outputs, batch, name="The recipe's loss")
+    total, count = sum_and_count(loss, outputs, batch, name=name)
     if isinstance(total, Tensor) and total.requires_grad:
         return total, count
     found = "a tensor without a gradient" if isinstance(total, Tensor) else kind_of(total)
+    only = "" if name == _LOSS_NAME else " It must depend on the objective's own parameters."
     raise RecipeError(
-        f"The recipe's loss returned ({found}, count), from which no gradient can be computed. "
+        f"{name} returned ({found}, count), from which no gradient can be computed. "
         "Return the sum as a tensor that is computed from the outputs of the model, without "
-        ".item(), .detach() or torch.no_grad() in the loss and in forward."
+        f".item(), .detach() or torch.no_grad() in the loss and in forward.{only}"
     )
 
 

@@ -97,7 +97,7 @@ def keep_planned_steps(
     if recipe.max_time is None or resume_point is None or plan.timed_steps is not None:
         return plan
     found = backend.broadcast(planned_steps(run_dir, resume_point.manifest, plan))
-    return plan if found is None else timed_plan(plan, recipe.schedule, found)
+    return plan if found is None else timed_plan(plan, recipe, found)
 
 
 def find_best(recipe: Recipe, resume_point: ResumePoint | None) -> BestEvaluations | None:
@@ -132,8 +132,10 @@ def restore_state(resume_point: ResumePoint, context: TrainContext) -> None:
         _check_missing_state(resume_point, backend, missing)
     backend.restore(context.model, context.optimizer, source)
     write_groups(context.optimizer, values["groups"])
-    if backend.scaler is not None and values["scaler"] is not None:
-        backend.scaler.restore(values["scaler"])
+    if values["scaler"] is not None:
+        states = [values["scaler"], *values.get("scalers", [])]
+        for scaler, scaler_state in zip(backend.scalers, states, strict=False):
+            scaler.restore(scaler_state)
     for plateau, state in zip(context.plateaus, values.get("plateaus", []), strict=False):
         plateau.restore(state)
     if resume_point.evaluation:  # which may have come after the checkpoint

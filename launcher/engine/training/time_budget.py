@@ -131,6 +131,9 @@ class TimeBudget:
         self._max_time = context.recipe.max_time
         self._seconds, self._started = seconds_in(self._max_time), started
         self._clock = clock
+        # Objectives that skip steps are to have several turns among those that are measured.
+        turns = [2 * each.every for each in context.recipe.objectives]
+        self._fewest_steps = max([FEWEST_STEPS, *turns])
         self._peak_rates = [group["lr"] for group in context.optimizer.param_groups]
         self._left_at_start: float | None = None
         """Seconds that were left after the first step."""
@@ -200,7 +203,7 @@ class TimeBudget:
     def planned(self, measurement: SpeedMeasurement) -> TrainContext:
         """Return what is trained from now on: the same, with the steps that were planned."""
         context, timed_steps = self._context, measurement.timed_steps
-        plan = timed_plan(context.plan, context.recipe.schedule, timed_steps)
+        plan = timed_plan(context.plan, context.recipe, timed_steps)
         context.horizon.last_step = timed_steps.steps
         for group, rate in zip(context.optimizer.param_groups, self._peak_rates, strict=True):
             group["lr"] = rate  # as in a new optimizer, from which the loop takes the groups' rates
@@ -233,7 +236,7 @@ class TimeBudget:
         if not self._num_steps:
             return False
         is_enough = (
-            self._num_steps >= FEWEST_STEPS
+            self._num_steps >= self._fewest_steps
             and self._step_seconds >= MEASURED_PART * self._seconds
             and not self._is_first_save
         )

@@ -9,13 +9,17 @@ from typing import Any
 import torch
 
 from launcher.engine.training.loop import sum_and_count
+from launcher.recipe.objective import measured_objective
 from launcher.recipe.prediction_metric import PredictionMetric
 from launcher.recipe.recipe import Recipe
 from launcher.recipe.training_log import is_received, log
 
 
 def with_train_metrics(recipe: Recipe) -> Recipe:
-    """Return the recipe with a loss that, in training, also logs its `train_metrics`."""
+    """Return the recipe with a loss that, in training, also logs its `train_metrics`.
+
+    Of several objectives it is the loss of the one that has the outputs for them.
+    """
     if not recipe.train_metrics:
         return recipe
     metrics = {
@@ -23,7 +27,14 @@ def with_train_metrics(recipe: Recipe) -> Recipe:
         for name, metric in recipe.metrics.items()
         if name in recipe.train_metrics and not isinstance(metric, PredictionMetric)
     }
-    return replace(recipe, loss=_LossWithMetrics(recipe.loss, metrics))
+    measured = measured_objective(recipe.objectives, recipe.forward)
+    if measured is None:
+        return replace(recipe, loss=_LossWithMetrics(recipe.loss, metrics))
+    objectives = [
+        replace(each, loss=_LossWithMetrics(each.loss, metrics)) if each is measured else each
+        for each in recipe.objectives
+    ]
+    return replace(recipe, objectives=tuple(objectives))
 
 
 class _LossWithMetrics:
