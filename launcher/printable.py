@@ -19,7 +19,7 @@ _MAX_NAME_CHARACTERS = 200
 _PACKAGE = Path(__file__).parent
 _STANDARD_LIBRARY = Path(os.__file__).parent
 
-_NOTE = "launcher: "
+NOTE = "launcher: "
 """How a note begins that `add_note` has written."""
 _TYPED = ("<stdin", "<python-input", "<ipython-input", "<cell ")
 """Beginnings of the names of code that was typed at a prompt, or into a cell of a notebook."""
@@ -90,9 +90,9 @@ def add_note(error: BaseException, note: str) -> None:
     """
     with contextlib.suppress(Exception):  # an exception of a class of the user's may refuse it
         notes: list[str] = list(getattr(error, "__notes__", ()))
-        if not any(other.startswith(_NOTE) for other in notes):
+        if not any(other.startswith(NOTE) for other in notes):
             # As BaseException.add_note does, from Python 3.11 on.
-            error.__notes__ = [*notes, _NOTE + note]  # type: ignore[attr-defined]
+            error.__notes__ = [*notes, NOTE + note]  # type: ignore[attr-defined]
 
 
 def notes_of(error: BaseException) -> list[str]:

@@ -71,7 +71,9 @@ def lr_path(
             raise
         except Exception as error:
             raise PlanError(
-                f"{where} has no learning rate: {type(error).__name__}: {text_of(error)}."
+                f"{where} has no learning rate: {type(error).__name__}: {text_of(error)}. The rule "
+                f"was called with (step={step}, total_steps={total_steps}). It returns "
+                "launcher.ScheduleValue(factor), where step counts from 0."
             ) from error
         if not is_finite:
             raise PlanError(f"{where} has a learning rate that is not finite: the peak x {value}.")

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from launcher.errors import RecipeError, did_you_mean
-from launcher.printable import printable_line
+from launcher.errors import LauncherError, RecipeError, did_you_mean
+from launcher.printable import add_note, printable_line
 from launcher.recipe.averaging import Averaging
 from launcher.recipe.optimizer import OptimizerSpec
 from launcher.recipe.prediction_metric import PredictionMetric, is_metric_object
@@ -29,6 +29,51 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 OPTIONAL = ("predict", "predict_data")
 """Those that may be None."""
+
+SUM_AND_COUNT = (
+    "(sum, count): the sum over the items of the batch as a scalar, as with reduction='sum', and "
+    "the number of these items, such as len(targets)"
+)
+"""What a loss or a metric returns."""
+
+_RETURNS: Mapping[str, str] = MappingProxyType(
+    {
+        "The recipe's model function": "a new torch.nn.Module",
+        "The recipe's data function": "launcher.Data(train=..., evaluation=...)",
+        "The recipe's forward": "the outputs that loss and metrics take, and by default calls the "
+        "model with batch[0]",
+        "The recipe's optimizer function": "a torch.optim.Optimizer of the model's parameters",
+        "The recipe's count function": "the number of items that the loss counts in the batch",
+        "The collate function": "a batch, as forward, loss, metrics and count take it",
+    }
+)
+"""What functions of a recipe return, by the names that errors give them."""
+
+
+def call_text(name: str, **arguments: str) -> str:
+    """Return what a function of a recipe was called with, and what it is to return.
+
+    Args:
+        name: The name of the function in errors; a metric has a name of its own.
+        arguments: Descriptions of the arguments, by the names that the documentation gives them.
+    """
+    called = called_with(name, **arguments)
+    return f"{called} It returns {_RETURNS.get(name, SUM_AND_COUNT)}."
+
+
+def called_with(name: str, **arguments: str) -> str:
+    """Return what a function of a recipe was called with, as a sentence."""
+    given = ", ".join(f"{argument}: {text}" for argument, text in arguments.items())
+    return f"{name} was called {f'with ({given})' if given else 'without arguments'}."
+
+
+def note_call(error: BaseException, name: str, **arguments: str) -> None:
+    """Add to an exception which function of a recipe raised it, and what that was called with.
+
+    Errors of launcher explain themselves, and are left as they are.
+    """
+    if not isinstance(error, LauncherError):
+        add_note(error, call_text(name, **arguments))
 
 
 def check_function(place: str, value: Any, arguments: tuple[str, ...]) -> None:

@@ -99,6 +99,8 @@ def test_the_failing_rank_keeps_its_traceback(run: Commands) -> None:
     assert (failure.rank, failure.error, failure.exit_code) == (1, "ValueError", 1)
     assert "_fail_at_second_call" in failure.traceback
     assert "worker.py" not in failure.traceback
+    assert "The recipe's loss was called with (outputs: Tensor float32 (31, 10)" in failure.message
+    assert failure.message in failure.traceback
     log = (run.folder / "out/logs/rank1.log").read_text()
     assert failure.traceback.partition("\n")[2] in log
     assert "worker.py" in log

@@ -119,7 +119,7 @@ def test_shipped_losses_and_metrics_do_not_wait(name: str) -> None:
     function, (make_outputs, make_batch) = FUNCTIONS[name]
     with recorded_waits() as waits:
         outputs, batch = _on_gpu(make_outputs()), _on_gpu(make_batch())
-        upload(sum_and_count(function, outputs, batch), GPU)
+        upload(sum_and_count(function, outputs, batch, name=name), GPU)
     assert waits == []
 
 

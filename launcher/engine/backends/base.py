@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from launcher.engine.backends.call_order import CallOrder
 from launcher.engine.backends.compute_timer import ComputeTimer
 from launcher.engine.backends.placement import Placement
+from launcher.engine.backends.recipe_forward import call_forward
 from launcher.engine.backends.transfers import upload_scalar
 from launcher.engine.optimizers.joint import optimizers_in
 from launcher.engine.ranks.cpu_binding import bind_to_gpu, pci_address_of
@@ -290,7 +291,7 @@ class Backend(ABC):
             model: The module that `prepare` returned.
             batch: The batch, on this rank's device.
         """
-        return function(model, batch)
+        return call_forward(function, model, batch)
 
     @property
     def divisor(self) -> int:

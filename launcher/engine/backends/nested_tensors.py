@@ -12,7 +12,10 @@ from collections import UserDict, deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
+
+from launcher.printable import class_name, kind_of, printable_line, shortened
 
 _MAX_DEPTH = 4
 """Number of objects of unknown classes, one inside the other, in which tensors are looked for."""
@@ -25,6 +28,9 @@ _PLAIN = (str, bytes, bool, int, float, type(None))
 
 _SHOWN_PARTS = 6
 """Number of parts of a batch that a description lists."""
+
+_MAX_CHARACTERS = 600
+"""Longest description of an argument."""
 
 
 def map_tensors(
@@ -102,10 +108,26 @@ def walk_tensors(value: Any, path: str) -> Iterator[FoundTensor]:
     yield from _walk(value, path, None, _MAX_PATH_LENGTH, {})
 
 
+def describe_argument(value: Any) -> str:
+    """Return an argument of a recipe's function as text, such as `dict {'ids': int64 (8, 16)}`.
+
+    This function raises nothing, whatever the value is like.
+    """
+    try:
+        text = describe_nested(value)
+        if isinstance(value, Tensor) or type(value) in (dict, list, tuple):
+            text = f"{type(value).__name__} {text}"
+        return printable_line(shortened(text, _MAX_CHARACTERS))
+    except Exception as error:  # noqa: BLE001  # the value may be of any class
+        return f"{kind_of(value)} that cannot be described ({class_name(error)})"
+
+
 def describe_nested(value: Any) -> str:
     """Return the structure of a batch as text, such as `{'ids': int64 (8, 16), 'mask': ...}`."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    if isinstance(value, np.ndarray):
+        return f"ndarray {value.dtype} {value.shape}"
     parts = _parts(value)
     if parts is None:
         return type(value).__name__

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from launcher.engine.backends.nested_tensors import map_tensors, tensors_in
+from launcher.engine.backends.nested_tensors import describe_argument, map_tensors, tensors_in
 from launcher.errors import RecipeError
 from launcher.printable import kind_of
+from launcher.recipe.function_checks import note_call
 
 _MODULE = "recipe_module"
 """The attribute of `RecipeForward` with the recipe's module."""
@@ -62,11 +63,25 @@ class NamedRecipeForward(RecipeForward):
             return getattr(module, name)
 
 
+def call_forward(function: Callable[[Any, Any], Any], module: nn.Module, batch: Any) -> Any:
+    """Return `function(module, batch)`; if it raises, note with what it was called."""
+    try:
+        return function(module, batch)
+    except Exception as error:
+        note_call(
+            error,
+            "The recipe's forward",
+            model=type(module).__name__,
+            batch=describe_argument(batch),
+        )
+        raise
+
+
 def call_inside(
     wrapped: nn.Module, module: nn.Module, function: Callable[[Any, Any], Any], batch: Any
 ) -> Any:
     """Return `function(module, batch)`, called inside the forward pass of `wrapped`."""
-    return wrapped(functools.partial(function, module, batch))
+    return wrapped(functools.partial(call_forward, function, module, batch))
 
 
 def call_with_output_hooks(
@@ -84,7 +99,7 @@ def call_with_output_hooks(
 
     def call() -> Any:
         nonlocal outputs
-        outputs = function(module, batch)
+        outputs = call_forward(function, module, batch)
         return outputs if isinstance(outputs, Tensor) else tensors_in(outputs)
 
     returned = wrapped(call)

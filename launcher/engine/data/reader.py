@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from launcher.engine.backends.nested_tensors import describe_nested
+from launcher.engine.backends.nested_tensors import describe_argument, describe_nested
 from launcher.engine.data.fingerprint import describe
 from launcher.engine.data.loader_workers import (
     check_sendable,
@@ -34,6 +34,7 @@ from launcher.printable import (
     traceback_of,
 )
 from launcher.recipe.evaluation_sets import split_of, title_of
+from launcher.recipe.function_checks import call_text, called_with, note_call
 from launcher.recipe.recipe import Data, Recipe
 from launcher.runs.job import RecipeSource
 
@@ -72,7 +73,11 @@ def call_data(recipe: Recipe) -> Data:
     Raises:
         RecipeError: The function did not return `launcher.Data`, or a `collate` is no function.
     """
-    data = recipe.data()
+    try:
+        data = recipe.data()
+    except Exception as error:
+        note_call(error, "The recipe's data function")
+        raise
     if not isinstance(data, Data):
         raise RecipeError(
             f"The recipe's data function returned {type(data).__name__}; expected "
@@ -269,7 +274,7 @@ class Reader(Dataset[MicroBatch | LauncherError]):
         if request.has_weight:
             items = len(request.indices)
             if self._count is not None:
-                items = int(_call("The recipe's count function", request, self._count, batch))
+                items = _count_items(self._count, request, batch)
         return MicroBatch(batch, request, items, descriptions)
 
     def _read_samples(self, dataset: Any, request: MicroBatchRequest) -> list[Any]:
@@ -279,7 +284,7 @@ class Reader(Dataset[MicroBatch | LauncherError]):
             if self._batched[request.split]:
                 samples = _call(name, request, dataset.__getitems__, request.indices)
                 if generators.are_untouched():
-                    return list(samples)
+                    return _all_samples(samples, request)
                 # It drew random numbers for the batch as a whole, which would depend on the split.
                 self._batched[request.split] = False
             samples = []
@@ -342,6 +347,49 @@ def _call(
         ) from None
 
 
+def _count_items(count: Callable[[Any], Any], request: MicroBatchRequest, batch: Any) -> int:
+    """Return the number of items in a batch, as the recipe's count function counts them.
+
+    Raises:
+        SampleError: The function raised an exception.
+        RecipeError: It returned something else than a whole number.
+    """
+    name, described = "The recipe's count function", functools.partial(describe_argument, batch)
+    returned = _call(
+        name, request, count, batch, details=lambda: f"\n{call_text(name, batch=described())}"
+    )
+    try:
+        number = int(returned)
+        is_whole = number == returned and number >= 0
+    except (TypeError, ValueError, OverflowError):
+        is_whole = False
+    if is_whole:
+        return number
+    found = describe_argument(returned)
+    shown = f"{returned} ({found})" if isinstance(returned, (int, float)) else found
+    raise RecipeError(
+        f"{name} returned {shown}; expected the number of items that the loss counts in the batch, "
+        f"a whole number of at least 0. {called_with(name, batch=described())}"
+    )
+
+
+def _all_samples(samples: Any, request: MicroBatchRequest) -> list[Any]:
+    """Return what `__getitems__` of a data set returned, as a list.
+
+    Raises:
+        SampleError: It is no list with a sample for each index.
+    """
+    is_list = isinstance(samples, Iterable)
+    found = list(samples) if is_list else []
+    if is_list and len(found) == len(request.indices):
+        return found
+    what = f"{len(found):,} samples" if is_list else kind_of(samples)
+    raise SampleError(
+        f"__getitems__ of the {request.split} data was called with {len(request.indices):,} "
+        f"indices and returned {what}. It returns a list with one sample for each index, in order."
+    )
+
+
 def _collate(
     collate: Callable[[list[Any]], Any] | None, request: MicroBatchRequest, samples: list[Any]
 ) -> Any:
@@ -357,8 +405,13 @@ def _collate(
     """
     if collate is not None:
         name = f"The collate function of the {title_of(request.split)} data"
-        details = functools.partial(_describe_samples, request, samples)
-        return _call(name, request, collate, samples, details=lambda: f"\n{details()}.")
+        count = f"{len(samples):,} sample{'s' * (len(samples) > 1)}"
+
+        def details() -> str:
+            called = call_text("The collate function", samples=f"a list of {count}")
+            return f"\n{_describe_samples(request, samples)}.\n{called}"
+
+        return _call(name, request, collate, samples, details=details)
     try:
         return default_collate(samples)
     except Exception as error:  # noqa: BLE001  # depends on the types of the samples

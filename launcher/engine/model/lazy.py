@@ -9,9 +9,11 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from launcher.engine.backends.recipe_forward import call_forward
 from launcher.engine.data.randomness import Generators, seed_all
 from launcher.engine.model.batch_norm import frozen
 from launcher.errors import LauncherError, RecipeError
+from launcher.printable import notes_of
 from launcher.recipe.recipe import Recipe
 
 
@@ -41,7 +43,7 @@ def initialize_lazy_layers(model: nn.Module, recipe: Recipe, batch: Any) -> None
             model.train(training)
             # In training, no running statistics exist before the layers have been initialised.
             with torch.no_grad(), frozen(model.modules()) if training else contextlib.nullcontext():
-                recipe.forward(model, batch)
+                call_forward(recipe.forward, model, batch)
             if not (names := lazy_names(model)):
                 return
     except LauncherError:
@@ -50,7 +52,7 @@ def initialize_lazy_layers(model: nn.Module, recipe: Recipe, batch: Any) -> None
         raise RecipeError(
             f"The model has lazy layers, and a forward pass that was to initialise them raised "
             f"{type(error).__name__}: {error}. Give the layers their sizes, or call the model once "
-            "in the recipe's model function."
+            "in the recipe's model function." + "".join(f"\n{note}" for note in notes_of(error))
         ) from error
     finally:
         model.train(mode)

@@ -19,6 +19,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from launcher.engine.backends.nested_tensors import describe_nested, tensors_in
 from launcher.engine.backends.parallel_plan import find_styles
+from launcher.engine.backends.recipe_forward import call_forward
 from launcher.engine.data.fingerprint import are_equal
 from launcher.engine.data.open_files import moved_files, open_files, opened_since
 from launcher.engine.data.prefetching import prefetch, raise_if_error
@@ -37,7 +38,7 @@ from launcher.engine.training.objectives import only_trained, trained_names
 from launcher.errors import RecipeError
 from launcher.json_file import exact_floats, read_json
 from launcher.planning.plan import Plan
-from launcher.printable import error_line
+from launcher.printable import NOTE, error_line, notes_of
 from launcher.recipe.evaluation_sets import metric_name, split_of, title_of
 from launcher.recipe.prediction_metric import prediction_metrics, sum_metrics
 from launcher.recipe.recipe import Recipe
@@ -336,7 +337,7 @@ def _find_writes(recipe: Recipe, model: nn.Module, batch: Any) -> WriteDetector:
     subject = copy_model(recipe, model)
     subject.train()
     writes = WriteDetector(subject)
-    recipe.forward(subject, batch)
+    call_forward(recipe.forward, subject, batch)
     return writes
 
 
@@ -354,7 +355,7 @@ def _try_evaluation(recipe: Recipe, model: nn.Module, reader: Reader) -> dict[st
         batch = _read(reader, list(range(num_samples)), split=split_of(set_name))
         model.eval()
         try:
-            outputs = recipe.forward(model, batch)
+            outputs = call_forward(recipe.forward, model, batch)
         except Exception as error:  # noqa: BLE001  # whatever the recipe's own code raises
             errors[metric_name(set_name, "forward")] = _error_text(error)
             continue
@@ -376,7 +377,8 @@ def _try_evaluation(recipe: Recipe, model: nn.Module, reader: Reader) -> dict[st
 
 
 def _error_text(error: Exception) -> str:
-    return str(error) if isinstance(error, RecipeError) else error_line(error)
+    text = str(error) if isinstance(error, RecipeError) else error_line(error)
+    return "; ".join([text, *(note.removeprefix(NOTE) for note in notes_of(error))])
 
 
 def write_inspection(inspection: Inspection, run_dir: RunDir) -> None:

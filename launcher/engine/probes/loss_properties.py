@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from launcher.engine.backends.nested_tensors import tensors_in
+from launcher.engine.backends.recipe_forward import call_forward
 from launcher.engine.data.fingerprint import are_equal
 from launcher.engine.data.randomness import seed_all
 from launcher.engine.probes.held_draws import RecordedDraws, RepeatedDraws
 from launcher.engine.state.compiled import is_compiled
-from launcher.engine.training.loop import sum_and_count
+from launcher.engine.training.loop import LOSS, sum_and_count
 from launcher.recipe.recipe import Recipe
 
 _TOLERANCE = 1e-3
@@ -148,8 +149,8 @@ class LossProbe:
         seed_all(seed)
         subject = copy_model(self._recipe, self._model) if self._has_state else self._model
         seed_all(seed)  # a copy may draw random numbers
-        outputs = self._recipe.forward(subject, batch)
-        total, _ = sum_and_count(self._recipe.loss, outputs, batch)
+        outputs = call_forward(self._recipe.forward, subject, batch)
+        total, _ = sum_and_count(self._recipe.loss, outputs, batch, name=LOSS)
         return [tensor.detach() for tensor in (*tensors_in(outputs), torch.as_tensor(total))]
 
 

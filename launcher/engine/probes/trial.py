@@ -32,9 +32,9 @@ from launcher.engine.probes.data_identity import (
 )
 from launcher.engine.ranks.failures import is_out_of_memory
 from launcher.engine.state.compiled import is_compiled
-from launcher.engine.training.loop import TrainContext, sum_and_count
+from launcher.engine.training.loop import LOSS, TrainContext, sum_and_count
 from launcher.errors import LauncherError, RecipeError
-from launcher.printable import class_name, text_of
+from launcher.printable import class_name, notes_of, text_of
 from launcher.recipe.evaluation_sets import title_of
 from launcher.recipe.prediction_metric import prediction_metrics, sum_metrics
 from launcher.recipe.recipe import Recipe
@@ -245,7 +245,7 @@ def _call_loss(context: TrainContext, recipe: Recipe, batch: Any, seed: int) -> 
     with backend.autocast():
         outputs = backend.forward(recipe.forward, context.model, placed)
         try:
-            total, count = sum_and_count(recipe.loss, outputs, placed)
+            total, count = sum_and_count(recipe.loss, outputs, placed, name=LOSS)
             return float(total), float(count)
         except Exception:  # noqa: BLE001  # the first step reports it
             return math.nan, 0.0
@@ -286,6 +286,7 @@ def _try_evaluation(
     return tuple(
         f"{name} raised {class_name(error)} on a few {title} samples before the first "
         f"step: {text_of(error, 2_000)}. The first evaluation may fail in the same way."
+        + "".join(f"\n{note}" for note in notes_of(error))
         for name, error in errors.items()
         if error is not None
     )

@@ -16,6 +16,7 @@ from launcher.engine.optimizers.named import is_own, named_optimizer, parts_of
 from launcher.engine.state.optimizer_kinds import check_optimizer_kind, check_sparse_support
 from launcher.engine.state.parameter_kinds import sparse_parameters
 from launcher.errors import RecipeError
+from launcher.recipe.function_checks import note_call
 from launcher.recipe.optimizer import OptimizerSpec
 from launcher.recipe.recipe import Recipe
 from launcher.recipe.schedules import ScheduleValue
@@ -38,7 +39,12 @@ def make_optimizer(recipe: Recipe, model: nn.Module, lr: float) -> Optimizer:
     """
     sparse = sparse_parameters(model)
     if not isinstance(recipe.optimizer, OptimizerSpec):
-        optimizer = recipe.optimizer(model, lr)
+        try:
+            optimizer = recipe.optimizer(model, lr)
+        except Exception as error:
+            name, kind = "The recipe's optimizer function", type(model).__name__
+            note_call(error, name, model=kind, lr=f"{lr:g}")
+            raise
         check_optimizer_kind(optimizer)
         check_sparse_support(optimizer, sparse)
         _check_parameters(optimizer, model)

@@ -34,6 +34,7 @@ from launcher.engine.state.meta_tensors import move_to_meta
 from launcher.errors import RecipeError
 from launcher.planning.plan import Plan
 from launcher.planning.strategy import STRATEGIES
+from launcher.recipe.function_checks import note_call
 from launcher.recipe.recipe import Recipe
 
 
@@ -145,7 +146,11 @@ def build_model(recipe: Recipe, first_batch: Callable[[], Any]) -> nn.Module:
 
 def _call_model_function(recipe: Recipe) -> nn.Module:
     seed_all(recipe.seed)  # the same initial weights on every rank
-    model = recipe.model()
+    try:
+        model = recipe.model()
+    except Exception as error:
+        note_call(error, "The recipe's model function")
+        raise
     if not isinstance(model, nn.Module):
         raise RecipeError(
             f"The recipe's model function returned {type(model).__name__}; expected a "

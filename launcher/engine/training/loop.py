@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from launcher.analysis.gradient_noise import Measurement
 from launcher.engine.backends.base import Backend
+from launcher.engine.backends.nested_tensors import describe_argument
 from launcher.engine.backends.transfers import upload, upload_scalar
 from launcher.engine.data.randomness import ModelRandomness
 from launcher.engine.data.reader import MicroBatch, Reader
@@ -43,11 +44,10 @@ from launcher.planning.stages import Window
 from launcher.planning.virtual_ranks import virtual_rank_of
 from launcher.printable import kind_of
 from launcher.recipe.evaluation_sets import metric_name, split_of, title_of
+from launcher.recipe.function_checks import SUM_AND_COUNT, called_with, note_call
 from launcher.recipe.prediction_metric import sum_metrics
 from launcher.recipe.recipe import Recipe
 from launcher.runs.step_row import StepRow
-
-_LOSS_NAME = "The recipe's loss"
 
 
 class Listener(Protocol):
@@ -291,9 +291,7 @@ class _Training:
         self.objective = objective
         self.hyperparameters = Hyperparameters(objective.optimizer, objective.lr)
         self.randomness = ModelRandomness(objective.backend, objective.number)
-        self.loss_name = (
-            f"The loss of the objective {objective.name}" if objective.name else _LOSS_NAME
-        )
+        self.loss_name = f"The loss of the objective {objective.name}" if objective.name else LOSS
 
 
 def _take_turn(
@@ -503,8 +501,17 @@ def _evaluate_set(
     return means | collected.results()
 
 
+LOSS = "The recipe's loss"
+"""What error messages call the loss."""
+
+
+def name_of(metric: str) -> str:
+    """Return what error messages call a metric, or the loss."""
+    return LOSS if metric == "loss" else f"The metric {metric}"
+
+
 def sum_and_count(
-    function: Callable[[Any, Any], Any], outputs: Any, batch: Any, *, name: str | None = None
+    function: Callable[[Any, Any], Any], outputs: Any, batch: Any, *, name: str
 ) -> tuple[Any, int | Tensor]:
     """Call a loss or metric and return its (sum, count).
 
@@ -512,26 +519,29 @@ def sum_and_count(
         function: The loss or metric.
         outputs: What the recipe's `forward` returned.
         batch: The batch on this rank's device.
-        name: Name for the error message; by default the function's own.
+        name: Name for error messages, such as `The metric accuracy`.
 
     Raises:
         RecipeError: The function did not return (sum, count).
     """
-    returned = function(outputs, batch)
+    try:
+        returned = function(outputs, batch)
+    except Exception as error:
+        note_call(error, name, **_described(outputs, batch))
+        raise
     if isinstance(returned, tuple) and len(returned) == 2:
         total, count = returned
-        if isinstance(count, (int, Tensor)) and not (isinstance(total, Tensor) and total.ndim):
+        is_count = isinstance(count, int) or (isinstance(count, Tensor) and not count.ndim)
+        if is_count and not (isinstance(total, Tensor) and total.ndim):
             return total, count
-    name = name or getattr(function, "__name__", "a loss or metric")
     raise RecipeError(
-        f"{name} returned {_describe(returned)}; expected (sum, count): the sum over the items of "
-        "the batch as a scalar, as with reduction='sum', and the number of these items, such as "
-        "len(targets)."
+        f"{name} returned {_describe(returned)}; expected {SUM_AND_COUNT}. "
+        f"{called_with(name, **_described(outputs, batch))}"
     )
 
 
 def training_loss(
-    loss: Callable[[Any, Any], Any], outputs: Any, batch: Any, name: str = _LOSS_NAME
+    loss: Callable[[Any, Any], Any], outputs: Any, batch: Any, name: str = LOSS
 ) -> tuple[Tensor, int | Tensor]:
     """Call the loss in training and return its (sum, count).
 
@@ -548,12 +558,17 @@ def training_loss(
     if isinstance(total, Tensor) and total.requires_grad:
         return total, count
     found = "a tensor without a gradient" if isinstance(total, Tensor) else kind_of(total)
-    only = "" if name == _LOSS_NAME else " It must depend on the objective's own parameters."
+    only = "" if name == LOSS else " It must depend on the objective's own parameters."
     raise RecipeError(
         f"{name} returned ({found}, count), from which no gradient can be computed. "
         "Return the sum as a tensor that is computed from the outputs of the model, without "
-        f".item(), .detach() or torch.no_grad() in the loss and in forward.{only}"
+        f".item(), .detach() or torch.no_grad() in the loss and in forward.{only} "
+        f"{called_with(name, **_described(outputs, batch))}"
     )
+
+
+def _described(outputs: Any, batch: Any) -> dict[str, str]:
+    return {"outputs": describe_argument(outputs), "batch": describe_argument(batch)}
 
 
 def _describe(returned: Any) -> str:

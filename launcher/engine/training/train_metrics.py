@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from launcher.engine.training.loop import sum_and_count
+from launcher.engine.training.loop import name_of, sum_and_count
 from launcher.recipe.objective import measured_objective
 from launcher.recipe.prediction_metric import PredictionMetric
 from launcher.recipe.recipe import Recipe
@@ -56,5 +56,5 @@ class _LossWithMetrics:
         if is_received():
             with torch.no_grad():
                 for name, metric in self._metrics.items():
-                    log(name, *sum_and_count(metric, outputs, batch, name=f"The metric {name}"))
+                    log(name, *sum_and_count(metric, outputs, batch, name=name_of(name)))
         return returned
