@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from launcher.runs.job import OutputMode
     from launcher.runs.run_result import RunResult
     from launcher.runs.rundir import RunDir
-    from launcher.sweeps.objective import PrunableTrial
+    from launcher.sweeps.search_objective import PrunableTrial
     from launcher.sweeps.sweep_result import SweepResult
 
 
@@ -391,7 +391,7 @@ def objective(
     from launcher.launch.typed_recipe import importable
     from launcher.recipe.resolve import check_not_importing
     from launcher.recipe.validation import PositiveInt
-    from launcher.sweeps.objective import run_prunable, value_of
+    from launcher.sweeps.search_objective import run_prunable, value_of
 
     check_not_importing()
     if trial is None:

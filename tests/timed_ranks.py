@@ -36,7 +36,7 @@ from launcher.signals import StopRequest
 
 COMMON: dict[str, Any] = {
     "epochs": 2_000,
-    "max_time": "2s",
+    "max_time": "4s",
     "checkpoint_every": 10,
     "keep_checkpoints": 1_000,
 }

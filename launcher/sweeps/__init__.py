@@ -7,7 +7,7 @@
     sweeper         starts the runs, chooses which go on, handles signals
     sweep_result    what the runs came to, read from their folders
     sweep_table     the same as a table
-    objective       one run as a function that returns a metric, for Optuna and the like
+    search_objective  one run as a function that returns a metric, for Optuna and the like
 
 `launcher sweep` and `launcher.sweep` are thin layers over this room.
 """

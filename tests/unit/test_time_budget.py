@@ -141,8 +141,13 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a finished run with `max_time` and many checkpoints; imports are done before it."""
     folder = tmp_path_factory.mktemp("timed")
     train(folder / "imports", paced(max_time=None, steps=2))
-    train(folder / "run", paced())
-    return folder / "run"
+    for seconds in (2, 6, 18):  # a machine that stalls gets more time
+        run = folder / f"run{seconds}"
+        train(run, paced(max_time=f"{seconds}s"))
+        steps = timed_steps(run)
+        if steps.steps >= steps.first_step + 60:
+            break
+    return run
 
 
 @pytest.fixture
@@ -155,8 +160,9 @@ def test_a_run_finishes_its_schedule_in_the_time(original: Path) -> None:
     """The steps fit in the time, the schedule spans them, and all records show their number."""
     folder, steps = original, timed_steps(original)
     result = json.loads((folder / "result.json").read_text())
-    assert 10 < steps.first_step < steps.steps < 400
-    assert (steps.limit, result["steps"], result["max_seconds"]) == (5_000, steps.steps, 2.0)
+    seconds = float(steps.max_time.removesuffix("s"))
+    assert 1 < steps.first_step < steps.steps < 200 * seconds
+    assert (steps.limit, result["steps"], result["max_seconds"]) == (5_000, steps.steps, seconds)
     spans = [5_000] * steps.first_step + [steps.steps] * (steps.steps - steps.first_step)
     expected = [0.05 * cosine().at(step, span).factor for step, span in enumerate(spans)]
     assert rates(folder) == pytest.approx(expected, rel=1e-12)
@@ -170,7 +176,7 @@ def test_a_run_finishes_its_schedule_in_the_time(original: Path) -> None:
     [line] = [row for row in read_lines(folder / "output.jsonl") if row["event"] == "timed"]
     assert (line["step"], line["steps"], line["limit"]) == (steps.first_step, steps.steps, 5_000)
     used, given = history.time_used() or (0, 0)
-    assert (history.total_steps, given) == (steps.steps, 2.0)
+    assert (history.total_steps, given) == (steps.steps, seconds)
     assert 0.5 < used <= result["total_seconds"] + 0.1
 
 
@@ -186,7 +192,7 @@ def test_a_view_of_the_run_follows(copy: Path) -> None:
     write_run(run_dir, record)
     run_dir.events.write_bytes(events)
     history.refresh()
-    assert history.total_steps == timed_steps(copy).steps < 400
+    assert history.total_steps == timed_steps(copy).steps
 
 
 def test_a_run_that_is_stopped_while_it_measures_measures_again(
