@@ -49,13 +49,18 @@ def recipe(*callbacks: Any, **changes: Any) -> Recipe:
 
 
 def train(
-    folder: Path, trained: Recipe, start: ResumeFrom | None = None, *, stop_at: int | None = None
+    folder: Path,
+    trained: Recipe,
+    start: ResumeFrom | None = None,
+    *,
+    stop_at: int | None = None,
+    stop: StopRequest | None = None,
 ) -> RunDir:
     """Train in this process, also from a checkpoint or up to a step, and return the run folder."""
     folder.mkdir(exist_ok=True)
     plan = make_plan(trained, read_machine(), nproc_per_node=1)
     output = Output(terminal=io.StringIO(), errors=io.StringIO(), log=io.StringIO())
     backend = LocalBackend(trained, plan)
-    options = {"stop": StopRequest(), "start": start, "last_step": stop_at}
+    options = {"stop": stop or StopRequest(), "start": start, "last_step": stop_at}
     train_rank(trained, plan, backend, RunDir(folder), output, **options)  # type: ignore[arg-type]
     return RunDir(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from launcher.recipe.callback_checks import HOOKS
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.job import ResumeFrom
 from launcher.runs.rundir import RunDir
+from launcher.signals import StopRequest
 
 
 class Book:
@@ -115,6 +117,24 @@ def test_a_callback_resumes_with_its_state(tmp_path: Path) -> None:
         assert steps_of(second, hook) == steps_of(whole, hook)
     assert len(steps_of(second, "on_run_start")) == 2
     assert steps_of(other, "after_step") == [(5, 2), (6, 2)], "a new one begins anew"
+
+
+def test_a_run_that_is_stopped_ends_for_its_callbacks(tmp_path: Path) -> None:
+    """After a signal, a checkpoint is saved, `on_run_end` is called, and the run is not finished."""
+    stop, book = StopRequest(), Book()
+
+    class Stopping(Book):
+        def before_step(self, context: CallbackContext) -> None:
+            stop.number = signal.SIGTERM if context.step == 2 else None
+
+    train(tmp_path / "run", recipe(Stopping(), book, evaluate_every=1), stop=stop)
+    assert book.lines[-2:] == [["on_checkpoint", 3, 1], ["on_run_end", 3, 1]]
+    assert not book.contexts[-1].finished
+    assert list_checkpoints(RunDir(tmp_path / "run"))[0].step == 3
+    resumed = Book()
+    train(tmp_path / "run", recipe(Stopping(), resumed), ResumeFrom())
+    assert steps_of(resumed, "after_step")[-3:] == [(4, 2), (5, 2), (6, 2)]
+    assert resumed.contexts[-1].finished
 
 
 def test_an_evaluation_that_a_callback_refused_is_told_again(tmp_path: Path) -> None:
