@@ -382,3 +382,23 @@ def test_checkpoints_hold_every_optimizer(tmp_path: Path) -> None:
         stored |= set(load_file(shard))
     for name in small_gan().model().state_dict():
         assert f"optimizer/{name}/momentum_buffer" in stored
+
+
+def test_batch_norm_over_one_value_is_refused_in_any_turn(tmp_path: Path) -> None:
+    """BatchNorm that gets one value per channel is refused in the turn of a later objective too."""
+
+    def build() -> nn.ModuleDict:
+        normed = nn.Sequential(nn.Linear(64, 4), nn.BatchNorm1d(4))
+        return nn.ModuleDict({"plain": nn.Linear(64, 1), "normed": normed})
+
+    def use(name: str) -> Objective:
+        def call(model: Any, batch: Any) -> Tensor:
+            outputs: Tensor = model[name](batch[0].flatten(1))
+            return outputs
+
+        return Objective(name=name, parameters=f"{name}.*", loss=loss, forward=call)
+
+    objectives = use("plain"), use("normed")
+    built = small_gan(model=build, batch_size=1, metrics={}, objectives=objectives)
+    with pytest.raises(RecipeError, match=r"normed\.1"):
+        train(tmp_path, built)

@@ -145,9 +145,16 @@ def build_context(
         sampler = replace(sampler, statistics=batch_norms.statistics)
         batches = start_reading(sampler)
         if first_step < last_step and not recipe.compile:  # hooks do not run in compiled code
-            first_batch_size = len(next(sampler.requests(first_step)).indices)
-            recipe = check_first_batch_norm_input(
-                recipe, plan, sampler.train_samples, batch_norms, first_batch_size
+            check_input = functools.partial(
+                check_first_batch_norm_input,
+                plan=plan,
+                num_train_samples=sampler.train_samples,
+                norms=batch_norms,
+                num_first_samples=len(next(sampler.requests(first_step)).indices),
+            )
+            recipe = check_input(recipe)
+            objectives = tuple(
+                replace(each, recipe=check_input(each.recipe)) for each in objectives
             )
     return TrainContext(
         recipe=recipe,
