@@ -120,7 +120,7 @@ def test_a_callback_resumes_with_its_state(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_stopped_ends_for_its_callbacks(tmp_path: Path) -> None:
-    """After a signal, a checkpoint is saved, `on_run_end` is called, and the run is not finished."""
+    """After a signal, a checkpoint is saved and `on_run_end` is called for an unfinished run."""
     stop, book = StopRequest(), Book()
 
     class Stopping(Book):
