@@ -629,7 +629,7 @@ class Trainer:
         saves: bool = False,
     ) -> None:
         """Train a case into a folder called `name`, resumed from a copy of `source` if given."""
-        resumed_from = RESUMED_FROM if isinstance(case, Case) else case.saved_at
+        resumed_from = getattr(case, "saved_at", RESUMED_FROM)
         recipe = replace(
             case.make(self.world.world_size), checkpoint_every=resumed_from, keep_checkpoints=2
         )
