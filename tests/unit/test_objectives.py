@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,12 +13,12 @@ import pytest
 import torch
 from examples import LAPTOP, recipe
 from safetensors.torch import load_file
+from small_gans import every, small_gan, train
 from support import read_lines
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from launcher import (
-    Data,
     Objective,
     Plan,
     PlanError,
@@ -27,24 +26,17 @@ from launcher import (
     RecipeError,
     TrainingError,
     adamw,
-    constant,
     linear,
     make_plan,
-    read_machine,
-    sgd,
 )
 from launcher.console.explain import explain, summarize
 from launcher.engine.backends.local import LocalBackend
 from launcher.engine.data.permutation import Permutation
 from launcher.engine.data.randomness import ModelRandomness
 from launcher.engine.optimizers.joint import JointOptimizer
-from launcher.engine.ranks.output import Output
-from launcher.engine.run import train_rank
 from launcher.recipe.objective import assign_parameters
 from launcher.recipes import gan
-from launcher.recipes.digits import read_digits
 from launcher.runs.checkpoints import list_checkpoints
-from launcher.runs.rundir import RunDir
 from launcher.signals import StopRequest
 
 
@@ -215,41 +207,6 @@ def test_states_of_a_shared_parameter_have_names_of_their_own() -> None:
     joint.state[shared] = {"step": torch.tensor(7.0), "momentum_buffer@two": torch.zeros(3)}
     assert float(optimizers["one"].state[shared]["step"]) == 7
     assert optimizers["two"].state[shared]["momentum_buffer"].sum() == 0
-
-
-def train(folder: Path, trained: Recipe, **options: Any) -> RunDir:
-    """Train in this process, and return the run folder."""
-    run_dir = RunDir(folder / f"run{len(list(folder.iterdir()))}")
-    run_dir.path.mkdir()
-    plan = make_plan(trained, read_machine(), nproc_per_node=1)
-    output = Output(terminal=io.StringIO(), errors=io.StringIO(), log=io.StringIO())
-    train_rank(trained, plan, LocalBackend(trained, plan), run_dir, output, **options)
-    return run_dir
-
-
-def small_gan(**changes: Any) -> Recipe:
-    """Return the GAN with ten steps of SGD, whose data set draws nothing."""
-    images, labels = read_digits()
-    latents = torch.randn(96, gan.LATENTS, generator=torch.Generator().manual_seed(5))
-    samples = torch.utils.data.TensorDataset(images[:96], labels[:96], latents)
-    fields: dict[str, Any] = {
-        "data": lambda: Data(train=samples),
-        "steps": 10,
-        "epochs": None,
-        "train_samples": 96,
-        "optimizer": sgd(momentum=0.9),
-        "schedule": constant(),
-        "lr": 0.05,
-        "max_grad_norm": 0.7,
-        "device": "cpu",
-    }
-    return replace(gan.gan(generator_lr=0.2), **fields | changes)
-
-
-def every(built: Recipe, *intervals: int) -> tuple[Objective, ...]:
-    """Return the objectives of a recipe with these intervals between their turns."""
-    pairs = zip(built.objectives, intervals, strict=True)
-    return tuple(replace(objective, every=interval) for objective, interval in pairs)
 
 
 def plain_gan(built: Recipe, intervals: Sequence[int]) -> tuple[list[list[float]], nn.Module]:

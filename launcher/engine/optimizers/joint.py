@@ -77,6 +77,11 @@ class _JointState(MutableMapping[Tensor, dict[str, Any]]):
         for _, optimizer in self._states[parameter]:
             optimizer.state.pop(parameter, None)
 
+    def clear(self) -> None:
+        """Drop the states. A parameter stays, with an empty state, unlike in other mappings."""
+        for parameter in self:
+            del self[parameter]
+
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self._states)
 
