@@ -115,7 +115,7 @@ def test_training_metrics_need_outputs_of_the_recipe() -> None:
 
 
 def test_each_objective_has_a_live_schedule(tmp_path: Path) -> None:
-    """A class of torch and a plateau drive the rates of their own objectives, also when resumed."""
+    """A class of torch and a plateau drive the rates of their own objectives."""
     built = small_gan(evaluate_every=2)
     critic, actor = built.objectives
     samples = built.data().train
