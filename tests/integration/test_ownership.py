@@ -38,6 +38,16 @@ def files_of(folder: Path) -> dict[str, bytes]:
     }
 
 
+def is_suspended(group: int) -> bool:
+    """Return whether every thread of a process group is stopped, or has ended."""
+    states = []
+    for stat in Path("/proc").glob("[0-9]*/task/[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            state, _, own_group, *_ = stat.read_text().rpartition(")")[2].split()
+            states += [state] if int(own_group) == group else []
+    return set(states) <= set("TZX")
+
+
 @dataclass(frozen=True)
 class Live:
     """A run in progress."""
@@ -50,6 +60,7 @@ class Live:
         """Suspend the processes of the run, and check that its folder does not change."""
         os.killpg(self.process.pid, signal.SIGSTOP)
         try:
+            wait_until(lambda: is_suspended(self.process.pid))  # a system call may still be ending
             before = files_of(self.run_dir.path)
             yield
             assert files_of(self.run_dir.path) == before
