@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from launcher.api import evaluate, objective, plan, predict, resume, run, sweep
+    from launcher.engine.data.mixture import Mixture, Source
+    from launcher.engine.data.packed import Packed, attention_mask, cumulative_lengths
     from launcher.engine.data.shards import Shards
+    from launcher.engine.data.weighted import weighted
     from launcher.engine.model.four_bits import four_bits
     from launcher.entry import main
     from launcher.environment.machine import Machine, read_machine
@@ -75,9 +78,11 @@ __all__ = [
     "LauncherError",
     "LoaderPolicy",
     "Machine",
+    "Mixture",
     "Objective",
     "OptimizerSpec",
     "OverrideError",
+    "Packed",
     "Plan",
     "PlanError",
     "Predictions",
@@ -91,6 +96,7 @@ __all__ = [
     "Schedule",
     "ScheduleValue",
     "Shards",
+    "Source",
     "SweepResult",
     "TrainingError",
     "TrialResult",
@@ -98,8 +104,10 @@ __all__ = [
     "WorldError",
     "adamw",
     "all_predictions",
+    "attention_mask",
     "constant",
     "cosine",
+    "cumulative_lengths",
     "cyclical",
     "ema",
     "evaluate",
@@ -128,6 +136,7 @@ __all__ = [
     "tail",
     "torch_schedule",
     "warmup",
+    "weighted",
     "wsd",
 ]
 
@@ -142,9 +151,11 @@ _MODULES = {
     "LauncherError": "launcher.errors",
     "LoaderPolicy": "launcher.planning.loading",
     "Machine": "launcher.environment.machine",
+    "Mixture": "launcher.engine.data.mixture",
     "Objective": "launcher.recipe.objective",
     "OptimizerSpec": "launcher.recipe.optimizer",
     "OverrideError": "launcher.errors",
+    "Packed": "launcher.engine.data.packed",
     "Plan": "launcher.planning.plan",
     "PlanError": "launcher.errors",
     "Predictions": "launcher.launch.predict_run",
@@ -158,6 +169,7 @@ _MODULES = {
     "Schedule": "launcher.recipe.schedules",
     "ScheduleValue": "launcher.recipe.schedules",
     "Shards": "launcher.engine.data.shards",
+    "Source": "launcher.engine.data.mixture",
     "SweepResult": "launcher.sweeps.sweep_result",
     "TrainingError": "launcher.errors",
     "TrialResult": "launcher.sweeps.sweep_result",
@@ -165,8 +177,10 @@ _MODULES = {
     "WorldError": "launcher.errors",
     "adamw": "launcher.recipe.optimizer",
     "all_predictions": "launcher.recipe.all_predictions",
+    "attention_mask": "launcher.engine.data.packed",
     "constant": "launcher.recipe.schedules",
     "cosine": "launcher.recipe.schedules",
+    "cumulative_lengths": "launcher.engine.data.packed",
     "cyclical": "launcher.recipe.schedules",
     "ema": "launcher.recipe.averaging",
     "evaluate": "launcher.api",
@@ -195,6 +209,7 @@ _MODULES = {
     "tail": "launcher.recipe.averaging",
     "torch_schedule": "launcher.recipe.unplanned_schedules",
     "warmup": "launcher.recipe.schedules",
+    "weighted": "launcher.engine.data.weighted",
     "wsd": "launcher.recipe.schedules",
 }
 """The module that defines each public name."""

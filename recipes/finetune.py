@@ -10,7 +10,8 @@ net from random weights.
 
 `causal_lm` trains a language model that transformers loads from a folder on a folder of text, with
 LoRA if `lora` gives the rank of its matrices. It needs `pip install transformers`, and peft for
-LoRA. With `four_bit=true`, the weights that LoRA adapts are kept in 4 bits (QLoRA), on CPUs too.
+LoRA. With `packed=true` a sample consists of whole documents that do not attend to each other. With
+`four_bit=true`, the weights that LoRA adapts are kept in 4 bits (QLoRA), on CPUs too.
 model.safetensors then holds the frozen weights and the LoRA matrices, under the names of peft:
 
     model = load_causal_lm(folder, lora=8, layers="all-linear", four_bit=False)
@@ -27,6 +28,8 @@ Verified on 1 and 2 CPU ranks. Held-out accuracy with 50 images of each class, m
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -183,6 +186,7 @@ def causal_lm(
     model: Path,
     data: Path,
     block: int = 256,
+    packed: bool = False,
     lora: int = 0,
     lora_layers: str = "all-linear",
     four_bit: bool = False,
@@ -193,6 +197,8 @@ def causal_lm(
         model: Folder of a model of transformers, with its tokenizer.
         data: Folder of text files.
         block: Length of a training sample in tokens.
+        packed: Whether samples are packed from documents that do not attend to each other;
+            otherwise they are cut from all text in a row.
         lora: Rank of the LoRA matrices; 0 trains all weights.
         lora_layers: Names of the layers that get LoRA matrices, as peft reads them.
         four_bit: Whether the weights of these layers are kept in 4 bits (QLoRA).
@@ -200,8 +206,8 @@ def causal_lm(
     return Recipe(
         name="causal_lm",
         model=lambda: load_causal_lm(model, lora, lora_layers, four_bit=four_bit),
-        data=lambda: build_text(model, data, block),
-        forward=lambda net, batch: net(input_ids=batch[0]).logits,
+        data=lambda: build_text(model, data, block, packed=packed),
+        forward=call_causal_lm,
         loss=token_cross_entropy,
         count=lambda batch: int((batch[1] != _IGNORED).sum()),
         optimizer=adamw(weight_decay=0.1, decay_1d=False),
@@ -272,8 +278,29 @@ def keep_in_four_bits(adapted: nn.Module) -> None:
         module.base_layer = four_bits(layer)
 
 
-def build_text(model: Path, folder: Path, block: int) -> Data:
+def call_causal_lm(net: nn.Module, batch: Sequence[Tensor]) -> Tensor:
+    """Return the logits of a batch of (tokens, targets), or also positions and documents."""
+    from launcher import attention_mask
+
+    tokens, _, *boundaries = batch
+    if not boundaries:
+        logits: Tensor = net(input_ids=tokens).logits
+        return logits
+    positions, documents = boundaries
+    mask = attention_mask(documents)
+    packed: Tensor = net(input_ids=tokens, position_ids=positions, attention_mask=mask).logits
+    return packed
+
+
+def build_text(model: Path, folder: Path, block: int, *, packed: bool = False) -> Data:
     """Return the text files of a folder as blocks of tokens, by the tokenizer of the model.
+
+    Args:
+        model: Folder of the tokenizer.
+        folder: Folder of the text files.
+        block: Tokens of a sample.
+        packed: Whether the boundaries of documents are kept; a document is a file, or a piece of
+            `block` tokens of a longer one.
 
     Raises:
         RecipeError: The text has too few tokens for one block.
@@ -282,12 +309,16 @@ def build_text(model: Path, folder: Path, block: int) -> Data:
     from torch.utils.data import TensorDataset
     from transformers import AutoTokenizer
 
+    from launcher import Packed
     from launcher.recipes.gpt import read_documents
 
     tokenizer: Any = AutoTokenizer.from_pretrained(model, local_files_only=True)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     texts = [text.decode(errors="replace") for text in read_documents(folder)]
-    tokens = [token for ids in tokenizer(texts)["input_ids"] for token in (*ids, *end)]
+    documents = [[*ids, *end] for ids in tokenizer(texts)["input_ids"]]
+    if packed:
+        return Data(train=Packed(documents, tokens=block, long="split"), collate=in_order)
+    tokens = list(itertools.chain.from_iterable(documents))
     if len(tokens) <= block:
         raise RecipeError(
             f"data={folder} has {len(tokens):,} tokens, and block={block} needs at least "
@@ -297,7 +328,15 @@ def build_text(model: Path, folder: Path, block: int) -> Data:
     return Data(train=TensorDataset(blocks[:, :-1], blocks[:, 1:]))
 
 
-def token_cross_entropy(logits: Tensor, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def in_order(samples: list[dict[str, Any]]) -> list[Tensor]:
+    """Return (tokens, targets, positions, documents) of a batch of packed samples."""
+    from torch.utils.data import default_collate
+
+    batch = default_collate(samples)
+    return [batch[name] for name in ("input_ids", "targets", "position_ids", "document_ids")]
+
+
+def token_cross_entropy(logits: Tensor, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Return the sum of the cross-entropies in nats and the number of tokens.
 
     The number is a tensor: reading it would make the host wait for the GPU in every step.

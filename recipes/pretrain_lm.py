@@ -13,6 +13,7 @@ they need. Without `tokens` the bytes of Python's standard library are the token
 The weights have the names of Llama in transformers, which loads what `launcher export` writes:
 
     launcher run pretrain_lm --out runs/lm
+    launcher run pretrain_lm batch_tokens=8192 tokens_per_sample=128
     launcher export runs/lm --hf exported
 
 Verified on 1 and 2 CPU ranks with a million weights, also under ZeRO 3, with tensor_parallel=2, and
@@ -496,6 +497,11 @@ class Blocks:
         self._range = range(self._ends[-1] if self._ends else 0)
         for file, size in zip(files, self.sizes, strict=True):
             self._check(file, self._read(file, 0, min(size, block + 1)))
+
+    @property
+    def tokens_per_sample(self) -> int:
+        """Return the number of tokens of a sample, by which batch_tokens is checked."""
+        return self.block
 
     def cut(self, start: int, stop: int) -> Blocks:
         """Return the blocks from `start` up to, but not including, `stop`."""

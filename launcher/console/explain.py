@@ -239,6 +239,8 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     if _is_to_be_timed(plan):
         yield "", _timing_text(plan)
     yield from _evaluation_rows(plan)
+    if "order" in derivations:  # plans of older versions have none
+        yield "order", derivations["order"]
     yield "workers", f"{plan.workers_per_rank} per rank ({derivations['workers_per_rank']})"
     pinned = "pinned" if plan.pin_memory else "not pinned"
     yield "memory", f"{pinned} ({derivations['pin_memory']})"

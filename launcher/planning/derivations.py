@@ -140,6 +140,30 @@ def steps_arithmetic(
     return f"{total:,} = {counted(recipe.epochs or 0, 'epoch')} x {derived}"
 
 
+def tokens_text(recipe: Recipe, batch_size: int) -> str:
+    """Return how many tokens a batch has, to append to its arithmetic; empty if unknown."""
+    tokens = recipe.tokens_per_sample
+    if tokens is None:
+        return ""
+    return f"; {batch_size * tokens:,} tokens = {batch_size:,} samples x {tokens:,}"
+
+
+def order_text(recipe: Recipe) -> str:
+    """Return how samples are shuffled, and which reads of the storage that makes."""
+    window = f"{recipe.shuffle_window:,} samples"
+    return {
+        "global": "shuffle=global: any sample may come next (random reads over the whole set)",
+        "window": (
+            f"shuffle=window: chunks of the storage in a seeded order, shuffled in windows of "
+            f"{window} (sequential reads, chunk by chunk)"
+        ),
+        "length": (
+            f"shuffle=length: batches of similar length, sorted in windows of {window} (random "
+            "reads over the whole set)"
+        ),
+    }[recipe.shuffle]
+
+
 def notes_for(
     recipe: Recipe,
     machine: Machine,

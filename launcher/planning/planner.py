@@ -16,8 +16,10 @@ from launcher.errors import PlanError
 from launcher.planning.derivations import (
     batch_arithmetic,
     notes_for,
+    order_text,
     stages_text,
     steps_arithmetic,
+    tokens_text,
     virtual_arithmetic,
 )
 from launcher.planning.fsdp_messages import sharding_texts
@@ -128,12 +130,13 @@ def make_plan(
     else:
         arithmetic = virtual_arithmetic(batch_size, distribution, micro_batches, unit)
     derivations = {
-        "batch_size": arithmetic,
+        "batch_size": arithmetic + tokens_text(recipe, batch_size),
         "stages": stages_text(stages, lr, recipe.lr_rule),
         "lr": lr_reason,
         "total_steps": steps_arithmetic(recipe, batch_size, samples, steps_per_epoch, total_steps),
         "workers_per_rank": policy.workers_reason,
         "pin_memory": policy.pin_reason,
+        "order": order_text(recipe),
         **sharding_texts(recipe, sharding, accumulation, distribution.rounds),
     }
     plan = Plan(
@@ -227,6 +230,8 @@ def _batch_sizes(recipe: Recipe, world_size: int) -> list[int]:
         PlanError: The milestones do not rise, or a batch has fewer samples than there are ranks.
     """
     first = recipe.batch_size or (recipe.batch_size_per_gpu or 0) * world_size
+    if recipe.batch_tokens is not None:
+        first = _samples_of_tokens(recipe.batch_tokens, recipe.tokens_per_sample)
     milestones = recipe.batch_milestones
     if any(later <= earlier for earlier, later in itertools.pairwise((0.0, *milestones, 1.0))):
         raise PlanError(
@@ -253,6 +258,28 @@ def _batch_sizes(recipe: Recipe, world_size: int) -> list[int]:
             f"sample. Use at most {min(sizes)} {unit}, or batch_size={data_ranks} or more."
         )
     return sizes
+
+
+def _samples_of_tokens(batch_tokens: int, tokens_per_sample: int | None) -> int:
+    """Return the samples of a batch that is stated in tokens.
+
+    Raises:
+        PlanError: The samples have no stated number of tokens, or do not add up to the batch.
+    """
+    if tokens_per_sample is None:
+        raise PlanError(
+            f"batch_tokens={batch_tokens} needs the number of tokens of a sample, which the recipe "
+            "does not state. Give tokens_per_sample, or batch_size in samples."
+        )
+    samples, rest = divmod(batch_tokens, tokens_per_sample)
+    if rest or not samples:
+        lower = samples * tokens_per_sample
+        nearest = f"{lower} or {lower + tokens_per_sample}" if samples else f"{tokens_per_sample}"
+        raise PlanError(
+            f"batch_tokens={batch_tokens} is not a multiple of tokens_per_sample="
+            f"{tokens_per_sample}. Use batch_tokens={nearest}."
+        )
+    return samples
 
 
 def _stages(

@@ -25,10 +25,12 @@ from launcher.recipe.validation import describe
 
 TOPICS = {
     "Batch and learning rate": (
-        "batch_size batch_size_per_gpu batch_milestones batch_gamma micro_batch_size "
+        "batch_size batch_size_per_gpu batch_tokens tokens_per_sample batch_milestones batch_gamma "
+        "micro_batch_size "
         "lr lr_batch_size lr_rule schedule optimizer max_grad_norm averaging"
     ),
     "Length of the run": "epochs steps max_time train_samples evaluate_every stop_after seed",
+    "Order of the samples": "shuffle shuffle_window",
     "Initial weights": "weights strict_weights",
     "Memory and speed": (
         "strategy shard reshard_after_forward accumulate_unsharded prefetch_blocks reduce_dtype "

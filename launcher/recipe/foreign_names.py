@@ -241,7 +241,7 @@ _NAMES = (
     _Advice(words="dataloader_pin_memory pin_mem", write="pin_memory={value}"),
     _Advice(words="dataloader_prefetch_factor prefetch", write="prefetch_factor={value}"),
     _Advice(
-        words="shuffle drop_last dataloader_drop_last",
+        words="drop_last dataloader_drop_last",
         remark=(
             "Every epoch visits each sample once, in an order that seed=... determines; the last "
             "batch of an epoch may be smaller."

@@ -155,8 +155,8 @@ def build(reference: Reference, overrides: Sequence[Override] = ()) -> BuiltReci
         sources[override.name] = override.source
     original = _call(reference, parameters)
     overridden = {override.name for override in overrides}
-    for pair in EXCLUSIVE:
-        _clear_the_other(pair, overrides, changes, sources)
+    for names in EXCLUSIVE:
+        _clear_the_others(names, overrides, changes, sources)
     try:
         recipe = replace(original, **changes)
     except RecipeError as error:
@@ -239,29 +239,28 @@ def _call(reference: Reference, parameters: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
-def _clear_the_other(
-    pair: tuple[str, str],
+def _clear_the_others(
+    names: tuple[str, ...],
     overrides: Sequence[Override],
     changes: dict[str, Any],
     sources: dict[str, str],
 ) -> None:
-    """Set the other setting of an exclusive pair to None if one of the pair is overridden.
+    """Set the other settings of an exclusive group to None if one of the group is overridden.
 
     Raises:
-        OverrideError: Both have a value, given in the same place.
+        OverrideError: Several have a value, given in the same place.
     """
     # A recipe may have a parameter of the same name, which is not among the changes.
-    settings = [name for name in pair if name in changes]
-    overrides_of_pair = [override for override in overrides if override.name in settings]
-    if not overrides_of_pair:
+    settings = [name for name in names if name in changes]
+    given = [override for override in overrides if override.name in settings]
+    if not given:
         return
-    values = [override for override in overrides_of_pair if changes[override.name] is not None]
-    if len(values) == 2 and len({override.origin for override in values}) == 1:
-        first, second = values
+    values = [override for override in given if changes[override.name] is not None]
+    if len(values) > 1 and values[-1].origin == values[-2].origin:
+        first, second = values[-2:]
         raise OverrideError(f"{first} and {second} exclude each other: keep one.")
-    if len(overrides_of_pair) == 2 and len(values) == 1:
-        overrides_of_pair = values
-    winner = overrides_of_pair[-1].name
-    other = pair[0] if winner == pair[1] else pair[1]
-    changes[other] = None
-    sources[other] = f"replaced by {winner}"
+    winner = (values or given)[-1].name
+    for name in names:
+        if name != winner:
+            changes[name] = None
+            sources[name] = f"replaced by {winner}"

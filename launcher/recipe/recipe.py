@@ -113,6 +113,10 @@ class Data:
     collate: Callable[[list[Any]], Any] | None = None
     """Function from a list of samples to a batch; None is `torch.utils.data.default_collate`."""
 
+    lengths: Any = None
+    """The length of each training sample, a sequence or array of whole numbers; shuffle=length
+    forms batches of similar ones."""
+
     def __post_init__(self) -> None:
         self.evaluation_sets()
 
@@ -221,6 +225,14 @@ class Recipe:
     batch_size_per_gpu: Annotated[PositiveInt | None, Affects.SAMPLES] = None
     """Samples per optimizer step and GPU, instead of batch_size; the batch grows with the GPUs."""
 
+    batch_tokens: Annotated[PositiveInt | None, Affects.SAMPLES] = None
+    """Tokens per optimizer step, padding included, instead of batch_size: a multiple of
+    tokens_per_sample."""
+
+    tokens_per_sample: Annotated[PositiveInt | None, Affects.SAMPLES] = None
+    """Tokens of a training sample, padding included, which batch_tokens needs; checked against the
+    data when the run starts."""
+
     batch_milestones: Annotated[tuple[Fraction, ...], Affects.SAMPLES] = ()
     """Fractions of the run at which the batch size grows, and by lr_rule the learning rate."""
 
@@ -252,6 +264,13 @@ class Recipe:
 
     train_samples: Annotated[PositiveInt | None, Affects.SAMPLES] = None
     """Size of the training set, so that planning need not load it; checked when the run starts."""
+
+    shuffle: Annotated[Literal["global", "window", "length"], Affects.SAMPLES] = "global"
+    """Order of the training samples: any sample next (global); chunks of the storage in a random
+    order, and samples shuffled inside windows (window); batches of similar length (length)."""
+
+    shuffle_window: Annotated[PositiveInt, Affects.SAMPLES] = 16_384
+    """With shuffle=window or length: samples of a window, which are shuffled or sorted together."""
 
     evaluate_every: Annotated[PositiveInt | None, Affects.NOTHING] = None
     """Optimizer steps between evaluations, besides the last step; None evaluates every epoch."""
@@ -442,8 +461,8 @@ class Recipe:
         check_schedule(self.schedule, self.metrics)
         check_optimizer(self.optimizer)
         check_averaging(self.averaging, self.optimizer)
-        for pair in EXCLUSIVE:
-            _check_exactly_one(self, *pair)
+        for names in EXCLUSIVE:
+            _check_exactly_one(self, names)
 
     def _find_loss(self) -> None:
         """Let evaluations report the loss of the first objective if the recipe gives no other.
@@ -536,8 +555,8 @@ class Recipe:
         } | calls
 
 
-EXCLUSIVE = (("batch_size", "batch_size_per_gpu"), ("epochs", "steps"))
-"""Pairs of settings of which a recipe has exactly one; overriding one clears the other."""
+EXCLUSIVE = (("batch_size", "batch_size_per_gpu", "batch_tokens"), ("epochs", "steps"))
+"""Settings of which a recipe has exactly one; overriding one clears the others."""
 
 _CALLS = ("optimizer", "schedule", "averaging")
 """Settings that are written as calls, such as `sgd(momentum=0.9)`, and not as plain values."""
@@ -557,9 +576,10 @@ def settings_affecting(*parts: Affects) -> tuple[str, ...]:
     return tuple(name for name, affected in effects_of(Recipe).items() if affected in parts)
 
 
-def _check_exactly_one(recipe: Recipe, first: str, second: str) -> None:
-    values = {name: getattr(recipe, name) for name in (first, second)}
+def _check_exactly_one(recipe: Recipe, names: tuple[str, ...]) -> None:
+    values = {name: getattr(recipe, name) for name in names}
     present = [f"{name}={value}" for name, value in values.items() if value is not None]
     if len(present) != 1:
-        found = " and ".join(present) or "neither"
-        raise RecipeError(f"A recipe needs exactly one of {first} and {second}; found {found}.")
+        found = " and ".join(present) or ("neither" if len(names) == 2 else "none")
+        needed = f"{', '.join(names[:-1])} and {names[-1]}"
+        raise RecipeError(f"A recipe needs exactly one of {needed}; found {found}.")

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import fields
+from typing import Any
 
 from launcher.errors import CheckpointError
 from launcher.planning.plan import Plan
 from launcher.recipe.affects import Affects
-from launcher.recipe.recipe import settings_affecting
+from launcher.recipe.recipe import Recipe, settings_affecting
 from launcher.runs.manifest import Manifest
+
+_ORDER = ("shuffle", "shuffle_window")
+"""Settings that determine the order of the samples; older checkpoints have their defaults."""
+
+_ORDER_DEFAULTS = {item.name: item.default for item in fields(Recipe) if item.name in _ORDER}
 
 
 def check_resumable(
@@ -32,7 +38,8 @@ def check_resumable(
             the message names the first that does, with both values.
     """
     before, now = manifest.agreement, json.loads(json.dumps(plan.agreement()))
-    for key in _required_equal():
+    before = _ORDER_DEFAULTS | dict(before)
+    for key in (*_required_equal(), *_orders(before, now)):
         if key == "batch_size" and None in (before.get(key), now.get(key)):
             continue  # the stages, which follow from it, are compared instead
         if key == "train_samples" and (
@@ -64,6 +71,11 @@ def setting_changes(manifest: Manifest, plan: Plan) -> list[str]:
         for key in sorted((*settings_affecting(Affects.SAMPLES, Affects.UPDATES), "objectives"))
         if key in before and key in now and before[key] != now[key]
     ]
+
+
+def _orders(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the settings of the order that matter: without windows, their size does not."""
+    return ("shuffle",) if before["shuffle"] == now["shuffle"] == "global" else _ORDER
 
 
 def _required_equal() -> tuple[str, ...]:

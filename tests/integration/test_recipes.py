@@ -268,6 +268,8 @@ def test_a_language_model_from_a_folder(run: Commands, lora: int, transformers: 
     settings = ["model=model", f"data={ROOT}/recipes", "block=32", f"lora={lora}", "steps=4"]
     if lora:
         settings += ["four_bit=true", "strategy=fsdp"]
+    else:
+        settings += ["packed=true", "batch_tokens=512", "tokens_per_sample=32"]
     train(run, "finetune:causal_lm", *settings)
     losses = [
         row["loss"]

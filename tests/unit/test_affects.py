@@ -30,8 +30,12 @@ SETTINGS = {
     Affects.SAMPLES: {
         "batch_size",
         "batch_size_per_gpu",
+        "batch_tokens",
+        "tokens_per_sample",
         "batch_milestones",
         "batch_gamma",
+        "shuffle",
+        "shuffle_window",
         "train_samples",
         "seed",
         "virtual_ranks",

@@ -114,10 +114,10 @@ RECIPE = Recipe(
 
 def varied(**changes: Any) -> Recipe:
     """Return the recipe with other settings; of an exclusive pair, the other is cleared."""
-    for pair in EXCLUSIVE:
-        for name, other in (pair, pair[::-1]):
-            if name in changes:
-                changes.setdefault(other, None)
+    for names in EXCLUSIVE:
+        given = [name for name in names if changes.get(name) is not None]
+        for name in names if given else ():
+            changes.setdefault(name, None)
     return replace(RECIPE, **changes)
 
 

@@ -63,6 +63,28 @@ def test_the_learning_rate_follows_the_batch(rule: str, lr: float, arithmetic: s
     assert plan.derivations["lr"] == arithmetic
 
 
+def test_a_batch_of_tokens_is_a_batch_of_samples() -> None:
+    """A batch of 65,536 tokens has 32 samples of 2,048, and scales the learning rate as such."""
+    tokens = recipe(batch_size=None, batch_tokens=65_536, tokens_per_sample=2048, lr_batch_size=64)
+    samples = recipe(batch_size=32, lr_batch_size=64)
+    plans = [make_plan(each, LAPTOP, nproc_per_node=2) for each in (tokens, samples)]
+    assert [plan.batch_size for plan in plans] == [32, 32]
+    assert plans[0].lr == plans[1].lr
+    assert "65,536 tokens = 32 samples x 2,048" in plans[0].derivations["batch_size"]
+
+
+@pytest.mark.parametrize(
+    ("per_sample", "words"),
+    [(None, ["tokens_per_sample"]), (48, ["960 or 1008"]), (2048, ["batch_tokens=2048"])],
+)
+def test_a_batch_of_tokens_needs_whole_samples(per_sample: int | None, words: list[str]) -> None:
+    """Tokens that are no whole number of samples are refused with the nearest numbers."""
+    tokens = recipe(batch_size=None, batch_tokens=1000, tokens_per_sample=per_sample)
+    with pytest.raises(PlanError) as error:
+        make_plan(tokens, LAPTOP, nproc_per_node=1)
+    assert all(word in str(error.value) for word in words)
+
+
 def test_a_batch_per_gpu_grows_with_the_gpus() -> None:
     """With batch_size_per_gpu the batch and the learning rate are proportional to the ranks."""
     per_gpu = recipe(batch_size=None, batch_size_per_gpu=64, lr_batch_size=64)

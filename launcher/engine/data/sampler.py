@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from launcher.engine.data.order import GlobalOrder, Order, look_up
 from launcher.engine.data.permutation import elements_at
 from launcher.planning.global_batch import BatchSplit, Statistics, ceil_div, part
 from launcher.planning.plan import Plan
@@ -22,7 +23,7 @@ from launcher.planning.virtual_ranks import Part
 from launcher.recipe.evaluation_sets import split_of
 
 _POSITIONS_PER_LOOKUP = 4096
-"""Number of positions looked up in one call of `elements_at`, to amortise its overhead."""
+"""Number of positions looked up in one call of `look_up`, to amortise its overhead."""
 
 _CACHED_WINDOWS, _CACHED_SIZES = 256, 16
 """Number of steps and of batch sizes whose division is remembered: the loop, and the requests that
@@ -112,8 +113,8 @@ class _Span(NamedTuple):
 class Sampler:
     """Generates the micro-batch requests of one rank.
 
-    Each step takes the next positions of the permutation seeded by (seed, epoch), as many as the
-    batch of its stage has, whatever the number of ranks. The last batch of an epoch is smaller if
+    Each step takes the next positions of the order of its epoch, as many as the batch of its stage
+    has, whatever the number of ranks. The last batch of an epoch is smaller if
     the batch size does not divide the number of samples. An evaluation visits each sample once, in
     order.
     """
@@ -130,9 +131,16 @@ class Sampler:
     evaluations: tuple[EvaluationSchedule, ...] = ()
     """The evaluation sets, in the order in which they are evaluated."""
 
+    order: Order | None = None
+    """The order of the training samples; None is a permutation seeded by (seed, epoch)."""
+
     statistics: Statistics = "none"
     """The samples over which the model's BatchNorm computes statistics. Micro-batches of one sample
     are avoided; if the last batch of an epoch needs one, its request has `alone` set."""
+
+    @functools.cached_property
+    def _order(self) -> Order:
+        return self.order or GlobalOrder(self.train_samples, self.plan.seed)
 
     @functools.cached_property
     def _course(self) -> Course:
@@ -162,7 +170,7 @@ class Sampler:
         """Return the indices of all samples in the global batch of `step`, in order."""
         epoch, start, size = self.window(step)
         positions = range(start, start + size)
-        return elements_at(self.train_samples, self.plan.seed, epoch, [positions])[0]
+        return look_up(self._order, epoch, [positions])[0]
 
     def samples_before(self, step: int) -> int:
         """Return the number of samples that all steps before `step` take."""
@@ -197,7 +205,7 @@ class Sampler:
         some samples of each evaluation set.
         """
         size = min(_NUM_TRIAL_SAMPLES, self.plan.micro_batch_size, self.train_samples)
-        samples = self._first_samples(self.train_samples, size - size % 2 or 1)
+        samples = look_up(self._order, 0, [range(size - size % 2 or 1)])[0]
         half = len(samples) // 2
         pieces = [samples, samples[:half], samples[half:]] if half else [samples]
         requests = [
@@ -281,7 +289,7 @@ class Sampler:
                 ranges.append(
                     ghost if is_ghost else range(start + positions.start, start + positions.stop)
                 )
-        indices = iter(elements_at(self.train_samples, self.plan.seed, epoch, ranges))
+        indices = iter(look_up(self._order, epoch, ranges))
         for _, _, size in windows:
             yield [
                 MicroBatchRequest(

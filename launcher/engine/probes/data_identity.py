@@ -44,6 +44,9 @@ def describe_data(context: TrainContext) -> dict[str, Any]:
         "train": {"length": sampler.train_samples, "classes": describe_classes(data.train)},
         "evaluation": None,
     }
+    index = getattr(data.train, "fingerprint", None)
+    if callable(index):
+        fingerprint["train"]["index"] = str(index())
     sets = data.evaluation_sets()
     for schedule in sampler.evaluations:
         classes = describe_classes(sets[schedule.name].data)
@@ -160,6 +163,9 @@ def find_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> DataDif
             return DataDifference(f"the number of {title} samples", *counts)
         if one_split is None or other_split is None:
             continue
+        indices = one_split.get("index"), other_split.get("index")
+        if None not in indices and indices[0] != indices[1]:
+            return DataDifference(f"the index of the {title} data", *map(str, indices))
         differs = first_difference(one_split.get("classes"), other_split.get("classes"))
         if differs is not None:
             return differs._replace(place=f"the list of {title} classes{_at(differs.place)}")

@@ -11,10 +11,12 @@ from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.data import TensorDataset
 
 from launcher.engine.backends.base import Backend
 from launcher.engine.backends.transfers import upload_scalar
 from launcher.engine.data.open_files import open_files, opened_since
+from launcher.engine.data.order import OrderRequest, order_of
 from launcher.engine.data.prefetching import micro_batches, raise_if_error
 from launcher.engine.data.randomness import seed_all
 from launcher.engine.data.reader import MicroBatch, Reader, call_data, sample_count
@@ -47,6 +49,8 @@ from launcher.engine.training.train_metrics import with_train_metrics
 from launcher.errors import RecipeError
 from launcher.planning.plan import Plan
 from launcher.planning.single_sample_batches import has_single_sample_batches
+from launcher.planning.stages import Course
+from launcher.printable import kind_of
 from launcher.recipe.evaluation_sets import metric_name, split_of, title_of
 from launcher.recipe.keep_best import check_set_metric
 from launcher.recipe.recipe import Data, Recipe
@@ -95,10 +99,13 @@ def build_context(
     files_before = open_files()
     data = backend.local_rank_zero_first("read the data", lambda: build_data(recipe, plan))
     report_phase(first_step, PHASES[0])
+    num_samples = sample_count(data.train, "train")
+    check_tokens(data.train, plan.settings.get("tokens_per_sample"))
     sampler = Sampler(
         plan=plan,
         rank=backend.data_rank,
-        train_samples=sample_count(data.train, "train"),
+        train_samples=num_samples,
+        order=order_of(data.train, num_samples, order_request(plan, num_samples), data.lengths),
         evaluations=evaluation_schedules(data, plan) if evaluates else (),
     )
     recipe, plateaus = with_live_schedules(
@@ -176,6 +183,55 @@ def build_context(
         plateaus=plateaus,
         missed_evaluations=missed,
         objectives=objectives,
+    )
+
+
+def check_tokens(dataset: Any, stated: int | None) -> None:
+    """Refuse training samples without the number of tokens that the recipe states.
+
+    The number is the attribute `tokens_per_sample` of the data set, or the second size of the first
+    tensor of a TensorDataset.
+
+    Args:
+        dataset: The training set.
+        stated: `Recipe.tokens_per_sample`; None checks nothing.
+
+    Raises:
+        RecipeError: The samples have no fixed number of tokens, or another one.
+    """
+    if stated is None:
+        return
+    found = getattr(dataset, "tokens_per_sample", None)
+    if found is None and type(dataset) is TensorDataset and dataset.tensors[0].ndim > 1:
+        found = dataset.tensors[0].shape[1]
+    if not isinstance(found, int):
+        raise RecipeError(
+            f"tokens_per_sample={stated}: the training set, {kind_of(dataset)}, does not say that "
+            "its samples have a fixed number of tokens. Give it an attribute tokens_per_sample, "
+            "pack its documents with launcher.Packed, or state the batch by batch_size without "
+            "tokens_per_sample."
+        )
+    if found != stated:
+        raise RecipeError(
+            f"The recipe has tokens_per_sample={stated}, and the training samples have {found} "
+            f"tokens. Set tokens_per_sample={found}, or make the samples that long."
+        )
+
+
+def order_request(plan: Plan, num_samples: int) -> OrderRequest:
+    """Return what the order of the training samples depends on.
+
+    Args:
+        plan: The plan.
+        num_samples: Number of positions in an epoch.
+    """
+    return OrderRequest(
+        seed=plan.seed,
+        shuffle=plan.settings.get("shuffle", "global"),
+        window=plan.settings.get("shuffle_window", 1),
+        batch_size=plan.batch_size,
+        total_positions=Course(plan.stages, num_samples).position(plan.total_steps),
+        is_timed=plan.settings.get("max_time") is not None,
     )
 
 
