@@ -64,14 +64,14 @@ NAMES = {
     "Sweeps": "sweep SweepResult TrialResult objective",
     "Evaluate and predict": "evaluate EvaluationResult predict Predictions",
     "Recipes": (
-        "Recipe Objective Data Evaluation all_predictions log CallbackContext Shards main "
-        "packaged_file"
+        "Recipe Objective Data Evaluation all_predictions log CallbackContext main packaged_file"
     ),
     "Schedules": (
         "one_cycle cyclical cosine linear constant exponential multi_step wsd warmup "
         "torch_schedule plateau schedule Schedule ScheduleValue"
     ),
     "Optimizers": "sgd adamw muon schedule_free OptimizerSpec",
+    "Stored data": "Shards ParquetRows TokenFiles MosaicShards LitShards RemoteCache",
     "Averaged weights": "ema tail Averaging",
     "Parts to use elsewhere": "make_plan read_machine Machine loader_policy LoaderPolicy",
     "Errors": " ".join([*(name for name in launcher.__all__ if name.endswith("Error")), "Failure"]),

@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     from launcher.api import evaluate, objective, plan, predict, resume, run, sweep
     from launcher.engine.data.mixture import Mixture, Source
     from launcher.engine.data.packed import Packed, attention_mask, cumulative_lengths
+    from launcher.engine.data.remote import RemoteCache
     from launcher.engine.data.shards import Shards
+    from launcher.engine.data.stores.lit import LitShards
+    from launcher.engine.data.stores.mosaic import MosaicShards
+    from launcher.engine.data.stores.parquet import ParquetRows
+    from launcher.engine.data.stores.tokens import TokenFiles
     from launcher.engine.data.weighted import weighted
     from launcher.engine.model.four_bits import four_bits
     from launcher.entry import main
@@ -76,18 +81,22 @@ __all__ = [
     "Failure",
     "History",
     "LauncherError",
+    "LitShards",
     "LoaderPolicy",
     "Machine",
     "Mixture",
+    "MosaicShards",
     "Objective",
     "OptimizerSpec",
     "OverrideError",
     "Packed",
+    "ParquetRows",
     "Plan",
     "PlanError",
     "Predictions",
     "Recipe",
     "RecipeError",
+    "RemoteCache",
     "RunDir",
     "RunDirError",
     "RunFailedError",
@@ -98,6 +107,7 @@ __all__ = [
     "Shards",
     "Source",
     "SweepResult",
+    "TokenFiles",
     "TrainingError",
     "TrialResult",
     "UsageError",
@@ -149,18 +159,22 @@ _MODULES = {
     "Failure": "launcher.runs.failure_record",
     "History": "launcher.runs.history",
     "LauncherError": "launcher.errors",
+    "LitShards": "launcher.engine.data.stores.lit",
     "LoaderPolicy": "launcher.planning.loading",
     "Machine": "launcher.environment.machine",
     "Mixture": "launcher.engine.data.mixture",
+    "MosaicShards": "launcher.engine.data.stores.mosaic",
     "Objective": "launcher.recipe.objective",
     "OptimizerSpec": "launcher.recipe.optimizer",
     "OverrideError": "launcher.errors",
     "Packed": "launcher.engine.data.packed",
+    "ParquetRows": "launcher.engine.data.stores.parquet",
     "Plan": "launcher.planning.plan",
     "PlanError": "launcher.errors",
     "Predictions": "launcher.launch.predict_run",
     "Recipe": "launcher.recipe.recipe",
     "RecipeError": "launcher.errors",
+    "RemoteCache": "launcher.engine.data.remote",
     "RunDir": "launcher.runs.rundir",
     "RunDirError": "launcher.errors",
     "RunFailedError": "launcher.runs.failure_record",
@@ -171,6 +185,7 @@ _MODULES = {
     "Shards": "launcher.engine.data.shards",
     "Source": "launcher.engine.data.mixture",
     "SweepResult": "launcher.sweeps.sweep_result",
+    "TokenFiles": "launcher.engine.data.stores.tokens",
     "TrainingError": "launcher.errors",
     "TrialResult": "launcher.sweeps.sweep_result",
     "UsageError": "launcher.errors",

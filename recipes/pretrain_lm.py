@@ -7,8 +7,8 @@ activations are computed again in backward.
 `tokens` is a file of token ids in a row without a header, as nanoGPT and Megatron-LM write them
 (`.bin`): 16 bits each where the vocabulary has at most 65,536 tokens, and 32 bits otherwise, in the
 byte order of x86. A folder stands for all its `.bin` files, of which those named `val*` are held
-out. `write_tokens` makes such a file. Workers map the files into memory and read only the blocks
-they need. Without `tokens` the bytes of Python's standard library are the tokens.
+out. `write_tokens` makes such a file. Workers read only the blocks that they need. Without `tokens`
+the bytes of Python's standard library are the tokens.
 
 The weights have the names of Llama in transformers, which loads what `launcher export` writes:
 
@@ -24,8 +24,6 @@ they have not been trained.
 
 from __future__ import annotations
 
-import bisect
-import itertools
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -33,7 +31,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from launcher import Data, Recipe, RecipeError, adamw, cosine, main, warmup
+from launcher import Data, Recipe, RecipeError, TokenFiles, adamw, cosine, main, warmup
 from launcher.recipes.gpt import bits_per_byte, count_tokens, cross_entropy, read_documents
 
 if TYPE_CHECKING:
@@ -421,14 +419,19 @@ def build_data(
     files = find_files(tokens)
     held_out = [file for file in files if tokens.is_dir() and file.name.startswith("val")]
     training = [file for file in files if file not in held_out]
-    train = Blocks(training, stored_as, block, vocabulary)
+    if not training:
+        raise RecipeError(
+            f"tokens={tokens} has only files named val*, which are held out. Add one to train on."
+        )
+    options: dict[str, Any] = {"block": block, "token_type": stored_as, "vocabulary": vocabulary}
+    train = TokenFiles(training, **options)
     if held_out:
-        return _nonempty(train, Blocks(held_out, stored_as, block, vocabulary), tokens)
+        return _nonempty(train, TokenFiles(held_out, **options), tokens)
     boundary = len(train) - min(_HELD_OUT, math.ceil(len(train) / 10))
     return _nonempty(train.cut(0, boundary), train.cut(boundary, len(train)), tokens)
 
 
-def _nonempty(train: Blocks, evaluation: Blocks, tokens: Path) -> Data:
+def _nonempty(train: TokenFiles, evaluation: TokenFiles, tokens: Path) -> Data:
     """Return the two data sets.
 
     Raises:
@@ -438,8 +441,9 @@ def _nonempty(train: Blocks, evaluation: Blocks, tokens: Path) -> Data:
         if not len(blocks):
             raise RecipeError(
                 f"tokens={tokens} has too few tokens {use}: {sum(train.sizes):,} in "
-                f"{len(train.files)} files, and block={train.block} needs {train.block + 1:,} for "
-                "each sample. Give more tokens, or a smaller block=."
+                f"{len(train.files)} files, and block={train.block} needs "
+                f"{(train.block or 0) + 1:,} for each sample. Give more tokens, or a smaller "
+                "block=."
             )
     return Data(train=train, evaluation=evaluation)
 
@@ -464,109 +468,6 @@ def find_files(tokens: Path) -> list[Path]:
 def token_type_for(vocabulary: int) -> TokenType:
     """Return how tokens of a vocabulary are stored unless `token_type` says otherwise."""
     return "uint16" if vocabulary <= 1 << 16 else "uint32"
-
-
-class Blocks:
-    """A data set of blocks in files of tokens.
-
-    A file is mapped into memory for each sample and not kept open, so that workers share nothing
-    and a folder may have any number of files.
-
-    Args:
-        files: The files.
-        stored_as: How a token is stored.
-        block: Tokens of a sample.
-        vocabulary: Number of different tokens; others are refused.
-
-    Raises:
-        RecipeError: A file cannot be read, or holds something else.
-    """
-
-    def __init__(
-        self, files: Sequence[Path], stored_as: TokenType, block: int, vocabulary: int
-    ) -> None:
-        self.files, self.stored_as, self.block, self.vocabulary = (
-            files,
-            stored_as,
-            block,
-            vocabulary,
-        )
-        self.sizes = [self._count(file) for file in files]
-        """Number of tokens in each file."""
-        self._ends = list(itertools.accumulate((size - 1) // block for size in self.sizes))
-        self._range = range(self._ends[-1] if self._ends else 0)
-        for file, size in zip(files, self.sizes, strict=True):
-            self._check(file, self._read(file, 0, min(size, block + 1)))
-
-    @property
-    def tokens_per_sample(self) -> int:
-        """Return the number of tokens of a sample, by which batch_tokens is checked."""
-        return self.block
-
-    def cut(self, start: int, stop: int) -> Blocks:
-        """Return the blocks from `start` up to, but not including, `stop`."""
-        part = Blocks.__new__(Blocks)
-        part.__dict__ |= self.__dict__ | {"_range": self._range[start:stop]}
-        return part
-
-    def __len__(self) -> int:
-        return len(self._range)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        import numpy as np
-        import torch
-
-        number = self._range[index]
-        which = bisect.bisect_right(self._ends, number)
-        first = number - (self._ends[which - 1] if which else 0)
-        tokens = self._read(self.files[which], first * self.block, self.block + 1)
-        if tokens.max() >= self.vocabulary:
-            self._check(self.files[which], tokens)
-        block = torch.from_numpy(tokens.astype(np.int64))
-        return block[:-1], block[1:]
-
-    def _read(self, file: Path, start: int, count: int) -> Any:
-        import numpy as np
-
-        return np.memmap(file, np.dtype(self.stored_as), "r")[start : start + count]
-
-    def _count(self, file: Path) -> int:
-        """Return the number of tokens in a file."""
-        token_bytes = {"uint16": 2, "uint32": 4}[self.stored_as]
-        try:
-            num_bytes = file.stat().st_size
-            with file.open("rb"):
-                pass
-        except OSError as error:
-            raise RecipeError(f"tokens={file}: {error.strerror}.") from None
-        if not num_bytes:
-            raise RecipeError(f"tokens={file}: the file is empty. Give a file with tokens.")
-        if num_bytes % token_bytes:
-            raise RecipeError(
-                f"tokens={file}: the file has {num_bytes:,} bytes, which is no multiple of the "
-                f"{token_bytes} bytes of a token. {self._advice()}"
-            )
-        return num_bytes // token_bytes
-
-    def _check(self, file: Path, tokens: Any) -> None:
-        """Refuse a file whose tokens are outside the vocabulary, or seem to be stored otherwise."""
-        if (largest := int(tokens.max())) >= self.vocabulary:
-            raise RecipeError(
-                f"tokens={file}: the file has a token {largest:,}, and the vocabulary has "
-                f"{self.vocabulary:,}. {self._advice()}"
-            )
-        if self.stored_as == "uint16" and tokens[0::2].any() and not tokens[1::2].any():
-            raise RecipeError(
-                f"tokens={file}: every second token is 0, as where tokens of 32 bits are read as "
-                f"{self.stored_as}. {self._advice()}"
-            )
-
-    def _advice(self) -> str:
-        other = "uint32" if self.stored_as == "uint16" else "uint16"
-        return (
-            f"The file is read as {self.stored_as}, without a header. If its tokens are {other}, "
-            f"set token_type={other}; otherwise give the file for this vocabulary."
-        )
 
 
 def write_tokens(

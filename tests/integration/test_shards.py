@@ -10,9 +10,10 @@ from random import Random
 
 import numpy as np
 import pytest
+from range_server import serve
 from support import Commands, read_lines
 
-from launcher import RecipeError, Shards
+from launcher import RecipeError, RemoteCache, Shards
 
 RECIPE = '''
 from pathlib import Path
@@ -86,6 +87,24 @@ def test_samples_are_read_by_index(folder: Path, tmp_path: Path) -> None:
         with pytest.raises(IndexError):
             shards[20]
         assert len(list((tmp_path / "cache/launcher/shards").iterdir())) == 3
+
+
+def test_shards_at_urls_are_downloaded_when_they_are_read(folder: Path, tmp_path: Path) -> None:
+    """Shards at URLs have the samples of local ones; a known index needs no download."""
+    local = Shards(sorted(folder.glob("*.tar")))
+    with serve(folder) as server:
+        urls = [f"{server.url}/{number}.tar" for number in range(3)]
+        for folder_name, requests in (("first", 1), ("second", 2)):
+            cache = RemoteCache(folder=tmp_path / folder_name)
+            shards = Shards(urls, cache=cache)
+            assert shards.chunks == local.chunks == [5, 1, 14]
+            assert [shards[index] for index in (0, 19, 3)] == [local[index] for index in (0, 19, 3)]
+            assert shards.fingerprint() == local.fingerprint()
+            assert server.requests["0.tar"] == requests
+        assert server.requests["1.tar"] == 1
+        (folder / "1.tar").write_bytes((folder / "1.tar").read_bytes()[:-9000])
+        with pytest.raises(RecipeError, match=rf"The shard {urls[1]} is not a complete tar"):
+            Shards(urls, cache=cache)
 
 
 def test_a_rewritten_shard_is_indexed_again(folder: Path) -> None:

@@ -41,6 +41,7 @@ ROOMS = [
     ["engine.ranks", "engine.state"],
     ["engine.backends"],
     ["engine.data", "engine.saving"],
+    ["engine.data.stores"],
     ["engine.model", "engine.metrics"],
     ["engine.training"],
     ["engine.probes"],

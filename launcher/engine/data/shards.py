@@ -22,6 +22,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from launcher.engine.data.data_files import DataFiles, digest_of, pread
+from launcher.engine.data.remote import DEFAULT_CACHE, RemoteCache, Version
 from launcher.errors import RecipeError
 from launcher.printable import printable_line, shortened, text_of
 from launcher.regular_file import open_regular
@@ -85,26 +87,34 @@ class Shards:
     to the content as bytes, with the name before the dot as `__key__`; or the result of `decode`
     for this dict.
 
+    A tar at a URL is downloaded to the cache when it is needed, and once to look up its samples.
+
     Args:
-        files: The tar files, in order.
+        files: Paths or URLs of the tar files, in order.
         decode: A function of the dict of bytes; None returns the dict itself.
+        cache: The cache of remote files.
 
     Raises:
         RecipeError: `files` is empty, or a file is missing, damaged, incomplete or compressed.
     """
 
     def __init__(
-        self, files: Sequence[Path | str], decode: Callable[[dict[str, Any]], Any] | None = None
+        self,
+        files: Sequence[Path | str],
+        decode: Callable[[dict[str, Any]], Any] | None = None,
+        *,
+        cache: RemoteCache = DEFAULT_CACHE,
     ) -> None:
         if not files:
             raise RecipeError(
                 "Shards got no files. Pass at least one, as in sorted(folder.glob('*.tar'))."
             )
-        self._paths = [Path(file) for file in files]
+        self._files = DataFiles(files, cache, noun="shard")
         self._decode = decode
-        self._indices = [_read_index(path) for path in self._paths]
-        self._ends = np.cumsum([len(index["starts"]) - 1 for index in self._indices])
-        self._descriptors: dict[int, int] = {}
+        self._indices = self._files.for_each(self._read_index)
+        self.chunks: list[int] = [len(index["starts"]) - 1 for index in self._indices]
+        """The number of samples in each tar, in order."""
+        self._ends = np.cumsum(self.chunks)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -117,22 +127,41 @@ class Shards:
         sample_index = index - (int(self._ends[shard - 1]) if shard else 0)
         first, stop = map(int, shard_index["starts"][sample_index : sample_index + 2])
         sample: dict[str, Any] = {_KEY: str(shard_index["keys"][sample_index])}
+        descriptor, name = self._files.descriptor(shard), self._files.name(shard)
         for member in range(first, stop):
-            content = _read_member(self._open(shard), shard_index, member, self._paths[shard])
+            content = _read_member(descriptor, shard_index, member, name)
             sample[str(shard_index["extensions"][member])] = content
         return sample if self._decode is None else self._decode(sample)
 
-    def _open(self, shard: int) -> int:
-        if shard not in self._descriptors:
-            self._descriptors[shard] = os.open(self._paths[shard], os.O_RDONLY)
-        return self._descriptors[shard]
+    def fingerprint(self) -> str:
+        """Return a digest of the names, sizes and headers of all files in the tars."""
+        return digest_of(
+            *(
+                array.tobytes()
+                for index in self._indices
+                for array in (index["keys"], index["sizes"], index["headers"])
+            )
+        )
 
-    def __del__(self) -> None:
-        for descriptor in getattr(self, "_descriptors", {}).values():
-            os.close(descriptor)
+    def _read_index(self, shard: int) -> _Index:
+        location = self._files.locations[shard]
+        if isinstance(location, Path):
+            return _read_index(location, f"{location.resolve()}", self._files.version(shard))
+        # The cached index serves after the tar has been removed from the cache.
+        version = self._files.version(shard)
+        cached = _cached_index(_index_path(location, version), version.size)
+        while cached is None:
+            path = self._files.local_path(shard)
+            try:
+                return _read_index(path, location, version)
+            except RecipeError as error:
+                if path.exists():
+                    name = self._files.name(shard)
+                    raise RecipeError(str(error).replace(str(path), name)) from None
+        return cached
 
 
-def _read_member(descriptor: int, index: _Index, member: int, path: Path) -> bytes:
+def _read_member(descriptor: int, index: _Index, member: int, name: str) -> bytes:
     """Return the content of a file in a tar, after checking its header against the index.
 
     Raises:
@@ -140,56 +169,54 @@ def _read_member(descriptor: int, index: _Index, member: int, path: Path) -> byt
     """
     offset, size = int(index["offsets"][member]), int(index["sizes"][member])
     # pread, because forked workers share the position of the descriptor.
-    data = _pread(descriptor, BLOCKSIZE + size, offset - BLOCKSIZE)
+    data = pread(descriptor, BLOCKSIZE + size, offset - BLOCKSIZE)
     header, content = data[:BLOCKSIZE], data[BLOCKSIZE:]
     if zlib.crc32(header) != int(index["headers"][member]) or len(content) != size:
         raise RecipeError(
-            f"The shard {path} changed during the run: the file at byte {offset - BLOCKSIZE:,} is "
+            f"The shard {name} changed during the run: the file at byte {offset - BLOCKSIZE:,} is "
             "not the one that was indexed. Do not modify shards during a run, and start the run "
             "again."
         )
     return content
 
 
-def _pread(descriptor: int, length: int, offset: int) -> bytes:
-    """Return `length` bytes at `offset`, or fewer at the end of the file.
-
-    A single pread may return fewer bytes; on Linux it returns at most 2 GiB.
-    """
-    pieces = []
-    while length > 0 and (piece := os.pread(descriptor, length, offset)):
-        pieces.append(piece)
-        length, offset = length - len(piece), offset + len(piece)
-    return b"".join(pieces)
-
-
-def _read_index(path: Path) -> _Index:
+def _read_index(path: Path, identity: str, version: Version) -> _Index:
     """Return the index of a tar file, from the cache if the file has not changed.
+
+    Args:
+        path: The file.
+        identity: Its resolved path, or its URL.
+        version: Its size and version.
 
     Raises:
         RecipeError: The file cannot be read, or is not a complete tar file.
     """
-    try:
-        status = path.stat()
-    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
-        reason = getattr(error, "strerror", None) or str(error)
-        raise RecipeError(f"Cannot read the shard {path}: {reason}.") from None
-    cache_key = f"{_FORMAT} {path.resolve()} {status.st_size} {status.st_mtime_ns}"
-    digest = hashlib.sha256(cache_key.encode()).hexdigest()[:32]
-    cache_path = cache_folder("shards") / f"{digest}.npz"
+    cache_path = _index_path(identity, version)
+    cached = _cached_index(cache_path, version.size)
+    if cached is not None and _matches(path, cached):
+        return cached
+    index = _make_index(path)
+    _cache_index(cache_path, index)
+    return index
+
+
+def _index_path(identity: str, version: Version) -> Path:
+    cache_key = f"{_FORMAT} {identity} {version.size} {version.tag}"
+    digest = hashlib.sha256(cache_key.encode(errors="surrogateescape")).hexdigest()[:32]
+    return cache_folder("shards") / f"{digest}.npz"
+
+
+def _cached_index(cache_path: Path, num_bytes: int) -> _Index | None:
+    """Return an index from the cache, or None if it is missing or damaged."""
     try:
         with (
             io.BufferedReader(open_regular(cache_path)) as file,
             np.load(file, allow_pickle=False) as arrays,
         ):
             index = dict(arrays)
-        if _is_index(index, status.st_size) and _matches(path, index):
-            return index
-    except _INDEX_ERRORS:  # missing or damaged
-        pass
-    index = _make_index(path)
-    _cache_index(cache_path, index)
-    return index
+    except _INDEX_ERRORS:
+        return None
+    return index if _is_index(index, num_bytes) else None
 
 
 def _is_index(index: _Index, num_bytes: int) -> bool:
@@ -214,11 +241,14 @@ def _is_index(index: _Index, num_bytes: int) -> bool:
 def _matches(path: Path, index: _Index) -> bool:
     """Return whether the first and last headers of a tar match its index."""
     members = sorted({0, len(index["offsets"]) - 1})
-    with open_regular(path) as file:
-        for member in members if members[-1] >= 0 else ():
-            file.seek(int(index["offsets"][member]) - BLOCKSIZE)
-            if zlib.crc32(file.read(BLOCKSIZE)) != int(index["headers"][member]):
-                return False
+    try:
+        with open_regular(path) as file:
+            for member in members if members[-1] >= 0 else ():
+                file.seek(int(index["offsets"][member]) - BLOCKSIZE)
+                if zlib.crc32(file.read(BLOCKSIZE)) != int(index["headers"][member]):
+                    return False
+    except OSError:
+        return False
     return True
 
 

@@ -1,0 +1,241 @@
+"""The files of a data set, local or remote, read at any position by any process."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from launcher.engine.data.remote import (
+    DEFAULT_CACHE,
+    RemoteCache,
+    Version,
+    download,
+    is_remote,
+    read_range,
+    read_version,
+)
+from launcher.errors import RecipeError, SampleError
+from launcher.printable import printable_line
+from launcher.regular_file import open_descriptor
+
+_MAX_OPEN = 128
+"""Largest number of files that a process holds open for one data set."""
+
+_RECHECK_SECONDS = 10.0
+"""Time after which the cache is told that a remote file is still in use."""
+
+_NUM_THREADS = 16
+"""Number of remote files whose versions or contents are requested at once."""
+
+_T = TypeVar("_T")
+
+
+class DataFiles:
+    """Files at paths or URLs, whose sizes are read at once and whose contents when needed.
+
+    Reads have positions of their own, so forked workers can share the descriptors. A remote file is
+    downloaded to the cache before its first read.
+
+    Args:
+        locations: The paths and URLs, in order.
+        cache: The cache of remote files.
+        noun: What a file is, for messages.
+
+    Raises:
+        RecipeError: There are no files, or one is missing or cannot be read.
+        SampleError: A store did not answer.
+    """
+
+    def __init__(
+        self,
+        locations: Sequence[Path | str],
+        cache: RemoteCache = DEFAULT_CACHE,
+        *,
+        noun: str = "data file",
+    ) -> None:
+        if isinstance(locations, (str, Path)):
+            locations = [locations]
+        if not locations:
+            raise RecipeError(
+                "The data set got no files. Pass at least one, as in sorted(folder.glob('*'))."
+            )
+        self.cache, self._noun = cache, noun
+        self.locations: list[Path | str] = [
+            location if is_remote(location) else _local(location) for location in locations
+        ]
+        """The paths and URLs."""
+        self._versions = self.for_each(self._read_version)
+        self._open: OrderedDict[int, tuple[int, float]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self.locations)
+
+    def name(self, number: int) -> str:
+        """Return the path or URL of a file for messages."""
+        return printable_line(str(self.locations[number]).partition("?")[0])
+
+    def size(self, number: int) -> int:
+        """Return the size of a file in bytes."""
+        return self._versions[number].size
+
+    def is_remote(self, number: int) -> bool:
+        """Return whether a file is remote."""
+        return isinstance(self.locations[number], str)
+
+    def version(self, number: int) -> Version:
+        """Return the size and version of a file."""
+        return self._versions[number]
+
+    def for_each(self, function: Callable[[int], _T]) -> list[_T]:
+        """Return the results of a function of a file's number, called in threads for URLs."""
+        numbers = range(len(self.locations))
+        if not any(self.is_remote(number) for number in numbers):
+            return [function(number) for number in numbers]
+        with ThreadPoolExecutor(_NUM_THREADS) as pool:
+            return list(pool.map(function, numbers))
+
+    def read(self, number: int, length: int, offset: int) -> bytes:
+        """Return `length` bytes of a file at `offset`.
+
+        Raises:
+            SampleError: The file cannot be read, or ends before.
+        """
+        try:
+            content = pread(self.descriptor(number), length, offset)
+        except OSError as error:
+            raise SampleError(
+                f"Reading {length:,} bytes at byte {offset:,} of {self.name(number)} failed: "
+                f"{error.strerror}."
+            ) from None
+        if len(content) != length:
+            raise SampleError(
+                f"{self.name(number)} is shorter than when the run started: reading {length:,} "
+                f"bytes at byte {offset:,} gave {len(content):,}. The file changed or was cut off: "
+                "copy it again."
+            )
+        return content
+
+    def read_end(self, number: int, length: int) -> bytes:
+        """Return up to `length` bytes at the end of a file, without downloading all of it."""
+        total = self.size(number)
+        start, location = max(total - length, 0), self.locations[number]
+        if isinstance(location, str):
+            return read_range(location, start, total, self.cache)
+        return self.read(number, total - start, start)
+
+    def descriptor(self, number: int) -> int:
+        """Return a descriptor of the open file, which stays valid until the next call.
+
+        Raises:
+            RecipeError: The file is missing, or has changed.
+            SampleError: The file cannot be downloaded.
+        """
+        opened = self._open.get(number)
+        if opened is not None:
+            descriptor, checked = opened
+            if not self.is_remote(number):
+                self._open.move_to_end(number)
+                return descriptor
+            now = time.monotonic()
+            if now - checked < _RECHECK_SECONDS:
+                return descriptor
+            if os.fstat(descriptor).st_nlink:
+                with contextlib.suppress(OSError):
+                    os.utime(descriptor)
+                self._open[number] = descriptor, now
+                self._open.move_to_end(number)
+                return descriptor
+            # The cache removed it: closing it gives the space back.
+            os.close(self._open.pop(number)[0])
+        while len(self._open) >= _MAX_OPEN:
+            os.close(self._open.popitem(last=False)[1][0])
+        self._open[number] = self._open_file(number), time.monotonic()
+        return self._open[number][0]
+
+    def local_path(self, number: int) -> Path:
+        """Return a path under which this process can open a file now."""
+        location = self.locations[number]
+        return location if isinstance(location, Path) else self._download(location, number)
+
+    def _open_file(self, number: int) -> int:
+        location = self.locations[number]
+        if isinstance(location, Path):
+            try:
+                descriptor = open_descriptor(location, os.O_RDONLY)
+            except OSError as error:
+                raise self._open_error(location, error) from None
+            found = os.fstat(descriptor).st_size
+            if found != self.size(number):
+                os.close(descriptor)
+                raise RecipeError(
+                    f"{self.name(number)} has {found:,} bytes, and had {self.size(number):,} when "
+                    "the run started. Do not change files during a run, and start it again."
+                )
+            return descriptor
+        while True:
+            try:
+                return open_descriptor(self._download(location, number), os.O_RDONLY)
+            except FileNotFoundError:  # another process made room for its own files
+                continue
+
+    def _download(self, url: str, number: int) -> Path:
+        return download(url, self._versions[number], self.cache)
+
+    def _read_version(self, number: int) -> Version:
+        location = self.locations[number]
+        if isinstance(location, str):
+            return read_version(location, self.cache)
+        try:
+            status = location.stat()
+        except (OSError, ValueError) as error:
+            raise self._open_error(location, error) from None
+        return Version(status.st_size, str(status.st_mtime_ns), "")
+
+    def _open_error(self, path: Path, error: OSError | ValueError) -> RecipeError:
+        reason = getattr(error, "strerror", None) or str(error)
+        return RecipeError(f"Cannot read the {self._noun} {printable_line(str(path))}: {reason}.")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": OrderedDict()}
+
+    def __del__(self) -> None:
+        for descriptor, _ in getattr(self, "_open", {}).values():
+            os.close(descriptor)
+
+
+def pread(descriptor: int, length: int, offset: int) -> bytes:
+    """Return `length` bytes at `offset`, or fewer at the end of the file.
+
+    A single pread may return fewer bytes; on Linux it returns at most 2 GiB.
+    """
+    content = os.pread(descriptor, length, offset)
+    if len(content) == length or not content:
+        return content
+    pieces = [content]
+    length, offset = length - len(content), offset + len(content)
+    while length > 0 and (piece := os.pread(descriptor, length, offset)):
+        pieces.append(piece)
+        length, offset = length - len(piece), offset + len(piece)
+    return b"".join(pieces)
+
+
+def digest_of(*parts: bytes | str) -> str:
+    """Return a short digest of an index, which tells two data sets apart."""
+    digest = hashlib.sha256()
+    for part in parts:
+        content = part.encode(errors="surrogateescape") if isinstance(part, str) else part
+        digest.update(len(content).to_bytes(8, "little"))
+        digest.update(content)
+    return digest.hexdigest()[:32]
+
+
+def _local(location: Path | str) -> Path:
+    text = str(location)
+    return Path(text.removeprefix("file://")) if text.startswith("file://") else Path(text)

@@ -1,0 +1,343 @@
+"""Files at URLs, read through fsspec and a bounded cache on the local disk.
+
+All processes of a node share the cache. A file is downloaded once, under a lock, into a temporary
+file that is renamed when it is complete; the least recently used files are removed to make room.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from launcher.errors import RecipeError, SampleError
+from launcher.printable import error_line, printable_line, shortened
+from launcher.quantities import size
+from launcher.runs.cache import cache_folder
+
+_BLOCK_BYTES = 16 << 20
+"""Number of bytes of one request; an interrupted download is continued at a block."""
+
+_TAGS = ("ETag", "etag", "md5Hash", "generation", "Last-Modified", "LastModified", "mtime")
+"""What stores call the version of an object."""
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoteCache:
+    """Where remote files are kept on the local disk, and how they are requested."""
+
+    folder: Path | str | None = None
+    """The folder of the cache; None means `launcher/remote` in the user's cache folder."""
+
+    max_bytes: int = 100 << 30
+    """Largest size of all files in the folder; the least recently used ones are removed."""
+
+    attempts: int = 4
+    """Number of attempts for each request that fails for a passing reason."""
+
+    timeout_seconds: float = 60.0
+    """Time without any data after which an attempt over HTTP fails."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of fsspec's file system, such as `{"anon": True}` for public buckets on S3."""
+
+    @property
+    def path(self) -> Path:
+        """The folder of the cache."""
+        return cache_folder("remote") if self.folder is None else Path(self.folder)
+
+
+DEFAULT_CACHE = RemoteCache()
+"""The cache that data sets use unless they are given another one."""
+
+
+class Version(NamedTuple):
+    """What identifies the content of a remote file."""
+
+    size: int
+    """The size in bytes."""
+
+    tag: str
+    """The store's name of the version, such as the ETag; empty where the store has none."""
+
+    md5: str
+    """The MD5 of the content in hexadecimal digits; empty where the store does not tell it."""
+
+
+def is_remote(location: Path | str) -> bool:
+    """Return whether a location is the URL of a remote file."""
+    return (
+        isinstance(location, str)
+        and _URL.match(location) is not None
+        and not location.startswith(("file://", "local://"))
+    )
+
+
+def read_version(url: str, cache: RemoteCache = DEFAULT_CACHE) -> Version:
+    """Return the size and version of a remote file.
+
+    Raises:
+        RecipeError: The file is missing or access is denied, or fsspec is not installed.
+        SampleError: The store did not answer in several attempts.
+    """
+    info = _attempt(url, cache, lambda: _request(url, cache, "info"))
+    if not isinstance(info.get("size"), int):
+        raise RecipeError(
+            f"The server does not tell the size of {_shown(url)}, so the file cannot be read in "
+            "parts. Use a server that answers HEAD requests with Content-Length."
+        )
+    tag = next((str(info[name]) for name in _TAGS if info.get(name)), "")
+    md5 = info.get("md5Hash") or info.get("Content-MD5") or ""
+    try:
+        md5 = base64.b64decode(md5, validate=True).hex()
+    except (binascii.Error, ValueError):
+        md5 = ""
+    return Version(info["size"], tag, md5 if len(md5) == 32 else "")
+
+
+def read_range(url: str, start: int, stop: int, cache: RemoteCache = DEFAULT_CACHE) -> bytes:
+    """Return the bytes of a remote file from `start` up to, but not including, `stop`.
+
+    Raises:
+        RecipeError: The file is missing or access is denied.
+        SampleError: The store did not send these bytes in several attempts.
+    """
+
+    def read() -> bytes:
+        content: bytes = _request(url, cache, "cat_file", start, stop)
+        if len(content) > stop - start:  # a server that ignores ranges sends the whole file
+            content = content[start:stop]
+        if len(content) != stop - start:
+            raise OSError(f"{len(content):,} of {stop - start:,} bytes arrived")
+        return content
+
+    return _attempt(url, cache, read)
+
+
+def download(url: str, version: Version, cache: RemoteCache = DEFAULT_CACHE) -> Path:
+    """Return the path of a local copy of a remote file, which is downloaded if it is not cached.
+
+    Another process may remove the copy at any time to make room: open it at once, and call this
+    function again where it is missing. A file that is open can be read to its end.
+
+    Args:
+        url: The URL.
+        version: The version that is expected.
+        cache: The cache.
+
+    Raises:
+        RecipeError: The file changed, is larger than the cache, or the cache cannot be written.
+        SampleError: The store did not send the file in several attempts.
+    """
+    identity = f"{url}\n{version.size}\n{version.tag}"
+    digest = hashlib.sha256(identity.encode(errors="surrogateescape")).hexdigest()[:32]
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", url.partition("?")[0].rpartition("/")[2])[-80:]
+    path = cache.path / f"{digest}-{name}.data"
+    if _is_cached(path, version):
+        return path
+    if version.size > cache.max_bytes:
+        raise RecipeError(
+            f"{_shown(url)} has {size(version.size)}, and the cache in {cache.path} holds at most "
+            f"{size(cache.max_bytes)}. Set RemoteCache(max_bytes=...) to several times the size "
+            "of a file."
+        )
+    try:
+        cache.path.mkdir(parents=True, exist_ok=True)
+        with _locked(path.with_suffix(".lock")):
+            if not _is_cached(path, version):  # another process has downloaded it meanwhile
+                _download(url, version, cache, path)
+    except OSError as error:
+        raise _cache_error(url, cache, error) from None
+    return path
+
+
+def _is_cached(path: Path, version: Version) -> bool:
+    """Return whether a file is in the cache, and note that it is used."""
+    try:
+        if path.stat().st_size != version.size:
+            return False
+        os.utime(path)
+    except OSError as error:
+        # Some processes may only read a cache that others have filled.
+        return error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and path.exists()
+    return True
+
+
+def _download(url: str, version: Version, cache: RemoteCache, path: Path) -> None:
+    part = path.with_suffix(".part")
+    with _locked(cache.path / "room.lock"):
+        _make_room(cache, version.size, keep=part)
+        with part.open("wb") as file:
+            file.truncate(version.size)  # so that others count it while they make room
+    try:
+        md5 = hashlib.md5(usedforsecurity=False)
+        with part.open("r+b") as file:
+            for start in range(0, version.size, _BLOCK_BYTES):
+                stop = min(start + _BLOCK_BYTES, version.size)
+                content = read_range(url, start, stop, cache)
+                md5.update(content)
+                file.write(content)
+        if read_version(url, cache) != version:
+            raise RecipeError(
+                f"{_shown(url)} is not the file that was found when the run started: its size or "
+                "version has changed. Do not replace files during a run, and start it again."
+            )
+        if version.md5 and md5.hexdigest() != version.md5:
+            raise SampleError(
+                f"{_shown(url)} arrived with the MD5 {md5.hexdigest()}, and its store says "
+                f"{version.md5}. Start the run again; if it fails again, upload the file again."
+            )
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _make_room(cache: RemoteCache, needed: int, keep: Path) -> None:
+    """Remove the least recently used files until `needed` more bytes fit into the cache."""
+    files = []
+    for path in cache.path.iterdir():
+        if path.suffix == ".data" or (path.suffix == ".part" and path != keep):
+            with contextlib.suppress(OSError):  # removed meanwhile
+                status = path.stat()
+                files.append((status.st_mtime_ns, status.st_size, path))
+    total = sum(num_bytes for _, num_bytes, _ in files)
+    for _, num_bytes, path in sorted(files):
+        if total + needed <= cache.max_bytes:
+            return
+        if path.suffix == ".part":
+            lock = _try_lock(path.with_suffix(".lock"))
+            if lock is None:
+                continue  # a download in progress
+            path.unlink(missing_ok=True)
+            os.close(lock)
+        else:
+            path.unlink(missing_ok=True)
+        total -= num_bytes
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(path: Path) -> int | None:
+    """Return the descriptor of a lock, or None if another process holds it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _request(url: str, cache: RemoteCache, method: str, *arguments: Any) -> Any:
+    """Call a method of fsspec's file system for a URL.
+
+    fsspec itself returns a new file system in each process, because connections do not survive a
+    fork.
+    """
+    try:
+        import fsspec
+
+        options = dict(cache.options)
+        if url.startswith(("http://", "https://")) and "client_kwargs" not in options:
+            from aiohttp import ClientTimeout
+
+            seconds = cache.timeout_seconds
+            timeout = ClientTimeout(total=None, sock_connect=seconds, sock_read=seconds)
+            options["client_kwargs"] = {"timeout": timeout}
+        system, path = fsspec.core.url_to_fs(url, **options)
+    except ImportError as error:
+        raise RecipeError(
+            f"Reading {_shown(url)} needs a package that is not installed: "
+            f"{printable_line(str(error))}. Install it with `pip install 'gpu-launcher[remote]'`."
+        ) from None
+    except ValueError as error:
+        raise RecipeError(f"{_shown(url)} cannot be read: {printable_line(str(error))}.") from None
+    return getattr(system, method)(path, *arguments)
+
+
+def _attempt(url: str, cache: RemoteCache, request: Callable[[], _T]) -> _T:
+    """Return the result of a request, which is repeated if it fails for a passing reason."""
+    reason = ""
+    for attempt in range(cache.attempts):
+        if attempt:
+            time.sleep(min(0.25 * 2**attempt, 8.0))
+        try:
+            return request()
+        except (RecipeError, SampleError):
+            raise
+        except Exception as error:  # noqa: BLE001  # each file system has errors of its own
+            status = _status(error)
+            reason = printable_line(error_line(_first_cause(error)))
+            if status in (401, 403) or (status is None and isinstance(error, PermissionError)):
+                raise RecipeError(
+                    f"Access to {_shown(url)} is denied ({status or reason}). Check the "
+                    "credentials of this node, and RemoteCache(options=...)."
+                ) from None
+            missing = isinstance(error, FileNotFoundError) and error.__cause__ is None
+            if status in (404, 410) or (status is None and missing):
+                raise RecipeError(
+                    f"There is no file at {_shown(url)} ({status or 'not found'}). Check the URL."
+                ) from None
+    raise SampleError(
+        f"{_shown(url)} could not be read in {cache.attempts} attempts. The last one failed with "
+        f"{reason}. Check the store and the network; the run can be resumed."
+    )
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _status(error: BaseException) -> int | None:
+    """Return the HTTP status of an error or of what caused it; None if it has none."""
+    current: BaseException | None = error
+    while current is not None:
+        response = getattr(current, "response", None)
+        metadata = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
+        status = getattr(current, "status", metadata.get("HTTPStatusCode"))
+        if status is None:
+            status = getattr(current, "code", None)
+        if isinstance(status, int):
+            return status
+        current = current.__cause__
+    return None
+
+
+def _cache_error(url: str, cache: RemoteCache, error: OSError) -> RecipeError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        advice = "Make room on its disk, or set RemoteCache(folder=..., max_bytes=...) to fit it"
+    else:
+        advice = "Set RemoteCache(folder=...) to a folder on a local disk that can be written"
+    return RecipeError(
+        f"The cache folder {cache.path} cannot hold {_shown(url)}: "
+        f"{error.strerror or error_line(error)}. {advice}."
+    )
+
+
+def _shown(url: str) -> str:
+    """Return a URL for a message, without its query, which may hold a signature."""
+    return printable_line(shortened(url.partition("?")[0], 300))
