@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DistributedSampler, RandomSampler
 
-from launcher.engine.data.permutation import elements_at
+from launcher.engine.data.order import GlobalOrder, look_up
 from launcher.json_file import encode_json
 
 SEED = 0
@@ -29,7 +29,7 @@ SEED = 0
 
 def order(size: int, epoch: int) -> list[int]:
     """Return the samples of an epoch in the order of launcher."""
-    return elements_at(size, SEED, epoch, [range(size)])[0]
+    return look_up(GlobalOrder(size, SEED), epoch, [range(size)])[0]
 
 
 def use_order() -> None:

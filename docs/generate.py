@@ -71,7 +71,8 @@ NAMES = {
         "torch_schedule plateau schedule Schedule ScheduleValue"
     ),
     "Optimizers": "sgd adamw muon schedule_free OptimizerSpec",
-    "Stored data": "Shards ParquetRows TokenFiles MosaicShards LitShards RemoteCache",
+    "Stored data": "ParquetRows TokenFiles Shards MosaicShards LitShards RemoteCache Stream",
+    "Orders of data": "Mixture Source weighted Packed attention_mask cumulative_lengths",
     "Averaged weights": "ema tail Averaging",
     "Parts to use elsewhere": "make_plan read_machine Machine loader_policy LoaderPolicy",
     "Errors": " ".join([*(name for name in launcher.__all__ if name.endswith("Error")), "Failure"]),

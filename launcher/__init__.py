@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from launcher.engine.data.stores.mosaic import MosaicShards
     from launcher.engine.data.stores.parquet import ParquetRows
     from launcher.engine.data.stores.tokens import TokenFiles
+    from launcher.engine.data.streams import Stream
     from launcher.engine.data.weighted import weighted
     from launcher.engine.model.four_bits import four_bits
     from launcher.entry import main
@@ -106,6 +107,7 @@ __all__ = [
     "ScheduleValue",
     "Shards",
     "Source",
+    "Stream",
     "SweepResult",
     "TokenFiles",
     "TrainingError",
@@ -184,6 +186,7 @@ _MODULES = {
     "ScheduleValue": "launcher.recipe.schedules",
     "Shards": "launcher.engine.data.shards",
     "Source": "launcher.engine.data.mixture",
+    "Stream": "launcher.engine.data.streams",
     "SweepResult": "launcher.sweeps.sweep_result",
     "TokenFiles": "launcher.engine.data.stores.tokens",
     "TrainingError": "launcher.errors",

@@ -138,10 +138,14 @@ def _data(inspection: Inspection) -> Finding:
         f"{samples:,} {title_of(split_of(name))}"
         for name, samples in inspection.evaluation_samples.items()
     ]
-    counts = (
-        f"{inspection.num_samples:,} training samples, {', '.join(evaluation) or 'no evaluation'} "
-        f"samples; {inspection.batch}"
-    )
+    train = f"{inspection.num_samples:,} training samples"
+    if inspection.is_stream:
+        train = f"a stream of {train}" if inspection.num_samples else "a stream for training"
+        train += (
+            " (all ranks read all of it and keep their own samples, so steps have the same samples "
+            "on any number of ranks)"
+        )
+    counts = f"{train}, {', '.join(evaluation) or 'no evaluation'} samples; {inspection.batch}"
     if inspection.shared_file is not None:
         return failure(
             "data",
@@ -156,6 +160,14 @@ def _data(inspection: Inspection) -> Finding:
             f"{counts}; samples {samples} changed when two DataLoader workers read at the same "
             "time",
             _OPEN_PER_PROCESS,
+        )
+    if inspection.changing_samples and inspection.is_stream:
+        samples = _listed(map(str, inspection.changing_samples))
+        return failure(
+            "data",
+            f"{counts}; samples {samples} differ when the stream is read again, so ranks would "
+            "take samples twice or not at all, and no resumed run would find its place",
+            "seed the shuffling of the stream, and do not divide it among ranks or workers",
         )
     if inspection.changing_samples:
         samples = _listed(map(str, inspection.changing_samples))

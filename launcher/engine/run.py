@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import os
 import shlex
 import time
@@ -38,6 +39,7 @@ from launcher.engine.training.resume_point import (
     keep_planned_steps,
     restore_callbacks,
     restore_state,
+    stream_state_of,
 )
 from launcher.engine.training.time_budget import (
     SpeedMeasurement,
@@ -46,11 +48,13 @@ from launcher.engine.training.time_budget import (
     is_to_be_timed,
 )
 from launcher.errors import TrainingError, UsageError
+from launcher.json_file import lines_of
 from launcher.planning.plan import Plan
 from launcher.printable import noted_text_of
 from launcher.quantities import duration
 from launcher.recipe.max_time import seconds_in
 from launcher.recipe.recipe import Recipe
+from launcher.regular_file import open_regular
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.events import record_event
 from launcher.runs.files import write_json
@@ -161,6 +165,7 @@ def train_rank(
         first_step=first_step,
         last_step=last_step,
         recorded=None if resume_point is None else resume_point.evaluation,
+        stream_state=stream_state_of(resume_point),
         is_restored=resume_point is not None,
         trial=trial,
         source=source,
@@ -173,6 +178,8 @@ def train_rank(
     if resume_point is not None:  # from here on nothing refuses to resume
         discard_later_steps(resume_point, backend, run_dir)
     context = _record_start(context, run_dir, first_step)
+    if context.data_watch is not None and context.data_watch.bad_samples is not None:
+        context.data_watch.bad_samples.open(run_dir)
     hooks = CallbackHooks(context, run_dir, first_step)
     progress = output.progress(last_step) if backend.rank == 0 else None
     with _open_trackers(recipe, plan, backend, run_dir) as trackers:
@@ -497,7 +504,18 @@ def _summarize(result: TrainResult, run_dir: RunDir) -> str:
         budget = (
             f"\n{used} from the start, of {duration(result.max_seconds)} that max_time gives{over}"
         )
+    left_out = _left_out_text(run_dir)
     return (
         f"{held_out}{best}{result.steps:,} steps, {result.samples:,} samples in "
-        f"{duration(result.seconds)}{budget}\nrun folder: {run_dir.shown}"
+        f"{duration(result.seconds)}{budget}{left_out}\nrun folder: {run_dir.shown}"
     )
+
+
+def _left_out_text(run_dir: RunDir) -> str:
+    """Return a line about the samples that were left out; empty if there are none."""
+    try:
+        with io.BufferedReader(open_regular(run_dir.bad_samples)) as file:
+            count = sum(1 for _ in lines_of(file))
+    except OSError:
+        return ""
+    return f"\nsamples left out: {count:,}, listed in {run_dir.bad_samples.name}" if count else ""

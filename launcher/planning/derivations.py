@@ -152,7 +152,10 @@ def order_text(recipe: Recipe) -> str:
     """Return how samples are shuffled, and which reads of the storage that makes."""
     window = f"{recipe.shuffle_window:,} samples"
     return {
-        "global": "shuffle=global: any sample may come next (random reads over the whole set)",
+        "global": (
+            "shuffle=global: any sample may come next (random reads over the whole set); "
+            "a stream keeps its own order"
+        ),
         "window": (
             f"shuffle=window: chunks of the storage in a seeded order, shuffled in windows of "
             f"{window} (sequential reads, chunk by chunk)"

@@ -406,6 +406,14 @@ class Recipe:
     """With keep_best: evaluations in a row without a better value after which the run ends; None
     takes all steps."""
 
+    bad_samples: Annotated[Literal["stop", "skip"], Affects.UPDATES] = "stop"
+    """stop: a sample that cannot be read ends the run; skip: it is left out of its batch, whose
+    loss is divided by what was there, and listed in bad_samples.jsonl."""
+
+    max_bad_samples: Annotated[PositiveInt | Fraction, Affects.NOTHING] = 0.01
+    """With bad_samples=skip: training samples that may be left out before the run ends, as a number
+    or as a share of all samples that its steps take."""
+
     max_bad_steps: Annotated[PositiveInt, Affects.NOTHING] = 3
     """Consecutive steps, skipped because loss or gradient is not finite, that end the run."""
 

@@ -125,6 +125,10 @@ class StateValues(_RequiredValues, total=False):
     """Fingerprint of the data: lengths, classes and a few samples, as
     `launcher.engine.probes.data_identity` compares them."""
 
+    stream: dict[str, Any] | None
+    """Where the stream of training data stands, as `StreamState.to_json` returns it; None for other
+    data."""
+
     averaging: AveragingState | None
     """The state of the averaged weights; None without averaging."""
 

@@ -180,7 +180,8 @@ def _count_training_samples(built: BuiltRecipe) -> int:
         raise PlanError(
             f"{built.recipe.name}: epochs={built.recipe.epochs} needs the number of training "
             f"samples, and the data function returned {type(data).__name__} with no `train` that "
-            "has a length. Return launcher.Data(train=...), or give steps instead of epochs."
+            "has a length. Return launcher.Data(train=...). For a stream, give steps instead of "
+            "epochs, or state train_samples, the samples that an epoch takes from it."
         ) from None
     except KeyboardInterrupt:
         raise

@@ -24,6 +24,7 @@ memory.json         sizes of the tensors of the model, for `launcher find strate
 logs/rank<N>.log    everything that each rank printed
 health/             the heartbeat of each rank; see launcher.runs.heartbeat. After a hang also its
                     collective calls; see launcher.runs.collectives
+bad_samples.jsonl   samples that could not be read and were left out, with bad_samples=skip
 samples/            sample indices per step and rank, with record_samples=true
 """
 
@@ -158,6 +159,11 @@ class RunDir:
         """Return the file that holds what `rank` printed."""
         return self.path / "logs" / f"rank{rank}.log"
 
+    @property
+    def bad_samples(self) -> Path:
+        """The file of the samples that were left out, one line each."""
+        return self.path / "bad_samples.jsonl"
+
     def samples(self, rank: int) -> Path:
         """Return the file of the sample indices of `rank`, one line per step."""
         return self.path / "samples" / f"rank{rank}.jsonl"
@@ -288,7 +294,7 @@ class _StepLine(msgspec.Struct, frozen=True):
 
 
 def truncate_after(run_dir: RunDir, step: int) -> None:
-    """Remove the lines about steps after `step` from metrics.jsonl and samples/.
+    """Remove the lines about steps after `step` from metrics.jsonl, bad_samples.jsonl and samples/.
 
     A run that resumes from a checkpoint takes these steps again. Damaged lines are removed as well.
     What is not a regular file is set aside, because the run cannot append to it.
@@ -297,7 +303,8 @@ def truncate_after(run_dir: RunDir, step: int) -> None:
         RunDirError: A file cannot be read or written.
     """
     decoder = msgspec.json.Decoder(_StepLine)
-    for path in (run_dir.metrics, *run_dir.samples(0).parent.glob("rank*.jsonl")):
+    files = run_dir.metrics, run_dir.bad_samples
+    for path in (*files, *run_dir.samples(0).parent.glob("rank*.jsonl")):
         if not os.path.lexists(path):
             continue
         if path.is_symlink() or not path.is_file():

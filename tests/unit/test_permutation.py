@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from launcher import Recipe, make_plan, read_machine
-from launcher.engine.data.permutation import Permutation, elements_at
+from launcher.engine.data.order import GlobalOrder, look_up
+from launcher.engine.data.permutation import Permutation
 from launcher.engine.data.sampler import EvaluationSchedule, MicroBatchRequest, Sampler
 from launcher.engine.data.seeds import derive
 
@@ -59,7 +60,7 @@ def test_ranges_can_be_looked_up_together() -> None:
     order = Permutation(100, 5, 1)(np.arange(100)).tolist()
     ranges = [range(3, 10), range(1), range(90, 100)]
     expected = [order[positions.start : positions.stop] for positions in ranges]
-    assert elements_at(100, 5, 1, ranges) == expected
+    assert look_up(GlobalOrder(100, 5), 1, ranges) == expected
 
 
 def test_seeds_differ_along_a_path() -> None:

@@ -125,7 +125,7 @@ def describe_argument(value: Any) -> str:
 def describe_nested(value: Any) -> str:
     """Return the structure of a batch as text, such as `{'ids': int64 (8, 16), 'mask': ...}`."""
     if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+        return f"{str(value.dtype).removeprefix('torch.')} {_shape_text(value)}"
     if isinstance(value, np.ndarray):
         return f"ndarray {value.dtype} {value.shape}"
     parts = _parts(value)
@@ -141,6 +141,20 @@ def describe_nested(value: Any) -> str:
         return f"[{text}]" if isinstance(value, list) else f"({text})"
     text = ", ".join([f"{key}={describe_nested(part)}" for key, part in shown] + more)
     return f"{type(value).__name__}({text})"
+
+
+def _shape_text(tensor: Tensor) -> str:
+    """Return the shape of a tensor; of a ragged one, with a star for what differs."""
+    if not tensor.is_nested:
+        return str(tuple(tensor.shape))
+    sizes = []
+    for dimension in range(tensor.dim()):
+        try:
+            size = tensor.size(dimension)
+            sizes.append(str(size) if type(size) is int else "*")
+        except RuntimeError:  # torch refuses the size of a ragged dimension
+            sizes.append("*")
+    return f"({', '.join(sizes)})"
 
 
 def _parts(value: Any) -> Mapping[Any, Any] | None:
@@ -174,7 +188,10 @@ def _replace_parts(value: Any, parts: dict[Any, Any]) -> Any:
         is_named = hasattr(value, "_fields")
         return type(value)(*parts.values()) if is_named else type(value)(parts.values())
     if isinstance(value, Mapping) and not isinstance(value, MutableMapping):
-        return parts
+        try:
+            return type(value)(parts)  # type: ignore[call-arg]
+        except TypeError:
+            return parts
     clone: Any = copy.copy(value)
     for key, part in parts.items():
         if dataclasses.is_dataclass(value) and not isinstance(value, Mapping):

@@ -129,7 +129,7 @@ class Placement:
             return tensor
         if self._double:
             tensor = tensor.double()
-        if self._channels_last and tensor.ndim == 4:
+        if self._channels_last and tensor.ndim == 4 and not tensor.is_nested:
             return tensor.contiguous(memory_format=torch.channels_last)
         return tensor
 

@@ -105,6 +105,14 @@ class GlobalOrder:
         return Permutation(self._samples, self._seed, epoch)(positions)
 
 
+class SequentialOrder:
+    """Samples come as the data set numbers them."""
+
+    def elements_at(self, epoch: int, positions: Positions) -> Positions:
+        """Return the positions themselves."""
+        return positions
+
+
 class WindowOrder:
     """Chunks come in a seeded order, and samples are shuffled inside windows of it.
 

@@ -80,24 +80,3 @@ def _mix(values: NDArray[np.uint32]) -> NDArray[np.uint32]:
     values *= 0xC2B2AE35
     values ^= values >> 16
     return values
-
-
-def elements_at(size: int, seed: int, epoch: int, ranges: list[range]) -> list[list[int]]:
-    """Return the elements at several ranges of positions of an epoch, computed together.
-
-    Args:
-        size: The number of elements in an epoch.
-        seed: The run's seed.
-        epoch: The epoch, counted from 0.
-        ranges: Ranges of positions, each with step 1.
-
-    Returns:
-        A list of elements for each range.
-    """
-    positions = np.concatenate([np.arange(span.start, span.stop) for span in ranges])
-    flat = Permutation(size, seed, epoch)(positions).tolist()
-    elements, start = [], 0
-    for span in ranges:
-        elements.append(flat[start : start + len(span)])
-        start += len(span)
-    return elements

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from launcher.engine.backends.nested_tensors import map_tensors
@@ -26,14 +25,15 @@ def micro_batches(
 ) -> Iterator[MicroBatch]:
     """Return the micro-batches of `requests`, prefetched by the plan's workers.
 
-    Workers start immediately. Without workers, a micro-batch is read when the iterator reaches it.
-    The iterator raises SampleError if the data set raised an exception.
+    Workers start immediately; one of them reads a stream. Without workers, a micro-batch is read
+    when the iterator reaches it. The iterator raises SampleError if the data set raised an
+    exception.
 
     Raises:
         WorldError: The path of the temporary folder is too long for the sockets of workers.
         RecipeError: Workers are to be spawned, and the import location of the recipe is unknown.
     """
-    workers = plan.workers_per_rank
+    workers = min(plan.workers_per_rank, plan.workers_per_rank if reader.stream is None else 1)
     if not workers:
         results = map(raise_if_error, map(reader.__getitem__, requests))
         return map(pinned, results) if plan.pin_memory else results
@@ -48,6 +48,25 @@ def micro_batches(
     return map(raise_if_error, prefetched)
 
 
+class _Sent:
+    """A micro-batch on its way from a worker; the thread that pins calls its method for that.
+
+    torch's own function would not find the tensors inside dataclasses.
+    """
+
+    def __init__(self, micro_batch: MicroBatch) -> None:
+        self.micro_batch = micro_batch
+
+    def pin_memory(self) -> _Sent:
+        """Return the micro-batch with its tensors in page-locked memory."""
+        return _Sent(pinned(self.micro_batch))
+
+
+def _send(result: Any) -> _Sent | LauncherError:
+    """Return what a worker sends: a micro-batch that can be pinned, or an error."""
+    return result if isinstance(result, LauncherError) else _Sent(result)
+
+
 def pinned(micro_batch: MicroBatch) -> MicroBatch:
     """Return a micro-batch with its CPU tensors in page-locked memory.
 
@@ -56,9 +75,21 @@ def pinned(micro_batch: MicroBatch) -> MicroBatch:
     return micro_batch._replace(batch=map_tensors(_pin_tensor, micro_batch.batch, _pin_object))
 
 
-def _pin_tensor(tensor: Tensor) -> Tensor:
-    is_dense_on_cpu = tensor.device.type == "cpu" and tensor.layout is torch.strided
-    return tensor.pin_memory() if is_dense_on_cpu else tensor
+def _pin_tensor(tensor: Any) -> Any:
+    if tensor.device.type != "cpu":
+        return tensor
+    if tensor.layout is torch.jagged:
+        # torch pins the values alone; the copy of the offsets would then make the host wait.
+        offsets, lengths = tensor.offsets(), tensor.lengths()
+        pinned_lengths = None if lengths is None else lengths.pin_memory()
+        return torch.nested.nested_tensor_from_jagged(
+            tensor.values().pin_memory(),
+            offsets.pin_memory(),
+            pinned_lengths,
+            jagged_dim=tensor._ragged_idx,  # noqa: SLF001
+        )
+    is_dense = tensor.layout is torch.strided and not tensor.is_nested
+    return tensor.pin_memory() if is_dense else tensor
 
 
 def _pin_object(value: Any) -> Any:
@@ -99,7 +130,7 @@ def prefetch(
             reader,
             sampler=requests,
             batch_size=None,
-            collate_fn=_identity,
+            collate_fn=_send,
             num_workers=workers,
             prefetch_factor=prefetch_factor,
             pin_memory=pin_memory,
@@ -108,12 +139,12 @@ def prefetch(
         )
         # A worker would react to signals until `start_worker` makes it ignore them.
         with signals_held():
-            results: Iterator[MicroBatch | LauncherError] = iter(loader)
+            results: Iterator[_Sent | LauncherError] = iter(loader)
     return _receive(results)
 
 
 def _receive(
-    results: Iterator[MicroBatch | LauncherError],
+    results: Iterator[_Sent | LauncherError],
 ) -> Iterator[MicroBatch | LauncherError]:
     """Yield the results of workers.
 
@@ -128,7 +159,7 @@ def _receive(
             return
         except (EOFError, ConnectionError, FileNotFoundError) as error:
             raise RuntimeError(f"DataLoader worker exited unexpectedly ({error!r})") from error
-        yield result
+        yield result.micro_batch if isinstance(result, _Sent) else result
 
 
 def raise_if_error(result: MicroBatch | LauncherError) -> MicroBatch:
@@ -136,7 +167,3 @@ def raise_if_error(result: MicroBatch | LauncherError) -> MicroBatch:
     if isinstance(result, LauncherError):
         raise result
     return result
-
-
-def _identity(micro_batch: Any) -> Any:
-    return micro_batch

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import (
-    Dataset,
-    IterableDataset,
-    TensorDataset,
-    default_collate,
-)
+from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from launcher.engine.backends.nested_tensors import describe_argument, describe_nested
+from launcher.engine.data.bad_samples import BadSample, bad_sample, may_be_skipped
 from launcher.engine.data.fingerprint import describe
 from launcher.engine.data.loader_workers import (
     check_sendable,
@@ -24,6 +21,15 @@ from launcher.engine.data.open_files import OpenFile, moved_files, open_files
 from launcher.engine.data.randomness import Generators, seed_all
 from launcher.engine.data.sampler import MicroBatchRequest
 from launcher.engine.data.seeds import derive
+from launcher.engine.data.streams import (
+    ENDLESS,
+    Stream,
+    StreamNote,
+    StreamReader,
+    StreamState,
+    as_stream,
+    read_all,
+)
 from launcher.errors import LauncherError, RecipeError, SampleError
 from launcher.printable import (
     class_name,
@@ -37,6 +43,9 @@ from launcher.recipe.evaluation_sets import split_of, title_of
 from launcher.recipe.function_checks import call_text, called_with, note_call
 from launcher.recipe.recipe import Data, Recipe
 from launcher.runs.job import RecipeSource
+
+_MAX_SUBSTITUTES = 64
+"""Number of samples that are tried in place of a micro-batch without any that can be read."""
 
 
 class MicroBatch(NamedTuple):
@@ -54,6 +63,12 @@ class MicroBatch(NamedTuple):
     samples: dict[str, Any] | None = None
     """In a trial, the descriptions of the samples by their indices; otherwise None."""
 
+    stream: StreamNote | None = None
+    """If the training data is a stream, what its reader tells beside a training micro-batch."""
+
+    bad: tuple[BadSample, ...] = ()
+    """Samples of the request that could not be read, with bad_samples=skip."""
+
     @property
     def has_weight(self) -> bool:
         """Whether the micro-batch has a weight in its step."""
@@ -70,8 +85,12 @@ class _Split(NamedTuple):
 def call_data(recipe: Recipe) -> Data:
     """Call the recipe's data function and return its data.
 
+    Training data that can only be read from its start is returned as a `Stream`. Such evaluation
+    sets are read to their end, and returned as lists.
+
     Raises:
         RecipeError: The function did not return `launcher.Data`, or a `collate` is no function.
+        SampleError: A stream raised an exception.
     """
     try:
         data = recipe.data()
@@ -92,26 +111,43 @@ def call_data(recipe: Recipe) -> Data:
                 f"{owner}(collate=...): expected a function from a list of samples to a batch, or "
                 f"None, found {kind_of(collate)}."
             )
-    return data
+    return _with_streams(recipe, data)
 
 
-def sample_count(data: Any, split: str) -> int:
-    """Return the number of samples in a data set.
+def _with_streams(recipe: Recipe, data: Data) -> Data:
+    """Return data whose streams are found: `Data.train` as a `Stream`, the others in memory."""
+    held_out = {
+        name: replace(each, data=read_all(stream, recipe.seed, title_of(split_of(name))))
+        for name, each in data.evaluation_sets().items()
+        if (stream := as_stream(each.data)) is not None
+    }
+    if held_out:
+        sets = {**data.evaluation_sets(), **held_out}
+        data = replace(data, evaluation=sets.get("", sets))
+    stream = as_stream(data.train)
+    return data if stream is None else replace(data, train=stream)
+
+
+def with_first_samples(recipe: Recipe, data: Data, count: int) -> Data:
+    """Return data in which a list of the first samples stands for a training stream."""
+    if not isinstance(data.train, Stream):
+        return data
+    return replace(data, train=read_all(data.train, recipe.seed, "training", limit=count))
+
+
+def sample_count(data: Any, split: str, train_samples: int | None = None) -> int:
+    """Return the number of samples in a data set; of a stream, in one of its epochs.
 
     Args:
         data: The data set of a recipe.
         split: The name of the data set, for error messages.
+        train_samples: The number that the recipe states, which is the length of a stream's epoch.
 
     Raises:
         RecipeError: The data set has no length, cannot be indexed, or is empty.
     """
-    if isinstance(data, IterableDataset):
-        raise RecipeError(
-            f"The {split} data is {kind_of(data)}, an iterable data set. Its samples have "
-            "no indices, so the launcher can neither divide them exactly among ranks nor resume at "
-            "the right sample. Return a data set with __len__ and __getitem__. For samples in tar "
-            "files, use launcher.Shards, which reads them in any order."
-        )
+    if isinstance(data, Stream):
+        return train_samples or ENDLESS
     if isinstance(data, Mapping) and 0 not in data:
         names = ", ".join(map(repr, list(data)[:4]))
         raise RecipeError(
@@ -157,6 +193,10 @@ class Reader(Dataset[MicroBatch | LauncherError]):
 
     def __init__(self, recipe: Recipe, data: Data, source: RecipeSource | None = None) -> None:
         self._source = source
+        self.stream: StreamReader | None = None
+        """Reads the training data in this process, if it is a stream."""
+
+        self._stream_state: StreamState | None = None
         self.held_files: dict[int, OpenFile] = {}
         """Files that the data sets have held open since their creation, by descriptor."""
 
@@ -166,6 +206,7 @@ class Reader(Dataset[MicroBatch | LauncherError]):
         self.data = data
         self._seed = recipe.seed
         self._count = recipe.count
+        self._skips = recipe.bad_samples == "skip"
         self._splits = {"train": _Split(data.train, data.collate)} | {
             split_of(name): _Split(each.data, each.collate or data.collate)
             for name, each in data.evaluation_sets().items()
@@ -175,6 +216,11 @@ class Reader(Dataset[MicroBatch | LauncherError]):
             for name, split in self._splits.items()
         }
         self._lengths = {name: _length(split.dataset) for name, split in self._splits.items()}
+        self.stream = None
+        if isinstance(data.train, Stream):
+            self.stream = StreamReader(data.train, recipe.seed)
+            if self._stream_state is not None:
+                self.stream.restore(self._stream_state)
         self._checked_splits: set[str] = set()
         self._has_data = True
 
@@ -183,6 +229,7 @@ class Reader(Dataset[MicroBatch | LauncherError]):
         return {
             "_source": self._source,
             "_lengths": self._lengths,
+            "_stream_state": self._stream_state,
             "_has_data": False,
             "held_files": {},
         }
@@ -218,6 +265,12 @@ class Reader(Dataset[MicroBatch | LauncherError]):
                 f"DataLoader worker, but {_counts(rank_lengths)} samples in the rank. It must "
                 "return the same data in every process."
             )
+
+    def restore_stream(self, saved: StreamState) -> None:
+        """Read the stream on from where a checkpoint was saved, also in later workers."""
+        self._stream_state = saved
+        if self.stream is not None:
+            self.stream.restore(saved)
 
     def check_start(self, method: str) -> None:
         """Check that workers started with `method` can create the data.
@@ -259,6 +312,7 @@ class Reader(Dataset[MicroBatch | LauncherError]):
 
     def _read(self, request: MicroBatchRequest) -> MicroBatch:
         (dataset, collate), descriptions = self._splits[request.split], None
+        bad: list[BadSample] = []
         if type(dataset) is TensorDataset and collate is None:
             # One indexing operation gives the same result as collating the samples one by one.
             indices = torch.tensor(request.indices)
@@ -266,34 +320,126 @@ class Reader(Dataset[MicroBatch | LauncherError]):
             if request.trial:
                 descriptions = _describe(request, [dataset[index] for index in request.indices])
         else:
-            samples = self._read_samples(dataset, request)
+            samples = self._read_samples(dataset, request, bad)
+            if bad:
+                counted = bad if request.has_weight else []
+                request, samples = self._without(request, samples, bad)
+                bad = counted
             if request.trial:
                 descriptions = _describe(request, samples)
             batch = _collate(collate, request, samples)
+        note = None
+        if self.stream is not None and request.split == "train":
+            note = self.stream.note()
         items = 0
         if request.has_weight:
             items = len(request.indices)
             if self._count is not None:
                 items = _count_items(self._count, request, batch)
-        return MicroBatch(batch, request, items, descriptions)
+        return MicroBatch(batch, request, items, descriptions, note, tuple(bad))
 
-    def _read_samples(self, dataset: Any, request: MicroBatchRequest) -> list[Any]:
+    def _read_samples(
+        self, dataset: Any, request: MicroBatchRequest, bad: list[BadSample]
+    ) -> list[Any]:
+        """Return the samples of a request.
+
+        Args:
+            dataset: The data set.
+            request: The request.
+            bad: With bad_samples=skip, receives the samples that are left out of the result.
+
+        Raises:
+            SampleError: A sample cannot be read.
+        """
         name = f"The {title_of(request.split)} data"
         generators = Generators()
         try:
+            if self.stream is not None and request.split == "train":
+                return self.stream.take(
+                    request.epoch,
+                    request.indices,
+                    is_trial=request.trial,
+                    has_weight=request.has_weight,
+                    on_bad=functools.partial(self._leave_out, dataset, request, bad),
+                )
             if self._batched[request.split]:
-                samples = _call(name, request, dataset.__getitems__, request.indices)
-                if generators.are_untouched():
-                    return _all_samples(samples, request)
-                # It drew random numbers for the batch as a whole, which would depend on the split.
-                self._batched[request.split] = False
-            samples = []
-            for index in request.indices:
-                seed_all(derive(self._seed, request.epoch, index))
-                samples.append(_call(name, request, dataset.__getitem__, index, indices=[index]))
-            return samples
+                try:
+                    samples = _call(name, request, dataset.__getitems__, request.indices)
+                except SampleError:
+                    if not self._skips:
+                        raise
+                else:
+                    if generators.are_untouched():
+                        return _all_samples(samples, request)
+                    # It drew random numbers for the batch, which would depend on the split.
+                    self._batched[request.split] = False
+            return self._read_one_by_one(name, dataset, request, bad)
         finally:
             generators.restore()
+
+    def _read_one_by_one(
+        self, name: str, dataset: Any, request: MicroBatchRequest, bad: list[BadSample]
+    ) -> list[Any]:
+        samples = []
+        for index in request.indices:
+            for attempt in range(2):
+                seed_all(derive(self._seed, request.epoch, index))
+                try:
+                    sample = _call(name, request, dataset.__getitem__, index, indices=[index])
+                except SampleError as error:
+                    if not self._skips:
+                        raise
+                    if attempt:  # the first failure may have been that of a network or a disk
+                        self._leave_out(dataset, request, bad, index, error)
+                    continue
+                samples.append(sample)
+                break
+        return samples
+
+    def _leave_out(
+        self,
+        dataset: Any,
+        request: MicroBatchRequest,
+        bad: list[BadSample],
+        index: int,
+        error: SampleError,
+    ) -> None:
+        """Leave a sample out of its batch, or raise its error."""
+        if not (self._skips and may_be_skipped(error)):
+            raise error
+        bad.append(bad_sample(request, index, dataset, error))
+
+    def _without(
+        self, request: MicroBatchRequest, samples: list[Any], bad: list[BadSample]
+    ) -> tuple[MicroBatchRequest, list[Any]]:
+        """Return a request without its bad samples, and the samples to collate.
+
+        If all are bad, others that can be read stand in for them with weight 0, because a rank must
+        take part in what the others compute.
+
+        Raises:
+            SampleError: No sample can be read.
+        """
+        left_out = {each.sample for each in bad}
+        indices = [index for index in request.indices if index not in left_out]
+        if indices:
+            return replace(request, indices=indices), samples
+        dataset = self._splits[request.split].dataset
+        tried = request.indices[0]
+        for offset in range(1, _MAX_SUBSTITUTES + 1):
+            if self.stream is not None and request.split == "train":
+                found = self.stream.substitute(request.epoch)
+            else:
+                index = (tried + offset) % len(dataset)
+                other = replace(request, indices=[index])
+                found = self._read_samples(dataset, other, [])
+            if found:
+                stand_in = replace(request, indices=[tried], has_weight=False)
+                return stand_in, found
+        raise SampleError(
+            f"No sample of the {title_of(request.split)} data could be read from sample {tried:,} "
+            f"on, in {_MAX_SUBSTITUTES} attempts. The last reason: {bad[-1].reason}."
+        )
 
 
 def _length(dataset: Any) -> int:
@@ -305,8 +451,9 @@ def _counts(lengths: Mapping[str, int]) -> str:
 
 
 def _describe(request: MicroBatchRequest, samples: list[Any]) -> dict[str, Any]:
+    epoch = f" of epoch {request.epoch + 1}" if request.epoch else ""
     pairs = zip(request.indices, samples, strict=True)
-    return {str(index): describe(sample) for index, sample in pairs}
+    return {f"{index}{epoch}": describe(sample) for index, sample in pairs}
 
 
 def _call(

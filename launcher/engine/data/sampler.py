@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from launcher.engine.data.order import GlobalOrder, Order, look_up
-from launcher.engine.data.permutation import elements_at
 from launcher.planning.global_batch import BatchSplit, Statistics, ceil_div, part
 from launcher.planning.plan import Plan
 from launcher.planning.single_sample_batches import short_batches_of_one
@@ -138,6 +137,10 @@ class Sampler:
     """The samples over which the model's BatchNorm computes statistics. Micro-batches of one sample
     are avoided; if the last batch of an epoch needs one, its request has `alone` set."""
 
+    stream_step: int | None = None
+    """Number of steps that were taken before, if the training data is a stream; None for data that
+    can be read in any order."""
+
     @functools.cached_property
     def _order(self) -> Order:
         return self.order or GlobalOrder(self.train_samples, self.plan.seed)
@@ -205,11 +208,17 @@ class Sampler:
         some samples of each evaluation set.
         """
         size = min(_NUM_TRIAL_SAMPLES, self.plan.micro_batch_size, self.train_samples)
-        samples = look_up(self._order, 0, [range(size - size % 2 or 1)])[0]
+        epoch, start = 0, 0
+        if self.stream_step is not None:  # the next ones, because a stream is read forwards alone
+            is_over = self.stream_step >= self.plan.total_steps
+            epoch, start, batch_size = self.window(0 if is_over else self.stream_step)
+            size = min(size, batch_size)
+        samples = look_up(self._order, epoch, [range(start, start + (size - size % 2 or 1))])[0]
         half = len(samples) // 2
         pieces = [samples, samples[:half], samples[half:]] if half else [samples]
         requests = [
-            MicroBatchRequest("train", 0, piece, has_weight=False, trial=True) for piece in pieces
+            MicroBatchRequest("train", epoch, piece, has_weight=False, trial=True)
+            for piece in pieces
         ]
         for schedule in self.evaluations:
             size = min(_NUM_TRIAL_EVALUATION_SAMPLES, self.plan.micro_batch_size)
@@ -218,7 +227,8 @@ class Sampler:
         return requests
 
     def _first_samples(self, num_samples: int, size: int) -> list[int]:
-        return elements_at(num_samples, self.plan.seed, 0, [range(min(size, num_samples))])[0]
+        order = GlobalOrder(num_samples, self.plan.seed)
+        return look_up(order, 0, [range(min(size, num_samples))])[0]
 
     def requests(
         self, first_step: int = 0, horizon: Horizon | None = None

@@ -134,14 +134,20 @@ class Shards:
         return sample if self._decode is None else self._decode(sample)
 
     def fingerprint(self) -> str:
-        """Return a digest of the names, sizes and headers of all files in the tars."""
-        return digest_of(
+        """Return a text that changes with the names, the sizes or the headers of the files."""
+        digest = digest_of(
             *(
                 array.tobytes()
                 for index in self._indices
                 for array in (index["keys"], index["sizes"], index["headers"])
             )
         )
+        ends = [self._files.name(shard).rpartition("/")[2] for shard in (0, len(self._indices) - 1)]
+        return f"tars: {len(self._indices):,}, {shortened(' to '.join(ends), 100)}, {digest[:16]}"
+
+    def file_of(self, index: int) -> str:
+        """Return the path or URL of the tar that has a sample."""
+        return self._files.name(int(self._ends.searchsorted(index, side="right")))
 
     def _read_index(self, shard: int) -> _Index:
         location = self._files.locations[shard]

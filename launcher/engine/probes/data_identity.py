@@ -8,7 +8,9 @@ from typing import Any
 
 from launcher.engine.backends.base import Backend
 from launcher.engine.data.fingerprint import DataDifference, describe_classes, first_difference
+from launcher.engine.data.index_fingerprint import describe_index
 from launcher.engine.data.reader import MicroBatch
+from launcher.engine.data.streams import ENDLESS
 from launcher.engine.training.loop import TrainContext
 from launcher.errors import CheckpointError, RecipeError
 from launcher.recipe.evaluation_sets import split_of, title_of
@@ -38,19 +40,24 @@ class CheckpointData:
 
 
 def describe_data(context: TrainContext) -> dict[str, Any]:
-    """Return the lengths and classes of the data, which are known without reading a sample."""
+    """Return the lengths, classes and indices of the data, known without reading a sample."""
     sampler, data = context.sampler, context.reader.data
     fingerprint: dict[str, Any] = {
-        "train": {"length": sampler.train_samples, "classes": describe_classes(data.train)},
+        "train": {
+            "length": 0 if sampler.train_samples == ENDLESS else sampler.train_samples,
+            "classes": describe_classes(data.train),
+            "index": describe_index(data.train),
+        },
         "evaluation": None,
     }
-    index = getattr(data.train, "fingerprint", None)
-    if callable(index):
-        fingerprint["train"]["index"] = str(index())
     sets = data.evaluation_sets()
     for schedule in sampler.evaluations:
-        classes = describe_classes(sets[schedule.name].data)
-        fingerprint[split_of(schedule.name)] = {"length": schedule.samples, "classes": classes}
+        dataset = sets[schedule.name].data
+        fingerprint[split_of(schedule.name)] = {
+            "length": schedule.samples,
+            "classes": describe_classes(dataset),
+            "index": describe_index(dataset),
+        }
     return fingerprint
 
 
@@ -163,12 +170,16 @@ def find_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> DataDif
             return DataDifference(f"the number of {title} samples", *counts)
         if one_split is None or other_split is None:
             continue
-        indices = one_split.get("index"), other_split.get("index")
-        if None not in indices and indices[0] != indices[1]:
-            return DataDifference(f"the index of the {title} data", *map(str, indices))
         differs = first_difference(one_split.get("classes"), other_split.get("classes"))
         if differs is not None:
             return differs._replace(place=f"the list of {title} classes{_at(differs.place)}")
+        one_index, other_index = one_split.get("index"), other_split.get("index")
+        if one_index is not None and other_index is not None:
+            differs = first_difference(one_index, other_index)
+            if differs is not None:
+                return differs._replace(
+                    place=f"the fingerprint of the {title} data{_at(differs.place)}"
+                )
         one_samples, other_samples = one_split.get("samples", {}), other_split.get("samples", {})
         for index in (index for index in one_samples if index in other_samples):
             differs = first_difference(one_samples[index], other_samples[index])
@@ -206,6 +217,22 @@ def check_repeatable(context: TrainContext, changed: dict[str, DataDifference]) 
     if backend.world_size > 1:
         raise RecipeError(f"Samples change: {text}")
     return (text,)
+
+
+def stream_notes(context: TrainContext) -> tuple[str, ...]:
+    """Return what the user of a stream should know about this run; nothing for other data."""
+    if context.reader.stream is None:
+        return ()
+    ranks = context.backend.world_size
+    readers = "the rank reads it" if ranks == 1 else f"each of the {ranks} ranks reads all of it"
+    where = "in the rank itself" if not context.plan.workers_per_rank else "in one worker"
+    note = (
+        f"the training data is a stream: {readers} {where} and keeps its own samples, so a step "
+        "has the same samples on any number of ranks, and more ranks or workers do not read it "
+        "faster. A resumed run continues from the stream's state_dict, or else reads the stream "
+        "again up to its place."
+    )
+    return (note,)
 
 
 def _at(place: str) -> str:

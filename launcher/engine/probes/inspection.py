@@ -24,8 +24,9 @@ from launcher.engine.data.fingerprint import are_equal
 from launcher.engine.data.open_files import moved_files, open_files, opened_since
 from launcher.engine.data.prefetching import prefetch, raise_if_error
 from launcher.engine.data.randomness import seed_all
-from launcher.engine.data.reader import Reader, call_data, sample_count
+from launcher.engine.data.reader import Reader, call_data, sample_count, with_first_samples
 from launcher.engine.data.sampler import MicroBatchRequest
+from launcher.engine.data.streams import ENDLESS, Stream
 from launcher.engine.metrics.collected_metrics import build_metric, update_metric
 from launcher.engine.model.forward_writes import WriteDetector
 from launcher.engine.probes.loss_properties import LossProbe, LossProperties, copy_model
@@ -84,7 +85,7 @@ class Inspection:
     """Whether they change with the seed in evaluation."""
 
     num_samples: int
-    """Number of training samples."""
+    """Number of training samples; 0 if the data is a stream without `train_samples`."""
 
     evaluation_samples: dict[str, int]
     """Number of samples of each evaluation set, by name; the name of a single set is empty."""
@@ -114,6 +115,9 @@ class Inspection:
     items: int
     """Number of items that the batch holds, by the recipe's `count`."""
 
+    is_stream: bool = False
+    """Whether the training data is a stream."""
+
     shared_file: str | None = None
     """Path of a file whose position all DataLoader workers share while they read, if any."""
 
@@ -138,6 +142,8 @@ class _Samples:
 
     halves: list[Any]
     size: int
+    num_samples: int
+    is_stream: bool
     changing: list[int]
     """Samples that differ when they are read again."""
 
@@ -193,7 +199,8 @@ def inspect_recipe(recipe: Recipe, plan: Plan, source: RecipeSource | None = Non
         dropouts=[name for name in _names_of(model, _DropoutNd) if model.get_submodule(name).p],
         random=any(loss.properties.is_random for loss in losses),
         random_in_evaluation=any(loss.properties.is_random_in_evaluation for loss in losses),
-        num_samples=sample_count(data.train, "train"),
+        num_samples=samples.num_samples,
+        is_stream=samples.is_stream,
         evaluation_samples={
             name: sample_count(each.data, title_of(split_of(name)))
             for name, each in data.evaluation_sets().items()
@@ -277,14 +284,21 @@ def _read_samples(recipe: Recipe, source: RecipeSource | None) -> _Samples:
     seed_all(recipe.seed)
     files_before = open_files()
     data = call_data(recipe)
+    num_samples = sample_count(data.train, "train", recipe.train_samples)
+    is_stream = isinstance(data.train, Stream)
+    data = with_first_samples(recipe, data, _NUM_SAMPLES)
     indices = list(range(min(_NUM_SAMPLES, sample_count(data.train, "train"))))
     half = max(len(indices) // 2, 1)
     reader = Reader(recipe, data, source)
     reader.held_files = opened_since(files_before)
     # Before this process reads: forked workers would share the files that it opens then.
-    in_workers, shared_file = _read_in_workers(recipe, reader, indices)
+    in_workers: list[tuple[int, Any]] = []
+    shared_file: str | None = None
+    if not is_stream:  # which one worker reads
+        in_workers, shared_file = _read_in_workers(recipe, reader, indices)
     seed_all(recipe.seed)  # as every rank does
-    second_reader = Reader(recipe, recipe.data())
+    second_data = with_first_samples(recipe, call_data(recipe), _NUM_SAMPLES)
+    second_reader = Reader(recipe, second_data)
     changing = [
         index
         for index in reversed(indices)  # in another order, as on other ranks
@@ -298,6 +312,8 @@ def _read_samples(recipe: Recipe, source: RecipeSource | None) -> _Samples:
         batch=batch,
         halves=halves,
         size=len(indices),
+        num_samples=0 if num_samples == ENDLESS else num_samples,
+        is_stream=is_stream,
         changing=sorted(changing),
         differing_in_workers=sorted(
             {index for index, sample in in_workers if not are_equal(sample, singles[index])}

@@ -22,7 +22,7 @@ from launcher.engine.backends.nested_tensors import map_tensors, tensors_in
 from launcher.engine.backends.parallel_plan import find_styles, split_sides
 from launcher.engine.data.prefetching import raise_if_error
 from launcher.engine.data.randomness import seed_all
-from launcher.engine.data.reader import Reader, call_data, sample_count
+from launcher.engine.data.reader import Reader, call_data, sample_count, with_first_samples
 from launcher.engine.data.sampler import MicroBatchRequest
 from launcher.engine.model.blocks import checkpoint_activations, find_blocks
 from launcher.engine.state.hyperparameters import make_optimizer, take_step
@@ -191,7 +191,7 @@ def _read_batches(recipe: Recipe, source: RecipeSource | None, notes: list[str])
     """Return batches of the first training samples by their size; none if they cannot be read."""
     seed_all(recipe.seed)
     try:
-        data = call_data(recipe)
+        data = with_first_samples(recipe, call_data(recipe), max(_SIZES))
         reader, num_samples = Reader(recipe, data, source), sample_count(data.train, "train")
         return {
             size: raise_if_error(

@@ -29,6 +29,7 @@ from launcher.engine.probes.data_identity import (
     compare_schedules,
     describe_data,
     fingerprint_of,
+    stream_notes,
 )
 from launcher.engine.ranks.failures import is_out_of_memory
 from launcher.engine.state.compiled import is_compiled
@@ -90,7 +91,7 @@ def run_trial(
     micro_batches = _read_micro_batches(context)
     context.report_phase(step, "computing")
     fingerprint, changed = fingerprint_of(context, micro_batches)
-    warnings = check_repeatable(context, changed)
+    warnings = (*stream_notes(context), *check_repeatable(context, changed))
     compare_ranks(fingerprint, backend)
     if checkpoint_data is not None:
         compare_checkpoint(fingerprint, checkpoint_data)

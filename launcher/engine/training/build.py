@@ -11,21 +11,19 @@ from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.data import TensorDataset
 
 from launcher.engine.backends.base import Backend
 from launcher.engine.backends.transfers import upload_scalar
 from launcher.engine.data.open_files import open_files, opened_since
-from launcher.engine.data.order import OrderRequest, order_of
 from launcher.engine.data.prefetching import micro_batches, raise_if_error
 from launcher.engine.data.randomness import seed_all
-from launcher.engine.data.reader import MicroBatch, Reader, call_data, sample_count
+from launcher.engine.data.reader import MicroBatch, Reader
 from launcher.engine.data.sampler import (
-    EvaluationSchedule,
     Horizon,
     MicroBatchRequest,
     Sampler,
 )
+from launcher.engine.data.streams import StreamState
 from launcher.engine.metrics.collected_metrics import CollectedMetrics
 from launcher.engine.metrics.noise_meter import STRIDE, make_noise_meter
 from launcher.engine.model.averages import Averages
@@ -41,6 +39,12 @@ from launcher.engine.state.hyperparameters import make_optimizer
 from launcher.engine.state.initial_values import InitialValues, value_checksum
 from launcher.engine.state.parameter_kinds import check_parameters, keep_in_bfloat16
 from launcher.engine.state.virtual_buffers import VirtualBuffers
+from launcher.engine.training.build_data import (
+    build_data,
+    make_sampler,
+    make_watch,
+    missed_evaluations,
+)
 from launcher.engine.training.initial_model import build_initial_model
 from launcher.engine.training.live_schedules import with_live_schedules
 from launcher.engine.training.loop import TrainContext
@@ -49,11 +53,8 @@ from launcher.engine.training.train_metrics import with_train_metrics
 from launcher.errors import RecipeError
 from launcher.planning.plan import Plan
 from launcher.planning.single_sample_batches import has_single_sample_batches
-from launcher.planning.stages import Course
-from launcher.printable import kind_of
-from launcher.recipe.evaluation_sets import metric_name, split_of, title_of
 from launcher.recipe.keep_best import check_set_metric
-from launcher.recipe.recipe import Data, Recipe
+from launcher.recipe.recipe import Recipe
 from launcher.runs.heartbeat import PHASES
 from launcher.runs.job import RecipeSource
 
@@ -67,6 +68,7 @@ def build_context(
     last_step: int,
     evaluates: bool = True,
     recorded: Mapping[str, float] | None = None,
+    stream_state: StreamState | None = None,
     is_restored: bool = False,
     trial: bool = False,
     source: RecipeSource | None = None,
@@ -86,6 +88,8 @@ def build_context(
         recorded: The metrics that the resumed run has recorded after `first_step` steps, by name.
             The sets that are due then and not among them are evaluated before the next step. None
             evaluates none of them, as in a new run.
+        stream_state: Where the stream of training data stood at the checkpoint; None for data of
+            another kind, and in a new run.
         is_restored: Whether a checkpoint will replace all parameters.
         trial: Whether the first micro-batches are those of `Sampler.trial`.
         source: What the recipe is built from; spawned DataLoader workers need it.
@@ -99,15 +103,8 @@ def build_context(
     files_before = open_files()
     data = backend.local_rank_zero_first("read the data", lambda: build_data(recipe, plan))
     report_phase(first_step, PHASES[0])
-    num_samples = sample_count(data.train, "train")
-    check_tokens(data.train, plan.settings.get("tokens_per_sample"))
-    sampler = Sampler(
-        plan=plan,
-        rank=backend.data_rank,
-        train_samples=num_samples,
-        order=order_of(data.train, num_samples, order_request(plan, num_samples), data.lengths),
-        evaluations=evaluation_schedules(data, plan) if evaluates else (),
-    )
+    sampler = make_sampler(data, plan, backend, first_step, evaluates=evaluates)
+    is_stream = sampler.stream_step is not None
     recipe, plateaus = with_live_schedules(
         recipe, plan, sampler, has_evaluations=bool(data.evaluation_sets())
     )
@@ -115,13 +112,11 @@ def build_context(
     if evaluates and recipe.keep_best is not None:
         names = [each.name for each in sampler.evaluations]
         check_set_metric(recipe.keep_best, names, recipe.metrics)
-    missed: tuple[EvaluationSchedule, ...] = ()
-    if recorded is not None and first_step > 0:
-        due = sampler.evaluations_after(first_step - 1)
-        missed = tuple(each for each in due if metric_name(each.name, "loss") not in recorded)
-        missed = due if missed and first_step >= last_step else missed
+    missed = missed_evaluations(sampler, recorded, first_step, last_step)
     reader = Reader(recipe, data, source)
     reader.held_files = opened_since(files_before)
+    if stream_state is not None and is_stream and first_step < plan.total_steps:
+        reader.restore_stream(stream_state)
 
     horizon = Horizon(plan.total_steps)
 
@@ -183,71 +178,7 @@ def build_context(
         plateaus=plateaus,
         missed_evaluations=missed,
         objectives=objectives,
-    )
-
-
-def check_tokens(dataset: Any, stated: int | None) -> None:
-    """Refuse training samples without the number of tokens that the recipe states.
-
-    The number is the attribute `tokens_per_sample` of the data set, or the second size of the first
-    tensor of a TensorDataset.
-
-    Args:
-        dataset: The training set.
-        stated: `Recipe.tokens_per_sample`; None checks nothing.
-
-    Raises:
-        RecipeError: The samples have no fixed number of tokens, or another one.
-    """
-    if stated is None:
-        return
-    found = getattr(dataset, "tokens_per_sample", None)
-    if found is None and type(dataset) is TensorDataset and dataset.tensors[0].ndim > 1:
-        found = dataset.tensors[0].shape[1]
-    if not isinstance(found, int):
-        raise RecipeError(
-            f"tokens_per_sample={stated}: the training set, {kind_of(dataset)}, does not say that "
-            "its samples have a fixed number of tokens. Give it an attribute tokens_per_sample, "
-            "pack its documents with launcher.Packed, or state the batch by batch_size without "
-            "tokens_per_sample."
-        )
-    if found != stated:
-        raise RecipeError(
-            f"The recipe has tokens_per_sample={stated}, and the training samples have {found} "
-            f"tokens. Set tokens_per_sample={found}, or make the samples that long."
-        )
-
-
-def order_request(plan: Plan, num_samples: int) -> OrderRequest:
-    """Return what the order of the training samples depends on.
-
-    Args:
-        plan: The plan.
-        num_samples: Number of positions in an epoch.
-    """
-    return OrderRequest(
-        seed=plan.seed,
-        shuffle=plan.settings.get("shuffle", "global"),
-        window=plan.settings.get("shuffle_window", 1),
-        batch_size=plan.batch_size,
-        total_positions=Course(plan.stages, num_samples).position(plan.total_steps),
-        is_timed=plan.settings.get("max_time") is not None,
-    )
-
-
-def evaluation_schedules(data: Data, plan: Plan) -> tuple[EvaluationSchedule, ...]:
-    """Return the evaluation sets of a recipe's data, in their order.
-
-    Raises:
-        RecipeError: A set has no length, cannot be indexed, or is empty.
-    """
-    return tuple(
-        EvaluationSchedule(
-            name=name,
-            samples=sample_count(each.data, title_of(split_of(name))),
-            every=each.every or plan.evaluate_every or "epoch",
-        )
-        for name, each in data.evaluation_sets().items()
+        data_watch=make_watch(recipe, sampler, backend, is_stream, stream_state),
     )
 
 
@@ -273,25 +204,6 @@ def _make_averages(
             "other weights than it trains itself. Remove averaging, or use another optimizer."
         )
     return Averages(recipe.averaging, plan, backend, model, batch_norms)
-
-
-def build_data(recipe: Recipe, plan: Plan) -> Data:
-    """Call the recipe's data function, with seeded generators, and return its data.
-
-    Raises:
-        RecipeError: The function did not return `launcher.Data`, its `collate` is no function, or
-            the number of training samples is not the planned one.
-    """
-    seed_all(recipe.seed)
-    data = call_data(recipe)
-    num_samples = sample_count(data.train, "train")
-    if plan.train_samples is not None and num_samples != plan.train_samples:
-        raise RecipeError(
-            f"The plan expects {plan.train_samples:,} training samples, but the data has "
-            f"{num_samples:,}. Set train_samples={num_samples} in the recipe, or check what its "
-            "data function reads."
-        )
-    return data
 
 
 def build_model_and_optimizer(

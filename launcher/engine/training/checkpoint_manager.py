@@ -309,8 +309,9 @@ class CheckpointManager:
         return next(filter(None, self._backend.gather(refusal)), None)
 
     def _make_manifest(self, step: int, state: Snapshot) -> Manifest:
-        averages = self._context.averages
+        averages, watch = self._context.averages, self._context.data_watch
         scalers = [scaler.state() for scaler in self._backend.scalers]
+        stream = None if watch is None else watch.state
         groups = changed_groups(self._context.optimizer, self._groups)
         return Manifest(
             format=FORMAT,
@@ -326,6 +327,7 @@ class CheckpointManager:
                 "plateaus": [plateau.state() for plateau in self._context.plateaus],
                 "extra": state.extra,
                 "data": self._data,
+                "stream": None if stream is None else stream.to_json(),
                 "callbacks": self._hooks.state(),
                 "averaging": None if averages is None else averages.state(),
                 "best": None if self.best is None else self.best.state(),

@@ -36,6 +36,7 @@ from launcher.engine.model.averages import Averages
 from launcher.engine.model.batch_norm import BatchNorms
 from launcher.engine.model.forward_writes import ForwardWrites
 from launcher.engine.state.hyperparameters import Hyperparameters
+from launcher.engine.training.data_watch import DataWatch
 from launcher.engine.training.live_schedules import Plateau, observe_evaluation
 from launcher.engine.training.objectives import TrainedObjective
 from launcher.errors import RecipeError
@@ -121,6 +122,9 @@ class TrainContext:
     missed_evaluations: tuple[EvaluationSchedule, ...] = ()
     """The sets whose evaluation precedes the first step: the run was to evaluate them after its
     checkpoint, and has not recorded that."""
+
+    data_watch: DataWatch | None = None
+    """Observes what is read; None if there is nothing to observe."""
 
     before_step: tuple[Callable[[int], None], ...] = ()
     """Called with the number of steps taken before each step."""
@@ -373,6 +377,8 @@ def _begin_step(context: TrainContext, step: int) -> tuple[Window, list[MicroBat
     started = time.perf_counter()
     num_micro_batches = context.sampler.micro_steps(step)
     micro_batches = [next(context.micro_batches) for _ in range(num_micro_batches)]
+    if context.data_watch is not None:
+        context.data_watch.add(step + 1, micro_batches)
     return context.sampler.window(step), micro_batches, time.perf_counter() - started
 
 
@@ -382,11 +388,12 @@ def _count_items(
     """Return the number of items that the loss counts in the global batch (collective).
 
     Args:
-        context: What is trained; without `recipe.count`, items are samples.
+        context: What is trained; without `recipe.count`, items are samples, of which some may be
+            left out with bad_samples=skip.
         num_samples: Samples of the global batch.
         micro_batches: This rank's micro-batches.
     """
-    if context.recipe.count is None:
+    if context.recipe.count is None and context.recipe.bad_samples == "stop":
         return num_samples
     own_items = sum(micro_batch.items for micro_batch in micro_batches)
     items = upload_scalar(own_items, context.backend.device)
@@ -407,6 +414,8 @@ def _report_metrics(
         TrainingError: Too many consecutive steps were skipped.
     """
     listener.on_steps(metrics.rows)
+    if metrics.rows:
+        _exchange_on_data(context, listener, metrics.rows[-1].step)
     listener.on_noise(context.noise_meter.read())
     if metrics.ranks is not None and metrics.rows:
         listener.on_values(metrics.rows[-1].step, {"ranks": metrics.ranks})
@@ -416,6 +425,21 @@ def _report_metrics(
         context.batch_norms.save_statistics()
     else:
         context.batch_norms.restore_nonfinite()
+
+
+def _exchange_on_data(context: TrainContext, listener: Listener, step: int) -> None:
+    """Exchange what the ranks have observed about their data up to a step (collective).
+
+    Raises:
+        TrainingError: Ranks read different streams, or too many samples are bad.
+    """
+    if context.data_watch is None:
+        return
+    values, warnings = context.data_watch.exchange(step)
+    if values:
+        listener.on_values(step, values)
+    for text in warnings:
+        listener.on_warning(text)
 
 
 def _run_evaluation(
@@ -432,6 +456,7 @@ def _run_evaluation(
         context.report_phase(step, "saving")
         controller.before_evaluation(step)
     evaluation = evaluate(context, step, schedules)
+    _exchange_on_data(context, listener, step)
     observe_evaluation(context.plateaus, context.backend, step, evaluation)
     listener.on_evaluation(step, evaluation)
     if controller is not None:
@@ -481,6 +506,8 @@ def _evaluate_set(
     for _ in range(context.sampler.evaluation_steps(schedule)):
         context.report_phase(step, "evaluating")
         micro_batch = next(context.micro_batches)
+        if context.data_watch is not None:
+            context.data_watch.add(step, [micro_batch])
         batch = backend.to_device(micro_batch.batch)
         with backend.autocast():
             outputs = backend.forward(recipe.forward, context.model, batch)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
+from typing import Any
 
 from launcher.engine.backends.base import Backend
+from launcher.engine.data.streams import StreamState
 from launcher.engine.saving.checkpoint_tensors import StoredState, load_newest
 from launcher.engine.state.module_state import missing_extra_state
 from launcher.engine.state.training_state import missing_optimizer_state, write_groups
@@ -109,6 +111,25 @@ def find_best(recipe: Recipe, resume_point: ResumePoint | None) -> BestEvaluatio
         # The run may have been killed between an evaluation and the note of it in the checkpoint.
         best.add(resume_point.step, resume_point.evaluation)
     return best
+
+
+def stream_state_of(resume_point: ResumePoint | None) -> StreamState | None:
+    """Return where the stream of training data stood at the checkpoint; None if it was none.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged.
+    """
+    values: Any = None if resume_point is None else resume_point.manifest.values.get("stream")
+    if resume_point is None or values is None:
+        return None
+    try:
+        state = StreamState.from_json(values)
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(
+            f"{resume_point.checkpoint.name}: the state of the stream in checkpoint.json is "
+            "damaged. Resume from another checkpoint with --from."
+        ) from None
+    return state._replace(mark=None) if "data" in resume_point.accept else state
 
 
 def restore_state(resume_point: ResumePoint, context: TrainContext) -> None:
