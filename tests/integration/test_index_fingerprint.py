@@ -133,6 +133,7 @@ def test_shards_have_a_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert one.fingerprint() == Shards([tmp_path / "a/0.tar"]).fingerprint()
     assert one.fingerprint() != Shards([tmp_path / "b/0.tar"]).fingerprint()
     assert one.file_of(3) == str(tmp_path / "a/0.tar")
+    assert one[0]["x"] == b"a" * 10
     with (tmp_path / "a/0.tar").open("r+b") as file:
         file.truncate(1_500)
     assert one[0]["x"] == b"a" * 10
