@@ -14,6 +14,9 @@ if "LAUNCHER_GPU_TESTS" not in os.environ:
     # Tests that are not marked `gpu` are the same on every machine. torch is imported after this.
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
 
+# Tests run beside each other, so that a thread which spins keeps another from its core.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the option that rewrites the golden files."""

@@ -190,7 +190,7 @@ def _environment(plans: Sequence[Plan]) -> Iterator[None]:
     """Set the environment variables that the ranks of `plans` inherit, and restore them."""
     values = {"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGQUIT"}  # SignalHandler handles the others
     for plan in plans:
-        values |= process_environment(plan)
+        values |= process_environment(plan, os.environ)
     if any(plan.device == "cuda" for plan in plans) and _NVML_CHECK not in os.environ:
         # A library that counts GPUs while it is imported then asks the driver (NVML) instead of
         # initialising CUDA, after which no rank could be forked.
