@@ -503,7 +503,6 @@ def averaged(ranks: int) -> Iterator[tuple[Case | BitsCase, Case | BitsCase | No
         yield from ((case, None) for case in AVERAGED_BITS.values())
     elif ranks == 1:
         yield AVERAGED["ddp"], None
-        yield AVERAGED["zero3"], AVERAGED["ddp"]
         yield replace(AVERAGED["ddp"], accumulation=3), AVERAGED["zero1"]
         yield AVERAGED_BITS["ddp"], None
     else:
@@ -650,13 +649,17 @@ class Trainer:
         self._backends.append(backend)
 
     def evaluate(self, case: Case | BitsCase) -> None:
-        """Evaluate the final weights of a case, and those of its newest checkpoint."""
+        """Evaluate the final weights of a case, and those of its newest checkpoint.
+
+        Under ZeRO, which takes longest to build, one of them is evaluated.
+        """
         run_dir = RunDir(self._folder / case.key)
         recipe = replace(case.make(self.world.world_size), averaging=None)
         plan = make_plan(recipe, read_machine(), nproc_per_node=self.world.world_size)
         source = RecipeSource(recipe="")
         measured = {}
-        for is_final in (True, False):
+        kinds = {"zero1": (False,), "zero2": (True,), "zero3": (False,)}
+        for is_final in kinds.get(case.strategy, (True, False)):
             weights = WeightChoice(run_dir=run_dir, step=10, is_final=is_final)
             backend, _ = join(recipe, plan, self.world, lambda: run_dir)
             measured[weights.name] = evaluate_weights(

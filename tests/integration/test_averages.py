@@ -104,4 +104,6 @@ def test_evaluating_a_run_gives_what_it_recorded(trained: Path, case: Case | Bit
         row["evaluation"] for row in read_lines(RunDir(folder).metrics) if "evaluation" in row
     ]
     evaluated = json.loads((folder / "evaluated.json").read_text())
-    assert evaluated == {"model.safetensors": recorded[-1], "step-00000010": recorded[-1]}
+    assert evaluated.keys() <= {"model.safetensors", "step-00000010"}
+    assert len(evaluated) == (1 if case.strategy.startswith("zero") else 2)
+    assert all(values == recorded[-1] for values in evaluated.values())
