@@ -87,7 +87,7 @@ def build_context(
         source: What the recipe is built from; spawned DataLoader workers need it.
         noise_stride: If the recipe asks for the noise scale, one step in this many is measured.
         report_phase: Called with (steps taken, phase) whenever this rank enters a phase.
-        read: Returns the requests to read in place of those of the steps.
+        read: Returns the requests to read in place of those of the steps, where none is taken.
 
     Raises:
         RecipeError: The recipe or its data is at fault.
@@ -105,7 +105,7 @@ def build_context(
         recipe, plan, sampler, has_evaluations=bool(data.evaluation_sets())
     )
     recipe = with_train_metrics(recipe)
-    if evaluates and recipe.keep_best is not None:
+    if evaluates and read is None and recipe.keep_best is not None:
         names = [each.name for each in sampler.evaluations]
         check_set_metric(recipe.keep_best, names, recipe.metrics)
     missed: tuple[EvaluationSchedule, ...] = ()
