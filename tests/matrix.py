@@ -31,7 +31,6 @@ from splits import batch_norm, instance_norm
 from torch import nn
 from torch.multiprocessing.spawn import start_processes
 from turns import turns
-from watched import watched
 from worlds import tokens, worlds
 
 from launcher import (
@@ -71,7 +70,6 @@ RECIPES = {
     "instance_norm": instance_norm,
     "branches": branches,
     "methods": methods,
-    "watched": watched,
 }
 EXACT_RECIPES = {"norms": norms, "text": text, "gan": gan, "distill": distill, "turns": turns}
 
@@ -160,7 +158,6 @@ def matrix(ranks: int) -> Iterator[Case]:
 DOUBLE = (("precision", "fp64"),)
 SYNCED = ("sync_batchnorm", True)
 RECOMPUTED = ("activation_checkpointing", True)
-EXACT = (("virtual_ranks", 4), ("exact", True))
 
 
 def features(ranks: int) -> Iterator[Case]:
@@ -188,14 +185,7 @@ def features(ranks: int) -> Iterator[Case]:
         yield Case("batch_norm")
         yield Case("worlds", options=DOUBLE)
         yield Case("batch_norm", options=DOUBLE)
-        yield Case("watched")
-        yield Case("watched", options=EXACT)
-    elif ranks == 2:
-        yield Case("watched", "fsdp", options=EXACT)
-        yield Case("watched", "zero3", 3)
     elif ranks == 3:  # whose batches differ in size
-        yield Case("watched")
-        yield Case("watched", options=EXACT)
         yield Case("batch_norm", "fsdp", options=(SYNCED, ("compile", True)))
 
 

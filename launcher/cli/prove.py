@@ -117,7 +117,7 @@ def command(
     from launcher.recipe.resolve import resolve
 
     check_only_launcher()
-    signals = SignalHandler()
+    signals = SignalHandler(saves=False)
     machine = read_machine()
 
     def show_plan(trial: ParityRun, num_steps: int) -> None:
