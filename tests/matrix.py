@@ -552,27 +552,33 @@ class JudgedCase:
     def make(self, ranks: int) -> Recipe:
         """Return the recipe, which is the same on any number of ranks."""
         del ranks
-        changes: dict[str, Any] = {"strategy": self.strategy, "micro_batch_size": 2}
-        return replace(whole(), **changes | JUDGED[self.name])
+        return replace(whole(), strategy=self.strategy, **JUDGED[self.name])  # type: ignore[arg-type]
 
 
 _JUDGED_ON = {
-    1: (JudgedCase("ddp"), JudgedCase("zero2", "", "fsdp")),
-    2: (*map(JudgedCase, ("ddp", "fsdp", "zero2")), JudgedCase("ddp", "parted")),
+    1: (JudgedCase(), JudgedCase("ddp", "exact")),
+    2: (
+        JudgedCase(),
+        JudgedCase("zero2"),
+        JudgedCase("ddp", "parted"),
+        JudgedCase("fsdp", "split"),
+        JudgedCase("fsdp", "exact"),
+    ),
     3: (
-        JudgedCase("ddp", "", "zero2"),
-        JudgedCase("fsdp", "", "ddp"),
-        JudgedCase("zero2", "", "fsdp"),
+        JudgedCase(resumed_from="zero2"),
+        JudgedCase("fsdp", resumed_from="ddp"),
+        JudgedCase("zero2", resumed_from="ddp"),
+        JudgedCase("ddp", "exact"),
     ),
 }
 
 
 def evaluations(ranks: int) -> Iterator[JudgedCase]:
-    """Yield configurations in which everything around the loop is compared."""
+    """Yield configurations in which everything around the loop is compared.
+
+    benchmarks/around_the_loop.py compares every strategy on every number of ranks.
+    """
     yield from _JUDGED_ON[ranks]
-    if ranks == 2:
-        yield JudgedCase("fsdp", "split")
-    yield JudgedCase("fsdp" if ranks == 2 else "ddp", "exact")
 
 
 OBJECTIVES_WORLDS = (SOURCE_RANKS, 1, 3)
@@ -780,11 +786,9 @@ def _train_bits(train: Trainer, folder: Path, cases: Iterable[BitsCase | JudgedC
             train(case, f"{case.key}-resumed", source=source, saves=True)
         if isinstance(case, JudgedCase):
             run_dir = RunDir(train.folder / case.key)
-            train.evaluate(
-                case,
-                WeightChoice(run_dir=run_dir, step=JUDGED_STEPS["best"], is_final=True),
-                WeightChoice(run_dir=run_dir, step=JUDGED_STEPS["last"], is_final=False),
-            )
+            is_final = case.strategy != "zero2"
+            step = JUDGED_STEPS["best" if is_final else "last"]
+            train.evaluate(case, WeightChoice(run_dir=run_dir, step=step, is_final=is_final))
             train.predict(case, folder / f"on{SOURCE_RANKS}/ddp")
 
 

@@ -126,9 +126,11 @@ def test_weights_are_evaluated_and_predict_as_in_the_run(
     folder = trained / f"on{ranks}" / case.key
     found = json.loads((folder / "evaluated.json").read_text())
     recorded = {step: metrics for step, metrics in evaluated(folder) if "dev/loss" in metrics}
-    best, last = found["model.safetensors"], found["step-00000018"]
-    assert {name: best[name] for name in DEV} == recorded[JUDGED_STEPS["best"]]
-    assert last == {**recorded[18], **evaluated(folder)[-1][1]}
+    if case.strategy == "zero2":
+        assert found["step-00000018"] == {**recorded[18], **evaluated(folder)[-1][1]}
+    else:
+        best = found["model.safetensors"]
+        assert {name: best[name] for name in DEV} == recorded[JUDGED_STEPS["best"]]
     source = trained / f"on{SOURCE_RANKS}/ddp"
     rows = read_lines(folder / "predictions.jsonl")
     score = roc_auc_score(

@@ -72,6 +72,7 @@ def whole() -> Recipe:
         keep_best="dev/auroc:max",
         stop_after=3,
         epochs=6,
+        micro_batch_size=4,
     )
 
 
