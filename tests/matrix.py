@@ -594,6 +594,9 @@ _OBJECTIVES: dict[str, tuple[str, tuple[tuple[str, Any], ...]]] = {
 }
 """Recipes with several objectives, and settings."""
 
+EVALUATED_OBJECTIVES = ("gan", "turns-exact")
+"""Those whose final weights are evaluated and predict, on 1 and 3 ranks."""
+
 _OBJECTIVES_ON: dict[int, dict[str, tuple[str, ...]]] = {
     1: {"ddp": ("gan", "gan-bf16", "distill", "turns-fp16", "turns-exact")},
     2: {
@@ -678,13 +681,12 @@ class Trainer:
         if backend.rank == 0:
             (run_dir.path / "evaluated.json").write_text(json.dumps(measured))
 
-    def predict(self, case: JudgedCase, source: Path) -> None:
-        """Predict the evaluation set `dev` with the final weights of the run in `source`."""
+    def predict(self, case: BitsCase | JudgedCase, name: str, weights: WeightChoice) -> None:
+        """Predict the evaluation set `name` with the weights of a run."""
         run_dir = RunDir(self.folder / case.key)
         recipe, plan, backend = self._join(case, run_dir)
-        weights = WeightChoice(run_dir=RunDir(source), step=JUDGED_STEPS["best"], is_final=True)
         parts = run_dir.path / "parts"
-        prediction = Prediction(input="dev", is_file=False, parts=parts, format="jsonl")
+        prediction = Prediction(input=name, is_file=False, parts=parts, format="jsonl")
         if backend.rank == 0:
             parts.mkdir()
         backend.broadcast(None)
@@ -789,7 +791,14 @@ def _train_bits(train: Trainer, folder: Path, cases: Iterable[BitsCase | JudgedC
             is_final = case.strategy != "zero2"
             step = JUDGED_STEPS["best" if is_final else "last"]
             train.evaluate(case, WeightChoice(run_dir=run_dir, step=step, is_final=is_final))
-            train.predict(case, folder / f"on{SOURCE_RANKS}/ddp")
+            first = RunDir(folder / f"on{SOURCE_RANKS}/ddp")
+            best = WeightChoice(run_dir=first, step=JUDGED_STEPS["best"], is_final=True)
+            train.predict(case, "dev", best)
+        elif case.name in EVALUATED_OBJECTIVES and train.world.world_size != SOURCE_RANKS:
+            run_dir = RunDir(train.folder / case.key)
+            last = WeightChoice(run_dir=run_dir, step=10, is_final=True)
+            train.evaluate(case, last)
+            train.predict(case, "evaluation", last)
 
 
 if __name__ == "__main__":

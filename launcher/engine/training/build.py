@@ -40,7 +40,7 @@ from launcher.engine.state.initial_values import InitialValues, value_checksum
 from launcher.engine.state.parameter_kinds import check_parameters, keep_in_bfloat16
 from launcher.engine.state.virtual_buffers import VirtualBuffers
 from launcher.engine.training.initial_model import build_initial_model
-from launcher.engine.training.live_schedules import with_live_schedules
+from launcher.engine.training.live_schedules import Plateau, with_live_schedules
 from launcher.engine.training.loop import TrainContext
 from launcher.engine.training.objectives import TrainedObjective, prepare_objectives
 from launcher.engine.training.train_metrics import with_train_metrics
@@ -105,9 +105,8 @@ def build_context(
         recipe, plan, sampler, has_evaluations=bool(data.evaluation_sets())
     )
     recipe = with_train_metrics(recipe)
-    if evaluates and read is None and recipe.keep_best is not None:
-        names = [each.name for each in sampler.evaluations]
-        check_set_metric(recipe.keep_best, names, recipe.metrics)
+    if evaluates and read is None:
+        _check_followed_metrics(recipe, plateaus, [each.name for each in sampler.evaluations])
     missed: tuple[EvaluationSchedule, ...] = ()
     if recorded is not None and first_step > 0:
         due = sampler.evaluations_after(first_step - 1)
@@ -177,6 +176,18 @@ def build_context(
         missed_evaluations=missed,
         objectives=objectives,
     )
+
+
+def _check_followed_metrics(recipe: Recipe, plateaus: tuple[Plateau, ...], sets: list[str]) -> None:
+    """Refuse a metric that the training follows and that no evaluation set has.
+
+    Raises:
+        RecipeError: It is one of keep_best, or of a schedule.
+    """
+    if recipe.keep_best is not None:
+        check_set_metric(recipe.keep_best, sets, recipe.metrics)
+    for plateau in plateaus:
+        check_set_metric(str(plateau.goal), sets, recipe.metrics, where="plateau(metric)")
 
 
 def evaluation_schedules(data: Data, plan: Plan) -> tuple[EvaluationSchedule, ...]:
