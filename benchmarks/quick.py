@@ -26,6 +26,7 @@ SHORT = {
     "noise_cost": "--ranks 1 --turns 1 --epochs 20",
     "same_steps": "--worlds 1,2 --epochs 1 --strategies ddp --only launcher,torch",
     "migrating": "--ranks 1 --only plain",
+    "around_the_loop": "--worlds 2 --strategies fsdp",
     "same_bits": "--worlds 1,2 --strategies ddp --workloads 1 --only torch",
     "exact_cost": "--ranks 1 --turns 1 --epochs 8 --nets 1",
     "sharded_start": "--short",

@@ -179,7 +179,7 @@ def evaluate(
     from launcher.recipe.resolve import check_not_importing
 
     check_not_importing()
-    with library_signals() as signals:
+    with library_signals(saves=False) as signals:
         fields = _weights_fields(run, checkpoint, nproc_per_node, overrides)
         return evaluate_run(WeightsRequest(**fields), signals)
 
@@ -216,7 +216,7 @@ def predict(
     from launcher.recipe.resolve import check_not_importing
 
     check_not_importing()
-    with library_signals() as signals:
+    with library_signals(saves=False) as signals:
         request = PredictRequest(
             **_weights_fields(run, checkpoint, nproc_per_node, overrides),
             input=str(_argument("input", input, Path)),

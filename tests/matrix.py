@@ -24,14 +24,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import torch
 from branches import branches
-from judged import judged
+from judged import whole
 from methods import methods
 from parts import norms, text
 from splits import batch_norm, instance_norm
 from torch import nn
 from torch.multiprocessing.spawn import start_processes
 from turns import turns
-from watched import watched
 from worlds import tokens, worlds
 
 from launcher import (
@@ -47,15 +46,19 @@ from launcher import (
     sgd,
     tail,
 )
+from launcher.engine.backends.base import Backend
 from launcher.engine.process_group import join
 from launcher.engine.ranks.output import Output
 from launcher.engine.run import train_rank
 from launcher.engine.training.evaluation import evaluate_weights
+from launcher.engine.training.prediction import predict_samples
 from launcher.environment.world import World, find_world
+from launcher.planning.plan import Plan
 from launcher.planning.strategy import STRATEGIES
 from launcher.recipes.distill import distill
 from launcher.recipes.gan import gan
 from launcher.runs.job import RecipeSource, ResumeFrom
+from launcher.runs.prediction_files import Prediction, merge
 from launcher.runs.rundir import RunDir, create_run_dir
 from launcher.runs.weight_choice import WeightChoice
 from launcher.signals import StopRequest
@@ -67,7 +70,6 @@ RECIPES = {
     "instance_norm": instance_norm,
     "branches": branches,
     "methods": methods,
-    "watched": watched,
 }
 EXACT_RECIPES = {"norms": norms, "text": text, "gan": gan, "distill": distill, "turns": turns}
 
@@ -156,7 +158,6 @@ def matrix(ranks: int) -> Iterator[Case]:
 DOUBLE = (("precision", "fp64"),)
 SYNCED = ("sync_batchnorm", True)
 RECOMPUTED = ("activation_checkpointing", True)
-EXACT = (("virtual_ranks", 4), ("exact", True))
 
 
 def features(ranks: int) -> Iterator[Case]:
@@ -184,14 +185,7 @@ def features(ranks: int) -> Iterator[Case]:
         yield Case("batch_norm")
         yield Case("worlds", options=DOUBLE)
         yield Case("batch_norm", options=DOUBLE)
-        yield Case("watched")
-        yield Case("watched", options=EXACT)
-    elif ranks == 2:
-        yield Case("watched", "fsdp", options=EXACT)
-        yield Case("watched", "zero3", 3)
     elif ranks == 3:  # whose batches differ in size
-        yield Case("watched")
-        yield Case("watched", options=EXACT)
         yield Case("batch_norm", "fsdp", options=(SYNCED, ("compile", True)))
 
 
@@ -480,8 +474,11 @@ def small(ranks: int) -> Iterator[BitsCase]:
 
 
 _EMA = (("averaging", ema(0.8)), ("evaluate_every", 3))
-AVERAGED = {strategy: Case("worlds", strategy, 1, "adamw", options=_EMA) for strategy in STRATEGIES}
-"""An average of weights under each strategy."""
+AVERAGED = {
+    strategy: Case("worlds", strategy, 1, "adamw", options=_EMA)
+    for strategy in ("ddp", "zero1", "zero3")
+}
+"""An average of weights under strategies that `evaluations` leaves out, and in one process."""
 
 AVERAGED_NORMS = Case("batch_norm", options=(SYNCED, ("averaging", tail(start=0.2))))
 AVERAGED_BITS = {
@@ -492,26 +489,23 @@ AVERAGED_BITS = {
 
 AVERAGED_WORLDS = (SOURCE_RANKS, 1, 3)
 
-_AVERAGED_FROM = {"ddp": "zero2", "zero1": "fsdp", "zero2": "zero3", "zero3": "zero1"}
-"""The strategy on `SOURCE_RANKS` ranks from which a strategy on 3 ranks is resumed."""
-
 
 def averaged(ranks: int) -> Iterator[tuple[Case | BitsCase, Case | BitsCase | None]]:
     """Yield cases with averaged weights, each with the case from whose checkpoint it is resumed."""
-    if ranks == SOURCE_RANKS:
-        yield from ((case, None) for case in AVERAGED.values())
-        yield from ((case, None) for case in AVERAGED_BITS.values())
-    elif ranks == 1:
+    if ranks == 1:
         yield AVERAGED["ddp"], None
-        yield AVERAGED["zero3"], AVERAGED["ddp"]
         yield replace(AVERAGED["ddp"], accumulation=3), AVERAGED["zero1"]
         yield AVERAGED_BITS["ddp"], None
+        yield AVERAGED_NORMS, None
+    elif ranks == SOURCE_RANKS:
+        yield AVERAGED["zero1"], None
+        yield AVERAGED["zero3"], None
+        yield from ((case, None) for case in AVERAGED_BITS.values())
     else:
-        yield AVERAGED["fsdp"], None
-        yield from ((AVERAGED[s], AVERAGED[source]) for s, source in _AVERAGED_FROM.items())
+        yield AVERAGED["zero1"], AVERAGED["zero3"]
+        yield AVERAGED["zero3"], AVERAGED["zero1"]
         yield AVERAGED_BITS["fsdp"], AVERAGED_BITS["ddp"]
         yield AVERAGED_BITS["ddp"], AVERAGED_BITS["fsdp"]
-    if ranks != SOURCE_RANKS:
         yield AVERAGED_NORMS, None
 
 
@@ -520,23 +514,25 @@ JUDGED: dict[str, dict[str, Any]] = {
     "exact": {"virtual_ranks": 3, "exact": True},
     "parted": {"virtual_ranks": 3},
     "split": {"tensor_parallel": 2},
-    "early": {"keep_best": "dev/highest:min", "stop_after": 1},
 }
-"""Settings of the recipe with two evaluation sets, by name."""
+"""Settings of the recipe with everything around the loop, by name."""
+
+JUDGED_STEPS = {"best": 9, "saved": 13, "last": 18}
+"""Steps of its best checkpoint, of the one that it is resumed from, and of its early end."""
 
 
 @dataclass(frozen=True)
 class JudgedCase:
-    """One configuration of the recipe with two evaluation sets."""
+    """One configuration of the recipe with everything around the loop."""
 
     strategy: str = "ddp"
     name: str = ""
     """One of `JUDGED`."""
 
-    is_resumed: bool = False
-    """Whether it is also resumed from the checkpoint of `SOURCE_RANKS` ranks under ddp."""
+    resumed_from: str = ""
+    """The strategy whose checkpoint of `SOURCE_RANKS` ranks it is also resumed from, if any."""
 
-    saved_at: int = 7
+    saved_at: int = JUDGED_STEPS["saved"]
 
     @property
     def key(self) -> str:
@@ -544,26 +540,45 @@ class JudgedCase:
         return f"{self.strategy}-{self.name}" if self.name else self.strategy
 
     @property
+    def is_resumed(self) -> bool:
+        """Whether it is also resumed from a checkpoint."""
+        return bool(self.resumed_from)
+
+    @property
     def source(self) -> JudgedCase:
         """Return the case on `SOURCE_RANKS` ranks from whose checkpoint it is resumed."""
-        return replace(self, strategy="ddp")
+        return replace(self, strategy=self.resumed_from)
 
     def make(self, ranks: int) -> Recipe:
         """Return the recipe, which is the same on any number of ranks."""
         del ranks
-        changes: dict[str, Any] = {"strategy": self.strategy, "micro_batch_size": 2}
-        return replace(judged(), **{"keep_best": "dev/listed:min"} | changes | JUDGED[self.name])
+        return replace(whole(), strategy=self.strategy, **JUDGED[self.name])  # type: ignore[arg-type]
+
+
+_JUDGED_ON = {
+    1: (JudgedCase(), JudgedCase("ddp", "exact")),
+    2: (
+        JudgedCase(),
+        JudgedCase("zero2"),
+        JudgedCase("ddp", "parted"),
+        JudgedCase("fsdp", "split"),
+        JudgedCase("fsdp", "exact"),
+    ),
+    3: (
+        JudgedCase(resumed_from="zero2"),
+        JudgedCase("fsdp", resumed_from="ddp"),
+        JudgedCase("zero2", resumed_from="ddp"),
+        JudgedCase("ddp", "exact"),
+    ),
+}
 
 
 def evaluations(ranks: int) -> Iterator[JudgedCase]:
-    """Yield configurations whose evaluations, best checkpoints and ends are compared."""
-    for strategy in {1: ["ddp"], 2: ["ddp", "zero3"], 3: ["ddp", "fsdp"]}[ranks]:
-        yield JudgedCase(strategy, is_resumed=strategy == "fsdp")
-    if ranks == 2:
-        yield JudgedCase("fsdp", "split")
-        yield JudgedCase("ddp", "parted")
-    yield JudgedCase("fsdp" if ranks == 2 else "ddp", "exact")
-    yield JudgedCase("ddp" if ranks == 1 else "fsdp", "early")
+    """Yield configurations in which everything around the loop is compared.
+
+    benchmarks/around_the_loop.py compares every strategy on every number of ranks.
+    """
+    yield from _JUDGED_ON[ranks]
 
 
 OBJECTIVES_WORLDS = (SOURCE_RANKS, 1, 3)
@@ -578,6 +593,9 @@ _OBJECTIVES: dict[str, tuple[str, tuple[tuple[str, Any], ...]]] = {
     "turns-exact": ("turns", (("exact", True),)),
 }
 """Recipes with several objectives, and settings."""
+
+EVALUATED_OBJECTIVES = ("gan", "turns-exact")
+"""Those whose final weights are evaluated and predict, on 1 and 3 ranks."""
 
 _OBJECTIVES_ON: dict[int, dict[str, tuple[str, ...]]] = {
     1: {"ddp": ("gan", "gan-bf16", "distill", "turns-fp16", "turns-exact")},
@@ -611,12 +629,15 @@ BITS_SUITES: dict[str, Callable[[int], Iterator[BitsCase | JudgedCase]]] = {
 }
 
 
+_NO_SOURCE = RecipeSource(recipe="")
+
+
 class Trainer:
     """Trains cases one after the other in one process group."""
 
     def __init__(self, folder: Path, world: World) -> None:
         self.world = world
-        self._folder = folder
+        self.folder = folder
         self._output = Output(terminal=io.StringIO(), errors=io.StringIO(), log=io.StringIO())
         self._backends: list[Any] = []  # keep alive the process group that all cases share
 
@@ -637,9 +658,9 @@ class Trainer:
 
         def make_run_dir() -> RunDir:
             if source is None:
-                return create_run_dir(self._folder / name, "case")
-            shutil.copytree(source, self._folder / name)
-            return RunDir(self._folder / name)
+                return create_run_dir(self.folder / name, "case")
+            shutil.copytree(source, self.folder / name)
+            return RunDir(self.folder / name)
 
         backend, run_dir = join(recipe, plan, self.world, make_run_dir)
         if torch.distributed.is_initialized():
@@ -649,22 +670,47 @@ class Trainer:
         train_rank(recipe, plan, backend, run_dir, self._output, start=start, stop=stop)
         self._backends.append(backend)
 
-    def evaluate(self, case: Case | BitsCase) -> None:
-        """Evaluate the final weights of a case, and those of its newest checkpoint."""
-        run_dir = RunDir(self._folder / case.key)
-        recipe = replace(case.make(self.world.world_size), averaging=None)
-        plan = make_plan(recipe, read_machine(), nproc_per_node=self.world.world_size)
-        source = RecipeSource(recipe="")
-        measured = {}
-        for is_final in (True, False):
-            weights = WeightChoice(run_dir=run_dir, step=10, is_final=is_final)
-            backend, _ = join(recipe, plan, self.world, lambda: run_dir)
+    def evaluate(self, case: Case | BitsCase | JudgedCase, *choices: WeightChoice) -> None:
+        """Evaluate weights of a case again."""
+        run_dir, measured = RunDir(self.folder / case.key), {}
+        for weights in choices:
+            recipe, plan, backend = self._join(case, run_dir)
             measured[weights.name] = evaluate_weights(
-                recipe, plan, backend, weights, source=source, report_phase=lambda *_: None
+                recipe, plan, backend, weights, source=_NO_SOURCE, report_phase=lambda *_: None
             )
-            self._backends.append(backend)
         if backend.rank == 0:
             (run_dir.path / "evaluated.json").write_text(json.dumps(measured))
+
+    def predict(self, case: BitsCase | JudgedCase, name: str, weights: WeightChoice) -> None:
+        """Predict the evaluation set `name` with the weights of a run."""
+        run_dir = RunDir(self.folder / case.key)
+        recipe, plan, backend = self._join(case, run_dir)
+        parts = run_dir.path / "parts"
+        prediction = Prediction(input=name, is_file=False, parts=parts, format="jsonl")
+        if backend.rank == 0:
+            parts.mkdir()
+        backend.broadcast(None)
+        predict_samples(
+            recipe,
+            plan,
+            backend,
+            weights,
+            prediction,
+            source=_NO_SOURCE,
+            report_phase=lambda *_: None,
+        )
+        backend.broadcast(None)
+        if backend.rank == 0:
+            merge(prediction, plan.world_size, run_dir.path / "predictions.jsonl")
+
+    def _join(
+        self, case: Case | BitsCase | JudgedCase, run_dir: RunDir
+    ) -> tuple[Recipe, Plan, Backend]:
+        recipe = replace(case.make(self.world.world_size), averaging=None)
+        plan = make_plan(recipe, read_machine(), nproc_per_node=self.world.world_size)
+        backend, _ = join(recipe, plan, self.world, lambda: run_dir)
+        self._backends.append(backend)
+        return recipe, plan, backend
 
 
 def train_suite(suite: str, folder: Path, worlds: Sequence[int]) -> None:
@@ -674,6 +720,7 @@ def train_suite(suite: str, folder: Path, worlds: Sequence[int]) -> None:
         importlib.import_module(f"launcher.engine.backends.{module}")
     if suite == "evaluations":
         importlib.import_module("torchmetrics")
+        importlib.import_module("sklearn.metrics")
     for index, ranks in enumerate(worlds):
         arguments = suite, folder, ranks, worlds[:index]
         start_processes(train_cases, arguments, ranks, start_method="fork")  # type: ignore[no-untyped-call]
@@ -700,7 +747,10 @@ def train_cases(rank: int, suite: str, folder: Path, ranks: int, before: Sequenc
             path = None if source is None else folder / f"on{SOURCE_RANKS}" / source.key
             train(case, case.key, source=path, saves=True)
             if ranks == 3:
-                train.evaluate(case)
+                run_dir = RunDir(train.folder / case.key)
+                kinds = (True, False) if isinstance(case, BitsCase) else (case.strategy == "zero1",)
+                choices = [WeightChoice(run_dir=run_dir, step=10, is_final=each) for each in kinds]
+                train.evaluate(case, *choices)
     elif suite == "hybrid":
         _train_hybrid(train, folder, ranks, before)
     elif suite in BITS_SUITES:
@@ -736,6 +786,19 @@ def _train_bits(train: Trainer, folder: Path, cases: Iterable[BitsCase | JudgedC
         if case.is_resumed:
             source = folder / f"on{SOURCE_RANKS}" / case.source.key
             train(case, f"{case.key}-resumed", source=source, saves=True)
+        if isinstance(case, JudgedCase):
+            run_dir = RunDir(train.folder / case.key)
+            is_final = case.strategy != "zero2"
+            step = JUDGED_STEPS["best" if is_final else "last"]
+            train.evaluate(case, WeightChoice(run_dir=run_dir, step=step, is_final=is_final))
+            first = RunDir(folder / f"on{SOURCE_RANKS}/ddp")
+            best = WeightChoice(run_dir=first, step=JUDGED_STEPS["best"], is_final=True)
+            train.predict(case, "dev", best)
+        elif case.name in EVALUATED_OBJECTIVES and train.world.world_size != SOURCE_RANKS:
+            run_dir = RunDir(train.folder / case.key)
+            last = WeightChoice(run_dir=run_dir, step=10, is_final=True)
+            train.evaluate(case, last)
+            train.predict(case, "evaluation", last)
 
 
 if __name__ == "__main__":

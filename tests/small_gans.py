@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,13 @@ from launcher.recipes.digits import read_digits
 from launcher.runs.rundir import RunDir
 
 
-def train(folder: Path, trained: Recipe, **options: Any) -> RunDir:
-    """Train in this process, and return the run folder."""
+def train(folder: Path, trained: Recipe, source: RunDir | None = None, **options: Any) -> RunDir:
+    """Train in this process, perhaps resumed from a copy of `source`; return the run folder."""
     run_dir = RunDir(folder / f"run{len(list(folder.iterdir()))}")
-    run_dir.path.mkdir()
+    if source is None:
+        run_dir.path.mkdir()
+    else:
+        shutil.copytree(source.path, run_dir.path)
     plan = make_plan(trained, read_machine(), nproc_per_node=1)
     output = Output(terminal=io.StringIO(), errors=io.StringIO(), log=io.StringIO())
     train_rank(trained, plan, LocalBackend(trained, plan), run_dir, output, **options)

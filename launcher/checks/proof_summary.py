@@ -13,11 +13,14 @@ if TYPE_CHECKING:
     from launcher.engine.probes.inspection import Inspection
     from launcher.engine.probes.parity import ParityDifference
 
-_COLUMNS = ("strategy", "ranks", "x accum.", "samples", "lr", "items", "loss", "norm", "weights")
+_COLUMNS = (
+    *("strategy", "ranks", "x accum.", "samples", "lr", "items", "loss", "norm", "weights"),
+    "evals",
+)
 _SHOWN_DIGITS = 12
 """Number of digits of the weights' SHA-256 that each row of an exact recipe shows."""
 
-_WIDTHS = (10, 5, 8, 8, 8, 8, 8, 8, 8)
+_WIDTHS = (10, 5, 8, 8, 8, 8, 8, 8, 8, 8)
 
 
 def header() -> str:
@@ -47,7 +50,9 @@ def row_line(row: ParityRow) -> str:
         _relative_text(value)
         for value in (difference.loss, difference.grad_norm, difference.weights)
     ]
-    return _line([*cells, *exact, *relative]) + digest + ("" if difference.agrees else "  differs")
+    evaluated = [] if row.evaluation is None else [_relative_text(row.evaluation[1])]
+    end = "" if row.agrees else "  differs"
+    return f"{_line([*cells, *exact, *relative, *evaluated])}{digest}{end}"
 
 
 def verdict(rows: Sequence[ParityRow], steps: int) -> str:
@@ -58,22 +63,28 @@ def verdict(rows: Sequence[ParityRow], steps: int) -> str:
         steps: Number of optimizer steps that each configuration took.
     """
     failed = [row for row in rows if row.exit_code]
+    evaluated = any(row.evaluation is not None for row in rows)
     differ = [row for row in rows if not row.agrees and not row.exit_code]
     if not failed and not differ and all(row.trial.plan.exact for row in rows):
         return (
             f"The same {steps:,} steps to the bit in all {len(rows)} configurations: sample ids, "
-            "learning rates, item counts, losses, gradient norms and weights are equal. The "
-            f"weights have the SHA-256 {rows[0].weights_digest}."
+            "learning rates, item counts, losses, gradient norms and weights are equal"
+            f"{', and so are all evaluations' if evaluated else ''}. The weights have the SHA-256 "
+            f"{rows[0].weights_digest}."
         )
     if not failed and not differ:
         return (
             f"The same {steps:,} steps in all {len(rows)} configurations: sample ids, learning "
-            "rates and item counts are equal; losses, gradient norms and weights agree to rounding."
+            "rates and item counts are equal; losses, gradient norms and weights agree to rounding"
+            f"{', and so do the losses of evaluations' if evaluated else ''}."
         )
     lines = []
     for row in differ:
         assert row.difference is not None
-        lines.append(f"{_name(row.trial)}: {_difference_text(row.difference)}")
+        text = _difference_text(row.difference)
+        if row.difference.agrees:
+            text = f"evaluations differ by more than {row.difference.tolerance:g}"
+        lines.append(f"{_name(row.trial)}: {text}")
     lines += [f"{_name(row.trial)}: the run failed, see above" for row in failed]
     return "\n".join(lines)
 
@@ -179,6 +190,7 @@ def to_dict(row: ParityRow) -> dict[str, object]:
             "grad_norm": difference.grad_norm,
             "weights": difference.weights,
             "tolerance": difference.tolerance,
+            "evaluation": None if row.evaluation is None else row.evaluation[1],
         }
     return values
 

@@ -62,13 +62,32 @@ class ParityRow:
     difference: ParityDifference | None
     """Difference from the reference; None for the reference itself and for a run that failed."""
 
+    evaluation: tuple[float, float] | None = None
+    """Largest relative difference of an evaluated loss, and of any metric; None if there was no
+    evaluation within the steps."""
+
     weights_digest: str = ""
     """SHA-256 of the final weights, in hexadecimal; empty for a run that failed."""
 
     @property
     def agrees(self) -> bool:
-        """Whether the run succeeded and took the same steps as the reference."""
-        return self.exit_code == 0 and (self.difference is None or self.difference.agrees)
+        """Whether the run succeeded, took the steps of the reference and evaluated alike."""
+        if self.exit_code or self.difference is None:
+            return not self.exit_code
+        return self.difference.agrees and self.evaluates_alike
+
+    @property
+    def evaluates_alike(self) -> bool:
+        """Whether evaluations differ by no more than rounding; in exact runs, not at all.
+
+        A metric that counts answers jumps where rounding changes one, so that of inexact runs the
+        losses are judged.
+        """
+        if self.evaluation is None or self.difference is None:
+            return True
+        loss, largest = self.evaluation
+        tolerance = self.difference.tolerance
+        return (largest if tolerance == 0 else loss) <= tolerance
 
 
 def plan_trials(
@@ -165,7 +184,12 @@ def run_trials(
             if reference_trace is None:
                 return
             continue
-        from launcher.engine.probes.parity import compare, read_trace, tensors_digest
+        from launcher.engine.probes.parity import (
+            compare,
+            compare_evaluations,
+            read_trace,
+            tensors_digest,
+        )
 
         trace = read_trace(trial.run_dir)
         digest = tensors_digest(trace.weights)
@@ -176,7 +200,13 @@ def run_trials(
             continue
         default = 0.0 if trial.plan.exact else TOLERANCES[trial.plan.precision]
         difference = compare(reference_trace, trace, default if tolerance is None else tolerance)
-        yield ParityRow(trial=trial, exit_code=0, difference=difference, weights_digest=digest)
+        yield ParityRow(
+            trial=trial,
+            exit_code=0,
+            difference=difference,
+            evaluation=compare_evaluations(reference_trace, trace),
+            weights_digest=digest,
+        )
 
 
 def inspect_trial(

@@ -50,7 +50,7 @@ def command(recipe: str, overrides: tuple[str, ...], config: Path | None, *, as_
     from launcher.recipe.resolve import resolve
 
     check_only_launcher()
-    signals = SignalHandler()
+    signals = SignalHandler(saves=False)
     findings: list[Finding] = []
 
     def report(finding: Finding) -> None:

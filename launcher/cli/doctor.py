@@ -75,7 +75,7 @@ def command(
         for finding in check_node(plan, out):
             report(finding)
         try:
-            reports = diagnose(plan, SignalHandler())
+            reports = diagnose(plan, SignalHandler(saves=False))
         except RunFailedError as error:
             echo(f"launcher: {error}", err=True)
             report(

@@ -46,7 +46,7 @@ def command(
     from launcher.launch.evaluate_run import WeightsRequest, evaluate_run
     from launcher.launch.signal_handler import SignalHandler
 
-    signals = SignalHandler()
+    signals = SignalHandler(saves=False)
     request = WeightsRequest(
         run_dir=run_dir,
         checkpoint=checkpoint,

@@ -153,7 +153,7 @@ def _memory(
     from launcher.tuning.memory_plan import is_this_machine, measure_model_memory, plan_memory
 
     check_only_launcher()
-    facts = measure_model_memory(reference, overrides, built, plan, SignalHandler())
+    facts = measure_model_memory(reference, overrides, built, plan, SignalHandler(saves=False))
     return plan_memory(facts, built.recipe, plan, is_here=is_this_machine(plan, machine))
 
 

@@ -50,7 +50,7 @@ def command(
     from launcher.launch.predict_run import PredictRequest, predict_run
     from launcher.launch.signal_handler import SignalHandler
 
-    signals = SignalHandler()
+    signals = SignalHandler(saves=False)
     request = PredictRequest(
         run_dir=run_dir,
         checkpoint=checkpoint,

@@ -99,8 +99,9 @@ def command(
     """Run the first steps of RECIPE on several numbers of ranks and compare them.
 
     Sample ids, learning rates and item counts must be equal; losses, gradient norms and final
-    weights are compared by their largest relative difference. The exit code is 1 if they differ by
-    more than rounding; the cause is named if it can be found.
+    weights are compared by their largest relative difference, and so are evaluations within these
+    steps (evals). The exit code is 1 if steps or evaluated losses differ by more than rounding, or
+    with exact=true if any metric differs at all; the cause is named if it can be found.
 
     \b
     launcher prove digits
@@ -117,7 +118,7 @@ def command(
     from launcher.recipe.resolve import resolve
 
     check_only_launcher()
-    signals = SignalHandler()
+    signals = SignalHandler(saves=False)
     machine = read_machine()
 
     def show_plan(trial: ParityRun, num_steps: int) -> None:

@@ -158,7 +158,7 @@ def resume_sweep(folder: Path, nproc_per_node: int | None, mode: OutputMode) -> 
     record, out = read_sweep(folder), folder.resolve()
     goal = read_goal(record.metric, where="sweep.json")
     with working_folder(folder_of_command(record.folder)):
-        request = request_of(record, goal, nproc_per_node=nproc_per_node)
+        request = request_of(record, out, goal, nproc_per_node=nproc_per_node)
         return train_sweep(prepare_sweep(request, read_machine()), out, mode)
 
 

@@ -34,7 +34,7 @@ def target_arguments(function: Callable[..., Any]) -> Callable[..., Any]:
         from launcher.tuning.probe_run import Target
 
         check_only_launcher()
-        signals = SignalHandler()
+        signals = SignalHandler(saves=False)
         target = Target(
             reference=resolve(recipe),
             overrides=read_overrides(config, overrides),

@@ -45,12 +45,14 @@ class SignalHandler:
     Args:
         exits: Whether ending at once ends this process, as a command does. Otherwise the handler
             raises KeyboardInterrupt, and `stopped_by` names the signal.
+        saves: Whether this process starts a run that saves checkpoints. Every signal ends other
+            work at once, from the beginning.
     """
 
-    def __init__(self, *, exits: bool = True) -> None:
+    def __init__(self, *, exits: bool = True, saves: bool = True) -> None:
         self.stopped_by: signal.Signals | None = None
         """The first signal that asked the run to stop."""
-        self._exits = exits
+        self._exits, self._saves = exits, saves
         self._job: Job | None = None
         self._announces = True
         self._interrupted = False
@@ -101,7 +103,7 @@ class SignalHandler:
         raise KeyboardInterrupt
 
     def _stop(self, number: int, *_: object) -> None:
-        if self._job is not None and not self._job.saves:
+        if not self._saves or (self._job is not None and not self._job.saves):
             self._end(signal.Signals(number))
         if self.stopped_by is None:
             self.stopped_by = signal.Signals(number)
@@ -137,21 +139,24 @@ class SignalHandler:
 
 
 @contextlib.contextmanager
-def library_signals() -> Iterator[SignalHandler]:
+def library_signals(*, saves: bool = True) -> Iterator[SignalHandler]:
     """Handle signals for a run that a Python program starts, and restore its handlers at the end.
 
     A signal that ends the run at once is sent to this process again when the program's own
     handlers are back, so that the program reacts as it would without a run.
 
+    Args:
+        saves: Whether the run saves checkpoints.
+
     Raises:
         KeyboardInterrupt: A signal ended the run at once, and the program's handler returned.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield SignalHandler(exits=False)
+        yield SignalHandler(exits=False, saves=saves)
         return
     with handlers_restored():
         previous_alarm = signal.getsignal(signal.SIGALRM)
-        handler = SignalHandler(exits=False)
+        handler = SignalHandler(exits=False, saves=saves)
         interrupted = False
         try:
             yield handler

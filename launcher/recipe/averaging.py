@@ -44,10 +44,11 @@ class Averaging(Spec):
         start: float = self._argument("start")
         return min(round(start * total_steps), total_steps - 1) + 1
 
-    def includes(self, step: int, total_steps: int) -> bool:
-        """Return whether the weights after `step`, counted from 1, are averaged."""
-        after_first = step - self.first_step(total_steps)
-        return after_first >= 0 and after_first % int(self._argument("every")) == 0
+    @property
+    def every(self) -> int:
+        """Return the number of steps between two whose weights are averaged."""
+        every: int = self._argument("every")
+        return every
 
     def _argument(self, name: str) -> Any:
         default = inspect.signature(self.function).parameters[name].default

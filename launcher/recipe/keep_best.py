@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from launcher.errors import RecipeError, did_you_mean
 from launcher.recipe.evaluation_sets import metric_name
-from launcher.recipe.prediction_metric import PredictionMetric
+from launcher.recipe.prediction_metric import is_metric, is_metric_of_a_set
 
 
 class BestMetric(NamedTuple):
@@ -55,54 +55,46 @@ def check_keep_best(
                 )
         return
     name = best_metric(keep_best).name
-    set_name, _, metric = name.partition("/")
-    if _is_metric(name, metrics) or _is_metric(metric, metrics):
+    if is_metric_of_a_set(name, metrics):
         return
+    set_name, _, metric = name.partition("/")
     raise unknown_metric_error(
         keep_best, [metric_name(set_name if metric else "", each) for each in ("loss", *metrics)]
     )
 
 
-def check_set_metric(keep_best: str, sets: Iterable[str], metrics: Mapping[str, Any]) -> None:
+def check_set_metric(
+    goal: str, sets: Iterable[str], metrics: Mapping[str, Any], *, where: str = "keep_best"
+) -> None:
     """Refuse a metric that no evaluation set of the data has.
 
     Args:
-        keep_best: The setting.
+        goal: The metric and its direction, such as `dev/accuracy:max`.
         sets: The names of the sets; an empty name for a single set.
         metrics: The metrics of the recipe.
+        where: The setting that has the goal.
 
     Raises:
         RecipeError: There is no evaluation set, or none has that metric.
     """
-    name, sets = best_metric(keep_best).name, list(sets)
+    name, sets = best_metric(goal).name, list(sets)
     if not sets:
         raise RecipeError(
-            f"keep_best={keep_best} compares evaluations, but the recipe's data has no evaluation "
-            "set. Give Data(evaluation=...), or leave keep_best out."
+            f"{where}={goal} compares evaluations, but the recipe's data has no evaluation "
+            f"set. Give Data(evaluation=...), or leave {where} out."
         )
     for each in sets:
         prefix = metric_name(each, "")
-        if name.startswith(prefix) and _is_metric(name.removeprefix(prefix), metrics):
+        if name.startswith(prefix) and is_metric(name.removeprefix(prefix), metrics):
             return
     known = [metric_name(each, metric) for each in sets for metric in ("loss", *metrics)]
-    raise unknown_metric_error(keep_best, known)
+    raise unknown_metric_error(goal, known, where=where)
 
 
-def unknown_metric_error(keep_best: str, known: list[str]) -> RecipeError:
+def unknown_metric_error(goal: str, known: list[str], *, where: str = "keep_best") -> RecipeError:
     """Return the error for a metric that no evaluation gives, with those that there are."""
-    name = best_metric(keep_best).name
+    name = best_metric(goal).name
     return RecipeError(
-        f"keep_best={keep_best}: no evaluation gives a metric called {name}."
+        f"{where}={goal}: no evaluation gives a metric called {name}."
         f"{did_you_mean(name, known)} The metrics are {', '.join(known)}."
-    )
-
-
-def _is_metric(name: str, metrics: Mapping[str, Any]) -> bool:
-    """Return whether a set can have a metric; the keys of one with several values are unknown."""
-    parts = name.split("/")
-    starts = ("/".join(parts[:number]) for number in range(1, len(parts)))
-    return (
-        name == "loss"
-        or name in metrics
-        or any(isinstance(metrics.get(start), PredictionMetric) for start in starts)
     )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from launcher.errors import UsageError, did_you_mean
+from launcher.recipe.prediction_metric import is_metric_of_a_set
 from launcher.recipe.validation import brief
 
 
@@ -51,7 +52,7 @@ def read_goal(text: str, *, where: str) -> MetricGoal:
     return MetricGoal(name=name, mode=cast('Literal["min", "max"]', mode))
 
 
-def check_goal(goal: MetricGoal, metrics: Iterable[str], *, where: str) -> None:
+def check_goal(goal: MetricGoal, metrics: Mapping[str, Any], *, where: str) -> None:
     """Refuse a metric that no evaluation of a recipe gives.
 
     The name of an evaluation set before a slash is not checked, because the sets are known only
@@ -59,14 +60,14 @@ def check_goal(goal: MetricGoal, metrics: Iterable[str], *, where: str) -> None:
 
     Args:
         goal: The goal.
-        metrics: Names of the recipe's metrics, without the loss.
+        metrics: The metrics of the recipe, without the loss.
         where: What the goal was given for, which the error names.
 
     Raises:
         UsageError: The recipe has no such metric.
     """
     known = ["loss", *metrics]
-    if goal.name.rpartition("/")[2] not in known:
+    if not is_metric_of_a_set(goal.name, metrics):
         raise UsageError(
             f"{where} {goal}: the recipe's evaluations give {', '.join(known)}, and not "
             f"{brief(goal.name)}.{did_you_mean(goal.name, known)}"

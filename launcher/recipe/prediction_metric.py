@@ -23,6 +23,25 @@ def is_metric_object(value: Any) -> bool:
     return all(callable(getattr(value, name, None)) for name in ("update", "compute", "reset"))
 
 
+def is_metric(name: str, metrics: Mapping[str, Any]) -> bool:
+    """Return whether an evaluation set can have a metric called `name`, without the set's name.
+
+    The keys of a metric that has several values are unknown.
+    """
+    parts = name.split("/")
+    starts = ("/".join(parts[:number]) for number in range(1, len(parts)))
+    return (
+        name == "loss"
+        or name in metrics
+        or any(isinstance(metrics.get(start), PredictionMetric) for start in starts)
+    )
+
+
+def is_metric_of_a_set(name: str, metrics: Mapping[str, Any]) -> bool:
+    """Return whether an evaluation can have a metric called `name`, perhaps after a set's name."""
+    return is_metric(name, metrics) or is_metric(name.partition("/")[2], metrics)
+
+
 def sum_metrics(metrics: Mapping[str, Any]) -> dict[str, Callable[[Any, Any], Any]]:
     """Return the metrics of a recipe that are functions (outputs, batch) -> (sum, count)."""
     return {name: each for name, each in metrics.items() if not isinstance(each, PredictionMetric)}

@@ -10,7 +10,7 @@ PyTorch's own class on an optimizer with one weight, and reads the learning rate
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, ParamSpec
 
@@ -167,12 +167,12 @@ def plateau_goal(schedule: UnplannedSchedule) -> MetricGoal:
     return read_goal(str(metric), where="plateau(metric=...)")
 
 
-def check_schedule(schedule: object, metrics: Iterable[str]) -> None:
+def check_schedule(schedule: object, metrics: Mapping[str, Any]) -> None:
     """Refuse a recipe's schedule that is no `Schedule`, or that follows an unknown metric.
 
     Args:
         schedule: The schedule.
-        metrics: Names of the recipe's metrics.
+        metrics: The metrics of the recipe.
 
     Raises:
         RecipeError: It is something else, such as a class of torch.optim.lr_scheduler, or the
@@ -195,7 +195,7 @@ def check_schedule(schedule: object, metrics: Iterable[str]) -> None:
     )
 
 
-def _check_metric(schedule: UnplannedSchedule, metrics: Iterable[str]) -> None:
+def _check_metric(schedule: UnplannedSchedule, metrics: Mapping[str, Any]) -> None:
     try:
         check_goal(plateau_goal(schedule), metrics, where="schedule=plateau(...)")
     except UsageError as error:

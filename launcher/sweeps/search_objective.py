@@ -7,7 +7,6 @@ run when the search asks for it.
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 from multiprocessing.connection import wait
@@ -136,7 +135,7 @@ class _Watched:
         self.is_pruned = False
         """Whether the search has ended the run."""
         self.last_step = 0
-        """The step of the last evaluation."""
+        """The step of the last evaluation that has the metric."""
         self._run_dir, self._trial, self._metric = run_dir, trial, metric
         self._history: History | None = None
 
@@ -154,8 +153,10 @@ class _Watched:
         for step, values in self._history.evaluations:
             if step <= self.last_step or step == self._history.total_steps:
                 continue
+            if self._metric not in values:  # another set was evaluated
+                continue
             self.last_step = step
-            self._trial.report(values.get(self._metric, math.nan), step)
+            self._trial.report(values[self._metric], step)
             if self._trial.should_prune():
                 self.is_pruned = True
                 return True

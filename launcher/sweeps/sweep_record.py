@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -75,7 +75,8 @@ class SweepRecord:
     """The content of sweep.json."""
 
     recipe: str
-    """Location of the recipe function."""
+    """Location of the recipe function; one that was typed in a notebook or at a prompt is in the
+    folder of the sweep, as `./recipe.py:name`."""
 
     folder: str
     """Working folder of the command."""
@@ -123,12 +124,17 @@ class SweepRecord:
 
         Args:
             other: What is asked now.
-            folder: The folder of this sweep.
+            folder: The folder of this sweep, as an absolute path.
 
         Raises:
             RunDirError: The recipe, a setting or the rule differs.
         """
-        before, now = (decode_values(encode_json(asdict(each)).encode()) for each in (self, other))
+        before, now = (
+            decode_values(
+                encode_json(asdict(replace(each, recipe=location_in(folder, each.recipe)))).encode()
+            )
+            for each in (self, other)
+        )
         for name in _ASKED:
             if before[name] == now[name]:
                 continue
@@ -140,6 +146,11 @@ class SweepRecord:
                 f"{folder} holds a sweep with {brief(texts[0])}, and {brief(texts[1])} is asked "
                 f"now. Give another --out, or continue it with `launcher resume {folder}`."
             )
+
+
+def location_in(folder: Path, recipe: str) -> str:
+    """Return the location of the recipe of the sweep in `folder`, as other processes find it."""
+    return str(folder / recipe) if recipe.startswith("./") else recipe
 
 
 def _axes_text(axes: Sequence[Axis]) -> str:

@@ -22,7 +22,7 @@ from launcher.recipe.resolve import Reference, resolve
 from launcher.recipe.validation import brief
 from launcher.runs.plan_recipe import plan_recipe
 from launcher.sweeps.shares import Share, divide
-from launcher.sweeps.sweep_record import Axis, SweepRecord
+from launcher.sweeps.sweep_record import Axis, SweepRecord, location_in
 
 MAX_RUNS = 1_000
 """Runs of the largest sweep."""
@@ -143,7 +143,7 @@ def prepare_sweep(request: SweepRequest, machine: Machine) -> PreparedSweep:
     return PreparedSweep(
         reference=request.reference,
         record=SweepRecord(
-            recipe=request.reference.location,
+            recipe=request.reference.recorded,
             folder=str(Path.cwd()),
             axes=axes,
             overrides={
@@ -166,12 +166,13 @@ def prepare_sweep(request: SweepRequest, machine: Machine) -> PreparedSweep:
 
 
 def request_of(
-    record: SweepRecord, goal: MetricGoal, *, nproc_per_node: int | None = None
+    record: SweepRecord, folder: Path, goal: MetricGoal, *, nproc_per_node: int | None = None
 ) -> SweepRequest:
     """Return the request of a sweep to continue.
 
     Args:
         record: Its sweep.json.
+        folder: Its folder, as an absolute path.
         goal: The goal that `record.metric` describes.
         nproc_per_node: Ranks of each run; None is as many as before.
 
@@ -179,7 +180,7 @@ def request_of(
         RecipeError: The recipe cannot be imported.
     """
     return SweepRequest(
-        reference=resolve(record.recipe),
+        reference=resolve(location_in(folder, record.recipe)),
         axes={axis.name: axis.values for axis in record.axes},
         source="sweep.json",
         overrides=tuple(

@@ -168,7 +168,7 @@ def read_trial(
         with contextlib.suppress(RunDirError):
             history = History(run_dir, newest=_TAIL_BYTES)
             step = max(step, history.last_step)
-            metrics = history.evaluations[-1][1] if history.evaluations else {}
+            metrics = history.latest_evaluation
         error = _failure(run_dir) or error
         has_begun = run_dir.run_yaml.exists()
         state = "failed" if error else "stopped" if has_begun else "waiting"

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Protocol
 
 from launcher.analysis.halving import choose
 from launcher.errors import EXIT_RESUMABLE, RunDirError, UsageError
+from launcher.launch.typed_recipe import keep_recipe
 from launcher.paths import exists
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.history import History
@@ -94,8 +95,8 @@ def run_sweep(
     record = sweep.record
     if out is not None and is_sweep(out):
         before = read_sweep(out)
-        before.check_same(record, out)
-        record = replace(record, choices=before.choices, trials=before.trials)
+        before.check_same(record, out.resolve())
+        record = replace(record, recipe=before.recipe, choices=before.choices, trials=before.trials)
         folder = RunDir(out.resolve())
     else:
         if out is not None and exists(out):
@@ -104,6 +105,7 @@ def run_sweep(
             )
         folder = create_run_dir(out, f"sweep-{sweep.trials[0].plan.recipe}")
     with own_run_dir(folder), Stopping(announces=announces) as stopping:
+        sweep = replace(sweep, reference=keep_recipe(sweep.reference, folder))
         return _Sweeper(sweep, record, folder, listener, stopping).run()
 
 
@@ -341,11 +343,15 @@ class _Sweeper:
         self._listener.on_choice(choice)
 
     def _metrics_at(self, trial: SweepTrial, steps: int) -> dict[str, float]:
-        """Return the metrics of the evaluation after so many steps; empty if there was none."""
-        evaluations: Iterator[tuple[int, dict[str, float]]] = reversed(
-            History(self._run_dir(trial)).evaluations
-        )
-        return next((values for step, values in evaluations if step == steps), {})
+        """Return the newest value of each metric after so many steps.
+
+        A set with a schedule of its own may have been evaluated before the others.
+        """
+        found: dict[str, float] = {}
+        for step, values in History(self._run_dir(trial)).evaluations:
+            if step <= steps:
+                found |= values
+        return found
 
     def _save(self) -> None:
         """Write sweep.json with what every run has come to so far."""

@@ -1,4 +1,7 @@
-"""Averaged weights on 1 to 3 ranks under every strategy, evaluated, exported and resumed."""
+"""Averaged weights under zero1 and zero3, and with statistics of norms, resumed and evaluated.
+
+Those under the other strategies are in test_evaluations.py.
+"""
 
 from __future__ import annotations
 
@@ -95,13 +98,14 @@ def test_the_average_is_not_the_last_weights(trained: Path) -> None:
 
 @pytest.mark.parametrize("case", [case for case, _ in averaged(3)], ids=lambda case: case.key)
 def test_evaluating_a_run_gives_what_it_recorded(trained: Path, case: Case | BitsCase) -> None:
-    """Final weights, and those of a checkpoint, evaluate to the last values of the run, bit by bit.
+    """Final weights, or those of a checkpoint, evaluate to the last values of the run, bit by bit.
 
-    This holds under every strategy, for averages, and for statistics of virtual ranks.
+    This holds for averages under every strategy, and for statistics of virtual ranks.
     """
     folder = trained / "on3" / case.key
     recorded = [
         row["evaluation"] for row in read_lines(RunDir(folder).metrics) if "evaluation" in row
     ]
     evaluated = json.loads((folder / "evaluated.json").read_text())
-    assert evaluated == {"model.safetensors": recorded[-1], "step-00000010": recorded[-1]}
+    assert evaluated
+    assert all(values == recorded[-1] for values in evaluated.values())

@@ -51,31 +51,3 @@ def test_every_strategy_evaluates_alike(trained: Path) -> None:
     }
     losses = [value["loss"] for value in values.values()]
     assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-4), values
-
-
-LOGGED = [(ranks, case) for ranks, case in CASES if case.recipe == "watched"]
-
-
-@pytest.mark.parametrize(
-    ("ranks", "case"), LOGGED, ids=[f"{ranks}-{case.key}" for ranks, case in LOGGED]
-)
-def test_logged_numbers_do_not_depend_on_the_ranks(trained: Path, ranks: int, case: Case) -> None:
-    """What loss and forward log has the means of one process, to the bit in exact runs."""
-    is_exact = "exact" in dict(case.options)
-    rows = _rows(trained / f"on{ranks}" / case.key)
-    assert len(rows) == case.steps
-    alone = _rows(trained / "on1" / replace(case, strategy="ddp", accumulation=1).key)
-    for row, expected in zip(rows, alone, strict=True):
-        logged = {name: value for name, value in row.items() if name.startswith("train/")}
-        assert logged.keys() == {name for name in expected if name.startswith("train/")}
-        assert row["train/again"] == (row["loss"] if is_exact else pytest.approx(row["loss"]))
-        assert row["train/three"] == 3.0
-        for name, value in logged.items():
-            assert value == (expected[name] if is_exact else pytest.approx(expected[name], 1e-4))
-    digits = [sum(name.startswith("train/digit/") for name in row) for row in rows]
-    assert max(digits) == 10
-    assert 1 <= min(digits) <= 2, "the last batch of an epoch has two samples"
-
-
-def _rows(run_dir: Path) -> list[dict[str, float]]:
-    return [row for row in read_lines(run_dir / "metrics.jsonl") if "loss" in row]

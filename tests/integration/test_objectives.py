@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
-from matrix import OBJECTIVES_WORLDS, objectives
+from matrix import EVALUATED_OBJECTIVES, OBJECTIVES_WORLDS, objectives
 from support import ROOT, Commands, read_lines, train_suite
 
 from launcher.checks.prove import TOLERANCES
@@ -70,6 +71,23 @@ def test_objectives_do_not_depend_on_the_ranks(
         ends = [checkpoint_digest(list_checkpoints(each)[0]) for each in (alone, run_dir)]
         assert ends[0] == ends[1]
         assert (reference.loss, reference.grad_norm) == (trace.loss, trace.grad_norm)
+
+
+@pytest.mark.parametrize("name", EVALUATED_OBJECTIVES)
+def test_weights_of_objectives_are_evaluated_and_predict(trained: Path, name: str) -> None:
+    """The run's last metrics come again to the bit, and rows are those of one process."""
+    files = []
+    for folder in (trained / f"on1/{name}-ddp", trained / f"on3/{name}-fsdp"):
+        evaluated = json.loads((folder / "evaluated.json").read_text())["model.safetensors"]
+        recorded = evaluations_of(RunDir(folder))
+        last = max(step for step, _ in recorded)
+        assert evaluated == {
+            metric: value for (step, metric), value in recorded.items() if step == last
+        }
+        files.append(read_lines(folder / "predictions.jsonl"))
+    assert len(files[0]) == len(files[1]) > 10
+    if name == "turns-exact":
+        assert files[0] == files[1]
 
 
 def test_objectives_take_their_turns(trained: Path) -> None:

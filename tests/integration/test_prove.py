@@ -18,6 +18,7 @@ def test_equal_steps_are_confirmed(run: Commands) -> None:
     done = run(
         *("launcher", "prove", f"{WORLDS}:worlds", "--worlds", "2,1,2"),
         *("--strategies", "ddp,fsdp,zero2", "--steps", "3", "micro_batch_size=20"),
+        "evaluate_every=2",
     )
     assert done.exit_code == 0, done.stderr
     head, columns, first, *others = done.stdout.splitlines()[:8]
@@ -33,6 +34,7 @@ def test_equal_steps_are_confirmed(run: Commands) -> None:
     ]
     for row in rows:
         assert row[3:6] == ["=", "=", "="], "sample ids, learning rates, item counts"
+        assert len(row) == 10, "the last cell is of evaluations"
         for value in row[6:]:
             assert value == "=" or float(value) <= 1e-5
     assert "3 steps in all 5 configurations" in done.stdout

@@ -29,14 +29,23 @@ def learned(run_dir: Path) -> list[tuple[Any, ...]]:
     """Return what a run recorded of each step and evaluation, without times."""
     rows = read_lines(run_dir / "metrics.jsonl")
     steps = [(row["step"], row["loss"], row["lr"]) for row in rows if "loss" in row]
-    return [*steps, *((row["step"], row["evaluation"]) for row in rows if "evaluation" in row)]
+    return [*steps, *evaluations_of(run_dir)]
+
+
+def evaluations_of(run_dir: Path) -> list[tuple[int, dict[str, float]]]:
+    """Return the evaluations of a run, each with its step."""
+    rows = read_lines(run_dir / "metrics.jsonl")
+    return [(row["step"], row["evaluation"]) for row in rows if "evaluation" in row]
 
 
 def test_halving_keeps_the_best_and_its_steps_are_those_of_a_whole_run(run: Commands) -> None:
-    """A run that was paused at each choice equals an uninterrupted one to the bit."""
+    """A run that was paused at each choice equals an uninterrupted one to the bit.
+
+    The choices are by the newest evaluation of a set with a schedule of its own.
+    """
     swept = run(
         "launcher", "sweep", GRIDDED, LRS, "--stop", "halving", "--eta", "2", "--min-steps", "3",
-        "--metric", "error:min", "--out", "swept",
+        "--metric", "dev/error:min", "apart=true", "--out", "swept",
     )  # fmt: skip
     assert swept.exit_code == 0, swept.stderr
     folder = run.folder / "swept"
@@ -46,11 +55,13 @@ def test_halving_keeps_the_best_and_its_steps_are_those_of_a_whole_run(run: Comm
     for choice in (first, second):
         ranked = sorted(zip(choice["values"], choice["tried"], strict=True))
         assert sorted(index for _, index in ranked[: len(ranked) // 2]) == choice["kept"]
+    for index, value in zip(first["tried"], first["values"], strict=True):
+        assert value == dict(evaluations_of(folder / str(index)))[3]["dev/error"]
     (best,) = second["kept"]
     assert states_of(folder)[best] == ("finished", 18)
     assert [state for state, _ in states_of(folder)].count("dropped") == 3
     lr = record["trials"][best]["settings"]["lr"]
-    whole = run("launcher", "run", GRIDDED, "-n", "1", f"lr={lr}", "--out", "whole", "-q")
+    whole = run("launcher", "run", GRIDDED, "-n", "1", f"lr={lr}", "apart=true", "--out", "whole")
     assert whole.exit_code == 0, whole.stderr
     assert learned(folder / str(best)) == learned(run.folder / "whole")
     paused, continued = read_weights(folder / str(best)), read_weights(run.folder / "whole")
@@ -156,3 +167,27 @@ print(json.dumps({{
     pruned = read_lines(run.folder / "lr0.0001/events.jsonl")[-1]
     assert pruned["event"] == "stopped"
     assert pruned["step"] < 30
+
+
+def test_a_sweep_of_a_typed_recipe_continues(run: Commands) -> None:
+    """The folder of a sweep keeps the recipe of a prompt, for the same call and other commands."""
+    program = run.folder / "program.py"
+    program.write_text(f"""
+import launcher
+typed = {{"__name__": "__main__"}}
+source = open({GRIDDED.partition(":")[0]!r}).read().partition("if __name__")[0]
+exec(compile(source, "<stdin>", "exec", dont_inherit=True), typed)
+if __name__ == "__main__":
+    for _ in range(2):
+        result = launcher.sweep(typed["gridded"], {{"lr": [0.1]}}, steps=2, out="swept")
+        print(result.trials[0].state)
+""")
+    done = run("python", program)
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout.split() == ["finished", "finished"]
+    assert record_of(run.folder / "swept")["recipe"] == "./recipe.py:gridded"
+    (run.folder / "swept").rename(run.folder / "moved")
+    again = run("launcher", "resume", "moved", "--json")
+    assert again.exit_code == 0, again.stderr
+    assert json.loads(again.stdout.splitlines()[0])["done"] == 1
+    assert record_of(run.folder / "moved")["recipe"] == "./recipe.py:gridded"

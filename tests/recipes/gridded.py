@@ -5,19 +5,22 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from launcher import Data, Recipe, main, one_cycle, sgd
+from launcher import Data, Evaluation, Recipe, main, one_cycle, sgd
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-def gridded(*, width: int = 4, fails: bool = False, milliseconds: float = 0.0) -> Recipe:
+def gridded(
+    *, width: int = 4, fails: bool = False, milliseconds: float = 0.0, apart: bool = False
+) -> Recipe:
     """A sum of four numbers, by one hidden layer with dropout.
 
     Args:
         width: Width of the hidden layer.
         fails: Whether the training raises an exception after its first step.
         milliseconds: Time that each step takes at least.
+        apart: Whether there are two evaluation sets, the first with a schedule of its own.
     """
     calls = 0
 
@@ -32,7 +35,7 @@ def gridded(*, width: int = 4, fails: bool = False, milliseconds: float = 0.0) -
     return Recipe(
         name="gridded",
         model=lambda: build_model(width),
-        data=build_data,
+        data=build_two_sets if apart else build_data,
         loss=loss,
         metrics={"error": error},
         optimizer=sgd(momentum=0.9),
@@ -65,6 +68,13 @@ def build_data() -> Data:
         train=TensorDataset(inputs[:64], sums[:64]),
         evaluation=TensorDataset(inputs[64:], sums[64:]),
     )
+
+
+def build_two_sets() -> Data:
+    """Return the same with two evaluation sets, of which dev is evaluated every three steps."""
+    data = build_data()
+    sets = {"dev": Evaluation(data.evaluation, every=3), "test": data.evaluation}
+    return Data(train=data.train, evaluation=sets)
 
 
 def error(outputs: Tensor, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:

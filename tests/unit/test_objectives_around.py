@@ -31,6 +31,7 @@ from launcher.planning.timed_plan import timed_plan
 from launcher.planning.timed_steps import TimedSteps
 from launcher.recipes import gan
 from launcher.runs.checkpoints import list_checkpoints
+from launcher.runs.job import ResumeFrom
 from launcher.runs.rundir import RunDir
 from launcher.signals import StopRequest
 
@@ -115,8 +116,8 @@ def test_training_metrics_need_outputs_of_the_recipe() -> None:
 
 
 def test_each_objective_has_a_live_schedule(tmp_path: Path) -> None:
-    """A class of torch and a plateau drive the rates of their own objectives."""
-    built = small_gan(evaluate_every=2)
+    """A class of torch and a plateau drive the rates of their own objectives, also when resumed."""
+    built = small_gan(evaluate_every=2, checkpoint_every=5)
     critic, actor = built.objectives
     samples = built.data().train
     built = replace(
@@ -124,17 +125,21 @@ def test_each_objective_has_a_live_schedule(tmp_path: Path) -> None:
         data=lambda: Data(train=samples, evaluation=samples),
         objectives=(
             replace(critic, schedule=torch_schedule("StepLR", step_size=4, gamma=0.5)),
-            replace(actor, schedule=plateau("recognised:min", patience=0, threshold=2.0), lr=0.1),
+            replace(actor, schedule=plateau("recognised:min", patience=1, threshold=2.0), lr=0.1),
         ),
     )
     plan = make_plan(built, read_machine(), nproc_per_node=1)
     assert [each.lr_start for each in plan.objectives] == [None, None]
-    rows = rows_of(train(tmp_path, built))
+    run_dir = train(tmp_path, built, stop=StopRequest())
+    rows = rows_of(run_dir)
     of_critic = [row["train/discriminator/lr"] for row in rows]
     assert of_critic == pytest.approx([0.05] * 4 + [0.025] * 4 + [0.0125] * 2)
     of_actor = [row["train/generator/lr"] for row in rows]
-    assert of_actor[0] == pytest.approx(0.1)
-    assert of_actor[-1] < of_actor[0]
+    assert of_actor == pytest.approx([0.1] * 6 + [0.01] * 4), "the third evaluation is one too many"
+    resumed = train(tmp_path, built, run_dir, start=ResumeFrom(step=5), stop=StopRequest())
+    names = ("loss", "train/discriminator/lr", "train/generator/lr", "train/generator/loss")
+    found = [[row[name] for name in names] for row in rows_of(resumed)]
+    assert found == [[row[name] for name in names] for row in rows]
 
 
 def test_a_plateau_of_an_unknown_metric_is_refused() -> None:

@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from launcher.engine.probes.parity import Trace, compare, read_trace
+from launcher.engine.probes.parity import Trace, compare, compare_evaluations, read_trace
 from launcher.runs.rundir import RunDir
 
 REFERENCE = Trace(
@@ -21,6 +21,7 @@ REFERENCE = Trace(
     loss=[1.0, 0.5],
     grad_norm=[3.0, 2.0],
     weights={"first": torch.tensor([1.0, 2.0]), "second": torch.tensor([4.0])},
+    evaluations={(2, "dev/loss"): 2.0, (2, "dev/accuracy"): 0.5},
 )
 
 
@@ -31,6 +32,21 @@ def test_rounding_agrees() -> None:
     assert difference.agrees
     assert difference.loss == pytest.approx(1e-6)
     assert difference.first_step is None
+
+
+def test_evaluations_are_compared_by_step_and_name() -> None:
+    """The largest difference of a loss is told from that of all metrics; a missing one differs."""
+
+    def difference(**changes: float) -> tuple[float, float] | None:
+        values = {(2, f"dev/{name}"): value for name, value in changes.items()}
+        return compare_evaluations(REFERENCE, replace(REFERENCE, evaluations=values))
+
+    assert difference(loss=2.0, accuracy=0.5) == (0.0, 0.0)
+    assert difference(loss=2.0 + 2e-6, accuracy=0.6) == pytest.approx((1e-6, 0.2))
+    assert difference(loss=2.0) == (0.0, math.inf)
+    assert difference() == (math.inf, math.inf)
+    without = replace(REFERENCE, evaluations={})
+    assert compare_evaluations(without, without) is None
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -65,9 +81,11 @@ def test_null_is_read_as_nan(tmp_path: Path) -> None:
     """metrics.jsonl holds null for a loss that is not finite."""
     run_dir = RunDir(tmp_path)
     row = {"step": 1, "lr": 0.1, "items": 2, "loss": None, "grad_norm": None}
-    run_dir.metrics.write_text(json.dumps(row) + "\n")
+    evaluated = {"step": 1, "evaluation": {"loss": None}}
+    run_dir.metrics.write_text(f"{json.dumps(row)}\n{json.dumps(evaluated)}\n")
     run_dir.samples(0).parent.mkdir()
     safetensors.torch.save_file({"weight": torch.ones(1)}, run_dir.model)
     trace = read_trace(run_dir)
     assert math.isnan(trace.loss[0])
     assert math.isnan(trace.grad_norm[0])
+    assert math.isnan(trace.evaluations[1, "loss"])

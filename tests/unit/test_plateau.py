@@ -12,12 +12,14 @@ import torch
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from launcher import make_plan, plateau, read_machine, warmup
+from launcher import all_predictions, make_plan, plateau, read_machine, warmup
 from launcher.engine.data.sampler import EvaluationSchedule, Sampler
 from launcher.engine.training.live_schedules import Plateau, live_schedule
 from launcher.errors import OverrideError, RecipeError, UsageError
 from launcher.json_file import exact_floats, restored_floats
 from launcher.recipe.callspec import parse
+from launcher.recipe.keep_best import check_set_metric
+from launcher.recipe.metric_goal import check_goal, read_goal
 from launcher.recipe.overrides import COMMAND_LINE, Override, build
 from launcher.recipe.resolve import reference_of
 from launcher.recipe.schedules import SCHEDULES, Schedule, cosine
@@ -106,6 +108,17 @@ def test_a_set_that_was_not_evaluated_changes_nothing() -> None:
     assert own.state()["step"] == 0
     with pytest.raises(RecipeError, match="dev/loss"):
         own.observe(2, {"loss": 1.0})
+
+
+def test_a_metric_of_no_set_is_refused_before_the_first_step() -> None:
+    """The sets are known once the data is read; a metric with several values may have any key."""
+    sets = ("dev", "test")
+    metrics = {"several": all_predictions(lambda: None)}
+    check_set_metric("dev/several/f1:max", sets, metrics, where="plateau(metric)")
+    for goal in ("val/loss:min", "dev/other:min", "loss:min"):
+        with pytest.raises(RecipeError, match="dev/loss"):
+            check_set_metric(goal, sets, metrics, where="plateau(metric)")
+    check_goal(read_goal("dev/several/f1:max", where=""), metrics, where="--metric")
 
 
 def test_a_recipe_needs_what_it_follows() -> None:

@@ -102,3 +102,20 @@ def test_other_stop_signals_do_not_end_a_forked_process() -> None:
                 os.kill(os.getpid(), number)
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_what_saves_nothing_ends_at_once(number: signal.Signals) -> None:
+    """A signal to a command that does not train, such as predict, announces no later stop."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.dup2(write, 2)
+        SignalHandler(saves=False)
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as output:
+        assert output.read().strip() == f"launcher: stopped by {number.name}"
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + number

@@ -49,10 +49,12 @@ class Averages:
         model: nn.Module,
         batch_norms: BatchNorms,
     ) -> None:
-        self._averaging, self._total_steps = averaging, plan.total_steps
+        self._averaging, self._every = averaging, averaging.every
+        self._first_step = averaging.first_step(plan.total_steps)
         self._backend, self._model, self._norms = backend, model, batch_norms
         self._weights = backend.updated_weights(model)
         self._values = [torch.zeros_like(w, dtype=_dtype_for(w)) for w in self._weights]
+        self._has_same_dtypes = all(w.dtype == _dtype_for(w) for w in self._weights)
         statistics = batch_norms.running_statistics()
         self._sizes = [buffer.numel() for buffer in statistics]
         self._statistics = torch.cat(statistics) if statistics else None
@@ -62,18 +64,18 @@ class Averages:
 
     def adopt(self, plan: Plan) -> None:
         """Average from now on over the steps of a plan that replaces the first one."""
-        self._total_steps = plan.total_steps
+        self._first_step = self._averaging.first_step(plan.total_steps)
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Let the weights after `step` steps enter the average, if the rule includes them."""
-        if not self._averaging.includes(step, self._total_steps):
+        if step < self._first_step or (step - self._first_step) % self._every:
             return
         share = self._averaging.share(self.count)
         weights, values = local_values(self._weights), local_values(self._values)
         if not self.count:
             torch._foreach_copy_(values, weights)
-        elif all(w.dtype == v.dtype for w, v in zip(weights, values, strict=True)):
+        elif self._has_same_dtypes:
             torch._foreach_lerp_(values, weights, share)
         else:
             for value, weight in zip(values, weights, strict=True):
@@ -99,12 +101,10 @@ class Averages:
         if not self.count:
             yield
             return
-        self._backend.use_updated(self._model)
         kept = self._exchange()
         self._backend.use_updated(self._model)
         with self._norms.replaced(self._statistics_by_buffer(), self._backend):
             yield
-        self._backend.use_updated(self._model)
         self._exchange(kept)
         self._backend.use_updated(self._model)
 
@@ -168,7 +168,7 @@ class Averages:
             Why the average begins anew, for the user; None if it goes on.
         """
         self.count, saved = 0, source.values.get("averaging")
-        if source.steps < self._averaging.first_step(self._total_steps):
+        if source.steps < self._first_step:
             has_begun = saved is not None and saved["count"]
             return f"{self._averaging} begins later in this run" if has_begun else None
         anew = f"{self._averaging} begins anew"

@@ -41,6 +41,13 @@ class _Samples(msgspec.Struct, frozen=True):
     micro_batches: list[list[int]]
 
 
+class _Evaluation(msgspec.Struct, frozen=True):
+    """A line about an evaluation."""
+
+    step: int
+    evaluation: dict[str, float | None]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Trace:
     """The steps of a finished run, as its run folder records them."""
@@ -54,6 +61,9 @@ class Trace:
     grad_norm: list[float]
     weights: dict[str, Tensor]
     """The final weights, by name."""
+
+    evaluations: dict[tuple[int, str], float]
+    """The metrics of all evaluations, by step and name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +124,11 @@ def read_trace(run_dir: RunDir) -> Trace:
         loss=[_number(row.loss) for row in rows],
         grad_norm=[_number(row.grad_norm) for row in rows],
         weights=safetensors.torch.load_file(run_dir.model),
+        evaluations={
+            (row.step, name): _number(value)
+            for row in read_lines(run_dir.metrics, msgspec.json.Decoder(_Evaluation))
+            for name, value in row.evaluation.items()
+        },
     )
 
 
@@ -156,6 +171,26 @@ def compare(reference: Trace, other: Trace, tolerance: float) -> ParityDifferenc
         first_step=min(steps, default=None),
         tolerance=tolerance,
     )
+
+
+def compare_evaluations(reference: Trace, other: Trace) -> tuple[float, float] | None:
+    """Return how far the evaluations of two runs are apart; None if there were none.
+
+    Other metrics than a loss may jump where rounding changes one answer, such as an accuracy.
+
+    Returns:
+        The largest relative difference of a loss, and of any metric. It is infinite if one of the
+        runs lacks a metric.
+    """
+    a, b = reference.evaluations, other.evaluations
+    if not a and not b:
+        return None
+    differences = {
+        key: _relative_difference(a[key], b[key]) if key in a and key in b else math.inf
+        for key in a.keys() | b.keys()
+    }
+    losses = [value for (_, name), value in differences.items() if name.split("/")[-1] == "loss"]
+    return max(losses, default=0.0), max(differences.values())
 
 
 def checkpoint_digest(checkpoint: Checkpoint) -> str:

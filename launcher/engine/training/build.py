@@ -46,7 +46,7 @@ from launcher.engine.training.build_data import (
     missed_evaluations,
 )
 from launcher.engine.training.initial_model import build_initial_model
-from launcher.engine.training.live_schedules import with_live_schedules
+from launcher.engine.training.live_schedules import Plateau, with_live_schedules
 from launcher.engine.training.loop import TrainContext
 from launcher.engine.training.objectives import TrainedObjective, prepare_objectives
 from launcher.engine.training.train_metrics import with_train_metrics
@@ -95,7 +95,7 @@ def build_context(
         source: What the recipe is built from; spawned DataLoader workers need it.
         noise_stride: If the recipe asks for the noise scale, one step in this many is measured.
         report_phase: Called with (steps taken, phase) whenever this rank enters a phase.
-        read: Returns the requests to read in place of those of the steps.
+        read: Returns the requests to read in place of those of the steps, where none is taken.
 
     Raises:
         RecipeError: The recipe or its data is at fault.
@@ -109,9 +109,8 @@ def build_context(
         recipe, plan, sampler, has_evaluations=bool(data.evaluation_sets())
     )
     recipe = with_train_metrics(recipe)
-    if evaluates and recipe.keep_best is not None:
-        names = [each.name for each in sampler.evaluations]
-        check_set_metric(recipe.keep_best, names, recipe.metrics)
+    if evaluates and read is None:
+        _check_followed_metrics(recipe, plateaus, [each.name for each in sampler.evaluations])
     missed = missed_evaluations(sampler, recorded, first_step, last_step)
     reader = Reader(recipe, data, source)
     reader.held_files = opened_since(files_before)
@@ -180,6 +179,18 @@ def build_context(
         objectives=objectives,
         data_watch=make_watch(recipe, sampler, backend, is_stream, stream_state),
     )
+
+
+def _check_followed_metrics(recipe: Recipe, plateaus: tuple[Plateau, ...], sets: list[str]) -> None:
+    """Refuse a metric that the training follows and that no evaluation set has.
+
+    Raises:
+        RecipeError: It is one of keep_best, or of a schedule.
+    """
+    if recipe.keep_best is not None:
+        check_set_metric(recipe.keep_best, sets, recipe.metrics)
+    for plateau in plateaus:
+        check_set_metric(str(plateau.goal), sets, recipe.metrics, where="plateau(metric)")
 
 
 def _make_averages(

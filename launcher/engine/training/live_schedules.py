@@ -213,10 +213,12 @@ class Plateau:
 
     def __init__(self, schedule: UnplannedSchedule, lr: float) -> None:
         arguments = {name: value for name, value in schedule.arguments if name != "metric"}
-        self._goal, self._lr, self._step = plateau_goal(schedule), lr, 0
+        self.goal = plateau_goal(schedule)
+        """The metric that is followed."""
+        self._lr, self._step = lr, 0
         self._optimizer = SGD([torch.zeros(1)], lr=lr)
         self._scheduler = lr_scheduler.ReduceLROnPlateau(
-            self._optimizer, mode=self._goal.mode, **arguments
+            self._optimizer, mode=self.goal.mode, **arguments
         )
 
     def __call__(self, step: int, total_steps: int) -> ScheduleValue:
@@ -231,7 +233,7 @@ class Plateau:
         """
         if step <= self._step:
             return
-        name = self._goal.name
+        name = self.goal.name
         if name not in evaluation:
             if "/" in name and all("/" in other for other in evaluation):
                 return  # another set was evaluated
@@ -247,7 +249,7 @@ class Plateau:
         scheduler = {name: self._scheduler.state_dict()[name] for name in _PLATEAU_STATE}
         lr = self._optimizer.param_groups[0]["lr"]
         return {
-            "metric": str(self._goal),
+            "metric": str(self.goal),
             "step": self._step,
             "lr": lr,
             "peak_lr": self._lr,
@@ -265,7 +267,7 @@ class Plateau:
             lr if peak_lr == self._lr else lr / peak_lr * self._lr
         )
         self._step = state["step"]
-        if state["metric"] == str(self._goal):
+        if state["metric"] == str(self.goal):
             self._scheduler.load_state_dict({name: state[name] for name in _PLATEAU_STATE})
 
 
