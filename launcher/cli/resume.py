@@ -8,6 +8,8 @@ import click
 
 from launcher.cli.arguments import (
     accept_option,
+    code_change_option,
+    freezing_options,
     max_restarts_option,
     nodes_options,
     nproc_option,
@@ -42,6 +44,8 @@ from launcher.errors import UsageError
     help="If the checkpoint is damaged, resume from the newest older one that is not.",
 )
 @accept_option
+@code_change_option
+@freezing_options
 @max_restarts_option
 @output_options
 def command(
@@ -56,8 +60,11 @@ def command(
     join_timeout: float | None,
     checkpoint: str | None,
     accept: tuple[str, ...],
+    code_limit: int | None,
     max_restarts: int,
     *,
+    allow_code_change: bool,
+    freezes: bool,
     fall_back: bool,
     quiet: bool,
     as_json: bool,
@@ -77,6 +84,7 @@ def command(
     from launcher.launch.session import start
     from launcher.launch.signal_handler import SignalHandler
     from launcher.report.write import write_report
+    from launcher.runs.freezing import DEFAULT_LIMIT
     from launcher.sweeps.sweep_record import is_sweep
 
     if is_sweep(run_dir):
@@ -98,6 +106,9 @@ def command(
         nodes=find_machines(hosts, nodes, rendezvous, join_timeout),
         accept=accept,
         max_restarts=max_restarts,
+        allow_code_change=allow_code_change,
+        freezes=freezes,
+        code_limit=code_limit or DEFAULT_LIMIT,
         output_mode=output_mode(quiet=quiet, as_json=as_json),
         write_report=write_report,
     )

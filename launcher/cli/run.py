@@ -9,7 +9,9 @@ import click
 
 from launcher.cli.arguments import (
     accept_option,
+    code_change_option,
     config_option,
+    freezing_options,
     max_restarts_option,
     nodes_options,
     nproc_option,
@@ -39,6 +41,16 @@ from launcher.errors import UsageError
     help="If --out holds a run, resume it from its newest undamaged checkpoint.",
 )
 @accept_option
+@code_change_option
+@click.option(
+    "--code",
+    "code_folder",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    hidden=True,
+    help="Import the recipe from this copy of its project, as jobs do.",
+)
+@freezing_options
 @max_restarts_option
 @click.option(
     "--debug",
@@ -64,8 +76,12 @@ def command(
     config: Path | None,
     out: Path | None,
     accept: tuple[str, ...],
+    code_folder: Path | None,
+    code_limit: int | None,
     max_restarts: int,
     *,
+    allow_code_change: bool,
+    freezes: bool,
     debugs: bool,
     opens_pdb: bool,
     continues: bool,
@@ -85,12 +101,14 @@ def command(
     launcher run digits --hosts node1,node2 --out /shared/mine
     launcher run digits --debug
     """
+    from launcher.launch.code_choice import code_of_continued
     from launcher.launch.debug_session import debug
     from launcher.launch.prepare import RunRequest, prepare_run
     from launcher.launch.session import start
     from launcher.launch.signal_handler import SignalHandler
     from launcher.recipe.resolve import resolve
     from launcher.report.write import write_report
+    from launcher.runs.freezing import DEFAULT_LIMIT, open_frozen
 
     if debugs or opens_pdb:
         given = {
@@ -116,8 +134,11 @@ def command(
         raise UsageError("--continue resumes the run in --out: add --out DIR.")
     if accept and not continues:
         raise UsageError(f"--accept {accept[0]} applies to a resumed run: add --continue.")
+    code = None if code_folder is None else open_frozen(code_folder)
+    if code is None and continues and out is not None and not allow_code_change:
+        code = code_of_continued(out)
     request = RunRequest(
-        reference=resolve(recipe),
+        reference=resolve(recipe, code),
         overrides=read_overrides(config, overrides),
         nproc_per_node=nproc_per_node,
         nodes=find_machines(hosts, nodes, rendezvous, join_timeout),
@@ -125,6 +146,8 @@ def command(
         continues=continues,
         accept=accept,
         max_restarts=max_restarts,
+        freezes=freezes,
+        code_limit=code_limit or DEFAULT_LIMIT,
         output_mode=output_mode(quiet=quiet, as_json=as_json),
         write_report=write_report,
     )

@@ -10,6 +10,7 @@ from launcher.cli.arguments import (
     MAX_NODES,
     Count,
     config_option,
+    freezing_options,
     nproc_option,
     out_option,
     overrides_argument,
@@ -87,6 +88,7 @@ class SubmitCommand(SettingsCommand):
 @click.option("--dry-run", is_flag=True, help="Print the script; write and submit nothing.")
 @config_option
 @out_option
+@freezing_options
 def command(
     recipe: str,
     overrides: tuple[str, ...],
@@ -98,7 +100,9 @@ def command(
     axes: tuple[str, ...],
     config: Path | None,
     out: Path | None,
+    code_limit: int | None,
     *,
+    freezes: bool,
     dry_run: bool,
 ) -> None:
     """Plan RECIPE for nodes of a cluster, write its batch script and submit it.
@@ -127,6 +131,8 @@ def command(
         gpus_per_node=gpus_per_node,
         nproc_per_node=nproc_per_node,
         time=time,
+        freezes=freezes,
+        code_limit=code_limit,
     )
     prepared = prepare(request, site, out)
     if dry_run:

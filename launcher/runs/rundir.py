@@ -6,6 +6,8 @@ events.jsonl        when the run began, stopped, failed and finished; see launch
 result.json         the final evaluation and totals; written last
 model.safetensors   the final weights
 recipe.py           the recipe, if it was defined in a notebook or at a prompt; with recipe.pickle
+code/               the project as it was planned, for jobs and runs on several nodes; with
+                    code.json and code.diff; see launcher.runs.freezing
 report.html         the page that `launcher report` writes
 checkpoints/        one folder per checkpoint; see launcher.runs.checkpoints
 curve.json          learning rates and losses that `launcher find lr` measured
@@ -284,6 +286,8 @@ def find_run_dirs(below: Path, depth: int = 3) -> Iterator[RunDir]:
     with contextlib.suppress(OSError), os.scandir(below) as entries:
         names = [entry.name for entry in entries if entry.is_dir() and entry.name[0] != "."]
         for name in sorted(names):
+            if os.path.lexists(below / f"{name}.json"):  # the copy of code that an array shares
+                continue
             yield from find_run_dirs(below / name, depth - 1)
 
 

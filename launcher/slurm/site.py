@@ -109,6 +109,9 @@ class Site:
     max_requeues: NonNegativeInt = 20
     """How many times a stopped job is requeued."""
 
+    code_limit: PositiveInt = 100
+    """Megabytes that the copy of a project in a run folder may have."""
+
     sbatch: tuple[Line, ...] = ()
     """Further options of sbatch, such as --constraint=h100."""
 
