@@ -133,6 +133,7 @@ def command(
         time=time,
         freezes=freezes,
         code_limit=code_limit,
+        is_dry=dry_run,
     )
     prepared = prepare(request, site, out)
     if dry_run:

@@ -32,7 +32,7 @@ from launcher.runs.checkpoints import (
     find_checkpoint,
     list_checkpoints,
 )
-from launcher.runs.freezing import DEFAULT_LIMIT, Snapshot, survey
+from launcher.runs.freezing import DEFAULT_LIMIT, CodeSnapshot, survey
 from launcher.runs.job import OutputMode, ReportWriter, ResumeFrom
 from launcher.runs.manifest import Manifest
 from launcher.runs.ownership import check_unowned
@@ -140,7 +140,7 @@ class PreparedRun:
     changes: tuple[str, ...] = ()
     """What differs from the run before it was resumed, for its user."""
 
-    snapshot: Snapshot | None = None
+    snapshot: CodeSnapshot | None = None
     """The project that is copied into the run folder; None imports what `reference` says."""
 
     folder: Path | None = None
@@ -239,7 +239,7 @@ def prepare_resume(request: ResumeRequest, *, elsewhere: bool = False) -> Prepar
     )
 
 
-def _survey(request: Request, reference: Reference) -> Snapshot | None:
+def _survey(request: Request, reference: Reference) -> CodeSnapshot | None:
     """Return the project that the first of several nodes copies into the run folder.
 
     Raises:

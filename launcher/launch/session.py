@@ -25,7 +25,7 @@ from launcher.regular_file import read_regular
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.failure_record import RunFailedError
 from launcher.runs.files import write_atomic
-from launcher.runs.freezing import Snapshot, freeze, open_frozen, place_of
+from launcher.runs.freezing import CodeSnapshot, freeze, open_frozen, place_of
 from launcher.runs.job import Job, ResumeFrom
 from launcher.runs.ownership import own_run_dir
 from launcher.runs.run_record import CodeRecord, read_run, replace_code, write_resumption
@@ -124,7 +124,7 @@ def _launch(
     return result
 
 
-def _freeze(reference: Reference, snapshot: Snapshot, run_dir: RunDir) -> None:
+def _freeze(reference: Reference, snapshot: CodeSnapshot, run_dir: RunDir) -> None:
     """Copy the project of a recipe into the run folder, and say so in run.yaml.
 
     Raises:

@@ -51,7 +51,7 @@ _OF_RUNS = {"run.yaml", "submission.json", "job.sbatch", "sweep.json"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Snapshot:
+class CodeSnapshot:
     """What the copy of a project will have."""
 
     project: Project
@@ -82,7 +82,7 @@ class FrozenProject:
     """What git ignored, to which the copy has links."""
 
 
-def survey(reference: Reference, limit: int = DEFAULT_LIMIT) -> Snapshot | None:
+def survey(reference: Reference, limit: int = DEFAULT_LIMIT) -> CodeSnapshot | None:
     """Return what a copy of a recipe's project would have; None if there is nothing to copy.
 
     Args:
@@ -104,7 +104,7 @@ def survey(reference: Reference, limit: int = DEFAULT_LIMIT) -> Snapshot | None:
     sizes = dict(_sizes(project.folder, (name for name in files if name not in runs)))
     if len(sizes) > _MAX_FILES or sum(sizes.values()) > limit * 10**6:
         raise _too_large(project, sizes, limit)
-    return Snapshot(
+    return CodeSnapshot(
         project=project,
         files=tuple(sizes),
         ignored=tuple(name for name in ignored if _is_linked(project.folder / name, runs, name)),
@@ -113,7 +113,7 @@ def survey(reference: Reference, limit: int = DEFAULT_LIMIT) -> Snapshot | None:
     )
 
 
-def freeze(snapshot: Snapshot, folder: Path) -> FrozenCode:
+def freeze(snapshot: CodeSnapshot, folder: Path) -> FrozenCode:
     """Copy a project to the folder `code` in `folder`, with code.json and code.diff beside it.
 
     Raises:

@@ -166,7 +166,7 @@ def _values(record: RunRecord, run_dir: RunDir) -> dict[str, Any]:
 
 
 def _relative(path: str, record: RunRecord, run_dir: RunDir) -> str:
-    """Return a path relative to the run folder if it is in it, or in a copy that an array shares."""
+    """Return a path relative to the run folder, if it is in it or in a copy beside it."""
     own, shared = f"{run_dir.path}/", f"{run_dir.path.parent}/"
     if path.startswith(own):
         return f"./{path.removeprefix(own)}"

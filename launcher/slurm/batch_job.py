@@ -13,17 +13,14 @@ from launcher.planning.planner import CPU_RANKS
 from launcher.recipe.grid import combinations_of, count_combinations, read_axes
 from launcher.recipe.overrides import read_arguments, read_yaml
 from launcher.recipe.resolve import Reference
-from launcher.runs.freezing import COPY, Snapshot, survey
 from launcher.runs.plan_recipe import plan_recipe
 from launcher.runs.rundir import RunDir, planned_path
+from launcher.slurm.job_code import JobCode, copied_code, uncopied_code
 from launcher.slurm.queue import partition
 from launcher.slurm.resources import cpus_of, machine_of, memory_of, seconds_of
 from launcher.slurm.script import BatchScript
 from launcher.slurm.site import Site
 from launcher.slurm.submission import Submission
-
-CONFIG = "config.yaml"
-"""Name of the copy of the file of settings in the folder of a job."""
 
 _MAX_RUNS = 10_000
 """Runs of the largest array; Slurm itself has a limit of 1,001 unless a site raises it."""
@@ -51,6 +48,10 @@ class SubmitRequest:
     code_limit: int | None = None
     """Megabytes that the copy may have; None is the limit of the site."""
 
+    is_dry: bool = False
+    """Whether the job is only shown. Its script then imports the project itself, so that it can be
+    submitted by hand."""
+
     @property
     def runs(self) -> tuple[tuple[str, ...], ...]:
         """The arguments of each run."""
@@ -72,11 +73,8 @@ class PreparedJob:
     logs: tuple[str, ...]
     """The file with the job's output for each run."""
 
-    snapshot: Snapshot | None = None
-    """The project that is copied into `folder`; None copies none."""
-
-    config: Path | None = None
-    """The file of settings that is copied into `folder` as config.yaml; None copies none."""
+    code: JobCode
+    """What is copied into `folder` before the job is submitted."""
 
     def save(self, job: str, grid: Sequence[tuple[str, ...]]) -> None:
         """Write the job id into the folder of each run."""
@@ -111,8 +109,6 @@ def prepare(request: SubmitRequest, site: Site, out: Path | None) -> PreparedJob
             "The runs of an array must have the same number of ranks on the same device."
         )
     cpus = cpus_of(widest, site)
-    limit = request.code_limit or site.code_limit
-    snapshot = survey(request.reference, limit) if request.freezes else None
     folder = planned_path(out, widest.recipe).absolute()
     if "\\" in str(folder):
         raise SlurmError(
@@ -124,7 +120,9 @@ def prepare(request: SubmitRequest, site: Site, out: Path | None) -> PreparedJob
         log = "slurm-%a.log"
     else:
         paths, log = [folder], "slurm.log"
+    code = _code(request, site, folder)
     return PreparedJob(
+        code=code,
         batch=BatchScript(
             name=widest.recipe,
             folder=str(Path.cwd()),
@@ -135,7 +133,7 @@ def prepare(request: SubmitRequest, site: Site, out: Path | None) -> PreparedJob
             memory_per_node=memory_of(widest, site, cpus),
             seconds=seconds_of(request.time, site),
             commands=[
-                _command(request, site, plan, path, arguments, folder, snapshot)
+                _command(request, site, plan, path, arguments, code)
                 for plan, path, arguments in zip(plans, paths, request.runs, strict=True)
             ],
             is_array=bool(request.grid),
@@ -144,8 +142,6 @@ def prepare(request: SubmitRequest, site: Site, out: Path | None) -> PreparedJob
         folder=folder,
         plans=plans,
         folders=tuple(RunDir(path) for path in paths),
-        snapshot=snapshot,
-        config=request.config if request.freezes else None,
         logs=tuple(f"{folder}/logs/{log.replace('%a', path.name)}" for path in paths),
     )
 
@@ -196,39 +192,34 @@ def _plan(request: SubmitRequest, site: Site, arguments: tuple[str, ...]) -> Pla
     return plan
 
 
+def _code(request: SubmitRequest, site: Site, folder: Path) -> JobCode:
+    if not request.freezes:
+        return uncopied_code(request.reference, request.config, "--no-freeze")
+    copied = copied_code(
+        request.reference, request.config, folder, request.code_limit or site.code_limit
+    )
+    return uncopied_code(request.reference, request.config) if request.is_dry else copied
+
+
 def _command(
     request: SubmitRequest,
     site: Site,
     plan: Plan,
     path: Path,
     arguments: tuple[str, ...],
-    folder: Path,
-    snapshot: Snapshot | None,
+    code: JobCode,
 ) -> list[str]:
     """Return the command that each node runs."""
     program = own_program() if site.python is None else program_of(site.python)
-    command = [*program, "run", _location(request, folder, snapshot)]
-    if snapshot is not None:
-        command += ["--code", str(folder / COPY)]
-    elif not request.freezes:
-        command.append("--no-freeze")
+    command = [*program, "run", *code.words]
     command += ["-n", str(plan.nproc_per_node)]
     if request.nodes[0] == request.nodes[1]:
         command += ["--nodes", str(request.nodes[0])]
     command += ["--out", str(path), "--continue"]
-    if request.config is not None:
-        config = folder / CONFIG if request.freezes else request.config.resolve()
-        command += ["--config", str(config)]
+    if code.config is not None:
+        command += ["--config", str(code.config)]
     other_arguments = (word for word in arguments if not word.startswith("device="))
     return [*command, f"device={plan.device}", *other_arguments]
-
-
-def _location(request: SubmitRequest, folder: Path, snapshot: Snapshot | None) -> str:
-    """Return the location of the recipe in the copy of its project, if there is to be one."""
-    location = request.reference.location
-    if snapshot is None or not location.startswith(f"{snapshot.project.folder}/"):
-        return location
-    return f"{folder / COPY}{location.removeprefix(str(snapshot.project.folder))}"
 
 
 def combinations(arguments: Sequence[str]) -> tuple[tuple[str, ...], ...]:

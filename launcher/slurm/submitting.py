@@ -7,15 +7,11 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher.regular_file import read_regular
 from launcher.runs.files import write_atomic
-from launcher.runs.freezing import freeze
 from launcher.runs.rundir import RunDir, create_run_dir
-from launcher.slurm.batch_job import CONFIG, PreparedJob
+from launcher.slurm.batch_job import PreparedJob
 from launcher.slurm.queue import check_with_sbatch, submit
 from launcher.slurm.script import render
-
-_MAX_CONFIG_BYTES = 1 << 24
 
 
 def check_script(prepared: PreparedJob) -> str:
@@ -30,18 +26,6 @@ def check_script(prepared: PreparedJob) -> str:
         path = Path(folder) / "job.sbatch"
         write_atomic(path, render(prepared.batch))
         return check_with_sbatch(str(path))
-
-
-def _copy_code(prepared: PreparedJob, folder: RunDir) -> None:
-    """Copy the project and the file of settings, which the job uses whenever it starts.
-
-    Raises:
-        RunDirError: They cannot be copied.
-    """
-    if prepared.config is not None:
-        write_atomic(folder.path / CONFIG, read_regular(prepared.config, _MAX_CONFIG_BYTES))
-    if prepared.snapshot is not None:
-        freeze(prepared.snapshot, folder.path)
 
 
 def submit_job(prepared: PreparedJob, grid: Sequence[tuple[str, ...]]) -> tuple[str, RunDir]:
@@ -60,7 +44,7 @@ def submit_job(prepared: PreparedJob, grid: Sequence[tuple[str, ...]]) -> tuple[
     """
     folder = create_run_dir(prepared.folder, prepared.plans[0].recipe)
     try:
-        _copy_code(prepared, folder)
+        prepared.code.copy_to(folder.path)
         path = folder.path / "job.sbatch"
         write_atomic(path, render(prepared.batch))
         prepared.save("", grid)  # the job may start before sbatch returns its id
