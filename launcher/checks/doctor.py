@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +21,7 @@ from launcher.planning.planner import make_plan
 from launcher.runs.failure_record import RunFailedError
 from launcher.runs.job import Job
 from launcher.runs.private_folder import private_folder
-from launcher.runs.rundir import create_run_dir
+from launcher.runs.rundir import RunDir, create_run_dir
 
 
 def plan_diagnostics(
@@ -48,8 +49,15 @@ def plan_diagnostics(
     )
 
 
-def diagnose(plan: Plan, signals: SignalHandler) -> list[RankDiagnostics]:
+def diagnose(
+    plan: Plan, signals: SignalHandler, *, watch: Callable[[RunDir], object] | None = None
+) -> list[RankDiagnostics]:
     """Start the ranks on this machine and return the diagnostics of each, by rank.
+
+    Args:
+        plan: The plan of the ranks.
+        signals: Handles signals meanwhile.
+        watch: Called many times a second meanwhile.
 
     Raises:
         RunFailedError: A rank failed; the message quotes its log.
@@ -68,7 +76,7 @@ def diagnose(plan: Plan, signals: SignalHandler) -> list[RankDiagnostics]:
             output_mode="quiet",
         )
         try:
-            launch(job, agent_diagnostics, signals=signals)
+            launch(job, agent_diagnostics, signals=signals, watch=watch)
         except RunFailedError as error:
             text = failure_with_log(error.failure, run_dir).removeprefix("launcher: ")
             raise RunFailedError(text, error.failure) from None

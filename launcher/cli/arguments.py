@@ -29,6 +29,9 @@ MAX_RESTARTS = 1_000_000
 MAX_MEGABYTES = 1_000_000_000
 """Megabytes that an option takes at most."""
 
+HEALTH_LEVELS = ("off", "quick", "full")
+"""How thoroughly `--health` examines a node."""
+
 _MAX_BYTES = 2**63
 
 ACCEPTABLE = {
@@ -287,6 +290,18 @@ def freezing_options(function: Function) -> Function:
         help="Largest size of that copy. Default: 100.",
     )
     return freezes(limit(function))
+
+
+def health_option(function: Function) -> Function:
+    """Add the option --health."""
+    return click.option(
+        "--health",
+        type=click.Choice(HEALTH_LEVELS),
+        default="off",
+        show_default=True,
+        help="Examine each node before its ranks start: the node alone (quick), or also with ranks "
+        "that test its devices (full).",
+    )(function)
 
 
 def max_restarts_option(function: Function) -> Function:

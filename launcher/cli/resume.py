@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -10,6 +11,7 @@ from launcher.cli.arguments import (
     accept_option,
     code_change_option,
     freezing_options,
+    health_option,
     max_restarts_option,
     nodes_options,
     nproc_option,
@@ -46,6 +48,7 @@ from launcher.errors import UsageError
 @accept_option
 @code_change_option
 @freezing_options
+@health_option
 @max_restarts_option
 @output_options
 def command(
@@ -61,6 +64,7 @@ def command(
     checkpoint: str | None,
     accept: tuple[str, ...],
     code_limit: int | None,
+    health: Literal["off", "quick", "full"],
     max_restarts: int,
     *,
     allow_code_change: bool,
@@ -80,6 +84,7 @@ def command(
     launcher resume runs/digits-20260101-120000 -n 4 strategy=fsdp
     launcher resume runs/digits-20260101-120000 --from 120 epochs=40
     """
+    from launcher.checks.health_gate import health_check
     from launcher.launch.prepare import ResumeRequest, prepare_resume
     from launcher.launch.session import start
     from launcher.launch.signal_handler import SignalHandler
@@ -106,6 +111,7 @@ def command(
         nodes=find_machines(hosts, nodes, rendezvous, join_timeout),
         accept=accept,
         max_restarts=max_restarts,
+        health=health_check(health),
         allow_code_change=allow_code_change,
         freezes=freezes,
         code_limit=code_limit or DEFAULT_LIMIT,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -12,6 +13,7 @@ from launcher.cli.arguments import (
     code_change_option,
     config_option,
     freezing_options,
+    health_option,
     max_restarts_option,
     nodes_options,
     nproc_option,
@@ -51,6 +53,7 @@ from launcher.errors import UsageError
     help="Import the recipe from this copy of its project, as jobs do.",
 )
 @freezing_options
+@health_option
 @max_restarts_option
 @click.option(
     "--debug",
@@ -78,6 +81,7 @@ def command(
     accept: tuple[str, ...],
     code_folder: Path | None,
     code_limit: int | None,
+    health: Literal["off", "quick", "full"],
     max_restarts: int,
     *,
     allow_code_change: bool,
@@ -101,6 +105,7 @@ def command(
     launcher run digits --hosts node1,node2 --out /shared/mine
     launcher run digits --debug
     """
+    from launcher.checks.health_gate import health_check
     from launcher.launch.code_choice import code_of_continued
     from launcher.launch.debug_session import debug
     from launcher.launch.prepare import RunRequest, prepare_run
@@ -146,6 +151,7 @@ def command(
         continues=continues,
         accept=accept,
         max_restarts=max_restarts,
+        health=health_check(health),
         freezes=freezes,
         code_limit=code_limit or DEFAULT_LIMIT,
         output_mode=output_mode(quiet=quiet, as_json=as_json),

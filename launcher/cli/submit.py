@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
 from launcher.cli.arguments import (
+    HEALTH_LEVELS,
     MAX_NODES,
     Count,
     config_option,
@@ -89,6 +91,12 @@ class SubmitCommand(SettingsCommand):
 @config_option
 @out_option
 @freezing_options
+@click.option(
+    "--health",
+    type=click.Choice(HEALTH_LEVELS),
+    help="Examine each node before its ranks start, and queue the job again without those that are "
+    "not fit. Default: that of the site profile, or quick.",
+)
 def command(
     recipe: str,
     overrides: tuple[str, ...],
@@ -101,6 +109,7 @@ def command(
     config: Path | None,
     out: Path | None,
     code_limit: int | None,
+    health: Literal["off", "quick", "full"] | None,
     *,
     freezes: bool,
     dry_run: bool,
@@ -133,6 +142,7 @@ def command(
         time=time,
         freezes=freezes,
         code_limit=code_limit,
+        health=health,
         is_dry=dry_run,
     )
     prepared = prepare(request, site, out)

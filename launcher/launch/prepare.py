@@ -17,6 +17,7 @@ from launcher.environment.machine import read_machine
 from launcher.environment.nodes import Nodes
 from launcher.errors import CheckpointError, RunDirError
 from launcher.launch.code_choice import choose_code, code_differences
+from launcher.launch.health import HealthCheck
 from launcher.launch.multi_node import check_restarts
 from launcher.launch.only_launcher import check_only_launcher
 from launcher.planning.plan import Plan
@@ -77,6 +78,9 @@ class Request:
 
     started: float = field(default_factory=time.monotonic)
     """`time.monotonic()` at the start of the command, from which `max_time` counts."""
+
+    health: HealthCheck | None = None
+    """Examines each node before its ranks start; None examines none."""
 
     write_report: ReportWriter | None = None
     """Writes the HTML page that experiment trackers get at the end."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,6 +14,7 @@ from launcher.console.echo import echo_if_possible
 from launcher.console.explain import changed_lines, summarize
 from launcher.console.progress import json_line
 from launcher.errors import EXIT_USAGE, CheckpointError, PeerError, RunDirError
+from launcher.launch.health import refuse_unhealthy
 from launcher.launch.launcher import launch
 from launcher.launch.multi_node import joined, make_run_dir_once
 from launcher.launch.prepare import PreparedRun, RunRequest
@@ -111,8 +113,18 @@ def _launch(
         write_report=request.write_report,
         folder=prepared.folder,
     )
+    examine = functools.partial(
+        refuse_unhealthy, request.health, prepared.plan, run_dir, signals, rendezvous
+    )
     try:
-        exit_code = launch(job, signals=signals, rendezvous=rendezvous, watch=request.watch)
+        examine()
+        exit_code = launch(
+            job,
+            signals=signals,
+            rendezvous=rendezvous,
+            watch=request.watch,
+            before_restart=functools.partial(examine, is_restart=True),
+        )
     except (RunFailedError, PeerError) as error:
         if error.exit_code == EXIT_USAGE and resume_from is not None and previous_record:
             with contextlib.suppress(RunDirError):  # a full disk must not hide the failure

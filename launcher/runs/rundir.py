@@ -20,6 +20,7 @@ trackers.json       ids of the run in experiment trackers, so that it resumes th
 failure.json        the first failure, if the run failed; see launcher.runs.failure_record
 owner.lock          the process that owns this folder; see launcher.runs.ownership
 submission.json     the Slurm job that `launcher submit` submitted; with its script, job.sbatch
+unhealthy_nodes     names of nodes that failed `--health`; the job is queued again without them
 examination.json    what the ranks report about their node, for `launcher doctor`
 inspection.json     which parts of the recipe depend on the split, for `launcher prove`
 memory.json         sizes of the tensors of the model, for `launcher find strategy`
@@ -94,6 +95,11 @@ class RunDir:
     @property
     def trackers(self) -> Path:
         return self.path / "trackers.json"
+
+    @property
+    def unhealthy_nodes(self) -> Path:
+        """The file with the names of nodes that a job is not started on again, one a line."""
+        return self.path / "unhealthy_nodes"
 
     @property
     def submission(self) -> Path:

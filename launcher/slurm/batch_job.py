@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from launcher.environment.program import own_program, program_of
 from launcher.errors import SlurmError, UsageError
@@ -47,6 +48,9 @@ class SubmitRequest:
 
     code_limit: int | None = None
     """Megabytes that the copy may have; None is the limit of the site."""
+
+    health: Literal["off", "quick", "full"] | None = None
+    """How each node is examined; None is what the site says."""
 
     is_dry: bool = False
     """Whether the job is only shown. Its script then imports the project itself, so that it can be
@@ -137,6 +141,7 @@ def prepare(request: SubmitRequest, site: Site, out: Path | None) -> PreparedJob
                 for plan, path, arguments in zip(plans, paths, request.runs, strict=True)
             ],
             is_array=bool(request.grid),
+            run_folders=tuple(map(str, paths)),
             site=site,
         ),
         folder=folder,
@@ -216,6 +221,8 @@ def _command(
     if request.nodes[0] == request.nodes[1]:
         command += ["--nodes", str(request.nodes[0])]
     command += ["--out", str(path), "--continue"]
+    if (health := request.health or site.health) != "off":
+        command += ["--health", health]
     if code.config is not None:
         command += ["--config", str(code.config)]
     other_arguments = (word for word in arguments if not word.startswith("device="))

@@ -57,6 +57,7 @@ SCRIPTS = {
         gpus_per_node=0,
         seconds=None,
         commands=[["launcher", "run", "digits", f"lr={lr}"] for lr in (0.1, 0.2)],
+        run_folders=["/home/me/project/runs/it's/0", "/home/me/project/runs/it's/1"],
         is_array=True,
     ),
     "container": changed(
@@ -162,17 +163,8 @@ def test_resources_follow_from_plan_and_site(tmp_path: Path) -> None:
     copy = tmp_path / "out/code"
     assert command[3] == f"{copy}/tests/recipes/worlds.py:worlds"
     assert command[4:] == [
-        *(
-            "--code",
-            str(copy),
-            "-n",
-            "4",
-            "--nodes",
-            "2",
-            "--out",
-            str(tmp_path / "out"),
-            "--continue",
-        ),
+        *("--code", str(copy), "-n", "4", "--nodes", "2"),
+        *("--out", str(tmp_path / "out"), "--continue", "--health", "quick"),
         *("device=cuda", "num_workers=6"),
     ]
     one = prepare(replace(request, grid=(("lr=0.1",),)), SITE, tmp_path / "out").batch
