@@ -293,6 +293,28 @@ def test_a_node_is_lost(slurm: Commands, cluster: Cluster) -> None:
     check_same(slurm, run_dir, PACED, *LONG)
 
 
+def test_a_job_avoids_a_node_that_is_not_fit(slurm: Commands, cluster: Cluster) -> None:
+    """A job whose node fails --health is queued again without that node, and finishes."""
+    if not cluster.isolated:
+        pytest.skip("needs nodes with namespaces of their own")
+    enter = ("nsenter", "-t", str(cluster.daemons["node1"].pid), "-m")
+    script = ROOT / "tests/no_shared_memory.sh"
+    try:
+        subprocess.run([*enter, "bash", script, slurm.folder / "dev"], check=True)
+        run_dir = submit(slurm, WORLDS_PY, *SETTINGS, "--nodes", "2", "-n", "1")
+        finish(run_dir)
+    finally:
+        cluster.kill(["node1"])
+    job = read_submission(run_dir).job
+    shown = subprocess.check_output(["scontrol", "show", "job", "-o", job], text=True)
+    assert re.search(r" ExcNodeList=node1 ", shown), shown
+    assert (state_of(run_dir).restarts, state_of(run_dir).nodes) == (1, "node[2-3]")
+    assert run_dir.unhealthy_nodes.read_text() == "node1\n"
+    log = slurm("launcher", "logs", "out").stdout
+    assert log.count("node1 is not fit for the run. /dev/shm: ") == 1
+    check_same(slurm, run_dir, WORLDS_PY, *SETTINGS)
+
+
 def test_a_rank_that_raises_ends_the_job(slurm: Commands) -> None:
     """A rank that raises fails the job on all nodes, and `status` and the log show its error."""
     run_dir = submit(slurm, FAILING, "how=raise", "rank=1", "--nodes", "2", "-n", "1")
