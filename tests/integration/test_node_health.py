@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -18,7 +19,6 @@ from launcher.launch.signal_handler import SignalHandler, library_signals
 from launcher.planning.plan import Plan
 from launcher.recipe.overrides import read_arguments
 from launcher.recipe.resolve import resolve
-from launcher.runs.failure_record import find_failure
 from launcher.runs.rundir import RunDir
 
 DIGITS = ("digits", "-n", "1", "steps=2", "num_workers=0", "device=cpu", "--out", "out")
@@ -34,9 +34,8 @@ def test_a_run_does_not_start_on_a_node_that_is_not_fit(run: Commands) -> None:
     assert done.exit_code == EXIT_FAILED, done.stdout
     assert "/dev/shm: it does not exist" in done.stderr
     run_dir = RunDir(run.folder / "out")
-    recorded = find_failure(run_dir)
-    assert recorded is not None
-    assert (recorded.error, recorded.rank) == ("HealthError", 0)
+    recorded = json.loads(run_dir.failure.read_text())
+    assert (recorded["error"], recorded["rank"]) == ("HealthError", 0)
     assert run_dir.unhealthy_nodes.read_text() == f"{os.uname().nodename}\n"
     assert not run_dir.metrics.exists()
 
@@ -61,6 +60,7 @@ def test_a_node_is_examined_before_each_restart(tmp_path: Path) -> None:
         is_restart: bool,
     ) -> Sequence[Finding]:
         assert (plan.world_size, out) == (1, tmp_path / "out")
+        assert signals.stopped_by is None
         keep_alive()
         examinations.append(is_restart)
         return [failure("GPU health", "it has gone", "replace it")] if len(examinations) > 2 else []
