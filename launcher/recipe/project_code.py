@@ -6,11 +6,13 @@ import their models where they build them. Nothing is imported for it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from launcher import paths
@@ -22,6 +24,9 @@ _MAX_FILES = 500
 
 _MAX_BYTES = 4 * 2**20
 """Size of the largest file whose imports are read."""
+
+_OWN_FOLDER = str(Path(__file__).resolve().parents[1])
+"""The folder of this package, which is no part of a project that has it in its repository."""
 
 _DIGEST_LETTERS = 16
 """Letters of a file's SHA-256 that are kept."""
@@ -94,18 +99,19 @@ def digests_of(project: Project) -> dict[str, str]:
             folders.append(folder)
     search = _Search(project.folder, tuple(dict.fromkeys(folders)))
     digests: dict[str, str] = {}
-    waiting = [project.file, *search.packages_of(project.file)]
-    while waiting and len(digests) < _MAX_FILES:
-        file = waiting.pop()
-        name = file.relative_to(project.folder).as_posix()
-        if name in digests:
-            continue
+    waiting = [str(project.file), *map(str, search.packages_of(project.file))]
+    seen = set(waiting)
+    for file in waiting:  # which grows
         try:
-            content = read_regular(file, _MAX_BYTES)
+            content = read_regular(Path(file), _MAX_BYTES)
         except OSError:
             continue
-        digests[name] = _digest(content)
-        waiting += search.imports_of(file, content)
+        digests[file.removeprefix(f"{project.folder}/")] = _digest(content)
+        if len(digests) == _MAX_FILES:
+            break
+        found = set(search.imports_of(file, content)) - seen
+        seen |= found
+        waiting += sorted(found)
     return dict(sorted(digests.items()))
 
 
@@ -138,67 +144,77 @@ def _module_parent(file: Path, name: str) -> Path:
     return file.parents[name.count(".") + (file.name == "__init__.py")]
 
 
-@dataclass(frozen=True)
 class _Search:
-    """Finds the files of a project that import statements name."""
+    """Finds the files of a project that import statements name.
 
-    root: Path
-    folders: Sequence[Path]
-    """The folders from which modules are imported, in their order."""
+    Args:
+        root: The folder of the project; nothing outside it is found, nor this package in it.
+        folders: The folders from which modules are imported, in their order.
+    """
 
-    _listed: dict[Path, frozenset[str]] = field(default_factory=dict)
-    """The names in each folder that has been looked at."""
+    def __init__(self, root: Path, folders: Sequence[Path]) -> None:
+        self._root, self._folders = f"{root}/", tuple(map(str, folders))
+        self._listed: dict[str, dict[str, bool]] = {_OWN_FOLDER: {}}
+        """The names in each folder that has been looked at, and whether they are folders."""
+
+        self._found: dict[tuple[tuple[str, ...], str], tuple[str, ...]] = {}
+        """The files of the modules that were looked for, by their folders and dotted names."""
 
     def packages_of(self, file: Path) -> Iterator[Path]:
         """Yield the `__init__.py` of each package of the project that holds a file."""
         for folder in file.parents:
-            if "__init__.py" not in self._names(folder) or not folder.is_relative_to(self.root):
+            if "__init__.py" not in self._names(str(folder)):
                 return
             yield folder / "__init__.py"
 
-    def imports_of(self, file: Path, content: bytes) -> Iterator[Path]:
+    def imports_of(self, file: str, content: bytes) -> Iterator[str]:
         """Yield the files of the project that the import statements of a file may name."""
         for match in _IMPORT.finditer(content):
             source, names, modules = match.groups()
             if source is None:
                 for module in _names_in(modules):
-                    yield from self._find(self.folders, module.split("."))
+                    yield from self._find(self._folders, module)
                 continue
             dotted = source.decode("utf-8", "replace")
-            stem = dotted.lstrip(".")
-            parts = stem.split(".") if stem else []
-            folders = self.folders
+            stem, folders = dotted.lstrip("."), self._folders
             if level := len(dotted) - len(stem):
-                folders = [file.parents[level - 1]] if level <= len(file.parents) else []
-            for name in _names_in(names):
-                yield from self._find(folders, [*parts, name])
+                folders = (file.rsplit("/", level)[0],)
+            for name in _names_in(names) if stem else ():
+                yield from self._find(folders, f"{stem}.{name}")
+            for name in () if stem else _names_in(names):
+                yield from self._find(folders, name)
 
-    def _find(self, folders: Sequence[Path], parts: Sequence[str]) -> Iterator[Path]:
-        """Yield the files of the module with these parts, and of its packages.
+    def _find(self, folders: tuple[str, ...], name: str) -> tuple[str, ...]:
+        """Return the files of a module, and of its packages, by its dotted name.
 
-        The last part may be a name within a module.
+        The last part of the name may be a name within a module.
         """
+        key = folders, name
+        if key not in self._found:
+            self._found[key] = tuple(self._look(folders, name))
+        return self._found[key]
+
+    def _look(self, folders: tuple[str, ...], name: str) -> Iterator[str]:
+        first, _, rest = name.partition(".")
         for folder in folders:
             names = self._names(folder)
-            if not parts or not {parts[0], f"{parts[0]}.py"} & names:
-                continue
-            if parts[0] in names and folder.joinpath(parts[0]).is_dir():
-                package = folder / parts[0]
+            if names.get(first):
+                package = f"{folder}/{first}"
                 if "__init__.py" in self._names(package):
-                    yield package / "__init__.py"
-                yield from self._find([package], parts[1:])
-            elif f"{parts[0]}.py" in names:
-                yield folder / f"{parts[0]}.py"
-            return
+                    yield f"{package}/__init__.py"
+                if rest:
+                    yield from self._find((package,), rest)
+                return
+            if f"{first}.py" in names:
+                yield f"{folder}/{first}.py"
+                return
 
-    def _names(self, folder: Path) -> frozenset[str]:
-        if not folder.is_relative_to(self.root):
-            return frozenset()
+    def _names(self, folder: str) -> dict[str, bool]:
         if folder not in self._listed:
-            try:
-                self._listed[folder] = frozenset(entry.name for entry in folder.iterdir())
-            except OSError:
-                self._listed[folder] = frozenset()
+            self._listed[folder] = {}
+            if f"{folder}/".startswith(self._root):
+                with contextlib.suppress(OSError), os.scandir(folder) as entries:
+                    self._listed[folder] = {entry.name: entry.is_dir() for entry in entries}
         return self._listed[folder]
 
 

@@ -12,6 +12,7 @@ find it beside their file. Without git it is the folder of the recipe's file or 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import stat
@@ -96,7 +97,7 @@ def survey(reference: Reference, limit: int = DEFAULT_LIMIT) -> CodeSnapshot | N
     if project is None or reference.code is not None:
         return None
     listed = _list_repository(project.folder) if project.is_repository else None
-    files, ignored = listed or (list(_walk(project)), [])
+    files, ignored = listed or (list(itertools.islice(_walk(project), _MAX_FILES + 2)), [])
     runs = _RunFolders(project.folder)
     digests = digests_of(project)
     if not listed:
