@@ -93,8 +93,9 @@ def command(
     from launcher.sweeps.sweep_record import is_sweep
 
     if is_sweep(run_dir):
+        changes = allow_code_change or health != "off" or code_limit
         only_ranks = not (overrides or accept or checkpoint or fall_back or nodes or hosts)
-        if not only_ranks:
+        if changes or not only_ranks:
             raise UsageError(
                 f"{run_dir} is the folder of a sweep, whose runs continue as they are: leave out "
                 "everything but -n, or resume one of its runs by its own folder."

@@ -123,6 +123,7 @@ def command(
             "--hosts": hosts is not None,
             "--continue": continues,
             "--max-restarts": max_restarts > 0,
+            "--health": health != "off",
         }
         _check_debuggable([name for name, is_given in given.items() if is_given])
         request = RunRequest(
