@@ -74,8 +74,14 @@ def start(prepared: PreparedRun, signals: SignalHandler) -> RunResult:
 
         def make_and_freeze() -> RunDir:
             made = make()
-            if prepared.snapshot is not None:
+            if prepared.snapshot is None:
+                return made
+            try:
                 _freeze(prepared.reference, prepared.snapshot, made)
+            except RunDirError:
+                if previous_record:  # a resumption that is refused leaves the run as it was
+                    write_atomic(made.run_yaml, previous_record[0])
+                raise
             return made
 
         made = make_run_dir_once(rendezvous, make_and_freeze)

@@ -94,7 +94,7 @@ def digests_of(project: Project) -> dict[str, str]:
     """
     folders = [project.file.parent, project.import_folder]
     for entry in sys.path:
-        folder = Path(entry).absolute()
+        folder = Path(entry).resolve()  # an empty entry is the working folder
         if folder.is_relative_to(project.folder) and not _INSTALLED & set(folder.parts):
             folders.append(folder)
     search = _Search(project.folder, tuple(dict.fromkeys(folders)))
