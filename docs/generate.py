@@ -122,7 +122,9 @@ def cli_page() -> str:
         context = click.Context(command, info_name=path, terminal_width=100)
         usage = command.get_usage(context).removeprefix("Usage: ")
         text += f"\n## {path}\n\n```text\n{usage}\n```\n\n{prose(command.help or '')}\n"
-        options = [each for each in command.params if isinstance(each, click.Option)]
+        options = [
+            each for each in command.params if isinstance(each, click.Option) and not each.hidden
+        ]
         if options:
             text += "\n| Option | Meaning |\n|---|---|\n"
             for option in options:

@@ -103,6 +103,7 @@ def resume(
     max_restarts: int = 0,
     accept: Sequence[str] = (),
     fall_back: bool = False,
+    allow_code_change: bool = False,
     **overrides: Any,
 ) -> RunResult:
     """Resume a run from a checkpoint, to the sample, as `launcher resume` does.
@@ -117,6 +118,8 @@ def resume(
         max_restarts: How many times a failed run restarts from its newest checkpoint.
         accept: What may differ from the checkpoint: "data", "missing-state".
         fall_back: Whether an older checkpoint is taken if this one is damaged.
+        allow_code_change: Whether the project's present code is taken if it differs from that of
+            the run so far.
         overrides: Settings and parameters of the recipe that change.
 
     Returns:
@@ -130,12 +133,13 @@ def resume(
     from launcher.launch.prepare import ResumeRequest, prepare_resume
     from launcher.launch.session import start
     from launcher.launch.signal_handler import library_signals
+    from launcher.recipe.frozen_code import restored_imports
     from launcher.recipe.resolve import check_not_importing
     from launcher.recipe.validation import NonNegativeInt, PositiveInt
     from launcher.report.write import write_report
 
     check_not_importing()
-    with library_signals() as signals, _display(output, signals) as display:
+    with restored_imports(), library_signals() as signals, _display(output, signals) as display:
         request = ResumeRequest(
             run_dir=_argument("run_dir", run_dir, Path),
             checkpoint=None if step is None else str(_argument("step", step, NonNegativeInt)),
@@ -143,6 +147,7 @@ def resume(
             nproc_per_node=_argument("nproc_per_node", nproc_per_node, PositiveInt | None),
             accept=_argument("accept", accept, tuple[str, ...]),
             fall_back=fall_back,
+            allow_code_change=_argument("allow_code_change", allow_code_change, bool),
             max_restarts=_argument("max_restarts", max_restarts, NonNegativeInt),
             output_mode=display.output_mode,
             write_report=write_report,
@@ -176,10 +181,11 @@ def evaluate(
     """
     from launcher.launch.evaluate_run import WeightsRequest, evaluate_run
     from launcher.launch.signal_handler import library_signals
+    from launcher.recipe.frozen_code import restored_imports
     from launcher.recipe.resolve import check_not_importing
 
     check_not_importing()
-    with library_signals(saves=False) as signals:
+    with restored_imports(), library_signals(saves=False) as signals:
         fields = _weights_fields(run, checkpoint, nproc_per_node, overrides)
         return evaluate_run(WeightsRequest(**fields), signals)
 
@@ -213,10 +219,11 @@ def predict(
     """
     from launcher.launch.predict_run import PredictRequest, predict_run
     from launcher.launch.signal_handler import library_signals
+    from launcher.recipe.frozen_code import restored_imports
     from launcher.recipe.resolve import check_not_importing
 
     check_not_importing()
-    with library_signals(saves=False) as signals:
+    with restored_imports(), library_signals(saves=False) as signals:
         request = PredictRequest(
             **_weights_fields(run, checkpoint, nproc_per_node, overrides),
             input=str(_argument("input", input, Path)),
@@ -528,11 +535,12 @@ def write_hugging_face(
         check_export,
         export_weights,
     )
+    from launcher.recipe.frozen_code import restored_imports
     from launcher.runs.rebuilding import rebuilt_recipe
     from launcher.runs.rundir import open_run_dir
 
     run_dir, target = open_run_dir(run), folder.absolute()
     check_export(run_dir, target)
-    with rebuilt_recipe(run_dir, tuple(overrides)) as recipe:
+    with restored_imports(), rebuilt_recipe(run_dir, tuple(overrides)) as recipe:
         model = build_without_values(recipe)
         return export_weights(run_dir, model, target, max_shard_bytes=max_shard_bytes)

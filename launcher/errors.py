@@ -12,6 +12,7 @@
     ├── TrainingError       the run failed; exit code 1
     │   ├── SampleError     the data set raised an exception while a sample was read
     │   └── LostRankError   another rank that this one waits for failed, and shows its own error
+    ├── HealthError         a node is not fit for a run; exit code 75 in a job, which goes elsewhere
     ├── PeerError           another node of the run failed or disappeared; that node's exit code
     └── EndedError          ranks ended early and their error was shown; their exit code
 
@@ -87,6 +88,19 @@ class SampleError(TrainingError):
 
 class LostRankError(TrainingError):
     """Another rank that this one waits for failed, and shows its own error."""
+
+
+class HealthError(LauncherError):
+    """A node is not fit for a run, for example because a GPU has failed.
+
+    Args:
+        text: What was found on which node, and what to do.
+        exit_code: `EXIT_RESUMABLE` in a job that can run on other nodes.
+    """
+
+    def __init__(self, text: str, exit_code: int) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
 
 
 class PeerError(LauncherError):

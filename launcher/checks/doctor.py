@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
 
 from launcher.checks.node_checks import check_node
 from launcher.console.failure import failure_with_log
 from launcher.engine.probes.diagnostics_recipe import diagnostics_recipe
 from launcher.environment.machine import Machine
+from launcher.environment.nodes import Nodes
 from launcher.environment.world import World
 from launcher.findings import Finding, RankDiagnostics
 from launcher.json_file import read_json
 from launcher.launch.launcher import launch
+from launcher.launch.multi_node import joined
 from launcher.launch.signal_handler import SignalHandler
 from launcher.planning.plan import Plan
 from launcher.planning.planner import make_plan
 from launcher.runs.failure_record import RunFailedError
 from launcher.runs.job import Job
 from launcher.runs.private_folder import private_folder
-from launcher.runs.rundir import create_run_dir
+from launcher.runs.rundir import RunDir, create_run_dir
+
+if TYPE_CHECKING:
+    from launcher.launch.multi_node import Rendezvous
 
 
 def plan_diagnostics(
@@ -48,12 +57,30 @@ def plan_diagnostics(
     )
 
 
-def diagnose(plan: Plan, signals: SignalHandler) -> list[RankDiagnostics]:
+def diagnose(
+    plan: Plan, signals: SignalHandler, *, watch: Callable[[RunDir], object] | None = None
+) -> list[RankDiagnostics]:
     """Start the ranks on this machine and return the diagnostics of each, by rank.
+
+    Args:
+        plan: The plan of the ranks.
+        signals: Handles signals meanwhile.
+        watch: Called many times a second meanwhile.
 
     Raises:
         RunFailedError: A rank failed; the message quotes its log.
     """
+    return _diagnose(plan, signals, watch=watch)
+
+
+def _diagnose(
+    plan: Plan,
+    signals: SignalHandler,
+    *,
+    rendezvous: Rendezvous | None = None,
+    watch: Callable[[RunDir], object] | None = None,
+) -> list[RankDiagnostics]:
+    """Start the ranks of this node; return the diagnostics of all ranks, nothing if not first."""
     from launcher.engine.worker import agent_diagnostics
 
     with private_folder() as folder:
@@ -68,11 +95,50 @@ def diagnose(plan: Plan, signals: SignalHandler) -> list[RankDiagnostics]:
             output_mode="quiet",
         )
         try:
-            launch(job, agent_diagnostics, signals=signals)
+            launch(job, agent_diagnostics, signals=signals, rendezvous=rendezvous, watch=watch)
         except RunFailedError as error:
             text = failure_with_log(error.failure, run_dir).removeprefix("launcher: ")
             raise RunFailedError(text, error.failure) from None
+        if rendezvous is not None and rendezvous.index > 0:
+            return []
         return read_json(run_dir.diagnostics, list[RankDiagnostics])
+
+
+def diagnose_nodes(
+    plan: Plan, nodes: Nodes, out: Path, signals: SignalHandler
+) -> list[RankDiagnostics] | None:
+    """Examine this node and its ranks together with the other nodes, each of which calls this.
+
+    Args:
+        plan: The plan of the ranks on all nodes.
+        nodes: The nodes, and where they meet.
+        out: Folder for run folders, which each node examines.
+        signals: Handles signals meanwhile.
+
+    Returns:
+        The diagnostics of all ranks on the first node, those of the first rank of each node with
+        the findings about it; None on the others.
+
+    Raises:
+        RunFailedError: A rank of this node failed; the message quotes its log.
+        PeerError: Another node failed.
+        WorldError: Some nodes do not arrive in time, or would examine something else.
+    """
+    findings = list(check_node(plan, out))
+    with joined(nodes, plan) as rendezvous:
+        assert rendezvous is not None
+        key = "findings{}".format
+        rendezvous.store.set(key(rendezvous.index), msgspec.json.encode(findings).decode())
+        reports = _diagnose(plan, signals, rendezvous=rendezvous)
+        if rendezvous.index > 0:
+            rendezvous.leave(0)
+            return None
+        for index in range(plan.nodes):
+            rank = index * plan.nproc_per_node
+            found = msgspec.json.decode(rendezvous.store.get(key(index)), type=tuple[Finding, ...])
+            reports[rank] = replace(reports[rank], node_findings=found)
+        rendezvous.leave(0)
+    return reports
 
 
 def diagnose_here(plan: Plan, world: World, out: Path) -> list[RankDiagnostics] | None:

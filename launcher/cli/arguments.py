@@ -26,6 +26,12 @@ MAX_NODES = 1_000_000
 MAX_RESTARTS = 1_000_000
 """Restarts after a failure that an option takes at most."""
 
+MAX_MEGABYTES = 1_000_000_000
+"""Megabytes that an option takes at most."""
+
+HEALTH_LEVELS = ("off", "quick", "full")
+"""How thoroughly `--health` examines a node."""
+
 _MAX_BYTES = 2**63
 
 ACCEPTABLE = {
@@ -256,6 +262,45 @@ def accept_option(function: Function) -> Function:
         help="Resume even if "
         + "; or if ".join(f"{meaning} ({name})" for name, meaning in ACCEPTABLE.items())
         + ".",
+    )(function)
+
+
+def code_change_option(function: Function) -> Function:
+    """Add the option --allow-code-change."""
+    return click.option(
+        "--allow-code-change",
+        is_flag=True,
+        help="Resume with the project's present code, even if it is not that of the run so far.",
+    )(function)
+
+
+def freezing_options(function: Function) -> Function:
+    """Add the options for the copy of the project that jobs, and runs on several nodes, import."""
+    freezes = click.option(
+        "--freeze/--no-freeze",
+        "freezes",
+        default=True,
+        help="Copy the project into the run folder and import the copy, or import the project "
+        "itself. Default: a copy for jobs and for runs on several nodes.",
+    )
+    limit = click.option(
+        "--code-limit",
+        type=Count(min=1, largest=MAX_MEGABYTES),
+        metavar="MB",
+        help="Largest size of that copy. Default: 100.",
+    )
+    return freezes(limit(function))
+
+
+def health_option(function: Function) -> Function:
+    """Add the option --health."""
+    return click.option(
+        "--health",
+        type=click.Choice(HEALTH_LEVELS),
+        default="off",
+        show_default=True,
+        help="Examine each node before its ranks start: the node alone (quick), or also with ranks "
+        "that test its devices (full).",
     )(function)
 
 

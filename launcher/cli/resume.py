@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
 from launcher.cli.arguments import (
     accept_option,
+    code_change_option,
+    freezing_options,
+    health_option,
     max_restarts_option,
     nodes_options,
     nproc_option,
@@ -42,6 +46,9 @@ from launcher.errors import UsageError
     help="If the checkpoint is damaged, resume from the newest older one that is not.",
 )
 @accept_option
+@code_change_option
+@freezing_options
+@health_option
 @max_restarts_option
 @output_options
 def command(
@@ -56,8 +63,12 @@ def command(
     join_timeout: float | None,
     checkpoint: str | None,
     accept: tuple[str, ...],
+    code_limit: int | None,
+    health: Literal["off", "quick", "full"],
     max_restarts: int,
     *,
+    allow_code_change: bool,
+    freezes: bool,
     fall_back: bool,
     quiet: bool,
     as_json: bool,
@@ -73,15 +84,18 @@ def command(
     launcher resume runs/digits-20260101-120000 -n 4 strategy=fsdp
     launcher resume runs/digits-20260101-120000 --from 120 epochs=40
     """
+    from launcher.checks.health_gate import health_check
     from launcher.launch.prepare import ResumeRequest, prepare_resume
     from launcher.launch.session import start
     from launcher.launch.signal_handler import SignalHandler
     from launcher.report.write import write_report
+    from launcher.runs.freezing import DEFAULT_LIMIT
     from launcher.sweeps.sweep_record import is_sweep
 
     if is_sweep(run_dir):
+        changes = allow_code_change or health != "off" or code_limit
         only_ranks = not (overrides or accept or checkpoint or fall_back or nodes or hosts)
-        if not only_ranks:
+        if changes or not only_ranks:
             raise UsageError(
                 f"{run_dir} is the folder of a sweep, whose runs continue as they are: leave out "
                 "everything but -n, or resume one of its runs by its own folder."
@@ -98,6 +112,10 @@ def command(
         nodes=find_machines(hosts, nodes, rendezvous, join_timeout),
         accept=accept,
         max_restarts=max_restarts,
+        health=health_check(health),
+        allow_code_change=allow_code_change,
+        freezes=freezes,
+        code_limit=code_limit or DEFAULT_LIMIT,
         output_mode=output_mode(quiet=quiet, as_json=as_json),
         write_report=write_report,
     )

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import click
 
 from launcher.cli.arguments import (
     accept_option,
+    code_change_option,
     config_option,
+    freezing_options,
+    health_option,
     max_restarts_option,
     nodes_options,
     nproc_option,
@@ -39,6 +43,17 @@ from launcher.errors import UsageError
     help="If --out holds a run, resume it from its newest undamaged checkpoint.",
 )
 @accept_option
+@code_change_option
+@click.option(
+    "--code",
+    "code_folder",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    hidden=True,
+    help="Import the recipe from this copy of its project, as jobs do.",
+)
+@freezing_options
+@health_option
 @max_restarts_option
 @click.option(
     "--debug",
@@ -64,8 +79,13 @@ def command(
     config: Path | None,
     out: Path | None,
     accept: tuple[str, ...],
+    code_folder: Path | None,
+    code_limit: int | None,
+    health: Literal["off", "quick", "full"],
     max_restarts: int,
     *,
+    allow_code_change: bool,
+    freezes: bool,
     debugs: bool,
     opens_pdb: bool,
     continues: bool,
@@ -85,12 +105,15 @@ def command(
     launcher run digits --hosts node1,node2 --out /shared/mine
     launcher run digits --debug
     """
+    from launcher.checks.health_gate import health_check
+    from launcher.launch.code_choice import code_of_continued
     from launcher.launch.debug_session import debug
     from launcher.launch.prepare import RunRequest, prepare_run
     from launcher.launch.session import start
     from launcher.launch.signal_handler import SignalHandler
     from launcher.recipe.resolve import resolve
     from launcher.report.write import write_report
+    from launcher.runs.freezing import DEFAULT_LIMIT, open_frozen
 
     if debugs or opens_pdb:
         given = {
@@ -100,6 +123,7 @@ def command(
             "--hosts": hosts is not None,
             "--continue": continues,
             "--max-restarts": max_restarts > 0,
+            "--health": health != "off",
         }
         _check_debuggable([name for name, is_given in given.items() if is_given])
         request = RunRequest(
@@ -116,8 +140,11 @@ def command(
         raise UsageError("--continue resumes the run in --out: add --out DIR.")
     if accept and not continues:
         raise UsageError(f"--accept {accept[0]} applies to a resumed run: add --continue.")
+    code = None if code_folder is None else open_frozen(code_folder)
+    if code is None and continues and out is not None and not allow_code_change:
+        code = code_of_continued(out)
     request = RunRequest(
-        reference=resolve(recipe),
+        reference=resolve(recipe, code),
         overrides=read_overrides(config, overrides),
         nproc_per_node=nproc_per_node,
         nodes=find_machines(hosts, nodes, rendezvous, join_timeout),
@@ -125,6 +152,9 @@ def command(
         continues=continues,
         accept=accept,
         max_restarts=max_restarts,
+        health=health_check(health),
+        freezes=freezes,
+        code_limit=code_limit or DEFAULT_LIMIT,
         output_mode=output_mode(quiet=quiet, as_json=as_json),
         write_report=write_report,
     )

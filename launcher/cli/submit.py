@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
 from launcher.cli.arguments import (
+    HEALTH_LEVELS,
     MAX_NODES,
     Count,
     config_option,
+    freezing_options,
     nproc_option,
     out_option,
     overrides_argument,
@@ -87,6 +90,13 @@ class SubmitCommand(SettingsCommand):
 @click.option("--dry-run", is_flag=True, help="Print the script; write and submit nothing.")
 @config_option
 @out_option
+@freezing_options
+@click.option(
+    "--health",
+    type=click.Choice(HEALTH_LEVELS),
+    help="Examine each node before its ranks start, and queue the job again without those that are "
+    "not fit. Default: that of the site profile, or quick.",
+)
 def command(
     recipe: str,
     overrides: tuple[str, ...],
@@ -98,7 +108,10 @@ def command(
     axes: tuple[str, ...],
     config: Path | None,
     out: Path | None,
+    code_limit: int | None,
+    health: Literal["off", "quick", "full"] | None,
     *,
+    freezes: bool,
     dry_run: bool,
 ) -> None:
     """Plan RECIPE for nodes of a cluster, write its batch script and submit it.
@@ -127,6 +140,10 @@ def command(
         gpus_per_node=gpus_per_node,
         nproc_per_node=nproc_per_node,
         time=time,
+        freezes=freezes,
+        code_limit=code_limit,
+        health=health,
+        is_dry=dry_run,
     )
     prepared = prepare(request, site, out)
     if dry_run:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from launcher.analysis.slow_ranks import SlowRanks, largest_share
 from launcher.console.progress import Progress, metrics_text
 from launcher.engine.backends.base import Backend
 from launcher.engine.backends.devices import device_name
@@ -326,7 +327,8 @@ def _open_recorder(
     """Return what records the run, which has shown the warnings of the trial."""
     backend = context.backend
     records_samples = context.recipe.record_samples and backend.leads_group
-    recorder = Recorder(run_dir, backend.rank, records_samples, progress, trackers)
+    slow_ranks = SlowRanks(largest_share(backend.plan)) if progress else None
+    recorder = Recorder(run_dir, backend.rank, records_samples, progress, trackers, slow_ranks)
     for warning in warnings:
         recorder.on_warning(warning)
     return recorder

@@ -80,6 +80,11 @@ def find_nodes(
     )
 
 
+def is_over_ssh(env: Mapping[str, str] | None = None) -> bool:
+    """Return whether another launcher has started this one over ssh."""
+    return _HOSTS in (os.environ if env is None else env)
+
+
 def nodes_of_hosts(hosts: Sequence[str], rendezvous: str | None) -> Nodes:
     """Return the nodes that one launcher starts over ssh.
 

@@ -16,13 +16,13 @@ from launcher.launch.only_launcher import check_only_launcher
 from launcher.launch.signal_handler import SignalHandler
 from launcher.planning.plan import Plan
 from launcher.recipe.overrides import BuiltRecipe, Override
-from launcher.recipe.resolve import Reference, resolve
+from launcher.recipe.resolve import Reference
 from launcher.runs.evaluation_result import EvaluationResult, read_measured
 from launcher.runs.failure_record import RunFailedError
 from launcher.runs.job import Job
 from launcher.runs.plan_recipe import describe_run, plan_recipe
 from launcher.runs.private_folder import private_folder
-from launcher.runs.rebuilding import folder_of, overrides_of, working_folder
+from launcher.runs.rebuilding import folder_of, overrides_of, resolve_recorded, working_folder
 from launcher.runs.run_record import RunRecord, read_run, write_run
 from launcher.runs.rundir import RunDir, create_run_dir, open_run_dir
 from launcher.runs.weight_choice import WeightChoice, choose_weights
@@ -103,7 +103,7 @@ def prepare_weights(request: WeightsRequest) -> PreparedWeights:
     overrides = (*overrides_of(record), *request.overrides, *_settings(record, request))
     samples = record.plan.get("train_samples")
     with working_folder(folder):  # the recipe may read files by paths relative to it
-        reference = resolve(record.recipe)
+        reference = resolve_recorded(record)
         built, plan = plan_recipe(
             reference,
             overrides,

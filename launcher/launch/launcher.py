@@ -70,6 +70,7 @@ def launch(
     signals: SignalHandler,
     rendezvous: Rendezvous | None = None,
     watch: Callable[[RunDir], object] | None = None,
+    before_restart: Callable[[], object] = lambda: None,
 ) -> int:
     """Run every rank of `job` on this machine and wait for them.
 
@@ -83,6 +84,7 @@ def launch(
         rendezvous: Connects this machine with the others of the run; None is one machine.
         watch: Called with the run folder many times a second while the ranks run. It shows what
             signals do, and this function prints nothing then.
+        before_restart: Called before ranks that have failed are started again.
 
     Returns:
         0 if the run finished; `EXIT_RESUMABLE` if it was stopped and saved a checkpoint.
@@ -100,7 +102,7 @@ def launch(
             job = replace(job, rendezvous_folder=folder)
         with _environment([job.plan]):
             try:
-                return _run_ranks(job, function, signals, rendezvous, folder, watch)
+                return _run_ranks(job, function, signals, rendezvous, folder, watch, before_restart)
             except PeerError as error:
                 if error.gone and list_checkpoints(job.run_dir):
                     error.exit_code = EXIT_RESUMABLE
@@ -131,6 +133,7 @@ def _run_ranks(
     rendezvous: Rendezvous | None,
     folder: Path,
     watch: Callable[[RunDir], object] | None,
+    before_restart: Callable[[], object],
 ) -> int:
     announces = watch is None and (rendezvous is None or not rendezvous.is_quiet)
     signals.attach(job, announces=announces)
@@ -154,6 +157,7 @@ def _run_ranks(
             rendezvous,
             spawn=reason_to_spawn is not None,
             poll=(lambda: None) if watch is None else functools.partial(watch, job.run_dir),
+            before_restart=before_restart,
         )
     except SignalException as error:
         raise EndedError(announce_stop(error.sigval)) from None

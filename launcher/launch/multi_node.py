@@ -12,6 +12,7 @@ from launcher.environment.nodes import Nodes
 from launcher.errors import (
     EXIT_FAILED,
     EndedError,
+    HealthError,
     LauncherError,
     PeerError,
     RunDirError,
@@ -48,7 +49,9 @@ def joined(nodes: Nodes | None, plan: Plan) -> Iterator[Rendezvous | None]:
         if rendezvous is not None:
             exit_code = error.exit_code if isinstance(error, LauncherError) else EXIT_FAILED
             rendezvous.report(exit_code)
-            rendezvous.leave(exit_code)
+            exit_code = rendezvous.leave(exit_code)
+            if isinstance(error, HealthError):
+                error.exit_code = exit_code
         raise
 
 

@@ -16,6 +16,8 @@ from launcher.console.explain import schedule_change
 from launcher.environment.machine import read_machine
 from launcher.environment.nodes import Nodes
 from launcher.errors import CheckpointError, RunDirError
+from launcher.launch.code_choice import choose_code, code_differences
+from launcher.launch.health import HealthCheck
 from launcher.launch.multi_node import check_restarts
 from launcher.launch.only_launcher import check_only_launcher
 from launcher.planning.plan import Plan
@@ -31,6 +33,7 @@ from launcher.runs.checkpoints import (
     find_checkpoint,
     list_checkpoints,
 )
+from launcher.runs.freezing import DEFAULT_LIMIT, CodeSnapshot, survey
 from launcher.runs.job import OutputMode, ReportWriter, ResumeFrom
 from launcher.runs.manifest import Manifest
 from launcher.runs.ownership import check_unowned
@@ -67,8 +70,17 @@ class Request:
     output_mode: OutputMode = "progress"
     """What the run prints."""
 
+    freezes: bool = True
+    """Whether a run on several nodes imports a copy of its project, made in the run folder."""
+
+    code_limit: int = DEFAULT_LIMIT
+    """Megabytes that such a copy may have."""
+
     started: float = field(default_factory=time.monotonic)
     """`time.monotonic()` at the start of the command, from which `max_time` counts."""
+
+    health: HealthCheck | None = None
+    """Examines each node before its ranks start; None examines none."""
 
     write_report: ReportWriter | None = None
     """Writes the HTML page that experiment trackers get at the end."""
@@ -108,6 +120,9 @@ class ResumeRequest(Request):
     fall_back: bool = False
     """Whether an older checkpoint is taken if this one is damaged."""
 
+    allow_code_change: bool = False
+    """Whether the project's present code is imported if it differs from that of the run."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedRun:
@@ -128,6 +143,9 @@ class PreparedRun:
     resume_from: ResumeFrom | None = None
     changes: tuple[str, ...] = ()
     """What differs from the run before it was resumed, for its user."""
+
+    snapshot: CodeSnapshot | None = None
+    """The project that is copied into the run folder; None imports what `reference` says."""
 
     folder: Path | None = None
     """The working folder of the ranks; None is that of this process."""
@@ -170,6 +188,8 @@ def prepare_run(request: RunRequest, *, elsewhere: bool = False) -> PreparedRun:
         overrides=request.overrides,
         description=describe_run(request.reference, built, plan),
         run_dir=None,
+        changes=_code_changes(request),
+        snapshot=_survey(request, request.reference),
     )
 
 
@@ -191,9 +211,10 @@ def prepare_resume(request: ResumeRequest, *, elsewhere: bool = False) -> Prepar
     checkpoint = _choose(run_dir, request.checkpoint, record.recipe)
     manifest = _read_manifest(run_dir, checkpoint, fall_back=request.fall_back)
     folder, previous = folder_of(record), overrides_of(record)
+    chosen = choose_code(record, run_dir, allow_change=request.allow_code_change)
     overrides = (*previous, *request.overrides)
     with working_folder(folder):  # the recipe may read files by paths relative to it
-        reference = resolve(record.recipe)
+        reference = resolve(chosen.recipe, chosen.code)
         nproc = request.nproc_per_node or record.nproc_per_node
         built, plan = _plan(
             replace(request, nproc_per_node=nproc), reference, overrides, elsewhere=elsewhere
@@ -202,6 +223,7 @@ def prepare_resume(request: ResumeRequest, *, elsewhere: bool = False) -> Prepar
             plan = timed_plan(plan, built.recipe, steps)
         previously_built = build(reference, previous)
         description = describe_run(reference, built, plan)
+        snapshot = _survey(request, reference)
     if manifest is not None:
         check_resumable(manifest, plan, checkpoint.name, request.accept)
     return PreparedRun(
@@ -214,10 +236,34 @@ def prepare_resume(request: ResumeRequest, *, elsewhere: bool = False) -> Prepar
         resume_from=ResumeFrom(
             step=checkpoint.step, fall_back=request.fall_back, accept=request.accept
         ),
-        changes=_changes(manifest, record, previously_built, (built, plan)),
+        changes=(*_changes(manifest, record, previously_built, (built, plan)), *chosen.changes),
+        snapshot=snapshot,
         folder=folder,
         finished=_why_finished(manifest, built.recipe, plan) if run_dir.result.exists() else "",
     )
+
+
+def _survey(request: Request, reference: Reference) -> CodeSnapshot | None:
+    """Return the project that the first of several nodes copies into the run folder.
+
+    Raises:
+        UsageError: It is too large.
+    """
+    nodes = request.nodes
+    if nodes is None or nodes.index not in (None, 0) or not request.freezes:
+        return None
+    return survey(reference, request.code_limit)
+
+
+def _code_changes(request: RunRequest) -> tuple[str, ...]:
+    """Return how the code of a run that `--continue` resumes differs from the present code."""
+    if not request.continues or request.out is None or request.reference.code is not None:
+        return ()
+    with contextlib.suppress(RunDirError):  # opening the folder says what is wrong with it
+        code = read_run(RunDir(request.out)).code
+        if code is not None and (differences := code_differences(code)):
+            return (f"code in {differences}",)
+    return ()
 
 
 def _why_finished(manifest: Manifest | None, recipe: Recipe, plan: Plan) -> str:

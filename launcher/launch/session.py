@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,19 +14,23 @@ from launcher.console.echo import echo_if_possible
 from launcher.console.explain import changed_lines, summarize
 from launcher.console.progress import json_line
 from launcher.errors import EXIT_USAGE, CheckpointError, PeerError, RunDirError
+from launcher.launch.health import refuse_unhealthy
 from launcher.launch.launcher import launch
 from launcher.launch.multi_node import joined, make_run_dir_once
 from launcher.launch.prepare import PreparedRun, RunRequest
 from launcher.launch.run_folder import open_run_folder
 from launcher.launch.signal_handler import SignalHandler
 from launcher.launch.typed_recipe import keep_recipe
+from launcher.recipe.frozen_code import import_from
+from launcher.recipe.resolve import Reference
 from launcher.regular_file import read_regular
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.failure_record import RunFailedError
 from launcher.runs.files import write_atomic
+from launcher.runs.freezing import CodeSnapshot, freeze, open_frozen, place_of
 from launcher.runs.job import Job, ResumeFrom
 from launcher.runs.ownership import own_run_dir
-from launcher.runs.run_record import write_resumption
+from launcher.runs.run_record import CodeRecord, read_run, replace_code, write_resumption
 from launcher.runs.run_result import RunResult, read_run_result
 from launcher.runs.rundir import RunDir
 
@@ -67,8 +72,22 @@ def start(prepared: PreparedRun, signals: SignalHandler) -> RunResult:
             previous_record.extend(_content_of(run_dir.run_yaml))
             return _take_over(run_dir, prepared, ownership)
 
-        made = make_run_dir_once(rendezvous, make)
+        def make_and_freeze() -> RunDir:
+            made = make()
+            if prepared.snapshot is None:
+                return made
+            try:
+                _freeze(prepared.reference, prepared.snapshot, made)
+            except RunDirError:
+                if previous_record:  # a resumption that is refused leaves the run as it was
+                    write_atomic(made.run_yaml, previous_record[0])
+                raise
+            return made
+
+        made = make_run_dir_once(rendezvous, make_and_freeze)
         reference = keep_recipe(prepared.reference, made)
+        if rendezvous is not None:
+            reference = _frozen(reference, made)
         prepared = replace(prepared, run_dir=made, reference=reference)
         return _launch(prepared, signals, rendezvous, previous_record)
 
@@ -100,8 +119,18 @@ def _launch(
         write_report=request.write_report,
         folder=prepared.folder,
     )
+    examine = functools.partial(
+        refuse_unhealthy, request.health, prepared.plan, run_dir, signals, rendezvous
+    )
     try:
-        exit_code = launch(job, signals=signals, rendezvous=rendezvous, watch=request.watch)
+        examine()
+        exit_code = launch(
+            job,
+            signals=signals,
+            rendezvous=rendezvous,
+            watch=request.watch,
+            before_restart=functools.partial(examine, is_restart=True),
+        )
     except (RunFailedError, PeerError) as error:
         if error.exit_code == EXIT_USAGE and resume_from is not None and previous_record:
             with contextlib.suppress(RunDirError):  # a full disk must not hide the failure
@@ -111,6 +140,31 @@ def _launch(
     if rendezvous is not None:
         result = replace(result, exit_code=rendezvous.leave(exit_code))
     return result
+
+
+def _freeze(reference: Reference, snapshot: CodeSnapshot, run_dir: RunDir) -> None:
+    """Copy the project of a recipe into the run folder, and say so in run.yaml.
+
+    Raises:
+        RunDirError: The copy cannot be written.
+    """
+    code = freeze(snapshot, run_dir.path)
+    record = CodeRecord(project=str(code.project), files=snapshot.digests, copy=str(code.copy))
+    replace_code(run_dir, place_of(reference, code), record)
+
+
+def _frozen(reference: Reference, run_dir: RunDir) -> Reference:
+    """Return a recipe as the ranks of several nodes import it: from the copy of its project.
+
+    Raises:
+        RunDirError: This node does not see the copy.
+    """
+    record = read_run(run_dir)
+    if reference.code is not None or record.code is None or record.code.copy is None:
+        return reference
+    code = open_frozen(Path(record.code.copy))
+    import_from(code)
+    return replace(reference, location=record.recipe, code=code)
 
 
 def _announce(prepared: PreparedRun, run_dir: RunDir) -> None:

@@ -21,7 +21,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import CodeType, ModuleType
@@ -32,6 +32,7 @@ from launcher.errors import LauncherError, RecipeError, did_you_mean
 from launcher.forking import observed_threads
 from launcher.printable import class_name, printable, text_of
 from launcher.recipe.foreign_names import hint_for_unknown
+from launcher.recipe.frozen_code import FrozenCode, import_from
 from launcher.recipe.plain_script import WHAT_A_RECIPE_IS, refuse_plain_script
 from launcher.recipe.recipe import Recipe
 from launcher.recipe.validation import brief
@@ -68,6 +69,9 @@ class Reference:
     """The temporary folder of the files that hold a function by its value, which a run copies into
     its own folder; None for a function of a file or module."""
 
+    code: FrozenCode | None = None
+    """The copy of the project that it is imported from; None if that is the project itself."""
+
     @property
     def recorded(self) -> str:
         """The location as run.yaml has it: in the run folder for a function that is in no file."""
@@ -101,14 +105,22 @@ class ListedRecipe:
     """First line of the function's docstring."""
 
 
-def resolve(text: str) -> Reference:
+def resolve(text: str, code: FrozenCode | None = None) -> Reference:
     """Import and return the recipe function that `text` names, in a form listed above.
+
+    Args:
+        text: The name.
+        code: A copy of the recipe's project from which this process imports from now on; None
+            imports from the project itself.
 
     Raises:
         RecipeError: Nothing has that name, the import fails, or the function is not clear.
     """
     target, _, function = text.partition(":")
     path = find_file(target)
+    if code is not None:
+        import_from(code)
+        path = None if path is None else code.place(path)
     if path is not None:
         if path.stat().st_size > _MAX_BYTES:
             raise RecipeError(
@@ -120,8 +132,8 @@ def resolve(text: str) -> Reference:
     elif target.endswith(".py") or os.sep in target:
         raise _no_file(target)
     else:
-        module, location = _import(target, function), target
-    return _reference(module, location, function)
+        module, location = _import(target, function, code), target
+    return replace(_reference(module, location, function), code=code)
 
 
 def reference_of(function: Callable[..., Recipe]) -> Reference:
@@ -270,14 +282,15 @@ def _execute(name: str, path: Path) -> ModuleType:
     return module
 
 
-def _import(name: str, function: str) -> ModuleType:
+def _import(name: str, function: str, code: FrozenCode | None) -> ModuleType:
     if not all(piece.isidentifier() for piece in name.split(".")):
         raise RecipeError(
             f"{brief(repr(name))} is not the name of a recipe: give a recipe's name, a file or a "
             "module, followed by :FUNCTION if it holds several recipes."
         )
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
+    folder = str(Path.cwd() if code is None else code.place(Path.cwd()))
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
 
     def load() -> ModuleType:
         spec = importlib.util.find_spec(name)

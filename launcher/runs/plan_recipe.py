@@ -16,10 +16,12 @@ from launcher.forking import reason_not_to_fork, without_main_module
 from launcher.planning.plan import Plan
 from launcher.planning.planner import make_plan
 from launcher.recipe.overrides import BuiltRecipe, Override, build
+from launcher.recipe.project_code import digests_of, project_of
 from launcher.recipe.recipe import Recipe
 from launcher.recipe.resolve import Reference, resolve, user_code_error
-from launcher.runs.provenance import command_line, git_state, versions
-from launcher.runs.run_record import RunRecord
+from launcher.runs.freezing import read_frozen
+from launcher.runs.provenance import GitState, command_line, git_state, versions
+from launcher.runs.run_record import CodeRecord, RunRecord
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -83,18 +85,36 @@ def plan_recipe(
 
 def describe_run(reference: Reference, built: BuiltRecipe, plan: Plan) -> RunRecord:
     """Return the record of a run that this process starts."""
-    file = Path(reference.recorded.rpartition(":")[0])
-    folder = file.parent if file.is_absolute() else Path.cwd()
     return RunRecord(
         recipe=reference.recorded,
         overrides=dict(built.overrides),
         plan=plan.to_dict(),
         versions=versions(),
-        git=git_state(folder),
+        code=describe_code(reference),
+        git=_git_state(reference),
         host=platform.node(),
         folder=str(Path.cwd()),
         command=tuple(command_line()),
     )
+
+
+def describe_code(reference: Reference) -> CodeRecord | None:
+    """Return the record of a recipe's code as it is now; None if it belongs to no project."""
+    project = project_of(reference)
+    if project is None:
+        return None
+    code, files = reference.code, digests_of(project)
+    if code is None:
+        return CodeRecord(project=str(project.folder), files=files)
+    return CodeRecord(project=str(code.project), files=files, copy=str(code.copy))
+
+
+def _git_state(reference: Reference) -> GitState | None:
+    """Return the state of the repository around a recipe, or of the one that was copied."""
+    if reference.code is not None:
+        return read_frozen(reference.code.copy).git
+    file = Path(reference.recorded.rpartition(":")[0])
+    return git_state(file.parent if file.is_absolute() else Path.cwd())
 
 
 def _assume_gpus(

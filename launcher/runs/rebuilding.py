@@ -10,7 +10,8 @@ from pathlib import Path
 from launcher.paths import is_dir
 from launcher.recipe.overrides import Override, build
 from launcher.recipe.recipe import Recipe
-from launcher.recipe.resolve import resolve
+from launcher.recipe.resolve import Reference, resolve
+from launcher.runs.freezing import open_frozen
 from launcher.runs.run_record import RunRecord, read_run
 from launcher.runs.rundir import RunDir
 
@@ -28,7 +29,17 @@ def rebuilt_recipe(run_dir: RunDir, overrides: tuple[Override, ...]) -> Iterator
     """
     record = read_run(run_dir)
     with working_folder(folder_of(record)):
-        yield build(resolve(record.recipe), (*overrides_of(record), *overrides)).recipe
+        yield build(resolve_recorded(record), (*overrides_of(record), *overrides)).recipe
+
+
+def resolve_recorded(record: RunRecord) -> Reference:
+    """Import and return the recipe of a run, from the copy of its code if it has one.
+
+    Raises:
+        LauncherError: The copy is missing, or the recipe cannot be imported.
+    """
+    copy = None if record.code is None else record.code.copy
+    return resolve(record.recipe, None if copy is None else open_frozen(Path(copy)))
 
 
 def overrides_of(record: RunRecord) -> tuple[Override, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -22,6 +23,23 @@ _MAX_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
+class CodeRecord:
+    """The code of a recipe as it was when the run began."""
+
+    project: str
+    """The folder of the project: its repository, or the folder of the recipe's file or package."""
+
+    files: Mapping[str, str] = field(default_factory=dict)
+    """The recipe's file and those that it imports from the project, each with the first letters of
+    its SHA-256."""
+
+    copy: str | None = None
+    """The copy of the project that the run imports; None if it imports the project itself.
+
+    run.yaml gives it relative to the run folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunRecord:
     """A run as run.yaml describes it."""
 
@@ -39,6 +57,9 @@ class RunRecord:
 
     versions: Mapping[str, str] = field(default_factory=dict)
     """Versions of Python and of the packages that the run depends on."""
+
+    code: CodeRecord | None = None
+    """The code of the recipe; None for a shipped recipe and for one that is in no file."""
 
     git: GitState | None = None
     """State of the repository around the recipe; None without a repository or without git."""
@@ -87,6 +108,7 @@ class RunRecord:
             "overrides": dict(self.overrides),
             "plan": dict(self.plan),
             "versions": dict(self.versions),
+            "code": None if self.code is None else asdict(self.code),
             "git": None if self.git is None else asdict(self.git),
             "host": self.host,
             "folder": self.folder,
@@ -136,10 +158,34 @@ def write_resumption(run_dir: RunDir, record: RunRecord) -> None:
 
 def _values(record: RunRecord, run_dir: RunDir) -> dict[str, Any]:
     """Return the content of run.yaml, which names files of the run folder relative to it."""
-    folder, values = f"{run_dir.path}/", record.to_dict()
-    if record.recipe.startswith(folder):
-        values["recipe"] = f"./{record.recipe.removeprefix(folder)}"
+    values = record.to_dict()
+    values["recipe"] = _relative(record.recipe, record, run_dir)
+    if record.code is not None and record.code.copy is not None:
+        values["code"]["copy"] = _relative(record.code.copy, record, run_dir)
     return values
+
+
+def _relative(path: str, record: RunRecord, run_dir: RunDir) -> str:
+    """Return a path relative to the run folder, if it is in it or in a copy beside it."""
+    own, shared = f"{run_dir.path}/", f"{run_dir.path.parent}/"
+    if path.startswith(own):
+        return f"./{path.removeprefix(own)}"
+    copy = "" if record.code is None else record.code.copy or ""
+    if copy.startswith(shared) and path.startswith(copy):
+        return f"../{path.removeprefix(shared)}"
+    return path
+
+
+def replace_code(run_dir: RunDir, recipe: str, code: CodeRecord) -> None:
+    """Replace the location of the recipe and its code in run.yaml, and nothing else.
+
+    Raises:
+        RunDirError: run.yaml cannot be read or written.
+    """
+    values = _read_values(run_dir)
+    changed = replace(_convert(values, run_dir), recipe=recipe, code=code)
+    written = _values(changed, run_dir)
+    write_yaml(run_dir.run_yaml, {**values, "recipe": written["recipe"], "code": written["code"]})
 
 
 def replace_plan(run_dir: RunDir, plan: Plan) -> None:
@@ -166,7 +212,15 @@ def _convert(values: Any, run_dir: RunDir) -> RunRecord:
         raise RunDirError(
             f"{run_dir.run_yaml} is damaged, or launcher did not write it: {reason}."
         ) from None
-    recipe = native(record.recipe)
-    if recipe.startswith("./"):
-        recipe = str(run_dir.path / recipe)
-    return replace(record, recipe=recipe, folder=native(record.folder))
+    recipe, code = _absolute(native(record.recipe), run_dir), record.code
+    if code is not None:
+        copy = None if code.copy is None else _absolute(native(code.copy), run_dir)
+        code = replace(code, project=native(code.project), copy=copy)
+    return replace(record, recipe=recipe, code=code, folder=native(record.folder))
+
+
+def _absolute(path: str, run_dir: RunDir) -> str:
+    """Return a path of run.yaml that may be relative to the run folder."""
+    if not path.startswith(("./", "../")):
+        return path
+    return os.path.normpath(run_dir.path / path)

@@ -6,6 +6,8 @@ events.jsonl        when the run began, stopped, failed and finished; see launch
 result.json         the final evaluation and totals; written last
 model.safetensors   the final weights
 recipe.py           the recipe, if it was defined in a notebook or at a prompt; with recipe.pickle
+code/               the project as it was planned, for jobs and runs on several nodes; with
+                    code.json and code.diff; see launcher.runs.freezing
 report.html         the page that `launcher report` writes
 checkpoints/        one folder per checkpoint; see launcher.runs.checkpoints
 curve.json          learning rates and losses that `launcher find lr` measured
@@ -18,6 +20,7 @@ trackers.json       ids of the run in experiment trackers, so that it resumes th
 failure.json        the first failure, if the run failed; see launcher.runs.failure_record
 owner.lock          the process that owns this folder; see launcher.runs.ownership
 submission.json     the Slurm job that `launcher submit` submitted; with its script, job.sbatch
+unhealthy_nodes     names of nodes that failed `--health`; the job is queued again without them
 examination.json    what the ranks report about their node, for `launcher doctor`
 inspection.json     which parts of the recipe depend on the split, for `launcher prove`
 memory.json         sizes of the tensors of the model, for `launcher find strategy`
@@ -92,6 +95,11 @@ class RunDir:
     @property
     def trackers(self) -> Path:
         return self.path / "trackers.json"
+
+    @property
+    def unhealthy_nodes(self) -> Path:
+        """The file with the names of nodes that a job is not started on again, one a line."""
+        return self.path / "unhealthy_nodes"
 
     @property
     def submission(self) -> Path:
@@ -284,6 +292,8 @@ def find_run_dirs(below: Path, depth: int = 3) -> Iterator[RunDir]:
     with contextlib.suppress(OSError), os.scandir(below) as entries:
         names = [entry.name for entry in entries if entry.is_dir() and entry.name[0] != "."]
         for name in sorted(names):
+            if os.path.lexists(below / f"{name}.json"):  # the copy of code that an array shares
+                continue
             yield from find_run_dirs(below / name, depth - 1)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from launcher.environment.program import own_program, program_of
 from launcher.errors import SlurmError, UsageError
@@ -15,6 +16,7 @@ from launcher.recipe.overrides import read_arguments, read_yaml
 from launcher.recipe.resolve import Reference
 from launcher.runs.plan_recipe import plan_recipe
 from launcher.runs.rundir import RunDir, planned_path
+from launcher.slurm.job_code import JobCode, copied_code, uncopied_code
 from launcher.slurm.queue import partition
 from launcher.slurm.resources import cpus_of, machine_of, memory_of, seconds_of
 from launcher.slurm.script import BatchScript
@@ -41,6 +43,18 @@ class SubmitRequest:
     gpus_per_node: int | None
     nproc_per_node: int | None
     time: str | None
+    freezes: bool = True
+    """Whether the job imports a copy of the recipe's project, made when it is submitted."""
+
+    code_limit: int | None = None
+    """Megabytes that the copy may have; None is the limit of the site."""
+
+    health: Literal["off", "quick", "full"] | None = None
+    """How each node is examined; None is what the site says."""
+
+    is_dry: bool = False
+    """Whether the job is only shown. Its script then imports the project itself, so that it can be
+    submitted by hand."""
 
     @property
     def runs(self) -> tuple[tuple[str, ...], ...]:
@@ -62,6 +76,9 @@ class PreparedJob:
 
     logs: tuple[str, ...]
     """The file with the job's output for each run."""
+
+    code: JobCode
+    """What is copied into `folder` before the job is submitted."""
 
     def save(self, job: str, grid: Sequence[tuple[str, ...]]) -> None:
         """Write the job id into the folder of each run."""
@@ -107,7 +124,9 @@ def prepare(request: SubmitRequest, site: Site, out: Path | None) -> PreparedJob
         log = "slurm-%a.log"
     else:
         paths, log = [folder], "slurm.log"
+    code = _code(request, site, folder)
     return PreparedJob(
+        code=code,
         batch=BatchScript(
             name=widest.recipe,
             folder=str(Path.cwd()),
@@ -118,10 +137,11 @@ def prepare(request: SubmitRequest, site: Site, out: Path | None) -> PreparedJob
             memory_per_node=memory_of(widest, site, cpus),
             seconds=seconds_of(request.time, site),
             commands=[
-                _command(request, site, plan, path, arguments)
+                _command(request, site, plan, path, arguments, code)
                 for plan, path, arguments in zip(plans, paths, request.runs, strict=True)
             ],
             is_array=bool(request.grid),
+            run_folders=tuple(map(str, paths)),
             site=site,
         ),
         folder=folder,
@@ -177,18 +197,34 @@ def _plan(request: SubmitRequest, site: Site, arguments: tuple[str, ...]) -> Pla
     return plan
 
 
+def _code(request: SubmitRequest, site: Site, folder: Path) -> JobCode:
+    if not request.freezes:
+        return uncopied_code(request.reference, request.config, "--no-freeze")
+    copied = copied_code(
+        request.reference, request.config, folder, request.code_limit or site.code_limit
+    )
+    return uncopied_code(request.reference, request.config) if request.is_dry else copied
+
+
 def _command(
-    request: SubmitRequest, site: Site, plan: Plan, path: Path, arguments: tuple[str, ...]
+    request: SubmitRequest,
+    site: Site,
+    plan: Plan,
+    path: Path,
+    arguments: tuple[str, ...],
+    code: JobCode,
 ) -> list[str]:
     """Return the command that each node runs."""
     program = own_program() if site.python is None else program_of(site.python)
-    command = [*program, "run", request.reference.location]
+    command = [*program, "run", *code.words]
     command += ["-n", str(plan.nproc_per_node)]
     if request.nodes[0] == request.nodes[1]:
         command += ["--nodes", str(request.nodes[0])]
     command += ["--out", str(path), "--continue"]
-    if request.config is not None:
-        command += ["--config", str(request.config.resolve())]
+    if (health := request.health or site.health) != "off":
+        command += ["--health", health]
+    if code.config is not None:
+        command += ["--config", str(code.config)]
     other_arguments = (word for word in arguments if not word.startswith("device="))
     return [*command, f"device={plan.device}", *other_arguments]
 

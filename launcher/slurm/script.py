@@ -41,6 +41,9 @@ class BatchScript:
 
     is_array: bool = False
 
+    run_folders: Sequence[str] = ()
+    """The run folder of each command; a file in it may name nodes that the job has to avoid."""
+
     site: Site
 
 
@@ -101,10 +104,13 @@ def _variables(site: Site) -> dict[str, str]:
 def _commands(batch: BatchScript) -> Iterator[str]:
     if not batch.is_array:
         yield f"command=({shlex.join(batch.commands[0])})"
+        for folder in batch.run_folders:
+            yield f"run={shlex.quote(folder)}"
         return
     yield 'case "$SLURM_ARRAY_TASK_ID" in'
     for index, command in enumerate(batch.commands):
-        yield f"{index}) command=({shlex.join(command)}) ;;"
+        run = f" run={shlex.quote(batch.run_folders[index])}" if batch.run_folders else ""
+        yield f"{index}) command=({shlex.join(command)}){run} ;;"
     yield "esac"
 
 
@@ -123,7 +129,16 @@ def _steps(batch: BatchScript) -> Iterator[str]:
         f'if [ "$code" -eq {EXIT_RESUMABLE} ] && '
         f'[ "${{SLURM_RESTART_COUNT:-0}}" -lt {site.max_requeues} ]; then'
     )
-    yield '    scontrol requeue "$SLURM_JOB_ID"'
+    job = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if batch.is_array else "$SLURM_JOB_ID"
+    if batch.run_folders:
+        yield "    trap '' TERM  # with which Slurm ends this script when the job is queued again"
+    yield f'    scontrol requeue "{job}"'
+    if batch.run_folders:
+        yield '    if [ -s "$run/unhealthy_nodes" ]; then  # those that failed --health'
+        yield '        nodes=$(sort -u -- "$run/unhealthy_nodes" | paste -sd, -)'
+        yield f'        others=$(squeue -h -j "{job}" -o %x)'
+        yield f'        scontrol update "JobId={job}" "ExcNodeList=$nodes${{others:+,$others}}"'
+        yield "    fi"
     yield "fi"
     yield 'exit "$code"'
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 from msgspec import Meta
 
@@ -108,6 +108,12 @@ class Site:
 
     max_requeues: NonNegativeInt = 20
     """How many times a stopped job is requeued."""
+
+    health: Literal["off", "quick", "full"] = "quick"
+    """How nodes are examined before ranks start on them; see `--health`."""
+
+    code_limit: PositiveInt = 100
+    """Megabytes that the copy of a project in a run folder may have."""
 
     sbatch: tuple[Line, ...] = ()
     """Further options of sbatch, such as --constraint=h100."""

@@ -44,6 +44,7 @@ def submit_job(prepared: PreparedJob, grid: Sequence[tuple[str, ...]]) -> tuple[
     """
     folder = create_run_dir(prepared.folder, prepared.plans[0].recipe)
     try:
+        prepared.code.copy_to(folder.path)
         path = folder.path / "job.sbatch"
         write_atomic(path, render(prepared.batch))
         prepared.save("", grid)  # the job may start before sbatch returns its id

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 
+import pytest
 from support import ROOT, Commands
 
 
@@ -57,3 +60,25 @@ def test_a_broken_torchvision_is_a_failure(run: Commands) -> None:
     done = run("launcher", "doctor", "-n", "1", env={"PYTHONPATH": str(package.parent)})
     assert done.exit_code == 1
     assert "RuntimeError: operator nms does not exist" in done.stdout
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs root, for host names"
+)
+def test_several_machines_are_compared(run: Commands, free_port: int) -> None:
+    """Launchers on two machines examine them together; one prints the findings about both."""
+    options = ("--nodes", "2", "-n", "1", "--device", "cpu", "--json")
+    line = 'hostname "$0"; exec launcher doctor "$@"'
+    meet = ("--rendezvous", f"localhost:{free_port}")
+    doctors = [
+        run.start("unshare", "-u", "bash", "-c", line, name, *options, *meet)
+        for name in ("first", "second")
+    ]
+    done = [doctor.communicate(timeout=120) for doctor in doctors]
+    assert [doctor.returncode for doctor in doctors] == [0, 0], done
+    (output,) = (json.loads(out) for out, _ in done if out)
+    assert {report["node"] for report in output["ranks"]} == {"first", "second"}
+    found = [finding["found"] for finding in output["findings"]]
+    for name in ("first", "second"):
+        assert sum(text.startswith(f"{name}: ") for text in found) == 5
+    assert any(text.startswith("2 ranks on 2 nodes formed a group") for text in found)

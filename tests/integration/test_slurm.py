@@ -18,6 +18,7 @@ from support import ROOT, Commands, fail_on_leftovers, read_lines
 
 from launcher.engine.probes.parity import compare, read_trace
 from launcher.runs.checkpoints import list_checkpoints
+from launcher.runs.run_record import read_run
 from launcher.runs.rundir import RunDir
 from launcher.slurm.queue import JobState, job_state
 from launcher.slurm.submission import read_submission, status_of
@@ -51,6 +52,27 @@ def slurm(cluster: Cluster, tmp_path: Path) -> Iterator[Commands]:
     wait_for(lambda: not subprocess.check_output(["squeue", "-h"]), "the queue to be empty")
     cluster.start(cluster.nodes)
     fail_on_leftovers(mark)
+
+
+EDITED = f"""
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, {str(ROOT / "tests/recipes")!r})
+from launcher import Recipe
+from worlds import paced
+
+def edited(pause: float = 0.0) -> Recipe:
+    recipe = paced(pause=pause)
+
+    def model():
+        from frozen_model import VERSION
+        print(f"imported {{VERSION}} {{Path('text').read_text()}}")
+        return recipe.model()
+
+    return replace(recipe, name="edited", model=model)
+"""
 
 
 def wait_for(condition: Callable[[], bool], what: str, seconds: float = 90) -> None:
@@ -185,6 +207,44 @@ def test_a_warning_saves_and_the_job_goes_on(slurm: Commands) -> None:
     check_same(slurm, run_dir, PACED, *LONG)
 
 
+def test_jobs_run_the_code_that_was_submitted(slurm: Commands) -> None:
+    """Edits after the submission change neither a job that is queued again nor an array.
+
+    The runs of the array share one copy, and the settings are those of the time as well.
+    """
+    folder = slurm.folder / "project"
+    folder.mkdir()
+    (folder / "edited.py").write_text(EDITED)
+    (folder / "frozen_model.py").write_text("VERSION = 'old'\n")
+    (folder / "text").write_text("data")
+    (folder / "settings.yaml").write_text("steps: 150\n")
+    subprocess.run(["git", "init", "-q", folder], check=True)
+    project = Commands(folder, slurm.mark)
+    settings = ("-n", "1", "num_workers=0", PAUSE, "--config", "settings.yaml")
+    run_dir = submit(project, "edited.py", *settings, "--nodes", "2")
+    grid = ("--array", "seed=1,2")
+    done = project("launcher", "submit", "edited.py", *settings, "device=cpu", "--out", "a", *grid)
+    assert done.exit_code == 0, done.stderr
+    (folder / "frozen_model.py").write_text("VERSION = 'new'\n")
+    (folder / "settings.yaml").write_text("steps: 1\n")
+    wait_for(lambda: steps_of(run_dir) > 5, "some steps")
+    subprocess.run(["scancel", "-s", "USR1", read_submission(run_dir).job], check=True)
+    wait_for(lambda: state_of(run_dir).restarts == 1, "the job to be queued again")
+    runs = [run_dir, *(RunDir(folder / "a" / index) for index in "01")]
+    for each in runs:
+        finish(each)
+        log = each.log(0).read_text()
+        assert log.count("imported old data") == (2 if each is run_dir else 1)
+        assert "imported new" not in log
+        assert steps_of(each) > 100
+    names = {path.name for path in (folder / "a").iterdir()}
+    assert names == {"0", "1", "code", "code.json", "config.yaml", "job.sbatch", "logs"}
+    assert read_run(runs[1]).recipe == f"{folder}/a/code/edited.py:edited"
+    done = project("launcher", "resume", "a/1", "steps=160")
+    assert done.exit_code == 0, done.stderr
+    assert "imported new" not in runs[2].log(0).read_text()
+
+
 def test_a_preempted_job_resumes(slurm: Commands) -> None:
     """A preempted job saves, is requeued, and reaches the weights of an uninterrupted run."""
     run_dir = submit(slurm, PACED, *LONG, PAUSE, "--nodes", "2", "-n", "1")
@@ -231,6 +291,28 @@ def test_a_node_is_lost(slurm: Commands, cluster: Cluster) -> None:
     finish(run_dir)
     assert "2 = 2 nodes x 1 CPU rank" in slurm("launcher", "logs", "out").stdout
     check_same(slurm, run_dir, PACED, *LONG)
+
+
+def test_a_job_avoids_a_node_that_is_not_fit(slurm: Commands, cluster: Cluster) -> None:
+    """A job whose node fails --health is queued again without that node, and finishes."""
+    if not cluster.isolated:
+        pytest.skip("needs nodes with namespaces of their own")
+    enter = ("nsenter", "-t", str(cluster.daemons["node1"].pid), "-m")
+    script = ROOT / "tests/no_shared_memory.sh"
+    try:
+        subprocess.run([*enter, "bash", script, slurm.folder / "dev"], check=True)
+        run_dir = submit(slurm, WORLDS_PY, *SETTINGS, "--nodes", "2", "-n", "1")
+        finish(run_dir)
+    finally:
+        cluster.kill(["node1"])
+    job = read_submission(run_dir).job
+    shown = subprocess.check_output(["scontrol", "show", "job", "-o", job], text=True)
+    assert re.search(r" ExcNodeList=node1 ", shown), shown
+    assert (state_of(run_dir).restarts, state_of(run_dir).nodes) == (1, "node[2-3]")
+    assert run_dir.unhealthy_nodes.read_text() == "node1\n"
+    log = slurm("launcher", "logs", "out").stdout
+    assert log.count("node1 is not fit for the run. /dev/shm: ") == 1
+    check_same(slurm, run_dir, WORLDS_PY, *SETTINGS)
 
 
 def test_a_rank_that_raises_ends_the_job(slurm: Commands) -> None:

@@ -57,6 +57,7 @@ SCRIPTS = {
         gpus_per_node=0,
         seconds=None,
         commands=[["launcher", "run", "digits", f"lr={lr}"] for lr in (0.1, 0.2)],
+        run_folders=["/home/me/project/runs/it's/0", "/home/me/project/runs/it's/1"],
         is_array=True,
     ),
     "container": changed(
@@ -159,8 +160,11 @@ def test_resources_follow_from_plan_and_site(tmp_path: Path) -> None:
     assert (batch.memory_per_node, batch.seconds) == (480 * 1024 // 2, 43_200)
     (command,) = batch.commands
     assert command[:3] == [*own_program(), "run"]
+    copy = tmp_path / "out/code"
+    assert command[3] == f"{copy}/tests/recipes/worlds.py:worlds"
     assert command[4:] == [
-        *("-n", "4", "--nodes", "2", "--out", str(tmp_path / "out"), "--continue"),
+        *("--code", str(copy), "-n", "4", "--nodes", "2"),
+        *("--out", str(tmp_path / "out"), "--continue", "--health", "quick"),
         *("device=cuda", "num_workers=6"),
     ]
     one = prepare(replace(request, grid=(("lr=0.1",),)), SITE, tmp_path / "out").batch

@@ -228,6 +228,16 @@ def test_two_machines_from_one_terminal(network: Network) -> None:
     assert names == ["machine1", "machine1", "machine2", "machine2"]
 
 
+def test_two_machines_are_examined_from_one_terminal(network: Network) -> None:
+    """`launcher doctor --hosts` examines the ranks of both machines together."""
+    done = network("doctor", "-n", "1", "--device", "cpu", "--json", *network.hosts(*ADDRESSES))
+    assert done.exit_code == 0, done.stderr
+    output = json.loads(done.stdout)
+    assert [report["node"] for report in output["ranks"]] == ["machine1", "machine2"]
+    found = [finding["found"] for finding in output["findings"]]
+    assert sum(text.startswith("machine2: ") for text in found) == 5
+
+
 def test_ranks_have_the_variables_of_the_terminal(network: Network) -> None:
     """Ranks on all machines have the variables of libraries, and no keys."""
     (network.run.folder / "printing.py").write_text(_PRINTING)

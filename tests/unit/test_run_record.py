@@ -13,7 +13,7 @@ from launcher import make_plan
 from launcher.errors import RunDirError
 from launcher.runs.history import History
 from launcher.runs.provenance import GitState
-from launcher.runs.run_record import RunRecord, read_run, write_resumption, write_run
+from launcher.runs.run_record import CodeRecord, RunRecord, read_run, write_resumption, write_run
 from launcher.runs.rundir import RunDir
 
 RECORD = RunRecord(
@@ -21,6 +21,7 @@ RECORD = RunRecord(
     overrides={"lr": 0.2, "betas": [0.9, 0.99]},
     plan={"recipe": "digits", "nproc_per_node": 2},
     versions={"python": "3.11", "torch": "2.10"},
+    code=CodeRecord(project="/home/me", files={"digits.py": "0123456789abcdef"}),
     git=GitState(commit="0123456789" * 4, branch="main", changed_files=3),
     host="1234",
     folder="/home/me",
@@ -43,7 +44,7 @@ def test_the_keys_of_the_file(tmp_path: Path) -> None:
     """run.yaml has these keys in this order, and further ones only for probes and resumed runs."""
     write_run(RunDir(tmp_path), RECORD)
     values = yaml.safe_load((tmp_path / "run.yaml").read_text())
-    names = ["recipe", "overrides", "plan", "versions", "git", "host", "folder", "command"]
+    names = ["recipe", "overrides", "plan", "versions", "code", "git", "host", "folder", "command"]
     assert list(values) == names
     assert list(replace(RECORD, probe=True).to_dict()) == [*names, "probe"]
 

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import msgspec
 
 from launcher.analysis.gradient_noise import Measurement, RunningNoise
+from launcher.analysis.slow_ranks import SlowRanks, slow_rank_text
 from launcher.console.progress import Progress
 from launcher.engine.data.reader import MicroBatch
+from launcher.engine.metrics.rank_times import RankRow
 from launcher.regular_file import open_to_append
 from launcher.runs.files import unwritable_error
+from launcher.runs.heartbeat import read_heartbeat
 from launcher.runs.rundir import RunDir
 from launcher.runs.step_row import ObjectivesRow, StepRow
 
@@ -35,6 +38,7 @@ class Recorder:
         record_samples: Whether to write the sample ids of each step.
         progress: Shows the steps on rank 0; None on the other ranks, which write no metrics.
         trackers: Experiment trackers that receive the metrics as well, if any.
+        slow_ranks: Finds ranks that the others wait for, of which it warns; None looks for none.
 
     Raises:
         RunDirError: The files cannot be made.
@@ -47,7 +51,9 @@ class Recorder:
         record_samples: bool,
         progress: Progress | None,
         trackers: Trackers | None = None,
+        slow_ranks: SlowRanks | None = None,
     ) -> None:
+        self._run_dir, self._slow_ranks = run_dir, slow_ranks
         self._progress, self._trackers = progress, trackers
         self._metrics = _open(run_dir.metrics) if progress else None
         self._samples = _open(run_dir.samples(rank)) if record_samples else None
@@ -107,6 +113,8 @@ class Recorder:
 
     def on_values(self, step: int, values: Mapping[str, Any]) -> None:
         self._write(self._metrics, {"step": step, **values})
+        if isinstance(row := values.get("ranks"), RankRow):
+            self._warn_of_slow_ranks(step, row)
         numbers = {name: value for name, value in values.items() if isinstance(value, float)}
         if numbers:
             self._track(step, "train", numbers)
@@ -133,6 +141,13 @@ class Recorder:
         self._trackers.log(step, {f"{kind}/{name}": value for name, value in values.items()})
         for text in self._trackers.warnings():
             self.on_warning(text)
+
+    def _warn_of_slow_ranks(self, step: int, row: RankRow) -> None:
+        if self._slow_ranks is None or row.own_seconds is None:
+            return
+        for slow in self._slow_ranks.add(step, row.own_seconds):
+            heartbeat = read_heartbeat(self._run_dir, slow.rank)
+            self.on_warning(slow_rank_text(slow, None if heartbeat is None else heartbeat.node))
 
     def _write(self, file: BinaryIO | None, values: Any) -> None:
         if file is not None and file not in self._failed_files:

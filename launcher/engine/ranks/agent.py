@@ -51,6 +51,7 @@ def run_agent(
     *,
     spawn: bool = False,
     poll: Callable[[], object] = lambda: None,
+    before_restart: Callable[[], object] = lambda: None,
 ) -> RunResult:
     """Start the ranks of this node, call `function` in each, and wait for them to end.
 
@@ -62,6 +63,7 @@ def run_agent(
             case no port is opened.
         spawn: Whether each rank is spawned as a new interpreter instead of forked.
         poll: Called whenever the agent has checked its ranks.
+        before_restart: Called when ranks have failed, before all are started again.
 
     Raises:
         PeerError: Another node has failed or disappeared; the ranks of this node have been ended.
@@ -77,7 +79,7 @@ def run_agent(
     )
     kind = _SpawningAgent if spawn else _Agent
     agent = kind(spec, logs_specs=NoLogsSpecs(folder), start_method="spawn" if spawn else "fork")
-    agent.poll = poll
+    agent.poll, agent.before_restart = poll, before_restart
     with contextlib.closing(agent):
         return agent.run()
 
@@ -94,6 +96,9 @@ class _Agent(LocalElasticAgent):
         self.poll: Callable[[], object] = lambda: None
         """Called whenever the agent has checked its ranks."""
 
+        self.before_restart: Callable[[], object] = lambda: None
+        """Called before the ranks are started again."""
+
         self._descriptors: list[int] = []
         """Descriptors of the ranks' processes (pidfd), which are ready once the process ends."""
 
@@ -102,6 +107,10 @@ class _Agent(LocalElasticAgent):
         for descriptor in self._descriptors:
             os.close(descriptor)
         self._descriptors = []
+
+    def _restart_workers(self, worker_group: WorkerGroup) -> None:
+        self.before_restart()
+        super()._restart_workers(worker_group)
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         pids = super()._start_workers(worker_group)
