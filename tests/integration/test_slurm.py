@@ -19,8 +19,9 @@ from support import ROOT, Commands, fail_on_leftovers, read_lines
 from launcher.engine.probes.parity import compare, read_trace
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.rundir import RunDir
+from launcher.schedulers.run_states import status_of
+from launcher.schedulers.submission import read_submission
 from launcher.slurm.queue import JobState, job_state
-from launcher.slurm.submission import read_submission, status_of
 
 WORLDS_PY = str(ROOT / "tests/recipes/worlds.py")
 PACED = f"{WORLDS_PY}:paced"

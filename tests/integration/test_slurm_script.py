@@ -18,7 +18,8 @@ from support import BIN, ROOT, Commands
 from launcher.environment.program import own_program, program_of
 from launcher.errors import SlurmError, UsageError
 from launcher.recipe.resolve import resolve
-from launcher.slurm.batch_job import SubmitRequest, prepare
+from launcher.schedulers.request import SubmitRequest
+from launcher.slurm.batch_job import prepare
 from launcher.slurm.script import BatchScript, render
 from launcher.slurm.site import Site, read_site
 
