@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from launcher.errors import SlurmError
 from launcher.recipe.validation import NonNegativeInt, PositiveFloat, PositiveInt, brief
@@ -61,10 +62,14 @@ class Site:
     """Environment variables of the ranks."""
 
     container: Line | None = None
-    """Container image for `srun --container-image` (Pyxis)."""
+    """Container image that the ranks run in."""
+
+    container_runtime: Literal["pyxis", "apptainer", "docker"] = "pyxis"
+    """What starts the container: Slurm's plugin Pyxis (`srun --container-image`), Apptainer or
+    Docker on the nodes."""
 
     container_mounts: tuple[Line, ...] = ()
-    """Folders of the host that the container mounts."""
+    """Folders of the host that the container mounts, as FOLDER:FOLDER."""
 
     python: Line | None = None
     """Python interpreter on the nodes. Default: the one that submits."""
