@@ -193,9 +193,18 @@ class SkyPilotScheduler:
 
 
 def _render(values: dict[str, Any]) -> str:
+    """Return a task as YAML, with shell commands as they are, line by line."""
     import yaml
 
-    return yaml.safe_dump(values, sort_keys=False, width=10_000)
+    class Dumper(yaml.SafeDumper):
+        """Writes text of several lines as a block."""
+
+    def represent(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+        style = "|" if "\n" in text else None
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+    Dumper.add_representer(str, represent)
+    return yaml.dump(values, Dumper=Dumper, sort_keys=False, width=10_000)
 
 
 SCHEDULER: Scheduler = SkyPilotScheduler()
