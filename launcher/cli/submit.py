@@ -24,7 +24,7 @@ from launcher.recipe.text_values import digits
 if TYPE_CHECKING:
     from launcher.schedulers.submission import SchedulerName
 
-_SCHEDULERS = ("slurm", "kubernetes", "skypilot")
+_SCHEDULERS = ("slurm", "kubernetes", "ssh", "skypilot")
 """The values of --to, written out because --help is not to import the schedulers."""
 
 
@@ -65,7 +65,7 @@ class SubmitCommand(SettingsCommand):
         return super().parse_args(ctx, expanded)
 
 
-@click.command(cls=SubmitCommand, short_help="Submit a run to Slurm or Kubernetes.")
+@click.command(cls=SubmitCommand, short_help="Submit a run to Slurm, Kubernetes or hosts.")
 @recipe_argument
 @overrides_argument
 @click.option(
@@ -74,7 +74,8 @@ class SubmitCommand(SettingsCommand):
     type=click.Choice(_SCHEDULERS),
     default=_SCHEDULERS[0],
     show_default=True,
-    help="Where the job is submitted. skypilot writes a task file, with --dry-run.",
+    help="Where the job is submitted. ssh starts it on hosts in the background; skypilot writes a "
+    "task file, with --dry-run.",
 )
 @click.option(
     "--nodes",
@@ -94,7 +95,7 @@ class SubmitCommand(SettingsCommand):
 @click.option(
     "--cluster",
     metavar="NAME",
-    help="Site profile: a YAML file, or its name in slurm/ or kubernetes/.",
+    help="Site profile: a YAML file, or its name in a folder called as --to, such as slurm/.",
 )
 @click.option(
     "--array",

@@ -20,6 +20,7 @@ from launcher.schedulers.submission import SchedulerName, SubmittedRun
 _MODULES: dict[SchedulerName, str] = {
     "slurm": "launcher.slurm.slurm_scheduler",
     "kubernetes": "launcher.kubernetes.kubernetes_scheduler",
+    "ssh": "launcher.hosts.ssh_scheduler",
     "skypilot": "launcher.skypilot.skypilot_scheduler",
 }
 """The module of each scheduler, whose `SCHEDULER` implements the interface."""

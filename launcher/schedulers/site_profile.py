@@ -48,7 +48,7 @@ def find_profile(
         raise error(
             f"--cluster {name}: there is no such site profile."
             + did_you_mean(name, profiles)
-            + f" Looked for {', '.join(map(str, paths))}. {folder}/example.yaml shows one."
+            + f" Looked for {', '.join(map(str, paths))}."
         )
     return profile
 

@@ -20,7 +20,7 @@ from launcher.runs.rundir import RunDir, find_run_dirs
 JobId = Annotated[str, Meta(pattern=r"^\w[\w.+,%\[\]-]{0,199}$", description="a job id")]
 """A job id, which no command of a scheduler can take for an option."""
 
-SchedulerName = Literal["slurm", "kubernetes", "skypilot"]
+SchedulerName = Literal["slurm", "kubernetes", "ssh", "skypilot"]
 
 
 @dataclass(frozen=True, kw_only=True)

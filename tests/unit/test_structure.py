@@ -37,7 +37,7 @@ ROOMS = [
     ["runs"],
     ["analysis"],
     ["schedulers"],
-    ["console", "kubernetes", "skypilot", "slurm"],
+    ["console", "hosts", "kubernetes", "skypilot", "slurm"],
     ["engine.optimizers"],
     ["engine.ranks", "engine.state"],
     ["engine.backends"],
