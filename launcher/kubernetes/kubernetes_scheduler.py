@@ -21,6 +21,7 @@ from launcher.kubernetes.manifests import Manifest, manifests, owned_by, render_
 from launcher.kubernetes.pod import INSTANCE, MANAGED_BY, PodJob
 from launcher.planning.plan import Plan
 from launcher.recipe.resolve import BUNDLED
+from launcher.recipe.text_values import digits
 from launcher.runs.rundir import RunDir, planned_path
 from launcher.runs.status import ACTIVE_STATES, RunState, read_outcome, read_run_state
 from launcher.schedulers.hardware import cpus_of, memory_of, plan_runs
@@ -95,7 +96,7 @@ class KubernetesScheduler:
     def cancel(self, runs: Sequence[SubmittedRun]) -> None:
         for run in runs:
             where = run.submission.where
-            target = f"{_RESOURCES[where.get('kind', 'job')]}/{run.submission.job}"
+            target = f"{_resource_of(where)}/{run.submission.job}"
             _kubectl_at(where)("delete", target, "--wait=false", "--ignore-not-found")
 
 
@@ -242,6 +243,14 @@ def _kubectl_at(where: Mapping[str, str]) -> Kubectl:
     return Kubectl(context=where.get("context"), namespace=where.get("namespace"))
 
 
+def _resource_of(where: Mapping[str, str]) -> str:
+    return _RESOURCES.get(where.get("kind", ""), _RESOURCES["job"])
+
+
+def _nodes_of(where: Mapping[str, str]) -> int:
+    return digits(where.get("nodes", "")) or 1
+
+
 def _check_on_server(kubectl: Kubectl, objects: Sequence[Manifest]) -> str:
     return kubectl("create", "-f", "-", "--dry-run=server", objects=objects)
 
@@ -288,7 +297,7 @@ def _state(run: SubmittedRun, answers: dict[tuple[str, ...], _Answer], *, single
     if (ended := read_outcome(run.run_dir)) is not None:
         return ended  # the pods write into this folder
     where, name = run.submission.where, run.submission.job
-    resource = _RESOURCES[where.get("kind", "job")]
+    resource = _resource_of(where)
     place = (where.get("context", ""), where.get("namespace", ""), resource)
     if place not in answers:
         label = f"{INSTANCE}={name}" if single else f"{MANAGED_BY}=gpu-launcher"
@@ -303,7 +312,7 @@ def _state(run: SubmittedRun, answers: dict[tuple[str, ...], _Answer], *, single
         key=lambda pod: str(pod["metadata"].get("creationTimestamp", "")),
     )
     job = next((item for item in items if item["kind"] != "Pod"), None)
-    nodes = int(where.get("nodes", "1"))
+    nodes = _nodes_of(where)
     warning = _last_warning(_kubectl_at(where), name) if job is not None and not pods else ""
     return state_of(job, pods, nodes, run.run_dir, warning)
 
@@ -328,16 +337,16 @@ def _last_warning(kubectl: Kubectl, name: str) -> str:
 def _copy_pod_logs(run: SubmittedRun, write: Callable[[bytes], object], *, follows: bool) -> None:
     where, name = run.submission.where, run.submission.job
     kubectl = _kubectl_at(where)
-    nodes = where.get("nodes", "1")
+    nodes = _nodes_of(where)
     command = ["logs", "-l", f"{INSTANCE}={name}", "--tail=-1", "--ignore-errors"]
-    if nodes != "1":
+    if nodes > 1:
         command.append("--prefix")
     if not follows:
         if not kubectl.stream(*command, write=write):
             state = _state(run, {}, single=True)
             raise KubernetesError(f"{name} has printed nothing yet: {state.words}")
         return
-    command += ["--follow", f"--max-log-requests={2 * int(nodes) + 10}"]
+    command += ["--follow", f"--max-log-requests={2 * nodes + 10}"]
     since = ""
     while (state := _state(run, {}, single=True)).name in ACTIVE_STATES or not since:
         if state.name == "waiting":
