@@ -200,6 +200,7 @@ class SmallKubernetes:
     def _control_job(self, job: Object) -> None:
         """Start the pods that a Job lacks, and judge those that have ended."""
         spec, name = job["spec"], job["metadata"]["name"]
+        self._publish_names(job)
         pods = [pod for pod in self.pods if pod.data["metadata"]["labels"]["job-name"] == name]
         for pod in pods:
             if not pod.is_running and not pod.counted:
@@ -235,16 +236,23 @@ class SmallKubernetes:
             condition = {"type": "Failed", "status": "True", "reason": reason}
             job["status"] = {"conditions": [condition]}
 
+    def _publish_names(self, job: Object) -> Path:
+        """Write the names of the pods of a Job that can be looked up; return the file."""
+        name, domain = job["metadata"]["name"], job["spec"]["template"]["spec"].get("subdomain", "")
+        pods = [f"{name}-{each}" for each in range(job["spec"]["completions"])]
+        if ("services", domain) in self.objects:
+            pods += [f"{pod}.{domain}" for pod in pods]
+        hosts = self.folder / f"hosts-{name}"
+        text = f"127.0.0.1 localhost {' '.join(pods)}\n"
+        if not hosts.exists() or hosts.read_text() != text:
+            hosts.write_text(text)
+        return hosts
+
     def _start(self, job: Object, index: int) -> None:
         """Start the process of a pod with what Kubernetes would give its container."""
         template, name = job["spec"]["template"], job["metadata"]["name"]
         hostname = f"{name}-{index}"
-        hosts = self.folder / f"hosts-{name}"
-        domain = template["spec"].get("subdomain", "")
-        has_service = ("services", domain) in self.objects
-        names = [f"{name}-{each}.{domain}" for each in range(job["spec"]["completions"])]
-        own = f"127.0.0.1 localhost {hostname} {' '.join(names) if has_service else ''}\n"
-        hosts.write_text(own)
+        hosts = self._publish_names(job)
         (container,) = template["spec"]["containers"]
         env = {each["name"]: _unescaped(each["value"]) for each in container["env"]}
         pod_name = f"{hostname}-{uuid.uuid4().hex[:5]}"
