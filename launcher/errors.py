@@ -6,7 +6,9 @@
     │   ├── OverrideError   a name=value, a YAML file or a value in one of them is wrong
     │   ├── PlanError       the settings contradict each other, or ask for more than there is
     │   ├── WorldError      the processes or their recipe are not those that were planned
-    │   ├── SlurmError      Slurm refuses a request or is missing, or a site profile is wrong
+    │   ├── SchedulerError  a scheduler refuses a request or is missing, or a site profile is wrong
+    │   │   ├── SlurmError  ... Slurm
+    │   │   └── KubernetesError  ... Kubernetes
     │   ├── RunDirError     the run folder exists, is missing or cannot be written
     │   └── CheckpointError a checkpoint is missing, damaged or of another training
     ├── TrainingError       the run failed; exit code 1
@@ -66,8 +68,16 @@ class WorldError(UsageError):
     """The processes that were found, or the recipe that they built, are not the planned ones."""
 
 
-class SlurmError(UsageError):
+class SchedulerError(UsageError):
+    """A scheduler refuses a request or is not installed, or a site profile is wrong."""
+
+
+class SlurmError(SchedulerError):
     """Slurm refuses a request or is not installed, or a site profile is wrong."""
+
+
+class KubernetesError(SchedulerError):
+    """Kubernetes refuses a request, kubectl is missing, or a site profile is wrong."""
 
 
 class RunDirError(UsageError):

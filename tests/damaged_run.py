@@ -22,7 +22,7 @@ from launcher.runs.manifest import FORMAT, Manifest, sum_file
 from launcher.runs.plan_recipe import describe_run, plan_recipe
 from launcher.runs.run_record import write_run
 from launcher.runs.rundir import RunDir
-from launcher.slurm.submission import Submission
+from launcher.schedulers.submission import Submission
 
 STEPS = 12
 

@@ -30,21 +30,17 @@ def command(name: str, rank: int | None, *, follow: bool) -> None:
     launcher logs runs/digits-20260101-120000 -f
     launcher logs 1234 --rank 3
     """
-    from launcher.errors import RunDirError
-    from launcher.paths import exists
-    from launcher.slurm.follow import copy_log
-    from launcher.slurm.submission import find_submission, read_submission
+    from launcher.schedulers.follow import copy_log_file
+    from launcher.schedulers.scheduler import find_scheduler
+    from launcher.schedulers.submission import SubmittedRun, find_submission, read_submission
 
     run_dir = find_submission(name, Path())
-    path = Path(read_submission(run_dir).log) if rank is None else run_dir.log(rank)
-    if not exists(path) and not follow:
-        digits = (log.stem[4:] for log in path.parent.glob("rank*.log"))
-        ranks = sorted(int(text) for text in digits if text.isascii() and text.isdigit())
-        hint = f" There are logs of the ranks {', '.join(map(str, ranks))}." if ranks else ""
-        raise RunDirError(f"{path} does not exist: nothing has been printed yet.{hint}")
-    copy_log(
-        path, run_dir if follow else None, _terminal_writer() if sys.stdout.isatty() else _write
-    )
+    run = SubmittedRun(run_dir=run_dir, submission=read_submission(run_dir))
+    write = _terminal_writer() if sys.stdout.isatty() else _write
+    if rank is not None:
+        copy_log_file(run_dir.log(rank), run_dir, write, follows=follow)
+    else:
+        find_scheduler(run.submission.scheduler).copy_log(run, write, follows=follow)
 
 
 def _write(content: bytes) -> None:

@@ -10,7 +10,7 @@ from launcher.cli.completing import complete_runs
 from launcher.console.echo import echo
 
 
-@click.command(short_help="Show the status of Slurm runs.")
+@click.command(short_help="Show the status of submitted runs.")
 @click.argument("name", required=False, metavar="[RUN|JOB]", shell_complete=complete_runs)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(name: str | None, *, as_json: bool) -> None:
@@ -29,8 +29,9 @@ def command(name: str | None, *, as_json: bool) -> None:
     from launcher.json_file import encode_json
     from launcher.paths import exists, is_dir
     from launcher.runs.failure_record import read_failure
-    from launcher.slurm.status_table import sort_statuses, status_cells, status_values
-    from launcher.slurm.submission import find_submission, list_statuses, status_of
+    from launcher.schedulers.run_states import list_statuses, status_of
+    from launcher.schedulers.status_table import sort_statuses, status_cells, status_values
+    from launcher.schedulers.submission import find_submission
 
     if name is None or (is_dir(name) and not exists(Path(name) / "submission.json")):
         statuses = sort_statuses(list_statuses(Path(name or ".")))

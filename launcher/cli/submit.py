@@ -1,9 +1,9 @@
-"""`launcher submit`: plan a run, write its batch script and submit it to Slurm."""
+"""`launcher submit`: plan a run, describe its job as text and submit it to a scheduler."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -22,6 +22,12 @@ from launcher.cli.settings_command import SettingsCommand
 from launcher.console.echo import echo
 from launcher.errors import UsageError
 from launcher.recipe.text_values import digits
+
+if TYPE_CHECKING:
+    from launcher.schedulers.submission import SchedulerName
+
+_SCHEDULERS = ("slurm", "kubernetes", "ssh", "skypilot")
+"""The values of --to, written out because --help is not to import the schedulers."""
 
 
 class NodeRange(click.ParamType[tuple[int, int]]):
@@ -61,9 +67,18 @@ class SubmitCommand(SettingsCommand):
         return super().parse_args(ctx, expanded)
 
 
-@click.command(cls=SubmitCommand, short_help="Submit a run, or an array of runs, to Slurm.")
+@click.command(cls=SubmitCommand, short_help="Submit a run to Slurm, Kubernetes or hosts.")
 @recipe_argument
 @overrides_argument
+@click.option(
+    "--to",
+    "scheduler_name",
+    type=click.Choice(_SCHEDULERS),
+    default=_SCHEDULERS[0],
+    show_default=True,
+    help="Where the job is submitted. ssh starts it on hosts in the background; skypilot writes a "
+    "task file, with --dry-run.",
+)
 @click.option(
     "--nodes",
     type=NodeRange(),
@@ -79,7 +94,11 @@ class SubmitCommand(SettingsCommand):
 )
 @nproc_option
 @click.option("--time", metavar="T", help="Time limit in Slurm's format: 90, 12:00:00, 2-00:00:00.")
-@click.option("--cluster", metavar="NAME", help="Site profile: a YAML file, or its name in slurm/.")
+@click.option(
+    "--cluster",
+    metavar="NAME",
+    help="Site profile: a YAML file, or its name in a folder called as --to, such as slurm/.",
+)
 @click.option(
     "--array",
     "axes",
@@ -87,7 +106,7 @@ class SubmitCommand(SettingsCommand):
     metavar="NAME=V1,V2...",
     help="Submit a job array with a run for each combination of values.",
 )
-@click.option("--dry-run", is_flag=True, help="Print the script; write and submit nothing.")
+@click.option("--dry-run", is_flag=True, help="Print the job as text; write and submit nothing.")
 @config_option
 @out_option
 @freezing_options
@@ -100,6 +119,7 @@ class SubmitCommand(SettingsCommand):
 def command(
     recipe: str,
     overrides: tuple[str, ...],
+    scheduler_name: SchedulerName,
     nodes: tuple[int, int],
     gpus_per_node: int | None,
     nproc_per_node: int | None,
@@ -114,23 +134,23 @@ def command(
     freezes: bool,
     dry_run: bool,
 ) -> None:
-    """Plan RECIPE for nodes of a cluster, write its batch script and submit it.
+    """Plan RECIPE for nodes of a cluster, write its batch script or manifests and submit it.
 
-    Before its time limit or when it is preempted, the job saves a checkpoint; Slurm requeues it and
-    it resumes. `launcher status`, `logs` and `cancel` take the printed run folder.
+    When it is preempted, and in Slurm before its time limit, the job saves a checkpoint; the
+    scheduler starts it again and it resumes. `launcher status`, `logs` and `cancel` take the
+    printed run folder.
 
     \b
     launcher submit digits --nodes 2 -n 2 --dry-run
     launcher submit recipes/digits.py --nodes 2 --gpus-per-node 4 --time 2:00:00 --cluster lab
     launcher submit digits -n 2 epochs=5 --array lr=0.1,0.2,0.4 seed=1,2
+    launcher submit digits --to kubernetes --cluster lab --nodes 2 --gpus-per-node 8
     """
     from launcher.recipe.resolve import resolve
-    from launcher.slurm.batch_job import SubmitRequest, combinations, prepare
-    from launcher.slurm.script import render
-    from launcher.slurm.site import find_site
-    from launcher.slurm.submitting import check_script, submit_job
+    from launcher.schedulers.request import SubmitRequest, combinations
+    from launcher.schedulers.scheduler import find_scheduler
 
-    site = find_site(cluster)
+    scheduler = find_scheduler(scheduler_name)
     request = SubmitRequest(
         reference=resolve(recipe),
         arguments=overrides,
@@ -145,11 +165,11 @@ def command(
         health=health,
         is_dry=dry_run,
     )
-    prepared = prepare(request, site, out)
+    prepared = scheduler.prepare(request, cluster, out)
     if dry_run:
-        echo(render(prepared.batch), newline=False, exact=True)
-        echo(check_script(prepared), err=True)
+        echo(prepared.text, newline=False, exact=True)
+        echo(scheduler.check(prepared), err=True)
         return
-    job, folder = submit_job(prepared, request.grid)
+    job, folder = scheduler.submit(prepared)
     echo(f"job {job}" + (f", an array of {len(request.grid)}" if request.grid else ""))
     echo(f"run folder: {folder.shown}")

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 import click
@@ -16,6 +17,8 @@ from launcher.errors import EXIT_FAILED, EXIT_RESUMABLE
 
 if TYPE_CHECKING:
     from launcher.runs.history import History
+    from launcher.runs.prometheus import MetricsFile
+    from launcher.runs.rundir import RunDir
     from launcher.runs.status import RunState
 
 _SECONDS_BETWEEN_SCREENS = 0.5
@@ -29,7 +32,13 @@ _EXIT_INTERRUPTED = 130
 @click.command(short_help="Show a run in progress.")
 @click.argument("name", metavar="RUN|JOB", shell_complete=complete_runs)
 @click.option("--json", "as_json", is_flag=True, help="Print a line of JSON every second.")
-def command(name: str, *, as_json: bool) -> int:
+@click.option(
+    "--prometheus",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Also write the run's numbers to FILE in Prometheus' text format, every ten seconds.",
+)
+def command(name: str, prometheus: Path | None, *, as_json: bool) -> int:
     """Show the progress of a run, given by its folder RUN or its job id JOB, until it ends.
 
     It reads the run folder, so it works in any shell that sees the folder, however the run was
@@ -39,12 +48,16 @@ def command(name: str, *, as_json: bool) -> int:
     \b
     launcher watch runs/digits-20260101-120000
     launcher watch 1234
+    launcher watch 1234 --prometheus /var/lib/prometheus/node-exporter/1234.prom
     """
     from launcher.console.progress import json_line
     from launcher.console.watch_screen import status_line, status_values
-    from launcher.slurm.follow import find_run, follow
+    from launcher.runs.prometheus import MetricsFile
+    from launcher.schedulers.follow import find_run
 
     run_dir = find_run(name)
+    metrics_file = None if prometheus is None else MetricsFile(run_dir, prometheus)
+    follow = functools.partial(_follow, metrics_file)
     terminal: TextIO = sys.stdout
     show_waiting = _without_repeats(functools.partial(echo, err=True))
     try:
@@ -70,6 +83,29 @@ def command(name: str, *, as_json: bool) -> int:
         echo(f"\nThe run continues; `launcher watch {name}` shows it again.", err=True)
         return _EXIT_INTERRUPTED
     return _EXIT_CODES.get(state.name, EXIT_FAILED)
+
+
+def _follow(
+    metrics_file: MetricsFile | None,
+    run_dir: RunDir,
+    show: Callable[[History, RunState], None],
+    show_waiting: Callable[[str], None],
+    *,
+    seconds: float,
+) -> RunState:
+    """Follow a run as `follow` does, and write its numbers if there is a file for them."""
+    from launcher.schedulers.follow import follow
+
+    if metrics_file is None:
+        return follow(run_dir, show, show_waiting, seconds=seconds)
+
+    def show_and_write(history: History, state: RunState) -> None:
+        metrics_file.write(state)
+        show(history, state)
+
+    state = follow(run_dir, show_and_write, show_waiting, seconds=seconds)
+    metrics_file.write(state, now=True)
+    return state
 
 
 def _without_repeats(echo: Callable[[str], None]) -> Callable[[str], None]:

@@ -9,12 +9,16 @@ from dataclasses import dataclass, replace
 
 from launcher.environment.slurm_step import SlurmStep, find_step
 from launcher.errors import UsageError, WorldError
+from launcher.recipe.text_values import digits
 
 DEFAULT_PORT = 29_400
 """The rendezvous port, the same as torchrun's."""
 
 _HOSTS, _RENDEZVOUS, _INDEX = "LAUNCHER_HOSTS", "LAUNCHER_RENDEZVOUS", "LAUNCHER_HOST_INDEX"
 """The environment variables of a launcher that was started over ssh."""
+
+_KUBERNETES_INDEX = "JOB_COMPLETION_INDEX"
+"""The environment variable with the index of a pod of an Indexed Job."""
 
 _JOIN_TIMEOUT_IN_SLURM = 120.0
 """Seconds; srun starts all tasks at once, but each node may first have to load an image."""
@@ -62,7 +66,7 @@ def find_nodes(
     if _HOSTS in env:
         nodes: Nodes | None = _nodes_over_ssh(env)
     elif rendezvous is not None:
-        nodes = _nodes_at(rendezvous, count)
+        nodes = _nodes_at(rendezvous, count, env.get(_KUBERNETES_INDEX))
     elif step is not None and step.num_tasks > 1:
         nodes = _nodes_of_step(step, count)
     elif count is None or count == 1:
@@ -129,14 +133,34 @@ def _nodes_over_ssh(env: Mapping[str, str]) -> Nodes | None:
     return replace(nodes, index=int(env[_INDEX])) if nodes.count > 1 else None
 
 
-def _nodes_at(rendezvous: str, count: int | None) -> Nodes | None:
+def _nodes_at(rendezvous: str, count: int | None, pod: str | None) -> Nodes | None:
+    """Return the nodes that meet at an address.
+
+    Args:
+        rendezvous: HOST[:PORT] of the first node.
+        count: The number of nodes.
+        pod: The index of this pod in Kubernetes, where the first pod need not have a name yet when
+            another one starts; None elsewhere.
+
+    Raises:
+        UsageError: The number of nodes is missing, or the address is malformed.
+        WorldError: The index of the pod does not fit.
+    """
     if count is None:
         raise UsageError(
             f"--rendezvous {rendezvous} is for runs on several nodes: give their number as well, "
             "with --nodes M."
         )
     host, port = _read_address(rendezvous)
-    return Nodes(count=count, host=host, port=port, index=None) if count > 1 else None
+    if count == 1:
+        return None
+    index = None if pod is None else digits(pod)
+    if pod is not None and (index is None or index >= count):
+        raise WorldError(
+            f"{_KUBERNETES_INDEX}={pod} in the environment is not the index of one of --nodes "
+            f"{count}. Give the Job as many completions as nodes, or unset the variable."
+        )
+    return Nodes(count=count, host=host, port=port, index=index)
 
 
 def _read_address(rendezvous: str) -> tuple[str, int]:

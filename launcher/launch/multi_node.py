@@ -42,7 +42,7 @@ def joined(nodes: Nodes | None, plan: Plan) -> Iterator[Rendezvous | None]:
     except PeerError as error:
         if rendezvous is not None:
             error.exit_code = rendezvous.leave(error.exit_code)
-        if nodes is not None and nodes.index:
+        if nodes is not None and nodes.index and nodes.names:
             raise EndedError(error.exit_code) from None
         raise
     except Exception as error:

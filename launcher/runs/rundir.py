@@ -19,7 +19,7 @@ noise.json          gradient norms that `launcher find noise` measured
 trackers.json       ids of the run in experiment trackers, so that it resumes there
 failure.json        the first failure, if the run failed; see launcher.runs.failure_record
 owner.lock          the process that owns this folder; see launcher.runs.ownership
-submission.json     the Slurm job that `launcher submit` submitted; with its script, job.sbatch
+submission.json     the job that `launcher submit` submitted; with its job.sbatch or job.yaml
 unhealthy_nodes     names of nodes that failed `--health`; the job is queued again without them
 examination.json    what the ranks report about their node, for `launcher doctor`
 inspection.json     which parts of the recipe depend on the split, for `launcher prove`

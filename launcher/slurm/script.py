@@ -13,6 +13,12 @@ from dataclasses import dataclass
 from launcher.errors import EXIT_RESUMABLE, SlurmError
 from launcher.slurm.site import Site, time_text
 
+_SLURM_VARIABLES = (
+    *("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "SLURM_NODEID", "SLURM_PROCID"),
+    *("SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE", "CUDA_VISIBLE_DEVICES"),
+)
+"""The variables of a job step that launcher and CUDA read."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BatchScript:
@@ -118,11 +124,7 @@ def _steps(batch: BatchScript) -> Iterator[str]:
     site = batch.site
     step = ["srun", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
     step.append(f"--cpus-per-task={batch.cpus_per_node}")
-    if site.container is not None:
-        step.append(f"--container-image={site.container}")
-    if site.container_mounts:
-        step.append(f"--container-mounts={','.join(site.container_mounts)}")
-    yield f'{shlex.join(step)} "${{command[@]}}"'
+    yield f'{shlex.join(step)} {_container(batch)}"${{command[@]}}"'
     yield "code=$?"
     yield f"# {EXIT_RESUMABLE}: the run saved a checkpoint and stopped; it resumes from there."
     yield (
@@ -141,6 +143,32 @@ def _steps(batch: BatchScript) -> Iterator[str]:
         yield "    fi"
     yield "fi"
     yield 'exit "$code"'
+
+
+def _container(batch: BatchScript) -> str:
+    """Return the options and words before a command that start it in the container of the site.
+
+    With Docker, the variables of the job and of the site have to be named, and the files that the
+    ranks write belong to the user.
+    """
+    site, mounts = batch.site, batch.site.container_mounts
+    if site.container is None:
+        return ""
+    if site.container_runtime == "apptainer":
+        words = ["apptainer", "exec", f"--pwd={batch.folder}"]
+        words += ["--nv"] if batch.gpus_per_node else []
+        return shlex.join([*words, *(f"--bind={mount}" for mount in mounts), site.container]) + " "
+    if site.container_runtime == "docker":
+        words = ["docker", "run", "--rm", "--network=host", "--ipc=host"]
+        words += [f"--workdir={batch.folder}", f"--volume={batch.folder}:{batch.folder}"]
+        words += [f"--volume={mount}" for mount in mounts]
+        words += [f"--env={name}" for name in (*_SLURM_VARIABLES, *_variables(site))]
+        words += ["--gpus=all"] if batch.gpus_per_node else []
+        user = '--user="$(id -u):$(id -g)"'
+        return f"{shlex.join(words)} {user} {shlex.quote(site.container)} "
+    words = [f"--container-image={site.container}"]
+    words += [f"--container-mounts={','.join(mounts)}"] if mounts else []
+    return shlex.join(words) + " "
 
 
 def _quoted(option: str) -> str:

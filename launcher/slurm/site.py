@@ -5,26 +5,20 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Literal
 
-from msgspec import Meta
-
-from launcher.errors import SlurmError, did_you_mean
-from launcher.paths import exists, is_dir
-from launcher.recipe.overrides import read_yaml
-from launcher.recipe.validation import (
-    MismatchError,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    brief,
-    convert,
+from launcher.errors import SlurmError
+from launcher.recipe.validation import NonNegativeInt, PositiveFloat, PositiveInt, brief
+from launcher.schedulers.hardware import NodeHardware
+from launcher.schedulers.site_profile import (
+    Line,
+    check_environment,
+    find_profile,
+    read_profile,
+    read_time,
 )
-
-Line = Annotated[str, Meta(pattern=r"^[^\n\r\0]*$", description="text of one line")]
-"""Text of one line, as a batch script can hold it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +62,14 @@ class Site:
     """Environment variables of the ranks."""
 
     container: Line | None = None
-    """Container image for `srun --container-image` (Pyxis)."""
+    """Container image that the ranks run in."""
+
+    container_runtime: Literal["pyxis", "apptainer", "docker"] = "pyxis"
+    """What starts the container: Slurm's plugin Pyxis (`srun --container-image`), Apptainer or
+    Docker on the nodes."""
 
     container_mounts: tuple[Line, ...] = ()
-    """Folders of the host that the container mounts."""
+    """Folders of the host that the container mounts, as FOLDER:FOLDER."""
 
     python: Line | None = None
     """Python interpreter on the nodes. Default: the one that submits."""
@@ -118,6 +116,16 @@ class Site:
     sbatch: tuple[Line, ...] = ()
     """Further options of sbatch, such as --constraint=h100."""
 
+    @property
+    def hardware(self) -> NodeHardware:
+        """The resources of a node."""
+        memory = self.memory_per_node
+        return NodeHardware(
+            gpus=self.gpus_per_node,
+            cpus=self.cpus_per_node,
+            memory_bytes=None if memory is None else read_memory(memory, "memory_per_node") * 2**20,
+        )
+
 
 def find_site(name: str | None, env: Mapping[str, str] | None = None) -> Site:
     """Read a site profile.
@@ -134,23 +142,7 @@ def find_site(name: str | None, env: Mapping[str, str] | None = None) -> Site:
     name = name or env.get("LAUNCHER_CLUSTER")
     if not name:
         return Site()
-    home = Path(env.get("XDG_CONFIG_HOME") or Path(env.get("HOME", "/")) / ".config")
-    folders = (Path("slurm"), home / "launcher")
-    paths = [Path(name), *(folder / f"{name}.yaml" for folder in folders)]
-    profile = next((path for path in paths if _is_profile(path)), None)
-    if profile is None:
-        profiles = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
-        raise SlurmError(
-            f"--cluster {name}: there is no such site profile."
-            + did_you_mean(name, profiles)
-            + f" Looked for {', '.join(map(str, paths))}. slurm/README.md describes profiles."
-        )
-    return read_site(profile)
-
-
-def _is_profile(path: Path) -> bool:
-    """Return whether a path leads to something else than a folder, which has a name to look up."""
-    return exists(path) and not is_dir(path)
+    return read_site(find_profile(name, "slurm", "launcher", env, SlurmError))
 
 
 def read_site(path: Path) -> Site:
@@ -159,58 +151,14 @@ def read_site(path: Path) -> Site:
     Raises:
         SlurmError: A key is unknown, or a value does not fit.
     """
-    hints = get_type_hints(Site, include_extras=True)
-    values: dict[str, Any] = {}
-    for entry in read_yaml(path, as_text=True):
-        if entry.name not in hints:
-            raise SlurmError(
-                f"{entry.source}: unknown key {entry.name!r} in the site profile."
-                + did_you_mean(entry.name, hints)
-                + f" The keys are {', '.join(item.name for item in fields(Site))}."
-            )
-        try:
-            values[entry.name] = convert(entry.value, hints[entry.name], "text")
-        except MismatchError as error:
-            raise SlurmError(f"{entry.source}: {entry.name}: {error}.") from None
-    site = Site(**values)
-    for name in site.env:
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise SlurmError(
-                f"{path}: env: {name!r} is not a valid name of an environment variable."
-            )
+    site = read_profile(path, Site, SlurmError)
+    check_environment(site.env, path, SlurmError)
     for name in ("time", "max_time"):
         if (text := getattr(site, name)) is not None:
-            read_time(text, f"{path}: {name}")
+            read_time(text, f"{path}: {name}", SlurmError)
     if site.memory_per_node is not None:
         read_memory(site.memory_per_node, f"{path}: memory_per_node")
     return site
-
-
-def read_time(text: str, what: str) -> int:
-    """Return the seconds of a time in Slurm's notation: minutes, h:mm:ss, d-h or d-hh:mm:ss.
-
-    Args:
-        text: The time.
-        what: What the time is for, in the error.
-
-    Raises:
-        SlurmError: The text is not a time.
-    """
-    match = re.fullmatch(
-        r"(?:([0-9]{1,6})-)?([0-9]{1,9})(?::([0-9]{1,9}))?(?::([0-9]{1,9}))?", text
-    )
-    if match is None:
-        raise SlurmError(
-            f"{what}: expected a time such as 90 (minutes), 12:00:00 or 2-00:00:00; "
-            f"found {brief(repr(text))}."
-        )
-    days, first, second, third = (int(group) if group else None for group in match.groups())
-    assert first is not None
-    if days is not None:
-        return days * 86_400 + first * 3600 + (second or 0) * 60 + (third or 0)
-    if third is not None:
-        return first * 3600 + (second or 0) * 60 + third
-    return first * 60 + (second or 0)
 
 
 def time_text(seconds: int) -> str:

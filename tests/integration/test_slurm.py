@@ -20,8 +20,9 @@ from launcher.engine.probes.parity import compare, read_trace
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.run_record import read_run
 from launcher.runs.rundir import RunDir
+from launcher.schedulers.run_states import status_of
+from launcher.schedulers.submission import read_submission
 from launcher.slurm.queue import JobState, job_state
-from launcher.slurm.submission import read_submission, status_of
 
 WORLDS_PY = str(ROOT / "tests/recipes/worlds.py")
 PACED = f"{WORLDS_PY}:paced"

@@ -18,7 +18,8 @@ from support import BIN, ROOT, Commands
 from launcher.environment.program import own_program, program_of
 from launcher.errors import SlurmError, UsageError
 from launcher.recipe.resolve import resolve
-from launcher.slurm.batch_job import SubmitRequest, prepare
+from launcher.schedulers.request import SubmitRequest
+from launcher.slurm.batch_job import prepare
 from launcher.slurm.script import BatchScript, render
 from launcher.slurm.site import Site, read_site
 
@@ -64,6 +65,24 @@ SCRIPTS = {
         commands=[[*program_of("python"), "run", "recipes/digits.py:digits", "lr=0.2"]],
         site=Site(container="/images/a b.sqsh", container_mounts=("/data:/data",), python="python"),
     ),
+    "apptainer": changed(
+        commands=[["launcher", "run", "recipes/digits.py:digits", "lr=0.2"]],
+        site=Site(
+            container="/images/a b.sif",
+            container_runtime="apptainer",
+            container_mounts=("/data:/data", "/my runs:/runs"),
+            env={"NCCL_DEBUG": "WARN"},
+        ),
+    ),
+    "docker": changed(
+        commands=[["launcher", "run", "recipes/digits.py:digits", "lr=0.2"]],
+        site=Site(
+            container="lab/train:1.0",
+            container_runtime="docker",
+            container_mounts=("/data:/data", "/my runs:/runs"),
+            env={"NCCL_DEBUG": "WARN"},
+        ),
+    ),
 }
 
 
@@ -88,6 +107,37 @@ EVIL = [
 """Texts that a shell would run as commands if they were not quoted."""
 
 EVIL_IN_A_LINE = [text for text in EVIL if "\n" not in text]
+
+
+@pytest.mark.parametrize("name", ["apptainer", "docker"])
+def test_a_container_gets_the_command(name: str, tmp_path: Path) -> None:
+    """The runtime gets its image and the command as they are, and Docker every variable's name."""
+    batch = BatchScript(**{**vars(SCRIPTS[name]), "folder": str(tmp_path)})
+    (tmp_path / "bin").mkdir()
+    for program, line in (("srun", 'shift 3; exec "$@"'), (name, 'printf "%s\\0" "$@"')):
+        path = tmp_path / "bin" / program
+        path.write_text(f"#!/bin/bash\n{line}\n")
+        path.chmod(0o755)
+    done = subprocess.run(
+        ["bash"],
+        input=render(batch),
+        text=True,
+        capture_output=True,
+        env={"PATH": f"{tmp_path}/bin:/usr/bin:/bin"},
+        check=False,
+    )
+    words = done.stdout.split("\0")[:-1]
+    image = batch.site.container
+    assert image is not None
+    assert words[words.index(image) + 1 :] == list(batch.commands[0])
+    mount = {"apptainer": "--bind=/my runs:/runs", "docker": "--volume=/my runs:/runs"}[name]
+    assert mount in words
+    assert ("--env=NCCL_DEBUG" in words) == (name == "docker")
+    source = (ROOT / "launcher/environment/slurm_step.py").read_text()
+    read = re.findall(r'env(?:\.get\(|\[)"(SLURM_\w+)"', source)
+    assert len(read) == 7
+    if name == "docker":
+        assert {f"--env={each}" for each in read} <= set(words)
 
 
 @pytest.mark.parametrize("evil", EVIL)

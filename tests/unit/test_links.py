@@ -21,8 +21,8 @@ from launcher.runs.files import set_file_aside
 from launcher.runs.ownership import check_unowned, own_run_dir
 from launcher.runs.run_record import read_run, write_resumption
 from launcher.runs.rundir import RunDir, truncate_after, write_error
+from launcher.schedulers.submission import read_submission
 from launcher.signals import StopRequest
-from launcher.slurm.submission import read_submission
 
 
 @pytest.fixture

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import SlurmError, UsageError
-from launcher.slurm.batch_job import combinations
+from launcher.schedulers.request import combinations
+from launcher.schedulers.site_profile import read_time
 from launcher.slurm.queue import error_text
-from launcher.slurm.site import Site, find_site, read_memory, read_site, read_time, time_text
+from launcher.slurm.site import Site, find_site, read_memory, read_site, time_text
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from launcher.runs.events import record_event
 from launcher.runs.files import write_json
 from launcher.runs.heartbeat import Heartbeat
 from launcher.runs.rundir import RunDir
-from launcher.slurm.submission import list_statuses, status_of
+from launcher.schedulers.run_states import list_statuses, status_of
 
 
 def run_on_another_node(run_dir: RunDir) -> None:

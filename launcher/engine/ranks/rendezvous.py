@@ -179,6 +179,8 @@ class Rendezvous:
         host, port = self.address
         timeout = timedelta(seconds=self._nodes.join_timeout)
         index = self._nodes.index
+        if index == 0:  # the name of a pod may be published after the pod has started
+            self._wait_until(lambda: _can_resolve(host), lambda: f"the name {host}")
         if index == 0 if index is not None else _is_this_machine(host):
             try:
                 store = TCPStore(
@@ -271,6 +273,14 @@ class Rendezvous:
                     f"The nodes of a run need the same {key}: {self.names[0]} has "
                     f"{values[0][key]}, {name} has {value}. Start every node with the same command."
                 )
+
+
+def _can_resolve(host: str) -> bool:
+    """Return whether a host name has an address."""
+    try:
+        return bool(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM))
+    except (OSError, UnicodeError):
+        return False
 
 
 def _is_this_machine(host: str) -> bool:

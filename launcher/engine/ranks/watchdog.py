@@ -25,7 +25,7 @@ from launcher.console.failure import failure_text
 from launcher.engine.ranks import debugger
 from launcher.engine.ranks.flight_recorder import record_collectives
 from launcher.engine.ranks.processes import children
-from launcher.errors import EXIT_FAILED
+from launcher.errors import EXIT_FAILED, RunDirError
 from launcher.json_file import encode_json
 from launcher.planning.derivations import counted
 from launcher.recipe.hang_limits import HangLimits, HangPhase
@@ -33,6 +33,7 @@ from launcher.regular_file import overwrite
 from launcher.runs.collectives import find_missing_call, read_collectives
 from launcher.runs.failure_record import Failure, record_failure
 from launcher.runs.heartbeat import PHASES, Hang, Heartbeat, find_hang, read_heartbeat
+from launcher.runs.prometheus import metrics_file_of
 from launcher.runs.rundir import RunDir
 from launcher.signals import EXIT_BY_SIGNAL, StopRequest, end_process
 
@@ -105,6 +106,7 @@ class Watchdog:
         self._main_thread = threading.main_thread().ident
         self._heartbeat_seconds = max(1.0, world_size / _HEARTBEATS_PER_SECOND)
         self._closed = threading.Event()
+        self._metrics_file = metrics_file_of(run_dir) if rank == 0 else None
         self._progress = 0, PHASES[0], time.monotonic()
         self._first_step: int | None = None
         """Steps that were taken before this process took its first one; None if not yet known."""
@@ -146,6 +148,8 @@ class Watchdog:
         self._closed.set()
         self._thread.join()
         self._write_heartbeat()
+        if self._metrics_file is not None:
+            self._metrics_file.remove()
 
     def _watch(self) -> None:
         written_at = time.monotonic()
@@ -165,6 +169,13 @@ class Watchdog:
             if now - written_at >= self._heartbeat_seconds:
                 written_at = now
                 self._write_heartbeat()
+                self._write_metrics()
+
+    def _write_metrics(self) -> None:
+        """Write the numbers of the run for Prometheus, on rank 0 and if that is asked for."""
+        if self._metrics_file is not None:
+            with contextlib.suppress(RunDirError):  # a missing folder must not stop the run
+                self._metrics_file.write()
 
     def _is_debugged(self) -> bool:
         """Return whether a process of the run is in a debugger, for which the ranks wait.

@@ -1,4 +1,4 @@
-"""Follow a run until it ends, by its folder and, if it was submitted, by Slurm."""
+"""Follow a run until it ends, by its folder and, if it was submitted, by its scheduler."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from launcher.regular_file import open_regular
 from launcher.runs.history import History
 from launcher.runs.rundir import RunDir, open_run_dir
 from launcher.runs.status import ACTIVE_STATES, RunState, read_run_state
-from launcher.slurm.submission import find_submission, status_of
+from launcher.schedulers.run_states import status_of
+from launcher.schedulers.submission import find_submission
 
 _SECONDS_BETWEEN_POLLS = 0.5
 _POLLING_SHARE = 0.2
@@ -23,7 +24,7 @@ _METRICS_BYTES = 1 << 25
 """Bytes read from the end of metrics.jsonl: about the last hundred thousand steps."""
 
 _SECONDS_BETWEEN_QUERIES = 5.0
-"""Seconds between two queries to Slurm."""
+"""Seconds between two queries to the scheduler."""
 
 _QUERYING_SHARE = 0.1
 """The share of the time that queries may take: one of a controller that is down takes 18 s."""
@@ -68,7 +69,7 @@ def follow(
         The final state.
     """
     history: History | None = None
-    in_slurm: RunState | None = None
+    in_queue: RunState | None = None
     query_at = 0.0
     while True:
         poll_began = time.monotonic()
@@ -79,16 +80,16 @@ def follow(
                 history.refresh()
         if time.monotonic() > query_at:
             began = time.monotonic()
-            in_slurm = _state_in_slurm(run_dir)
+            in_queue = _queued_state(run_dir)
             query_at = _next_query(began)
-        state = _combined_state(run_dir, history, in_slurm)
+        state = _combined_state(run_dir, history, in_queue)
         if history is not None:
             show(history, state)
         else:
             show_waiting(f"{run_dir.shown}: {state.words}")
         if state.name not in ACTIVE_STATES:
-            # Slurm may have requeued the job since the last query.
-            latest = _state_in_slurm(run_dir)
+            # The scheduler may have requeued the job since the last query.
+            latest = _queued_state(run_dir)
             if latest is None or latest.name not in ACTIVE_STATES:
                 return state
         pause = seconds if history is not None else _SECONDS_BETWEEN_POLLS
@@ -96,22 +97,33 @@ def follow(
         time.sleep(max(pause, poll_seconds * (1 / _POLLING_SHARE - 1)))
 
 
-def copy_log(path: Path, run_dir: RunDir | None, write: Callable[[bytes], object]) -> None:
+def copy_log_file(
+    path: Path, run_dir: RunDir, write: Callable[[bytes], object], *, follows: bool
+) -> None:
     """Pass the content of a log file to `write`.
 
     Args:
         path: The log file.
-        run_dir: The submitted run whose end ends the copying; None copies what there is now.
+        run_dir: The submitted run.
         write: Called with each next part of the log.
+        follows: Whether to continue until the run has ended.
+
+    Raises:
+        RunDirError: There is no such log, or it cannot be read.
     """
+    if not exists(path) and not follows:
+        digits = (log.stem[4:] for log in path.parent.glob("rank*.log"))
+        ranks = sorted(int(text) for text in digits if text.isascii() and text.isdigit())
+        hint = f" There are logs of the ranks {', '.join(map(str, ranks))}." if ranks else ""
+        raise RunDirError(f"{path} does not exist: nothing has been printed yet.{hint}")
     position, query_at = 0, 0.0
-    ended = run_dir is None
+    ended = not follows
     while True:
         if exists(path):
             position = _copy_appended(path, position, write)
         if ended:
             return
-        if run_dir is not None and time.monotonic() > query_at:
+        if time.monotonic() > query_at:
             began = time.monotonic()
             ended = status_of(run_dir).state not in ACTIVE_STATES
             query_at = _next_query(began)
@@ -142,17 +154,17 @@ def _copy_appended(path: Path, position: int, write: Callable[[bytes], object]) 
 
 
 def _combined_state(
-    run_dir: RunDir, history: History | None, in_slurm: RunState | None
+    run_dir: RunDir, history: History | None, in_queue: RunState | None
 ) -> RunState:
-    """Return the state by the run folder or, if the folder does not tell, by Slurm."""
+    """Return the state by the run folder or, if the folder does not tell, by the scheduler."""
     state = history.state if history is not None else read_run_state(run_dir)
-    if state.name in ("running", "finished", "failed") or in_slurm is None:
+    if state.name in ("running", "finished", "failed") or in_queue is None:
         return state
-    return in_slurm
+    return in_queue
 
 
-def _state_in_slurm(run_dir: RunDir) -> RunState | None:
-    """Return the state of a submitted run by Slurm; None if it was not submitted or is unknown."""
+def _queued_state(run_dir: RunDir) -> RunState | None:
+    """Return the state by the scheduler; None if the run was not submitted or is unknown."""
     if not exists(run_dir.submission):
         return None
     status = status_of(run_dir)

@@ -8,7 +8,7 @@ from typing import Any
 
 from launcher.printable import printable_line
 from launcher.runs.status import STATES
-from launcher.slurm.submission import SubmissionStatus
+from launcher.schedulers.run_states import SubmissionStatus
 
 
 def sort_statuses(statuses: list[SubmissionStatus]) -> list[SubmissionStatus]:

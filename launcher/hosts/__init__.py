@@ -1,0 +1,1 @@
+"""Runs on hosts that ssh reaches, started in the background; this room imports no torch."""

@@ -1,0 +1,69 @@
+"""A request to submit a run, or an array of runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from launcher.errors import UsageError
+from launcher.recipe.grid import combinations_of, count_combinations, read_axes
+from launcher.recipe.resolve import Reference
+
+_MAX_RUNS = 10_000
+"""Runs of the largest array; Slurm itself has a limit of 1,001 unless a site raises it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubmitRequest:
+    """A request to submit a run, or an array of runs."""
+
+    reference: Reference
+    arguments: tuple[str, ...]
+    """name=value arguments of every run."""
+
+    grid: tuple[tuple[str, ...], ...]
+    """name=value arguments of each run of an array; empty for a single run."""
+
+    config: Path | None
+    nodes: tuple[int, int]
+    gpus_per_node: int | None
+    nproc_per_node: int | None
+    time: str | None
+    freezes: bool = True
+    """Whether the job imports a copy of the recipe's project, made when it is submitted."""
+
+    code_limit: int | None = None
+    """Megabytes that the copy may have; None is the limit of the site."""
+
+    health: Literal["off", "quick", "full"] | None = None
+    """How each node is examined; None is what the site says."""
+
+    is_dry: bool = False
+    """Whether the job is only shown. It then imports the project itself, so that it can be
+    submitted by hand."""
+
+    @property
+    def runs(self) -> tuple[tuple[str, ...], ...]:
+        """The arguments of each run."""
+        return tuple((*self.arguments, *settings) for settings in self.grid or ((),))
+
+
+def combinations(arguments: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """Return all combinations of axes such as lr=0.1,0.2 and seed=1,2, as name=value.
+
+    A comma within brackets belongs to a value.
+
+    Raises:
+        UsageError: An axis does not have that form, or there are too many combinations.
+    """
+    axes = read_axes(arguments, option="--array")
+    if (count := count_combinations(axes)) > _MAX_RUNS:
+        raise UsageError(
+            f"--array asks for {count:,} runs, one for each combination of values; an array has at "
+            f"most {_MAX_RUNS:,}."
+        )
+    return tuple(
+        tuple(f"{name}={value}" for name, value in pairs) for pairs in combinations_of(axes)
+    )

@@ -1,0 +1,1 @@
+"""Tasks for SkyPilot, as text; this room imports no torch and no SkyPilot."""
