@@ -19,6 +19,7 @@ from launcher.engine.data.loader_workers import (
 )
 from launcher.engine.data.open_files import OpenFile, moved_files, open_files
 from launcher.engine.data.randomness import Generators, seed_all
+from launcher.engine.data.sample_files import file_of
 from launcher.engine.data.sampler import MicroBatchRequest
 from launcher.engine.data.seeds import derive
 from launcher.engine.data.streams import (
@@ -36,6 +37,7 @@ from launcher.printable import (
     error_line,
     kind_of,
     printable_line,
+    shortened,
     text_of,
     traceback_of,
 )
@@ -385,7 +387,14 @@ class Reader(Dataset[MicroBatch | LauncherError]):
             for attempt in range(2):
                 seed_all(derive(self._seed, request.epoch, index))
                 try:
-                    sample = _call(name, request, dataset.__getitem__, index, indices=[index])
+                    sample = _call(
+                        name,
+                        request,
+                        dataset.__getitem__,
+                        index,
+                        indices=[index],
+                        details=functools.partial(_shown_file, dataset, index),
+                    )
                 except SampleError as error:
                     if not self._skips:
                         raise
@@ -440,6 +449,12 @@ class Reader(Dataset[MicroBatch | LauncherError]):
             f"No sample of the {title_of(request.split)} data could be read from sample {tried:,} "
             f"on, in {_MAX_SUBSTITUTES} attempts. The last reason: {bad[-1].reason}."
         )
+
+
+def _shown_file(dataset: Any, index: int) -> str:
+    """Return the file of a sample for a message; empty if it is not known."""
+    found = file_of(dataset, index)
+    return "" if found is None else f" (in {printable_line(shortened(found, 500))})"
 
 
 def _length(dataset: Any) -> int:

@@ -105,6 +105,10 @@ class IndexedShards:
         """Return a digest of the index, which holds the sizes of all files."""
         return self._digest
 
+    def file_of(self, index: int) -> str:
+        """Return the path or URL of the file that has a sample."""
+        return self._files.name(int(self._ends.searchsorted(index, side="right")))
+
 
 def read_index(folder: Path | str, cache: RemoteCache) -> tuple[bytes, dict[str, Any]]:
     """Return the content of the index.json of a folder, as bytes and decoded.

@@ -126,6 +126,10 @@ class ParquetRows:
         """Return a digest of the files' footers and the columns."""
         return self._digest
 
+    def file_of(self, index: int) -> str:
+        """Return the path or URL of the file that has a row."""
+        return self._files.name(self._places[self._place(index)[0]][0])
+
     def _place(self, index: int) -> tuple[int, int]:
         """Return the number of a row's group, and its place in the group."""
         if not 0 <= index < len(self):
