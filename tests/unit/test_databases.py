@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import pickle
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,26 +148,23 @@ def test_a_changed_store_has_another_fingerprint(
 
 def test_a_store_that_is_written_during_a_run_is_refused(tmp_path: Path) -> None:
     """Rows and values that were committed, removed files and a file cut off are named."""
-    lmdb = pytest.importorskip("lmdb")
     database, environment = write_sqlite(tmp_path / "a.db"), write_lmdb(tmp_path / "lmdb")
     rows, values = read_sqlite(database), read_lmdb(environment)
     assert (rows[3], values[0]) == (3, 0)
-    with sqlite3.connect(database) as writer:
-        writer.execute("UPDATE samples SET number = 7")
-    writer.close()
+    with sqlite3.connect(database) as connection:
+        connection.execute("UPDATE samples SET number = 7")
+    connection.close()
     with pytest.raises(RecipeError, match=r"a\.db changed during the run"):
         rows[3]
 
-    def write() -> None:
-        with lmdb.open(str(environment)) as writer, writer.begin(write=True) as transaction:
-            transaction.put(b"new", b"1")
-
-    child = multiprocessing.get_context("spawn" if False else "fork").Process(target=write)
-    child.start()
-    child.join(timeout=30)
-    if child.exitcode == 0:
-        with pytest.raises(RecipeError, match=r"data\.mdb changed during the run"):
-            values[3]
+    writer = (
+        "import lmdb, sys\n"
+        "with lmdb.open(sys.argv[1]) as environment, environment.begin(write=True) as change:\n"
+        "    change.put(b'new', b'1')\n"
+    )
+    subprocess.run([sys.executable, "-c", writer, environment], check=True)
+    with pytest.raises(RecipeError, match=r"data\.mdb changed during the run"):
+        values[3]
     os.truncate(environment / "data.mdb", 8192)
     with pytest.raises(RecipeError, match=r"data\.mdb changed during the run"):
         values[3]

@@ -50,7 +50,7 @@ class RemoteCache:
     """Number of attempts for each request that fails for a passing reason."""
 
     timeout_seconds: float = 60.0
-    """Time without any data after which an attempt over HTTP fails."""
+    """Time without any data after which an attempt fails, over HTTP and with S3."""
 
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of fsspec's file system, such as `{"anon": True}` for public buckets on S3."""
@@ -259,14 +259,7 @@ def _request(url: str, cache: RemoteCache, method: str, *arguments: Any) -> Any:
     try:
         import fsspec
 
-        options = dict(cache.options)
-        if url.startswith(("http://", "https://")) and "client_kwargs" not in options:
-            from aiohttp import ClientTimeout
-
-            seconds = cache.timeout_seconds
-            timeout = ClientTimeout(total=None, sock_connect=seconds, sock_read=seconds)
-            options["client_kwargs"] = {"timeout": timeout}
-        system, path = fsspec.core.url_to_fs(url, **options)
+        system, path = fsspec.core.url_to_fs(url, **_options(url, cache))
     except ImportError as error:
         raise RecipeError(
             f"Reading {_shown(url)} needs a package that is not installed: "
@@ -275,6 +268,26 @@ def _request(url: str, cache: RemoteCache, method: str, *arguments: Any) -> Any:
     except ValueError as error:
         raise RecipeError(f"{_shown(url)} cannot be read: {printable_line(str(error))}.") from None
     return getattr(system, method)(path, *arguments)
+
+
+def _options(url: str, cache: RemoteCache) -> dict[str, Any]:
+    """Return the options of a URL's file system, with the time after which an attempt fails.
+
+    Raises:
+        ImportError: aiohttp is not installed.
+    """
+    options, seconds = dict(cache.options), cache.timeout_seconds
+    if url.startswith(("http://", "https://")) and "client_kwargs" not in options:
+        from aiohttp import ClientTimeout
+
+        timeout = ClientTimeout(total=None, sock_connect=seconds, sock_read=seconds)
+        options["client_kwargs"] = {"timeout": timeout}
+    if url.startswith(("s3://", "s3a://")):
+        # One attempt of botocore: s3fs repeats it, and `_attempt` repeats that.
+        limits = {"connect_timeout": seconds, "read_timeout": seconds}
+        config = limits | {"retries": {"max_attempts": 0}}
+        options["config_kwargs"] = config | options.get("config_kwargs", {})
+    return options
 
 
 def _attempt(url: str, cache: RemoteCache, request: Callable[[], _T]) -> _T:

@@ -22,8 +22,8 @@ _NUM_SAMPLED = 64
 
 _Decode = Callable[[bytes, bytes], Any]
 
-_environments: dict[str, tuple[int, Any]] = {}
-"""The process that opened an environment, and the environment, by path.
+_environments: dict[tuple[int, int], tuple[int, Any]] = {}
+"""The process that opened an environment, and the environment, by the device and inode of its file.
 
 A process may open each environment only once.
 """
@@ -59,8 +59,6 @@ class LMDBSamples:
             folder = Path(path)
             path = folder / "data.mdb" if folder.is_dir() else folder
         self._files = DataFiles([path], cache, noun="LMDB environment")
-        location = self._files.locations[0]
-        self._place = str(location.resolve() if isinstance(location, Path) else location)
         self._decode = decode
         self._keys, self._ends, self._transaction = self._read_keys()
 
@@ -177,7 +175,8 @@ class LMDBSamples:
 
     def _environment(self) -> Any:
         """Return the environment, as this process has opened it."""
-        process, place = os.getpid(), self._place
+        status = os.fstat(self._files.descriptor(0))  # that of the file that was found at the start
+        process, place = os.getpid(), (status.st_dev, status.st_ino)
         owner, environment = _environments.get(place, (None, None))
         if owner != process:
             if environment is not None:
@@ -189,25 +188,20 @@ class LMDBSamples:
     def _open(self) -> Any:
         import lmdb
 
-        self._files.descriptor(0)  # checks that it is the file of the start
-        for _ in range(3):
-            path = self._files.local_path(0)
-            try:
-                return lmdb.open(
-                    str(path),
-                    subdir=False,
-                    readonly=True,
-                    lock=False,
-                    readahead=False,
-                    create=False,
-                )
-            except lmdb.Error as error:
-                if path.exists():
-                    raise self._unreadable(error) from None
-                # Another process made room in the cache.
-        raise SampleError(f"{self._files.name(0)} was removed from the cache again and again.")
+        # Through the descriptor, so that the file stays the same if its name goes away.
+        path = f"/dev/fd/{self._files.descriptor(0)}"
+        options = {"subdir": False, "readonly": True, "lock": False, "create": False}
+        try:
+            return lmdb.open(path, readahead=False, **options)
+        except lmdb.Error as error:
+            raise self._unreadable(error) from None
 
     def _unreadable(self, error: Exception) -> RecipeError:
+        if "already open" in str(error):
+            return RecipeError(
+                f"The LMDB environment {self._files.name(0)} is open in this process. Close it, "
+                "because a process can open it only once."
+            )
         return RecipeError(
             f"{self._files.name(0)} cannot be read as an LMDB environment: "
             f"{shortened(printable_line(error_line(error)), 300)}. Give the folder or the file of "
