@@ -141,7 +141,8 @@ class DataFiles:
         if opened is not None:
             descriptor, checked = opened
             if not self.is_remote(number):
-                self._open.move_to_end(number)
+                if len(self._open) == _MAX_OPEN:
+                    self._open.move_to_end(number)
                 return descriptor
             now = time.monotonic()
             if now - checked < _RECHECK_SECONDS:

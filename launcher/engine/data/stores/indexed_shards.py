@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Sequence
-from itertools import accumulate
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,9 @@ from launcher.printable import error_line, printable_line, shortened
 
 Decode = Callable[[bytes], Any]
 """Decodes the bytes of one value, or of one sample."""
+
+_MAX_TABLE_BYTES = 64 << 20
+"""Largest size of all tables of offsets that a process keeps."""
 
 
 class Shard(NamedTuple):
@@ -73,17 +76,42 @@ class IndexedShards:
                 )
         self.chunks: list[int] = [shard.num_samples for shard in shards]
         """The number of samples in each file, in order."""
-        self._ends = np.array(list(accumulate(self.chunks)), np.int64)
+        self._sizes = np.array(self.chunks, np.int64)
+        self._ends = np.cumsum(self._sizes)
+        # The tables of larger sets are read entry by entry.
+        num_bytes = 4 * (len(self) + len(shards))
+        self._keeps_tables = num_bytes <= _MAX_TABLE_BYTES and sys.byteorder == "little"
+        self._tables: dict[int, memoryview[int]] = {}
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> Any:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        file = int(self._ends.searchsorted(index, side="right"))
-        place = int(index - self._ends[file] + self.chunks[file])
-        start, stop = struct.unpack("<II", self._files.read(file, 8, 4 + 4 * place))
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        """Return several samples."""
+        numbers = np.asarray(indices, np.int64)
+        if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(self):
+            raise IndexError(f"samples {list(indices)} of {len(self)}")
+        files = self._ends.searchsorted(numbers, side="right")
+        places = numbers - (self._ends - self._sizes)[files]
+        return list(map(self._sample, files.tolist(), places.tolist()))
+
+    def _sample(self, file: int, place: int) -> Any:
+        """Return a sample by its file, and its place in it.
+
+        Raises:
+            SampleError: The file is damaged.
+        """
+        table = self._tables.get(file)
+        if table is None and self._keeps_tables:
+            content = self._files.read(file, 4 * (self.chunks[file] + 1), 4)
+            table = self._tables[file] = memoryview(content).cast("I")
+        if table is None:
+            start, stop = struct.unpack("<II", self._files.read(file, 8, 4 + 4 * place))
+        else:
+            start, stop = table[place], table[place + 1]
         if not 4 <= start <= stop <= self._files.size(file):
             raise SampleError(
                 f"Sample {place} of {self._files.name(file)} is said to be at bytes {start:,} to "
@@ -100,6 +128,9 @@ class IndexedShards:
                 f"{shortened(error_line(error), 300)}. Copy the file again."
             ) from None
         return sample if self._decode is None else self._decode(sample)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_tables": {}}
 
     def fingerprint(self) -> str:
         """Return a digest of the index, which holds the sizes of all files."""
@@ -144,22 +175,31 @@ def unreadable(folder: Path | str, error: Exception) -> RecipeError:
     )
 
 
-def split_values(content: bytes, sizes: Sequence[int | None]) -> list[bytes]:
-    """Return the values of a sample, whose unknown sizes stand in front of all values.
+def splitter(sizes: Sequence[int | None]) -> Callable[[bytes], list[bytes]]:
+    """Return a function that divides a sample into its values.
 
-    Raises:
-        ValueError: The sizes do not fit the content.
+    It raises a ValueError if the sizes do not fit the content.
+
+    Args:
+        sizes: The size of each value. Those that are None stand in front of all values.
     """
-    num_unknown = sum(size is None for size in sizes)
-    unknown = iter(struct.unpack_from(f"<{num_unknown}I", content))
-    position, values = 4 * num_unknown, []
-    for size in sizes:
-        length = next(unknown) if size is None else size
-        values.append(content[position : position + length])
-        position += length
-    if position != len(content):
-        raise ValueError(f"its values have {position:,} bytes, and it has {len(content):,}")
-    return values
+    head = struct.Struct(f"<{sum(size is None for size in sizes)}I")
+    is_plain = all(size is None for size in sizes)
+
+    def split(content: bytes) -> list[bytes]:
+        given: Iterable[int] = head.unpack_from(content)
+        if not is_plain:
+            unknown = iter(given)
+            given = [next(unknown) if size is None else size for size in sizes]
+        position, values = head.size, []
+        for length in given:
+            start, position = position, position + length
+            values.append(content[start:position])
+        if position != len(content):
+            raise ValueError(f"its values have {position:,} bytes, and it has {len(content):,}")
+        return values
+
+    return split
 
 
 def _join(folder: Path | str, name: str) -> Path | str:

@@ -12,7 +12,7 @@ from launcher.engine.data.stores.indexed_shards import (
     IndexedShards,
     Shard,
     read_index,
-    split_values,
+    splitter,
     unreadable,
 )
 from launcher.engine.data.stores.value_formats import mosaic_decoder
@@ -77,12 +77,12 @@ def _decoder(
     names: list[str], encodings: list[str], sizes: list[int | None], *, allow_pickle: bool
 ) -> Decode:
     decoders = [mosaic_decoder(encoding, allow_pickle=allow_pickle) for encoding in encodings]
-    lengths = [size or None for size in sizes]  # the writer treats 0 as unknown
+    split = splitter([size or None for size in sizes])  # the writer treats 0 as unknown
 
     def read(content: bytes) -> dict[str, Any]:
-        values = split_values(content, lengths)
         return {
-            name: decode(value) for name, decode, value in zip(names, decoders, values, strict=True)
+            name: decode(value)
+            for name, decode, value in zip(names, decoders, split(content), strict=True)
         }
 
     return read
