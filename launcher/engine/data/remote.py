@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from launcher.errors import RecipeError, SampleError
 from launcher.printable import error_line, printable_line, shortened
@@ -143,32 +143,64 @@ def download(url: str, version: Version, cache: RemoteCache = DEFAULT_CACHE) -> 
         RecipeError: The file changed, is larger than the cache, or the cache cannot be written.
         SampleError: The store did not send the file in several attempts.
     """
-    identity = f"{url}\n{version.size}\n{version.tag}"
+    return cached_file(
+        url,
+        f"{version.size}\n{version.tag}",
+        version.size,
+        cache,
+        lambda file: _download(url, version, cache, file),
+    )
+
+
+def cached_file(
+    location: Path | str,
+    version: str,
+    num_bytes: int,
+    cache: RemoteCache,
+    write: Callable[[BinaryIO], None],
+) -> Path:
+    """Return the path of a file in the cache, which is written if it is not there.
+
+    Only complete files are in the cache, and only one process at a time writes a file. Another
+    process may remove it at any time to make room.
+
+    Args:
+        location: The path or URL of what it is made from.
+        version: A text that tells its content apart from other versions.
+        num_bytes: Its size.
+        cache: The cache.
+        write: Writes the content.
+
+    Raises:
+        RecipeError: The file is larger than the cache, or the cache cannot be written.
+    """
+    identity = f"{location}\n{version}"
     digest = hashlib.sha256(identity.encode(errors="surrogateescape")).hexdigest()[:32]
-    name = re.sub(r"[^A-Za-z0-9._-]", "_", url.partition("?")[0].rpartition("/")[2])[-80:]
+    last = str(location).partition("?")[0].rpartition("/")[2]
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", last)[-80:]
     path = cache.path / f"{digest}-{name}.data"
-    if _is_cached(path, version):
+    if _is_cached(path, num_bytes):
         return path
-    if version.size > cache.max_bytes:
+    if num_bytes > cache.max_bytes:
         raise RecipeError(
-            f"{_shown(url)} has {size(version.size)}, and the cache in {cache.path} holds at most "
-            f"{size(cache.max_bytes)}. Set RemoteCache(max_bytes=...) to several times the size "
-            "of a file."
+            f"{_shown(str(location))} has {size(num_bytes)}, and the cache in {cache.path} holds "
+            f"at most {size(cache.max_bytes)}. Set RemoteCache(max_bytes=...) to several times the "
+            "size of a file."
         )
     try:
         cache.path.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_suffix(".lock")):
-            if not _is_cached(path, version):  # another process has downloaded it meanwhile
-                _download(url, version, cache, path)
+            if not _is_cached(path, num_bytes):  # another process has written it meanwhile
+                _fill(path, num_bytes, cache, write)
     except OSError as error:
-        raise _cache_error(url, cache, error) from None
+        raise _cache_error(str(location), cache, error) from None
     return path
 
 
-def _is_cached(path: Path, version: Version) -> bool:
+def _is_cached(path: Path, num_bytes: int) -> bool:
     """Return whether a file is in the cache, and note that it is used."""
     try:
-        if path.stat().st_size != version.size:
+        if path.stat().st_size != num_bytes:
             return False
         os.utime(path)
     except OSError as error:
@@ -177,33 +209,46 @@ def _is_cached(path: Path, version: Version) -> bool:
     return True
 
 
-def _download(url: str, version: Version, cache: RemoteCache, path: Path) -> None:
+def _fill(
+    path: Path, num_bytes: int, cache: RemoteCache, write: Callable[[BinaryIO], None]
+) -> None:
+    """Write a file of the cache under another name, and rename it when it is complete."""
     part = path.with_suffix(".part")
     with _locked(cache.path / "room.lock"):
-        _make_room(cache, version.size, keep=part)
+        _make_room(cache, num_bytes, keep=part)
         with part.open("wb") as file:
-            file.truncate(version.size)  # so that others count it while they make room
+            file.truncate(num_bytes)  # so that others count it while they make room
     try:
-        md5 = hashlib.md5(usedforsecurity=False)
         with part.open("r+b") as file:
-            for start in range(0, version.size, _BLOCK_BYTES):
-                stop = min(start + _BLOCK_BYTES, version.size)
-                content = read_range(url, start, stop, cache)
-                md5.update(content)
-                file.write(content)
-        if read_version(url, cache) != version:
-            raise RecipeError(
-                f"{_shown(url)} is not the file that was found when the run started: its size or "
-                "version has changed. Do not replace files during a run, and start it again."
-            )
-        if version.md5 and md5.hexdigest() != version.md5:
-            raise SampleError(
-                f"{_shown(url)} arrived with the MD5 {md5.hexdigest()}, and its store says "
-                f"{version.md5}. Start the run again; if it fails again, upload the file again."
-            )
+            write(file)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _download(url: str, version: Version, cache: RemoteCache, file: BinaryIO) -> None:
+    """Write the content of a URL to a file.
+
+    Raises:
+        RecipeError: The file at the URL has changed.
+        SampleError: The store did not send it in several attempts, or sent something else.
+    """
+    md5 = hashlib.md5(usedforsecurity=False)
+    for start in range(0, version.size, _BLOCK_BYTES):
+        stop = min(start + _BLOCK_BYTES, version.size)
+        content = read_range(url, start, stop, cache)
+        md5.update(content)
+        file.write(content)
+    if read_version(url, cache) != version:
+        raise RecipeError(
+            f"{_shown(url)} is not the file that was found when the run started: its size or "
+            "version has changed. Do not replace files during a run, and start it again."
+        )
+    if version.md5 and md5.hexdigest() != version.md5:
+        raise SampleError(
+            f"{_shown(url)} arrived with the MD5 {md5.hexdigest()}, and its store says "
+            f"{version.md5}. Start the run again; if it fails again, upload the file again."
+        )
 
 
 def _make_room(cache: RemoteCache, needed: int, keep: Path) -> None:

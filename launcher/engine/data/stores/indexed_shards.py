@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from launcher.engine.data.compressed import Compressed
 from launcher.engine.data.data_files import DataFiles, digest_of
 from launcher.engine.data.remote import RemoteCache, is_remote, read_range, read_version
 from launcher.errors import LauncherError, RecipeError, SampleError
@@ -34,10 +35,13 @@ class Shard(NamedTuple):
     """The name of the file in the folder."""
 
     num_bytes: int
-    """The size of the file, or the smallest size that it may have."""
+    """The size of the file as it is stored, or the smallest size that it may have."""
 
     num_samples: int
     """The number of samples in it."""
+
+    compressed: Compressed | None = None
+    """How it is compressed."""
 
 
 class IndexedShards:
@@ -66,13 +70,17 @@ class IndexedShards:
     ) -> None:
         if not shards:
             raise RecipeError(f"The index of {_shown(folder)} names no files. Write it again.")
-        self._files = DataFiles([_join(folder, shard.name) for shard in shards], cache)
+        self._files = DataFiles(
+            [_join(folder, shard.name) for shard in shards],
+            cache,
+            compressed=[shard.compressed for shard in shards],
+        )
         self._decoders, self._decode, self._digest = decoders, decode, digest_of(index)
         for file, shard in enumerate(shards):
-            if self._files.size(file) < shard.num_bytes:
+            if (found := self._files.stored_size(file)) < shard.num_bytes:
                 raise RecipeError(
-                    f"{self._files.name(file)} has {self._files.size(file):,} bytes, and the index "
-                    f"says {shard.num_bytes:,}. Copy the folder again."
+                    f"{self._files.name(file)} has {found:,} bytes, and the index says "
+                    f"{shard.num_bytes:,}. Copy the folder again."
                 )
         self.chunks: list[int] = [shard.num_samples for shard in shards]
         """The number of samples in each file, in order."""
