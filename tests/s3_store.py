@@ -53,6 +53,7 @@ class FaultyProxy(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     server: FaultyProxy
+    protocol_version = "HTTP/1.1"  # in which a client may wait for 100 Continue
 
     def do_GET(self) -> None:
         proxy = self.server
@@ -85,7 +86,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         store = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=30)
         try:
-            store.request(self.command, self.path, body, dict(self.headers.items()))
+            headers = {name: text for name, text in self.headers.items() if name != "Expect"}
+            store.request(self.command, self.path, body, headers)
             answer = store.getresponse()
             content = answer.read()
         except OSError:  # the store is down
