@@ -25,7 +25,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 import numpy as np
@@ -85,8 +85,8 @@ class Row:
     value: Value
     """Returns the number of a sample."""
 
-    shuffle: str = "global"
-    """The order of samples."""
+    shuffle: Literal["global", "window", "length"] = "global"
+    """The order of samples, which a stream leaves as it is."""
 
     needs: str = ""
     """A module without which the row is left out."""
@@ -336,7 +336,7 @@ ROWS = {
         read=packed,
         value=lambda sample: float(sample["input_ids"].mean()),
     ),
-    "stream": Row(title="stream", read=stream, value=float, shuffle="as it comes"),
+    "stream": Row(title="stream", read=stream, value=float),
 }
 """All rows, by name."""
 
@@ -359,7 +359,7 @@ def recipe(row: Row, folder: Path, workers: int) -> Recipe:
         lr=0.001,
         lr_rule="none",
         steps=STEPS,
-        shuffle=row.shuffle if row.shuffle in ("window", "length") else "global",
+        shuffle=row.shuffle,
         shuffle_window=24,
         num_workers=workers,
         record_samples=True,
@@ -408,7 +408,7 @@ def matrix(
     train_rows(folder, present, worlds, workers)
     for name in names:
         row = ROWS[name]
-        title = [row.title, row.shuffle]
+        title = [row.title, "" if name == "stream" else row.shuffle]
         if row.is_missing:
             yield [*title, "0", f"{row.needs} is not installed", "", ""]
         else:

@@ -106,11 +106,11 @@ def main(tokens: int, documents: int, trained_tokens: int, steps: int, turns: in
     )
     rows = (_padding_of(name, lengths, tokens) for name, lengths in sets.items())
     print_table(head, rows, title="padding, of all tokens")
-    head = ("samples", "tokens/s", "to padded", "tokens of a step", "padding")
+    speed_head = ("samples", "tokens/s", "to padded", "tokens of a step", "padding")
     title = f"training on 1 CPU rank, samples of at most {trained_tokens} tokens, batches of 8"
     folder = Path(tempfile.mkdtemp(prefix="packing-"))
     try:
-        print_table(head, _speeds(folder, trained_tokens, steps, turns), title=title)
+        print_table(speed_head, _speeds(folder, trained_tokens, steps, turns), title=title)
     finally:
         shutil.rmtree(folder)
 

@@ -10,12 +10,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from range_server import serve
-from torch.utils.data import ConcatDataset, Subset, default_collate
+from torch.utils.data import ConcatDataset, Dataset, Subset, default_collate
 
 from launcher import (
     ImageFolder,
@@ -24,6 +24,7 @@ from launcher import (
     RecipeError,
     RemoteCache,
     SampleError,
+    Source,
     SQLiteRows,
     weighted,
 )
@@ -40,7 +41,7 @@ def write_sqlite(path: Path, *, offset: int = 0) -> Path:
         database.executemany(
             "INSERT INTO samples (rowid, number, raw, text, some) VALUES (?, ?, ?, ?, ?)",
             [
-                (3 * index + 1, index + offset, bytes([index]) * 500, f"é{index}", index / 2)
+                (3 * index + 1, index + offset, bytes([index]) * 9000, f"é{index}", index / 2)
                 for index in range(NUM_SAMPLES)
             ],
         )
@@ -170,10 +171,10 @@ def test_a_store_that_is_written_during_a_run_is_refused(tmp_path: Path) -> None
         values[3]
     images = read_images(write_images(tmp_path / "images"))
     Path(images.file_of(3)).write_bytes(b"\x89PNG broken")
-    with pytest.raises(SampleError, match=r"Image 3, .*ant/18\.png, cannot be read"):
+    with pytest.raises(SampleError, match=r"Image 3, .*ant/11\.png, cannot be read"):
         images[3]
     Path(images.file_of(3)).unlink()
-    with pytest.raises(SampleError, match=r"ant/18\.png, was removed"):
+    with pytest.raises(SampleError, match=r"ant/11\.png, was removed"):
         images[3]
 
 
@@ -188,7 +189,6 @@ def test_a_store_that_is_written_during_a_run_is_refused(tmp_path: Path) -> None
         ("SELECT * FROM samples", None, "needs key="),
         ("SELECT * FROM nowhere", "number", "no such table: nowhere"),
         ("SELECT number / 2 AS half FROM samples", "half", "has the value 0 twice"),
-        ("SELECT number, text AS number FROM samples", "number", "two columns 'number'"),
     ],
 )
 def test_a_source_that_cannot_be_addressed_is_refused(
@@ -204,7 +204,7 @@ def test_rows_of_views_and_statements_have_a_key(tmp_path: Path) -> None:
     path = write_sqlite(tmp_path / "a.db")
     assert len(SQLiteRows(path, "even", key="number")) == 20
     rows = SQLiteRows(path, "select text, -number as n, raw, some from samples;", key="n")
-    assert rows[1] == {"text": "é38", "n": -38, "raw": bytes([38]) * 500, "some": 19.0}
+    assert rows[1] == {"text": "é38", "n": -38, "raw": bytes([38]) * 9000, "some": 19.0}
     assert default_collate(rows.__getitems__([4, 0]))["n"].tolist() == [-35, -39]
     again = pickle.loads(pickle.dumps(SQLiteRows(path, "keyed", key="place")))
     assert again.__getitems__([1, 0]) == [{"name": "a", "place": 5}, {"name": "b", "place": 3}]
@@ -224,7 +224,7 @@ def test_broken_databases_are_refused(tmp_path: Path) -> None:
         with pytest.raises(RecipeError, match=f"{damaged} {message}"):
             read_sqlite(damaged)
     rows = read_sqlite(path)
-    page = content.index(bytes([20]) * 500) // 4096
+    page = content.index(bytes([20]) * 4092) // 4096
     path.write_bytes(content[: page * 4096] + b"\xff" * 4096 + content[(page + 1) * 4096 :])
     os.utime(path, ns=(0, int(rows._files.version(0).tag)))
     with pytest.raises(SampleError, match=r"Row \d+ \(key \d+\) of .*a\.db cannot be read"):
@@ -284,11 +284,12 @@ def test_the_file_of_a_sample_is_found_inside_what_wraps_a_store(tmp_path: Path)
     """Subsets, concatenations, mixtures and weighted data name the file of their store."""
     images = read_images(write_images(tmp_path / "images"))
     rows = read_sqlite(write_sqlite(tmp_path / "a.db"))
-    both = ConcatDataset([rows, Subset(images, [5, 6])])
+    part: Any = Subset(cast("Dataset[Any]", images), [5, 6])
+    both = ConcatDataset([cast("Dataset[Any]", rows), part])
     assert [file_of(both, index) for index in (0, 41)] == [
         str(tmp_path / "a.db"),
         images.file_of(6),
     ]
-    assert Mixture({"one": rows, "two": images}).file_of(41) == images.file_of(1)
+    assert Mixture({"one": Source(rows), "two": Source(images)}).file_of(41) == images.file_of(1)
     assert weighted(images, np.ones(NUM_SAMPLES)).file_of(3) == images.file_of(3)
     assert file_of(range(3), 0) is None

@@ -191,7 +191,12 @@ def test_damaged_folders_are_refused(tmp_path: Path, store: Any, write: Any) -> 
 @pytest.mark.parametrize(
     ("store", "write", "changes", "message"),
     [
-        (MosaicShards, write_mosaic, {"compression": "br"}, "compressed with br"),
+        (
+            MosaicShards,
+            write_mosaic,
+            {"compression": "br", "raw_data": {"basename": "a", "bytes": 1, "hashes": {}}},
+            "compressed with br",
+        ),
         (MosaicShards, write_mosaic, {"format": "json"}, "expected 'mds'"),
         (MosaicShards, write_mosaic, {"column_encodings": ["pkl"]}, "allow_pickle"),
         (MosaicShards, write_mosaic, {"column_encodings": ["new"]}, "'new'"),
@@ -238,7 +243,7 @@ def test_compressed_mosaic_shards_are_read_from_the_cache(tmp_path: Path, algori
         remote = MosaicShards(f"{server.url}/data", cache=cache)
         assert same(remote[24], mosaic_sample(24))
         assert len(list(cache.path.glob("*.data"))) == 5  # as it is stored, and its content
-        assert server.requests[packed.name] == 1
+        assert server.requests[f"data/{packed.name}"] == 1
     packed.write_bytes(content[:20] + bytes(len(content) - 20))
     with pytest.raises(SampleError, match=rf"{packed} cannot be decompressed"):
         MosaicShards(folder, cache=cache)[24]

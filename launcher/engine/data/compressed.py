@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from launcher.engine.data.extras import import_extra
 from launcher.engine.data.remote import RemoteCache, cached_file
-from launcher.engine.data.stores.extras import import_extra
 from launcher.errors import RecipeError, SampleError
 from launcher.printable import error_line, printable_line
 

@@ -118,7 +118,8 @@ def read_range(url: str, start: int, stop: int, cache: RemoteCache = DEFAULT_CAC
     """
 
     def read() -> bytes:
-        content: bytes = _request(url, cache, "cat_file", start, stop)
+        # By name: the second parameter of s3fs is the version.
+        content: bytes = _request(url, cache, "cat_file", start=start, end=stop)
         if len(content) > stop - start:  # a server that ignores ranges sends the whole file
             content = content[start:stop]
         if len(content) != stop - start:
@@ -295,7 +296,7 @@ def _try_lock(path: Path) -> int | None:
     return descriptor
 
 
-def _request(url: str, cache: RemoteCache, method: str, *arguments: Any) -> Any:
+def _request(url: str, cache: RemoteCache, method: str, **arguments: Any) -> Any:
     """Call a method of fsspec's file system for a URL.
 
     fsspec itself returns a new file system in each process, because connections do not survive a
@@ -312,7 +313,7 @@ def _request(url: str, cache: RemoteCache, method: str, *arguments: Any) -> Any:
         ) from None
     except ValueError as error:
         raise RecipeError(f"{_shown(url)} cannot be read: {printable_line(str(error))}.") from None
-    return getattr(system, method)(path, *arguments)
+    return getattr(system, method)(path, **arguments)
 
 
 def _options(url: str, cache: RemoteCache) -> dict[str, Any]:

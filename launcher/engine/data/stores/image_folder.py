@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from launcher.engine.data.data_files import digest_of
-from launcher.engine.data.stores.blocks import spaced
-from launcher.engine.data.stores.extras import import_extra
+from launcher.engine.data.extras import import_extra
+from launcher.engine.data.stores.even_blocks import spaced
 from launcher.errors import RecipeError, SampleError
 from launcher.printable import error_line, printable_line, shortened
 

@@ -74,7 +74,7 @@ def _shard(folder: Path | str, shard: dict[str, Any]) -> Shard:
     Raises:
         RecipeError: It is compressed in an unknown way.
     """
-    raw, packed = shard["raw_data"], shard.get("zip_data")
+    raw = shard["raw_data"]
     name, num_bytes, samples = raw["basename"], int(raw["bytes"]), int(shard["samples"])
     if not shard["compression"]:
         return Shard(name, num_bytes, samples)
@@ -83,7 +83,7 @@ def _shard(folder: Path | str, shard: dict[str, Any]) -> Shard:
         return Shard(name, num_bytes, samples)
     algorithm = str(shard["compression"]).partition(":")[0]  # after the colon is the level
     check_algorithm(algorithm, f"The files of {folder}")
-    compressed = Compressed(algorithm, num_bytes)
+    packed, compressed = shard["zip_data"], Compressed(algorithm, num_bytes)
     return Shard(packed["basename"], int(packed["bytes"]), samples, compressed)
 
 

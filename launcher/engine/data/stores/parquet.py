@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from launcher.engine.data.data_files import DataFiles, digest_of
+from launcher.engine.data.extras import import_extra
 from launcher.engine.data.remote import DEFAULT_CACHE, RemoteCache
 from launcher.engine.data.stores.columns import Getter, getter
-from launcher.engine.data.stores.extras import import_extra
 from launcher.errors import RecipeError, SampleError
 from launcher.printable import error_line, shortened
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from launcher.engine.data.data_files import DataFiles, digest_of
 from launcher.engine.data.remote import DEFAULT_CACHE, RemoteCache
-from launcher.engine.data.stores.blocks import block_sizes, spaced
+from launcher.engine.data.stores.even_blocks import block_sizes, spaced
 from launcher.errors import RecipeError, SampleError
 from launcher.printable import error_line, printable_line, shortened
 
@@ -191,17 +191,18 @@ class SQLiteRows:
         """
         execute, name = self._connection().execute, self._files.name(0)
         if not is_query:
-            found = "SELECT name FROM sqlite_master WHERE type IN ('table', 'view') ORDER BY name"
-            tables = [row[0] for row in execute(found)]
-            if self._source.lower() not in [each.lower() for each in tables]:
-                known = ", ".join(repr(each) for each in tables[:20]) or "no tables"
+            found = "SELECT name, type FROM sqlite_master WHERE type IN ('table', 'view')"
+            kinds = {each.lower(): kind for each, kind in execute(found)}
+            if self._source.lower() not in kinds:
+                known = ", ".join(map(repr, sorted(kinds)[:20])) or "no tables"
                 raise RecipeError(
                     f"{name} has no table {self._source!r}; it has {known}. Name a table, or give "
                     "a SELECT statement with key=."
                 )
         try:
-            # SQLite takes a quoted name that is no column for a text.
-            has_key = key is None or key in self._read_columns(table)
+            # SQLite takes a quoted name that is no column for a text, and gives views a rowid NULL.
+            is_view = not is_query and kinds[self._source.lower()] == "view"
+            has_key = not is_view if key is None else key in self._read_columns(table)
             execute(f"SELECT {column} FROM {table} LIMIT 0")  # noqa: S608
         except sqlite3.OperationalError as error:
             if is_query or "no such column" not in str(error):
@@ -215,20 +216,9 @@ class SQLiteRows:
             )
 
     def _read_columns(self, table: str) -> _Columns:
-        """Return the names of the columns.
-
-        Raises:
-            RecipeError: Two columns have one name.
-        """
+        """Return the names of the columns, which SQLite makes different."""
         cursor = self._connection().execute(f"SELECT * FROM {table} LIMIT 0")  # noqa: S608
-        names = tuple(column[0] for column in cursor.description)
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise RecipeError(
-                f"{self._files.name(0)}: the statement gives two columns {twice!r}. Rename one "
-                "with AS."
-            )
-        return names
+        return tuple(column[0] for column in cursor.description)
 
     def _read_keys(self, table: str, column: str, *, is_rowid: bool) -> range | NDArray[np.int64]:
         """Return the values of the key in order.
