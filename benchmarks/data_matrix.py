@@ -128,7 +128,7 @@ def read_arrow(folder: Path) -> Any:
 
 def write_tokens(folder: Path) -> None:
     """Write blocks of 4 equal tokens."""
-    tokens = np.repeat(np.arange(SAMPLES, dtype="<u2"), 4)
+    tokens = np.repeat(np.arange(1, SAMPLES + 1, dtype="<u2"), 4)
     (folder / "a.bin").write_bytes(np.append(tokens, tokens[-1:]).tobytes())
 
 

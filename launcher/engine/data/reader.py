@@ -366,7 +366,13 @@ class Reader(Dataset[MicroBatch | LauncherError]):
                 )
             if self._batched[request.split]:
                 try:
-                    samples = _call(name, request, dataset.__getitems__, request.indices)
+                    samples = _call(
+                        name,
+                        request,
+                        dataset.__getitems__,
+                        request.indices,
+                        details=functools.partial(_shown_files, dataset, request.indices),
+                    )
                 except SampleError:
                     if not self._skips:
                         raise
@@ -393,7 +399,7 @@ class Reader(Dataset[MicroBatch | LauncherError]):
                         dataset.__getitem__,
                         index,
                         indices=[index],
-                        details=functools.partial(_shown_file, dataset, index),
+                        details=functools.partial(_shown_files, dataset, [index]),
                     )
                 except SampleError as error:
                     if not self._skips:
@@ -451,10 +457,12 @@ class Reader(Dataset[MicroBatch | LauncherError]):
         )
 
 
-def _shown_file(dataset: Any, index: int) -> str:
-    """Return the file of a sample for a message; empty if it is not known."""
-    found = file_of(dataset, index)
-    return "" if found is None else f" (in {printable_line(shortened(found, 500))})"
+def _shown_files(dataset: Any, indices: list[int]) -> str:
+    """Return the files of samples for a message; empty if they are not known."""
+    names = dict.fromkeys(file_of(dataset, index) for index in indices[:64])
+    known = [printable_line(shortened(name, 300)) for name in names if name is not None]
+    more = ", ..." if len(known) > 3 else ""
+    return f" (in {', '.join(known[:3])}{more})" if known else ""
 
 
 def _length(dataset: Any) -> int:

@@ -99,9 +99,9 @@ class IndexedShards:
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """Return several samples."""
-        numbers = np.asarray(indices, np.int64)
-        if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(self):
+        if len(indices) and not 0 <= min(indices) <= max(indices) < len(self):
             raise IndexError(f"samples {list(indices)} of {len(self)}")
+        numbers = np.asarray(indices, np.int64)
         files = self._ends.searchsorted(numbers, side="right")
         places = numbers - (self._ends - self._sizes)[files]
         return list(map(self._sample, files.tolist(), places.tolist()))

@@ -59,7 +59,8 @@ class LMDBSamples:
             folder = Path(path)
             path = folder / "data.mdb" if folder.is_dir() else folder
         self._files = DataFiles([path], cache, noun="LMDB environment")
-        self._decode = decode
+        self._decode, self._path = decode, os.fspath(self._files.locations[0])
+        self._place: tuple[int, int] | None = None
         self._keys, self._ends, self._transaction = self._read_keys()
 
     def __len__(self) -> int:
@@ -74,9 +75,9 @@ class LMDBSamples:
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """Return several samples, read in one transaction."""
-        numbers = np.asarray(indices, np.int64)
-        if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(self):
+        if len(indices) and not 0 <= min(indices) <= max(indices) < len(self):
             raise IndexError(f"samples {list(indices)} of {len(self)}")
+        numbers = np.asarray(indices, np.int64)
         stops = self._ends[numbers + 1].tolist()
         spans = zip(self._ends[numbers].tolist(), stops, strict=True)
         keys = [self._keys[start:stop] for start, stop in spans]
@@ -157,7 +158,7 @@ class LMDBSamples:
         if isinstance(location, Path):
             # A file that became shorter must not be read: its memory map would end the process.
             try:
-                is_same = location.stat().st_size == version.size
+                is_same = os.stat(self._path).st_size == version.size  # noqa: PTH116  # faster
             except OSError as error:
                 raise RecipeError(
                     f"Cannot read the LMDB environment {self._files.name(0)}: {error.strerror}."
@@ -175,8 +176,10 @@ class LMDBSamples:
 
     def _environment(self) -> Any:
         """Return the environment, as this process has opened it."""
-        status = os.fstat(self._files.descriptor(0))  # that of the file that was found at the start
-        process, place = os.getpid(), (status.st_dev, status.st_ino)
+        if self._place is None:
+            status = os.fstat(self._files.descriptor(0))  # of the file that was found at the start
+            self._place = status.st_dev, status.st_ino
+        process, place = os.getpid(), self._place
         owner, environment = _environments.get(place, (None, None))
         if owner != process:
             if environment is not None:
@@ -207,6 +210,9 @@ class LMDBSamples:
             f"{shortened(printable_line(error_line(error)), 300)}. Give the folder or the file of "
             "an environment, and copy it again if it is damaged."
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_place": None}
 
     def __iter__(self) -> Iterator[Any]:
         return (self[index] for index in range(len(self)))
