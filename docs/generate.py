@@ -71,7 +71,10 @@ NAMES = {
         "torch_schedule plateau schedule Schedule ScheduleValue"
     ),
     "Optimizers": "sgd adamw muon schedule_free OptimizerSpec",
-    "Stored data": "ParquetRows TokenFiles Shards MosaicShards LitShards RemoteCache Stream",
+    "Stored data": (
+        "ParquetRows TokenFiles Shards MosaicShards LitShards ImageFolder LMDBSamples SQLiteRows "
+        "RemoteCache Stream"
+    ),
     "Orders of data": "Mixture Source weighted Packed attention_mask cumulative_lengths",
     "Averaged weights": "ema tail Averaging",
     "Parts to use elsewhere": "make_plan read_machine Machine loader_policy LoaderPolicy",

@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from launcher.engine.data.packed import Packed, attention_mask, cumulative_lengths
     from launcher.engine.data.remote import RemoteCache
     from launcher.engine.data.shards import Shards
+    from launcher.engine.data.stores.image_folder import ImageFolder
     from launcher.engine.data.stores.lit import LitShards
+    from launcher.engine.data.stores.lmdb import LMDBSamples
     from launcher.engine.data.stores.mosaic import MosaicShards
     from launcher.engine.data.stores.parquet import ParquetRows
+    from launcher.engine.data.stores.sqlite import SQLiteRows
     from launcher.engine.data.stores.tokens import TokenFiles
     from launcher.engine.data.streams import Stream
     from launcher.engine.data.weighted import weighted
@@ -81,6 +84,8 @@ __all__ = [
     "EvaluationResult",
     "Failure",
     "History",
+    "ImageFolder",
+    "LMDBSamples",
     "LauncherError",
     "LitShards",
     "LoaderPolicy",
@@ -102,6 +107,7 @@ __all__ = [
     "RunDirError",
     "RunFailedError",
     "RunResult",
+    "SQLiteRows",
     "SampleError",
     "Schedule",
     "ScheduleValue",
@@ -160,6 +166,8 @@ _MODULES = {
     "EvaluationResult": "launcher.runs.evaluation_result",
     "Failure": "launcher.runs.failure_record",
     "History": "launcher.runs.history",
+    "ImageFolder": "launcher.engine.data.stores.image_folder",
+    "LMDBSamples": "launcher.engine.data.stores.lmdb",
     "LauncherError": "launcher.errors",
     "LitShards": "launcher.engine.data.stores.lit",
     "LoaderPolicy": "launcher.planning.loading",
@@ -181,6 +189,7 @@ _MODULES = {
     "RunDirError": "launcher.errors",
     "RunFailedError": "launcher.runs.failure_record",
     "RunResult": "launcher.runs.run_result",
+    "SQLiteRows": "launcher.engine.data.stores.sqlite",
     "SampleError": "launcher.errors",
     "Schedule": "launcher.recipe.schedules",
     "ScheduleValue": "launcher.recipe.schedules",

@@ -57,6 +57,20 @@ def test_loop_overhead(run: Commands) -> None:
         assert "pytorch-ignite" in done.stdout
 
 
+def test_data(run: Commands) -> None:
+    """Each installed format is read by launcher and by its own loader."""
+    measured = {cells[0]: cells[2:] for cells in rows(short(run, "data").stdout)}
+    assert {"tokens", "sqlite", "images"} <= set(measured)
+    assert all(float(cell.replace(",", "")) > 0 for cells in measured.values() for cell in cells)
+
+
+def test_data_matrix(run: Commands) -> None:
+    """Orders, mixtures, packing and streams have the same samples on 1 and 3 ranks, and resumed."""
+    for _, _, number, samples, resumed, difference in rows(short(run, "data_matrix").stdout):
+        assert (number, samples, resumed) == ("8", "=", "=")
+        assert float(difference) < 1e-5
+
+
 def test_noise_cost(run: Commands) -> None:
     """The table compares steps without and with the noise scale."""
     done = short(run, "noise_cost")

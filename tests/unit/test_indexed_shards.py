@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
 import struct
 from pathlib import Path
@@ -189,7 +191,12 @@ def test_damaged_folders_are_refused(tmp_path: Path, store: Any, write: Any) -> 
 @pytest.mark.parametrize(
     ("store", "write", "changes", "message"),
     [
-        (MosaicShards, write_mosaic, {"compression": "zstd"}, "compressed with zstd"),
+        (
+            MosaicShards,
+            write_mosaic,
+            {"compression": "br", "raw_data": {"basename": "a", "bytes": 1, "hashes": {}}},
+            "compressed with br",
+        ),
         (MosaicShards, write_mosaic, {"format": "json"}, "expected 'mds'"),
         (MosaicShards, write_mosaic, {"column_encodings": ["pkl"]}, "allow_pickle"),
         (MosaicShards, write_mosaic, {"column_encodings": ["new"]}, "'new'"),
@@ -211,6 +218,43 @@ def test_what_cannot_be_read_is_refused(
     """Compressed files, pickles that were not allowed, and unknown formats are refused."""
     with pytest.raises(RecipeError, match=message):
         store(write(tmp_path / "data", **changes))
+
+
+@pytest.mark.parametrize("algorithm", ["zstd", "gz", "bz2"])
+def test_compressed_mosaic_shards_are_read_from_the_cache(tmp_path: Path, algorithm: str) -> None:
+    """Compressed files, local or remote, are decompressed once, and damaged ones are named."""
+    folder = write_mosaic(tmp_path / "data")
+    index = json.loads((folder / "index.json").read_text())
+    for shard in index["shards"]:
+        path = folder / shard["raw_data"]["basename"]
+        content = compress(algorithm, path.read_bytes())
+        packed = path.with_name(f"{path.name}.{algorithm}")
+        packed.write_bytes(content)
+        path.unlink()
+        shard["compression"] = f"{algorithm}:3"
+        shard["zip_data"] = {"basename": packed.name, "bytes": len(content), "hashes": {}}
+    (folder / "index.json").write_text(json.dumps(index))
+    cache = RemoteCache(folder=tmp_path / "cache")
+    for _ in range(2):
+        shards = MosaicShards(folder, cache=cache)
+        assert all(same(shards[number], mosaic_sample(number)) for number in (0, 24, 11, 9))
+        assert len(list(cache.path.glob("*.data"))) == 3
+    with serve(tmp_path) as server:
+        remote = MosaicShards(f"{server.url}/data", cache=cache)
+        assert same(remote[24], mosaic_sample(24))
+        assert len(list(cache.path.glob("*.data"))) == 5  # as it is stored, and its content
+        assert server.requests[f"data/{packed.name}"] == 1
+    packed.write_bytes(content[:20] + bytes(len(content) - 20))
+    with pytest.raises(SampleError, match=rf"{packed} cannot be decompressed"):
+        MosaicShards(folder, cache=cache)[24]
+
+
+def compress(algorithm: str, content: bytes) -> bytes:
+    """Return content as MDSWriter compresses it."""
+    if algorithm == "zstd":
+        compressed: bytes = pytest.importorskip("zstandard").compress(content)
+        return compressed
+    return gzip.compress(content) if algorithm == "gz" else bz2.compress(content)
 
 
 def test_lit_shards_are_those_of_the_library(tmp_path: Path) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from launcher.engine.data.sample_files import file_of
 from launcher.engine.data.sampler import MicroBatchRequest
 from launcher.errors import SampleError
 from launcher.printable import error_line, printable_line, shortened, text_of
@@ -61,18 +61,7 @@ def may_be_skipped(error: SampleError) -> bool:
 
 
 def _file_of(dataset: Any, index: int, cause: BaseException) -> str | None:
-    """Return the file of a sample: by the error, by `file_of(index)`, or as in an ImageFolder."""
+    """Return the file of a sample, by the error or by the data set, for a record."""
     found = getattr(cause, "filename", None)
-    if not isinstance(found, str):
-        found = _quietly(lambda: dataset.file_of(index)) or _quietly(
-            lambda: dataset.samples[index][0]
-        )
-    is_name = isinstance(found, str) or hasattr(found, "__fspath__")
-    return printable_line(shortened(str(found), _MAX_TEXT)) if is_name else None
-
-
-def _quietly(function: Callable[[], Any]) -> Any:
-    try:
-        return function()
-    except Exception:  # noqa: BLE001  # the attributes of a recipe's data set may raise anything
-        return None
+    found = found if isinstance(found, str) else file_of(dataset, index)
+    return None if found is None else printable_line(shortened(found, _MAX_TEXT))

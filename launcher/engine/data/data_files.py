@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import time
@@ -12,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+from launcher.engine.data.compressed import Compressed, decompress
 from launcher.engine.data.remote import (
     DEFAULT_CACHE,
     RemoteCache,
@@ -47,6 +49,8 @@ class DataFiles:
         locations: The paths and URLs, in order.
         cache: The cache of remote files.
         noun: What a file is, for messages.
+        compressed: How each file is compressed; None reads files as they are stored. The content of
+            a compressed file is kept in the cache.
 
     Raises:
         RecipeError: There are no files, or one is missing or cannot be read.
@@ -59,6 +63,7 @@ class DataFiles:
         cache: RemoteCache = DEFAULT_CACHE,
         *,
         noun: str = "data file",
+        compressed: Sequence[Compressed | None] | None = None,
     ) -> None:
         if isinstance(locations, (str, Path)):
             locations = [locations]
@@ -71,6 +76,7 @@ class DataFiles:
             location if is_remote(location) else _local(location) for location in locations
         ]
         """The paths and URLs."""
+        self._compressed = compressed or [None] * len(self.locations)
         self._versions = self.for_each(self._read_version)
         self._open: OrderedDict[int, tuple[int, float]] = OrderedDict()
 
@@ -82,7 +88,12 @@ class DataFiles:
         return printable_line(str(self.locations[number]).partition("?")[0])
 
     def size(self, number: int) -> int:
-        """Return the size of a file in bytes."""
+        """Return the size of a file's content in bytes."""
+        how = self._compressed[number]
+        return self._versions[number].size if how is None else how.num_bytes
+
+    def stored_size(self, number: int) -> int:
+        """Return the size of a file as it is stored, in bytes."""
         return self._versions[number].size
 
     def is_remote(self, number: int) -> bool:
@@ -140,8 +151,9 @@ class DataFiles:
         opened = self._open.get(number)
         if opened is not None:
             descriptor, checked = opened
-            if not self.is_remote(number):
-                self._open.move_to_end(number)
+            if not self._is_cached(number):
+                if len(self._open) == _MAX_OPEN:
+                    self._open.move_to_end(number)
                 return descriptor
             now = time.monotonic()
             if now - checked < _RECHECK_SECONDS:
@@ -161,22 +173,44 @@ class DataFiles:
 
     def local_path(self, number: int) -> Path:
         """Return a path under which this process can open a file now."""
-        location = self.locations[number]
-        return location if isinstance(location, Path) else self._download(location, number)
+        location, how = self.locations[number], self._compressed[number]
+        if how is None:
+            return location if isinstance(location, Path) else self._download(location, number)
+        return decompress(
+            functools.partial(self._open_stored, number),
+            location,
+            self.version(number).tag,
+            how,
+            self.cache,
+        )
+
+    def _is_cached(self, number: int) -> bool:
+        """Return whether a file is read from the cache."""
+        return self.is_remote(number) or self._compressed[number] is not None
 
     def _open_file(self, number: int) -> int:
+        if self._compressed[number] is None:
+            return self._open_stored(number)
+        while True:
+            try:
+                return open_descriptor(self.local_path(number), os.O_RDONLY)
+            except FileNotFoundError:  # another process made room for its own files
+                continue
+
+    def _open_stored(self, number: int) -> int:
+        """Return a descriptor of a file as it is stored."""
         location = self.locations[number]
         if isinstance(location, Path):
             try:
                 descriptor = open_descriptor(location, os.O_RDONLY)
             except OSError as error:
                 raise self._open_error(location, error) from None
-            found = os.fstat(descriptor).st_size
-            if found != self.size(number):
+            found, expected = os.fstat(descriptor).st_size, self.stored_size(number)
+            if found != expected:
                 os.close(descriptor)
                 raise RecipeError(
-                    f"{self.name(number)} has {found:,} bytes, and had {self.size(number):,} when "
-                    "the run started. Do not change files during a run, and start it again."
+                    f"{self.name(number)} has {found:,} bytes, and had {expected:,} when the run "
+                    "started. Do not change files during a run, and start it again."
                 )
             return descriptor
         while True:

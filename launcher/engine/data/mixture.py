@@ -27,6 +27,7 @@ from launcher.engine.data.order import (
     chunks_of,
     order_of,
 )
+from launcher.engine.data.sample_files import file_of
 from launcher.engine.data.seeds import derive, mixed
 from launcher.errors import RecipeError
 from launcher.printable import kind_of, printable_line
@@ -149,6 +150,11 @@ class Mixture:
         ]
         digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
         return f"mixture of {', '.join(self._names)}, {self._samples:,} samples an epoch, {digest}"
+
+    def file_of(self, index: int) -> str | None:
+        """Return the file that holds a sample, if its source tells it."""
+        source, place = self._locate(index)
+        return file_of(self._sources[source].data, place)
 
     def make_order(self, request: OrderRequest) -> Order:
         """Return the order of the mixture in a run.

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from launcher.engine.data.order import whole_numbers
 from launcher.engine.data.permutation import Permutation
+from launcher.engine.data.sample_files import file_of
 from launcher.errors import RecipeError, SampleError
 from launcher.printable import kind_of
 
@@ -135,6 +136,12 @@ class Packed:
             place = stop
         sample["position_ids"][place:] = np.arange(self.tokens - place)
         return sample
+
+    def file_of(self, index: int) -> str | None:
+        """Return the files that hold the documents of a sample, if the data set tells them."""
+        members = range(int(self._ends[index - 1]) if index else 0, int(self._ends[index]))
+        files = (file_of(self._documents, int(self._owners[member])) for member in members)
+        return ", ".join(dict.fromkeys(name for name in files if name is not None)) or None
 
     def fingerprint(self) -> str:
         """Return a text that changes with the packing and the index of the documents."""

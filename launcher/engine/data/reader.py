@@ -19,6 +19,7 @@ from launcher.engine.data.loader_workers import (
 )
 from launcher.engine.data.open_files import OpenFile, moved_files, open_files
 from launcher.engine.data.randomness import Generators, seed_all
+from launcher.engine.data.sample_files import file_of
 from launcher.engine.data.sampler import MicroBatchRequest
 from launcher.engine.data.seeds import derive
 from launcher.engine.data.streams import (
@@ -36,6 +37,7 @@ from launcher.printable import (
     error_line,
     kind_of,
     printable_line,
+    shortened,
     text_of,
     traceback_of,
 )
@@ -364,7 +366,13 @@ class Reader(Dataset[MicroBatch | LauncherError]):
                 )
             if self._batched[request.split]:
                 try:
-                    samples = _call(name, request, dataset.__getitems__, request.indices)
+                    samples = _call(
+                        name,
+                        request,
+                        dataset.__getitems__,
+                        request.indices,
+                        details=functools.partial(_shown_files, dataset, request.indices),
+                    )
                 except SampleError:
                     if not self._skips:
                         raise
@@ -385,7 +393,14 @@ class Reader(Dataset[MicroBatch | LauncherError]):
             for attempt in range(2):
                 seed_all(derive(self._seed, request.epoch, index))
                 try:
-                    sample = _call(name, request, dataset.__getitem__, index, indices=[index])
+                    sample = _call(
+                        name,
+                        request,
+                        dataset.__getitem__,
+                        index,
+                        indices=[index],
+                        details=functools.partial(_shown_files, dataset, [index]),
+                    )
                 except SampleError as error:
                     if not self._skips:
                         raise
@@ -440,6 +455,14 @@ class Reader(Dataset[MicroBatch | LauncherError]):
             f"No sample of the {title_of(request.split)} data could be read from sample {tried:,} "
             f"on, in {_MAX_SUBSTITUTES} attempts. The last reason: {bad[-1].reason}."
         )
+
+
+def _shown_files(dataset: Any, indices: list[int]) -> str:
+    """Return the files of samples for a message; empty if they are not known."""
+    names = dict.fromkeys(file_of(dataset, index) for index in indices[:64])
+    known = [printable_line(shortened(name, 300)) for name in names if name is not None]
+    more = ", ..." if len(known) > 3 else ""
+    return f" (in {', '.join(known[:3])}{more})" if known else ""
 
 
 def _length(dataset: Any) -> int:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from launcher.errors import RecipeError, SampleError
 from launcher.printable import error_line, printable_line, shortened
@@ -50,7 +50,7 @@ class RemoteCache:
     """Number of attempts for each request that fails for a passing reason."""
 
     timeout_seconds: float = 60.0
-    """Time without any data after which an attempt over HTTP fails."""
+    """Time without any data after which an attempt fails, over HTTP and with S3."""
 
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of fsspec's file system, such as `{"anon": True}` for public buckets on S3."""
@@ -118,7 +118,8 @@ def read_range(url: str, start: int, stop: int, cache: RemoteCache = DEFAULT_CAC
     """
 
     def read() -> bytes:
-        content: bytes = _request(url, cache, "cat_file", start, stop)
+        # By name: the second parameter of s3fs is the version.
+        content: bytes = _request(url, cache, "cat_file", start=start, end=stop)
         if len(content) > stop - start:  # a server that ignores ranges sends the whole file
             content = content[start:stop]
         if len(content) != stop - start:
@@ -143,32 +144,64 @@ def download(url: str, version: Version, cache: RemoteCache = DEFAULT_CACHE) -> 
         RecipeError: The file changed, is larger than the cache, or the cache cannot be written.
         SampleError: The store did not send the file in several attempts.
     """
-    identity = f"{url}\n{version.size}\n{version.tag}"
+    return cached_file(
+        url,
+        f"{version.size}\n{version.tag}",
+        version.size,
+        cache,
+        lambda file: _download(url, version, cache, file),
+    )
+
+
+def cached_file(
+    location: Path | str,
+    version: str,
+    num_bytes: int,
+    cache: RemoteCache,
+    write: Callable[[BinaryIO], None],
+) -> Path:
+    """Return the path of a file in the cache, which is written if it is not there.
+
+    Only complete files are in the cache, and only one process at a time writes a file. Another
+    process may remove it at any time to make room.
+
+    Args:
+        location: The path or URL of what it is made from.
+        version: A text that tells its content apart from other versions.
+        num_bytes: Its size.
+        cache: The cache.
+        write: Writes the content.
+
+    Raises:
+        RecipeError: The file is larger than the cache, or the cache cannot be written.
+    """
+    identity = f"{location}\n{version}"
     digest = hashlib.sha256(identity.encode(errors="surrogateescape")).hexdigest()[:32]
-    name = re.sub(r"[^A-Za-z0-9._-]", "_", url.partition("?")[0].rpartition("/")[2])[-80:]
+    last = str(location).partition("?")[0].rpartition("/")[2]
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", last)[-80:]
     path = cache.path / f"{digest}-{name}.data"
-    if _is_cached(path, version):
+    if _is_cached(path, num_bytes):
         return path
-    if version.size > cache.max_bytes:
+    if num_bytes > cache.max_bytes:
         raise RecipeError(
-            f"{_shown(url)} has {size(version.size)}, and the cache in {cache.path} holds at most "
-            f"{size(cache.max_bytes)}. Set RemoteCache(max_bytes=...) to several times the size "
-            "of a file."
+            f"{_shown(str(location))} has {size(num_bytes)}, and the cache in {cache.path} holds "
+            f"at most {size(cache.max_bytes)}. Set RemoteCache(max_bytes=...) to several times the "
+            "size of a file."
         )
     try:
         cache.path.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_suffix(".lock")):
-            if not _is_cached(path, version):  # another process has downloaded it meanwhile
-                _download(url, version, cache, path)
+            if not _is_cached(path, num_bytes):  # another process has written it meanwhile
+                _fill(path, num_bytes, cache, write)
     except OSError as error:
-        raise _cache_error(url, cache, error) from None
+        raise _cache_error(str(location), cache, error) from None
     return path
 
 
-def _is_cached(path: Path, version: Version) -> bool:
+def _is_cached(path: Path, num_bytes: int) -> bool:
     """Return whether a file is in the cache, and note that it is used."""
     try:
-        if path.stat().st_size != version.size:
+        if path.stat().st_size != num_bytes:
             return False
         os.utime(path)
     except OSError as error:
@@ -177,33 +210,46 @@ def _is_cached(path: Path, version: Version) -> bool:
     return True
 
 
-def _download(url: str, version: Version, cache: RemoteCache, path: Path) -> None:
+def _fill(
+    path: Path, num_bytes: int, cache: RemoteCache, write: Callable[[BinaryIO], None]
+) -> None:
+    """Write a file of the cache under another name, and rename it when it is complete."""
     part = path.with_suffix(".part")
     with _locked(cache.path / "room.lock"):
-        _make_room(cache, version.size, keep=part)
+        _make_room(cache, num_bytes, keep=part)
         with part.open("wb") as file:
-            file.truncate(version.size)  # so that others count it while they make room
+            file.truncate(num_bytes)  # so that others count it while they make room
     try:
-        md5 = hashlib.md5(usedforsecurity=False)
         with part.open("r+b") as file:
-            for start in range(0, version.size, _BLOCK_BYTES):
-                stop = min(start + _BLOCK_BYTES, version.size)
-                content = read_range(url, start, stop, cache)
-                md5.update(content)
-                file.write(content)
-        if read_version(url, cache) != version:
-            raise RecipeError(
-                f"{_shown(url)} is not the file that was found when the run started: its size or "
-                "version has changed. Do not replace files during a run, and start it again."
-            )
-        if version.md5 and md5.hexdigest() != version.md5:
-            raise SampleError(
-                f"{_shown(url)} arrived with the MD5 {md5.hexdigest()}, and its store says "
-                f"{version.md5}. Start the run again; if it fails again, upload the file again."
-            )
+            write(file)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _download(url: str, version: Version, cache: RemoteCache, file: BinaryIO) -> None:
+    """Write the content of a URL to a file.
+
+    Raises:
+        RecipeError: The file at the URL has changed.
+        SampleError: The store did not send it in several attempts, or sent something else.
+    """
+    md5 = hashlib.md5(usedforsecurity=False)
+    for start in range(0, version.size, _BLOCK_BYTES):
+        stop = min(start + _BLOCK_BYTES, version.size)
+        content = read_range(url, start, stop, cache)
+        md5.update(content)
+        file.write(content)
+    if read_version(url, cache) != version:
+        raise RecipeError(
+            f"{_shown(url)} is not the file that was found when the run started: its size or "
+            "version has changed. Do not replace files during a run, and start it again."
+        )
+    if version.md5 and md5.hexdigest() != version.md5:
+        raise SampleError(
+            f"{_shown(url)} arrived with the MD5 {md5.hexdigest()}, and its store says "
+            f"{version.md5}. Start the run again; if it fails again, upload the file again."
+        )
 
 
 def _make_room(cache: RemoteCache, needed: int, keep: Path) -> None:
@@ -250,7 +296,7 @@ def _try_lock(path: Path) -> int | None:
     return descriptor
 
 
-def _request(url: str, cache: RemoteCache, method: str, *arguments: Any) -> Any:
+def _request(url: str, cache: RemoteCache, method: str, **arguments: Any) -> Any:
     """Call a method of fsspec's file system for a URL.
 
     fsspec itself returns a new file system in each process, because connections do not survive a
@@ -259,14 +305,7 @@ def _request(url: str, cache: RemoteCache, method: str, *arguments: Any) -> Any:
     try:
         import fsspec
 
-        options = dict(cache.options)
-        if url.startswith(("http://", "https://")) and "client_kwargs" not in options:
-            from aiohttp import ClientTimeout
-
-            seconds = cache.timeout_seconds
-            timeout = ClientTimeout(total=None, sock_connect=seconds, sock_read=seconds)
-            options["client_kwargs"] = {"timeout": timeout}
-        system, path = fsspec.core.url_to_fs(url, **options)
+        system, path = fsspec.core.url_to_fs(url, **_options(url, cache))
     except ImportError as error:
         raise RecipeError(
             f"Reading {_shown(url)} needs a package that is not installed: "
@@ -274,7 +313,27 @@ def _request(url: str, cache: RemoteCache, method: str, *arguments: Any) -> Any:
         ) from None
     except ValueError as error:
         raise RecipeError(f"{_shown(url)} cannot be read: {printable_line(str(error))}.") from None
-    return getattr(system, method)(path, *arguments)
+    return getattr(system, method)(path, **arguments)
+
+
+def _options(url: str, cache: RemoteCache) -> dict[str, Any]:
+    """Return the options of a URL's file system, with the time after which an attempt fails.
+
+    Raises:
+        ImportError: aiohttp is not installed.
+    """
+    options, seconds = dict(cache.options), cache.timeout_seconds
+    if url.startswith(("http://", "https://")) and "client_kwargs" not in options:
+        from aiohttp import ClientTimeout
+
+        timeout = ClientTimeout(total=None, sock_connect=seconds, sock_read=seconds)
+        options["client_kwargs"] = {"timeout": timeout}
+    if url.startswith(("s3://", "s3a://")):
+        # One attempt of botocore: s3fs repeats it, and `_attempt` repeats that.
+        limits = {"connect_timeout": seconds, "read_timeout": seconds}
+        config = limits | {"retries": {"max_attempts": 0}}
+        options["config_kwargs"] = config | options.get("config_kwargs", {})
+    return options
 
 
 def _attempt(url: str, cache: RemoteCache, request: Callable[[], _T]) -> _T:

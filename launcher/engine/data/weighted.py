@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from launcher.engine.data.order import Order, OrderRequest, Positions
 from launcher.engine.data.permutation import Permutation
+from launcher.engine.data.sample_files import file_of
 from launcher.engine.data.seeds import derive
 from launcher.errors import RecipeError
 from launcher.printable import kind_of
@@ -60,6 +61,10 @@ class Weighted:
         groups = b"" if self._groups is None else repr(self._groups.tolist()).encode()
         digest = hashlib.sha256(self._weights.tobytes() + groups + str(index).encode())
         return f"weighted, {self._samples:,} samples an epoch, {digest.hexdigest()[:16]}"
+
+    def file_of(self, index: int) -> str | None:
+        """Return the file that holds a sample, if the data set tells it."""
+        return file_of(self._data, index % self._size)
 
     def make_order(self, request: OrderRequest) -> Order:
         """Return the order in which a run draws the samples.

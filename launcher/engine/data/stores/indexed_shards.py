@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Sequence
-from itertools import accumulate
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from launcher.engine.data.compressed import Compressed
 from launcher.engine.data.data_files import DataFiles, digest_of
 from launcher.engine.data.remote import RemoteCache, is_remote, read_range, read_version
 from launcher.errors import LauncherError, RecipeError, SampleError
@@ -22,6 +23,9 @@ from launcher.printable import error_line, printable_line, shortened
 
 Decode = Callable[[bytes], Any]
 """Decodes the bytes of one value, or of one sample."""
+
+_MAX_TABLE_BYTES = 64 << 20
+"""Largest size of all tables of offsets that a process keeps."""
 
 
 class Shard(NamedTuple):
@@ -31,10 +35,13 @@ class Shard(NamedTuple):
     """The name of the file in the folder."""
 
     num_bytes: int
-    """The size of the file, or the smallest size that it may have."""
+    """The size of the file as it is stored, or the smallest size that it may have."""
 
     num_samples: int
     """The number of samples in it."""
+
+    compressed: Compressed | None = None
+    """How it is compressed."""
 
 
 class IndexedShards:
@@ -63,27 +70,56 @@ class IndexedShards:
     ) -> None:
         if not shards:
             raise RecipeError(f"The index of {_shown(folder)} names no files. Write it again.")
-        self._files = DataFiles([_join(folder, shard.name) for shard in shards], cache)
+        self._files = DataFiles(
+            [_join(folder, shard.name) for shard in shards],
+            cache,
+            compressed=[shard.compressed for shard in shards],
+        )
         self._decoders, self._decode, self._digest = decoders, decode, digest_of(index)
         for file, shard in enumerate(shards):
-            if self._files.size(file) < shard.num_bytes:
+            if (found := self._files.stored_size(file)) < shard.num_bytes:
                 raise RecipeError(
-                    f"{self._files.name(file)} has {self._files.size(file):,} bytes, and the index "
-                    f"says {shard.num_bytes:,}. Copy the folder again."
+                    f"{self._files.name(file)} has {found:,} bytes, and the index says "
+                    f"{shard.num_bytes:,}. Copy the folder again."
                 )
         self.chunks: list[int] = [shard.num_samples for shard in shards]
         """The number of samples in each file, in order."""
-        self._ends = np.array(list(accumulate(self.chunks)), np.int64)
+        self._sizes = np.array(self.chunks, np.int64)
+        self._ends = np.cumsum(self._sizes)
+        # The tables of larger sets are read entry by entry.
+        num_bytes = 4 * (len(self) + len(shards))
+        self._keeps_tables = num_bytes <= _MAX_TABLE_BYTES and sys.byteorder == "little"
+        self._tables: dict[int, memoryview[int]] = {}
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> Any:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        file = int(self._ends.searchsorted(index, side="right"))
-        place = int(index - self._ends[file] + self.chunks[file])
-        start, stop = struct.unpack("<II", self._files.read(file, 8, 4 + 4 * place))
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        """Return several samples."""
+        if len(indices) and not 0 <= min(indices) <= max(indices) < len(self):
+            raise IndexError(f"samples {list(indices)} of {len(self)}")
+        numbers = np.asarray(indices, np.int64)
+        files = self._ends.searchsorted(numbers, side="right")
+        places = numbers - (self._ends - self._sizes)[files]
+        return list(map(self._sample, files.tolist(), places.tolist()))
+
+    def _sample(self, file: int, place: int) -> Any:
+        """Return a sample by its file, and its place in it.
+
+        Raises:
+            SampleError: The file is damaged.
+        """
+        table = self._tables.get(file)
+        if table is None and self._keeps_tables:
+            content = self._files.read(file, 4 * (self.chunks[file] + 1), 4)
+            table = self._tables[file] = memoryview(content).cast("I")
+        if table is None:
+            start, stop = struct.unpack("<II", self._files.read(file, 8, 4 + 4 * place))
+        else:
+            start, stop = table[place], table[place + 1]
         if not 4 <= start <= stop <= self._files.size(file):
             raise SampleError(
                 f"Sample {place} of {self._files.name(file)} is said to be at bytes {start:,} to "
@@ -101,9 +137,16 @@ class IndexedShards:
             ) from None
         return sample if self._decode is None else self._decode(sample)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_tables": {}}
+
     def fingerprint(self) -> str:
         """Return a digest of the index, which holds the sizes of all files."""
         return self._digest
+
+    def file_of(self, index: int) -> str:
+        """Return the path or URL of the file that has a sample."""
+        return self._files.name(int(self._ends.searchsorted(index, side="right")))
 
 
 def read_index(folder: Path | str, cache: RemoteCache) -> tuple[bytes, dict[str, Any]]:
@@ -140,22 +183,31 @@ def unreadable(folder: Path | str, error: Exception) -> RecipeError:
     )
 
 
-def split_values(content: bytes, sizes: Sequence[int | None]) -> list[bytes]:
-    """Return the values of a sample, whose unknown sizes stand in front of all values.
+def splitter(sizes: Sequence[int | None]) -> Callable[[bytes], list[bytes]]:
+    """Return a function that divides a sample into its values.
 
-    Raises:
-        ValueError: The sizes do not fit the content.
+    It raises a ValueError if the sizes do not fit the content.
+
+    Args:
+        sizes: The size of each value. Those that are None stand in front of all values.
     """
-    num_unknown = sum(size is None for size in sizes)
-    unknown = iter(struct.unpack_from(f"<{num_unknown}I", content))
-    position, values = 4 * num_unknown, []
-    for size in sizes:
-        length = next(unknown) if size is None else size
-        values.append(content[position : position + length])
-        position += length
-    if position != len(content):
-        raise ValueError(f"its values have {position:,} bytes, and it has {len(content):,}")
-    return values
+    head = struct.Struct(f"<{sum(size is None for size in sizes)}I")
+    is_plain = all(size is None for size in sizes)
+
+    def split(content: bytes) -> list[bytes]:
+        given: Iterable[int] = head.unpack_from(content)
+        if not is_plain:
+            unknown = iter(given)
+            given = [next(unknown) if size is None else size for size in sizes]
+        position, values = head.size, []
+        for length in given:
+            start, position = position, position + length
+            values.append(content[start:position])
+        if position != len(content):
+            raise ValueError(f"its values have {position:,} bytes, and it has {len(content):,}")
+        return values
+
+    return split
 
 
 def _join(folder: Path | str, name: str) -> Path | str:

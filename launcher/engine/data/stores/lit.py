@@ -12,7 +12,7 @@ from launcher.engine.data.stores.indexed_shards import (
     IndexedShards,
     Shard,
     read_index,
-    split_values,
+    splitter,
     unreadable,
 )
 from launcher.engine.data.stores.value_formats import lit_decoder
@@ -79,13 +79,12 @@ def _decoder(formats: list[str], spec: str, *, allow_pickle: bool) -> Decode:
     from torch.utils._pytree import tree_unflatten, treespec_loads
 
     decoders = [lit_decoder(name, allow_pickle=allow_pickle) for name in formats]
-    structure, sizes = treespec_loads(spec), [None] * len(formats)
+    structure, split = treespec_loads(spec), splitter([None] * len(formats))
     is_flat = structure.type is dict and structure.num_children == len(formats)
     names = structure.context if is_flat else None
 
     def read(content: bytes) -> Any:
-        values = split_values(content, sizes)
-        decoded = [decode(value) for decode, value in zip(decoders, values, strict=True)]
+        decoded = [decode(value) for decode, value in zip(decoders, split(content), strict=True)]
         if names is not None:  # the most frequent structure, much faster
             return dict(zip(names, decoded, strict=True))
         return tree_unflatten(decoded, structure)

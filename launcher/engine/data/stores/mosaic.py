@@ -6,13 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launcher.engine.data.remote import DEFAULT_CACHE, RemoteCache
+from launcher.engine.data.compressed import Compressed, check_algorithm
+from launcher.engine.data.remote import DEFAULT_CACHE, RemoteCache, is_remote
 from launcher.engine.data.stores.indexed_shards import (
     Decode,
     IndexedShards,
     Shard,
     read_index,
-    split_values,
+    splitter,
     unreadable,
 )
 from launcher.engine.data.stores.value_formats import mosaic_decoder
@@ -23,16 +24,17 @@ class MosaicShards(IndexedShards):
     """A map-style data set of the samples that MosaicML's MDSWriter has written.
 
     A sample is a dict from the name of a column to its value, or the result of `decode` for this
-    dict. Images are images of Pillow, and arrays are numpy arrays.
+    dict. Images are images of Pillow, and arrays are numpy arrays. Files that are compressed with
+    zstd, gz or bz2 are decompressed into the cache, each when its first sample is read.
 
     Args:
         folder: Path or URL of the folder with index.json.
         decode: A function of the dict of a sample; None returns the dict itself.
         allow_pickle: Whether columns of the encoding `pkl` are read, which runs their code.
-        cache: The cache of remote files.
+        cache: The cache of remote and of decompressed files.
 
     Raises:
-        RecipeError: A file is missing, damaged or compressed, or a column cannot be read.
+        RecipeError: A file is missing or damaged, or a column cannot be read.
     """
 
     def __init__(
@@ -55,14 +57,7 @@ class MosaicShards(IndexedShards):
                         f"{shard['format']!r}, version {shard['version']}; expected 'mds', 2. "
                         "Write it with MDSWriter."
                     )
-                if shard["compression"]:
-                    raise RecipeError(
-                        f"The files of {folder} are compressed with {shard['compression']}, so "
-                        "single samples cannot be read. Write them with "
-                        "MDSWriter(compression=None)."
-                    )
-                raw = shard["raw_data"]
-                shards.append(Shard(raw["basename"], int(raw["bytes"]), int(shard["samples"])))
+                shards.append(_shard(folder, shard))
                 columns = shard["column_names"], shard["column_encodings"], shard["column_sizes"]
                 key = repr(columns)
                 if key not in known:
@@ -73,16 +68,35 @@ class MosaicShards(IndexedShards):
         super().__init__(folder, content, shards, decoders, decode, cache)
 
 
+def _shard(folder: Path | str, shard: dict[str, Any]) -> Shard:
+    """Return a file of an index.
+
+    Raises:
+        RecipeError: It is compressed in an unknown way.
+    """
+    raw = shard["raw_data"]
+    name, num_bytes, samples = raw["basename"], int(raw["bytes"]), int(shard["samples"])
+    if not shard["compression"]:
+        return Shard(name, num_bytes, samples)
+    # Its library leaves the decompressed file in the folder.
+    if not is_remote(folder) and (Path(folder) / name).exists():
+        return Shard(name, num_bytes, samples)
+    algorithm = str(shard["compression"]).partition(":")[0]  # after the colon is the level
+    check_algorithm(algorithm, f"The files of {folder}")
+    packed, compressed = shard["zip_data"], Compressed(algorithm, num_bytes)
+    return Shard(packed["basename"], int(packed["bytes"]), samples, compressed)
+
+
 def _decoder(
     names: list[str], encodings: list[str], sizes: list[int | None], *, allow_pickle: bool
 ) -> Decode:
     decoders = [mosaic_decoder(encoding, allow_pickle=allow_pickle) for encoding in encodings]
-    lengths = [size or None for size in sizes]  # the writer treats 0 as unknown
+    split = splitter([size or None for size in sizes])  # the writer treats 0 as unknown
 
     def read(content: bytes) -> dict[str, Any]:
-        values = split_values(content, lengths)
         return {
-            name: decode(value) for name, decode, value in zip(names, decoders, values, strict=True)
+            name: decode(value)
+            for name, decode, value in zip(names, decoders, split(content), strict=True)
         }
 
     return read

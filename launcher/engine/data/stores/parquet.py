@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from launcher.engine.data.data_files import DataFiles, digest_of
+from launcher.engine.data.extras import import_extra
 from launcher.engine.data.remote import DEFAULT_CACHE, RemoteCache
 from launcher.engine.data.stores.columns import Getter, getter
-from launcher.engine.data.stores.extras import import_extra
 from launcher.errors import RecipeError, SampleError
 from launcher.printable import error_line, shortened
 
@@ -125,6 +125,10 @@ class ParquetRows:
     def fingerprint(self) -> str:
         """Return a digest of the files' footers and the columns."""
         return self._digest
+
+    def file_of(self, index: int) -> str:
+        """Return the path or URL of the file that has a row."""
+        return self._files.name(self._places[self._place(index)[0]][0])
 
     def _place(self, index: int) -> tuple[int, int]:
         """Return the number of a row's group, and its place in the group."""

@@ -170,6 +170,10 @@ class TokenFiles:
                 parts.append(self.files.read(file, length, offset))
         return digest_of(*parts)
 
+    def file_of(self, index: int) -> str:
+        """Return the path or URL of the file that has a sample."""
+        return self.files.name(int(self._ends.searchsorted(self._range[index], side="right")))
+
     def _checked(self, file: int, start: int, count: int) -> NDArray[np.int64]:
         tokens = self._read(file, start, count).astype(np.int64)
         if self.vocabulary is not None and count and tokens.max() >= self.vocabulary:

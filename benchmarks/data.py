@@ -1,14 +1,16 @@
 """Compare the launcher's data sets of stored formats with the formats' own loaders.
 
-    python benchmarks/formats.py
+    python benchmarks/data.py
 
 Claim: in shuffled reading, a data set of the launcher reads at least 0.9 times as many samples per
 second as the format's own loader. Both read the same files on the local disk in batches, in this
 process, without collation. The sides alternate; the figures are medians. A loader whose library is
 not installed is left out.
 
-Hugging Face `datasets` and `numpy.memmap` read any sample. WebDataset, MosaicML Streaming and
-LitData shuffle what they stream, in an order that depends on the number of processes.
+Hugging Face `datasets`, `numpy.memmap`, LMDB and SQLite read any sample. WebDataset, MosaicML
+Streaming and LitData shuffle what they stream, in an order that depends on the number of processes.
+Images are JPEGs of 128 x 128 pixels, a tenth as many as other samples; the plain data set opens
+them with Pillow, and a DataLoader without workers reads both.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import io
 import os
 import random
 import shutil
+import sqlite3
 import tarfile
 import tempfile
 import time
@@ -29,7 +32,16 @@ import click
 import numpy as np
 from contest import Cell, Names, benchmark, print_table
 
-from launcher import LitShards, MosaicShards, ParquetRows, Shards, TokenFiles
+from launcher import (
+    ImageFolder,
+    LitShards,
+    LMDBSamples,
+    MosaicShards,
+    ParquetRows,
+    Shards,
+    SQLiteRows,
+    TokenFiles,
+)
 from launcher.console.echo import echo
 
 Read = Callable[[], int]
@@ -38,6 +50,11 @@ Read = Callable[[], int]
 BATCH_SIZE = 32
 FLOATS = 256
 BLOCK = 1024
+SIDE = 128
+FORMATS = (
+    *("parquet", "arrow", "tokens", "tar", "mds", "lit"),
+    *("lmdb", "sqlite", "images"),
+)
 
 
 @benchmark
@@ -45,13 +62,13 @@ BLOCK = 1024
 @click.option("--turns", type=click.IntRange(min=1), default=7, show_default=True)
 @click.option(
     "--formats",
-    type=Names(("parquet", "arrow", "tokens", "tar", "mds", "lit")),
-    default="parquet,arrow,tokens,tar,mds,lit",
+    type=Names(FORMATS),
+    default=",".join(FORMATS),
     show_default=True,
 )
 def main(samples: int, turns: int, formats: list[str]) -> None:
     """Print samples/s of each data set and of the format's own loader."""
-    folder = Path(tempfile.mkdtemp(prefix="formats-"))
+    folder = Path(tempfile.mkdtemp(prefix="data-"))
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     head = ("format", "own loader", "launcher", "own loader's", "ratio")
     try:
@@ -225,7 +242,97 @@ def lit(folder: Path, samples: int) -> tuple[str, Read, Read]:
     return "litdata", in_batches(LitShards(data), samples), iterated(lambda: other)
 
 
-SIDES = {"parquet": parquet, "arrow": arrow, "tokens": tokens, "tar": tar, "mds": mds, "lit": lit}
+def lmdb(folder: Path, samples: int) -> tuple[str, Read, Read]:
+    """Compare values in LMDB with the library's own reading, one transaction for a batch."""
+    import lmdb
+
+    for name in ("ours", "theirs"):  # a process can open an environment only once
+        written = lmdb.open(str(folder / name), map_size=1 << 33)
+        with written, written.begin(write=True) as transaction:
+            for index in range(samples):
+                transaction.put(b"%08d" % index, values(index).tobytes())
+    environment = lmdb.open(str(folder / "theirs"), readonly=True, lock=False, readahead=False)
+
+    class Plain:
+        def __len__(self) -> int:
+            return samples
+
+        def __getitems__(self, indices: list[int]) -> list[Any]:
+            with environment.begin() as transaction:
+                return [
+                    np.frombuffer(transaction.get(b"%08d" % index), np.float32) for index in indices
+                ]
+
+    ours = LMDBSamples(folder / "ours", decode=lambda _, value: np.frombuffer(value, np.float32))
+    return "lmdb", in_batches(ours, samples), in_batches(Plain(), samples)
+
+
+def sqlite(folder: Path, samples: int) -> tuple[str, Read, Read]:
+    """Compare rows of SQLite with a cursor that selects one row after the other."""
+    path = folder / "data.db"
+    with sqlite3.connect(path) as database:
+        database.execute("CREATE TABLE samples (x BLOB, y INTEGER)")
+        rows = ((values(index).tobytes(), index) for index in range(samples))
+        database.executemany("INSERT INTO samples VALUES (?, ?)", rows)
+    database.close()
+    cursor = sqlite3.connect(path).cursor()
+
+    class Plain:
+        def __len__(self) -> int:
+            return samples
+
+        def __getitem__(self, index: int) -> Any:
+            cursor.execute("SELECT x, y FROM samples WHERE rowid = ?", (index + 1,))
+            x, y = cursor.fetchone()
+            return {"x": np.frombuffer(x, np.float32), "y": y}
+
+    def decode(row: dict[str, Any]) -> dict[str, Any]:
+        return {"x": np.frombuffer(row["x"], np.float32), "y": row["y"]}
+
+    ours = SQLiteRows(path, "samples", decode=decode)
+    return "sqlite3 cursor", in_batches(ours, samples), in_batches(Plain(), samples)
+
+
+def images(folder: Path, samples: int) -> tuple[str, Read, Read]:
+    """Compare images in folders with a data set that opens the same files with Pillow."""
+    from PIL import Image
+    from torch.utils.data import DataLoader
+
+    pixels = np.random.default_rng(0).integers(0, 255, (8, 8, 3), np.uint8)
+    image = Image.fromarray(pixels).resize((SIDE, SIDE))
+    for index in range(samples // 10):
+        path = folder / f"class{index % 10}" / f"{index:06}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        image.save(path)
+
+    class Plain:
+        files = sorted(folder.glob("*/*.jpg"))
+
+        def __len__(self) -> int:
+            return len(self.files)
+
+        def __getitem__(self, index: int) -> Any:
+            with Image.open(self.files[index]) as image:
+                return np.asarray(image.convert("RGB")), int(self.files[index].parent.name[5:])
+
+    def loaded(dataset: Any) -> Read:
+        loader = DataLoader(dataset, BATCH_SIZE, shuffle=True, collate_fn=list)
+        return lambda: sum(len(batch) for batch in loader)
+
+    return "Pillow", loaded(ImageFolder(folder, transform=np.asarray)), loaded(Plain())
+
+
+SIDES = {
+    "parquet": parquet,
+    "arrow": arrow,
+    "tokens": tokens,
+    "tar": tar,
+    "mds": mds,
+    "lit": lit,
+    "lmdb": lmdb,
+    "sqlite": sqlite,
+    "images": images,
+}
 """For each format, writes files and returns the name of its own loader, and both sides."""
 
 if __name__ == "__main__":
