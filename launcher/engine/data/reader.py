@@ -221,6 +221,7 @@ class Reader(Dataset[MicroBatch | LauncherError]):
         threads = recipe.worker_threads
         self._threads = SampleThreads(threads) if threads > 1 else None
         self._without_threads: set[str] = set()
+        self._checked_threads: set[str] = set()
         self.stream = None
         if isinstance(data.train, Stream):
             self.stream = StreamReader(data.train, recipe.seed)
@@ -422,8 +423,9 @@ class Reader(Dataset[MicroBatch | LauncherError]):
         Raises:
             RecipeError: They may not; the error says why.
         """
-        if self._threads is None:
+        if self._threads is None or request.split in self._checked_threads:
             return
+        self._checked_threads.add(request.split)
         conflict = self.find_thread_conflict(request, samples, self._threads)
         if conflict is not None:
             raise RecipeError(
@@ -431,6 +433,23 @@ class Reader(Dataset[MicroBatch | LauncherError]):
                 f"the {title_of(request.split)} data: {conflict}. Use worker_threads=1 with a "
                 "larger num_workers, whose processes share nothing, or change the data set."
             )
+
+    def reason_against_threads(
+        self, request: MicroBatchRequest, threads: SampleThreads
+    ) -> str | None:
+        """Return why threads must not read a request, or have no effect, as a clause; or None."""
+        dataset, collate = self._splits[request.split]
+        if self.stream is not None and request.split == "train":
+            return "the data is a stream, which one thread reads in its order"
+        if type(dataset) is TensorDataset and collate is None:
+            return "the data is tensors in memory"
+        try:
+            samples = self._read_samples(dataset, request, [])
+        except LauncherError as error:
+            return str(error).partition("\n")[0]
+        if self._batched[request.split]:
+            return "the data set reads whole batches by its __getitems__"
+        return self.find_thread_conflict(request, samples, threads)
 
     def find_thread_conflict(
         self, request: MicroBatchRequest, samples: list[Any], threads: SampleThreads

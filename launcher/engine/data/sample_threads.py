@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -20,8 +21,11 @@ from launcher.engine.data.open_files import moved_files, open_files
 from launcher.engine.data.randomness import Generators
 from launcher.printable import error_line
 
-_CHECKS = 3
-"""How often the samples of a trial are read by threads."""
+_CHECKS, _CHECK_SECONDS = 3, 5.0
+"""How often the samples of a trial are read by threads, and the time after which that is enough."""
+
+_READS_AT_ONCE = 4
+"""How many threads at most read the same sample in a check."""
 
 _SHORT_SLICE = 1e-5
 """Seconds after which threads take turns in a check, so that they meet in the middle of a read."""
@@ -84,12 +88,7 @@ class SampleThreads:
             moved = moved_files(held_files)
             if moved:
                 return f"they share the position of the file {moved[0]}, which reading moves"
-            with _short_slices():
-                found = [
-                    (index, sample)
-                    for _ in range(_CHECKS)
-                    for index, sample in self._read_several_times(get, indices)
-                ]
+            found = self._read_repeatedly(get, indices)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # noqa: BLE001  # the recipe's code may raise anything
@@ -108,12 +107,19 @@ class SampleThreads:
                 return f"sample {index}{place} was {differs.one}, but {differs.other} in a thread"
         return None
 
-    def _read_several_times(
+    def _read_repeatedly(
         self, get: Callable[[int], Any], indices: Sequence[int]
-    ) -> Iterator[tuple[int, Any]]:
-        """Yield pairs of index and sample; several threads read each sample at the same time."""
-        repeated = [index for index in indices for _ in range(self.count)]
-        yield from zip(repeated, self.read(get, repeated), strict=True)
+    ) -> list[tuple[int, Any]]:
+        """Return pairs of index and sample; several threads read each sample at the same time."""
+        repeated = [index for index in indices for _ in range(min(self.count, _READS_AT_ONCE))]
+        found: list[tuple[int, Any]] = []
+        end = time.monotonic() + _CHECK_SECONDS
+        with _short_slices():
+            for _ in range(_CHECKS):
+                found += zip(repeated, self.read(get, repeated), strict=True)
+                if time.monotonic() > end:
+                    break
+        return found
 
     def _started(self) -> ThreadPoolExecutor:
         if self._executor is None or self._pid != os.getpid():  # threads do not survive a fork
