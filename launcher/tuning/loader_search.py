@@ -30,9 +30,9 @@ from launcher.analysis.loader_throughput import (
     worker_counts_to_measure,
 )
 from launcher.environment.machine import free_memory_bytes, free_shm_bytes
-from launcher.errors import RunFailedError
 from launcher.launch.signal_handler import SignalHandler
 from launcher.planning.loading import PREFETCH_FACTOR
+from launcher.runs.failure_record import RunFailedError
 from launcher.runs.rundir import RunDir, create_run_dir
 from launcher.tuning.measured_files import LoaderReading, read_loading
 from launcher.tuning.probe_run import Target, run_probe
@@ -387,7 +387,9 @@ def _mean(trials: list[LoaderTrial]) -> LoaderTrial:
         "worker_proportional_bytes",
         "start_seconds",
     )
-    means = {name: fmean(getattr(trial, name) for trial in trials) for name in names}
+    means: dict[str, Any] = {
+        name: fmean(getattr(trial, name) for trial in trials) for name in names
+    }
     return replace(trials[0], **means, measurements=len(trials))
 
 

@@ -240,8 +240,8 @@ def loader_text(result: LoaderSearchResult, plan: Plan) -> str:
         queue = best.queue_bytes * plan.nproc_per_node
         lines.append(
             f"The workers take {size(total)} of each node's memory: {size(best.worker_bytes)} each "
-            f"that they share with no other process. Their batches take up to {size(queue)} of "
-            "/dev/shm."
+            "that they share with no other process. Their batches take up to "
+            f"{size(queue)} of shared memory."
         )
     lines += result.notes
     evidence = f"launcher find loader: {best.samples_per_second:,.0f} samples/s"
