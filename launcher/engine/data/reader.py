@@ -443,12 +443,18 @@ class Reader(Dataset[MicroBatch | LauncherError]):
             return "the data is a stream, which one thread reads in its order"
         if type(dataset) is TensorDataset and collate is None:
             return "the data is tensors in memory"
+        conflict = self.thread_conflict(request, threads)
+        if conflict is None and self._batched[request.split]:
+            return "the data set reads whole batches by its __getitems__"
+        return conflict
+
+    def thread_conflict(self, request: MicroBatchRequest, threads: SampleThreads) -> str | None:
+        """Read a request, and return why threads must not read it, as a clause; or None."""
+        dataset = self._splits[request.split].dataset
         try:
             samples = self._read_samples(dataset, request, [])
         except LauncherError as error:
             return str(error).partition("\n")[0]
-        if self._batched[request.split]:
-            return "the data set reads whole batches by its __getitems__"
         return self.find_thread_conflict(request, samples, threads)
 
     def find_thread_conflict(
