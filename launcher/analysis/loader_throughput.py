@@ -13,6 +13,9 @@ from dataclasses import dataclass
 MAX_WORKERS = 32
 """Most workers of a rank; a store that needs more of them needs larger reads instead."""
 
+MAX_THREADS = 32
+"""Most threads of a process that read samples."""
+
 MAX_PREFETCH_FACTOR = 16
 """Most batches that a worker prefetches; longer stalls mean that the store is too slow."""
 

@@ -8,12 +8,13 @@ changed only for a gain beyond noise.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from launcher.analysis.loader_throughput import (
+    MAX_THREADS,
     LoaderBudget,
     SampleCost,
     WorkerCost,
@@ -135,16 +136,21 @@ class LoaderSearchResult:
     """What was not tried, and why."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class _Facts:
     """What the stages of a search know, and what they add."""
+
+    cost: SampleCost
 
     profile: LoaderReading
     """The measurement without workers."""
 
     budget: LoaderBudget
     worker: WorkerCost
-    notes: list[str]
+    best: LoaderTrial
+    """The measurement of the best settings so far."""
+
+    notes: list[str] = field(default_factory=list)
     """Receives what was not tried, and why."""
 
 
@@ -165,6 +171,7 @@ class LoaderSearch:
         self._seconds = seconds
         self._prefetch_factor = recipe.prefetch_factor or PREFETCH_FACTOR
         self._start = recipe.worker_start
+        self._planned_threads = recipe.worker_threads
 
     def run(
         self, run_dir: RunDir, signals: SignalHandler, on_trial: Callable[[LoaderTrial], None]
@@ -202,11 +209,13 @@ class LoaderSearch:
         by_workers = sorted(trials.readings, key=lambda reading: reading.workers)
         best = next(each for each in by_workers if each.workers == _fewest(by_workers))
         settings: dict[str, Any] = {"num_workers": best.workers}
-        facts = _Facts(profile=profile, budget=budget, worker=worker, notes=[])
+        facts = _Facts(cost=cost, profile=profile, budget=budget, worker=worker, best=best)
         for stage in (self._depths, self._threads, self._starts, self._pinning):
-            for alternative in stage(best, facts):
+            for alternative in stage(facts):
                 try:
                     found = trials.measure(**settings | alternative)[0]
+                    if is_better(found, best):  # once may be chance
+                        found = trials.measure(**settings | alternative)[0]
                 except RunFailedError:
                     if signals.stopped_by is not None:
                         raise
@@ -214,6 +223,15 @@ class LoaderSearch:
                     continue
                 if is_better(found, best):
                     best, settings = found, settings | alternative
+                    facts.best = best
+        if not best.workers:
+            settings = {
+                name: value
+                for name, value in settings.items()
+                if name not in ("prefetch_factor", "worker_start")
+            }
+        if best.worker_threads != self._planned_threads:
+            settings["worker_threads"] = best.worker_threads
         others = [each for each in trials.readings if each not in by_workers]
         return LoaderSearchResult(
             cost=cost,
@@ -259,8 +277,9 @@ class LoaderSearch:
             for reading in again:
                 trials.measure(num_workers=reading.workers)
 
-    def _depths(self, best: LoaderTrial, facts: _Facts) -> Iterator[dict[str, Any]]:
+    def _depths(self, facts: _Facts) -> Iterator[dict[str, Any]]:
         """Yield a longer queue, if steps wait for data or single batches are slow to read."""
+        best = facts.best
         if not best.workers:
             return
         seconds_per_batch = best.step_seconds / self.plan.accumulation_steps
@@ -273,24 +292,39 @@ class LoaderSearch:
         if depth > self._prefetch_factor:
             yield {"prefetch_factor": depth}
 
-    def _threads(self, best: LoaderTrial, facts: _Facts) -> Iterator[dict[str, Any]]:
+    def _threads(self, facts: _Facts) -> Iterator[dict[str, Any]]:
         """Yield threads in the rank itself, and in fewer workers."""
-        profile = facts.profile
+        best, profile = facts.best, facts.profile
         if profile.reason_against_threads is not None:
             facts.notes.append(f"worker_threads was not tried: {profile.reason_against_threads}.")
             return
-        if not (best.workers or best.can_gain):
+        choices = threads_to_measure(best.workers, self.plan.micro_batch_size)
+        if not choices or not (best.workers or best.can_gain):
             return
-        for workers, threads in threads_to_measure(best.workers, self.plan.micro_batch_size):
+        for workers, threads in choices:
             yield {"num_workers": workers, "worker_threads": threads}
+        # Threads that wait take no core, and little memory, so that there can be more of them.
+        limit = min(self.plan.micro_batch_size, MAX_THREADS)
+        while facts.cost.is_latency_bound and facts.best.can_gain and threads < limit:
+            threads = min(2 * threads, limit)
+            yield {"num_workers": workers, "worker_threads": threads}
+            if facts.best.worker_threads != threads:
+                return
 
-    def _starts(self, best: LoaderTrial, facts: _Facts) -> Iterator[dict[str, Any]]:
+    def _starts(self, facts: _Facts) -> Iterator[dict[str, Any]]:
         """Yield other ways to start workers, if steps wait for data."""
+        best = facts.best
         if best.workers and best.can_gain and self._start == "fork":
             yield {"worker_start": "forkserver"}
-            yield {"worker_start": "spawn"}
+            if best.workers <= facts.budget.cores:
+                yield {"worker_start": "spawn"}
+            else:
+                facts.notes.append(
+                    f"worker_start=spawn was not tried: each of {best.workers} workers would "
+                    f"import torch, on {facts.budget.cores:g} cores."
+                )
 
-    def _pinning(self, best: LoaderTrial, facts: _Facts) -> Iterator[dict[str, Any]]:
+    def _pinning(self, facts: _Facts) -> Iterator[dict[str, Any]]:
         """Yield the other choice of pinned memory, on GPUs."""
         if self.plan.device == "cuda":
             yield {"pin_memory": not self.plan.pin_memory}
