@@ -260,7 +260,8 @@ def lmdb(folder: Path, samples: int) -> tuple[str, Read, Read]:
         def __getitems__(self, indices: list[int]) -> list[Any]:
             with environment.begin() as transaction:
                 return [
-                    np.frombuffer(transaction.get(b"%08d" % index), np.float32) for index in indices
+                    np.frombuffer(transaction.get(b"%08d" % index) or b"", np.float32)
+                    for index in indices
                 ]
 
     ours = LMDBSamples(folder / "ours", decode=lambda _, value: np.frombuffer(value, np.float32))

@@ -2,7 +2,7 @@
 
     python benchmarks/loader.py
 
-Claim: the number that `launcher find loader` finds comes close to the best fixed number. The
+Claim: what `launcher find loader` finds comes close to the best fixed number of workers. The
 recipes read from two stores: a server on loopback that answers after 10 ms, and JPEGs that take CPU
 time to decode. Each number of workers is a training of its own, in turns; its throughput is
 measured over the steps after the prefetched batches have been consumed.
@@ -25,8 +25,6 @@ import click
 from contest import BIN, HERE, Cell, Names, Numbers, benchmark, print_table, train
 from stores import BATCH_SIZE
 
-from launcher.analysis.loader_throughput import SampleCost, throughput
-from launcher.environment.machine import read_machine
 from launcher.planning.loading import PREFETCH_FACTOR
 
 STORES = ("far", "packed")
@@ -76,18 +74,27 @@ class Store:
     def rows(self, workers: list[int], turns: int) -> Iterator[list[Cell]]:
         """Run the finder and the trainings, and yield a row for each number of workers."""
         search = self._find()
-        cost, chosen = SampleCost(**search["cost"]), search["settings"]["num_workers"]
+        found: dict[str, Any] = search["settings"]
+        expected = search["best"]["samples_per_second"]
+        seen = {each["workers"]: each["samples_per_second"] for each in search["readings"][::-1]}
         rates: dict[str, list[float]] = {}
         for turn in range(turns):
-            order = [*((str(number), number) for number in workers), ("found", chosen)]
-            for name, number in order if turn % 2 else order[::-1]:
-                rate = self._samples_per_second(number, cost, self._folder / f"{name}-{turn}")
+            order = [*((str(number), {"num_workers": number}) for number in workers)]
+            order.append(("found", found))
+            for name, chosen in order if turn % 2 else order[::-1]:
+                number = chosen["num_workers"]
+                rate = self._samples_per_second(
+                    chosen,
+                    expected if name == "found" else seen.get(number, expected),
+                    self._folder / f"{name}-{turn}",
+                )
                 rates.setdefault(name, []).append(rate)
         speeds = {name: median(values) for name, values in rates.items()}
         best = max(speeds[str(number)] for number in workers)
         for name in [*map(str, workers), "found"]:
             speed = speeds[name]
-            title = f"{chosen}, by find loader" if name == "found" else name
+            listed = " ".join(f"{key}={value}" for key, value in found.items())
+            title = f"{listed}, by find loader" if name == "found" else name
             yield [title, (speed, ",.0f"), (speed / speeds["0"], ".2f"), (speed / best, ".2f")]
 
     def _find(self) -> dict[str, Any]:
@@ -101,19 +108,23 @@ class Store:
         search: dict[str, Any] = json.loads(process.stdout)
         return search
 
-    def _samples_per_second(self, workers: int, cost: SampleCost, out: Path) -> float:
+    def _samples_per_second(self, loader: dict[str, Any], expected: float, out: Path) -> float:
         """Train for about the requested seconds and return the throughput in samples/s."""
-        cores = read_machine().usable_cores / self._ranks
-        expected = throughput(workers, cost, cores) * self._ranks
         # The first steps consume batches that the workers prefetched before the clock started.
-        prefetched_steps = 2 + workers * PREFETCH_FACTOR
+        prefetched_steps = 2 + loader["num_workers"] * loader.get(
+            "prefetch_factor", PREFETCH_FACTOR
+        )
         steps = prefetched_steps + max(int(self._seconds * expected / BATCH_SIZE), 2)
         run_dir = train(
             "launcher",
             self._recipe,
             out,
             ranks=self._ranks,
-            settings=[*self._settings, f"num_workers={workers}", f"steps={steps}"],
+            settings=[
+                *self._settings,
+                *(f"{name}={value}" for name, value in loader.items()),
+                f"steps={steps}",
+            ],
             options=[],
         )
         rows = [json.loads(line) for line in run_dir.metrics.read_text().splitlines()]

@@ -9,6 +9,7 @@ import asyncio
 import io
 import socket
 import sys
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -74,11 +75,11 @@ def read_bytes() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
 
 
 class Remote:
-    """Dataset that fetches each digit over a connection; every process opens its own."""
+    """Dataset that fetches each digit over a connection; every thread opens its own."""
 
     def __init__(self, port: int) -> None:
         self._port = port
-        self._stream: Any = None
+        self._connections = threading.local()
 
     def __len__(self) -> int:
         return 1797
@@ -86,12 +87,14 @@ class Remote:
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         import torch
 
-        if self._stream is None:  # opened in the worker: a connection does not survive a fork
+        # Opened in the worker: a connection does not survive a fork.
+        stream = getattr(self._connections, "stream", None)
+        if stream is None:
             connection = socket.create_connection(("127.0.0.1", self._port))
-            self._stream = connection.makefile("rwb")
-        self._stream.write(f"GET {index}\n".encode())
-        self._stream.flush()
-        answer = self._stream.read(SIDE * SIDE + _LABEL_BYTES)
+            stream = self._connections.stream = connection.makefile("rwb")
+        stream.write(f"GET {index}\n".encode())
+        stream.flush()
+        answer = stream.read(SIDE * SIDE + _LABEL_BYTES)
         pixels = torch.frombuffer(bytearray(answer[:-_LABEL_BYTES]), dtype=torch.uint8)
         return pixels.float() / 255, answer[-1]
 

@@ -13,11 +13,20 @@ from dataclasses import dataclass
 MAX_WORKERS = 32
 """Most workers of a rank; a store that needs more of them needs larger reads instead."""
 
+MAX_THREADS = 32
+"""Most threads of a process that read samples."""
+
 MAX_PREFETCH_FACTOR = 16
 """Most batches that a worker prefetches; longer stalls mean that the store is too slow."""
 
 _FAST_ENOUGH = 0.97
 """Fraction of the best throughput that counts as equal to it; fewer workers cost less."""
+
+_CONTENDER = 0.88
+"""Fraction of the best throughput from which on a setting is measured again."""
+
+_MANY = 8
+"""Workers from which on four threads, and not two, stand for as many workers."""
 
 _USABLE_MEMORY = 0.5
 """Fraction of the free memory that workers and their batches may use."""
@@ -105,10 +114,11 @@ def throughput(workers: int, cost: SampleCost, cores: float) -> float:
 def max_workers(budget: LoaderBudget, worker: WorkerCost) -> tuple[int, str]:
     """Return the largest number of workers that the budget allows, and what limits it."""
     limits = {f"the maximum of {MAX_WORKERS} per rank": float(MAX_WORKERS)}
-    if worker.memory_bytes:
-        limits["host memory"] = _USABLE_MEMORY * budget.memory_bytes / worker.memory_bytes
+    queue_bytes = worker.prefetch_factor * worker.batch_bytes
+    if worker.memory_bytes:  # /dev/shm is a part of the host memory
+        worker_bytes = worker.memory_bytes + queue_bytes
+        limits["host memory"] = _USABLE_MEMORY * budget.memory_bytes / worker_bytes
     if worker.batch_bytes:
-        queue_bytes = worker.prefetch_factor * worker.batch_bytes
         limits["/dev/shm"] = _USABLE_MEMORY * budget.shm_bytes / queue_bytes  # noqa: S108  # a label
     name = min(limits, key=limits.__getitem__)
     return max(int(limits[name]), 0), name
@@ -141,6 +151,31 @@ def prefetch_factor_to_hide(slowest: float, workers: int, seconds_per_batch: flo
         seconds_per_batch: Time between two batches that the rank consumes.
     """
     return max(math.ceil(slowest / (workers * seconds_per_batch)), 1)
+
+
+def can_gain(wait_seconds: float, step_seconds: float) -> bool:
+    """Return whether steps wait for data for longer than what counts as noise."""
+    return wait_seconds > (1 - _FAST_ENOUGH) * step_seconds
+
+
+def is_contender(rate: float, best: float) -> bool:
+    """Return whether a throughput is so close to the best that one measurement cannot decide."""
+    return rate >= _CONTENDER * best
+
+
+def threads_to_measure(workers: int, samples: int) -> list[tuple[int, int]]:
+    """Return (workers, threads of each) that read about as many samples at a time as `workers` do.
+
+    The first reads in the rank itself, and the second in fewer processes.
+
+    Args:
+        workers: The number of workers that is fast enough with one thread each.
+        samples: Samples of a micro-batch, which the threads of a process share.
+    """
+    at_once = max(workers, 2)
+    threads = 4 if at_once >= _MANY else 2
+    choices = [(0, min(at_once, samples)), (-(-at_once // threads), min(threads, samples))]
+    return [choice for choice in choices if choice[1] > 1]
 
 
 def fewest_workers(rates: Mapping[int, float]) -> int:

@@ -17,6 +17,7 @@ from launcher.launch.examination import examined
 from launcher.launch.signal_handler import SignalHandler
 from launcher.planning.plan import Plan
 from launcher.planning.single_sample_batches import single_sample_notes
+from launcher.quantities import size
 from launcher.recipe.evaluation_sets import split_of, title_of
 from launcher.recipe.overrides import Override
 from launcher.recipe.resolve import Reference
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from launcher.engine.probes.inspection import Inspection
 
 _HEAVY_PACKAGES = ("torch", "numpy", "pandas", "sklearn", "transformers", "accelerate", "deepspeed")
+_LARGE_GROWTH = 32 << 20
+"""Estimated growth of a worker, in bytes, from which on a list of Python objects is named."""
+
 _MAX_NAMES = 4
 """Names listed in a finding; the others are counted."""
 
@@ -70,6 +74,7 @@ def check_recipe(
 def findings_about(inspection: Inspection, plan: Plan) -> Iterator[Finding]:
     """Yield the findings about an inspected recipe. `plan` is that of the intended run."""
     yield _data(inspection)
+    yield from _workers(inspection, plan)
     trainable = f"{inspection.num_trained:,} trainable parameters"
     if inspection.without_gradient:
         yield warning(
@@ -178,6 +183,41 @@ def _data(inspection: Inspection) -> Finding:
             "which are seeded for each sample, instead of from a generator of your own",
         )
     return ok("data", counts)
+
+
+def _workers(inspection: Inspection, plan: Plan) -> Iterator[Finding]:
+    """Yield findings about the memory of DataLoader workers, and about threads in them."""
+    if inspection.thread_conflict is not None:
+        yield failure(
+            "worker_threads",
+            f"several threads of a process must not read the samples: {inspection.thread_conflict}",
+            "set worker_threads=1 and a larger num_workers, whose processes share nothing",
+        )
+    if not plan.workers_per_rank:
+        return
+    large = [each for each in inspection.object_lists if each.growth_bytes >= _LARGE_GROWTH]
+    if not large:
+        return
+    listed = ", ".join(
+        f"{each.name} is a {each.kind} of {each.length:,} elements ({each.objects:,} Python "
+        f"objects, about {size(each.growth_bytes)})"
+        for each in large[:_MAX_NAMES]
+    )
+    workers = plan.nproc_per_node * plan.workers_per_rank
+    total = sum(each.growth_bytes for each in large)
+    how = (
+        "a forked worker shares them at first, and copies each page of them when it reads an "
+        "object there, because reading changes the object's count of references"
+        if plan.settings["worker_start"] == "fork"
+        else "each worker creates its own"
+    )
+    yield warning(
+        "host memory",
+        f"{listed}; {how}. The {workers} workers of a node grow by up to {size(total * workers)}",
+        "keep numbers in a NumPy array or a tensor, and texts in a NumPy array of strings or bytes "
+        "(numpy.array(texts), dtype U or S) or in Arrow, and make Python objects in __getitem__; "
+        "or use fewer num_workers with more worker_threads, which share them",
+    )
 
 
 def _loss(inspection: Inspection) -> Finding:

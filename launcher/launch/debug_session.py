@@ -16,6 +16,7 @@ from launcher.runs.job import RecipeSource
 
 _SETTINGS = {
     "num_workers": 0,
+    "worker_threads": 1,
     "compile": False,
     "strategy": "ddp",  # plain training, on one rank
     "offload": None,

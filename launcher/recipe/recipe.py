@@ -380,8 +380,13 @@ class Recipe:
     num_workers: Annotated[NonNegativeInt | None, Affects.NODE] = None
     """DataLoader workers per rank; None is four, limited by the usable cores."""
 
-    worker_start: Annotated[Literal["fork", "spawn"], Affects.NODE] = "fork"
-    """fork: workers are copies of the rank; spawn: each imports the recipe and calls data()."""
+    worker_threads: Annotated[PositiveInt, Affects.NODE] = 1
+    """Threads of each worker, or of the rank without workers, that read the samples of a
+    micro-batch together; only for samples that draw no random numbers."""
+
+    worker_start: Annotated[Literal["fork", "spawn", "forkserver"], Affects.NODE] = "fork"
+    """fork: workers are copies of the rank; spawn: each imports the recipe and calls data();
+    forkserver: the same, with torch imported once for all workers."""
 
     prefetch_factor: Annotated[PositiveInt | None, Affects.NODE] = None
     """Batches that each worker keeps ready; None is 2."""

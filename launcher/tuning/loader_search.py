@@ -1,27 +1,39 @@
-"""The search for the number of DataLoader workers, measured while the model trains."""
+"""The search for DataLoader settings, measured while the model trains.
+
+It has stages: the number of workers, the length of their queues, threads inside them, how they
+start, and pinned memory. A stage is skipped when steps no longer wait for data, and a setting is
+changed only for a gain beyond noise.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from launcher.analysis.loader_throughput import (
+    MAX_THREADS,
     LoaderBudget,
     SampleCost,
     WorkerCost,
+    can_gain,
     fewest_workers,
+    is_contender,
     is_faster,
     max_prefetch_factor,
     max_workers,
     predict_workers,
     prefetch_factor_to_hide,
+    threads_to_measure,
     throughput,
     worker_counts_to_measure,
 )
 from launcher.environment.machine import free_memory_bytes, free_shm_bytes
 from launcher.launch.signal_handler import SignalHandler
 from launcher.planning.loading import PREFETCH_FACTOR
+from launcher.runs.failure_record import RunFailedError
 from launcher.runs.rundir import RunDir, create_run_dir
 from launcher.tuning.measured_files import LoaderReading, read_loading
 from launcher.tuning.probe_run import Target, run_probe
@@ -32,10 +44,13 @@ _WORKER_BYTES = 60e6
 _MAX_STEPS = 1_000_000
 """Steps of a measurement's plan, more than the measurement has time for."""
 
+_MAX_CONTENDERS = 3
+"""Numbers of workers that are measured a second time, because they are among the fastest."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderTrial:
-    """A measurement with one number of workers, averaged over the ranks."""
+    """What was measured with some settings, averaged over the ranks."""
 
     workers: int
     """DataLoader workers of each rank."""
@@ -50,13 +65,36 @@ class LoaderTrial:
     """Seconds per step."""
 
     worker_bytes: float
-    """Private memory of a worker; 0 without workers."""
+    """Private memory of a worker at the end; 0 without workers."""
 
     prefetch_factor: int
     """Batches that each worker prefetches."""
 
     pin_memory: bool
     """Whether batches are copied to pinned memory."""
+
+    worker_threads: int = 1
+    """Threads of each worker, or of the rank without workers, that read samples."""
+
+    worker_start: str = "fork"
+    """How workers start."""
+
+    worker_proportional_bytes: float = 0.0
+    """Private memory of a worker, and its part of what it shares."""
+
+    queue_bytes: float = 0.0
+    """Memory of the batches that the workers of a rank prefetch."""
+
+    start_seconds: float = 0.0
+    """Seconds until the first batch, which include building the model."""
+
+    measurements: int = 1
+    """Number of measurements, of which these are the means."""
+
+    @property
+    def can_gain(self) -> bool:
+        """Whether steps still wait for data."""
+        return can_gain(self.wait_seconds_per_step, self.step_seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +117,8 @@ class LoaderSearchResult:
     """The resource that sets that limit."""
 
     readings: tuple[LoaderTrial, ...]
-    """All measurements: one per number of workers in ascending order, then those with the chosen
-    number and a longer queue or, on GPUs, the other choice of pinned memory."""
+    """All measurements: one per number of workers in ascending order, then those of the other
+    stages in their order."""
 
     predicted_samples_per_second: float
     """Predicted throughput of all ranks together with the predicted workers."""
@@ -93,6 +131,27 @@ class LoaderSearchResult:
 
     settings: Mapping[str, Any]
     """The recommended settings of the recipe, by name."""
+
+    notes: tuple[str, ...] = ()
+    """What was not tried, and why."""
+
+
+@dataclass(kw_only=True)
+class _Facts:
+    """What the stages of a search know, and what they add."""
+
+    cost: SampleCost
+
+    profile: LoaderReading
+    """The measurement without workers."""
+
+    budget: LoaderBudget
+    worker: WorkerCost
+    best: LoaderTrial
+    """The measurement of the best settings so far."""
+
+    notes: list[str] = field(default_factory=list)
+    """Receives what was not tried, and why."""
 
 
 class LoaderSearch:
@@ -111,11 +170,13 @@ class LoaderSearch:
         recipe, self.plan = target.plan()
         self._seconds = seconds
         self._prefetch_factor = recipe.prefetch_factor or PREFETCH_FACTOR
+        self._start = recipe.worker_start
+        self._planned_threads = recipe.worker_threads
 
     def run(
         self, run_dir: RunDir, signals: SignalHandler, on_trial: Callable[[LoaderTrial], None]
     ) -> LoaderSearchResult:
-        """Measure numbers of workers, then longer queues and pinned memory with the best number.
+        """Measure numbers of workers, then the other settings with the best number.
 
         Args:
             run_dir: Folder that receives a folder for each measurement.
@@ -125,15 +186,12 @@ class LoaderSearch:
         Raises:
             RunFailedError: A rank failed.
         """
-        readings: list[LoaderTrial] = []
-
-        def measure(**settings: Any) -> LoaderReading:
-            values = self._measure(run_dir, signals, **settings)
-            readings.append(self._reading(values, **settings))
-            on_trial(readings[-1])
-            return values
-
-        profile = measure(num_workers=0)
+        trials = _Trials(
+            lambda folder, **settings: self._measure(
+                run_dir.path / folder, signals, on_trial, **settings
+            )
+        )
+        profile = trials.measure(num_workers=0)[1]
         cost = SampleCost(
             reading=profile.reading_seconds,
             reading_cpu=profile.reading_cpu_seconds,
@@ -146,50 +204,128 @@ class LoaderSearch:
             batch_bytes=profile.batch_bytes,
             prefetch_factor=self._prefetch_factor,
         )
-        limit, limited_by = max_workers(budget, worker)
         predicted = predict_workers(cost, budget, worker)
-        for num_workers in worker_counts_to_measure(predicted, self.plan.workers_per_rank, limit):
-            if num_workers:
-                measure(num_workers=num_workers)
-        # If the largest number is still the fastest, the prediction was too low.
-        while (chosen := _fewest(readings)) == max(reading.workers for reading in readings):
-            if not 0 < 2 * chosen <= limit:
-                break
-            measure(num_workers=2 * chosen)
-        readings.sort(key=lambda reading: reading.workers)
-        best = next(reading for reading in readings if reading.workers == chosen)
-        settings: dict[str, Any] = {"num_workers": chosen}
-        slowest = profile.slowest_batch_seconds
-        for alternative in self._alternatives(best, slowest, budget, worker):
-            measure(**settings, **alternative)
-            if is_faster(readings[-1].samples_per_second, best.samples_per_second):
-                best, settings = readings[-1], settings | alternative
+        limit, limited_by = self._measure_workers(trials, predicted, budget, worker)
+        by_workers = sorted(trials.readings, key=lambda reading: reading.workers)
+        best = next(each for each in by_workers if each.workers == _fewest(by_workers))
+        settings: dict[str, Any] = {"num_workers": best.workers}
+        facts = _Facts(cost=cost, profile=profile, budget=budget, worker=worker, best=best)
+        for stage in (self._depths, self._threads, self._starts, self._pinning):
+            for alternative in stage(facts):
+                try:
+                    found = trials.measure(**settings | alternative)[0]
+                    if is_better(found, best):  # once may be chance
+                        found = trials.measure(**settings | alternative)[0]
+                except RunFailedError:
+                    if signals.stopped_by is not None:
+                        raise
+                    facts.notes.append(f"{_text(alternative)} was tried and failed.")
+                    continue
+                if is_better(found, best):
+                    best, settings = found, settings | alternative
+                    facts.best = best
+        if not best.workers:
+            settings = {
+                name: value
+                for name, value in settings.items()
+                if name not in ("prefetch_factor", "worker_start")
+            }
+        if best.worker_threads != self._planned_threads:
+            settings["worker_threads"] = best.worker_threads
+        others = [each for each in trials.readings if each not in by_workers]
         return LoaderSearchResult(
             cost=cost,
             planned=self.plan.workers_per_rank,
             predicted=predicted,
             most=limit,
             limited_by=limited_by,
-            readings=tuple(readings),
+            readings=(*by_workers, *others),
             predicted_samples_per_second=self.plan.data_ranks
             * throughput(predicted, cost, budget.cores),
-            slowest_batch_seconds=slowest,
+            slowest_batch_seconds=profile.slowest_batch_seconds,
             best=best,
             settings=settings,
+            notes=tuple(facts.notes),
         )
 
-    def _alternatives(
-        self, best: LoaderTrial, slowest: float, budget: LoaderBudget, worker: WorkerCost
-    ) -> Iterator[dict[str, Any]]:
-        """Yield further settings that are worth measuring with the best number of workers."""
-        if best.workers:
-            seconds_per_batch = best.step_seconds / self.plan.accumulation_steps
-            prefetch_factor = min(
-                prefetch_factor_to_hide(slowest, best.workers, seconds_per_batch),
-                max_prefetch_factor(best.workers, budget, worker),
-            )
-            if prefetch_factor > self._prefetch_factor:
-                yield {"prefetch_factor": prefetch_factor}
+    def _measure_workers(
+        self, trials: _Trials, predicted: int, budget: LoaderBudget, worker: WorkerCost
+    ) -> tuple[int, str]:
+        """Measure numbers of workers until more of them are no faster.
+
+        Returns:
+            The largest number that is possible, and what limits it.
+        """
+        limit, limited_by = max_workers(budget, worker)
+        planned = self.plan.workers_per_rank
+        for num_workers in worker_counts_to_measure(predicted, planned, limit):
+            if num_workers:
+                trials.measure(num_workers=num_workers)
+        while True:
+            measured = max(reading.worker_bytes for reading in trials.readings)
+            if measured:
+                limit, limited_by = max_workers(budget, replace(worker, memory_bytes=measured))
+            # If the largest number is still the fastest, the prediction was too low.
+            chosen = _fewest(trials.readings)
+            most = max(reading.workers for reading in trials.readings)
+            if chosen == most and 0 < 2 * chosen <= limit:
+                trials.measure(num_workers=2 * chosen)
+                continue
+            again = [each for each in _contenders(trials.readings) if each.measurements == 1]
+            if not again:
+                return limit, limited_by
+            for reading in again:
+                trials.measure(num_workers=reading.workers)
+
+    def _depths(self, facts: _Facts) -> Iterator[dict[str, Any]]:
+        """Yield a longer queue, if steps wait for data or single batches are slow to read."""
+        best = facts.best
+        if not best.workers:
+            return
+        seconds_per_batch = best.step_seconds / self.plan.accumulation_steps
+        needed = prefetch_factor_to_hide(
+            facts.profile.slowest_batch_seconds, best.workers, seconds_per_batch
+        )
+        if needed <= self._prefetch_factor and best.can_gain:
+            needed = 2 * self._prefetch_factor
+        depth = min(needed, max_prefetch_factor(best.workers, facts.budget, facts.worker))
+        if depth > self._prefetch_factor:
+            yield {"prefetch_factor": depth}
+
+    def _threads(self, facts: _Facts) -> Iterator[dict[str, Any]]:
+        """Yield threads in the rank itself, and in fewer workers."""
+        best, profile = facts.best, facts.profile
+        if profile.reason_against_threads is not None:
+            facts.notes.append(f"worker_threads was not tried: {profile.reason_against_threads}.")
+            return
+        choices = threads_to_measure(best.workers, self.plan.micro_batch_size)
+        if not choices or not (best.workers or best.can_gain):
+            return
+        for workers, threads in choices:
+            yield {"num_workers": workers, "worker_threads": threads}
+        # Threads that wait take no core, and little memory, so that there can be more of them.
+        limit = min(self.plan.micro_batch_size, MAX_THREADS)
+        while facts.cost.is_latency_bound and facts.best.can_gain and threads < limit:
+            threads = min(2 * threads, limit)
+            yield {"num_workers": workers, "worker_threads": threads}
+            if facts.best.worker_threads != threads:
+                return
+
+    def _starts(self, facts: _Facts) -> Iterator[dict[str, Any]]:
+        """Yield other ways to start workers, if steps wait for data."""
+        best = facts.best
+        if best.workers and best.can_gain and self._start == "fork":
+            yield {"worker_start": "forkserver"}
+            if best.workers <= facts.budget.cores:
+                yield {"worker_start": "spawn"}
+            else:
+                facts.notes.append(
+                    f"worker_start=spawn was not tried: each of {best.workers} workers would "
+                    f"import torch, on {facts.budget.cores:g} cores."
+                )
+
+    def _pinning(self, facts: _Facts) -> Iterator[dict[str, Any]]:
+        """Yield the other choice of pinned memory, on GPUs."""
         if self.plan.device == "cuda":
             yield {"pin_memory": not self.plan.pin_memory}
 
@@ -202,10 +338,15 @@ class LoaderSearch:
         )
 
     def _measure(
-        self, search_dir: RunDir, signals: SignalHandler, **settings: Any
-    ) -> LoaderReading:
+        self,
+        folder: Path,
+        signals: SignalHandler,
+        on_trial: Callable[[LoaderTrial], None],
+        **settings: Any,
+    ) -> tuple[LoaderTrial, LoaderReading]:
         from launcher.engine.worker import agent_loader_probe
 
+        settings = {"worker_threads": 1, **settings}
         probe = self._target.with_settings(
             "find loader",
             **settings,
@@ -217,23 +358,95 @@ class LoaderSearch:
             record_samples=False,
             noise_scale=False,
         ).probe()
-        folder = "-".join(f"{name}-{value}" for name, value in settings.items())
-        run_dir = create_run_dir(search_dir.path / folder, probe.plan.recipe)
+        run_dir = create_run_dir(folder, probe.plan.recipe)
         run_probe(probe, run_dir, agent_loader_probe, signals, seconds=self._seconds, quiet=True)
-        return read_loading(run_dir)
-
-    def _reading(self, reading: LoaderReading, **settings: Any) -> LoaderTrial:
-        return LoaderTrial(
-            workers=settings["num_workers"],
-            prefetch_factor=settings.get("prefetch_factor", self._prefetch_factor),
+        reading = read_loading(run_dir)
+        workers = settings["num_workers"]
+        prefetch_factor = settings.get("prefetch_factor", self._prefetch_factor)
+        trial = LoaderTrial(
+            workers=workers,
+            prefetch_factor=prefetch_factor,
             pin_memory=settings.get("pin_memory", self.plan.pin_memory),
+            worker_threads=settings["worker_threads"],
+            worker_start=settings.get("worker_start", self._start),
             samples_per_second=reading.samples_per_second,
             wait_seconds_per_step=reading.wait_seconds_per_step,
             step_seconds=reading.step_seconds,
             worker_bytes=reading.worker_bytes,
+            worker_proportional_bytes=reading.worker_proportional_bytes,
+            queue_bytes=workers * prefetch_factor * reading.batch_bytes,
+            start_seconds=reading.start_seconds,
         )
+        on_trial(trial)
+        return trial, reading
+
+
+class _Trials:
+    """Measurements by their settings; repeated ones are averaged.
+
+    Args:
+        measure: Measures settings in a folder with a name.
+    """
+
+    def __init__(self, measure: Callable[..., tuple[LoaderTrial, LoaderReading]]) -> None:
+        self._measure = measure
+        self._trials: dict[str, list[LoaderTrial]] = {}
+
+    @property
+    def readings(self) -> list[LoaderTrial]:
+        """Return the mean of the measurements of each setting, in the order of the first ones."""
+        return [_mean(trials) for trials in self._trials.values()]
+
+    def measure(self, **settings: Any) -> tuple[LoaderTrial, LoaderReading]:
+        """Measure settings; return the mean of their measurements, and the last one as it is."""
+        name = "-".join(f"{name}-{value}" for name, value in settings.items())
+        trials = self._trials.setdefault(name, [])
+        folder = name if not trials else f"{name}-{len(trials) + 1}"
+        try:
+            trial, reading = self._measure(folder, **settings)
+        except RunFailedError:
+            if not trials:
+                del self._trials[name]
+            raise
+        trials.append(trial)
+        return _mean(trials), reading
+
+
+def _mean(trials: list[LoaderTrial]) -> LoaderTrial:
+    names = (
+        "samples_per_second",
+        "wait_seconds_per_step",
+        "step_seconds",
+        "worker_bytes",
+        "worker_proportional_bytes",
+        "start_seconds",
+    )
+    means: dict[str, Any] = {
+        name: fmean(getattr(trial, name) for trial in trials) for name in names
+    }
+    return replace(trials[0], **means, measurements=len(trials))
+
+
+def is_better(trial: LoaderTrial, than: LoaderTrial) -> bool:
+    """Return whether settings are faster beyond noise, or as fast with half of the processes."""
+    if is_faster(trial.samples_per_second, than.samples_per_second):
+        return True
+    is_as_fast = not is_faster(than.samples_per_second, trial.samples_per_second)
+    return is_as_fast and 2 * trial.workers <= than.workers > 1
 
 
 def _fewest(readings: list[LoaderTrial]) -> int:
     """Return the smallest measured number of workers that is about as fast as the best."""
     return fewest_workers({reading.workers: reading.samples_per_second for reading in readings})
+
+
+def _contenders(readings: list[LoaderTrial]) -> list[LoaderTrial]:
+    """Return the measurements among which a single one cannot decide; none if there is only one."""
+    best = max(reading.samples_per_second for reading in readings)
+    close = [each for each in readings if is_contender(each.samples_per_second, best)]
+    close.sort(key=lambda each: -each.samples_per_second)
+    return close[:_MAX_CONTENDERS] if len(close) > 1 else []
+
+
+def _text(settings: Mapping[str, Any]) -> str:
+    return " ".join(f"{name}={value}" for name, value in settings.items())

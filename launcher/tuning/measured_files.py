@@ -66,7 +66,17 @@ class LoaderReading:
     """Size of a batch."""
 
     worker_bytes: _Seconds = 0.0
-    """Private memory of a worker; 0 without workers."""
+    """Private memory of a worker at the end of the measurement; 0 without workers."""
+
+    worker_proportional_bytes: _Seconds = 0.0
+    """That, and a worker's part of the memory that it shares."""
+
+    start_seconds: _Seconds = 0.0
+    """Seconds until the first batch, which include building the model."""
+
+    reason_against_threads: str | None = None
+    """Why several threads of a process do not help to read the samples; None if they may, or if
+    it was not tested."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -189,13 +189,22 @@ def loader_trial_text(reading: LoaderTrial) -> str:
         line += f"  {size(reading.worker_bytes)} per worker"
     if reading.workers and reading.prefetch_factor != PREFETCH_FACTOR:
         line += f"  prefetch_factor={reading.prefetch_factor}"
+    if reading.worker_threads > 1:
+        line += f"  worker_threads={reading.worker_threads}"
+    if reading.workers and reading.worker_start != "fork":
+        line += f"  worker_start={reading.worker_start}, first batch after "
+        line += f"{reading.start_seconds:.1f} s"
     return line + ("  pin_memory=true" if reading.pin_memory else "")
 
 
 def loader_plot(result: LoaderSearchResult, plan: Plan) -> Plot:
     """Return the throughput over the number of workers."""
     # The first reading of a number of workers has the planned prefetching and pinning.
-    rates = {reading.workers: reading.samples_per_second for reading in reversed(result.readings)}
+    rates = {
+        reading.workers: reading.samples_per_second
+        for reading in reversed(result.readings)
+        if reading.worker_threads == 1
+    }
     xs = sorted(rates)
     return Plot(
         title=f"{plan.recipe}: throughput over the workers per rank",
@@ -228,7 +237,13 @@ def loader_text(result: LoaderSearchResult, plan: Plan) -> str:
     ]
     if best.workers:
         total = best.worker_bytes * best.workers * plan.nproc_per_node
-        lines.append(f"The workers take {size(total)} of each node's memory.")
+        queue = best.queue_bytes * plan.nproc_per_node
+        lines.append(
+            f"The workers take {size(total)} of each node's memory: {size(best.worker_bytes)} each "
+            "that they share with no other process. Their batches take up to "
+            f"{size(queue)} of shared memory."
+        )
+    lines += result.notes
     evidence = f"launcher find loader: {best.samples_per_second:,.0f} samples/s"
     return "\n".join([*lines, "", recommendation(values, evidence)])
 

@@ -84,6 +84,7 @@ SETTINGS = {
         "numa",
         "in_memory",
         "num_workers",
+        "worker_threads",
         "worker_start",
         "prefetch_factor",
         "pin_memory",

@@ -8,12 +8,15 @@ from launcher.analysis.loader_throughput import (
     LoaderBudget,
     SampleCost,
     WorkerCost,
+    can_gain,
     fewest_workers,
+    is_contender,
     is_faster,
     max_prefetch_factor,
     max_workers,
     predict_workers,
     prefetch_factor_to_hide,
+    threads_to_measure,
     throughput,
     worker_counts_to_measure,
 )
@@ -53,11 +56,11 @@ def test_the_prediction_is_the_fewest_workers_that_are_fast(cost: SampleCost, wo
 
 
 def test_the_prediction_stays_within_its_budget() -> None:
-    """Workers use at most half of the free memory and half of /dev/shm."""
+    """Workers and their batches use at most half of the free memory, and half of /dev/shm."""
     slow = make_cost(1.0, 1e-3, 1e-3)
     little_memory = LoaderBudget(cores=2.0, memory_bytes=1e9, shm_bytes=8e9)
-    assert max_workers(little_memory, WORKER) == (5, "host memory")
-    assert predict_workers(slow, little_memory, WORKER) == 5
+    assert max_workers(little_memory, WORKER) == (4, "host memory")
+    assert predict_workers(slow, little_memory, WORKER) == 4
     large_batches = WorkerCost(memory_bytes=100e6, batch_bytes=10e6, prefetch_factor=2)
     assert max_workers(LITTLE_SHM, large_batches) == (1, "/dev/shm")
 
@@ -96,3 +99,28 @@ def test_noise_is_not_a_speed_up() -> None:
     """A throughput counts as faster only if it is more than 3 % higher."""
     assert not is_faster(101.0, 100.0)
     assert is_faster(104.0, 100.0)
+
+
+def test_stages_end_when_nothing_can_be_gained() -> None:
+    """Further settings are tried while waiting exceeds noise, and close rates are repeated."""
+    assert not can_gain(wait_seconds=0.02, step_seconds=1.0)
+    assert can_gain(wait_seconds=0.04, step_seconds=1.0)
+    assert is_contender(90.0, best=100.0)
+    assert not is_contender(85.0, best=100.0)
+
+
+@pytest.mark.parametrize(
+    ("workers", "samples", "choices"),
+    [
+        (0, 16, [(0, 2), (1, 2)]),
+        (3, 16, [(0, 3), (2, 2)]),
+        (16, 64, [(0, 16), (4, 4)]),
+        (16, 2, [(0, 2), (4, 2)]),
+        (16, 1, []),
+    ],
+)
+def test_threads_stand_for_workers(
+    workers: int, samples: int, choices: list[tuple[int, int]]
+) -> None:
+    """Threads in the rank, and in fewer workers, read as many samples at a time as workers do."""
+    assert threads_to_measure(workers, samples) == choices

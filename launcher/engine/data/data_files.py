@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -29,6 +30,9 @@ from launcher.regular_file import open_descriptor
 
 _MAX_OPEN = 128
 """Largest number of files that a process holds open for one data set."""
+
+_MIN_OPEN = 8
+"""Files that each thread may hold open, however many threads there are."""
 
 _RECHECK_SECONDS = 10.0
 """Time after which the cache is told that a remote file is still in use."""
@@ -78,7 +82,24 @@ class DataFiles:
         """The paths and URLs."""
         self._compressed = compressed or [None] * len(self.locations)
         self._versions = self.for_each(self._read_version)
-        self._open: OrderedDict[int, tuple[int, float]] = OrderedDict()
+        self._forget_open_files()
+
+    def _forget_open_files(self) -> None:
+        self._of_thread = threading.local()
+        self._of_threads: list[OrderedDict[int, tuple[int, float]]] = []
+
+    @property
+    def _open(self) -> OrderedDict[int, tuple[int, float]]:
+        """Return the files that this thread has open, the least recently used first.
+
+        Each thread opens its own, because another one could close what it reads from.
+        """
+        files: OrderedDict[int, tuple[int, float]] | None
+        files = getattr(self._of_thread, "files", None)
+        if files is None:
+            files = self._of_thread.files = OrderedDict()
+            self._of_threads.append(files)
+        return files
 
     def __len__(self) -> int:
         return len(self.locations)
@@ -148,12 +169,13 @@ class DataFiles:
             RecipeError: The file is missing, or has changed.
             SampleError: The file cannot be downloaded.
         """
-        opened = self._open.get(number)
+        files = self._open
+        opened = files.get(number)
         if opened is not None:
             descriptor, checked = opened
             if not self._is_cached(number):
-                if len(self._open) == _MAX_OPEN:
-                    self._open.move_to_end(number)
+                if len(files) == _MAX_OPEN:
+                    files.move_to_end(number)
                 return descriptor
             now = time.monotonic()
             if now - checked < _RECHECK_SECONDS:
@@ -161,15 +183,15 @@ class DataFiles:
             if os.fstat(descriptor).st_nlink:
                 with contextlib.suppress(OSError):
                     os.utime(descriptor)
-                self._open[number] = descriptor, now
-                self._open.move_to_end(number)
+                files[number] = descriptor, now
+                files.move_to_end(number)
                 return descriptor
             # The cache removed it: closing it gives the space back.
-            os.close(self._open.pop(number)[0])
-        while len(self._open) >= _MAX_OPEN:
-            os.close(self._open.popitem(last=False)[1][0])
-        self._open[number] = self._open_file(number), time.monotonic()
-        return self._open[number][0]
+            os.close(files.pop(number)[0])
+        while len(files) >= max(_MAX_OPEN // len(self._of_threads), _MIN_OPEN):
+            os.close(files.popitem(last=False)[1][0])
+        files[number] = self._open_file(number), time.monotonic()
+        return files[number][0]
 
     def local_path(self, number: int) -> Path:
         """Return a path under which this process can open a file now."""
@@ -237,11 +259,16 @@ class DataFiles:
         return RecipeError(f"Cannot read the {self._noun} {printable_line(str(path))}: {reason}.")
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": OrderedDict()}
+        return {key: value for key, value in self.__dict__.items() if not key.startswith("_of_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget_open_files()
 
     def __del__(self) -> None:
-        for descriptor, _ in getattr(self, "_open", {}).values():
-            os.close(descriptor)
+        for files in getattr(self, "_of_threads", []):
+            for descriptor, _ in files.values():
+                os.close(descriptor)
 
 
 def pread(descriptor: int, length: int, offset: int) -> bytes:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import io
+import multiprocessing
 import multiprocessing.util
+import os
 import pickle
 import resource
 import signal
+import threading
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.reduction import ForkingPickler
@@ -26,13 +29,21 @@ _FROM_OUTSIDE = (signal.SIGINT, *(set(STOP_SIGNALS) - {signal.SIGTERM}))
 """Stop signals that come from a terminal or a scheduler and not from the code of a data set."""
 
 
-def start_worker(rank_pid: int, _: int) -> None:
+PRELOADED = ("torch", "launcher.engine.data.reader")
+"""Modules that the server of worker_start=forkserver imports once for all workers."""
+
+
+def start_worker(rank_pid: int, _: int, *, method: str = "fork") -> None:
     """Make this process, a DataLoader worker, ignore stop signals and exit with its rank.
 
     The limit under which `launcher find batch` tries a rank's training does not hold for its
     workers. One that ran out of memory while it starts a thread would wait for that thread forever.
     """
-    die_with_parent(rank_pid)
+    if method == "forkserver":
+        die_with_parent(os.getppid())
+        threading.Thread(target=_die_with_rank, name="rank's end", daemon=True).start()
+    else:
+        die_with_parent(rank_pid)
     hard_limit = resource.getrlimit(resource.RLIMIT_DATA)[1]
     resource.setrlimit(resource.RLIMIT_DATA, (hard_limit, hard_limit))
     # A stop signal often reaches all processes of a job. The rank decides when to stop and needs
@@ -46,6 +57,14 @@ def start_worker(rank_pid: int, _: int) -> None:
     faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
     # `signals_held` blocked them.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, *STOP_SIGNALS})
+
+
+def _die_with_rank() -> None:
+    """Wait until the rank has ended, which is not the parent of this process; then kill it."""
+    rank = multiprocessing.parent_process()
+    assert rank is not None
+    rank.join()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @contextlib.contextmanager

@@ -481,14 +481,11 @@ class MixtureOrder:
         return found, before[rows, found] + offsets
 
 
-def _cut(chunks: list[int], limit: int) -> list[int]:
+def _cut(chunks: NDArray[np.integer[Any]], limit: int) -> NDArray[np.integer[Any]]:
     """Return the chunks that hold the first `limit` samples."""
-    kept = []
-    for size in chunks:
-        if limit <= 0:
-            break
-        kept.append(min(size, limit))
-        limit -= size
+    ends = np.cumsum(chunks, dtype=np.int64)
+    kept = chunks[: int(ends.searchsorted(limit)) + 1].copy()
+    kept[-1] -= max(int(ends[len(kept) - 1]) - limit, 0)
     return kept
 
 

@@ -125,12 +125,15 @@ class WindowOrder:
         seed: The seed.
     """
 
-    def __init__(self, chunks: Sequence[int], window: int, seed: int) -> None:
-        self._sizes = np.asarray(chunks, np.int64)
-        self._starts = np.cumsum(self._sizes) - self._sizes
-        self._samples = int(self._sizes.sum())
+    def __init__(
+        self, chunks: Sequence[int] | NDArray[np.integer[Any]], window: int, seed: int
+    ) -> None:
+        self._sizes = compact(np.asarray(chunks))
+        self._samples = int(self._sizes.sum(dtype=np.int64))
+        self._dtype = np.min_scalar_type(-self._samples - 1)
+        self._starts = np.cumsum(self._sizes, dtype=self._dtype) - self._sizes
         self._window, self._seed = window, seed
-        self._layout: tuple[int, Positions, Positions] = (-1, self._starts, self._starts)
+        self._layout: tuple[int, NDArray[Any], NDArray[Any]] = (-1, self._starts, self._starts)
 
     def elements_at(self, epoch: int, positions: Positions) -> Positions:
         """Return the samples at some positions of an epoch."""
@@ -143,15 +146,17 @@ class WindowOrder:
             inside = windows == number
             places[inside] = start + Permutation(size, seed, number)(positions[inside] - start)
         ends, shifts = self._lay_out(epoch)
-        return places + shifts[ends.searchsorted(places, side="right")]
+        # Of one type, or NumPy would convert all ends in each lookup.
+        return places + shifts[ends.searchsorted(places.astype(self._dtype), side="right")]
 
-    def _lay_out(self, epoch: int) -> tuple[Positions, Positions]:
+    def _lay_out(self, epoch: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """Return the end of each chunk in an epoch, and what turns its places into samples."""
         if self._layout[0] != epoch:
             count = len(self._sizes)
             order = Permutation(count, derive(self._seed, _CHUNKS), epoch)(np.arange(count))
-            ends = np.cumsum(self._sizes[order])
-            shifts = self._starts[order] - (ends - self._sizes[order])
+            sizes = self._sizes[order]
+            ends = np.cumsum(sizes, dtype=self._dtype)
+            shifts = self._starts[order] - (ends - sizes)
             self._layout = (epoch, ends, shifts)
         return self._layout[1:]
 
@@ -169,7 +174,9 @@ class LengthOrder:
         seed: The seed.
     """
 
-    def __init__(self, lengths: NDArray[Any], window: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, lengths: NDArray[np.integer[Any]], window: int, batch_size: int, seed: int
+    ) -> None:
         self._lengths, self._batch_size, self._seed = lengths, batch_size, seed
         self._window = max(window // batch_size, 1) * batch_size
         self._base = GlobalOrder(len(lengths), seed)
@@ -256,7 +263,7 @@ def order_of(dataset: Any, samples: int, request: OrderRequest, lengths: Any = N
     return LengthOrder(array, request.window, request.batch_size, request.seed)
 
 
-def chunks_of(dataset: Any, samples: int) -> list[int]:
+def chunks_of(dataset: Any, samples: int) -> NDArray[np.integer[Any]]:
     """Return the samples of each chunk of a data set that its storage reads in sequence.
 
     They are its attribute `chunks`; those of the parts of a ConcatDataset; or else blocks of
@@ -268,22 +275,29 @@ def chunks_of(dataset: Any, samples: int) -> list[int]:
     chunks = getattr(dataset, "chunks", None)
     if chunks is not None:
         sizes = whole_numbers(chunks, f"The attribute chunks of {kind_of(dataset)}")
-        if int(sizes.sum()) != samples:
+        total = int(sizes.sum(dtype=np.int64))
+        if total != samples:
             raise RecipeError(
-                f"The attribute chunks of {kind_of(dataset)} counts {int(sizes.sum()):,} samples, "
-                f"and the data set has {samples:,}. It must have the number of samples in each "
-                "part that is read in sequence, in the order of the samples."
+                f"The attribute chunks of {kind_of(dataset)} counts {total:,} samples, and the "
+                f"data set has {samples:,}. It must have the number of samples in each part that "
+                "is read in sequence, in the order of the samples."
             )
-        return sizes[sizes > 0].tolist()
+        return sizes[sizes > 0]
     parts = getattr(dataset, "datasets", None)
     if isinstance(parts, list) and sum(map(len, parts)) == samples:
-        return [size for part in parts for size in chunks_of(part, len(part))]
+        return np.concatenate([chunks_of(part, len(part)) for part in parts])
     full, rest = divmod(samples, BLOCK)
-    return [BLOCK] * full + [rest] * (rest > 0)
+    return np.array([BLOCK] * full + [rest] * (rest > 0), np.int32)
 
 
-def whole_numbers(values: Any, name: str, count: int | None = None) -> Positions:
-    """Return whole numbers of at least 0 as an array.
+def compact(array: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
+    """Return whole numbers in 32 bits, signed, if they fit, and in 64 otherwise."""
+    fits = not len(array) or int(array.max()) <= np.iinfo(np.int32).max
+    return array.astype(np.int32 if fits else np.int64, copy=False)
+
+
+def whole_numbers(values: Any, name: str, count: int | None = None) -> NDArray[np.integer[Any]]:
+    """Return whole numbers of at least 0 as an array of 32 or 64 bits; a mapped file stays one.
 
     Args:
         values: The numbers.
@@ -297,7 +311,7 @@ def whole_numbers(values: Any, name: str, count: int | None = None) -> Positions
         array = np.asarray(values)
     except Exception:  # noqa: BLE001  # the object is the recipe's own
         array = np.empty((0, 0))
-    if array.ndim != 1 or array.dtype.kind not in "iu" or (array < 0).any():
+    if array.ndim != 1 or array.dtype.kind not in "iu" or (len(array) and array.min() < 0):
         raise RecipeError(
             f"{name}: expected a list or array of whole numbers of at least 0, found "
             f"{_found(values, array)}."
@@ -307,7 +321,7 @@ def whole_numbers(values: Any, name: str, count: int | None = None) -> Positions
             f"{name} has {len(array):,} numbers, and there are {count:,} samples. Give one for "
             "each sample, in the order of the samples."
         )
-    return array.astype(np.int64)
+    return array if isinstance(array, np.memmap) else compact(array)
 
 
 def _found(values: Any, array: NDArray[Any]) -> str:

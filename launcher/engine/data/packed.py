@@ -9,13 +9,14 @@ documents share a sequence follows from the lengths and the seed alone.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from launcher.engine.data.order import whole_numbers
+from launcher.engine.data.order import compact, whole_numbers
 from launcher.engine.data.permutation import Permutation
 from launcher.engine.data.sample_files import file_of
 from launcher.errors import RecipeError, SampleError
@@ -79,17 +80,18 @@ class Packed:
         self._documents, self._read = documents, read
         self.tokens, self._padding = tokens, padding
         self._lengths = self._find_lengths(lengths)
-        owners, starts = _pieces(self._lengths, tokens, long)
+        owners, starts = _pieces(self._lengths.astype(np.int64), tokens, long)
         sizes = np.minimum(self._lengths[owners] - starts, tokens)
         order = Permutation(len(owners), seed, 0)(np.arange(len(owners)))
-        packs = [
-            [order[start + member] for member in pack]
-            for start in range(0, len(order), window)
-            for pack in best_fit(sizes[order[start : start + window]], tokens)
-        ]
-        members = np.array([member for pack in packs for member in pack], _DTYPE)
-        self._owners, self._starts = owners[members], starts[members]
-        self._ends = np.cumsum([len(pack) for pack in packs])
+        members, counts = np.empty_like(order), []
+        for first in range(0, len(order), window):
+            part = order[first : first + window]
+            packs = best_fit(sizes[part], tokens)
+            chosen = np.fromiter(itertools.chain.from_iterable(packs), _DTYPE, len(part))
+            members[first : first + window] = part[chosen]
+            counts.append(np.fromiter(map(len, packs), _DTYPE, len(packs)))
+        self._owners, self._starts = compact(owners[members]), compact(starts[members])
+        self._ends = np.cumsum(np.concatenate(counts))
         self._used = int(sizes.sum())
 
     @property
@@ -165,13 +167,13 @@ class Packed:
             )
         return ids[start : start + self.tokens]
 
-    def _find_lengths(self, lengths: Any) -> NDArray[np.int64]:
+    def _find_lengths(self, lengths: Any) -> NDArray[np.integer[Any]]:
         if lengths is None:
             lengths = getattr(self._documents, "lengths", None)
         if lengths is None:
             documents = (self._documents[index] for index in range(len(self._documents)))
             lengths = [len(_ids(document, self._read)) for document in documents]
-        return whole_numbers(lengths, "Packed(lengths=...)", len(self._documents))
+        return compact(whole_numbers(lengths, "Packed(lengths=...)", len(self._documents)))
 
 
 def _ids(document: Any, read: Callable[[Any], Any] | None) -> NDArray[np.int64]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import os
 import warnings
 from collections.abc import Iterable, Iterator
@@ -12,11 +13,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from launcher.engine.backends.nested_tensors import map_tensors
-from launcher.engine.data.loader_workers import signals_held, start_worker
+from launcher.engine.data.loader_workers import PRELOADED, signals_held, start_worker
 from launcher.engine.data.reader import MicroBatch, Reader
 from launcher.engine.data.sampler import MicroBatchRequest
 from launcher.engine.ranks.temporary_files import check_temporary_folder
-from launcher.errors import LauncherError
+from launcher.errors import LauncherError, RecipeError
 from launcher.planning.plan import Plan
 
 
@@ -31,8 +32,15 @@ def micro_batches(
 
     Raises:
         WorldError: The path of the temporary folder is too long for the sockets of workers.
-        RecipeError: Workers are to be spawned, and the import location of the recipe is unknown.
+        RecipeError: Workers are to import the recipe, and its import location is unknown; or
+            several threads are to read a stream.
     """
+    threads = plan.settings.get("worker_threads", 1)
+    if reader.stream is not None and threads > 1:
+        raise RecipeError(
+            f"worker_threads={threads}: the training data is a stream, which one thread reads in "
+            "its order. Remove worker_threads."
+        )
     workers = min(plan.workers_per_rank, plan.workers_per_rank if reader.stream is None else 1)
     if not workers:
         results = map(raise_if_error, map(reader.__getitem__, requests))
@@ -113,16 +121,18 @@ def prefetch(
         reader: Reads the requests.
         requests: The requests.
         workers: The number of worker processes, at least 1.
-        method: How workers start: `fork` or `spawn`.
+        method: How workers start: `fork`, `spawn` or `forkserver`.
         prefetch_factor: The number of micro-batches that each worker prefetches.
         pin_memory: Whether to copy tensors to page-locked memory.
 
     Raises:
         WorldError: The path of the temporary folder is too long for the sockets of workers.
-        RecipeError: Workers are to be spawned, and the import location of the recipe is unknown.
+        RecipeError: Workers are to import the recipe, and its import location is unknown.
     """
     check_temporary_folder()
     reader.check_start(method)
+    if method == "forkserver":
+        multiprocessing.get_context(method).set_forkserver_preload(list(PRELOADED))
     with warnings.catch_warnings():
         # The planner already compares workers with cores and warns the user.
         warnings.filterwarnings("ignore", message="This DataLoader will create")
@@ -134,7 +144,7 @@ def prefetch(
             num_workers=workers,
             prefetch_factor=prefetch_factor,
             pin_memory=pin_memory,
-            worker_init_fn=functools.partial(start_worker, os.getpid()),
+            worker_init_fn=functools.partial(start_worker, os.getpid(), method=method),
             multiprocessing_context=method,
         )
         # A worker would react to signals until `start_worker` makes it ignore them.

@@ -20,6 +20,7 @@ from launcher.engine.data.loader_workers import (
 from launcher.engine.data.open_files import OpenFile, moved_files, open_files
 from launcher.engine.data.randomness import Generators, seed_all
 from launcher.engine.data.sample_files import file_of
+from launcher.engine.data.sample_threads import SampleThreads
 from launcher.engine.data.sampler import MicroBatchRequest
 from launcher.engine.data.seeds import derive
 from launcher.engine.data.streams import (
@@ -185,7 +186,7 @@ class Reader(Dataset[MicroBatch | LauncherError]):
     Before each `__getitem__` of the recipe's data set, the global generators of `random`,
     `numpy.random` and torch are seeded by (seed, epoch, sample); afterwards their state is
     restored. Augmentation therefore depends on nothing else. The batched `__getitems__` of a data
-    set is used if it draws no random numbers.
+    set is used if it draws no random numbers, and so are `Recipe.worker_threads`.
 
     Args:
         recipe: The recipe.
@@ -195,6 +196,7 @@ class Reader(Dataset[MicroBatch | LauncherError]):
 
     def __init__(self, recipe: Recipe, data: Data, source: RecipeSource | None = None) -> None:
         self._source = source
+        self._start_method = "spawn"
         self.stream: StreamReader | None = None
         """Reads the training data in this process, if it is a stream."""
 
@@ -218,6 +220,10 @@ class Reader(Dataset[MicroBatch | LauncherError]):
             for name, split in self._splits.items()
         }
         self._lengths = {name: _length(split.dataset) for name, split in self._splits.items()}
+        threads = recipe.worker_threads
+        self._threads = SampleThreads(threads) if threads > 1 else None
+        self._without_threads: set[str] = set()
+        self._checked_threads: set[str] = set()
         self.stream = None
         if isinstance(data.train, Stream):
             self.stream = StreamReader(data.train, recipe.seed)
@@ -230,6 +236,7 @@ class Reader(Dataset[MicroBatch | LauncherError]):
         """Return the state for a spawned worker, which creates the data sets itself."""
         return {
             "_source": self._source,
+            "_start_method": self._start_method,
             "_lengths": self._lengths,
             "_stream_state": self._stream_state,
             "_has_data": False,
@@ -255,17 +262,17 @@ class Reader(Dataset[MicroBatch | LauncherError]):
             is_ours = isinstance(error, LauncherError)
             details = "" if is_ours else f"\n\n{traceback_of(error).rstrip()}"
             raise RecipeError(
-                "With worker_start=spawn, each DataLoader worker imports the recipe and calls its "
-                f"data function. In a worker, {self._source.recipe} failed: "
-                f"{error_line(error)}{details}"
+                f"With worker_start={self._start_method}, each DataLoader worker imports the "
+                "recipe and calls its data function. In a worker, "
+                f"{self._source.recipe} failed: {error_line(error)}{details}"
             ) from None
         finally:
             generators.restore()
         if self._lengths != rank_lengths:
             raise RecipeError(
-                f"worker_start=spawn: data() returned {_counts(self._lengths)} samples in a "
-                f"DataLoader worker, but {_counts(rank_lengths)} samples in the rank. It must "
-                "return the same data in every process."
+                f"worker_start={self._start_method}: data() returned {_counts(self._lengths)} "
+                f"samples in a DataLoader worker, but {_counts(rank_lengths)} samples in the rank. "
+                "It must return the same data in every process."
             )
 
     def restore_stream(self, saved: StreamState) -> None:
@@ -278,12 +285,12 @@ class Reader(Dataset[MicroBatch | LauncherError]):
         """Check that workers started with `method` can create the data.
 
         Raises:
-            RecipeError: Workers are to be spawned, and the import location of the recipe is
-                unknown.
+            RecipeError: Workers are to import the recipe, and its import location is unknown.
         """
-        if method == "spawn" and self._source is None:
+        self._start_method = method
+        if method != "fork" and self._source is None:
             raise RecipeError(
-                "With worker_start=spawn, each DataLoader worker imports the recipe and calls "
+                f"With worker_start={method}, each DataLoader worker imports the recipe and calls "
                 "data(), but the launcher does not know where this recipe was imported from. Start "
                 "it with `launcher run` or launcher.main, or use worker_start=fork."
             )
@@ -329,6 +336,7 @@ class Reader(Dataset[MicroBatch | LauncherError]):
                 bad = counted
             if request.trial:
                 descriptions = _describe(request, samples)
+                self._check_threads(request, samples)
             batch = _collate(collate, request, samples)
         note = None
         if self.stream is not None and request.split == "train":
@@ -381,7 +389,98 @@ class Reader(Dataset[MicroBatch | LauncherError]):
                         return _all_samples(samples, request)
                     # It drew random numbers for the batch, which would depend on the split.
                     self._batched[request.split] = False
+            samples = self._read_in_threads(dataset, request, generators)
+            if samples is not None:
+                return samples
             return self._read_one_by_one(name, dataset, request, bad)
+        finally:
+            generators.restore()
+
+    def _read_in_threads(
+        self, dataset: Any, request: MicroBatchRequest, generators: Generators
+    ) -> list[Any] | None:
+        """Return the samples of a request; None if they have to be read one by one.
+
+        Args:
+            dataset: The data set.
+            request: The request.
+            generators: The state of the global generators before.
+        """
+        if (
+            self._threads is None
+            or request.trial  # `_check_threads` compares with what one thread reads
+            or len(request.indices) < 2
+            or request.split in self._without_threads
+        ):
+            return None
+        try:
+            samples = self._threads.read(dataset.__getitem__, request.indices)
+        except KeyboardInterrupt:
+            raise
+        except BaseException:  # noqa: BLE001  # it is read again, and then names its sample
+            return None
+        if generators.are_untouched():
+            return samples
+        # A sample drew random numbers, for which it has to be seeded.
+        self._without_threads.add(request.split)
+        return None
+
+    def _check_threads(self, request: MicroBatchRequest, samples: list[Any]) -> None:
+        """Check that several threads may read the samples of a trial.
+
+        Raises:
+            RecipeError: They may not; the error says why.
+        """
+        if self._threads is None or request.split in self._checked_threads:
+            return
+        self._checked_threads.add(request.split)
+        conflict = self.find_thread_conflict(request, samples, self._threads)
+        if conflict is not None:
+            raise RecipeError(
+                f"worker_threads={self._threads.count}: several threads of a process must not read "
+                f"the {title_of(request.split)} data: {conflict}. Use worker_threads=1 with a "
+                "larger num_workers, whose processes share nothing, or change the data set."
+            )
+
+    def reason_against_threads(
+        self, request: MicroBatchRequest, threads: SampleThreads
+    ) -> str | None:
+        """Return why threads must not read a request, or have no effect, as a clause; or None."""
+        dataset, collate = self._splits[request.split]
+        if self.stream is not None and request.split == "train":
+            return "the data is a stream, which one thread reads in its order"
+        if type(dataset) is TensorDataset and collate is None:
+            return "the data is tensors in memory"
+        conflict = self.thread_conflict(request, threads)
+        if conflict is None and self._batched[request.split]:
+            return "the data set reads whole batches by its __getitems__"
+        return conflict
+
+    def thread_conflict(self, request: MicroBatchRequest, threads: SampleThreads) -> str | None:
+        """Read a request, and return why threads must not read it, as a clause; or None."""
+        dataset = self._splits[request.split].dataset
+        try:
+            samples = self._read_samples(dataset, request, [])
+        except LauncherError as error:
+            return str(error).partition("\n")[0]
+        return self.find_thread_conflict(request, samples, threads)
+
+    def find_thread_conflict(
+        self, request: MicroBatchRequest, samples: list[Any], threads: SampleThreads
+    ) -> str | None:
+        """Return why threads must not read the samples of a request, as a clause, or None.
+
+        Args:
+            request: The request.
+            samples: Its samples, read one after the other.
+            threads: The threads.
+        """
+        if self._batched[request.split]:
+            return None  # `__getitems__` reads them in one thread
+        generators = Generators()
+        try:
+            get = self._splits[request.split].dataset.__getitem__
+            return threads.find_conflict(get, request.indices, samples)
         finally:
             generators.restore()
 

@@ -24,6 +24,7 @@ import numpy as np
 
 from launcher.engine.data.data_files import DataFiles, digest_of, pread
 from launcher.engine.data.remote import DEFAULT_CACHE, RemoteCache, Version
+from launcher.engine.data.tar_index import Member, TarIndex
 from launcher.errors import RecipeError
 from launcher.printable import printable_line, shortened, text_of
 from launcher.regular_file import open_regular
@@ -111,8 +112,8 @@ class Shards:
             )
         self._files = DataFiles(files, cache, noun="shard")
         self._decode = decode
-        self._indices = self._files.for_each(self._read_index)
-        self.chunks: list[int] = [len(index["starts"]) - 1 for index in self._indices]
+        self._indices = self._files.for_each(lambda shard: TarIndex(self._read_index(shard)))
+        self.chunks: list[int] = [len(index) for index in self._indices]
         """The number of samples in each tar, in order."""
         self._ends = np.cumsum(self.chunks)
 
@@ -124,24 +125,16 @@ class Shards:
             raise IndexError(f"sample {index} of {len(self)}")
         shard = int(self._ends.searchsorted(index, side="right"))
         shard_index = self._indices[shard]
-        sample_index = index - (int(self._ends[shard - 1]) if shard else 0)
-        first, stop = map(int, shard_index["starts"][sample_index : sample_index + 2])
-        sample: dict[str, Any] = {_KEY: str(shard_index["keys"][sample_index])}
+        number = index - (int(self._ends[shard - 1]) if shard else 0)
+        sample: dict[str, Any] = {_KEY: shard_index.key(number)}
         descriptor, name = self._files.descriptor(shard), self._files.name(shard)
-        for member in range(first, stop):
-            content = _read_member(descriptor, shard_index, member, name)
-            sample[str(shard_index["extensions"][member])] = content
+        for member in shard_index.members(number):
+            sample[member.extension] = _read_member(descriptor, member, name)
         return sample if self._decode is None else self._decode(sample)
 
     def fingerprint(self) -> str:
         """Return a text that changes with the names, the sizes or the headers of the files."""
-        digest = digest_of(
-            *(
-                array.tobytes()
-                for index in self._indices
-                for array in (index["keys"], index["sizes"], index["headers"])
-            )
-        )
+        digest = digest_of(*(index.digest for index in self._indices))
         ends = [self._files.name(shard).rpartition("/")[2] for shard in (0, len(self._indices) - 1)]
         return f"tars: {len(self._indices):,}, {shortened(' to '.join(ends), 100)}, {digest[:16]}"
 
@@ -167,17 +160,17 @@ class Shards:
         return cached
 
 
-def _read_member(descriptor: int, index: _Index, member: int, name: str) -> bytes:
+def _read_member(descriptor: int, member: Member, name: str) -> bytes:
     """Return the content of a file in a tar, after checking its header against the index.
 
     Raises:
         RecipeError: The tar has changed since it was indexed.
     """
-    offset, size = int(index["offsets"][member]), int(index["sizes"][member])
+    offset, size = member.offset, member.size
     # pread, because forked workers share the position of the descriptor.
     data = pread(descriptor, BLOCKSIZE + size, offset - BLOCKSIZE)
     header, content = data[:BLOCKSIZE], data[BLOCKSIZE:]
-    if zlib.crc32(header) != int(index["headers"][member]) or len(content) != size:
+    if zlib.crc32(header) != member.header or len(content) != size:
         raise RecipeError(
             f"The shard {name} changed during the run: the file at byte {offset - BLOCKSIZE:,} is "
             "not the one that was indexed. Do not modify shards during a run, and start the run "

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from launcher.engine.data.order import Order, OrderRequest, Positions
+from launcher.engine.data.order import Order, OrderRequest, Positions, compact
 from launcher.engine.data.permutation import Permutation
 from launcher.engine.data.sample_files import file_of
 from launcher.engine.data.seeds import derive
@@ -21,6 +21,10 @@ _GOLDEN = 0.6180339887498949
 
 _START, _ORDER = 32, 33
 """What a seed is derived for: where counts begin, and the order inside an epoch."""
+
+
+_HASHED = 1 << 16
+"""Groups of which a text is made at a time, for the fingerprint."""
 
 
 class Weighted:
@@ -58,8 +62,11 @@ class Weighted:
         """Return a text that changes with the weights and the index of the data set."""
         inner = getattr(self._data, "fingerprint", None)
         index = inner() if callable(inner) else ""
-        groups = b"" if self._groups is None else repr(self._groups.tolist()).encode()
-        digest = hashlib.sha256(self._weights.tobytes() + groups + str(index).encode())
+        digest = hashlib.sha256(str(index).encode())
+        digest.update(self._weights.data)
+        groups = np.empty(0) if self._groups is None else self._groups
+        for start in range(0, len(groups), _HASHED):
+            digest.update(repr(groups[start : start + _HASHED].tolist()).encode())
         return f"weighted, {self._samples:,} samples an epoch, {digest.hexdigest()[:16]}"
 
     def file_of(self, index: int) -> str | None:
@@ -102,10 +109,12 @@ class WeightedOrder:
         samples: int,
         seed: int,
     ) -> None:
-        self._line = np.argsort(weights if groups is None else groups, kind="stable")
-        ends = np.cumsum(weights[self._line])
-        self._ends = ends * (samples / ends[-1])
-        self._ends[np.flatnonzero(weights[self._line])[-1] :] = samples
+        self._line = compact(np.argsort(weights if groups is None else groups, kind="stable"))
+        along = weights[self._line]
+        last = len(along) - 1 - int((along[::-1] > 0).argmax())
+        self._ends = np.cumsum(along, out=along)
+        self._ends *= samples / self._ends[-1]
+        self._ends[last:] = samples
         self._samples, self._seed = samples, seed
 
     def elements_at(self, epoch: int, positions: Positions) -> Positions:
@@ -142,7 +151,7 @@ def weighted(
     array = _as_array(weights, "weights", size)
     if array.dtype.kind not in "iufb":
         raise RecipeError(f"weighted(weights=...): expected numbers, found {kind_of(weights)}.")
-    array = array.astype(np.float64)
+    array = np.ascontiguousarray(array, np.float64)
     wrong = np.flatnonzero(~((array >= 0) & (array < np.inf)))
     if len(wrong):
         raise RecipeError(

@@ -212,7 +212,7 @@ def check_repeatable(context: TrainContext, changed: dict[str, DataDifference]) 
         f"training sample {index}{_at(place)} was {before}, but {now} when it was read again. "
         f"{_SEEDED_PER_SAMPLE}: the samples of a step must not depend on what was read before."
     )
-    if context.recipe.worker_start == "spawn":
+    if context.recipe.worker_start != "fork":
         raise RecipeError(f"Samples change: {text} {_SAME_IN_EVERY_PROCESS}")
     if backend.world_size > 1:
         raise RecipeError(f"Samples change: {text}")

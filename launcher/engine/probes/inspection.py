@@ -9,7 +9,7 @@ random numbers; and forward changes neither weights nor buffers.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,10 +21,12 @@ from launcher.engine.backends.nested_tensors import describe_nested, tensors_in
 from launcher.engine.backends.parallel_plan import find_styles
 from launcher.engine.backends.recipe_forward import call_forward
 from launcher.engine.data.fingerprint import are_equal
+from launcher.engine.data.object_lists import ObjectList, find_object_lists
 from launcher.engine.data.open_files import moved_files, open_files, opened_since
 from launcher.engine.data.prefetching import prefetch, raise_if_error
 from launcher.engine.data.randomness import seed_all
 from launcher.engine.data.reader import Reader, call_data, sample_count, with_first_samples
+from launcher.engine.data.sample_threads import SampleThreads
 from launcher.engine.data.sampler import MicroBatchRequest
 from launcher.engine.data.streams import ENDLESS, Stream
 from launcher.engine.metrics.collected_metrics import build_metric, update_metric
@@ -42,7 +44,7 @@ from launcher.planning.plan import Plan
 from launcher.printable import NOTE, error_line, notes_of
 from launcher.recipe.evaluation_sets import metric_name, split_of, title_of
 from launcher.recipe.prediction_metric import prediction_metrics, sum_metrics
-from launcher.recipe.recipe import Recipe
+from launcher.recipe.recipe import Data, Recipe
 from launcher.runs.files import write_json
 from launcher.runs.job import RecipeSource
 from launcher.runs.rundir import RunDir
@@ -124,6 +126,12 @@ class Inspection:
     differing_in_workers: list[int] = field(default_factory=list)
     """Samples that differ when two workers read at the same time."""
 
+    thread_conflict: str | None = None
+    """With worker_threads: why several threads of a process must not read the samples."""
+
+    object_lists: list[ObjectList] = field(default_factory=list)
+    """Long lists of Python objects in the data, the largest first."""
+
     evaluation_errors: dict[str, str] = field(default_factory=dict)
     """Errors of forward, loss and metrics that raised on evaluation samples or did not return (sum,
     count), by name, such as `loss` or, of several sets, `dev/loss`."""
@@ -149,6 +157,8 @@ class _Samples:
 
     differing_in_workers: list[int]
     shared_file: str | None
+    thread_conflict: str | None
+    object_lists: list[ObjectList]
 
 
 def inspect_recipe(recipe: Recipe, plan: Plan, source: RecipeSource | None = None) -> Inspection:
@@ -217,6 +227,8 @@ def inspect_recipe(recipe: Recipe, plan: Plan, source: RecipeSource | None = Non
         count=differs,
         shared_file=samples.shared_file,
         differing_in_workers=samples.differing_in_workers,
+        thread_conflict=samples.thread_conflict,
+        object_lists=samples.object_lists,
         **_try_evaluation(recipe, model, samples.reader),
         items=items,
     )
@@ -284,6 +296,9 @@ def _read_samples(recipe: Recipe, source: RecipeSource | None) -> _Samples:
     seed_all(recipe.seed)
     files_before = open_files()
     data = call_data(recipe)
+    object_lists = _find_object_lists(data)
+    num_threads = recipe.worker_threads
+    recipe = replace(recipe, worker_threads=1)  # what threads read is compared below
     num_samples = sample_count(data.train, "train", recipe.train_samples)
     is_stream = isinstance(data.train, Stream)
     data = with_first_samples(recipe, data, _NUM_SAMPLES)
@@ -319,7 +334,29 @@ def _read_samples(recipe: Recipe, source: RecipeSource | None) -> _Samples:
             {index for index, sample in in_workers if not are_equal(sample, singles[index])}
         ),
         shared_file=shared_file,
+        thread_conflict=_find_thread_conflict(reader, indices, num_threads, is_stream=is_stream),
+        object_lists=object_lists,
     )
+
+
+def _find_object_lists(data: Data) -> list[ObjectList]:
+    sets = {"train": data.train, "lengths": data.lengths} | {
+        split_of(name): each.data for name, each in data.evaluation_sets().items()
+    }
+    found = [each for name, value in sets.items() for each in find_object_lists(name, value)]
+    return sorted(found, key=lambda each: -each.growth_bytes)
+
+
+def _find_thread_conflict(
+    reader: Reader, indices: list[int], count: int, *, is_stream: bool
+) -> str | None:
+    """Return why `count` threads must not read the samples; None if they may, or if count is 1."""
+    if count < 2:
+        return None
+    if is_stream:
+        return "the data is a stream, which one thread reads in its order"
+    request = MicroBatchRequest("train", 0, indices, has_weight=True, trial=True)
+    return reader.thread_conflict(request, SampleThreads(count))
 
 
 def _read_in_workers(

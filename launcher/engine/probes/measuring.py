@@ -25,14 +25,16 @@ from launcher.console.progress import Progress
 from launcher.engine.backends.base import Backend
 from launcher.engine.backends.nested_tensors import tensors_in
 from launcher.engine.data.reader import MicroBatch
+from launcher.engine.data.sample_threads import SampleThreads
+from launcher.engine.data.sampler import MicroBatchRequest
 from launcher.engine.metrics.meter import RankFlags
 from launcher.engine.ranks.output import Output
 from launcher.engine.ranks.processes import (
     StepMemory,
-    children,
     peak_bytes,
-    private_bytes,
+    process_memory,
     run_delay,
+    worker_pids,
 )
 from launcher.engine.training.build import build_context
 from launcher.engine.training.loop import TrainContext, train
@@ -43,6 +45,9 @@ from launcher.runs.files import write_json
 from launcher.runs.job import RecipeSource
 from launcher.runs.rundir import RunDir
 from launcher.runs.step_row import StepRow
+
+_CHECKED_THREADS, _CHECKED_SAMPLES = 4, 8
+"""Threads and samples with which a data set is checked for whether threads may read it."""
 
 
 class MetricsCollector:
@@ -250,12 +255,12 @@ def time_data_loading(probe: ProbeContext, *, seconds: float) -> None:
     plan, backend = probe.plan, probe.backend
     num_prefetched = plan.workers_per_rank * (plan.prefetch_factor or 0)
     first_step = 2 + ceil_div(num_prefetched, plan.accumulation_steps)
+    begin = time.perf_counter()
     with probe.collect_metrics() as collector:
         context = probe.build_train_context()
         reading = _TimedBatches(context.micro_batches)
         context = replace(context, micro_batches=reading)
         train(context, collector, last_step=first_step)
-        worker_bytes = [private_bytes(pid) for pid in children()]
         reading.reset()
         started, cpu_started = time.perf_counter(), time.process_time()
         outcome = train(
@@ -266,6 +271,8 @@ def time_data_loading(probe: ProbeContext, *, seconds: float) -> None:
             last_step=plan.total_steps,
         )
         elapsed, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+        # Now, because pages that workers share with the rank become their own while they read.
+        workers = [process_memory(pid) for pid in worker_pids()]
     samples_before = context.sampler.samples_before
     num_samples = samples_before(outcome.step) - samples_before(first_step)
     num_steps = outcome.step - first_step
@@ -280,14 +287,26 @@ def time_data_loading(probe: ProbeContext, *, seconds: float) -> None:
         "computing_cpu_seconds": (cpu_seconds - reading.cpu_seconds) / reading.num_samples,
         "slowest_batch_seconds": reading.slowest,
         "batch_bytes": float(reading.batch_bytes),
-        "worker_bytes": statistics.fmean(worker_bytes) if worker_bytes else 0.0,
+        "worker_bytes": statistics.fmean([each.private for each in workers] or [0]),
+        "worker_proportional_bytes": statistics.fmean(
+            [each.proportional for each in workers] or [0]
+        ),
+        "start_seconds": reading.first - begin,
     }
     values_by_rank = backend.gather(own_values)
+    conflict = _reason_against_threads(context) if not plan.workers_per_rank else None
     if backend.rank == 0:
-        means = {
+        means: dict[str, Any] = {
             name: statistics.fmean(values[name] for values in values_by_rank) for name in own_values
         }
-        write_json(probe.run_dir.reading, means)
+        write_json(probe.run_dir.reading, {**means, "reason_against_threads": conflict})
+
+
+def _reason_against_threads(context: TrainContext) -> str | None:
+    """Return why several threads of a process do not help to read the samples, or None."""
+    samples = context.sampler.batch_ids(0)[:_CHECKED_SAMPLES]
+    request = MicroBatchRequest("train", 0, samples, has_weight=False, trial=True)
+    return context.reader.reason_against_threads(request, SampleThreads(_CHECKED_THREADS))
 
 
 class _TimedBatches:
@@ -297,6 +316,9 @@ class _TimedBatches:
         self._micro_batches = micro_batches
         self.batch_bytes = 0
         """Size of the largest micro-batch."""
+
+        self.first = 0.0
+        """When the first micro-batch arrived."""
 
         self.reset()
 
@@ -313,7 +335,9 @@ class _TimedBatches:
         started, cpu_started = time.perf_counter(), time.thread_time()
         micro_batch = next(self._micro_batches)
         delay = run_delay() - delay
-        elapsed = time.perf_counter() - started
+        arrived = time.perf_counter()
+        elapsed = arrived - started
+        self.first = self.first or arrived
         self.run_delay += delay
         self.seconds += elapsed
         self.slowest = max(self.slowest, elapsed - delay)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import multiprocessing
 import os
 import re
 import resource
 import signal
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -33,9 +35,20 @@ def die_with_parent(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def children() -> list[int]:
-    """Return the ids of the child processes of this process."""
-    return [child.pid for child in psutil.Process().children()]
+class ProcessMemory(NamedTuple):
+    """The resident memory of a process, in bytes."""
+
+    private: int
+    """What it shares with no other process."""
+
+    proportional: int
+    """That, and its part of the pages that it shares, each divided by the processes that have it.
+    """
+
+
+def worker_pids() -> list[int]:
+    """Return the ids of the worker processes that this process has started, however it did."""
+    return [child.pid for child in multiprocessing.active_children() if child.pid is not None]
 
 
 def run_delay() -> float:
@@ -46,12 +59,13 @@ def run_delay() -> float:
         return 0.0
 
 
-def private_bytes(pid: int) -> int:
-    """Return the bytes of memory that a process shares with no other; 0 if they cannot be read."""
+def process_memory(pid: int) -> ProcessMemory:
+    """Return the memory of a process, from its smaps_rollup (proc(5)); 0 if it cannot be read."""
     try:
-        return int(psutil.Process(pid).memory_full_info().uss)
+        memory = psutil.Process(pid).memory_full_info()
     except psutil.Error:
-        return 0
+        return ProcessMemory(0, 0)
+    return ProcessMemory(int(memory.uss), int(memory.pss))
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -24,7 +24,7 @@ from typing import Any, TextIO
 from launcher.console.failure import failure_text
 from launcher.engine.ranks import debugger
 from launcher.engine.ranks.flight_recorder import record_collectives
-from launcher.engine.ranks.processes import children
+from launcher.engine.ranks.processes import worker_pids
 from launcher.errors import EXIT_FAILED, RunDirError
 from launcher.json_file import encode_json
 from launcher.planning.derivations import counted
@@ -271,7 +271,7 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         print(f"{_hang_text(hang)}. All threads:", file=self._log, flush=True)
         faulthandler.dump_traceback(file=self._log, all_threads=True)
-        for child in children():
+        for child in worker_pids():
             with contextlib.suppress(OSError):
                 os.kill(child, signal.SIGUSR2)  # a DataLoader worker writes its stack to the log
         time.sleep(_SECONDS_TO_REPORT)
