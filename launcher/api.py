@@ -205,7 +205,7 @@ def predict(
     Args:
         run: The run folder, which is only read.
         input: A file that the recipe's `predict_data` reads, or the name of a data set of the
-            recipe: "evaluation" or "train".
+            recipe: "train", "evaluation", or that of one of several evaluation sets.
         out: The file to write, `.jsonl` or `.parquet`: completely, or not at all.
         checkpoint: As for `evaluate`.
         nproc_per_node: Ranks; None is as many on each node as the run had.

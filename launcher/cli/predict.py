@@ -38,9 +38,9 @@ def command(
     """Write what the model of the run in RUN predicts for each sample of INPUT.
 
     INPUT is a file that the recipe's predict_data reads, or the name of a data set of the recipe:
-    evaluation or train. The columns are those that the recipe's predict returns or, without it, the
-    outputs of forward. Each sample is predicted once, and FILE is in the order of the data on any
-    number of ranks.
+    train, evaluation, or that of one of several evaluation sets. The columns are those that the
+    recipe's predict returns or, without it, the outputs of forward. Each sample is predicted once,
+    and FILE is in the order of the data on any number of ranks.
 
     \b
     launcher predict runs/digits-20260101-120000 evaluation --out predictions.jsonl
