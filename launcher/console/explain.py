@@ -241,7 +241,9 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield from _evaluation_rows(plan)
     if "order" in derivations:  # plans of older versions have none
         yield "order", derivations["order"]
-    yield "workers", f"{plan.workers_per_rank} per rank ({derivations['workers_per_rank']})"
+    threads = settings.get("worker_threads", 1)  # plans of older versions have none
+    each = f", {threads} threads each" if threads > 1 else ""
+    yield "workers", f"{plan.workers_per_rank} per rank{each} ({derivations['workers_per_rank']})"
     pinned = "pinned" if plan.pin_memory else "not pinned"
     yield "memory", f"{pinned} ({derivations['pin_memory']})"
     yield "speed-ups", _speed_ups(plan)

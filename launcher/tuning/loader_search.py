@@ -191,7 +191,7 @@ class LoaderSearch:
                 run_dir.path / folder, signals, on_trial, **settings
             )
         )
-        profile = trials.measure(num_workers=0)[1]
+        profile = trials.measure(num_workers=0)[2]
         cost = SampleCost(
             reading=profile.reading_seconds,
             reading_cpu=profile.reading_cpu_seconds,
@@ -214,14 +214,16 @@ class LoaderSearch:
             for alternative in stage(facts):
                 try:
                     found = trials.measure(**settings | alternative)[0]
-                    if is_better(found, best):  # once may be chance
-                        found = trials.measure(**settings | alternative)[0]
+                    is_chosen = is_better(found, best)
+                    if is_chosen:  # once may be chance
+                        found, again, _ = trials.measure(**settings | alternative)
+                        is_chosen = is_better(again, best)
                 except RunFailedError:
                     if signals.stopped_by is not None:
                         raise
                     facts.notes.append(f"{_text(alternative)} was tried and failed.")
                     continue
-                if is_better(found, best):
+                if is_chosen:
                     best, settings = found, settings | alternative
                     facts.best = best
         if not best.workers:
@@ -397,8 +399,8 @@ class _Trials:
         """Return the mean of the measurements of each setting, in the order of the first ones."""
         return [_mean(trials) for trials in self._trials.values()]
 
-    def measure(self, **settings: Any) -> tuple[LoaderTrial, LoaderReading]:
-        """Measure settings; return the mean of their measurements, and the last one as it is."""
+    def measure(self, **settings: Any) -> tuple[LoaderTrial, LoaderTrial, LoaderReading]:
+        """Measure settings; return the mean of their measurements, and the new one in two forms."""
         name = "-".join(f"{name}-{value}" for name, value in settings.items())
         trials = self._trials.setdefault(name, [])
         folder = name if not trials else f"{name}-{len(trials) + 1}"
@@ -409,7 +411,7 @@ class _Trials:
                 del self._trials[name]
             raise
         trials.append(trial)
-        return _mean(trials), reading
+        return _mean(trials), trial, reading
 
 
 def _mean(trials: list[LoaderTrial]) -> LoaderTrial:

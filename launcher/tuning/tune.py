@@ -270,7 +270,8 @@ class Tuner:
             f"{planned.samples_per_second:,.0f} with the planned {result.planned} workers"
         )
         for name, value in result.settings.items():
-            self._set(name, value, evidence)
+            if name not in self._fixed_names:
+                self._set(name, value, evidence)
         return result
 
     def _is_batch_fixed(self, recipe: Recipe) -> bool:

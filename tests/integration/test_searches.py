@@ -283,12 +283,14 @@ def test_workers_hide_latency(run: Commands) -> None:
     assert result["cost"]["reading"] == pytest.approx(0.005, rel=0.5)
     assert result["cost"]["reading_cpu"] < 0.5 * result["cost"]["reading"]
     assert result["predicted"] >= 8
-    chosen = result["settings"]["num_workers"]
-    assert result["best"]["workers"] == chosen >= 8
-    rates = {reading["workers"]: reading["samples_per_second"] for reading in readings}
-    assert rates[chosen] > 4 * rates[0], "workers that wait do not compete for cores"
-    waits = {reading["workers"]: reading["wait_seconds_per_step"] for reading in readings}
-    assert waits[chosen] < waits[0] / 4
+    best, alone = result["best"], readings[0]
+    assert best["workers"] == result["settings"]["num_workers"]
+    assert best["worker_threads"] == result["settings"].get("worker_threads", 1)
+    assert max(best["workers"], 1) * best["worker_threads"] >= 8
+    rate = best["samples_per_second"]
+    assert rate > 4 * alone["samples_per_second"], "readers that wait do not compete for cores"
+    assert best["wait_seconds_per_step"] < alone["wait_seconds_per_step"] / 4
+    assert {reading["worker_threads"] for reading in readings} > {1}
     assert all(reading["worker_bytes"] > 0 for reading in readings if reading["workers"])
 
 
@@ -304,8 +306,8 @@ def test_a_longer_queue_hides_stalls(run: Commands) -> None:
     needed = prefetch_factor_to_hide(slowest, workers, readings[0]["step_seconds"])
     prefetch_factors = [reading["prefetch_factor"] for reading in readings]
     # On a busy machine steps can be so slow that the default queue hides the stalls.
-    expected = [2, min(needed, MAX_PREFETCH_FACTOR)] if needed > 2 else [2]
-    assert prefetch_factors == expected
+    assert prefetch_factors[0] == 2
+    assert needed <= 2 or min(needed, MAX_PREFETCH_FACTOR) in prefetch_factors
     chosen = result["settings"].get("prefetch_factor", 2)
     assert result["best"]["prefetch_factor"] == chosen
 

@@ -1,4 +1,4 @@
-"""`launcher find loader`: find the number of DataLoader workers."""
+"""`launcher find loader`: find the settings of DataLoader workers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from launcher.tuning.probe_run import Target
 
 
-@click.command(cls=SettingsCommand, short_help="Find the number of DataLoader workers.")
+@click.command(cls=SettingsCommand, short_help="Find the settings of DataLoader workers.")
 @target_arguments
 @click.option(
     "--seconds",
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     default=4.0,
     show_default=True,
     metavar="S",
-    help="Seconds for which each number of workers is measured.",
+    help="Seconds of each measurement.",
 )
 @out_option
 @click.option("--json", "as_json", is_flag=True, help="Print the measurements as JSON.")
@@ -38,13 +38,14 @@ def command(
     *,
     as_json: bool,
 ) -> int:
-    """Find the number of DataLoader workers for each rank of RECIPE.
+    """Find the DataLoader settings for each rank of RECIPE.
 
     It first reads without workers, to measure the time and the CPU time of a sample beside the time
     of a step. From these it predicts a number of workers, and measures that number, its half and
-    double, and the planned number, within the cores, memory and /dev/shm of this machine. Then it
-    tries longer prefetch queues if single slow reads stall a step, and pinned memory on GPUs. The
-    model trains during each measurement.
+    double, and the planned number, within the cores, memory and /dev/shm of this machine; the
+    fastest ones twice. As long as steps wait for data, it then tries longer prefetch queues,
+    threads in the rank or in fewer workers, and other ways to start workers; and pinned memory on
+    GPUs. The model trains during each measurement.
 
     \b
     launcher find loader digits
