@@ -1,11 +1,13 @@
 """Compare the planned memory of a rank with what it uses, under each strategy.
 
     python benchmarks/memory_plan.py
-    python benchmarks/memory_plan.py --layers 9 --width 1536      1 GB of weights
+    python benchmarks/memory_plan.py --strategies fsdp,zero3 --tensor-parallel 2 \
+        --layers 9 --width 1536                                   1 GB of weights
 
 Each configuration trains the recipe pretrain_lm for some steps on CPU ranks. Measured is the peak
-of the rank's resident memory in the steps after the first, beyond what it used before it built the
-model. With --tensor-parallel, FSDP with that many ranks per group follows.
+of the resident memory of the rank that uses most, beyond what it used before it built the model:
+in the steps after the first, and while the model is built and takes its first step. With
+--tensor-parallel, FSDP with that many ranks per group follows.
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from contest import BIN, Cell, Numbers, benchmark, print_table
+from contest import BIN, Cell, Names, Numbers, benchmark, print_table
 
 MIB = 1 << 20
+
+STRATEGIES = ("ddp", "zero1", "zero2", "fsdp", "zero3")
 
 
 @benchmark
@@ -29,7 +33,9 @@ MIB = 1 << 20
 @click.option("--layers", type=click.IntRange(min=1), default=6, show_default=True)
 @click.option("--width", type=click.IntRange(min=64), default=768, show_default=True)
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True)
-@click.option("--strategies", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option(
+    "--strategies", type=Names(STRATEGIES), default=",".join(STRATEGIES), show_default=True
+)
 @click.option("--memory", default="1TiB", show_default=True, help="Limit of find strategy.")
 @click.option("--tensor-parallel", type=click.IntRange(min=1), default=1, show_default=True)
 def main(
@@ -37,7 +43,7 @@ def main(
     layers: int,
     width: int,
     batch: int,
-    strategies: int,
+    strategies: list[str],
     memory: str,
     tensor_parallel: int,
 ) -> None:
@@ -51,31 +57,20 @@ def main(
     split = [*settings, "strategy=fsdp", f"tensor_parallel={tensor_parallel}"]
     searches = [(number, strategies, settings) for number in ranks]
     if tensor_parallel > 1:
-        searches += [(number, 1, split) for number in ranks]
+        searches += [(number, ["fsdp"], split) for number in ranks]
     try:
         rows: list[list[Cell]] = []
         num_weights = 0
-        for number, (num_ranks, trials, chosen) in enumerate(searches):
-            result = find(chosen, num_ranks, trials, memory, folder / f"search{number}")
+        for number, (num_ranks, names, chosen) in enumerate(searches):
+            result = find(chosen, num_ranks, names, memory, folder / f"search{number}")
             num_weights = result["num_values"]
             for trial in result["trials"]:
-                planned, measured = (
-                    trial["candidate"]["planned_training_bytes"],
-                    trial["peak_bytes"],
-                )
-                rows.append(
-                    [
-                        trial["candidate"]["strategy"]
-                        + (f", tensor_parallel={tensor_parallel}" if chosen is split else ""),
-                        str(num_ranks),
-                        (planned / MIB, ".0f"),
-                        (measured / MIB, ".0f"),
-                        (measured / planned, ".2f"),
-                    ]
-                )
+                name = trial["candidate"]["strategy"]
+                name += f" tensor_parallel={tensor_parallel}" if chosen is split else ""
+                rows.append([name, str(num_ranks), *figures(trial)])
         megabytes = 4 * num_weights / 1e6
         print_table(
-            ("strategy", "ranks", "planned MiB", "measured MiB", "ratio"),
+            ("strategy", "ranks", "planned MiB", "measured MiB", "ratio", "start MiB", "ratio"),
             rows,
             title=f"{num_weights:,} weights, {megabytes:,.0f} MB",
         )
@@ -83,8 +78,17 @@ def main(
         shutil.rmtree(folder)
 
 
+def figures(trial: dict[str, Any]) -> list[Cell]:
+    """Return the cells of a trial: the planned and the measured memory."""
+    planned = trial["candidate"]["planned_training_bytes"]
+    cells: list[Cell] = [(planned / MIB, ".0f")]
+    for measured in (trial["peak_bytes"], trial["start_peak_bytes"]):
+        cells += [(measured / MIB, ".0f"), (measured / planned, ".2f")]
+    return cells
+
+
 def find(
-    settings: list[str], ranks: int, strategies: int, memory: str, out: Path
+    settings: list[str], ranks: int, strategies: list[str], memory: str, out: Path
 ) -> dict[str, Any]:
     """Return what `launcher find strategy` plans and measures, without offloading.
 
@@ -100,7 +104,8 @@ def find(
         str(ranks),
         "device=cpu",
     ]
-    command += [*settings, "--memory", memory, "--trials", str(strategies)]
+    command += [*settings, "--memory", memory, "--strategies", ",".join(strategies)]
+    command += ["--trials", str(len(strategies))]
     done = subprocess.run(
         [*command, "--json", "--out", str(out)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},

@@ -64,6 +64,9 @@ class StrategyTrial:
     peak_bytes: int | None = None
     """Measured memory of the rank that used most; None if memory ran out."""
 
+    start_peak_bytes: int | None = None
+    """The same from the call of the model function to the end of the first step."""
+
     samples_per_second: float | None = None
     """Throughput of all ranks together; None if memory ran out."""
 

@@ -30,6 +30,9 @@ class SizeReading:
     peak_bytes: Count | None = None
     """Peak memory of the rank that uses most."""
 
+    start_peak_bytes: Count | None = None
+    """The same until the end of the first step; None if an earlier version measured it."""
+
     num_trained: Count | None = None
     """Number of trained weights; None if an earlier version measured it."""
 

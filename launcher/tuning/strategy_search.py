@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -77,13 +77,22 @@ class StrategySearch:
         memory: Memory of each rank in bytes; None is its GPU's memory, or its part of the free
             host memory.
         nodes: Number of nodes.
+        strategies: Names of the strategies among which to search; None is all.
 
     Raises:
         PlanError: The recipe cannot be trained with these settings on these ranks.
     """
 
-    def __init__(self, target: Target, *, memory: int | None, nodes: int = 1) -> None:
+    def __init__(
+        self,
+        target: Target,
+        *,
+        memory: int | None,
+        nodes: int = 1,
+        strategies: Collection[str] | None = None,
+    ) -> None:
         self._target, self._memory = target, memory
+        self._strategies = STRATEGIES if strategies is None else strategies
         self._built, self.plan = plan_recipe(
             target.reference,
             target.overrides,
@@ -125,6 +134,7 @@ class StrategySearch:
         candidates = [
             candidate
             for recipe, variant in variants(facts, self._built.recipe, plan)
+            if variant.strategy in self._strategies
             for candidate in self._candidates(facts, recipe, variant, limit, host_limit)
         ]
         ordered = cheapest_first(candidates)
@@ -244,6 +254,7 @@ class StrategySearch:
             candidate=candidate,
             fits=limit is None or (peak is not None and peak <= limit),
             peak_bytes=peak,
+            start_peak_bytes=reading.start_peak_bytes,
             samples_per_second=reading.samples_per_second,
         )
 

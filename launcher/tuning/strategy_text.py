@@ -54,7 +54,9 @@ def strategy_text(result: StrategySearchResult) -> str:
         *result.notes,
     ]
     chosen = result.chosen
-    if chosen is None:
+    if not result.candidates:
+        lines.append("None of the strategies can train the recipe on these ranks.")
+    elif chosen is None:
         smallest = min(result.candidates, key=lambda candidate: candidate.planned_bytes)
         lines.append(
             f"No combination fits: the smallest needs {size(smallest.planned_bytes)} per rank "

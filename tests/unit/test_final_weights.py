@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -119,3 +120,22 @@ def test_shared_weights_are_exported_once_and_in_files_of_a_size(tmp_path: Path)
     with pytest.raises(RecipeError, match="JSON"):
         export_weights(run_dir, described, tmp_path / "other", max_shard_bytes=1000)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["exported", "run"]
+
+
+def test_a_config_keeps_numbers_that_json_lacks(tmp_path: Path) -> None:
+    """NaN and infinities of a configuration are the same when transformers reads the folder."""
+    from transformers import LlamaConfig
+
+    model, run_dir = Described(), RunDir(tmp_path / "run")
+    run_dir.path.mkdir()
+    save_file({n: t.detach() for n, t in model.named_parameters()}, run_dir.model)
+    given = {"limit": math.inf, "limits": [-math.inf, 1.5], "scale": math.nan}
+    model.config = LlamaConfig(**given)
+    export_weights(run_dir, model, tmp_path / "exported", max_shard_bytes=1000)
+    read = LlamaConfig.from_pretrained(tmp_path / "exported")
+    assert (read.limit, read.limits) == (math.inf, [-math.inf, 1.5])
+    assert math.isnan(read.scale)
+    model.config = {"model_type": "some", "limit": math.inf}
+    export_weights(run_dir, model, tmp_path / "plain", max_shard_bytes=1000)
+    config = json.loads((tmp_path / "plain/config.json").read_text())
+    assert config["limit"] == math.inf

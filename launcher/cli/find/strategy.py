@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from launcher.cli.arguments import Bytes, Count, node_count_option, out_option
+from launcher.cli.arguments import Bytes, Choices, Count, node_count_option, out_option
 from launcher.cli.settings_command import SettingsCommand
 from launcher.cli.target import target_arguments
 from launcher.console.echo import echo
 from launcher.errors import EXIT_FAILED
+from launcher.planning.strategy import STRATEGIES
 
 if TYPE_CHECKING:
     from launcher.launch.signal_handler import SignalHandler
@@ -38,6 +39,12 @@ if TYPE_CHECKING:
     metavar="K",
     help="Short trainings with the cheapest combinations that fit; 0 only plans.",
 )
+@click.option(
+    "--strategies",
+    type=Choices(tuple(STRATEGIES)),
+    metavar="NAMES",
+    help="Strategies to consider, with commas between them. Default: all.",
+)
 @out_option
 @click.option("--json", "as_json", is_flag=True, help="Print combinations and trials as JSON.")
 def command(
@@ -46,6 +53,7 @@ def command(
     nodes: int,
     memory: int | None,
     trials: int,
+    strategies: tuple[str, ...] | None,
     out: Path | None,
     as_json: bool,
 ) -> int:
@@ -66,7 +74,7 @@ def command(
     from launcher.tuning.strategy_search import StrategySearch
     from launcher.tuning.strategy_text import strategy_text, strategy_trial_text
 
-    search = StrategySearch(target, memory=memory, nodes=nodes)
+    search = StrategySearch(target, memory=memory, nodes=nodes, strategies=strategies)
     run_dir = None
     if trials and search.can_measure:
         run_dir = create_run_dir(out, f"find-strategy-{search.plan.recipe}")

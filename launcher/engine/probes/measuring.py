@@ -222,17 +222,20 @@ def _time_steps(
     with probe.collect_metrics() as collector:
         context = probe.build_train_context()
         train(context, collector, last_step=1)
+        first_peak = read_peak()
         on_warm()
         started = time.perf_counter()
         # `train` reads the metrics at its end, which waits for the device.
         train(context, collector, first_step=1, last_step=num_steps)
         seconds = time.perf_counter() - started
     samples = context.sampler.samples_before(num_steps) - context.sampler.samples_before(1)
-    peak = max(backend.gather(read_peak()))
+    peaks = backend.gather((read_peak(), first_peak))
+    peak = max(peak for peak, _ in peaks)
     if backend.rank == 0:
         values = {
             "samples_per_second": samples / seconds,
             "peak_bytes": peak,
+            "start_peak_bytes": max(first_peak for _, first_peak in peaks),
             "num_trained": context.num_trained,
         }
         write_json(probe.run_dir.size, values)

@@ -78,7 +78,8 @@ class StepMemory:
             return_freed_memory()
 
     def start(self) -> None:
-        """Take what is resident now as what the process needs without its model."""
+        """Take what is resident now as what the process needs without its model, and reset."""
+        self.reset()
         if self._device.type == "cpu":
             self._baseline = _resident_bytes("VmRSS")
 

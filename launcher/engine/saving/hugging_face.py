@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from launcher.engine.state.compiled import plain_name
 from launcher.errors import LauncherError, RecipeError, RunDirError
-from launcher.json_file import encode_json
 from launcher.paths import is_dir, is_file
 from launcher.quantities import size
 from launcher.recipe.recipe import Recipe
@@ -262,7 +261,7 @@ def _read_config(model: nn.Module) -> dict[str, Any]:
     """
     config: Any = getattr(model, "config", None)
     if hasattr(config, "to_dict"):
-        config = config.to_dict()
+        config = _of_transformers(config)
         config["architectures"] = config.get("architectures") or [type(model).__name__]
     problem = ""
     if config is None:
@@ -326,8 +325,25 @@ def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, set) else value
 
 
+def _of_transformers(config: Any) -> dict[str, Any]:
+    """Return a configuration of transformers as a dict, as its version of transformers writes it.
+
+    Since version 5, transformers writes NaN as {"__float__": "NaN"}, and infinities alike.
+    """
+    values: dict[str, Any] = config.to_dict()
+    try:
+        values |= json.loads(config.to_json_string(use_diff=False))
+    except (AttributeError, TypeError, ValueError):
+        return values  # whose JSON is refused with the reason
+    return values
+
+
 def _json(values: Mapping[str, Any]) -> str:
-    return encode_json(values, indent=2) + "\n"
+    """Return values as JSON with the words NaN and Infinity, which JSON lacks.
+
+    transformers and peft read these words in every version, and most versions write them.
+    """
+    return json.dumps(values, indent=2) + "\n"
 
 
 def _check_space(folder: Path, num_bytes: int) -> None:
