@@ -296,38 +296,58 @@ HYBRID = (
     Case("worlds", "fsdp", 3, "sgd", options=(PAIRS, ("reduce_dtype", "bf16"))),
     Case("worlds", "fsdp", 3, "sgd", options=(PAIRS, ("noise_scale", True))),
 )
-HYBRID_WORLDS = (1, 3, 4, 2, 1)
+HYBRID_WORLDS = (1, 2, 4, 3, 1)
 """Numbers of ranks, one after the other; the last two resume what 4 ranks have saved."""
 
-_SOURCES_ON = {1: replace(HYBRID_SOURCE, strategy="ddp", accumulation=1, options=()),
-               3: replace(HYBRID_SOURCE, options=())}  # fmt: skip
+_SHARDED = replace(HYBRID_SOURCE, options=())
+_ALONE = replace(_SHARDED, strategy="ddp", accumulation=1)
 _RESUMED_ON = {
-    1: (_SOURCES_ON[1],),
-    2: (_SOURCES_ON[3], replace(_SOURCES_ON[3], strategy="zero2")),
+    1: (_ALONE,),
+    3: (_SHARDED, replace(_SHARDED, strategy="zero2"), replace(_SHARDED, strategy="zero3")),
 }
 
 
-def hybrid(ranks: int, trained: Container[int]) -> Iterator[tuple[Case, int | None]]:
-    """Yield cases with the number of ranks from whose checkpoint they are resumed, if any.
+@dataclass(frozen=True)
+class Source:
+    """A case from whose checkpoint another one is resumed."""
+
+    ranks: int
+    case: Case
+
+    @property
+    def folder(self) -> str:
+        return f"on{self.ranks}/{self.case.key}"
+
+    @property
+    def title(self) -> str:
+        return f"from{self.ranks}-{self.case.strategy}"
+
+
+SHARDED_SOURCE = Source(2, _SHARDED)
+HYBRID_SOURCES = (
+    Source(1, _ALONE),
+    SHARDED_SOURCE,
+    Source(2, replace(_SHARDED, strategy="zero3")),
+    Source(4, HYBRID_SOURCE),
+)
+
+
+def hybrid(ranks: int, trained: Container[int]) -> Iterator[tuple[Case, Source | None]]:
+    """Yield cases with the source from whose checkpoint they are resumed, if any.
 
     Args:
         ranks: The number of ranks.
         trained: The numbers of ranks that have been trained on before.
     """
     if 4 in trained:
-        yield from ((case, 4) for case in _RESUMED_ON[ranks])
+        yield from ((case, HYBRID_SOURCES[-1]) for case in _RESUMED_ON[ranks])
     elif ranks == 4:
         yield from ((case, None) for case in HYBRID)
-        yield from ((HYBRID_SOURCE, source) for source in _SOURCES_ON)
+        yield from ((HYBRID_SOURCE, source) for source in HYBRID_SOURCES[:-1])
     else:
-        yield from ((case, None) for case in HYBRID_REFERENCES if ranks == 1)
-        if ranks == 3:
-            yield _SOURCES_ON[3], None
-
-
-def hybrid_source(ranks: int) -> Case:
-    """Return the case whose checkpoint other numbers of ranks resume."""
-    return _SOURCES_ON.get(ranks, HYBRID_SOURCE)
+        cases = [source.case for source in HYBRID_SOURCES if source.ranks == ranks]
+        references = HYBRID_REFERENCES if ranks == 1 else ()
+        yield from ((case, None) for case in dict.fromkeys((*references, *cases)))
 
 
 BITS_RESUMED_FROM = 16
@@ -722,12 +742,11 @@ def _train_resumed(train: Trainer, folder: Path, ranks: int) -> None:
 
 
 def _train_hybrid(train: Trainer, folder: Path, ranks: int, before: Sequence[int]) -> None:
-    for case, source_ranks in hybrid(ranks, before):
-        if source_ranks is None:
-            train(case, case.key, saves=case == hybrid_source(ranks))
-            continue
-        source = folder / f"on{source_ranks}" / hybrid_source(source_ranks).key
-        train(case, f"{case.key}-from{source_ranks}", source=source)
+    for case, source in hybrid(ranks, before):
+        if source is None:
+            train(case, case.key, saves=Source(ranks, case) in HYBRID_SOURCES)
+        else:
+            train(case, f"{case.key}-{source.title}", source=folder / source.folder)
 
 
 def _train_bits(train: Trainer, folder: Path, cases: Iterable[BitsCase | JudgedCase]) -> None:

@@ -88,6 +88,8 @@ def train_and_save(rank: int, folder: Path, strategies: list[str], ranks: int) -
         if rank == 0:
             save_file(expected, run_dir.path / "expected")
             (run_dir.path / "collectives.json").write_text(json.dumps(collectives.names))
+            bucket_size = getattr(context.model, "optimizer").reduce_bucket_size  # noqa: B009
+            (run_dir.path / "bucket.json").write_text(json.dumps(bucket_size))
         backends.append(backend)
     sys.stdout.flush()
     backends[-1].wait_for_all("saved")

@@ -1,7 +1,8 @@
 """A plan as configuration files of Accelerate and DeepSpeed, with every value resolved.
 
 The DeepSpeed backend uses the result of `deepspeed_config`, so that `launcher export` writes the
-configuration that a run has.
+configuration that a run has. A run adds the size of the buckets of gradients alone, which follows
+from its model.
 """
 
 from __future__ import annotations
@@ -15,6 +16,18 @@ from launcher.recipe.recipe import Recipe
 
 AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
 """Name of autocast's dtype in torch, by `Recipe.precision`."""
+
+_LARGEST_BUCKET = 500_000_000
+"""DeepSpeed's default reduce_bucket_size, in values."""
+
+
+def reduce_bucket_size(num_trained: int) -> int:
+    """Return DeepSpeed's reduce_bucket_size for a model with this many trained weights.
+
+    DeepSpeed allocates a buffer of this many values, however small the model is. With this size,
+    gradients are reduced in the same parts as with DeepSpeed's default.
+    """
+    return min(max(num_trained, 1), _LARGEST_BUCKET)
 
 
 def deepspeed_config(recipe: Recipe, plan: Plan) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
+from launcher.planning.configs import reduce_bucket_size
 from launcher.planning.global_batch import ceil_div
 from launcher.planning.memory_facts import (
     GRADIENT_BYTES,
@@ -23,9 +24,6 @@ from launcher.planning.memory_facts import (
 from launcher.planning.strategy import STRATEGIES
 
 _HALF_PRECISIONS = ("bf16", "fp16")
-
-_ZERO_BUCKET_VALUES = 500_000_000
-"""DeepSpeed's reduce_bucket_size, in values: a buffer of this size is allocated for gradients."""
 
 _ZERO3_REUSE_VALUES = 1_000_000_000
 """DeepSpeed's stage3_max_reuse_distance, in values. A gathered weight stays until backward if
@@ -364,13 +362,13 @@ def _add_zero1_or_2(ledger: _Ledger, *, stage: int) -> None:
     ledger.add("fp32 copies", part, on_host=offload)
     ledger.add("optimizer state", states, on_host=offload)
     ledger.add("checkpoint snapshot", part + states, ("save",), on_host=True)
-    filled, allocated, is_full = _bucket(ledger)
+    bucket, is_full = _bucket(ledger)
     reducing: tuple[Phase, ...] = _PASSES if is_full else ("backward",)
     if ledger.on_cpu:
-        ledger.add("buffers of communication", filled, reducing)
+        ledger.add("buffers of communication", bucket, reducing)
     else:
-        ledger.add("buffers of communication", 2 * allocated, _PASSES)
-    ledger.add("buffers of communication", filled, reducing)
+        ledger.add("buffers of communication", 2 * bucket, _PASSES)
+    ledger.add("buffers of communication", bucket, reducing)
     if stage == 1 and layout.accumulates:
         ledger.add("gradients", trained_bytes, _PASSES)
     if offload:
@@ -417,25 +415,24 @@ def _add_zero3(ledger: _Ledger) -> None:
     in_use = min(values, reused) * bytes_per_value
     ledger.add("gathered weights", in_use, ("forward",))
     ledger.add("gathered weights", kept, ("backward", "update", "save"))
-    filled, allocated, is_full = _bucket(ledger)
-    ledger.add("buffers of communication", filled if ledger.on_cpu else allocated)
+    bucket, is_full = _bucket(ledger)
+    ledger.add("buffers of communication", bucket)
     reducing: tuple[Phase, ...] = _PASSES if is_full else ("backward",)
     # gloo copies the input of a reduce-scatter and the output of an all-gather.
-    ledger.add("buffers of communication", filled * (2 if ledger.on_cpu else 1), reducing)
+    ledger.add("buffers of communication", bucket * (2 if ledger.on_cpu else 1), reducing)
     if ledger.on_cpu:
         prefetched = min(values, max(_ZERO3_PREFETCH_VALUES, largest))
         ledger.add("buffers of communication", prefetched * bytes_per_value, ("forward",))
 
 
-def _bucket(ledger: _Ledger) -> tuple[int, int, bool]:
-    """Return the bytes that gradients fill of DeepSpeed's bucket and those that are allocated.
+def _bucket(ledger: _Ledger) -> tuple[int, bool]:
+    """Return the bytes of DeepSpeed's bucket of gradients, and whether it is filled several times.
 
-    Returns:
-        Filled bytes, allocated bytes, and whether a backward pass fills it several times.
+    DeepSpeed allocates it whole, and a backward pass fills it at least once.
     """
     values = sum(item.values for item in ledger.trained)
-    filled = min(values, _ZERO_BUCKET_VALUES) * GRADIENT_BYTES
-    return filled, _ZERO_BUCKET_VALUES * GRADIENT_BYTES, values > _ZERO_BUCKET_VALUES
+    bucket = reduce_bucket_size(values)
+    return bucket * GRADIENT_BYTES, values > bucket
 
 
 def _shard(item: ParameterMemory, num_bytes: int, ranks: int) -> int:

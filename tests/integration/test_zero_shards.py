@@ -56,6 +56,15 @@ def test_no_tensor_is_exchanged_while_training_waits(saved: Path, strategy: str)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+def test_buckets_are_as_large_as_the_gradients(saved: Path, strategy: str) -> None:
+    """DeepSpeed allocates room for the gradients of the trained weights, and for no more."""
+    expected = load_file(saved / strategy / "expected")
+    trained = [name.split("/")[1] for name in expected if name.endswith("/exp_avg")]
+    num_trained = sum(expected[f"model/{name}"].numel() for name in trained)
+    assert json.loads((saved / strategy / "bucket.json").read_text()) == num_trained
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_each_rank_saves_its_share(saved: Path, strategy: str) -> None:
     """Each rank writes about a third of the weights that are trained and of their averages."""
     folder, frozen = saved / strategy, ("model/1.weight", "model/1.bias")

@@ -51,7 +51,7 @@ from launcher.engine.state.training_state import (
 )
 from launcher.environment.world import World
 from launcher.errors import RecipeError, WorldError
-from launcher.planning.configs import deepspeed_config
+from launcher.planning.configs import deepspeed_config, reduce_bucket_size
 from launcher.planning.plan import Plan
 from launcher.planning.strategy import STRATEGIES
 from launcher.planning.virtual_ranks import Part
@@ -111,6 +111,7 @@ class DeepSpeedBackend(GroupBackend):
         else:
             optimizer = make_optimizer(self.place(model, initial))
         check_strategy_of(optimizer, self.plan.strategy)
+        self._set_bucket_size(model)
         # This flag belongs to the process, and an earlier engine may have trained in fp16.
         torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
         engine, _ = self._accelerator.prepare(RecipeForward(model), optimizer)
@@ -144,6 +145,13 @@ class DeepSpeedBackend(GroupBackend):
         length = -(-size.numel() // self.world_size)
         start = min(length * self.rank, size.numel())
         return list(boxes(size, start, min(start + length, size.numel())))
+
+    def _set_bucket_size(self, model: nn.Module) -> None:
+        """Let DeepSpeed allocate buckets of gradients that are not larger than the model."""
+        trained = (p for p in parameters(model).values() if p.requires_grad)
+        num_trained = sum(_full_size(parameter).numel() for parameter in trained)
+        config = self._accelerator.state.deepspeed_plugin.deepspeed_config
+        config["zero_optimization"]["reduce_bucket_size"] = reduce_bucket_size(num_trained)
 
     def _partition(
         self,
