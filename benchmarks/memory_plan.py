@@ -2,7 +2,7 @@
 
     python benchmarks/memory_plan.py
     python benchmarks/memory_plan.py --strategies fsdp,zero3 --tensor-parallel 2 \
-        --layers 9 --width 1536                                   1 GB of weights
+        --layers 9 --width 1536 --batch 4 --block 32              1 GB of weights
 
 Each configuration trains the recipe pretrain_lm for some steps on CPU ranks. Measured is the peak
 of the resident memory of the rank that uses most, beyond what it used before it built the model:
@@ -33,6 +33,7 @@ STRATEGIES = ("ddp", "zero1", "zero2", "fsdp", "zero3")
 @click.option("--layers", type=click.IntRange(min=1), default=6, show_default=True)
 @click.option("--width", type=click.IntRange(min=64), default=768, show_default=True)
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--block", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option(
     "--strategies", type=Names(STRATEGIES), default=",".join(STRATEGIES), show_default=True
 )
@@ -43,6 +44,7 @@ def main(
     layers: int,
     width: int,
     batch: int,
+    block: int,
     strategies: list[str],
     memory: str,
     tensor_parallel: int,
@@ -53,7 +55,8 @@ def main(
     tokens.write_bytes(bytes(128) * 1024)
     heads, hidden = width // 64, width * 8 // 3 // 64 * 64
     settings = [f"layers={layers}", f"width={width}", f"heads={heads}", f"key_heads={heads}"]
-    settings += [f"hidden={hidden}", f"batch_size={batch}", f"tokens={tokens}"]
+    settings += [f"hidden={hidden}", f"batch_size={batch}", f"block={block}"]
+    settings.append(f"tokens={tokens}")
     split = [*settings, "strategy=fsdp", f"tensor_parallel={tensor_parallel}"]
     searches = [(number, strategies, settings) for number in ranks]
     if tensor_parallel > 1:

@@ -20,7 +20,7 @@ from launcher.planning.single_sample_batches import single_sample_notes
 from launcher.recipe.evaluation_sets import split_of, title_of
 from launcher.recipe.overrides import Override
 from launcher.recipe.resolve import Reference
-from launcher.runs.plan_recipe import plan_recipe
+from launcher.runs.plan_recipe import describe_run, plan_recipe
 
 if TYPE_CHECKING:
     from launcher.engine.probes.inspection import Inspection
@@ -61,8 +61,9 @@ def check_recipe(
     built, plan = plan_recipe(reference, overrides, machine)
     yield ok("plan", f"batch {plan.batch_size:,}, lr {plan.lr:g}, {plan.total_steps:,} steps")
     process_plan = replace(plan, nproc_per_node=1)
+    description = describe_run(reference, built, plan)
     with examined(
-        reference, overrides, built, plan, process_plan, agent_inspection, signals
+        reference, overrides, description, process_plan, agent_inspection, signals
     ) as run_dir:
         yield from findings_about(read_inspection(run_dir), plan)
 

@@ -16,6 +16,7 @@ import msgspec
 
 from launcher.engine.backends.base import Backend
 from launcher.engine.probes.inspection import inspect_recipe, write_inspection
+from launcher.engine.probes.layer_split import check_layer_split
 from launcher.engine.probes.measuring import (
     ProbeContext,
     limit_memory,
@@ -333,6 +334,11 @@ def agent_model_memory(job: Job) -> None:
         job,
         lambda recipe: write_memory(measure_memory(recipe, job.plan, job.source), job.run_dir),
     )
+
+
+def agent_layer_split(job: Job) -> None:
+    """Refuse the recipe of `job` if tensor_parallel cannot split the layers of its model."""
+    _examine(job, check_layer_split)
 
 
 def _examine(job: Job, examine: Callable[[Recipe], None]) -> None:

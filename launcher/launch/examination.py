@@ -10,13 +10,12 @@ from launcher.console.failure import failure_with_log
 from launcher.launch.launcher import launch
 from launcher.launch.signal_handler import SignalHandler
 from launcher.planning.plan import Plan
-from launcher.recipe.overrides import BuiltRecipe, Override
+from launcher.recipe.overrides import Override
 from launcher.recipe.resolve import Reference
 from launcher.runs.failure_record import RunFailedError
 from launcher.runs.job import Job
-from launcher.runs.plan_recipe import describe_run
 from launcher.runs.private_folder import private_folder
-from launcher.runs.run_record import write_run
+from launcher.runs.run_record import RunRecord, write_run
 from launcher.runs.rundir import RunDir, create_run_dir
 
 
@@ -24,8 +23,7 @@ from launcher.runs.rundir import RunDir, create_run_dir
 def examined(
     reference: Reference,
     overrides: Sequence[Override],
-    built: BuiltRecipe,
-    plan: Plan,
+    description: RunRecord,
     process_plan: Plan,
     function: Callable[[Job], None],
     signals: SignalHandler,
@@ -35,8 +33,7 @@ def examined(
     Args:
         reference: The recipe.
         overrides: Settings that were applied to it.
-        built: The recipe with these settings.
-        plan: The plan of the intended run.
+        description: The content of run.yaml of the intended run.
         process_plan: The plan of the process.
         function: What the process calls, from `launcher.engine.worker`.
         signals: Handler of the signals that stop the process.
@@ -45,8 +42,8 @@ def examined(
         RunFailedError: The recipe raised an exception.
     """
     with private_folder() as folder:
-        run_dir = create_run_dir(folder / "examination", plan.recipe)
-        write_run(run_dir, describe_run(reference, built, plan))
+        run_dir = create_run_dir(folder / "examination", process_plan.recipe)
+        write_run(run_dir, description)
         job = Job(
             recipe=reference.location,
             overrides=tuple(overrides),

@@ -18,6 +18,7 @@ from launcher.launch.multi_node import joined, make_run_dir_once
 from launcher.launch.prepare import PreparedRun, RunRequest
 from launcher.launch.run_folder import open_run_folder
 from launcher.launch.signal_handler import SignalHandler
+from launcher.launch.split_check import check_layer_split
 from launcher.launch.typed_recipe import keep_recipe
 from launcher.regular_file import read_regular
 from launcher.runs.checkpoints import list_checkpoints
@@ -40,7 +41,7 @@ def start(prepared: PreparedRun, signals: SignalHandler) -> RunResult:
     """Train what was prepared, on all of its nodes, until it finishes or is stopped.
 
     Raises:
-        RunFailedError: A rank of this machine failed.
+        RunFailedError: A rank of this machine failed, or `tensor_parallel` cannot split the model.
         PeerError: The run failed on another machine.
         EndedError: Another process reports why the run ended.
         RunDirError: The run folder cannot be made, or another process owns it.
@@ -48,6 +49,7 @@ def start(prepared: PreparedRun, signals: SignalHandler) -> RunResult:
     request, run_dir = prepared.request, prepared.run_dir
     if prepared.finished and run_dir is not None:
         return read_run_result(run_dir)
+    check_layer_split(prepared, signals)
     with ExitStack() as ownership, joined(request.nodes, prepared.plan) as rendezvous:
         previous_record: list[bytes] = []
 

@@ -24,6 +24,7 @@ from launcher.quantities import size
 from launcher.recipe.overrides import BuiltRecipe, Override
 from launcher.recipe.recipe import Recipe, StrategyName
 from launcher.recipe.resolve import Reference
+from launcher.runs.plan_recipe import describe_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,8 +174,9 @@ def measure_model_memory(
 
     # What the process imports depends on the strategy, and this one needs no backend.
     process_plan = replace(plan, nproc_per_node=1, strategy="ddp", backend="local", device="cpu")
+    description = describe_run(reference, built, plan)
     with examined(
-        reference, overrides, built, plan, process_plan, agent_model_memory, signals
+        reference, overrides, description, process_plan, agent_model_memory, signals
     ) as run_dir:
         return read_memory(run_dir)
 

@@ -48,3 +48,37 @@ def test_a_plan_that_leaves_a_module_out_is_refused(trained: Path) -> None:
     assert texts[0] == texts[1]
     assert "model.layers.0.self_attn.q_norm" in texts[0]
     assert "replicated_with_grad_allreduce" in texts[0]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "parts"),
+    [
+        ("pretrain_lm", ("tensor_parallel=3", "-n", "3"), ("embed_tokens", "256", "3")),
+        ("gpt", ("tensor_parallel=4", "-n", "4", "heads=6", "width=96"), ("6 (heads)", "4")),
+        ("digits", ("tensor_parallel=2", "-n", "2"), ("tensor_parallel_plan", "2")),
+    ],
+)
+def test_a_model_that_cannot_be_split_starts_no_rank(
+    run: Commands, recipe: str, settings: tuple[str, ...], parts: tuple[str, ...]
+) -> None:
+    """The module and the numbers are named with exit code 2, and no run folder is made."""
+    done = run("launcher", "run", recipe, *settings, "strategy=fsdp", "device=cpu", "batch_size=12")
+    assert done.exit_code == 2, done.stdout + done.stderr
+    for part in parts:
+        assert part in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(run.folder.iterdir()) == []
+
+
+def test_a_resumed_run_that_cannot_be_split_keeps_its_folder(run: Commands) -> None:
+    """A resumption with tensor_parallel is refused before it is recorded in run.yaml."""
+    settings = ("-n", "1", "device=cpu", "steps=2", "checkpoint_every=1", "-q", "--out", "run")
+    done = run("launcher", "run", "digits", *settings)
+    assert done.exit_code == 0, done.stderr
+    before = (run.folder / "run/run.yaml").read_bytes()
+    options = ("-n", "2", "strategy=fsdp", "tensor_parallel=2", "steps=3")
+    done = run("launcher", "resume", "run", *options)
+    assert done.exit_code == 2, done.stdout + done.stderr
+    assert "tensor_parallel_plan" in done.stderr
+    assert (run.folder / "run/run.yaml").read_bytes() == before
+    assert not (run.folder / "run/logs/rank1.log").exists()

@@ -99,7 +99,7 @@ def _build_without_values(
     Returns:
         The model and its values; None on all ranks if one of them cannot build it so.
     """
-    attempt = backend.local_rank_zero_first("built the model", lambda: _try_to_defer(recipe))
+    attempt = backend.local_rank_zero_first("built the model", lambda: try_to_defer(recipe))
     backend.wait_for_all("built the model")
     reasons = backend.gather(attempt if isinstance(attempt, str) else None)
     reason = next(filter(None, reasons), None)
@@ -114,7 +114,7 @@ def _build_without_values(
     return None
 
 
-def _try_to_defer(recipe: Recipe) -> tuple[nn.Module, InitialValues] | str:
+def try_to_defer(recipe: Recipe) -> tuple[nn.Module, InitialValues] | str:
     """Return the recipe's model without values, and its values; or why that is not possible."""
     try:
         return defer(lambda: _call_model_function(recipe))
