@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 from collections import Counter
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from launcher.engine.state.compiled import plain_name
 from launcher.errors import LauncherError, RecipeError, RunDirError
+from launcher.json_file import encode_json, finite
 from launcher.paths import is_dir, is_file
 from launcher.quantities import size
 from launcher.recipe.recipe import Recipe
@@ -261,7 +263,7 @@ def _read_config(model: nn.Module) -> dict[str, Any]:
     """
     config: Any = getattr(model, "config", None)
     if hasattr(config, "to_dict"):
-        config = _of_transformers(config)
+        config = config.to_dict()
         config["architectures"] = config.get("architectures") or [type(model).__name__]
     problem = ""
     if config is None:
@@ -272,7 +274,7 @@ def _read_config(model: nn.Module) -> dict[str, Any]:
         problem = "has a `config` without a text as model_type"
     else:
         try:
-            return dict(json.loads(_json(dict(config))))
+            return dict(json.loads(_json(_tagged(dict(config)))))
         except (TypeError, ValueError) as error:
             problem = f"has a `config` that cannot be written as JSON: {error}"
     raise RecipeError(
@@ -307,6 +309,11 @@ def _adapter_layout(model: nn.Module, source: TensorFile) -> _Layout:
         model, tensors, adapter_name=name, save_embedding_layers=False
     )
     values = config.to_dict() | {"inference_mode": True}
+    if lost := [key for key, value in values.items() if _tagged(value) != finite(value)]:
+        raise RecipeError(
+            f"The configuration of the adapter has NaN or an infinity in {', '.join(lost)}, which "
+            "JSON lacks, so that peft could not read it back. Give it a number."
+        )
     base = getattr(getattr(model, "base_model", None), "model", model)
     values["base_model_name_or_path"] = values.get("base_model_name_or_path") or getattr(
         base, "name_or_path", None
@@ -325,25 +332,24 @@ def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, set) else value
 
 
-def _of_transformers(config: Any) -> dict[str, Any]:
-    """Return a configuration of transformers as a dict, as its version of transformers writes it.
+def _tagged(value: Any) -> Any:
+    """Return a value in which NaN and infinities, which JSON lacks, are as transformers 5 has them.
 
-    Since version 5, transformers writes NaN as {"__float__": "NaN"}, and infinities alike.
+    They become {"__float__": "NaN"}, {"__float__": "Infinity"} and {"__float__": "-Infinity"}, of
+    which from_pretrained makes numbers again.
     """
-    values: dict[str, Any] = config.to_dict()
-    try:
-        values |= json.loads(config.to_json_string(use_diff=False))
-    except (AttributeError, TypeError, ValueError):
-        return values  # whose JSON is refused with the reason
-    return values
+    if isinstance(value, Mapping):
+        return {key: _tagged(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_tagged(inner) for inner in value]
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    name = "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return {"__float__": name}
 
 
 def _json(values: Mapping[str, Any]) -> str:
-    """Return values as JSON with the words NaN and Infinity, which JSON lacks.
-
-    transformers and peft read these words in every version, and most versions write them.
-    """
-    return json.dumps(values, indent=2) + "\n"
+    return encode_json(values, indent=2) + "\n"
 
 
 def _check_space(folder: Path, num_bytes: int) -> None:
