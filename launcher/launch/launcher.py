@@ -185,13 +185,37 @@ def import_for(plans: Sequence[Plan]) -> None:
             importlib.import_module(module)
 
 
+def import_for_any() -> None:
+    """Import what the ranks of most plans need, for a server that forks commands.
+
+    DeepSpeed is left out: importing it initialises CUDA where there is a GPU.
+    """
+    modules = [
+        "launcher.engine.worker",
+        "launcher.engine.ranks.agent",
+        "torch._dynamo",
+        "launcher.engine.backends.accelerate",
+        "torch.distributed.fsdp",
+        "launcher.engine.backends.fsdp",
+    ]
+    with _environment([], checks_by_driver=True), _garbage_collection_paused():
+        for module in modules:
+            importlib.import_module(module)
+
+
 @contextlib.contextmanager
-def _environment(plans: Sequence[Plan]) -> Iterator[None]:
-    """Set the environment variables that the ranks of `plans` inherit, and restore them."""
+def _environment(plans: Sequence[Plan], *, checks_by_driver: bool = False) -> Iterator[None]:
+    """Set the environment variables that the ranks of `plans` inherit, and restore them.
+
+    Args:
+        plans: The plans.
+        checks_by_driver: Whether libraries count GPUs without CUDA also if no plan uses one.
+    """
     values = {"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGQUIT"}  # SignalHandler handles the others
     for plan in plans:
         values |= process_environment(plan)
-    if any(plan.device == "cuda" for plan in plans) and _NVML_CHECK not in os.environ:
+    on_gpus = checks_by_driver or any(plan.device == "cuda" for plan in plans)
+    if on_gpus and _NVML_CHECK not in os.environ:
         # A library that counts GPUs while it is imported then asks the driver (NVML) instead of
         # initialising CUDA, after which no rank could be forked.
         values[_NVML_CHECK] = "1"
