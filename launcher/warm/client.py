@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from launcher.environment.program import own_program
-from launcher.warm.forked_command import TERMINAL_VARIABLE
+from launcher.environment.terminal import TERMINAL_VARIABLE
 from launcher.warm.messages import (
     MAX_DESCRIPTORS,
     ConnectionLostError,
@@ -40,7 +40,7 @@ _TO_GROUP = (signal.SIGINT, signal.SIGQUIT)
 _TO_COMMAND = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
-class _ColdStart(Exception):
+class _ColdStartError(Exception):
     """The command must start as a new process; the text is a sentence, or empty."""
 
 
@@ -59,10 +59,10 @@ def run_warm(arguments: Sequence[str], say: Callable[[str], object]) -> int | No
     """
     try:
         if reason := _reason_for_new_process():
-            raise _ColdStart(reason)  # noqa: TRY301
+            raise _ColdStartError(reason)  # noqa: TRY301
         with open_socket_folder() as folder:
             stream = _ask(folder, _request(arguments), say)
-    except _ColdStart as reason:
+    except _ColdStartError as reason:
         if str(reason):
             say(f"{reason} A new process runs this command.")
         return None
@@ -104,11 +104,11 @@ def _request(arguments: Sequence[str]) -> tuple[dict[str, Any], list[int]]:
     """Return the request for a command, and the files that it takes with it.
 
     Raises:
-        _ColdStart: It has too many files.
+        _ColdStartError: It has too many files.
     """
     numbers = _inherited_files()
     if len(numbers) >= MAX_DESCRIPTORS:
-        raise _ColdStart(f"The command inherits {len(numbers)} open files.")
+        raise _ColdStartError(f"The command inherits {len(numbers)} open files.")
     umask = os.umask(0o077)
     os.umask(umask)
     message = {
@@ -136,7 +136,7 @@ def _ask(
     """Return a connection to a server that has accepted the command.
 
     Raises:
-        _ColdStart: No server can run it.
+        _ColdStartError: No server can run it.
         OSError: The server cannot be reached.
         ConnectionLostError: The server ended.
     """
@@ -161,7 +161,7 @@ def _ask(
         _start_server(name)
     stream, reply = _try(folder, name, request)
     if stream is None:
-        raise _ColdStart("The warm server that was started just now is out of date already.")
+        raise _ColdStartError("The warm server that was started just now is out of date already.")
     return stream
 
 
@@ -171,7 +171,7 @@ def _try(
     """Return a connection to a server that accepts the command, or None and what it replied.
 
     Raises:
-        _ColdStart: The server has other limits than this process.
+        _ColdStartError: The server has other limits than this process.
         OSError: The server cannot be reached.
         ConnectionLostError: The server ended.
     """
@@ -188,7 +188,7 @@ def _try(
             os.close(working_folder)
         reply, _ = receive_message(stream)
         if "limit" in reply:
-            raise _ColdStart(
+            raise _ColdStartError(
                 f"The warm server is not used, because {reply['limit']} differs from this shell's."
             )
         if "accepted" not in reply:
@@ -201,7 +201,7 @@ def _start_server(name: str) -> None:
     """Start a server and wait until it listens.
 
     Raises:
-        _ColdStart: It cannot serve.
+        _ColdStartError: It cannot serve.
     """
     ready, server_ready = os.pipe()
     environment = {key: value for key, value in os.environ.items() if key != TERMINAL_VARIABLE}
@@ -226,7 +226,7 @@ def _start_server(name: str) -> None:
     finally:
         os.close(ready)
     if text != "ready":
-        raise _ColdStart(f"No warm server could be started: {text or 'it ended'}.")
+        raise _ColdStartError(f"No warm server could be started: {text or 'it ended'}.")
 
 
 class _Command:

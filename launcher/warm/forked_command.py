@@ -22,9 +22,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-TERMINAL_VARIABLE = "LAUNCHER_TERMINAL"
-"""Environment variable of a command: the process id of its client, a colon, and its terminal."""
-
 _PR_SET_PDEATHSIG = 1
 
 

@@ -60,7 +60,7 @@ def find_servers() -> list[RunningServer]:
                         prefix=reply["prefix"],
                         started=reply["started"],
                         used=folder.last_used(name),
-                        num_commands=reply["num_commands"] - 1,  # without this question's handler
+                        num_commands=reply["num_commands"],
                         idle_minutes=reply["idle_minutes"],
                         memory_bytes=reply["peak_kib"] * 1024,
                     )

@@ -111,7 +111,7 @@ def serve(name: str, ready: int, modules: Sequence[str], load: Callable[[], None
             folder=folder,
             listener=listener,
             inode=inode,
-            wakeup=os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC),  # type: ignore[arg-type]
+            wakeup=os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC),
             imported=imported,
         )
         _write(ready, "ready")
@@ -206,32 +206,32 @@ def _handle_in_fork(state: _State, connection: socket.socket) -> CommandRequest 
         if request is not None:
             return request
         code = 0
-    except (OSError, ConnectionLostError, _OtherRequest):
+    except (OSError, ConnectionLostError, _NoCommandError):
         pass  # the client is gone or has what it asked for
     except BaseException:  # noqa: BLE001  # it must not reach the server's own code
         sys.excepthook(*sys.exc_info())
     os._exit(code)
 
 
-class _OtherRequest(Exception):
+class _NoCommandError(Exception):
     """The client has asked for no command."""
 
 
 def _handle(state: _State, connection: socket.socket) -> CommandRequest | None:
     """Answer a client; return the request in the command that it asks for, None in the handler."""
     if not is_own(connection):
-        raise _OtherRequest
+        raise _NoCommandError
     message, descriptors = receive_message(connection)
     if message["kind"] == "status":
         send_message(connection, _status(state))
-        raise _OtherRequest
+        raise _NoCommandError
     if message["kind"] == "stop":
         os.kill(state.pid, signal.SIGTERM)
         send_message(connection, {"pid": state.pid})
-        raise _OtherRequest
+        raise _NoCommandError
     if problem := _problem(state, message):
         send_message(connection, problem)
-        raise _OtherRequest
+        raise _NoCommandError
     send_message(connection, {"accepted": True})
     receive_message(connection)  # the client still waits: it may have given up in the meantime
     state.folder.touch(state.name)

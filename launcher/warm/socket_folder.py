@@ -40,7 +40,7 @@ class SocketFolder:
 
     def names(self) -> list[str]:
         """Return the names of the servers that have a socket here."""
-        found = (entry for entry in os.listdir(self._descriptor) if entry.endswith(_SUFFIX))
+        found = (entry for entry in os.listdir(self._descriptor) if entry.endswith(_SUFFIX))  # noqa: PTH208
         return sorted(entry.removesuffix(_SUFFIX) for entry in found)
 
     def connect(self, name: str, seconds: float) -> socket.socket:

@@ -22,13 +22,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_SESSION_VARIABLES = frozenset(
-    """
-    _ OLDPWD PWD SHLVL COLORTERM COLUMNS LINES TERM TERM_PROGRAM TERM_PROGRAM_VERSION
-    TERM_SESSION_ID DISPLAY WAYLAND_DISPLAY WINDOWID STY TMUX TMUX_PANE SSH_AUTH_SOCK SSH_CLIENT
-    SSH_CONNECTION SSH_TTY GPG_TTY PS1 PROMPT_COMMAND NO_COLOR FORCE_COLOR EDITOR VISUAL PAGER
-    """.split()
+_OF_SESSION = (
+    "_ OLDPWD PWD SHLVL TERM_PROGRAM TERM_PROGRAM_VERSION TERM_SESSION_ID DISPLAY WAYLAND_DISPLAY "
+    "WINDOWID STY TMUX TMUX_PANE SSH_AUTH_SOCK SSH_CLIENT SSH_CONNECTION SSH_TTY GPG_TTY PS1 "
+    "PROMPT_COMMAND EDITOR VISUAL PAGER"
 )
+_SESSION_VARIABLES = frozenset(_OF_SESSION.split())
 """Variables that differ between terminals, and that nothing reads while it is imported."""
 
 _RUN_PREFIXES = ("LAUNCHER_", "WANDB_", "MLFLOW_", "COMET_")
@@ -76,7 +75,9 @@ def identity(env: Mapping[str, str] | None = None) -> str:
 
 def limits() -> dict[str, Any]:
     """Return the limits and priorities of this process, as values that JSON keeps."""
-    values: dict[str, Any] = {name: list(resource.getrlimit(kind)) for name, kind in _LIMITS.items()}
+    values: dict[str, Any] = {
+        name: list(resource.getrlimit(kind)) for name, kind in _LIMITS.items()
+    }
     values["nice"] = os.nice(0)
     values["scheduler"] = os.sched_getscheduler(0)
     values["oom_score_adj"] = _read("oom_score_adj")
@@ -129,7 +130,7 @@ def _kernel_state() -> list[Any]:
     """Return what the kernel allows this process, and in which groups and namespaces it is."""
     status = dict(line.partition(":")[::2] for line in _read("status").splitlines())
     namespaces = Path("/proc/self/ns")
-    links = sorted((entry.name, os.readlink(entry)) for entry in namespaces.iterdir())
+    links = sorted((entry.name, str(entry.readlink())) for entry in namespaces.iterdir())
     root = os.stat("/")  # noqa: PTH116
     return [
         [status.get(name) for name in _STATUS],
