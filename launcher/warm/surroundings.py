@@ -39,7 +39,14 @@ _STATUS = ("Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapA
 
 _PACKAGE_FOLDERS = ("site-packages", "dist-packages")
 
-_LIMITS = {name: getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}
+_OTHER_NAME = "RLIMIT_OFILE"
+"""BSD's name of RLIMIT_NOFILE."""
+
+_LIMITS = {
+    name: getattr(resource, name)
+    for name in dir(resource)
+    if name.startswith("RLIMIT_") and name != _OTHER_NAME
+}
 
 _LIMIT_TEXTS = {
     "RLIMIT_NOFILE": "open files (ulimit -n)",
@@ -86,7 +93,7 @@ def limits() -> dict[str, Any]:
 
 def differing_limit(own: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     """Return the first limit that differs, as the subject of a sentence; empty if none does."""
-    for name in own.keys() | other.keys():
+    for name in sorted(own.keys() | other.keys()):
         if own.get(name) != other.get(name):
             if name in _LIMITS:
                 return f"the limit of {_LIMIT_TEXTS.get(name, name)}"

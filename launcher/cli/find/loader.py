@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     default=4.0,
     show_default=True,
     metavar="S",
-    help="Seconds for which each number of workers is measured.",
+    help="Longest measurement of each number of workers, in seconds.",
 )
 @out_option
 @click.option("--json", "as_json", is_flag=True, help="Print the measurements as JSON.")
