@@ -4,9 +4,10 @@
 
 Claim: `launcher run` reaches the first step sooner than torchrun, accelerate launch and deepspeed,
 and uses less CPU time. Each launcher starts the same recipe file, first_step.py, which takes five
-steps on a small net. torchrun also starts a plain PyTorch loop over the same data, without
-launcher's engine. The launchers take turns, each turn in another order; a ratio is the median of
-the ratios within each turn.
+steps on a small net. `launcher run --warm` forks its runs from a server that is started before the
+first turn, and its CPU time is that of its client alone. torchrun also starts a plain PyTorch loop
+over the same data, without launcher's engine. The launchers take turns, each turn in another order;
+a ratio is the median of the ratios within each turn.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from operator import attrgetter, truediv
 from pathlib import Path
 from statistics import median
@@ -30,12 +32,14 @@ _ACCELERATE = ("accelerate", "launch", "--main_process_port", "0", "--num_proces
 STARTED_BY = {
     "torchrun": ("torchrun", "--standalone", "--nproc-per-node", "{ranks}", RECIPE),
     "launcher": ("launcher", "run", RECIPE, "-n", "{ranks}"),
+    "warm": ("launcher", "run", RECIPE, "-n", "{ranks}", "--warm"),
     "plain": ("torchrun", "--standalone", "--nproc-per-node", "{ranks}", *PLAIN),
     "accelerate": (*_ACCELERATE, RECIPE),
     "deepspeed": ("deepspeed", "--num_accelerators", "{ranks}", RECIPE),
 }
 TITLES = {
     "launcher": "launcher run",
+    "warm": "launcher run --warm",
     "plain": "torchrun, plain PyTorch loop",
     "accelerate": "accelerate launch",
 }
@@ -69,7 +73,10 @@ def main(ranks: list[int], turns: int, only: list[str], workers: int) -> None:
     names = list(dict.fromkeys(["torchrun", *only]))
     for num_ranks in ranks:
         times: dict[str, list[LaunchTimes]] = {name: [] for name in names}
-        with tempfile.TemporaryDirectory(prefix="launch-") as folder:
+        with ExitStack() as stack:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="launch-"))
+            if "warm" in names:
+                stack.enter_context(warm_server(num_ranks, workers, Path(folder)))
             for turn in range(turns):
                 first = turn % len(names)
                 for name in names[first:] + names[:first]:
@@ -77,6 +84,22 @@ def main(ranks: list[int], turns: int, only: list[str], workers: int) -> None:
                     times[name].append(time_launch(STARTED_BY[name], num_ranks, workers, out))
         title = f"{num_ranks} rank{'s' if num_ranks > 1 else ''}, medians of {turns}"
         print_table(HEAD, table_rows(times), title=title)
+
+
+@contextmanager
+def warm_server(ranks: int, workers: int, folder: Path) -> Iterator[None]:
+    """Start a warm server with its socket in a folder, and end it afterwards."""
+    before = os.environ.get("XDG_RUNTIME_DIR")
+    os.environ["XDG_RUNTIME_DIR"] = str(folder)
+    try:
+        time_launch(STARTED_BY["warm"], ranks, workers, folder / "server")
+        yield
+        subprocess.run([str(BIN / "launcher"), "warm", "stop"], check=True, capture_output=True)
+    finally:
+        if before is None:
+            del os.environ["XDG_RUNTIME_DIR"]
+        else:
+            os.environ["XDG_RUNTIME_DIR"] = before
 
 
 def table_rows(times: Mapping[str, Sequence[LaunchTimes]]) -> list[list[Cell]]:

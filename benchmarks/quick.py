@@ -19,7 +19,8 @@ from contest import HERE, Names
 
 SHORT = {
     "commands": "--turns 1",
-    "launch": "--ranks 2 --turns 1 --only torchrun,launcher",
+    "launch": "--ranks 2 --turns 1 --only torchrun,launcher,warm",
+    "warm_starts": "--starts 8 --kills 4",
     "opens": "--ranks 1,2",
     "ranks": "--ranks 2 --turns 1 --steps 24 --width 256",
     "loop_overhead": "--ranks 1 --turns 1 --epochs 20 --only launcher,ignite",

@@ -40,6 +40,10 @@ def _start() -> None:
         sys.exit(run_remote(*sys.argv[2:]))
     from launcher.cli import main
 
+    if sys.argv[1:2] == ["--warm-server"]:
+        from launcher.cli.warm_start import serve_commands
+
+        main(serve_commands(*sys.argv[2:]), starts_warm=False)
     main()
 
 

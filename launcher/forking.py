@@ -27,6 +27,8 @@ GPUs, where that is possible, and leaves CUDA uninitialised."""
 _recipe_threads: set[int] = set()
 """Kernel ids of the threads that a recipe's code has started."""
 
+os.register_at_fork(after_in_child=_recipe_threads.clear)  # a fork copies one thread
+
 
 @contextlib.contextmanager
 def observed_threads() -> Iterator[None]:

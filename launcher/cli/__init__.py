@@ -16,6 +16,7 @@ import click
 
 from launcher.cli.group import LazyGroup
 from launcher.cli.standard_streams import prepare_streams
+from launcher.cli.warm_start import run_in_warm_process, wants_warm
 from launcher.console.colours import colour_setting
 from launcher.console.echo import NO_ROOM, complain, discard_output, echo
 from launcher.errors import EXIT_FAILED, EXIT_USAGE, EndedError, LauncherError
@@ -46,6 +47,7 @@ _COMMANDS = {
     "submit": "launcher.cli.submit",
     "sweep": "launcher.cli.sweep",
     "tune": "launcher.cli.tune",
+    "warm": "launcher.cli.warm",
     "watch": "launcher.cli.watch",
 }
 """The module of each command; it defines a click command called `command`."""
@@ -69,11 +71,21 @@ def group() -> None:
     """
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and end the process with its exit code."""
+def main(arguments: Sequence[str] | None = None, *, starts_warm: bool = True) -> None:
+    """Run the command line and end the process with its exit code.
+
+    Args:
+        arguments: The arguments; None takes those of this process.
+        starts_warm: Whether a command that asks for it is forked from a warm server.
+    """
     prepare_streams()
     if instruction := os.environ.get(_COMPLETION_VARIABLE):
         sys.exit(_complete(instruction))
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if starts_warm and wants_warm(arguments):
+        code = run_in_warm_process(arguments)
+        if code is not None:
+            sys.exit(code)
     code = run_command(group, arguments, "launcher")
     gc.freeze()  # a final collection that visits all of torch takes most of a second
     sys.exit(_flush(code))

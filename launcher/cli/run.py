@@ -65,6 +65,13 @@ from launcher.errors import UsageError
 @click.option(
     "--pdb", "opens_pdb", is_flag=True, help="Like --debug, and open pdb where an error was raised."
 )
+@click.option(
+    "--warm/--no-warm",
+    "warm",
+    default=None,
+    help="Fork the run from a process that has imported torch before, and that stays for the next "
+    "run. Default: as LAUNCHER_WARM=1 says.",
+)
 @output_options
 def command(
     recipe: str,
@@ -89,6 +96,7 @@ def command(
     debugs: bool,
     opens_pdb: bool,
     continues: bool,
+    warm: bool | None,  # noqa: ARG001  # `launcher.cli.main` has started this process accordingly
     quiet: bool,
     as_json: bool,
 ) -> int:

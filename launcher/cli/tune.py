@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     default=4.0,
     show_default=True,
     metavar="S",
-    help="Seconds for which each number of workers is measured.",
+    help="Longest measurement of each number of workers, in seconds.",
 )
 @click.option(
     "--out",

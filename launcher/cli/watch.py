@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, TextIO
 import click
 
 from launcher.cli.completing import complete_runs
-from launcher.console.echo import echo
-from launcher.errors import EXIT_FAILED, EXIT_RESUMABLE
+from launcher.console.echo import complain, echo
+from launcher.errors import EXIT_FAILED, EXIT_RESUMABLE, UsageError
+from launcher.printable import shortened
 
 if TYPE_CHECKING:
     from launcher.runs.history import History
@@ -29,8 +30,14 @@ _EXIT_CODES = {"finished": 0, "stopped": EXIT_RESUMABLE}
 _EXIT_INTERRUPTED = 130
 
 
-@click.command(short_help="Show a run in progress.")
-@click.argument("name", metavar="RUN|JOB", shell_complete=complete_runs)
+@click.command(
+    short_help="Show a run in progress, or run a recipe again after each edit.",
+    context_settings={"ignore_unknown_options": True},
+)
+@click.argument("name", metavar="RUN|JOB|RECIPE", shell_complete=complete_runs)
+@click.argument(
+    "arguments", nargs=-1, type=click.UNPROCESSED, metavar="[ARGUMENTS OF launcher run]..."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print a line of JSON every second.")
 @click.option(
     "--prometheus",
@@ -38,7 +45,21 @@ _EXIT_INTERRUPTED = 130
     metavar="FILE",
     help="Also write the run's numbers to FILE in Prometheus' text format, every ten seconds.",
 )
-def command(name: str, prometheus: Path | None, *, as_json: bool) -> int:
+@click.option(
+    "--follow-edits",
+    "follows_edits",
+    is_flag=True,
+    help="Train RECIPE now, and again on a warm server whenever its file or a module that it "
+    "imports is saved. A run in progress stops with a checkpoint. Ctrl-C ends.",
+)
+def command(
+    name: str,
+    arguments: tuple[str, ...],
+    prometheus: Path | None,
+    *,
+    as_json: bool,
+    follows_edits: bool,
+) -> int:
     """Show the progress of a run, given by its folder RUN or its job id JOB, until it ends.
 
     It reads the run folder, so it works in any shell that sees the folder, however the run was
@@ -49,7 +70,17 @@ def command(name: str, prometheus: Path | None, *, as_json: bool) -> int:
     launcher watch runs/digits-20260101-120000
     launcher watch 1234
     launcher watch 1234 --prometheus /var/lib/prometheus/node-exporter/1234.prom
+    launcher watch --follow-edits recipes/mine.py -n 2 epochs=1
     """
+    if follows_edits:
+        from launcher.warm.edited_recipe import follow_edits
+
+        return follow_edits(name, (*arguments, *(["--json"] if as_json else [])), complain)
+    if arguments:
+        raise UsageError(
+            f"launcher watch takes one run, and {shortened(arguments[0])} comes after it. "
+            "--follow-edits takes a recipe and arguments of `launcher run`."
+        )
     from launcher.console.progress import json_line
     from launcher.console.watch_screen import status_line, status_values
     from launcher.runs.prometheus import MetricsFile

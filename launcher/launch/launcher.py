@@ -34,7 +34,7 @@ from launcher.errors import (
 )
 from launcher.forking import reason_not_to_fork
 from launcher.launch.signal_handler import SignalHandler
-from launcher.planning.configs import process_environment
+from launcher.planning.configs import process_environment, spinning_environment
 from launcher.planning.plan import Plan
 from launcher.planning.strategy import STRATEGIES
 from launcher.runs.checkpoints import list_checkpoints
@@ -183,19 +183,49 @@ def import_for(plans: Sequence[Plan]) -> None:
     on_cpus = all(plan.device == "cpu" for plan in plans)
     if on_cpus and any(strategy.uses_deepspeed for strategy in strategies):
         # Importing DeepSpeed initialises CUDA, after which no rank could be forked.
-        modules.append("launcher.engine.backends.deepspeed")
+        modules += [
+            "launcher.engine.backends.deepspeed",
+            "launcher.engine.backends.zero_optimizers",
+        ]
     with _environment(plans), _garbage_collection_paused():
         for module in modules:
             importlib.import_module(module)
 
 
+def import_for_any() -> None:
+    """Import what the ranks of most plans need, for a server that forks commands.
+
+    DeepSpeed is left out: importing it initialises CUDA where there is a GPU.
+    """
+    modules = [
+        "launcher.engine.worker",
+        "launcher.engine.ranks.agent",
+        "torch._dynamo",
+        "launcher.engine.backends.accelerate",
+        "torch.distributed.fsdp",
+        "launcher.engine.backends.fsdp",
+    ]
+    with _environment([], for_any_plan=True), _garbage_collection_paused():
+        for module in modules:
+            importlib.import_module(module)
+
+
 @contextlib.contextmanager
-def _environment(plans: Sequence[Plan]) -> Iterator[None]:
-    """Set the environment variables that the ranks of `plans` inherit, and restore them."""
+def _environment(plans: Sequence[Plan], *, for_any_plan: bool = False) -> Iterator[None]:
+    """Set the environment variables that the ranks of `plans` inherit, and restore them.
+
+    Args:
+        plans: The plans.
+        for_any_plan: Whether the plans are not known yet: libraries count GPUs without CUDA also
+            if no plan uses one, and threads spin as those of a rank with several.
+    """
     values = {"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGQUIT"}  # SignalHandler handles the others
     for plan in plans:
         values |= process_environment(plan, os.environ)
-    if any(plan.device == "cuda" for plan in plans) and _NVML_CHECK not in os.environ:
+    if for_any_plan:
+        values |= spinning_environment(os.environ)
+    on_gpus = for_any_plan or any(plan.device == "cuda" for plan in plans)
+    if on_gpus and _NVML_CHECK not in os.environ:
         # A library that counts GPUs while it is imported then asks the driver (NVML) instead of
         # initialising CUDA, after which no rank could be forked.
         values[_NVML_CHECK] = "1"

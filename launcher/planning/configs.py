@@ -85,11 +85,6 @@ _SPINNING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 def process_environment(plan: Plan, environ: Mapping[str, str]) -> dict[str, str]:
     """Return the environment variables that torch and the plan's backend read when imported.
 
-    Threads of a rank that wait for each other spin. Where another program uses the cores, a thread
-    that spins keeps the thread that it waits for from running, and a small operation takes 10 to 30
-    times as long. A rank with several threads therefore spins for a shorter time, which costs
-    nothing on idle cores.
-
     Args:
         plan: The plan.
         environ: The environment of this process, whose own choice is kept.
@@ -97,9 +92,25 @@ def process_environment(plan: Plan, environ: Mapping[str, str]) -> dict[str, str
     variables: dict[str, str] = {}
     if STRATEGIES[plan.strategy].uses_deepspeed:
         variables["DS_ACCELERATOR"] = plan.device
-    if plan.threads_per_rank > 1 and not any(name in environ for name in _SPINNING):
-        variables["GOMP_SPINCOUNT"] = str(_SPINS)
+    if plan.threads_per_rank > 1:
+        variables |= spinning_environment(environ)
     return variables
+
+
+def spinning_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment variables that say how long a waiting thread spins.
+
+    Threads of a rank that wait for each other spin. Where another program uses the cores, a thread
+    that spins keeps the thread that it waits for from running, and a small operation takes 10 to 30
+    times as long. A rank with several threads therefore spins for a shorter time, which costs
+    nothing on idle cores.
+
+    Args:
+        environ: The environment of this process, whose own choice is kept.
+    """
+    if any(name in environ for name in _SPINNING):
+        return {}
+    return {"GOMP_SPINCOUNT": str(_SPINS)}
 
 
 def accelerate_config(

@@ -48,7 +48,7 @@ ROOMS = [
     ["engine.probes"],
     ["engine"],
     ["launch"],
-    ["tuning", "checks", "sweeps"],
+    ["warm", "tuning", "checks", "sweeps"],
     ["report"],
     ["launcher.api"],
     ["cli.find", "cli"],
@@ -173,6 +173,8 @@ NOT_FOR_OTHERS = {
     "launcher.runs.manifest",  # the text that a digest is taken of
     "launcher.runs.resumption",  # a value as JSON returns it
     "launcher.tuning.batch_search",  # the name of a file in the cache
+    "launcher.warm.messages",  # messages between a command and its server
+    "launcher.warm.surroundings",  # the text that a digest is taken of
 }
 """Modules that may write JSON which no other program reads."""
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     default=4.0,
     show_default=True,
     metavar="S",
-    help="Seconds of each measurement.",
+    help="Longest time of each measurement, in seconds.",
 )
 @out_option
 @click.option("--json", "as_json", is_flag=True, help="Print the measurements as JSON.")

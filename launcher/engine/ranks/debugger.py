@@ -23,9 +23,9 @@ from typing import Any, TextIO
 
 from torch.utils.data import get_worker_info
 
+from launcher.environment.terminal import is_in_foreground, terminal_path
 from launcher.runs.locks import try_lock
 
-_TERMINAL = "/dev/tty"
 _LOCK = "debugger.lock"
 
 _VARIABLE = "PYTHONBREAKPOINT"
@@ -155,7 +155,7 @@ def _on_set_trace(*_: Any, **__: Any) -> None:
 def _debug(frame: FrameType) -> None:
     """Stop at the next line of `frame`, or go on where there is no terminal."""
     assert _place is not None
-    if _place.opens_terminal and not _has_terminal():
+    if _place.opens_terminal and not is_in_foreground():
         _pass(frame)
         return
     if _place.debugger is None:
@@ -178,20 +178,6 @@ def _pass(frame: FrameType) -> None:
     mark = _place.folder / f"passed-{hashlib.sha256(where.encode()).hexdigest()[:16]}"
     with contextlib.suppress(OSError), mark.open("x"):
         _place.report(text)
-
-
-def _has_terminal() -> bool:
-    """Return whether the terminal belongs to this process, which is not in its background."""
-    try:
-        descriptor = os.open(_TERMINAL, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        return os.tcgetpgrp(descriptor) == os.getpgrp()
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -251,8 +237,10 @@ class _RankPdb(pdb.Pdb):
             yield
             return
         with (
-            Path(_TERMINAL).open(encoding="utf-8", errors="replace") as reader,
-            Path(_TERMINAL).open("w", buffering=1, encoding="utf-8", errors="replace") as writer,
+            Path(terminal_path()).open(encoding="utf-8", errors="replace") as reader,
+            Path(terminal_path()).open(
+                "w", buffering=1, encoding="utf-8", errors="replace"
+            ) as writer,
             contextlib.redirect_stdout(writer),
             contextlib.redirect_stderr(writer),
         ):
