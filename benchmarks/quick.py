@@ -34,8 +34,8 @@ SHORT = {
     "memory_plan": "--ranks 2 --layers 2 --width 512 --strategies 1",
     "teardown": "--runs 2 --ranks 2",
     "kill_resume": "--trials 2",
-    "data": "--samples 1000 --turns 1",
-    "data_matrix": "--rows window,mixed_windows,packed,stream --worlds 1,3",
+    "data": "--samples 1000 --turns 1 --formats tokens,lmdb,sqlite,images",
+    "data_matrix": "--rows mixed_windows,packed,stream --worlds 1,3",
     "packing": "--documents 2000 --trained-tokens 64 --steps 6 --turns 1",
     "loader": "--workers 0,4 --turns 1 --seconds 0.5 --stores far",
     "super_convergence": "--samples 6400 --seeds 1 --budgets 50 --constant-lrs 0.01 --peak-lrs 0.1 "
