@@ -81,10 +81,11 @@ def test_noise_cost(run: Commands) -> None:
 def test_memory_plan(run: Commands) -> None:
     """The table compares the planned with the measured memory of a rank."""
     done = short(run, "memory_plan")
-    ((strategy, ranks, planned, measured, ratio),) = rows(done.stdout)
+    ((strategy, ranks, planned, measured, ratio, start, ratio_at_start),) = rows(done.stdout)
     assert (strategy, ranks) == ("ddp", "2")
     assert float(ratio) == pytest.approx(float(measured) / float(planned), rel=0.01)
     assert float(ratio) == pytest.approx(1.0, abs=0.4)
+    assert float(ratio_at_start) == pytest.approx(float(start) / float(planned), rel=0.02)
 
 
 def test_teardown(run: Commands) -> None:
