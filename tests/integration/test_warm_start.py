@@ -125,6 +125,7 @@ def test_a_warm_run_finds_what_a_new_process_finds_and_new_code(warm: Warm) -> N
 
 def test_other_limits_start_a_new_process(warm: Warm) -> None:
     """A command with a limit that the server lacks runs as a new process, which has it."""
+    assert warm("1", "fails=1", "--warm").exit_code == 2  # the server has the present limits
     shell = f"ulimit -n 200; exec {BIN}/launcher run mine.py device=cpu fails=1 -n 1 --warm"
     done = warm.run("bash", "-c", shell, env=warm.env)
     assert '"limits": [200, 200]' in facts(done)
