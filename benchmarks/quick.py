@@ -40,7 +40,7 @@ SHORT = {
     "packing": "--documents 2000 --trained-tokens 64 --steps 6 --turns 1",
     "loader": "--workers 0,4 --turns 1 --seconds 0.5 --stores far",
     "super_convergence": "--samples 6400 --seeds 1 --budgets 50 --constant-lrs 0.01 --peak-lrs 0.1 "
-    "--find-steps 20",
+    "--muon-lrs 0.04 --find-steps 20",
     "batch_64_to_512": "--batches 64,256 --target 0.6 --seeds 1 --samples 8000 --lrs 0.03 "
     "--noise-steps 40 --evaluations 8",
     "gpu": "--only profile,doctor",

@@ -20,7 +20,16 @@ from contest import Numbers, benchmark, print_table
 from trainings import Trainings, measure
 
 PLAIN = ("label_smoothing=0", "optimizer=sgd(momentum=0.9)")
-"""Settings of the baselines; the last row trains with the recipe's own settings."""
+"""Settings of the baselines; the last rows train with the recipe's own settings, and with Muon."""
+
+_SGD = "sgd(momentum=0.9, nesterov=true)"
+
+MUON = (
+    f'optimizer=muon(adjust="original", weight_decay=0, others={_SGD}, others_lr=2.5)',
+    "schedule=one_cycle(pct_start=0.1, three_phase=false, cycle_momentum=false)",
+)
+"""Muon on the kernels of the convolutions, and SGD on all else: the recipe's other settings stay.
+"""
 
 BATCH_SIZE = 64
 """Batch size of the recipe."""
@@ -37,6 +46,7 @@ BATCH_SIZE = 64
 @click.option("--budgets", type=Numbers(int, 1), default="938,1250,1500,1875,2500,3750,7500")
 @click.option("--constant-lrs", type=Numbers(float, 0), default="0.001,0.003,0.01")
 @click.option("--peak-lrs", type=Numbers(float, 0), default="0.01,0.03,0.1,0.3")
+@click.option("--muon-lrs", type=Numbers(float, 0), default="0.02,0.04,0.08")
 @click.option("--find-steps", type=click.IntRange(min=20), default=200, help="Steps per trial.")
 @click.option("--out", type=click.Path(path_type=Path), help="Cache finished trainings in FILE.")
 def main(
@@ -46,16 +56,18 @@ def main(
     budgets: list[int],
     constant_lrs: list[float],
     peak_lrs: list[float],
+    muon_lrs: list[float],
     find_steps: int,
     out: Path | None,
 ) -> None:
     """Print the steps that each schedule needs, and its accuracy for each of --budgets.
 
-    The baselines take the best of --constant-lrs and --peak-lrs.
+    The baselines take the best of --constant-lrs and --peak-lrs, and Muon that of --muon-lrs.
     """
+    lrs = constant_lrs, peak_lrs, muon_lrs
     length = f"epochs={epochs}" if samples is None else f"steps={samples // BATCH_SIZE}"
     with Trainings("fashion_mnist", out) as trainings:
-        compare(trainings, length, range(seeds), budgets, constant_lrs, peak_lrs, find_steps)
+        compare(trainings, length, range(seeds), budgets, *lrs, find_steps)
 
 
 def compare(
@@ -65,6 +77,7 @@ def compare(
     budgets: list[int],
     constant_lrs: list[float],
     peak_lrs: list[float],
+    muon_lrs: list[float],
     find_steps: int,
 ) -> None:
     """Run all trainings and print the table."""
@@ -85,21 +98,20 @@ def compare(
         f"{steps:,} steps; single evaluations first touch it at {', '.join(first_touches)}\n"
     )
 
-    def best_peak_lr(schedule: str) -> float:
+    def best_lr(lrs: list[float], *settings: str) -> float:
         middle = budgets[len(budgets) // 2]
-        return max(
-            peak_lrs,
-            key=lambda lr: fmean(trainings.final(middle, [0], f"lr={lr}", schedule, *PLAIN)),
-        )
+        return max(lrs, key=lambda lr: fmean(trainings.final(middle, [0], f"lr={lr}", *settings)))
 
     plain_lr, recipe_lr = find_lr(find_steps, *PLAIN), find_lr(find_steps)
     multi_step, one_cycle = "schedule=multi_step()", "schedule=one_cycle()"
-    step_lr, cycle_lr = best_peak_lr(multi_step), best_peak_lr(one_cycle)
+    step_lr, cycle_lr = (best_lr(peak_lrs, each, *PLAIN) for each in (multi_step, one_cycle))
+    muon_lr = best_lr(muon_lrs, *MUON)
     contestants = {
         f"step schedule, best lr {step_lr:g}": (f"lr={step_lr}", multi_step, *PLAIN),
         f"1cycle, best lr {cycle_lr:g}": (f"lr={cycle_lr}", one_cycle, *PLAIN),
         f"1cycle, lr found {plain_lr:g}": (f"lr={plain_lr}", one_cycle, *PLAIN),
         f"the recipe, lr found {recipe_lr:g}": (f"lr={recipe_lr}",),
+        f"the recipe with Muon, best lr {muon_lr:g}": (f"lr={muon_lr}", *MUON),
     }
     rows = [[f"constant, best lr {best:g}", f"{steps:,}", "1.0", *[""] * len(budgets)]]
     for title, settings in contestants.items():

@@ -144,6 +144,7 @@ def muon(
     steps: PositiveInt = 5,
     adjust: Literal["match_rms_adamw", "original"] = "match_rms_adamw",
     others: OptimizerSpec = OTHERS,
+    others_lr: PositiveFloat = 1.0,
     exclude: tuple[str, ...] = (),
 ) -> None:
     """Muon for the matrices of hidden layers, and `others` for all other weights.
@@ -151,7 +152,8 @@ def muon(
     Muon orthogonalises the momentum of each matrix by `steps` iterations (Jordan 2024, as in
     `torch.optim.Muon`). Kernels of convolutions count as matrices. Embeddings, the head, biases,
     norms, and weights whose names match a pattern in `exclude`, such as `"*.router.weight"`, are
-    updated by `others`. Both use the learning rate of the recipe: with `adjust="match_rms_adamw"`
-    an update of a matrix is as large as one of AdamW (arXiv:2502.16982), so that a learning rate
-    tuned for AdamW suits both; `"original"` is the rule of Jordan's article.
+    updated by `others`. With `adjust="match_rms_adamw"` an update of a matrix is as large as one of
+    AdamW (arXiv:2502.16982), so that a learning rate tuned for AdamW suits both; `"original"` is
+    the rule of Jordan's article, whose learning rates are around 0.02. `others_lr` is the learning
+    rate of the other weights as a multiple of the recipe's.
     """

@@ -96,11 +96,11 @@ def test_teardown(run: Commands) -> None:
 
 @needs_fashion_mnist
 def test_super_convergence(run: Commands) -> None:
-    """The table compares a constant learning rate with four schedules by their accuracies."""
+    """The table compares a constant learning rate with five others by their accuracies."""
     done = short(run, "super_convergence")
     constant, *others = rows(done.stdout)
     assert constant[:3] == ["constant, best lr 0.01", "100", "1.0"]
-    assert len(others) == 4
+    assert len(others) == 5
     assert all(float(cells[3].partition("%")[0]) > 10 for cells in others)
 
 

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_module
 from launcher import (
     PlanError,
     RecipeError,
+    ScheduleValue,
     UsageError,
     adamw,
     four_bits,
@@ -43,7 +44,7 @@ from launcher.engine.optimizers.rounding import (
 from launcher.engine.optimizers.schedule_free import ScheduleFreeAdamW
 from launcher.engine.optimizers.small_adamw import SmallAdamW
 from launcher.engine.optimizers.small_sgd import SmallSGD
-from launcher.engine.state.hyperparameters import make_optimizer, take_step
+from launcher.engine.state.hyperparameters import Hyperparameters, make_optimizer, take_step
 from launcher.engine.state.parameter_kinds import check_parameters, keep_in_bfloat16
 from launcher.recipes.digits import digits
 
@@ -261,6 +262,15 @@ def test_muon_is_torch_s(rule: Any) -> None:
         take_step(optimizer, configuration, finite=True)
         theirs.step()  # type: ignore[no-untyped-call]
     torch.testing.assert_close(model[3].weight, other[3].weight, atol=1e-6, rtol=1e-6)
+
+
+def test_the_other_weights_have_a_multiple_of_muon_s_learning_rate() -> None:
+    """The ratio stays where the schedule changes the rates."""
+    configuration = replace(digits(), optimizer=muon(others=sgd(), others_lr=2.5))
+    optimizer = make_optimizer(configuration, net(), 0.04)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.04, 0.1])
+    Hyperparameters(optimizer, 0.04).write(ScheduleValue(0.5))
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.02, 0.05])
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (5, 20), (20, 5)])

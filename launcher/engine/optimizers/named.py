@@ -41,6 +41,7 @@ def named_optimizer(recipe: Recipe, model: nn.Module, lr: float) -> Optimizer:
         return _elementwise(spec, recipe, trained, lr)
     arguments = _arguments(spec)
     others_spec, exclude = arguments.pop("others"), arguments.pop("exclude")
+    others_lr = lr * arguments.pop("others_lr")
     matrices = hidden_matrices(model, exclude)
     if not matrices:
         raise RecipeError(
@@ -51,7 +52,7 @@ def named_optimizer(recipe: Recipe, model: nn.Module, lr: float) -> Optimizer:
     return Muon(
         [{"params": list(matrices.values())}],
         {"lr": lr, **arguments},
-        others=_elementwise(others_spec, recipe, others, lr) if others else None,
+        others=_elementwise(others_spec, recipe, others, others_lr) if others else None,
         seed=recipe.seed,
         dtype=_ORTHOGONALIZED_IN.get(recipe.precision, torch.bfloat16),
     )
