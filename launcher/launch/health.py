@@ -114,6 +114,7 @@ def _wait_for_others(rendezvous: Rendezvous) -> None:
     Raises:
         PeerError: Another node has failed or disappeared.
     """
+    rendezvous.check_peers()  # the first node may have left while this one was examined
     rendezvous.store.set(f"healthy{rendezvous.index}", "")
     keys = [f"healthy{index}" for index in range(rendezvous.count)]
     while True:
