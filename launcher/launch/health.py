@@ -10,7 +10,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from launcher.errors import EXIT_FAILED, EXIT_RESUMABLE, HealthError, RunDirError
+from launcher.errors import (
+    EXIT_FAILED,
+    EXIT_RESUMABLE,
+    HealthError,
+    PeerError,
+    RunDirError,
+)
 from launcher.findings import Finding
 from launcher.launch.signal_handler import SignalHandler
 from launcher.planning.plan import Plan
@@ -20,6 +26,9 @@ from launcher.runs.rundir import RunDir
 
 if TYPE_CHECKING:
     from launcher.engine.ranks.rendezvous import Rendezvous
+
+
+_POLL_SECONDS = 0.1
 
 
 class HealthCheck(Protocol):
@@ -72,6 +81,8 @@ def refuse_unhealthy(
 
     findings = check(plan, run_dir.path, signals, keep_alive, is_restart=is_restart)
     if not findings:
+        if rendezvous is not None:
+            _wait_for_others(rendezvous)
         return
     in_job = "SLURM_JOB_ID" in os.environ
     node = os.environ.get("SLURMD_NODENAME") or platform.node()
@@ -92,6 +103,28 @@ def refuse_unhealthy(
         with open_to_append(run_dir.unhealthy_nodes) as file:
             file.write(f"{node}\n".encode())
     raise HealthError(text, exit_code)
+
+
+def _wait_for_others(rendezvous: Rendezvous) -> None:
+    """Wait until every node has examined itself.
+
+    A node that started its ranks earlier would wait for those of another node, and notice late that
+    the other has left.
+
+    Raises:
+        PeerError: Another node has failed or disappeared.
+    """
+    rendezvous.check_peers()  # the first node may have left while this one was examined
+    rendezvous.store.set(f"healthy{rendezvous.index}", "")
+    keys = [f"healthy{index}" for index in range(rendezvous.count)]
+    while True:
+        rendezvous.check_peers()
+        try:
+            if rendezvous.store.check(keys):
+                return
+        except RuntimeError as error:  # the store, and with it the first node, is gone
+            raise PeerError("the first node", None) from error
+        time.sleep(_POLL_SECONDS)
 
 
 def _sentence(finding: Finding) -> str:
