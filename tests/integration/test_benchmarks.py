@@ -115,12 +115,13 @@ def test_batch_64_to_512(run: Commands) -> None:
 
 
 def test_launch(run: Commands) -> None:
-    """The table has times and ratios to torchrun for torchrun and `launcher run`."""
+    """The table has times and ratios to torchrun for torchrun and `launcher run`, also warm."""
     done = short(run, "launch")
-    torchrun, launcher = rows(done.stdout)
-    assert (torchrun[0], launcher[0]) == ("torchrun", "launcher run")
+    torchrun, launcher, warm = rows(done.stdout)
+    names = [row[0] for row in (torchrun, launcher, warm)]
+    assert names == ["torchrun", "launcher run", "launcher run --warm"]
     assert torchrun[2::2] == ["1.00"] * 3
-    assert all(float(cell) > 0 for cell in launcher[1:])
+    assert all(float(cell) > 0 for cell in (*launcher[1:], *warm[1:]))
 
 
 def test_ranks(run: Commands) -> None:
