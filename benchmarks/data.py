@@ -259,10 +259,8 @@ def lmdb(folder: Path, samples: int) -> tuple[str, Read, Read]:
 
         def __getitems__(self, indices: list[int]) -> list[Any]:
             with environment.begin() as transaction:
-                return [
-                    np.frombuffer(transaction.get(b"%08d" % index) or b"", np.float32)
-                    for index in indices
-                ]
+                found = [transaction.get(b"%08d" % index) for index in indices]
+            return [np.frombuffer(value, np.float32) for value in found if value is not None]
 
     ours = LMDBSamples(folder / "ours", decode=lambda _, value: np.frombuffer(value, np.float32))
     return "lmdb", in_batches(ours, samples), in_batches(Plain(), samples)
