@@ -273,6 +273,7 @@ class SmallKubernetes:
         own_labels = {"job-name": name, "batch.kubernetes.io/job-completion-index": str(index)}
         metadata = {
             "name": pod_name,
+            "namespace": job["metadata"].get("namespace", "default"),
             "labels": {**template["metadata"]["labels"], **own_labels},
             "creationTimestamp": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }

@@ -175,7 +175,7 @@ def test_a_request_that_cannot_be_met_is_refused(
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["1st", "größe" * 10, "a" * 46, "---"])
+@pytest.mark.parametrize("name", ["1st", "größe" * 12, "a" * 46, "---"])
 def test_a_folder_that_gives_no_name_is_refused(name: str) -> None:
     """The name of a job is a DNS label that begins with a letter and is short enough."""
     with pytest.raises(KubernetesError, match="Give another --out"):
@@ -186,7 +186,7 @@ def test_a_folder_that_gives_no_name_is_refused(name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("imge: a", "unknown key 'imge' in the site profile. Did you mean image?"),
+        ("imge: a", "unknown key 'imge' in the site profile. Did you mean image or time?"),
         ("kind: job", "the site profile needs image"),
         ("image: a\nkind: cronjob", "kind: expected job or jobset or trainjob"),
         ("image: a\nnamespace: My_Team", "namespace: expected a name of lower-case letters"),
@@ -311,7 +311,7 @@ def test_a_mistake_of_the_user_ends_the_job(run: Commands, kubernetes: SmallKube
     """A setting that only the pods find wrong fails the job at once, and the log shows it."""
     env = {"KUBECONFIG": str(kubernetes.config)}
     (run.folder / "mine.py").write_text(
-        "import os\n" + WORLDS_PY.read_text() + "\nif 'JOB_COMPLETION_INDEX' in os.environ:\n"
+        WORLDS_PY.read_text() + "\nimport os\n\nif 'JOB_COMPLETION_INDEX' in os.environ:\n"
         "    raise SystemExit(2)\n"
     )
     options = ("-n", "1", "device=cpu", *OPTIONS, "--out", "wrong")
