@@ -29,7 +29,7 @@ SHORT = {
     "same_bits": "--worlds 1,2 --strategies ddp --workloads 1 --only torch",
     "exact_cost": "--ranks 1 --turns 1 --epochs 8 --nets 1",
     "sharded_start": "--short",
-    "memory_plan": "--ranks 2 --layers 2 --width 512 --strategies 1",
+    "memory_plan": "--ranks 2 --layers 2 --width 512 --strategies ddp",
     "teardown": "--runs 2 --ranks 2",
     "kill_resume": "--trials 2",
     "padding": "--documents 2000",

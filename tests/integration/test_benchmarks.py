@@ -67,8 +67,9 @@ def test_noise_cost(run: Commands) -> None:
 def test_memory_plan(run: Commands) -> None:
     """The table compares the planned with the measured memory of a rank."""
     done = short(run, "memory_plan")
-    ((strategy, ranks, planned, measured, ratio),) = rows(done.stdout)
+    ((strategy, ranks, planned, measured, ratio, start, start_ratio),) = rows(done.stdout)
     assert (strategy, ranks) == ("ddp", "2")
+    assert float(start_ratio) == pytest.approx(float(start) / float(planned), rel=0.02)
     assert float(ratio) == pytest.approx(float(measured) / float(planned), rel=0.01)
     assert float(ratio) == pytest.approx(1.0, abs=0.4)
 
