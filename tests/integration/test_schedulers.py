@@ -133,7 +133,7 @@ def test_a_run_in_the_background_is_followed_and_cancelled(run: Commands) -> Non
     assert "1 CPU rank" in run("launcher", "logs", "out").stdout
     assert run("launcher", "cancel", "out").exit_code == 0
     done = run("launcher", "logs", "out", "-f")
-    assert "saved a checkpoint" in done.stdout
+    assert "checkpoint saved" in done.stdout
     done = run("launcher", "status", "out", "--json")
     assert json.loads(done.stdout)["state"] == "stopped"
 
@@ -143,6 +143,7 @@ def test_a_run_that_never_began_says_so(run: Commands) -> None:
     (run.folder / "lab.yaml").write_text("hosts: [nowhere]\nssh: /bin/false\n")
     settings = ("-n", "1", "device=cpu", "--to", "ssh", "--cluster", "lab.yaml", "--out", "out")
     assert run("launcher", "submit", "digits", *settings).exit_code == 0
-    wait_until(lambda: "failed" in run("launcher", "status", "out").stdout)
-    done = run("launcher", "status", "out")
-    assert f"ended before it began, see {run.folder}/out/logs/ssh.log" in done.stdout
+    ended = f"ended before it began, see {run.folder}/out/logs/ssh.log"
+    wait_until(lambda: ended in run("launcher", "status", "out").stdout)
+    done = run("launcher", "status", "out", "--json")
+    assert json.loads(done.stdout)["state"] == "failed"

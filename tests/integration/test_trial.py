@@ -156,7 +156,7 @@ def test_another_length_is_not_resumed(run: Commands, folder: Path) -> None:
     assert done.exit_code == 0, done.stderr
     recipe.write_text(RECIPE.replace("else 40\n", "else 39\n"))
     for setting in ("steps=5", "epochs=2"):
-        done = run("launcher", "resume", "out", "-n", "1", setting)
+        done = run("launcher", "resume", "out", "-n", "1", setting, "--allow-code-change")
         assert done.exit_code == 2
         assert "39" in done.stderr
         assert "--accept data" in done.stderr
