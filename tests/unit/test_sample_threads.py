@@ -56,6 +56,7 @@ class Samples:
         if self.kind == "restores":
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(index)
+                time.sleep(0.0005)
                 return torch.rand(4)
         if self.kind == "draws" or (self.kind == "draws late" and index % 8 == 5):
             return torch.rand(4)
