@@ -117,7 +117,7 @@ def test_training_metrics_need_outputs_of_the_recipe() -> None:
 
 def test_each_objective_has_a_live_schedule(tmp_path: Path) -> None:
     """A class of torch and a plateau drive the rates of their own objectives, also when resumed."""
-    built = small_gan(evaluate_every=2, checkpoint_every=5)
+    built = small_gan(evaluate_every=2, checkpoint_every=7)
     critic, actor = built.objectives
     samples = built.data().train
     built = replace(
@@ -136,7 +136,7 @@ def test_each_objective_has_a_live_schedule(tmp_path: Path) -> None:
     assert of_critic == pytest.approx([0.05] * 4 + [0.025] * 4 + [0.0125] * 2)
     of_actor = [row["train/generator/lr"] for row in rows]
     assert of_actor == pytest.approx([0.1] * 4 + [0.01] * 4 + [0.001] * 2), "none is an improvement"
-    resumed = train(tmp_path, built, run_dir, start=ResumeFrom(step=5), stop=StopRequest())
+    resumed = train(tmp_path, built, run_dir, start=ResumeFrom(step=7), stop=StopRequest())
     names = ("loss", "train/discriminator/lr", "train/generator/lr", "train/generator/loss")
     found = [[row[name] for name in names] for row in rows_of(resumed)]
     assert found == [[row[name] for name in names] for row in rows]
