@@ -39,6 +39,8 @@ SHORT = {
     "data_memory": "--samples 20000",
     "packing": "--documents 2000 --trained-tokens 64 --steps 6 --turns 1",
     "loader": "--workers 0,4 --turns 1 --seconds 0.5 --stores far",
+    "loader_cpu": "--turns 1 --steps 20",
+    "data_memory": "--samples 100000",
     "super_convergence": "--samples 6400 --seeds 1 --budgets 50 --constant-lrs 0.01 --peak-lrs 0.1 "
     "--muon-lrs 0.04 --find-steps 20",
     "batch_64_to_512": "--batches 64,256 --target 0.6 --seeds 1 --samples 8000 --lrs 0.03 "
