@@ -36,7 +36,6 @@ SHORT = {
     "kill_resume": "--trials 2",
     "data": "--samples 1000 --turns 1 --formats tokens,lmdb,sqlite,images",
     "data_matrix": "--rows mixed_windows,packed,stream --worlds 1,3",
-    "data_memory": "--samples 20000",
     "packing": "--documents 2000 --trained-tokens 64 --steps 6 --turns 1",
     "loader": "--workers 0,4 --turns 1 --seconds 0.5 --stores far",
     "loader_cpu": "--turns 1 --steps 20",
