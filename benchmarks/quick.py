@@ -45,7 +45,6 @@ SHORT = {
     "batch_64_to_512": "--batches 64,256 --target 0.6 --seeds 1 --samples 8000 --lrs 0.03 "
     "--noise-steps 40 --evaluations 8",
     "gpu": "--only profile,doctor",
-    "busy_cores": "--turns 1 --steps 60",
     "tuned": "--epochs 1 --tuned-epochs 1 --seeds 1 --find-steps 40",
 }
 """The arguments of each benchmark's short form."""

@@ -56,7 +56,7 @@ def debug(request: RunRequest, *, post_mortem: bool) -> int:
         in_process=True,
     )
     prepared = prepare_run(request)
-    os.environ.update(process_environment(prepared.plan, os.environ))
+    os.environ.update(process_environment(prepared.plan))
     if prepared.plan.device != "cpu":  # an error is raised by the call that caused it
         os.environ.setdefault("CUDA_LAUNCH_BLOCKING", "1")
     from launcher.engine.debug_rank import debug_rank

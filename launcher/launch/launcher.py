@@ -34,7 +34,7 @@ from launcher.errors import (
 )
 from launcher.forking import reason_not_to_fork
 from launcher.launch.signal_handler import SignalHandler
-from launcher.planning.configs import process_environment, spinning_environment
+from launcher.planning.configs import process_environment
 from launcher.planning.plan import Plan
 from launcher.planning.strategy import STRATEGIES
 from launcher.runs.checkpoints import list_checkpoints
@@ -217,13 +217,11 @@ def _environment(plans: Sequence[Plan], *, for_any_plan: bool = False) -> Iterat
     Args:
         plans: The plans.
         for_any_plan: Whether the plans are not known yet: libraries count GPUs without CUDA also
-            if no plan uses one, and threads spin as those of a rank with several.
+            if no plan uses one.
     """
     values = {"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGQUIT"}  # SignalHandler handles the others
     for plan in plans:
-        values |= process_environment(plan, os.environ)
-    if for_any_plan:
-        values |= spinning_environment(os.environ)
+        values |= process_environment(plan)
     on_gpus = for_any_plan or any(plan.device == "cuda" for plan in plans)
     if on_gpus and _NVML_CHECK not in os.environ:
         # A library that counts GPUs while it is imported then asks the driver (NVML) instead of

@@ -7,7 +7,6 @@ from its model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from launcher.planning.plan import Plan
@@ -74,43 +73,11 @@ def is_deepspeed_export(head: bytes) -> bool:
     return b'"steps_per_print": 1000000000' in head and b'"zero_force_ds_cpu_optimizer"' in head
 
 
-_SPINS = 10_000
-"""How often a waiting thread of libgomp looks for work before it sleeps; libgomp's own number is
-300,000, about a millisecond."""
-
-_SPINNING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-"""Variables by which a user chooses how threads wait."""
-
-
-def process_environment(plan: Plan, environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment variables that torch and the plan's backend read when imported.
-
-    Args:
-        plan: The plan.
-        environ: The environment of this process, whose own choice is kept.
-    """
-    variables: dict[str, str] = {}
+def process_environment(plan: Plan) -> dict[str, str]:
+    """Return the environment variables that the plan's backend reads when it is imported."""
     if STRATEGIES[plan.strategy].uses_deepspeed:
-        variables["DS_ACCELERATOR"] = plan.device
-    if plan.threads_per_rank > 1:
-        variables |= spinning_environment(environ)
-    return variables
-
-
-def spinning_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment variables that say how long a waiting thread spins.
-
-    Threads of a rank that wait for each other spin. Where another program uses the cores, a thread
-    that spins keeps the thread that it waits for from running, and a small operation takes 10 to 30
-    times as long. A rank with several threads therefore spins for a shorter time, which costs
-    nothing on idle cores.
-
-    Args:
-        environ: The environment of this process, whose own choice is kept.
-    """
-    if any(name in environ for name in _SPINNING):
-        return {}
-    return {"GOMP_SPINCOUNT": str(_SPINS)}
+        return {"DS_ACCELERATOR": plan.device}
+    return {}
 
 
 def accelerate_config(

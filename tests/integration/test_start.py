@@ -42,21 +42,6 @@ def test_a_recipe_that_computes_at_import_is_checked(run: Commands) -> None:
     assert "ok       loss" in done.stdout, done.stderr
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs a rank with several threads")
-@pytest.mark.parametrize(
-    ("chosen", "spins"), [({}, "10000"), ({"GOMP_SPINCOUNT": "77"}, "77")], ids=["launcher", "user"]
-)
-def test_waiting_threads_spin_for_a_short_time(
-    run: Commands, chosen: dict[str, str], spins: str
-) -> None:
-    """The OpenMP runtime gets launcher's number of spins, or the user's own, before torch."""
-    settings = ("device=cpu", "steps=1", "--out", "out")
-    command = ("env", "-u", "OMP_WAIT_POLICY", BIN / "launcher", "run", "digits", "-n", "1")
-    done = run(*command, *settings, env={"OMP_DISPLAY_ENV": "VERBOSE", **chosen}, cold=True)
-    assert done.exit_code == 0, done.stderr
-    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
-
-
 def test_spawned_ranks_can_be_stopped(run: Commands) -> None:
     """Ranks of a recipe that starts threads train, and a signal that arrives early stops them."""
     command = ("launcher", "run", f"{RECIPE}:locked", "-n", "2", "epochs=500", "--out", "out")

@@ -49,7 +49,7 @@ def open_backend(recipe: Recipe, plan: Plan, world: World) -> Backend:
         return LocalBackend(recipe, plan)
     strategy = STRATEGIES[plan.strategy]
     if strategy.uses_deepspeed:
-        os.environ.update(process_environment(plan, os.environ))
+        os.environ.update(process_environment(plan))
         from launcher.engine.backends.deepspeed import DeepSpeedBackend
 
         return DeepSpeedBackend(recipe, plan, world)
