@@ -13,19 +13,19 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from launcher.errors import KubernetesError, UsageError
+from launcher.errors import KubernetesError
 from launcher.kubernetes.cluster import Cluster, find_cluster
 from launcher.kubernetes.job_pods import Item, name_of, state_of
 from launcher.kubernetes.kubectl import Kubectl, current_context
 from launcher.kubernetes.manifests import Manifest, manifests, owned_by, render_manifests
 from launcher.kubernetes.pod import INSTANCE, MANAGED_BY, PodJob
 from launcher.planning.plan import Plan
-from launcher.recipe.resolve import BUNDLED
 from launcher.recipe.text_values import digits
 from launcher.runs.rundir import RunDir, planned_path
 from launcher.runs.status import ACTIVE_STATES, RunState, read_outcome, read_run_state
 from launcher.schedulers.hardware import cpus_of, memory_of, plan_runs
 from launcher.schedulers.prepared import Prepared, submit_prepared
+from launcher.schedulers.project_paths import location_in_project, path_in_project
 from launcher.schedulers.request import SubmitRequest
 from launcher.schedulers.scheduler import Scheduler
 from launcher.schedulers.site_profile import read_time
@@ -33,6 +33,9 @@ from launcher.schedulers.submission import SubmittedRun
 
 _FILE = "job.yaml"
 """The name of the file with the manifests in the run folder."""
+
+_OUTSIDE = "so it is not in the image of the pods, which has the project"
+"""Why a file outside the working folder cannot be used."""
 
 _RESOURCES = {
     "job": "jobs.batch",
@@ -195,40 +198,14 @@ def _command(request: SubmitRequest, cluster: Cluster, plan: Plan, name: str) ->
     Raises:
         UsageError: A file that the command names is outside the project.
     """
-    command = [*cluster.program, "run", _location_in_image(request.reference.location)]
+    command = [*cluster.program, "run", location_in_project(request.reference.location, _OUTSIDE)]
     command += ["-n", str(plan.nproc_per_node), "--out", f"{cluster.runs}/{name}", "--continue"]
     if request.health is not None:
         command += ["--health", request.health]
     if request.config is not None:
-        command += ["--config", _path_in_image(request.config.resolve())]
+        command += ["--config", path_in_project(request.config.resolve(), _OUTSIDE)]
     arguments = (word for word in request.arguments if not word.startswith("device="))
     return [*command, f"device={plan.device}", *arguments]
-
-
-def _location_in_image(location: str) -> str:
-    """Return where a recipe is in the image: a module, or a file of the project."""
-    place, _, function = location.rpartition(":")
-    if not place.startswith("/"):
-        return location
-    path = Path(place)
-    if path.parent in (BUNDLED, BUNDLED.parent / "recipes"):
-        return f"launcher.recipes.{path.stem}:{function}"
-    return f"{_path_in_image(path)}:{function}"
-
-
-def _path_in_image(path: Path) -> str:
-    """Return the path of a file of the project, relative to the project's folder.
-
-    Raises:
-        UsageError: The file is elsewhere.
-    """
-    try:
-        return str(path.relative_to(Path.cwd().resolve()))
-    except ValueError:
-        raise UsageError(
-            f"{path} is outside the working folder {Path.cwd()}, so it is not in the image of the "
-            "pods, which has the project. Start the command in the project's folder."
-        ) from None
 
 
 def _kubectl_of(cluster: Cluster) -> Kubectl:

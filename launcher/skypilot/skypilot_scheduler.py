@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from launcher.environment.nodes import DEFAULT_PORT
-from launcher.errors import SchedulerError, UsageError
+from launcher.errors import SchedulerError
 from launcher.planning.plan import Plan
-from launcher.recipe.resolve import BUNDLED
 from launcher.recipe.validation import NonNegativeInt, PositiveInt
 from launcher.runs.rundir import RunDir, planned_path
 from launcher.runs.status import RunState, read_run_state
 from launcher.schedulers.hardware import NodeHardware, plan_runs
 from launcher.schedulers.prepared import Prepared
+from launcher.schedulers.project_paths import location_in_project, path_in_project
 from launcher.schedulers.request import SubmitRequest
 from launcher.schedulers.scheduler import Scheduler
 from launcher.schedulers.site_profile import Line, find_profile, read_profile
@@ -28,6 +28,9 @@ from launcher.schedulers.submission import SubmittedRun
 
 _FILE = "task.yaml"
 """The name of the task file."""
+
+_OUTSIDE = "which SkyPilot copies to the nodes"
+"""Why a file outside the working folder cannot be used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,12 +111,12 @@ def _run_lines(request: SubmitRequest, cloud: Cloud, plan: Plan, name: str) -> s
     """Return the shell commands of each node."""
     folder = cloud.runs.rstrip("/")
     out = f'"$HOME"{shlex.quote(folder[1:])}' if folder.startswith("~/") else shlex.quote(folder)
-    command = ["launcher", "run", _location(request.reference.location)]
+    command = ["launcher", "run", location_in_project(request.reference.location, _OUTSIDE)]
     command += ["-n", str(plan.nproc_per_node), "--continue"]
     if request.health is not None:
         command += ["--health", request.health]
     if request.config is not None:
-        command += ["--config", _relative(request.config.resolve())]
+        command += ["--config", path_in_project(request.config.resolve(), _OUTSIDE)]
     arguments = (word for word in request.arguments if not word.startswith("device="))
     command += [f"device={plan.device}", *arguments]
     line = f"{shlex.join(command)} --out {out}/{name}"
@@ -122,26 +125,6 @@ def _run_lines(request: SubmitRequest, cloud: Cloud, plan: Plan, name: str) -> s
     first = 'first=$(echo "$SKYPILOT_NODE_IPS" | head -n1)'
     meet = f'--nodes {request.nodes[1]} --rendezvous "$first:{DEFAULT_PORT}"'
     return f"{first}\n{line} {meet} --join-timeout 3600"
-
-
-def _location(location: str) -> str:
-    place, _, function = location.rpartition(":")
-    if not place.startswith("/"):
-        return location
-    path = Path(place)
-    if path.parent == BUNDLED:
-        return f"launcher.recipes.{path.stem}:{function}"
-    return f"{_relative(path)}:{function}"
-
-
-def _relative(path: Path) -> str:
-    try:
-        return str(path.relative_to(Path.cwd().resolve()))
-    except ValueError:
-        raise UsageError(
-            f"{path} is outside the working folder {Path.cwd()}, which SkyPilot copies to the "
-            "nodes. Start the command in the project's folder."
-        ) from None
 
 
 class SkyPilotScheduler:

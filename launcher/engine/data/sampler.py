@@ -113,9 +113,8 @@ class Sampler:
     """Generates the micro-batch requests of one rank.
 
     Each step takes the next positions of the order of its epoch, as many as the batch of its stage
-    has, whatever the number of ranks. The last batch of an epoch is smaller if
-    the batch size does not divide the number of samples. An evaluation visits each sample once, in
-    order.
+    has, whatever the number of ranks. The last batch of an epoch is smaller if the batch size does
+    not divide the number of samples. An evaluation visits each sample once, in order.
     """
 
     plan: Plan
