@@ -91,7 +91,9 @@ def test_memory_of_another_shape_or_dtype_is_not_used_again() -> None:
 
 def shared_bytes() -> int:
     """Return the resident bytes of this process that other processes could share."""
-    found = re.search(r"^RssShmem:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.M)
+    found = re.search(
+        r"^RssShmem:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE
+    )
     assert found is not None
     return int(found[1]) * 1024
 
