@@ -33,6 +33,16 @@ MAX_ANSWER = 1 << 16
 _BUFFER_BYTES = 1 << 20
 """Bytes that are hashed and written at once, which the cache of a core holds."""
 
+_WINDOW_BYTES = 8 << 20
+_NUM_WINDOWS = 4
+"""A file may be this many windows ahead of the disk. After that, writing waits for the disk."""
+
+_START, _WAIT = 2, 7
+"""What sync_file_range(2) does: start to write a range, or start and wait until it is written."""
+
+_LIBC = ctypes.CDLL(None)
+_LIBC.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+
 _NICENESS = 10
 """How far the process steps back behind the training for cores and, by the kernel's default for
 this number (ioprio_set(2)), for the disk."""
@@ -98,6 +108,8 @@ def _write_file(memory: int, folder: int, name: str, pieces: Iterable[Piece]) ->
             digest.update(buffer[:filled])
             file.write(buffer[:filled])
             num_bytes, filled = num_bytes + filled, 0
+            if num_bytes % _WINDOW_BYTES == 0:
+                _send_to_disk(file.fileno(), num_bytes)
 
         for start, length in pieces:
             position, end = start, start + length
@@ -112,7 +124,25 @@ def _write_file(memory: int, folder: int, name: str, pieces: Iterable[Piece]) ->
         flush()
         file.flush()
         os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return {"num_bytes": num_bytes, "sha256": digest.hexdigest()}
+
+
+def _send_to_disk(file: int, num_bytes: int) -> None:
+    """Start to write the newest window of a file to the disk, and let go of an older one.
+
+    The disk thus works from the start, and the file takes no memory of the page cache from the
+    training, which may read its data there.
+
+    Args:
+        file: Descriptor of the file.
+        num_bytes: Bytes that have been written to it, a multiple of the size of a window.
+    """
+    _LIBC.sync_file_range(file, num_bytes - _WINDOW_BYTES, _WINDOW_BYTES, _START)
+    older = num_bytes - _NUM_WINDOWS * _WINDOW_BYTES
+    if older >= 0:
+        _LIBC.sync_file_range(file, older, _WINDOW_BYTES, _WAIT)
+        os.posix_fadvise(file, older, _WINDOW_BYTES, os.POSIX_FADV_DONTNEED)
 
 
 def _new_file(folder: int, name: str) -> Any:
@@ -131,7 +161,7 @@ def main(channel: socket.socket, parent: int) -> None:
             its answer: what `write_files` returns, or `error`.
         parent: Process id of the rank.
     """
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before prctl took effect
         return
     os.nice(_NICENESS)
