@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from launcher.engine.backends.base import Backend
 from launcher.engine.backends.nested_tensors import describe_nested
 from launcher.engine.backends.transfers import upload, upload_tensor
-from launcher.engine.data.reader import MicroBatch
+from launcher.engine.data.sampler import MicroBatchRequest
 from launcher.errors import RecipeError
 from launcher.planning.virtual_ranks import virtual_rank_of
 from launcher.recipe.training_log import check_logged_name, set_receiver
@@ -56,18 +56,17 @@ class LoggedNumbers:
         is_compiling = "torch._dynamo" in sys.modules
         self._receiver = torch.compiler.disable(self._receive) if is_compiling else self._receive
 
-    def of(self, micro_batch: MicroBatch, objective: str = "") -> LoggedNumbers:
+    def of(self, request: MicroBatchRequest, objective: str = "") -> LoggedNumbers:
         """Return a context in which calls of `log` belong to a micro-batch.
 
         It must end before the backward pass, which may compute activations again.
 
         Args:
-            micro_batch: The micro-batch.
+            request: The request for the micro-batch.
             objective: Name of the objective whose turn it is, which precedes the names of its
                 numbers; empty if the recipe has one loss.
         """
         self._prefix = f"{objective}/" if objective else ""
-        request = micro_batch.request
         self._has_weight = request.has_weight
         if self._is_exact and self._has_weight:
             self._part = virtual_rank_of(request.part)

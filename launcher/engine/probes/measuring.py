@@ -37,7 +37,8 @@ from launcher.engine.ranks.processes import (
     worker_pids,
 )
 from launcher.engine.training.build import build_context
-from launcher.engine.training.loop import TrainContext, train
+from launcher.engine.training.context import TrainContext
+from launcher.engine.training.loop import train
 from launcher.planning.global_batch import ceil_div
 from launcher.planning.plan import Plan
 from launcher.recipe.recipe import Recipe

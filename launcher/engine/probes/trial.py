@@ -33,7 +33,8 @@ from launcher.engine.probes.data_identity import (
 )
 from launcher.engine.ranks.failures import is_out_of_memory
 from launcher.engine.state.compiled import is_compiled
-from launcher.engine.training.loop import LOSS, TrainContext, sum_and_count
+from launcher.engine.training.context import TrainContext
+from launcher.engine.training.loss_calls import LOSS, sum_and_count
 from launcher.errors import LauncherError, RecipeError
 from launcher.printable import class_name, notes_of, text_of
 from launcher.recipe.evaluation_sets import title_of
