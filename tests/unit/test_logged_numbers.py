@@ -189,7 +189,7 @@ def test_a_micro_batch_of_weight_0_logs_nothing() -> None:
         request = MicroBatchRequest("train", 0, [0], has_weight=has_weight)
         with numbers.of(request):
             log("x", 5.0, 1)
-    assert numbers.take() == {("x", 0): [5.0, 1.0]}
+    assert numbers.take() == {("x", 0): (5.0, 1.0)}
     assert numbers.take() == {}
 
 

@@ -29,8 +29,8 @@ from launcher.recipe.training_log import check_logged_name, set_receiver
 _MAX_NAMES = 256
 """Number of names that a run may log; more are a mistake, such as a name with a step in it."""
 
-Logged = dict[tuple[str, int], list[Any]]
-"""[sum, count] of what a rank has logged in a step, by name and virtual rank; floats, or float64
+Logged = dict[tuple[str, int], tuple[Any, Any]]
+"""(sum, count) of what a rank has logged in a step, by name and virtual rank; floats, or float64
 tensors on the device. The virtual rank is 0 unless the run is exact."""
 
 
@@ -85,15 +85,14 @@ class LoggedNumbers:
         set_receiver(None)
 
     def _receive(self, name: str, total: Any, count: Any) -> None:
-        full_name = f"{self._prefix}{name}"
-        if not (isinstance(name, str) and full_name in self._seen):
+        full_name = self._prefix + name if isinstance(name, str) else None
+        if full_name not in self._seen:
             self._check_name(name)
+            full_name = f"{self._prefix}{name}"
             self._seen.add(full_name)
-        pair = self._step.get((full_name, self._part))
-        if pair is None:
-            pair = self._step[full_name, self._part] = [None, None]
-        for index, value in enumerate((total, count)):
-            pair[index] = self._add(pair[index], value, name)
+        key = full_name, self._part
+        before = self._step.get(key, (None, None))
+        self._step[key] = self._add(before[0], total, name), self._add(before[1], count, name)
 
     def _check_name(self, name: Any) -> None:
         check_logged_name("launcher.log(name, sum, count)", name)
@@ -112,13 +111,20 @@ class LoggedNumbers:
         Raises:
             RecipeError: The value is not a single number.
         """
-        if isinstance(value, Tensor) and _is_number(value):
+        number: float | Tensor | None
+        if type(value) is int or type(value) is float:
+            number = float(value)
+        elif not isinstance(value, Tensor):
+            number = _as_float(value)
+        elif value.numel() != 1 or value.is_complex() or isinstance(value, DTensor):
+            number = None
+        elif value.is_cpu:
+            number = float(value.item())  # waits for no device
+        else:
             value = value.detach().reshape(())
             if isinstance(total, Tensor):
                 return total.add_(value)
-            copied = value.to(self._backend.device, torch.float64, non_blocking=True, copy=True)
-            return copied if total is None else copied + total
-        number = _as_float(value)
+            number = value.to(self._backend.device, torch.float64, copy=True)
         if number is None:
             raise RecipeError(
                 f"launcher.log({name!r}, sum, count): expected two numbers, or tensors with one "
@@ -211,13 +217,9 @@ class LoggedNumbers:
         return table.view(-1, num_parts)
 
 
-def _is_number(tensor: Tensor) -> bool:
-    return tensor.numel() == 1 and not tensor.is_complex() and not isinstance(tensor, DTensor)
-
-
 def _as_float(value: Any) -> float | None:
     """Return a number as a float; None if the value is something else."""
-    if isinstance(value, (Tensor, str)):
+    if isinstance(value, str):
         return None
     try:
         return float(value)
