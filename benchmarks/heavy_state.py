@@ -78,7 +78,7 @@ def heavy_state(
 
 
 def build_model(layers: int) -> nn.Module:
-    """Return a net that maps vectors of WIDTH numbers to such vectors; it computes in one thread."""
+    """Return a net that maps vectors of WIDTH numbers to such vectors, computed in one thread."""
     import torch
     from torch import nn
 

@@ -30,6 +30,7 @@ from launcher.runs.checkpoints import (
     list_checkpoints,
     prune_checkpoints,
 )
+from launcher.runs.events import record_event
 from launcher.runs.manifest import FORMAT, Manifest
 from launcher.runs.provenance import versions
 from launcher.runs.rundir import RunDir
@@ -241,14 +242,7 @@ class CheckpointManager:
             return
         self.costs.seconds = time.perf_counter() - pending.started
         self.costs.num_bytes = pending.outcome.num_bytes
-        self._listener.on_values(
-            manifest.step,
-            {
-                "checkpoint_seconds": self.costs.seconds,
-                "checkpoint_write_seconds": max(part.seconds for part in parts),
-                "checkpoint_bytes": float(sum(part.num_bytes for part in parts)),
-            },
-        )
+        self._report_save(manifest.step, parts)
         self._hooks.on_checkpoint(pending.folder.with_name(pending.folder.name.removeprefix(".")))
 
     def free_host_memory(self) -> None:
@@ -316,6 +310,27 @@ class CheckpointManager:
                     f"rank {rank} wrote a checkpoint in a thread, because {part.note}. The "
                     "checkpoint is as good as any, but steps are slower while a thread writes."
                 )
+
+    def _report_save(self, step: int, parts: Sequence[WrittenShard]) -> None:
+        """Record what a complete checkpoint has cost."""
+        seconds, num_bytes = self.costs.seconds, sum(part.num_bytes for part in parts)
+        write_seconds = max(part.seconds for part in parts)
+        values = {
+            "checkpoint_seconds": seconds,
+            "checkpoint_write_seconds": write_seconds,
+            "checkpoint_bytes": float(num_bytes),
+        }
+        self._listener.on_values(step, values)
+        if self._backend.rank == 0:
+            record_event(
+                self._run_dir,
+                "saved",
+                step=step,
+                stall_seconds=self.costs.stall_seconds,
+                write_seconds=write_seconds,
+                seconds=seconds,
+                num_bytes=num_bytes,
+            )
 
     def _report_failure(self, step: int, reason: str) -> None:
         self._last_save = time.perf_counter()
