@@ -1,4 +1,4 @@
-"""events.jsonl: when a run began, stopped, failed and finished, one JSON object per line.
+"""events.jsonl: when a run began, saved, stopped, failed and finished, one JSON object per line.
 
 Every event has `time`, in seconds since 1970, and `event`:
 
