@@ -150,6 +150,7 @@ class PendingShard:
         self._is_done = False
         self._folder = -1
         self._thread: threading.Thread | None = None
+        self._answer: dict[str, Any] | None = None
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
             self._folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -162,17 +163,14 @@ class PendingShard:
     @property
     def is_done(self) -> bool:
         """Whether the part has been written, or cannot be."""
-        if not self._is_done and self._thread is None:
+        if not self._is_done:
             self._receive(waits=False)
         return self._is_done
 
     def wait(self) -> None:
         """Wait until the part has been written, or cannot be."""
         while not self._is_done:
-            if self._thread is None:
-                self._receive(waits=True)
-            else:
-                self._thread.join()
+            self._receive(waits=True)
 
     def _request(self) -> None:
         """Let the process write, or a thread if there can be none."""
@@ -187,11 +185,17 @@ class PendingShard:
             self._replace_process(lost)
 
     def _receive(self, *, waits: bool) -> None:
-        try:
-            answer = self._writer.process().answer(waits=waits)
-        except _ProcessLostError as lost:
-            self._replace_process(lost)
-            return
+        """Take the answer of the process or of the thread, if there is one."""
+        if self._thread is not None:
+            if waits:
+                self._thread.join()
+            answer = self._answer
+        else:
+            try:
+                answer = self._writer.process().answer(waits=waits)
+            except _ProcessLostError as lost:
+                self._replace_process(lost)
+                return
         if answer is not None:
             self._end(answer)
 
@@ -205,12 +209,14 @@ class PendingShard:
         self._thread.start()
 
     def _write(self) -> None:
+        """Write in a thread, which touches no GPU: it would be the first one of the machine."""
         try:
-            self._end(write_files(self._state.memory.descriptor, self._folder, self._place))
+            self._answer = write_files(self._state.memory.descriptor, self._folder, self._place)
         except Exception as error:  # noqa: BLE001  # all ranks learn of it
-            self._end({"error": error_text(error)})
+            self._answer = {"error": error_text(error)}
 
     def _end(self, answer: dict[str, Any]) -> None:
+        """Keep what became of the part, and give the copies back."""
         self.outcome = WrittenShard(note=self._note, **answer)
         self._state.tensors.clear()
         self._state.release()
