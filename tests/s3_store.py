@@ -49,6 +49,12 @@ class FaultyProxy(ThreadingHTTPServer):
         """Number of GET requests whose answer ends in the middle."""
         self.stalls: list[float] = []
         """Seconds that the next GET requests wait in the middle of their content."""
+        self.write_statuses: list[int] = []
+        """Statuses with which the next PUT requests fail."""
+        self.lost_answers = 0
+        """Number of PUT requests that are carried out and whose answer never comes."""
+        self.writes: list[str] = []
+        """The objects of PUT and DELETE requests in their order, as `PUT bucket/name`."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -67,9 +73,17 @@ class _Handler(BaseHTTPRequestHandler):
         self._pass_on()
 
     def do_PUT(self) -> None:
+        proxy = self.server
+        if proxy.write_statuses:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self._fail(proxy.write_statuses.pop(0))
+            return
         self._pass_on()
 
     def do_DELETE(self) -> None:
+        self._pass_on()
+
+    def do_POST(self) -> None:
         self._pass_on()
 
     def _fail(self, status: int) -> None:
@@ -95,6 +109,13 @@ class _Handler(BaseHTTPRequestHandler):
             return
         finally:
             store.close()
+        if self.command in ("PUT", "DELETE") and answer.status < 300:
+            path = self.path.partition("?")[0].removeprefix("/")
+            self.server.writes.append(f"{self.command} {path}")
+        if self.command == "PUT" and self.server.lost_answers:
+            self.server.lost_answers -= 1
+            self.close_connection = True
+            return
         self.send_response(answer.status)
         for name, value in answer.getheaders():
             if name.lower() not in _HOPS:

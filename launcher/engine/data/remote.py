@@ -175,8 +175,8 @@ def cached_file(
     if num_bytes > cache.max_bytes:
         raise RecipeError(
             f"{shown_url(str(location))} has {size(num_bytes)}, and the cache in {cache.path} "
-            f"holds at most {size(cache.max_bytes)}. Set RemoteCache(max_bytes=...) to several times the "
-            "size of a file."
+            f"holds at most {size(cache.max_bytes)}. Set RemoteCache(max_bytes=...) to several "
+            "times the size of a file."
         )
     try:
         cache.path.mkdir(parents=True, exist_ok=True)
