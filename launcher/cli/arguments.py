@@ -149,7 +149,7 @@ class Choices(Names):
 
 
 class Folder(click.Path):
-    """A folder, which a URL is not."""
+    """A folder or file of this machine, which a URL is not."""
 
     def __init__(self) -> None:
         super().__init__(path_type=Path)
@@ -159,8 +159,8 @@ class Folder(click.Path):
 
         if is_url(value):
             self.fail(
-                f"{_shown(value)} is a URL, and only `launcher run`, `resume`, `download` and "
-                "`runs` take one. Give a folder.",
+                f"{_shown(value)} is a URL, and this is a path on this machine. `launcher "
+                "download` downloads a run from an object store.",
                 param,
                 ctx,
             )
@@ -284,9 +284,7 @@ def nodes_options(function: Function) -> Function:
 
 def weights_options(function: Function) -> Function:
     """Add the argument RUN, and the options of commands that compute with its weights."""
-    run = click.argument(
-        "run_dir", metavar="RUN", type=click.Path(path_type=Path), shell_complete=complete_runs
-    )
+    run = click.argument("run_dir", metavar="RUN", type=Folder(), shell_complete=complete_runs)
     checkpoint = click.option(
         "--checkpoint",
         metavar="best|last|STEP",

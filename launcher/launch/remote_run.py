@@ -71,8 +71,7 @@ def place_run(
     folder = None if out is None else Path(out)
     if mirror is None or not continues or (folder is not None and exists(folder / "run.yaml")):
         return folder, mirror
-    several = nodes is not None and nodes.count > 1
-    if several:  # only one of them may download, and all wait for the folder
+    if nodes is not None and nodes.count > 1:  # the folder is shared, and each node would do it
         return folder, mirror
     target = folder or unused_folder(mirror)
     download(mirror, target, fall_back=True, if_exists=True)

@@ -56,7 +56,7 @@ class RunMirror:
         self._seen: dict[str, FileState] = {}
         self._at_start = _inodes(list_checkpoints(run_dir))
         self._inodes: dict[str, int] | None = None
-        self._has_new = False
+        self._has_new = self._is_claimed = False
         self.num_objects = 0
         """Number of objects that have been written or deleted so far."""
 
@@ -95,6 +95,7 @@ class RunMirror:
         if self._stored.get(checkpoint.name) == digest:
             return
         manifest = checkpoint.read_manifest()
+        self._claim()
         if checkpoint.name in self._stored:  # the run was resumed from an earlier one
             self._forget(checkpoint.name)
         self._partial.add(checkpoint.name)
@@ -174,8 +175,14 @@ class RunMirror:
             self._store.delete(name)
         self._save_index(self._index.after(uploaded))
 
+    def _claim(self) -> None:
+        """Name this session in the index, before anything else is written."""
+        if not self._is_claimed:
+            self._save_index(self._index)
+
     def _save_index(self, index: ObjectIndex) -> None:
         write_index(self._store, index)
+        self._is_claimed = True
         self.num_objects += 1
         self._index = index
 

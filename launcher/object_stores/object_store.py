@@ -91,12 +91,20 @@ class ObjectStore:
         digest = hashlib.sha256()
         with path.open("xb") as file:
             for start in range(0, num_bytes, _BLOCK_BYTES):
-                content = self._read_range(name, start, min(start + _BLOCK_BYTES, num_bytes))
+                content = self.read_range(name, start, min(start + _BLOCK_BYTES, num_bytes))
                 digest.update(content)
                 file.write(content)
         return digest.hexdigest()
 
-    def _read_range(self, name: str, start: int, stop: int) -> bytes:
+    def read_range(self, name: str, start: int, stop: int) -> bytes:
+        """Return the bytes of an object from `start` up to, but not including, `stop`.
+
+        Raises:
+            StoreError: They cannot be read.
+        """
+        if start == stop:
+            return b""
+
         def read(system: Any, path: str) -> bytes:
             content: bytes = system.cat_file(path, start=start, end=stop)
             if len(content) != stop - start:
@@ -224,7 +232,8 @@ class ObjectStore:
         try:
             return attempt(request, self._attempts)
         except RequestError as error:
-            _raise(url, verb, error, self._attempts)
+            is_about_all = error.kind in ("package", "url") or name.startswith(".")
+            _raise(self.url if is_about_all else url, verb, error, self._attempts)
 
 
 def _is_atomic(system: Any) -> bool:
