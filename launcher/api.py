@@ -147,8 +147,9 @@ def resume(
         UsageError: The folder, the checkpoint or an override is wrong.
         KeyboardInterrupt: Ctrl-C was pressed before the first step, or twice.
     """
+    from launcher.errors import LauncherError, StoreError
     from launcher.launch.prepare import ResumeRequest, prepare_resume
-    from launcher.launch.remote_run import fetch_run, removed_if_refused
+    from launcher.launch.remote_run import fetch_run, removed_if
     from launcher.launch.session import start
     from launcher.launch.signal_handler import library_signals
     from launcher.recipe.frozen_code import restored_imports
@@ -176,9 +177,10 @@ def resume(
             write_report=write_report,
             watch=display.watch,
         )
-        with removed_if_refused(run, folder):
+        with removed_if(LauncherError, run, folder):
             prepared = prepare_resume(request)
-        return display.end(start(prepared, signals))
+        with removed_if(StoreError, run, folder):  # another process has just taken the URL
+            return display.end(start(prepared, signals))
 
 
 def evaluate(

@@ -28,7 +28,7 @@ from launcher.cli.machines import find_machines, find_variables, start_on_hosts
 from launcher.cli.settings_command import SettingsCommand
 from launcher.cli.sweep import resume_sweep
 from launcher.console.echo import echo
-from launcher.errors import UsageError
+from launcher.errors import LauncherError, StoreError, UsageError
 
 
 @click.command(cls=SettingsCommand, short_help="Resume a run from a checkpoint.")
@@ -103,7 +103,7 @@ def command(
     from launcher.checks.health_gate import health_check
     from launcher.launch.mirroring import upload_rest
     from launcher.launch.prepare import ResumeRequest, prepare_resume
-    from launcher.launch.remote_run import fetch_run, removed_if_refused
+    from launcher.launch.remote_run import fetch_run, removed_if
     from launcher.launch.session import start
     from launcher.launch.signal_handler import SignalHandler
     from launcher.report.write import write_report
@@ -141,11 +141,12 @@ def command(
         output_mode=output_mode(quiet=quiet, as_json=as_json),
         write_report=write_report,
     )
-    with removed_if_refused(run_dir, folder):
+    with removed_if(LauncherError, run_dir, folder):
         prepared = prepare_resume(request, elsewhere=hosts is not None)
     if prepared.finished:
         echo(f"{prepared.shown} has finished: {prepared.finished}.")
         return upload_rest(prepared)
     if hosts is not None:
         return start_on_hosts(hosts, rendezvous, ssh, variables)
-    return start(prepared, signals).exit_code
+    with removed_if(StoreError, run_dir, folder):  # another process has just taken the URL
+        return start(prepared, signals).exit_code

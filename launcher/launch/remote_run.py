@@ -117,11 +117,17 @@ def fetch_run(
 
 
 @contextlib.contextmanager
-def removed_if_refused(run: Path | str, folder: Path) -> Iterator[None]:
-    """Remove a folder that was downloaded if the run in it cannot be resumed."""
+def removed_if(refusals: type[LauncherError], run: Path | str, folder: Path) -> Iterator[None]:
+    """Remove the folder of a run that was downloaded if its resumption is refused.
+
+    Args:
+        refusals: The errors that refuse it.
+        run: What the user gave: nothing is removed if it is a folder.
+        folder: The folder.
+    """
     try:
         yield
-    except LauncherError:
+    except refusals:
         if isinstance(run, str) and is_url(run):
             shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -148,7 +154,7 @@ def download(
     fall_back: bool = False,
     if_exists: bool = False,
 ) -> Path | None:
-    """Download the run at a URL to a new folder, in a process of its own.
+    """Download the run at a URL to resume it in a new folder, in a process of its own.
 
     Clients of stores start threads, and this process may fork ranks later.
 
@@ -166,7 +172,7 @@ def download(
         UsageError: The run or the checkpoint does not exist or is damaged, the store does not
             answer, or the folder cannot be made.
     """
-    arguments = ["download", url, str(out)]
+    arguments = ["download", url, str(out), "--to-resume"]
     arguments += ["--from", checkpoint] if checkpoint is not None else []
     arguments += ["--auto"] if fall_back else []
     arguments += ["--if-exists"] if if_exists else []

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from launcher.environment.program import own_program
-from launcher.errors import StoreError
+from launcher.errors import LauncherError, StoreError
 from launcher.json_file import DamagedJSONError, decode_json, encode_json
 from launcher.mirrors.mirror_process import Answer, Instruction, MirrorRequest
 from launcher.runs.mirror_record import read_mirror
@@ -86,7 +86,7 @@ class MirrorClient:
         if time.monotonic() - self._last_start < _SECONDS_BETWEEN_STARTS:
             return
         self._warn("the process that mirrors the run has ended, and is started again")
-        with contextlib.suppress(StoreError):  # tried again in a minute, and at the end
+        with contextlib.suppress(LauncherError):  # tried again in a minute, and at the end
             self._restart()
 
     def finish(self) -> str:
@@ -98,7 +98,7 @@ class MirrorClient:
             if answer is None:  # the process was killed
                 self._restart()
                 answer = self._finish_once()
-        except StoreError as error:
+        except LauncherError as error:
             return str(error)
         finally:
             self.close()

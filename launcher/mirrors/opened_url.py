@@ -85,6 +85,21 @@ def open_url(
     )
 
 
+def check_writable(
+    store: ObjectStore, owner: ProcessOwner, announce: Callable[[str], object]
+) -> None:
+    """Check that a URL can be written to and that no other process owns it, before a download.
+
+    Raises:
+        StoreError: The store does not answer or denies access, or another process owns the URL.
+    """
+    session = secrets.token_hex(8)
+    now = _probe(store, session)
+    lock = StoreLock(store, session, owner)
+    lock.acquire(now, announce)
+    lock.release()
+
+
 def _probe(store: ObjectStore, session: str) -> float | None:
     """Write, find and delete an object; return the time by the clock of the store.
 

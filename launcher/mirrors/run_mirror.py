@@ -56,14 +56,14 @@ class RunMirror:
         self._seen: dict[str, FileState] = {}
         self._at_start = _inodes(list_checkpoints(run_dir))
         self._inodes: dict[str, int] | None = None
-        self._has_new = self._is_claimed = False
+        self._has_uploaded = self._has_new = self._is_claimed = False
         self.num_objects = 0
         """Number of objects that have been written or deleted so far."""
 
     @property
     def stored_step(self) -> int | None:
         """The step of the newest checkpoint in the store; None if there is none."""
-        return max((int(name.removeprefix("step-")) for name in self._stored), default=None)
+        return max(map(_step, self._stored), default=None)
 
     def has_new_checkpoints(self) -> bool:
         """Return whether the run folder has other checkpoints than at the last upload."""
@@ -108,6 +108,7 @@ class RunMirror:
         self.num_objects += 1
         self._partial.remove(checkpoint.name)
         self._stored[checkpoint.name] = digest
+        self._has_uploaded = True
         self._has_new |= self._at_start.get(checkpoint.name) != inode
 
     def _forget_later_than(self, step: int) -> None:
@@ -117,7 +118,7 @@ class RunMirror:
         """
         local = {each.name for each in list_checkpoints(self._run_dir)}
         for name in sorted(self._stored.keys() - local):
-            if int(name.removeprefix("step-")) > step:
+            if _step(name) > step:
                 self._forget(name)
 
     def _forget(self, name: str) -> None:
@@ -127,13 +128,17 @@ class RunMirror:
         self._partial.add(name)
 
     def _remove_old_checkpoints(self) -> None:
-        """Remove checkpoints that the run has deleted, once the store has a new one.
+        """Remove checkpoints that the run has deleted, once the store has a newer one from here.
 
-        Before that, a run that is resumed may still be refused.
+        Later ones, which a run gives up by resuming before them, stay until it has saved a new one:
+        before that, the resumption may still be refused.
         """
         local = {each.name for each in list_checkpoints(self._run_dir)}
         gone = (self._stored.keys() | self._partial) - local
-        if not gone or not self._has_new:
+        if not self._has_new:
+            newest = max(map(_step, self._stored.keys() & local), default=0)
+            gone = {name for name in gone if self._has_uploaded and _step(name) < newest}
+        if not gone:
             return
         for each in find_checkpoints(self._store.list(CHECKPOINTS)):
             if each.name in gone:
@@ -185,6 +190,11 @@ class RunMirror:
         self._is_claimed = True
         self.num_objects += 1
         self._index = index
+
+
+def _step(name: str) -> int:
+    """Return the step of a checkpoint by its name."""
+    return int(name.removeprefix("step-"))
 
 
 def _inodes(checkpoints: list[Checkpoint]) -> dict[str, int]:

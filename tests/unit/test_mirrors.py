@@ -247,6 +247,18 @@ def test_a_refused_resumption_removes_nothing(store: Store, run_dir: RunDir) -> 
     assert names_in(store) == {"step-00000010", "step-00000020", "step-00000030"}
 
 
+def test_what_was_deleted_while_the_store_was_down_is_removed(
+    store: Store, run_dir: RunDir
+) -> None:
+    """An older checkpoint goes when the store gets a newer one that the folder had already."""
+    save(run_dir, 10)
+    _, session = mirrored(store, run_dir)
+    shutil.rmtree(run_dir.checkpoints / "step-00000010")
+    save(run_dir, 20)
+    mirrored(store, run_dir, session)
+    assert names_in(store) == {"step-00000020"}
+
+
 def test_a_new_branch_replaces_the_one_that_was_given_up(store: Store, run_dir: RunDir) -> None:
     """A run that resumed before its newest checkpoint never leaves a later, older one there."""
     for step in (10, 20, 30):
