@@ -88,7 +88,7 @@ def run(
         _display(output, signals) as display,
     ):
         folder, url = place_run(
-            _argument("out", out, str | Path | None),
+            _folder_or_url("out", out, Path | None),
             _argument("mirror", mirror, str | None),
             None,
             continues=False,
@@ -160,7 +160,7 @@ def resume(
     check_not_importing()
     with restored_imports(), library_signals() as signals, _display(output, signals) as display:
         checkpoint = None if step is None else str(_argument("step", step, NonNegativeInt))
-        run = _argument("run_dir", run_dir, str | Path)
+        run = _folder_or_url("run_dir", run_dir, Path)
         target = _argument("out", out, Path | None)
         folder = fetch_run(run, target, None, checkpoint=checkpoint, fall_back=fall_back)
         request = ResumeRequest(
@@ -509,6 +509,17 @@ def _overrides(config: str | Path | None, values: dict[str, Any]) -> tuple[Overr
         Override(name=name, value=_plain(value), source="Python") for name, value in values.items()
     )
     return (*from_file, *from_python)
+
+
+def _folder_or_url(name: str, value: Any, hint: Any) -> Any:
+    """Return a URL as it is, and everything else as an instance of its type.
+
+    Raises:
+        UsageError: It does not fit.
+    """
+    from launcher.object_stores.locations import is_url
+
+    return value if is_url(value) else _argument(name, value, hint)
 
 
 def _argument(name: str, value: Any, hint: Any) -> Any:
