@@ -4,6 +4,7 @@ rundir              the names of the files, and how files are written
 run_record          run.yaml: what a run is
 failure_record      failure.json: the first failure of a run
 checkpoints         checkpoints/: list, verify, write and prune them
+shard_files         the files of one rank in a checkpoint, and the program that writes them
 manifest            checkpoint.json: what a checkpoint holds, and the digests of its files
 weight_choice       which weights of a run a command takes
 resumption          whether a plan can resume a run, and what it changes

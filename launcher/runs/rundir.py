@@ -2,7 +2,8 @@
 
 run.yaml            recipe, overrides, plan, versions, git state; see launcher.runs.run_record
 metrics.jsonl       one line per optimizer step, and one per evaluation
-events.jsonl        when the run began, stopped, failed and finished; see launcher.runs.events
+events.jsonl        when the run began, saved, stopped, failed and finished; see
+                    launcher.runs.events
 result.json         the final evaluation and totals; written last
 model.safetensors   the final weights
 recipe.py           the recipe, if it was defined in a notebook or at a prompt; with recipe.pickle

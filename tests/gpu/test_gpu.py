@@ -23,8 +23,9 @@ from launcher.engine.backends.placement import Placement
 from launcher.engine.model.four_bits import unpacked
 from launcher.engine.model.fp8 import compute_in_fp8
 from launcher.engine.model.sync_batch_norm import synchronize
+from launcher.engine.optimizers.taking_steps import take_step
 from launcher.engine.state.host_copies import HostCopies, HostMemory
-from launcher.engine.state.hyperparameters import make_optimizer, take_step
+from launcher.engine.state.hyperparameters import make_optimizer
 from launcher.environment.machine import read_machine
 from launcher.recipe.overrides import read_arguments
 from launcher.recipe.resolve import resolve
@@ -161,7 +162,7 @@ def test_layers_multiply_in_4_and_8_bits() -> None:
 @needs_gpu
 def test_pinned_copies_use_the_same_memory() -> None:
     """Copies of a checkpoint are pinned, and lie where those of the last checkpoint did."""
-    memory = HostMemory(is_kept=True)
+    memory = HostMemory(is_pinned=True)
     places = []
     for value in (1.0, 2.0):
         weight = torch.full((1 << 16,), value, device="cuda:0")

@@ -22,11 +22,11 @@ from launcher.engine.backends.placement import Placement
 from launcher.engine.backends.recipe_forward import call_forward
 from launcher.engine.backends.transfers import upload_scalar
 from launcher.engine.optimizers.joint import optimizers_in
+from launcher.engine.optimizers.taking_steps import take_step
 from launcher.engine.ranks.cpu_binding import bind_to_gpu, pci_address_of
 from launcher.engine.state.compiled import plain_name
 from launcher.engine.state.fragments import Box, Fragment
 from launcher.engine.state.host_copies import HostCopies, HostMemory
-from launcher.engine.state.hyperparameters import take_step
 from launcher.engine.state.initial_values import InitialValues, parts_of, whole_box
 from launcher.engine.state.loss_scaler import LossScaler
 from launcher.engine.state.meta_tensors import allocate
@@ -121,7 +121,7 @@ class Backend(ABC):
         self.of_objectives: frozenset[str] = frozenset()
         """Names of the parameters that the recipe's objectives train, of which only those of the
         objective whose turn it is require a gradient; empty if the recipe has one loss."""
-        self.host_memory = HostMemory(is_kept=device.type != "cpu")
+        self.host_memory = HostMemory(is_pinned=device.type == "cuda")
         """The memory of the copies from which checkpoints are written."""
         self.call_order: CallOrder | None = None
         """The check that all ranks gather weights in the same order; None if weights are not
@@ -463,6 +463,7 @@ class Backend(ABC):
             tensors={**copies.tensors, **self.buffers_to_save(module)},
             values=values,
             extra=gather_extra_state(module, self.gather),
+            memory=copies.memory,
             release=copies.release,
         )
 
