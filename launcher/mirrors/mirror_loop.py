@@ -57,9 +57,6 @@ class MirrorLoop:
         self.problem = ""
         """Why the last upload failed; empty if it did not."""
 
-        self.is_lost = False
-        """Whether another process has taken the URL, so that nothing more is uploaded."""
-
         self._threads = [
             threading.Thread(target=function, name=name, daemon=True)
             for function, name in ((self._upload, "uploads"), (self._keep_lock, "lock"))
@@ -88,7 +85,7 @@ class MirrorLoop:
 
     def _upload(self) -> None:
         next_records, pause = 0.0, _FIRST_PAUSE
-        while not (self._ends.is_set() or self.is_lost):
+        while self._mirror.may_write() and not self._ends.is_set():
             finishes = self._finishes.is_set()  # before the folder is looked at
             has_new = self._mirror.has_new_checkpoints()
             if not (finishes or has_new or time.monotonic() >= next_records):
@@ -101,6 +98,8 @@ class MirrorLoop:
                 if has_new:
                     self._mirror.upload_records()
             except (LauncherError, OSError) as error:
+                if not self._mirror.may_write():  # and that was said
+                    return
                 self._report(str(error) if isinstance(error, LauncherError) else error_line(error))
                 self._ends.wait(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
@@ -130,7 +129,7 @@ class MirrorLoop:
             try:
                 self._lock.refresh()
             except LostLockError as error:
-                self.is_lost = True
+                self._mirror.lose_lock()
                 self.problem = str(error)
                 self._warn(str(error))
                 return
