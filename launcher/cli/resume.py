@@ -12,13 +12,12 @@ from launcher.cli.arguments import (
     code_change_option,
     freezing_options,
     health_option,
-    max_restarts_option,
-    nodes_options,
     nproc_option,
     output_mode,
     output_options,
     overrides_argument,
     read_overrides,
+    run_nodes_options,
 )
 from launcher.cli.completing import complete_runs
 from launcher.cli.machines import find_machines, find_variables, start_on_hosts
@@ -32,7 +31,7 @@ from launcher.errors import UsageError
 @click.argument("run_dir", type=click.Path(path_type=Path), shell_complete=complete_runs)
 @overrides_argument
 @nproc_option
-@nodes_options
+@run_nodes_options
 @click.option(
     "--from",
     "checkpoint",
@@ -49,13 +48,15 @@ from launcher.errors import UsageError
 @code_change_option
 @freezing_options
 @health_option
-@max_restarts_option
 @output_options
 def command(
     run_dir: Path,
     overrides: tuple[str, ...],
     nproc_per_node: int | None,
-    nodes: int | None,
+    nodes: tuple[int, int] | None,
+    spares: int,
+    max_restarts: int,
+    node_timeout: float | None,
     rendezvous: str | None,
     hosts: tuple[str, ...] | None,
     ssh: str | None,
@@ -65,7 +66,6 @@ def command(
     accept: tuple[str, ...],
     code_limit: int | None,
     health: Literal["off", "quick", "full"],
-    max_restarts: int,
     *,
     allow_code_change: bool,
     freezes: bool,
@@ -85,6 +85,7 @@ def command(
     launcher resume runs/digits-20260101-120000 --from 120 epochs=40
     """
     from launcher.checks.health_gate import health_check
+    from launcher.environment.nodes import NodesRequest
     from launcher.launch.prepare import ResumeRequest, prepare_resume
     from launcher.launch.session import start
     from launcher.launch.signal_handler import SignalHandler
@@ -102,6 +103,14 @@ def command(
             )
         return resume_sweep(run_dir, nproc_per_node, output_mode(quiet=quiet, as_json=as_json))
     signals = SignalHandler()
+    nodes_request = NodesRequest(
+        count=nodes,
+        rendezvous=rendezvous,
+        join_timeout=join_timeout,
+        spares=spares,
+        node_timeout=node_timeout,
+        restarts=max_restarts,
+    )
     variables = find_variables(hosts, forward)
     request = ResumeRequest(
         run_dir=run_dir,
@@ -109,7 +118,7 @@ def command(
         fall_back=fall_back,
         overrides=read_overrides(None, overrides),
         nproc_per_node=nproc_per_node,
-        nodes=find_machines(hosts, nodes, rendezvous, join_timeout),
+        nodes=find_machines(hosts, nodes_request),
         accept=accept,
         max_restarts=max_restarts,
         health=health_check(health),
@@ -124,5 +133,5 @@ def command(
         echo(f"{prepared.shown} has finished: {prepared.finished}.")
         return 0
     if hosts is not None:
-        return start_on_hosts(hosts, rendezvous, ssh, variables)
+        return start_on_hosts(hosts, nodes_request, ssh, variables)
     return start(prepared, signals).exit_code

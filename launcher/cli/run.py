@@ -14,8 +14,6 @@ from launcher.cli.arguments import (
     config_option,
     freezing_options,
     health_option,
-    max_restarts_option,
-    nodes_options,
     nproc_option,
     out_option,
     output_mode,
@@ -23,6 +21,7 @@ from launcher.cli.arguments import (
     overrides_argument,
     read_overrides,
     recipe_argument,
+    run_nodes_options,
 )
 from launcher.cli.machines import find_machines, find_variables, start_on_hosts
 from launcher.cli.settings_command import SettingsCommand
@@ -33,7 +32,7 @@ from launcher.errors import UsageError
 @recipe_argument
 @overrides_argument
 @nproc_option
-@nodes_options
+@run_nodes_options
 @config_option
 @out_option
 @click.option(
@@ -54,7 +53,6 @@ from launcher.errors import UsageError
 )
 @freezing_options
 @health_option
-@max_restarts_option
 @click.option(
     "--debug",
     "debugs",
@@ -77,7 +75,10 @@ def command(
     recipe: str,
     overrides: tuple[str, ...],
     nproc_per_node: int | None,
-    nodes: int | None,
+    nodes: tuple[int, int] | None,
+    spares: int,
+    max_restarts: int,
+    node_timeout: float | None,
     rendezvous: str | None,
     hosts: tuple[str, ...] | None,
     ssh: str | None,
@@ -89,7 +90,6 @@ def command(
     code_folder: Path | None,
     code_limit: int | None,
     health: Literal["off", "quick", "full"],
-    max_restarts: int,
     *,
     allow_code_change: bool,
     freezes: bool,
@@ -114,6 +114,7 @@ def command(
     launcher run digits --debug
     """
     from launcher.checks.health_gate import health_check
+    from launcher.environment.nodes import NodesRequest
     from launcher.launch.code_choice import code_of_continued
     from launcher.launch.debug_session import debug
     from launcher.launch.prepare import RunRequest, prepare_run
@@ -131,6 +132,7 @@ def command(
             "--hosts": hosts is not None,
             "--continue": continues,
             "--max-restarts": max_restarts > 0,
+            "--spares": spares > 0,
             "--health": health != "off",
         }
         _check_debuggable([name for name, is_given in given.items() if is_given])
@@ -143,6 +145,14 @@ def command(
         )
         return debug(request, post_mortem=opens_pdb)
     signals = SignalHandler()
+    nodes_request = NodesRequest(
+        count=nodes,
+        rendezvous=rendezvous,
+        join_timeout=join_timeout,
+        spares=spares,
+        node_timeout=node_timeout,
+        restarts=max_restarts,
+    )
     variables = find_variables(hosts, forward)
     if continues and out is None:
         raise UsageError("--continue resumes the run in --out: add --out DIR.")
@@ -155,7 +165,7 @@ def command(
         reference=resolve(recipe, code),
         overrides=read_overrides(config, overrides),
         nproc_per_node=nproc_per_node,
-        nodes=find_machines(hosts, nodes, rendezvous, join_timeout),
+        nodes=find_machines(hosts, nodes_request),
         out=out,
         continues=continues,
         accept=accept,
@@ -168,7 +178,7 @@ def command(
     )
     prepared = prepare_run(request, elsewhere=hosts is not None)
     if hosts is not None:
-        return start_on_hosts(hosts, rendezvous, ssh, variables)
+        return start_on_hosts(hosts, nodes_request, ssh, variables)
     return start(prepared, signals).exit_code
 
 

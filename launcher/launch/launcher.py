@@ -53,7 +53,7 @@ from launcher.signals import STOP_SIGNALS, announce_stop
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-    from launcher.engine.ranks.rendezvous import Rendezvous
+    from launcher.engine.ranks.rendezvous import NodeGroup
 
 _AGENT_LOGGERS = ("torch.distributed.elastic", "torch.multiprocessing")
 
@@ -68,7 +68,7 @@ def launch(
     function: Callable[[Job], int | None] | None = None,
     *,
     signals: SignalHandler,
-    rendezvous: Rendezvous | None = None,
+    rendezvous: NodeGroup | None = None,
     watch: Callable[[RunDir], object] | None = None,
     before_restart: Callable[[], object] = lambda: None,
 ) -> int:
@@ -130,7 +130,7 @@ def _run_ranks(
     job: Job,
     function: Callable[[Job], int | None] | None,
     signals: SignalHandler,
-    rendezvous: Rendezvous | None,
+    rendezvous: NodeGroup | None,
     folder: Path,
     watch: Callable[[RunDir], object] | None,
     before_restart: Callable[[], object],
@@ -311,7 +311,7 @@ def _register_fork_hooks(launcher_pid: int) -> None:
 def _failure(
     failures: Mapping[int, ProcessFailure],
     job: Job,
-    rendezvous: Rendezvous | None,
+    rendezvous: NodeGroup | None,
     folder: Path,
     killed_for_memory: int | None,
 ) -> RunFailedError:

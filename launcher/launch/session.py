@@ -18,20 +18,24 @@ from launcher.launch.health import refuse_unhealthy
 from launcher.launch.launcher import launch
 from launcher.launch.multi_node import joined, make_run_dir_once
 from launcher.launch.prepare import PreparedRun, RunRequest
-from launcher.launch.run_folder import open_run_folder
+from launcher.launch.restarts import Attempt, start_rounds
+from launcher.launch.run_folder import in_folder, open_run_folder
 from launcher.launch.signal_handler import SignalHandler
 from launcher.launch.split_check import check_layer_split
-from launcher.launch.typed_recipe import keep_recipe
-from launcher.recipe.frozen_code import import_from
 from launcher.recipe.resolve import Reference
 from launcher.regular_file import read_regular
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.failure_record import RunFailedError
 from launcher.runs.files import write_atomic
-from launcher.runs.freezing import CodeSnapshot, freeze, open_frozen, place_of
+from launcher.runs.freezing import CodeSnapshot, freeze, place_of
 from launcher.runs.job import Job, ResumeFrom
 from launcher.runs.ownership import own_run_dir
-from launcher.runs.run_record import CodeRecord, read_run, replace_code, write_resumption
+from launcher.runs.run_record import (
+    CodeRecord,
+    RunRecord,
+    replace_code,
+    write_resumption,
+)
 from launcher.runs.run_result import RunResult, read_run_result
 from launcher.runs.rundir import RunDir
 
@@ -39,7 +43,7 @@ _MAX_RECORD_BYTES = 1 << 24
 """Largest run.yaml that is restored if the ranks refuse to resume."""
 
 if TYPE_CHECKING:
-    from launcher.launch.multi_node import Rendezvous
+    from launcher.launch.multi_node import NodeGroup
 
 
 def start(prepared: PreparedRun, signals: SignalHandler) -> RunResult:
@@ -55,57 +59,116 @@ def start(prepared: PreparedRun, signals: SignalHandler) -> RunResult:
     if prepared.finished and run_dir is not None:
         return read_run_result(run_dir)
     check_layer_split(prepared, signals)
-    with ExitStack() as ownership, joined(request.nodes, prepared.plan) as rendezvous:
-        previous_record: list[bytes] = []
+    with ExitStack() as ownership:
+        folder = _Folder(ownership)
+        if request.nodes is not None and request.max_restarts:
+            return start_rounds(prepared, signals, folder, functools.partial(_launch, folder))
+        with joined(request.nodes, prepared.plan) as rendezvous:
+            made = make_run_dir_once(rendezvous, lambda: folder.make(prepared))
+            return _launch(folder, in_folder(prepared, made, rendezvous), signals, rendezvous)
 
-        def make() -> RunDir:
-            if isinstance(request, RunRequest):
-                if request.continues and request.out is not None:
-                    previous_record.extend(_content_of(request.out / "run.yaml"))
-                return open_run_folder(
-                    request.out,
-                    prepared.plan.recipe,
-                    prepared.description,
-                    ownership,
-                    continues=request.continues,
-                    with_ranks=True,
-                )
-            assert run_dir is not None
-            previous_record.extend(_content_of(run_dir.run_yaml))
-            return _take_over(run_dir, prepared, ownership)
 
-        def make_and_freeze() -> RunDir:
-            made = make()
-            if prepared.snapshot is None:
-                return made
+class _Folder:
+    """The run folder, while this launcher owns it.
+
+    Args:
+        ownership: Ends the ownership when it is closed.
+    """
+
+    def __init__(self, ownership: ExitStack) -> None:
+        self._ownership = ownership
+        self._record: bytes | None = None
+        """run.yaml before this launcher changed it."""
+
+        self._is_owner = False
+
+    def make(self, prepared: PreparedRun) -> RunDir:
+        """Make the folder of a run, or take the one of a run to resume; freeze the project.
+
+        Args:
+            prepared: The run.
+
+        Raises:
+            RunDirError: The folder or the copy cannot be made, or another process owns it.
+            CheckpointError: The chosen checkpoint has been removed since it was chosen.
+        """
+        request = prepared.request
+        if isinstance(request, RunRequest):
+            if request.continues and request.out is not None:
+                self._record = _content_of(request.out / "run.yaml")
+            made = open_run_folder(
+                request.out,
+                prepared.plan.recipe,
+                prepared.description,
+                self._ownership,
+                continues=request.continues,
+                with_ranks=True,
+            )
+        else:
+            assert prepared.run_dir is not None
+            self._record = _content_of(prepared.run_dir.run_yaml)
+            made = _take_over(prepared.run_dir, prepared, self._ownership)
+        self._is_owner = True
+        if prepared.snapshot is not None:
             try:
                 _freeze(prepared.reference, prepared.snapshot, made)
             except RunDirError:
-                if previous_record:  # a resumption that is refused leaves the run as it was
-                    write_atomic(made.run_yaml, previous_record[0])
+                self.restore_record(made)  # a resumption that is refused leaves the run as it was
                 raise
-            return made
+        return made
 
-        made = make_run_dir_once(rendezvous, make_and_freeze)
-        reference = keep_recipe(prepared.reference, made)
-        if rendezvous is not None:
-            reference = _frozen(reference, made)
-        prepared = replace(prepared, run_dir=made, reference=reference)
-        return _launch(prepared, signals, rendezvous, previous_record)
+    def inherit(self, run_dir: RunDir, description: RunRecord | None) -> None:
+        """Own the folder in place of a launcher that is lost, and describe another plan in it.
+
+        Args:
+            run_dir: The folder.
+            description: The content of run.yaml; None leaves it as it is.
+
+        Raises:
+            RunDirError: The lost launcher owns the folder after all, or it cannot be written.
+        """
+        if not self._is_owner:
+            own = own_run_dir(run_dir, with_ranks=True, takes_over=True)
+            self._ownership.enter_context(own)
+            self._is_owner = True
+        if description is not None:
+            write_resumption(run_dir, description)
+
+    def restore_record(self, run_dir: RunDir) -> None:
+        """Write run.yaml as it was, if there was one.
+
+        Raises:
+            RunDirError: It cannot be written.
+        """
+        if self._record is not None:
+            write_atomic(run_dir.run_yaml, self._record)
 
 
 def _launch(
+    folder: _Folder,
     prepared: PreparedRun,
     signals: SignalHandler,
-    rendezvous: Rendezvous | None,
-    previous_record: list[bytes],
+    rendezvous: NodeGroup | None,
+    attempt: Attempt | None = None,
 ) -> RunResult:
+    """Start the ranks of this machine and wait for them.
+
+    Args:
+        folder: The run folder.
+        prepared: The run, with its folder.
+        signals: Handles signals for the run.
+        rendezvous: The launchers of the other nodes.
+        attempt: Which start of the ranks it is, where several nodes restart together.
+    """
     request, run_dir = prepared.request, prepared.run_dir
     assert run_dir is not None
     resume_from = prepared.resume_from
     if isinstance(request, RunRequest) and request.continues and list_checkpoints(run_dir):
         resume_from = ResumeFrom(fall_back=True, accept=request.accept)
-    if rendezvous is None or rendezvous.index == 0:
+    if attempt is not None and attempt.resumes:
+        resume_from = ResumeFrom(fall_back=True, accept=request.accept)
+    is_first = attempt is None or attempt.number == 0
+    if is_first and (rendezvous is None or rendezvous.index == 0):
         _announce(prepared, run_dir)
     job = Job(
         recipe=prepared.reference.location,
@@ -117,7 +180,10 @@ def _launch(
         start=resume_from,
         pause_after=request.pause_after,
         output_mode=request.output_mode,
-        restarts=request.max_restarts,
+        restarts=request.max_restarts if attempt is None else 0,
+        restarts_together=attempt is not None,
+        attempt=0 if attempt is None else attempt.number,
+        loss=None if attempt is None else attempt.loss,
         write_report=request.write_report,
         folder=prepared.folder,
     )
@@ -125,7 +191,7 @@ def _launch(
         refuse_unhealthy, request.health, prepared.plan, run_dir, signals, rendezvous
     )
     try:
-        examine()
+        examine(is_restart=not is_first)
         exit_code = launch(
             job,
             signals=signals,
@@ -134,9 +200,9 @@ def _launch(
             before_restart=functools.partial(examine, is_restart=True),
         )
     except (RunFailedError, PeerError) as error:
-        if error.exit_code == EXIT_USAGE and resume_from is not None and previous_record:
+        if error.exit_code == EXIT_USAGE and resume_from is not None and is_first:
             with contextlib.suppress(RunDirError):  # a full disk must not hide the failure
-                write_atomic(run_dir.run_yaml, previous_record[0])  # the ranks refused to resume
+                folder.restore_record(run_dir)  # the ranks refused to resume
         raise
     result = read_run_result(run_dir, exit_code, signals.stopped_by)
     if rendezvous is not None:
@@ -155,20 +221,6 @@ def _freeze(reference: Reference, snapshot: CodeSnapshot, run_dir: RunDir) -> No
     replace_code(run_dir, place_of(reference, code), record)
 
 
-def _frozen(reference: Reference, run_dir: RunDir) -> Reference:
-    """Return a recipe as the ranks of several nodes import it: from the copy of its project.
-
-    Raises:
-        RunDirError: This node does not see the copy.
-    """
-    record = read_run(run_dir)
-    if reference.code is not None or record.code is None or record.code.copy is None:
-        return reference
-    code = open_frozen(Path(record.code.copy))
-    import_from(code)
-    return replace(reference, location=record.recipe, code=code)
-
-
 def _announce(prepared: PreparedRun, run_dir: RunDir) -> None:
     """Print the plan, and what differs from the run before, as the request asks."""
     mode = prepared.request.output_mode
@@ -183,11 +235,11 @@ def _announce(prepared: PreparedRun, run_dir: RunDir) -> None:
         echo_if_possible(json_line(values | {"plan": prepared.plan.to_dict()}))
 
 
-def _content_of(path: Path) -> list[bytes]:
+def _content_of(path: Path) -> bytes | None:
     try:
-        return [read_regular(path, _MAX_RECORD_BYTES)]
+        return read_regular(path, _MAX_RECORD_BYTES)
     except OSError:
-        return []
+        return None
 
 
 def _take_over(run_dir: RunDir, prepared: PreparedRun, ownership: ExitStack) -> RunDir:

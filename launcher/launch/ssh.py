@@ -13,12 +13,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-from launcher.environment.nodes import Nodes, nodes_environment, nodes_of_hosts
+from launcher.environment.nodes import (
+    Nodes,
+    NodesRequest,
+    nodes_environment,
+    nodes_of_hosts,
+)
 from launcher.environment.program import own_program
 from launcher.errors import EXIT_FAILED, UsageError
 from launcher.json_file import encode_json
 from launcher.launch.forwarded_variables import forwarded_variables
-from launcher.signals import STOP_SIGNALS
+from launcher.signals import EXIT_BY_SIGNAL, STOP_SIGNALS
 
 _SECONDS_TO_END = 5.0
 """How long the other launchers have to end by themselves after one has failed."""
@@ -27,16 +32,19 @@ _SECONDS_BETWEEN_POLLS = 0.05
 _EXIT_OF_SSH = 255
 """The exit code of ssh if ssh itself failed; it has printed why."""
 
-_SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=20")
-"""Batch mode: nobody could answer the prompts of several hosts."""
+_SSH = (
+    *("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=20"),
+    *("-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4"),
+)
+"""Batch mode: nobody could answer the prompts of several hosts. A lost host is noticed."""
 
 
 def run_on_hosts(
     hosts: Sequence[str],
     arguments: Sequence[str],
     folder: Path,
+    request: NodesRequest,
     *,
-    rendezvous: str | None,
     ssh: str | None,
     variables: Mapping[str, str],
 ) -> int:
@@ -44,13 +52,13 @@ def run_on_hosts(
 
     Their output appears here, and signals are passed to them. They get the variables of this
     environment that `forwarded_variables` chooses, and `variables`, and otherwise have that of the
-    host. If one of them fails, the others are stopped.
+    host. If one of them fails, the others are stopped, unless they restart without it.
 
     Args:
         hosts: The hosts as ssh takes them. The launchers connect to the first one.
         arguments: The command's arguments, without those that choose hosts.
         folder: The working folder, which has the same path on every host.
-        rendezvous: HOST[:PORT] of the first host if the others know it by another name.
+        request: What is asked for.
         ssh: The command that reaches a host; None is ssh in batch mode.
         variables: Further variables of the launchers. They may be secrets, so they are sent through
             the connection, and no list of processes shows them.
@@ -58,7 +66,7 @@ def run_on_hosts(
     Raises:
         UsageError: Two hosts have the same name, or ssh is not installed.
     """
-    nodes = nodes_of_hosts(hosts, rendezvous)
+    nodes = nodes_of_hosts(hosts, request)
     program = shlex.split(ssh) if ssh else list(_SSH)
     launchers: dict[int, tuple[str, subprocess.Popen[str]]] = {}
     signals = _Signals()
@@ -76,7 +84,7 @@ def run_on_hosts(
             f"--hosts starts a launcher on each host with {program[0]}, which is not installed "
             "here. Install an ssh client, or give another command with --ssh."
         ) from None
-    return _wait(launchers, signals)
+    return _wait(launchers, signals, goes_on=request.restarts > 0)
 
 
 class _Signals:
@@ -112,8 +120,16 @@ def _send(process: subprocess.Popen[str], line: str) -> None:
         process.stdin.flush()
 
 
-def _wait(launchers: Mapping[int, tuple[str, subprocess.Popen[str]]], signals: _Signals) -> int:
-    """Wait for all launchers; return 0 or the exit code of the first that failed."""
+def _wait(
+    launchers: Mapping[int, tuple[str, subprocess.Popen[str]]], signals: _Signals, *, goes_on: bool
+) -> int:
+    """Wait for all launchers; return 0 or the exit code of the first that failed.
+
+    Args:
+        launchers: The launchers, by the ids of their processes here.
+        signals: What is sent to them.
+        goes_on: Whether the run goes on without launchers that are lost.
+    """
     waiting = set(launchers)
     exit_code, deadline = 0, 0.0
     while waiting:
@@ -127,6 +143,7 @@ def _wait(launchers: Mapping[int, tuple[str, subprocess.Popen[str]]], signals: _
         waiting.remove(pid)
         host, process = launchers[pid]
         process.returncode = os.waitstatus_to_exitcode(status)
+        is_lost = process.returncode >= EXIT_BY_SIGNAL or process.returncode < 0
         if process.returncode == 0:
             continue
         if process.returncode in (_EXIT_OF_SSH, 126, 127) or process.returncode < 0:
@@ -136,6 +153,8 @@ def _wait(launchers: Mapping[int, tuple[str, subprocess.Popen[str]]], signals: _
                 file=sys.stderr,
             )
             process.returncode = EXIT_FAILED
+        if goes_on and is_lost and waiting:
+            continue
         if not exit_code:
             exit_code = process.returncode
             deadline = time.monotonic() + _SECONDS_TO_END

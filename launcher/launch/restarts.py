@@ -1,0 +1,251 @@
+"""A run on several nodes that restarts: its launchers meet again when a rank or a node is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from launcher.errors import (
+    EXIT_FAILED,
+    EXIT_RESUMABLE,
+    EndedError,
+    HealthError,
+    LauncherError,
+    PeerError,
+    RunDirError,
+)
+from launcher.launch.launcher import import_for
+from launcher.launch.multi_node import agreement_of, make_run_dir_once, report
+from launcher.launch.prepare import PreparedRun, prepare_for
+from launcher.launch.run_folder import in_folder
+from launcher.launch.signal_handler import SignalHandler
+from launcher.planning.derivations import counted
+from launcher.regular_file import open_to_append
+from launcher.runs.checkpoints import list_checkpoints
+from launcher.runs.events import record_loss
+from launcher.runs.failure_record import RunFailedError
+from launcher.runs.files import write_atomic
+from launcher.runs.job import Loss
+from launcher.runs.run_record import RunRecord, read_run
+from launcher.runs.run_result import RunResult
+from launcher.runs.rundir import RunDir
+
+if TYPE_CHECKING:
+    from launcher.engine.ranks.round_messages import End, Start
+    from launcher.launch.multi_node import NodeGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One start of the ranks of a run on several nodes."""
+
+    number: int
+    """How often they have been started before."""
+
+    resumes: bool
+    """Whether they resume from the newest checkpoint, whatever the request says."""
+
+    loss: Loss | None
+    """How the attempt before has ended."""
+
+
+class OwnedFolder(Protocol):
+    """The run folder, which the launcher of the first node makes or takes over."""
+
+    def make(self, prepared: PreparedRun) -> RunDir:
+        """Make the folder, or take the one of a run to resume."""
+
+    def inherit(self, run_dir: RunDir, description: RunRecord | None) -> None:
+        """Own the folder in place of a lost launcher; write run.yaml if the plan has changed."""
+
+
+class StartRanks(Protocol):
+    """Starts the ranks of this machine for one attempt, and waits for them."""
+
+    def __call__(
+        self,
+        prepared: PreparedRun,
+        signals: SignalHandler,
+        group: NodeGroup | None,
+        attempt: Attempt | None = None,
+    ) -> RunResult: ...
+
+
+def start_rounds(
+    prepared: PreparedRun, signals: SignalHandler, folder: OwnedFolder, start_ranks: StartRanks
+) -> RunResult:
+    """Train until the run finishes, is stopped or may not restart again.
+
+    Args:
+        prepared: The run.
+        signals: Handles signals for the run.
+        folder: The run folder.
+        start_ranks: Starts the ranks of this machine.
+
+    Raises:
+        RunFailedError: A rank of this machine failed, and the run does not restart.
+        PeerError: The run has ended because of another machine.
+        EndedError: Another launcher reports why the run has ended, or it goes on without this one.
+        LauncherError: Nothing can be started on this machine.
+    """
+    import_for([prepared.plan])  # a spare is then ready at once
+    rounds = _Rounds(prepared, signals, folder, start_ranks)
+    try:
+        return rounds.run()
+    finally:
+        rounds.close()
+
+
+class _Rounds:
+    """The rounds of a run, as one of its launchers goes through them."""
+
+    def __init__(
+        self,
+        prepared: PreparedRun,
+        signals: SignalHandler,
+        folder: OwnedFolder,
+        start_ranks: StartRanks,
+    ) -> None:
+        from launcher.engine.ranks.meeting import Meeting
+        from launcher.engine.ranks.round_group import RoundStores
+
+        nodes = prepared.request.nodes
+        assert nodes is not None
+        self._nodes, self._prepared, self._signals = nodes, prepared, signals
+        self._folder, self._start_ranks, self._stores = folder, start_ranks, RoundStores()
+        self._exit_code = EXIT_FAILED
+        self._meeting = Meeting(
+            nodes,
+            agreement_of(prepared.plan),
+            max_restarts=prepared.request.max_restarts,
+            open_store=self._stores.open,
+            newest=_newest_step,
+            report=report,
+        )
+
+    def run(self) -> RunResult:
+        """Take part in rounds until the run has ended.
+
+        Raises:
+            LauncherError: As `start_rounds` says.
+        """
+        from launcher.engine.ranks.meeting import MeetingEndedError
+
+        failure: RunFailedError | None = None
+        try:
+            while True:
+                start = self._meeting.next_round(lambda: self._signals.stopped_by is not None)
+                try:
+                    result = self._attempt(start)
+                except RunFailedError as error:
+                    failure = error
+                except PeerError:
+                    failure = None
+                else:
+                    self._exit_code = result.exit_code
+                    return result
+        except MeetingEndedError as ended:
+            raise self._last_error(ended.end, failure) from None
+        except HealthError as error:
+            self._meeting.fail(error.exit_code, "health")
+            if not self._nodes.names:
+                raise
+            report(f"launcher: {error}")
+            raise EndedError(0) from None  # the launchers that are left decide how the run ends
+        except Exception as error:
+            self._exit_code = error.exit_code if isinstance(error, LauncherError) else EXIT_FAILED
+            self._meeting.end(self._exit_code)
+            raise
+
+    def close(self) -> None:
+        """Leave the meeting, and tell the batch script of a Slurm job how the run has ended.
+
+        The exit code of srun tells the worst of all tasks, those on lost nodes included.
+        """
+        path = self._meeting.folder
+        self._meeting.leave()
+        if self._meeting.has_held and path is not None and "SLURM_JOB_ID" in os.environ:
+            with contextlib.suppress(RunDirError):
+                write_atomic(RunDir(Path(path)).exit_code, f"{self._exit_code}\n".encode())
+
+    def _attempt(self, start: Start) -> RunResult:
+        from launcher.engine.ranks.round_group import RoundGroup
+
+        group = RoundGroup(self._meeting, start, self._stores)
+        if start.loss is not None and self._meeting.is_host:
+            self._tell(start)
+        if self._meeting.folder is not None:  # run.yaml says where the copy of the project is
+            folder = RunDir(Path(self._meeting.folder))
+            self._prepared = in_folder(self._prepared, folder, group)
+        prepared = prepare_for(self._prepared, start.count)
+        made = make_run_dir_once(group, lambda: self._make(prepared, start))
+        self._prepared = in_folder(prepared, made, group)
+        loss = start.loss
+        attempt = Attempt(
+            number=start.standing.round - 1,
+            resumes=start.resumes,
+            loss=None if loss is None else Loss(node=loss.node, cause=loss.cause, time=loss.time),
+        )
+        return self._start_ranks(self._prepared, self._signals, group, attempt)
+
+    def _make(self, prepared: PreparedRun, start: Start) -> RunDir:
+        """Make the run folder, or own it and record how the round before has ended."""
+        from launcher.engine.ranks.round_host import FAILURES_TO_LEAVE_OUT
+
+        if self._meeting.folder is None:
+            return self._folder.make(prepared)
+        run_dir = RunDir(Path(self._meeting.folder))
+        is_planned = read_run(run_dir).plan.get("nodes") == prepared.plan.nodes
+        self._folder.inherit(run_dir, None if is_planned else prepared.description)
+        if start.loss is not None:
+            loss = Loss(node=start.loss.node, cause=start.loss.cause, time=start.loss.time)
+            record_loss(run_dir, loss, start.loss.index * prepared.plan.nproc_per_node)
+            if start.standing.failures.get(loss.node, 0) >= FAILURES_TO_LEAVE_OUT:
+                with contextlib.suppress(OSError), open_to_append(run_dir.unhealthy_nodes) as file:
+                    file.write(f"{loss.node}\n".encode())
+        return run_dir
+
+    def _tell(self, start: Start) -> None:
+        loss, standing = start.loss, start.standing
+        assert loss is not None
+        events = {
+            "rank": "a rank has failed on {}",
+            "node": "{} has disappeared",
+            "health": "{} is not fit",
+            "joined": "{} has joined",
+        }
+        event = events[loss.cause].format(loss.node)
+        count = f"{standing.restarts} of {self._prepared.request.max_restarts}"
+        of = "" if loss.cause == "joined" else f" (restart {count})"
+        start_text = "from its newest checkpoint" if start.resumes else "from its beginning"
+        report(
+            f"launcher: {event}; the run goes on {start_text} on {counted(start.count, 'node')}{of}"
+        )
+
+    def _last_error(self, end: End, failure: RunFailedError | None) -> LauncherError:
+        """Return the error with which this process ends, because the run has ended."""
+        if end.reason and (self._meeting.has_held or not self._nodes.names or not end.exit_code):
+            report(f"launcher: {end.reason}")
+        if failure is not None and end.node == self._meeting.name:
+            self._exit_code = failure.exit_code
+            return failure
+        error = PeerError(end.node, end.exit_code)
+        if error.gone and self._meeting.folder is not None:
+            error.exit_code = _exit_code_after_loss(Path(self._meeting.folder))
+        self._exit_code = error.exit_code
+        is_quiet = bool(self._nodes.names) and not self._meeting.has_held
+        if is_quiet and error.exit_code == EXIT_RESUMABLE:
+            return EndedError(0)  # the launcher of the first node says so
+        return EndedError(error.exit_code) if is_quiet or not end.node else error
+
+
+def _newest_step(folder: str) -> int | None:
+    checkpoints = list_checkpoints(RunDir(Path(folder)))
+    return checkpoints[0].step if checkpoints else None
+
+
+def _exit_code_after_loss(folder: Path) -> int:
+    return EXIT_RESUMABLE if list_checkpoints(RunDir(folder)) else EXIT_FAILED
