@@ -185,7 +185,7 @@ class _Rounds:
         self._prepared = in_folder(prepared, made, group)
         loss = start.loss
         attempt = Attempt(
-            number=start.standing.round - 1,
+            number=start.number - 1,
             resumes=start.resumes,
             loss=None if loss is None else Loss(node=loss.node, cause=loss.cause, time=loss.time),
         )
@@ -203,13 +203,13 @@ class _Rounds:
         if start.loss is not None:
             loss = Loss(node=start.loss.node, cause=start.loss.cause, time=start.loss.time)
             record_loss(run_dir, loss, start.loss.index * prepared.plan.nproc_per_node)
-            if start.standing.failures.get(loss.node, 0) >= FAILURES_TO_LEAVE_OUT:
+            if start.roster.standing.failures.get(loss.node, 0) >= FAILURES_TO_LEAVE_OUT:
                 with contextlib.suppress(OSError), open_to_append(run_dir.unhealthy_nodes) as file:
                     file.write(f"{loss.node}\n".encode())
         return run_dir
 
     def _tell(self, start: Start) -> None:
-        loss, standing = start.loss, start.standing
+        loss, standing = start.loss, start.roster.standing
         assert loss is not None
         events = {
             "rank": "a rank has failed on {}",

@@ -27,12 +27,12 @@ SETTINGS = ("steps=40", "checkpoint_every=5", "record_samples=true", "device=cpu
 class Launchers:
     """Launchers of one run on this machine; the first one that is started holds the meeting."""
 
-    def __init__(self, run: Commands, port: int, *options: str, out: str = "out") -> None:
-        self.run_dir = RunDir(run.folder / out)
+    def __init__(self, run: Commands, port: int, *options: str, pause: str = "pause=0.05") -> None:
+        self.run_dir = RunDir(run.folder / "out")
         self._run = run
         self._command = (
-            *("launcher", "run", PACED, *SETTINGS, "pause=0.05", "-n", "1"),
-            *("--out", out, "--rendezvous", f"localhost:{port}", *options),
+            *("launcher", "run", PACED, *SETTINGS, pause, "-n", "1"),
+            *("--out", "out", "--rendezvous", f"localhost:{port}", *options),
         )
         self.processes: list[subprocess.Popen[str]] = []
         self.outputs: list[tuple[str, str]] = []
@@ -76,7 +76,7 @@ class Launchers:
 
 def _listens(pid: int) -> bool:
     """Return whether a process listens on a TCP port."""
-    table = "".join(Path(f"/proc/{pid}/net/{name}").read_text() for name in ("tcp", "tcp6"))
+    table = "".join(Path(f"/proc/self/net/{name}").read_text() for name in ("tcp", "tcp6"))
     inodes = {line.split()[9] for line in table.splitlines() if line.split()[3] == "0A"}
     for link in Path(f"/proc/{pid}/fd").iterdir():
         try:
@@ -99,7 +99,7 @@ def undisturbed(module_run: Commands) -> dict[str, Any]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    both = Launchers(module_run, port, "--nodes", "2", "pause=0")
+    both = Launchers(module_run, port, "--nodes", "2", pause="pause=0")
     both.start_in_order(2)
     assert both.finish() == [0, 0], both.outputs
     return read_weights(both.run_dir.path)
@@ -201,7 +201,7 @@ def test_restarts_are_counted(run: Commands, free_port: int) -> None:
         os.kill(both.pid_of(1), signal.SIGKILL)
     assert both.finish() == [1, 1], both.outputs
     errors = [stderr for _, stderr in both.outputs]
-    assert sum(text.count("the run failed on rank 1") for text in errors) == 1
+    assert sum(text.count("logs/rank1.log") for text in errors) == 1, errors
 
 
 def test_a_stop_ends_spares_too(run: Commands, free_port: int) -> None:

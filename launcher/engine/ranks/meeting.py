@@ -28,6 +28,7 @@ from launcher.engine.ranks.round_messages import (
     Message,
     Over,
     Ready,
+    Roster,
     Start,
     Successor,
     Welcome,
@@ -108,6 +109,9 @@ class Meeting:
         self._start: Start | None = None
         """The last message that a round starts."""
 
+        self._roster: Roster | None = None
+        """Who was in the meeting last."""
+
         self._successors: list[Successor] = []
         """Those that may hold the meeting after the present host, the next one first."""
 
@@ -137,7 +141,8 @@ class Meeting:
 
     @property
     def _is_spare(self) -> bool:
-        return self._start is not None and self._start.index is None
+        waits = self._start is None or self._start.index is None
+        return waits and self._roster is not None and self._host is None
 
     def next_round(self, is_stopped: Callable[[], bool] = lambda: False) -> Start:
         """Wait until this launcher takes part in a round.
@@ -155,7 +160,7 @@ class Meeting:
         if self._end is not None:
             raise MeetingEndedError(self._end)
         if before is not None and before.index is not None:
-            self._send(Ready(round=before.standing.round))
+            self._send(Ready(round=before.number))
         message_at = time.monotonic() + _SECONDS_BETWEEN_MESSAGES
         while self._start is before or self._start is None or self._start.index is None:
             self._poll(_POLL_SECONDS)
@@ -208,7 +213,7 @@ class Meeting:
     def fail(self, exit_code: int, cause: Cause = "rank") -> None:
         """Tell the others that the ranks of this node have failed, or that it is not fit."""
         assert self._start is not None
-        number = self._start.standing.round
+        number = self._start.number
         self._send(Failed(round=number, exit_code=exit_code, cause=cause))
         self._poll(0)
 
@@ -332,11 +337,11 @@ class Meeting:
         Raises:
             PeerError: No successor can be reached.
         """
-        start, lost = self._start, self._over or self._loss_of_host()
-        while self._successors and start is not None:
+        roster, lost = self._roster, self._over or self._loss_of_host()
+        while self._successors and roster is not None:
             successor = self._successors.pop(0)
             if successor.seat == self._seat:
-                self._succeed(successor, start, lost)
+                self._succeed(successor, roster, lost)
                 return
             link = connect(successor.host, successor.port, self.nodes.node_timeout)
             if link is not None:
@@ -354,12 +359,12 @@ class Meeting:
             self._to_host.close()
             self._to_host = None
 
-    def _succeed(self, own: Successor, start: Start, lost: Loss) -> None:
+    def _succeed(self, own: Successor, roster: Roster, lost: Loss) -> None:
         self.host_address = own.host
         grace = 2 * self.nodes.node_timeout
-        terms = replace(self._terms, launchers=start.launchers - 1, join_timeout=grace)
+        terms = replace(self._terms, launchers=roster.launchers - 1, join_timeout=grace)
         host = self._hold(own.seat, terms)
-        host.take_over(start, lost)
+        host.take_over(roster, lost)
 
     def _loss_of_host(self) -> Loss:
         return Loss(node=self.host_name, cause="node", time=time.time())
@@ -500,9 +505,11 @@ class Meeting:
         match message:
             case Start():
                 self._start = message
-                self._successors = list(message.successors)
+                self._take(message.roster)
                 if message.index is not None:
                     self._over = None
+            case Roster():
+                self._roster, self._successors = message, list(message.successors)
             case Over():
                 self._over = message.loss
             case Welcome():

@@ -24,6 +24,7 @@ from launcher.engine.ranks.round_messages import (
     Message,
     Over,
     Ready,
+    Roster,
     Standing,
     Start,
     Successor,
@@ -123,6 +124,9 @@ class RoundHost:
     _waits: bool = True
     """Whether launchers that have not joined are waited for."""
 
+    _has_changed: bool = False
+    """Whether launchers have come or gone since the roster was sent."""
+
     _next_look: float = 0.0
     _step_before: int | None = None
 
@@ -136,14 +140,14 @@ class RoundHost:
         """Whether every launcher of the round has finished, or is lost."""
         return all(seat.state in ("done", "ready") for seat in self._seats.values())
 
-    def take_over(self, start: Start, loss: Loss) -> None:
+    def take_over(self, roster: Roster, loss: Loss) -> None:
         """Continue the meeting of a host that has been lost.
 
         Args:
-            start: The last message that the lost host sent when a round started.
+            roster: The last roster that the lost host has sent.
             loss: The loss of the host.
         """
-        self.standing = start.standing
+        self.standing = roster.standing
         self._count(loss, gone=True)
         self.loss = loss
 
@@ -172,6 +176,7 @@ class RoundHost:
         if self.folder is not None:
             self.outbox.append((seat, Folder(path=self.folder)))
         self._step_before = self.newest()
+        self._has_changed = True
         return seat
 
     def receive(self, seat: int, message: Message) -> None:
@@ -196,6 +201,7 @@ class RoundHost:
     def lose(self, seat: int) -> None:
         """Take note that the connection to a launcher has ended."""
         lost = self._seats.pop(seat, None)
+        self._has_changed = True
         if lost is not None and lost.state == "training":
             self._end_round(lost, "node", None)
 
@@ -215,6 +221,9 @@ class RoundHost:
         if self.ended is not None or self.timed_out:
             return
         if self.is_running:
+            if self._has_changed:
+                self._has_changed = False
+                self._send_all(self._roster())
             self._look_for_growth(now)
             return
         if self._deadline is None:
@@ -236,7 +245,7 @@ class RoundHost:
         count = len(self._seats)
         if not self._waits:
             return count >= self.terms.low
-        if count >= min(self.terms.launchers, self.terms.high):
+        if count >= max(self.terms.low, min(self.terms.launchers, self.terms.high)):
             return True
         is_last_call = is_late or now > self._last_joined + _LAST_CALL_SECONDS
         return count >= self.terms.low and is_last_call
@@ -259,13 +268,9 @@ class RoundHost:
         self._waits, self._deadline, self.is_running = False, None, True
         self.standing = msgspec.structs.replace(self.standing, round=self.standing.round + 1)
         port, step = self.open_store(), self.newest()
-        order = sorted(self._seats, key=lambda seat: (seat != self.own, seat))
+        self._has_changed = False
+        order, roster = self._order(), self._roster()
         members = order[: self.terms.high]
-        successors = tuple(
-            Successor(seat=seat, name=taken.name, host=taken.host, port=taken.port)
-            for seat in order[1 : 1 + _NUM_SUCCESSORS]
-            for taken in [self._seats[seat]]
-        )
         for place, seat in enumerate(order):
             is_member = place < len(members)
             if is_member:
@@ -275,12 +280,25 @@ class RoundHost:
                 count=len(members),
                 port=port,
                 resumes=step is not None,
-                standing=self.standing,
-                successors=successors,
-                launchers=len(order),
+                roster=roster,
                 loss=self.loss,
             )
             self.outbox.append((seat, start))
+
+    def _order(self) -> list[int]:
+        """Return the seats, the host's first."""
+        return sorted(self._seats, key=lambda seat: (seat != self.own, seat))
+
+    def _roster(self) -> Roster:
+        return Roster(
+            standing=self.standing,
+            launchers=len(self._seats),
+            successors=tuple(
+                Successor(seat=seat, name=taken.name, host=taken.host, port=taken.port)
+                for seat in self._order()[1 : 1 + _NUM_SUCCESSORS]
+                for taken in [self._seats[seat]]
+            ),
+        )
 
     def _end_round(
         self,

@@ -7,6 +7,7 @@ A launcher that joins (a guest) and the one that holds the meeting (the host) ex
     Ready      has ended its ranks   Start     a round begins; without an index, the guest is spare
     Failed     its ranks failed      Over      the round is over; end the ranks and get ready
     Done       its ranks are done    Folder    the run folder
+                                     Roster    who is in the meeting
                                      End       leave the meeting
 """
 
@@ -116,6 +117,15 @@ class Welcome(Struct, tag=True, frozen=True, kw_only=True):
     """Name of the host's node."""
 
 
+class Roster(Struct, tag=True, frozen=True, kw_only=True):
+    """Who is in the meeting."""
+
+    standing: Standing
+    successors: tuple[Successor, ...]
+    launchers: int
+    """Launchers in the meeting, spares and the host included."""
+
+
 class Start(Struct, tag=True, frozen=True, kw_only=True):
     """A round begins."""
 
@@ -131,13 +141,14 @@ class Start(Struct, tag=True, frozen=True, kw_only=True):
     resumes: bool
     """Whether there is a checkpoint to resume from."""
 
-    standing: Standing
-    successors: tuple[Successor, ...] = ()
-    launchers: int = 1
-    """Launchers in the meeting, spares and the host included."""
-
+    roster: Roster
     loss: Loss | None = None
     """How the round before ended; None for the first."""
+
+    @property
+    def number(self) -> int:
+        """Number of the round, counted from 1."""
+        return self.roster.standing.round
 
 
 class Over(Struct, tag=True, frozen=True, kw_only=True):
@@ -166,7 +177,7 @@ class End(Struct, tag=True, frozen=True, kw_only=True):
     """Why, for the user of a run that ends early; may be empty."""
 
 
-Message = Hello | Ready | Failed | Done | Welcome | Start | Over | Folder | End
+Message = Hello | Ready | Failed | Done | Welcome | Roster | Start | Over | Folder | End
 """A line between two launchers."""
 
 _ENCODER = msgspec.json.Encoder()
