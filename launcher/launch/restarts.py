@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attempt:
+class RankStart:
     """One start of the ranks of a run on several nodes."""
 
     number: int
@@ -47,6 +47,9 @@ class Attempt:
 
     resumes: bool
     """Whether they resume from the newest checkpoint, whatever the request says."""
+
+    is_first_here: bool
+    """Whether the launcher of this node has not started any before."""
 
     loss: Loss | None
     """How the attempt before has ended."""
@@ -70,7 +73,7 @@ class StartRanks(Protocol):
         prepared: PreparedRun,
         signals: SignalHandler,
         group: NodeGroup | None,
-        attempt: Attempt | None = None,
+        attempt: RankStart | None = None,
     ) -> RunResult: ...
 
 
@@ -116,7 +119,7 @@ class _Rounds:
         assert nodes is not None
         self._nodes, self._prepared, self._signals = nodes, prepared, signals
         self._folder, self._start_ranks, self._stores = folder, start_ranks, RoundStores()
-        self._exit_code = EXIT_FAILED
+        self._exit_code, self._has_started = EXIT_FAILED, False
         self._meeting = Meeting(
             nodes,
             agreement_of(prepared.plan),
@@ -183,12 +186,13 @@ class _Rounds:
         prepared = prepare_for(self._prepared, start.count)
         made = make_run_dir_once(group, lambda: self._make(prepared, start))
         self._prepared = in_folder(prepared, made, group)
-        loss = start.loss
-        attempt = Attempt(
+        attempt = RankStart(
             number=start.number - 1,
             resumes=start.resumes,
-            loss=None if loss is None else Loss(node=loss.node, cause=loss.cause, time=loss.time),
+            is_first_here=not self._has_started,
+            loss=start.loss,
         )
+        self._has_started = True
         return self._start_ranks(self._prepared, self._signals, group, attempt)
 
     def _make(self, prepared: PreparedRun, start: Start) -> RunDir:
@@ -201,8 +205,8 @@ class _Rounds:
         is_planned = read_run(run_dir).plan.get("nodes") == prepared.plan.nodes
         self._folder.inherit(run_dir, None if is_planned else prepared.description)
         if start.loss is not None:
-            loss = Loss(node=start.loss.node, cause=start.loss.cause, time=start.loss.time)
-            record_loss(run_dir, loss, start.loss.index * prepared.plan.nproc_per_node)
+            loss = start.loss
+            record_loss(run_dir, loss, loss.index * prepared.plan.nproc_per_node)
             if start.roster.standing.failures.get(loss.node, 0) >= FAILURES_TO_LEAVE_OUT:
                 with contextlib.suppress(OSError), open_to_append(run_dir.unhealthy_nodes) as file:
                     file.write(f"{loss.node}\n".encode())

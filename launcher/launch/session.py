@@ -18,7 +18,7 @@ from launcher.launch.health import refuse_unhealthy
 from launcher.launch.launcher import launch
 from launcher.launch.multi_node import joined, make_run_dir_once
 from launcher.launch.prepare import PreparedRun, RunRequest
-from launcher.launch.restarts import Attempt, start_rounds
+from launcher.launch.restarts import RankStart, start_rounds
 from launcher.launch.run_folder import in_folder, open_run_folder
 from launcher.launch.signal_handler import SignalHandler
 from launcher.launch.split_check import check_layer_split
@@ -149,7 +149,7 @@ def _launch(
     prepared: PreparedRun,
     signals: SignalHandler,
     rendezvous: NodeGroup | None,
-    attempt: Attempt | None = None,
+    attempt: RankStart | None = None,
 ) -> RunResult:
     """Start the ranks of this machine and wait for them.
 
@@ -191,7 +191,7 @@ def _launch(
         refuse_unhealthy, request.health, prepared.plan, run_dir, signals, rendezvous
     )
     try:
-        examine(is_restart=not is_first)
+        examine(is_restart=attempt is not None and not attempt.is_first_here)
         exit_code = launch(
             job,
             signals=signals,

@@ -65,17 +65,26 @@ class RecipeSource:
         return build(resolve(self.recipe), self.overrides).recipe
 
 
+Cause = Literal["rank", "node", "health", "joined"]
+"""Why the launchers of several nodes start the ranks again: a rank has failed, a node is lost or is
+not fit, or a node has joined."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """What made the launchers of a run on several nodes start its ranks again."""
+    """What has made the launchers of several nodes start the ranks of a run again."""
 
     node: str
     """Name of the node that was lost, failed or joined."""
 
-    cause: str
-    """`rank`, `node`, `health` or `joined`."""
+    cause: Cause
+    exit_code: int | None = None
+    """Exit code of its ranks; None if the node was lost."""
 
-    time: float
+    index: int = 0
+    """Its index among the nodes of the run."""
+
+    time: float = 0.0
     """When the launcher that decides noticed, in seconds since 1970."""
 
 

@@ -10,23 +10,23 @@ from typing import Any
 
 import pytest
 
-from launcher.engine.ranks.links import Link, connect
+from launcher.engine.ranks.lifelines import Lifeline, connect
 from launcher.engine.ranks.meeting import Meeting, MeetingEndedError
 from launcher.engine.ranks.round_host import RoundHost, Terms
 from launcher.engine.ranks.round_messages import (
     Done,
     End,
-    Failed,
     Hello,
-    Loss,
     Message,
     Over,
+    RanksFailed,
     Ready,
     Start,
     encode,
 )
 from launcher.environment.nodes import Nodes
 from launcher.errors import EXIT_USAGE, PeerError
+from launcher.runs.job import Loss
 
 AGREEMENT = {"recipe": "digits", "device": "cpu", "ranks": 2}
 
@@ -90,7 +90,7 @@ class Simulated:
     def fail(self, seat: int, exit_code: int = 1) -> None:
         """Let the ranks of a launcher fail."""
         number = self.host.standing.round
-        self.receive(seat, Failed(round=number, exit_code=exit_code))
+        self.receive(seat, RanksFailed(round=number, exit_code=exit_code))
         self.receive(seat, Ready(round=number))
         self.deliver()
 
@@ -267,7 +267,7 @@ def test_late_messages_of_an_earlier_round_change_nothing() -> None:
     run.lose(1)
     assert run.members == [0, 2]
     run.receive(2, Ready(round=1))
-    run.receive(2, Failed(round=1, exit_code=1))
+    run.receive(2, RanksFailed(round=1, exit_code=1))
     run.deliver()
     assert run.host.standing.restarts == 1
 
@@ -379,7 +379,7 @@ def test_many_launchers_over_sockets(free_port: int) -> None:
     host.leave()
 
 
-def wait_for(link: Link, kind: type[Any]) -> Any:
+def wait_for(link: Lifeline, kind: type[Any]) -> Any:
     """Return the next message of a kind that a launcher gets."""
     while True:
         select.select([link], [], [], 20)
@@ -389,7 +389,7 @@ def wait_for(link: Link, kind: type[Any]) -> Any:
         assert link.is_open
 
 
-def wait_for_end(link: Link) -> bool:
+def wait_for_end(link: Lifeline) -> bool:
     """Wait until the other end has closed a connection."""
     while link.is_open:
         select.select([link], [], [], 20)

@@ -14,19 +14,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from launcher.engine.ranks.links import Link, accept, connect, listen
+from launcher.engine.ranks.lifelines import Lifeline, accept, connect, listen
 from launcher.engine.ranks.rendezvous import can_resolve, is_this_machine
 from launcher.engine.ranks.round_host import RoundHost, Terms
 from launcher.engine.ranks.round_messages import (
-    Cause,
     Done,
     End,
-    Failed,
     Folder,
     Hello,
-    Loss,
     Message,
     Over,
+    RanksFailed,
     Ready,
     Roster,
     Start,
@@ -35,6 +33,7 @@ from launcher.engine.ranks.round_messages import (
 )
 from launcher.environment.nodes import Nodes
 from launcher.errors import PeerError, WorldError
+from launcher.runs.job import Cause, Loss
 
 _POLL_SECONDS = 0.1
 _SECONDS_BETWEEN_MESSAGES = 15.0
@@ -84,8 +83,10 @@ class Meeting:
         newest: Callable[[str], int | None],
         report: Callable[[str], None],
     ) -> None:
-        self.name = nodes.names[nodes.index] if nodes.names and nodes.index else platform.node()
-        self.name = self.name.rpartition("@")[2] if nodes.names else self.name
+        index = nodes.index
+        self.name = platform.node()
+        if index is not None and index < len(nodes.names):
+            self.name = nodes.names[index].rpartition("@")[2]
         self.nodes, self._agreement, self._report = nodes, dict(agreement), report
         self._open_store, self._newest = open_store, newest
         self._terms = Terms(
@@ -96,15 +97,15 @@ class Meeting:
             join_timeout=nodes.join_timeout,
         )
         self._selector = selectors.DefaultSelector()
-        self._links: dict[int, Link] = {}
+        self._links: dict[int, Lifeline] = {}
         """The host's connections, by seats."""
 
-        self._strangers: set[Link] = set()
+        self._strangers: set[Lifeline] = set()
         """Connections that have not said who they are."""
 
         self._inbox: list[Message] = []
         self._host: RoundHost | None = None
-        self._to_host: Link | None = None
+        self._to_host: Lifeline | None = None
         self._seat = nodes.index
         self._start: Start | None = None
         """The last message that a round starts."""
@@ -214,7 +215,7 @@ class Meeting:
         """Tell the others that the ranks of this node have failed, or that it is not fit."""
         assert self._start is not None
         number = self._start.number
-        self._send(Failed(round=number, exit_code=exit_code, cause=cause))
+        self._send(RanksFailed(round=number, exit_code=exit_code, cause=cause))
         self._poll(0)
 
     def end(self, exit_code: int) -> None:
@@ -439,7 +440,7 @@ class Meeting:
             self._strangers.add(link)
             self._selector.register(link, selectors.EVENT_READ, link)
 
-    def _read_host(self, link: Link) -> None:
+    def _read_host(self, link: Lifeline) -> None:
         self._inbox += link.receive()
         if not link.is_open:
             self._selector.unregister(link)
@@ -448,7 +449,7 @@ class Meeting:
             if self._over is None and self._end is None and not self._is_done:
                 self._over = self._loss_of_host()
 
-    def _read_guest(self, host: RoundHost, link: Link) -> None:
+    def _read_guest(self, host: RoundHost, link: Lifeline) -> None:
         if not link.is_open:  # another launcher has taken its seat
             return
         seat = next((seat for seat, each in self._links.items() if each is link), None)
@@ -462,7 +463,7 @@ class Meeting:
         if not link.is_open:
             self._drop(host, link, seat)
 
-    def _seat_guest(self, host: RoundHost, link: Link, hello: Hello) -> int | None:
+    def _seat_guest(self, host: RoundHost, link: Lifeline, hello: Hello) -> int | None:
         self._strangers.discard(link)
         before = len(host.outbox)
         seat = host.join(hello.seat, hello, link.peer, time.monotonic())
@@ -479,7 +480,7 @@ class Meeting:
             earlier.close()
         return seat
 
-    def _drop(self, host: RoundHost, link: Link, seat: int | None) -> None:
+    def _drop(self, host: RoundHost, link: Lifeline, seat: int | None) -> None:
         self._selector.unregister(link)
         link.close()
         self._strangers.discard(link)

@@ -17,12 +17,11 @@ import msgspec
 from launcher.engine.ranks.round_messages import (
     Done,
     End,
-    Failed,
     Folder,
     Hello,
-    Loss,
     Message,
     Over,
+    RanksFailed,
     Ready,
     Roster,
     Standing,
@@ -31,6 +30,7 @@ from launcher.engine.ranks.round_messages import (
     Welcome,
 )
 from launcher.errors import EXIT_FAILED, EXIT_USAGE
+from launcher.runs.job import Cause, Loss
 
 FAILURES_TO_LEAVE_OUT = 2
 """After so many failures a node is left out, if the others are enough."""
@@ -192,7 +192,7 @@ class RoundHost:
             taken.state = "ready"
         elif isinstance(message, Done):
             taken.state = "done"
-        elif isinstance(message, Failed):
+        elif isinstance(message, RanksFailed):
             is_current = taken.state == "training" and message.round == self.standing.round
             taken.state = "ending"
             if is_current:
@@ -303,7 +303,7 @@ class RoundHost:
     def _end_round(
         self,
         failed: _Seat,
-        cause: Literal["rank", "node", "health", "joined"],
+        cause: Cause,
         exit_code: int | None,
     ) -> None:
         own = self._seats.get(self.own)

@@ -5,7 +5,7 @@ A launcher that joins (a guest) and the one that holds the meeting (the host) ex
     guest                            host
     Hello      joins                 Welcome   has been given a seat
     Ready      has ended its ranks   Start     a round begins; without an index, the guest is spare
-    Failed     its ranks failed      Over      the round is over; end the ranks and get ready
+    RanksFailed     its ranks failed      Over      the round is over; end the ranks and get ready
     Done       its ranks are done    Folder    the run folder
                                      Roster    who is in the meeting
                                      End       leave the meeting
@@ -13,13 +13,12 @@ A launcher that joins (a guest) and the one that holds the meeting (the host) ex
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 from msgspec import Struct
 
-Cause = Literal["rank", "node", "health", "joined"]
-"""Why a round ended: a rank failed, a node was lost or is not fit, or a node has joined."""
+from launcher.runs.job import Cause, Loss
 
 MAX_LINE_BYTES = 1 << 16
 """Largest message; a connection that sends more is closed."""
@@ -52,23 +51,6 @@ class Successor(Struct, frozen=True, kw_only=True):
     port: int
 
 
-class Loss(Struct, frozen=True, kw_only=True):
-    """How a round ended."""
-
-    node: str
-    """Name of the node that failed, was lost or has joined."""
-
-    cause: Cause
-    exit_code: int | None = None
-    """Exit code of the node; None if it was lost."""
-
-    index: int = 0
-    """Its index among the nodes of the round."""
-
-    time: float = 0.0
-    """When the host noticed, in seconds since 1970."""
-
-
 class Hello(Struct, tag=True, frozen=True, kw_only=True):
     """A launcher joins."""
 
@@ -92,7 +74,7 @@ class Ready(Struct, tag=True, frozen=True, kw_only=True):
     """The round in which they ran."""
 
 
-class Failed(Struct, tag=True, frozen=True, kw_only=True):
+class RanksFailed(Struct, tag=True, frozen=True, kw_only=True):
     """The ranks of this launcher have failed, or its node is not fit."""
 
     round: int
@@ -177,7 +159,7 @@ class End(Struct, tag=True, frozen=True, kw_only=True):
     """Why, for the user of a run that ends early; may be empty."""
 
 
-Message = Hello | Ready | Failed | Done | Welcome | Roster | Start | Over | Folder | End
+Message = Hello | Ready | RanksFailed | Done | Welcome | Roster | Start | Over | Folder | End
 """A line between two launchers."""
 
 _ENCODER = msgspec.json.Encoder()

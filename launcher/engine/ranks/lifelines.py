@@ -51,20 +51,20 @@ def listen(port: int = 0) -> socket.socket:
     return _opened(socket.create_server(("", port), backlog=backlog))
 
 
-def accept(listener: socket.socket, timeout: float) -> Iterator[Link]:
+def accept(listener: socket.socket, timeout: float) -> Iterator[Lifeline]:
     """Yield the connections that wait at a socket."""
     while True:
         try:
             connection, address = listener.accept()
         except OSError:
             return
-        yield Link(connection, timeout, str(address[0]).removeprefix("::ffff:"))
+        yield Lifeline(connection, timeout, str(address[0]).removeprefix("::ffff:"))
 
 
-def connect(host: str, port: int, timeout: float) -> Link | None:
+def connect(host: str, port: int, timeout: float) -> Lifeline | None:
     """Return a connection to an address; None if nothing answers within 5 s."""
     try:
-        return Link(socket.create_connection((host, port), timeout=5), timeout, host)
+        return Lifeline(socket.create_connection((host, port), timeout=5), timeout, host)
     except (OSError, UnicodeError):
         return None
 
@@ -75,7 +75,7 @@ def _opened(each: socket.socket) -> socket.socket:
     return each
 
 
-class Link:
+class Lifeline:
     """A connection to another launcher.
 
     Args:
