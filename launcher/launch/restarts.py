@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 from launcher.errors import (
     EXIT_FAILED,
     EXIT_RESUMABLE,
+    EXIT_WITHOUT,
     EndedError,
     HealthError,
     LauncherError,
@@ -23,13 +24,13 @@ from launcher.launch.prepare import PreparedRun, prepare_for
 from launcher.launch.run_folder import in_folder
 from launcher.launch.signal_handler import SignalHandler
 from launcher.planning.derivations import counted
-from launcher.regular_file import open_to_append
+from launcher.regular_file import open_to_append, read_regular
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.events import record_loss
 from launcher.runs.failure_record import RunFailedError
-from launcher.runs.files import write_atomic
+from launcher.runs.files import remove_file, write_atomic
 from launcher.runs.job import Loss
-from launcher.runs.run_record import RunRecord, read_run
+from launcher.runs.run_record import read_run, write_resumption
 from launcher.runs.run_result import RunResult
 from launcher.runs.rundir import RunDir
 
@@ -61,8 +62,8 @@ class OwnedFolder(Protocol):
     def make(self, prepared: PreparedRun) -> RunDir:
         """Make the folder, or take the one of a run to resume."""
 
-    def inherit(self, run_dir: RunDir, description: RunRecord | None) -> None:
-        """Own the folder in place of a lost launcher; write run.yaml if the plan has changed."""
+    def take_over(self, run_dir: RunDir) -> bool:
+        """Own the folder in place of a lost launcher; return whether it is newly owned."""
 
 
 class StartRanks(Protocol):
@@ -157,7 +158,7 @@ class _Rounds:
             if not self._nodes.names:
                 raise
             report(f"launcher: {error}")
-            raise EndedError(0) from None  # the launchers that are left decide how the run ends
+            raise EndedError(EXIT_WITHOUT) from None  # the others decide how the run ends
         except Exception as error:
             self._exit_code = error.exit_code if isinstance(error, LauncherError) else EXIT_FAILED
             self._meeting.end(self._exit_code)
@@ -168,10 +169,13 @@ class _Rounds:
 
         The exit code of srun tells the worst of all tasks, those on lost nodes included.
         """
-        path = self._meeting.folder
+        path, is_host = self._meeting.folder, self._meeting.is_host
         self._meeting.leave()
-        if self._meeting.has_held and path is not None and "SLURM_JOB_ID" in os.environ:
-            with contextlib.suppress(RunDirError):
+        if path is None or not is_host:
+            return
+        with contextlib.suppress(RunDirError):
+            remove_file(RunDir(Path(path)).round)
+            if "SLURM_JOB_ID" in os.environ:
                 write_atomic(RunDir(Path(path)).exit_code, f"{self._exit_code}\n".encode())
 
     def _attempt(self, start: Start) -> RunResult:
@@ -200,10 +204,14 @@ class _Rounds:
         from launcher.engine.ranks.round_host import FAILURES_TO_LEAVE_OUT
 
         if self._meeting.folder is None:
-            return self._folder.make(prepared)
-        run_dir = RunDir(Path(self._meeting.folder))
-        is_planned = read_run(run_dir).plan.get("nodes") == prepared.plan.nodes
-        self._folder.inherit(run_dir, None if is_planned else prepared.description)
+            run_dir = self._folder.make(prepared)
+        else:
+            run_dir = RunDir(Path(self._meeting.folder))
+            if self._folder.take_over(run_dir):
+                _check_round(run_dir, start.number - 1)
+            if read_run(run_dir).plan.get("nodes") != prepared.plan.nodes:
+                write_resumption(run_dir, prepared.description)
+        write_atomic(run_dir.round, f"{start.number}\n".encode())
         if start.loss is not None:
             loss = start.loss
             record_loss(run_dir, loss, loss.index * prepared.plan.nproc_per_node)
@@ -231,8 +239,11 @@ class _Rounds:
 
     def _last_error(self, end: End, failure: RunFailedError | None) -> LauncherError:
         """Return the error with which this process ends, because the run has ended."""
-        if end.reason and (self._meeting.has_held or not self._nodes.names or not end.exit_code):
+        is_left_out = end.exit_code == EXIT_WITHOUT
+        if end.reason and (self._meeting.has_held or not self._nodes.names or is_left_out):
             report(f"launcher: {end.reason}")
+        if is_left_out:
+            return EndedError(EXIT_WITHOUT)
         if failure is not None and end.node == self._meeting.name:
             self._exit_code = failure.exit_code
             return failure
@@ -244,6 +255,27 @@ class _Rounds:
         if is_quiet and error.exit_code == EXIT_RESUMABLE:
             return EndedError(0)  # the launcher of the first node says so
         return EndedError(error.exit_code) if is_quiet or not end.node else error
+
+
+def _check_round(run_dir: RunDir, number: int) -> None:
+    """Check that the run has not gone on without this launcher, which was cut off from the others.
+
+    Args:
+        run_dir: The run folder, which this launcher owns.
+        number: The last round that it knows of.
+
+    Raises:
+        RunDirError: A later round has started, or the run has ended.
+    """
+    try:
+        found = read_regular(run_dir.round, 64).decode().strip()
+    except (OSError, ValueError):
+        found = ""
+    if found != str(number):
+        raise RunDirError(
+            f"{run_dir.shown}: the run has gone on without this node, which had lost the "
+            "connection to the others. Nothing was changed."
+        )
 
 
 def _newest_step(folder: str) -> int | None:

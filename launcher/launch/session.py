@@ -32,7 +32,6 @@ from launcher.runs.job import Job, ResumeFrom
 from launcher.runs.ownership import own_run_dir
 from launcher.runs.run_record import (
     CodeRecord,
-    RunRecord,
     replace_code,
     write_resumption,
 )
@@ -117,22 +116,18 @@ class _Folder:
                 raise
         return made
 
-    def inherit(self, run_dir: RunDir, description: RunRecord | None) -> None:
-        """Own the folder in place of a launcher that is lost, and describe another plan in it.
-
-        Args:
-            run_dir: The folder.
-            description: The content of run.yaml; None leaves it as it is.
+    def take_over(self, run_dir: RunDir) -> bool:
+        """Own the folder, which another launcher has made; return whether it is newly owned.
 
         Raises:
-            RunDirError: The lost launcher owns the folder after all, or it cannot be written.
+            RunDirError: That launcher owns the folder after all.
         """
-        if not self._is_owner:
-            own = own_run_dir(run_dir, with_ranks=True, takes_over=True)
-            self._ownership.enter_context(own)
-            self._is_owner = True
-        if description is not None:
-            write_resumption(run_dir, description)
+        if self._is_owner:
+            return False
+        own = own_run_dir(run_dir, with_ranks=True, takes_over=True)
+        self._ownership.enter_context(own)
+        self._is_owner = True
+        return True
 
     def restore_record(self, run_dir: RunDir) -> None:
         """Write run.yaml as it was, if there was one.

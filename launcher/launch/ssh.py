@@ -23,7 +23,7 @@ from launcher.environment.program import own_program
 from launcher.errors import EXIT_FAILED, UsageError
 from launcher.json_file import encode_json
 from launcher.launch.forwarded_variables import forwarded_variables
-from launcher.signals import EXIT_BY_SIGNAL, STOP_SIGNALS
+from launcher.signals import STOP_SIGNALS
 
 _SECONDS_TO_END = 5.0
 """How long the other launchers have to end by themselves after one has failed."""
@@ -84,7 +84,8 @@ def run_on_hosts(
             f"--hosts starts a launcher on each host with {program[0]}, which is not installed "
             "here. Install an ssh client, or give another command with --ssh."
         ) from None
-    return _wait(launchers, signals, goes_on=request.restarts > 0)
+    needed = nodes.min_count or nodes.count if request.restarts else len(hosts)
+    return _wait(launchers, signals, needed)
 
 
 class _Signals:
@@ -121,17 +122,20 @@ def _send(process: subprocess.Popen[str], line: str) -> None:
 
 
 def _wait(
-    launchers: Mapping[int, tuple[str, subprocess.Popen[str]]], signals: _Signals, *, goes_on: bool
+    launchers: Mapping[int, tuple[str, subprocess.Popen[str]]], signals: _Signals, needed: int
 ) -> int:
-    """Wait for all launchers; return 0 or the exit code of the first that failed.
+    """Wait for all launchers; return the exit code of the run.
+
+    It is that of the first launcher that failed. Where the run goes on without some, it is that of
+    the first in the order of the hosts that was not lost, which is the one that decides for all.
 
     Args:
-        launchers: The launchers, by the ids of their processes here.
+        launchers: The launchers, by the ids of their processes here, in the order of the hosts.
         signals: What is sent to them.
-        goes_on: Whether the run goes on without launchers that are lost.
+        needed: Launchers without which the run does not go on, so that the others are stopped.
     """
-    waiting = set(launchers)
-    exit_code, deadline = 0, 0.0
+    waiting, failed = set(launchers), list[int]()
+    deadline = 0.0
     while waiting:
         pid, status = os.waitpid(-1, os.WNOHANG if deadline else 0)
         if deadline and time.monotonic() > deadline:
@@ -143,7 +147,6 @@ def _wait(
         waiting.remove(pid)
         host, process = launchers[pid]
         process.returncode = os.waitstatus_to_exitcode(status)
-        is_lost = process.returncode >= EXIT_BY_SIGNAL or process.returncode < 0
         if process.returncode == 0:
             continue
         if process.returncode in (_EXIT_OF_SSH, 126, 127) or process.returncode < 0:
@@ -152,13 +155,19 @@ def _wait(
                 f"running on that host. Does `ssh {host} {shlex.quote(sys.executable)} -V` work?",
                 file=sys.stderr,
             )
-            process.returncode = EXIT_FAILED
-        if goes_on and is_lost and waiting:
-            continue
-        if not exit_code:
-            exit_code = process.returncode
+        failed.append(_exit_code(process))
+        if len(launchers) - len(failed) == needed - 1:
             deadline = time.monotonic() + _SECONDS_TO_END
-    return exit_code
+    if needed == len(launchers):
+        return failed[0] if failed else 0
+    left = [process for _, process in launchers.values() if 0 <= process.returncode < 126]
+    return _exit_code(left[0]) if left else EXIT_FAILED
+
+
+def _exit_code(process: subprocess.Popen[str]) -> int:
+    """Return the exit code of a launcher; that of a run that failed if ssh did."""
+    is_of_ssh = process.returncode in (_EXIT_OF_SSH, 126, 127) or process.returncode < 0
+    return EXIT_FAILED if is_of_ssh else process.returncode
 
 
 def _remote(nodes: Nodes, index: int, folder: Path, arguments: Sequence[str]) -> str:

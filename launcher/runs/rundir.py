@@ -22,6 +22,7 @@ owner.lock          the process that owns this folder; see launcher.runs.ownersh
 submission.json     the job that `launcher submit` submitted; with its job.sbatch or job.yaml
 unhealthy_nodes     names of nodes that failed `--health`, or twice in one run; the job is queued
                     again without them
+round               how often the ranks of several nodes that restart have started, while they run
 exit_code           how a Slurm job whose nodes restart together has ended, for its batch script
 examination.json    what the ranks report about their node, for `launcher doctor`
 inspection.json     which parts of the recipe depend on the split, for `launcher prove`
@@ -102,6 +103,14 @@ class RunDir:
     def unhealthy_nodes(self) -> Path:
         """The file with the names of nodes that a job is not started on again, one a line."""
         return self.path / "unhealthy_nodes"
+
+    @property
+    def round(self) -> Path:
+        """The file with the number of starts of the ranks, while those of several nodes restart.
+
+        A launcher that was cut off from the others sees in it that they have gone on.
+        """
+        return self.path / "round"
 
     @property
     def exit_code(self) -> Path:

@@ -25,7 +25,7 @@ from launcher.engine.ranks.round_messages import (
     encode,
 )
 from launcher.environment.nodes import Nodes
-from launcher.errors import EXIT_USAGE, PeerError
+from launcher.errors import EXIT_USAGE, EXIT_WITHOUT, PeerError
 from launcher.runs.job import Loss
 
 AGREEMENT = {"recipe": "digits", "device": "cpu", "ranks": 2}
@@ -189,7 +189,7 @@ def test_a_node_that_fails_twice_is_left_out() -> None:
     assert run.members == [0, 1]
     run.fail(1)
     assert run.members == [0, 2]
-    assert (run.ends[1].exit_code, run.ends[1].node) == (0, "node1")
+    assert (run.ends[1].exit_code, run.ends[1].node) == (EXIT_WITHOUT, "node1")
     assert run.host.join(7, hello("node1"), "", 0.0) is None
 
 

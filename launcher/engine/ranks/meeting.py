@@ -123,7 +123,7 @@ class Meeting:
         """How the present round has ended; None while it goes on."""
 
         self._end: End | None = None
-        self._is_done = self._is_closed = False
+        self._is_done = self._is_closed = self._was_host = False
         self.has_held = False
         """Whether this launcher has been the host."""
 
@@ -137,8 +137,8 @@ class Meeting:
 
     @property
     def is_host(self) -> bool:
-        """Whether this launcher holds the meeting."""
-        return self._host is not None
+        """Whether this launcher holds the meeting, or did when it left it."""
+        return self._was_host if self._is_closed else self._host is not None
 
     @property
     def _is_spare(self) -> bool:
@@ -261,7 +261,7 @@ class Meeting:
         """Close all connections at once."""
         if self._is_closed:
             return
-        self._is_closed = True
+        self._is_closed, self._was_host = True, self._host is not None
         for link in (*self._links.values(), *self._strangers, self._to_host):
             if link is not None:
                 link.close()

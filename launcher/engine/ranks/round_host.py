@@ -29,7 +29,7 @@ from launcher.engine.ranks.round_messages import (
     Successor,
     Welcome,
 )
-from launcher.errors import EXIT_FAILED, EXIT_USAGE
+from launcher.errors import EXIT_FAILED, EXIT_USAGE, EXIT_WITHOUT
 from launcher.runs.job import Cause, Loss
 
 FAILURES_TO_LEAVE_OUT = 2
@@ -385,4 +385,4 @@ class RoundHost:
 
 def _left_out(name: str) -> End:
     reason = f"{name} has failed {FAILURES_TO_LEAVE_OUT} times, and the run goes on without it"
-    return End(exit_code=0, node=name, reason=reason)
+    return End(exit_code=EXIT_WITHOUT, node=name, reason=reason)
