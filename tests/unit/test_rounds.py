@@ -239,6 +239,16 @@ def test_a_first_round_waits_for_its_nodes() -> None:
     assert fixed.host.missing == [1, 2]
 
 
+def test_a_first_round_does_not_wait_long_for_spares() -> None:
+    """A run whose spare does not come starts without it soon after its own nodes are there."""
+    run = Simulated(2, 2, 3)
+    run.join(0, 1)
+    assert run.members == []
+    run.now = 6.0
+    run.deliver()
+    assert run.members == [0, 1]
+
+
 def test_a_node_that_would_run_something_else_is_refused() -> None:
     """A launcher with other ranks is told so, and others that have joined are not affected."""
     run = started(2, 2, 2)

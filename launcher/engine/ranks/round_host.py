@@ -41,6 +41,10 @@ _NUM_SUCCESSORS = 8
 _LAST_CALL_SECONDS = 30.0
 """How long a first round that could start waits for another launcher after the last one came."""
 
+_SECONDS_FOR_SPARES = 5.0
+"""How long a first round that has all of its nodes waits for spares, so that the last ones of the
+launchers are the spares."""
+
 _SECONDS_TO_GET_READY = 60.0
 """How long a launcher may take to end its ranks before the others go on without it."""
 
@@ -227,7 +231,8 @@ class RoundHost:
             self._look_for_growth(now)
             return
         if self._deadline is None:
-            self._deadline = now + self.terms.join_timeout
+            patience = self.terms.join_timeout if self._waits else _SECONDS_TO_GET_READY
+            self._deadline = now + patience
         is_late = now > self._deadline
         if is_late:
             self._drop_those_that_end()
@@ -245,10 +250,10 @@ class RoundHost:
         count = len(self._seats)
         if not self._waits:
             return count >= self.terms.low
-        if count >= max(self.terms.low, min(self.terms.launchers, self.terms.high)):
+        if count >= max(self.terms.low, self.terms.launchers):
             return True
-        is_last_call = is_late or now > self._last_joined + _LAST_CALL_SECONDS
-        return count >= self.terms.low and is_last_call
+        patience = _LAST_CALL_SECONDS if count < self.terms.high else _SECONDS_FOR_SPARES
+        return count >= self.terms.low and (is_late or now > self._last_joined + patience)
 
     def _refusal(self, hello: Hello) -> End | None:
         if self.ended is not None:
