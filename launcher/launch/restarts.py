@@ -120,7 +120,7 @@ class _Rounds:
         assert nodes is not None
         self._nodes, self._prepared, self._signals = nodes, prepared, signals
         self._folder, self._start_ranks, self._stores = folder, start_ranks, RoundStores()
-        self._exit_code, self._has_started = EXIT_FAILED, False
+        self._exit_code, self._has_started, self._is_over = EXIT_FAILED, False, False
         self._meeting = Meeting(
             nodes,
             agreement_of(prepared.plan),
@@ -149,7 +149,7 @@ class _Rounds:
                 except PeerError:
                     failure = None
                 else:
-                    self._exit_code = result.exit_code
+                    self._exit_code, self._is_over = result.exit_code, True
                     return result
         except MeetingEndedError as ended:
             raise self._last_error(ended.end, failure) from None
@@ -174,7 +174,8 @@ class _Rounds:
         if path is None or not is_host:
             return
         with contextlib.suppress(RunDirError):
-            remove_file(RunDir(Path(path)).round)
+            if self._is_over:  # otherwise others may go on without this launcher
+                remove_file(RunDir(Path(path)).round)
             if "SLURM_JOB_ID" in os.environ:
                 write_atomic(RunDir(Path(path)).exit_code, f"{self._exit_code}\n".encode())
 
@@ -252,8 +253,6 @@ class _Rounds:
             error.exit_code = _exit_code_after_loss(Path(self._meeting.folder))
         self._exit_code = error.exit_code
         is_quiet = bool(self._nodes.names) and not self._meeting.has_held
-        if is_quiet and error.exit_code == EXIT_RESUMABLE:
-            return EndedError(0)  # the launcher of the first node says so
         return EndedError(error.exit_code) if is_quiet or not end.node else error
 
 

@@ -126,8 +126,9 @@ def _wait(
 ) -> int:
     """Wait for all launchers; return the exit code of the run.
 
-    It is that of the first launcher that failed. Where the run goes on without some, it is that of
-    the first in the order of the hosts that was not lost, which is the one that decides for all.
+    It is that of the first launcher that failed. Where the run goes on without some, it is 0 if any
+    launcher has seen the run finish, and otherwise that of the first in the order of the hosts that
+    was not lost, which is the one that decides for all.
 
     Args:
         launchers: The launchers, by the ids of their processes here, in the order of the hosts.
@@ -160,8 +161,8 @@ def _wait(
             deadline = time.monotonic() + _SECONDS_TO_END
     if needed == len(launchers):
         return failed[0] if failed else 0
-    left = [process for _, process in launchers.values() if 0 <= process.returncode < 126]
-    return _exit_code(left[0]) if left else EXIT_FAILED
+    codes = [process.returncode for _, process in launchers.values()]
+    return 0 if 0 in codes else next((code for code in codes if 0 < code < 126), EXIT_FAILED)
 
 
 def _exit_code(process: subprocess.Popen[str]) -> int:

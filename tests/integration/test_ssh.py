@@ -397,7 +397,9 @@ def test_a_killed_terminal_stops_the_run(network: Network) -> None:
 LASTING = ("steps=60", "record_samples=true", "checkpoint_every=10", "device=cpu", "pause=0.05")
 
 
-@pytest.mark.parametrize(("pulled", "left"), [(2, ["machine1", "machine3"])])
+@pytest.mark.parametrize(
+    ("pulled", "left"), [(1, ["machine2", "machine3"]), (2, ["machine1", "machine3"])]
+)
 def test_a_machine_that_is_cut_off_is_replaced(
     network: Network, pulled: int, left: list[str]
 ) -> None:

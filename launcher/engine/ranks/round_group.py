@@ -10,7 +10,7 @@ from torch._C._distributed_c10d import Store, TCPStore
 
 from launcher.engine.ranks.meeting import Meeting
 from launcher.engine.ranks.round_messages import Start
-from launcher.errors import EXIT_RESUMABLE, PeerError
+from launcher.errors import PeerError
 
 _POLL_SECONDS = 0.1
 
@@ -98,13 +98,13 @@ class RoundGroup:
         self._meeting.fail(exit_code)
 
     def leave(self, exit_code: int) -> int:
-        """Leave the meeting when the run has ended; return the exit code for this process.
+        """Leave the meeting when the run has ended; return its exit code.
 
         Raises:
             PeerError: Another node has failed meanwhile.
         """
         self._meeting.finish(exit_code)
-        return 0 if self.is_quiet and exit_code == EXIT_RESUMABLE else exit_code
+        return exit_code
 
 
 class _Names(Sequence[str]):
