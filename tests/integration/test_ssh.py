@@ -397,33 +397,28 @@ def test_a_killed_terminal_stops_the_run(network: Network) -> None:
 LASTING = ("steps=60", "record_samples=true", "checkpoint_every=10", "device=cpu", "pause=0.05")
 
 
-@pytest.mark.parametrize(
-    ("pulled", "left"), [(1, ["machine2", "machine3"]), (2, ["machine1", "machine3"])]
-)
-def test_a_machine_that_is_cut_off_is_replaced(
-    network: Network, pulled: int, left: list[str]
-) -> None:
-    """A machine whose cable is pulled is noticed in time, and a spare takes its place."""
+def test_a_machine_that_is_cut_off_is_replaced(network: Network) -> None:
+    """When the cable of the first machine is pulled, the others notice, and a spare goes on."""
     options = ("--spares", "1", "--max-restarts", "2", "--node-timeout", "4", "-n", "1")
     hosts = network.hosts(*ADDRESSES, SPARE)
-    out = f"pulled{pulled}"
+    out = "pulled"
     process = network.start("run", PACED, *LASTING, *options, "--out", out, *hosts)
     run_dir = out_of(network, out)
     try:
         wait_until(lambda: has_rows(run_dir, 25), process)
-        network.set_cable(pulled, "down")
+        network.set_cable(1, "down")
         wait_until(run_dir.result.exists, process)
     finally:
-        network.set_cable(pulled, "up")
+        network.set_cable(1, "up")
         output = process.communicate(timeout=120)
     assert process.returncode == 0, output
     nodes = [read_heartbeat(run_dir, rank) for rank in range(2)]
-    assert [node.node for node in nodes if node is not None] == left
+    assert [node.node for node in nodes if node is not None] == ["machine2", "machine3"]
     (failed,) = [row for row in read_lines(run_dir.events) if row["event"] == "failed"]
     assert failed["error"] == "LostNode"
-    alone = network.run("launcher", "run", PACED, *LASTING[:-1], "-n", "1", "--out", f"one{pulled}")
+    alone = network.run("launcher", "run", PACED, *LASTING[:-1], "-n", "1", "--out", "alone-paced")
     assert alone.exit_code == 0, alone.stderr
-    one, other = (read_trace(out_of(network, name)) for name in (f"one{pulled}", out))
+    one, other = (read_trace(out_of(network, name)) for name in ("alone-paced", out))
     difference = compare(one, other, tolerance=1e-5)
     assert difference.agrees, difference
 

@@ -7,8 +7,10 @@ that one. `launcher.engine.ranks.round_host` has the decisions of the host.
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import selectors
+import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -42,8 +44,9 @@ _SECONDS_BETWEEN_MESSAGES = 15.0
 _SECONDS_TO_LEAVE = 6.0
 """How long the host waits for the guests to leave before it does."""
 
-_OWN = -1
-"""The key of this launcher's listener among the sockets."""
+_OWN, _PUBLIC = -1, -2
+"""The keys of the listeners among the sockets: that of this launcher, and the one at the rendezvous
+address after it has become the host."""
 
 
 class MeetingEndedError(Exception):
@@ -103,6 +106,7 @@ class Meeting:
         self._strangers: set[Lifeline] = set()
         """Connections that have not said who they are."""
 
+        self._public_listener: socket.socket | None = None
         self._inbox: list[Message] = []
         self._host: RoundHost | None = None
         self._to_host: Lifeline | None = None
@@ -266,6 +270,8 @@ class Meeting:
             if link is not None:
                 link.close()
         self._listener.close()
+        if self._public_listener is not None:
+            self._public_listener.close()
         self._selector.close()
         self._links, self._to_host, self._host = {}, None, None
         self._strangers.clear()
@@ -366,6 +372,9 @@ class Meeting:
         terms = replace(self._terms, launchers=roster.launchers - 1, join_timeout=grace)
         host = self._hold(own.seat, terms)
         host.take_over(roster, lost)
+        with contextlib.suppress(OSError):  # where another launcher may look for the meeting
+            self._public_listener = listen(self.nodes.port)
+            self._selector.register(self._public_listener, selectors.EVENT_READ, _PUBLIC)
 
     def _loss_of_host(self) -> Loss:
         return Loss(node=self.host_name, cause="node", time=time.time())
@@ -422,7 +431,9 @@ class Meeting:
             self._advance(self._host)
         for key, _ in self._selector.select(0 if self._inbox else timeout):
             if key.data == _OWN:
-                self._accept()
+                self._accept(self._listener)
+            elif key.data == _PUBLIC and self._public_listener is not None:
+                self._accept(self._public_listener)
             elif key.data is self._to_host and self._to_host is not None:
                 self._read_host(self._to_host)
             elif self._host is not None:
@@ -435,8 +446,8 @@ class Meeting:
         for message in inbox:
             self._take(message)
 
-    def _accept(self) -> None:
-        for link in accept(self._listener, self.nodes.node_timeout):
+    def _accept(self, listener: socket.socket) -> None:
+        for link in accept(listener, self.nodes.node_timeout):
             self._strangers.add(link)
             self._selector.register(link, selectors.EVENT_READ, link)
 

@@ -128,6 +128,7 @@ class RoundHost:
     _waits: bool = True
     """Whether launchers that have not joined are waited for."""
 
+    _next_seat: int = 0
     _has_changed: bool = False
     """Whether launchers have come or gone since the roster was sent."""
 
@@ -152,6 +153,7 @@ class RoundHost:
             loss: The loss of the host.
         """
         self.standing = roster.standing
+        self._next_seat = roster.next_seat
         self._count(loss, gone=True)
         self.loss = loss
 
@@ -164,7 +166,8 @@ class RoundHost:
             host: Its address.
             now: The time, in seconds of any clock.
         """
-        seat = max(self._seats, default=self.own - 1) + 1 if seat is None else seat
+        seat = self._next_seat if seat is None else seat
+        self._next_seat = max(self._next_seat, seat + 1)
         refusal = self._refusal(hello)
         if refusal is not None:
             self.outbox.append((seat, refusal))
@@ -298,6 +301,7 @@ class RoundHost:
         return Roster(
             standing=self.standing,
             launchers=len(self._seats),
+            next_seat=self._next_seat,
             successors=tuple(
                 Successor(seat=seat, name=taken.name, host=taken.host, port=taken.port)
                 for seat in self._order()[1 : 1 + _NUM_SUCCESSORS]

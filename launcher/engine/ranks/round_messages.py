@@ -107,6 +107,9 @@ class Roster(Struct, tag=True, frozen=True, kw_only=True):
     launchers: int
     """Launchers in the meeting, spares and the host included."""
 
+    next_seat: int
+    """The seat of the next launcher that comes without one."""
+
 
 class Start(Struct, tag=True, frozen=True, kw_only=True):
     """A round begins."""
