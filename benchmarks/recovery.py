@@ -41,6 +41,9 @@ from launcher.runs.rundir import RunDir
 
 RECIPE = HERE / "steady.py"
 LOSSES = ("rank", "launcher", "node")
+STEPS_PER_KILL, SECONDS_PER_STEP = 45, 0.2
+"""A run that is killed often takes so long that new launchers have time to start."""
+
 SECONDS_TO_RECOVER = 120.0
 """After so long a run counts as not recovered."""
 
@@ -94,6 +97,9 @@ class Fleet:
     """launcher or torchrun."""
 
     steps: int = 100_000
+    pause: float = 0.03
+    """Seconds of each step; the results do not depend on it."""
+
     options: tuple[str, ...] = ("--nodes", "2", "--spares", "1", "--max-restarts", "99")
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     port: int = field(default_factory=_free_port)
@@ -106,6 +112,7 @@ class Fleet:
     def start(self, host_name: str | None = None) -> subprocess.Popen[bytes]:
         """Start one more launcher; `host_name` is the name of its machine, if it has its own."""
         settings = [f"steps={self.steps}", "device=cpu", "num_workers=0"]
+        settings.append(f"seconds_per_step={self.pause}")
         if self.name == "launcher":
             command = [str(BIN / "launcher"), "run", str(RECIPE), "-n", "1", *settings]
             command += ["--out", str(self.out), "--rendezvous", f"localhost:{self.port}"]
@@ -227,17 +234,21 @@ def kill_often(folder: Path, kills: int, rng: random.Random) -> None:
     """
     if os.geteuid() != 0:
         raise click.ClickException("--kills needs root, for a host name of each launcher.")
-    steps = 6 * kills + 10
-    with fleet(folder / "whole", "launcher", steps=steps, options=("--nodes", "2")) as whole:
+    steps = STEPS_PER_KILL * kills + 20
+    with fleet(
+        folder / "whole", "launcher", steps=steps, pause=0, options=("--nodes", "2")
+    ) as whole:
         whole.start_in_order(2, lambda index: f"whole{index}")
         if any(process.wait() for process in whole.processes):
             raise click.ClickException("The undisturbed run failed.")
     reference = read_trace(whole.run_dir)
-    with fleet(folder / "killed", "launcher", steps=steps) as run:
+    with fleet(folder / "killed", "launcher", steps=steps, pause=SECONDS_PER_STEP) as run:
         run.start_in_order(3, lambda index: f"node{index}")
         victims = []
         for number in range(kills):
             _wait(functools.partial(run.has_recovered, number, run.step() + 1 + rng.randrange(3)))
+            if run.run_dir.result.exists() or run.processes[-1].poll() is not None:
+                raise click.ClickException(f"The run ended after {number} of {kills} kills.")
             victims.append(rng.randrange(2))
             run.lose("node", victims[-1])
             newest = run.start(f"node{3 + number}")
@@ -248,15 +259,10 @@ def kill_often(folder: Path, kills: int, rng: random.Random) -> None:
             raise click.ClickException(f"{log}\nexit codes {codes}")
         check_equal(reference, read_trace(run.run_dir), run.out)
         times = [row["seconds"] for row in run.rows("recovered")]
-    head = (
-        "nodes killed",
-        "first nodes among them",
-        "median s to the next step",
-        "longest",
-        "equal",
-    )
-    row = [str(kills), str(victims.count(0)), (statistics.median(times), ".1f")]
-    print_table(head, [[*row, (max(times), ".1f"), "to the bit"]], title="one run, nodes killed")
+    head = ("nodes killed", "first ones", "median s to the next step", "longest", "weights")
+    row: list[Cell] = [str(kills), str(victims.count(0)), (statistics.median(times), ".1f")]
+    row += [(max(times), ".1f"), "equal to the bit"]
+    print_table(head, [row], title="one run whose nodes are killed")
 
 
 def _wait(condition: Callable[[], object], seconds: float = 300.0) -> object:

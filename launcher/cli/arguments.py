@@ -27,7 +27,7 @@ MAX_NODES = 1_000_000
 MAX_RESTARTS = 1_000_000
 """Restarts after a failure that an option takes at most."""
 
-MIN_NODE_TIMEOUT = 4.0
+MIN_NODE_TIMEOUT = 4
 """Shortest time in seconds in which the kernel notices that a connection is lost."""
 
 MAX_MEGABYTES = 1_000_000_000

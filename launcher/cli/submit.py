@@ -199,9 +199,9 @@ def _check_restarting(
             f"--spares {spares}: a spare node takes the place of a lost one when the run restarts. "
             "Add --max-restarts N."
         )
-    if max_restarts and nodes == (1, 1) and not spares:
+    if names and nodes == (1, 1) and not spares:
         raise UsageError(
-            f"--max-restarts {max_restarts}: the launchers of several nodes restart a run within "
+            f"{names[0]} {given[names[0]]}: the launchers of several nodes restart a run within "
             "its job, and this job has one node. Slurm queues it again when the node is lost: "
-            "leave --max-restarts out, or add --spares K."
+            f"leave {names[0]} out, or add --spares K."
         )

@@ -107,12 +107,7 @@ def find_nodes(request: NodesRequest, env: Mapping[str, str] | None = None) -> N
         nodes = _nodes_of_step(step)
         nodes = with_spares(nodes, request, f"the job step has {nodes.count}")
     elif count is None or count == (1, 1):
-        if request.spares:
-            raise UsageError(
-                f"--spares {request.spares} needs further nodes to wait on, and this run has this "
-                "node alone: list all nodes with --hosts, or start the command with srun or with "
-                "--nodes and --rendezvous on each of them."
-            )
+        _check_alone(request)
         return None
     else:
         raise UsageError(
@@ -159,6 +154,22 @@ def with_spares(nodes: Nodes, request: NodesRequest, found: str) -> Nodes:
         )
     count = total - spares
     return replace(nodes, count=count, min_count=min(low, count), spares=spares)
+
+
+def _check_alone(request: NodesRequest) -> None:
+    """Refuse options that mean nothing on one node.
+
+    Raises:
+        UsageError: There is one.
+    """
+    given = {"--spares": request.spares, "--node-timeout": request.node_timeout}
+    for name, value in given.items():
+        if value:
+            raise UsageError(
+                f"{name} {value:g} is for runs on several nodes, and this run has this node alone: "
+                "list all nodes with --hosts, or start the command with srun or with --nodes and "
+                "--rendezvous on each of them."
+            )
 
 
 def _check_restarts(request: NodesRequest) -> None:

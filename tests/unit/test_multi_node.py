@@ -104,7 +104,8 @@ def two_at(rendezvous: str) -> NodesRequest:
         (NodesRequest(), STEP | {"SLURM_STEP_TASKS_PER_NODE": "x"}, "SLURM_STEP_TASKS_PER_NODE"),
         (NodesRequest(spares=1), STEP, "Add --max-restarts"),
         (NodesRequest(count=(2, 3)), STEP, "--nodes 2:3"),
-        (NodesRequest(spares=1, restarts=1), {}, "--spares 1 needs further nodes"),
+        (NodesRequest(spares=1, restarts=1), {}, "--spares 1 is for runs on several nodes"),
+        (NodesRequest(node_timeout=8), {}, "--node-timeout 8 is for runs on several nodes"),
         (NodesRequest(spares=3, restarts=1), STEP, "--spares 3 was asked for, and the job step"),
         (NodesRequest(count=(2, 2), spares=2, restarts=1), STEP, "--nodes 2 --spares 2 was asked"),
         (

@@ -16,10 +16,8 @@ from collections.abc import Iterator
 from launcher.engine.ranks.round_messages import MAX_LINE_BYTES, Message, decode, encode
 
 _NUM_PROBES = 3
-"""Probes that stay without an answer before a connection counts as lost."""
-
-MIN_TIMEOUT_SECONDS = 4.0
-"""Shortest time in which the kernel notices that a connection is lost: it counts whole seconds."""
+"""Probes that stay without an answer before a connection counts as lost; the kernel waits for whole
+seconds, so that no timeout is shorter than one second more than these."""
 
 _READ_BYTES = 1 << 16
 
