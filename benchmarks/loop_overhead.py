@@ -8,6 +8,9 @@ same samples in the same order, a batch per read, the same fused optimizer and s
 the net measures the steps. The benchmark fails if losses differ. Contestants take turns, each turn
 in another order; a ratio is the median of the ratios within each turn.
 
+The row `launcher, logging and averaging` logs a number in each step, and keeps an exponential
+average of the weights.
+
 With several processes on one machine most of a step is waiting for gloo, and the waiting differs
 between runs by more than the loops do. The CPU time of the training thread excludes it.
 """
@@ -45,21 +48,30 @@ one_cycle falls between steps; on 2 processes that causes 2e-4.
 """
 
 
+AVERAGING = "launcher-averaging"
+"""Key of launcher with a logged number and an average of the weights."""
+
+TITLES = {name: each.title for name, each in CONTESTANTS.items()} | {
+    AVERAGING: "launcher, logging and averaging"
+}
+
+
 @benchmark
 @click.option("--ranks", type=Numbers(int, 1), default="1,2", show_default=True)
 @click.option("--turns", type=click.IntRange(min=1), default=7, show_default=True)
 @click.option("--epochs", type=click.IntRange(min=20), default=30, show_default=True)
-@click.option("--only", type=Names(CONTESTANTS), default=",".join(CONTESTANTS))
+@click.option("--only", type=Names(TITLES), default=",".join(TITLES))
 def main(ranks: list[int], turns: int, epochs: int, only: list[str]) -> None:
     """Print the microseconds per step of each framework, and the ratio to a plain loop."""
-    names = installed(list(dict.fromkeys(["torch", *only])))
+    present = installed(["torch", *(name for name in only if name in CONTESTANTS)])
+    names = list(dict.fromkeys([*present, *(name for name in only if name == AVERAGING)]))
     folder = Path(tempfile.mkdtemp(prefix="loop_overhead-"))
     try:
         for num_ranks in ranks:
             walls, cpus, gaps = measure(names, num_ranks, turns, epochs, folder)
             rows: list[list[Cell]] = []
             for name in names:
-                row: list[Cell] = [CONTESTANTS[name].title]
+                row: list[Cell] = [TITLES[name]]
                 for times in (walls, cpus):
                     low, middle, high = min(times[name]), median(times[name]), max(times[name])
                     row.append(f"{middle:,.0f} ({low:,.0f} - {high:,.0f})")
@@ -92,12 +104,13 @@ def measure(
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             out = folder / f"{name}-{ranks}-{turn}"
             clock = folder / "seconds"
+            further = ["logs=true", "averaging=ema()"] if name == AVERAGING else []
             run_dir = train(
-                name,
+                "launcher" if name == AVERAGING else name,
                 str(HERE / "tiny.py"),
                 out,
                 ranks=ranks,
-                settings=[f"seconds={clock}", f"epochs={epochs}"],
+                settings=[f"seconds={clock}", f"epochs={epochs}", *further],
                 options=["--same-order", "--batch-size", str(BATCH_SIZE // ranks)],
             )
             wall, cpu = map(float, clock.read_text().split())

@@ -7,7 +7,7 @@ from pathlib import Path
 from time import perf_counter, thread_time
 from typing import TYPE_CHECKING
 
-from launcher import Data, Recipe, one_cycle, sgd
+from launcher import Data, Recipe, log, one_cycle, sgd
 from launcher.recipes.digits import read_digits
 
 if TYPE_CHECKING:
@@ -26,14 +26,18 @@ def tiny(
     width: int = 32,
     hidden_layers: int = 1,
     warm_up: int = WARM_UP,
+    logs: bool = False,
 ) -> Recipe:
-    """Digits as vectors, and a small net that writes the time of a step to the file `seconds`."""
+    """Digits as vectors, and a small net that writes the time of a step to the file `seconds`.
+
+    If `logs` is set, the loss logs a number in each step.
+    """
     num_calls = epochs * TRAIN_SAMPLES // batch
     return Recipe(
         name="tiny",
         model=lambda: build_model(Path(seconds), warm_up, num_calls, width, hidden_layers),
         data=build_data,
-        loss=cross_entropy,
+        loss=logged_cross_entropy if logs else cross_entropy,
         optimizer=sgd(momentum=0.9),
         schedule=one_cycle(),
         batch_size=batch,
@@ -104,3 +108,10 @@ def cross_entropy(logits: Tensor, batch: tuple[Tensor, Tensor]) -> tuple[Tensor,
     from torch.nn.functional import cross_entropy
 
     return cross_entropy(logits, batch[1], reduction="sum"), len(batch[1])
+
+
+def logged_cross_entropy(logits: Tensor, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
+    """Log the mean cross-entropy, and return the sum and the number of samples."""
+    total, count = cross_entropy(logits, batch)
+    log("cross_entropy", total, count)
+    return total, count

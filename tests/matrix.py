@@ -50,7 +50,7 @@ from launcher.engine.backends.base import Backend
 from launcher.engine.process_group import join
 from launcher.engine.ranks.output import Output
 from launcher.engine.run import train_rank
-from launcher.engine.training.evaluation import evaluate_weights
+from launcher.engine.training.finished_run import evaluate_weights
 from launcher.engine.training.prediction import predict_samples
 from launcher.environment.world import World, find_world
 from launcher.planning.plan import Plan

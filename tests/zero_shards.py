@@ -30,7 +30,8 @@ from launcher.engine.probes.measuring import MetricsCollector
 from launcher.engine.process_group import join
 from launcher.engine.saving.checkpoint_tensors import write_shard
 from launcher.engine.training.build import build_context
-from launcher.engine.training.loop import TrainContext, train
+from launcher.engine.training.context import TrainContext
+from launcher.engine.training.loop import train
 from launcher.environment.world import find_world
 from launcher.runs.rundir import create_run_dir
 

@@ -30,8 +30,9 @@ from launcher.engine.training.best_weights import load_best_weights
 from launcher.engine.training.build import build_context
 from launcher.engine.training.callback_hooks import CallbackHooks
 from launcher.engine.training.checkpoint_manager import CheckpointManager
+from launcher.engine.training.context import StepController, TrainContext, TrainOutcome
 from launcher.engine.training.early_end import evaluate_rest
-from launcher.engine.training.loop import StepController, TrainContext, TrainOutcome, train
+from launcher.engine.training.loop import train
 from launcher.engine.training.resume_point import (
     ResumePoint,
     discard_later_steps,

@@ -46,7 +46,7 @@ from launcher.engine.ranks.processes import die_with_parent
 from launcher.engine.ranks.temporary_files import sockets_in
 from launcher.engine.ranks.usage import usage_of
 from launcher.engine.run import train_rank
-from launcher.engine.training.evaluation import evaluate_weights
+from launcher.engine.training.finished_run import evaluate_weights
 from launcher.engine.training.prediction import predict_samples
 from launcher.environment.world import World, find_world
 from launcher.errors import EXIT_RESUMABLE

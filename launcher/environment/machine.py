@@ -73,7 +73,7 @@ def read_machine(root: Path = Path("/"), env: Mapping[str, str] | None = None) -
         usable_cores=cores,
         cores_limited_by=limited_by,
         memory_bytes=_memory_bytes(root),
-        shm_bytes=_shm_bytes(root),
+        shm_bytes=shm_bytes(root),
         has_deepspeed=importlib.util.find_spec("deepspeed") is not None,
         has_torchao=importlib.util.find_spec("torchao") is not None,
         has_compiler=any(map(shutil.which, (env.get("CXX") or "g++", "g++", "clang++"))),
@@ -124,6 +124,15 @@ def _reclaimable_bytes(cgroup: Path) -> int:
         if key in ("inactive_file", "total_inactive_file"):
             return int(count)
     return 0
+
+
+def shm_bytes(root: Path = Path("/")) -> int:
+    """Return the size of /dev/shm in bytes; 0 if it does not exist."""
+    try:
+        status = os.statvfs(root / "dev/shm")
+    except OSError:
+        return 0
+    return status.f_frsize * status.f_blocks
 
 
 def free_shm_bytes(root: Path = Path("/")) -> int | None:
@@ -204,14 +213,6 @@ def _memory_bytes(root: Path) -> int:
             if (text := _read(folder / name)) is not None and text.isdigit():
                 limits.append(int(text))
     return min(limits, default=0)
-
-
-def _shm_bytes(root: Path) -> int:
-    try:
-        status = os.statvfs(root / "dev/shm")
-    except OSError:
-        return 0
-    return status.f_frsize * status.f_blocks
 
 
 def _cgroup_folders(root: Path, controller: str) -> list[Path]:

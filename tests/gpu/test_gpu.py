@@ -23,8 +23,9 @@ from launcher.engine.backends.placement import Placement
 from launcher.engine.model.four_bits import unpacked
 from launcher.engine.model.fp8 import compute_in_fp8
 from launcher.engine.model.sync_batch_norm import synchronize
+from launcher.engine.optimizers.taking_steps import take_step
 from launcher.engine.state.host_copies import HostCopies, HostMemory
-from launcher.engine.state.hyperparameters import make_optimizer, take_step
+from launcher.engine.state.hyperparameters import make_optimizer
 from launcher.environment.machine import read_machine
 from launcher.recipe.overrides import read_arguments
 from launcher.recipe.resolve import resolve

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -261,3 +263,20 @@ def test_a_recipe_ends_the_processes_that_it_forks(run: Commands, command: str) 
     log = (run.folder / "out/logs/rank0.log").read_text() + done.stdout
     assert "ENDED data -15 -15 -15" in log
     assert "ENDED in True -15 -15" in log
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs root, for a namespace"
+)
+@pytest.mark.parametrize(("batch_size", "exit_code"), [(1024, 2), (32, 0)])
+def test_queues_larger_than_shared_memory_are_refused(
+    run: Commands, batch_size: int, exit_code: int
+) -> None:
+    """Batches that workers could not keep in /dev/shm end the run before its first step."""
+    line = 'mount -t tmpfs -o size=512k none /dev/shm && exec launcher run digits "$@"'
+    settings = ("num_workers=2", f"batch_size={batch_size}", "steps=2", "device=cpu")
+    arguments = ("-n", "1", *settings, "--out", "out")
+    done = run("unshare", "-m", "bash", "-c", line, "bash", *arguments)
+    assert done.exit_code == exit_code, done.stderr
+    assert ("/dev/shm" in done.stderr) == bool(exit_code)
+    assert (run.folder / "out" / "metrics.jsonl").exists() == (not exit_code)

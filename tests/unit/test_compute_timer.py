@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from measured_steps import measured_step
 from torch import Tensor
 
 from launcher.engine.backends import devices, exact
 from launcher.engine.backends.compute_timer import ComputeTimer, compute_timer
 from launcher.engine.backends.exact import ExactLocalBackend
 from launcher.engine.backends.local import LocalBackend
-from launcher.engine.metrics.meter import Meter, RankFlags, StepLosses
+from launcher.engine.metrics.meter import Meter, RankFlags
+from launcher.engine.metrics.step_measurements import MicroBatchLoss
 from launcher.environment.machine import read_machine
 from launcher.planning.virtual_ranks import Part
 from launcher.recipe.overrides import Override
@@ -150,18 +152,7 @@ def test_the_meter_reports_the_time_of_each_device() -> None:
     for step in range(1, 11):
         backend.step(0.1)
         backend.queue.add(0.2)
-        meter.add(
-            step=step,
-            epoch=1,
-            samples=64 * step,
-            batch_samples=64,
-            items=64,
-            losses=StepLosses(sums=[torch.tensor(64.0)], counts=[64], parts=[None]),
-            lr=0.1,
-            momentum=None,
-            grad_norm=torch.tensor(1.0),
-            data_wait_seconds=0.0,
-        )
+        meter.add(measured_step(step, losses=[MicroBatchLoss(torch.tensor(64.0), 64, None)]))
     ranks = meter.read(RankFlags(), is_last=True).ranks
     assert ranks is not None
     assert ranks.own_seconds == pytest.approx([0.5])

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from gpu_waits import GPU, recorded_waits
+from measured_steps import measured_step
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -22,12 +23,14 @@ from launcher.engine.backends.local import LocalBackend
 from launcher.engine.backends.transfers import upload, upload_scalar, upload_tensor
 from launcher.engine.data.prefetching import pinned
 from launcher.engine.data.reader import MicroBatch
-from launcher.engine.metrics.meter import Meter, RankFlags, StepLosses
+from launcher.engine.metrics.meter import Meter, RankFlags
 from launcher.engine.metrics.noise_meter import LocalNoiseMeter, ReducedNoiseMeter
+from launcher.engine.metrics.step_measurements import MicroBatchLoss, StepMeasurements
 from launcher.engine.model.sync_batch_norm import SyncBatchNorm, _NormaliseOverRanks
 from launcher.engine.state.hyperparameters import make_optimizer
 from launcher.engine.state.loss_scaler import LossScaler
-from launcher.engine.training.loop import _count_items, sum_and_count
+from launcher.engine.training.loop import _count_items
+from launcher.engine.training.loss_calls import sum_and_count
 from launcher.environment.machine import read_machine
 from launcher.recipe.overrides import read_arguments
 from launcher.recipe.resolve import resolve
@@ -143,25 +146,12 @@ class FakeGPU(LocalBackend):
         return zeros
 
 
-def measurements(step: int, num_items: int | Tensor) -> dict[str, Any]:
-    """Return what the loop measures in a step of two micro-batches."""
+def measurements(step: int, num_items: int | Tensor) -> StepMeasurements:
+    """Return what the loop measures in a step of two micro-batches on the GPU."""
     loss = torch.zeros((), device=GPU)
-    return {
-        "step": step,
-        "epoch": 1,
-        "samples": 5,
-        "batch_samples": 5,
-        "items": num_items,
-        "losses": StepLosses(
-            sums=[loss, loss],
-            counts=[3, torch.ones((), dtype=torch.long, device=GPU)],
-            parts=[None, None],
-        ),
-        "lr": 0.1,
-        "momentum": None,
-        "grad_norm": loss,
-        "data_wait_seconds": 0.0,
-    }
+    count = torch.ones((), dtype=torch.long, device=GPU)
+    losses = [MicroBatchLoss(loss, 3, None), MicroBatchLoss(loss, count, None)]
+    return measured_step(step, samples=5, items=num_items, losses=losses)
 
 
 def test_counting_and_measuring_a_step_do_not_wait() -> None:
@@ -177,10 +167,10 @@ def test_counting_and_measuring_a_step_do_not_wait() -> None:
         loss = torch.zeros((), device=GPU)
         for step in range(3):
             for _ in range(2):
-                with meter.logged.of(micro_batches[0]):
+                with meter.logged.of(micro_batches[0].request):
                     log("tensors", loss, torch.ones((), dtype=torch.long, device=GPU))
                     log("both", 2.0, loss)
-            meter.add(**measurements(step, num_items))
+            meter.add(measurements(step, num_items)._replace(logged=meter.logged.take()))
         noise_meter = LocalNoiseMeter(backend, nn.Linear(2, 2), stride=1)
         noise_meter.begin(0)
         noise_meter._add_gradient(torch.zeros(2, 2, device=GPU))
@@ -261,7 +251,7 @@ def test_the_loss_scale_is_read_with_the_metrics() -> None:
             backend = FakeGPU(precision)
             meter = Meter(backend)
             for step in range(3):
-                meter.add(**measurements(step, 5))
+                meter.add(measurements(step, 5))
             meter.read(RankFlags(), is_last=True)
         assert waits == []
         num_reads.append(backend.num_reads)

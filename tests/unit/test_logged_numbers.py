@@ -14,7 +14,6 @@ from torch.utils.data import TensorDataset
 
 from launcher import CallbackContext, Data, RecipeError, TrainingError, log
 from launcher.engine.backends.local import LocalBackend
-from launcher.engine.data.reader import MicroBatch
 from launcher.engine.data.sampler import MicroBatchRequest
 from launcher.engine.metrics.logged_numbers import LoggedNumbers
 from launcher.environment.machine import read_machine
@@ -170,10 +169,10 @@ def test_compiled_code_logs() -> None:
     compiled = torch.compile(double, backend="eager")
     backend = LocalBackend(trained, make_plan(trained, read_machine(), nproc_per_node=1))
     numbers = LoggedNumbers(backend)
-    micro_batch = MicroBatch(None, MicroBatchRequest("train", 0, [0], has_weight=True), 1)
+    request = MicroBatchRequest("train", 0, [0], has_weight=True)
     steps = []
     for value in (1.0, 2.0, 3.0):
-        with numbers.of(micro_batch):
+        with numbers.of(request):
             compiled(torch.full((4,), value))
         compiled(torch.full((4,), 7.0))
         steps.append(numbers.take())
@@ -188,9 +187,9 @@ def test_a_micro_batch_of_weight_0_logs_nothing() -> None:
     numbers = LoggedNumbers(backend)
     for has_weight in (True, False):
         request = MicroBatchRequest("train", 0, [0], has_weight=has_weight)
-        with numbers.of(MicroBatch(None, request, 1)):
+        with numbers.of(request):
             log("x", 5.0, 1)
-    assert numbers.take() == {("x", 0): [5.0, 1.0]}
+    assert numbers.take() == {("x", 0): (5.0, 1.0)}
     assert numbers.take() == {}
 
 

@@ -35,9 +35,10 @@ from launcher import (
 from launcher.engine.backends.local import LocalBackend
 from launcher.engine.data.permutation import Permutation
 from launcher.engine.data.seeds import derive
+from launcher.engine.optimizers.taking_steps import take_step
 from launcher.engine.ranks.output import Output
 from launcher.engine.run import TrainResult, train_rank
-from launcher.engine.state.hyperparameters import make_optimizer, take_step
+from launcher.engine.state.hyperparameters import make_optimizer
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.job import ResumeFrom
 from launcher.runs.rundir import RunDir

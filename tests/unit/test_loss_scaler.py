@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from launcher.engine.backends.base import poison_nonfinite
-from launcher.engine.state.hyperparameters import take_step
+from launcher.engine.optimizers.taking_steps import take_step
 from launcher.engine.state.loss_scaler import LossScaler
 from launcher.recipes.digits import digits
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from measured_steps import measured_step
 from torch import Tensor
 
 from launcher.engine.backends.local import LocalBackend
-from launcher.engine.metrics.meter import Meter, RankFlags, StepLosses
+from launcher.engine.metrics.meter import Meter, RankFlags
+from launcher.engine.metrics.step_measurements import MicroBatchLoss
 from launcher.environment.machine import read_machine
 from launcher.recipe.resolve import resolve
 from launcher.recipes.digits import digits
@@ -46,18 +48,7 @@ def take_steps(device: SimulatedDevice, meter: Meter, num_steps: int) -> list[St
     for step in range(1, num_steps + 1):
         device.host_seconds += 0.01
         device.queue(0.2)
-        meter.add(
-            step=step,
-            epoch=1,
-            samples=64 * step,
-            batch_samples=64,
-            items=64,
-            losses=StepLosses(sums=[torch.tensor(64.0)], counts=[64], parts=[None]),
-            lr=0.1,
-            momentum=None,
-            grad_norm=torch.tensor(1.0),
-            data_wait_seconds=0.0,
-        )
+        meter.add(measured_step(step, losses=[MicroBatchLoss(torch.tensor(64.0), 64, None)]))
         if meter.is_due() or step == num_steps:
             rows += meter.read(RankFlags(), is_last=step == num_steps).rows
     return rows

@@ -15,7 +15,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import distribute_module
 
 from launcher import Recipe, adamw, sgd
-from launcher.engine.state.hyperparameters import make_optimizer, take_step
+from launcher.engine.optimizers.taking_steps import take_step
+from launcher.engine.state.hyperparameters import make_optimizer
+from launcher.recipe.optimizer import OptimizerSpec
 from launcher.recipes.digits import digits
 
 OPTIMIZERS = {
@@ -63,6 +65,37 @@ def test_steps_on_shards_equal_steps_on_weights(name: str, mesh: DeviceMesh) -> 
         train(recipe, finite, mesh), train(recipe, finite, None), strict=True
     ):
         assert torch.equal(sharded, plain)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *OPTIMIZERS.values(),
+        sgd(momentum=0.5, weight_decay=0.1, decay_1d=True),
+    ],
+)
+def test_steps_equal_those_of_torch(spec: OptimizerSpec) -> None:
+    """Steps have the bits of torch's own `step`, and create the same state."""
+    recipe = replace(digits(), optimizer=spec)
+    weights = []
+    for is_own in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+        optimizer = make_optimizer(recipe, model, 0.1)
+        for step in range(4):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape)
+            if step == 2:  # a weight that this step does not use
+                model[0].bias.grad = None
+            if is_own:
+                take_step(optimizer, recipe, True)
+            else:
+                optimizer.step()
+        state = [value for each in optimizer.state.values() for value in each.values()]
+        weights.append([*model.parameters(), *filter(torch.is_tensor, state)])
+    assert len(weights[0]) == len(weights[1])
+    for expected, found in zip(*weights, strict=True):
+        assert torch.equal(expected, found)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])

@@ -44,7 +44,8 @@ from launcher.engine.optimizers.rounding import (
 from launcher.engine.optimizers.schedule_free import ScheduleFreeAdamW
 from launcher.engine.optimizers.small_adamw import SmallAdamW
 from launcher.engine.optimizers.small_sgd import SmallSGD
-from launcher.engine.state.hyperparameters import Hyperparameters, make_optimizer, take_step
+from launcher.engine.optimizers.taking_steps import take_step
+from launcher.engine.state.hyperparameters import Hyperparameters, make_optimizer
 from launcher.engine.state.parameter_kinds import check_parameters, keep_in_bfloat16
 from launcher.recipes.digits import digits
 

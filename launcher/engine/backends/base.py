@@ -22,11 +22,11 @@ from launcher.engine.backends.placement import Placement
 from launcher.engine.backends.recipe_forward import call_forward
 from launcher.engine.backends.transfers import upload_scalar
 from launcher.engine.optimizers.joint import optimizers_in
+from launcher.engine.optimizers.taking_steps import take_step
 from launcher.engine.ranks.cpu_binding import bind_to_gpu, pci_address_of
 from launcher.engine.state.compiled import plain_name
 from launcher.engine.state.fragments import Box, Fragment
 from launcher.engine.state.host_copies import HostCopies, HostMemory
-from launcher.engine.state.hyperparameters import take_step
 from launcher.engine.state.initial_values import InitialValues, parts_of, whole_box
 from launcher.engine.state.loss_scaler import LossScaler
 from launcher.engine.state.meta_tensors import allocate

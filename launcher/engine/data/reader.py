@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
@@ -324,7 +325,7 @@ class Reader(Dataset[MicroBatch | LauncherError]):
         bad: list[BadSample] = []
         if type(dataset) is TensorDataset and collate is None:
             # One indexing operation gives the same result as collating the samples one by one.
-            indices = torch.tensor(request.indices)
+            indices = torch.from_numpy(np.array(request.indices))  # faster than torch.tensor
             batch = [tensor[indices] for tensor in dataset.tensors]
             if request.trial:
                 descriptions = _describe(request, [dataset[index] for index in request.indices])

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from launcher.engine.backends.base import Backend
 from launcher.engine.backends.nested_tensors import describe_nested
 from launcher.engine.backends.transfers import upload, upload_tensor
-from launcher.engine.data.reader import MicroBatch
+from launcher.engine.data.sampler import MicroBatchRequest
 from launcher.errors import RecipeError
 from launcher.planning.virtual_ranks import virtual_rank_of
 from launcher.recipe.training_log import check_logged_name, set_receiver
@@ -29,8 +29,8 @@ from launcher.recipe.training_log import check_logged_name, set_receiver
 _MAX_NAMES = 256
 """Number of names that a run may log; more are a mistake, such as a name with a step in it."""
 
-Logged = dict[tuple[str, int], list[Any]]
-"""[sum, count] of what a rank has logged in a step, by name and virtual rank; floats, or float64
+Logged = dict[tuple[str, int], tuple[Any, Any]]
+"""(sum, count) of what a rank has logged in a step, by name and virtual rank; floats, or float64
 tensors on the device. The virtual rank is 0 unless the run is exact."""
 
 
@@ -56,18 +56,17 @@ class LoggedNumbers:
         is_compiling = "torch._dynamo" in sys.modules
         self._receiver = torch.compiler.disable(self._receive) if is_compiling else self._receive
 
-    def of(self, micro_batch: MicroBatch, objective: str = "") -> LoggedNumbers:
+    def of(self, request: MicroBatchRequest, objective: str = "") -> LoggedNumbers:
         """Return a context in which calls of `log` belong to a micro-batch.
 
         It must end before the backward pass, which may compute activations again.
 
         Args:
-            micro_batch: The micro-batch.
+            request: The request for the micro-batch.
             objective: Name of the objective whose turn it is, which precedes the names of its
                 numbers; empty if the recipe has one loss.
         """
         self._prefix = f"{objective}/" if objective else ""
-        request = micro_batch.request
         self._has_weight = request.has_weight
         if self._is_exact and self._has_weight:
             self._part = virtual_rank_of(request.part)
@@ -86,15 +85,14 @@ class LoggedNumbers:
         set_receiver(None)
 
     def _receive(self, name: str, total: Any, count: Any) -> None:
-        full_name = f"{self._prefix}{name}"
-        if not (isinstance(name, str) and full_name in self._seen):
+        full_name = self._prefix + name if isinstance(name, str) else None
+        if full_name not in self._seen:
             self._check_name(name)
+            full_name = f"{self._prefix}{name}"
             self._seen.add(full_name)
-        pair = self._step.get((full_name, self._part))
-        if pair is None:
-            pair = self._step[full_name, self._part] = [None, None]
-        for index, value in enumerate((total, count)):
-            pair[index] = self._add(pair[index], value, name)
+        key = full_name, self._part
+        before = self._step.get(key, (None, None))
+        self._step[key] = self._add(before[0], total, name), self._add(before[1], count, name)
 
     def _check_name(self, name: Any) -> None:
         check_logged_name("launcher.log(name, sum, count)", name)
@@ -113,13 +111,20 @@ class LoggedNumbers:
         Raises:
             RecipeError: The value is not a single number.
         """
-        if isinstance(value, Tensor) and _is_number(value):
+        number: float | Tensor | None
+        if type(value) is int or type(value) is float:
+            number = float(value)
+        elif not isinstance(value, Tensor):
+            number = _as_float(value)
+        elif value.numel() != 1 or value.is_complex() or isinstance(value, DTensor):
+            number = None
+        elif value.is_cpu:
+            number = float(value.item())  # waits for no device
+        else:
             value = value.detach().reshape(())
             if isinstance(total, Tensor):
                 return total.add_(value)
-            copied = value.to(self._backend.device, torch.float64, non_blocking=True, copy=True)
-            return copied if total is None else copied + total
-        number = _as_float(value)
+            number = value.to(self._backend.device, torch.float64, copy=True)
         if number is None:
             raise RecipeError(
                 f"launcher.log({name!r}, sum, count): expected two numbers, or tensors with one "
@@ -212,13 +217,9 @@ class LoggedNumbers:
         return table.view(-1, num_parts)
 
 
-def _is_number(tensor: Tensor) -> bool:
-    return tensor.numel() == 1 and not tensor.is_complex() and not isinstance(tensor, DTensor)
-
-
 def _as_float(value: Any) -> float | None:
     """Return a number as a float; None if the value is something else."""
-    if isinstance(value, (Tensor, str)):
+    if isinstance(value, str):
         return None
     try:
         return float(value)

@@ -12,8 +12,8 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import msgspec
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from launcher.engine.backends.base import Backend
 from launcher.engine.backends.transfers import upload
-from launcher.engine.metrics.logged_numbers import Logged, LoggedNumbers
+from launcher.engine.metrics.logged_numbers import LoggedNumbers
 from launcher.engine.metrics.rank_times import (
     ROW_WIDTH,
     CommunicationClock,
@@ -29,13 +29,17 @@ from launcher.engine.metrics.rank_times import (
     RankTotals,
     combine_rank_rows,
 )
+from launcher.engine.metrics.step_measurements import (
+    MicroBatchLoss,
+    StepMeasurements,
+    TurnMeasurements,
+)
 from launcher.errors import RecipeError, TrainingError
-from launcher.planning.virtual_ranks import Part, virtual_rank_of
+from launcher.planning.virtual_ranks import virtual_rank_of
 from launcher.runs.step_row import ObjectiveRow, ObjectivesRow, StepRow
 
 _SECONDS_BETWEEN_READS = 0.5
 _MAX_STEPS_BETWEEN_READS = 1000
-_MAX_SHOWN_SAMPLES = 256
 
 
 class RankFlags(NamedTuple):
@@ -65,53 +69,6 @@ class MetricsBatch:
     there are and the longer the run lasts; None in between."""
 
 
-@dataclass(kw_only=True, slots=True)
-class StepLosses:
-    """The losses of this rank's micro-batches in a step, without those of weight 0."""
-
-    sums: list[Tensor] = field(default_factory=list)
-    """Sum of the losses over the items of each micro-batch, on the device."""
-
-    counts: list[int | Tensor] = field(default_factory=list)
-    """Number of items of each micro-batch."""
-
-    parts: list[Part | None] = field(default_factory=list)
-    """The part of the global batch that each micro-batch belongs to."""
-
-    def add(self, loss_sum: Tensor, count: int | Tensor, part: Part | None) -> None:
-        """Add the loss of a micro-batch."""
-        self.sums.append(loss_sum)
-        self.counts.append(count)
-        self.parts.append(part)
-
-
-class TurnMeasurements(NamedTuple):
-    """The measurements of the turn of one objective in a step; tensors are on the device."""
-
-    name: str
-    losses: StepLosses
-    lr: float
-    momentum: float | None
-    grad_norm: Tensor
-
-
-@dataclass(kw_only=True, slots=True)
-class _StepMeasurements:
-    step: int
-    epoch: int
-    samples: int
-    batch_samples: int
-    items: int | Tensor
-    losses: StepLosses
-    lr: float
-    momentum: float | None
-    grad_norm: Tensor
-    data_wait_seconds: float
-    logged: Logged
-    turns: Sequence[TurnMeasurements] = ()
-    """The turns of the objectives in this step; empty if the recipe has one loss."""
-
-
 class Meter:
     """Collects the measurements of steps and reads many steps at once.
 
@@ -125,7 +82,7 @@ class Meter:
 
     def __init__(self, backend: Backend, clock: Callable[[], float] = time.perf_counter) -> None:
         self._backend, self._clock = backend, clock
-        self._steps: list[_StepMeasurements] = []
+        self._steps: list[StepMeasurements] = []
         self._num_steps_to_read = 1
         self._clock_start = clock()
         self._communication = CommunicationClock(backend.communication)
@@ -135,9 +92,9 @@ class Meter:
 
         backend.compute_times()  # those of the trial do not count
 
-    def add(self, **measurements: Any) -> None:
-        """Keep the measurements of a step, and what it has logged; tensors stay on their device."""
-        self._steps.append(_StepMeasurements(**measurements, logged=self.logged.take()))
+    def add(self, step: StepMeasurements) -> None:
+        """Keep the measurements of a step, whose tensors stay on their device."""
+        self._steps.append(step)
 
     def is_due(self) -> bool:
         """Return whether enough steps are collected; the answer is the same on every rank."""
@@ -164,7 +121,7 @@ class Meter:
         """
         steps, self._steps = self._steps, []
         turns = [turn for step in steps for turn in step.turns]
-        measured: list[_StepMeasurements | TurnMeasurements] = [*steps, *turns]
+        measured = [*(step.main for step in steps), *turns]
         grad_norms = self._backend.read(torch.stack([each.grad_norm for each in measured]))
         now = self._clock()  # the device has done all work of these steps
         seconds, self._clock_start = now - self._clock_start, now
@@ -178,7 +135,7 @@ class Meter:
         if self._rank_totals.is_due or is_last:
             rank_row = self._rank_totals.row(self._backend)
         sums = self._backend.read(
-            self._sum_over_ranks(steps, turns, seconds, wait_per_step, flags, rank_row)
+            self._sum_over_ranks(steps, measured, seconds, wait_per_step, flags, rank_row)
         )
         if self._backend.plan.exact:
             exact_losses = self._sum_exactly([each.losses for each in measured])
@@ -225,8 +182,8 @@ class Meter:
 
     def _sum_over_ranks(
         self,
-        steps: list[_StepMeasurements],
-        turns: list[TurnMeasurements],
+        steps: list[StepMeasurements],
+        measured: list[TurnMeasurements],
         seconds: float,
         wait_per_step: float | None,
         flags: RankFlags,
@@ -235,25 +192,26 @@ class Meter:
         """Return the measurements of all ranks summed in one all-reduce (collective).
 
         The rows are (loss sum, counted items, data wait) for each step, (loss sum, counted items,
-        0) for each turn of an objective, followed by (seconds and end time of rank 0, so that all
-        ranks use one clock, and communication wait), the flags, and (sum, sum of squares) of the
-        ranks' call checksums with the number of ranks that have logged new names. Rows of logged
-        numbers follow. If `rank_row` is given, the rows of all ranks follow, in lines of three
-        numbers.
+        0) for each turn of an objective, of which `measured` has the losses, followed by (seconds
+        and end time of rank 0, so that all ranks use one clock, and communication wait), the flags,
+        and (sum, sum of squares) of the ranks' call checksums with the number of ranks that have
+        logged new names. Rows of logged numbers follow. If `rank_row` is given, the rows of all
+        ranks follow, in lines of three numbers.
 
         Returns:
             A float64 tensor of shape (steps + turns + 3, 3), or with more rows.
         """
         device = self._backend.device
         zero = torch.zeros((), device=device)
-        all_losses = [*(step.losses for step in steps), *(turn.losses for turn in turns)]
         losses = torch.stack(
-            [functools.reduce(torch.add, each.sums or [zero]) for each in all_losses]
+            [
+                functools.reduce(torch.add, [loss.total for loss in turn.losses] or [zero])
+                for turn in measured
+            ]
         ).double()
-        counts = upload([sum(each.counts) for each in all_losses], device)
-        data_waits = upload(
-            [*(step.data_wait_seconds for step in steps), *(0.0 for _ in turns)], device
-        )
+        counts = upload([sum(loss.num_items for loss in turn.losses) for turn in measured], device)
+        waits = [step.data_wait_seconds for step in steps]
+        data_waits = upload([*waits, *[0.0] * (len(measured) - len(steps))], device)
         if not self._backend.leads_group:  # the first rank of its group counts the same samples
             losses, counts = torch.zeros_like(losses), torch.zeros_like(counts)
         is_first = self._backend.rank == 0
@@ -276,7 +234,7 @@ class Meter:
             parts.append(upload(numbers, device).view(-1, 3))
         return self._backend.sum(torch.cat(parts))
 
-    def _sum_exactly(self, losses: list[StepLosses]) -> list[float]:
+    def _sum_exactly(self, losses: list[list[MicroBatchLoss]]) -> list[float]:
         """Return the sum of all losses of each, equal to the bit on any number of ranks.
 
         The call is collective.
@@ -287,8 +245,8 @@ class Meter:
         count = backend.plan.distribution.count
         table = torch.zeros(len(losses), count, dtype=torch.float64, device=backend.device)
         for row, each in zip(table, losses, strict=True):
-            for loss_sum, part in zip(each.sums, each.parts, strict=True):
-                row[virtual_rank_of(part)] += loss_sum
+            for loss in each:
+                row[virtual_rank_of(loss.part)] += loss.total
         return [math.fsum(values) for values in backend.read(backend.sum_samples(table))]
 
     def _check_lockstep(self, total: float, squares: float) -> None:
@@ -323,7 +281,7 @@ class Meter:
 
     def _make_rows(
         self,
-        steps: list[_StepMeasurements],
+        steps: list[StepMeasurements],
         sums: list[list[float]],
         items: list[float],
         grad_norms: list[float],
@@ -351,7 +309,7 @@ class Meter:
         """
         world_size = self._backend.world_size
         has_scaler = self._backend.scaler is not None
-        throughput = sum(step.batch_samples for step in steps) / max(seconds, 1e-9)
+        throughput = sum(step.window.size for step in steps) / max(seconds, 1e-9)
         step_seconds = seconds / max(len(steps), 1)
         rows: list[StepRow] = []
         # Those of the turns follow.
@@ -361,12 +319,12 @@ class Meter:
             rows.append(
                 StepRow(
                     step=step.step,
-                    epoch=step.epoch,
+                    epoch=step.window.epoch + 1,
                     samples=step.samples,
                     loss=loss_sum / step_items,
                     time=end_time - step_seconds * (len(steps) - len(rows) - 1),
-                    lr=step.lr,
-                    momentum=step.momentum,
+                    lr=step.main.lr,
+                    momentum=step.main.momentum,
                     items=int(step_items),
                     grad_norm=None if has_scaler and not math.isfinite(grad_norm) else grad_norm,
                     samples_per_second=throughput,
@@ -417,48 +375,6 @@ class Meter:
 def _rows_of_three(num_numbers: int) -> int:
     """Return how many rows of three numbers hold so many numbers."""
     return -(-num_numbers // 3)
-
-
-class NonFiniteGuard:
-    """Counts consecutive steps that were skipped because the loss or gradient was not finite.
-
-    Args:
-        max_bad_steps: Number of consecutive skipped steps that ends the run.
-        get_batch_ids: Returns the sample ids of the global batch of a step, counted from 1.
-    """
-
-    def __init__(self, max_bad_steps: int, get_batch_ids: Callable[[int], list[int]]) -> None:
-        self._max_bad_steps, self._get_batch_ids = max_bad_steps, get_batch_ids
-        self._num_consecutive = 0
-
-    def check(self, rows: list[StepRow]) -> list[str]:
-        """Return a warning for each skipped step among `rows`.
-
-        Raises:
-            TrainingError: Too many consecutive steps were skipped; the error names the last one and
-                its samples.
-        """
-        warnings = []
-        for row in rows:
-            if row.is_finite:
-                self._num_consecutive = 0
-                continue
-            self._num_consecutive += 1
-            ids = self._get_batch_ids(row.step)
-            samples = ", ".join(map(str, ids[:_MAX_SHOWN_SAMPLES]))
-            if len(ids) > _MAX_SHOWN_SAMPLES:
-                samples += f" and {len(ids) - _MAX_SHOWN_SAMPLES:,} more"
-            problem = f"At step {row.step:,} {row.problem()}"
-            if self._num_consecutive >= self._max_bad_steps:
-                num_before = self._num_consecutive - 1
-                before = f", as at the {num_before} before it" if num_before else ""
-                raise TrainingError(
-                    f"{problem}{before} (max_bad_steps={self._max_bad_steps}). These steps "
-                    "were skipped and have not changed the weights. Lower lr, set max_grad_norm, "
-                    f"or inspect the samples of step {row.step:,}: {samples}."
-                )
-            warnings.append(f"{problem}. The step was skipped. Its samples: {samples}.")
-        return warnings
 
 
 def _check_count(step: int, counted: int, items: int, objective: str = "") -> None:

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from launcher.engine.backends.base import Backend, local_values
 from launcher.engine.model.batch_norm import BatchNorms
@@ -55,6 +56,7 @@ class Averages:
         self._weights = backend.updated_weights(model)
         self._values = [torch.zeros_like(w, dtype=_dtype_for(w)) for w in self._weights]
         self._has_same_dtypes = all(w.dtype == _dtype_for(w) for w in self._weights)
+        self._are_sharded = any(isinstance(weight, DTensor) for weight in self._weights)
         statistics = batch_norms.running_statistics()
         self._sizes = [buffer.numel() for buffer in statistics]
         self._statistics = torch.cat(statistics) if statistics else None
@@ -72,7 +74,9 @@ class Averages:
         if step < self._first_step or (step - self._first_step) % self._every:
             return
         share = self._averaging.share(self.count)
-        weights, values = local_values(self._weights), local_values(self._values)
+        weights, values = self._weights, self._values
+        if self._are_sharded:
+            weights, values = local_values(weights), local_values(values)
         if not self.count:
             torch._foreach_copy_(values, weights)
         elif self._has_same_dtypes:

@@ -133,7 +133,7 @@ def _kernels(
         recipe: Whether its sums are exact.
         weights: The weights, by name.
         shards_are_fused: Whether torch has fused kernels of this optimizer for FSDP's DTensors. It
-            has none of SGD: see `_step_shards`.
+            has none of SGD, whose shards `take_step` updates itself.
     """
     kinds = (DTensor,) if shards_are_fused else ()
     fused = not recipe.exact and all(

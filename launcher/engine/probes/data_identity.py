@@ -11,7 +11,7 @@ from launcher.engine.data.fingerprint import DataDifference, describe_classes, f
 from launcher.engine.data.index_fingerprint import describe_index
 from launcher.engine.data.reader import MicroBatch
 from launcher.engine.data.streams import ENDLESS
-from launcher.engine.training.loop import TrainContext
+from launcher.engine.training.context import TrainContext
 from launcher.errors import CheckpointError, RecipeError
 from launcher.recipe.evaluation_sets import split_of, title_of
 

@@ -36,7 +36,7 @@ from launcher.engine.state.hyperparameters import make_optimizer
 from launcher.engine.state.optimizer_kinds import check_strategy_of
 from launcher.engine.state.parameter_kinds import check_parameters
 from launcher.engine.training.initial_model import build_model, load_weights
-from launcher.engine.training.loop import sum_and_count, training_loss
+from launcher.engine.training.loss_calls import sum_and_count, training_loss
 from launcher.engine.training.objectives import only_trained, trained_names
 from launcher.errors import RecipeError
 from launcher.json_file import exact_floats, read_json

@@ -17,7 +17,7 @@ from launcher.engine.data.fingerprint import are_equal
 from launcher.engine.data.randomness import seed_all
 from launcher.engine.probes.held_draws import RecordedDraws, RepeatedDraws
 from launcher.engine.state.compiled import is_compiled
-from launcher.engine.training.loop import LOSS, sum_and_count
+from launcher.engine.training.loss_calls import LOSS, sum_and_count
 from launcher.recipe.recipe import Recipe
 
 _TOLERANCE = 1e-3

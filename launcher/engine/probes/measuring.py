@@ -23,11 +23,11 @@ from launcher.analysis.gradient_noise import Measurement
 from launcher.analysis.lr_curve import Divergence, LossCurve
 from launcher.console.progress import Progress
 from launcher.engine.backends.base import Backend
-from launcher.engine.backends.nested_tensors import tensors_in
 from launcher.engine.data.reader import MicroBatch
 from launcher.engine.data.sample_threads import SampleThreads
 from launcher.engine.data.sampler import MicroBatchRequest
 from launcher.engine.metrics.meter import RankFlags
+from launcher.engine.probes.worker_queues import num_bytes
 from launcher.engine.ranks.output import Output
 from launcher.engine.ranks.processes import (
     StepMemory,
@@ -37,7 +37,8 @@ from launcher.engine.ranks.processes import (
     worker_pids,
 )
 from launcher.engine.training.build import build_context
-from launcher.engine.training.loop import TrainContext, train
+from launcher.engine.training.context import TrainContext
+from launcher.engine.training.loop import train
 from launcher.planning.global_batch import ceil_div
 from launcher.planning.plan import Plan
 from launcher.recipe.recipe import Recipe
@@ -358,10 +359,7 @@ class _TimedBatches:
         self.slowest = max(self.slowest, elapsed - delay)
         self.cpu_seconds += time.thread_time() - cpu_started
         self.num_samples += len(micro_batch.request.indices)
-        num_bytes = sum(
-            tensor.numel() * tensor.element_size() for tensor in tensors_in(micro_batch.batch)
-        )
-        self.batch_bytes = max(self.batch_bytes, num_bytes)
+        self.batch_bytes = max(self.batch_bytes, num_bytes(micro_batch))
         return micro_batch
 
 

@@ -25,7 +25,8 @@ from launcher.engine.data.randomness import seed_all
 from launcher.engine.data.reader import Reader, call_data, sample_count, with_first_samples
 from launcher.engine.data.sampler import MicroBatchRequest
 from launcher.engine.model.blocks import checkpoint_activations, find_blocks
-from launcher.engine.state.hyperparameters import make_optimizer, take_step
+from launcher.engine.optimizers.taking_steps import take_step
+from launcher.engine.state.hyperparameters import make_optimizer
 from launcher.engine.state.optimizer_kinds import check_strategy_of
 from launcher.engine.state.parameter_kinds import (
     keep_gradients_in_float32,
@@ -33,7 +34,7 @@ from launcher.engine.state.parameter_kinds import (
     zero_gradient,
 )
 from launcher.engine.training.initial_model import build_model
-from launcher.engine.training.loop import training_loss
+from launcher.engine.training.loss_calls import training_loss
 from launcher.engine.training.objectives import only_trained, trained_names
 from launcher.errors import LauncherError, RecipeError
 from launcher.json_file import exact_floats, read_json

@@ -13,7 +13,8 @@ from launcher.analysis.step_profile import PREFIX, holds_kernels, read_profile
 from launcher.engine.backends.base import Backend
 from launcher.engine.data.reader import MicroBatch
 from launcher.engine.probes.measuring import ProbeContext
-from launcher.engine.training.loop import TrainContext, train
+from launcher.engine.training.context import TrainContext
+from launcher.engine.training.loop import train
 from launcher.errors import TrainingError
 from launcher.recipe.recipe import Recipe
 from launcher.runs.files import write_json

@@ -31,9 +31,12 @@ from launcher.engine.probes.data_identity import (
     fingerprint_of,
     stream_notes,
 )
+from launcher.engine.probes.worker_queues import check_worker_queues
 from launcher.engine.ranks.failures import is_out_of_memory
 from launcher.engine.state.compiled import is_compiled
-from launcher.engine.training.loop import LOSS, TrainContext, sum_and_count
+from launcher.engine.training.context import TrainContext
+from launcher.engine.training.loss_calls import LOSS, sum_and_count
+from launcher.environment.machine import shm_bytes
 from launcher.errors import LauncherError, RecipeError
 from launcher.printable import class_name, notes_of, text_of
 from launcher.recipe.evaluation_sets import title_of
@@ -111,11 +114,16 @@ def _read_micro_batches(context: TrainContext) -> list[MicroBatch]:
     """Return the micro-batches of the trial.
 
     Raises:
-        RecipeError: The workers share the position of a file.
+        RecipeError: The workers share the position of a file, or their batches do not fit into
+            /dev/shm.
         SampleError: The data set raised an exception.
     """
     try:
-        micro_batches = [next(context.micro_batches) for _ in context.sampler.trial()]
+        micro_batches = []
+        for request in context.sampler.trial():
+            micro_batches.append(next(context.micro_batches))
+            if len(micro_batches) == 1 and request.split == "train":
+                check_worker_queues(micro_batches[0], context.plan, shm_bytes())
     except LauncherError as error:
         _check_shared_files(context, error)
         raise

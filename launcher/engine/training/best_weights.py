@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from launcher.engine.saving.checkpoint_tensors import load_newest
-from launcher.engine.training.loop import TrainContext
+from launcher.engine.training.context import TrainContext
 from launcher.engine.training.resume_point import ResumePoint, restore_state
 from launcher.errors import CheckpointError
 from launcher.planning.strategy import STRATEGIES

@@ -45,9 +45,9 @@ from launcher.engine.training.build_data import (
     make_watch,
     missed_evaluations,
 )
+from launcher.engine.training.context import TrainContext
 from launcher.engine.training.initial_model import build_initial_model
 from launcher.engine.training.live_schedules import Plateau, with_live_schedules
-from launcher.engine.training.loop import TrainContext
 from launcher.engine.training.objectives import TrainedObjective, prepare_objectives
 from launcher.engine.training.train_metrics import with_train_metrics
 from launcher.errors import RecipeError

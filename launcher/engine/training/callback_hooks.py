@@ -14,7 +14,7 @@ from typing import Any
 from launcher.analysis.gradient_noise import Measurement
 from launcher.engine.data.reader import MicroBatch
 from launcher.engine.state.training_state import is_plain
-from launcher.engine.training.loop import Listener, TrainContext
+from launcher.engine.training.context import Listener, TrainContext
 from launcher.errors import TrainingError
 from launcher.json_file import encode_json
 from launcher.printable import add_note, kind_of, printable_line

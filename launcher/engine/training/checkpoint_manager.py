@@ -26,7 +26,7 @@ from launcher.engine.saving.checkpoint_tensors import collect_file_sums, root_ca
 from launcher.engine.state.fragments import Fragment
 from launcher.engine.state.training_state import Snapshot, changed_groups
 from launcher.engine.training.callback_hooks import CallbackHooks
-from launcher.engine.training.loop import Listener, TrainContext
+from launcher.engine.training.context import Listener, TrainContext
 from launcher.errors import LauncherError, TrainingError
 from launcher.runs.best import BestEvaluations, record_best, steps_to_keep
 from launcher.runs.checkpoints import (

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from launcher.engine.data.prefetching import micro_batches
-from launcher.engine.training.loop import Listener, TrainContext, TrainOutcome, evaluate
+from launcher.engine.training.context import Listener, TrainContext, TrainOutcome
+from launcher.engine.training.evaluation import evaluate
 from launcher.recipe.evaluation_sets import metric_name
 
 

@@ -1,122 +1,81 @@
-"""Evaluate the weights of a run, without training: what `launcher evaluate` does on each rank."""
+"""An evaluation on all ranks: loss and metrics over sets of samples, each visited once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+import math
+from collections.abc import Iterable
 
-from launcher.engine.backends.base import Backend
-from launcher.engine.data.sampler import MicroBatchRequest, Sampler
-from launcher.engine.optimizers.joint import evaluates_others
-from launcher.engine.saving.checkpoint_tensors import StoredState, load_newest
-from launcher.engine.saving.weight_sources import CheckpointWeights, FinalWeights
-from launcher.engine.state.module_state import missing_extra_state
-from launcher.engine.state.training_state import StateSource, parameters, write_groups
-from launcher.engine.training.build import build_context
-from launcher.engine.training.loop import TrainContext, evaluate
-from launcher.errors import CheckpointError, RecipeError
-from launcher.planning.plan import Plan
-from launcher.recipe.recipe import Recipe
-from launcher.runs.job import RecipeSource
-from launcher.runs.weight_choice import WeightChoice
+import torch
+
+from launcher.engine.backends.transfers import upload
+from launcher.engine.data.sampler import EvaluationSchedule
+from launcher.engine.metrics.metric_calls import metric_call
+from launcher.engine.training.context import TrainContext
+from launcher.engine.training.loss_calls import sum_and_count
+from launcher.planning.virtual_ranks import virtual_rank_of
+from launcher.recipe.evaluation_sets import metric_name, split_of, title_of
+from launcher.recipe.prediction_metric import sum_metrics
 
 
-def evaluate_weights(
-    recipe: Recipe,
-    plan: Plan,
-    backend: Backend,
-    weights: WeightChoice,
-    *,
-    source: RecipeSource,
-    report_phase: Callable[[int, str], None],
+@torch.no_grad()
+def evaluate(
+    context: TrainContext, step: int, schedules: Iterable[EvaluationSchedule]
 ) -> dict[str, float]:
-    """Return loss and metrics of the weights over the evaluation data (collective).
-
-    On the number of ranks on which the run was trained, the values are those of the run to the bit.
+    """Return loss and metrics over evaluation sets, each sample visited once (collective).
 
     Args:
-        recipe: The recipe of the run.
-        plan: The plan of the evaluation.
-        backend: This rank among the others.
-        weights: What is evaluated.
-        source: What the recipe is built from; spawned DataLoader workers need it.
-        report_phase: Called with (steps taken, phase) whenever this rank enters a phase.
+        context: Its next micro-batches must be those of an evaluation of these sets.
+        step: Number of steps taken.
+        schedules: The sets.
 
-    Raises:
-        RecipeError: The recipe has no evaluation data.
-        CheckpointError: The weights are damaged, or belong to another model.
+    Returns:
+        The mean of each over its items, by name, such as `loss` or, of several sets, `dev/loss`;
+        NaN where nothing was counted.
     """
-    context = build_with_weights(
-        recipe, plan, backend, weights, source=source, report_phase=report_phase
-    )
-    if not context.sampler.evaluations:
-        raise RecipeError(
-            f"The data of {recipe.name} has no evaluation set, so there is nothing to evaluate. "
-            "Return Data(train=..., evaluation=...) from its data function."
-        )
-    return evaluate(context, weights.step, context.sampler.evaluations)
+    context.batch_norms.average(context.backend)
+    context.model.eval()
+    values: dict[str, float] = {}
+    with context.evaluated_weights():
+        for schedule in schedules:
+            means = _evaluate_set(context, step, schedule)
+            values |= {metric_name(schedule.name, name): mean for name, mean in means.items()}
+    context.model.train()
+    return values
 
 
-def build_with_weights(
-    recipe: Recipe,
-    plan: Plan,
-    backend: Backend,
-    weights: WeightChoice,
-    *,
-    source: RecipeSource,
-    report_phase: Callable[[int, str], None],
-    read: Callable[[Sampler], Iterator[MicroBatchRequest]] = Sampler.evaluation,
-) -> TrainContext:
-    """Build data and model with the weights of a run, ready for an evaluation (collective).
-
-    Args:
-        recipe: The recipe of the run.
-        plan: The plan of the evaluation. The training set may have another size than it says.
-        backend: This rank among the others.
-        weights: The weights.
-        source: What the recipe is built from.
-        report_phase: Called with (steps taken, phase) whenever this rank enters a phase.
-        read: Returns the requests that are read.
-
-    Raises:
-        CheckpointError: The weights are damaged, or belong to another model.
-    """
-    context = build_context(
-        recipe,
-        replace(plan, train_samples=None),
-        backend,
-        last_step=0,
-        is_restored=True,
-        source=source,
-        report_phase=report_phase,
-        read=read,
-    )
-    _restore(context, weights)
-    return context
-
-
-def _restore(context: TrainContext, choice: WeightChoice) -> None:
-    """Fill model, buffers and extra state with the chosen weights (collective).
-
-    The optimizer's state is restored only where the evaluated weights follow from it.
-    """
-    backend, optimizer = context.backend, context.optimizer
-    module = backend.unwrap(context.model)
-    source: StateSource
-    keeps_optimizer = evaluates_others(optimizer)
-    if choice.is_final:
-        source = FinalWeights(choice, parameters(module).keys())
-    else:
-        checkpoint, manifest = load_newest(
-            [choice.checkpoint], backend, fall_back=False, tell=lambda _: None
-        )
-        state = StoredState(checkpoint, manifest)
-        source = CheckpointWeights(state, keeps_optimizer=keeps_optimizer)
-    if missing := missing_extra_state(module, source):
-        remedy = "Take the weights of a checkpoint, as with --checkpoint last." * choice.is_final
-        raise CheckpointError(
-            f"{source.name} lacks the extra state (get_extra_state) of {missing[0]}. {remedy}"
-        )
-    backend.restore(context.model, optimizer, source)
-    if keeps_optimizer and not choice.is_final:
-        write_groups(optimizer, source.values["groups"])
+def _evaluate_set(
+    context: TrainContext, step: int, schedule: EvaluationSchedule
+) -> dict[str, float]:
+    """Return loss and metrics over one evaluation set, by name (collective)."""
+    recipe, backend, collected = context.recipe, context.backend, context.collected
+    functions = {"The recipe's loss": recipe.loss}
+    functions |= {f"The metric {name}": each for name, each in sum_metrics(recipe.metrics).items()}
+    # Exact runs add what each virtual rank counts in an order that does not depend on the ranks.
+    num_parts = context.plan.distribution.count if context.plan.exact else 1
+    totals = torch.zeros(num_parts, len(functions), 2, dtype=torch.float64, device=backend.device)
+    title = title_of(split_of(schedule.name))
+    place = f"the {title} after step {step:,}, on rank {backend.rank}"
+    collected.begin(place)
+    for _ in range(context.sampler.evaluation_steps(schedule)):
+        context.report_phase(step, "evaluating")
+        micro_batch = next(context.micro_batches)
+        if context.data_watch is not None:
+            context.data_watch.add(step, [micro_batch])
+        batch = backend.to_device(micro_batch.batch)
+        with backend.autocast():
+            outputs = backend.forward(recipe.forward, context.model, batch)
+            pairs = []
+            for name, function in functions.items():
+                with metric_call(name, place):
+                    pairs.append(sum_and_count(function, outputs, batch, name=name))
+        if micro_batch.has_weight:
+            part = virtual_rank_of(micro_batch.request.part) if context.plan.exact else 0
+            totals[part] += torch.stack([upload(pair, backend.device) for pair in pairs])
+        collected.add(outputs, batch, micro_batch.request)
+    means = {}
+    parts = backend.read(backend.sum_samples(totals))
+    names = ["loss", *sum_metrics(recipe.metrics)]
+    for name, sums in zip(names, zip(*parts, strict=True), strict=True):
+        total, count = (math.fsum(values) for values in zip(*sums, strict=True))
+        means[name] = total / count if count else float("nan")
+    return means | collected.results()

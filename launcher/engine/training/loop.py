@@ -2,197 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
 
-import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
-from launcher.analysis.gradient_noise import Measurement
-from launcher.engine.backends.base import Backend
-from launcher.engine.backends.nested_tensors import describe_argument
-from launcher.engine.backends.transfers import upload, upload_scalar
+from launcher.engine.backends.transfers import upload_scalar
 from launcher.engine.data.randomness import ModelRandomness
-from launcher.engine.data.reader import MicroBatch, Reader
-from launcher.engine.data.sampler import EvaluationSchedule, Horizon, Sampler
-from launcher.engine.metrics.collected_metrics import CollectedMetrics
+from launcher.engine.data.reader import MicroBatch
+from launcher.engine.data.sampler import EvaluationSchedule
 from launcher.engine.metrics.logged_numbers import LoggedNumbers
-from launcher.engine.metrics.meter import (
-    Meter,
-    MetricsBatch,
-    NonFiniteGuard,
-    RankFlags,
-    StepLosses,
+from launcher.engine.metrics.meter import Meter, MetricsBatch, RankFlags
+from launcher.engine.metrics.nonfinite_guard import NonFiniteGuard
+from launcher.engine.metrics.step_measurements import (
+    MicroBatchLoss,
+    StepMeasurements,
     TurnMeasurements,
 )
-from launcher.engine.metrics.metric_calls import metric_call
-from launcher.engine.metrics.noise_meter import NoiseMeter, NullNoiseMeter
-from launcher.engine.model.averages import Averages
-from launcher.engine.model.batch_norm import BatchNorms
-from launcher.engine.model.forward_writes import ForwardWrites
 from launcher.engine.state.hyperparameters import Hyperparameters
-from launcher.engine.training.data_watch import DataWatch
-from launcher.engine.training.live_schedules import Plateau, observe_evaluation
+from launcher.engine.training.context import Listener, StepController, TrainContext, TrainOutcome
+from launcher.engine.training.evaluation import evaluate
+from launcher.engine.training.live_schedules import observe_evaluation
+from launcher.engine.training.loss_calls import LOSS, training_loss
 from launcher.engine.training.objectives import TrainedObjective
-from launcher.errors import RecipeError
-from launcher.planning.plan import Plan
 from launcher.planning.stages import Window
-from launcher.planning.virtual_ranks import virtual_rank_of
-from launcher.printable import kind_of
-from launcher.recipe.evaluation_sets import metric_name, split_of, title_of
-from launcher.recipe.function_checks import SUM_AND_COUNT, called_with, note_call
-from launcher.recipe.prediction_metric import sum_metrics
-from launcher.recipe.recipe import Recipe
-from launcher.runs.step_row import StepRow
-
-
-class Listener(Protocol):
-    """Receives what the loop measures, on every rank, in the order of the steps."""
-
-    def on_micro_batches(self, step: int, micro_batches: list[MicroBatch]) -> None:
-        """Receive the micro-batches that this rank took in step number `step`, counted from 1."""
-
-    def on_steps(self, rows: list[StepRow]) -> None:
-        """Receive the measurements of the steps since the last call, equal on every rank."""
-
-    def on_noise(self, measurements: list[Measurement]) -> None:
-        """Receive the gradient noise measured in some of these steps, equal on every rank."""
-
-    def on_warning(self, text: str) -> None:
-        """Receive a warning for the user, equal on every rank."""
-
-    def on_values(self, step: int, values: Mapping[str, Any]) -> None:
-        """Receive further named values that were measured after `step` steps."""
-
-    def on_evaluation(self, step: int, values: dict[str, float]) -> None:
-        """Receive loss and metrics over the evaluation data after `step` steps."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainContext:
-    """Everything that the training loop works on, on one rank."""
-
-    recipe: Recipe
-    plan: Plan
-    backend: Backend
-    model: nn.Module
-    """The module that `Backend.forward` takes, as `Backend.prepare` returned it."""
-
-    optimizer: Optimizer
-    num_trained: int
-    """Number of trainable weights of the whole model, over all ranks."""
-
-    sampler: Sampler
-    reader: Reader
-    """Holds the data and reads samples from it."""
-
-    micro_batches: Iterator[MicroBatch]
-    """This rank's micro-batches: those of the trial, if there is one, followed by those of training
-    and evaluation in the order of `sampler.requests`."""
-
-    horizon: Horizon
-    """The end of the stream of micro-batches."""
-
-    batch_norms: BatchNorms
-    """The BatchNorm modules of the model."""
-
-    forward_writes: ForwardWrites
-    """Detects weights and buffers that forward passes write to, and combines them over ranks."""
-
-    report_phase: Callable[[int, str], None] = lambda *_: None
-    """Called with (steps taken, phase) whenever this rank enters a phase; the watchdog uses it."""
-
-    collected: CollectedMetrics
-    """The metrics that need all predictions of an evaluation."""
-
-    noise_meter: NoiseMeter = field(default_factory=NullNoiseMeter)
-    """Measures the gradient noise beside the steps."""
-
-    averages: Averages | None = None
-    """The average of the weights over the steps; None without `Recipe.averaging`."""
-
-    plateaus: tuple[Plateau, ...] = ()
-    """The parts of the schedule that follow evaluations."""
-
-    missed_evaluations: tuple[EvaluationSchedule, ...] = ()
-    """The sets whose evaluation precedes the first step: the run was to evaluate them after its
-    checkpoint, and has not recorded that."""
-
-    data_watch: DataWatch | None = None
-    """Observes what is read; None if there is nothing to observe."""
-
-    before_step: tuple[Callable[[int], None], ...] = ()
-    """Called with the number of steps taken before each step."""
-
-    @contextlib.contextmanager
-    def evaluated_weights(self) -> Iterator[None]:
-        """Let the model have the weights that are evaluated and exported (collective).
-
-        They are the averages, if the recipe or its optimizer averages the weights.
-        """
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self.backend.evaluated_weights(self.model, self.optimizer))
-            if self.averages is not None:
-                stack.enter_context(self.averages.evaluated())
-            yield
-
-    objectives: tuple[TrainedObjective, ...] = ()
-    """The objectives in the order of their turns; empty if the recipe has one loss."""
-
-    def in_turns(self) -> tuple[TrainedObjective, ...]:
-        """Return the objectives in the order of their turns, of which a recipe may have one."""
-        only = TrainedObjective(
-            name="",
-            number=0,
-            every=1,
-            recipe=self.recipe,
-            lr=self.plan.lr,
-            backend=self.backend,
-            model=self.model,
-            optimizer=self.optimizer,
-            forward_writes=self.forward_writes,
-            noise_meter=self.noise_meter,
-        )
-        return self.objectives or (only,)
-
-
-class StepController(Protocol):
-    """Acts between steps on flags that all ranks have exchanged, and may stop the run."""
-
-    def is_due(self, step: int) -> bool:
-        """Return whether the ranks must exchange flags after `step` steps; equal on every rank."""
-
-    def flags(self) -> RankFlags:
-        """Return the flags of this rank."""
-
-    def before_evaluation(self, step: int) -> None:
-        """Prepare for an evaluation after `step` steps, which may fail (collective)."""
-
-    def on_evaluation(self, step: int, values: Mapping[str, float]) -> None:
-        """Receive the metrics of an evaluation after `step` steps, equal on every rank."""
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether the run has ended before its last step; equal on every rank."""
-
-    def on_step_end(self, step: int, flags: RankFlags) -> bool:
-        """Act on the summed flags after `step` steps; return whether to stop (collective)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainOutcome:
-    """Where `train` ended."""
-
-    step: int
-    """Steps taken since the start of the run."""
-
-    evaluation: dict[str, float]
-    """Loss and metrics of the last evaluation; empty if there was none."""
 
 
 def train(
@@ -217,18 +49,14 @@ def train(
             a different number of items than the batch holds.
         TrainingError: The loss or gradient was not finite in too many consecutive steps.
     """
-    sampler, batch_norms, report_phase = (
-        context.sampler,
-        context.batch_norms,
-        context.report_phase,
-    )
-    objectives = [_Training(objective) for objective in context.in_turns()]
-    main = next(each.objective.name for each in objectives if each.objective.every == 1)
+    sampler, report_phase = context.sampler, context.report_phase
+    objectives = [_Objective(context, each) for each in context.in_turns()]
+    main = next(each.name for each in objectives if each.every == 1)
     nonfinite_guard = NonFiniteGuard(
         context.recipe.max_bad_steps, lambda step: sampler.batch_ids(step - 1)
     )
     context.model.train()
-    batch_norms.save_statistics()
+    context.batch_norms.save_statistics()
     evaluation = _run_evaluation(
         context, listener, first_step, context.missed_evaluations, controller
     )
@@ -238,30 +66,28 @@ def train(
         # ------------------------------------------------------------------------------------
         window, micro_batches, data_wait_seconds = _begin_step(context, step)
         num_items = _count_items(context, window.size, micro_batches)
-        turns = [
-            _take_turn(context, each, meter.logged, step, micro_batches, num_items)
+        turns = {
+            each.name: each.take_turn(step, micro_batches, num_items, meter.logged)
             for each in objectives
-            if step % each.objective.every == 0
-        ]
-        if context.averages is not None:
-            context.averages.update(step + 1)
-        # ------------------------------------------------------------------------------------
-        listener.on_micro_batches(step + 1, micro_batches)
-        main_turn = next(turn for turn in turns if turn.name == main)
-        meter.add(
-            step=step + 1,
-            epoch=window.epoch + 1,
-            samples=sampler.samples_before(step + 1),
-            batch_samples=window.size,
-            items=num_items,
-            losses=main_turn.losses,
-            lr=main_turn.lr,
-            momentum=main_turn.momentum,
-            grad_norm=main_turn.grad_norm,
-            data_wait_seconds=data_wait_seconds,
-            turns=turns if context.objectives else (),
-        )
+            if step % each.every == 0
+        }
         steps_taken = step + 1
+        if context.averages is not None:
+            context.averages.update(steps_taken)
+        # ------------------------------------------------------------------------------------
+        listener.on_micro_batches(steps_taken, micro_batches)
+        meter.add(
+            StepMeasurements(
+                step=steps_taken,
+                window=window,
+                samples=sampler.samples_before(steps_taken),
+                items=num_items,
+                data_wait_seconds=data_wait_seconds,
+                main=turns[main],
+                logged=meter.logged.take(),
+                turns=tuple(turns.values()) if context.objectives else (),
+            )
+        )
         evaluated = sampler.evaluations_after(step)
         is_due = controller is not None and controller.is_due(steps_taken)
         if not (meter.is_due() or evaluated or is_due or steps_taken == last_step):
@@ -284,76 +110,73 @@ def train(
     return TrainOutcome(step=last_step, evaluation=evaluation)
 
 
-class _Training:
-    """An objective with what changes from turn to turn.
-
-    Args:
-        objective: The objective, whose optimizer is new or restored.
-    """
-
-    def __init__(self, objective: TrainedObjective) -> None:
-        self.objective = objective
-        self.hyperparameters = Hyperparameters(objective.optimizer, objective.lr)
-        self.randomness = ModelRandomness(objective.backend, objective.number)
-        self.loss_name = f"The loss of the objective {objective.name}" if objective.name else LOSS
-
-
-def _take_turn(
-    context: TrainContext,
-    training: _Training,
-    logged: LoggedNumbers,
-    step: int,
-    micro_batches: list[MicroBatch],
-    num_items: int | Tensor,
-) -> TurnMeasurements:
-    """Take the step of one objective on the global batch of a step (collective).
+class _Objective:
+    """Takes the turns of one objective, of which a recipe with one loss has one in each step.
 
     Args:
         context: What is trained.
-        training: The objective; its parameters alone change.
-        logged: Receives what its loss and forward log.
-        step: The step, counted from 0.
-        micro_batches: This rank's micro-batches of the batch.
-        num_items: Items of the batch.
+        objective: The objective, whose optimizer is new or restored.
     """
-    objective, randomness = training.objective, training.randomness
-    recipe, backend, model = objective.recipe, objective.backend, objective.model
-    noise_meter, forward_writes = objective.noise_meter, objective.forward_writes
-    if objective.begin is not None:
-        objective.begin()
-    randomness.begin_step(step)
-    schedule_value = context.plan.schedule_value_at(recipe.schedule, step)
-    written = training.hyperparameters.write(schedule_value)
-    weight = backend.divisor / num_items
-    losses = StepLosses()
-    noise_meter.begin(step)
-    forward_writes.begin()
-    for number, micro_batch in enumerate(micro_batches, start=1):
-        context.report_phase(step, "computing")
-        batch, request = backend.to_device(micro_batch.batch), micro_batch.request
-        randomness.begin_part(step, request.part)
-        with (
-            backend.micro_step(last=number == len(micro_batches), part=request.part),
-            context.batch_norms.micro_batch_context(request),
-            forward_writes.micro_batch_context(request),
-        ):
-            with backend.autocast(), logged.of(micro_batch, objective.name):
-                loss_sum, count = training_loss(
-                    recipe.loss,
-                    backend.forward(recipe.forward, model, batch),
-                    batch,
-                    training.loss_name,
-                )
-            # Gradients are averaged over ranks; the divisor in the weight makes that a sum.
-            backend.backward(loss_sum, weight if micro_batch.has_weight else 0.0)
-        noise_meter.add_micro_batch(weight, count if micro_batch.has_weight else 0, request.part)
-        if micro_batch.has_weight:
-            losses.add(loss_sum.detach(), count, request.part)
-    forward_writes.end()
-    randomness.end_step()
-    grad_norm = backend.apply(objective.optimizer, recipe.max_grad_norm)
-    noise_meter.end(step, num_items, grad_norm)
-    return TurnMeasurements(objective.name, losses, written.lr, written.momentum, grad_norm)
+
+    def __init__(self, context: TrainContext, objective: TrainedObjective) -> None:
+        self._context, self._objective = context, objective
+        self.name, self.every = objective.name, objective.every
+        self._hyperparameters = Hyperparameters(objective.optimizer, objective.lr)
+        self._randomness = ModelRandomness(objective.backend, objective.number)
+        self._loss_name = f"The loss of the objective {self.name}" if self.name else LOSS
+
+    def take_turn(
+        self,
+        step: int,
+        micro_batches: list[MicroBatch],
+        num_items: int | Tensor,
+        logged: LoggedNumbers,
+    ) -> TurnMeasurements:
+        """Change the parameters of the objective by one optimizer step (collective).
+
+        Args:
+            step: The step, counted from 0.
+            micro_batches: This rank's micro-batches of the global batch.
+            num_items: Items of the global batch.
+            logged: Receives what loss and forward log.
+        """
+        context, objective, randomness = self._context, self._objective, self._randomness
+        recipe, backend, model = objective.recipe, objective.backend, objective.model
+        noise_meter, forward_writes = objective.noise_meter, objective.forward_writes
+        if objective.begin is not None:
+            objective.begin()
+        randomness.begin_step(step)
+        lr, momentum = self._hyperparameters.write(
+            context.plan.schedule_value_at(recipe.schedule, step)
+        )
+        weight = backend.divisor / num_items
+        losses: list[MicroBatchLoss] = []
+        noise_meter.begin(step)
+        forward_writes.begin()
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            context.report_phase(step, "computing")
+            request = micro_batch.request
+            part, has_weight = request.part, request.has_weight
+            batch = backend.to_device(micro_batch.batch)
+            randomness.begin_part(step, part)
+            with (
+                backend.micro_step(last=number == len(micro_batches), part=part),
+                context.batch_norms.micro_batch_context(request),
+                forward_writes.micro_batch_context(request),
+            ):
+                with backend.autocast(), logged.of(request, self.name):
+                    outputs = backend.forward(recipe.forward, model, batch)
+                    loss, count = training_loss(recipe.loss, outputs, batch, self._loss_name)
+                # Gradients are averaged over ranks; the divisor in the weight makes that a sum.
+                backend.backward(loss, weight if has_weight else 0.0)
+            noise_meter.add_micro_batch(weight, count if has_weight else 0, part)
+            if has_weight:
+                losses.append(MicroBatchLoss(loss.detach(), count, part))
+        forward_writes.end()
+        randomness.end_step()
+        grad_norm = backend.apply(objective.optimizer, recipe.max_grad_norm)
+        noise_meter.end(step, num_items, grad_norm)
+        return TurnMeasurements(losses, lr, momentum, grad_norm, self.name)
 
 
 def _find_last_step(
@@ -462,145 +285,3 @@ def _run_evaluation(
     if controller is not None:
         controller.on_evaluation(step, evaluation)
     return evaluation
-
-
-@torch.no_grad()
-def evaluate(
-    context: TrainContext, step: int, schedules: Iterable[EvaluationSchedule]
-) -> dict[str, float]:
-    """Return loss and metrics over evaluation sets, each sample visited once (collective).
-
-    Args:
-        context: Its next micro-batches must be those of an evaluation of these sets.
-        step: Number of steps taken.
-        schedules: The sets.
-
-    Returns:
-        The mean of each over its items, by name, such as `loss` or, of several sets, `dev/loss`;
-        NaN where nothing was counted.
-    """
-    context.batch_norms.average(context.backend)
-    context.model.eval()
-    values: dict[str, float] = {}
-    with context.evaluated_weights():
-        for schedule in schedules:
-            means = _evaluate_set(context, step, schedule)
-            values |= {metric_name(schedule.name, name): mean for name, mean in means.items()}
-    context.model.train()
-    return values
-
-
-def _evaluate_set(
-    context: TrainContext, step: int, schedule: EvaluationSchedule
-) -> dict[str, float]:
-    """Return loss and metrics over one evaluation set, by name (collective)."""
-    recipe, backend, collected = context.recipe, context.backend, context.collected
-    functions = {"The recipe's loss": recipe.loss}
-    functions |= {f"The metric {name}": each for name, each in sum_metrics(recipe.metrics).items()}
-    # Exact runs add what each virtual rank counts in an order that does not depend on the ranks.
-    num_parts = context.plan.distribution.count if context.plan.exact else 1
-    totals = torch.zeros(num_parts, len(functions), 2, dtype=torch.float64, device=backend.device)
-    title = title_of(split_of(schedule.name))
-    place = f"the {title} after step {step:,}, on rank {backend.rank}"
-    collected.begin(place)
-    for _ in range(context.sampler.evaluation_steps(schedule)):
-        context.report_phase(step, "evaluating")
-        micro_batch = next(context.micro_batches)
-        if context.data_watch is not None:
-            context.data_watch.add(step, [micro_batch])
-        batch = backend.to_device(micro_batch.batch)
-        with backend.autocast():
-            outputs = backend.forward(recipe.forward, context.model, batch)
-            pairs = []
-            for name, function in functions.items():
-                with metric_call(name, place):
-                    pairs.append(sum_and_count(function, outputs, batch, name=name))
-        if micro_batch.has_weight:
-            part = virtual_rank_of(micro_batch.request.part) if context.plan.exact else 0
-            totals[part] += torch.stack([upload(pair, backend.device) for pair in pairs])
-        collected.add(outputs, batch, micro_batch.request)
-    means = {}
-    parts = backend.read(backend.sum_samples(totals))
-    names = ["loss", *sum_metrics(recipe.metrics)]
-    for name, sums in zip(names, zip(*parts, strict=True), strict=True):
-        total, count = (math.fsum(values) for values in zip(*sums, strict=True))
-        means[name] = total / count if count else float("nan")
-    return means | collected.results()
-
-
-LOSS = "The recipe's loss"
-"""What error messages call the loss."""
-
-
-def name_of(metric: str) -> str:
-    """Return what error messages call a metric, or the loss."""
-    return LOSS if metric == "loss" else f"The metric {metric}"
-
-
-def sum_and_count(
-    function: Callable[[Any, Any], Any], outputs: Any, batch: Any, *, name: str
-) -> tuple[Any, int | Tensor]:
-    """Call a loss or metric and return its (sum, count).
-
-    Args:
-        function: The loss or metric.
-        outputs: What the recipe's `forward` returned.
-        batch: The batch on this rank's device.
-        name: Name for error messages, such as `The metric accuracy`.
-
-    Raises:
-        RecipeError: The function did not return (sum, count).
-    """
-    try:
-        returned = function(outputs, batch)
-    except Exception as error:
-        note_call(error, name, **_described(outputs, batch))
-        raise
-    if isinstance(returned, tuple) and len(returned) == 2:
-        total, count = returned
-        is_count = isinstance(count, int) or (isinstance(count, Tensor) and not count.ndim)
-        if is_count and not (isinstance(total, Tensor) and total.ndim):
-            return total, count
-    raise RecipeError(
-        f"{name} returned {_describe(returned)}; expected {SUM_AND_COUNT}. "
-        f"{called_with(name, **_described(outputs, batch))}"
-    )
-
-
-def training_loss(
-    loss: Callable[[Any, Any], Any], outputs: Any, batch: Any, name: str = LOSS
-) -> tuple[Tensor, int | Tensor]:
-    """Call the loss in training and return its (sum, count).
-
-    Args:
-        loss: The loss.
-        outputs: What the recipe's `forward` returned.
-        batch: The batch on this rank's device.
-        name: Name of the loss for error messages.
-
-    Raises:
-        RecipeError: The loss did not return (sum, count), or the sum has no gradient.
-    """
-    total, count = sum_and_count(loss, outputs, batch, name=name)
-    if isinstance(total, Tensor) and total.requires_grad:
-        return total, count
-    found = "a tensor without a gradient" if isinstance(total, Tensor) else kind_of(total)
-    only = "" if name == LOSS else " It must depend on the objective's own parameters."
-    raise RecipeError(
-        f"{name} returned ({found}, count), from which no gradient can be computed. "
-        "Return the sum as a tensor that is computed from the outputs of the model, without "
-        f".item(), .detach() or torch.no_grad() in the loss and in forward.{only} "
-        f"{called_with(name, **_described(outputs, batch))}"
-    )
-
-
-def _described(outputs: Any, batch: Any) -> dict[str, str]:
-    return {"outputs": describe_argument(outputs), "batch": describe_argument(batch)}
-
-
-def _describe(returned: Any) -> str:
-    if isinstance(returned, tuple):
-        return f"({', '.join(map(_describe, returned))})"
-    if isinstance(returned, Tensor):
-        return f"a tensor of shape {tuple(returned.shape)}"
-    return kind_of(returned)

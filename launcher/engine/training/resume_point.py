@@ -12,8 +12,8 @@ from launcher.engine.saving.checkpoint_tensors import StoredState, load_newest
 from launcher.engine.state.module_state import missing_extra_state
 from launcher.engine.state.training_state import missing_optimizer_state, write_groups
 from launcher.engine.training.callback_hooks import CallbackHooks
+from launcher.engine.training.context import TrainContext
 from launcher.engine.training.live_schedules import observe_evaluation
-from launcher.engine.training.loop import TrainContext
 from launcher.errors import CheckpointError
 from launcher.planning.plan import Plan
 from launcher.planning.timed_plan import timed_plan

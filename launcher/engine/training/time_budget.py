@@ -13,7 +13,7 @@ from launcher.engine.data.sampler import EvaluationSchedule
 from launcher.engine.metrics.meter import RankFlags
 from launcher.engine.metrics.recorder import Recorder
 from launcher.engine.training.checkpoint_manager import CheckpointManager, parse_interval
-from launcher.engine.training.loop import TrainContext
+from launcher.engine.training.context import TrainContext
 from launcher.errors import PlanError
 from launcher.planning.global_batch import ceil_div
 from launcher.planning.plan import Plan

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from launcher.engine.training.loop import name_of, sum_and_count
+from launcher.engine.training.loss_calls import name_of, sum_and_count
 from launcher.recipe.objective import measured_objective
 from launcher.recipe.prediction_metric import PredictionMetric
 from launcher.recipe.recipe import Recipe
