@@ -111,7 +111,7 @@ class Fleet:
 
     def start(self, host_name: str | None = None) -> subprocess.Popen[bytes]:
         """Start one more launcher; `host_name` is the name of its machine, if it has its own."""
-        settings = [f"steps={self.steps}", "device=cpu", "num_workers=0"]
+        settings = [f"steps={self.steps}", "device=cpu", "num_workers=0", "checkpoint_every=4"]
         settings.append(f"seconds_per_step={self.pause}")
         if self.name == "launcher":
             command = [str(BIN / "launcher"), "run", str(RECIPE), "-n", "1", *settings]
