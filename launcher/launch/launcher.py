@@ -219,7 +219,10 @@ def _environment(plans: Sequence[Plan], *, for_any_plan: bool = False) -> Iterat
         for_any_plan: Whether the plans are not known yet: libraries count GPUs without CUDA also
             if no plan uses one.
     """
-    values = {"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGQUIT"}  # SignalHandler handles the others
+    values = {
+        "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGQUIT",  # SignalHandler handles the others
+        "TORCH_ELASTIC_WORKER_IDENTICAL": "1",  # nodes know the numbers of their ranks
+    }
     for plan in plans:
         values |= process_environment(plan)
     on_gpus = for_any_plan or any(plan.device == "cuda" for plan in plans)

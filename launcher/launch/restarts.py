@@ -160,6 +160,8 @@ class _Rounds:
             report(f"launcher: {error}")
             raise EndedError(EXIT_WITHOUT) from None  # the others decide how the run ends
         except Exception as error:
+            if isinstance(error, PeerError) and error.gone and self._meeting.folder is not None:
+                error.exit_code = _exit_code_after_loss(Path(self._meeting.folder))
             self._exit_code = error.exit_code if isinstance(error, LauncherError) else EXIT_FAILED
             self._meeting.end(self._exit_code)
             raise

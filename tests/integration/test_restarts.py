@@ -21,25 +21,27 @@ from launcher.runs.history import History
 from launcher.runs.rundir import RunDir
 
 PACED = f"{ROOT}/tests/recipes/worlds.py:paced"
-SETTINGS = ("steps=40", "checkpoint_every=5", "record_samples=true", "device=cpu")
+SETTINGS = ("checkpoint_every=5", "record_samples=true", "device=cpu")
 
 
 class Launchers:
     """Launchers of one run on this machine; the first one that is started holds the meeting."""
 
-    def __init__(self, run: Commands, port: int, *options: str, pause: str = "pause=0.05") -> None:
+    def __init__(
+        self, run: Commands, port: int, *options: str, pause: float = 0.05, steps: int = 40
+    ) -> None:
         self.run_dir = RunDir(run.folder / "out")
         self._run = run
         self._command = (
-            *("launcher", "run", PACED, *SETTINGS, pause, "-n", "1"),
+            *("launcher", "run", PACED, *SETTINGS, f"pause={pause}", f"steps={steps}", "-n", "1"),
             *("--out", "out", "--rendezvous", f"localhost:{port}", *options),
         )
         self.processes: list[subprocess.Popen[str]] = []
         self.outputs: list[tuple[str, str]] = []
 
-    def start(self) -> subprocess.Popen[str]:
+    def start(self, *options: str) -> subprocess.Popen[str]:
         """Start one more launcher."""
-        self.processes.append(self._run.start(*self._command))
+        self.processes.append(self._run.start(*self._command, *options))
         return self.processes[-1]
 
     def start_in_order(self, count: int) -> None:
@@ -99,7 +101,7 @@ def undisturbed(module_run: Commands) -> dict[str, Any]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    both = Launchers(module_run, port, "--nodes", "2", pause="pause=0")
+    both = Launchers(module_run, port, "--nodes", "2", pause=0)
     both.start_in_order(2)
     assert both.finish() == [0, 0], both.outputs
     return read_weights(both.run_dir.path)
@@ -179,6 +181,35 @@ def test_a_run_goes_on_with_fewer_nodes(run: Commands, free_port: int) -> None:
     assert result["steps"] == 40
     steps = [row["step"] for row in read_lines(both.run_dir.metrics) if "loss" in row]
     assert sorted(set(steps)) == list(range(1, 41))
+
+
+def test_a_node_joins_later(run: Commands, free_port: int) -> None:
+    """A launcher that is started later takes part after the next checkpoint."""
+    one = Launchers(run, free_port, "--nodes", "1:2", "--max-restarts", "1", steps=100_000)
+    one.start_in_order(2)
+    one.wait_for_step(7)
+    one.launcher_of(1).kill()
+    wait_until(lambda: len(one.events("recovered")) == 1, one.processes[0])
+    one.start()
+    wait_until(lambda: len(one.events("recovered")) == 2, one.processes[0])
+    one.processes[0].send_signal(signal.SIGTERM)
+    assert one.finish() == [75, -signal.SIGKILL, 75], one.outputs
+    assert [(row["cause"], row["nodes"]) for row in one.events("recovered")] == [
+        ("node", 1),
+        ("joined", 2),
+    ]
+
+
+def test_nodes_that_would_run_something_else_are_refused(run: Commands, free_port: int) -> None:
+    """Nodes with other numbers of ranks are refused with both numbers, before any write."""
+    both = Launchers(run, free_port, "--nodes", "2", "--max-restarts", "1")
+    both.start_in_order(1)
+    both.start("-n", "2")
+    assert both.finish() == [2, 2], both.outputs
+    for _, stderr in both.outputs:
+        assert "the same ranks: " in stderr
+        assert "Traceback" not in stderr
+    assert not both.run_dir.path.exists()
 
 
 def test_too_few_nodes_end_the_run(run: Commands, free_port: int) -> None:

@@ -86,6 +86,9 @@ class Lifeline:
         self._socket, self.peer = _opened(connection), peer
         self._received, self._unsent = bytearray(), bytearray()
         self.is_open = True
+        self.seat: int | None = None
+        """The seat of the guest at the other end, for the host."""
+
         each = max(int(timeout / (_NUM_PROBES + 1)), 1)
         options = {
             (socket.SOL_SOCKET, socket.SO_KEEPALIVE): 1,

@@ -463,41 +463,39 @@ class Meeting:
     def _read_guest(self, host: RoundHost, link: Lifeline) -> None:
         if not link.is_open:  # another launcher has taken its seat
             return
-        seat = next((seat for seat, each in self._links.items() if each is link), None)
         for message in link.receive():
-            if seat is not None:
-                host.receive(seat, message)
+            if link.seat is not None:
+                host.receive(link.seat, message)
             elif isinstance(message, Hello):
-                seat = self._seat_guest(host, link, message)
+                self._seat_guest(host, link, message)
             else:
                 link.is_open = False
         if not link.is_open:
-            self._drop(host, link, seat)
+            self._drop(host, link)
 
-    def _seat_guest(self, host: RoundHost, link: Lifeline, hello: Hello) -> int | None:
+    def _seat_guest(self, host: RoundHost, link: Lifeline, hello: Hello) -> None:
         self._strangers.discard(link)
         before = len(host.outbox)
-        seat = host.join(hello.seat, hello, link.peer, time.monotonic())
-        if seat is None:
+        link.seat = host.join(hello.seat, hello, link.peer, time.monotonic())
+        if link.seat is None:
             for _, message in host.outbox[before:]:
                 link.send(message)
             del host.outbox[before:]
             link.is_open = False
-            return None
-        earlier = self._links.get(seat)
-        self._links[seat] = link
+            return
+        earlier = self._links.get(link.seat)
+        self._links[link.seat] = link
         if earlier is not None:
             self._selector.unregister(earlier)
             earlier.close()
-        return seat
 
-    def _drop(self, host: RoundHost, link: Lifeline, seat: int | None) -> None:
+    def _drop(self, host: RoundHost, link: Lifeline) -> None:
         self._selector.unregister(link)
         link.close()
         self._strangers.discard(link)
-        if seat is not None:
-            del self._links[seat]
-            host.lose(seat)
+        if link.seat is not None:
+            del self._links[link.seat]
+            host.lose(link.seat)
 
     def _advance(self, host: RoundHost) -> None:
         host.advance(time.monotonic())

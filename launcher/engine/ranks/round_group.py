@@ -57,6 +57,7 @@ class RoundGroup:
         timeout = timedelta(seconds=meeting.nodes.node_timeout)
         try:
             self.store = TCPStore(*self.address, is_master=False, timeout=timeout)
+            self.store.set_timeout(timedelta(seconds=meeting.nodes.join_timeout))
         except RuntimeError as error:
             raise PeerError(meeting.host_name, None) from error
 

@@ -128,6 +128,7 @@ class RoundHost:
     _waits: bool = True
     """Whether launchers that have not joined are waited for."""
 
+    _names: set[str] = field(default_factory=set)
     _next_seat: int = 0
     _has_changed: bool = False
     """Whether launchers have come or gone since the roster was sent."""
@@ -174,8 +175,9 @@ class RoundHost:
             return None
         if seat in self._seats:  # the launcher was started again before its loss was noticed
             self.lose(seat)
-        is_taken = any(hello.name == taken.name for taken in self._seats.values())
-        name = f"{hello.name} ({seat})" if is_taken else hello.name  # launchers of one machine
+        is_taken = hello.name in self._names  # by another launcher on the same machine
+        name = f"{hello.name} ({seat})" if is_taken else hello.name
+        self._names.add(name)
         self._seats[seat] = _Seat(name, host, hello.port)
         self._last_joined = now
         welcome = Welcome(seat=seat, name=name, host=self._seats[self.own].name)
@@ -207,7 +209,7 @@ class RoundHost:
 
     def lose(self, seat: int) -> None:
         """Take note that the connection to a launcher has ended."""
-        lost = self._seats.pop(seat, None)
+        lost = self._remove(seat)
         self._has_changed = True
         if lost is not None and lost.state == "training":
             self._end_round(lost, "node", None)
@@ -257,6 +259,12 @@ class RoundHost:
             return True
         patience = _LAST_CALL_SECONDS if count < self.terms.high else _SECONDS_FOR_SPARES
         return count >= self.terms.low and (is_late or now > self._last_joined + patience)
+
+    def _remove(self, seat: int) -> _Seat | None:
+        removed = self._seats.pop(seat, None)
+        if removed is not None:
+            self._names.discard(removed.name)
+        return removed
 
     def _refusal(self, hello: Hello) -> End | None:
         if self.ended is not None:
@@ -363,7 +371,7 @@ class RoundHost:
         for seat, taken in list(self._seats.items()):
             if taken.name in left_out and not gone and seat != self.own:
                 self.outbox.append((seat, _left_out(taken.name)))
-                del self._seats[seat]
+                self._remove(seat)
 
     def _look_for_growth(self, now: float) -> None:
         """End the round after the next checkpoint if a launcher waits that it has room for."""
@@ -380,7 +388,7 @@ class RoundHost:
         for seat, taken in list(self._seats.items()):
             if taken.state != "ready" and seat != self.own:
                 self.outbox.append((seat, End(exit_code=EXIT_FAILED, node=taken.name)))
-                del self._seats[seat]
+                self._remove(seat)
 
     def _end_for_lack_of_nodes(self) -> None:
         loss = self.loss
