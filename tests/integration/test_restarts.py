@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +41,9 @@ class Launchers:
         self.processes: list[subprocess.Popen[str]] = []
         self.outputs: list[tuple[str, str]] = []
 
-    def start(self, *options: str) -> subprocess.Popen[str]:
-        """Start one more launcher."""
-        self.processes.append(self._run.start(*self._command, *options))
+    def start(self, *options: str, before: Sequence[str] = ()) -> subprocess.Popen[str]:
+        """Start one more launcher, with words before its command."""
+        self.processes.append(self._run.start(*before, *self._command, *options))
         return self.processes[-1]
 
     def start_in_order(self, count: int) -> None:
@@ -54,6 +56,10 @@ class Launchers:
     def wait_for_step(self, step: int) -> None:
         """Wait until the run has taken a step."""
         wait_until(lambda: _step_of(self.run_dir) >= step, self.processes[0])
+
+    def wait_for_recoveries(self, number: int) -> None:
+        """Wait until the run has gone on after so many losses."""
+        wait_until(lambda: len(self.events("recovered")) >= number, self.processes[0])
 
     def launcher_of(self, rank: int) -> subprocess.Popen[str]:
         """Return the launcher that has started a rank."""
@@ -78,8 +84,18 @@ class Launchers:
 
 def _listens(pid: int) -> bool:
     """Return whether a process listens on a TCP port."""
+    return _has_socket(pid, "0A")
+
+
+def _has_peer(pid: int) -> bool:
+    """Return whether a process has a TCP connection."""
+    return _has_socket(pid, "01")
+
+
+def _has_socket(pid: int, state: str) -> bool:
+    """Return whether a process has a TCP socket in a state of the kernel's table."""
     table = "".join(Path(f"/proc/self/net/{name}").read_text() for name in ("tcp", "tcp6"))
-    inodes = {line.split()[9] for line in table.splitlines() if line.split()[3] == "0A"}
+    inodes = {line.split()[9] for line in table.splitlines() if line.split()[3] == state}
     for link in Path(f"/proc/{pid}/fd").iterdir():
         try:
             target = str(link.readlink())
@@ -189,9 +205,9 @@ def test_a_node_joins_later(run: Commands, free_port: int) -> None:
     one.start_in_order(2)
     one.wait_for_step(7)
     one.launcher_of(1).kill()
-    wait_until(lambda: len(one.events("recovered")) == 1, one.processes[0])
+    one.wait_for_recoveries(1)
     one.start()
-    wait_until(lambda: len(one.events("recovered")) == 2, one.processes[0])
+    one.wait_for_recoveries(2)
     one.processes[0].send_signal(signal.SIGTERM)
     assert one.finish() == [75, -signal.SIGKILL, 75], one.outputs
     assert [(row["cause"], row["nodes"]) for row in one.events("recovered")] == [
@@ -212,6 +228,25 @@ def test_nodes_that_would_run_something_else_are_refused(run: Commands, free_por
     assert not both.run_dir.path.exists()
 
 
+@pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs root, for a namespace"
+)
+def test_a_spare_takes_the_place_of_a_node_that_is_not_fit(run: Commands, free_port: int) -> None:
+    """With --health, a node without /dev/shm is left out before its ranks start, and recorded."""
+    options = ("--nodes", "2", "--spares", "1", "--max-restarts", "1", "--health", "quick")
+    three = Launchers(run, free_port, *options, pause=0)
+    three.start_in_order(1)
+    script = ROOT / "tests/no_shared_memory.sh"
+    line = f'hostname unfit; bash {script} dev; exec "$@"'
+    three.start(before=("unshare", "-m", "--uts", "bash", "-c", line, "bash"))
+    wait_until(lambda: _has_peer(three.processes[1].pid), *three.processes)
+    three.start()
+    assert three.finish() == [0, 1, 0], three.outputs
+    assert three.outputs[1][1].count("unfit is not fit for the run. /dev/shm: ") == 1
+    assert three.run_dir.unhealthy_nodes.read_text() == "unfit\n"
+    assert [row["cause"] for row in three.events("recovered")] == ["health"]
+
+
 def test_too_few_nodes_end_the_run(run: Commands, free_port: int) -> None:
     """Without a spare, a run whose node is lost ends with a code that says it can be resumed."""
     both = Launchers(run, free_port, "--nodes", "2", "--max-restarts", "2")
@@ -221,6 +256,22 @@ def test_too_few_nodes_end_the_run(run: Commands, free_port: int) -> None:
     codes = both.finish()
     assert codes == [75, -signal.SIGKILL], both.outputs
     assert both.outputs[0][1].count("has disappeared") == 1
+
+
+def test_a_node_that_fails_twice_is_left_out(run: Commands, free_port: int) -> None:
+    """After two failures of a node the spare takes its place, and jobs are told to avoid it."""
+    three = Launchers(run, free_port, "--nodes", "2", "--spares", "1", "--max-restarts", "3")
+    three.start_in_order(3)
+    three.wait_for_step(7)
+    failing = three.launcher_of(1)
+    for restarts in (0, 1):
+        three.wait_for_recoveries(restarts)
+        os.kill(three.pid_of(1), signal.SIGKILL)
+    codes = dict(zip((each.pid for each in three.processes), three.finish(), strict=True))
+    assert codes.pop(failing.pid) == 200, three.outputs
+    assert list(codes.values()) == [0, 0], three.outputs
+    (name,) = {row["node"] for row in three.events("recovered")}
+    assert three.run_dir.unhealthy_nodes.read_text() == f"{name}\n"
 
 
 def test_restarts_are_counted(run: Commands, free_port: int) -> None:
