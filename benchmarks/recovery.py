@@ -5,9 +5,12 @@
 
 Claim: a run on two nodes with a spare goes on within seconds when a rank, a launcher or a node is
 lost, to the weights of a run that lost nothing. Each node is a launcher, or an agent of torchrun,
-on this machine, with one rank. The second node loses its rank, its launcher alone, or all of its
+on this machine, with one rank. The second one loses its rank, its launcher alone, or all of its
 processes to SIGKILL. The time ends with the first step that the ranks take after they have met.
-A machine that disappears without closing its connections is noticed later, after --node-timeout.
+torchrun trains the same net and data in a plain loop (elastic_loop.py) and goes on with one node
+(--nnodes 1:2). It is told not to share its store with the ranks, because those of a restart would
+read in it where the lost ones were. A machine that disappears without closing its connections is
+noticed later, by launcher after --node-timeout.
 
 With --kills, a node is killed at random again and again in one run, the first one included, and
 another launcher takes its place. Samples, losses and weights must then equal, to the bit, those of
@@ -41,8 +44,17 @@ from launcher.runs.rundir import RunDir
 
 RECIPE = HERE / "steady.py"
 LOSSES = ("rank", "launcher", "node")
-STEPS_PER_KILL, SECONDS_PER_STEP = 45, 0.2
+STEPS_PER_KILL, SECONDS_PER_STEP = 30, 0.2
 """A run that is killed often takes so long that new launchers have time to start."""
+
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "passive",
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+}
+
+SECONDS_TO_NOTICE = 10.0
+"""Ranks that still take steps after so long are not restarted."""
 
 SECONDS_TO_RECOVER = 120.0
 """After so long a run counts as not recovered."""
@@ -76,6 +88,8 @@ def main(turns: int, kills: int | None, losses: str, contestants: str, seed: int
 
 def _cell(folder: Path, name: str, loss: str, turns: int) -> Cell:
     times = [recovery_seconds(folder / str(turn), name, loss) for turn in range(turns)]
+    if 0.0 in times:
+        return "its rank trains on"
     found = [seconds for seconds in times if seconds is not None]
     if len(found) < turns:
         return f"{turns - len(found)} of {turns} had not gone on after {SECONDS_TO_RECOVER:.0f} s"
@@ -118,19 +132,10 @@ class Fleet:
             command += ["--out", str(self.out), "--rendezvous", f"localhost:{self.port}"]
             command += self.options
         else:
-            run = f"{BIN}/python {RECIPE} {' '.join(settings)}"
-            line = f"ls {self.out}/checkpoints/step-* > /dev/null 2>&1 && exec {run} --resume "
-            line += f"{self.out}; exec {run} --out {self.out}"
-            command = [str(BIN / "torchrun"), "--nnodes", "2:2", "--nproc-per-node", "1"]
+            command = [str(BIN / "torchrun"), "--nnodes", "1:2", "--nproc-per-node", "1"]
             command += ["--max-restarts", "99", "--rdzv-backend", "c10d", "--rdzv-id", "recovery"]
-            command += [
-                "--rdzv-endpoint",
-                f"localhost:{self.port}",
-                "--no-python",
-                "sh",
-                "-c",
-                line,
-            ]
+            command += ["--rdzv-endpoint", f"localhost:{self.port}", str(HERE / "elastic_loop.py")]
+            command += [str(self.out), str(self.pause)]
         if host_name is not None:
             shell = f'hostname {host_name}; exec "$@"'
             command = ["unshare", "--uts", "sh", "-c", shell, "sh", *command]
@@ -140,7 +145,7 @@ class Fleet:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"},
+                env=os.environ | ENVIRONMENT,
             )
         self.processes.append(process)
         return process
@@ -152,17 +157,23 @@ class Fleet:
         for index in range(1, count):
             self.start(host_name(index))
 
+    def pid_of(self, rank: int) -> int:
+        """Return the process id of a rank."""
+        if self.name == "launcher":
+            return pid_of(self.run_dir, rank)
+        return int((self.out / f"pid{rank}").read_text())
+
     def agent_of(self, rank: int) -> psutil.Process:
         """Return the process of the launcher that has started a rank."""
         pids = {process.pid for process in self.processes}
-        process = psutil.Process(pid_of(self.run_dir, rank))
+        process = psutil.Process(self.pid_of(rank))
         return next(parent for parent in process.parents() if parent.pid in pids)
 
     def lose(self, loss: str, rank: int) -> None:
         """Kill a rank, its launcher alone, or all processes of its node."""
         agent = self.agent_of(rank)
         everything = [agent, *agent.children(recursive=True)]
-        victims = {"rank": [psutil.Process(pid_of(self.run_dir, rank))], "launcher": [agent]}
+        victims = {"rank": [psutil.Process(self.pid_of(rank))], "launcher": [agent]}
         for victim in victims.get(loss, everything):
             with contextlib.suppress(psutil.NoSuchProcess):
                 victim.kill()
@@ -208,18 +219,22 @@ def fleet(out: Path, name: str, **values: object) -> Iterator[Fleet]:
 
 
 def recovery_seconds(out: Path, name: str, loss: str) -> float | None:
-    """Lose something of the second node; return the time to the next step, or None without one."""
+    """Lose something of the second node; return the time to the next step after a restart.
+
+    It is None if there is none, and 0 if the ranks train on although their launcher is gone.
+    """
     with fleet(out, name) as run:
-        run.start_in_order(3, lambda _: None)
+        run.start_in_order(3 if name == "launcher" else 2, lambda _: None)
         _wait(lambda: run.step() >= 20)
-        time.sleep(2)  # the spare, and the other agents of torchrun, have time to settle
+        time.sleep(2)  # the spare has time to start
         lost = time.time()
         run.lose(loss, rank=1)
 
         def first_step() -> float | None:
             began = next((row["time"] for row in run.rows("began") if row["time"] > lost), None)
+            steps = [row["time"] for row in run.rows("step")[-1:] if row["time"] > lost]
             if began is None:
-                return None
+                return lost if steps and steps[-1] > lost + SECONDS_TO_NOTICE else None
             return next((row["time"] for row in run.rows("step") if row["time"] > began), None)
 
         end = _wait(first_step, SECONDS_TO_RECOVER)

@@ -24,6 +24,7 @@ from launcher.launch.prepare import PreparedRun, prepare_for
 from launcher.launch.run_folder import in_folder
 from launcher.launch.signal_handler import SignalHandler
 from launcher.planning.derivations import counted
+from launcher.recipe.text_values import digits
 from launcher.regular_file import open_to_append, read_regular
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.events import record_loss
@@ -211,7 +212,7 @@ class _Rounds:
         else:
             run_dir = RunDir(Path(self._meeting.folder))
             if self._folder.take_over(run_dir):
-                _check_round(run_dir, start.number - 1)
+                check_round(run_dir, start.number - 1)
             if read_run(run_dir).plan.get("nodes") != prepared.plan.nodes:
                 write_resumption(run_dir, prepared.description)
         write_atomic(run_dir.round, f"{start.number}\n".encode())
@@ -258,21 +259,22 @@ class _Rounds:
         return EndedError(error.exit_code) if is_quiet or not end.node else error
 
 
-def _check_round(run_dir: RunDir, number: int) -> None:
+def check_round(run_dir: RunDir, number: int) -> None:
     """Check that the run has not gone on without this launcher, which was cut off from the others.
 
     Args:
         run_dir: The run folder, which this launcher owns.
-        number: The last round that it knows of.
+        number: The last round that it knows of. The host of that round may have been lost before
+            it wrote the number.
 
     Raises:
         RunDirError: A later round has started, or the run has ended.
     """
     try:
-        found = read_regular(run_dir.round, 64).decode().strip()
+        found = digits(read_regular(run_dir.round, 64).decode().strip())
     except (OSError, ValueError):
-        found = ""
-    if found != str(number):
+        found = None
+    if found is None or found > number:
         raise RunDirError(
             f"{run_dir.shown}: the run has gone on without this node, which had lost the "
             "connection to the others. Nothing was changed."

@@ -6,6 +6,7 @@ import select
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,8 +26,10 @@ from launcher.engine.ranks.round_messages import (
     encode,
 )
 from launcher.environment.nodes import Nodes
-from launcher.errors import EXIT_USAGE, EXIT_WITHOUT, PeerError
+from launcher.errors import EXIT_USAGE, EXIT_WITHOUT, PeerError, RunDirError
+from launcher.launch.restarts import check_round
 from launcher.runs.job import Loss
+from launcher.runs.rundir import RunDir
 
 AGREEMENT = {"recipe": "digits", "device": "cpu", "ranks": 2}
 
@@ -299,6 +302,23 @@ def test_a_new_host_knows_what_happened() -> None:
     standing = new.host.standing
     assert (standing.round, standing.restarts) == (3, 2)
     assert standing.failures == {"node0": 1, "node1": 1}
+
+
+@pytest.mark.parametrize(
+    ("found", "is_refused"), [("3", False), ("2", False), ("4", True), (None, True), ("?", True)]
+)
+def test_a_launcher_that_was_cut_off_sees_that_others_went_on(
+    tmp_path: Path, found: str | None, is_refused: bool
+) -> None:
+    """A launcher takes a run over only if no later round has started and the run has not ended."""
+    run_dir = RunDir(tmp_path)
+    if found is not None:
+        run_dir.round.write_text(f"{found}\n")
+    if not is_refused:
+        check_round(run_dir, 3)
+        return
+    with pytest.raises(RunDirError, match="without this node"):
+        check_round(run_dir, 3)
 
 
 def messages_of(launchers: int) -> Simulated:
