@@ -35,6 +35,7 @@ SHORT = {
     "teardown": "--runs 2 --ranks 2",
     "kill_resume": "--trials 2",
     "recovery": "--turns 1 --losses rank --contestants launcher",
+    "checkpoint_cost": "--sizes 30 --saves 2 --every 4",
     "data": "--samples 1000 --turns 1 --formats tokens,lmdb,sqlite,images",
     "data_matrix": "--rows mixed_windows,packed,stream --worlds 1,3",
     "packing": "--documents 2000 --trained-tokens 64 --steps 6 --turns 1",

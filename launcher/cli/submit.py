@@ -11,6 +11,7 @@ from launcher.cli.arguments import (
     HEALTH_LEVELS,
     MAX_NODES,
     MAX_RESTARTS,
+    URL,
     Count,
     NodeRange,
     config_option,
@@ -100,6 +101,12 @@ class SubmitCommand(SettingsCommand):
 @click.option("--dry-run", is_flag=True, help="Print the job as text; write and submit nothing.")
 @config_option
 @out_option
+@click.option(
+    "--mirror",
+    type=URL(),
+    metavar="URL",
+    help="Keep the run in an object store as well, as `launcher run --mirror` does.",
+)
 @freezing_options
 @click.option(
     "--health",
@@ -122,6 +129,7 @@ def command(
     axes: tuple[str, ...],
     config: Path | None,
     out: Path | None,
+    mirror: str | None,
     code_limit: int | None,
     health: Literal["off", "quick", "full"] | None,
     *,
@@ -145,6 +153,11 @@ def command(
     from launcher.schedulers.scheduler import find_scheduler
 
     _check_restarting(scheduler_name, nodes, spares, max_restarts, node_timeout)
+    if mirror is not None and axes:
+        raise UsageError(
+            f"--mirror {mirror} is the place of one run, and --array submits several: leave one of "
+            "them out, or submit the runs one by one."
+        )
     scheduler = find_scheduler(scheduler_name)
     request = SubmitRequest(
         reference=resolve(recipe),
@@ -159,6 +172,7 @@ def command(
         freezes=freezes,
         code_limit=code_limit,
         health=health,
+        mirror=mirror,
         is_dry=dry_run,
     )
     prepared = scheduler.prepare(request, cluster, out)

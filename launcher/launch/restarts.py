@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -20,6 +20,7 @@ from launcher.errors import (
 )
 from launcher.launch.launcher import import_for
 from launcher.launch.multi_node import agreement_of, make_run_dir_once, report
+from launcher.launch.owned_folder import OwnedFolder
 from launcher.launch.prepare import PreparedRun, prepare_for
 from launcher.launch.run_folder import in_folder
 from launcher.launch.signal_handler import SignalHandler
@@ -55,16 +56,6 @@ class RankStart:
 
     loss: Loss | None
     """How the attempt before has ended."""
-
-
-class OwnedFolder(Protocol):
-    """The run folder, which the launcher of the first node makes or takes over."""
-
-    def make(self, prepared: PreparedRun) -> RunDir:
-        """Make the folder, or take the one of a run to resume."""
-
-    def take_over(self, run_dir: RunDir) -> bool:
-        """Own the folder in place of a lost launcher; return whether it is newly owned."""
 
 
 class StartRanks(Protocol):
@@ -150,8 +141,9 @@ class _Rounds:
                 except PeerError:
                     failure = None
                 else:
-                    self._exit_code, self._is_over = result.exit_code, True
-                    return result
+                    self._is_over = True
+                    self._exit_code = self._finish_mirror(result.exit_code)
+                    return replace(result, exit_code=self._exit_code)
         except MeetingEndedError as ended:
             raise self._last_error(ended.end, failure) from None
         except HealthError as error:
@@ -174,6 +166,7 @@ class _Rounds:
         """
         path, is_host = self._meeting.folder, self._meeting.is_host
         self._meeting.leave()
+        self._exit_code = self._finish_mirror(self._exit_code)
         if path is None or not is_host:
             return
         with contextlib.suppress(RunDirError):
@@ -181,6 +174,15 @@ class _Rounds:
                 remove_file(RunDir(Path(path)).round)
             if "SLURM_JOB_ID" in os.environ:
                 write_atomic(RunDir(Path(path)).exit_code, f"{self._exit_code}\n".encode())
+
+    def _finish_mirror(self, exit_code: int) -> int:
+        """Wait until everything is in the store of the run, if this launcher uploads to it."""
+        path = self._meeting.folder
+        return (
+            exit_code
+            if path is None
+            else self._folder.mirroring.finish(RunDir(Path(path)), exit_code)
+        )
 
     def _attempt(self, start: Start) -> RunResult:
         from launcher.engine.ranks.round_group import RoundGroup
@@ -209,10 +211,12 @@ class _Rounds:
 
         if self._meeting.folder is None:
             run_dir = self._folder.make(prepared)
+            self._folder.mirroring.attach(run_dir)
         else:
             run_dir = RunDir(Path(self._meeting.folder))
             if self._folder.take_over(run_dir):
                 check_round(run_dir, start.number - 1)
+                self._folder.mirroring.attach(run_dir)
             if read_run(run_dir).plan.get("nodes") != prepared.plan.nodes:
                 write_resumption(run_dir, prepared.description)
         write_atomic(run_dir.round, f"{start.number}\n".encode())

@@ -66,7 +66,7 @@ def in_folder(prepared: PreparedRun, run_dir: RunDir, group: NodeGroup | None) -
         RunDirError: This node does not see the copy of the project.
     """
     reference = keep_recipe(prepared.reference, run_dir)
-    if group is not None:
+    if group is not None or prepared.request.mirror is not None:
         reference = _frozen(reference, run_dir)
     return replace(prepared, run_dir=run_dir, reference=reference)
 

@@ -140,7 +140,7 @@ def _command(
     if request.nodes[0] == request.nodes[1] or request.restarting.max_restarts:
         command += ["--nodes", count_text(request.nodes)]
     command += _restarting_options(request.restarting)
-    command += ["--out", str(path), "--continue"]
+    command += ["--out", str(path), *request.mirror_words, "--continue"]
     if (health := request.health or site.health) != "off":
         command += ["--health", health]
     if code.config is not None:

@@ -22,7 +22,7 @@ from launcher.engine.ranks.round_host import RoundHost, Terms
 from launcher.engine.ranks.round_messages import (
     Done,
     End,
-    Folder,
+    FolderMade,
     Hello,
     Message,
     Over,
@@ -525,7 +525,7 @@ class Meeting:
             case Welcome():
                 self._seat, self._welcome_deadline = message.seat, None
                 self.host_name, self.name = message.host, message.name
-            case Folder():
+            case FolderMade():
                 self.folder = message.path
             case End():
                 self._end = message

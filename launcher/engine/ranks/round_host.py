@@ -17,7 +17,7 @@ import msgspec
 from launcher.engine.ranks.round_messages import (
     Done,
     End,
-    Folder,
+    FolderMade,
     Hello,
     Message,
     Over,
@@ -183,7 +183,7 @@ class RoundHost:
         welcome = Welcome(seat=seat, name=name, host=self._seats[self.own].name)
         self.outbox.append((seat, welcome))
         if self.folder is not None:
-            self.outbox.append((seat, Folder(path=self.folder)))
+            self.outbox.append((seat, FolderMade(path=self.folder)))
         self._step_before = self.newest()
         self._has_changed = True
         return seat
@@ -217,7 +217,7 @@ class RoundHost:
     def announce_folder(self, path: str) -> None:
         """Tell all launchers, also those that join later, which folder the run has."""
         self.folder = path
-        self._send_all(Folder(path=path))
+        self._send_all(FolderMade(path=path))
 
     def end(self, end: End) -> None:
         """End the meeting, unless it has ended."""

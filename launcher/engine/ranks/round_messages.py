@@ -6,7 +6,7 @@ A launcher that joins (a guest) and the one that holds the meeting (the host) ex
     Hello      joins                 Welcome   has been given a seat
     Ready      has ended its ranks   Start     a round begins; without an index, the guest is spare
     RanksFailed     its ranks failed      Over      the round is over; end the ranks and get ready
-    Done       its ranks are done    Folder    the run folder
+    Done       its ranks are done    FolderMade    the run folder
                                      Roster    who is in the meeting
                                      End       leave the meeting
 """
@@ -143,7 +143,7 @@ class Over(Struct, tag=True, frozen=True, kw_only=True):
     loss: Loss
 
 
-class Folder(Struct, tag=True, frozen=True, kw_only=True):
+class FolderMade(Struct, tag=True, frozen=True, kw_only=True):
     """The run folder."""
 
     path: str
@@ -162,7 +162,7 @@ class End(Struct, tag=True, frozen=True, kw_only=True):
     """Why, for the user of a run that ends early; may be empty."""
 
 
-Message = Hello | Ready | RanksFailed | Done | Welcome | Roster | Start | Over | Folder | End
+Message = Hello | Ready | RanksFailed | Done | Welcome | Roster | Start | Over | FolderMade | End
 """A line between two launchers."""
 
 _ENCODER = msgspec.json.Encoder()
