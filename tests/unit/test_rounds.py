@@ -274,6 +274,20 @@ def test_the_end_of_a_run_is_not_a_loss() -> None:
     assert run.ends[2].exit_code == 0
 
 
+def test_a_run_that_finishes_does_not_grow() -> None:
+    """A launcher that waits for the next checkpoint does not interrupt the end of the run."""
+    run = started(1, 3, 2)
+    run.now = 40.0
+    run.deliver()
+    run.join(2)
+    run.step = 30
+    run.receive(1, Done(exit_code=0))
+    run.now += 5
+    run.deliver()
+    assert run.sent["Over"] == 0
+    assert run.host.ended is None
+
+
 def test_late_messages_of_an_earlier_round_change_nothing() -> None:
     """A failure or a readiness that belongs to the round before is not one of the present round."""
     run = started(2, 2, 3)

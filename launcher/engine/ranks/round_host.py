@@ -375,9 +375,10 @@ class RoundHost:
 
     def _look_for_growth(self, now: float) -> None:
         """End the round after the next checkpoint if a launcher waits that it has room for."""
-        members = [seat for seat in self._seats.values() if seat.state != "ready"]
         waiting = [seat for seat in self._seats.values() if seat.state == "ready"]
-        if not waiting or len(members) >= self.terms.high or now < self._next_look:
+        has_room = len(self._seats) - len(waiting) < self.terms.high
+        has_finished = any(seat.state == "done" for seat in self._seats.values())
+        if not waiting or not has_room or has_finished or now < self._next_look:
             return
         self._next_look = now + _SECONDS_BETWEEN_LOOKS
         step = self.newest()

@@ -2,13 +2,13 @@
 
 A launcher that joins (a guest) and the one that holds the meeting (the host) exchange:
 
-    guest                            host
-    Hello      joins                 Welcome   has been given a seat
-    Ready      has ended its ranks   Start     a round begins; without an index, the guest is spare
-    RanksFailed     its ranks failed      Over      the round is over; end the ranks and get ready
-    Done       its ranks are done    FolderMade    the run folder
-                                     Roster    who is in the meeting
-                                     End       leave the meeting
+    guest                              host
+    Hello        joins                 Welcome     has been given a seat
+    Ready        has ended its ranks   Roster      who is in the meeting
+    RanksFailed  its ranks failed      Start       a round begins; spares get no index
+    Done         its ranks are done    FolderMade  the run folder
+                                       Over        the round is over; end the ranks, get ready
+                                       End         leave the meeting
 """
 
 from __future__ import annotations
