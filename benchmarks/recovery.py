@@ -183,7 +183,7 @@ class Fleet:
         file = self.run_dir.metrics if kind == "step" else self.run_dir.events
         lines = file.read_text().splitlines(keepends=True) if file.exists() else []
         rows = [json.loads(line) for line in lines if line.endswith("\n")]
-        return [row for row in rows if row.get("event", "step") == kind]
+        return [row for row in rows if row.get("event", "step") == kind and "time" in row]
 
     def step(self) -> int:
         """Return the number of the newest step."""
