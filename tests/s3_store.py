@@ -166,9 +166,10 @@ class S3Store:
     def __init__(self) -> None:
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self._server = self._start(0)
+        self._forget_objects()
         self.proxy = FaultyProxy(self._server.get_host_and_port()[1])
         """The proxy, through which all requests go."""
-        self._thread = threading.Thread(target=self.proxy.serve_forever, args=(0.01,))
+        self._thread = threading.Thread(target=self.proxy.serve_forever, args=(0.01,), daemon=True)
         self._thread.start()
         self.options: dict[str, Any] = {**KEYS, "client_kwargs": {"endpoint_url": self.proxy.url}}
         """Options of the file system of s3fs."""
@@ -216,6 +217,15 @@ class S3Store:
         self._thread.join()
         self.proxy.server_close()
         self.stop()
+
+    def _forget_objects(self) -> None:
+        """Remove what an earlier server of this process has left: moto keeps one state for all."""
+        connection = http.client.HTTPConnection(
+            "127.0.0.1", self._server.get_host_and_port()[1], timeout=30
+        )
+        connection.request("POST", "/moto-api/reset")
+        assert connection.getresponse().status == 200
+        connection.close()
 
     def _start(self, port: int) -> Any:
         from moto.server import ThreadedMotoServer

@@ -227,6 +227,8 @@ class ObjectStore:
 
         def request() -> _T:
             system, path = open_file_system(self.url, {}, self._timeout_seconds)
+            if hasattr(system, "retries"):  # of s3fs, beside those of `attempt`
+                system.retries = 1
             return call(system, f"{path.rstrip('/')}/{name}" if name else path)
 
         try:
