@@ -45,7 +45,7 @@ COLUMNS = (
 @click.option("--baseline", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def main(sizes: list[int], saves: int, every: int, baseline: Path | None) -> None:
     """Print a row for each size of the state, in megabytes, and each way to write it."""
-    folder = Path(tempfile.mkdtemp(prefix="checkpoint_cost-", dir=HERE))
+    folder = Path(tempfile.mkdtemp(prefix="checkpoint_cost-"))
     try:
         print_table(
             COLUMNS,
