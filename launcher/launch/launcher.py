@@ -164,6 +164,10 @@ def _run_ranks(
     from launcher.engine.ranks.agent import run_agent
     from launcher.engine.worker import agent_rank
 
+    def poll() -> None:
+        signals.raise_again()
+        calls.poll(job.run_dir)
+
     _silence_agent()
     try:
         result = run_agent(
@@ -172,7 +176,7 @@ def _run_ranks(
             folder,
             rendezvous,
             spawn=reason_to_spawn is not None,
-            poll=functools.partial(calls.poll, job.run_dir),
+            poll=poll,
             before_restart=calls.before_restart,
         )
     except SignalException as error:
