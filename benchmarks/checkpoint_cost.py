@@ -45,7 +45,7 @@ COLUMNS = (
 @click.option("--baseline", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def main(sizes: list[int], saves: int, every: int, baseline: Path | None) -> None:
     """Print a row for each size of the state, in megabytes, and each way to write it."""
-    folder = Path(tempfile.mkdtemp(prefix="checkpoint_cost-", dir=HERE))
+    folder = Path(tempfile.mkdtemp(prefix="checkpoint_cost-"))
     try:
         print_table(
             COLUMNS,
@@ -134,7 +134,8 @@ def read(folder: Path) -> Costs:
         all(not start < began < start + duration for start, duration in spans(steps, writing))
         for began, _ in steps
     ]
-    step = median(seconds for seconds, free in zip(durations[2:], is_free[2:], strict=True) if free)
+    free = [seconds for seconds, free in zip(durations[2:], is_free[2:], strict=True) if free]
+    step = median(free or durations[2:])
     slowdowns = []
     for saved in stalls:
         duration, lost = writing[saved], 0.0

@@ -398,7 +398,7 @@ def mirror_options(function: Function) -> Function:
         default=300.0,
         show_default=True,
         metavar="SECONDS",
-        help="How long the end of the run waits for an object store that takes nothing.",
+        help="How long the end of the run waits while uploads only fail.",
     )
     return mirror(timeout(function))
 

@@ -172,7 +172,7 @@ def command(
     if accept and not continues:
         raise UsageError(f"--accept {accept[0]} applies to a resumed run: add --continue.")
     machines = find_machines(hosts, nodes_request)
-    folder, mirror = place_run(out, mirror, machines, continues=continues)
+    folder, mirror = place_run(out, mirror, machines, continues=continues and not hosts)
     code = None if code_folder is None else open_frozen(code_folder)
     if code is None and continues and folder is not None and not allow_code_change:
         code = code_of_continued(folder)

@@ -12,7 +12,7 @@ import io
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from launcher.errors import CheckpointError
+from launcher.errors import CheckpointError, StoreError
 from launcher.mirrors.inventory import (
     CHECKPOINTS,
     FileState,
@@ -57,6 +57,7 @@ class RunMirror:
         self._at_start = _inodes(list_checkpoints(run_dir))
         self._inodes: dict[str, int] | None = None
         self._has_uploaded = self._has_new = self._is_claimed = False
+        self._has_lost_lock = False
         self.num_objects = 0
         """Number of objects that have been written or deleted so far."""
 
@@ -64,6 +65,14 @@ class RunMirror:
     def stored_step(self) -> int | None:
         """The step of the newest checkpoint in the store; None if there is none."""
         return max(map(_step, self._stored), default=None)
+
+    def lose_lock(self) -> None:
+        """Write nothing any more, because another process writes to the store now."""
+        self._has_lost_lock = True
+
+    def may_write(self) -> bool:
+        """Return whether the store still belongs to this process."""
+        return not self._has_lost_lock
 
     def has_new_checkpoints(self) -> bool:
         """Return whether the run folder has other checkpoints than at the last upload."""
@@ -101,8 +110,10 @@ class RunMirror:
         self._partial.add(checkpoint.name)
         for name, each in manifest.files.items():
             path, target = checkpoint.path / name, checkpoint_object(checkpoint.name, name)
+            self._check_lock()
             self._store.upload(target, path, each.num_bytes)
             self.num_objects += 1
+        self._check_lock()
         self._forget_later_than(checkpoint.step)
         self._store.write(checkpoint_object(checkpoint.name, MANIFEST), content)
         self.num_objects += 1
@@ -172,6 +183,7 @@ class RunMirror:
         self._save_index(self._index.before(digests).without(gone))
         uploaded = {}
         for name, digest in digests.items():
+            self._check_lock()
             with contextlib.suppress(OSError):
                 self._store.upload(name, self._run_dir.path / name, sizes[name].num_bytes)
                 self.num_objects += 1
@@ -180,12 +192,22 @@ class RunMirror:
             self._store.delete(name)
         self._save_index(self._index.after(uploaded))
 
+    def _check_lock(self) -> None:
+        """Refuse to write what belongs to another process.
+
+        Raises:
+            StoreError: It does.
+        """
+        if self._has_lost_lock:
+            raise StoreError(f"{self._store.shown} belongs to another process now.")
+
     def _claim(self) -> None:
         """Name this session in the index, before anything else is written."""
         if not self._is_claimed:
             self._save_index(self._index)
 
     def _save_index(self, index: ObjectIndex) -> None:
+        self._check_lock()
         write_index(self._store, index)
         self._is_claimed = True
         self.num_objects += 1

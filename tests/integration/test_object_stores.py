@@ -79,13 +79,13 @@ def committed(store: S3Store, run: str) -> set[str]:
     return {name.split("/")[1] for name in names if name.endswith(f"/{MANIFEST}")}
 
 
-def contents(run_folder: Path) -> dict[str, bytes]:
-    """Return the files of a run folder that a download has, with the newest checkpoint alone."""
+def contents(run_folder: Path, older: str) -> dict[str, bytes]:
+    """Return the files of a run folder that a download has, without its older checkpoint."""
     left_out = {"owner.lock", "mirror.json", "rank0.json", "rank1.json", "rank2.json"}
     return {
         str(path.relative_to(run_folder)): path.read_bytes()
         for path in run_folder.rglob("*")
-        if path.is_file() and path.name not in left_out and path.parent.name != "step-00000020"
+        if path.is_file() and path.name not in left_out and path.parent.name != older
     }
 
 
@@ -147,7 +147,8 @@ def test_a_killed_run_is_resumed_on_a_machine_that_has_nothing(
 
     code, stdout, stderr = third("download", "s3://bucket/killed", "copy")
     assert code == 0, stderr
-    assert contents(third.folder / "copy") == contents(second.run_folder)
+    older = "step-00000020"
+    assert contents(third.folder / "copy", older) == contents(second.run_folder, older)
 
 
 def test_an_outage_delays_uploads_and_not_the_training(run: Commands, store: S3Store) -> None:
@@ -212,7 +213,9 @@ def test_a_stopped_run_continues_by_the_same_command(run: Commands, store: S3Sto
     assert code == 0, stderr
     assert max(saved) in stdout
     assert "result.json" in store.names("stopped")
-    assert committed(store, "stopped") == {"step-00000020", "step-00000030"}
+    kept = {path.name for path in (second.run_folder / "checkpoints").iterdir()}
+    assert committed(store, "stopped") == kept
+    assert max(kept) == "step-00000030"
     code, _, stderr = first("resume", str(folder))
     assert code == 2
     assert "continued from elsewhere" in stderr
@@ -242,6 +245,23 @@ def test_a_url_that_cannot_be_used_is_refused_before_the_first_step(
         code, _, stderr = machine(*arguments)
         assert (code, words in stderr) == (2, True), stderr
     assert not (machine.folder / "runs").exists()
+
+
+def test_a_run_on_several_nodes_has_one_mirror(run: Commands, free_port: int) -> None:
+    """The first node uploads what all nodes write into the shared folder, and resumes it."""
+    url = f"file://{run.folder}/store"
+
+    def on_both(*arguments: str) -> None:
+        meeting = ("--nodes", "2", "-n", "1", "--rendezvous", f"localhost:{free_port}")
+        starts = [run.start("launcher", *arguments, *meeting) for _ in range(2)]
+        for process in starts:
+            code, _, stderr = end_of(process)
+            assert code == 0, stderr
+
+    on_both("run", "digits", "device=cpu", "steps=4", "--out", "shared", "--mirror", url)
+    on_both("resume", "shared", "steps=6")
+    assert run("launcher", "download", url, "copy").exit_code == 0
+    assert contents(run.folder / "copy", "") == contents(run.folder / "shared", "step-00000004")
 
 
 def _children(pid: int, word: str) -> list[int]:

@@ -439,6 +439,19 @@ def test_the_lock_of_a_dead_owner_is_taken(store: Store, monkeypatch: pytest.Mon
     assert len(texts) == 1
 
 
+def test_nothing_is_written_after_the_lock_was_lost(store: Store, run_dir: RunDir) -> None:
+    """A mirror that has lost its URL leaves what the new owner has there."""
+    mirror, _ = mirrored(store, run_dir)
+    save(run_dir, 10)
+    before = store.list()
+    mirror.lose_lock()
+    (run_dir.path / "metrics.jsonl").write_text("further steps")
+    for upload in (mirror.upload_checkpoints, mirror.upload_records):
+        with pytest.raises(StoreError, match="belongs to another process"):
+            upload()
+    assert store.list() == before
+
+
 def test_runs_below_a_url_are_listed(store: Store, run_dir: RunDir) -> None:
     """Runs below a URL are found by their run.yaml, and show whether their lock is fresh."""
     (run_dir.path / "metrics.jsonl").write_bytes(b"x" * 100_000 + b"\n{}\n")
