@@ -5,20 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import pytest
 from support import ROOT, Commands
 
-from launcher.errors import EXIT_FAILED, HealthError
-from launcher.findings import Finding, failure
-from launcher.launch.prepare import RunRequest, prepare_run
-from launcher.launch.session import start
-from launcher.launch.signal_handler import SignalHandler, library_signals
-from launcher.planning.plan import Plan
-from launcher.recipe.overrides import read_arguments
-from launcher.recipe.resolve import resolve
+from launcher.errors import EXIT_FAILED
 from launcher.runs.rundir import RunDir
 
 DIGITS = ("digits", "-n", "1", "steps=2", "num_workers=0", "device=cpu", "--out", "out")
@@ -47,34 +38,52 @@ def test_a_healthy_node_trains(run: Commands) -> None:
     assert not RunDir(run.folder / "out").unhealthy_nodes.exists()
 
 
-def test_a_node_is_examined_before_each_restart(tmp_path: Path) -> None:
-    """A node is examined before the first attempt and before each restart, and may fail later."""
-    examinations: list[bool] = []
+PROGRAM = """
+import json
+import sys
+from pathlib import Path
 
-    def check(
-        plan: Plan,
-        out: Path,
-        signals: SignalHandler,
-        keep_alive: Callable[[], object],
-        *,
-        is_restart: bool,
-    ) -> Sequence[Finding]:
-        assert (plan.world_size, out) == (1, tmp_path / "out")
-        assert signals.stopped_by is None
-        keep_alive()
-        examinations.append(is_restart)
-        return [failure("GPU health", "it has gone", "replace it")] if len(examinations) > 2 else []
+from launcher.findings import failure
+from launcher.errors import HealthError
+from launcher.launch.prepare import RunRequest, prepare_run
+from launcher.launch.session import start
+from launcher.launch.signal_handler import library_signals
+from launcher.recipe.overrides import read_arguments
+from launcher.recipe.resolve import resolve
 
-    arguments = ("how=raise", "rank=0", "device=cpu")
-    request = RunRequest(
-        reference=resolve(str(ROOT / "tests/recipes/failing.py")),
-        overrides=read_arguments(arguments),
-        nproc_per_node=1,
-        out=tmp_path / "out",
-        max_restarts=5,
-        output_mode="quiet",
-        health=check,
-    )
-    with library_signals() as signals, pytest.raises(HealthError, match="it has gone"):
+examinations = []
+
+
+def check(plan, out, signals, keep_alive, *, is_restart):
+    assert (plan.world_size, out) == (1, Path.cwd() / "out")
+    assert signals.stopped_by is None
+    keep_alive()
+    examinations.append(is_restart)
+    return [failure("GPU health", "it has gone", "replace it")] if len(examinations) > 2 else []
+
+
+request = RunRequest(
+    reference=resolve(sys.argv[1]),
+    overrides=read_arguments(("how=raise", "rank=0", "device=cpu")),
+    nproc_per_node=1,
+    out=Path.cwd() / "out",
+    max_restarts=5,
+    output_mode="quiet",
+    health=check,
+)
+try:
+    with library_signals() as signals:
         start(prepare_run(request), signals)
+except HealthError as error:
+    print(json.dumps([examinations, str(error)]))
+"""
+
+
+def test_a_node_is_examined_before_each_restart(run: Commands) -> None:
+    """A node is examined before the first attempt and before each restart, and may fail later."""
+    (run.folder / "program.py").write_text(PROGRAM)
+    done = run("python", "program.py", str(ROOT / "tests/recipes/failing.py"))
+    assert done.exit_code == 0, done.stderr
+    examinations, error = json.loads(done.stdout.splitlines()[-1])
     assert examinations == [False, True, True]
+    assert "it has gone" in error

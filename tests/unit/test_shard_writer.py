@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import _SIZE, load_file, save
 from torch import Tensor
 
 from launcher.engine.saving import shard_writer
@@ -105,6 +105,7 @@ def test_files_are_those_of_safetensors(tmp_path: Path) -> None:
     tensors: Mapping[str, Tensor] = {
         f'{number % 5} é"{number}': values[: 16 * (number % 5 + 1)].clone().view(dtype)
         for number, dtype in enumerate(_DTYPES)
+        if dtype in _SIZE  # an older version lacks some
     } | {"scalar": torch.tensor(2.5), "empty": torch.zeros(3, 0)}
     write_shard(tmp_path, 0, tensors)
     offsets = {name: {"saved_offsets": [0] * tensor.dim()} for name, tensor in tensors.items()}
