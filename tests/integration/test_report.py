@@ -222,6 +222,7 @@ def test_a_page_shows_a_range_test(run: Commands) -> None:
     page = (run.folder / "page.html").read_text()
     assert "<h2>Learning rate, at a batch of 128</h2>" in page
     assert "digits: loss of 128 samples" in page
+    assert "final loss of short trainings" in page
     done = run("launcher", "report", "lr")
     assert done.exit_code == 2
     assert "lr" in done.stderr
