@@ -69,7 +69,7 @@ def main(only: list[str], seeds: int, searches: int, steps: int, cache: Path | N
     torch.set_num_threads(1)
     trainings = CachedTrainings(cache)
     for title, chose_rule in (("recipes that chose the rule", True), ("held out", False)):
-        names = [name for name in only if CASES[name].chose_rule == chose_rule]
+        names = [name for name in only if CASES[name].chose_rule is chose_rule]
         if names:
             compare(title, names, trainings, seeds, searches, steps)
 
@@ -161,9 +161,11 @@ def find_lr(case: Case, trainings: CachedTrainings, seed: int, steps: int) -> Se
         for offset in range(NUM_SEEDS):
             if None not in finals:
                 length = steps // NUM_SEEDS
-                short = trainings.short(case, lr, length, seed + offset).losses
-                num_steps += len(short)
-                finals.append(final_loss(short, length))
+                short = trainings.short(case, lr, length, seed + offset)
+                num_steps += len(short.losses)
+                points = tuple(short.losses)
+                curve = LossCurve(lrs=points, losses=points, held_out=short.held_out)
+                finals.append(final_loss(curve, length))
         trials.append(LRTrial(lr=lr, loss=mean_loss(finals)))
     return Search({"lowest": lowest, "trainings": fitted_lr(trials)}, num_steps)
 

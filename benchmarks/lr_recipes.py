@@ -53,6 +53,12 @@ def cases() -> dict[str, Case]:
         "tabular-sgd-512": _table(_SGD, 512, 600),
     }
     held_out = {
+        "linear-sgd-64": _image(_clothing, _linear, _SGD, 64, 800),
+        "tabular-muon-512": _table(muon(), 512, 600),
+        "mlp-digits-adamw-64": _image(_digits, _mlp_of(64), _ADAMW, 64, 300),
+        "conv-muon-128": _image(_clothing, _conv_net, muon(), 128, 300),
+        "vit-muon-64": _image(_digits, _Vit, muon(), 64, 300),
+        "resnet-clothing-adamw-64": _image(_clothing, _resnet, _ADAMW, 64, 300),
         "conv-sgd-64": _image(_clothing, _conv_net, _SGD, 64, 600),
         "mlp-adamw-512": _image(_clothing, _mlp, _ADAMW, 512, 300),
         "mlp-sgd-512": _image(_clothing, _mlp, _SGD, 512, 300),
@@ -174,6 +180,21 @@ def _shipped_net() -> nn.Module:
 def _mlp() -> nn.Module:
     layers = [nn.Flatten(), nn.Linear(196, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(128, 10))
+
+
+def _linear() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(196, 10))
+
+
+def _mlp_of(inputs: int) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(inputs, 128),
+        nn.ReLU(),
+        nn.Linear(128, 128),
+        nn.ReLU(),
+        nn.Linear(128, 10),
+    )
 
 
 def _block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:

@@ -33,13 +33,17 @@ _BROKEN_FALL = 0.2
 
 @dataclass(frozen=True, kw_only=True)
 class LossCurve:
-    """The measurements of a range test, in the order of its steps."""
+    """The measurements of a range test or short training, in the order of its steps."""
 
     lrs: tuple[float, ...]
     """Learning rate of each step."""
 
     losses: tuple[float, ...]
     """Loss of the global batch at each step; the last one may be infinite or NaN."""
+
+    held_out: float | None = None
+    """Loss over the first evaluation set after the last step of a short training; None without
+    evaluation data, after a divergence, and for a range test."""
 
 
 class Divergence:

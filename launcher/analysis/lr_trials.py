@@ -3,8 +3,9 @@
 A range test spends a step or two at each learning rate. Its curve shows where training breaks, and
 not which learning rate is best for a whole training: rules that read slopes of that curve are often
 off by a factor of ten. Short trainings through the whole schedule measure it. All of them take the
-same samples in the same order from the same weights, so that even their noisy training losses
-compare well, and the logarithm of the loss is close to a parabola around its minimum.
+same samples in the same order from the same weights, so that their losses compare well, and the
+logarithm of the loss is close to a parabola around its minimum. The loss that counts is held out:
+on small data sets the training loss prefers learning rates that are too low.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ class LRTrial:
     """Peak learning rate of the training."""
 
     loss: float | None
-    """Loss at the end of the training, a mean over seeds; None if one of them diverged."""
+    """Held-out loss at the end of the training, or training loss without evaluation data: a mean
+    over seeds. None if one of them diverged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,15 +169,19 @@ def mean_loss(losses: Sequence[float | None]) -> float | None:
     return sum(completed) / len(losses) if len(completed) == len(losses) else None
 
 
-def final_loss(losses: Sequence[float], steps: int) -> float | None:
-    """Return the mean loss over the last fifth of a training, or None if it diverged.
+def final_loss(curve: LossCurve, steps: int) -> float | None:
+    """Return the held-out loss at the end of a training, or None if it diverged.
+
+    Without evaluation data it is the mean training loss over the last fifth of the steps.
 
     Args:
-        losses: Loss of each completed step; fewer than `steps` if the training was stopped.
+        curve: Losses of the completed steps, fewer than `steps` if the training was stopped.
         steps: Planned number of steps.
     """
     divergence = Divergence()
-    if len(losses) < steps or any(map(divergence.add, losses)):
+    if len(curve.losses) < steps or any(map(divergence.add, curve.losses)):
         return None
-    last = losses[-max(round(FINAL_SHARE * steps), 1) :]
+    if curve.held_out is not None:
+        return curve.held_out
+    last = curve.losses[-max(round(FINAL_SHARE * steps), 1) :]
     return sum(last) / len(last)

@@ -105,7 +105,7 @@ def _read_trials(folder: Path) -> list[LRTrial]:
         if is_file(path / "curve.json"):
             run_dir = RunDir(path.resolve())
             plan = _plan_of(run_dir)
-            final = final_loss(read_curve(run_dir).losses, plan.total_steps)
+            final = final_loss(read_curve(run_dir), plan.total_steps)
             losses.setdefault(plan.lr, []).append(final)
     return [LRTrial(lr=lr, loss=mean_loss(values)) for lr, values in losses.items()]
 

@@ -73,8 +73,10 @@ def find_lr(
     Raises:
         RunFailedError: A rank failed.
     """
-    curve = _train_to_divergence(test, run_dir, signals, quiet=quiet)
-    return read_range_test(curve)
+    from launcher.engine.worker import agent_range_test
+
+    run_probe(test, run_dir, agent_range_test, signals, quiet=quiet)
+    return read_range_test(read_curve(run_dir))
 
 
 def read_range_test(curve: LossCurve) -> LRSearchResult:
@@ -139,6 +141,8 @@ def _try_lr(
         signals: The signal handler of this process.
         steps: Steps of the training.
     """
+    from launcher.engine.worker import agent_short_training
+
     probe = target.with_settings(
         "find lr",
         lr=lr,
@@ -146,23 +150,14 @@ def _try_lr(
         steps=steps,
         seed=target.plan()[0].seed + number,
         max_bad_steps=steps,
+        evaluate_every=steps,
         batch_milestones=(),
         record_samples=False,
         noise_scale=False,
     ).probe()
     trial_dir = create_run_dir(run_dir.path / f"lr-{lr:.3g}-{number}", probe.plan.recipe)
-    losses = _train_to_divergence(probe, trial_dir, signals, quiet=True).losses
-    return final_loss(losses, steps)
-
-
-def _train_to_divergence(
-    probe: Probe, run_dir: RunDir, signals: SignalHandler, *, quiet: bool
-) -> LossCurve:
-    """Train along the schedule of a probe, at most until the loss diverges; return the losses."""
-    from launcher.engine.worker import agent_range_test
-
-    run_probe(probe, run_dir, agent_range_test, signals, quiet=quiet)
-    return read_curve(run_dir)
+    run_probe(probe, trial_dir, agent_short_training, signals, quiet=True)
+    return final_loss(read_curve(trial_dir), steps)
 
 
 def recipe_lr_settings(lr: float, batch_size: int, recipe: Recipe) -> dict[str, float]:

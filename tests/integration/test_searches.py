@@ -62,6 +62,11 @@ def test_short_trainings_bracket_the_best_lr(run: Commands) -> None:
     assert result["suggestions"]["trainings"] == result["settings"]["lr"]
     assert 0 < trials.index(best) < len(trials) - 1
     assert best["loss"] < 1.5
+    curves = [
+        json.loads((run.folder / f"out/lr-{best['lr']:.3g}-{number}/curve.json").read_text())
+        for number in (0, 1)
+    ]
+    assert best["loss"] == pytest.approx(sum(curve["held_out"] for curve in curves) / 2)
     for number in (0, 1):
         record = (run.folder / f"out/lr-{best['lr']:.3g}-{number}/run.yaml").read_text()
         assert yaml.safe_load(record)["plan"]["total_steps"] == 30
@@ -96,8 +101,8 @@ def test_the_lr_is_stated_at_the_reference_batch(run: Commands) -> None:
 def test_a_range_test_stops_at_divergence(run: Commands) -> None:
     """A loss that is not finite ends the test early on all ranks and is not in the curve."""
     command = ("launcher", "find", "lr", "digits", "--from", "0.01", "--to", "1e6", "--steps")
-    command = (*command, "400", "--rule", "lowest", "-n", "2", "max_grad_norm=none")
-    done = run(*command, "--json", "--out", "out")
+    options = ("--rule", "lowest", "-n", "2", "max_grad_norm=none", "--json", "--out", "out")
+    done = run(*command, "400", *options)
     result = json.loads(done.stdout)
     assert len(result["curve"]["losses"]) < 400
     assert all(map(math.isfinite, result["curve"]["losses"]))

@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from launcher.analysis.lr_curve import LossCurve
 from launcher.analysis.lr_trials import (
     LRTrial,
     best_trial,
@@ -70,13 +71,24 @@ def test_the_search_gives_up_after_six_divergences() -> None:
     assert fitted_lr(trials) is None
 
 
-def test_the_final_loss_is_the_mean_of_the_last_fifth() -> None:
+def curve(*losses: float, held_out: float | None = None) -> LossCurve:
+    """Return the curve of a training at one learning rate."""
+    return LossCurve(lrs=(0.1,) * len(losses), losses=losses, held_out=held_out)
+
+
+def test_the_final_loss_is_held_out_or_the_mean_of_the_last_fifth() -> None:
+    """The held-out loss counts; without one it is the mean training loss of the last fifth."""
+    losses = [float(20 - step) for step in range(20)]
+    assert final_loss(curve(*losses), 20) == pytest.approx(2.5)
+    assert final_loss(curve(*losses, held_out=7.0), 20) == 7.0
+
+
+def test_a_training_that_diverged_has_no_final_loss() -> None:
     """A training that stopped early, has a NaN loss or explodes has no final loss."""
     losses = [float(20 - step) for step in range(20)]
-    assert final_loss(losses, 20) == pytest.approx(2.5)
-    assert final_loss(losses[:-1], 20) is None
-    assert final_loss([*losses[:-1], math.nan], 20) is None
-    assert final_loss([*losses[:-1], 1e6], 20) is None
+    assert final_loss(curve(*losses[:-1], held_out=7.0), 20) is None
+    assert final_loss(curve(*losses[:-1], math.nan, held_out=7.0), 20) is None
+    assert final_loss(curve(*losses[:-1], 1e6, held_out=7.0), 20) is None
 
 
 def test_a_seed_that_diverges_counts_for_all() -> None:
