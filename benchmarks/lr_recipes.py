@@ -43,7 +43,7 @@ class Case:
 def cases() -> dict[str, Case]:
     """Return the recipes by name."""
     chosen = {
-        "digits": _image(_digits, _shipped_net, _SGD, 64, 200),
+        "digits": _image(_digits, digits.build_model, _SGD, 64, 200),
         "mlp-sgd-64": _image(_clothing, _mlp, _SGD, 64, 1500),
         "mlp-muon-64": _image(_clothing, _mlp, muon(), 64, 600),
         "conv-adamw-64": _image(_clothing, _conv_net, _ADAMW, 64, 600),
@@ -51,14 +51,6 @@ def cases() -> dict[str, Case]:
         "gpt-adamw-64": _text(_Gpt, _ADAMW, 64, 200),
         "gru-adamw-64": _text(_Gru, _ADAMW, 64, 200),
         "tabular-sgd-512": _table(_SGD, 512, 600),
-    }
-    held_out = {
-        "linear-sgd-64": _image(_clothing, _linear, _SGD, 64, 800),
-        "tabular-muon-512": _table(muon(), 512, 600),
-        "mlp-digits-adamw-64": _image(_digits, _mlp_of(64), _ADAMW, 64, 300),
-        "conv-muon-128": _image(_clothing, _conv_net, muon(), 128, 300),
-        "vit-muon-64": _image(_digits, _Vit, muon(), 64, 300),
-        "resnet-clothing-adamw-64": _image(_clothing, _resnet, _ADAMW, 64, 300),
         "conv-sgd-64": _image(_clothing, _conv_net, _SGD, 64, 600),
         "mlp-adamw-512": _image(_clothing, _mlp, _ADAMW, 512, 300),
         "mlp-sgd-512": _image(_clothing, _mlp, _SGD, 512, 300),
@@ -67,6 +59,14 @@ def cases() -> dict[str, Case]:
         "vit-adamw-64": _image(_digits, _Vit, _ADAMW, 64, 300),
         "gpt-muon-64": _text(_Gpt, muon(), 64, 200),
         "gru-sgd-64": _text(_Gru, sgd(momentum=0.9), 64, 200),
+    }
+    held_out = {
+        "linear-sgd-64": _image(_clothing, _linear, _SGD, 64, 800),
+        "tabular-muon-512": _table(muon(), 512, 600),
+        "mlp-digits-adamw-64": _image(_digits, _small_mlp, _ADAMW, 64, 300),
+        "conv-muon-128": _image(_clothing, _conv_net, muon(), 128, 300),
+        "vit-muon-64": _image(_digits, _Vit, muon(), 64, 300),
+        "resnet-clothing-adamw-64": _image(_clothing, _resnet, _ADAMW, 64, 300),
         "tabular-adamw-64": _table(_ADAMW, 64, 2000),
         "tabular-adamw-512": _table(_ADAMW, 512, 600),
     }
@@ -78,7 +78,7 @@ def cases() -> dict[str, Case]:
     }
 
 
-def _recipe(
+def _image(
     data: Callable[[], Data],
     model: Callable[[], nn.Module],
     optimizer: OptimizerSpec,
@@ -104,14 +104,11 @@ def _recipe(
     )
 
 
-_image = _recipe
-
-
 def _text(
     model: Callable[[], nn.Module], optimizer: OptimizerSpec, batch_size: int, steps: int
 ) -> Recipe:
     """Return a recipe that predicts the next byte; its loss counts bytes, with clipping at 1."""
-    recipe = _recipe(_bytes, model, optimizer, batch_size, steps)
+    recipe = _image(_bytes, model, optimizer, batch_size, steps)
     return replace(
         recipe, loss=gpt.cross_entropy, count=lambda batch: batch[1].numel(), max_grad_norm=1.0
     )
@@ -119,7 +116,7 @@ def _text(
 
 def _table(optimizer: OptimizerSpec, batch_size: int, steps: int) -> Recipe:
     """Return a recipe that predicts the air time of flights."""
-    recipe = _recipe(_flights, lambda: tabular.build_model(32), optimizer, batch_size, steps)
+    recipe = _image(_flights, lambda: tabular.build_model(32), optimizer, batch_size, steps)
     return replace(
         recipe,
         forward=lambda model, batch: model(batch[0], batch[1]),
@@ -173,21 +170,8 @@ def _flights() -> Data:
     return Data(train=whole.train, evaluation=TensorDataset(*(tensor[rows] for tensor in tensors)))
 
 
-def _shipped_net() -> nn.Module:
-    return digits.build_model()
-
-
-def _mlp() -> nn.Module:
-    layers = [nn.Flatten(), nn.Linear(196, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(128, 10))
-
-
-def _linear() -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Linear(196, 10))
-
-
-def _mlp_of(inputs: int) -> Callable[[], nn.Module]:
-    return lambda: nn.Sequential(
+def _mlp(inputs: int = 196) -> nn.Module:
+    return nn.Sequential(
         nn.Flatten(),
         nn.Linear(inputs, 128),
         nn.ReLU(),
@@ -195,6 +179,14 @@ def _mlp_of(inputs: int) -> Callable[[], nn.Module]:
         nn.ReLU(),
         nn.Linear(128, 10),
     )
+
+
+def _small_mlp() -> nn.Module:
+    return _mlp(64)
+
+
+def _linear() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(196, 10))
 
 
 def _block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
