@@ -38,6 +38,10 @@ def _start() -> None:
         from launcher.launch.ssh_remote import main as run_remote
 
         sys.exit(run_remote(*sys.argv[2:]))
+    if sys.argv[1:2] == ["--mirror-process"]:
+        from launcher.mirrors.mirror_process import serve_mirror
+
+        sys.exit(serve_mirror())
     from launcher.cli import main
 
     if sys.argv[1:2] == ["--warm-server"]:

@@ -36,6 +36,7 @@ def run(
     *,
     nproc_per_node: int | None = None,
     out: str | Path | None = None,
+    mirror: str | None = None,
     config: str | Path | None = None,
     output: OutputMode | Literal["auto"] = "auto",
     max_restarts: int = 0,
@@ -50,7 +51,10 @@ def run(
         recipe: The name of a recipe ("digits"), its file ("mine.py", "mine.py:variant"), or the
             recipe function, which must be at the top level of a file.
         nproc_per_node: Ranks; None is one for each GPU, or 2 CPU ranks if there is no GPU.
-        out: The run folder to make; None makes `runs/<recipe>-<time>`.
+        out: The run folder to make; None makes `runs/<recipe>-<time>`. A URL makes that as well and
+            is its `mirror`.
+        mirror: URL in an object store at which the run is kept as well, such as
+            "s3://bucket/runs/mine".
         config: A YAML file of values for the recipe; `overrides` take precedence.
         output: What is shown: "progress" prints progress for people, "json" events for programs,
             and "quiet" nothing. "auto" shows progress and a plot of the loss in a notebook, prints
@@ -59,7 +63,8 @@ def run(
         overrides: Settings and parameters of the recipe, such as `epochs=5, lr=0.2`.
 
     Returns:
-        What the run came to. It has not finished if a signal stopped it.
+        What the run came to. It has not finished if a signal stopped it. Its `exit_code` is 1 if it
+        has finished and the mirror lacks its end.
 
     Raises:
         RunFailedError: A rank failed; the error holds the post-mortem and the failure's record.
@@ -68,6 +73,7 @@ def run(
         KeyboardInterrupt: Ctrl-C was pressed before the first step, or twice.
     """
     from launcher.launch.prepare import RunRequest, prepare_run
+    from launcher.launch.remote_run import place_run
     from launcher.launch.session import start
     from launcher.launch.signal_handler import library_signals
     from launcher.launch.typed_recipe import importable
@@ -81,11 +87,18 @@ def run(
         importable(_reference(recipe), for_ranks=True) as reference,
         _display(output, signals) as display,
     ):
+        folder, url = place_run(
+            _folder_or_url("out", out, Path | None),
+            _argument("mirror", mirror, str | None),
+            None,
+            continues=False,
+        )
         request = RunRequest(
             reference=reference,
             overrides=_overrides(config, overrides),
             nproc_per_node=_argument("nproc_per_node", nproc_per_node, PositiveInt | None),
-            out=_argument("out", out, Path | None),
+            out=folder,
+            mirror=url,
             max_restarts=_argument("max_restarts", max_restarts, NonNegativeInt),
             output_mode=display.output_mode,
             write_report=write_report,
@@ -101,6 +114,8 @@ def resume(
     nproc_per_node: int | None = None,
     output: OutputMode | Literal["auto"] = "auto",
     max_restarts: int = 0,
+    out: str | Path | None = None,
+    mirror: str | None = None,
     accept: Sequence[str] = (),
     fall_back: bool = False,
     allow_code_change: bool = False,
@@ -109,13 +124,15 @@ def resume(
     """Resume a run from a checkpoint, to the sample, as `launcher resume` does.
 
     Args:
-        run_dir: The run folder.
+        run_dir: The run folder, or its URL in an object store, from where it is downloaded.
         step: The step of the checkpoint; None is the newest.
         nproc_per_node: Ranks; None is as many on each node as before.
         output: What is shown: "progress" prints progress for people, "json" events for programs,
             and "quiet" nothing. "auto" shows progress and a plot of the loss in a notebook, prints
             progress at a prompt in a terminal, and nothing elsewhere.
         max_restarts: How many times a failed run restarts from its newest checkpoint.
+        out: With a URL: the folder to download the run to; None takes one below runs/.
+        mirror: URL at which the run is kept as well; None keeps its mirror, if it has one.
         accept: What may differ from the checkpoint: "data", "missing-state".
         fall_back: Whether an older checkpoint is taken if this one is damaged.
         allow_code_change: Whether the project's present code is taken if it differs from that of
@@ -130,7 +147,9 @@ def resume(
         UsageError: The folder, the checkpoint or an override is wrong.
         KeyboardInterrupt: Ctrl-C was pressed before the first step, or twice.
     """
+    from launcher.errors import LauncherError, StoreError
     from launcher.launch.prepare import ResumeRequest, prepare_resume
+    from launcher.launch.remote_run import fetch_run, removed_if
     from launcher.launch.session import start
     from launcher.launch.signal_handler import library_signals
     from launcher.recipe.frozen_code import restored_imports
@@ -140,9 +159,14 @@ def resume(
 
     check_not_importing()
     with restored_imports(), library_signals() as signals, _display(output, signals) as display:
+        checkpoint = None if step is None else str(_argument("step", step, NonNegativeInt))
+        run = _folder_or_url("run_dir", run_dir, Path)
+        target = _argument("out", out, Path | None)
+        folder = fetch_run(run, target, None, checkpoint=checkpoint, fall_back=fall_back)
         request = ResumeRequest(
-            run_dir=_argument("run_dir", run_dir, Path),
-            checkpoint=None if step is None else str(_argument("step", step, NonNegativeInt)),
+            run_dir=folder,
+            checkpoint=checkpoint,
+            mirror=_argument("mirror", mirror, str | None),
             overrides=_overrides(None, overrides),
             nproc_per_node=_argument("nproc_per_node", nproc_per_node, PositiveInt | None),
             accept=_argument("accept", accept, tuple[str, ...]),
@@ -153,7 +177,10 @@ def resume(
             write_report=write_report,
             watch=display.watch,
         )
-        return display.end(start(prepare_resume(request), signals))
+        with removed_if(LauncherError, run, folder):
+            prepared = prepare_resume(request)
+        with removed_if(StoreError, run, folder):  # another process has just taken the URL
+            return display.end(start(prepared, signals))
 
 
 def evaluate(
@@ -482,6 +509,17 @@ def _overrides(config: str | Path | None, values: dict[str, Any]) -> tuple[Overr
         Override(name=name, value=_plain(value), source="Python") for name, value in values.items()
     )
     return (*from_file, *from_python)
+
+
+def _folder_or_url(name: str, value: Any, hint: Any) -> Any:
+    """Return a URL as it is, and everything else as an instance of its type.
+
+    Raises:
+        UsageError: It does not fit.
+    """
+    from launcher.object_stores.locations import is_url
+
+    return value if is_url(value) else _argument(name, value, hint)
 
 
 def _argument(name: str, value: Any, hint: Any) -> Any:

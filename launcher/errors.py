@@ -10,7 +10,8 @@
     │   │   ├── SlurmError  ... Slurm
     │   │   └── KubernetesError  ... Kubernetes
     │   ├── RunDirError     the run folder exists, is missing or cannot be written
-    │   └── CheckpointError a checkpoint is missing, damaged or of another training
+    │   ├── CheckpointError a checkpoint is missing, damaged or of another training
+    │   └── StoreError      an object store cannot be reached, denies access, or lacks an object
     ├── TrainingError       the run failed; exit code 1
     │   ├── SampleError     the data set raised an exception while a sample was read
     │   └── LostRankError   another rank that this one waits for failed, and shows its own error
@@ -86,6 +87,19 @@ class RunDirError(UsageError):
 
 class CheckpointError(UsageError):
     """A checkpoint is missing, damaged, or of another training."""
+
+
+class StoreError(UsageError):
+    """An object store cannot be reached, denies access, or lacks an object.
+
+    Args:
+        text: What was asked, what the store answered, and what to do.
+        kind: Why the request failed, such as "denied"; empty for other errors.
+    """
+
+    def __init__(self, text: str, kind: str = "") -> None:
+        super().__init__(text)
+        self.kind = kind
 
 
 class TrainingError(LauncherError):

@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from launcher.errors import RunDirError
-from launcher.json_file import Count, DamagedJSONError, decode_json, encode_json
+from launcher.json_file import Count, DamagedJSONError, decode_json
 from launcher.regular_file import open_regular
 
 _MAX_HEADER_BYTES = 100_000_000
@@ -126,7 +126,7 @@ def encode_header(
         offsets = position, position + num_bytes
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
         position += num_bytes
-    text = encode_json(header).encode()
+    text = msgspec.json.encode(header)  # as compact as that of safetensors itself
     text += b" " * (-len(text) % _ALIGNMENT)
     return len(text).to_bytes(_LENGTH_BYTES, "little") + text
 

@@ -109,6 +109,8 @@ def _write_history(run_dir: RunDir) -> None:
     failed = {"rank": 1, "node": "node1", "error": "OSError", "message": "gone"}
     record_event(run_dir, "failed", **failed, time=start + 10)
     record_event(run_dir, "began", step=0, **began, time=start + 20)
+    cost = {"stall_seconds": 0.01, "write_seconds": 0.02, "seconds": 0.03, "num_bytes": 4000}
+    record_event(run_dir, "saved", step=6, **cost, time=start + 30)
     record_event(run_dir, "finished", step=STEPS, time=start + 60)
     rows: list[dict[str, Any]] = []
     for step in range(1, STEPS + 1):

@@ -49,6 +49,18 @@ class FaultyProxy(ThreadingHTTPServer):
         """Number of GET requests whose answer ends in the middle."""
         self.stalls: list[float] = []
         """Seconds that the next GET requests wait in the middle of their content."""
+        self.write_statuses: list[int] = []
+        """Statuses with which the next PUT requests fail."""
+        self.lost_answers = 0
+        """Number of PUT requests that are carried out and whose answer never comes."""
+        self.held_name = ""
+        """Part of the names of objects whose PUT requests wait and are never carried out."""
+        self.is_holding = threading.Event()
+        """Set while such a request waits."""
+        self.releases = threading.Event()
+        """Ends the wait when it is set."""
+        self.writes: list[str] = []
+        """The objects of PUT and DELETE requests in their order, as `PUT bucket/name`."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -67,9 +79,22 @@ class _Handler(BaseHTTPRequestHandler):
         self._pass_on()
 
     def do_PUT(self) -> None:
+        proxy = self.server
+        if proxy.held_name and proxy.held_name in self.path:
+            proxy.is_holding.set()
+            proxy.releases.wait()
+            self.close_connection = True
+            return
+        if proxy.write_statuses:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self._fail(proxy.write_statuses.pop(0))
+            return
         self._pass_on()
 
     def do_DELETE(self) -> None:
+        self._pass_on()
+
+    def do_POST(self) -> None:
         self._pass_on()
 
     def _fail(self, status: int) -> None:
@@ -95,6 +120,13 @@ class _Handler(BaseHTTPRequestHandler):
             return
         finally:
             store.close()
+        if self.command in ("PUT", "DELETE") and answer.status < 300:
+            path = self.path.partition("?")[0].removeprefix("/")
+            self.server.writes.append(f"{self.command} {path}")
+        if self.command == "PUT" and self.server.lost_answers:
+            self.server.lost_answers -= 1
+            self.close_connection = True
+            return
         self.send_response(answer.status)
         for name, value in answer.getheaders():
             if name.lower() not in _HOPS:
@@ -134,9 +166,10 @@ class S3Store:
     def __init__(self) -> None:
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self._server = self._start(0)
+        self._forget_objects()
         self.proxy = FaultyProxy(self._server.get_host_and_port()[1])
         """The proxy, through which all requests go."""
-        self._thread = threading.Thread(target=self.proxy.serve_forever, args=(0.01,))
+        self._thread = threading.Thread(target=self.proxy.serve_forever, args=(0.01,), daemon=True)
         self._thread.start()
         self.options: dict[str, Any] = {**KEYS, "client_kwargs": {"endpoint_url": self.proxy.url}}
         """Options of the file system of s3fs."""
@@ -148,6 +181,21 @@ class S3Store:
     def cache(self, folder: Any, **settings: Any) -> RemoteCache:
         """Return a cache that requests objects of this store."""
         return RemoteCache(folder=folder, options=self.options, **settings)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables with which another process reaches this store by `s3://bucket/...`."""
+        return {
+            "AWS_ENDPOINT_URL": self.proxy.url,
+            "AWS_ACCESS_KEY_ID": KEYS["key"],
+            "AWS_SECRET_ACCESS_KEY": KEYS["secret"],
+        }
+
+    def names(self, below: str) -> set[str]:
+        """Return the names of the objects below a prefix, relative to it."""
+        self.files.invalidate_cache()
+        start = len(f"bucket/{below}/")
+        return {name[start:] for name in self.files.find(f"bucket/{below}")}
 
     def put(self, name: str, content: bytes) -> str:
         """Store an object, and return its URL."""
@@ -164,10 +212,20 @@ class S3Store:
 
     def close(self) -> None:
         """Stop the server and the proxy."""
+        self.proxy.releases.set()
         self.proxy.shutdown()
         self._thread.join()
         self.proxy.server_close()
         self.stop()
+
+    def _forget_objects(self) -> None:
+        """Remove what an earlier server of this process has left: moto keeps one state for all."""
+        connection = http.client.HTTPConnection(
+            "127.0.0.1", self._server.get_host_and_port()[1], timeout=30
+        )
+        connection.request("POST", "/moto-api/reset")
+        assert connection.getresponse().status == 200
+        connection.close()
 
     def _start(self, port: int) -> Any:
         from moto.server import ThreadedMotoServer

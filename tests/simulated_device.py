@@ -58,18 +58,8 @@ class Log:
     recorded: int = 0
     """Tensors whose use on another stream was recorded."""
 
-    made_current: list[tuple[str, int]] = field(default_factory=list)
-    """(thread, device index) of each call that makes a device current."""
-
     synchronized: list[str] = field(default_factory=list)
     """The threads that waited for all work of the device."""
-
-    host_cache_emptied: int = 0
-    """How often the pinned memory that torch keeps was freed."""
-
-    def emptied_host_cache(self) -> None:
-        """Record that the pinned memory that torch keeps was freed."""
-        self.host_cache_emptied += 1
 
     def clear(self) -> None:
         """Forget everything."""
@@ -269,15 +259,6 @@ def install() -> torch.device:
     factories: Any = _Factories()
     factories.__enter__()  # for the rest of the process
     _patch_resize()
-    set_device_index = torch.accelerator.set_device_index
-
-    def record(device: Any, /) -> None:
-        index = device if isinstance(device, int) else torch.device(device).index or 0
-        LOG.made_current.append((threading.current_thread().name, index))
-        set_device_index(device)
-
-    torch.accelerator.set_device_index = record
-    torch.accelerator.empty_host_cache = LOG.emptied_host_cache  # for devices written in C++ alone
     # An operation with a result of another shape than its kernel's, as torch's own structured
     # kernels call it. On a CPU that is a mistake of the caller.
     warnings.filterwarnings("ignore", message="An output with one or more elements was resized")

@@ -28,6 +28,7 @@ _COMMANDS = {
     "check": "launcher.cli.check",
     "completion": "launcher.cli.completion",
     "doctor": "launcher.cli.doctor",
+    "download": "launcher.cli.download",
     "evaluate": "launcher.cli.evaluate",
     "export": "launcher.cli.export",
     "find": "launcher.cli.find",

@@ -148,6 +148,50 @@ class Choices(Names):
         return names
 
 
+class Folder(click.Path):
+    """A folder or file of this machine, which a URL is not."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from launcher.object_stores.locations import is_url
+
+        if is_url(value):
+            self.fail(
+                f"{_shown(value)} is a URL, and this is a path on this machine. `launcher "
+                "download` downloads a run from an object store.",
+                param,
+                ctx,
+            )
+        return super().convert(value, param, ctx)
+
+
+class FolderOrURL(click.Path):
+    """A folder, or the URL of one in an object store."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from launcher.object_stores.locations import is_url
+
+        return value if is_url(value) else super().convert(value, param, ctx)
+
+
+class URL(click.ParamType[str]):
+    """The URL of a folder in an object store."""
+
+    name = "url"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from launcher.object_stores.locations import is_url
+
+        if not is_url(value):
+            self.fail(f"{_shown(value)}: expected a URL such as s3://bucket/runs/mine.", param, ctx)
+        return str(value)
+
+
 def _shown(value: object) -> str:
     from launcher.recipe.validation import brief
 
@@ -240,9 +284,7 @@ def nodes_options(function: Function) -> Function:
 
 def weights_options(function: Function) -> Function:
     """Add the argument RUN, and the options of commands that compute with its weights."""
-    run = click.argument(
-        "run_dir", metavar="RUN", type=click.Path(path_type=Path), shell_complete=complete_runs
-    )
+    run = click.argument("run_dir", metavar="RUN", type=Folder(), shell_complete=complete_runs)
     checkpoint = click.option(
         "--checkpoint",
         metavar="best|last|STEP",
@@ -263,10 +305,30 @@ def out_option(function: Function) -> Function:
     """Add the option --out."""
     return click.option(
         "--out",
-        type=click.Path(path_type=Path),
+        type=Folder(),
         metavar="DIR",
         help="Run folder to make. Default: runs/<recipe>-<time>.",
     )(function)
+
+
+def mirror_options(function: Function) -> Function:
+    """Add the options --mirror and --mirror-timeout."""
+    mirror = click.option(
+        "--mirror",
+        type=URL(),
+        metavar="URL",
+        help="Keep the run in an object store as well: upload its checkpoints and records to URL, "
+        "such as s3://bucket/runs/mine.",
+    )
+    timeout = click.option(
+        "--mirror-timeout",
+        type=Number(min=0, largest=1e9),
+        default=300.0,
+        show_default=True,
+        metavar="SECONDS",
+        help="How long the end of the run waits for an object store that takes nothing.",
+    )
+    return mirror(timeout(function))
 
 
 def accept_option(function: Function) -> Function:

@@ -10,6 +10,7 @@ import click
 
 from launcher.cli.arguments import (
     Bytes,
+    Folder,
     config_option,
     node_count_option,
     nproc_option,
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 @click.option("--force", is_flag=True, help="Replace files that launcher did not write.")
 @click.option(
     "--hf",
-    type=click.Path(path_type=Path),
+    type=Folder(),
     metavar="FOLDER",
     help="Write the final weights of the run RECIPE for `from_pretrained` of Hugging Face.",
 )

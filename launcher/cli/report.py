@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from launcher.cli.arguments import Folder
 from launcher.cli.completing import complete_runs
 from launcher.console.echo import complain, echo
 from launcher.errors import RunDirError
@@ -46,7 +47,7 @@ def _read_histories(paths: Sequence[Path]) -> list[History]:
     "runs",
     nargs=-1,
     required=True,
-    type=click.Path(path_type=Path),
+    type=Folder(),
     metavar="RUN...",
     shell_complete=complete_runs,
 )

@@ -8,11 +8,14 @@ from typing import Literal
 import click
 
 from launcher.cli.arguments import (
+    Folder,
+    FolderOrURL,
     accept_option,
     code_change_option,
     freezing_options,
     health_option,
     max_restarts_option,
+    mirror_options,
     nodes_options,
     nproc_option,
     output_mode,
@@ -25,11 +28,11 @@ from launcher.cli.machines import find_machines, find_variables, start_on_hosts
 from launcher.cli.settings_command import SettingsCommand
 from launcher.cli.sweep import resume_sweep
 from launcher.console.echo import echo
-from launcher.errors import UsageError
+from launcher.errors import LauncherError, StoreError, UsageError
 
 
 @click.command(cls=SettingsCommand, short_help="Resume a run from a checkpoint.")
-@click.argument("run_dir", type=click.Path(path_type=Path), shell_complete=complete_runs)
+@click.argument("run_dir", type=FolderOrURL(), shell_complete=complete_runs)
 @overrides_argument
 @nproc_option
 @nodes_options
@@ -45,6 +48,13 @@ from launcher.errors import UsageError
     is_flag=True,
     help="If the checkpoint is damaged, resume from the newest older one that is not.",
 )
+@click.option(
+    "--out",
+    type=Folder(),
+    metavar="DIR",
+    help="With a URL: the folder to download the run to. Default: runs/<last part of the URL>.",
+)
+@mirror_options
 @accept_option
 @code_change_option
 @freezing_options
@@ -52,7 +62,7 @@ from launcher.errors import UsageError
 @max_restarts_option
 @output_options
 def command(
-    run_dir: Path,
+    run_dir: Path | str,
     overrides: tuple[str, ...],
     nproc_per_node: int | None,
     nodes: int | None,
@@ -62,6 +72,9 @@ def command(
     forward: tuple[str, ...],
     join_timeout: float | None,
     checkpoint: str | None,
+    out: Path | None,
+    mirror: str | None,
+    mirror_timeout: float,
     accept: tuple[str, ...],
     code_limit: int | None,
     health: Literal["off", "quick", "full"],
@@ -75,6 +88,8 @@ def command(
 ) -> int:
     """Resume the run in RUN_DIR from its newest checkpoint, to the sample.
 
+    If RUN_DIR is a URL, the run is downloaded from there first, and mirrored there from then on.
+
     The recipe and its settings are those of the run, except what NAME=VALUE changes. The number of
     ranks and the strategy may change. If RUN_DIR is the folder of `launcher sweep`, the sweep
     continues.
@@ -83,16 +98,19 @@ def command(
     launcher resume runs/digits-20260101-120000
     launcher resume runs/digits-20260101-120000 -n 4 strategy=fsdp
     launcher resume runs/digits-20260101-120000 --from 120 epochs=40
+    launcher resume s3://bucket/runs/mine
     """
     from launcher.checks.health_gate import health_check
+    from launcher.launch.mirroring import upload_rest
     from launcher.launch.prepare import ResumeRequest, prepare_resume
+    from launcher.launch.remote_run import fetch_run, removed_if
     from launcher.launch.session import start
     from launcher.launch.signal_handler import SignalHandler
     from launcher.report.write import write_report
     from launcher.runs.freezing import DEFAULT_LIMIT
     from launcher.sweeps.sweep_record import is_sweep
 
-    if is_sweep(run_dir):
+    if isinstance(run_dir, Path) and is_sweep(run_dir):
         changes = allow_code_change or health != "off" or code_limit
         only_ranks = not (overrides or accept or checkpoint or fall_back or nodes or hosts)
         if changes or not only_ranks:
@@ -103,13 +121,17 @@ def command(
         return resume_sweep(run_dir, nproc_per_node, output_mode(quiet=quiet, as_json=as_json))
     signals = SignalHandler()
     variables = find_variables(hosts, forward)
+    machines = find_machines(hosts, nodes, rendezvous, join_timeout)
+    folder = fetch_run(run_dir, out, machines, checkpoint=checkpoint, fall_back=fall_back)
     request = ResumeRequest(
-        run_dir=run_dir,
+        run_dir=folder,
         checkpoint=checkpoint,
         fall_back=fall_back,
         overrides=read_overrides(None, overrides),
         nproc_per_node=nproc_per_node,
-        nodes=find_machines(hosts, nodes, rendezvous, join_timeout),
+        nodes=machines,
+        mirror=mirror,
+        mirror_timeout=mirror_timeout,
         accept=accept,
         max_restarts=max_restarts,
         health=health_check(health),
@@ -119,10 +141,12 @@ def command(
         output_mode=output_mode(quiet=quiet, as_json=as_json),
         write_report=write_report,
     )
-    prepared = prepare_resume(request, elsewhere=hosts is not None)
+    with removed_if(LauncherError, run_dir, folder):
+        prepared = prepare_resume(request, elsewhere=hosts is not None)
     if prepared.finished:
         echo(f"{prepared.shown} has finished: {prepared.finished}.")
-        return 0
+        return upload_rest(prepared)
     if hosts is not None:
         return start_on_hosts(hosts, rendezvous, ssh, variables)
-    return start(prepared, signals).exit_code
+    with removed_if(StoreError, run_dir, folder):  # another process has just taken the URL
+        return start(prepared, signals).exit_code

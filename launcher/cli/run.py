@@ -9,15 +9,16 @@ from typing import Literal
 import click
 
 from launcher.cli.arguments import (
+    FolderOrURL,
     accept_option,
     code_change_option,
     config_option,
     freezing_options,
     health_option,
     max_restarts_option,
+    mirror_options,
     nodes_options,
     nproc_option,
-    out_option,
     output_mode,
     output_options,
     overrides_argument,
@@ -35,12 +36,19 @@ from launcher.errors import UsageError
 @nproc_option
 @nodes_options
 @config_option
-@out_option
+@click.option(
+    "--out",
+    type=FolderOrURL(),
+    metavar="DIR|URL",
+    help="Run folder to make. Default: runs/<recipe>-<time>. A URL makes the default folder and is "
+    "its --mirror.",
+)
+@mirror_options
 @click.option(
     "--continue",
     "continues",
     is_flag=True,
-    help="If --out holds a run, resume it from its newest undamaged checkpoint.",
+    help="If --out or --mirror holds a run, resume it from its newest undamaged checkpoint.",
 )
 @accept_option
 @code_change_option
@@ -84,7 +92,9 @@ def command(
     forward: tuple[str, ...],
     join_timeout: float | None,
     config: Path | None,
-    out: Path | None,
+    out: Path | str | None,
+    mirror: str | None,
+    mirror_timeout: float,
     accept: tuple[str, ...],
     code_folder: Path | None,
     code_limit: int | None,
@@ -111,12 +121,14 @@ def command(
     launcher run digits --config mine.yaml --out runs/mine
     launcher run digits --nodes 2 --rendezvous node1 --out /shared/mine
     launcher run digits --hosts node1,node2 --out /shared/mine
+    launcher run digits --out s3://bucket/runs/mine
     launcher run digits --debug
     """
     from launcher.checks.health_gate import health_check
     from launcher.launch.code_choice import code_of_continued
     from launcher.launch.debug_session import debug
     from launcher.launch.prepare import RunRequest, prepare_run
+    from launcher.launch.remote_run import place_run
     from launcher.launch.session import start
     from launcher.launch.signal_handler import SignalHandler
     from launcher.recipe.resolve import resolve
@@ -132,12 +144,13 @@ def command(
             "--continue": continues,
             "--max-restarts": max_restarts > 0,
             "--health": health != "off",
+            "--mirror": mirror is not None or isinstance(out, str),
         }
         _check_debuggable([name for name, is_given in given.items() if is_given])
         request = RunRequest(
             reference=resolve(recipe),
             overrides=read_overrides(config, overrides),
-            out=out,
+            out=None if out is None else Path(out),
             output_mode=output_mode(quiet=quiet, as_json=as_json),
             write_report=write_report,
         )
@@ -148,15 +161,19 @@ def command(
         raise UsageError("--continue resumes the run in --out: add --out DIR.")
     if accept and not continues:
         raise UsageError(f"--accept {accept[0]} applies to a resumed run: add --continue.")
+    machines = find_machines(hosts, nodes, rendezvous, join_timeout)
+    folder, mirror = place_run(out, mirror, machines, continues=continues and not hosts)
     code = None if code_folder is None else open_frozen(code_folder)
-    if code is None and continues and out is not None and not allow_code_change:
-        code = code_of_continued(out)
+    if code is None and continues and folder is not None and not allow_code_change:
+        code = code_of_continued(folder)
     request = RunRequest(
         reference=resolve(recipe, code),
         overrides=read_overrides(config, overrides),
         nproc_per_node=nproc_per_node,
-        nodes=find_machines(hosts, nodes, rendezvous, join_timeout),
-        out=out,
+        nodes=machines,
+        out=folder,
+        mirror=mirror,
+        mirror_timeout=mirror_timeout,
         continues=continues,
         accept=accept,
         max_restarts=max_restarts,

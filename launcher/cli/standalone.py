@@ -20,6 +20,7 @@ import click
 
 from launcher.cli import run_command
 from launcher.cli.arguments import (
+    Folder,
     accept_option,
     config_option,
     out_option,
@@ -89,7 +90,7 @@ def _command(function: Callable[..., Recipe], *, in_notebook: bool = False) -> c
     @click.option("--local_rank", "--local-rank", hidden=True, expose_value=False)  # deepspeed's
     @click.option(
         "--resume",
-        type=click.Path(path_type=Path),
+        type=Folder(),
         metavar="RUN_DIR",
         help="Resume a run from its newest undamaged checkpoint.",
     )

@@ -10,6 +10,7 @@ import click
 from launcher.cli.arguments import (
     HEALTH_LEVELS,
     MAX_NODES,
+    URL,
     Count,
     config_option,
     freezing_options,
@@ -109,6 +110,12 @@ class SubmitCommand(SettingsCommand):
 @click.option("--dry-run", is_flag=True, help="Print the job as text; write and submit nothing.")
 @config_option
 @out_option
+@click.option(
+    "--mirror",
+    type=URL(),
+    metavar="URL",
+    help="Keep the run in an object store as well, as `launcher run --mirror` does.",
+)
 @freezing_options
 @click.option(
     "--health",
@@ -128,6 +135,7 @@ def command(
     axes: tuple[str, ...],
     config: Path | None,
     out: Path | None,
+    mirror: str | None,
     code_limit: int | None,
     health: Literal["off", "quick", "full"] | None,
     *,
@@ -150,6 +158,11 @@ def command(
     from launcher.schedulers.request import SubmitRequest, combinations
     from launcher.schedulers.scheduler import find_scheduler
 
+    if mirror is not None and axes:
+        raise UsageError(
+            f"--mirror {mirror} is the place of one run, and --array submits several: leave one of "
+            "them out, or submit the runs one by one."
+        )
     scheduler = find_scheduler(scheduler_name)
     request = SubmitRequest(
         reference=resolve(recipe),
@@ -163,6 +176,7 @@ def command(
         freezes=freezes,
         code_limit=code_limit,
         health=health,
+        mirror=mirror,
         is_dry=dry_run,
     )
     prepared = scheduler.prepare(request, cluster, out)

@@ -15,6 +15,7 @@ import click
 from launcher.cli.arguments import (
     MAX_NODES,
     Count,
+    Folder,
     config_option,
     output_mode,
     output_options,
@@ -81,7 +82,7 @@ if TYPE_CHECKING:
 @config_option
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=Folder(),
     metavar="DIR",
     help="Folder to make, or of a sweep to continue. Default: runs/sweep-<recipe>-<time>.",
 )

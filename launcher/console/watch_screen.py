@@ -150,8 +150,20 @@ def _metrics_grid(history: History) -> Table:
         grid.add_row("step time", f"{1e3 * step_seconds:.3g} ms", shares)
     checkpoints = list_checkpoints(history.run_dir)
     if checkpoints:
-        grid.add_row("checkpoint", f"{checkpoints[0].step:,}", "the step of the newest checkpoint")
+        grid.add_row("checkpoint", f"{checkpoints[0].step:,}", _newest_checkpoint(history))
     return grid
+
+
+def _newest_checkpoint(history: History) -> str:
+    """Return how old the newest checkpoint is, and what it has cost."""
+    if not history.checkpoints:
+        return "the step of the newest checkpoint"
+    saved = history.checkpoints[-1]
+    text = f"{duration(max(time.time() - saved.time, 0.0))} old, a stall of "
+    text += f"{1e3 * saved.stall_seconds:.3g} ms"
+    if (rate := saved.bytes_per_second) is not None:
+        text += f", then {size(saved.num_bytes)} in {saved.write_seconds:.3g} s, {size(rate)}/s"
+    return text
 
 
 def _add_evaluations(grid: Table, history: History, set_name: str) -> None:

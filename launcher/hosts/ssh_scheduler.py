@@ -108,7 +108,7 @@ def _command(
     for option, value in (("--ssh", hosts.ssh), ("--rendezvous", hosts.rendezvous)):
         command += [option, value] if value else []
     command += [word for name in hosts.forward for word in ("--forward", name)]
-    command += ["--out", str(folder), "--continue"]
+    command += ["--out", str(folder), *request.mirror_words, "--continue"]
     if request.config is not None:
         command += ["--config", str(request.config.resolve())]
     arguments = (word for word in request.arguments if not word.startswith("device="))

@@ -199,7 +199,8 @@ def _command(request: SubmitRequest, cluster: Cluster, plan: Plan, name: str) ->
         UsageError: A file that the command names is outside the project.
     """
     command = [*cluster.program, "run", location_in_project(request.reference.location, _OUTSIDE)]
-    command += ["-n", str(plan.nproc_per_node), "--out", f"{cluster.runs}/{name}", "--continue"]
+    command += ["-n", str(plan.nproc_per_node), "--out", f"{cluster.runs}/{name}"]
+    command += [*request.mirror_words, "--continue"]
     if request.health is not None:
         command += ["--health", request.health]
     if request.config is not None:

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from launcher.console.failure import death_text, failure_text
 from launcher.environment.machine import oom_kills
@@ -63,6 +63,20 @@ _launching = 0
 """Launches in progress in this process; forks outside of them keep their signal handlers."""
 
 
+class _Calls(NamedTuple):
+    """What is called while the ranks run."""
+
+    watch: Callable[[RunDir], object] | None
+    before_restart: Callable[[], object]
+    while_running: Callable[[], object]
+
+    def poll(self, run_dir: RunDir) -> None:
+        """Call what is called many times a second."""
+        self.while_running()
+        if self.watch is not None:
+            self.watch(run_dir)
+
+
 def launch(
     job: Job,
     function: Callable[[Job], int | None] | None = None,
@@ -71,6 +85,7 @@ def launch(
     rendezvous: Rendezvous | None = None,
     watch: Callable[[RunDir], object] | None = None,
     before_restart: Callable[[], object] = lambda: None,
+    while_running: Callable[[], object] = lambda: None,
 ) -> int:
     """Run every rank of `job` on this machine and wait for them.
 
@@ -85,6 +100,7 @@ def launch(
         watch: Called with the run folder many times a second while the ranks run. It shows what
             signals do, and this function prints nothing then.
         before_restart: Called before ranks that have failed are started again.
+        while_running: Called many times a second while the ranks run; it shows nothing.
 
     Returns:
         0 if the run finished; `EXIT_RESUMABLE` if it was stopped and saved a checkpoint.
@@ -102,7 +118,8 @@ def launch(
             job = replace(job, rendezvous_folder=folder)
         with _environment([job.plan]):
             try:
-                return _run_ranks(job, function, signals, rendezvous, folder, watch, before_restart)
+                calls = _Calls(watch, before_restart, while_running)
+                return _run_ranks(job, function, signals, rendezvous, folder, calls)
             except PeerError as error:
                 if error.gone and list_checkpoints(job.run_dir):
                     error.exit_code = EXIT_RESUMABLE
@@ -132,10 +149,9 @@ def _run_ranks(
     signals: SignalHandler,
     rendezvous: Rendezvous | None,
     folder: Path,
-    watch: Callable[[RunDir], object] | None,
-    before_restart: Callable[[], object],
+    calls: _Calls,
 ) -> int:
-    announces = watch is None and (rendezvous is None or not rendezvous.is_quiet)
+    announces = calls.watch is None and (rendezvous is None or not rendezvous.is_quiet)
     signals.attach(job, announces=announces)
     oom_kills_before = oom_kills()
     reason_to_spawn = reason_not_to_fork()
@@ -156,8 +172,8 @@ def _run_ranks(
             folder,
             rendezvous,
             spawn=reason_to_spawn is not None,
-            poll=(lambda: None) if watch is None else functools.partial(watch, job.run_dir),
-            before_restart=before_restart,
+            poll=functools.partial(calls.poll, job.run_dir),
+            before_restart=calls.before_restart,
         )
     except SignalException as error:
         raise EndedError(announce_stop(error.sigval)) from None

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 from launcher.console.explain import schedule_change
 from launcher.environment.machine import read_machine
@@ -36,6 +37,7 @@ from launcher.runs.checkpoints import (
 from launcher.runs.freezing import DEFAULT_LIMIT, CodeSnapshot, survey
 from launcher.runs.job import OutputMode, ReportWriter, ResumeFrom
 from launcher.runs.manifest import Manifest
+from launcher.runs.mirror_record import read_mirror
 from launcher.runs.ownership import check_unowned
 from launcher.runs.plan_recipe import describe_run, plan_recipe
 from launcher.runs.planned_steps import planned_steps
@@ -82,12 +84,21 @@ class Request:
     health: HealthCheck | None = None
     """Examines each node before its ranks start; None examines none."""
 
+    mirror: str | None = None
+    """URL at which the run is kept as well; None takes that of the run to resume, if it has one."""
+
+    mirror_timeout: float = 300.0
+    """Seconds for which uploads are tried without any success once the run has ended."""
+
     write_report: ReportWriter | None = None
     """Writes the HTML page that experiment trackers get at the end."""
 
     watch: Callable[[RunDir], object] | None = None
     """Called with the run folder many times a second while the ranks of this machine run; it must
     raise no exception."""
+
+
+_R = TypeVar("_R", bound=Request)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +183,8 @@ def prepare_run(request: RunRequest, *, elsewhere: bool = False) -> PreparedRun:
     """
     check_only_launcher(request.nodes)
     check_restarts(request.nodes, request.max_restarts)
+    if request.continues and request.out is not None:
+        request = _with_mirror(request, RunDir(request.out.resolve()))
     built, plan = _plan(
         request,
         request.reference,
@@ -207,6 +220,7 @@ def prepare_resume(request: ResumeRequest, *, elsewhere: bool = False) -> Prepar
     check_restarts(request.nodes, request.max_restarts)
     run_dir = open_run_dir(request.run_dir)
     check_unowned(run_dir.path)
+    request = _with_mirror(request, run_dir)
     record = read_run(run_dir)
     checkpoint = _choose(run_dir, request.checkpoint, record.recipe)
     manifest = _read_manifest(run_dir, checkpoint, fall_back=request.fall_back)
@@ -243,16 +257,28 @@ def prepare_resume(request: ResumeRequest, *, elsewhere: bool = False) -> Prepar
     )
 
 
+def _with_mirror(request: _R, run_dir: RunDir) -> _R:
+    """Return a request with the mirror of the run that it resumes, unless it names one.
+
+    Raises:
+        RunDirError: mirror.json is damaged.
+    """
+    if request.mirror is not None or (record := read_mirror(run_dir)) is None:
+        return request
+    return replace(request, mirror=record.url)
+
+
 def _survey(request: Request, reference: Reference) -> CodeSnapshot | None:
-    """Return the project that the first of several nodes copies into the run folder.
+    """Return the project that is copied into the run folder; None if none is.
+
+    The first of several nodes copies it, and a run with a mirror, which another machine can resume.
 
     Raises:
         UsageError: It is too large.
     """
     nodes = request.nodes
-    if nodes is None or nodes.index not in (None, 0) or not request.freezes:
-        return None
-    return survey(reference, request.code_limit)
+    is_elsewhere = request.mirror is not None if nodes is None else nodes.index in (None, 0)
+    return survey(reference, request.code_limit) if is_elsewhere and request.freezes else None
 
 
 def _code_changes(request: RunRequest) -> tuple[str, ...]:

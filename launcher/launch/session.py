@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING
 from launcher.console.echo import echo_if_possible
 from launcher.console.explain import changed_lines, summarize
 from launcher.console.progress import json_line
-from launcher.errors import EXIT_USAGE, CheckpointError, PeerError, RunDirError
+from launcher.errors import EXIT_USAGE, CheckpointError, LauncherError, PeerError, RunDirError
 from launcher.launch.health import refuse_unhealthy
 from launcher.launch.launcher import launch
+from launcher.launch.mirroring import Mirroring, upload_rest
 from launcher.launch.multi_node import joined, make_run_dir_once
 from launcher.launch.prepare import PreparedRun, RunRequest
 from launcher.launch.run_folder import open_run_folder
@@ -50,12 +52,18 @@ def start(prepared: PreparedRun, signals: SignalHandler) -> RunResult:
         PeerError: The run failed on another machine.
         EndedError: Another process reports why the run ended.
         RunDirError: The run folder cannot be made, or another process owns it.
+        StoreError: The mirror cannot be used.
     """
     request, run_dir = prepared.request, prepared.run_dir
     if prepared.finished and run_dir is not None:
-        return read_run_result(run_dir)
+        return replace(read_run_result(run_dir), exit_code=upload_rest(prepared))
     check_layer_split(prepared, signals)
-    with ExitStack() as ownership, joined(request.nodes, prepared.plan) as rendezvous:
+    mirroring = Mirroring(request)
+    with (
+        contextlib.closing(mirroring),
+        ExitStack() as ownership,
+        joined(request.nodes, prepared.plan) as rendezvous,
+    ):
         previous_record: list[bytes] = []
 
         def make() -> RunDir:
@@ -75,23 +83,46 @@ def start(prepared: PreparedRun, signals: SignalHandler) -> RunResult:
             return _take_over(run_dir, prepared, ownership)
 
         def make_and_freeze() -> RunDir:
-            made = make()
-            if prepared.snapshot is None:
-                return made
-            try:
-                _freeze(prepared.reference, prepared.snapshot, made)
-            except RunDirError:
-                if previous_record:  # a resumption that is refused leaves the run as it was
-                    write_atomic(made.run_yaml, previous_record[0])
-                raise
-            return made
+            mirroring.open(_folder_to_resume(prepared))
+            return _freeze_in(make(), prepared, previous_record)
 
         made = make_run_dir_once(rendezvous, make_and_freeze)
         reference = keep_recipe(prepared.reference, made)
-        if rendezvous is not None:
+        if rendezvous is not None or request.mirror is not None:
             reference = _frozen(reference, made)
         prepared = replace(prepared, run_dir=made, reference=reference)
-        return _launch(prepared, signals, rendezvous, previous_record)
+        mirroring.attach(made)
+        try:
+            result = _launch(prepared, signals, rendezvous, previous_record, mirroring.check)
+        except LauncherError as error:
+            mirroring.finish(made, error.exit_code)
+            raise
+        return replace(result, exit_code=mirroring.finish(made, result.exit_code))
+
+
+def _freeze_in(run_dir: RunDir, prepared: PreparedRun, previous_record: list[bytes]) -> RunDir:
+    """Copy the project into a run folder if it is to be copied, and return the folder.
+
+    Raises:
+        RunDirError: The copy cannot be written.
+    """
+    if prepared.snapshot is None:
+        return run_dir
+    try:
+        _freeze(prepared.reference, prepared.snapshot, run_dir)
+    except RunDirError:
+        if previous_record:  # a resumption that is refused leaves the run as it was
+            write_atomic(run_dir.run_yaml, previous_record[0])
+        raise
+    return run_dir
+
+
+def _folder_to_resume(prepared: PreparedRun) -> RunDir | None:
+    """Return the folder of the run that a request resumes; None for a new run."""
+    request = prepared.request
+    if not isinstance(request, RunRequest):
+        return prepared.run_dir
+    return RunDir(request.out.resolve()) if request.continues and request.out else None
 
 
 def _launch(
@@ -99,6 +130,7 @@ def _launch(
     signals: SignalHandler,
     rendezvous: Rendezvous | None,
     previous_record: list[bytes],
+    while_running: Callable[[], object],
 ) -> RunResult:
     request, run_dir = prepared.request, prepared.run_dir
     assert run_dir is not None
@@ -132,6 +164,7 @@ def _launch(
             rendezvous=rendezvous,
             watch=request.watch,
             before_restart=functools.partial(examine, is_restart=True),
+            while_running=while_running,
         )
     except (RunFailedError, PeerError) as error:
         if error.exit_code == EXIT_USAGE and resume_from is not None and previous_record:

@@ -14,6 +14,7 @@ RECORDED = frozenset(
         *("step", "epoch", "samples", "items", "time", "loss", "lr", "momentum", "grad_norm"),
         *("samples_per_second", "step_seconds", "data_wait_seconds", "communication_seconds"),
         *("noise_scale", "checkpoint_seconds", "checkpoint_stall_seconds", "checkpoint_failed"),
+        *("checkpoint_write_seconds", "checkpoint_bytes"),
     )
 )
 """Names under which a run records numbers itself."""

@@ -1,7 +1,8 @@
 """The page of one run.
 
 From top to bottom: the failure if there was one, learning curves, learning rate and gradient norm,
-throughput, ranks, attempts, sections of finders, the plan, the environment and the settings.
+throughput, ranks, attempts, checkpoints, sections of finders, the plan, the environment and the
+settings.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from launcher.recipe.evaluation_sets import metric_name
 from launcher.recipe.schedules import SCHEDULES, Schedule
 from launcher.report.figures import Bars, Figure, Moment, Span, Timeline
 from launcher.report.page import Page, Section, Table
-from launcher.runs.events import Failed, Stopped
+from launcher.runs.events import Failed, Saved, Stopped
 from launcher.runs.history import Attempt, History, evaluation_set_names, split_metric
 
 _MAX_METRIC_CARDS = 4
@@ -44,6 +45,10 @@ _MAX_RANK_CURVES = 16
 
 _MAX_MESSAGE = 160
 """Characters of an error message shown in the table of attempts; the failure section has all."""
+
+
+_MAX_CHECKPOINTS = 10
+"""The newest checkpoints, which the table of checkpoints has."""
 
 
 def run_page(history: History, more: Sequence[Section] = ()) -> Page:
@@ -64,6 +69,7 @@ def run_page(history: History, more: Sequence[Section] = ()) -> Page:
         *_throughput(history),
         *_ranks(history),
         *_attempts(history),
+        *_checkpoints(history),
         *more,
         *_plan(history),
         *_environment(history),
@@ -268,13 +274,6 @@ def _attempts(history: History) -> Iterator[Section]:
         )
     ]
     paragraph = f"{counted(len(attempts), 'attempt')}."
-    if history.stalls:
-        steps, stalls = [step for step, _ in history.stalls], _values(history.stalls)
-        stall_ms = [1e3 * seconds for seconds in stalls]
-        curve = Curve(name="stall", xs=steps, ys=stall_ms, style="points")
-        figures.append(over_steps("delay of the step by each checkpoint", "ms", [curve]))
-        checkpoints = counted(len(stalls), "checkpoint")
-        paragraph += f" {checkpoints} delayed the steps by {sum(stalls):.3g} s in total."
     table = Table(
         head=("attempt", "from step", "ranks", "outcome"),
         rows=[
@@ -297,6 +296,56 @@ def _checkpoint_moments(history: History, spans: Sequence[Span]) -> Iterator[Mom
         if when is not None:
             row = next((span.row for span in reversed(spans) if span.begin <= when), spans[0].row)
             yield Moment(row=row, time=when, name="checkpoint")
+
+
+def _checkpoints(history: History) -> Iterator[Section]:
+    """Yield the section of checkpoints: their age, how long they took, and their bandwidth."""
+    figures: list[Figure] = []
+    paragraph = ""
+    if history.stalls:
+        steps, stalls = [step for step, _ in history.stalls], _values(history.stalls)
+        stall_ms = [1e3 * seconds for seconds in stalls]
+        curve = Curve(name="stall", xs=steps, ys=stall_ms, style="points")
+        figures.append(over_steps("delay of the step by each checkpoint", "ms", [curve]))
+        checkpoints = counted(len(stalls), "checkpoint")
+        paragraph = f"{checkpoints} delayed the steps by {sum(stalls):.3g} s in total."
+    saved = history.checkpoints
+    rates = [(each.step, each.bytes_per_second or math.nan) for each in saved]
+    if saved:
+        megabytes = [rate / 1e6 for rate in _values(rates)]
+        curve = Curve(name="MB/s", xs=[step for step, _ in rates], ys=megabytes, style="points")
+        figures.append(over_steps("bandwidth of writing each checkpoint", "MB/s", [curve]))
+        paragraph += f" The newest one, of step {saved[-1].step:,}, {_age(history, saved[-1])}."
+    table = Table(
+        head=("step", "complete at", "after the one before", "stall", "writing", "size", "per s"),
+        rows=[
+            [
+                f"{each.step:,}",
+                time.strftime("%m-%d %H:%M:%S", time.localtime(each.time)),
+                "" if before is None else duration(each.time - before.time),
+                f"{1e3 * each.stall_seconds:.3g} ms",
+                f"{each.write_seconds:.3g} s",
+                size(each.num_bytes),
+                "?" if (rate := each.bytes_per_second) is None else size(rate),
+            ]
+            for before, each in list(zip([None, *saved], saved, strict=False))[-_MAX_CHECKPOINTS:]
+        ],
+    )
+    if figures:
+        yield Section(
+            title="Checkpoints",
+            paragraph=paragraph.strip(),
+            table=table if saved else None,
+            figures=figures,
+        )
+
+
+def _age(history: History, saved: Saved) -> str:
+    """Return how old a checkpoint is, or was when the run ended."""
+    if history.state.name == "running":
+        return f"is {duration(max(time.time() - saved.time, 0.0))} old"
+    end = max((attempt.until for attempt in history.attempts()), default=saved.time)
+    return f"was {duration(max(end - saved.time, 0.0))} old when the run ended"
 
 
 def _attempt_name(number: int, attempt: Attempt) -> str:

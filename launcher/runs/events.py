@@ -1,10 +1,11 @@
-"""events.jsonl: when a run began, stopped, failed and finished, one JSON object per line.
+"""events.jsonl: when a run began, saved, stopped, failed and finished, one JSON object per line.
 
 Every event has `time`, in seconds since 1970, and `event`:
 
 began      the ranks have met: step, ranks, nodes, strategy, device_name; in Slurm also job
 counted    flops_per_sample: the operations of a forward pass
 timed      max_time has set the steps: step, steps, limit, max_time, seconds_per_step, used_seconds
+saved      a checkpoint is complete: step, stall_seconds, write_seconds, seconds, num_bytes
 stopped    the run was asked to stop and has saved a checkpoint: step
 failed     the content of failure.json, moved here when the run starts again: error, message,
            rank, node; rank is null if failure.json was damaged
@@ -90,6 +91,30 @@ class Timed(_Event, tag="timed", frozen=True, kw_only=True):
     """Time since the start of the command."""
 
 
+class Saved(_Event, tag="saved", frozen=True, kw_only=True):
+    """A checkpoint is complete."""
+
+    step: Count
+    """Steps taken before it."""
+
+    stall_seconds: float = 0.0
+    """Time that the training waited for the copies, on rank 0."""
+
+    write_seconds: float = 0.0
+    """Time that the slowest rank took to write its files."""
+
+    seconds: float = 0.0
+    """Time from the end of the stall until it was complete, as a step found."""
+
+    num_bytes: Count = 0
+    """Bytes that all ranks wrote."""
+
+    @property
+    def bytes_per_second(self) -> float | None:
+        """Bandwidth of writing; None if it is unknown."""
+        return self.num_bytes / self.write_seconds if self.write_seconds > 0 else None
+
+
 class Stopped(_Event, tag="stopped", frozen=True, kw_only=True):
     """The run was asked to stop and has saved a checkpoint."""
 
@@ -120,7 +145,7 @@ class Finished(_Event, tag="finished", frozen=True, kw_only=True):
     """Steps taken."""
 
 
-Event = Began | Counted | Timed | Stopped | Failed | Finished
+Event = Began | Counted | Timed | Saved | Stopped | Failed | Finished
 """A line of events.jsonl. Unknown keys of a line are ignored; a line of another kind is skipped."""
 
 _DECODER: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)

@@ -28,6 +28,7 @@ from launcher.runs.events import (
     Event,
     Failed,
     Finished,
+    Saved,
     Stopped,
     Timed,
     read_events,
@@ -308,6 +309,14 @@ class History:
     def saves(self) -> list[tuple[int, float]]:
         """The seconds until a checkpoint was on the disk, as pairs (step, seconds)."""
         return self._lines.saves
+
+    @property
+    def checkpoints(self) -> list[Saved]:
+        """The checkpoints that all attempts completed, in their order, with what they cost.
+
+        Runs of earlier versions of launcher have none.
+        """
+        return [event for event in self.events if isinstance(event, Saved)]
 
     @property
     def last_step(self) -> int:

@@ -16,8 +16,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import platform
-import shlex
 import stat
 import time
 from collections.abc import Iterator
@@ -25,13 +23,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from launcher.errors import RunDirError
-from launcher.json_file import Count, DamagedJSONError, Moment, decode_json, encode_json
-from launcher.recipe.text_values import digits
+from launcher.json_file import DamagedJSONError, decode_json, encode_json
 from launcher.regular_file import open_descriptor
 from launcher.runs.files import unwritable_error
 from launcher.runs.heartbeat import read_heartbeats
 from launcher.runs.locks import locks_are_shared, try_lock
-from launcher.runs.provenance import command_line
+from launcher.runs.process_owner import ProcessOwner, this_process
 from launcher.runs.rundir import RunDir, check_subfolders
 from launcher.runs.status import SECONDS_TO_START, is_alive
 
@@ -50,54 +47,11 @@ _MAX_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Owner:
+class Owner(ProcessOwner):
     """A process that owns a run folder, as owner.lock describes it."""
-
-    host: str
-    """Name of the owner's machine."""
-
-    place: str
-    """Boot id and process namespace of that machine, within which `pid` identifies a process."""
-
-    pid: Count
-    """Process id of the owner."""
-
-    started: Count
-    """Start time of the process in clock ticks, which tells it from a later one with its `pid`."""
-
-    since: Moment
-    """When the process became the owner, in seconds since 1970."""
-
-    job: str | None
-    """Slurm job id; None outside Slurm."""
-
-    restarts: int
-    """How often Slurm had requeued the job."""
-
-    command: str
-    """Command line of the owner, without the values of keys and passwords."""
 
     inode: int
     """Inode of owner.lock, so that a copied run folder does not inherit the owner."""
-
-    @property
-    def is_here(self) -> bool:
-        """Whether this process can look up the owner's process."""
-        return self.place == _place_of_this_process()
-
-    @property
-    def is_dead(self) -> bool:
-        """Whether the owner has certainly ended."""
-        if self.is_here:
-            return _start_time(self.pid) != self.started
-        job, restarts = _slurm_job()
-        return job is not None and self.job == job and self.restarts < restarts
-
-    @property
-    def words(self) -> str:
-        """Job, machine and process id of the owner, for messages."""
-        job = f"job {self.job} on " if self.job is not None else ""
-        return f"{job}{self.host} (pid {self.pid})"
 
 
 @contextlib.contextmanager
@@ -292,47 +246,11 @@ def _write_owner(descriptor: int) -> None:
     Raises:
         OSError: owner.lock cannot be written.
     """
-    job, restarts = _slurm_job()
-    owner = Owner(
-        host=platform.node(),
-        place=_place_of_this_process(),
-        pid=os.getpid(),
-        started=_start_time(os.getpid()) or 0,
-        since=time.time(),
-        job=job,
-        restarts=restarts,
-        command=shlex.join(command_line()),
-        inode=os.fstat(descriptor).st_ino,
-    )
+    owner = Owner(**asdict(this_process()), inode=os.fstat(descriptor).st_ino)
     text = (encode_json(asdict(owner)) + "\n").encode()
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, text, 0)
     os.fsync(descriptor)
-
-
-def _slurm_job() -> tuple[str | None, int]:
-    """Return the Slurm job id of this process, or None, and how often the job was requeued."""
-    restarts = os.environ.get("SLURM_RESTART_COUNT", "")
-    return os.environ.get("SLURM_JOB_ID"), digits(restarts) or 0
-
-
-def _place_of_this_process() -> str:
-    """Return the boot id and process namespace of this process, after the machine's name."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-        return f"{platform.node()} {boot} {Path('/proc/self/ns/pid').readlink()}"
-    except OSError:
-        return platform.node()
-
-
-def _start_time(pid: int) -> int | None:
-    """Return the start time of a process in clock ticks; None if it has ended."""
-    try:
-        content = Path(f"/proc/{pid}/stat").read_bytes()  # a process has a name of any bytes
-    except OSError:
-        return None
-    fields = content.rpartition(b")")[2].split()
-    return None if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
 def _unwritable(run_dir: RunDir, error: OSError) -> RunDirError:

@@ -23,7 +23,7 @@ from launcher.errors import RunDirError
 from launcher.json_file import Count, decode_line
 from launcher.regular_file import open_regular, size_of
 from launcher.runs.checkpoints import list_checkpoints
-from launcher.runs.events import Began, Failed, Timed, read_events
+from launcher.runs.events import Began, Failed, Saved, Timed, read_events
 from launcher.runs.files import write_atomic
 from launcher.runs.heartbeat import read_heartbeats
 from launcher.runs.rundir import RunDir
@@ -56,6 +56,8 @@ _HELP = {
     "checkpoint_step": "Step of the newest checkpoint.",
     "checkpoint_timestamp_seconds": "When the newest checkpoint was complete.",
     "checkpoint_bytes": "Size of the newest checkpoint.",
+    "checkpoint_stall_seconds": "How long a step waited for the newest checkpoint.",
+    "checkpoint_write_seconds": "How long the slowest rank wrote the newest checkpoint.",
     "heartbeat_timestamp_seconds": "When the rank whose heartbeat is oldest wrote it.",
     "stalled_ranks": "Ranks that have reached a limit of hang_timeout.",
 }
@@ -170,6 +172,9 @@ def _numbers(run_dir: RunDir) -> Iterator[tuple[str, float | None]]:
             yield "checkpoint_timestamp_seconds", checkpoint.path.stat().st_mtime
             yield "checkpoint_bytes", sum(size_of(path) for path in checkpoint.path.iterdir())
             yield "checkpoint_step", checkpoint.step
+    if saved := [event for event in events if isinstance(event, Saved)]:
+        yield "checkpoint_stall_seconds", saved[-1].stall_seconds
+        yield "checkpoint_write_seconds", saved[-1].write_seconds
     heartbeats = list(read_heartbeats(run_dir))
     if heartbeats:
         yield "heartbeat_timestamp_seconds", min(heartbeat.time for heartbeat in heartbeats)

@@ -2,7 +2,8 @@
 
 run.yaml            recipe, overrides, plan, versions, git state; see launcher.runs.run_record
 metrics.jsonl       one line per optimizer step, and one per evaluation
-events.jsonl        when the run began, stopped, failed and finished; see launcher.runs.events
+events.jsonl        when the run began, saved, stopped, failed and finished; see
+                    launcher.runs.events
 result.json         the final evaluation and totals; written last
 model.safetensors   the final weights
 recipe.py           the recipe, if it was defined in a notebook or at a prompt; with recipe.pickle
@@ -19,6 +20,7 @@ noise.json          gradient norms that `launcher find noise` measured
 trackers.json       ids of the run in experiment trackers, so that it resumes there
 failure.json        the first failure, if the run failed; see launcher.runs.failure_record
 owner.lock          the process that owns this folder; see launcher.runs.ownership
+mirror.json         the URL at which the run is kept as well; see launcher.runs.mirror_record
 submission.json     the job that `launcher submit` submitted; with its job.sbatch or job.yaml
 unhealthy_nodes     names of nodes that failed `--health`; the job is queued again without them
 examination.json    what the ranks report about their node, for `launcher doctor`
@@ -100,6 +102,10 @@ class RunDir:
     def unhealthy_nodes(self) -> Path:
         """The file with the names of nodes that a job is not started on again, one a line."""
         return self.path / "unhealthy_nodes"
+
+    @property
+    def mirror(self) -> Path:
+        return self.path / "mirror.json"
 
     @property
     def submission(self) -> Path:

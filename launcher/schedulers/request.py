@@ -40,9 +40,17 @@ class SubmitRequest:
     health: Literal["off", "quick", "full"] | None = None
     """How each node is examined; None is what the site says."""
 
+    mirror: str | None = None
+    """URL at which the run is kept as well; None keeps it in its folder alone."""
+
     is_dry: bool = False
     """Whether the job is only shown. It then imports the project itself, so that it can be
     submitted by hand."""
+
+    @property
+    def mirror_words(self) -> list[str]:
+        """The option of `launcher run` for the mirror."""
+        return [] if self.mirror is None else ["--mirror", self.mirror]
 
     @property
     def runs(self) -> tuple[tuple[str, ...], ...]:

@@ -112,7 +112,7 @@ def _run_lines(request: SubmitRequest, cloud: Cloud, plan: Plan, name: str) -> s
     folder = cloud.runs.rstrip("/")
     out = f'"$HOME"{shlex.quote(folder[1:])}' if folder.startswith("~/") else shlex.quote(folder)
     command = ["launcher", "run", location_in_project(request.reference.location, _OUTSIDE)]
-    command += ["-n", str(plan.nproc_per_node), "--continue"]
+    command += ["-n", str(plan.nproc_per_node), *request.mirror_words, "--continue"]
     if request.health is not None:
         command += ["--health", request.health]
     if request.config is not None:

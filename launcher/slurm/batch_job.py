@@ -136,7 +136,7 @@ def _command(
     command += ["-n", str(plan.nproc_per_node)]
     if request.nodes[0] == request.nodes[1]:
         command += ["--nodes", str(request.nodes[0])]
-    command += ["--out", str(path), "--continue"]
+    command += ["--out", str(path), *request.mirror_words, "--continue"]
     if (health := request.health or site.health) != "off":
         command += ["--health", health]
     if code.config is not None:

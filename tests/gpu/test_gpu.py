@@ -162,7 +162,7 @@ def test_layers_multiply_in_4_and_8_bits() -> None:
 @needs_gpu
 def test_pinned_copies_use_the_same_memory() -> None:
     """Copies of a checkpoint are pinned, and lie where those of the last checkpoint did."""
-    memory = HostMemory(is_kept=True)
+    memory = HostMemory(is_pinned=True)
     places = []
     for value in (1.0, 2.0):
         weight = torch.full((1 << 16,), value, device="cuda:0")

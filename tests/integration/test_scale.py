@@ -142,7 +142,7 @@ def test_a_checkpoint_of_many_ranks(tmp_path: Path, caplog: pytest.LogCaptureFix
             )
             optimizer = torch.optim.SGD(sharded.parameters(), lr=0.1)
             tensors = [*live_tensors(sharded, optimizer), *extra.items()]
-            copies = HostCopies(tensors, rank, WRITERS, HostMemory(is_kept=False))
+            copies = HostCopies(tensors, rank, WRITERS, HostMemory(is_pinned=False))
             write_shard(tmp_path, rank, copies.tensors)
     manifest = Manifest(
         format=FORMAT,

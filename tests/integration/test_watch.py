@@ -277,12 +277,18 @@ def test_a_resumed_run_is_starting(runs: Commands, tmp_path: Path) -> None:
 
 
 def test_events_of_a_finished_run(runs: Commands) -> None:
-    """events.jsonl has the start, the counted forward pass and the end of a run, in order."""
+    """events.jsonl has the start, the counted forward pass, checkpoints and the end, in order."""
     events = read_lines(runs.folder / "runs/good/events.jsonl")
-    assert [event["event"] for event in events] == ["began", "counted", "finished"]
+    assert [event["event"] for event in events] == [
+        "began",
+        "counted",
+        "saved",
+        "saved",
+        "finished",
+    ]
     assert events[0]["ranks"] == 2
     assert events[0]["step"] == 0
-    assert events[2]["step"] == 24
+    assert [event["step"] for event in events[-2:]] == [24, 24]
     times = [event["time"] for event in events]
     assert times == sorted(times)
 
@@ -293,7 +299,7 @@ def test_events_of_a_restarted_run(run: Commands, tmp_path: Path) -> None:
     done = run(*arguments, "checkpoint_every=2", "--out", "out")
     assert done.exit_code == 0, done.stderr
     events = read_lines(tmp_path / "out/events.jsonl")
-    names = [event["event"] for event in events if event["event"] != "counted"]
+    names = [event["event"] for event in events if event["event"] not in ("counted", "saved")]
     assert names == ["began", "failed", "began", "finished"]
     failed = next(event for event in events if event["event"] == "failed")
     assert failed["error"] == "ValueError"

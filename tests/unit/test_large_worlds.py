@@ -197,7 +197,7 @@ def test_a_shard_records_its_place(tmp_path: Path, world_size: int, rank: int) -
 
 
 def _copies(tensors: list[tuple[str, Tensor]], rank: int, world_size: int) -> dict[str, Any]:
-    return HostCopies(tensors, rank, world_size, HostMemory(is_kept=False)).tensors
+    return HostCopies(tensors, rank, world_size, HostMemory(is_pinned=False)).tensors
 
 
 @pytest.mark.parametrize("world_size", WORLDS)

@@ -39,6 +39,8 @@ def test_the_numbers_are_those_of_the_run(tmp_path: Path) -> None:
     assert values["launcher_loss"] == row.loss
     (checkpoint, *_) = list_checkpoints(run_dir)
     assert values["launcher_checkpoint_step"] == checkpoint.step
+    assert values["launcher_checkpoint_stall_seconds"] == 0.01
+    assert values["launcher_checkpoint_write_seconds"] == 0.02
     assert values["launcher_checkpoint_timestamp_seconds"] == checkpoint.path.stat().st_mtime
     assert values["launcher_failures_total"] == 1
     assert [values[f"launcher_run_state{state}"] for state in STATES] == [

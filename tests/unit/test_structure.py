@@ -33,8 +33,10 @@ ROOMS = [
     ["launcher.forking"],
     ["recipe"],
     ["environment"],
+    ["object_stores"],
     ["planning"],
     ["runs"],
+    ["mirrors"],
     ["analysis"],
     ["schedulers"],
     ["console", "hosts", "kubernetes", "skypilot", "slurm"],
@@ -172,6 +174,7 @@ NOT_FOR_OTHERS = {
     "launcher.engine.state.module_state",  # messages between ranks
     "launcher.runs.manifest",  # the text that a digest is taken of
     "launcher.runs.resumption",  # a value as JSON returns it
+    "launcher.runs.shard_files",  # messages between a rank and its process, names and digests
     "launcher.tuning.batch_search",  # the name of a file in the cache
     "launcher.warm.messages",  # messages between a command and its server
     "launcher.warm.surroundings",  # the text that a digest is taken of

@@ -15,9 +15,6 @@ import torch
 from launcher.engine.ranks import watchdog
 from launcher.engine.ranks.usage import LastMeasurement, usage_of
 from launcher.engine.state.compiled import limit_compile_workers
-from launcher.engine.state.training_state import Snapshot
-from launcher.engine.training import checkpoint_manager
-from launcher.engine.training.checkpoint_manager import _ShardWriter
 from launcher.recipe.hang_limits import hang_limits
 from launcher.runs.rundir import create_run_dir
 from launcher.signals import StopRequest
@@ -49,31 +46,6 @@ def test_a_driver_that_does_not_answer_blocks_nobody() -> None:
 def test_the_usage_of_a_cpu_is_measured_at_once() -> None:
     """On a CPU the memory of this process is returned by the first call."""
     assert usage_of(torch.device("cpu"))()["memory_bytes"] > 1 << 20
-
-
-def test_a_checkpoint_is_written_with_the_device_of_the_rank(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The thread that writes makes the rank's device current first and releases the copies last."""
-    calls: list[tuple[str, object, int | None]] = []
-
-    def record(name: str, value: object) -> None:
-        calls.append((name, value, threading.get_ident()))
-
-    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda device: record("set", device))
-    monkeypatch.setattr(
-        checkpoint_manager, "write_shard", lambda folder, *_: record("write", folder)
-    )
-    state = Snapshot(tensors={}, values={}, extra={}, release=lambda: record("release", 3))
-    writer = _ShardWriter(tmp_path, 3, state, torch.device("cuda", 3))
-    writer.wait()
-    assert writer.error is None
-    assert [call[:2] for call in calls] == [
-        ("set", torch.device("cuda", 3)),
-        ("write", tmp_path),
-        ("release", 3),
-    ]
-    assert calls[0][2] == calls[1][2] != threading.get_ident()
 
 
 @pytest.mark.parametrize(("cores", "workers"), [(1, 1), (8, 8), (128, 32)])

@@ -121,7 +121,7 @@ class Backend(ABC):
         self.of_objectives: frozenset[str] = frozenset()
         """Names of the parameters that the recipe's objectives train, of which only those of the
         objective whose turn it is require a gradient; empty if the recipe has one loss."""
-        self.host_memory = HostMemory(is_kept=device.type != "cpu")
+        self.host_memory = HostMemory(is_pinned=device.type == "cuda")
         """The memory of the copies from which checkpoints are written."""
         self.call_order: CallOrder | None = None
         """The check that all ranks gather weights in the same order; None if weights are not
@@ -463,6 +463,7 @@ class Backend(ABC):
             tensors={**copies.tensors, **self.buffers_to_save(module)},
             values=values,
             extra=gather_extra_state(module, self.gather),
+            memory=copies.memory,
             release=copies.release,
         )
 

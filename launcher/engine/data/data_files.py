@@ -20,11 +20,11 @@ from launcher.engine.data.remote import (
     RemoteCache,
     Version,
     download,
-    is_remote,
     read_range,
     read_version,
 )
 from launcher.errors import RecipeError, SampleError
+from launcher.object_stores.locations import is_remote
 from launcher.printable import printable_line
 from launcher.regular_file import open_descriptor
 

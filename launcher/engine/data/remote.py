@@ -14,14 +14,15 @@ import fcntl
 import hashlib
 import os
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from launcher.errors import RecipeError, SampleError
-from launcher.printable import error_line, printable_line, shortened
+from launcher.object_stores.locations import extra_of, open_file_system, shown_url
+from launcher.object_stores.requests import RequestError, attempt
+from launcher.printable import error_line
 from launcher.quantities import size
 from launcher.runs.cache import cache_folder
 
@@ -30,8 +31,6 @@ _BLOCK_BYTES = 16 << 20
 
 _TAGS = ("ETag", "etag", "md5Hash", "generation", "Last-Modified", "LastModified", "mtime")
 """What stores call the version of an object."""
-
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 _T = TypeVar("_T")
 
@@ -78,15 +77,6 @@ class Version(NamedTuple):
     """The MD5 of the content in hexadecimal digits; empty where the store does not tell it."""
 
 
-def is_remote(location: Path | str) -> bool:
-    """Return whether a location is the URL of a remote file."""
-    return (
-        isinstance(location, str)
-        and _URL.match(location) is not None
-        and not location.startswith(("file://", "local://"))
-    )
-
-
 def read_version(url: str, cache: RemoteCache = DEFAULT_CACHE) -> Version:
     """Return the size and version of a remote file.
 
@@ -97,7 +87,7 @@ def read_version(url: str, cache: RemoteCache = DEFAULT_CACHE) -> Version:
     info = _attempt(url, cache, lambda: _request(url, cache, "info"))
     if not isinstance(info.get("size"), int):
         raise RecipeError(
-            f"The server does not tell the size of {_shown(url)}, so the file cannot be read in "
+            f"The server does not tell the size of {shown_url(url)}, so the file cannot be read in "
             "parts. Use a server that answers HEAD requests with Content-Length."
         )
     tag = next((str(info[name]) for name in _TAGS if info.get(name)), "")
@@ -184,9 +174,9 @@ def cached_file(
         return path
     if num_bytes > cache.max_bytes:
         raise RecipeError(
-            f"{_shown(str(location))} has {size(num_bytes)}, and the cache in {cache.path} holds "
-            f"at most {size(cache.max_bytes)}. Set RemoteCache(max_bytes=...) to several times the "
-            "size of a file."
+            f"{shown_url(str(location))} has {size(num_bytes)}, and the cache in {cache.path} "
+            f"holds at most {size(cache.max_bytes)}. Set RemoteCache(max_bytes=...) to several "
+            "times the size of a file."
         )
     try:
         cache.path.mkdir(parents=True, exist_ok=True)
@@ -242,12 +232,12 @@ def _download(url: str, version: Version, cache: RemoteCache, file: BinaryIO) ->
         file.write(content)
     if read_version(url, cache) != version:
         raise RecipeError(
-            f"{_shown(url)} is not the file that was found when the run started: its size or "
+            f"{shown_url(url)} is not the file that was found when the run started: its size or "
             "version has changed. Do not replace files during a run, and start it again."
         )
     if version.md5 and md5.hexdigest() != version.md5:
         raise SampleError(
-            f"{_shown(url)} arrived with the MD5 {md5.hexdigest()}, and its store says "
+            f"{shown_url(url)} arrived with the MD5 {md5.hexdigest()}, and its store says "
             f"{version.md5}. Start the run again; if it fails again, upload the file again."
         )
 
@@ -297,93 +287,45 @@ def _try_lock(path: Path) -> int | None:
 
 
 def _request(url: str, cache: RemoteCache, method: str, **arguments: Any) -> Any:
-    """Call a method of fsspec's file system for a URL.
-
-    fsspec itself returns a new file system in each process, because connections do not survive a
-    fork.
-    """
-    try:
-        import fsspec
-
-        system, path = fsspec.core.url_to_fs(url, **_options(url, cache))
-    except ImportError as error:
-        raise RecipeError(
-            f"Reading {_shown(url)} needs a package that is not installed: "
-            f"{printable_line(str(error))}. Install it with `pip install 'gpu-launcher[remote]'`."
-        ) from None
-    except ValueError as error:
-        raise RecipeError(f"{_shown(url)} cannot be read: {printable_line(str(error))}.") from None
+    """Call a method of fsspec's file system for a URL."""
+    system, path = open_file_system(url, cache.options, cache.timeout_seconds)
     return getattr(system, method)(path, **arguments)
 
 
-def _options(url: str, cache: RemoteCache) -> dict[str, Any]:
-    """Return the options of a URL's file system, with the time after which an attempt fails.
+def _attempt(url: str, cache: RemoteCache, request: Callable[[], _T]) -> _T:
+    """Return the result of a request, which is repeated if it fails for a passing reason.
 
     Raises:
-        ImportError: aiohttp is not installed.
+        RecipeError: The file is missing or access is denied, or a package is not installed.
+        SampleError: No attempt succeeded.
     """
-    options, seconds = dict(cache.options), cache.timeout_seconds
-    if url.startswith(("http://", "https://")) and "client_kwargs" not in options:
-        from aiohttp import ClientTimeout
-
-        timeout = ClientTimeout(total=None, sock_connect=seconds, sock_read=seconds)
-        options["client_kwargs"] = {"timeout": timeout}
-    if url.startswith(("s3://", "s3a://")):
-        # One attempt of botocore: s3fs repeats it, and `_attempt` repeats that.
-        limits = {"connect_timeout": seconds, "read_timeout": seconds}
-        config = limits | {"retries": {"max_attempts": 0}}
-        options["config_kwargs"] = config | options.get("config_kwargs", {})
-    return options
+    try:
+        return attempt(request, cache.attempts)
+    except RequestError as error:
+        raise _error_of(url, cache, error) from None
 
 
-def _attempt(url: str, cache: RemoteCache, request: Callable[[], _T]) -> _T:
-    """Return the result of a request, which is repeated if it fails for a passing reason."""
-    reason = ""
-    for attempt in range(cache.attempts):
-        if attempt:
-            time.sleep(min(0.25 * 2**attempt, 8.0))
-        try:
-            return request()
-        except (RecipeError, SampleError):
-            raise
-        except Exception as error:  # noqa: BLE001  # each file system has errors of its own
-            status = _status(error)
-            reason = printable_line(error_line(_first_cause(error)))
-            if status in (401, 403) or (status is None and isinstance(error, PermissionError)):
-                raise RecipeError(
-                    f"Access to {_shown(url)} is denied ({status or reason}). Check the "
-                    "credentials of this node, and RemoteCache(options=...)."
-                ) from None
-            missing = isinstance(error, FileNotFoundError) and error.__cause__ is None
-            if status in (404, 410) or (status is None and missing):
-                raise RecipeError(
-                    f"There is no file at {_shown(url)} ({status or 'not found'}). Check the URL."
-                ) from None
-    raise SampleError(
-        f"{_shown(url)} could not be read in {cache.attempts} attempts. The last one failed with "
+def _error_of(url: str, cache: RemoteCache, error: RequestError) -> RecipeError | SampleError:
+    """Return the error for a request that failed, which says what to do."""
+    shown, reason = shown_url(url), error.reason
+    if error.kind == "package":
+        return RecipeError(
+            f"Reading {shown} needs a package that is not installed: {reason}. Install it with "
+            f"`pip install 'gpu-launcher[{extra_of(url)}]'`."
+        )
+    if error.kind == "url":
+        return RecipeError(f"{shown} cannot be read: {reason}.")
+    if error.kind == "denied":
+        return RecipeError(
+            f"Access to {shown} is denied ({reason}). Check the credentials of this node, and "
+            "RemoteCache(options=...)."
+        )
+    if error.kind == "missing":
+        return RecipeError(f"There is no file at {shown} ({reason}). Check the URL.")
+    return SampleError(
+        f"{shown} could not be read in {cache.attempts} attempts. The last one failed with "
         f"{reason}. Check the store and the network; the run can be resumed."
     )
-
-
-def _first_cause(error: BaseException) -> BaseException:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def _status(error: BaseException) -> int | None:
-    """Return the HTTP status of an error or of what caused it; None if it has none."""
-    current: BaseException | None = error
-    while current is not None:
-        response = getattr(current, "response", None)
-        metadata = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
-        status = getattr(current, "status", metadata.get("HTTPStatusCode"))
-        if status is None:
-            status = getattr(current, "code", None)
-        if isinstance(status, int):
-            return status
-        current = current.__cause__
-    return None
 
 
 def _cache_error(url: str, cache: RemoteCache, error: OSError) -> RecipeError:
@@ -392,11 +334,6 @@ def _cache_error(url: str, cache: RemoteCache, error: OSError) -> RecipeError:
     else:
         advice = "Set RemoteCache(folder=...) to a folder on a local disk that can be written"
     return RecipeError(
-        f"The cache folder {cache.path} cannot hold {_shown(url)}: "
+        f"The cache folder {cache.path} cannot hold {shown_url(url)}: "
         f"{error.strerror or error_line(error)}. {advice}."
     )
-
-
-def _shown(url: str) -> str:
-    """Return a URL for a message, without its query, which may hold a signature."""
-    return printable_line(shortened(url.partition("?")[0], 300))

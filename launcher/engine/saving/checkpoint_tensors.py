@@ -1,76 +1,73 @@
-"""The tensors of a checkpoint, written and read by torch.distributed.checkpoint.
+"""The tensors of a checkpoint: how files hold them, and how they are read.
 
-The files are safetensors that record the place of each shard in the full tensor, so any number of
-ranks can read the parts that it needs. Each shard is a box. ZeRO's partitions, which may begin and
-end within a row, are stored as several boxes in different files. Reading a file executes no code
-from it.
+The files are safetensors that record the place of each shard in the full tensor, as those of
+torch.distributed.checkpoint do, which reads them. Any number of ranks can therefore read the parts
+that it needs. Each shard is a box. ZeRO's partitions, which may begin and end within a row, are
+stored as several boxes in different files. Reading a file executes no code from it.
+
+torch's own writer plans every checkpoint anew, in a tenth of a millisecond for each tensor, and
+assembles each file in memory. Here the files are described as pieces of the memory in which the
+copies lie, and another process writes them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.hf_storage import (
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-)
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-)
-from torch.distributed.checkpoint.planner import (
-    SavePlan,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from launcher.engine.backends.base import Backend
 from launcher.engine.state.compiled import plain_name
-from launcher.engine.state.fragments import Box, Fragment, boxes
+from launcher.engine.state.fragments import Fragment, boxes
+from launcher.engine.state.shared_memory import SharedMemory
 from launcher.errors import CheckpointError
-from launcher.json_file import MAX_BYTES, decode_json
+from launcher.json_file import MAX_BYTES, decode_json, encode_json
 from launcher.regular_file import read_regular
 from launcher.runs.checkpoints import Checkpoint, damage_error
-from launcher.runs.files import write_json
-from launcher.runs.manifest import FileDigest, Manifest, sum_file
+from launcher.runs.manifest import FileDigest, Manifest
+from launcher.runs.shard_files import Piece, encode_request, write_files
+from launcher.tensor_file import encode_header
 
 _BYTES_PER_FILE = 1 << 30
-"""Size at which a rank starts a new file, because each file is assembled in memory."""
+"""Size at which a rank starts a new file."""
 
+_DTYPES = {
+    torch.uint64: "U64",
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.complex64: "C64",
+    torch.float32: "F32",
+    torch.uint32: "U32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""The words of the format for dtypes, in the order in which their tensors follow in a file, so that
+each tensor is aligned to the size of its elements (safetensors 0.8)."""
 
-class _ShardWriter(HuggingFaceStorageWriter):
-    """Writes the tensors of one rank to files with the rank's number, without communication."""
-
-    def __init__(self, folder: Path, rank: int, files: dict[str, int]) -> None:
-        super().__init__(str(folder), fqn_to_index_mapping=files, save_distributed=True)
-        self._rank = rank
-        # The tensors are on the host. Otherwise torch would use a stream of the first GPU that it
-        # finds, and initialise CUDA also where a run trains on the CPU.
-        self.per_thread_copy_ahead = 0
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        return [
-            dataclasses.replace(
-                plan, storage_data={**plan.storage_data, "shard_index": self._rank + 1}
-            )
-            for plan in super().prepare_global_plan(plans)
-        ]
+_ORDER = {dtype: number for number, dtype in enumerate(_DTYPES)}
 
 
 class _Reader(HuggingFaceStorageReader):
@@ -121,75 +118,146 @@ class StoredState:
         load(stored, storage_reader=self._reader, no_dist=True)
 
 
-class _StoredBox:
-    """A box of a tensor, as torch.distributed.checkpoint asks for what it writes."""
+class _Stored(NamedTuple):
+    """A box of a tensor, as it is stored."""
 
-    def __init__(self, values: Tensor, box: Box, size: torch.Size) -> None:
-        self.values, self._box, self._size = values, box, size
+    values: Tensor
+    """Its elements on the host."""
 
-    def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
-        offsets, sizes, _start = self._box
-        data = TensorWriteData(
-            chunk=ChunkStorageMetadata(offsets=offsets, sizes=sizes),
-            properties=TensorProperties.create_from_tensor(self.values),
-            size=self._size,
-        )
-        index = MetadataIndex(name, offsets)
-        return [WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data)]
-
-
-class _Planner(DefaultSavePlanner):
-    """Finds the values of boxes as well as those of tensors."""
-
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        value = self.state_dict[index.fqn]
-        return value.values if isinstance(value, _StoredBox) else super().lookup_object(index)
+    offsets: tuple[int, ...]
+    """The index of its first element in the full tensor."""
 
 
 def write_shard(folder: Path, rank: int, tensors: Mapping[str, Tensor | Fragment]) -> None:
     """Write the tensors of one rank, and the digests of its files, to `folder`."""
-    parts = _assign_files(tensors)
-    num_files = max((index for _, files in parts for index in files.values()), default=1)
-    _ignore_no_dist_warning()
-    for stored, files in parts:
-        files[""] = num_files  # the number in the names of all files
-        writer = _ShardWriter(folder, rank, files)
-        save(stored, storage_writer=writer, planner=_Planner(), no_dist=True)
-    paths = sorted(folder.glob(f"shard-{rank + 1:05}-*"))
-    write_json(folder / f"rank{rank}.json", {path.name: asdict(sum_file(path)) for path in paths})
+    memory = SharedMemory()
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        write_files(memory.descriptor, descriptor, describe_shard(rank, tensors, memory))
+    finally:
+        os.close(descriptor)
+        memory.close()
+
+
+def describe_shard(
+    rank: int, tensors: Mapping[str, Tensor | Fragment], memory: SharedMemory
+) -> Piece:
+    """Write the request for a rank's files behind the tensors in `memory`, and return its place.
+
+    Behind them are also the headers of the files, and copies of tensors that lie elsewhere.
+
+    Raises:
+        OSError: There is not enough memory.
+        TypeError: The format has no word for the dtype of a tensor.
+    """
+    sets = _assign_files(tensors)
+    num_files = max((max(files) for files in sets if files), default=1)
+    end = memory.end
+    requests: dict[str, list[Piece]] = {}
+    for number, stored in chain.from_iterable(files.items() for files in sets):
+        name = f"shard-{rank + 1:05}-model-{number:05}-of-{num_files:05}.safetensors"
+        requests[name] = pieces = []
+        for content in _contents(stored):
+            start = memory.place(content) if isinstance(content, Tensor) else None
+            num_bytes = content.nbytes if isinstance(content, Tensor) else len(content)
+            if start is None:
+                start = end
+                end += _append(memory, end, content)
+            pieces.append((start, num_bytes))
+    request = encode_request(requests, f"rank{rank}.json")
+    return end, _append(memory, end, request)
+
+
+def _append(memory: SharedMemory, place: int, content: Tensor | bytes) -> int:
+    """Write bytes to shared memory and return their number."""
+    view = memoryview(_bytes_of(content) if isinstance(content, Tensor) else content)
+    written = 0
+    while written < len(view):
+        written += os.pwrite(memory.descriptor, view[written:], place + written)
+    return written
+
+
+def _bytes_of(tensor: Tensor) -> Any:
+    """Return the bytes of a tensor on the host as an array."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def _contents(stored: Mapping[str, _Stored]) -> Iterable[Tensor | bytes]:
+    """Yield the header of a file and then its tensors."""
+    ordered = sorted(stored.items(), key=lambda item: (_order(*item), item[0]))
+    offsets = {name: {"saved_offsets": each.offsets} for name, each in stored.items()}
+    yield encode_header(
+        [
+            (name, _DTYPES[values.dtype], values.shape, values.nbytes)
+            for name, (values, _) in ordered
+        ],
+        {"DCP_SHARDING_INFO": encode_json(offsets), "DCP_VERSION": "1.0", "format": "pt"},
+    )
+    for _, (values, _) in ordered:
+        if values.nbytes:
+            yield values
+
+
+def _order(name: str, stored: _Stored) -> int:
+    """Return the place of a dtype among the tensors of a file.
+
+    Raises:
+        TypeError: The format has no word for it.
+    """
+    order = _ORDER.get(stored.values.dtype)
+    if order is None:
+        raise TypeError(f"{name} has dtype {stored.values.dtype}, which safetensors files lack")
+    return order
 
 
 def _assign_files(
     tensors: Mapping[str, Tensor | Fragment],
-) -> list[tuple[dict[str, Any], dict[str, int]]]:
+) -> list[dict[int, dict[str, _Stored]]]:
     """Divide tensors into sets in which each name occurs once, and each set into files.
 
     A file holds one box of a tensor at most, because boxes of a tensor have the same name.
 
     Returns:
-        For each set, its content by name and the number of the file of each name.
+        For each set, the content of its files by their numbers, from 1 on.
     """
-    sets: list[dict[str, Any]] = [{}]
+    sets: list[dict[str, _Stored]] = [{}]
+    place_of = functools.cache(_local_offsets)
     for name, tensor in tensors.items():
-        if isinstance(tensor, Tensor):
-            sets[0][name] = tensor
-            continue
-        stop = tensor.start + tensor.values.numel()
-        for index, box in enumerate(boxes(tensor.size, tensor.start, stop)):
-            first = box.start - tensor.start
-            values = tensor.values[first : first + box.sizes.numel()].view(box.sizes)
-            if index == len(sets):
-                sets.append({})
-            sets[index][name] = _StoredBox(values, box, tensor.size)
+        if isinstance(tensor, DTensor):
+            local = tensor._local_tensor  # noqa: SLF001  # to_local takes ten times as long
+            sets[0][name] = _Stored(
+                local, place_of(tensor.shape, tensor.device_mesh, tensor.placements)
+            )
+        elif isinstance(tensor, Tensor):
+            sets[0][name] = _Stored(tensor, (0,) * tensor.dim())
+        else:
+            for index, stored in enumerate(_boxes_of(tensor)):
+                if index == len(sets):
+                    sets.append({})
+                sets[index][name] = stored
     parts, first_file = [], 1
-    for stored in sets:
-        files, num_bytes = {}, 0
-        for name, value in stored.items():
-            num_bytes += (value.values if isinstance(value, _StoredBox) else value).nbytes
-            files[name] = first_file + num_bytes // _BYTES_PER_FILE
-        first_file = max(files.values(), default=first_file - 1) + 1
-        parts.append((stored, files))
+    for stored_set in sets:
+        files: dict[int, dict[str, _Stored]] = {}
+        num_bytes = 0
+        for name, stored in stored_set.items():
+            num_bytes += stored.values.nbytes
+            files.setdefault(first_file + num_bytes // _BYTES_PER_FILE, {})[name] = stored
+        first_file = max(files, default=first_file - 1) + 1
+        parts.append(files)
     return parts
+
+
+def _boxes_of(fragment: Fragment) -> Iterable[_Stored]:
+    stop = fragment.start + fragment.values.numel()
+    for box in boxes(fragment.size, fragment.start, stop):
+        first = box.start - fragment.start
+        values = fragment.values[first : first + box.sizes.numel()].view(box.sizes)
+        yield _Stored(values, box.offsets)
+
+
+def _local_offsets(shape: torch.Size, mesh: Any, placements: Any) -> tuple[int, ...]:
+    """Return where the shard of this rank begins in the full tensor."""
+    return tuple(compute_local_shape_and_global_offset(shape, mesh, placements)[1])
 
 
 def load_newest(
@@ -249,16 +317,3 @@ def collect_file_sums(manifest: Manifest, folder: Path) -> Manifest:
 def _ignore_no_dist_warning() -> None:
     """Suppress the warning that torch.distributed.checkpoint works in a single process."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-
-
-def root_cause(error: BaseException) -> str:
-    """Return the message of the error at the root of an exception from torch's checkpoint code."""
-    root = error
-    while root.__cause__ is not None or isinstance(root, CheckpointException):
-        failures = getattr(root, "failures", None)
-        cause = next(iter(failures.values()))[0] if failures else root.__cause__
-        if cause is None:
-            break
-        root = cause
-    text = root.strerror if isinstance(root, OSError) else None
-    return (text or str(root)).rstrip(".")

@@ -5,6 +5,7 @@ module_state       buffers and extra state of modules
 fragments          parts of tensors that ZeRO keeps on one rank
 initial_values     the parts of tensors that a rank fills when a model is built
 meta_tensors       gives tensors on the meta device memory
+shared_memory      memory of tensors that another process can read
 host_copies        copies on the host, from which a checkpoint is written
 hyperparameters    makes the recipe's optimizer and writes the schedule into it
 loss_scaler        dynamic loss scaling for fp16

@@ -1,7 +1,8 @@
 """Copies of a rank's tensors on the host, from which a checkpoint is written.
 
-Copies from a GPU go to pinned memory, which takes long to allocate. It is kept for the next
-checkpoint, and is given back to the system at the end of the run.
+They lie in memory that the process which writes them can read. New memory takes several times as
+long to fill as memory that has been used before, and pinned memory takes longest. It is therefore
+kept for the next checkpoint, and is given back to the system at the end of the run.
 """
 
 from __future__ import annotations
@@ -15,50 +16,89 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from launcher.engine.state.fragments import Fragment
+from launcher.engine.state.shared_memory import SharedMemory
+
+
+class LentMemory:
+    """The memory of one set of copies.
+
+    Args:
+        is_pinned: Whether a GPU copies to it.
+
+    Raises:
+        OSError: The kernel gives no such memory.
+    """
+
+    def __init__(self, *, is_pinned: bool) -> None:
+        self.shared = SharedMemory(is_pinned=is_pinned)
+        self.tensors: dict[str, Tensor] = {}
+        """The copies by name."""
+
+        self.fits = True
+        """Whether every tensor has had its memory since the first set of copies."""
+
+    def tensor(self, name: str, like: Tensor) -> Tensor:
+        """Return a host tensor of the shape and dtype of another one: that of the last copies."""
+        known = self.tensors.get(name)
+        if known is not None and (known.shape, known.dtype) == (like.shape, like.dtype):
+            return known
+        self.fits &= known is None
+        try:
+            tensor = self.shared.allocate(like.shape, like.dtype)
+        except OSError:  # a limit of file sizes (setrlimit(2)); the checkpoint will not fit either
+            tensor, self.fits = torch.empty(like.shape, dtype=like.dtype), False
+        self.tensors[name] = tensor
+        return tensor
+
+    def free(self) -> None:
+        """Give the memory back to the system."""
+        self.tensors.clear()
+        self.shared.close()
 
 
 class HostMemory:
-    """The memory of copies, by name. Each piece of it is either free or lent.
+    """Lends memory for sets of copies, each to one reader until that reader is done.
 
-    A piece is lent to one reader and returns when that reader is done, so no copy is overwritten
-    while it is read. Whoever copies before that gets other memory.
+    No copy is thus overwritten while it is read. Whoever copies before that gets other memory.
 
     Args:
-        is_kept: Whether returned memory is kept for the next copies, until `free` is called.
+        is_pinned: Whether a GPU copies to it.
     """
 
-    def __init__(self, *, is_kept: bool) -> None:
-        self._is_kept = is_kept
-        self._free: dict[str, Tensor] = {}
+    def __init__(self, *, is_pinned: bool) -> None:
+        self._is_pinned, self._is_kept = is_pinned, True
+        self._free: LentMemory | None = None
 
-    def lend(self, name: str, tensor: Tensor) -> Tensor:
-        """Return an uninitialised host tensor of the shape and dtype of `tensor`.
+    def lend(self) -> LentMemory:
+        """Return the memory that was given back last, or new memory.
 
-        It is pinned if `tensor` is on a GPU.
+        Raises:
+            OSError: The kernel gives no such memory.
         """
-        free = self._free.pop(name, None)
-        if free is not None and (free.shape, free.dtype) == (tensor.shape, tensor.dtype):
-            return free
-        is_pinned = tensor.device.type != "cpu"
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=is_pinned)
+        lent, self._free = self._free, None
+        return lent or LentMemory(is_pinned=self._is_pinned)
 
-    def give_back(self, lent: dict[str, Tensor]) -> None:
-        """Take back all tensors that were lent for a set of copies; no one reads them any more."""
-        if self._is_kept:
+    def give_back(self, lent: LentMemory) -> None:
+        """Take back memory that no one reads any more, and keep it for the next copies.
+
+        Memory in which the tensors have changed their shapes is freed instead.
+        """
+        if self._is_kept and lent.fits and self._free is None:
             self._free = lent
+        else:
+            lent.free()
 
     def free(self) -> None:
         """Free the memory that is not lent, now, and the rest when it is given back."""
         self._is_kept = False
-        is_pinned = any(tensor.is_pinned() for tensor in self._free.values())
-        self._free = {}
-        if is_pinned:
-            torch.accelerator.empty_host_cache()  # where torch keeps pinned memory that is freed
+        if self._free is not None:
+            self._free.free()
+        self._free = None
 
     @property
     def num_bytes(self) -> int:
         """The number of bytes that are kept and not lent."""
-        return sum(tensor.nbytes for tensor in self._free.values())
+        return sum(each.nbytes for each in self._free.tensors.values()) if self._free else 0
 
 
 class _Division:
@@ -113,8 +153,7 @@ class HostCopies:
         world_size: int,
         memory: HostMemory,
     ) -> None:
-        self._memory = memory
-        self._lent: dict[str, Tensor] = {}
+        self._memory, self._lent = memory, memory.lend()
         self.tensors: dict[str, Tensor | Fragment] = {}
         """The copies by name."""
         full = _Division(world_size)
@@ -137,11 +176,15 @@ class HostCopies:
         for device in devices:
             torch.get_device_module(device).synchronize(device)
 
+    @property
+    def memory(self) -> SharedMemory:
+        """The memory in which the copies lie."""
+        return self._lent.shared
+
     def release(self) -> None:
         """Give the memory of the copies back. They must not be read afterwards."""
         self.tensors = {}
         self._memory.give_back(self._lent)
-        self._lent = {}
 
     def _copy(self, name: str, tensor: Tensor | Fragment) -> Tensor | Fragment:
         """Return a copy on the host; copies from a GPU are asynchronous."""
@@ -153,5 +196,5 @@ class HostCopies:
         return self._copy_plain(name, tensor)
 
     def _copy_plain(self, name: str, tensor: Tensor) -> Tensor:
-        copy = self._lent[name] = self._memory.lend(name, tensor)
+        copy = self._lent.tensor(name, tensor)
         return copy.copy_(tensor.detach(), non_blocking=True)

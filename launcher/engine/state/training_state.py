@@ -32,6 +32,7 @@ from launcher.engine.optimizers.joint import OF
 from launcher.engine.state.compiled import plain_name
 from launcher.engine.state.fragments import Fragment
 from launcher.engine.state.hyperparameters import SCHEDULED
+from launcher.engine.state.shared_memory import SharedMemory
 from launcher.errors import CheckpointError, TrainingError
 from launcher.printable import kind_of
 from launcher.runs.manifest import StateValues
@@ -48,6 +49,9 @@ class Snapshot:
 
     tensors: dict[str, Tensor | Fragment]
     """Copies of tensors, on the host."""
+
+    memory: SharedMemory
+    """The memory in which most of them lie."""
 
     release: Callable[[], None]
     """Gives the memory of the copies back, after which they must not be read."""

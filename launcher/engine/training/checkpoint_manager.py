@@ -1,29 +1,24 @@
 """Decide when a run saves a checkpoint, and save it while training continues.
 
 A save has three parts. First, all ranks copy their state to the host; a step waits for nothing
-else. Then each rank writes its shard in a thread of its own, without communication. When an
-exchange of flags shows that all ranks have written, rank 0 commits the checkpoint: it writes the
-manifest and gives the folder its final name.
+else. Then a process beside each rank writes its shard, without communication. When an exchange of
+flags shows that all ranks have written, rank 0 commits the checkpoint: it writes the manifest and
+gives the folder its final name.
 """
 
 from __future__ import annotations
 
 import contextlib
 import shutil
-import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from launcher.engine.metrics.meter import RankFlags
-from launcher.engine.ranks.current_device import make_current
-from launcher.engine.saving.checkpoint_tensors import collect_file_sums, root_cause, write_shard
-from launcher.engine.state.fragments import Fragment
+from launcher.engine.saving.checkpoint_tensors import collect_file_sums
+from launcher.engine.saving.shard_writer import PendingShard, ShardWriter, WrittenShard
 from launcher.engine.state.training_state import Snapshot, changed_groups
 from launcher.engine.training.callback_hooks import CallbackHooks
 from launcher.engine.training.context import Listener, TrainContext
@@ -35,43 +30,12 @@ from launcher.runs.checkpoints import (
     list_checkpoints,
     prune_checkpoints,
 )
+from launcher.runs.events import record_event
 from launcher.runs.manifest import FORMAT, Manifest
 from launcher.runs.provenance import versions
 from launcher.runs.rundir import RunDir
+from launcher.runs.shard_files import error_text
 from launcher.signals import StopRequest
-
-
-class _ShardWriter:
-    """Writes this rank's shard of a checkpoint in a thread.
-
-    Args:
-        folder: The folder of the checkpoint.
-        rank: The rank.
-        state: The copies on the host, which are released when they have been written.
-        device: The device of the rank.
-    """
-
-    def __init__(self, folder: Path, rank: int, state: Snapshot, device: torch.device) -> None:
-        self.folder = folder
-        self.started = time.perf_counter()
-        self.error: str | None = None
-        self.is_done = False
-        self._rank, self._state, self._device = rank, state, device
-        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
-        self._thread.start()
-
-    def wait(self) -> None:
-        self._thread.join()
-
-    def _run(self) -> None:
-        try:
-            make_current(self._device)  # torch synchronises with the current device of the thread
-            write_shard(self.folder, self._rank, self._state.tensors)
-        except BaseException as error:  # noqa: BLE001  # torch raises one; every rank reports it
-            self.error = root_cause(error)
-        self._state.tensors.clear()
-        self._state.release()
-        self.is_done = True
 
 
 @dataclass(kw_only=True)
@@ -82,7 +46,8 @@ class SaveCosts:
     """Time that the training waited; None before the first checkpoint."""
 
     seconds: float | None = None
-    """Time until the checkpoint was complete; None before the first complete one."""
+    """Time from the end of the stall until the checkpoint was complete; None before the first
+    complete one."""
 
     num_bytes: int = 0
     """Bytes that this rank wrote."""
@@ -126,7 +91,8 @@ class CheckpointManager:
         self._every_steps, self._every_seconds = parse_interval(context.recipe.checkpoint_every)
         self._groups, self._listener, self._data = groups, listener, data
         self._hooks = hooks
-        self._writer: _ShardWriter | None = None
+        self._writer = ShardWriter()
+        self._pending: PendingShard | None = None
         self._manifest: Manifest | None = None
         self._last_save = time.perf_counter()
         self._state_was_checked = False
@@ -138,7 +104,7 @@ class CheckpointManager:
     @property
     def is_writing(self) -> bool:
         """Whether a checkpoint is being written beside the training; equal on every rank."""
-        return self._writer is not None
+        return self._pending is not None
 
     def adopt(self, context: TrainContext) -> None:
         """Save the state of `context` from now on: the same training, with another plan."""
@@ -161,8 +127,8 @@ class CheckpointManager:
         is_due = self._every_seconds is not None and elapsed >= self._every_seconds
         return RankFlags(
             stop=float(self._stop.number is not None),
-            save=float(is_due and self._writer is None),
-            written=float(self._writer is not None and self._writer.is_done),
+            save=float(is_due and self._pending is None),
+            written=float(self._pending is not None and self._pending.is_done),
         )
 
     def before_evaluation(self, step: int) -> None:
@@ -238,52 +204,53 @@ class CheckpointManager:
             try:
                 folder = begin_checkpoint(self._run_dir, step)
             except OSError as error:
-                reason = root_cause(error)
+                reason = error_text(error)
         folder, reason = backend.broadcast((folder, reason))
         if folder is None:
             state.release()
             self._report_failure(step, f"{self._run_dir.checkpoints}: {reason}")
             return
-        self.costs.num_bytes = sum(map(_num_bytes, state.tensors.values()))
-        self._writer = _ShardWriter(folder, backend.rank, state, backend.device)
+        self._pending = self._writer.start(folder, backend.rank, state)
         self.costs.stall_seconds = time.perf_counter() - started
         self._listener.on_values(step, {"checkpoint_stall_seconds": self.costs.stall_seconds})
 
     def finish(self) -> None:
         """Wait for the pending save, if any, and commit it if it is complete (collective)."""
-        writer, manifest, self._writer = self._writer, self._manifest, None
-        if writer is None or manifest is None:
+        pending, manifest, self._pending = self._pending, self._manifest, None
+        if pending is None or manifest is None:
             return
-        writer.wait()
-        errors = self._backend.gather(writer.error)
+        pending.wait()
+        parts = self._backend.gather(pending.outcome)
+        self._warn_of_threads(parts)
         reason = next(
-            (f"rank {rank}: {error}" for rank, error in enumerate(errors) if error is not None),
-            None,
+            (f"rank {rank}: {part.error}" for rank, part in enumerate(parts) if part.error), None
         )
         self._last_save = time.perf_counter()
         if self._backend.rank == 0 and reason is None:
             try:
-                commit_checkpoint(writer.folder, collect_file_sums(manifest, writer.folder))
+                commit_checkpoint(pending.folder, collect_file_sums(manifest, pending.folder))
                 keep = self._context.recipe.keep_checkpoints
                 others = steps_to_keep(self._run_dir, keep, self.best)
                 prune_checkpoints(self._run_dir, keep, others)
             except (OSError, LauncherError, ValueError, KeyError) as error:
-                reason = root_cause(error)
+                reason = error_text(error)
         if self._backend.rank == 0 and reason is not None:
-            shutil.rmtree(writer.folder, ignore_errors=True)
+            shutil.rmtree(pending.folder, ignore_errors=True)
         reason = self._backend.broadcast(reason)
         if reason is not None:
             self._report_failure(manifest.step, reason)
             return
-        self.costs.seconds = time.perf_counter() - writer.started
-        self._listener.on_values(manifest.step, {"checkpoint_seconds": self.costs.seconds})
-        self._hooks.on_checkpoint(writer.folder.with_name(writer.folder.name.removeprefix(".")))
+        self.costs.seconds = time.perf_counter() - pending.started
+        self.costs.num_bytes = pending.outcome.num_bytes
+        self._report_save(manifest.step, parts)
+        self._hooks.on_checkpoint(pending.folder.with_name(pending.folder.name.removeprefix(".")))
 
     def free_host_memory(self) -> None:
-        """Free the memory of the copies, which has been kept for the next checkpoint.
+        """Free the memory of the copies and end the process that writes; there are no more saves.
 
-        The memory that a pending save uses is freed when it has been written.
+        A pending save stays incomplete.
         """
+        self._writer.close()
         self._backend.host_memory.free()
 
     def _check_state(self) -> None:
@@ -335,6 +302,36 @@ class CheckpointManager:
             versions=versions(),
         )
 
+    def _warn_of_threads(self, parts: Sequence[WrittenShard]) -> None:
+        """Warn of ranks that write checkpoints without a process for it, once for each."""
+        for rank, part in enumerate(parts):
+            if part.note is not None and self._backend.rank == 0:
+                self._listener.on_warning(
+                    f"rank {rank} wrote a checkpoint in a thread, because {part.note}. The "
+                    "checkpoint is as good as any, but steps are slower while a thread writes."
+                )
+
+    def _report_save(self, step: int, parts: Sequence[WrittenShard]) -> None:
+        """Record what a complete checkpoint has cost."""
+        seconds, num_bytes = self.costs.seconds, sum(part.num_bytes for part in parts)
+        write_seconds = max(part.seconds for part in parts)
+        values = {
+            "checkpoint_seconds": seconds,
+            "checkpoint_write_seconds": write_seconds,
+            "checkpoint_bytes": float(num_bytes),
+        }
+        self._listener.on_values(step, values)
+        if self._backend.rank == 0:
+            record_event(
+                self._run_dir,
+                "saved",
+                step=step,
+                stall_seconds=self.costs.stall_seconds,
+                write_seconds=write_seconds,
+                seconds=seconds,
+                num_bytes=num_bytes,
+            )
+
     def _report_failure(self, step: int, reason: str) -> None:
         self._last_save = time.perf_counter()
         if self._backend.rank != 0:
@@ -346,10 +343,6 @@ class CheckpointManager:
             f"The run continues. Its newest complete checkpoint {newest}."
         )
         self._listener.on_values(step, {"checkpoint_failed": 1.0})
-
-
-def _num_bytes(tensor: Tensor | Fragment) -> int:
-    return tensor.nbytes if isinstance(tensor, Tensor) else tensor.values.nbytes
 
 
 def parse_interval(every: int | str) -> tuple[int | None, float | None]:

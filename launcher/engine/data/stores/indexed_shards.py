@@ -17,8 +17,9 @@ import numpy as np
 
 from launcher.engine.data.compressed import Compressed
 from launcher.engine.data.data_files import DataFiles, digest_of
-from launcher.engine.data.remote import RemoteCache, is_remote, read_range, read_version
+from launcher.engine.data.remote import RemoteCache, read_range, read_version
 from launcher.errors import LauncherError, RecipeError, SampleError
+from launcher.object_stores.locations import is_remote
 from launcher.printable import error_line, printable_line, shortened
 
 Decode = Callable[[bytes], Any]

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from launcher.engine.data.data_files import DataFiles, digest_of
 from launcher.engine.data.extras import import_extra
-from launcher.engine.data.remote import DEFAULT_CACHE, RemoteCache, is_remote
+from launcher.engine.data.remote import DEFAULT_CACHE, RemoteCache
 from launcher.engine.data.stores.even_blocks import block_sizes, spaced
 from launcher.errors import RecipeError, SampleError
+from launcher.object_stores.locations import is_remote
 from launcher.printable import error_line, printable_line, shortened
 
 _NUM_SAMPLED = 64

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.engine.data.compressed import Compressed, check_algorithm
-from launcher.engine.data.remote import DEFAULT_CACHE, RemoteCache, is_remote
+from launcher.engine.data.remote import DEFAULT_CACHE, RemoteCache
 from launcher.engine.data.stores.indexed_shards import (
     Decode,
     IndexedShards,
@@ -18,6 +18,7 @@ from launcher.engine.data.stores.indexed_shards import (
 )
 from launcher.engine.data.stores.value_formats import mosaic_decoder
 from launcher.errors import RecipeError
+from launcher.object_stores.locations import is_remote
 
 
 class MosaicShards(IndexedShards):

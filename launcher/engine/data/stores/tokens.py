@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from launcher.engine.data.data_files import DataFiles, digest_of
-from launcher.engine.data.remote import DEFAULT_CACHE, RemoteCache, is_remote, read_range
+from launcher.engine.data.remote import DEFAULT_CACHE, RemoteCache, read_range
 from launcher.engine.data.remote import read_version as read_remote_version
 from launcher.errors import RecipeError
+from launcher.object_stores.locations import is_remote
 
 _MAGIC = b"MMIDIDX\x00\x00"
 """The first bytes of Megatron-LM's index."""
