@@ -2,13 +2,13 @@
 
     python benchmarks/lr_finder.py --cache build/lr_finder.json
 
-Claim: the default rule of `launcher find lr` is within a factor of 2 of the best learning rate in
-at least 80 % of the searches. The best one is that of a grid by factors of 2, by the held-out loss
-at the end of whole 1cycle trainings, as a mean over seeds. Each search is repeated for several
-seeds. The rule and its constants were chosen by the recipes of the first table; those of the second
-were held out. The last column is the final held-out loss of whole trainings at the learning rates
-that `trainings` found, one training for each search, relative to those at the best of the grid with
-the same seeds: the mean, and the worst search. Everything runs in this process on one thread.
+Question: how often is each rule of `launcher find lr` within a factor of 2 of the best learning
+rate? The best one is that of a grid by factors of 2, by the held-out loss at the end of whole
+1cycle trainings, as a mean over seeds. Each search is repeated for several seeds. The rule and its
+constants were chosen by the recipes of the first table; those of the second were held out. The last
+column is the final held-out loss of whole trainings at the learning rates that `trainings` found,
+one training for each search, relative to those at the best of the grid with the same seeds: the
+mean, and the worst search. Everything runs in this process on one thread.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def compare(
         ]
         loss = f"{fmean(excess):+.1%}, {max(excess):+.1%}"
         rows.append([name, f"{case.recipe.steps:,}", (best, ".3g"), *cells, loss])
-    print(f"\n{title}: {len(names)} recipes, {searches} searches each")
+    print(f"\n{title}: recipes {len(names)}, searches of each {searches}")
     head = ("recipe", "steps", "best lr", *RULES, "loss: mean, worst")
     print_table(head, rows)
     total = searches * len(names)

@@ -38,7 +38,7 @@ factor below the best trial.
 _MAX_DIVERGED_TRIALS = 6
 """Trials in a row that may diverge, each at a lower learning rate, before the search gives up."""
 
-RIGHT_PERCENT: Mapping[str, int] = {"trainings": 90, "lowest": 50}
+RIGHT_PERCENT: Mapping[str, int] = {"trainings": 71, "lowest": 54}
 """How often each rule is within a factor of 2 of the best learning rate, in percent.
 
 `benchmarks/lr_finder.py` measures it with `DEFAULT_STEPS`, on recipes that were not used to choose
