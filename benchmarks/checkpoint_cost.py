@@ -134,7 +134,8 @@ def read(folder: Path) -> Costs:
         all(not start < began < start + duration for start, duration in spans(steps, writing))
         for began, _ in steps
     ]
-    step = median(seconds for seconds, free in zip(durations[2:], is_free[2:], strict=True) if free)
+    free = [seconds for seconds, free in zip(durations[2:], is_free[2:], strict=True) if free]
+    step = median(free or durations[2:])
     slowdowns = []
     for saved in stalls:
         duration, lost = writing[saved], 0.0

@@ -34,6 +34,7 @@ SHORT = {
     "memory_plan": "--ranks 2 --layers 2 --width 512 --strategies ddp",
     "teardown": "--runs 2 --ranks 2",
     "kill_resume": "--trials 2",
+    "recovery": "--turns 1 --losses rank --contestants launcher",
     "checkpoint_cost": "--sizes 30 --saves 2 --every 4",
     "data": "--samples 1000 --turns 1 --formats tokens,lmdb,sqlite,images",
     "data_matrix": "--rows mixed_windows,packed,stream --worlds 1,3",

@@ -36,6 +36,9 @@ EXIT_RESUMABLE = 75
 """Exit code of a run that was asked to stop, saved a checkpoint and can be resumed (EX_TEMPFAIL of
 sysexits.h: try again)."""
 
+EXIT_WITHOUT = 200
+"""Exit code of a launcher whose run goes on without it, on other nodes."""
+
 
 class LauncherError(Exception):
     """Base class of all errors raised on purpose; the process ends with `exit_code`."""

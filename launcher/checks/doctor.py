@@ -29,7 +29,7 @@ from launcher.runs.private_folder import private_folder
 from launcher.runs.rundir import RunDir, create_run_dir
 
 if TYPE_CHECKING:
-    from launcher.launch.multi_node import Rendezvous
+    from launcher.launch.multi_node import NodeGroup
 
 
 def plan_diagnostics(
@@ -77,7 +77,7 @@ def _diagnose(
     plan: Plan,
     signals: SignalHandler,
     *,
-    rendezvous: Rendezvous | None = None,
+    rendezvous: NodeGroup | None = None,
     watch: Callable[[RunDir], object] | None = None,
 ) -> list[RankDiagnostics]:
     """Start the ranks of this node; return the diagnostics of all ranks, nothing if not first."""

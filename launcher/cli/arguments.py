@@ -13,6 +13,7 @@ import click
 
 from launcher.cli.completing import complete_recipes, complete_runs, complete_settings
 from launcher.errors import UsageError
+from launcher.recipe.text_values import digits
 
 if TYPE_CHECKING:
     from launcher.recipe.overrides import Override
@@ -25,6 +26,9 @@ MAX_NODES = 1_000_000
 
 MAX_RESTARTS = 1_000_000
 """Restarts after a failure that an option takes at most."""
+
+MIN_NODE_TIMEOUT = 4
+"""Shortest time in seconds in which the kernel notices that a connection is lost."""
 
 MAX_MEGABYTES = 1_000_000_000
 """Megabytes that an option takes at most."""
@@ -114,6 +118,28 @@ class Number(click.FloatRange):
         if number > self._largest:
             self.fail(f"{_shown(value)} is more than {self._largest:g}.", param, ctx)
         return number
+
+
+class NodeRange(click.ParamType[tuple[int, int]]):
+    """A number of nodes, or a range MIN:MAX."""
+
+    name = "nodes"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        first, colon, second = str(value).partition(":")
+        low = digits(first)
+        high = digits(second) if colon else low
+        if not (low and high and low <= high <= MAX_NODES):
+            self.fail(
+                f"{_shown(value)}: expected a number of nodes, or a range such as 2:4.",
+                param,
+                ctx,
+            )
+        return low, high
 
 
 class Names(click.ParamType[tuple[str, ...]]):
@@ -243,13 +269,59 @@ def node_count_option(function: Function) -> Function:
 
 
 def nodes_options(function: Function) -> Function:
-    """Add the options for runs on several nodes."""
+    """Add the options for commands on several nodes."""
     count = click.option(
         "--nodes",
         type=Count(min=1, largest=MAX_NODES),
         metavar="M",
         help="Number of nodes; run this command on each. Default: the number of srun tasks, or 1.",
     )
+    return count(_meeting_options(function))
+
+
+def run_nodes_options(function: Function) -> Function:
+    """Add the options for runs on several nodes, which can restart on some of them."""
+    count = click.option(
+        "--nodes",
+        type=NodeRange(),
+        metavar="M[:MAX]",
+        help="Number of nodes; run this command on each. 2:4 goes on with 2 to 4 after a restart. "
+        "Default: the number of srun tasks without --spares, or 1.",
+    )
+    restarts = click.option(
+        "--max-restarts",
+        type=Count(min=0, largest=MAX_RESTARTS),
+        default=0,
+        metavar="N",
+        help="If a rank fails, or a node of several is lost, restart from the newest checkpoint, "
+        "at most N times.",
+    )
+    return count(spares_option(restarts(node_timeout_option(_meeting_options(function)))))
+
+
+def spares_option(function: Function) -> Function:
+    """Add the option --spares."""
+    return click.option(
+        "--spares",
+        type=Count(min=0, largest=MAX_NODES),
+        default=0,
+        metavar="K",
+        help="With --max-restarts: K further nodes wait to take the place of lost ones.",
+    )(function)
+
+
+def node_timeout_option(function: Function) -> Function:
+    """Add the option --node-timeout."""
+    return click.option(
+        "--node-timeout",
+        type=Number(min=MIN_NODE_TIMEOUT, largest=1e6),
+        metavar="SECONDS",
+        help="How long a node may be silent before it is lost. Default: 20.",
+    )(function)
+
+
+def _meeting_options(function: Function) -> Function:
+    """Add the options that say how nodes reach each other."""
     join_timeout = click.option(
         "--join-timeout",
         type=Number(min=0, min_open=True, largest=1e9),
@@ -279,7 +351,7 @@ def nodes_options(function: Function) -> Function:
         multiple=True,
         help="With --hosts: also pass this environment variable on. May be repeated.",
     )
-    return count(rendezvous(hosts(ssh(forward(join_timeout(function))))))
+    return rendezvous(hosts(ssh(forward(join_timeout(function)))))
 
 
 def weights_options(function: Function) -> Function:
@@ -326,7 +398,7 @@ def mirror_options(function: Function) -> Function:
         default=300.0,
         show_default=True,
         metavar="SECONDS",
-        help="How long the end of the run waits for an object store that takes nothing.",
+        help="How long the end of the run waits while uploads only fail.",
     )
     return mirror(timeout(function))
 
@@ -379,17 +451,6 @@ def health_option(function: Function) -> Function:
         show_default=True,
         help="Examine each node before its ranks start: the node alone (quick), or also with ranks "
         "that test its devices (full).",
-    )(function)
-
-
-def max_restarts_option(function: Function) -> Function:
-    """Add the option --max-restarts."""
-    return click.option(
-        "--max-restarts",
-        type=Count(min=0, largest=MAX_RESTARTS),
-        default=0,
-        metavar="N",
-        help="If a rank fails, restart from the newest checkpoint, at most N times.",
     )(function)
 
 

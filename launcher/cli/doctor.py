@@ -64,15 +64,20 @@ def command(
     launcher doctor --nodes 2 --rendezvous node1
     torchrun --nproc-per-node 2 --no-python launcher doctor
     """
-    from launcher.environment.nodes import is_over_ssh
+    from launcher.environment.nodes import NodesRequest, is_over_ssh
     from launcher.findings import worst
 
     variables = find_variables(hosts, forward)
+    nodes_request = NodesRequest(
+        count=None if nodes is None else (nodes, nodes),
+        rendezvous=rendezvous,
+        join_timeout=join_timeout,
+    )
     machines = None
     if hosts or nodes or rendezvous or is_over_ssh():
-        machines = find_machines(hosts, nodes, rendezvous, join_timeout)
+        machines = find_machines(hosts, nodes_request)
     if hosts is not None:
-        return start_on_hosts(hosts, rendezvous, ssh, variables)
+        return start_on_hosts(hosts, nodes_request, ssh, variables)
     shown = _Shown(as_json=as_json, findings=[])
     reports = _examine(nproc_per_node, machines, device, out, shown)
     if reports is None:

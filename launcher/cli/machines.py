@@ -12,22 +12,19 @@ from typing import TYPE_CHECKING
 from launcher.errors import UsageError
 from launcher.printable import printable_line
 
-_OF_THIS_MACHINE = ("--hosts", "--ssh", "--nodes", "--rendezvous", "--forward", "-x")
+_OF_THIS_MACHINE = (
+    *("--hosts", "--ssh", "--nodes", "--spares", "--rendezvous", "--forward", "-x"),
+)
 """Options of which the commands on the hosts know nothing."""
 
 _FLAGS = "q"
 """Letters of the options without a value that may stand before another letter."""
 
 if TYPE_CHECKING:
-    from launcher.environment.nodes import Nodes
+    from launcher.environment.nodes import Nodes, NodesRequest
 
 
-def find_machines(
-    hosts: tuple[str, ...] | None,
-    count: int | None,
-    rendezvous: str | None,
-    join_timeout: float | None,
-) -> Nodes | None:
+def find_machines(hosts: tuple[str, ...] | None, request: NodesRequest) -> Nodes | None:
     """Return the machines of the run; None is this machine alone.
 
     Raises:
@@ -36,11 +33,7 @@ def find_machines(
     """
     from launcher.environment.nodes import find_nodes, nodes_of_hosts
 
-    if hosts is None:
-        return find_nodes(count, rendezvous, join_timeout)
-    if count not in (None, len(hosts)):
-        raise UsageError(f"--nodes {count} contradicts --hosts, which names {len(hosts)}.")
-    return nodes_of_hosts(hosts, rendezvous)
+    return find_nodes(request) if hosts is None else nodes_of_hosts(hosts, request)
 
 
 def find_variables(hosts: tuple[str, ...] | None, assignments: tuple[str, ...]) -> dict[str, str]:
@@ -72,7 +65,7 @@ def find_variables(hosts: tuple[str, ...] | None, assignments: tuple[str, ...]) 
 
 def start_on_hosts(
     hosts: tuple[str, ...],
-    rendezvous: str | None,
+    request: NodesRequest,
     ssh: str | None,
     variables: Mapping[str, str],
 ) -> int:
@@ -80,9 +73,7 @@ def start_on_hosts(
     from launcher.launch.ssh import run_on_hosts
 
     arguments = remove_options(sys.argv[1:], _OF_THIS_MACHINE)
-    return run_on_hosts(
-        hosts, arguments, Path.cwd(), rendezvous=rendezvous, ssh=ssh, variables=variables
-    )
+    return run_on_hosts(hosts, arguments, Path.cwd(), request, ssh=ssh, variables=variables)
 
 
 def remove_options(arguments: Sequence[str], options: Sequence[str]) -> list[str]:

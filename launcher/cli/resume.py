@@ -14,14 +14,13 @@ from launcher.cli.arguments import (
     code_change_option,
     freezing_options,
     health_option,
-    max_restarts_option,
     mirror_options,
-    nodes_options,
     nproc_option,
     output_mode,
     output_options,
     overrides_argument,
     read_overrides,
+    run_nodes_options,
 )
 from launcher.cli.completing import complete_runs
 from launcher.cli.machines import find_machines, find_variables, start_on_hosts
@@ -35,7 +34,7 @@ from launcher.errors import LauncherError, StoreError, UsageError
 @click.argument("run_dir", type=FolderOrURL(), shell_complete=complete_runs)
 @overrides_argument
 @nproc_option
-@nodes_options
+@run_nodes_options
 @click.option(
     "--from",
     "checkpoint",
@@ -59,13 +58,15 @@ from launcher.errors import LauncherError, StoreError, UsageError
 @code_change_option
 @freezing_options
 @health_option
-@max_restarts_option
 @output_options
 def command(
     run_dir: Path | str,
     overrides: tuple[str, ...],
     nproc_per_node: int | None,
-    nodes: int | None,
+    nodes: tuple[int, int] | None,
+    spares: int,
+    max_restarts: int,
+    node_timeout: float | None,
     rendezvous: str | None,
     hosts: tuple[str, ...] | None,
     ssh: str | None,
@@ -78,7 +79,6 @@ def command(
     accept: tuple[str, ...],
     code_limit: int | None,
     health: Literal["off", "quick", "full"],
-    max_restarts: int,
     *,
     allow_code_change: bool,
     freezes: bool,
@@ -101,6 +101,7 @@ def command(
     launcher resume s3://bucket/runs/mine
     """
     from launcher.checks.health_gate import health_check
+    from launcher.environment.nodes import NodesRequest
     from launcher.launch.mirroring import upload_rest
     from launcher.launch.prepare import ResumeRequest, prepare_resume
     from launcher.launch.remote_run import fetch_run, removed_if
@@ -120,8 +121,16 @@ def command(
             )
         return resume_sweep(run_dir, nproc_per_node, output_mode(quiet=quiet, as_json=as_json))
     signals = SignalHandler()
+    nodes_request = NodesRequest(
+        count=nodes,
+        rendezvous=rendezvous,
+        join_timeout=join_timeout,
+        spares=spares,
+        node_timeout=node_timeout,
+        restarts=max_restarts,
+    )
     variables = find_variables(hosts, forward)
-    machines = find_machines(hosts, nodes, rendezvous, join_timeout)
+    machines = find_machines(hosts, nodes_request)
     folder = fetch_run(run_dir, out, machines, checkpoint=checkpoint, fall_back=fall_back)
     request = ResumeRequest(
         run_dir=folder,
@@ -147,6 +156,6 @@ def command(
         echo(f"{prepared.shown} has finished: {prepared.finished}.")
         return upload_rest(prepared)
     if hosts is not None:
-        return start_on_hosts(hosts, rendezvous, ssh, variables)
+        return start_on_hosts(hosts, nodes_request, ssh, variables)
     with removed_if(StoreError, run_dir, folder):  # another process has just taken the URL
         return start(prepared, signals).exit_code

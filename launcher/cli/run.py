@@ -15,15 +15,14 @@ from launcher.cli.arguments import (
     config_option,
     freezing_options,
     health_option,
-    max_restarts_option,
     mirror_options,
-    nodes_options,
     nproc_option,
     output_mode,
     output_options,
     overrides_argument,
     read_overrides,
     recipe_argument,
+    run_nodes_options,
 )
 from launcher.cli.machines import find_machines, find_variables, start_on_hosts
 from launcher.cli.settings_command import SettingsCommand
@@ -34,7 +33,7 @@ from launcher.errors import UsageError
 @recipe_argument
 @overrides_argument
 @nproc_option
-@nodes_options
+@run_nodes_options
 @config_option
 @click.option(
     "--out",
@@ -62,7 +61,6 @@ from launcher.errors import UsageError
 )
 @freezing_options
 @health_option
-@max_restarts_option
 @click.option(
     "--debug",
     "debugs",
@@ -85,7 +83,10 @@ def command(
     recipe: str,
     overrides: tuple[str, ...],
     nproc_per_node: int | None,
-    nodes: int | None,
+    nodes: tuple[int, int] | None,
+    spares: int,
+    max_restarts: int,
+    node_timeout: float | None,
     rendezvous: str | None,
     hosts: tuple[str, ...] | None,
     ssh: str | None,
@@ -99,7 +100,6 @@ def command(
     code_folder: Path | None,
     code_limit: int | None,
     health: Literal["off", "quick", "full"],
-    max_restarts: int,
     *,
     allow_code_change: bool,
     freezes: bool,
@@ -125,6 +125,7 @@ def command(
     launcher run digits --debug
     """
     from launcher.checks.health_gate import health_check
+    from launcher.environment.nodes import NodesRequest
     from launcher.launch.code_choice import code_of_continued
     from launcher.launch.debug_session import debug
     from launcher.launch.prepare import RunRequest, prepare_run
@@ -143,6 +144,7 @@ def command(
             "--hosts": hosts is not None,
             "--continue": continues,
             "--max-restarts": max_restarts > 0,
+            "--spares": spares > 0,
             "--health": health != "off",
             "--mirror": mirror is not None or isinstance(out, str),
         }
@@ -156,12 +158,20 @@ def command(
         )
         return debug(request, post_mortem=opens_pdb)
     signals = SignalHandler()
+    nodes_request = NodesRequest(
+        count=nodes,
+        rendezvous=rendezvous,
+        join_timeout=join_timeout,
+        spares=spares,
+        node_timeout=node_timeout,
+        restarts=max_restarts,
+    )
     variables = find_variables(hosts, forward)
     if continues and out is None:
         raise UsageError("--continue resumes the run in --out: add --out DIR.")
     if accept and not continues:
         raise UsageError(f"--accept {accept[0]} applies to a resumed run: add --continue.")
-    machines = find_machines(hosts, nodes, rendezvous, join_timeout)
+    machines = find_machines(hosts, nodes_request)
     folder, mirror = place_run(out, mirror, machines, continues=continues and not hosts)
     code = None if code_folder is None else open_frozen(code_folder)
     if code is None and continues and folder is not None and not allow_code_change:
@@ -185,7 +195,7 @@ def command(
     )
     prepared = prepare_run(request, elsewhere=hosts is not None)
     if hosts is not None:
-        return start_on_hosts(hosts, rendezvous, ssh, variables)
+        return start_on_hosts(hosts, nodes_request, ssh, variables)
     return start(prepared, signals).exit_code
 
 

@@ -10,47 +10,28 @@ import click
 from launcher.cli.arguments import (
     HEALTH_LEVELS,
     MAX_NODES,
+    MAX_RESTARTS,
     URL,
     Count,
+    NodeRange,
     config_option,
     freezing_options,
+    node_timeout_option,
     nproc_option,
     out_option,
     overrides_argument,
     recipe_argument,
+    spares_option,
 )
 from launcher.cli.settings_command import SettingsCommand
 from launcher.console.echo import echo
 from launcher.errors import UsageError
-from launcher.recipe.text_values import digits
 
 if TYPE_CHECKING:
     from launcher.schedulers.submission import SchedulerName
 
 _SCHEDULERS = ("slurm", "kubernetes", "ssh", "skypilot")
 """The values of --to, written out because --help is not to import the schedulers."""
-
-
-class NodeRange(click.ParamType[tuple[int, int]]):
-    """A number of nodes, or a range MIN:MAX."""
-
-    name = "nodes"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, int]:
-        if isinstance(value, tuple):
-            return value
-        first, colon, second = str(value).partition(":")
-        low = digits(first)
-        high = digits(second) if colon else low
-        if not (low and high and low <= high <= MAX_NODES):
-            self.fail(
-                f"{str(value)[:50]!r}: expected a number of nodes, or a range such as 2:4.",
-                param,
-                ctx,
-            )
-        return low, high
 
 
 class SubmitCommand(SettingsCommand):
@@ -85,8 +66,18 @@ class SubmitCommand(SettingsCommand):
     type=NodeRange(),
     default="1",
     metavar="M[:MAX]",
-    help="Number of nodes; 2:4 lets Slurm start the job on 2 to 4.",
+    help="Number of nodes; 2:4 lets Slurm start the job on 2 to 4, and with --max-restarts go on "
+    "with as few.",
 )
+@spares_option
+@click.option(
+    "--max-restarts",
+    type=Count(min=0, largest=MAX_RESTARTS),
+    default=0,
+    metavar="N",
+    help="In Slurm: if a rank fails or a node is lost, restart within the job, at most N times.",
+)
+@node_timeout_option
 @click.option(
     "--gpus-per-node",
     type=Count(min=0, largest=MAX_NODES),
@@ -128,6 +119,9 @@ def command(
     overrides: tuple[str, ...],
     scheduler_name: SchedulerName,
     nodes: tuple[int, int],
+    spares: int,
+    max_restarts: int,
+    node_timeout: float | None,
     gpus_per_node: int | None,
     nproc_per_node: int | None,
     time: str | None,
@@ -155,9 +149,10 @@ def command(
     launcher submit digits --to kubernetes --cluster lab --nodes 2 --gpus-per-node 8
     """
     from launcher.recipe.resolve import resolve
-    from launcher.schedulers.request import SubmitRequest, combinations
+    from launcher.schedulers.request import Restarting, SubmitRequest, combinations
     from launcher.schedulers.scheduler import find_scheduler
 
+    _check_restarting(scheduler_name, nodes, spares, max_restarts, node_timeout)
     if mirror is not None and axes:
         raise UsageError(
             f"--mirror {mirror} is the place of one run, and --array submits several: leave one of "
@@ -170,6 +165,7 @@ def command(
         grid=combinations(axes) if axes else (),
         config=config,
         nodes=nodes,
+        restarting=Restarting(max_restarts=max_restarts, spares=spares, node_timeout=node_timeout),
         gpus_per_node=gpus_per_node,
         nproc_per_node=nproc_per_node,
         time=time,
@@ -187,3 +183,39 @@ def command(
     job, folder = scheduler.submit(prepared)
     echo(f"job {job}" + (f", an array of {len(request.grid)}" if request.grid else ""))
     echo(f"run folder: {folder.shown}")
+
+
+def _check_restarting(
+    scheduler: str,
+    nodes: tuple[int, int],
+    spares: int,
+    max_restarts: int,
+    node_timeout: float | None,
+) -> None:
+    """Refuse options of restarts within a job where nothing restarts.
+
+    Raises:
+        UsageError: There is one.
+    """
+    given = {
+        "--spares": spares,
+        "--max-restarts": max_restarts,
+        "--node-timeout": node_timeout,
+    }
+    names = [name for name, value in given.items() if value]
+    if names and scheduler != "slurm":
+        raise UsageError(
+            f"{names[0]} {given[names[0]]}: only a job of Slurm restarts on the nodes that it has, "
+            f"and this one goes to {scheduler}. Leave {names[0]} out."
+        )
+    if spares and not max_restarts:
+        raise UsageError(
+            f"--spares {spares}: a spare node takes the place of a lost one when the run restarts. "
+            "Add --max-restarts N."
+        )
+    if names and nodes == (1, 1) and not spares:
+        raise UsageError(
+            f"{names[0]} {given[names[0]]}: the launchers of several nodes restart a run within "
+            "its job, and this job has one node. Slurm queues it again when the node is lost: "
+            f"leave {names[0]} out, or add --spares K."
+        )

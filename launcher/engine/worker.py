@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -53,6 +54,7 @@ from launcher.errors import EXIT_RESUMABLE
 from launcher.recipe.recipe import Recipe
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.evaluation_result import write_measured
+from launcher.runs.events import record_event
 from launcher.runs.files import write_atomic
 from launcher.runs.heartbeat import PHASES
 from launcher.runs.job import Job, ResumeFrom
@@ -97,10 +99,39 @@ def _train(rank: _AgentRank) -> int:
         trial=rank.job.trial,
         source=rank.job.source,
         started=rank.job.started,
-        report_phase=rank.report_phase,
+        report_phase=_recording_recovery(rank),
         write_report=rank.job.write_report,
     )
     return EXIT_RESUMABLE if result is None else 0
+
+
+def _recording_recovery(rank: _AgentRank) -> Callable[[int, str], None]:
+    """Return `report_phase`, which on rank 0 also records the first step after a restart."""
+    loss = rank.job.loss
+    if loss is None or rank.backend.rank > 0:
+        return rank.report_phase
+    first_step: int | None = None
+    is_recorded = False
+
+    def report(step: int, phase: str) -> None:
+        nonlocal first_step, is_recorded
+        rank.report_phase(step, phase)
+        if is_recorded or phase == PHASES[0]:
+            return
+        first_step = step if first_step is None else first_step
+        if step > first_step:
+            is_recorded = True
+            record_event(
+                rank.job.run_dir,
+                "recovered",
+                step=step,
+                seconds=time.time() - loss.time,
+                node=loss.node,
+                cause=loss.cause,
+                nodes=rank.job.plan.nodes,
+            )
+
+    return report
 
 
 def agent_range_test(job: Job) -> int:
@@ -320,8 +351,12 @@ def _let_signals_end_process() -> None:
 
 
 def _choose_start(job: Job) -> ResumeFrom | None:
-    """Return where to start: a restarted run resumes from its newest checkpoint, if it has one."""
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and list_checkpoints(job.run_dir):
+    """Return where to start: a restarted run resumes from its newest checkpoint, if it has one.
+
+    After a restart of several nodes the launchers have agreed on it.
+    """
+    num_restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) - job.attempt
+    if num_restarts > 0 and list_checkpoints(job.run_dir):
         return replace(job.start or ResumeFrom(), step=None, fall_back=True)
     return job.start
 

@@ -15,7 +15,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from launcher.environment.nodes import nodes_of_hosts
+from launcher.environment.nodes import NodesRequest, nodes_of_hosts
 from launcher.environment.program import own_program
 from launcher.errors import SchedulerError
 from launcher.hosts.host_profile import Hosts, find_hosts
@@ -56,7 +56,9 @@ class SshScheduler:
                 "fewer, or add hosts."
             )
         names = hosts.hosts[:nodes]
-        nodes_of_hosts(names, hosts.rendezvous)  # refuses hosts that cannot meet
+        nodes_of_hosts(
+            names, NodesRequest(rendezvous=hosts.rendezvous)
+        )  # refuses hosts that cannot meet
         plans = plan_runs(request, hosts.hardware)
         folder = planned_path(out, plans[0].recipe).absolute()
         command = _command(request, hosts, names, plans[0], folder)

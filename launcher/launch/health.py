@@ -25,7 +25,7 @@ from launcher.runs.failure_record import Failure, record_failure
 from launcher.runs.rundir import RunDir
 
 if TYPE_CHECKING:
-    from launcher.engine.ranks.rendezvous import Rendezvous
+    from launcher.engine.ranks.rendezvous import NodeGroup
 
 
 _POLL_SECONDS = 0.1
@@ -59,7 +59,7 @@ def refuse_unhealthy(
     plan: Plan,
     run_dir: RunDir,
     signals: SignalHandler,
-    rendezvous: Rendezvous | None,
+    rendezvous: NodeGroup | None,
     *,
     is_restart: bool = False,
 ) -> None:
@@ -105,7 +105,7 @@ def refuse_unhealthy(
     raise HealthError(text, exit_code)
 
 
-def _wait_for_others(rendezvous: Rendezvous) -> None:
+def _wait_for_others(rendezvous: NodeGroup) -> None:
     """Wait until every node has examined itself.
 
     A node that started its ranks earlier would wait for those of another node, and notice late that

@@ -53,7 +53,7 @@ from launcher.signals import STOP_SIGNALS, announce_stop
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-    from launcher.engine.ranks.rendezvous import Rendezvous
+    from launcher.engine.ranks.rendezvous import NodeGroup
 
 _AGENT_LOGGERS = ("torch.distributed.elastic", "torch.multiprocessing")
 
@@ -82,7 +82,7 @@ def launch(
     function: Callable[[Job], int | None] | None = None,
     *,
     signals: SignalHandler,
-    rendezvous: Rendezvous | None = None,
+    rendezvous: NodeGroup | None = None,
     watch: Callable[[RunDir], object] | None = None,
     before_restart: Callable[[], object] = lambda: None,
     while_running: Callable[[], object] = lambda: None,
@@ -147,7 +147,7 @@ def _run_ranks(
     job: Job,
     function: Callable[[Job], int | None] | None,
     signals: SignalHandler,
-    rendezvous: Rendezvous | None,
+    rendezvous: NodeGroup | None,
     folder: Path,
     calls: _Calls,
 ) -> int:
@@ -164,6 +164,10 @@ def _run_ranks(
     from launcher.engine.ranks.agent import run_agent
     from launcher.engine.worker import agent_rank
 
+    def poll() -> None:
+        signals.raise_again()
+        calls.poll(job.run_dir)
+
     _silence_agent()
     try:
         result = run_agent(
@@ -172,7 +176,7 @@ def _run_ranks(
             folder,
             rendezvous,
             spawn=reason_to_spawn is not None,
-            poll=functools.partial(calls.poll, job.run_dir),
+            poll=poll,
             before_restart=calls.before_restart,
         )
     except SignalException as error:
@@ -235,7 +239,10 @@ def _environment(plans: Sequence[Plan], *, for_any_plan: bool = False) -> Iterat
         for_any_plan: Whether the plans are not known yet: libraries count GPUs without CUDA also
             if no plan uses one.
     """
-    values = {"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGQUIT"}  # SignalHandler handles the others
+    values = {
+        "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGQUIT",  # SignalHandler handles the others
+        "TORCH_ELASTIC_WORKER_IDENTICAL": "1",  # nodes know the numbers of their ranks
+    }
     for plan in plans:
         values |= process_environment(plan)
     on_gpus = for_any_plan or any(plan.device == "cuda" for plan in plans)
@@ -327,7 +334,7 @@ def _register_fork_hooks(launcher_pid: int) -> None:
 def _failure(
     failures: Mapping[int, ProcessFailure],
     job: Job,
-    rendezvous: Rendezvous | None,
+    rendezvous: NodeGroup | None,
     folder: Path,
     killed_for_memory: int | None,
 ) -> RunFailedError:

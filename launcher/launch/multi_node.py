@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from launcher.environment.nodes import Nodes
 from launcher.errors import (
@@ -16,17 +16,16 @@ from launcher.errors import (
     LauncherError,
     PeerError,
     RunDirError,
-    UsageError,
 )
 from launcher.planning.plan import Plan
 from launcher.runs.rundir import RunDir
 
 if TYPE_CHECKING:
-    from launcher.engine.ranks.rendezvous import Rendezvous as Rendezvous  # noqa: PLC0414  # exported
+    from launcher.engine.ranks.rendezvous import NodeGroup as NodeGroup  # noqa: PLC0414  # exported
 
 
 @contextlib.contextmanager
-def joined(nodes: Nodes | None, plan: Plan) -> Iterator[Rendezvous | None]:
+def joined(nodes: Nodes | None, plan: Plan) -> Iterator[NodeGroup | None]:
     """Connect to the launchers on the other nodes of a run, and tell them about an error.
 
     Only one node prints an error: the one on which it occurred or, if Slurm started the launchers,
@@ -55,21 +54,7 @@ def joined(nodes: Nodes | None, plan: Plan) -> Iterator[Rendezvous | None]:
         raise
 
 
-def check_restarts(nodes: Nodes | None, restarts: int) -> None:
-    """Refuse restarts of a run on several nodes, all of which would have to restart together.
-
-    Raises:
-        UsageError: Restarts are asked for, and the run has several nodes.
-    """
-    if nodes is not None and restarts:
-        raise UsageError(
-            f"--max-restarts {restarts} restarts the ranks of one node, and this run has "
-            f"{nodes.count} nodes. Start it again with --continue, or use `launcher submit`, which "
-            "lets Slurm restart it."
-        )
-
-
-def make_run_dir_once(rendezvous: Rendezvous | None, make: Callable[[], RunDir]) -> RunDir:
+def make_run_dir_once(rendezvous: NodeGroup | None, make: Callable[[], RunDir]) -> RunDir:
     """Make the run folder on the first node; return it on every node.
 
     Raises:
@@ -87,7 +72,7 @@ def make_run_dir_once(rendezvous: Rendezvous | None, make: Callable[[], RunDir])
     return run_dir
 
 
-def _connect(nodes: Nodes | None, plan: Plan) -> Rendezvous | None:
+def _connect(nodes: Nodes | None, plan: Plan) -> NodeGroup | None:
     """Connect to the launchers on the other nodes; return None if the run has one node.
 
     Raises:
@@ -97,5 +82,14 @@ def _connect(nodes: Nodes | None, plan: Plan) -> Rendezvous | None:
         return None
     from launcher.engine.ranks.rendezvous import Rendezvous
 
-    agreement = {"recipe": plan.recipe, "device": plan.device, "ranks": plan.nproc_per_node}
-    return Rendezvous(nodes, agreement, lambda text: print(text, file=sys.stderr, flush=True))
+    return Rendezvous(nodes, agreement_of(plan), report)
+
+
+def agreement_of(plan: Plan) -> dict[str, Any]:
+    """Return the values of a plan that all nodes need, by the names that messages use."""
+    return {"recipe": plan.recipe, "device": plan.device, "ranks": plan.nproc_per_node}
+
+
+def report(text: str) -> None:
+    """Print a message about the other nodes."""
+    print(text, file=sys.stderr, flush=True)

@@ -19,7 +19,6 @@ from launcher.environment.nodes import Nodes
 from launcher.errors import CheckpointError, RunDirError
 from launcher.launch.code_choice import choose_code, code_differences
 from launcher.launch.health import HealthCheck
-from launcher.launch.multi_node import check_restarts
 from launcher.launch.only_launcher import check_only_launcher
 from launcher.planning.plan import Plan
 from launcher.planning.timed_plan import timed_plan
@@ -182,7 +181,6 @@ def prepare_run(request: RunRequest, *, elsewhere: bool = False) -> PreparedRun:
             this command.
     """
     check_only_launcher(request.nodes)
-    check_restarts(request.nodes, request.max_restarts)
     if request.continues and request.out is not None:
         request = _with_mirror(request, RunDir(request.out.resolve()))
     built, plan = _plan(
@@ -217,7 +215,6 @@ def prepare_resume(request: ResumeRequest, *, elsewhere: bool = False) -> Prepar
         UsageError: The folder, the checkpoint or the changed settings are wrong.
     """
     check_only_launcher(request.nodes)
-    check_restarts(request.nodes, request.max_restarts)
     run_dir = open_run_dir(request.run_dir)
     check_unowned(run_dir.path)
     request = _with_mirror(request, run_dir)
@@ -255,6 +252,28 @@ def prepare_resume(request: ResumeRequest, *, elsewhere: bool = False) -> Prepar
         folder=folder,
         finished=_why_finished(manifest, built.recipe, plan) if run_dir.result.exists() else "",
     )
+
+
+def prepare_for(prepared: PreparedRun, nodes: int) -> PreparedRun:
+    """Plan a prepared run for another number of nodes.
+
+    Raises:
+        UsageError: The recipe cannot be planned for that number.
+    """
+    if nodes == prepared.plan.nodes:
+        return prepared
+    samples = prepared.plan.train_samples
+    with working_folder(prepared.folder or Path.cwd()):
+        built, plan = plan_recipe(
+            prepared.reference,
+            prepared.overrides,
+            read_machine(),
+            nodes=nodes,
+            nproc_per_node=prepared.plan.nproc_per_node,
+            count=lambda counting: counting() if samples is None else samples,
+        )
+        description = describe_run(prepared.reference, built, plan)
+    return replace(prepared, plan=plan, description=description)
 
 
 def _with_mirror(request: _R, run_dir: RunDir) -> _R:

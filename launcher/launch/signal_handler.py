@@ -55,7 +55,7 @@ class SignalHandler:
         self._exits, self._saves = exits, saves
         self._job: Job | None = None
         self._announces = True
-        self._interrupted = False
+        self._interrupted = self._has_raised = False
         self._other_children = frozenset(multiprocessing.active_children())
         if threading.current_thread() is not threading.main_thread():
             return
@@ -71,12 +71,22 @@ class SignalHandler:
             job: The run.
             announces: Whether this process prints that the run will stop.
         """
+        self.raise_again()
         self._job, self._announces = job, announces
         if self.stopped_by is None:
             return
         if not job.saves:
             self._end(self.stopped_by)
         self._signal_ranks()
+
+    def raise_again(self) -> None:
+        """Raise the exception of a signal that ended the run, if an import has swallowed it.
+
+        Raises:
+            KeyboardInterrupt: A signal has ended the run.
+        """
+        if self._has_raised:
+            raise KeyboardInterrupt
 
     def _interrupt(self, *_: object) -> None:
         if self._interrupted or not self._has_steps_to_lose():
@@ -99,7 +109,7 @@ class SignalHandler:
         if self._exits:
             end_process(announce_stop(number))
         remove_private_folders()
-        self.stopped_by = number
+        self.stopped_by, self._has_raised = number, True
         raise KeyboardInterrupt
 
     def _stop(self, number: int, *_: object) -> None:

@@ -13,7 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-from launcher.environment.nodes import Nodes, nodes_environment, nodes_of_hosts
+from launcher.environment.nodes import (
+    Nodes,
+    NodesRequest,
+    nodes_environment,
+    nodes_of_hosts,
+)
 from launcher.environment.program import own_program
 from launcher.errors import EXIT_FAILED, UsageError
 from launcher.json_file import encode_json
@@ -27,16 +32,19 @@ _SECONDS_BETWEEN_POLLS = 0.05
 _EXIT_OF_SSH = 255
 """The exit code of ssh if ssh itself failed; it has printed why."""
 
-_SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=20")
-"""Batch mode: nobody could answer the prompts of several hosts."""
+_SSH = (
+    *("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=20"),
+    *("-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4"),
+)
+"""Batch mode: nobody could answer the prompts of several hosts. A lost host is noticed."""
 
 
 def run_on_hosts(
     hosts: Sequence[str],
     arguments: Sequence[str],
     folder: Path,
+    request: NodesRequest,
     *,
-    rendezvous: str | None,
     ssh: str | None,
     variables: Mapping[str, str],
 ) -> int:
@@ -44,13 +52,13 @@ def run_on_hosts(
 
     Their output appears here, and signals are passed to them. They get the variables of this
     environment that `forwarded_variables` chooses, and `variables`, and otherwise have that of the
-    host. If one of them fails, the others are stopped.
+    host. If one of them fails, the others are stopped, unless they restart without it.
 
     Args:
         hosts: The hosts as ssh takes them. The launchers connect to the first one.
         arguments: The command's arguments, without those that choose hosts.
         folder: The working folder, which has the same path on every host.
-        rendezvous: HOST[:PORT] of the first host if the others know it by another name.
+        request: What is asked for.
         ssh: The command that reaches a host; None is ssh in batch mode.
         variables: Further variables of the launchers. They may be secrets, so they are sent through
             the connection, and no list of processes shows them.
@@ -58,7 +66,7 @@ def run_on_hosts(
     Raises:
         UsageError: Two hosts have the same name, or ssh is not installed.
     """
-    nodes = nodes_of_hosts(hosts, rendezvous)
+    nodes = nodes_of_hosts(hosts, request)
     program = shlex.split(ssh) if ssh else list(_SSH)
     launchers: dict[int, tuple[str, subprocess.Popen[str]]] = {}
     signals = _Signals()
@@ -76,7 +84,8 @@ def run_on_hosts(
             f"--hosts starts a launcher on each host with {program[0]}, which is not installed "
             "here. Install an ssh client, or give another command with --ssh."
         ) from None
-    return _wait(launchers, signals)
+    needed = nodes.min_count or nodes.count if request.restarts else len(hosts)
+    return _wait(launchers, signals, needed)
 
 
 class _Signals:
@@ -112,10 +121,22 @@ def _send(process: subprocess.Popen[str], line: str) -> None:
         process.stdin.flush()
 
 
-def _wait(launchers: Mapping[int, tuple[str, subprocess.Popen[str]]], signals: _Signals) -> int:
-    """Wait for all launchers; return 0 or the exit code of the first that failed."""
-    waiting = set(launchers)
-    exit_code, deadline = 0, 0.0
+def _wait(
+    launchers: Mapping[int, tuple[str, subprocess.Popen[str]]], signals: _Signals, needed: int
+) -> int:
+    """Wait for all launchers; return the exit code of the run.
+
+    It is that of the first launcher that failed. Where the run goes on without some, it is 0 if any
+    launcher has seen the run finish, and otherwise that of the first in the order of the hosts that
+    was not lost, which is the one that decides for all.
+
+    Args:
+        launchers: The launchers, by the ids of their processes here, in the order of the hosts.
+        signals: What is sent to them.
+        needed: Launchers without which the run does not go on, so that the others are stopped.
+    """
+    waiting, failed = set(launchers), list[int]()
+    deadline = 0.0
     while waiting:
         pid, status = os.waitpid(-1, os.WNOHANG if deadline else 0)
         if deadline and time.monotonic() > deadline:
@@ -135,11 +156,19 @@ def _wait(launchers: Mapping[int, tuple[str, subprocess.Popen[str]]], signals: _
                 f"running on that host. Does `ssh {host} {shlex.quote(sys.executable)} -V` work?",
                 file=sys.stderr,
             )
-            process.returncode = EXIT_FAILED
-        if not exit_code:
-            exit_code = process.returncode
+        failed.append(_exit_code(process))
+        if len(launchers) - len(failed) == needed - 1:
             deadline = time.monotonic() + _SECONDS_TO_END
-    return exit_code
+    if needed == len(launchers):
+        return failed[0] if failed else 0
+    codes = [process.returncode for _, process in launchers.values()]
+    return 0 if 0 in codes else next((code for code in codes if 0 < code < 126), EXIT_FAILED)
+
+
+def _exit_code(process: subprocess.Popen[str]) -> int:
+    """Return the exit code of a launcher; that of a run that failed if ssh did."""
+    is_of_ssh = process.returncode in (_EXIT_OF_SSH, 126, 127) or process.returncode < 0
+    return EXIT_FAILED if is_of_ssh else process.returncode
 
 
 def _remote(nodes: Nodes, index: int, folder: Path, arguments: Sequence[str]) -> str:

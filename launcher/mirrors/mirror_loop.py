@@ -57,6 +57,12 @@ class MirrorLoop:
         self.problem = ""
         """Why the last upload failed; empty if it did not."""
 
+        self.is_complete = False
+        """Whether everything has been uploaded after `finish`."""
+
+        self.is_pausing = False
+        """Whether an upload has just failed, and is going to be tried again."""
+
         self._threads = [
             threading.Thread(target=function, name=name, daemon=True)
             for function, name in ((self._upload, "uploads"), (self._keep_lock, "lock"))
@@ -66,7 +72,7 @@ class MirrorLoop:
 
     @property
     def is_done(self) -> bool:
-        """Whether everything has been uploaded after `finish`, or nothing more will be."""
+        """Whether nothing more will be uploaded."""
         return not self._threads[0].is_alive()
 
     @property
@@ -97,19 +103,26 @@ class MirrorLoop:
                 self._mirror.upload_checkpoints()
                 if has_new:
                     self._mirror.upload_records()
-            except (LauncherError, OSError) as error:
+            except Exception as error:  # noqa: BLE001  # training goes on, whatever happens here
                 if not self._mirror.may_write():  # and that was said
                     return
                 self._report(str(error) if isinstance(error, LauncherError) else error_line(error))
-                self._ends.wait(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE)
+                pause = self._pause(pause, finishes=finishes)
                 continue
             now = time.monotonic()
             rest = max(_SECONDS_BETWEEN_RECORDS, (now - started) / _SHARE_OF_TIME)
             next_records, pause = now + rest, _FIRST_PAUSE
             self._report("")
             if finishes:
+                self.is_complete = True
                 return
+
+    def _pause(self, seconds: float, *, finishes: bool) -> float:
+        """Wait after a failed upload, but not beyond the end of the run; return the next pause."""
+        self.is_pausing = True
+        woken = (self._ends if finishes else self._finishes).wait(seconds)
+        self.is_pausing = False
+        return _FIRST_PAUSE if woken else min(2 * seconds, _LONGEST_PAUSE)
 
     def _report(self, problem: str) -> None:
         """Warn when uploads begin to fail or work again, and say so in mirror.json."""

@@ -111,17 +111,22 @@ def _mirror(lines: _Lines, request: MirrorRequest, opened: OpenedURL) -> str | N
     loop.end(_SECONDS_TO_JOIN)
     if not finishes:
         return None
-    unanswered = "" if loop.is_done else f"{request.url} does not answer."
-    return loop.problem or unanswered
+    unknown = "" if loop.is_complete else f"Uploads to {request.url} ended early."
+    return loop.problem or unknown
 
 
 def _wait(loop: MirrorLoop, seconds: float) -> None:
-    """Wait until everything is uploaded, or for some time in which nothing is."""
+    """Wait until everything is uploaded, or until uploads have only failed for some time.
+
+    One that takes long, such as that of a large file, is waited for.
+    """
     num_objects, moved = loop.num_objects, time.monotonic()
-    while not loop.is_done and time.monotonic() - moved <= seconds:
+    while not loop.is_done:
         time.sleep(_SECONDS_BETWEEN_LOOKS)
         if loop.num_objects != num_objects:
             num_objects, moved = loop.num_objects, time.monotonic()
+        if loop.is_pausing and time.monotonic() - moved > seconds:
+            return
 
 
 class _Lines:

@@ -252,6 +252,15 @@ def _rank_bars(title: str, unit: str, names: list[str], values: list[float]) -> 
     return Bars(title=title, x_label="rank", y_label=unit, names=names, values=values)
 
 
+_LOSSES = {
+    "rank": "a rank on {} had failed",
+    "node": "{} was lost",
+    "health": "{} was not fit",
+    "joined": "{} had joined",
+}
+"""What the launchers of several nodes noticed before they started the ranks again."""
+
+
 def _attempts(history: History) -> Iterator[Section]:
     """Yield the section of attempts: a timeline with checkpoints, and how each attempt ended."""
     attempts = history.attempts()
@@ -264,6 +273,11 @@ def _attempts(history: History) -> Iterator[Section]:
         is_running = history.state.name == "running" and attempt is attempts[-1]
         outcome = _outcome(attempt, is_running=is_running)
         description = f"{duration(end - begin)} from step {attempt.began.step:,}, {outcome}"
+        if (recovered := attempt.recovered) is not None:
+            seconds = (
+                f"{recovered.seconds:.3g} s after {_LOSSES.get(recovered.cause, _LOSSES['node'])}"
+            )
+            description += f"; first step {seconds.format(recovered.node)}"
         row = _attempt_name(number, attempt)
         spans.append(Span(row=row, begin=begin, end=end, description=description))
     figures: list[Figure] = [

@@ -9,10 +9,13 @@ saved      a checkpoint is complete: step, stall_seconds, write_seconds, seconds
 stopped    the run was asked to stop and has saved a checkpoint: step
 failed     the content of failure.json, moved here when the run starts again: error, message,
            rank, node; rank is null if failure.json was damaged
+recovered  the launchers of several nodes have started the ranks again, and the first step is taken:
+           step, seconds since the loss was noticed, node and cause (rank, node, health or joined)
+           of the loss, nodes that go on
 finished   step
 
-Rank 0 alone writes the file and only appends to it. A run that resumes from a checkpoint discards
-later lines of metrics.jsonl, but keeps its events.
+Rank 0 alone writes the file, or its launcher between two attempts, and only appends to it. A run
+that resumes from a checkpoint discards later lines of metrics.jsonl, but keeps its events.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from launcher.printable import printable
 from launcher.regular_file import open_to_append
 from launcher.runs.failure_record import read_failure
 from launcher.runs.files import remove_file
+from launcher.runs.job import Loss
 from launcher.runs.rundir import RunDir
 
 
@@ -138,6 +142,25 @@ class Failed(_Event, tag="failed", frozen=True, kw_only=True):
     """Text of the exception."""
 
 
+class Recovered(_Event, tag="recovered", frozen=True, kw_only=True):
+    """After a restart on several nodes, the ranks have taken their first step."""
+
+    step: Count
+    """Steps taken, the first one after the restart included."""
+
+    seconds: float
+    """Time since the launchers noticed the loss."""
+
+    node: str = ""
+    """Name of the node that was lost, failed or joined."""
+
+    cause: str = ""
+    """`rank`, `node`, `health` or `joined`."""
+
+    nodes: Count = 1
+    """Number of nodes that go on."""
+
+
 class Finished(_Event, tag="finished", frozen=True, kw_only=True):
     """The run took all of its steps."""
 
@@ -145,7 +168,7 @@ class Finished(_Event, tag="finished", frozen=True, kw_only=True):
     """Steps taken."""
 
 
-Event = Began | Counted | Timed | Saved | Stopped | Failed | Finished
+Event = Began | Counted | Timed | Saved | Stopped | Failed | Recovered | Finished
 """A line of events.jsonl. Unknown keys of a line are ignored; a line of another kind is skipped."""
 
 _DECODER: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
@@ -186,6 +209,25 @@ def record_past_failure(run_dir: RunDir) -> None:
             values["time"] = run_dir.failure.lstat().st_mtime
     record_event(run_dir, "failed", **values)
     remove_file(run_dir.failure)
+
+
+def record_loss(run_dir: RunDir, loss: Loss, rank: int) -> None:
+    """Record how the attempt before ended, between two attempts of a run on several nodes.
+
+    Args:
+        run_dir: The run folder.
+        loss: Why the ranks are started again.
+        rank: The first rank of the lost node.
+
+    Raises:
+        RunDirError: failure.json cannot be removed.
+    """
+    if loss.cause != "node":
+        record_past_failure(run_dir)
+        return
+    remove_file(run_dir.failure)  # of ranks that the lost node was connected to
+    values = {"time": loss.time, "rank": rank, "node": loss.node, "error": "LostNode"}
+    record_event(run_dir, "failed", **values, message=f"{loss.node} has disappeared")
 
 
 def read_events(run_dir: RunDir) -> list[Event]:

@@ -28,6 +28,7 @@ from launcher.runs.events import (
     Event,
     Failed,
     Finished,
+    Recovered,
     Saved,
     Stopped,
     Timed,
@@ -346,6 +347,8 @@ class History:
         for event in self.events:
             if isinstance(event, Began):
                 attempts.append(Attempt(began=event, ended=None, until=event.time))
+            elif isinstance(event, Recovered) and attempts:
+                attempts[-1].recovered = event
             elif isinstance(event, (Stopped, Failed, Finished)) and attempts:
                 attempts[-1].ended, attempts[-1].until = event, event.time
         if attempts and attempts[-1].ended is None and (failure := self.failure) is not None:
@@ -421,6 +424,9 @@ class Attempt:
 
     began: Began
     """The event with which it began."""
+
+    recovered: Recovered | None = None
+    """Its first step, if the launchers of several nodes had started the ranks again."""
 
     ended: Stopped | Failed | Finished | None
     """The event that ended the attempt; None if it continues, or was killed."""

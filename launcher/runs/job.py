@@ -65,6 +65,29 @@ class RecipeSource:
         return build(resolve(self.recipe), self.overrides).recipe
 
 
+Cause = Literal["rank", "node", "health", "joined"]
+"""Why the launchers of several nodes start the ranks again: a rank has failed, a node is lost or is
+not fit, or a node has joined."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """What has made the launchers of several nodes start the ranks of a run again."""
+
+    node: str
+    """Name of the node that was lost, failed or joined."""
+
+    cause: Cause
+    exit_code: int | None = None
+    """Exit code of its ranks; None if the node was lost."""
+
+    index: int = 0
+    """Its index among the nodes of the run."""
+
+    time: float = 0.0
+    """When the launcher that decides noticed, in seconds since 1970."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """A run as it is handed to its ranks; it can be pickled."""
@@ -104,7 +127,16 @@ class Job:
     """The checkpoint to resume from; None starts at step 0."""
 
     restarts: int = 0
-    """How often a failed run restarts from its newest checkpoint."""
+    """How often the agent of this machine restarts its failed ranks from the newest checkpoint."""
+
+    attempt: int = 0
+    """How often the ranks have been started before by the launchers of several nodes."""
+
+    restarts_together: bool = False
+    """Whether the launchers of several nodes restart the ranks, and not the agent."""
+
+    loss: Loss | None = None
+    """Why they did last; None before a restart."""
 
     memory_bytes: int | None = None
     """Memory limit of each rank, on its GPU or on the host; None sets no limit."""

@@ -55,7 +55,9 @@ class Owner(ProcessOwner):
 
 
 @contextlib.contextmanager
-def own_run_dir(run_dir: RunDir, *, with_ranks: bool = False) -> Iterator[None]:
+def own_run_dir(
+    run_dir: RunDir, *, with_ranks: bool = False, takes_over: bool = False
+) -> Iterator[None]:
     """Own a run folder for the duration of a `with` block.
 
     Nothing in the folder changes if another process owns it.
@@ -64,12 +66,13 @@ def own_run_dir(run_dir: RunDir, *, with_ranks: bool = False) -> Iterator[None]:
         run_dir: The folder, which exists.
         with_ranks: Whether forked children of this process keep the folder owned until they end,
             even if this process dies first. Children of theirs never do.
+        takes_over: Whether the owner is known to be lost, so that its lock is waited for.
 
     Raises:
         RunDirError: Another process owns the folder, owner.lock cannot be written, or a folder in
             it is a symbolic link.
     """
-    lock = _acquire(run_dir, with_ranks=with_ranks)
+    lock = _acquire(run_dir, with_ranks=with_ranks, takes_over=takes_over)
     try:
         check_subfolders(run_dir)
         yield
@@ -148,7 +151,7 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def _acquire(run_dir: RunDir, *, with_ranks: bool) -> _FolderLock:
+def _acquire(run_dir: RunDir, *, with_ranks: bool, takes_over: bool) -> _FolderLock:
     """Return the lock on a run folder, with this process written into owner.lock.
 
     Raises:
@@ -159,7 +162,7 @@ def _acquire(run_dir: RunDir, *, with_ranks: bool) -> _FolderLock:
     except OSError as error:
         raise _unwritable(run_dir, error) from None
     try:
-        _wait_for_lock(descriptor, run_dir)
+        _wait_for_lock(descriptor, run_dir, _SECONDS_OF_LEASE if takes_over else 0.0)
         _write_owner(descriptor)
     except OSError as error:
         os.close(descriptor)
@@ -170,15 +173,20 @@ def _acquire(run_dir: RunDir, *, with_ranks: bool) -> _FolderLock:
     return _FolderLock(descriptor, with_ranks=with_ranks)
 
 
-def _wait_for_lock(descriptor: int, run_dir: RunDir) -> None:
+def _wait_for_lock(descriptor: int, run_dir: RunDir, seconds: float) -> None:
     """Lock the folder; wait only for the ranks or the lock of an owner that is dead.
+
+    Args:
+        descriptor: The descriptor of owner.lock.
+        run_dir: The run folder.
+        seconds: How long to wait at least.
 
     Raises:
         RunDirError: Another process owns the folder.
     """
     start = time.monotonic()
     while (other := _other_owner(descriptor, run_dir, fcntl.LOCK_EX)) is not None:
-        if time.monotonic() - start >= _patience_seconds(other):
+        if time.monotonic() - start >= max(seconds, _patience_seconds(other)):
             raise _refusal(run_dir, other)
         time.sleep(_SECONDS_BETWEEN_TRIES)
 

@@ -22,7 +22,10 @@ failure.json        the first failure, if the run failed; see launcher.runs.fail
 owner.lock          the process that owns this folder; see launcher.runs.ownership
 mirror.json         the URL at which the run is kept as well; see launcher.runs.mirror_record
 submission.json     the job that `launcher submit` submitted; with its job.sbatch or job.yaml
-unhealthy_nodes     names of nodes that failed `--health`; the job is queued again without them
+unhealthy_nodes     names of nodes that failed `--health`, or twice in one run; the job is queued
+                    again without them
+round               how often the ranks of several nodes that restart have started, while they run
+exit_code           how a Slurm job whose nodes restart together has ended, for its batch script
 examination.json    what the ranks report about their node, for `launcher doctor`
 inspection.json     which parts of the recipe depend on the split, for `launcher prove`
 memory.json         sizes of the tensors of the model, for `launcher find strategy`
@@ -102,6 +105,19 @@ class RunDir:
     def unhealthy_nodes(self) -> Path:
         """The file with the names of nodes that a job is not started on again, one a line."""
         return self.path / "unhealthy_nodes"
+
+    @property
+    def round(self) -> Path:
+        """The file with the number of starts of the ranks, while those of several nodes restart.
+
+        A launcher that was cut off from the others sees in it that they have gone on.
+        """
+        return self.path / "round"
+
+    @property
+    def exit_code(self) -> Path:
+        """The file with the exit code of a run whose nodes restart together in a Slurm job."""
+        return self.path / "exit_code"
 
     @property
     def mirror(self) -> Path:

@@ -16,6 +16,20 @@ _MAX_RUNS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
+class Restarting:
+    """How a run restarts within its job."""
+
+    max_restarts: int = 0
+    """How often; 0 leaves restarts to the scheduler."""
+
+    spares: int = 0
+    """Further nodes of the job, which take the place of lost ones."""
+
+    node_timeout: float | None = None
+    """Seconds without a sign of a node after which it is lost; None is the default."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SubmitRequest:
     """A request to submit a run, or an array of runs."""
 
@@ -28,9 +42,12 @@ class SubmitRequest:
 
     config: Path | None
     nodes: tuple[int, int]
+    """The smallest and the largest number of nodes that train."""
+
     gpus_per_node: int | None
     nproc_per_node: int | None
     time: str | None
+    restarting: Restarting = Restarting()
     freezes: bool = True
     """Whether the job imports a copy of the recipe's project, made when it is submitted."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from launcher.environment.nodes import count_text
 from launcher.environment.program import own_program, program_of
 from launcher.errors import SlurmError
 from launcher.planning.plan import Plan
@@ -12,7 +13,7 @@ from launcher.runs.rundir import RunDir, planned_path
 from launcher.schedulers.hardware import cpus_of, plan_runs
 from launcher.schedulers.job_code import JobCode, copied_code, uncopied_code
 from launcher.schedulers.prepared import Prepared
-from launcher.schedulers.request import SubmitRequest
+from launcher.schedulers.request import Restarting, SubmitRequest
 from launcher.slurm.queue import partition
 from launcher.slurm.resources import mebibytes_of, seconds_of
 from launcher.slurm.script import BatchScript, render
@@ -41,7 +42,7 @@ def prepare(request: SubmitRequest, site: Site, out: Path | None) -> PreparedJob
         SlurmError: The site does not have the requested resources.
         UsageError: The recipe, a setting or a number is wrong.
     """
-    site = complete(site, request.nodes[0])
+    site = complete(site, request.nodes[0] + request.restarting.spares)
     plans = plan_runs(request, site.hardware)
     widest = max(plans, key=lambda plan: plan.workers_per_rank)
     cpus = cpus_of(widest, site.hardware)
@@ -57,11 +58,12 @@ def prepare(request: SubmitRequest, site: Site, out: Path | None) -> PreparedJob
     else:
         paths, log = [folder], "slurm.log"
     code = _code(request, site, folder)
+    low, high = request.nodes
     batch = BatchScript(
         name=widest.recipe,
         folder=str(Path.cwd()),
         log=f"{str(folder).replace('%', '%%')}/logs/{log}",
-        nodes=request.nodes,
+        nodes=(low + request.restarting.spares, high + request.restarting.spares),
         gpus_per_node=widest.nproc_per_node if widest.device == "cuda" else 0,
         cpus_per_node=cpus,
         memory_per_node=mebibytes_of(widest, site, cpus),
@@ -72,6 +74,7 @@ def prepare(request: SubmitRequest, site: Site, out: Path | None) -> PreparedJob
         ],
         is_array=bool(request.grid),
         run_folders=tuple(map(str, paths)),
+        restarts=request.restarting.max_restarts > 0,
         site=site,
     )
     return PreparedJob(
@@ -134,8 +137,9 @@ def _command(
     program = own_program() if site.python is None else program_of(site.python)
     command = [*program, "run", *code.words]
     command += ["-n", str(plan.nproc_per_node)]
-    if request.nodes[0] == request.nodes[1]:
-        command += ["--nodes", str(request.nodes[0])]
+    if request.nodes[0] == request.nodes[1] or request.restarting.max_restarts:
+        command += ["--nodes", count_text(request.nodes)]
+    command += _restarting_options(request.restarting)
     command += ["--out", str(path), *request.mirror_words, "--continue"]
     if (health := request.health or site.health) != "off":
         command += ["--health", health]
@@ -143,3 +147,13 @@ def _command(
         command += ["--config", str(code.config)]
     other_arguments = (word for word in arguments if not word.startswith("device="))
     return [*command, f"device={plan.device}", *other_arguments]
+
+
+def _restarting_options(restarting: Restarting) -> list[str]:
+    """Return the options of the command that say how the run restarts within its job."""
+    values = {
+        "--spares": restarting.spares,
+        "--max-restarts": restarting.max_restarts,
+        "--node-timeout": restarting.node_timeout,
+    }
+    return [word for name, value in values.items() if value for word in (name, str(value))]

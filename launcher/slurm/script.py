@@ -50,6 +50,9 @@ class BatchScript:
     run_folders: Sequence[str] = ()
     """The run folder of each command; a file in it may name nodes that the job has to avoid."""
 
+    restarts: bool = False
+    """Whether the launchers go on without nodes and tasks that are lost."""
+
     site: Site
 
 
@@ -93,6 +96,8 @@ def options(batch: BatchScript) -> Iterator[str]:
         yield f"--array=0-{len(batch.commands) - 1}"
     yield f"--signal=USR1@{site.warning_seconds}"
     yield "--requeue"
+    if batch.restarts:
+        yield "--no-kill"
     yield "--open-mode=append"
     yield f"--output={batch.log}"
     yield from site.sbatch
@@ -122,10 +127,15 @@ def _commands(batch: BatchScript) -> Iterator[str]:
 
 def _steps(batch: BatchScript) -> Iterator[str]:
     site = batch.site
-    step = ["srun", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+    step = ["srun", "--ntasks-per-node=1"]
+    step += ["--kill-on-bad-exit=0", "--no-kill"] if batch.restarts else ["--kill-on-bad-exit=1"]
     step.append(f"--cpus-per-task={batch.cpus_per_node}")
+    if batch.restarts:
+        yield 'rm -f -- "$run/exit_code"'
     yield f'{shlex.join(step)} {_container(batch)}"${{command[@]}}"'
     yield "code=$?"
+    if batch.restarts:  # srun's is the worst of all tasks, those on lost nodes included
+        yield '[ -s "$run/exit_code" ] && code=$(cat -- "$run/exit_code")'
     yield f"# {EXIT_RESUMABLE}: the run saved a checkpoint and stopped; it resumes from there."
     yield (
         f'if [ "$code" -eq {EXIT_RESUMABLE} ] && '
@@ -136,7 +146,7 @@ def _steps(batch: BatchScript) -> Iterator[str]:
         yield "    trap '' TERM  # with which Slurm ends this script when the job is queued again"
     yield f'    scontrol requeue "{job}"'
     if batch.run_folders:
-        yield '    if [ -s "$run/unhealthy_nodes" ]; then  # those that failed --health'
+        yield '    if [ -s "$run/unhealthy_nodes" ]; then  # those that are not fit'
         yield '        nodes=$(sort -u -- "$run/unhealthy_nodes" | paste -sd, -)'
         yield f'        others=$(squeue -h -j "{job}" -o %x)'
         yield f'        scontrol update "JobId={job}" "ExcNodeList=$nodes${{others:+,$others}}"'

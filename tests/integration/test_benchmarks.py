@@ -58,6 +58,13 @@ def test_loop_overhead(run: Commands) -> None:
         assert "pytorch-ignite" in done.stdout
 
 
+def test_recovery(run: Commands) -> None:
+    """A run on two nodes goes on after it has lost a rank, and the time is printed."""
+    ((lost, seconds),) = rows(short(run, "recovery").stdout)
+    assert lost == "rank"
+    assert 0 < float(seconds) < 120
+
+
 def test_data(run: Commands) -> None:
     """Each installed format is read by launcher and by its own loader."""
     measured = {cells[0]: cells[2:] for cells in rows(short(run, "data").stdout)}

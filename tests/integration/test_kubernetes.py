@@ -19,7 +19,7 @@ import yaml
 from small_kubernetes import SmallKubernetes, schema_errors
 from support import BIN, ROOT, Commands, has_rows, wait_until
 
-from launcher.environment.nodes import find_nodes
+from launcher.environment.nodes import NodesRequest, find_nodes
 from launcher.errors import KubernetesError, UsageError, WorldError
 from launcher.kubernetes.cluster import Cluster, find_cluster, read_cluster, read_quantity
 from launcher.kubernetes.kubernetes_scheduler import job_name, prepare_pods
@@ -237,11 +237,15 @@ def test_quantities_are_read_as_kubernetes_reads_them() -> None:
 
 def test_a_pod_has_the_index_that_kubernetes_gives_it() -> None:
     """JOB_COMPLETION_INDEX is the index of the node, and one that does not fit is refused."""
-    nodes = find_nodes(2, "a-0.a", env={"JOB_COMPLETION_INDEX": "1"})
+    nodes = find_nodes(
+        NodesRequest(count=(2, 2), rendezvous="a-0.a"), env={"JOB_COMPLETION_INDEX": "1"}
+    )
     assert nodes is not None
     assert (nodes.index, nodes.host, nodes.names) == (1, "a-0.a", ())
     with pytest.raises(WorldError, match="JOB_COMPLETION_INDEX=2"):
-        find_nodes(2, "a-0.a", env={"JOB_COMPLETION_INDEX": "2"})
+        find_nodes(
+            NodesRequest(count=(2, 2), rendezvous="a-0.a"), env={"JOB_COMPLETION_INDEX": "2"}
+        )
 
 
 needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")

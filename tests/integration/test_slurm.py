@@ -18,6 +18,7 @@ from support import ROOT, Commands, fail_on_leftovers, read_lines
 
 from launcher.engine.probes.parity import compare, read_trace
 from launcher.runs.checkpoints import list_checkpoints
+from launcher.runs.heartbeat import read_heartbeat
 from launcher.runs.run_record import read_run
 from launcher.runs.rundir import RunDir
 from launcher.schedulers.run_states import status_of
@@ -291,6 +292,40 @@ def test_a_node_is_lost(slurm: Commands, cluster: Cluster) -> None:
     wait_for(lambda: state_of(run_dir).restarts == 1, "the job to be queued again")
     finish(run_dir)
     assert "2 = 2 nodes x 1 CPU rank" in slurm("launcher", "logs", "out").stdout
+    check_same(slurm, run_dir, PACED, *LONG)
+
+
+RESTARTING = ("--nodes", "2", "--spares", "1", "--max-restarts", "2", "--node-timeout", "4")
+
+
+def test_a_lost_node_is_replaced_within_the_job(slurm: Commands, cluster: Cluster) -> None:
+    """A job with a spare node goes on without a lost one, and is not queued again."""
+    run_dir = submit(slurm, PACED, *LONG, PAUSE, *RESTARTING, "-n", "1")
+    wait_for(lambda: steps_of(run_dir) > 25, "some steps")
+    cluster.kill(["node2"])
+    finish(run_dir)
+    assert state_of(run_dir).restarts == 0
+    events = [row["event"] for row in read_lines(run_dir.events)]
+    assert [each for each in events if each not in ("counted", "saved")] == [
+        *("began", "failed", "began", "recovered", "finished"),
+    ]
+    check_same(slurm, run_dir, PACED, *LONG)
+
+
+def test_a_job_stops_after_it_has_lost_a_rank(slurm: Commands) -> None:
+    """A job that has restarted within itself is still queued again when it is warned."""
+    run_dir = submit(slurm, PACED, *LONG, PAUSE, *RESTARTING, "-n", "1")
+    wait_for(lambda: steps_of(run_dir) > 25, "some steps")
+    heartbeat = read_heartbeat(run_dir, 1)
+    assert heartbeat is not None
+    job = read_submission(run_dir).job
+    in_step = ("srun", "--overlap", "--jobid", job, "-w", heartbeat.node, "-n1", "-N1")
+    subprocess.run([*in_step, "kill", "-9", str(heartbeat.pid)], check=True)
+    recovered = '"event": "recovered"'
+    wait_for(lambda: recovered in run_dir.events.read_text(), "the restart")
+    subprocess.run(["scancel", "-s", "USR1", job], check=True)
+    wait_for(lambda: state_of(run_dir).restarts == 1, "the job to be queued again")
+    finish(run_dir)
     check_same(slurm, run_dir, PACED, *LONG)
 
 

@@ -61,6 +61,12 @@ SCRIPTS = {
         run_folders=["/home/me/project/runs/it's/0", "/home/me/project/runs/it's/1"],
         is_array=True,
     ),
+    "restarting": changed(
+        nodes=(3, 3),
+        commands=[["launcher", "run", "digits", "--nodes", "2", "--spares", "1"]],
+        run_folders=["/home/me/project/runs/digits"],
+        restarts=True,
+    ),
     "container": changed(
         commands=[[*program_of("python"), "run", "recipes/digits.py:digits", "lr=0.2"]],
         site=Site(container="/images/a b.sqsh", container_mounts=("/data:/data",), python="python"),
@@ -267,6 +273,26 @@ def test_an_interpreter_without_this_launcher_says_so(run: Commands) -> None:
     assert done.exit_code == 1
     assert str(other) in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--nodes", "2", "--spares", "1"), "--spares 1: .* Add --max-restarts N"),
+        (("--max-restarts", "2"), "--max-restarts 2: .* this job has one node"),
+        (("--nodes", "2", "--node-timeout", "9", "--to", "kubernetes"), "goes to kubernetes"),
+        (("--nodes", "2", "--max-restarts", "1", "--to", "ssh"), "goes to ssh"),
+        (("--nodes", "4:2"), "'4:2': expected a number of nodes"),
+    ],
+)
+def test_restarts_that_a_job_cannot_make_are_refused(
+    run: Commands, arguments: tuple[str, ...], message: str
+) -> None:
+    """Spares and restarts are refused where nothing gives or uses them, with exit code 2."""
+    done = run("launcher", "submit", "digits", "device=cpu", "--dry-run", *arguments)
+    assert done.exit_code == 2
+    assert re.search(message, done.stderr), done.stderr
+    assert done.stderr.count("launcher: ") <= 1
 
 
 def test_submission_needs_slurm(run: Commands) -> None:

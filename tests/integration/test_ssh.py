@@ -21,13 +21,19 @@ from support import BIN, ROOT, Commands, Finished, has_rows, read_lines, wait_un
 
 from launcher.engine.probes.parity import compare, read_trace
 from launcher.runs.checkpoints import list_checkpoints
+from launcher.runs.heartbeat import read_heartbeat
 from launcher.runs.rundir import RunDir
 
 WORLDS_PY = ROOT / "tests/recipes/worlds.py"
 
+PACED = f"{WORLDS_PY}:paced"
+
 FAILING = ROOT / "tests/recipes/failing.py"
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
+
+SPARE = "10.77.0.3"
+"""Address of a third machine."""
 
 _NEEDED = ("unshare", "nsenter", "ip", "ssh", "ssh-keygen", "dropbear", "dropbearkey")
 
@@ -105,6 +111,11 @@ class Network:
         stdout, stderr = process.communicate(timeout=120)
         return Finished(process.returncode, stdout, stderr)
 
+    def set_cable(self, number: int, state: str) -> None:
+        """Plug the cable of a machine in (`up`) or pull it (`down`), which closes nothing."""
+        enter = ("nsenter", "-t", str(self.terminal), "-n", "ip", "link", "set")
+        subprocess.run([*enter, f"cable{number}", state], check=True)
+
     def hosts(self, *hosts: str) -> tuple[str, ...]:
         """Return the options that run a command on `hosts`."""
         return ("--hosts", ",".join(hosts), "--ssh", self.ssh)
@@ -176,7 +187,7 @@ def network(module_run: Commands, keys: Path) -> Iterator[Network]:
         ip(terminal, "link", "add", "bridge", "type", "bridge")
         ip(terminal, "addr", "add", "10.77.0.254/24", "dev", "bridge")
         ip(terminal, "link", "set", "bridge", "up")
-        for number, address in enumerate(ADDRESSES, start=1):
+        for number, address in enumerate((*ADDRESSES, SPARE), start=1):
             machine = start_isolated(
                 *("--mount", "--pid", "--uts", "sh", "-c", _MACHINE, "sh", str(number), str(keys))
             )
@@ -383,6 +394,35 @@ def test_a_killed_terminal_stops_the_run(network: Network) -> None:
     wait_until(lambda: list_checkpoints(run_dir))
 
 
+LASTING = ("steps=60", "record_samples=true", "checkpoint_every=10", "device=cpu", "pause=0.05")
+
+
+def test_a_machine_that_is_cut_off_is_replaced(network: Network) -> None:
+    """When the cable of the first machine is pulled, the others notice, and a spare goes on."""
+    options = ("--spares", "1", "--max-restarts", "2", "--node-timeout", "4", "-n", "1")
+    hosts = network.hosts(*ADDRESSES, SPARE)
+    out = "pulled"
+    process = network.start("run", PACED, *LASTING, *options, "--out", out, *hosts)
+    run_dir = out_of(network, out)
+    try:
+        wait_until(lambda: has_rows(run_dir, 25), process)
+        network.set_cable(1, "down")
+        wait_until(run_dir.result.exists, process)
+    finally:
+        network.set_cable(1, "up")
+        output = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    nodes = [read_heartbeat(run_dir, rank) for rank in range(2)]
+    assert [node.node for node in nodes if node is not None] == ["machine2", "machine3"]
+    (failed,) = [row for row in read_lines(run_dir.events) if row["event"] == "failed"]
+    assert failed["error"] == "LostNode"
+    alone = network.run("launcher", "run", PACED, *LASTING[:-1], "-n", "1", "--out", "alone-paced")
+    assert alone.exit_code == 0, alone.stderr
+    one, other = (read_trace(out_of(network, name)) for name in ("alone-paced", out))
+    difference = compare(one, other, tolerance=1e-5)
+    assert difference.agrees, difference
+
+
 @pytest.mark.parametrize(
     ("hosts", "arguments", "code", "message"),
     [
@@ -391,7 +431,11 @@ def test_a_killed_terminal_stops_the_run(network: Network) -> None:
         (("localhost", "10.77.0.2"), (), 2, "--hosts localhost,10.77.0.2"),
         (ADDRESSES, ("--nodes", "3"), 2, "--nodes 3 .*--hosts.* 2"),
         (ADDRESSES, ("lr=fast",), 2, "lr"),
-        (ADDRESSES, ("--max-restarts", "2"), 2, "--max-restarts 2"),
+        (ADDRESSES, ("--spares", "1"), 2, "--spares 1: .* Add --max-restarts N"),
+        (ADDRESSES, ("--spares", "2", "--max-restarts", "1"), 2, "--spares 2 .*--hosts names 2"),
+        (ADDRESSES, ("--nodes", "2:1"), 2, "'2:1': expected"),
+        (ADDRESSES, ("--nodes", "1:2"), 2, "--nodes 1:2: .* Add"),
+        (ADDRESSES, ("--node-timeout", "1"), 2, "--node-timeout.*1.*x>=4"),
     ],
 )
 def test_a_run_that_cannot_start_is_refused_once(

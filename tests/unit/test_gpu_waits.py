@@ -21,8 +21,8 @@ from launcher import adamw, log, schedule_free, sgd
 from launcher.engine.backends.base import poison_nonfinite
 from launcher.engine.backends.local import LocalBackend
 from launcher.engine.backends.transfers import upload, upload_scalar, upload_tensor
+from launcher.engine.data.micro_batch import MicroBatch
 from launcher.engine.data.prefetching import pinned
-from launcher.engine.data.reader import MicroBatch
 from launcher.engine.metrics.meter import Meter, RankFlags
 from launcher.engine.metrics.noise_meter import LocalNoiseMeter, ReducedNoiseMeter
 from launcher.engine.metrics.step_measurements import MicroBatchLoss, StepMeasurements

@@ -9,7 +9,7 @@ import re
 
 import pytest
 
-from launcher.environment.nodes import find_nodes
+from launcher.environment.nodes import NodesRequest, find_nodes
 from launcher.environment.slurm_step import find_step, read_counts, read_hosts
 from launcher.environment.world import find_world
 from launcher.errors import UsageError, WorldError
@@ -49,12 +49,12 @@ def test_task_counts_of_slurm_are_expanded() -> None:
 
 def test_a_slurm_step_is_found() -> None:
     """A task knows its node, the first host and all names; jobs and steps use different ports."""
-    nodes = find_nodes(None, None, env=STEP)
+    nodes = find_nodes(NodesRequest(), env=STEP)
     assert nodes is not None
     assert (nodes.count, nodes.index, nodes.host) == (3, 2, "gpu008")
     assert nodes.names == ("gpu008", "gpu009", "gpu010")
     others = [STEP | {"SLURM_JOB_ID": "1235"}, STEP | {"SLURM_STEP_ID": "1"}]
-    ports = {other.port for env in others if (other := find_nodes(None, None, env=env))}
+    ports = {other.port for env in others if (other := find_nodes(NodesRequest(), env=env))}
     assert len(ports | {nodes.port}) == 3
     assert all(20_000 <= port < 32_000 for port in ports)
 
@@ -63,7 +63,7 @@ def test_a_slurm_step_is_found() -> None:
 def test_outside_of_srun_there_is_no_step(step: str) -> None:
     """A batch script or an interactive shell is not a task of a step."""
     assert find_step(STEP | {"SLURM_STEP_ID": step}) is None
-    assert find_nodes(None, None, env=STEP | {"SLURM_STEP_ID": step}) is None
+    assert find_nodes(NodesRequest(), env=STEP | {"SLURM_STEP_ID": step}) is None
 
 
 def test_srun_alone_makes_a_world() -> None:
@@ -81,27 +81,63 @@ def test_srun_alone_makes_a_world() -> None:
         )
 
 
+def two_at(rendezvous: str) -> NodesRequest:
+    """Return a request for two nodes that meet at an address."""
+    return NodesRequest(count=(2, 2), rendezvous=rendezvous)
+
+
 @pytest.mark.parametrize(
-    ("count", "rendezvous", "env", "fragment"),
+    ("request_", "env", "fragment"),
     [
-        (2, None, {}, "--rendezvous HOST"),
-        (None, "node1", {}, "--rendezvous node1"),
-        (2, "node1:port", {}, "HOST:PORT"),
-        (2, "node1:99999", {}, "HOST:PORT"),
-        (2, "n" * 64, {}, "HOST:PORT"),
-        (2, "node1..lab", {}, "HOST:PORT"),
-        (2, "node\udce9", {}, "HOST:PORT"),
-        (2, "node1:\u0661", {}, "HOST:PORT"),
-        (2, None, STEP, "--nodes 2"),
-        (None, None, STEP | {"SLURM_STEP_TASKS_PER_NODE": "4(x3)"}, "--ntasks-per-node=1"),
-        (None, None, {"SLURM_STEP_ID": "0"}, "SLURM_JOB_ID"),
-        (None, None, STEP | {"SLURM_PROCID": "7"}, "task 7"),
-        (None, None, STEP | {"SLURM_STEP_TASKS_PER_NODE": "x"}, "SLURM_STEP_TASKS_PER_NODE"),
+        (NodesRequest(count=(2, 2)), {}, "--rendezvous HOST"),
+        (NodesRequest(rendezvous="node1"), {}, "--rendezvous node1"),
+        (two_at("node1:port"), {}, "HOST:PORT"),
+        (two_at("node1:99999"), {}, "HOST:PORT"),
+        (two_at("n" * 64), {}, "HOST:PORT"),
+        (two_at("node1..lab"), {}, "HOST:PORT"),
+        (two_at("node\udce9"), {}, "HOST:PORT"),
+        (two_at("node1:\u0661"), {}, "HOST:PORT"),
+        (NodesRequest(count=(2, 2)), STEP, "--nodes 2"),
+        (NodesRequest(), STEP | {"SLURM_STEP_TASKS_PER_NODE": "4(x3)"}, "--ntasks-per-node=1"),
+        (NodesRequest(), {"SLURM_STEP_ID": "0"}, "SLURM_JOB_ID"),
+        (NodesRequest(), STEP | {"SLURM_PROCID": "7"}, "task 7"),
+        (NodesRequest(), STEP | {"SLURM_STEP_TASKS_PER_NODE": "x"}, "SLURM_STEP_TASKS_PER_NODE"),
+        (NodesRequest(spares=1), STEP, "Add --max-restarts"),
+        (NodesRequest(count=(2, 3)), STEP, "--nodes 2:3"),
+        (NodesRequest(spares=1, restarts=1), {}, "--spares 1 is for runs on several nodes"),
+        (NodesRequest(node_timeout=8), {}, "--node-timeout 8 is for runs on several nodes"),
+        (NodesRequest(spares=3, restarts=1), STEP, "--spares 3 was asked for, and the job step"),
+        (NodesRequest(count=(2, 2), spares=2, restarts=1), STEP, "--nodes 2 --spares 2 was asked"),
+        (
+            NodesRequest(count=(2, 2), spares=1, restarts=1, rendezvous="pod-0"),
+            {"JOB_COMPLETION_INDEX": "0"},
+            "--max-restarts 1: Kubernetes",
+        ),
     ],
 )
 def test_inconsistent_nodes_are_refused(
-    count: int | None, rendezvous: str | None, env: dict[str, str], fragment: str
+    request_: NodesRequest, env: dict[str, str], fragment: str
 ) -> None:
     """Options and variables that contradict each other are refused by name."""
     with pytest.raises(UsageError, match=re.escape(fragment)):
-        find_nodes(count, rendezvous, env=env)
+        find_nodes(request_, env=env)
+
+
+@pytest.mark.parametrize(
+    ("request_", "counts"),
+    [
+        (NodesRequest(restarts=1), (3, 3, 0)),
+        (NodesRequest(restarts=1, spares=1), (2, 2, 1)),
+        (NodesRequest(restarts=1, count=(2, 4)), (2, 3, 0)),
+        (NodesRequest(restarts=1, count=(1, 2), spares=1), (1, 2, 1)),
+    ],
+)
+def test_nodes_of_a_step_train_or_are_spares(
+    request_: NodesRequest, counts: tuple[int, int, int]
+) -> None:
+    """Of the nodes of a step, all but the spares train, and a range says how few may go on."""
+    nodes = find_nodes(request_, env=STEP)
+    assert nodes is not None
+    assert (nodes.min_count, nodes.count, nodes.spares) == counts
+    assert nodes.launchers == 3
+    assert nodes.names == ("gpu008", "gpu009", "gpu010")

@@ -15,9 +15,11 @@ from torch.utils.data import TensorDataset
 
 from launcher import Data, Recipe, RecipeError, SampleError
 from launcher.engine.data.fingerprint import are_equal
+from launcher.engine.data.micro_batch import MicroBatch
 from launcher.engine.data.prefetching import raise_if_error
 from launcher.engine.data.randomness import Generators
-from launcher.engine.data.reader import MicroBatch, Reader, sample_count
+from launcher.engine.data.reader import Reader
+from launcher.engine.data.recipe_data import sample_count
 from launcher.engine.data.sampler import MicroBatchRequest
 from launcher.runs.job import RecipeSource
 from recipes.digits import digits

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from launcher import Data, RecipeError, SampleError, Stream
 from launcher.engine.data.data_files import DataFiles
-from launcher.engine.data.reader import MicroBatch, Reader
+from launcher.engine.data.micro_batch import MicroBatch
+from launcher.engine.data.reader import Reader
 from launcher.engine.data.sample_threads import SampleThreads
 from launcher.engine.data.sampler import MicroBatchRequest
 

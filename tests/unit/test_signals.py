@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -119,3 +120,16 @@ def test_what_saves_nothing_ends_at_once(number: signal.Signals) -> None:
     with os.fdopen(read) as output:
         assert output.read().strip() == f"launcher: stopped by {number.name}"
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + number
+
+
+def test_an_interruption_that_an_import_swallows_is_raised_again() -> None:
+    """Code that runs when Ctrl-C comes may catch everything; the run ends all the same."""
+    with handlers_restored():
+        handler = SignalHandler(exits=False)
+        handler.raise_again()
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+        assert handler.stopped_by == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            handler.raise_again()

@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 
 from launcher.cli.machines import remove_options
-from launcher.environment.nodes import find_nodes, nodes_environment, nodes_of_hosts
+from launcher.environment.nodes import (
+    NodesRequest,
+    find_nodes,
+    nodes_environment,
+    nodes_of_hosts,
+)
 from launcher.errors import UsageError
 from launcher.launch.forwarded_variables import (
     forwarded_variables,
@@ -18,18 +23,30 @@ from launcher.launch.forwarded_variables import (
 
 def test_machines_know_their_place() -> None:
     """A node reads its index, the first host and the port from the environment that is set."""
-    nodes = nodes_of_hosts(["me@a", "b"], None)
+    nodes = nodes_of_hosts(["me@a", "b"], NodesRequest())
     assert (nodes.host, nodes.port, nodes.count) == ("a", 29_400, 2)
-    second = find_nodes(None, None, 7.0, env=nodes_environment(nodes, 1))
+    second = find_nodes(NodesRequest(join_timeout=7.0), nodes_environment(nodes, 1))
     assert second is not None
     assert (second.index, second.host, second.names) == (1, "a", ("me@a", "b"))
     assert second.join_timeout == 7.0
-    v6 = nodes_of_hosts(["me@fe80::1", "b"], None)
+    v6 = nodes_of_hosts(["me@fe80::1", "b"], NodesRequest())
     assert v6.host == "fe80::1"
-    assert find_nodes(None, None, env=nodes_environment(v6, 0)) is not None
+    assert find_nodes(NodesRequest(), nodes_environment(v6, 0)) is not None
     with pytest.raises(UsageError, match="--hosts localhost,b"):
-        nodes_of_hosts(["localhost", "b"], None)
-    assert nodes_of_hosts(["localhost", "b"], "a:1234").port == 1234
+        nodes_of_hosts(["localhost", "b"], NodesRequest())
+    assert nodes_of_hosts(["localhost", "b"], NodesRequest(rendezvous="a:1234")).port == 1234
+
+
+def test_hosts_are_nodes_and_spares() -> None:
+    """The launchers on the hosts know how many of them train, at least and at most."""
+    request = NodesRequest(count=(1, 2), spares=1, restarts=2)
+    nodes = nodes_of_hosts(["a", "b", "c"], request)
+    third = find_nodes(NodesRequest(restarts=2), nodes_environment(nodes, 2))
+    for found in (nodes, third):
+        assert found is not None
+        assert (found.min_count, found.count, found.spares, found.launchers) == (1, 2, 1, 3)
+    with pytest.raises(UsageError, match="--spares 2 was asked for, and --hosts names 2"):
+        nodes_of_hosts(["a", "b"], NodesRequest(spares=2, restarts=1))
 
 
 def test_options_are_removed_in_both_forms() -> None:

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 
 from launcher.engine.backends.nested_tensors import map_tensors
 from launcher.engine.data.loader_workers import PRELOADED, signals_held, start_worker
-from launcher.engine.data.reader import MicroBatch, Reader
+from launcher.engine.data.micro_batch import MicroBatch
+from launcher.engine.data.reader import Reader
 from launcher.engine.data.sampler import MicroBatchRequest
 from launcher.engine.ranks.temporary_files import check_temporary_folder
 from launcher.errors import LauncherError, RecipeError

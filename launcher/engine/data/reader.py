@@ -3,48 +3,45 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, TensorDataset, default_collate
+from torch.utils.data import Dataset, TensorDataset
 
-from launcher.engine.backends.nested_tensors import describe_argument, describe_nested
 from launcher.engine.data.bad_samples import BadSample, bad_sample, may_be_skipped
+from launcher.engine.data.data_calls import (
+    all_samples,
+    call_for,
+    collated,
+    count_items,
+    shown_files,
+)
 from launcher.engine.data.fingerprint import describe
 from launcher.engine.data.loader_workers import (
     check_sendable,
     is_worker,
 )
+from launcher.engine.data.micro_batch import MicroBatch
 from launcher.engine.data.open_files import OpenFile, moved_files, open_files
 from launcher.engine.data.randomness import Generators, seed_all
-from launcher.engine.data.sample_files import file_of
+from launcher.engine.data.recipe_data import call_data
 from launcher.engine.data.sample_threads import SampleThreads
 from launcher.engine.data.sampler import MicroBatchRequest
 from launcher.engine.data.seeds import derive
 from launcher.engine.data.streams import (
-    ENDLESS,
     Stream,
-    StreamNote,
     StreamReader,
     StreamState,
-    as_stream,
-    read_all,
 )
 from launcher.errors import LauncherError, RecipeError, SampleError
 from launcher.printable import (
-    class_name,
     error_line,
-    kind_of,
-    printable_line,
-    shortened,
-    text_of,
     traceback_of,
 )
 from launcher.recipe.evaluation_sets import split_of, title_of
-from launcher.recipe.function_checks import call_text, called_with, note_call
 from launcher.recipe.recipe import Data, Recipe
 from launcher.runs.job import RecipeSource
 
@@ -52,133 +49,11 @@ _MAX_SUBSTITUTES = 64
 """Number of samples that are tried in place of a micro-batch without any that can be read."""
 
 
-class MicroBatch(NamedTuple):
-    """A micro-batch that was read for a request."""
-
-    batch: Any
-    """The collated samples."""
-
-    request: MicroBatchRequest
-    """The request."""
-
-    items: int
-    """The number of items that the loss counts: samples, or the result of the recipe's `count`."""
-
-    samples: dict[str, Any] | None = None
-    """In a trial, the descriptions of the samples by their indices; otherwise None."""
-
-    stream: StreamNote | None = None
-    """If the training data is a stream, what its reader tells beside a training micro-batch."""
-
-    bad: tuple[BadSample, ...] = ()
-    """Samples of the request that could not be read, with bad_samples=skip."""
-
-    @property
-    def has_weight(self) -> bool:
-        """Whether the micro-batch has a weight in its step."""
-        return self.request.has_weight
-
-
 class _Split(NamedTuple):
     """A data set to read from, and how its samples become a batch."""
 
     dataset: Any
     collate: Callable[[list[Any]], Any] | None
-
-
-def call_data(recipe: Recipe) -> Data:
-    """Call the recipe's data function and return its data.
-
-    Training data that can only be read from its start is returned as a `Stream`. Such evaluation
-    sets are read to their end, and returned as lists.
-
-    Raises:
-        RecipeError: The function did not return `launcher.Data`, or a `collate` is no function.
-        SampleError: A stream raised an exception.
-    """
-    try:
-        data = recipe.data()
-    except Exception as error:
-        note_call(error, "The recipe's data function")
-        raise
-    if not isinstance(data, Data):
-        raise RecipeError(
-            f"The recipe's data function returned {type(data).__name__}; expected "
-            "launcher.Data(train=..., evaluation=...)."
-        )
-    for owner, collate in [
-        ("Data", data.collate),
-        *(("Evaluation", each.collate) for each in data.evaluation_sets().values()),
-    ]:
-        if not (collate is None or callable(collate)):
-            raise RecipeError(
-                f"{owner}(collate=...): expected a function from a list of samples to a batch, or "
-                f"None, found {kind_of(collate)}."
-            )
-    return _with_streams(recipe, data)
-
-
-def _with_streams(recipe: Recipe, data: Data) -> Data:
-    """Return data whose streams are found: `Data.train` as a `Stream`, the others in memory."""
-    held_out = {
-        name: replace(each, data=read_all(stream, recipe.seed, title_of(split_of(name))))
-        for name, each in data.evaluation_sets().items()
-        if (stream := as_stream(each.data)) is not None
-    }
-    if held_out:
-        sets = {**data.evaluation_sets(), **held_out}
-        data = replace(data, evaluation=sets.get("", sets))
-    stream = as_stream(data.train)
-    return data if stream is None else replace(data, train=stream)
-
-
-def with_first_samples(recipe: Recipe, data: Data, count: int) -> Data:
-    """Return data in which a list of the first samples stands for a training stream."""
-    if not isinstance(data.train, Stream):
-        return data
-    return replace(data, train=read_all(data.train, recipe.seed, "training", limit=count))
-
-
-def sample_count(data: Any, split: str, train_samples: int | None = None) -> int:
-    """Return the number of samples in a data set; of a stream, in one of its epochs.
-
-    Args:
-        data: The data set of a recipe.
-        split: The name of the data set, for error messages.
-        train_samples: The number that the recipe states, which is the length of a stream's epoch.
-
-    Raises:
-        RecipeError: The data set has no length, cannot be indexed, or is empty.
-    """
-    if isinstance(data, Stream):
-        return train_samples or ENDLESS
-    if isinstance(data, Mapping) and 0 not in data:
-        names = ", ".join(map(repr, list(data)[:4]))
-        raise RecipeError(
-            f"The {split} data is {kind_of(data)} with the keys {names}, but it must be "
-            "one data set whose samples have indices from 0. Join several data sets with "
-            "torch.utils.data.ConcatDataset."
-        )
-    if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
-        missing = "length" if hasattr(data, "__getitem__") else "__getitem__"
-        raise RecipeError(
-            f"The {split} data is {kind_of(data)}, which has no {missing}, so its samples "
-            "cannot be divided exactly among ranks. Return a map-style data set, with __len__ and "
-            "__getitem__."
-        )
-    try:
-        num_samples = len(data)
-    except Exception as error:  # noqa: BLE001  # the recipe's code may raise anything
-        raise RecipeError(
-            f"The {split} data is {kind_of(data)}, whose length cannot be read: len() raised "
-            f"{error_line(error)}. Its __len__ must return the number of samples."
-        ) from None
-    if num_samples == 0:
-        raise RecipeError(
-            f"The {split} data is empty: len() of the {type(data).__name__} is 0. "
-            "Check what the recipe's data function reads."
-        )
-    return num_samples
 
 
 class Reader(Dataset[MicroBatch | LauncherError]):
@@ -338,7 +213,7 @@ class Reader(Dataset[MicroBatch | LauncherError]):
             if request.trial:
                 descriptions = _describe(request, samples)
                 self._check_threads(request, samples)
-            batch = _collate(collate, request, samples)
+            batch = collated(collate, request, samples)
         note = None
         if self.stream is not None and request.split == "train":
             note = self.stream.note()
@@ -346,7 +221,7 @@ class Reader(Dataset[MicroBatch | LauncherError]):
         if request.has_weight:
             items = len(request.indices)
             if self._count is not None:
-                items = _count_items(self._count, request, batch)
+                items = count_items(self._count, request, batch)
         return MicroBatch(batch, request, items, descriptions, note, tuple(bad))
 
     def _read_samples(
@@ -375,19 +250,19 @@ class Reader(Dataset[MicroBatch | LauncherError]):
                 )
             if self._batched[request.split]:
                 try:
-                    samples = _call(
+                    samples = call_for(
                         name,
                         request,
                         dataset.__getitems__,
                         request.indices,
-                        details=functools.partial(_shown_files, dataset, request.indices),
+                        details=functools.partial(shown_files, dataset, request.indices),
                     )
                 except SampleError:
                     if not self._skips:
                         raise
                 else:
                     if generators.are_untouched():
-                        return _all_samples(samples, request)
+                        return all_samples(samples, request)
                     # It drew random numbers for the batch, which would depend on the split.
                     self._batched[request.split] = False
             samples = self._read_in_threads(dataset, request, generators)
@@ -493,13 +368,13 @@ class Reader(Dataset[MicroBatch | LauncherError]):
             for attempt in range(2):
                 seed_all(derive(self._seed, request.epoch, index))
                 try:
-                    sample = _call(
+                    sample = call_for(
                         name,
                         request,
                         dataset.__getitem__,
                         index,
                         indices=[index],
-                        details=functools.partial(_shown_files, dataset, [index]),
+                        details=functools.partial(shown_files, dataset, [index]),
                     )
                 except SampleError as error:
                     if not self._skips:
@@ -557,14 +432,6 @@ class Reader(Dataset[MicroBatch | LauncherError]):
         )
 
 
-def _shown_files(dataset: Any, indices: list[int]) -> str:
-    """Return the files of samples for a message; empty if they are not known."""
-    names = dict.fromkeys(file_of(dataset, index) for index in indices[:64])
-    known = [printable_line(shortened(name, 300)) for name in names if name is not None]
-    more = ", ..." if len(known) > 3 else ""
-    return f" (in {', '.join(known[:3])}{more})" if known else ""
-
-
 def _length(dataset: Any) -> int:
     return len(dataset) if hasattr(dataset, "__len__") else 0
 
@@ -577,132 +444,3 @@ def _describe(request: MicroBatchRequest, samples: list[Any]) -> dict[str, Any]:
     epoch = f" of epoch {request.epoch + 1}" if request.epoch else ""
     pairs = zip(request.indices, samples, strict=True)
     return {f"{index}{epoch}": describe(sample) for index, sample in pairs}
-
-
-def _call(
-    name: str,
-    request: MicroBatchRequest,
-    function: Callable[[Any], Any],
-    argument: Any,
-    *,
-    indices: list[int] | None = None,
-    details: Callable[[], str] = str,
-) -> Any:
-    """Call a function of the recipe.
-
-    Args:
-        name: The name of the function, for error messages.
-        request: The request that is being read.
-        function: The function.
-        argument: Its only argument.
-        indices: The samples that the call concerns; None for all samples of the request.
-        details: Returns what is added to the message.
-
-    Raises:
-        SampleError: The function raised an exception; the message names the samples.
-    """
-    try:
-        return function(argument)
-    except (LauncherError, KeyboardInterrupt):
-        raise
-    except BaseException as error:  # noqa: BLE001  # the recipe's code may raise anything
-        samples = request.indices if indices is None else indices
-        shown = ", ".join(map(str, samples[:8])) + (", ..." if len(samples) > 8 else "")
-        calls = error.__traceback__.tb_next if error.__traceback__ is not None else None
-        error.__traceback__ = calls  # without the call above
-        raise SampleError(
-            f"{name} raised {class_name(error)} for sample{'s' * (len(samples) > 1)} {shown} "
-            f"(epoch {request.epoch}): {text_of(error, 2_000) or 'it has no text'}{details()}"
-            + (f"\n\n{traceback_of(error).rstrip()}" if calls is not None else "")
-        ) from None
-
-
-def _count_items(count: Callable[[Any], Any], request: MicroBatchRequest, batch: Any) -> int:
-    """Return the number of items in a batch, as the recipe's count function counts them.
-
-    Raises:
-        SampleError: The function raised an exception.
-        RecipeError: It returned something else than a whole number.
-    """
-    name, described = "The recipe's count function", functools.partial(describe_argument, batch)
-    returned = _call(
-        name, request, count, batch, details=lambda: f"\n{call_text(name, batch=described())}"
-    )
-    try:
-        number = int(returned)
-        is_whole = number == returned and number >= 0
-    except (TypeError, ValueError, OverflowError):
-        is_whole = False
-    if is_whole:
-        return number
-    found = describe_argument(returned)
-    shown = f"{returned} ({found})" if isinstance(returned, (int, float)) else found
-    raise RecipeError(
-        f"{name} returned {shown}; expected the number of items that the loss counts in the batch, "
-        f"a whole number of at least 0. {called_with(name, batch=described())}"
-    )
-
-
-def _all_samples(samples: Any, request: MicroBatchRequest) -> list[Any]:
-    """Return what `__getitems__` of a data set returned, as a list.
-
-    Raises:
-        SampleError: It is no list with a sample for each index.
-    """
-    is_list = isinstance(samples, Iterable)
-    found = list(samples) if is_list else []
-    if is_list and len(found) == len(request.indices):
-        return found
-    what = f"{len(found):,} samples" if is_list else kind_of(samples)
-    raise SampleError(
-        f"__getitems__ of the {request.split} data was called with {len(request.indices):,} "
-        f"indices and returned {what}. It returns a list with one sample for each index, in order."
-    )
-
-
-def _collate(
-    collate: Callable[[list[Any]], Any] | None, request: MicroBatchRequest, samples: list[Any]
-) -> Any:
-    """Return the batch of the samples.
-
-    Args:
-        collate: The recipe's collate function; None joins equal shapes, as torch does by default.
-        request: The request that is being read.
-        samples: Its samples.
-
-    Raises:
-        SampleError: The samples cannot be joined; the message names two that differ.
-    """
-    if collate is not None:
-        name = f"The collate function of the {title_of(request.split)} data"
-        count = f"{len(samples):,} sample{'s' * (len(samples) > 1)}"
-
-        def details() -> str:
-            called = call_text("The collate function", samples=f"a list of {count}")
-            return f"\n{_describe_samples(request, samples)}.\n{called}"
-
-        return _call(name, request, collate, samples, details=details)
-    try:
-        return default_collate(samples)
-    except Exception as error:  # noqa: BLE001  # depends on the types of the samples
-        split = "training" if request.split == "train" else title_of(request.split)
-        reason = f"torch's default_collate raised {type(error).__name__}"
-        raise SampleError(
-            f"The {split} samples of a batch cannot be joined. "
-            f"{_describe_samples(request, samples)}. Give Data(collate=...) a function that turns "
-            "a list of samples into a batch, by padding for example, or make the samples alike "
-            f"({reason}: {printable_line(text_of(error))})."
-        ) from None
-
-
-def _describe_samples(request: MicroBatchRequest, samples: list[Any]) -> str:
-    """Describe the first sample of a request, and the first one that is built differently."""
-    descriptions = [describe_nested(sample) for sample in samples]
-    first, text = descriptions[0], f"Sample {request.indices[0]} is {descriptions[0]}"
-    pairs = zip(request.indices, descriptions, strict=False)
-    different = [(index, description) for index, description in pairs if description != first]
-    if not different:
-        return f"{text}, and so are the others" if len(samples) > 1 else text
-    index, description = different[0]
-    more = f", and {len(different) - 1} more differ from the first" if different[1:] else ""
-    return f"{text}, but sample {index} is {description}{more}"

@@ -14,7 +14,7 @@ import msgspec
 from launcher.analysis.gradient_noise import Measurement, RunningNoise
 from launcher.analysis.slow_ranks import SlowRanks, slow_rank_text
 from launcher.console.progress import Progress
-from launcher.engine.data.reader import MicroBatch
+from launcher.engine.data.micro_batch import MicroBatch
 from launcher.engine.metrics.rank_times import RankRow
 from launcher.regular_file import open_to_append
 from launcher.runs.files import unwritable_error

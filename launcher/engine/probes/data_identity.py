@@ -9,7 +9,7 @@ from typing import Any
 from launcher.engine.backends.base import Backend
 from launcher.engine.data.fingerprint import DataDifference, describe_classes, first_difference
 from launcher.engine.data.index_fingerprint import describe_index
-from launcher.engine.data.reader import MicroBatch
+from launcher.engine.data.micro_batch import MicroBatch
 from launcher.engine.data.streams import ENDLESS
 from launcher.engine.training.context import TrainContext
 from launcher.errors import CheckpointError, RecipeError

@@ -25,7 +25,8 @@ from launcher.engine.data.object_lists import ObjectList, find_object_lists
 from launcher.engine.data.open_files import moved_files, open_files, opened_since
 from launcher.engine.data.prefetching import prefetch, raise_if_error
 from launcher.engine.data.randomness import seed_all
-from launcher.engine.data.reader import Reader, call_data, sample_count, with_first_samples
+from launcher.engine.data.reader import Reader
+from launcher.engine.data.recipe_data import call_data, sample_count, with_first_samples
 from launcher.engine.data.sample_threads import SampleThreads
 from launcher.engine.data.sampler import MicroBatchRequest
 from launcher.engine.data.streams import ENDLESS, Stream

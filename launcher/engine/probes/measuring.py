@@ -23,7 +23,7 @@ from launcher.analysis.gradient_noise import Measurement
 from launcher.analysis.lr_curve import Divergence, LossCurve
 from launcher.console.progress import Progress
 from launcher.engine.backends.base import Backend
-from launcher.engine.data.reader import MicroBatch
+from launcher.engine.data.micro_batch import MicroBatch
 from launcher.engine.data.sample_threads import SampleThreads
 from launcher.engine.data.sampler import MicroBatchRequest
 from launcher.engine.metrics.meter import RankFlags

@@ -22,7 +22,8 @@ from launcher.engine.backends.nested_tensors import map_tensors, tensors_in
 from launcher.engine.backends.parallel_plan import find_styles, split_sides
 from launcher.engine.data.prefetching import raise_if_error
 from launcher.engine.data.randomness import seed_all
-from launcher.engine.data.reader import Reader, call_data, sample_count, with_first_samples
+from launcher.engine.data.reader import Reader
+from launcher.engine.data.recipe_data import call_data, sample_count, with_first_samples
 from launcher.engine.data.sampler import MicroBatchRequest
 from launcher.engine.model.blocks import checkpoint_activations, find_blocks
 from launcher.engine.optimizers.taking_steps import take_step

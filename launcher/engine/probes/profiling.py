@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from launcher.analysis.step_profile import PREFIX, holds_kernels, read_profile
 from launcher.engine.backends.base import Backend
-from launcher.engine.data.reader import MicroBatch
+from launcher.engine.data.micro_batch import MicroBatch
 from launcher.engine.probes.measuring import ProbeContext
 from launcher.engine.training.context import TrainContext
 from launcher.engine.training.loop import train

@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from launcher.engine.data.micro_batch import MicroBatch
 from launcher.engine.data.open_files import moved_files
 from launcher.engine.data.randomness import Generators
-from launcher.engine.data.reader import MicroBatch
 from launcher.engine.model.forward_writes import TensorVersion, read_version
 from launcher.engine.probes.data_identity import (
     CheckpointData,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from launcher.engine.backends.nested_tensors import tensors_in
-from launcher.engine.data.reader import MicroBatch
+from launcher.engine.data.micro_batch import MicroBatch
 from launcher.errors import RecipeError
 from launcher.planning.plan import Plan
 from launcher.quantities import size

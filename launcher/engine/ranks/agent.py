@@ -33,11 +33,15 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousStoreInfo,
 )
 
-from launcher.engine.ranks.rendezvous import Rendezvous
+from launcher.engine.ranks.rendezvous import NodeGroup
 from launcher.forking import without_main_module
 from launcher.runs.failure_record import FAILURE_FILE_VARIABLE, fallback_failure_path
 from launcher.runs.job import Job
 from launcher.signals import signals_blocked
+
+_SECONDS_TO_STOP = 5
+"""How long ranks that are stopped for a restart may take, before they are killed: a call of NCCL
+may wait for a lost rank."""
 
 _POLL_SECONDS = 0.05
 """Interval at which the agent checks its ranks; a run ends two intervals after they do."""
@@ -47,7 +51,7 @@ def run_agent(
     function: Callable[[Job], int | None],
     job: Job,
     folder: Path,
-    rendezvous: Rendezvous | None,
+    rendezvous: NodeGroup | None,
     *,
     spawn: bool = False,
     poll: Callable[[], object] = lambda: None,
@@ -74,12 +78,13 @@ def run_agent(
         entrypoint=function,
         args=(job,),
         rdzv_handler=StaticRendezvousHandler(rendezvous),
-        max_restarts=job.restarts,
+        max_restarts=job.attempt + job.restarts,  # the ranks see the difference to what is left
         monitor_interval=_POLL_SECONDS,
     )
     kind = _SpawningAgent if spawn else _Agent
     agent = kind(spec, logs_specs=NoLogsSpecs(folder), start_method="spawn" if spawn else "fork")
     agent.poll, agent.before_restart = poll, before_restart
+    agent.set_up(job, has_peers=rendezvous is not None)
     with contextlib.closing(agent):
         return agent.run()
 
@@ -101,6 +106,16 @@ class _Agent(LocalElasticAgent):
 
         self._descriptors: list[int] = []
         """Descriptors of the ranks' processes (pidfd), which are ready once the process ends."""
+
+    def set_up(self, job: Job, *, has_peers: bool) -> None:
+        """Prepare for one attempt of a job, with or without the agents of other nodes."""
+        self._remaining_restarts = job.restarts
+        if has_peers and job.restarts_together:
+            self._shutdown_timeout = _SECONDS_TO_STOP
+            self._exit_barrier = lambda: None  # type: ignore[method-assign]  # the launchers wait
+
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        self._shutdown(timeout=self._shutdown_timeout)
 
     def close(self) -> None:
         """Close the descriptors of processes that have ended."""
@@ -173,7 +188,7 @@ class _SpawningAgent(_Agent):
 class StaticRendezvousHandler(RendezvousHandler):
     """Tells the agent about nodes that have already met, or that this node is the only one."""
 
-    def __init__(self, rendezvous: Rendezvous | None) -> None:
+    def __init__(self, rendezvous: NodeGroup | None) -> None:
         self._rendezvous = rendezvous
 
     def get_backend(self) -> str:

@@ -7,11 +7,11 @@ import json
 import platform
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
-from torch._C._distributed_c10d import TCPStore
+from torch._C._distributed_c10d import Store, TCPStore
 
 from launcher.environment.nodes import Nodes
 from launcher.errors import EXIT_RESUMABLE, PeerError, WorldError
@@ -21,9 +21,6 @@ _SECONDS_BETWEEN_MESSAGES = 15.0
 """Interval of the messages that name the nodes that have not arrived."""
 
 _SECONDS_BETWEEN_HEARTBEATS = 1.0
-_HEARTBEAT_TIMEOUT_SECONDS = 20.0
-"""Age of a node's last heartbeat at which the node counts as lost."""
-
 _SECONDS_TO_LEAVE = 6.0
 """How long the first node, which holds the store, waits for the others to leave before it does."""
 
@@ -32,6 +29,41 @@ _SECONDS_TO_EXIT = 1.0
 
 _FAILURE = "failure"
 """Key of the store that holds the first failure of a node."""
+
+
+class NodeGroup(Protocol):
+    """The launchers of the nodes that start ranks together, as one of them sees the others."""
+
+    index: int
+    """Index of this node."""
+
+    count: int
+    """Number of nodes."""
+
+    names: Sequence[str]
+    """Names of the nodes."""
+
+    address: tuple[str, int]
+    """Host and port of the store."""
+
+    store: Store
+    """The store of the launchers, at which their ranks meet as well."""
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether this node stays quiet, because the first node prints to the same output."""
+
+    def share(self, make: Callable[[], str]) -> str:
+        """Call `make` on the first node; return its result on every node (collective)."""
+
+    def check_peers(self, *, wait: bool = False) -> None:
+        """Raise PeerError if another node has failed or disappeared."""
+
+    def report(self, exit_code: int) -> None:
+        """Tell the other nodes that this one has failed."""
+
+    def leave(self, exit_code: int) -> int:
+        """Leave the group; return the exit code for the process of this node."""
 
 
 class Rendezvous:
@@ -62,6 +94,7 @@ class Rendezvous:
         self.address = (nodes.host, nodes.port)
         self._nodes, self._report_progress = nodes, report_progress
         self._deadline = time.monotonic() + nodes.join_timeout
+        self.store: Store
         self.store, is_first = self._open_store()
         self.index = self._find_index(is_first=is_first)
         self._heartbeats: dict[int, tuple[bytes, float]] = {}
@@ -69,7 +102,7 @@ class Rendezvous:
         own_values = {"node": platform.node(), **agreement}
         self.store.set(f"node{self.index}", json.dumps(own_values))
         values = [json.loads(self._wait_for_key(f"node{index}")) for index in range(self.count)]
-        self.names = [node_values.pop("node") for node_values in values]
+        self.names: Sequence[str] = [node_values.pop("node") for node_values in values]
         self._check_agreement(values)
 
     def share(self, make: Callable[[], str]) -> str:
@@ -131,13 +164,12 @@ class Rendezvous:
         """Write the heartbeat of this node and check those of the others, at most once a second.
 
         Args:
-            wait: Whether to keep checking for 20 s, after which a lost node is certain to have
-                been noticed.
+            wait: Whether to keep checking until a lost node is certain to have been noticed.
 
         Raises:
             PeerError: Another node has failed or disappeared.
         """
-        deadline = time.monotonic() + (_HEARTBEAT_TIMEOUT_SECONDS if wait else 0)
+        deadline = time.monotonic() + (self._nodes.node_timeout if wait else 0)
         while True:
             if time.monotonic() >= self._next_heartbeat:
                 self._next_heartbeat = time.monotonic() + _SECONDS_BETWEEN_HEARTBEATS
@@ -166,7 +198,7 @@ class Rendezvous:
             previous, since = self._heartbeats.get(other, (None, 0.0))
             if heartbeat != previous:
                 self._heartbeats[other] = (heartbeat, time.monotonic())
-            elif time.monotonic() - since > _HEARTBEAT_TIMEOUT_SECONDS:
+            elif time.monotonic() - since > self._nodes.node_timeout:
                 self.report(None, other)
                 raise PeerError(self.names[other], None)
 
@@ -180,8 +212,8 @@ class Rendezvous:
         timeout = timedelta(seconds=self._nodes.join_timeout)
         index = self._nodes.index
         if index == 0:  # the name of a pod may be published after the pod has started
-            self._wait_until(lambda: _can_resolve(host), lambda: f"the name {host}")
-        if index == 0 if index is not None else _is_this_machine(host):
+            self._wait_until(lambda: can_resolve(host), lambda: f"the name {host}")
+        if index == 0 if index is not None else is_this_machine(host):
             try:
                 store = TCPStore(
                     host, port, is_master=True, timeout=timeout, wait_for_workers=False
@@ -275,7 +307,7 @@ class Rendezvous:
                 )
 
 
-def _can_resolve(host: str) -> bool:
+def can_resolve(host: str) -> bool:
     """Return whether a host name has an address."""
     try:
         return bool(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM))
@@ -283,7 +315,7 @@ def _can_resolve(host: str) -> bool:
         return False
 
 
-def _is_this_machine(host: str) -> bool:
+def is_this_machine(host: str) -> bool:
     """Return whether a host name or address belongs to this machine.
 
     Raises:

@@ -14,10 +14,11 @@ from torch.optim import Optimizer
 
 from launcher.engine.backends.base import Backend
 from launcher.engine.backends.transfers import upload_scalar
+from launcher.engine.data.micro_batch import MicroBatch
 from launcher.engine.data.open_files import open_files, opened_since
 from launcher.engine.data.prefetching import micro_batches, raise_if_error
 from launcher.engine.data.randomness import seed_all
-from launcher.engine.data.reader import MicroBatch, Reader
+from launcher.engine.data.reader import Reader
 from launcher.engine.data.sampler import (
     Horizon,
     MicroBatchRequest,

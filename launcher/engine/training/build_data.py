@@ -10,7 +10,7 @@ from torch.utils.data import TensorDataset
 from launcher.engine.backends.base import Backend
 from launcher.engine.data.order import OrderRequest, order_of
 from launcher.engine.data.randomness import seed_all
-from launcher.engine.data.reader import call_data, sample_count
+from launcher.engine.data.recipe_data import call_data, sample_count
 from launcher.engine.data.sampler import EvaluationSchedule, Sampler
 from launcher.engine.data.streams import Stream, StreamState
 from launcher.engine.training.data_watch import BadSamples, DataWatch

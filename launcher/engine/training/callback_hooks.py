@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from launcher.analysis.gradient_noise import Measurement
-from launcher.engine.data.reader import MicroBatch
+from launcher.engine.data.micro_batch import MicroBatch
 from launcher.engine.state.training_state import is_plain
 from launcher.engine.training.context import Listener, TrainContext
 from launcher.errors import TrainingError

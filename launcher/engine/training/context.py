@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 
 from launcher.analysis.gradient_noise import Measurement
 from launcher.engine.backends.base import Backend
-from launcher.engine.data.reader import MicroBatch, Reader
+from launcher.engine.data.micro_batch import MicroBatch
+from launcher.engine.data.reader import Reader
 from launcher.engine.data.sampler import EvaluationSchedule, Horizon, Sampler
 from launcher.engine.metrics.collected_metrics import CollectedMetrics
 from launcher.engine.metrics.meter import RankFlags

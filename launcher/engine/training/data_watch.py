@@ -12,7 +12,7 @@ import msgspec
 from launcher.engine.backends.base import Backend
 from launcher.engine.data.bad_samples import BadSample
 from launcher.engine.data.fingerprint import first_difference
-from launcher.engine.data.reader import MicroBatch
+from launcher.engine.data.micro_batch import MicroBatch
 from launcher.engine.data.streams import SAME_EVERYWHERE, StreamState
 from launcher.errors import TrainingError
 from launcher.json_file import decode_line, lines_of

@@ -7,8 +7,8 @@ import time
 from torch import Tensor
 
 from launcher.engine.backends.transfers import upload_scalar
+from launcher.engine.data.micro_batch import MicroBatch
 from launcher.engine.data.randomness import ModelRandomness
-from launcher.engine.data.reader import MicroBatch
 from launcher.engine.data.sampler import EvaluationSchedule
 from launcher.engine.metrics.logged_numbers import LoggedNumbers
 from launcher.engine.metrics.meter import Meter, MetricsBatch, RankFlags

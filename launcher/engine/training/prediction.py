@@ -14,7 +14,7 @@ from torch import Tensor
 
 from launcher.engine.backends.base import Backend
 from launcher.engine.backends.nested_tensors import describe_nested
-from launcher.engine.data.reader import call_data, sample_count
+from launcher.engine.data.recipe_data import call_data, sample_count
 from launcher.engine.data.sampler import MicroBatchRequest, Sampler
 from launcher.engine.training.finished_run import build_with_weights
 from launcher.errors import RecipeError
