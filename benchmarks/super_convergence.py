@@ -133,8 +133,8 @@ def compare(
 
 
 def find_lr(steps: int, *settings: str) -> float:
-    """Return the learning rate that `launcher find lr --try` finds for a batch size of 64."""
-    search = measure("find", "lr", "fashion_mnist", "--try", "--steps", str(steps), *settings)
+    """Return the learning rate that `launcher find lr` finds for a batch size of 64."""
+    search = measure("find", "lr", "fashion_mnist", "--steps", str(steps), *settings)
     return float(f"{search['settings']['lr']:.3g}")
 
 

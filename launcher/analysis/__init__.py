@@ -1,7 +1,7 @@
 """Models and statistics of measurements, in pure Python.
 
-- `lr_curve`: learning rates that the loss curve of a range test suggests, and the search around
-  them.
+- `lr_curve`: where the loss of a learning-rate range test is lowest, and where it diverges.
+- `lr_trials`: the search for a learning rate by short trainings, and how often it is right.
 - `batch_sizes`: the micro-batch sizes to try, and the one to choose from those measured.
 - `gradient_noise`: the gradient noise scale, and what it says about the global batch size.
 - `loader_throughput`: the number of DataLoader workers that a data set needs.

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     default=200,
     show_default=True,
     metavar="K",
-    help="Optimizer steps of each range test and of the noise measurement.",
+    help="Steps of each range test, at each learning rate, and of the noise measurement.",
 )
 @click.option(
     "--seconds",
@@ -61,12 +61,11 @@ def command(
 ) -> None:
     """Tune learning rate, batch size, micro-batch and DataLoader workers of RECIPE.
 
-    It runs a learning-rate range test with short trainings around its suggestion; measures the
-    gradient noise scale; chooses the batch that reaches a loss soonest, from the noise scale and
-    the measured speed of each size, and the learning rate at that batch; then it measures
-    DataLoader workers. Settings given as NAME=VALUE stay fixed. It writes tuned.yaml, with a reason
-    behind each line, and a page with the curves. If it is interrupted, repeat the command with
-    --out to resume.
+    It finds the learning rate by a range test and short trainings; measures the gradient noise
+    scale; chooses the batch that reaches a loss soonest, from the noise scale and the measured
+    speed of each size, and the learning rate at that batch; then it measures DataLoader workers.
+    Settings given as NAME=VALUE stay fixed. It writes tuned.yaml, with a reason behind each line,
+    and a page with the curves. If it is interrupted, repeat the command with --out to resume.
 
     \b
     launcher tune digits

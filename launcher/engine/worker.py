@@ -23,6 +23,7 @@ from launcher.engine.probes.measuring import (
     limit_memory,
     measure_noise,
     run_range_test,
+    run_short_training,
     time_data_loading,
     time_micro_batch_size,
     time_strategy,
@@ -136,6 +137,11 @@ def _recording_recovery(rank: _AgentRank) -> Callable[[int, str], None]:
 def agent_range_test(job: Job) -> int:
     """Take part in a learning-rate range test; rank 0 writes its curve to the run folder."""
     return _run_probe(job, run_range_test)
+
+
+def agent_short_training(job: Job) -> int:
+    """Take part in a training of a few steps; rank 0 writes its losses to the run folder."""
+    return _run_probe(job, run_short_training)
 
 
 def agent_noise_probe(job: Job) -> int:

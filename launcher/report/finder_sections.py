@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from launcher.analysis.gradient_noise import RunningNoise
-from launcher.analysis.lr_curve import LRSearchResult, suggest
+from launcher.analysis.lr_trials import LRTrial, final_loss, mean_loss
 from launcher.console.plots import Curve, Plot
 from launcher.errors import RunDirError
 from launcher.paths import is_dir, is_file
@@ -16,6 +16,7 @@ from launcher.report.page import Section, Table
 from launcher.runs.history import History
 from launcher.runs.run_record import read_run
 from launcher.runs.rundir import RunDir
+from launcher.tuning.lr_search import read_range_test, with_trials
 from launcher.tuning.measured_files import read_curve, read_loading, read_noise, read_size
 from launcher.tuning.summaries import lr_plot, lr_suggestions_text
 
@@ -90,11 +91,23 @@ def _measurements(folder: Path) -> Iterator[tuple[_SectionMaker, list[RunDir]]]:
 
 def _lr_section(run_dirs: list[RunDir]) -> Section:
     plan, curve = _plan_of(run_dirs[0]), read_curve(run_dirs[0])
-    result = LRSearchResult(curve=curve, suggestions=suggest(curve))
+    result = with_trials(read_range_test(curve), _read_trials(run_dirs[0].path))
     title = f"Learning rate, at a batch of {plan.batch_size:,}"
     return Section(
         title=title, text=lr_suggestions_text(result, plan), figures=[lr_plot(result, plan)]
     )
+
+
+def _read_trials(folder: Path) -> list[LRTrial]:
+    """Return the outcomes of the short trainings beside a range test, which may be none."""
+    losses: dict[float, list[float | None]] = {}
+    for path in sorted(folder.glob("lr-*")):
+        if is_file(path / "curve.json"):
+            run_dir = RunDir(path.resolve())
+            plan = _plan_of(run_dir)
+            final = final_loss(read_curve(run_dir), plan.total_steps)
+            losses.setdefault(plan.lr, []).append(final)
+    return [LRTrial(lr=lr, loss=mean_loss(values)) for lr, values in losses.items()]
 
 
 def _noise_section(run_dirs: list[RunDir]) -> Section:

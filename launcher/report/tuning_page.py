@@ -7,7 +7,7 @@ from datetime import date
 from typing import TYPE_CHECKING, Any
 
 from launcher.analysis.batch_sizes import SizeTrial
-from launcher.analysis.lr_curve import LRSearchResult, LRTrial
+from launcher.analysis.lr_trials import LRSearchResult, LRTrial
 from launcher.console.plots import Plot
 from launcher.planning.derivations import counted
 from launcher.planning.plan import Plan

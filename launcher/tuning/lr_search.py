@@ -1,18 +1,20 @@
-"""The search for a learning rate: a range test, and short trainings around its suggestion."""
+"""The search for a learning rate: a range test, and short trainings around its lowest loss."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from launcher.analysis.lr_curve import (
-    LossCurve,
+from launcher.analysis.lr_curve import LossCurve, lowest_lr, lr_at_reference
+from launcher.analysis.lr_trials import (
+    NUM_SEEDS,
     LRSearchResult,
     LRTrial,
+    Suggestions,
     final_loss,
-    lr_at_reference,
+    fitted_lr,
+    mean_loss,
     next_lr,
-    suggest,
 )
 from launcher.errors import PlanError
 from launcher.launch.signal_handler import SignalHandler
@@ -60,7 +62,7 @@ def plan_range_test(target: Target, *, lowest: float, highest: float, steps: int
 def find_lr(
     test: Probe, run_dir: RunDir, signals: SignalHandler, *, quiet: bool = False
 ) -> LRSearchResult:
-    """Run a range test and return its curve with the suggested learning rates.
+    """Run a range test and return its curve with the learning rate of its lowest loss.
 
     Args:
         test: The range test, from `plan_range_test`.
@@ -71,8 +73,16 @@ def find_lr(
     Raises:
         RunFailedError: A rank failed.
     """
-    curve = _train_to_divergence(test, run_dir, signals, quiet=quiet)
-    return LRSearchResult(curve=curve, suggestions=suggest(curve))
+    from launcher.engine.worker import agent_range_test
+
+    run_probe(test, run_dir, agent_range_test, signals, quiet=quiet)
+    return read_range_test(read_curve(run_dir))
+
+
+def read_range_test(curve: LossCurve) -> LRSearchResult:
+    """Return the result of a range test with this curve."""
+    lowest, reason = lowest_lr(curve)
+    return LRSearchResult(curve=curve, suggestions=Suggestions(lowest=lowest, reason=reason))
 
 
 def try_lrs(
@@ -84,50 +94,70 @@ def try_lrs(
     *,
     steps: int,
 ) -> LRSearchResult:
-    """Return the result of a range test with short trainings at and around its valley.
+    """Return the result of a range test with short trainings around its lowest loss.
 
-    Each training goes through the whole schedule of the recipe in `steps` steps. Without a valley
-    there are no trainings.
+    Each training goes through the whole schedule of the recipe. At each learning rate there is one
+    for each of `NUM_SEEDS` seeds. If the range test suggests nothing there are no trainings.
 
     Args:
         result: Result of the range test.
         target: The recipe.
         run_dir: Folder that receives a folder for each training.
         signals: The signal handler of this process.
-        on_trial: Receives the outcome of each training.
-        steps: Steps of each training.
+        on_trial: Receives the outcome at each learning rate.
+        steps: Steps of all trainings at one learning rate together.
 
     Raises:
         RunFailedError: A rank failed.
     """
     trials: list[LRTrial] = []
-    first = result.suggestions.valley
+    first = result.suggestions.lowest
     while first is not None and (lr := next_lr(trials, first)) is not None:
-        probe = target.with_settings(
-            "find lr",
-            lr=lr,
-            lr_rule="none",
-            steps=steps,
-            max_bad_steps=steps,
-            batch_milestones=(),
-            record_samples=False,
-            noise_scale=False,
-        ).probe()
-        trial_dir = create_run_dir(run_dir.path / f"lr-{lr:.3g}", probe.plan.recipe)
-        losses = _train_to_divergence(probe, trial_dir, signals, quiet=True).losses
-        trials.append(LRTrial(lr=lr, loss=final_loss(losses, steps)))
+        losses: list[float | None] = []
+        for number in range(NUM_SEEDS):
+            if None not in losses:  # one that diverges is enough
+                losses.append(_try_lr(lr, number, target, run_dir, signals, steps // NUM_SEEDS))
+        trials.append(LRTrial(lr=lr, loss=mean_loss(losses)))
         on_trial(trials[-1])
-    return replace(result, trials=tuple(trials))
+    return with_trials(result, trials)
 
 
-def _train_to_divergence(
-    probe: Probe, run_dir: RunDir, signals: SignalHandler, *, quiet: bool
-) -> LossCurve:
-    """Train along the schedule of a probe, at most until the loss diverges; return the losses."""
-    from launcher.engine.worker import agent_range_test
+def with_trials(result: LRSearchResult, trials: Sequence[LRTrial]) -> LRSearchResult:
+    """Return the result of a range test with what short trainings add to it."""
+    suggestions = replace(result.suggestions, trainings=fitted_lr(trials))
+    return replace(result, suggestions=suggestions, trials=tuple(trials))
 
-    run_probe(probe, run_dir, agent_range_test, signals, quiet=quiet)
-    return read_curve(run_dir)
+
+def _try_lr(
+    lr: float, number: int, target: Target, run_dir: RunDir, signals: SignalHandler, steps: int
+) -> float | None:
+    """Train at one learning rate; return the final loss, or None if it diverged.
+
+    Args:
+        lr: Peak learning rate.
+        number: Number added to the seed of the recipe.
+        target: The recipe.
+        run_dir: Folder that receives the folder of the training.
+        signals: The signal handler of this process.
+        steps: Steps of the training.
+    """
+    from launcher.engine.worker import agent_short_training
+
+    probe = target.with_settings(
+        "find lr",
+        lr=lr,
+        lr_rule="none",
+        steps=steps,
+        seed=target.plan()[0].seed + number,
+        max_bad_steps=steps,
+        evaluate_every=steps,
+        batch_milestones=(),
+        record_samples=False,
+        noise_scale=False,
+    ).probe()
+    trial_dir = create_run_dir(run_dir.path / f"lr-{lr:.3g}-{number}", probe.plan.recipe)
+    run_probe(probe, trial_dir, agent_short_training, signals, quiet=True)
+    return final_loss(read_curve(trial_dir), steps)
 
 
 def recipe_lr_settings(lr: float, batch_size: int, recipe: Recipe) -> dict[str, float]:

@@ -19,7 +19,8 @@ from launcher.analysis.gradient_noise import (
     items_ratio,
     steps_ratio,
 )
-from launcher.analysis.lr_curve import LRSearchResult, LRTrial, usable_part
+from launcher.analysis.lr_curve import usable_part
+from launcher.analysis.lr_trials import DEFAULT_STEPS, RIGHT_PERCENT, LRSearchResult, LRTrial
 from launcher.console.plots import Curve, Mark, Plot, draw
 from launcher.planning.loading import PREFETCH_FACTOR
 from launcher.planning.plan import Plan
@@ -32,22 +33,42 @@ if TYPE_CHECKING:
     from launcher.tuning.probe_run import Probe
 
 RULES = {
-    "valley": "two thirds along the longest descent of the loss",
-    "steep": "where the loss falls fastest",
-    "minimum": "a tenth of where the loss is lowest",
-    "slide": "just before the slope of the loss changes",
+    "trainings": "where the final loss of short trainings is lowest",
+    "lowest": "where the smoothed loss of the range test is lowest",
 }
 """The rules that suggest a learning rate, and what each suggests."""
 
-_SYMBOLS = {"valley": "v", "steep": "s", "minimum": "m", "slide": "l"}
+_SYMBOLS = {"trainings": "t", "lowest": "l"}
+
+_HEADROOM = 0.25
+"""How far above the usable part of a curve its divergence is drawn, as a part of its height."""
 
 _BATCH_FACTORS = (0.25, 0.5, 1, 2, 4, 8, 16)
 """Batches in the table of the noise scale, relative to the present one."""
 
 
 def lr_plot(result: LRSearchResult, plan: Plan) -> Plot:
-    """Return the smoothed curve of a range test, with a mark at each suggestion."""
+    """Return the curve of a range test, with its divergence, short trainings and suggestions.
+
+    Args:
+        result: Result of the search.
+        plan: The plan of the range test.
+    """
     lrs, losses = usable_part(result.curve)
+    ceiling = max(losses, default=0.0)
+    ceiling += _HEADROOM * (ceiling - min(losses, default=0.0))
+    curves = [Curve(name="range test, smoothed", xs=lrs, ys=losses)]
+    broken = list(zip(result.curve.lrs, result.curve.losses, strict=True))[len(lrs) :]
+    if broken or len(lrs) < plan.total_steps:
+        diverged_lrs = [lr for lr, _ in broken] or lrs[-1:]
+        heights = [min(loss, ceiling) for _, loss in broken[:-1]] + [ceiling][: len(diverged_lrs)]
+        xs, ys = lrs[-1:] + diverged_lrs, losses[-1:] + heights
+        curves.append(Curve(name="range test, diverged", xs=xs, ys=ys, style="faint"))
+    trials = sorted((trial.lr, trial.loss) for trial in result.trials if trial.loss is not None)
+    if trials:
+        ys = [min(loss, ceiling) for _, loss in trials]
+        name = "final loss of short trainings"
+        curves.append(Curve(name=name, xs=[lr for lr, _ in trials], ys=ys))
     marks = [
         Mark(
             name=rule,
@@ -56,61 +77,73 @@ def lr_plot(result: LRSearchResult, plan: Plan) -> Plot:
             y=losses[min(bisect.bisect_left(lrs, lr), len(losses) - 1)],
         )
         for rule, lr in asdict(result.suggestions).items()
-        if rule in RULES and lr is not None
+        if rule in RULES and lr is not None and losses
     ]
     return Plot(
         title=f"{plan.recipe}: loss of {plan.batch_size:,} samples over the learning rate",
         x_label="lr",
         y_label="loss",
-        curves=[Curve(name="loss, smoothed", xs=lrs, ys=losses)],
+        curves=curves,
         marks=marks,
         log_x=True,
     )
 
 
 def lr_text(result: LRSearchResult, rule: str, settings: Mapping[str, float], plan: Plan) -> str:
-    """Return the plot of a range test, its suggestions and the recommended settings.
+    """Return the plot of a search, its suggestions and the recommended settings.
 
     Args:
         result: Result of the range test, with short trainings if there were any.
-        rule: The rule that the settings follow if there were no short trainings.
+        rule: The rule that the settings follow.
         settings: Recommended settings by name; empty if there are none.
         plan: The plan of the range test.
     """
     if result.suggestions.reason:
         return f"No learning rate is suggested: {result.suggestions.reason}."
     lines = [draw(lr_plot(result, plan)), "", lr_suggestions_text(result, plan), ""]
-    if settings:
-        evidence = (
-            f"launcher find lr --try: the lowest final loss of {len(result.trials)} short trainings"
-            if result.trials
-            else f"launcher find lr --rule {rule}: a range test of {len(result.curve.lrs)} steps "
-            f"of {plan.batch_size:,} samples"
-        )
-        values = {
-            name: str(value) if isinstance(value, int) else f"{value:.3g}"
-            for name, value in settings.items()
-        }
-        lines.append(recommendation(values, evidence))
-    elif result.trials:
-        lines.append("Every short training diverged. Choose a suggestion with --rule instead.")
-    else:
-        lines.append(f"The rule {rule} suggests no learning rate. Choose another with --rule.")
-    return "\n".join(lines)
+    if not settings:
+        text = "Every short training diverged. Choose a lower learning rate than those above."
+        return "\n".join([*lines, text])
+    evidence = f"launcher find lr --rule {rule}: " + (
+        f"a range test of {len(result.curve.lrs)} steps"
+        if rule == "lowest"
+        else f"short trainings at {len(result.trials)} learning rates"
+    )
+    evidence += f"; {lr_confidence(rule, plan.total_steps)}"
+    values = {
+        name: str(value) if isinstance(value, int) else f"{value:.3g}"
+        for name, value in settings.items()
+    }
+    return "\n".join([*lines, recommendation(values, evidence)])
+
+
+def lr_confidence(rule: str, steps: int) -> str:
+    """Return how often a rule is right with so many steps at each learning rate.
+
+    The numbers are those of benchmarks/lr_finder.py, which measures `DEFAULT_STEPS`.
+    """
+    if steps < DEFAULT_STEPS:
+        return f"fewer than {DEFAULT_STEPS} steps, which is right less often"
+    return f"within a factor of 2 of the best in {RIGHT_PERCENT[rule]} % of benchmarked searches"
 
 
 def lr_trial_text(trial: LRTrial) -> str:
-    """Return the outcome of a short training, in one line."""
+    """Return the outcome of the short trainings at one learning rate, in one line."""
     outcome = "diverged" if trial.loss is None else f"final loss {trial.loss:.4g}"
     return f"  lr {trial.lr:<9.3g} {outcome}"
 
 
 def lr_suggestions_text(result: LRSearchResult, plan: Plan) -> str:
-    """Return the suggestion of each rule, and the outcomes of the short trainings."""
+    """Return the suggestion of each rule, where the loss diverges, and the short trainings."""
     lines = [f"Suggested learning rates at a global batch of {plan.batch_size:,} samples:"]
     for rule, explanation in RULES.items():
         lr = getattr(result.suggestions, rule)
-        lines.append(f"  {rule:<8} {'-' if lr is None else f'{lr:.3g}':<9} {explanation}")
+        if lr is not None:
+            lines.append(f"  {rule:<10} {lr:<9.3g} {explanation}")
+            lines.append(f"  {'':<20} {lr_confidence(rule, plan.total_steps)}")
+    lrs, _ = usable_part(result.curve)
+    if 0 < len(lrs) < plan.total_steps:
+        lines.append(f"The loss of the range test diverges above a learning rate of {lrs[-1]:.3g}.")
     if result.trials:
         lines += ["Short trainings at this batch:", *map(lr_trial_text, result.trials)]
     return "\n".join(lines)

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from launcher.analysis.batch_sizes import choose_size, fastest_to_the_loss
 from launcher.analysis.gradient_noise import MAX_BATCH_RATIO, items_ratio, steps_ratio
-from launcher.analysis.lr_curve import LRSearchResult, best_trial
+from launcher.analysis.lr_trials import LRSearchResult
 from launcher.errors import PlanError
 from launcher.launch.signal_handler import SignalHandler
 from launcher.planning.plan import Plan
@@ -18,6 +18,7 @@ from launcher.tuning.loader_search import LoaderSearch, LoaderSearchResult
 from launcher.tuning.lr_search import find_lr, plan_range_test, try_lrs
 from launcher.tuning.noise_search import NoiseSearchResult, find_noise, plan_noise
 from launcher.tuning.probe_run import Target
+from launcher.tuning.summaries import lr_confidence
 from launcher.tuning.tuning_folder import read_result, store_result
 from launcher.tuning.tuning_result import TunedSetting, TuningListener, TuningResult
 
@@ -132,18 +133,18 @@ class Tuner:
 
         result = self._search_once(name, LRSearchResult, search)
         self._listener.on_lr_result(result, test)
-        best = best_trial(result.trials)
-        if best is None:
+        found = result.suggestions.trainings
+        if found is None:
             reason = result.suggestions.reason or "all short trainings diverged"
             self._listener.on_message(f"No learning rate is recommended: {reason}.")
             return result
-        lr = float(f"{best.lr:.3g}")
+        lr = float(f"{found:.3g}")
         self._listener.on_message(f"The recommended learning rate is {lr:g}.")
         self._set(
             "lr",
             lr,
-            f"the lowest final loss of {len(result.trials)} short trainings of {self._steps} steps "
-            f"at a global batch of {plan.batch_size:,}",
+            f"the lowest final loss of short trainings at {len(result.trials)} learning rates "
+            f"and a global batch of {plan.batch_size:,}; {lr_confidence('trainings', self._steps)}",
         )
         if recipe.lr_rule != "none":
             self._set("lr_batch_size", plan.batch_size, "the global batch of those trainings")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from launcher.analysis.batch_sizes import SizeTrial
-from launcher.analysis.lr_curve import LRSearchResult, LRTrial
+from launcher.analysis.lr_trials import LRSearchResult, LRTrial
 from launcher.planning.plan import Plan
 from launcher.tuning.batch_search import BatchSearchResult
 from launcher.tuning.loader_search import LoaderSearchResult, LoaderTrial
@@ -67,7 +67,7 @@ class TuningListener(Protocol):
         """Called with a sentence about the present search."""
 
     def on_lr_trial(self, trial: LRTrial) -> None:
-        """Called after each short training."""
+        """Called after the short trainings at each learning rate."""
 
     def on_size_trial(self, trial: SizeTrial) -> None:
         """Called after each trial of a micro-batch size."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import shutil
 
 import pytest
@@ -146,6 +147,14 @@ def test_commands(run: Commands) -> None:
     names = [cells[0] for cells in rows(short(run, "commands").stdout)]
     assert names[0] == "launcher --help"
     assert names[-3:] == ["torchrun --help", "accelerate launch --help", "deepspeed --help"]
+
+
+def test_lr_finder(run: Commands) -> None:
+    """The best lr of a recipe is on the grid of factors of 2, and both rules find one."""
+    ((name, steps, best, lowest, trainings, _),) = rows(short(run, "lr_finder").stdout)
+    assert (name, steps) == ("mlp-digits-adamw-64", "300")
+    assert math.log2(float(best) / 0.1) == pytest.approx(round(math.log2(float(best) / 0.1)))
+    assert 0 < float(trainings) < float(lowest) * 10
 
 
 def test_every_benchmark_has_a_short_form(run: Commands) -> None:

@@ -215,13 +215,15 @@ def test_a_page_shows_a_range_test(run: Commands) -> None:
     """The folder of `launcher find lr` adds its plot to a page, and is refused without a run."""
     done = run("launcher", "run", "digits", "-n", "1", "epochs=1", "--out", "one")
     assert done.exit_code == 0, done.stderr
-    done = run("launcher", "find", "lr", "digits", "-n", "1", "--steps", "40", "--out", "lr")
-    assert (run.folder / "lr/curve.json").is_file(), done.stderr
+    find = ("launcher", "find", "lr", "digits", "-n", "1", "--from", "1e-4", "--steps", "60")
+    done = run(*find, "--out", "lr")
+    assert done.exit_code == 0, done.stderr
     done = run("launcher", "report", "one", "lr", "--out", "page.html")
     assert done.exit_code == 0, done.stderr
     page = (run.folder / "page.html").read_text()
     assert "<h2>Learning rate, at a batch of 128</h2>" in page
     assert "digits: loss of 128 samples" in page
+    assert page.count("final loss") > 2
     done = run("launcher", "report", "lr")
     assert done.exit_code == 2
     assert "lr" in done.stderr

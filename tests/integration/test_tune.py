@@ -114,8 +114,8 @@ def test_a_tuner_returns_values(module_run: Commands, capfd: pytest.CaptureFixtu
             if signal.getsignal(number) is not handler:
                 signal.signal(number, handler)
     assert result.values == read_settings(folder.path / "tuned.yaml")
-    trials = [trial for search in result.lr_searches for trial in search.trials]
-    assert result.values["lr"] in [float(f"{trial.lr:.3g}") for trial in trials]
+    found = [search.suggestions.trainings for search in result.lr_searches]
+    assert result.values["lr"] in [float(f"{lr:.3g}") for lr in found if lr is not None]
     assert result.noise is not None
     assert result.batch is not None
     assert result.values["micro_batch_size"] in [trial.size for trial in result.batch.trials]

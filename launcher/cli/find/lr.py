@@ -1,4 +1,4 @@
-"""`launcher find lr`: find the learning rate by a range test."""
+"""`launcher find lr`: find the learning rate by a range test and short trainings."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import click
 
+from launcher.analysis.lr_trials import DEFAULT_STEPS
 from launcher.cli.arguments import Count, Number, out_option
 from launcher.cli.settings_command import SettingsCommand
 from launcher.cli.target import target_arguments
 from launcher.console.echo import echo
 from launcher.errors import EXIT_FAILED, UsageError
 
-Rule = Literal["valley", "steep", "minimum", "slide"]
+Rule = Literal["trainings", "lowest"]
 
 if TYPE_CHECKING:
     from launcher.launch.signal_handler import SignalHandler
     from launcher.tuning.probe_run import Target
 
 
-@click.command(cls=SettingsCommand, short_help="Find the learning rate by a range test.")
+@click.command(cls=SettingsCommand, short_help="Find the learning rate by short trainings.")
 @target_arguments
 @click.option(
     "--from",
@@ -44,23 +45,17 @@ if TYPE_CHECKING:
 @click.option(
     "--steps",
     type=Count(min=20, largest=100_000),
-    default=200,
+    default=DEFAULT_STEPS,
     show_default=True,
     metavar="K",
-    help="Optimizer steps, each at a higher learning rate.",
+    help="Steps of the range test, and of the short trainings at each learning rate together.",
 )
 @click.option(
     "--rule",
     type=click.Choice(get_args(Rule)),
-    default="valley",
+    default="trainings",
     show_default=True,
-    help="Suggestion to use.",
-)
-@click.option(
-    "--try",
-    "tries",
-    is_flag=True,
-    help="Run short trainings at and around the valley, and use the best of them.",
+    help="Suggestion to use; lowest takes the range test alone, and is right less often.",
 )
 @out_option
 @click.option("--json", "as_json", is_flag=True, help="Print curve and suggestions as JSON.")
@@ -71,24 +66,23 @@ def command(
     highest: float,
     steps: int,
     rule: Rule,
-    tries: bool,
     out: Path | None,
     *,
     as_json: bool,
 ) -> int:
-    """Train RECIPE at its global batch with a learning rate that rises until the loss diverges.
+    """Train RECIPE at its global batch in short trainings, and find the best learning rate.
 
-    The test runs on the planned ranks under the planned strategy. Four rules of thumb suggest a
-    learning rate at the batch of the test; the printed setting is converted to the recipe's
-    lr_batch_size. The rules tend to suggest low values: --try measures instead, in short trainings
-    of --steps steps each.
+    First a range test raises the learning rate until the loss diverges. From where its loss is
+    lowest, short trainings go through the whole schedule, each at a learning rate 3 times as high
+    or as low, until the best lies between two that are worse. They run on the planned ranks under
+    the planned strategy. The printed setting is converted to the recipe's lr_batch_size.
 
     \b
-    launcher find lr digits --try
-    launcher find lr digits -n 2 strategy=fsdp --rule steep
-    launcher find lr digits optimizer=adamw --to 1
+    launcher find lr digits
+    launcher find lr digits -n 2 strategy=fsdp --steps 400
+    launcher find lr digits optimizer=adamw --rule lowest
     """
-    from launcher.analysis.lr_curve import LRTrial, best_trial
+    from launcher.analysis.lr_trials import LRTrial
     from launcher.console.plots import has_images, write_png
     from launcher.json_file import encode_json
     from launcher.runs.rundir import create_run_dir
@@ -101,15 +95,13 @@ def command(
     test = plan_range_test(target, lowest=lowest, highest=highest, steps=steps)
     run_dir = create_run_dir(out, f"find-lr-{test.plan.recipe}")
     result = find_lr(test, run_dir, signals, quiet=as_json)
-    chosen = getattr(result.suggestions, rule)
-    if tries:
+    if rule == "trainings":
 
         def report(trial: LRTrial) -> None:
             echo(lr_trial_text(trial), err=True)
 
         result = try_lrs(result, target, run_dir, signals, report, steps=steps)
-        best = best_trial(result.trials)
-        chosen = None if best is None else best.lr
+    chosen = getattr(result.suggestions, rule)
     settings = {} if chosen is None else recipe_lr_settings(chosen, test.plan.batch_size, recipe)
     if as_json:
         values = {"batch_size": test.plan.batch_size, "settings": settings, **asdict(result)}

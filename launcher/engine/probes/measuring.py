@@ -41,6 +41,7 @@ from launcher.engine.training.context import TrainContext
 from launcher.engine.training.loop import train
 from launcher.planning.global_batch import ceil_div
 from launcher.planning.plan import Plan
+from launcher.recipe.evaluation_sets import metric_name
 from launcher.recipe.recipe import Recipe
 from launcher.runs.files import write_json
 from launcher.runs.job import RecipeSource
@@ -153,8 +154,7 @@ class _StopAtDivergence:
     def __init__(self, collector: MetricsCollector) -> None:
         self._collector = collector
         self._divergence = Divergence()
-        self.num_losses = 0
-        """Number of losses up to the one that diverged."""
+        self._num_losses = 0
 
     def is_due(self, step: int) -> bool:
         return False
@@ -171,11 +171,18 @@ class _StopAtDivergence:
     has_ended = False
 
     def on_step_end(self, step: int, flags: RankFlags) -> bool:
-        for row in self._collector.rows[self.num_losses :]:
-            self.num_losses += 1
+        for row in self._collector.rows[self._num_losses :]:
+            self._num_losses += 1
             if self._divergence.add(row.loss):
                 return True
         return False
+
+    def curve(self) -> LossCurve:
+        """Return the learning rates and losses of the steps until the loss diverged."""
+        rows = self._collector.rows[: self._num_losses]
+        finite = list(itertools.takewhile(lambda row: math.isfinite(row.loss), rows))
+        lrs, losses = tuple(row.lr for row in finite), tuple(row.loss for row in finite)
+        return LossCurve(lrs=lrs, losses=losses)
 
 
 def run_range_test(probe: ProbeContext) -> None:
@@ -184,9 +191,25 @@ def run_range_test(probe: ProbeContext) -> None:
         controller = _StopAtDivergence(collector)
         train(probe.build_train_context(), collector, controller)
     if probe.backend.rank == 0:
-        rows_until_divergence = collector.rows[: controller.num_losses]
-        rows = list(itertools.takewhile(lambda row: math.isfinite(row.loss), rows_until_divergence))
-        curve = LossCurve(lrs=tuple(row.lr for row in rows), losses=tuple(row.loss for row in rows))
+        write_json(probe.run_dir.curve, asdict(controller.curve()))
+
+
+def run_short_training(probe: ProbeContext) -> None:
+    """Train along the planned schedule, and evaluate at its end; rank 0 writes the losses.
+
+    The training stops when its loss diverges.
+    """
+    with probe.collect_metrics() as collector:
+        controller = _StopAtDivergence(collector)
+        context = probe.build_train_context(evaluates=True)
+        outcome = train(context, collector, controller)
+    if probe.backend.rank == 0:
+        curve = controller.curve()
+        if context.sampler.evaluations and outcome.step == probe.plan.total_steps:
+            name = metric_name(context.sampler.evaluations[0].name, "loss")
+            held_out = outcome.evaluation.get(name, math.nan)
+            is_finite = math.isfinite(held_out)
+            curve = replace(curve, held_out=held_out) if is_finite else replace(curve, losses=())
         write_json(probe.run_dir.curve, asdict(curve))
 
 
