@@ -95,7 +95,7 @@ def test_steps_do_not_wait(measured: dict[str, Any], variant: str) -> None:
         "initial_values.py": 9,  # the model is filled once
         "trial.py": 3,
         "forward_writes.py": 3,
-        "hyperparameters.py": 1,
+        "taking_steps.py": 1,
         "module_state.py": 24,  # BatchNorm's buffers in a checkpoint
     }
     assert all(files[name] <= allowed.get(name, 0) for name in files), waits
