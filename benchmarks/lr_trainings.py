@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +17,7 @@ from launcher.engine.backends.local import LocalBackend
 from launcher.engine.metrics.meter import RankFlags
 from launcher.engine.probes.measuring import MetricsCollector
 from launcher.engine.training.build import build_context
+from launcher.engine.training.context import StepController
 from launcher.engine.training.loop import train
 from launcher.recipe.recipe import Recipe
 from launcher.recipe.schedules import exponential
@@ -93,29 +93,15 @@ class CachedTrainings:
         )
 
 
-class _StopAtNaN:
-    """A `StepController` that stops at a loss that is not finite.
+class _StopAtNaN(StepController):
+    """Stops at a loss that is not finite.
 
     Args:
         collector: Receives the losses.
     """
 
-    has_ended = False
-
     def __init__(self, collector: MetricsCollector) -> None:
         self._collector = collector
-
-    def is_due(self, step: int) -> bool:
-        return False
-
-    def flags(self) -> RankFlags:
-        return RankFlags()
-
-    def before_evaluation(self, step: int) -> None:
-        pass
-
-    def on_evaluation(self, step: int, values: Mapping[str, float]) -> None:
-        pass
 
     def on_step_end(self, step: int, flags: RankFlags) -> bool:
         rows = self._collector.rows

@@ -37,7 +37,7 @@ from launcher.engine.ranks.processes import (
     worker_pids,
 )
 from launcher.engine.training.build import build_context
-from launcher.engine.training.context import TrainContext
+from launcher.engine.training.context import StepController, TrainContext
 from launcher.engine.training.loop import train
 from launcher.planning.global_batch import ceil_div
 from launcher.planning.plan import Plan
@@ -145,8 +145,8 @@ class ProbeContext:
             progress.close()
 
 
-class _StopAtDivergence:
-    """A `StepController` that stops when the collected losses diverge.
+class _StopAtDivergence(StepController):
+    """Stops when the collected losses diverge.
 
     The losses are those of the global batch, equal on every rank, so all ranks stop together.
     """
@@ -155,20 +155,6 @@ class _StopAtDivergence:
         self._collector = collector
         self._divergence = Divergence()
         self._num_losses = 0
-
-    def is_due(self, step: int) -> bool:
-        return False
-
-    def flags(self) -> RankFlags:
-        return RankFlags()
-
-    def before_evaluation(self, step: int) -> None:
-        pass
-
-    def on_evaluation(self, step: int, values: Mapping[str, float]) -> None:
-        pass
-
-    has_ended = False
 
     def on_step_end(self, step: int, flags: RankFlags) -> bool:
         for row in self._collector.rows[self._num_losses :]:
@@ -386,8 +372,8 @@ class _TimedBatches:
         return micro_batch
 
 
-class _StopOnceMeasured:
-    """A `StepController` that stops all ranks when one has measured a throughput or its time is up.
+class _StopOnceMeasured(StepController):
+    """Stops all ranks when one has measured a throughput or its time is up.
 
     Args:
         seconds: Longest duration of the measurement.
@@ -397,9 +383,6 @@ class _StopOnceMeasured:
         self._times = [time.perf_counter()]
         self._end = self._times[0] + seconds
         self._first_end = self._times[0] + _SHORTEST_PART * seconds
-
-    def is_due(self, step: int) -> bool:
-        return False
 
     def flags(self) -> RankFlags:
         self._times.append(time.perf_counter())
@@ -416,14 +399,6 @@ class _StopOnceMeasured:
         parts = [after - before for before, after in itertools.pairwise(edges)]
         mean = statistics.fmean(parts)
         return statistics.stdev(parts) <= _ENOUGH_PRECISION * mean * _NUM_PARTS**0.5
-
-    def before_evaluation(self, step: int) -> None:
-        pass
-
-    def on_evaluation(self, step: int, values: Mapping[str, float]) -> None:
-        pass
-
-    has_ended = False
 
     def on_step_end(self, step: int, flags: RankFlags) -> bool:
         return flags.stop > 0

@@ -140,23 +140,32 @@ class TrainContext:
 
 
 class StepController(Protocol):
-    """Acts between steps on flags that all ranks have exchanged, and may stop the run."""
+    """Acts between steps on flags that all ranks have exchanged, and may stop the run.
+
+    A class that inherits from it acts only where the loop reads its measurements anyway, unless it
+    says otherwise.
+    """
 
     def is_due(self, step: int) -> bool:
         """Return whether the ranks must exchange flags after `step` steps; equal on every rank."""
+        return False
 
     def flags(self) -> RankFlags:
         """Return the flags of this rank."""
+        return RankFlags()
 
     def before_evaluation(self, step: int) -> None:
         """Prepare for an evaluation after `step` steps, which may fail (collective)."""
+        return
 
     def on_evaluation(self, step: int, values: Mapping[str, float]) -> None:
         """Receive the metrics of an evaluation after `step` steps, equal on every rank."""
+        return
 
     @property
     def has_ended(self) -> bool:
         """Whether the run has ended before its last step; equal on every rank."""
+        return False
 
     def on_step_end(self, step: int, flags: RankFlags) -> bool:
         """Act on the summed flags after `step` steps; return whether to stop (collective)."""

@@ -11,7 +11,7 @@ from launcher.engine.backends.transfers import upload
 from launcher.engine.data.sampler import EvaluationSchedule
 from launcher.engine.metrics.metric_calls import metric_call
 from launcher.engine.training.context import TrainContext
-from launcher.engine.training.loss_calls import sum_and_count
+from launcher.engine.training.loss_calls import name_of, sum_and_count
 from launcher.planning.virtual_ranks import virtual_rank_of
 from launcher.recipe.evaluation_sets import metric_name, split_of, title_of
 from launcher.recipe.prediction_metric import sum_metrics
@@ -48,8 +48,8 @@ def _evaluate_set(
 ) -> dict[str, float]:
     """Return loss and metrics over one evaluation set, by name (collective)."""
     recipe, backend, collected = context.recipe, context.backend, context.collected
-    functions = {"The recipe's loss": recipe.loss}
-    functions |= {f"The metric {name}": each for name, each in sum_metrics(recipe.metrics).items()}
+    by_name = {"loss": recipe.loss} | sum_metrics(recipe.metrics)
+    functions = {name_of(name): function for name, function in by_name.items()}
     # Exact runs add what each virtual rank counts in an order that does not depend on the ranks.
     num_parts = context.plan.distribution.count if context.plan.exact else 1
     totals = torch.zeros(num_parts, len(functions), 2, dtype=torch.float64, device=backend.device)
@@ -74,8 +74,7 @@ def _evaluate_set(
         collected.add(outputs, batch, micro_batch.request)
     means = {}
     parts = backend.read(backend.sum_samples(totals))
-    names = ["loss", *sum_metrics(recipe.metrics)]
-    for name, sums in zip(names, zip(*parts, strict=True), strict=True):
+    for name, sums in zip(by_name, zip(*parts, strict=True), strict=True):
         total, count = (math.fsum(values) for values in zip(*sums, strict=True))
         means[name] = total / count if count else float("nan")
     return means | collected.results()
