@@ -96,8 +96,14 @@ def check_unowned(path: Path) -> None:
         descriptor = open_descriptor(run_dir.owner, os.O_RDONLY | os.O_NOFOLLOW)
     except OSError:
         return
+    start = time.monotonic()
     try:
-        other = _other_owner(descriptor, run_dir, fcntl.LOCK_SH)
+        while isinstance(
+            other := _other_owner(descriptor, run_dir, fcntl.LOCK_SH), _UnknownOwner
+        ):  # it may be about to write its name
+            if time.monotonic() - start >= _patience_seconds(other):
+                break
+            time.sleep(_SECONDS_BETWEEN_TRIES)
     finally:
         os.close(descriptor)
     if other is not None and not (isinstance(other, Owner) and other.is_dead):

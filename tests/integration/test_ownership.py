@@ -18,8 +18,11 @@ from typing import Any
 import pytest
 from support import ROOT, Commands, Finished, read_lines, wait_until
 
+from launcher.errors import RunDirError
+from launcher.runs import ownership
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.locks import locks_are_shared
+from launcher.runs.ownership import check_unowned, own_run_dir
 from launcher.runs.rundir import RunDir
 
 STEADY = str(ROOT / "benchmarks/steady.py")
@@ -333,6 +336,21 @@ def test_locks_on_a_local_disk_are_shared(tmp_path: Path) -> None:
     """Every process sees locks on a local disk; those on /proc are not trusted."""
     assert locks_are_shared(tmp_path.resolve())
     assert not locks_are_shared(Path("/proc"))
+
+
+def test_an_owner_that_is_about_to_write_its_name_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The refusal names an owner that held the lock before owner.lock described it."""
+    run_dir = RunDir(tmp_path.resolve())
+    with own_run_dir(run_dir):
+        description = run_dir.owner.read_text()
+        run_dir.owner.write_text("")
+        monkeypatch.setattr(
+            ownership.time, "sleep", lambda _: run_dir.owner.write_text(description)
+        )
+        with pytest.raises(RunDirError, match=rf"\(pid {os.getpid()}\) has owned it since"):
+            check_unowned(run_dir.path)
 
 
 def test_a_program_owns_nothing_after_main(run: Commands) -> None:

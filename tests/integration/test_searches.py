@@ -249,7 +249,7 @@ HEAVY = ROOT / "tests/recipes/heavy.py"
 def test_the_largest_micro_batch_that_fits_is_found(run: Commands) -> None:
     """Sizes fit up to the memory limit, and a second search reads the result from the cache."""
     env = {"XDG_CACHE_HOME": str(run.folder / "cache")}
-    command = (*BATCH, HEAVY, "-n", "2", "--memory", "800MiB", "--json")
+    command = (*BATCH, HEAVY, "-n", "2", "--memory", "1200MiB", "--json")
     done = run(*command, "--out", "out", env=env)
     assert done.exit_code == 0, done.stderr
     result = json.loads(done.stdout)
