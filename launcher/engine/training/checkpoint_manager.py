@@ -22,6 +22,7 @@ from launcher.engine.saving.shard_writer import PendingShard, ShardWriter, Writt
 from launcher.engine.state.training_state import Snapshot, changed_groups
 from launcher.engine.training.callback_hooks import CallbackHooks
 from launcher.engine.training.context import Listener, TrainContext
+from launcher.engine.training.quick_saves import QuickSaves
 from launcher.errors import LauncherError, TrainingError
 from launcher.runs.best import BestEvaluations, record_best, steps_to_keep
 from launcher.runs.checkpoints import (
@@ -30,7 +31,7 @@ from launcher.runs.checkpoints import (
     list_checkpoints,
     prune_checkpoints,
 )
-from launcher.runs.events import record_event
+from launcher.runs.events import QUICK, RUN_FOLDER, record_event
 from launcher.runs.manifest import FORMAT, Manifest
 from launcher.runs.provenance import versions
 from launcher.runs.rundir import RunDir
@@ -70,6 +71,7 @@ class CheckpointManager:
         resumed_step: The step of the checkpoint from which the run was resumed; None if it was not.
         pause_after: Step after which the run stops with a checkpoint; None does not stop it.
         best: The best evaluations so far; None if none is kept.
+        quick: The quick checkpoints; None if there are none.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class CheckpointManager:
         resumed_step: int | None = None,
         pause_after: int | None = None,
         best: BestEvaluations | None = None,
+        quick: QuickSaves | None = None,
     ) -> None:
         self._context, self._backend, self._run_dir = context, context.backend, run_dir
         self._stop, self._pause_after = stop, pause_after
@@ -93,6 +96,9 @@ class CheckpointManager:
         self._hooks = hooks
         self._writer = ShardWriter()
         self._pending: PendingShard | None = None
+        self._quick, self._is_quick = quick, False
+        """The quick checkpoints, and whether the pending one is quick."""
+
         self._manifest: Manifest | None = None
         self._last_save = time.perf_counter()
         self._state_was_checked = False
@@ -100,6 +106,7 @@ class CheckpointManager:
         self.best = best
         self._is_best = False
         self.costs = SaveCosts()
+        self._quick_stall = 0.0
 
     @property
     def is_writing(self) -> bool:
@@ -117,6 +124,10 @@ class CheckpointManager:
 
     def is_due(self, step: int) -> bool:
         """Return whether a checkpoint is due after `step` steps; equal on every rank."""
+        return self._is_due(step) or (self._quick is not None and self._quick.is_due(step))
+
+    def _is_due(self, step: int) -> bool:
+        """Return whether one in the run folder is due."""
         if step == self._pause_after:
             return True
         return self._every_steps is not None and step % self._every_steps == 0
@@ -127,7 +138,7 @@ class CheckpointManager:
         is_due = self._every_seconds is not None and elapsed >= self._every_seconds
         return RankFlags(
             stop=float(self._stop.number is not None),
-            save=float(is_due and self._pending is None),
+            save=float(is_due and (self._pending is None or self._is_quick)),
             written=float(self._pending is not None and self._pending.is_done),
         )
 
@@ -176,8 +187,10 @@ class CheckpointManager:
         self._check_state()
         if flags.written == self._backend.world_size:
             self.finish()
-        if flags.stop or flags.save or self._is_best or self.is_due(step):
+        if flags.stop or flags.save or self._is_best or self._is_due(step):
             self.save(step)
+        elif self._quick is not None and (self._quick.is_due(step) or self._quick.is_late):
+            self._save_quick(step, self._quick)
         self._is_best = False
         stops = flags.stop > 0 or step == self._pause_after
         if stops:
@@ -190,14 +203,12 @@ class CheckpointManager:
             return
         self.finish()
         started = time.perf_counter()
-        backend, context = self._backend, self._context
+        backend = self._backend
         if refusal := self._find_unsavable_state():
             self._report_failure(step, refusal)
             return
-        averages = () if context.averages is None else context.averages.tensors_to_save()
-        state = backend.snapshot(context.model, context.optimizer, averages)
-        self._manifest = self._make_manifest(step, state)
-        self._saved_step = step
+        state = self._copy_state(step)
+        self._saved_step, self._is_quick = step, False
         folder: Path | None = None
         reason: str | None = None
         if backend.rank == 0:
@@ -214,6 +225,37 @@ class CheckpointManager:
         self.costs.stall_seconds = time.perf_counter() - started
         self._listener.on_values(step, {"checkpoint_stall_seconds": self.costs.stall_seconds})
 
+    def _save_quick(self, step: int, quick: QuickSaves) -> None:
+        """Start saving a quick checkpoint, unless another one is being written (collective).
+
+        The first checkpoint of a run is in the run folder: without one there, no run resumes.
+        """
+        if self._saved_step is None:
+            self.save(step)
+            return
+        quick.is_late = self._pending is not None  # it is saved as soon as that one is complete
+        if quick.is_late or self._saved_step == step:
+            return
+        started = time.perf_counter()
+        reason = self._find_unsavable_state() or quick.connect(self._writer)
+        if reason is not None:
+            self._report_quick_failure(step, quick, reason)
+            return
+        state = self._copy_state(step)
+        self._is_quick = True
+        target = quick.target(step)
+        self._pending = self._writer.start(quick.part(step), self._backend.rank, state, target)
+        self._quick_stall = time.perf_counter() - started
+        self._listener.on_values(step, {"checkpoint_stall_seconds": self._quick_stall})
+
+    def _copy_state(self, step: int) -> Snapshot:
+        """Copy this rank's state to the host, and keep the manifest of it (collective)."""
+        context = self._context
+        averages = () if context.averages is None else context.averages.tensors_to_save()
+        state = self._backend.snapshot(context.model, context.optimizer, averages)
+        self._manifest = self._make_manifest(step, state)
+        return state
+
     def finish(self) -> None:
         """Wait for the pending save, if any, and commit it if it is complete (collective)."""
         pending, manifest, self._pending = self._pending, self._manifest, None
@@ -225,6 +267,9 @@ class CheckpointManager:
         reason = next(
             (f"rank {rank}: {part.error}" for rank, part in enumerate(parts) if part.error), None
         )
+        if self._is_quick and self._quick is not None:
+            self._finish_quick(self._quick, pending, manifest, parts, reason)
+            return
         self._last_save = time.perf_counter()
         if self._backend.rank == 0 and reason is None:
             try:
@@ -240,10 +285,36 @@ class CheckpointManager:
         if reason is not None:
             self._report_failure(manifest.step, reason)
             return
+        if self._quick is not None:
+            self._quick.remove_before(manifest.step + 1)
         self.costs.seconds = time.perf_counter() - pending.started
         self.costs.num_bytes = pending.outcome.num_bytes
         self._report_save(manifest.step, parts)
         self._hooks.on_checkpoint(pending.folder.with_name(pending.folder.name.removeprefix(".")))
+
+    def _finish_quick(
+        self,
+        quick: QuickSaves,
+        pending: PendingShard,
+        manifest: Manifest,
+        parts: Sequence[WrittenShard],
+        reason: str | None,
+    ) -> None:
+        """Complete a quick checkpoint that every rank has written or could not (collective)."""
+        reason = quick.commit(manifest, reason)
+        if reason is not None:
+            self._report_quick_failure(manifest.step, quick, reason)
+        elif self._backend.rank == 0:
+            record_event(
+                self._run_dir,
+                "saved",
+                step=manifest.step,
+                place=QUICK,
+                stall_seconds=self._quick_stall,
+                write_seconds=max(part.seconds for part in parts),
+                seconds=time.perf_counter() - pending.started,
+                num_bytes=sum(part.num_bytes for part in parts),
+            )
 
     def free_host_memory(self) -> None:
         """Free the memory of the copies and end the process that writes; there are no more saves.
@@ -252,6 +323,8 @@ class CheckpointManager:
         """
         self._writer.close()
         self._backend.host_memory.free()
+        if self._quick is not None:
+            self._quick.close()
 
     def _check_state(self) -> None:
         """Refuse, in the first call, state that a checkpoint cannot hold (collective).
@@ -326,11 +399,22 @@ class CheckpointManager:
                 self._run_dir,
                 "saved",
                 step=step,
+                place=RUN_FOLDER,
                 stall_seconds=self.costs.stall_seconds,
                 write_seconds=write_seconds,
                 seconds=seconds,
                 num_bytes=num_bytes,
             )
+
+    def _report_quick_failure(self, step: int, quick: QuickSaves, reason: str) -> None:
+        """Warn of a quick checkpoint that could not be saved, once."""
+        if not quick.has_failed and self._backend.rank == 0:
+            self._listener.on_warning(
+                f"the quick checkpoint after step {step:,} could not be saved ({reason}). The run "
+                "continues, and tries again; only this one is told of. Checkpoints in the run "
+                "folder are not affected."
+            )
+        quick.has_failed = True
 
     def _report_failure(self, step: int, reason: str) -> None:
         self._last_save = time.perf_counter()
