@@ -222,7 +222,7 @@ def _lr(plan: Plan, schedule: Schedule, step: int) -> float:
 
 
 def _derived(plan: Plan, *rows: tuple[str, str]) -> Iterator[tuple[str, str]]:
-    """Yield rows, each a label and the key of its text, that the plan has; older plans lack some."""
+    """Yield rows, each a label and a key, whose texts the plan has; older plans lack some."""
     for label, key in rows:
         for line in filter(None, plan.derivations.get(key, "").split("\n")):
             yield label, line
