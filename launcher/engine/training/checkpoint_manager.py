@@ -21,6 +21,7 @@ from launcher.engine.saving.checkpoint_tensors import collect_file_sums
 from launcher.engine.saving.shard_writer import PendingShard, ShardWriter, WrittenShard
 from launcher.engine.state.training_state import Snapshot, changed_groups
 from launcher.engine.training.callback_hooks import CallbackHooks
+from launcher.engine.training.checkpoint_reports import CheckpointReports
 from launcher.engine.training.context import Listener, TrainContext
 from launcher.engine.training.quick_saves import QuickSaves
 from launcher.errors import LauncherError, TrainingError
@@ -28,10 +29,9 @@ from launcher.runs.best import BestEvaluations, record_best, steps_to_keep
 from launcher.runs.checkpoints import (
     begin_checkpoint,
     commit_checkpoint,
-    list_checkpoints,
     prune_checkpoints,
 )
-from launcher.runs.events import QUICK, RUN_FOLDER, record_event
+from launcher.runs.events import QUICK
 from launcher.runs.manifest import FORMAT, Manifest
 from launcher.runs.provenance import versions
 from launcher.runs.rundir import RunDir
@@ -94,6 +94,7 @@ class CheckpointManager:
         self._every_steps, self._every_seconds = parse_interval(context.recipe.checkpoint_every)
         self._groups, self._listener, self._data = groups, listener, data
         self._hooks = hooks
+        self._reports = CheckpointReports(context.backend, run_dir, listener)
         self._writer = ShardWriter()
         self._pending: PendingShard | None = None
         self._quick, self._is_quick = quick, False
@@ -205,7 +206,7 @@ class CheckpointManager:
         started = time.perf_counter()
         backend = self._backend
         if refusal := self._find_unsavable_state():
-            self._report_failure(step, refusal)
+            self._fail(step, refusal)
             return
         state = self._copy_state(step)
         self._saved_step, self._is_quick = step, False
@@ -219,7 +220,7 @@ class CheckpointManager:
         folder, reason = backend.broadcast((folder, reason))
         if folder is None:
             state.release()
-            self._report_failure(step, f"{self._run_dir.checkpoints}: {reason}")
+            self._fail(step, f"{self._run_dir.checkpoints}: {reason}")
             return
         self._pending = self._writer.start(folder, backend.rank, state)
         self.costs.stall_seconds = time.perf_counter() - started
@@ -234,12 +235,12 @@ class CheckpointManager:
             self.save(step)
             return
         quick.is_late = self._pending is not None  # it is saved as soon as that one is complete
-        if quick.is_late or self._saved_step == step:
+        if quick.is_late or step in (self._saved_step, self._context.plan.total_steps):
             return
         started = time.perf_counter()
         reason = self._find_unsavable_state() or quick.connect(self._writer)
         if reason is not None:
-            self._report_quick_failure(step, quick, reason)
+            self._reports.quick_failed(step, reason)
             return
         state = self._copy_state(step)
         self._is_quick = True
@@ -247,6 +248,11 @@ class CheckpointManager:
         self._pending = self._writer.start(quick.part(step), self._backend.rank, state, target)
         self._quick_stall = time.perf_counter() - started
         self._listener.on_values(step, {"checkpoint_stall_seconds": self._quick_stall})
+
+    def _fail(self, step: int, reason: str) -> None:
+        """Warn that a checkpoint could not be saved; the next one is due an interval later."""
+        self._last_save = time.perf_counter()
+        self._reports.failed(step, reason)
 
     def _copy_state(self, step: int) -> Snapshot:
         """Copy this rank's state to the host, and keep the manifest of it (collective)."""
@@ -263,7 +269,7 @@ class CheckpointManager:
             return
         pending.wait()
         parts = self._backend.gather(pending.outcome)
-        self._warn_of_threads(parts)
+        self._reports.threads(parts)
         reason = next(
             (f"rank {rank}: {part.error}" for rank, part in enumerate(parts) if part.error), None
         )
@@ -283,13 +289,14 @@ class CheckpointManager:
             shutil.rmtree(pending.folder, ignore_errors=True)
         reason = self._backend.broadcast(reason)
         if reason is not None:
-            self._report_failure(manifest.step, reason)
+            self._fail(manifest.step, reason)
             return
         if self._quick is not None:
             self._quick.remove_before(manifest.step + 1)
         self.costs.seconds = time.perf_counter() - pending.started
         self.costs.num_bytes = pending.outcome.num_bytes
-        self._report_save(manifest.step, parts)
+        stall = self.costs.stall_seconds or 0.0
+        self._reports.saved(manifest.step, parts, stall, self.costs.seconds)
         self._hooks.on_checkpoint(pending.folder.with_name(pending.folder.name.removeprefix(".")))
 
     def _finish_quick(
@@ -303,18 +310,10 @@ class CheckpointManager:
         """Complete a quick checkpoint that every rank has written or could not (collective)."""
         reason = quick.commit(manifest, reason)
         if reason is not None:
-            self._report_quick_failure(manifest.step, quick, reason)
-        elif self._backend.rank == 0:
-            record_event(
-                self._run_dir,
-                "saved",
-                step=manifest.step,
-                place=QUICK,
-                stall_seconds=self._quick_stall,
-                write_seconds=max(part.seconds for part in parts),
-                seconds=time.perf_counter() - pending.started,
-                num_bytes=sum(part.num_bytes for part in parts),
-            )
+            self._reports.quick_failed(manifest.step, reason)
+            return
+        seconds = time.perf_counter() - pending.started
+        self._reports.saved(manifest.step, parts, self._quick_stall, seconds, place=QUICK)
 
     def free_host_memory(self) -> None:
         """Free the memory of the copies and end the process that writes; there are no more saves.
@@ -374,59 +373,6 @@ class CheckpointManager:
             },
             versions=versions(),
         )
-
-    def _warn_of_threads(self, parts: Sequence[WrittenShard]) -> None:
-        """Warn of ranks that write checkpoints without a process for it, once for each."""
-        for rank, part in enumerate(parts):
-            if part.note is not None and self._backend.rank == 0:
-                self._listener.on_warning(
-                    f"rank {rank} wrote a checkpoint in a thread, because {part.note}. The "
-                    "checkpoint is as good as any, but steps are slower while a thread writes."
-                )
-
-    def _report_save(self, step: int, parts: Sequence[WrittenShard]) -> None:
-        """Record what a complete checkpoint has cost."""
-        seconds, num_bytes = self.costs.seconds, sum(part.num_bytes for part in parts)
-        write_seconds = max(part.seconds for part in parts)
-        values = {
-            "checkpoint_seconds": seconds,
-            "checkpoint_write_seconds": write_seconds,
-            "checkpoint_bytes": float(num_bytes),
-        }
-        self._listener.on_values(step, values)
-        if self._backend.rank == 0:
-            record_event(
-                self._run_dir,
-                "saved",
-                step=step,
-                place=RUN_FOLDER,
-                stall_seconds=self.costs.stall_seconds,
-                write_seconds=write_seconds,
-                seconds=seconds,
-                num_bytes=num_bytes,
-            )
-
-    def _report_quick_failure(self, step: int, quick: QuickSaves, reason: str) -> None:
-        """Warn of a quick checkpoint that could not be saved, once."""
-        if not quick.has_failed and self._backend.rank == 0:
-            self._listener.on_warning(
-                f"the quick checkpoint after step {step:,} could not be saved ({reason}). The run "
-                "continues, and tries again; only this one is told of. Checkpoints in the run "
-                "folder are not affected."
-            )
-        quick.has_failed = True
-
-    def _report_failure(self, step: int, reason: str) -> None:
-        self._last_save = time.perf_counter()
-        if self._backend.rank != 0:
-            return
-        checkpoints = list_checkpoints(self._run_dir)
-        newest = f"is {checkpoints[0].name}" if checkpoints else "does not exist yet"
-        self._listener.on_warning(
-            f"the checkpoint after step {step:,} could not be saved ({reason}). "
-            f"The run continues. Its newest complete checkpoint {newest}."
-        )
-        self._listener.on_values(step, {"checkpoint_failed": 1.0})
 
 
 def parse_interval(every: int | str) -> tuple[int | None, float | None]:

@@ -56,9 +56,6 @@ class QuickSaves:
         self.is_late = False
         """Whether one was due while another checkpoint was being written; equal on every rank."""
 
-        self.has_failed = False
-        """Whether one has failed, of which the run has warned."""
-
     def is_due(self, step: int) -> bool:
         """Return whether one is due after `step` steps; equal on every rank."""
         return step % self._every == 0
