@@ -247,7 +247,6 @@ class CheckpointManager:
         target = quick.target(step)
         self._pending = self._writer.start(quick.part(step), self._backend.rank, state, target)
         self._quick_stall = time.perf_counter() - started
-        self._listener.on_values(step, {"checkpoint_stall_seconds": self._quick_stall})
 
     def _fail(self, step: int, reason: str) -> None:
         """Warn that a checkpoint could not be saved; the next one is due an interval later."""
@@ -308,12 +307,15 @@ class CheckpointManager:
         reason: str | None,
     ) -> None:
         """Complete a quick checkpoint that every rank has written or could not (collective)."""
+        started = time.perf_counter()
         reason = quick.commit(manifest, reason)
         if reason is not None:
             self._reports.quick_failed(manifest.step, reason)
             return
-        seconds = time.perf_counter() - pending.started
-        self._reports.saved(manifest.step, parts, self._quick_stall, seconds, place=QUICK)
+        ended = time.perf_counter()
+        stall = self._quick_stall + ended - started  # every rank completes its part
+        self._listener.on_values(manifest.step, {"checkpoint_stall_seconds": stall})
+        self._reports.saved(manifest.step, parts, stall, ended - pending.started, place=QUICK)
 
     def free_host_memory(self) -> None:
         """Free the memory of the copies and end the process that writes; there are no more saves.

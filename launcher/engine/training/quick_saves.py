@@ -9,6 +9,7 @@ import os
 import platform
 import secrets
 import shutil
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +53,9 @@ class QuickSaves:
         self._token = ""
         self._neighbour: tuple[str, int] | None = None
         """Address of the process that receives this rank's parts."""
+
+        self._removal: threading.Thread | None = None
+        """Removes what has become useless."""
 
         self.is_late = False
         """Whether one was due while another checkpoint was being written; equal on every rank."""
@@ -123,7 +127,7 @@ class QuickSaves:
         if reason is None:
             reason = self._first(self._commit(folder, manifest))
         if reason is None:
-            remove_parts(self._folder, manifest.step)
+            self.remove_before(manifest.step)
             return None
         self._neighbour = None  # the addresses are exchanged anew before the next one
         for path in (folder, self._folder / part_name(manifest.step)):
@@ -156,11 +160,22 @@ class QuickSaves:
         return next((f"rank {rank}: {each}" for rank, each in reasons if each), None)
 
     def remove_before(self, step: int) -> None:
-        """Remove this rank's parts of steps before `step`, which have become useless."""
-        remove_parts(self._folder, step)
+        """Remove this rank's parts of steps before `step`, which have become useless.
+
+        A thread does so, because the kernel takes a second to free some gigabytes of /dev/shm.
+        """
+        self._wait_for_removal()
+        arguments = (self._folder, step)
+        self._removal = threading.Thread(target=remove_parts, args=arguments, daemon=True)
+        self._removal.start()
+
+    def _wait_for_removal(self) -> None:
+        if self._removal is not None:
+            self._removal.join()
 
     def close(self) -> None:
         """Remove the folders of the attempt and of the run on this node, if they are empty."""
+        self._wait_for_removal()
         for folder in (self._folder, *self._folder.parents):
             if folder == self._base:
                 return
