@@ -13,7 +13,7 @@ from launcher.runs.heartbeat import read_heartbeat
 from launcher.runs.rundir import RunDir
 
 PACED = f"{ROOT}/tests/recipes/worlds.py:paced"
-SETTINGS = ("checkpoint_every=5", "record_samples=true", "device=cpu")
+SETTINGS = ("record_samples=true", "device=cpu")
 
 
 class Launchers:
@@ -26,6 +26,7 @@ class Launchers:
         *options: str,
         pause: float = 0.05,
         steps: int = 40,
+        save_every: int = 5,
         recipe: str = PACED,
         before: Sequence[str] = (),
     ) -> None:
@@ -33,6 +34,7 @@ class Launchers:
         self._run, self._before = run, before
         self._command = (
             *("launcher", "run", recipe, *SETTINGS, f"pause={pause}", f"steps={steps}", "-n", "1"),
+            f"checkpoint_every={save_every}",
             *("--out", "out", "--rendezvous", f"localhost:{port}", *options),
         )
         self.processes: list[subprocess.Popen[str]] = []

@@ -26,6 +26,7 @@ from typing import Any
 
 from launcher.engine.saving.checkpoint_tensors import describe_shard
 from launcher.engine.state.training_state import Snapshot
+from launcher.json_file import encode_json
 from launcher.runs import shard_files
 from launcher.runs.shard_files import MAX_ANSWER, REQUEST, Piece, error_text, write_files
 from launcher.signals import signals_blocked
@@ -89,7 +90,7 @@ class _WriterProcess:
         """
         request = {"host": host, "token": token, "folder": str(folder)}
         try:
-            self._channel.send(json.dumps(request).encode())
+            self._channel.send(encode_json(request).encode())
         except OSError as error:
             raise self._lost() from error
         answer = self.answer(waits=True)
