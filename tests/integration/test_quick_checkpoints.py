@@ -17,6 +17,7 @@ import pytest
 from meeting_launchers import Launchers, check_equal
 from support import ROOT, Commands, Finished, read_lines, read_weights, wait_until
 
+from launcher.report.run_page import run_page
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.history import History
 from launcher.runs.rundir import RunDir
@@ -185,7 +186,14 @@ def test_a_killed_run_resumes_from_its_quick_checkpoint(interrupted: Interrupted
     done = interrupted.resume("-n", "1")
     assert done.exit_code == 0, done.stderr
     assert interrupted.starts() == [0, interrupted.step]
-    assert "launcher: step-" in done.stdout
+    assert done.stdout.count(f"launcher: step-{interrupted.step:08}") == 1
+    history = History(interrupted.run_dir)
+    quick = [each.step for each in history.quick_checkpoints]
+    assert interrupted.step in quick
+    (section,) = (each for each in run_page(history).sections if each.title == "Checkpoints")
+    assert f" {len(quick)} of them" in section.paragraph
+    assert section.table is not None
+    assert [row[0] for row in section.table.rows] == [f"{interrupted.saved}", "30"]
     assert list(interrupted.disk.iterdir()) == []
     checkpoints = [each.step for each in list_checkpoints(interrupted.run_dir)]
     assert checkpoints == [30, interrupted.step]
