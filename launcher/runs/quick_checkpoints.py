@@ -6,10 +6,10 @@
                 checkpoint.json        the manifest of the whole checkpoint
                 shard-*.safetensors    the part of rank 3, and that of the rank that sends it to it
 
-A part gets its name when its files, those of all other ranks and the manifest are on the disk. When
-ranks start, those of an attempt before are promoted into the run folder, or are of no more use. A
-new attempt therefore removes what the node has of the run. A node that was away for some attempts
-may keep parts, which no later attempt looks for.
+A part gets its name when its files and those of all other ranks are on the disk. When ranks start,
+those of the attempt before are promoted into the run folder, or are of no more use. A new attempt
+therefore removes what the node has of the run. A node that was away for some attempts may keep
+parts, which no later attempt looks for.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from launcher.runs.manifest import (
     MANIFEST,
     FileDigest,
     Manifest,
+    encode_manifest,
     load_manifest,
-    save_manifest,
     sum_file,
 )
 from launcher.runs.rundir import RunDir
@@ -139,11 +139,13 @@ def part_name(step: int) -> str:
 def commit_part(folder: Path, manifest: Manifest) -> None:
     """Write the manifest into the folder of a part, whose name begins with a dot, and rename it.
 
+    Nothing waits for the disk: after a power failure, the digest in the manifest tells whether it
+    is whole.
+
     Raises:
-        OSError: The folder cannot be renamed.
-        RunDirError: checkpoint.json cannot be written.
+        OSError: The manifest cannot be written, or the folder cannot be renamed.
     """
-    save_manifest(folder, manifest)
+    (folder / MANIFEST).write_text(encode_manifest(manifest))
     folder.rename(folder.with_name(folder.name.removeprefix(".")))
 
 

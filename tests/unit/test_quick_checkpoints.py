@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from examples import recipe
+from examples import LAPTOP, recipe
 
-from launcher import RecipeError
+from launcher import RecipeError, make_plan
+from launcher.console.explain import explain
 from launcher.engine.saving.shard_writer import _WriterProcess
+from launcher.planning.timed_steps import Interruptions
 from launcher.runs.manifest import FORMAT, Manifest, sum_file
 from launcher.runs.part_exchange import target
 from launcher.runs.quick_checkpoints import (
@@ -237,3 +239,23 @@ def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], named: s
     """Half of the settings, a relative folder and an interval of no steps are refused."""
     with pytest.raises(RecipeError, match=named):
         replace(recipe(), **settings)
+
+
+@pytest.mark.parametrize(("nodes", "room"), [(1, "2 x"), (2, "2 x"), (4, "1 x"), (16, "0.25 x")])
+def test_a_plan_tells_the_room_on_each_node(nodes: int, room: str) -> None:
+    """Two checkpoints are kept, of which several nodes have each part twice."""
+    settings = {"quick_checkpoints": "/dev/shm/quick", "quick_checkpoint_every": 5}
+    plan = make_plan(recipe(**settings), LAPTOP, nodes=nodes, nproc_per_node=1)
+    assert f" up to {room} " in plan.derivations["quick_checkpoints"]
+    assert f" up to {room} " in " ".join(explain(plan).split())
+    without = make_plan(recipe(), LAPTOP, nodes=nodes, nproc_per_node=1)
+    assert "quick" not in explain(without)
+
+
+def test_max_time_counts_the_delays_of_quick_checkpoints() -> None:
+    """A run with max_time expects as many delays as it saves checkpoints of either kind."""
+    both = Interruptions(save_every_seconds=60, quick_every_steps=10)
+    assert both.checkpoints(5, 50, 180) == 3 + 4
+    assert (
+        replace(both, save_every_steps=20, save_every_seconds=None).checkpoints(5, 50, 9) == 2 + 4
+    )
