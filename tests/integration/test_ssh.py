@@ -398,11 +398,15 @@ LASTING = ("steps=60", "record_samples=true", "checkpoint_every=10", "device=cpu
 
 
 def test_a_machine_that_is_cut_off_is_replaced(network: Network) -> None:
-    """When the cable of the first machine is pulled, the others notice, and a spare goes on."""
+    """When the cable of the first machine is pulled, the others notice, and a spare goes on.
+
+    Before that, the machines have sent each other their parts of quick checkpoints.
+    """
     options = ("--spares", "1", "--max-restarts", "2", "--node-timeout", "4", "-n", "1")
     hosts = network.hosts(*ADDRESSES, SPARE)
     out = "pulled"
-    process = network.start("run", PACED, *LASTING, *options, "--out", out, *hosts)
+    quick = (f"quick_checkpoints={network.run.folder}/quick", "quick_checkpoint_every=3")
+    process = network.start("run", PACED, *LASTING, *quick, *options, "--out", out, *hosts)
     run_dir = out_of(network, out)
     try:
         wait_until(lambda: has_rows(run_dir, 25), process)
@@ -414,8 +418,11 @@ def test_a_machine_that_is_cut_off_is_replaced(network: Network) -> None:
     assert process.returncode == 0, output
     nodes = [read_heartbeat(run_dir, rank) for rank in range(2)]
     assert [node.node for node in nodes if node is not None] == ["machine2", "machine3"]
-    (failed,) = [row for row in read_lines(run_dir.events) if row["event"] == "failed"]
+    events = read_lines(run_dir.events)
+    (failed,) = [row for row in events if row["event"] == "failed"]
     assert failed["error"] == "LostNode"
+    places = [(row["time"] < failed["time"], row["place"]) for row in events if "place" in row]
+    assert {(True, "quick"), (False, "quick")} <= set(places)
     alone = network.run("launcher", "run", PACED, *LASTING[:-1], "-n", "1", "--out", "alone-paced")
     assert alone.exit_code == 0, alone.stderr
     one, other = (read_trace(out_of(network, name)) for name in ("alone-paced", out))
