@@ -70,9 +70,10 @@ def rows(
         trees["baseline"] = baseline
     for size in sizes:
         for name, tree in trees.items():
-            settings = [f"state_mb={size}", f"saves={saves}", f"every={every}"]
+            is_quick = name in ("quick", "sent")  # of which the first is an ordinary one
+            settings = [f"state_mb={size}", f"saves={saves + is_quick}", f"every={every}"]
             settings += ["writer=thread"] if name == "thread" else []
-            if name in ("quick", "sent"):
+            if is_quick:
                 settings += [f"quick_checkpoints={folder}/quick", f"quick_checkpoint_every={every}"]
                 settings.append("checkpoint_every=1000000")
             run(tree, settings, folder / "run", nodes=2 if name == "sent" else 1)
@@ -117,7 +118,7 @@ class Costs:
         return [
             (1e3 * self.step, ".0f"),
             (1e3 * self.stalls[0], ".0f"),
-            (1e3 * median(self.stalls[1:]), ".0f"),
+            (1e3 * median(self.stalls[1:] or self.stalls), ".0f"),
             (self.writing, ".2f"),
             (self.num_bytes / self.writing / 1e6, ".0f"),
             (self.slowdown, ".2f"),
