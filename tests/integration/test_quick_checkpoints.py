@@ -101,7 +101,9 @@ def test_a_lost_node_costs_the_steps_since_the_quick_checkpoint(
     assert promoted["step"] == step
     (recovered,) = three.events("recovered")
     assert recovered["step"] == step + 1
-    assert {each["step"] for each in three.events("saved") if each["place"] == "quick"} >= {6, 9}
+    steps = [each["step"] for each in three.events("saved") if each["place"] == "quick"]
+    assert steps.count(step) == 1
+    assert max(steps) > step
     check_same(three.run_dir, undisturbed)
 
 
@@ -135,7 +137,7 @@ def test_a_process_that_ends_costs_one_quick_checkpoint(
     both.start_in_order(2)
     assert both.finish() == [0, 0], both.outputs
     steps = [each["step"] for each in both.events("saved") if each["place"] == "quick"]
-    assert min(steps) < 14 < max(steps)
+    assert min(steps) <= int((run.folder / "killed").read_text()) < max(steps)
     warnings = [out.count("the quick checkpoint after step") for out, _ in both.outputs]
     assert sum(warnings) == 1, both.outputs
     check_same(both.run_dir, undisturbed)
@@ -248,7 +250,7 @@ def test_a_full_disk_of_a_node_is_one_warning(run: Commands) -> None:
     try:
         done = run(
             *("launcher", "run", f"{ROOT}/tests/recipes/worlds.py:worlds", "-n", "2"),
-            *("checkpoint_every=6", f"quick_checkpoints={disk}", "quick_checkpoint_every=2"),
+            *("checkpoint_every=1000", f"quick_checkpoints={disk}", "quick_checkpoint_every=6"),
             *("--out", "out"),
         )
         left = list(disk.iterdir())
@@ -257,7 +259,7 @@ def test_a_full_disk_of_a_node_is_one_warning(run: Commands) -> None:
     assert done.exit_code == 0, done.stderr
     assert done.stdout.count("No space left on device") == 1, done.stdout
     checkpoints = [each.step for each in list_checkpoints(RunDir(run.folder / "out"))]
-    assert checkpoints == [15, 12]
+    assert checkpoints == [15, 5]
     assert left == []
 
 

@@ -30,8 +30,17 @@ def held(*, pause: float = 0.05, hold: int = 0) -> Recipe:
 
 
 def killing(*, pause: float = 0.05) -> Recipe:
-    """Return a recipe whose rank 1 kills the process that writes its checkpoints, after step 14."""
+    """Return a recipe whose rank 1 kills its writing process after the first quick checkpoint.
+
+    The file `killed` beside the run folder then has the step.
+    """
     return replace(paced(pause=pause), name="paced", callbacks=(_Killer(),))
+
+
+def _quick_steps(context: CallbackContext) -> list[int]:
+    """Return the steps of the quick checkpoints that are complete."""
+    events = read_events(RunDir(context.run_dir))
+    return [each.step for each in events if isinstance(each, Saved) and each.place == QUICK]
 
 
 class _Hold:
@@ -43,8 +52,7 @@ class _Hold:
         folder = context.run_dir.parent
         if context.rank > 0 or (folder / "go").exists():
             return
-        events = read_events(RunDir(context.run_dir))
-        saved = [each.step for each in events if isinstance(each, Saved) and each.place == QUICK]
+        saved = _quick_steps(context)
         if saved and saved[-1] >= self._step:
             (folder / "held").write_text(str(saved[-1]))
             while not (folder / "go").exists():
@@ -54,8 +62,10 @@ class _Hold:
 class _Killer:
     def after_step(self, context: CallbackContext) -> None:
         """Kill the process beside rank 1, if it is time."""
-        if context.rank != 1 or context.step != 14:
+        killed = context.run_dir.parent / "killed"
+        if context.rank != 1 or killed.exists() or not _quick_steps(context):
             return
+        killed.write_text(str(context.step))
         for child in psutil.Process().children():
             if any("shard_files" in word for word in child.cmdline()):
                 os.kill(child.pid, signal.SIGKILL)
