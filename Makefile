@@ -14,10 +14,13 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-# Debian packages that some tests need: a data set, Slurm for a cluster of virtual nodes, ssh servers
-# and networks for hosts in namespaces, strace to count opened files, and a browser to look at pages.
+# Debian packages that some tests need: a data set, Slurm with accounting for a cluster of virtual
+# nodes, ssh servers and networks for hosts in namespaces, strace to count opened files, and a browser
+# to look at pages; and kubectl, where it does not come from somewhere else.
 PACKAGES := dataset-fashion-mnist slurmctld slurmd slurm-client munge \
-	dropbear-bin iproute2 openssh-client strace chromium chromium-driver
+	slurmdbd mariadb-server-core mariadb-client-core \
+	dropbear-bin iproute2 openssh-client strace chromium chromium-driver \
+	$(if $(shell command -v kubectl),,kubernetes-client)
 
 .PHONY: run test test-unit test-gpu fuzz test-lowest test-deps lint docs bench format packages clean
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from launcher.errors import RunDirError
 from launcher.paths import exists
 from launcher.runs.final_result import find_result
+from launcher.runs.mirror_record import mirror_problem
 from launcher.runs.rundir import RunDir
 from launcher.runs.status import RunState, read_outcome
 from launcher.schedulers.scheduler import find_scheduler
@@ -34,6 +35,9 @@ class SubmissionStatus:
 
     words: str
     """The status as text for users."""
+
+    mirror_problem: str = ""
+    """Why the object store of the run lacks what its folder has; empty if it does not."""
 
     evaluation: dict[str, float]
     """The final evaluation of a finished run; empty otherwise."""
@@ -92,10 +96,12 @@ def _status(run: SubmittedRun, state: RunState) -> SubmissionStatus:
     except RunDirError:
         result = None
     evaluation = {} if result is None else result.evaluation
+    problem = mirror_problem(run.run_dir)
     return SubmissionStatus(
         run_dir=run.run_dir,
         submission=run.submission,
         state=state.name,
-        words=state.words,
+        words=state.words + (f"; {problem}" if problem else ""),
+        mirror_problem=problem,
         evaluation={name: math.nan if v is None else v for name, v in evaluation.items()},
     )

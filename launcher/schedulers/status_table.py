@@ -25,7 +25,9 @@ def status_cells(status: SubmissionStatus) -> tuple[str, ...]:
 
 def status_values(status: SubmissionStatus) -> dict[str, Any]:
     """Return the status of a run as plain values that JSON can hold."""
-    values = {"run": str(status.run_dir.path), "state": status.state, "words": status.words}
+    values: dict[str, Any] = {"run": str(status.run_dir.path)}
+    values |= {"state": status.state, "words": status.words}
+    values |= {"mirror_problem": status.mirror_problem} if status.mirror_problem else {}
     return values | {"evaluation": status.evaluation} | asdict(status.submission)
 
 
