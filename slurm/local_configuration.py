@@ -64,6 +64,7 @@ def write_configuration(
         conf += (
             "MinJobAge=20\nAccountingStorageType=accounting_storage/slurmdbd\n"
             f"AccountingStorageHost=localhost\nAccountingStoragePort={database}\n"
+            f"AccountingStoragePass={folder}/munge.sock\n"
         )
         write_slurmdbd_conf(folder, user, database)
     else:

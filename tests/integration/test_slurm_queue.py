@@ -149,7 +149,12 @@ def test_the_accounting_knows_ended_jobs(slurm: Commands) -> None:
     runs = [failed, again, killed, held, *(RunDir(array.path / index) for index in "01")]
     jobs = {read_submission(run).job: run for run in runs}
     ended = ("COMPLETED", "FAILED", "CANCELLED")
-    wait_for(lambda: all(each.state in ended for each in job_states(jobs).values()))
+
+    def have_ended() -> bool:
+        states = job_states(jobs)
+        return states.keys() == jobs.keys() and all(each.state in ended for each in states.values())
+
+    wait_for(have_ended)
     before = job_states(jobs)
     words = {job: status_of(run).words for job, run in jobs.items()}
     bases = {job.partition("_")[0] for job in jobs}
