@@ -174,16 +174,27 @@ def test_the_accounting_knows_ended_jobs(slurm: Commands) -> None:
     assert (by_run["0"].state, by_run["1"].exit_code) == ("COMPLETED", "1:0")
 
 
-def test_a_job_asks_the_queue_for_what_is_given(slurm: Commands) -> None:
+@pytest.fixture
+def reservation(cluster: Cluster) -> Iterator[str]:
+    """Reserve the last node, and return the name of the reservation."""
+    named = "reservationname=course"
+    options = ("starttime=now", "duration=10", "users=root", f"nodes={cluster.nodes[-1]}")
+    subprocess.run(["scontrol", "create", "reservation", named, *options], check=True)
+    yield "course"
+    subprocess.run(["scancel", "--me"], check=True)
+    wait_for(lambda: not subprocess.check_output(["squeue", "-h"]))
+    subprocess.run(["scontrol", "delete", named], check=True)
+
+
+def test_a_job_asks_the_queue_for_what_is_given(slurm: Commands, reservation: str) -> None:
     """Slurm shows the cap, the dependency, the reservation and the mail of a submitted array."""
     first = read_submission(submit(slurm, "first", sbatch=["--hold"])).job
-    create = ("reservationname=course", "starttime=now", "duration=10", "users=root", "nodes=node3")
-    subprocess.run(["scontrol", "create", "reservation", *create], check=True, capture_output=True)
     array = submit(
         slurm,
         "array",
         *("--array", "seed=1,2,3", "--array-cap", "2", "--dependency", f"afterok:{first}"),
-        *("--reservation", "course", "--mail-type", "END,FAIL", "--mail-user", "me@example.com"),
+        *("--reservation", reservation, "--mail-type", "END,FAIL"),
+        *("--mail-user", "me@example.com"),
     )
     run_dir = RunDir(array.path / "0")
     job = read_submission(run_dir).job.partition("_")[0]
@@ -192,13 +203,10 @@ def test_a_job_asks_the_queue_for_what_is_given(slurm: Commands) -> None:
     assert values["ArrayTaskId"] == "0-2%2"
     assert values["ArrayTaskThrottle"] == "2"
     assert values["Dependency"].startswith(f"afterok:{first}")
-    assert values["Reservation"] == "course"
+    assert values["Reservation"] == reservation
     assert values["MailType"] == "END,FAIL"
     assert values["MailUser"] == "me@example.com"
-    assert status_of(run_dir).words == "waiting for another job to end"
-    subprocess.run(["scancel", first, job], check=True)
-    wait_for(lambda: not subprocess.check_output(["squeue", "-h"]))
-    subprocess.run(["scontrol", "delete", "reservationname=course"], check=True)
+    wait_for(lambda: status_of(run_dir).words == "waiting for another job to end")
 
 
 @pytest.mark.parametrize(
