@@ -370,7 +370,7 @@ def open_cluster() -> Cluster:
     return Cluster(**values | {"folder": Path(folder)}, daemons=daemons)
 
 
-class _Numbers(click.ParamType):
+class _Numbers(click.ParamType[list[int]]):
     """Numbers with commas between them."""
 
     name = "N[,N...]"
