@@ -42,6 +42,11 @@ class SubmissionStatus:
     evaluation: dict[str, float]
     """The final evaluation of a finished run; empty otherwise."""
 
+    @property
+    def line(self) -> str:
+        """The status and the problem of the object store, as one line."""
+        return "; ".join(filter(None, (self.words, self.mirror_problem)))
+
 
 def status_of(run_dir: RunDir) -> SubmissionStatus:
     """Return the status of a run, from its scheduler and from the run folder.
@@ -96,12 +101,11 @@ def _status(run: SubmittedRun, state: RunState) -> SubmissionStatus:
     except RunDirError:
         result = None
     evaluation = {} if result is None else result.evaluation
-    problem = mirror_problem(run.run_dir)
     return SubmissionStatus(
         run_dir=run.run_dir,
         submission=run.submission,
         state=state.name,
-        words=state.words + (f"; {problem}" if problem else ""),
-        mirror_problem=problem,
+        words=state.words,
+        mirror_problem=mirror_problem(run.run_dir),
         evaluation={name: math.nan if v is None else v for name, v in evaluation.items()},
     )

@@ -19,7 +19,7 @@ def sort_statuses(statuses: list[SubmissionStatus]) -> list[SubmissionStatus]:
 def status_cells(status: SubmissionStatus) -> tuple[str, ...]:
     """Return the row of a run: folder, job id, settings within its array, and state."""
     submission = status.submission
-    cells = status.run_dir.shown, submission.job, " ".join(submission.settings), status.words
+    cells = status.run_dir.shown, submission.job, " ".join(submission.settings), status.line
     return tuple(map(printable_line, cells))
 
 

@@ -81,5 +81,5 @@ def test_uploads_that_fail_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert all(text in problem for text in ("s3://bucket/run", "1,200", "denied access"))
     assert "key" not in problem
     assert row["words"].startswith("finished after ")
-    assert row["words"].endswith(f"; {problem}")
-    assert problem in invoke(["status", "run"], tmp_path).stdout
+    for arguments in (["status"], ["status", "run"]):
+        assert invoke(arguments, tmp_path).stdout.endswith(f"; {problem}\n")
