@@ -1,12 +1,12 @@
 #!/bin/bash
 # Build containers/Dockerfile and train in the image, as root, where there is neither a container
-# runtime nor a registry. The base is Debian, with torch from the package index: a CPU build shows
-# that the file builds and that launcher runs in it. It takes minutes and gigabytes in $TMPDIR.
+# runtime nor a registry. The base is Debian in place of the image of PyTorch.
 #
 #     containers/check.sh [OPTIONS OF buildah build]...
 #
-# Options are such as --volume=/etc/ssl/certs:/etc/ssl/certs:ro. It needs Debian's packages buildah,
-# crun and mmdebstrap.
+# Options are such as --volume=/etc/ssl/certs:/etc/ssl/certs:ro. TORCH_WHEEL names a wheel of torch that
+# the base gets; without one, pip installs torch with CUDA, which takes 25 GB in $TMPDIR and 10 minutes.
+# It needs Debian's packages buildah, crun and mmdebstrap.
 set -euo pipefail
 
 for program in buildah crun mmdebstrap; do
@@ -35,7 +35,12 @@ ADD base.tar /
 RUN python3 -m venv /opt/python
 ENV PATH=/opt/python/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 EOF
-"${images[@]}" build --signature-policy "$work/policy.json" --quiet --tag localhost/base "$work/base"
+if [ -n "${TORCH_WHEEL:-}" ]; then
+    cp -- "$TORCH_WHEEL" "$work/base"
+    echo 'RUN --mount=type=bind,target=/mnt pip install --no-cache-dir /mnt/*.whl' >> "$work/base/Dockerfile"
+fi
+"${images[@]}" build --signature-policy "$work/policy.json" --quiet --tag localhost/base "$@" \
+    "$work/base"
 "${images[@]}" build --signature-policy "$work/policy.json" --build-arg BASE=localhost/base \
     --file "$root/containers/Dockerfile" --ignorefile "$root/containers/Dockerfile.dockerignore" \
     --tag localhost/train:1.0 "$@" "$root"
