@@ -255,7 +255,7 @@ class Tuner:
 
     def _find_loader(self) -> LoaderSearchResult | None:
         """Search for the DataLoader settings; return None if the number of workers is fixed."""
-        if "num_workers" in self._fixed_names:
+        if "num_workers" in self._fixed_names or self._tuned_target().plan()[0].data_on_device:
             return None
         self._listener.on_search("DataLoader workers")
         search = LoaderSearch(self._tuned_target(), seconds=self._seconds)
