@@ -86,6 +86,16 @@ def read_range_test(curve: LossCurve) -> LRSearchResult:
     return LRSearchResult(curve=curve, suggestions=Suggestions(lowest=lowest, reason=reason))
 
 
+def scale_lrs(result: LRSearchResult, factor: float) -> LRSearchResult:
+    """Return the result of a range test with all learning rates multiplied by a factor."""
+    lowest = result.suggestions.lowest
+    return replace(
+        result,
+        curve=replace(result.curve, lrs=tuple(lr * factor for lr in result.curve.lrs)),
+        suggestions=replace(result.suggestions, lowest=None if lowest is None else lowest * factor),
+    )
+
+
 def try_lrs(
     result: LRSearchResult,
     target: Target,
