@@ -43,7 +43,7 @@ SHORT = {
     "loader_cpu": "--turns 1 --steps 20",
     "data_memory": "--samples 100000",
     "super_convergence": "--samples 6400 --seeds 1 --budgets 50 --constant-lrs 0.01 --peak-lrs 0.1 "
-    "--muon-lrs 0.04 --find-steps 20",
+    "--muon-lrs 0.04 --found-lrs 0.04,0.2 --turns 1",
     "speedrun": "--epochs 1 --lrs 0.01 --seeds 1 --turns 1",
     "gpt_muon": "--steps 10 --lengths 0.5 --adamw-lrs 0.004 --muon-lrs 0.02 --seeds 1 --worlds 1,2",
     "batch_64_to_512": "--batches 64,256 --target 0.6 --seeds 1 --samples 8000 --lrs 0.03 "
