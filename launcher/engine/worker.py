@@ -18,12 +18,12 @@ import msgspec
 from launcher.engine.backends.base import Backend
 from launcher.engine.probes.inspection import inspect_recipe, write_inspection
 from launcher.engine.probes.layer_split import check_layer_split
+from launcher.engine.probes.lr_trainings import run_lr_trainings
 from launcher.engine.probes.measuring import (
     ProbeContext,
     limit_memory,
     measure_noise,
     run_range_test,
-    run_short_training,
     time_data_loading,
     time_micro_batch_size,
     time_strategy,
@@ -140,9 +140,9 @@ def agent_range_test(job: Job) -> int:
     return _run_probe(job, run_range_test)
 
 
-def agent_short_training(job: Job) -> int:
-    """Take part in a training of a few steps; rank 0 writes its losses to the run folder."""
-    return _run_probe(job, run_short_training)
+def agent_lr_trainings(job: Job) -> int:
+    """Take part in short trainings at several learning rates; rank 0 writes the outcomes."""
+    return _run_probe(job, run_lr_trainings)
 
 
 def agent_noise_probe(job: Job) -> int:

@@ -378,6 +378,10 @@ class Recipe:
     in_memory: Annotated[bool, Affects.NODE] = False
     """Whether the samples are already in memory, so that DataLoader workers would only add cost."""
 
+    data_on_device: Annotated[bool, Affects.NODE] = False
+    """Copy the data sets to the device of each rank once, and make batches there by index; for a
+    TensorDataset without collate that fits into the memory of the device."""
+
     num_workers: Annotated[NonNegativeInt | None, Affects.NODE] = None
     """DataLoader workers per rank; None is four, limited by the usable cores."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -11,16 +12,16 @@ from launcher.analysis.lr_trials import (
     LRSearchResult,
     LRTrial,
     Suggestions,
-    final_loss,
     fitted_lr,
-    mean_loss,
-    next_lr,
+    training_name,
 )
 from launcher.errors import PlanError
 from launcher.launch.signal_handler import SignalHandler
+from launcher.paths import is_file
 from launcher.recipe.recipe import Recipe
+from launcher.runs.run_record import write_run
 from launcher.runs.rundir import RunDir, create_run_dir
-from launcher.tuning.measured_files import read_curve
+from launcher.tuning.measured_files import read_curve, read_trials
 from launcher.tuning.probe_run import Probe, Target, run_probe
 
 
@@ -85,6 +86,16 @@ def read_range_test(curve: LossCurve) -> LRSearchResult:
     return LRSearchResult(curve=curve, suggestions=Suggestions(lowest=lowest, reason=reason))
 
 
+def scale_lrs(result: LRSearchResult, factor: float) -> LRSearchResult:
+    """Return the result of a range test with all learning rates multiplied by a factor."""
+    lowest = result.suggestions.lowest
+    return replace(
+        result,
+        curve=replace(result.curve, lrs=tuple(lr * factor for lr in result.curve.lrs)),
+        suggestions=replace(result.suggestions, lowest=None if lowest is None else lowest * factor),
+    )
+
+
 def try_lrs(
     result: LRSearchResult,
     target: Target,
@@ -97,12 +108,13 @@ def try_lrs(
     """Return the result of a range test with short trainings around its lowest loss.
 
     Each training goes through the whole schedule of the recipe. At each learning rate there is one
-    for each of `NUM_SEEDS` seeds. If the range test suggests nothing there are no trainings.
+    for each of `NUM_SEEDS` seeds. The same ranks take all of them. If the range test suggests
+    nothing there are no trainings.
 
     Args:
         result: Result of the range test.
         target: The recipe.
-        run_dir: Folder that receives a folder for each training.
+        run_dir: Folder that receives the folder `trainings`, with a folder for each of them.
         signals: The signal handler of this process.
         on_trial: Receives the outcome at each learning rate.
         steps: Steps of all trainings at one learning rate together.
@@ -110,16 +122,63 @@ def try_lrs(
     Raises:
         RunFailedError: A rank failed.
     """
-    trials: list[LRTrial] = []
     first = result.suggestions.lowest
-    while first is not None and (lr := next_lr(trials, first)) is not None:
-        losses: list[float | None] = []
+    if first is None:
+        return with_trials(result, ())
+    probe = _plan_training(target, first, 0, steps // NUM_SEEDS)
+    trials = _Trials(create_run_dir(run_dir.path / "trainings", probe.plan.recipe), on_trial)
+    from launcher.engine.worker import agent_lr_trainings
+
+    try:
+        run_probe(
+            probe,
+            trials.run_dir,
+            agent_lr_trainings,
+            signals,
+            quiet=True,
+            while_running=trials.report,
+        )
+    finally:
+        trials.report()
+    for trial in trials.reported:
         for number in range(NUM_SEEDS):
-            if None not in losses:  # one that diverges is enough
-                losses.append(_try_lr(lr, number, target, run_dir, signals, steps // NUM_SEEDS))
-        trials.append(LRTrial(lr=lr, loss=mean_loss(losses)))
-        on_trial(trials[-1])
-    return with_trials(result, trials)
+            folder = RunDir(trials.run_dir.path / training_name(trial.lr, number))
+            if is_file(folder.curve):
+                planned = _plan_training(target, trial.lr, number, steps // NUM_SEEDS)
+                write_run(folder, replace(planned.description, probe=True))
+    return with_trials(result, trials.reported)
+
+
+class _Trials:
+    """Reports the outcomes that the ranks write while they train.
+
+    Args:
+        run_dir: Folder of the trainings.
+        on_trial: Receives each outcome once.
+    """
+
+    def __init__(self, run_dir: RunDir, on_trial: Callable[[LRTrial], None]) -> None:
+        self.run_dir, self._on_trial = run_dir, on_trial
+        self.reported: list[LRTrial] = []
+        """The outcomes so far, in their order."""
+
+        self._state: os.stat_result | None = None
+
+    def report(self) -> None:
+        """Report the outcomes that were written since the last call."""
+        try:
+            state = self.run_dir.trials.stat()
+        except OSError:  # there is none yet
+            return
+        before, self._state = self._state, state
+        if before is not None and (before.st_ino, before.st_mtime_ns) == (
+            state.st_ino,
+            state.st_mtime_ns,
+        ):
+            return
+        for trial in read_trials(self.run_dir)[len(self.reported) :]:
+            self.reported.append(trial)
+            self._on_trial(trial)
 
 
 def with_trials(result: LRSearchResult, trials: Sequence[LRTrial]) -> LRSearchResult:
@@ -128,22 +187,19 @@ def with_trials(result: LRSearchResult, trials: Sequence[LRTrial]) -> LRSearchRe
     return replace(result, suggestions=suggestions, trials=tuple(trials))
 
 
-def _try_lr(
-    lr: float, number: int, target: Target, run_dir: RunDir, signals: SignalHandler, steps: int
-) -> float | None:
-    """Train at one learning rate; return the final loss, or None if it diverged.
+def _plan_training(target: Target, lr: float, number: int, steps: int) -> Probe:
+    """Plan a training through the whole schedule of a recipe.
 
     Args:
+        target: The recipe.
         lr: Peak learning rate.
         number: Number added to the seed of the recipe.
-        target: The recipe.
-        run_dir: Folder that receives the folder of the training.
-        signals: The signal handler of this process.
         steps: Steps of the training.
-    """
-    from launcher.engine.worker import agent_short_training
 
-    probe = target.with_settings(
+    Raises:
+        PlanError: The recipe cannot be trained with these settings on these ranks.
+    """
+    return target.with_settings(
         "find lr",
         lr=lr,
         lr_rule="none",
@@ -155,9 +211,6 @@ def _try_lr(
         record_samples=False,
         noise_scale=False,
     ).probe()
-    trial_dir = create_run_dir(run_dir.path / f"lr-{lr:.3g}-{number}", probe.plan.recipe)
-    run_probe(probe, trial_dir, agent_short_training, signals, quiet=True)
-    return final_loss(read_curve(trial_dir), steps)
 
 
 def recipe_lr_settings(lr: float, batch_size: int, recipe: Recipe) -> dict[str, float]:

@@ -62,13 +62,14 @@ def test_short_trainings_bracket_the_best_lr(run: Commands) -> None:
     assert result["suggestions"]["trainings"] == result["settings"]["lr"]
     assert 0 < trials.index(best) < len(trials) - 1
     assert best["loss"] < 1.5
+    folder = run.folder / "out/trainings"
     curves = [
-        json.loads((run.folder / f"out/lr-{best['lr']:.3g}-{number}/curve.json").read_text())
+        json.loads((folder / f"lr-{best['lr']:.3g}-{number}/curve.json").read_text())
         for number in (0, 1)
     ]
     assert best["loss"] == pytest.approx(sum(curve["held_out"] for curve in curves) / 2)
     for number in (0, 1):
-        record = (run.folder / f"out/lr-{best['lr']:.3g}-{number}/run.yaml").read_text()
+        record = (folder / f"lr-{best['lr']:.3g}-{number}/run.yaml").read_text()
         assert yaml.safe_load(record)["plan"]["total_steps"] == 30
         assert yaml.safe_load(record)["plan"]["settings"]["seed"] == number
 
