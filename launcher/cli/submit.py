@@ -16,13 +16,12 @@ from launcher.cli.arguments import (
     NodeRange,
     config_option,
     freezing_options,
-    node_timeout_option,
     nproc_option,
     out_option,
     overrides_argument,
     recipe_argument,
-    spares_option,
 )
+from launcher.cli.node_options import node_timeout_option, spares_option
 from launcher.cli.settings_command import SettingsCommand
 from launcher.console.echo import echo
 from launcher.errors import UsageError
