@@ -5,7 +5,7 @@
 #     containers/check.sh [OPTIONS OF buildah build]...
 #
 # Options are such as --volume=/etc/ssl/certs:/etc/ssl/certs:ro. TORCH_WHEEL names a wheel of torch that
-# the base gets; without one, pip installs torch with CUDA, which takes 25 GB in $TMPDIR and 10 minutes.
+# the base gets; without one, pip installs torch with CUDA, which takes 21 GB in $TMPDIR and 10 minutes.
 # It needs Debian's packages buildah, crun and mmdebstrap.
 set -euo pipefail
 
