@@ -35,9 +35,9 @@ COMPARED_HEAD = ("strategy", "ranks", "losses differ by", "weights differ by")
 
 @benchmark
 @click.option("--steps", type=click.IntRange(min=10), default=300, show_default=True)
-@click.option("--lengths", type=Numbers(float, 0.05), default="0.4,0.5,0.6,0.7,0.8")
-@click.option("--adamw-lrs", type=Numbers(float, 0), default="0.004,0.008,0.016")
-@click.option("--muon-lrs", type=Numbers(float, 0), default="0.008,0.016,0.032")
+@click.option("--lengths", type=Numbers(float, 0.05), default="0.2,0.25,0.3,0.4")
+@click.option("--adamw-lrs", type=Numbers(float, 0), default="0.001,0.002,0.004,0.008")
+@click.option("--muon-lrs", type=Numbers(float, 0), default="0.016,0.032,0.064")
 @click.option("--seeds", type=click.IntRange(min=1), default=2, show_default=True)
 @click.option("--worlds", type=Numbers(int, 1), default="1,2,4", show_default=True)
 @click.option("--data", type=click.Path(path_type=Path), default=TEXTS, help="Folder of texts.")

@@ -100,7 +100,7 @@ def gpt_muon(
     """
     base = gpt(data=data, layers=layers, width=width, heads=heads)
     others = adamw(beta2=0.95, weight_decay=0.1, decay_1d=False)
-    return replace(base, name="gpt_muon", optimizer=muon(others=others), lr=0.01)
+    return replace(base, name="gpt_muon", optimizer=muon(others=others), lr=0.02)
 
 
 def gpt_ddp(*, data: Path | None = None) -> Recipe:
