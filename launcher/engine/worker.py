@@ -101,6 +101,7 @@ def _train(rank: _AgentRank) -> int:
         started=rank.job.started,
         report_phase=_recording_recovery(rank),
         write_report=rank.job.write_report,
+        is_restart=_num_restarts() > 0 or rank.job.attempt > 0,
     )
     return EXIT_RESUMABLE if result is None else 0
 
@@ -350,14 +351,18 @@ def _let_signals_end_process() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
+def _num_restarts() -> int:
+    """Return how often the ranks have been started before."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 def _choose_start(job: Job) -> ResumeFrom | None:
     """Return where to start: a restarted run resumes from its newest checkpoint, if it has one.
 
     After a restart of several nodes the launchers have agreed on it.
     """
-    num_restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) - job.attempt
-    if num_restarts > 0 and list_checkpoints(job.run_dir):
-        return replace(job.start or ResumeFrom(), step=None, fall_back=True)
+    if _num_restarts() > job.attempt and list_checkpoints(job.run_dir):
+        return replace(job.start or ResumeFrom(), step=None, fall_back=True, promotes=True)
     return job.start
 
 

@@ -17,6 +17,7 @@ from launcher.planning.derivations import (
     batch_arithmetic,
     notes_for,
     order_text,
+    quick_checkpoints_text,
     stages_text,
     steps_arithmetic,
     tokens_text,
@@ -139,6 +140,7 @@ def make_plan(
         "workers_per_rank": policy.workers_reason,
         "pin_memory": policy.pin_reason,
         "order": order_text(recipe),
+        "quick_checkpoints": quick_checkpoints_text(recipe, nodes),
         **sharding_texts(recipe, sharding, accumulation, distribution.rounds),
     }
     plan = Plan(

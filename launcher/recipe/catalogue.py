@@ -43,8 +43,8 @@ TOPICS = {
         "pin_memory"
     ),
     "Checkpoints and failures": (
-        "checkpoint_every keep_checkpoints keep_best best_checkpoints bad_samples max_bad_samples "
-        "max_bad_steps hang_timeout"
+        "checkpoint_every keep_checkpoints quick_checkpoints quick_checkpoint_every keep_best "
+        "best_checkpoints bad_samples max_bad_samples max_bad_steps hang_timeout"
     ),
     "What is recorded": "train_metrics noise_scale trackers record_samples",
 }

@@ -45,6 +45,7 @@ from launcher.recipe.objective import (
 )
 from launcher.recipe.optimizer import OptimizerSpec, sgd
 from launcher.recipe.prediction_metric import PredictionMetric
+from launcher.recipe.quick_settings import check_quick_checkpoints
 from launcher.recipe.schedules import Schedule, one_cycle
 from launcher.recipe.unplanned_schedules import check_schedule
 from launcher.recipe.validation import (
@@ -404,6 +405,13 @@ class Recipe:
     keep_checkpoints: Annotated[PositiveInt, Affects.NOTHING] = 2
     """Number of checkpoints to keep, the newest ones."""
 
+    quick_checkpoints: Annotated[str | None, Affects.NOTHING] = None
+    """Folder that each node has to itself, such as /dev/shm/quick or one on a local disk: the run
+    saves further checkpoints there, from which it goes on after a failure. None saves none."""
+
+    quick_checkpoint_every: Annotated[PositiveInt | None, Affects.NOTHING] = None
+    """Optimizer steps from one quick checkpoint to the next; needs quick_checkpoints."""
+
     keep_best: Annotated[KeepBest | None, Affects.NOTHING] = None
     """Metric of evaluations by which the best checkpoint is kept too, and max or min, such as
     dev/accuracy:max or loss:min. The run then ends with the best weights as model.safetensors."""
@@ -474,6 +482,7 @@ class Recipe:
             best_checkpoints=self.best_checkpoints,
             stop_after=self.stop_after,
         )
+        check_quick_checkpoints(self.quick_checkpoints, self.quick_checkpoint_every)
         check_parallel_plan(self.tensor_parallel_plan)
         check_schedule(self.schedule, self.metrics)
         check_optimizer(self.optimizer)

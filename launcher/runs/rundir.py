@@ -26,6 +26,8 @@ submission.json     the job that `launcher submit` submitted; with its job.sbatc
 unhealthy_nodes     names of nodes that failed `--health`, or twice in one run; the job is queued
                     again without them
 round               how often the ranks of several nodes that restart have started, while they run
+quick.json          which quick checkpoints on the nodes belong to the run; see
+                    launcher.runs.quick_checkpoints
 exit_code           how a Slurm job whose nodes restart together has ended, for its batch script
 examination.json    what the ranks report about their node, for `launcher doctor`
 inspection.json     which parts of the recipe depend on the split, for `launcher prove`
@@ -114,6 +116,11 @@ class RunDir:
         A launcher that was cut off from the others sees in it that they have gone on.
         """
         return self.path / "round"
+
+    @property
+    def quick(self) -> Path:
+        """The file that says which of the quick checkpoints on the nodes belong to the run."""
+        return self.path / "quick.json"
 
     @property
     def exit_code(self) -> Path:
