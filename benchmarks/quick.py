@@ -46,6 +46,8 @@ SHORT = {
     "--muon-lrs 0.04 --find-steps 20",
     "batch_64_to_512": "--batches 64,256 --target 0.6 --seeds 1 --samples 8000 --lrs 0.03 "
     "--noise-steps 40 --evaluations 8",
+    "batch_forecast": "--only mlp-sgd --batches 256,1024 --seeds 1",
+    "micro_batch": "--workloads digits --ranks 1 --seconds 2",
     "lr_finder": "--only mlp-digits-adamw-64 --seeds 1 --searches 1 --steps 80",
     "gpu": "--only profile,doctor",
     "tuned": "--epochs 1 --tuned-epochs 1 --seeds 1 --find-steps 40",

@@ -12,6 +12,7 @@ code/               the project as it was planned, for jobs and runs on several 
 report.html         the page that `launcher report` writes
 checkpoints/        one folder per checkpoint; see launcher.runs.checkpoints
 curve.json          learning rates and losses that `launcher find lr` measured
+lr.json             what it found, with the final losses of its short trainings
 reading.json        loader throughput that `launcher find loader` measured
 size.json           throughput and memory that `launcher find batch` measured
 profile.json        where the time of steps went, by `launcher profile`; with traces/
@@ -138,6 +139,10 @@ class RunDir:
     @property
     def curve(self) -> Path:
         return self.path / "curve.json"
+
+    @property
+    def lr_search(self) -> Path:
+        return self.path / "lr.json"
 
     @property
     def reading(self) -> Path:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from launcher.analysis.lr_curve import LossCurve, lowest_lr, lr_at_reference
 from launcher.analysis.lr_trials import (
-    NUM_SEEDS,
     LRSearchResult,
     LRTrial,
     Suggestions,
     final_loss,
     fitted_lr,
-    mean_loss,
+    for_length,
     next_lr,
 )
 from launcher.errors import PlanError
+from launcher.json_file import exact_floats
 from launcher.launch.signal_handler import SignalHandler
 from launcher.recipe.recipe import Recipe
+from launcher.runs.files import write_json
 from launcher.runs.rundir import RunDir, create_run_dir
 from launcher.tuning.measured_files import read_curve
 from launcher.tuning.probe_run import Probe, Target, run_probe
@@ -76,7 +77,9 @@ def find_lr(
     from launcher.engine.worker import agent_range_test
 
     run_probe(test, run_dir, agent_range_test, signals, quiet=quiet)
-    return read_range_test(read_curve(run_dir))
+    result = read_range_test(read_curve(run_dir))
+    _store(result, run_dir)
+    return result
 
 
 def read_range_test(curve: LossCurve) -> LRSearchResult:
@@ -96,8 +99,8 @@ def try_lrs(
 ) -> LRSearchResult:
     """Return the result of a range test with short trainings around its lowest loss.
 
-    Each training goes through the whole schedule of the recipe. At each learning rate there is one
-    for each of `NUM_SEEDS` seeds. If the range test suggests nothing there are no trainings.
+    Each training goes through the whole schedule of the recipe, from the same weights and with the
+    same samples. If the range test suggests nothing there are no trainings.
 
     Args:
         result: Result of the range test.
@@ -105,37 +108,60 @@ def try_lrs(
         run_dir: Folder that receives a folder for each training.
         signals: The signal handler of this process.
         on_trial: Receives the outcome at each learning rate.
-        steps: Steps of all trainings at one learning rate together.
+        steps: Steps of a short training; at most those of the recipe are taken.
 
     Raises:
         RunFailedError: A rank failed.
     """
+    whole_steps = target.plan()[1].total_steps
+    steps = min(steps, whole_steps)
     trials: list[LRTrial] = []
     first = result.suggestions.lowest
     while first is not None and (lr := next_lr(trials, first)) is not None:
-        losses: list[float | None] = []
-        for number in range(NUM_SEEDS):
-            if None not in losses:  # one that diverges is enough
-                losses.append(_try_lr(lr, number, target, run_dir, signals, steps // NUM_SEEDS))
-        trials.append(LRTrial(lr=lr, loss=mean_loss(losses)))
+        trials.append(LRTrial(lr=lr, loss=_try_lr(lr, target, run_dir, signals, steps)))
         on_trial(trials[-1])
-    return with_trials(result, trials)
+    result = with_trials(result, trials, steps, whole_steps)
+    _store(result, run_dir)
+    return result
 
 
-def with_trials(result: LRSearchResult, trials: Sequence[LRTrial]) -> LRSearchResult:
-    """Return the result of a range test with what short trainings add to it."""
-    suggestions = replace(result.suggestions, trainings=fitted_lr(trials))
-    return replace(result, suggestions=suggestions, trials=tuple(trials))
+def with_trials(
+    result: LRSearchResult, trials: Sequence[LRTrial], steps: int, whole_steps: int
+) -> LRSearchResult:
+    """Return the result of a range test with what short trainings add to it.
+
+    Args:
+        result: Result of the range test.
+        trials: Outcomes of the short trainings; may be empty.
+        steps: Optimizer steps of each.
+        whole_steps: Optimizer steps of the recipe.
+    """
+    if not trials:
+        return result
+    found = fitted_lr(trials)
+    if found is not None:
+        found = for_length(found, steps, whole_steps)
+    return replace(
+        result,
+        suggestions=replace(result.suggestions, trainings=found),
+        trials=tuple(trials),
+        trial_steps=steps,
+        whole_steps=whole_steps,
+    )
+
+
+def _store(result: LRSearchResult, run_dir: RunDir) -> None:
+    """Write the result of a search into its folder, for pages."""
+    write_json(run_dir.lr_search, exact_floats(asdict(result)))
 
 
 def _try_lr(
-    lr: float, number: int, target: Target, run_dir: RunDir, signals: SignalHandler, steps: int
+    lr: float, target: Target, run_dir: RunDir, signals: SignalHandler, steps: int
 ) -> float | None:
     """Train at one learning rate; return the final loss, or None if it diverged.
 
     Args:
         lr: Peak learning rate.
-        number: Number added to the seed of the recipe.
         target: The recipe.
         run_dir: Folder that receives the folder of the training.
         signals: The signal handler of this process.
@@ -148,14 +174,13 @@ def _try_lr(
         lr=lr,
         lr_rule="none",
         steps=steps,
-        seed=target.plan()[0].seed + number,
         max_bad_steps=steps,
         evaluate_every=steps,
         batch_milestones=(),
         record_samples=False,
         noise_scale=False,
     ).probe()
-    trial_dir = create_run_dir(run_dir.path / f"lr-{lr:.3g}-{number}", probe.plan.recipe)
+    trial_dir = create_run_dir(run_dir.path / f"lr-{lr:.3g}", probe.plan.recipe)
     run_probe(probe, trial_dir, agent_short_training, signals, quiet=True)
     return final_loss(read_curve(trial_dir), steps)
 

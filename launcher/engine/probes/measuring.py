@@ -210,7 +210,9 @@ def measure_noise(probe: ProbeContext, *, last_step: int) -> None:
             for measurement in collector.noise
             if math.isfinite(measurement.small + measurement.big)
         ]
-        write_json(probe.run_dir.noise, {"measurements": measurements})
+        momenta = [row.momentum or 0.0 for row in collector.rows]
+        values = {"momentum": statistics.fmean(momenta), "measurements": measurements}
+        write_json(probe.run_dir.noise, values)
 
 
 def time_micro_batch_size(probe: ProbeContext) -> None:
