@@ -43,7 +43,7 @@ SHORT = {
     "loader_cpu": "--turns 1 --steps 20",
     "data_memory": "--samples 100000",
     "super_convergence": "--samples 6400 --seeds 1 --budgets 50 --constant-lrs 0.01 --peak-lrs 0.1 "
-    "--muon-lrs 0.04 --find-steps 20",
+    "--muon-lrs 0.04 --found-lrs 0.04,0.2 --turns 1",
     "batch_64_to_512": "--batches 64,256 --target 0.6 --seeds 1 --samples 8000 --lrs 0.03 "
     "--noise-steps 40 --evaluations 8",
     "batch_forecast": "--only mlp-sgd --batches 256,1024 --seeds 1",

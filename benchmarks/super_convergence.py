@@ -8,16 +8,19 @@ Fashion-MNIST with one net and one batch size on one process. The target is the 
 best constant learning rate after its last epoch. The baselines take the learning rates that are
 best on the held-out images, which favours them; `launcher find lr` uses training images only. A
 schedule spans the steps of its training, so that each number of steps is a training of its own.
+
+Seconds are those of trainings that evaluate once, at their end, in turns with a constant learning
+rate: medians over --turns.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
 import click
 from contest import Numbers, benchmark, print_table
-from trainings import Trainings, measure
+from trainings import AT_THE_END, Trainings, measure
 
 PLAIN = ("label_smoothing=0", "optimizer=sgd(momentum=0.9)")
 """Settings of the baselines; the last rows train with the recipe's own settings, and with Muon."""
@@ -48,6 +51,12 @@ BATCH_SIZE = 64
 @click.option("--peak-lrs", type=Numbers(float, 0), default="0.01,0.03,0.1,0.3")
 @click.option("--muon-lrs", type=Numbers(float, 0), default="0.02,0.04,0.08")
 @click.option("--find-steps", type=click.IntRange(min=20), default=200, help="Steps per trial.")
+@click.option(
+    "--found-lrs",
+    type=Numbers(float, 0),
+    help="What `find lr` finds for the plain net and for the recipe, if it is known.",
+)
+@click.option("--turns", type=click.IntRange(min=1), default=3, help="Timed trainings.")
 @click.option("--out", type=click.Path(path_type=Path), help="Cache finished trainings in FILE.")
 def main(
     epochs: int,
@@ -58,6 +67,8 @@ def main(
     peak_lrs: list[float],
     muon_lrs: list[float],
     find_steps: int,
+    found_lrs: list[float] | None,
+    turns: int,
     out: Path | None,
 ) -> None:
     """Print the steps that each schedule needs, and its accuracy for each of --budgets.
@@ -66,8 +77,10 @@ def main(
     """
     lrs = constant_lrs, peak_lrs, muon_lrs
     length = f"epochs={epochs}" if samples is None else f"steps={samples // BATCH_SIZE}"
+    found = found_lrs or [find_lr(find_steps, *PLAIN), find_lr(find_steps)]
     with Trainings("fashion_mnist", out) as trainings:
-        compare(trainings, length, range(seeds), budgets, *lrs, find_steps)
+        timed = compare(trainings, length, range(seeds), budgets, *lrs, found)
+        time_in_turns(trainings, timed, turns)
 
 
 def compare(
@@ -78,9 +91,9 @@ def compare(
     constant_lrs: list[float],
     peak_lrs: list[float],
     muon_lrs: list[float],
-    find_steps: int,
-) -> None:
-    """Run all trainings and print the table."""
+    found_lrs: list[float],
+) -> dict[str, tuple[str, ...]]:
+    """Run all trainings and print the table; return the settings that reach the target."""
 
     def constant(lr: float, seed: int) -> list[list[float]]:
         settings = (length, f"seed={seed}", f"lr={lr}", "schedule=constant()", *PLAIN)
@@ -102,7 +115,7 @@ def compare(
         middle = budgets[len(budgets) // 2]
         return max(lrs, key=lambda lr: fmean(trainings.final(middle, [0], f"lr={lr}", *settings)))
 
-    plain_lr, recipe_lr = find_lr(find_steps, *PLAIN), find_lr(find_steps)
+    plain_lr, recipe_lr = found_lrs
     multi_step, one_cycle = "schedule=multi_step()", "schedule=one_cycle()"
     step_lr, cycle_lr = (best_lr(peak_lrs, each, *PLAIN) for each in (multi_step, one_cycle))
     muon_lr = best_lr(muon_lrs, *MUON)
@@ -113,11 +126,17 @@ def compare(
         f"the recipe, lr found {recipe_lr:g}": (f"lr={recipe_lr}",),
         f"the recipe with Muon, best lr {muon_lr:g}": (f"lr={muon_lr}", *MUON),
     }
-    rows = [[f"constant, best lr {best:g}", f"{steps:,}", "1.0", *[""] * len(budgets)]]
+    title = f"constant, best lr {best:g}"
+    rows = [[title, f"{steps:,}", "1.0", *[""] * len(budgets)]]
+    timed: dict[str, tuple[str, ...]] = {
+        title: (length, f"lr={best}", "schedule=constant()", *PLAIN)
+    }
     for title, settings in contestants.items():
         finals = {budget: trainings.final(budget, seeds, *settings) for budget in budgets}
         reaching = [budget for budget in budgets if fmean(finals[budget]) >= target]
         needed = [f"{reaching[0]:,}", f"{steps / reaching[0]:.1f}"] if reaching else ["", ""]
+        if reaching:
+            timed[title] = (f"steps={reaching[0]}", *settings)
         cells = [
             f"{fmean(values):.2%} ({min(values):.2%} to {max(values):.2%})"
             for values in finals.values()
@@ -130,6 +149,22 @@ def compare(
         *(f"{budget:,} steps" for budget in budgets),
     )
     print_table(head, rows)
+    return timed
+
+
+def time_in_turns(trainings: Trainings, timed: dict[str, tuple[str, ...]], turns: int) -> None:
+    """Print the seconds of some trainings, and how much faster they are than the first."""
+    seconds: dict[str, list[float]] = {title: [] for title in timed}
+    for turn in range(turns):
+        for title, settings in timed.items():
+            result = trainings.again(turn, AT_THE_END, *settings)
+            seconds[title].append(result.seconds)
+    first = median(next(iter(seconds.values())))
+    rows = [
+        [title, f"{median(values):.1f}", f"{first / median(values):.1f}"]
+        for title, values in seconds.items()
+    ]
+    print_table(("trained with", "seconds", "times faster"), rows)
 
 
 def find_lr(steps: int, *settings: str) -> float:

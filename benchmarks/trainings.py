@@ -52,7 +52,13 @@ class Trainings:
 
     def take(self, *settings: str) -> TrainingResult:
         """Return the result of a training with these settings, from the cache if it is there."""
-        key = " ".join(settings)
+        return self._take(" ".join(settings), settings)
+
+    def again(self, turn: int, *settings: str) -> TrainingResult:
+        """Return the result of a training of its own for each turn, to be timed."""
+        return self._take(f"turn {turn} of {' '.join(settings)}", settings)
+
+    def _take(self, key: str, settings: Sequence[str]) -> TrainingResult:
         if key not in self._results:
             out = self._folder / str(len(self._results))
             run_dir = train(

@@ -1,16 +1,12 @@
-"""Residual networks: ResNet-56 on CIFAR-10 with super-convergence, ResNet-18 on a folder of images.
+"""Residual networks on CIFAR-10, with super-convergence.
 
 `resnet` is the experiment of Smith and Topin, "Super-Convergence" (arXiv:1708.07120): ResNet-56
 (He et al., arXiv:1512.03385, section 4.2), batches of 1,000, one cycle from 0.1 to 3.0 and down in
 10,000 steps. It reads the binary version of CIFAR-10 (https://www.cs.toronto.edu/~kriz/cifar.html)
 from `data=FOLDER`.
 
-`images` reads a folder with subfolders `train` and `val`, which hold a folder of JPEG, PNG or WebP
-files of any size for each class. DataLoader workers decode and augment the images.
-
-Verified on 2 CPU ranks: `images` learns four classes from 400 pictures of Fashion-MNIST written as
-JPEGs; `resnet20` trains on random pixels in CIFAR-10's format. The paper's 92 % on CIFAR-10 has not
-been reproduced.
+Verified on 2 CPU ranks: `resnet20` trains on random pixels in CIFAR-10's format. The paper's 92 %
+on CIFAR-10 has not been reproduced.
 """
 
 from __future__ import annotations
@@ -30,8 +26,6 @@ CIFAR = Path("cifar-10")
 """The default folder of CIFAR-10."""
 
 _CIFAR_MEAN, _CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
 
 def resnet(*, data: Path = CIFAR, blocks: int = 9) -> Recipe:
@@ -64,38 +58,6 @@ def resnet20(*, data: Path = CIFAR) -> Recipe:
         data: Folder of CIFAR-10's batches.
     """
     return replace(resnet(data=data, blocks=3), name="resnet20")
-
-
-def images(
-    *, data: Path = Path("images"), size: int = 224, widths: str = "64,128,256,512"
-) -> Recipe:
-    """ResNet-18 on images of any size, in one folder for each class.
-
-    Args:
-        data: Folder with train/<class>/ and val/<class>/.
-        size: Height and width of the images that the net sees, in pixels.
-        widths: Channels of each stage, separated by commas.
-    """
-    stages = [int(width) for width in widths.split(",")]
-    return Recipe(
-        name="images",
-        model=lambda: build_resnet(
-            [2] * len(stages),
-            stages,
-            num_classes=len(class_names(data / "train")),
-            stem="large" if size > 64 else "small",
-        ),
-        data=lambda: build_images(data, size),
-        loss=cross_entropy,
-        metrics={"accuracy": accuracy},
-        optimizer=sgd(momentum=0.9, nesterov=True, weight_decay=5e-5),
-        schedule=one_cycle(),
-        batch_size=256,
-        lr=0.1,
-        lr_batch_size=256,
-        epochs=16,
-        channels_last=True,
-    )
 
 
 def build_resnet(blocks: list[int], widths: list[int], *, num_classes: int, stem: str) -> nn.Module:
@@ -216,80 +178,6 @@ def read_batch(path: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         raise RecipeError(f"{path} is incomplete: it has {len(rows):,} bytes. Download it again.")
     table = rows.reshape(-1, 3073)
     return table[:, 1:].reshape(-1, 3, 32, 32), table[:, 0]
-
-
-def build_images(folder: Path, size: int) -> Data:
-    """Return folder/train, augmented, and folder/val as (image, label)."""
-    names = class_names(folder / "train")
-    validation = folder / "val"
-    return Data(
-        train=_Folder(folder / "train", names, size, augment=True),
-        evaluation=_Folder(validation, names, size, augment=False) if validation.is_dir() else None,
-    )
-
-
-def class_names(folder: Path) -> list[str]:
-    """Return the names of the classes, which are those of the folders in `folder`.
-
-    Raises:
-        RecipeError: There is no folder in it.
-    """
-    names = sorted(path.name for path in folder.glob("*") if path.is_dir())
-    if not names:
-        raise RecipeError(
-            f"{folder.absolute()} has no folders; expected one for each class. Pass data=FOLDER "
-            "with FOLDER/train/<class>/*.jpg and FOLDER/val/<class>/*.jpg."
-        )
-    return names
-
-
-class _Folder:
-    """Images of any size, in one folder for each class."""
-
-    def __init__(self, folder: Path, names: list[str], size: int, *, augment: bool) -> None:
-        self.files = [
-            (path, label)
-            for label, name in enumerate(names)
-            for path in sorted((folder / name).rglob("*"))
-            if path.suffix.lower() in _SUFFIXES
-        ]
-        if not self.files:
-            raise RecipeError(f"{folder} has no images ({', '.join(sorted(_SUFFIXES))}).")
-        self._size, self._augment = size, augment
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        import numpy as np
-        import torch
-        from PIL import Image
-
-        path, label = self.files[index]
-        with Image.open(path) as opened:
-            image = opened.convert("RGB")
-        box = random_crop(*image.size) if self._augment else centre_crop(*image.size)
-        image = image.resize((self._size, self._size), Image.Resampling.BILINEAR, box=box)
-        if self._augment and random.random() < 0.5:  # noqa: S311
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
-        return normalise(pixels, _IMAGENET_MEAN, _IMAGENET_STD), label
-
-
-def random_crop(width: int, height: int) -> tuple[float, float, float, float]:
-    """Return a random box of a quarter to all of the area, with a ratio of 3:4 to 4:3."""
-    area = width * height * random.uniform(0.25, 1.0)  # noqa: S311
-    ratio = random.uniform(3 / 4, 4 / 3)  # noqa: S311
-    wide, high = min((area * ratio) ** 0.5, width), min((area / ratio) ** 0.5, height)
-    left, top = random.uniform(0, width - wide), random.uniform(0, height - high)  # noqa: S311
-    return left, top, left + wide, top + high
-
-
-def centre_crop(width: int, height: int) -> tuple[float, float, float, float]:
-    """Return the central square box with seven eighths of the shorter side."""
-    side = min(width, height) * 7 / 8
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, top, left + side, top + side
 
 
 def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

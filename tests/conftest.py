@@ -37,6 +37,11 @@ _LONGEST = (
 """Test files that take minutes; they run first, so that the workers finish at similar times."""
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Return one worker more than there are cores, because many tests wait for processes."""
+    return min(len(os.sched_getaffinity(0)) + 1, 8)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Move the tests of long files to the front."""
     order = {f"test_{name}": number for number, name in enumerate(_LONGEST)}

@@ -344,12 +344,13 @@ def hybrid(ranks: int, trained: Container[int]) -> Iterator[tuple[Case, Source |
         yield from ((case, None) for case in dict.fromkeys((*references, *cases)))
 
 
-BITS_RESUMED_FROM = 16
+BITS_RESUMED_FROM = 8
+BITS_EPOCHS = 3
 
 
 @dataclass(frozen=True)
 class BitsCase:
-    """One configuration of a recipe with virtual ranks, which is trained for 20 to 30 steps."""
+    """One configuration of a recipe with virtual ranks, which is trained for about 15 steps."""
 
     recipe: str
     strategy: str = "ddp"
@@ -384,7 +385,7 @@ class BitsCase:
         """Return the recipe, which is the same on any number of ranks."""
         del ranks
         changes: dict[str, Any] = {"strategy": self.strategy, "shard": self.shard}
-        changes |= dict(self.options)
+        changes |= {"epochs": BITS_EPOCHS} | dict(self.options)
         return replace(EXACT_RECIPES[self.recipe](), **changes)
 
 
@@ -398,7 +399,7 @@ WORKLOADS: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = (
     ("text", (("precision", "fp16"),)),
     ("norms", (("micro_batch_size", 3),)),
     ("text", (("micro_batch_size", 4), ("activation_checkpointing", True))),
-    ("norms", (("batch_milestones", (0.6,)), ("noise_scale", True), ("epochs", 5))),
+    ("norms", (("batch_milestones", (0.6,)), ("noise_scale", True), ("epochs", 4))),
 )
 """What is trained to the same bits: recipes with further settings."""
 

@@ -106,9 +106,11 @@ def test_teardown(run: Commands) -> None:
 def test_super_convergence(run: Commands) -> None:
     """The table compares a constant learning rate with five others by their accuracies."""
     done = short(run, "super_convergence")
-    constant, *others = rows(done.stdout)
+    printed = rows(done.stdout)
+    constant, *others = printed[:6]
     assert constant[:3] == ["constant, best lr 0.01", "100", "1.0"]
     assert len(others) == 5
+    assert printed[6][2] == "1.0", "the seconds of the constant learning rate"
     assert all(float(cells[3].partition("%")[0]) > 10 for cells in others)
 
 

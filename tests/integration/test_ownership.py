@@ -19,7 +19,6 @@ import pytest
 from support import ROOT, Commands, Finished, read_lines, wait_until
 
 from launcher.errors import RunDirError
-from launcher.runs import ownership
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.locks import locks_are_shared
 from launcher.runs.ownership import check_unowned, own_run_dir
@@ -346,9 +345,7 @@ def test_an_owner_that_is_about_to_write_its_name_is_waited_for(
     with own_run_dir(run_dir):
         description = run_dir.owner.read_text()
         run_dir.owner.write_text("")
-        monkeypatch.setattr(
-            ownership.time, "sleep", lambda _: run_dir.owner.write_text(description)
-        )
+        monkeypatch.setattr(time, "sleep", lambda _: run_dir.owner.write_text(description))
         with pytest.raises(RunDirError, match=rf"\(pid {os.getpid()}\) has owned it since"):
             check_unowned(run_dir.path)
 

@@ -158,13 +158,32 @@ def test_images_in_folders_are_learned(run: Commands) -> None:
     labels = read_idx(DATA / "t10k-labels-idx1-ubyte.gz", dimensions=1)
     for label in (1, 5, 8, 9):
         for number, index in enumerate(np.flatnonzero(labels == label)[:100]):
-            folder = run.folder / "images" / ("val" if number % 5 == 0 else "train") / str(label)
+            folder = run.folder / "data" / ("val" if number % 5 == 0 else "train") / str(label)
             folder.mkdir(parents=True, exist_ok=True)
             resized = image.fromarray(pixels[index]).resize((28 + number % 9, 30))
             resized.save(folder / f"{number}.jpg", quality=90)
-    settings = ("size=32", "widths=16,32,64", "batch_size=40", "epochs=12", "num_workers=1")
-    metrics = train(run, "resnet:images", *settings, "lr=0.05", "lr_batch_size=40")
+    settings = (
+        "data=data",
+        "size=32",
+        "widths=16,32,64",
+        "batch_size=40",
+        "epochs=12",
+        "num_workers=1",
+    )
+    metrics = train(run, "images", *settings, "lr=0.05", "lr_batch_size=40")
     assert metrics["accuracy"] > 0.7
+
+
+@pytest.mark.parametrize("recipe", ["curriculum", "curriculum:streamed"])
+def test_sources_of_text_give_the_same_steps(run: Commands, recipe: str) -> None:
+    """A mixture and a stream give the same losses when a run is resumed on two ranks."""
+    settings = ("layers=1", "width=32", "steps=6", "batch_size=8", "checkpoint_every=3")
+    whole = train(run, recipe, *settings, ranks=1)
+    out = recipe.replace(":", "-")
+    done = run("launcher", "resume", out, "--from", "3", "-n", "2")
+    assert done.exit_code == 0, done.stderr
+    resumed = json.loads((run.folder / out / "result.json").read_text())["evaluation"]
+    assert resumed == pytest.approx(whole, rel=1e-5)
 
 
 @needs_fashion_mnist

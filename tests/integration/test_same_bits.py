@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from matrix import BITS_WORLDS, SOURCE_RANKS, BitsCase, bits
+from matrix import BITS_RESUMED_FROM, BITS_WORLDS, SOURCE_RANKS, BitsCase, bits
 from support import Commands, train_suite
 
 from launcher.engine.probes.parity import checkpoint_digest, read_trace
@@ -25,7 +25,7 @@ def trained(module_run: Commands) -> Path:
 def final_digest(run_dir: RunDir) -> str:
     """Return the digest of weights, optimizer state and buffers after the last step."""
     newest = list_checkpoints(run_dir)[0]
-    assert newest.step >= 15
+    assert newest.step > BITS_RESUMED_FROM
     return checkpoint_digest(newest)
 
 
