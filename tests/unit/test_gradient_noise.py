@@ -104,9 +104,10 @@ def test_the_running_noise_scale_forgets() -> None:
 
 
 def test_momentum_raises_the_critical_batch() -> None:
-    """Without momentum B_crit is B_simple; a momentum of 0.9 raises it by the root of 10."""
+    """Without momentum B_crit is B_simple; one of 0.9 or more raises it by the root of 10."""
     assert critical_batch(100.0, 0.0) == 100.0
     assert critical_batch(100.0, 0.9) == pytest.approx(316.23, rel=1e-4)
+    assert critical_batch(100.0, 0.95) == critical_batch(100.0, 0.9)
 
 
 def test_steps_and_items_trade_off() -> None:
