@@ -8,6 +8,9 @@ the process that writes. One rank with one thread trains nets of several sizes. 
 compared with the thread that writes where no process can be started, and with the tree of another
 version of launcher.
 
+"Quick" are quick checkpoints on a disk of the node, and "sent" are those that two nodes on this
+machine also send to each other, each of them half of the state.
+
     stall     time for which the step before the checkpoint is followed by none: for the first
               checkpoint, whose memory is new, and the median of the others
     writing   time until files are on the disk, and bytes per second
@@ -21,6 +24,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -28,6 +32,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import click
 from contest import HERE, Cell, Numbers, benchmark, print_table
@@ -60,20 +65,23 @@ def rows(
     sizes: list[int], saves: int, every: int, baseline: Path | None, folder: Path
 ) -> Iterator[list[Cell]]:
     """Train with each size in each way, and yield its row."""
-    trees = {"process": HERE.parent, "thread": HERE.parent}
+    trees = dict.fromkeys(("process", "thread", "quick", "sent"), HERE.parent)
     if baseline is not None:
         trees["baseline"] = baseline
     for size in sizes:
         for name, tree in trees.items():
             settings = [f"state_mb={size}", f"saves={saves}", f"every={every}"]
             settings += ["writer=thread"] if name == "thread" else []
-            run(tree, settings, folder / "run")
+            if name in ("quick", "sent"):
+                settings += [f"quick_checkpoints={folder}/quick", f"quick_checkpoint_every={every}"]
+                settings.append("checkpoint_every=1000000")
+            run(tree, settings, folder / "run", nodes=2 if name == "sent" else 1)
             yield [str(size), name, *read(folder / "run").cells()]
             shutil.rmtree(folder / "run")
 
 
-def run(tree: Path, settings: list[str], out: Path) -> None:
-    """Train the recipe with the launcher of a tree.
+def run(tree: Path, settings: list[str], out: Path, nodes: int = 1) -> None:
+    """Train the recipe with the launcher of a tree, on as many nodes on this machine.
 
     Raises:
         click.ClickException: The run failed.
@@ -82,11 +90,15 @@ def run(tree: Path, settings: list[str], out: Path) -> None:
     words += [*settings, "-n", "1", "--out", str(out)]
     paths = {"PYTHONPATH": str(tree.resolve()), "OMP_NUM_THREADS": "1"}
     environment = os.environ | paths | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        words, env=environment, cwd=HERE, check=False, capture_output=True, text=True
-    )
-    if done.returncode:
-        raise click.ClickException(done.stdout + done.stderr)
+    if nodes > 1:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        words += ["--nodes", str(nodes), "--rendezvous", f"localhost:{port}"]
+    pipe: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    started = [subprocess.Popen(words, env=environment, cwd=HERE, **pipe) for _ in range(nodes)]
+    outputs = [each.communicate()[0] for each in started]
+    if any(each.returncode for each in started):
+        raise click.ClickException("".join(outputs))
 
 
 @dataclass(frozen=True)
@@ -129,6 +141,10 @@ def read(folder: Path) -> Costs:
         for line in lines
         if "checkpoint_seconds" in line
     }
+    quick = quick_saves(folder)
+    if quick:
+        stalls = {step: stall for step, stall in stalls.items() if step in quick}
+        writing = {step: row["write_seconds"] for step, row in quick.items()}
     durations = [ended - began for began, ended in steps]
     is_free = [
         all(not start < began < start + duration for start, duration in spans(steps, writing))
@@ -156,6 +172,12 @@ def read(folder: Path) -> Costs:
         slowdown=median(slowdowns),
         memory=max(max(line["ranks"]["memory_bytes"]) for line in lines if "ranks" in line),
     )
+
+
+def quick_saves(folder: Path) -> dict[int, dict[str, Any]]:
+    """Return the events of the quick checkpoints of a run, by their steps."""
+    rows = map(json.loads, (folder / "events.jsonl").read_text().splitlines())
+    return {row["step"]: row for row in rows if row.get("place") == "quick"}
 
 
 def spans(steps: list[list[float]], writing: dict[int, float]) -> Iterator[tuple[float, float]]:

@@ -60,6 +60,7 @@ from launcher.signals import StopRequest
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from torch.utils.data import TensorDataset
 
 SAMPLES, BATCH_SIZE, STEPS = 64, 10, 16
 STOPPED_AFTER = 7
@@ -93,6 +94,9 @@ class Row:
 
     lengths: Sequence[int] | None = None
     """The lengths of the samples."""
+
+    on_device: bool = False
+    """Whether the samples are tensors that lie on the device, which needs no workers."""
 
     @property
     def is_missing(self) -> bool:
@@ -234,6 +238,14 @@ def numbers(_: Path | None = None) -> list[int]:
     return list(range(SAMPLES))
 
 
+def tensors(_: Path) -> TensorDataset:
+    """Return the numbers as the batches of the other rows have them."""
+    import torch
+    from torch.utils.data import TensorDataset
+
+    return TensorDataset(torch.arange(float(SAMPLES)).unsqueeze(1) / 100)
+
+
 def mixture(folder: Path) -> Mixture:
     """Return a mixture of rows and numbers, whose proportions change over the run."""
     rows = SQLiteRows(folder / "a.db", "samples", decode=lambda row: row["n"])
@@ -322,6 +334,9 @@ ROWS = {
         shuffle="length",
         lengths=[1 + index * 7 % 13 for index in range(SAMPLES)],
     ),
+    "device": Row(
+        title="tensors on the device", read=tensors, value=lambda sample: sample[0], on_device=True
+    ),
     "weighted": Row(
         title="weighted",
         read=lambda _: weighted(numbers(), np.arange(1, SAMPLES + 1)),
@@ -348,11 +363,11 @@ def recipe(row: Row, folder: Path, workers: int) -> Recipe:
         model=build_model,
         data=lambda: Data(
             train=row.read(folder),
-            collate=lambda samples: joined(samples, row.value),
+            collate=None if row.on_device else lambda samples: joined(samples, row.value),
             lengths=row.lengths,
         ),
-        forward=lambda model, batch: model(batch),
-        loss=lambda outputs, batch: (outputs.square().sum(), len(batch)),
+        forward=lambda model, batch: model(batch[0] if row.on_device else batch),
+        loss=lambda outputs, _: (outputs.square().sum(), len(outputs)),
         optimizer=sgd(),
         schedule=constant(),
         batch_size=BATCH_SIZE,
@@ -361,7 +376,8 @@ def recipe(row: Row, folder: Path, workers: int) -> Recipe:
         steps=STEPS,
         shuffle=row.shuffle,
         shuffle_window=24,
-        num_workers=workers,
+        data_on_device=row.on_device,
+        num_workers=0 if row.on_device else workers,
         record_samples=True,
         checkpoint_every=STEPS,
         device="cpu",

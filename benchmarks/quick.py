@@ -28,7 +28,7 @@ SHORT = {
     "same_steps": "--worlds 1,2 --epochs 1 --strategies ddp --only launcher,torch",
     "migrating": "--ranks 1 --only plain",
     "around_the_loop": "--worlds 2 --strategies fsdp",
-    "same_bits": "--worlds 1,2 --strategies ddp --workloads 1 --only torch",
+    "same_bits": "--worlds 1,2 --strategies ddp --workloads sgd --only torch",
     "exact_cost": "--ranks 1 --turns 1 --epochs 8 --nets 1",
     "sharded_start": "--short",
     "memory_plan": "--ranks 2 --layers 2 --width 512 --strategies ddp",
@@ -44,6 +44,8 @@ SHORT = {
     "data_memory": "--samples 100000",
     "super_convergence": "--samples 6400 --seeds 1 --budgets 50 --constant-lrs 0.01 --peak-lrs 0.1 "
     "--muon-lrs 0.04 --found-lrs 0.04,0.2 --turns 1",
+    "speedrun": "--epochs 1 --lrs 0.01 --seeds 1 --turns 1",
+    "gpt_muon": "--steps 10 --lengths 0.5 --adamw-lrs 0.004 --muon-lrs 0.02 --seeds 1 --worlds 1,2",
     "batch_64_to_512": "--batches 64,256 --target 0.6 --seeds 1 --samples 8000 --lrs 0.03 "
     "--noise-steps 40 --evaluations 8",
     "batch_forecast": "--only mlp-sgd --batches 256,1024 --seeds 1",

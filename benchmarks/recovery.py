@@ -2,6 +2,7 @@
 
     python benchmarks/recovery.py --turns 3
     python benchmarks/recovery.py --kills 20
+    python benchmarks/recovery.py --quick 5
 
 Claim: a run on two nodes with a spare goes on within seconds when a rank, a launcher or a node is
 lost, to the weights of a run that lost nothing. Each node is a launcher, or an agent of torchrun,
@@ -15,6 +16,10 @@ noticed later, by launcher after --node-timeout.
 With --kills, a node is killed at random again and again in one run, the first one included, and
 another launcher takes its place. Samples, losses and weights must then equal, to the bit, those of
 a run on two nodes that nothing disturbs. This needs root, for a host name of each launcher.
+
+With --quick, the second node is lost with its disk between two checkpoints in the run folder. The
+table tells the steps that were taken and are taken again, with and without quick checkpoints that
+each node keeps and sends to the other one. This needs root, for a disk of each node.
 """
 
 from __future__ import annotations
@@ -47,6 +52,9 @@ LOSSES = ("rank", "launcher", "node")
 STEPS_PER_KILL, SECONDS_PER_STEP = 30, 0.2
 """A run that is killed often takes so long that new launchers have time to start."""
 
+STEPS_PER_SAVE = 200
+"""Steps between checkpoints in the run folder of a run that loses a node with its disk."""
+
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "passive",
@@ -63,15 +71,26 @@ SECONDS_TO_RECOVER = 120.0
 @benchmark
 @click.option("--turns", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("--kills", type=click.IntRange(min=1), help="Kill nodes so often in one run instead.")
+@click.option("--quick", type=click.IntRange(min=1), help="Lose a node with its disk instead.")
 @click.option("--losses", default=",".join(LOSSES), show_default=True)
 @click.option("--contestants", default="launcher,torchrun", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-def main(turns: int, kills: int | None, losses: str, contestants: str, seed: int) -> None:
+def main(
+    turns: int, kills: int | None, quick: int | None, losses: str, contestants: str, seed: int
+) -> None:
     """Lose ranks, launchers and nodes of runs, and measure how long they take to go on."""
     folder = Path(tempfile.mkdtemp(prefix="recovery-"))
     try:
         if kills is not None:
             kill_often(folder, kills, random.Random(seed))
+            return
+        if quick is not None:
+            print_table(
+                (*("quick checkpoints", "steps lost", "s to the next step", "promoted in, s"),),
+                [_quick_row(folder, every, turns) for every in (None, quick)],
+                title=f"a node is lost {STEPS_PER_SAVE // 2} steps after a checkpoint in the run "
+                f"folder, median of {turns}",
+            )
             return
         names = contestants.split(",")
         print_table(
@@ -96,6 +115,16 @@ def _cell(folder: Path, name: str, loss: str, turns: int) -> Cell:
     return statistics.median(found), ".1f"
 
 
+def _quick_row(folder: Path, every: int | None, turns: int) -> list[Cell]:
+    """Return the row of runs with or without quick checkpoints."""
+    if os.geteuid() != 0:
+        raise click.ClickException("--quick needs root, for a disk of each node.")
+    found = [lost_steps(folder / f"quick{every}-{turn}", every) for turn in range(turns)]
+    lost, seconds, promoted = (statistics.median(column) for column in zip(*found, strict=True))
+    name = "none" if every is None else f"every {every} steps"
+    return [name, (lost, ".0f"), (seconds, ".1f"), (promoted, ".2f") if every else "-"]
+
+
 def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -114,6 +143,15 @@ class Fleet:
     pause: float = 0.03
     """Seconds of each step; the results do not depend on it."""
 
+    save_every: int = 4
+    """Steps between checkpoints in the run folder."""
+
+    quick: int | None = None
+    """Steps between quick checkpoints; None saves none."""
+
+    disk: Path | None = None
+    """Where each launcher has a disk of its own; None is the machine's."""
+
     options: tuple[str, ...] = ("--nodes", "2", "--spares", "1", "--max-restarts", "99")
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     port: int = field(default_factory=_free_port)
@@ -125,8 +163,11 @@ class Fleet:
 
     def start(self, host_name: str | None = None) -> subprocess.Popen[bytes]:
         """Start one more launcher; `host_name` is the name of its machine, if it has its own."""
-        settings = [f"steps={self.steps}", "device=cpu", "num_workers=0", "checkpoint_every=4"]
-        settings.append(f"seconds_per_step={self.pause}")
+        settings = [f"steps={self.steps}", "device=cpu", "num_workers=0"]
+        settings += [f"checkpoint_every={self.save_every}", f"seconds_per_step={self.pause}"]
+        if self.quick is not None:
+            settings.append(f"quick_checkpoints={self.disk}/quick")
+            settings.append(f"quick_checkpoint_every={self.quick}")
         if self.name == "launcher":
             command = [str(BIN / "launcher"), "run", str(RECIPE), "-n", "1", *settings]
             command += ["--out", str(self.out), "--rendezvous", f"localhost:{self.port}"]
@@ -139,6 +180,9 @@ class Fleet:
         if host_name is not None:
             shell = f'hostname {host_name}; exec "$@"'
             command = ["unshare", "--uts", "sh", "-c", shell, "sh", *command]
+        if self.disk is not None:
+            shell = 'mount -t tmpfs none "$0" && exec "$@"'
+            command = ["unshare", "-m", "sh", "-c", shell, str(self.disk), *command]
         with (self.out.parent / f"{self.out.name}.log").open("ab") as log:
             process = subprocess.Popen(
                 command,
@@ -239,6 +283,37 @@ def recovery_seconds(out: Path, name: str, loss: str) -> float | None:
 
         end = _wait(first_step, SECONDS_TO_RECOVER)
         return end - lost if isinstance(end, float) else None
+
+
+def lost_steps(out: Path, every: int | None) -> tuple[int, float, float]:
+    """Lose the second node with its disk, between two checkpoints in the run folder.
+
+    Returns:
+        The steps that are taken again, the seconds to the next step, and those of them that it took
+        to copy a quick checkpoint to the run folder.
+    """
+    disk = out.parent / f"{out.name}-disk"
+    disk.mkdir(parents=True)
+    with fleet(out, "launcher", save_every=STEPS_PER_SAVE, quick=every, disk=disk) as run:
+        run.start_in_order(3, lambda _: None)
+        _wait(lambda: run.step() >= STEPS_PER_SAVE + STEPS_PER_SAVE // 2)
+        lost, step = time.time(), run.step()
+        run.lose("node", rank=1)
+
+        def began() -> dict[str, float] | None:
+            return next((row for row in run.rows("began") if row["time"] > lost), None)
+
+        def first_step() -> float | None:
+            start = began()
+            after = lost if start is None else start["time"]
+            rows = run.rows("step") if start is not None else []
+            return next((row["time"] for row in rows if row["time"] > after), None)
+
+        end, start = _wait(first_step, SECONDS_TO_RECOVER), began()
+        if not isinstance(end, float) or start is None:
+            raise click.ClickException(f"It had not gone on after {SECONDS_TO_RECOVER:.0f} s.")
+        promoted = next((row["seconds"] for row in run.rows("promoted")), 0.0)
+        return step - int(start["step"]), end - lost, promoted
 
 
 def kill_often(folder: Path, kills: int, rng: random.Random) -> None:

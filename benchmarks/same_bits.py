@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 from contest import BIN, CONTESTANTS, HERE, Names, Numbers, benchmark, installed, print_table, train
@@ -27,15 +28,30 @@ from launcher.runs.rundir import RunDir
 
 OTHERS = ("torch", "accelerate", "lightning", "hf")
 CLIPPED = ("optimizer=adamw(weight_decay=0.1)", "lr=0.003", "max_grad_norm=0.5")
-WORKLOADS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "BatchNorm and dropout, SGD": ("norms", ()),
-    "BatchNorm and dropout, AdamW, clipping": ("norms", CLIPPED),
-    "words of ragged texts, AdamW, clipping": ("text", ()),
-    "accumulation in a virtual rank": ("norms", ("micro_batch_size=3",)),
-    "bf16": ("text", ("precision=bf16",)),
-    "fp16": ("text", ("precision=fp16",)),
-    "compile": ("text", ("compile=true",)),
+KERNELS = ('optimizer=muon(adjust="original", others=sgd(), others_lr=2.5)', "lr=0.04")
+
+
+class Workload(NamedTuple):
+    """A recipe of parts.py with settings."""
+
+    title: str
+    recipe: str
+    settings: tuple[str, ...] = ()
+
+
+WORKLOADS = {
+    "sgd": Workload("BatchNorm and dropout, SGD", "norms"),
+    "adamw": Workload("BatchNorm and dropout, AdamW, clipping", "norms", CLIPPED),
+    "text": Workload("words of ragged texts, AdamW, clipping", "text"),
+    "accumulation": Workload("accumulation in a virtual rank", "norms", ("micro_batch_size=3",)),
+    "bf16": Workload("bf16", "text", ("precision=bf16",)),
+    "fp16": Workload("fp16", "text", ("precision=fp16",)),
+    "compile": Workload("compile", "text", ("compile=true",)),
+    "muon": Workload("words of ragged texts, Muon", "text", ("optimizer=muon()",)),
+    "kernels": Workload("BatchNorm and dropout, Muon on the kernels", "norms", KERNELS),
 }
+"""What is trained, by the names that --workloads takes."""
+
 STRATEGIES = ("ddp", "fsdp")
 SHOWN_DIGITS = 8
 MIDDLE = 16
@@ -46,15 +62,14 @@ MIDDLE = 16
 @click.option("--worlds", type=Numbers(int, 1), default="1,2,3,4,5,8", show_default=True)
 @click.option("--strategies", type=Names(STRATEGIES), default="ddp,fsdp", show_default=True)
 @click.option("--only", type=Names(OTHERS), default=",".join(OTHERS), show_default=True)
-@click.option("--workloads", type=click.IntRange(1, len(WORKLOADS)), default=len(WORKLOADS))
-def main(worlds: list[int], strategies: list[str], only: list[str], workloads: int) -> None:
+@click.option("--workloads", type=Names(WORKLOADS), default=",".join(WORKLOADS))
+def main(worlds: list[int], strategies: list[str], only: list[str], workloads: list[str]) -> None:
     """Print the first digits of the SHA-256 of each run's state after 30 steps."""
     folder = Path(tempfile.mkdtemp(prefix="same_bits-"))
-    chosen = dict(list(WORKLOADS.items())[:workloads])
     try:
         print_table(
             ("workload", "strategy", *map(str, worlds), "resumed"),
-            digest_rows(chosen, worlds, strategies, folder),
+            digest_rows(workloads, worlds, strategies, folder),
             title="SHA-256 of weights, optimizer state and buffers after 30 steps, by processes",
         )
         print_table(
@@ -67,13 +82,14 @@ def main(worlds: list[int], strategies: list[str], only: list[str], workloads: i
 
 
 def digest_rows(
-    workloads: dict[str, tuple[str, tuple[str, ...]]],
+    names: list[str],
     worlds: list[int],
     strategies: list[str],
     folder: Path,
 ) -> Iterator[list[str]]:
     """Train each workload on each number of processes, and yield a row for each strategy."""
-    for title, (recipe, settings) in workloads.items():
+    for name in names:
+        title, recipe, settings = WORKLOADS[name]
         for strategy in strategies:
             cells, first = [], None
             for world in worlds:
@@ -83,7 +99,7 @@ def digest_rows(
                 run_dir = train(
                     "launcher",
                     f"{HERE / 'parts.py'}:{recipe}",
-                    folder / f"{recipe}-{len(cells)}-{strategy}-{abs(hash(title))}",
+                    folder / f"{name}-{len(cells)}-{strategy}",
                     ranks=world,
                     settings=[*settings, f"strategy={strategy}", f"checkpoint_every={MIDDLE}"],
                     options=[],

@@ -25,7 +25,7 @@ class TrainingResult(NamedTuple):
     """Duration of the run."""
 
     evaluations: list[list[float]]
-    """(step, accuracy) of each evaluation."""
+    """(step, metric) of each evaluation."""
 
 
 class Trainings:
@@ -35,10 +35,13 @@ class Trainings:
         recipe: Recipe as the command line names it.
         cache: JSON file with the results, read if it exists; None caches in memory only.
         ranks: Number of processes.
+        metric: The metric of evaluations that is kept.
     """
 
-    def __init__(self, recipe: str, cache: Path | None, *, ranks: int = 1) -> None:
-        self._recipe, self._ranks = recipe, ranks
+    def __init__(
+        self, recipe: str, cache: Path | None, *, ranks: int = 1, metric: str = "accuracy"
+    ) -> None:
+        self._recipe, self._ranks, self._metric = recipe, ranks, metric
         self._folder = Path(tempfile.mkdtemp(prefix="trainings-"))
         self._cache = cache or self._folder / "results.json"
         values = json.loads(self._cache.read_text()) if self._cache.is_file() else {}
@@ -68,7 +71,7 @@ class Trainings:
             self._results[key] = TrainingResult(
                 json.loads(run_dir.result.read_text())["seconds"],
                 [
-                    [row["step"], row["evaluation"]["accuracy"]]
+                    [row["step"], row["evaluation"][self._metric]]
                     for row in rows
                     if "evaluation" in row
                 ],
@@ -78,7 +81,7 @@ class Trainings:
         return self._results[key]
 
     def final(self, steps: int, seeds: Sequence[int], *settings: str) -> list[float]:
-        """Return the final accuracy of a training of `steps` steps for each seed."""
+        """Return the final metric of a training of `steps` steps for each seed."""
         return [
             self.take(f"steps={steps}", f"seed={seed}", AT_THE_END, *settings).evaluations[-1][1]
             for seed in seeds

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 DATA = Path("/usr/share/datasets/fashion-mnist")
 """The folder in which Debian's package installs the files."""
 
-_MEAN, _STD = 0.2860, 0.3530
+MEAN, STD = 0.2860, 0.3530
 """Mean and standard deviation of the training pixels, scaled to [0, 1]."""
 
 
@@ -71,7 +71,7 @@ def _read_split(folder: Path, split: str) -> TensorDataset:
 
     images = torch.from_numpy(read_idx(folder / f"{split}-images-idx3-ubyte.gz", dimensions=3))
     labels = torch.from_numpy(read_idx(folder / f"{split}-labels-idx1-ubyte.gz", dimensions=1))
-    pixels = images.unsqueeze(1).float().div_(255).sub_(_MEAN).div_(_STD)
+    pixels = images.unsqueeze(1).float().div_(255).sub_(MEAN).div_(STD)
     return TensorDataset(pixels, labels.long())
 
 

@@ -6,16 +6,18 @@
     python slurm/local.py start node2
     python slurm/local.py down
 
-The cluster needs Debian's packages slurmctld, slurmd, slurm-client and munge. Started by root, each
-node has a host name, process ids and /dev/shm of its own, by Linux namespaces. Otherwise all nodes
-share those of the machine. All files are in one folder. The daemons listen on loopback only if the
-machine's host name resolves to 127.0.0.1.
+The cluster needs Debian's packages slurmctld, slurmd, slurm-client and munge; with --accounting,
+also slurmdbd and mariadb-server-core. Started by root, each node has a host name, process ids,
+/dev/shm and device files of GPUs of its own, by Linux namespaces. Otherwise all nodes share those
+of the machine. All files are in one folder. The daemons listen on loopback only if the machine's
+host name resolves to 127.0.0.1.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import pwd
 import shlex
 import shutil
 import signal
@@ -23,13 +25,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import click
 import psutil
-from local_configuration import ClusterError, write_configuration
+from local_accounting import (
+    database_command,
+    is_registered,
+    make_database,
+    missing_packages,
+    socket_of,
+)
+from local_configuration import ClusterError, NodeClaims, write_configuration
 
 __all__ = ["Cluster", "ClusterError", "Daemon", "end", "make_cluster", "open_cluster"]
 
@@ -83,6 +92,12 @@ class Cluster:
     isolated: bool
     """Whether each node has namespaces of its own."""
 
+    gpus: dict[str, int]
+    """GPUs that each node claims to have, by its name."""
+
+    accounting: bool = False
+    """Whether slurmdbd records the jobs."""
+
     daemons: dict[str, Daemon] = field(default_factory=dict)
     """Started daemons by name; that of a node's slurmd is the node's name."""
 
@@ -106,6 +121,8 @@ class Cluster:
             "folder": str(self.folder),
             "nodes": self.nodes,
             "isolated": self.isolated,
+            "gpus": self.gpus,
+            "accounting": self.accounting,
             "daemons": daemons,
         }
         (self.folder / "cluster.json").write_text(json.dumps(values, indent=1))
@@ -146,30 +163,44 @@ class Cluster:
             ],
         )
         self._wait_for(socket_file.exists, "munged")
+        if self.accounting:
+            self._start_accounting()
         self._spawn("slurmctld", ["slurmctld", "-D"])
         self.start(self.nodes)
 
     def bring_down(self) -> None:
         """Stop all daemons and jobs, and remove the folder."""
         self.kill(name for name in self.nodes if name in self.daemons)
-        for name in ("slurmctld", "munged"):
+        for name in ("slurmctld", "slurmdbd", "mariadbd", "munged"):
             if name in self.daemons:
                 end([self.daemons[name]], signal.SIGTERM)
         for child in self.children:
             child.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def _start_accounting(self) -> None:
+        """Start the database and slurmdbd, and register the cluster.
+
+        Raises:
+            ClusterError: One of them does not come up.
+        """
+        user = pwd.getpwuid(os.geteuid()).pw_name
+        try:
+            make_database(self.folder, user)
+        except subprocess.CalledProcessError as error:
+            raise ClusterError(f"mariadb-install-db failed: {error.stderr.decode()}") from None
+        self._spawn("mariadbd", database_command(self.folder, user))
+        self._wait_for(socket_of(self.folder).exists, "mariadbd")
+        self._spawn("slurmdbd", ["slurmdbd", "-D"], MYSQL_UNIX_PORT=str(socket_of(self.folder)))
+        self._wait_for(lambda: is_registered(self.env), "slurmdbd")
+
     def _slurmd_command(self, name: str) -> list[str]:
         slurmd = ["slurmd", "-D", "-N", name]
         if not self.isolated:
             return slurmd
         # The shell stays, because the first process of the namespace must reap orphaned processes.
-        script = (
-            'mount --bind "$1" /etc/hosts && mount -t tmpfs shm /dev/shm && hostname "$0" '
-            '&& shift && { "$@" & wait $!; exit $?; }'
-        )
-        hosts = str(self.folder / f"hosts.{name}")
-        return ["unshare", *_NAMESPACES, "sh", "-c", script, name, hosts, *slurmd]
+        arguments = [str(self.folder), name, str(self.gpus[name]), *slurmd]
+        return ["unshare", *_NAMESPACES, "sh", str(Path(__file__).with_name("node.sh")), *arguments]
 
     def _spawn(self, name: str, command: list[str], **env: str) -> None:
         base = {key: os.environ[key] for key in ("PATH", "HOME", "LANG") if key in os.environ}
@@ -238,14 +269,20 @@ def end(daemons: Iterable[Daemon], first_signal: signal.Signals) -> None:
 
 
 def make_cluster(
-    num_nodes: int = 2, *, cpus: int = 8, gpus: int = 0, folder: Path | None = None
+    num_nodes: int = 2,
+    *,
+    cpus: int | Sequence[int] = 8,
+    gpus: int | Sequence[int] = 0,
+    accounting: bool = False,
+    folder: Path | None = None,
 ) -> Cluster:
     """Start a cluster.
 
     Args:
         num_nodes: Number of nodes.
-        cpus: CPU cores that each node claims to have.
-        gpus: GPUs that each node claims to have.
+        cpus: CPU cores that each node claims to have, or those of each node.
+        gpus: GPUs that each node claims to have, or those of each node.
+        accounting: Whether slurmdbd records the jobs in a database of the cluster.
         folder: Folder of the cluster, which must not exist; None makes a temporary one.
 
     Raises:
@@ -258,6 +295,11 @@ def make_cluster(
             "Slurm is not installed. As root: apt-get install --no-install-recommends "
             f"{' '.join(_PROGRAMS.values())}"
         )
+    if accounting and (missing := missing_packages()):
+        raise ClusterError(
+            "The accounting of Slurm is not installed. As root: apt-get install "
+            f"--no-install-recommends {' '.join(missing)}"
+        )
     folder = Path(tempfile.mkdtemp(prefix="slurm-")) if folder is None else folder.resolve()
     if len(str(folder)) > 70:
         raise ClusterError(
@@ -267,16 +309,38 @@ def make_cluster(
     for name in ("log", "state", "spool", "dev"):
         (folder / name).mkdir(parents=True)
     folder.chmod(0o755)  # munge requires that other users can enter the folder
+    claims = _claims(num_nodes, cpus, gpus)
     cluster = Cluster(
-        folder, [f"node{number + 1}" for number in range(num_nodes)], isolated=_can_isolate()
+        folder,
+        list(claims),
+        isolated=_can_isolate(),
+        gpus={name: node.gpus for name, node in claims.items()},
+        accounting=accounting,
     )
-    write_configuration(folder, cluster.nodes, cpus=cpus, gpus=gpus)
+    write_configuration(folder, claims, accounting=accounting)
     try:
         cluster.bring_up()
     except BaseException:
         cluster.bring_down()
         raise
     return cluster
+
+
+def _claims(
+    num_nodes: int, cpus: int | Sequence[int], gpus: int | Sequence[int]
+) -> dict[str, NodeClaims]:
+    """Return what each node claims to have, by its name.
+
+    Raises:
+        ClusterError: There are not as many numbers as nodes.
+    """
+    of_each = [[each] * num_nodes if isinstance(each, int) else list(each) for each in (cpus, gpus)]
+    if any(len(numbers) != num_nodes for numbers in of_each):
+        raise ClusterError(
+            f"--cpus and --gpus take one number, or one for each of the {num_nodes} nodes: 2,1."
+        )
+    pairs = enumerate(zip(*of_each, strict=True), start=1)
+    return {f"node{number}": NodeClaims(*claims) for number, claims in pairs}
 
 
 def _can_isolate() -> bool:
@@ -306,6 +370,20 @@ def open_cluster() -> Cluster:
     return Cluster(**values | {"folder": Path(folder)}, daemons=daemons)
 
 
+class _Numbers(click.ParamType[list[int]]):
+    """Numbers with commas between them."""
+
+    name = "N[,N...]"
+
+    def convert(
+        self, value: str, param: click.Parameter | None, ctx: click.Context | None
+    ) -> list[int]:
+        words = value.split(",")
+        if not all(word.isascii() and word.isdigit() for word in words):
+            self.fail(f"expected numbers such as 2 or 2,1; found {value!r}.", param, ctx)
+        return [int(word) for word in words]
+
+
 @click.group(help=__doc__.partition("\n")[0])
 def main() -> None:
     """Start, change and stop a cluster."""
@@ -316,21 +394,27 @@ def main() -> None:
 @click.option("--nodes", type=click.IntRange(1, 64), default=2, show_default=True)
 @click.option(
     "--cpus",
-    type=click.IntRange(min=1),
-    default=8,
+    type=_Numbers(),
+    default="8",
     show_default=True,
-    help="CPU cores that each node claims to have.",
+    help="CPU cores that each node claims to have: one number, or one for each node.",
 )
 @click.option(
     "--gpus",
-    type=click.IntRange(min=0),
-    default=0,
+    type=_Numbers(),
+    default="0",
     show_default=True,
-    help="GPUs that each node claims to have.",
+    help="GPUs that each node claims to have: one number, or one for each node.",
 )
-def up(nodes: int, cpus: int, gpus: int) -> None:
+@click.option("--accounting", is_flag=True, help="Record jobs in a database, for sacct.")
+def up(nodes: int, cpus: list[int], gpus: list[int], *, accounting: bool) -> None:
     """Start a cluster, and print a line of shell that exports its environment."""
-    cluster = make_cluster(nodes, cpus=cpus, gpus=gpus)
+    cluster = make_cluster(
+        nodes,
+        cpus=cpus[0] if len(cpus) == 1 else cpus,
+        gpus=gpus[0] if len(gpus) == 1 else gpus,
+        accounting=accounting,
+    )
     click.echo(f"export {shlex.join(f'{name}={value}' for name, value in cluster.env.items())}")
 
 

@@ -7,27 +7,41 @@ import pwd
 import random
 import secrets
 import socket
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 import psutil
+from local_accounting import write_slurmdbd_conf
 
 _PORTS = range(20_000, 32_000)
 """Ports for the daemons, below the range that the kernel gives to outgoing connections."""
+
+
+@dataclass(frozen=True)
+class NodeClaims:
+    """What a virtual node claims to have."""
+
+    cpus: int
+    """CPU cores."""
+
+    gpus: int
+    """GPUs."""
 
 
 class ClusterError(click.ClickException):
     """Error of a cluster that cannot be started or does not exist."""
 
 
-def write_configuration(folder: Path, nodes: list[str], *, cpus: int, gpus: int) -> None:
+def write_configuration(
+    folder: Path, nodes: dict[str, NodeClaims], *, accounting: bool = False
+) -> None:
     """Write the key of munge, the hosts files, gres.conf and slurm.conf into a cluster's folder.
 
     Args:
         folder: Existing folder of the cluster.
-        nodes: Names of the nodes.
-        cpus: CPU cores that each node claims to have.
-        gpus: GPUs that each node claims to have.
+        nodes: What each node claims to have, by its name.
+        accounting: Whether to write slurmdbd.conf as well, and to record jobs in its database.
 
     Raises:
         ClusterError: There are not enough free ports.
@@ -39,19 +53,38 @@ def write_configuration(folder: Path, nodes: list[str], *, cpus: int, gpus: int)
     for name in nodes:
         text = f"127.0.0.1 {name} localhost\n127.0.0.1 {names}\n{hosts}"
         (folder / f"hosts.{name}").write_text(text, encoding="utf-8")
-    gres = ""
-    if gpus:
-        for number in range(gpus):  # gres/gpu needs device files; these equal /dev/null
-            os.mknod(folder / "dev" / f"nvidia{number}", 0o666 | 0o020000, os.makedev(1, 3))
-        gres = f"AutoDetect=off\nName=gpu File={folder}/dev/nvidia[0-{gpus - 1}]\n"
-    (folder / "gres.conf").write_text(gres)
-    (folder / "slurm.conf").write_text(_slurm_conf(folder, nodes, cpus, gpus))
-
-
-def _slurm_conf(folder: Path, nodes: list[str], cpus: int, gpus: int) -> str:
+    for number in range(max(node.gpus for node in nodes.values())):
+        # gres/gpu needs device files; these equal /dev/null
+        os.mknod(folder / "dev" / f"nvidia{number}", 0o666 | 0o020000, os.makedev(1, 3))
+    (folder / "gres.conf").write_text(_gres_conf(folder, nodes))
     user = pwd.getpwuid(os.geteuid()).pw_name
-    control, *ports = _free_ports(1 + len(nodes))
+    database, *ports = _free_ports(2 + len(nodes))
+    conf = _slurm_conf(folder, nodes, user, ports)
+    if accounting:  # the queue soon forgets jobs that have ended, which sacct still knows
+        conf += (
+            "MinJobAge=20\nAccountingStorageType=accounting_storage/slurmdbd\n"
+            f"AccountingStorageHost=localhost\nAccountingStoragePort={database}\n"
+            f"AccountingStoragePass={folder}/munge.sock\n"
+        )
+        write_slurmdbd_conf(folder, user, database)
+    else:
+        conf += "MinJobAge=3600\n"
+    (folder / "slurm.conf").write_text(conf)
+
+
+def _gres_conf(folder: Path, nodes: dict[str, NodeClaims]) -> str:
+    lines = [
+        f"NodeName={name} Name=gpu File={folder}/dev/nvidia[0-{node.gpus - 1}]"
+        for name, node in nodes.items()
+        if node.gpus
+    ]
+    return "\n".join(["AutoDetect=off", *lines, ""]) if lines else ""
+
+
+def _slurm_conf(folder: Path, nodes: dict[str, NodeClaims], user: str, ports: list[int]) -> str:
+    control, *ports = ports
     memory = psutil.virtual_memory().total // 2**20
+    cpus = max(node.cpus for node in nodes.values())
     lines = [
         "ClusterName=local",
         "SlurmctldHost=localhost(127.0.0.1)",
@@ -85,10 +118,9 @@ def _slurm_conf(folder: Path, nodes: list[str], cpus: int, gpus: int) -> str:
         "SlurmdTimeout=10",
         "InactiveLimit=0",
         "KillWait=5",
-        "MinJobAge=3600",
         f"FirstJobId={random.randrange(1000, 60_000)}",  # jobs of two clusters must not collide
     ]
-    if gpus:
+    if any(node.gpus for node in nodes.values()):
         lines.append("GresTypes=gpu")
     try:
         on_loopback = socket.gethostbyname(socket.gethostname()) == "127.0.0.1"
@@ -96,11 +128,11 @@ def _slurm_conf(folder: Path, nodes: list[str], cpus: int, gpus: int) -> str:
         on_loopback = False
     if on_loopback:
         lines.append("CommunicationParameters=NoInAddrAny,NoCtldInAddrAny")
-    for name, port in zip(nodes, ports, strict=True):
+    for (name, node), port in zip(nodes.items(), ports, strict=True):
         lines.append(
             f"NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} Sockets=1 "
-            f"CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory={memory}"
-            + (f" Gres=gpu:{gpus}" if gpus else "")
+            f"CoresPerSocket={node.cpus} ThreadsPerCore=1 RealMemory={memory}"
+            + (f" Gres=gpu:{node.gpus}" if node.gpus else "")
         )
     lines.append(
         "PartitionName=main Nodes=ALL MaxTime=2-0 DefaultTime=60 PriorityTier=1 Default=YES"

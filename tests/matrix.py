@@ -157,6 +157,7 @@ def matrix(ranks: int) -> Iterator[Case]:
 
 DOUBLE = (("precision", "fp64"),)
 SYNCED = ("sync_batchnorm", True)
+ON_DEVICE = ("data_on_device", True)
 RECOMPUTED = ("activation_checkpointing", True)
 
 
@@ -172,6 +173,8 @@ def features(ranks: int) -> Iterator[Case]:
         if ranks == 2:
             yield Case("methods", strategy)
             yield Case("instance_norm", strategy)
+        if strategy in ("fsdp", "zero3"):
+            yield Case("methods", strategy, 3, options=(ON_DEVICE,))
         if strategy in ("ddp", "fsdp"):
             yield Case("worlds", strategy, 3, options=DOUBLE)
             yield Case("batch_norm", strategy, options=(*DOUBLE, SYNCED))
@@ -185,6 +188,7 @@ def features(ranks: int) -> Iterator[Case]:
         yield Case("batch_norm")
         yield Case("worlds", options=DOUBLE)
         yield Case("batch_norm", options=DOUBLE)
+        yield Case("methods", options=(ON_DEVICE,))
     elif ranks == 3:  # whose batches differ in size
         yield Case("batch_norm", "fsdp", options=(SYNCED, ("compile", True)))
 
@@ -461,6 +465,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "free": {"optimizer": schedule_free(), "schedule": constant(), "evaluate_every": 3},
     "frozen": {"model": build_frozen},
     "muon": {"optimizer": muon(others=adamw(weight_decay=0.1, decay_1d=False))},
+    "kernels": {"optimizer": muon(adjust="original", others=sgd(), others_lr=2.5), "lr": 0.04},
     "weights": {
         "optimizer": muon(others=adamw(state_dtype="bf16")),
         "param_dtype": "bf16",
@@ -469,16 +474,22 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 """Optimizers with small states, or of whole matrices, and weights in bf16."""
 
-SMALL_WORLDS = (SOURCE_RANKS, 1, 3)
+SMALL_WORLDS = (SOURCE_RANKS, 1, 3, 4)
 
 
 ROUNDED = ("bf16", "muon", "weights")
 """Those that are also trained with sums that round differently."""
 
+WHOLE = ("muon", "kernels")
+"""Those that need whole matrices, which are also trained on 4 ranks."""
+
 
 def small(ranks: int) -> Iterator[BitsCase]:
     """Yield each of these optimizers with exact sums, and some without."""
     for name, settings in SMALL.items():
+        if ranks > 3 and name not in WHOLE:
+            continue
+        recipe = "norms" if name == "kernels" else "text"
         options = (*settings.items(), ("epochs", 2), ("virtual_ranks", 4))
         keeps_bf16 = "param_dtype" in settings
         # Exact sums under ddp are in the dtype of the weights.
@@ -487,8 +498,8 @@ def small(ranks: int) -> Iterator[BitsCase]:
         )
         for strategy in strategies:
             is_resumed = (ranks, strategy) == (3, "fsdp")
-            yield BitsCase("text", strategy, options, is_resumed, name=f"exact-{name}", saved_at=6)
-        if name in ROUNDED and ranks != SOURCE_RANKS:
+            yield BitsCase(recipe, strategy, options, is_resumed, name=f"exact-{name}", saved_at=6)
+        if name in ROUNDED and ranks in (1, 3):
             inexact = (*options, ("exact", False))
             strategy = "ddp" if keeps_bf16 or ranks == 1 else "fsdp"
             yield BitsCase("text", strategy, inexact, name=f"rounded-{name}", saved_at=6)

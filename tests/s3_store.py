@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -201,6 +202,14 @@ class S3Store:
         """Store an object, and return its URL."""
         self.files.pipe_file(f"bucket/{name}", content)
         return f"s3://bucket/{name}"
+
+    def age(self, name: str, seconds: float) -> None:
+        """Let an object look as if it had been written so much earlier."""
+        from moto.core import DEFAULT_ACCOUNT_ID
+        from moto.s3.models import s3_backends
+
+        stored = s3_backends[DEFAULT_ACCOUNT_ID]["aws"].get_object("bucket", name)
+        stored.last_modified -= timedelta(seconds=seconds)
 
     def stop(self) -> None:
         """Stop the server: connections are refused until `start`."""

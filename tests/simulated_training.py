@@ -26,6 +26,7 @@ from torch.utils.data import TensorDataset
 from launcher import Data, Recipe, adamw, make_plan, read_machine, sgd
 from launcher.engine.backends.base import Backend
 from launcher.engine.backends.local import LocalBackend
+from launcher.engine.data.device_data import DeviceData
 from launcher.engine.ranks.output import Output
 from launcher.engine.ranks.processes import peak_bytes
 from launcher.engine.ranks.usage import usage_of
@@ -202,6 +203,7 @@ VARIANTS: dict[str, Callable[[], Recipe]] = {
     "fp64": lambda: make_recipe(precision="fp64"),
     "objects": make_pairs,
     "workers": lambda: make_recipe(num_workers=1),
+    "on_device": lambda: make_recipe(data_on_device=True),
 }
 
 
@@ -231,12 +233,23 @@ def late_copies(device: torch.device) -> dict[str, bool]:
     }
 
 
+def refusal(device: torch.device) -> list[str]:
+    """Return the class and the text of what refuses 4 GiB of samples, of which 3 GiB are free."""
+    samples = torch.zeros(1).expand(1 << 30)  # takes no memory before it is copied
+    try:
+        DeviceData(Data(train=TensorDataset(samples)), device)
+    except Exception as error:  # noqa: BLE001  # its class is what is tested
+        return [type(error).__name__, str(error)]
+    return []
+
+
 def main() -> None:
     """Train every variant, and write what was measured."""
     folder = Path(sys.argv[1])
     device = simulated_device.install()
     measured: dict[str, Any] = {"device": late_copies(device)}
     measured |= {name: compare(name, folder, make()) for name, make in VARIANTS.items()}
+    measured["refusal"] = refusal(device)
     measured["peak_bytes"] = peak_bytes(device)
     usage = usage_of(device)
     while not (values := usage()):

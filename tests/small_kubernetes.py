@@ -133,6 +133,12 @@ class SmallKubernetes:
             pod.disrupted = True
             pod.process.terminate()
 
+    def warn(self, name: str, message: str) -> None:
+        """Record a warning about a job, as the Job controller does."""
+        event = {"kind": "Event", "apiVersion": "v1", "metadata": {"name": f"{name}.warning"}}
+        about = {"involvedObject": {"kind": "Job", "name": name}, "type": "Warning"}
+        self.objects["events", f"{name}.warning"] = {**event, **about, "message": message}
+
     def create(self, plural: str, manifest: Object, *, dry: bool) -> tuple[int, Object]:
         """Create an object; return the status of HTTP and the answer."""
         kind, name = manifest["kind"], manifest["metadata"]["name"]

@@ -145,6 +145,11 @@ def next_lr(
     return None
 
 
+def training_name(lr: float) -> str:
+    """Return the name of the folder of a short training."""
+    return f"lr-{lr:.3g}"
+
+
 def _exponent(trial: LRTrial, first: float, factor: float) -> int:
     """Return how many factors a trial is above the first learning rate."""
     return round(math.log(trial.lr / first, factor))

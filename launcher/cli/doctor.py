@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from launcher.cli.arguments import nodes_options, nproc_option
-from launcher.cli.machines import find_machines, find_variables, start_on_hosts
+from launcher.cli.arguments import nproc_option
+from launcher.cli.machines import MachineOptions
+from launcher.cli.node_options import nodes_options
 from launcher.console.echo import echo
 from launcher.errors import EXIT_FAILED
 
@@ -39,15 +40,10 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print findings and measurements as JSON.")
 def command(
     nproc_per_node: int | None,
-    nodes: int | None,
-    rendezvous: str | None,
-    hosts: tuple[str, ...] | None,
-    ssh: str | None,
-    forward: tuple[str, ...],
-    join_timeout: float | None,
     device: Literal["cuda", "cpu"] | None,
     out: Path,
     *,
+    machines: MachineOptions,
     as_json: bool,
 ) -> int:
     """Find what could slow down or stop a run, on this machine and between its ranks.
@@ -64,22 +60,17 @@ def command(
     launcher doctor --nodes 2 --rendezvous node1
     torchrun --nproc-per-node 2 --no-python launcher doctor
     """
-    from launcher.environment.nodes import NodesRequest, is_over_ssh
+    from launcher.environment.nodes import is_over_ssh
     from launcher.findings import worst
 
-    variables = find_variables(hosts, forward)
-    nodes_request = NodesRequest(
-        count=None if nodes is None else (nodes, nodes),
-        rendezvous=rendezvous,
-        join_timeout=join_timeout,
-    )
-    machines = None
-    if hosts or nodes or rendezvous or is_over_ssh():
-        machines = find_machines(hosts, nodes_request)
-    if hosts is not None:
-        return start_on_hosts(hosts, nodes_request, ssh, variables)
+    variables = machines.variables()
+    request, nodes = machines.nodes, None
+    if machines.hosts or request.count or request.rendezvous or is_over_ssh():
+        nodes = machines.find()
+    if machines.hosts is not None:
+        return machines.start_on_hosts(machines.hosts, variables)
     shown = _Shown(as_json=as_json, findings=[])
-    reports = _examine(nproc_per_node, machines, device, out, shown)
+    reports = _examine(nproc_per_node, nodes, device, out, shown)
     if reports is None:
         return 0
     shown.end(reports)

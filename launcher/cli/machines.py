@@ -1,4 +1,4 @@
-"""The machines of a run, from the options of `launcher run` and `launcher resume`."""
+"""The machines of a run, as the options of a command name them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,56 +25,70 @@ if TYPE_CHECKING:
     from launcher.environment.nodes import Nodes, NodesRequest
 
 
-def find_machines(hosts: tuple[str, ...] | None, request: NodesRequest) -> Nodes | None:
-    """Return the machines of the run; None is this machine alone.
+@dataclass(frozen=True, kw_only=True)
+class MachineOptions:
+    """What the options of a command say about the machines that it runs on."""
 
-    Raises:
-        UsageError: The options contradict each other.
-        WorldError: Slurm did not start one launcher on each node.
-    """
-    from launcher.environment.nodes import find_nodes, nodes_of_hosts
+    nodes: NodesRequest
+    """The nodes, and where they meet."""
 
-    return find_nodes(request) if hosts is None else nodes_of_hosts(hosts, request)
+    hosts: tuple[str, ...] | None
+    """The hosts that the command is started on through ssh; None is this machine."""
 
+    ssh: str | None
+    """The command that reaches a host; None is the default."""
 
-def find_variables(hosts: tuple[str, ...] | None, assignments: tuple[str, ...]) -> dict[str, str]:
-    """Return the variables for the hosts that `--forward` and DeepSpeed's files name.
+    forward: tuple[str, ...]
+    """Variables for the hosts, as NAME or NAME=VALUE."""
 
-    Lines of the files that are left out are named on standard error.
+    def find(self) -> Nodes | None:
+        """Return the machines of the run; None is this machine alone.
 
-    Raises:
-        UsageError: There are no other hosts, or a variable cannot be passed on.
-    """
-    from launcher.launch.forwarded_variables import named_variables, variables_in_files
+        Raises:
+            UsageError: The options contradict each other.
+            WorldError: Slurm did not start one launcher on each node.
+        """
+        from launcher.environment.nodes import find_nodes, nodes_of_hosts
 
-    if hosts is None:
-        if assignments:
-            name = printable_line(assignments[0].partition("=")[0])
-            raise UsageError(
-                f"--forward {name} passes a variable on to the hosts of --hosts: add --hosts, or "
-                "leave it out, because ranks on this machine have all variables of this terminal."
-            )
-        return {}
-    named = named_variables(assignments, os.environ)
-    home = Path(os.path.expanduser("~"))  # noqa: PTH111  # Path.home() raises without a home
+        if self.hosts is None:
+            return find_nodes(self.nodes)
+        return nodes_of_hosts(self.hosts, self.nodes)
 
-    def warn(text: str) -> None:
-        print(f"launcher: {text}", file=sys.stderr)
+    def variables(self) -> dict[str, str]:
+        """Return the variables for the hosts that `--forward` and DeepSpeed's files name.
 
-    return variables_in_files(os.environ, home, Path.cwd(), warn) | named
+        Lines of the files that are left out are named on standard error.
 
+        Raises:
+            UsageError: There are no other hosts, or a variable cannot be passed on.
+        """
+        from launcher.launch.forwarded_variables import named_variables, variables_in_files
 
-def start_on_hosts(
-    hosts: tuple[str, ...],
-    request: NodesRequest,
-    ssh: str | None,
-    variables: Mapping[str, str],
-) -> int:
-    """Run the command of this process on each of `hosts`; return the exit code of the run."""
-    from launcher.launch.ssh import run_on_hosts
+        if self.hosts is None:
+            if self.forward:
+                name = printable_line(self.forward[0].partition("=")[0])
+                raise UsageError(
+                    f"--forward {name} passes a variable on to the hosts of --hosts: add --hosts, "
+                    "or leave it out, because ranks on this machine have all variables of this "
+                    "terminal."
+                )
+            return {}
+        named = named_variables(self.forward, os.environ)
+        home = Path(os.path.expanduser("~"))  # noqa: PTH111  # Path.home() raises without a home
 
-    arguments = remove_options(sys.argv[1:], _OF_THIS_MACHINE)
-    return run_on_hosts(hosts, arguments, Path.cwd(), request, ssh=ssh, variables=variables)
+        def warn(text: str) -> None:
+            print(f"launcher: {text}", file=sys.stderr)
+
+        return variables_in_files(os.environ, home, Path.cwd(), warn) | named
+
+    def start_on_hosts(self, hosts: tuple[str, ...], variables: Mapping[str, str]) -> int:
+        """Run the command of this process on each of `hosts`; return the exit code of the run."""
+        from launcher.launch.ssh import run_on_hosts
+
+        arguments = remove_options(sys.argv[1:], _OF_THIS_MACHINE)
+        return run_on_hosts(
+            hosts, arguments, Path.cwd(), self.nodes, ssh=self.ssh, variables=variables
+        )
 
 
 def remove_options(arguments: Sequence[str], options: Sequence[str]) -> list[str]:

@@ -20,10 +20,10 @@ from launcher.cli.arguments import (
     output_options,
     overrides_argument,
     read_overrides,
-    run_nodes_options,
 )
 from launcher.cli.completing import complete_runs
-from launcher.cli.machines import find_machines, find_variables, start_on_hosts
+from launcher.cli.machines import MachineOptions
+from launcher.cli.node_options import run_nodes_options
 from launcher.cli.settings_command import SettingsCommand
 from launcher.cli.sweep import resume_sweep
 from launcher.console.echo import echo
@@ -63,15 +63,6 @@ def command(
     run_dir: Path | str,
     overrides: tuple[str, ...],
     nproc_per_node: int | None,
-    nodes: tuple[int, int] | None,
-    spares: int,
-    max_restarts: int,
-    node_timeout: float | None,
-    rendezvous: str | None,
-    hosts: tuple[str, ...] | None,
-    ssh: str | None,
-    forward: tuple[str, ...],
-    join_timeout: float | None,
     checkpoint: str | None,
     out: Path | None,
     mirror: str | None,
@@ -80,6 +71,7 @@ def command(
     code_limit: int | None,
     health: Literal["off", "quick", "full"],
     *,
+    machines: MachineOptions,
     allow_code_change: bool,
     freezes: bool,
     fall_back: bool,
@@ -101,7 +93,6 @@ def command(
     launcher resume s3://bucket/runs/mine
     """
     from launcher.checks.health_gate import health_check
-    from launcher.environment.nodes import NodesRequest
     from launcher.launch.mirroring import upload_rest
     from launcher.launch.prepare import ResumeRequest, prepare_resume
     from launcher.launch.remote_run import fetch_run, removed_if
@@ -113,7 +104,8 @@ def command(
 
     if isinstance(run_dir, Path) and is_sweep(run_dir):
         changes = allow_code_change or health != "off" or code_limit
-        only_ranks = not (overrides or accept or checkpoint or fall_back or nodes or hosts)
+        given = overrides or accept or checkpoint or fall_back or machines.nodes.count
+        only_ranks = not (given or machines.hosts)
         if changes or not only_ranks:
             raise UsageError(
                 f"{run_dir} is the folder of a sweep, whose runs continue as they are: leave out "
@@ -121,28 +113,20 @@ def command(
             )
         return resume_sweep(run_dir, nproc_per_node, output_mode(quiet=quiet, as_json=as_json))
     signals = SignalHandler()
-    nodes_request = NodesRequest(
-        count=nodes,
-        rendezvous=rendezvous,
-        join_timeout=join_timeout,
-        spares=spares,
-        node_timeout=node_timeout,
-        restarts=max_restarts,
-    )
-    variables = find_variables(hosts, forward)
-    machines = find_machines(hosts, nodes_request)
-    folder = fetch_run(run_dir, out, machines, checkpoint=checkpoint, fall_back=fall_back)
+    variables = machines.variables()
+    nodes = machines.find()
+    folder = fetch_run(run_dir, out, nodes, checkpoint=checkpoint, fall_back=fall_back)
     request = ResumeRequest(
         run_dir=folder,
         checkpoint=checkpoint,
         fall_back=fall_back,
         overrides=read_overrides(None, overrides),
         nproc_per_node=nproc_per_node,
-        nodes=machines,
+        nodes=nodes,
         mirror=mirror,
         mirror_timeout=mirror_timeout,
         accept=accept,
-        max_restarts=max_restarts,
+        max_restarts=machines.nodes.restarts,
         health=health_check(health),
         allow_code_change=allow_code_change,
         freezes=freezes,
@@ -151,11 +135,11 @@ def command(
         write_report=write_report,
     )
     with removed_if(LauncherError, run_dir, folder):
-        prepared = prepare_resume(request, elsewhere=hosts is not None)
+        prepared = prepare_resume(request, elsewhere=machines.hosts is not None)
     if prepared.finished:
         echo(f"{prepared.shown} has finished: {prepared.finished}.")
         return upload_rest(prepared)
-    if hosts is not None:
-        return start_on_hosts(hosts, nodes_request, ssh, variables)
+    if machines.hosts is not None:
+        return machines.start_on_hosts(machines.hosts, variables)
     with removed_if(StoreError, run_dir, folder):  # another process has just taken the URL
         return start(prepared, signals).exit_code

@@ -22,9 +22,9 @@ from launcher.cli.arguments import (
     overrides_argument,
     read_overrides,
     recipe_argument,
-    run_nodes_options,
 )
-from launcher.cli.machines import find_machines, find_variables, start_on_hosts
+from launcher.cli.machines import MachineOptions
+from launcher.cli.node_options import run_nodes_options
 from launcher.cli.settings_command import SettingsCommand
 from launcher.errors import UsageError
 
@@ -83,15 +83,6 @@ def command(
     recipe: str,
     overrides: tuple[str, ...],
     nproc_per_node: int | None,
-    nodes: tuple[int, int] | None,
-    spares: int,
-    max_restarts: int,
-    node_timeout: float | None,
-    rendezvous: str | None,
-    hosts: tuple[str, ...] | None,
-    ssh: str | None,
-    forward: tuple[str, ...],
-    join_timeout: float | None,
     config: Path | None,
     out: Path | str | None,
     mirror: str | None,
@@ -101,6 +92,7 @@ def command(
     code_limit: int | None,
     health: Literal["off", "quick", "full"],
     *,
+    machines: MachineOptions,
     allow_code_change: bool,
     freezes: bool,
     debugs: bool,
@@ -125,7 +117,6 @@ def command(
     launcher run digits --debug
     """
     from launcher.checks.health_gate import health_check
-    from launcher.environment.nodes import NodesRequest
     from launcher.launch.code_choice import code_of_continued
     from launcher.launch.debug_session import debug
     from launcher.launch.prepare import RunRequest, prepare_run
@@ -139,12 +130,12 @@ def command(
     if debugs or opens_pdb:
         given = {
             "--nproc-per-node": nproc_per_node not in (None, 1),
-            "--nodes": nodes is not None,
-            "--rendezvous": rendezvous is not None,
-            "--hosts": hosts is not None,
+            "--nodes": machines.nodes.count is not None,
+            "--rendezvous": machines.nodes.rendezvous is not None,
+            "--hosts": machines.hosts is not None,
             "--continue": continues,
-            "--max-restarts": max_restarts > 0,
-            "--spares": spares > 0,
+            "--max-restarts": machines.nodes.restarts > 0,
+            "--spares": machines.nodes.spares > 0,
             "--health": health != "off",
             "--mirror": mirror is not None or isinstance(out, str),
         }
@@ -158,21 +149,13 @@ def command(
         )
         return debug(request, post_mortem=opens_pdb)
     signals = SignalHandler()
-    nodes_request = NodesRequest(
-        count=nodes,
-        rendezvous=rendezvous,
-        join_timeout=join_timeout,
-        spares=spares,
-        node_timeout=node_timeout,
-        restarts=max_restarts,
-    )
-    variables = find_variables(hosts, forward)
+    variables = machines.variables()
     if continues and out is None:
         raise UsageError("--continue resumes the run in --out: add --out DIR.")
     if accept and not continues:
         raise UsageError(f"--accept {accept[0]} applies to a resumed run: add --continue.")
-    machines = find_machines(hosts, nodes_request)
-    folder, mirror = place_run(out, mirror, machines, continues=continues and not hosts)
+    nodes = machines.find()
+    folder, mirror = place_run(out, mirror, nodes, continues=continues and not machines.hosts)
     code = None if code_folder is None else open_frozen(code_folder)
     if code is None and continues and folder is not None and not allow_code_change:
         code = code_of_continued(folder)
@@ -180,22 +163,22 @@ def command(
         reference=resolve(recipe, code),
         overrides=read_overrides(config, overrides),
         nproc_per_node=nproc_per_node,
-        nodes=machines,
+        nodes=nodes,
         out=folder,
         mirror=mirror,
         mirror_timeout=mirror_timeout,
         continues=continues,
         accept=accept,
-        max_restarts=max_restarts,
+        max_restarts=machines.nodes.restarts,
         health=health_check(health),
         freezes=freezes,
         code_limit=code_limit or DEFAULT_LIMIT,
         output_mode=output_mode(quiet=quiet, as_json=as_json),
         write_report=write_report,
     )
-    prepared = prepare_run(request, elsewhere=hosts is not None)
-    if hosts is not None:
-        return start_on_hosts(hosts, nodes_request, ssh, variables)
+    prepared = prepare_run(request, elsewhere=machines.hosts is not None)
+    if machines.hosts is not None:
+        return machines.start_on_hosts(machines.hosts, variables)
     return start(prepared, signals).exit_code
 
 

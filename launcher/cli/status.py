@@ -46,6 +46,6 @@ def command(name: str | None, *, as_json: bool) -> None:
     if as_json:
         echo(encode_json(status_values(status)))
         return
-    echo(f"{status.run_dir.shown}  job {status.submission.job}: {status.words}")
+    echo(f"{status.run_dir.shown}  job {status.submission.job}: {status.line}")
     if status.state == "failed" and (failure := read_failure(status.run_dir)) is not None:
         echo(f"\n{failure_text(failure, status.run_dir)}")

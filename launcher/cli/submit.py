@@ -16,13 +16,12 @@ from launcher.cli.arguments import (
     NodeRange,
     config_option,
     freezing_options,
-    node_timeout_option,
     nproc_option,
     out_option,
     overrides_argument,
     recipe_argument,
-    spares_option,
 )
+from launcher.cli.node_options import node_timeout_option, spares_option
 from launcher.cli.settings_command import SettingsCommand
 from launcher.console.echo import echo
 from launcher.errors import UsageError
@@ -82,7 +81,8 @@ class SubmitCommand(SettingsCommand):
     "--gpus-per-node",
     type=Count(min=0, largest=MAX_NODES),
     metavar="G",
-    help="GPUs of each node. Default: all in the site profile; 0 trains on CPU ranks.",
+    help="GPUs of each node. Default: those of the site profile, or what Slurm says that as many "
+    "nodes have; 0 trains on CPU ranks.",
 )
 @nproc_option
 @click.option("--time", metavar="T", help="Time limit in Slurm's format: 90, 12:00:00, 2-00:00:00.")
@@ -96,8 +96,25 @@ class SubmitCommand(SettingsCommand):
     "axes",
     multiple=True,
     metavar="NAME=V1,V2...",
-    help="Submit a job array with a run for each combination of values.",
+    help="Submit a run for each combination of values: a job array in Slurm, a job each in "
+    "Kubernetes.",
 )
+@click.option(
+    "--array-cap",
+    type=Count(min=1, largest=MAX_NODES),
+    metavar="N",
+    help="In Slurm: train at most N runs of the array at the same time.",
+)
+@click.option(
+    "--dependency",
+    metavar="SPEC",
+    help="In Slurm: start after other jobs, as sbatch takes it: afterok:1234.",
+)
+@click.option("--reservation", metavar="NAME", help="In Slurm: use the nodes of a reservation.")
+@click.option(
+    "--mail-type", metavar="EVENTS", help="In Slurm: events that are mailed, such as END,FAIL."
+)
+@click.option("--mail-user", metavar="ADDRESS", help="In Slurm: where mail goes.")
 @click.option("--dry-run", is_flag=True, help="Print the job as text; write and submit nothing.")
 @config_option
 @out_option
@@ -127,6 +144,11 @@ def command(
     time: str | None,
     cluster: str | None,
     axes: tuple[str, ...],
+    array_cap: int | None,
+    dependency: str | None,
+    reservation: str | None,
+    mail_type: str | None,
+    mail_user: str | None,
     config: Path | None,
     out: Path | None,
     mirror: str | None,
@@ -149,10 +171,18 @@ def command(
     launcher submit digits --to kubernetes --cluster lab --nodes 2 --gpus-per-node 8
     """
     from launcher.recipe.resolve import resolve
-    from launcher.schedulers.request import Restarting, SubmitRequest, combinations
+    from launcher.schedulers.request import Queueing, Restarting, SubmitRequest, combinations
     from launcher.schedulers.scheduler import find_scheduler
 
     _check_restarting(scheduler_name, nodes, spares, max_restarts, node_timeout)
+    queueing = Queueing(
+        array_cap=array_cap,
+        dependency=dependency,
+        reservation=reservation,
+        mail_type=mail_type,
+        mail_user=mail_user,
+    )
+    _check_queueing(scheduler_name, queueing.given, has_array=bool(axes))
     if mirror is not None and axes:
         raise UsageError(
             f"--mirror {mirror} is the place of one run, and --array submits several: leave one of "
@@ -166,6 +196,7 @@ def command(
         config=config,
         nodes=nodes,
         restarting=Restarting(max_restarts=max_restarts, spares=spares, node_timeout=node_timeout),
+        queueing=queueing,
         gpus_per_node=gpus_per_node,
         nproc_per_node=nproc_per_node,
         time=time,
@@ -218,4 +249,23 @@ def _check_restarting(
             f"{names[0]} {given[names[0]]}: the launchers of several nodes restart a run within "
             "its job, and this job has one node. Slurm queues it again when the node is lost: "
             f"leave {names[0]} out, or add --spares K."
+        )
+
+
+def _check_queueing(scheduler: str, given: dict[str, object], *, has_array: bool) -> None:
+    """Refuse options of Slurm's queue where there is none, and a cap without an array.
+
+    Raises:
+        UsageError: There is one.
+    """
+    if given and scheduler != "slurm":
+        name, value = next(iter(given.items()))
+        raise UsageError(
+            f"{name} {value}: only Slurm has this, and the job goes to {scheduler}. Leave {name} "
+            "out."
+        )
+    if "--array-cap" in given and not has_array:
+        raise UsageError(
+            f"--array-cap {given['--array-cap']} limits how many runs of an array train at the "
+            "same time, and this is one run. Add --array NAME=V1,V2, or leave --array-cap out."
         )

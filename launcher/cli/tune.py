@@ -61,9 +61,9 @@ def command(
 ) -> None:
     """Tune learning rate, batch size, micro-batch and DataLoader workers of RECIPE.
 
-    It finds the learning rate by a range test and short trainings; measures the gradient noise
-    scale; chooses the batch that reaches a loss soonest, from the noise scale and the measured
-    speed of each size, and the learning rate at that batch; then it measures DataLoader workers.
+    It raises the learning rate in a range test; measures the gradient noise scale; chooses the
+    batch that reaches a loss soonest, from the noise scale and the measured speed of each size;
+    finds the learning rate at that batch by short trainings; and measures DataLoader workers.
     Settings given as NAME=VALUE stay fixed. It writes tuned.yaml, with a reason behind each line,
     and a page with the curves. If it is interrupted, repeat the command with --out to resume.
 

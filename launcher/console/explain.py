@@ -221,12 +221,17 @@ def _lr(plan: Plan, schedule: Schedule, step: int) -> float:
     return plan.lr * plan.schedule_value_at(schedule, step).factor
 
 
+def _derived(plan: Plan, *rows: tuple[str, str]) -> Iterator[tuple[str, str]]:
+    """Yield rows, each a label and a key, whose texts the plan has; older plans lack some."""
+    for label, key in rows:
+        for line in filter(None, plan.derivations.get(key, "").split("\n")):
+            yield label, line
+
+
 def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     settings, derivations = plan.settings, plan.derivations
     yield "ranks", _ranks(plan)
-    for label, key in (("shards", "shards"), ("messages", "messages"), ("", "alternatives")):
-        for line in filter(None, derivations.get(key, "").split("\n")):
-            yield label, line
+    yield from _derived(plan, ("shards", "shards"), ("messages", "messages"), ("", "alternatives"))
     yield "batch", derivations["batch_size"]
     if len(plan.stages) > 1:
         yield "", derivations["stages"]
@@ -239,8 +244,7 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     if _is_to_be_timed(plan):
         yield "", _timing_text(plan)
     yield from _evaluation_rows(plan)
-    if "order" in derivations:  # plans of older versions have none
-        yield "order", derivations["order"]
+    yield from _derived(plan, ("order", "order"))
     threads = settings.get("worker_threads", 1)  # plans of older versions have none
     each = f", {threads} threads each" if threads > 1 else ""
     yield "workers", f"{plan.workers_per_rank} per rank{each} ({derivations['workers_per_rank']})"
@@ -248,6 +252,7 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "memory", f"{pinned} ({derivations['pin_memory']})"
     yield "speed-ups", _speed_ups(plan)
     yield from _update_rows(plan)
+    yield from _derived(plan, ("quick saves", "quick_checkpoints"))
     yield "hang limits", str(hang_limits(settings["hang_timeout"]))
     for source, settings_text in _settings_by_source(plan):
         yield "set by", f"{source}: {settings_text}"

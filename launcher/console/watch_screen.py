@@ -22,6 +22,7 @@ from launcher.recipe.evaluation_sets import metric_name
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.heartbeat import Heartbeat
 from launcher.runs.history import History, evaluation_set_names
+from launcher.runs.mirror_record import mirror_problem
 from launcher.runs.status import COLOURS, RunState
 from launcher.runs.step_row import LOGGED
 
@@ -86,6 +87,8 @@ def screen(history: History, state: RunState) -> RenderableType:
         device_seconds = mean_device_seconds(history)
         if stragglers(own_seconds) or stragglers(device_seconds or ()):
             parts.append(Text(stragglers_text(own_seconds, device_seconds), "yellow"))
+    if problem := mirror_problem(history.run_dir):
+        parts.append(Text(problem, "yellow"))
     return Group(*parts)
 
 
@@ -228,7 +231,15 @@ def _memory_text(heartbeat: Heartbeat) -> str:
 
 
 def status_line(history: History, state: RunState) -> str:
-    """Return the state of a run as one line of text, with its latest step if it is running."""
+    """Return the state of a run as one line of text, with its latest step if it is running.
+
+    A mirror whose uploads fail is told as well.
+    """
+    problem = mirror_problem(history.run_dir)
+    return _state_line(history, state) + (f"; {problem}" if problem else "")
+
+
+def _state_line(history: History, state: RunState) -> str:
     if state.name != "running" or not history.last_step:
         return state.words if state.words.startswith(state.name) else f"{state.name}: {state.words}"
     steps = history.steps
@@ -265,4 +276,5 @@ def status_values(history: History, state: RunState) -> dict[str, Any]:
         "evaluation": history.latest_evaluation,
         "own_seconds": history.ranks[-1].own_seconds if history.ranks else None,
         "device_seconds": history.ranks[-1].device_seconds if history.ranks else None,
+        "mirror_problem": mirror_problem(history.run_dir) or None,
     }

@@ -33,6 +33,7 @@ from launcher.engine.training.checkpoint_manager import CheckpointManager
 from launcher.engine.training.context import StepController, TrainContext, TrainOutcome
 from launcher.engine.training.early_end import evaluate_rest
 from launcher.engine.training.loop import train
+from launcher.engine.training.quick_saves import QuickSaves, open_quick_saves
 from launcher.engine.training.resume_point import (
     ResumePoint,
     discard_later_steps,
@@ -123,6 +124,7 @@ def train_rank(
     started: float | None = None,
     report_phase: Callable[[int, str], None] = lambda *_: None,
     write_report: ReportWriter | None = None,
+    is_restart: bool = False,
 ) -> TrainResult | None:
     """Build what the recipe describes, train it, and write the result (collective).
 
@@ -144,6 +146,7 @@ def train_rank(
             the time of the call.
         report_phase: Called with (steps taken, phase) whenever this rank enters a phase.
         write_report: Writes the page that experiment trackers receive; None sends no page.
+        is_restart: Whether the launcher starts the ranks again, because some were lost.
 
     Returns:
         The result, or None if the run was stopped before its end.
@@ -177,15 +180,15 @@ def train_rank(
     trial_outcome = _restore_and_try(context, recipe, resume_point, trial=trial)
     if is_timed:
         check_time_left(recipe, backend, started)
-    if resume_point is not None:  # from here on nothing refuses to resume
-        discard_later_steps(resume_point, backend, run_dir)
+    quick, problems = _discard_past(context, run_dir, resume_point, stop, is_restart=is_restart)
     context = _record_start(context, run_dir, first_step)
     if context.data_watch is not None and context.data_watch.bad_samples is not None:
         context.data_watch.bad_samples.open(run_dir)
     hooks = CallbackHooks(context, run_dir, first_step)
     progress = output.progress(last_step) if backend.rank == 0 else None
     with _open_trackers(recipe, plan, backend, run_dir) as trackers:
-        recorder = _open_recorder(context, run_dir, progress, trackers, trial_outcome.warnings)
+        warnings = (*trial_outcome.warnings, *problems)
+        recorder = _open_recorder(context, run_dir, progress, trackers, warnings)
         checkpoint_manager = budget = None
         if stop is not None:
             stop.defer()
@@ -200,6 +203,7 @@ def train_rank(
                 resumed_step=None if resume_point is None else first_step,
                 pause_after=pause_after,
                 best=best,
+                quick=quick,
             )
             if is_timed and not has_ended:
                 budget = TimeBudget(context, checkpoint_manager, recorder, started=started)
@@ -256,6 +260,34 @@ def _restore_and_try(
     step = 0 if resume_point is None else resume_point.step
     checkpoint_data = _get_checkpoint_data(resume_point)
     return run_trial(context, recipe, step=step, checkpoint_data=checkpoint_data)
+
+
+def _discard_past(
+    context: TrainContext,
+    run_dir: RunDir,
+    resume_point: ResumePoint | None,
+    stop: StopRequest | None,
+    *,
+    is_restart: bool,
+) -> tuple[QuickSaves | None, list[str]]:
+    """Remove what does not lead to the resumed steps, and open the quick checkpoints (collective).
+
+    From here on nothing refuses to resume. A new run is refused if its quick checkpoints have no
+    place.
+
+    Returns:
+        The quick checkpoints, or None if there are none; and warnings for the user.
+
+    Raises:
+        RunDirError: The folder of quick checkpoints cannot be used for a new run.
+    """
+    backend, recipe = context.backend, context.recipe
+    if resume_point is not None:
+        discard_later_steps(resume_point, backend, run_dir)
+    if stop is None:
+        return None, []
+    is_refused = resume_point is None and not is_restart
+    return open_quick_saves(recipe, backend, run_dir, is_refused=is_refused)
 
 
 def _get_checkpoint_data(resume_point: ResumePoint | None) -> CheckpointData | None:

@@ -18,12 +18,12 @@ import msgspec
 from launcher.engine.backends.base import Backend
 from launcher.engine.probes.inspection import inspect_recipe, write_inspection
 from launcher.engine.probes.layer_split import check_layer_split
+from launcher.engine.probes.lr_trainings import run_lr_trainings
 from launcher.engine.probes.measuring import (
     ProbeContext,
     limit_memory,
     measure_noise,
     run_range_test,
-    run_short_training,
     time_data_loading,
     time_micro_batch_size,
     time_strategy,
@@ -101,6 +101,7 @@ def _train(rank: _AgentRank) -> int:
         started=rank.job.started,
         report_phase=_recording_recovery(rank),
         write_report=rank.job.write_report,
+        is_restart=_num_restarts() > 0 or rank.job.attempt > 0,
     )
     return EXIT_RESUMABLE if result is None else 0
 
@@ -139,9 +140,9 @@ def agent_range_test(job: Job) -> int:
     return _run_probe(job, run_range_test)
 
 
-def agent_short_training(job: Job) -> int:
-    """Take part in a training of a few steps; rank 0 writes its losses to the run folder."""
-    return _run_probe(job, run_short_training)
+def agent_lr_trainings(job: Job) -> int:
+    """Take part in short trainings at several learning rates; rank 0 writes the outcomes."""
+    return _run_probe(job, run_lr_trainings)
 
 
 def agent_noise_probe(job: Job) -> int:
@@ -350,14 +351,18 @@ def _let_signals_end_process() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
+def _num_restarts() -> int:
+    """Return how often the ranks have been started before."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 def _choose_start(job: Job) -> ResumeFrom | None:
     """Return where to start: a restarted run resumes from its newest checkpoint, if it has one.
 
     After a restart of several nodes the launchers have agreed on it.
     """
-    num_restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) - job.attempt
-    if num_restarts > 0 and list_checkpoints(job.run_dir):
-        return replace(job.start or ResumeFrom(), step=None, fall_back=True)
+    if _num_restarts() > job.attempt and list_checkpoints(job.run_dir):
+        return replace(job.start or ResumeFrom(), step=None, fall_back=True, promotes=True)
     return job.start
 
 

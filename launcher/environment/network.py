@@ -50,6 +50,24 @@ def interface_to(host: str) -> str | None:
     return _interface_of(local)
 
 
+def own_address(host: str) -> str | None:
+    """Return the address at which other nodes of a run reach this machine; None if unknown.
+
+    It is one of the interface that GLOO_SOCKET_IFNAME names, or else of that towards `host`.
+
+    Args:
+        host: Name or address of the node of rank 0.
+    """
+    named = os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]
+    interface = named or interface_to(host)
+    found = psutil.net_if_addrs().get(interface or "", [])
+    for family in (socket.AF_INET, socket.AF_INET6):
+        for each in found:
+            if each.family == family and not each.address.startswith("fe80:"):
+                return str(each.address)
+    return None
+
+
 def interface_variables(interface: str) -> dict[str, str]:
     """Return the variables that make gloo and NCCL use one network interface.
 

@@ -103,6 +103,20 @@ class Kubectl:
         answer = json.loads(text)
         return list(answer.get("items", [answer]))
 
+    def create(self, objects: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Create objects; return them as Kubernetes has them, in the same order.
+
+        Raises:
+            KubernetesError: kubectl is missing, or refuses one of them. Others may exist then.
+        """
+        text = self("create", "-f", "-", "-o", "json", objects=objects)
+        decoder, created, position = json.JSONDecoder(), list[dict[str, Any]](), 0
+        while position < len(text := text.strip()):  # one document after another
+            value, position = decoder.raw_decode(text, position)
+            created += value["items"] if value.get("kind") == "List" else [value]
+            position += len(text[position:]) - len(text[position:].lstrip())
+        return created
+
     def _command(self) -> list[str]:
         command = ["kubectl"]
         if self.context:

@@ -45,6 +45,12 @@ def render_manifests(objects: Sequence[Manifest]) -> str:
     return "".join(f"---\n{text}" for text in documents)
 
 
+def labelled(manifest: Manifest, name: str, value: str) -> Manifest:
+    """Return an object with one more label."""
+    metadata = manifest["metadata"]
+    return {**manifest, "metadata": {**metadata, "labels": {**metadata["labels"], name: value}}}
+
+
 def owned_by(manifest: Manifest, owner: Manifest) -> Manifest:
     """Return an object that Kubernetes removes together with its owner.
 

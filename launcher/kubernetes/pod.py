@@ -21,6 +21,9 @@ INSTANCE = "app.kubernetes.io/instance"
 
 MANAGED_BY = "app.kubernetes.io/managed-by"
 
+ARRAY = "app.kubernetes.io/part-of"
+"""The label with the name of the array that a run belongs to."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PodJob:
@@ -43,6 +46,9 @@ class PodJob:
 
     cluster: Cluster
 
+    array: str = ""
+    """The name of the array that the job belongs to; empty for a single run."""
+
     @property
     def labels(self) -> dict[str, str]:
         """The labels of all objects."""
@@ -50,6 +56,7 @@ class PodJob:
             "app.kubernetes.io/name": "launcher",
             INSTANCE: self.name,
             MANAGED_BY: "gpu-launcher",
+            **({ARRAY: self.array} if self.array else {}),
         }
         return {**self.cluster.labels, **own}
 

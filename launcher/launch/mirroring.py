@@ -23,11 +23,12 @@ class Mirroring:
         self._request = request
         self._client: MirrorClient | None = None
 
-    def open(self, run_dir: RunDir | None) -> None:
+    def open(self, run_dir: RunDir | None, *, takes_over: bool = False) -> None:
         """Take the URL, on the node that makes the run folder.
 
         Args:
             run_dir: The folder of a run to resume; None for a new run.
+            takes_over: Whether this launcher owns the folder in place of a lost one.
 
         Raises:
             StoreError: The URL cannot be used.
@@ -38,7 +39,9 @@ class Mirroring:
             return
         record = None if run_dir is None else read_mirror(run_dir)
         sessions = record.sessions if record is not None and record.url == url else ()
-        self._client = MirrorClient(url, sessions, self._request.mirror_timeout, _warn)
+        self._client = MirrorClient(
+            url, sessions, self._request.mirror_timeout, _warn, takes_over=takes_over
+        )
         self._client.open()
 
     def attach(self, run_dir: RunDir) -> None:

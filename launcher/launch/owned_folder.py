@@ -86,7 +86,7 @@ class OwnedFolder:
         own = own_run_dir(run_dir, with_ranks=True, takes_over=True)
         self._ownership.enter_context(own)
         self._is_owner = True
-        self.mirroring.open(run_dir)
+        self.mirroring.open(run_dir, takes_over=True)
         return True
 
     def restore_record(self, run_dir: RunDir) -> None:

@@ -245,7 +245,10 @@ def prepare_resume(request: ResumeRequest, *, elsewhere: bool = False) -> Prepar
         description=description,
         run_dir=run_dir,
         resume_from=ResumeFrom(
-            step=checkpoint.step, fall_back=request.fall_back, accept=request.accept
+            step=checkpoint.step,
+            fall_back=request.fall_back,
+            accept=request.accept,
+            promotes=request.checkpoint is None,
         ),
         changes=(*_changes(manifest, record, previously_built, (built, plan)), *chosen.changes),
         snapshot=snapshot,

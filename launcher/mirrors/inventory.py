@@ -20,7 +20,7 @@ INDEX, LOCK = "objects.json", "mirror.lock"
 RESULT, RECORD = "result.json", "run.yaml"
 """What tells that a run has finished, and what makes a folder one of a run."""
 
-_LEFT_OUT = frozenset({CHECKPOINTS, INDEX, LOCK, "mirror.json", "owner.lock"})
+_LEFT_OUT = frozenset({CHECKPOINTS, INDEX, LOCK, "mirror.json", "owner.lock", "quick.json"})
 _SHORT_LIVED = re.compile(r"health/(rank\d+\.json|debugger)|(.*/)?\.[^/]*|.*\.tmp")
 """Heartbeats, hidden files and files that are being written; not in the copy of the code."""
 

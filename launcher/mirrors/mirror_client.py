@@ -34,6 +34,8 @@ class MirrorClient:
         sessions: Sessions of the run that is mirrored there; empty for a new run.
         give_up_seconds: How long uploads are tried without any success once the run has ended.
         warn: Called with a text for the user.
+        takes_over: Whether the processes of `sessions` are known to have ended, because this
+            process owns their run folder.
     """
 
     def __init__(
@@ -42,11 +44,14 @@ class MirrorClient:
         sessions: Sequence[str],
         give_up_seconds: float,
         warn: Callable[[str], object],
+        *,
+        takes_over: bool = False,
     ) -> None:
         self._request = MirrorRequest(
             url=url,
             owner=this_process(),
             sessions=tuple(sessions),
+            takes_over=takes_over,
             give_up_seconds=give_up_seconds,
         )
         self._warn = warn

@@ -130,6 +130,10 @@ class MirrorLoop:
             self._warn(f"{problem} The run continues, and uploads are tried again.")
         elif self.problem and not problem:
             self._warn(f"uploads to {self._record.url} work again")
+        self._note(problem)
+
+    def _note(self, problem: str) -> None:
+        """Write into mirror.json what the store has, and why it lacks the rest."""
         self.problem = problem
         record = replace(self._record, stored_step=self._mirror.stored_step, problem=problem)
         if record != self._record:
@@ -143,7 +147,7 @@ class MirrorLoop:
                 self._lock.refresh()
             except LostLockError as error:
                 self._mirror.lose_lock()
-                self.problem = str(error)
+                self._note(str(error))
                 self._warn(str(error))
                 return
             except StoreError:

@@ -44,6 +44,9 @@ class MirrorRequest:
     sessions: tuple[str, ...] = ()
     """Sessions of the run that is mirrored there; empty for a new run."""
 
+    takes_over: bool = False
+    """Whether the processes of `sessions` are known to have ended."""
+
     give_up_seconds: float
     """How long uploads are tried without any success once the run has ended."""
 
@@ -75,7 +78,13 @@ def serve_mirror() -> int:
     if request is None:
         return 0
     try:
-        opened = open_url(ObjectStore(request.url), request.owner, request.sessions, _warn)
+        opened = open_url(
+            ObjectStore(request.url),
+            request.owner,
+            request.sessions,
+            _warn,
+            takes_over=request.takes_over,
+        )
     except LauncherError as error:
         _answer(Answer(problem=str(error)))
         return 0

@@ -45,6 +45,8 @@ def open_url(
     owner: ProcessOwner,
     sessions: Collection[str],
     announce: Callable[[str], object],
+    *,
+    takes_over: bool = False,
 ) -> OpenedURL:
     """Check that a URL can be written to and holds no other run, and lock it.
 
@@ -53,6 +55,7 @@ def open_url(
         owner: The process that trains.
         sessions: The sessions of the run that is mirrored there; empty for a new run.
         announce: Called with a text before this waits for a lock.
+        takes_over: Whether the processes of `sessions` are known to have ended.
 
     Raises:
         StoreError: The store does not answer or denies access, another process owns the URL, or it
@@ -61,7 +64,7 @@ def open_url(
     session = secrets.token_hex(8)
     now = _probe(store, session)
     lock = StoreLock(store, session, owner)
-    lock.acquire(now, announce)
+    lock.acquire(now, announce, sessions if takes_over else ())
     try:
         listed = {
             name: each

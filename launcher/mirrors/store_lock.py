@@ -8,7 +8,7 @@ Elsewhere it is taken when it has not been written for a minute by the clock of 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
 
 from launcher.errors import StoreError
@@ -57,12 +57,18 @@ class StoreLock:
         self._store = store
         self._lock = Lock(session=session, owner=owner)
 
-    def acquire(self, now: float | None, announce: Callable[[str], object]) -> None:
+    def acquire(
+        self,
+        now: float | None,
+        announce: Callable[[str], object],
+        lost: Collection[str] = (),
+    ) -> None:
         """Take the lock; wait for a minute if it is unknown whether its owner is alive.
 
         Args:
             now: The time by the clock of the store, in seconds since 1970; None if it has none.
             announce: Called with a text before this waits.
+            lost: Ids of processes that are known to have ended, whose lock is taken at once.
 
         Raises:
             StoreError: Another process owns the lock, or the store does not answer.
@@ -74,8 +80,8 @@ class StoreLock:
             if content is None:  # released meanwhile
                 continue
             other = _decoded(content)
-            if other is not None and (other.owner.is_dead or other.owner == self._lock.owner):
-                self._remove(content)  # also that of an earlier mirror of the same run
+            if other is not None and self._is_free(other, lost):
+                self._remove(content)
                 continue
             elapsed = time.monotonic() - started
             age = elapsed if now is None else now + elapsed - self._modified(now)
@@ -122,6 +128,11 @@ class StoreLock:
         other = None if content is None else _decoded(content)
         if other is not None and other.session == self._lock.session:
             self._store.delete(LOCK)
+
+    def _is_free(self, other: Lock, lost: Collection[str]) -> bool:
+        """Return whether the owner has ended, or was an earlier mirror of the same run."""
+        is_known = other.owner.is_dead or other.session in lost
+        return is_known or other.owner == self._lock.owner
 
     def _content(self) -> bytes | None:
         try:

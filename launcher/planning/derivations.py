@@ -167,6 +167,21 @@ def order_text(recipe: Recipe) -> str:
     }[recipe.shuffle]
 
 
+def quick_checkpoints_text(recipe: Recipe, nodes: int) -> str:
+    """Return where quick checkpoints go, and how much room they take; empty if there are none."""
+    folder, every = recipe.quick_checkpoints, recipe.quick_checkpoint_every
+    if folder is None or every is None:
+        return ""
+    whose = "its ranks' parts, and those of another node" if nodes > 1 else "on this node alone"
+    # The complete one and the one that is being written; each part is on two nodes.
+    room = 2 * min(nodes, 2) / nodes
+    of_memory = " of memory" if f"{folder}/".startswith("/dev/shm/") else ""  # noqa: S108
+    return (
+        f"every {counted(every, 'step')} in {folder}, up to {room:.3g} x the size of a "
+        f"checkpoint{of_memory} on each node (two of them: {whose})"
+    )
+
+
 def notes_for(
     recipe: Recipe,
     machine: Machine,

@@ -54,6 +54,7 @@ def loader_policy(
     nproc_per_node: int = 1,
     device: str = "cuda",
     in_memory: bool = False,
+    data_on_device: bool = False,
     num_workers: int | None = None,
     prefetch_factor: int | None = None,
     pin_memory: bool | None = None,
@@ -66,6 +67,7 @@ def loader_policy(
         nproc_per_node: Ranks on one node.
         device: "cuda" or "cpu".
         in_memory: Whether the samples are already in memory.
+        data_on_device: Whether the samples lie on the device that computes.
         num_workers: Workers per rank that the user asked for; None lets the policy decide.
         prefetch_factor: Batches that each worker keeps ready; None is `PREFETCH_FACTOR`.
         pin_memory: Whether the user asked for pinned memory; None pins on CUDA.
@@ -73,6 +75,8 @@ def loader_policy(
     cores_per_rank = max(usable_cores // nproc_per_node, 1)
     if num_workers is not None:
         workers, reason = num_workers, "as asked"
+    elif data_on_device:
+        workers, reason = 0, "the samples lie on the device, which makes its batches by index"
     elif in_memory:
         workers, reason = 0, "the samples are in memory: workers would only copy them"
     elif cores_per_rank < WORKERS_PER_RANK:

@@ -17,6 +17,7 @@ from launcher.planning.derivations import (
     batch_arithmetic,
     notes_for,
     order_text,
+    quick_checkpoints_text,
     stages_text,
     steps_arithmetic,
     tokens_text,
@@ -90,6 +91,7 @@ def make_plan(
     samples = recipe.train_samples or train_samples
     stages, total_steps = _stages(recipe, batch_sizes, samples)
     _check_max_time(recipe)
+    _check_data_on_device(recipe)
     steps_per_epoch = ceil_div(samples, batch_size) if samples is not None else None
     parts = recipe.virtual_ranks or data_ranks
     distribution = distribute(
@@ -112,6 +114,7 @@ def make_plan(
         nproc_per_node=nproc,
         device=device,
         in_memory=recipe.in_memory,
+        data_on_device=recipe.data_on_device,
         num_workers=recipe.num_workers,
         prefetch_factor=recipe.prefetch_factor,
         pin_memory=recipe.pin_memory,
@@ -137,6 +140,7 @@ def make_plan(
         "workers_per_rank": policy.workers_reason,
         "pin_memory": policy.pin_reason,
         "order": order_text(recipe),
+        "quick_checkpoints": quick_checkpoints_text(recipe, nodes),
         **sharding_texts(recipe, sharding, accumulation, distribution.rounds),
     }
     plan = Plan(
@@ -330,6 +334,19 @@ def _check_max_time(recipe: Recipe) -> None:
             f"max_time={recipe.max_time} sets the number of steps from the speed of the first "
             "ones, and batch_milestones are fractions of that number at which the batch, and with "
             "it the speed, changes. Use one of them."
+        )
+
+
+def _check_data_on_device(recipe: Recipe) -> None:
+    """Refuse workers for data that lies on the device.
+
+    Raises:
+        PlanError: The recipe has both.
+    """
+    if recipe.data_on_device and recipe.num_workers:
+        raise PlanError(
+            f"num_workers={recipe.num_workers} with data_on_device=true: batches are made on the "
+            "device, and DataLoader workers would have nothing to read. Remove one of them."
         )
 
 

@@ -77,6 +77,9 @@ class Interruptions:
     save_every_seconds: float | None = None
     """Seconds between checkpoints; None saves them by the steps, or not at all."""
 
+    quick_every_steps: int | None = None
+    """Steps between quick checkpoints, which delay a step as others do; None saves none."""
+
     def evaluations(self, first_step: int, last_step: int) -> int:
         """Return the number of evaluations after step `first_step`, up to that of the last step."""
         every = self.evaluate_every
@@ -86,9 +89,13 @@ class Interruptions:
 
     def checkpoints(self, first_step: int, last_step: int, seconds: float) -> int:
         """Return the number of checkpoints in `seconds` of steps, without that of the end."""
-        if self.save_every_steps is not None:
-            return (last_step - 1) // self.save_every_steps - first_step // self.save_every_steps
-        return int(seconds // self.save_every_seconds) if self.save_every_seconds else 0
+        by_steps = [
+            (last_step - 1) // every - first_step // every
+            for every in (self.save_every_steps, self.quick_every_steps)
+            if every is not None
+        ]
+        by_clock = int(seconds // self.save_every_seconds) if self.save_every_seconds else 0
+        return sum(by_steps) + by_clock
 
 
 def seconds_needed(

@@ -38,10 +38,13 @@ TOPICS = {
         "channels_last tf32 cudnn_benchmark deterministic device numa"
     ),
     "State that depends on the split": "virtual_ranks exact sync_batchnorm rank_buffers",
-    "Reading data": "in_memory num_workers worker_threads worker_start prefetch_factor pin_memory",
+    "Reading data": (
+        "in_memory data_on_device num_workers worker_threads worker_start prefetch_factor "
+        "pin_memory"
+    ),
     "Checkpoints and failures": (
-        "checkpoint_every keep_checkpoints keep_best best_checkpoints bad_samples max_bad_samples "
-        "max_bad_steps hang_timeout"
+        "checkpoint_every keep_checkpoints quick_checkpoints quick_checkpoint_every keep_best "
+        "best_checkpoints bad_samples max_bad_samples max_bad_steps hang_timeout"
     ),
     "What is recorded": "train_metrics noise_scale trackers record_samples",
 }

@@ -45,6 +45,7 @@ from launcher.recipe.objective import (
 )
 from launcher.recipe.optimizer import OptimizerSpec, sgd
 from launcher.recipe.prediction_metric import PredictionMetric
+from launcher.recipe.quick_settings import check_quick_checkpoints
 from launcher.recipe.schedules import Schedule, one_cycle
 from launcher.recipe.unplanned_schedules import check_schedule
 from launcher.recipe.validation import (
@@ -377,6 +378,10 @@ class Recipe:
     in_memory: Annotated[bool, Affects.NODE] = False
     """Whether the samples are already in memory, so that DataLoader workers would only add cost."""
 
+    data_on_device: Annotated[bool, Affects.NODE] = False
+    """Copy the data sets to the device of each rank once, and make batches there by index; for a
+    TensorDataset without collate that fits into the memory of the device."""
+
     num_workers: Annotated[NonNegativeInt | None, Affects.NODE] = None
     """DataLoader workers per rank; None is four, limited by the usable cores."""
 
@@ -399,6 +404,13 @@ class Recipe:
 
     keep_checkpoints: Annotated[PositiveInt, Affects.NOTHING] = 2
     """Number of checkpoints to keep, the newest ones."""
+
+    quick_checkpoints: Annotated[str | None, Affects.NOTHING] = None
+    """Folder that each node has to itself, such as /dev/shm/quick or one on a local disk: the run
+    saves further checkpoints there, from which it goes on after a failure. None saves none."""
+
+    quick_checkpoint_every: Annotated[PositiveInt | None, Affects.NOTHING] = None
+    """Optimizer steps from one quick checkpoint to the next; needs quick_checkpoints."""
 
     keep_best: Annotated[KeepBest | None, Affects.NOTHING] = None
     """Metric of evaluations by which the best checkpoint is kept too, and max or min, such as
@@ -470,6 +482,7 @@ class Recipe:
             best_checkpoints=self.best_checkpoints,
             stop_after=self.stop_after,
         )
+        check_quick_checkpoints(self.quick_checkpoints, self.quick_checkpoint_every)
         check_parallel_plan(self.tensor_parallel_plan)
         check_schedule(self.schedule, self.metrics)
         check_optimizer(self.optimizer)

@@ -75,7 +75,7 @@ def _measurements(folder: Path) -> Iterator[tuple[_SectionMaker, list[RunDir]]]:
     `launcher tune` in the folders `lr`, `noise`, `batch` and `loader`.
     """
     kinds: tuple[tuple[_SectionMaker, str, tuple[str, ...]], ...] = (
-        (_lr_section, "lr.json", ("", "lr")),
+        (_lr_section, "search.json", ("", "lr")),
         (_noise_section, "noise.json", ("", "noise")),
         (_batch_section, "size.json", ("size-*", "batch/size-*")),
         (_loader_section, "reading.json", ("*", "loader/*")),
@@ -93,7 +93,11 @@ def _measurements(folder: Path) -> Iterator[tuple[_SectionMaker, list[RunDir]]]:
 
 
 def _lr_section(run_dirs: list[RunDir]) -> Section:
-    plan, result = _plan_of(run_dirs[0]), read_lr_search(run_dirs[0])
+    measured = searched = run_dirs[0]
+    tuned = RunDir(measured.path.parent / "trainings")  # what `launcher tune` trained later
+    if measured.path.name == "lr" and is_file(tuned.lr_search):
+        measured, searched = RunDir(tuned.path / "trainings"), tuned
+    plan, result = _plan_of(measured), read_lr_search(searched)
     title = f"Learning rate, at a batch of {plan.batch_size:,}"
     return Section(
         title=title, text=lr_suggestions_text(result, plan), figures=[lr_plot(result, plan)]

@@ -323,6 +323,9 @@ def _checkpoints(history: History) -> Iterator[Section]:
         figures.append(over_steps("delay of the step by each checkpoint", "ms", [curve]))
         checkpoints = counted(len(stalls), "checkpoint")
         paragraph = f"{checkpoints} delayed the steps by {sum(stalls):.3g} s in total."
+    if quick := history.quick_checkpoints:
+        paragraph += f" {len(quick):,} of them are quick checkpoints on the nodes, the newest of "
+        paragraph += f"step {quick[-1].step:,}."
     saved = history.checkpoints
     rates = [(each.step, each.bytes_per_second or math.nan) for each in saved]
     if saved:

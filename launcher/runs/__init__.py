@@ -5,6 +5,8 @@ run_record          run.yaml: what a run is
 failure_record      failure.json: the first failure of a run
 checkpoints         checkpoints/: list, verify, write and prune them
 shard_files         the files of one rank in a checkpoint, and the program that writes them
+part_exchange       sends such files to the node of a neighbour
+quick_checkpoints   further checkpoints in a folder that each node has to itself
 manifest            checkpoint.json: what a checkpoint holds, and the digests of its files
 weight_choice       which weights of a run a command takes
 resumption          whether a plan can resume a run, and what it changes

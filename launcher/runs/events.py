@@ -5,7 +5,9 @@ Every event has `time`, in seconds since 1970, and `event`:
 began      the ranks have met: step, ranks, nodes, strategy, device_name; in Slurm also job
 counted    flops_per_sample: the operations of a forward pass
 timed      max_time has set the steps: step, steps, limit, max_time, seconds_per_step, used_seconds
-saved      a checkpoint is complete: step, stall_seconds, write_seconds, seconds, num_bytes
+saved      a checkpoint is complete: step, place (`run folder`, or `quick` for one on the nodes),
+           stall_seconds, write_seconds, seconds, num_bytes
+promoted   a quick checkpoint has been copied from the nodes to the run folder: step, seconds
 stopped    the run was asked to stop and has saved a checkpoint: step
 failed     the content of failure.json, moved here when the run starts again: error, message,
            rank, node; rank is null if failure.json was damaged
@@ -35,6 +37,9 @@ from launcher.runs.failure_record import read_failure
 from launcher.runs.files import remove_file
 from launcher.runs.job import Loss
 from launcher.runs.rundir import RunDir
+
+RUN_FOLDER, QUICK = "run folder", "quick"
+"""The places of checkpoints; quick ones are on the nodes."""
 
 
 class _Event(Struct, tag_field="event", frozen=True, kw_only=True):
@@ -101,6 +106,9 @@ class Saved(_Event, tag="saved", frozen=True, kw_only=True):
     step: Count
     """Steps taken before it."""
 
+    place: str = RUN_FOLDER
+    """Where it is: `run folder`, or `quick` for a quick checkpoint on the nodes."""
+
     stall_seconds: float = 0.0
     """Time that the training waited for the copies, on rank 0."""
 
@@ -117,6 +125,16 @@ class Saved(_Event, tag="saved", frozen=True, kw_only=True):
     def bytes_per_second(self) -> float | None:
         """Bandwidth of writing; None if it is unknown."""
         return self.num_bytes / self.write_seconds if self.write_seconds > 0 else None
+
+
+class Promoted(_Event, tag="promoted", frozen=True, kw_only=True):
+    """A quick checkpoint has been copied from the nodes to the run folder."""
+
+    step: Count
+    """Steps taken before it."""
+
+    seconds: float = 0.0
+    """Time that it took to find, copy and verify it."""
 
 
 class Stopped(_Event, tag="stopped", frozen=True, kw_only=True):
@@ -168,7 +186,7 @@ class Finished(_Event, tag="finished", frozen=True, kw_only=True):
     """Steps taken."""
 
 
-Event = Began | Counted | Timed | Saved | Stopped | Failed | Recovered | Finished
+Event = Began | Counted | Timed | Saved | Promoted | Stopped | Failed | Recovered | Finished
 """A line of events.jsonl. Unknown keys of a line are ignored; a line of another kind is skipped."""
 
 _DECODER: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)

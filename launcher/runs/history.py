@@ -23,6 +23,7 @@ from launcher.json_file import Count, Moment, decode_line, lines_of
 from launcher.recipe.max_time import seconds_in
 from launcher.regular_file import open_regular
 from launcher.runs.events import (
+    QUICK,
     Began,
     Counted,
     Event,
@@ -315,9 +316,14 @@ class History:
     def checkpoints(self) -> list[Saved]:
         """The checkpoints that all attempts completed, in their order, with what they cost.
 
-        Runs of earlier versions of launcher have none.
+        Quick checkpoints are left out. Runs of earlier versions of launcher have none.
         """
-        return [event for event in self.events if isinstance(event, Saved)]
+        return [each for each in self.events if isinstance(each, Saved) and each.place != QUICK]
+
+    @property
+    def quick_checkpoints(self) -> list[Saved]:
+        """The quick checkpoints that all attempts completed, in their order."""
+        return [each for each in self.events if isinstance(each, Saved) and each.place == QUICK]
 
     @property
     def last_step(self) -> int:

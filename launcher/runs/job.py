@@ -45,6 +45,10 @@ class ResumeFrom:
     accept: tuple[str, ...] = ()
     """Differences that the user accepts on purpose: `data`, `missing-state`."""
 
+    promotes: bool = True
+    """Whether a newer quick checkpoint on the nodes is taken instead; not if the user has named the
+    checkpoint."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeSource:

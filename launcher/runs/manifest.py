@@ -21,12 +21,13 @@ from launcher.json_file import (
     Count,
     DamagedJSONError,
     decode_values,
+    encode_json,
     exact_floats,
     restored_floats,
 )
 from launcher.printable import printable_line, shortened
 from launcher.regular_file import open_regular, read_regular
-from launcher.runs.files import write_json
+from launcher.runs.files import write_atomic
 
 FORMAT = 2
 """The version of checkpoint.json and of tensor names that this version of launcher writes."""
@@ -221,9 +222,14 @@ def save_manifest(folder: Path, manifest: Manifest) -> None:
     Raises:
         RunDirError: checkpoint.json cannot be written.
     """
+    write_atomic(folder / MANIFEST, encode_manifest(manifest))
+
+
+def encode_manifest(manifest: Manifest) -> str:
+    """Return the content of checkpoint.json, with the digest of itself."""
     # The digest covers the values as they are read back.
     values = json.loads(json.dumps(exact_floats(asdict(manifest)), allow_nan=False))
-    write_json(folder / MANIFEST, values | {_DIGEST: _digest(values)})
+    return encode_json(values | {_DIGEST: _digest(values)}, indent=2) + "\n"
 
 
 def _read_values(path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 
 from launcher.errors import RunDirError
 from launcher.json_file import Count, find_json
+from launcher.object_stores.locations import shown_url
 from launcher.runs.files import write_json
 from launcher.runs.rundir import RunDir
 
@@ -36,6 +37,23 @@ def read_mirror(run_dir: RunDir) -> MirrorRecord | None:
         RunDirError: mirror.json is damaged.
     """
     return find_json(run_dir.mirror, MirrorRecord, error=RunDirError)
+
+
+def mirror_problem(run_dir: RunDir) -> str:
+    """Return one line that says why the store of a run lacks what the folder has.
+
+    Returns:
+        The line; empty if the run has no mirror, or its store lacks nothing.
+    """
+    try:
+        record = read_mirror(run_dir)
+    except RunDirError as error:
+        return str(error)
+    if record is None or not record.problem:
+        return ""
+    step = record.stored_step
+    stored = "no checkpoint is there" if step is None else f"step {step:,} is the newest there"
+    return f"uploads to {shown_url(record.url)} fail ({stored}): {record.problem}"
 
 
 def write_mirror(run_dir: RunDir, record: MirrorRecord) -> None:

@@ -23,7 +23,7 @@ from launcher.errors import RunDirError
 from launcher.json_file import Count, decode_line
 from launcher.regular_file import open_regular, size_of
 from launcher.runs.checkpoints import list_checkpoints
-from launcher.runs.events import Began, Failed, Saved, Timed, read_events
+from launcher.runs.events import QUICK, Began, Failed, Saved, Timed, read_events
 from launcher.runs.files import write_atomic
 from launcher.runs.heartbeat import read_heartbeats
 from launcher.runs.rundir import RunDir
@@ -172,7 +172,7 @@ def _numbers(run_dir: RunDir) -> Iterator[tuple[str, float | None]]:
             yield "checkpoint_timestamp_seconds", checkpoint.path.stat().st_mtime
             yield "checkpoint_bytes", sum(size_of(path) for path in checkpoint.path.iterdir())
             yield "checkpoint_step", checkpoint.step
-    if saved := [event for event in events if isinstance(event, Saved)]:
+    if saved := [each for each in events if isinstance(each, Saved) and each.place != QUICK]:
         yield "checkpoint_stall_seconds", saved[-1].stall_seconds
         yield "checkpoint_write_seconds", saved[-1].write_seconds
     heartbeats = list(read_heartbeats(run_dir))

@@ -12,7 +12,8 @@ code/               the project as it was planned, for jobs and runs on several 
 report.html         the page that `launcher report` writes
 checkpoints/        one folder per checkpoint; see launcher.runs.checkpoints
 curve.json          learning rates and losses that `launcher find lr` measured
-lr.json             what it found, with the final losses of its short trainings
+search.json         what it found
+trials.json         the outcomes of its short trainings
 reading.json        loader throughput that `launcher find loader` measured
 size.json           throughput and memory that `launcher find batch` measured
 profile.json        where the time of steps went, by `launcher profile`; with traces/
@@ -26,6 +27,8 @@ submission.json     the job that `launcher submit` submitted; with its job.sbatc
 unhealthy_nodes     names of nodes that failed `--health`, or twice in one run; the job is queued
                     again without them
 round               how often the ranks of several nodes that restart have started, while they run
+quick.json          which quick checkpoints on the nodes belong to the run; see
+                    launcher.runs.quick_checkpoints
 exit_code           how a Slurm job whose nodes restart together has ended, for its batch script
 examination.json    what the ranks report about their node, for `launcher doctor`
 inspection.json     which parts of the recipe depend on the split, for `launcher prove`
@@ -116,6 +119,11 @@ class RunDir:
         return self.path / "round"
 
     @property
+    def quick(self) -> Path:
+        """The file that says which of the quick checkpoints on the nodes belong to the run."""
+        return self.path / "quick.json"
+
+    @property
     def exit_code(self) -> Path:
         """The file with the exit code of a run whose nodes restart together in a Slurm job."""
         return self.path / "exit_code"
@@ -142,7 +150,11 @@ class RunDir:
 
     @property
     def lr_search(self) -> Path:
-        return self.path / "lr.json"
+        return self.path / "search.json"
+
+    @property
+    def trials(self) -> Path:
+        return self.path / "trials.json"
 
     @property
     def reading(self) -> Path:

@@ -18,8 +18,8 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 Piece = tuple[int, int]
 """Where consecutive bytes begin in the shared memory, and their number."""
@@ -30,7 +30,7 @@ REQUEST = struct.Struct("!QQ")
 MAX_ANSWER = 1 << 16
 """Largest answer of the process, in bytes."""
 
-_BUFFER_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 20
 """Bytes that are hashed and written at once, which the cache of a core holds."""
 
 _WINDOW_BYTES = 8 << 20
@@ -51,17 +51,40 @@ _MAX_TEXT = 1000
 _PR_SET_PDEATHSIG = 1
 
 
-def encode_request(files: Mapping[str, Sequence[Piece]], sums: str) -> bytes:
+def encode_request(
+    files: Mapping[str, Sequence[Piece]], sums: str, to: Mapping[str, Any] | None = None
+) -> bytes:
     """Return the request to write some files.
 
     Args:
         files: The pieces of each file, by its name.
         sums: Name of a further file, which gets the size and the SHA-256 of each file.
+        to: Where the files are also sent, as `launcher.runs.part_exchange.target` returns it; None
+            sends them nowhere.
     """
-    return json.dumps({"files": files, "sums": sums}, separators=(",", ":")).encode()
+    request = {"files": files, "sums": sums, "to": to}
+    return json.dumps(request, separators=(",", ":")).encode()
 
 
-def write_files(memory: int, folder: int, place: Piece) -> dict[str, Any]:
+class Sender(Protocol):
+    """Sends files to another node while they are written here."""
+
+    def begin(self, name: str, num_bytes: int) -> None:
+        """Announce a file."""
+
+    def send(self, block: memoryview) -> None:
+        """Send the next bytes of the file."""
+
+    def end(self, name: str, expected: Mapping[str, Any]) -> None:
+        """Wait until the other node has written the file, with this size and digest."""
+
+
+def write_files(
+    memory: int,
+    folder: int,
+    place: Piece,
+    connect: Callable[[Mapping[str, Any]], Sender] | None = None,
+) -> dict[str, Any]:
     """Write the files of a request, wait until they are on the disk, and return what it took.
 
     The memory is read, not mapped, so that no page counts as memory of two processes.
@@ -71,17 +94,25 @@ def write_files(memory: int, folder: int, place: Piece) -> dict[str, Any]:
         folder: Descriptor of the folder. A folder that has been removed since it was opened takes
             no files, whichever folder has its name now.
         place: Where the request lies in the shared memory.
+        connect: Returns what sends files to a target; None, if no request has one.
 
     Returns:
         `seconds` and `num_bytes`.
 
     Raises:
-        OSError: The folder or the disk takes no more files or bytes.
+        OSError: The folder or the disk takes no more files or bytes, here or on the node to which
+            the files are sent, or that node does not answer.
     """
     started = time.perf_counter()
     request = json.loads(os.pread(memory, place[1], place[0]))
+    sender: Sender | None = None
+    if request["to"] is not None:
+        if connect is None:
+            raise OSError("only the process beside a rank sends files")
+        sender = connect(request["to"])
     sums = {
-        name: _write_file(memory, folder, name, pieces) for name, pieces in request["files"].items()
+        name: _write_file(memory, folder, name, pieces, sender)
+        for name, pieces in request["files"].items()
     }
     with _new_file(folder, request["sums"]) as file:
         file.write(json.dumps(sums, indent=2).encode())
@@ -97,19 +128,76 @@ def error_text(error: BaseException) -> str:
     return (text or str(error) or type(error).__name__)[:_MAX_TEXT].rstrip(".")
 
 
-def _write_file(memory: int, folder: int, name: str, pieces: Iterable[Piece]) -> dict[str, Any]:
-    """Write one file, and return its size and digest."""
-    digest, num_bytes = hashlib.sha256(), 0
-    buffer, filled = memoryview(bytearray(_BUFFER_BYTES)), 0
-    with _new_file(folder, name) as file:
+class NewFile:
+    """A file that is hashed, written and sent to the disk as its bytes come.
+
+    What another attempt has left under its name is removed.
+
+    Args:
+        folder: Descriptor of the folder.
+        name: Name of the file.
+
+    Raises:
+        OSError: The file cannot be made.
+    """
+
+    def __init__(self, folder: int, name: str) -> None:
+        self._digest, self._num_bytes = hashlib.sha256(), 0
+        self._file = _new_file(folder, name)
+
+    def __enter__(self) -> NewFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file.
+
+        Raises:
+            OSError: The disk does not take what has not been written yet.
+        """
+        self._file.close()
+
+    def write(self, block: bytes | memoryview) -> None:
+        """Append a block of `BLOCK_BYTES`, or the last one, which may have fewer.
+
+        Raises:
+            OSError: The disk takes no more bytes.
+        """
+        self._digest.update(block)
+        self._file.write(block)
+        self._num_bytes += len(block)
+        if self._num_bytes % _WINDOW_BYTES == 0:
+            _send_to_disk(self._file.fileno(), self._num_bytes)
+
+    def finish(self) -> dict[str, Any]:
+        """Wait until the file is on the disk, and return its size and digest.
+
+        Raises:
+            OSError: The disk does not take all bytes.
+        """
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return {"num_bytes": self._num_bytes, "sha256": self._digest.hexdigest()}
+
+
+def _write_file(
+    memory: int, folder: int, name: str, pieces: Sequence[Piece], sender: Sender | None
+) -> dict[str, Any]:
+    """Write one file, send it if there is a neighbour, and return its size and digest."""
+    buffer, filled = memoryview(bytearray(BLOCK_BYTES)), 0
+    if sender is not None:
+        sender.begin(name, sum(length for _, length in pieces))
+    with NewFile(folder, name) as file:
 
         def flush() -> None:
-            nonlocal filled, num_bytes
-            digest.update(buffer[:filled])
+            nonlocal filled
             file.write(buffer[:filled])
-            num_bytes, filled = num_bytes + filled, 0
-            if num_bytes % _WINDOW_BYTES == 0:
-                _send_to_disk(file.fileno(), num_bytes)
+            if sender is not None:
+                sender.send(buffer[:filled])
+            filled = 0
 
         for start, length in pieces:
             position, end = start, start + length
@@ -122,10 +210,10 @@ def _write_file(memory: int, folder: int, name: str, pieces: Iterable[Piece]) ->
                 if filled == len(buffer):
                     flush()
         flush()
-        file.flush()
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return {"num_bytes": num_bytes, "sha256": digest.hexdigest()}
+        found = file.finish()
+    if sender is not None:
+        sender.end(name, found)
+    return found
 
 
 def _send_to_disk(file: int, num_bytes: int) -> None:
@@ -153,31 +241,76 @@ def _new_file(folder: int, name: str) -> Any:
     return open(name, "wb", opener=lambda path, _: os.open(path, flags, 0o666, dir_fd=folder))
 
 
+def _exchange() -> Any:
+    """Return `launcher.runs.part_exchange`, which this program loads only for neighbours.
+
+    The package is found last, so that none of its names hides one of Python's own modules.
+    """
+    from pathlib import Path
+
+    package = str(Path(__file__).parents[2])
+    if package not in sys.path:
+        sys.path.append(package)
+    from launcher.runs import part_exchange
+
+    return part_exchange
+
+
+class _Answers:
+    """Answers what a rank asks of its process: to write files, and to receive those of others."""
+
+    def __init__(self) -> None:
+        self._connections: Any = None
+        self._receiver: Any = None
+
+    def listen(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Receive files from now on, and return the port."""
+        if self._receiver is not None:
+            self._receiver.close()
+        self._receiver = _exchange().Receiver(**request)
+        return {"port": self._receiver.port}
+
+    def write(self, descriptors: Sequence[int], place: Piece) -> dict[str, Any]:
+        """Write files as `write_files` does."""
+        memory, folder = descriptors
+        return write_files(memory, folder, place, self._connect)
+
+    def _connect(self, to: Mapping[str, Any]) -> Sender:
+        if self._connections is None:
+            self._connections = _exchange().Connections()
+        sender: Sender = self._connections.sender(to)
+        return sender
+
+
 def main(channel: socket.socket, parent: int) -> None:
     """Write files as the other end of `channel` asks, until that end or the parent is gone.
 
     Args:
-        channel: Carries a `REQUEST` with the descriptors of the memory and of the folder, and then
-            its answer: what `write_files` returns, or `error`.
+        channel: Carries a `REQUEST` with the descriptors of the memory and of the folder, or the
+            arguments of a `launcher.runs.part_exchange.Receiver` as JSON; and then its answer: what
+            `write_files` returns, `port`, or `error`.
         parent: Process id of the rank.
     """
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before prctl took effect
         return
     os.nice(_NICENESS)
+    answers = _Answers()
     with contextlib.suppress(ConnectionError):
         while True:
-            message, descriptors, *_ = socket.recv_fds(channel, REQUEST.size, 2)
+            message, descriptors, *_ = socket.recv_fds(channel, MAX_ANSWER, 2)
             if not message:
                 return
-            memory, folder = descriptors
             try:
-                answer = write_files(memory, folder, REQUEST.unpack(message))
+                if descriptors:
+                    answer = answers.write(descriptors, REQUEST.unpack(message))
+                else:
+                    answer = answers.listen(json.loads(message))
             except Exception as error:  # noqa: BLE001  # the rank reports it
                 answer = {"error": error_text(error)}
             finally:
-                os.close(memory)
-                os.close(folder)
+                for descriptor in descriptors:
+                    os.close(descriptor)
             channel.send(json.dumps(answer).encode())
 
 

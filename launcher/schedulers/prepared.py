@@ -50,13 +50,17 @@ class Prepared:
         """The text of all files, as `--dry-run` prints it."""
         return "".join(self.files.values())
 
+    def job_of(self, job: str, index: int) -> str:
+        """Return the job id of a run of an array, from that of the array."""
+        return f"{job}_{index}"
+
     def save(self, job: str) -> None:
         """Write the job id into the folder of each run."""
         for index, (run_dir, plan) in enumerate(zip(self.folders, self.plans, strict=True)):
             (run_dir.path / "logs").mkdir(parents=True, exist_ok=True)
             Submission(
                 scheduler=self.scheduler,
-                job=f"{job}_{index}" if self.grid else job,
+                job=self.job_of(job, index) if self.grid else job,
                 log=self.logs[index],
                 batch_size=plan.batch_size,
                 total_steps=plan.total_steps,

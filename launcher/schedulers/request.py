@@ -30,6 +30,32 @@ class Restarting:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Queueing:
+    """What a job asks of Slurm's queue; None is what the site profile says."""
+
+    array_cap: int | None = None
+    """The largest number of runs of an array that train at the same time."""
+
+    dependency: str | None = None
+    """The jobs that have to end first, as sbatch takes them: afterok:1234."""
+
+    reservation: str | None = None
+    """The reservation whose nodes the job uses."""
+
+    mail_type: str | None = None
+    """The events that are mailed, as sbatch takes them: END,FAIL."""
+
+    mail_user: str | None = None
+    """The address that the mail goes to."""
+
+    @property
+    def given(self) -> dict[str, object]:
+        """The options that are given, by their names on the command line."""
+        values = {f"--{name.replace('_', '-')}": value for name, value in vars(self).items()}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
 class SubmitRequest:
     """A request to submit a run, or an array of runs."""
 
@@ -48,6 +74,7 @@ class SubmitRequest:
     nproc_per_node: int | None
     time: str | None
     restarting: Restarting = Restarting()
+    queueing: Queueing = Queueing()
     freezes: bool = True
     """Whether the job imports a copy of the recipe's project, made when it is submitted."""
 

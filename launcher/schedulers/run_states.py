@@ -11,6 +11,7 @@ from pathlib import Path
 from launcher.errors import RunDirError
 from launcher.paths import exists
 from launcher.runs.final_result import find_result
+from launcher.runs.mirror_record import mirror_problem
 from launcher.runs.rundir import RunDir
 from launcher.runs.status import RunState, read_outcome
 from launcher.schedulers.scheduler import find_scheduler
@@ -35,8 +36,16 @@ class SubmissionStatus:
     words: str
     """The status as text for users."""
 
+    mirror_problem: str = ""
+    """Why the object store of the run lacks what its folder has; empty if it does not."""
+
     evaluation: dict[str, float]
     """The final evaluation of a finished run; empty otherwise."""
+
+    @property
+    def line(self) -> str:
+        """The status and the problem of the object store, as one line."""
+        return "; ".join(filter(None, (self.words, self.mirror_problem)))
 
 
 def status_of(run_dir: RunDir) -> SubmissionStatus:
@@ -97,5 +106,6 @@ def _status(run: SubmittedRun, state: RunState) -> SubmissionStatus:
         submission=run.submission,
         state=state.name,
         words=state.words,
+        mirror_problem=mirror_problem(run.run_dir),
         evaluation={name: math.nan if v is None else v for name, v in evaluation.items()},
     )

@@ -19,13 +19,15 @@ def sort_statuses(statuses: list[SubmissionStatus]) -> list[SubmissionStatus]:
 def status_cells(status: SubmissionStatus) -> tuple[str, ...]:
     """Return the row of a run: folder, job id, settings within its array, and state."""
     submission = status.submission
-    cells = status.run_dir.shown, submission.job, " ".join(submission.settings), status.words
+    cells = status.run_dir.shown, submission.job, " ".join(submission.settings), status.line
     return tuple(map(printable_line, cells))
 
 
 def status_values(status: SubmissionStatus) -> dict[str, Any]:
     """Return the status of a run as plain values that JSON can hold."""
-    values = {"run": str(status.run_dir.path), "state": status.state, "words": status.words}
+    values: dict[str, Any] = {"run": str(status.run_dir.path)}
+    values |= {"state": status.state, "words": status.words}
+    values |= {"mirror_problem": status.mirror_problem} if status.mirror_problem else {}
     return values | {"evaluation": status.evaluation} | asdict(status.submission)
 
 

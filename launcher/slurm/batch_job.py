@@ -13,8 +13,8 @@ from launcher.runs.rundir import RunDir, planned_path
 from launcher.schedulers.hardware import cpus_of, plan_runs
 from launcher.schedulers.job_code import JobCode, copied_code, uncopied_code
 from launcher.schedulers.prepared import Prepared
-from launcher.schedulers.request import Restarting, SubmitRequest
-from launcher.slurm.queue import partition
+from launcher.schedulers.request import Queueing, Restarting, SubmitRequest
+from launcher.slurm.partitions import Partition, find_partition
 from launcher.slurm.resources import mebibytes_of, seconds_of
 from launcher.slurm.script import BatchScript, render
 from launcher.slurm.site import Site
@@ -42,7 +42,8 @@ def prepare(request: SubmitRequest, site: Site, out: Path | None) -> PreparedJob
         SlurmError: The site does not have the requested resources.
         UsageError: The recipe, a setting or a number is wrong.
     """
-    site = complete(site, request.nodes[0] + request.restarting.spares)
+    nodes = request.nodes[0] + request.restarting.spares
+    site = complete(_with_options(site, request.queueing), nodes, request.gpus_per_node)
     plans = plan_runs(request, site.hardware)
     widest = max(plans, key=lambda plan: plan.workers_per_rank)
     cpus = cpus_of(widest, site.hardware)
@@ -73,6 +74,8 @@ def prepare(request: SubmitRequest, site: Site, out: Path | None) -> PreparedJob
             for plan, path, arguments in zip(plans, paths, request.runs, strict=True)
         ],
         is_array=bool(request.grid),
+        array_cap=request.queueing.array_cap,
+        dependency=request.queueing.dependency,
         run_folders=tuple(map(str, paths)),
         restarts=request.restarting.max_restarts > 0,
         site=site,
@@ -90,29 +93,64 @@ def prepare(request: SubmitRequest, site: Site, out: Path | None) -> PreparedJob
     )
 
 
-def complete(site: Site, nodes: int) -> Site:
+def _with_options(site: Site, queueing: Queueing) -> Site:
+    """Return a site profile with the options of the command in place of its own."""
+    names = ("reservation", "mail_type", "mail_user")
+    given = {name: value for name in names if (value := getattr(queueing, name)) is not None}
+    return replace(site, **given)
+
+
+def complete(site: Site, nodes: int, gpus: int | None = None) -> Site:
     """Return a site profile whose gaps are filled with what Slurm knows of the partition.
 
+    Nodes of a partition may differ. What is filled in is what as many nodes have as the job needs.
+
+    Args:
+        site: The profile.
+        nodes: The smallest number of nodes of the job.
+        gpus: GPUs that the job asks for on each of them; None takes as many as there are.
+
     Raises:
-        SlurmError: The partition has fewer nodes.
+        SlurmError: The partition has fewer nodes, or fewer with so many GPUs.
     """
     try:
-        limits = partition(site.partition)
+        limits = find_partition(site.partition)
     except SlurmError:  # --dry-run works without Slurm; sbatch checks the numbers later
         limits = None
     if limits is None:
         return site
+    where = f"the partition {site.partition}" if site.partition else "the default partition"
     if nodes > limits.nodes:
-        where = f"the partition {site.partition}" if site.partition else "the default partition"
         raise SlurmError(
             f"--nodes {nodes} exceeds the {limits.nodes} nodes of {where}. Ask for fewer, or name "
             "another partition in the site profile."
         )
+    found = _gpus_of_a_node(site, limits, nodes, gpus, where)
+    used = found if gpus is None else min(gpus, found)
     return replace(
         site,
-        cpus_per_node=site.cpus_per_node or limits.cpus,
-        gpus_per_node=limits.gpus if site.gpus_per_node is None else site.gpus_per_node,
+        cpus_per_node=site.cpus_per_node or limits.most_cpus(nodes, used),
+        gpus_per_node=found if site.gpus_per_node is None else site.gpus_per_node,
         max_time=site.max_time or limits.max_time,
+    )
+
+
+def _gpus_of_a_node(
+    site: Site, limits: Partition, nodes: int, asked: int | None, where: str
+) -> int:
+    """Return the largest number of GPUs that as many nodes have as a job needs.
+
+    Raises:
+        SlurmError: Some nodes have as many as are asked for, but not enough of them.
+    """
+    found = limits.most_gpus(nodes)
+    some = limits.nodes_with(asked or 0)
+    if asked is None or asked <= found or not some or site.gpus_per_node is not None:
+        return found
+    raise SlurmError(
+        f"--nodes {nodes} --gpus-per-node {asked}: all nodes of a run have the same number of "
+        f"GPUs, and {where} has {limits.gpus_in_words}. Ask for fewer nodes or fewer GPUs, or name "
+        "another partition in the site profile."
     )
 
 

@@ -1,33 +1,25 @@
-"""The state of a submitted run, from its job in Slurm and from its folder."""
+"""The states of submitted runs, from their jobs in Slurm and from their folders."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from launcher.errors import SlurmError
 from launcher.runs.events import Timed, read_events
 from launcher.runs.status import RunState, progress_text, read_outcome, read_run_state
 from launcher.schedulers.submission import SubmittedRun
-from launcher.slurm.queue import GOING, WAITING, JobState, job_state
+from launcher.slurm.job_states import GOING, WAITING, JobState, job_states
 
 
-class SlurmQueue:
-    """Slurm as long as it answers: a query of a controller that is down takes seconds."""
-
-    def __init__(self) -> None:
-        self._problem: str | None = None
-
-    def state(self, run: SubmittedRun) -> RunState:
-        """Return the state of a run; once Slurm has not answered, that of its folder."""
-        return _state_in_words(run, self._job_state(run.submission.job), self._problem)
-
-    def _job_state(self, job: str) -> JobState | None:
-        """Return the state of a job; None if Slurm does not know it or does not answer."""
-        if self._problem is not None:
-            return None
-        try:
-            return job_state(job)
-        except SlurmError as error:
-            self._problem = str(error)
-            return None
+def run_states(runs: Sequence[SubmittedRun]) -> list[RunState]:
+    """Return the state of each run; those of their folders where Slurm does not answer."""
+    problem = None
+    jobs: dict[str, JobState] = {}
+    try:
+        jobs = job_states(run.submission.job for run in runs)
+    except SlurmError as error:
+        problem = str(error)
+    return [_state_in_words(run, jobs.get(run.submission.job), problem) for run in runs]
 
 
 def _state_in_words(run: SubmittedRun, job: JobState | None, problem: str | None) -> RunState:

@@ -47,6 +47,12 @@ class BatchScript:
 
     is_array: bool = False
 
+    array_cap: int | None = None
+    """The largest number of jobs of the array that run at the same time; None is no limit."""
+
+    dependency: str | None = None
+    """The jobs that have to end first, as sbatch takes them; None waits for none."""
+
     run_folders: Sequence[str] = ()
     """The run folder of each command; a file in it may name nodes that the job has to avoid."""
 
@@ -78,9 +84,11 @@ def options(batch: BatchScript) -> Iterator[str]:
     site = batch.site
     low, high = batch.nodes
     yield f"--job-name={batch.name}"
-    for name in ("partition", "account", "qos"):
+    for name in ("partition", "account", "qos", "reservation", "mail_type", "mail_user"):
         if (value := getattr(site, name)) is not None:
-            yield f"--{name}={value}"
+            yield f"--{name.replace('_', '-')}={value}"
+    if batch.dependency is not None:
+        yield f"--dependency={batch.dependency}"
     yield f"--nodes={low}" if low == high else f"--nodes={low}-{high}"
     if low == high:
         yield "--ntasks-per-node=1"  # with it, Slurm 22.05 takes the fewest nodes of a range
@@ -93,7 +101,8 @@ def options(batch: BatchScript) -> Iterator[str]:
     if batch.seconds is not None:
         yield f"--time={time_text(batch.seconds)}"
     if batch.is_array:
-        yield f"--array=0-{len(batch.commands) - 1}"
+        cap = "" if batch.array_cap is None else f"%{batch.array_cap}"
+        yield f"--array=0-{len(batch.commands) - 1}{cap}"
     yield f"--signal=USR1@{site.warning_seconds}"
     yield "--requeue"
     if batch.restarts:

@@ -34,6 +34,15 @@ class Site:
     qos: Line | None = None
     """Quality of service."""
 
+    reservation: Line | None = None
+    """Reservation whose nodes jobs use."""
+
+    mail_type: Line | None = None
+    """Events that are mailed, such as END,FAIL."""
+
+    mail_user: Line | None = None
+    """Address that the mail goes to. Default: the user who submits."""
+
     gpus_per_node: NonNegativeInt | None = None
     """GPUs of a node; jobs that ask for more are refused."""
 

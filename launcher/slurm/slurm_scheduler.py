@@ -16,7 +16,7 @@ from launcher.schedulers.request import SubmitRequest
 from launcher.schedulers.scheduler import Scheduler
 from launcher.schedulers.submission import SubmittedRun
 from launcher.slurm.batch_job import SCRIPT, prepare
-from launcher.slurm.job_status import SlurmQueue
+from launcher.slurm.job_status import run_states
 from launcher.slurm.queue import cancel, check_with_sbatch, submit
 from launcher.slurm.site import find_site
 
@@ -44,8 +44,7 @@ class SlurmScheduler:
         return submit_prepared(prepared, _send)
 
     def states(self, runs: Sequence[SubmittedRun]) -> list[RunState]:
-        queue = SlurmQueue()
-        return [queue.state(run) for run in runs]
+        return run_states(runs)
 
     def copy_log(
         self, run: SubmittedRun, write: Callable[[bytes], object], *, follows: bool

@@ -31,6 +31,7 @@ from launcher.analysis.loader_throughput import (
     worker_counts_to_measure,
 )
 from launcher.environment.machine import free_memory_bytes, free_shm_bytes
+from launcher.errors import UsageError
 from launcher.launch.signal_handler import SignalHandler
 from launcher.planning.loading import PREFETCH_FACTOR
 from launcher.runs.failure_record import RunFailedError
@@ -163,11 +164,17 @@ class LoaderSearch:
 
     Raises:
         PlanError: The recipe cannot be trained with these settings on these ranks.
+        UsageError: Its data lies on the device.
     """
 
     def __init__(self, target: Target, *, seconds: float) -> None:
         self._target = target
         recipe, self.plan = target.plan()
+        if recipe.data_on_device:
+            raise UsageError(
+                "find loader measures DataLoader workers, and data_on_device=true needs none. Add "
+                "data_on_device=false to measure how fast the data is read without it."
+            )
         self._seconds = seconds
         self._prefetch_factor = recipe.prefetch_factor or PREFETCH_FACTOR
         self._start = recipe.worker_start

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 
@@ -10,18 +11,19 @@ from launcher.analysis.lr_trials import (
     LRSearchResult,
     LRTrial,
     Suggestions,
-    final_loss,
     fitted_lr,
     for_length,
-    next_lr,
+    training_name,
 )
 from launcher.errors import PlanError
 from launcher.json_file import exact_floats
 from launcher.launch.signal_handler import SignalHandler
+from launcher.paths import is_file
 from launcher.recipe.recipe import Recipe
 from launcher.runs.files import write_json
+from launcher.runs.run_record import write_run
 from launcher.runs.rundir import RunDir, create_run_dir
-from launcher.tuning.measured_files import read_curve
+from launcher.tuning.measured_files import read_curve, read_trials
 from launcher.tuning.probe_run import Probe, Target, run_probe
 
 
@@ -88,6 +90,16 @@ def read_range_test(curve: LossCurve) -> LRSearchResult:
     return LRSearchResult(curve=curve, suggestions=Suggestions(lowest=lowest, reason=reason))
 
 
+def scale_lrs(result: LRSearchResult, factor: float) -> LRSearchResult:
+    """Return the result of a range test with all learning rates multiplied by a factor."""
+    lowest = result.suggestions.lowest
+    return replace(
+        result,
+        curve=replace(result.curve, lrs=tuple(lr * factor for lr in result.curve.lrs)),
+        suggestions=replace(result.suggestions, lowest=None if lowest is None else lowest * factor),
+    )
+
+
 def try_lrs(
     result: LRSearchResult,
     target: Target,
@@ -100,12 +112,13 @@ def try_lrs(
     """Return the result of a range test with short trainings around its lowest loss.
 
     Each training goes through the whole schedule of the recipe, from the same weights and with the
-    same samples. If the range test suggests nothing there are no trainings.
+    same samples. The same ranks take all of them. If the range test suggests nothing there are no
+    trainings.
 
     Args:
         result: Result of the range test.
         target: The recipe.
-        run_dir: Folder that receives a folder for each training.
+        run_dir: Folder that receives the folder `trainings`, with a folder for each of them.
         signals: The signal handler of this process.
         on_trial: Receives the outcome at each learning rate.
         steps: Steps of a short training; at most those of the recipe are taken.
@@ -113,16 +126,66 @@ def try_lrs(
     Raises:
         RunFailedError: A rank failed.
     """
+    first = result.suggestions.lowest
+    if first is None:
+        return result
     whole_steps = target.plan()[1].total_steps
     steps = min(steps, whole_steps)
-    trials: list[LRTrial] = []
-    first = result.suggestions.lowest
-    while first is not None and (lr := next_lr(trials, first)) is not None:
-        trials.append(LRTrial(lr=lr, loss=_try_lr(lr, target, run_dir, signals, steps)))
-        on_trial(trials[-1])
-    result = with_trials(result, trials, steps, whole_steps)
+    probe = _plan_training(target, first, steps)
+    trials = _Trials(create_run_dir(run_dir.path / "trainings", probe.plan.recipe), on_trial)
+    from launcher.engine.worker import agent_lr_trainings
+
+    try:
+        run_probe(
+            probe,
+            trials.run_dir,
+            agent_lr_trainings,
+            signals,
+            quiet=True,
+            while_running=trials.report,
+        )
+    finally:
+        trials.report()
+    for trial in trials.reported:
+        folder = RunDir(trials.run_dir.path / training_name(trial.lr))
+        if is_file(folder.curve):
+            planned = _plan_training(target, trial.lr, steps)
+            write_run(folder, replace(planned.description, probe=True))
+    result = with_trials(result, trials.reported, steps, whole_steps)
     _store(result, run_dir)
     return result
+
+
+class _Trials:
+    """Reports the outcomes that the ranks write while they train.
+
+    Args:
+        run_dir: Folder of the trainings.
+        on_trial: Receives each outcome once.
+    """
+
+    def __init__(self, run_dir: RunDir, on_trial: Callable[[LRTrial], None]) -> None:
+        self.run_dir, self._on_trial = run_dir, on_trial
+        self.reported: list[LRTrial] = []
+        """The outcomes so far, in their order."""
+
+        self._state: os.stat_result | None = None
+
+    def report(self) -> None:
+        """Report the outcomes that were written since the last call."""
+        try:
+            state = self.run_dir.trials.stat()
+        except OSError:  # there is none yet
+            return
+        before, self._state = self._state, state
+        if before is not None and (before.st_ino, before.st_mtime_ns) == (
+            state.st_ino,
+            state.st_mtime_ns,
+        ):
+            return
+        for trial in read_trials(self.run_dir)[len(self.reported) :]:
+            self.reported.append(trial)
+            self._on_trial(trial)
 
 
 def with_trials(
@@ -155,21 +218,18 @@ def _store(result: LRSearchResult, run_dir: RunDir) -> None:
     write_json(run_dir.lr_search, exact_floats(asdict(result)))
 
 
-def _try_lr(
-    lr: float, target: Target, run_dir: RunDir, signals: SignalHandler, steps: int
-) -> float | None:
-    """Train at one learning rate; return the final loss, or None if it diverged.
+def _plan_training(target: Target, lr: float, steps: int) -> Probe:
+    """Plan a training through the whole schedule of a recipe.
 
     Args:
-        lr: Peak learning rate.
         target: The recipe.
-        run_dir: Folder that receives the folder of the training.
-        signals: The signal handler of this process.
+        lr: Peak learning rate.
         steps: Steps of the training.
-    """
-    from launcher.engine.worker import agent_short_training
 
-    probe = target.with_settings(
+    Raises:
+        PlanError: The recipe cannot be trained with these settings on these ranks.
+    """
+    return target.with_settings(
         "find lr",
         lr=lr,
         lr_rule="none",
@@ -180,9 +240,6 @@ def _try_lr(
         record_samples=False,
         noise_scale=False,
     ).probe()
-    trial_dir = create_run_dir(run_dir.path / f"lr-{lr:.3g}", probe.plan.recipe)
-    run_probe(probe, trial_dir, agent_short_training, signals, quiet=True)
-    return final_loss(read_curve(trial_dir), steps)
 
 
 def recipe_lr_settings(lr: float, batch_size: int, recipe: Recipe) -> dict[str, float]:

@@ -9,7 +9,7 @@ from msgspec import Meta
 
 from launcher.analysis.gradient_noise import Measurement
 from launcher.analysis.lr_curve import LossCurve
-from launcher.analysis.lr_trials import LRSearchResult
+from launcher.analysis.lr_trials import LRSearchResult, LRTrial
 from launcher.analysis.step_profile import Profile
 from launcher.errors import RunDirError
 from launcher.json_file import Count, read_json
@@ -98,6 +98,22 @@ class _Profiles:
     """profile.json: the profile of each rank."""
 
     ranks: list[Profile]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Trials:
+    """trials.json: the outcome at each learning rate."""
+
+    trials: tuple[LRTrial, ...]
+
+
+def read_trials(run_dir: RunDir) -> tuple[LRTrial, ...]:
+    """Return the outcomes of short trainings in a run folder, in their order.
+
+    Raises:
+        RunDirError: They are missing or damaged.
+    """
+    return read_json(run_dir.trials, _Trials, remedy=_REMEDY).trials
 
 
 def read_curve(run_dir: RunDir) -> LossCurve:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from launcher.environment.machine import Machine
@@ -35,6 +35,9 @@ class Target:
 
     nproc_per_node: int | None
     """Number of ranks; None is one per GPU, or a few on CPUs."""
+
+    records: list[RunRecord] = field(default_factory=list, repr=False, compare=False)
+    """The record of the first probe, which the targets that are derived from this one share."""
 
     def with_settings(self, source: str, **settings: Any) -> Target:
         """Return the target with further settings, which take precedence over the present ones.
@@ -77,8 +80,14 @@ class Target:
             overrides=self.overrides,
             recipe=built.recipe,
             plan=plan,
-            description=describe_run(self.reference, built, plan),
+            description=self._describe(built, plan),
         )
+
+    def _describe(self, built: BuiltRecipe, plan: Plan) -> RunRecord:
+        """Return the record of a probe; versions and code are those of the first one."""
+        if not self.records:
+            self.records.append(describe_run(self.reference, built, plan))
+        return replace(self.records[0], overrides=dict(built.overrides), plan=plan.to_dict())
 
     def _plan(self) -> tuple[BuiltRecipe, Plan]:
         return plan_recipe(
@@ -116,6 +125,7 @@ def run_probe(
     memory_bytes: int | None = None,
     seconds: float | None = None,
     quiet: bool = False,
+    while_running: Callable[[], object] = lambda: None,
 ) -> None:
     """Call `function` on every rank of a probe and wait for the ranks to exit.
 
@@ -130,6 +140,7 @@ def run_probe(
             limit on a CPU.
         seconds: Duration of a measurement that is limited by time rather than steps.
         quiet: Whether the ranks write only to their logs.
+        while_running: Called many times a second while the ranks run.
 
     Raises:
         RunFailedError: A rank failed.
@@ -147,4 +158,4 @@ def run_probe(
         saves=False,
         output_mode="quiet" if quiet else "progress",
     )
-    launch(job, function, signals=signals)
+    launch(job, function, signals=signals, while_running=while_running)

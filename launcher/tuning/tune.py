@@ -11,13 +11,14 @@ from launcher.analysis.lr_trials import LRSearchResult
 from launcher.errors import PlanError
 from launcher.launch.signal_handler import SignalHandler
 from launcher.planning.plan import Plan
+from launcher.planning.stages import lr_factor
 from launcher.recipe.recipe import Recipe
 from launcher.runs.rundir import RunDir
 from launcher.tuning.batch_search import BatchSearch, BatchSearchResult
 from launcher.tuning.loader_search import LoaderSearch, LoaderSearchResult
-from launcher.tuning.lr_search import find_lr, plan_range_test, try_lrs
+from launcher.tuning.lr_search import find_lr, plan_range_test, scale_lrs, try_lrs
 from launcher.tuning.noise_search import NoiseSearchResult, find_noise, plan_noise
-from launcher.tuning.probe_run import Target
+from launcher.tuning.probe_run import Probe, Target
 from launcher.tuning.summaries import lr_confidence
 from launcher.tuning.tuning_folder import read_result, store_result
 from launcher.tuning.tuning_result import TunedSetting, TuningListener, TuningResult
@@ -30,6 +31,10 @@ _MIN_STEPS_PER_EPOCH = 4
 
 _FIRST_SIZE_DIVISOR = 4
 """The first timed micro-batch is a rank's share of the recipe's batch divided by this."""
+
+_CAUTION = 2.0
+"""The gradient noise is measured below the learning rate of a range test's lowest loss, divided by
+this: a whole training may diverge at that learning rate."""
 
 T = TypeVar("T")
 
@@ -78,17 +83,14 @@ class Tuner:
             TrainingError: A trial of a micro-batch size failed for a reason other than memory.
             RunDirError: A stored result is damaged.
         """
-        _, initial_plan = self._tuned_target().plan()
-        lr_searches = [self._find_lr("lr")]
+        range_test = self._test_lrs()
         noise, critical = self._find_noise()
         batch = self._find_batch(critical)
-        _, plan = self._tuned_target().plan()
-        if plan.batch_size != initial_plan.batch_size:
-            lr_searches.append(self._find_lr("lr-again"))
+        lr_search = None if range_test is None else self._find_lr(*range_test)
         loader = self._find_loader()
         return TuningResult(
             settings=tuple(self._settings.values()),
-            lr_searches=tuple(search for search in lr_searches if search is not None),
+            lr_search=lr_search,
             noise=noise,
             critical_batch=critical,
             batch=batch,
@@ -114,25 +116,62 @@ class Tuner:
         )
         return result
 
-    def _find_lr(self, name: str) -> LRSearchResult | None:
-        """Search for the learning rate; return None if it is fixed."""
+    def _test_lrs(self) -> tuple[LRSearchResult, int] | None:
+        """Run a range test; return its result and its global batch, or None if lr is fixed.
+
+        What follows trains below the learning rate where its loss is lowest, which may diverge over
+        a whole training.
+        """
         if "lr" in self._fixed_names:
             return None
         recipe, plan = self._tuned_target().plan()
-        self._listener.on_search(f"learning rate at a global batch of {plan.batch_size:,} samples")
+        self._listener.on_search(f"range test at a global batch of {plan.batch_size:,} samples")
         if str(recipe.schedule) == "constant()" and "schedule" not in self._fixed_names:
             evidence = "lr is the peak of a schedule that decays, and constant() does not decay"
             self._set("schedule", "one_cycle()", evidence)
-        target = self._tuned_target()
-        test = plan_range_test(target, lowest=LOWEST_LR, highest=HIGHEST_LR, steps=self._steps)
+        test = self._plan_test(self._tuned_target())
+        result = self._search_once(
+            "lr", LRSearchResult, lambda run_dir: find_lr(test, run_dir, self._signals)
+        )
+        if result.suggestions.lowest is not None:
+            self._set_lr(result.suggestions.lowest / _CAUTION, recipe, plan, "a range test")
+        return result, plan.batch_size
 
-        def search(run_dir: RunDir) -> LRSearchResult:
-            result = find_lr(test, run_dir, self._signals)
-            on_trial = self._listener.on_lr_trial
-            return try_lrs(result, target, run_dir, self._signals, on_trial, steps=self._steps)
+    def _plan_test(self, target: Target) -> Probe:
+        return plan_range_test(target, lowest=LOWEST_LR, highest=HIGHEST_LR, steps=self._steps)
 
-        result = self._search_once(name, LRSearchResult, search)
-        self._listener.on_lr_result(result, test)
+    def _set_lr(self, lr: float, recipe: Recipe, plan: Plan, evidence: str) -> None:
+        """Recommend a learning rate at the global batch of a plan."""
+        self._set("lr", lr, evidence)
+        if recipe.lr_rule != "none":
+            self._set("lr_batch_size", plan.batch_size, "the global batch of those trainings")
+
+    def _find_lr(self, range_test: LRSearchResult, batch_size: int) -> LRSearchResult:
+        """Search for the learning rate by short trainings at the global batch that was found.
+
+        Args:
+            range_test: The result of the range test.
+            batch_size: The global batch of the range test, from which learning rates are scaled.
+        """
+        recipe, plan = self._tuned_target().plan()
+        self._listener.on_search(f"learning rate at a global batch of {plan.batch_size:,} samples")
+        scaled = scale_lrs(range_test, lr_factor(plan.batch_size / batch_size, recipe.lr_rule))
+        if plan.batch_size != batch_size:
+            self._listener.on_message(
+                f"The range test had a global batch of {batch_size:,}; its learning rates are "
+                f"scaled to {plan.batch_size:,} by lr_rule={recipe.lr_rule}."
+            )
+        for name in ("lr", "lr_batch_size"):  # what the range test has set
+            self._settings.pop(name, None)
+        target, on_trial = self._tuned_target(), self._listener.on_lr_trial
+        result = self._search_once(
+            "trainings",
+            LRSearchResult,
+            lambda run_dir: try_lrs(
+                scaled, target, run_dir, self._signals, on_trial, steps=self._steps
+            ),
+        )
+        self._listener.on_lr_result(result, self._plan_test(target))
         found = result.suggestions.trainings
         if found is None:
             reason = result.suggestions.reason or "all short trainings diverged"
@@ -140,14 +179,11 @@ class Tuner:
             return result
         lr = float(f"{found:.3g}")
         self._listener.on_message(f"The recommended learning rate is {lr:g}.")
-        self._set(
-            "lr",
-            lr,
+        evidence = (
             f"the lowest final loss of short trainings at {len(result.trials)} learning rates "
-            f"and a global batch of {plan.batch_size:,}; {lr_confidence('trainings', self._steps)}",
+            f"and a global batch of {plan.batch_size:,}; {lr_confidence('trainings', self._steps)}"
         )
-        if recipe.lr_rule != "none":
-            self._set("lr_batch_size", plan.batch_size, "the global batch of those trainings")
+        self._set_lr(lr, recipe, plan, evidence)
         return result
 
     def _find_noise(self) -> tuple[NoiseSearchResult | None, float | None]:
@@ -256,7 +292,7 @@ class Tuner:
 
     def _find_loader(self) -> LoaderSearchResult | None:
         """Search for the DataLoader settings; return None if the number of workers is fixed."""
-        if "num_workers" in self._fixed_names:
+        if "num_workers" in self._fixed_names or self._tuned_target().plan()[0].data_on_device:
             return None
         self._listener.on_search("DataLoader workers")
         search = LoaderSearch(self._tuned_target(), seconds=self._seconds)

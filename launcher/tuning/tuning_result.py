@@ -35,9 +35,8 @@ class TuningResult:
     settings: tuple[TunedSetting, ...]
     """The recommended settings, in the order in which they were found."""
 
-    lr_searches: tuple[LRSearchResult, ...]
-    """The searches for a learning rate: one, and another if the global batch changed. Empty if
-    the learning rate was given."""
+    lr_search: LRSearchResult | None
+    """The search for a learning rate at the recommended global batch; None if it was given."""
 
     noise: NoiseSearchResult | None
     """The measurement of the gradient noise; None if it cannot be measured on these ranks."""
@@ -76,7 +75,11 @@ class TuningListener(Protocol):
         """Called after each measurement with a number of workers."""
 
     def on_lr_result(self, result: LRSearchResult, test: Probe) -> None:
-        """Called with the result of a search for a learning rate and its range test."""
+        """Called with the result of a search for a learning rate and its range test.
+
+        If the global batch has changed since the range test, its learning rates are scaled to it,
+        and `test` is a range test at that batch.
+        """
 
     def on_noise_result(self, result: NoiseSearchResult, probe: Probe) -> None:
         """Called with the measured gradient noise and the training in which it was measured."""

@@ -16,10 +16,12 @@ from safetensors.torch import load_file
 from support import ROOT, Commands
 from torch import nn
 from torch._C._distributed_c10d import HashStore
+from torch.utils.data import TensorDataset
 
-from launcher import OptimizerSpec, adamw, four_bits, muon, schedule_free
+from launcher import Data, OptimizerSpec, adamw, four_bits, muon, schedule_free
 from launcher.engine.backends.local import LocalBackend
 from launcher.engine.backends.placement import Placement
+from launcher.engine.data.device_data import DeviceData
 from launcher.engine.model.four_bits import unpacked
 from launcher.engine.model.fp8 import compute_in_fp8
 from launcher.engine.model.sync_batch_norm import synchronize
@@ -216,6 +218,34 @@ def test_a_gpu_trains_as_a_cpu_does(run: Commands) -> None:
     gpu, cpu = (load_file(run.folder / name / "model.safetensors") for name in ("gpu", "cpu"))
     for name, weight in cpu.items():
         assert (gpu[name] - weight).norm() <= 1e-3 * weight.norm()
+
+
+@needs_gpu
+def test_data_on_a_gpu_gives_the_same_steps(run: Commands) -> None:
+    """Batches that are made on the GPU give the weights of copied ones to the bit."""
+    for place in ("true", "false"):
+        done = run(
+            *("launcher", "run", "digits", "-n", "1", "epochs=2", "deterministic=true"),
+            *(f"data_on_device={place}", "--out", place),
+        )
+        assert done.exit_code == 0, done.stderr
+    here, there = (load_file(run.folder / p / "model.safetensors") for p in ("true", "false"))
+    assert all(torch.equal(here[name], weight) for name, weight in there.items())
+
+
+@needs_gpu
+def test_batches_are_made_on_a_gpu_without_a_wait() -> None:
+    """The host waits for nothing between the request of a batch and the batch on the GPU."""
+    device = torch.device("cuda", 0)
+    data = Data(train=TensorDataset(torch.arange(100.0), torch.arange(100)))
+    on_device = DeviceData(data, device)
+    indices = torch.tensor([7, 3, 99])
+    on_device.batch("train", indices)
+    with no_waits():
+        batch = on_device.batch("train", indices)
+    assert batch is not None
+    assert [tensor.tolist() for tensor in batch] == [[7.0, 3.0, 99.0], [7, 3, 99]]
+    assert {tensor.device for tensor in batch} == {device}
 
 
 @needs_gpus

@@ -62,6 +62,7 @@ JOBS = {
     "plain": PLAIN,
     "one-node": replace(PLAIN, nodes=1),
     "site": replace(PLAIN, cluster=EXAMPLE, memory_per_node=960 * 2**30, seconds=7200),
+    "array": replace(PLAIN, name="grid-1", array="grid", nodes=1),
     "jobset": replace(PLAIN, cluster=replace(EXAMPLE, kind="jobset"), seconds=7200),
     "trainjob": replace(PLAIN, cluster=FOR_TRAINER, seconds=7200),
 }
@@ -144,7 +145,7 @@ REQUEST = SubmitRequest(
 
 def test_resources_follow_from_plan_and_profile(tmp_path: Path) -> None:
     """A pod asks for a core per rank and worker, its share of memory, GPUs and the site's time."""
-    job = prepare_pods(REQUEST, EXAMPLE, tmp_path / "Out_1").job
+    (job,) = prepare_pods(REQUEST, EXAMPLE, tmp_path / "Out_1").jobs
     assert (job.name, job.nodes, job.gpus_per_node, job.cpus_per_node) == ("out-1", 2, 4, 20)
     assert (job.memory_per_node, job.seconds) == (480 * 2**30, 43_200)
     assert job.full_command == [
@@ -160,8 +161,7 @@ def test_resources_follow_from_plan_and_profile(tmp_path: Path) -> None:
         ({"gpus_per_node": 9}, "--gpus-per-node 9 exceeds the 8 GPUs"),
         ({"time": "8-0"}, "--time 8-0 exceeds the longest time of the site, 7-00:00:00"),
         ({"arguments": ("num_workers=40",)}, "need 164 cores, and a node has 96"),
-        ({"nodes": (2, 4)}, "--nodes 2:4"),
-        ({"grid": (("lr=1",),)}, "--array is for Slurm"),
+        ({"nodes": (2, 4)}, "--nodes 2:4: a Job has a fixed number of pods"),
         ({"reference": resolve(str(ROOT / "tests/recipes/worlds.py"))}, "outside the working fold"),
     ],
 )
@@ -173,6 +173,26 @@ def test_a_request_that_cannot_be_met_is_refused(
     with pytest.raises(UsageError) as caught:
         prepare_pods(replace(REQUEST, **changes), EXAMPLE, tmp_path / "out")
     assert message in str(caught.value)
+
+
+def test_an_array_is_a_job_for_each_run(tmp_path: Path) -> None:
+    """Each run of an array has a job, a run folder and its settings, and all have one label."""
+    grid = (("lr=0.1", "seed=1"), ("lr=0.2", "seed=1"))
+    prepared = prepare_pods(replace(REQUEST, grid=grid), EXAMPLE, tmp_path / "grid")
+    assert [job.name for job in prepared.jobs] == ["grid-0", "grid-1"]
+    assert [run_dir.path for run_dir in prepared.folders] == [
+        *(tmp_path / "grid/0", tmp_path / "grid/1")
+    ]
+    for index, job in enumerate(prepared.jobs):
+        command = list(job.command)
+        assert command[command.index("--out") + 1] == f"/runs/grid/{index}"
+        assert command[-3:] == ["num_workers=4", *grid[index]]
+        assert job.first_host == f"grid-{index}-0.grid-{index}"
+        assert job.labels["app.kubernetes.io/part-of"] == "grid"
+    kinds = [each["kind"] for each in yaml.safe_load_all(prepared.text)]
+    assert kinds == ["Job", "Service", "Job", "Service"]
+    with pytest.raises(KubernetesError, match="at most 43 letters"):
+        prepare_pods(replace(REQUEST, grid=grid), EXAMPLE, tmp_path / ("a" * 44))
 
 
 @pytest.mark.parametrize("name", ["1st", "größe" * 12, "a" * 46, "---"])
@@ -248,7 +268,20 @@ def test_a_pod_has_the_index_that_kubernetes_gives_it() -> None:
         )
 
 
-needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
+def _has_kubectl() -> bool:
+    """Return whether kubectl reads the OpenAPI of version 3, which the small Kubernetes has."""
+    if shutil.which("kubectl") is None:
+        return False
+    command = ["kubectl", "version", "--client", "--output=json"]
+    done = subprocess.run(command, capture_output=True, check=False)
+    version = json.loads(done.stdout or "{}").get("clientVersion", {}).get("minor", "0")
+    return done.returncode == 0 and int(version.rstrip("+")) >= 27
+
+
+needs_kubectl = pytest.mark.skipif(
+    not _has_kubectl(),
+    reason="needs kubectl 1.27 or newer, and Debian's package kubernetes-client is older",
+)
 
 
 def _can_isolate() -> bool:
@@ -380,13 +413,43 @@ def test_a_waiting_job_says_what_it_waits_for(run: Commands, kubernetes: SmallKu
     kubernetes.runs_pods = False
     options = ("-n", "1", "device=cpu", *OPTIONS, "--out", "waits")
     assert run("launcher", "submit", "mine.py:worlds", *options, env=env).exit_code == 0
-    event = {"kind": "Event", "apiVersion": "v1", "metadata": {"name": "e"}}
-    kubernetes.objects["events", "e"] = {**event, "message": "exceeded quota: gpus"}
+    kubernetes.warn("waits", "exceeded quota: gpus")
     done = run("launcher", "status", "waits", env=env)
     assert "waiting, 0 of 1 pods are running: exceeded quota: gpus" in done.stdout
     done = run("launcher", "logs", "waits", env=env)
     assert done.exit_code == 2
     assert "waits has printed nothing yet: waiting" in done.stderr
+
+
+@needs_kubectl
+def test_an_array_is_submitted_wholly_or_not(run: Commands, kubernetes: SmallKubernetes) -> None:
+    """An array that is refused at its last object leaves no job; status and cancel take all."""
+    env = {"KUBECONFIG": str(kubernetes.config)}
+    kubernetes.runs_pods = False
+    command = (
+        *("launcher", "submit", "mine.py:worlds", "-n", "1", "--nodes", "2", "device=cpu"),
+        *(*OPTIONS, "--out", "grid", "--array", "lr=0.1,0.2", "seed=1,2"),
+    )
+    kubernetes.refused_at_last["Service"] = "exceeded quota: services=3"
+    done = run(*command, env=env)
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "exceeded quota: services=3" in done.stderr
+    assert kubernetes.requests.count("DELETE jobs") == 4
+    assert kubernetes.objects == {}
+    assert not (run.folder / "grid").exists()
+    kubernetes.refused_at_last.clear()
+    done = run(*command, env=env)
+    assert done.stdout == "job grid, an array of 4\nrun folder: grid\n", done.stderr
+    names = [f"grid-{index}" for index in range(4)]
+    assert {name for plural, name in kubernetes.objects if plural == "jobs"} == set(names)
+    kubernetes.warn("grid-2", "exceeded quota: gpus")
+    done = run("launcher", "status", "grid", "--json", env=env)
+    rows = {row["job"]: row for row in json.loads(done.stdout)}
+    assert {row["state"] for row in rows.values()} == {"waiting"}
+    assert rows["grid-1"]["settings"] == ["lr=0.1", "seed=2"]
+    assert ["gpus" in rows[name]["words"] for name in names] == [False, False, True, False]
+    assert run("launcher", "cancel", "grid", env=env).exit_code == 0
+    assert {plural for plural, _ in kubernetes.objects} == {"events"}
 
 
 @needs_kubectl

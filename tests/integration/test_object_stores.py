@@ -14,6 +14,10 @@ import pytest
 from s3_store import S3Store, serve_s3
 from support import ROOT, Commands, fail_on_leftovers, read_lines, read_weights, wait_until
 
+from launcher.engine.ranks.rendezvous import accepts_connections
+from launcher.runs.mirror_record import mirror_problem
+from launcher.runs.rundir import RunDir
+
 pytest.importorskip("s3fs")
 pytest.importorskip("flask_cors")
 pytest.importorskip("moto")
@@ -56,11 +60,10 @@ class Machine:
         done = self.run("launcher", *arguments, env=self._env | env)
         return done.exit_code, done.stdout, done.stderr
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """Start a run of the recipe that waits at its gates."""
-        return self.run.start(
-            "launcher", "run", GATED, f"gates={self.gates}", *arguments, env=self._env
-        )
+    def start(self, *arguments: str, host: str = "") -> subprocess.Popen[str]:
+        """Start a run of the recipe that waits at its gates, on a host of another name if asked."""
+        command = ("launcher", "run", GATED, f"gates={self.gates}", *arguments)
+        return self.run.start(*(on_host(host) if host else ()), *command, env=self._env)
 
     def open(self, name: str) -> None:
         """Open the gate after a checkpoint."""
@@ -71,6 +74,22 @@ class Machine:
         """The only run folder below runs/."""
         (folder,) = (self.folder / "runs").iterdir()
         return folder
+
+
+def on_host(name: str) -> tuple[str, ...]:
+    """Return the words before a command that runs it on a host of its own name, as root."""
+    return ("unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', name)
+
+
+def kill_host(process: subprocess.Popen[str]) -> None:
+    """Kill a launcher and its mirror at once, as a power failure of their host does."""
+    (mirror,) = _children(process.pid, "--mirror-process")
+    os.kill(mirror, signal.SIGKILL)
+    os.kill(process.pid, signal.SIGKILL)
+    assert end_of(process)[0] == -signal.SIGKILL
+
+
+needs_hosts = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for names of hosts")
 
 
 def committed(store: S3Store, run: str) -> set[str]:
@@ -101,12 +120,14 @@ def test_a_killed_run_is_resumed_on_a_machine_that_has_nothing(
     """After kill -9 in the middle of an upload, the run ends elsewhere with the same weights.
 
     The machine that takes over has neither the run folder nor the project, another number of ranks,
-    and a store that fails now and then.
+    and a store that fails now and then. As root, it has another name, so that only the age of the
+    lock tells that its owner has died.
     """
     import torch
 
     first = Machine(run, "first", store)
-    process = first.start("-n", "2", "--out", "s3://bucket/killed")
+    host = "first" if os.geteuid() == 0 else ""
+    process = first.start("-n", "2", "--out", "s3://bucket/killed", host=host)
     wait_until(
         lambda: f"PUT bucket/killed/checkpoints/step-00000010/{MANIFEST}" in store.proxy.writes,
         process,
@@ -114,10 +135,11 @@ def test_a_killed_run_is_resumed_on_a_machine_that_has_nothing(
     store.proxy.held_name = "checkpoints/step-00000020/shard-00002"
     first.open("step-00000010")
     wait_until(store.proxy.is_holding.is_set, process)
-    os.kill(process.pid, signal.SIGKILL)
-    assert end_of(process)[0] == -signal.SIGKILL
+    kill_host(process)
     fail_on_leftovers(run.mark)
     assert committed(store, "killed") == {"step-00000010"}
+    assert "mirror.lock" in store.names("killed")
+    store.age("killed/mirror.lock", 61.0)
     assert "checkpoints/step-00000020/shard-00001-model-00001-of-00001.safetensors" in (
         store.names("killed")
     )
@@ -174,12 +196,21 @@ def test_an_outage_delays_uploads_and_not_the_training(run: Commands, store: S3S
     machine.open("step-00000010")
     mine = machine.folder / "mine"
     wait_until((mine / "checkpoints/step-00000020").exists, process)
+    wait_until(lambda: mirror_problem(RunDir(mine)), process)
+    watching = machine.run.start("launcher", "watch", "mine", "--json")
+    assert watching.stdout is not None
+    shown = json.loads(watching.stdout.readline())
+    assert (shown["state"], shown["mirror_problem"]) == ("running", mirror_problem(RunDir(mine)))
+    assert url in shown["mirror_problem"]
     store.start()
     wait_until(lambda: committed(store, "outage") >= {"step-00000010", "step-00000020"}, process)
     store.stop()
     machine.open("all")
     code, _, stderr = end_of(process)
     assert code == 1
+    last = json.loads(end_of(watching)[1].splitlines()[-1])
+    assert last["state"] == "finished"
+    assert "step 20 is the newest there" in mirror_problem(RunDir(mine))
     assert (mine / "result.json").exists()
     assert "launcher resume mine" in stderr
     store.start()
@@ -187,6 +218,7 @@ def test_an_outage_delays_uploads_and_not_the_training(run: Commands, store: S3S
     code, _, stderr = machine("resume", "mine")
     assert code == 0, stderr
     assert "result.json" in store.names("outage")
+    assert mirror_problem(RunDir(mine)) == ""
     assert committed(store, "outage") == {"step-00000020", "step-00000030"}
 
 
@@ -262,6 +294,40 @@ def test_a_run_on_several_nodes_has_one_mirror(run: Commands, free_port: int) ->
     on_both("resume", "shared", "steps=6")
     assert run("launcher", "download", url, "copy").exit_code == 0
     assert contents(run.folder / "copy", "") == contents(run.folder / "shared", "step-00000004")
+
+
+@needs_hosts
+def test_a_new_host_takes_the_mirror_over(run: Commands, store: S3Store, free_port: int) -> None:
+    """After the host of a run has died, its successor has the lock at once and uploads the rest."""
+    machine = Machine(run, "shared", store)
+    options = (
+        *("-n", "1", "--nodes", "1:2", "--max-restarts", "1", "--rendezvous"),
+        *(f"localhost:{free_port}", "--out", "out", "--mirror", "s3://bucket/taken"),
+    )
+    first = machine.start(*options, host="first")
+    wait_until(lambda: accepts_connections("localhost", free_port), first)
+    second = machine.start(*options, host="second")
+    wait_until(lambda: committed(store, "taken") == {"step-00000010"}, first, second)
+    assert owner_of(store, "taken") == "first"
+    kill_host(first)
+    wait_until(lambda: owner_of(store, "taken") == "second", second)
+    machine.open("all")
+    code, _, stderr = end_of(second)
+    assert code == 0, stderr
+    assert "was in use by" not in stderr, "it waits for no lease"
+    assert committed(store, "taken") == {"step-00000020", "step-00000030"}
+    assert "result.json" in store.names("taken")
+    assert "mirror.lock" not in store.names("taken")
+
+
+def owner_of(store: S3Store, run: str) -> str:
+    """Return the host whose process has the lock of a run; empty if nobody has it."""
+    store.files.invalidate_cache()
+    try:
+        content = store.files.cat_file(f"bucket/{run}/mirror.lock")
+    except FileNotFoundError:
+        return ""
+    return str(json.loads(content)["owner"]["host"])
 
 
 def _children(pid: int, word: str) -> list[int]:

@@ -36,6 +36,30 @@ def test_fashion_mnist_learns(run: Commands) -> None:
     assert result["evaluation"]["accuracy"] > 0.82
 
 
+@needs_fashion_mnist
+def test_speedrun_learns_in_few_steps(run: Commands) -> None:
+    """The first 200 steps of speedrun reach a held-out accuracy above 82 percent."""
+    assert train(run, "speedrun", "steps=200", ranks=1)["accuracy"] > 0.82
+
+
+@needs_fashion_mnist
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("--tolerance", "1e-3"),
+        ("virtual_ranks=3", "exact=true", "sync_batchnorm=false"),  # compares to the bit
+    ],
+)
+def test_speedrun_takes_the_same_steps_on_any_ranks(
+    run: Commands, settings: tuple[str, ...]
+) -> None:
+    """Steps on 2 and 3 ranks are those of one rank, and with exact sums to the bit."""
+    prove = ("launcher", "prove", "speedrun", "--worlds", "1,2,3", "--strategies", "ddp")
+    done = run(*prove, "--steps", "5", "--json", "device=cpu", *settings)
+    assert done.exit_code == 0, done.stdout + done.stderr
+    assert len(json.loads(done.stdout)["rows"]) == 3
+
+
 def train(run: Commands, recipe: str, *settings: str, ranks: int = 2) -> dict[str, float]:
     """Train a recipe, and return the metrics of its last evaluation."""
     command = ("launcher", "run", recipe, "-n", str(ranks), "device=cpu", *settings)
@@ -90,11 +114,12 @@ def test_gpt_learns_to_write(run: Commands) -> None:
     assert len(text.encode()) >= 24
 
 
-def test_ragged_documents_are_averaged_over_tokens(run: Commands) -> None:
-    """With padded documents three ranks have the losses of one rank."""
-    small = ("layers=1", "width=32", "heads=2", "steps=4", "packed=false", "batch_size=8")
+@pytest.mark.parametrize("settings", [("gpt", "packed=false"), ("gpt:gpt_muon",)])
+def test_ranks_do_not_change_the_losses_of_gpt(run: Commands, settings: tuple[str, ...]) -> None:
+    """Three ranks have the losses of one, with padded documents and with Muon."""
+    small = ("layers=1", "width=32", "heads=2", "steps=4", "batch_size=8")
     for ranks in (1, 3):
-        command = ("launcher", "run", "gpt", *small, "device=cpu", f"data={ROOT}/recipes")
+        command = ("launcher", "run", *settings, *small, "device=cpu", f"data={ROOT}/recipes")
         done = run(*command, "-n", str(ranks), "--out", f"ragged{ranks}")
         assert done.exit_code == 0, done.stderr
     one, three = (

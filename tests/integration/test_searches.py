@@ -10,6 +10,7 @@ import signal
 from typing import Any
 
 import pytest
+import yaml
 from support import ROOT, Commands, read_lines
 
 from launcher.analysis.loader_throughput import MAX_PREFETCH_FACTOR, prefetch_factor_to_hide
@@ -64,9 +65,11 @@ def test_short_trainings_bracket_the_best_lr(run: Commands) -> None:
     assert result["suggestions"]["trainings"] == result["settings"]["lr"]
     assert 0 < trials.index(best) < len(trials) - 1
     assert best["loss"] < 1.5
-    curve = json.loads((run.folder / f"out/lr-{best['lr']:.3g}/curve.json").read_text())
+    folder = run.folder / f"out/trainings/lr-{best['lr']:.3g}"
+    curve = json.loads((folder / "curve.json").read_text())
     assert best["loss"] == curve["held_out"]
     assert len(curve["losses"]) == 60
+    assert yaml.safe_load((folder / "run.yaml").read_text())["plan"]["total_steps"] == 60
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2"])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from support import ROOT, Commands
 
-VARIANTS = ("adamw", "sgd", "fp64", "objects", "workers")
+VARIANTS = ("adamw", "sgd", "fp64", "objects", "workers", "on_device")
 STEPS = 15
 MICRO_BATCHES = 33
 """Two in each of 15 steps, and the three of an evaluation's 20 samples after each epoch."""
@@ -76,6 +76,24 @@ def test_batches_are_copied_from_pinned_memory(measured: dict[str, Any], variant
     assert copies["to device", True] == (4 if variant == "sgd" else 9)  # those of the model
 
 
+def test_data_on_the_device_is_copied_once(measured: dict[str, Any]) -> None:
+    """Only the indices of a micro-batch are copied, without a wait, and losses stay the same."""
+    log = measured["on_device"]["log"]
+    copies = Counter(map(tuple, log["copies"]))
+    of_batches = Counter(map(tuple, measured["adamw"]["log"]["copies"]))
+    assert of_batches["to device", False] - copies["to device", False] >= MICRO_BATCHES
+    assert copies["to device", True] - of_batches["to device", True] == 4  # two of each data set
+    assert measured["on_device"]["cpu"] == measured["adamw"]["cpu"]
+
+
+def test_data_that_a_device_cannot_hold_is_refused(measured: dict[str, Any]) -> None:
+    """The refusal is one error of the recipe with the bytes that are needed and those free."""
+    kind, text = measured["refusal"]
+    assert kind == "RecipeError"
+    assert "4 GiB" in text
+    assert "3 GiB" in text
+
+
 def test_checkpoints_are_copied_asynchronously(measured: dict[str, Any]) -> None:
     """A save queues its copies of weights and optimizer state, and waits for them once."""
     log = measured["adamw"]["log"]
@@ -86,7 +104,7 @@ def test_checkpoints_are_copied_asynchronously(measured: dict[str, Any]) -> None
     assert len(log["synchronized"]) == num_saves + 1  # the last at the end of the run
 
 
-@pytest.mark.parametrize("variant", ["adamw", "sgd", "fp64", "workers"])
+@pytest.mark.parametrize("variant", ["adamw", "sgd", "fp64", "workers", "on_device"])
 def test_steps_do_not_wait(measured: dict[str, Any], variant: str) -> None:
     """Between two reads only the first step, checkpoints and the ends of epochs wait."""
     waits = measured[variant]["log"]["waits"]
@@ -96,6 +114,7 @@ def test_steps_do_not_wait(measured: dict[str, Any], variant: str) -> None:
         "trial.py": 3,
         "forward_writes.py": 3,
         "taking_steps.py": 1,
+        "device_data.py": 4,  # two tensors of each data set
         "module_state.py": 24,  # BatchNorm's buffers in a checkpoint
     }
     assert all(files[name] <= allowed.get(name, 0) for name in files), waits

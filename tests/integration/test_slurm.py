@@ -17,13 +17,14 @@ from local_configuration import ClusterError
 from support import ROOT, Commands, fail_on_leftovers, read_lines
 
 from launcher.engine.probes.parity import compare, read_trace
+from launcher.environment.slurm_step import read_hosts
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.heartbeat import read_heartbeat
 from launcher.runs.run_record import read_run
 from launcher.runs.rundir import RunDir
 from launcher.schedulers.run_states import status_of
 from launcher.schedulers.submission import read_submission
-from launcher.slurm.queue import JobState, job_state
+from launcher.slurm.job_states import JobState, job_state
 
 WORLDS_PY = str(ROOT / "tests/recipes/worlds.py")
 PACED = f"{WORLDS_PY}:paced"
@@ -312,20 +313,38 @@ def test_a_lost_node_is_replaced_within_the_job(slurm: Commands, cluster: Cluste
     check_same(slurm, run_dir, PACED, *LONG)
 
 
-def test_a_job_stops_after_it_has_lost_a_rank(slurm: Commands) -> None:
-    """A job that has restarted within itself is still queued again when it is warned."""
-    run_dir = submit(slurm, PACED, *LONG, PAUSE, *RESTARTING, "-n", "1")
+def test_a_job_avoids_a_node_that_has_failed_twice(slurm: Commands) -> None:
+    """A node whose ranks fail twice is left out within the job, and when the job is queued again.
+
+    A job that has restarted within itself is still queued again when it is warned.
+    """
+    restarting = ("--nodes", "1:2", "--max-restarts", "2")
+    run_dir = submit(slurm, PACED, *LONG, PAUSE, *restarting, "-n", "1")
     wait_for(lambda: steps_of(run_dir) > 25, "some steps")
-    heartbeat = read_heartbeat(run_dir, 1)
-    assert heartbeat is not None
     job = read_submission(run_dir).job
-    in_step = ("srun", "--overlap", "--jobid", job, "-w", heartbeat.node, "-n1", "-N1")
-    subprocess.run([*in_step, "kill", "-9", str(heartbeat.pid)], check=True)
-    recovered = '"event": "recovered"'
-    wait_for(lambda: recovered in run_dir.events.read_text(), "the restart")
+
+    def recoveries() -> list[int]:
+        rows = read_lines(run_dir.events)
+        return [row["nodes"] for row in rows if row["event"] == "recovered"]
+
+    def kill_second_rank() -> str:
+        heartbeat = read_heartbeat(run_dir, 1)
+        assert heartbeat is not None
+        in_step = ("srun", "--overlap", "--jobid", job, "-w", heartbeat.node, "-n1", "-N1")
+        subprocess.run([*in_step, "kill", "-9", str(heartbeat.pid)], check=True)
+        return heartbeat.node
+
+    node = kill_second_rank()
+    wait_for(lambda: recoveries() == [2], "the restart on both nodes")
+    assert kill_second_rank() == node
+    wait_for(lambda: recoveries() == [2, 1], "the restart on one node")
+    assert run_dir.unhealthy_nodes.read_text() == f"{node}\n"
     subprocess.run(["scancel", "-s", "USR1", job], check=True)
     wait_for(lambda: state_of(run_dir).restarts == 1, "the job to be queued again")
     finish(run_dir)
+    shown = subprocess.check_output(["scontrol", "show", "job", "-o", job], text=True)
+    assert f" ExcNodeList={node} " in shown
+    assert node not in read_hosts(state_of(run_dir).nodes)
     check_same(slurm, run_dir, PACED, *LONG)
 
 

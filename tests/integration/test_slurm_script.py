@@ -60,6 +60,8 @@ SCRIPTS = {
         commands=[["launcher", "run", "digits", f"lr={lr}"] for lr in (0.1, 0.2)],
         run_folders=["/home/me/project/runs/it's/0", "/home/me/project/runs/it's/1"],
         is_array=True,
+        array_cap=1,
+        dependency="afterok:1234",
     ),
     "restarting": changed(
         nodes=(3, 3),
@@ -283,6 +285,12 @@ def test_an_interpreter_without_this_launcher_says_so(run: Commands) -> None:
         (("--nodes", "2", "--node-timeout", "9", "--to", "kubernetes"), "goes to kubernetes"),
         (("--nodes", "2", "--max-restarts", "1", "--to", "ssh"), "goes to ssh"),
         (("--nodes", "4:2"), "'4:2': expected a number of nodes"),
+        (
+            ("--spares", "1", "--max-restarts", "1", "--to", "kubernetes"),
+            "--spares 1: .*kubernetes",
+        ),
+        (("--dependency", "afterok:1", "--to", "ssh"), "--dependency afterok:1: only Slurm"),
+        (("--array-cap", "2"), "--array-cap 2 .*Add --array"),
     ],
 )
 def test_restarts_that_a_job_cannot_make_are_refused(

@@ -1,4 +1,4 @@
-"""Optimizers with small states, or of whole matrices, on 1 to 3 ranks under DDP and FSDP."""
+"""Optimizers with small states on 1 to 3 ranks, and of whole matrices on 1 to 4, with FSDP."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from matrix import ROUNDED, SMALL, SMALL_WORLDS
+from matrix import ROUNDED, SMALL, SMALL_WORLDS, WHOLE
 from support import Commands, read_weights, train_suite
 
 from launcher.engine.probes.parity import checkpoint_digest, compare, read_trace
@@ -30,7 +30,7 @@ def test_bits_do_not_depend_on_the_ranks(trained: Path, name: str) -> None:
     """With exact sums, weights and states have the bits of one process, also after a resume."""
     alone = trained / "on1" / f"exact-{name}-ddp"
     final = read_weights(alone)
-    assert len(list(trained.glob(f"on*/exact-{name}-*"))) >= 4
+    assert len(list(trained.glob(f"on*/exact-{name}-*"))) >= (6 if name in WHOLE else 4)
     for folder in trained.glob(f"on*/exact-{name}-*"):
         assert digest(folder) == digest(alone), folder
         weights = read_weights(folder)

@@ -88,7 +88,7 @@ def test_stored_results_are_reused(module_run: Commands) -> None:
     before = (module_run.folder / "tuned/tuned.yaml").read_text()
     again = module_run(*DIGITS, "--out", "tuned")
     assert again.exit_code == 0, again.stderr
-    assert reused(again.stdout) >= {"lr", "noise", "batch", "loader"}
+    assert reused(again.stdout) >= {"lr", "noise", "batch", "trainings", "loader"}
     assert (module_run.folder / "tuned/tuned.yaml").read_text() == before
     other = module_run(*DIGITS, "--out", "tuned", "batch_size=64")
     assert other.exit_code == 2
@@ -114,8 +114,10 @@ def test_a_tuner_returns_values(module_run: Commands, capfd: pytest.CaptureFixtu
             if signal.getsignal(number) is not handler:
                 signal.signal(number, handler)
     assert result.values == read_settings(folder.path / "tuned.yaml")
-    found = [search.suggestions.trainings for search in result.lr_searches]
-    assert result.values["lr"] in [float(f"{lr:.3g}") for lr in found if lr is not None]
+    assert result.lr_search is not None
+    found = result.lr_search.suggestions.trainings
+    assert found is not None
+    assert result.values["lr"] == float(f"{found:.3g}")
     assert result.noise is not None
     assert result.batch is not None
     assert result.values["micro_batch_size"] in [trial.size for trial in result.batch.trials]

@@ -83,6 +83,7 @@ SETTINGS = {
     Affects.NODE: {
         "numa",
         "in_memory",
+        "data_on_device",
         "num_workers",
         "worker_threads",
         "worker_start",
@@ -135,6 +136,7 @@ def test_ranks_agree_on_all_settings_but_those_of_a_node() -> None:
     "changes",
     [
         {"in_memory": True},
+        {"data_on_device": True},
         {"num_workers": 7, "worker_start": "spawn", "prefetch_factor": 5, "pin_memory": False},
     ],
 )

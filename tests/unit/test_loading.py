@@ -18,6 +18,7 @@ from launcher import loader_policy
         ({"usable_cores": 16, "nproc_per_node": 8}, 2, "16 usable cores"),
         ({"usable_cores": 2, "nproc_per_node": 8}, 1, "2 usable cores"),
         ({"usable_cores": 64, "in_memory": True}, 0, "in memory"),
+        ({"usable_cores": 64, "data_on_device": True}, 0, "on the device"),
         ({"usable_cores": 1, "num_workers": 9}, 9, "as asked"),
         ({"usable_cores": 64, "num_workers": 0}, 0, "as asked"),
     ],

@@ -439,6 +439,18 @@ def test_the_lock_of_a_dead_owner_is_taken(store: Store, monkeypatch: pytest.Mon
     assert len(texts) == 1
 
 
+def test_the_lock_of_a_lost_session_is_taken(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lock elsewhere counts no longer if its session is known to have ended, and else does."""
+    monkeypatch.setattr(store_lock, "_SECONDS_BETWEEN_LOOKS", 0.0)
+    lock = locked(store, ELSEWHERE)
+    ours = StoreLock(store, "ours", this_process())
+    with pytest.raises(StoreError, match="in use: node2"):
+        ours.acquire(None, lambda _: lock.refresh(), lost=("others",))
+    ours.acquire(None, pytest.fail, lost=("theirs",))
+    with pytest.raises(LostLockError):
+        lock.refresh()
+
+
 def test_nothing_is_written_after_the_lock_was_lost(store: Store, run_dir: RunDir) -> None:
     """A mirror that has lost its URL leaves what the new owner has there."""
     mirror, _ = mirrored(store, run_dir)

@@ -318,6 +318,36 @@ def test_a_new_host_knows_what_happened() -> None:
     assert standing.failures == {"node0": 1, "node1": 1}
 
 
+def test_a_host_that_fails_twice_hands_the_meeting_over() -> None:
+    """After its second failure the host starts no round, and its successor goes on without it."""
+    run = started(2, 2, 3)
+    run.fail(0)
+    assert run.members == [0, 1]
+    roster = run.starts[2].roster
+    run.fail(0)
+    assert run.host.hands_over
+    assert (run.host.standing.round, run.host.ended, run.ends) == (2, None, {})
+    assert run.sent["Over"] == 3, "the spare learns of the second failure"
+    new = Simulated(2, 2, roster.launchers - 1)
+    new.host.own = 1
+    new.host.join(1, hello("node1"), "", 0.0)
+    new.host.take_over(roster, Loss(node="node0", cause="rank", exit_code=1))
+    new.join(2)
+    assert new.members == [1, 2]
+    standing = new.host.standing
+    assert (standing.restarts, standing.failures) == (2, {"node0": 2})
+    assert standing.left_out == ("node0",)
+
+
+def test_a_host_stays_where_the_others_are_too_few() -> None:
+    """A host that fails often holds the meeting while the run could not go on without it."""
+    run = started(2, 2, 2)
+    for _ in range(3):
+        run.fail(0)
+    assert run.members == [0, 1]
+    assert not run.host.hands_over
+
+
 @pytest.mark.parametrize(
     ("found", "is_refused"), [("3", False), ("2", False), ("4", True), (None, True), ("?", True)]
 )

@@ -173,6 +173,7 @@ NOT_FOR_OTHERS = {
     "launcher.engine.ranks.rendezvous",  # messages between nodes
     "launcher.engine.state.module_state",  # messages between ranks
     "launcher.runs.manifest",  # the text that a digest is taken of
+    "launcher.runs.part_exchange",  # messages between processes of ranks
     "launcher.runs.resumption",  # a value as JSON returns it
     "launcher.runs.shard_files",  # messages between a rank and its process, names and digests
     "launcher.tuning.batch_search",  # the name of a file in the cache

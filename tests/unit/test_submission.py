@@ -7,7 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from fuzz.harness import invoke
 from launcher.runs.events import record_event
 from launcher.runs.files import write_json
 from launcher.runs.heartbeat import Heartbeat
+from launcher.runs.mirror_record import MirrorRecord, write_mirror
 from launcher.runs.rundir import RunDir
 from launcher.schedulers.run_states import list_statuses, status_of
 
@@ -65,3 +66,20 @@ def test_without_slurm_the_folder_tells_the_state(
     ended = invoke(["status", "run", "--json"], tmp_path)
     assert ended.exit_code == 0
     assert json.loads(ended.stdout)["state"] == state
+
+
+def test_uploads_that_fail_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The status of a run tells why its object store lacks something, and what it has."""
+    monkeypatch.setenv("PATH", str(tmp_path))  # without squeue
+    run_dir = write_finished_run(tmp_path / "run")
+    record = MirrorRecord(url="s3://me:key@bucket/run?key=1", stored_step=1200)
+    write_mirror(run_dir, record)
+    assert status_of(run_dir).mirror_problem == ""
+    write_mirror(run_dir, replace(record, problem="the store denied access"))
+    (row,) = json.loads(invoke(["status", "--json"], tmp_path).stdout)
+    problem = row["mirror_problem"]
+    assert all(text in problem for text in ("s3://bucket/run", "1,200", "denied access"))
+    assert "key" not in problem
+    assert row["words"].startswith("finished after ")
+    for arguments in (["status"], ["status", "run"]):
+        assert invoke(arguments, tmp_path).stdout.endswith(f"; {problem}\n")

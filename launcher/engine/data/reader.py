@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset
 
 from launcher.engine.data.bad_samples import BadSample, bad_sample, may_be_skipped
 from launcher.engine.data.data_calls import (
@@ -19,6 +19,7 @@ from launcher.engine.data.data_calls import (
     count_items,
     shown_files,
 )
+from launcher.engine.data.device_data import DeviceData, is_indexed
 from launcher.engine.data.fingerprint import describe
 from launcher.engine.data.loader_workers import (
     check_sendable,
@@ -68,9 +69,20 @@ class Reader(Dataset[MicroBatch | LauncherError]):
         recipe: The recipe.
         data: The result of the recipe's data function.
         source: The import location of the recipe, which spawned workers need; None if unknown.
+        device: The device of this rank, where batches are made if the recipe has data_on_device;
+            None makes them on the host.
+
+    Raises:
+        RecipeError: The data cannot lie on the device.
     """
 
-    def __init__(self, recipe: Recipe, data: Data, source: RecipeSource | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: Data,
+        source: RecipeSource | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         self._source = source
         self._start_method = "spawn"
         self.stream: StreamReader | None = None
@@ -80,6 +92,9 @@ class Reader(Dataset[MicroBatch | LauncherError]):
         self.held_files: dict[int, OpenFile] = {}
         """Files that the data sets have held open since their creation, by descriptor."""
 
+        self._on_device: DeviceData | None = None
+        if recipe.data_on_device and device is not None:
+            self._on_device = DeviceData(data, device)
         self._set_data(recipe, data)
 
     def _set_data(self, recipe: Recipe, data: Data) -> None:
@@ -115,6 +130,7 @@ class Reader(Dataset[MicroBatch | LauncherError]):
             "_start_method": self._start_method,
             "_lengths": self._lengths,
             "_stream_state": self._stream_state,
+            "_on_device": None,
             "_has_data": False,
             "held_files": {},
         }
@@ -198,10 +214,15 @@ class Reader(Dataset[MicroBatch | LauncherError]):
     def _read(self, request: MicroBatchRequest) -> MicroBatch:
         (dataset, collate), descriptions = self._splits[request.split], None
         bad: list[BadSample] = []
-        if type(dataset) is TensorDataset and collate is None:
+        on_host = batch = None
+        if is_indexed(dataset, collate):
             # One indexing operation gives the same result as collating the samples one by one.
             indices = torch.from_numpy(np.array(request.indices))  # faster than torch.tensor
-            batch = [tensor[indices] for tensor in dataset.tensors]
+            if self._on_device is not None:
+                batch = self._on_device.batch(request.split, indices)
+            if batch is None or self._count is not None:  # which would wait for a device
+                on_host = [tensor[indices] for tensor in dataset.tensors]
+                batch = on_host if batch is None else batch
             if request.trial:
                 descriptions = _describe(request, [dataset[index] for index in request.indices])
         else:
@@ -213,7 +234,7 @@ class Reader(Dataset[MicroBatch | LauncherError]):
             if request.trial:
                 descriptions = _describe(request, samples)
                 self._check_threads(request, samples)
-            batch = collated(collate, request, samples)
+            on_host = batch = collated(collate, request, samples)
         note = None
         if self.stream is not None and request.split == "train":
             note = self.stream.note()
@@ -221,7 +242,7 @@ class Reader(Dataset[MicroBatch | LauncherError]):
         if request.has_weight:
             items = len(request.indices)
             if self._count is not None:
-                items = count_items(self._count, request, batch)
+                items = count_items(self._count, request, on_host)
         return MicroBatch(batch, request, items, descriptions, note, tuple(bad))
 
     def _read_samples(
@@ -325,7 +346,7 @@ class Reader(Dataset[MicroBatch | LauncherError]):
         dataset, collate = self._splits[request.split]
         if self.stream is not None and request.split == "train":
             return "the data is a stream, which one thread reads in its order"
-        if type(dataset) is TensorDataset and collate is None:
+        if is_indexed(dataset, collate):
             return "the data is tensors in memory"
         conflict = self.thread_conflict(request, threads)
         if conflict is None and self._batched[request.split]:

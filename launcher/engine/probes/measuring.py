@@ -41,7 +41,6 @@ from launcher.engine.training.context import StepController, TrainContext
 from launcher.engine.training.loop import train
 from launcher.planning.global_batch import ceil_div
 from launcher.planning.plan import Plan
-from launcher.recipe.evaluation_sets import metric_name
 from launcher.recipe.recipe import Recipe
 from launcher.runs.files import write_json
 from launcher.runs.job import RecipeSource
@@ -152,7 +151,7 @@ _TIMED_SECONDS = 0.5
 """Duration for which steps are timed, if there are enough of them."""
 
 
-class _StopAtDivergence(StepController):
+class StopAtDivergence(StepController):
     """Stops when the collected losses diverge.
 
     The losses are those of the global batch, equal on every rank, so all ranks stop together.
@@ -181,29 +180,10 @@ class _StopAtDivergence(StepController):
 def run_range_test(probe: ProbeContext) -> None:
     """Train along the planned schedule until the loss diverges; rank 0 writes the loss curve."""
     with probe.collect_metrics() as collector:
-        controller = _StopAtDivergence(collector)
+        controller = StopAtDivergence(collector)
         train(probe.build_train_context(), collector, controller)
     if probe.backend.rank == 0:
         write_json(probe.run_dir.curve, asdict(controller.curve()))
-
-
-def run_short_training(probe: ProbeContext) -> None:
-    """Train along the planned schedule, and evaluate at its end; rank 0 writes the losses.
-
-    The training stops when its loss diverges.
-    """
-    with probe.collect_metrics() as collector:
-        controller = _StopAtDivergence(collector)
-        context = probe.build_train_context(evaluates=True)
-        outcome = train(context, collector, controller)
-    if probe.backend.rank == 0:
-        curve = controller.curve()
-        if context.sampler.evaluations and outcome.step == probe.plan.total_steps:
-            name = metric_name(context.sampler.evaluations[0].name, "loss")
-            held_out = outcome.evaluation.get(name, math.nan)
-            is_finite = math.isfinite(held_out)
-            curve = replace(curve, held_out=held_out) if is_finite else replace(curve, losses=())
-        write_json(probe.run_dir.curve, asdict(curve))
 
 
 def measure_noise(probe: ProbeContext, *, last_step: int) -> None:

@@ -17,8 +17,8 @@ from dataclasses import replace
 from typing import Any
 
 from launcher.engine.ranks.lifelines import Lifeline, accept, connect, listen
-from launcher.engine.ranks.rendezvous import can_resolve, is_this_machine
-from launcher.engine.ranks.round_host import RoundHost, Terms
+from launcher.engine.ranks.rendezvous import SAME_COMMAND, can_resolve, is_this_machine
+from launcher.engine.ranks.round_host import RoundHost, Terms, end_without
 from launcher.engine.ranks.round_messages import (
     Done,
     End,
@@ -162,6 +162,7 @@ class Meeting:
             PeerError: The host is lost, and no successor can be reached.
         """
         before = self._start
+        self._hand_over()
         if self._end is not None:
             raise MeetingEndedError(self._end)
         if before is not None and before.index is not None:
@@ -358,6 +359,20 @@ class Meeting:
                 return
         raise PeerError(lost.node, None)
 
+    def _hand_over(self) -> None:
+        """Leave the meeting to a successor if this launcher holds it and is to be left out."""
+        if self._host is None or not self._host.hands_over:
+            return
+        self._poll(0)
+        self._end = end_without(self.name)
+        deadline = time.monotonic() + _SECONDS_TO_LEAVE
+        while not all(link.flush() for link in self._links.values()):
+            if time.monotonic() > deadline:
+                break
+            self._poll(_POLL_SECONDS / 2)
+        self.close()
+        self._was_host = False
+
     def _leave_host(self) -> None:
         """Give up a launcher that does not hold the meeting: it has not lost the host."""
         self._welcome_deadline = None
@@ -408,8 +423,9 @@ class Meeting:
     def _check_arrivals(self, host: RoundHost) -> None:
         text = ""
         if host.mismatch:
-            text = f"The nodes of a run need {host.mismatch.format(first=self.name)}. "
-            text += "Start every node with the same command."
+            text = (
+                f"The nodes of a run need {host.mismatch.format(first=self.name)}. {SAME_COMMAND}"
+            )
         elif host.timed_out:
             text = self._late_text(self._missing(host))
         if text:

@@ -27,6 +27,12 @@ _SECONDS_TO_LEAVE = 6.0
 _SECONDS_TO_EXIT = 1.0
 """How long a failed task of srun waits, so that the others can exit before srun ends them."""
 
+SAME_COMMAND = (
+    "Start every node with the same command, and with -n RANKS if they have different numbers of "
+    "GPUs."
+)
+"""What to do about nodes that would run something else."""
+
 _FAILURE = "failure"
 """Key of the store that holds the first failure of a node."""
 
@@ -303,7 +309,7 @@ class Rendezvous:
                     raise PeerError(self.names[0], WorldError.exit_code)
                 raise WorldError(
                     f"The nodes of a run need the same {key}: {self.names[0]} has "
-                    f"{values[0][key]}, {name} has {value}. Start every node with the same command."
+                    f"{values[0][key]}, {name} has {value}. {SAME_COMMAND}"
                 )
 
 

@@ -122,6 +122,9 @@ class RoundHost:
     is_running: bool = False
     """Whether ranks train."""
 
+    hands_over: bool = False
+    """Whether the host's own node is to be left out, so that a successor holds the meeting."""
+
     _seats: dict[int, _Seat] = field(default_factory=dict)
     _deadline: float | None = None
     _last_joined: float = 0.0
@@ -151,12 +154,17 @@ class RoundHost:
 
         Args:
             roster: The last roster that the lost host has sent.
-            loss: The loss of the host.
+            loss: The loss of the host, or the failure after which it has left.
         """
         self.standing = roster.standing
         self._next_seat = roster.next_seat
         self._count(loss, gone=True)
         self.loss = loss
+        standing = self.standing
+        is_often = standing.failures.get(loss.node, 0) >= FAILURES_TO_LEAVE_OUT
+        if is_often and loss.node not in standing.left_out:
+            left_out = (*standing.left_out, loss.node)
+            self.standing = msgspec.structs.replace(standing, left_out=left_out)
 
     def join(self, seat: int | None, hello: Hello, host: str, now: float) -> int | None:
         """Give a launcher a seat; return it, or None if the launcher is refused.
@@ -227,7 +235,7 @@ class RoundHost:
 
     def advance(self, now: float) -> None:
         """Start a round if it is time."""
-        if self.ended is not None or self.timed_out:
+        if self.ended is not None or self.timed_out or self.hands_over:
             return
         if self.is_running:
             if self._has_changed:
@@ -270,7 +278,7 @@ class RoundHost:
         if self.ended is not None:
             return self.ended
         if hello.name in self.standing.left_out:
-            return _left_out(hello.name)
+            return end_without(hello.name)
         for key, value in self.agreement.items():
             if hello.agreement.get(key) != value:
                 text = f"the same {key}: {{first}} has {value}, {hello.name} has "
@@ -362,7 +370,9 @@ class RoundHost:
         others = sum(seat.name != loss.node for seat in self._seats.values())
         is_own = any(s.name == loss.node and n == self.own for n, s in self._seats.items())
         failed_often = failures[loss.node] >= FAILURES_TO_LEAVE_OUT and others >= self.terms.low
-        failed_often = failed_often and not is_own  # the host holds the meeting
+        if failed_often and is_own:
+            self._hand_over(loss)
+            return
         if (failed_often or loss.cause == "health") and loss.node not in left_out:
             left_out = (*left_out, loss.node)
         self.standing = Standing(
@@ -370,8 +380,19 @@ class RoundHost:
         )
         for seat, taken in list(self._seats.items()):
             if taken.name in left_out and not gone and seat != self.own:
-                self.outbox.append((seat, _left_out(taken.name)))
+                self.outbox.append((seat, end_without(taken.name)))
                 self._remove(seat)
+
+    def _hand_over(self, loss: Loss) -> None:
+        """Leave the host's own node out: all others learn how the round has ended.
+
+        The host counts nothing more. The successor counts this failure, as that of a lost host.
+        """
+        self.hands_over = True
+        over = Over(round=self.standing.round, loss=loss)
+        self.outbox += [
+            (seat, over) for seat, taken in self._seats.items() if taken.state == "ready"
+        ]
 
     def _look_for_growth(self, now: float) -> None:
         """End the round after the next checkpoint if a launcher waits that it has room for."""
@@ -401,6 +422,7 @@ class RoundHost:
         self.outbox += [(seat, message) for seat in self._seats]
 
 
-def _left_out(name: str) -> End:
+def end_without(name: str) -> End:
+    """Return the message that tells a launcher that the run goes on without its node."""
     reason = f"{name} has failed {FAILURES_TO_LEAVE_OUT} times, and the run goes on without it"
     return End(exit_code=EXIT_WITHOUT, node=name, reason=reason)

@@ -140,11 +140,20 @@ def write_shard(folder: Path, rank: int, tensors: Mapping[str, Tensor | Fragment
 
 
 def describe_shard(
-    rank: int, tensors: Mapping[str, Tensor | Fragment], memory: SharedMemory
+    rank: int,
+    tensors: Mapping[str, Tensor | Fragment],
+    memory: SharedMemory,
+    to: Mapping[str, Any] | None = None,
 ) -> Piece:
     """Write the request for a rank's files behind the tensors in `memory`, and return its place.
 
     Behind them are also the headers of the files, and copies of tensors that lie elsewhere.
+
+    Args:
+        rank: The rank.
+        tensors: Its tensors.
+        memory: The memory in which most of them lie.
+        to: Where the files are also sent; None sends them nowhere.
 
     Raises:
         OSError: There is not enough memory.
@@ -164,7 +173,7 @@ def describe_shard(
                 start = end
                 end += _append(memory, end, content)
             pieces.append((start, num_bytes))
-    request = encode_request(requests, f"rank{rank}.json")
+    request = encode_request(requests, f"rank{rank}.json", to)
     return end, _append(memory, end, request)
 
 

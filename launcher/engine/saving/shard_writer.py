@@ -19,12 +19,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from launcher.engine.saving.checkpoint_tensors import describe_shard
 from launcher.engine.state.training_state import Snapshot
+from launcher.json_file import encode_json
 from launcher.runs import shard_files
 from launcher.runs.shard_files import MAX_ANSWER, REQUEST, Piece, error_text, write_files
 from launcher.signals import signals_blocked
@@ -73,6 +75,29 @@ class _WriterProcess:
             socket.send_fds(self._channel, [REQUEST.pack(*place)], [memory, folder])
         except OSError as error:
             raise self._lost() from error
+
+    def listen(self, host: str, token: str, folder: Path) -> int:
+        """Let the process receive files of another rank, and return the port.
+
+        Args:
+            host: Address of this node.
+            token: The letters that the sender begins with.
+            folder: The folder of this rank's quick checkpoints.
+
+        Raises:
+            OSError: It cannot listen there.
+            _ProcessLostError: The process has ended.
+        """
+        request = {"host": host, "token": token, "folder": str(folder)}
+        try:
+            self._channel.send(encode_json(request).encode())
+        except OSError as error:
+            raise self._lost() from error
+        answer = self.answer(waits=True)
+        assert answer is not None
+        if "error" in answer:
+            raise OSError(answer["error"])
+        return int(answer["port"])
 
     def answer(self, *, waits: bool) -> dict[str, Any] | None:
         """Return the answer to the last request, or None if there is none yet.
@@ -137,10 +162,19 @@ class PendingShard:
         folder: The folder of the checkpoint.
         rank: The rank.
         state: The copies on the host, which are released when they have been written.
+        to: Where the process also sends the files, as `launcher.runs.part_exchange.target` returns
+            it. No thread takes its place then.
     """
 
-    def __init__(self, writer: ShardWriter, folder: Path, rank: int, state: Snapshot) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        writer: ShardWriter,
+        folder: Path,
+        rank: int,
+        state: Snapshot,
+        to: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.folder, self._is_sent = folder, to is not None
         self.started = time.perf_counter()
         self.outcome = WrittenShard()
         """What became of it, once it is done."""
@@ -154,7 +188,7 @@ class PendingShard:
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
             self._folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-            self._place = describe_shard(rank, state.tensors, state.memory)
+            self._place = describe_shard(rank, state.tensors, state.memory, to)
         except Exception as error:  # noqa: BLE001  # all ranks learn of it
             self._end({"error": error_text(error)})
         else:
@@ -204,6 +238,9 @@ class PendingShard:
         self._write_in_thread(str(lost))
 
     def _write_in_thread(self, reason: str) -> None:
+        if self._is_sent:
+            self._end({"error": reason})
+            return
         self._note = self._writer.note_once(reason)
         self._thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
         self._thread.start()
@@ -230,11 +267,37 @@ class ShardWriter:
 
     def __init__(self) -> None:
         self._process: _WriterProcess | None = None
+        self._listens: _WriterProcess | None = None
+        """The process that receives files of another rank."""
+
         self._was_told = False
 
-    def start(self, folder: Path, rank: int, state: Snapshot) -> PendingShard:
+    def start(
+        self, folder: Path, rank: int, state: Snapshot, to: Mapping[str, Any] | None = None
+    ) -> PendingShard:
         """Start to write a part of a checkpoint; no other may be pending."""
-        return PendingShard(self, folder, rank, state)
+        return PendingShard(self, folder, rank, state, to)
+
+    def listen(self, host: str, token: str, folder: Path) -> int:
+        """Let the process receive files of another rank, and return its port.
+
+        Nothing may be pending. `is_listening` tells whether it still does.
+
+        Raises:
+            OSError: No process can be started, or it cannot listen.
+        """
+        try:
+            port = self.process().listen(host, token, folder)
+        except _ProcessLostError as lost:
+            self.forget_process()
+            raise OSError(str(lost)) from None
+        self._listens = self._process
+        return port
+
+    @property
+    def is_listening(self) -> bool:
+        """Whether the process that `listen` was called for is still the one that writes."""
+        return self._listens is not None and self._listens is self._process
 
     def process(self) -> _WriterProcess:
         """Return the process that writes, which is started if there is none.

@@ -113,7 +113,7 @@ def build_context(
     if evaluates and read is None:
         _check_followed_metrics(recipe, plateaus, [each.name for each in sampler.evaluations])
     missed = missed_evaluations(sampler, recorded, first_step, last_step)
-    reader = Reader(recipe, data, source)
+    reader = Reader(recipe, data, source, backend.device if read is None else None)
     reader.held_files = opened_since(files_before)
     if stream_state is not None and is_stream and first_step < plan.total_steps:
         reader.restore_stream(stream_state)

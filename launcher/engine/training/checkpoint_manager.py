@@ -21,16 +21,17 @@ from launcher.engine.saving.checkpoint_tensors import collect_file_sums
 from launcher.engine.saving.shard_writer import PendingShard, ShardWriter, WrittenShard
 from launcher.engine.state.training_state import Snapshot, changed_groups
 from launcher.engine.training.callback_hooks import CallbackHooks
+from launcher.engine.training.checkpoint_reports import CheckpointReports
 from launcher.engine.training.context import Listener, TrainContext
+from launcher.engine.training.quick_saves import QuickSaves
 from launcher.errors import LauncherError, TrainingError
 from launcher.runs.best import BestEvaluations, record_best, steps_to_keep
 from launcher.runs.checkpoints import (
     begin_checkpoint,
     commit_checkpoint,
-    list_checkpoints,
     prune_checkpoints,
 )
-from launcher.runs.events import record_event
+from launcher.runs.events import QUICK
 from launcher.runs.manifest import FORMAT, Manifest
 from launcher.runs.provenance import versions
 from launcher.runs.rundir import RunDir
@@ -70,6 +71,7 @@ class CheckpointManager:
         resumed_step: The step of the checkpoint from which the run was resumed; None if it was not.
         pause_after: Step after which the run stops with a checkpoint; None does not stop it.
         best: The best evaluations so far; None if none is kept.
+        quick: The quick checkpoints; None if there are none.
     """
 
     def __init__(
@@ -85,14 +87,19 @@ class CheckpointManager:
         resumed_step: int | None = None,
         pause_after: int | None = None,
         best: BestEvaluations | None = None,
+        quick: QuickSaves | None = None,
     ) -> None:
         self._context, self._backend, self._run_dir = context, context.backend, run_dir
         self._stop, self._pause_after = stop, pause_after
         self._every_steps, self._every_seconds = parse_interval(context.recipe.checkpoint_every)
         self._groups, self._listener, self._data = groups, listener, data
         self._hooks = hooks
+        self._reports = CheckpointReports(context.backend, run_dir, listener)
         self._writer = ShardWriter()
         self._pending: PendingShard | None = None
+        self._quick, self._is_quick = quick, False
+        """The quick checkpoints, and whether the pending one is quick."""
+
         self._manifest: Manifest | None = None
         self._last_save = time.perf_counter()
         self._state_was_checked = False
@@ -100,6 +107,7 @@ class CheckpointManager:
         self.best = best
         self._is_best = False
         self.costs = SaveCosts()
+        self._quick_stall = 0.0
 
     @property
     def is_writing(self) -> bool:
@@ -117,6 +125,10 @@ class CheckpointManager:
 
     def is_due(self, step: int) -> bool:
         """Return whether a checkpoint is due after `step` steps; equal on every rank."""
+        return self._is_due(step) or (self._quick is not None and self._quick.is_due(step))
+
+    def _is_due(self, step: int) -> bool:
+        """Return whether one in the run folder is due."""
         if step == self._pause_after:
             return True
         return self._every_steps is not None and step % self._every_steps == 0
@@ -127,7 +139,7 @@ class CheckpointManager:
         is_due = self._every_seconds is not None and elapsed >= self._every_seconds
         return RankFlags(
             stop=float(self._stop.number is not None),
-            save=float(is_due and self._pending is None),
+            save=float(is_due and (self._pending is None or self._is_quick)),
             written=float(self._pending is not None and self._pending.is_done),
         )
 
@@ -176,8 +188,10 @@ class CheckpointManager:
         self._check_state()
         if flags.written == self._backend.world_size:
             self.finish()
-        if flags.stop or flags.save or self._is_best or self.is_due(step):
+        if flags.stop or flags.save or self._is_best or self._is_due(step):
             self.save(step)
+        elif self._quick is not None and (self._quick.is_due(step) or self._quick.is_late):
+            self._save_quick(step, self._quick)
         self._is_best = False
         stops = flags.stop > 0 or step == self._pause_after
         if stops:
@@ -190,14 +204,12 @@ class CheckpointManager:
             return
         self.finish()
         started = time.perf_counter()
-        backend, context = self._backend, self._context
+        backend = self._backend
         if refusal := self._find_unsavable_state():
-            self._report_failure(step, refusal)
+            self._fail(step, refusal)
             return
-        averages = () if context.averages is None else context.averages.tensors_to_save()
-        state = backend.snapshot(context.model, context.optimizer, averages)
-        self._manifest = self._make_manifest(step, state)
-        self._saved_step = step
+        state = self._copy_state(step)
+        self._saved_step, self._is_quick = step, False
         folder: Path | None = None
         reason: str | None = None
         if backend.rank == 0:
@@ -208,11 +220,46 @@ class CheckpointManager:
         folder, reason = backend.broadcast((folder, reason))
         if folder is None:
             state.release()
-            self._report_failure(step, f"{self._run_dir.checkpoints}: {reason}")
+            self._fail(step, f"{self._run_dir.checkpoints}: {reason}")
             return
         self._pending = self._writer.start(folder, backend.rank, state)
         self.costs.stall_seconds = time.perf_counter() - started
         self._listener.on_values(step, {"checkpoint_stall_seconds": self.costs.stall_seconds})
+
+    def _save_quick(self, step: int, quick: QuickSaves) -> None:
+        """Start saving a quick checkpoint, unless another one is being written (collective).
+
+        The first checkpoint of a run is in the run folder: without one there, no run resumes.
+        """
+        if self._saved_step is None:
+            self.save(step)
+            return
+        quick.is_late = self._pending is not None  # it is saved as soon as that one is complete
+        if quick.is_late or step in (self._saved_step, self._context.plan.total_steps):
+            return
+        started = time.perf_counter()
+        reason = self._find_unsavable_state() or quick.connect(self._writer)
+        if reason is not None:
+            self._reports.quick_failed(step, reason)
+            return
+        state = self._copy_state(step)
+        self._is_quick = True
+        target = quick.target(step)
+        self._pending = self._writer.start(quick.part(step), self._backend.rank, state, target)
+        self._quick_stall = time.perf_counter() - started
+
+    def _fail(self, step: int, reason: str) -> None:
+        """Warn that a checkpoint could not be saved; the next one is due an interval later."""
+        self._last_save = time.perf_counter()
+        self._reports.failed(step, reason)
+
+    def _copy_state(self, step: int) -> Snapshot:
+        """Copy this rank's state to the host, and keep the manifest of it (collective)."""
+        context = self._context
+        averages = () if context.averages is None else context.averages.tensors_to_save()
+        state = self._backend.snapshot(context.model, context.optimizer, averages)
+        self._manifest = self._make_manifest(step, state)
+        return state
 
     def finish(self) -> None:
         """Wait for the pending save, if any, and commit it if it is complete (collective)."""
@@ -221,10 +268,13 @@ class CheckpointManager:
             return
         pending.wait()
         parts = self._backend.gather(pending.outcome)
-        self._warn_of_threads(parts)
+        self._reports.threads(parts)
         reason = next(
             (f"rank {rank}: {part.error}" for rank, part in enumerate(parts) if part.error), None
         )
+        if self._is_quick and self._quick is not None:
+            self._finish_quick(self._quick, pending, manifest, parts, reason)
+            return
         self._last_save = time.perf_counter()
         if self._backend.rank == 0 and reason is None:
             try:
@@ -238,12 +288,34 @@ class CheckpointManager:
             shutil.rmtree(pending.folder, ignore_errors=True)
         reason = self._backend.broadcast(reason)
         if reason is not None:
-            self._report_failure(manifest.step, reason)
+            self._fail(manifest.step, reason)
             return
+        if self._quick is not None:
+            self._quick.remove_before(manifest.step + 1)
         self.costs.seconds = time.perf_counter() - pending.started
         self.costs.num_bytes = pending.outcome.num_bytes
-        self._report_save(manifest.step, parts)
+        stall = self.costs.stall_seconds or 0.0
+        self._reports.saved(manifest.step, parts, stall, self.costs.seconds)
         self._hooks.on_checkpoint(pending.folder.with_name(pending.folder.name.removeprefix(".")))
+
+    def _finish_quick(
+        self,
+        quick: QuickSaves,
+        pending: PendingShard,
+        manifest: Manifest,
+        parts: Sequence[WrittenShard],
+        reason: str | None,
+    ) -> None:
+        """Complete a quick checkpoint that every rank has written or could not (collective)."""
+        started = time.perf_counter()
+        reason = quick.commit(manifest, reason)
+        if reason is not None:
+            self._reports.quick_failed(manifest.step, reason)
+            return
+        ended = time.perf_counter()
+        stall = self._quick_stall + ended - started  # every rank completes its part
+        self._listener.on_values(manifest.step, {"checkpoint_stall_seconds": stall})
+        self._reports.saved(manifest.step, parts, stall, ended - pending.started, place=QUICK)
 
     def free_host_memory(self) -> None:
         """Free the memory of the copies and end the process that writes; there are no more saves.
@@ -252,6 +324,8 @@ class CheckpointManager:
         """
         self._writer.close()
         self._backend.host_memory.free()
+        if self._quick is not None:
+            self._quick.close()
 
     def _check_state(self) -> None:
         """Refuse, in the first call, state that a checkpoint cannot hold (collective).
@@ -301,48 +375,6 @@ class CheckpointManager:
             },
             versions=versions(),
         )
-
-    def _warn_of_threads(self, parts: Sequence[WrittenShard]) -> None:
-        """Warn of ranks that write checkpoints without a process for it, once for each."""
-        for rank, part in enumerate(parts):
-            if part.note is not None and self._backend.rank == 0:
-                self._listener.on_warning(
-                    f"rank {rank} wrote a checkpoint in a thread, because {part.note}. The "
-                    "checkpoint is as good as any, but steps are slower while a thread writes."
-                )
-
-    def _report_save(self, step: int, parts: Sequence[WrittenShard]) -> None:
-        """Record what a complete checkpoint has cost."""
-        seconds, num_bytes = self.costs.seconds, sum(part.num_bytes for part in parts)
-        write_seconds = max(part.seconds for part in parts)
-        values = {
-            "checkpoint_seconds": seconds,
-            "checkpoint_write_seconds": write_seconds,
-            "checkpoint_bytes": float(num_bytes),
-        }
-        self._listener.on_values(step, values)
-        if self._backend.rank == 0:
-            record_event(
-                self._run_dir,
-                "saved",
-                step=step,
-                stall_seconds=self.costs.stall_seconds,
-                write_seconds=write_seconds,
-                seconds=seconds,
-                num_bytes=num_bytes,
-            )
-
-    def _report_failure(self, step: int, reason: str) -> None:
-        self._last_save = time.perf_counter()
-        if self._backend.rank != 0:
-            return
-        checkpoints = list_checkpoints(self._run_dir)
-        newest = f"is {checkpoints[0].name}" if checkpoints else "does not exist yet"
-        self._listener.on_warning(
-            f"the checkpoint after step {step:,} could not be saved ({reason}). "
-            f"The run continues. Its newest complete checkpoint {newest}."
-        )
-        self._listener.on_values(step, {"checkpoint_failed": 1.0})
 
 
 def parse_interval(every: int | str) -> tuple[int | None, float | None]:

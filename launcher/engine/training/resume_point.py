@@ -14,6 +14,7 @@ from launcher.engine.state.training_state import missing_optimizer_state, write_
 from launcher.engine.training.callback_hooks import CallbackHooks
 from launcher.engine.training.context import TrainContext
 from launcher.engine.training.live_schedules import observe_evaluation
+from launcher.engine.training.promotion import promote_newest
 from launcher.errors import CheckpointError
 from launcher.planning.plan import Plan
 from launcher.planning.timed_plan import timed_plan
@@ -26,6 +27,7 @@ from launcher.runs.history import read_evaluation
 from launcher.runs.job import MISSING_STATE, ResumeFrom
 from launcher.runs.manifest import Manifest
 from launcher.runs.planned_steps import planned_steps
+from launcher.runs.quick_checkpoints import forget_attempt
 from launcher.runs.resumption import check_resumable
 from launcher.runs.rundir import RunDir, truncate_after
 
@@ -53,6 +55,8 @@ def find_resume_point(
 ) -> ResumePoint | None:
     """Return the newest undamaged checkpoint that `start` allows (collective).
 
+    A newer quick checkpoint on the nodes is first copied to the run folder.
+
     Args:
         start: Which checkpoint to resume from. None starts a new run: the function clears what a
             run that failed before its first checkpoint left in the folder, and returns None.
@@ -69,13 +73,15 @@ def find_resume_point(
             truncate_after(run_dir, 0)
             record_past_failure(run_dir)
         return None
+    tell = functools.partial(_print_on_rank_0, backend)
+    base = plan.settings.get("quick_checkpoints")
+    start = promote_newest(start, base, backend, run_dir, tell)
     checkpoints = backend.broadcast(list_checkpoints(run_dir))
     candidates = [
         checkpoint
         for checkpoint in checkpoints
         if start.step is None or checkpoint.step <= start.step
     ]
-    tell = functools.partial(_print_on_rank_0, backend)
     checkpoint, manifest = load_newest(candidates, backend, fall_back=start.fall_back, tell=tell)
     check_resumable(manifest, plan, checkpoint.name, start.accept)
     if backend.rank == 0:
@@ -196,6 +202,7 @@ def discard_later_steps(resume_point: ResumePoint, backend: Backend, run_dir: Ru
     Later checkpoints are renamed, not deleted.
     """
     if backend.rank == 0:
+        forget_attempt(run_dir)  # a kill in between must not let its later steps come back
         for checkpoint in list_checkpoints(run_dir):
             if checkpoint.step > resume_point.checkpoint.step:
                 set_aside(checkpoint)

@@ -306,6 +306,7 @@ class TimeBudget:
             evaluate_every=min(intervals, default=None),
             save_every_steps=save_every_steps,
             save_every_seconds=save_every_seconds,
+            quick_every_steps=recipe.quick_checkpoint_every,
         )
 
 
