@@ -5,8 +5,8 @@
 Claim: a larger batch needs fewer steps and more examples, and the gradient noise scale predicts by
 how much. The benchmark trains Fashion-MNIST on one process with a constant learning rate; for each
 batch size it takes the rate that needs the fewest steps. It fits S = S_min (1 + B_crit / B) to the
-measured steps, and prints beside them the steps that follow from the B_simple that `launcher find
-noise` measures beforehand (McCandlish et al., arXiv:1812.06162).
+measured steps, and prints beside them the steps that follow from the B_crit that `launcher find
+noise` predicts beforehand (McCandlish et al., arXiv:1812.06162).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import click
 from contest import Cell, Numbers, benchmark, print_table
 from trainings import Trainings, measure
 
-from launcher.analysis.gradient_noise import fit_steps, steps_ratio
+from launcher.analysis.gradient_noise import critical_batch, fit_steps, steps_ratio
 
 PLAIN = ("label_smoothing=0", "optimizer=sgd(momentum=0.9)", "schedule=constant()", "lr_rule=none")
 
@@ -108,9 +108,10 @@ def compare(
     print(
         f"to {target:.1%}: S_min {min_steps:,.0f} steps, B_crit {critical:,.0f} (fitted); "
         f"B_simple {_noise_scale_text(halves[0])} in the first {half} steps at a batch size of 64, "
-        f"{_noise_scale_text(halves[1])} in the next {half} (launcher find noise)\n"
+        f"{_noise_scale_text(halves[1])} in the next {half} (launcher find noise)"
     )
-    predicted = (halves[1] or noise["whole"])["b_simple"]
+    predicted = critical_batch((halves[1] or noise["whole"])["b_simple"], noise["momentum"])
+    print(f"B_crit {predicted:,.0f} (predicted from the latter and the momentum)\n")
     head = ("batch", "best lr", "steps", "fewer", "fitted", "predicted", "examples", "more")
     first = batches[0]
     rows: list[list[Cell]] = [

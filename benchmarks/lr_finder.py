@@ -22,17 +22,16 @@ from typing import NamedTuple
 import click
 import torch
 from contest import Cell, Names, benchmark, print_table
-from lr_recipes import Case, cases
+from lr_recipes import Case, Group, cases
 from lr_trainings import CachedTrainings
 
 from launcher.analysis.lr_curve import Divergence, LossCurve, lowest_lr
 from launcher.analysis.lr_trials import (
     DEFAULT_STEPS,
-    NUM_SEEDS,
     LRTrial,
     final_loss,
     fitted_lr,
-    mean_loss,
+    for_length,
     next_lr,
 )
 
@@ -68,10 +67,10 @@ def main(only: list[str], seeds: int, searches: int, steps: int, cache: Path | N
     """
     torch.set_num_threads(1)
     trainings = CachedTrainings(cache)
-    for title, chose_rule in (("recipes that chose the rule", True), ("held out", False)):
-        names = [name for name in only if CASES[name].chose_rule is chose_rule]
+    for group in Group:
+        names = [name for name in only if CASES[name].group is group]
         if names:
-            compare(title, names, trainings, seeds, searches, steps)
+            compare(group.value, names, trainings, seeds, searches, steps)
 
 
 def compare(
@@ -156,18 +155,18 @@ def find_lr(case: Case, trainings: CachedTrainings, seed: int, steps: int) -> Se
     lowest, _ = lowest_lr(LossCurve(lrs=tuple(lrs[:end]), losses=tuple(losses[:end])))
     trials: list[LRTrial] = []
     num_steps = end
+    assert case.recipe.steps is not None
+    length = min(steps, case.recipe.steps)
     while lowest is not None and (lr := next_lr(trials, lowest)) is not None:
-        finals: list[float | None] = []
-        for offset in range(NUM_SEEDS):
-            if None not in finals:
-                length = steps // NUM_SEEDS
-                short = trainings.short(case, lr, length, seed + offset)
-                num_steps += len(short.losses)
-                points = tuple(short.losses)
-                curve = LossCurve(lrs=points, losses=points, held_out=short.held_out)
-                finals.append(final_loss(curve, length))
-        trials.append(LRTrial(lr=lr, loss=mean_loss(finals)))
-    return Search({"lowest": lowest, "trainings": fitted_lr(trials)}, num_steps)
+        short = trainings.short(case, lr, length, seed)
+        num_steps += len(short.losses)
+        points = tuple(short.losses)
+        curve = LossCurve(lrs=points, losses=points, held_out=short.held_out)
+        trials.append(LRTrial(lr=lr, loss=final_loss(curve, length)))
+    found = fitted_lr(trials)
+    if found is not None:
+        found = for_length(found, length, case.recipe.steps)
+    return Search({"lowest": lowest, "trainings": found}, num_steps)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from enum import Enum
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,14 @@ _SGD = sgd(momentum=0.9, nesterov=True, weight_decay=5e-4)
 _ADAMW = adamw(weight_decay=0.05, decay_1d=False)
 
 
+class Group(Enum):
+    """What was known of a recipe when the rule and its constants were chosen."""
+
+    CHOSE = "recipes that chose the rule"
+    SEEN = "held out, and seen with an earlier rule"
+    NEW = "held out, and new"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """A recipe whose best learning rate is measured."""
@@ -36,8 +45,8 @@ class Case:
     recipe: Recipe
     """What is trained, with the steps of a whole training."""
 
-    chose_rule: bool
-    """Whether its results were known when the rule and its constants were chosen."""
+    group: Group
+    """What was known of it when the rule was chosen."""
 
 
 def cases() -> dict[str, Case]:
@@ -59,8 +68,11 @@ def cases() -> dict[str, Case]:
         "vit-adamw-64": _image(_digits, _Vit, _ADAMW, 64, 300),
         "gpt-muon-64": _text(_Gpt, muon(), 64, 200),
         "gru-sgd-64": _text(_Gru, sgd(momentum=0.9), 64, 200),
+        "mlp-adamw-64-long": _image(_clothing, _mlp, _ADAMW, 64, 3000),
+        "mlp-muon-64-long": _image(_clothing, _mlp, muon(), 64, 3000),
+        "tabular-muon-64-long": _table(muon(), 64, 3000),
     }
-    held_out = {
+    seen = {
         "linear-sgd-64": _image(_clothing, _linear, _SGD, 64, 800),
         "tabular-muon-512": _table(muon(), 512, 600),
         "mlp-digits-adamw-64": _image(_digits, _small_mlp, _ADAMW, 64, 300),
@@ -70,10 +82,20 @@ def cases() -> dict[str, Case]:
         "tabular-adamw-64": _table(_ADAMW, 64, 2000),
         "tabular-adamw-512": _table(_ADAMW, 512, 600),
     }
-    everything = [(chosen, True), (held_out, False)]
+    new = {
+        "mlp-plain-sgd-128": _image(_clothing, _mlp, sgd(momentum=0.0), 128, 2000),
+        "mlp-adam-256": _image(_clothing, _mlp, adamw(weight_decay=0.0), 256, 1000),
+        "conv-wide-sgd-128": _image(_clothing, lambda: _conv_net(2), _SGD, 128, 300),
+        "resnet-clothing-sgd-64": _image(_clothing, _resnet, _SGD, 64, 200),
+        "vit-clothing-adamw-64": _image(_clothing, lambda: _Vit(32, 5, 3), _ADAMW, 64, 600),
+        "gpt-wide-adamw-32": _text(lambda: _Gpt(64), _ADAMW, 32, 400),
+        "gru-muon-64": _text(_Gru, muon(), 64, 200),
+        "tabular-wide-adamw-256": _table(_ADAMW, 256, 2000, width=64),
+    }
+    everything = [(chosen, Group.CHOSE), (seen, Group.SEEN), (new, Group.NEW)]
     return {
-        name: Case(recipe=replace(recipe, name=name), chose_rule=chose)
-        for recipes, chose in everything
+        name: Case(recipe=replace(recipe, name=name), group=group)
+        for recipes, group in everything
         for name, recipe in recipes.items()
     }
 
@@ -114,9 +136,9 @@ def _text(
     )
 
 
-def _table(optimizer: OptimizerSpec, batch_size: int, steps: int) -> Recipe:
+def _table(optimizer: OptimizerSpec, batch_size: int, steps: int, *, width: int = 32) -> Recipe:
     """Return a recipe that predicts the air time of flights."""
-    recipe = _image(_flights, lambda: tabular.build_model(32), optimizer, batch_size, steps)
+    recipe = _image(_flights, lambda: tabular.build_model(width), optimizer, batch_size, steps)
     return replace(
         recipe,
         forward=lambda model, batch: model(batch[0], batch[1]),
@@ -194,9 +216,10 @@ def _block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU())
 
 
-def _conv_net() -> nn.Module:
-    blocks = [_block(1, 16, 2), _block(16, 32, 2), _block(32, 32, 2)]
-    return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(32 * 4, 10))
+def _conv_net(widening: int = 1) -> nn.Module:
+    few, many = 16 * widening, 32 * widening
+    blocks = [_block(1, few, 2), _block(few, many, 2), _block(many, many, 2)]
+    return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(many * 4, 10))
 
 
 class _Residual(nn.Module):
@@ -245,11 +268,17 @@ class _Attention(nn.Module):
 
 
 class _Vit(nn.Module):
-    """A vision transformer on the 16 patches of 2 x 2 pixels of a digit."""
+    """A vision transformer on 16 patches of an image; by default those of 2 x 2 pixels of a digit.
 
-    def __init__(self, width: int = 32) -> None:
+    Args:
+        width: Features of a patch.
+        size: Side of a patch in pixels.
+        stride: Pixels between the patches, which overlap if it is less than `size`.
+    """
+
+    def __init__(self, width: int = 32, size: int = 2, stride: int = 2) -> None:
         super().__init__()
-        self.patches = nn.Conv2d(1, width, 2, stride=2)
+        self.patches = nn.Conv2d(1, width, size, stride=stride)
         self.positions = nn.Parameter(torch.randn(1, 16, width) * 0.02)
         self.blocks = nn.Sequential(*(_Attention(width, 2, causal=False) for _ in range(2)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)

@@ -48,6 +48,8 @@ SHORT = {
     "gpt_muon": "--steps 10 --lengths 0.5 --adamw-lrs 0.004 --muon-lrs 0.02 --seeds 1 --worlds 1,2",
     "batch_64_to_512": "--batches 64,256 --target 0.6 --seeds 1 --samples 8000 --lrs 0.03 "
     "--noise-steps 40 --evaluations 8",
+    "batch_forecast": "--only mlp-sgd --batches 256,1024 --seeds 1",
+    "micro_batch": "--workloads digits --ranks 1 --seconds 2",
     "lr_finder": "--only mlp-digits-adamw-64 --seeds 1 --searches 1 --steps 80",
     "gpu": "--only profile,doctor",
     "tuned": "--epochs 1 --tuned-epochs 1 --seeds 1 --find-steps 40",

@@ -88,9 +88,9 @@ class Trainings:
         ]
 
 
-def measure(*command: str) -> dict[str, Any]:
-    """Run a finder on one process with --json and return its decoded output."""
-    options = ("-n", "1", "device=cpu", "--json")
+def measure(*command: str, ranks: int = 1) -> dict[str, Any]:
+    """Run a finder on some processes with --json and return its decoded output."""
+    options = ("-n", str(ranks), "device=cpu", "--json")
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.run(
             [str(BIN / "launcher"), *command, *options, "--out", f"{folder}/out"],

@@ -73,28 +73,28 @@ def next_size(
 
 
 def fastest_to_the_loss(
-    trials: Sequence[SizeTrial], *, world_size: int, batch_size: int, noise_scale: float
+    trials: Sequence[SizeTrial], *, world_size: int, batch_size: int, critical: float
 ) -> SizeTrial:
     """Return the trial whose size, as the whole share of every rank, reaches a loss soonest.
 
-    The number of samples to a given loss follows from the noise scale (`items_ratio`); the time
-    per sample is measured. Global batches above `MAX_BATCH_RATIO` times the noise scale are
+    The number of samples to a given loss follows from B_crit (`items_ratio`); the time
+    per sample is measured. Global batches above `MAX_BATCH_RATIO` times B_crit are
     excluded unless all are. `batch_size` is kept unless another batch saves a tenth of the time.
 
     Args:
         trials: Outcomes of the trials, at least one of which fits.
         world_size: Number of ranks.
         batch_size: The present global batch, in samples.
-        noise_scale: B_simple, in samples.
+        critical: B_crit, in samples.
     """
 
     def relative_seconds(trial: SizeTrial) -> float:
         assert trial.samples_per_second is not None
-        items = items_ratio(batch_size, trial.size * world_size, noise_scale)
+        items = items_ratio(batch_size, trial.size * world_size, critical)
         return items / trial.samples_per_second
 
     fitting = [trial for trial in trials if trial.samples_per_second is not None]
-    limit = MAX_BATCH_RATIO * noise_scale
+    limit = MAX_BATCH_RATIO * critical
     allowed = [trial for trial in fitting if trial.size * world_size <= limit] or fitting
     present = [trial for trial in fitting if trial.size * world_size == batch_size]
     best_seconds = min(map(relative_seconds, allowed))

@@ -21,8 +21,12 @@ _NUM_SIGMAS = 2.0
 """Half width of the confidence interval in standard errors, which covers about 95 %."""
 
 MAX_BATCH_RATIO = 2.0
-"""Largest recommended batch over B_simple: doubling the batch beyond it saves at most a sixth of
+"""Largest recommended batch over B_crit: doubling the batch beyond it saves at most a sixth of
 the steps and costs at least two thirds more samples."""
+
+
+_MOST_MOMENTUM = 0.9
+"""Momentum beyond which the critical batch does not grow further."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +129,25 @@ def _jackknife_error(values: Sequence[float]) -> float:
     return math.sqrt((count - 1) / count * sum((value - mean) ** 2 for value in values))
 
 
+def critical_batch(b_simple: float, momentum: float) -> float:
+    """Return B_crit, at which a batch takes twice the steps and twice the samples of the least.
+
+    B_simple estimates it for steps along the gradient. Momentum leaves the progress of small
+    batches as it is and speeds up large ones, whose noise does not limit them (Zhang et al.,
+    arXiv:1907.04164). The factor 1 / sqrt(1 - momentum) is empirical: of those tried it is closest
+    to the steps that `benchmarks/batch_forecast.py` measures, where more momentum than 0.9 does not
+    help further.
+
+    Args:
+        b_simple: The noise scale, in any unit.
+        momentum: Momentum of the optimizer, or the first beta of Adam; 0 without any.
+
+    Returns:
+        B_crit in the unit of `b_simple`.
+    """
+    return b_simple / math.sqrt(1 - min(momentum, _MOST_MOMENTUM))
+
+
 class RunningNoise:
     """The noise scale of a run in progress, from an exponential moving average of measurements.
 
@@ -159,7 +182,7 @@ def steps_ratio(batch_size: float, other: float, critical: float) -> float:
     Args:
         batch_size: The batch of the denominator.
         other: The batch of the numerator, in the same unit.
-        critical: B_crit in that unit; B_simple is its estimate.
+        critical: B_crit in that unit, from `critical_batch`.
     """
     return (1 + critical / other) / (1 + critical / batch_size)
 
@@ -172,7 +195,7 @@ def items_ratio(batch_size: float, other: float, critical: float) -> float:
     Args:
         batch_size: The batch of the denominator.
         other: The batch of the numerator, in the same unit.
-        critical: B_crit in that unit; B_simple is its estimate.
+        critical: B_crit in that unit, from `critical_batch`.
     """
     return (1 + other / critical) / (1 + batch_size / critical)
 

@@ -6,6 +6,10 @@ off by a factor of ten. Short trainings through the whole schedule measure it. A
 same samples in the same order from the same weights, so that their losses compare well, and the
 logarithm of the loss is close to a parabola around its minimum. The loss that counts is held out:
 on small data sets the training loss prefers learning rates that are too low.
+
+The best learning rate falls with the length of a training. `for_length` applies the power of -1/2
+of stochastic gradient descent (Nemirovski et al., doi:10.1137/070704277); for language models under
+Adam, Bjorck et al. measure powers around -1/3 (arXiv:2409.19913).
 """
 
 from __future__ import annotations
@@ -17,13 +21,20 @@ from dataclasses import dataclass
 from launcher.analysis.lr_curve import Divergence, LossCurve
 
 DEFAULT_STEPS = 200
-"""Optimizer steps of a range test, and of the trainings at one learning rate together."""
+"""Optimizer steps of a range test, and of a short training."""
 
-NUM_SEEDS = 2
-"""Trainings at each learning rate, each with a seed of its own."""
-
-TRIAL_FACTOR = 3.0
+TRIAL_FACTOR = 2.0
 """Ratio between neighbouring learning rates of short trainings."""
+
+_SAME_LENGTH = 1.5
+"""Trainings that are at most this many times as long as a short one have its best learning rate."""
+
+_LONGEST = 16.0
+"""Most times as long as a short training for which the learning rate is lowered further: no longer
+trainings were measured."""
+
+_LENGTH_POWER = -0.5
+"""Power of the length of a training in its best learning rate."""
 
 FINAL_SHARE = 0.2
 """Part of the steps of a short training, at its end, whose mean loss counts."""
@@ -35,10 +46,16 @@ Above, training may break, and the parabola would follow that. So the fit is at 
 factor below the best trial.
 """
 
-_MAX_DIVERGED_TRIALS = 6
+_MAX_DIVERGED_TRIALS = 8
 """Trials in a row that may diverge, each at a lower learning rate, before the search gives up."""
 
-RIGHT_PERCENT: Mapping[str, int] = {"trainings": 71, "lowest": 54}
+_FAR = 5
+"""Trials after which the best learning rate is far if it is still the last of those tried."""
+
+_STRIDE = 3
+"""Factors between the trials of a search that has far to go."""
+
+RIGHT_PERCENT: Mapping[str, int] = {"trainings": 83, "lowest": 40}
 """How often each rule is within a factor of 2 of the best learning rate, in percent.
 
 `benchmarks/lr_finder.py` measures it with `DEFAULT_STEPS`, on recipes that were not used to choose
@@ -51,7 +68,8 @@ class Suggestions:
     """Learning rates by rule; None where a rule suggests none."""
 
     trainings: float | None = None
-    """The learning rate where the final losses of short trainings are lowest."""
+    """The learning rate where the final losses of short trainings are lowest, lowered for the
+    length of the recipe."""
 
     lowest: float | None = None
     """The learning rate where the smoothed loss of the range test is lowest."""
@@ -68,8 +86,8 @@ class LRTrial:
     """Peak learning rate of the training."""
 
     loss: float | None
-    """Held-out loss at the end of the training, or training loss without evaluation data: a mean
-    over seeds. None if one of them diverged."""
+    """Held-out loss at the end of the training, or training loss without evaluation data; None if
+    it diverged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +103,12 @@ class LRSearchResult:
     trials: tuple[LRTrial, ...] = ()
     """Short trainings around the lowest loss, in the order in which they ran; may be empty."""
 
+    trial_steps: int = 0
+    """Optimizer steps of a short training; 0 without any."""
+
+    whole_steps: int = 0
+    """Optimizer steps of the recipe; 0 without short trainings."""
+
 
 def next_lr(
     trials: Sequence[LRTrial], first: float, *, factor: float = TRIAL_FACTOR
@@ -92,8 +116,9 @@ def next_lr(
     """Return the learning rate to try next, or None once both neighbours of the best are tried.
 
     The search multiplies the learning rate by the factor while the final loss improves, and
-    otherwise divides it. It needs only a starting point. After six trials that all diverge, the
-    search gives up.
+    otherwise divides it. Where it has far to go, it takes three factors at a time and fills the
+    gap around the best in the end. It needs only a starting point. After eight trials that all
+    diverge, the search gives up.
 
     Args:
         trials: Outcomes of the trials so far.
@@ -109,15 +134,20 @@ def next_lr(
             return None
         return first * factor ** (min(tried_exponents) - 1)
     best_exponent = _exponent(best, first, factor)
-    for exponent in (best_exponent + 1, best_exponent - 1):
-        if exponent not in tried_exponents:
-            return float(first * factor**exponent)
+    steps = [1, -1]
+    if len(trials) >= _FAR and best_exponent == min(tried_exponents):
+        steps = [-_STRIDE]
+    elif len(trials) >= _FAR and best_exponent == max(tried_exponents):
+        steps = [_STRIDE]
+    for step in steps:
+        if best_exponent + step not in tried_exponents:
+            return float(first * factor ** (best_exponent + step))
     return None
 
 
-def training_name(lr: float, number: int) -> str:
-    """Return the name of the folder of a short training, by learning rate and number of seed."""
-    return f"lr-{lr:.3g}-{number}"
+def training_name(lr: float) -> str:
+    """Return the name of the folder of a short training."""
+    return f"lr-{lr:.3g}"
 
 
 def _exponent(trial: LRTrial, first: float, factor: float) -> int:
@@ -154,6 +184,21 @@ def fitted_lr(trials: Sequence[LRTrial], *, factor: float = TRIAL_FACTOR) -> flo
     return float(best.lr * factor ** _lowest_point(left, best.loss, right))
 
 
+def for_length(lr: float, steps: int, whole_steps: int) -> float:
+    """Return the learning rate for a training, given the best one of shorter trainings.
+
+    It is the same up to 1.5 times their length. Beyond, it falls with the square root of the
+    length, up to 16 times theirs.
+
+    Args:
+        lr: The best learning rate of trainings of `steps` steps.
+        steps: Optimizer steps of each of them.
+        whole_steps: Optimizer steps of the training.
+    """
+    ratio = min(whole_steps / steps, _LONGEST) / _SAME_LENGTH
+    return float(lr * max(ratio, 1.0) ** _LENGTH_POWER)
+
+
 def _lowest_point(left: float, middle: float, right: float | None) -> float:
     """Return where a parabola through losses at -1, 0 and 1 is lowest, from -1/6 to 1/2.
 
@@ -166,12 +211,6 @@ def _lowest_point(left: float, middle: float, right: float | None) -> float:
     before, after = losses[0] - losses[1], losses[2] - losses[1]
     after = min(after, _MAX_RISE_RATIO * before)
     return (before - after) / (2 * (before + after)) if before + after > 0 else 0.0
-
-
-def mean_loss(losses: Sequence[float | None]) -> float | None:
-    """Return the mean of the final losses of several seeds, or None if one of them diverged."""
-    completed = [loss for loss in losses if loss is not None]
-    return sum(completed) / len(losses) if len(completed) == len(losses) else None
 
 
 def final_loss(curve: LossCurve, steps: int) -> float | None:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from launcher.analysis.gradient_noise import RunningNoise
-from launcher.analysis.lr_trials import LRTrial, final_loss, mean_loss
 from launcher.console.plots import Curve, Plot
 from launcher.errors import RunDirError
 from launcher.paths import is_dir, is_file
@@ -16,8 +15,12 @@ from launcher.report.page import Section, Table
 from launcher.runs.history import History
 from launcher.runs.run_record import read_run
 from launcher.runs.rundir import RunDir
-from launcher.tuning.lr_search import read_range_test, with_trials
-from launcher.tuning.measured_files import read_curve, read_loading, read_noise, read_size
+from launcher.tuning.measured_files import (
+    read_loading,
+    read_lr_search,
+    read_noise,
+    read_size,
+)
 from launcher.tuning.summaries import lr_plot, lr_suggestions_text
 
 _SectionMaker = Callable[[list[RunDir]], Section]
@@ -72,7 +75,7 @@ def _measurements(folder: Path) -> Iterator[tuple[_SectionMaker, list[RunDir]]]:
     `launcher tune` in the folders `lr`, `noise`, `batch` and `loader`.
     """
     kinds: tuple[tuple[_SectionMaker, str, tuple[str, ...]], ...] = (
-        (_lr_section, "curve.json", ("", "lr")),
+        (_lr_section, "search.json", ("", "lr")),
         (_noise_section, "noise.json", ("", "noise")),
         (_batch_section, "size.json", ("size-*", "batch/size-*")),
         (_loader_section, "reading.json", ("*", "loader/*")),
@@ -90,28 +93,19 @@ def _measurements(folder: Path) -> Iterator[tuple[_SectionMaker, list[RunDir]]]:
 
 
 def _lr_section(run_dirs: list[RunDir]) -> Section:
-    plan, curve = _plan_of(run_dirs[0]), read_curve(run_dirs[0])
-    result = with_trials(read_range_test(curve), _read_trials(run_dirs[0].path))
+    measured = searched = run_dirs[0]
+    tuned = RunDir(measured.path.parent / "trainings")  # what `launcher tune` trained later
+    if measured.path.name == "lr" and is_file(tuned.lr_search):
+        measured, searched = RunDir(tuned.path / "trainings"), tuned
+    plan, result = _plan_of(measured), read_lr_search(searched)
     title = f"Learning rate, at a batch of {plan.batch_size:,}"
     return Section(
         title=title, text=lr_suggestions_text(result, plan), figures=[lr_plot(result, plan)]
     )
 
 
-def _read_trials(folder: Path) -> list[LRTrial]:
-    """Return the outcomes of the short trainings beside a range test, which may be none."""
-    losses: dict[float, list[float | None]] = {}
-    for path in sorted(folder.glob("lr-*")):
-        if is_file(path / "curve.json"):
-            run_dir = RunDir(path.resolve())
-            plan = _plan_of(run_dir)
-            final = final_loss(read_curve(run_dir), plan.total_steps)
-            losses.setdefault(plan.lr, []).append(final)
-    return [LRTrial(lr=lr, loss=mean_loss(values)) for lr, values in losses.items()]
-
-
 def _noise_section(run_dirs: list[RunDir]) -> Section:
-    plan, measurements = _plan_of(run_dirs[0]), read_noise(run_dirs[0])
+    plan, measurements = _plan_of(run_dirs[0]), read_noise(run_dirs[0]).measurements
     running = RunningNoise(memory=max(len(measurements) / 10, 10))
     points = []
     for measurement in measurements:

@@ -12,6 +12,7 @@ code/               the project as it was planned, for jobs and runs on several 
 report.html         the page that `launcher report` writes
 checkpoints/        one folder per checkpoint; see launcher.runs.checkpoints
 curve.json          learning rates and losses that `launcher find lr` measured
+search.json         what it found
 trials.json         the outcomes of its short trainings
 reading.json        loader throughput that `launcher find loader` measured
 size.json           throughput and memory that `launcher find batch` measured
@@ -146,6 +147,10 @@ class RunDir:
     @property
     def curve(self) -> Path:
         return self.path / "curve.json"
+
+    @property
+    def lr_search(self) -> Path:
+        return self.path / "search.json"
 
     @property
     def trials(self) -> Path:

@@ -16,6 +16,7 @@ from launcher.errors import LauncherError, RunDirError
 from launcher.json_file import exact_floats, find_json
 from launcher.launch.signal_handler import SignalHandler
 from launcher.paths import is_file
+from launcher.planning.global_batch import ceil_div
 from launcher.runs.cache import cache_folder
 from launcher.runs.files import write_json
 from launcher.runs.provenance import versions
@@ -23,12 +24,11 @@ from launcher.runs.rundir import RunDir, create_run_dir
 from launcher.tuning.memory_trial import try_in_memory
 from launcher.tuning.probe_run import Probe, Target
 
-TIMED_STEPS = 4
-"""Timed steps of a trial, after one step that allocates memory and connects the ranks."""
+MOST_STEPS = 200
+"""Most steps of a trial. It times them for half a second, or four if these take longer."""
 
 MICRO_STEPS = 2
-"""Micro-steps per step of a trial: the second computes while gradients exist, as accumulation
-does."""
+"""Micro-steps per step of a trial with accumulation: the second computes while gradients exist."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,14 +117,15 @@ class BatchSearch:
         )
 
     def _plan_trial(self, size: int) -> Probe:
-        batch_size = self.plan.data_ranks * size * MICRO_STEPS
+        micro_steps = min(MICRO_STEPS, ceil_div(self.share, size))
+        batch_size = self.plan.data_ranks * size * micro_steps
         if self.plan.train_samples is not None:
             batch_size = min(batch_size, self.plan.train_samples)
         return self._target.with_settings(
             "find batch",
             batch_size=batch_size,
             micro_batch_size=size,
-            steps=1 + TIMED_STEPS,
+            steps=MOST_STEPS,
             schedule="constant()",
             batch_milestones=(),
             record_samples=False,

@@ -269,7 +269,7 @@ def _row(plan: Plan, measured: Measurements, facts: EstimateInputs) -> EstimateR
         steps = Bounds(*(int(part * plan.total_steps) for part in parts))
         duration = Bounds(*(min(given, seconds) for seconds in duration))
     hours = Bounds(*(seconds / 3600 * num_devices for seconds in duration))
-    price, noise_scale = facts.price_per_hour, measured.noise_scale
+    price, critical = facts.price_per_hour, measured.critical_batch
     return EstimateRow(
         nodes=nodes,
         nproc_per_node=nproc,
@@ -283,7 +283,7 @@ def _row(plan: Plan, measured: Measurements, facts: EstimateInputs) -> EstimateR
         steps=steps,
         device_hours=hours,
         price=None if price is None else Bounds(*(bound * price for bound in hours)),
-        samples_ratio=None if noise_scale is None else 1 + plan.batch_size / noise_scale,
+        samples_ratio=None if critical is None else 1 + plan.batch_size / critical,
         save_every=save_every,
         goodput=lasting,
     )

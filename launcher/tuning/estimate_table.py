@@ -46,11 +46,11 @@ def estimate_text(estimate: Estimate, device: str) -> str:
             f"Steps waited for data during {measured.data_wait:.0%} of that time; "
             "`launcher find loader` finds the number of workers that avoids it."
         )
-    if measured.noise_scale is not None:
+    if measured.critical_batch is not None:
+        critical = f"{measured.critical_batch:,.0f}"
         sentences.append(
-            f"The gradient noise scale is {measured.noise_scale:,.0f} samples: to the same loss, a "
-            f"batch of B samples takes 1 + B / {measured.noise_scale:,.0f} times the samples of a "
-            "tiny batch."
+            f"The critical batch is {critical} samples, by the noise of the gradients: to the same "
+            f"loss, a batch of B samples takes 1 + B / {critical} times those of a tiny batch."
         )
     if not measured.save_seconds:
         sentences.append(
@@ -86,7 +86,7 @@ def _head(unit: str, estimate: Estimate) -> list[str]:
         head.append("steps")
     if estimate.facts.price_per_hour is not None:
         head.append("price")
-    if estimate.measured.noise_scale is not None:
+    if estimate.measured.critical_batch is not None:
         head.append("samples")
     if estimate.measured.save_seconds:
         head += ["save every", "goodput"]

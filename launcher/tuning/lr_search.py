@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from launcher.analysis.lr_curve import LossCurve, lowest_lr, lr_at_reference
 from launcher.analysis.lr_trials import (
-    NUM_SEEDS,
     LRSearchResult,
     LRTrial,
     Suggestions,
     fitted_lr,
+    for_length,
     training_name,
 )
 from launcher.errors import PlanError
+from launcher.json_file import exact_floats
 from launcher.launch.signal_handler import SignalHandler
 from launcher.paths import is_file
 from launcher.recipe.recipe import Recipe
+from launcher.runs.files import write_json
 from launcher.runs.run_record import write_run
 from launcher.runs.rundir import RunDir, create_run_dir
 from launcher.tuning.measured_files import read_curve, read_trials
@@ -77,7 +79,9 @@ def find_lr(
     from launcher.engine.worker import agent_range_test
 
     run_probe(test, run_dir, agent_range_test, signals, quiet=quiet)
-    return read_range_test(read_curve(run_dir))
+    result = read_range_test(read_curve(run_dir))
+    _store(result, run_dir)
+    return result
 
 
 def read_range_test(curve: LossCurve) -> LRSearchResult:
@@ -107,9 +111,9 @@ def try_lrs(
 ) -> LRSearchResult:
     """Return the result of a range test with short trainings around its lowest loss.
 
-    Each training goes through the whole schedule of the recipe. At each learning rate there is one
-    for each of `NUM_SEEDS` seeds. The same ranks take all of them. If the range test suggests
-    nothing there are no trainings.
+    Each training goes through the whole schedule of the recipe, from the same weights and with the
+    same samples. The same ranks take all of them. If the range test suggests nothing there are no
+    trainings.
 
     Args:
         result: Result of the range test.
@@ -117,15 +121,17 @@ def try_lrs(
         run_dir: Folder that receives the folder `trainings`, with a folder for each of them.
         signals: The signal handler of this process.
         on_trial: Receives the outcome at each learning rate.
-        steps: Steps of all trainings at one learning rate together.
+        steps: Steps of a short training; at most those of the recipe are taken.
 
     Raises:
         RunFailedError: A rank failed.
     """
     first = result.suggestions.lowest
     if first is None:
-        return with_trials(result, ())
-    probe = _plan_training(target, first, 0, steps // NUM_SEEDS)
+        return result
+    whole_steps = target.plan()[1].total_steps
+    steps = min(steps, whole_steps)
+    probe = _plan_training(target, first, steps)
     trials = _Trials(create_run_dir(run_dir.path / "trainings", probe.plan.recipe), on_trial)
     from launcher.engine.worker import agent_lr_trainings
 
@@ -141,12 +147,13 @@ def try_lrs(
     finally:
         trials.report()
     for trial in trials.reported:
-        for number in range(NUM_SEEDS):
-            folder = RunDir(trials.run_dir.path / training_name(trial.lr, number))
-            if is_file(folder.curve):
-                planned = _plan_training(target, trial.lr, number, steps // NUM_SEEDS)
-                write_run(folder, replace(planned.description, probe=True))
-    return with_trials(result, trials.reported)
+        folder = RunDir(trials.run_dir.path / training_name(trial.lr))
+        if is_file(folder.curve):
+            planned = _plan_training(target, trial.lr, steps)
+            write_run(folder, replace(planned.description, probe=True))
+    result = with_trials(result, trials.reported, steps, whole_steps)
+    _store(result, run_dir)
+    return result
 
 
 class _Trials:
@@ -181,19 +188,42 @@ class _Trials:
             self._on_trial(trial)
 
 
-def with_trials(result: LRSearchResult, trials: Sequence[LRTrial]) -> LRSearchResult:
-    """Return the result of a range test with what short trainings add to it."""
-    suggestions = replace(result.suggestions, trainings=fitted_lr(trials))
-    return replace(result, suggestions=suggestions, trials=tuple(trials))
+def with_trials(
+    result: LRSearchResult, trials: Sequence[LRTrial], steps: int, whole_steps: int
+) -> LRSearchResult:
+    """Return the result of a range test with what short trainings add to it.
+
+    Args:
+        result: Result of the range test.
+        trials: Outcomes of the short trainings; may be empty.
+        steps: Optimizer steps of each.
+        whole_steps: Optimizer steps of the recipe.
+    """
+    if not trials:
+        return result
+    found = fitted_lr(trials)
+    if found is not None:
+        found = for_length(found, steps, whole_steps)
+    return replace(
+        result,
+        suggestions=replace(result.suggestions, trainings=found),
+        trials=tuple(trials),
+        trial_steps=steps,
+        whole_steps=whole_steps,
+    )
 
 
-def _plan_training(target: Target, lr: float, number: int, steps: int) -> Probe:
+def _store(result: LRSearchResult, run_dir: RunDir) -> None:
+    """Write the result of a search into its folder, for pages."""
+    write_json(run_dir.lr_search, exact_floats(asdict(result)))
+
+
+def _plan_training(target: Target, lr: float, steps: int) -> Probe:
     """Plan a training through the whole schedule of a recipe.
 
     Args:
         target: The recipe.
         lr: Peak learning rate.
-        number: Number added to the seed of the recipe.
         steps: Steps of the training.
 
     Raises:
@@ -204,7 +234,6 @@ def _plan_training(target: Target, lr: float, number: int, steps: int) -> Probe:
         lr=lr,
         lr_rule="none",
         steps=steps,
-        seed=target.plan()[0].seed + number,
         max_bad_steps=steps,
         evaluate_every=steps,
         batch_milestones=(),

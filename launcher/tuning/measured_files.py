@@ -9,7 +9,7 @@ from msgspec import Meta
 
 from launcher.analysis.gradient_noise import Measurement
 from launcher.analysis.lr_curve import LossCurve
-from launcher.analysis.lr_trials import LRTrial
+from launcher.analysis.lr_trials import LRSearchResult, LRTrial
 from launcher.analysis.step_profile import Profile
 from launcher.errors import RunDirError
 from launcher.json_file import Count, read_json
@@ -84,10 +84,13 @@ class LoaderReading:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Measurements:
+class NoiseReading:
     """noise.json: the measurement of each step."""
 
     measurements: tuple[Measurement, ...]
+
+    momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    """Momentum of the optimizer, or the first beta of Adam: the mean over the steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,20 +131,29 @@ def read_curve(run_dir: RunDir) -> LossCurve:
     return curve
 
 
-def read_noise(run_dir: RunDir) -> tuple[Measurement, ...]:
+def read_lr_search(run_dir: RunDir) -> LRSearchResult:
+    """Return what a search for a learning rate found.
+
+    Raises:
+        RunDirError: It is missing or damaged.
+    """
+    return read_json(run_dir.lr_search, LRSearchResult, remedy=_REMEDY, exact=True)
+
+
+def read_noise(run_dir: RunDir) -> NoiseReading:
     """Return the measurements of gradient noise in a run folder.
 
     Raises:
         RunDirError: They are missing or damaged.
     """
-    measurements = read_json(run_dir.noise, _Measurements, remedy=_REMEDY).measurements
-    for measurement in measurements:
+    reading = read_json(run_dir.noise, NoiseReading, remedy=_REMEDY)
+    for measurement in reading.measurements:
         if measurement.big_items <= 0 or measurement.small_inverse * measurement.big_items <= 1:
             raise RunDirError(
                 f"{run_dir.noise} is damaged: the parts of step {measurement.step} are not smaller "
                 f"than its batch. {_REMEDY}"
             )
-    return measurements
+    return reading
 
 
 def read_size(run_dir: RunDir) -> SizeReading:

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from launcher.analysis.gradient_noise import estimate_noise_scale
+from launcher.analysis.gradient_noise import critical_batch, estimate_noise_scale
 from launcher.errors import RunDirError
 from launcher.paths import is_file
 from launcher.planning.plan import Plan
@@ -36,8 +36,8 @@ class Measurements:
     data_wait: float
     """Fraction of the time of the steps that they waited for data."""
 
-    noise_scale: float | None = None
-    """B_simple in samples; None if it was not measured."""
+    critical_batch: float | None = None
+    """B_crit in samples, from the noise scale; None if it was not measured."""
 
     save_seconds: float | None = None
     """Time that a checkpoint stalls the training; None if no checkpoint was saved."""
@@ -81,7 +81,7 @@ def read_measurements(folders: Sequence[Path], plan: Plan) -> Measurements:
         micro_steps=tuple(sorted(reader.micro_steps.items())),
         num_trained=reader.num_trained,
         data_wait=reader.data_wait,
-        noise_scale=reader.noise_scale,
+        critical_batch=reader.critical_batch,
         save_seconds=reader.save_seconds,
     )
 
@@ -93,17 +93,20 @@ class _MeasurementReader:
         self.micro_steps: dict[int, float] = {}
         self.num_trained = 0
         self.data_wait = 0.0
-        self.noise_scale: float | None = None
+        self.critical_batch: float | None = None
         self.save_seconds: float | None = None
 
     def read_noise(self, run_dir: RunDir, measured_plan: dict[str, Any]) -> None:
-        """Read the noise scale of the second half of the steps, converted from items to samples."""
-        measurements = read_noise(run_dir)
+        """Read B_crit over the second half of the steps, converted from items to samples."""
+        reading = read_noise(run_dir)
+        measurements = reading.measurements
         second_half = measurements[len(measurements) // 2 :]
         scale = estimate_noise_scale(second_half) or estimate_noise_scale(measurements)
         if scale is not None:
             items = fmean(measurement.big_items for measurement in measurements)
-            self.noise_scale = scale.b_simple * measured_plan["batch_size"] / items
+            samples_per_item = measured_plan["batch_size"] / items
+            critical = critical_batch(scale.b_simple, reading.momentum)
+            self.critical_batch = critical * samples_per_item
 
     def read_size(self, run_dir: RunDir, measured_plan: dict[str, Any]) -> None:
         """Read the speed of a trial of a micro-batch size."""

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launcher.analysis.gradient_noise import Measurement, NoiseScale, estimate_noise_scale
+from launcher.analysis.gradient_noise import (
+    Measurement,
+    NoiseScale,
+    critical_batch,
+    estimate_noise_scale,
+)
 from launcher.launch.signal_handler import SignalHandler
 from launcher.planning.global_batch import ceil_div
 from launcher.planning.strategy import STRATEGIES
@@ -29,6 +34,9 @@ class NoiseSearchResult:
     halves: tuple[NoiseScale | None, NoiseScale | None]
     """Estimates over each half of the steps: the noise scale grows as the loss falls."""
 
+    momentum: float = 0.0
+    """Momentum of the optimizer, or the first beta of Adam: the mean over the steps."""
+
     @property
     def latest(self) -> NoiseScale | None:
         """The estimate over the second half, or over all steps if that half determines none.
@@ -36,6 +44,13 @@ class NoiseSearchResult:
         The second half is closer to the conditions of most of a training.
         """
         return self.halves[1] or self.whole
+
+    @property
+    def critical(self) -> float | None:
+        """B_crit in items, from the latest estimate; None if that is undetermined."""
+        if self.latest is None:
+            return None
+        return critical_batch(self.latest.b_simple, self.momentum)
 
 
 def plan_noise(target: Target) -> Probe:
@@ -76,7 +91,8 @@ def find_noise(
 
     last_step = min(steps, probe.plan.total_steps)
     run_probe(probe, run_dir, agent_noise_probe, signals, last_step=last_step, quiet=quiet)
-    measurements = read_noise(run_dir)
+    reading = read_noise(run_dir)
+    measurements = reading.measurements
     half = len(measurements) // 2
     return NoiseSearchResult(
         measurements=measurements,
@@ -85,4 +101,5 @@ def find_noise(
             estimate_noise_scale(measurements[:half]),
             estimate_noise_scale(measurements[half:]),
         ),
+        momentum=reading.momentum,
     )

@@ -26,7 +26,7 @@ from launcher.planning.strategy import STRATEGIES
 from launcher.recipe.recipe import Recipe
 from launcher.runs.plan_recipe import plan_recipe
 from launcher.runs.rundir import RunDir, create_run_dir
-from launcher.tuning.batch_search import MICRO_STEPS, TIMED_STEPS
+from launcher.tuning.batch_search import MICRO_STEPS, MOST_STEPS
 from launcher.tuning.memory_plan import (
     is_this_machine,
     measure_model_memory,
@@ -264,7 +264,7 @@ class StrategySearch:
             "offload": "cpu" if candidate.offload else None,
             "activation_checkpointing": candidate.activation_checkpointing,
             "micro_batch_size": candidate.micro_batch_size,
-            "steps": 1 + TIMED_STEPS,
+            "steps": MOST_STEPS,
             "schedule": "constant()",
             "batch_milestones": (),
             "record_samples": False,

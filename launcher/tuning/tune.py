@@ -84,15 +84,15 @@ class Tuner:
             RunDirError: A stored result is damaged.
         """
         range_test = self._test_lrs()
-        noise, noise_scale = self._find_noise()
-        batch = self._find_batch(noise_scale)
+        noise, critical = self._find_noise()
+        batch = self._find_batch(critical)
         lr_search = None if range_test is None else self._find_lr(*range_test)
         loader = self._find_loader()
         return TuningResult(
             settings=tuple(self._settings.values()),
             lr_search=lr_search,
             noise=noise,
-            noise_scale=noise_scale,
+            critical_batch=critical,
             batch=batch,
             loader=loader,
         )
@@ -187,7 +187,7 @@ class Tuner:
         return result
 
     def _find_noise(self) -> tuple[NoiseSearchResult | None, float | None]:
-        """Measure the gradient noise; return the measurement and the noise scale in samples."""
+        """Measure the gradient noise; return the measurement and B_crit in samples."""
         self._listener.on_search("gradient noise scale")
         target = self._tuned_target()
         if target.plan()[1].total_steps > self._steps:
@@ -205,18 +205,18 @@ class Tuner:
             lambda run_dir: find_noise(probe, run_dir, self._signals, steps=self._steps),
         )
         self._listener.on_noise_result(result, probe)
-        if result.latest is None:
+        if result.critical is None:
             num_steps = len(result.measurements)
             self._listener.on_message(f"The noise scale is undetermined after {num_steps} steps.")
             return result, None
         # A loss may count items other than samples, such as tokens.
         samples_per_item = probe.plan.batch_size / result.measurements[0].big_items
-        scale = result.latest.b_simple * samples_per_item
-        self._listener.on_message(f"The noise scale B_simple is {scale:,.3g} samples.")
-        return result, scale
+        critical = result.critical * samples_per_item
+        self._listener.on_message(f"The critical batch B_crit is {critical:,.3g} samples.")
+        return result, critical
 
-    def _find_batch(self, noise_scale: float | None) -> BatchSearchResult | None:
-        """Search for the micro-batch and, given a noise scale, for the global batch.
+    def _find_batch(self, critical: float | None) -> BatchSearchResult | None:
+        """Search for the micro-batch and, given B_crit in samples, for the global batch.
 
         Return None if the micro-batch size is fixed.
         """
@@ -224,13 +224,14 @@ class Tuner:
             return None
         target = self._tuned_target()
         recipe, plan = target.plan()
-        scale = None if self._is_batch_fixed(recipe) else noise_scale
+        if self._is_batch_fixed(recipe):
+            critical = None
         first = None
-        if scale is None:
+        if critical is None:
             self._listener.on_search("micro-batch")
         else:
             self._listener.on_search("batch and micro-batch")
-            target = target.with_settings("tune", batch_size=_largest_batch(plan, scale))
+            target = target.with_settings("tune", batch_size=_largest_batch(plan, critical))
             first = max(plan.batch_size // plan.data_ranks // _FIRST_SIZE_DIVISOR, 1)
         search = BatchSearch(target, memory=self._memory, first=first)
         result = self._search_once(
@@ -243,14 +244,14 @@ class Tuner:
         if chosen is None:
             self._listener.on_message("Not one sample fits into the memory of a rank.")
             return result
-        if scale is not None:
+        if critical is not None:
             chosen = fastest_to_the_loss(
                 result.trials,
                 world_size=plan.data_ranks,
                 batch_size=plan.batch_size,
-                noise_scale=scale,
+                critical=critical,
             )
-            self._set_batch(recipe, plan, chosen.size, scale)
+            self._set_batch(recipe, plan, chosen.size, critical)
         num_fitting = sum(trial.fits for trial in result.trials)
         self._set(
             "micro_batch_size",
@@ -260,7 +261,7 @@ class Tuner:
         )
         return result
 
-    def _set_batch(self, recipe: Recipe, plan: Plan, size: int, scale: float) -> None:
+    def _set_batch(self, recipe: Recipe, plan: Plan, size: int, critical: float) -> None:
         """Recommend `size` samples per rank as the global batch, and a duration that fits it.
 
         Nothing is recommended if the global batch stays the same.
@@ -268,7 +269,7 @@ class Tuner:
         before, after = plan.batch_size, size * plan.data_ranks
         if after == before:
             return
-        steps, items = steps_ratio(before, after, scale), items_ratio(before, after, scale)
+        steps, items = steps_ratio(before, after, critical), items_ratio(before, after, critical)
         self._listener.on_message(
             f"The recommended global batch has {after:,} samples instead of {before:,}."
         )
@@ -276,8 +277,8 @@ class Tuner:
         self._set(
             "batch_size_per_gpu" if is_per_gpu else "batch_size",
             max(after // plan.world_size, 1) if is_per_gpu else after,
-            f"the noise scale is {scale:,.3g} samples: x{steps:.2f} the steps and x{items:.2f} the "
-            f"samples of a batch of {before:,}",
+            f"the critical batch is {critical:,.3g} samples: x{steps:.2f} the steps and "
+            f"x{items:.2f} the samples of a batch of {before:,}",
         )
         if self._fixed_names & {"epochs", "steps"}:
             return
@@ -317,14 +318,14 @@ class Tuner:
         return bool(is_given or recipe.batch_milestones)
 
 
-def _largest_batch(plan: Plan, scale: float) -> int:
-    """Return the global batch, doubled as often as the noise scale and the data allow.
+def _largest_batch(plan: Plan, critical: float) -> int:
+    """Return the global batch, doubled as often as the critical batch and the data allow.
 
     Args:
         plan: The plan with the present batch.
-        scale: B_simple, in samples.
+        critical: B_crit, in samples.
     """
-    limit = MAX_BATCH_RATIO * scale
+    limit = MAX_BATCH_RATIO * critical
     limit = min(limit, (plan.train_samples or limit) / _MIN_STEPS_PER_EPOCH)
     batch_size = plan.batch_size
     while 2 * batch_size <= limit:

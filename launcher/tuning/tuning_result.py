@@ -41,8 +41,8 @@ class TuningResult:
     noise: NoiseSearchResult | None
     """The measurement of the gradient noise; None if it cannot be measured on these ranks."""
 
-    noise_scale: float | None
-    """B_simple in samples; None if it is undetermined."""
+    critical_batch: float | None
+    """B_crit in samples, from the noise; None if it is undetermined."""
 
     batch: BatchSearchResult | None
     """The search for the batch and micro-batch; None if the micro-batch size was given."""

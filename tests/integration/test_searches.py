@@ -14,6 +14,7 @@ import yaml
 from support import ROOT, Commands, read_lines
 
 from launcher.analysis.loader_throughput import MAX_PREFETCH_FACTOR, prefetch_factor_to_hide
+from launcher.analysis.lr_trials import for_length
 
 LR = ("launcher", "find", "lr", "digits", "--from", "1e-4", "--steps", "60")
 
@@ -49,29 +50,26 @@ def test_find_lr_prints_a_setting_that_a_plan_takes(run: Commands) -> None:
 
 
 def test_short_trainings_bracket_the_best_lr(run: Commands) -> None:
-    """The recommended lr is near the best trial, which has a worse one on both of its sides.
+    """The best trial has a worse one on both of its sides, and its lr is lowered for the length.
 
-    Each trial that did not diverge has two trainings with a seed of its own, in half of the steps.
+    Each trial takes the steps of --steps, and the recipe 240.
     """
     done = run(*LR, "-n", "1", "--json", "--out", "out")
     assert done.exit_code == 0, done.stderr
     result = json.loads(done.stdout)
     trials = sorted(result["trials"], key=lambda trial: trial["lr"])
     best = min(trials, key=lambda trial: trial["loss"] or math.inf)
-    assert 3 ** (-1 / 6) - 1e-6 <= result["settings"]["lr"] / best["lr"] <= 3**0.5
+    assert (result["trial_steps"], result["whole_steps"]) == (60, 240)
+    lowered = for_length(best["lr"], 60, 240)
+    assert 2 ** (-1 / 6) - 1e-6 <= result["settings"]["lr"] / lowered <= 2**0.5
     assert result["suggestions"]["trainings"] == result["settings"]["lr"]
     assert 0 < trials.index(best) < len(trials) - 1
     assert best["loss"] < 1.5
-    folder = run.folder / "out/trainings"
-    curves = [
-        json.loads((folder / f"lr-{best['lr']:.3g}-{number}/curve.json").read_text())
-        for number in (0, 1)
-    ]
-    assert best["loss"] == pytest.approx(sum(curve["held_out"] for curve in curves) / 2)
-    for number in (0, 1):
-        record = (folder / f"lr-{best['lr']:.3g}-{number}/run.yaml").read_text()
-        assert yaml.safe_load(record)["plan"]["total_steps"] == 30
-        assert yaml.safe_load(record)["plan"]["settings"]["seed"] == number
+    folder = run.folder / f"out/trainings/lr-{best['lr']:.3g}"
+    curve = json.loads((folder / "curve.json").read_text())
+    assert best["loss"] == curve["held_out"]
+    assert len(curve["losses"]) == 60
+    assert yaml.safe_load((folder / "run.yaml").read_text())["plan"]["total_steps"] == 60
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2"])
@@ -204,10 +202,10 @@ def test_find_noise_compares_batches(run: Commands) -> None:
         if re.match(r" +[\d,]+ +x", line)
     }
     assert "x1.00   x1.00" in rows[256]
-    inefficient = [size for size, line in rows.items() if "2 x B_simple" in line]
+    inefficient = [size for size, line in rows.items() if "2 x B_crit" in line]
     assert inefficient == [512, 1024, 2048, 4096]
     advice = done.stdout[done.stdout.index("Batches up to") :]
-    assert re.search(r"2 x B_simple = 3\d\d\b", advice)
+    assert re.search(r"2 x B_crit = 3\d\d\b", advice)
     assert re.search(r"\b2 ranks\b.*\b128\b", advice)
     assert (run.folder / "out/noise.png").is_file()
 

@@ -160,24 +160,24 @@ def make_trials(*rates: float) -> list[SizeTrial]:
 
 
 @pytest.mark.parametrize(
-    ("noise_scale", "rates", "size"),
+    ("critical", "rates", "size"),
     [
         (1e6, (1.0, 2.0, 4.0, 8.0), 64),  # every doubling halves the time
         (1e6, (1.0, 1.5, 1.55, 1.56), 32),  # larger sizes are hardly faster
-        (40.0, (1.0, 2.0, 4.0, 8.0), 32),  # 128 on two ranks exceeds twice the noise scale
+        (40.0, (1.0, 2.0, 4.0, 8.0), 32),  # 128 on two ranks exceeds twice the critical batch
         (1e6, (1.0, 1.02, 1.05, 1.06), 8),  # no batch saves a tenth of the time
-        (1.0, (1.0, 1.5, 2.0, 2.5), 8),  # every batch exceeds twice the noise scale
+        (1.0, (1.0, 1.5, 2.0, 2.5), 8),  # every batch exceeds twice the critical batch
         (1e6, (4.0, 2.0, 1.0, 1.0), 8),  # larger sizes are slower
     ],
 )
 def test_the_batch_that_reaches_a_loss_soonest_is_chosen(
-    noise_scale: float, rates: tuple[float, ...], size: int
+    critical: float, rates: tuple[float, ...], size: int
 ) -> None:
-    """The choice weighs the samples, by the noise scale, against the measured throughput."""
+    """The choice weighs the samples, by the critical batch, against the measured throughput."""
     chosen = fastest_to_the_loss(
         [*make_trials(*rates), SizeTrial(size=128, fits=False)],
         world_size=2,
         batch_size=16,
-        noise_scale=noise_scale,
+        critical=critical,
     )
     assert chosen.size == size

@@ -10,6 +10,7 @@ import pytest
 from launcher.analysis.gradient_noise import (
     Measurement,
     RunningNoise,
+    critical_batch,
     estimate_noise_scale,
     fit_steps,
     items_ratio,
@@ -100,6 +101,13 @@ def test_the_running_noise_scale_forgets() -> None:
     for measurement in measure(3000, small=64, big=256):
         scale = running.add(measurement)
     assert scale == pytest.approx(TRUE_SCALE, rel=0.3)
+
+
+def test_momentum_raises_the_critical_batch() -> None:
+    """Without momentum B_crit is B_simple; one of 0.9 or more raises it by the root of 10."""
+    assert critical_batch(100.0, 0.0) == 100.0
+    assert critical_batch(100.0, 0.9) == pytest.approx(316.23, rel=1e-4)
+    assert critical_batch(100.0, 0.95) == critical_batch(100.0, 0.9)
 
 
 def test_steps_and_items_trade_off() -> None:

@@ -50,12 +50,22 @@ def test_a_test_that_does_not_diverge_has_one_curve() -> None:
     assert len(lr_plot(result, PLAN).curves) == 1
     trials = [
         LRTrial(lr=0.1, loss=1.1),
-        LRTrial(lr=0.3, loss=1.0),
-        LRTrial(lr=0.9, loss=None),
+        LRTrial(lr=0.2, loss=1.0),
+        LRTrial(lr=0.4, loss=None),
     ]
-    plot = lr_plot(with_trials(result, trials), PLAN)
-    assert list(plot.curves[1].xs) == [0.1, 0.3]
+    plot = lr_plot(with_trials(result, trials, 200, 200), PLAN)
+    assert list(plot.curves[1].xs) == [0.1, 0.2]
     assert {mark.name for mark in plot.marks} == {"trainings", "lowest"}
+
+
+def test_the_text_says_how_the_lr_was_lowered_for_the_length() -> None:
+    """For a recipe of 6 times the steps of its trainings the text has the factor 0.5."""
+    result = read_range_test(LossCurve(lrs=LRS, losses=tuple(map(fall, LRS))))
+    trials = [LRTrial(lr=lr, loss=loss) for lr, loss in ((0.1, 1.1), (0.2, 1.0), (0.4, 1.1))]
+    for whole_steps, is_lowered in ((200, False), (1200, True)):
+        found = with_trials(result, trials, 200, whole_steps)
+        text = lr_suggestions_text(found, PLAN)
+        assert ("1,200 steps" in text and "by 0.5." in text) is is_lowered
 
 
 @pytest.mark.parametrize("rule", RIGHT_PERCENT)

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     default=DEFAULT_STEPS,
     show_default=True,
     metavar="K",
-    help="Steps of the range test, and of the short trainings at each learning rate together.",
+    help="Steps of the range test, and of each short training.",
 )
 @click.option(
     "--rule",
@@ -73,9 +73,10 @@ def command(
     """Train RECIPE at its global batch in short trainings, and find the best learning rate.
 
     First a range test raises the learning rate until the loss diverges. From where its loss is
-    lowest, short trainings go through the whole schedule, each at a learning rate 3 times as high
-    or as low, until the best lies between two that are worse. They run on the planned ranks under
-    the planned strategy. The printed setting is converted to the recipe's lr_batch_size.
+    lowest, short trainings go through the whole schedule, each at a learning rate twice as high or
+    half as high, until the best lies between two that are worse. It is lowered for a recipe with
+    more steps than these. All run on the planned ranks under the planned strategy. The printed
+    setting is converted to the recipe's lr_batch_size.
 
     \b
     launcher find lr digits

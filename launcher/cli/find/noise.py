@@ -41,9 +41,10 @@ def command(
 ) -> int:
     """Measure the gradient noise scale B_simple of RECIPE over some steps of training.
 
-    B_simple is the batch size at which a larger batch starts to cost more samples than it saves
-    steps (McCandlish et al., arXiv:1812.06162). The global batch stays the same, but may be split
-    into smaller micro-batches, whose gradients are compared.
+    Without momentum B_simple is the critical batch, at which a larger batch starts to cost more
+    samples than it saves steps (McCandlish et al., arXiv:1812.06162); momentum raises it. The
+    global batch stays the same, but may be split into smaller micro-batches, whose gradients are
+    compared.
 
     \b
     launcher find noise digits

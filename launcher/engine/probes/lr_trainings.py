@@ -14,10 +14,8 @@ from dataclasses import asdict, replace
 
 from launcher.analysis.lr_curve import LossCurve
 from launcher.analysis.lr_trials import (
-    NUM_SEEDS,
     LRTrial,
     final_loss,
-    mean_loss,
     next_lr,
     training_name,
 )
@@ -28,12 +26,11 @@ from launcher.engine.training.loop import train
 from launcher.environment.world import find_world
 from launcher.planning.planner import make_plan
 from launcher.recipe.evaluation_sets import metric_name
-from launcher.recipe.overrides import Override
 from launcher.recipe.recipe import Data, Recipe
 from launcher.runs.files import write_json
 
 _MAX_KEPT_BYTES = 1 << 28
-"""Data sets of tensors up to this size are kept from one training to the next of the same seed."""
+"""Data sets of tensors up to this size are kept from one training to the next."""
 
 
 def run_lr_trainings(probe: ProbeContext) -> None:
@@ -43,30 +40,23 @@ def run_lr_trainings(probe: ProbeContext) -> None:
     0 writes the trials after each learning rate, and the curve of each training.
     """
     trials: list[LRTrial] = []
-    kept: dict[int, Data] = {}
+    kept: list[Data] = []
     while (lr := next_lr(trials, probe.recipe.lr)) is not None:
-        losses: list[float | None] = []
-        for number in range(NUM_SEEDS):
-            if None not in losses:  # one that diverges is enough
-                curve = _train(probe, lr, number, kept)
-                losses.append(final_loss(curve, probe.plan.total_steps))
-        trials.append(LRTrial(lr=lr, loss=mean_loss(losses)))
+        curve = _train(probe, lr, kept)
+        trials.append(LRTrial(lr=lr, loss=final_loss(curve, probe.plan.total_steps)))
         if probe.backend.rank == 0:
             write_json(probe.run_dir.trials, {"trials": [asdict(trial) for trial in trials]})
 
 
-def _train(probe: ProbeContext, lr: float, number: int, kept: dict[int, Data]) -> LossCurve:
+def _train(probe: ProbeContext, lr: float, kept: list[Data]) -> LossCurve:
     """Train at one learning rate, evaluate at the end, and return the losses (collective).
 
     Args:
         probe: The training at the first learning rate.
         lr: Peak learning rate.
-        number: Number added to the seed of the recipe.
-        kept: The data sets of earlier trainings, by seed.
+        kept: The data of earlier trainings; may be empty.
     """
-    seed = probe.recipe.seed + number
-    recipe = replace(probe.recipe, lr=lr, seed=seed)
-    recipe = replace(recipe, data=_kept_data(recipe, kept))
+    recipe = replace(probe.recipe, lr=lr, data=_kept_data(probe.recipe, kept))
     plan = make_plan(
         recipe,
         probe.plan.machine,
@@ -74,14 +64,7 @@ def _train(probe: ProbeContext, lr: float, number: int, kept: dict[int, Data]) -
         train_samples=probe.plan.train_samples,
     )
     world = replace(find_world(), store=None)  # the process group is there already
-    override = Override(name="seed", value=seed, source="find lr")
-    own = replace(
-        probe,
-        recipe=recipe,
-        source=replace(probe.source, overrides=(*probe.source.overrides, override)),
-        plan=plan,
-        backend=open_backend(recipe, plan, world),
-    )
+    own = replace(probe, recipe=recipe, plan=plan, backend=open_backend(recipe, plan, world))
     with own.collect_metrics() as collector:
         controller = StopAtDivergence(collector)
         context = own.build_train_context(evaluates=True)
@@ -93,7 +76,7 @@ def _train(probe: ProbeContext, lr: float, number: int, kept: dict[int, Data]) -
         is_finite = math.isfinite(held_out)
         curve = replace(curve, held_out=held_out) if is_finite else replace(curve, losses=())
     if own.backend.rank == 0:
-        folder = probe.run_dir.path / training_name(lr, number)
+        folder = probe.run_dir.path / training_name(lr)
         folder.mkdir(exist_ok=True)
         write_json(folder / probe.run_dir.curve.name, asdict(curve))
     del context, own
@@ -101,15 +84,15 @@ def _train(probe: ProbeContext, lr: float, number: int, kept: dict[int, Data]) -
     return curve
 
 
-def _kept_data(recipe: Recipe, kept: dict[int, Data]) -> Callable[[], Data]:
+def _kept_data(recipe: Recipe, kept: list[Data]) -> Callable[[], Data]:
     """Return the data function of a recipe, which reads small data sets of tensors only once."""
 
     def data() -> Data:
-        if recipe.seed in kept:
-            return kept[recipe.seed]
+        if kept:
+            return kept[0]
         found = recipe.data()
         if isinstance(found, Data) and _num_bytes(found) <= _MAX_KEPT_BYTES:
-            kept[recipe.seed] = found
+            kept.append(found)
         return found
 
     return data

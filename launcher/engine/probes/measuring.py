@@ -144,6 +144,13 @@ class ProbeContext:
             progress.close()
 
 
+_FEWEST_STEPS = 4
+"""Steps that are timed at least."""
+
+_TIMED_SECONDS = 0.5
+"""Duration for which steps are timed, if there are enough of them."""
+
+
 class StopAtDivergence(StepController):
     """Stops when the collected losses diverge.
 
@@ -190,16 +197,18 @@ def measure_noise(probe: ProbeContext, *, last_step: int) -> None:
             for measurement in collector.noise
             if math.isfinite(measurement.small + measurement.big)
         ]
-        write_json(probe.run_dir.noise, {"measurements": measurements})
+        momenta = [row.momentum or 0.0 for row in collector.rows]
+        values = {"momentum": statistics.fmean(momenta), "measurements": measurements}
+        write_json(probe.run_dir.noise, values)
 
 
 def time_micro_batch_size(probe: ProbeContext) -> None:
-    """Time the planned steps after the first one; rank 0 writes throughput and peak memory."""
+    """Time steps after the first ones; rank 0 writes throughput and peak memory."""
     _time_steps(probe, lambda: peak_bytes(probe.backend.device))
 
 
 def time_strategy(probe: ProbeContext) -> None:
-    """Time the planned steps after the first one; rank 0 writes throughput and peak memory.
+    """Time steps after the first ones; rank 0 writes throughput and peak memory.
 
     The peak is that of these steps alone. On a CPU it is resident memory beyond what this process
     had before it built the model, with an allocator that returns the memory of freed tensors.
@@ -217,24 +226,45 @@ def time_strategy(probe: ProbeContext) -> None:
 def _time_steps(
     probe: ProbeContext, read_peak: Callable[[], int], on_warm: Callable[[], None] = lambda: None
 ) -> None:
-    """Time the planned steps after the first one; rank 0 writes throughput and peak memory.
+    """Time steps after the first ones; rank 0 writes throughput and peak memory.
+
+    The first step allocates memory and connects the ranks. The next ones use up the batches that
+    workers read ahead, as far as the planned steps suffice. Steps are timed for half a second, and
+    at least four are.
 
     Args:
         probe: What is measured.
         read_peak: Returns the peak memory of this rank, in bytes, after the last step.
         on_warm: Called after the first step.
     """
-    backend, num_steps = probe.backend, probe.plan.total_steps
+    backend, plan = probe.backend, probe.plan
+    num_ahead = ceil_div(
+        plan.workers_per_rank * (plan.prefetch_factor or 0), plan.accumulation_steps
+    )
+    warm_steps = max(min(1 + num_ahead, plan.total_steps - _FEWEST_STEPS), 1)
     with probe.collect_metrics() as collector:
         context = probe.build_train_context()
-        train(context, collector, last_step=1)
+
+        def take_steps(first_step: int, last_step: int) -> float:
+            """Return the duration of some steps."""
+            started = time.perf_counter()
+            # `train` reads the metrics at its end, which waits for the device.
+            train(context, collector, first_step=first_step, last_step=last_step)
+            return time.perf_counter() - started
+
+        take_steps(0, 1)
         first_peak = read_peak()
         on_warm()
-        started = time.perf_counter()
-        # `train` reads the metrics at its end, which waits for the device.
-        train(context, collector, first_step=1, last_step=num_steps)
-        seconds = time.perf_counter() - started
-    samples = context.sampler.samples_before(num_steps) - context.sampler.samples_before(1)
+        if warm_steps > 1:
+            take_steps(1, warm_steps)
+        last_step = min(warm_steps + _FEWEST_STEPS, plan.total_steps)
+        seconds = take_steps(warm_steps, last_step)
+        slowest = max(backend.gather(seconds))  # all ranks take the same number of steps
+        wanted = int(_TIMED_SECONDS / slowest * (last_step - warm_steps))
+        end = min(max(warm_steps + wanted, last_step), plan.total_steps)
+        if end > last_step:
+            seconds += take_steps(last_step, end)
+    samples = context.sampler.samples_before(end) - context.sampler.samples_before(warm_steps)
     peaks = backend.gather((read_peak(), first_peak))
     peak = max(peak for peak, _ in peaks)
     if backend.rank == 0:
