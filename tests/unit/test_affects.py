@@ -94,6 +94,8 @@ SETTINGS = {
         "name",
         "evaluate_every",
         "checkpoint_every",
+        "quick_checkpoint_every",
+        "quick_checkpoints",
         "keep_checkpoints",
         "keep_best",
         "best_checkpoints",

@@ -235,9 +235,10 @@ def test_a_resumed_run_keeps_the_steps(original: Path, copy: Path, *, before: bo
     step = 1 if before else max(step for step in saved if step < steps.steps)
     assert (step < steps.first_step) == before
     record = History(RunDir(copy)).record
-    limit = make_plan(paced(), read_machine(), nproc_per_node=1)
+    limit = make_plan(paced(max_time=steps.max_time), read_machine(), nproc_per_node=1)
     write_run(RunDir(copy), replace(record, plan=limit.to_dict()))
-    result = finish(copy, paced(pause=0), start=ResumeFrom(step=step))
+    again = paced(pause=0, max_time=steps.max_time)
+    result = finish(copy, again, start=ResumeFrom(step=step))
     assert (result.steps, result.max_seconds) == (steps.steps, None)
     assert timed_steps(copy) == steps
     assert rates(copy) == rates(original)
