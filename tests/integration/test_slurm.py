@@ -210,6 +210,17 @@ def test_a_warning_saves_and_the_job_goes_on(slurm: Commands) -> None:
     check_same(slurm, run_dir, PACED, *LONG)
 
 
+def test_slurm_warns_a_job_before_its_time_limit(slurm: Commands) -> None:
+    """With a limit of a minute, Slurm's own warning has the run saved, queued again and resumed."""
+    (slurm.folder / "short.yaml").write_text("warning_seconds: 30\n")
+    limited = ("--time", "1", "--cluster", "short.yaml")
+    run_dir = submit(slurm, PACED, *LONG, "pause=0.2", *limited, "-n", "1")
+    finish(run_dir, 300)
+    assert state_of(run_dir).restarts >= 1
+    assert "stopped after step" in slurm("launcher", "logs", "out").stdout
+    check_same(slurm, run_dir, PACED, *LONG)
+
+
 def test_jobs_run_the_code_that_was_submitted(slurm: Commands) -> None:
     """Edits after the submission change neither a job that is queued again nor an array.
 
