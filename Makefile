@@ -15,11 +15,12 @@ VENV := .venv
 READY := $(VENV)/.ready
 
 # Debian packages that some tests need: a data set, Slurm with accounting for a cluster of virtual
-# nodes, ssh servers and networks for hosts in namespaces, strace to count opened files, and a browser
-# to look at pages. Debian's kubectl (kubernetes-client) is too old for the tests that use one.
+# nodes, ssh servers and networks for hosts in namespaces, Prometheus, strace to count opened files,
+# and a browser to look at pages. Debian's kubectl (kubernetes-client) is too old for the tests.
 PACKAGES := dataset-fashion-mnist slurmctld slurmd slurm-client munge \
 	slurmdbd mariadb-server-core mariadb-client-core \
-	dropbear-bin iproute2 openssh-client strace chromium chromium-driver
+	dropbear-bin iproute2 openssh-client strace chromium chromium-driver \
+	prometheus prometheus-node-exporter
 
 .PHONY: run test test-unit test-gpu fuzz test-lowest test-deps lint docs bench format packages clean
 
