@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from launcher.cli.arguments import Folder
+from launcher.cli.values import Folder
 from launcher.console.echo import echo
 
 

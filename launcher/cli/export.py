@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 import click
 
 from launcher.cli.arguments import (
-    Bytes,
-    Folder,
     config_option,
     node_count_option,
     nproc_option,
@@ -19,6 +17,7 @@ from launcher.cli.arguments import (
     recipe_argument,
 )
 from launcher.cli.settings_command import SettingsCommand
+from launcher.cli.values import Bytes, Folder
 from launcher.console.echo import echo
 from launcher.errors import PlanError, UsageError
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import click
 
-from launcher.cli.arguments import Count
 from launcher.cli.completing import complete_runs
+from launcher.cli.values import Count
 from launcher.console.echo import echo
 
 

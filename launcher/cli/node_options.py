@@ -11,16 +11,12 @@ from typing import Any
 import click
 
 from launcher.cli.arguments import (
-    MAX_NODES,
     MAX_RESTARTS,
     MIN_NODE_TIMEOUT,
-    Count,
     Function,
-    Names,
-    NodeRange,
-    Number,
 )
 from launcher.cli.machines import MachineOptions
+from launcher.cli.values import MAX_NODES, Count, Names, NodeRange, Number
 
 
 def nodes_options(function: Function) -> Function:

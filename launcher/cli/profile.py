@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from launcher.cli.arguments import Count, out_option
+from launcher.cli.arguments import out_option
 from launcher.cli.settings_command import SettingsCommand
 from launcher.cli.target import target_arguments
+from launcher.cli.values import Count
 from launcher.console.echo import echo
 
 if TYPE_CHECKING:

@@ -8,9 +8,6 @@ from typing import TYPE_CHECKING
 import click
 
 from launcher.cli.arguments import (
-    MAX_NODES,
-    Count,
-    Number,
     config_option,
     out_option,
     overrides_argument,
@@ -18,6 +15,7 @@ from launcher.cli.arguments import (
     recipe_argument,
 )
 from launcher.cli.settings_command import SettingsCommand
+from launcher.cli.values import MAX_NODES, Count, Number
 from launcher.console.echo import echo
 from launcher.errors import EXIT_FAILED, UsageError
 from launcher.recipe.text_values import digits

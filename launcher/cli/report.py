@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from launcher.cli.arguments import Folder
 from launcher.cli.completing import complete_runs
+from launcher.cli.values import Folder
 from launcher.console.echo import complain, echo
 from launcher.errors import RunDirError
 from launcher.paths import is_file

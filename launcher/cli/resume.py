@@ -8,8 +8,6 @@ from typing import Literal
 import click
 
 from launcher.cli.arguments import (
-    Folder,
-    FolderOrURL,
     accept_option,
     code_change_option,
     freezing_options,
@@ -26,6 +24,7 @@ from launcher.cli.machines import MachineOptions
 from launcher.cli.node_options import run_nodes_options
 from launcher.cli.settings_command import SettingsCommand
 from launcher.cli.sweep import resume_sweep
+from launcher.cli.values import Folder, FolderOrURL
 from launcher.console.echo import echo
 from launcher.errors import LauncherError, StoreError, UsageError
 

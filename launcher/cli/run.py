@@ -9,7 +9,6 @@ from typing import Literal
 import click
 
 from launcher.cli.arguments import (
-    FolderOrURL,
     accept_option,
     code_change_option,
     config_option,
@@ -26,6 +25,7 @@ from launcher.cli.arguments import (
 from launcher.cli.machines import MachineOptions
 from launcher.cli.node_options import run_nodes_options
 from launcher.cli.settings_command import SettingsCommand
+from launcher.cli.values import FolderOrURL
 from launcher.errors import UsageError
 
 

@@ -20,7 +20,6 @@ import click
 
 from launcher.cli import run_command
 from launcher.cli.arguments import (
-    Folder,
     accept_option,
     config_option,
     out_option,
@@ -29,6 +28,7 @@ from launcher.cli.arguments import (
 )
 from launcher.cli.settings_command import SettingsCommand
 from launcher.cli.standard_streams import prepare_streams
+from launcher.cli.values import Folder
 from launcher.environment.notebook import has_own_arguments
 from launcher.errors import LostRankError, RecipeError, UsageError
 from launcher.forking import suspect_all_threads

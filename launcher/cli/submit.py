@@ -9,11 +9,7 @@ import click
 
 from launcher.cli.arguments import (
     HEALTH_LEVELS,
-    MAX_NODES,
     MAX_RESTARTS,
-    URL,
-    Count,
-    NodeRange,
     config_option,
     freezing_options,
     nproc_option,
@@ -23,6 +19,7 @@ from launcher.cli.arguments import (
 )
 from launcher.cli.node_options import node_timeout_option, spares_option
 from launcher.cli.settings_command import SettingsCommand
+from launcher.cli.values import MAX_NODES, URL, Count, NodeRange
 from launcher.console.echo import echo
 from launcher.errors import UsageError
 

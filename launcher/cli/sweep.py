@@ -13,9 +13,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from launcher.cli.arguments import (
-    MAX_NODES,
-    Count,
-    Folder,
     config_option,
     output_mode,
     output_options,
@@ -23,6 +20,7 @@ from launcher.cli.arguments import (
     recipe_argument,
 )
 from launcher.cli.settings_command import SettingsCommand
+from launcher.cli.values import MAX_NODES, Count, Folder
 from launcher.console.echo import echo, echo_if_possible
 from launcher.errors import UsageError
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from launcher.cli.arguments import Bytes, Count, Number
 from launcher.cli.settings_command import SettingsCommand
 from launcher.cli.target import target_arguments
+from launcher.cli.values import Bytes, Count, Number
 from launcher.console.echo import echo
 
 if TYPE_CHECKING:

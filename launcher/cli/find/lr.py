@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Literal, get_args
 import click
 
 from launcher.analysis.lr_trials import DEFAULT_STEPS
-from launcher.cli.arguments import Count, Number, out_option
+from launcher.cli.arguments import out_option
 from launcher.cli.settings_command import SettingsCommand
 from launcher.cli.target import target_arguments
+from launcher.cli.values import Count, Number
 from launcher.console.echo import echo
 from launcher.errors import EXIT_FAILED, UsageError
 

@@ -8,9 +8,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from launcher.cli.arguments import Bytes, Choices, Count, node_count_option, out_option
+from launcher.cli.arguments import (
+    node_count_option,
+    out_option,
+)
 from launcher.cli.settings_command import SettingsCommand
 from launcher.cli.target import target_arguments
+from launcher.cli.values import Bytes, Choices, Count
 from launcher.console.echo import echo
 from launcher.errors import EXIT_FAILED
 from launcher.planning.strategy import STRATEGIES
