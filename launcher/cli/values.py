@@ -131,6 +131,22 @@ class Names(click.ParamType[tuple[str, ...]]):
         return names
 
 
+class Choices(Names):
+    """Comma-separated names out of a fixed set."""
+
+    def __init__(self, choices: tuple[str, ...]) -> None:
+        self._choices = choices
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        names = super().convert(value, param, ctx)
+        for name in names:
+            if name not in self._choices:
+                self.fail(f"{_shown(name)} is not one of {', '.join(self._choices)}.", param, ctx)
+        return names
+
+
 class Folder(click.Path):
     """A folder or file of this machine, which a URL is not."""
 
