@@ -161,6 +161,11 @@ def open_images(location: str, transform: Callable[[Any], Tensor]) -> Any:
     def of_entry(key: bytes, value: bytes) -> Sample:
         return transform(decoded(value)), int(key.partition(b"/")[0])
 
+    if not (is_url(location) or "{" in location or Path(location).exists()):
+        raise RecipeError(
+            f"There are no images at {Path(location).absolute()}. Pass data=FOLDER, with a folder "
+            "of images for each class, or another format that recipes/images.py lists."
+        )
     opened: dict[str, Callable[[], Any]] = {
         "folder": lambda: launcher.ImageFolder(location, transform=transform),
         "tar": lambda: launcher.Shards(files_at(location, "*.tar"), decode=of_columns),

@@ -190,6 +190,8 @@ def test_classes_are_balanced(tmp_path: Path) -> None:
 def test_what_cannot_be_known_is_asked_for(tmp_path: Path) -> None:
     """Classes that cannot be counted or balanced, and unknown columns, are refused."""
     tars = str(write_tars(tmp_path / "tars"))
+    with pytest.raises(RecipeError, match=r"elsewhere.*data=FOLDER"):
+        build_data(str(tmp_path / "elsewhere"), "", 4)
     with pytest.raises(RecipeError, match="classes=N"):
         images(data=tars).model()
     with pytest.raises(RecipeError, match="balanced=true"):
