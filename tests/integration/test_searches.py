@@ -254,11 +254,11 @@ def test_the_largest_micro_batch_that_fits_is_found(run: Commands) -> None:
     result = json.loads(done.stdout)
     fits = {trial["size"]: trial["fits"] for trial in result["trials"]}
     assert fits[min(fits)]
-    assert not fits[max(fits)], "a sample takes 50 MiB"
+    assert not fits[max(fits)], "a sample takes 17 MiB"
     assert sorted(fits.values(), reverse=True) == [fits[size] for size in sorted(fits)]
     for trial in result["trials"]:
         if trial["fits"]:
-            assert trial["peak_bytes"] > trial["size"] * 25 * 2**20
+            assert trial["peak_bytes"] > trial["size"] * 8 * 2**20
     size = result["settings"]["micro_batch_size"]
     plan = run("launcher", "plan", HEAVY, f"micro_batch_size={size}", "-n", "2", "--json")
     values = json.loads(plan.stdout)
@@ -304,7 +304,7 @@ def test_workers_hide_latency(run: Commands) -> None:
     best, alone = result["best"], readings[0]
     assert best["workers"] == result["settings"]["num_workers"]
     assert best["worker_threads"] == result["settings"].get("worker_threads", 1)
-    assert max(best["workers"], 1) * best["worker_threads"] >= 8
+    assert max(best["workers"], 1) * best["worker_threads"] > 4
     rate = best["samples_per_second"]
     assert rate > 4 * alone["samples_per_second"], "readers that wait do not compete for cores"
     assert best["wait_seconds_per_step"] < alone["wait_seconds_per_step"] / 4
