@@ -113,7 +113,7 @@ def test_counts_of_other_types_are_whole_numbers(tmp_path: Path) -> None:
     assert train(tmp_path / "run", trained).result.is_file()
 
 
-def test_a_rule_that_returns_something_else_is_told_what_to_return() -> None:
+def test_a_rule_that_returns_something_else_is_told_what_to_return(tmp_path: Path) -> None:
     """A schedule's rule that raises, or returns no ScheduleValue, is refused by the plan."""
 
     @schedule
@@ -121,7 +121,7 @@ def test_a_rule_that_returns_something_else_is_told_what_to_return() -> None:
         return ScheduleValue(1.0) if step < 4 else None  # type: ignore[return-value]
 
     with pytest.raises(PlanError, match=r"step=\d.*total_steps=6.*launcher.ScheduleValue"):
-        train(Path("unused"), recipe(schedule=early()))
+        train(tmp_path / "run", recipe(schedule=early()))
 
 
 class Recursive:
