@@ -137,8 +137,14 @@ class Blocks:
                 for text in filter(None, turn):
                     yield json.dumps({"text": text.decode(errors="replace")})
         else:
-            with self._path.open(encoding="utf-8") as file:
-                yield from file
+            try:
+                with self._path.open(encoding="utf-8") as file:
+                    yield from file
+            except (OSError, UnicodeError) as error:
+                raise RecipeError(
+                    f"Cannot read {self._path}: {error}. Give lines= a file of JSON objects in "
+                    "UTF-8, one in each line."
+                ) from None
 
     def _text(self, number: int, line: str) -> bytes:
         """Return the text of a line.

@@ -20,7 +20,6 @@ JPEGs. All formats give the same samples.
 from __future__ import annotations
 
 import io
-import json
 import random
 import re
 from collections.abc import Callable, Mapping
@@ -190,8 +189,8 @@ def find_format(location: str) -> str:
     if (folder / "data.mdb").is_file():
         return "lmdb"
     if (folder / "index.json").is_file():
-        index = json.loads((folder / "index.json").read_bytes())
-        return "lit" if "chunks" in index else "mds"
+        is_lit = b'"chunks"' in (folder / "index.json").read_bytes()
+        return "lit" if is_lit else "mds"
     names = ("tar", "parquet")
     return next((name for name in names if any(folder.glob(f"*.{name}"))), "folder")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sqlite3
 import struct
 import tarfile
@@ -208,3 +209,10 @@ def test_a_range_of_tars_is_listed() -> None:
     """A range in braces gives one name for each number, with its zeros."""
     names = files_at("s3://bucket/train-{008..011}.tar", "*.tar")
     assert names == [f"s3://bucket/train-0{number:02}.tar" for number in (8, 9, 10, 11)]
+
+
+def test_a_damaged_index_is_refused(tmp_path: Path) -> None:
+    """An index.json that is no JSON is refused by the path of its folder."""
+    (tmp_path / "index.json").write_text("{")
+    with pytest.raises(RecipeError, match=re.escape(str(tmp_path))):
+        open_images(str(tmp_path), to_tensor)

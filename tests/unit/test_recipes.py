@@ -14,6 +14,7 @@ from support import ROOT
 from launcher import RecipeError, packaged_file
 from launcher.recipe.parameters import parameters_of
 from launcher.recipe.resolve import list_recipes, resolve
+from launcher.recipes.curriculum import Blocks
 from launcher.recipes.fashion_mnist import read_idx
 from launcher.recipes.gpt import cut, pack, pad
 from launcher.recipes.pretrain_lm import TENSOR_PARALLEL, build_data, llama_8b, write_tokens
@@ -174,3 +175,16 @@ def test_tokens_outside_the_vocabulary_are_not_written(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="255"):
         write_tokens([[1, 2], [256]], tmp_path / "tokens.bin", vocabulary=256)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "lines="), (b"\xff\n", "UTF-8")])
+def test_lines_that_cannot_be_read_are_refused(
+    tmp_path: Path, content: bytes | None, message: str
+) -> None:
+    """A missing file of lines, and one that is not in UTF-8, are refused by their path."""
+    path = tmp_path / "lines.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(RecipeError, match=message) as caught:
+        list(Blocks(path))
+    assert str(path) in str(caught.value)
