@@ -238,10 +238,7 @@ def _time_steps(
         on_warm: Called after the first step.
     """
     backend, plan = probe.backend, probe.plan
-    num_ahead = ceil_div(
-        plan.workers_per_rank * (plan.prefetch_factor or 0), plan.accumulation_steps
-    )
-    warm_steps = max(min(1 + num_ahead, plan.total_steps - _FEWEST_STEPS), 1)
+    warm_steps = max(min(1 + _steps_read_ahead(plan), plan.total_steps - _FEWEST_STEPS), 1)
     with probe.collect_metrics() as collector:
         context = probe.build_train_context()
 
@@ -277,6 +274,12 @@ def _time_steps(
         write_json(probe.run_dir.size, values)
 
 
+def _steps_read_ahead(plan: Plan) -> int:
+    """Return the steps for which the workers of a rank have read all batches when it starts."""
+    num_batches = plan.workers_per_rank * (plan.prefetch_factor or 0)
+    return ceil_div(num_batches, plan.accumulation_steps)
+
+
 def time_data_loading(probe: ProbeContext, *, seconds: float) -> None:
     """Time how samples are read while the model trains; rank 0 writes the means over ranks.
 
@@ -288,8 +291,7 @@ def time_data_loading(probe: ProbeContext, *, seconds: float) -> None:
             used up. It ends before if the throughput is known to `_ENOUGH_PRECISION`.
     """
     plan, backend = probe.plan, probe.backend
-    num_prefetched = plan.workers_per_rank * (plan.prefetch_factor or 0)
-    first_step = 2 + ceil_div(num_prefetched, plan.accumulation_steps)
+    first_step = 2 + _steps_read_ahead(plan)
     begin = time.perf_counter()
     with probe.collect_metrics() as collector:
         context = probe.build_train_context()
