@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -116,3 +117,14 @@ def check_equal(run_dir: RunDir, undisturbed: dict[str, Any]) -> None:
     assert weights.keys() == undisturbed.keys()
     for name, weight in weights.items():
         assert weight.equal(undisturbed[name]), name
+
+
+def train_undisturbed(run: Commands) -> RunDir:
+    """Return the folder of a finished run on two nodes that nothing has disturbed."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    both = Launchers(run, port, "--nodes", "2", pause=0)
+    both.start_in_order(2)
+    assert both.finish() == [0, 0], both.outputs
+    return both.run_dir

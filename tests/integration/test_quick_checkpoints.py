@@ -8,13 +8,12 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from meeting_launchers import Launchers, check_equal
+from meeting_launchers import Launchers, check_equal, train_undisturbed
 from support import ROOT, Commands, Finished, read_lines, read_weights, wait_until
 
 from launcher.report.run_page import run_page
@@ -39,14 +38,9 @@ def losses_of(run_dir: RunDir) -> dict[int, float]:
 @pytest.fixture(scope="module")
 def undisturbed(module_run: Commands) -> RunDir:
     """Return a finished run on two nodes that nothing disturbs, without quick checkpoints."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    both = Launchers(module_run, port, "--nodes", "2", pause=0)
-    both.start_in_order(2)
-    assert both.finish() == [0, 0], both.outputs
-    assert not both.run_dir.quick.exists()
-    return both.run_dir
+    run_dir = train_undisturbed(module_run)
+    assert not run_dir.quick.exists()
+    return run_dir
 
 
 def check_same(run_dir: RunDir, undisturbed: RunDir) -> None:

@@ -9,11 +9,10 @@ import json
 import os
 import shutil
 import signal
-import socket
 from typing import Any
 
 import pytest
-from meeting_launchers import Launchers, check_equal, has_peer
+from meeting_launchers import Launchers, check_equal, has_peer, train_undisturbed
 from support import ROOT, Commands, read_lines, read_weights, wait_until
 
 from launcher.engine.probes.parity import compare, read_trace
@@ -24,13 +23,7 @@ from launcher.runs.rundir import RunDir
 @pytest.fixture(scope="module")
 def undisturbed_run(module_run: Commands) -> RunDir:
     """Return the folder of a run on two nodes that nothing disturbs."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    both = Launchers(module_run, port, "--nodes", "2", pause=0)
-    both.start_in_order(2)
-    assert both.finish() == [0, 0], both.outputs
-    return both.run_dir
+    return train_undisturbed(module_run)
 
 
 @pytest.fixture(scope="module")
