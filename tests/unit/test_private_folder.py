@@ -15,7 +15,11 @@ from typing import Any, cast
 
 import pytest
 
-from launcher.engine.ranks.temporary_files import check_temporary_folder, sockets_in
+from launcher.engine.ranks.temporary_files import (
+    check_temporary_folder,
+    receiving,
+    sockets_in,
+)
 from launcher.errors import WorldError
 from launcher.launch.signal_handler import SignalHandler
 from launcher.runs.job import Job
@@ -121,6 +125,23 @@ def test_sockets_are_kept_in_a_folder_with_a_short_path(tmp_path: Path) -> None:
         check_temporary_folder()
     with sockets_in(tmp_path / ("x" * 100)):
         assert "tempdir" not in configuration
+
+
+def test_files_that_are_made_while_receiving_are_kept_there(parent: Path) -> None:
+    """A file that torch makes while it waits for a worker is in the folder of the sockets."""
+    folder = Path(tempfile.mkdtemp(prefix="s", dir="/tmp"))
+    try:
+        with receiving():
+            assert tempfile.gettempdir() == str(parent)
+        with sockets_in(folder):
+            with receiving():
+                descriptor, name = tempfile.mkstemp()
+            assert tempfile.gettempdir() == str(parent)
+        os.close(descriptor)
+        assert [path.name for path in folder.iterdir()] == [Path(name).name]
+        assert list(parent.iterdir()) == []
+    finally:
+        shutil.rmtree(folder)
 
 
 def test_a_long_temporary_folder_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from launcher.engine.data.loader_workers import PRELOADED, signals_held, start_w
 from launcher.engine.data.micro_batch import MicroBatch
 from launcher.engine.data.reader import Reader
 from launcher.engine.data.sampler import MicroBatchRequest
-from launcher.engine.ranks.temporary_files import check_temporary_folder
+from launcher.engine.ranks.temporary_files import check_temporary_folder, receiving
 from launcher.errors import LauncherError, RecipeError
 from launcher.planning.plan import Plan
 
@@ -165,7 +165,8 @@ def _receive(
     """
     while True:
         try:
-            result = next(results)
+            with receiving():
+                result = next(results)
         except StopIteration:
             return
         except (EOFError, ConnectionError, FileNotFoundError) as error:

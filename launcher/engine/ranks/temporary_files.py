@@ -1,7 +1,8 @@
 """Where multiprocessing keeps the sockets of a rank and its DataLoader workers.
 
 By itself it makes a folder that a process removes when it exits normally. Ranks and workers are
-often killed, or exit at once, and would leave that folder behind.
+often killed, or exit at once, and would leave that folder behind. The same folder takes the files
+with which torch finds out, after a failed receipt, whether too many files are open.
 """
 
 from __future__ import annotations
@@ -40,6 +41,24 @@ def sockets_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         _configuration().pop("tempdir", None)
+
+
+@contextlib.contextmanager
+def receiving() -> Iterator[None]:
+    """Let this process make its temporary files in the folder of its sockets meanwhile.
+
+    When it cannot receive from a worker, torch opens ten temporary files. The signal of the
+    worker's death, or the end of the rank, may interrupt that and leave one of them behind.
+    """
+    folder = _configuration().get("tempdir")
+    if folder is None:
+        yield
+        return
+    former, tempfile.tempdir = tempfile.tempdir, folder
+    try:
+        yield
+    finally:
+        tempfile.tempdir = former
 
 
 def check_temporary_folder() -> None:
