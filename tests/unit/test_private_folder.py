@@ -17,8 +17,8 @@ import pytest
 
 from launcher.engine.ranks.temporary_files import (
     check_temporary_folder,
-    receiving,
     sockets_in,
+    temporary_files_beside_sockets,
 )
 from launcher.errors import WorldError
 from launcher.launch.signal_handler import SignalHandler
@@ -127,14 +127,14 @@ def test_sockets_are_kept_in_a_folder_with_a_short_path(tmp_path: Path) -> None:
         assert "tempdir" not in configuration
 
 
-def test_files_that_are_made_while_receiving_are_kept_there(parent: Path) -> None:
-    """A file that torch makes while it waits for a worker is in the folder of the sockets."""
+def test_temporary_files_are_kept_beside_sockets(parent: Path) -> None:
+    """A temporary file is made in the folder of the sockets in the context, and not after it."""
     folder = Path(tempfile.mkdtemp(prefix="s", dir="/tmp"))
     try:
-        with receiving():
+        with temporary_files_beside_sockets():
             assert tempfile.gettempdir() == str(parent)
         with sockets_in(folder):
-            with receiving():
+            with temporary_files_beside_sockets():
                 descriptor, name = tempfile.mkstemp()
             assert tempfile.gettempdir() == str(parent)
         os.close(descriptor)

@@ -17,7 +17,10 @@ from launcher.engine.data.loader_workers import PRELOADED, signals_held, start_w
 from launcher.engine.data.micro_batch import MicroBatch
 from launcher.engine.data.reader import Reader
 from launcher.engine.data.sampler import MicroBatchRequest
-from launcher.engine.ranks.temporary_files import check_temporary_folder, receiving
+from launcher.engine.ranks.temporary_files import (
+    check_temporary_folder,
+    temporary_files_beside_sockets,
+)
 from launcher.errors import LauncherError, RecipeError
 from launcher.planning.plan import Plan
 
@@ -165,7 +168,7 @@ def _receive(
     """
     while True:
         try:
-            with receiving():
+            with temporary_files_beside_sockets():
                 result = next(results)
         except StopIteration:
             return

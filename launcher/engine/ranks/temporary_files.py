@@ -1,8 +1,8 @@
 """Where multiprocessing keeps the sockets of a rank and its DataLoader workers.
 
 By itself it makes a folder that a process removes when it exits normally. Ranks and workers are
-often killed, or exit at once, and would leave that folder behind. The same folder takes the files
-with which torch finds out, after a failed receipt, whether too many files are open.
+often killed, or exit at once, and would leave that folder behind. Temporary files that torch makes
+while it waits for a worker are kept in the same folder.
 """
 
 from __future__ import annotations
@@ -44,11 +44,12 @@ def sockets_in(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def receiving() -> Iterator[None]:
-    """Let this process make its temporary files in the folder of its sockets meanwhile.
+def temporary_files_beside_sockets() -> Iterator[None]:
+    """Let this process make its temporary files in the folder of `sockets_in`, if there is one.
 
-    When it cannot receive from a worker, torch opens ten temporary files. The signal of the
-    worker's death, or the end of the rank, may interrupt that and leave one of them behind.
+    If a batch cannot be received from a worker, torch opens ten temporary files to find out whether
+    too many files are open. The signal of the worker's death, or the end of the rank, may interrupt
+    that and leave a file behind.
     """
     folder = _configuration().get("tempdir")
     if folder is None:
