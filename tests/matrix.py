@@ -73,6 +73,16 @@ RECIPES = {
 }
 EXACT_RECIPES = {"norms": norms, "text": text, "gan": gan, "distill": distill, "turns": turns}
 
+
+def build_deep() -> nn.Module:
+    """Return a model of images (N, 1, 8, 8) with matrices of several sizes before its head."""
+    return nn.Sequential(
+        *(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 5, 3, padding=1), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(5 * 64, 24), nn.ReLU(), nn.Linear(24, 37), nn.ReLU()),
+        nn.Linear(37, 10),
+    )
+
+
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {
         "optimizer": sgd(momentum=0.9, weight_decay=1e-4, decay_1d=False),
@@ -80,6 +90,12 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
         "max_grad_norm": None,
     },
     "adamw": {"optimizer": adamw(weight_decay=0.1), "lr": 0.003, "max_grad_norm": 0.5},
+    "muon": {
+        "optimizer": muon(others=adamw(weight_decay=0.1, decay_1d=False)),
+        "lr": 0.01,
+        "max_grad_norm": None,
+        "model": build_deep,
+    },
 }
 
 
@@ -125,6 +141,7 @@ REFERENCES = (
     Case("worlds"),
     Case("worlds", optimizer="adamw"),
     Case("tokens", optimizer="adamw"),
+    Case("worlds", optimizer="muon"),
     Case("worlds", options=GROWING),
 )
 """Cases on one rank that the others are compared with."""
@@ -137,20 +154,23 @@ def matrix(ranks: int) -> Iterator[Case]:
     for number, strategy in enumerate(STRATEGIES, start=ranks):
         if strategy == "fsdp" and ranks == 1:
             continue
+        whole = Case("worlds", strategy, 1, "muon")
         if ranks > 3:  # where a step takes longest
             case = Case("tokens", strategy, 3, "adamw") if number % 2 else Case("worlds", strategy)
-            cases = [case]
+            cases = [case, whole]
         elif number % 2:
             cases = [
                 Case("worlds", strategy),
                 Case("worlds", strategy, 3, "adamw"),
                 Case("tokens", strategy, 3, "adamw"),
+                whole,
             ]
         else:
             cases = [
                 Case("worlds", strategy, 1, "adamw"),
                 Case("worlds", strategy, 3),
                 Case("worlds", strategy, 3, options=GROWING),
+                whole,
             ]
         yield from (case for case in cases if ranks > 1 or case not in REFERENCES)
 
@@ -197,7 +217,7 @@ def unused(ranks: int) -> Iterator[Case]:
     """Yield cases of a model in which each rank uses different parameters."""
     once = (("epochs", 1),)
     if ranks == 1:
-        for optimizer in OPTIMIZERS:
+        for optimizer in ("sgd", "adamw"):
             yield Case("branches", optimizer=optimizer, options=once)
             yield Case("branches", "zero1", 3, optimizer, options=once)
         return
@@ -273,7 +293,7 @@ HYBRID_SOURCE = Case("worlds", "fsdp", 3, "adamw", options=(PAIRS,))
 """Two copies of the model on two ranks each; it is trained on 4 ranks and resumed on others."""
 
 HYBRID_REFERENCES = (
-    *(Case("worlds", optimizer=name) for name in OPTIMIZERS),
+    *(Case("worlds", optimizer=name) for name in ("sgd", "adamw")),
     Case("worlds", optimizer="sgd", options=(CLIPPED,)),
     Case("tokens", optimizer="adamw"),
     Case("batch_norm", options=(SYNCED,)),
