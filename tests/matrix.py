@@ -16,6 +16,7 @@ import shutil
 import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +261,9 @@ EVALUATED = (
 After a forward without a backward, sharded weights and optimizer state may lie elsewhere in memory.
 """
 
+WHOLE_SOURCES = tuple(Case("worlds", strategy, 1, "muon") for strategy in ("ddp", "zero2", "zero3"))
+"""Cases with whole matrices, each of which is resumed under the others of these strategies."""
+
 SOURCE_RANKS = 2
 RESUMED_FROM = 7
 
@@ -267,14 +271,15 @@ RESUMED_FROM = 7
 def resumed(ranks: int) -> Iterator[tuple[Case, Case]]:
     """Yield pairs of a source and the configuration with which it is resumed."""
     if ranks == SOURCE_RANKS:
-        yield from ((source, source) for source in (*SOURCES, *EVALUATED))
+        yield from ((source, source) for source in (*SOURCES, *WHOLE_SOURCES, *EVALUATED))
     plain = SOURCES[1]
     for strategy in STRATEGIES:
         if (strategy, ranks) != ("fsdp", 1):
             yield plain, replace(plain, strategy=strategy, accumulation=1)
-    for source in (*SOURCES[2:6], SOURCES[-1]):
-        if ranks in (1, 3):
+    if ranks in (1, 3):
+        for source in (*SOURCES[2:6], SOURCES[-1]):
             yield source, replace(source, strategy="ddp")
+        yield from list(permutations(WHOLE_SOURCES, 2))[ranks // 2 :: 2]
     for source in EVALUATED:
         if ranks == 1:
             options = tuple(option for option in source.options if option[0] != "offload")
@@ -817,7 +822,7 @@ def train_cases(rank: int, suite: str, folder: Path, ranks: int, before: Sequenc
 def _train_resumed(train: Trainer, folder: Path, ranks: int) -> None:
     source_folder = folder / f"on{SOURCE_RANKS}"
     if ranks == SOURCE_RANKS:
-        for source in (*SOURCES, *EVALUATED):
+        for source in (*SOURCES, *WHOLE_SOURCES, *EVALUATED):
             train(source, source.key, saves=True)
     for source, case in resumed(ranks):
         train(case, f"{source.key}-as-{case.key}", source=source_folder / source.key)

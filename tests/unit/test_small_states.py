@@ -31,8 +31,9 @@ from launcher import (
 from launcher.engine.model.four_bits import unpacked
 from launcher.engine.model.fp8 import compute_in_fp8, fp8_layers
 from launcher.engine.optimizers.eight_bit import code_values, dequantized, quantized
+from launcher.engine.optimizers.exchanges import _Gathered
 from launcher.engine.optimizers.flat import FlatOptimizer
-from launcher.engine.optimizers.matrices import _Gathered, rows_of_ranks
+from launcher.engine.optimizers.matrices import WeightMatrix, rows_of_ranks
 from launcher.engine.optimizers.muon import hidden_matrices, orthogonalized, rate_factor
 from launcher.engine.optimizers.rounding import (
     ElementPositions,
@@ -351,7 +352,7 @@ def test_matrices_in_several_shards_are_gathered(mesh: DeviceMesh) -> None:
     """A matrix that is sharded by columns is computed as a whole, and its shard returned."""
     matrix = torch.arange(12.0).view(3, 4)
     weight = DTensor.from_local(matrix, mesh, [Shard(1)])
-    (result,) = _Gathered().apply(lambda whole: whole + 1, [weight], [matrix])
+    (result,) = _Gathered().apply(lambda whole: whole + 1, [WeightMatrix(weight)], [matrix])
     assert torch.equal(result, matrix + 1)
 
 
@@ -363,7 +364,7 @@ def test_rows_of_ranks_are_torch_chunks(rows: int, ranks: int) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
-@pytest.mark.parametrize("named", [SMALL, EIGHT, muon(), schedule_free()], ids=str)
+@pytest.mark.parametrize("named", [SMALL, EIGHT, muon(others=SMALL), schedule_free()], ids=str)
 def test_deepspeed_is_refused(strategy: Any, named: Any) -> None:
     """A plan refuses, with the strategies that hold them, what DeepSpeed's flat pieces break."""
     with pytest.raises(PlanError, match="strategy=ddp or strategy=fsdp"):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Placement:
+class ZeroPlacement:
     """The elements of a parameter on each rank: consecutive ones, in rank order."""
 
     flat: Tensor
@@ -26,7 +26,7 @@ class Placement:
 
 def placements(
     zero: Any, stage: int, num_ranks: int, rank: int
-) -> Iterator[tuple[nn.Parameter, Placement]]:
+) -> Iterator[tuple[nn.Parameter, ZeroPlacement]]:
     """Yield each trained parameter, and where its elements are.
 
     Args:
@@ -40,7 +40,7 @@ def placements(
 
 def _in_flat_groups(
     zero: Any, num_ranks: int, rank: int
-) -> Iterator[tuple[nn.Parameter, Placement]]:
+) -> Iterator[tuple[nn.Parameter, ZeroPlacement]]:
     """Yield the parameters in stages 1 and 2, which cut a flat tensor of a whole group."""
     for index, flat in enumerate(zero.single_partition_of_fp32_groups):
         length = zero.partition_size[index]
@@ -53,14 +53,14 @@ def _in_flat_groups(
                 for each in range(num_ranks)
             )
             position = max(start - length * rank, 0) if elements[rank] else 0
-            yield parameter, Placement(flat=flat, position=position, elements=elements)
+            yield parameter, ZeroPlacement(flat=flat, position=position, elements=elements)
 
 
-def _in_partitions(zero: Any, num_ranks: int) -> Iterator[tuple[nn.Parameter, Placement]]:
+def _in_partitions(zero: Any, num_ranks: int) -> Iterator[tuple[nn.Parameter, ZeroPlacement]]:
     """Yield the parameters in stage 3, which cuts each one, and pads its last partitions."""
     for group, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
         for parameter in group:
             _, position, length = zero.grad_position[zero.get_param_id(parameter)]
             size = torch.Size(parameter.ds_shape).numel()
             elements = tuple(max(0, min(length, size - length * each)) for each in range(num_ranks))
-            yield parameter, Placement(flat=flat, position=position, elements=elements)
+            yield parameter, ZeroPlacement(flat=flat, position=position, elements=elements)
