@@ -363,6 +363,24 @@ def test_rows_of_ranks_are_torch_chunks(rows: int, ranks: int) -> None:
     assert rows_of_ranks(rows, ranks) == chunks + [0] * (ranks - len(chunks))
 
 
+@pytest.mark.parametrize("are_emptied", [False, True])
+def test_a_step_updates_what_the_groups_hold(are_emptied: bool) -> None:
+    """Weights of groups that are left out, or emptied, as by DeepSpeed, stay as they are."""
+    model = net()
+    optimizer = make_optimizer(replace(digits(), optimizer=muon(others=sgd())), model, 0.1)
+    matrices, others = (list(group["params"]) for group in optimizer.param_groups)
+    before = {weight: weight.detach().clone() for weight in model.parameters()}
+    for weight in before:
+        weight.grad = torch.ones_like(weight)
+    if are_emptied:
+        optimizer.param_groups[0]["params"] = []
+    else:
+        optimizer.param_groups = optimizer.param_groups[:1]
+    optimizer.step()
+    updated = [weight for weight, values in before.items() if not torch.equal(weight, values)]
+    assert set(updated) == set(others if are_emptied else matrices)
+
+
 @pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
 @pytest.mark.parametrize("named", [SMALL, EIGHT, muon(others=SMALL), schedule_free()], ids=str)
 def test_deepspeed_is_refused(strategy: Any, named: Any) -> None:

@@ -33,8 +33,7 @@ from launcher.engine.backends.call_order import watch_call_order
 from launcher.engine.backends.default_group import lengthen_timeouts
 from launcher.engine.backends.recipe_forward import RecipeForward, call_with_output_hooks
 from launcher.engine.backends.reduction_order import OrderedReduction
-from launcher.engine.backends.zero_placement import placements
-from launcher.engine.optimizers.matrices import FlatMatrix
+from launcher.engine.backends.zero_placement import flat_weights
 from launcher.engine.optimizers.muon import ShardedMuon
 from launcher.engine.optimizers.named import parts_of
 from launcher.engine.state.compiled import plain_name
@@ -141,29 +140,19 @@ class DeepSpeedBackend(GroupBackend):
         if self.scaler is not None:
             # DeepSpeed's scaler decides on each rank separately.
             engine.optimizer.torch_autocast_gradscaler = None
-        self._placements = dict(
-            placements(engine.optimizer, self._stage, self.world_size, self.rank)
+        flat = flat_weights(
+            engine.optimizer,
+            self._stage,
+            num_ranks=self.world_size,
+            rank=self.rank,
+            device=self.device,
         )
+        self._flat_weights = dict(flat)
         optimizer = engine.optimizer.optimizer
         for part in parts_of(optimizer):
             if isinstance(part, ShardedMuon):
-                part.use_flat(self._flat_matrices())
+                part.use_flat(self._flat_weights.values())
         return engine, optimizer
-
-    def _flat_matrices(self) -> dict[Tensor, list[FlatMatrix]]:
-        """Return the weights of which each flat tensor of this rank holds elements."""
-        matrices: dict[Tensor, list[FlatMatrix]] = {}
-        for parameter, placement in self._placements.items():
-            matrix = FlatMatrix(
-                placement.flat,
-                _full_size(parameter),
-                position=placement.position,
-                elements=placement.elements,
-                rank=self.rank,
-                device=self.device,
-            )
-            matrices.setdefault(placement.flat, []).append(matrix)
-        return matrices
 
     def own_boxes(self, size: torch.Size) -> list[Box]:
         if not STRATEGIES[self.plan.strategy].shards_parameters:
@@ -365,11 +354,10 @@ class DeepSpeedBackend(GroupBackend):
         if not size.numel():
             yield name, flat.new_empty(size)
             return
-        placement = self._placements[parameter]
-        length, start = placement.elements[self.rank], sum(placement.elements[: self.rank])
-        if length > 0:
-            values = flat.detach().narrow(0, placement.position, length)
-            yield name, Fragment(values=values, start=start, size=size)
+        weight = self._flat_weights[parameter]
+        values = weight.part(flat)
+        if values.numel():
+            yield name, Fragment(values=values, start=weight.start, size=size)
 
     def _own_part_of_frozen(self, parameter: nn.Parameter) -> Tensor | Fragment:
         """Return this rank's part of a parameter that is not trained, which may be empty."""

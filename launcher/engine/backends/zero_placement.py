@@ -3,44 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from launcher.engine.optimizers.matrices import FlatWeight
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ZeroPlacement:
-    """The elements of a parameter on each rank: consecutive ones, in rank order."""
 
+class _Cut(NamedTuple):
+    """A parameter, as ZeRO cuts it into consecutive elements for each rank."""
+
+    parameter: nn.Parameter
+    shape: torch.Size
     flat: Tensor
-    """This rank's partition of a flat tensor of many parameters, of shape (n,)."""
-
     position: int
-    """The index in `flat` of the first element of the parameter that this rank has."""
-
     elements: tuple[int, ...]
-    """The number of elements on each rank; 0 on ranks without any."""
 
 
-def placements(
-    zero: Any, stage: int, num_ranks: int, rank: int
-) -> Iterator[tuple[nn.Parameter, ZeroPlacement]]:
-    """Yield each trained parameter, and where its elements are.
+def flat_weights(
+    zero: Any, stage: int, *, num_ranks: int, rank: int, device: torch.device
+) -> Iterator[tuple[nn.Parameter, FlatWeight]]:
+    """Yield each trained parameter, with its elements on each rank.
 
     Args:
         zero: DeepSpeed's optimizer.
         stage: The stage of ZeRO, 1 to 3.
         num_ranks: The number of ranks.
         rank: This rank.
+        device: This rank's device.
     """
-    return _in_partitions(zero, num_ranks) if stage == 3 else _in_flat_groups(zero, num_ranks, rank)
+    cuts = _in_partitions(zero, num_ranks) if stage == 3 else _in_groups(zero, num_ranks, rank)
+    for cut in cuts:
+        weight = FlatWeight(
+            cut.flat,
+            cut.shape,
+            position=cut.position,
+            elements=cut.elements,
+            rank=rank,
+            device=device,
+        )
+        yield cut.parameter, weight
 
 
-def _in_flat_groups(
-    zero: Any, num_ranks: int, rank: int
-) -> Iterator[tuple[nn.Parameter, ZeroPlacement]]:
+def _in_groups(zero: Any, num_ranks: int, rank: int) -> Iterator[_Cut]:
     """Yield the parameters in stages 1 and 2, which cut a flat tensor of a whole group."""
     for index, flat in enumerate(zero.single_partition_of_fp32_groups):
         length = zero.partition_size[index]
@@ -53,14 +59,16 @@ def _in_flat_groups(
                 for each in range(num_ranks)
             )
             position = max(start - length * rank, 0) if elements[rank] else 0
-            yield parameter, ZeroPlacement(flat=flat, position=position, elements=elements)
+            yield _Cut(parameter, parameter.shape, flat, position, elements)
 
 
-def _in_partitions(zero: Any, num_ranks: int) -> Iterator[tuple[nn.Parameter, ZeroPlacement]]:
+def _in_partitions(zero: Any, num_ranks: int) -> Iterator[_Cut]:
     """Yield the parameters in stage 3, which cuts each one, and pads its last partitions."""
     for group, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
         for parameter in group:
             _, position, length = zero.grad_position[zero.get_param_id(parameter)]
-            size = torch.Size(parameter.ds_shape).numel()
-            elements = tuple(max(0, min(length, size - length * each)) for each in range(num_ranks))
-            yield parameter, ZeroPlacement(flat=flat, position=position, elements=elements)
+            shape = torch.Size(parameter.ds_shape)
+            elements = tuple(
+                max(0, min(length, shape.numel() - length * each)) for each in range(num_ranks)
+            )
+            yield _Cut(parameter, shape, flat, position, elements)

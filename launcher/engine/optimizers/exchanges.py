@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from launcher.engine.optimizers.matrices import FlatMatrix, Matrix
+from launcher.engine.optimizers.matrices import FlatWeight, Matrix
 
 Function = Callable[[Tensor], Tensor]
 """Takes a matrix of shape (rows, columns), and returns one of the same shape and dtype."""
@@ -141,7 +141,7 @@ def exchange_of(matrix: Matrix) -> Exchange:
     """Return how the ranks share the work on a matrix and others that are placed like it."""
     weight = matrix.owner
     group = dist.group.WORLD if dist.is_initialized() else None
-    if isinstance(matrix, FlatMatrix):
+    if isinstance(matrix, FlatWeight):
         assert group is not None
         return _Runs(group, matrix.device)
     if not isinstance(weight, DTensor):

@@ -49,7 +49,7 @@ class WeightMatrix(Matrix):
         return [rows * row for rows in rows_of_ranks(self.shape[0], num_ranks)]
 
 
-class FlatMatrix(Matrix):
+class FlatWeight(Matrix):
     """A weight of which this rank has consecutive elements in a flat tensor, as under ZeRO.
 
     Args:
@@ -60,6 +60,9 @@ class FlatMatrix(Matrix):
         rank: This rank.
         device: Where the ranks exchange and compute; `owner` may be offloaded.
     """
+
+    start: int
+    """The index in the flattened weight of the first of this rank's elements."""
 
     def __init__(
         self,
@@ -72,8 +75,8 @@ class FlatMatrix(Matrix):
         device: torch.device,
     ) -> None:
         super().__init__(owner, shape)
-        self.device, self._position = device, position
-        self._elements, self._length = elements, elements[rank]
+        self.device, self._elements, self._position = device, elements, position
+        self.start, self._length = sum(elements[:rank]), elements[rank]
 
     def part(self, tensor: Tensor) -> Tensor:
         return tensor.detach().narrow(0, self._position, self._length)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from launcher.engine.optimizers.exchanges import Exchange, rounds
 from launcher.engine.optimizers.flat import STEP
-from launcher.engine.optimizers.matrices import FlatMatrix, Matrix, WeightMatrix
+from launcher.engine.optimizers.matrices import FlatWeight, Matrix, WeightMatrix
 from launcher.engine.optimizers.rounding import ElementPositions, random_bits, round_to_bfloat16
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -55,17 +55,18 @@ class ShardedMuon(Optimizer):
         super().__init__(groups, {**defaults, "capturable": True})
         self._dtype, self._seed = dtype, seed
         self._positions: dict[Tensor, ElementPositions] = {}
-        self._flat: Mapping[Tensor, Sequence[FlatMatrix]] = {}
+        self._flat: dict[Tensor, list[FlatWeight]] = {}
         self._rounds: dict[Tensor, list[tuple[Exchange, list[Matrix]]]] = {}
 
-    def use_flat(self, matrices: Mapping[Tensor, Sequence[FlatMatrix]]) -> None:
+    def use_flat(self, weights: Iterable[FlatWeight]) -> None:
         """Find matrices within flat tensors, which have taken their place in the groups.
 
         Args:
-            matrices: The matrices of which each flat tensor holds elements, in the same order on
-                every rank.
+            weights: The weights of which flat tensors hold elements, in the same order on every
+                rank. Those of tensors that are not in the groups are ignored.
         """
-        self._flat = matrices
+        for weight in weights:
+            self._flat.setdefault(weight.owner, []).append(weight)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
