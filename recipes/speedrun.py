@@ -36,7 +36,7 @@ def speedrun(*, data: Path = DATA) -> Recipe:
         schedule=one_cycle(pct_start=0.1, three_phase=False, cycle_momentum=False),
         lr=0.06,
         epochs=None,
-        steps=1100,
+        steps=1000,
         evaluate_every=10_000,
         sync_batchnorm=True,
         data_on_device=True,
