@@ -122,6 +122,7 @@ def plan_trials(
         strategies = _compatible_strategies(recipe, machine, max(worlds))
     over_several_ranks = {name for name, kind in STRATEGIES.items() if kind.needs_several_ranks}
     plans: dict[tuple[str, int], tuple[Plan, RunRecord]] = {}
+    description: RunRecord | None = None  # of the first; versions and code are those of all
     for ranks in worlds:
         for strategy in strategies:
             size = _tensor_parallel(recipe, strategy)
@@ -136,7 +137,10 @@ def plan_trials(
                     "grow with the number of ranks, so the steps differ by design and there is "
                     f"nothing to compare. Set batch_size={plan.batch_size} instead."
                 )
-            plans[strategy, ranks] = plan, describe_run(reference, built, plan)
+            if description is None:
+                description = describe_run(reference, built, plan)
+            record = replace(description, overrides=dict(built.overrides), plan=plan.to_dict())
+            plans[strategy, ranks] = plan, record
     if not plans:
         needed = max(_tensor_parallel(recipe, "fsdp"), 2)
         raise PlanError(

@@ -203,10 +203,7 @@ def import_for(plans: Sequence[Plan]) -> None:
     on_cpus = all(plan.device == "cpu" for plan in plans)
     if on_cpus and any(strategy.uses_deepspeed for strategy in strategies):
         # Importing DeepSpeed initialises CUDA, after which no rank could be forked.
-        modules += [
-            "launcher.engine.backends.deepspeed",
-            "launcher.engine.backends.zero_optimizers",
-        ]
+        modules.append("launcher.engine.backends.deepspeed")
     with _environment(plans), _garbage_collection_paused():
         for module in modules:
             importlib.import_module(module)
