@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher.checks.trial_launches import launch_trials
 from launcher.environment.machine import Machine
 from launcher.errors import PlanError
-from launcher.launch.launcher import import_for, launch
+from launcher.launch.launcher import launch
 from launcher.launch.signal_handler import SignalHandler
 from launcher.planning.fsdp_settings import FSDP_DEFAULTS
 from launcher.planning.plan import Plan
@@ -23,7 +24,6 @@ from launcher.planning.strategy import STRATEGIES, check_strategy
 from launcher.recipe.overrides import Override, build
 from launcher.recipe.recipe import Recipe, StrategyName
 from launcher.recipe.resolve import Reference
-from launcher.runs.failure_record import RunFailedError
 from launcher.runs.job import Job
 from launcher.runs.plan_recipe import describe_run, plan_recipe
 from launcher.runs.run_record import RunRecord, write_run
@@ -163,7 +163,7 @@ def run_trials(
     tolerance: float | None,
     signals: SignalHandler,
 ) -> Iterator[ParityRow]:
-    """Run the trials one after the other and yield the result of each.
+    """Run the trials and yield the result of each, in their order.
 
     The saved weights of a trial are deleted once they have been read.
 
@@ -176,14 +176,12 @@ def run_trials(
             `TOLERANCES` for the precision of the trial, or 0 with exact=true.
         signals: Handles signals for the runs.
     """
-    import_for([trial.plan for trial in trials])
+    jobs = [_job(reference, overrides, trial, steps) for trial in trials]
     reference_trace = None
-    for trial in trials:
-        try:
-            launch(_job(reference, overrides, trial, steps), signals=signals)
-        except RunFailedError as error:
+    for trial, outcome in zip(trials, launch_trials(jobs, signals), strict=True):
+        if outcome.exit_code:
             yield ParityRow(
-                trial=trial, exit_code=error.exit_code, difference=None, error=str(error)
+                trial=trial, exit_code=outcome.exit_code, difference=None, error=outcome.error
             )
             if reference_trace is None:
                 return

@@ -48,7 +48,7 @@ from launcher.runs.failure_record import (
 from launcher.runs.job import Job
 from launcher.runs.private_folder import private_folder
 from launcher.runs.rundir import RunDir
-from launcher.signals import STOP_SIGNALS, announce_stop
+from launcher.signals import STOP_SIGNALS
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -180,7 +180,7 @@ def _run_ranks(
             before_restart=calls.before_restart,
         )
     except SignalException as error:
-        raise EndedError(announce_stop(error.sigval)) from None
+        raise EndedError(signals.report(error.sigval)) from None
     if not result.failures:
         return max((code or 0 for code in result.return_values.values()), default=0)
     oom_kills_after = oom_kills()
@@ -193,9 +193,13 @@ def _run_ranks(
 
 
 def import_for(plans: Sequence[Plan]) -> None:
-    """Import what the ranks of `plans` need, so that forked ranks find it imported."""
+    """Import what the agents and ranks of `plans` need, so that forked ones find it imported."""
     strategies = [STRATEGIES[plan.strategy] for plan in plans]
-    modules = ["launcher.engine.worker", "torch._dynamo"]  # every optimizer imports _dynamo
+    modules = [
+        "launcher.engine.ranks.agent",
+        "launcher.engine.worker",
+        "torch._dynamo",  # every optimizer imports it
+    ]
     if any(plan.backend != "local" for plan in plans):
         modules.append("launcher.engine.backends.accelerate")
     if any(strategy.uses_fsdp for strategy in strategies):
