@@ -20,10 +20,11 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from launcher.console.failure import death_text, failure_text
-from launcher.environment.machine import oom_kills
+from launcher.environment.machine import oom_kills, read_machine
 from launcher.errors import (
     EXIT_FAILED,
     EXIT_RESUMABLE,
@@ -34,7 +35,7 @@ from launcher.errors import (
 )
 from launcher.forking import reason_not_to_fork
 from launcher.launch.signal_handler import SignalHandler
-from launcher.planning.configs import process_environment
+from launcher.planning.configs import deepspeed_environment, process_environment
 from launcher.planning.plan import Plan
 from launcher.planning.strategy import STRATEGIES
 from launcher.runs.checkpoints import list_checkpoints
@@ -58,6 +59,8 @@ if TYPE_CHECKING:
 _AGENT_LOGGERS = ("torch.distributed.elastic", "torch.multiprocessing")
 
 _NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
+"""With this variable, a library that counts GPUs while it is imported asks the driver (NVML)
+instead of initialising CUDA, after which no rank could be forked."""
 
 _launching = 0
 """Launches in progress in this process; forks outside of them keep their signal handlers."""
@@ -216,7 +219,7 @@ def import_for(plans: Sequence[Plan]) -> None:
 def import_for_any() -> None:
     """Import what the ranks of most plans need, for a server that forks commands.
 
-    DeepSpeed is left out: importing it initialises CUDA where there is a GPU.
+    DeepSpeed is left out where there is a GPU: importing it would initialise CUDA.
     """
     modules = [
         "launcher.engine.worker",
@@ -226,31 +229,36 @@ def import_for_any() -> None:
         "torch.distributed.fsdp",
         "launcher.engine.backends.fsdp",
     ]
-    with _environment([], for_any_plan=True), _garbage_collection_paused():
+    machine, variables = read_machine(), {_NVML_CHECK: "1"}
+    if machine.has_deepspeed and not machine.num_gpus:
+        modules.append("launcher.engine.backends.deepspeed")
+        variables |= deepspeed_environment("cpu")
+    with _environment([], variables), _garbage_collection_paused():
         for module in modules:
             importlib.import_module(module)
 
 
 @contextlib.contextmanager
-def _environment(plans: Sequence[Plan], *, for_any_plan: bool = False) -> Iterator[None]:
+def _environment(
+    plans: Sequence[Plan], variables: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[None]:
     """Set the environment variables that the ranks of `plans` inherit, and restore them.
 
     Args:
         plans: The plans.
-        for_any_plan: Whether the plans are not known yet: libraries count GPUs without CUDA also
-            if no plan uses one.
+        variables: Further variables.
     """
     values = {
+        **variables,
         "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGQUIT",  # SignalHandler handles the others
         "TORCH_ELASTIC_WORKER_IDENTICAL": "1",  # nodes know the numbers of their ranks
     }
     for plan in plans:
         values |= process_environment(plan)
-    on_gpus = for_any_plan or any(plan.device == "cuda" for plan in plans)
-    if on_gpus and _NVML_CHECK not in os.environ:
-        # A library that counts GPUs while it is imported then asks the driver (NVML) instead of
-        # initialising CUDA, after which no rank could be forked.
+    if any(plan.device == "cuda" for plan in plans):
         values[_NVML_CHECK] = "1"
+    if _NVML_CHECK in os.environ:  # by the user
+        values.pop(_NVML_CHECK, None)
     previous = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
