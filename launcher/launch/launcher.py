@@ -205,6 +205,7 @@ def import_for(plans: Sequence[Plan]) -> None:
     ]
     if any(plan.backend != "local" for plan in plans):
         modules.append("launcher.engine.backends.accelerate")
+        modules.append("torch.distributed.algorithms.ddp_comm_hooks")  # by Accelerate for DDP
     if any(strategy.uses_fsdp for strategy in strategies):
         modules += ["torch.distributed.fsdp", "launcher.engine.backends.fsdp"]
     on_cpus = all(plan.device == "cpu" for plan in plans)
