@@ -50,7 +50,7 @@ _SECONDS = 60.0
 
 
 @benchmark
-@click.option("--starts", type=click.IntRange(min=1), default=200, show_default=True)
+@click.option("--starts", type=click.IntRange(min=0), default=200, show_default=True)
 @click.option("--kills", type=click.IntRange(min=0), default=50, show_default=True)
 @click.option("--ranks", type=click.IntRange(min=1), default=2, show_default=True)
 @click.option("--proofs", type=click.IntRange(min=0), default=0, show_default=True)
