@@ -1,12 +1,17 @@
 """Start many runs on a warm server, edit their code between them, and kill some of them.
 
     python benchmarks/warm_starts.py
+    python benchmarks/warm_starts.py --starts 0 --proofs 5 --other ../other/.venv/bin/launcher
 
 Claim: no warm start loses a run, trains code that has been edited since, or leaves a process.
 Before each start a module of the recipe is edited, and the run reports which version it trained.
 Every fourth run is killed, or a process around it: in turn the server, the run, its client, and the
 process that watches the run. A killed server must not harm the run. Every other kill must end all
 processes of the run.
+
+With --proofs, `launcher prove digits` runs in turn as a new process and from a warm server, and
+with --other also as the new process of another version. The CPU time is that of all processes, the
+server's included.
 """
 
 from __future__ import annotations
@@ -45,11 +50,21 @@ _SECONDS = 60.0
 
 
 @benchmark
-@click.option("--starts", type=click.IntRange(min=1), default=200, show_default=True)
+@click.option("--starts", type=click.IntRange(min=0), default=200, show_default=True)
 @click.option("--kills", type=click.IntRange(min=0), default=50, show_default=True)
 @click.option("--ranks", type=click.IntRange(min=1), default=2, show_default=True)
-def main(starts: int, kills: int, ranks: int) -> None:
+@click.option("--proofs", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--other", type=click.Path(exists=True, path_type=Path), help="Another launcher.")
+def main(starts: int, kills: int, ranks: int, proofs: int, other: Path | None) -> None:
     """Print what became of the runs, and the seconds from a start to its end."""
+    if starts:
+        _start_many(starts, kills, ranks)
+    if proofs:
+        _prove_in_turn(proofs, other)
+
+
+def _start_many(starts: int, kills: int, ranks: int) -> None:
+    """Start runs of which some are killed, and print what became of them."""
     outcomes: dict[str, Counter[str]] = {name: Counter() for name in ("none", *VICTIMS)}
     seconds: list[float] = []
     with tempfile.TemporaryDirectory(prefix="warm-") as name:
@@ -77,6 +92,51 @@ def main(starts: int, kills: int, ranks: int) -> None:
     print_table(("median s to exit", "longest", "processes left"), [summary], title="Starts")
     if left or any(counts["wrong"] for counts in outcomes.values()):
         raise click.ClickException("A run was lost, trained old code, or left a process behind.")
+
+
+def _prove_in_turn(proofs: int, other: Path | None) -> None:
+    """Print the median seconds and CPU seconds of a proof by each version and way to start."""
+    programs = {"new process": (BIN / "launcher", "0"), "warm server": (BIN / "launcher", "1")}
+    if other is not None:
+        programs = {"the other version": (other.absolute(), "0"), **programs}
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
+    with tempfile.TemporaryDirectory(prefix="warm-") as folder:
+        env = os.environ | {"XDG_RUNTIME_DIR": folder, "WARM_BENCHMARK": folder}
+        try:
+            for turn in range(proofs + 1):  # the first one starts the server and warms caches
+                for name, (program, warm) in programs.items():
+                    before, started = _cpu_seconds(folder), time.monotonic()
+                    subprocess.run(
+                        [str(program), "prove", "digits"],
+                        cwd=folder,
+                        env=env | {"LAUNCHER_WARM": warm},
+                        stdout=subprocess.DEVNULL,
+                        check=True,
+                    )
+                    seconds = time.monotonic() - started
+                    if turn:
+                        taken[name].append((seconds, _cpu_seconds(folder) - before))
+        finally:
+            subprocess.run([str(BIN / "launcher"), "warm", "stop"], env=env, check=True)
+    medians = {name: [median(each) for each in zip(*taken[name], strict=True)] for name in taken}
+    first = next(iter(medians.values()))
+    rows: list[list[Cell]] = [
+        [name, *((value, ".2f") for value in values)]
+        + [(value / reference, ".2f") for value, reference in zip(values, first, strict=True)]
+        for name, values in medians.items()
+    ]
+    print_table(("started as", "s", "CPU s", "ratio", "CPU ratio"), rows, title="Proofs")
+
+
+def _cpu_seconds(mark: str) -> float:
+    """Return the CPU seconds of what this process has waited for, and of the living processes."""
+    times = os.times()
+    total = times.children_user + times.children_system
+    for pid in _processes(mark):
+        with contextlib.suppress(OSError):
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            total += sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    return total
 
 
 def _start(

@@ -29,7 +29,6 @@ _PRELOADED = (
     "launcher.engine.backends.accelerate",
     "launcher.engine.backends.fsdp",
     "launcher.engine.backends.deepspeed",
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # it imports torch._inductor
     "torch._dynamo",
     "torch.distributed.fsdp",
 )

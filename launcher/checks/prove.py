@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher.checks.trial_launches import launch_trials
 from launcher.environment.machine import Machine
 from launcher.errors import PlanError
-from launcher.launch.launcher import import_for, launch
+from launcher.launch.launcher import launch
 from launcher.launch.signal_handler import SignalHandler
 from launcher.planning.fsdp_settings import FSDP_DEFAULTS
 from launcher.planning.plan import Plan
@@ -23,7 +24,6 @@ from launcher.planning.strategy import STRATEGIES, check_strategy
 from launcher.recipe.overrides import Override, build
 from launcher.recipe.recipe import Recipe, StrategyName
 from launcher.recipe.resolve import Reference
-from launcher.runs.failure_record import RunFailedError
 from launcher.runs.job import Job
 from launcher.runs.plan_recipe import describe_run, plan_recipe
 from launcher.runs.run_record import RunRecord, write_run
@@ -122,6 +122,7 @@ def plan_trials(
         strategies = _compatible_strategies(recipe, machine, max(worlds))
     over_several_ranks = {name for name, kind in STRATEGIES.items() if kind.needs_several_ranks}
     plans: dict[tuple[str, int], tuple[Plan, RunRecord]] = {}
+    description: RunRecord | None = None  # of the first; versions and code are those of all
     for ranks in worlds:
         for strategy in strategies:
             size = _tensor_parallel(recipe, strategy)
@@ -136,7 +137,10 @@ def plan_trials(
                     "grow with the number of ranks, so the steps differ by design and there is "
                     f"nothing to compare. Set batch_size={plan.batch_size} instead."
                 )
-            plans[strategy, ranks] = plan, describe_run(reference, built, plan)
+            if description is None:
+                description = describe_run(reference, built, plan)
+            record = replace(description, overrides=dict(built.overrides), plan=plan.to_dict())
+            plans[strategy, ranks] = plan, record
     if not plans:
         needed = max(_tensor_parallel(recipe, "fsdp"), 2)
         raise PlanError(
@@ -159,7 +163,7 @@ def run_trials(
     tolerance: float | None,
     signals: SignalHandler,
 ) -> Iterator[ParityRow]:
-    """Run the trials one after the other and yield the result of each.
+    """Run the trials and yield the result of each, in their order.
 
     The saved weights of a trial are deleted once they have been read.
 
@@ -172,14 +176,12 @@ def run_trials(
             `TOLERANCES` for the precision of the trial, or 0 with exact=true.
         signals: Handles signals for the runs.
     """
-    import_for([trial.plan for trial in trials])
+    jobs = [_job(reference, overrides, trial, steps) for trial in trials]
     reference_trace = None
-    for trial in trials:
-        try:
-            launch(_job(reference, overrides, trial, steps), signals=signals)
-        except RunFailedError as error:
+    for trial, outcome in zip(trials, launch_trials(jobs, signals), strict=True):
+        if outcome.exit_code:
             yield ParityRow(
-                trial=trial, exit_code=error.exit_code, difference=None, error=str(error)
+                trial=trial, exit_code=outcome.exit_code, difference=None, error=outcome.error
             )
             if reference_trace is None:
                 return

@@ -18,6 +18,9 @@ _IN_THIS_PROCESS = frozenset({"-h", "--help", "--debug", "--pdb", "--hosts", "--
 _MODULES = (
     "launcher.cli.run",
     "launcher.cli.resume",
+    "launcher.cli.prove",
+    "launcher.checks.proof",
+    "launcher.engine.probes.parity",
     "launcher.launch.debug_session",
     "launcher.launch.session",
     "launcher.recipe.resolve",

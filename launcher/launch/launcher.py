@@ -20,10 +20,11 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from launcher.console.failure import death_text, failure_text
-from launcher.environment.machine import oom_kills
+from launcher.environment.machine import oom_kills, read_machine
 from launcher.errors import (
     EXIT_FAILED,
     EXIT_RESUMABLE,
@@ -34,7 +35,7 @@ from launcher.errors import (
 )
 from launcher.forking import reason_not_to_fork
 from launcher.launch.signal_handler import SignalHandler
-from launcher.planning.configs import process_environment
+from launcher.planning.configs import deepspeed_environment, process_environment
 from launcher.planning.plan import Plan
 from launcher.planning.strategy import STRATEGIES
 from launcher.runs.checkpoints import list_checkpoints
@@ -48,7 +49,7 @@ from launcher.runs.failure_record import (
 from launcher.runs.job import Job
 from launcher.runs.private_folder import private_folder
 from launcher.runs.rundir import RunDir
-from launcher.signals import STOP_SIGNALS, announce_stop
+from launcher.signals import STOP_SIGNALS
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -58,6 +59,8 @@ if TYPE_CHECKING:
 _AGENT_LOGGERS = ("torch.distributed.elastic", "torch.multiprocessing")
 
 _NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
+"""With this variable, a library that counts GPUs while it is imported asks the driver (NVML)
+instead of initialising CUDA, after which no rank could be forked."""
 
 _launching = 0
 """Launches in progress in this process; forks outside of them keep their signal handlers."""
@@ -180,7 +183,7 @@ def _run_ranks(
             before_restart=calls.before_restart,
         )
     except SignalException as error:
-        raise EndedError(announce_stop(error.sigval)) from None
+        raise EndedError(signals.report(error.sigval)) from None
     if not result.failures:
         return max((code or 0 for code in result.return_values.values()), default=0)
     oom_kills_after = oom_kills()
@@ -193,20 +196,22 @@ def _run_ranks(
 
 
 def import_for(plans: Sequence[Plan]) -> None:
-    """Import what the ranks of `plans` need, so that forked ranks find it imported."""
+    """Import what the agents and ranks of `plans` need, so that forked ones find it imported."""
     strategies = [STRATEGIES[plan.strategy] for plan in plans]
-    modules = ["launcher.engine.worker", "torch._dynamo"]  # every optimizer imports _dynamo
+    modules = [
+        "launcher.engine.ranks.agent",
+        "launcher.engine.worker",
+        "torch._dynamo",  # every optimizer imports it
+    ]
     if any(plan.backend != "local" for plan in plans):
         modules.append("launcher.engine.backends.accelerate")
+        modules.append("torch.distributed.algorithms.ddp_comm_hooks")  # by Accelerate for DDP
     if any(strategy.uses_fsdp for strategy in strategies):
         modules += ["torch.distributed.fsdp", "launcher.engine.backends.fsdp"]
     on_cpus = all(plan.device == "cpu" for plan in plans)
     if on_cpus and any(strategy.uses_deepspeed for strategy in strategies):
         # Importing DeepSpeed initialises CUDA, after which no rank could be forked.
-        modules += [
-            "launcher.engine.backends.deepspeed",
-            "launcher.engine.backends.zero_optimizers",
-        ]
+        modules.append("launcher.engine.backends.deepspeed")
     with _environment(plans), _garbage_collection_paused():
         for module in modules:
             importlib.import_module(module)
@@ -215,7 +220,7 @@ def import_for(plans: Sequence[Plan]) -> None:
 def import_for_any() -> None:
     """Import what the ranks of most plans need, for a server that forks commands.
 
-    DeepSpeed is left out: importing it initialises CUDA where there is a GPU.
+    DeepSpeed is left out where there is a GPU: importing it would initialise CUDA.
     """
     modules = [
         "launcher.engine.worker",
@@ -225,31 +230,36 @@ def import_for_any() -> None:
         "torch.distributed.fsdp",
         "launcher.engine.backends.fsdp",
     ]
-    with _environment([], for_any_plan=True), _garbage_collection_paused():
+    machine, variables = read_machine(), {_NVML_CHECK: "1"}
+    if machine.has_deepspeed and not machine.num_gpus:
+        modules.append("launcher.engine.backends.deepspeed")
+        variables |= deepspeed_environment("cpu")
+    with _environment([], variables), _garbage_collection_paused():
         for module in modules:
             importlib.import_module(module)
 
 
 @contextlib.contextmanager
-def _environment(plans: Sequence[Plan], *, for_any_plan: bool = False) -> Iterator[None]:
+def _environment(
+    plans: Sequence[Plan], variables: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[None]:
     """Set the environment variables that the ranks of `plans` inherit, and restore them.
 
     Args:
         plans: The plans.
-        for_any_plan: Whether the plans are not known yet: libraries count GPUs without CUDA also
-            if no plan uses one.
+        variables: Further variables.
     """
     values = {
+        **variables,
         "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGQUIT",  # SignalHandler handles the others
         "TORCH_ELASTIC_WORKER_IDENTICAL": "1",  # nodes know the numbers of their ranks
     }
     for plan in plans:
         values |= process_environment(plan)
-    on_gpus = for_any_plan or any(plan.device == "cuda" for plan in plans)
-    if on_gpus and _NVML_CHECK not in os.environ:
-        # A library that counts GPUs while it is imported then asks the driver (NVML) instead of
-        # initialising CUDA, after which no rank could be forked.
+    if any(plan.device == "cuda" for plan in plans):
         values[_NVML_CHECK] = "1"
+    if _NVML_CHECK in os.environ:  # by the user
+        values.pop(_NVML_CHECK, None)
     previous = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

@@ -18,6 +18,7 @@ from launcher.runs.heartbeat import PHASES, read_heartbeat
 from launcher.runs.job import Job
 from launcher.runs.private_folder import remove_private_folders
 from launcher.signals import (
+    EXIT_BY_SIGNAL,
     STOP_SIGNALS,
     announce,
     announce_stop,
@@ -47,12 +48,14 @@ class SignalHandler:
             raises KeyboardInterrupt, and `stopped_by` names the signal.
         saves: Whether this process starts a run that saves checkpoints. Every signal ends other
             work at once, from the beginning.
+        reports: Whether ending at once prints which signal it was; not if the parent of this
+            process does.
     """
 
-    def __init__(self, *, exits: bool = True, saves: bool = True) -> None:
+    def __init__(self, *, exits: bool = True, saves: bool = True, reports: bool = True) -> None:
         self.stopped_by: signal.Signals | None = None
         """The first signal that asked the run to stop."""
-        self._exits, self._saves = exits, saves
+        self._exits, self._saves, self._reports = exits, saves, reports
         self._job: Job | None = None
         self._announces = True
         self._interrupted = self._has_raised = False
@@ -76,7 +79,7 @@ class SignalHandler:
         if self.stopped_by is None:
             return
         if not job.saves:
-            self._end(self.stopped_by)
+            self.end(self.stopped_by)
         self._signal_ranks()
 
     def raise_again(self) -> None:
@@ -88,14 +91,8 @@ class SignalHandler:
         if self._has_raised:
             raise KeyboardInterrupt
 
-    def _interrupt(self, *_: object) -> None:
-        if self._interrupted or not self._has_steps_to_lose():
-            self._end(signal.SIGINT)
-        self._interrupted = True
-        self._stop(signal.SIGINT)
-
-    def _end(self, number: signal.Signals) -> None:
-        """Kill the ranks and end at once.
+    def end(self, number: signal.Signals) -> None:
+        """Kill the ranks, or what starts them, and end at once.
 
         A command exits without raising an exception, because an import that runs at this moment
         could swallow it.
@@ -107,14 +104,24 @@ class SignalHandler:
             with contextlib.suppress(OSError, ValueError):  # the agent has waited for it
                 rank.join(_SECONDS_TO_END)
         if self._exits:
-            end_process(announce_stop(number))
+            end_process(self.report(number))
         remove_private_folders()
         self.stopped_by, self._has_raised = number, True
         raise KeyboardInterrupt
 
+    def report(self, number: signal.Signals) -> int:
+        """Print which signal has ended the run; return the exit code of a process that it ends."""
+        return announce_stop(number) if self._reports else EXIT_BY_SIGNAL + number
+
+    def _interrupt(self, *_: object) -> None:
+        if self._interrupted or not self._has_steps_to_lose():
+            self.end(signal.SIGINT)
+        self._interrupted = True
+        self._stop(signal.SIGINT)
+
     def _stop(self, number: int, *_: object) -> None:
         if not self._saves or (self._job is not None and not self._job.saves):
-            self._end(signal.Signals(number))
+            self.end(signal.Signals(number))
         if self.stopped_by is None:
             self.stopped_by = signal.Signals(number)
             again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""

@@ -75,9 +75,12 @@ def is_deepspeed_export(head: bytes) -> bool:
 
 def process_environment(plan: Plan) -> dict[str, str]:
     """Return the environment variables that the plan's backend reads when it is imported."""
-    if STRATEGIES[plan.strategy].uses_deepspeed:
-        return {"DS_ACCELERATOR": plan.device}
-    return {}
+    return deepspeed_environment(plan.device) if STRATEGIES[plan.strategy].uses_deepspeed else {}
+
+
+def deepspeed_environment(device: str) -> dict[str, str]:
+    """Return the environment variable that names the kind of device when DeepSpeed is imported."""
+    return {"DS_ACCELERATOR": device}
 
 
 def accelerate_config(

@@ -7,6 +7,7 @@ hold a recipe.
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -43,22 +44,32 @@ def refuse_plain_script(path: Path, function: str = "", *, shown: str) -> None:
         RecipeError: The file cannot hold a recipe.
     """
     try:
-        tree = ast.parse(path.read_bytes())
-    except (OSError, SyntaxError, ValueError, RecursionError):
+        content = path.read_bytes()
+    except OSError:
         return  # the import reports it
-    imported = _imported(ast.walk(tree))
-    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-    if "launcher" in imported or any(map(returns_recipe, functions)):
-        return
-    bound = _bound(tree)
-    if function and {function, "*"} & bound:
-        return
-    if {path.stem, "*"} & bound and _TRAINERS.isdisjoint(_imported(tree.body)):
+    if _can_hold_recipe(content, path.stem, function):
         return
     raise RecipeError(
         f"{shown} has no recipe: it neither imports launcher nor has a function annotated "
         f"`-> Recipe`. It was not imported, because importing a script runs it. {WHAT_A_RECIPE_IS}"
     )
+
+
+@functools.lru_cache(maxsize=8)  # ranks that are forked after the first call parse no file
+def _can_hold_recipe(content: bytes, stem: str, function: str) -> bool:
+    """Return whether a file can hold a recipe; true if it cannot be parsed."""
+    try:
+        tree = ast.parse(content)
+    except (SyntaxError, ValueError, RecursionError):
+        return True
+    imported = _imported(ast.walk(tree))
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    if "launcher" in imported or any(map(returns_recipe, functions)):
+        return True
+    bound = _bound(tree)
+    if function and {function, "*"} & bound:
+        return True
+    return bool({stem, "*"} & bound) and _TRAINERS.isdisjoint(_imported(tree.body))
 
 
 def _imported(nodes: Iterable[ast.AST]) -> set[str]:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+from collections.abc import Callable
 
 import pytest
-from support import ROOT, Commands
+from support import ROOT, Commands, fail_on_leftovers, has_rows, wait_until
+
+from launcher.runs.rundir import RunDir
 
 WORLDS = str(ROOT / "tests/recipes/worlds.py")
 SPLITS = str(ROOT / "tests/recipes/splits.py")
@@ -105,6 +110,49 @@ def test_a_failed_reference_ends_the_comparison(run: Commands) -> None:
     assert "exit code 1" in done.stdout
     assert "Traceback" in done.stderr
     assert not any(line.startswith("ddp         2") for line in done.stdout.splitlines())
+
+
+def test_a_failure_ends_its_own_configuration(run: Commands) -> None:
+    """If a rank fails in one configuration, its failure is shown and the others are compared."""
+    recipe = str(ROOT / "tests/recipes/failing.py")
+    done = run(
+        *("launcher", "prove", recipe, "--worlds", "1,2,3", "--strategies", "ddp", "--json"),
+        *("--steps", "3", "how=raise", "rank=2"),
+    )
+    assert done.exit_code == 1
+    rows = json.loads(done.stdout)["rows"]
+    assert [(row["ranks"], row["exit_code"]) for row in rows] == [(1, 0), (2, 0), (3, 1)]
+    assert rows[1]["unequal"] == {}
+    assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "kill", "exit_code"),
+    [
+        (signal.SIGINT, os.killpg, 130),
+        (signal.SIGQUIT, os.killpg, 131),
+        (signal.SIGKILL, os.kill, -signal.SIGKILL),
+    ],
+)
+def test_a_signal_ends_configurations_beside_each_other(
+    run: Commands, number: signal.Signals, kill: Callable[[int, int], None], exit_code: int
+) -> None:
+    """A signal ends all ranks and what started them at once, and leaves no temporary folder."""
+    (run.folder / "temporary").mkdir()
+    process = run.start(
+        *("launcher", "prove", f"{WORLDS}:paced", "--worlds", "1,2,3", "--strategies", "ddp"),
+        *("--steps", "10", "pause=0.1", "--out", "kept"),
+        env={"TMPDIR": str(run.folder / "temporary")},
+    )
+    runs = [RunDir(run.folder / "kept" / name) for name in ("ddp-2", "ddp-3")]
+    wait_until(lambda: all(has_rows(each, 1) for each in runs), process)
+    kill(process.pid, number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == exit_code
+    if number is not signal.SIGKILL:
+        assert stderr.strip() == f"launcher: stopped by {number.name}"
+    fail_on_leftovers(run.mark)
+    assert [path.name for path in (run.folder / "temporary").glob("launcher-*")] == []
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,43 @@ def test_steps_equal_those_of_torch(spec: OptimizerSpec) -> None:
         assert torch.equal(expected, found)
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *OPTIMIZERS.values(),
+        sgd(momentum=0.5, weight_decay=0.1, decay_1d=True),
+    ],
+)
+def test_steps_on_shards_equal_those_of_torch(spec: OptimizerSpec, mesh: DeviceMesh) -> None:
+    """Steps with DTensors that the host decides on have the bits and the state of torch's own."""
+    recipe = replace(digits(), optimizer=spec)
+    found = []
+    for is_own in (False, True):
+        torch.manual_seed(0)
+        model: nn.Module = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+        model = distribute_module(model, mesh)
+        optimizer = make_optimizer(recipe, model, 0.1)
+        for step in range(3):
+            for parameter in model.parameters():
+                parameter.grad = torch.ones_like(parameter) / (step + 3)
+            if step == 1:  # a weight that this step does not use
+                model.get_parameter("0.bias").grad = None
+            if is_own:
+                take_step(optimizer, recipe, False)
+                take_step(optimizer, recipe, True)
+            else:
+                optimizer.step()
+        state = [value for each in optimizer.state.values() for value in each.values()]
+        found.append([*model.parameters(), *filter(torch.is_tensor, state)])
+    assert len(found[0]) == len(found[1])
+    for expected, own in zip(*found, strict=True):
+        assert type(expected) is type(own)
+        assert getattr(expected, "_spec", None) == getattr(own, "_spec", None)
+        assert torch.equal(
+            getattr(expected, "_local_tensor", expected), getattr(own, "_local_tensor", own)
+        )
+
+
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 @pytest.mark.parametrize("kind", ["complex", "subclass"])
 def test_weights_without_fused_kernels_are_trained(name: str, kind: str) -> None:

@@ -154,6 +154,7 @@ def test_backends_keep_to_themselves(path: Path) -> None:
         "launcher.engine.backends.accelerate": {"accelerate"},
         "launcher.engine.backends.fsdp": {"accelerate"},
         "launcher.engine.backends.deepspeed": {"accelerate", "deepspeed"},
+        "launcher.engine.backends.zero_optimizers": {"deepspeed"},
         "launcher.engine.metrics.trackers": {"accelerate"},
     }.get(name_of(path), set())
     roots = {name.partition(".")[0] for name in imports_of(path, at_import=False)}

@@ -27,6 +27,7 @@ from torch._C._distributed_c10d import HashStore
 from torch._dynamo import OptimizedModule
 from torch.optim import Optimizer
 
+import launcher.engine.backends.zero_optimizers  # noqa: F401  # before DeepSpeed imports them
 from launcher.engine.backends.accelerate import GroupBackend, reset_accelerate_state
 from launcher.engine.backends.base import poison_nonfinite, state_dict_names
 from launcher.engine.backends.call_order import watch_call_order
@@ -455,8 +456,9 @@ def _prepare_process(plan: Plan, world: World) -> None:
             "gloo" if plan.device == "cpu" else "nccl", store=HashStore(), rank=0, world_size=1
         )
     if plan.device == "cpu":
-        # Its first use would compile it for about a minute. gloo does the same work.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # DeepSpeed would compile this operation for about a minute, and gloo does the same work.
+        # It asks for no other one, so that the compiler need not be called to find out about all.
+        vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

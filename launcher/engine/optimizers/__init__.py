@@ -3,6 +3,8 @@
 named            makes the optimizers that recipes name
 flat             updates each element alike, whatever holds it
 rounding         stochastic rounding whose bits belong to elements
+shard_steps      torch's SGD on shards, without DTensors
+taking_steps     takes a step, or skips it where the gradient is not finite
 small_adamw      AdamW with states in bfloat16
 small_sgd        SGD for weights in bfloat16
 eight_bit        AdamW with states in 8 bits

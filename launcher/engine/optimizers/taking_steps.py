@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Optimizer
 
 from launcher.engine.optimizers.named import is_own, parts_of
+from launcher.engine.optimizers.shard_steps import step_shards, updates_by_shards
 from launcher.recipe.optimizer import OptimizerSpec
 from launcher.recipe.recipe import Recipe
 
@@ -54,6 +55,9 @@ def _take_named_step(optimizer: Optimizer, finite: bool | Tensor) -> None:
         return
     if _updates_by_kernel(optimizer, shards=found_inf is not None):
         _step_sgd(optimizer, found_inf)
+        return
+    if found_inf is None and updates_by_shards(optimizer):
+        step_shards(optimizer)
         return
     if found_inf is not None:
         if is_own(optimizer) or optimizer.param_groups[0]["fused"]:

@@ -10,6 +10,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,10 @@ _SECONDS_TO_STOP = 5
 may wait for a lost rank."""
 
 _POLL_SECONDS = 0.05
-"""Interval at which the agent checks its ranks; a run ends two intervals after they do."""
+"""Longest interval at which the agent checks its ranks, which it also does when one has ended."""
+
+_SECONDS_BEFORE_WAIT = 0.001
+"""How long the agent sleeps before each check, beside its wait for the ranks; not 0 for torch."""
 
 
 def run_agent(
@@ -79,7 +83,7 @@ def run_agent(
         args=(job,),
         rdzv_handler=StaticRendezvousHandler(rendezvous),
         max_restarts=job.attempt + job.restarts,  # the ranks see the difference to what is left
-        monitor_interval=_POLL_SECONDS,
+        monitor_interval=_SECONDS_BEFORE_WAIT,
     )
     kind = _SpawningAgent if spawn else _Agent
     agent = kind(spec, logs_specs=NoLogsSpecs(folder), start_method="spawn" if spawn else "fork")
@@ -151,6 +155,7 @@ class _Agent(LocalElasticAgent):
         }
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        self._wait_for_ranks()
         result = super()._monitor_workers(worker_group)
         self.poll()
         if result.state is not WorkerState.HEALTHY:
@@ -160,6 +165,17 @@ class _Agent(LocalElasticAgent):
             for local_rank, failure in self._early_exits()
         }
         return RunResult(state=WorkerState.FAILED, failures=failures) if failures else result
+
+    def _wait_for_ranks(self) -> None:
+        """Wait until a rank has a result or has ended, for an interval at most."""
+        assert isinstance(self._pcontext, MultiprocessContext)
+        known = self._pcontext._return_values  # noqa: SLF001
+        results = [
+            queue._reader  # type: ignore[attr-defined]  # noqa: SLF001
+            for local_rank, queue in self._pcontext._ret_vals.items()  # noqa: SLF001
+            if local_rank not in known
+        ]
+        wait([*results, *self._descriptors], timeout=_POLL_SECONDS)
 
     def _early_exits(self) -> Iterator[tuple[int, ProcessFailure]]:
         """Yield the local ranks that have ended with exit code 0 and without a result.
