@@ -3,8 +3,6 @@
 named            makes the optimizers that recipes name
 flat             updates each element alike, whatever holds it
 rounding         stochastic rounding whose bits belong to elements
-shard_steps      torch's SGD on shards, without DTensors
-taking_steps     takes a step, or skips it where the gradient is not finite
 small_adamw      AdamW with states in bfloat16
 small_sgd        SGD for weights in bfloat16
 eight_bit        AdamW with states in 8 bits
@@ -15,4 +13,5 @@ matrices         matrices, and the elements of each that this rank has
 exchanges        whole matrices of sharded weights, each computed on one rank
 joint            the optimizers of several objectives, seen as one
 taking_steps     takes the step of an optimizer, if the gradient is finite
+shard_steps      torch's SGD on shards, without DTensors
 """
