@@ -8,6 +8,7 @@ in one process group: imports and rendezvous are paid once.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import io
 import json
@@ -349,12 +350,12 @@ def hybrid(ranks: int, trained: Container[int]) -> Iterator[tuple[Case, Source |
 
 
 BITS_RESUMED_FROM = 8
-BITS_EPOCHS = 3
+BITS_EPOCHS = 2
 
 
 @dataclass(frozen=True)
 class BitsCase:
-    """One configuration of a recipe with virtual ranks, which is trained for about 15 steps."""
+    """One configuration of a recipe with virtual ranks, which is trained for about 10 steps."""
 
     recipe: str
     strategy: str = "ddp"
@@ -753,6 +754,8 @@ def train_suite(suite: str, folder: Path, worlds: Sequence[int]) -> None:
     if suite == "evaluations":
         importlib.import_module("torchmetrics")
         importlib.import_module("sklearn.metrics")
+    gc.collect()
+    gc.freeze()  # a collection in a rank visits and copies none of these objects
     for index, ranks in enumerate(worlds):
         arguments = suite, folder, ranks, worlds[:index]
         start_processes(train_cases, arguments, ranks, start_method="fork")  # type: ignore[no-untyped-call]

@@ -248,7 +248,7 @@ HEAVY = ROOT / "tests/recipes/heavy.py"
 def test_the_largest_micro_batch_that_fits_is_found(run: Commands) -> None:
     """Sizes fit up to the memory limit, and a second search reads the result from the cache."""
     env = {"XDG_CACHE_HOME": str(run.folder / "cache")}
-    command = (*BATCH, HEAVY, "-n", "2", "--memory", "1200MiB", "--json")
+    command = (*BATCH, HEAVY, "-n", "2", "--memory", "700MiB", "--json")
     done = run(*command, "--out", "out", env=env)
     assert done.exit_code == 0, done.stderr
     result = json.loads(done.stdout)
@@ -294,7 +294,7 @@ LOADER = ("launcher", "find", "loader", ROOT / "tests/recipes/slow.py", "--secon
 
 def test_workers_hide_latency(run: Commands) -> None:
     """Storage with a high latency gets more workers than there are cores."""
-    done = run(*LOADER, "how=waits", "milliseconds=5", "-n", "2", "--json", "--out", "out")
+    done = run(*LOADER, "how=waits", "milliseconds=5", "-n", "1", "--json", "--out", "out")
     assert done.exit_code == 0, done.stderr
     result = json.loads(done.stdout)
     readings = result["readings"]
@@ -334,7 +334,9 @@ def test_a_longer_queue_hides_stalls(run: Commands) -> None:
 
 def test_workers_do_not_oversubscribe_cores(run: Commands) -> None:
     """A data set whose reading is CPU-bound gets at most as many workers as there are cores."""
-    done = run(*LOADER, "how=works", "milliseconds=2", "-n", "2", "--out", "out")
+    done = run(
+        *(*LOADER, "how=works", "milliseconds=1", "batch_size=16", "-n", "2", "--out", "out"),
+    )
     assert done.exit_code == 0, done.stderr
     cores = len(os.sched_getaffinity(0))
     predicted = re.search(r"(\d+) workers per rank", done.stdout)
