@@ -192,7 +192,7 @@ def test_images_in_folders_are_learned(run: Commands) -> None:
         "size=32",
         "widths=16,32,64",
         "batch_size=40",
-        "epochs=12",
+        "epochs=6",
         "num_workers=1",
     )
     metrics = train(run, "images", *settings, "lr=0.05", "lr_batch_size=40")
