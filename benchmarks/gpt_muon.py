@@ -7,7 +7,7 @@ takes the same steps on any number of ranks. Both train the recipe `gpt` at a sm
 same batch, schedule, clipping and data. AdamW has the best of --adamw-lrs at its full length, which
 is the target; Muon has the best of --muon-lrs in the middle one of its lengths. A schedule spans
 the steps of its training, so that each length is a training of its own. The second table compares
-the losses of Muon on several numbers of ranks with those on one, under DDP and FSDP.
+the losses of Muon on several numbers of ranks with those on one, under every strategy.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from contest import HERE, Cell, Numbers, benchmark, print_table, train
 from trainings import Trainings
 
 from launcher.engine.probes.parity import compare, read_trace
+from launcher.planning.strategy import STRATEGIES
 
 SIZE = ("layers=2", "width=64", "heads=2", "batch_size=16", "lr_batch_size=16")
 TEXTS = HERE.parent / "launcher"
@@ -96,7 +97,7 @@ def compared(folder: Path, worlds: list[int], settings: list[str]) -> Iterator[l
     """
     reference = None
     for ranks in worlds:
-        for strategy in ("ddp", "fsdp") if ranks > 1 else ("ddp",):
+        for strategy in STRATEGIES if ranks > 1 else ("ddp",):
             run_dir = train(
                 "launcher",
                 "gpt:gpt_muon",

@@ -17,6 +17,7 @@ import shutil
 import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,16 @@ RECIPES = {
 }
 EXACT_RECIPES = {"norms": norms, "text": text, "gan": gan, "distill": distill, "turns": turns}
 
+
+def build_deep() -> nn.Module:
+    """Return a model of images (N, 1, 8, 8) with matrices of several sizes before its head."""
+    return nn.Sequential(
+        *(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 5, 3, padding=1), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(5 * 64, 24), nn.ReLU(), nn.Linear(24, 37), nn.ReLU()),
+        nn.Linear(37, 10),
+    )
+
+
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {
         "optimizer": sgd(momentum=0.9, weight_decay=1e-4, decay_1d=False),
@@ -81,6 +92,12 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
         "max_grad_norm": None,
     },
     "adamw": {"optimizer": adamw(weight_decay=0.1), "lr": 0.003, "max_grad_norm": 0.5},
+    "muon": {
+        "optimizer": muon(others=adamw(weight_decay=0.1, decay_1d=False)),
+        "lr": 0.01,
+        "max_grad_norm": None,
+        "model": build_deep,
+    },
 }
 
 
@@ -126,6 +143,7 @@ REFERENCES = (
     Case("worlds"),
     Case("worlds", optimizer="adamw"),
     Case("tokens", optimizer="adamw"),
+    Case("worlds", optimizer="muon"),
     Case("worlds", options=GROWING),
 )
 """Cases on one rank that the others are compared with."""
@@ -138,20 +156,23 @@ def matrix(ranks: int) -> Iterator[Case]:
     for number, strategy in enumerate(STRATEGIES, start=ranks):
         if strategy == "fsdp" and ranks == 1:
             continue
+        whole = Case("worlds", strategy, 1, "muon")
         if ranks > 3:  # where a step takes longest
             case = Case("tokens", strategy, 3, "adamw") if number % 2 else Case("worlds", strategy)
-            cases = [case]
+            cases = [case, whole]
         elif number % 2:
             cases = [
                 Case("worlds", strategy),
                 Case("worlds", strategy, 3, "adamw"),
                 Case("tokens", strategy, 3, "adamw"),
+                whole,
             ]
         else:
             cases = [
                 Case("worlds", strategy, 1, "adamw"),
                 Case("worlds", strategy, 3),
                 Case("worlds", strategy, 3, options=GROWING),
+                whole,
             ]
         yield from (case for case in cases if ranks > 1 or case not in REFERENCES)
 
@@ -199,7 +220,7 @@ def unused(ranks: int) -> Iterator[Case]:
     """Yield cases of a model in which each rank uses different parameters."""
     once = (("epochs", 1),)
     if ranks == 1:
-        for optimizer in OPTIMIZERS:
+        for optimizer in ("sgd", "adamw"):
             yield Case("branches", optimizer=optimizer, options=once)
             yield Case("branches", "zero1", 3, optimizer, options=once)
         return
@@ -242,6 +263,9 @@ EVALUATED = (
 After a forward without a backward, sharded weights and optimizer state may lie elsewhere in memory.
 """
 
+WHOLE_SOURCES = tuple(Case("worlds", strategy, 1, "muon") for strategy in ("ddp", "zero2", "zero3"))
+"""Cases with whole matrices, each of which is resumed under the others of these strategies."""
+
 SOURCE_RANKS = 2
 RESUMED_FROM = 7
 
@@ -249,14 +273,15 @@ RESUMED_FROM = 7
 def resumed(ranks: int) -> Iterator[tuple[Case, Case]]:
     """Yield pairs of a source and the configuration with which it is resumed."""
     if ranks == SOURCE_RANKS:
-        yield from ((source, source) for source in (*SOURCES, *EVALUATED))
+        yield from ((source, source) for source in (*SOURCES, *WHOLE_SOURCES, *EVALUATED))
     plain = SOURCES[1]
     for strategy in STRATEGIES:
         if (strategy, ranks) != ("fsdp", 1):
             yield plain, replace(plain, strategy=strategy, accumulation=1)
-    for source in (*SOURCES[2:6], SOURCES[-1]):
-        if ranks in (1, 3):
+    if ranks in (1, 3):
+        for source in (*SOURCES[2:6], SOURCES[-1]):
             yield source, replace(source, strategy="ddp")
+        yield from list(permutations(WHOLE_SOURCES, 2))[ranks // 2 :: 2]
     for source in EVALUATED:
         if ranks == 1:
             options = tuple(option for option in source.options if option[0] != "offload")
@@ -275,7 +300,7 @@ HYBRID_SOURCE = Case("worlds", "fsdp", 3, "adamw", options=(PAIRS,))
 """Two copies of the model on two ranks each; it is trained on 4 ranks and resumed on others."""
 
 HYBRID_REFERENCES = (
-    *(Case("worlds", optimizer=name) for name in OPTIMIZERS),
+    *(Case("worlds", optimizer=name) for name in ("sgd", "adamw")),
     Case("worlds", optimizer="sgd", options=(CLIPPED,)),
     Case("tokens", optimizer="adamw"),
     Case("batch_norm", options=(SYNCED,)),
@@ -801,7 +826,7 @@ def train_cases(rank: int, suite: str, folder: Path, ranks: int, before: Sequenc
 def _train_resumed(train: Trainer, folder: Path, ranks: int) -> None:
     source_folder = folder / f"on{SOURCE_RANKS}"
     if ranks == SOURCE_RANKS:
-        for source in (*SOURCES, *EVALUATED):
+        for source in (*SOURCES, *WHOLE_SOURCES, *EVALUATED):
             train(source, source.key, saves=True)
     for source, case in resumed(ranks):
         train(case, f"{source.key}-as-{case.key}", source=source_folder / source.key)

@@ -55,10 +55,11 @@ class OptimizerSpec(Spec):
     def needs_shapes(self) -> str | None:
         """What the optimizer does with the shape of a weight or the place of an element in it.
 
-        DeepSpeed gives an optimizer pieces of weights in one flat tensor. None if these suffice.
+        DeepSpeed gives an optimizer pieces of weights in one flat tensor. None if these suffice, as
+        for Muon, whose ranks exchange the pieces of a matrix.
         """
-        if self.name == "muon":
-            return "orthogonalises whole matrices"
+        if isinstance(others := self.argument("others"), OptimizerSpec):
+            return others.needs_shapes
         if self.name == "schedule_free":
             return "replaces the weights by their averages in evaluations"
         if self.argument("state_dtype") == "int8":

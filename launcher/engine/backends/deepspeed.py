@@ -33,6 +33,9 @@ from launcher.engine.backends.call_order import watch_call_order
 from launcher.engine.backends.default_group import lengthen_timeouts
 from launcher.engine.backends.recipe_forward import RecipeForward, call_with_output_hooks
 from launcher.engine.backends.reduction_order import OrderedReduction
+from launcher.engine.backends.zero_placement import flat_weights
+from launcher.engine.optimizers.muon import ShardedMuon
+from launcher.engine.optimizers.named import parts_of
 from launcher.engine.state.compiled import plain_name
 from launcher.engine.state.fragments import Box, Fragment, boxes
 from launcher.engine.state.initial_values import InitialValues, fragment, whole
@@ -137,7 +140,19 @@ class DeepSpeedBackend(GroupBackend):
         if self.scaler is not None:
             # DeepSpeed's scaler decides on each rank separately.
             engine.optimizer.torch_autocast_gradscaler = None
-        return engine, engine.optimizer.optimizer
+        flat = flat_weights(
+            engine.optimizer,
+            self._stage,
+            num_ranks=self.world_size,
+            rank=self.rank,
+            device=self.device,
+        )
+        self._flat_weights = dict(flat)
+        optimizer = engine.optimizer.optimizer
+        for part in parts_of(optimizer):
+            if isinstance(part, ShardedMuon):
+                part.use_flat(self._flat_weights.values())
+        return engine, optimizer
 
     def own_boxes(self, size: torch.Size) -> list[Box]:
         if not STRATEGIES[self.plan.strategy].shards_parameters:
@@ -339,19 +354,10 @@ class DeepSpeedBackend(GroupBackend):
         if not size.numel():
             yield name, flat.new_empty(size)
             return
-        if self._stage == 3:
-            zero = self._engine.optimizer
-            _, position, length = zero.grad_position[zero.get_param_id(parameter)]
-            start = length * self.rank
-            length = min(length, size.numel() - start)  # the last partitions are padded
-        elif (mapping := parameter._hp_mapping) is not None:  # type: ignore[attr-defined]  # noqa: SLF001
-            position, length = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
-            start = mapping.lp_fragment_address.start
-        else:
-            return
-        if length > 0:
-            values = flat.detach().narrow(0, position, length)
-            yield name, Fragment(values=values, start=start, size=size)
+        weight = self._flat_weights[parameter]
+        values = weight.part(flat)
+        if values.numel():
+            yield name, Fragment(values=values, start=weight.start, size=size)
 
     def _own_part_of_frozen(self, parameter: nn.Parameter) -> Tensor | Fragment:
         """Return this rank's part of a parameter that is not trained, which may be empty."""

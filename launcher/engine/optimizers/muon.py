@@ -1,4 +1,4 @@
-"""Muon: momentum whose matrices are orthogonalised, with another optimizer for all else.
+"""Muon: momentum whose matrices are orthogonalised.
 
 Keller Jordan, "Muon: An optimizer for hidden layers in neural networks" (2024). torch.optim.Muon
 computes the same on one rank; this one works on weights that are sharded, and skips steps on the
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 
-from launcher.engine.optimizers.flat import STEP, local_of
-from launcher.engine.optimizers.matrices import Exchange, rounds
+from launcher.engine.optimizers.exchanges import Exchange, rounds
+from launcher.engine.optimizers.flat import STEP
+from launcher.engine.optimizers.matrices import FlatWeight, Matrix, WeightMatrix
 from launcher.engine.optimizers.rounding import ElementPositions, random_bits, round_to_bfloat16
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -30,89 +31,109 @@ MATCHED = "match_rms_adamw"
 """The rule by which an update has the root mean square of AdamW's (arXiv:2502.16982)."""
 
 
-class Muon(Optimizer):
-    """Muon for matrices, and `others` for the other weights, as one optimizer.
-
-    The parameter groups and the state of `others` are also those of this optimizer.
+class ShardedMuon(Optimizer):
+    """Muon for matrices that one rank has, or that are spread over ranks.
 
     Args:
         groups: Parameter groups of matrices.
         defaults: lr, momentum, nesterov, weight_decay, steps and adjust of groups.
-        others: The optimizer of the other weights; None if there are none.
         dtype: The dtype in which matrices are orthogonalised.
         seed: The seed with which weights in bfloat16 are rounded.
     """
 
     found_inf: Tensor | None = None
-    """A scalar tensor on the device, 1 to skip the step of the matrices."""
+    """A scalar tensor on the device, 1 to skip the step."""
 
     def __init__(
         self,
         groups: list[dict[str, Any]],
         defaults: dict[str, Any],
         *,
-        others: Optimizer | None,
         dtype: torch.dtype,
         seed: int = 0,
     ) -> None:
         super().__init__(groups, {**defaults, "capturable": True})
-        self.others, self._dtype, self._seed = others, dtype, seed
+        self._dtype, self._seed = dtype, seed
         self._positions: dict[Tensor, ElementPositions] = {}
-        self._num_groups = len(self.param_groups)
-        self._rounds: list[list[tuple[Exchange, list[Tensor]]]] | None = None
-        if others is not None:
-            self.state = others.state
-            self.param_groups.extend(others.param_groups)
+        self._flat: dict[Tensor, list[FlatWeight]] = {}
+        self._rounds: dict[Tensor, list[tuple[Exchange, list[Matrix]]]] = {}
+
+    def use_flat(self, weights: Iterable[FlatWeight]) -> None:
+        """Find matrices within flat tensors, which have taken their place in the groups.
+
+        Args:
+            weights: The weights of which flat tensors hold elements, in the same order on every
+                rank. Those of tensors that are not in the groups are ignored.
+        """
+        for weight in weights:
+            self._flat.setdefault(weight.owner, []).append(weight)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Take a step for the matrices, but not for the weights of `others` (collective).
+        """Take a step (collective).
 
         Args:
             closure: Not supported; None.
         """
         assert closure is None
-        groups = self.param_groups[: self._num_groups]
-        if self._rounds is None:
-            self._rounds = [
-                list(rounds([weight for weight in group["params"] if weight.requires_grad]))
-                for group in groups
-            ]
-        for group, of_group in zip(groups, self._rounds, strict=True):
-            for exchange, weights in of_group:
-                self._take_round(group, exchange, weights)
+        for group in self.param_groups:
+            for owner in group["params"]:
+                if owner.grad is not None:
+                    self._count_step(owner, owner.grad)
+            for exchange, matrices in self._rounds_of(group["params"]):
+                used = [matrix for matrix in matrices if matrix.owner.grad is not None]
+                if used:
+                    self._take_round(group, exchange, used)
 
-    def _take_round(self, group: dict[str, Any], exchange: Exchange, weights: list[Tensor]) -> None:
-        """Take the step of the weights of one round (collective)."""
-        weights = [weight for weight in weights if weight.grad is not None]
-        if not weights:
-            return
-        updates = [self._momentum(group, weight).to(self._dtype) for weight in weights]
+    def _rounds_of(self, owners: list[Tensor]) -> list[tuple[Exchange, list[Matrix]]]:
+        """Return the rounds in which the ranks work on the matrices of a group."""
+        if not owners:
+            return []
+        first = owners[0]
+        if first not in self._rounds:
+            matrices: list[Matrix] = []
+            for owner in owners:
+                if owner in self._flat:
+                    matrices += self._flat[owner]
+                elif owner.requires_grad:
+                    matrices.append(WeightMatrix(owner))
+            self._rounds[first] = list(rounds(matrices))
+        return self._rounds[first]
+
+    def _take_round(
+        self, group: dict[str, Any], exchange: Exchange, matrices: list[Matrix]
+    ) -> None:
+        """Take the step of the matrices of one round (collective)."""
+        updates = [self._momentum(group, matrix).to(self._dtype) for matrix in matrices]
 
         def orthogonalize(matrix: Tensor) -> Tensor:
             return orthogonalized(matrix, group["steps"])
 
-        directions = exchange.apply(orthogonalize, weights, updates)
-        for weight, direction in zip(weights, directions, strict=True):
-            local = local_of(weight.detach())
-            rate = group["lr"] * rate_factor(weight.shape, group["adjust"])
+        directions = exchange.apply(orthogonalize, matrices, updates)
+        for matrix, direction in zip(matrices, directions, strict=True):
+            local = matrix.part(matrix.owner)
+            rate = group["lr"] * rate_factor(matrix.shape, group["adjust"])
             computed = torch.promote_types(local.dtype, torch.float32)
             kept = local.to(computed) * (1.0 - group["lr"] * group["weight_decay"])
             new = kept.sub_(direction.to(computed).mul_(rate))
             if local.dtype == torch.bfloat16:
-                new = self._rounded(weight, new)
+                new = self._rounded(matrix.owner, new)
             self._write(local, new)
 
-    def _momentum(self, group: dict[str, Any], weight: Tensor) -> Tensor:
-        """Add a gradient to the momentum, and return this rank's shard of the update."""
-        assert weight.grad is not None
-        state = self.state[weight]
+    def _count_step(self, owner: Tensor, gradient: Tensor) -> None:
+        """Count the step of a weight or a flat tensor, and create its state before the first."""
+        state = self.state[owner]
         if not state:
-            state[STEP] = torch.zeros((), dtype=torch.float32, device=weight.device)
-            state["momentum_buffer"] = torch.zeros_like(weight.grad)
+            state[STEP] = torch.zeros((), dtype=torch.float32, device=owner.device)
+            state["momentum_buffer"] = torch.zeros_like(gradient)
         state[STEP] += 1.0 if self.found_inf is None else 1.0 - self.found_inf
-        gradient, momentum = local_of(weight.grad), group["momentum"]
-        buffer = local_of(state["momentum_buffer"])
+
+    def _momentum(self, group: dict[str, Any], matrix: Matrix) -> Tensor:
+        """Add a gradient to the momentum, and return this rank's elements of the update."""
+        owner, momentum = matrix.owner, group["momentum"]
+        assert owner.grad is not None
+        gradient = matrix.part(owner.grad)
+        buffer = matrix.part(self.state[owner]["momentum_buffer"])
         scaled = gradient * (1.0 - momentum)
         new = (buffer * momentum).add_(scaled)
         self._write(buffer, new)

@@ -10,9 +10,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import SGD, AdamW, Optimizer
 
+from launcher.engine.optimizers.combined import CombinedOptimizer
 from launcher.engine.optimizers.eight_bit import EightBitAdamW
 from launcher.engine.optimizers.flat import FlatOptimizer
-from launcher.engine.optimizers.muon import Muon, hidden_matrices
+from launcher.engine.optimizers.muon import ShardedMuon, hidden_matrices
 from launcher.engine.optimizers.schedule_free import ScheduleFreeAdamW
 from launcher.engine.optimizers.small_adamw import SmallAdamW
 from launcher.engine.optimizers.small_sgd import SmallSGD
@@ -49,25 +50,25 @@ def named_optimizer(recipe: Recipe, model: nn.Module, lr: float) -> Optimizer:
             "trained weights belong to embeddings, the head, biases and norms. Use adamw()."
         )
     others = {name: weight for name, weight in trained.items() if name not in matrices}
-    return Muon(
+    optimizer = ShardedMuon(
         [{"params": list(matrices.values())}],
         {"lr": lr, **arguments},
-        others=_elementwise(others_spec, recipe, others, others_lr) if others else None,
         seed=recipe.seed,
         dtype=_ORTHOGONALIZED_IN.get(recipe.precision, torch.bfloat16),
     )
+    if not others:
+        return optimizer
+    return CombinedOptimizer(optimizer, _elementwise(others_spec, recipe, others, others_lr))
 
 
 def parts_of(optimizer: Optimizer) -> tuple[Optimizer, ...]:
     """Return the optimizers that together take the steps of `optimizer`."""
-    if isinstance(optimizer, Muon) and optimizer.others is not None:
-        return optimizer, optimizer.others
-    return (optimizer,)
+    return optimizer.parts if isinstance(optimizer, CombinedOptimizer) else (optimizer,)
 
 
 def is_own(optimizer: Optimizer) -> bool:
     """Return whether an optimizer is one of this package, which skip steps on the device."""
-    return isinstance(optimizer, (FlatOptimizer, Muon))
+    return isinstance(optimizer, (FlatOptimizer, ShardedMuon))
 
 
 def _arguments(spec: OptimizerSpec) -> dict[str, Any]:

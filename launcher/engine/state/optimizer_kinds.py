@@ -21,7 +21,8 @@ _STRATEGIES = {
 """The strategies under which the optimizers of torch train that do not train under all of them.
 
 Under FSDP, torch's operations on sharded tensors lack what Adafactor and Rprop do in place. Under
-ZeRO, an optimizer updates pieces of flattened weights and loses their shape.
+ZeRO, an optimizer updates pieces of flattened weights and loses their shape. Recipes' muon() is
+another Muon, which trains under every strategy.
 """
 
 
