@@ -648,8 +648,8 @@ _OBJECTIVES: dict[str, tuple[str, tuple[tuple[str, Any], ...]]] = {
     "gan-micro": ("gan", (*_FEW, ("micro_batch_size", 5))),
     "gan-bf16": ("gan", (*_FEW, ("precision", "bf16"))),
     "distill": ("distill", _FEW),
-    "turns-fp16": ("turns", (("precision", "fp16"),)),
-    "turns-exact": ("turns", (("exact", True),)),
+    "turns-fp16": ("turns", (("epochs", 3), ("precision", "fp16"))),
+    "turns-exact": ("turns", (("epochs", 3), ("exact", True))),
 }
 """Recipes with several objectives, and settings."""
 
