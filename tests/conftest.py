@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import compileall
 import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import Commands, fail_on_leftovers
+from support import ROOT, Commands, fail_on_leftovers
 
 if "LAUNCHER_GPU_TESTS" not in os.environ:
     # Tests that are not marked `gpu` are the same on every machine. torch is imported after this.
@@ -21,6 +22,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the option that rewrites the golden files."""
     parser.addoption("--update-golden", action="store_true", help="Rewrite tests/golden.")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile the package once, before many tests start new interpreters.
+
+    Where PYTHONDONTWRITEBYTECODE is set, each of them would compile it again.
+    """
+    if not hasattr(config, "workerinput"):
+        for name in ("launcher", "recipes"):
+            compileall.compile_dir(ROOT / name, quiet=2)
 
 
 _LONGEST = (

@@ -8,6 +8,7 @@ earlier run, under another split.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib
 import os
@@ -155,6 +156,8 @@ def main(folder: Path) -> None:
     importlib.import_module("launcher.engine.backends.fsdp")
     for build in (build_llama, build_qwen):  # their imports take as long as all runs
         build()
+    gc.collect()
+    gc.freeze()  # a collection in a rank visits and copies none of these objects
     groups: list[list[Split]] = []
     for run in cases():
         if not groups or groups[-1][0].ranks != run.ranks:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import gc
 import importlib
 import io
 import json
@@ -110,6 +111,8 @@ def serve(stream: socket.socket) -> None:
         if "LAUNCHER_GPU_TESTS" in os.environ and "deepspeed" in module:
             continue  # it would look for GPUs, after which no process may be forked
         importlib.import_module(module)
+    gc.collect()
+    gc.freeze()  # a collection in a forked command visits and copies none of these objects
     while True:
         length, files, _, _ = socket.recv_fds(stream, 4, 2)
         if not length:

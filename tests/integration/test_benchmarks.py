@@ -23,12 +23,18 @@ def rows(printed: str) -> list[list[str]]:
     ]
 
 
-def short(run: Commands, name: str) -> Finished:
-    """Run a benchmark in its short form, and check that its file has the printed tables."""
+def short(run: Commands, name: str, *, warm: bool = False) -> Finished:
+    """Run a benchmark in its short form, and check that its file has the printed tables.
+
+    If `warm` is true, all of its runs are forked from one server.
+    """
+    env = {"LAUNCHER_WARM": "1", "XDG_RUNTIME_DIR": str(run.folder)} if warm else {}
     file = run.folder / "results" / f"{name}.json"
     script = ROOT / f"benchmarks/{name}.py"
-    done = run("python", script, *SHORT[name].split(), "--json", file)
+    done = run("python", script, *SHORT[name].split(), "--json", file, env=env)
     assert done.exit_code == 0, done.stdout + done.stderr
+    if warm:
+        assert run("launcher", "warm", "stop", env=env).exit_code == 0
     report = json.loads(file.read_text())
     assert report["machine"]["usable_cores"] >= 1
     assert report["versions"]["torch"]
@@ -105,7 +111,7 @@ def test_teardown(run: Commands) -> None:
 @needs_fashion_mnist
 def test_super_convergence(run: Commands) -> None:
     """The table compares a constant learning rate with five others by their accuracies."""
-    done = short(run, "super_convergence")
+    done = short(run, "super_convergence", warm=True)
     printed = rows(done.stdout)
     constant, *others = printed[:6]
     assert constant[:3] == ["constant, best lr 0.01", "100", "1.0"]
@@ -117,7 +123,7 @@ def test_super_convergence(run: Commands) -> None:
 @needs_fashion_mnist
 def test_batch_64_to_512(run: Commands) -> None:
     """A larger batch reaches the target accuracy in fewer steps."""
-    done = short(run, "batch_64_to_512")
+    done = short(run, "batch_64_to_512", warm=True)
     small, large = rows(done.stdout)
     assert (small[0], large[0]) == ("64", "256")
     assert float(large[3]) > 1

@@ -82,10 +82,10 @@ needs_flights = pytest.mark.skipif(
 @needs_weather
 def test_rough_neurons_forecast_intervals(run: Commands) -> None:
     """Rough neurons forecast better than persistence, and better than a net on daily means."""
-    metrics = train(run, "rough_intervals")
+    metrics = train(run, "rough_intervals", "epochs=30", ranks=1)
     assert metrics["error"] < metrics["persistence_error"]
     assert metrics["coverage"] > metrics["persistence_coverage"]
-    assert metrics["error"] < train(run, "rough_intervals:means")["error"]
+    assert metrics["error"] < train(run, "rough_intervals:means", "epochs=30", ranks=1)["error"]
 
 
 @needs_flights
@@ -136,7 +136,7 @@ def test_ranks_do_not_change_the_losses_of_gpt(run: Commands, settings: tuple[st
 @pytest.mark.parametrize("variant", ["gpt_ddp", "gpt_fsdp", "gpt_zero2", "gpt_zero3_offload"])
 def test_gpt_trains_under_each_strategy(run: Commands, variant: str) -> None:
     """Each variant of gpt trains on two ranks in bf16 under its strategy."""
-    settings = ("steps=3", "batch_size=16", f"data={ROOT}/launcher")
+    settings = ("steps=3", "batch_size=16", f"data={ROOT}/docs/migrating")
     metrics = train(run, f"gpt:{variant}", *settings)
     assert 4 < metrics["bits_per_byte"] < 9
 
@@ -192,7 +192,7 @@ def test_images_in_folders_are_learned(run: Commands) -> None:
         "size=32",
         "widths=16,32,64",
         "batch_size=40",
-        "epochs=12",
+        "epochs=6",
         "num_workers=1",
     )
     metrics = train(run, "images", *settings, "lr=0.05", "lr_batch_size=40")
@@ -214,10 +214,10 @@ def test_sources_of_text_give_the_same_steps(run: Commands, recipe: str) -> None
 @needs_fashion_mnist
 def test_pretraining_helps(run: Commands) -> None:
     """Fine-tuning beats training from scratch, and missing weights are refused with exit code 2."""
-    train(run, "finetune:pretrain")
+    train(run, "finetune:pretrain", "steps=400")
     weights = f"pretrained={run.folder}/finetune-pretrain/model.safetensors"
-    accuracy = train(run, "finetune", weights, ranks=1)["accuracy"]
-    assert accuracy > train(run, "finetune:from_scratch", ranks=1)["accuracy"]
+    accuracy = train(run, "finetune", weights, "epochs=10", ranks=1)["accuracy"]
+    assert accuracy > train(run, "finetune:from_scratch", "epochs=10", ranks=1)["accuracy"]
     before, after = (read_weights(run.folder / name) for name in ("finetune-pretrain", "finetune"))
     assert not torch.equal(before["0.weight"], after["0.weight"])
     done = run("launcher", "run", "finetune", "pretrained=nowhere", "device=cpu", "-n", "1")

@@ -236,7 +236,7 @@ def test_a_signal_stops_at_a_step(run: Commands, number: signal.Signals) -> None
     assert process.returncode == 75
     assert (run.folder / f"out/checkpoints/step-{step:08}").is_dir()
     assert not (run.folder / "out/result.json").exists()
-    done = run("launcher", "resume", "out", "seconds_per_step=0")
+    done = run("launcher", "resume", "out", "seconds_per_step=0", "checkpoint_every=20")
     assert done.exit_code == 0, done.stderr
     assert f"resumed from step-{step:08}" in done.stdout
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import yaml
-from support import ROOT, Commands, read_lines
+from support import ROOT, Commands, Finished, read_lines
 
 from launcher.analysis.loader_throughput import MAX_PREFETCH_FACTOR, prefetch_factor_to_hide
 from launcher.analysis.lr_trials import for_length
+from launcher.runs.rundir import RunDir
 
 LR = ("launcher", "find", "lr", "digits", "--from", "1e-4", "--steps", "60")
 
@@ -31,41 +32,50 @@ def one_rank(module_run: Commands) -> dict[str, Any]:
     return result
 
 
-def test_find_lr_prints_a_setting_that_a_plan_takes(run: Commands) -> None:
-    """The output has both rules, an lr for --config and for the command line, and an image."""
-    done = run(*LR, "-n", "2", "--out", "out")
+@pytest.fixture(scope="module")
+def searched(module_run: Commands) -> Finished:
+    """Return what a search on two ranks printed, whose files are in the folder `searched`."""
+    done = module_run(*LR, "-n", "2", "--out", "searched")
     assert done.exit_code == 0, done.stderr
+    return done
+
+
+def test_find_lr_prints_a_setting_that_a_plan_takes(
+    run: Commands, module_run: Commands, searched: Finished
+) -> None:
+    """The output has both rules, an lr for --config and for the command line, and an image."""
     for rule in ("trainings", "lowest"):
-        assert f"\n  {rule}" in done.stdout
-    (line,) = (line for line in done.stdout.splitlines() if line.startswith("lr: "))
+        assert f"\n  {rule}" in searched.stdout
+    (line,) = (line for line in searched.stdout.splitlines() if line.startswith("lr: "))
     assert 0.01 < float(line.split()[1]) < 3
     assert "--rule trainings" in line
-    assert (run.folder / "out/lr.png").read_bytes().startswith(b"\x89PNG")
+    assert (module_run.folder / "searched/lr.png").read_bytes().startswith(b"\x89PNG")
     (run.folder / "found.yaml").write_text(line)
-    (assignment,) = (line for line in done.stdout.splitlines() if line.startswith("lr="))
+    (assignment,) = (line for line in searched.stdout.splitlines() if line.startswith("lr="))
     for arguments in (("--config", "found.yaml"), (assignment,)):
         plan = run("launcher", "plan", "digits", *arguments)
         assert plan.exit_code == 0, plan.stderr
         assert f"lr={float(line.split()[1])}" in plan.stdout
 
 
-def test_short_trainings_bracket_the_best_lr(run: Commands) -> None:
+def test_short_trainings_bracket_the_best_lr(module_run: Commands, searched: Finished) -> None:
     """The best trial has a worse one on both of its sides, and its lr is lowered for the length.
 
     Each trial takes the steps of --steps, and the recipe 240.
     """
-    done = run(*LR, "-n", "1", "--json", "--out", "out")
-    assert done.exit_code == 0, done.stderr
-    result = json.loads(done.stdout)
+    out = RunDir(module_run.folder / "searched")
+    result = json.loads(out.lr_search.read_text())
     trials = sorted(result["trials"], key=lambda trial: trial["lr"])
     best = min(trials, key=lambda trial: trial["loss"] or math.inf)
     assert (result["trial_steps"], result["whole_steps"]) == (60, 240)
     lowered = for_length(best["lr"], 60, 240)
-    assert 2 ** (-1 / 6) - 1e-6 <= result["settings"]["lr"] / lowered <= 2**0.5
-    assert result["suggestions"]["trainings"] == result["settings"]["lr"]
+    found = result["suggestions"]["trainings"]
+    assert 2 ** (-1 / 6) - 1e-6 <= found / lowered <= 2**0.5
+    (line,) = (line for line in searched.stdout.splitlines() if line.startswith("lr: "))
+    assert float(line.split()[1]) == pytest.approx(found, rel=0.01)
     assert 0 < trials.index(best) < len(trials) - 1
     assert best["loss"] < 1.5
-    folder = run.folder / f"out/trainings/lr-{best['lr']:.3g}"
+    folder = out.path / f"trainings/lr-{best['lr']:.3g}"
     curve = json.loads((folder / "curve.json").read_text())
     assert best["loss"] == curve["held_out"]
     assert len(curve["losses"]) == 60
@@ -248,7 +258,7 @@ HEAVY = ROOT / "tests/recipes/heavy.py"
 def test_the_largest_micro_batch_that_fits_is_found(run: Commands) -> None:
     """Sizes fit up to the memory limit, and a second search reads the result from the cache."""
     env = {"XDG_CACHE_HOME": str(run.folder / "cache")}
-    command = (*BATCH, HEAVY, "-n", "2", "--memory", "1200MiB", "--json")
+    command = (*BATCH, HEAVY, "-n", "2", "--memory", "700MiB", "--json")
     done = run(*command, "--out", "out", env=env)
     assert done.exit_code == 0, done.stderr
     result = json.loads(done.stdout)
@@ -294,7 +304,7 @@ LOADER = ("launcher", "find", "loader", ROOT / "tests/recipes/slow.py", "--secon
 
 def test_workers_hide_latency(run: Commands) -> None:
     """Storage with a high latency gets more workers than there are cores."""
-    done = run(*LOADER, "how=waits", "milliseconds=5", "-n", "2", "--json", "--out", "out")
+    done = run(*LOADER, "how=waits", "milliseconds=5", "-n", "1", "--json", "--out", "out")
     assert done.exit_code == 0, done.stderr
     result = json.loads(done.stdout)
     readings = result["readings"]
@@ -334,7 +344,9 @@ def test_a_longer_queue_hides_stalls(run: Commands) -> None:
 
 def test_workers_do_not_oversubscribe_cores(run: Commands) -> None:
     """A data set whose reading is CPU-bound gets at most as many workers as there are cores."""
-    done = run(*LOADER, "how=works", "milliseconds=2", "-n", "2", "--out", "out")
+    done = run(
+        *(*LOADER, "how=works", "milliseconds=1", "batch_size=16", "-n", "2", "--out", "out"),
+    )
     assert done.exit_code == 0, done.stderr
     cores = len(os.sched_getaffinity(0))
     predicted = re.search(r"(\d+) workers per rank", done.stdout)
