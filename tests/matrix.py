@@ -188,7 +188,7 @@ def features(ranks: int) -> Iterator[Case]:
     for strategy in strategies.get(ranks, ("ddp", "zero3")):
         for precision in ("bf16", "fp16"):
             yield Case("worlds", strategy, options=(("precision", precision),))
-        yield Case("worlds", strategy, options=(("channels_last", True),))
+        yield Case("batch_norm", strategy, options=(SYNCED, ("channels_last", True)))
         yield Case("batch_norm", strategy, options=(SYNCED,))
         yield Case("batch_norm", strategy, options=(SYNCED, RECOMPUTED))
         if ranks == 2:
@@ -221,6 +221,8 @@ def unused(ranks: int) -> Iterator[Case]:
         for optimizer in ("sgd", "adamw"):
             yield Case("branches", optimizer=optimizer, options=once)
             yield Case("branches", "zero1", 3, optimizer, options=once)
+            yield Case("branches", "zero3", 3, optimizer, options=once)
+        yield Case("branches", "zero3", 3, "adamw", options=(*once, ("offload", "cpu")))
         return
     for strategy in ("ddp", "fsdp", "zero1", "zero2"):
         yield Case("branches", strategy, 3, "adamw", options=once)
