@@ -188,9 +188,9 @@ def features(ranks: int) -> Iterator[Case]:
     strategies = {1: ("ddp",), 2: ("ddp", "fsdp", "zero2", "zero3")}
     for strategy in strategies.get(ranks, ("ddp", "zero3")):
         yield Case("worlds", strategy, options=(("precision", "bf16"),))
+        yield Case("batch_norm", strategy, options=(SYNCED, ("channels_last", True)))
         if (ranks, strategy) != (3, "zero3"):  # ZeRO-3 has these on 2 ranks, and DDP on 3
             yield Case("worlds", strategy, options=(("precision", "fp16"),))
-            yield Case("worlds", strategy, options=(("channels_last", True),))
             yield Case("batch_norm", strategy, options=(SYNCED,))
         yield Case("batch_norm", strategy, options=(SYNCED, RECOMPUTED))
         if ranks == 2:
@@ -223,6 +223,8 @@ def unused(ranks: int) -> Iterator[Case]:
         for optimizer in ("sgd", "adamw"):
             yield Case("branches", optimizer=optimizer, options=once)
             yield Case("branches", "zero1", 3, optimizer, options=once)
+            yield Case("branches", "zero3", 3, optimizer, options=once)
+        yield Case("branches", "zero3", 3, "adamw", options=(*once, ("offload", "cpu")))
         return
     for strategy in ("ddp", "fsdp", "zero1", "zero2"):
         yield Case("branches", strategy, 3, "adamw", options=once)

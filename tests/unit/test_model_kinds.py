@@ -63,6 +63,18 @@ class Scaled(nn.Module):
         return self.embedded(words) * self.scale
 
 
+def with_complex_numbers() -> nn.Module:
+    """Return a model with a complex weight."""
+    return nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3, dtype=torch.complex64))
+
+
+def with_empty_weight() -> nn.Module:
+    """Return a linear layer with a further weight that has no elements."""
+    module = nn.Linear(4, 3)
+    module.unused = nn.Parameter(torch.ones(0, 3))
+    return module
+
+
 def lazy() -> nn.Module:
     """Return a model whose layers learn their sizes from the first batch."""
     return nn.Sequential(
@@ -142,10 +154,10 @@ def test_a_lazy_layer_that_forward_leaves_out_is_refused(tmp_path: Path) -> None
         train(tmp_path / "out", recipe(model=model))
 
 
-@pytest.mark.parametrize("model", [Scaled(), Embedded(sparse=True)])
+@pytest.mark.parametrize("model", [Scaled(), Embedded(sparse=True), with_complex_numbers()])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_parameters_that_cannot_be_sharded_are_refused(model: nn.Module, strategy: str) -> None:
-    """Scalars and sparse gradients are refused by exactly the strategies that shard."""
+    """Scalars, complex numbers and sparse gradients are refused by exactly those that shard."""
     chosen = recipe(strategy=cast("StrategyName", strategy))
     plan = make_plan(chosen, read_machine(), nproc_per_node=2)
     if not STRATEGIES[strategy].shards:
@@ -153,6 +165,26 @@ def test_parameters_that_cannot_be_sharded_are_refused(model: nn.Module, strateg
         return
     with pytest.raises(RecipeError, match="strategy=ddp"):
         check_parameters(model, plan)
+
+
+@pytest.mark.parametrize(
+    ("model", "refused"),
+    [
+        (nn.Linear(4, 3, dtype=torch.float64), {"zero1", "zero2", "zero3"}),
+        (with_empty_weight(), {"zero3"}),
+    ],
+)
+def test_parameters_that_deepspeed_would_not_train_are_refused(
+    model: nn.Module, refused: set[str]
+) -> None:
+    """Float64 is refused under ZeRO, and a weight without elements where ZeRO gathers weights."""
+    for strategy in STRATEGIES:
+        plan = make_plan(recipe(strategy=strategy), read_machine(), nproc_per_node=2)
+        if strategy in refused:
+            with pytest.raises(RecipeError, match=strategy):
+                check_parameters(model, plan)
+        else:
+            check_parameters(model, plan)
 
 
 @pytest.mark.parametrize(

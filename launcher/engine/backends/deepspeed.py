@@ -34,6 +34,7 @@ from launcher.engine.backends.call_order import watch_call_order
 from launcher.engine.backends.default_group import lengthen_timeouts
 from launcher.engine.backends.recipe_forward import RecipeForward, call_with_output_hooks
 from launcher.engine.backends.reduction_order import OrderedReduction
+from launcher.engine.backends.zero_gradients import PartitionedGradients
 from launcher.engine.backends.zero_placement import flat_weights
 from launcher.engine.optimizers.muon import ShardedMuon
 from launcher.engine.optimizers.named import parts_of
@@ -96,12 +97,6 @@ class DeepSpeedBackend(GroupBackend):
         make_optimizer: Callable[[nn.Module], Optimizer],
         initial: InitialValues | None = None,
     ) -> tuple[nn.Module, Optimizer]:
-        if any(parameter.dtype == torch.float64 for parameter in model.parameters()):
-            raise RecipeError(
-                f"The recipe's model has float64 weights, but under strategy={self.plan.strategy} "
-                "DeepSpeed would convert them to float32. Use strategy=ddp or fsdp, or a float32 "
-                "model."
-            )
         if STRATEGIES[self.plan.strategy].shards_parameters and any(
             isinstance(module, OptimizedModule) for module in model.modules()
         ):
@@ -115,6 +110,10 @@ class DeepSpeedBackend(GroupBackend):
         else:
             optimizer = make_optimizer(self.place(model, initial))
         check_strategy_of(optimizer, self.plan.strategy)
+        if not STRATEGIES[self.plan.strategy].shards_parameters:
+            for parameter in model.parameters():
+                # DeepSpeed sends bytes, for which even a dimension of one element needs stride 1.
+                parameter.data = parameter.data.flatten().view(parameter.shape)
         self._set_bucket_size(model)
         # This flag belongs to the process, and an earlier engine may have trained in fp16.
         torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
@@ -127,9 +126,11 @@ class DeepSpeedBackend(GroupBackend):
             )
         lengthen_timeouts(self._timeout)
         self._engine, self._module = engine, model
+        self._partitioned_gradients = None
         if self._stage < 3:
             OrderedReduction(engine.optimizer, self.broadcast)
         else:
+            self._partitioned_gradients = PartitionedGradients(engine.optimizer, self.rank)
             units = [
                 module
                 for module in model.modules()
@@ -219,6 +220,9 @@ class DeepSpeedBackend(GroupBackend):
                 "attributes, and model.parameters() returns them empty. Use another strategy, or "
                 "weight_decay in place of a penalty on weights."
             ) from error
+        if self._partitioned_gradients is not None:
+            last = self._engine.is_gradient_accumulation_boundary()
+            self._partitioned_gradients.end_pass(last=last)
         if self.call_order is not None:
             self.call_order.end_pass()
 

@@ -1,4 +1,4 @@
-"""Parameters that not every strategy and optimizer can train: scalars, and sparse gradients."""
+"""Parameters that not every strategy and optimizer can train, such as scalars."""
 
 from __future__ import annotations
 
@@ -34,35 +34,71 @@ def check_parameters(model: nn.Module, plan: Plan) -> None:
     """Refuse parameters that the strategy cannot train.
 
     Raises:
-        RecipeError: The model has scalar parameters, parameters with sparse gradients, or
-            parameters of whole numbers, and the strategy cannot shard them or their gradients.
+        RecipeError: The model has scalar, complex or empty parameters, parameters with sparse
+            gradients, of whole numbers or in float64, and the strategy cannot shard them or their
+            gradients.
     """
-    if STRATEGIES[plan.strategy].shards:
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 0:
-                raise RecipeError(
-                    f"The model's {plain_name(name)} is a scalar, a parameter of shape (), which "
-                    f"strategy={plan.strategy} cannot shard. Use strategy=ddp, or give it the "
-                    "shape (1,), as in nn.Parameter(torch.ones(1))."
-                )
-    if STRATEGIES[plan.strategy].uses_deepspeed:
-        for name, parameter in model.named_parameters():
-            if not (parameter.is_floating_point() or parameter.is_complex()):
-                raise RecipeError(
-                    f"The model's {plain_name(name)} holds whole numbers ({parameter.dtype}), such "
-                    f"as weights in 4 bits, and under strategy={plan.strategy} DeepSpeed takes "
-                    "every weight for a real number. Use strategy=ddp or fsdp."
-                )
+    strategy = STRATEGIES[plan.strategy]
+    for name, parameter in model.named_parameters():
+        if strategy.shards:
+            _check_sharded(plain_name(name), parameter, plan.strategy)
+        if strategy.uses_deepspeed:
+            _check_for_deepspeed(plain_name(name), parameter, plan.strategy)
     sparse = next(iter(sparse_parameters(model)), None)
     if sparse is None:
         return
     over_nccl = plan.device == "cuda" and plan.world_size > 1
-    if STRATEGIES[plan.strategy].shards or over_nccl:
+    if strategy.shards or over_nccl:
         where = f"strategy={plan.strategy}" + (" on several GPUs" if over_nccl else "")
         raise RecipeError(
             f"The model's {sparse} has sparse gradients, because of Embedding(sparse=True), and "
             f"{where} reduces dense gradients only. Leave sparse=True out; on one rank or on CPUs, "
             "strategy=ddp takes sparse gradients."
+        )
+
+
+def _check_sharded(name: str, parameter: nn.Parameter, strategy: str) -> None:
+    """Refuse scalars and trained complex numbers, for FSDP and DeepSpeed.
+
+    Raises:
+        RecipeError: The parameter cannot be sharded.
+    """
+    if parameter.ndim == 0:
+        raise RecipeError(
+            f"The model's {name} is a scalar, a parameter of shape (), which strategy={strategy} "
+            "cannot shard. Use strategy=ddp, or give it the shape (1,), as in "
+            "nn.Parameter(torch.ones(1))."
+        )
+    if parameter.is_complex() and parameter.requires_grad:
+        raise RecipeError(
+            f"The model's {name} holds complex numbers ({parameter.dtype}), which "
+            f"strategy={strategy} does not train as one rank does. Use strategy=ddp, or keep real "
+            "and imaginary parts, as in torch.view_as_complex(weight) in forward."
+        )
+
+
+def _check_for_deepspeed(name: str, parameter: nn.Parameter, strategy: str) -> None:
+    """Refuse whole numbers, float64, and under ZeRO-3 parameters without elements.
+
+    Raises:
+        RecipeError: DeepSpeed would convert the parameter, or cannot gather it.
+    """
+    if not (parameter.is_floating_point() or parameter.is_complex()):
+        raise RecipeError(
+            f"The model's {name} holds whole numbers ({parameter.dtype}), such as weights in 4 "
+            f"bits, and under strategy={strategy} DeepSpeed takes every weight for a real number. "
+            "Use strategy=ddp or fsdp."
+        )
+    if parameter.dtype == torch.float64:
+        raise RecipeError(
+            f"The model's {name} is in float64, and under strategy={strategy} DeepSpeed would "
+            "convert it to float32. Use strategy=ddp or fsdp, or a float32 model."
+        )
+    if not parameter.numel() and STRATEGIES[strategy].shards_parameters:
+        raise RecipeError(
+            f"The model's {name} has no elements (its shape is {tuple(parameter.shape)}), and "
+            f"under strategy={strategy} DeepSpeed cannot gather it. Leave it out of the model, or "
+            "use another strategy."
         )
 
 
