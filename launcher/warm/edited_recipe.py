@@ -64,7 +64,7 @@ def follow_edits(recipe: str, arguments: Sequence[str], say: Callable[[str], obj
 
 def _follow(file: Path, command: Sequence[str], say: Callable[[str], object]) -> int:
     while True:
-        before = _times(file)
+        before = module_times(file)
         process = _start(command)
         try:
             _wait_for_edit(file, before, process, say)
@@ -90,10 +90,10 @@ def _wait_for_edit(
             say(f"The run ended with exit code {process.returncode}. It runs again when "
                 f"{file.name} is saved; Ctrl-C ends.")  # fmt: skip
             has_said = True
-        now = _times(file)
+        now = module_times(file)
         if now != before and file in now:
             time.sleep(_SECONDS_BETWEEN_LOOKS)
-            if _times(file) == now:
+            if module_times(file) == now:
                 return
 
 
@@ -116,8 +116,16 @@ def _raise_ended(number: int, _: FrameType | None) -> None:
     raise _EndedBySignalError(number)
 
 
-def _times(file: Path) -> dict[Path, int]:
-    """Return the times of a recipe's file and of the modules beside it that it imports."""
+def module_times(file: Path) -> dict[Path, int]:
+    """Return when a recipe's file, and the modules beside it that it imports, were changed.
+
+    Args:
+        file: The file of the recipe.
+
+    Returns:
+        The times of modification in nanoseconds, by path. Modules are found in the folder of the
+        recipe and below it, with the packages that they belong to.
+    """
     times: dict[Path, int] = {}
     waiting = [file]
     while waiting:
@@ -130,21 +138,31 @@ def _times(file: Path) -> dict[Path, int]:
         except OSError:
             continue
         with contextlib.suppress(SyntaxError, ValueError):
-            waiting += _imported_files(ast.parse(text), {path.parent, file.parent})
+            waiting += _imported_files(ast.parse(text), path, file.parent)
     return times
 
 
-def _imported_files(tree: ast.Module, folders: set[Path]) -> Iterator[Path]:
-    """Yield the files in some folders that a module may import."""
+def _imported_files(tree: ast.Module, path: Path, root: Path) -> Iterator[Path]:
+    """Yield the files that a module may import from the folder of the recipe and from its own.
+
+    Args:
+        tree: The module.
+        path: Its file.
+        root: The folder of the recipe.
+    """
     for node in ast.walk(tree):
         names: list[str] = []
+        folders = {path.parent, root}
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             module = node.module or ""
             names = [module, *(f"{module}.{alias.name}".lstrip(".") for alias in node.names)]
+            folders = set(path.parents[node.level - 1 : node.level]) if node.level else folders
         for name in filter(None, names):
+            parts = name.split(".")
             for folder in folders:
-                stem = folder.joinpath(*name.split("."))
-                candidates = (stem.with_suffix(".py"), stem / "__init__.py")
-                yield from (each for each in candidates if each.is_file())
+                for count in range(1, len(parts) + 1):  # a package is imported before its modules
+                    stem = folder.joinpath(*parts[:count])
+                    candidates = (stem.with_suffix(".py"), stem / "__init__.py")
+                    yield from (each for each in candidates if each.is_file())

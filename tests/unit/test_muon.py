@@ -19,6 +19,7 @@ from launcher import (
     UsageError,
     adamw,
     muon,
+    schedule_free,
     sgd,
 )
 from launcher.engine.optimizers.exchanges import _Gathered
@@ -54,6 +55,24 @@ def test_the_other_weights_have_a_multiple_of_muon_s_learning_rate() -> None:
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.04, 0.1])
     Hyperparameters(optimizer, 0.04).write(ScheduleValue(0.5))
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.02, 0.05])
+
+
+@pytest.mark.parametrize("named", [muon(), SMALL, schedule_free()])
+def test_a_weight_that_is_frozen_at_first_is_trained_later(named: Any) -> None:
+    """A weight without a gradient stays as it is, and steps with one change it."""
+    configuration = replace(digits(), optimizer=named)
+    model = net()
+    optimizer = make_optimizer(configuration, model, 0.01)
+    late = model[3].weight
+    values = [late.detach().clone()]
+    for is_frozen in (True, False):
+        late.requires_grad_(not is_frozen)
+        for weight in model.parameters():
+            weight.grad = torch.ones_like(weight) if weight.requires_grad else None
+        take_step(optimizer, configuration, finite=True)
+        values.append(late.detach().clone())
+    assert torch.equal(values[0], values[1])
+    assert not torch.equal(values[1], values[2])
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (5, 20), (20, 5)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from launcher.console.progress import sparkline
 from launcher.console.run_table import RunRow, sort_rows
 from launcher.runs.heartbeat import Heartbeat
 from launcher.runs.status import is_alive
+from launcher.warm.edited_recipe import module_times
 
 
 def test_only_the_state_is_coloured() -> None:
@@ -67,3 +69,21 @@ def test_rows_without_the_value_come_last() -> None:
 def test_sparklines(values: list[float], width: int, shown: str) -> None:
     """Values are averaged to `width` blocks, from the lowest block to the highest."""
     assert sparkline(values, width) == shown
+
+
+def test_packages_and_relative_imports_are_followed(tmp_path: Path) -> None:
+    """Edits are found in a recipe, in modules that it imports, and in the packages above those."""
+    texts = {
+        "recipe.py": "import nets.blocks.conv",
+        "nets/__init__.py": "from sizes import WIDTH",
+        "nets/blocks/__init__.py": "",
+        "nets/blocks/conv.py": "from ..base import Base\nfrom . import norm\nfrom .... import x",
+        "nets/blocks/norm.py": "",
+        "nets/base.py": "",
+        "sizes.py": "WIDTH = 3",
+    }
+    for name, text in {**texts, "other.py": "", "nets/other.py": ""}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    found = module_times(tmp_path / "recipe.py")
+    assert {str(path.relative_to(tmp_path)) for path in found} == set(texts)

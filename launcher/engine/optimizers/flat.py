@@ -155,11 +155,11 @@ class FlatOptimizer(Optimizer):
             yield bucket
 
     def _with_positions(self, wanted: dict[str, Any]) -> Iterator[tuple[Tensor, int]]:
-        """Yield the trained weights of a group, each with the position of its first element."""
+        """Yield the weights of a group, each with the position of its first element."""
         first = 0
         for group in self.param_groups:
             for weight in group["params"]:
-                if group is wanted and weight.requires_grad:
+                if group is wanted:
                     yield weight, first
                 first += weight.numel()
 

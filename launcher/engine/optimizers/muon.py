@@ -93,10 +93,7 @@ class ShardedMuon(Optimizer):
         if first not in self._rounds:
             matrices: list[Matrix] = []
             for owner in owners:
-                if owner in self._flat:
-                    matrices += self._flat[owner]
-                elif owner.requires_grad:
-                    matrices.append(WeightMatrix(owner))
+                matrices += self._flat.get(owner, [WeightMatrix(owner)])
             self._rounds[first] = list(rounds(matrices))
         return self._rounds[first]
 
