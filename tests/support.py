@@ -133,11 +133,20 @@ class Commands:
         }
 
 
+_SECONDS_TO_WAIT = 600
+"""How long a test waits for what takes seconds, before it fails rather than hangs."""
+
+
 def wait_until(condition: Callable[[], object], *processes: subprocess.Popen[str]) -> None:
-    """Wait until a condition is true, and fail if one of the processes ends before that."""
+    """Wait until a condition is true, and fail if one of the processes ends before that.
+
+    A condition that never becomes true fails after some minutes.
+    """
+    last = time.monotonic() + _SECONDS_TO_WAIT
     while not condition():
         for process in processes:
             assert process.poll() is None, process.communicate()
+        assert time.monotonic() < last, f"not within {_SECONDS_TO_WAIT} s"
         time.sleep(0.02)
 
 
