@@ -102,7 +102,7 @@ def _bound_value(call: str, name: str, value: Any, hint: Any) -> Any:
     """
     if hint is Any:
         return value
-    if isinstance(hint, type) and issubclass(hint, Spec):
+    if _is_spec(hint):
         if isinstance(value, hint):
             return value
         raise UsageError(
@@ -115,6 +115,10 @@ def _bound_value(call: str, name: str, value: Any, hint: Any) -> Any:
         raise UsageError(f"{call}({name}=...): {error}") from None
     except UnsupportedTypeError:
         return value  # a rule of the user may take arguments that only Python gives
+
+
+def _is_spec(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Spec)
 
 
 def parse(value: object, table: Mapping[str, Callable[..., Spec]], *, kind: str) -> Spec:
@@ -159,11 +163,15 @@ def _read_call(
         raise _unreadable(text, table, kind)
     pairs = [*zip(parameters, node.args, strict=False)]
     pairs += [(keyword.arg, keyword.value) for keyword in node.keywords if keyword.arg]
+    hints = get_type_hints(factory)
     arguments: dict[str, Any] = {}
     for name, value in pairs:
         if name in arguments:
             raise UsageError(f"{called.id}(): {name} is given twice; keep one.")
-        arguments[name] = _read_value(value, text, table, kind)
+        if isinstance(value, ast.Name) and not _is_spec(hints.get(name)):
+            arguments[name] = _CONSTANTS.get(value.id, value.id)  # a text without quotes
+        else:
+            arguments[name] = _read_value(value, text, table, kind)
     return factory(**arguments)
 
 

@@ -171,6 +171,8 @@ def test_parameters_that_cannot_be_sharded_are_refused(model: nn.Module, strateg
     ("model", "refused"),
     [
         (nn.Linear(4, 3, dtype=torch.float64), {"zero1", "zero2", "zero3"}),
+        (nn.Linear(4, 3, dtype=torch.bfloat16), {"zero1", "zero2", "zero3"}),
+        (nn.Linear(4, 3, dtype=torch.bfloat16).requires_grad_(False), set()),
         (with_empty_weight(), {"zero3"}),
     ],
 )

@@ -75,6 +75,7 @@ def test_one_of_an_exclusive_pair_clears_the_other() -> None:
         ("train_samples=1e3", 1000),
         ("batch_milestones=0.3,0.6", (0.3, 0.6)),
         ("optimizer=adamw(decay_1d=false)", adamw(decay_1d=False)),
+        ("optimizer=adamw(state_dtype=bf16)", adamw(state_dtype="bf16")),
     ],
 )
 def test_text_is_read_by_the_type_of_the_setting(argument: str, value: Any) -> None:
@@ -99,6 +100,7 @@ def test_text_is_read_by_the_type_of_the_setting(argument: str, value: Any) -> N
         (["schedule=cosin"], "Did you mean cosine?"),
         (["schedule=cosine(x=1)"], "takes no 'x'"),
         (["optimizer=adam"], "Did you mean adamw?"),
+        (["optimizer=muon(adjust=orig)"], "match_rms_adamw or original"),
         (["model=net"], "cannot be given as text"),
         (["mode=c"], "expected a or b"),
         (["lr"], "expected name=value"),

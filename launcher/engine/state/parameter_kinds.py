@@ -78,7 +78,9 @@ def _check_sharded(name: str, parameter: nn.Parameter, strategy: str) -> None:
 
 
 def _check_for_deepspeed(name: str, parameter: nn.Parameter, strategy: str) -> None:
-    """Refuse whole numbers, float64, and under ZeRO-3 parameters without elements.
+    """Refuse what is not in float32, and under ZeRO-3 parameters without elements.
+
+    Weights that are not trained may be in bfloat16 and float16.
 
     Raises:
         RecipeError: DeepSpeed would convert the parameter, or cannot gather it.
@@ -89,10 +91,12 @@ def _check_for_deepspeed(name: str, parameter: nn.Parameter, strategy: str) -> N
             f"bits, and under strategy={strategy} DeepSpeed takes every weight for a real number. "
             "Use strategy=ddp or fsdp."
         )
-    if parameter.dtype == torch.float64:
+    is_half = parameter.dtype in (torch.bfloat16, torch.float16)
+    if parameter.dtype == torch.float64 or (is_half and parameter.requires_grad):
         raise RecipeError(
-            f"The model's {name} is in float64, and under strategy={strategy} DeepSpeed would "
-            "convert it to float32. Use strategy=ddp or fsdp, or a float32 model."
+            f"The model's {name} is in {str(parameter.dtype).removeprefix('torch.')}, and under "
+            f"strategy={strategy} DeepSpeed would convert it to float32. Use strategy=ddp or fsdp, "
+            "or a float32 model."
         )
     if not parameter.numel() and STRATEGIES[strategy].shards_parameters:
         raise RecipeError(
