@@ -447,9 +447,10 @@ def _complete(
         began: `time.perf_counter()` at the first step.
     """
     backend = context.backend
-    context.batch_norms.average(backend)
     if checkpoint_manager is not None and recorder.steps_taken is not None:
         checkpoint_manager.save(outcome.step)
+    # After the checkpoint, because a run that goes on from it has not averaged here.
+    context.batch_norms.average(backend)
     context.report_phase(outcome.step, "finishing")
     seconds, weights_step = time.perf_counter() - began, outcome.step
     best = None if checkpoint_manager is None else checkpoint_manager.best
