@@ -44,6 +44,8 @@ class FaultyProxy(ThreadingHTTPServer):
         """Forget all faults and requests."""
         self.requests: Counter[str] = Counter()
         """The number of GET requests for each object."""
+        self.num_refused = 0
+        """Number of requests that have found the store down."""
         self.statuses: list[int] = []
         """Statuses with which the next GET requests fail."""
         self.cut_off = 0
@@ -117,6 +119,7 @@ class _Handler(BaseHTTPRequestHandler):
             answer = store.getresponse()
             content = answer.read()
         except OSError:  # the store is down
+            self.server.num_refused += 1
             self.close_connection = True
             return
         finally:

@@ -77,9 +77,8 @@ def test_a_training_waits_for_a_store_that_restarts(run: Commands, expected: lis
         )  # fmt: skip
         wait_until((run.folder / "out/checkpoints/step-00000002").exists, process)
         store.stop()
-        requests = store.proxy.requests.total()
         (run.folder / "gates/all").touch()
-        wait_until(lambda: store.proxy.requests.total() > requests, process)
+        wait_until(lambda: store.proxy.num_refused, process)
         assert process.poll() is None
         store.start()
         stderr = process.communicate(timeout=120)[1]

@@ -42,9 +42,7 @@ def remote_digits(*, files: str, cache: str = "cache", gates: str = "") -> Recip
 
 def build_data(files: list[str], cache: str) -> Data:
     """Return the rows of the files, without evaluation data."""
-    return Data(
-        train=ParquetRows(files, decode=decode, cache=RemoteCache(folder=cache, attempts=8))
-    )
+    return Data(train=ParquetRows(files, decode=decode, cache=RemoteCache(folder=cache)))
 
 
 def decode(row: dict[str, Any]) -> tuple[Any, int]:
