@@ -179,7 +179,7 @@ def test_parameters_that_cannot_be_sharded_are_refused(model: nn.Module, strateg
 def test_parameters_that_deepspeed_would_not_train_are_refused(
     model: nn.Module, refused: set[str]
 ) -> None:
-    """Float64 is refused under ZeRO, and a weight without elements where ZeRO gathers weights."""
+    """Float64 and trained bf16 are refused under ZeRO, and no elements where it gathers weights."""
     for strategy in STRATEGIES:
         plan = make_plan(recipe(strategy=strategy), read_machine(), nproc_per_node=2)
         if strategy in refused:

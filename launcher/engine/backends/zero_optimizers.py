@@ -1,7 +1,7 @@
 """The modules that DeepSpeed imports with the first ZeRO optimizer of a process.
 
 DeepSpeed asks there whether the optimizer is its own Muon. Ranks that are forked from a process
-that has imported this module find these modules imported.
+that has imported this module find these modules imported. Importing them prepares no torch.compile.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MODULES = (
 
 
 @contextlib.contextmanager
-def compiling_late() -> Iterator[None]:
+def _compiling_late() -> Iterator[None]:
     """Let functions that DeepSpeed decorates with torch.compile in this context be compiled late.
 
     They are compiled when they are called for the first time. Preparing torch.compile takes almost
@@ -55,7 +55,7 @@ def _compiled_late(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-with compiling_late():
+with _compiling_late():
     for _module in _MODULES:
         with contextlib.suppress(ImportError):  # another version of DeepSpeed
             importlib.import_module(_module)

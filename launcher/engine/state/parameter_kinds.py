@@ -35,8 +35,8 @@ def check_parameters(model: nn.Module, plan: Plan) -> None:
 
     Raises:
         RecipeError: The model has scalar, complex or empty parameters, parameters with sparse
-            gradients, of whole numbers or in float64, and the strategy cannot shard them or their
-            gradients.
+            gradients, of whole numbers, in float64 or trained in 16 bits, and the strategy cannot
+            shard them or their gradients, or would convert them.
     """
     strategy = STRATEGIES[plan.strategy]
     for name, parameter in model.named_parameters():
