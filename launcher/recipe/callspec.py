@@ -168,25 +168,35 @@ def _read_call(
     for name, value in pairs:
         if name in arguments:
             raise UsageError(f"{called.id}(): {name} is given twice; keep one.")
-        if isinstance(value, ast.Name) and not _is_spec(hints.get(name)):
-            arguments[name] = _CONSTANTS.get(value.id, value.id)  # a text without quotes
-        else:
-            arguments[name] = _read_value(value, text, table, kind)
+        takes_spec = _is_spec(hints.get(name))
+        arguments[name] = _read_value(value, text, table, kind, takes_spec=takes_spec)
     return factory(**arguments)
 
 
 def _read_value(
-    node: ast.expr, text: str, table: Mapping[str, Callable[..., Spec]], kind: str
+    node: ast.expr,
+    text: str,
+    table: Mapping[str, Callable[..., Spec]],
+    kind: str,
+    *,
+    takes_spec: bool,
 ) -> Any:
-    """Return an argument: a literal, a constant, a call, or a list of these."""
-    if isinstance(node, ast.Name) and node.id in _CONSTANTS:
-        return _CONSTANTS[node.id]
+    """Return an argument: a literal, a constant, a call, a text without quotes, or a list of these.
+
+    A word in a list names a spec if there is one of this name.
+    """
+    if isinstance(node, ast.Name) and (node.id in _CONSTANTS or not takes_spec):
+        return _CONSTANTS.get(node.id, node.id)
     try:
         return ast.literal_eval(node)
     except _UNREADABLE:
-        if isinstance(node, ast.List):
-            return [_read_value(item, text, table, kind) for item in node.elts]
-        return _read_call(node, text, table, kind)
+        if not isinstance(node, ast.List):
+            return _read_call(node, text, table, kind)
+    names_spec = [isinstance(item, ast.Name) and item.id in table for item in node.elts]
+    return [
+        _read_value(item, text, table, kind, takes_spec=is_name)
+        for item, is_name in zip(node.elts, names_spec, strict=True)
+    ]
 
 
 def _unreadable(text: str, table: Mapping[str, Any], kind: str) -> UsageError:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pytest
 
-from launcher import OverrideError, Recipe, RecipeError, adamw, cosine
+from launcher import OverrideError, Recipe, RecipeError, adamw, cosine, muon
 from launcher.recipe.overrides import Override, build, read_arguments, read_yaml
 from launcher.recipe.resolve import Reference
 
@@ -76,6 +76,7 @@ def test_one_of_an_exclusive_pair_clears_the_other() -> None:
         ("batch_milestones=0.3,0.6", (0.3, 0.6)),
         ("optimizer=adamw(decay_1d=false)", adamw(decay_1d=False)),
         ("optimizer=adamw(state_dtype=bf16)", adamw(state_dtype="bf16")),
+        ("optimizer=muon(exclude=[head, '*.gate'])", muon(exclude=("head", "*.gate"))),
     ],
 )
 def test_text_is_read_by_the_type_of_the_setting(argument: str, value: Any) -> None:
