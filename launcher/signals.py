@@ -7,10 +7,12 @@ code `EXIT_RESUMABLE`.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import os
 import signal
+import sys
 import threading
 import time
 import weakref
@@ -48,6 +50,28 @@ def end_process(exit_code: int) -> NoReturn:
             cleanup()
     finally:
         os._exit(exit_code)
+
+
+def exit_despite_signals(exit_code: int) -> NoReturn:
+    """Exit; a signal that arrives from now on cannot change the exit code.
+
+    A process that has imported torch takes up to a second to exit. If a scheduler's warning came
+    then and killed it, a run that has finished would count as failed. While Python waits for
+    threads, a signal ends the process at once with `exit_code`. Later, Python restores the default
+    handlers, so this process ignores the signals from then on.
+    """
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    numbers = (signal.SIGINT, *STOP_SIGNALS)
+    for number in numbers:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda *_: end_process(exit_code))
+
+    def ignore() -> None:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
+
+    atexit.register(ignore)
+    sys.exit(exit_code)
 
 
 @contextlib.contextmanager

@@ -54,6 +54,16 @@ def test_spawned_ranks_can_be_stopped(run: Commands) -> None:
     assert "checkpoint saved" in stdout
 
 
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_after_the_end_leaves_the_exit_code(run: Commands, number: signal.Signals) -> None:
+    """A warning of a scheduler at the end of a run's process does not make the run a failure."""
+    command = ("launcher", "run", f"{RECIPE}:starting", "-n", "1", "--out", "out")
+    variables = {"SIGNALLED_AT_END": str(int(number))}
+    done = run(*command, "train_samples=64", env=variables, cold=True)
+    assert done.exit_code == 0, done.stderr
+    assert (run.folder / "out/result.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("statement", "reason"),
     [
