@@ -87,7 +87,12 @@ def plan_memory(facts: MemoryFacts, recipe: Recipe, plan: Plan, *, is_here: bool
         plan: The plan.
         is_here: Whether the nodes of the plan are taken to be this machine, so that its memory is
             theirs.
+
+    Raises:
+        PlanError: The strategy of the plan cannot train the model with the recipe's optimizer.
     """
+    if plan.strategy in facts.refused:
+        raise PlanError(facts.refused[plan.strategy])
     return MemoryPlan(
         model=facts.model,
         planned=rank_memory(facts.model, layout_of(plan)),

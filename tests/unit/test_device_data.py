@@ -46,6 +46,7 @@ def test_batches_are_those_of_the_host() -> None:
         ([1, 2, 3], None, "list"),
         (NUMBERS, lambda samples: samples, "collate"),
         (torch.utils.data.Subset(NUMBERS, [0]), None, "Subset"),
+        (TensorDataset(torch.eye(4).to_sparse()), None, "sparse_coo"),
     ],
 )
 def test_other_data_is_refused(train: Any, collate: Any, found: str) -> None:

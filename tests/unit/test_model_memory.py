@@ -13,9 +13,12 @@ from torch.utils.data import TensorDataset
 
 from launcher import Data, Recipe, adamw, make_plan, read_machine, sgd
 from launcher.engine.probes.model_memory import measure_memory
+from launcher.errors import PlanError
 from launcher.planning.memory_facts import MemoryFacts
+from launcher.planning.strategy import STRATEGIES
 from launcher.recipe.optimizer import OptimizerSpec, muon, schedule_free
 from launcher.recipes.gpt import gpt
+from launcher.tuning.memory_plan import plan_memory
 
 WIDTH = 64
 LAYERS = 4
@@ -166,6 +169,22 @@ def test_an_optimizer_is_refused_where_it_cannot_train() -> None:
         optimizer=lambda model, lr: torch.optim.Adafactor(model.parameters(), lr=lr)
     ).refused
     assert set(refused) == {"fsdp", "zero1", "zero2", "zero3"}
+
+
+def test_a_model_is_refused_where_it_cannot_train() -> None:
+    """Strategies that cannot train the model's parameters are named with the reason."""
+
+    def scaled() -> nn.Module:
+        model = build_model()
+        model.register_parameter("scale", nn.Parameter(torch.ones(())))
+        return model
+
+    subject = recipe(model=scaled, strategy="fsdp")
+    plan = make_plan(subject, read_machine(), nproc_per_node=2)
+    facts = measure_memory(subject, plan)
+    assert set(facts.refused) == set(STRATEGIES) - {"ddp"}
+    with pytest.raises(PlanError, match="scale"):
+        plan_memory(facts, subject, plan, is_here=True)
 
 
 def test_without_data_activations_are_unknown() -> None:

@@ -32,8 +32,8 @@ class DeviceData:
         device: The device of the rank. On a CPU nothing is copied.
 
     Raises:
-        RecipeError: The training set is no TensorDataset, has a collate function, or does not fit
-            into the free memory of the device.
+        RecipeError: The training set is no TensorDataset, has a collate function, holds a sparse
+            tensor, or does not fit into the free memory of the device.
     """
 
     def __init__(self, data: Data, device: torch.device) -> None:
@@ -48,6 +48,7 @@ class DeviceData:
             if is_indexed(dataset, collate)
         }
         distinct = {id(tensor): tensor for tensors in found.values() for tensor in tensors}
+        _check_dense(distinct.values())
         _check_memory(distinct.values(), device)
         copies = {key: tensor.to(device) for key, tensor in distinct.items()}
         self._device = device
@@ -87,6 +88,23 @@ def _check_train(dataset: Any, collate: Callable[[list[Any]], Any] | None) -> No
         "the training samples as tensors and let forward do what remains, or set "
         "data_on_device=false."
     )
+
+
+def _check_dense(tensors: Iterable[Tensor]) -> None:
+    """Refuse sparse tensors, whose rows cannot be taken by a tensor of indices.
+
+    Raises:
+        RecipeError: There is one.
+    """
+    for tensor in tensors:
+        if tensor.layout is not torch.strided:
+            layout = str(tensor.layout).removeprefix("torch.")
+            raise RecipeError(
+                "data_on_device=true makes each batch by indexing dense tensors, and a "
+                f"TensorDataset of the recipe holds one of layout {layout} and shape "
+                f"{tuple(tensor.shape)}. Keep it dense, with to_dense(), or set "
+                "data_on_device=false."
+            )
 
 
 def _check_memory(tensors: Iterable[Tensor], device: torch.device) -> None:

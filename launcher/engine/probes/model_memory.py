@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from launcher.engine.optimizers.taking_steps import take_step
 from launcher.engine.state.hyperparameters import make_optimizer
 from launcher.engine.state.optimizer_kinds import check_strategy_of
 from launcher.engine.state.parameter_kinds import (
+    check_parameters,
     keep_gradients_in_float32,
     keep_in_bfloat16,
     zero_gradient,
@@ -77,7 +78,7 @@ def measure_memory(recipe: Recipe, plan: Plan, source: RecipeSource | None = Non
     batches = _read_batches(recipe, source, notes)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = _build(recipe, mode, batches, notes)
-    refused: dict[str, str] = {}
+    refused = _of_parameters(plan, model)
     states: dict[Tensor, tuple[int, int]] = {}
     for alone, names in zip(recipe.by_objective(), trained_names(recipe, model), strict=True):
         with only_trained(model, names):
@@ -256,6 +257,17 @@ def _make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
                 if tensor not in fakes:
                     fakes[tensor] = mode.from_tensor(tensor)
                 tensors[name] = fakes[tensor]
+
+
+def _of_parameters(plan: Plan, model: nn.Module) -> dict[str, str]:
+    """Return the errors by the names of the strategies that cannot train the model's parameters."""
+    refused: dict[str, str] = {}
+    for strategy in STRATEGIES:
+        try:
+            check_parameters(model, replace(plan, strategy=strategy))
+        except RecipeError as error:
+            refused[strategy] = str(error)
+    return refused
 
 
 def _of_optimizer(
