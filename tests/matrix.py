@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import torch
 from branches import branches
+from clipped import clipped, make_scaled_sgd
 from judged import whole
 from methods import methods
 from parts import norms, text
@@ -71,6 +72,7 @@ RECIPES = {
     "batch_norm": batch_norm,
     "instance_norm": instance_norm,
     "branches": branches,
+    "clipped": clipped,
     "methods": methods,
 }
 EXACT_RECIPES = {"norms": norms, "text": text, "gan": gan, "distill": distill, "turns": turns}
@@ -98,6 +100,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
         "max_grad_norm": None,
         "model": build_deep,
     },
+    "scaled": {"optimizer": make_scaled_sgd, "lr": 0.05},
 }
 
 
@@ -194,6 +197,8 @@ def features(ranks: int) -> Iterator[Case]:
             yield Case("batch_norm", strategy, options=(SYNCED,))
         yield Case("batch_norm", strategy, options=(SYNCED, RECOMPUTED))
         if ranks == 2:
+            if strategy != "zero3":  # it refuses what callbacks write
+                yield Case("clipped", strategy, 3, "scaled")
             yield Case("methods", strategy)
             yield Case("instance_norm", strategy)
         if strategy in ("fsdp", "zero3"):
@@ -206,6 +211,7 @@ def features(ranks: int) -> Iterator[Case]:
     if ranks == 1:
         yield Case("worlds")
         yield Case("worlds", optimizer="adamw")
+        yield Case("clipped", optimizer="scaled")
         yield Case("methods")
         yield Case("instance_norm")
         yield Case("batch_norm")

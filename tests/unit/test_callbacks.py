@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import random
 import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from small_runs import recipe, train
@@ -105,6 +107,29 @@ def test_steps_are_the_same_with_callbacks(tmp_path: Path) -> None:
     ]
     one, other = (run_dir.model.read_bytes() for run_dir in run_dirs)
     assert one == other
+
+
+def test_evaluations_draw_the_same_numbers_after_any_step(tmp_path: Path) -> None:
+    """Random numbers of forward and loss in an evaluation depend neither on the step nor before."""
+
+    class Drawing(Book):
+        def before_step(self, context: CallbackContext) -> None:
+            random.seed(), np.random.seed(), torch.seed()
+
+    book = Drawing()
+
+    def loss(outputs: torch.Tensor, batch: list[torch.Tensor]) -> tuple[torch.Tensor, int]:
+        noise = torch.rand(()) + random.random() + float(np.random.rand())
+        return outputs.sum() * 0 + noise, len(batch[0])
+
+    train(tmp_path / "run", recipe(book, loss=loss, evaluate_every=1))
+    evaluated = {
+        context.evaluation["loss"]
+        for (hook, *_), context in zip(book.lines, book.contexts, strict=True)
+        if hook == "on_evaluation"
+    }
+    assert steps_of(book, "on_evaluation")[-1] == (6, 2)
+    assert len(evaluated) == 1
 
 
 def test_a_callback_resumes_with_its_state(tmp_path: Path) -> None:

@@ -167,6 +167,20 @@ def test_parameters_that_cannot_be_sharded_are_refused(model: nn.Module, strateg
         check_parameters(model, plan)
 
 
+def test_hooks_on_gradients_are_refused_where_weights_are_split() -> None:
+    """A hook on a parameter, which FSDP and ZeRO-3 replace by parts, is refused by these alone."""
+    for hook in ("register_hook", "register_post_accumulate_grad_hook"):
+        model = nn.Linear(4, 3)
+        getattr(model.weight, hook)(lambda _: None)
+        for name, strategy in STRATEGIES.items():
+            plan = make_plan(recipe(strategy=name), read_machine(), nproc_per_node=2)
+            if strategy.shards_parameters:
+                with pytest.raises(RecipeError, match=r"weight has a hook"):
+                    check_parameters(model, plan)
+            else:
+                check_parameters(model, plan)
+
+
 @pytest.mark.parametrize(
     ("model", "refused"),
     [

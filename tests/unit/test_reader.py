@@ -25,7 +25,7 @@ from launcher.runs.job import RecipeSource
 from recipes.digits import digits
 
 
-def reader(train: Any, **changes: Any) -> Reader:
+def reader(train: Any, *, collate: Any = None, **changes: Any) -> Reader:
     """Return a reader of the data set `train`, for a recipe with the fields in `changes`."""
     fields: dict[str, Any] = {
         "name": "some",
@@ -36,7 +36,7 @@ def reader(train: Any, **changes: Any) -> Reader:
         "lr": 0.1,
         "steps": 1,
     }
-    return Reader(Recipe(**fields | changes), Data(train=train, evaluation=train))
+    return Reader(Recipe(**fields | changes), Data(train=train, evaluation=train, collate=collate))
 
 
 def read(train: Any, *indices: int, epoch: int = 0, **changes: Any) -> MicroBatch:
@@ -94,6 +94,25 @@ def test_reading_restores_the_global_generators(train: Drawn) -> None:
     generators = Generators()
     reader(train)[request(1, 2, 3)]
     assert generators.are_untouched()
+
+
+def test_what_a_collate_function_draws_depends_on_epoch_and_samples_alone() -> None:
+    """A batch is the same whatever was drawn before it, and its draws change no generator."""
+
+    def mix(samples: list[Tensor]) -> Tensor:
+        share = random.random() + float(np.random.rand()) + float(torch.rand(()))
+        return torch.stack(samples) * share
+
+    data, batches = reader(torch.ones(100), collate=mix), []
+    for indices, epoch in (((3, 4), 0), ((3, 4), 0), ((4, 3), 0), ((3, 4), 1)):
+        random.seed(), np.random.seed(), torch.seed()
+        before = Generators()
+        micro_batch = data[request(*indices, epoch=epoch)]
+        assert isinstance(micro_batch, MicroBatch)
+        assert before.are_untouched()
+        batches.append(micro_batch.batch.tolist())
+    assert batches[0] == batches[1]
+    assert len({first for first, _ in batches}) == 3
 
 
 def test_a_batched_data_set_is_read_in_batches() -> None:

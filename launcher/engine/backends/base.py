@@ -623,6 +623,9 @@ class Backend(ABC):
         """Let forward compute with what was written to `updated_weights` (collective)."""
         self.unwrap(model)  # weights that FSDP still holds gathered would keep their values
 
+    def adopt_weights(self) -> None:  # noqa: B027  # most backends train the model's own weights
+        """Train on from the values that the weights of the model have, if they were written to."""
+
     def any_rank(self, flag: bool) -> bool:
         """Return whether `flag` is true on any rank (collective)."""
         return bool(self.read(self.sum(upload_scalar(float(flag), self.device))))

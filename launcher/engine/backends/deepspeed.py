@@ -270,6 +270,14 @@ class DeepSpeedBackend(GroupBackend):
             zero._reassign_or_swap_out_partitioned_parameters(index)  # noqa: SLF001
         zero.checkpoint_event_epilogue()  # gathers those that stay gathered
 
+    def adopt_weights(self) -> None:
+        if self._stage == 3:
+            return
+        for parameter, weight in self._flat_weights.items():
+            part = weight.part(weight.owner)
+            values = parameter.detach().flatten()[weight.start : weight.start + len(part)]
+            part.copy_(values)
+
     def saved_tensors(self, module: nn.Module) -> Iterable[Tensor]:
         return [flat for _, _, flat in self._flat_groups()]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -147,6 +147,7 @@ class FSDPBackend(GroupBackend):
             # Accelerate itself slices a flattened mesh dimension.
             warnings.filterwarnings("ignore", message="Slicing a flattened dim")
             model = model.to(self.device) if initial is None else model
+            attributes = _attributes(model)
             if self.plan.tensor_parallel > 1:
                 split_model(model, self._parallel_styles(model), self._mesh[TENSOR_PARALLEL])
             wrapped: nn.Module = NamedRecipeForward(model)
@@ -161,6 +162,7 @@ class FSDPBackend(GroupBackend):
             on_host = self.recipe.offload is not None
             allocate_shards(wrapped, torch.device("cpu") if on_host else self.device, self.device)
             initial.fill(parts_of(model))
+        _give_attributes(model, attributes)  # by which optimizers may choose their groups
         # Other ranks may use parameters that this rank does not, so it must reduce zeros for them.
         sharded.set_reduce_scatter_unused_params(True)
         units = [module for module in wrapped.modules() if isinstance(module, FSDPModule)]
@@ -261,6 +263,19 @@ def require_gradients_like_shards(unit: Any) -> None:
                 requires_grad = parameter.sharded_param.requires_grad
                 parameter._unsharded_param.requires_grad_(requires_grad)  # noqa: SLF001
         group._init_mp_dtypes()  # noqa: SLF001
+
+
+def _attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return the attributes that the recipe has given to parameters, by the parameter's name."""
+    return {name: dict(vars(parameter)) for name, parameter in model.named_parameters()}
+
+
+def _give_attributes(model: nn.Module, attributes: Mapping[str, Mapping[str, Any]]) -> None:
+    """Give the sharded parameters of a model the attributes that the whole ones had."""
+    for name, parameter in model.named_parameters():
+        for key, value in attributes[name].items():
+            if not hasattr(parameter, key):
+                setattr(parameter, key, value)
 
 
 def keep_reduced_in_float32(unit: Any) -> None:

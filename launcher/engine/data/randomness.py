@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import random
+import zlib
 
 import numpy.random
 import torch
 
 from launcher.engine.backends.base import Backend
+from launcher.engine.data.sampler import MicroBatchRequest
 from launcher.engine.data.seeds import derive
 from launcher.planning.virtual_ranks import Part
+
+_EVALUATION = 0x45
+"""First element of the path of the seeds of evaluations; those of steps have other lengths."""
 
 
 def seed_all(seed: int) -> None:
@@ -69,9 +74,7 @@ class ModelRandomness:
         self._watch()
 
     def _seed_generators(self, seed: int) -> None:
-        torch.default_generator.manual_seed(seed)
-        if self._device.type != "cpu":
-            torch.get_device_module(self._device).manual_seed(seed)
+        _seed_torch(seed, self._device)
         if self._watches or self._draws_on_host:
             random.seed(seed)
             numpy.random.seed(seed & 0xFFFFFFFF)
@@ -83,6 +86,29 @@ class ModelRandomness:
         before, self._before = self._before, None
         if before is not None and before != _host_fingerprint():
             self._draws_on_host, self._watches = True, False
+
+
+def _seed_torch(seed: int, device: torch.device) -> None:
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
+
+
+def seed_evaluation(backend: Backend, request: MicroBatchRequest) -> None:
+    """Seed the generators from which a model draws in an evaluation or a prediction.
+
+    The seed of a micro-batch depends on the run's seed, the data set and the first sample alone. An
+    evaluation therefore draws the same numbers after any step, in a resumed run and in `launcher
+    evaluate`, on any number of ranks on which its micro-batches are the same.
+
+    Args:
+        backend: This rank among the others.
+        request: The request of the micro-batch that is evaluated next.
+    """
+    name = zlib.crc32(request.split.encode())
+    seed = derive(backend.plan.seed, _EVALUATION, name, request.indices[0])
+    seed_all(seed)
+    _seed_torch(seed, backend.device)
 
 
 def _host_fingerprint() -> tuple[object, ...]:

@@ -46,6 +46,9 @@ from launcher.recipe.evaluation_sets import split_of, title_of
 from launcher.recipe.recipe import Data, Recipe
 from launcher.runs.job import RecipeSource
 
+_BATCH = 1
+"""Last element of the path of the seed with which a batch is collated."""
+
 _MAX_SUBSTITUTES = 64
 """Number of samples that are tried in place of a micro-batch without any that can be read."""
 
@@ -62,8 +65,9 @@ class Reader(Dataset[MicroBatch | LauncherError]):
 
     Before each `__getitem__` of the recipe's data set, the global generators of `random`,
     `numpy.random` and torch are seeded by (seed, epoch, sample); afterwards their state is
-    restored. Augmentation therefore depends on nothing else. The batched `__getitems__` of a data
-    set is used if it draws no random numbers, and so are `Recipe.worker_threads`.
+    restored. Augmentation therefore depends on nothing else. Before the recipe's collate function
+    they are seeded by (seed, epoch, first sample of the micro-batch). The batched `__getitems__` of
+    a data set is used if it draws no random numbers, and so are `Recipe.worker_threads`.
 
     Args:
         recipe: The recipe.
@@ -234,7 +238,7 @@ class Reader(Dataset[MicroBatch | LauncherError]):
             if request.trial:
                 descriptions = _describe(request, samples)
                 self._check_threads(request, samples)
-            on_host = batch = collated(collate, request, samples)
+            on_host = batch = self._collate(collate, request, samples)
         note = None
         if self.stream is not None and request.split == "train":
             note = self.stream.note()
@@ -244,6 +248,26 @@ class Reader(Dataset[MicroBatch | LauncherError]):
             if self._count is not None:
                 items = count_items(self._count, request, on_host)
         return MicroBatch(batch, request, items, descriptions, note, tuple(bad))
+
+    def _collate(
+        self, collate: Callable[[list[Any]], Any] | None, request: MicroBatchRequest, samples: Any
+    ) -> Any:
+        """Return the batch of the samples of a request.
+
+        What the recipe's collate function draws, as for MixUp, depends on the seed, the epoch and
+        the samples alone.
+
+        Raises:
+            SampleError: The samples cannot be joined.
+        """
+        if collate is None:
+            return collated(collate, request, samples)
+        generators = Generators()
+        try:
+            seed_all(derive(self._seed, request.epoch, request.indices[0], _BATCH))
+            return collated(collate, request, samples)
+        finally:
+            generators.restore()
 
     def _read_samples(
         self, dataset: Any, request: MicroBatchRequest, bad: list[BadSample]

@@ -335,7 +335,7 @@ class ForwardWrites:
         gathered = self._backend.gather(sorted(writes.buffers()))
         if names := sorted(set().union(*gathered)):
             raise RecipeError(
-                f"The model's forward writes to the buffer {_shorten(names)}. With virtual_ranks, "
+                f"The model's forward writes to the buffer {shorten(names)}. With virtual_ranks, "
                 "only the running statistics of BatchNorm and InstanceNorm belong to a virtual "
                 "rank; the values of other buffers would depend on the number of ranks. Compute "
                 "the buffer from values that do not depend on the samples, or leave virtual_ranks "
@@ -353,7 +353,7 @@ class ForwardWrites:
         """
         if self._policy == "refuse":
             raise RecipeError(
-                f"The model's forward changes the buffer {_shorten(names)}, and its value differs "
+                f"The model's forward changes the buffer {shorten(names)}, and its value differs "
                 "between ranks, because each rank processes different samples. Use "
                 "rank_buffers=average to give every rank the mean after each step, or "
                 "rank_buffers=broadcast to give every rank the value of rank 0. Register a buffer "
@@ -415,7 +415,7 @@ def _summarize(
 
 def _weight_error(names: list[str]) -> str:
     return (
-        f"The model's forward writes to the weight {_shorten(names)}. Each rank writes values that "
+        f"The model's forward writes to the weight {shorten(names)}. Each rank writes values that "
         "depend on its own samples, and under FSDP and ZeRO the written values are lost, so the "
         "ranks would train different models. Compute what forward needs without changing the "
         "weight, or change the weight in the optimizer's step. Embedding(max_norm=...) also "
@@ -423,6 +423,7 @@ def _weight_error(names: list[str]) -> str:
     )
 
 
-def _shorten(names: list[str]) -> str:
+def shorten(names: list[str]) -> str:
+    """Return the first of some names, and how many more there are."""
     more = f" and {len(names) - 1} more" if names[1:] else ""
     return f"{names[0]}{more}"

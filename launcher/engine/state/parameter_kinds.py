@@ -35,13 +35,15 @@ def check_parameters(model: nn.Module, plan: Plan) -> None:
 
     Raises:
         RecipeError: The model has scalar, complex or empty parameters, parameters with sparse
-            gradients, of whole numbers, in float64 or trained in 16 bits, and the strategy cannot
-            shard them or their gradients, or would convert them.
+            gradients, with hooks, of whole numbers, in float64 or trained in 16 bits, and the
+            strategy cannot shard them or their gradients, or would convert them.
     """
     strategy = STRATEGIES[plan.strategy]
     for name, parameter in model.named_parameters():
         if strategy.shards:
             _check_sharded(plain_name(name), parameter, plan.strategy)
+        if strategy.shards_parameters:
+            _check_hooks(plain_name(name), parameter, plan.strategy)
         if strategy.uses_deepspeed:
             _check_for_deepspeed(plain_name(name), parameter, plan.strategy)
     sparse = next(iter(sparse_parameters(model)), None)
@@ -74,6 +76,24 @@ def _check_sharded(name: str, parameter: nn.Parameter, strategy: str) -> None:
             f"The model's {name} holds complex numbers ({parameter.dtype}), which "
             f"strategy={strategy} does not train as one rank does. Use strategy=ddp, or keep real "
             "and imaginary parts, as in torch.view_as_complex(weight) in forward."
+        )
+
+
+def _check_hooks(name: str, parameter: nn.Parameter, strategy: str) -> None:
+    """Refuse hooks on the gradient of a parameter, which is split over the ranks.
+
+    Raises:
+        RecipeError: The parameter has hooks, which would not be called.
+    """
+    # torch has no public list of them.
+    hooks = (parameter._backward_hooks, parameter._post_accumulate_grad_hooks)  # noqa: SLF001
+    if any(hooks):
+        raise RecipeError(
+            f"The model's {name} has a hook on its gradient, by register_hook or "
+            f"register_post_accumulate_grad_hook, and strategy={strategy} replaces the parameter "
+            "by its parts, so that the hook would not be called. Use strategy=ddp, zero1 or zero2, "
+            "or change the gradient in forward, as in weight * mask + (weight * (1 - mask))"
+            ".detach()."
         )
 
 

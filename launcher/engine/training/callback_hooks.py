@@ -15,6 +15,7 @@ from launcher.analysis.gradient_noise import Measurement
 from launcher.engine.data.micro_batch import MicroBatch
 from launcher.engine.state.training_state import is_plain
 from launcher.engine.training.context import Listener, TrainContext
+from launcher.engine.training.shown_model import ShownModel
 from launcher.errors import TrainingError
 from launcher.json_file import encode_json
 from launcher.printable import add_note, kind_of, printable_line
@@ -55,6 +56,7 @@ class CallbackHooks:
         self._evaluation: Mapping[str, float] = MappingProxyType({})
         self._evaluated_step: int | None = None
         self._checkpoint: Path | None = None
+        self._shown = ShownModel(context)
 
     def __bool__(self) -> bool:
         """Return whether there are any callbacks."""
@@ -171,10 +173,12 @@ class CallbackHooks:
             rows=self._rows,
             checkpoint=self._checkpoint,
             finished=finished,
-            get_model=functools.partial(context.backend.unwrap, context.model),
+            get_model=self._shown.get,
         )
         for callback in callbacks:
+            self._shown.begin()
             self._guard(callback, hook, functools.partial(_call_with, shown))
+            self._shown.end(_name_of(callback), hook)
 
     def _guard(self, callback: Any, method: str, call: Callable[[Any], Any]) -> Any:
         """Return `call(callback.method)`; name the callback in a note if that raises."""

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from launcher.engine.backends.transfers import upload
+from launcher.engine.data.randomness import seed_evaluation
 from launcher.engine.data.sampler import EvaluationSchedule
 from launcher.engine.metrics.metric_calls import metric_call
 from launcher.engine.training.context import TrainContext
@@ -62,6 +63,7 @@ def _evaluate_set(
         if context.data_watch is not None:
             context.data_watch.add(step, [micro_batch])
         batch = backend.to_device(micro_batch.batch)
+        seed_evaluation(backend, micro_batch.request)
         with backend.autocast():
             outputs = backend.forward(recipe.forward, context.model, batch)
             pairs = []

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from launcher.engine.backends.base import Backend
 from launcher.engine.backends.nested_tensors import describe_nested
+from launcher.engine.data.randomness import seed_evaluation
 from launcher.engine.data.recipe_data import call_data, sample_count
 from launcher.engine.data.sampler import MicroBatchRequest, Sampler
 from launcher.engine.training.finished_run import build_with_weights
@@ -78,6 +79,7 @@ def predict_samples(
             report_phase(weights.step, "evaluating")
             micro_batch = next(context.micro_batches)
             batch, request = backend.to_device(micro_batch.batch), micro_batch.request
+            seed_evaluation(backend, request)
             with backend.autocast():
                 outputs = backend.forward(function, model, batch)
             if request.has_weight and backend.leads_group:
