@@ -225,6 +225,45 @@ def test_an_optimizer_is_refused_where_it_does_not_train(name: str, refused: set
         assert advised == STRATEGIES.keys() - refused
 
 
+class Scaling(Optimizer):
+    """An optimizer whose step is as long as the weight, or as all gradients, as LARS and Prodigy.
+
+    Args:
+        weights: What it trains.
+        by: What its steps are scaled by: weight, gradients or nothing.
+    """
+
+    def __init__(self, weights: Any, by: str) -> None:
+        super().__init__(weights, {"lr": 0.1})
+        self.by, self.length = by, 1.0
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            trained = [weight for weight in group["params"] if weight.grad is not None]
+            if self.by == "gradients":
+                self.length += float(sum(weight.grad.square().sum() for weight in trained))
+            for weight in trained:
+                scale = weight.norm() if self.by == "weight" else self.length
+                weight.sub_(group["lr"] * scale * weight.grad.sign())
+
+
+@pytest.mark.parametrize("by", ["weight", "gradients", "nothing"])
+def test_an_optimizer_that_looks_at_whole_weights_is_refused_under_zero(by: str) -> None:
+    """Steps by norms are refused where weights are flattened; trying them changes no weight."""
+    weights = [nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3))]
+    optimizer = Scaling([{"params": [weight]} for weight in weights], by)
+    for name, strategy in STRATEGIES.items():
+        if strategy.uses_deepspeed and by != "nothing":
+            with pytest.raises(RecipeError, match="ddp or fsdp"):
+                check_strategy_of(optimizer, name)
+        else:
+            check_strategy_of(optimizer, name)
+    assert optimizer.length == 1.0
+    assert not optimizer.state
+    assert all((weight == 1).all() for weight in weights)
+
+
 class SecondOrder(torch.optim.SGD):
     """An optimizer that computes the loss itself."""
 

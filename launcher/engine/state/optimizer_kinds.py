@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import SGD, Adagrad, Optimizer, SparseAdam
 
+from launcher.engine.state.update_rules import updates_elements_alone, updates_shards
 from launcher.errors import RecipeError
 from launcher.planning.strategy import STRATEGIES
 
@@ -101,7 +102,7 @@ def check_sparse_support(optimizer: Optimizer, sparse: Mapping[str, nn.Parameter
 
 
 def check_strategy_of(optimizer: Optimizer, strategy: str) -> None:
-    """Refuse an optimizer that does not train under a strategy that shards.
+    """Refuse an optimizer that does not train under a strategy that shards (collective).
 
     Args:
         optimizer: The optimizer.
@@ -116,6 +117,20 @@ def check_strategy_of(optimizer: Optimizer, strategy: str) -> None:
             f"The recipe's optimizer is {kind}, which evaluates other weights than it trains, and "
             f"under strategy={strategy} it would replace them in DeepSpeed's copy alone. Use "
             "strategy=ddp or fsdp."
+        )
+    if STRATEGIES[strategy].uses_deepspeed and not updates_elements_alone(optimizer):
+        raise RecipeError(
+            f"The recipe's optimizer is {kind}, which updates an element of a weight by others as "
+            f"well, as by the norm of the weight. Under strategy={strategy} it would have pieces "
+            "of flattened weights, so that its steps would depend on the number of ranks. Use "
+            "strategy=ddp or fsdp."
+        )
+    if strategy == "fsdp" and not updates_shards(optimizer):
+        raise RecipeError(
+            f"The recipe's optimizer is {kind}, which updates weights that strategy=fsdp has split "
+            "over ranks otherwise than whole ones: it reads numbers, such as a norm, from the part "
+            "of a rank. Use strategy=ddp, or let it compute with tensors in place of item() and "
+            "float()."
         )
     strategies = _STRATEGIES.get(kind)
     if strategies is None or strategy in strategies.replace(",", "").split():

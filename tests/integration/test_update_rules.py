@@ -1,0 +1,31 @@
+"""Optimizers of a recipe that look at whole weights, where these are split over ranks."""
+
+from __future__ import annotations
+
+import json
+
+from support import ROOT, Commands
+
+SCALING = f"{ROOT / 'tests/recipes/scaling.py'}:scaling"
+
+
+def test_an_optimizer_by_norms_takes_the_same_steps_under_fsdp(run: Commands) -> None:
+    """Norms that are tensors are those of whole weights, and steps those of one process."""
+    done = run(
+        *("launcher", "prove", SCALING, "--worlds", "1,2", "--strategies", "ddp,fsdp", "--json"),
+        *("--steps", "4", "device=cpu"),
+    )
+    assert done.exit_code == 0, done.stderr + done.stdout
+    assert json.loads(done.stdout)
+
+
+def test_an_optimizer_that_reads_the_norm_of_a_part_is_refused(run: Commands) -> None:
+    """An optimizer that takes a number from its rank's part is refused before the first step."""
+    done = run(
+        *("launcher", "run", SCALING, "-n", "2", "-q", "--out", "out", "device=cpu"),
+        *("strategy=fsdp", "reads_numbers=true"),
+    )
+    assert done.exit_code == 2, done.stderr
+    assert "LayerWise" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (run.folder / "out/checkpoints").exists()
