@@ -82,6 +82,11 @@ class CallOrder:
         first: bool,
     ) -> None:
         names = {module: name for name, module in model.named_modules()}
+        self._keeps_first = units[0] is model
+        """Whether the weights of the first unit stay gathered from forward to backward, and those
+        of others can be gathered several times, as under FSDP."""
+        self._is_outside_backward = not self._keeps_first
+        """Whether a backward now would be one of forward or loss, which ZeRO-3 refuses."""
         self._names = [_name(names.get(unit, "")) for unit in units]
         self._strategy, self._device = strategy, device
         self._remaining_comparisons = _WATCHED_PASSES * (len(units) + 1)
@@ -98,20 +103,39 @@ class CallOrder:
     def _forward_hook(self, index: int) -> Callable[[nn.Module, Any, Any], None]:
         """Return a hook that records the module's backward when its output gets a gradient."""
         backward_call = index + len(self._names)
+        frees = index > 0 or not self._keeps_first
+
+        def begin_backward(_: Tensor) -> None:
+            # In a backward, gradients are enabled with create_graph=True alone.
+            if frees and (torch.is_grad_enabled() or self._is_outside_backward):
+                raise self._own_gradients_error(index)
+            self._record(backward_call)
 
         def watch_backward(_: nn.Module, __: Any, output: Any) -> None:
             for tensor in tree_leaves(output):
                 if isinstance(tensor, Tensor) and tensor.requires_grad:
-                    tensor.register_hook(lambda _: self._record(backward_call))
+                    tensor.register_hook(begin_backward)
                     return
 
         return watch_backward
+
+    def _own_gradients_error(self, index: int) -> RecipeError:
+        return RecipeError(
+            "Forward or loss computes gradients itself, as torch.autograd.grad does with "
+            f"create_graph=True for a gradient penalty, and strategy={self._strategy} frees the "
+            f"weights of {self._names[index]} after that, so that the backward of the step would "
+            "compute with freed memory. Use strategy=ddp, zero1 or zero2."
+        )
 
     def _record(self, call: int) -> None:
         """Record a call; in the first passes, compare it with the other ranks' calls before."""
         self._compare(call)
         self._calls.append(call)
         self._checksum = zlib.crc32(call.to_bytes(4, "little"), self._checksum)
+
+    def begin_backward(self) -> None:
+        """Begin the backward pass of the loss."""
+        self._is_outside_backward = False
 
     def end_pass(self) -> None:
         """Record the end of a forward or backward pass on this rank (collective).
@@ -120,6 +144,7 @@ class CallOrder:
             RecipeError: Another rank calls a module instead of ending the pass.
         """
         self._compare(_END)
+        self._is_outside_backward = not self._keeps_first
 
     def _compare(self, call: int) -> None:
         """Check, during the first passes, that every rank makes the same call (collective).

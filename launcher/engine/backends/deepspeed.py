@@ -209,6 +209,8 @@ class DeepSpeedBackend(GroupBackend):
     def backward(self, loss: Tensor, weight: float | Tensor) -> None:
         if self.scaler is not None:
             self._engine.optimizer.override_loss_scale(self.scaler.factor)
+        if self.call_order is not None:
+            self.call_order.begin_backward()
         try:
             self._engine.backward(loss * poison_nonfinite(loss, weight), scale_wrt_gas=False)
         except RuntimeError as error:

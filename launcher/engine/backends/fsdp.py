@@ -53,12 +53,15 @@ from launcher.engine.state.sharded_tensors import (
     norm_over_ranks,
 )
 from launcher.environment.world import World
-from launcher.errors import WorldError
+from launcher.errors import RecipeError, WorldError
 from launcher.planning.fsdp_messages import defers_sums
 from launcher.planning.plan import Plan
 from launcher.planning.virtual_ranks import Part
 from launcher.printable import kind_of
 from launcher.recipe.recipe import Recipe
+
+_MIXED = "got mixed torch.Tensor and DTensor"
+"""Part of torch's error about an operation on a sharded and a whole tensor."""
 
 
 class FSDPBackend(GroupBackend):
@@ -212,7 +215,17 @@ class FSDPBackend(GroupBackend):
         return find_styles(model, self.recipe.tensor_parallel_plan, self.plan.tensor_parallel)
 
     def forward(self, function: Callable[[Any, Any], Any], model: nn.Module, batch: Any) -> Any:
-        return call_with_output_hooks(model, self._module, function, batch)
+        try:
+            return call_with_output_hooks(model, self._module, function, batch)
+        except RuntimeError as error:
+            if _MIXED not in str(error):
+                raise
+            raise _sharded_weights_error() from error
+
+    def backward(self, loss: Tensor, weight: float | Tensor) -> None:
+        if isinstance(loss, DTensor):
+            raise _sharded_weights_error()
+        super().backward(loss, weight)
 
     def micro_step(
         self, *, last: bool, part: Part | None = None
@@ -248,6 +261,14 @@ class FSDPBackend(GroupBackend):
     def weights(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in super().weights(model):
             yield name, gather_full(tensor) if isinstance(tensor, DTensor) else tensor
+
+
+def _sharded_weights_error() -> RecipeError:
+    return RecipeError(
+        "Forward or loss used weights that strategy=fsdp had not gathered: it gathers those of a "
+        "block while the block computes, and model.parameters() has only parts of the others. Use "
+        "strategy=ddp, zero1 or zero2, or weight_decay in place of a penalty on weights."
+    )
 
 
 def require_gradients_like_shards(unit: Any) -> None:
