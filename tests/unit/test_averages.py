@@ -230,6 +230,21 @@ def test_a_skipped_step_leaves_the_average_finite(tmp_path: Path) -> None:
     assert all(map(math.isfinite, losses))
 
 
+def test_statistics_after_a_skipped_step_do_not_depend_on_evaluations(tmp_path: Path) -> None:
+    """Running statistics are put back in the step that spoils them, not when its loss is read."""
+    often, never = (
+        train(
+            tmp_path / str(every),
+            averaged(data=make_spoilt, optimizer=sgd(), averaging=None, evaluate_every=every),
+        )[0]
+        for every in (1, 1000)
+    )
+    assert any("running_mean" in name for name in often)
+    for name, value in often.items():
+        assert value.isfinite().all()
+        assert torch.equal(value, never[name]), name
+
+
 @pytest.mark.parametrize(
     ("before", "after", "line"),
     [

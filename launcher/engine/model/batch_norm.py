@@ -45,17 +45,28 @@ class BatchNorms:
             for module in model.modules()
             if isinstance(module, _NormBase) and module.running_mean is not None
         ]
-        self._copies: list[Tensor] = []
+        self._before: Tensor | None = None
+        """The running statistics at the beginning of a step, one after the other."""
 
-    def save_statistics(self) -> None:
-        """Copy the running statistics, for `restore_nonfinite`."""
-        self._copies = [buffer.clone() for buffer in self.running_statistics()]
+    def begin_step(self) -> None:
+        """Begin a step, whose forward passes change the running statistics."""
+        buffers = self.running_statistics()
+        self._before = torch.cat(buffers) if buffers else None
 
     @torch.no_grad()
-    def restore_nonfinite(self) -> None:
-        """Restore the running statistics that a batch has made infinite or NaN."""
-        for buffer, copy in zip(self.running_statistics(), self._copies, strict=False):
-            buffer.copy_(torch.where(buffer.isfinite().all(), buffer, copy))
+    def end_step(self) -> None:
+        """Put back the running statistics that the step has made infinite or NaN.
+
+        Its samples spoil those of one rank, or virtual rank, for good. Values are put back at once
+        and without a wait for the device, so that they do not depend on when a loss is read.
+        """
+        before, self._before = self._before, None
+        if before is None:
+            return
+        buffers = self.running_statistics()
+        now = torch.cat(buffers)
+        kept = torch.where(now.isfinite(), now, before).split([len(buffer) for buffer in buffers])
+        torch._foreach_copy_(buffers, kept)  # one kernel for all of them
 
     def running_statistics(self) -> list[Tensor]:
         """Return the running means and variances on this rank, of all its virtual ranks."""

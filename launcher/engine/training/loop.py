@@ -56,7 +56,6 @@ def train(
         context.recipe.max_bad_steps, lambda step: sampler.batch_ids(step - 1)
     )
     context.model.train()
-    context.batch_norms.save_statistics()
     evaluation = _run_evaluation(
         context, listener, first_step, context.missed_evaluations, controller
     )
@@ -153,6 +152,7 @@ class _Objective:
         losses: list[MicroBatchLoss] = []
         noise_meter.begin(step)
         forward_writes.begin()
+        context.batch_norms.begin_step()
         for number, micro_batch in enumerate(micro_batches, start=1):
             context.report_phase(step, "computing")
             request = micro_batch.request
@@ -173,6 +173,7 @@ class _Objective:
             if has_weight:
                 losses.append(MicroBatchLoss(loss.detach(), count, part))
         forward_writes.end()
+        context.batch_norms.end_step()
         randomness.end_step()
         grad_norm = backend.apply(objective.optimizer, recipe.max_grad_norm)
         noise_meter.end(step, num_items, grad_norm)
@@ -231,8 +232,6 @@ def _report_metrics(
 ) -> None:
     """Pass measurements on to the listener, with a warning for each skipped step.
 
-    BatchNorm statistics that a skipped step has made non-finite are restored.
-
     Raises:
         TrainingError: Too many consecutive steps were skipped.
     """
@@ -244,10 +243,6 @@ def _report_metrics(
         listener.on_values(metrics.rows[-1].step, {"ranks": metrics.ranks})
     for warning in nonfinite_guard.check(metrics.rows):
         listener.on_warning(warning)
-    if all(row.is_finite for row in metrics.rows):
-        context.batch_norms.save_statistics()
-    else:
-        context.batch_norms.restore_nonfinite()
 
 
 def _exchange_on_data(context: TrainContext, listener: Listener, step: int) -> None:
