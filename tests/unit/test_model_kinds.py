@@ -181,6 +181,18 @@ def test_hooks_on_gradients_are_refused_where_weights_are_split() -> None:
                 check_parameters(model, plan)
 
 
+def test_hooks_on_accumulated_gradients_are_refused_with_micro_batches() -> None:
+    """A hook that sees sums over micro-batches is refused where a step has several of them."""
+    model = nn.Linear(4, 3)
+    model.weight.register_post_accumulate_grad_hook(lambda _: None)
+    plan = make_plan(recipe(), read_machine(), nproc_per_node=1)
+    check_parameters(model, plan)
+    for changes in ({"micro_batch_size": 1}, {"virtual_ranks": 2}):
+        several = make_plan(recipe(**changes), read_machine(), nproc_per_node=1)
+        with pytest.raises(RecipeError, match=r"weight has a hook"):
+            check_parameters(model, several)
+
+
 @pytest.mark.parametrize(
     ("model", "refused"),
     [

@@ -42,8 +42,7 @@ def check_parameters(model: nn.Module, plan: Plan) -> None:
     for name, parameter in model.named_parameters():
         if strategy.shards:
             _check_sharded(plain_name(name), parameter, plan.strategy)
-        if strategy.shards_parameters:
-            _check_hooks(plain_name(name), parameter, plan.strategy)
+        _check_hooks(plain_name(name), parameter, plan)
         if strategy.uses_deepspeed:
             _check_for_deepspeed(plain_name(name), parameter, plan.strategy)
     sparse = next(iter(sparse_parameters(model)), None)
@@ -79,21 +78,31 @@ def _check_sharded(name: str, parameter: nn.Parameter, strategy: str) -> None:
         )
 
 
-def _check_hooks(name: str, parameter: nn.Parameter, strategy: str) -> None:
-    """Refuse hooks on the gradient of a parameter, which is split over the ranks.
+def _check_hooks(name: str, parameter: nn.Parameter, plan: Plan) -> None:
+    """Refuse hooks on the gradient of a parameter which would not be called, or once too often.
 
     Raises:
-        RecipeError: The parameter has hooks, which would not be called.
+        RecipeError: The parameter is split over the ranks; or its hook is called with the sum of
+            the gradients of all micro-batches so far, of which there are several in a step.
     """
     # torch has no public list of them.
-    hooks = (parameter._backward_hooks, parameter._post_accumulate_grad_hooks)  # noqa: SLF001
-    if any(hooks):
+    of_gradient, of_sum = parameter._backward_hooks, parameter._post_accumulate_grad_hooks  # noqa: SLF001
+    if STRATEGIES[plan.strategy].shards_parameters and (of_gradient or of_sum):
         raise RecipeError(
             f"The model's {name} has a hook on its gradient, by register_hook or "
-            f"register_post_accumulate_grad_hook, and strategy={strategy} replaces the parameter "
-            "by its parts, so that the hook would not be called. Use strategy=ddp, zero1 or zero2, "
-            "or change the gradient in forward, as in weight * mask + (weight * (1 - mask))"
-            ".detach()."
+            f"register_post_accumulate_grad_hook, and strategy={plan.strategy} replaces the "
+            "parameter by its parts, so that the hook would not be called. Use strategy=ddp, zero1 "
+            "or zero2, or change the gradient in forward, as in weight * mask + "
+            "(weight * (1 - mask)).detach()."
+        )
+    if of_sum and (plan.accumulation_steps > 1 or plan.virtual_ranks is not None):
+        raise RecipeError(
+            f"The model's {name} has a hook by register_post_accumulate_grad_hook, which is called "
+            "after each micro-batch with the sum of the gradients so far, so that the step would "
+            f"depend on the number of micro-batches (here "
+            f"{'virtual_ranks' if plan.virtual_ranks else plan.accumulation_steps}). Use "
+            "register_hook, which is called with the gradient of each, or a larger "
+            "micro_batch_size."
         )
 
 
