@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import UserDict, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
@@ -184,11 +184,12 @@ def test_hooks_on_gradients_are_refused_where_weights_are_split() -> None:
 def test_hooks_on_accumulated_gradients_are_refused_with_micro_batches() -> None:
     """A hook that sees sums over micro-batches is refused where a step has several of them."""
     model = nn.Linear(4, 3)
-    model.weight.register_post_accumulate_grad_hook(lambda _: None)
-    plan = make_plan(recipe(), read_machine(), nproc_per_node=1)
-    check_parameters(model, plan)
-    for changes in ({"micro_batch_size": 1}, {"virtual_ranks": 2}):
-        several = make_plan(recipe(**changes), read_machine(), nproc_per_node=1)
+    register: Any = model.weight.register_post_accumulate_grad_hook
+    register(lambda _: None)
+    whole = recipe(micro_batch_size=None)
+    check_parameters(model, make_plan(whole, read_machine(), nproc_per_node=1))
+    for several_of in (recipe(), replace(whole, virtual_ranks=2)):
+        several = make_plan(several_of, read_machine(), nproc_per_node=1)
         with pytest.raises(RecipeError, match=r"weight has a hook"):
             check_parameters(model, several)
 
