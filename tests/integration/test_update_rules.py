@@ -1,11 +1,13 @@
-"""Optimizers of a recipe that look at whole weights, where these are split over ranks."""
+"""Optimizers that look at whole weights, and dtypes, where weights are split over ranks."""
 
 from __future__ import annotations
 
 import json
 
+import pytest
 from support import ROOT, Commands
 
+MIXED = f"{ROOT / 'tests/recipes/mixed.py'}:mixed"
 SCALING = f"{ROOT / 'tests/recipes/scaling.py'}:scaling"
 
 
@@ -29,3 +31,15 @@ def test_an_optimizer_that_reads_the_norm_of_a_part_is_refused(run: Commands) ->
     assert "LayerWise" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (run.folder / "out/checkpoints").exists()
+
+
+@pytest.mark.parametrize(("kind", "named"), [("weights", "float64"), ("inputs", "precision=bf16")])
+def test_dtypes_that_fsdp_does_not_mix_are_refused(run: Commands, kind: str, named: str) -> None:
+    """Trained weights of two dtypes, and a norm of an fp32 input in bf16 on CPUs, are refused."""
+    done = run(
+        *("launcher", "run", MIXED, "-n", "2", "-q", "--out", "out", "device=cpu"),
+        *("strategy=fsdp", f"kind={kind}"),
+    )
+    assert done.exit_code == 2, done.stderr
+    assert named in done.stderr
+    assert "Traceback" not in done.stderr

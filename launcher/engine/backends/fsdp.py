@@ -39,6 +39,7 @@ from launcher.engine.backends.tensor_parallel import (
     split_model,
     whole_gradient_error,
 )
+from launcher.engine.state.compiled import plain_name
 from launcher.engine.state.fragments import Box
 from launcher.engine.state.initial_values import InitialValues, parts_of
 from launcher.engine.state.meta_tensors import allocate_shards
@@ -62,6 +63,9 @@ from launcher.recipe.recipe import Recipe
 
 _MIXED = "got mixed torch.Tensor and DTensor"
 """Part of torch's error about an operation on a sharded and a whole tensor."""
+
+_MIXED_NORM = "mixed dtype (CPU): expect parameter"
+"""Part of torch's error about a norm whose weights are in 16 bits and whose input is not."""
 
 
 class FSDPBackend(GroupBackend):
@@ -171,6 +175,8 @@ class FSDPBackend(GroupBackend):
         units = [module for module in wrapped.modules() if isinstance(module, FSDPModule)]
         self._units: Sequence[FSDPModule] = units
         """The modules whose weights are gathered together: the whole model, and its blocks."""
+        for unit in units:
+            _check_one_dtype(unit, model)
         _prefetch(units, self.recipe.prefetch_blocks)
         self.call_order = watch_call_order(
             wrapped, units, strategy="fsdp", device=self.device, first=True
@@ -218,9 +224,16 @@ class FSDPBackend(GroupBackend):
         try:
             return call_with_output_hooks(model, self._module, function, batch)
         except RuntimeError as error:
-            if _MIXED not in str(error):
-                raise
-            raise _sharded_weights_error() from error
+            if _MIXED in str(error):
+                raise _sharded_weights_error() from error
+            if _MIXED_NORM in str(error):
+                raise RecipeError(
+                    f"On CPUs, strategy=fsdp with precision={self.plan.precision} gathers the "
+                    "weights of norms in that precision, and torch does not take them with an "
+                    "input in fp32. Convert the input, as in norm(x.to(norm.weight.dtype)), or use "
+                    "precision=fp32, strategy=ddp or zero2."
+                ) from error
+            raise
 
     def backward(self, loss: Tensor, weight: float | Tensor) -> None:
         if isinstance(loss, DTensor):
@@ -269,6 +282,29 @@ def _sharded_weights_error() -> RecipeError:
         "block while the block computes, and model.parameters() has only parts of the others. Use "
         "strategy=ddp, zero1 or zero2, or weight_decay in place of a penalty on weights."
     )
+
+
+def _check_one_dtype(unit: Any, model: nn.Module) -> None:
+    """Refuse trained weights of several dtypes, whose gradients FSDP would reduce together.
+
+    Raises:
+        RecipeError: An FSDP module has some; the message names two of them.
+    """
+    names = {weight: plain_name(name) for name, weight in model.named_parameters()}
+    for group in unit._get_fsdp_state()._fsdp_param_groups:  # noqa: SLF001
+        weights = [parameter.sharded_param for parameter in group.fsdp_params]
+        by_dtype = {weight.dtype: names[weight] for weight in weights if weight.requires_grad}
+        if len(by_dtype) > 1:
+            (one, first), (other, second) = list(by_dtype.items())[:2]
+            raise RecipeError(
+                f"The model trains {first} in {_shown(one)} and {second} in {_shown(other)}, and "
+                "strategy=fsdp reduces the gradients of both together. Give the trained weights "
+                "one dtype, or use strategy=ddp."
+            )
+
+
+def _shown(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def require_gradients_like_shards(unit: Any) -> None:
