@@ -21,7 +21,8 @@ def slow(
 
     def forward(model: nn.Module, batch: Tensor) -> Tensor:
         time.sleep(step_milliseconds / 1000)
-        return model(batch)
+        outputs: Tensor = model(batch)
+        return outputs
 
     return Recipe(
         name="slow",
