@@ -7,6 +7,7 @@ import json
 import pytest
 from support import ROOT, Commands
 
+CLIPPED = f"{ROOT / 'tests/recipes/clipped.py'}:clipped"
 MIXED = f"{ROOT / 'tests/recipes/mixed.py'}:mixed"
 SCALING = f"{ROOT / 'tests/recipes/scaling.py'}:scaling"
 
@@ -42,4 +43,25 @@ def test_dtypes_that_fsdp_does_not_mix_are_refused(run: Commands, kind: str, nam
     )
     assert done.exit_code == 2, done.stderr
     assert named in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (["strategy=zero3"], "Clip"),
+        (["freezes=true"], "Freeze"),
+        (["freezes=true", "strategy=zero1"], "Freeze"),
+    ],
+)
+def test_what_a_callback_changes_in_vain_is_refused(
+    run: Commands, settings: list[str], named: str
+) -> None:
+    """Weights that a callback writes or freezes, and the strategy trains otherwise, end the run."""
+    done = run(
+        *("launcher", "run", CLIPPED, "-n", "2", "-q", "--out", "out", "device=cpu", *settings),
+        *("epochs=none", "steps=4"),
+    )
+    assert done.exit_code == 1, done.stderr
+    assert f"The callback {named}" in done.stderr
     assert "Traceback" not in done.stderr

@@ -125,12 +125,12 @@ def check_strategy_of(optimizer: Optimizer, strategy: str) -> None:
             "of flattened weights, so that its steps would depend on the number of ranks. Use "
             "strategy=ddp or fsdp."
         )
-    if strategy == "fsdp" and not updates_shards(optimizer):
+    if not updates_shards(optimizer):
         raise RecipeError(
-            f"The recipe's optimizer is {kind}, which updates weights that strategy=fsdp has split "
-            "over ranks otherwise than whole ones: it reads numbers, such as a norm, from the part "
-            "of a rank. Use strategy=ddp, or let it compute with tensors in place of item() and "
-            "float()."
+            f"The recipe's optimizer is {kind}, which updates weights that strategy={strategy} has "
+            "split over ranks otherwise than whole ones: it reads numbers, such as a norm, from "
+            "the part of a rank. Use strategy=ddp, or let it compute with tensors in place of "
+            "item() and float()."
         )
     strategies = _STRATEGIES.get(kind)
     if strategies is None or strategy in strategies.replace(",", "").split():

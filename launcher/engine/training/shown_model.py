@@ -24,11 +24,10 @@ class ShownModel:
 
     def __init__(self, context: TrainContext) -> None:
         self._context = context
-        name, plan = context.plan.strategy, context.plan
-        strategy = STRATEGIES[name]
+        strategy, ranks = STRATEGIES[context.plan.strategy], context.plan.world_size
         self._loses_writes = strategy.uses_deepspeed and strategy.shards_parameters
         # Their ranks exchange the gradients of the weights that required one at first.
-        self._fixes_trained = strategy.uses_deepspeed or (name == "ddp" and plan.world_size > 1)
+        self._fixes_trained = strategy.uses_deepspeed or (ranks > 1 and not strategy.shards)
         self._is_shown = False
         self._trained: dict[str, bool] | None = None
         self._writes: WriteDetector | None = None
