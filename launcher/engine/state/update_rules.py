@@ -6,6 +6,7 @@ Its step is tried on a few small weights, whole and split, before the first step
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -138,6 +139,7 @@ def _copy_for(optimizer: Optimizer, number: int, trained: list[nn.Parameter]) ->
     memo: dict[int, Any] = {
         id(weight): stand_in for group in optimizer.param_groups for weight in group["params"]
     }
+    memo[id(optimizer.state)] = defaultdict(dict)  # of large weights, if it has been created
     copied = type(optimizer).__new__(type(optimizer))
     vars(copied).update(copy.deepcopy(vars(optimizer), memo))
     group = copied.param_groups[number]
