@@ -8,6 +8,7 @@ meta_tensors       gives tensors on the meta device memory
 shared_memory      memory of tensors that another process can read
 host_copies        copies on the host, from which a checkpoint is written
 hyperparameters    makes the recipe's optimizer and writes the schedule into it
+update_rules       whether an optimizer updates split weights as it updates whole ones
 loss_scaler        dynamic loss scaling for fp16
 compiled           names of tensors in models that torch.compile wraps
 """
