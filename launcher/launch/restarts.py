@@ -214,8 +214,9 @@ class _Rounds:
             self._folder.mirroring.attach(run_dir)
         else:
             run_dir = RunDir(Path(self._meeting.folder))
-            if self._folder.take_over(run_dir):
-                check_round(run_dir, start.number - 1)
+            is_new_owner = self._folder.take_over(run_dir)
+            check_round(run_dir, start.number - 1)
+            if is_new_owner:
                 self._folder.mirroring.attach(run_dir)
             if read_run(run_dir).plan.get("nodes") != prepared.plan.nodes:
                 write_resumption(run_dir, prepared.description)
