@@ -215,7 +215,7 @@ def network(module_run: Commands, keys: Path) -> Iterator[Network]:
             "StrictHostKeyChecking=no",
             "UserKnownHostsFile=/dev/null",
             "BatchMode=yes",
-            "ConnectTimeout=2",
+            "ConnectTimeout=20",
         )
         ssh = f"ssh -q -F none -i {keys}/key" + "".join(f" -o {option}" for option in options)
         yield Network(module_run, ssh, terminal.pid)
@@ -400,6 +400,8 @@ def test_a_killed_terminal_stops_the_run(network: Network) -> None:
     process.kill()
     process.communicate(timeout=60)
     wait_until(lambda: list_checkpoints(run_dir))
+    for address in ADDRESSES:
+        wait_until(lambda: not network.has_processes(address, "gone"))
 
 
 LASTING = ("steps=60", "record_samples=true", "checkpoint_every=10", "device=cpu", "pause=0.05")
