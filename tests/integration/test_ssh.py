@@ -116,8 +116,11 @@ class Network:
         enter = ("nsenter", "-t", str(self.terminal), "-n", "ip", "link", "set")
         subprocess.run([*enter, f"cable{number}", state], check=True)
 
-    def has_processes(self, address: str, word: str) -> bool:
-        """Return whether a machine has a process with a word in its command line."""
+    def wait_for_end(self, address: str, word: str) -> None:
+        """Wait until no process of a machine has a word in its command line."""
+        wait_until(lambda: not self._has_processes(address, word))
+
+    def _has_processes(self, address: str, word: str) -> bool:
         line = "for f in /proc/[0-9]*/cmdline; do tr '\\0' '\\n' < $f; done 2> /dev/null"
         process = self.start_there(address, line)
         stdout, stderr = process.communicate(timeout=60)
@@ -401,7 +404,7 @@ def test_a_killed_terminal_stops_the_run(network: Network) -> None:
     process.communicate(timeout=60)
     wait_until(lambda: list_checkpoints(run_dir))
     for address in ADDRESSES:
-        wait_until(lambda: not network.has_processes(address, "gone"))
+        network.wait_for_end(address, "gone")
 
 
 LASTING = ("steps=60", "record_samples=true", "checkpoint_every=10", "device=cpu", "pause=0.05")
@@ -427,7 +430,7 @@ def test_a_machine_that_is_cut_off_is_replaced(network: Network) -> None:
         network.set_cable(1, "up")
         process.kill()
     assert process.returncode == 0, output
-    wait_until(lambda: not network.has_processes(ADDRESSES[0], out))
+    network.wait_for_end(ADDRESSES[0], out)
     nodes = [read_heartbeat(run_dir, rank) for rank in range(2)]
     assert [node.node for node in nodes if node is not None] == ["machine2", "machine3"]
     events = read_lines(run_dir.events)
@@ -465,7 +468,7 @@ def test_the_command_ends_while_a_machine_is_cut_off(network: Network) -> None:
         process.kill()
     assert process.returncode == 75, (stdout, stderr)
     assert stderr.count(f"launcher: the run is over, and {ADDRESSES[0]} ") == 1, stderr
-    wait_until(lambda: not network.has_processes(ADDRESSES[0], "cut-off"))
+    network.wait_for_end(ADDRESSES[0], "cut-off")
 
 
 def test_the_command_ends_while_a_launcher_is_stopped(network: Network) -> None:
@@ -480,7 +483,7 @@ def test_the_command_ends_while_a_launcher_is_stopped(network: Network) -> None:
         process.kill()
     assert process.returncode == 75, (stdout, stderr)
     assert stderr.count(f"launcher: the run is over, and the launcher on {ADDRESSES[1]} ") == 1
-    wait_until(lambda: not network.has_processes(ADDRESSES[1], "stopped-there"))
+    network.wait_for_end(ADDRESSES[1], "stopped-there")
 
 
 def launcher_on(index: int, out: str) -> int:

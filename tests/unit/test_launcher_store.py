@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 
 import pytest
-from torch.distributed import TCPStore
+from torch._C._distributed_c10d import TCPStore
 
 from launcher.engine.ranks.launcher_store import LauncherStore, StoreLostError, connect_store
 
