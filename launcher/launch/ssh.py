@@ -33,6 +33,12 @@ _SECONDS_TO_END = 5.0
 _SECONDS_TO_LOOK_FIRST = 6.0
 """How long the other launchers have to end, after one has ended, before they are looked at."""
 
+_SECONDS_TO_LOOK_AGAIN = 3.0
+"""Interval of the looks at a launcher that has been found not to run."""
+
+_SECONDS_TO_TAKE_A_LOOK = 1.0
+"""Interval at which a look that takes too long is noticed."""
+
 _SECONDS_BETWEEN_LOOKS = 600.0
 """The longest interval of the looks, which grows while all launchers run."""
 
@@ -183,7 +189,7 @@ class _Wait:
                 self._stop_at = math.inf
                 self._signals.send("SIGINT")  # a run saves a checkpoint if it has taken a step
             self._look(now)
-            next_time = min(self._stop_at, self._look_at)
+            next_time = self._next_time(now)
             self._signals.wait(None if next_time == math.inf else max(next_time - now, 0))
         if self._needed == len(self._sessions):
             return self._failed[0] if self._failed else 0
@@ -212,26 +218,36 @@ class _Wait:
 
     def _look(self, now: float) -> None:
         """Find out about the launchers that are left, and close sessions that are of no use."""
+        for session in self._waiting:
+            session.take_look()
+        self._close_lost()
         if self._signals.sent and self._look_at == math.inf:
             self._look_at = now + self._seconds_between_looks
         if now < self._look_at:
             return
         for session in self._waiting:
-            session.take_look()
+            session.look()
+        self._look_at = now + self._seconds_between_looks
+        longer = self._seconds_between_looks * 2
+        self._seconds_between_looks = min(longer, _SECONDS_BETWEEN_LOOKS)
+
+    def _close_lost(self) -> None:
+        """Close the sessions of lost launchers if the run is over."""
         is_over = self._has_finished or len(self._sessions) - len(self._failed) < self._needed
         patience = self._node_timeout * (1 if is_over else _PATIENCE_BEFORE_THE_END)
         lost = [each for each in self._waiting if each.is_lost(patience)]
         if is_over or len(lost) == len(self._waiting):
             for session in lost:
                 _report(f"the run is over, and {session.close()}")
-        for session in self._waiting:
-            session.look()
+
+    def _next_time(self, now: float) -> float:
+        """Return when something is due that no signal announces."""
+        if any(session.is_looking for session in self._waiting):
+            return min(self._stop_at, self._look_at, now + _SECONDS_TO_TAKE_A_LOOK)
         if all(session.is_known_to_run for session in self._waiting):
-            longer = self._seconds_between_looks * 2
-            self._seconds_between_looks = min(longer, _SECONDS_BETWEEN_LOOKS)
-        else:
-            self._seconds_between_looks = _SECONDS_TO_LOOK_FIRST
-        self._look_at = now + self._seconds_between_looks
+            return min(self._stop_at, self._look_at)
+        self._look_at = min(self._look_at, now + _SECONDS_TO_LOOK_AGAIN)
+        return min(self._stop_at, self._look_at)
 
 
 def _report(text: str) -> None:

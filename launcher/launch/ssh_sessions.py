@@ -71,6 +71,11 @@ class Session:
         """Whether nothing else has been found out about the launcher."""
         return self._state == "running"
 
+    @property
+    def is_looking(self) -> bool:
+        """Whether something is being found out about the launcher."""
+        return self._look is not None
+
     def send(self, line: str) -> None:
         """Send a line to the launcher's machine, if the session is open."""
         assert self.process.stdin is not None

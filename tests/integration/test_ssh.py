@@ -20,6 +20,7 @@ import pytest
 from support import BIN, ROOT, Commands, Finished, has_rows, read_lines, wait_until
 
 from launcher.engine.probes.parity import compare, read_trace
+from launcher.launch.ssh_remote import EXIT_ENDED, EXIT_STOPPED
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.heartbeat import read_heartbeat
 from launcher.runs.rundir import RunDir
@@ -218,7 +219,7 @@ def network(module_run: Commands, keys: Path) -> Iterator[Network]:
             "StrictHostKeyChecking=no",
             "UserKnownHostsFile=/dev/null",
             "BatchMode=yes",
-            "ConnectTimeout=20",
+            "ConnectTimeout=10",
         )
         ssh = f"ssh -q -F none -i {keys}/key" + "".join(f" -o {option}" for option in options)
         yield Network(module_run, ssh, terminal.pid)
@@ -472,11 +473,24 @@ def test_the_command_ends_while_a_machine_is_cut_off(network: Network) -> None:
 
 
 def test_the_command_ends_while_a_launcher_is_stopped(network: Network) -> None:
-    """A launcher that is stopped is lost, keeps nobody waiting, and ends once it continues."""
+    """A launcher that is stopped is lost, keeps nobody waiting, and ends once it continues.
+
+    Another connection tells whether it runs, is stopped or has ended.
+    """
     process = start_endless(network, "stopped-there")
-    launcher = launcher_on(1, "stopped-there")
+    launcher, key = launcher_on(1, "stopped-there")
+    program = f"{BIN}/python {ROOT}/launcher/__main__.py"
+
+    def state(key: str) -> int:
+        line = f"exec {program} --ssh-remote-state {key}"
+        look = network.start_there(ADDRESSES[1], line)
+        look.communicate(timeout=60)
+        return look.returncode
+
+    assert [state(key), state("other")] == [0, EXIT_ENDED]
     os.kill(launcher, signal.SIGSTOP)
     try:
+        assert state(key) == EXIT_STOPPED
         stdout, stderr = process.communicate(timeout=120)
     finally:
         os.kill(launcher, signal.SIGCONT)
@@ -486,8 +500,8 @@ def test_the_command_ends_while_a_launcher_is_stopped(network: Network) -> None:
     network.wait_for_end(ADDRESSES[1], "stopped-there")
 
 
-def launcher_on(index: int, out: str) -> int:
-    """Return the id, outside its machine, of the launcher on a machine."""
+def launcher_on(index: int, out: str) -> tuple[int, str]:
+    """Return the id, outside its machine, of the launcher on a machine, and its key."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
@@ -497,7 +511,7 @@ def launcher_on(index: int, out: str) -> int:
             continue
         is_launcher = b"--ssh-remote" in words and out.encode() in words
         if is_launcher and f"LAUNCHER_HOST_INDEX={index}".encode() in variables:
-            return int(folder.name)
+            return int(folder.name), words[words.index(b"--ssh-remote") + 1].decode()
     raise AssertionError(f"no launcher of {out} on machine {index}")
 
 
@@ -520,7 +534,8 @@ def test_a_run_that_cannot_start_is_refused_once(
     network: Network, hosts: tuple[str, ...], arguments: tuple[str, ...], code: int, message: str
 ) -> None:
     """A run that cannot start prints one error and does not wait for a missing machine."""
-    options = ("-n", "1", "device=cpu", "--out", "never", *network.hosts(*hosts))
+    ssh = network.ssh.replace("ConnectTimeout=10", "ConnectTimeout=2")
+    options = ("-n", "1", "device=cpu", "--out", "never", "--hosts", ",".join(hosts), "--ssh", ssh)
     done = network("run", WORLDS_PY, *options, *arguments)
     assert done.exit_code == code, done.stderr
     assert len(re.findall(message, done.stderr)) == 1, done.stderr
