@@ -52,25 +52,29 @@ def end_process(exit_code: int) -> NoReturn:
         os._exit(exit_code)
 
 
-def exit_despite_signals(exit_code: int) -> NoReturn:
-    """Exit; a signal that arrives from now on cannot change the exit code.
+def exit_process(exit_code: int) -> NoReturn:
+    """Raise SystemExit, and let no signal that arrives from now on change the exit code.
 
-    A process that has imported torch takes up to a second to exit. If a scheduler's warning came
-    then and killed it, a run that has finished would count as failed. While Python waits for
-    threads, a signal ends the process at once with `exit_code`. Later, Python restores the default
-    handlers, so this process ignores the signals from then on.
+    Python waits for threads and calls the functions of `atexit`. The process then ends, without the
+    destruction of modules: with torch it takes most of a second, in which Python handles no signal,
+    so that the warning of a scheduler would kill a command that has finished.
     """
     signal.setitimer(signal.ITIMER_REAL, 0)
-    numbers = (signal.SIGINT, *STOP_SIGNALS)
-    for number in numbers:
+    for number in (signal.SIGINT, *STOP_SIGNALS):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda *_: end_process(exit_code))
 
-    def ignore() -> None:
-        for number in numbers:
-            signal.signal(number, signal.SIG_IGN)
+    def end() -> None:
+        try:
+            atexit.unregister(end)
+            atexit._run_exitfuncs()  # noqa: SLF001  # those that were registered before
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError, ValueError):
+                    stream.flush()
+        finally:
+            os._exit(exit_code)
 
-    atexit.register(ignore)
+    atexit.register(end)
     sys.exit(exit_code)
 
 

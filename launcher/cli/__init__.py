@@ -21,7 +21,7 @@ from launcher.console.colours import colour_setting
 from launcher.console.echo import NO_ROOM, complain, discard_output, echo
 from launcher.errors import EXIT_FAILED, EXIT_USAGE, EndedError, LauncherError
 from launcher.printable import error_line, traceback_of
-from launcher.signals import EXIT_BY_SIGNAL, exit_despite_signals
+from launcher.signals import EXIT_BY_SIGNAL, exit_process
 
 _COMMANDS = {
     "cancel": "launcher.cli.cancel",
@@ -86,10 +86,10 @@ def main(arguments: Sequence[str] | None = None, *, starts_warm: bool = True) ->
     if starts_warm and wants_warm(arguments):
         code = run_in_warm_process(arguments)
         if code is not None:
-            exit_despite_signals(code)
+            exit_process(code)
     code = run_command(group, arguments, "launcher")
     gc.freeze()  # a final collection that visits all of torch takes most of a second
-    exit_despite_signals(_flush(code))
+    exit_process(_flush(code))
 
 
 def run_command(

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--seconds",
-    type=Number(min=0.5, largest=86_400),
+    type=Number(min=0.1, largest=86_400),
     default=4.0,
     show_default=True,
     metavar="S",

@@ -222,9 +222,10 @@ class LoaderSearch:
                 try:
                     found = trials.measure(**settings | alternative)[0]
                     is_chosen = is_better(found, best)
-                    if is_chosen:  # once may be chance
+                    if is_chosen:  # once may be chance, or the machine had become less busy
+                        best, before, _ = trials.measure(**settings)
                         found, again, _ = trials.measure(**settings | alternative)
-                        is_chosen = is_better(again, best)
+                        is_chosen = is_better(again, before)
                 except RunFailedError:
                     if signals.stopped_by is not None:
                         raise
@@ -232,7 +233,7 @@ class LoaderSearch:
                     continue
                 if is_chosen:
                     best, settings = found, settings | alternative
-                    facts.best = best
+                facts.best = best
         if not best.workers:
             settings = {
                 name: value
@@ -321,8 +322,11 @@ class LoaderSearch:
                 return
 
     def _starts(self, facts: _Facts) -> Iterator[dict[str, Any]]:
-        """Yield other ways to start workers, if steps wait for data."""
+        """Yield other ways to start workers, if steps wait for data and not for a core."""
         best = facts.best
+        waits_for_cores = not facts.cost.is_latency_bound and best.workers >= facts.budget.cores
+        if waits_for_cores:
+            return
         if best.workers and best.can_gain and self._start == "fork":
             yield {"worker_start": "forkserver"}
             if best.workers <= facts.budget.cores:

@@ -299,12 +299,13 @@ def test_too_little_memory_for_one_sample_is_an_error(run: Commands) -> None:
     assert run(*BATCH, "digits", "--memory", "much", env=env).exit_code == 2
 
 
-LOADER = ("launcher", "find", "loader", ROOT / "tests/recipes/slow.py", "--seconds", "0.5")
+LOADER = ("launcher", "find", "loader", ROOT / "tests/recipes/slow.py", "--seconds", "0.2")
 
 
 def test_workers_hide_latency(run: Commands) -> None:
     """Storage with a high latency gets more workers than there are cores."""
-    done = run(*LOADER, "how=waits", "milliseconds=5", "-n", "1", "--json", "--out", "out")
+    recipe = ("how=waits", "milliseconds=5", "step_milliseconds=12")
+    done = run(*LOADER, *recipe, "-n", "1", "--json", "--out", "out")
     assert done.exit_code == 0, done.stderr
     result = json.loads(done.stdout)
     readings = result["readings"]
@@ -324,9 +325,8 @@ def test_workers_hide_latency(run: Commands) -> None:
 
 def test_a_longer_queue_hides_stalls(run: Commands) -> None:
     """If some samples take very long to read, a larger prefetch_factor is measured."""
-    done = run(
-        *LOADER[:-1], "1", "how=stalls", "milliseconds=300", "-n", "1", "--json", "--out", "out"
-    )
+    recipe = ("how=stalls", "milliseconds=300", "step_milliseconds=12")
+    done = run(*LOADER[:-1], "0.5", *recipe, "-n", "1", "--json", "--out", "out")
     assert done.exit_code == 0, done.stderr
     result = json.loads(done.stdout)
     slowest = result["slowest_batch_seconds"]

@@ -14,14 +14,22 @@ if TYPE_CHECKING:
 How = Literal["waits", "works", "stalls"]
 
 
-def slow(*, how: How = "waits", milliseconds: float = 10.0) -> Recipe:
-    """A small model on samples that are slow to read in the way `how`."""
+def slow(
+    *, how: How = "waits", milliseconds: float = 10.0, step_milliseconds: float = 0.0
+) -> Recipe:
+    """A model on samples that are slow to read in the way `how`, and which waits in each step."""
+
+    def forward(model: nn.Module, batch: Tensor) -> Tensor:
+        time.sleep(step_milliseconds / 1000)
+        outputs: Tensor = model(batch)
+        return outputs
+
     return Recipe(
         name="slow",
         model=build_model,
         data=lambda: Data(train=Slow(how, milliseconds / 1000)),
         loss=lambda outputs, batch: (outputs.sum(), len(batch)),
-        forward=lambda model, batch: model(batch),
+        forward=forward,
         optimizer=sgd(momentum=0.0),
         schedule=constant(),
         batch_size=32,

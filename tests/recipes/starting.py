@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 import time
@@ -33,7 +34,7 @@ if "STARTS_THREAD" in os.environ:
 if "SIGNALLED_AT_END" in os.environ:
 
     class _Late:
-        """A value that signals its process when Python clears the modules, at the very end."""
+        """A value that signals its process if Python clears the modules, at the very end."""
 
         def __init__(self, number: int, kill: Callable[[int, int], None] = os.kill) -> None:
             self._number, self._kill, self._process = number, kill, os.getpid()
@@ -42,6 +43,7 @@ if "SIGNALLED_AT_END" in os.environ:
             self._kill(self._process, self._number)
 
     _late = _Late(int(os.environ["SIGNALLED_AT_END"]))
+    atexit.register(os.kill, os.getpid(), int(os.environ["SIGNALLED_AT_END"]))
 
 if "COMPUTES" in os.environ:
     import torch
