@@ -111,8 +111,10 @@ def test_a_launcher_that_stands_still_is_lost(run: Commands, free_port: int, ind
     finally:
         stopped.send_signal(signal.SIGCONT)
     assert nodes.finish() == [75, 75], nodes.outputs
-    for _, stderr in nodes.outputs:
-        assert stderr.count("launcher: the run ended on this node") == 1, nodes.outputs
+    for process, (_, stderr) in zip(nodes.processes, nodes.outputs, strict=True):
+        assert stderr.startswith("launcher: the run ended on this node"), stderr
+        assert stderr.count("\n") == 1, stderr
+        assert ("did not answer" in stderr) == (process is stopped), stderr
 
 
 def test_a_stop_on_one_node_stops_both(run: Commands, free_port: int) -> None:

@@ -60,6 +60,10 @@ class LauncherStore:
         """Set the value of a key, unless it has one."""
         self._call(lambda: self.store.compare_set(key, "", value))
 
+    def give_up(self) -> None:
+        """Let all further calls fail at once."""
+        self._is_lost = True
+
     def _call(self, call: Callable[[], _Result]) -> _Result:
         if self._is_served_here:
             return call()

@@ -116,6 +116,9 @@ class Rendezvous:
         self.index = self._find_index(is_first=is_first)
         self._heartbeats: dict[int, tuple[bytes, float]] = {}
         self._next_heartbeat, self._last_heartbeat = 0.0, math.inf
+        self._still_seconds, self._still_until = 0.0, -math.inf
+        """How long this node has stood still, for longer than a node may, and until when."""
+
         own_values = {"node": platform.node(), **agreement}
         self.store.set(f"node{self.index}", json.dumps(own_values))
         values = [json.loads(self._wait_for_key(f"node{index}")) for index in range(self.count)]
@@ -171,6 +174,7 @@ class Rendezvous:
         keys = [f"finished{index}" for index in range(self.count)]
         has_result = False
         try:
+            self._check_own_heartbeat()
             self.store.set(keys[self.index], "")
             while time.monotonic() < deadline and not self.store.check(keys):
                 has_result = has_result or self.store.check(keys[:1])
@@ -178,7 +182,7 @@ class Rendezvous:
                 time.sleep(_POLL_SECONDS)
         except RuntimeError as error:  # the store, and with it the first node, is gone
             if not has_result:
-                raise PeerError(self.names[0], None) from error
+                raise self._lost(0) from error
         except PeerError as error:
             if not (error.gone and has_result):
                 raise
@@ -218,19 +222,12 @@ class Rendezvous:
         """
         deadline = time.monotonic() + (self._nodes.node_timeout if wait else 0)
         while True:
-            now = time.monotonic()
-            if now >= self._next_heartbeat:
-                still_seconds = now - self._last_heartbeat
+            if time.monotonic() >= self._next_heartbeat:
                 try:
+                    self._check_own_heartbeat()
                     self._exchange_heartbeats()
-                except PeerError as error:
-                    if error.gone and still_seconds > self._nodes.node_timeout:
-                        raise CutOffError(self._own_name, still_seconds) from error
-                    raise
                 except RuntimeError as error:  # the store, and with it the first node, is gone
-                    if still_seconds > self._nodes.node_timeout:
-                        raise CutOffError(self._own_name, still_seconds) from error
-                    raise PeerError(self.names[0], None) from error
+                    raise self._lost(0) from error
                 self._last_heartbeat = time.monotonic()
                 self._next_heartbeat = self._last_heartbeat + _SECONDS_BETWEEN_HEARTBEATS
             if time.monotonic() >= deadline:
@@ -260,7 +257,29 @@ class Rendezvous:
                 nodes.node_timeout if heartbeat else nodes.join_timeout
             ):
                 self.report(None, other)
-                raise PeerError(self.names[other], None)
+                raise self._lost(other)
+
+    def _check_own_heartbeat(self) -> None:
+        """Note whether this node stands still, so that the others may have taken it for lost.
+
+        Raises:
+            CutOffError: The first node has left meanwhile.
+        """
+        now = time.monotonic()
+        seconds = now - self._last_heartbeat
+        if seconds <= self._nodes.node_timeout:
+            return
+        self._still_seconds, self._still_until = seconds, now
+        if self.index > 0 and not accepts_connections(*self.address):
+            self.store.give_up()  # torch would print a stack
+            raise CutOffError(self.names[self.index], seconds)
+
+    def _lost(self, index: int) -> PeerError:
+        """Return the error for a node that does not answer; this one may be the reason."""
+        is_recent = time.monotonic() - self._still_until < 2 * self._nodes.node_timeout
+        if is_recent:
+            return CutOffError(self.names[self.index], self._still_seconds)
+        return PeerError(self.names[index], None)
 
     def _check_failure(self) -> None:
         """Check whether a node has been reported.
@@ -275,11 +294,8 @@ class Rendezvous:
             if failure["index"] != self.index:
                 raise PeerError(self.names[failure["index"]], failure["exit_code"])
             if failure["exit_code"] is None:
-                raise CutOffError(self._own_name, time.monotonic() - self._last_heartbeat)
-
-    @property
-    def _own_name(self) -> str:
-        return self.names[self.index]
+                seconds = max(self._still_seconds, self._nodes.node_timeout)
+                raise CutOffError(self.names[self.index], seconds)
 
     def _open_store(self) -> tuple[TCPStore, bool]:
         """Open the store; return it, and whether this process serves it.
