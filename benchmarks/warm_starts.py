@@ -129,14 +129,29 @@ def _prove_in_turn(proofs: int, other: Path | None) -> None:
 
 
 def _cpu_seconds(mark: str) -> float:
-    """Return the CPU seconds of what this process has waited for, and of the living processes."""
+    """Return the CPU seconds of what this process has waited for, and of the living processes.
+
+    A process that has ended counts once its parent has collected it, which is waited for.
+    """
+    servers = _processes(mark)
+    while any(parent in servers for parent in _parents()):
+        time.sleep(0.01)
     times = os.times()
     total = times.children_user + times.children_system
-    for pid in _processes(mark):
+    for pid in servers:
         with contextlib.suppress(OSError):
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
             total += sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
     return total
+
+
+def _parents() -> set[int]:
+    """Return the parents of all processes, of those that have ended and not been collected too."""
+    parents = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents.add(int(stat.read_text().rpartition(")")[2].split()[1]))
+    return parents
 
 
 def _start(

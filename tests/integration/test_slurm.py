@@ -79,11 +79,15 @@ def edited(pause: float = 0.0) -> Recipe:
 
 
 def wait_for(condition: Callable[[], bool], what: str, seconds: float = 90) -> None:
-    """Wait until a condition is true, and fail after `seconds`."""
-    deadline = time.monotonic() + seconds
+    """Wait until a condition is true, and fail after `seconds`.
+
+    The longer it takes, the more rarely it is looked at, because Slurm's commands take CPU time.
+    """
+    started = time.monotonic()
     while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds:g} s for {what}"
-        time.sleep(0.1)
+        waited = time.monotonic() - started
+        assert waited < seconds, f"waited {seconds:g} s for {what}"
+        time.sleep(min(0.1 + waited / 10, 1.0))
 
 
 def submit(slurm: Commands, *arguments: str, out: str = "out") -> RunDir:

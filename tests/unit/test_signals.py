@@ -62,12 +62,12 @@ def test_a_forked_process_has_the_earlier_handler_of_sigterm(
 
 
 def test_a_signal_right_after_the_fork_is_that_of_the_forked_process() -> None:
-    """Of 200 processes that get SIGTERM at once, each ends by it, and the rank receives none."""
+    """Of 60 processes that get SIGTERM at once, each ends by it, and the rank receives none."""
     with handlers_restored():
         stop = StopRequest()
         stop.listen(interrupts=False)
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-        for _ in range(200):
+        for _ in range(60):
             child = os.fork()
             if child == 0:
                 time.sleep(10)
