@@ -15,6 +15,7 @@ from launcher.analysis.gradient_noise import Measurement
 from launcher.engine.data.micro_batch import MicroBatch
 from launcher.engine.state.training_state import is_plain
 from launcher.engine.training.context import Listener, TrainContext
+from launcher.engine.training.trained_weights import TrainedWeights
 from launcher.errors import TrainingError
 from launcher.json_file import encode_json
 from launcher.printable import add_note, kind_of, printable_line
@@ -50,6 +51,7 @@ class CallbackHooks:
         }
         """The callbacks that have each hook."""
 
+        self._trained = TrainedWeights(context) if self._callbacks else None
         self._step = first_step
         self._rows: tuple[StepRow, ...] = ()
         self._evaluation: Mapping[str, float] = MappingProxyType({})
@@ -175,6 +177,8 @@ class CallbackHooks:
         )
         for callback in callbacks:
             self._guard(callback, hook, functools.partial(_call_with, shown))
+            if self._trained is not None:
+                self._trained.check(_name_of(callback))
 
     def _guard(self, callback: Any, method: str, call: Callable[[Any], Any]) -> Any:
         """Return `call(callback.method)`; name the callback in a note if that raises."""
