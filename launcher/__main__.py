@@ -38,6 +38,10 @@ def _start() -> None:
         from launcher.launch.ssh_remote import main as run_remote
 
         sys.exit(run_remote(*sys.argv[2:]))
+    if sys.argv[1:2] == ["--ssh-remote-state"]:
+        from launcher.launch.ssh_remote import state
+
+        sys.exit(state(sys.argv[2]))
     if sys.argv[1:2] == ["--mirror-process"]:
         from launcher.mirrors.mirror_process import serve_mirror
 

@@ -17,6 +17,7 @@
     │   └── LostRankError   another rank that this one waits for failed, and shows its own error
     ├── HealthError         a node is not fit for a run; exit code 75 in a job, which goes elsewhere
     ├── PeerError           another node of the run failed or disappeared; that node's exit code
+    │   └── CutOffError     this node stood still, or was cut off, and the others have given it up
     └── EndedError          ranks ended early and their error was shown; their exit code
 
 Each message states what was asked, what was found and what to do, in text that can be searched for.
@@ -143,6 +144,20 @@ class PeerError(LauncherError):
         super().__init__(f"the run ended on this node because {node} {event}")
         self.gone = exit_code is None
         self.exit_code = EXIT_FAILED if exit_code is None else exit_code
+
+
+class CutOffError(PeerError):
+    """The other nodes took this one for lost and have ended the run, or go on without it.
+
+    Args:
+        node: The name of this node.
+        seconds: How long it did not answer, as far as it knows.
+    """
+
+    def __init__(self, node: str, seconds: float) -> None:
+        super().__init__(node, None)
+        text = f"the run ended on this node ({node}), which did not answer for {seconds:.0f} s, so "
+        self.args = (f"{text}that the other nodes took it for lost",)
 
 
 class EndedError(LauncherError):

@@ -6,5 +6,5 @@ runs the ranks of one machine with PyTorch's elastic agent; `signal_handler` sto
 `only_launcher` refuses to start ranks in each process of torchrun. `examination` runs one process
 that examines a recipe. `evaluate_run` and `predict_run` start ranks that compute with the weights
 of a run. `multi_node` connects the launchers of several nodes; `ssh` starts launchers on other
-hosts, where `ssh_remote` receives signals for them.
+hosts through `ssh_sessions`, where `ssh_remote` receives signals for them.
 """

@@ -115,16 +115,14 @@ def _wait_for_others(rendezvous: NodeGroup) -> None:
         PeerError: Another node has failed or disappeared.
     """
     rendezvous.check_peers()  # the first node may have left while this one was examined
-    rendezvous.store.set(f"healthy{rendezvous.index}", "")
     keys = [f"healthy{index}" for index in range(rendezvous.count)]
-    while True:
-        rendezvous.check_peers()
-        try:
-            if rendezvous.store.check(keys):
-                return
-        except RuntimeError as error:  # the store, and with it the first node, is gone
-            raise PeerError("the first node", None) from error
-        time.sleep(_POLL_SECONDS)
+    try:
+        rendezvous.store.set(keys[rendezvous.index], "")
+        while not rendezvous.store.check(keys):
+            time.sleep(_POLL_SECONDS)
+            rendezvous.check_peers()
+    except RuntimeError as error:  # the store, and with it the first node, is gone
+        raise PeerError("the first node", None) from error
 
 
 def _sentence(finding: Finding) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.environment.nodes import Nodes
 from launcher.errors import (
     EXIT_FAILED,
+    CutOffError,
     EndedError,
     HealthError,
     LauncherError,
@@ -29,7 +30,7 @@ def joined(nodes: Nodes | None, plan: Plan) -> Iterator[NodeGroup | None]:
     """Connect to the launchers on the other nodes of a run, and tell them about an error.
 
     Only one node prints an error: the one on which it occurred or, if Slurm started the launchers,
-    the first.
+    the first. A node that the others took for lost prints that as well.
 
     Yields:
         The connection; None if the run has one node.
@@ -41,7 +42,8 @@ def joined(nodes: Nodes | None, plan: Plan) -> Iterator[NodeGroup | None]:
     except PeerError as error:
         if rendezvous is not None:
             error.exit_code = rendezvous.leave(error.exit_code)
-        if nodes is not None and nodes.index and nodes.names:
+        is_own = isinstance(error, CutOffError)
+        if nodes is not None and nodes.index and nodes.names and not is_own:
             raise EndedError(error.exit_code) from None
         raise
     except Exception as error:

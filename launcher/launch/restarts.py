@@ -113,6 +113,9 @@ class _Rounds:
         self._nodes, self._prepared, self._signals = nodes, prepared, signals
         self._folder, self._start_ranks, self._stores = folder, start_ranks, RoundStores()
         self._exit_code, self._has_started, self._is_over = EXIT_FAILED, False, False
+        self._number = 0
+        """The last round whose run folder this launcher has seen."""
+
         self._meeting = Meeting(
             nodes,
             agreement_of(prepared.plan),
@@ -169,11 +172,13 @@ class _Rounds:
         self._exit_code = self._finish_mirror(self._exit_code)
         if path is None or not is_host:
             return
+        run_dir = RunDir(Path(path))
         with contextlib.suppress(RunDirError):
-            if self._is_over:  # otherwise others may go on without this launcher
-                remove_file(RunDir(Path(path)).round)
+            check_round(run_dir, self._number)  # others may have gone on without this launcher
+            if self._is_over:
+                remove_file(run_dir.round)
             if "SLURM_JOB_ID" in os.environ:
-                write_atomic(RunDir(Path(path)).exit_code, f"{self._exit_code}\n".encode())
+                write_atomic(run_dir.exit_code, f"{self._exit_code}\n".encode())
 
     def _finish_mirror(self, exit_code: int) -> int:
         """Wait until everything is in the store of the run, if this launcher uploads to it."""
@@ -195,6 +200,7 @@ class _Rounds:
             self._prepared = in_folder(self._prepared, folder, group)
         prepared = prepare_for(self._prepared, start.count)
         made = make_run_dir_once(group, lambda: self._make(prepared, start))
+        self._number = start.number
         self._prepared = in_folder(prepared, made, group)
         attempt = RankStart(
             number=start.number - 1,
@@ -214,8 +220,9 @@ class _Rounds:
             self._folder.mirroring.attach(run_dir)
         else:
             run_dir = RunDir(Path(self._meeting.folder))
-            if self._folder.take_over(run_dir):
-                check_round(run_dir, start.number - 1)
+            is_new_owner = self._folder.take_over(run_dir)
+            check_round(run_dir, start.number - 1)
+            if is_new_owner:
                 self._folder.mirroring.attach(run_dir)
             if read_run(run_dir).plan.get("nodes") != prepared.plan.nodes:
                 write_resumption(run_dir, prepared.description)

@@ -12,7 +12,9 @@ import signal
 import subprocess
 from pathlib import Path
 
+import pytest
 import yaml
+from meeting_launchers import Launchers
 from support import ROOT, Commands, Finished, has_rows, read_lines, wait_until
 
 from launcher.engine.probes.parity import compare, read_trace
@@ -90,6 +92,29 @@ def test_a_lost_node_ends_the_run(run: Commands, free_port: int) -> None:
     assert processes[0].returncode == (75 if list_checkpoints(run_dir) else 1)
     # The killed node may have kept the rendezvous, which is called by its address.
     assert re.search(f"because ({platform.node()}|localhost) |the run failed", stderr), stderr
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_launcher_that_stands_still_is_lost(run: Commands, free_port: int, index: int) -> None:
+    """The run ends without a stopped launcher, which ends with the same code when it continues.
+
+    Neither that of the first node, which serves the store, nor another keeps the others waiting.
+    """
+    nodes = Launchers(run, free_port, "--nodes", "2", "--node-timeout", "4", steps=100_000)
+    nodes.start_in_order(2)
+    nodes.wait_for_step(7)
+    stopped = nodes.launcher_of(index)
+    (other,) = (each for each in nodes.processes if each is not stopped)
+    stopped.send_signal(signal.SIGSTOP)
+    try:
+        other.wait(timeout=120)
+    finally:
+        stopped.send_signal(signal.SIGCONT)
+    assert nodes.finish() == [75, 75], nodes.outputs
+    for process, (_, stderr) in zip(nodes.processes, nodes.outputs, strict=True):
+        assert stderr.startswith("launcher: the run ended on this node"), stderr
+        assert stderr.count("\n") == 1, stderr
+        assert ("did not answer" in stderr) == (process is stopped), stderr
 
 
 def test_a_stop_on_one_node_stops_both(run: Commands, free_port: int) -> None:

@@ -46,6 +46,20 @@ def test_equal_steps_are_confirmed(run: Commands) -> None:
     assert list((run.folder / "runs").iterdir()) == []
 
 
+def test_weights_that_a_callback_freezes_stay(run: Commands) -> None:
+    """Weights that are frozen for some steps take the same steps; ZeRO, which cannot, says so."""
+    recipe = f"{ROOT / 'tests/recipes/partly_frozen.py'}:frozen_for_a_while"
+    options = ("--strategies", "ddp,fsdp,zero1", "--steps", "6")
+    done = run("launcher", "prove", recipe, "--worlds", "1,2", *options, "--out", "kept")
+    rows = {tuple(line.split()[:2]): line.split() for line in done.stdout.splitlines()}
+    for strategy in ("ddp", "fsdp"):
+        assert all(value == "=" or float(value) <= 1e-5 for value in rows[strategy, "2"][3:9])
+    for ranks in ("1", "2"):
+        assert "failed" in rows["zero1", ranks]
+    assert "FreezesFirstLayer" in done.stderr
+    assert "strategy=zero1" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("recipe", "cause"),
     [

@@ -108,6 +108,21 @@ def test_a_run_goes_on_with_fewer_nodes(
     assert difference.agrees, difference
 
 
+def test_a_first_launcher_that_was_cut_off_changes_nothing(run: Commands, free_port: int) -> None:
+    """The launcher that owns the run folder starts no round if others have started a later one.
+
+    What they leave in the folder is written by hand here: one machine has one lock for all.
+    """
+    both = Launchers(run, free_port, "--nodes", "1:2", "--max-restarts", "2", steps=100_000)
+    both.start_in_order(2)
+    both.wait_for_step(7)
+    both.run_dir.round.write_text("2\n")
+    both.launcher_of(1).kill()
+    assert both.finish() == [2, -signal.SIGKILL], both.outputs
+    assert both.run_dir.round.read_text() == "2\n"
+    assert both.events("recovered") == []
+
+
 def test_a_node_joins_later(run: Commands, free_port: int) -> None:
     """A launcher that is started later takes part after the next checkpoint."""
     one = Launchers(run, free_port, "--nodes", "1:2", "--max-restarts", "1", steps=100_000)

@@ -20,6 +20,7 @@ import pytest
 from support import BIN, ROOT, Commands, Finished, has_rows, read_lines, wait_until
 
 from launcher.engine.probes.parity import compare, read_trace
+from launcher.launch.ssh_remote import EXIT_ENDED, EXIT_STOPPED
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.heartbeat import read_heartbeat
 from launcher.runs.rundir import RunDir
@@ -116,6 +117,17 @@ class Network:
         enter = ("nsenter", "-t", str(self.terminal), "-n", "ip", "link", "set")
         subprocess.run([*enter, f"cable{number}", state], check=True)
 
+    def wait_for_end(self, address: str, word: str) -> None:
+        """Wait until no process of a machine has a word in its command line."""
+        wait_until(lambda: not self._has_processes(address, word))
+
+    def _has_processes(self, address: str, word: str) -> bool:
+        line = "for f in /proc/[0-9]*/cmdline; do tr '\\0' '\\n' < $f; done 2> /dev/null"
+        process = self.start_there(address, line)
+        stdout, stderr = process.communicate(timeout=60)
+        assert stdout, stderr
+        return word in stdout.split("\n")
+
     def hosts(self, *hosts: str) -> tuple[str, ...]:
         """Return the options that run a command on `hosts`."""
         return ("--hosts", ",".join(hosts), "--ssh", self.ssh)
@@ -207,7 +219,7 @@ def network(module_run: Commands, keys: Path) -> Iterator[Network]:
             "StrictHostKeyChecking=no",
             "UserKnownHostsFile=/dev/null",
             "BatchMode=yes",
-            "ConnectTimeout=2",
+            "ConnectTimeout=10",
         )
         ssh = f"ssh -q -F none -i {keys}/key" + "".join(f" -o {option}" for option in options)
         yield Network(module_run, ssh, terminal.pid)
@@ -392,6 +404,8 @@ def test_a_killed_terminal_stops_the_run(network: Network) -> None:
     process.kill()
     process.communicate(timeout=60)
     wait_until(lambda: list_checkpoints(run_dir))
+    for address in ADDRESSES:
+        network.wait_for_end(address, "gone")
 
 
 LASTING = ("steps=60", "record_samples=true", "checkpoint_every=10", "device=cpu", "pause=0.05")
@@ -400,7 +414,8 @@ LASTING = ("steps=60", "record_samples=true", "checkpoint_every=10", "device=cpu
 def test_a_machine_that_is_cut_off_is_replaced(network: Network) -> None:
     """When the cable of the first machine is pulled, the others notice, and a spare goes on.
 
-    Before that, the machines have sent each other their parts of quick checkpoints.
+    The command ends with the run, while the machine is still cut off. Before that, the machines
+    have sent each other their parts of quick checkpoints.
     """
     options = ("--spares", "1", "--max-restarts", "2", "--node-timeout", "4", "-n", "1")
     hosts = network.hosts(*ADDRESSES, SPARE)
@@ -411,11 +426,12 @@ def test_a_machine_that_is_cut_off_is_replaced(network: Network) -> None:
     try:
         wait_until(lambda: has_rows(run_dir, 25), process)
         network.set_cable(1, "down")
-        wait_until(run_dir.result.exists, process)
+        output = process.communicate(timeout=240)
     finally:
         network.set_cable(1, "up")
-        output = process.communicate(timeout=120)
+        process.kill()
     assert process.returncode == 0, output
+    network.wait_for_end(ADDRESSES[0], out)
     nodes = [read_heartbeat(run_dir, rank) for rank in range(2)]
     assert [node.node for node in nodes if node is not None] == ["machine2", "machine3"]
     events = read_lines(run_dir.events)
@@ -428,6 +444,75 @@ def test_a_machine_that_is_cut_off_is_replaced(network: Network) -> None:
     one, other = (read_trace(out_of(network, name)) for name in ("alone-paced", out))
     difference = compare(one, other, tolerance=1e-5)
     assert difference.agrees, difference
+
+
+def start_endless(network: Network, out: str) -> subprocess.Popen[str]:
+    """Start a run on two machines that lasts, and wait for its first checkpoint."""
+    options = ("--node-timeout", "4", "-n", "1", "--out", out, *network.hosts(*ADDRESSES))
+    settings = ("steps=100000", "checkpoint_every=10", "device=cpu", "pause=0.05")
+    process = network.start("run", PACED, *settings, *options)
+    wait_until(lambda: list_checkpoints(out_of(network, out)), process)
+    return process
+
+
+def test_the_command_ends_while_a_machine_is_cut_off(network: Network) -> None:
+    """A run that ends because the first machine is cut off ends the command, which names it.
+
+    The launcher and the rank of that machine end once it has returned.
+    """
+    process = start_endless(network, "cut-off")
+    network.set_cable(1, "down")
+    try:
+        stdout, stderr = process.communicate(timeout=120)
+    finally:
+        network.set_cable(1, "up")
+        process.kill()
+    assert process.returncode == 75, (stdout, stderr)
+    assert stderr.count(f"launcher: the run is over, and {ADDRESSES[0]} ") == 1, stderr
+    network.wait_for_end(ADDRESSES[0], "cut-off")
+
+
+def test_the_command_ends_while_a_launcher_is_stopped(network: Network) -> None:
+    """A launcher that is stopped is lost, keeps nobody waiting, and ends once it continues.
+
+    Another connection tells whether it runs, is stopped or has ended.
+    """
+    process = start_endless(network, "stopped-there")
+    launcher, key = launcher_on(1, "stopped-there")
+    program = f"{BIN}/python {ROOT}/launcher/__main__.py"
+
+    def state(key: str) -> int:
+        line = f"exec {program} --ssh-remote-state {key}"
+        look = network.start_there(ADDRESSES[1], line)
+        look.communicate(timeout=60)
+        return look.returncode
+
+    assert [state(key), state("other")] == [0, EXIT_ENDED]
+    os.kill(launcher, signal.SIGSTOP)
+    try:
+        assert state(key) == EXIT_STOPPED
+        stdout, stderr = process.communicate(timeout=120)
+    finally:
+        os.kill(launcher, signal.SIGCONT)
+        process.kill()
+    assert process.returncode == 75, (stdout, stderr)
+    assert stderr.count(f"launcher: the run is over, and the launcher on {ADDRESSES[1]} ") == 1
+    network.wait_for_end(ADDRESSES[1], "stopped-there")
+
+
+def launcher_on(index: int, out: str) -> tuple[int, str]:
+    """Return the id, outside its machine, of the launcher on a machine, and its key."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+            words = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")
+            variables = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        is_launcher = b"--ssh-remote" in words and out.encode() in words
+        if is_launcher and f"LAUNCHER_HOST_INDEX={index}".encode() in variables:
+            return int(folder.name), words[words.index(b"--ssh-remote") + 1].decode()
+    raise AssertionError(f"no launcher of {out} on machine {index}")
 
 
 @pytest.mark.parametrize(
@@ -449,7 +534,8 @@ def test_a_run_that_cannot_start_is_refused_once(
     network: Network, hosts: tuple[str, ...], arguments: tuple[str, ...], code: int, message: str
 ) -> None:
     """A run that cannot start prints one error and does not wait for a missing machine."""
-    options = ("-n", "1", "device=cpu", "--out", "never", *network.hosts(*hosts))
+    ssh = network.ssh.replace("ConnectTimeout=10", "ConnectTimeout=2")
+    options = ("-n", "1", "device=cpu", "--out", "never", "--hosts", ",".join(hosts), "--ssh", ssh)
     done = network("run", WORLDS_PY, *options, *arguments)
     assert done.exit_code == code, done.stderr
     assert len(re.findall(message, done.stderr)) == 1, done.stderr

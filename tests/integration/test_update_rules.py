@@ -46,22 +46,12 @@ def test_dtypes_that_fsdp_does_not_mix_are_refused(run: Commands, kind: str, nam
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("settings", "named"),
-    [
-        (["strategy=zero3"], "Clip"),
-        (["freezes=true"], "Freeze"),
-        (["freezes=true", "strategy=zero1"], "Freeze"),
-    ],
-)
-def test_what_a_callback_changes_in_vain_is_refused(
-    run: Commands, settings: list[str], named: str
-) -> None:
-    """Weights that a callback writes or freezes, and the strategy trains otherwise, end the run."""
+def test_what_a_callback_writes_in_vain_is_refused(run: Commands) -> None:
+    """Weights that a callback writes, while ZeRO-3 trains on from others, end the run."""
     done = run(
-        *("launcher", "run", CLIPPED, "-n", "2", "-q", "--out", "out", "device=cpu", *settings),
-        *("epochs=none", "steps=4"),
+        *("launcher", "run", CLIPPED, "-n", "2", "-q", "--out", "out", "device=cpu"),
+        *("strategy=zero3", "epochs=none", "steps=4"),
     )
     assert done.exit_code == 1, done.stderr
-    assert f"The callback {named}" in done.stderr
+    assert "The callback Clip" in done.stderr
     assert "Traceback" not in done.stderr

@@ -25,23 +25,9 @@ class Clip:
             weight.detach().clamp_(-LIMIT, LIMIT)
 
 
-class Freeze:
-    """Freezes a weight after the second step."""
-
-    def before_step(self, context: CallbackContext) -> None:
-        """Freeze it."""
-        if context.step == 2:
-            next(context.model.parameters()).requires_grad_(False)
-
-
-def clipped(*, freezes: bool = False) -> Recipe:
-    """Digits with clipped weights.
-
-    Args:
-        freezes: Whether a weight is frozen during the run, in place of the clipping.
-    """
-    callback = Freeze() if freezes else Clip()
-    return replace(worlds(), name="clipped", model=build_marked, callbacks=(callback,))
+def clipped() -> Recipe:
+    """Digits with clipped weights."""
+    return replace(worlds(), name="clipped", model=build_marked, callbacks=(Clip(),))
 
 
 def build_marked() -> nn.Module:

@@ -7,10 +7,18 @@ from typing import TYPE_CHECKING
 
 from worlds import worlds
 
-from launcher import Recipe, adamw, main
+from launcher import CallbackContext, Recipe, adamw, main, sgd
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+class FreezesFirstLayer:
+    """Freezes the first weights after two steps, and lets them train again after four."""
+
+    def before_step(self, context: CallbackContext) -> None:
+        first = next(context.model.parameters())
+        first.requires_grad_(context.step not in (2, 3))
 
 
 def partly_frozen() -> Recipe:
@@ -18,6 +26,12 @@ def partly_frozen() -> Recipe:
     return replace(
         worlds(), name="partly_frozen", model=build_model, optimizer=adamw(), lr=0.003, epochs=1
     )
+
+
+def frozen_for_a_while() -> Recipe:
+    """Digits with momentum and weight decay, and a callback that freezes weights for two steps."""
+    optimizer = sgd(momentum=0.9, weight_decay=0.01)
+    return replace(worlds(), name="frozen", optimizer=optimizer, callbacks=(FreezesFirstLayer(),))
 
 
 def build_model() -> nn.Module:

@@ -132,6 +132,21 @@ def test_evaluations_draw_the_same_numbers_after_any_step(tmp_path: Path) -> Non
     assert len(evaluated) == 1
 
 
+def test_a_weight_that_the_optimizer_lacks_is_not_unfrozen(tmp_path: Path) -> None:
+    """A callback that unfreezes what the model function froze ends the run with its name."""
+
+    class Unfreezing:
+        def before_step(self, context: CallbackContext) -> None:
+            if context.step == 2:
+                context.model.requires_grad_(True)
+
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 3).requires_grad_(False), nn.Linear(3, 1))
+
+    with pytest.raises(TrainingError, match=r"Unfreezing .* 0\.weight"):
+        train(tmp_path / "run", recipe(Unfreezing(), model=model))
+
+
 def test_a_callback_resumes_with_its_state(tmp_path: Path) -> None:
     """What a callback has seen before a checkpoint is what it knows in the resumed run."""
     whole, first, second, other = Book(), Book(), Book(), Book()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import select
+import socket
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -386,10 +387,24 @@ def test_messages_grow_with_the_number_of_launchers() -> None:
     assert many.largest < 2500
 
 
-def open_meeting(port: int, index: int, count: int, spares: int = 0) -> Meeting:
+def open_meeting(
+    port: int,
+    index: int,
+    count: int,
+    spares: int = 0,
+    *,
+    low: int | None = None,
+    seconds_to_answer: float = 60.0,
+) -> Meeting:
     """Return the place of one launcher in a meeting on this machine."""
     nodes = Nodes(
-        count=count, spares=spares, host="127.0.0.1", port=port, index=index, node_timeout=4.0
+        count=count,
+        min_count=low,
+        spares=spares,
+        host="127.0.0.1",
+        port=port,
+        index=index,
+        node_timeout=4.0,
     )
     return Meeting(
         nodes,
@@ -398,6 +413,7 @@ def open_meeting(port: int, index: int, count: int, spares: int = 0) -> Meeting:
         open_store=lambda: 1,
         newest=lambda _: None,
         report=print,
+        seconds_to_answer=seconds_to_answer,
     )
 
 
@@ -420,6 +436,37 @@ def test_launchers_meet_again_without_the_host(free_port: int) -> None:
         list(pool.map(lambda meeting: meeting.finish(0), (spare, first)))
     with pytest.raises(MeetingEndedError):
         spare.next_round()
+
+
+def test_launchers_leave_a_host_that_stands_still(free_port: int) -> None:
+    """A launcher whose host answers nothing after a round holds the meeting in its place."""
+    host, guest = (
+        open_meeting(free_port, index, 2, low=1, seconds_to_answer=0.2) for index in range(2)
+    )
+    with ThreadPoolExecutor() as pool:
+        rounds = [pool.submit(each.next_round) for each in (host, guest)]
+        assert [each.result(timeout=20).count for each in rounds] == [2, 2]
+    guest.fail(1)
+    again = guest.next_round()
+    assert guest.is_host
+    assert (again.index, again.count, again.number) == (0, 1, 2)
+    assert again.loss is not None
+    assert (again.loss.node, again.loss.cause) == (host.name, "node")
+    for each in (host, guest):
+        each.close()
+
+
+def test_what_is_not_the_meeting_is_no_lost_host(free_port: int) -> None:
+    """A launcher connects again to an address where something else has closed its connection."""
+    with socket.create_server(("127.0.0.1", free_port)) as listener:
+        guest = open_meeting(free_port, 1, 2)
+        listener.accept()[0].close()
+    host = open_meeting(free_port, 0, 2)
+    with ThreadPoolExecutor() as pool:
+        rounds = [pool.submit(each.next_round) for each in (host, guest)]
+        assert [each.result(timeout=20).index for each in rounds] == [0, 1]
+    for each in (host, guest):
+        each.close()
 
 
 def test_many_launchers_over_sockets(free_port: int) -> None:

@@ -547,13 +547,15 @@ class Backend(ABC):
 
         A parameter that no sample of the batch used gets a gradient of zeros. Sharded optimizers
         keep their parameters in one flat tensor and cannot skip it, and every strategy must take
-        the same step.
+        the same step. One that a callback has frozen has no gradient, and stays as it is.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if self._trained is None:
             self._trained = [parameter for parameter in parameters if parameter.requires_grad]
         for parameter in self._trained:
-            if parameter.grad is None and parameter.requires_grad:
+            if not parameter.requires_grad:
+                parameter.grad = None
+            elif parameter.grad is None:
                 is_sparse = parameter in self._sparse
                 zeros = sparse_zeros if is_sparse else zero_gradient
                 parameter.grad = zeros(parameter)

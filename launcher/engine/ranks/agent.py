@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,9 @@ from launcher.signals import signals_blocked
 _SECONDS_TO_STOP = 5
 """How long ranks that are stopped for a restart may take, before they are killed: a call of NCCL
 may wait for a lost rank."""
+
+_SECONDS_TO_SHUT_DOWN = 30
+"""How long ranks may otherwise take to save a checkpoint and end, as in torch."""
 
 _POLL_SECONDS = 0.05
 """Longest interval at which the agent checks its ranks, which it also does when one has ended."""
@@ -88,7 +94,7 @@ def run_agent(
     kind = _SpawningAgent if spawn else _Agent
     agent = kind(spec, logs_specs=NoLogsSpecs(folder), start_method="spawn" if spawn else "fork")
     agent.poll, agent.before_restart = poll, before_restart
-    agent.set_up(job, has_peers=rendezvous is not None)
+    agent.set_up(job, rendezvous)
     with contextlib.closing(agent):
         return agent.run()
 
@@ -111,15 +117,48 @@ class _Agent(LocalElasticAgent):
         self._descriptors: list[int] = []
         """Descriptors of the ranks' processes (pidfd), which are ready once the process ends."""
 
-    def set_up(self, job: Job, *, has_peers: bool) -> None:
+    def set_up(self, job: Job, rendezvous: NodeGroup | None) -> None:
         """Prepare for one attempt of a job, with or without the agents of other nodes."""
         self._remaining_restarts = job.restarts
-        if has_peers and job.restarts_together:
+        if rendezvous is None:
+            return
+        # torch's own wait for the other agents neither notices their loss nor handles signals.
+        self._exit_barrier = rendezvous.wait_for_ranks  # type: ignore[method-assign]
+        if job.restarts_together:
             self._shutdown_timeout = _SECONDS_TO_STOP
-            self._exit_barrier = lambda: None  # type: ignore[method-assign]  # the launchers wait
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
         self._shutdown(timeout=self._shutdown_timeout)
+
+    def _shutdown(
+        self, death_sig: signal.Signals = signal.SIGTERM, timeout: float = _SECONDS_TO_SHUT_DOWN
+    ) -> None:
+        deadline = time.monotonic() + timeout
+        self._end_ranks(death_sig, deadline)
+        super()._shutdown(death_sig, max(deadline - time.monotonic(), 0))  # type: ignore[arg-type]
+
+    def _end_ranks(self, number: signal.Signals, deadline: float) -> None:
+        """Signal the ranks and wait for their ends; one that has a result is signalled once more.
+
+        The signal makes ranks save a checkpoint. They then wait for the agent to take the results
+        of all ranks, which it no longer does.
+        """
+        if not isinstance(self._pcontext, MultiprocessContext):
+            return
+        context = self._pcontext._pc  # noqa: SLF001
+        ranks = dict(enumerate([] if context is None else context.processes))
+        ranks = {local_rank: rank for local_rank, rank in ranks.items() if rank.is_alive()}
+        waiting = set(ranks)
+        for rank in ranks.values():
+            _send_signal(rank, number)
+        while ranks and time.monotonic() < deadline:
+            for local_rank in tuple(waiting):
+                if not self._pcontext._ret_vals[local_rank].empty():  # noqa: SLF001
+                    waiting.remove(local_rank)
+                    _send_signal(ranks[local_rank], number)
+            wait([rank.sentinel for rank in ranks.values()], timeout=_POLL_SECONDS)
+            ranks = {local_rank: rank for local_rank, rank in ranks.items() if rank.is_alive()}
+            waiting &= set(ranks)
 
     def close(self) -> None:
         """Close the descriptors of processes that have ended."""
@@ -191,6 +230,12 @@ class _Agent(LocalElasticAgent):
                 yield local_rank, ProcessFailure(local_rank, process.pid, 0, error_file)
 
 
+def _send_signal(process: BaseProcess, number: signal.Signals) -> None:
+    if process.pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, number)
+
+
 class _SpawningAgent(_Agent):
     """An agent whose ranks are new interpreters that block signals until they install handlers."""
 
@@ -224,7 +269,7 @@ class StaticRendezvousHandler(RendezvousHandler):
             # The agent's store is in memory; the ranks meet through a file in a private folder.
             store, rank, num_nodes, address = HashStore(), 0, 1, ("localhost", 0)
         else:
-            store = PrefixStore("agents", self._rendezvous.store)
+            store = PrefixStore("agents", self._rendezvous.store.store)
             rank, num_nodes, address = (
                 self._rendezvous.index,
                 self._rendezvous.count,

@@ -41,6 +41,10 @@ _POLL_SECONDS = 0.1
 _SECONDS_BETWEEN_MESSAGES = 15.0
 """Interval of the messages that name the nodes that have not arrived."""
 
+SECONDS_TO_ANSWER = 120.0
+"""How long a launcher whose ranks have ended waits for the host, which may take half as long for
+the others, before it counts the host as lost: its process may be stopped."""
+
 _SECONDS_TO_LEAVE = 6.0
 """How long the host waits for the guests to leave before it does."""
 
@@ -71,6 +75,7 @@ class Meeting:
         open_store: Opens the store of a new round on this node, and returns its port.
         newest: Returns the step of the newest checkpoint in a run folder; None if there is none.
         report: Called with messages for the user.
+        seconds_to_answer: How long this launcher waits for the host after a round.
 
     Raises:
         WorldError: The first node cannot be reached or cannot listen.
@@ -85,6 +90,7 @@ class Meeting:
         open_store: Callable[[], int],
         newest: Callable[[str], int | None],
         report: Callable[[str], None],
+        seconds_to_answer: float = SECONDS_TO_ANSWER,
     ) -> None:
         index = nodes.index
         self.name = platform.node()
@@ -92,6 +98,7 @@ class Meeting:
             self.name = nodes.names[index].rpartition("@")[2]
         self.nodes, self._agreement, self._report = nodes, dict(agreement), report
         self._open_store, self._newest = open_store, newest
+        self._seconds_to_answer = seconds_to_answer
         self._terms = Terms(
             low=nodes.min_count or nodes.count,
             high=nodes.count,
@@ -123,11 +130,17 @@ class Meeting:
         self._welcome_deadline: float | None = None
         """When a successor that does not answer is given up."""
 
+        self._start_deadline = 0.0
+        """When the host is given up that starts no round."""
+
         self._over: Loss | None = None
         """How the present round has ended; None while it goes on."""
 
         self._end: End | None = None
         self._is_done = self._is_closed = self._was_host = False
+        self._is_welcome = False
+        """Whether this launcher has a seat in the meeting."""
+
         self.has_held = False
         """Whether this launcher has been the host."""
 
@@ -168,13 +181,14 @@ class Meeting:
         if before is not None and before.index is not None:
             self._send(Ready(round=before.number))
         message_at = time.monotonic() + _SECONDS_BETWEEN_MESSAGES
+        self._start_deadline = time.monotonic() + self._seconds_to_answer
         while self._start is before or self._start is None or self._start.index is None:
             self._poll(_POLL_SECONDS)
             if self._end is not None:
                 raise MeetingEndedError(self._end)
             if is_stopped() and self._is_spare:
                 raise MeetingEndedError(End(exit_code=0))
-            if self._welcome_deadline is not None and time.monotonic() > self._welcome_deadline:
+            if self._is_left_waiting(before):
                 self._leave_host()
             if self._host is None and self._to_host is None:
                 self._find_host()
@@ -339,12 +353,46 @@ class Meeting:
         self._selector.register(self._to_host, selectors.EVENT_READ, self._to_host)
         self._to_host.send(self._hello())
 
+    def _is_left_waiting(self, before: Start | None) -> bool:
+        """Return whether the host lets this launcher wait for too long.
+
+        Args:
+            before: The last round; ranks of this launcher have run in it if it has an index there.
+        """
+        now = time.monotonic()
+        if self._welcome_deadline is not None and now > self._welcome_deadline:
+            return True
+        is_member = before is not None and before.index is not None
+        return is_member and self._host is None and now > self._start_deadline
+
+    def _connect_again(self) -> None:
+        """Connect to the first node once more: what was there was not the meeting.
+
+        The launcher of an earlier run may still be leaving at the same address.
+
+        Raises:
+            WorldError: The deadline passes.
+        """
+        where = f"{self.nodes.host}:{self.nodes.port}"
+        if time.monotonic() > self._deadline:
+            raise WorldError(self._late_text(where))
+        time.sleep(_POLL_SECONDS)
+        self._over = None
+        self._to_host = connect(self.nodes.host, self.nodes.port, self.nodes.node_timeout)
+        if self._to_host is not None:
+            self._greet()
+
     def _find_host(self) -> None:
         """Become the host in place of the one that is lost, or connect to the one that does.
 
         Raises:
             PeerError: No successor can be reached.
+            WorldError: There is no meeting at the rendezvous address.
         """
+        if not self._is_welcome:
+            self._connect_again()
+            return
+        self._start_deadline = time.monotonic() + self._seconds_to_answer
         roster, lost = self._roster, self._over or self._loss_of_host()
         while self._successors and roster is not None:
             successor = self._successors.pop(0)
@@ -539,7 +587,7 @@ class Meeting:
             case Over():
                 self._over = message.loss
             case Welcome():
-                self._seat, self._welcome_deadline = message.seat, None
+                self._seat, self._welcome_deadline, self._is_welcome = message.seat, None, True
                 self.host_name, self.name = message.host, message.name
             case FolderMade():
                 self.folder = message.path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import platform
 import socket
 import time
@@ -11,10 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Protocol
 
-from torch._C._distributed_c10d import Store, TCPStore
+from torch._C._distributed_c10d import TCPStore
 
+from launcher.engine.ranks.launcher_store import LauncherStore, connect_store
 from launcher.environment.nodes import Nodes
-from launcher.errors import EXIT_RESUMABLE, PeerError, WorldError
+from launcher.errors import EXIT_RESUMABLE, CutOffError, PeerError, WorldError
 
 _POLL_SECONDS = 0.1
 _SECONDS_BETWEEN_MESSAGES = 15.0
@@ -23,6 +25,9 @@ _SECONDS_BETWEEN_MESSAGES = 15.0
 _SECONDS_BETWEEN_HEARTBEATS = 1.0
 _SECONDS_TO_LEAVE = 6.0
 """How long the first node, which holds the store, waits for the others to leave before it does."""
+
+_SECONDS_TO_FINISH = 300.0
+"""How long a node whose ranks have finished waits for those of the others."""
 
 _SECONDS_TO_EXIT = 1.0
 """How long a failed task of srun waits, so that the others can exit before srun ends them."""
@@ -52,7 +57,7 @@ class NodeGroup(Protocol):
     address: tuple[str, int]
     """Host and port of the store."""
 
-    store: Store
+    store: LauncherStore
     """The store of the launchers, at which their ranks meet as well."""
 
     @property
@@ -64,6 +69,12 @@ class NodeGroup(Protocol):
 
     def check_peers(self, *, wait: bool = False) -> None:
         """Raise PeerError if another node has failed or disappeared."""
+
+    def wait_for_ranks(self) -> None:
+        """Wait until the ranks of all nodes have finished, after those of this one have.
+
+        Raises PeerError if another node has failed meanwhile.
+        """
 
     def report(self, exit_code: int) -> None:
         """Tell the other nodes that this one has failed."""
@@ -100,11 +111,14 @@ class Rendezvous:
         self.address = (nodes.host, nodes.port)
         self._nodes, self._report_progress = nodes, report_progress
         self._deadline = time.monotonic() + nodes.join_timeout
-        self.store: Store
-        self.store, is_first = self._open_store()
+        store, is_first = self._open_store()
+        self.store = LauncherStore(store, seconds=nodes.node_timeout, is_served_here=is_first)
         self.index = self._find_index(is_first=is_first)
         self._heartbeats: dict[int, tuple[bytes, float]] = {}
-        self._next_heartbeat = 0.0
+        self._next_heartbeat, self._last_heartbeat = 0.0, math.inf
+        self._still_seconds, self._still_until = 0.0, -math.inf
+        """How long this node has stood still, for longer than a node may, and until when."""
+
         own_values = {"node": platform.node(), **agreement}
         self.store.set(f"node{self.index}", json.dumps(own_values))
         values = [json.loads(self._wait_for_key(f"node{index}")) for index in range(self.count)]
@@ -122,8 +136,11 @@ class Rendezvous:
             self.store.set("shared", value)
             return value
         self._wait_until(lambda: self._has("shared") or self._has(_FAILURE), lambda: self.names[0])
-        self.check_peers()
-        return self.store.get("shared").decode()
+        try:
+            self._check_failure()  # no heartbeat is written before others can follow it
+            return self.store.get("shared").decode()
+        except RuntimeError as error:
+            raise PeerError(self.names[0], None) from error
 
     def report(self, exit_code: int | None, index: int | None = None) -> None:
         """Tell the other nodes that a node has failed or disappeared.
@@ -137,12 +154,39 @@ class Rendezvous:
         """
         failure = {"index": self.index if index is None else index, "exit_code": exit_code}
         with contextlib.suppress(RuntimeError):
-            self.store.compare_set(_FAILURE, "", json.dumps(failure))
+            self.store.set_once(_FAILURE, json.dumps(failure))
 
     @property
     def is_quiet(self) -> bool:
         """Whether this node stays quiet, because the first node prints to the same output."""
         return self.index > 0 and bool(self._nodes.names)
+
+    def wait_for_ranks(self) -> None:
+        """Wait until the ranks of all nodes have finished, after those of this one have.
+
+        Once those of the first node have, rank 0 has written the result, and a node that disappears
+        is no failure.
+
+        Raises:
+            PeerError: Another node has failed, or has disappeared before that.
+        """
+        deadline = time.monotonic() + _SECONDS_TO_FINISH
+        keys = [f"finished{index}" for index in range(self.count)]
+        has_result = False
+        try:
+            self._check_own_heartbeat()
+            self.store.set(keys[self.index], "")
+            while time.monotonic() < deadline and not self.store.check(keys):
+                has_result = has_result or self.store.check(keys[:1])
+                self.check_peers()
+                time.sleep(_POLL_SECONDS)
+        except RuntimeError as error:  # the store, and with it the first node, is gone
+            if not has_result:
+                raise self._lost(0) from error
+        except PeerError as error:
+            if not (error.gone and has_result):
+                raise
+            self._report_progress(f"launcher: {error}")
 
     def leave(self, exit_code: int) -> int:
         """Leave the rendezvous; return the exit code for the process of this node.
@@ -174,15 +218,18 @@ class Rendezvous:
 
         Raises:
             PeerError: Another node has failed or disappeared.
+            CutOffError: The others have ended the run because this node stood still.
         """
         deadline = time.monotonic() + (self._nodes.node_timeout if wait else 0)
         while True:
             if time.monotonic() >= self._next_heartbeat:
-                self._next_heartbeat = time.monotonic() + _SECONDS_BETWEEN_HEARTBEATS
                 try:
+                    self._check_own_heartbeat()
                     self._exchange_heartbeats()
                 except RuntimeError as error:  # the store, and with it the first node, is gone
-                    raise PeerError(self.names[0], None) from error
+                    raise self._lost(0) from error
+                self._last_heartbeat = time.monotonic()
+                self._next_heartbeat = self._last_heartbeat + _SECONDS_BETWEEN_HEARTBEATS
             if time.monotonic() >= deadline:
                 return
             time.sleep(_POLL_SECONDS)
@@ -192,21 +239,63 @@ class Rendezvous:
 
         Raises:
             PeerError: Another node has failed or disappeared.
+            CutOffError: The others have ended the run because this node stood still.
+            RuntimeError: The store cannot be reached.
         """
-        if self._has(_FAILURE):
-            failure = json.loads(self.store.get(_FAILURE))
-            if failure["index"] != self.index:
-                raise PeerError(self.names[failure["index"]], failure["exit_code"])
+        self._check_failure()
         self.store.set(f"beat{self.index}", str(time.time()))
+        nodes = (
+            self._nodes
+        )  # one that has just joined may import for longer than between heartbeats
         for other in range(1, self.count) if self.index == 0 else [0]:
             key = f"beat{other}"
             heartbeat = self.store.get(key) if self.store.check([key]) else b""
             previous, since = self._heartbeats.get(other, (None, 0.0))
             if heartbeat != previous:
                 self._heartbeats[other] = (heartbeat, time.monotonic())
-            elif time.monotonic() - since > self._nodes.node_timeout:
+            elif time.monotonic() - since > (
+                nodes.node_timeout if heartbeat else nodes.join_timeout
+            ):
                 self.report(None, other)
-                raise PeerError(self.names[other], None)
+                raise self._lost(other)
+
+    def _check_own_heartbeat(self) -> None:
+        """Note whether this node stands still, so that the others may have taken it for lost.
+
+        Raises:
+            CutOffError: The first node has left meanwhile.
+        """
+        now = time.monotonic()
+        seconds = now - self._last_heartbeat
+        if seconds <= self._nodes.node_timeout:
+            return
+        self._still_seconds, self._still_until = seconds, now
+        if self.index > 0 and not accepts_connections(*self.address):
+            self.store.give_up()  # torch would print a stack
+            raise CutOffError(self.names[self.index], seconds)
+
+    def _lost(self, index: int) -> PeerError:
+        """Return the error for a node that does not answer; this one may be the reason."""
+        is_recent = time.monotonic() - self._still_until < 2 * self._nodes.node_timeout
+        if is_recent:
+            return CutOffError(self.names[self.index], self._still_seconds)
+        return PeerError(self.names[index], None)
+
+    def _check_failure(self) -> None:
+        """Check whether a node has been reported.
+
+        Raises:
+            PeerError: Another node has failed or disappeared.
+            CutOffError: The others have ended the run because this node stood still.
+            RuntimeError: The store cannot be reached.
+        """
+        if self.store.check([_FAILURE]):
+            failure = json.loads(self.store.get(_FAILURE))
+            if failure["index"] != self.index:
+                raise PeerError(self.names[failure["index"]], failure["exit_code"])
+            if failure["exit_code"] is None:
+                seconds = max(self._still_seconds, self._nodes.node_timeout)
+                raise CutOffError(self.names[self.index], seconds)
 
     def _open_store(self) -> tuple[TCPStore, bool]:
         """Open the store; return it, and whether this process serves it.
@@ -234,7 +323,10 @@ class Rendezvous:
             else:
                 return store, True
         self._wait_until(lambda: accepts_connections(host, port), lambda: f"{host}:{port}")
-        return TCPStore(host, port, is_master=False, timeout=timeout), False
+        try:
+            return connect_store(host, port, max(self._deadline - time.monotonic(), 1.0)), False
+        except RuntimeError:
+            raise WorldError(self._late_text(f"{host}:{port}")) from None
 
     def _find_index(self, *, is_first: bool) -> int:
         """Return the index of this node: as planned, or else by order of arrival.
@@ -260,11 +352,11 @@ class Rendezvous:
             WorldError: The deadline passes.
         """
         self._wait_until(lambda: self._has(key), self._missing_nodes)
-        return bytes(self.store.get(key))
+        return self.store.get(key)
 
     def _has(self, key: str) -> bool:
         try:
-            return bool(self.store.check([key]))
+            return self.store.check([key])
         except RuntimeError:
             raise PeerError(self.address[0], None) from None
 
@@ -284,15 +376,18 @@ class Rendezvous:
         while not is_done():
             now = time.monotonic()
             if now > self._deadline:
-                raise WorldError(
-                    f"Waited {self._nodes.join_timeout:.0f} s for {missing()} to join this run of "
-                    f"{self.count} nodes. Check that every node was started and can be reached "
-                    f"from {platform.node()}, or give a longer --join-timeout."
-                )
+                raise WorldError(self._late_text(missing()))
             if now > message_at:
                 message_at = now + _SECONDS_BETWEEN_MESSAGES
                 self._report_progress(f"launcher: waiting for {missing()}")
             time.sleep(_POLL_SECONDS)
+
+    def _late_text(self, missing: str) -> str:
+        return (
+            f"Waited {self._nodes.join_timeout:.0f} s for {missing} to join this run of "
+            f"{self.count} nodes. Check that every node was started and can be reached "
+            f"from {platform.node()}, or give a longer --join-timeout."
+        )
 
     def _check_agreement(self, values: list[dict[str, Any]]) -> None:
         """Compare the values of every node with those of the first.

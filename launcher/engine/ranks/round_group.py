@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
-from torch._C._distributed_c10d import Store, TCPStore
+from torch._C._distributed_c10d import TCPStore
 
+from launcher.engine.ranks.launcher_store import LauncherStore, connect_store
 from launcher.engine.ranks.meeting import Meeting
 from launcher.engine.ranks.round_messages import Start
 from launcher.errors import PeerError
@@ -26,7 +27,7 @@ class RoundStores:
         self._newest = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         return int(self._newest.port)
 
-    def take(self) -> Store:
+    def take(self) -> TCPStore:
         """Return the store that was opened last."""
         assert self._newest is not None
         store, self._newest = self._newest, None
@@ -50,16 +51,16 @@ class RoundGroup:
         self.index, self.count, self._meeting = start.index, start.count, meeting
         self.address = (meeting.host_address, start.port)
         self.names: Sequence[str] = _Names(meeting, start.index)
-        self.store: Store
+        seconds = meeting.nodes.node_timeout
         if meeting.is_host:
-            self.store = stores.take()
+            self.store = LauncherStore(stores.take(), seconds=seconds, is_served_here=True)
             return
-        timeout = timedelta(seconds=meeting.nodes.node_timeout)
         try:
-            self.store = TCPStore(*self.address, is_master=False, timeout=timeout)
-            self.store.set_timeout(timedelta(seconds=meeting.nodes.join_timeout))
+            store = connect_store(*self.address, seconds)
+            store.set_timeout(timedelta(seconds=meeting.nodes.join_timeout))
         except RuntimeError as error:
             raise PeerError(meeting.host_name, None) from error
+        self.store = LauncherStore(store, seconds=seconds, is_served_here=False)
 
     @property
     def is_quiet(self) -> bool:
@@ -93,6 +94,9 @@ class RoundGroup:
             if time.monotonic() >= deadline:
                 return
             time.sleep(_POLL_SECONDS)
+
+    def wait_for_ranks(self) -> None:
+        """Return at once: the launchers wait for each other when they leave the meeting."""
 
     def report(self, exit_code: int) -> None:
         """Tell the other nodes that the ranks of this one have failed."""

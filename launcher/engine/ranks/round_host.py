@@ -409,7 +409,10 @@ class RoundHost:
     def _drop_those_that_end(self) -> None:
         for seat, taken in list(self._seats.items()):
             if taken.state != "ready" and seat != self.own:
-                self.outbox.append((seat, End(exit_code=EXIT_FAILED, node=taken.name)))
+                late = f"its ranks within {_SECONDS_TO_GET_READY:.0f} s, and the others do not wait"
+                reason = f"{taken.name} has not ended {late} for it"
+                end = End(exit_code=EXIT_WITHOUT, node=taken.name, reason=reason)
+                self.outbox.append((seat, end))
                 self._remove(seat)
 
     def _end_for_lack_of_nodes(self) -> None:

@@ -16,6 +16,7 @@ from launcher.engine.data.micro_batch import MicroBatch
 from launcher.engine.state.training_state import is_plain
 from launcher.engine.training.context import Listener, TrainContext
 from launcher.engine.training.shown_model import ShownModel
+from launcher.engine.training.trained_weights import TrainedWeights
 from launcher.errors import TrainingError
 from launcher.json_file import encode_json
 from launcher.printable import add_note, kind_of, printable_line
@@ -51,6 +52,7 @@ class CallbackHooks:
         }
         """The callbacks that have each hook."""
 
+        self._trained = TrainedWeights(context) if self._callbacks else None
         self._step = first_step
         self._rows: tuple[StepRow, ...] = ()
         self._evaluation: Mapping[str, float] = MappingProxyType({})
@@ -179,6 +181,8 @@ class CallbackHooks:
             self._shown.begin()
             self._guard(callback, hook, functools.partial(_call_with, shown))
             self._shown.end(_name_of(callback), hook)
+            if self._trained is not None:
+                self._trained.check(_name_of(callback))
 
     def _guard(self, callback: Any, method: str, call: Callable[[Any], Any]) -> Any:
         """Return `call(callback.method)`; name the callback in a note if that raises."""

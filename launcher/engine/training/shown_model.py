@@ -1,11 +1,10 @@
-"""The model as callbacks see it, and what they may do to it."""
+"""The model as callbacks see it, and what they write to its weights."""
 
 from __future__ import annotations
 
 from torch import nn
 
 from launcher.engine.model.forward_writes import WriteDetector, shorten
-from launcher.engine.state.training_state import parameters
 from launcher.engine.training.context import TrainContext
 from launcher.errors import TrainingError
 from launcher.planning.strategy import STRATEGIES
@@ -24,26 +23,24 @@ class ShownModel:
 
     def __init__(self, context: TrainContext) -> None:
         self._context = context
-        strategy, ranks = STRATEGIES[context.plan.strategy], context.plan.world_size
+        strategy = STRATEGIES[context.plan.strategy]
         self._loses_writes = strategy.uses_deepspeed and strategy.shards_parameters
-        # Their ranks exchange the gradients of the weights that required one at first.
-        self._fixes_trained = strategy.uses_deepspeed or (ranks > 1 and not strategy.shards)
         self._is_shown = False
-        self._trained: dict[str, bool] | None = None
+        self._is_watched = False
         self._writes: WriteDetector | None = None
 
     def get(self) -> nn.Module:
         """Return the recipe's own module."""
         module = self._context.backend.unwrap(self._context.model)
         self._is_shown = True
-        if self._trained is None:
-            self._trained = _trained(module)
+        if not self._is_watched:
+            self._is_watched = True
             self._writes = WriteDetector(module) if self._loses_writes else None
         return module
 
     def begin(self) -> None:
         """Begin a hook."""
-        self._trained = self._writes = None
+        self._is_watched, self._writes = False, None
         if self._is_shown:
             self.get()
 
@@ -51,23 +48,12 @@ class ShownModel:
         """End a hook of the callback of this name, and keep what it has written to weights.
 
         Raises:
-            TrainingError: The hook has changed which weights are trained, or has written to
-                weights, and the strategy would train others, or train on from other values.
+            TrainingError: The hook has written to weights, and the strategy would train on from
+                other values.
         """
-        if self._trained is None:
+        if not self._is_watched:
             return
         backend, strategy = self._context.backend, self._context.plan.strategy
-        module = backend.unwrap(self._context.model)
-        now = _trained(module)
-        changed = [name for name, before in self._trained.items() if now.get(name) != before]
-        if changed and self._fixes_trained:
-            raise TrainingError(
-                f"The callback {callback} changed requires_grad of {shorten(changed)} in {hook}, "
-                f"and under strategy={strategy} the ranks exchange the gradients of the weights "
-                "that required one when the run started. Use strategy=fsdp, or set requires_grad "
-                "in the model function. To train other weights later, start another run with "
-                "weights=RUN/model.safetensors."
-            )
         if self._writes is None:
             backend.adopt_weights()
         elif written := sorted(self._writes.weights()):
@@ -76,7 +62,3 @@ class ShownModel:
                 f"strategy={strategy} DeepSpeed trains on from copies of the weights that are "
                 "divided among the ranks. Use strategy=ddp, fsdp, zero1 or zero2."
             )
-
-
-def _trained(module: nn.Module) -> dict[str, bool]:
-    return {name: weight.requires_grad for name, weight in parameters(module).items()}
