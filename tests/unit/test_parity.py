@@ -66,6 +66,14 @@ def test_a_value_that_is_not_finite_differs(value: float) -> None:
             assert math.inf in (difference.loss, difference.grad_norm, difference.weights)
 
 
+def test_imaginary_parts_are_compared() -> None:
+    """Weights that are complex numbers differ where their imaginary parts do."""
+    one = replace(REFERENCE, weights={"wave": torch.tensor([1 + 2j, 4 + 0j])})
+    other = replace(REFERENCE, weights={"wave": torch.tensor([1 + 3j, 4 + 0j])})
+    assert compare(one, one, 1e-5).agrees
+    assert compare(one, other, 1e-5).weights == pytest.approx(0.25)
+
+
 def test_runs_that_diverge_alike_agree() -> None:
     """Values that are NaN in both runs do not differ."""
     diverged = replace(

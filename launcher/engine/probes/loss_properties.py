@@ -16,6 +16,7 @@ from launcher.engine.backends.recipe_forward import call_forward
 from launcher.engine.data.fingerprint import are_equal
 from launcher.engine.data.randomness import seed_all
 from launcher.engine.probes.held_draws import RecordedDraws, RepeatedDraws
+from launcher.engine.probes.parity import in_float64
 from launcher.engine.state.compiled import is_compiled
 from launcher.engine.training.loss_calls import LOSS, sum_and_count
 from launcher.recipe.recipe import Recipe
@@ -187,10 +188,10 @@ def _are_close(ones: list[Tensor], others: list[Tensor]) -> bool:
     return len(ones) == len(others) and all(
         one.shape == other.shape
         and torch.allclose(
-            one.double(),
-            other.double(),
+            in_float64(one),
+            in_float64(other),
             rtol=_ROUNDING,
-            atol=_ROUNDING * float(one.double().abs().max()) if one.numel() else 0.0,
+            atol=_ROUNDING * float(in_float64(one).abs().max()) if one.numel() else 0.0,
             equal_nan=True,
         )
         for one, other in zip(ones, others, strict=True)

@@ -253,13 +253,18 @@ def _relative_difference(reference: float, other: float) -> float:
     return difference if math.isfinite(difference) else math.inf
 
 
+def in_float64(tensor: Tensor) -> Tensor:
+    """Return a tensor in float64; complex numbers as pairs of it, in a further dimension."""
+    return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).double()
+
+
 def _tensor_difference(reference: Tensor, other: Tensor) -> float:
     """Return the largest difference of an element, relative to the largest of `reference`.
 
     Elements that are equal, or NaN in both, do not differ; any other element that is not finite
     makes the difference infinite.
     """
-    a, b = reference.double(), other.double()
+    a, b = in_float64(reference), in_float64(other)
     differs = ~((a == b) | (a.isnan() & b.isnan()))
     if not differs.any():
         return 0.0
