@@ -553,9 +553,7 @@ class Backend(ABC):
         if self._trained is None:
             self._trained = [parameter for parameter in parameters if parameter.requires_grad]
         for parameter in self._trained:
-            if not parameter.requires_grad:
-                parameter.grad = None
-            elif parameter.grad is None:
+            if parameter.grad is None and parameter.requires_grad:
                 is_sparse = parameter in self._sparse
                 zeros = sparse_zeros if is_sparse else zero_gradient
                 parameter.grad = zeros(parameter)

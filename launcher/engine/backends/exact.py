@@ -146,7 +146,7 @@ class ExactLocalBackend(ExactSums, LocalBackend):
 
     def apply(self, optimizer: Optimizer, max_grad_norm: float | None) -> Tensor:
         for parameter, gradient in zip(self._exact_parameters, self._tree.take(), strict=True):
-            parameter.grad = gradient
+            parameter.grad = gradient if parameter.requires_grad else None  # a callback froze it
         return super().apply(optimizer, max_grad_norm)
 
 

@@ -54,7 +54,10 @@ class UsedParameters:
         return record_reached
 
     def complete(self) -> None:
-        """Give each unreached parameter a gradient of zeros, through autograd."""
+        """Give each unreached parameter a gradient of zeros, through autograd.
+
+        Those that a callback has frozen lose it again, so that the optimizer leaves them alone.
+        """
         if self._reached is None:
             unreached = [parameter for parameter in self._parameters if parameter.grad is None]
         else:
@@ -70,6 +73,7 @@ class UsedParameters:
         torch.autograd.backward(used, zeros)
         for parameter in frozen:
             parameter.requires_grad_(False)
+            parameter.grad = None
 
     def _use(self, parameter: nn.Parameter) -> Tensor:
         """Return a tensor of which `parameter` gets a gradient, sparse if its others are."""

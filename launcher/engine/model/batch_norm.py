@@ -50,23 +50,24 @@ class BatchNorms:
 
     def begin_step(self) -> None:
         """Begin a step, whose forward passes change the running statistics."""
-        buffers = self.running_statistics()
-        self._before = torch.cat(buffers) if buffers else None
+        if self._tracking:
+            self._before = torch.cat(self.running_statistics())
 
-    @torch.no_grad()
     def end_step(self) -> None:
         """Put back the running statistics that the step has made infinite or NaN.
 
         Its samples spoil those of one rank, or virtual rank, for good. Values are put back at once
         and without a wait for the device, so that they do not depend on when a loss is read.
         """
-        before, self._before = self._before, None
-        if before is None:
+        if self._before is None:
             return
         buffers = self.running_statistics()
-        now = torch.cat(buffers)
-        kept = torch.where(now.isfinite(), now, before).split([len(buffer) for buffer in buffers])
-        torch._foreach_copy_(buffers, kept)  # one kernel for all of them
+        with torch.no_grad():
+            now = torch.cat(buffers)
+            kept = torch.where(now.isfinite(), now, self._before)
+            parts = kept.split([len(buffer) for buffer in buffers])
+            torch._foreach_copy_(buffers, parts)  # one kernel for all of them
+        self._before = None
 
     def running_statistics(self) -> list[Tensor]:
         """Return the running means and variances on this rank, of all its virtual ranks."""
