@@ -21,7 +21,7 @@ from launcher.engine.probes.layer_split import check_layer_split
 from launcher.engine.probes.lr_trainings import run_lr_trainings
 from launcher.engine.probes.measuring import (
     ProbeContext,
-    limit_memory,
+    limited_memory,
     measure_noise,
     run_range_test,
     time_data_loading,
@@ -163,8 +163,8 @@ def agent_size_probe(job: Job) -> int:
     """
 
     def measure(probe: ProbeContext) -> None:
-        limit_memory(probe.backend.device, job.memory_bytes)
-        time_micro_batch_size(probe)
+        with limited_memory(probe.backend.device, job.memory_bytes):
+            time_micro_batch_size(probe)
 
     return _run_probe(job, measure)
 
@@ -177,9 +177,9 @@ def agent_strategy_probe(job: Job) -> int:
     """
 
     def measure(probe: ProbeContext) -> None:
-        if probe.backend.device.type != "cpu":
-            limit_memory(probe.backend.device, job.memory_bytes)
-        time_strategy(probe)
+        device = probe.backend.device
+        with limited_memory(device, None if device.type == "cpu" else job.memory_bytes):
+            time_strategy(probe)
 
     return _run_probe(job, measure)
 

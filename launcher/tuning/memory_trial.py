@@ -12,9 +12,14 @@ from launcher.runs.rundir import RunDir
 from launcher.tuning.measured_files import SizeReading, read_size
 from launcher.tuning.probe_run import Probe, run_probe
 
-_OUT_OF_MEMORY_DEATHS = ("was killed by SIGKILL", "was killed by SIGABRT")
-"""Deaths that mean out of memory: by the kernel, or by C++ if an allocation fails in a thread that
-catches no exception."""
+_OUT_OF_MEMORY_DEATHS = (
+    "was killed by SIGKILL",
+    "was killed by SIGABRT",
+    "can't start new thread",
+)
+"""What means out of memory in a trial with a limit: deaths by the kernel, or by C++ if an
+allocation fails in a thread that catches no exception, and Python's error if the stack of a thread
+does not fit."""
 
 
 def try_in_memory(

@@ -297,6 +297,10 @@ def test_too_little_memory_for_one_sample_is_an_error(run: Commands) -> None:
     assert "(180 MiB)" in done.stdout
     assert "micro_batch_size:" not in done.stdout
     assert run(*BATCH, "digits", "--memory", "much", env=env).exit_code == 2
+    slow = (ROOT / "tests/recipes/slow.py", "milliseconds=0", "num_workers=2")
+    done = run(*BATCH, *slow, "-n", "1", "--memory", "50MiB", env=env)
+    assert done.exit_code == 1
+    assert "(45 MiB)" in done.stdout, done.stderr
 
 
 LOADER = ("launcher", "find", "loader", ROOT / "tests/recipes/slow.py", "--seconds", "0.2")

@@ -134,6 +134,8 @@ def test_output_without_a_folder_for_logs(
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
         (RuntimeError("GET was unable to find an engine to execute this computation"), True),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:121] can't allocate memory"), True),
+        (OSError(12, "Cannot allocate memory"), True),
+        (OSError(28, "No space left on device"), False),
         (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"), False),
         (ValueError("out of memory"), False),
     ],

@@ -416,8 +416,11 @@ class _StopOnceMeasured(StepController):
         return flags.stop > 0
 
 
-def limit_memory(device: torch.device, num_bytes: int | None) -> None:
+@contextlib.contextmanager
+def limited_memory(device: torch.device, num_bytes: int | None) -> Iterator[None]:
     """Limit the memory of this rank, so that allocations beyond it fail.
+
+    The limit ends with the context, so that a failure can be reported.
 
     Args:
         device: On a GPU the limit holds for torch's allocator; on a CPU for the private memory of
@@ -430,8 +433,16 @@ def limit_memory(device: torch.device, num_bytes: int | None) -> None:
         available = (free + torch.cuda.memory_reserved(device)) / total - MEMORY_MARGIN
         fraction = max(available, 0.0) if num_bytes is None else min(num_bytes / total, 1.0)
         torch.cuda.set_per_process_memory_fraction(fraction, device)
-    elif num_bytes is not None:
-        _, hard_limit = resource.getrlimit(resource.RLIMIT_DATA)
-        if hard_limit != resource.RLIM_INFINITY:
-            num_bytes = min(num_bytes, hard_limit)
-        resource.setrlimit(resource.RLIMIT_DATA, (num_bytes, hard_limit))
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
+        return
+    soft_limit, hard_limit = resource.getrlimit(resource.RLIMIT_DATA)
+    if num_bytes is not None:
+        most = num_bytes if hard_limit == resource.RLIM_INFINITY else min(num_bytes, hard_limit)
+        resource.setrlimit(resource.RLIMIT_DATA, (most, hard_limit))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft_limit, hard_limit))

@@ -7,6 +7,7 @@ quiet and wait for the agent to end them.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import platform
 import re
@@ -150,6 +151,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error means that memory ran out, on a GPU or on the host."""
     if isinstance(error, MemoryError) or _is_out_of_gpu_memory(error):
         return True
+    if isinstance(error, OSError):  # of a fork or a map
+        return error.errno == errno.ENOMEM
     return isinstance(error, RuntimeError) and _holds_any(error, _HOST_MEMORY_SIGNS)
 
 
