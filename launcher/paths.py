@@ -21,6 +21,17 @@ def is_dir(path: str | Path) -> bool:
     return os.path.isdir(path)  # noqa: PTH112  # Path raises
 
 
+def leads_to_dir(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry of a folder is or leads to a folder, which a link in a circle is not.
+
+    Unlike `is_dir`, it does not ask the system about entries that are no links.
+    """
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
 def exists(path: str | Path) -> bool:
     """Return whether a path leads to something, also through symbolic links."""
     return os.path.exists(path)  # noqa: PTH110  # Path raises

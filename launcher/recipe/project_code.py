@@ -214,7 +214,9 @@ class _Search:
             self._listed[folder] = {}
             if f"{folder}/".startswith(self._root):
                 with contextlib.suppress(OSError), os.scandir(folder) as entries:
-                    self._listed[folder] = {entry.name: entry.is_dir() for entry in entries}
+                    self._listed[folder] = {
+                        entry.name: paths.leads_to_dir(entry) for entry in entries
+                    }
         return self._listed[folder]
 
 

@@ -54,7 +54,7 @@ import msgspec
 
 from launcher.errors import RunDirError
 from launcher.json_file import decode_line, lines_of
-from launcher.paths import exists, is_dir, is_file
+from launcher.paths import exists, is_dir, is_file, leads_to_dir
 from launcher.regular_file import open_regular
 from launcher.runs.files import set_file_aside, write_atomic
 
@@ -329,7 +329,7 @@ def find_run_dirs(below: Path, depth: int = 3) -> Iterator[RunDir]:
     if depth == 0:
         return
     with contextlib.suppress(OSError), os.scandir(below) as entries:
-        names = [entry.name for entry in entries if entry.is_dir() and entry.name[0] != "."]
+        names = [each.name for each in entries if each.name[0] != "." and leads_to_dir(each)]
         for name in sorted(names):
             if os.path.lexists(below / f"{name}.json"):  # the copy of code that an array shares
                 continue

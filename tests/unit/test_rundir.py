@@ -11,7 +11,7 @@ import pytest
 from launcher.errors import RunDirError
 from launcher.runs.files import write_atomic, write_json, write_yaml
 from launcher.runs.output_file import check_output, write_output
-from launcher.runs.rundir import create_run_dir
+from launcher.runs.rundir import create_run_dir, find_run_dirs
 from launcher.yaml_file import read_yaml_file
 
 
@@ -53,6 +53,16 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_text() == '{\n  "a": 1\n}\n'
     assert [entry.name for entry in tmp_path.iterdir()] == ["value.json"]
+
+
+def test_a_link_to_itself_hides_no_run(tmp_path: Path) -> None:
+    """Runs are found beside links that lead to themselves, to nothing, or back to the folder."""
+    for name in ("a", "z"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.yaml").write_text("recipe: x\n")
+    (tmp_path / "circle").symlink_to("circle")
+    (tmp_path / "nothing").symlink_to("/no/such/folder")
+    assert [run.path.name for run in find_run_dirs(tmp_path)] == ["a", "z"]
 
 
 def test_arguments_of_any_bytes_can_be_read_again(tmp_path: Path) -> None:

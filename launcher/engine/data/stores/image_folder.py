@@ -14,6 +14,7 @@ from launcher.engine.data.data_files import digest_of
 from launcher.engine.data.extras import import_extra
 from launcher.engine.data.stores.even_blocks import spaced
 from launcher.errors import RecipeError, SampleError
+from launcher.paths import leads_to_dir
 from launcher.printable import error_line, printable_line, shortened
 
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -48,7 +49,7 @@ class ImageFolder:
             self.classes: list[str] = sorted(
                 entry.name
                 for entry in os.scandir(self._folder)
-                if entry.is_dir() and not entry.name.startswith(".")
+                if not entry.name.startswith(".") and leads_to_dir(entry)
             )
             """The names of the classes, by their numbers."""
         except OSError as error:
