@@ -244,18 +244,16 @@ class Rendezvous:
         """
         self._check_failure()
         self.store.set(f"beat{self.index}", str(time.time()))
-        nodes = (
-            self._nodes
-        )  # one that has just joined may import for longer than between heartbeats
         for other in range(1, self.count) if self.index == 0 else [0]:
             key = f"beat{other}"
             heartbeat = self.store.get(key) if self.store.check([key]) else b""
             previous, since = self._heartbeats.get(other, (None, 0.0))
             if heartbeat != previous:
                 self._heartbeats[other] = (heartbeat, time.monotonic())
-            elif time.monotonic() - since > (
-                nodes.node_timeout if heartbeat else nodes.join_timeout
-            ):
+                continue
+            # One that has just joined may import for longer than between heartbeats.
+            patience = self._nodes.node_timeout if heartbeat else self._nodes.join_timeout
+            if time.monotonic() - since > patience:
                 self.report(None, other)
                 raise self._lost(other)
 
