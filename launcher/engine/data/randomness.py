@@ -74,7 +74,8 @@ class ModelRandomness:
         self._watch()
 
     def _seed_generators(self, seed: int) -> None:
-        _seed_torch(seed, self._device)
+        torch.default_generator.manual_seed(seed)
+        _seed_device(seed, self._device)
         if self._watches or self._draws_on_host:
             random.seed(seed)
             numpy.random.seed(seed & 0xFFFFFFFF)
@@ -88,8 +89,8 @@ class ModelRandomness:
             self._draws_on_host, self._watches = True, False
 
 
-def _seed_torch(seed: int, device: torch.device) -> None:
-    torch.default_generator.manual_seed(seed)
+def _seed_device(seed: int, device: torch.device) -> None:
+    """Seed torch's generator on a device other than the CPU."""
     if device.type != "cpu":
         torch.get_device_module(device).manual_seed(seed)
 
@@ -108,7 +109,7 @@ def seed_evaluation(backend: Backend, request: MicroBatchRequest) -> None:
     name = zlib.crc32(request.split.encode())
     seed = derive(backend.plan.seed, _EVALUATION, name, request.indices[0])
     seed_all(seed)
-    _seed_torch(seed, backend.device)
+    _seed_device(seed, backend.device)
 
 
 def _host_fingerprint() -> tuple[object, ...]:

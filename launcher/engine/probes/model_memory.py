@@ -78,7 +78,7 @@ def measure_memory(recipe: Recipe, plan: Plan, source: RecipeSource | None = Non
     batches = _read_batches(recipe, source, notes)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = _build(recipe, mode, batches, notes)
-    refused = _of_parameters(plan, model)
+    refused = _refused_by_parameters(plan, model)
     states: dict[Tensor, tuple[int, int]] = {}
     for alone, names in zip(recipe.by_objective(), trained_names(recipe, model), strict=True):
         with only_trained(model, names):
@@ -259,7 +259,7 @@ def _make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
                 tensors[name] = fakes[tensor]
 
 
-def _of_parameters(plan: Plan, model: nn.Module) -> dict[str, str]:
+def _refused_by_parameters(plan: Plan, model: nn.Module) -> dict[str, str]:
     """Return the errors by the names of the strategies that cannot train the model's parameters."""
     refused: dict[str, str] = {}
     for strategy in STRATEGIES:

@@ -41,7 +41,7 @@ _POLL_SECONDS = 0.1
 _SECONDS_BETWEEN_MESSAGES = 15.0
 """Interval of the messages that name the nodes that have not arrived."""
 
-SECONDS_TO_ANSWER = 120.0
+_SECONDS_TO_ANSWER = 120.0
 """How long a launcher whose ranks have ended waits for the host, which may take half as long for
 the others, before it counts the host as lost: its process may be stopped."""
 
@@ -90,7 +90,7 @@ class Meeting:
         open_store: Callable[[], int],
         newest: Callable[[str], int | None],
         report: Callable[[str], None],
-        seconds_to_answer: float = SECONDS_TO_ANSWER,
+        seconds_to_answer: float = _SECONDS_TO_ANSWER,
     ) -> None:
         index = nodes.index
         self.name = platform.node()
