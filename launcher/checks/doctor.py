@@ -125,7 +125,7 @@ def diagnose_nodes(
         WorldError: Some nodes do not arrive in time, or would examine something else.
     """
     findings = list(check_node(plan, out))
-    with joined(nodes, plan) as rendezvous:
+    with joined(nodes, plan, signals) as rendezvous:
         assert rendezvous is not None
         key = "findings{}".format
         rendezvous.store.set(key(rendezvous.index), msgspec.json.encode(findings).decode())

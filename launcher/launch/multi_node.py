@@ -18,6 +18,7 @@ from launcher.errors import (
     PeerError,
     RunDirError,
 )
+from launcher.launch.signal_handler import SignalHandler
 from launcher.planning.plan import Plan
 from launcher.runs.rundir import RunDir
 
@@ -26,18 +27,21 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def joined(nodes: Nodes | None, plan: Plan) -> Iterator[NodeGroup | None]:
+def joined(nodes: Nodes | None, plan: Plan, signals: SignalHandler) -> Iterator[NodeGroup | None]:
     """Connect to the launchers on the other nodes of a run, and tell them about an error.
 
     Only one node prints an error: the one on which it occurred or, if Slurm started the launchers,
-    the first. A node that the others took for lost prints that as well.
+    the first. A node that the others took for lost prints that as well. A signal that asks to stop
+    ends this process while it waits for the others.
 
     Yields:
         The connection; None if the run has one node.
     """
-    rendezvous = None
+    rendezvous: NodeGroup | None = None
     try:
-        rendezvous = _connect(nodes, plan)
+        if nodes is not None:
+            with signals.waiting_for_nodes():
+                rendezvous = _connect(nodes, plan)
         yield rendezvous
     except PeerError as error:
         if rendezvous is not None:
@@ -74,14 +78,12 @@ def make_run_dir_once(rendezvous: NodeGroup | None, make: Callable[[], RunDir]) 
     return run_dir
 
 
-def _connect(nodes: Nodes | None, plan: Plan) -> NodeGroup | None:
-    """Connect to the launchers on the other nodes; return None if the run has one node.
+def _connect(nodes: Nodes, plan: Plan) -> NodeGroup:
+    """Connect to the launchers on the other nodes.
 
     Raises:
         WorldError: Some launchers do not connect in time, or would run something else.
     """
-    if nodes is None:
-        return None
     from launcher.engine.ranks.rendezvous import Rendezvous
 
     return Rendezvous(nodes, agreement_of(plan), report)

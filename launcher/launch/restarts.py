@@ -116,14 +116,15 @@ class _Rounds:
         self._number = 0
         """The last round whose run folder this launcher has seen."""
 
-        self._meeting = Meeting(
-            nodes,
-            agreement_of(prepared.plan),
-            max_restarts=prepared.request.max_restarts,
-            open_store=self._stores.open,
-            newest=_newest_step,
-            report=report,
-        )
+        with signals.waiting_for_nodes():
+            self._meeting = Meeting(
+                nodes,
+                agreement_of(prepared.plan),
+                max_restarts=prepared.request.max_restarts,
+                open_store=self._stores.open,
+                newest=_newest_step,
+                report=report,
+            )
 
     def run(self) -> RunResult:
         """Take part in rounds until the run has ended.

@@ -52,7 +52,7 @@ def start(prepared: PreparedRun, signals: SignalHandler) -> RunResult:
         launch_ranks = functools.partial(_launch, folder)
         if request.nodes is not None and request.max_restarts:
             return start_rounds(prepared, signals, folder, launch_ranks)
-        with joined(request.nodes, prepared.plan) as rendezvous:
+        with joined(request.nodes, prepared.plan, signals) as rendezvous:
             made = make_run_dir_once(rendezvous, lambda: folder.make(prepared))
             mirroring.attach(made)
             try:

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 
+from launcher.errors import EXIT_RESUMABLE
 from launcher.runs.heartbeat import PHASES, read_heartbeat
 from launcher.runs.job import Job
 from launcher.runs.private_folder import remove_private_folders
@@ -37,8 +38,8 @@ class SignalHandler:
     """Handle the signals that ask a run to stop, from before it is planned until it has ended.
 
     A job that saves checkpoints stops at the next step, with a checkpoint. Everything else ends at
-    once: a job that saves nothing, a run that has taken no step when Ctrl-C is pressed, and any run
-    when Ctrl-C is pressed again.
+    once: a job that saves nothing, a run that waits for its other nodes, one that has taken no step
+    when Ctrl-C is pressed, and any run when Ctrl-C is pressed again.
 
     Creating a handler installs it in the main thread. In another thread it installs nothing,
     because Python allows signal handlers in the main thread alone; signals then act as they did.
@@ -58,6 +59,7 @@ class SignalHandler:
         self._exits, self._saves, self._reports = exits, saves, reports
         self._job: Job | None = None
         self._announces = True
+        self._waits_for_nodes = False
         self._interrupted = self._has_raised = False
         self._other_children = frozenset(multiprocessing.active_children())
         if threading.current_thread() is not threading.main_thread():
@@ -82,6 +84,21 @@ class SignalHandler:
             self.end(self.stopped_by)
         self._signal_ranks()
 
+    @contextlib.contextmanager
+    def waiting_for_nodes(self) -> Iterator[None]:
+        """Let signals end this process at once in this context, in which no rank runs.
+
+        So does a signal that came before. Nothing is lost, so the exit code says that the run can
+        be resumed.
+        """
+        self._waits_for_nodes = True
+        if self.stopped_by is not None:
+            self._end_waiting(self.stopped_by)
+        try:
+            yield
+        finally:
+            self._waits_for_nodes = False
+
     def raise_again(self) -> None:
         """Raise the exception of a signal that ended the run, if an import has swallowed it.
 
@@ -91,11 +108,15 @@ class SignalHandler:
         if self._has_raised:
             raise KeyboardInterrupt
 
-    def end(self, number: signal.Signals) -> None:
+    def end(self, number: signal.Signals, exit_code: int | None = None) -> None:
         """Kill the ranks, or what starts them, and end at once.
 
         A command exits without raising an exception, because an import that runs at this moment
         could swallow it.
+
+        Args:
+            number: The signal.
+            exit_code: The exit code of a command; None is that of a process that the signal ends.
         """
         ranks = self._ranks()
         for rank in ranks:
@@ -104,7 +125,8 @@ class SignalHandler:
             with contextlib.suppress(OSError, ValueError):  # the agent has waited for it
                 rank.join(_SECONDS_TO_END)
         if self._exits:
-            end_process(self.report(number))
+            code = self.report(number)
+            end_process(code if exit_code is None else exit_code)
         remove_private_folders()
         self.stopped_by, self._has_raised = number, True
         raise KeyboardInterrupt
@@ -122,12 +144,17 @@ class SignalHandler:
     def _stop(self, number: int, *_: object) -> None:
         if not self._saves or (self._job is not None and not self._job.saves):
             self.end(signal.Signals(number))
+        if self._waits_for_nodes:
+            self._end_waiting(signal.Signals(number))
         if self.stopped_by is None:
             self.stopped_by = signal.Signals(number)
             again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
             if self._announces:
                 announce(f"{self.stopped_by.name}: stopping after this step{again}")
         self._signal_ranks()
+
+    def _end_waiting(self, number: signal.Signals) -> None:
+        self.end(number, EXIT_RESUMABLE)
 
     def _has_steps_to_lose(self) -> bool:
         if self._job is None or not self._job.saves or not self._ranks():

@@ -7,11 +7,19 @@ itself. Only the `setup` lines of a site profile are shell code and stay as they
 from __future__ import annotations
 
 import shlex
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from launcher.errors import EXIT_RESUMABLE, SlurmError
+from launcher.signals import EXIT_BY_SIGNAL
 from launcher.slurm.site import Site, time_text
+
+_WARNING = signal.SIGUSR1
+"""The signal that Slurm sends before the time limit of a job."""
+
+_KILLED_BY_WARNING = EXIT_BY_SIGNAL + _WARNING
+"""The exit code of srun if the warning ends a launcher, which happens only while it starts."""
 
 _SLURM_VARIABLES = (
     *("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "SLURM_NODEID", "SLURM_PROCID"),
@@ -103,7 +111,7 @@ def options(batch: BatchScript) -> Iterator[str]:
     if batch.is_array:
         cap = "" if batch.array_cap is None else f"%{batch.array_cap}"
         yield f"--array=0-{len(batch.commands) - 1}{cap}"
-    yield f"--signal=USR1@{site.warning_seconds}"
+    yield f"--signal={_WARNING.name.removeprefix('SIG')}@{site.warning_seconds}"
     yield "--requeue"
     if batch.restarts:
         yield "--no-kill"
@@ -146,8 +154,9 @@ def _steps(batch: BatchScript) -> Iterator[str]:
     if batch.restarts:  # srun's is the worst of all tasks, those on lost nodes included
         yield '[ -s "$run/exit_code" ] && code=$(cat -- "$run/exit_code")'
     yield f"# {EXIT_RESUMABLE}: the run saved a checkpoint and stopped; it resumes from there."
+    yield f"# {_KILLED_BY_WARNING}: the warning before the time limit came before the run began."
     yield (
-        f'if [ "$code" -eq {EXIT_RESUMABLE} ] && '
+        f'if [[ "$code" -eq {EXIT_RESUMABLE} || "$code" -eq {_KILLED_BY_WARNING} ]] && '
         f'[ "${{SLURM_RESTART_COUNT:-0}}" -lt {site.max_requeues} ]; then'
     )
     job = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if batch.is_array else "$SLURM_JOB_ID"

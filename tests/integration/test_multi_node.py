@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from meeting_launchers import Launchers
+from meeting_launchers import Launchers, has_peer, listens
 from support import ROOT, Commands, Finished, has_rows, read_lines, wait_until
 
 from launcher.engine.probes.parity import compare, read_trace
@@ -129,6 +129,33 @@ def test_a_stop_on_one_node_stops_both(run: Commands, free_port: int) -> None:
     done = run("launcher", "resume", "out", "-n", "1", f"steps={checkpoint.step + 5}")
     assert done.exit_code == 0, done.stderr
     assert json.loads(run_dir.result.read_text())["steps"] == checkpoint.step + 5
+
+
+@pytest.mark.parametrize("restarts", [0, 1])
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_stop_ends_a_node_that_waits(
+    run: Commands, free_port: int, index: int, restarts: int
+) -> None:
+    """A launcher that waits for others can be stopped, and its exit code says that it may resume.
+
+    That may be the first one or one that has joined it; nothing is written.
+    """
+    command = (
+        *("launcher", "run", WORLDS_PY, "-n", "1", "--nodes", "3", "--max-restarts", str(restarts)),
+        *("--rendezvous", f"localhost:{free_port}", "--out", "out", "device=cpu"),
+    )
+    first = run.start(*command)
+    wait_until(lambda: listens(first.pid), first)
+    second = run.start(*command)
+    wait_until(lambda: has_peer(second.pid), first, second)
+    processes = [first, second]
+    processes[index].send_signal(signal.SIGTERM)
+    processes[index].wait(timeout=60)
+    processes[1 - index].send_signal(signal.SIGUSR1)
+    outputs = [process.communicate(timeout=60) for process in processes]
+    assert processes[index].returncode == 75, outputs
+    assert processes[1 - index].returncode in {1, 75}, outputs  # 1: it has missed the other first
+    assert not (run.folder / "out").exists()
 
 
 def test_a_node_that_does_not_join_ends_the_run(run: Commands, free_port: int) -> None:

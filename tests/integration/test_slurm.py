@@ -135,6 +135,33 @@ LONG = ("steps=200", "precision=fp64", "checkpoint_every=20", "record_samples=tr
 PAUSE = "pause=0.03"
 """A setting with which a run is long enough to be stopped."""
 
+WARNED_AT_ONCE = """
+import os
+import signal
+import subprocess
+import time
+
+node = os.environ.get("SLURM_NODEID")
+if "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+    if node == NODE:
+        while not os.path.exists(f"begun.{1 - int(node)}"):
+            time.sleep(0.05)
+        job = f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
+        subprocess.run(["scancel", "-s", "USR1", job], check=True)
+        time.sleep(60)
+    else:
+        install = signal.signal
+
+        def begin(number, handler):
+            result = install(number, handler)
+            if number == signal.SIGUSR1:
+                open(f"begun.{node}", "w").close()
+            return result
+
+        signal.signal = begin
+"""
+"""A sitecustomize module that warns the job when one launcher handles signals and NODE's starts."""
+
 SETTINGS = ("epochs=2", "record_samples=true", "num_workers=1")
 
 
@@ -223,6 +250,21 @@ def test_slurm_warns_a_job_before_its_time_limit(slurm: Commands) -> None:
     assert state_of(run_dir).restarts >= 1
     assert "stopped after step" in slurm("launcher", "logs", "out").stdout
     check_same(slurm, run_dir, PACED, *LONG)
+
+
+@pytest.mark.parametrize("node", ["0", "1"])
+def test_a_warning_ends_launchers_that_start(slurm: Commands, node: str) -> None:
+    """A warning that comes before all launchers can handle it has the job queued again.
+
+    One of them is sent the signal while it starts, and the other when it waits for that one.
+    """
+    (slurm.folder / "sitecustomize.py").write_text(f"NODE = {node!r}\n{WARNED_AT_ONCE}")
+    (slurm.folder / "starts.yaml").write_text(f"env: {{PYTHONPATH: {slurm.folder}}}\n")
+    on_two = ("--cluster", "starts.yaml", "--nodes", "2", "-n", "1")
+    run_dir = submit(slurm, WORLDS_PY, *SETTINGS, *on_two)
+    finish(run_dir)
+    assert state_of(run_dir).restarts == 1
+    check_same(slurm, run_dir, WORLDS_PY, *SETTINGS)
 
 
 def test_jobs_run_the_code_that_was_submitted(slurm: Commands) -> None:

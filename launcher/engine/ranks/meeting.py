@@ -34,7 +34,7 @@ from launcher.engine.ranks.round_messages import (
     Welcome,
 )
 from launcher.environment.nodes import Nodes
-from launcher.errors import PeerError, WorldError
+from launcher.errors import EXIT_RESUMABLE, PeerError, WorldError
 from launcher.runs.job import Cause, Loss
 
 _POLL_SECONDS = 0.1
@@ -166,8 +166,9 @@ class Meeting:
         """Wait until this launcher takes part in a round.
 
         Args:
-            is_stopped: Returns whether this launcher is asked to stop. One that takes part in the
-                next round starts its ranks, which then save a checkpoint; a spare leaves.
+            is_stopped: Returns whether this launcher is asked to stop. One that waits for the
+                first round ends the run, as it can be resumed; a spare leaves; another starts its
+                ranks, which then save a checkpoint.
 
         Raises:
             MeetingEndedError: The run has ended, or goes on without this launcher.
@@ -186,8 +187,8 @@ class Meeting:
             self._poll(_POLL_SECONDS)
             if self._end is not None:
                 raise MeetingEndedError(self._end)
-            if is_stopped() and self._is_spare:
-                raise MeetingEndedError(End(exit_code=0))
+            if is_stopped():
+                self._stop_waiting()
             if self._is_left_waiting(before):
                 self._leave_host()
             if self._host is None and self._to_host is None:
@@ -352,6 +353,20 @@ class Meeting:
         assert self._to_host is not None
         self._selector.register(self._to_host, selectors.EVENT_READ, self._to_host)
         self._to_host.send(self._hello())
+
+    def _stop_waiting(self) -> None:
+        """Leave the meeting if this launcher need not take part in a round.
+
+        Raises:
+            MeetingEndedError: It is a spare, or no round has started.
+        """
+        if self._is_spare:
+            raise MeetingEndedError(End(exit_code=0))
+        if self._start is None:
+            end = End(exit_code=EXIT_RESUMABLE)
+            if self._host is not None:
+                self._host.end(end)
+            raise MeetingEndedError(end)
 
     def _is_left_waiting(self, before: Start | None) -> bool:
         """Return whether the host lets this launcher wait for too long.
