@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 from support import ROOT, Commands, read_lines, read_weights, wait_until
 
 from launcher.runs.heartbeat import read_heartbeat
@@ -83,8 +85,9 @@ class Launchers:
 
 
 def listens(pid: int) -> bool:
-    """Return whether a process listens on a TCP port."""
-    return _has_socket(pid, "0A")
+    """Return whether a process, or one that it has started, listens on a TCP port."""
+    pids = [pid, *(child.pid for child in psutil.Process(pid).children())]
+    return any(_has_socket(each, "0A") for each in pids)
 
 
 def has_peer(pid: int) -> bool:
@@ -96,13 +99,11 @@ def _has_socket(pid: int, state: str) -> bool:
     """Return whether a process has a TCP socket in a state of the kernel's table."""
     table = "".join(Path(f"/proc/self/net/{name}").read_text() for name in ("tcp", "tcp6"))
     inodes = {line.split()[9] for line in table.splitlines() if line.split()[3] == state}
-    for link in Path(f"/proc/{pid}/fd").iterdir():
-        try:
-            target = str(link.readlink())
-        except OSError:
-            continue
-        if target.removeprefix("socket:[").removesuffix("]") in inodes:
-            return True
+    with contextlib.suppress(OSError):  # it may end
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if str(link.readlink()).removeprefix("socket:[").removesuffix("]") in inodes:
+                    return True
     return False
 
 

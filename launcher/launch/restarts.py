@@ -111,7 +111,7 @@ class _Rounds:
         nodes = prepared.request.nodes
         assert nodes is not None
         self._nodes, self._prepared, self._signals = nodes, prepared, signals
-        self._folder, self._start_ranks, self._stores = folder, start_ranks, RoundStores()
+        self._folder, self._start_ranks, self._stores = folder, start_ranks, RoundStores(nodes)
         self._exit_code, self._has_started, self._is_over = EXIT_FAILED, False, False
         self._number = 0
         """The last round whose run folder this launcher has seen."""
@@ -170,6 +170,7 @@ class _Rounds:
         """
         path, is_host = self._meeting.folder, self._meeting.is_host
         self._meeting.leave()
+        self._stores.close()
         self._exit_code = self._finish_mirror(self._exit_code)
         if path is None or not is_host:
             return

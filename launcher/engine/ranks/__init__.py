@@ -2,6 +2,8 @@
 
 agent             PyTorch's elastic agent, which forks or spawns the ranks of this node
 rendezvous        the launchers of several nodes: they meet, agree, and notice each other's end
+launcher_store    the store at which launchers meet, and its calls, which end
+store_process     the process that serves it
 external_store    the store at which ranks meet that torchrun or srun started
 turns             ranks of a node that take turns, or wait for all, without a timeout
 freed_memory      keeps freed memory for the next tensors

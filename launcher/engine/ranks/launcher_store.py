@@ -9,6 +9,8 @@ from typing import TypeVar
 
 from torch._C._distributed_c10d import TCPStore
 
+from launcher.engine.ranks.store_process import StoreProcess
+
 _Result = TypeVar("_Result")
 
 
@@ -26,15 +28,23 @@ class LauncherStore:
     Args:
         store: The store.
         seconds: How long a call may take.
-        is_served_here: Whether this process serves the store. Its calls then take no thread.
+        server: The process that serves the store, if this one has started it. Calls then take no
+            thread.
     """
 
-    def __init__(self, store: TCPStore, *, seconds: float, is_served_here: bool) -> None:
+    def __init__(
+        self, store: TCPStore, *, seconds: float, server: StoreProcess | None = None
+    ) -> None:
         self.store = store
         """The store itself, which ranks can be given."""
 
-        self._seconds, self._is_served_here = seconds, is_served_here
+        self._seconds, self._server = seconds, server
         self._is_lost = False
+
+    @property
+    def port(self) -> int:
+        """The port at which the store is served."""
+        return int(self.store.port)
 
     def set(self, key: str, value: str) -> None:
         """Set the value of a key.
@@ -60,12 +70,17 @@ class LauncherStore:
         """Set the value of a key, unless it has one."""
         self._call(lambda: self.store.compare_set(key, "", value))
 
+    def close(self) -> None:
+        """End the process that serves the store, if this one has started it."""
+        if self._server is not None:
+            self._server.close()
+
     def give_up(self) -> None:
         """Let all further calls fail at once."""
         self._is_lost = True
 
     def _call(self, call: Callable[[], _Result]) -> _Result:
-        if self._is_served_here:
+        if self._server is not None:
             return call()
         if self._is_lost:
             raise StoreLostError
@@ -74,6 +89,27 @@ class LauncherStore:
         except StoreLostError:
             self._is_lost = True
             raise
+
+
+def open_store(port: int, *, seconds: float, timeout: float) -> LauncherStore:
+    """Return a new store, which a process of this node serves until it is closed.
+
+    Args:
+        port: Its port; 0 takes one that is free.
+        seconds: How long a call of the launcher may take.
+        timeout: How many seconds calls of torch may wait for a key.
+
+    Raises:
+        RuntimeError: The port cannot be opened.
+    """
+    server = StoreProcess(port)
+    try:
+        store = connect_store("127.0.0.1", server.port, seconds)
+    except RuntimeError:
+        server.close()
+        raise
+    store.set_timeout(timedelta(seconds=timeout))
+    return LauncherStore(store, seconds=seconds, server=server)
 
 
 def connect_store(host: str, port: int, seconds: float) -> TCPStore:

@@ -9,12 +9,9 @@ import platform
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
 from typing import Any, Protocol
 
-from torch._C._distributed_c10d import TCPStore
-
-from launcher.engine.ranks.launcher_store import LauncherStore, connect_store
+from launcher.engine.ranks.launcher_store import LauncherStore, connect_store, open_store
 from launcher.environment.nodes import Nodes
 from launcher.errors import EXIT_RESUMABLE, CutOffError, PeerError, WorldError
 
@@ -111,8 +108,7 @@ class Rendezvous:
         self.address = (nodes.host, nodes.port)
         self._nodes, self._report_progress = nodes, report_progress
         self._deadline = time.monotonic() + nodes.join_timeout
-        store, is_first = self._open_store()
-        self.store = LauncherStore(store, seconds=nodes.node_timeout, is_served_here=is_first)
+        self.store, is_first = self._open_store()
         self.index = self._find_index(is_first=is_first)
         self._heartbeats: dict[int, tuple[bytes, float]] = {}
         self._next_heartbeat, self._last_heartbeat = 0.0, math.inf
@@ -206,6 +202,7 @@ class Rendezvous:
             deadline = time.monotonic() + _SECONDS_TO_LEAVE
             while time.monotonic() < deadline and not self.store.check(keys):
                 time.sleep(_POLL_SECONDS)
+        self.store.close()
         if self._nodes.names and exit_code:
             time.sleep(_SECONDS_TO_EXIT)
         return exit_code
@@ -295,22 +292,19 @@ class Rendezvous:
                 seconds = max(self._still_seconds, self._nodes.node_timeout)
                 raise CutOffError(self.names[self.index], seconds)
 
-    def _open_store(self) -> tuple[TCPStore, bool]:
-        """Open the store; return it, and whether this process serves it.
+    def _open_store(self) -> tuple[LauncherStore, bool]:
+        """Open the store; return it, and whether this launcher is the one that has it served.
 
         Raises:
             WorldError: The port cannot be opened, or the first node does not open it in time.
         """
         host, port = self.address
-        timeout = timedelta(seconds=self._nodes.join_timeout)
-        index = self._nodes.index
+        index, seconds = self._nodes.index, self._nodes.node_timeout
         if index == 0:  # the name of a pod may be published after the pod has started
             self._wait_until(lambda: can_resolve(host), lambda: f"the name {host}")
         if index == 0 if index is not None else is_this_machine(host):
             try:
-                store = TCPStore(
-                    host, port, is_master=True, timeout=timeout, wait_for_workers=False
-                )
+                return open_store(port, seconds=seconds, timeout=self._nodes.join_timeout), True
             except RuntimeError as error:
                 if index is not None or "EADDRINUSE" not in str(error):
                     raise WorldError(
@@ -318,13 +312,12 @@ class Rendezvous:
                         f"{str(error).splitlines()[0]}"
                     ) from None
                 # Another launcher on this machine opened the port first and serves the store.
-            else:
-                return store, True
         self._wait_until(lambda: accepts_connections(host, port), lambda: f"{host}:{port}")
         try:
-            return connect_store(host, port, max(self._deadline - time.monotonic(), 1.0)), False
+            store = connect_store(host, port, max(self._deadline - time.monotonic(), 1.0))
         except RuntimeError:
             raise WorldError(self._late_text(f"{host}:{port}")) from None
+        return LauncherStore(store, seconds=seconds), False
 
     def _find_index(self, *, is_first: bool) -> int:
         """Return the index of this node: as planned, or else by order of arrival.

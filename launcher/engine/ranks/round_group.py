@@ -6,32 +6,47 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
-from torch._C._distributed_c10d import TCPStore
-
-from launcher.engine.ranks.launcher_store import LauncherStore, connect_store
+from launcher.engine.ranks.launcher_store import LauncherStore, connect_store, open_store
 from launcher.engine.ranks.meeting import Meeting
 from launcher.engine.ranks.round_messages import Start
+from launcher.environment.nodes import Nodes
 from launcher.errors import PeerError
 
 _POLL_SECONDS = 0.1
 
 
 class RoundStores:
-    """The stores of the rounds that this launcher has held: a new one each time, at a free port."""
+    """The stores of the rounds that this launcher has held: a new one each time, at a free port.
 
-    def __init__(self) -> None:
-        self._newest: TCPStore | None = None
+    Args:
+        nodes: The nodes of the run.
+    """
+
+    def __init__(self, nodes: Nodes) -> None:
+        self._nodes = nodes
+        self._newest: LauncherStore | None = None
+        self._taken: LauncherStore | None = None
 
     def open(self) -> int:
         """Open the store of a new round on this node; return its port."""
-        self._newest = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-        return int(self._newest.port)
+        self._newest = open_store(
+            0, seconds=self._nodes.node_timeout, timeout=self._nodes.join_timeout
+        )
+        return self._newest.port
 
-    def take(self) -> TCPStore:
-        """Return the store that was opened last."""
+    def take(self) -> LauncherStore:
+        """Return the store that was opened last; those of earlier rounds are closed."""
         assert self._newest is not None
-        store, self._newest = self._newest, None
-        return store
+        if self._taken is not None:
+            self._taken.close()
+        self._taken, self._newest = self._newest, None
+        return self._taken
+
+    def close(self) -> None:
+        """Close the stores that are open, at the end of the run."""
+        for store in (self._taken, self._newest):
+            if store is not None:
+                store.close()
 
 
 class RoundGroup:
@@ -51,16 +66,16 @@ class RoundGroup:
         self.index, self.count, self._meeting = start.index, start.count, meeting
         self.address = (meeting.host_address, start.port)
         self.names: Sequence[str] = _Names(meeting, start.index)
-        seconds = meeting.nodes.node_timeout
         if meeting.is_host:
-            self.store = LauncherStore(stores.take(), seconds=seconds, is_served_here=True)
+            self.store = stores.take()
             return
+        seconds = meeting.nodes.node_timeout
         try:
             store = connect_store(*self.address, seconds)
             store.set_timeout(timedelta(seconds=meeting.nodes.join_timeout))
         except RuntimeError as error:
             raise PeerError(meeting.host_name, None) from error
-        self.store = LauncherStore(store, seconds=seconds, is_served_here=False)
+        self.store = LauncherStore(store, seconds=seconds)
 
     @property
     def is_quiet(self) -> bool:
