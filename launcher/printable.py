@@ -140,12 +140,16 @@ def traceback_of(error: BaseException, *, whole: bool = False) -> str:
     Args:
         error: The exception.
         whole: Whether the traceback has all calls. Otherwise, if the error passed through code
-            that is not installed, as recipes are not, the calls that led there are left out.
+            that is not installed, as recipes are not, the calls that led there are left out. If it
+            did not, but a note names the function of the recipe that was called, as where that is
+            a module of torch, the calls that led to this function are left out.
     """
     try:
         parts = traceback.TracebackException.from_exception(error)
         if not whole:
             _leave_out_calls_to_recipe(parts)
+            if any(note.startswith(NOTE) for note in notes_of(error)):
+                _leave_out_calls_to_library(parts)
         entries = list(parts.format())
         if not hasattr(parts, "__notes__"):  # before Python 3.11
             entries += [f"{note}\n" for note in notes_of(error)]
@@ -174,13 +178,26 @@ def _leave_out_calls_to_recipe(parts: traceback.TracebackException) -> None:
         chain += [part.__cause__, part.__context__]
 
 
+def _leave_out_calls_to_library(part: traceback.TracebackException) -> None:
+    """Leave out the calls before the last one in a file of this package, if others follow it."""
+    places = [i for i, call in enumerate(part.stack) if _is_own_file(call.filename)]
+    if places and places[-1] + 1 < len(part.stack):
+        part.stack = traceback.StackSummary.from_list(part.stack[places[-1] :])
+
+
+def _is_own_file(name: str) -> bool:
+    """Return whether a file of code is of this package, and not one of its recipes."""
+    path = Path(name)
+    return path.is_relative_to(_PACKAGE) and not path.is_relative_to(_PACKAGE / "recipes")
+
+
 def is_recipe_file(name: str) -> bool:
     """Return whether a file of code is neither of this package, of Python nor of a library."""
     if name.startswith("<"):
         return name.startswith(_TYPED)
     path = Path(name)
     if path.is_relative_to(_PACKAGE):
-        return path.is_relative_to(_PACKAGE / "recipes")
+        return not _is_own_file(name)
     is_library = any(part.endswith("-packages") for part in path.parts)
     return not is_library and not path.is_relative_to(_STANDARD_LIBRARY)
 

@@ -91,17 +91,22 @@ def usable_part(curve: LossCurve) -> tuple[list[float], list[float]]:
     The curve is cut before the first loss that is not finite, before losses that stay above their
     initial level up to the end, and before the first that rises above that level after a fall.
     Later losses say nothing about training and must not be smoothed into the earlier ones.
+
+    The initial level is that of the first tenth of the losses, and of at least ten. A loss rises
+    above it if it exceeds their largest. The moving average falls if it goes below their mean after
+    them: noise alone keeps it below their largest, and its first values average few losses.
     """
     losses = list(itertools.takewhile(math.isfinite, curve.losses))
     if not losses:
         return [], []
-    initial = max(losses[: max(len(losses) // 10, 1)])
+    first = losses[: max(len(losses) // 10, _MIN_POINTS)]
+    highest, level = max(first), sum(first) / len(first)
     end = len(losses)
-    while end > 1 and losses[end - 1] > initial:
+    while end > 1 and losses[end - 1] > highest:
         end -= 1
-    averages = _average(losses[:end], _OFFLINE_BETA)
-    for index, lowest in enumerate(itertools.accumulate(averages, min)):
-        if losses[index] > initial and lowest < initial * (1 - _BROKEN_FALL):
+    averages = _average(losses[:end], _OFFLINE_BETA)[len(first) :]
+    for index, lowest in enumerate(itertools.accumulate(averages, min), start=len(first)):
+        if losses[index] > highest and lowest < level * (1 - _BROKEN_FALL):
             end = index
             break
     return list(curve.lrs[:end]), smooth(losses[:end])

@@ -15,6 +15,7 @@ from launcher.environment.machine import Machine
 from launcher.errors import PlanError
 from launcher.planning.derivations import (
     batch_arithmetic,
+    counted,
     notes_for,
     order_text,
     quick_checkpoints_text,
@@ -256,10 +257,11 @@ def _batch_sizes(recipe: Recipe, world_size: int) -> list[int]:
         check_virtual_ranks(recipe, world_size, min(sizes))
     data_ranks = world_size // recipe.tensor_parallel
     if min(sizes) < data_ranks:
-        unit = "ranks" if recipe.tensor_parallel == 1 else "data ranks"
+        unit = "rank" if recipe.tensor_parallel == 1 else "data rank"
         raise PlanError(
-            f"batch_size={min(sizes)} is shared by {data_ranks} {unit}, so that some would have no "
-            f"sample. Use at most {min(sizes)} {unit}, or batch_size={data_ranks} or more."
+            f"batch_size={min(sizes)} is shared by {counted(data_ranks, unit)}, so that some would "
+            f"have no sample. Use at most {counted(min(sizes), unit)}, or batch_size={data_ranks} "
+            "or more."
         )
     return sizes
 
@@ -295,13 +297,22 @@ def _stages(
         PlanError: A batch is larger than the training set, or epochs cannot be counted in steps.
     """
     largest = max(batch_sizes)
+    if samples == 0:
+        raise PlanError(
+            "The training data is empty: its length is 0. Check what the recipe's data function "
+            "reads."
+        )
     if samples is not None and largest > samples:
-        smaller = f"batch_size={samples} or less, or fewer ranks with batch_size_per_gpu"
+        smaller = f"batch_size={samples} or less"
         if recipe.batch_milestones:
             smaller = "a smaller batch_gamma, or fewer batch_milestones"
+        elif recipe.batch_tokens is not None and recipe.tokens_per_sample is not None:
+            smaller = f"batch_tokens={samples * recipe.tokens_per_sample} or less"
+        elif recipe.batch_size_per_gpu is not None:
+            smaller = "a smaller batch_size_per_gpu, or fewer ranks"
         raise PlanError(
-            f"A batch of {largest} samples was asked for, and there are {samples:,} training "
-            f"samples. Use {smaller}."
+            f"A batch of {counted(largest, 'sample')} was asked for, and the data has "
+            f"{counted(samples, 'training sample')}. Use {smaller}."
         )
     if recipe.steps is None and samples is None:
         raise PlanError(

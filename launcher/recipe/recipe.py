@@ -20,6 +20,7 @@ from launcher.printable import printable_line
 from launcher.recipe.affects import Affects, effects_of, without_effect
 from launcher.recipe.averaging import Averaging
 from launcher.recipe.callback_checks import check_callbacks
+from launcher.recipe.data_checks import check_no_loader
 from launcher.recipe.evaluation_sets import Evaluation, evaluation_sets_of
 from launcher.recipe.field_docs import with_field_docs
 from launcher.recipe.foreign_names import hint_for_value
@@ -119,7 +120,9 @@ class Data:
     forms batches of similar ones."""
 
     def __post_init__(self) -> None:
-        self.evaluation_sets()
+        check_no_loader("train", self.train)
+        for name, each in self.evaluation_sets().items():
+            check_no_loader(f"evaluation[{name!r}]" if name else "evaluation", each.data)
 
     def evaluation_sets(self) -> dict[str, Evaluation]:
         """Return the evaluation sets by name, in their order; a single set has an empty name.

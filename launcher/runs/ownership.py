@@ -19,16 +19,17 @@ import os
 import stat
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from launcher.errors import RunDirError
-from launcher.json_file import DamagedJSONError, decode_json, encode_json
+from launcher.json_file import encode_json
 from launcher.regular_file import open_descriptor
 from launcher.runs.files import unwritable_error
 from launcher.runs.heartbeat import read_heartbeats
 from launcher.runs.locks import locks_are_shared, try_lock
-from launcher.runs.process_owner import ProcessOwner, this_process
+from launcher.runs.owner_file import Owner, read_owner
+from launcher.runs.process_owner import this_process
 from launcher.runs.rundir import RunDir, check_subfolders
 from launcher.runs.status import SECONDS_TO_START, is_alive
 
@@ -42,16 +43,6 @@ _SECONDS_OF_A_CHECK = 1.0
 """Wait for a lock that `check_unowned` on another machine holds for a moment."""
 
 _SECONDS_BETWEEN_TRIES = 0.1
-_MAX_BYTES = 1 << 16
-"""Bytes of owner.lock that are read at most."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Owner(ProcessOwner):
-    """A process that owns a run folder, as owner.lock describes it."""
-
-    inode: int
-    """Inode of owner.lock, so that a copied run folder does not inherit the owner."""
 
 
 @contextlib.contextmanager
@@ -209,7 +200,7 @@ def _patience_seconds(other: Owner | _UnknownOwner) -> float:
 def _other_owner(descriptor: int, run_dir: RunDir, kind: int) -> Owner | _UnknownOwner | None:
     """Try to lock owner.lock; return the owner of the folder, or None if there is no other."""
     locked = try_lock(descriptor, kind)
-    owner = _read_owner(descriptor)
+    owner = read_owner(descriptor)
     if locked is False:
         return owner or _UnknownOwner()
     if owner is None or (locked and locks_are_shared(run_dir.path)):
@@ -243,15 +234,6 @@ def _refusal(run_dir: RunDir, other: Owner | _UnknownOwner) -> RunDirError:
         f"one owner at a time, and nothing was changed. Wait until the run ends, {stop}, or give "
         "another --out."
     )
-
-
-def _read_owner(descriptor: int) -> Owner | None:
-    """Return the owner that owner.lock describes, or None if it is empty, damaged or a copy."""
-    try:
-        owner = decode_json(os.pread(descriptor, _MAX_BYTES, 0), Owner)
-    except DamagedJSONError:
-        return None
-    return owner if owner.inode == os.fstat(descriptor).st_ino else None
 
 
 def _write_owner(descriptor: int) -> None:

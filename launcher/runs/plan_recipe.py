@@ -158,9 +158,11 @@ def _count_samples(reference: Reference, overrides: Sequence[Override], built: B
         answer: int | LauncherError = receiver.recv()
     except EOFError:
         child.join()
+        code = child.exitcode or 0
+        how = f"exit code {code}" if code >= 0 else f"the signal {signal.Signals(-code).name}"
         answer = RecipeError(
-            f"{built.recipe.name}: reading the data to count its samples ended the process with "
-            f"exit code {child.exitcode}. train_samples=... in the recipe avoids that."
+            f"{built.recipe.name}: the process that read the data to count its samples ended with "
+            f"{how}. The recipe's data function, or a library that it calls, has ended it."
         )
     child.join()
     if isinstance(answer, LauncherError):

@@ -26,6 +26,7 @@ from launcher.runs.events import Stopped, read_events
 from launcher.runs.failure_record import read_failure
 from launcher.runs.final_result import read_result
 from launcher.runs.heartbeat import Heartbeat, is_running, read_heartbeats
+from launcher.runs.owner_file import may_have_owner
 from launcher.runs.rundir import RunDir
 
 COLOURS = {
@@ -92,7 +93,8 @@ def _is_starting(run_dir: RunDir) -> bool:
     """Return whether a run was started or resumed a moment ago and its ranks are yet to come."""
     started = _modified(run_dir.run_yaml)
     ended = max(_modified(run_dir.result), _modified(run_dir.failure))
-    return started > ended and time.time() - started < SECONDS_TO_START
+    is_recent = started > ended and time.time() - started < SECONDS_TO_START
+    return is_recent and may_have_owner(run_dir)
 
 
 def _modified(path: Path) -> float:

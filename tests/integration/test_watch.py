@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 from support import BIN, ROOT, Commands, read_lines
 
-from launcher.runs.run_record import read_run, write_resumption
+from launcher.runs.ownership import own_run_dir
+from launcher.runs.run_record import read_run, write_resumption, write_run
 from launcher.runs.rundir import RunDir
 from launcher.runs.status import read_run_state
 
@@ -267,13 +268,29 @@ def _shown(run: Commands, *arguments: str, code: int = 0, **env: str) -> bytes:
 
 
 def test_a_resumed_run_is_starting(runs: Commands, tmp_path: Path) -> None:
-    """A resumed run counts as starting until its first rank does, whatever its earlier result."""
+    """A resumed run counts as starting until its first rank does, or its launcher has ended."""
     for name in ("runs/good", "runs/bad"):
         copy = tmp_path / name
         shutil.copytree(runs.folder / name, copy)
         assert read_run_state(RunDir(copy)).name in ("finished", "failed")
-        write_resumption(RunDir(copy), read_run(RunDir(copy)))
-        assert read_run_state(RunDir(copy)).words == "starting"
+        with own_run_dir(RunDir(copy)):
+            write_resumption(RunDir(copy), read_run(RunDir(copy)))
+            assert read_run_state(RunDir(copy)).words == "starting"
+        assert read_run_state(RunDir(copy)).name != "running"
+
+
+def test_a_launcher_that_was_killed_is_not_starting(runs: Commands, tmp_path: Path) -> None:
+    """A run whose launcher was killed before its first rank started is lost at once."""
+    run_dir = RunDir(tmp_path / "run")
+    run_dir.path.mkdir()
+    pid = os.fork()
+    if pid == 0:
+        with own_run_dir(run_dir):
+            write_run(run_dir, read_run(RunDir(runs.folder / "runs/good")))
+            os._exit(0)
+    os.waitpid(pid, 0)
+    assert run_dir.owner.stat().st_size > 0
+    assert read_run_state(run_dir).name == "lost"
 
 
 def test_events_of_a_finished_run(runs: Commands) -> None:

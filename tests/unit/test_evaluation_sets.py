@@ -14,7 +14,7 @@ import torch
 from support import read_lines
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from launcher import Data, Evaluation, Recipe, RecipeError, constant, make_plan, read_machine
 from launcher.console.progress import metrics_text
@@ -220,3 +220,16 @@ def test_metrics_are_shown_set_by_set() -> None:
     values = {"dev/loss": 1.0, "dev/b": 2.0, "dev/a": 3.0, "a/loss": 4.0, "a/c/d": 5.0}
     assert metrics_text(values).split()[::2] == ["dev/a", "dev/b", "dev/loss", "a/c/d", "a/loss"]
     assert metrics_text({"loss": 1.0, "b/c": 2.0}).split()[::2] == ["b/c", "loss"]
+
+
+@pytest.mark.parametrize("place", ["train", "evaluation", "evaluation['dev']"])
+def test_a_loader_is_refused(place: str) -> None:
+    """A DataLoader in place of a data set is refused by the name of its argument."""
+    loader = DataLoader(samples(0, 40), batch_size=8)
+    values: dict[str, Any] = {"train": samples(0, 40), place: loader}
+    if place not in ("train", "evaluation"):
+        values = {"train": samples(0, 40), "evaluation": {"dev": Evaluation(loader)}}
+    with pytest.raises(RecipeError) as caught:
+        Data(**values)
+    assert f"Data({place}=...)" in str(caught.value)
+    assert "DataLoader" in str(caught.value)

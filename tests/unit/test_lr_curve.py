@@ -78,6 +78,16 @@ def test_losses_after_training_breaks_do_not_count() -> None:
     assert lrs[-1] < 1
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_noise_is_not_taken_for_a_fall(seed: int) -> None:
+    """Losses that differ by a half from batch to batch do not cut the curve before its descent."""
+    generator = random.Random(seed)
+    losses = tuple(generator.uniform(0.5, 1.5) * textbook_loss(lr) for lr in LRS)
+    lr, reason = lowest_lr(LossCurve(lrs=LRS, losses=losses))
+    assert lr is not None, reason
+    assert 0.02 < lr < 0.5
+
+
 def test_recovery_from_a_spike_is_not_a_descent() -> None:
     """The fall after a spike of the loss is cut off, however low it gets."""
     losses = [textbook_loss(lr) if lr < 0.3 else 0.1 for lr in LRS]

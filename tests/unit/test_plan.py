@@ -128,6 +128,7 @@ def test_ten_thousand_ranks_are_planned() -> None:
     [
         ({"batch_size": 4, "lr_batch_size": 4}, 8, "batch_size=4 is shared by 8 ranks"),
         ({"batch_size": 2000}, 1, "1,437 training samples"),
+        ({"batch_size": None, "batch_size_per_gpu": 999}, 2, "smaller batch_size_per_gpu"),
         ({"lr_batch_size": None}, 1, "Give lr_batch_size"),
         ({"train_samples": None}, 1, "Give train_samples"),
         ({}, 9, "node1 has 8"),
@@ -141,6 +142,14 @@ def test_contradictory_numbers_are_refused(
     with pytest.raises(PlanError) as caught:
         make_plan(recipe(**changes), NODE, nproc_per_node=ranks)
     assert message in str(caught.value)
+
+
+def test_empty_training_data_is_refused() -> None:
+    """Data that has been counted and has no sample is called empty, with no batch to use instead."""
+    with pytest.raises(PlanError) as caught:
+        make_plan(recipe(train_samples=None), NODE, train_samples=0)
+    assert "is empty" in str(caught.value)
+    assert "batch_size" not in str(caught.value)
 
 
 def test_missing_gpus_are_refused() -> None:

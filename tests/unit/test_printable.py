@@ -13,6 +13,7 @@ import pytest
 import launcher
 from launcher.printable import (
     MAX_CHARACTERS,
+    add_note,
     error_line,
     kind_of,
     printable,
@@ -116,3 +117,15 @@ def test_a_traceback_begins_in_the_recipe() -> None:
     assert traceback_of(_raised_through(files[:2])).count("  File ") == 2
     recipe = str(Path(launcher.__file__).parent / "recipes" / "digits.py")
     assert traceback_of(_raised_through([launcher.__file__, recipe])).count("  File ") == 1
+
+
+def test_a_noted_traceback_begins_at_the_call_of_the_recipe() -> None:
+    """Where a library alone was called, a note that names this call leaves out those before it."""
+    error = _raised_through([json.__file__, launcher.__file__, launcher.__file__, json.__file__])
+    assert traceback_of(error).count("  File ") == 4
+    add_note(error, "The recipe's forward was called with (batch: Tensor).")
+    assert traceback_of(error).count("  File ") == 2
+    assert traceback_of(error, whole=True).count("  File ") == 4
+    ours = _raised_through([json.__file__, launcher.__file__])
+    add_note(ours, "The recipe's forward was called with (batch: Tensor).")
+    assert traceback_of(ours).count("  File ") == 2
