@@ -1,4 +1,4 @@
-"""Quantities with units, as text for people."""
+"""Quantities, as text for people."""
 
 from __future__ import annotations
 
@@ -26,3 +26,14 @@ def size(num_bytes: float) -> str:
         num_bytes /= 1024
         power += 1
     return f"{num_bytes:.3g} {_UNITS[power]}"
+
+
+def measured(value: float) -> str:
+    """Return a loss or a metric as text: with four decimals, such as `0.0351`.
+
+    Four significant digits stand for a number that four decimals would show as 0 or with at most
+    one digit that is not 0, such as `3.512e-05`, and for one of a million or more.
+    """
+    if value == 0 or not math.isfinite(value) or 1e-3 <= abs(value) < 1e6:
+        return f"{value:.4f}"
+    return f"{value:.4g}"

@@ -326,7 +326,7 @@ def _data_advice(plan: Plan) -> str:
         else "there are no workers: num_workers=0"
     )
     return (
-        f"Steps wait for data; {reason}. `launcher find loader {plan.recipe}` measures how many "
+        f"Steps wait for data; {reason}. `launcher find loader` measures how many "
         "workers are useful. If all cores are busy, make decoding cheaper, or store the samples in "
         "the form in which the model uses them."
     )

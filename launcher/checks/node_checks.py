@@ -106,15 +106,15 @@ def _shm(plan: Plan, free: int | None) -> Finding:
 def _open_files() -> Finding:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     unlimited = resource.RLIM_INFINITY
-    found = "no limit" if soft == unlimited else f"{soft:,} at once"
-    if soft == unlimited or soft >= _MIN_OPEN_FILES:
+    most = hard if soft != unlimited else soft  # a rank with workers raises the soft limit to it
+    found = "no limit" if most == unlimited else f"{most:,} at once"
+    if most == unlimited or most >= _MIN_OPEN_FILES:
         return ok("open files", found)
-    maximum = "unlimited" if hard == unlimited else f"{hard}"
     return warning(
         "open files",
         found,
-        f"raise the limit with `ulimit -n {maximum}`: workers need a descriptor for each tensor "
-        "of a batch",
+        "raise the hard limit (`ulimit -Hn`, as root or in /etc/security/limits.conf): workers "
+        "need a descriptor for each tensor of a batch",
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any, TextIO, cast
 
 from launcher.json_file import encode_json
 from launcher.printable import printable
-from launcher.quantities import duration
+from launcher.quantities import duration, measured
 from launcher.runs.history import evaluation_set_names, split_metric
 from launcher.runs.step_row import LOGGED
 
@@ -152,7 +152,7 @@ class TerminalProgress(Progress):
                 self._losses = self._losses[::2]
             sparks = sparkline(self._losses, _SPARKLINE_WIDTH)
             rates = f"lr {lr:.3g}  {samples_per_second:,.0f} samples/s"
-            losses = f"loss {loss:.4f} {sparks}{logged_text(logged)}"
+            losses = f"loss {measured(loss)} {sparks}{logged_text(logged)}"
             self._bar.update(step, f"{losses}  {rates}  {time_left} left")
         if now >= self._line_due or step == self._total_steps:
             self._line_due = now + _SECONDS_BETWEEN_LINES
@@ -248,7 +248,7 @@ def json_line(values: Mapping[str, Any]) -> str:
 def logged_text(logged: Mapping[str, float]) -> str:
     """Return the first logged numbers as text after two blanks: `  accuracy 0.9806`."""
     shown = itertools.islice(logged.items(), _MAX_LOGGED)
-    return "".join(f"  {name} {value:.4f}" for name, value in shown)
+    return "".join(f"  {name} {measured(value)}" for name, value in shown)
 
 
 def step_line(
@@ -272,7 +272,7 @@ def step_line(
         logged: The latest numbers that the recipe has logged, by name.
     """
     return (
-        f"step {step:,}/{total_steps:,}  loss {loss:.4f}{logged_text(logged)}  lr {lr:.3g}  "
+        f"step {step:,}/{total_steps:,}  loss {measured(loss)}{logged_text(logged)}  lr {lr:.3g}  "
         f"{samples_per_second:,.0f} samples/s  {time_left} left"
     )
 
@@ -347,7 +347,7 @@ def metrics_text(values: Mapping[str, Any]) -> str:
 
     The metrics of several evaluation sets follow each other set by set, the loss last in each.
     """
-    return "  ".join(f"{name} {values[name]:.4f}" for name in ordered_metrics(values))
+    return "  ".join(f"{name} {measured(values[name])}" for name in ordered_metrics(values))
 
 
 def ordered_metrics(values: Mapping[str, Any]) -> list[str]:

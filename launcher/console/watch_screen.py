@@ -17,7 +17,7 @@ from launcher.analysis.time_shares import (
 from launcher.console.progress import metrics_text, sparkline, step_line
 from launcher.planning.derivations import counted
 from launcher.printable import printable
-from launcher.quantities import duration, size
+from launcher.quantities import duration, measured, size
 from launcher.recipe.evaluation_sets import metric_name
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.heartbeat import Heartbeat
@@ -131,10 +131,10 @@ def _metrics_grid(history: History) -> Table:
 
     steps = history.steps
     grid = Table.grid(padding=(0, 2))
-    grid.add_row("loss", f"{steps['loss'][-1]:.4f}", sparkline(steps["loss"], _SPARKLINE_WIDTH))
+    grid.add_row("loss", measured(steps["loss"][-1]), sparkline(steps["loss"], _SPARKLINE_WIDTH))
     for name, pairs in list(history.logged.items())[:_MAX_LOGGED]:
         curve = sparkline([value for _, value in pairs], _SPARKLINE_WIDTH)
-        grid.add_row(name, f"{pairs[-1][1]:.4f}", curve)
+        grid.add_row(name, measured(pairs[-1][1]), curve)
     for set_name in evaluation_set_names(history.latest_evaluation) or [""]:
         _add_evaluations(grid, history, set_name)
     rates = steps["samples_per_second"]
@@ -179,7 +179,7 @@ def _add_evaluations(grid: Table, history: History, set_name: str) -> None:
     own = {key: value for key, value in values.items() if key.startswith(metric_name(set_name, ""))}
     losses = [metrics[name] for _, metrics in evaluations]
     curve = f"{sparkline(losses, _SPARKLINE_WIDTH)}  {metrics_text(own)} at step {step:,}"
-    grid.add_row(set_name or "held-out", f"{values[name]:.4f}", curve)
+    grid.add_row(set_name or "held-out", measured(values[name]), curve)
 
 
 def _rank_grid(history: History) -> Table:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -219,7 +220,7 @@ def prepare_resume(request: ResumeRequest, *, elsewhere: bool = False) -> Prepar
     check_unowned(run_dir.path)
     request = _with_mirror(request, run_dir)
     record = read_run(run_dir)
-    checkpoint = _choose(run_dir, request.checkpoint, record.recipe)
+    checkpoint = _choose(run_dir, request.checkpoint, record)
     manifest = _read_manifest(run_dir, checkpoint, fall_back=request.fall_back)
     folder, previous = folder_of(record), overrides_of(record)
     chosen = choose_code(record, run_dir, allow_change=request.allow_code_change)
@@ -355,7 +356,7 @@ def _plan(
     )
 
 
-def _choose(run_dir: RunDir, name: str | None, recipe: str) -> Checkpoint:
+def _choose(run_dir: RunDir, name: str | None, record: RunRecord) -> Checkpoint:
     """Return the checkpoint called `name`, or the newest.
 
     Raises:
@@ -364,10 +365,22 @@ def _choose(run_dir: RunDir, name: str | None, recipe: str) -> Checkpoint:
     checkpoints = list_checkpoints(run_dir)
     if not checkpoints:
         raise CheckpointError(
-            f"{run_dir.shown} has no checkpoint: the run ended before it saved one. Start it again "
-            f"with `launcher run {recipe}`."
+            f"{run_dir.shown} has no checkpoint. If the run ended before it saved one, start it "
+            f"again with `{_command_of(record)}`."
         )
     return checkpoints[0] if name is None else find_checkpoint(run_dir, name)
+
+
+def _command_of(record: RunRecord) -> str:
+    """Return the command that starts a run with the recipe and settings of a record."""
+    words = ["launcher", "run", record.recipe]
+    for name, value in record.overrides.items():
+        if value is None or isinstance(value, bool):
+            text = "none" if value is None else str(value).lower()
+        else:
+            text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        words.append(f"{name}={text}")
+    return shlex.join(words)
 
 
 def _read_manifest(run_dir: RunDir, checkpoint: Checkpoint, *, fall_back: bool) -> Manifest | None:

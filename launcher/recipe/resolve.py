@@ -283,6 +283,10 @@ def _execute(name: str, path: Path) -> ModuleType:
 
 
 def _import(name: str, function: str, code: FrozenCode | None) -> ModuleType:
+    if paths.is_file(Path(name)):
+        raise RecipeError(
+            f"{brief(repr(name))} is a file, but the name of a recipe's file ends in .py."
+        )
     if not all(piece.isidentifier() for piece in name.split(".")):
         raise RecipeError(
             f"{brief(repr(name))} is not the name of a recipe: give a recipe's name, a file or a "
@@ -426,7 +430,7 @@ def _reference(module: ModuleType, location: str, function: str) -> Reference:
         raise RecipeError(
             f"{location} has no function {brief(repr(function))}."
             + (f" Its recipes: {', '.join(names)}." if names else "")
-            + did_you_mean(function, names)
+            + did_you_mean(function, names or _own_functions(module))
         )
     if inspect.iscoroutinefunction(value):
         raise RecipeError(f"{location}:{function} is an async function. Write `def {function}`.")
@@ -466,12 +470,22 @@ def _recipe_functions(module: ModuleType) -> list[str]:
     """Return the names of the public functions of a module that are annotated `-> Recipe`."""
     return [
         name
+        for name in _own_functions(module)
+        if str(vars(module)[name].__annotations__.get("return", ""))
+        .rpartition(".")[2]
+        .strip("'\">")
+        == "Recipe"
+    ]
+
+
+def _own_functions(module: ModuleType) -> list[str]:
+    """Return the names of the public functions that a module defines."""
+    return [
+        name
         for name, value in vars(module).items()
         if inspect.isfunction(value)
         and not name.startswith("_")
         and value.__module__ == module.__name__
-        and str(value.__annotations__.get("return", "")).rpartition(".")[2].strip("'\">")
-        == "Recipe"
     ]
 
 

@@ -30,7 +30,7 @@ from launcher.console.plots import Curve, Plot, schedule_plots
 from launcher.console.progress import ordered_metrics
 from launcher.errors import UsageError
 from launcher.planning.derivations import counted
-from launcher.quantities import duration, size
+from launcher.quantities import duration, measured, size
 from launcher.recipe.callspec import parse
 from launcher.recipe.evaluation_sets import metric_name
 from launcher.recipe.schedules import SCHEDULES, Schedule
@@ -92,11 +92,11 @@ def _cards(history: History) -> list[tuple[str, str]]:
     if history.evaluations:
         values = history.latest_evaluation
         names = ordered_metrics(values)[:_MAX_METRIC_CARDS]
-        cards += [(f"held-out {name}", f"{values[name]:.4f}") for name in names]
+        cards += [(f"held-out {name}", measured(values[name])) for name in names]
         if history.result is not None and (best := history.result.best) and best.value is not None:
-            cards.append((f"best {best.metric}", f"{best.value:.4f} at step {best.step:,}"))
+            cards.append((f"best {best.metric}", f"{measured(best.value)} at step {best.step:,}"))
     elif history.steps["loss"]:
-        cards.append(("loss", f"{history.steps['loss'][-1]:.4f}"))
+        cards.append(("loss", measured(history.steps["loss"][-1])))
     if (seconds := history.active_seconds()) is not None:
         cards.append(("run time", duration(seconds)))
     if (times := history.time_used()) is not None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from launcher.errors import RunDirError
 from launcher.json_file import Count, find_json
+from launcher.quantities import measured
 from launcher.runs.rundir import RunDir
 
 
@@ -38,10 +39,10 @@ class BestResult:
         if self.ended_after is not None:
             count = f"{self.ended_after:,} evaluation{'s' * (self.ended_after != 1)}"
             lines.append(f"ended early: {count} without a better {self.metric}")
-        if self.step is None:
+        if self.step is None or self.value is None:
             lines.append(f"best: none, because {self.metric} was never a number")
         else:
-            lines.append(f"best: {self.metric} {self.value:.4f} at step {self.step:,}")
+            lines.append(f"best: {self.metric} {measured(self.value)} at step {self.step:,}")
         lines[-1] += f"; model.safetensors has the weights of step {weights_step:,}"
         return "\n".join(lines)
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from launcher.printable import printable
+from launcher.quantities import measured
 from launcher.svg import svg_plot
 
 if TYPE_CHECKING:
@@ -100,4 +101,4 @@ def metrics_line(values: Mapping[str, float]) -> str:
 
 def _metric_rows(values: Mapping[str, float]) -> dict[str, str]:
     names: Iterable[str] = sorted(values, key=lambda name: (name == "loss", name))
-    return {name: f"{values[name]:.4f}" for name in names}
+    return {name: measured(values[name]) for name in names}

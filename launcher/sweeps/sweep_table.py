@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from launcher.console.tables import table
 from launcher.printable import printable, shortened
+from launcher.quantities import measured
 from launcher.recipe.metric_goal import MetricGoal
 from launcher.sweeps.sweep_result import SweepResult, TrialResult
 
@@ -58,7 +58,7 @@ def cell(value: Any) -> str:
 def _number(value: float | None) -> str:
     if value is None:
         return ""
-    return "nan" if math.isnan(value) else f"{value:.4f}"
+    return measured(value)
 
 
 def _first_line(error: str) -> str:

@@ -305,7 +305,7 @@ class Tuner:
         planned = next(reading for reading in result.readings if reading.workers == result.planned)
         evidence = (
             f"{result.best.samples_per_second:,.0f} samples/s, and "
-            f"{planned.samples_per_second:,.0f} with the planned {result.planned} workers"
+            f"{planned.samples_per_second:,.0f} with the planned num_workers={result.planned}"
         )
         for name, value in result.settings.items():
             if name not in self._fixed_names:

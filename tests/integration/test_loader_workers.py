@@ -280,3 +280,14 @@ def test_queues_larger_than_shared_memory_are_refused(
     assert done.exit_code == exit_code, done.stderr
     assert ("/dev/shm" in done.stderr) == bool(exit_code)
     assert (run.folder / "out" / "metrics.jsonl").exists() == (not exit_code)
+
+
+def test_too_few_open_files_are_one_error(run: Commands) -> None:
+    """Where workers need more open files than the hard limit allows, one error says what to do."""
+    command = "ulimit -n 64; launcher run digits -n 1 num_workers=32 in_memory=false --out out"
+    done = run("bash", "-c", command)
+    assert done.exit_code != 0
+    assert "ulimit -n" in done.stderr
+    assert "num_workers=0" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sum(file.stat().st_size for file in (run.folder / "out/logs").iterdir()) < 10_000

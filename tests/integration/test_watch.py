@@ -279,6 +279,17 @@ def test_a_resumed_run_is_starting(runs: Commands, tmp_path: Path) -> None:
         assert read_run_state(RunDir(copy)).name != "running"
 
 
+def test_a_run_without_checkpoints_starts_again_with_its_settings(runs: Commands) -> None:
+    """Without a checkpoint to resume from, the command that is recommended has the settings."""
+    copy = runs.folder / "bare"
+    shutil.copytree(runs.folder / "runs/good", copy)
+    shutil.rmtree(copy / "checkpoints")
+    done = runs("launcher", "resume", copy)
+    shutil.rmtree(copy)
+    assert done.exit_code == 2
+    assert "digits.py:digits epochs=2`" in done.stderr
+
+
 def test_a_launcher_that_was_killed_is_not_starting(runs: Commands, tmp_path: Path) -> None:
     """A run whose launcher was killed before its first rank started is lost at once."""
     run_dir = RunDir(tmp_path / "run")

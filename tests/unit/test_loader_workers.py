@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from launcher import SampleError
-from launcher.engine.data.loader_workers import check_sendable, start_worker
+from launcher.engine.data.loader_workers import check_sendable, raise_open_files, start_worker
 from launcher.engine.data.open_files import open_files
 
 
@@ -60,4 +60,16 @@ def test_a_worker_has_no_memory_limit_of_its_rank() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (1 << 34, hard_limit))
         start_worker(parent, 0)
         os._exit(int(resource.getrlimit(resource.RLIMIT_DATA) != (hard_limit, hard_limit)))
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("soft", [64, 1 << 16])
+def test_a_rank_may_have_as_many_files_open_as_its_hard_limit_allows(soft: int) -> None:
+    """The limit of open files rises to the hard limit, at most to 65,536, and never falls."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    most = 1 << 16 if hard == resource.RLIM_INFINITY else min(hard, 1 << 16)
+    if (child := os.fork()) == 0:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, most), hard))
+        raise_open_files()
+        os._exit(int(resource.getrlimit(resource.RLIMIT_NOFILE) != (most, hard)))
     assert os.waitpid(child, 0)[1] == 0

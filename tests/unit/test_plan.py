@@ -145,7 +145,7 @@ def test_contradictory_numbers_are_refused(
 
 
 def test_empty_training_data_is_refused() -> None:
-    """Data that has been counted and has no sample is called empty, with no batch to use instead."""
+    """Data without a sample is called empty, and no batch size is recommended for it."""
     with pytest.raises(PlanError) as caught:
         make_plan(recipe(train_samples=None), NODE, train_samples=0)
     assert "is empty" in str(caught.value)

@@ -153,7 +153,7 @@ def test_advice_is_about_the_largest_parts() -> None:
     assert "communication" in communication
     assert data.startswith("20%: ")
     assert "num_workers=2 " in data
-    assert "launcher find loader digits" in data
+    assert "`launcher find loader`" in data
     [other] = advice([make_profile(other=30)], make_plan())
     assert other.startswith("30%: ")
     [optimizer] = advice([make_profile(optimizer=30)], make_plan())

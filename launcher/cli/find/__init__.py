@@ -18,7 +18,7 @@ def command() -> None:
     """Measure one setting of a recipe on the ranks of this machine.
 
     \b
-    launcher find lr digits           learning rate, by a range test
+    launcher find lr digits           learning rate, by short trainings
     launcher find loader digits       number of DataLoader workers
     launcher find batch digits        largest micro-batch that fits, and the fastest
     launcher find noise digits        gradient noise scale: useful batch size

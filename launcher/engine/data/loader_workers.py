@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import faulthandler
 import io
 import multiprocessing
@@ -11,7 +12,9 @@ import os
 import pickle
 import resource
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.reduction import ForkingPickler
@@ -33,6 +36,27 @@ PRELOADED = ("torch", "launcher.engine.data.reader")
 """Modules that the server of worker_start=forkserver imports once for all workers."""
 
 
+_MAX_OPEN_FILES = 1 << 16
+"""Most files that a rank may have open after `raise_open_files`."""
+
+
+_SECONDS_BETWEEN_TRIES = 1.0
+"""Wait of the thread that passes descriptors, before it tries again to open one."""
+
+
+def raise_open_files() -> None:
+    """Let this process and its children have as many files open as they may, up to 65,536.
+
+    A worker passes each tensor of a batch to its rank by a file descriptor. Shells often allow
+    1,024 of them, and a process may raise this limit up to a second one, the hard limit.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with contextlib.suppress(OSError, ValueError):  # a sandbox may forbid it
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def start_worker(rank_pid: int, _: int, *, method: str = "fork") -> None:
     """Make this process, a DataLoader worker, ignore stop signals and exit with its rank.
 
@@ -44,6 +68,7 @@ def start_worker(rank_pid: int, _: int, *, method: str = "fork") -> None:
         threading.Thread(target=_die_with_rank, name="rank's end", daemon=True).start()
     else:
         die_with_parent(rank_pid)
+    sys.excepthook = _show_error
     hard_limit = resource.getrlimit(resource.RLIMIT_DATA)[1]
     resource.setrlimit(resource.RLIMIT_DATA, (hard_limit, hard_limit))
     # A stop signal often reaches all processes of a job. The rank decides when to stop and needs
@@ -57,6 +82,17 @@ def start_worker(rank_pid: int, _: int, *, method: str = "fork") -> None:
     faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
     # `signals_held` blocked them.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, *STOP_SIGNALS})
+
+
+def _show_error(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Show an exception as Python does, and wait where it says that too many files are open.
+
+    The thread that passes descriptors to the rank tries again at once, for as long as the rank
+    waits. It would write thousands of tracebacks per second.
+    """
+    sys.__excepthook__(kind, error, trace)
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        time.sleep(_SECONDS_BETWEEN_TRIES)
 
 
 def _die_with_rank() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import multiprocessing
 import os
+import resource
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -13,7 +16,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from launcher.engine.backends.nested_tensors import map_tensors
-from launcher.engine.data.loader_workers import PRELOADED, signals_held, start_worker
+from launcher.engine.data.loader_workers import (
+    PRELOADED,
+    raise_open_files,
+    signals_held,
+    start_worker,
+)
 from launcher.engine.data.micro_batch import MicroBatch
 from launcher.engine.data.reader import Reader
 from launcher.engine.data.sampler import MicroBatchRequest
@@ -21,7 +29,7 @@ from launcher.engine.ranks.temporary_files import (
     check_temporary_folder,
     temporary_files_beside_sockets,
 )
-from launcher.errors import LauncherError, RecipeError
+from launcher.errors import LauncherError, RecipeError, WorldError
 from launcher.planning.plan import Plan
 
 
@@ -130,11 +138,13 @@ def prefetch(
         pin_memory: Whether to copy tensors to page-locked memory.
 
     Raises:
-        WorldError: The path of the temporary folder is too long for the sockets of workers.
+        WorldError: The path of the temporary folder is too long for the sockets of workers, or this
+            process may not have enough files open.
         RecipeError: Workers are to import the recipe, and its import location is unknown.
     """
     check_temporary_folder()
     reader.check_start(method)
+    raise_open_files()
     if method == "forkserver":
         multiprocessing.get_context(method).set_forkserver_preload(list(PRELOADED))
     with warnings.catch_warnings():
@@ -152,9 +162,29 @@ def prefetch(
             multiprocessing_context=method,
         )
         # A worker would react to signals until `start_worker` makes it ignore them.
-        with signals_held():
+        with signals_held(), _open_files_explained():
             results: Iterator[_Sent | LauncherError] = iter(loader)
     return _receive(results)
+
+
+@contextlib.contextmanager
+def _open_files_explained() -> Iterator[None]:
+    """Turn an error about too many open files into one that says what to do.
+
+    Raises:
+        WorldError: The `with` block has opened more files than this process may.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        raise WorldError(
+            f"DataLoader workers need more open files than this process may have, which is {limit}:"
+            " each worker takes some, and each tensor of a batch another. Raise the limit (`ulimit "
+            "-n`), or set num_workers=0."
+        ) from None
 
 
 def _receive(
@@ -168,7 +198,7 @@ def _receive(
     """
     while True:
         try:
-            with temporary_files_beside_sockets():
+            with temporary_files_beside_sockets(), _open_files_explained():
                 result = next(results)
         except StopIteration:
             return

@@ -78,10 +78,14 @@ class CheckpointReports:
         if not self._is_first:
             return
         checkpoints = list_checkpoints(self._run_dir)
-        newest = f"is {checkpoints[0].name}" if checkpoints else "does not exist yet"
+        newest = (
+            f"Its newest complete checkpoint is {checkpoints[0].name}."
+            if checkpoints
+            else "It has no complete checkpoint yet."
+        )
         self._listener.on_warning(
             f"the checkpoint after step {step:,} could not be saved ({reason}). "
-            f"The run continues. Its newest complete checkpoint {newest}."
+            f"The run continues. {newest}"
         )
         self._listener.on_values(step, {"checkpoint_failed": 1.0})
 
