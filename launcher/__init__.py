@@ -10,6 +10,7 @@ and torch only when something trains.
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -244,7 +245,9 @@ _MODULES = {
 
 def __getattr__(name: str) -> object:
     if name not in _MODULES:
-        raise AttributeError(f"module 'launcher' has no attribute {name!r}")
+        raise AttributeError(
+            f"module 'launcher' has no attribute {name!r}", name=name, obj=sys.modules[__name__]
+        )
     value = getattr(importlib.import_module(_MODULES[name]), name)
     globals()[name] = value
     return value

@@ -444,11 +444,21 @@ def objective(
 
 
 def _reference(recipe: str | Path | Callable[..., Recipe]) -> Reference:
+    from launcher.errors import UsageError
     from launcher.forking import suspect_all_threads
+    from launcher.printable import kind_of
     from launcher.recipe.resolve import reference_of, resolve
 
     suspect_all_threads()  # those of the calling program, which a fork would not survive either
-    return reference_of(recipe) if callable(recipe) else resolve(str(recipe))
+    if callable(recipe):
+        return reference_of(recipe)
+    if not isinstance(recipe, (str, Path)):
+        raise UsageError(
+            f"recipe: expected a name, a path or a recipe function, found {kind_of(recipe)}. Pass "
+            "the function that returns launcher.Recipe(...), without calling it, and give its "
+            "arguments as name=value."
+        )
+    return resolve(str(recipe))
 
 
 @dataclass(kw_only=True)

@@ -6,6 +6,7 @@ means that the steps depend on the number of ranks, or that a run may fail later
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -42,6 +43,19 @@ _OPEN_PER_PROCESS = (
 def heavy_imports(before: Collection[str]) -> list[str]:
     """Return the heavy packages imported since `before`, the names in sys.modules at that time."""
     return [name for name in _HEAVY_PACKAGES if name in sys.modules and name not in before]
+
+
+def heavy_names(reference: Reference) -> list[str]:
+    """Return the names of launcher in the file of a recipe whose import loads heavy packages.
+
+    These are the data sets and other parts of the engine, such as `ParquetRows`.
+    """
+    scope = getattr(inspect.unwrap(reference.function), "__globals__", {})
+    return [
+        name
+        for name, value in scope.items()
+        if str(getattr(value, "__module__", "")).startswith("launcher.engine.")
+    ]
 
 
 def check_recipe(

@@ -40,7 +40,7 @@ def command(recipe: str, overrides: tuple[str, ...], config: Path | None, *, as_
     launcher check digits
     launcher check mine.py lr=0.2
     """
-    from launcher.checks.check import check_recipe, heavy_imports
+    from launcher.checks.check import check_recipe, heavy_imports, heavy_names
     from launcher.console.findings_table import finding_lines, summary
     from launcher.environment.machine import read_machine
     from launcher.findings import ok, warning, worst
@@ -62,11 +62,14 @@ def command(recipe: str, overrides: tuple[str, ...], config: Path | None, *, as_
     before = set(sys.modules)
     reference = resolve(recipe)
     if heavy := heavy_imports(before):
+        ours = heavy_names(reference)
+        and_ours = f", and {', '.join(ours)} of launcher," if ours else ""
         report(
             warning(
                 "import",
                 f"importing {reference.shown} loads {', '.join(heavy)}",
-                "import them inside the functions that use them, so that planning stays fast",
+                f"import them{and_ours} inside the functions that use them, so that planning "
+                "stays fast",
             )
         )
     else:

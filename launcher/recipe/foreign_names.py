@@ -275,16 +275,23 @@ _NAMES = (
     _Advice(
         words=(
             "devices num_devices num_gpus gpus ngpus n_gpu n_gpus gpu gpu_ids world_size "
-            "num_processes nproc nprocs nproc_per_node gpus_per_node num_gpus_per_node"
+            "num_processes nproc nprocs nproc_per_node gpus_per_node num_gpus_per_node ranks"
         ),
         remark=(
-            "`launcher run` starts one rank for each GPU; its option -n takes another number of "
-            "ranks. It is not a setting, because it changes no step."
+            "`launcher run` starts one rank for each GPU; its option -n, nproc_per_node in Python, "
+            "takes another number of ranks. It is not a setting, because it changes no step."
         ),
     ),
     _Advice(
         words="num_nodes nnodes num_machines n_nodes",
         remark="The option --nodes of `launcher run` takes the number of nodes.",
+    ),
+    _Advice(
+        words="quiet silent verbose verbosity disable_tqdm enable_progress_bar progress_bar",
+        remark=(
+            "The option --quiet of `launcher run`, output in Python, says what is printed while a "
+            "run trains."
+        ),
     ),
     _Advice(words="no_cuda use_cpu cpu", write="device=cpu", switch=True),
     _Advice(words="cuda use_cuda use_gpu", write="device=cuda", switch=True),

@@ -205,6 +205,9 @@ class History:
         self._num_timed = 0
         self.refresh()
 
+    def __repr__(self) -> str:
+        return f"<History of {self.run_dir.shown}: {self.state.words}>"
+
     def _repr_html_(self) -> str:
         """Return what a notebook shows of this value."""
         from launcher.runs.rich_text import history_html

@@ -273,6 +273,8 @@ def test_only_functions_that_ranks_can_import_are_trained(run: Commands) -> None
         (launcher.plan, "digits", {"nproc_per_node": "2"}),
         (launcher.plan, "digits", {"nodes": 0}),
         (launcher.plan, "digits", {"config": 1}),
+        (launcher.plan, digits(), {}),
+        (launcher.run, None, {}),
         (launcher.run, "digits", {"nproc_per_node": True}),
         (launcher.run, "digits", {"out": "a\0b"}),
         (launcher.run, "digits", {"output": "loud"}),

@@ -120,6 +120,19 @@ def test_each_defect_is_found(
     assert bool(finding["remedy"]) == (level != "ok")
 
 
+def test_a_data_set_of_launcher_that_loads_numpy_is_named(run: Commands) -> None:
+    """Where a recipe's file imports a data set of launcher, the remedy for numpy names it."""
+    text = RECIPE.replace("{imports}", "json").replace("import Data", "import Data, ParquetRows")
+    for name, value in CORRECT.items():
+        text = text.replace(f"{{{name}}}", value)
+    (run.folder / "odd.py").write_text(text)
+    done = run("python", "-m", "launcher", "check", "odd.py", "--json")  # from cold
+    findings = json.loads(done.stdout)["findings"]
+    (finding,) = (finding for finding in findings if finding["check"] == "import")
+    assert "numpy" in finding["found"]
+    assert "ParquetRows" in finding["remedy"]
+
+
 def test_an_installed_recipe_passes(run: Commands) -> None:
     """The digits recipe has no failure; the findings show the lr that was set and the samples."""
     done = run("launcher", "check", "digits", "lr=0.2")

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from support import BIN, ROOT, Commands, read_lines
 
+from launcher.runs.history import History
 from launcher.runs.ownership import own_run_dir
 from launcher.runs.run_record import read_run, write_resumption, write_run
 from launcher.runs.rundir import RunDir
@@ -277,6 +278,13 @@ def test_a_resumed_run_is_starting(runs: Commands, tmp_path: Path) -> None:
             write_resumption(RunDir(copy), read_run(RunDir(copy)))
             assert read_run_state(RunDir(copy)).words == "starting"
         assert read_run_state(RunDir(copy)).name != "running"
+
+
+def test_a_history_shows_what_it_is_of(runs: Commands) -> None:
+    """A history is shown as its run folder and the state of the run."""
+    shown = repr(History(RunDir(runs.folder / "runs/good")))
+    assert "runs/good" in shown
+    assert "finished after 24 steps" in shown
 
 
 def test_a_run_without_checkpoints_starts_again_with_its_settings(runs: Commands) -> None:
