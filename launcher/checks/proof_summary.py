@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from launcher.checks.prove import ParityRow, ParityRun
 from launcher.planning.configs import AUTOCAST
 from launcher.planning.strategy import STRATEGIES
+from launcher.printable import printable
 
 if TYPE_CHECKING:
     from launcher.engine.probes.inspection import Inspection
@@ -17,6 +18,20 @@ _COLUMNS = (
     *("strategy", "ranks", "x accum.", "samples", "lr", "items", "loss", "norm", "weights"),
     "evals",
 )
+_NO_CAUSE = (
+    "No cause was found in the data, the loss or the model. Rounding errors grow with every step, "
+    "fastest at high learning rates: run fewer --steps, or set precision=fp64, to see whether "
+    "rounding is the cause."
+)
+
+_WEIGHTS_ALONE = (
+    "Losses and gradient norms agree in every step, and no cause was found in the data, the loss "
+    "or the model. An optimizer that divides each gradient by its size, as adamw() does, moves a "
+    "weight whose gradient is rounding noise as far as any other, in a direction that rounding "
+    "decides. The bias of the keys in attention is such a weight: it changes no output. If the "
+    "weights agree with optimizer=sgd(), this is the cause, and the trained function is the same."
+)
+
 _SHOWN_DIGITS = 12
 """Number of digits of the weights' SHA-256 that each row of an exact recipe shows."""
 
@@ -50,7 +65,7 @@ def row_line(row: ParityRow) -> str:
         _relative_text(value)
         for value in (difference.loss, difference.grad_norm, difference.weights)
     ]
-    evaluated = [] if row.evaluation is None else [_relative_text(row.evaluation[1])]
+    evaluated = ["-" if row.evaluation is None else _relative_text(row.evaluation[1])]
     end = "" if row.agrees else "  differs"
     return f"{_line([*cells, *exact, *relative, *evaluated])}{digest}{end}"
 
@@ -87,6 +102,14 @@ def verdict(rows: Sequence[ParityRow], steps: int) -> str:
         lines.append(f"{_name(row.trial)}: {text}")
     lines += [f"{_name(row.trial)}: the run failed, see above" for row in failed]
     return "\n".join(lines)
+
+
+def unexplained(rows: Sequence[ParityRow]) -> str:
+    """Return what to try where no cause of a difference was found."""
+    differences = [row.difference for row in rows if row.difference is not None and not row.agrees]
+    if all(each.steps_agree and not each.agrees for each in differences):
+        return _WEIGHTS_ALONE
+    return _NO_CAUSE
 
 
 def causes(inspection: Inspection, trial: ParityRun) -> list[str]:
@@ -189,6 +212,7 @@ def to_dict(row: ParityRow) -> dict[str, object]:
             "loss": difference.loss,
             "grad_norm": difference.grad_norm,
             "weights": difference.weights,
+            "most_different_weight": difference.weight or None,
             "tolerance": difference.tolerance,
             "evaluation": None if row.evaluation is None else row.evaluation[1],
         }
@@ -206,7 +230,7 @@ def _difference_text(difference: ParityDifference) -> str:
             f"losses or gradient norms differ by more than {limit} from step "
             f"{difference.first_step}"
         )
-    return f"the final weights differ by more than {limit}"
+    return f"the final weights differ by more than {limit}, most in {printable(difference.weight)}"
 
 
 def _name(trial: ParityRun) -> str:

@@ -26,12 +26,6 @@ if TYPE_CHECKING:
 
 _STEPS = 10
 
-_NO_CAUSE = (
-    "No cause was found in the data, the loss or the model. Rounding errors grow with every step, "
-    "fastest at high learning rates: run fewer --steps, or set precision=fp64, to see whether "
-    "rounding is the cause."
-)
-
 
 class _List(click.ParamType[tuple[str, ...]]):
     """Comma-separated values without duplicates."""
@@ -161,7 +155,9 @@ def _show_causes(proof: Proof) -> None:
         echo("\nThe search for the cause, with a few samples in one process, failed.")
         echo(proof.search_error, err=True)
     if proof.has_unexplained_difference:
-        echo(f"\n{_NO_CAUSE}")
+        from launcher.checks.proof_summary import unexplained
+
+        echo(f"\n{unexplained(proof.rows)}")
 
 
 def _numbers(worlds: tuple[str, ...] | None) -> list[int]:

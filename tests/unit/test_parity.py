@@ -34,6 +34,15 @@ def test_rounding_agrees() -> None:
     assert difference.first_step is None
 
 
+def test_the_most_different_weight_is_named() -> None:
+    """Weights that differ while the steps agree are told from steps that differ, and named."""
+    other = replace(REFERENCE, weights=REFERENCE.weights | {"second": torch.tensor([4.1])})
+    difference = compare(REFERENCE, other, 1e-5)
+    assert (difference.weight, difference.agrees, difference.steps_agree) == ("second", False, True)
+    assert compare(REFERENCE, REFERENCE, 1e-5).weight == ""
+    assert not compare(REFERENCE, replace(other, loss=[1.0, 0.6]), 1e-5).steps_agree
+
+
 def test_evaluations_are_compared_by_step_and_name() -> None:
     """The largest difference of a loss is told from that of all metrics; a missing one differs."""
 

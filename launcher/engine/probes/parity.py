@@ -83,6 +83,9 @@ class ParityDifference:
     weights: float
     """Largest difference of a weight, relative to the largest weight of its tensor."""
 
+    weight: str
+    """Name of the tensor with this difference; empty if the weights are equal."""
+
     first_step: int | None
     """First step whose loss or gradient norm differs by more than the tolerance, counted from 1;
     None if there is none."""
@@ -92,8 +95,12 @@ class ParityDifference:
     @property
     def agrees(self) -> bool:
         """Whether the runs differ only by rounding."""
-        largest = max(self.loss, self.grad_norm, self.weights)
-        return not self.unequal and largest <= self.tolerance
+        return self.steps_agree and self.weights <= self.tolerance
+
+    @property
+    def steps_agree(self) -> bool:
+        """Whether all that was recorded of the steps, the final weights apart, agrees."""
+        return not self.unequal and max(self.loss, self.grad_norm) <= self.tolerance
 
 
 def read_trace(run_dir: RunDir) -> Trace:
@@ -159,15 +166,16 @@ def compare(reference: Trace, other: Trace, tolerance: float) -> ParityDifferenc
         if (step := _find_first_step(getattr(reference, name), getattr(other, name), is_beyond))
     ]
     with _on_one_thread():
-        weights = max(
-            _tensor_difference(weight, other.weights[name])
-            for name, weight in reference.weights.items()
+        weights, weight = max(
+            (_tensor_difference(tensor, other.weights[name]), name)
+            for name, tensor in reference.weights.items()
         )
     return ParityDifference(
         unequal=unequal,
         loss=max(map(_relative_difference, reference.loss, other.loss)),
         grad_norm=max(map(_relative_difference, reference.grad_norm, other.grad_norm)),
         weights=weights,
+        weight=weight if weights else "",
         first_step=min(steps, default=None),
         tolerance=tolerance,
     )
