@@ -365,21 +365,17 @@ def _choose(run_dir: RunDir, name: str | None, record: RunRecord) -> Checkpoint:
     checkpoints = list_checkpoints(run_dir)
     if not checkpoints:
         raise CheckpointError(
-            f"{run_dir.shown} has no checkpoint. If the run ended before it saved one, start it "
-            f"again with `{_command_of(record)}`."
+            f"{run_dir.shown} has no checkpoint. If it is of a run that ended before it saved one, "
+            f"start the run again: its command was `{_command_of(record)}`, in {record.folder}."
         )
     return checkpoints[0] if name is None else find_checkpoint(run_dir, name)
 
 
 def _command_of(record: RunRecord) -> str:
-    """Return the command that starts a run with the recipe and settings of a record."""
-    words = ["launcher", "run", record.recipe]
-    for name, value in record.overrides.items():
-        if value is None or isinstance(value, bool):
-            text = "none" if value is None else str(value).lower()
-        else:
-            text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-        words.append(f"{name}={text}")
+    """Return the command of a run without the folder and the interpreter of `launcher`."""
+    words = list(record.command)
+    if len(words) > 1 and Path(words[1]).name == "launcher":
+        words = ["launcher", *words[2:]]
     return shlex.join(words)
 
 

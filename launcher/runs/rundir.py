@@ -283,14 +283,17 @@ def open_run_dir(path: Path) -> RunDir:
         RunDirError: `path` does not exist, or has no run.yaml.
     """
     if not is_file(path / "run.yaml"):
-        reason = "is a file" if exists(path) else "does not exist"
+        reason, holds = "is a file" if exists(path) else "does not exist", ""
         if is_dir(path):
+            if (first := next(find_run_dirs(path), None)) is not None:
+                holds = f" There are runs in it, such as {first.shown}: give one of them."
             has_other = os.path.lexists(path / "run.yaml")
             reason = (
                 f"has {'a run.yaml that is not a regular file' if has_other else 'no run.yaml'}"
             )
         raise RunDirError(
-            f"{path} is not a run folder: it {reason}. Give the folder that `launcher run` printed."
+            f"{path} is not a run folder: it {reason}."
+            + (holds or " Give the folder that `launcher run` printed.")
         )
     return RunDir(path.resolve())
 

@@ -288,14 +288,14 @@ def test_a_history_shows_what_it_is_of(runs: Commands) -> None:
 
 
 def test_a_run_without_checkpoints_starts_again_with_its_settings(runs: Commands) -> None:
-    """Without a checkpoint to resume from, the command that is recommended has the settings."""
+    """Without a checkpoint to resume from, the error has the command that started the run."""
     copy = runs.folder / "bare"
     shutil.copytree(runs.folder / "runs/good", copy)
     shutil.rmtree(copy / "checkpoints")
     done = runs("launcher", "resume", copy)
     shutil.rmtree(copy)
     assert done.exit_code == 2
-    assert "digits.py:digits epochs=2`" in done.stderr
+    assert "`launcher run digits -n 2 epochs=2 --out runs/good`" in done.stderr
 
 
 def test_a_launcher_that_was_killed_is_not_starting(runs: Commands, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from launcher.errors import RunDirError
 from launcher.runs.files import write_atomic, write_json, write_yaml
 from launcher.runs.output_file import check_output, write_output
-from launcher.runs.rundir import create_run_dir, find_run_dirs
+from launcher.runs.rundir import create_run_dir, find_run_dirs, open_run_dir
 from launcher.yaml_file import read_yaml_file
 
 
@@ -38,6 +38,18 @@ def test_what_becomes_of_an_existing_run_is_said(tmp_path: Path) -> None:
     (tmp_path / "checkpoints/step-00000001").mkdir(parents=True)
     with pytest.raises(RunDirError, match="launcher resume"):
         create_run_dir(tmp_path, "x")
+
+
+def test_a_folder_of_runs_is_told_from_a_run(tmp_path: Path) -> None:
+    """Where a folder holds runs, as that of a sweep does, the error names one of them."""
+    (tmp_path / "sweep/0").mkdir(parents=True)
+    with pytest.raises(RunDirError) as caught:
+        open_run_dir(tmp_path / "sweep")
+    assert "sweep/0" not in str(caught.value)
+    (tmp_path / "sweep/0/run.yaml").touch()
+    with pytest.raises(RunDirError) as caught:
+        open_run_dir(tmp_path / "sweep")
+    assert "sweep/0" in str(caught.value)
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
