@@ -179,8 +179,15 @@ def _leave_out_calls_to_recipe(parts: traceback.TracebackException) -> None:
 
 
 def _leave_out_calls_to_library(part: traceback.TracebackException) -> None:
-    """Leave out the calls before the last one in a file of this package, if others follow it."""
-    places = [i for i, call in enumerate(part.stack) if _is_own_file(call.filename)]
+    """Leave out the calls before the last one in a file of this package, if others follow it.
+
+    Methods such as `__torch_dispatch__`, which torch calls for each operation, do not count.
+    """
+    places = [
+        i
+        for i, call in enumerate(part.stack)
+        if _is_own_file(call.filename) and not call.name.startswith("__torch_")
+    ]
     if places and places[-1] + 1 < len(part.stack):
         part.stack = traceback.StackSummary.from_list(part.stack[places[-1] :])
 

@@ -132,11 +132,16 @@ def filter_rows(rows: Iterable[RunRow], filters: Sequence[tuple[str, str]]) -> l
             text. Numbers are compared as numbers, everything else without regard to case.
 
     Raises:
-        UsageError: No row has a value of that name.
+        UsageError: No row has a value of that name, or a value is no state.
     """
     rows = list(rows)
     names = {name for row in rows for name in _values(row)}
-    for name, _ in filters:
+    for name, text in filters:
+        if name == "state" and text.lower() not in STATES:
+            raise UsageError(
+                f"state={printable(text)}: expected one of {', '.join(STATES)}."
+                f"{did_you_mean(text, STATES)}"
+            )
         if rows and name not in names:
             raise UsageError(
                 f"No run has a field, metric or setting named {name!r}.{did_you_mean(name, names)}"

@@ -515,6 +515,8 @@ def hint_for_value(setting: str, value: Any) -> str:
         A sentence after a space; empty if the value is not known, or is itself to be written.
     """
     given = _name_of(value)
+    if setting == "precision" and "fp8" in _plain(given):
+        return " Write precision=bf16 fp8=true instead."
     write = _translated(setting, given)
     return f" Write {_assigned(setting, write)} instead." if write not in ("", given) else ""
 

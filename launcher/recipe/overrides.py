@@ -12,9 +12,16 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
-from launcher.errors import LauncherError, OverrideError, RecipeError, UsageError, sentence
+from launcher.errors import (
+    LauncherError,
+    OverrideError,
+    RecipeError,
+    UsageError,
+    did_you_mean,
+    sentence,
+)
 from launcher.forking import observed_threads
 from launcher.printable import printable_line
 from launcher.recipe.callspec import parse
@@ -190,6 +197,13 @@ def _read_parameter(reference: Reference, parameter: inspect.Parameter, override
         raise OverrideError(f"{override}: {str(error).rstrip('.')}.") from None
 
 
+def _choices(hint: Any) -> list[str]:
+    """Return the words that a type of a setting allows, those of its parts included."""
+    if get_origin(hint) is Literal:
+        return [value for value in get_args(hint) if isinstance(value, str)]
+    return [word for part in get_args(hint) for word in _choices(part)]
+
+
 def _read_setting(override: Override, parameters: Mapping[str, Any], reference: Reference) -> Any:
     """Return the value of a setting of `Recipe`.
 
@@ -206,7 +220,12 @@ def _read_setting(override: Override, parameters: Mapping[str, Any], reference: 
             return convert(override.value, types[override.name], override.form)
     except (MismatchError, UsageError) as error:
         text = sentence(str(error))
-        hint = "" if "Did you mean" in text else hint_for_value(override.name, override.value)
+        hint = ""
+        if "Did you mean" not in text:
+            choices = _choices(types.get(override.name))
+            hint = hint_for_value(override.name, override.value) or did_you_mean(
+                str(override.value)[:100], choices
+            )
         raise OverrideError(f"{override}: {text}{hint}") from None
     if override.name in {item.name for item in fields(Recipe)}:
         raise OverrideError(

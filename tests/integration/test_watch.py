@@ -184,6 +184,7 @@ def test_runs_are_listed(runs: Commands) -> None:
     ("arguments", "fragment"),
     [
         (["stat=finished"], "'stat'. Did you mean state"),
+        (["state=finishd"], "Did you mean finished"),
         (["--sort", "accurac"], "Did you mean accuracy"),
         (["nowhere"], "NAME=VALUE"),
     ],

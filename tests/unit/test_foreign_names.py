@@ -75,6 +75,7 @@ VALUES = {
     "strategy=ddp_find_unused_parameters_true": "strategy=ddp",
     "precision=bf16-mixed": "precision=bf16",
     "precision=16": "precision=fp16",
+    "precision=transformer-engine-fp8": "precision=bf16 fp8=true",
     "device=gpu": "device=cuda",
     "schedule=CosineAnnealingLR(T_max=10)": "schedule=cosine",
     "schedule=linear_with_warmup": "schedule=warmup(linear())",

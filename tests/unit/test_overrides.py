@@ -98,6 +98,8 @@ def test_text_is_read_by_the_type_of_the_setting(argument: str, value: Any) -> N
         (["lr=inf"], "expected a number greater than 0"),
         (["epochs=1.5"], "expected a whole number of at least 1"),
         (["precision=fp8"], "expected fp32 or bf16"),
+        (["strategy=fdsp"], "Did you mean fsdp?"),
+        (["trackers=tensorbord"], "Did you mean tensorboard?"),
         (["schedule=cosin"], "Did you mean cosine?"),
         (["schedule=cosine(x=1)"], "takes no 'x'"),
         (["optimizer=adam"], "Did you mean adamw?"),

@@ -92,14 +92,20 @@ def test_a_traceback_keeps_its_calls() -> None:
     assert len(text_of(raised.value)) < 4 * MAX_CHARACTERS
 
 
-def _raised_through(files: list[str]) -> ValueError:
-    """Return an exception that passed through one call in each of the files, outermost first."""
+def _raised_through(files: list[str], names: dict[int, str] | None = None) -> ValueError:
+    """Return an exception that passed through one call in each of the files, outermost first.
+
+    Args:
+        files: The files.
+        names: Names of the functions that are called, by their places; others are called `call`.
+    """
     function: Callable[[], None] | None = None
-    for file in reversed(files):
+    for place, file in reversed(list(enumerate(files))):
+        name = (names or {}).get(place, "call")
         body = "raise ValueError" if function is None else "function()"
         scope: dict[str, Any] = {"function": function}
-        exec(compile(f"def call():\n    {body}\n", file, "exec"), scope)
-        function = scope["call"]
+        exec(compile(f"def {name}():\n    {body}\n", file, "exec"), scope)
+        function = scope[name]
     assert function is not None
     with pytest.raises(ValueError) as raised:  # noqa: PT011
         function()
@@ -126,6 +132,10 @@ def test_a_noted_traceback_begins_at_the_call_of_the_recipe() -> None:
     add_note(error, "The recipe's forward was called with (batch: Tensor).")
     assert traceback_of(error).count("  File ") == 2
     assert traceback_of(error, whole=True).count("  File ") == 4
+    files = [launcher.__file__, json.__file__, launcher.__file__, json.__file__]
+    dispatched = _raised_through(files, {2: "__torch_dispatch__"})
+    add_note(dispatched, "The recipe's forward was called with (batch: Tensor).")
+    assert traceback_of(dispatched).count("  File ") == 4
     ours = _raised_through([json.__file__, launcher.__file__])
     add_note(ours, "The recipe's forward was called with (batch: Tensor).")
     assert traceback_of(ours).count("  File ") == 2
