@@ -18,7 +18,7 @@ from launcher.errors import RecipeError, did_you_mean
 from launcher.recipe.field_docs import with_field_docs
 from launcher.recipe.function_checks import ARGUMENTS, check_function, check_optimizer
 from launcher.recipe.optimizer import OptimizerSpec
-from launcher.recipe.schedules import Schedule
+from launcher.recipe.schedules import Schedule, hint_for_function
 from launcher.recipe.validation import MismatchError, PositiveFloat, PositiveInt, convert, show
 
 _PLAIN = ("name", "lr", "max_grad_norm", "every", "shares")
@@ -91,7 +91,7 @@ class Objective:
         if not (self.schedule is None or isinstance(self.schedule, Schedule)):
             raise RecipeError(
                 f"{place.format('schedule')}: expected a schedule such as one_cycle(), found "
-                f"{show(self.schedule)}."
+                f"{show(self.schedule)}.{hint_for_function(self.schedule)}"
             )
         patterns = (self.parameters,) if isinstance(self.parameters, str) else self.parameters
         if (

@@ -101,6 +101,19 @@ def schedule(rule: Callable[Concatenate[int, int, P], ScheduleValue]) -> Callabl
     return make
 
 
+def hint_for_function(value: object) -> str:
+    """Return how a function in place of a schedule becomes one, as a sentence after a space."""
+    name = getattr(value, "__name__", "")
+    if any(value is make for make in SCHEDULES.values()):
+        return f" Call it: {name}()."
+    if inspect.isfunction(value):
+        return (
+            " A function (step, total_steps, ...) -> ScheduleValue becomes one by the decorator "
+            "launcher.schedule, and is then called."
+        )
+    return ""
+
+
 @schedule
 def one_cycle(
     step: int,

@@ -19,7 +19,7 @@ from msgspec import Meta
 from launcher.errors import RecipeError, UsageError, did_you_mean
 from launcher.recipe.callspec import bind
 from launcher.recipe.metric_goal import MetricGoal, check_goal, read_goal
-from launcher.recipe.schedules import SCHEDULES, Schedule, ScheduleValue
+from launcher.recipe.schedules import SCHEDULES, Schedule, ScheduleValue, hint_for_function
 from launcher.recipe.validation import NonNegativeFloat, NonNegativeInt, brief, show
 
 TORCH_SCHEDULERS = (
@@ -192,6 +192,7 @@ def check_schedule(schedule: object, metrics: Mapping[str, Any]) -> None:
         )
     raise RecipeError(
         f"Recipe(schedule=...): expected a schedule such as one_cycle(), found {show(schedule)}."
+        f"{hint_for_function(schedule)}"
     )
 
 

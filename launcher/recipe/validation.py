@@ -7,13 +7,14 @@
 from __future__ import annotations
 
 import enum
+import inspect
 import types
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from msgspec import Meta
 
-from launcher.printable import printable_line, shortened
+from launcher.printable import kind_of, printable_line, shortened
 from launcher.recipe.typed_values import MAPPINGS, Form, UnfitError, read
 
 PositiveInt = Annotated[int, Meta(ge=1)]
@@ -110,7 +111,11 @@ def show(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, (int, float)):
         return brief(value)
-    return f"{type(value).__name__} {brief(value)}"
+    if inspect.isclass(value):
+        return f"the class {brief(value.__name__)}"
+    if inspect.isfunction(value):
+        return f"the function {brief(value.__name__)}"
+    return f"{kind_of(value)} {brief(value)}"
 
 
 def brief(value: Any) -> str:

@@ -154,6 +154,16 @@ def test_a_lazy_layer_that_forward_leaves_out_is_refused(tmp_path: Path) -> None
         train(tmp_path / "out", recipe(model=model))
 
 
+def test_a_model_that_divides_batches_itself_is_refused(tmp_path: Path) -> None:
+    """DataParallel around the model is refused before the first step."""
+
+    def model() -> nn.Module:
+        return nn.DataParallel(Embedded(sparse=False))
+
+    with pytest.raises(RecipeError, match="DataParallel"):
+        train(tmp_path / "out", recipe(model=model))
+
+
 @pytest.mark.parametrize("model", [Scaled(), Embedded(sparse=True), with_complex_numbers()])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_parameters_that_cannot_be_sharded_are_refused(model: nn.Module, strategy: str) -> None:
@@ -288,6 +298,7 @@ class SecondOrder(torch.optim.SGD):
     ("optimizer", "fragment"),
     [
         (None, "NoneType"),
+        ([torch.optim.SGD([nn.Parameter(torch.ones(2))])], "objectives"),
         (SecondOrder([nn.Parameter(torch.ones(2))]), "SecondOrder"),
         (torch.optim.LBFGS([nn.Parameter(torch.ones(2))]), "LBFGS"),
         (torch.optim.SGD([{"params": [nn.Parameter(torch.ones(2))], "lr": None}]), "lr=None"),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from launcher import Recipe, RecipeError
+from launcher import Recipe, RecipeError, one_cycle
 from launcher.recipes.digits import digits
 
 
@@ -54,6 +54,22 @@ def test_a_function_that_cannot_be_called_is_refused(change: dict[str, Any]) -> 
     with pytest.raises(RecipeError) as caught:
         replace(digits(), **change)
     assert str(caught.value).startswith(f"Recipe({name}=")
+
+
+@pytest.mark.parametrize(
+    ("value", "fragment"),
+    [
+        (one_cycle, "one_cycle()"),
+        (scaled_forward, "launcher.schedule"),
+        ([1, 2], "a list"),
+    ],
+)
+def test_what_is_no_schedule_is_refused(value: Any, fragment: str) -> None:
+    """A maker that is not called and a plain function are refused with what to write."""
+    with pytest.raises(RecipeError) as caught:
+        replace(digits(), schedule=value)
+    assert fragment in str(caught.value).partition("found")[2]
+    assert "0x" not in str(caught.value)
 
 
 class Model(torch.nn.Module):

@@ -12,6 +12,7 @@ from torch.optim import SGD, Adagrad, Optimizer, SparseAdam
 from launcher.engine.state.update_rules import updates_elements_alone, updates_shards
 from launcher.errors import RecipeError
 from launcher.planning.strategy import STRATEGIES
+from launcher.printable import kind_of
 
 _STRATEGIES = {
     "Adafactor": "ddp",
@@ -38,8 +39,15 @@ def check_optimizer_kind(optimizer: Any) -> None:
     """
     kind = type(optimizer).__name__
     if not isinstance(optimizer, Optimizer):
+        several = (
+            " Several optimizers belong to several objectives: Recipe(objectives=...) in place of "
+            "loss and optimizer, each with its parameters."
+            if isinstance(optimizer, (list, tuple, dict))
+            else ""
+        )
         raise RecipeError(
-            f"The recipe's optimizer function returned {kind}; expected a torch.optim.Optimizer."
+            f"The recipe's optimizer function returned {kind_of(optimizer)}; expected a "
+            f"torch.optim.Optimizer.{several}"
         )
     if needs_closure(optimizer):
         raise RecipeError(

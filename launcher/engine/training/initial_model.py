@@ -34,6 +34,7 @@ from launcher.engine.state.meta_tensors import move_to_meta
 from launcher.errors import RecipeError
 from launcher.planning.plan import Plan
 from launcher.planning.strategy import STRATEGIES
+from launcher.printable import kind_of
 from launcher.recipe.function_checks import note_call
 from launcher.recipe.recipe import Recipe
 
@@ -153,8 +154,12 @@ def _call_model_function(recipe: Recipe) -> nn.Module:
         raise
     if not isinstance(model, nn.Module):
         raise RecipeError(
-            f"The recipe's model function returned {type(model).__name__}; expected a "
-            "torch.nn.Module."
+            f"The recipe's model function returned {kind_of(model)}; expected a torch.nn.Module."
+        )
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise RecipeError(
+            f"The recipe's model function returned {kind_of(model)}, which divides batches among "
+            "GPUs or ranks. launcher does that itself: return the model without this wrapper."
         )
     return model
 
