@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 def complete_recipes(
     _ctx: click.Context, _param: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
-    """Complete names of recipes; complete files if no recipe has such a name."""
+    """Complete names of recipes, and Python files of the working folder.
+
+    If there is none, the shell completes files.
+    """
+    from pathlib import Path
+
     from click.shell_completion import CompletionItem
 
     from launcher.recipe.resolve import known_recipes
@@ -24,6 +29,8 @@ def complete_recipes(
         for name, sentence in known_recipes().items()
         if name.startswith(incomplete)
     ]
+    files = sorted(path.name for path in Path().glob("*.py") if path.name.startswith(incomplete))
+    matches += [CompletionItem(name) for name in files]
     return matches or [CompletionItem(incomplete, type="file")]
 
 

@@ -368,7 +368,7 @@ def _failure(
             pid=first.pid,
             time=first.timestamp,
             error="Death",
-            message=text.partition("\n")[0].removeprefix("launcher: "),
+            message=text.partition("\n")[0].removeprefix("launcher: the run failed: "),
             exit_code=EXIT_FAILED,
             out_of_memory=bool(killed_for_memory),
         )

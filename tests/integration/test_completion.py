@@ -21,6 +21,7 @@ printf '%s\\n' "${COMPREPLY[@]}"
         (["completion", ""], ["bash", "zsh", "fish"]),
         (["run", "dig"], ["digits"]),
         (["run", "mine.py", "strat"], ["strategy="]),
+        (["run", "dist"], ["distill", "distances.py"]),
         (["run", "gpt", "lay"], ["layers="]),
         (["settings", "lr_r"], ["lr_rule"]),
         (["run", "digits", "strategy", "="], ["ddp", "fsdp", "zero1", "zero2", "zero3"]),
@@ -37,6 +38,7 @@ def test_bash_completes(run: Commands, words: list[str], offered: list[str]) -> 
     """Bash completes commands, options, recipes, settings with their values, and run folders."""
     (run.folder / "runs/one").mkdir(parents=True)
     (run.folder / "runs/one/run.yaml").touch()
+    (run.folder / "distances.py").touch()
     done = run("bash", "-c", SCRIPT, "bash", "launcher", *words)
     assert done.exit_code == 0, done.stderr
     assert done.stdout.split("\n")[:-1] == offered
