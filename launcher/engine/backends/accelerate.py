@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from launcher.engine.backends.base import Backend
+from launcher.engine.backends.called_alone import refuses_collectives
 from launcher.engine.backends.compute_timer import compute_timer
 from launcher.engine.backends.default_group import (
     group_timeout,
@@ -152,10 +153,14 @@ class GroupBackend(Backend):
         return gathered
 
     def local_rank_zero_first(self, what: str, action: Callable[[], T]) -> T:
-        return self._turns.first(what, action)
+        return self._turns.first(what, self._guarded(action))
 
     def in_turns(self, what: str, action: Callable[[], T]) -> T:
-        return self._turns.one_by_one(what, action)
+        return self._turns.one_by_one(what, self._guarded(action))
+
+    def _guarded(self, action: Callable[[], T]) -> Callable[[], T]:
+        """Return an action that refuses calls among ranks, if other ranks of the node wait."""
+        return refuses_collectives(action) if self._world.local_world_size > 1 else action
 
     def wait_for_all(self, what: str) -> None:
         self._turns.wait_for_all(what)
