@@ -499,7 +499,8 @@ class Recipe:
         Raises:
             RecipeError: There is no loss, or it is not clear with which forward it is evaluated.
         """
-        if self.loss is not no_loss:
+        given: object = self.loss
+        if given is not no_loss and not (given is None and self.objectives):
             return
         if not self.objectives:
             raise RecipeError(

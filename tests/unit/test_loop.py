@@ -278,7 +278,7 @@ def test_frozen_parameters_stay(tmp_path: Path) -> None:
         ({"optimizer": lambda _, lr: torch.optim.SGD([nn.Parameter(TARGETS)], lr)}, RecipeError,
          "updates 1 of 1 tensors that are not parameters"),
         ({"data": list}, RecipeError, "data function returned list"),
-        ({"model": dict}, RecipeError, "model function returned dict"),
+        ({"model": dict}, RecipeError, "model function returned a dict"),
         ({"optimizer": lambda *_: None}, RecipeError, "optimizer function .*NoneType"),
         ({"train_samples": 41}, RecipeError, "41 training samples, .* has 40"),
         ({"model": nn.Identity}, RecipeError, "no parameter that requires a gradient"),

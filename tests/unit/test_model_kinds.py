@@ -22,9 +22,11 @@ from launcher.engine.backends.local import LocalBackend
 from launcher.engine.backends.nested_tensors import describe_nested, map_tensors, tensors_in
 from launcher.engine.ranks.output import Output
 from launcher.engine.run import train_rank
+from launcher.engine.state.hyperparameters import left_out_text
 from launcher.engine.state.optimizer_kinds import check_optimizer_kind, check_strategy_of
 from launcher.engine.state.parameter_kinds import check_parameters
 from launcher.planning.strategy import STRATEGIES
+from launcher.printable import notes_of
 from launcher.recipe.recipe import StrategyName
 from launcher.runs.rundir import RunDir
 
@@ -309,6 +311,29 @@ def test_an_optimizer_that_the_loop_cannot_use_is_refused(optimizer: Any, fragme
     with pytest.raises(RecipeError) as caught:
         check_optimizer_kind(optimizer)
     assert fragment in str(caught.value)
+
+
+def test_parameters_that_an_optimizer_leaves_out_are_named() -> None:
+    """Trained parameters that no optimizer updates are counted and named; frozen ones are not."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 1))
+    model[2].requires_grad_(False)
+    assert left_out_text(torch.optim.SGD(model.parameters()), model) == ""
+    text = left_out_text(torch.optim.SGD(model[0].parameters()), model)
+    assert "2 of 4 parameters" in text
+    assert "1.weight" in text
+
+
+def test_a_loss_that_calls_backward_is_told_so(tmp_path: Path) -> None:
+    """Torch's error about a graph that is gone is explained by who calls backward."""
+
+    def impatient(outputs: Tensor, batch: Any) -> tuple[Tensor, int]:
+        total, count = loss(outputs, batch)
+        total.backward()  # type: ignore[no-untyped-call]
+        return total, count
+
+    with pytest.raises(RuntimeError) as caught:
+        train(tmp_path / "out", recipe(model=lambda: Embedded(sparse=False), loss=impatient))
+    assert "backward()" in notes_of(caught.value)[0]
 
 
 class Pair(NamedTuple):

@@ -56,6 +56,12 @@ NAMES = ("actor.0.weight", "actor.0.bias", "critic.body.weight", "gain")
 TRAINED = {name: name for name in NAMES}
 
 
+def test_objectives_stand_in_place_of_no_loss() -> None:
+    """A recipe that is derived with loss=None and objectives has the loss of the first one."""
+    without: Any = None
+    assert replace(several(), loss=without).loss is several().objectives[0].loss
+
+
 def changed(**changes: Any) -> Objective:
     """Return the critic with some fields changed."""
     return replace(CRITIC, **changes)

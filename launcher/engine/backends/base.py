@@ -61,9 +61,16 @@ from launcher.planning.configs import AUTOCAST
 from launcher.planning.plan import Plan
 from launcher.planning.strategy import STRATEGIES
 from launcher.planning.virtual_ranks import Part
+from launcher.printable import add_note
 from launcher.recipe.recipe import Recipe
 
 T = TypeVar("T")
+
+_SECOND_BACKWARD = (
+    "The training loop calls backward() on the loss that the recipe returns. Leave backward() out "
+    "of the recipe's loss, forward and callbacks."
+)
+"""What is added to torch's error about a graph that is gone."""
 
 
 class WeightKind(NamedTuple):
@@ -512,7 +519,12 @@ class Backend(ABC):
         if self.compute_timer is not None:
             self.compute_timer.end_with(loss)
         # Starting the chain rule at the weight saves a multiplication in forward and in backward.
-        loss.backward(poison_nonfinite(loss, weight))
+        try:
+            loss.backward(poison_nonfinite(loss, weight))
+        except RuntimeError as error:
+            if "a second time" in str(error):
+                add_note(error, _SECOND_BACKWARD)
+            raise
         if self.call_order is not None:
             self.call_order.end_pass()
 

@@ -74,6 +74,24 @@ def _check_parameters(optimizer: Optimizer, model: nn.Module) -> None:
         )
 
 
+def left_out_text(optimizer: Optimizer, model: nn.Module) -> str:
+    """Return a warning about trained parameters of a model that an optimizer does not update.
+
+    Empty if it updates all of them.
+    """
+    updated = {id(each) for group in optimizer.param_groups for each in group["params"]}
+    trained = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
+    names = [name for name, each in trained if id(each) not in updated]
+    if not names:
+        return ""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return (
+        f"the recipe's optimizer leaves out {len(names)} of {len(trained)} parameters, which stay "
+        f"as they are: {names[0]}{more}. Give it model.parameters(), or set requires_grad_(False) "
+        "on those that are not to be trained."
+    )
+
+
 class WrittenHyperparameters(NamedTuple):
     """The scheduled values with which an optimizer takes a step."""
 

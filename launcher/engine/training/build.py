@@ -36,7 +36,7 @@ from launcher.engine.model.sync_batch_norm import synchronize
 from launcher.engine.optimizers.joint import evaluates_others, optimizers_in
 from launcher.engine.saving.final_weights import check_savable
 from launcher.engine.state.compiled import is_compiled, limit_compile_workers
-from launcher.engine.state.hyperparameters import make_optimizer
+from launcher.engine.state.hyperparameters import left_out_text, make_optimizer
 from launcher.engine.state.initial_values import InitialValues, value_checksum
 from launcher.engine.state.parameter_kinds import check_parameters, keep_in_bfloat16
 from launcher.engine.state.virtual_buffers import VirtualBuffers
@@ -289,7 +289,10 @@ def _place(
     def make_seeded_optimizer(module: nn.Module) -> Optimizer:
         # The generators depend on whether the weights were drawn or read.
         seed_all(recipe.seed)
-        return make_optimizer(recipe, module, plan.lr)
+        optimizer = make_optimizer(recipe, module, plan.lr)
+        if backend.rank == 0 and (text := left_out_text(optimizer, module)):
+            print(f"launcher: {text}", flush=True)
+        return optimizer
 
     return *backend.prepare(model, blocks, make_seeded_optimizer, initial), ()
 
