@@ -311,8 +311,9 @@ def _stages(
         elif recipe.batch_size_per_gpu is not None:
             smaller = "a smaller batch_size_per_gpu, or fewer ranks"
         raise PlanError(
-            f"A batch of {counted(largest, 'sample')} was asked for, and the data has "
-            f"{counted(samples, 'training sample')}. Use {smaller}."
+            f"A batch of {counted(largest, 'sample')} was asked for, and there "
+            f"{'is' if samples == 1 else 'are'} {counted(samples, 'training sample')}. Use "
+            f"{smaller}."
         )
     if recipe.steps is None and samples is None:
         raise PlanError(

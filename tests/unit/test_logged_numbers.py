@@ -116,7 +116,7 @@ def test_a_name_has_a_value_where_it_is_logged(tmp_path: Path) -> None:
         (("two\nlines", 1, 1), "on one line"),
         (("", 1, 1), "on one line"),
         ((3, 1, 1), "found 3"),
-        ((["x"], 1, 1), "found list"),
+        ((["x"], 1, 1), "found a list"),
         (("x", torch.zeros(2), 1), r"float32 \(2,\)"),
         (("x", 1, None), "found NoneType"),
         (("x", "1", 1), "found str"),
