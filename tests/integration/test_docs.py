@@ -124,7 +124,8 @@ class Reader:
             assert (self.run.folder / shown).is_dir()
 
     def _checked(self, *command: str) -> str:
-        done = self.run(*command, env=self.env)
+        warm = command[0] in ("bash", "python")
+        done = self.run(*command, env=self.env, warm=warm)
         assert done.exit_code == 0, f"{shlex.join(command)}\n{done.stdout}{done.stderr}"
         return done.stdout
 
