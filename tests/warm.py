@@ -39,6 +39,7 @@ _PRELOADED = (
     "launcher.engine.backends.deepspeed",
     "torch._dynamo",
     "torch.distributed.fsdp",
+    "sklearn.datasets",
 )
 SCRIPTS = ("launcher", "torchrun", "accelerate", "deepspeed")
 """Console scripts that are written in Python and can start warm."""
