@@ -38,9 +38,9 @@ _SESSIONS: dict[str, set[int]] = {}
 
 
 @functools.cache
-def _warm() -> Warm:
-    """Return the server of this process, started at the first call."""
-    return Warm(Commands(Path(), "warm").environment())
+def _warm(modules: tuple[str, ...]) -> Warm:
+    """Return the server of this process that has these modules, started at the first call."""
+    return Warm(Commands(Path(), "warm").environment(), modules)
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,9 @@ class Commands:
 
     mark: str
     """Value of the environment variable MARK, which identifies their processes."""
+
+    preloaded: tuple[str, ...] = ()
+    """Modules besides those of launcher that commands which start warm need not import."""
 
     def __call__(
         self,
@@ -109,11 +112,13 @@ class Commands:
         )
         cold = cold or early or "LAUNCHER_TESTS_COLD" in variables
         if warm and not cold:
-            variables["PATH"] = f"{_warm().bin}{os.pathsep}{variables['PATH']}"
+            variables["PATH"] = f"{_warm(self.preloaded).bin}{os.pathsep}{variables['PATH']}"
         if forkable and not cold:
             warm = warm or arguments[0] in _OTHER_LAUNCHERS
-            executable = f"{_warm().bin}/python" if warm else None
-            process = _warm().start(command, self.folder, variables, executable=executable)
+            executable = f"{_warm(self.preloaded).bin}/python" if warm else None
+            process = _warm(self.preloaded).start(
+                command, self.folder, variables, executable=executable
+            )
         else:
             process = subprocess.Popen(
                 command,

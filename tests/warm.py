@@ -39,7 +39,6 @@ _PRELOADED = (
     "launcher.engine.backends.deepspeed",
     "torch._dynamo",
     "torch.distributed.fsdp",
-    "sklearn.datasets",
 )
 SCRIPTS = ("launcher", "torchrun", "accelerate", "deepspeed")
 """Console scripts that are written in Python and can start warm."""
@@ -48,9 +47,15 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 class Warm:
-    """Handle of a server process that forks commands as children of this process."""
+    """Handle of a server process that forks commands as children of this process.
 
-    def __init__(self, env: dict[str, str]) -> None:
+    Args:
+        env: Environment of the server.
+        modules: Modules that the server imports besides those of launcher. They count as memory of
+            the commands, which some tests limit.
+    """
+
+    def __init__(self, env: dict[str, str], modules: tuple[str, ...] = ()) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
         self.bin = _make_bin(env)
         self._socket, server_socket = socket.socketpair()
@@ -60,7 +65,7 @@ class Warm:
             listener.listen(64)
             files = (server_socket.fileno(), listener.fileno())
             self._server = subprocess.Popen(
-                [sys.executable, __file__, *map(str, files)],
+                [sys.executable, __file__, *map(str, files), *modules],
                 pass_fds=files,
                 stdin=subprocess.DEVNULL,
                 env=env,
@@ -145,11 +150,11 @@ def _read_exactly(stream: socket.socket, num_bytes: int) -> bytes:
     return data
 
 
-def serve(stream: socket.socket, listener: socket.socket) -> None:
+def serve(stream: socket.socket, listener: socket.socket, modules: list[str]) -> None:
     """Fork a command for each request, until the other end of the socket is closed."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed reads it when it is imported
-    for module in _PRELOADED:
+    for module in (*_PRELOADED, *modules):
         if "LAUNCHER_GPU_TESTS" in os.environ and "deepspeed" in module:
             continue  # it would look for GPUs, after which no process may be forked
         importlib.import_module(module)
@@ -285,4 +290,5 @@ def run(request: dict[str, Any], files: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    serve(*(socket.socket(fileno=int(number)) for number in sys.argv[1:]))
+    owner, clients = (socket.socket(fileno=int(number)) for number in sys.argv[1:3])
+    serve(owner, clients, sys.argv[3:])

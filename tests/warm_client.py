@@ -27,7 +27,8 @@ def main() -> None:
         server = json.load(file)
     arguments = sys.argv[1:]
     if name == "python":
-        arguments = arguments[arguments[:1] == ["-u"] :]
+        while arguments[:1] in (["-u"], ["-Xfrozen_modules=off"]):
+            del arguments[0]
         if not (arguments and (arguments[0] == "-m" or arguments[0].endswith(".py"))):
             server["early"] = None
     if early_variables(os.environ) != server["early"]:
@@ -40,7 +41,7 @@ def main() -> None:
             "folder": os.getcwd(),  # noqa: PTH109
             "env": dict(os.environ),
             "executable": None if name == "launcher" else f"{folder}/python",
-            "unbuffered": sys.argv[1:2] == ["-u"],
+            "unbuffered": "-u" in sys.argv[1:3],
             "cores": sorted(os.sched_getaffinity(0)),
         }
         message = json.dumps(request).encode()
