@@ -1,4 +1,4 @@
-"""Entry point of `python -m launcher`, and of processes that run this file by its path.
+"""Entry point of `launcher`, `python -m launcher` and processes that run this file by its path.
 
 `launcher.environment.program` explains why a path is used. Python puts the folder of a file that
 it runs first on sys.path, where modules of this package could hide modules of Python. This file
@@ -33,18 +33,31 @@ def _prepare() -> None:
         sys.path.insert(0, str(Path.cwd()))
 
 
-def _start() -> None:
+def start() -> None:
+    """Run the command line, or the part of a command that this process is started for."""
+    from launcher.interrupted_start import end_when_interrupted
+
+    end_when_interrupted()
+    _run()
+
+
+def _run() -> None:
+    from launcher.interrupted_start import raise_when_interrupted
+
     if sys.argv[1:2] == ["--ssh-remote"]:
         from launcher.launch.ssh_remote import main as run_remote
 
+        raise_when_interrupted()
         sys.exit(run_remote(*sys.argv[2:]))
     if sys.argv[1:2] == ["--ssh-remote-state"]:
         from launcher.launch.ssh_remote import state
 
+        raise_when_interrupted()
         sys.exit(state(sys.argv[2]))
     if sys.argv[1:2] == ["--mirror-process"]:
         from launcher.mirrors.mirror_process import serve_mirror
 
+        raise_when_interrupted()
         sys.exit(serve_mirror())
     from launcher.cli import main
 
@@ -59,4 +72,4 @@ if not __package__:  # run by its path, by Python or by multiprocessing
     _prepare()
 
 if __name__ == "__main__":
-    _start()
+    start()

@@ -23,6 +23,12 @@ from typing import NoReturn
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 """The signals that ask a run to stop, besides SIGINT, which a person may send repeatedly."""
 
+SECONDS_TO_BE_ENDED = 15.0
+"""How long a process that finds what the first one of its machine finds as well waits to be ended.
+
+The first one reports it, and its launcher ends the others, which may take long on a busy machine.
+"""
+
 EXIT_BY_SIGNAL = 128
 """A process that a signal ends exits with this plus the signal's number, as shells report it."""
 

@@ -20,6 +20,7 @@ from launcher.cli.warm_start import run_in_warm_process, wants_warm
 from launcher.console.colours import colour_setting
 from launcher.console.echo import NO_ROOM, complain, discard_output, echo
 from launcher.errors import EXIT_FAILED, EXIT_USAGE, EndedError, LauncherError
+from launcher.interrupted_start import STOPPED, raise_when_interrupted
 from launcher.printable import error_line, traceback_of
 from launcher.signals import EXIT_BY_SIGNAL, exit_process
 
@@ -84,6 +85,7 @@ def main(arguments: Sequence[str] | None = None, *, starts_warm: bool = True) ->
         sys.exit(_complete(instruction))
     arguments = sys.argv[1:] if arguments is None else arguments
     if starts_warm and wants_warm(arguments):
+        raise_when_interrupted()
         code = run_in_warm_process(arguments)
         if code is not None:
             exit_process(code)
@@ -111,7 +113,7 @@ def run_command(
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         with contextlib.suppress(OSError, ValueError):
-            echo("\nlauncher: stopped by Ctrl-C", err=True)
+            echo(f"\n{STOPPED}", err=True)
         return EXIT_BY_SIGNAL + signal.SIGINT
     except OSError as error:
         return _end_by_os_error(error)

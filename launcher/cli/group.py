@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from launcher.errors import UsageError, did_you_mean
+from launcher.interrupted_start import raise_when_interrupted
 
 _WORDS_FOR_RUN = ("train", "fit", "start", "launch")
 """Commands of other programs that train."""
@@ -59,4 +60,5 @@ class LazyGroup(click.Group):
             return None
         command = importlib.import_module(self._modules[cmd_name]).command
         assert isinstance(command, click.Command)
+        raise_when_interrupted()
         return command

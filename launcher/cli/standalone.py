@@ -33,13 +33,11 @@ from launcher.environment.notebook import has_own_arguments
 from launcher.errors import LostRankError, RecipeError, UsageError
 from launcher.forking import suspect_all_threads
 from launcher.recipe.recipe import Recipe
-from launcher.signals import StopRequest, handlers_restored
+from launcher.signals import SECONDS_TO_BE_ENDED, StopRequest, handlers_restored
 
 if TYPE_CHECKING:
     from launcher.planning.plan import Plan
     from launcher.recipe.resolve import Reference
-
-_SECONDS_TO_BE_ENDED = 5
 
 
 def run_standalone(function: Callable[..., Recipe]) -> None:
@@ -119,7 +117,7 @@ def _command(function: Callable[..., Recipe], *, in_notebook: bool = False) -> c
             # exits, whereupon the launcher ends the others. A rank that is not ended within some
             # seconds was the only one to find the mistake, and reports it.
             if os.environ.get("LOCAL_RANK", "0") != "0":
-                stop.wait_to_be_ended(_SECONDS_TO_BE_ENDED)
+                stop.wait_to_be_ended(SECONDS_TO_BE_ENDED)
             raise
 
     return command

@@ -9,10 +9,7 @@ from dataclasses import dataclass
 from launcher.environment.nodes import Nodes
 from launcher.errors import WorldError
 from launcher.recipe.text_values import digits
-from launcher.signals import StopRequest
-
-_SECONDS_TO_BE_ENDED = 5.0
-"""How long the other processes of a machine wait for the first one to report the error."""
+from launcher.signals import SECONDS_TO_BE_ENDED, StopRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +75,7 @@ def check_only_launcher(nodes: Nodes | None = None, env: Mapping[str, str] | Non
         if starter.mark not in env or (local_count if nodes is not None else count) == 1:
             continue
         if env.get(starter.local_rank, "0") != "0":
-            StopRequest().wait_to_be_ended(_SECONDS_TO_BE_ENDED)
+            StopRequest().wait_to_be_ended(SECONDS_TO_BE_ENDED)
         raise WorldError(
             f"{starter.name} has started this command {count} times ({starter.mark} is set in the "
             "environment), and launcher starts the ranks itself: every process would start a run "

@@ -91,14 +91,15 @@ def test_a_lost_node_ends_the_run(run: Commands, free_port: int) -> None:
     # After the first evaluation there is a checkpoint, from which the run can be resumed.
     assert processes[0].returncode == (75 if list_checkpoints(run_dir) else 1)
     # The killed node may have kept the rendezvous, which is called by its address.
-    assert re.search(f"because ({platform.node()}|localhost) |the run failed", stderr), stderr
+    assert re.search(rf"\b({platform.node()}|localhost|rank \d)\b", stderr), stderr
 
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_launcher_that_stands_still_is_lost(run: Commands, free_port: int, index: int) -> None:
     """The run ends without a stopped launcher, which ends with the same code when it continues.
 
-    Neither that of the first node, which serves the store, nor another keeps the others waiting.
+    Neither that of the first node, which has the store served, nor another keeps the others
+    waiting. Only the stopped one names the seconds for which it stood still.
     """
     nodes = Launchers(run, free_port, "--nodes", "2", "--node-timeout", "4", steps=100_000)
     nodes.start_in_order(2)
@@ -112,9 +113,9 @@ def test_a_launcher_that_stands_still_is_lost(run: Commands, free_port: int, ind
         stopped.send_signal(signal.SIGCONT)
     assert nodes.finish() == [75, 75], nodes.outputs
     for process, (_, stderr) in zip(nodes.processes, nodes.outputs, strict=True):
-        assert stderr.startswith("launcher: the run ended on this node"), stderr
         assert stderr.count("\n") == 1, stderr
-        assert ("did not answer" in stderr) == (process is stopped), stderr
+        stood_still = re.search(r" \d+ s\b", stderr) is not None
+        assert stood_still == (process is stopped), stderr
 
 
 def test_a_stop_on_one_node_stops_both(run: Commands, free_port: int) -> None:

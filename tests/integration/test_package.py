@@ -41,7 +41,7 @@ def test_the_wheel_holds_one_package(wheel: Path) -> None:
     folder = "launcher/recipes/"
     assert shipped == {name[len(folder) :] for name in names if re.match(rf"{folder}.*\.py", name)}
     entry_points = next(name for name in names if name.endswith("entry_points.txt"))
-    assert b"launcher = launcher.cli:main" in zipfile.ZipFile(wheel).read(entry_points)
+    assert b"launcher = launcher.__main__:start" in zipfile.ZipFile(wheel).read(entry_points)
 
 
 def test_the_oldest_allowed_versions_are_tested(wheel: Path) -> None:

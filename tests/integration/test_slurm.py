@@ -16,7 +16,7 @@ from local import Cluster, make_cluster
 from local_configuration import ClusterError
 from support import ROOT, Commands, fail_on_leftovers, read_lines
 
-from launcher.engine.probes.parity import compare, read_trace
+from launcher.engine.probes.parity import Trace, compare, read_trace
 from launcher.environment.slurm_step import read_hosts
 from launcher.runs.checkpoints import list_checkpoints
 from launcher.runs.heartbeat import read_heartbeat
@@ -120,12 +120,18 @@ def steps_of(run_dir: RunDir) -> int:
     return len(read_lines(run_dir.metrics)) if run_dir.metrics.exists() else 0
 
 
+_references: dict[tuple[str, ...], Trace] = {}
+"""The steps of uninterrupted runs on one process, by recipe and settings."""
+
+
 def check_same(run: Commands, run_dir: RunDir, recipe: str, *settings: str) -> None:
     """Fail unless a run took the steps of an uninterrupted run on one process."""
-    done = run("launcher", "run", recipe, *settings, "-n", "1", "--out", "alone")
-    assert done.exit_code == 0, done.stderr
-    reference = read_trace(RunDir(run.folder / "alone"))
-    difference = compare(reference, read_trace(run_dir), tolerance=1e-5)
+    key = (recipe, *settings)
+    if key not in _references:
+        done = run("launcher", "run", recipe, *settings, "-n", "1", "--out", "alone")
+        assert done.exit_code == 0, done.stderr
+        _references[key] = read_trace(RunDir(run.folder / "alone"))
+    difference = compare(_references[key], read_trace(run_dir), tolerance=1e-5)
     assert difference.agrees, difference
 
 

@@ -22,6 +22,7 @@ ROOMS = [
         "launcher.printable",
         "launcher.paths",
         "launcher.errors",
+        "launcher.interrupted_start",
         "launcher.signals",
         "launcher.quantities",
         "launcher.svg",

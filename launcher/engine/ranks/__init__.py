@@ -2,6 +2,7 @@
 
 agent             PyTorch's elastic agent, which forks or spawns the ranks of this node
 rendezvous        the launchers of several nodes: they meet, agree, and notice each other's end
+meeting           the launchers of a run that restarts; held_meeting, round_host: its host's part
 launcher_store    the store at which launchers meet, and its calls, which end
 store_process     the process that serves it
 external_store    the store at which ranks meet that torchrun or srun started

@@ -1,8 +1,8 @@
-"""The meeting of the launchers of a run that restarts: its connections, and who holds it.
+"""The meeting of the launchers of a run that restarts, as one of them takes part in it.
 
 The launcher of the first node holds the meeting and is its host; the others are connected to it as
 guests. If the host is lost, the first of its successors becomes the host, and the others connect to
-that one. `launcher.engine.ranks.round_host` has the decisions of the host.
+that one. `launcher.engine.ranks.held_meeting` has the connections of the host.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import platform
 import selectors
-import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from launcher.engine.ranks.lifelines import Lifeline, accept, connect, listen
+from launcher.engine.ranks.held_meeting import HeldMeeting
+from launcher.engine.ranks.lifelines import Lifeline, connect, listen
 from launcher.engine.ranks.rendezvous import SAME_COMMAND, can_resolve, is_this_machine
 from launcher.engine.ranks.round_host import RoundHost, Terms, end_without
 from launcher.engine.ranks.round_messages import (
@@ -47,10 +47,6 @@ the others, before it counts the host as lost: its process may be stopped."""
 
 _SECONDS_TO_LEAVE = 6.0
 """How long the host waits for the guests to leave before it does."""
-
-_OWN, _PUBLIC = -1, -2
-"""The keys of the listeners among the sockets: that of this launcher, and the one at the rendezvous
-address after it has become the host."""
 
 
 class MeetingEndedError(Exception):
@@ -107,15 +103,10 @@ class Meeting:
             join_timeout=nodes.join_timeout,
         )
         self._selector = selectors.DefaultSelector()
-        self._links: dict[int, Lifeline] = {}
-        """The host's connections, by seats."""
-
-        self._strangers: set[Lifeline] = set()
-        """Connections that have not said who they are."""
-
-        self._public_listener: socket.socket | None = None
         self._inbox: list[Message] = []
-        self._host: RoundHost | None = None
+        self._held: HeldMeeting | None = None
+        """The meeting, if this launcher is its host."""
+
         self._to_host: Lifeline | None = None
         self._seat = nodes.index
         self._start: Start | None = None
@@ -155,7 +146,11 @@ class Meeting:
     @property
     def is_host(self) -> bool:
         """Whether this launcher holds the meeting, or did when it left it."""
-        return self._was_host if self._is_closed else self._host is not None
+        return self._was_host if self._is_closed else self._held is not None
+
+    @property
+    def _host(self) -> RoundHost | None:
+        return None if self._held is None else self._held.host
 
     @property
     def _is_spare(self) -> bool:
@@ -270,10 +265,10 @@ class Meeting:
 
     def leave(self) -> None:
         """Close the connections; the host first waits until the guests have theirs closed."""
-        if self._host is not None and self._host.ended is not None and not self._is_closed:
+        if self._held is not None and self._held.host.ended is not None and not self._is_closed:
             deadline = time.monotonic() + _SECONDS_TO_LEAVE
             self._poll(0)
-            while self._links and time.monotonic() < deadline:
+            while self._held.has_guests and time.monotonic() < deadline:
                 self._poll(_POLL_SECONDS / 2)
         self.close()
 
@@ -281,16 +276,11 @@ class Meeting:
         """Close all connections at once."""
         if self._is_closed:
             return
-        self._is_closed, self._was_host = True, self._host is not None
-        for link in (*self._links.values(), *self._strangers, self._to_host):
-            if link is not None:
-                link.close()
-        self._listener.close()
-        if self._public_listener is not None:
-            self._public_listener.close()
-        self._selector.close()
-        self._links, self._to_host, self._host = {}, None, None
-        self._strangers.clear()
+        self._is_closed, self._was_host = True, self._held is not None
+        for each in (self._held, self._to_host, self._listener, self._selector):
+            if each is not None:
+                each.close()
+        self._to_host = self._held = None
 
     def _join(self) -> None:
         """Hold the meeting, or connect to the launcher that does.
@@ -324,9 +314,9 @@ class Meeting:
         self._wait_until(connected, f"{nodes.host}:{nodes.port}")
         self._greet()
 
-    def _hold(self, seat: int, terms: Terms) -> RoundHost:
+    def _hold(self, seat: int, terms: Terms) -> HeldMeeting:
         self._seat, self.has_held = seat, True
-        self._host = RoundHost(
+        host = RoundHost(
             own=seat,
             terms=terms,
             agreement=self._agreement,
@@ -334,9 +324,10 @@ class Meeting:
             newest=self._newest_step,
             folder=self.folder,
         )
-        self._host.join(seat, self._hello(), self.host_address, time.monotonic())
-        self._selector.register(self._listener, selectors.EVENT_READ, _OWN)
-        return self._host
+        host.join(seat, self._hello(), self.host_address, time.monotonic())
+        self._held = HeldMeeting(host, seat, self._selector, self.nodes.node_timeout)
+        self._held.listen(self._listener)
+        return self._held
 
     def _newest_step(self) -> int | None:
         return None if self.folder is None else self._newest(self.folder)
@@ -424,12 +415,12 @@ class Meeting:
 
     def _hand_over(self) -> None:
         """Leave the meeting to a successor if this launcher holds it and is to be left out."""
-        if self._host is None or not self._host.hands_over:
+        if self._held is None or not self._held.host.hands_over:
             return
         self._poll(0)
         self._end = end_without(self.name)
         deadline = time.monotonic() + _SECONDS_TO_LEAVE
-        while not all(link.flush() for link in self._links.values()):
+        while not self._held.flush():
             if time.monotonic() > deadline:
                 break
             self._poll(_POLL_SECONDS / 2)
@@ -448,11 +439,10 @@ class Meeting:
         self.host_address = own.host
         grace = 2 * self.nodes.node_timeout
         terms = replace(self._terms, launchers=roster.launchers - 1, join_timeout=grace)
-        host = self._hold(own.seat, terms)
-        host.take_over(roster, lost)
+        held = self._hold(own.seat, terms)
+        held.host.take_over(roster, lost)
         with contextlib.suppress(OSError):  # where another launcher may look for the meeting
-            self._public_listener = listen(self.nodes.port)
-            self._selector.register(self._public_listener, selectors.EVENT_READ, _PUBLIC)
+            held.listen(listen(self.nodes.port))
 
     def _loss_of_host(self) -> Loss:
         return Loss(node=self.host_name, cause="node", time=time.time())
@@ -506,29 +496,20 @@ class Meeting:
 
     def _poll(self, timeout: float) -> None:
         """Handle all that has arrived; wait for it up to `timeout` seconds."""
-        if self._host is not None:
-            self._advance(self._host)
+        if self._held is not None:
+            self._advance(self._held)
         for key, _ in self._selector.select(0 if self._inbox else timeout):
-            if key.data == _OWN:
-                self._accept(self._listener)
-            elif key.data == _PUBLIC and self._public_listener is not None:
-                self._accept(self._public_listener)
-            elif key.data is self._to_host and self._to_host is not None:
+            if key.data is self._to_host and self._to_host is not None:
                 self._read_host(self._to_host)
-            elif self._host is not None:
-                self._read_guest(self._host, key.data)
-        if self._host is not None:
-            self._advance(self._host)
+            elif self._held is not None:
+                self._held.handle(key.data)
+        if self._held is not None:
+            self._advance(self._held)
         elif self._to_host is not None:
             self._to_host.flush()
         inbox, self._inbox = self._inbox, []
         for message in inbox:
             self._take(message)
-
-    def _accept(self, listener: socket.socket) -> None:
-        for link in accept(listener, self.nodes.node_timeout):
-            self._strangers.add(link)
-            self._selector.register(link, selectors.EVENT_READ, link)
 
     def _read_host(self, link: Lifeline) -> None:
         self._inbox += link.receive()
@@ -539,56 +520,10 @@ class Meeting:
             if self._over is None and self._end is None and not self._is_done:
                 self._over = self._loss_of_host()
 
-    def _read_guest(self, host: RoundHost, link: Lifeline) -> None:
-        if not link.is_open:  # another launcher has taken its seat
-            return
-        for message in link.receive():
-            if link.seat is not None:
-                host.receive(link.seat, message)
-            elif isinstance(message, Hello):
-                self._seat_guest(host, link, message)
-            else:
-                link.is_open = False
-        if not link.is_open:
-            self._drop(host, link)
-
-    def _seat_guest(self, host: RoundHost, link: Lifeline, hello: Hello) -> None:
-        self._strangers.discard(link)
-        before = len(host.outbox)
-        link.seat = host.join(hello.seat, hello, link.peer, time.monotonic())
-        if link.seat is None:
-            for _, message in host.outbox[before:]:
-                link.send(message)
-            del host.outbox[before:]
-            link.is_open = False
-            return
-        earlier = self._links.get(link.seat)
-        self._links[link.seat] = link
-        if earlier is not None:
-            self._selector.unregister(earlier)
-            earlier.close()
-
-    def _drop(self, host: RoundHost, link: Lifeline) -> None:
-        self._selector.unregister(link)
-        link.close()
-        self._strangers.discard(link)
-        if link.seat is not None:
-            del self._links[link.seat]
-            host.lose(link.seat)
-
-    def _advance(self, host: RoundHost) -> None:
-        host.advance(time.monotonic())
-        outbox, host.outbox = host.outbox, []
-        for seat, message in outbox:
-            if seat == self._seat:
-                self._inbox.append(message)
-            elif seat in self._links:
-                self._links[seat].send(message)
-        if not outbox:
-            for link in self._links.values():
-                link.flush()
-        if host.ended is not None and self._end is None:
-            self._end = host.ended
+    def _advance(self, held: HeldMeeting) -> None:
+        self._inbox += held.advance()
+        if held.host.ended is not None and self._end is None:
+            self._end = held.host.ended
 
     def _take(self, message: Message) -> None:
         match message:
