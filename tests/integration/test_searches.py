@@ -349,7 +349,8 @@ def test_a_longer_queue_hides_stalls(run: Commands) -> None:
 def test_workers_do_not_oversubscribe_cores(run: Commands) -> None:
     """A data set whose reading is CPU-bound gets at most as many workers as there are cores."""
     done = run(
-        *(*LOADER, "how=works", "milliseconds=1", "batch_size=16", "-n", "2", "--out", "out"),
+        *(*LOADER[:-1], "0.1", "how=works", "milliseconds=1", "batch_size=16", "-n", "2"),
+        *("--out", "out"),
     )
     assert done.exit_code == 0, done.stderr
     cores = len(os.sched_getaffinity(0))
