@@ -19,7 +19,7 @@ from contest import HERE, Names
 
 SHORT = {
     "commands": "--turns 1",
-    "launch": "--ranks 2 --turns 1 --only torchrun,launcher,warm",
+    "launch": "--ranks 1 --turns 1 --only torchrun,launcher,warm",
     "warm_starts": "--starts 8 --kills 4",
     "opens": "--ranks 1,2",
     "ranks": "--ranks 2 --turns 1 --steps 24 --width 256",
@@ -37,7 +37,7 @@ SHORT = {
     "recovery": "--turns 1 --losses rank --contestants launcher",
     "checkpoint_cost": "--sizes 30 --saves 2 --every 4",
     "data": "--samples 1000 --turns 1 --formats tokens,lmdb,sqlite,images",
-    "data_matrix": "--rows mixed_windows,packed,stream --worlds 1,3",
+    "data_matrix": "--rows mixed_windows,packed,stream --worlds 1,3 --workers 2",
     "packing": "--documents 2000 --trained-tokens 64 --steps 6 --turns 1",
     "loader": "--workers 0,4 --turns 1 --seconds 0.5 --stores far",
     "loader_cpu": "--turns 1 --steps 20",

@@ -116,17 +116,11 @@ def shipped_recipes() -> None:
         _plan(path.stem, *(["steps=1"] if path.stem == "images" else []))  # it has no data
 
 
-def ranks_on_gpus() -> None:
-    """Import what the ranks of every strategy need on GPUs."""
+def ranks() -> None:
+    """Import what the ranks of every strategy need on GPUs, and on CPUs of this machine."""
     from launcher.launch.launcher import import_for
 
     import_for([_plan("digits", f"strategy={strategy}") for strategy in STRATEGIES])
-
-
-def ranks_on_cpus() -> None:
-    """Import what the ranks of every strategy need on CPUs, on this machine with GPUs."""
-    from launcher.launch.launcher import import_for
-
     for strategy in STRATEGIES:
         import_for([_plan("digits", f"strategy={strategy}", "device=cpu")])
 
@@ -137,10 +131,9 @@ def choosing() -> None:
 
 
 ACTIONS = {
-    shipped_recipes: tuple(CASES),
-    # Whatever counts GPUs calls the driver in these cases.
-    ranks_on_gpus: ("MIG", "ROCm without amdsmi"),
-    ranks_on_cpus: ("MIG", "ROCm without amdsmi"),
+    # Whatever counts GPUs calls the driver in all cases but the first.
+    shipped_recipes: ("NVML works", "NVML is missing", "ROCm without amdsmi"),
+    ranks: ("MIG", "ROCm without amdsmi"),
     choosing: tuple(CASES),
 }
 """The cases in which each action is measured; imports take seconds."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from warm import Warm
+from warm import SCRIPTS, Warm
 
 from launcher.runs.rundir import RunDir
 
@@ -30,17 +30,17 @@ needs_fashion_mnist = pytest.mark.skipif(
 )
 
 
-_FORKED = ("launcher", "torchrun", "accelerate", "deepspeed")
-"""Console scripts that are written in Python and can start warm."""
+_OTHER_LAUNCHERS = ("torchrun", "accelerate", "deepspeed")
+"""Launchers whose ranks start warm if they themselves do."""
 
 _SESSIONS: dict[str, set[int]] = {}
 """Session ids of the commands that were started under each mark."""
 
 
 @functools.cache
-def _warm() -> Warm:
-    """Return the server of this process, started at the first call."""
-    return Warm(Commands(Path(), "warm").environment())
+def _warm(modules: tuple[str, ...]) -> Warm:
+    """Return the server of this process that has these modules, started at the first call."""
+    return Warm(Commands(Path(), "warm").environment(), modules)
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,19 @@ class Commands:
     mark: str
     """Value of the environment variable MARK, which identifies their processes."""
 
+    preloaded: tuple[str, ...] = ()
+    """Modules besides those of launcher that commands which start warm need not import."""
+
     def __call__(
         self,
         *arguments: str | Path,
         env: dict[str, str] | None = None,
         timeout: float = 240,
         cold: bool = False,
+        warm: bool = False,
     ) -> Finished:
         """Run a program and wait for it; fail the test if it exceeds `timeout` seconds."""
-        with self.start(*arguments, env=env, cold=cold) as process:
+        with self.start(*arguments, env=env, cold=cold, warm=warm) as process:
             try:
                 stdout, stderr = process.communicate(timeout=timeout)
             except subprocess.TimeoutExpired:
@@ -85,23 +89,36 @@ class Commands:
         return Finished(process.returncode, stdout, stderr)
 
     def start(
-        self, *arguments: str | Path, env: dict[str, str] | None = None, cold: bool = False
+        self,
+        *arguments: str | Path,
+        env: dict[str, str] | None = None,
+        cold: bool = False,
+        warm: bool = False,
     ) -> subprocess.Popen[str]:
         """Start a program in a session of its own, from the virtual environment if it is there.
 
         Launchers and files of Python start warm (see warm.py), unless `cold` is true,
         LAUNCHER_TESTS_COLD is set, or `env` has variables that are read before the first line of
-        Python runs.
+        Python runs. The ranks of other launchers then start warm as well, and if `warm` is true
+        so does each command of Python that the program starts through its `sys.executable`, or
+        that a shell finds by its name.
         """
         script = BIN / str(arguments[0])
         command = [str(script if script.exists() else arguments[0]), *map(str, arguments[1:])]
         variables = self.environment() | (env or {})
         early = any(name.startswith(("PYTHON", "OMP_", "MKL_", "TORCH")) for name in env or {})
-        forkable = arguments[0] in _FORKED or (
+        forkable = arguments[0] in SCRIPTS or (
             arguments[0] == "python" and str(arguments[1]).endswith(".py")
         )
-        if forkable and not (cold or early or "LAUNCHER_TESTS_COLD" in variables):
-            process = _warm().start(command, self.folder, variables)
+        cold = cold or early or "LAUNCHER_TESTS_COLD" in variables
+        if warm and not cold:
+            variables["PATH"] = f"{_warm(self.preloaded).bin}{os.pathsep}{variables['PATH']}"
+        if forkable and not cold:
+            warm = warm or arguments[0] in _OTHER_LAUNCHERS
+            executable = f"{_warm(self.preloaded).bin}/python" if warm else None
+            process = _warm(self.preloaded).start(
+                command, self.folder, variables, executable=executable
+            )
         else:
             process = subprocess.Popen(
                 command,

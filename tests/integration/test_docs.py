@@ -124,7 +124,8 @@ class Reader:
             assert (self.run.folder / shown).is_dir()
 
     def _checked(self, *command: str) -> str:
-        done = self.run(*command, env=self.env)
+        warm = command[0] in ("bash", "python")
+        done = self.run(*command, env=self.env, warm=warm)
         assert done.exit_code == 0, f"{shlex.join(command)}\n{done.stdout}{done.stderr}"
         return done.stdout
 
@@ -150,7 +151,7 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Path, Rea
         for name in PROJECT:
             source, target = ROOT / name, folder / name
             (shutil.copytree if source.is_dir() else shutil.copy2)(source, target)
-        run = Commands(folder, f"{os.getpid()}-{folder}")
+        run = Commands(folder, f"{os.getpid()}-{folder}", preloaded=("sklearn.datasets",))
         made[page] = Reader(run, {"XDG_CACHE_HOME": str(folder / "cache")})
     yield made
     for reader in made.values():

@@ -106,7 +106,7 @@ def test_tabular_knows_how_long_flights_take(run: Commands) -> None:
 
 def test_gpt_learns_to_write(run: Commands) -> None:
     """A short training of gpt beats the entropy of single bytes, and sampling continues a text."""
-    small = ("layers=2", "width=64", "heads=2", "steps=150", "batch_size=16", "lr_batch_size=16")
+    small = ("layers=1", "width=64", "heads=2", "steps=100", "batch_size=16", "lr_batch_size=16")
     metrics = train(run, "gpt", *small, f"data={ROOT}/launcher")
     assert metrics["bits_per_byte"] < 4.2
     text = sample(build_gpt(1, 16, 2), "def ", 20)
@@ -214,10 +214,10 @@ def test_sources_of_text_give_the_same_steps(run: Commands, recipe: str) -> None
 @needs_fashion_mnist
 def test_pretraining_helps(run: Commands) -> None:
     """Fine-tuning beats training from scratch, and missing weights are refused with exit code 2."""
-    train(run, "finetune:pretrain", "steps=400")
+    train(run, "finetune:pretrain", "steps=200")
     weights = f"pretrained={run.folder}/finetune-pretrain/model.safetensors"
-    accuracy = train(run, "finetune", weights, "epochs=10", ranks=1)["accuracy"]
-    assert accuracy > train(run, "finetune:from_scratch", "epochs=10", ranks=1)["accuracy"]
+    accuracy = train(run, "finetune", weights, "epochs=5", ranks=1)["accuracy"]
+    assert accuracy > train(run, "finetune:from_scratch", "epochs=5", ranks=1)["accuracy"]
     before, after = (read_weights(run.folder / name) for name in ("finetune-pretrain", "finetune"))
     assert not torch.equal(before["0.weight"], after["0.weight"])
     done = run("launcher", "run", "finetune", "pretrained=nowhere", "device=cpu", "-n", "1")

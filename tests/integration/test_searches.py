@@ -258,7 +258,7 @@ HEAVY = ROOT / "tests/recipes/heavy.py"
 def test_the_largest_micro_batch_that_fits_is_found(run: Commands) -> None:
     """Sizes fit up to the memory limit, and a second search reads the result from the cache."""
     env = {"XDG_CACHE_HOME": str(run.folder / "cache")}
-    command = (*BATCH, HEAVY, "-n", "2", "--memory", "700MiB", "--json")
+    command = (*BATCH, HEAVY, "-n", "2", "--memory", "600MiB", "--json")
     done = run(*command, "--out", "out", env=env)
     assert done.exit_code == 0, done.stderr
     result = json.loads(done.stdout)
@@ -308,7 +308,7 @@ LOADER = ("launcher", "find", "loader", ROOT / "tests/recipes/slow.py", "--secon
 
 def test_workers_hide_latency(run: Commands) -> None:
     """Storage with a high latency gets more workers than there are cores."""
-    recipe = ("how=waits", "milliseconds=5", "step_milliseconds=12")
+    recipe = ("how=waits", "milliseconds=5", "step_milliseconds=16")
     done = run(*LOADER, *recipe, "-n", "1", "--json", "--out", "out")
     assert done.exit_code == 0, done.stderr
     result = json.loads(done.stdout)
@@ -329,12 +329,12 @@ def test_workers_hide_latency(run: Commands) -> None:
 
 def test_a_longer_queue_hides_stalls(run: Commands) -> None:
     """If some samples take very long to read, a larger prefetch_factor is measured."""
-    recipe = ("how=stalls", "milliseconds=300", "step_milliseconds=12")
-    done = run(*LOADER[:-1], "0.5", *recipe, "-n", "1", "--json", "--out", "out")
+    recipe = ("how=stalls", "milliseconds=500", "step_milliseconds=25")
+    done = run(*LOADER[:-1], "0.4", *recipe, "-n", "1", "--json", "--out", "out")
     assert done.exit_code == 0, done.stderr
     result = json.loads(done.stdout)
     slowest = result["slowest_batch_seconds"]
-    assert slowest > 0.3
+    assert slowest > 0.5
     workers = result["settings"]["num_workers"]
     readings = [reading for reading in result["readings"] if reading["workers"] == workers > 0]
     needed = prefetch_factor_to_hide(slowest, workers, readings[0]["step_seconds"])
@@ -349,7 +349,8 @@ def test_a_longer_queue_hides_stalls(run: Commands) -> None:
 def test_workers_do_not_oversubscribe_cores(run: Commands) -> None:
     """A data set whose reading is CPU-bound gets at most as many workers as there are cores."""
     done = run(
-        *(*LOADER, "how=works", "milliseconds=1", "batch_size=16", "-n", "2", "--out", "out"),
+        *(*LOADER[:-1], "0.1", "how=works", "milliseconds=1", "batch_size=16", "-n", "2"),
+        *("--out", "out"),
     )
     assert done.exit_code == 0, done.stderr
     cores = len(os.sched_getaffinity(0))
