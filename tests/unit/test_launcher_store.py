@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from meeting_launchers import listens
+from support import wait_until
 
 from launcher.engine.ranks.launcher_store import (
     LauncherStore,
@@ -44,9 +45,9 @@ def test_a_store_that_does_not_answer_is_lost() -> None:
 
 def test_a_store_is_served_by_a_process_of_its_own() -> None:
     """A process that opens a store has no thread of torch, whose locks a fork would copy."""
-    threads = {path.name for path in Path("/proc/self/task").iterdir()}
+    threads = _threads()
     store = open_store(0, seconds=20, timeout=20)
-    assert {path.name for path in Path("/proc/self/task").iterdir()} <= threads
+    wait_until(lambda: _threads() <= threads)  # that of a call may still be ending
     (server,) = _servers()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         os.kill(server.pid, number)  # as they reach all processes of a job
@@ -95,6 +96,10 @@ def test_a_port_that_is_taken_is_refused() -> None:
     ):
         StoreProcess(other.getsockname()[1])
     assert set(psutil.Process().children()) == children
+
+
+def _threads() -> set[str]:
+    return {path.name for path in Path("/proc/self/task").iterdir()}
 
 
 def _servers() -> list[psutil.Process]:
