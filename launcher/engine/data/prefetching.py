@@ -9,10 +9,13 @@ import multiprocessing
 import os
 import resource
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator
+from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
+from torch._C import _remove_worker_pids
 from torch.utils.data import DataLoader
 
 from launcher.engine.backends.nested_tensors import map_tensors
@@ -118,6 +121,10 @@ def _pin_object(value: Any) -> Any:
     return value.pin_memory() if can_be_pinned and not getattr(value, "is_cuda", False) else value
 
 
+_BEFORE_QUEUES_CLOSE = 20
+"""Priority of what runs before `multiprocessing` closes the queues of workers, which has 10."""
+
+
 def prefetch(
     reader: Reader,
     requests: Iterable[MicroBatchRequest],
@@ -164,7 +171,27 @@ def prefetch(
         # A worker would react to signals until `start_worker` makes it ignore them.
         with signals_held(), _open_files_explained():
             results: Iterator[_Sent | LauncherError] = iter(loader)
+    Finalize(None, end_workers, args=(weakref.ref(results),), exitpriority=_BEFORE_QUEUES_CLOSE)
     return _receive(results)
+
+
+def end_workers(reference: weakref.ref[Any]) -> None:
+    """End the workers of a DataLoader if something refers to its iterator when this process exits.
+
+    `multiprocessing` would send them SIGTERM, which they ignore, and wait for them forever.
+
+    Args:
+        reference: Refers to the iterator.
+    """
+    iterator = reference()
+    if iterator is None:
+        return
+    iterator._shutdown_workers()  # noqa: SLF001  # as its `__del__` does
+    with contextlib.suppress(ValueError):  # that has done it
+        _remove_worker_pids(id(iterator))  # torch would report how they end
+    for worker in iterator._workers:  # noqa: SLF001
+        if worker.is_alive():  # torch does nothing where Python itself is shutting down
+            worker.kill()
 
 
 @contextlib.contextmanager
