@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 import os
 import resource
 import threading
@@ -10,11 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import small_runs
 import torch
 
-from launcher import SampleError
+from launcher import Data, SampleError
 from launcher.engine.data.loader_workers import check_sendable, raise_open_files, start_worker
 from launcher.engine.data.open_files import open_files
+from launcher.engine.data.prefetching import prefetch
+from launcher.engine.data.reader import Reader
+from launcher.engine.data.sampler import MicroBatchRequest
 
 
 def numbers() -> Any:
@@ -73,3 +79,24 @@ def test_a_rank_may_have_as_many_files_open_as_its_hard_limit_allows(soft: int) 
         raise_open_files()
         os._exit(int(resource.getrlimit(resource.RLIMIT_NOFILE) != (most, hard)))
     assert os.waitpid(child, 0)[1] == 0
+
+
+def read_and_exit() -> None:
+    """Read a micro-batch with a worker, and leave the loader to the garbage collector."""
+    gc.disable()
+    requests = [MicroBatchRequest("train", 0, [index], has_weight=True) for index in range(100)]
+    reader = Reader(small_runs.recipe(), Data(train=[torch.ones(1)] * len(requests)))
+    cycle: list[Any] = [prefetch(reader, requests, workers=1, method="fork")]
+    next(cycle[0])
+    cycle.append(cycle)
+
+
+def test_a_process_ends_that_still_has_a_loader() -> None:
+    """A process that exits ends the workers of a loader that is in a reference cycle."""
+    process = multiprocessing.get_context("fork").Process(target=read_and_exit)
+    process.start()
+    process.join(60)
+    exit_code = process.exitcode
+    process.kill()
+    process.join()
+    assert exit_code == 0
