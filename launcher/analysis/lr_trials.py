@@ -55,7 +55,7 @@ _FAR = 5
 _STRIDE = 3
 """Factors between the trials of a search that has far to go."""
 
-RIGHT_PERCENT: Mapping[str, int] = {"trainings": 83, "lowest": 40}
+RIGHT_PERCENT: Mapping[str, int] = {"trainings": 83, "lowest": 46}
 """How often each rule is within a factor of 2 of the best learning rate, in percent.
 
 `benchmarks/lr_finder.py` measures it with `DEFAULT_STEPS`, on recipes that were not used to choose
