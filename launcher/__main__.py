@@ -35,30 +35,21 @@ def _prepare() -> None:
 
 def start() -> None:
     """Run the command line, or the part of a command that this process is started for."""
-    from launcher.interrupted_start import end_when_interrupted
-
-    end_when_interrupted()
-    _run()
-
-
-def _run() -> None:
-    from launcher.interrupted_start import raise_when_interrupted
-
     if sys.argv[1:2] == ["--ssh-remote"]:
         from launcher.launch.ssh_remote import main as run_remote
 
-        raise_when_interrupted()
         sys.exit(run_remote(*sys.argv[2:]))
     if sys.argv[1:2] == ["--ssh-remote-state"]:
         from launcher.launch.ssh_remote import state
 
-        raise_when_interrupted()
         sys.exit(state(sys.argv[2]))
     if sys.argv[1:2] == ["--mirror-process"]:
         from launcher.mirrors.mirror_process import serve_mirror
 
-        raise_when_interrupted()
         sys.exit(serve_mirror())
+    from launcher.interrupted_start import end_when_interrupted
+
+    end_when_interrupted()
     from launcher.cli import main
 
     if sys.argv[1:2] == ["--warm-server"]:

@@ -93,7 +93,7 @@ class SignalHandler:
         """
         self._waits_for_nodes = True
         if self.stopped_by is not None:
-            self._end_waiting(self.stopped_by)
+            self.end(self.stopped_by, EXIT_RESUMABLE)
         try:
             yield
         finally:
@@ -145,16 +145,13 @@ class SignalHandler:
         if not self._saves or (self._job is not None and not self._job.saves):
             self.end(signal.Signals(number))
         if self._waits_for_nodes:
-            self._end_waiting(signal.Signals(number))
+            self.end(signal.Signals(number), EXIT_RESUMABLE)
         if self.stopped_by is None:
             self.stopped_by = signal.Signals(number)
             again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
             if self._announces:
                 announce(f"{self.stopped_by.name}: stopping after this step{again}")
         self._signal_ranks()
-
-    def _end_waiting(self, number: signal.Signals) -> None:
-        self.end(number, EXIT_RESUMABLE)
 
     def _has_steps_to_lose(self) -> bool:
         if self._job is None or not self._job.saves or not self._ranks():

@@ -171,11 +171,11 @@ def prefetch(
         # A worker would react to signals until `start_worker` makes it ignore them.
         with signals_held(), _open_files_explained():
             results: Iterator[_Sent | LauncherError] = iter(loader)
-    Finalize(None, end_workers, args=(weakref.ref(results),), exitpriority=_BEFORE_QUEUES_CLOSE)
+    Finalize(None, _end_workers, args=(weakref.ref(results),), exitpriority=_BEFORE_QUEUES_CLOSE)
     return _receive(results)
 
 
-def end_workers(reference: weakref.ref[Any]) -> None:
+def _end_workers(reference: weakref.ref[Any]) -> None:
     """End the workers of a DataLoader if something refers to its iterator when this process exits.
 
     `multiprocessing` would send them SIGTERM, which they ignore, and wait for them forever.

@@ -15,12 +15,13 @@ import warnings
 import weakref
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import NoReturn
 
 from torch._C._distributed_c10d import TCPStore
 
 from launcher.engine.ranks.processes import die_with_parent
-from launcher.signals import STOP_SIGNALS, signals_blocked
+from launcher.signals import signals_blocked
 
 _STANDARD_STREAMS = (0, 1, 2)
 
@@ -41,8 +42,8 @@ class StoreProcess:
         with signals_blocked(), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns about threads
             child = os.fork()
-        if child == 0:
-            _serve(port, writer, parent)
+            if child == 0:  # signals stay blocked in it
+                _serve(port, writer, parent)
         os.close(writer)
         self.close: Callable[[], object] = weakref.finalize(self, _end, child, parent)
         """End the process; nothing happens the second time."""
@@ -59,7 +60,6 @@ class StoreProcess:
 def _serve(port: int, answers: int, parent: int) -> NoReturn:
     """Open the store, write its port or an error, and serve the store until this process ends."""
     try:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *STOP_SIGNALS})
         die_with_parent(parent)
         _keep_only(answers)
         try:
@@ -87,9 +87,11 @@ def _keep_only(descriptor: int) -> None:
     null = os.open(os.devnull, os.O_RDWR)
     for stream in _STANDARD_STREAMS:
         os.dup2(null, stream)
-    first = max(_STANDARD_STREAMS) + 1
-    os.closerange(first, descriptor)
-    os.closerange(max(first, descriptor + 1), os.sysconf("SC_OPEN_MAX"))
+    kept = {*_STANDARD_STREAMS, descriptor}
+    for link in Path("/proc/self/fd").iterdir():  # there may be a thousand million numbers
+        if int(link.name) not in kept:
+            with contextlib.suppress(OSError):  # it was that of the listing
+                os.close(int(link.name))
 
 
 def _end(child: int, parent: int) -> None:
